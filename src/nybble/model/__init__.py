@@ -1,0 +1,1 @@
+"""Load and quantise a base model, attach and verify a LoRA adapter."""
