@@ -1,0 +1,5 @@
+"""python -m nybble."""
+
+from nybble.cli import main
+
+main()

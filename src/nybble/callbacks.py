@@ -1,0 +1,190 @@
+"""What happens beside the training loop: guards, records, progress, sample answers."""
+
+from __future__ import annotations
+
+import pathlib
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from nybble.errors import TrainingError
+from nybble.model.adapter import check_gradients, check_saved
+from nybble.model.base import assert_unpacked
+from nybble.run import COMPLETE, Run, append_json
+from nybble.trackers import log_samples
+from nybble.trainer import Window
+
+Answers = Callable[[], list[dict[str, Any]]]
+
+
+class Guards(TrainerCallback):  # type: ignore[misc]
+    """Stop before the optimiser where training has gone wrong, and read back what is saved."""
+
+    def __init__(self, run: Run, window: Window) -> None:
+        self.run = run
+        self.window = window
+        self.first = True
+        self.check_next = True
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Losses are finite; at the first step and the first after an evaluation, every tensor has a gradient."""
+        self._check_losses(state.global_step + 1)
+        if self.check_next:
+            check_gradients(kwargs["model"], first=self.first and state.global_step == 0)
+            self.check_next = self.first = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The step is over: forget its batches."""
+        self.window.clear()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """An evaluation must leave the 4-bit weights as they were."""
+        assert_unpacked(kwargs["model"])
+        self.check_next = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Read the checkpoint's adapter back, then mark the checkpoint as whole."""
+        folder = pathlib.Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save:
+            model = kwargs["model"]
+            check_saved(model if isinstance(model, PeftModel) else model.module, folder)
+            (folder / COMPLETE).touch()
+
+    def _check_losses(self, step: int) -> None:
+        losses = torch.stack(self.window.losses)
+        finite = torch.isfinite(losses)
+        broken = torch.tensor(int((~finite).sum()), device=losses.device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(broken)  # all processes stop together
+        if not broken:
+            return
+        file = self.run.folder / f"nonfinite-step-{step}.pt"
+        bad = [batch for batch, good in zip(self.window.batches, finite.tolist(), strict=True) if not good]
+        if bad:
+            torch.save({"step": step, "losses": losses.cpu(), "batches": bad}, file)
+        append_json(self.run.metrics, {"step": step, "loss": str(losses.sum().item())})
+        raise TrainingError(
+            f"the loss of step {step} is not finite ({losses.tolist()}); the adapter was not changed by it",
+            where=f"{file} holds the batch",
+            fix=f"a lower train.learning_rate, then: nybble train -c {self.run.folder}/recipe.yaml out=ANOTHER",
+        )
+
+
+class Recorder(TrainerCallback):  # type: ignore[misc]
+    """Write metrics.jsonl, count tokens, show progress and sample answers."""
+
+    def __init__(
+        self, run: Run, window: Window, console: Console, steps: int, answers: Answers | None, tracker: str
+    ) -> None:
+        self.run = run
+        self.window = window
+        self.console = console
+        self.answers = answers
+        self.tracker = tracker
+        self.steps = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self.loss: float | None = None
+        self._pending: list[torch.Tensor] = []
+        self._began = time.perf_counter()
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task("training", total=steps, text="")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the bar, at the step a resumed run begins with."""
+        self.progress.start()
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Time steps only: evaluations and saving are not training speed."""
+        self._began = time.perf_counter()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the step's tokens without waiting for the device."""
+        self._pending = [_real_tokens(batch) for batch in self.window.batches]
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """A step's or an evaluation's numbers, as a line of metrics.jsonl and in the progress bar."""
+        if "loss" in logs:
+            self._log_step(args, state, logs)
+        elif "eval_loss" in logs:
+            if state.is_world_process_zero:
+                append_json(self.run.metrics, {"step": state.global_step, "eval_loss": logs["eval_loss"]})
+            self.console.print(f"step {state.global_step:>5}  validation loss {logs['eval_loss']:.4f}")
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Answer a few validation prompts."""
+        if self.answers is None or not state.is_world_process_zero:
+            return
+        samples = [{"step": state.global_step, **sample} for sample in self.answers()]
+        for sample in samples:
+            append_json(self.run.folder / "samples.jsonl", sample)
+        log_samples(self.tracker, state.global_step, samples)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the bar down."""
+        self.progress.stop()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens without padding, over the time spent in steps, on all processes."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def _log_step(self, args: TrainingArguments, state: TrainerState, logs: dict[str, Any]) -> None:
+        seconds = time.perf_counter() - self._began
+        tokens = int(sum(count.item() for count in self._pending)) * args.world_size
+        self._pending = []
+        self.tokens, self.seconds, self.loss = self.tokens + tokens, self.seconds + seconds, logs["loss"]
+        speed = tokens / seconds
+        if state.is_world_process_zero:
+            keys = ("loss", "grad_norm", "learning_rate")
+            line = {"step": state.global_step, **{key: logs[key] for key in keys if key in logs}}
+            append_json(self.run.metrics, {**line, "tokens": tokens, "seconds": round(seconds, 4)})
+        text = f"loss {logs['loss']:.4f}  {speed:,.0f} tokens/s  {peak_memory(args.device) / 1e9:.2f} GB"
+        self.progress.update(self.task, completed=state.global_step, text=text)
+        if not self.console.is_terminal and (state.global_step % 10 == 0 or state.global_step == 1):
+            self.console.print(f"step {state.global_step:>5}/{state.max_steps}  {text}")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: what torch has reserved on CUDA at most, or the process's largest resident size on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _real_tokens(batch: dict[str, Any]) -> torch.Tensor:
+    """Tokens that are not padding; in packed rows, the padding behind the last sample is counted too (under 1%)."""
+    if "attention_mask" in batch:
+        count: torch.Tensor = batch["attention_mask"].sum()
+        return count
+    return torch.tensor(batch["input_ids"].numel())

@@ -1,0 +1,175 @@
+"""The command line: one function a command, each loads its room, calls it, and prints.
+
+No torch before a command needs it: `nybble --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import pathlib
+import re
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from nybble import __version__
+from nybble.errors import NybbleError
+from nybble.launch import is_main_process, launch, world_size
+from nybble.recipe import Recipe, dump_recipe, load_recipe
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="QLoRA fine-tuning of LLaMA 2 and its kin: from a fresh machine to a model that answers.",
+)
+OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
+Folder = Annotated[pathlib.Path, typer.Argument(help="A run folder, or a PEFT adapter folder.")]
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    if version:
+        typer.echo(f"nybble {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="Also check access to this Hub id or folder.")] = None,
+) -> None:
+    """Is this machine ready? One line a check, one fix a line, one verdict."""
+    _quiet()
+    from nybble.doctor import examine, exit_status, render
+
+    findings = examine(model)
+    render(findings, Console())
+    raise typer.Exit(exit_status(findings))
+
+
+@app.command()
+def train(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL DATA] [KEY=VALUE ...]", help="Base model, data, and options of the recipe."),
+    ] = None,
+    config: Annotated[
+        pathlib.Path | None, typer.Option("-c", "--config", help="A recipe; KEY=VALUE overrides it.")
+    ] = None,
+    resume: Annotated[pathlib.Path | None, typer.Option(help="Go on with an interrupted run.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Data-parallel processes, one a GPU.", min=1)] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the whole recipe and stop.")] = False,
+) -> None:
+    """Train an adapter: nybble train MODEL DATA key=value ..., or -c recipe.yaml, or both. Gives runs/NAME."""
+    recipe = _recipe(words or [], config, resume, processes)
+    if print_config:
+        typer.echo(dump_recipe(recipe), nl=False)
+        return
+    if recipe.train.processes > 1 and world_size() != recipe.train.processes:
+        raise typer.Exit(launch(recipe.train.processes, [*sys.argv[1:]]))
+    _quiet()
+    from nybble.train import resume as go_on
+    from nybble.train import train as begin
+
+    console = Console()
+    try:
+        if resume is not None:
+            go_on(resume, console=console)
+        else:
+            begin(recipe, console=console)
+    except KeyboardInterrupt:
+        typer.echo("\nstopped; if a checkpoint was written: nybble train --resume RUN (ls runs/)", err=True)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def chat(
+    run: Folder,
+    prompt: Annotated[str | None, typer.Option(help="Answer this one message and stop.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Show the base model's answer beside the tuned one's.")
+    ] = False,
+    base: Annotated[str | None, typer.Option(help="Where the base model is now, if it moved.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+) -> None:
+    """Talk to a run; it answers in the template it was trained with."""
+    from nybble.run import open_run
+
+    opened = open_run(run, base)
+    _quiet()
+    from nybble.data.formats import Message
+    from nybble.inference.chat import answer_once, talk
+    from nybble.inference.pipeline import Sampling, load_answerer
+    from nybble.train import CACHE
+
+    console = Console()
+    with console.status("loading"):
+        answerer = load_answerer(opened, CACHE, device)
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    if prompt is None:
+        talk(answerer, sampling, console, system=system, compare=compare)
+        return
+    turns = (Message("system", system),) if system else ()
+    answer_once(answerer, (*turns, Message("user", prompt)), sampling, console, compare)
+
+
+def main() -> None:
+    """Run the command line; a user's error is one message and an exit status, a defect is a traceback."""
+    try:
+        app()
+    except NybbleError as error:
+        _complain(str(error))
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _complain(
+            "the disk is full\n  fix:   free some space; a run with a checkpoint goes on with nybble train --resume RUN"
+        )
+        sys.exit(1)
+
+
+def _recipe(
+    words: list[str], config: pathlib.Path | None, resume: pathlib.Path | None, processes: int | None
+) -> Recipe:
+    named = [word for word in words if not OVERRIDE.match(word)]
+    overrides = [word for word in words if OVERRIDE.match(word)]
+    if len(named) > 2:
+        raise typer.BadParameter(f"at most MODEL and DATA, then key=value; what is {named[2]!r}?")
+    if resume is not None:
+        if words or config is not None or processes is not None:
+            raise typer.BadParameter("--resume goes on with the run's own recipe and takes no other option")
+        from nybble.run import open_run
+
+        return open_run(resume).recipe
+    overrides = [f"{key}={value}" for key, value in zip(("model.path", "data.path"), named, strict=False)] + overrides
+    if processes is not None:
+        overrides.append(f"train.processes={processes}")
+    return load_recipe(config, overrides)
+
+
+def _complain(text: str) -> None:
+    if is_main_process():
+        first, _, rest = text.partition("\n")
+        typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+        typer.echo(first + ("\n" + rest if rest else ""), err=True)
+
+
+def _quiet() -> None:
+    """Libraries talk about themselves; what a person needs to know is said by nybble."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("bitsandbytes", "transformers", "accelerate", "datasets", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

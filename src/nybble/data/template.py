@@ -1,0 +1,260 @@
+"""Chat templates taken apart: which characters come from the template, which from a message, which are trained.
+
+Training, chat and evaluation all go through one `Template`, so they cannot differ. The template is rendered once for
+each sequence of roles with placeholders in place of the messages; the places of the placeholders are the structure, so
+no text is ever searched for and a message can never pass for a control token.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+from jinja2 import TemplateError as JinjaError
+from transformers import PreTrainedTokenizerBase
+
+from nybble.data.formats import Conversation, Message
+from nybble.errors import DataError
+from nybble.run import write_json
+
+BUILT_IN = ("alpaca", "llama2", "plain")
+# Characters of Unicode's private use area: no tokenizer's vocabulary and no template has a use for them.
+OPEN, CLOSE = "\ue0f0", "\ue0f1"
+PLACEHOLDER = re.compile(f"{OPEN}(\\d+)(c|i){CLOSE}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a rendered conversation, taken from one place."""
+
+    kind: str
+    """special (a control token the template wrote), text (the template's words) or slot (a message's words)."""
+    trained: bool
+    token_id: int = -1
+    text: str = ""
+    message: int = -1
+    field: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What lies between control tokens, tokenised in one go: a prompt, an answer, or a prompt with its answer."""
+
+    text: str
+    boundary: int
+    """Characters of `text` before the trained part; its length where nothing is trained."""
+
+
+class Template:
+    """How turns become text, with the model's control tokens, for one tokenizer.
+
+    Args:
+        name: model, alpaca, llama2, plain, or the path of a Jinja file.
+        source: Jinja as Transformers reads it (`messages`, `bos_token`, `eos_token`, `add_generation_prompt`).
+        verbatim: keep white space around messages; off, it is stripped, so that a prompt never ends in a space.
+
+    Raises:
+        DataError: the template fails, rewrites what was said, or cannot be split into a prompt and its answer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, source: str, *, verbatim: bool = False) -> None:
+        self.tokenizer = tokenizer
+        self.name = name
+        self.source = source
+        self.verbatim = verbatim
+        self.takes_input = "message.input" in source
+        self._special = _special_tokens(tokenizer)
+        self._split = re.compile("|".join(re.escape(token) for token in sorted(self._special, key=len, reverse=True)))
+        self._skeleton = functools.lru_cache(maxsize=4096)(self._find_skeleton)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the Jinja text."""
+        return hashlib.sha256(f"{self.verbatim}{self.source}".encode()).hexdigest()
+
+    @functools.cached_property
+    def end_id(self) -> int:
+        """The token that ends an answer, trained in every row; generation stops at it."""
+        skeleton = self._skeleton((("user", False), ("assistant", False)))
+        return next(part.token_id for part in reversed(skeleton) if part.kind == "special" and part.trained)
+
+    def runs(self, conversation: Conversation) -> list[Run | Part]:
+        """A whole conversation: control tokens and the runs of text between them, in order."""
+        messages = self._messages(conversation)
+        return self._fill(self._skeleton(_shape(messages)), messages)
+
+    def prompt_runs(self, conversation: Conversation) -> list[Run | Part]:
+        """A conversation that ends with the user, up to where the assistant begins."""
+        messages = self._messages(conversation)
+        assert messages[-1].role == "user", "a prompt ends with the user"
+        answered = (*_shape(messages), ("assistant", False))
+        skeleton = self._skeleton(answered)
+        last = max(n for n, part in enumerate(skeleton) if part.message == len(messages))
+        first = last
+        while first and skeleton[first - 1].trained:
+            first -= 1
+        return self._fill(skeleton[:first], messages, generation=True)
+
+    def _messages(self, conversation: Conversation) -> Conversation:
+        """The turns as this template wants them: stripped, and with `input` appended where it knows no such field."""
+        return tuple(self._message(message) for message in conversation)
+
+    def _message(self, message: Message) -> Message:
+        content, extra = message.content, message.input
+        if not self.verbatim:
+            content, extra = content.strip(), extra.strip()
+        if extra and not self.takes_input:
+            content, extra = f"{content}\n\n{extra}", ""
+        return Message(message.role, content, extra)
+
+    def _render(self, messages: Sequence[dict[str, str]], generation: bool = False) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), chat_template=self.source, tokenize=False, add_generation_prompt=generation
+            )
+        except (JinjaError, TypeError, ValueError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise DataError(f"the template {self.name} fails on turns of {roles}: {error}") from error
+        assert isinstance(text, str)
+        return text
+
+    def _find_skeleton(self, shape: tuple[tuple[str, bool], ...]) -> list[Part]:
+        """The parts of a conversation of these roles, from one rendering with placeholders."""
+        messages = [_placeholders(n, role, has_input) for n, (role, has_input) in enumerate(shape)]
+        text = self._render(messages)
+        slots = {(int(match[1]), match[2]): match for match in PLACEHOLDER.finditer(text)}
+        for n, (role, has_input) in enumerate(shape):
+            if (n, "c") not in slots or (has_input and (n, "i") not in slots):
+                raise DataError(f"the template {self.name} leaves out what the {role} says (message {n + 1})")
+        trained = [self._answer_span(text, messages, n, slots[n, "c"].end()) for n, (role, _) in enumerate(shape)
+                   if role == "assistant"]  # fmt: skip
+        return list(self._parts(text, trained))
+
+    def _answer_span(self, text: str, messages: list[dict[str, str]], n: int, end: int) -> tuple[int, int]:
+        """Characters from the end of the prompt of answer `n` to the end of the control token that closes it."""
+        prompt = self._render(messages[:n], generation=True)
+        if not text.startswith(prompt):
+            raise DataError(
+                f"the template {self.name} renders a prompt that is no beginning of prompt and answer, so what is "
+                "trained would differ from what is asked later",
+                fix="data.template=alpaca, llama2 or a Jinja file of your own",
+            )
+        close = self._split.search(text, end)
+        following = PLACEHOLDER.search(text, end)
+        if close is None or (following is not None and following.start() < close.start()):
+            raise DataError(
+                f"the template {self.name} writes no control token after an answer, so the model would never stop",
+                fix="put {{ eos_token }} behind the assistant's message",
+            )
+        return len(prompt), close.end()
+
+    def _parts(self, text: str, trained: list[tuple[int, int]]) -> list[Part]:
+        cuts = {0, len(text), *(edge for span in trained for edge in span)}
+        for match in [*PLACEHOLDER.finditer(text), *self._split.finditer(text)]:
+            cuts |= {match.start(), match.end()}
+        edges = sorted(cuts)
+        parts = []
+        for start, end in itertools.pairwise(edges):
+            piece, learn = text[start:end], any(first <= start < last for first, last in trained)
+            if slot := PLACEHOLDER.fullmatch(piece):
+                parts.append(Part("slot", learn, message=int(slot[1]), field=slot[2]))
+            elif piece in self._special:
+                parts.append(Part("special", learn, token_id=self._special[piece], text=piece))
+            else:
+                parts.append(Part("text", learn, text=piece))
+        return parts
+
+    def _fill(self, skeleton: list[Part], messages: Conversation, *, generation: bool = False) -> list[Run | Part]:
+        """Put the messages in, join what lies between control tokens, and hold the result against the template."""
+        runs: list[Run | Part] = []
+        text, boundary, whole = "", None, []
+        for part in [*skeleton, Part("special", False)]:
+            if part.kind == "special":
+                if text:
+                    runs.append(Run(text, len(text) if boundary is None else boundary))
+                if part.token_id >= 0:
+                    runs.append(part)
+                whole += [text, part.text]
+                text, boundary = "", None
+                continue
+            if part.trained and boundary is None:
+                boundary = len(text)
+            text += part.text if part.kind == "text" else _slot_text(messages[part.message], part.field)
+        self._verify("".join(whole), messages, generation)
+        return runs
+
+    def _verify(self, composed: str, messages: Conversation, generation: bool) -> None:
+        if composed != self._render([_as_dict(message) for message in messages], generation):
+            raise DataError(
+                f"the template {self.name} rewrites what messages say, so prompt and answer cannot be told apart",
+                fix="data.template=alpaca, llama2 or a Jinja file that writes messages as they are",
+            )
+
+
+def choose_template(tokenizer: PreTrainedTokenizerBase, option: str, form: str) -> Template:
+    """The template an option names.
+
+    Args:
+        option: auto, model, alpaca, llama2, plain, or a Jinja file. auto: the model's own where it has one, else
+            Alpaca's for alpaca rows, LLaMA 2's for messages, plain for prompt and completion.
+        form: the rows' form, by which auto chooses.
+    """
+    if option == "auto":
+        by_form = {"alpaca": "alpaca", "messages": "llama2", "prompt": "plain"}
+        option = "model" if tokenizer.chat_template else by_form[form]
+    if option == "model":
+        if not isinstance(tokenizer.chat_template, str):
+            raise DataError("the model brings no chat template", fix="data.template=alpaca, llama2 or a Jinja file")
+        return Template(tokenizer, "model", tokenizer.chat_template)
+    if option in BUILT_IN:
+        source = resources.files("nybble.data").joinpath(f"templates/{option}.jinja").read_text(encoding="utf-8")
+        return Template(tokenizer, option, source.strip(), verbatim=option == "plain")
+    file = pathlib.Path(option)
+    if not file.is_file():
+        names = ", ".join(("auto", "model", *BUILT_IN))
+        raise DataError(f"data.template={option} is neither a Jinja file nor one of {names}")
+    return Template(tokenizer, option, file.read_text(encoding="utf-8"))
+
+
+def save_template(template: Template, file: pathlib.Path) -> None:
+    """Keep a template with its run; its Jinja text goes into the tokenizer as well, for other programs."""
+    write_json(file, {"name": template.name, "source": template.source, "verbatim": template.verbatim})
+
+
+def read_template(tokenizer: PreTrainedTokenizerBase, file: pathlib.Path) -> Template:
+    """The template of a run."""
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    return Template(tokenizer, kept["name"], kept["source"], verbatim=kept["verbatim"])
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    added = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
+    special = {**added, **named}
+    if tokenizer.eos_token is None or not special:
+        raise DataError("the tokenizer names no EOS token, so no answer could be ended")
+    return special
+
+
+def _shape(messages: Conversation) -> tuple[tuple[str, bool], ...]:
+    return tuple((message.role, bool(message.input)) for message in messages)
+
+
+def _placeholders(n: int, role: str, has_input: bool) -> dict[str, str]:
+    message = {"role": role, "content": f"{OPEN}{n}c{CLOSE}"}
+    return {**message, "input": f"{OPEN}{n}i{CLOSE}"} if has_input else message
+
+
+def _as_dict(message: Message) -> dict[str, str]:
+    return {"role": message.role, "content": message.content, **({"input": message.input} if message.input else {})}
+
+
+def _slot_text(message: Message, field: str) -> str:
+    return message.content if field == "c" else message.input

@@ -1,0 +1,85 @@
+"""The one function that turns a conversation into token ids and a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from nybble.data.formats import Conversation
+from nybble.data.template import Part, Run, Template
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised conversation."""
+
+    ids: list[int]
+    trained: list[bool]
+    """Which of `ids` the loss counts: answers and the token that ends them."""
+
+
+def encode(template: Template, conversations: Sequence[Conversation]) -> list[Tokens]:
+    """Tokenise whole conversations, many at once.
+
+    An answer is tokenised together with the prompt it follows, and the prompt's ids are always those the prompt has on
+    its own: what is trained is what is asked later.
+    """
+    rows = [template.runs(conversation) for conversation in conversations]
+    return _join(template.tokenizer, rows)
+
+
+def encode_prompt(template: Template, conversation: Conversation) -> list[int]:
+    """Token ids of a conversation that ends with the user, up to where the assistant begins."""
+    (tokens,) = _join(template.tokenizer, [template.prompt_runs(conversation)])
+    return tokens.ids
+
+
+def _join(tokenizer: PreTrainedTokenizerBase, rows: list[list[Run | Part]]) -> list[Tokens]:
+    runs = [item for row in rows for item in row if isinstance(item, Run)]
+    encoded = iter(_encode_runs(tokenizer, runs))
+    joined = []
+    for row in rows:
+        ids: list[int] = []
+        trained: list[bool] = []
+        for item in row:
+            if isinstance(item, Run):
+                prompt, answer = next(encoded)
+                ids += prompt + answer
+                trained += [False] * len(prompt) + [True] * len(answer)
+            else:
+                ids.append(item.token_id)
+                trained.append(item.trained)
+        joined.append(Tokens(ids, trained))
+    return joined
+
+
+def _encode_runs(tokenizer: PreTrainedTokenizerBase, runs: list[Run]) -> list[tuple[list[int], list[int]]]:
+    """Each run as the ids of its prompt and of its answer."""
+    whole = _ids(tokenizer, [run.text for run in runs])
+    mixed = [n for n, run in enumerate(runs) if 0 < run.boundary < len(run.text)]
+    prompts = dict(zip(mixed, _ids(tokenizer, [runs[n].text[: runs[n].boundary] for n in mixed]), strict=True))
+    pairs = []
+    for n, (run, ids) in enumerate(zip(runs, whole, strict=True)):
+        prompt = prompts.get(n, ids if run.boundary else [])
+        if ids[: len(prompt)] == prompt:
+            pairs.append((prompt, ids[len(prompt) :]))
+        else:  # a token would span prompt and answer: the prompt keeps its own ids, the answer goes on from there
+            pairs.append((prompt, _continuation(tokenizer, run.text[run.boundary :])))
+    return pairs
+
+
+def _continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of text that goes on after other text: without the space SentencePiece puts before a beginning."""
+    before, both = _ids(tokenizer, ["\n", "\n" + text])
+    return both[len(before) :] if both[: len(before)] == before else _ids(tokenizer, [text])[0]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(
+        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    return ids

@@ -1,0 +1,124 @@
+"""A run that answers, through the Transformers text-generation pipeline.
+
+The pipeline's own preprocess would tokenise a rendered string; ours calls the function that training calls, so a prompt
+has the same token ids in both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextGenerationPipeline
+from transformers.generation.streamers import BaseStreamer
+
+from nybble.data.formats import Conversation
+from nybble.data.template import Template, choose_template, read_template
+from nybble.data.tokens import encode_prompt
+from nybble.model.adapter import load_adapter
+from nybble.model.base import load_base, load_tokenizer
+from nybble.model.checkpoint import find_checkpoint
+from nybble.model.device import choose_device, choose_dtype
+from nybble.run import Run
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Temperature 0 is greedy."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A base model with the adapter of a run, its tokenizer and its template."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+
+    def answer(
+        self, conversations: Sequence[Conversation], sampling: Sampling, streamer: BaseStreamer | None = None
+    ) -> list[str]:
+        """The assistant's next message in each conversation; all in one batch, padded on the left."""
+        pipeline = ConversationPipeline(self.model, self.tokenizer, self.template)
+        settings: dict[str, Any] = {"do_sample": sampling.temperature > 0, "max_new_tokens": sampling.max_new_tokens}
+        if sampling.temperature > 0:
+            settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        if streamer is not None:
+            settings["streamer"] = streamer
+        return pipeline.answers(conversations, settings)
+
+    @contextlib.contextmanager
+    def as_base(self) -> Iterator[None]:
+        """The base model's answers: the adapter is switched off meanwhile."""
+        with self.model.disable_adapter():
+            yield
+
+
+class ConversationPipeline(TextGenerationPipeline):  # type: ignore[misc]
+    """Text generation from conversations, tokenised as in training."""
+
+    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+        super().__init__(model=model, tokenizer=tokenizer)
+        self.template = template
+
+    def preprocess(self, prompt_text: Conversation, **parameters: Any) -> dict[str, Any]:
+        """Token ids of the conversation up to where the assistant begins, as a batch of one."""
+        ids = torch.tensor([encode_prompt(self.template, prompt_text)])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "prompt_text": ""}
+
+    def answers(self, conversations: Sequence[Conversation], settings: dict[str, Any]) -> list[str]:
+        """Generate for all conversations in one padded batch and cut off the prompts."""
+        rows = [self.preprocess(conversation)["input_ids"][0] for conversation in conversations]
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(rows):
+            ids[row, longest - len(tokens) :] = tokens
+            mask[row, longest - len(tokens) :] = 1
+        inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device), "prompt_text": ""}
+        stops = {"eos_token_id": self._stops(), "pad_token_id": self.tokenizer.pad_token_id, "use_cache": True}
+        with torch.inference_mode():
+            output = self._forward(inputs, **settings, **stops)["generated_sequence"].reshape(len(rows), -1)
+        return [self.tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in output]
+
+    def _stops(self) -> list[int]:
+        return list(dict.fromkeys([self.template.end_id, self.tokenizer.eos_token_id]))
+
+
+def load_answerer(run: Run, cache: pathlib.Path, device: str = "auto") -> Answerer:
+    """Load a run to answer with: base as in training, adapter, tokenizer and template of the run.
+
+    Raises:
+        ModelError: the base is gone or not the one the adapter fits; --base says where it is.
+    """
+    place = choose_device(device if device != "auto" else run.recipe.model.device)
+    dtype, _ = choose_dtype(run.recipe.model.dtype, place)
+    checkpoint = find_checkpoint(run.recipe.model.path, run.recipe.model.revision)
+    base = load_base(checkpoint, run.recipe.model, dtype, place, cache)
+    model = load_adapter(base.model, run.adapter)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:  # stored in float32; training computed with it in this type
+            parameter.data = parameter.data.to(dtype)
+    model.eval()
+    if run.is_bare_adapter:
+        tokenizer = _bare_tokenizer(run.folder, checkpoint.folder)
+        return Answerer(model, tokenizer, choose_template(tokenizer, "auto", "alpaca"))
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "tokenizer")
+    return Answerer(model, tokenizer, read_template(tokenizer, run.folder / "template.json"))
+
+
+def _bare_tokenizer(adapter: pathlib.Path, base: pathlib.Path) -> PreTrainedTokenizerBase:
+    """Somebody else's adapter may bring its tokenizer; else the base's serves."""
+    return load_tokenizer(adapter if (adapter / "tokenizer_config.json").exists() else base)

@@ -1,0 +1,138 @@
+"""Attach a LoRA adapter by PEFT, and prove that it is trained and saved."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils.save_and_load import load_peft_weights
+from transformers import PreTrainedModel
+
+from nybble.errors import ModelError, TrainingError
+from nybble.recipe import LoraOptions
+
+INIT: dict[str, bool | str] = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+
+
+def attach_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
+    """A new adapter on a frozen base; its parameters are float32, the base's stay as they are.
+
+    Raises:
+        ModelError: a target that no linear layer carries, with the names that exist.
+    """
+    targets: str | list[str] = options.targets
+    if not isinstance(targets, str):
+        _check_targets(model, targets)
+    config = LoraConfig(
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=targets,
+        use_rslora=options.rslora,
+        use_dora=options.dora,
+        init_lora_weights=INIT[options.init],
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    adapted: PeftModel = get_peft_model(model, config)
+    return adapted
+
+
+def resume_adapter(model: PreTrainedModel, path: str) -> PeftModel:
+    """An adapter that is there already, to be trained on.
+
+    Raises:
+        ModelError: no adapter there, or one that does not fit this base.
+    """
+    return _read_adapter(model, path, trainable=True)
+
+
+def load_adapter(model: PreTrainedModel, path: str | pathlib.Path) -> PeftModel:
+    """An adapter to answer with; its parameters are frozen."""
+    return _read_adapter(model, str(path), trainable=False)
+
+
+def read_adapter_config(path: str | pathlib.Path) -> PeftConfig:
+    """PEFT's configuration of an adapter folder.
+
+    Raises:
+        ModelError: the folder holds no adapter.
+    """
+    folder = pathlib.Path(path)
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"there is no adapter in {folder} (no adapter_config.json)", fix=f"ls {folder}")
+    return PeftConfig.from_pretrained(str(folder))
+
+
+def check_gradients(model: torch.nn.Module, *, first: bool) -> None:
+    """After a backward pass every adapter tensor has a finite gradient.
+
+    Args:
+        first: at the first step B is zero and so is A's gradient; B's must not be.
+
+    Raises:
+        TrainingError: naming the first tensor without one.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    missing = [name for name, parameter in named if parameter.grad is None]
+    if not named or missing:
+        raise TrainingError(
+            f"{len(missing)} of {len(named)} adapter tensors got no gradient, the first {missing[:1]}",
+            fix="check lora.targets; report this with RUN/start.json",
+        )
+    norms = torch.stack([parameter.grad.float().norm() for _, parameter in named]).tolist()  # type: ignore[union-attr]
+    dead = [
+        name
+        for (name, _), norm in zip(named, norms, strict=True)
+        if norm == 0 and ("lora_B" in name or not first) and "magnitude" not in name
+    ]
+    if len(dead) == len(norms) or (first and dead):
+        raise TrainingError(
+            f"{len(dead)} of {len(named)} adapter tensors have a zero gradient, the first {dead[:1]}",
+            fix="check lora.targets and that the data has answers to train on",
+        )
+
+
+def check_saved(model: PeftModel, folder: pathlib.Path) -> None:
+    """Read a saved adapter back and compare it with the one in memory.
+
+    Raises:
+        TrainingError: a tensor is missing, differs, or every B is zero (nothing was learnt, or it was not saved).
+    """
+    saved = load_peft_weights(str(folder), device="cpu")
+    live = {name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad}
+    if saved.keys() != live.keys():
+        odd = sorted(saved.keys() ^ live.keys())
+        raise TrainingError(f"the saved adapter has other tensors than the trained one: {odd[:2]}", where=str(folder))
+    for name, parameter in live.items():
+        if not torch.equal(saved[name], parameter.detach().cpu()):
+            raise TrainingError(f"the saved adapter differs from the trained one in {name}", where=str(folder))
+    updates = [tensor for name, tensor in saved.items() if "lora_B" in name]
+    if updates and not any(tensor.any() for tensor in updates):
+        raise TrainingError("every B of the saved adapter is zero: nothing was learnt", where=str(folder))
+
+
+def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
+    names = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
+    unknown = [t for t in targets if not any(name == t or name.endswith("." + t) for name in names)]
+    if unknown:
+        raise ModelError(
+            f"lora.targets: the model has no linear layer named {', '.join(unknown)}",
+            fix=f"its linear layers are {', '.join(leaves)}; all-linear takes all but lm_head",
+        )
+
+
+def _read_adapter(model: PreTrainedModel, path: str, *, trainable: bool) -> PeftModel:
+    config = read_adapter_config(path)
+    try:
+        adapted: PeftModel = PeftModel.from_pretrained(model, path, is_trainable=trainable, config=config)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ModelError(
+            f"the adapter does not fit this base: {str(error).splitlines()[0]}",
+            where=path,
+            fix=f"it was trained on {config.base_model_name_or_path}; --base PATH names another",
+        ) from error
+    return adapted

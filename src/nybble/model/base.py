@@ -1,0 +1,243 @@
+"""Load a base model, quantise it while loading, and keep the quantised copy for the next time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import bitsandbytes
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from nybble.errors import ModelError
+from nybble.model.checkpoint import Checkpoint, fingerprint
+from nybble.recipe import ModelOptions
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base model and what is worth telling of it."""
+
+    model: PreTrainedModel
+    checkpoint: Checkpoint
+    fingerprint: str
+    quantization: str
+    """As it is stored: the option's, or the checkpoint's own where it came quantised."""
+    from_cache: bool
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Size of a base model, in parameters and bytes."""
+
+    parameters: int
+    quantized: int
+    """Parameters stored in 4 or 8 bits."""
+    bytes: int
+    """As held in memory, the scales of quantised weights included."""
+
+
+def load_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerBase:
+    """The tokenizer with a pad token that is never an EOS where that can be: `<unk>` for LLaMA 2, which has none.
+
+    Raises:
+        ModelError: the folder has no tokenizer.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"no tokenizer can be loaded from {folder}: {str(error).splitlines()[0]}",
+            fix="put tokenizer.json and tokenizer_config.json (or tokenizer.model) beside the weights",
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(checkpoint: Checkpoint, rope_scaling: dict[str, object] | None) -> PretrainedConfig:
+    """The model's configuration, with rope scaling laid over its own."""
+    config = AutoConfig.from_pretrained(checkpoint.folder)
+    if rope_scaling is not None:
+        config.rope_parameters = {**(config.rope_parameters or {}), **rope_scaling}
+        config.standardize_rope_params()
+    return config
+
+
+def check_length(config: PretrainedConfig, max_length: int, rope_scaling: dict[str, object] | None) -> None:
+    """Refuse rows longer than the positions the model knows, unless rope scaling is set.
+
+    Raises:
+        ModelError: with the factor that would do.
+    """
+    positions = config.max_position_embeddings
+    if max_length > positions and rope_scaling is None:
+        raise ModelError(
+            f"data.max_length={max_length} is above the model's {positions} positions",
+            fix=f"data.max_length={positions}, or "
+            f"'model.rope_scaling={{rope_type: linear, factor: {-(-max_length // positions)}.0}}'",
+        )
+
+
+def load_base(
+    checkpoint: Checkpoint, options: ModelOptions, dtype: torch.dtype, device: torch.device, cache: pathlib.Path
+) -> Base:
+    """Load a base for training: quantised as asked, on one device, its parameters frozen.
+
+    A checkpoint that is quantised already is taken as it is. What is quantised here is kept under `cache`, so that the
+    next run reads 4 GB for a 7B and not 13.5.
+
+    Raises:
+        ModelError: weights that do not fit the configuration.
+    """
+    notices: list[str] = []
+    stored, quantization = checkpoint.quantized_as, options.quantization
+    if stored is not None and stored != quantization:
+        if "quantization" in options.model_fields_set:
+            raise ModelError(
+                f"the checkpoint is quantised already, as {stored}, and cannot become {quantization}",
+                fix=f"model.quantization={stored}, or start from the 16-bit checkpoint",
+            )
+        notices.append(f"the checkpoint is quantised already, as {stored}: taken as it is")
+        quantization = stored  # type: ignore[assignment]
+    mark = fingerprint(checkpoint, cache)
+    config = load_config(checkpoint, options.rope_scaling)
+    if stored is not None or quantization == "none":
+        model, kept = _read(checkpoint.folder, config, None, dtype, device), False
+    else:
+        parts = (mark, quantization, options.double_quantization, str(dtype), bitsandbytes.__version__)
+        folder = cache / "base" / hashlib.sha256(repr(parts).encode()).hexdigest()
+        kept = (folder / "config.json").exists()
+        if kept:
+            config.quantization_config = AutoConfig.from_pretrained(folder).quantization_config
+            model = _read(folder, config, None, dtype, device)
+        else:
+            plan = quantization_plan(quantization, options.double_quantization, dtype)
+            model = _read(checkpoint.folder, config, plan, dtype, device)
+            _plain_generation(model)
+            notices += _keep(model, folder)
+    _plain_generation(model)
+    model.name_or_path = checkpoint.name  # what PEFT writes into the adapter as its base
+    model.config.use_cache = False  # a key-value cache hides packed samples from Transformers' mask
+    model.requires_grad_(False)
+    stay_unpacked(model)
+    return Base(model, checkpoint, mark, quantization, kept, tuple(notices))
+
+
+def quantization_plan(quantization: str, double_quantization: bool, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """QLoRA's storage (Dettmers et al. 2023): 4-bit weights in blocks of 64, their scales quantised once more."""
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def stay_unpacked(model: torch.nn.Module) -> None:
+    """Keep 4-bit weights as they are on a CPU.
+
+    On processors with AVX512-BF16 bitsandbytes repacks a weight at the first forward in eval mode. After that the
+    backward pass and dequantise_4bit read it wrongly and nothing says so (0.50.2: gradients at a cosine of 0.07).
+    """
+    for module in linear4bits(model):
+        module.support_avx512bf16_for_cpu = False
+
+
+def assert_unpacked(model: torch.nn.Module) -> None:
+    """Hold `stay_unpacked` to its word, before training, dequantising and merging."""
+    for module in linear4bits(model):
+        state = getattr(module.weight, "quant_state", None)
+        assert not getattr(state, "packing_format_for_cpu", False), "a 4-bit weight was repacked for inference"
+
+
+def linear4bits(model: torch.nn.Module) -> Iterator[Linear4bit]:
+    """Every 4-bit linear layer."""
+    return (module for module in model.modules() if isinstance(module, Linear4bit))
+
+
+def measure(model: torch.nn.Module) -> Footprint:
+    """Count a base's parameters and bytes; a 4-bit weight stores two parameters a byte beside its scales."""
+    parameters = quantized = size = 0
+    layers = {id(module.weight): module for module in model.modules() if isinstance(module, Linear4bit | Linear8bitLt)}
+    for parameter in model.parameters():
+        layer = layers.get(id(parameter))
+        count = layer.in_features * layer.out_features if layer is not None else parameter.numel()
+        parameters += count
+        quantized += count if layer is not None else 0
+        size += parameter.numel() * parameter.element_size()
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:  # the scales, and the scales of the scales
+            size += state.absmax.numel() * state.absmax.element_size()
+            state = state.state2
+    return Footprint(parameters, quantized, size)
+
+
+def _read(
+    folder: pathlib.Path,
+    config: PretrainedConfig,
+    plan: BitsAndBytesConfig | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    extra = {} if plan is None else {"quantization_config": plan}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, device_map={"": device}, **extra
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        raise ModelError(f"the weights cannot be loaded: {str(error).splitlines()[0]}", where=str(folder)) from error
+    return model
+
+
+def _plain_generation(model: PreTrainedModel) -> None:
+    """Leave only the control tokens of the model's generation settings: sampling is the caller's, and the settings that
+    come with Llama 2 (a temperature without sampling) cannot be saved.
+    """
+    own = model.generation_config
+    if own is not None:
+        model.generation_config = GenerationConfig(
+            bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+        )
+
+
+def _keep(model: PreTrainedModel, folder: pathlib.Path) -> list[str]:
+    """Write the quantised base into the cache; a notice where there is no room for it."""
+    size = measure(model).bytes
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < 1.1 * size:
+        return [
+            f"the quantised base ({size / 1e9:.1f} GB) is not cached: {free / 1e9:.1f} GB are free at {folder.parent}"
+        ]
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    try:
+        model.save_pretrained(temporary)
+        try:
+            os.rename(temporary, folder)
+        except OSError:  # another process kept the same base meanwhile
+            if not (folder / "config.json").exists():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return []

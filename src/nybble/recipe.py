@@ -1,0 +1,334 @@
+"""Every option of a training run: once, typed, documented beneath.
+
+A recipe is read from YAML, from `key=value` words, or both; all its faults are raised together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from nybble.errors import RecipeError
+
+
+class Options(BaseModel):
+    """A section of the recipe: unknown keys are refused, values are checked when set."""
+
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+    )
+
+
+class ModelOptions(Options):
+    """The base model: what is loaded and how it is held in memory."""
+
+    path: str = ""
+    """Hub id or folder of a Llama-architecture checkpoint."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub; the commit it resolves to is recorded in the run."""
+    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    """How the frozen base is stored: nf4 (QLoRA's 4-bit NormalFloat), fp4, int8 (LLM.int8) or none (16-bit LoRA)."""
+    double_quantization: bool = True
+    """Quantise the 4-bit scales as well: 0.37 bits a weight less, 0.3 GB on a 7B."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute type; auto takes bfloat16 where the device has it, and says why."""
+    rope_scaling: dict[str, Any] | None = None
+    """RoPE scaling for contexts beyond the model's positions, e.g. {rope_type: linear, factor: 2.0}."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to train; auto takes CUDA where there is one. Asking for cuda without one is an error."""
+
+
+class LoraOptions(Options):
+    """The adapter that is trained (LoRA, Hu et al. 2021, by PEFT)."""
+
+    r: int = Field(default=16, ge=1, le=1024)
+    """Rank of the update of each target."""
+    alpha: float = Field(default=32, gt=0)
+    """Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with rslora)."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Dropout on the adapter's input."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Layers that get an adapter: all-linear (all but the head), or names such as [q_proj, v_proj]."""
+    rslora: bool = False
+    """Rank-stabilised scaling (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Weight-decomposed adaptation (DoRA, Liu et al. 2024): slower, sometimes better at small r."""
+    init: Literal["default", "gaussian", "orthogonal"] = "default"
+    """How A and B start: default (A Kaiming-uniform, B zero), gaussian (A normal, B zero) or orthogonal. None alters the base."""
+
+
+class DataOptions(Options):
+    """What is trained on and how a row becomes tokens."""
+
+    path: str | list[str] = ""
+    """A Hub id, or local files: json, jsonl, csv or parquet, also gzipped."""
+    subset: str | None = None
+    """Configuration name of a Hub data set that has several."""
+    split: str = "train"
+    """Split of a Hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
+    form: Literal["auto", "alpaca", "messages", "prompt"] = "auto"
+    """Form of a row: alpaca (instruction, input, output), messages (role, content), prompt (prompt, completion); auto detects."""
+    map: dict[str, str] = Field(default_factory=dict)
+    """Columns that carry other names: {prompt: question, completion: answer}."""
+    template: str = "auto"
+    """auto, model (its own chat template), alpaca, llama2 ([INST]), plain (prompt then completion), or a Jinja file."""
+    max_length: int = Field(default=1024, ge=8)
+    """Longest row in tokens, and the length of a packed one."""
+    overlength: Literal["error", "drop", "truncate"] = "error"
+    """A row over max_length: drop it, truncate its answer (EOS stays), or error: refuse when more than 1% are, else drop."""
+    train_on_prompt: bool = False
+    """Train on the prompt's tokens too, not on answers only."""
+    packing: bool = False
+    """Fill each row of max_length with several samples (best fit); samples never see each other."""
+    validation: float | str = 0.05
+    """Share of the rows held out (below 1), number of rows (1 and above), 0 for none, or the path of a file."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use the first so many distinct rows only."""
+
+
+class TrainOptions(Options):
+    """How the adapter is trained."""
+
+    micro_batch: int = Field(default=4, ge=1)
+    """Rows in one forward and backward on one device."""
+    accumulation: int = Field(default=4, ge=1)
+    """Micro batches in one optimiser step; the loss is normalised by the trained tokens of the whole step."""
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the data; max_steps goes before it."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps, where epochs should not decide."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak learning rate. LoRA wants about ten times that of full fine-tuning."""
+    scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup: float = Field(default=0.03, ge=0)
+    """Warm-up: a share of the steps (below 1) or a number of steps."""
+    optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = "auto"
+    """auto takes paged_adamw_8bit on CUDA (its state can move to host memory) and adamw on a CPU."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    neftune_alpha: float | None = Field(default=None, gt=0)
+    """Noise on the embeddings while training (NEFTune, Jain et al. 2023), typically 5."""
+    gradient_checkpointing: bool = True
+    """Recompute each layer in backward: about a third slower, several times leaner."""
+    evaluate_every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations; without it, ten times over the run and at the end."""
+    early_stopping: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations without a better validation loss."""
+    save_every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints; without it, whenever an evaluation is due."""
+    keep_checkpoints: int = Field(default=2, ge=2)
+    """Newest checkpoints kept beside the best; two, so that one is whole while another is written."""
+    keep_best: bool = True
+    """The adapter of the run is that of the best validation loss, not of the last step."""
+    samples: int = Field(default=2, ge=0)
+    """Validation prompts answered at each evaluation and written to samples.jsonl."""
+    seed: int = Field(default=42, ge=0)
+    """Seed of everything random: split, order, initialisation, dropout."""
+    processes: int = Field(default=1, ge=1)
+    """Data-parallel processes; the world size is held against it."""
+
+
+class TrackerOptions(Options):
+    """Where curves go, besides RUN/metrics.jsonl."""
+
+    to: Literal["none", "wandb", "tensorboard", "mlflow", "trackio"] = "none"
+    """Tracker; wandb runs offline where it finds no key, and never asks."""
+    project: str = "nybble"
+    """Project or experiment name in the tracker."""
+
+
+class Recipe(Options):
+    """One training run."""
+
+    model: ModelOptions = Field(default_factory=ModelOptions)
+    """The base model."""
+    adapter: str | None = None
+    """PEFT adapter folder to go on training from, in place of a new LoRA."""
+    lora: LoraOptions = Field(default_factory=LoraOptions)
+    """The adapter."""
+    data: DataOptions = Field(default_factory=DataOptions)
+    """The data."""
+    train: TrainOptions = Field(default_factory=TrainOptions)
+    """The training."""
+    tracker: TrackerOptions = Field(default_factory=TrackerOptions)
+    """Experiment tracking."""
+    out: str | None = None
+    """Run folder; without it, runs/MODEL-DATA, numbered when that is taken."""
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Self:
+        faults = [fault for holds, fault in _contradictions(self) if holds]
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+
+def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
+    lora, train, data = recipe.lora, recipe.train, recipe.data
+    yield (
+        recipe.adapter is not None and bool(lora.model_fields_set),
+        f"lora: {', '.join(sorted(lora.model_fields_set))} cannot be set beside adapter={recipe.adapter}: "
+        "the adapter brings its own",
+    )
+    no_validation = data.validation in (0, 0.0)
+    yield (
+        no_validation and train.early_stopping is not None,
+        "train.early_stopping: needs validation rows, and data.validation is 0",
+    )
+    yield (
+        isinstance(data.validation, int | float) and data.validation < 0,
+        "data.validation: a share below 1, a number of rows, or a file; not negative",
+    )
+    yield (
+        lora.targets == [],
+        "lora.targets: an empty list trains nothing; name layers or say all-linear",
+    )
+
+
+def load_recipe(file: str | pathlib.Path | None = None, words: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from a YAML file, then let `key=value` words override it.
+
+    Args:
+        file: YAML with the sections of `Recipe`.
+        words: `section.key=value`; the value is YAML, so `data.map={prompt: question}` is a mapping.
+
+    Raises:
+        RecipeError: with every fault at once; for a key of the file with its `file:line`.
+    """
+    tree, places = _read_yaml(pathlib.Path(file)) if file is not None else ({}, {})
+    faults = [fault for word in words for fault in _override(tree, places, word)]
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        faults += [fault for detail in error.errors() for fault in _explain(detail, places)]
+        faults = list(dict.fromkeys(faults))
+    if faults:
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise RecipeError(
+            f"the recipe has {count}:\n" + "\n".join(f"  - {fault}" for fault in faults),
+            where=str(file) if file is not None else None,
+            fix="nybble train --print-config shows every option with its meaning",
+        )
+    return recipe
+
+
+def dump_recipe(recipe: Recipe, *, documented: bool = True) -> str:
+    """The whole recipe as YAML that `load_recipe` reads back; each option's meaning stands above it as a comment."""
+    return "\n".join(_dump(recipe, "", documented)) + "\n"
+
+
+def options(model: type[Options] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every option's dotted name."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Options):
+            yield from options(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _dump(section: Options, indent: str, documented: bool) -> Iterator[str]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, LoraOptions) and isinstance(section, Recipe) and section.adapter is not None:
+            continue  # an adapter that is trained on brings its own
+        if isinstance(value, Options):
+            if documented:
+                yield f"{indent}# {type(value).__doc__}"
+            yield f"{indent}{name}:"
+            yield from _dump(value, indent + "  ", documented)
+            continue
+        if documented:
+            yield f"{indent}# {field.description}"
+        text = yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False, allow_unicode=True)
+        yield f"{indent}{name}: {text.removesuffix(chr(10)).removesuffix(chr(10) + '...')}"
+
+
+def _read_yaml(file: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The file's values, and where each dotted key stands."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise RecipeError(f"there is no recipe {file}", fix="ls recipes/ lists the shipped ones") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe {file} cannot be read: {error}") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"not valid YAML: {error.problem}", where=f"{file}:{line}") from error
+    if tree is None:
+        return {}, {}
+    if not isinstance(tree, dict):
+        raise RecipeError("a recipe is a mapping of sections (model, data, lora, train)", where=f"{file}:1")
+    return tree, {key: f"{file}:{line}" for key, line in _lines(node, "")}
+
+
+def _lines(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = prefix + str(key.value)
+            yield name, key.start_mark.line + 1
+            yield from _lines(value, name + ".")
+
+
+def _override(tree: dict[str, Any], places: dict[str, str], word: str) -> Iterator[str]:
+    """Set one `key=value` in the tree; yields what is wrong with it."""
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        yield f"{word!r}: options are written key=value, e.g. train.epochs=2"
+        return
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        yield f"{key}: {text!r} is not a value (YAML)"
+        return
+    branch = tree
+    *sections, leaf = key.split(".")
+    for name in sections:
+        inner = branch.setdefault(name, {})
+        if not isinstance(inner, dict):
+            yield f"{key}: {name} is not a section"
+            return
+        branch = inner
+    branch[leaf] = value
+    places.pop(key, None)
+
+
+def _explain(detail: ErrorDetails, places: Mapping[str, str]) -> Iterator[str]:
+    """A pydantic error in the user's words."""
+    parts = [str(part) for part in detail["loc"]]
+    whole = parts[: next((n for n in range(1, len(parts)) if ".".join(parts[:n]) in set(options())), len(parts))]
+    key = ".".join(whole)  # what follows an option's name, union members and positions, is pydantic's
+    place = f" ({places[key]})" if key in places else ""
+    if detail["type"] == "extra_forbidden":
+        yield f"{key}: unknown option{place}{_did_you_mean(key)}"
+    elif detail["type"] == "value_error" and not key:
+        yield from str(detail["ctx"]["error"]).splitlines()
+    else:
+        yield f"{key}: {_lower(detail['msg'])}, not {detail['input']!r}{place}"
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]
+
+
+def _did_you_mean(key: str) -> str:
+    known = list(options())
+    leaf = key.rsplit(".", 1)[-1]
+    by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    near = near or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,94 @@
+"""What a finished run leaves for people: summary, loss curve, model card."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from nybble.run import Run, read_metrics, write_text
+
+SMOOTHING = 0.9  # of the drawn loss: each point keeps nine tenths of the line before it
+
+
+def draw_loss(run: Run, file: pathlib.Path) -> None:
+    """Training loss (each step and smoothed) and validation loss over steps, as PNG."""
+    lines = [line for line in read_metrics(run) if isinstance(line.get("loss", 0.0), float)]
+    steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    validation = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*zip(*steps, strict=True), color="#9db4c0", linewidth=0.8, label="training, each step")
+    axes.plot(*zip(*_smooth(steps), strict=True), color="#1d5b79", linewidth=1.8, label="training, smoothed")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), color="#d1603d", marker="o", linewidth=1.8, label="validation")
+        step, loss = min(validation, key=lambda point: point[1])
+        axes.annotate(f"best {loss:.3f}", (step, loss), xytext=(0, 10), textcoords="offset points", ha="center")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=run.folder.name)
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6")
+    axes.legend(frameon=False)
+    temporary = file.with_suffix(".writing.png")
+    figure.savefig(temporary)
+    temporary.replace(file)
+
+
+def write_card(run: Run, summary: Mapping[str, Any]) -> None:
+    """The model card: what it is, what it was trained on, how well it did, how to load it."""
+    recipe = run.recipe
+    lora = recipe.lora
+    validation = summary["validation_loss"]
+    result = "no validation rows were held out"
+    if validation:
+        result = f"{validation['before']:.4f} before training, {validation['best']:.4f} at its best"
+    quantization = recipe.model.quantization
+    body = f"""---
+base_model: {summary["base"]["name"]}
+library_name: peft
+pipeline_tag: text-generation
+tags: [qlora, lora, nybble]
+---
+
+# {run.folder.name}
+
+A LoRA adapter for `{summary["base"]["name"]}`, trained by nybble {summary["versions"]["nybble"]} on a frozen
+{quantization} base. It is a derivative of that base model: the base's licence applies to it.
+
+| | |
+| --- | --- |
+| base | `{summary["base"]["name"]}` ({summary["base"]["fingerprint"]}) |
+| data | `{json.dumps(recipe.data.path)}`, {summary["data"]["rows"]} rows ({summary["data"]["fingerprint"][:16]}) |
+| template | {summary["data"]["template"]} |
+| adapter | r {lora.r}, alpha {lora.alpha:g}, targets {json.dumps(summary["adapter"]["targets"])} |
+| trained parameters | {summary["adapter"]["trainable_parameters"]:,} |
+| steps | {summary["steps"]}, peak learning rate {recipe.train.learning_rate:g} |
+| validation loss (nats a token) | {result} |
+| peak memory | {summary["peak_memory_gb"]:.2f} GB on {summary["device"]} |
+| speed | {summary["tokens_per_second"]:,.0f} tokens/s |
+
+![loss](loss.png)
+
+## Use
+
+    nybble chat {run.folder}
+
+or, from this folder, without nybble:
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    base = AutoModelForCausalLM.from_pretrained({json.dumps(summary["base"]["name"])}, dtype="{summary["dtype"]}")
+    model, tokenizer = PeftModel.from_pretrained(base, "adapter"), AutoTokenizer.from_pretrained("tokenizer")
+"""
+    write_text(run.folder / "README.md", body)
+
+
+def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    smoothed, level = [], points[0][1]
+    for step, loss in points:
+        level = SMOOTHING * level + (1 - SMOOTHING) * loss
+        smoothed.append((step, level))
+    return smoothed

@@ -1,0 +1,214 @@
+"""The run folder: its layout, atomic writes, what a resumed run is held against, and how it is opened again.
+
+RUN/recipe.yaml       every option, documented
+RUN/start.json        fingerprints of recipe, data, base and versions, written before the first step
+RUN/template.json     the chat template by name and text
+RUN/tokenizer/        tokenizer with that template
+RUN/checkpoints/      checkpoint-N, each whole once it holds a file COMPLETE
+RUN/metrics.jsonl     a line a step, and a line an evaluation
+RUN/samples.jsonl     answers to validation prompts at each evaluation
+RUN/adapter/          the PEFT adapter: its appearance means that training has ended
+RUN/summary.json      results, sizes, speed, versions
+RUN/loss.png          the loss curve
+RUN/README.md         model card
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nybble.errors import RunError
+from nybble.recipe import Recipe, dump_recipe, load_recipe
+
+COMPLETE = "COMPLETE"
+PACKAGES = ("nybble", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, or a PEFT adapter folder that somebody else made."""
+
+    folder: pathlib.Path
+    recipe: Recipe
+
+    @property
+    def adapter(self) -> pathlib.Path:
+        """The adapter's folder."""
+        return self.folder if self.is_bare_adapter else self.folder / "adapter"
+
+    @property
+    def is_bare_adapter(self) -> bool:
+        """Whether this is an adapter folder without a run around it."""
+        return not (self.folder / "recipe.yaml").exists()
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        """The folder of checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def metrics(self) -> pathlib.Path:
+        """One JSON object a line: step and what was measured there."""
+        return self.folder / "metrics.jsonl"
+
+    def latest_checkpoint(self) -> pathlib.Path | None:
+        """The newest whole checkpoint."""
+        whole = [file.parent for file in self.checkpoints.glob(f"checkpoint-*/{COMPLETE}")]
+        return max(whole, key=_step, default=None)
+
+    def drop_after(self, checkpoint: pathlib.Path | None) -> None:
+        """Forget what was begun after a checkpoint: cut-off checkpoints, and lines of later steps."""
+        step = _step(checkpoint) if checkpoint is not None else 0
+        for folder in self.checkpoints.glob("checkpoint-*"):
+            if _step(folder) > step:
+                shutil.rmtree(folder)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            file = self.folder / name
+            lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+            kept = [line for line in lines if _is_whole(line) and json.loads(line)["step"] <= step and checkpoint]
+            write_text(file, "".join(line + "\n" for line in kept))
+
+
+def create_run(folder: pathlib.Path, recipe: Recipe, start: Mapping[str, Any]) -> Run:
+    """Make a run folder, complete with recipe and start.json or not at all.
+
+    Raises:
+        RunError: the folder exists.
+    """
+    refuse_existing(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)
+        write_text(temporary / "recipe.yaml", dump_recipe(recipe))
+        write_json(temporary / "start.json", start)
+        (temporary / "checkpoints").mkdir()
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Run(folder, recipe)
+
+
+def refuse_existing(folder: pathlib.Path) -> None:
+    """Raise RunError where a run stands already."""
+    if folder.exists():
+        raise RunError(
+            f"{folder} exists already",
+            fix=f"nybble train --resume {folder} to go on with it, or out=ANOTHER for a new run",
+        )
+
+
+def open_run(path: str | pathlib.Path, base: str | None = None) -> Run:
+    """Open a run, or a PEFT adapter folder.
+
+    Args:
+        path: the folder.
+        base: where the base model is now, if it moved.
+
+    Raises:
+        RunError: no run there.
+    """
+    folder = pathlib.Path(path)
+    if (folder / "recipe.yaml").exists():
+        recipe = load_recipe(folder / "recipe.yaml")
+    elif (folder / "adapter_config.json").exists():
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        recipe = load_recipe(None, [f"model.path={json.dumps(config.get('base_model_name_or_path') or '')}"])
+    else:
+        what = f"there is no folder {folder}" if not folder.exists() else f"{folder} is neither a run nor an adapter"
+        raise RunError(f"{what} (no recipe.yaml, no adapter_config.json)", fix="ls runs/")
+    if base is not None:
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": base, "revision": None})})
+    return Run(folder, recipe)
+
+
+def choose_folder(recipe: Recipe) -> pathlib.Path:
+    """The recipe's own, or runs/MODEL-DATA, numbered when that is taken."""
+    if recipe.out is not None:
+        return pathlib.Path(recipe.out)
+    data = recipe.data.path if isinstance(recipe.data.path, str) else recipe.data.path[0]
+    name = "-".join(pathlib.Path(part).name.split(".")[0] or "run" for part in (recipe.model.path, data))
+    folder, number = pathlib.Path("runs") / name, 2
+    while folder.exists():
+        folder, number = pathlib.Path("runs") / f"{name}-{number}", number + 1
+    return folder
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of everything that decides a number."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def start_record(recipe: Recipe, data: str, base: str) -> dict[str, Any]:
+    """What a resumed run must find unchanged."""
+    return {"recipe": recipe.model_dump(exclude={"out"}), "data": data, "base": base, "versions": versions()}
+
+
+def check_unchanged(run: Run, now: Mapping[str, Any]) -> None:
+    """Hold a run that is resumed against how it began.
+
+    Raises:
+        RunError: listing what changed, from what to what.
+    """
+    then = json.loads((run.folder / "start.json").read_text(encoding="utf-8"))
+    changes = _differences(then, json.loads(json.dumps(now)), "")
+    if changes:
+        raise RunError(
+            "the run cannot go on as it began; changed since:\n" + "\n".join(f"  - {change}" for change in changes),
+            where=str(run.folder / "start.json"),
+            fix="undo these changes, or begin a new run: nybble train -c RUN/recipe.yaml out=ANOTHER",
+        )
+
+
+def write_text(file: pathlib.Path, text: str) -> None:
+    """Write a file so that it is there whole or as it was before."""
+    temporary = file.with_name(f".{file.name}.writing")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(file: pathlib.Path, value: Any) -> None:
+    """Write JSON atomically."""
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def append_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:
+    """Add one line; a line cut off by a crash is dropped when the run is resumed."""
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def read_metrics(run: Run) -> list[dict[str, Any]]:
+    """Every whole line of metrics.jsonl."""
+    lines = run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.exists() else []
+    return [json.loads(line) for line in lines if _is_whole(line)]
+
+
+def _differences(then: Any, now: Any, place: str) -> list[str]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = sorted(then.keys() | now.keys())
+        return [d for key in keys for d in _differences(then.get(key), now.get(key), f"{place}.{key}".lstrip("."))]
+    return [] if then == now else [f"{place.removeprefix('recipe.')}: {then!r} -> {now!r}"]
+
+
+def _is_whole(line: str) -> bool:
+    return line.startswith("{") and line.endswith("}")
+
+
+def _step(folder: pathlib.Path) -> int:
+    return int(folder.name.rsplit("-", 1)[-1])

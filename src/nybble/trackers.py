@@ -1,0 +1,80 @@
+"""Set a tracker up so that it writes into the run and never asks."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import wandb
+
+from nybble.errors import RecipeError
+from nybble.recipe import TrackerOptions
+
+
+def start_tracker(options: TrackerOptions, folder: pathlib.Path, recipe: Mapping[str, Any]) -> str | None:
+    """Prepare the tracker that Trainer's own callback will report to.
+
+    Trackers other than wandb take their folder from the environment only.
+
+    Args:
+        options: the recipe's tracker section.
+        folder: the run folder.
+        recipe: all options, logged as hyperparameters.
+
+    Returns:
+        A line for the user, or None.
+
+    Raises:
+        RecipeError: the tracker's package is not installed.
+    """
+    if options.to == "none":
+        return None
+    if find_spec(options.to) is None:
+        raise RecipeError(
+            f"tracker.to={options.to}: the package is not installed", fix=f"pip install 'nybble[{options.to}]'"
+        )
+    if options.to == "wandb":
+        online = wandb_key_present()
+        wandb.init(
+            project=options.project,
+            name=folder.name,
+            dir=folder,
+            config=dict(recipe),
+            mode="online" if online else "offline",
+            settings=wandb.Settings(silent=True),
+        )
+        return None if online else f"wandb runs offline (no key found): wandb sync {folder}/wandb/offline-run-*"
+    places = {
+        "tensorboard": {"TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard")},
+        "mlflow": {
+            "MLFLOW_TRACKING_URI": f"sqlite:///{(folder / 'mlflow.db').resolve()}",
+            "MLFLOW_EXPERIMENT_NAME": options.project,
+        },
+        "trackio": {"TRACKIO_DIR": str((folder / "trackio").resolve())},
+    }
+    os.environ.update(places[options.to])
+    return None
+
+
+def wandb_key_present() -> bool:
+    """Whether wandb finds a key in its settings or ~/.netrc; asks nobody and opens no connection."""
+    return bool(wandb.api.api_key)
+
+
+def log_samples(tracker: str, step: int, samples: list[dict[str, Any]]) -> None:
+    """Sample answers as a table in wandb; the other trackers have samples.jsonl."""
+    if tracker == "wandb" and wandb.run is not None:
+        columns = ["step", "prompt", "answer", "expected"]
+        wandb.log(
+            {"samples": wandb.Table(columns, [[sample[column] for column in columns] for sample in samples])},
+            commit=False,
+        )
+
+
+def end_tracker(tracker: str) -> None:
+    """Close what `start_tracker` opened."""
+    if tracker == "wandb" and wandb.run is not None:
+        wandb.finish()

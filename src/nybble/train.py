@@ -1,0 +1,378 @@
+"""From a recipe to a run folder, as numbered steps."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from peft import PeftModel
+from rich.console import Console
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback
+
+from nybble.callbacks import Guards, Recorder, peak_memory
+from nybble.data.batches import Collator
+from nybble.data.prepare import Prepared, prepare
+from nybble.data.template import save_template
+from nybble.errors import DeviceError, ModelError, NybbleError, RunError, TrainingError
+from nybble.inference.samples import SampleAnswers
+from nybble.model.adapter import attach_adapter, check_saved, resume_adapter
+from nybble.model.base import Base, Footprint, check_length, load_base, load_config, load_tokenizer, measure
+from nybble.model.checkpoint import find_checkpoint
+from nybble.model.device import choose_device, choose_dtype
+from nybble.recipe import Recipe
+from nybble.record import draw_loss, write_card
+from nybble.run import (
+    Run,
+    check_unchanged,
+    choose_folder,
+    create_run,
+    open_run,
+    read_metrics,
+    refuse_existing,
+    start_record,
+    versions,
+    write_json,
+)
+from nybble.trackers import end_tracker, start_tracker
+from nybble.trainer import QLoraTrainer, Schedule, plan_steps, training_arguments
+
+CACHE = pathlib.Path.home() / ".cache" / "nybble"
+BYTES_A_PARAMETER = 12  # in a checkpoint: a trained parameter and AdamW's two moments, in float32
+
+
+def train(recipe: Recipe, *, console: Console | None = None, cache: pathlib.Path = CACHE) -> Run:
+    """Train an adapter as a recipe says; returns the finished run.
+
+    Raises:
+        NybbleError: whatever is wrong with recipe, data, model or machine; no half-written run stays behind.
+    """
+    return _train(recipe, None, console or Console(), cache)
+
+
+def resume(folder: str | pathlib.Path, *, console: Console | None = None, cache: pathlib.Path = CACHE) -> Run:
+    """Go on with an interrupted run from its newest whole checkpoint, exactly as it would have gone on.
+
+    Raises:
+        RunError: the run is finished, or recipe, data, base or versions changed since it began.
+    """
+    run = open_run(folder)
+    if run.is_bare_adapter or run.adapter.exists():
+        raise RunError(
+            f"{folder} is finished: there is nothing to resume",
+            fix=f"nybble chat {folder}, or train on from it: nybble train MODEL DATA adapter={run.adapter}",
+        )
+    return _train(run.recipe, run, console or Console(), cache)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Everything a run needs before its first step."""
+
+    recipe: Recipe
+    device: torch.device
+    dtype: torch.dtype
+    tokenizer: PreTrainedTokenizerBase
+    data: Prepared
+    schedule: Schedule
+    base: Base
+    footprint: Footprint
+    model: PeftModel
+    trained_parameters: int
+
+
+def _train(recipe: Recipe, interrupted: Run | None, console: Console, cache: pathlib.Path) -> Run:
+    began = time.time()
+    # 1. Where: device, compute type, this process among how many.
+    state, device = _join_processes(recipe)
+    if not state.is_main_process:
+        console = Console(quiet=True)
+    dtype, reason = choose_dtype(recipe.model.dtype, device)
+    console.print(f"device    {device}, {str(dtype).removeprefix('torch.')}: {reason}", highlight=False)
+    folder = interrupted.folder if interrupted else choose_folder(recipe)
+    if interrupted is None:
+        refuse_existing(folder)
+    # 2. Data, checked before any weights are fetched.
+    described = find_checkpoint(recipe.model.path, recipe.model.revision, weights=False)
+    check_length(load_config(described, recipe.model.rope_scaling), recipe.data.max_length, recipe.model.rope_scaling)
+    tokenizer = load_tokenizer(described.folder)
+    with state.main_process_first():
+        data = _prepare(recipe, tokenizer, console, cache)
+    schedule = plan_steps(recipe.train, len(data.train), data.validation is not None)
+    # 3. The base, frozen in 4 bits.
+    with state.main_process_first(), console.status("loading the base"):
+        base = load_base(find_checkpoint(recipe.model.path, recipe.model.revision), recipe.model, dtype, device, cache)
+    footprint = measure(base.model)
+    _tell_base(base, footprint, console)
+    _check_vocabulary(data, base)
+    # 4. The adapter.
+    set_seed(recipe.train.seed)
+    model = resume_adapter(base.model, recipe.adapter) if recipe.adapter else attach_adapter(base.model, recipe.lora)
+    trained = _tell_adapter(model, footprint, console)
+    ready = Ready(recipe, device, dtype, tokenizer, data, schedule, base, footprint, model, trained)
+    # 5. The run folder.
+    run = _open_folder(folder, ready, interrupted, state)
+    # 6. Train.
+    _tell_plan(run, schedule, console)
+    with _leaving_nothing_half_done(run, state):
+        recorder = _run_trainer(run, ready, interrupted, console)
+    # 7. What stays: summary, curve and card; last the adapter, whose folder says that the run is finished.
+    if state.is_main_process:
+        summary = _summary(ready, recorder, time.time() - began)
+        write_json(folder / "summary.json", summary)
+        draw_loss(run, folder / "loss.png")
+        write_card(run, summary)
+        _save_adapter(run, model)
+        _tell_result(run, summary, console)
+    state.wait_for_everyone()
+    return run
+
+
+def _join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
+    """This process's place; the number of processes is held against what was asked for."""
+    asked, running = recipe.train.processes, int(os.environ.get("WORLD_SIZE", "1"))
+    if asked != running:
+        raise DeviceError(
+            f"{asked} processes were asked for and {running} run",
+            where=f"train.processes={asked}",
+            fix=f"nybble train --processes {asked}, or accelerate launch --multi_gpu --num_processes {asked} "
+            f"-m nybble train ... train.processes={asked}",
+        )
+    device = choose_device(recipe.model.device, int(os.environ.get("LOCAL_RANK", "0")))
+    on_cpu = device.type == "cpu"
+    state = PartialState(cpu=on_cpu, **({"backend": "gloo"} if on_cpu and asked > 1 else {}))
+    assert state.num_processes == asked, "Accelerate sees another number of processes"
+    return state, device
+
+
+def _prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console, cache: pathlib.Path) -> Prepared:
+    began = time.perf_counter()
+    with console.status("reading the data") as status:
+        data = prepare(
+            recipe.data,
+            tokenizer,
+            recipe.train.seed,
+            cache,
+            lambda rows: status.update(f"reading the data: {rows:,} rows"),
+        )
+    counts = data.counts
+    how = "from the cache" if data.cached else f"tokenised in {time.perf_counter() - began:.1f} s"
+    console.print(
+        f"data      {counts.rows:,} rows ({data.form}), template {data.template.name}, {counts.tokens:,} tokens, "
+        f"{counts.trained_tokens:,} of them trained; {how}"
+    )
+    lost = [f"{counts.duplicates:,} duplicates"] if counts.duplicates else []
+    if counts.overlength:
+        verb = "truncated to" if recipe.data.overlength == "truncate" else "dropped as longer than"
+        lost.append(f"{counts.overlength:,} rows {verb} {recipe.data.max_length} tokens")
+    if lost:
+        console.print(f"          {', '.join(lost)}")
+    packed = f" packed into {len(data.train):,}" if recipe.data.packing else ""
+    held_out = f", {len(data.validation):,} held out" if data.validation is not None else ", none held out"
+    console.print(f"          {data.train_samples:,} rows to train on{packed}{held_out}")
+    return data
+
+
+def _tell_base(base: Base, size: Footprint, console: Console) -> None:
+    for notice in base.notices:
+        console.print(f"base      {notice}")
+    cached = ", from the cache" if base.from_cache else ""
+    console.print(
+        f"base      {base.checkpoint.name}: {size.parameters / 1e6:,.1f} M parameters, "
+        f"{size.quantized / size.parameters:.0%} of them in {base.quantization}; {size.bytes / 1e9:.2f} GB in memory, "
+        f"{2 * size.parameters / 1e9:.2f} GB it would be in 16 bits{cached}"
+    )
+
+
+def _tell_adapter(model: PeftModel, size: Footprint, console: Console) -> int:
+    config = model.peft_config["default"]
+    trained: int = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    console.print(
+        f"adapter   r {config.r}, alpha {config.lora_alpha:g} on {', '.join(sorted(config.target_modules))}: "
+        f"{trained:,} trained parameters, {trained / (size.parameters + trained):.2%} of all"
+    )
+    return trained
+
+
+def _check_vocabulary(data: Prepared, base: Base) -> None:
+    rows = base.model.get_input_embeddings().num_embeddings
+    if data.counts.highest_id >= rows:
+        raise ModelError(
+            f"the tokenizer gives token id {data.counts.highest_id}, and the model has embeddings for {rows} only",
+            where=str(base.checkpoint.folder),
+            fix="take the tokenizer that came with the weights",
+        )
+
+
+def _check_disk(folder: pathlib.Path, trained: int, keep: int) -> None:
+    """Checkpoints kept, the best, and the one being written must fit, and the adapter."""
+    needed = (keep + 2) * trained * BYTES_A_PARAMETER + trained * 4
+    place = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise RunError(
+            f"the run needs about {needed / 1e9:.2f} GB for its checkpoints, and {free / 1e9:.2f} GB are free",
+            where=str(place),
+            fix="free some space, or out=FOLDER on another disk",
+        )
+
+
+@contextlib.contextmanager
+def _leaving_nothing_half_done(run: Run, state: PartialState) -> Iterator[None]:
+    """A failure before the first whole checkpoint leaves no run folder, unless it holds evidence of what happened."""
+    try:
+        yield
+    except (NybbleError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        evidence = any(run.folder.glob("nonfinite-*"))
+        if state.is_main_process and run.latest_checkpoint() is None and not evidence:
+            shutil.rmtree(run.folder, ignore_errors=True)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise _out_of_memory(run.recipe, error) from error
+        raise
+
+
+def _out_of_memory(recipe: Recipe, error: Exception) -> TrainingError:
+    train = recipe.train
+    if train.micro_batch > 1:
+        fix = f"train.micro_batch={train.micro_batch // 2} train.accumulation={train.accumulation * 2} (the same step)"
+    elif not train.gradient_checkpointing:
+        fix = "train.gradient_checkpointing=true"
+    else:
+        fix = f"data.max_length={recipe.data.max_length // 2}"
+    return TrainingError(f"the GPU's memory does not suffice: {str(error).splitlines()[0]}", fix=fix)
+
+
+def _open_folder(folder: pathlib.Path, ready: Ready, interrupted: Run | None, state: PartialState) -> Run:
+    start = start_record(ready.recipe, ready.data.fingerprint, ready.base.fingerprint)
+    _check_disk(folder, ready.trained_parameters, ready.recipe.train.keep_checkpoints)
+    if interrupted is not None:
+        check_unchanged(interrupted, start)
+    if state.is_main_process:
+        run = interrupted or create_run(folder, ready.recipe, start)
+        own, ready.tokenizer.chat_template = ready.tokenizer.chat_template, ready.data.template.source
+        ready.tokenizer.save_pretrained(run.folder / "tokenizer")
+        ready.tokenizer.chat_template = own
+        save_template(ready.data.template, run.folder / "template.json")
+    state.wait_for_everyone()
+    return Run(folder, ready.recipe)
+
+
+def _tell_plan(run: Run, schedule: Schedule, console: Console) -> None:
+    train = run.recipe.train
+    processes = f" x {train.processes} processes" if train.processes > 1 else ""
+    console.print(
+        f"run       {run.folder}: {schedule.steps:,} steps of {train.micro_batch} x {train.accumulation} rows{processes}"
+    )
+
+
+def _run_trainer(run: Run, ready: Ready, interrupted: Run | None, console: Console) -> Recorder:
+    recipe, data = ready.recipe, ready.data
+    has_validation = data.validation is not None
+    arguments = training_arguments(recipe, run.folder, ready.schedule, ready.device, ready.dtype, has_validation)
+    checkpoint = interrupted.latest_checkpoint() if interrupted else None
+    if interrupted is not None:
+        arguments.eval_on_start = has_validation and checkpoint is None
+        if arguments.should_save:
+            run.drop_after(checkpoint)
+        console.print(f"          going on from {checkpoint.name if checkpoint else 'the beginning'}")
+    if arguments.should_save and (notice := start_tracker(recipe.tracker, run.folder, recipe.model_dump())):
+        console.print(f"tracker   {notice}")
+    trainer = QLoraTrainer(
+        model=ready.model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=Collator(ready.tokenizer.pad_token_id),
+        processing_class=ready.tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    recorder = Recorder(run, trainer.window, console, ready.schedule.steps, _sampler(ready), recipe.tracker.to)
+    trainer.add_callback(recorder)
+    trainer.add_callback(Guards(run, trainer.window))
+    if recipe.train.early_stopping is not None:
+        trainer.add_callback(EarlyStoppingCallback(recipe.train.early_stopping))
+    if ready.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(ready.device)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        recorder.progress.stop()
+        end_tracker(recipe.tracker.to)
+    recorder.steps = trainer.state.global_step
+    return recorder
+
+
+def _sampler(ready: Ready) -> SampleAnswers | None:
+    rows, count = ready.data.validation, ready.recipe.train.samples
+    if rows is None or not count:
+        return None
+    return SampleAnswers(ready.model, ready.tokenizer, ready.data.template.end_id, rows, count, ready.dtype)
+
+
+def _save_adapter(run: Run, model: PeftModel) -> None:
+    """Write the adapter beside its place, read it back, and move it there."""
+    temporary = run.folder / ".adapter.writing"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    check_saved(model, temporary)
+    temporary.rename(run.adapter)
+
+
+def _summary(ready: Ready, recorder: Recorder, seconds: float) -> dict[str, Any]:
+    recipe, data, base = ready.recipe, ready.data, ready.base
+    losses = [line["eval_loss"] for line in read_metrics(recorder.run) if "eval_loss" in line]
+    on_cuda = ready.device.type == "cuda"
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "device": torch.cuda.get_device_name(ready.device) if on_cuda else "cpu",
+        "dtype": str(ready.dtype).removeprefix("torch."),
+        "base": {
+            "name": base.checkpoint.name,
+            "commit": base.checkpoint.commit,
+            "fingerprint": base.fingerprint,
+            "quantization": base.quantization,
+            "parameters": ready.footprint.parameters,
+            "bytes": ready.footprint.bytes,
+        },
+        "data": {
+            "path": recipe.data.path,
+            "fingerprint": data.fingerprint,
+            "form": data.form,
+            "template": data.template.name,
+            **dataclasses.asdict(data.counts),
+        },
+        "adapter": {
+            "targets": sorted(ready.model.peft_config["default"].target_modules),
+            "trainable_parameters": ready.trained_parameters,
+        },
+        "steps": recorder.steps,
+        "processes": recipe.train.processes,
+        "train_loss": recorder.loss,
+        "validation_loss": {"before": losses[0], "best": min(losses), "last": losses[-1]} if losses else None,
+        "tokens": recorder.tokens,
+        "tokens_per_second": round(recorder.tokens_per_second, 1),
+        "peak_memory_gb": round(peak_memory(ready.device) / 1e9, 3),
+        "seconds": round(seconds, 1),
+    }
+
+
+def _tell_result(run: Run, summary: dict[str, Any], console: Console) -> None:
+    validation = summary["validation_loss"]
+    if validation:
+        console.print(f"result    validation loss {validation['before']:.4f} -> {validation['best']:.4f}")
+    console.print(
+        f"          {summary['tokens_per_second']:,.0f} tokens/s, peak memory {summary['peak_memory_gb']:.2f} GB, "
+        f"{summary['seconds']:,.0f} s in all"
+    )
+    console.print(f"done      {run.folder}; talk to it: nybble chat {run.folder}")

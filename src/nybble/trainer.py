@@ -1,0 +1,186 @@
+"""transformers.Trainer with the loop it brings, an evaluation weighted by tokens, and a memory of the current step."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from nybble.data.batches import IGNORED
+from nybble.errors import DataError, RecipeError
+from nybble.recipe import Recipe, TrainOptions
+
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
+EVALUATIONS = 5  # over a run, where the recipe does not say: enough for a curve
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many optimiser steps there are, and what happens when."""
+
+    steps: int
+    evaluate_every: int
+    save_every: int
+
+
+def plan_steps(train: TrainOptions, rows: int, has_validation: bool) -> Schedule:
+    """Count steps as Trainer does.
+
+    Args:
+        train: the recipe's train section.
+        rows: rows of the training set (packed rows where it is packed).
+        has_validation: whether there is anything to evaluate on.
+
+    Raises:
+        DataError: fewer rows than one step takes.
+        RecipeError: checkpoints that would miss the evaluations whose best is to be kept.
+    """
+    batch = train.micro_batch * train.accumulation * train.processes
+    if rows < batch:
+        raise DataError(
+            f"the data gives {rows} training rows, and one step takes {batch} "
+            f"(micro_batch {train.micro_batch} x accumulation {train.accumulation} x processes {train.processes})",
+            fix="train.micro_batch=1 train.accumulation=1, or more data",
+        )
+    micro_batches = math.ceil(rows / (train.micro_batch * train.processes))
+    steps = train.max_steps or math.ceil(train.epochs * math.ceil(micro_batches / train.accumulation))
+    evaluate_every = train.evaluate_every or max(1, math.ceil(steps / EVALUATIONS))
+    save_every = train.save_every or evaluate_every
+    if has_validation and train.keep_best and save_every % evaluate_every:
+        raise RecipeError(
+            f"train.save_every={save_every} is no multiple of the {evaluate_every} steps between evaluations, so the "
+            "best adapter might not be among the saved",
+            fix=f"train.save_every={evaluate_every}, or train.keep_best=false",
+        )
+    return Schedule(steps, evaluate_every, save_every)
+
+
+def training_arguments(
+    recipe: Recipe,
+    folder: pathlib.Path,
+    schedule: Schedule,
+    device: torch.device,
+    dtype: torch.dtype,
+    has_validation: bool,
+) -> TrainingArguments:
+    """The recipe in Trainer's terms."""
+    train = recipe.train
+    automatic = "paged_adamw_8bit" if device.type == "cuda" else "adamw"
+    scheduler: str = train.scheduler
+    if scheduler == "constant" and train.warmup:
+        scheduler = "constant_with_warmup"
+    arguments = TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        run_name=folder.name,
+        project=recipe.tracker.project,
+        per_device_train_batch_size=train.micro_batch,
+        per_device_eval_batch_size=train.micro_batch,
+        gradient_accumulation_steps=train.accumulation,
+        max_steps=schedule.steps,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=scheduler,
+        warmup_steps=train.warmup,
+        optim=OPTIMIZERS[automatic if train.optimizer == "auto" else train.optimizer],
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        neftune_noise_alpha=train.neftune_alpha,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        gradient_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        eval_strategy="steps" if has_validation else "no",
+        eval_steps=schedule.evaluate_every,
+        eval_on_start=has_validation,
+        save_strategy="steps",
+        save_steps=schedule.save_every,
+        save_total_limit=train.keep_checkpoints,
+        load_best_model_at_end=has_validation and train.keep_best,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=[] if recipe.tracker.to == "none" else [recipe.tracker.to],
+        seed=train.seed,
+        data_seed=train.seed,
+        use_cpu=device.type == "cpu",
+        ddp_backend="gloo" if device.type == "cpu" and train.processes > 1 else None,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=True,
+        prediction_loss_only=True,
+        dataloader_pin_memory=device.type == "cuda",
+    )
+    arguments._n_gpu = min(arguments._n_gpu, 1)  # else Trainer wraps the model in DataParallel, which 4-bit cannot do
+    return arguments
+
+
+@dataclass
+class Window:
+    """The micro batches of the step in progress, with their losses."""
+
+    batches: list[dict[str, Any]]
+    losses: list[torch.Tensor]
+
+    def clear(self) -> None:
+        """Begin the next step."""
+        self.batches.clear()
+        self.losses.clear()
+
+
+class QLoraTrainer(Trainer):  # type: ignore[misc]
+    """Trainer, but its evaluation is the mean over trained tokens, each counted once, on any number of processes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.window = Window([], [])
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """One forward and backward; batch and loss stay in `window` for the guards until the optimiser has stepped."""
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.window.batches.append(inputs)
+        self.window.losses.append(loss)
+        return loss
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """This process's share of the validation rows, each row in exactly one share."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        share = range(self.args.process_index, len(rows), self.args.world_size)
+        return DataLoader(
+            torch.utils.data.Subset(rows, share),
+            batch_size=self.args.per_device_eval_batch_size,
+            collate_fn=self.data_collator,
+        )
+
+    def evaluation_loop(
+        self, dataloader: DataLoader[Any], description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Mean loss over all trained tokens, in nats a token."""
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for loss, count in self._losses(dataloader):
+            total += torch.stack([loss.double() * count, count.double()])
+        total = self.accelerator.reduce(total, "sum")
+        mean = (total[0] / total[1]).item()
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_loss": mean},
+            num_samples=len(self.eval_dataset),
+        )
+
+    def _losses(self, dataloader: DataLoader[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in dataloader:
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.model(**inputs, use_cache=False).loss
+            yield loss, (inputs["labels"][:, 1:] != IGNORED).sum()
