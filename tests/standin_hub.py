@@ -80,7 +80,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 class StandinHub:
-    """Runs from `with` to its end; `down` makes every answer that status, `cut_off` breaks a file's transfers."""
+    """Runs from `with` to its end; `down` makes every answer that status, `cut_off` breaks a file's way."""
 
     def __init__(self, repos: list[Repo], accounts: dict[str, Account] | None = None) -> None:
         self.repos = {(repo.kind, repo.id): repo for repo in repos}
