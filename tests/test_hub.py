@@ -211,7 +211,9 @@ def test_check_access_downloads_nothing(world: tuple[StandinHub, Path]) -> None:
     assert not list(root.glob("looked/hub/*/blobs/*"))
 
 
-def test_without_the_hub_the_cache_serves_or_the_reason_is_told(world: tuple[StandinHub, Path]) -> None:
+def test_without_the_hub_the_cache_serves_or_the_reason_is_told(
+    world: tuple[StandinHub, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     server, root = world
     home, empty = root / "kept", root / "empty"
     first = ask(
@@ -219,12 +221,11 @@ def test_without_the_hub_the_cache_serves_or_the_reason_is_told(world: tuple[Sta
         (None, "fetch", ["org/sharded", None]),
         (None, "fetch", ["org/model", "old"]),
     )
-    away = StandinHub([])
-    away.__enter__()
-    away.stop()
+    with StandinHub([]) as away:
+        pass
     tell = [(None, "check_access", ["org/sharded", None]), (None, "fetch", ["org/sharded", None])]
     tell += [(None, "fetch", ["org/model", "old"]), (None, "fetch", ["org/model", commit_of(root / "old")])]
-    server.down = 503
+    monkeypatch.setattr(server, "down", 503)
     for environment in (
         away.environment(home),
         server.environment(home, HF_HUB_OFFLINE="1"),
@@ -249,14 +250,14 @@ def test_without_the_hub_the_cache_serves_or_the_reason_is_told(world: tuple[Sta
     [(kind, message, _)] = ask(away.environment(home), (None, "fetch", ["org/sharded", None]))
     assert kind == "HubError"
     assert "not wholly, in the cache" in message
-    server.down = None
 
 
-def test_a_broken_download_says_that_it_can_go_on(world: tuple[StandinHub, Path]) -> None:
+def test_a_broken_download_says_that_it_can_go_on(
+    world: tuple[StandinHub, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     server, root = world
-    server.cut_off = "model.safetensors"
+    monkeypatch.setattr(server, "cut_off", "model.safetensors")
     [(kind, message, fix)] = ask(server.environment(root / "broken"), (None, "fetch", ["org/model", None]))
-    server.cut_off = None
     print(message)
     assert (kind, fix) == ("HubError", "run the command again: it goes on where it stopped")
     assert "download of 'org/model' was cut off" in message
