@@ -74,9 +74,7 @@ def commit_of(folder: Path) -> str:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 class StandinHub:
@@ -214,9 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _visible(self, kind: str, id: str) -> Repo | None:
         """The repository, unless this caller may not know of it."""
         repo, account = self.hub.repos.get((kind, id)), self._account()
-        hidden = (
-            repo is not None and repo.private and not (account and account.standing.get(id) == "accepted")
-        )
+        hidden = repo is not None and repo.private and not (account and account.standing.get(id) == "accepted")
         if repo is not None and not hidden:
             return repo
         if account is None:
@@ -239,9 +235,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._refuse(401 if account is None else 403, None if standing == "narrow" else "GatedRepo", sentence)
         return False
 
-    def _refuse(
-        self, status: int, code: str | None, message: str, headers: dict[str, str] | None = None
-    ) -> None:
+    def _refuse(self, status: int, code: str | None, message: str, headers: dict[str, str] | None = None) -> None:
         headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {}) | (headers or {})
         self._send(json.dumps({"error": message}).encode(), "application/json", status, headers)
 
@@ -270,9 +264,7 @@ def _blob(data: bytes) -> str:
 
 def _entries(folder: Path) -> list[dict[str, Any]]:
     folders = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_dir()]
-    entries = [
-        {"type": "directory", "path": name, "size": 0, "oid": _blob(name.encode())} for name in folders
-    ]
+    entries = [{"type": "directory", "path": name, "size": 0, "oid": _blob(name.encode())} for name in folders]
     for name, data in files_of(folder).items():
         entries.append({"type": "file", "path": name, "size": len(data), "oid": _blob(data)})
     return entries

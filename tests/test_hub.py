@@ -130,9 +130,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StandinHub
         Repo("org/gated", model, gated=True),
         Repo("org/private", model, private=True),
         Repo("org/sharded", sharded(root / "sharded")),
-        Repo(
-            "org/pickled", write(root / "pickled", ("config.json", "pytorch_model.bin", "training_args.bin"))
-        ),
+        Repo("org/pickled", write(root / "pickled", ("config.json", "pytorch_model.bin", "training_args.bin"))),
         Repo("org/meta", write(root / "meta", ("params.json", "tokenizer.model", "consolidated.00.pth"))),
         Repo("org/gguf", write(root / "gguf", ("config.json", "model.Q4_0.gguf"))),
         Repo("org/bare", write(root / "bare", ("config.json", "tokenizer.json"))),
@@ -284,9 +282,7 @@ def test_datasets_load_through_the_standin(world: tuple[StandinHub, Path]) -> No
         (("config.json",), "has no weights"),
     ],
 )
-def test_a_folder_that_is_no_model_is_refused(
-    names: tuple[str, ...] | None, words: str, tmp_path: Path
-) -> None:
+def test_a_folder_that_is_no_model_is_refused(names: tuple[str, ...] | None, words: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     if names is not None:
         write(folder, names)

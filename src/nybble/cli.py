@@ -167,7 +167,14 @@ def _complain(text: str) -> None:
 def _quiet() -> None:
     """Libraries talk about themselves; what a person needs to know is said by nybble."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("bitsandbytes", "transformers", "accelerate", "datasets", "torch.distributed"):
+    for name in (
+        "bitsandbytes.backends.cpu.ops",
+        "bitsandbytes.autograd._functions",
+        "transformers",
+        "accelerate",
+        "datasets",
+        "torch.distributed",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 

@@ -99,9 +99,7 @@ def python() -> Finding:
     version = platform.python_version()
     window = metadata.metadata("nybble").json.get("requires_python") if _installed("nybble") else None
     if window and not SpecifierSet(str(window)).contains(version, prereleases=True):
-        return Finding(
-            "python", "fail", f"{version}, outside {window}", "make an environment with Python 3.12"
-        )
+        return Finding("python", "fail", f"{version}, outside {window}", "make an environment with Python 3.12")
     return Finding("python", "ok", version)
 
 
@@ -114,9 +112,7 @@ def packages(requirements: list[str], installed: Callable[[str], str | None]) ->
     """
     if not requirements:
         fix = "install nybble with pip, not by PYTHONPATH alone"
-        return [
-            Finding("packages", "warn", "nybble's metadata is missing: the tested versions are unknown", fix)
-        ]
+        return [Finding("packages", "warn", "nybble's metadata is missing: the tested versions are unknown", fix)]
     wanted = [Requirement(text) for text in requirements]
     core = [need for need in wanted if need.marker is None or need.marker.evaluate({"extra": ""})]
     return [_package(need, installed(need.name)) for need in core]
@@ -186,17 +182,13 @@ def judge_driver(driver: str | None, built_for: str | None, fault: str | None, d
     if wheel is None:
         fix = f"install driver {WHEELS[0][1]} or newer: https://www.nvidia.com/drivers"
         return Finding("cuda", "fail", f"driver {driver} is too old for every tested torch", fix)
-    fix = (
-        f"pip install --force-reinstall {_pin('torch')} --index-url https://download.pytorch.org/whl/{wheel}"
-    )
+    fix = f"pip install --force-reinstall {_pin('torch')} --index-url https://download.pytorch.org/whl/{wheel}"
     if built_for is None:
         return Finding("cuda", "fail", f"torch is a CPU build, but there is an NVIDIA driver {driver}", fix)
     if fault and "too old" in fault:
         return Finding("cuda", "fail", f"driver {driver} is too old for torch's CUDA {built_for}", fix)
     fix = "see `nvidia-smi`; CUDA_VISIBLE_DEVICES must not hide the GPU"
-    return Finding(
-        "cuda", "fail", f"driver {driver}, but torch sees no GPU: {fault or 'no reason given'}", fix
-    )
+    return Finding("cuda", "fail", f"driver {driver}, but torch sees no GPU: {fault or 'no reason given'}", fix)
 
 
 def _nvidia_driver() -> str | None:
@@ -243,9 +235,7 @@ def nf4(device: torch.device, needed: bool = True) -> Finding:
     """Quantise a small layer to NF4 on the device, and hold its products against plain ones."""
     name = f"nf4, {device}"
     fault: Verdict = "fail" if needed else "warn"
-    fix = (
-        f"`python -m bitsandbytes` says more; reinstall: pip install --force-reinstall {_pin('bitsandbytes')}"
-    )
+    fix = f"`python -m bitsandbytes` says more; reinstall: pip install --force-reinstall {_pin('bitsandbytes')}"
     try:
         quantised, forward, gradient = nf4_errors(device)
     except RuntimeError as error:
@@ -266,14 +256,10 @@ def nf4_errors(device: torch.device) -> tuple[float, float, float]:
         and one, as in generation) and of its input gradient, against plain ones of its dequantised weights.
     """
     generator = torch.Generator().manual_seed(0)
-    weight, rows, pushed = (
-        torch.randn(*shape, generator=generator) for shape in ((128, 256), (16, 256), (16, 128))
-    )
+    weight, rows, pushed = (torch.randn(*shape, generator=generator) for shape in ((128, 256), (16, 256), (16, 128)))
     half = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
     dtype = torch.float16 if half else torch.bfloat16
-    layer = bnb.nn.Linear4bit(
-        256, 128, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type="nf4"
-    )
+    layer = bnb.nn.Linear4bit(256, 128, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
     layer.load_state_dict({"weight": weight})
     layer = layer.to(device)
     # As nybble trains: bitsandbytes would repack the weights for AVX512 in eval mode, for good.
@@ -318,11 +304,7 @@ def disk(name: str, folder: Path, needed: float) -> Finding:
     free = shutil.disk_usage(there).free
     detail = f"{free / 1e9:.1f} GB free at {folder}"
     if free < needed:
-        cure = (
-            "free space (`hf cache ls`), or point HF_HOME at another disk"
-            if "cache" in name
-            else "free space"
-        )
+        cure = "free space (`hf cache ls`), or point HF_HOME at another disk" if "cache" in name else "free space"
         return Finding(name, "warn", f"{detail}; a 7B wants {needed / 1e9:.1f}", cure)
     return Finding(name, "ok", detail)
 

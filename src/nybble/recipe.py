@@ -59,8 +59,8 @@ class LoraOptions(Options):
     """Rank-stabilised scaling (Kalajdzievski 2023)."""
     dora: bool = False
     """Weight-decomposed adaptation (DoRA, Liu et al. 2024): slower, sometimes better at small r."""
-    init: Literal["default", "gaussian", "orthogonal"] = "default"
-    """How A and B start: default (A Kaiming-uniform, B zero), gaussian (A normal, B zero) or orthogonal. None alters the base."""
+    init: Literal["default", "gaussian"] = "default"
+    """How A starts: default (Kaiming-uniform) or gaussian. B starts at zero, so the base is unaltered at first."""
 
 
 class DataOptions(Options):

@@ -236,14 +236,15 @@ def _fit(tokens: Tokens, end_id: int, options: DataOptions, counts: Counts) -> T
 
 def truncate(tokens: Tokens, length: int, end_id: int) -> Tokens | None:
     """At most `length` tokens that end with a trained `end_id`; None where no answer is left."""
-    if tokens.trained[length - 1] and tokens.trained[length - 2]:
-        return Tokens([*tokens.ids[: length - 1], end_id], tokens.trained[:length])
-    if not any(tokens.trained[:length]):
+    trained = tokens.trained[:length]
+    if trained[-1] and trained[-2]:
+        return Tokens([*tokens.ids[: length - 1], end_id], trained)
+    if trained[-1]:
+        trained[-1] = False  # the first token of an answer alone is no answer
+    if not any(trained):
         return None
-    end = _last(tokens.trained[:length]) + 1
-    if tokens.ids[end - 1] != end_id:
-        return None  # one token of an answer is no answer
-    return Tokens(tokens.ids[:end], tokens.trained[:end])
+    end = _last(trained) + 1
+    return Tokens(tokens.ids[:end], trained[:end])
 
 
 def _last(trained: list[bool]) -> int:

@@ -132,7 +132,9 @@ class Template:
         slots = {(int(match[1]), match[2]): match for match in PLACEHOLDER.finditer(text)}
         for n, (role, has_input) in enumerate(shape):
             if (n, "c") not in slots or (has_input and (n, "i") not in slots):
-                raise DataError(f"the template {self.name} leaves out what the {role} says (message {n + 1})")
+                raise DataError(
+                    f"the template {self.name} leaves out or rewrites what the {role} says (message {n + 1})"
+                )
         trained = [self._answer_span(text, messages, n, slots[n, "c"].end()) for n, (role, _) in enumerate(shape)
                    if role == "assistant"]  # fmt: skip
         return list(self._parts(text, trained))

@@ -70,7 +70,7 @@ class ConversationPipeline(TextGenerationPipeline):  # type: ignore[misc]
     """Text generation from conversations, tokenised as in training."""
 
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
-        super().__init__(model=model, tokenizer=tokenizer)
+        super().__init__(model=model.get_base_model(), tokenizer=tokenizer)  # its layers carry the adapter
         self.template = template
 
     def preprocess(self, prompt_text: Conversation, **parameters: Any) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from nybble.errors import ModelError, TrainingError
 from nybble.recipe import LoraOptions
 
-INIT: dict[str, bool | str] = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+# PEFT's orthogonal start fails on 4-bit layers (0.21), PiSSA and LoftQ alter the base: none of these is offered.
+INIT: dict[str, bool | str] = {"default": True, "gaussian": "gaussian"}
 
 
 def attach_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:

@@ -195,9 +195,7 @@ def _missing_weights(folder: Path, names: set[str]) -> list[str]:
     if index not in names:
         return []
     try:
-        return sorted(
-            set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()) - names
-        )
+        return sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()) - names)
     except (ValueError, KeyError):
         return [f"a readable {index}"]
 

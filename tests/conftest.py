@@ -1,0 +1,156 @@
+"""Real parts for the tests: a tiny Llama, one with Llama 2's own files, and the embedded SmolLM2."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+
+import pytest
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"  # real public data, not part of the project
+WORDS = [
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "red",
+    "green",
+    "blue",
+    "black",
+    "white",
+    "cat",
+    "dog",
+    "bird",
+    "fish",
+    "horse",
+]
+
+# bitsandbytes' packed CPU path trains wrongly and says nothing but this; see nybble.model.base.stay_unpacked.
+PACKED = "gemv_4bit: an autograd kernel was not registered"
+
+
+@pytest.fixture(autouse=True)
+def _no_packed_weights(recwarn: pytest.WarningsRecorder):
+    yield
+    assert not [w for w in recwarn if PACKED in str(w.message)], "a 4-bit weight was repacked for inference"
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS), "### Instruction:\n### Response:\n[INST] [/INST]"], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=512
+    )
+
+
+def write_llama(folder: pathlib.Path, *, dtype=torch.float32, safe=True, **changes) -> pathlib.Path:
+    """A random Llama of two layers."""
+    settings = {
+        "vocab_size": 400,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+        **changes,
+    }
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**settings)).to(dtype)
+    model.save_pretrained(folder)
+    if not safe:
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> pathlib.Path:
+    """Random weights, 0.2 M parameters, a tokenizer of 400 tokens, no chat template."""
+    folder = write_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+    small_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["fast-safetensors", "llama-bin"])
+def llama2_like(request, tmp_path_factory) -> pathlib.Path:
+    """Llama 2's own tokenizer files, configuration and generation_config in float16; random weights, two layers."""
+    if not SHARED.exists():
+        pytest.skip("needs the real Llama 2 tokenizer files")
+    kind, _, weights = request.param.partition("-")
+    folder = write_llama(
+        tmp_path_factory.mktemp("models") / f"llama2-{kind}",
+        dtype=torch.float16,
+        safe=weights == "safetensors",
+        vocab_size=32000,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+    )
+    for name in ("tokenizer.json", "tokenizer.model"):
+        shutil.copy(SHARED / "llama2-tokenizer" / name, folder)
+    own = "tokenizer_config.json" if kind == "fast" else "tokenizer_config.llama.json"
+    shutil.copy(SHARED / "llama2-tokenizer" / own, folder / "tokenizer_config.json")
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "temperature": 0.6, "top_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps({**generation, "do_sample": False, "max_length": 4096}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> pathlib.Path:
+    """SmolLM2-135M-Instruct's real weights."""
+    from nybble.demo.embedded import unpack
+    from nybble.train import CACHE
+
+    return unpack(CACHE / "embedded" / "smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_llama):
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory) -> pathlib.Path:
+    """80 alpaca rows of several lengths."""
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    with file.open("w") as stream:
+        for n in range(80):
+            words = [WORDS[(n * k) % len(WORDS)] for k in range(1, 3 + n % 5)]
+            row = {"instruction": f"say {' '.join(words)} {n}", "input": "", "output": " ".join(reversed(words))}
+            stream.write(json.dumps(row) + "\n")
+    return file

@@ -1,0 +1,252 @@
+"""Finding, refusing, quantising and adapting base models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from conftest import write_llama
+from nybble.errors import DeviceError, ModelError
+from nybble.model.adapter import attach_adapter, check_gradients, check_saved, load_adapter
+from nybble.model.base import check_length, load_base, load_config, load_tokenizer, measure
+from nybble.model.checkpoint import find_checkpoint, fingerprint
+from nybble.model.device import choose_device, choose_dtype
+from nybble.recipe import LoraOptions, ModelOptions
+
+CPU = torch.device("cpu")
+
+
+def base_of(folder, cache, dtype=torch.float32, **options):
+    return load_base(find_checkpoint(str(folder)), ModelOptions(path=str(folder), **options), dtype, CPU, cache)
+
+
+def loss_of(model, dtype=torch.float32):
+    ids = torch.arange(3, 67).reshape(2, 32)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        return model(input_ids=ids, labels=ids).loss
+
+
+def test_a_base_is_quantised_once_and_read_from_the_cache_next_time(tiny_llama, tmp_path):
+    first, second = base_of(tiny_llama, tmp_path), base_of(tiny_llama, tmp_path)
+    assert (first.from_cache, second.from_cache) == (False, True)
+    assert loss_of(first.model) == loss_of(second.model)
+    assert second.model.name_or_path == str(tiny_llama), "the adapter would name the cache as its base"
+    size = measure(second.model)
+    linears = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)
+    assert (size.quantized, size.parameters) == (linears, sum(p.numel() for p in base_of_16(tiny_llama, tmp_path)))
+    assert size.bytes < 4 * (size.parameters - size.quantized) + 0.6 * size.quantized
+
+
+def base_of_16(folder, cache):
+    return base_of(folder, cache, quantization="none").model.parameters()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "none"])
+def test_every_storage_trains(tiny_llama, cache, quantization):
+    base = base_of(tiny_llama, cache, quantization=quantization)
+    model = attach_adapter(base.model, LoraOptions())
+    loss_of(model).backward()
+    check_gradients(model, first=True)
+    assert all(p.grad is None for n, p in model.named_parameters() if "lora_" not in n), "the base is not frozen"
+
+
+def test_int8_trains_in_bfloat16(tiny_llama, cache):
+    model = attach_adapter(base_of(tiny_llama, cache, torch.bfloat16, quantization="int8").model, LoraOptions())
+    loss_of(model, torch.bfloat16).backward()
+    check_gradients(model, first=True)
+
+
+@pytest.mark.parametrize("options", [{"dora": True}, {"rslora": True}, {"init": "gaussian"}])
+def test_every_kind_of_adapter_leaves_the_base_as_it_was_at_first(tiny_llama, cache, options):
+    base = base_of(tiny_llama, cache)
+    before = loss_of(base.model)
+    model = attach_adapter(base.model, LoraOptions(**options))
+    torch.testing.assert_close(loss_of(model), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_float16_llama2_comes_in_the_type_asked_for(llama2_like, tmp_path):
+    """Both tokenizer classes, .bin and safetensors, and a generation_config that cannot be saved as it is."""
+    tokenizer = load_tokenizer(llama2_like)
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<unk>", 0)
+    for _ in range(2):
+        base = base_of(llama2_like, tmp_path, torch.bfloat16)
+        kinds = {parameter.dtype for parameter in base.model.parameters()}
+        assert kinds == {torch.bfloat16, torch.uint8}
+    assert base.from_cache
+    assert base.model.generation_config.eos_token_id == 2
+
+
+def test_a_quantised_checkpoint_is_taken_as_it_is(tiny_llama, tmp_path):
+    base_of(tiny_llama, tmp_path)
+    (stored,) = (tmp_path / "base").iterdir()
+    base = base_of(stored, tmp_path / "other", double_quantization=False)
+    assert base.quantization == "nf4"
+    assert not (tmp_path / "other" / "base").exists(), "what is quantised already needs no cache"
+    with pytest.raises(ModelError) as caught:
+        base_of(stored, tmp_path, quantization="int8")
+    print(caught.value)
+    assert "is quantised already, as nf4" in str(caught.value)
+
+
+def broken(folder, tiny_llama, change):
+    shutil.copytree(tiny_llama, folder)
+    change(folder)
+    return folder
+
+
+def edit_config(**changes):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return change
+
+
+def cut(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+BROKEN = {
+    "mistral": (edit_config(model_type="mistral"), "the architecture is 'mistral'"),
+    "gptq": (edit_config(quantization_config={"quant_method": "gptq"}), "quantised by gptq"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
+    "cut off": (cut, "the file is cut off"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "it has no config.json"),
+    "bad config": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
+    "meta": (lambda folder: (folder / "consolidated.00.pth").touch(), "convert_llama_weights_to_hf"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_cannot_be_a_base_is_refused_by_name(tiny_llama, tmp_path, kind):
+    change, message = BROKEN[kind]
+    with pytest.raises(ModelError) as caught:
+        find_checkpoint(str(broken(tmp_path / "model", tiny_llama, change)))
+    print(caught.value)
+    assert message in str(caught.value)
+
+
+def test_a_missing_model_and_a_missing_tokenizer_are_named(tmp_path):
+    with pytest.raises(ModelError, match="no Hub id"):
+        find_checkpoint(str(tmp_path / "none"))
+    with pytest.raises(ModelError, match="no base model was named"):
+        find_checkpoint("")
+    with pytest.raises(ModelError, match="no tokenizer can be loaded"):
+        load_tokenizer(write_llama(tmp_path / "bare"))
+
+
+def test_the_fingerprint_follows_the_weights(tiny_llama, tmp_path):
+    one, two = (broken(tmp_path / name, tiny_llama, lambda folder: None) for name in ("one", "two"))
+    assert fingerprint(find_checkpoint(str(one)), tmp_path) == fingerprint(find_checkpoint(str(two)), tmp_path)
+    content = bytearray((two / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (two / "model.safetensors").write_bytes(content)
+    assert fingerprint(find_checkpoint(str(one)), tmp_path) != fingerprint(find_checkpoint(str(two)), tmp_path)
+
+
+def test_wrong_targets_are_refused_with_the_names_that_exist(tiny_llama, cache):
+    with pytest.raises(ModelError) as caught:
+        attach_adapter(base_of(tiny_llama, cache).model, LoraOptions(targets=["query", "v_proj"]))
+    print(caught.value)
+    assert "no linear layer named query" in str(caught.value)
+    assert "q_proj" in str(caught.value.fix)
+
+
+def test_rows_longer_than_the_models_positions_need_rope_scaling(tiny_llama):
+    checkpoint = find_checkpoint(str(tiny_llama))
+    with pytest.raises(ModelError) as caught:
+        check_length(load_config(checkpoint, None), 1000, None)
+    print(caught.value)
+    assert "above the model's 512 positions" in str(caught.value)
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    config = load_config(checkpoint, scaling)
+    check_length(config, 1000, scaling)
+    assert config.rope_parameters["factor"] == 2.0
+    assert config.rope_parameters["rope_theta"] == 10000.0
+
+
+def test_a_gpu_that_is_not_there_is_an_error():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(DeviceError, match="finds no CUDA device"):
+        choose_device("cuda")
+    with pytest.raises(DeviceError, match="float16 training on a CPU"):
+        choose_dtype("float16", CPU)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+def test_an_evaluation_changes_neither_gradients_nor_a_merge(smollm2, cache, targets):
+    """bitsandbytes repacks 4-bit weights at the first forward in eval mode on some processors; here it may not."""
+    dtype, _ = choose_dtype("auto", CPU)
+    model = attach_adapter(base_of(smollm2, cache, dtype).model, LoraOptions(targets=targets, init="gaussian"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    before = gradients(model, dtype)
+    weight = merged(model)
+    model.eval()
+    with torch.no_grad():
+        loss_of(model, dtype)
+        model.generate(input_ids=torch.arange(3, 19)[None], max_new_tokens=2, use_cache=True)
+    model.train()
+    after = gradients(model, dtype)
+    cosine = torch.nn.functional.cosine_similarity(before, after, dim=0)
+    assert cosine > 0.999
+    assert torch.equal(weight, merged(model))
+
+
+def gradients(model, dtype):
+    model.zero_grad()
+    loss_of(model, dtype).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def merged(model):
+    layer = model.base_model.model.model.layers[3].self_attn.q_proj
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state) + layer.get_delta_weight("default")
+
+
+def test_dead_and_missing_gradients_stop_a_run(tiny_llama, cache):
+    from nybble.errors import TrainingError
+
+    model = attach_adapter(base_of(tiny_llama, cache).model, LoraOptions())
+    with pytest.raises(TrainingError, match="got no gradient"):
+        check_gradients(model, first=True)
+    loss_of(model).backward()
+    name, parameter = next((n, p) for n, p in model.named_parameters() if "lora_B" in n)
+    parameter.grad.zero_()
+    with pytest.raises(TrainingError) as caught:
+        check_gradients(model, first=True)
+    print(caught.value)
+    assert name in str(caught.value)
+
+
+def test_a_saved_adapter_is_read_back(tiny_llama, cache, tmp_path):
+    from nybble.errors import TrainingError
+
+    model = attach_adapter(base_of(tiny_llama, cache).model, LoraOptions())
+    model.save_pretrained(tmp_path / "zero")
+    with pytest.raises(TrainingError, match="every B of the saved adapter is zero"):
+        check_saved(model, tmp_path / "zero")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    with pytest.raises(TrainingError, match="differs from the trained one"):
+        check_saved(model, tmp_path / "zero")
+    model.save_pretrained(tmp_path / "good")
+    check_saved(model, tmp_path / "good")
+    other = load_adapter(base_of(tiny_llama, cache).model, tmp_path / "good")
+    torch.testing.assert_close(loss_of(other), loss_of(model.eval()))
+    with pytest.raises(ModelError, match="there is no adapter"):
+        load_adapter(base_of(tiny_llama, cache).model, tmp_path)
+    wider = write_llama(tmp_path / "wider", hidden_size=96)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(wider)
+    with pytest.raises(ModelError, match="does not fit this base"):
+        load_adapter(base_of(wider, cache).model, tmp_path / "good")

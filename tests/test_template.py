@@ -1,0 +1,126 @@
+"""Conversations to token ids: BOS, EOS, masks, and prompts that are equal in training and in chat."""
+
+from __future__ import annotations
+
+import pytest
+import sentencepiece
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from conftest import SHARED, small_tokenizer
+from nybble.data.formats import Message
+from nybble.data.template import Template, choose_template
+from nybble.data.tokens import encode, encode_prompt
+from nybble.errors import DataError
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def turns(*texts: str, system: str | None = None, context: str = ""):
+    opening = [Message("system", system)] if system else []
+    said = [Message("assistant" if n % 2 else "user", text, "" if n else context) for n, text in enumerate(texts)]
+    return (*opening, *said)
+
+
+def trained_text(tokenizer, tokens) -> str:
+    return tokenizer.decode([token for token, trained in zip(tokens.ids, tokens.trained, strict=True) if trained])
+
+
+def test_llama2_chat_equals_the_reference_tokenizer(llama2_like):
+    """Token for token what sentencepiece gives for Meta's chat format, whichever class the folder declares."""
+    tokenizer = AutoTokenizer.from_pretrained(llama2_like)
+    piece = sentencepiece.SentencePieceProcessor(str(SHARED / "llama2-tokenizer" / "tokenizer.model"))
+    conversation = turns("Hi <s> there", "Hello!", "2+2?", "4 </s>", system="Be brief.")
+    (tokens,) = encode(choose_template(tokenizer, "llama2", "messages"), [conversation])
+    first = "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi <s> there [/INST] Hello! "
+    expected = [1, *piece.encode(first), 2, 1, *piece.encode("[INST] 2+2? [/INST] 4 </s> "), 2]
+    assert tokens.ids == expected
+    assert tokens.ids.count(1) == 2
+    assert tokens.ids.count(2) == 2, "a message's </s> became a control token"
+
+
+def test_alpaca_puts_bos_once_and_answers_go_on_from_the_prompt(llama2_like):
+    tokenizer = AutoTokenizer.from_pretrained(llama2_like)
+    template = choose_template(tokenizer, "auto", "alpaca")
+    (tokens,) = encode(template, [turns("Say hi", "Hello", context="to Bob")])
+    assert template.name == "alpaca"
+    assert tokens.ids[0] == 1
+    assert tokens.ids.count(1) == 1
+    learnt = [token for token, trained in zip(tokens.ids, tokens.trained, strict=True) if trained]
+    assert learnt == [10994, 2], "Hello without the leading space of a new text, then EOS"
+    assert "### Input:\nto Bob\n\n### Response:\nHello" in tokenizer.decode(tokens.ids)
+
+
+def test_the_models_own_template_is_taken_and_its_end_of_turn_trained():
+    tokenizer = small_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    template = choose_template(tokenizer, "auto", "messages")
+    (tokens,) = encode(template, [turns("red <|im_end|>", "blue", "cat", "dog")])
+    assert template.name == "model"
+    assert template.end_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert trained_text(tokenizer, tokens) == "blue<|im_end|>dog<|im_end|>"
+    assert tokens.ids.count(template.end_id) == 4
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "writes no control token after an answer"),
+        (
+            "{% for m in messages %}{{ m['content'] | replace('red', 'pink') }}</s>{% endfor %}",
+            "rewrites what messages say",
+        ),
+        ("{{ messages[0]['content'] }}</s>", "leaves out or rewrites what the assistant says"),
+        (
+            "{{ messages | length }}{% for m in messages %}{{ m['content'] }}</s>{% endfor %}",
+            "no beginning of prompt and answer",
+        ),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% for %}", "fails on turns of user, assistant"),
+    ],
+)
+def test_templates_that_cannot_be_trusted_are_refused(tiny_tokenizer, source, message):
+    with pytest.raises(DataError) as caught:
+        encode(Template(tiny_tokenizer, "mine.jinja", source), [turns("red", "blue")])
+    print(caught.value)
+    assert message in str(caught.value)
+
+
+def test_a_template_option_that_is_nothing_is_named(tiny_tokenizer):
+    with pytest.raises(DataError, match="neither a Jinja file nor one of auto, model, alpaca, llama2, plain"):
+        choose_template(tiny_tokenizer, "alpacca", "alpaca")
+    with pytest.raises(DataError, match="brings no chat template"):
+        choose_template(tiny_tokenizer, "model", "alpaca")
+
+
+def test_a_jinja_file_is_a_template(tiny_tokenizer, tmp_path):
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ bos_token }}{% for m in messages %}[{{ m.content }}{{ eos_token }}{% endfor %}")
+    (tokens,) = encode(choose_template(tiny_tokenizer, str(file), "prompt"), [turns("red", "blue")])
+    assert tiny_tokenizer.decode(tokens.ids) == "<s>[red</s>[blue</s>"
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Co"]), min_size=1, max_size=40).filter(str.strip)
+
+
+@pytest.mark.parametrize("name", ["alpaca", "llama2", "plain"])
+@given(said=st.lists(TEXT | st.sampled_from(["</s>", "<s> x", "[INST]"]), min_size=2, max_size=6))
+def test_every_training_prompt_is_a_chat_prompt_and_every_answer_ends(name, said):
+    """Whatever people write: the ids before each answer are those chat would send, and EOS closes each answer."""
+    said = said[: len(said) // 2 * 2]
+    template = choose_template(small_tokenizer(), name, "messages")
+    (tokens,) = encode(template, [turns(*said)])
+    for end in range(1, len(said), 2):
+        prompt = encode_prompt(template, turns(*said[:end]))
+        assert tokens.ids[: len(prompt)] == prompt
+        assert tokens.trained[len(prompt)]
+        assert not tokens.trained[len(prompt) - 1] or end > 1
+    assert tokens.ids.count(2) == len(said) // 2, "one EOS an answer, none from what people wrote"
+    assert tokens.trained[-1]
+    assert tokens.ids[-1] == 2
+    assert tokens.ids.count(1) == (len(said) // 2 if name == "llama2" else 1)
