@@ -56,7 +56,8 @@ class Guards(TrainerCallback):  # type: ignore[misc]
         folder = pathlib.Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.should_save:
             model = kwargs["model"]
-            check_saved(model if isinstance(model, PeftModel) else model.module, folder)
+            adapted = model if isinstance(model, PeftModel) else model.module
+            check_saved(adapted, folder, learnt=state.global_step > 1)
             (folder / COMPLETE).touch()
 
     def _check_losses(self, step: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.utils.save_and_load import load_peft_weights
+from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights
 from transformers import PreTrainedModel
 
 from nybble.errors import ModelError, TrainingError
@@ -96,14 +96,17 @@ def check_gradients(model: torch.nn.Module, *, first: bool) -> None:
         )
 
 
-def check_saved(model: PeftModel, folder: pathlib.Path) -> None:
+def check_saved(model: PeftModel, folder: pathlib.Path, *, learnt: bool = True) -> None:
     """Read a saved adapter back and compare it with the one in memory.
+
+    Args:
+        learnt: whether anything can have been learnt yet; with a warm-up the first step's learning rate is zero.
 
     Raises:
         TrainingError: a tensor is missing, differs, or every B is zero (nothing was learnt, or it was not saved).
     """
     saved = load_peft_weights(str(folder), device="cpu")
-    live = {name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad}
+    live = get_peft_model_state_dict(model)
     if saved.keys() != live.keys():
         odd = sorted(saved.keys() ^ live.keys())
         raise TrainingError(f"the saved adapter has other tensors than the trained one: {odd[:2]}", where=str(folder))
@@ -111,7 +114,7 @@ def check_saved(model: PeftModel, folder: pathlib.Path) -> None:
         if not torch.equal(saved[name], parameter.detach().cpu()):
             raise TrainingError(f"the saved adapter differs from the trained one in {name}", where=str(folder))
     updates = [tensor for name, tensor in saved.items() if "lora_B" in name]
-    if updates and not any(tensor.any() for tensor in updates):
+    if learnt and updates and not any(tensor.any() for tensor in updates):
         raise TrainingError("every B of the saved adapter is zero: nothing was learnt", where=str(folder))
 
 

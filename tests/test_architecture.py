@@ -1,0 +1,73 @@
+"""The house as docs/architecture.md draws it: its tree, and which way imports run."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+
+from conftest import ROOT
+
+SOURCE = ROOT / "src" / "nybble"
+# A room may import rooms of lower rank only; rooms of equal rank do not know each other.
+RANK = {
+    "__main__": 9, "cli": 8, "demo": 7, "doctor": 7, "train": 6, "trainer": 5, "callbacks": 5, "record": 5, "trackers": 5,
+    "inference": 4, "data": 3, "model": 3, "launch": 1, "run": 1, "recipe": 1, "errors": 0, "__init__": 0,
+}  # fmt: skip
+WITHIN = {("callbacks", "trainer"), ("callbacks", "trackers"), ("run", "recipe"), ("trackers", "recipe")}
+OPTIONAL = {"gguf", "tensorboard", "mlflow", "trackio", "lm_eval", "fastapi", "vllm", "llama_cpp"}
+
+
+def room(path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, node
+
+
+def test_imports_run_one_way():
+    for file in SOURCE.rglob("*.py"):
+        here = room(file)
+        for name, node in imports(ast.parse(file.read_text())):
+            parts = name.split(".")
+            if parts[0] != "nybble" or len(parts) < 2 or parts[1] == here:
+                continue
+            allowed = RANK[parts[1]] < RANK[here] or (here, parts[1]) in WITHIN
+            assert allowed, f"{file.relative_to(ROOT)}:{node.lineno} imports {name}: {here} may not know {parts[1]}"
+
+
+def test_imports_stand_at_the_top_but_where_cli_loads_a_room():
+    for file in SOURCE.rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        top = {id(node) for node in tree.body}
+        late = [node for _, node in imports(tree) if id(node) not in top]
+        assert not late or file.name == "cli.py", f"{file.relative_to(ROOT)}:{late[0].lineno} imports inside"
+
+
+def test_no_optional_package_is_needed():
+    for file in SOURCE.rglob("*.py"):
+        found = {name.split(".")[0] for name, _ in imports(ast.parse(file.read_text()))} & OPTIONAL
+        assert not found, f"{file.relative_to(ROOT)} imports {found}"
+
+
+def test_the_tree_in_the_docs_is_the_tree():
+    drawn = re.search(r"```tree\n(.*?)```", (ROOT / "docs" / "architecture.md").read_text(), re.DOTALL)[1]
+    paths, stack = set(), []
+    for line in drawn.splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        stack[depth:] = [name.rstrip("/")]
+        if not name.endswith("/"):
+            paths.add("/".join(stack))
+    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    real = {path for path in tracked.stdout.split() if not path.startswith("docs/benchmarks/")}
+    assert paths == real
+
+
+def test_files_stay_small():
+    for file in [*SOURCE.rglob("*.py")]:
+        assert len(file.read_text().splitlines()) <= 400, file

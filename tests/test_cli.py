@@ -1,0 +1,236 @@
+"""The command line as a person uses it: real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from conftest import ROOT
+from nybble.run import read_metrics
+from nybble.train import CACHE
+from test_train import FAST, losses, open_run, read_metrics_but_time, recipe_for, train
+
+
+def nybble(*words: object, launcher=("-m", "nybble"), home=None, timeout=300, **environment: str):
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "WORLD_"))}
+    clean |= {"COLUMNS": "100", **({"HOME": str(home)} if home else {}), **environment}
+    command = [sys.executable, *launcher, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=clean, check=False)
+
+
+def test_help_answers_at_once_and_without_torch():
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        result = nybble("--help")
+        took.append(time.perf_counter() - began)
+        assert result.returncode == 0
+        assert all(command in result.stdout for command in ("doctor", "train", "chat", "demo"))
+    assert min(took) < 0.5
+    probe = (
+        "import sys, nybble.cli; print([n for n in ('torch', 'transformers', 'datasets', 'wandb') if n in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_the_version_is_the_changelogs():
+    newest = next(line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## "))
+    assert nybble("--version").stdout.split() == ["nybble", newest.removeprefix("## ").split(" ")[0]]
+
+
+def test_print_config_prints_a_recipe_that_train_reads(tmp_path):
+    printed = nybble("train", "m", "d.jsonl", "lora.r=4", "--print-config")
+    assert printed.returncode == 0
+    file = tmp_path / "recipe.yaml"
+    file.write_text(printed.stdout)
+    again = nybble("train", "-c", file, "train.epochs=2", "--print-config")
+    assert again.stdout == printed.stdout.replace("epochs: 1.0", "epochs: 2.0")
+    assert "  r: 4\n" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["train", "m", "d", "lora.rr=4", "train.epoch=2"], 2, "did you mean lora.r?"),
+        (["train", "a", "b", "c"], 2, "at most MODEL and DATA"),
+        (["train"], 1, "no base model was named"),
+        (["train", "--resume", "/nowhere"], 1, "there is no folder /nowhere"),
+        (["train", "--resume", "/nowhere", "lora.r=2"], 2, "takes no other option"),
+        (["train", "/nowhere/model", "d.jsonl"], 1, "there is no folder /nowhere/model"),
+        (["train", "-c", "/nowhere.yaml"], 2, "there is no recipe /nowhere.yaml"),
+        (["chat", "/nowhere"], 1, "there is no folder /nowhere"),
+    ],
+)
+def test_bad_words_get_one_message_and_a_status(words, status, message):
+    result = nybble(*words)
+    print(result.stderr)
+    assert result.returncode == status
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+
+
+def test_a_person_trains_and_chats(tiny_llama, rows, tmp_path):
+    out = tmp_path / "run"
+    trained = nybble("train", tiny_llama, rows, f"out={out}", *FAST, "train.max_steps=3", home=tmp_path)
+    print(trained.stdout, trained.stderr)
+    assert trained.returncode == 0
+    for part in (
+        "device ",
+        "80 rows (alpaca), template alpaca",
+        "in nf4",
+        "trained parameters",
+        "validation loss",
+        "done",
+    ):
+        assert part in trained.stdout
+    assert trained.stderr == "", "libraries talk"
+    chat = nybble("chat", out, "--prompt", "say one", "--compare", "--max-new-tokens", "5", home=tmp_path)
+    print(chat.stdout, chat.stderr)
+    assert chat.returncode == 0
+    assert chat.stdout.splitlines()[0] == "base"
+    assert "tuned" in chat.stdout
+    assert chat.stderr == ""
+    talk = subprocess.run(
+        [sys.executable, "-m", "nybble", "chat", str(out), "--max-new-tokens", "4"],
+        input="say one\n\n/new\nsay two\n/exit\n",
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HOME": str(tmp_path)},
+        check=False,
+    )
+    assert talk.returncode == 0
+    assert talk.stdout.count("you> ") == 5
+
+
+def test_two_processes_give_the_losses_of_one(tiny_llama, rows, cache, tmp_path, quiet):
+    words = ["train.max_steps=4", "train.learning_rate=1e-3", "train.micro_batch=2", "data.validation=7"]
+    one = train(
+        recipe_for(tiny_llama, rows, tmp_path / "one", *words, "train.accumulation=4"), console=quiet, cache=cache
+    )
+    out = tmp_path / "two"
+    parts = [tiny_llama, rows, f"out={out}", *FAST, *words, "train.accumulation=2"]
+    result = nybble("train", *parts, "--processes", "2", home=tmp_path)
+    print(result.stdout, result.stderr)
+    assert result.returncode == 0
+    two = open_run(out)
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    evaluations = [[line["eval_loss"] for line in read_metrics(run) if "eval_loss" in line] for run in (one, two)]
+    assert evaluations[0] == pytest.approx(evaluations[1], abs=1e-5)
+    tokens = [json.loads((run.folder / "summary.json").read_text())["processes"] for run in (one, two)]
+    assert tokens == [1, 2]
+
+
+LAUNCH = ("-m", "accelerate.commands.launch")
+
+
+@pytest.mark.slow
+def test_accelerate_launch_runs_two_processes_and_one_where_two_were_asked_is_an_error(tiny_llama, rows, tmp_path):
+    parts = [tiny_llama, rows, *FAST, "train.max_steps=2", "train.processes=2"]
+    both = ("--multi_gpu", "--num_processes", "2", "-m", "nybble", "train", *parts, f"out={tmp_path / 'both'}")
+    result = nybble(*both, launcher=LAUNCH, home=tmp_path, ACCELERATE_USE_CPU="true")
+    print(result.stdout, result.stderr)
+    assert result.returncode == 0
+    assert len(losses(open_run(tmp_path / "both"))) == 2
+    silent = ("--cpu", "--num_processes", "2", "-m", "nybble", "train", *parts, f"out={tmp_path / 'one'}")
+    result = nybble(*silent, launcher=LAUNCH, home=tmp_path)
+    print(result.stderr)
+    assert result.returncode != 0
+    assert "2 processes were asked for, and the launcher started 1" in result.stderr
+    unsaid = ("--multi_gpu", "--num_processes", "2", "-m", "nybble", "train", *parts[:-1], f"out={tmp_path / 'unsaid'}")
+    result = nybble(*unsaid, launcher=LAUNCH, home=tmp_path)
+    assert result.returncode != 0
+    assert "1 processes were asked for and 2 run" in result.stderr
+    assert sorted(path.name for path in tmp_path.glob("*/recipe.yaml")) == ["recipe.yaml"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_goes_on_exactly(tiny_llama, rows, cache, tmp_path, quiet):
+    """SIGKILL at five random moments, one of them while a checkpoint is being written."""
+    words = ["train.max_steps=60", "train.evaluate_every=5", "lora.dropout=0.1", "train.samples=0"]
+    whole = train(recipe_for(tiny_llama, rows, tmp_path / "whole", *words), console=quiet, cache=cache)
+    out = tmp_path / "killed"
+    begin = ["train", str(tiny_llama), str(rows), f"out={out}", *FAST, *words]
+    chance, during_save = random.Random(7), False
+    for attempt in range(5):
+        command = begin if not (out / "recipe.yaml").exists() else ["train", "--resume", str(out)]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nybble", *command],
+            env={**os.environ, "HOME": str(tmp_path)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        if attempt == 2:
+            during_save = kill_during_save(process, out)
+        else:
+            wait_for_step(process, out, chance.randint(1, 6))
+            time.sleep(chance.random() * 0.3)
+            process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+    assert during_save
+    result = nybble("train", "--resume", out, home=tmp_path)
+    print(result.stdout, result.stderr)
+    assert result.returncode == 0
+    assert read_metrics_but_time(open_run(out)) == read_metrics_but_time(whole)
+    adapters = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (out, tmp_path / "whole")]
+    assert all((adapters[0][name] == tensor).all() for name, tensor in adapters[1].items())
+
+
+def lines(out) -> int:
+    file = out / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def wait_for_step(process, out, more: int) -> None:
+    """Until the process has written so many lines of metrics."""
+    start, began = None, time.time()
+    while process.poll() is None and time.time() - began < 120:
+        if start is None or lines(out) < start:
+            start = lines(out)  # a resumed run first forgets the lines after its checkpoint
+        if lines(out) >= start + more:
+            return
+        time.sleep(0.005)
+
+
+def kill_during_save(process, out) -> bool:
+    """Kill as soon as a checkpoint folder stands that is not whole."""
+    known = {path.name for path in out.glob("checkpoints/*")}
+    began = time.time()
+    while process.poll() is None and time.time() - began < 120:
+        for folder in out.glob("checkpoints/checkpoint-*"):
+            if folder.name not in known and not (folder / "COMPLETE").exists():
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                return not (folder / "COMPLETE").exists()
+    return False
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_run_that_can_be_resumed(tiny_llama, rows, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nybble", "train", str(tiny_llama), str(rows), f"out={out}", *FAST]
+        + ["train.max_steps=200", "train.evaluate_every=2"],
+        env={**os.environ, "HOME": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    wait_for_step(process, out, 8)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "nybble train --resume" in errors
+    assert "Traceback" not in errors
+    assert open_run(out).latest_checkpoint() is not None
+
+
+def test_the_cache_has_one_place():
+    assert CACHE.parts[-2:] == (".cache", "nybble")
