@@ -61,7 +61,7 @@ def test_print_config_prints_a_recipe_that_train_reads(tmp_path):
     [
         (["train", "m", "d", "lora.rr=4", "train.epoch=2"], 2, "did you mean lora.r?"),
         (["train", "a", "b", "c"], 2, "at most MODEL and DATA"),
-        (["train"], 1, "no base model was named"),
+        (["train"], 2, "MODEL is missing"),
         (["train", "--resume", "/nowhere"], 1, "there is no folder /nowhere"),
         (["train", "--resume", "/nowhere", "lora.r=2"], 2, "takes no other option"),
         (["train", "/nowhere/model", "d.jsonl"], 1, "there is no folder /nowhere/model"),
@@ -214,10 +214,9 @@ def kill_during_save(process, out) -> bool:
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_run_that_can_be_resumed(tiny_llama, rows, tmp_path):
-    out = tmp_path / "run"
+    out, words = tmp_path / "run", ["train.max_steps=200", "train.evaluate_every=2"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "nybble", "train", str(tiny_llama), str(rows), f"out={out}", *FAST]
-        + ["train.max_steps=200", "train.evaluate_every=2"],
+        [sys.executable, "-m", "nybble", "train", tiny_llama, rows, f"out={out}", *FAST, *words],
         env={**os.environ, "HOME": str(tmp_path)},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

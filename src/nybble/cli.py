@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from nybble import __version__
-from nybble.errors import NybbleError
+from nybble.errors import NybbleError, RecipeError
 from nybble.launch import is_main_process, launch, world_size
 from nybble.recipe import Recipe, dump_recipe, load_recipe
 
@@ -69,6 +69,9 @@ def train(
     if print_config:
         typer.echo(dump_recipe(recipe), nl=False)
         return
+    for name, what in (("MODEL", recipe.model.path), ("DATA", recipe.data.path)):
+        if not what:
+            raise RecipeError(f"{name} is missing", fix="nybble train MODEL DATA, or -c recipe.yaml")
     if recipe.train.processes > 1 and world_size() != recipe.train.processes:
         raise typer.Exit(launch(recipe.train.processes, [*sys.argv[1:]]))
     _quiet()

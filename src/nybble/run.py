@@ -26,11 +26,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nybble import __version__
 from nybble.errors import RunError
 from nybble.recipe import Recipe, dump_recipe, load_recipe
 
 COMPLETE = "COMPLETE"
-PACKAGES = ("nybble", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ def choose_folder(recipe: Recipe) -> pathlib.Path:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of everything that decides a number."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    installed = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "nybble": __version__, **installed}
 
 
 def start_record(recipe: Recipe, data: str, base: str) -> dict[str, Any]:

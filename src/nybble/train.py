@@ -57,7 +57,8 @@ def train(recipe: Recipe, *, console: Console | None = None, cache: pathlib.Path
     Raises:
         NybbleError: whatever is wrong with recipe, data, model or machine; no half-written run stays behind.
     """
-    return _train(recipe, None, console or Console(), cache)
+    with _explained_memory(recipe):
+        return _train(recipe, None, console or Console(), cache)
 
 
 def resume(folder: str | pathlib.Path, *, console: Console | None = None, cache: pathlib.Path = CACHE) -> Run:
@@ -72,7 +73,8 @@ def resume(folder: str | pathlib.Path, *, console: Console | None = None, cache:
             f"{folder} is finished: there is nothing to resume",
             fix=f"nybble chat {folder}, or train on from it: nybble train MODEL DATA adapter={run.adapter}",
         )
-    return _train(run.recipe, run, console or Console(), cache)
+    with _explained_memory(run.recipe):
+        return _train(run.recipe, run, console or Console(), cache)
 
 
 @dataclass(frozen=True)
@@ -232,24 +234,33 @@ def _leaving_nothing_half_done(run: Run, state: PartialState) -> Iterator[None]:
     """A failure before the first whole checkpoint leaves no run folder, unless it holds evidence of what happened."""
     try:
         yield
-    except (NybbleError, OSError, RuntimeError, KeyboardInterrupt) as error:
+    except (NybbleError, OSError, RuntimeError, KeyboardInterrupt):
         evidence = any(run.folder.glob("nonfinite-*"))
         if state.is_main_process and run.latest_checkpoint() is None and not evidence:
             shutil.rmtree(run.folder, ignore_errors=True)
-        if isinstance(error, torch.OutOfMemoryError):
-            raise _out_of_memory(run.recipe, error) from error
         raise
 
 
-def _out_of_memory(recipe: Recipe, error: Exception) -> TrainingError:
+@contextlib.contextmanager
+def _explained_memory(recipe: Recipe) -> Iterator[None]:
+    """A GPU that is too small is named with the cheapest change that may do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the GPU's memory does not suffice: {str(error).splitlines()[0]}", fix=_leaner(recipe)
+        ) from error
+
+
+def _leaner(recipe: Recipe) -> str:
     train = recipe.train
+    if recipe.model.quantization == "none":
+        return "model.quantization=nf4"
     if train.micro_batch > 1:
-        fix = f"train.micro_batch={train.micro_batch // 2} train.accumulation={train.accumulation * 2} (the same step)"
-    elif not train.gradient_checkpointing:
-        fix = "train.gradient_checkpointing=true"
-    else:
-        fix = f"data.max_length={recipe.data.max_length // 2}"
-    return TrainingError(f"the GPU's memory does not suffice: {str(error).splitlines()[0]}", fix=fix)
+        return f"train.micro_batch={train.micro_batch // 2} train.accumulation={train.accumulation * 2} (the same step)"
+    if not train.gradient_checkpointing:
+        return "train.gradient_checkpointing=true"
+    return f"data.max_length={recipe.data.max_length // 2}"
 
 
 def _open_folder(folder: pathlib.Path, ready: Ready, interrupted: Run | None, state: PartialState) -> Run:

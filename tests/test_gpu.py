@@ -1,0 +1,55 @@
+"""On a CUDA device: the same main job, with the paged 8-bit optimiser, in bfloat16 and float16."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from nybble.recipe import load_recipe
+from nybble.train import train
+from test_train import losses
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_a_run_on_the_gpu_lowers_the_loss(tiny_llama, rows, cache, tmp_path, quiet, dtype, packing):
+    words = [f"model.path={tiny_llama}", f"data.path={rows}", f"out={tmp_path / 'run'}", f"model.dtype={dtype}"]
+    words += ["data.max_length=128", f"data.packing={packing}", "data.validation=8", "train.micro_batch=2"]
+    words += ["train.accumulation=2", "train.max_steps=12", "train.learning_rate=1e-2", "train.samples=1"]
+    run = train(load_recipe(None, words), console=quiet, cache=cache)
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert summary["device"] == torch.cuda.get_device_name()
+    assert summary["validation_loss"]["best"] < summary["validation_loss"]["before"] - 0.5
+    assert 0 < summary["peak_memory_gb"] < 1
+    assert len(losses(run)) == 12
+
+
+def test_gpu_and_cpu_agree(tiny_llama, rows, cache, tmp_path, quiet):
+    runs = []
+    for device in ("cpu", "cuda"):
+        words = [f"model.path={tiny_llama}", f"data.path={rows}", f"out={tmp_path / device}", f"model.device={device}"]
+        words += ["model.dtype=float32", "data.max_length=256", "train.max_steps=4", "train.optimizer=adamw"]
+        runs.append(train(load_recipe(None, words), console=quiet, cache=cache))
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), abs=1e-3)
+
+
+def test_what_does_not_fit_is_one_message_with_the_cheapest_fix(tiny_llama, rows, cache, tmp_path, quiet):
+    from nybble.errors import TrainingError
+
+    words = [f"model.path={tiny_llama}", f"data.path={rows}", f"out={tmp_path / 'run'}", "data.max_length=256"]
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 8e6) / total)
+    try:
+        with pytest.raises(TrainingError) as caught:
+            train(load_recipe(None, words), console=quiet, cache=cache)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    print(caught.value)
+    assert "the GPU's memory does not suffice" in str(caught.value)
+    assert "train.micro_batch=2 train.accumulation=8" in str(caught.value.fix)
+    assert not (tmp_path / "run").exists()
