@@ -10,76 +10,71 @@ def _words(text: str) -> list[str]:
 
 
 FIRST_NAMES = _words("""
-Ada Agnes Albert Alice Amir Andre Anita Anna Anton Arthur Astrid Barbara Beatrice Ben Bruno Carla Carlos
-Carmen Cecilia Chloe Clara Claude Daniel Daphne David Diana Diego Dora Edgar Edith Elena Eliot Elsa Emil
-Emma Erik Esther Eva Fatima Felix Fiona Flora Frank Frida George Grace Greta Gustav Hannah Harold Hassan
-Hector Helen Henry Hugo Ida Igor Ines Ingrid Irene Isaac Ivan Jacob James Jasmine Joan Jonas Julia Karen
-Karl Kate Kenji Laura Lena Leo Lila Linda Louis Lucas Lucy Magnus Marco Maria Marie Martin Maya Mila Mina
-Miriam Mona Nadia Naomi Nina Nora Olga Oliver Omar Oscar Otto Paul Pedro Peter Petra Philip Priya Quentin
-Rachel Ralph Rita Robert Rosa Ruth Samir Sara Sofia Stella Sven Tara Theo Thomas Tina Uma Ursula Vera Victor
-Viola Walter Wanda Yara Yusuf Zoe
+Adam Alex Alexander Alice Andrew Ann Anna Anne Arthur Ben Bill Bob Charles Chris Christian Dan Daniel David
+Donald Ed Edward Elizabeth Emily Frank Fred George Greg Henry Jack Jacob James Jane Jean Jeff Jim John Jon
+Joseph Josh Ken Kim Leon Lewis Lily Louis Luke Maria Marie Martin Matt Matthew Max Maya Michael Neil Paul
+Peter Ray Richard Robert Rose Sam Samuel Sarah Scott Simon Stephen Thomas Tim Tom Victor Virginia William
 """)
 
 LAST_NAMES = _words("""
-Abbott Adler Almeida Archer Baker Barnes Becker Bell Berg Bishop Blake Bauer Brandt Brennan Brooks Burke
-Campos Carter Chan Clarke Cohen Cole Conrad Costa Cruz Dalton Davies Dietrich Doyle Duarte Dunn Ellis Evans
-Falk Farrell Ferrari Fischer Fleming Fletcher Flores Foster Fox Garcia Gibson Goldman Grant Greene Haas Hale
-Hansen Harper Hayes Hoffman Holmes Horvath Hughes Ibrahim Ivanov Jansen Jensen Jordan Kaplan Keller Kelly
-Khan Kim Klein Kovacs Kumar Lambert Lang Larsen Lee Lewis Lindgren Lopez Lund Marino Mendes Meyer Miller
-Monroe Moreau Morgan Murphy Nelson Nguyen Nolan Novak Olsen Ortega Osborne Owens Park Parker Patel Perez
-Petrov Porter Quinn Ramos Reed Reyes Ricci Rivera Romero Rossi Russo Sanders Santos Sato Schmidt Shah Silva
-Singh Sokolov Stein Stone Suzuki Tanaka Taylor Torres Turner Vargas Vega Vogel Wagner Walsh Weber Webster
-Weiss Wilson Wolf Wong Yamada York Young Zimmer
+Abbott Adams Adler Allen Anderson Bailey Baker Barnes Becker Bennett Berg Bishop Blake Boyd Bradley Brooks
+Bryant Burke Butler Campbell Carr Carroll Carter Chan Chapman Chen Clark Clarke Cohen Cole Coleman Collins
+Conrad Cooper Costa Craig Crawford Cruz Cunningham Dalton Davidson Davies Davis Dean Dixon Doyle Duncan Dunn
+Edwards Ellis Evans Falk Ferguson Fischer Fisher Fleming Fletcher Foster Freeman Fuller Garcia Gardner
+Gibson Gilbert Goldman Graham Griffin Hall Hamilton Hansen Harper Harris Harrison Hart Harvey Hawkins Hayes
+Henderson Hoffman Holland Holmes Howard Hudson Hughes Hunter Ibrahim Jacobs Jenkins Jensen Johnson Johnston
+Jones Jordan Kaplan Keller Kelly Kennedy Khan Klein Kumar Lambert Lang Lawrence Lee Li Lin Liu Lopez Lund
+Marshall Martinez Mason McDonald Meyer Miller Mills Mitchell Monroe Moore Morgan Morris Morrison Murphy
+Murray Myers Nelson Newman Newton Owens Palmer Parker Patel Perry Peterson Phillips Pierce Porter Powell
+Quinn Reed Reid Reynolds Richards Richardson Rivera Roberts Robertson Robinson Rodriguez Rogers Ross Russell
+Ryan Sanders Santos Schmidt Shah Shaw Silva Simpson Singh Smith Spencer Stanley Stein Stevens Stewart
+Sullivan Thompson Thomson Torres Tucker Turner Wagner Walker Wallace Walsh Wang Ward Warren Washington
+Watson Weaver Webb Weber Webster Weiss Wells Wheeler Williams Williamson Wilson Wolf Wong Wright Yang Young
+Zhang Zimmer
 """)
 
 # The first word of a good: neither another good's noun nor a word that says how many.
 MODIFIERS = _words("""
-amber black blue brown cheap classic copper cotton cream dark electric folding glass golden green grey
-handmade heavy large leather light long metal modern narrow navy nylon oak orange padded paper pine pink
-plain plastic portable purple recycled red round rubber rustic short silver simple slim small soft square
-steel striped tall thick thin violet vintage waterproof white wide wooden yellow
+amber basic big black blue bright brown classic clear custom dark deep digital double electric fine flat
+fresh glass gold green grey heavy iron large light local long magnetic manual metal mini mobile modern
+natural neutral old orange organic oval paper plain plastic purple quiet red regular rough round sharp short
+simple slow small smooth soft solar solid special square standard strong tall thick thin tiny used vertical
+warm white wide yellow
 """)
 
 NOUNS = _words("""
-apron armchair backpack badge banner basin basket bell belt bench blanket blind board bolt book bottle bowl
-box bracket brick broom brush bucket bulb cabinet cable candle canvas cap carpet case chair chest chisel
-clamp clock coat cooler cork crate cup curtain cushion desk diary dish door drawer drill duvet easel
-envelope fan faucet fence file filter flag flask folder fork frame funnel gate glove grill hammer handle
-hanger hat heater helmet hinge hook hose jacket jar jug kettle keyboard knife label lamp lantern lid locker
-magnet marker mask mattress mirror mixer monitor mop mug nail napkin needle notebook oven pan pen pencil
-pillow pipe pitcher planter plate plug poster pot printer pump rack rake ribbon roller rope rug ruler sack
-saucer saw scarf screen shelf shovel sieve sign sink sofa speaker spoon stapler stool stove strap table tent
-tile timer toolbox torch towel tray trolley tube umbrella vase vest wardrobe wheel whisk wrench
+badge bag ball banner bar basin basket bed bell belt bench bike blade blanket board boat bolt book boot
+bottle bowl box bracket brick brush bucket bulb button cabinet cable camera candle cap card carpet cart case
+chain chair clock coat coin column container counter cover cube cup curtain cylinder desk diary dish disk
+doll door dress drill engine envelope fan feeder fence file filter fixture flag folder fork frame game gate
+gift globe glove guitar handle hat heater helmet hinge hook hose instrument jacket jar key keyboard kit
+knife label lamp lantern lens lid lock log machine magnet map marker mask mat mattress medal mirror model
+monitor motor nail needle net notebook ornament oven pad panel pen pencil phone picture pillow pin pipe
+plank plant planter plate platform plug pole pot printer pump puzzle rack radio rail ramp ribbon ring robot
+rod roller rope rug ruler scale screen sensor sheet shelf shirt shoe sign sink skirt sock speaker spoon
+spring stand statue stick sticker stool stove strap string suit switch table tablet tank tape telescope tent
+ticket tie tile tire tool towel toy tractor train trap tray tube valve vessel wagon wallet wheel window wire
 """)
 
 # Nouns whose plural no rule in orders.py gives.
-IRREGULAR_PLURALS = {"knife": "knives", "shelf": "shelves", "scarf": "scarves", "canvas": "canvases"}
+IRREGULAR_PLURALS = {"knife": "knives", "shelf": "shelves"}
 
 # How an order writes a quantity, and the integer of the answer. Training and test share these: they are the
 # rule to be learned, not words to be copied.
 QUANTITIES = {
-    "a": 1,
     "one": 1,
-    "a single": 1,
     "two": 2,
-    "a pair of": 2,
-    "a couple of": 2,
     "three": 3,
     "four": 4,
     "five": 5,
     "six": 6,
-    "half a dozen": 6,
     "seven": 7,
     "eight": 8,
     "nine": 9,
     "ten": 10,
-    "eleven": 11,
     "twelve": 12,
     "a dozen": 12,
-    "fifteen": 15,
     "twenty": 20,
-    "two dozen": 24,
-    "thirty": 30,
 }
 
 # Sentences that only say who writes.
@@ -166,20 +161,20 @@ SIGN_OFFS = [
 DELIVERIES = {
     "pickup": [
         "I'll pick it up myself.",
-        "We will collect it at the counter.",
+        "We will pick it up at the counter.",
         "Pickup, please.",
-        "I will come by and collect everything.",
+        "I will come by and pick everything up.",
         "Someone from our side will pick it up.",
-        "Keep it at the shop, I'll fetch it.",
-        "No shipping, we collect.",
+        "Keep it at the shop, I'll pick it up.",
+        "No shipping, we pick it up.",
         "Customer pickup.",
         "I'd rather pick it up in person.",
         "Store pickup is fine.",
-        "My brother will collect it.",
-        "I'm going to fetch it at your store.",
-        "Leave it at the desk for collection.",
+        "My brother will pick it up.",
+        "I'm going to pick it up at your store.",
+        "Leave it at the desk for pickup.",
         "We'll stop by to pick it up.",
-        "I can collect it from you.",
+        "I can pick it up from you.",
         "We want to pick this up ourselves.",
     ],
     "courier": [
@@ -203,55 +198,74 @@ DELIVERIES = {
     "post": [
         "Send it by post.",
         "Post it to us.",
-        "By mail, please.",
-        "Mail it to our address.",
+        "By post, please.",
+        "Please post it to our address.",
         "Put it in the post.",
-        "Regular mail is fine.",
-        "Ship it through the postal service.",
+        "Regular post is fine.",
+        "Ship it by post.",
         "Parcel post works for me.",
-        "Drop it in the mail.",
+        "Drop it in the post.",
         "You can post it.",
         "Delivery by post.",
-        "Please use the postal service.",
-        "Just mail everything to me.",
+        "Please use the post.",
+        "Just post everything to me.",
         "It can come with the post.",
-        "Ship by mail.",
-        "I'd like it in the mail.",
+        "I prefer the post.",
+        "I'd like it in the post.",
     ],
 }
 
-URGENT = [
-    "It's urgent.",
-    "We need it today.",
-    "As soon as possible, please.",
-    "ASAP!",
-    "This is a rush order.",
-    "Please hurry.",
-    "It cannot wait.",
-    "Top priority.",
-    "Right away, please.",
-    "Needed immediately.",
-    "We're in a hurry.",
-    "I need it at once.",
-    "Urgent!",
-    "Every hour counts.",
-    "This has to be quick.",
-    "The matter is pressing.",
-]
+# By the word that tells: a cut through each list leaves every such word to both parts.
+URGENT = {
+    "urgent": [
+        "It's urgent.",
+        "This is urgent.",
+        "We need it urgently.",
+        "This is an urgent order.",
+        "Urgent!",
+        "Very urgent, please.",
+        "Please treat this as urgent.",
+        "The matter is urgent.",
+    ],
+    "hurry": [
+        "Please hurry.",
+        "Do hurry, please.",
+        "We're in a hurry.",
+        "I am in a great hurry.",
+        "Hurry up, please.",
+        "Hurry!",
+        "Please hurry with this.",
+        "We are in a hurry here.",
+    ],
+    "asap": [
+        "ASAP!",
+        "ASAP, please.",
+        "We need it ASAP.",
+        "Please do it ASAP.",
+        "I want this ASAP.",
+        "It has to be ASAP.",
+        "Needed ASAP.",
+        "All of it ASAP, please.",
+    ],
+}
 
 NOT_URGENT = [
-    "No rush.",
-    "There is no hurry.",
     "Take your time.",
-    "Not urgent.",
-    "Whenever it suits you.",
-    "Any time this month is fine.",
+    "Please take your time.",
+    "You can take your time.",
+    "Do take your time.",
+    "Just take all the time you need.",
     "It can wait.",
-    "No need to hurry.",
-    "Next month is early enough.",
-    "We are not in a hurry.",
-    "It isn't pressing.",
-    "We have plenty of time.",
+    "This can wait.",
+    "We can wait.",
+    "I can wait for it.",
+    "It can wait a while.",
+    "Any day will do.",
+    "Any day this month is fine.",
+    "Any day is fine with us.",
+    "Whenever it suits you.",
+    "Do it whenever you like.",
+    "Whenever you find the time.",
 ]
 
 # How the goods are strung together: between two of them, and before the last of three.
