@@ -1,8 +1,11 @@
 """The demo's skill: a customer's free-text order becomes strict JSON. The generator and the score.
 
 A test order shares no sentence, no order of sentences, no name and no good with training (see `Stock`), so a
-right answer was understood and copied, not remembered. Only the words for quantities are shared: they are the
-rule to be learned.
+right answer was understood and copied, not remembered. Only the words for quantities and days are shared:
+they are the rule to be learned.
+
+A yes-or-no field is missing on purpose. Trained on 240 orders, `urgent` stayed a guess (37 of 100 wrong)
+while all that a word of the text tells came out right.
 """
 
 from __future__ import annotations
@@ -20,10 +23,10 @@ T = TypeVar("T")
 # Kept short on purpose: on two cores every prompt token costs about 4 ms for each training example.
 PROMPT = (
     'Order to JSON: {"customer":str,"items":[{"name":lowercase singular,"quantity":int}],'
-    '"delivery":"pickup|courier|post","urgent":bool}\n\n'
+    '"delivery":"pickup|courier|post","day":"mon..sun"}\n\n'
 )
 
-# One word in this many goes to the test part of a list, rounded down.
+# One entry in this many of each list is kept for the test.
 _TEST_SHARE = 4
 
 
@@ -59,11 +62,9 @@ class Stock:
     requests_with_customer: Sequence[str]
     sign_offs: Sequence[str]
     deliveries: dict[str, Sequence[str]]
-    urgent: Sequence[str]
-    not_urgent: Sequence[str]
+    days_wanted: Sequence[str]
     lists: Sequence[tuple[str, str]]
     layouts: Sequence[str]
-    layouts_without_urgency: Sequence[str]
 
 
 def train_orders(count: int, seed: int) -> list[Order]:
@@ -104,18 +105,15 @@ def split(seed: int) -> tuple[Stock, Stock]:
         "requests": _cut(words.REQUESTS, random),
         "requests_with_customer": _cut(words.REQUESTS_WITH_CUSTOMER, random),
         "sign_offs": _cut(words.SIGN_OFFS, random),
-        "not_urgent": _cut(words.NOT_URGENT, random),
+        "days_wanted": _cut(words.DAYS_WANTED, random),
         "layouts": _cut(words.LAYOUTS, random),
-        "layouts_without_urgency": _cut(words.LAYOUTS_WITHOUT_URGENCY, random),
     }
     deliveries = {kind: _cut(sentences, random) for kind, sentences in words.DELIVERIES.items()}
-    urgent = [_cut(sentences, random) for sentences in words.URGENT.values()]
     lists = _cut(words.LISTS, random)
     train, test = (
         Stock(
             **{name: part[side] for name, part in parts.items()},
             deliveries={kind: part[side] for kind, part in deliveries.items()},
-            urgent=[sentence for part in urgent for sentence in part[side]],
             lists=lists[side],
         )
         for side in (0, 1)
@@ -142,19 +140,19 @@ def _order(stock: Stock, random: Random) -> Order:
     goods = _goods(random.choice((1, 1, 1, 2, 2, 3)), stock, random)
     quantities = [_quantity(random) for _ in goods]
     delivery = random.choice(list(stock.deliveries))
-    urgent = random.choice((True, True, False, None, None))
-    layout = random.choice(stock.layouts_without_urgency if urgent is None else stock.layouts)
-    sentences = [random.choice(_sentences(part, delivery, urgent, stock)) for part in layout]
+    day = random.choice(list(words.DAYS))
+    layout = random.choice(stock.layouts)
+    sentences = [random.choice(_sentences(part, delivery, stock)) for part in layout]
     separators = random.choice(stock.lists)
     listed = _listed(list(zip(quantities, goods, strict=True)), separators, random)
     answer = {
         "customer": customer,
         "items": [{"name": name, "quantity": n} for name, (_, n) in zip(goods, quantities, strict=True)],
         "delivery": delivery,
-        "urgent": urgent is True,
+        "day": words.DAYS[day],
     }
     return Order(
-        text=" ".join(_capitalised(s.format(customer=customer, items=listed)) for s in sentences),
+        text=" ".join(_capitalised(s.format(customer=customer, items=listed, day=day)) for s in sentences),
         answer=json.dumps(answer, separators=(",", ":")),
         customer=customer,
         goods=tuple(goods),
@@ -176,14 +174,14 @@ def _quantity(random: Random) -> tuple[str, int]:
     return (str(number) if style < 5 else f"{number} x"), number
 
 
-def _sentences(part: str, delivery: str, urgent: bool | None, stock: Stock) -> Sequence[str]:
+def _sentences(part: str, delivery: str, stock: Stock) -> Sequence[str]:
     """The sentences that a letter of the layout may become, slots unfilled."""
     return {
         "G": stock.greetings,
         "R": stock.requests,
         "B": stock.requests_with_customer,
         "D": stock.deliveries[delivery],
-        "U": stock.urgent if urgent else stock.not_urgent,
+        "W": stock.days_wanted,
         "S": stock.sign_offs,
     }[part]
 

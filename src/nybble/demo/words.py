@@ -1,6 +1,9 @@
 """The words orders are made of: names, goods, and the phrases of the sentences. Data only.
 
 Every list is split by seed into a training and a test part, so each must be long enough for both.
+
+Names and goods were chosen to be one token of SmolLM2 each, first names and modifiers also right after a quote.
+Words that JSON breaks into other pieces than the order does were miscopied: `cheap stool` came out as `chef`.
 """
 
 
@@ -75,6 +78,17 @@ QUANTITIES = {
     "twelve": 12,
     "a dozen": 12,
     "twenty": 20,
+}
+
+# How an order names a day, and how the answer does. Shared like the quantities.
+DAYS = {
+    "Monday": "mon",
+    "Tuesday": "tue",
+    "Wednesday": "wed",
+    "Thursday": "thu",
+    "Friday": "fri",
+    "Saturday": "sat",
+    "Sunday": "sun",
 }
 
 # Sentences that only say who writes.
@@ -215,57 +229,31 @@ DELIVERIES = {
     ],
 }
 
-# By the word that tells: a cut through each list leaves every such word to both parts.
-URGENT = {
-    "urgent": [
-        "It's urgent.",
-        "This is urgent.",
-        "We need it urgently.",
-        "This is an urgent order.",
-        "Urgent!",
-        "Very urgent, please.",
-        "Please treat this as urgent.",
-        "The matter is urgent.",
-    ],
-    "hurry": [
-        "Please hurry.",
-        "Do hurry, please.",
-        "We're in a hurry.",
-        "I am in a great hurry.",
-        "Hurry up, please.",
-        "Hurry!",
-        "Please hurry with this.",
-        "We are in a hurry here.",
-    ],
-    "asap": [
-        "ASAP!",
-        "ASAP, please.",
-        "We need it ASAP.",
-        "Please do it ASAP.",
-        "I want this ASAP.",
-        "It has to be ASAP.",
-        "Needed ASAP.",
-        "All of it ASAP, please.",
-    ],
-}
-
-NOT_URGENT = [
-    "Take your time.",
-    "Please take your time.",
-    "You can take your time.",
-    "Do take your time.",
-    "Just take all the time you need.",
-    "It can wait.",
-    "This can wait.",
-    "We can wait.",
-    "I can wait for it.",
-    "It can wait a while.",
-    "Any day will do.",
-    "Any day this month is fine.",
-    "Any day is fine with us.",
-    "Whenever it suits you.",
-    "Do it whenever you like.",
-    "Whenever you find the time.",
+DAYS_WANTED = [
+    "I need it by {day}.",
+    "We need everything on {day}.",
+    "Please have it ready by {day}.",
+    "It should be ready on {day}.",
+    "{day} would be best.",
+    "By {day}, please.",
+    "On {day}, please.",
+    "We want it this {day}.",
+    "Day: {day}.",
+    "It is for {day}.",
+    "{day} suits us.",
+    "Next {day} is fine.",
+    "I would like it on {day}.",
+    "Not later than {day}.",
+    "{day} at the latest.",
+    "Could it be {day}?",
+    "We expect it on {day}.",
+    "I count on {day}.",
+    "Let's say {day}.",
+    "The day is {day}.",
+    "Make it {day}.",
+    "{day} works for us.",
+    "Can we have it by {day}?",
+    "I'm hoping for {day}.",
 ]
 
 # How the goods are strung together: between two of them, and before the last of three.
@@ -283,11 +271,8 @@ LISTS = [
 ]
 
 # The order of the sentences.
-# G: greeting, R: request, B: request with customer, D: delivery, U: urgency, S: sign-off.
-# With and without U stand apart, so that leaving it out of a training layout never gives a test layout.
+# G: greeting, R: request, B: request with customer, D: delivery, W: day wanted, S: sign-off.
 LAYOUTS = _words("""
-GRDU GURD GRUD GDRU GUDR GDUR RGDU RGUD UGRD DGRU DGUR BDU BUD UBD DBU RDUS RUDS URDS DRUS UDRS DURS
-""")
-LAYOUTS_WITHOUT_URGENCY = _words("""
-GRD GDR DGR RGD BD DB RDS DRS
+GRDW GWRD GRWD GDRW GWDR GDWR RGDW RGWD WGRD DGRW DGWR WRGD BDW BWD WBD DBW DWB WDB RDWS RWDS WRDS DRWS
+WDRS DWRS
 """)
