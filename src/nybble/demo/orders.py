@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 # Kept short on purpose: on two cores every prompt token costs about 4 ms for each training example.
 PROMPT = (
-    'Order to JSON: {"customer":str,"items":[{"name":lowercase singular,"quantity":int}],'
+    'Write this order as JSON only: {"customer":str,"items":[{"name":lowercase singular,"quantity":int}],'
     '"delivery":"pickup|courier|post","day":"mon..sun"}\n\n'
 )
 

@@ -2,8 +2,8 @@
 
 Every list is split by seed into a training and a test part, so each must be long enough for both.
 
-Names and goods were chosen to be one token of SmolLM2 each, first names and modifiers also right after a quote.
-Words that JSON breaks into other pieces than the order does were miscopied: `cheap stool` came out as `chef`.
+Names and goods were chosen to be one token of SmolLM2 each, first names and modifiers also right after a
+quote: `cheap stool`, which JSON breaks into other pieces than the order does, was copied as `chef`.
 """
 
 
