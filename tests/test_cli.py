@@ -14,8 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from conftest import ROOT
-from nybble.run import read_metrics
-from nybble.train import CACHE
+from nybble.run import CACHE, read_metrics
 from test_train import FAST, losses, open_run, read_metrics_but_time, recipe_for, train
 
 

@@ -171,9 +171,7 @@ def test_exact_match_refuses_everything_else(answer: str) -> None:
     assert not exact_match(answer, ANSWER)
 
 
-@pytest.mark.parametrize(
-    ("answer", "expected"), [("1", "true"), ("0", "false"), ("2.0", "2"), ("[true]", "[1]")]
-)
+@pytest.mark.parametrize(("answer", "expected"), [("1", "true"), ("0", "false"), ("2.0", "2"), ("[true]", "[1]")])
 def test_exact_match_tells_what_python_calls_equal(answer: str, expected: str) -> None:
     assert not exact_match(answer, expected)
 

@@ -1,3 +1,51 @@
-"""nybble: QLoRA fine-tuning of LLaMA 2 and its kin."""
+"""nybble: QLoRA fine-tuning of LLaMA 2 and its kin.
+
+The public names are loaded when they are first used, so that `import nybble` loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nybble.errors import NybbleError
+    from nybble.inference.pipeline import Answerer, Sampling
+    from nybble.inference.pipeline import load_answerer as load
+    from nybble.recipe import Recipe, load_recipe
+    from nybble.run import Run, open_run
+    from nybble.train import resume, train
 
 __version__ = "0.1.0"
+__all__ = [
+    "Answerer",
+    "NybbleError",
+    "Recipe",
+    "Run",
+    "Sampling",
+    "load",
+    "load_recipe",
+    "open_run",
+    "resume",
+    "train",
+]
+
+_HOMES = {
+    "Answerer": ("nybble.inference.pipeline", "Answerer"),
+    "NybbleError": ("nybble.errors", "NybbleError"),
+    "Recipe": ("nybble.recipe", "Recipe"),
+    "Run": ("nybble.run", "Run"),
+    "Sampling": ("nybble.inference.pipeline", "Sampling"),
+    "load": ("nybble.inference.pipeline", "load_answerer"),
+    "load_recipe": ("nybble.recipe", "load_recipe"),
+    "open_run": ("nybble.run", "open_run"),
+    "resume": ("nybble.train", "resume"),
+    "train": ("nybble.train", "train"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'nybble' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)

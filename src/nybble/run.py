@@ -31,6 +31,7 @@ from nybble.errors import RunError
 from nybble.recipe import Recipe, dump_recipe, load_recipe
 
 COMPLETE = "COMPLETE"
+CACHE = pathlib.Path.home() / ".cache" / "nybble"  # quantised bases, tokenised data, digests, the embedded model
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
 

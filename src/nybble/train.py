@@ -33,6 +33,7 @@ from nybble.model.device import choose_device, choose_dtype
 from nybble.recipe import Recipe
 from nybble.record import draw_loss, write_card
 from nybble.run import (
+    CACHE,
     Run,
     check_unchanged,
     choose_folder,
@@ -47,7 +48,6 @@ from nybble.run import (
 from nybble.trackers import end_tracker, start_tracker
 from nybble.trainer import QLoraTrainer, Schedule, plan_steps, training_arguments
 
-CACHE = pathlib.Path.home() / ".cache" / "nybble"
 BYTES_A_PARAMETER = 12  # in a checkpoint: a trained parameter and AdamW's two moments, in float32
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextGenerationPipeline
+from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase, TextGenerationPipeline
 from transformers.generation.streamers import BaseStreamer
 
 from nybble.data.formats import Conversation
@@ -24,7 +24,7 @@ from nybble.model.adapter import load_adapter
 from nybble.model.base import load_base, load_tokenizer
 from nybble.model.checkpoint import find_checkpoint
 from nybble.model.device import choose_device, choose_dtype
-from nybble.run import Run
+from nybble.run import CACHE, Run
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Answerer:
     def answer(
         self, conversations: Sequence[Conversation], sampling: Sampling, streamer: BaseStreamer | None = None
     ) -> list[str]:
-        """The assistant's next message in each conversation; all in one batch, padded on the left."""
+        """The assistant's next message in each conversation; all in one batch."""
         pipeline = ConversationPipeline(self.model, self.tokenizer, self.template)
         settings: dict[str, Any] = {"do_sample": sampling.temperature > 0, "max_new_tokens": sampling.max_new_tokens}
         if sampling.temperature > 0:
@@ -79,25 +79,46 @@ class ConversationPipeline(TextGenerationPipeline):  # type: ignore[misc]
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "prompt_text": ""}
 
     def answers(self, conversations: Sequence[Conversation], settings: dict[str, Any]) -> list[str]:
-        """Generate for all conversations in one padded batch and cut off the prompts."""
-        rows = [self.preprocess(conversation)["input_ids"][0] for conversation in conversations]
-        longest = max(map(len, rows))
-        ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(rows):
-            ids[row, longest - len(tokens) :] = tokens
-            mask[row, longest - len(tokens) :] = 1
-        inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device), "prompt_text": ""}
+        """Generate for all conversations in one padded batch; what they all begin with is computed once."""
+        rows = [self.preprocess(conversation)["input_ids"][0].tolist() for conversation in conversations]
+        shared = _common_prefix(rows) if len(rows) > 1 else 0
+        ids, mask = _pad_after(rows, shared, self.tokenizer.pad_token_id)
+        ids, mask = ids.to(self.device), mask.to(self.device)
         stops = {"eos_token_id": self._stops(), "pad_token_id": self.tokenizer.pad_token_id, "use_cache": True}
         with torch.inference_mode():
-            output = self._forward(inputs, **settings, **stops)["generated_sequence"].reshape(len(rows), -1)
-        return [self.tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in output]
+            cache = {"past_key_values": self._prefill(ids[:1, :shared], len(rows))} if shared else {}
+            inputs = {"input_ids": ids, "attention_mask": mask, "prompt_text": ""}
+            output = self._forward(inputs, **settings, **stops, **cache)["generated_sequence"].reshape(len(rows), -1)
+        return [self.tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True).strip() for row in output]
+
+    def _prefill(self, prefix: torch.Tensor, rows: int) -> DynamicCache:
+        """Keys and values of a prefix, (1, tokens), for so many rows."""
+        cache = DynamicCache(config=self.model.config)
+        self.model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(rows)
+        return cache
 
     def _stops(self) -> list[int]:
         return list(dict.fromkeys([self.template.end_id, self.tokenizer.eos_token_id]))
 
 
-def load_answerer(run: Run, cache: pathlib.Path, device: str = "auto") -> Answerer:
+def _common_prefix(rows: Sequence[list[int]]) -> int:
+    """How many tokens all rows begin with, one left over in each to go on from."""
+    first, last = min(rows), max(rows)  # what these two share, all between them share
+    limit = min(map(len, rows)) - 1
+    return next((n for n in range(limit) if first[n] != last[n]), limit)
+
+
+def _pad_after(rows: Sequence[list[int]], shared: int, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, (rows, longest): the shared beginning, then padding, so that all rows end together."""
+    longest = max(map(len, rows))
+    gaps = [longest - len(row) for row in rows]
+    ids = [[*row[:shared], *[pad_id] * gap, *row[shared:]] for row, gap in zip(rows, gaps, strict=True)]
+    mask = [[*[1] * shared, *[0] * gap, *[1] * (longest - shared - gap)] for gap in gaps]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def load_answerer(run: Run, cache: pathlib.Path = CACHE, device: str = "auto") -> Answerer:
     """Load a run to answer with: base as in training, adapter, tokenizer and template of the run.
 
     Raises:
