@@ -261,11 +261,11 @@ LISTS = [
     (", ", " and "),
     (", ", " plus "),
     (", ", ", and "),
-    ("; ", "; "),
+    (", ", " & "),
     (", ", " as well as "),
     (" and ", " and also "),
     (", ", ", "),
-    (" + ", " + "),
+    (", ", " along with "),
     (", ", " together with "),
     (", then ", " and then "),
 ]
