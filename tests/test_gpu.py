@@ -9,6 +9,7 @@ import torch
 
 from nybble.recipe import load_recipe
 from nybble.train import train
+from test_cli import nybble
 from test_train import losses
 
 pytestmark = pytest.mark.gpu
@@ -51,4 +52,15 @@ def test_what_does_not_fit_is_one_message_with_the_cheapest_fix(tiny_llama, rows
     print(caught.value)
     assert "the GPU's memory does not suffice" in str(caught.value)
     assert "train.micro_batch=2 train.accumulation=8" in str(caught.value.fix)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_processes_than_gpus_is_one_message(tiny_llama, rows, tmp_path):
+    count = torch.cuda.device_count() + 1
+    words = [tiny_llama, rows, f"out={tmp_path / 'run'}", "data.max_length=256", "--processes", count]
+    result = nybble("train", *words, home=tmp_path)
+    print(result.stderr)
+    assert result.returncode == 1
+    assert "has no GPU of its own" in result.stderr
+    assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from nybble import __version__
 from nybble.errors import NybbleError, RecipeError
-from nybble.launch import is_main_process, launch, world_size
+from nybble.launch import rank, refuse_second_launcher, world_size
 from nybble.recipe import Recipe, dump_recipe, load_recipe
 
 app = typer.Typer(
@@ -73,7 +73,10 @@ def train(
         if not what:
             raise RecipeError(f"{name} is missing", fix="nybble train MODEL DATA, or -c recipe.yaml")
     if recipe.train.processes > 1 and world_size() != recipe.train.processes:
-        raise typer.Exit(launch(recipe.train.processes, [*sys.argv[1:]]))
+        refuse_second_launcher(recipe.train.processes)
+        from nybble.processes import run_processes
+
+        raise typer.Exit(run_processes(recipe.train.processes, sys.argv[1:]))
     _quiet()
     from nybble.train import resume as go_on
     from nybble.train import train as begin
@@ -184,10 +187,9 @@ def _recipe(
 
 
 def _complain(text: str) -> None:
-    if is_main_process():
-        first, _, rest = text.partition("\n")
-        typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-        typer.echo(first + ("\n" + rest if rest else ""), err=True)
+    who = f"process {rank()}: " if rank() else ""
+    typer.secho(f"{who}error: ", fg="red", bold=True, nl=False, err=True)
+    typer.echo(text, err=True)
 
 
 def _quiet() -> None:
