@@ -22,6 +22,7 @@ from nybble.data.sources import find_source, read_rows
 from nybble.data.tokens import Tokens
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
+from nybble.trainer import summed_loss
 
 ROWS = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(3)]
 
@@ -237,14 +238,23 @@ def test_packed_samples_do_not_see_each_other(rows, tiny_llama, tiny_tokenizer, 
 
     def total(batch):
         with torch.no_grad():
-            loss = model(**batch, use_cache=False).loss
-        return loss * (batch["labels"][:, 1:] != IGNORED).sum()
+            return summed_loss(model, batch)[0]
 
     together = total(collate([packed.train[0], packed.train[1]]))
     samples = [sample for row in (packed.train[0], packed.train[1]) for sample in row]
     alone = sum(total(collate([sample])) for sample in samples)
     assert len(samples) >= 4
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+
+
+def test_the_loss_is_transformers_own_although_prompts_take_no_logits(rows, tiny_llama, tiny_tokenizer, cache):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    data = loaded(rows, tiny_tokenizer, cache)
+    batch = Collator(0)([data.train[n] for n in (0, 7, 33)])
+    assert len(batch["logits_to_keep"]) < 0.5 * batch["labels"].shape[1]
+    total, count = summed_loss(model, batch)
+    own = model(**{name: value for name, value in batch.items() if name != "logits_to_keep"}).loss
+    torch.testing.assert_close(total / count, own)
 
 
 def test_batches_pad_on_the_right_and_labels_ignore_the_pad_not_its_id(tiny_tokenizer):

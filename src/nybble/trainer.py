@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from nybble.data.batches import IGNORED
+from nybble.data.batches import IGNORED, next_labels
 from nybble.errors import DataError, RecipeError
 from nybble.recipe import Recipe, TrainOptions
 
@@ -151,6 +150,20 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         self.window.losses.append(loss)
         return loss
 
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Cross-entropy summed over this micro batch's trained tokens, divided by those of the whole step."""
+        total, _ = summed_loss(model, inputs)
+        assert num_items_in_batch is not None, "Trainer counts the trained tokens of a step"
+        # DDP averages the gradients of all processes, and each has divided by the tokens of all.
+        scaled: torch.Tensor = total * (self.accelerator.num_processes / num_items_in_batch)
+        return scaled
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """This process's share of the validation rows, each row in exactly one share."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -167,8 +180,9 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         """Mean loss over all trained tokens, in nats a token."""
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for loss, count in self._losses(dataloader):
-            total += torch.stack([loss.double() * count, count.double()])
+        for batch in dataloader:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                total += torch.stack([part.double() for part in summed_loss(self.model, self._prepare_inputs(batch))])
         total = self.accelerator.reduce(total, "sum")
         mean = (total[0] / total[1]).item()
         return EvalLoopOutput(
@@ -178,9 +192,16 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
             num_samples=len(self.eval_dataset),
         )
 
-    def _losses(self, dataloader: DataLoader[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for batch in dataloader:
-            inputs = self._prepare_inputs(batch)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.model(**inputs, use_cache=False).loss
-            yield loss, (inputs["labels"][:, 1:] != IGNORED).sum()
+
+def summed_loss(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the cross-entropy over a batch's trained tokens in nats, and how many they are.
+
+    Logits are computed where `logits_to_keep` says that any row has something to predict, and nowhere else.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**inputs, use_cache=False).logits
+    targets = next_labels(batch["labels"])[:, batch["logits_to_keep"]]
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return loss, (targets != IGNORED).sum()

@@ -41,7 +41,10 @@ class Collator:
 
     A sample gives input_ids, attention_mask and labels. A packed row gives position_ids that begin anew at each sample
     and no attention_mask, from which Transformers (masking_utils.find_packed_sequence_indices) builds a mask that is
-    block-diagonal: no sample sees another. All tensors are int64 of shape (rows, longest).
+    block-diagonal: no sample sees another. These tensors are int64 of shape (rows, longest).
+
+    logits_to_keep, (positions,), says after which positions any row has a token to predict. Transformers applies the head
+    there only; prompts take no logits, which are the largest tensors of a step: 32,000 numbers a token for LLaMA 2.
     """
 
     pad_id: int
@@ -50,6 +53,7 @@ class Collator:
         packed = isinstance(rows[0], list)
         batch = self._packed(rows) if packed else self._padded(rows)  # type: ignore[arg-type]
         _check(batch)
+        batch["logits_to_keep"] = (next_labels(batch["labels"]) != IGNORED).any(dim=0).nonzero().flatten()
         return batch
 
     def _padded(self, rows: Sequence[Sample]) -> dict[str, torch.Tensor]:
@@ -73,6 +77,11 @@ class Collator:
             "position_ids": torch.tensor(positions),
             "labels": _pad([[label for sample in row for label in _labels(sample)] for row in rows], IGNORED),
         }
+
+
+def next_labels(labels: torch.Tensor) -> torch.Tensor:
+    """What each position predicts: the labels, (rows, tokens), moved one place to the left."""
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def _labels(sample: Sample) -> list[int]:
