@@ -26,7 +26,7 @@ def draw_loss(run: Run, file: pathlib.Path) -> None:
     if validation:
         axes.plot(*zip(*validation, strict=True), color="#d1603d", marker="o", linewidth=1.8, label="validation")
         step, loss = min(validation, key=lambda point: point[1])
-        axes.annotate(f"best {loss:.3f}", (step, loss), xytext=(0, 10), textcoords="offset points", ha="center")
+        axes.annotate(f"best {loss:.3f}", (step, loss), xytext=(0, 10), textcoords="offset points", ha="right")
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=run.folder.name)
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
@@ -87,8 +87,10 @@ or, from this folder, without nybble:
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    smoothed, level = [], points[0][1]
+    """Exponential mean, divided by the weights it has so far, so that it does not lag behind at the start."""
+    smoothed, level, weight = [], 0.0, 0.0
     for step, loss in points:
         level = SMOOTHING * level + (1 - SMOOTHING) * loss
-        smoothed.append((step, level))
+        weight = SMOOTHING * weight + (1 - SMOOTHING)
+        smoothed.append((step, level / weight))
     return smoothed

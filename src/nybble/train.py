@@ -100,7 +100,7 @@ def _train(recipe: Recipe, interrupted: Run | None, console: Console, cache: pat
     if not state.is_main_process:
         console = Console(quiet=True)
     dtype, reason = choose_dtype(recipe.model.dtype, device)
-    console.print(f"device    {device}, {str(dtype).removeprefix('torch.')}: {reason}", highlight=False)
+    _tell(console, f"device    {device}, {str(dtype).removeprefix('torch.')}: {reason}")
     folder = interrupted.folder if interrupted else choose_folder(recipe)
     if interrupted is None:
         refuse_existing(folder)
@@ -169,39 +169,47 @@ def _prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Consol
         )
     counts = data.counts
     how = "from the cache" if data.cached else f"tokenised in {time.perf_counter() - began:.1f} s"
-    console.print(
+    _tell(
+        console,
         f"data      {counts.rows:,} rows ({data.form}), template {data.template.name}, {counts.tokens:,} tokens, "
-        f"{counts.trained_tokens:,} of them trained; {how}"
+        f"{counts.trained_tokens:,} of them trained; {how}",
     )
     lost = [f"{counts.duplicates:,} duplicates"] if counts.duplicates else []
     if counts.overlength:
         verb = "truncated to" if recipe.data.overlength == "truncate" else "dropped as longer than"
         lost.append(f"{counts.overlength:,} rows {verb} {recipe.data.max_length} tokens")
     if lost:
-        console.print(f"          {', '.join(lost)}")
+        _tell(console, f"          {', '.join(lost)}")
     packed = f" packed into {len(data.train):,}" if recipe.data.packing else ""
     held_out = f", {len(data.validation):,} held out" if data.validation is not None else ", none held out"
-    console.print(f"          {data.train_samples:,} rows to train on{packed}{held_out}")
+    _tell(console, f"          {data.train_samples:,} rows to train on{packed}{held_out}")
     return data
+
+
+def _tell(console: Console, text: str) -> None:
+    """A line of the report; the terminal wraps it, so that it stays whole in a log."""
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def _tell_base(base: Base, size: Footprint, console: Console) -> None:
     for notice in base.notices:
-        console.print(f"base      {notice}")
+        _tell(console, f"base      {notice}")
     cached = ", from the cache" if base.from_cache else ""
-    console.print(
+    _tell(
+        console,
         f"base      {base.checkpoint.name}: {size.parameters / 1e6:,.1f} M parameters, "
         f"{size.quantized / size.parameters:.0%} of them in {base.quantization}; {size.bytes / 1e9:.2f} GB in memory, "
-        f"{2 * size.parameters / 1e9:.2f} GB it would be in 16 bits{cached}"
+        f"{2 * size.parameters / 1e9:.2f} GB it would be in 16 bits{cached}",
     )
 
 
 def _tell_adapter(model: PeftModel, size: Footprint, console: Console) -> int:
     config = model.peft_config["default"]
     trained: int = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    console.print(
+    _tell(
+        console,
         f"adapter   r {config.r}, alpha {config.lora_alpha:g} on {', '.join(sorted(config.target_modules))}: "
-        f"{trained:,} trained parameters, {trained / (size.parameters + trained):.2%} of all"
+        f"{trained:,} trained parameters, {trained / (size.parameters + trained):.2%} of all",
     )
     return trained
 
@@ -281,8 +289,9 @@ def _open_folder(folder: pathlib.Path, ready: Ready, interrupted: Run | None, st
 def _tell_plan(run: Run, schedule: Schedule, console: Console) -> None:
     train = run.recipe.train
     processes = f" x {train.processes} processes" if train.processes > 1 else ""
-    console.print(
-        f"run       {run.folder}: {schedule.steps:,} steps of {train.micro_batch} x {train.accumulation} rows{processes}"
+    _tell(
+        console,
+        f"run       {run.folder}: {schedule.steps:,} steps of {train.micro_batch} x {train.accumulation} rows{processes}",
     )
 
 
@@ -295,9 +304,9 @@ def _run_trainer(run: Run, ready: Ready, interrupted: Run | None, console: Conso
         arguments.eval_on_start = has_validation and checkpoint is None
         if arguments.should_save:
             run.drop_after(checkpoint)
-        console.print(f"          going on from {checkpoint.name if checkpoint else 'the beginning'}")
+        _tell(console, f"          going on from {checkpoint.name if checkpoint else 'the beginning'}")
     if arguments.should_save and (notice := start_tracker(recipe.tracker, run.folder, recipe.model_dump())):
-        console.print(f"tracker   {notice}")
+        _tell(console, f"tracker   {notice}")
     trainer = QLoraTrainer(
         model=ready.model,
         args=arguments,
@@ -381,9 +390,10 @@ def _summary(ready: Ready, recorder: Recorder, seconds: float) -> dict[str, Any]
 def _tell_result(run: Run, summary: dict[str, Any], console: Console) -> None:
     validation = summary["validation_loss"]
     if validation:
-        console.print(f"result    validation loss {validation['before']:.4f} -> {validation['best']:.4f}")
-    console.print(
+        _tell(console, f"result    validation loss {validation['before']:.4f} -> {validation['best']:.4f}")
+    _tell(
+        console,
         f"          {summary['tokens_per_second']:,.0f} tokens/s, peak memory {summary['peak_memory_gb']:.2f} GB, "
-        f"{summary['seconds']:,.0f} s in all"
+        f"{summary['seconds']:,.0f} s in all",
     )
-    console.print(f"done      {run.folder}; talk to it: nybble chat {run.folder}")
+    _tell(console, f"done      {run.folder}; talk to it: nybble chat {run.folder}")
