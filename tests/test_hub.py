@@ -30,9 +30,15 @@ for token, function, arguments in json.load(sys.stdin):
         print(json.dumps(["HubError", str(error), error.fix]))
 """
 ROWS_CLIENT = """
-import json, datasets
-for revision in (None, "v1"):
-    print(json.dumps(datasets.load_dataset("org/rows", revision=revision, split="train")[:]))
+import json
+from nybble.data.sources import find_source, read_rows
+from nybble.errors import DataError
+for name, revision in (("org/rows", None), ("org/rows", "v1"), ("org/rows", "v9"), ("org/none", None)):
+    try:
+        rows = list(read_rows(find_source(name, revision=revision)))
+        print(json.dumps([[row.values["n"] for row in rows], rows[0].origin]))
+    except DataError as error:
+        print(json.dumps([str(error), ""]))
 """
 FILES = (
     "config.json",
@@ -270,7 +276,12 @@ def test_datasets_load_through_the_standin(world: tuple[StandinHub, Path]) -> No
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert [json.loads(line) for line in done.stdout.splitlines()] == [{"n": [1, 2]}, {"n": [3]}]
+    print(done.stdout)
+    newest, older, revision, missing = (json.loads(line) for line in done.stdout.splitlines())
+    assert newest == [[1, 2], "org/rows[train]:row 1"]
+    assert older == [[3], "org/rows[train]:row 1"]
+    assert "org/rows has no revision v9" in revision[0]
+    assert "neither a file here nor a data set on the Hub" in missing[0]
 
 
 @pytest.mark.parametrize(

@@ -87,8 +87,7 @@ def train(
             go_on(resume, console=console)
         else:
             begin(recipe, console=console)
-    except KeyboardInterrupt:
-        typer.echo("\nstopped; if a checkpoint was written: nybble train --resume RUN (ls runs/)", err=True)
+    except KeyboardInterrupt:  # train has said what is left
         raise typer.Exit(130) from None
 
 

@@ -31,6 +31,7 @@ from nybble.errors import RunError
 from nybble.recipe import Recipe, dump_recipe, load_recipe
 
 COMPLETE = "COMPLETE"
+BYTES_A_PARAMETER = 12  # in a checkpoint: a trained parameter and AdamW's two moments, in float32
 CACHE = pathlib.Path.home() / ".cache" / "nybble"  # quantised bases, tokenised data, digests, the embedded model
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
@@ -106,6 +107,28 @@ def refuse_existing(folder: pathlib.Path) -> None:
         raise RunError(
             f"{folder} exists already",
             fix=f"nybble train --resume {folder} to go on with it, or out=ANOTHER for a new run",
+        )
+
+
+def check_room(folder: pathlib.Path, trained: int, keep: int) -> None:
+    """The checkpoints that are kept, the best, the one being written and the adapter must fit on the disk.
+
+    Args:
+        folder: the run folder, which need not exist yet.
+        trained: trained parameters.
+        keep: checkpoints kept beside the best.
+
+    Raises:
+        RunError: with what is needed and what is free.
+    """
+    needed = (keep + 2) * trained * BYTES_A_PARAMETER + trained * 4
+    place = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise RunError(
+            f"the run needs about {needed / 1e9:.2f} GB for its checkpoints, and {free / 1e9:.2f} GB are free",
+            where=str(place),
+            fix="free some space, or out=FOLDER on another disk",
         )
 
 

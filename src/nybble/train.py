@@ -35,6 +35,7 @@ from nybble.record import draw_loss, write_card
 from nybble.run import (
     CACHE,
     Run,
+    check_room,
     check_unchanged,
     choose_folder,
     create_run,
@@ -47,8 +48,6 @@ from nybble.run import (
 )
 from nybble.trackers import end_tracker, start_tracker
 from nybble.trainer import QLoraTrainer, Schedule, plan_steps, training_arguments
-
-BYTES_A_PARAMETER = 12  # in a checkpoint: a trained parameter and AdamW's two moments, in float32
 
 
 def train(recipe: Recipe, *, console: Console | None = None, cache: pathlib.Path = CACHE) -> Run:
@@ -126,7 +125,7 @@ def _train(recipe: Recipe, interrupted: Run | None, console: Console, cache: pat
     run = _open_folder(folder, ready, interrupted, state)
     # 6. Train.
     _tell_plan(run, schedule, console)
-    with _leaving_nothing_half_done(run, state):
+    with _leaving_nothing_half_done(run, state, console):
         recorder = _run_trainer(run, ready, interrupted, console)
     # 7. What stays: summary, curve and card; last the adapter, whose folder says that the run is finished.
     if state.is_main_process:
@@ -224,28 +223,18 @@ def _check_vocabulary(data: Prepared, base: Base) -> None:
         )
 
 
-def _check_disk(folder: pathlib.Path, trained: int, keep: int) -> None:
-    """Checkpoints kept, the best, and the one being written must fit, and the adapter."""
-    needed = (keep + 2) * trained * BYTES_A_PARAMETER + trained * 4
-    place = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise RunError(
-            f"the run needs about {needed / 1e9:.2f} GB for its checkpoints, and {free / 1e9:.2f} GB are free",
-            where=str(place),
-            fix="free some space, or out=FOLDER on another disk",
-        )
-
-
 @contextlib.contextmanager
-def _leaving_nothing_half_done(run: Run, state: PartialState) -> Iterator[None]:
+def _leaving_nothing_half_done(run: Run, state: PartialState, console: Console) -> Iterator[None]:
     """A failure before the first whole checkpoint leaves no run folder, unless it holds evidence of what happened."""
     try:
         yield
     except (NybbleError, OSError, RuntimeError, KeyboardInterrupt):
-        evidence = any(run.folder.glob("nonfinite-*"))
-        if state.is_main_process and run.latest_checkpoint() is None and not evidence:
+        checkpoint, evidence = run.latest_checkpoint(), any(run.folder.glob("nonfinite-*"))
+        if checkpoint is not None:
+            _tell(console, f"stopped   {checkpoint} is whole; go on with: nybble train --resume {run.folder}")
+        elif state.is_main_process and not evidence:
             shutil.rmtree(run.folder, ignore_errors=True)
+            _tell(console, "stopped   before the first checkpoint: nothing is left of this run")
         raise
 
 
@@ -273,7 +262,7 @@ def _leaner(recipe: Recipe) -> str:
 
 def _open_folder(folder: pathlib.Path, ready: Ready, interrupted: Run | None, state: PartialState) -> Run:
     start = start_record(ready.recipe, ready.data.fingerprint, ready.base.fingerprint)
-    _check_disk(folder, ready.trained_parameters, ready.recipe.train.keep_checkpoints)
+    check_room(folder, ready.trained_parameters, ready.recipe.train.keep_checkpoints)
     if interrupted is not None:
         check_unchanged(interrupted, start)
     if state.is_main_process:

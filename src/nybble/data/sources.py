@@ -20,7 +20,8 @@ import pyarrow
 import pyarrow.parquet
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
 from nybble.errors import DataError
 
@@ -214,16 +215,33 @@ def _read_hub(source: Source) -> Iterator[Row]:
 def _open_hub(source: Source) -> Dataset:
     assert source.hub_id is not None
     try:
-        return load_dataset(source.hub_id, source.subset, split=source.split, revision=source.revision)
-    except DatasetNotFoundError as error:
-        raise DataError(
-            f"{source.hub_id} is neither a file here nor a data set on the Hub that this login can read",
-            fix="check the name; for a private or gated one: hf auth login, and accept its terms on its page",
-        ) from error
-    except (ConnectionError, HfHubHTTPError) as error:
+        return load_dataset(source.hub_id, source.subset, split=source.split, revision=_commit(source))
+    except (DatasetNotFoundError, ConnectionError, HfHubHTTPError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, DatasetNotFoundError) or status in (401, 403, 404):
+            raise DataError(
+                f"{source.hub_id} is neither a file here nor a data set on the Hub that this login can read",
+                fix="check the name; for a private or gated one: hf auth login, and accept its terms on its page",
+            ) from error
         raise DataError(f"the Hub could not be read for {source.hub_id}: {error}", fix="check the network") from error
     except ValueError as error:  # an unknown split or subset: the message lists those that exist
         raise DataError(f"{source.hub_id}: {error}", fix="set data.split and data.subset") from error
+
+
+def _commit(source: Source) -> str | None:
+    """The commit a revision stands for now; as it was written where the Hub does not answer.
+
+    Given a name, Datasets 5.2 may take another revision's rows from its cache when the Hub stumbles, and only warns.
+    """
+    assert source.hub_id is not None
+    try:
+        return HfApi().dataset_info(source.hub_id, revision=source.revision).sha
+    except RevisionNotFoundError as error:
+        raise DataError(
+            f"{source.hub_id} has no revision {source.revision}", fix="set data.revision to one of its branches or tags"
+        ) from error
+    except (OSError, HfHubHTTPError.__bases__[0]):  # httpx's base in huggingface_hub 1, httpx2's in 2
+        return source.revision
 
 
 READERS: dict[str, Callable[[pathlib.Path], Iterator[Row]]] = {
