@@ -25,6 +25,8 @@ from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
 from nybble.errors import DataError
 
+# The base class of every fault of the HTTP client: httpx's under huggingface_hub 1, httpx2's under 2.
+CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 MAX_CSV_FIELD = 1 << 24  # csv's own default of 128 KiB is less than one long document
 
 
@@ -240,7 +242,7 @@ def _commit(source: Source) -> str | None:
         raise DataError(
             f"{source.hub_id} has no revision {source.revision}", fix="set data.revision to one of its branches or tags"
         ) from error
-    except (OSError, HfHubHTTPError.__bases__[0]):  # httpx's base in huggingface_hub 1, httpx2's in 2
+    except (OSError, CLIENT_ERROR):
         return source.revision
 
 
