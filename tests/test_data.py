@@ -268,3 +268,12 @@ def test_batches_pad_on_the_right_and_labels_ignore_the_pad_not_its_id(tiny_toke
         "a trained token may be the pad's id"
     )
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+def test_half_a_surrogate_pair_is_named(tmp_path, tiny_tokenizer, cache):
+    file = written(tmp_path, "a.jsonl", '{"prompt": "red \\ud83d", "completion": "blue"}\n')
+    with pytest.raises(DataError) as caught:
+        loaded(file, tiny_tokenizer, cache)
+    print(caught.value)
+    assert "'prompt' holds half a surrogate pair" in str(caught.value)
+    assert caught.value.where == f"{file}:1"

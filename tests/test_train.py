@@ -66,7 +66,7 @@ def test_a_run_leaves_what_it_promises(finished):
     }
     summary = json.loads((finished.folder / "summary.json").read_text())
     assert summary["steps"] == 12
-    assert summary["validation_loss"]["best"] < summary["validation_loss"]["before"]
+    assert summary["validation_loss"]["kept"] < summary["validation_loss"]["before"]
     assert summary["versions"]["torch"] == importlib.metadata.version("torch")
     assert len(summary["base"]["fingerprint"]) == len("sha256:") + 64
     assert summary["tokens_per_second"] > 0
@@ -160,7 +160,7 @@ def test_training_goes_on_from_an_adapter(finished, tiny_llama, rows, cache, tmp
     words = [f"adapter={finished.adapter}", "train.max_steps=2", "train.learning_rate=1e-9"]
     run = train(recipe_for(tiny_llama, rows, tmp_path / "more", *words), console=quiet, cache=cache)
     before = json.loads((run.folder / "summary.json").read_text())["validation_loss"]["before"]
-    best = json.loads((finished.folder / "summary.json").read_text())["validation_loss"]["best"]
+    best = json.loads((finished.folder / "summary.json").read_text())["validation_loss"]["kept"]
     assert before == pytest.approx(best, abs=1e-4)
 
 
@@ -195,7 +195,7 @@ FAULTS = {
     "targets": (["lora.targets=[query]"], ModelError, "no linear layer named query"),
     "adapter": (["adapter=/nowhere/adapter"], ModelError, "there is no adapter in"),
     "gpu": (["model.device=cuda"], NybbleError, "finds no CUDA device"),
-    "saving": (["train.evaluate_every=2", "train.save_every=3"], RecipeError, "no multiple of the 2 steps"),
+    "saving": (["train.evaluate_every=2", "train.save_every=4"], RecipeError, "differs from the 2 steps"),
     "tracker": (["tracker.to=trackio"], RecipeError, "the package is not installed"),
 }
 
@@ -359,3 +359,37 @@ def test_trackers_write_into_the_run_and_never_ask(tracker, tiny_llama, rows, ca
     pattern = {"wandb": "wandb/offline-run-*/*.wandb", "tensorboard": "tensorboard/events.*"}[tracker]
     assert list(run.folder.glob(pattern))
     assert not [path for path in tmp_path.iterdir() if path.name in ("wandb", "mlruns", "mlflow.db")]
+
+
+def test_a_base_that_came_quantised_is_named_so_in_its_run(tiny_llama, rows, tmp_path, quiet):
+    """The recipe of the run says how the base is stored, so that chat and resume load it again."""
+    first = train(
+        recipe_for(tiny_llama, rows, tmp_path / "a", "model.quantization=fp4", "train.max_steps=2"),
+        console=quiet,
+        cache=tmp_path / "cache",
+    )
+    (stored,) = (tmp_path / "cache" / "base").iterdir()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_llama / file, stored)
+    run = train(recipe_for(stored, rows, tmp_path / "b", "train.max_steps=2"), console=quiet, cache=tmp_path / "other")
+    assert open_run(run.folder).recipe.model.quantization == "fp4"
+    assert losses(run) == losses(first)
+    answers = load_answerer(open_run(run.folder), tmp_path / "other").answer([(Message("user", "say"),)], Sampling(4))
+    assert len(answers) == 1
+
+
+def test_one_step_is_a_run(tiny_llama, rows, cache, tmp_path, quiet):
+    """With a warm-up the first step's learning rate is zero: nothing is learnt, and nothing is wrong."""
+    run = train(recipe_for(tiny_llama, rows, tmp_path / "run", "train.max_steps=1"), console=quiet, cache=cache)
+    assert not any(tensor.any() for name, tensor in adapter_of(run).items() if "lora_B" in name)
+
+
+def test_the_loss_that_is_told_is_that_of_the_adapter_that_is_kept(tiny_llama, rows, cache, tmp_path, quiet):
+    words = ["train.max_steps=6", "train.evaluate_every=2", "train.learning_rate=3"]
+    for keep in ("true", "false"):
+        recipe = recipe_for(tiny_llama, rows, tmp_path / keep, *words, f"train.keep_best={keep}")
+        run = train(recipe, console=quiet, cache=cache)
+        summary = json.loads((run.folder / "summary.json").read_text())
+        told = {line["step"]: line["eval_loss"] for line in read_metrics(run) if "eval_loss" in line}
+        assert summary["validation_loss"]["kept"] == told[summary["kept_step"]]
+        assert (summary["kept_step"] == 6) == (keep == "false" or told[6] == min(told[2], told[4], told[6]))

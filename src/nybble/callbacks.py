@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nybble.errors import TrainingError
+from nybble.launch import rank
 from nybble.model.adapter import check_gradients, check_saved
 from nybble.model.base import assert_unpacked
 from nybble.run import COMPLETE, Run, append_json
@@ -39,7 +40,7 @@ class Guards(TrainerCallback):  # type: ignore[misc]
         """Losses are finite; at the first step and the first after an evaluation, every tensor has a gradient."""
         self._check_losses(state.global_step + 1)
         if self.check_next:
-            check_gradients(kwargs["model"], first=self.first and state.global_step == 0)
+            check_gradients(kwargs["model"], first=self.first and state.global_step == 0, scaled=args.fp16)
             self.check_next = self.first = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -68,11 +69,14 @@ class Guards(TrainerCallback):  # type: ignore[misc]
             torch.distributed.all_reduce(broken)  # all processes stop together
         if not broken:
             return
-        file = self.run.folder / f"nonfinite-step-{step}.pt"
+        file = self.run.folder / f"nonfinite-step-{step}{f'-process-{rank()}' if rank() else ''}.pt"
         bad = [batch for batch, good in zip(self.window.batches, finite.tolist(), strict=True) if not good]
         if bad:
             torch.save({"step": step, "losses": losses.cpu(), "batches": bad}, file)
-        append_json(self.run.metrics, {"step": step, "loss": str(losses.sum().item())})
+        if not rank():
+            append_json(self.run.metrics, {"step": step, "loss": str(losses.sum().item())})
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # before the first process tidies up, every batch is saved
         raise TrainingError(
             f"the loss of step {step} is not finite ({losses.tolist()}); the adapter was not changed by it",
             where=f"{file} holds the batch",
@@ -92,6 +96,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self.answers = answers
         self.tracker = tracker
         self.steps = 0
+        self.kept_step = 0
         self.tokens = 0
         self.seconds = 0.0
         self.loss: float | None = None

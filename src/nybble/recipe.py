@@ -122,11 +122,11 @@ class TrainOptions(Options):
     gradient_checkpointing: bool = True
     """Recompute each layer in backward: about a third slower, several times leaner."""
     evaluate_every: int | None = Field(default=None, ge=1)
-    """Steps between evaluations; without it, ten times over the run and at the end."""
+    """Steps between evaluations; without it, five times over the run."""
     early_stopping: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations without a better validation loss."""
     save_every: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints; without it, whenever an evaluation is due."""
+    """Steps between checkpoints; without it, and wherever the best is kept, those between evaluations."""
     keep_checkpoints: int = Field(default=2, ge=2)
     """Newest checkpoints kept beside the best; two, so that one is whole while another is written."""
     keep_best: bool = True

@@ -44,7 +44,8 @@ def write_card(run: Run, summary: Mapping[str, Any]) -> None:
     validation = summary["validation_loss"]
     result = "no validation rows were held out"
     if validation:
-        result = f"{validation['before']:.4f} before training, {validation['best']:.4f} at its best"
+        step = summary["kept_step"]
+        result = f"{validation['before']:.4f} before training, {validation['kept']:.4f} at step {step}, which is kept"
     quantization = recipe.model.quantization
     body = f"""---
 base_model: {summary["base"]["name"]}

@@ -113,7 +113,8 @@ def _train(recipe: Recipe, interrupted: Run | None, console: Console, cache: pat
     # 3. The base, frozen in 4 bits.
     with state.main_process_first(), console.status("loading the base"):
         base = load_base(find_checkpoint(recipe.model.path, recipe.model.revision), recipe.model, dtype, device, cache)
-    footprint = measure(base.model)
+    stored = recipe.model.model_copy(update={"quantization": base.quantization})  # it may have come quantised
+    recipe, footprint = recipe.model_copy(update={"model": stored}), measure(base.model)
     _tell_base(base, footprint, console)
     _check_vocabulary(data, base)
     # 4. The adapter.
@@ -133,7 +134,7 @@ def _train(recipe: Recipe, interrupted: Run | None, console: Console, cache: pat
         write_json(folder / "summary.json", summary)
         draw_loss(run, folder / "loss.png")
         write_card(run, summary)
-        _save_adapter(run, model)
+        _save_adapter(run, model, recorder.kept_step)
         _tell_result(run, summary, console)
     state.wait_for_everyone()
     return run
@@ -151,7 +152,9 @@ def _join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
         )
     device = choose_device(recipe.model.device, int(os.environ.get("LOCAL_RANK", "0")))
     on_cpu = device.type == "cpu"
-    state = PartialState(cpu=on_cpu, **({"backend": "gloo"} if on_cpu and asked > 1 else {}))
+    # The others wait while the first downloads, quantises and tokenises: NCCL's own 10 minutes are too few for that.
+    waiting = {"timeout": datetime.timedelta(hours=6), **({"backend": "gloo"} if on_cpu else {})} if asked > 1 else {}
+    state = PartialState(cpu=on_cpu, **waiting)
     assert state.num_processes == asked, "Accelerate sees another number of processes"
     return state, device
 
@@ -318,6 +321,8 @@ def _run_trainer(run: Run, ready: Ready, interrupted: Run | None, console: Conso
         recorder.progress.stop()
         end_tracker(recipe.tracker.to)
     recorder.steps = trainer.state.global_step
+    best = trainer.state.best_global_step if arguments.load_best_model_at_end else None
+    recorder.kept_step = best or recorder.steps
     return recorder
 
 
@@ -328,18 +333,18 @@ def _sampler(ready: Ready) -> SampleAnswers | None:
     return SampleAnswers(ready.model, ready.tokenizer, ready.data.template.end_id, rows, count, ready.dtype)
 
 
-def _save_adapter(run: Run, model: PeftModel) -> None:
-    """Write the adapter beside its place, read it back, and move it there."""
+def _save_adapter(run: Run, model: PeftModel, kept_step: int) -> None:
+    """Write the adapter of a step beside its place, read it back, and move it there."""
     temporary = run.folder / ".adapter.writing"
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
-    check_saved(model, temporary)
+    check_saved(model, temporary, learnt=kept_step > 1)
     temporary.rename(run.adapter)
 
 
 def _summary(ready: Ready, recorder: Recorder, seconds: float) -> dict[str, Any]:
     recipe, data, base = ready.recipe, ready.data, ready.base
-    losses = [line["eval_loss"] for line in read_metrics(recorder.run) if "eval_loss" in line]
+    losses = {line["step"]: line["eval_loss"] for line in read_metrics(recorder.run) if "eval_loss" in line}
     on_cuda = ready.device.type == "cuda"
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -368,7 +373,8 @@ def _summary(ready: Ready, recorder: Recorder, seconds: float) -> dict[str, Any]
         "steps": recorder.steps,
         "processes": recipe.train.processes,
         "train_loss": recorder.loss,
-        "validation_loss": {"before": losses[0], "best": min(losses), "last": losses[-1]} if losses else None,
+        "validation_loss": {"before": losses[0], "kept": losses[recorder.kept_step]} if losses else None,
+        "kept_step": recorder.kept_step,
         "tokens": recorder.tokens,
         "tokens_per_second": round(recorder.tokens_per_second, 1),
         "peak_memory_gb": round(peak_memory(ready.device) / 1e9, 3),
@@ -379,7 +385,7 @@ def _summary(ready: Ready, recorder: Recorder, seconds: float) -> dict[str, Any]
 def _tell_result(run: Run, summary: dict[str, Any], console: Console) -> None:
     validation = summary["validation_loss"]
     if validation:
-        _tell(console, f"result    validation loss {validation['before']:.4f} -> {validation['best']:.4f}")
+        _tell(console, f"result    validation loss {validation['before']:.4f} -> {validation['kept']:.4f}")
     _tell(
         console,
         f"          {summary['tokens_per_second']:,.0f} tokens/s, peak memory {summary['peak_memory_gb']:.2f} GB, "

@@ -52,10 +52,10 @@ def plan_steps(train: TrainOptions, rows: int, has_validation: bool) -> Schedule
     steps = train.max_steps or math.ceil(train.epochs * math.ceil(micro_batches / train.accumulation))
     evaluate_every = train.evaluate_every or max(1, math.ceil(steps / EVALUATIONS))
     save_every = train.save_every or evaluate_every
-    if has_validation and train.keep_best and save_every % evaluate_every:
+    if has_validation and train.keep_best and save_every != evaluate_every:
         raise RecipeError(
-            f"train.save_every={save_every} is no multiple of the {evaluate_every} steps between evaluations, so the "
-            "best adapter might not be among the saved",
+            f"train.save_every={save_every} differs from the {evaluate_every} steps between evaluations, so the best "
+            "adapter might not be among the saved",
             fix=f"train.save_every={evaluate_every}, or train.keep_best=false",
         )
     return Schedule(steps, evaluate_every, save_every)
@@ -105,6 +105,7 @@ def training_arguments(
         greater_is_better=False,
         logging_steps=1,
         logging_nan_inf_filter=False,
+        restore_callback_states_from_checkpoint=True,
         report_to=[] if recipe.tracker.to == "none" else [recipe.tracker.to],
         seed=train.seed,
         data_seed=train.seed,
@@ -135,7 +136,7 @@ class Window:
 
 
 class QLoraTrainer(Trainer):  # type: ignore[misc]
-    """Trainer, but its evaluation is the mean over trained tokens, each counted once, on any number of processes."""
+    """Trainer, but training and evaluation count trained tokens, each once, on any number of processes, and no others."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -122,6 +122,8 @@ def _string(value: Any, column: str, origin: str) -> str:
         return ""
     if not isinstance(value, str):
         raise DataError(f"{column!r} must be text, found {type(value).__name__}: {value!r:.60}", where=origin)
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(f"{column!r} holds half a surrogate pair, which is no character", where=origin)
     return value
 
 

@@ -19,7 +19,7 @@ from typing import IO, Any
 import pyarrow
 import pyarrow.parquet
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
@@ -226,6 +226,8 @@ def _open_hub(source: Source) -> Dataset:
                 fix="check the name; for a private or gated one: hf auth login, and accept its terms on its page",
             ) from error
         raise DataError(f"the Hub could not be read for {source.hub_id}: {error}", fix="check the network") from error
+    except (DatasetsError, RuntimeError) as error:  # no data files, files that cannot be parsed, a loading script
+        raise DataError(f"{source.hub_id} cannot be read: {error}", fix="take a data set of plain files") from error
     except ValueError as error:  # an unknown split or subset: the message lists those that exist
         raise DataError(f"{source.hub_id}: {error}", fix="set data.split and data.subset") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -67,11 +68,12 @@ def read_adapter_config(path: str | pathlib.Path) -> PeftConfig:
     return PeftConfig.from_pretrained(str(folder))
 
 
-def check_gradients(model: torch.nn.Module, *, first: bool) -> None:
+def check_gradients(model: torch.nn.Module, *, first: bool, scaled: bool = False) -> None:
     """After a backward pass every adapter tensor has a finite gradient.
 
     Args:
         first: at the first step B is zero and so is A's gradient; B's must not be.
+        scaled: float16 with loss scaling, where a step that overflows is skipped by the scaler.
 
     Raises:
         TrainingError: naming the first tensor without one.
@@ -84,6 +86,11 @@ def check_gradients(model: torch.nn.Module, *, first: bool) -> None:
             fix="check lora.targets; report this with RUN/start.json",
         )
     norms = torch.stack([parameter.grad.float().norm() for _, parameter in named]).tolist()  # type: ignore[union-attr]
+    if not all(map(math.isfinite, norms)) and not scaled:
+        raise TrainingError(
+            "a gradient is not finite although the loss is; the adapter was not changed by it",
+            fix="a lower train.learning_rate, or model.dtype=bfloat16",
+        )
     dead = [
         name
         for (name, _), norm in zip(named, norms, strict=True)
