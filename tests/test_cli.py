@@ -220,6 +220,8 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed(tiny_llama, rows, tmp_path):
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        # A shell that starts the tests in the background has them ignore SIGINT, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for_step(process, out, 8)
     process.send_signal(signal.SIGINT)
