@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import shutil
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # Triton reads it when a kernel is defined: before anything of nybble is imported
+    )
+
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

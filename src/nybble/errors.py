@@ -57,3 +57,7 @@ class RunError(NybbleError):
 
 class TrainingError(NybbleError):
     """Training was stopped by a guard."""
+
+
+class EngineError(NybbleError):
+    """What the fused engine was asked for and cannot do."""

@@ -20,11 +20,14 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback
 
+from nybble.announce import tell, tell_adapter, tell_base, tell_data, tell_engine, tell_plan, tell_result
 from nybble.callbacks import Guards, Recorder, peak_memory
 from nybble.data.batches import Collator
 from nybble.data.prepare import Prepared, prepare
 from nybble.data.template import save_template
-from nybble.errors import DeviceError, ModelError, NybbleError, RunError, TrainingError
+from nybble.engine.fuse import fuse, fusion
+from nybble.engine.fusion import Fusion
+from nybble.errors import DeviceError, EngineError, ModelError, NybbleError, RunError, TrainingError
 from nybble.inference.samples import SampleAnswers
 from nybble.model.adapter import attach_adapter, check_saved, resume_adapter
 from nybble.model.base import Base, Footprint, check_length, load_base, load_config, load_tokenizer, measure
@@ -90,6 +93,7 @@ class Ready:
     footprint: Footprint
     model: PeftModel
     trained_parameters: int
+    fusion: Fusion | None
 
 
 def _train(recipe: Recipe, interrupted: Run | None, console: Console, cache: pathlib.Path) -> Run:
@@ -99,7 +103,7 @@ def _train(recipe: Recipe, interrupted: Run | None, console: Console, cache: pat
     if not state.is_main_process:
         console = Console(quiet=True)
     dtype, reason = choose_dtype(recipe.model.dtype, device)
-    _tell(console, f"device    {device}, {str(dtype).removeprefix('torch.')}: {reason}")
+    tell(console, f"device    {device}, {str(dtype).removeprefix('torch.')}: {reason}")
     folder = interrupted.folder if interrupted else choose_folder(recipe)
     if interrupted is None:
         refuse_existing(folder)
@@ -115,17 +119,18 @@ def _train(recipe: Recipe, interrupted: Run | None, console: Console, cache: pat
         base = load_base(find_checkpoint(recipe.model.path, recipe.model.revision), recipe.model, dtype, device, cache)
     stored = recipe.model.model_copy(update={"quantization": base.quantization})  # it may have come quantised
     recipe, footprint = recipe.model_copy(update={"model": stored}), measure(base.model)
-    _tell_base(base, footprint, console)
+    tell_base(base, footprint, console)
     _check_vocabulary(data, base)
     # 4. The adapter.
     set_seed(recipe.train.seed)
     model = resume_adapter(base.model, recipe.adapter) if recipe.adapter else attach_adapter(base.model, recipe.lora)
-    trained = _tell_adapter(model, footprint, console)
-    ready = Ready(recipe, device, dtype, tokenizer, data, schedule, base, footprint, model, trained)
+    trained = tell_adapter(model, footprint, console)
+    fused = _fuse(model, recipe, console)
+    ready = Ready(recipe, device, dtype, tokenizer, data, schedule, base, footprint, model, trained, fused)
     # 5. The run folder.
     run = _open_folder(folder, ready, interrupted, state)
     # 6. Train.
-    _tell_plan(run, schedule, console)
+    tell_plan(run, schedule, console)
     with _leaving_nothing_half_done(run, state, console):
         recorder = _run_trainer(run, ready, interrupted, console)
     # 7. What stays: summary, curve and card; last the adapter, whose folder says that the run is finished.
@@ -135,7 +140,7 @@ def _train(recipe: Recipe, interrupted: Run | None, console: Console, cache: pat
         draw_loss(run, folder / "loss.png")
         write_card(run, summary)
         _save_adapter(run, model, recorder.kept_step)
-        _tell_result(run, summary, console)
+        tell_result(run, summary, console)
     state.wait_for_everyone()
     return run
 
@@ -169,51 +174,8 @@ def _prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Consol
             cache,
             lambda rows: status.update(f"reading the data: {rows:,} rows"),
         )
-    counts = data.counts
-    how = "from the cache" if data.cached else f"tokenised in {time.perf_counter() - began:.1f} s"
-    _tell(
-        console,
-        f"data      {counts.rows:,} rows ({data.form}), template {data.template.name}, {counts.tokens:,} tokens, "
-        f"{counts.trained_tokens:,} of them trained; {how}",
-    )
-    lost = [f"{counts.duplicates:,} duplicates"] if counts.duplicates else []
-    if counts.overlength:
-        verb = "truncated to" if recipe.data.overlength == "truncate" else "dropped as longer than"
-        lost.append(f"{counts.overlength:,} rows {verb} {recipe.data.max_length} tokens")
-    if lost:
-        _tell(console, f"          {', '.join(lost)}")
-    packed = f" packed into {len(data.train):,}" if recipe.data.packing else ""
-    held_out = f", {len(data.validation):,} held out" if data.validation is not None else ", none held out"
-    _tell(console, f"          {data.train_samples:,} rows to train on{packed}{held_out}")
+    tell_data(console, data, recipe.data, time.perf_counter() - began)
     return data
-
-
-def _tell(console: Console, text: str) -> None:
-    """A line of the report; the terminal wraps it, so that it stays whole in a log."""
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
-
-
-def _tell_base(base: Base, size: Footprint, console: Console) -> None:
-    for notice in base.notices:
-        _tell(console, f"base      {notice}")
-    cached = ", from the cache" if base.from_cache else ""
-    _tell(
-        console,
-        f"base      {base.checkpoint.name}: {size.parameters / 1e6:,.1f} M parameters, "
-        f"{size.quantized / size.parameters:.0%} of them in {base.quantization}; {size.bytes / 1e9:.2f} GB in memory, "
-        f"{2 * size.parameters / 1e9:.2f} GB it would be in 16 bits{cached}",
-    )
-
-
-def _tell_adapter(model: PeftModel, size: Footprint, console: Console) -> int:
-    config = model.peft_config["default"]
-    trained: int = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    _tell(
-        console,
-        f"adapter   r {config.r}, alpha {config.lora_alpha:g} on {', '.join(sorted(config.target_modules))}: "
-        f"{trained:,} trained parameters, {trained / (size.parameters + trained):.2%} of all",
-    )
-    return trained
 
 
 def _check_vocabulary(data: Prepared, base: Base) -> None:
@@ -226,6 +188,29 @@ def _check_vocabulary(data: Prepared, base: Base) -> None:
         )
 
 
+def _fuse(model: PeftModel, recipe: Recipe, console: Console) -> Fusion | None:
+    """Hand the layers to the engine; a model or adapter that it does not know is trained as Transformers computes it.
+
+    Raises:
+        EngineError: the recipe asks for the engine by name and it cannot be had.
+    """
+    if not recipe.engine.fused:
+        tell_engine(console, None, "engine.fused=false")
+        return None
+    try:
+        fuse(model, recipe.engine.policy, embedding=recipe.engine.embedding)
+    except EngineError as error:
+        if recipe.engine.model_fields_set:
+            raise
+        tell_engine(console, None, error.what)
+        return None
+    result = fusion(model)
+    assert result is not None
+    result.budget.chunked_loss = True
+    tell_engine(console, result, "")
+    return result
+
+
 @contextlib.contextmanager
 def _leaving_nothing_half_done(run: Run, state: PartialState, console: Console) -> Iterator[None]:
     """A failure before the first whole checkpoint leaves no run folder, unless it holds evidence of what happened."""
@@ -234,10 +219,10 @@ def _leaving_nothing_half_done(run: Run, state: PartialState, console: Console) 
     except (NybbleError, OSError, RuntimeError, KeyboardInterrupt):
         checkpoint, evidence = run.latest_checkpoint(), any(run.folder.glob("nonfinite-*"))
         if checkpoint is not None:
-            _tell(console, f"stopped   {checkpoint} is whole; go on with: nybble train --resume {run.folder}")
+            tell(console, f"stopped   {checkpoint} is whole; go on with: nybble train --resume {run.folder}")
         elif state.is_main_process and not evidence:
             shutil.rmtree(run.folder, ignore_errors=True)
-            _tell(console, "stopped   before the first checkpoint: nothing is left of this run")
+            tell(console, "stopped   before the first checkpoint: nothing is left of this run")
         raise
 
 
@@ -278,33 +263,28 @@ def _open_folder(folder: pathlib.Path, ready: Ready, interrupted: Run | None, st
     return Run(folder, ready.recipe)
 
 
-def _tell_plan(run: Run, schedule: Schedule, console: Console) -> None:
-    train = run.recipe.train
-    processes = f" x {train.processes} processes" if train.processes > 1 else ""
-    _tell(
-        console,
-        f"run       {run.folder}: {schedule.steps:,} steps of {train.micro_batch} x {train.accumulation} rows{processes}",
-    )
-
-
 def _run_trainer(run: Run, ready: Ready, interrupted: Run | None, console: Console) -> Recorder:
     recipe, data = ready.recipe, ready.data
     has_validation = data.validation is not None
-    arguments = training_arguments(recipe, run.folder, ready.schedule, ready.device, ready.dtype, has_validation)
+    fused = ready.fusion is not None and not ready.fusion.fallen_back
+    arguments = training_arguments(
+        recipe, run.folder, ready.schedule, ready.device, ready.dtype, has_validation,
+        checkpointing=recipe.train.gradient_checkpointing and not fused,
+    )  # fmt: skip
     checkpoint = interrupted.latest_checkpoint() if interrupted else None
     if interrupted is not None:
         arguments.eval_on_start = has_validation and checkpoint is None
         if arguments.should_save:
             run.drop_after(checkpoint)
-        _tell(console, f"          going on from {checkpoint.name if checkpoint else 'the beginning'}")
+        tell(console, f"          going on from {checkpoint.name if checkpoint else 'the beginning'}")
     if arguments.should_save and (notice := start_tracker(recipe.tracker, run.folder, recipe.model_dump())):
-        _tell(console, f"tracker   {notice}")
+        tell(console, f"tracker   {notice}")
     trainer = QLoraTrainer(
         model=ready.model,
         args=arguments,
         train_dataset=data.train,
         eval_dataset=data.validation,
-        data_collator=Collator(ready.tokenizer.pad_token_id),
+        data_collator=Collator(ready.tokenizer.pad_token_id, flatten=fused),
         processing_class=ready.tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
@@ -380,15 +360,3 @@ def _summary(ready: Ready, recorder: Recorder, seconds: float) -> dict[str, Any]
         "peak_memory_gb": round(peak_memory(ready.device) / 1e9, 3),
         "seconds": round(seconds, 1),
     }
-
-
-def _tell_result(run: Run, summary: dict[str, Any], console: Console) -> None:
-    validation = summary["validation_loss"]
-    if validation:
-        _tell(console, f"result    validation loss {validation['before']:.4f} -> {validation['kept']:.4f}")
-    _tell(
-        console,
-        f"          {summary['tokens_per_second']:,.0f} tokens/s, peak memory {summary['peak_memory_gb']:.2f} GB, "
-        f"{summary['seconds']:,.0f} s in all",
-    )
-    _tell(console, f"done      {run.folder}; talk to it: nybble chat {run.folder}")

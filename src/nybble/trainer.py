@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from nybble.data.batches import IGNORED, next_labels
+from nybble.data.batches import next_labels
+from nybble.engine.loss import last_hidden, summed_cross_entropy
 from nybble.errors import DataError, RecipeError
 from nybble.recipe import Recipe, TrainOptions
 
@@ -68,6 +70,7 @@ def training_arguments(
     device: torch.device,
     dtype: torch.dtype,
     has_validation: bool,
+    checkpointing: bool,
 ) -> TrainingArguments:
     """The recipe in Trainer's terms."""
     train = recipe.train
@@ -92,7 +95,7 @@ def training_arguments(
         neftune_noise_alpha=train.neftune_alpha,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
-        gradient_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing=checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         eval_strategy="steps" if has_validation else "no",
         eval_steps=schedule.evaluate_every,
@@ -197,12 +200,22 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
 def summed_loss(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of the cross-entropy over a batch's trained tokens in nats, and how many they are.
 
-    Logits are computed where `logits_to_keep` says that any row has something to predict, and nowhere else.
+    The head is applied in chunks to the places that have something to predict; a batch's logits never stand together.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    logits = model(**inputs, use_cache=False).logits
-    targets = next_labels(batch["labels"])[:, batch["logits_to_keep"]]
-    loss = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    return loss, (targets != IGNORED).sum()
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "predicting")}
+    targets, rows = next_labels(batch["labels"]), batch["predicting"]
+    count = torch.tensor(len(rows), device=targets.device)
+    head = _bare(model).get_output_embeddings()
+    if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:
+        return summed_cross_entropy(
+            last_hidden(model, _bare(model).get_decoder(), inputs), head.weight, targets, rows
+        ), count
+    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[rows]  # the head has an adapter of its own
+    return torch.nn.functional.cross_entropy(logits.float(), targets.flatten()[rows], reduction="sum"), count
+
+
+def _bare(model: torch.nn.Module) -> PreTrainedModel:
+    """The Transformers model inside what PEFT and DDP wrap around it."""
+    inner = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+    bare: PreTrainedModel = inner.get_base_model() if isinstance(inner, PeftModel) else inner
+    return bare

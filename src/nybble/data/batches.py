@@ -37,46 +37,62 @@ class PackedRows(torch.utils.data.Dataset[list[Sample]]):
 
 @dataclass(frozen=True)
 class Collator:
-    """Batches samples, or packed rows of samples, padded on the right to the longest.
+    """Batches samples, or packed rows of samples; tensors are int64 of shape (rows, longest) where nothing else is said.
 
-    A sample gives input_ids, attention_mask and labels. A packed row gives position_ids that begin anew at each sample
-    and no attention_mask, from which Transformers (masking_utils.find_packed_sequence_indices) builds a mask that is
-    block-diagonal: no sample sees another. These tensors are int64 of shape (rows, longest).
+    Padded on the right to the longest, a sample gives input_ids, attention_mask and labels. Packed rows, and samples that
+    are laid flat into one row, give position_ids that begin anew at each sample and no attention_mask; where the samples
+    begin and end stands in cu_seq_lens_q and _k, int32 (samples + 1,), and their longest in max_length_q and _k, as
+    Transformers' DataCollatorWithFlattening has them. No sample sees another.
 
-    logits_to_keep, (positions,), says after which positions any row has a token to predict. Transformers applies the head
-    there only; prompts take no logits, which are the largest tensors of a step: 32,000 numbers a token for LLaMA 2.
+    predicting, (positions,), holds the places of the flattened rows that have a next token to be trained on: the host
+    knows them, so that nobody need ask the device.
     """
 
     pad_id: int
+    flatten: bool = False
+    """Lay samples of several lengths into one row without padding, for layers that know variable-length attention."""
 
-    def __call__(self, rows: Sequence[Sample | list[Sample]]) -> dict[str, torch.Tensor]:
-        packed = isinstance(rows[0], list)
-        batch = self._packed(rows) if packed else self._padded(rows)  # type: ignore[arg-type]
-        _check(batch)
-        batch["logits_to_keep"] = (next_labels(batch["labels"]) != IGNORED).any(dim=0).nonzero().flatten()
-        return batch
+    def __call__(self, rows: Sequence[Sample | list[Sample]]) -> dict[str, torch.Tensor | int]:
+        if isinstance(rows[0], list):
+            batch = self._packed(rows)  # type: ignore[arg-type]
+        elif self.flatten and len({len(row["input_ids"]) for row in rows}) > 1:  # type: ignore[call-overload]
+            batch = self._packed([rows])  # type: ignore[list-item]
+        else:
+            batch = self._padded(rows)  # type: ignore[arg-type]
+        predicting = (next_labels(batch["labels"]) != IGNORED).flatten().nonzero().flatten()  # type: ignore[arg-type]
+        return {**batch, "predicting": predicting}
 
-    def _padded(self, rows: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    def _padded(self, rows: Sequence[Sample]) -> dict[str, torch.Tensor | int]:
         ids = [row["input_ids"] for row in rows]
-        return {
+        batch = {
             "input_ids": _pad(ids, self.pad_id),
             "attention_mask": _pad([[1] * len(row) for row in ids], 0),
             "labels": _pad([_labels(row) for row in rows], IGNORED),
         }
+        _check(batch)
+        if self.flatten:  # equal lengths: nothing is padded
+            del batch["attention_mask"]
+        return {**batch}
 
-    def _packed(self, rows: Sequence[list[Sample]]) -> dict[str, torch.Tensor]:
+    def _packed(self, rows: Sequence[Sequence[Sample]]) -> dict[str, torch.Tensor | int]:
         longest = max(sum(len(sample["input_ids"]) for sample in row) for row in rows)
-        positions = []
+        positions, lengths = [], [0]
         for row in rows:
             places = [place for sample in row for place in range(len(sample["input_ids"]))]
-            positions.append(places + list(range(longest - len(places))))  # the padding is one more sample, untrained
-        return {
+            padding = longest - len(places)  # one more sample, untrained
+            positions.append(places + list(range(padding)))
+            lengths += [len(sample["input_ids"]) for sample in row] + ([padding] if padding else [])
+        batch = {
             "input_ids": _pad(
                 [[token for sample in row for token in sample["input_ids"]] for row in rows], self.pad_id
             ),
             "position_ids": torch.tensor(positions),
             "labels": _pad([[label for sample in row for label in _labels(sample)] for row in rows], IGNORED),
         }
+        _check(batch)
+        bounds = torch.tensor(lengths).cumsum(0).to(torch.int32)
+        of_samples = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+        return {**batch, **of_samples, "max_length_q": max(lengths), "max_length_k": max(lengths)}
 
 
 def next_labels(labels: torch.Tensor) -> torch.Tensor:

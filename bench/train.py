@@ -1,0 +1,305 @@
+"""Training speed and memory beside the peers: every row in a process of its own on one card, one table at the end.
+
+    python bench/train.py prepare DIR TOKENIZER_DIR
+    python bench/train.py table DIR --data instruct_mix.jsonl [--peers peers.py] [--rows WORD ...] [--json FILE]
+    python bench/train.py row DIR --data FILE option=value ...        one row, as a JSON line
+
+`prepare` writes a random model of Llama 2 7B's shape in NF4 with double quantisation: speed and memory do not depend on
+values. A row trains LoRA on all linear layers with 8-bit AdamW through nybble's own trainer, whole optimiser steps, and
+leaves the first three out of the speed. Tokens are counted without padding. "reserved" is max_memory_reserved in 1e9
+bytes, the base included. A row in which a layer fell back is printed apart: it says nothing about the engine.
+
+`--peers` is a script that measures others on the same work (one JSON line after RESULT a run). Options of a row:
+
+    work=dense|packed|padded  batch=4  length=2048  policy=auto|...|plain|compiled  r=16  dtype=bfloat16|float16
+    embedding=device|host  limit=GB  steps=10
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import bitsandbytes
+import peft
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+)
+
+from nybble.data.batches import Collator, PackedRows
+from nybble.data.prepare import prepare as prepare_data
+from nybble.engine.fuse import fuse, fusion
+from nybble.errors import NybbleError
+from nybble.model.adapter import attach_adapter
+from nybble.recipe import load_recipe
+from nybble.trainer import QLoraTrainer, Schedule, training_arguments
+
+WARM_UP = 3  # steps: kernels are compiled and the allocator grows
+DEFAULTS = {
+    "work": "dense", "batch": 4, "length": 2048, "policy": "auto", "r": 16, "dtype": "bfloat16", "embedding": "device",
+    "limit": 0.0, "steps": 10,
+}  # fmt: skip
+ROWS = [
+    ("4 x 2048, memory free", {}),
+    ("4 x 2048, keep-all", {"policy": "keep-all"}),
+    ("4 x 2048, drop-mlp", {"policy": "drop-mlp"}),
+    ("4 x 2048, drop-qkv", {"policy": "drop-qkv"}),
+    ("4 x 2048, layer-input", {"policy": "layer-input"}),
+    ("4 x 2048, host", {"policy": "host"}),
+    ("4 x 2048, plain path", {"policy": "plain"}),
+    ("4 x 2048, plain path, torch.compile", {"policy": "compiled"}),
+    ("1 x 2048, memory free", {"batch": 1}),
+    ("1 x 2048, layer-input", {"batch": 1, "policy": "layer-input"}),
+    ("1 x 2048, host, embedding on the host", {"batch": 1, "policy": "host", "embedding": "host"}),
+    ("8 x 2048, memory free", {"batch": 8}),
+    ("8 x 2048, host", {"batch": 8, "policy": "host"}),
+    ("4 x 2048, r 64, memory free", {"r": 64}),
+    ("4 x 2048, r 64, host", {"r": 64, "policy": "host"}),
+    ("4 x 2048, float16", {"dtype": "float16"}),
+    ("instruct_mix packed to 2048, memory free", {"work": "packed"}),
+    ("instruct_mix packed to 2048, host", {"work": "packed", "policy": "host"}),
+    ("instruct_mix unpacked, 16 rows", {"work": "padded", "batch": 16}),
+    ("20,000 tokens in 8 GB", {"batch": 1, "length": 20000, "policy": "host", "limit": 8.0, "steps": 4}),
+    ("120,000 tokens in 24 GB", {"batch": 1, "length": 120000, "policy": "host", "limit": 24.0, "steps": 4}),
+]
+PEERS = [
+    ("Unsloth 4 x 2048, no checkpointing", "unsloth full ckpt=0"),
+    ("Unsloth 4 x 2048, offloaded", "unsloth full ckpt=u"),
+    ("Unsloth 1 x 2048, offloaded", "unsloth full ckpt=u bs=1"),
+    ("Unsloth 1 x 2048, no checkpointing", "unsloth full ckpt=0 bs=1"),
+    ("Unsloth 8 x 2048, offloaded", "unsloth full ckpt=u bs=8"),
+    ("Unsloth 4 x 2048, r 64, no checkpointing", "unsloth full ckpt=0 r=64"),
+    ("Unsloth 4 x 2048, r 64, offloaded", "unsloth full ckpt=u r=64"),
+    ("transformers + PEFT 4 x 2048, checkpointing", "hf full"),
+    ("transformers + PEFT + Liger 4 x 2048, checkpointing", "hf-liger full"),
+    ("Unsloth instruct_mix unpacked, 16 rows", "unsloth instruct ckpt=u bs=16 seq=1024"),
+    ("Unsloth instruct_mix, packing=1", "unsloth instruct ckpt=u packing=1"),
+]
+
+
+def prepare(folder: pathlib.Path, tokenizer: pathlib.Path) -> None:
+    """Write the model in 16 bits and in NF4, unless they are there."""
+    if (folder / "nf4" / "config.json").exists():
+        return
+    config = LlamaConfig(rms_norm_eps=1e-5, max_position_embeddings=4096, pad_token_id=None, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    names = AutoTokenizer.from_pretrained(tokenizer)
+    names.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    model.save_pretrained(folder / "bf16")
+    del model
+    torch.cuda.empty_cache()
+    storage = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "bf16", device_map={"": 0}, dtype=torch.bfloat16, quantization_config=storage
+    )
+    model.save_pretrained(folder / "nf4")
+    for kind in ("bf16", "nf4"):
+        names.save_pretrained(folder / kind)
+
+
+def dense(tokenizer: Any, data: pathlib.Path, length: int, count: int) -> list[dict[str, Any]]:
+    """Blocks of one length out of real text, every token trained."""
+    texts = [json.loads(line) for line in data.open()]
+    words = [f"{row['instruction']}\n{row['input']}\n{row['output']}</s>" for row in texts]
+    ids = list(itertools.chain.from_iterable(tokenizer(words, add_special_tokens=False)["input_ids"]))
+    ids *= -(-length // len(ids))
+    blocks = len(ids) // length
+    return [
+        {"input_ids": ids[n % blocks * length :][:length], "trained": [True] * length} for n in range(count)
+    ]
+
+
+class Clock(TrainerCallback):  # type: ignore[misc]
+    """When each step ended, and how many kernels the last one launched."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.marks: list[float] = []
+        self.launches = 0
+        self.profiler: torch.profiler.profile | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last step is not timed but looked at."""
+        if state.global_step == self.steps:
+            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self.profiler.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Wait for the device."""
+        torch.cuda.synchronize()
+        self.marks.append(time.perf_counter())
+        if self.profiler is not None:
+            self.profiler.__exit__(None, None, None)
+            kinds = ("Launch", "Memcpy", "Memset")
+            self.launches = sum(
+                event.count for event in self.profiler.key_averages() if event.key.startswith("cu") and any(k in event.key for k in kinds)
+            )
+
+
+def measure(folder: pathlib.Path, data: pathlib.Path, options: dict[str, Any]) -> dict[str, Any]:
+    """One row."""
+    if options["limit"]:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(options["limit"] * 1e9 / total)
+    dtype, steps, batch = getattr(torch, options["dtype"]), options["steps"], options["batch"]
+    recipe = load_recipe(None, [
+        f"model.path={folder}", f"data.path={data}", f"lora.r={options['r']}", f"lora.alpha={options['r']}",
+        "lora.targets=all-linear", "lora.dropout=0", f"train.micro_batch={batch}", "train.accumulation=1",
+        "train.optimizer=adamw_8bit", "train.scheduler=constant", "train.warmup=0", "train.learning_rate=2e-4",
+        f"data.max_length={options['length'] if options['work'] == 'packed' else 1024}", "data.validation=0",
+        "data.template=alpaca", "data.overlength=drop", f"data.packing={options['work'] == 'packed'}",
+    ])  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(folder / "nf4")
+    if options["work"] == "dense":
+        rows: Any = dense(tokenizer, data, options["length"], batch * (steps + 2))
+    else:
+        with tempfile.TemporaryDirectory() as cache:
+            rows = prepare_data(recipe.data, tokenizer, 0, pathlib.Path(cache), lambda _: None).train
+    model = AutoModelForCausalLM.from_pretrained(folder / "nf4", device_map={"": 0}, dtype=dtype)
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype = dtype
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    model = attach_adapter(model, recipe.lora)
+    plain = options["policy"] in ("plain", "compiled")
+    if options["policy"] == "compiled":
+        for layer in model.get_base_model().model.layers:
+            layer.compile()
+    if not plain:
+        fuse(model, options["policy"], embedding=options["embedding"])
+        fusion(model).budget.chunked_loss = True
+    clock = Clock(steps)
+    with tempfile.TemporaryDirectory() as place:
+        arguments = training_arguments(
+            recipe, pathlib.Path(place), Schedule(steps + 1, 10**6, 10**6), torch.device("cuda"), dtype,
+            has_validation=False, checkpointing=plain,
+        )  # fmt: skip
+        arguments.save_strategy = "no"
+        trainer = QLoraTrainer(
+            model=model, args=arguments, train_dataset=rows, data_collator=Collator(0, flatten=not plain),
+            processing_class=tokenizer, callbacks=[clock],
+        )  # fmt: skip
+        real: list[int] = []
+        inner = trainer.training_step
+
+        def counted(model: Any, inputs: Any, *words: Any) -> Any:
+            mask = inputs.get("attention_mask")
+            real.append(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
+            trainer.window.clear()
+            return inner(model, inputs, *words)
+
+        trainer.training_step = counted
+        torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+    seconds = clock.marks[steps - 1] - clock.marks[WARM_UP - 1] if steps > WARM_UP else clock.marks[-1] - clock.marks[-2]
+    counted_steps = real[WARM_UP:steps]
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    done = fusion(model)
+    return {
+        **options,
+        "tok_s": round(sum(counted_steps) / seconds),
+        "step_s": round(seconds / len(counted_steps), 4),
+        "reserved_GB": round(torch.cuda.max_memory_reserved() / 1e9, 2),
+        "allocated_GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "loss": [round(losses[0], 4), round(losses[-1], 4)],
+        "launches": clock.launches,
+        "attention": "sdpa" if done is None else done.attention.reason,
+        "fused": 0 if done is None else len(done.layers) - len(done.passed),
+        "fallen_back": 0 if done is None else done.fallen_back,
+        "policies": None if done is None else done.describe().partition("kept for backward: ")[2].splitlines()[:1],
+    }
+
+
+def run(command: list[str], seconds: int) -> dict[str, Any]:
+    """A row in its own process; what fails is a row with its last line."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {seconds} s"}
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+            return result
+    return {"failed": (done.stderr or done.stdout).strip().splitlines()[-1:], "log": done.stderr[-2000:]}
+
+
+def table(folder: pathlib.Path, data: pathlib.Path, peers: pathlib.Path | None, words: list[str], file: pathlib.Path | None) -> None:
+    """All rows one after another, then the table."""
+    rows: list[dict[str, Any]] = []
+    wanted = lambda name: not words or any(word in name for word in words)  # noqa: E731
+    commands = [(f"nybble {name}", [sys.executable, __file__, "row", str(folder), "--data", str(data), *(f"{k}={v}" for k, v in own.items())]) for name, own in ROWS]
+    if peers is not None:
+        commands += [(name, [sys.executable, str(peers), "train", *own.split(), f"dir={folder}"]) for name, own in PEERS]
+    about = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(),
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft, bitsandbytes)},
+    }
+    for name, command in commands:
+        if not wanted(name):
+            continue
+        rows.append({"name": name, **run(command, 400)})
+        print(json.dumps(rows[-1]), flush=True)
+        if file is not None:
+            file.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    print(f"{'':58}{'tokens/s':>10}{'GB':>8}{'loss':>9}  attention")
+    for row in rows:
+        if "failed" in row:
+            print(f"{row['name']:58}  failed: {row['failed']}")
+            continue
+        note = f"  {row['fallen_back']} LAYERS FELL BACK" if row.get("fallen_back") else ""
+        shown = row.get("attention") or row.get("attn")
+        print(f"{row['name']:58}{row['tok_s']:>10,}{row['reserved_GB']:>8.2f}{row['loss'][-1]:>9.4f}  {shown}{note}")
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["prepare", "table", "row"])
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--data", type=pathlib.Path)
+    parser.add_argument("--peers", type=pathlib.Path)
+    parser.add_argument("--rows", nargs="*", default=[])
+    parser.add_argument("--json", type=pathlib.Path)
+    given = parser.parse_args()
+    if given.command == "prepare":
+        prepare(given.folder, pathlib.Path(given.words[0]))
+    elif given.command == "table":
+        table(given.folder, given.data, given.peers, given.rows, given.json)
+    else:
+        changes = dict(word.split("=", 1) for word in given.words)
+        options = {key: type(value)(changes.get(key, value)) for key, value in DEFAULTS.items()}
+        try:
+            print("RESULT " + json.dumps(measure(given.folder, given.data, options)), flush=True)
+        except NybbleError as error:
+            sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    main()

@@ -1,0 +1,97 @@
+"""What a run says on the terminal, a few words before each line to say of what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from rich.console import Console
+
+from nybble.data.prepare import Prepared
+from nybble.engine.fusion import Fusion
+from nybble.model.base import Base, Footprint
+from nybble.recipe import DataOptions
+from nybble.run import Run
+from nybble.trainer import Schedule
+
+
+def tell(console: Console, text: str) -> None:
+    """A line of the report; the terminal wraps it, so that it stays whole in a log."""
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def tell_data(console: Console, data: Prepared, options: DataOptions, seconds: float) -> None:
+    """Rows, template, tokens, and what was left out."""
+    counts = data.counts
+    how = "from the cache" if data.cached else f"tokenised in {seconds:.1f} s"
+    tell(
+        console,
+        f"data      {counts.rows:,} rows ({data.form}), template {data.template.name}, {counts.tokens:,} tokens, "
+        f"{counts.trained_tokens:,} of them trained; {how}",
+    )
+    lost = [f"{counts.duplicates:,} duplicates"] if counts.duplicates else []
+    if counts.overlength:
+        verb = "truncated to" if options.overlength == "truncate" else "dropped as longer than"
+        lost.append(f"{counts.overlength:,} rows {verb} {options.max_length} tokens")
+    if lost:
+        tell(console, f"          {', '.join(lost)}")
+    packed = f" packed into {len(data.train):,}" if options.packing else ""
+    held_out = f", {len(data.validation):,} held out" if data.validation is not None else ", none held out"
+    tell(console, f"          {data.train_samples:,} rows to train on{packed}{held_out}")
+
+
+def tell_base(base: Base, size: Footprint, console: Console) -> None:
+    """Name, size and storage of the base."""
+    for notice in base.notices:
+        tell(console, f"base      {notice}")
+    cached = ", from the cache" if base.from_cache else ""
+    tell(
+        console,
+        f"base      {base.checkpoint.name}: {size.parameters / 1e6:,.1f} M parameters, "
+        f"{size.quantized / size.parameters:.0%} of them in {base.quantization}; {size.bytes / 1e9:.2f} GB in memory, "
+        f"{2 * size.parameters / 1e9:.2f} GB it would be in 16 bits{cached}",
+    )
+
+
+def tell_adapter(model: PeftModel, size: Footprint, console: Console) -> int:
+    """What is trained; returns how many parameters that is."""
+    config = model.peft_config["default"]
+    trained: int = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    tell(
+        console,
+        f"adapter   r {config.r}, alpha {config.lora_alpha:g} on {', '.join(sorted(config.target_modules))}: "
+        f"{trained:,} trained parameters, {trained / (size.parameters + trained):.2%} of all",
+    )
+    return trained
+
+
+def tell_engine(console: Console, fusion: Fusion | None, reason: str) -> None:
+    """Which layers are fused, where, and why others are not."""
+    lines = (
+        fusion.describe().splitlines() if fusion is not None else [f"the layers are computed by Transformers: {reason}"]
+    )
+    for place, line in enumerate(lines):
+        tell(console, f"{'engine' if place == 0 else '':<10}{line}")
+
+
+def tell_plan(run: Run, schedule: Schedule, console: Console) -> None:
+    """Where the run goes and how long it is."""
+    train = run.recipe.train
+    processes = f" x {train.processes} processes" if train.processes > 1 else ""
+    tell(
+        console,
+        f"run       {run.folder}: {schedule.steps:,} steps of {train.micro_batch} x {train.accumulation} rows{processes}",
+    )
+
+
+def tell_result(run: Run, summary: dict[str, Any], console: Console) -> None:
+    """Loss, speed, memory, and what comes next."""
+    validation = summary["validation_loss"]
+    if validation:
+        tell(console, f"result    validation loss {validation['before']:.4f} -> {validation['kept']:.4f}")
+    tell(
+        console,
+        f"          {summary['tokens_per_second']:,.0f} tokens/s, peak memory {summary['peak_memory_gb']:.2f} GB, "
+        f"{summary['seconds']:,.0f} s in all",
+    )
+    tell(console, f"done      {run.folder}; talk to it: nybble chat {run.folder}")

@@ -1,0 +1,1 @@
+"""The fused engine: decoder layers of the Llama architecture computed leaner and faster, adapters left to PEFT."""

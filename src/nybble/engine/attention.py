@@ -1,0 +1,310 @@
+"""Causal attention, forward and backward apart, so that a layer may keep its result and recompute its inputs.
+
+Every backend takes rows of tokens: query (tokens, heads, head size), key and value (tokens, key-value heads, head size),
+strided as they come out of the fused projection, and gives out (tokens, heads, head size).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+aten = torch.ops.aten
+Saved = tuple[torch.Tensor, ...]
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+CAUSAL_FROM_TOP_LEFT = 1  # custom_mask_type of the memory-efficient kernels
+
+
+@dataclass(frozen=True)
+class Segments:
+    """How the rows of a batch fall into sequences that do not see each other."""
+
+    batch: int
+    length: int
+    bounds: torch.Tensor | None = None
+    """(sequences + 1,) int32 where each begins and the last ends, for packed rows; without it, `batch` equal ones."""
+    longest: int = 0
+    """Tokens of the longest, for packed rows."""
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+
+class Backend(Protocol):
+    """One way to compute attention."""
+
+    name: str
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> tuple[torch.Tensor, Saved]:
+        """The result, and what backward needs beside it (the log of the softmax's sum; random states)."""
+
+    def backward(
+        self,
+        gradient: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        saved: Saved,
+        segments: Segments,
+    ) -> Gradients:
+        """Gradients of query, key and value, in their shapes."""
+
+
+class Plain:
+    """Matrix products and a softmax in float32: the specification, and the CPU's path. Quadratic memory."""
+
+    name = "plain torch"
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> tuple[torch.Tensor, Saved]:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        logs = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+        for rows, batch in _sequences(segments):
+            q, k, v = (_heads(part[rows].float(), batch) for part in (query, key, value))
+            scores = _scores(q, k)
+            log = scores.logsumexp(dim=-1)
+            weights = torch.exp(scores - log[..., None])
+            out[rows] = _rows(weights @ _widened(v, q)).to(out.dtype)
+            logs[rows] = log.transpose(1, 2).reshape(-1, log.shape[1])
+        return out, (logs,)
+
+    def backward(
+        self,
+        gradient: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        saved: Saved,
+        segments: Segments,
+    ) -> Gradients:
+        results = tuple(torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (query, key, value))
+        for rows, batch in _sequences(segments):
+            q, k, v, o, do = (_heads(part[rows].float(), batch) for part in (query, key, value, out, gradient))
+            log = _heads(saved[0][rows, :, None], batch)
+            weights = torch.exp(_scores(q, k) - log)
+            inner = weights * (do @ _widened(v, q).transpose(-1, -2) - (do * o).sum(dim=-1, keepdim=True))
+            inner = inner / math.sqrt(q.shape[-1])
+            parts = (inner @ _widened(k, q), inner.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ do)
+            for result, part, heads in zip(results, parts, (q, k, v), strict=True):
+                result[rows] = _rows(_narrowed(part, heads)).to(result.dtype)
+        return results  # type: ignore[return-value]
+
+
+class Cudnn:
+    """cuDNN's fused attention for sequences of equal length: 1.7 times flash on Hopper (docs/benchmarks.md)."""
+
+    name = "cuDNN"
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> tuple[torch.Tensor, Saved]:
+        q, k, v = (_batched(part, segments).transpose(1, 2) for part in (query, key, value))
+        out, log, *_, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True)
+        return out.transpose(1, 2).flatten(0, 1), (log, seed, offset)
+
+    def backward(
+        self,
+        gradient: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        saved: Saved,
+        segments: Segments,
+    ) -> Gradients:
+        do, q, k, v, o = (_batched(part, segments).transpose(1, 2) for part in (gradient, query, key, value, out))
+        log, seed, offset = saved
+        length = segments.length
+        results = aten._scaled_dot_product_cudnn_attention_backward(
+            do, q, k, v, o, log, seed, offset, None, None, None, length, length, 0.0, True
+        )
+        return tuple(part.transpose(1, 2).flatten(0, 1) for part in results)
+
+
+class Flash:
+    """FlashAttention 2 (Dao 2023) as torch brings it; packed sequences without padding."""
+
+    name = "flash"
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> tuple[torch.Tensor, Saved]:
+        q, k, v = (_batched(part, segments) for part in (query, key, value))
+        out, log, state, other, _ = aten._flash_attention_forward(q, k, v, *_bounds(segments), 0.0, True, False)
+        return out if segments.bounds is not None else out.flatten(0, 1), (log, state, other)
+
+    def backward(
+        self,
+        gradient: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        saved: Saved,
+        segments: Segments,
+    ) -> Gradients:
+        do, q, k, v, o = (_batched(part, segments) for part in (gradient, query, key, value, out))
+        log, state, other = saved
+        results = aten._flash_attention_backward(do, q, k, v, o, log, *_bounds(segments), 0.0, True, state, other)
+        return tuple(part if segments.bounds is not None else part.flatten(0, 1) for part in results)
+
+
+class Efficient:
+    """The memory-efficient kernels, for cards before Ampere (T4, RTX 20), which flash does not know."""
+
+    name = "memory-efficient"
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> tuple[torch.Tensor, Saved]:
+        q, k, v = (_batched(part, segments) for part in (query, *_repeated(query, key, value)))
+        if segments.bounds is not None:
+            q, k, v = q[None], k[None], v[None]
+        out, log, seed, offset, *_ = aten._efficient_attention_forward(
+            q, k, v, None, *_longest(segments), 0.0, CAUSAL_FROM_TOP_LEFT, True
+        )
+        return out.flatten(0, 1), (log, seed, offset)
+
+    def backward(
+        self,
+        gradient: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        saved: Saved,
+        segments: Segments,
+    ) -> Gradients:
+        wide = (gradient, query, *_repeated(query, key, value), out)
+        do, q, k, v, o = (_batched(part, segments) for part in wide)
+        bounds, _, longest, _ = _longest(segments)
+        if segments.bounds is not None:
+            do, q, k, v, o = do[None], q[None], k[None], v[None], o[None]
+        else:
+            longest = segments.length
+        log, seed, offset = saved
+        results = aten._efficient_attention_backward(
+            do, q, k, v, None, o, bounds, bounds, longest, longest, log, 0.0, seed, offset, CAUSAL_FROM_TOP_LEFT, False
+        )[:3]
+        dq, dk, dv = (part.flatten(0, 1) for part in results)
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            dk, dv = (part.unflatten(1, (-1, groups)).sum(dim=2) for part in (dk, dv))
+        return dq, dk, dv
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backends of a model, and why."""
+
+    equal: Backend
+    packed: Backend
+    reason: str
+
+    def of(self, segments: Segments) -> Backend:
+        """The backend for a batch."""
+        return self.equal if segments.bounds is None else self.packed
+
+
+def choose(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_size: int) -> Choice:
+    """The fastest backends that compute these heads on this device, found by trying them on a small batch."""
+    if device.type != "cuda" or dtype == torch.float32:
+        plain = Plain()
+        return Choice(plain, plain, "no fused attention for " + ("a CPU" if device.type != "cuda" else "float32"))
+    refused: list[str] = []
+    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+    sizes = (heads, key_heads, head_size)
+    equal = _first([*([Cudnn()] if hopper else []), Flash(), Efficient()], device, dtype, sizes, False, refused)
+    packed = _first([Flash(), Efficient()], device, dtype, sizes, True, refused)
+    names = equal.name if equal.name == packed.name else f"{equal.name}, {packed.name} for packed rows"
+    return Choice(equal, packed, "; ".join([names, *dict.fromkeys(refused)]))
+
+
+def _first(
+    backends: list[Backend],
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int],
+    packed: bool,
+    refused: list[str],
+) -> Backend:
+    heads, key_heads, head_size = sizes
+    bounds = torch.tensor([0, 16, 64], dtype=torch.int32, device=device) if packed else None
+    segments = Segments(1, 64, bounds, 48)
+    query = torch.zeros(64, heads, head_size, dtype=dtype, device=device)
+    key = torch.zeros(64, key_heads, head_size, dtype=dtype, device=device)
+    for backend in backends:
+        try:
+            out, saved = backend.forward(query, key, key, segments)
+            backend.backward(out, query, key, key, out, saved, segments)
+        except RuntimeError as error:
+            refused.append(f"{backend.name} refused: {str(error).splitlines()[0]}")
+            continue
+        return backend
+    refused.append("plain torch is left, with memory quadratic in the length")
+    return Plain()
+
+
+def _batched(part: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """Rows as (batch, length, heads, head size), or as they are where they are packed."""
+    return part if segments.bounds is not None else part.unflatten(0, (segments.batch, segments.length))
+
+
+def _bounds(segments: Segments) -> tuple[torch.Tensor | None, torch.Tensor | None, int, int]:
+    longest = segments.longest if segments.bounds is not None else segments.length
+    return segments.bounds, segments.bounds, longest, longest
+
+
+def _longest(segments: Segments) -> tuple[torch.Tensor | None, torch.Tensor | None, int | None, int | None]:
+    longest = segments.longest if segments.bounds is not None else None
+    return segments.bounds, segments.bounds, longest, longest
+
+
+def _repeated(query: torch.Tensor, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in parts)
+
+
+def _sequences(segments: Segments) -> Iterator[tuple[slice, int]]:
+    """Rows that can be computed at once, and how many sequences of equal length they hold."""
+    if segments.bounds is None:
+        yield slice(0, segments.tokens), segments.batch
+        return
+    bounds = segments.bounds.tolist()
+    for begin, end in itertools.pairwise(bounds):
+        yield slice(begin, end), 1
+
+
+def _heads(rows: torch.Tensor, batch: int) -> torch.Tensor:
+    """(batch, heads, length, head size)"""
+    return rows.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _rows(heads: torch.Tensor) -> torch.Tensor:
+    return heads.transpose(1, 2).flatten(0, 1)
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    scores = query @ _widened(key, query).transpose(-1, -2) / math.sqrt(query.shape[-1])
+    length = scores.shape[-1]
+    future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+    return scores.masked_fill_(future, float("-inf"))
+
+
+def _widened(part: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Key or value heads repeated for the query heads that share them."""
+    return part.repeat_interleave(query.shape[1] // part.shape[1], dim=1)
+
+
+def _narrowed(gradient: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    return gradient.unflatten(1, (part.shape[1], -1)).sum(dim=2)

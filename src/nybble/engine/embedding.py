@@ -1,0 +1,41 @@
+"""The frozen token embedding on the host: a batch needs some thousand of its rows."""
+
+from __future__ import annotations
+
+import types
+
+import torch
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from nybble.errors import EngineError
+
+
+class EmbeddingOnHost:
+    """Moves a backbone's embedding to pinned host memory; looked-up rows are copied to the device.
+
+    Raises:
+        EngineError: an embedding that is trained, or that is also the head.
+    """
+
+    def __init__(self, backbone: LlamaModel, device: torch.device) -> None:
+        embedding = backbone.embed_tokens
+        if type(embedding) is not torch.nn.Embedding or embedding.weight.requires_grad:
+            raise EngineError("the embedding is trained and cannot lie on the host", fix='embedding="device"')
+        if backbone.config.tie_word_embeddings:
+            raise EngineError("the embedding is also the head, which is needed on the device", fix='embedding="device"')
+        self.embedding, self.device = embedding, device
+        weight = embedding.weight.data.cpu()
+        embedding.weight.data = weight.pin_memory() if device.type == "cuda" else weight
+        embedding.nybble_device = device
+        embedding.forward = types.MethodType(_look_up, embedding)
+
+    def remove(self) -> None:
+        """Bring it back."""
+        del self.embedding.forward, self.embedding.nybble_device
+        self.embedding.weight.data = self.embedding.weight.data.to(self.device)
+
+
+def _look_up(self: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+    rows = torch.nn.functional.embedding(ids.cpu(), self.weight.detach())
+    result: torch.Tensor = rows.to(self.nybble_device, non_blocking=True)
+    return result

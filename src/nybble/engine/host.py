@@ -1,0 +1,91 @@
+"""Layer inputs on pinned host memory between forward and backward, copied beside the computation."""
+
+from __future__ import annotations
+
+import collections
+import weakref
+
+import torch
+
+IN_FLIGHT = 2  # inputs whose copy may still run: the third layer waits for the first's
+
+
+class Handle:
+    """One layer's input, away from the device."""
+
+    def __init__(self, shape: torch.Size, pinned: torch.Tensor, before: Handle | None) -> None:
+        self.shape = shape
+        self.pinned = pinned
+        self.before = weakref.ref(before) if before is not None else lambda: None
+        self.fetched: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+
+class HostStore:
+    """Puts tensors away in forward and brings them back in backward, the next one while the last is worked on.
+
+    All waiting is between streams; the host never waits. Pinned buffers are kept for the next step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream: torch.cuda.Stream | None = None
+        self._free: list[torch.Tensor] = []
+        self._leaving: collections.deque[tuple[torch.Tensor, torch.cuda.Event]] = collections.deque()
+        self._last: weakref.ref[Handle] | None = None
+
+    def put(self, x: torch.Tensor) -> Handle:
+        """Copy a contiguous tensor to the host; the caller lets go of it."""
+        stream = self._copying()
+        before = self._last() if self._last is not None else None
+        handle = Handle(x.shape, self._pinned(x), before)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            handle.pinned[: x.numel()].copy_(x.flatten(), non_blocking=True)
+            self._leaving.append((x, stream.record_event()))
+        # The tensor's memory may be used anew only after its copy: this stream waits, and then the reference goes.
+        while len(self._leaving) > IN_FLIGHT:
+            self._arrive()
+        self._last = weakref.ref(handle)
+        return handle
+
+    def take(self, handle: Handle) -> torch.Tensor:
+        """The tensor, back on the device; the copy of the layer before begins."""
+        while self._leaving:
+            self._arrive()
+        if handle.fetched is None:
+            self._fetch(handle)
+        assert handle.fetched is not None
+        x, event = handle.fetched
+        handle.fetched = None
+        torch.cuda.current_stream(self.device).wait_event(event)
+        self._free.append(handle.pinned)
+        before = handle.before()
+        self._last = weakref.ref(before) if before is not None else None
+        if before is not None and before.fetched is None:
+            self._fetch(before)
+        return x
+
+    def _arrive(self) -> None:
+        _, event = self._leaving.popleft()
+        torch.cuda.current_stream(self.device).wait_event(event)
+
+    def _fetch(self, handle: Handle) -> None:
+        stream = self._copying()
+        x = torch.empty(handle.shape, dtype=handle.pinned.dtype, device=self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))  # whoever had this memory before is done with it
+        with torch.cuda.stream(stream):
+            x.copy_(handle.pinned[: x.numel()].view(handle.shape), non_blocking=True)
+            handle.fetched = (x, stream.record_event())
+
+    def _pinned(self, x: torch.Tensor) -> torch.Tensor:
+        """A buffer of at least the tensor's size; one that is too small makes way."""
+        while self._free:
+            buffer = self._free.pop()
+            if buffer.dtype == x.dtype and buffer.numel() >= x.numel():
+                return buffer
+        return torch.empty(x.numel(), dtype=x.dtype, pin_memory=True)
+
+    def _copying(self) -> torch.cuda.Stream:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        return self._stream

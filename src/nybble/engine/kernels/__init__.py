@@ -1,0 +1,33 @@
+"""The fused operations in Triton; the same names and signatures as in `nybble.engine.reference`."""
+
+from __future__ import annotations
+
+import torch
+
+from nybble.engine.kernels.adapters import pack_adapters
+from nybble.engine.kernels.cross_entropy import cross_entropy
+from nybble.engine.kernels.dequantize import dequantize
+from nybble.engine.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
+from nybble.engine.kernels.rope import rope, rope_backward
+from nybble.engine.kernels.swiglu import swiglu, swiglu_backward
+
+__all__ = [
+    "add_rms_norm",
+    "cross_entropy",
+    "dequantize",
+    "pack_adapters",
+    "product",
+    "rms_norm",
+    "rms_norm_backward",
+    "rope",
+    "rope_backward",
+    "swiglu",
+    "swiglu_backward",
+]
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """See `reference.product`; cuBLAS sums in float32 and need not round."""
+    if left.dtype == torch.float32:
+        return torch.mm(left, right)
+    return torch.mm(left, right, out_dtype=torch.float32)

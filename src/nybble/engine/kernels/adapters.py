@@ -1,0 +1,74 @@
+"""Adapters laid around the weights of a group of projections, cast and scaled on the way, in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from nybble.engine.reference import LowRank
+
+ROWS, COLUMNS = 32, 512
+
+
+@triton.jit
+def _pack(
+    a0, b0, scaling0, first_output0, outputs0, first_rank0, ranks0,
+    a1, b1, scaling1, first_output1, outputs1, first_rank1, ranks1,
+    a2, b2, scaling2, first_output2, outputs2, first_rank2, ranks2,
+    matrix, stride, outputs, inputs, rank, row_blocks,
+    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    if program < row_blocks:  # s B, to the right of W
+        row = (program * ROWS + tl.arange(0, ROWS))[:, None]
+        column = tl.arange(0, RANK)[None, :]
+        value = _scaled(b0, scaling0, row, column, first_output0, outputs0, first_rank0, ranks0)
+        value += _scaled(b1, scaling1, row, column, first_output1, outputs1, first_rank1, ranks1)
+        value += _scaled(b2, scaling2, row, column, first_output2, outputs2, first_rank2, ranks2)
+        place = matrix + row.to(tl.int64) * stride + inputs + column
+        tl.store(place, value.to(matrix.dtype.element_ty), mask=(row < outputs) & (column < rank))
+    else:  # A, below W
+        blocks = tl.cdiv(inputs, COLUMNS)
+        line = (program - row_blocks) // blocks
+        column = ((program - row_blocks) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+        value = _line(a0, line, column, inputs, first_rank0, ranks0)
+        value += _line(a1, line, column, inputs, first_rank1, ranks1)
+        value += _line(a2, line, column, inputs, first_rank2, ranks2)
+        place = matrix + (outputs + line).to(tl.int64) * stride + column
+        tl.store(place, value.to(matrix.dtype.element_ty), mask=column < inputs)
+
+
+@triton.jit
+def _scaled(b, scaling, row, column, first_output, outputs, first_rank, ranks):
+    own, place = row - first_output, column - first_rank
+    inside = (own >= 0) & (own < outputs) & (place >= 0) & (place < ranks)
+    return tl.load(b + own * ranks + place, mask=inside, other=0.0).to(tl.float32) * scaling
+
+
+@triton.jit
+def _line(a, line, column, inputs, first_rank, ranks):
+    own = line - first_rank + tl.zeros_like(column)
+    inside = (own >= 0) & (own < ranks) & (column < inputs)
+    return tl.load(a + own * inputs + column, mask=inside, other=0.0).to(tl.float32)
+
+
+def pack_adapters(adapters: Sequence[LowRank], matrix: torch.Tensor, outputs: int, inputs: int) -> None:
+    """See `reference.pack_adapters`."""
+    rank = matrix.shape[1] - inputs
+    words: list[object] = []
+    for place in range(3):
+        if place < len(adapters):
+            own = adapters[place]
+            a, b = own.a.contiguous(), own.b.contiguous()
+            words += [a, b, own.scaling, own.first_output, b.shape[0], own.first_rank, a.shape[0]]
+        else:
+            words += [matrix, matrix, 0.0, 0, 0, 0, 0]
+    row_blocks = triton.cdiv(outputs, ROWS)
+    grid = (row_blocks + rank * triton.cdiv(inputs, COLUMNS),)
+    _pack[grid](
+        *words, matrix, matrix.stride(0), outputs, inputs, rank, row_blocks,
+        triton.next_power_of_2(rank), ROWS, COLUMNS, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,92 @@
+"""RMSNorm with the residual add before it, and its backward with the residual's gradient added."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _forward(
+    x, update, weight, total, out, x_stride, update_stride, total_stride, out_stride, hidden, eps,
+    ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < hidden
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(update + row * update_stride + column, mask=inside, other=0.0).to(tl.float32)
+        rounded = value.to(total.dtype.element_ty)
+        tl.store(total + row * total_stride + column, rounded, mask=inside)
+        value = rounded.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(value * value) / hidden + eps)
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * out_stride + column, (value * inverse * scale).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(
+    gradient, x, weight, residual, out, gradient_stride, x_stride, residual_stride, out_stride, hidden, eps,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < hidden
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    inner = tl.load(gradient + row * gradient_stride + column, mask=inside, other=0.0).to(tl.float32)
+    inner *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    kept = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(value * value) / hidden + eps)
+    normed = value * inverse
+    mean = tl.sum(inner * normed) / hidden
+    result = kept + inverse * (inner - normed * mean)
+    tl.store(out + row * out_stride + column, result.to(out.dtype.element_ty), mask=inside)
+
+
+def rms_norm(x_mh: torch.Tensor, weight_h: torch.Tensor, eps: float, out_mh: torch.Tensor) -> None:
+    """See `reference.rms_norm`."""
+    rows, hidden = x_mh.shape
+    _forward[(rows,)](
+        x_mh, x_mh, weight_h, x_mh, out_mh, x_mh.stride(0), 0, 0, out_mh.stride(0), hidden, eps,
+        False, triton.next_power_of_2(hidden), num_warps=_warps(hidden),
+    )  # fmt: skip
+
+
+def add_rms_norm(
+    x_mh: torch.Tensor,
+    update_mh: torch.Tensor,
+    weight_h: torch.Tensor,
+    eps: float,
+    sum_mh: torch.Tensor,
+    out_mh: torch.Tensor,
+) -> None:
+    """See `reference.add_rms_norm`."""
+    rows, hidden = x_mh.shape
+    _forward[(rows,)](
+        x_mh, update_mh, weight_h, sum_mh, out_mh,
+        x_mh.stride(0), update_mh.stride(0), sum_mh.stride(0), out_mh.stride(0), hidden, eps,
+        True, triton.next_power_of_2(hidden), num_warps=_warps(hidden),
+    )  # fmt: skip
+
+
+def rms_norm_backward(
+    gradient_mh: torch.Tensor,
+    x_mh: torch.Tensor,
+    weight_h: torch.Tensor,
+    eps: float,
+    residual_mh: torch.Tensor,
+    out_mh: torch.Tensor,
+) -> None:
+    """See `reference.rms_norm_backward`."""
+    rows, hidden = x_mh.shape
+    _backward[(rows,)](
+        gradient_mh, x_mh, weight_h, residual_mh, out_mh,
+        gradient_mh.stride(0), x_mh.stride(0), residual_mh.stride(0), out_mh.stride(0), hidden, eps,
+        triton.next_power_of_2(hidden), num_warps=_warps(hidden),
+    )  # fmt: skip
+
+
+def _warps(hidden: int) -> int:
+    return min(16, max(1, triton.next_power_of_2(hidden) // 512))  # 16 numbers a thread: two loads of 16 bytes

@@ -1,0 +1,101 @@
+"""Rotary positions in place, and back again while query, key and value gradients are laid side by side."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _forward(
+    qkv, cosine, sine, stride, positions, first, heads,
+    HEAD: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    low = tl.arange(0, HALF)[None, :]
+    inside = low < HEAD // 2
+    table = ((first + row) % positions) * HEAD + low
+    cosine_low = tl.load(cosine + table, mask=inside, other=0.0).to(tl.float32)
+    cosine_high = tl.load(cosine + table + HEAD // 2, mask=inside, other=0.0).to(tl.float32)
+    sine_low = tl.load(sine + table, mask=inside, other=0.0).to(tl.float32)
+    sine_high = tl.load(sine + table + HEAD // 2, mask=inside, other=0.0).to(tl.float32)
+    for start in range(0, heads, HEADS):
+        head = (start + tl.arange(0, HEADS))[:, None]
+        place = qkv + row.to(tl.int64) * stride + head * HEAD + low
+        own = inside & (head < heads)
+        a = tl.load(place, mask=own, other=0.0).to(tl.float32)
+        b = tl.load(place + HEAD // 2, mask=own, other=0.0).to(tl.float32)
+        tl.store(place, (a * cosine_low - b * sine_low).to(qkv.dtype.element_ty), mask=own)
+        tl.store(place + HEAD // 2, (b * cosine_high + a * sine_high).to(qkv.dtype.element_ty), mask=own)
+
+
+@triton.jit
+def _backward(
+    query, key, value, cosine, sine, out, query_stride, key_stride, value_stride, out_stride,
+    positions, first, query_heads, key_heads,
+    HEAD: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    wide = row.to(tl.int64)
+    low = tl.arange(0, HALF)[None, :]
+    inside = low < HEAD // 2
+    table = ((first + row) % positions) * HEAD + low
+    cosine_low = tl.load(cosine + table, mask=inside, other=0.0).to(tl.float32)
+    cosine_high = tl.load(cosine + table + HEAD // 2, mask=inside, other=0.0).to(tl.float32)
+    sine_low = tl.load(sine + table, mask=inside, other=0.0).to(tl.float32)
+    sine_high = tl.load(sine + table + HEAD // 2, mask=inside, other=0.0).to(tl.float32)
+    for start in range(0, query_heads + 2 * key_heads, HEADS):
+        head = (start + tl.arange(0, HEADS))[:, None]
+        is_query = head < query_heads
+        is_key = (head >= query_heads) & (head < query_heads + key_heads)
+        is_value = (head >= query_heads + key_heads) & (head < query_heads + 2 * key_heads)
+        from_query = query + wide * query_stride + head * HEAD + low
+        from_key = key + wide * key_stride + (head - query_heads) * HEAD + low
+        from_value = value + wide * value_stride + (head - query_heads - key_heads) * HEAD + low
+        a = tl.load(from_query, mask=inside & is_query, other=0.0).to(tl.float32)
+        b = tl.load(from_query + HEAD // 2, mask=inside & is_query, other=0.0).to(tl.float32)
+        a += tl.load(from_key, mask=inside & is_key, other=0.0).to(tl.float32)
+        b += tl.load(from_key + HEAD // 2, mask=inside & is_key, other=0.0).to(tl.float32)
+        plain_a = tl.load(from_value, mask=inside & is_value, other=0.0).to(tl.float32)
+        plain_b = tl.load(from_value + HEAD // 2, mask=inside & is_value, other=0.0).to(tl.float32)
+        first_half = a * cosine_low + b * sine_high + plain_a
+        second_half = b * cosine_high - a * sine_low + plain_b
+        place = out + wide * out_stride + head * HEAD + low
+        own = inside & (head < query_heads + 2 * key_heads)
+        tl.store(place, first_half.to(out.dtype.element_ty), mask=own)
+        tl.store(place + HEAD // 2, second_half.to(out.dtype.element_ty), mask=own)
+
+
+def rope(
+    qkv_mn: torch.Tensor, cosine_pd: torch.Tensor, sine_pd: torch.Tensor, rotated_heads: int, head_size: int, first: int
+) -> None:
+    """See `reference.rope`."""
+    half = triton.next_power_of_2(head_size // 2)
+    _forward[(qkv_mn.shape[0],)](
+        qkv_mn, cosine_pd, sine_pd, qkv_mn.stride(0), cosine_pd.shape[0], first, rotated_heads,
+        head_size, half, _heads(half), num_warps=4,
+    )  # fmt: skip
+
+
+def rope_backward(
+    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    cosine_pd: torch.Tensor,
+    sine_pd: torch.Tensor,
+    head_size: int,
+    first: int,
+    out_mn: torch.Tensor,
+) -> None:
+    """See `reference.rope_backward`."""
+    query, key, value = gradients
+    half = triton.next_power_of_2(head_size // 2)
+    _backward[(query.shape[0],)](
+        query, key, value, cosine_pd, sine_pd, out_mn,
+        query.stride(0), key.stride(0), value.stride(0), out_mn.stride(0),
+        cosine_pd.shape[0], first, query.shape[1] // head_size, key.shape[1] // head_size,
+        head_size, half, _heads(half), num_warps=4,
+    )  # fmt: skip
+
+
+def _heads(half: int) -> int:
+    return max(1, 2048 // half)  # 16 pairs a thread

@@ -1,0 +1,53 @@
+"""SwiGLU, and its backward in place with the activation computed anew."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 1024
+
+
+@triton.jit
+def _forward(gate_up, out, gate_up_stride, out_stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    place = gate_up + row * gate_up_stride + column
+    gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(place + width, mask=inside, other=0.0).to(tl.float32)
+    value = gate * tl.sigmoid(gate) * up
+    tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(gradient, gate_up, gradient_stride, gate_up_stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    place = gate_up + row * gate_up_stride + column
+    own = gradient + row * gradient_stride + column
+    gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(place + width, mask=inside, other=0.0).to(tl.float32)
+    change = tl.load(own, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    to_gate = change * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    tl.store(place, to_gate.to(gate_up.dtype.element_ty), mask=inside)
+    tl.store(place + width, (change * silu).to(gate_up.dtype.element_ty), mask=inside)
+    tl.store(own, (silu * up).to(gradient.dtype.element_ty), mask=inside)
+
+
+def swiglu(gate_up_mi: torch.Tensor, out_mi: torch.Tensor) -> None:
+    """See `reference.swiglu`."""
+    rows, width = out_mi.shape
+    grid = (rows, triton.cdiv(width, BLOCK))
+    _forward[grid](gate_up_mi, out_mi, gate_up_mi.stride(0), out_mi.stride(0), width, BLOCK, num_warps=4)
+
+
+def swiglu_backward(gradient_mi: torch.Tensor, gate_up_mi: torch.Tensor) -> None:
+    """See `reference.swiglu_backward`."""
+    rows, width = gradient_mi.shape
+    grid = (rows, triton.cdiv(width, BLOCK))
+    _backward[grid](gradient_mi, gate_up_mi, gradient_mi.stride(0), gate_up_mi.stride(0), width, BLOCK, num_warps=4)

@@ -1,0 +1,134 @@
+"""A decoder layer of the Llama architecture: what it consists of, one call of it, and what a call keeps for backward.
+
+Shape suffixes: m tokens of the batch (its rows one after another), h hidden, i intermediate, n outputs, r ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+
+from nybble.engine.attention import Backend, Saved, Segments
+from nybble.engine.host import Handle, HostStore
+from nybble.engine.linear import ranks_forward
+from nybble.engine.projections import Adapter, Group, Matrix, Workspace, ranks_of
+from nybble.plan.activations import TILE, LayerShape
+
+GROUPS = ("qkv", "o", "gate_up", "down")
+# Where tiles alternate between groups these must stand side by side; q-k-v is never needed beside gate-up.
+SLOTS = {"qkv": "wide", "o": "o", "gate_up": "wide", "down": "down"}
+
+
+Ranks = dict[tuple[str, int], torch.Tensor]
+"""T = x A^T, (m, R), of a group on the tile that begins at a row."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a layer's attention and norms."""
+
+    heads: int
+    key_heads: int
+    head_size: int
+    hidden: int
+    intermediate: int
+    eps: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """What does not change from call to call: weights, sizes, and where operations are computed."""
+
+    groups: Mapping[str, Group]
+    norms: tuple[torch.nn.Parameter, torch.nn.Parameter]
+    """Weights of the norms before attention and before the MLP, (h,)."""
+    sizes: Sizes
+    operations: ModuleType
+    workspace: Workspace
+    store: HostStore
+
+    def shape(
+        self, adapters: Mapping[str, tuple[Adapter, ...]], dtype: torch.dtype, residual: torch.dtype
+    ) -> LayerShape:
+        """Sizes for the memory plan."""
+        sizes = self.sizes
+        q, o, g, d = (ranks_of(adapters[name]) for name in GROUPS)
+        return LayerShape(
+            sizes.hidden, sizes.intermediate, sizes.heads, sizes.key_heads, sizes.head_size, (q, o, g, d),
+            dtype.itemsize, residual.itemsize,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a layer."""
+
+    layer: FusedLayer
+    adapters: Mapping[str, tuple[Adapter, ...]]
+    attention: Backend
+    segments: Segments
+    cosine: torch.Tensor
+    """(positions, head size); token m stands at row m modulo its length."""
+    sine: torch.Tensor
+    dtype: torch.dtype
+    """Of weights and activations; the residual stream keeps its own."""
+    policy: str
+    seed: int
+    """From which every dropout mask of this call follows."""
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The adapters' tensors in the order of their gradients."""
+        return [part for name in GROUPS for own in self.adapters[name] for part in (own.a, own.b)]
+
+    def tiles(self) -> list[slice]:
+        """Rows of tokens, in equal parts of at most TILE."""
+        tokens = self.segments.tokens
+        count = -(-tokens // TILE)
+        step = -(-tokens // count)
+        return [slice(first, min(first + step, tokens)) for first in range(0, tokens, step)]
+
+    def matrix(self, name: str) -> Matrix:
+        """A group's weights and adapters, in the workspace."""
+        slot = SLOTS[name] if self.segments.tokens > TILE else "wide"
+        return self.layer.workspace.matrix(self.layer.groups[name], self.adapters[name], slot, self.dtype)
+
+    def ranks_seed(self, name: str, rows: slice) -> int:
+        """Seed of a group's dropout on a tile; a group has three projections at most."""
+        return self.seed + 4 * (4 * rows.start + GROUPS.index(name))
+
+    def room(self, rows: slice, outputs: int, ranks: int = 0) -> torch.Tensor:
+        """An empty (m, outputs + ranks) for a tile: ranks stand beside what they belong to."""
+        return torch.empty(rows.stop - rows.start, outputs + ranks, dtype=self.dtype, device=self.cosine.device)
+
+    def fill_ranks(self, name: str, wide: torch.Tensor, rows: slice, kept: Ranks | None) -> None:
+        """T = x A^T into the last columns of (m, inputs + R): computed, or as kept; what is computed is kept."""
+        matrix = self.matrix(name)
+        if not matrix.ranks:
+            return
+        place = wide[:, matrix.inputs :]
+        if kept is not None and (name, rows.start) in kept:
+            place.copy_(kept[name, rows.start])
+            return
+        ranks_forward(wide[:, : matrix.inputs], matrix, self.adapters[name], self.ranks_seed(name, rows), place)
+        if kept is not None:
+            kept[name, rows.start] = place.clone()
+
+
+@dataclass
+class Kept:
+    """Activations between forward and backward; what is None is computed again."""
+
+    x_mh: torch.Tensor | Handle | None = None
+    qkv: torch.Tensor | None = None
+    """(m, q + k + v), rotated"""
+    out: torch.Tensor | None = None
+    """Attention's result, (m, heads, head size)"""
+    saved: Saved = ()
+    sum_mh: torch.Tensor | None = None
+    """The residual stream after attention."""
+    gate_up: torch.Tensor | None = None
+    """(m, 2 i + R), with room for the ranks' gradient"""
+    ranks: Ranks = field(default_factory=dict)

@@ -1,0 +1,78 @@
+"""Cross-entropy over a large vocabulary without a batch's logits: the head is applied to chunks of rows.
+
+The head is frozen, so nothing but the gradient of its input is wanted, and that is computed in the same pass: a chunk's
+logits become their gradients in place and are multiplied back at once (after Hsu et al. 2024, Liger Kernel, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from nybble.engine import ops
+
+CHUNK = 1024  # rows: 65 MB of logits for Llama 2, and 2,048 rows are no faster (docs/benchmarks.md)
+
+
+def summed_cross_entropy(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum of the cross-entropy in nats, a float32 scalar that can be differentiated for `hidden`.
+
+    Args:
+        hidden: (..., h) what the head is applied to.
+        head: (vocabulary, h), frozen.
+        targets: (...) int64, what each row predicts; negative where nothing is.
+        rows: which rows have a target, counted over the flattened ones; without them all are computed. Given from the
+            host, so that it need not wait for the device.
+    """
+    assert not head.requires_grad, "the head is frozen here"
+    hidden_mh, targets_m = hidden.flatten(0, -2), targets.flatten()
+    if rows is not None:
+        hidden_mh, targets_m = hidden_mh[rows], targets_m[rows]
+    loss: torch.Tensor = _Loss.apply(hidden_mh, head, targets_m)
+    return loss
+
+
+def last_hidden(model: torch.nn.Module, backbone: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """The backbone's last hidden states, (batch, length, h), of a call through the whole model, which may be wrapped.
+
+    The head is called with no rows, so no logits are computed.
+    """
+    found: list[torch.Tensor] = []
+    hook = backbone.register_forward_hook(lambda _module, _words, output: found.append(output.last_hidden_state))
+    try:
+        nothing = torch.empty(0, dtype=torch.int64, device=inputs["input_ids"].device)
+        model(**inputs, logits_to_keep=nothing, use_cache=False)
+    finally:
+        hook.remove()
+    return found[0]
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_mh: torch.Tensor, head: torch.Tensor, targets_m: torch.Tensor) -> torch.Tensor:
+        operations, _ = ops.choose(hidden_mh.device)
+        wanted = ctx.needs_input_grad[0]
+        gradient_mh = torch.empty_like(hidden_mh) if wanted else None
+        losses = torch.empty(len(hidden_mh), dtype=torch.float32, device=hidden_mh.device)
+        with torch.autocast(hidden_mh.device.type, enabled=False):
+            for first in range(0, len(hidden_mh), CHUNK):
+                part = slice(first, first + CHUNK)
+                logits = hidden_mh[part].to(head.dtype) @ head.t()
+                operations.cross_entropy(logits, targets_m[part], losses[part])
+                if gradient_mh is not None and gradient_mh.dtype == head.dtype:
+                    torch.mm(logits, head, out=gradient_mh[part])
+                elif gradient_mh is not None:
+                    gradient_mh[part] = logits @ head
+        ctx.gradient_mh = gradient_mh
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        result, ctx.gradient_mh = ctx.gradient_mh, None
+        return result.mul_(gradient), None, None

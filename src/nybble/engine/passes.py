@@ -1,0 +1,255 @@
+"""Forward and backward of a fused decoder layer.
+
+The layer is computed in two parts around attention: [norm, q, k, v, rotary positions] and [o, residual, norm, gate, up,
+SwiGLU, down, residual]. Nothing in them looks at neighbouring tokens, so they run over tiles of tokens, and what passes by
+does not grow with the batch. What is kept for backward is the policy's choice (`nybble.plan.activations`); the rest is
+computed again, except down_proj, whose result backward does not need.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from nybble.engine.host import Handle
+from nybble.engine.layer import GROUPS, Call, Kept, Ranks
+from nybble.engine.linear import Sums, adapter_gradients, input_gradient, ranks_forward
+from nybble.engine.projections import ranks_of
+from nybble.plan.activations import DROP_MLP, DROP_QKV, HOST, KEEP_ALL
+
+
+class LayerFunction(torch.autograd.Function):
+    """x (batch, length, h) to the layer's output of the same shape and type."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, call: Call, *parameters: torch.Tensor) -> torch.Tensor:
+        """See `run`; `parameters` are `call.parameters()`, there so that autograd knows of them."""
+        policy = call.policy if any(ctx.needs_input_grad) else None
+        x_mh = x.detach().contiguous().flatten(0, 1)
+        y_mh, kept = run(call, x_mh, policy)
+        if policy is not None:
+            kept.x_mh = call.layer.store.put(x_mh) if policy == HOST and x.is_cuda else x_mh
+        ctx.call, ctx.kept = call, kept
+        return y_mh.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x and of the parameters."""
+        call, kept = ctx.call, ctx.kept
+        if kept is None:
+            raise RuntimeError("backward a second time through a fused layer: what it had kept is gone")
+        ctx.kept = None
+        to_y = gradient.contiguous().flatten(0, 1)
+        to_x, sums = run_backward(call, kept, to_y, input_needed=ctx.needs_input_grad[0])
+        parts = [part for name in GROUPS for part in sums.of(call.adapters[name])]
+        return None if to_x is None else to_x.view_as(gradient), None, *parts
+
+
+def run(call: Call, x_mh: torch.Tensor, policy: str | None) -> tuple[torch.Tensor, Kept]:
+    """The layer's output, and what its policy keeps beside the input; without a policy that is nothing."""
+    call.layer.workspace.forget()
+    kept = Kept()
+    ranks = kept.ranks if policy in (KEEP_ALL, DROP_MLP, DROP_QKV) else None
+    qkv = _project(call, x_mh, ranks)
+    out, saved = call.attention.forward(*_heads(call, qkv), call.segments)
+    if policy in (KEEP_ALL, DROP_MLP):
+        kept.qkv = qkv
+    del qkv
+    if ranks is not None:
+        kept.out, kept.saved, kept.sum_mh = out, saved, torch.empty_like(x_mh)
+    if policy == KEEP_ALL:
+        gate_up = call.layer.groups["gate_up"].outputs
+        kept.gate_up = call.room(slice(0, len(x_mh)), gate_up, ranks_of(call.adapters["gate_up"]))
+    y_mh = torch.empty_like(x_mh)
+    for rows in call.tiles():
+        sum_mh = y_mh[rows] if kept.sum_mh is None else kept.sum_mh[rows]
+        normed = _after_attention(call, x_mh[rows], out[rows], sum_mh, rows, ranks)
+        gate_up = _gate_up(call, normed, rows, ranks, kept.gate_up)
+        del normed
+        _down(call, gate_up, sum_mh, y_mh[rows], rows, ranks)
+    return y_mh, kept
+
+
+def run_backward(call: Call, kept: Kept, to_y: torch.Tensor, *, input_needed: bool) -> tuple[torch.Tensor | None, Sums]:
+    """Gradients of the layer's input, (m, h), and of its adapters."""
+    layer, sums = call.layer, Sums()
+    layer.workspace.forget()
+    x_mh = layer.store.take(kept.x_mh) if isinstance(kept.x_mh, Handle) else kept.x_mh
+    assert x_mh is not None
+    if kept.qkv is None:
+        kept.qkv = _project(call, x_mh, kept.ranks)
+    if kept.out is None:
+        kept.out, kept.saved = call.attention.forward(*_heads(call, kept.qkv), call.segments)
+    everything = slice(0, len(x_mh))
+    to_sum = call.room(everything, layer.sizes.hidden, ranks_of(call.adapters["o"]))
+    to_out = call.room(everything, layer.groups["o"].inputs)
+    for rows in call.tiles():
+        _mlp_backward(call, kept, x_mh[rows], to_y[rows], to_sum[rows], rows, sums)
+        _o_backward(call, kept, to_sum[rows], to_out[rows], rows, sums)
+    kept.gate_up = kept.sum_mh = None
+    to_heads = call.attention.backward(
+        to_out.view(kept.out.shape), *_heads(call, kept.qkv), kept.out, kept.saved, call.segments
+    )
+    del to_out
+    kept.qkv, kept.out, kept.saved = None, None, ()
+    to_x = torch.empty_like(x_mh) if input_needed else None
+    for rows in call.tiles():
+        of_tile = tuple(part[rows].flatten(1) for part in to_heads)
+        _qkv_backward(call, kept, x_mh[rows], of_tile, to_sum[rows], None if to_x is None else to_x[rows], rows, sums)
+    return to_x, sums
+
+
+def _project(call: Call, x_mh: torch.Tensor, ranks: Ranks | None) -> torch.Tensor:
+    """Norm, q, k and v, rotated: (m, q + k + v)."""
+    layer, sizes = call.layer, call.layer.sizes
+    matrix = call.matrix("qkv")
+    qkv = call.room(slice(0, len(x_mh)), matrix.outputs)
+    for rows in call.tiles():
+        normed = call.room(rows, matrix.inputs, matrix.ranks)
+        layer.operations.rms_norm(x_mh[rows], layer.norms[0], sizes.eps[0], normed[:, : matrix.inputs])
+        call.fill_ranks("qkv", normed, rows, ranks)
+        torch.mm(normed, matrix.forward.t(), out=qkv[rows])
+        rotated = sizes.heads + sizes.key_heads
+        layer.operations.rope(qkv[rows], call.cosine, call.sine, rotated, sizes.head_size, rows.start)
+    return qkv
+
+
+def _heads(call: Call, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value as (m, heads, head size), without a copy."""
+    sizes = call.layer.sizes
+    heads = qkv.view(qkv.shape[0], -1, sizes.head_size)
+    query, key, value = heads.split([sizes.heads, sizes.key_heads, sizes.key_heads], dim=1)
+    return query, key, value
+
+
+def _after_attention(
+    call: Call, x_mh: torch.Tensor, out: torch.Tensor, sum_mh: torch.Tensor, rows: slice, ranks: Ranks | None
+) -> torch.Tensor:
+    """o and the residual, into `sum_mh`, and its norm with room for the next ranks, (m, h + R)."""
+    layer, matrix = call.layer, call.matrix("o")
+    wide = out.flatten(1)
+    if matrix.ranks:
+        wide = call.room(rows, matrix.inputs, matrix.ranks)
+        wide[:, : matrix.inputs] = out.flatten(1)
+        call.fill_ranks("o", wide, rows, ranks)
+    update = wide @ matrix.forward.t()
+    del wide
+    hidden = layer.sizes.hidden
+    normed = call.room(rows, hidden, ranks_of(call.adapters["gate_up"]))
+    layer.operations.add_rms_norm(x_mh, update, layer.norms[1], layer.sizes.eps[1], sum_mh, normed[:, :hidden])
+    return normed
+
+
+def _gate_up(
+    call: Call, normed: torch.Tensor, rows: slice, ranks: Ranks | None, kept: torch.Tensor | None
+) -> torch.Tensor:
+    """gate and up side by side, (m, 2 i + R) of which the last R columns are room for their gradient."""
+    matrix = call.matrix("gate_up")
+    call.fill_ranks("gate_up", normed, rows, ranks)
+    result = call.room(rows, matrix.outputs, matrix.ranks) if kept is None else kept[rows]
+    torch.mm(normed, matrix.forward.t(), out=result[:, : matrix.outputs])
+    return result
+
+
+def _down(
+    call: Call, gate_up: torch.Tensor, sum_mh: torch.Tensor, y_mh: torch.Tensor, rows: slice, ranks: Ranks | None
+) -> None:
+    """SwiGLU, down and the residual, into `y_mh`."""
+    layer, matrix = call.layer, call.matrix("down")
+    active = call.room(rows, matrix.inputs, matrix.ranks)
+    layer.operations.swiglu(gate_up[:, : 2 * matrix.inputs], active[:, : matrix.inputs])
+    call.fill_ranks("down", active, rows, ranks)
+    if y_mh.dtype == call.dtype:
+        torch.addmm(sum_mh, active, matrix.forward.t(), out=y_mh)
+    else:  # a float32 residual stream
+        torch.add(sum_mh, active @ matrix.forward.t(), out=y_mh)
+
+
+def _mlp_backward(
+    call: Call,
+    kept: Kept,
+    x_mh: torch.Tensor,
+    to_y: torch.Tensor,
+    to_sum: torch.Tensor,
+    rows: slice,
+    sums: Sums,
+) -> None:
+    """From the gradient of a tile of the layer's output to that of the residual stream after attention, in `to_sum`."""
+    layer, hidden = call.layer, call.layer.sizes.hidden
+    assert kept.out is not None
+    if kept.sum_mh is None:
+        sum_mh = torch.empty_like(x_mh)
+        normed = _after_attention(call, x_mh, kept.out[rows], sum_mh, rows, kept.ranks)
+    else:
+        sum_mh = kept.sum_mh[rows]
+        normed = call.room(rows, hidden, ranks_of(call.adapters["gate_up"]))
+        layer.operations.rms_norm(sum_mh, layer.norms[1], layer.sizes.eps[1], normed[:, :hidden])
+    gate_up = _gate_up(call, normed, rows, kept.ranks, None) if kept.gate_up is None else kept.gate_up[rows]
+
+    wide = call.room(rows, hidden, ranks_of(call.adapters["down"]))
+    wide[:, :hidden] = to_y
+    active = call.room(rows, layer.sizes.intermediate)
+    _input_gradient(call, "down", wide, rows, active)
+    layer.operations.swiglu_backward(active, gate_up[:, : 2 * layer.sizes.intermediate])  # now the activation itself
+    _adapter_gradients(call, "down", wide, active, kept.ranks, rows, sums)
+    del wide, active
+
+    to_normed = call.room(rows, hidden)
+    _input_gradient(call, "gate_up", gate_up, rows, to_normed)
+    _adapter_gradients(call, "gate_up", gate_up, normed[:, :hidden], kept.ranks, rows, sums)
+    layer.operations.rms_norm_backward(to_normed, sum_mh, layer.norms[1], layer.sizes.eps[1], to_y, to_sum[:, :hidden])
+
+
+def _o_backward(call: Call, kept: Kept, to_sum: torch.Tensor, to_out: torch.Tensor, rows: slice, sums: Sums) -> None:
+    """From the gradient of the residual stream after attention, (m, h + R), to that of attention's result."""
+    assert kept.out is not None
+    _input_gradient(call, "o", to_sum, rows, to_out)
+    _adapter_gradients(call, "o", to_sum, kept.out[rows].flatten(1), kept.ranks, rows, sums)
+
+
+def _qkv_backward(
+    call: Call,
+    kept: Kept,
+    x_mh: torch.Tensor,
+    to_heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    to_sum: torch.Tensor,
+    to_x: torch.Tensor | None,
+    rows: slice,
+    sums: Sums,
+) -> None:
+    """From the gradients of a tile's rotated query, key and value to that of the layer's input, in `to_x`."""
+    layer, sizes, group = call.layer, call.layer.sizes, call.layer.groups["qkv"]
+    to_qkv = call.room(rows, group.outputs, ranks_of(call.adapters["qkv"]))
+    layer.operations.rope_backward(
+        to_heads, call.cosine, call.sine, sizes.head_size, rows.start, to_qkv[:, : group.outputs]
+    )
+    to_normed = None if to_x is None else call.room(rows, sizes.hidden)
+    _input_gradient(call, "qkv", to_qkv, rows, to_normed)
+    if call.adapters["qkv"]:
+        normed = call.room(rows, sizes.hidden)
+        layer.operations.rms_norm(x_mh, layer.norms[0], sizes.eps[0], normed)
+        _adapter_gradients(call, "qkv", to_qkv, normed, kept.ranks, rows, sums)
+    if to_x is not None:
+        residual = to_sum[:, : sizes.hidden]
+        layer.operations.rms_norm_backward(to_normed, x_mh, layer.norms[0], sizes.eps[0], residual, to_x)
+
+
+def _input_gradient(call: Call, name: str, gradient: torch.Tensor, rows: slice, out: torch.Tensor | None) -> None:
+    input_gradient(gradient, call.matrix(name), call.adapters[name], call.ranks_seed(name, rows), out)
+
+
+def _adapter_gradients(
+    call: Call, name: str, gradient: torch.Tensor, x_mk: torch.Tensor, kept: Ranks, rows: slice, sums: Sums
+) -> None:
+    """`linear.adapter_gradients` with the ranks as kept, or computed again: the workspace still holds the group."""
+    adapters, seed = call.adapters[name], call.ranks_seed(name, rows)
+    if not adapters:
+        return
+    ranks = kept.pop((name, rows.start), None)
+    if ranks is None:
+        ranks = call.room(rows, 0, ranks_of(adapters))
+        ranks_forward(x_mk, call.matrix(name), adapters, seed, ranks)
+    adapter_gradients(call.layer.operations, gradient, x_mk, ranks, adapters, seed, sums)

@@ -1,0 +1,1 @@
+"""Memory predicted from shapes."""
