@@ -42,7 +42,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from nybble.data.batches import Collator, PackedRows
+from nybble.data.batches import Collator
 from nybble.data.prepare import prepare as prepare_data
 from nybble.engine.fuse import fuse, fusion
 from nybble.errors import NybbleError
@@ -50,6 +50,14 @@ from nybble.model.adapter import attach_adapter
 from nybble.recipe import load_recipe
 from nybble.trainer import QLoraTrainer, Schedule, training_arguments
 
+LAUNCHES = {
+    "cudaLaunchKernel",
+    "cudaLaunchKernelExC",
+    "cuLaunchKernel",
+    "cuLaunchKernelEx",
+    "cudaMemcpyAsync",
+    "cudaMemsetAsync",
+}
 WARM_UP = 3  # steps: kernels are compiled and the allocator grows
 DEFAULTS = {
     "work": "dense", "batch": 4, "length": 2048, "policy": "auto", "r": 16, "dtype": "bfloat16", "embedding": "device",
@@ -127,9 +135,7 @@ def dense(tokenizer: Any, data: pathlib.Path, length: int, count: int) -> list[d
     ids = list(itertools.chain.from_iterable(tokenizer(words, add_special_tokens=False)["input_ids"]))
     ids *= -(-length // len(ids))
     blocks = len(ids) // length
-    return [
-        {"input_ids": ids[n % blocks * length :][:length], "trained": [True] * length} for n in range(count)
-    ]
+    return [{"input_ids": ids[n % blocks * length :][:length], "trained": [True] * length} for n in range(count)]
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
@@ -153,24 +159,33 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         self.marks.append(time.perf_counter())
         if self.profiler is not None:
             self.profiler.__exit__(None, None, None)
-            kinds = ("Launch", "Memcpy", "Memset")
-            self.launches = sum(
-                event.count for event in self.profiler.key_averages() if event.key.startswith("cu") and any(k in event.key for k in kinds)
-            )
+            self.launches = sum(event.count for event in self.profiler.key_averages() if event.key in LAUNCHES)
 
 
-def measure(folder: pathlib.Path, data: pathlib.Path, options: dict[str, Any]) -> dict[str, Any]:
-    """One row."""
+def options_of(words: list[str]) -> dict[str, Any]:
+    """A row's options, from option=value words."""
+    changes = dict(word.split("=", 1) for word in words)
+    unknown = changes.keys() - DEFAULTS.keys()
+    if unknown:
+        sys.exit(f"unknown options {', '.join(unknown)}; there are {', '.join(DEFAULTS)}")
+    return {key: type(value)(changes.get(key, value)) for key, value in DEFAULTS.items()}
+
+
+def build(
+    folder: pathlib.Path, data: pathlib.Path, options: dict[str, Any], callbacks: list[TrainerCallback]
+) -> tuple[QLoraTrainer, list[int]]:
+    """A row's trainer, and the tokens of each step as they come."""
     if options["limit"]:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(options["limit"] * 1e9 / total)
     dtype, steps, batch = getattr(torch, options["dtype"]), options["steps"], options["batch"]
+    packed = options["work"] == "packed"
     recipe = load_recipe(None, [
         f"model.path={folder}", f"data.path={data}", f"lora.r={options['r']}", f"lora.alpha={options['r']}",
         "lora.targets=all-linear", "lora.dropout=0", f"train.micro_batch={batch}", "train.accumulation=1",
         "train.optimizer=adamw_8bit", "train.scheduler=constant", "train.warmup=0", "train.learning_rate=2e-4",
-        f"data.max_length={options['length'] if options['work'] == 'packed' else 1024}", "data.validation=0",
-        "data.template=alpaca", "data.overlength=drop", f"data.packing={options['work'] == 'packed'}",
+        f"data.max_length={options['length'] if packed else 1024}", "data.validation=0",
+        "data.template=alpaca", "data.overlength=drop", f"data.packing={packed}",
     ])  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(folder / "nf4")
     if options["work"] == "dense":
@@ -192,33 +207,40 @@ def measure(folder: pathlib.Path, data: pathlib.Path, options: dict[str, Any]) -
     if not plain:
         fuse(model, options["policy"], embedding=options["embedding"])
         fusion(model).budget.chunked_loss = True
+    arguments = training_arguments(
+        recipe, pathlib.Path(tempfile.mkdtemp()), Schedule(steps + 1, 10**6, 10**6), torch.device("cuda"), dtype,
+        has_validation=False, checkpointing=plain,
+    )  # fmt: skip
+    arguments.save_strategy = "no"
+    trainer = QLoraTrainer(
+        model=model, args=arguments, train_dataset=rows, data_collator=Collator(0, flatten=not plain),
+        processing_class=tokenizer, callbacks=callbacks,
+    )  # fmt: skip
+    real: list[int] = []
+    inner = trainer.training_step
+
+    def counted(model: Any, inputs: Any, *words: Any) -> Any:
+        mask = inputs.get("attention_mask")
+        real.append(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
+        trainer.window.clear()
+        return inner(model, inputs, *words)
+
+    trainer.training_step = counted
+    return trainer, real
+
+
+def measure(folder: pathlib.Path, data: pathlib.Path, options: dict[str, Any]) -> dict[str, Any]:
+    """One row."""
+    steps = options["steps"]
     clock = Clock(steps)
-    with tempfile.TemporaryDirectory() as place:
-        arguments = training_arguments(
-            recipe, pathlib.Path(place), Schedule(steps + 1, 10**6, 10**6), torch.device("cuda"), dtype,
-            has_validation=False, checkpointing=plain,
-        )  # fmt: skip
-        arguments.save_strategy = "no"
-        trainer = QLoraTrainer(
-            model=model, args=arguments, train_dataset=rows, data_collator=Collator(0, flatten=not plain),
-            processing_class=tokenizer, callbacks=[clock],
-        )  # fmt: skip
-        real: list[int] = []
-        inner = trainer.training_step
-
-        def counted(model: Any, inputs: Any, *words: Any) -> Any:
-            mask = inputs.get("attention_mask")
-            real.append(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
-            trainer.window.clear()
-            return inner(model, inputs, *words)
-
-        trainer.training_step = counted
-        torch.cuda.reset_peak_memory_stats()
-        trainer.train()
-    seconds = clock.marks[steps - 1] - clock.marks[WARM_UP - 1] if steps > WARM_UP else clock.marks[-1] - clock.marks[-2]
-    counted_steps = real[WARM_UP:steps]
+    trainer, real = build(folder, data, options, [clock])
+    torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    first = min(WARM_UP, steps - 1)
+    seconds = clock.marks[steps - 1] - clock.marks[first - 1]
+    counted_steps = real[first:steps]
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    done = fusion(model)
+    done = fusion(trainer.model)
     return {
         **options,
         "tok_s": round(sum(counted_steps) / seconds),
@@ -230,7 +252,7 @@ def measure(folder: pathlib.Path, data: pathlib.Path, options: dict[str, Any]) -
         "attention": "sdpa" if done is None else done.attention.reason,
         "fused": 0 if done is None else len(done.layers) - len(done.passed),
         "fallen_back": 0 if done is None else done.fallen_back,
-        "policies": None if done is None else done.describe().partition("kept for backward: ")[2].splitlines()[:1],
+        "policies": None if done is None else done.kept_words(),
     }
 
 
@@ -247,20 +269,27 @@ def run(command: list[str], seconds: int) -> dict[str, Any]:
     return {"failed": (done.stderr or done.stdout).strip().splitlines()[-1:], "log": done.stderr[-2000:]}
 
 
-def table(folder: pathlib.Path, data: pathlib.Path, peers: pathlib.Path | None, words: list[str], file: pathlib.Path | None) -> None:
+def table(
+    folder: pathlib.Path, data: pathlib.Path, peers: pathlib.Path | None, words: list[str], file: pathlib.Path | None
+) -> None:
     """All rows one after another, then the table."""
     rows: list[dict[str, Any]] = []
-    wanted = lambda name: not words or any(word in name for word in words)  # noqa: E731
-    commands = [(f"nybble {name}", [sys.executable, __file__, "row", str(folder), "--data", str(data), *(f"{k}={v}" for k, v in own.items())]) for name, own in ROWS]
+    here = [sys.executable, __file__, "row", str(folder)]
+    commands = [
+        (f"nybble {name}", [*here, *(f"{key}={value}" for key, value in own.items()), "--data", str(data)])
+        for name, own in ROWS
+    ]
     if peers is not None:
-        commands += [(name, [sys.executable, str(peers), "train", *own.split(), f"dir={folder}"]) for name, own in PEERS]
+        commands += [
+            (name, [sys.executable, str(peers), "train", *own.split(), f"dir={folder}"]) for name, own in PEERS
+        ]
     about = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(),
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft, bitsandbytes)},
     }
     for name, command in commands:
-        if not wanted(name):
+        if words and not any(word in name for word in words):
             continue
         rows.append({"name": name, **run(command, 400)})
         print(json.dumps(rows[-1]), flush=True)
@@ -292,10 +321,8 @@ def main() -> None:
     elif given.command == "table":
         table(given.folder, given.data, given.peers, given.rows, given.json)
     else:
-        changes = dict(word.split("=", 1) for word in given.words)
-        options = {key: type(value)(changes.get(key, value)) for key, value in DEFAULTS.items()}
         try:
-            print("RESULT " + json.dumps(measure(given.folder, given.data, options)), flush=True)
+            print("RESULT " + json.dumps(measure(given.folder, given.data, options_of(given.words))), flush=True)
         except NybbleError as error:
             sys.exit(str(error))
 

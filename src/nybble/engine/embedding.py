@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from typing import Any
 
 import torch
 from transformers.models.llama.modeling_llama import LlamaModel
@@ -28,10 +29,11 @@ class EmbeddingOnHost:
         embedding.weight.data = weight.pin_memory() if device.type == "cuda" else weight
         embedding.nybble_device = device
         embedding.forward = types.MethodType(_look_up, embedding)
+        embedding._apply = types.MethodType(_stay, embedding)
 
     def remove(self) -> None:
         """Bring it back."""
-        del self.embedding.forward, self.embedding.nybble_device
+        del self.embedding.forward, self.embedding._apply, self.embedding.nybble_device
         self.embedding.weight.data = self.embedding.weight.data.to(self.device)
 
 
@@ -39,3 +41,8 @@ def _look_up(self: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
     rows = torch.nn.functional.embedding(ids.cpu(), self.weight.detach())
     result: torch.Tensor = rows.to(self.nybble_device, non_blocking=True)
     return result
+
+
+def _stay(self: torch.nn.Embedding, function: Any, recurse: bool = True) -> torch.nn.Embedding:
+    """Accelerate moves a whole model to its device before training."""
+    return self

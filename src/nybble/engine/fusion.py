@@ -60,12 +60,14 @@ class Fusion:
         if self.attention is not None:
             lines.append(f"attention: {self.attention.reason}")
         if self.policies:
-            counts = Counter(self.policies)
-            lines.append(
-                "kept for backward: " + ", ".join(f"{counts[name]} x {name}" for name in LADDER if counts[name])
-            )
+            lines.append(f"kept for backward: {self.kept_words()}")
         reasons = Counter([*self.refused.values(), *self.passed.values()])
         return "\n".join([*lines, *(f"{count} not fused: {why}" for why, count in reasons.items())])
+
+    def kept_words(self) -> str:
+        """The last batch's policies, counted."""
+        counts = Counter(self.policies)
+        return ", ".join(f"{counts[name]} x {name}" for name in LADDER if counts[name])
 
     def tell(self, notice: str) -> None:
         """A notice, once."""
@@ -176,8 +178,11 @@ def _plan(
 def _policies(
     self: Fusion, adapters: Mapping[int, Adapters], tokens: int, dtype: torch.dtype, residual: torch.dtype
 ) -> tuple[str, ...]:
-    if self.policy != "auto" or not torch.is_grad_enabled():
-        return (self.policy,) * len(adapters)
+    if not torch.is_grad_enabled():
+        return (LADDER[0],) * len(adapters)  # nothing is kept
+    if self.policy != "auto":
+        self.policies = (self.policy,) * len(adapters)
+        return self.policies
     place, own = next(iter(adapters.items()))
     shape = self.layers[place].shape(own, dtype, residual)
     trained = [

@@ -24,21 +24,21 @@ def _pack(
     program = tl.program_id(0)
     if program < row_blocks:  # s B, to the right of W
         row = (program * ROWS + tl.arange(0, ROWS))[:, None]
-        column = tl.arange(0, RANK)[None, :]
-        value = _scaled(b0, scaling0, row, column, first_output0, outputs0, first_rank0, ranks0)
-        value += _scaled(b1, scaling1, row, column, first_output1, outputs1, first_rank1, ranks1)
-        value += _scaled(b2, scaling2, row, column, first_output2, outputs2, first_rank2, ranks2)
-        place = matrix + row.to(tl.int64) * stride + inputs + column
-        tl.store(place, value.to(matrix.dtype.element_ty), mask=(row < outputs) & (column < rank))
+        place = tl.arange(0, RANK)[None, :]
+        up = _scaled(b0, scaling0, row, place, first_output0, outputs0, first_rank0, ranks0)
+        up += _scaled(b1, scaling1, row, place, first_output1, outputs1, first_rank1, ranks1)
+        up += _scaled(b2, scaling2, row, place, first_output2, outputs2, first_rank2, ranks2)
+        to_up = matrix + row.to(tl.int64) * stride + inputs + place
+        tl.store(to_up, up.to(matrix.dtype.element_ty), mask=(row < outputs) & (place < rank))
     else:  # A, below W
         blocks = tl.cdiv(inputs, COLUMNS)
         line = (program - row_blocks) // blocks
         column = ((program - row_blocks) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
-        value = _line(a0, line, column, inputs, first_rank0, ranks0)
-        value += _line(a1, line, column, inputs, first_rank1, ranks1)
-        value += _line(a2, line, column, inputs, first_rank2, ranks2)
-        place = matrix + (outputs + line).to(tl.int64) * stride + column
-        tl.store(place, value.to(matrix.dtype.element_ty), mask=column < inputs)
+        down = _line(a0, line, column, inputs, first_rank0, ranks0)
+        down += _line(a1, line, column, inputs, first_rank1, ranks1)
+        down += _line(a2, line, column, inputs, first_rank2, ranks2)
+        to_down = matrix + (outputs + line).to(tl.int64) * stride + column
+        tl.store(to_down, down.to(matrix.dtype.element_ty), mask=column < inputs)
 
 
 @triton.jit
