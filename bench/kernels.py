@@ -1,6 +1,6 @@
 """Each kernel beside the same operation compiled by torch, at Llama 2 7B's shapes: time on the device and to launch.
 
-    python bench/kernels.py [tokens ...]
+    python -m bench.kernels [tokens ...]
 
 A kernel that is not at least 5% faster than compiled torch, in the sum of its uses in a step, is not worth its lines.
 """

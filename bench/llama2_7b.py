@@ -1,7 +1,7 @@
 """The classic recipe on the Llama-2-7B shape: weights in memory, training peak and speed, on a card limited to so many GB.
 
-    python bench/llama2_7b.py prepare DIR TOKENIZER_DIR        random weights (bfloat16, 13.5 GB) with Llama 2's tokenizer
-    python bench/llama2_7b.py train DIR DATA [limit_gb=12] [option=value ...]
+    python -m bench.llama2_7b prepare DIR TOKENIZER_DIR        random weights (bfloat16, 13.5 GB) with Llama 2's tokenizer
+    python -m bench.llama2_7b train DIR DATA [limit_gb=12] [option=value ...]
 
 `train` runs nybble.train on recipes/llama2-7b-alpaca.yaml with DIR and DATA in place of the Hub's, any option of the
 recipe overridden, and prints one JSON line. Speed and memory do not depend on the values of the weights. limit_gb is

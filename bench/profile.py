@@ -1,6 +1,6 @@
 """Where a training step's time goes: kernels by kind on the device, functions on the host, and how long each was idle.
 
-python bench/profile.py DIR --data FILE option=value ...       the options of bench/train.py's rows
+python -m bench.profile DIR --data FILE option=value ...       the options of bench/train.py's rows
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from train import DEFAULTS, build, options_of
+from bench.train import DEFAULTS, build, options_of
 from transformers import TrainerCallback
 
 WARM_UP, LOOKED_AT = 4, 3

@@ -1,8 +1,8 @@
 """Training speed and memory beside the peers: every row in a process of its own on one card, one table at the end.
 
-    python bench/train.py prepare DIR TOKENIZER_DIR
-    python bench/train.py table DIR --data instruct_mix.jsonl [--peers peers.py] [--rows WORD ...] [--json FILE]
-    python bench/train.py row DIR --data FILE option=value ...        one row, as a JSON line
+    python -m bench.train prepare DIR TOKENIZER_DIR
+    python -m bench.train table DIR --data instruct_mix.jsonl [--peers peers.py] [--rows WORD ...] [--json FILE]
+    python -m bench.train row DIR --data FILE option=value ...        one row, as a JSON line
 
 `prepare` writes a random model of Llama 2 7B's shape in NF4 with double quantisation: speed and memory do not depend on
 values. A row trains LoRA on all linear layers with 8-bit AdamW through nybble's own trainer, whole optimiser steps, and
@@ -274,7 +274,7 @@ def table(
 ) -> None:
     """All rows one after another, then the table."""
     rows: list[dict[str, Any]] = []
-    here = [sys.executable, __file__, "row", str(folder)]
+    here = [sys.executable, "-m", "bench.train", "row", str(folder)]
     commands = [
         (f"nybble {name}", [*here, *(f"{key}={value}" for key, value in own.items()), "--data", str(data)])
         for name, own in ROWS
