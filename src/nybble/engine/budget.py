@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from nybble.engine.loss import CHUNK
+from nybble.plan.activations import KEEP_ALL, LAYER_INPUT, LayerShape, mix, passing_bytes, tile
 
 SLACK = 0.05  # of the limit: what an allocator of blocks loses between them
 UNSEEN_STATE = 8  # bytes a trained parameter before the first optimiser step: AdamW's two moments in float32
@@ -24,12 +25,15 @@ class Budget:
         """Set by whoever computes the loss with `engine.loss`; else room is left for a whole batch's logits."""
         self._had_gradients = False
 
-    def activations(self, tokens: int, passing: int, trained: Sequence[torch.nn.Parameter]) -> int:
-        """Bytes for what layers keep, when a batch of so many tokens begins.
+    def policies(
+        self, shape: LayerShape, layers: int, tokens: int, trained: Sequence[torch.nn.Parameter]
+    ) -> tuple[str, ...]:
+        """The fastest mix for the memory that is free when a batch begins.
 
         Args:
+            shape: a layer's sizes.
+            layers: how many there are.
             tokens: of the batch.
-            passing: bytes that the layers need for a while (`plan.passing_bytes`).
             trained: the parameters that will get gradients.
         """
         coming = sum(4 * part.numel() for part in trained if part.grad is None)
@@ -37,7 +41,13 @@ class Budget:
         self._had_gradients = True
         if not stepped:
             coming += UNSEEN_STATE * sum(part.numel() for part in trained)
-        return self._free() - coming - max(passing, self.loss_bytes(tokens))
+        free = self._free() - coming
+        for tiled_like in (KEEP_ALL, LAYER_INPUT):  # wide tiles where memory allows, narrow ones where it does not
+            passing = max(passing_bytes(shape, tokens, tiled_like), self.loss_bytes(tokens))
+            found = mix(shape, layers, tokens, free - passing)
+            if tile(found[0]) == tile(tiled_like):
+                break
+        return found
 
     def loss_bytes(self, tokens: int) -> int:
         """Of the loss at its peak, the gradient of its input included."""

@@ -14,13 +14,12 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 from nybble.engine import attention
 from nybble.engine.batch import Unfit, segments_of, tokens_of
 from nybble.engine.budget import Budget
-from nybble.engine.layer import GROUPS, SLOTS, Call, FusedLayer
+from nybble.engine.layer import GROUPS, SLOTS, Batch, Call, FusedLayer
 from nybble.engine.passes import LayerFunction
-from nybble.engine.projections import Adapter, Ineligible, base_of, ranks_of
-from nybble.plan.activations import LADDER, TILE, mix, passing_bytes
+from nybble.engine.projections import Active, Ineligible
+from nybble.plan.activations import LADDER
 
 Policy = Literal["auto", "keep-all", "drop-mlp", "drop-qkv", "layer-input", "host"]
-Adapters = Mapping[str, tuple[Adapter, ...]]
 log = logging.getLogger("nybble")
 PASS = "nybble_pass"  # the keyword that the backbone hands through to its layers
 
@@ -76,29 +75,15 @@ class Fusion:
             log.warning("nybble: %s", notice)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One batch in one layer."""
-
-    layer: FusedLayer
-    adapters: Mapping[str, tuple[Adapter, ...]]
-    attention: attention.Backend
-    segments: attention.Segments
-    dtype: torch.dtype
-    policy: str
-    seed: int
-
-
 def forward(self: LlamaDecoderLayer, hidden_states: torch.Tensor, *words: Any, **keywords: Any) -> torch.Tensor:
     """Stands before a layer's own forward, which takes what is not planned."""
-    plan: Plan | None = keywords.pop(PASS, {}).get(self)
-    if plan is None:
+    call: Call | None = keywords.pop(PASS, {}).get(self)
+    if call is None:
         result: torch.Tensor = type(self).forward(self, hidden_states, *words, **keywords)
         return result
-    cosine, sine = (part.flatten(0, 1).contiguous() for part in keywords["position_embeddings"])
-    call = Call(
-        plan.layer, plan.adapters, plan.attention, plan.segments, cosine, sine, plan.dtype, plan.policy, plan.seed
-    )
+    if call.batch.cosine is None:
+        cosine, sine = keywords["position_embeddings"]
+        call.batch.cosine, call.batch.sine = cosine.flatten(0, 1).contiguous(), sine.flatten(0, 1).contiguous()
     fused: torch.Tensor = LayerFunction.apply(hidden_states, call, *call.parameters())
     return fused
 
@@ -122,10 +107,10 @@ def begin(backbone: LlamaModel, words: tuple[Any, ...], keywords: dict[str, Any]
             self.tell(f"a batch went through the layers' own forward: {why}")
         _take_over(self, backbone, ())
         return words, keywords
-    plans = _plan(self, backbone, segments, keywords.get("inputs_embeds"))
-    _take_over(self, backbone, plans)
-    keywords[PASS] = {backbone.layers[place]: plan for place, plan in plans.items()}
-    if len(plans) == len(backbone.layers):
+    calls = _plan(self, backbone, segments, keywords.get("inputs_embeds"))
+    _take_over(self, backbone, calls)
+    keywords[PASS] = {backbone.layers[place]: call for place, call in calls.items()}
+    if len(calls) == len(backbone.layers):
         # No layer reads the mask. Transformers takes one of four dimensions as it is, and so builds none of
         # length x length for packed rows: 14 GB at 120,000 tokens.
         keywords["attention_mask"] = torch.empty(0, 0, 0, 0, device=tokens_of(keywords).device)
@@ -147,53 +132,49 @@ def _take_over(self: Fusion, backbone: LlamaModel, planned: Container[int]) -> N
 
 def _plan(
     self: Fusion, backbone: LlamaModel, segments: attention.Segments, embedded: torch.Tensor | None
-) -> dict[int, Plan]:
+) -> dict[int, Call]:
     """What every fused layer does with this batch; those that cannot are noted with the reason."""
     self.passed = {}
-    adapters: dict[int, Adapters] = {}
+    active: dict[int, Mapping[str, Active]] = {}
     for place, layer in self.layers.items():
         try:
-            adapters[place] = {name: layer.groups[name].adapters() for name in GROUPS}
+            active[place] = {name: layer.groups[name].active() for name in GROUPS}
         except Ineligible as why:
             self.passed[place] = str(why)
             self.tell(f"a layer went its own way: {why}")
-    if not adapters:
+    if not active:
         return {}
     residual = backbone.embed_tokens.weight.dtype if embedded is None else embedded.dtype
-    first = self.layers[next(iter(adapters))]
+    first = self.layers[next(iter(active))]
     device, dtype, sizes = first.norms[0].device, _compute_type(first, residual), first.sizes
     if self.attention is None:
         self.attention = attention.choose(device, dtype, sizes.heads, sizes.key_heads, sizes.head_size)
-    backend = self.attention.of(segments)
-    for slot, numbers in _largest(self.layers, adapters, segments.tokens).items():
+    batch = Batch(segments, self.attention.of(segments), dtype, device)
+    policies = _policies(self, active, segments.tokens, dtype, residual)
+    tiles = {policy: batch.tiles(policy) for policy in set(policies)}
+    for slot, numbers in _largest(self.layers, active, max(map(len, tiles.values()))).items():
         first.workspace.reserve(slot, numbers, dtype, device)
-    policies = _policies(self, adapters, segments.tokens, dtype, residual)
     seed = int(torch.randint(2**62, ()).item()) if backbone.training else 0
     return {
-        place: Plan(self.layers[place], own, backend, segments, dtype, policy, seed + 2**40 * place)
-        for (place, own), policy in zip(adapters.items(), policies, strict=True)
+        place: Call(self.layers[place], own, batch, tiles[policy], policy, seed + 2**40 * place)
+        for (place, own), policy in zip(active.items(), policies, strict=True)
     }
 
 
 def _policies(
-    self: Fusion, adapters: Mapping[int, Adapters], tokens: int, dtype: torch.dtype, residual: torch.dtype
+    self: Fusion, active: Mapping[int, Mapping[str, Active]], tokens: int, dtype: torch.dtype, residual: torch.dtype
 ) -> tuple[str, ...]:
     if not torch.is_grad_enabled():
-        return (LADDER[0],) * len(adapters)  # nothing is kept
+        return (LADDER[0],) * len(active)  # nothing is kept
     if self.policy != "auto":
-        self.policies = (self.policy,) * len(adapters)
+        self.policies = (self.policy,) * len(active)
         return self.policies
-    place, own = next(iter(adapters.items()))
+    place, own = next(iter(active.items()))
     shape = self.layers[place].shape(own, dtype, residual)
     trained = [
-        part
-        for of_layer in adapters.values()
-        for group in of_layer.values()
-        for one in group
-        for part in (one.a, one.b)
+        part for groups in active.values() for own in groups.values() for one in own.adapters for part in (one.a, one.b)
     ]
-    budget = self.budget.activations(tokens, passing_bytes(shape, tokens), trained)
-    self.policies = mix(shape, len(adapters), tokens, budget)
+    self.policies = self.budget.policies(shape, len(active), tokens, trained)
     return self.policies
 
 
@@ -204,15 +185,19 @@ def _compute_type(layer: FusedLayer, residual: torch.dtype) -> torch.dtype:
     device = layer.norms[0].device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    stored: torch.dtype = getattr(base_of(layer.groups["qkv"].modules[0]), "compute_dtype", None) or residual
+    stored: torch.dtype = getattr(layer.groups["qkv"].bases[0], "compute_dtype", None) or residual
     return stored
 
 
-def _largest(layers: Mapping[int, FusedLayer], adapters: Mapping[int, Adapters], tokens: int) -> dict[str, int]:
+def _largest(
+    layers: Mapping[int, FusedLayer], active: Mapping[int, Mapping[str, Active]], tiles: int
+) -> dict[str, int]:
     """Numbers that each slot of the workspace has to hold."""
     sizes: dict[str, int] = {}
-    for place, own in adapters.items():
+    for place, own in active.items():
         for name, group in layers[place].groups.items():
-            slot, ranks = SLOTS[name] if tokens > TILE else "wide", ranks_of(own[name])
+            slot, ranks = SLOTS[name] if tiles > 1 else "wide", own[name].ranks
             sizes[slot] = max(sizes.get(slot, 0), (group.outputs + ranks) * (group.inputs + ranks))
+            if tiles > 1:  # layers of larger tiles may have one only
+                sizes["wide"] = max(sizes["wide"], (group.outputs + ranks) * (group.inputs + ranks))
     return sizes

@@ -5,7 +5,7 @@ Shape suffixes: m tokens of the batch (its rows one after another), h hidden, i 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -14,8 +14,8 @@ import torch
 from nybble.engine.attention import Backend, Saved, Segments
 from nybble.engine.host import Handle, HostStore
 from nybble.engine.linear import ranks_forward
-from nybble.engine.projections import Adapter, Group, Matrix, Workspace, ranks_of
-from nybble.plan.activations import TILE, LayerShape
+from nybble.engine.projections import Active, Group, Matrix, Workspace
+from nybble.plan.activations import LayerShape, tile
 
 GROUPS = ("qkv", "o", "gate_up", "down")
 # Where tiles alternate between groups these must stand side by side; q-k-v is never needed beside gate-up.
@@ -50,16 +50,34 @@ class FusedLayer:
     workspace: Workspace
     store: HostStore
 
-    def shape(
-        self, adapters: Mapping[str, tuple[Adapter, ...]], dtype: torch.dtype, residual: torch.dtype
-    ) -> LayerShape:
+    def shape(self, active: Mapping[str, Active], dtype: torch.dtype, residual: torch.dtype) -> LayerShape:
         """Sizes for the memory plan."""
         sizes = self.sizes
-        q, o, g, d = (ranks_of(adapters[name]) for name in GROUPS)
+        q, o, g, d = (active[name].ranks for name in GROUPS)
         return LayerShape(
             sizes.hidden, sizes.intermediate, sizes.heads, sizes.key_heads, sizes.head_size, (q, o, g, d),
             dtype.itemsize, residual.itemsize,
         )  # fmt: skip
+
+
+@dataclass
+class Batch:
+    """What all layers share of one batch."""
+
+    segments: Segments
+    attention: Backend
+    dtype: torch.dtype
+    """Of weights and activations; the residual stream keeps its own."""
+    device: torch.device
+    cosine: torch.Tensor | None = None
+    """(positions, head size); token m stands at row m modulo its length. The first layer is told."""
+    sine: torch.Tensor | None = None
+
+    def tiles(self, policy: str) -> list[slice]:
+        """Rows of tokens, in equal parts."""
+        tokens, largest = self.segments.tokens, tile(policy)
+        step = -(-tokens // -(-tokens // largest))
+        return [slice(first, min(first + step, tokens)) for first in range(0, tokens, step)]
 
 
 @dataclass(frozen=True)
@@ -67,33 +85,21 @@ class Call:
     """One use of a layer."""
 
     layer: FusedLayer
-    adapters: Mapping[str, tuple[Adapter, ...]]
-    attention: Backend
-    segments: Segments
-    cosine: torch.Tensor
-    """(positions, head size); token m stands at row m modulo its length."""
-    sine: torch.Tensor
-    dtype: torch.dtype
-    """Of weights and activations; the residual stream keeps its own."""
+    active: Mapping[str, Active]
+    batch: Batch
+    tiles: Sequence[slice]
     policy: str
     seed: int
     """From which every dropout mask of this call follows."""
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The adapters' tensors in the order of their gradients."""
-        return [part for name in GROUPS for own in self.adapters[name] for part in (own.a, own.b)]
-
-    def tiles(self) -> list[slice]:
-        """Rows of tokens, in equal parts of at most TILE."""
-        tokens = self.segments.tokens
-        count = -(-tokens // TILE)
-        step = -(-tokens // count)
-        return [slice(first, min(first + step, tokens)) for first in range(0, tokens, step)]
+        return [part for name in GROUPS for own in self.active[name].adapters for part in (own.a, own.b)]
 
     def matrix(self, name: str) -> Matrix:
         """A group's weights and adapters, in the workspace."""
-        slot = SLOTS[name] if self.segments.tokens > TILE else "wide"
-        return self.layer.workspace.matrix(self.layer.groups[name], self.adapters[name], slot, self.dtype)
+        slot = SLOTS[name] if len(self.tiles) > 1 else "wide"
+        return self.layer.workspace.matrix(self.layer.groups[name], self.active[name], slot, self.batch.dtype)
 
     def ranks_seed(self, name: str, rows: slice) -> int:
         """Seed of a group's dropout on a tile; a group has three projections at most."""
@@ -101,7 +107,7 @@ class Call:
 
     def room(self, rows: slice, outputs: int, ranks: int = 0) -> torch.Tensor:
         """An empty (m, outputs + ranks) for a tile: ranks stand beside what they belong to."""
-        return torch.empty(rows.stop - rows.start, outputs + ranks, dtype=self.dtype, device=self.cosine.device)
+        return torch.empty((rows.stop - rows.start, outputs + ranks), dtype=self.batch.dtype, device=self.batch.device)
 
     def fill_ranks(self, name: str, wide: torch.Tensor, rows: slice, kept: Ranks | None) -> None:
         """T = x A^T into the last columns of (m, inputs + R): computed, or as kept; what is computed is kept."""
@@ -112,7 +118,7 @@ class Call:
         if kept is not None and (name, rows.start) in kept:
             place.copy_(kept[name, rows.start])
             return
-        ranks_forward(wide[:, : matrix.inputs], matrix, self.adapters[name], self.ranks_seed(name, rows), place)
+        ranks_forward(wide[:, : matrix.inputs], matrix, self.active[name], self.ranks_seed(name, rows), place)
         if kept is not None:
             kept[name, rows.start] = place.clone()
 

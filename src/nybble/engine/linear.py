@@ -7,31 +7,29 @@ from types import ModuleType
 
 import torch
 
-from nybble.engine.projections import Adapter, Matrix
+from nybble.engine.projections import Active, Adapter, Matrix
 
 
-def ranks_forward(
-    x_mk: torch.Tensor, matrix: Matrix, adapters: Sequence[Adapter], seed: int, out_mr: torch.Tensor
-) -> None:
+def ranks_forward(x_mk: torch.Tensor, matrix: Matrix, active: Active, seed: int, out_mr: torch.Tensor) -> None:
     """T = dropout(x) A^T of all adapters into a view."""
-    if not any(adapter.dropout for adapter in adapters):
-        torch.mm(x_mk, matrix.down.t(), out=out_mr)
+    if not active.dropping:
+        torch.mm(x_mk, matrix.down_transposed, out=out_mr)
         return
     out_mr.zero_()
-    for place, adapter in enumerate(adapters):
+    for place, adapter in enumerate(active.adapters):
         dropped = _dropped(x_mk, adapter, seed + place)
         out_mr[:, adapter.ranks] = dropped @ matrix.down[adapter.ranks].t()
 
 
 def input_gradient(
-    gradient_mn: torch.Tensor, matrix: Matrix, adapters: Sequence[Adapter], seed: int, out_mk: torch.Tensor | None
+    gradient_mn: torch.Tensor, matrix: Matrix, active: Active, seed: int, out_mk: torch.Tensor | None
 ) -> None:
     """The ranks' gradient into the last columns of `gradient_mn`, and the input's into `out_mk` where that is wanted.
 
     Args:
         gradient_mn: (m, n + R), the outputs' gradient with room for the ranks' at the end of each row.
         matrix: weights and adapters.
-        adapters: those of the forward.
+        active: the adapters of the forward.
         seed: the forward's, for the same dropout.
         out_mk: (m, k), or None where nothing before this layer is trained.
     """
@@ -40,12 +38,12 @@ def input_gradient(
         torch.mm(change, matrix.up, out=gradient_mn[:, matrix.outputs :])
     if out_mk is None:
         return
-    if not any(adapter.dropout for adapter in adapters):
+    if not active.dropping:
         torch.mm(gradient_mn, matrix.backward, out=out_mk)
         return
     torch.mm(change, matrix.weights, out=out_mk)
     ranks = gradient_mn[:, matrix.outputs :]
-    for place, adapter in enumerate(adapters):
+    for place, adapter in enumerate(active.adapters):
         out_mk += _dropped(ranks[:, adapter.ranks] @ matrix.down[adapter.ranks], adapter, seed + place)
 
 
@@ -54,7 +52,7 @@ def adapter_gradients(
     gradient_mn: torch.Tensor,
     x_mk: torch.Tensor,
     ranks_mr: torch.Tensor,
-    adapters: Sequence[Adapter],
+    active: Active,
     seed: int,
     sums: Sums,
 ) -> None:
@@ -65,15 +63,14 @@ def adapter_gradients(
         gradient_mn: (m, n + R) as `input_gradient` left it.
         x_mk: the projections' input.
         ranks_mr: T of the forward.
-        adapters: those of the forward.
+        active: the adapters of the forward.
         seed: the forward's.
         sums: over the row tiles of a batch.
     """
     outputs = gradient_mn.shape[1] - ranks_mr.shape[1]
     ranks = gradient_mn[:, outputs:]
-    dropping = any(adapter.dropout for adapter in adapters)
-    together = None if dropping else operations.product(ranks.t(), x_mk)
-    for place, adapter in enumerate(adapters):
+    together = None if active.dropping else operations.product(ranks.t(), x_mk)
+    for place, adapter in enumerate(active.adapters):
         if together is not None:
             to_a = together[adapter.ranks]
         else:

@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 from nybble.engine.host import Handle
 from nybble.engine.layer import GROUPS, Call, Kept, Ranks
 from nybble.engine.linear import Sums, adapter_gradients, input_gradient, ranks_forward
-from nybble.engine.projections import ranks_of
 from nybble.plan.activations import DROP_MLP, DROP_QKV, HOST, KEEP_ALL
 
 
@@ -44,7 +43,7 @@ class LayerFunction(torch.autograd.Function):
         ctx.kept = None
         to_y = gradient.contiguous().flatten(0, 1)
         to_x, sums = run_backward(call, kept, to_y, input_needed=ctx.needs_input_grad[0])
-        parts = [part for name in GROUPS for part in sums.of(call.adapters[name])]
+        parts = [part for name in GROUPS for part in sums.of(call.active[name].adapters)]
         return None if to_x is None else to_x.view_as(gradient), None, *parts
 
 
@@ -54,7 +53,7 @@ def run(call: Call, x_mh: torch.Tensor, policy: str | None) -> tuple[torch.Tenso
     kept = Kept()
     ranks = kept.ranks if policy in (KEEP_ALL, DROP_MLP, DROP_QKV) else None
     qkv = _project(call, x_mh, ranks)
-    out, saved = call.attention.forward(*_heads(call, qkv), call.segments)
+    out, saved = call.batch.attention.forward(*_heads(call, qkv), call.batch.segments)
     if policy in (KEEP_ALL, DROP_MLP):
         kept.qkv = qkv
     del qkv
@@ -62,9 +61,9 @@ def run(call: Call, x_mh: torch.Tensor, policy: str | None) -> tuple[torch.Tenso
         kept.out, kept.saved, kept.sum_mh = out, saved, torch.empty_like(x_mh)
     if policy == KEEP_ALL:
         gate_up = call.layer.groups["gate_up"].outputs
-        kept.gate_up = call.room(slice(0, len(x_mh)), gate_up, ranks_of(call.adapters["gate_up"]))
+        kept.gate_up = call.room(slice(0, len(x_mh)), gate_up, call.active["gate_up"].ranks)
     y_mh = torch.empty_like(x_mh)
-    for rows in call.tiles():
+    for rows in call.tiles:
         sum_mh = y_mh[rows] if kept.sum_mh is None else kept.sum_mh[rows]
         normed = _after_attention(call, x_mh[rows], out[rows], sum_mh, rows, ranks)
         gate_up = _gate_up(call, normed, rows, ranks, kept.gate_up)
@@ -82,21 +81,21 @@ def run_backward(call: Call, kept: Kept, to_y: torch.Tensor, *, input_needed: bo
     if kept.qkv is None:
         kept.qkv = _project(call, x_mh, kept.ranks)
     if kept.out is None:
-        kept.out, kept.saved = call.attention.forward(*_heads(call, kept.qkv), call.segments)
+        kept.out, kept.saved = call.batch.attention.forward(*_heads(call, kept.qkv), call.batch.segments)
     everything = slice(0, len(x_mh))
-    to_sum = call.room(everything, layer.sizes.hidden, ranks_of(call.adapters["o"]))
+    to_sum = call.room(everything, layer.sizes.hidden, call.active["o"].ranks)
     to_out = call.room(everything, layer.groups["o"].inputs)
-    for rows in call.tiles():
+    for rows in call.tiles:
         _mlp_backward(call, kept, x_mh[rows], to_y[rows], to_sum[rows], rows, sums)
         _o_backward(call, kept, to_sum[rows], to_out[rows], rows, sums)
     kept.gate_up = kept.sum_mh = None
-    to_heads = call.attention.backward(
-        to_out.view(kept.out.shape), *_heads(call, kept.qkv), kept.out, kept.saved, call.segments
+    to_heads = call.batch.attention.backward(
+        to_out.view(kept.out.shape), *_heads(call, kept.qkv), kept.out, kept.saved, call.batch.segments
     )
     del to_out
     kept.qkv, kept.out, kept.saved = None, None, ()
     to_x = torch.empty_like(x_mh) if input_needed else None
-    for rows in call.tiles():
+    for rows in call.tiles:
         of_tile = tuple(part[rows].flatten(1) for part in to_heads)
         _qkv_backward(call, kept, x_mh[rows], of_tile, to_sum[rows], None if to_x is None else to_x[rows], rows, sums)
     return to_x, sums
@@ -107,13 +106,13 @@ def _project(call: Call, x_mh: torch.Tensor, ranks: Ranks | None) -> torch.Tenso
     layer, sizes = call.layer, call.layer.sizes
     matrix = call.matrix("qkv")
     qkv = call.room(slice(0, len(x_mh)), matrix.outputs)
-    for rows in call.tiles():
+    for rows in call.tiles:
         normed = call.room(rows, matrix.inputs, matrix.ranks)
         layer.operations.rms_norm(x_mh[rows], layer.norms[0], sizes.eps[0], normed[:, : matrix.inputs])
         call.fill_ranks("qkv", normed, rows, ranks)
-        torch.mm(normed, matrix.forward.t(), out=qkv[rows])
+        torch.mm(normed, matrix.forward, out=qkv[rows])
         rotated = sizes.heads + sizes.key_heads
-        layer.operations.rope(qkv[rows], call.cosine, call.sine, rotated, sizes.head_size, rows.start)
+        layer.operations.rope(qkv[rows], call.batch.cosine, call.batch.sine, rotated, sizes.head_size, rows.start)
     return qkv
 
 
@@ -135,10 +134,10 @@ def _after_attention(
         wide = call.room(rows, matrix.inputs, matrix.ranks)
         wide[:, : matrix.inputs] = out.flatten(1)
         call.fill_ranks("o", wide, rows, ranks)
-    update = wide @ matrix.forward.t()
+    update = wide @ matrix.forward
     del wide
     hidden = layer.sizes.hidden
-    normed = call.room(rows, hidden, ranks_of(call.adapters["gate_up"]))
+    normed = call.room(rows, hidden, call.active["gate_up"].ranks)
     layer.operations.add_rms_norm(x_mh, update, layer.norms[1], layer.sizes.eps[1], sum_mh, normed[:, :hidden])
     return normed
 
@@ -150,7 +149,7 @@ def _gate_up(
     matrix = call.matrix("gate_up")
     call.fill_ranks("gate_up", normed, rows, ranks)
     result = call.room(rows, matrix.outputs, matrix.ranks) if kept is None else kept[rows]
-    torch.mm(normed, matrix.forward.t(), out=result[:, : matrix.outputs])
+    torch.mm(normed, matrix.forward, out=result[:, : matrix.outputs])
     return result
 
 
@@ -162,10 +161,10 @@ def _down(
     active = call.room(rows, matrix.inputs, matrix.ranks)
     layer.operations.swiglu(gate_up[:, : 2 * matrix.inputs], active[:, : matrix.inputs])
     call.fill_ranks("down", active, rows, ranks)
-    if y_mh.dtype == call.dtype:
-        torch.addmm(sum_mh, active, matrix.forward.t(), out=y_mh)
+    if y_mh.dtype == call.batch.dtype:
+        torch.addmm(sum_mh, active, matrix.forward, out=y_mh)
     else:  # a float32 residual stream
-        torch.add(sum_mh, active @ matrix.forward.t(), out=y_mh)
+        torch.add(sum_mh, active @ matrix.forward, out=y_mh)
 
 
 def _mlp_backward(
@@ -185,11 +184,11 @@ def _mlp_backward(
         normed = _after_attention(call, x_mh, kept.out[rows], sum_mh, rows, kept.ranks)
     else:
         sum_mh = kept.sum_mh[rows]
-        normed = call.room(rows, hidden, ranks_of(call.adapters["gate_up"]))
+        normed = call.room(rows, hidden, call.active["gate_up"].ranks)
         layer.operations.rms_norm(sum_mh, layer.norms[1], layer.sizes.eps[1], normed[:, :hidden])
     gate_up = _gate_up(call, normed, rows, kept.ranks, None) if kept.gate_up is None else kept.gate_up[rows]
 
-    wide = call.room(rows, hidden, ranks_of(call.adapters["down"]))
+    wide = call.room(rows, hidden, call.active["down"].ranks)
     wide[:, :hidden] = to_y
     active = call.room(rows, layer.sizes.intermediate)
     _input_gradient(call, "down", wide, rows, active)
@@ -222,13 +221,13 @@ def _qkv_backward(
 ) -> None:
     """From the gradients of a tile's rotated query, key and value to that of the layer's input, in `to_x`."""
     layer, sizes, group = call.layer, call.layer.sizes, call.layer.groups["qkv"]
-    to_qkv = call.room(rows, group.outputs, ranks_of(call.adapters["qkv"]))
+    to_qkv = call.room(rows, group.outputs, call.active["qkv"].ranks)
     layer.operations.rope_backward(
-        to_heads, call.cosine, call.sine, sizes.head_size, rows.start, to_qkv[:, : group.outputs]
+        to_heads, call.batch.cosine, call.batch.sine, sizes.head_size, rows.start, to_qkv[:, : group.outputs]
     )
     to_normed = None if to_x is None else call.room(rows, sizes.hidden)
     _input_gradient(call, "qkv", to_qkv, rows, to_normed)
-    if call.adapters["qkv"]:
+    if call.active["qkv"].adapters:
         normed = call.room(rows, sizes.hidden)
         layer.operations.rms_norm(x_mh, layer.norms[0], sizes.eps[0], normed)
         _adapter_gradients(call, "qkv", to_qkv, normed, kept.ranks, rows, sums)
@@ -238,18 +237,18 @@ def _qkv_backward(
 
 
 def _input_gradient(call: Call, name: str, gradient: torch.Tensor, rows: slice, out: torch.Tensor | None) -> None:
-    input_gradient(gradient, call.matrix(name), call.adapters[name], call.ranks_seed(name, rows), out)
+    input_gradient(gradient, call.matrix(name), call.active[name], call.ranks_seed(name, rows), out)
 
 
 def _adapter_gradients(
     call: Call, name: str, gradient: torch.Tensor, x_mk: torch.Tensor, kept: Ranks, rows: slice, sums: Sums
 ) -> None:
     """`linear.adapter_gradients` with the ranks as kept, or computed again: the workspace still holds the group."""
-    adapters, seed = call.adapters[name], call.ranks_seed(name, rows)
-    if not adapters:
+    active, seed = call.active[name], call.ranks_seed(name, rows)
+    if not active.adapters:
         return
     ranks = kept.pop((name, rows.start), None)
     if ranks is None:
-        ranks = call.room(rows, 0, ranks_of(adapters))
-        ranks_forward(x_mk, call.matrix(name), adapters, seed, ranks)
-    adapter_gradients(call.layer.operations, gradient, x_mk, ranks, adapters, seed, sums)
+        ranks = call.room(rows, 0, active.ranks)
+        ranks_forward(x_mk, call.matrix(name), active, seed, ranks)
+    adapter_gradients(call.layer.operations, gradient, x_mk, ranks, active, seed, sums)

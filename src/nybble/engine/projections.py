@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -37,18 +38,21 @@ class Adapter:
     """(outputs, r)"""
     scaling: float
     dropout: float
-    first_output: int
-    first_rank: int
+    outputs: slice
+    """Its place among the group's outputs."""
+    ranks: slice
+    """Its place among the group's ranks."""
 
-    @property
-    def outputs(self) -> slice:
-        """Its place among the group's outputs."""
-        return slice(self.first_output, self.first_output + self.b.shape[0])
 
-    @property
-    def ranks(self) -> slice:
-        """Its place among the group's ranks."""
-        return slice(self.first_rank, self.first_rank + self.a.shape[0])
+@dataclass(frozen=True)
+class Active:
+    """The adapters of a group that are active now."""
+
+    adapters: tuple[Adapter, ...] = ()
+    ranks: int = 0
+    """Columns they take, rounded up to ALIGNMENT."""
+    dropping: bool = False
+    """Whether any of them drops inputs."""
 
 
 class Ineligible(Exception):  # noqa: N818 - a reason, not an error: the layer keeps its own forward
@@ -71,92 +75,104 @@ class Group:
         self.modules = tuple(modules)
         for name, module in zip(names, modules, strict=True):
             _check(name, module)
-        self.outputs = sum(base_of(module).out_features for module in modules)
-        self.inputs: int = base_of(modules[0]).in_features
+        self.bases = tuple(base_of(module) for module in modules)
+        self.outputs = sum(base.out_features for base in self.bases)
+        self.inputs: int = self.bases[0].in_features
+        self._frozen: list[_Frozen] = []
 
-    def adapters(self) -> tuple[Adapter, ...]:
+    def active(self) -> Active:
         """The adapters that are active now, none where they are disabled or merged.
 
         Raises:
             Ineligible: several at once, or of a kind that the fused product does not know.
         """
+        self._refresh()
         found: list[Adapter] = []
         output = rank = 0
-        for name, module in zip(self.names, self.modules, strict=True):
-            if isinstance(module, LoraLayer):
-                adapter = _active(name, module, output, rank)
+        for name, module, base in zip(self.names, self.modules, self.bases, strict=True):
+            if module is not base:
+                adapter = _active(name, module, base, output, rank)
                 if adapter is not None:
                     found.append(adapter)
-                    rank += adapter.a.shape[0]
-            output += base_of(module).out_features
-        return tuple(found)
+                    rank = adapter.ranks.stop
+            output += base.out_features
+        padded = -(-rank // ALIGNMENT) * ALIGNMENT
+        return Active(tuple(found), padded, any(adapter.dropout for adapter in found))
 
     def write(self, operations: ModuleType, matrix: torch.Tensor) -> None:
         """Fill the weights into the upper left of a matrix of more rows and columns."""
         row = 0
-        for module in self.modules:
-            base = base_of(module)
+        for base, frozen in zip(self.bases, self._frozen, strict=True):
             out = matrix[row : row + base.out_features, : self.inputs]
             row += base.out_features
-            weight = base.weight
-            state = getattr(weight, "quant_state", None)
-            if state is None:
-                out.copy_(weight)
-                continue
-            nested = None
-            if state.nested:
-                nested = Nested(state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
-            operations.dequantize(weight, state.absmax, state.code, state.blocksize, nested, out)
+            if frozen.code is None:
+                out.copy_(frozen.weight)
+            else:
+                operations.dequantize(frozen.weight, frozen.absmax, frozen.code, frozen.blocksize, frozen.nested, out)
+
+    def _refresh(self) -> None:
+        """Weights as plain tensors: what bitsandbytes wraps them in costs 2 us a use. They change when PEFT merges."""
+        weights = [base._parameters["weight"] for base in self.bases]
+        if len(self._frozen) == len(weights) and all(
+            frozen.owner is weight and frozen.place == weight.data_ptr()  # type: ignore[union-attr]
+            for frozen, weight in zip(self._frozen, weights, strict=True)
+        ):
+            return
+        self._frozen = [_Frozen.of(weight) for weight in weights]  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """A frozen weight taken apart."""
+
+    owner: torch.nn.Parameter
+    place: int
+    weight: torch.Tensor
+    absmax: torch.Tensor
+    code: torch.Tensor | None
+    blocksize: int
+    nested: Nested | None
+
+    @classmethod
+    def of(cls, owner: torch.nn.Parameter) -> _Frozen:
+        weight = owner.detach().as_subclass(torch.Tensor)
+        state = getattr(owner, "quant_state", None)
+        if state is None:
+            return cls(owner, owner.data_ptr(), weight, weight, None, 0, None)
+        nested = None
+        if state.nested:
+            nested = Nested(state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
+        return cls(owner, owner.data_ptr(), weight, state.absmax, state.code, state.blocksize, nested)
 
 
 def base_of(module: torch.nn.Module) -> torch.nn.Linear:
     """The frozen layer below PEFT's."""
-    return module.get_base_layer() if isinstance(module, LoraLayer) else module  # type: ignore[return-value]
+    base: torch.nn.Linear = module._modules["base_layer"] if isinstance(module, LoraLayer) else module  # type: ignore[assignment]
+    return base
 
 
-def ranks_of(adapters: Sequence[Adapter]) -> int:
-    """Columns that a group's adapters take, rounded up."""
-    ranks = sum(adapter.a.shape[0] for adapter in adapters)
-    return -(-ranks // ALIGNMENT) * ALIGNMENT
-
-
-@dataclass(frozen=True)
 class Matrix:
-    """A group's weights with the adapters around them, in the workspace; good until the workspace is filled anew."""
+    """A group's weights with the adapters around them, in the workspace; good until the workspace is filled anew.
 
-    whole: torch.Tensor
-    outputs: int
-    inputs: int
+    Attributes:
+        forward: [W | s B] transposed, (inputs + ranks, outputs)
+        backward: [W ; A], (outputs + ranks, inputs)
+        weights: W, (outputs, inputs)
+        down: A of all adapters, (ranks, inputs)
+        up: s B of all adapters, (outputs, ranks), zero where an adapter does not add to an output
+    """
 
-    @property
-    def ranks(self) -> int:
-        """Columns beside the weights."""
-        return self.whole.shape[1] - self.inputs
-
-    @property
-    def forward(self) -> torch.Tensor:
-        """[W | s B], (outputs, inputs + ranks)"""
-        return self.whole[: self.outputs]
-
-    @property
-    def backward(self) -> torch.Tensor:
-        """[W ; A], (outputs + ranks, inputs)"""
-        return self.whole[:, : self.inputs]
-
-    @property
-    def weights(self) -> torch.Tensor:
-        """W, (outputs, inputs)"""
-        return self.whole[: self.outputs, : self.inputs]
-
-    @property
-    def down(self) -> torch.Tensor:
-        """A of all adapters, (ranks, inputs)"""
-        return self.whole[self.outputs :, : self.inputs]
-
-    @property
-    def up(self) -> torch.Tensor:
-        """s B of all adapters, (outputs, ranks), zero where an adapter does not add to an output"""
-        return self.whole[: self.outputs, self.inputs :]
+    def __init__(self, whole: torch.Tensor, outputs: int, inputs: int) -> None:
+        self.whole = whole
+        self.outputs = outputs
+        self.inputs = inputs
+        self.ranks = whole.shape[1] - inputs
+        self.forward = whole[:outputs].t()
+        self.backward = whole[:, :inputs]
+        self.weights = whole[:outputs, :inputs]
+        self.down = whole[outputs:, :inputs]
+        self.down_transposed = self.down.t()
+        self.up = whole[:outputs, inputs:]
 
 
 class Workspace:
@@ -168,6 +184,7 @@ class Workspace:
     def __init__(self, operations: ModuleType) -> None:
         self.operations = operations
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._matrices: dict[tuple[str, torch.dtype, int, int, int], Matrix] = {}
         self._held: dict[str, tuple[Group, Matrix]] = {}
 
     def forget(self) -> None:
@@ -178,24 +195,29 @@ class Workspace:
         """Have room before the first use, so that a slot never grows and leaves a hole behind."""
         buffer = self._buffers.get((slot, dtype))
         if buffer is None or buffer.numel() < numbers:
-            self._held.pop(slot, None)
+            self._held.clear()
+            self._matrices.clear()
             self._buffers.pop((slot, dtype), None)
             self._buffers[slot, dtype] = torch.empty(numbers, dtype=dtype, device=device)
 
-    def matrix(self, group: Group, adapters: Sequence[Adapter], slot: str, dtype: torch.dtype) -> Matrix:
-        """The group's matrix, filled unless it still stands in its slot."""
+    def matrix(self, group: Group, active: Active, slot: str, dtype: torch.dtype) -> Matrix:
+        """The group's matrix, filled unless it still stands in its slot, which `reserve` has made room in."""
         held = self._held.get(slot)
         if held is not None and held[0] is group:
             return held[1]
-        ranks = ranks_of(adapters)
-        rows, columns = group.outputs + ranks, group.inputs + ranks
-        self.reserve(slot, rows * columns, dtype, base_of(group.modules[0]).weight.device)
-        whole = self._buffers[slot, dtype][: rows * columns].view(rows, columns)
-        group.write(self.operations, whole)
-        if adapters:
-            laid = [LowRank(own.a, own.b, own.scaling, own.first_output, own.first_rank) for own in adapters]
-            self.operations.pack_adapters(laid, whole, group.outputs, group.inputs)
-        result = Matrix(whole, group.outputs, group.inputs)
+        key = (slot, dtype, group.outputs, group.inputs, active.ranks)
+        result = self._matrices.get(key)  # layers are alike, and so are their matrices
+        if result is None:
+            rows, columns = group.outputs + active.ranks, group.inputs + active.ranks
+            whole = self._buffers[slot, dtype][: rows * columns].view(rows, columns)
+            result = self._matrices[key] = Matrix(whole, group.outputs, group.inputs)
+        group.write(self.operations, result.whole)
+        if active.adapters:
+            laid = [
+                LowRank(own.a.detach(), own.b.detach(), own.scaling, own.outputs.start, own.ranks.start)
+                for own in active.adapters
+            ]
+            self.operations.pack_adapters(laid, result.whole, group.outputs, group.inputs)
         self._held[slot] = (group, result)
         return result
 
@@ -222,17 +244,18 @@ def _check(name: str, module: torch.nn.Module) -> None:
         raise Ineligible(f"{name} holds its weight transposed")
 
 
-def _active(name: str, module: LoraLayer, output: int, rank: int) -> Adapter | None:
-    hooked = bool(module._forward_pre_hooks or module._forward_hooks)
-    if hooked:
+def _active(name: str, module: Any, base: torch.nn.Linear, output: int, rank: int) -> Adapter | None:
+    if module._forward_pre_hooks or module._forward_hooks:
         raise Ineligible(f"{name} has hooks of somebody else")
     if module.disable_adapters:
         if module.merged:
-            raise Ineligible(f"{name}: disabled while merged, so PEFT unmerges it")
+            raise Ineligible(f"{name} is disabled while merged, so PEFT unmerges it")
         return None
     if module.merged:
         return None
-    active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+    parts = module._modules
+    down = parts["lora_A"]._modules
+    active = [adapter for adapter in module.active_adapters if adapter in down]
     if not active:
         return None
     if len(active) > 1:
@@ -241,9 +264,11 @@ def _active(name: str, module: LoraLayer, output: int, rank: int) -> Adapter | N
     variant = module.lora_variant.get(key)
     if variant is not None:
         raise Ineligible(f"{name} has the LoRA variant {type(variant).__name__.removesuffix('LinearVariant')}")
-    down, up = module.lora_A[key], module.lora_B[key]
-    if down.bias is not None or up.bias is not None:
+    a, b = down[key]._parameters, parts["lora_B"]._modules[key]._parameters
+    if a["bias"] is not None or b["bias"] is not None:
         raise Ineligible(f"{name}'s adapter has a bias")
-    dropout = module.lora_dropout[key]
-    share = dropout.p if isinstance(dropout, torch.nn.Dropout) and dropout.training else 0.0
-    return Adapter(down.weight, up.weight, float(module.scaling[key]), share, output, rank)
+    dropout = parts["lora_dropout"]._modules[key]
+    share = dropout.p if dropout.training and isinstance(dropout, torch.nn.Dropout) else 0.0
+    ranks = slice(rank, rank + a["weight"].shape[0])
+    outputs = slice(output, output + base.out_features)
+    return Adapter(a["weight"], b["weight"], float(module.scaling[key]), share, outputs, ranks)

@@ -14,8 +14,14 @@ HOST, LAYER_INPUT, DROP_QKV, DROP_MLP, KEEP_ALL = "host", "layer-input", "drop-q
 LADDER = (HOST, LAYER_INPUT, DROP_QKV, DROP_MLP, KEEP_ALL)
 """From the leanest to the fastest."""
 
-TILE = 4096
-"""Tokens that the projections take at once; cuBLAS reaches its full rate at 2,048 rows (docs/benchmarks.md)."""
+WIDE_TILE, NARROW_TILE = 8192, 2048
+"""Tokens that the projections take at once where much is kept, and where memory is short. cuBLAS reaches its rate at 2,048
+rows already (docs/benchmarks.md); larger tiles save launches, smaller ones 90 KB a token for Llama 2 7B."""
+
+
+def tile(policy: str) -> int:
+    """Tokens to a tile under a policy."""
+    return WIDE_TILE if policy in (KEEP_ALL, DROP_MLP) else NARROW_TILE
 
 
 @dataclass(frozen=True)
@@ -62,17 +68,17 @@ def kept_bytes(policy: str, shape: LayerShape) -> int:
     return total
 
 
-def passing_bytes(shape: LayerShape, tokens: int) -> int:
+def passing_bytes(shape: LayerShape, tokens: int, policy: str) -> int:
     """Device bytes that one layer's backward needs for a while, at its peak, for a batch of so many tokens.
 
     The larger of two moments: the MLP of one tile (gate, up and their gradients in place, the activation, the norm) beside
     what the layer keeps of all tokens; and attention's backward with its inputs, its output and their gradients.
     """
-    hidden, tile = shape.hidden * shape.residual, min(tokens, TILE)
+    hidden, rows = shape.hidden * shape.residual, min(tokens, tile(policy))
     recomputed = shape.hidden * shape.residual + (shape.qkv + shape.query) * shape.element + 4 * shape.heads
     streams = 2 * hidden + shape.ranks[1] * shape.element  # gradients of the layer's output and of the sum
     mlp = (3 * shape.intermediate + 4 * shape.hidden + sum(shape.ranks)) * shape.element
-    at_mlp = tokens * (recomputed + streams + shape.query * shape.element) + tile * mlp
+    at_mlp = tokens * (recomputed + streams + shape.query * shape.element) + rows * mlp
     # flash sums the query's gradient in float32
     attention = (shape.qkv + 2 * shape.query) * shape.element + 4 * shape.query
     return max(at_mlp, tokens * (recomputed + streams + attention))

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nybble.engine.kernels.launch import Launcher
 from nybble.engine.reference import LowRank
 
 ROWS, COLUMNS = 32, 512
@@ -55,6 +56,9 @@ def _line(a, line, column, inputs, first_rank, ranks):
     return tl.load(a + own * inputs + column, mask=inside, other=0.0).to(tl.float32)
 
 
+_launch = Launcher(_pack, num_warps=4)
+
+
 def pack_adapters(adapters: Sequence[LowRank], matrix: torch.Tensor, outputs: int, inputs: int) -> None:
     """See `reference.pack_adapters`."""
     rank = matrix.shape[1] - inputs
@@ -67,8 +71,7 @@ def pack_adapters(adapters: Sequence[LowRank], matrix: torch.Tensor, outputs: in
         else:
             words += [matrix, matrix, 0.0, 0, 0, 0, 0]
     row_blocks = triton.cdiv(outputs, ROWS)
-    grid = (row_blocks + rank * triton.cdiv(inputs, COLUMNS),)
-    _pack[grid](
-        *words, matrix, matrix.stride(0), outputs, inputs, rank, row_blocks,
-        triton.next_power_of_2(rank), ROWS, COLUMNS, num_warps=4,
+    _launch(
+        (row_blocks + rank * triton.cdiv(inputs, COLUMNS),), *words, matrix, matrix.stride(0), outputs, inputs, rank,
+        row_blocks, triton.next_power_of_2(rank), ROWS, COLUMNS,
     )  # fmt: skip

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nybble.engine.kernels.launch import Launcher
+
 BLOCK = 4096
 
 
@@ -35,7 +37,10 @@ def _cross_entropy(logits, targets, losses, stride, vocabulary, BLOCK: tl.conste
         tl.store(first + column, (gradient * weight).to(logits.dtype.element_ty), mask=inside)
 
 
+_launch = Launcher(_cross_entropy, num_warps=8)
+
+
 def cross_entropy(logits_mv: torch.Tensor, targets_m: torch.Tensor, losses_m: torch.Tensor) -> None:
     """See `reference.cross_entropy`."""
     rows, vocabulary = logits_mv.shape
-    _cross_entropy[(rows,)](logits_mv, targets_m, losses_m, logits_mv.stride(0), vocabulary, BLOCK, num_warps=8)
+    _launch((rows,), logits_mv, targets_m, losses_m, logits_mv.stride(0), vocabulary, BLOCK)

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nybble.engine.kernels.launch import Launcher
 from nybble.engine.reference import Nested
 
 BLOCKS = 64  # quantisation blocks a program; on an H200 64 and 128 read 3.3 TB/s, 16 only 2.6
@@ -34,6 +35,10 @@ def _dequantize(
     tl.store(out + place[:, None] + tl.arange(0, BLOCKSIZE)[None, :], values, mask=inside[:, None])
 
 
+# enable_fp_fusion off: scale x absmax is rounded before the offset is added, bit for bit as in bitsandbytes.
+_launch = Launcher(_dequantize, num_warps=4, enable_fp_fusion=False)
+
+
 def dequantize(
     packed: torch.Tensor,
     absmax: torch.Tensor,
@@ -46,8 +51,7 @@ def dequantize(
     columns, blocks = out.shape[1], absmax.numel()
     assert columns % blocksize == 0, "a block may not span two rows"
     inner = (nested.code, nested.absmax, nested.offset) if nested else (code, code, code)
-    # enable_fp_fusion off: scale x absmax is rounded before the offset is added, bit for bit as in bitsandbytes.
-    _dequantize[(triton.cdiv(blocks, BLOCKS),)](
-        packed, absmax, code, *inner, out, blocks, out.stride(0),
-        columns, blocksize, nested.blocksize if nested else 0, BLOCKS, num_warps=4, enable_fp_fusion=False,
+    _launch(
+        (triton.cdiv(blocks, BLOCKS),), packed, absmax, code, *inner, out, blocks, out.stride(0),
+        columns, blocksize, nested.blocksize if nested else 0, BLOCKS,
     )  # fmt: skip

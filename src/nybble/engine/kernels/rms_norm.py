@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nybble.engine.kernels.launch import Launcher
+
 
 @triton.jit
 def _forward(
@@ -45,12 +47,18 @@ def _backward(
     tl.store(out + row * out_stride + column, result.to(out.dtype.element_ty), mask=inside)
 
 
+# 16 numbers a thread: two loads of 16 bytes
+_forwards = {warps: Launcher(_forward, num_warps=warps) for warps in (1, 2, 4, 8, 16)}
+_backwards = {warps: Launcher(_backward, num_warps=warps) for warps in (1, 2, 4, 8, 16)}
+
+
 def rms_norm(x_mh: torch.Tensor, weight_h: torch.Tensor, eps: float, out_mh: torch.Tensor) -> None:
     """See `reference.rms_norm`."""
     rows, hidden = x_mh.shape
-    _forward[(rows,)](
+    _forwards[_warps(hidden)](
+        (rows,),
         x_mh, x_mh, weight_h, x_mh, out_mh, x_mh.stride(0), 0, 0, out_mh.stride(0), hidden, eps,
-        False, triton.next_power_of_2(hidden), num_warps=_warps(hidden),
+        False, triton.next_power_of_2(hidden),
     )  # fmt: skip
 
 
@@ -64,10 +72,11 @@ def add_rms_norm(
 ) -> None:
     """See `reference.add_rms_norm`."""
     rows, hidden = x_mh.shape
-    _forward[(rows,)](
+    _forwards[_warps(hidden)](
+        (rows,),
         x_mh, update_mh, weight_h, sum_mh, out_mh,
         x_mh.stride(0), update_mh.stride(0), sum_mh.stride(0), out_mh.stride(0), hidden, eps,
-        True, triton.next_power_of_2(hidden), num_warps=_warps(hidden),
+        True, triton.next_power_of_2(hidden),
     )  # fmt: skip
 
 
@@ -81,12 +90,13 @@ def rms_norm_backward(
 ) -> None:
     """See `reference.rms_norm_backward`."""
     rows, hidden = x_mh.shape
-    _backward[(rows,)](
+    _backwards[_warps(hidden)](
+        (rows,),
         gradient_mh, x_mh, weight_h, residual_mh, out_mh,
         gradient_mh.stride(0), x_mh.stride(0), residual_mh.stride(0), out_mh.stride(0), hidden, eps,
-        triton.next_power_of_2(hidden), num_warps=_warps(hidden),
+        triton.next_power_of_2(hidden),
     )  # fmt: skip
 
 
 def _warps(hidden: int) -> int:
-    return min(16, max(1, triton.next_power_of_2(hidden) // 512))  # 16 numbers a thread: two loads of 16 bytes
+    return min(16, max(1, triton.next_power_of_2(hidden) // 512))

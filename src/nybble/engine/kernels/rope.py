@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nybble.engine.kernels.launch import Launcher
+
 
 @triton.jit
 def _forward(
@@ -67,14 +69,17 @@ def _backward(
         tl.store(place + HEAD // 2, second_half.to(out.dtype.element_ty), mask=own)
 
 
+_launch_forward, _launch_backward = Launcher(_forward, num_warps=4), Launcher(_backward, num_warps=4)
+
+
 def rope(
     qkv_mn: torch.Tensor, cosine_pd: torch.Tensor, sine_pd: torch.Tensor, rotated_heads: int, head_size: int, first: int
 ) -> None:
     """See `reference.rope`."""
     half = triton.next_power_of_2(head_size // 2)
-    _forward[(qkv_mn.shape[0],)](
-        qkv_mn, cosine_pd, sine_pd, qkv_mn.stride(0), cosine_pd.shape[0], first, rotated_heads,
-        head_size, half, _heads(half), num_warps=4,
+    _launch_forward(
+        (qkv_mn.shape[0],), qkv_mn, cosine_pd, sine_pd, qkv_mn.stride(0), cosine_pd.shape[0], first, rotated_heads,
+        head_size, half, _heads(half),
     )  # fmt: skip
 
 
@@ -89,11 +94,11 @@ def rope_backward(
     """See `reference.rope_backward`."""
     query, key, value = gradients
     half = triton.next_power_of_2(head_size // 2)
-    _backward[(query.shape[0],)](
-        query, key, value, cosine_pd, sine_pd, out_mn,
+    _launch_backward(
+        (query.shape[0],), query, key, value, cosine_pd, sine_pd, out_mn,
         query.stride(0), key.stride(0), value.stride(0), out_mn.stride(0),
         cosine_pd.shape[0], first, query.shape[1] // head_size, key.shape[1] // head_size,
-        head_size, half, _heads(half), num_warps=4,
+        head_size, half, _heads(half),
     )  # fmt: skip
 
 

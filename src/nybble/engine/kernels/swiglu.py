@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nybble.engine.kernels.launch import Launcher
+
 BLOCK = 1024
 
 
@@ -39,15 +41,18 @@ def _backward(gradient, gate_up, gradient_stride, gate_up_stride, width, BLOCK: 
     tl.store(own, (silu * up).to(gradient.dtype.element_ty), mask=inside)
 
 
+_launch_forward, _launch_backward = Launcher(_forward, num_warps=4), Launcher(_backward, num_warps=4)
+
+
 def swiglu(gate_up_mi: torch.Tensor, out_mi: torch.Tensor) -> None:
     """See `reference.swiglu`."""
     rows, width = out_mi.shape
     grid = (rows, triton.cdiv(width, BLOCK))
-    _forward[grid](gate_up_mi, out_mi, gate_up_mi.stride(0), out_mi.stride(0), width, BLOCK, num_warps=4)
+    _launch_forward(grid, gate_up_mi, out_mi, gate_up_mi.stride(0), out_mi.stride(0), width, BLOCK)
 
 
 def swiglu_backward(gradient_mi: torch.Tensor, gate_up_mi: torch.Tensor) -> None:
     """See `reference.swiglu_backward`."""
     rows, width = gradient_mi.shape
     grid = (rows, triton.cdiv(width, BLOCK))
-    _backward[grid](gradient_mi, gate_up_mi, gradient_mi.stride(0), gate_up_mi.stride(0), width, BLOCK, num_warps=4)
+    _launch_backward(grid, gradient_mi, gate_up_mi, gradient_mi.stride(0), gate_up_mi.stride(0), width, BLOCK)

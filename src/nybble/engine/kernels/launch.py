@@ -1,0 +1,43 @@
+"""Launching compiled kernels without Triton's own look-ups, which cost more than small batches leave.
+
+`kernel[grid](...)` binds, specialises and looks up anew at every launch: 22 to 36 us on an H200's host, where a step of
+1 x 2048 tokens makes a thousand launches and computes for 115 ms (docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+REMEMBERED = 4096  # plans a kernel; lengths vary, so they are not without end
+
+
+class Launcher:
+    """A kernel, and its compiled forms by everything that Triton specialises for.
+
+    Integers count by value, which is finer than Triton's own key; tensors by type, device and alignment to 16 bytes.
+    """
+
+    def __init__(self, kernel: Any, **options: Any) -> None:
+        self.kernel = kernel
+        self.options = options
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, grid: tuple[int, ...], *words: Any) -> None:
+        """Launch with all arguments in order, compile-time constants included."""
+        key = tuple(
+            [
+                (word.dtype, word.get_device(), word.data_ptr() & 15) if isinstance(word, torch.Tensor) else word
+                for word in words
+            ]
+        )
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[(*grid, 1, 1)](*words)
+            return
+        compiled = self.kernel[grid](*words, **self.options)
+        if compiled is not None:  # Triton's interpreter compiles nothing
+            if len(self._compiled) >= REMEMBERED:
+                self._compiled.clear()
+            self._compiled[key] = compiled
