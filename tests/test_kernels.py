@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nybble.engine import kernels, reference
+from nybble.engine import kernels, ops, reference
 from nybble.engine.reference import LowRank, Nested
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,7 +40,8 @@ def poisoned(rows, columns, dtype, room=8):
 
 
 def test_kernels_and_reference_offer_the_same_operations():
-    for name in kernels.__all__:
+    assert sorted(kernels.__all__) == sorted(ops.OPERATIONS)
+    for name in ops.OPERATIONS:
         ours, theirs = getattr(kernels, name), getattr(reference, name)
         assert inspect.signature(ours) == inspect.signature(theirs), name
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import types
 from collections import Counter
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -26,6 +25,7 @@ from nybble.engine.embedding import EmbeddingOnHost
 from nybble.engine.fusion import Fusion, Policy, begin, forward
 from nybble.engine.host import HostStore
 from nybble.engine.layer import FusedLayer, Sizes
+from nybble.engine.ops import Operations
 from nybble.engine.projections import Group, Ineligible, Workspace
 from nybble.errors import EngineError
 from nybble.plan.activations import LADDER
@@ -122,7 +122,7 @@ def _refuse_spread(backbone: LlamaModel) -> None:
             )
 
 
-def _describe(layer: torch.nn.Module, operations: ModuleType, workspace: Workspace, store: HostStore) -> FusedLayer:
+def _describe(layer: torch.nn.Module, operations: Operations, workspace: Workspace, store: HostStore) -> FusedLayer:
     """What the engine needs to know of a layer.
 
     Raises:

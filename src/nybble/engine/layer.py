@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 
 import torch
 
 from nybble.engine.attention import Backend, Saved, Segments
 from nybble.engine.host import Handle, HostStore
 from nybble.engine.linear import ranks_forward
+from nybble.engine.ops import Operations
 from nybble.engine.projections import Active, Group, Matrix, Workspace
 from nybble.plan.activations import LayerShape, tile
 
@@ -46,7 +46,7 @@ class FusedLayer:
     norms: tuple[torch.nn.Parameter, torch.nn.Parameter]
     """Weights of the norms before attention and before the MLP, (h,)."""
     sizes: Sizes
-    operations: ModuleType
+    operations: Operations
     workspace: Workspace
     store: HostStore
 

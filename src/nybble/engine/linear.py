@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 
+from nybble.engine.ops import Operations
 from nybble.engine.projections import Active, Adapter, Matrix
 
 
@@ -48,7 +48,7 @@ def input_gradient(
 
 
 def adapter_gradients(
-    operations: ModuleType,
+    operations: Operations,
     gradient_mn: torch.Tensor,
     x_mk: torch.Tensor,
     ranks_mr: torch.Tensor,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from peft.tuners.lora import Linear4bit as LoraLinear4bit
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 
+from nybble.engine.ops import Operations
 from nybble.engine.reference import LowRank, Nested
 
 ALIGNMENT = 8  # numbers: rows of the workspace begin at multiples of 16 bytes, as tensor cores want them
@@ -99,7 +99,7 @@ class Group:
         padded = -(-rank // ALIGNMENT) * ALIGNMENT
         return Active(tuple(found), padded, any(adapter.dropout for adapter in found))
 
-    def write(self, operations: ModuleType, matrix: torch.Tensor) -> None:
+    def write(self, operations: Operations, matrix: torch.Tensor) -> None:
         """Fill the weights into the upper left of a matrix of more rows and columns."""
         row = 0
         for base, frozen in zip(self.bases, self._frozen, strict=True):
@@ -181,7 +181,7 @@ class Workspace:
     Groups that are needed at once get a slot each; where they follow one another they may share one.
     """
 
-    def __init__(self, operations: ModuleType) -> None:
+    def __init__(self, operations: Operations) -> None:
         self.operations = operations
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self._matrices: dict[tuple[str, torch.dtype, int, int, int], Matrix] = {}
