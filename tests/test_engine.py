@@ -156,8 +156,9 @@ def test_a_layer_in_sixteen_bits_points_where_float32_does(tmp_path, dtype, poli
     """The bound of the plan: cosine above 0.9995 for every adapter of a layer, its input and its output's gradient given."""
     if dtype == torch.float16 and DEVICE == "cpu":
         pytest.skip("float16 is for GPUs")
-    folder = write_llama(tmp_path / "wide", num_hidden_layers=1, hidden_size=256, intermediate_size=512)
-    models = [load(folder, dtype=dtype), load(folder)]
+    sizes = {"num_hidden_layers": 1, "hidden_size": 256, "intermediate_size": 512}
+    folder = write_llama(tmp_path / "wide", **sizes)
+    models = [load(folder, "none", dtype), load(folder, "none")]  # 4 bits quantised from 16 and from 32 would differ
     for ours, theirs in zip(*[model.parameters() for model in models], strict=True):
         if not theirs.requires_grad and theirs.is_floating_point():
             theirs.data.copy_(ours.data)
@@ -175,7 +176,7 @@ def test_a_layer_in_sixteen_bits_points_where_float32_does(tmp_path, dtype, poli
 
 
 def test_sixteen_bits_stray_no_further_than_on_the_plain_path(llama):
-    model, exact = load(llama, dtype=torch.bfloat16), load(llama)
+    model, exact = load(llama, "none", torch.bfloat16), load(llama, "none")
     for ours, theirs in zip(model.parameters(), exact.parameters(), strict=True):
         if not theirs.requires_grad and theirs.is_floating_point():
             theirs.data.copy_(ours.data)
@@ -183,7 +184,11 @@ def test_sixteen_bits_stray_no_further_than_on_the_plain_path(llama):
     _, plain = gradients(model, batch_of(4, 61))
     fuse(model)
     _, ours = gradients(model, batch_of(4, 61))
-    assert cosine(ours, expected) > cosine(plain, expected)
+    strays = [
+        sum(1 - torch.cosine_similarity(part[n].flatten(), expected[n].flatten(), dim=0).item() for n in expected)
+        for part in (ours, plain)
+    ]
+    assert strays[0] < strays[1]
 
 
 def test_packed_rows_do_not_see_each_other(llama):
