@@ -15,10 +15,10 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from bench.train import DEFAULTS, build, options_of
+from bench.train import build, options_of
 from transformers import TrainerCallback
 
-WARM_UP, LOOKED_AT = 4, 3
+WARM_UP, LOOKED_AT = 4, 2
 KINDS = {
     "products": ("gemm", "cutlass", "nvjet", "splitK", "cublas"),
     "attention": ("flash", "fmha", "cudnn", "sdpa"),

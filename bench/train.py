@@ -47,6 +47,7 @@ from nybble.data.prepare import prepare as prepare_data
 from nybble.engine.fuse import fuse, fusion
 from nybble.errors import NybbleError
 from nybble.model.adapter import attach_adapter
+from nybble.model.device import grow_segments
 from nybble.recipe import load_recipe
 from nybble.trainer import QLoraTrainer, Schedule, training_arguments
 
@@ -175,6 +176,7 @@ def build(
     folder: pathlib.Path, data: pathlib.Path, options: dict[str, Any], callbacks: list[TrainerCallback]
 ) -> tuple[QLoraTrainer, list[int]]:
     """A row's trainer, and the tokens of each step as they come."""
+    grow_segments()
     if options["limit"]:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(options["limit"] * 1e9 / total)

@@ -32,7 +32,7 @@ from nybble.inference.samples import SampleAnswers
 from nybble.model.adapter import attach_adapter, check_saved, resume_adapter
 from nybble.model.base import Base, Footprint, check_length, load_base, load_config, load_tokenizer, measure
 from nybble.model.checkpoint import find_checkpoint
-from nybble.model.device import choose_device, choose_dtype
+from nybble.model.device import choose_device, choose_dtype, grow_segments
 from nybble.recipe import Recipe
 from nybble.record import draw_loss, write_card
 from nybble.run import (
@@ -159,6 +159,8 @@ def _join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
     on_cpu = device.type == "cpu"
     # The others wait while the first downloads, quantises and tokenises: NCCL's own 10 minutes are too few for that.
     waiting = {"timeout": datetime.timedelta(hours=6), **({"backend": "gloo"} if on_cpu else {})} if asked > 1 else {}
+    if not on_cpu:
+        grow_segments()
     state = PartialState(cpu=on_cpu, **waiting)
     assert state.num_processes == asked, "Accelerate sees another number of processes"
     return state, device

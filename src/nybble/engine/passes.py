@@ -84,10 +84,13 @@ def run_backward(call: Call, kept: Kept, to_y: torch.Tensor, *, input_needed: bo
         kept.out, kept.saved = call.batch.attention.forward(*_heads(call, kept.qkv), call.batch.segments)
     everything = slice(0, len(x_mh))
     to_sum = call.room(everything, layer.sizes.hidden, call.active["o"].ranks)
-    to_out = call.room(everything, layer.groups["o"].inputs)
+    to_out: torch.Tensor | None = None
     for rows in call.tiles:
         _mlp_backward(call, kept, x_mh[rows], to_y[rows], to_sum[rows], rows, sums)
+        if to_out is None:  # not before the first tile's MLP is over: that is the peak of a batch of one tile
+            to_out = call.room(everything, layer.groups["o"].inputs)
         _o_backward(call, kept, to_sum[rows], to_out[rows], rows, sums)
+    assert to_out is not None
     kept.gate_up = kept.sum_mh = None
     to_heads = call.batch.attention.backward(
         to_out.view(kept.out.shape), *_heads(call, kept.qkv), kept.out, kept.saved, call.batch.segments
