@@ -251,9 +251,10 @@ def test_the_loss_is_transformers_own_although_prompts_take_no_logits(rows, tiny
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     data = loaded(rows, tiny_tokenizer, cache)
     batch = Collator(0)([data.train[n] for n in (0, 7, 33)])
-    assert len(batch["logits_to_keep"]) < 0.5 * batch["labels"].shape[1]
+    assert len(batch["predicting"]) < 0.5 * batch["labels"].numel()
     total, count = summed_loss(model, batch)
-    own = model(**{name: value for name, value in batch.items() if name != "logits_to_keep"}).loss
+    assert count == len(batch["predicting"])
+    own = model(**{name: value for name, value in batch.items() if name != "predicting"}).loss
     torch.testing.assert_close(total / count, own)
 
 

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nybble.engine.fuse import fuse, fusion, unfuse
     from nybble.errors import NybbleError
     from nybble.inference.pipeline import Answerer, Sampling
     from nybble.inference.pipeline import load_answerer as load
@@ -23,11 +24,14 @@ __all__ = [
     "Recipe",
     "Run",
     "Sampling",
+    "fuse",
+    "fusion",
     "load",
     "load_recipe",
     "open_run",
     "resume",
     "train",
+    "unfuse",
 ]
 
 _HOMES = {
@@ -36,11 +40,14 @@ _HOMES = {
     "Recipe": ("nybble.recipe", "Recipe"),
     "Run": ("nybble.run", "Run"),
     "Sampling": ("nybble.inference.pipeline", "Sampling"),
+    "fuse": ("nybble.engine.fuse", "fuse"),
+    "fusion": ("nybble.engine.fuse", "fusion"),
     "load": ("nybble.inference.pipeline", "load_answerer"),
     "load_recipe": ("nybble.recipe", "load_recipe"),
     "open_run": ("nybble.run", "open_run"),
     "resume": ("nybble.train", "resume"),
     "train": ("nybble.train", "train"),
+    "unfuse": ("nybble.engine.fuse", "unfuse"),
 }
 
 

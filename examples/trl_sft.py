@@ -1,0 +1,59 @@
+"""Somebody's own TRL script, with one line of nybble.
+
+    python examples/trl_sft.py MODEL ROWS.jsonl [steps]
+
+ROWS.jsonl has a column `text`. TRL switches gradient checkpointing on; the fused layers recompute by their own policy
+instead, and say so.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+
+import torch
+from datasets import load_dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from trl import SFTConfig, SFTTrainer
+
+import nybble
+
+path, rows, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 100
+bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+dtype = torch.bfloat16 if bf16 else torch.float32
+tokenizer = AutoTokenizer.from_pretrained(path)
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token
+model = AutoModelForCausalLM.from_pretrained(
+    path,
+    dtype=dtype,
+    device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+    quantization_config=BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    ),
+)
+trainer = SFTTrainer(
+    model=model,
+    processing_class=tokenizer,
+    train_dataset=load_dataset("json", data_files=rows, split="train"),
+    peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    args=SFTConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=4,
+        max_length=512,
+        max_steps=steps,
+        learning_rate=2e-4,
+        bf16=bf16,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+    ),
+)
+
+nybble.fuse(trainer.model)
+
+trainer.train()
+print(nybble.fusion(trainer.model).describe())
