@@ -34,6 +34,8 @@ def test_all_faults_are_listed_together_with_their_lines(tmp_path):
     [
         (["adapter=a", "lora.r=4"], "lora: r cannot be set beside adapter=a"),
         (["data.validation=0", "train.early_stopping=2"], "train.early_stopping: needs validation rows"),
+        (["engine.fused=false", "engine.policy=host"], "engine.fused is false"),
+        (["engine.embedding=host", "train.processes=2"], "engine.embedding: host is for one process"),
         (["data.validation=-1"], "data.validation: a share below 1"),
         (["lora.targets=[]"], "lora.targets: an empty list"),
         (["train.epochs"], "options are written key=value"),

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import nybble.train as training
 from nybble.data.formats import Message
 from nybble.data.tokens import encode_prompt
-from nybble.errors import DataError, ModelError, NybbleError, RecipeError, RunError, TrainingError
+from nybble.errors import DataError, EngineError, ModelError, NybbleError, RecipeError, RunError, TrainingError
 from nybble.inference.pipeline import Sampling, load_answerer
 from nybble.recipe import Recipe, load_recipe
 from nybble.run import Run, open_run, read_metrics
@@ -154,6 +154,30 @@ def test_options_train(tiny_llama, rows, cache, tmp_path, quiet, words):
     run = train(recipe_for(tiny_llama, rows, tmp_path / "run", *words, *steps), console=quiet, cache=cache)
     assert len(losses(run)) in (2, 3)
     assert all(map(math.isfinite, losses(run)))
+
+
+def test_the_run_says_how_its_layers_are_computed(tiny_llama, rows, cache, tmp_path, capsys):
+    told = {}
+    for name, words in {
+        "fused": ["engine.policy=drop-mlp"],
+        "plain": ["engine.fused=false"],
+        "DoRA": ["lora.dora=true"],
+    }.items():
+        train(recipe_for(tiny_llama, rows, tmp_path / name, *words, "train.max_steps=2"), cache=cache)
+        told[name] = capsys.readouterr().out
+    assert "engine    2 of 2 decoder layers fused; plain torch: Triton's kernels do not run on cpu" in told["fused"]
+    assert "engine    the layers are computed by Transformers: engine.fused=false" in told["plain"]
+    assert "q_proj has the LoRA variant Dora" in told["DoRA"]
+
+
+def test_an_engine_that_is_asked_for_and_cannot_be_had_is_refused(tiny_llama, rows, cache, tmp_path, quiet):
+    words = ["model.quantization=int8", "engine.policy=host", "train.max_steps=2"]
+    with pytest.raises(EngineError) as caught:
+        train(recipe_for(tiny_llama, rows, tmp_path / "run", *words), console=quiet, cache=cache)
+    print(caught.value)
+    assert "none of 2 decoder layers can be fused: q_proj is a" in str(caught.value)
+    assert "without nybble.fuse" in str(caught.value.fix)
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_goes_on_from_an_adapter(finished, tiny_llama, rows, cache, tmp_path, quiet):

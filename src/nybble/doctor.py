@@ -21,7 +21,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 import bitsandbytes as bnb
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 from huggingface_hub import constants
 from packaging.requirements import Requirement
@@ -151,7 +151,7 @@ def cuda_driver() -> Finding:
     fault = None
     if torch.version.cuda is not None:
         try:
-            torch.cuda.init()  # type: ignore[no-untyped-call]
+            torch.cuda.init()
         except RuntimeError as error:
             fault = str(error).splitlines()[0]
     return judge_driver(_nvidia_driver(), torch.version.cuda, fault, torch.cuda.device_count())

@@ -149,6 +149,11 @@ class EngineOptions(Options):
     embedding: Literal["device", "host"] = "device"
     """Where the token embedding lies; host saves 0.26 GB of a 7B's on the device."""
 
+    @property
+    def is_shaped(self) -> bool:
+        """Whether more than the engine itself is asked for."""
+        return self.policy != "auto" or self.embedding != "device"
+
 
 class TrackerOptions(Options):
     """Where curves go, besides RUN/metrics.jsonl."""
@@ -202,6 +207,14 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     yield (
         isinstance(data.validation, int | float) and data.validation < 0,
         "data.validation: a share below 1, a number of rows, or a file; not negative",
+    )
+    yield (
+        recipe.engine.embedding == "host" and train.processes > 1,
+        "engine.embedding: host is for one process; DDP wants a model's parameters on one device",
+    )
+    yield (
+        not recipe.engine.fused and recipe.engine.is_shaped,
+        "engine: policy and embedding say how the engine works, and engine.fused is false",
     )
     yield (
         lora.targets == [],

@@ -25,7 +25,7 @@ from nybble.callbacks import Guards, Recorder, peak_memory
 from nybble.data.batches import Collator
 from nybble.data.prepare import Prepared, prepare
 from nybble.data.template import save_template
-from nybble.engine.fuse import fuse, fusion
+from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.fusion import Fusion
 from nybble.errors import DeviceError, EngineError, ModelError, NybbleError, RunError, TrainingError
 from nybble.inference.samples import SampleAnswers
@@ -194,7 +194,7 @@ def _fuse(model: PeftModel, recipe: Recipe, console: Console) -> Fusion | None:
     """Hand the layers to the engine; a model or adapter that it does not know is trained as Transformers computes it.
 
     Raises:
-        EngineError: the recipe asks for the engine by name and it cannot be had.
+        EngineError: the recipe says how the engine should work, and it cannot be had.
     """
     if not recipe.engine.fused:
         tell_engine(console, None, "engine.fused=false")
@@ -202,12 +202,19 @@ def _fuse(model: PeftModel, recipe: Recipe, console: Console) -> Fusion | None:
     try:
         fuse(model, recipe.engine.policy, embedding=recipe.engine.embedding)
     except EngineError as error:
-        if recipe.engine.model_fields_set:
+        if recipe.engine.is_shaped:
             raise
         tell_engine(console, None, error.what)
         return None
     result = fusion(model)
     assert result is not None
+    if not result.find_active():
+        why = next(iter(result.passed.values()))
+        unfuse(model)
+        if recipe.engine.is_shaped:
+            raise EngineError(f"none of the decoder layers can be fused: {why}", fix="engine.policy=auto")
+        tell_engine(console, None, why)
+        return None
     result.budget.chunked_loss = True
     tell_engine(console, result, "")
     return result

@@ -158,7 +158,7 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's own, but 8-bit AdamW in one launch; float16's loss scaling must see each gradient, so not there."""
         kind = str(getattr(self.args.optim, "value", self.args.optim))
-        if self.optimizer is None and "8bit" in kind and not self.args.fp16:
+        if getattr(self, "optimizer", None) is None and "8bit" in kind and not self.args.fp16:
             self.optimizer = FlatAdamW8bit(
                 [parameter for parameter in self.model.parameters() if parameter.requires_grad],
                 lr=self.args.learning_rate,
@@ -226,12 +226,17 @@ def summed_loss(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Te
     targets, rows = next_labels(batch["labels"]), batch["predicting"]
     count = torch.tensor(len(rows), device=targets.device)
     head = _bare(model).get_output_embeddings()
-    if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:
+    if _is_plain(head):
         return summed_cross_entropy(
             last_hidden(model, _bare(model).get_decoder(), inputs), head.weight, targets, rows
         ), count
     logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[rows]  # the head has an adapter of its own
     return torch.nn.functional.cross_entropy(logits.float(), targets.flatten()[rows], reduction="sum"), count
+
+
+def _is_plain(head: Any) -> bool:
+    known: bool = type(head) is torch.nn.Linear  # not a quantised one, which is derived from it
+    return known and head.bias is None and not head.weight.requires_grad
 
 
 def _bare(model: torch.nn.Module) -> PreTrainedModel:

@@ -287,7 +287,8 @@ def _sequences(segments: Segments) -> Iterator[tuple[slice, int]]:
 
 def _heads(rows: torch.Tensor, batch: int) -> torch.Tensor:
     """(batch, heads, length, head size)"""
-    return rows.unflatten(0, (batch, -1)).transpose(1, 2)
+    heads: torch.Tensor = rows.unflatten(0, (batch, -1)).transpose(1, 2)
+    return heads
 
 
 def _rows(heads: torch.Tensor) -> torch.Tensor:
@@ -307,4 +308,5 @@ def _widened(part: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 
 
 def _narrowed(gradient: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    return gradient.unflatten(1, (part.shape[1], -1)).sum(dim=2)
+    narrowed: torch.Tensor = gradient.unflatten(1, (part.shape[1], -1)).sum(dim=2)
+    return narrowed

@@ -58,7 +58,8 @@ class Budget:
 
     def _free(self) -> int:
         if self.device.type != "cuda":
-            return psutil.virtual_memory().available // 2
+            available: int = psutil.virtual_memory().available
+            return available // 2
         free, total = torch.cuda.mem_get_info(self.device)
         limit = int(total * torch.cuda.get_per_process_memory_fraction(self.device))
         usable = min(free + torch.cuda.memory_reserved(self.device), limit)

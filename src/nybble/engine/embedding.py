@@ -6,7 +6,6 @@ import types
 from typing import Any
 
 import torch
-from transformers.models.llama.modeling_llama import LlamaModel
 
 from nybble.errors import EngineError
 
@@ -18,13 +17,15 @@ class EmbeddingOnHost:
         EngineError: an embedding that is trained, or that is also the head.
     """
 
-    def __init__(self, backbone: LlamaModel, device: torch.device) -> None:
-        embedding = backbone.embed_tokens
-        if type(embedding) is not torch.nn.Embedding or embedding.weight.requires_grad:
+    def __init__(self, backbone: Any, device: torch.device) -> None:
+        embedding: Any = backbone.embed_tokens
+        self.embedding: Any = embedding
+        self.device = device
+        known: bool = type(embedding) is torch.nn.Embedding
+        if not known or embedding.weight.requires_grad:
             raise EngineError("the embedding is trained and cannot lie on the host", fix='embedding="device"')
         if backbone.config.tie_word_embeddings:
             raise EngineError("the embedding is also the head, which is needed on the device", fix='embedding="device"')
-        self.embedding, self.device = embedding, device
         weight = embedding.weight.data.cpu()
         embedding.weight.data = weight.pin_memory() if device.type == "cuda" else weight
         embedding.nybble_device = device
@@ -37,7 +38,7 @@ class EmbeddingOnHost:
         self.embedding.weight.data = self.embedding.weight.data.to(self.device)
 
 
-def _look_up(self: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+def _look_up(self: Any, ids: torch.Tensor) -> torch.Tensor:
     rows = torch.nn.functional.embedding(ids.cpu(), self.weight.detach())
     result: torch.Tensor = rows.to(self.nybble_device, non_blocking=True)
     return result

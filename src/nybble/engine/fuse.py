@@ -70,8 +70,8 @@ def fuse(model: torch.nn.Module, policy: Policy = "auto", *, embedding: Literal[
         )
     config = backbone.config
     result = Fusion(policy, layers, refused, reason, Budget(device, config.vocab_size, config.hidden_size))
-    for why, count in Counter(refused.values()).items():
-        result.tell(f"{count} of {len(backbone.layers)} decoder layers keep their own forward: {why}")
+    for refusal, count in Counter(refused.values()).items():
+        result.tell(f"{count} of {len(backbone.layers)} decoder layers keep their own forward: {refusal}")
     for place in layers:
         layer = backbone.layers[place]
         layer.forward = types.MethodType(forward, layer)
@@ -122,7 +122,7 @@ def _refuse_spread(backbone: LlamaModel) -> None:
             )
 
 
-def _describe(layer: torch.nn.Module, operations: Operations, workspace: Workspace, store: HostStore) -> FusedLayer:
+def _describe(layer: Any, operations: Operations, workspace: Workspace, store: HostStore) -> FusedLayer:
     """What the engine needs to know of a layer.
 
     Raises:

@@ -68,6 +68,17 @@ class Fusion:
         counts = Counter(self.policies)
         return ", ".join(f"{counts[name]} x {name}" for name in LADDER if counts[name])
 
+    def find_active(self) -> dict[int, Mapping[str, Active]]:
+        """The adapters of the layers as PEFT has them now; `passed` says of the others why they cannot be fused."""
+        self.passed = {}
+        active: dict[int, Mapping[str, Active]] = {}
+        for place, layer in self.layers.items():
+            try:
+                active[place] = {name: layer.groups[name].active() for name in GROUPS}
+            except Ineligible as why:
+                self.passed[place] = str(why)
+        return active
+
     def tell(self, notice: str) -> None:
         """A notice, once."""
         if notice not in self.notices:
@@ -84,7 +95,7 @@ def forward(self: LlamaDecoderLayer, hidden_states: torch.Tensor, *words: Any, *
     if call.batch.cosine is None:
         cosine, sine = keywords["position_embeddings"]
         call.batch.cosine, call.batch.sine = cosine.flatten(0, 1).contiguous(), sine.flatten(0, 1).contiguous()
-    fused: torch.Tensor = LayerFunction.apply(hidden_states, call, *call.parameters())
+    fused: torch.Tensor = LayerFunction.apply(hidden_states, call, *call.parameters())  # type: ignore[no-untyped-call]
     return fused
 
 
@@ -134,14 +145,9 @@ def _plan(
     self: Fusion, backbone: LlamaModel, segments: attention.Segments, embedded: torch.Tensor | None
 ) -> dict[int, Call]:
     """What every fused layer does with this batch; those that cannot are noted with the reason."""
-    self.passed = {}
-    active: dict[int, Mapping[str, Active]] = {}
-    for place, layer in self.layers.items():
-        try:
-            active[place] = {name: layer.groups[name].active() for name in GROUPS}
-        except Ineligible as why:
-            self.passed[place] = str(why)
-            self.tell(f"a layer went its own way: {why}")
+    active = self.find_active()
+    for why in dict.fromkeys(self.passed.values()):
+        self.tell(f"layers went their own way: {why}")
     if not active:
         return {}
     residual = backbone.embed_tokens.weight.dtype if embedded is None else embedded.dtype

@@ -103,7 +103,8 @@ class Call:
 
     def ranks_seed(self, name: str, rows: slice) -> int:
         """Seed of a group's dropout on a tile; a group has three projections at most."""
-        return self.seed + 4 * (4 * rows.start + GROUPS.index(name))
+        first: int = rows.start
+        return self.seed + 4 * (4 * first + GROUPS.index(name))
 
     def room(self, rows: slice, outputs: int, ranks: int = 0) -> torch.Tensor:
         """An empty (m, outputs + ranks) for a tile: ranks stand beside what they belong to."""

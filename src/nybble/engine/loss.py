@@ -33,7 +33,7 @@ def summed_cross_entropy(
     hidden_mh, targets_m = hidden.flatten(0, -2), targets.flatten()
     if rows is not None:
         hidden_mh, targets_m = hidden_mh[rows], targets_m[rows]
-    loss: torch.Tensor = _Loss.apply(hidden_mh, head, targets_m)
+    loss: torch.Tensor = _Loss.apply(hidden_mh, head, targets_m)  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -10,8 +10,10 @@ from nybble.engine import reference
 
 try:
     from nybble.engine import kernels
+
+    MISSING = ""
 except ImportError as error:  # torch for CPUs brings no Triton, and needs none
-    kernels, MISSING = None, str(error)  # type: ignore[assignment]
+    MISSING = str(error)
 
 OPERATIONS = (
     "add_rms_norm", "cross_entropy", "dequantize", "pack_adapters", "product", "rms_norm", "rms_norm_backward", "rope",
@@ -26,7 +28,7 @@ def choose(device: torch.device) -> tuple[Operations, str]:
     """The operations for tensors on a device, and why these."""
     if device.type != "cuda":
         return _of(reference), f"plain torch: Triton's kernels do not run on {device.type}"
-    if kernels is None:
+    if MISSING:
         return _of(reference), f"plain torch: {MISSING}; pip install triton"
     return _of(kernels), "Triton kernels"
 

@@ -60,8 +60,8 @@ def run(call: Call, x_mh: torch.Tensor, policy: str | None) -> tuple[torch.Tenso
     if ranks is not None:
         kept.out, kept.saved, kept.sum_mh = out, saved, torch.empty_like(x_mh)
     if policy == KEEP_ALL:
-        gate_up = call.layer.groups["gate_up"].outputs
-        kept.gate_up = call.room(slice(0, len(x_mh)), gate_up, call.active["gate_up"].ranks)
+        everything = slice(0, len(x_mh))
+        kept.gate_up = call.room(everything, call.layer.groups["gate_up"].outputs, call.active["gate_up"].ranks)
     y_mh = torch.empty_like(x_mh)
     for rows in call.tiles:
         sum_mh = y_mh[rows] if kept.sum_mh is None else kept.sum_mh[rows]
@@ -99,7 +99,8 @@ def run_backward(call: Call, kept: Kept, to_y: torch.Tensor, *, input_needed: bo
     kept.qkv, kept.out, kept.saved = None, None, ()
     to_x = torch.empty_like(x_mh) if input_needed else None
     for rows in call.tiles:
-        of_tile = tuple(part[rows].flatten(1) for part in to_heads)
+        query, key, value = (part[rows].flatten(1) for part in to_heads)
+        of_tile = (query, key, value)
         _qkv_backward(call, kept, x_mh[rows], of_tile, to_sum[rows], None if to_x is None else to_x[rows], rows, sums)
     return to_x, sums
 

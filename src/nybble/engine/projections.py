@@ -114,7 +114,7 @@ class Group:
         """Weights as plain tensors: what bitsandbytes wraps them in costs 2 us a use. They change when PEFT merges."""
         weights = [base._parameters["weight"] for base in self.bases]
         if len(self._frozen) == len(weights) and all(
-            frozen.owner is weight and frozen.place == weight.data_ptr()  # type: ignore[union-attr]
+            frozen.owner is weight and frozen.place == weight.data_ptr()
             for frozen, weight in zip(self._frozen, weights, strict=True)
         ):
             return
@@ -225,7 +225,7 @@ class Workspace:
 def _check(name: str, module: torch.nn.Module) -> None:
     if type(module) not in (LoraLinear4bit, LoraLinear, Linear4bit, torch.nn.Linear):
         raise Ineligible(f"{name} is a {type(module).__module__}.{type(module).__qualname__}")
-    base = base_of(module)
+    base: Any = base_of(module)
     if type(base) not in (Linear4bit, torch.nn.Linear):
         raise Ineligible(f"{name} stands on a {type(base).__qualname__}")
     if base.bias is not None:

@@ -99,4 +99,5 @@ def rms_norm_backward(
 
 
 def _warps(hidden: int) -> int:
-    return min(16, max(1, triton.next_power_of_2(hidden) // 512))
+    block: int = triton.next_power_of_2(hidden)
+    return min(16, max(1, block // 512))

@@ -1,0 +1,52 @@
+"""Compiles every kernel for cards from Turing to Hopper, without one: `python tests/compile_kernels.py`."""
+
+from __future__ import annotations
+
+import importlib
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# Argument types by name where they are not 32-bit integers; "half" is the card's 16-bit type.
+POINTERS = {
+    "packed": "*u8", "code": "*fp32", "nested_code": "*fp32", "nested_absmax": "*fp32", "offset": "*fp32",
+    **{f"{letter}{n}": "*fp32" for letter in "ab" for n in range(3)}, **{f"scaling{n}": "fp32" for n in range(3)},
+    "losses": "*fp32", "targets": "*i64", "eps": "fp32",
+    **dict.fromkeys(
+        ("out", "matrix", "x", "update", "weight", "total", "gradient", "residual", "qkv", "cosine", "sine", "query",
+         "key", "value", "gate_up", "logits"), "half"),
+}  # fmt: skip
+KERNELS = [
+    ("dequantize", "_dequantize", {"COLUMNS": 4096, "BLOCKSIZE": 64, "NESTED": 256, "BLOCKS": 64}, {"absmax": "*u8"}),
+    ("dequantize", "_dequantize", {"COLUMNS": 4096, "BLOCKSIZE": 64, "NESTED": 0, "BLOCKS": 64}, {"absmax": "*fp32"}),
+    ("adapters", "_pack", {"RANK": 64, "ROWS": 32, "COLUMNS": 512}, {}),
+    ("rms_norm", "_forward", {"ADD": True, "BLOCK": 4096}, {}),
+    ("rms_norm", "_forward", {"ADD": False, "BLOCK": 4096}, {}),
+    ("rms_norm", "_backward", {"BLOCK": 4096}, {}),
+    ("rope", "_forward", {"HEAD": 96, "HALF": 64, "HEADS": 32}, {}),
+    ("rope", "_backward", {"HEAD": 96, "HALF": 64, "HEADS": 32}, {}),
+    ("swiglu", "_forward", {"BLOCK": 1024}, {}),
+    ("swiglu", "_backward", {"BLOCK": 1024}, {}),
+    ("cross_entropy", "_cross_entropy", {"BLOCK": 4096}, {}),
+]
+
+
+def main() -> None:
+    """One line a kernel and card."""
+    for capability, half in ((75, "*fp16"), (80, "*bf16"), (90, "*bf16")):
+        for file, name, constants, types in KERNELS:
+            kernel = getattr(importlib.import_module(f"nybble.engine.kernels.{file}"), name)
+            kinds = {**POINTERS, **types}
+            signature = {
+                word: "constexpr" if word in constants else kinds.get(word, "i32").replace("half", half)
+                for word in kernel.arg_names
+            }
+            places = {(kernel.arg_names.index(word),): value for word, value in constants.items()}
+            source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+            done = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+            print(f"sm_{capability} {file}.{name}: {len(done.asm['ptx'])} bytes of PTX")
+
+
+if __name__ == "__main__":
+    main()
