@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import pathlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +148,11 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.window = Window([], [])
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's loop, without its walks over all modules at every step."""
+        with _without_walks(self.model):
+            return super().train(*args, **kwargs)
+
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
@@ -232,6 +239,27 @@ def summed_loss(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Te
         ), count
     logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[rows]  # the head has an adapter of its own
     return torch.nn.functional.cross_entropy(logits.float(), targets.flatten()[rows], reduction="sum"), count
+
+
+@contextlib.contextmanager
+def _without_walks(model: torch.nn.Module) -> Iterator[None]:
+    """Trainer calls train() and zero_grad() at every step. A 7B with LoRA is 2,665 modules, and to walk them takes 18 ms,
+    in which the device has nothing to do: as long as a tenth of a step of 1 x 2,048 tokens on an H200."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.train()  # all of it once: what from_pretrained loaded is in evaluation mode below a new PeftModel that is not
+
+    def train(mode: bool = True) -> torch.nn.Module:
+        return model if model.training == mode else type(model).train(model, mode)
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for parameter in trained:
+            parameter.grad = None
+
+    model.__dict__.update(train=train, zero_grad=zero_grad)
+    try:
+        yield
+    finally:
+        del model.__dict__["train"], model.__dict__["zero_grad"]
 
 
 def _is_plain(head: Any) -> bool:

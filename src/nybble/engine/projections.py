@@ -78,7 +78,10 @@ class Group:
         self.bases = tuple(base_of(module) for module in modules)
         self.outputs = sum(base.out_features for base in self.bases)
         self.inputs: int = self.bases[0].in_features
+        self.adapted = tuple(module for module in modules if isinstance(module, LoraLayer))
         self._frozen: list[_Frozen] = []
+        self._state: list[Any] | None = None
+        self._active = Active()
 
     def active(self) -> Active:
         """The adapters that are active now, none where they are disabled or merged.
@@ -87,6 +90,13 @@ class Group:
             Ineligible: several at once, or of a kind that the fused product does not know.
         """
         self._refresh()
+        state = [_state(module) for module in self.adapted]
+        if state != self._state:
+            self._active = self._find_active()
+            self._state = state
+        return self._active
+
+    def _find_active(self) -> Active:
         found: list[Adapter] = []
         output = rank = 0
         for name, module, base in zip(self.names, self.modules, self.bases, strict=True):
@@ -242,6 +252,25 @@ def _check(name: str, module: torch.nn.Module) -> None:
             raise Ineligible(f"{name} was repacked for inference on a CPU")
     if getattr(module, "fan_in_fan_out", False):
         raise Ineligible(f"{name} holds its weight transposed")
+
+
+def _state(module: Any) -> tuple[Any, ...]:
+    """Everything that `_active` looks at, read without nn.Module's slow attributes: it is compared at every batch."""
+    own = module.__dict__
+    parts, active = own["_modules"], own["_active_adapter"]
+    keys = (active,) if isinstance(active, str) else tuple(active)
+    tensors = [
+        (
+            id(parts["lora_A"]._modules[key]._parameters["weight"]),
+            id(parts["lora_B"]._modules[key]._parameters["weight"]),
+        )
+        for key in keys
+        if key in parts["lora_A"]._modules
+    ]
+    dropping = [parts["lora_dropout"]._modules[key].training for key in keys if key in parts["lora_dropout"]._modules]
+    scaling = [own["scaling"].get(key) for key in keys]
+    hooked = bool(own["_forward_pre_hooks"] or own["_forward_hooks"])
+    return (own["_disable_adapters"], tuple(own["merged_adapters"]), keys, tensors, dropping, scaling, hooked)
 
 
 def _active(name: str, module: Any, base: torch.nn.Linear, output: int, rank: int) -> Adapter | None:
