@@ -209,8 +209,9 @@ def build(
     if not plain:
         fuse(model, options["policy"], embedding=options["embedding"])
         fusion(model).budget.chunked_loss = True
+    schedule = Schedule(steps + (not options["limit"]), 10**6, 10**6)
     arguments = training_arguments(
-        recipe, pathlib.Path(tempfile.mkdtemp()), Schedule(steps + (not options["limit"]), 10**6, 10**6), torch.device("cuda"), dtype,
+        recipe, pathlib.Path(tempfile.mkdtemp()), schedule, torch.device("cuda"), dtype,
         has_validation=False, checkpointing=plain,
     )  # fmt: skip
     arguments.save_strategy = "no"

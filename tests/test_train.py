@@ -417,3 +417,19 @@ def test_the_loss_that_is_told_is_that_of_the_adapter_that_is_kept(tiny_llama, r
         told = {line["step"]: line["eval_loss"] for line in read_metrics(run) if "eval_loss" in line}
         assert summary["validation_loss"]["kept"] == told[summary["kept_step"]]
         assert (summary["kept_step"] == 6) == (keep == "false" or told[6] == min(told[2], told[4], told[6]))
+
+
+def test_what_does_not_fit_is_made_leaner_step_by_step():
+    words = ["model.path=m", "data.path=d", "model.quantization=none", "engine.policy=keep-all", "train.micro_batch=2"]
+    given = []
+    for _ in range(6):
+        fix = training._leaner(load_recipe(None, words))
+        given.append(fix.split()[0])
+        words += fix.partition(" (")[0].split()
+    assert given == [
+        "model.quantization=nf4", "engine.policy=auto", "train.micro_batch=1", "engine.policy=host",
+        "engine.embedding=host", "data.max_length=512",
+    ]  # fmt: skip
+    plain = load_recipe(None, ["model.path=m", "data.path=d", "engine.fused=false", "train.micro_batch=1",
+                               "train.gradient_checkpointing=false"])  # fmt: skip
+    assert training._leaner(plain) == "train.gradient_checkpointing=true"

@@ -247,14 +247,18 @@ def _explained_memory(recipe: Recipe) -> Iterator[None]:
 
 
 def _leaner(recipe: Recipe) -> str:
-    train = recipe.train
-    if recipe.model.quantization == "none":
-        return "model.quantization=nf4"
-    if train.micro_batch > 1:
-        return f"train.micro_batch={train.micro_batch // 2} train.accumulation={train.accumulation * 2} (the same step)"
-    if not train.gradient_checkpointing:
-        return "train.gradient_checkpointing=true"
-    return f"data.max_length={recipe.data.max_length // 2}"
+    """The change that gives memory back at the least cost, of those not made yet."""
+    train, engine = recipe.train, recipe.engine
+    halved = f"train.micro_batch={train.micro_batch // 2} train.accumulation={train.accumulation * 2} (the same step)"
+    steps = [
+        (recipe.model.quantization == "none", "model.quantization=nf4"),
+        (engine.fused and engine.policy not in ("auto", "host"), "engine.policy=auto (the same step, slower)"),
+        (train.micro_batch > 1, halved),
+        (not engine.fused and not train.gradient_checkpointing, "train.gradient_checkpointing=true"),
+        (engine.fused and engine.policy != "host", "engine.policy=host (the same step, slower)"),
+        (engine.fused and engine.embedding == "device" and train.processes == 1, "engine.embedding=host"),
+    ]
+    return next((fix for holds, fix in steps if holds), f"data.max_length={recipe.data.max_length // 2}")
 
 
 def _open_folder(folder: pathlib.Path, ready: Ready, interrupted: Run | None, state: PartialState) -> Run:
