@@ -252,8 +252,8 @@ def measure(folder: pathlib.Path, data: pathlib.Path, options: dict[str, Any]) -
         "allocated_GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
         "loss": [round(losses[0], 4), round(losses[-1], 4)],
         "launches": clock.launches,
-        "attention": "sdpa" if done is None else done.attention.reason,
-        "fused": 0 if done is None else len(done.layers) - len(done.passed),
+        "attention": "sdpa" if done is None else done.last.attention,
+        "fused": 0 if done is None else done.fused,
         "fallen_back": 0 if done is None else done.fallen_back,
         "policies": None if done is None else done.kept_words(),
     }

@@ -17,8 +17,8 @@ from conftest import write_llama
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.loss import CHUNK, summed_cross_entropy
 from nybble.errors import EngineError
-from nybble.model.base import stay_unpacked
 from nybble.plan.activations import LADDER, LayerShape, kept_bytes, mix
+from nybble.quantized import stay_unpacked
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POLICIES = list(reversed(LADDER))
@@ -217,7 +217,7 @@ def test_padding_on_the_right_is_fused_and_on_the_left_goes_its_own_way(llama):
         fuse(model)
         assert_same(gradients(model, batch, attention_mask=mask), expected)
         assert fusion(model).fallen_back == fallen
-    assert "3 not fused: padding on the left" in fusion(model).describe()
+    assert "3 not fused: padding on the left, or an attention mask with holes" in fusion(model).describe()
 
 
 def test_every_call_honours_peft(llama, tmp_path):
@@ -253,7 +253,7 @@ def test_merged_adapters_are_in_the_base(llama):
     before = model(**batch_of()).logits
     model.merge_adapter()
     torch.testing.assert_close(model(**batch_of()).logits, before, rtol=1e-3, atol=1e-3)
-    with torch.no_grad(), model.disable_adapter():  # PEFT unmerges in the layers' own forward
+    with model.disable_adapter():  # PEFT unmerges in the layers' own forward
         base = model(**batch_of()).logits
     assert fusion(model).fallen_back == 3
     assert (base - before).abs().max() > 1e-2
@@ -373,10 +373,6 @@ def test_what_is_not_known_keeps_its_own_forward_and_is_named(llama, kind, caplo
     words, reason = FALLBACKS[kind]
     model = load(llama, "none", **words)
     expected = gradients(model, batch_of())
-    if kind == "norms":
-        with pytest.raises(EngineError, match=reason):
-            fuse(model)
-        return
     fuse(model)
     assert_same(gradients(model, batch_of()), expected)
     print(fusion(model).describe())

@@ -10,7 +10,6 @@ import torch
 from conftest import write_llama
 from nybble.engine.attention import Cudnn, Efficient, Flash, Plain, Segments
 from nybble.engine.fuse import fuse, fusion
-from nybble.engine.layer import GROUPS
 from nybble.plan.activations import HOST, LADDER, kept_bytes
 from test_engine import gradients, load
 
@@ -64,8 +63,8 @@ def test_kept_bytes_are_as_planned(middling):
             out.sum().backward()
             model.zero_grad()
             del out
-    layer = fusion(model).layers[0]
-    shape = layer.shape({name: layer.groups[name].active() for name in GROUPS}, torch.bfloat16, torch.bfloat16)
+    layer, *_ = fusion(model).read(list(fusion(model).readers))[0].values()
+    shape = layer.shape(torch.bfloat16, torch.bfloat16)
     for policy in LADDER[1:]:
         measured = (held[policy] - held[HOST]) / (6 * ids.numel())
         print(policy, measured, kept_bytes(policy, shape))

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from nybble.errors import TrainingError
 from nybble.launch import rank
 from nybble.model.adapter import check_gradients, check_saved
-from nybble.model.base import assert_unpacked
+from nybble.quantized import assert_unpacked
 from nybble.run import COMPLETE, Run, append_json
 from nybble.trackers import log_samples
 from nybble.trainer import Window

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], **settings: Any) -> None:
         self.parts = list(parameters)
+        kinds = {(part.dtype, part.device) for part in self.parts}
+        assert len(kinds) == 1, f"parameters of one type and device, not {kinds}"
         whole = torch.cat([part.detach().flatten() for part in self.parts])
         place = 0
         for part in self.parts:
@@ -34,9 +37,11 @@ class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Update all parameters."""
         whole = self.param_groups[0]["params"][0]
-        assert self.parts[-1].data_ptr() == whole[-self.parts[-1].numel() :].data_ptr(), (
-            "a parameter's data was replaced"
-        )
+        places = itertools.accumulate((part.numel() for part in self.parts), initial=0)
+        assert all(
+            part.data_ptr() == whole.data_ptr() + place * whole.element_size()
+            for part, place in zip(self.parts, places, strict=False)
+        ), "a parameter's data was replaced"
         missing = [part for part in self.parts if part.grad is None]
         assert not missing, f"{len(missing)} parameters have no gradient"
         whole.grad = torch.cat([part.grad.flatten() for part in self.parts])  # type: ignore[union-attr]

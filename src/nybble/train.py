@@ -208,11 +208,11 @@ def _fuse(model: PeftModel, recipe: Recipe, console: Console) -> Fusion | None:
         return None
     result = fusion(model)
     assert result is not None
-    if not result.find_active():
-        why = next(iter(result.passed.values()))
+    if not result.fused:
+        why = result.last.passed[0]
         unfuse(model)
         if recipe.engine.is_shaped:
-            raise EngineError(f"none of the decoder layers can be fused: {why}", fix="engine.policy=auto")
+            raise EngineError(f"none of {result.fallen_back} decoder layers can be fused: {why}", fix="engine.fused=false")
         tell_engine(console, None, why)
         return None
     result.budget.chunked_loss = True

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from datasets import Dataset
 
@@ -53,46 +54,28 @@ class Collator:
     """Lay samples of several lengths into one row without padding, for layers that know variable-length attention."""
 
     def __call__(self, rows: Sequence[Sample | list[Sample]]) -> dict[str, torch.Tensor | int]:
-        if isinstance(rows[0], list):
-            batch = self._packed(rows)  # type: ignore[arg-type]
-        elif self.flatten and len({len(row["input_ids"]) for row in rows}) > 1:  # type: ignore[call-overload]
-            batch = self._packed([rows])  # type: ignore[list-item]
-        else:
-            batch = self._padded(rows)  # type: ignore[arg-type]
-        predicting = (next_labels(batch["labels"]) != IGNORED).flatten().nonzero().flatten()  # type: ignore[arg-type]
-        return {**batch, "predicting": predicting}
-
-    def _padded(self, rows: Sequence[Sample]) -> dict[str, torch.Tensor | int]:
-        ids = [row["input_ids"] for row in rows]
-        batch = {
-            "input_ids": _pad(ids, self.pad_id),
-            "attention_mask": _pad([[1] * len(row) for row in ids], 0),
-            "labels": _pad([_labels(row) for row in rows], IGNORED),
-        }
+        flat = self.flatten and len({len(row["input_ids"]) for row in rows if isinstance(row, dict)}) > 1
+        packed = isinstance(rows[0], list)
+        groups: Any = [rows] if flat else rows if packed else [[row] for row in rows]
+        batch = self._stacked(groups)
+        of_samples: dict[str, torch.Tensor | int] = {}
+        if packed or flat:
+            batch["position_ids"], of_samples = _places(groups)
+        elif not self.flatten:  # else of equal lengths: nothing is padded
+            lengths = torch.tensor([len(row[0]["input_ids"]) for row in groups])
+            batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
         _check(batch)
-        if self.flatten:  # equal lengths: nothing is padded
-            del batch["attention_mask"]
-        return {**batch}
+        predicting = (next_labels(batch["labels"]) != IGNORED).flatten().nonzero().flatten()
+        return {**batch, **of_samples, "predicting": predicting}
 
-    def _packed(self, rows: Sequence[Sequence[Sample]]) -> dict[str, torch.Tensor | int]:
-        longest = max(sum(len(sample["input_ids"]) for sample in row) for row in rows)
-        positions, lengths = [], [0]
-        for row in rows:
-            places = [place for sample in row for place in range(len(sample["input_ids"]))]
-            padding = longest - len(places)  # one more sample, untrained
-            positions.append(places + list(range(padding)))
-            lengths += [len(sample["input_ids"]) for sample in row] + ([padding] if padding else [])
-        batch = {
-            "input_ids": _pad(
-                [[token for sample in row for token in sample["input_ids"]] for row in rows], self.pad_id
-            ),
-            "position_ids": torch.tensor(positions),
-            "labels": _pad([[label for sample in row for label in _labels(sample)] for row in rows], IGNORED),
-        }
-        _check(batch)
-        bounds = torch.tensor(lengths).cumsum(0).to(torch.int32)
-        of_samples = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
-        return {**batch, **of_samples, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+    def _stacked(self, groups: Sequence[Sequence[Sample]]) -> dict[str, torch.Tensor]:
+        """input_ids and labels, as arrays: by lists, 4 x 2,048 tokens took 5.6 ms in which the device waits."""
+        laid = [_laid(samples) for samples in groups]
+        shape = (len(laid), max(len(ids) for ids, _ in laid))
+        all_ids, all_labels = numpy.full(shape, self.pad_id), numpy.full(shape, IGNORED)
+        for row, (ids, labels) in enumerate(laid):
+            all_ids[row, : len(ids)], all_labels[row, : len(ids)] = ids, labels
+        return {"input_ids": torch.from_numpy(all_ids), "labels": torch.from_numpy(all_labels)}
 
 
 def next_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -100,18 +83,26 @@ def next_labels(labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
-def _labels(sample: Sample) -> list[int]:
-    """Ids where they are trained. The first token is never: nothing of its own sample comes before it."""
-    labels = [
-        token if trained else IGNORED for token, trained in zip(sample["input_ids"], sample["trained"], strict=True)
-    ]
-    labels[0] = IGNORED
-    return labels
+def _laid(samples: Sequence[Sample]) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Ids of samples one after another, and the same where they are trained. A sample's first token never is: nothing
+    of its own comes before it."""
+    ids = numpy.concatenate([numpy.array(sample["input_ids"], dtype=numpy.int64) for sample in samples])
+    trained = [numpy.array(sample["trained"], dtype=bool) for sample in samples]
+    for own in trained:
+        own[0] = False
+    return ids, numpy.where(numpy.concatenate(trained), ids, IGNORED)
 
 
-def _pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+def _places(groups: Sequence[Sequence[Sample]]) -> tuple[torch.Tensor, dict[str, torch.Tensor | int]]:
+    """Positions of every token in its sample, (rows, longest), and where samples begin; padding is one more, untrained."""
+    lengths = [[len(sample["input_ids"]) for sample in row] for row in groups]
+    longest = max(map(sum, lengths))
+    lengths = [[*row, longest - sum(row)] if sum(row) < longest else row for row in lengths]
+    positions = [numpy.concatenate([numpy.arange(length) for length in row]) for row in lengths]
+    flat = [length for row in lengths for length in row]
+    bounds = torch.tensor([0, *flat]).cumsum(0).to(torch.int32)
+    ends: dict[str, torch.Tensor | int] = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+    return torch.from_numpy(numpy.stack(positions)), {**ends, "max_length_q": max(flat), "max_length_k": max(flat)}
 
 
 def _check(batch: dict[str, torch.Tensor]) -> None:

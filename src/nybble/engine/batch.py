@@ -32,7 +32,8 @@ def segments_of(inputs: Mapping[str, Any]) -> Segments:
     batch, length = given.shape[:2]
     if inputs.get("cu_seq_lens_q") is not None:
         bounds = inputs["cu_seq_lens_q"].to(device=given.device, dtype=torch.int32)
-        return Segments(batch, length, bounds, int(inputs["max_length_q"]))
+        longest = inputs.get("max_length_q")
+        return Segments(batch, length, bounds, int(bounds.diff().max() if longest is None else longest))
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None:
         _check_mask(mask)
@@ -53,7 +54,7 @@ def _check_mask(mask: Any) -> None:
         raise Unfit("an attention mask that is not one of padding")
     real = mask.bool()
     if not bool((real[:, 0].all() & (real[:, 1:] <= real[:, :-1]).all()).item()):
-        raise Unfit("padding on the left")
+        raise Unfit("padding on the left, or an attention mask with holes")
 
 
 def _packed(positions: torch.Tensor) -> Segments:

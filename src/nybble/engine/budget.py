@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import psutil
 import torch
 
+from nybble.engine.layer import Shared
 from nybble.engine.loss import CHUNK
 from nybble.plan.activations import KEEP_ALL, LAYER_INPUT, LayerShape, mix, passing_bytes, tile
 
@@ -15,18 +16,17 @@ UNSEEN_STATE = 8  # bytes a trained parameter before the first optimiser step: A
 
 
 class Budget:
-    """The memory of one device, for one model."""
+    """The memory of one model on its device."""
 
-    def __init__(self, device: torch.device, vocabulary: int, hidden: int) -> None:
-        self.device = device
+    def __init__(self, vocabulary: int, hidden: int) -> None:
         self.vocabulary = vocabulary
         self.hidden = hidden
         self.chunked_loss = False
         """Set by whoever computes the loss with `engine.loss`; else room is left for a whole batch's logits."""
-        self._had_gradients = False
+        self._stepped = False
 
     def policies(
-        self, shape: LayerShape, layers: int, tokens: int, trained: Sequence[torch.nn.Parameter]
+        self, shape: LayerShape, layers: int, tokens: int, trained: Sequence[torch.nn.Parameter], shared: Shared
     ) -> tuple[str, ...]:
         """The fastest mix for the memory that is free when a batch begins.
 
@@ -35,13 +35,14 @@ class Budget:
             layers: how many there are.
             tokens: of the batch.
             trained: the parameters that will get gradients.
+            shared: the device, and whether there was a backward.
         """
         coming = sum(4 * part.numel() for part in trained if part.grad is None)
-        stepped = self._had_gradients and bool(coming)  # gradients were there and are gone: an optimiser has its state
-        self._had_gradients = True
-        if not stepped:
+        # Gradients were there and are gone: an optimiser has made its step, and has its state.
+        self._stepped = self._stepped or (shared.went_back and bool(coming))
+        if not self._stepped:
             coming += UNSEEN_STATE * sum(part.numel() for part in trained)
-        free = self._free() - coming
+        free = _free(shared.device) - coming
         for tiled_like in (KEEP_ALL, LAYER_INPUT):  # wide tiles where memory allows, narrow ones where it does not
             passing = max(passing_bytes(shape, tokens, tiled_like), self.loss_bytes(tokens))
             found = mix(shape, layers, tokens, free - passing)
@@ -56,11 +57,12 @@ class Budget:
         # Transformers: 16-bit logits, their float32 copy, its logarithms and their gradient
         return tokens * self.vocabulary * 14
 
-    def _free(self) -> int:
-        if self.device.type != "cuda":
-            available: int = psutil.virtual_memory().available
-            return available // 2
-        free, total = torch.cuda.mem_get_info(self.device)
-        limit = int(total * torch.cuda.get_per_process_memory_fraction(self.device))
-        usable = min(free + torch.cuda.memory_reserved(self.device), limit)
-        return int(usable - SLACK * limit) - torch.cuda.memory_allocated(self.device)
+
+def _free(device: torch.device) -> int:
+    if device.type != "cuda":
+        available: int = psutil.virtual_memory().available
+        return available // 2
+    free, total = torch.cuda.mem_get_info(device)
+    limit = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    usable = min(free + torch.cuda.memory_reserved(device), limit)
+    return int(usable - SLACK * limit) - torch.cuda.memory_allocated(device)

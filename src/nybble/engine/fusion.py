@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,70 +15,104 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 from nybble.engine import attention
 from nybble.engine.batch import Unfit, segments_of, tokens_of
 from nybble.engine.budget import Budget
-from nybble.engine.layer import GROUPS, SLOTS, Batch, Call, FusedLayer
+from nybble.engine.layer import Batch, Call, FusedLayer, Shared, slots
 from nybble.engine.passes import LayerFunction
-from nybble.engine.projections import Active, Ineligible
+from nybble.engine.projections import Ineligible
+from nybble.engine.reader import LayerReader
+from nybble.errors import EngineError
 from nybble.plan.activations import LADDER
 
 Policy = Literal["auto", "keep-all", "drop-mlp", "drop-qkv", "layer-input", "host"]
 log = logging.getLogger("nybble")
 PASS = "nybble_pass"  # the keyword that the backbone hands through to its layers
+NAMES = tuple(inspect.signature(LlamaModel.forward).parameters)[1:]
+
+
+@dataclass(frozen=True)
+class Met:
+    """What the layers of a model met in one batch, for reports."""
+
+    fused: int = 0
+    passed: Sequence[str] = ()
+    """Of each layer that went its own way, why."""
+    policies: Sequence[str] = ()
+    """What each fused layer kept."""
+    attention: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every layer does with one batch; those without a call go their own way."""
+
+    calls: Mapping[LlamaDecoderLayer, Call]
+    met: Met
 
 
 @dataclass
 class Fusion:
-    """What was fused, and what became of it."""
+    """A model's engine: what was asked for, what all layers share, and what the last batch met."""
 
     policy: Policy
-    layers: dict[int, FusedLayer]
-    """By position."""
-    refused: dict[int, str]
-    """Layers that keep their own forward, and why."""
-    operations: str
-    """Home of the operations, with the reason."""
+    readers: dict[LlamaDecoderLayer, LayerReader]
     budget: Budget
-    attention: attention.Choice | None = None
-    """Chosen at the first batch, when the compute type is known."""
-    policies: tuple[str, ...] = ()
-    """Of the last batch that was trained on, by layer."""
-    passed: dict[int, str] = field(default_factory=dict)
-    """Fused layers that went their own way in the last batch, and why."""
+    shared: Shared
+    last: Met = field(default_factory=Met)
+    """Of the last batch that was trained on; of the last one before any was."""
+    has_trained: bool = False
+    choices: dict[torch.dtype, attention.Choice] = field(default_factory=dict)
+    """Attention's backends by compute type."""
     notices: list[str] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
-    taken_over: set[int] = field(default_factory=set)
+    taken_over: set[LlamaDecoderLayer] = field(default_factory=set)
     """Layers whose checkpointing somebody had switched on."""
+    checkpointed: bool = False
+    """Whether it was on for the whole backbone when last seen."""
+
+    @property
+    def fused(self) -> int:
+        """Layers that the last batch met fused."""
+        return self.last.fused
 
     @property
     def fallen_back(self) -> int:
         """Layers that the last batch met unfused."""
-        return len(self.refused) + len(self.passed)
+        return len(self.last.passed)
 
     def describe(self) -> str:
         """Layers, operations, attention, policies and refusals, a line each."""
-        total = len(self.layers) + len(self.refused)
-        lines = [f"{total - self.fallen_back} of {total} decoder layers fused; {self.operations}"]
-        if self.attention is not None:
-            lines.append(f"attention: {self.attention.reason}")
-        if self.policies:
+        total = self.fused + self.fallen_back
+        lines = [f"{self.fused} of {total} decoder layers fused; {self.shared.reason}"]
+        if self.last.attention:
+            lines.append(f"attention: {self.last.attention}")
+        if self.last.policies:
             lines.append(f"kept for backward: {self.kept_words()}")
-        reasons = Counter([*self.refused.values(), *self.passed.values()])
-        return "\n".join([*lines, *(f"{count} not fused: {why}" for why, count in reasons.items())])
+        return "\n".join([*lines, *(f"{n} not fused: {why}" for why, n in Counter(self.last.passed).items())])
 
     def kept_words(self) -> str:
         """The last batch's policies, counted."""
-        counts = Counter(self.policies)
+        counts = Counter(self.last.policies)
         return ", ".join(f"{counts[name]} x {name}" for name in LADDER if counts[name])
 
-    def find_active(self) -> dict[int, Mapping[str, Active]]:
-        """The adapters of the layers as PEFT has them now; `passed` says of the others why they cannot be fused."""
-        self.passed = {}
-        active: dict[int, Mapping[str, Active]] = {}
-        for place, layer in self.layers.items():
+    def read(self, layers: Sequence[LlamaDecoderLayer]) -> tuple[dict[LlamaDecoderLayer, FusedLayer], list[str]]:
+        """The layers as they are now, and of those that cannot be fused why."""
+        found: dict[LlamaDecoderLayer, FusedLayer] = {}
+        passed: list[str] = []
+        for layer in layers:
             try:
-                active[place] = {name: layer.groups[name].active() for name in GROUPS}
+                found[layer] = self._read(layer)
             except Ineligible as why:
-                self.passed[place] = str(why)
-        return active
+                passed.append(str(why))
+        return found, passed
+
+    def _read(self, layer: LlamaDecoderLayer) -> FusedLayer:
+        reader = self.readers.get(layer)
+        if reader is None or not self.is_ours(layer):
+            raise Ineligible("its forward is another than nybble.fuse had set; fuse again")
+        return reader.read()
+
+    def is_ours(self, layer: LlamaDecoderLayer) -> bool:
+        """Whether the layer still has the forward that `fuse` gave it: a model that was pickled has not."""
+        return getattr(layer.__dict__.get("forward"), "__func__", None) is forward
 
     def tell(self, notice: str) -> None:
         """A notice, once."""
@@ -95,93 +130,99 @@ def forward(self: LlamaDecoderLayer, hidden_states: torch.Tensor, *words: Any, *
     if call.batch.cosine is None:
         cosine, sine = keywords["position_embeddings"]
         call.batch.cosine, call.batch.sine = cosine.flatten(0, 1).contiguous(), sine.flatten(0, 1).contiguous()
-    fused: torch.Tensor = LayerFunction.apply(hidden_states, call, *call.parameters())  # type: ignore[no-untyped-call]
+    fused: torch.Tensor = LayerFunction.apply(hidden_states, call, *call.layer.parameters())  # type: ignore[no-untyped-call]
     return fused
 
 
 def begin(backbone: LlamaModel, words: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     """Hook before the backbone runs: plan this batch for all layers, or leave it to them."""
     self: Fusion = backbone.nybble_fusion
-    training = backbone.training and torch.is_grad_enabled()
-    if training and keywords.get("past_key_values") is None:
+    if getattr(backbone, "_is_replica", False):
+        raise EngineError(
+            "torch.nn.DataParallel copies the layers to several devices, and the fused engine computes on one",
+            fix="CUDA_VISIBLE_DEVICES=0, or start one process a device: accelerate launch, torchrun",
+        )
+    keywords = {**dict(zip(NAMES, words, strict=False)), **keywords}
+    if backbone.training and torch.is_grad_enabled() and keywords.get("past_key_values") is None:
         keywords["use_cache"] = False
-    try:
-        if words:
-            raise Unfit("inputs are given without their names")
-        use_cache = keywords.get("use_cache")
-        if backbone.config.use_cache if use_cache is None else use_cache:
-            raise Unfit("a key-value cache is built")
-        segments = segments_of({"output_attentions": backbone.config.output_attentions, **keywords})
-    except Unfit as why:
-        self.passed = dict.fromkeys(self.layers, str(why))
-        if training:
-            self.tell(f"a batch went through the layers' own forward: {why}")
-        _take_over(self, backbone, ())
-        return words, keywords
-    calls = _plan(self, backbone, segments, keywords.get("inputs_embeds"))
-    _take_over(self, backbone, calls)
-    keywords[PASS] = {backbone.layers[place]: call for place, call in calls.items()}
-    if len(calls) == len(backbone.layers):
+    layers = list(backbone.layers)[: backbone.config.num_hidden_layers]
+    plan = _plan(self, backbone, layers, keywords)
+    has_trained = torch.is_grad_enabled()
+    if has_trained:
+        for why in dict.fromkeys(plan.met.passed):
+            self.tell(f"layers went their own way: {why}")
+    if has_trained or not self.has_trained:
+        self.last, self.has_trained = plan.met, has_trained
+    _take_over(self, backbone, plan)
+    keywords[PASS] = plan.calls
+    if len(plan.calls) == len(layers):
         # No layer reads the mask. Transformers takes one of four dimensions as it is, and so builds none of
         # length x length for packed rows: 14 GB at 120,000 tokens.
         keywords["attention_mask"] = torch.empty(0, 0, 0, 0, device=tokens_of(keywords).device)
-    return words, keywords
+    return (), keywords
 
 
-def _take_over(self: Fusion, backbone: LlamaModel, planned: Container[int]) -> None:
+def _plan(self: Fusion, backbone: LlamaModel, layers: Sequence[LlamaDecoderLayer], keywords: Mapping[str, Any]) -> Plan:
+    """What every layer does with this batch."""
+    try:
+        use_cache = keywords.get("use_cache")
+        if backbone.config.use_cache if use_cache is None else use_cache:
+            raise Unfit("a key-value cache is built; model.train() or use_cache=False goes without")
+        segments = segments_of({"output_attentions": backbone.config.output_attentions, **keywords})
+    except Unfit as why:
+        return Plan({}, Met(passed=[str(why)] * len(layers)))
+    found, passed = self.read(layers)
+    if not found:
+        return Plan({}, Met(passed=passed))
+    embedded = keywords.get("inputs_embeds")
+    residual = backbone.embed_tokens.weight.dtype if embedded is None else embedded.dtype
+    first = next(iter(found.values()))
+    device, sizes = first.norms[0].device, first.sizes
+    if self.shared.device != device:  # fused before the model was moved
+        self.shared, self.choices = Shared(device), {}
+    dtype = _compute_type(first, residual)
+    if dtype not in self.choices:
+        self.choices[dtype] = attention.choose(device, dtype, sizes.heads, sizes.key_heads, sizes.head_size)
+    batch = Batch(segments, self.choices[dtype].of(segments), dtype, self.shared)
+    policies = _policies(self, list(found.values()), batch, residual)
+    tiles = {policy: batch.tiles(policy or LADDER[0]) for policy in set(policies)}
+    _reserve(self.shared, list(found.values()), max(map(len, tiles.values())), dtype)
+    seed = _seed(found.values())
+    calls = {
+        layer: Call(found[layer], batch, tiles[policy], policy, seed + 2**40 * place)
+        for place, (layer, policy) in enumerate(zip(found, policies, strict=True))
+    }
+    kept = [policy for policy in policies if policy is not None]
+    return Plan(calls, Met(len(calls), passed, kept, self.choices[dtype].reason))
+
+
+def _take_over(self: Fusion, backbone: LlamaModel, plan: Plan) -> None:
     """Fused layers recompute by their policy; a checkpoint around them would compute everything twice. Layers that go
     their own way get the checkpointing back that somebody wanted."""
-    for place in self.layers:
-        layer = backbone.layers[place]
-        if layer.gradient_checkpointing:
-            self.taken_over.add(place)
-        if place in self.taken_over:
-            layer.gradient_checkpointing = place not in planned
-    if self.taken_over and planned:
+    see_checkpointing(self, backbone)
+    for layer in self.taken_over:
+        layer.gradient_checkpointing = layer not in plan.calls
+    if self.taken_over and plan.calls:
         self.tell(f"gradient checkpointing was on; the fused layers follow policy={self.policy!r} instead")
 
 
-def _plan(
-    self: Fusion, backbone: LlamaModel, segments: attention.Segments, embedded: torch.Tensor | None
-) -> dict[int, Call]:
-    """What every fused layer does with this batch; those that cannot are noted with the reason."""
-    active = self.find_active()
-    for why in dict.fromkeys(self.passed.values()):
-        self.tell(f"layers went their own way: {why}")
-    if not active:
-        return {}
-    residual = backbone.embed_tokens.weight.dtype if embedded is None else embedded.dtype
-    first = self.layers[next(iter(active))]
-    device, dtype, sizes = first.norms[0].device, _compute_type(first, residual), first.sizes
-    if self.attention is None:
-        self.attention = attention.choose(device, dtype, sizes.heads, sizes.key_heads, sizes.head_size)
-    batch = Batch(segments, self.attention.of(segments), dtype, device)
-    policies = _policies(self, active, segments.tokens, dtype, residual)
-    tiles = {policy: batch.tiles(policy) for policy in set(policies)}
-    for slot, numbers in _largest(self.layers, active, max(map(len, tiles.values()))).items():
-        first.workspace.reserve(slot, numbers, dtype, device)
-    seed = int(torch.randint(2**62, ()).item()) if backbone.training else 0
-    return {
-        place: Call(self.layers[place], own, batch, tiles[policy], policy, seed + 2**40 * place)
-        for (place, own), policy in zip(active.items(), policies, strict=True)
-    }
+def see_checkpointing(self: Fusion, backbone: LlamaModel) -> None:
+    """Learn what somebody switched on or off since the last batch."""
+    whole = bool(getattr(backbone, "gradient_checkpointing", False))
+    if self.checkpointed and not whole:
+        self.taken_over.clear()
+    self.checkpointed = whole
+    self.taken_over |= {layer for layer in self.readers if getattr(layer, "gradient_checkpointing", False)}
 
 
-def _policies(
-    self: Fusion, active: Mapping[int, Mapping[str, Active]], tokens: int, dtype: torch.dtype, residual: torch.dtype
-) -> tuple[str, ...]:
+def _policies(self: Fusion, layers: Sequence[FusedLayer], batch: Batch, residual: torch.dtype) -> Sequence[str | None]:
     if not torch.is_grad_enabled():
-        return (LADDER[0],) * len(active)  # nothing is kept
+        return [None] * len(layers)
     if self.policy != "auto":
-        self.policies = (self.policy,) * len(active)
-        return self.policies
-    place, own = next(iter(active.items()))
-    shape = self.layers[place].shape(own, dtype, residual)
-    trained = [
-        part for groups in active.values() for own in groups.values() for one in own.adapters for part in (one.a, one.b)
-    ]
-    self.policies = self.budget.policies(shape, len(active), tokens, trained)
-    return self.policies
+        return [self.policy] * len(layers)
+    shape = layers[0].shape(batch.dtype, residual)
+    trained = [part for layer in layers for part in layer.parameters()]
+    return self.budget.policies(shape, len(layers), batch.segments.tokens, trained, self.shared)
 
 
 def _compute_type(layer: FusedLayer, residual: torch.dtype) -> torch.dtype:
@@ -191,19 +232,22 @@ def _compute_type(layer: FusedLayer, residual: torch.dtype) -> torch.dtype:
     device = layer.norms[0].device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    stored: torch.dtype = getattr(layer.groups["qkv"].bases[0], "compute_dtype", None) or residual
-    return stored
+    return layer.groups["qkv"].compute_dtype or residual
 
 
-def _largest(
-    layers: Mapping[int, FusedLayer], active: Mapping[int, Mapping[str, Active]], tiles: int
-) -> dict[str, int]:
-    """Numbers that each slot of the workspace has to hold."""
-    sizes: dict[str, int] = {}
-    for place, own in active.items():
-        for name, group in layers[place].groups.items():
-            slot, ranks = SLOTS[name] if tiles > 1 else "wide", own[name].ranks
-            sizes[slot] = max(sizes.get(slot, 0), (group.outputs + ranks) * (group.inputs + ranks))
-            if tiles > 1:  # layers of larger tiles may have one only
-                sizes["wide"] = max(sizes["wide"], (group.outputs + ranks) * (group.inputs + ranks))
-    return sizes
+def _reserve(shared: Shared, layers: Sequence[FusedLayer], tiles: int, dtype: torch.dtype) -> None:
+    """Room for the largest group of each slot; where some layers have several tiles, others may have one."""
+    sizes: Counter[str] = Counter()
+    for layer in layers:
+        for name, group in layer.groups.items():
+            numbers = (group.outputs + group.ranks) * (group.inputs + group.ranks)
+            for slot in {slots(1)[name], slots(tiles)[name]}:
+                sizes[slot] = max(sizes[slot], numbers)
+    for slot, numbers in sizes.items():
+        shared.workspace.reserve(slot, numbers, dtype)
+
+
+def _seed(layers: Any) -> int:
+    """A new one for each batch whose inputs are dropped; none is drawn where torch's own forward would draw none."""
+    dropping = any(group.dropping for layer in layers for group in layer.groups.values())
+    return int(torch.randint(2**62, ()).item()) if dropping else 0

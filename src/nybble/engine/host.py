@@ -19,6 +19,12 @@ class Handle:
         self.before = weakref.ref(before) if before is not None else lambda: None
         self.fetched: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
+    def __del__(self) -> None:
+        """A backward that stopped halfway: nobody may write where the copy still does."""
+        if self.fetched is not None:
+            x, event = self.fetched
+            torch.cuda.current_stream(x.device).wait_event(event)
+
 
 class HostStore:
     """Puts tensors away in forward and brings them back in backward, the next one while the last is worked on.

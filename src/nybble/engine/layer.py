@@ -7,19 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from nybble.engine import ops
 from nybble.engine.attention import Backend, Saved, Segments
 from nybble.engine.host import Handle, HostStore
 from nybble.engine.linear import ranks_forward
 from nybble.engine.ops import Operations
-from nybble.engine.projections import Active, Group, Matrix, Workspace
+from nybble.engine.projections import Group
+from nybble.engine.workspace import Matrix, Workspace
 from nybble.plan.activations import LayerShape, tile
 
 GROUPS = ("qkv", "o", "gate_up", "down")
-# Where tiles alternate between groups these must stand side by side; q-k-v is never needed beside gate-up.
-SLOTS = {"qkv": "wide", "o": "o", "gate_up": "wide", "down": "down"}
+# Several tiles go back and forth between groups, which then stand side by side; q-k-v is never needed beside gate-up.
+SIDE_BY_SIDE = {"qkv": "wide", "o": "o", "gate_up": "wide", "down": "down"}
+ONE_AFTER_ANOTHER = dict.fromkeys(GROUPS, "wide")
+
+
+def slots(tiles: int) -> Mapping[str, str]:
+    """Which part of the workspace each group stands in."""
+    return SIDE_BY_SIDE if tiles > 1 else ONE_AFTER_ANOTHER
 
 
 Ranks = dict[tuple[str, int], torch.Tensor]
@@ -40,24 +49,48 @@ class Sizes:
 
 @dataclass(frozen=True)
 class FusedLayer:
-    """What does not change from call to call: weights, sizes, and where operations are computed."""
+    """A decoder layer as it is now."""
 
     groups: Mapping[str, Group]
     norms: tuple[torch.nn.Parameter, torch.nn.Parameter]
     """Weights of the norms before attention and before the MLP, (h,)."""
     sizes: Sizes
-    operations: Operations
-    workspace: Workspace
-    store: HostStore
 
-    def shape(self, active: Mapping[str, Active], dtype: torch.dtype, residual: torch.dtype) -> LayerShape:
+    def shape(self, dtype: torch.dtype, residual: torch.dtype) -> LayerShape:
         """Sizes for the memory plan."""
         sizes = self.sizes
-        q, o, g, d = (active[name].ranks for name in GROUPS)
+        q, o, g, d = (self.groups[name].ranks for name in GROUPS)
         return LayerShape(
             sizes.hidden, sizes.intermediate, sizes.heads, sizes.key_heads, sizes.head_size, (q, o, g, d),
             dtype.itemsize, residual.itemsize,
         )  # fmt: skip
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The adapters' tensors in the order of their gradients."""
+        return [part for name in GROUPS for own in self.groups[name].adapters for part in (own.a, own.b)]
+
+
+class Shared:
+    """What the layers of a model have in common on one device.
+
+    Attributes:
+        operations: the kernels or their reference.
+        reason: why those.
+        workspace: where weights are dequantised.
+        store: layer inputs on the host.
+        went_back: whether any layer has seen a backward.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.operations, self.reason = ops.choose(device)
+        self.workspace = Workspace(self.operations, device)
+        self.store = HostStore(device)
+        self.went_back = False
+
+    def __reduce__(self) -> Any:
+        """A copy of a model has buffers and streams of its own."""
+        return Shared, (self.device,)
 
 
 @dataclass
@@ -68,7 +101,7 @@ class Batch:
     attention: Backend
     dtype: torch.dtype
     """Of weights and activations; the residual stream keeps its own."""
-    device: torch.device
+    shared: Shared
     cosine: torch.Tensor | None = None
     """(positions, head size); token m stands at row m modulo its length. The first layer is told."""
     sine: torch.Tensor | None = None
@@ -85,21 +118,21 @@ class Call:
     """One use of a layer."""
 
     layer: FusedLayer
-    active: Mapping[str, Active]
     batch: Batch
     tiles: Sequence[slice]
-    policy: str
+    policy: str | None
+    """None where there will be no backward."""
     seed: int
     """From which every dropout mask of this call follows."""
 
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """The adapters' tensors in the order of their gradients."""
-        return [part for name in GROUPS for own in self.active[name].adapters for part in (own.a, own.b)]
+    @property
+    def operations(self) -> Operations:
+        return self.batch.shared.operations
 
     def matrix(self, name: str) -> Matrix:
         """A group's weights and adapters, in the workspace."""
-        slot = SLOTS[name] if len(self.tiles) > 1 else "wide"
-        return self.layer.workspace.matrix(self.layer.groups[name], self.active[name], slot, self.batch.dtype)
+        slot = slots(len(self.tiles))[name]
+        return self.batch.shared.workspace.matrix(self.layer.groups[name], slot, self.batch.dtype)
 
     def ranks_seed(self, name: str, rows: slice) -> int:
         """Seed of a group's dropout on a tile; a group has three projections at most."""
@@ -108,7 +141,9 @@ class Call:
 
     def room(self, rows: slice, outputs: int, ranks: int = 0) -> torch.Tensor:
         """An empty (m, outputs + ranks) for a tile: ranks stand beside what they belong to."""
-        return torch.empty((rows.stop - rows.start, outputs + ranks), dtype=self.batch.dtype, device=self.batch.device)
+        return torch.empty(
+            (rows.stop - rows.start, outputs + ranks), dtype=self.batch.dtype, device=self.batch.shared.device
+        )
 
     def fill_ranks(self, name: str, wide: torch.Tensor, rows: slice, kept: Ranks | None) -> None:
         """T = x A^T into the last columns of (m, inputs + R): computed, or as kept; what is computed is kept."""
@@ -119,7 +154,7 @@ class Call:
         if kept is not None and (name, rows.start) in kept:
             place.copy_(kept[name, rows.start])
             return
-        ranks_forward(wide[:, : matrix.inputs], matrix, self.active[name], self.ranks_seed(name, rows), place)
+        ranks_forward(wide[:, : matrix.inputs], matrix, self.layer.groups[name], self.ranks_seed(name, rows), place)
         if kept is not None:
             kept[name, rows.start] = place.clone()
 

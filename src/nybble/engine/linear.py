@@ -7,29 +7,30 @@ from collections.abc import Sequence
 import torch
 
 from nybble.engine.ops import Operations
-from nybble.engine.projections import Active, Adapter, Matrix
+from nybble.engine.projections import Adapter, Group
+from nybble.engine.workspace import Matrix
 
 
-def ranks_forward(x_mk: torch.Tensor, matrix: Matrix, active: Active, seed: int, out_mr: torch.Tensor) -> None:
+def ranks_forward(x_mk: torch.Tensor, matrix: Matrix, group: Group, seed: int, out_mr: torch.Tensor) -> None:
     """T = dropout(x) A^T of all adapters into a view."""
-    if not active.dropping:
+    if not group.dropping:
         torch.mm(x_mk, matrix.down_transposed, out=out_mr)
         return
     out_mr.zero_()
-    for place, adapter in enumerate(active.adapters):
+    for place, adapter in enumerate(group.adapters):
         dropped = _dropped(x_mk, adapter, seed + place)
         out_mr[:, adapter.ranks] = dropped @ matrix.down[adapter.ranks].t()
 
 
 def input_gradient(
-    gradient_mn: torch.Tensor, matrix: Matrix, active: Active, seed: int, out_mk: torch.Tensor | None
+    gradient_mn: torch.Tensor, matrix: Matrix, group: Group, seed: int, out_mk: torch.Tensor | None
 ) -> None:
     """The ranks' gradient into the last columns of `gradient_mn`, and the input's into `out_mk` where that is wanted.
 
     Args:
         gradient_mn: (m, n + R), the outputs' gradient with room for the ranks' at the end of each row.
         matrix: weights and adapters.
-        active: the adapters of the forward.
+        group: with the adapters of the forward.
         seed: the forward's, for the same dropout.
         out_mk: (m, k), or None where nothing before this layer is trained.
     """
@@ -38,12 +39,12 @@ def input_gradient(
         torch.mm(change, matrix.up, out=gradient_mn[:, matrix.outputs :])
     if out_mk is None:
         return
-    if not active.dropping:
+    if not group.dropping:
         torch.mm(gradient_mn, matrix.backward, out=out_mk)
         return
     torch.mm(change, matrix.weights, out=out_mk)
     ranks = gradient_mn[:, matrix.outputs :]
-    for place, adapter in enumerate(active.adapters):
+    for place, adapter in enumerate(group.adapters):
         out_mk += _dropped(ranks[:, adapter.ranks] @ matrix.down[adapter.ranks], adapter, seed + place)
 
 
@@ -52,7 +53,7 @@ def adapter_gradients(
     gradient_mn: torch.Tensor,
     x_mk: torch.Tensor,
     ranks_mr: torch.Tensor,
-    active: Active,
+    group: Group,
     seed: int,
     sums: Sums,
 ) -> None:
@@ -63,14 +64,14 @@ def adapter_gradients(
         gradient_mn: (m, n + R) as `input_gradient` left it.
         x_mk: the projections' input.
         ranks_mr: T of the forward.
-        active: the adapters of the forward.
+        group: with the adapters of the forward.
         seed: the forward's.
         sums: over the row tiles of a batch.
     """
     outputs = gradient_mn.shape[1] - ranks_mr.shape[1]
     ranks = gradient_mn[:, outputs:]
-    together = None if active.dropping else operations.product(ranks.t(), x_mk)
-    for place, adapter in enumerate(active.adapters):
+    together = None if group.dropping else operations.product(ranks.t(), x_mk)
+    for place, adapter in enumerate(group.adapters):
         if together is not None:
             to_a = together[adapter.ranks]
         else:

@@ -59,7 +59,7 @@ class _Loss(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         gradient_mh = torch.empty_like(hidden_mh) if wanted else None
         losses = torch.empty(len(hidden_mh), dtype=torch.float32, device=hidden_mh.device)
-        with torch.autocast(hidden_mh.device.type, enabled=False):
+        with torch.autocast(hidden_mh.device.type, enabled=False), torch.cuda.device_of(hidden_mh):
             for first in range(0, len(hidden_mh), CHUNK):
                 part = slice(first, first + CHUNK)
                 logits = hidden_mh[part].to(head.dtype) @ head.t()
@@ -75,4 +75,6 @@ class _Loss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         result, ctx.gradient_mh = ctx.gradient_mh, None
+        if result is None:
+            raise RuntimeError("backward a second time through the chunked loss: what it had kept is gone")
         return result.mul_(gradient), None, None

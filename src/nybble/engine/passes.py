@@ -8,6 +8,8 @@ computed again, except down_proj, whose result backward does not need.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,14 +26,16 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, call: Call, *parameters: torch.Tensor) -> torch.Tensor:
-        """See `run`; `parameters` are `call.parameters()`, there so that autograd knows of them."""
+        """See `run`; `parameters` are `call.layer.parameters()`, there so that autograd knows of them."""
         policy = call.policy if any(ctx.needs_input_grad) else None
         x_mh = x.detach().contiguous().flatten(0, 1)
-        y_mh, kept = run(call, x_mh, policy)
-        if policy is not None:
-            kept.x_mh = call.layer.store.put(x_mh) if policy == HOST and x.is_cuda else x_mh
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # no view: a hook may change it in place
+        with _alone(x):
+            kept = run(call, x_mh, y.flatten(0, 1), policy)
+            if policy is not None:
+                kept.x_mh = call.batch.shared.store.put(x_mh) if policy == HOST and x.is_cuda else x_mh
         ctx.call, ctx.kept = call, kept
-        return y_mh.view_as(x)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -41,15 +45,24 @@ class LayerFunction(torch.autograd.Function):
         if kept is None:
             raise RuntimeError("backward a second time through a fused layer: what it had kept is gone")
         ctx.kept = None
+        call.batch.shared.went_back = True
         to_y = gradient.contiguous().flatten(0, 1)
-        to_x, sums = run_backward(call, kept, to_y, input_needed=ctx.needs_input_grad[0])
-        parts = [part for name in GROUPS for part in sums.of(call.active[name].adapters)]
+        with _alone(gradient):
+            to_x, sums = run_backward(call, kept, to_y, input_needed=ctx.needs_input_grad[0])
+        parts = [part for name in GROUPS for part in sums.of(call.layer.groups[name].adapters)]
         return None if to_x is None else to_x.view_as(gradient), None, *parts
 
 
-def run(call: Call, x_mh: torch.Tensor, policy: str | None) -> tuple[torch.Tensor, Kept]:
-    """The layer's output, and what its policy keeps beside the input; without a policy that is nothing."""
-    call.layer.workspace.forget()
+@contextlib.contextmanager
+def _alone(x: torch.Tensor) -> Iterator[None]:
+    """Types are chosen here and not by somebody's autocast; kernels are launched on the tensors' device."""
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        yield
+
+
+def run(call: Call, x_mh: torch.Tensor, y_mh: torch.Tensor, policy: str | None) -> Kept:
+    """The layer's output into `y_mh`; returns what its policy keeps beside the input, without a policy nothing."""
+    call.batch.shared.workspace.forget()
     kept = Kept()
     ranks = kept.ranks if policy in (KEEP_ALL, DROP_MLP, DROP_QKV) else None
     qkv = _project(call, x_mh, ranks)
@@ -61,29 +74,28 @@ def run(call: Call, x_mh: torch.Tensor, policy: str | None) -> tuple[torch.Tenso
         kept.out, kept.saved, kept.sum_mh = out, saved, torch.empty_like(x_mh)
     if policy == KEEP_ALL:
         everything = slice(0, len(x_mh))
-        kept.gate_up = call.room(everything, call.layer.groups["gate_up"].outputs, call.active["gate_up"].ranks)
-    y_mh = torch.empty_like(x_mh)
+        kept.gate_up = call.room(everything, call.layer.groups["gate_up"].outputs, call.layer.groups["gate_up"].ranks)
     for rows in call.tiles:
         sum_mh = y_mh[rows] if kept.sum_mh is None else kept.sum_mh[rows]
         normed = _after_attention(call, x_mh[rows], out[rows], sum_mh, rows, ranks)
         gate_up = _gate_up(call, normed, rows, ranks, kept.gate_up)
         del normed
         _down(call, gate_up, sum_mh, y_mh[rows], rows, ranks)
-    return y_mh, kept
+    return kept
 
 
 def run_backward(call: Call, kept: Kept, to_y: torch.Tensor, *, input_needed: bool) -> tuple[torch.Tensor | None, Sums]:
     """Gradients of the layer's input, (m, h), and of its adapters."""
     layer, sums = call.layer, Sums()
-    layer.workspace.forget()
-    x_mh = layer.store.take(kept.x_mh) if isinstance(kept.x_mh, Handle) else kept.x_mh
+    call.batch.shared.workspace.forget()
+    x_mh = call.batch.shared.store.take(kept.x_mh) if isinstance(kept.x_mh, Handle) else kept.x_mh
     assert x_mh is not None
     if kept.qkv is None:
         kept.qkv = _project(call, x_mh, kept.ranks)
     if kept.out is None:
         kept.out, kept.saved = call.batch.attention.forward(*_heads(call, kept.qkv), call.batch.segments)
     everything = slice(0, len(x_mh))
-    to_sum = call.room(everything, layer.sizes.hidden, call.active["o"].ranks)
+    to_sum = call.room(everything, layer.sizes.hidden, call.layer.groups["o"].ranks)
     to_out: torch.Tensor | None = None
     for rows in call.tiles:
         _mlp_backward(call, kept, x_mh[rows], to_y[rows], to_sum[rows], rows, sums)
@@ -112,11 +124,11 @@ def _project(call: Call, x_mh: torch.Tensor, ranks: Ranks | None) -> torch.Tenso
     qkv = call.room(slice(0, len(x_mh)), matrix.outputs)
     for rows in call.tiles:
         normed = call.room(rows, matrix.inputs, matrix.ranks)
-        layer.operations.rms_norm(x_mh[rows], layer.norms[0], sizes.eps[0], normed[:, : matrix.inputs])
+        call.operations.rms_norm(x_mh[rows], layer.norms[0], sizes.eps[0], normed[:, : matrix.inputs])
         call.fill_ranks("qkv", normed, rows, ranks)
         torch.mm(normed, matrix.forward, out=qkv[rows])
         rotated = sizes.heads + sizes.key_heads
-        layer.operations.rope(qkv[rows], call.batch.cosine, call.batch.sine, rotated, sizes.head_size, rows.start)
+        call.operations.rope(qkv[rows], call.batch.cosine, call.batch.sine, rotated, sizes.head_size, rows.start)
     return qkv
 
 
@@ -141,8 +153,8 @@ def _after_attention(
     update = wide @ matrix.forward
     del wide
     hidden = layer.sizes.hidden
-    normed = call.room(rows, hidden, call.active["gate_up"].ranks)
-    layer.operations.add_rms_norm(x_mh, update, layer.norms[1], layer.sizes.eps[1], sum_mh, normed[:, :hidden])
+    normed = call.room(rows, hidden, call.layer.groups["gate_up"].ranks)
+    call.operations.add_rms_norm(x_mh, update, layer.norms[1], layer.sizes.eps[1], sum_mh, normed[:, :hidden])
     return normed
 
 
@@ -161,9 +173,9 @@ def _down(
     call: Call, gate_up: torch.Tensor, sum_mh: torch.Tensor, y_mh: torch.Tensor, rows: slice, ranks: Ranks | None
 ) -> None:
     """SwiGLU, down and the residual, into `y_mh`."""
-    layer, matrix = call.layer, call.matrix("down")
+    matrix = call.matrix("down")
     active = call.room(rows, matrix.inputs, matrix.ranks)
-    layer.operations.swiglu(gate_up[:, : 2 * matrix.inputs], active[:, : matrix.inputs])
+    call.operations.swiglu(gate_up[:, : 2 * matrix.inputs], active[:, : matrix.inputs])
     call.fill_ranks("down", active, rows, ranks)
     if y_mh.dtype == call.batch.dtype:
         torch.addmm(sum_mh, active, matrix.forward, out=y_mh)
@@ -188,22 +200,22 @@ def _mlp_backward(
         normed = _after_attention(call, x_mh, kept.out[rows], sum_mh, rows, kept.ranks)
     else:
         sum_mh = kept.sum_mh[rows]
-        normed = call.room(rows, hidden, call.active["gate_up"].ranks)
-        layer.operations.rms_norm(sum_mh, layer.norms[1], layer.sizes.eps[1], normed[:, :hidden])
+        normed = call.room(rows, hidden, call.layer.groups["gate_up"].ranks)
+        call.operations.rms_norm(sum_mh, layer.norms[1], layer.sizes.eps[1], normed[:, :hidden])
     gate_up = _gate_up(call, normed, rows, kept.ranks, None) if kept.gate_up is None else kept.gate_up[rows]
 
-    wide = call.room(rows, hidden, call.active["down"].ranks)
+    wide = call.room(rows, hidden, call.layer.groups["down"].ranks)
     wide[:, :hidden] = to_y
     active = call.room(rows, layer.sizes.intermediate)
     _input_gradient(call, "down", wide, rows, active)
-    layer.operations.swiglu_backward(active, gate_up[:, : 2 * layer.sizes.intermediate])  # now the activation itself
+    call.operations.swiglu_backward(active, gate_up[:, : 2 * layer.sizes.intermediate])  # now the activation itself
     _adapter_gradients(call, "down", wide, active, kept.ranks, rows, sums)
     del wide, active
 
     to_normed = call.room(rows, hidden)
     _input_gradient(call, "gate_up", gate_up, rows, to_normed)
     _adapter_gradients(call, "gate_up", gate_up, normed[:, :hidden], kept.ranks, rows, sums)
-    layer.operations.rms_norm_backward(to_normed, sum_mh, layer.norms[1], layer.sizes.eps[1], to_y, to_sum[:, :hidden])
+    call.operations.rms_norm_backward(to_normed, sum_mh, layer.norms[1], layer.sizes.eps[1], to_y, to_sum[:, :hidden])
 
 
 def _o_backward(call: Call, kept: Kept, to_sum: torch.Tensor, to_out: torch.Tensor, rows: slice, sums: Sums) -> None:
@@ -225,34 +237,34 @@ def _qkv_backward(
 ) -> None:
     """From the gradients of a tile's rotated query, key and value to that of the layer's input, in `to_x`."""
     layer, sizes, group = call.layer, call.layer.sizes, call.layer.groups["qkv"]
-    to_qkv = call.room(rows, group.outputs, call.active["qkv"].ranks)
-    layer.operations.rope_backward(
+    to_qkv = call.room(rows, group.outputs, call.layer.groups["qkv"].ranks)
+    call.operations.rope_backward(
         to_heads, call.batch.cosine, call.batch.sine, sizes.head_size, rows.start, to_qkv[:, : group.outputs]
     )
     to_normed = None if to_x is None else call.room(rows, sizes.hidden)
     _input_gradient(call, "qkv", to_qkv, rows, to_normed)
-    if call.active["qkv"].adapters:
+    if call.layer.groups["qkv"].adapters:
         normed = call.room(rows, sizes.hidden)
-        layer.operations.rms_norm(x_mh, layer.norms[0], sizes.eps[0], normed)
+        call.operations.rms_norm(x_mh, layer.norms[0], sizes.eps[0], normed)
         _adapter_gradients(call, "qkv", to_qkv, normed, kept.ranks, rows, sums)
     if to_x is not None:
         residual = to_sum[:, : sizes.hidden]
-        layer.operations.rms_norm_backward(to_normed, x_mh, layer.norms[0], sizes.eps[0], residual, to_x)
+        call.operations.rms_norm_backward(to_normed, x_mh, layer.norms[0], sizes.eps[0], residual, to_x)
 
 
 def _input_gradient(call: Call, name: str, gradient: torch.Tensor, rows: slice, out: torch.Tensor | None) -> None:
-    input_gradient(gradient, call.matrix(name), call.active[name], call.ranks_seed(name, rows), out)
+    input_gradient(gradient, call.matrix(name), call.layer.groups[name], call.ranks_seed(name, rows), out)
 
 
 def _adapter_gradients(
     call: Call, name: str, gradient: torch.Tensor, x_mk: torch.Tensor, kept: Ranks, rows: slice, sums: Sums
 ) -> None:
     """`linear.adapter_gradients` with the ranks as kept, or computed again: the workspace still holds the group."""
-    active, seed = call.active[name], call.ranks_seed(name, rows)
-    if not active.adapters:
+    group, seed = call.layer.groups[name], call.ranks_seed(name, rows)
+    if not group.adapters:
         return
     ranks = kept.pop((name, rows.start), None)
     if ranks is None:
-        ranks = call.room(rows, 0, active.ranks)
-        ranks_forward(x_mk, call.matrix(name), active, seed, ranks)
-    adapter_gradients(call.layer.operations, gradient, x_mk, ranks, active, seed, sums)
+        ranks = call.room(rows, 0, group.ranks)
+        ranks_forward(x_mk, call.matrix(name), group, seed, ranks)
+    adapter_gradients(call.operations, gradient, x_mk, ranks, group, seed, sums)

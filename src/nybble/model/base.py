@@ -7,7 +7,6 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import bitsandbytes
@@ -26,6 +25,7 @@ from transformers import (
 
 from nybble.errors import ModelError
 from nybble.model.checkpoint import Checkpoint, fingerprint
+from nybble.quantized import stay_unpacked
 from nybble.recipe import ModelOptions
 
 
@@ -150,28 +150,6 @@ def quantization_plan(quantization: str, double_quantization: bool, dtype: torch
         bnb_4bit_use_double_quant=double_quantization,
         bnb_4bit_compute_dtype=dtype,
     )
-
-
-def stay_unpacked(model: torch.nn.Module) -> None:
-    """Keep 4-bit weights as they are on a CPU.
-
-    On processors with AVX512-BF16 bitsandbytes repacks a weight at the first forward in eval mode. After that the
-    backward pass and dequantise_4bit read it wrongly and nothing says so (0.50.2: gradients at a cosine of 0.07).
-    """
-    for module in linear4bits(model):
-        module.support_avx512bf16_for_cpu = False
-
-
-def assert_unpacked(model: torch.nn.Module) -> None:
-    """Hold `stay_unpacked` to its word, before training, dequantising and merging."""
-    for module in linear4bits(model):
-        state = getattr(module.weight, "quant_state", None)
-        assert not getattr(state, "packing_format_for_cpu", False), "a 4-bit weight was repacked for inference"
-
-
-def linear4bits(model: torch.nn.Module) -> Iterator[Linear4bit]:
-    """Every 4-bit linear layer."""
-    return (module for module in model.modules() if isinstance(module, Linear4bit))
 
 
 def measure(model: torch.nn.Module) -> Footprint:

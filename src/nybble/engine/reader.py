@@ -1,0 +1,99 @@
+"""What the engine needs to know of a decoder layer, read from the live modules whenever they have changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+
+from nybble.engine.layer import FusedLayer, Sizes
+from nybble.engine.projections import Ineligible, check_unhooked, read_group
+from nybble.engine.watch import Watched
+
+REMEMBERED = 2  # states of a layer: DPO goes back and forth between the adapter and the base at every step
+
+
+class LayerReader:
+    """One decoder layer."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        self.layer = layer
+        self._known: list[tuple[Watched, FusedLayer | Ineligible]] = []
+
+    def read(self) -> FusedLayer:
+        """The layer as it is now.
+
+        Raises:
+            Ineligible: the first reason why it keeps its own forward.
+        """
+        found = next((found for watched, found in self._known if watched.holds()), None) or self._describe()
+        if isinstance(found, Ineligible):
+            raise Ineligible(str(found))
+        return found
+
+    def _describe(self) -> FusedLayer | Ineligible:
+        watched = Watched()
+        found: FusedLayer | Ineligible
+        try:
+            found = describe(self.layer, watched)
+        except Ineligible as why:
+            found = why.with_traceback(None)
+        known = [pair for pair in self._known if pair[0].weights_stand()]  # else weights of old would not be freed
+        self._known = [(watched, found), *known][:REMEMBERED]
+        return found
+
+    def __reduce__(self) -> Any:
+        """A copy reads its own modules."""
+        return LayerReader, (self.layer,)
+
+
+def describe(layer: Any, watched: Watched) -> FusedLayer:
+    """A layer as it is now, every fact of it watched.
+
+    Raises:
+        Ineligible: with the first reason why the layer keeps its own forward.
+    """
+    if type(layer) is not LlamaDecoderLayer:
+        raise Ineligible(f"{type(layer).__name__} is not a decoder layer of Llama")
+    children: list[Any] = []
+    for name, expected in (
+        ("self_attn", LlamaAttention),
+        ("mlp", LlamaMLP),
+        ("input_layernorm", LlamaRMSNorm),
+        ("post_attention_layernorm", LlamaRMSNorm),
+    ):
+        child = watched.module(layer, name)
+        if type(child) is not expected:
+            raise Ineligible(f"{type(child).__name__} stands where {expected.__name__} was expected")
+        check_unhooked(watched, name, child)
+        children.append(child)
+    attention, mlp, *norms = children
+    _check_attention(attention, watched)
+    weights = [watched.parameter(norm, "weight") for norm in norms]
+    if any(watched.is_trained(weight) for weight in weights):
+        raise Ineligible("its norms are trained")
+    groups = {
+        "qkv": read_group(watched, attention, ("q_proj", "k_proj", "v_proj")),
+        "o": read_group(watched, attention, ("o_proj",)),
+        "gate_up": read_group(watched, mlp, ("gate_proj", "up_proj")),
+        "down": read_group(watched, mlp, ("down_proj",)),
+    }
+    config, (first, second) = attention.config, norms
+    sizes = Sizes(
+        config.num_attention_heads, config.num_key_value_heads, attention.head_dim, groups["qkv"].inputs,
+        groups["down"].inputs, (first.variance_epsilon, second.variance_epsilon),
+    )  # fmt: skip
+    return FusedLayer(groups, (weights[0], weights[1]), sizes)
+
+
+def _check_attention(attention: Any, watched: Watched) -> None:
+    config = attention.config
+    if config.hidden_act != "silu":
+        raise Ineligible(f"the activation is {config.hidden_act}, not silu")
+    if watched.attribute(attention, "attention_dropout"):
+        raise Ineligible(f"attention dropout of {attention.attention_dropout}")
+    if watched.attribute(attention, "scaling") != attention.head_dim**-0.5:
+        raise Ineligible(f"attention is scaled by {attention.scaling}")
+    if attention.head_dim % 2 or attention.head_dim > 256:
+        raise Ineligible(f"heads of {attention.head_dim}; even sizes up to 256 are known")

@@ -1,0 +1,91 @@
+"""What a description of live modules rests on, so that it is made anew when something of it changed, and only then."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+class Watched:
+    """Reads modules and remembers each fact that it read.
+
+    Everything is looked up in the modules' own dictionaries and compared by identity, 40 ns a fact: nn.Module's
+    attributes and isinstance take ten times that, and a model of 32 layers has 10,000 facts a batch.
+    """
+
+    def __init__(self) -> None:
+        self._items: list[tuple[Mapping[str, Any], str, Any]] = []
+        self._lists: list[tuple[Sequence[Any], tuple[Any, ...]]] = []
+        self._empty: list[Mapping[Any, Any]] = []
+        self._trained: list[tuple[torch.nn.Parameter, bool]] = []
+        self._places: list[tuple[torch.nn.Parameter, int]] = []
+
+    def item(self, owner: Mapping[str, Any], key: str) -> Any:
+        """What a dictionary holds, or None."""
+        value = owner.get(key)
+        self._items.append((owner, key, value))
+        return value
+
+    def attribute(self, module: Any, name: str) -> Any:
+        """What an object itself, not its class, holds under a name."""
+        return self.item(module.__dict__, name)
+
+    def module(self, parent: Any, name: str) -> Any:
+        """A module's child."""
+        return self.item(parent._modules, name)
+
+    def parameter(self, module: Any, name: str) -> Any:
+        """A module's own parameter."""
+        return self.item(module._parameters, name)
+
+    def words(self, sequence: Sequence[Any]) -> tuple[Any, ...]:
+        """A list that may change in place."""
+        found = tuple(sequence)
+        self._lists.append((sequence, found))
+        return found
+
+    def is_trained(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether it wants a gradient."""
+        found = parameter.requires_grad
+        self._trained.append((parameter, found))
+        return found
+
+    def place(self, parameter: torch.nn.Parameter) -> int:
+        """Where its data lies; it moves when PEFT merges, or the model to another device."""
+        found = parameter.data_ptr()
+        self._places.append((parameter, found))
+        return found
+
+    def is_hooked(self, module: Any) -> bool:
+        """Whether somebody wants to be called when the module runs."""
+        own = module.__dict__
+        hooks = [
+            own[name] for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        ]
+        if any(hooks):
+            self._lists += [(hook, tuple(hook)) for hook in hooks]
+            return True
+        self._empty += hooks
+        return False
+
+    def holds(self) -> bool:
+        """Whether everything read is still so."""
+        for owner, key, value in self._items:
+            if owner.get(key) is not value:
+                return False
+        for hooks in self._empty:
+            if hooks:
+                return False
+        for parameter, found in self._trained:
+            if parameter.requires_grad is not found:
+                return False
+        for sequence, words in self._lists:
+            if tuple(sequence) != words:
+                return False
+        return self.weights_stand()
+
+    def weights_stand(self) -> bool:
+        """Whether the data of the parameters whose place was asked for has not moved."""
+        return all(parameter.data_ptr() == found for parameter, found in self._places)
