@@ -212,7 +212,10 @@ def _fuse(model: PeftModel, recipe: Recipe, console: Console) -> Fusion | None:
         why = result.last.passed[0]
         unfuse(model)
         if recipe.engine.is_shaped:
-            raise EngineError(f"none of {result.fallen_back} decoder layers can be fused: {why}", fix="engine.fused=false")
+            raise EngineError(
+                f"none of {result.fallen_back} decoder layers can be fused: {why}",
+                fix="leave engine.policy and engine.embedding out: the layers are then computed by Transformers",
+            )
         tell_engine(console, None, why)
         return None
     result.budget.chunked_loss = True
