@@ -282,8 +282,12 @@ def interrupted(monkeypatch, step: int, recipe: Recipe, quiet, cache) -> None:
             train(recipe, console=quiet, cache=cache)
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tiny_llama, rows, cache, tmp_path, quiet, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
+    optimizer, tiny_llama, rows, cache, tmp_path, quiet, monkeypatch
+):
     words = ["train.max_steps=10", "train.evaluate_every=3", "lora.dropout=0.2", "train.learning_rate=1e-3"]
+    words.append(f"train.optimizer={optimizer}")
     whole = train(recipe_for(tiny_llama, rows, tmp_path / "whole", *words), console=quiet, cache=cache)
     recipe = recipe_for(tiny_llama, rows, tmp_path / "cut", *words)
     interrupted(monkeypatch, 5, recipe, quiet, cache)

@@ -1,0 +1,69 @@
+"""8-bit AdamW over all adapters as one tensor: beside bitsandbytes' own, beside float32 AdamW, saved and loaded."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from bitsandbytes.optim import AdamW8bit
+
+from nybble.optimizer import FlatAdamW8bit
+
+SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+SHAPES = [(64, 96), (16, 64), (3, 5), (128, 64)]  # one smaller than a block, so that the blocks of the next do not align
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+def descend(optimizer: torch.optim.Optimizer, parts: list[torch.nn.Parameter], steps: range) -> None:
+    """Steps on gradients that depend on the step and the parameter only."""
+    for step in steps:
+        optimizer.zero_grad()
+        for place, part in enumerate(parts):
+            noise = torch.randn(part.shape, generator=torch.Generator().manual_seed(100 * step + place))
+            part.grad = noise + part.detach()
+        optimizer.step()
+
+
+def test_it_walks_where_float32_adamw_walks_as_closely_as_bitsandbytes_own():
+    found = {}
+    for name, kind in {"exact": torch.optim.AdamW, "flat": FlatAdamW8bit, "apart": AdamW8bit}.items():
+        parts = parameters()
+        kinds = {} if name != "apart" else {"min_8bit_size": 0}
+        descend(kind(parts, **SETTINGS, **kinds), parts, range(20))
+        found[name] = torch.cat([part.detach().flatten() for part in parts])
+    moved = (found["exact"] - torch.cat([part.detach().flatten() for part in parameters()])).norm()
+    off = {name: ((found[name] - found["exact"]).norm() / moved).item() for name in ("flat", "apart")}
+    print(off)
+    assert off["flat"] < 0.05
+    assert off["flat"] < 1.2 * off["apart"]
+
+
+def test_saved_and_loaded_it_goes_on_to_the_last_digit():
+    parts = parameters()
+    optimizer = FlatAdamW8bit(parts, **SETTINGS)
+    descend(optimizer, parts, range(5))
+    state = copy.deepcopy(optimizer.state_dict())
+    again = [torch.nn.Parameter(part.detach().clone()) for part in parts]
+    descend(optimizer, parts, range(5, 10))
+    loaded = FlatAdamW8bit(again, **SETTINGS)
+    loaded.load_state_dict(state)
+    descend(loaded, again, range(5, 10))
+    for mine, theirs in zip(parts, again, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_it_says_what_it_cannot_step_on():
+    parts = parameters()
+    optimizer = FlatAdamW8bit(parts, **SETTINGS)
+    descend(optimizer, parts, range(1))
+    optimizer.zero_grad()
+    with pytest.raises(AssertionError, match="4 parameters have no gradient"):
+        optimizer.step()
+    parts[1].data = parts[1].data.clone()
+    with pytest.raises(AssertionError, match="a parameter's data was replaced"):
+        optimizer.step()
