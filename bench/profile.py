@@ -1,6 +1,8 @@
 """Where a training step's time goes: kernels by kind on the device, functions on the host, and how long each was idle.
 
 python -m bench.profile DIR --data FILE option=value ...       the options of bench/train.py's rows
+
+The device is looked at over two steps on end, so that what it waits for between them shows too.
 """
 
 from __future__ import annotations
@@ -42,17 +44,20 @@ class Looker(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start what this step is for."""
+        if self.device is not None:
+            return
         torch.cuda.synchronize()
         if state.global_step == WARM_UP + LOOKED_AT:
             self.host.enable()
-        if state.global_step == WARM_UP + 2 * LOOKED_AT:
-            activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-            self.device = torch.profiler.profile(activities=activities)
+        if state.global_step == WARM_UP + 2 * LOOKED_AT:  # two steps on end, with what lies between them
+            self.device = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
             self.device.__enter__()
         self.began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop it."""
+        if self.device is not None and state.global_step <= WARM_UP + 2 * LOOKED_AT + 1:
+            return
         queued = time.perf_counter() - self.began
         torch.cuda.synchronize()
         done = time.perf_counter() - self.began
@@ -78,25 +83,52 @@ def main() -> None:
     parser.add_argument("--data", type=pathlib.Path, required=True)
     given = parser.parse_args()
     looker = Looker()
-    options = {**options_of(given.words), "steps": WARM_UP + 2 * LOOKED_AT}
+    options = {**options_of(given.words), "steps": WARM_UP + 2 * LOOKED_AT + 1}
     trainer, _ = build(given.folder, given.data, options, [looker])
     trainer.train()
     pstats.Stats(looker.host, stream=sys.stdout).sort_stats("tottime").print_stats(32)
     assert looker.device is not None
+    kernels = [event for event in looker.device.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    print_kernels(kernels)
+    print_idle(kernels)
+
+
+def print_kernels(kernels: list[Any]) -> None:
+    """Time and launches a step, by kind and by name."""
     times: dict[str, float] = defaultdict(float)
-    counts: dict[str, int] = defaultdict(int)
-    names: dict[str, tuple[float, int]] = {}
-    for event in looker.device.key_averages():
-        if event.device_type != torch.autograd.DeviceType.CUDA:
-            continue
-        times[kind_of(event.key)] += event.self_device_time_total / 1e3
-        counts[kind_of(event.key)] += event.count
-        names[event.key] = (event.self_device_time_total / 1e3, event.count)
-    print(f"one step: {sum(times.values()):.1f} ms of kernels in {sum(counts.values())} launches")
+    counts: dict[str, float] = defaultdict(float)
+    names: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for kernel in kernels:
+        spent = (kernel.time_range.end - kernel.time_range.start) / 1e3 / LOOKED_AT
+        times[kind_of(kernel.name)] += spent
+        counts[kind_of(kernel.name)] += 1 / LOOKED_AT
+        names[kernel.name][0] += spent
+        names[kernel.name][1] += 1 / LOOKED_AT
+    print(f"one step: {sum(times.values()):.1f} ms of kernels in {sum(counts.values()):.0f} launches")
     for kind, spent in sorted(times.items(), key=lambda item: -item[1]):
-        print(f"  {kind:24}{spent:9.2f} ms {counts[kind]:6}")
+        print(f"  {kind:24}{spent:9.2f} ms {counts[kind]:6.0f}")
     for name, (spent, count) in sorted(names.items(), key=lambda item: -item[1][0])[:24]:
-        print(f"    {spent:8.2f} ms {count:6}  {name[:110]}")
+        print(f"    {spent:8.2f} ms {count:6.0f}  {name[:110]}")
+
+
+def print_idle(kernels: list[Any]) -> None:
+    """When the device had nothing to do: in all, by length, and around which kernels the longest times were."""
+    kernels = sorted(kernels, key=lambda kernel: kernel.time_range.start)
+    gaps: list[tuple[float, float, str, str]] = []
+    busy_until, last = kernels[0].time_range.end, kernels[0].name
+    for kernel in kernels[1:]:
+        idle = kernel.time_range.start - busy_until
+        if idle > 0:
+            gaps.append((idle, busy_until - kernels[0].time_range.start, last, kernel.name))
+        if kernel.time_range.end > busy_until:
+            busy_until, last = kernel.time_range.end, kernel.name
+    whole = busy_until - kernels[0].time_range.start
+    print(f"{LOOKED_AT} steps took {whole / 1e3:.1f} ms, idle {sum(gap[0] for gap in gaps) / 1e3:.1f} ms of it:")
+    for least, most in ((0, 5), (5, 50), (50, 500), (500, float("inf"))):
+        some = [gap[0] for gap in gaps if least < gap[0] <= most]
+        print(f"  gaps of {least} to {most} us {len(some):6}{sum(some) / 1e3:9.2f} ms")
+    for idle, at, before, after in sorted(gaps, reverse=True)[:16]:
+        print(f"  {idle:8.0f} us at {at / 1e3:8.1f} ms, between {before[:50]} and {after[:50]}")
 
 
 if __name__ == "__main__":
