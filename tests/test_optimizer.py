@@ -11,7 +11,12 @@ from bitsandbytes.optim import AdamW8bit
 from nybble.optimizer import FlatAdamW8bit
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
-SHAPES = [(64, 96), (16, 64), (3, 5), (128, 64)]  # one smaller than a block, so that the blocks of the next do not align
+SHAPES = [
+    (64, 96),
+    (16, 64),
+    (3, 5),
+    (128, 64),
+]  # one smaller than a block, so that the blocks of the next do not align
 
 
 def parameters() -> list[torch.nn.Parameter]:
