@@ -33,6 +33,7 @@ import bitsandbytes
 import peft
 import torch
 import transformers
+from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -129,14 +130,17 @@ def prepare(folder: pathlib.Path, tokenizer: pathlib.Path) -> None:
         names.save_pretrained(folder / kind)
 
 
-def dense(tokenizer: Any, data: pathlib.Path, length: int, count: int) -> list[dict[str, Any]]:
+def dense(tokenizer: Any, data: pathlib.Path, length: int, count: int) -> Dataset:
     """Blocks of one length out of real text, every token trained."""
     texts = [json.loads(line) for line in data.open()]
     words = [f"{row['instruction']}\n{row['input']}\n{row['output']}</s>" for row in texts]
     ids = list(itertools.chain.from_iterable(tokenizer(words, add_special_tokens=False)["input_ids"]))
     ids *= -(-length // len(ids))
     blocks = len(ids) // length
-    return [{"input_ids": ids[n % blocks * length :][:length], "trained": [True] * length} for n in range(count)]
+    return Dataset.from_list([
+        {"input_ids": ids[n % blocks * length :][:length], "trained": [True] * length, "length": length}
+        for n in range(count)
+    ])  # fmt: skip
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]

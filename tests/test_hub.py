@@ -31,11 +31,11 @@ for token, function, arguments in json.load(sys.stdin):
 """
 ROWS_CLIENT = """
 import json
-from nybble.data.sources import find_source, read_rows
+from nybble.data.sources import find_sources, read_rows
 from nybble.errors import DataError
 for name, revision in (("org/rows", None), ("org/rows", "v1"), ("org/rows", "v9"), ("org/none", None)):
     try:
-        rows = list(read_rows(find_source(name, revision=revision)))
+        rows = list(read_rows(find_sources(name, revision=revision)))
         print(json.dumps([[row.values["n"] for row in rows], rows[0].origin]))
     except DataError as error:
         print(json.dumps([str(error), ""]))

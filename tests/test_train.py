@@ -143,7 +143,7 @@ def test_accumulation_is_normalised_by_trained_tokens(tiny_llama, rows, cache, t
         ["data.packing=true", "data.max_length=128", "train.micro_batch=1"],
         ["train.neftune_alpha=5", "train.scheduler=constant", "lora.dropout=0.1"],
         ["data.validation=0", "train.warmup=2", "train.gradient_checkpointing=false"],
-        ["model.quantization=none", "lora.dora=true", "train.scheduler=linear", "data.train_on_prompt=true"],
+        ["model.quantization=none", "lora.dora=true", "train.scheduler=linear", "data.train_on=all"],
         ["model.rope_scaling={rope_type: linear, factor: 2.0}", "data.max_length=800", "train.keep_best=false"],
         ["data.template=llama2", "model.dtype=bfloat16", "train.epochs=0.2"],
     ],

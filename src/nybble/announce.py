@@ -23,15 +23,18 @@ def tell(console: Console, text: str) -> None:
 def tell_data(console: Console, data: Prepared, options: DataOptions, seconds: float) -> None:
     """Rows, template, tokens, and what was left out."""
     counts = data.counts
+    forms = ", ".join(f"{count:,} {form}" if len(counts.forms) > 1 else form for form, count in counts.forms.items())
     how = "from the cache" if data.cached else f"tokenised in {seconds:.1f} s"
     tell(
         console,
-        f"data      {counts.rows:,} rows ({data.form}), template {data.template.name}, {counts.tokens:,} tokens, "
+        f"data      {counts.rows:,} rows ({forms}), template {data.template.name}, {counts.tokens:,} tokens, "
         f"{counts.trained_tokens:,} of them trained; {how}",
     )
     lost = [f"{counts.duplicates:,} duplicates"] if counts.duplicates else []
     if counts.overlength:
-        verb = "truncated to" if options.overlength == "truncate" else "dropped as longer than"
+        verb = {"truncate": "truncated to", "split": "split into pieces of"}.get(
+            options.overlength, "dropped as longer than"
+        )
         lost.append(f"{counts.overlength:,} rows {verb} {options.max_length} tokens")
     if lost:
         tell(console, f"          {', '.join(lost)}")

@@ -66,32 +66,39 @@ class LoraOptions(Options):
 class DataOptions(Options):
     """What is trained on and how a row becomes tokens."""
 
-    path: str | list[str] = ""
-    """A Hub id, or local files: json, jsonl, csv or parquet, also gzipped."""
+    path: str | list[str] | dict[str, float] = ""
+    """Files (json, jsonl, csv, tsv, parquet, txt, each also .gz), folders, patterns or Hub ids; with weights: {a: 2, b: 0.5}."""
     subset: str | None = None
     """Configuration name of a Hub data set that has several."""
     split: str = "train"
     """Split of a Hub data set."""
     revision: str | None = None
     """Branch, tag or commit of a Hub data set."""
-    form: Literal["auto", "alpaca", "messages", "prompt"] = "auto"
-    """Form of a row: alpaca (instruction, input, output), messages (role, content), prompt (prompt, completion); auto detects."""
+    streaming: bool = False
+    """Read rows as they are needed, for data larger than the disk; wants train.max_steps, and keeps duplicates."""
+    form: Literal["auto", "alpaca", "messages", "sharegpt", "prompt", "text"] = "auto"
+    """Form of the rows: alpaca, messages, sharegpt, prompt (and completion), text; auto tells by the columns, row by row."""
     map: dict[str, str] = Field(default_factory=dict)
     """Columns that carry other names: {prompt: question, completion: answer}."""
     template: str = "auto"
     """auto, model (its own chat template), alpaca, llama2 ([INST]), plain (prompt then completion), or a Jinja file."""
     max_length: int = Field(default=1024, ge=8)
     """Longest row in tokens, and the length of a packed one."""
-    overlength: Literal["error", "drop", "truncate"] = "error"
-    """A row over max_length: drop it, truncate its answer (EOS stays), or error: refuse when more than 1% are, else drop."""
-    train_on_prompt: bool = False
-    """Train on the prompt's tokens too, not on answers only."""
+    overlength: Literal["error", "drop", "truncate", "split"] = "error"
+    """A row over max_length: error (refuse above 1%, else drop), drop, truncate (EOS stays), split (chats between turns)."""
+    train_on: Literal["answers", "last", "all"] = "answers"
+    """Which tokens the loss counts: all answers of a chat, its last answer, or prompts too."""
     packing: bool = False
     """Fill each row of max_length with several samples (best fit); samples never see each other."""
     validation: float | str = 0.05
     """Share of the rows held out (below 1), number of rows (1 and above), 0 for none, or the path of a file."""
     limit: int | None = Field(default=None, ge=1)
     """Use the first so many distinct rows only."""
+
+    @property
+    def names(self) -> list[str]:
+        """The sources, without their weights."""
+        return [self.path] if isinstance(self.path, str) else list(self.path)
 
 
 class TrainOptions(Options):
@@ -207,6 +214,18 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     yield (
         isinstance(data.validation, int | float) and data.validation < 0,
         "data.validation: a share below 1, a number of rows, or a file; not negative",
+    )
+    yield (
+        isinstance(data.path, dict) and any(weight <= 0 for weight in data.path.values()),
+        "data.path: a weight is above 0; leave out what should not be used",
+    )
+    yield (
+        data.streaming and train.max_steps is None,
+        "data.streaming: nobody knows how long a stream is; set train.max_steps",
+    )
+    yield (
+        data.streaming and isinstance(data.validation, float) and 0 < data.validation < 1,
+        "data.validation: a stream has no share to hold out; set 0, a number of rows (its first), or a file",
     )
     yield (
         recipe.engine.embedding == "host" and train.processes > 1,

@@ -20,6 +20,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -160,8 +161,8 @@ def choose_folder(recipe: Recipe) -> pathlib.Path:
     """The recipe's own, or runs/MODEL-DATA, numbered when that is taken."""
     if recipe.out is not None:
         return pathlib.Path(recipe.out)
-    data = recipe.data.path if isinstance(recipe.data.path, str) else recipe.data.path[0]
-    name = "-".join(pathlib.Path(part).name.split(".")[0] or "run" for part in (recipe.model.path, data))
+    stems = [pathlib.Path(part).name.split(".")[0] for part in (recipe.model.path, recipe.data.names[0])]
+    name = "-".join(stem if re.fullmatch(r"[\w-]+", stem) else "run" for stem in stems)  # a pattern is no name
     folder, number = pathlib.Path("runs") / name, 2
     while folder.exists():
         folder, number = pathlib.Path("runs") / f"{name}-{number}", number + 1

@@ -358,7 +358,6 @@ def _summary(ready: Ready, recorder: Recorder, seconds: float) -> dict[str, Any]
         "data": {
             "path": recipe.data.path,
             "fingerprint": data.fingerprint,
-            "form": data.form,
             "template": data.template.name,
             **dataclasses.asdict(data.counts),
         },

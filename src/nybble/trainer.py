@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from nybble.data.batches import next_labels
+from nybble.data.order import Order, lengths_of
 from nybble.engine.loss import last_hidden, summed_cross_entropy
 from nybble.errors import DataError, RecipeError
 from nybble.optimizer import FlatAdamW8bit
@@ -153,6 +154,14 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         """Trainer's loop, without its walks over all modules at every step."""
         with _without_walks(self.model):
             return super().train(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(rows, torch.utils.data.IterableDataset):
+            return None
+        arguments = self.args
+        step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        return Order(lengths_of(rows), step, arguments.seed)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,13 +28,21 @@ class PackedRows(torch.utils.data.Dataset[list[Sample]]):
 
     def __init__(self, samples: Dataset, rows: Sequence[Sequence[int]]) -> None:
         self.samples = samples
-        self.rows = rows
+        self.members = numpy.fromiter(itertools.chain.from_iterable(rows), dtype=numpy.int64)
+        self.ends = numpy.cumsum([len(row) for row in rows])
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.ends)
 
     def __getitem__(self, position: int) -> list[Sample]:
-        return [self.samples[n] for n in self.rows[position]]
+        return [self.samples[int(n)] for n in self.row(position)]
+
+    def row(self, position: int) -> numpy.ndarray:
+        """Positions in `samples` of what a row holds."""
+        end = self.ends[position]  # counted from behind where the position is
+        begin = self.ends[position - 1] if position % len(self) else 0
+        members: numpy.ndarray = self.members[begin:end]
+        return members
 
 
 @dataclass(frozen=True)

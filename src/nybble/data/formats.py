@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nybble.data.sources import Row
+from nybble.data.readers import Row
 from nybble.errors import DataError
 
-Role = Literal["system", "user", "assistant"]
-ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+Role = Literal["system", "user", "assistant", "text"]
+ROLES: Mapping[str, Role] = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "claude": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant",
+}  # fmt: skip
+TOOLS = frozenset({"tool", "tool_call", "tool_calls", "tool_response", "function", "function_call", "function_response",
+                   "observation", "ipython"})  # fmt: skip
+SPEAKER = ("role", "from")
+SPEECH = ("content", "value", "text")
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn."""
+    """One turn; a document stands alone, with the role text."""
 
     role: Role
     content: str
@@ -27,11 +36,17 @@ class Message:
 Conversation = tuple[Message, ...]
 
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    # form: (required fields, optional fields)
+    # form: (required fields, optional fields); of forms that fit equally well the upper is meant
+    "messages": (("messages",), ("system", "tools")),
+    "sharegpt": (("conversations",), ("system", "tools")),
     "alpaca": (("instruction", "output"), ("input", "system")),
-    "messages": (("messages",), ()),
     "prompt": (("prompt", "completion"), ("system",)),
+    "text": (("text",), ()),
 }
+
+
+class EmptyAnswer(DataError):
+    """A row that would teach to say nothing."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,10 @@ class Form:
     name: str
     columns: Mapping[str, str]
 
+    def fits(self, row: Row) -> bool:
+        """Whether a row has the columns that this form needs."""
+        return all(self.columns[field] in row.values for field in FIELDS[self.name][0])
+
     def conversation(self, row: Row) -> Conversation:
         """The row as turns.
 
@@ -48,72 +67,106 @@ class Form:
             DataError: what is wrong with the row, at its `file:line`.
         """
         values = {field: row.values.get(column) for field, column in self.columns.items()}
-        for field in FIELDS[self.name][0]:
-            if self.columns[field] not in row.values:
-                raise _missing(self, row)
-        if self.name == "messages":
-            return tuple(_turns(values["messages"], row.origin))
-        if self.name == "alpaca":
-            question, answer = "instruction", "output"
-        else:
-            question, answer = "prompt", "completion"
+        if self.name == "text":
+            return (Message("text", _filled(values["text"], self.columns["text"], row.origin)),)
         system = _string(values.get("system"), self.columns["system"], row.origin)
+        opening = (Message("system", system),) if system.strip() else ()
+        if self.name in ("messages", "sharegpt"):
+            if values.get("tools"):
+                raise _no_tools(f"the row names {self.columns['tools']!r}", row.origin)
+            (field,) = FIELDS[self.name][0]
+            turns = tuple(_turns(values[field], self.columns[field], row.origin))
+            return turns if turns[0].role == "system" else (*opening, *turns)
+        question, answer = FIELDS[self.name][0]
         user = Message(
             "user",
-            _string(values[question], self.columns[question], row.origin),
+            _filled(values[question], self.columns[question], row.origin),
             input=_string(values.get("input"), self.columns.get("input", ""), row.origin),
         )
-        if not user.content.strip():
-            raise DataError(f"an empty {self.columns[question]!r}", where=row.origin)
-        reply = Message("assistant", _answer(values[answer], self.columns[answer], row.origin))
-        return (*([Message("system", system)] if system.strip() else []), user, reply)
+        return (*opening, user, Message("assistant", _answer(values[answer], self.columns[answer], row.origin)))
 
 
-def detect_form(rows: Iterable[Row], form: str, mapping: Mapping[str, str], sample: int = 100) -> Form:
-    """Find the form of rows from their columns.
+@dataclass(frozen=True)
+class Forms:
+    """The forms that rows may have, the likeliest first."""
+
+    forms: Sequence[Form]
+    evidence: Mapping[str, int]
+    """How many of the first rows fit each form."""
+
+    @property
+    def likeliest(self) -> str:
+        """The form of most rows."""
+        return self.forms[0].name
+
+    def read(self, row: Row) -> tuple[str, Conversation]:
+        """A row's form, and the row as turns.
+
+        Raises:
+            DataError: what is wrong with the row, at its `file:line`.
+        """
+        form = next((form for form in self.forms if form.fits(row)), None)
+        if form is None:
+            raise self._unknown(row)
+        if form.name == "prompt" and isinstance(row.values.get("label"), bool):
+            raise _preference(row, "'label' says whether the completion is wanted")
+        return form.name, form.conversation(row)
+
+    def _unknown(self, row: Row) -> DataError:
+        if {"chosen", "rejected"} <= row.values.keys():
+            return _preference(row, "two answers, 'chosen' and 'rejected'")
+        likely = [form for form in self.forms if self.evidence.get(form.name)] or self.forms
+        expected = [", ".join(form.columns[field] for field in FIELDS[form.name][0]) for form in likely]
+        texts = [name for name, value in row.values.items() if isinstance(value, str)]
+        asked, answered = texts[:2] if len(texts) > 1 else ("question", "answer")
+        return DataError(
+            f"unknown fields: found {', '.join(map(repr, row.values)) or 'none'}; expected {'; or '.join(expected)}",
+            where=row.origin,
+            fix=f"name the columns, e.g. 'data.map={{prompt: {asked}, completion: {answered}}}'",
+        )
+
+
+def detect_forms(rows: Iterable[Row], form: str, mapping: Mapping[str, str]) -> Forms:
+    """Find the forms of rows from their columns.
 
     Args:
-        rows: the first `sample` of them are looked at.
+        rows: the first ones, as many as should be looked at.
         form: a form's name, or auto.
-        mapping: column of a field, where it carries another name.
+        mapping: column of a field, where it carries another name; only forms that have all these fields are meant.
 
     Raises:
-        DataError: no form fits; says what was found and what is expected.
+        DataError: the mapping names fields that no form has.
     """
-    head = list(itertools.islice(rows, sample))
-    if not head:
-        raise DataError("there are no rows")
-    names = list(FIELDS) if form == "auto" else [form]
-    unknown = [field for field in mapping if not any(field in sum(FIELDS[name], ()) for name in names)]
-    if unknown:
-        expected = sorted({field for name in names for field in sum(FIELDS[name], ())})
+    names = [
+        name for name in FIELDS if form in ("auto", name) and mapping.keys() <= {*FIELDS[name][0], *FIELDS[name][1]}
+    ]
+    if not names:
+        fields = {name: [*FIELDS[name][0], *FIELDS[name][1]] for name in FIELDS if form in ("auto", name)}
+        known = "; ".join(f"{', '.join(own)} ({name})" for name, own in fields.items())
         raise DataError(
-            f"data.map names no field of nybble's: {', '.join(unknown)}",
-            fix=f"the fields are {', '.join(expected)}; write data.map={{field: your column}}",
+            f"data.map names no field of nybble's: {', '.join(mapping)}"
+            if not mapping.keys() & set(sum(fields.values(), []))
+            else f"no form has all fields of data.map: {', '.join(mapping)}",
+            fix=f"the fields are {known}; write data.map={{field: your column}}",
         )
     forms = [Form(name, {field: mapping.get(field, field) for field in sum(FIELDS[name], ())}) for name in names]
-    fitting = [(sum(_fits(form, row, mapping) for row in head), form) for form in forms]
-    count, best = max(fitting, key=lambda pair: pair[0])
-    if count == 0:
-        raise _missing(best if len(forms) == 1 else None, head[0])
-    return best
+    evidence: Counter[str] = Counter()
+    for row in rows:
+        evidence.update([next((form.name for form in forms if form.fits(row)), "")])
+    return Forms(sorted(forms, key=lambda form: -evidence[form.name]), evidence)
 
 
-def _fits(form: Form, row: Row, mapping: Mapping[str, str]) -> bool:
-    return all(field in form.columns for field in mapping) and all(
-        form.columns[field] in row.values for field in FIELDS[form.name][0]
+def _preference(row: Row, why: str) -> DataError:
+    return DataError(
+        f"a preference row ({why}): nybble trains on one answer a row, not on preferences",
+        where=row.origin,
+        fix="data.map={messages: chosen} where 'chosen' holds turns, data.map={completion: chosen} where it is text",
     )
 
 
-def _missing(form: Form | None, row: Row) -> DataError:
-    if form is not None:
-        expected = ", ".join(form.columns[field] for field in FIELDS[form.name][0]) + f" ({form.name})"
-    else:
-        expected = ", or ".join(f"{', '.join(required)} ({name})" for name, (required, _) in FIELDS.items())
+def _no_tools(what: str, origin: str) -> DataError:
     return DataError(
-        f"unknown fields: found {', '.join(map(repr, row.values))}; expected {expected}",
-        where=row.origin,
-        fix="name the columns, e.g. 'data.map={prompt: question, completion: answer}'",
+        f"{what}: calls of tools are not trained", where=origin, fix="take these rows out, or write the calls as text"
     )
 
 
@@ -121,43 +174,70 @@ def _string(value: Any, column: str, origin: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{column!r} must be text, found {type(value).__name__}: {value!r:.60}", where=origin)
+        kind = "NaN" if value != value else type(value).__name__
+        raise DataError(f"{column!r} must be text, found {kind}: {value!r:.60}", where=origin)
+    if "\0" in value:
+        raise DataError(f"{column!r} holds a null character", where=origin, fix="delete it")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
         raise DataError(f"{column!r} holds half a surrogate pair, which is no character", where=origin)
     return value
 
 
+def _filled(value: Any, column: str, origin: str) -> str:
+    text = _string(value, column, origin)
+    if not text.strip():
+        raise DataError(f"an empty {column!r}", where=origin, fix="delete the row or fill it in")
+    return text
+
+
 def _answer(value: Any, column: str, origin: str) -> str:
     answer = _string(value, column, origin)
     if not answer.strip():
-        raise DataError(
+        raise EmptyAnswer(
             f"a row without an answer: {column!r} is empty", where=origin, fix="delete the row or fill it in"
         )
     return answer
 
 
-def _turns(value: Any, origin: str) -> Iterator[Message]:
+def _turns(value: Any, column: str, origin: str) -> Iterator[Message]:
     """Turns that alternate user and assistant after at most one system message, and end with an answer."""
     if not isinstance(value, list) or not value:
-        raise DataError("'messages' must be a list of {role, content}", where=origin)
+        raise DataError(f"{column!r} must be a list of turns, {{role, content}} or {{from, value}}", where=origin)
     expected: Role = "user"
-    for position, turn in enumerate(value):
-        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            raise DataError(f"message {position + 1} must have role and content, found {turn!r:.80}", where=origin)
-        role = turn["role"]
-        if role not in ROLES:
-            raise DataError(f"message {position + 1}: role {role!r} is not one of {', '.join(ROLES)}", where=origin)
-        if role == "system" and position == 0:
-            yield Message("system", _string(turn["content"], "content", origin))
+    for place, turn in enumerate(value, 1):
+        message = _turn(turn, place, origin)
+        if message.role == "system" and place == 1:
+            if message.content.strip():
+                yield message
             continue
-        if role != expected:
+        if message.role != expected:
             raise DataError(
-                f"message {position + 1} is from {role}, expected {expected}: turns alternate", where=origin
-            )
-        if role == "assistant":
-            yield Message("assistant", _answer(turn["content"], "content", origin))
-        else:
-            yield Message("user", _string(turn["content"], "content", origin))
-        expected = "assistant" if role == "user" else "user"
-    if expected == "assistant" or len(value) == 1:
-        raise DataError("a row without an answer: the conversation ends before the assistant speaks", where=origin)
+                f"message {place} is from {message.role}, expected {expected}: turns alternate", where=origin,
+                fix="join what one speaker says in a row; a conversation begins with the user",
+            )  # fmt: skip
+        yield message
+        expected = "assistant" if expected == "user" else "user"
+    if expected == "assistant" or message.role == "system":
+        raise EmptyAnswer("a row without an answer: the conversation ends before the assistant speaks", where=origin)
+
+
+def _turn(turn: Any, place: int, origin: str) -> Message:
+    speaker = next((key for key in SPEAKER if isinstance(turn, dict) and key in turn), None)
+    speech = next((key for key in SPEECH if isinstance(turn, dict) and key in turn), None)
+    if speaker is None or speech is None:
+        raise DataError(
+            f"message {place} must have role and content, or from and value; found {turn!r:.80}", where=origin
+        )
+    role = turn[speaker]
+    if role in TOOLS or turn.get("tool_calls") or turn.get("function_call"):
+        raise _no_tools(f"message {place} is from or for a tool", origin)
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        raise DataError(f"message {place}: {speaker} {role!r:.40} is not one of {', '.join(ROLES)}", where=origin)
+    if turn.get("weight", 1) != 1:
+        raise DataError(
+            f"message {place} has weight {turn['weight']!r:.20}; every answer counts the same here", where=origin,
+            fix="delete the weight, or set data.train_on=last where only the last answer should count",
+        )  # fmt: skip
+    name = ROLES[role.lower()]
+    read = _answer if name == "assistant" else _filled if name == "user" else _string
+    return Message(name, read(turn[speech], f"{speech} of message {place}", origin))

@@ -28,6 +28,8 @@ BUILT_IN = ("alpaca", "llama2", "plain")
 # Characters of Unicode's private use area: no tokenizer's vocabulary and no template has a use for them.
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
 PLACEHOLDER = re.compile(f"{OPEN}(\\d+)(c|i){CLOSE}")
+# Words in brackets that a template steers the model by, such as [INST] and <<SYS>>, without being tokens of their own.
+CONTROL_WORD = re.compile(r"\[/?[A-Z_]+\]|<</?[A-Z_]+>>|<\|[^|<>\s]+\|>")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Template:
         self.takes_input = "message.input" in source
         self._special = _special_tokens(tokenizer)
         self._split = re.compile("|".join(re.escape(token) for token in sorted(self._special, key=len, reverse=True)))
+        words = sorted(set(CONTROL_WORD.findall(source)) - self._special.keys())
+        self._control_words = re.compile("|".join(map(re.escape, words)) or r"(?!)")
         self._skeleton = functools.lru_cache(maxsize=4096)(self._find_skeleton)
 
     @property
@@ -85,8 +89,25 @@ class Template:
         skeleton = self._skeleton((("user", False), ("assistant", False)))
         return next(part.token_id for part in reversed(skeleton) if part.kind == "special" and part.trained)
 
+    @functools.cached_property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end what is trained: `end_id` of answers, EOS of documents."""
+        return frozenset({self.end_id, self.tokenizer.eos_token_id})
+
+    @functools.cached_property
+    def begins_with_bos(self) -> bool:
+        """Whether a conversation's first token is the tokenizer's BOS."""
+        first = self._skeleton((("user", False), ("assistant", False)))[0]
+        return first.kind == "special" and first.token_id == self.tokenizer.bos_token_id
+
     def runs(self, conversation: Conversation) -> list[Run | Part]:
-        """A whole conversation: control tokens and the runs of text between them, in order."""
+        """A whole conversation: control tokens and the runs of text between them, in order.
+
+        Raises:
+            DataError: the template cannot say this, or a message holds one of its control words.
+        """
+        if conversation[0].role == "text":
+            return self._document(conversation[0].content)
         messages = self._messages(conversation)
         return self._fill(self._skeleton(_shape(messages)), messages)
 
@@ -102,6 +123,12 @@ class Template:
             first -= 1
         return self._fill(skeleton[:first], messages, generation=True)
 
+    def _document(self, text: str) -> list[Run | Part]:
+        """Text without turns, all of it trained: BOS, the text, EOS, whatever the template says of turns."""
+        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
+        begin = [Part("special", False, token_id=self._special[bos], text=bos)] if bos else []
+        return [*begin, Run(text, 0), Part("special", True, token_id=self._special[eos], text=eos)]
+
     def _messages(self, conversation: Conversation) -> Conversation:
         """The turns as this template wants them: stripped, and with `input` appended where it knows no such field."""
         return tuple(self._message(message) for message in conversation)
@@ -110,6 +137,11 @@ class Template:
         content, extra = message.content, message.input
         if not self.verbatim:
             content, extra = content.strip(), extra.strip()
+        if word := self._control_words.search(f"{content}\0{extra}"):
+            raise DataError(
+                f"the {message.role} says {word[0]}, which the template {self.name} steers the model by",
+                fix=f"write it otherwise, [ INST ] for [INST], or take another template than {self.name}",
+            )
         if extra and not self.takes_input:
             content, extra = f"{content}\n\n{extra}", ""
         return Message(message.role, content, extra)
@@ -205,11 +237,11 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, option: str, form: str) 
 
     Args:
         option: auto, model, alpaca, llama2, plain, or a Jinja file. auto: the model's own where it has one, else
-            Alpaca's for alpaca rows, LLaMA 2's for messages, plain for prompt and completion.
-        form: the rows' form, by which auto chooses.
+            Alpaca's for alpaca rows, LLaMA 2's for turns, plain for prompt and completion.
+        form: the form of most rows, by which auto chooses.
     """
     if option == "auto":
-        by_form = {"alpaca": "alpaca", "messages": "llama2", "prompt": "plain"}
+        by_form = {"alpaca": "alpaca", "messages": "llama2", "sharegpt": "llama2", "prompt": "plain", "text": "plain"}
         option = "model" if tokenizer.chat_template else by_form[form]
     if option == "model":
         if not isinstance(tokenizer.chat_template, str):

@@ -26,17 +26,17 @@ def encode(template: Template, conversations: Sequence[Conversation]) -> list[To
     An answer is tokenised together with the prompt it follows, and the prompt's ids are always those the prompt has on
     its own: what is trained is what is asked later.
     """
-    rows = [template.runs(conversation) for conversation in conversations]
-    return _join(template.tokenizer, rows)
+    return join(template.tokenizer, [template.runs(conversation) for conversation in conversations])
 
 
 def encode_prompt(template: Template, conversation: Conversation) -> list[int]:
     """Token ids of a conversation that ends with the user, up to where the assistant begins."""
-    (tokens,) = _join(template.tokenizer, [template.prompt_runs(conversation)])
+    (tokens,) = join(template.tokenizer, [template.prompt_runs(conversation)])
     return tokens.ids
 
 
-def _join(tokenizer: PreTrainedTokenizerBase, rows: list[list[Run | Part]]) -> list[Tokens]:
+def join(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Run | Part]]) -> list[Tokens]:
+    """Tokenise what `Template.runs` gave, many rows at once."""
     runs = [item for row in rows for item in row if isinstance(item, Run)]
     encoded = iter(_encode_runs(tokenizer, runs))
     joined = []

@@ -1,0 +1,185 @@
+"""What data is before anything is done with it: its tokens, kept in a cache, and everything that was found on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from datasets import Dataset, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
+from transformers import PreTrainedTokenizerBase
+
+from nybble.data.formats import Forms, detect_forms
+from nybble.data.readers import Row
+from nybble.data.sources import Source, find_sources, fingerprint, read_rows
+from nybble.data.template import Template, choose_template
+from nybble.data.tokenise import Counts, Pass, Progress
+from nybble.errors import DataError
+from nybble.recipe import DataOptions
+
+CACHE_VERSION = 2  # raised when the same input gives other tokens
+OVERLENGTH_SHARE = 0.01  # with overlength=error, up to this share of rows is dropped and counted
+LOOKED_AT = 1000  # rows by which forms are told apart
+FEATURES = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "trained": List(Value("bool")),
+        "length": Value("int32"),
+        "is_piece": Value("bool"),
+        "source": Value("int32"),
+        "origin": Value("string"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """Data as it is, fit or not."""
+
+    tokens: Dataset
+    """The rows that can be trained on: input_ids, trained, length, is_piece, source and origin."""
+    sources: tuple[Source, ...]
+    forms: Forms
+    template: Template
+    counts: Counts
+    faults: list[DataError]
+    """The first ones; `counts.faulty` says how many there are."""
+    lengths: dict[int, int]
+    """How many rows have so many tokens, before any is cut."""
+    fingerprint: str
+    """SHA-256 of all that decides what the tokens are."""
+    cached: bool
+
+
+def examine(
+    options: DataOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: pathlib.Path,
+    progress: Progress = lambda _: None,
+) -> Examined:
+    """Read all rows once, or take what an earlier pass found.
+
+    Raises:
+        DataError: there is nothing to read, or the template cannot be used at all.
+    """
+    sources = sources_of(options)
+    forms = forms_of(sources, options)
+    template = choose_template(tokenizer, options.template, forms.likeliest)
+    assert template.ends, "a template that works at all"
+    key = _key(sources, forms, template, options)
+    places = repr([(source.name, [str(file) for file in source.files]) for source in sources])  # as rows and faults say
+    folder = cache / "tokens" / hashlib.sha256(f"{key}{places}".encode()).hexdigest()
+    cached = (folder / "found.json").exists()
+    if not cached:
+        _write(folder, sources, Pass(forms, template, options, progress))
+    found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
+    faults = [DataError(what, where=where, fix=fix) for what, where, fix in found["faults"]]
+    lengths = {int(length): count for length, count in found["lengths"].items()}
+    tokens = Dataset.from_file(str(folder / "tokens.arrow"))
+    return Examined(tokens, sources, forms, template, Counts(**found["counts"]), faults, lengths, key, cached)
+
+
+def sources_of(options: DataOptions) -> tuple[Source, ...]:
+    """The recipe's sources."""
+    return find_sources(options.path, subset=options.subset, split=options.split, revision=options.revision)
+
+
+def forms_of(sources: tuple[Source, ...], options: DataOptions) -> Forms:
+    """The forms of their first rows."""
+    head = itertools.islice((item for item in read_rows(sources) if isinstance(item, Row)), LOOKED_AT)
+    return detect_forms(head, options.form, options.map)
+
+
+def refuse_unfit(examined: Examined, options: DataOptions) -> None:
+    """Raise the first of `unfit`."""
+    for fault in unfit(examined, options):
+        raise fault
+
+
+def unfit(examined: Examined, options: DataOptions) -> Iterator[DataError]:
+    """Every reason for which this data cannot be trained on as the options say."""
+    counts, faults = examined.counts, examined.faults
+    if counts.faulty == 1:
+        yield faults[0]
+    elif counts.faulty:
+        shown = [f"  {fault.where}: {fault.what}" for fault in faults]
+        more = [f"  and {counts.faulty - len(faults):,} more"] if counts.faulty > len(faults) else []
+        yield DataError(
+            "\n".join([f"{counts.faulty:,} of {counts.rows:,} rows cannot be trained on:", *shown, *more]),
+            fix=faults[0].fix or "mend or delete these rows",
+        )
+    if counts.rows == 0:
+        yield DataError("there are no rows")
+    if counts.kept == 0 and counts.overlength:
+        shortest, longest = min(examined.lengths), max(examined.lengths)
+        yield DataError(
+            f"all {counts.overlength} rows are longer than data.max_length={options.max_length} "
+            f"({shortest} to {longest} tokens)",
+            fix=f"data.max_length={longest}, or data.overlength=truncate",
+        )
+    elif options.overlength == "error" and counts.overlength > OVERLENGTH_SHARE * counts.distinct:
+        longest = max(examined.lengths)
+        yield DataError(
+            f"{counts.overlength:,} of {counts.distinct:,} rows are longer than data.max_length={options.max_length} "
+            f"(the longest has {longest:,} tokens); more than {OVERLENGTH_SHARE:.0%} is not dropped unasked. Truncated, "
+            f"they would lose {counts.lost_answer_tokens:,} answer tokens",
+            fix=f"data.max_length={longest}, or data.overlength=truncate, or data.overlength=drop",
+        )
+
+
+def _key(sources: tuple[Source, ...], forms: Forms, template: Template, options: DataOptions) -> str:
+    """A hash of everything that decides what the tokens are."""
+    rules = options.model_dump(include={"max_length", "overlength", "train_on", "limit"})
+    columns = [(form.name, sorted(form.columns.items())) for form in forms.forms]
+    parts = [CACHE_VERSION, fingerprint(sources), columns, rules]
+    parts += [template.fingerprint, tokenizer_fingerprint(template.tokenizer)]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of everything that decides which ids a text gets."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    described = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(f"{described}{sorted(tokenizer.special_tokens_map.items())}".encode()).hexdigest()
+
+
+def _write(folder: pathlib.Path, sources: tuple[Source, ...], reading: Pass) -> None:
+    """Write to a folder beside the cache's own and rename it: a cache entry is whole or not there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    try:
+        with ArrowWriter(path=str(temporary / "tokens.arrow"), features=FEATURES) as writer:
+            for sample in reading.samples(read_rows(sources)):
+                tokens = sample.tokens
+                writer.write(
+                    {
+                        "input_ids": tokens.ids,
+                        "trained": tokens.trained,
+                        "length": len(tokens.ids),
+                        "is_piece": sample.is_piece,
+                        "source": sample.source,
+                        "origin": sample.origin,
+                    }
+                )
+            writer.finalize()
+        found = {
+            "counts": dataclasses.asdict(reading.counts),
+            "faults": [(fault.what, fault.where, fault.fix) for fault in reading.faults],
+            "lengths": reading.lengths,
+        }
+        (temporary / "found.json").write_text(json.dumps(found), encoding="utf-8")
+        try:
+            os.rename(temporary, folder)
+        except OSError:  # another process wrote the same entry meanwhile
+            if not (folder / "found.json").exists():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,47 @@
+"""Rows that are longer than the model is trained on."""
+
+from __future__ import annotations
+
+from nybble.data.formats import Conversation
+from nybble.data.tokens import Tokens
+
+
+def truncate(tokens: Tokens, length: int, end_id: int) -> Tokens | None:
+    """At most `length` tokens that end with a trained `end_id`; None where no answer is left."""
+    trained = tokens.trained[:length]
+    if trained[-1] and trained[-2]:
+        return Tokens([*tokens.ids[: length - 1], end_id], trained)
+    if trained[-1]:
+        trained[-1] = False  # the first token of an answer alone is no answer
+    if not any(trained):
+        return None
+    end = last_trained(trained) + 1
+    return Tokens(tokens.ids[:end], trained[:end])
+
+
+def cut_text(tokens: Tokens, length: int) -> list[Tokens]:
+    """A document in pieces of `length` tokens; only the last ends with EOS."""
+    starts = range(0, len(tokens.ids) - 1, length)  # EOS alone would be no piece
+    return [Tokens(tokens.ids[start:][:length], tokens.trained[start:][:length]) for start in starts]
+
+
+def halve(conversation: Conversation) -> tuple[Conversation, Conversation] | None:
+    """A chat as two, each with the system message; None for a single question and answer."""
+    opening = conversation[:1] if conversation[0].role == "system" else ()
+    turns = conversation[len(opening) :]
+    middle = len(turns) // 4 * 2
+    return ((*opening, *turns[:middle]), (*opening, *turns[middle:])) if middle else None
+
+
+def last_answer(tokens: Tokens) -> Tokens:
+    """Only the last stretch of trained tokens trained."""
+    end = last_trained(tokens.trained)
+    start = end
+    while start and tokens.trained[start - 1]:
+        start -= 1
+    return Tokens(tokens.ids, [start <= place <= end for place in range(len(tokens.ids))])
+
+
+def last_trained(trained: list[bool]) -> int:
+    """The place of the last trained token."""
+    return len(trained) - 1 - trained[::-1].index(True)

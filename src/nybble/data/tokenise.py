@@ -1,0 +1,196 @@
+"""One pass over rows: to conversations, without duplicates, to tokens that fit, with a count of everything met."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from nybble.data.fit import cut_text, halve, last_answer, truncate
+from nybble.data.formats import Conversation, EmptyAnswer, Forms
+from nybble.data.readers import Row
+from nybble.data.template import Part, Run, Template
+from nybble.data.tokens import Tokens, encode, join
+from nybble.errors import DataError
+from nybble.recipe import DataOptions
+
+BATCH = 512  # rows tokenised in one call: enough for the tokenizer's threads, little enough to hold
+FAULTS_KEPT = 20
+Progress = Callable[[int], None]
+
+
+@dataclass
+class Counts:
+    """What became of the rows."""
+
+    rows: int = 0
+    forms: dict[str, int] = field(default_factory=dict)
+    faulty: int = 0
+    """Rows that cannot be trained on, those without an answer among them."""
+    empty_answers: int = 0
+    duplicates: int = 0
+    overlength: int = 0
+    """Rows over max_length: dropped, truncated or split."""
+    lost_rows: int = 0
+    """Rows of which truncating leaves no answer."""
+    lost_answer_tokens: int = 0
+    """Trained tokens that truncating takes away."""
+    kept: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    highest_id: int = 0
+
+    @property
+    def distinct(self) -> int:
+        """Rows that could be read, each once."""
+        return self.rows - self.faulty - self.duplicates
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One tokenised conversation or document, or a piece of it."""
+
+    tokens: Tokens
+    origin: str
+    source: int
+    is_piece: bool = False
+    """The beginning or middle of a document, which EOS does not end."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """A row as turns."""
+
+    conversation: Conversation
+    origin: str
+    source: int
+
+
+@dataclass
+class Pass:
+    """One pass over rows, in the order they come.
+
+    Args:
+        forms: how rows are read.
+        template: how conversations become tokens.
+        options: what is done with duplicates, long rows and prompts.
+        progress: called with the number of rows read so far.
+    """
+
+    forms: Forms
+    template: Template | None
+    options: DataOptions
+    progress: Progress = lambda _: None
+    keep_duplicates: bool = False
+    counts: Counts = field(default_factory=Counts)
+    faults: list[DataError] = field(default_factory=list)
+    """The first ones; `counts.faulty` says how many there are."""
+    lengths: dict[int, int] = field(default_factory=dict)
+    """How many rows have so many tokens, before any is cut."""
+
+    def conversations(self, items: Iterable[Row | DataError]) -> Iterator[Read]:
+        """Every distinct row as turns; what is wrong with others is noted."""
+        seen: set[bytes] = set()
+        kept = 0
+        for item in items:
+            if kept == self.options.limit:
+                break
+            self.counts.rows += 1
+            if self.counts.rows % BATCH == 0:
+                self.progress(self.counts.rows)
+            read = self._read(item)
+            if read is None:
+                continue
+            if not self.keep_duplicates:
+                digest = hashlib.blake2b(repr(read.conversation).encode(), digest_size=16).digest()
+                if digest in seen:
+                    self.counts.duplicates += 1
+                    continue
+                seen.add(digest)
+            kept += 1
+            yield read
+        self.progress(self.counts.rows)
+
+    def samples(self, items: Iterable[Row | DataError]) -> Iterator[Sample]:
+        """Tokens of every distinct row that fits or is made to fit."""
+        assert self.template is not None
+        distinct = self.conversations(items)
+        while batch := list(itertools.islice(distinct, BATCH)):
+            for sample in self._tokenised(batch):
+                self.counts.kept += 1
+                self.counts.tokens += len(sample.tokens.ids)
+                self.counts.trained_tokens += sum(sample.tokens.trained)
+                self.counts.highest_id = max(self.counts.highest_id, *sample.tokens.ids)
+                yield sample
+
+    def _read(self, item: Row | DataError) -> Read | None:
+        try:
+            if isinstance(item, DataError):
+                raise item
+            form, conversation = self.forms.read(item)
+        except DataError as fault:
+            self._note(fault)
+            return None
+        self.counts.forms[form] = self.counts.forms.get(form, 0) + 1
+        return Read(conversation, item.origin, item.source)
+
+    def _note(self, fault: DataError) -> None:
+        self.counts.faulty += 1
+        self.counts.empty_answers += isinstance(fault, EmptyAnswer)
+        if len(self.faults) < FAULTS_KEPT:
+            self.faults.append(fault)
+
+    def _tokenised(self, batch: list[Read]) -> Iterator[Sample]:
+        assert self.template is not None
+        runs: list[list[Run | Part]] = []
+        good: list[Read] = []
+        for read in batch:
+            try:
+                runs.append(self.template.runs(read.conversation))
+                good.append(read)
+            except DataError as fault:
+                self._note(DataError(fault.what, where=read.origin, fix=fault.fix))
+        for tokens, read in zip(join(self.template.tokenizer, runs), good, strict=True):
+            length = len(tokens.ids)
+            self.lengths[length] = self.lengths.get(length, 0) + 1
+            tokens = self._masked(tokens)
+            if length <= self.options.max_length:
+                yield Sample(tokens, read.origin, read.source)
+            else:
+                yield from self._shortened(tokens, read)
+
+    def _masked(self, tokens: Tokens) -> Tokens:
+        if self.options.train_on == "last":
+            return last_answer(tokens)
+        if self.options.train_on == "all":
+            return Tokens(tokens.ids, [True] * len(tokens.ids))
+        return tokens
+
+    def _shortened(self, tokens: Tokens, read: Read) -> Iterator[Sample]:
+        """What is made of a row over max_length; what truncating would lose is counted whatever is done."""
+        assert self.template is not None
+        length, is_text = self.options.max_length, read.conversation[0].role == "text"
+        end_id = self.template.tokenizer.eos_token_id if is_text else self.template.end_id
+        rest = truncate(tokens, length, end_id)
+        self.counts.overlength += 1
+        self.counts.lost_rows += rest is None
+        self.counts.lost_answer_tokens += sum(tokens.trained) - (sum(rest.trained) if rest is not None else 0)
+        if self.options.overlength == "truncate" and rest is not None:
+            yield Sample(rest, read.origin, read.source)
+        elif self.options.overlength == "split" and is_text:
+            *pieces, last = cut_text(tokens, length)
+            yield from (Sample(piece, read.origin, read.source, is_piece=True) for piece in pieces)
+            yield Sample(last, read.origin, read.source)
+        elif self.options.overlength == "split":
+            yield from (Sample(piece, read.origin, read.source) for piece in self._parted(read.conversation))
+
+    def _parted(self, conversation: Conversation) -> Iterator[Tokens]:
+        """A chat in parts that fit; a question whose own answer does not fit is left out."""
+        assert self.template is not None
+        for half in halve(conversation) or ():
+            (tokens,) = encode(self.template, [half])
+            if len(tokens.ids) <= self.options.max_length:
+                yield self._masked(tokens)
+            else:
+                yield from self._parted(half)

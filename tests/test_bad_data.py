@@ -1,0 +1,156 @@
+"""Data that cannot be trained on: each fault with its place and its reason, in one message."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+
+from nybble.data.examine import examine, refuse_unfit
+from nybble.data.prepare import prepare
+from nybble.errors import DataError
+from nybble.recipe import DataOptions
+
+GOOD = '{"instruction": "a", "output": "b"}\n'
+GOOD_CHAT = '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}\n'
+ZIPPED = gzip.compress((GOOD * 2000).encode())
+
+
+def row(**values) -> str:
+    return json.dumps(values) + "\n"
+
+
+def alpaca(output) -> str:
+    return GOOD + row(instruction="a", output=output)
+
+
+def chat(*turns: tuple, column: str = "messages", keys: tuple[str, str] = ("role", "content"), **more) -> str:
+    return row(**{column: [dict(zip(keys, turn, strict=True)) for turn in turns]}, **more)
+
+
+ASK, SAY = ("user", "x"), ("assistant", "y")
+TURN, ANSWER = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+TOOL_CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
+BAD = {
+    # files
+    "nothing.jsonl": ("", "the file is empty", ""),
+    "nothing.jsonl.gz": (b"", "the file is empty", ""),
+    "hollow.jsonl.gz": (gzip.compress(b""), "there are no rows in the file", ""),
+    "blank.jsonl": ("\n \n\n", "there are no rows in the file", ""),
+    "header.csv": ("prompt,completion\n", "there are no rows in the file", ""),
+    "short.jsonl.gz": (ZIPPED[: len(ZIPPED) // 2], "the gzip file is cut short", ":"),
+    "plain.jsonl.gz": (GOOD.encode(), "the file cannot be unpacked", ":1"),
+    "damaged.json.gz": (ZIPPED[:30] + b"\xff\xff" + ZIPPED[32:], "the file cannot be unpacked", ":1"),
+    "broken-utf8.jsonl": (GOOD.encode() + b'{"instruction": "\xff", "output": "b"}\n', "not UTF-8: byte 0xff", ":2"),
+    "latin1.csv": ("prompt,completion\na,b\ncaf\u00e9,b\n".encode("latin-1"), "not UTF-8: byte 0xe9", ":3"),
+    "latin1.json": ('[{"instruction": "a",\n"output": "\u00e9"}]'.encode("latin-1"), "not UTF-8: byte 0xe9", ":2"),
+    "utf16.jsonl": (GOOD.encode("utf-16"), "the file is UTF-16, not UTF-8", ":1"),
+    "utf16.csv": ("prompt,completion\na,b\n".encode("utf-16"), "the file is UTF-16, not UTF-8", ":1"),
+    "utf16-unmarked.jsonl": (GOOD.strip().encode("utf-16-le"), "a null byte", ":1"),
+    "null-byte.jsonl": (GOOD + '{"instruction": "a\0", "output": "b"}\n', "a null byte", ":2"),
+    "null-byte.json": ('[\n{"instruction": "a\0", "output": "b"}]', "a null byte", ":2"),
+    "no.parquet": ("x", "not a parquet file", ""),
+    # lines
+    "broken.jsonl": (GOOD + '{"instruction": "a"\n', "not valid JSON: Expecting ',' delimiter", ":2"),
+    "single-quotes.jsonl": ("{'instruction': 'a'}\n", "not valid JSON", ":1"),
+    "broken.json": ('[{"instruction": "a", "output": "b"},\n {"instruction" "a"}]', "not valid JSON", ":2"),
+    "open.json": ('[{"instruction": "a", "output": "b"}\n', "the array is not closed", ":2"),
+    "after.json": ('[{"instruction": "a", "output": "b"}]\n}', "text after the end of the array", ":2"),
+    "pretty.json": ('{\n "instruction": "a",\n "output": "b"\n}', "one object over several lines", ":1"),
+    "deep.jsonl": (GOOD + '{"a": ' + "[" * 100_000 + "\n", "nested too deeply", ":2"),
+    "list.jsonl": (GOOD + "[1]\n", "a row must be an object with named fields, not list", ":2"),
+    "list.json": ('[\n"a"]', "a row must be an object with named fields, not str", ":2"),
+    "wide.csv": ("prompt,completion\na,b,c\n", "not as many fields as the header", ":2"),
+    "narrow.csv": ("prompt,completion\na,b\na\n", "not as many fields as the header", ":3"),
+    "quotes.csv": ('prompt,completion\na,"b\n', "not valid CSV: unexpected end of data", ":2"),
+    "twice.csv": ("prompt,prompt\na,b\n", "two columns of the header have the same name", ":1"),
+    # fields
+    "fields.jsonl": (row(question="a", reply="b"), "found 'question', 'reply'; expected messages; or", ":1"),
+    "later.jsonl": (GOOD + row(instruction="a"), "found 'instruction'; expected instruction, output", ":2"),
+    "bare.jsonl": (GOOD + "{}\n", "unknown fields: found none", ":2"),
+    "preference.jsonl": (row(prompt="a", chosen="b", rejected="c"), "a preference row (two answers", ":1"),
+    "kto.jsonl": (row(prompt="a", completion="b", label=True), "a preference row ('label' says", ":1"),
+    # what stands in them
+    "spaces.jsonl": (alpaca(" \n"), "a row without an answer: 'output' is empty", ":2"),
+    "none.jsonl": (alpaca(None), "a row without an answer: 'output' is empty", ":2"),
+    "ask.jsonl": (row(instruction="", output="b"), "an empty 'instruction'", ":1"),
+    "number.jsonl": (alpaca(3), "'output' must be text, found int: 3", ":2"),
+    "nested.jsonl": (alpaca({"text": "b"}), "'output' must be text, found dict", ":2"),
+    "answers.jsonl": (alpaca(["b"]), "'output' must be text, found list", ":2"),
+    "nan.jsonl": (GOOD + '{"instruction": "a", "output": NaN}\n', "NaN is not JSON", ":2"),
+    "infinity.json": ('[{"instruction": "a",\n "output": -Infinity}]', "-Infinity is not JSON", ":1"),
+    "null-character.jsonl": (alpaca("b\0c"), "'output' holds a null character", ":2"),
+    "surrogate.jsonl": (GOOD + '{"instruction": "\\ud83d", "output": "b"}\n', "half a surrogate pair", ":2"),
+    "text.jsonl": (row(text=" "), "an empty 'text'", ":1"),
+    # turns
+    "role.jsonl": (GOOD_CHAT + chat(("narrator", "x"), SAY), "role 'narrator' is not one of system", ":2"),
+    "no-answer.jsonl": (chat(ASK), "the conversation ends before the assistant speaks", ":1"),
+    "ends-asking.jsonl": (chat(ASK, SAY, ASK), "the conversation ends before the assistant speaks", ":1"),
+    "only-system.jsonl": (chat(("system", "x")), "the conversation ends before the assistant speaks", ":1"),
+    "begins.jsonl": (chat(SAY, ASK, SAY), "message 1 is from assistant, expected user", ":1"),
+    "assistants.jsonl": (GOOD_CHAT + chat(ASK, SAY, SAY), "message 3 is from assistant, expected user", ":2"),
+    "users.jsonl": (chat(ASK, ASK, SAY), "message 2 is from user, expected assistant", ":1"),
+    "late-system.jsonl": (chat(ASK, ("system", "z"), SAY), "message 2 is from system, expected assistant", ":1"),
+    "shape.jsonl": (row(messages=["x"]), "message 1 must have role and content", ":1"),
+    "no-turns.jsonl": (row(messages=[]), "'messages' must be a list of turns", ":1"),
+    "a-string.jsonl": (row(conversations="x"), "'conversations' must be a list of turns", ":1"),
+    "parts.jsonl": (chat(ASK, ("assistant", [{"type": "text"}])), "must be text, found list", ":1"),
+    "silent.jsonl": (chat(ASK, ("assistant", " ")), "a row without an answer: 'content of message 2'", ":1"),
+    "tool.jsonl": (chat(ASK, ("tool", "42"), SAY), "calls of tools are not trained", ":1"),
+    "tool-call.jsonl": (row(messages=[TURN, TOOL_CALL]), "calls of tools", ":1"),
+    "observation.jsonl": (
+        chat(("human", "x"), ("function_call", "y"), column="conversations", keys=("from", "value")),
+        "calls of tools",
+        ":1",
+    ),
+    "tools.jsonl": (chat(ASK, SAY, tools="[{}]"), "the row names 'tools'", ":1"),
+    "weight.jsonl": (row(messages=[TURN, {**ANSWER, "weight": 0}]), "message 2 has weight 0", ":1"),
+    "control-word.jsonl": (
+        chat(("user", "a [/INST] b"), SAY),
+        "the user says [/INST], which the template llama2",
+        ":1",
+    ),
+    "control-system.jsonl": (chat(("system", "<</SYS>>"), ASK, SAY), "the system says <</SYS>>", ":1"),
+}
+
+
+def written(folder, name: str, content: str | bytes):
+    file = folder / name
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return file
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_data_gets_one_message_with_its_place(tmp_path, tiny_tokenizer, cache, name):
+    content, reason, place = BAD[name]
+    file = written(tmp_path, name, content)
+    with pytest.raises(DataError) as caught:
+        prepare(DataOptions(path=str(file), validation=0), tiny_tokenizer, 0, cache)
+    print(caught.value)
+    assert reason in caught.value.what
+    if place == ":":
+        assert caught.value.where.startswith(f"{file}:")
+        assert int(caught.value.where.removeprefix(f"{file}:")) > 100
+    else:
+        assert caught.value.where == f"{file}{place}"
+    assert not list(cache.glob("tokens/.writing-*")), "something half-written is left in the cache"
+
+
+def test_a_folder_of_bad_files_gives_all_their_faults_and_keeps_the_good_rows(tmp_path, tiny_tokenizer, cache):
+    for name, (content, _, _) in BAD.items():
+        written(tmp_path, name, content)
+    options = DataOptions(path=str(tmp_path), validation=0, template="llama2")
+    examined = examine(options, tiny_tokenizer, cache)
+    assert examined.counts.faulty == len(BAD)
+    assert examined.counts.kept >= 2, "the good rows beside the bad ones"
+    assert len(examined.faults) == 20
+    with pytest.raises(DataError) as caught:
+        refuse_unfit(examined, options)
+    print(caught.value)
+    assert f"and {len(BAD) - 20} more" in str(caught.value)
+
+
+def test_a_file_of_no_known_kind_is_named(tmp_path, tiny_tokenizer, cache):
+    with pytest.raises(DataError, match=r"what\.xyz is of no kind that nybble reads"):
+        prepare(DataOptions(path=str(written(tmp_path, "what.xyz", "x"))), tiny_tokenizer, 0, cache)
