@@ -101,7 +101,7 @@ def test_columns_are_mapped_and_a_wrong_map_is_named(tmp_path, tiny_tokenizer, c
     data = loaded(file, tiny_tokenizer, cache, map={"prompt": "question", "completion": "answer"}, template="plain")
     assert data.counts.forms == {"prompt": 1}
     assert tiny_tokenizer.decode(data.train[0]["input_ids"]) == "<s>redblue</s>"
-    with pytest.raises(DataError, match=r"data\.map names no field of nybble's: ask"):
+    with pytest.raises(DataError, match=r"no form has all fields that data\.map names: ask"):
         loaded(file, tiny_tokenizer, cache, map={"ask": "question"})
 
 

@@ -45,7 +45,7 @@ FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-class EmptyAnswer(DataError):
+class EmptyAnswerError(DataError):
     """A row that would teach to say nothing."""
 
 
@@ -137,17 +137,13 @@ def detect_forms(rows: Iterable[Row], form: str, mapping: Mapping[str, str]) -> 
     Raises:
         DataError: the mapping names fields that no form has.
     """
-    names = [
-        name for name in FIELDS if form in ("auto", name) and mapping.keys() <= {*FIELDS[name][0], *FIELDS[name][1]}
-    ]
+    asked = [name for name in FIELDS if form in ("auto", name)]
+    names = [name for name in asked if mapping.keys() <= {*FIELDS[name][0], *FIELDS[name][1]}]
     if not names:
-        fields = {name: [*FIELDS[name][0], *FIELDS[name][1]] for name in FIELDS if form in ("auto", name)}
-        known = "; ".join(f"{', '.join(own)} ({name})" for name, own in fields.items())
         raise DataError(
-            f"data.map names no field of nybble's: {', '.join(mapping)}"
-            if not mapping.keys() & set(sum(fields.values(), []))
-            else f"no form has all fields of data.map: {', '.join(mapping)}",
-            fix=f"the fields are {known}; write data.map={{field: your column}}",
+            f"no form has all fields that data.map names: {', '.join(mapping)}",
+            fix="data.map={field: your column}, with the fields of one form: "
+            + "; ".join(f"{', '.join([*FIELDS[name][0], *FIELDS[name][1]])} ({name})" for name in asked),
         )
     forms = [Form(name, {field: mapping.get(field, field) for field in sum(FIELDS[name], ())}) for name in names]
     evidence: Counter[str] = Counter()
@@ -193,7 +189,7 @@ def _filled(value: Any, column: str, origin: str) -> str:
 def _answer(value: Any, column: str, origin: str) -> str:
     answer = _string(value, column, origin)
     if not answer.strip():
-        raise EmptyAnswer(
+        raise EmptyAnswerError(
             f"a row without an answer: {column!r} is empty", where=origin, fix="delete the row or fill it in"
         )
     return answer
@@ -218,7 +214,9 @@ def _turns(value: Any, column: str, origin: str) -> Iterator[Message]:
         yield message
         expected = "assistant" if expected == "user" else "user"
     if expected == "assistant" or message.role == "system":
-        raise EmptyAnswer("a row without an answer: the conversation ends before the assistant speaks", where=origin)
+        raise EmptyAnswerError(
+            "a row without an answer: the conversation ends before the assistant speaks", where=origin
+        )
 
 
 def _turn(turn: Any, place: int, origin: str) -> Message:

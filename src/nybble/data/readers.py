@@ -140,24 +140,24 @@ def _parse(line: str, origin: str) -> Any:
             where=origin,
             fix="one JSON object a line; mend or delete this line",
         ) from error
-    except NotANumber as error:
+    except ConstantError as error:
         raise _no_number(error, origin) from error
     except RecursionError as error:
         raise DataError("JSON nested too deeply to be a row", where=origin) from error
 
 
-class NotANumber(ValueError):
+class ConstantError(ValueError):
     """NaN or an infinity, which Python's json writes and JSON does not know."""
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise NotANumber(name)
+    raise ConstantError(name)
 
 
 DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
-def _no_number(error: NotANumber, origin: str) -> DataError:
+def _no_number(error: ConstantError, origin: str) -> DataError:
     return DataError(f"{error} is not JSON", where=origin, fix="write text, or null for nothing")
 
 
@@ -247,7 +247,7 @@ class _Text:
                 unfinished = "Unterminated" in error.msg or error.pos > len(self.text) - 16
                 if self.ended or not unfinished:
                     raise self.fault(error.msg, error.pos) from error
-            except NotANumber as error:
+            except ConstantError as error:
                 raise _no_number(error, f"{self.file}:{self.line}") from error
             except RecursionError as error:
                 raise self.fault("nested too deeply to be a row", self.place) from error

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from nybble.data.fit import cut_text, halve, last_answer, truncate
-from nybble.data.formats import Conversation, EmptyAnswer, Forms
+from nybble.data.formats import Conversation, EmptyAnswerError, Forms
 from nybble.data.readers import Row
 from nybble.data.template import Part, Run, Template
 from nybble.data.tokens import Tokens, encode, join
@@ -137,7 +137,7 @@ class Pass:
 
     def _note(self, fault: DataError) -> None:
         self.counts.faulty += 1
-        self.counts.empty_answers += isinstance(fault, EmptyAnswer)
+        self.counts.empty_answers += isinstance(fault, EmptyAnswerError)
         if len(self.faults) < FAULTS_KEPT:
             self.faults.append(fault)
 
