@@ -6,15 +6,17 @@ import json
 import shutil
 
 import pytest
+import sentencepiece
 import torch
 from transformers import AutoTokenizer
 
-from conftest import write_llama
+from conftest import SHARED, write_llama
 from nybble.errors import DeviceError, ModelError
 from nybble.model.adapter import attach_adapter, check_gradients, check_saved, load_adapter
-from nybble.model.base import check_length, load_base, load_config, load_tokenizer, measure
+from nybble.model.base import check_length, load_base, load_config, measure
 from nybble.model.checkpoint import find_checkpoint, fingerprint
 from nybble.model.device import choose_device, choose_dtype
+from nybble.model.tokenizer import load_tokenizer
 from nybble.recipe import LoraOptions, ModelOptions
 
 CPU = torch.device("cpu")
@@ -129,6 +131,31 @@ def test_what_cannot_be_a_base_is_refused_by_name(tiny_llama, tmp_path, kind):
         find_checkpoint(str(broken(tmp_path / "model", tiny_llama, change)))
     print(caught.value)
     assert message in str(caught.value)
+
+
+def test_the_tokenizer_is_its_files_whichever_class_the_folder_declares_and_so_is_the_saved_one(
+    llama2_like, tmp_path, caplog
+):
+    """Equal to sentencepiece with the real tokenizer.model on plain tokenisation too, as other programs do it."""
+    piece = sentencepiece.SentencePieceProcessor(str(SHARED / "llama2-tokenizer" / "tokenizer.model"))
+    tokenizer = load_tokenizer(llama2_like)
+    declared = json.loads((llama2_like / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert ("as LlamaTokenizer gives other token ids" in caplog.text) == (declared == "LlamaTokenizer")
+    tokenizer.save_pretrained(tmp_path)
+    for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        for text in ("[INST] Hi [/INST] a  b\n  c", "  two spaces", "Hello world", "hé 😀 中文"):
+            assert one(text).input_ids == [1, *piece.encode(text)]
+        assert one("<s>[INST]", add_special_tokens=False).input_ids[:2] == [1, 518]
+
+
+def test_a_bare_tokenizer_model_is_refused(llama2_like, tmp_path):
+    for name in ("tokenizer.model", "tokenizer_config.json", "config.json"):
+        shutil.copy(llama2_like / name, tmp_path)
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(tmp_path)
+    print(caught.value)
+    assert "has tokenizer.model but no tokenizer.json" in str(caught.value)
+    assert "tokenizer.json --local-dir" in str(caught.value)
 
 
 def test_a_missing_model_and_a_missing_tokenizer_are_named(tmp_path):

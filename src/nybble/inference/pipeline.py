@@ -21,9 +21,10 @@ from nybble.data.formats import Conversation
 from nybble.data.template import Template, choose_template, read_template
 from nybble.data.tokens import encode_prompt
 from nybble.model.adapter import load_adapter
-from nybble.model.base import load_base, load_tokenizer
+from nybble.model.base import load_base
 from nybble.model.checkpoint import find_checkpoint
 from nybble.model.device import choose_device, choose_dtype
+from nybble.model.tokenizer import load_tokenizer
 from nybble.run import CACHE, Run
 
 

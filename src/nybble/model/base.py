@@ -15,12 +15,10 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from nybble.errors import ModelError
@@ -51,24 +49,6 @@ class Footprint:
     """Parameters stored in 4 or 8 bits."""
     bytes: int
     """As held in memory, the scales of quantised weights included."""
-
-
-def load_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerBase:
-    """The tokenizer with a pad token that is never an EOS where that can be: `<unk>` for LLaMA 2, which has none.
-
-    Raises:
-        ModelError: the folder has no tokenizer.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"no tokenizer can be loaded from {folder}: {str(error).splitlines()[0]}",
-            fix="put tokenizer.json and tokenizer_config.json (or tokenizer.model) beside the weights",
-        ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return tokenizer
 
 
 def load_config(checkpoint: Checkpoint, rope_scaling: dict[str, object] | None) -> PretrainedConfig:

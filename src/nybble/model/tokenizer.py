@@ -1,0 +1,68 @@
+"""A model's tokenizer, as the model knew it when it was trained."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pathlib
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from nybble.errors import ModelError
+
+log = logging.getLogger("nybble")
+
+
+def load_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerBase:
+    """The tokenizer with a pad token that is never an EOS where that can be: `<unk>` for LLaMA 2, which has none.
+
+    Raises:
+        ModelError: the folder has no tokenizer, or none that gives the ids the model was trained on.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"no tokenizer can be loaded from {folder}: {str(error).splitlines()[0]}",
+            fix="put tokenizer.json and tokenizer_config.json beside the weights",
+        ) from error
+    tokenizer = _as_in_its_file(tokenizer, folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def _as_in_its_file(tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that tokenizer.json describes, where the class that the folder declares is another.
+
+    Meta's repository declares LlamaTokenizer, of which transformers 5 makes one that begins `[INST]` with `[` where
+    sentencepiece, and the model, have `▁[`; it also splits repeated spaces otherwise.
+    """
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        if (folder / "tokenizer.model").exists():
+            raise ModelError(
+                f"{folder} has tokenizer.model but no tokenizer.json, and what transformers 5 makes of the former gives other "
+                "ids than the model was trained on",
+                fix="take tokenizer.json from the model's page; for LLaMA 2: hf download meta-llama/Llama-2-7b-hf "
+                f"tokenizer.json --local-dir {folder}",
+            )
+        return tokenizer
+    written = _rules(Tokenizer.from_file(str(file)))
+    if _rules(getattr(tokenizer, "backend_tokenizer", None)) == written:
+        return tokenizer
+    log.warning(
+        "nybble: %s as %s gives other token ids than its tokenizer.json; the file is followed, and saved with the run",
+        folder,
+        type(tokenizer).__name__,
+    )
+    pinned = PreTrainedTokenizerFast.from_pretrained(folder)
+    assert _rules(pinned.backend_tokenizer) == written, "PreTrainedTokenizerFast follows its file"
+    return pinned
+
+
+def _rules(backend: Tokenizer | None) -> list[object] | None:
+    """What cuts a text into pieces before the vocabulary is asked."""
+    described = json.loads(backend.to_str()) if backend is not None else None
+    return None if described is None else [described["normalizer"], described["pre_tokenizer"]]
