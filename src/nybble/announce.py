@@ -8,6 +8,7 @@ from peft import PeftModel
 from rich.console import Console
 
 from nybble.data.prepare import Prepared
+from nybble.data.stream import StreamedRows
 from nybble.engine.fusion import Fusion
 from nybble.model.base import Base, Footprint
 from nybble.recipe import DataOptions
@@ -38,6 +39,10 @@ def tell_data(console: Console, data: Prepared, options: DataOptions, seconds: f
         lost.append(f"{counts.overlength:,} rows {verb} {options.max_length} tokens")
     if lost:
         tell(console, f"          {', '.join(lost)}")
+    if isinstance(data.train, StreamedRows):
+        held_out = 0 if data.validation is None else len(data.validation)
+        tell(console, f"          those are the first rows of a stream; {held_out:,} held out")
+        return
     packed = f" packed into {len(data.train):,}" if options.packing else ""
     held_out = f", {len(data.validation):,} held out" if data.validation is not None else ", none held out"
     tell(console, f"          {data.train_samples:,} rows to train on{packed}{held_out}")

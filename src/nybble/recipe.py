@@ -224,6 +224,10 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         "data.streaming: nobody knows how long a stream is; set train.max_steps",
     )
     yield (
+        data.streaming and data.limit is not None,
+        "data.limit: a stream has no end to stop before; set train.max_steps",
+    )
+    yield (
         data.streaming and isinstance(data.validation, float) and 0 < data.validation < 1,
         "data.validation: a stream has no share to hold out; set 0, a number of rows (its first), or a file",
     )

@@ -25,6 +25,7 @@ from nybble.callbacks import Guards, Recorder, peak_memory
 from nybble.data.batches import Collator
 from nybble.data.prepare import Prepared, prepare
 from nybble.data.template import save_template
+from nybble.data.xray import Rules, inspect
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.fusion import Fusion
 from nybble.errors import DeviceError, EngineError, ModelError, NybbleError, RunError, TrainingError
@@ -114,7 +115,7 @@ def _train(recipe: Recipe, interrupted: Run | None, console: Console, cache: pat
     tokenizer = load_tokenizer(described.folder)
     with state.main_process_first():
         data = _prepare(recipe, tokenizer, console, cache)
-    schedule = plan_steps(recipe.train, len(data.train), data.validation is not None)
+    schedule = plan_steps(recipe.train, data.rows, data.validation is not None)
     # 3. The base, frozen in 4 bits.
     with state.main_process_first(), console.status("loading the base"):
         base = load_base(find_checkpoint(recipe.model.path, recipe.model.revision), recipe.model, dtype, device, cache)
@@ -177,6 +178,13 @@ def _prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Consol
             cache,
             lambda rows: status.update(f"reading the data: {rows:,} rows"),
         )
+        collate, rules = (
+            Collator(tokenizer.pad_token_id, recipe.engine.fused),
+            Rules(data.template, recipe.data.train_on),
+        )
+        for rows in (data.sample, data.validation):
+            if rows is not None:
+                inspect(rows, collate, rules, lambda seen: status.update(f"checking what is trained: {seen:,} rows"))
     tell_data(console, data, recipe.data, time.perf_counter() - began)
     return data
 

@@ -36,12 +36,12 @@ class Schedule:
     save_every: int
 
 
-def plan_steps(train: TrainOptions, rows: int, has_validation: bool) -> Schedule:
+def plan_steps(train: TrainOptions, rows: int | None, has_validation: bool) -> Schedule:
     """Count steps as Trainer does.
 
     Args:
         train: the recipe's train section.
-        rows: rows of the training set (packed rows where it is packed).
+        rows: rows of the training set (packed rows where it is packed); None of a stream, which has no end.
         has_validation: whether there is anything to evaluate on.
 
     Raises:
@@ -49,6 +49,9 @@ def plan_steps(train: TrainOptions, rows: int, has_validation: bool) -> Schedule
         RecipeError: checkpoints that would miss the evaluations whose best is to be kept.
     """
     batch = train.micro_batch * train.accumulation * train.processes
+    if rows is None:
+        assert train.max_steps is not None, "a recipe that streams has max_steps"
+        rows = batch
     if rows < batch:
         raise DataError(
             f"the data gives {rows} training rows, and one step takes {batch} "
@@ -122,6 +125,7 @@ def training_arguments(
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         label_names=["labels"],
+        accelerator_config={"dispatch_batches": False},  # packed rows cannot be cut like a batch
         disable_tqdm=True,
         prediction_loss_only=True,
         dataloader_pin_memory=device.type == "cuda",

@@ -10,7 +10,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from datasets import Dataset, Features, List, Value
@@ -27,6 +27,7 @@ from nybble.recipe import DataOptions
 
 CACHE_VERSION = 2  # raised when the same input gives other tokens
 OVERLENGTH_SHARE = 0.01  # with overlength=error, up to this share of rows is dropped and counted
+HEAD = 10_000  # rows of a stream that are examined before training
 LOOKED_AT = 1000  # rows by which forms are told apart
 FEATURES = Features(
     {
@@ -65,7 +66,7 @@ def examine(
     cache: pathlib.Path,
     progress: Progress = lambda _: None,
 ) -> Examined:
-    """Read all rows once, or take what an earlier pass found.
+    """Read all rows once, of a stream the first 10,000, or take what an earlier pass found.
 
     Raises:
         DataError: there is nothing to read, or the template cannot be used at all.
@@ -79,7 +80,8 @@ def examine(
     folder = cache / "tokens" / hashlib.sha256(f"{key}{places}".encode()).hexdigest()
     cached = (folder / "found.json").exists()
     if not cached:
-        _write(folder, sources, Pass(forms, template, options, progress))
+        rows = itertools.islice(read_rows(sources), HEAD) if options.streaming else read_rows(sources)
+        _write(folder, rows, Pass(forms, template, options, progress))
     found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
     faults = [DataError(what, where=where, fix=fix) for what, where, fix in found["faults"]]
     lengths = {int(length): count for length, count in found["lengths"].items()}
@@ -89,7 +91,13 @@ def examine(
 
 def sources_of(options: DataOptions) -> tuple[Source, ...]:
     """The recipe's sources."""
-    return find_sources(options.path, subset=options.subset, split=options.split, revision=options.revision)
+    return find_sources(
+        options.path,
+        subset=options.subset,
+        split=options.split,
+        revision=options.revision,
+        streaming=options.streaming,
+    )
 
 
 def forms_of(sources: tuple[Source, ...], options: DataOptions) -> Forms:
@@ -137,7 +145,7 @@ def unfit(examined: Examined, options: DataOptions) -> Iterator[DataError]:
 
 def _key(sources: tuple[Source, ...], forms: Forms, template: Template, options: DataOptions) -> str:
     """A hash of everything that decides what the tokens are."""
-    rules = options.model_dump(include={"max_length", "overlength", "train_on", "limit"})
+    rules = options.model_dump(include={"max_length", "overlength", "train_on", "limit", "streaming"})
     columns = [(form.name, sorted(form.columns.items())) for form in forms.forms]
     parts = [CACHE_VERSION, fingerprint(sources), columns, rules]
     parts += [template.fingerprint, tokenizer_fingerprint(template.tokenizer)]
@@ -151,13 +159,13 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{described}{sorted(tokenizer.special_tokens_map.items())}".encode()).hexdigest()
 
 
-def _write(folder: pathlib.Path, sources: tuple[Source, ...], reading: Pass) -> None:
+def _write(folder: pathlib.Path, rows: Iterable[Row | DataError], reading: Pass) -> None:
     """Write to a folder beside the cache's own and rename it: a cache entry is whole or not there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
     try:
         with ArrowWriter(path=str(temporary / "tokens.arrow"), features=FEATURES) as writer:
-            for sample in reading.samples(read_rows(sources)):
+            for sample in reading.samples(rows):
                 tokens = sample.tokens
                 writer.write(
                     {

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from nybble.data.batches import PackedRows
 from nybble.data.examine import Examined, examine, refuse_unfit
 from nybble.data.packing import best_fit
+from nybble.data.stream import StreamedRows
 from nybble.data.template import Template
 from nybble.data.tokenise import Counts, Progress
 from nybble.errors import DataError
@@ -24,15 +25,22 @@ from nybble.recipe import DataOptions
 class Prepared:
     """Data ready to train on."""
 
-    train: Dataset | PackedRows
+    train: Dataset | PackedRows | StreamedRows
     validation: Dataset | None
     template: Template
     counts: Counts
     fingerprint: str
     """SHA-256 over the source, tokenizer, template and lengths: equal means equal tokens."""
     cached: bool
+    sample: Dataset | PackedRows
+    """What of `train` can be looked at beforehand: all of it, or the examined beginning of a stream."""
     train_samples: int
-    """Distinct conversations in `train`, however they are packed and weighted."""
+    """Distinct conversations in `train`, however they are packed and weighted; of a stream those that were examined."""
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of an epoch; None of a stream."""
+        return None if isinstance(self.train, StreamedRows) else len(self.train)
 
 
 def prepare(
@@ -57,23 +65,31 @@ def prepare(
     examined = examine(options, tokenizer, cache, progress)
     refuse_unfit(examined, options)
     key = examined.fingerprint
+    validation: Dataset | None
     if isinstance(options.validation, str):
-        held_out = options.model_copy(update={"path": options.validation})
+        held_out = options.model_copy(update={"path": options.validation, "streaming": False})
         other = examine(held_out, tokenizer, cache, progress)
         refuse_unfit(other, held_out)
         train, validation = examined.tokens, other.tokens
         key = hashlib.sha256(f"{key}{other.fingerprint}".encode()).hexdigest()
     else:
         train, validation = split(examined.tokens, options.validation, seed)
+    sample = arranged(train, examined, options, seed)
     return Prepared(
-        train=arranged(train, examined, options, seed),
+        train=_stream(examined, options, seed, validation) if options.streaming else sample,
         validation=validation,
         template=examined.template,
         counts=examined.counts,
         fingerprint=key,
         cached=examined.cached,
+        sample=sample,
         train_samples=len(train),
     )
+
+
+def _stream(examined: Examined, options: DataOptions, seed: int, validation: Dataset | None) -> StreamedRows:
+    held_out = frozenset(validation["origin"]) if validation is not None else frozenset()
+    return StreamedRows(examined.sources, examined.forms, examined.template, options, seed, held_out)
 
 
 def split(tokens: Dataset, validation: float, seed: int) -> tuple[Dataset, Dataset | None]:

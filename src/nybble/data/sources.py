@@ -30,12 +30,18 @@ class Source:
 
 
 def find_sources(
-    paths: Paths, *, subset: str | None = None, split: str = "train", revision: str | None = None
+    paths: Paths,
+    *,
+    subset: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    streaming: bool = False,
 ) -> tuple[Source, ...]:
     """Tell files, folders and patterns from Hub ids.
 
     Args:
         paths: a name, several, or names with their weights.
+        streaming: data sets on the Hub are read as they come, and not downloaded first.
 
     Raises:
         DataError: a file that is not there or of an unknown kind, a folder or pattern without files.
@@ -46,7 +52,7 @@ def find_sources(
     found = []
     for name, weight in weights.items():
         files = _files(name)
-        place = None if files else hub.Place(name, subset, split, revision)
+        place = None if files else hub.Place(name, subset, split, revision, streaming)
         found.append(Source(name, files, place, weight))
     return tuple(found)
 

@@ -95,10 +95,17 @@ class Template:
         return frozenset({self.end_id, self.tokenizer.eos_token_id})
 
     @functools.cached_property
-    def begins_with_bos(self) -> bool:
-        """Whether a conversation's first token is the tokenizer's BOS."""
-        first = self._skeleton((("user", False), ("assistant", False)))[0]
-        return first.kind == "special" and first.token_id == self.tokenizer.bos_token_id
+    def bos_of_turns(self) -> tuple[int, int]:
+        """How many BOS a question with its answer has, and how many each further one: (1, 0) in Alpaca, (1, 1) in LLaMA 2."""
+        turn = (("user", False), ("assistant", False))
+        one, two = (
+            sum(
+                part.kind == "special" and part.token_id == self.tokenizer.bos_token_id
+                for part in self._skeleton(turns)
+            )
+            for turns in (turn, turn + turn)
+        )
+        return one, two - one
 
     def runs(self, conversation: Conversation) -> list[Run | Part]:
         """A whole conversation: control tokens and the runs of text between them, in order.

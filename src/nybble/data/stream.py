@@ -1,0 +1,107 @@
+"""Rows tokenised as training asks for them, for data larger than the disk."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy
+import torch
+
+from nybble.data.batches import Sample
+from nybble.data.formats import Forms
+from nybble.data.packing import best_fit
+from nybble.data.readers import Row
+from nybble.data.sources import Source, read_rows
+from nybble.data.template import Template
+from nybble.data.tokenise import Pass
+from nybble.errors import DataError
+from nybble.recipe import DataOptions
+
+BUFFER = 1000  # samples that are shuffled and packed together: 99% full at instruction lengths
+log = logging.getLogger("nybble")
+
+
+class StreamedRows(torch.utils.data.IterableDataset[Any]):
+    """An endless stream of samples, or of packed rows: sources over and over, mixed by weight, shuffled in a buffer.
+
+    The stream depends on the seed alone, so a resumed run that skips what it had is where it was. Rows that cannot be
+    trained on are left out and named in the log; the first ones are examined before training begins.
+
+    Args:
+        held_out: origins of rows that are not to be trained on.
+    """
+
+    def __init__(
+        self,
+        sources: tuple[Source, ...],
+        forms: Forms,
+        template: Template,
+        options: DataOptions,
+        seed: int,
+        held_out: frozenset[str],
+    ) -> None:
+        self.sources = sources
+        self.forms = forms
+        self.template = template
+        self.options = options
+        self.seed = seed
+        self.held_out = held_out
+
+    def __iter__(self) -> Iterator[Sample | list[Sample]]:
+        generator = numpy.random.default_rng(self.seed)
+        samples = samples_of(self._mixed(generator), self.forms, self.template, self.options)
+        while buffer := list(itertools.islice(samples, BUFFER)):
+            shuffled = [buffer[place] for place in generator.permutation(len(buffer))]
+            if not self.options.packing:
+                yield from shuffled
+                continue
+            rows = best_fit([len(sample["input_ids"]) for sample in shuffled], self.options.max_length)
+            yield from ([shuffled[place] for place in rows[n]] for n in generator.permutation(len(rows)))
+
+    def _mixed(self, generator: numpy.random.Generator) -> Iterator[Row]:
+        rows = [self._endless(number) for number in range(len(self.sources))]
+        weights = numpy.array([source.weight for source in self.sources])
+        while True:
+            for number in generator.choice(len(rows), size=BUFFER, p=weights / weights.sum()):
+                yield next(rows[number])
+
+    def _endless(self, number: int) -> Iterator[Row]:
+        """A source over and over, without what is held out."""
+        while True:
+            some = False
+            for row in _readable(read_rows(self.sources[number : number + 1])):
+                if row.origin not in self.held_out:
+                    some = True
+                    yield replace(row, source=number)
+            if not some:
+                raise DataError(
+                    f"{self.sources[number].name} has no rows beside the {len(self.held_out)} that are held out",
+                    fix="a smaller data.validation, or a file",
+                )
+
+
+def samples_of(rows: Iterable[Row], forms: Forms, template: Template, options: DataOptions) -> Iterator[Sample]:
+    """Rows as the collator takes them; faulty ones are named in the log."""
+    reading = Pass(forms, template, options, keep_duplicates=True)
+    for sample in reading.samples(rows):
+        while reading.faults:
+            log.warning("nybble: left out: %s", reading.faults.pop(0))
+        tokens = sample.tokens
+        yield {
+            "input_ids": tokens.ids,
+            "trained": tokens.trained,
+            "is_piece": sample.is_piece,
+            "origin": sample.origin,
+        }
+
+
+def _readable(items: Iterable[Row | DataError]) -> Iterator[Row]:
+    for item in items:
+        if isinstance(item, Row):
+            yield item
+        else:
+            log.warning("nybble: left out: %s", item)

@@ -1,0 +1,147 @@
+"""What the model will really be given: the collator's batches, held against what was tokenised and what must be trained.
+
+A mask that misses EOS, a doubled BOS or an answer nobody learns from shows only after hours of training, if at all; here it
+stops the run before the first step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from datasets import Dataset
+
+from nybble.data.batches import IGNORED, PackedRows, Sample
+from nybble.data.template import Template
+from nybble.data.tokenise import Progress
+from nybble.errors import DataError
+
+ROWS = 64  # in one look
+SHOWN = 5
+DEFECT = "the data are not at fault: a template of your own, or nybble; please report it with this message"
+
+
+@dataclass(frozen=True)
+class Given:
+    """A sample's place in a batch."""
+
+    ids: numpy.ndarray
+    labels: numpy.ndarray
+    apart: bool
+    """Whether attention begins and ends with it."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What holds for every sample.
+
+    Args:
+        template: whose tokens begin and end turns.
+        train_on: answers, last or all, as in the recipe.
+    """
+
+    template: Template
+    train_on: str
+
+    def faults(self, sample: Sample, given: Given) -> Iterator[str]:
+        """What is wrong with a sample as the collator gives it."""
+        ids, labels = given.ids, given.labels
+        if not given.apart:
+            yield "it can see other rows, or they it"
+        if not numpy.array_equal(ids, sample["input_ids"]):
+            yield "the batch holds other tokens than the row"
+            return
+        trained = labels != IGNORED
+        if not trained.any():
+            yield "no token is trained"
+            return
+        if (labels[trained] != ids[trained]).any():
+            yield "a label is not the token at its place"
+        if not numpy.array_equal(trained[1:], numpy.asarray(sample["trained"], dtype=bool)[1:]):
+            yield "other tokens are trained than those of the answers"
+        last = numpy.flatnonzero(trained & ~numpy.append(trained[1:], False))
+        yield from self._ends(sample, ids, trained, last)
+        yield from self._beginnings(sample, ids, trained, len(last))
+
+    def _ends(self, sample: Sample, ids: numpy.ndarray, trained: numpy.ndarray, last: numpy.ndarray) -> Iterator[str]:
+        ends = list(self.template.ends)
+        if sample.get("is_piece", False):
+            return
+        if self.train_on == "all":
+            if not numpy.isin(ids[trained], ends).any():
+                yield "EOS is not trained"
+        elif not numpy.isin(ids[last], ends).all():
+            yield "EOS is not trained behind an answer, so the model would not stop"
+
+    def _beginnings(self, sample: Sample, ids: numpy.ndarray, trained: numpy.ndarray, answers: int) -> Iterator[str]:
+        bos = self.template.tokenizer.bos_token_id
+        if bos is None:
+            return
+        places = ids == bos
+        if (places[1:] & places[:-1]).any():
+            yield "BOS stands twice in a row"
+        first, more = self.template.bos_of_turns
+        if first > 1 or self.train_on != "answers" or sample.get("is_piece", False) or trained[1:].all():
+            return  # BOS marks every speaker, or turns cannot be told by their answers, or there are none
+        expected = first + (answers - 1) * more
+        if places.sum() != expected or (first and not places[0]):
+            yield f"BOS stands {places.sum()} times, where the template {self.template.name} wants {expected}"
+
+
+def inspect(
+    rows: Dataset | PackedRows | Sequence[Sample],
+    collate: Callable[[Sequence[Any]], dict[str, Any]],
+    rules: Rules,
+    progress: Progress = lambda _: None,
+) -> None:
+    """Look at every batch that training would see.
+
+    Args:
+        rows: of the training or validation set.
+        collate: the collator that training uses.
+        rules: what must hold.
+        progress: called with the number of rows looked at.
+
+    Raises:
+        DataError: with the rows in which something does not hold, and what.
+    """
+    found: list[str] = []
+    count = 0
+    for start in range(0, len(rows), ROWS):
+        for sample, given in _given(collate(group := _fetched(rows, start)), group):
+            wrong = list(rules.faults(sample, given))
+            count += bool(wrong)
+            if wrong and len(found) < SHOWN:
+                found.append(f"  {sample.get('origin', 'a row')}: {'; '.join(wrong)}")
+        progress(min(start + ROWS, len(rows)))
+    if found:
+        more = [f"  and {count - len(found):,} more"] if count > len(found) else []
+        raise DataError("\n".join(["what would be trained is not what it should be:", *found, *more]), fix=DEFECT)
+
+
+def _fetched(rows: Any, start: int) -> list[Any]:
+    places = range(start, min(start + ROWS, len(rows)))
+    if isinstance(rows, Dataset):  # in one go: row by row takes five times as long
+        columns = rows[start : places.stop]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [rows[place] for place in places]
+
+
+def _given(batch: dict[str, Any], group: Sequence[Any]) -> Iterator[tuple[Sample, Given]]:
+    """Each sample of the rows with what the batch holds in its place."""
+    ids, labels = batch["input_ids"].numpy(), batch["labels"].numpy()
+    rows = [row if isinstance(row, list) else [row] for row in group]
+    if len(ids) == 1:
+        rows = [list(itertools.chain.from_iterable(rows))]  # all in one, without padding
+    bounds = set(batch["cu_seq_lens_q"].tolist()) if "cu_seq_lens_q" in batch else set()
+    for number, samples in enumerate(rows):
+        place = 0
+        for sample in samples:
+            end = place + len(sample["input_ids"])
+            first = number * ids.shape[1] + place
+            apart = not bounds or (first in bounds and number * ids.shape[1] + end in bounds)
+            yield sample, Given(ids[number, place:end], labels[number, place:end], apart)
+            place = end
