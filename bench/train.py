@@ -49,8 +49,9 @@ from nybble.engine.fuse import fuse, fusion
 from nybble.errors import NybbleError
 from nybble.model.adapter import attach_adapter
 from nybble.model.device import grow_segments
+from nybble.plan.schedule import Schedule
 from nybble.recipe import load_recipe
-from nybble.trainer import QLoraTrainer, Schedule, training_arguments
+from nybble.trainer import QLoraTrainer, training_arguments
 
 LAUNCHES = {
     "cudaLaunchKernel",

@@ -13,7 +13,7 @@ SOURCE = ROOT / "src" / "nybble"
 PUBLIC = SOURCE / "__init__.py"  # it names everything, for type checkers, and imports nothing
 # A room may import rooms of lower rank only; rooms of equal rank do not know each other.
 RANK = {
-    "__main__": 9, "cli": 8, "demo": 7, "doctor": 7, "train": 6,
+    "__main__": 9, "cli": 8, "demo": 7, "doctor": 7, "train": 6, "check": 6,
     "trainer": 5, "callbacks": 5, "record": 5, "trackers": 5, "announce": 5,
     "inference": 4, "optimizer": 4, "data": 3, "model": 3, "engine": 3, "plan": 2,
     "launch": 1, "processes": 1, "quantized": 1, "run": 1, "recipe": 1, "errors": 0, "__init__": 0,

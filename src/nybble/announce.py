@@ -11,9 +11,9 @@ from nybble.data.prepare import Prepared
 from nybble.data.stream import StreamedRows
 from nybble.engine.fusion import Fusion
 from nybble.model.base import Base, Footprint
+from nybble.plan.schedule import Schedule
 from nybble.recipe import DataOptions
 from nybble.run import Run
-from nybble.trainer import Schedule
 
 
 def tell(console: Console, text: str) -> None:
@@ -40,8 +40,8 @@ def tell_data(console: Console, data: Prepared, options: DataOptions, seconds: f
     if lost:
         tell(console, f"          {', '.join(lost)}")
     if isinstance(data.train, StreamedRows):
-        held_out = 0 if data.validation is None else len(data.validation)
-        tell(console, f"          those are the first rows of a stream; {held_out:,} held out")
+        count = 0 if data.validation is None else len(data.validation)
+        tell(console, f"          those are the first rows of a stream; {count:,} held out")
         return
     packed = f" packed into {len(data.train):,}" if options.packing else ""
     held_out = f", {len(data.validation):,} held out" if data.validation is not None else ", none held out"

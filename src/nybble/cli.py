@@ -27,7 +27,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="QLoRA fine-tuning of LLaMA 2 and its kin: from a fresh machine to a model that answers.",
 )
+data = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
+app.add_typer(data, name="data")
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[DATA] [MODEL] [KEY=VALUE ...]", help="Data, base model, and options of the recipe."),
+]
+Config = Annotated[pathlib.Path | None, typer.Option("-c", "--config", help="A recipe; KEY=VALUE overrides it.")]
 Folder = Annotated[pathlib.Path, typer.Argument(help="A run folder, or a PEFT adapter folder.")]
 
 
@@ -57,9 +64,7 @@ def train(
         list[str] | None,
         typer.Argument(metavar="[MODEL DATA] [KEY=VALUE ...]", help="Base model, data, and options of the recipe."),
     ] = None,
-    config: Annotated[
-        pathlib.Path | None, typer.Option("-c", "--config", help="A recipe; KEY=VALUE overrides it.")
-    ] = None,
+    config: Config = None,
     resume: Annotated[pathlib.Path | None, typer.Option(help="Go on with an interrupted run.")] = None,
     processes: Annotated[int | None, typer.Option(help="Data-parallel processes, one a GPU.", min=1)] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the whole recipe and stop.")] = False,
@@ -89,6 +94,39 @@ def train(
             begin(recipe, console=console)
     except KeyboardInterrupt:  # train has said what is left
         raise typer.Exit(130) from None
+
+
+@data.command()
+def check(
+    words: Words = None,
+    config: Config = None,
+    png: Annotated[pathlib.Path | None, typer.Option(help="Draw the lengths of rows there.")] = None,
+) -> None:
+    """Is this data fit? Rows, forms, faults with file:line; with MODEL also tokens, masks, lengths, steps and time."""
+    recipe = _data_recipe(words or [], config)
+    _quiet()
+    from nybble.check import check as look
+
+    if not look(recipe, Console(), picture=png):
+        raise typer.Exit(1)
+
+
+@data.command()
+def preview(
+    words: Words = None,
+    config: Config = None,
+    count: Annotated[int, typer.Option("-n", "--rows", min=1, help="How many rows.")] = 3,
+    ids: Annotated[bool, typer.Option("--ids", help="Show token ids too.")] = False,
+) -> None:
+    """The exact text the model reads: trained tokens in one colour, others in another, control tokens visible."""
+    recipe = _data_recipe(words or [], config)
+    if not recipe.model.path:
+        raise RecipeError("MODEL is missing", fix="nybble data preview DATA MODEL; a folder with its tokenizer will do")
+    _quiet()
+    from nybble.check import describe
+    from nybble.data.preview import preview as show
+
+    show(recipe.data, describe(recipe)[0], count, Console(), ids=ids)
 
 
 @app.command()
@@ -169,20 +207,34 @@ def main() -> None:
 def _recipe(
     words: list[str], config: pathlib.Path | None, resume: pathlib.Path | None, processes: int | None
 ) -> Recipe:
-    named = [word for word in words if not OVERRIDE.match(word)]
-    overrides = [word for word in words if OVERRIDE.match(word)]
-    if len(named) > 2:
-        raise typer.BadParameter(f"at most MODEL and DATA, then key=value; what is {named[2]!r}?")
+    overrides = _overrides(words, ("model.path", "data.path"))
     if resume is not None:
         if words or config is not None or processes is not None:
             raise typer.BadParameter("--resume goes on with the run's own recipe and takes no other option")
         from nybble.run import open_run
 
         return open_run(resume).recipe
-    overrides = [f"{key}={value}" for key, value in zip(("model.path", "data.path"), named, strict=False)] + overrides
     if processes is not None:
         overrides.append(f"train.processes={processes}")
     return load_recipe(config, overrides)
+
+
+def _data_recipe(words: list[str], config: pathlib.Path | None) -> Recipe:
+    recipe = load_recipe(config, _overrides(words, ("data.path", "model.path")))
+    if not recipe.data.path:
+        raise RecipeError(
+            "DATA is missing", fix="nybble data check DATA, a file, folder, pattern or Hub id; or -c recipe.yaml"
+        )
+    return recipe
+
+
+def _overrides(words: list[str], places: tuple[str, str]) -> list[str]:
+    """Words without a key in their places, and the others as they are."""
+    named = [word for word in words if not OVERRIDE.match(word)]
+    if len(named) > 2:
+        raise typer.BadParameter(f"at most two names, then key=value; what is {named[2]!r}?")
+    given = [f"{key}={value}" for key, value in zip(places, named, strict=False)]
+    return given + [word for word in words if OVERRIDE.match(word)]
 
 
 def _complain(text: str) -> None:

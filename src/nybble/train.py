@@ -35,6 +35,7 @@ from nybble.model.base import Base, Footprint, check_length, load_base, load_con
 from nybble.model.checkpoint import find_checkpoint
 from nybble.model.device import choose_device, choose_dtype, grow_segments
 from nybble.model.tokenizer import load_tokenizer
+from nybble.plan.schedule import Schedule, plan_steps
 from nybble.recipe import Recipe
 from nybble.record import draw_loss, write_card
 from nybble.run import (
@@ -52,7 +53,7 @@ from nybble.run import (
     write_json,
 )
 from nybble.trackers import end_tracker, start_tracker
-from nybble.trainer import QLoraTrainer, Schedule, plan_steps, training_arguments
+from nybble.trainer import QLoraTrainer, training_arguments
 
 
 def train(recipe: Recipe, *, console: Console | None = None, cache: pathlib.Path = CACHE) -> Run:

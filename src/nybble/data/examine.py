@@ -10,7 +10,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from datasets import Dataset, Features, List, Value
@@ -108,13 +108,14 @@ def forms_of(sources: tuple[Source, ...], options: DataOptions) -> Forms:
 
 def refuse_unfit(examined: Examined, options: DataOptions) -> None:
     """Raise the first of `unfit`."""
-    for fault in unfit(examined, options):
+    for fault in unfit(examined.counts, examined.faults, examined.lengths, options):
         raise fault
 
 
-def unfit(examined: Examined, options: DataOptions) -> Iterator[DataError]:
-    """Every reason for which this data cannot be trained on as the options say."""
-    counts, faults = examined.counts, examined.faults
+def unfit(
+    counts: Counts, faults: Sequence[DataError], lengths: Mapping[int, int], options: DataOptions
+) -> Iterator[DataError]:
+    """Every reason for which data cannot be trained on as the options say."""
     if counts.faulty == 1:
         yield faults[0]
     elif counts.faulty:
@@ -127,14 +128,14 @@ def unfit(examined: Examined, options: DataOptions) -> Iterator[DataError]:
     if counts.rows == 0:
         yield DataError("there are no rows")
     if counts.kept == 0 and counts.overlength:
-        shortest, longest = min(examined.lengths), max(examined.lengths)
+        shortest, longest = min(lengths), max(lengths)
         yield DataError(
             f"all {counts.overlength} rows are longer than data.max_length={options.max_length} "
             f"({shortest} to {longest} tokens)",
             fix=f"data.max_length={longest}, or data.overlength=truncate",
         )
     elif options.overlength == "error" and counts.overlength > OVERLENGTH_SHARE * counts.distinct:
-        longest = max(examined.lengths)
+        longest = max(lengths)
         yield DataError(
             f"{counts.overlength:,} of {counts.distinct:,} rows are longer than data.max_length={options.max_length} "
             f"(the longest has {longest:,} tokens); more than {OVERLENGTH_SHARE:.0%} is not dropped unasked. Truncated, "

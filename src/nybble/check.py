@@ -1,0 +1,237 @@
+"""`nybble data check`: everything that can be known of data before a GPU hour is spent on it."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from datasets import Dataset
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from nybble.data import histogram
+from nybble.data.batches import Collator, PackedRows
+from nybble.data.examine import Examined, examine, forms_of, sources_of, unfit
+from nybble.data.licences import licences
+from nybble.data.order import lengths_of
+from nybble.data.prepare import arranged, split
+from nybble.data.sources import read_rows
+from nybble.data.template import Template
+from nybble.data.tokenise import Counts, Pass
+from nybble.data.xray import Rules, inspect
+from nybble.errors import DataError, ModelError
+from nybble.model.checkpoint import find_checkpoint
+from nybble.model.device import choose_device, choose_dtype
+from nybble.model.tokenizer import load_tokenizer
+from nybble.plan.schedule import plan_steps
+from nybble.plan.speed import estimate
+from nybble.recipe import Recipe
+from nybble.run import CACHE
+
+LABEL = 11  # characters before a line's text
+
+
+def check(
+    recipe: Recipe, console: Console, *, picture: pathlib.Path | None = None, cache: pathlib.Path = CACHE
+) -> bool:
+    """Report on the data a recipe names; without a model, on its rows alone.
+
+    Args:
+        recipe: of which data, model.path and train are looked at.
+        picture: PNG to draw the lengths of rows to.
+
+    Returns:
+        Whether `train` would take it.
+
+    Raises:
+        DataError: there is nothing to look at.
+    """
+    if recipe.model.path:
+        faults = _check_tokens(recipe, console, picture, cache)
+    elif picture is not None:
+        raise DataError("lengths are counted in a model's tokens", fix="nybble data check DATA MODEL --png FILE")
+    else:
+        faults = _check_rows(recipe, console)
+    if faults:
+        for fault in faults:
+            lines = str(fault).splitlines()
+            _line(console, "fault", lines[0], "bold red")
+            for line in lines[1:]:
+                _line(console, "", line.strip())
+        console.print(Text(f"\nunfit: {_plural(len(faults), 'reason')}", style="bold red"))
+        return False
+    what = "fit" if recipe.model.path else "readable; name a model too, and tokens, masks and lengths are checked"
+    console.print(Text(f"\n{what}", style="bold green"))
+    return True
+
+
+def _check_rows(recipe: Recipe, console: Console) -> list[DataError]:
+    sources = sources_of(recipe.data)
+    forms = forms_of(sources, recipe.data)
+    reading = Pass(forms, None, recipe.data)
+    with _progress(console, "reading") as (progress, task):
+        reading.progress = lambda rows: progress.update(task, completed=rows)
+        for _ in reading.conversations(read_rows(sources)):
+            pass
+    _tell_rows(console, reading.counts, len(sources), licences(sources))
+    counts = reading.counts
+    return list(unfit(counts, reading.faults, {}, recipe.data))
+
+
+def _check_tokens(
+    recipe: Recipe, console: Console, picture: pathlib.Path | None, cache: pathlib.Path
+) -> list[DataError]:
+    tokenizer, config = describe(recipe)
+    with _progress(console, "reading") as (progress, task):
+        examined = examine(recipe.data, tokenizer, cache, lambda rows: progress.update(task, completed=rows))
+    _tell_rows(console, examined.counts, len(examined.sources), licences(examined.sources))
+    faults = list(unfit(examined.counts, examined.faults, examined.lengths, recipe.data))
+    if not examined.lengths:
+        return faults
+    _tell_lengths(console, examined, recipe)
+    if picture is not None:
+        histogram.draw(examined.lengths, recipe.data.max_length, picture)
+        _line(console, "picture", str(picture))
+    if examined.counts.kept:
+        faults += _tell_batches(console, examined, recipe, tokenizer, config)
+    return faults
+
+
+def describe(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PretrainedConfig | None]:
+    """Tokenizer and configuration of the model; a folder may hold the tokenizer alone."""
+    folder = pathlib.Path(recipe.model.path)
+    if not folder.is_dir():
+        folder = find_checkpoint(recipe.model.path, recipe.model.revision, weights=False).folder
+    tokenizer = load_tokenizer(folder)
+    if not (folder / "config.json").exists():
+        return tokenizer, None
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type != "llama":
+        raise ModelError(
+            f"{recipe.model.path} is a {config.model_type}; nybble trains models of the Llama architecture"
+        )
+    return tokenizer, config
+
+
+def _tell_rows(console: Console, counts: Counts, sources: int, named: list[str]) -> None:
+    forms = ", ".join(f"{count:,} {form}" for form, count in sorted(counts.forms.items(), key=lambda item: -item[1]))
+    where = f" in {sources} sources" if sources > 1 else ""
+    _line(console, "rows", f"{counts.rows:,}{where}: {forms or 'none that can be read'}")
+    for line in named:
+        _line(console, "licence", line)
+    _line(console, "duplicates", f"{counts.duplicates:,}" + (", each used once" if counts.duplicates else ""))
+    bad = f"{counts.faulty:,}, {counts.empty_answers:,} of them without an answer" if counts.faulty else "0"
+    _line(console, "bad rows", bad, "red" if counts.faulty else "")
+
+
+def _tell_lengths(console: Console, examined: Examined, recipe: Recipe) -> None:
+    counts, lengths, limit = examined.counts, examined.lengths, recipe.data.max_length
+    _line(console, "template", f"{examined.template.name}{_bos(examined.template)}")
+    share = f"{counts.trained_tokens / counts.tokens:.0%}" if counts.tokens else "none"
+    _line(console, "tokens", f"{counts.tokens:,}, {counts.trained_tokens:,} of them trained ({share})")
+    marks = [("half", 0.5), ("95%", 0.95), ("99%", 0.99)]
+    told = ", ".join(f"{name} up to {histogram.quantile(lengths, part):,}" for name, part in marks)
+    _line(console, "a row", f"{min(lengths):,} to {max(lengths):,} tokens; {told}")
+    block = "\u2588" if (console.encoding or "").lower().startswith("utf") else "#"
+    for line, is_over in histogram.text(lengths, limit, block):
+        _line(console, "", line.rstrip(), "red" if is_over else "dim")
+    if counts.overlength:
+        lost = f", with {counts.lost_rows:,} rows left without an answer" if counts.lost_rows else ""
+        _line(
+            console,
+            "too long",
+            f"{_plural(counts.overlength, 'row')} over data.max_length={limit}; truncating loses "
+            f"{counts.lost_answer_tokens:,} answer tokens{lost}",
+            "yellow",
+        )
+
+
+def _bos(template: Template) -> str:
+    first, more = template.bos_of_turns
+    if template.tokenizer.bos_token is None or not first or first > 1:
+        return ""
+    return f"; {template.tokenizer.bos_token} " + ("at each user turn" if more else "once a row")
+
+
+def _tell_batches(
+    console: Console,
+    examined: Examined,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig | None,
+) -> list[DataError]:
+    """What the collator makes of the rows, and what training on them takes; returns what is wrong."""
+    data = recipe.data
+    held_out = 0.0 if isinstance(data.validation, str) else data.validation
+    try:
+        kept, validation = split(examined.tokens, held_out, recipe.train.seed)
+        rows = arranged(kept, examined, data, recipe.train.seed)
+        collate, rules = Collator(tokenizer.pad_token_id, recipe.engine.fused), Rules(examined.template, data.train_on)
+        with _progress(console, "checking", len(rows)) as (progress, task):
+            for part in (rows, validation):
+                if part is not None:
+                    inspect(part, collate, rules, lambda seen: progress.update(task, completed=seen))
+    except DataError as fault:
+        return [fault]
+    ends = tokenizer.convert_ids_to_tokens(sorted(examined.template.ends))
+    _line(
+        console,
+        "batches",
+        f"as training gets them: every answer ends with a trained {' or '.join(ends)}, BOS is in place",
+    )
+    if isinstance(rows, PackedRows):
+        filled = sum(rows.samples.select_columns("length")[:]["length"]) / (len(rows) * data.max_length)
+        _line(
+            console, "packing", f"{len(kept):,} rows in {len(rows):,} of {data.max_length:,} tokens, {filled:.1%} full"
+        )
+    return _tell_steps(console, recipe, rows, config)
+
+
+def _tell_steps(
+    console: Console, recipe: Recipe, rows: Dataset | PackedRows, config: PretrainedConfig | None
+) -> list[DataError]:
+    train = recipe.train
+    try:
+        schedule = plan_steps(train, None if recipe.data.streaming else len(rows), has_validation=False)
+    except DataError as fault:
+        return [fault]
+    batch = train.micro_batch * train.accumulation * train.processes
+    tokens = schedule.steps * batch * float(lengths_of(rows).mean())
+    line = f"{schedule.steps:,} of {train.micro_batch} x {train.accumulation} rows, about {_rounded(tokens)} tokens"
+    if config is not None:
+        device = choose_device(recipe.model.device, 0)
+        rate = estimate(config, device, choose_dtype(recipe.model.dtype, device)[0]) * train.processes
+        line += f"; roughly {_duration(tokens / rate)} on this machine's {device.type} ({_rounded(rate)} tokens/s)"
+    _line(console, "steps", line)
+    return []
+
+
+def _rounded(number: float) -> str:
+    """Two digits that count: more would claim what is not known."""
+    digits = max(len(str(int(number))) - 2, 0)
+    return f"{round(number, -digits):,.0f}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}" if seconds < 10 * size else f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def _line(console: Console, label: str, text: str, style: str = "") -> None:
+    console.print(Text(f"{label:<{LABEL}}").append(text, style=style or None), soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def _progress(console: Console, what: str, total: int | None = None) -> Iterator[tuple[Progress, TaskID]]:
+    columns = (TextColumn(f"{what} {{task.completed:,}} rows"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield progress, progress.add_task(what, total=total)

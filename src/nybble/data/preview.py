@@ -1,0 +1,93 @@
+"""Rows as the model reads them: the text after the template, what is trained and what is not, control tokens visible."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from nybble.data.batches import IGNORED, Collator
+from nybble.data.examine import forms_of, sources_of
+from nybble.data.sources import read_rows
+from nybble.data.template import choose_template
+from nybble.data.tokenise import Pass, Sample
+from nybble.errors import DataError
+from nybble.recipe import DataOptions
+
+TRAINED, MASKED, SPECIAL = "bold green", "dim", "reverse"
+OPEN, CLOSE = "[[", "]]"  # around what is trained, where there is no colour
+
+
+def preview(
+    options: DataOptions, tokenizer: PreTrainedTokenizerBase, count: int, console: Console, *, ids: bool = False
+) -> None:
+    """Print the first rows that can be trained on, as the collator gives them.
+
+    Args:
+        count: how many rows.
+        ids: the tokens' ids too, each with its text.
+
+    Raises:
+        DataError: no row can be trained on; the first fault is raised.
+    """
+    sources = sources_of(options)
+    forms = forms_of(sources, options)
+    reading = Pass(forms, choose_template(tokenizer, options.template, forms.likeliest), options)
+    samples = list(itertools.islice(reading.samples(itertools.islice(read_rows(sources), 64 * count)), count))
+    if not samples:
+        raise reading.faults[0] if reading.faults else DataError("there is no row that fits data.max_length")
+    plain = console.no_color or not console.is_terminal
+    key = f"{OPEN}trained{CLOSE}, not trained" if plain else Text.assemble(("trained", TRAINED), ", ", ("not", MASKED))
+    console.print(key, highlight=False, markup=False)
+    for sample in samples:
+        _print(sample, tokenizer, console, plain, ids)
+    if reading.counts.faulty:
+        console.print(
+            Text(f"\n{reading.counts.faulty} rows before these cannot be trained on: nybble data check", "yellow")
+        )
+
+
+def _print(sample: Sample, tokenizer: PreTrainedTokenizerBase, console: Console, plain: bool, ids: bool) -> None:
+    batch = Collator(tokenizer.pad_token_id or 0)([{"input_ids": sample.tokens.ids, "trained": sample.tokens.trained}])
+    ids_of, labels = batch["input_ids"], batch["labels"]
+    assert isinstance(ids_of, torch.Tensor)
+    assert isinstance(labels, torch.Tensor)
+    tokens, trained = ids_of[0].tolist(), (labels[0] != IGNORED).tolist()
+    title = f"{sample.origin}: {len(tokens)} tokens, {sum(trained)} trained"
+    console.print(Text(f"\n{title}", style="bold"), soft_wrap=True)
+    text = Text()
+    for piece, learnt, special in _pieces(tokenizer, tokens, trained):
+        style = (TRAINED if learnt else MASKED) + (f" {SPECIAL}" if special else "")
+        text.append(f"{OPEN}{piece}{CLOSE}" if plain and learnt else piece, style="" if plain else style)
+    console.print(text, soft_wrap=True, highlight=False)
+    if ids:
+        shown = zip(tokens, tokenizer.convert_ids_to_tokens(tokens), trained, strict=True)
+        words = [
+            f"{OPEN}{token} {name}{CLOSE}" if plain and learnt else f"{token} {name}" for token, name, learnt in shown
+        ]
+        listed = Text()
+        for word, learnt in zip(words, trained, strict=True):
+            listed.append(word + "  ", style="" if plain else TRAINED if learnt else MASKED)
+        console.print(listed, highlight=False)
+
+
+def _pieces(
+    tokenizer: PreTrainedTokenizerBase, tokens: list[int], trained: list[bool]
+) -> Iterator[tuple[str, bool, bool]]:
+    """Text, whether it is trained, whether it is a control token; together the row, to the character."""
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special |= set(tokenizer.all_special_ids)
+    place, told = 0, ""
+    while place < len(tokens):
+        end = place + 1
+        if tokens[place] not in special:
+            while end < len(tokens) and trained[end] == trained[place] and tokens[end] not in special:
+                end += 1
+        # By the difference to what came before: decoded alone, a piece loses the space it begins with.
+        whole = tokenizer.decode(tokens[:end], clean_up_tokenization_spaces=False)
+        yield whole[len(told) :], trained[place], tokens[place] in special
+        place, told = end, whole
