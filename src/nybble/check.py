@@ -176,11 +176,12 @@ def _tell_batches(
                     inspect(part, collate, rules, lambda seen: progress.update(task, completed=seen))
     except DataError as fault:
         return [fault]
+    bos = ", BOS is in place" if _bos(examined.template) else ""
     ends = tokenizer.convert_ids_to_tokens(sorted(examined.template.ends))
     _line(
         console,
         "batches",
-        f"as training gets them: every answer ends with a trained {' or '.join(ends)}, BOS is in place",
+        f"as training gets them: every answer ends with a trained {' or '.join(ends)}{bos}",
     )
     if isinstance(rows, PackedRows):
         filled = sum(rows.samples.select_columns("length")[:]["length"]) / (len(rows) * data.max_length)

@@ -32,7 +32,8 @@ def bins(lengths: Mapping[int, int]) -> list[tuple[int, int, int]]:
     found = [0] * (count + 1)
     for length, rows in lengths.items():
         found[min(length // width, count)] += rows
-    edges = [(n * width, (n + 1) * width - 1, rows) for n, rows in enumerate(found[:count])]
+    first = min(min(lengths) // width, count - 1)
+    edges = [(n * width, (n + 1) * width - 1, found[n]) for n in range(first, count)]
     return [*edges, (count * width, max(lengths), found[count])] if found[count] else edges
 
 

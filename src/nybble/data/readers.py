@@ -133,7 +133,7 @@ def _read_jsonl(file: pathlib.Path) -> Iterator[Item]:
 
 def _parse(line: str, origin: str) -> Any:
     try:
-        return DECODER.decode(line)
+        return DECODER.decode(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise DataError(
             f"not valid JSON: {error.msg} at column {error.colno}",

@@ -10,7 +10,8 @@ from transformers import PretrainedConfig
 PRODUCTS = (
     2.5  # forward, gradient of the input, and half of the forward again: the base is frozen and has no other gradient
 )
-EFFICIENCY = 0.6  # of a plain product's rate. H200, 4 x 2,048 of a 7B: 18,265 tokens/s, 0.65; docs/benchmarks.md
+# Of a plain product's rate. H200, 4 x 2,048 of a 7B: 13,213 to 18,265 tokens/s, 0.6 to 0.85; two cores, SmolLM2: 227, 0.28.
+EFFICIENCY = {"cuda": 0.6, "cpu": 0.3}
 SECONDS = 0.2  # of measuring
 
 
@@ -24,7 +25,7 @@ def linear_parameters(config: PretrainedConfig) -> int:
 
 def estimate(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> float:
     """Tokens a second that QLoRA of this model may reach on this device, within a factor of two."""
-    return EFFICIENCY * product_rate(device, dtype) / (PRODUCTS * 2 * linear_parameters(config))
+    return EFFICIENCY[device.type] * product_rate(device, dtype) / (PRODUCTS * 2 * linear_parameters(config))
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
