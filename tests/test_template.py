@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from conftest import SHARED, small_tokenizer
+from nybble.data.fit import cut_text, halve, last_answer
 from nybble.data.formats import Message
 from nybble.data.template import CONTROL_WORD, Template, choose_template
-from nybble.data.tokens import encode, encode_prompt
+from nybble.data.tokens import Tokens, encode, encode_prompt
 from nybble.errors import DataError
 
 CHATML = (
@@ -126,3 +127,47 @@ def test_every_training_prompt_is_a_chat_prompt_and_every_answer_ends(name, said
     assert tokens.trained[-1]
     assert tokens.ids[-1] == 2
     assert tokens.ids.count(1) == (len(said) // 2 if name == "llama2" else 1)
+
+
+@pytest.mark.parametrize("name", ["alpaca", "llama2", "plain"])
+@given(said=st.lists(TEXT, min_size=2, max_size=8), system=st.none() | TEXT, context=TEXT)
+def test_decoding_what_is_trained_gives_back_the_answers(name, said, system, context):
+    """To the letter, after the template's own trimming; LLaMA 2 puts a space on either side of an answer."""
+    said = said[: len(said) // 2 * 2]
+    tokenizer = small_tokenizer()
+    template = choose_template(tokenizer, name, "messages")
+    conversation = turns(*said, system=system, context=context)
+    (tokens,) = encode(template, [conversation])
+    answers = said[1::2] if name == "plain" else [answer.strip() for answer in said[1::2]]
+    wanted = [f" {answer} </s>" if name == "llama2" else f"{answer}</s>" for answer in answers]
+    got = tokenizer.decode([token for token, trained in zip(tokens.ids, tokens.trained, strict=True) if trained])
+    assert got == "".join(wanted)
+    last = last_answer(tokens)
+    assert trained_text(tokenizer, last) == wanted[-1]
+
+
+@given(text=TEXT)
+def test_a_document_is_trained_whole(text):
+    tokenizer = small_tokenizer()
+    (tokens,) = encode(choose_template(tokenizer, "alpaca", "text"), [(Message("text", text),)])
+    assert tokenizer.decode(tokens.ids) == f"<s>{text}</s>"
+    assert tokens.trained == [False] + [True] * (len(tokens.ids) - 1)
+
+
+@given(said=st.lists(TEXT, min_size=4, max_size=12), system=st.none() | TEXT)
+def test_a_chat_is_split_between_turns_and_nothing_is_lost(said, system):
+    conversation = turns(*said[: len(said) // 2 * 2], system=system)
+    halves = halve(conversation)
+    assert halves is not None
+    opening = conversation[:1] if system else ()
+    assert all(half[: len(opening)] == opening and half[-1].role == "assistant" for half in halves)
+    assert sum((half[len(opening) :] for half in halves), ()) == conversation[len(opening) :]
+
+
+@given(length=st.integers(2, 30), count=st.integers(2, 100))
+def test_a_document_is_cut_into_pieces_and_nothing_is_lost(length, count):
+    tokens = Tokens(list(range(count)), [False] + [True] * (count - 1))
+    pieces = cut_text(tokens, length)
+    ids = [token for piece in pieces for token in piece.ids]
+    assert ids in (tokens.ids, tokens.ids[:-1]), "an EOS alone is no piece"
+    assert all(1 < len(piece.ids) <= length for piece in pieces)

@@ -1,0 +1,145 @@
+"""`nybble data check` and `nybble data preview`, as a person runs them."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+
+import matplotlib.image
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from conftest import SHARED
+from nybble.check import check
+from nybble.data import histogram
+from nybble.data.licences import licences
+from nybble.data.preview import preview
+from nybble.data.sources import find_sources
+from nybble.errors import DataError
+from nybble.recipe import DataOptions, load_recipe
+
+
+def looked(data, model, *words: str, **more) -> tuple[bool, str]:
+    console = Console(file=io.StringIO(), width=100)
+    recipe = load_recipe(None, [f"data.path={data}", f"model.path='{model}'", "model.device=cpu", *words])
+    fit = check(recipe, console, **more)
+    print(console.file.getvalue())
+    return fit, console.file.getvalue()
+
+
+def test_a_fit_set_is_reported_with_all_its_numbers(rows, tiny_llama, cache, tmp_path):
+    words = [
+        "data.max_length=256",
+        "data.packing=true",
+        "train.micro_batch=1",
+        "train.accumulation=2",
+        "data.validation=8",
+    ]
+    fit, told = looked(rows, tiny_llama, *words, picture=tmp_path / "h.png", cache=cache)
+    assert fit
+    for pattern in (
+        r"rows +80: 80 alpaca",
+        r"duplicates +0",
+        r"bad rows +0",
+        r"template +alpaca; <s> once a row",
+        r"tokens +[\d,]+, [\d,]+ of them trained \(\d+%\)",
+        r"a row +\d+ to \d+ tokens; half up to \d+, 95% up to \d+",
+        r"batches +as training gets them: every answer ends with a trained </s>, BOS is in place",
+        r"packing +72 rows in \d+ of 256 tokens, [\d.]+% full",
+        r"steps +\d+ of 1 x 2 rows, about [\d,]+ tokens; roughly [\d.]+ (seconds|minutes) on this machine's cpu",
+        r"\nfit\n",
+    ):
+        assert re.search(pattern, told), pattern
+    assert matplotlib.image.imread(tmp_path / "h.png").shape[:2] == (480, 960)
+
+
+def test_an_unfit_set_has_every_fault_named(tmp_path, tiny_llama, cache):
+    rows = [{"prompt": "red " * 100, "completion": "one " * (n + 1)} for n in range(40)]
+    rows += [{"prompt": "x", "completion": ""}] * 2 + [rows[0]]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
+    fit, told = looked(
+        file, tiny_llama, "data.max_length=128", "train.micro_batch=1", "train.accumulation=1", cache=cache
+    )
+    assert not fit
+    assert "bad rows   3, 2 of them without an answer" in told
+    assert "duplicates 1, each used once" in told
+    assert f"{file}:41: a row without an answer: 'completion' is empty" in told
+    assert f"{file}:44: not valid JSON" in told
+    assert re.search(r"too long +\d+ rows over data.max_length=128; truncating loses [\d,]+ answer tokens", told)
+    assert "data.overlength=truncate" in told
+    assert "unfit: 2 reasons" in told
+
+
+def test_without_a_model_the_rows_are_read(rows, tmp_path):
+    fit, told = looked(rows, "")
+    assert fit
+    assert "rows       80: 80 alpaca" in told
+    assert "name a model too" in told
+    with pytest.raises(DataError, match="lengths are counted in a model's tokens"):
+        looked(rows, "", picture=tmp_path / "h.png")
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"prompt": "a"}\n')
+    fit, told = looked(file, "")
+    assert not fit
+    assert f"where: {file}:1" in told
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the real data")
+@pytest.mark.parametrize(
+    "name", ["alpaca_en_demo.json", "dolly_open_qa.jsonl", "instruct_mix.jsonl", "oasst_en_chats.jsonl"]
+)
+def test_real_sets_are_fit_and_pack_nearly_full(name, cache):
+    file, tokenizer = SHARED / "train" / name, SHARED / "llama2-tokenizer"
+    fit, told = looked(file, tokenizer, "data.max_length=2048", "data.packing=true", "data.validation=0", cache=cache)
+    assert fit
+    filled = float(re.search(r"([\d.]+)% full", told)[1])
+    assert filled > (99.5 if name == "instruct_mix.jsonl" else 97)
+
+
+def shown(data, tokenizer, *, colour: bool = False, **more) -> str:
+    console = Console(file=io.StringIO(), width=200, force_terminal=colour, color_system="standard" if colour else None)
+    preview(DataOptions(path=str(data)), tokenizer, 1, console, **more)
+    print(console.file.getvalue())
+    return console.file.getvalue()
+
+
+def test_a_preview_shows_the_text_the_mask_and_the_control_tokens(tmp_path, tiny_tokenizer):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"instruction": "red [bold] </s>", "output": "blue"}\n')
+    told = shown(file, tiny_tokenizer)
+    assert "<s>Below is an instruction" in told
+    assert "### Instruction:\nred [bold] </s>\n\n### Response:\n[[blue]][[</s>]]" in told
+    assert re.search(rf"{file}:1: \d+ tokens, \d trained", told)
+    coloured = shown(file, tiny_tokenizer, colour=True)
+    assert "[[" not in coloured
+    assert re.search(r"\x1b\[1;32mblue\x1b\[0m\x1b\[1;7;32m</s>\x1b\[0m", coloured)
+    listed = shown(file, tiny_tokenizer, ids=True)
+    assert "[[2 </s>]]" in listed
+
+
+def test_a_preview_without_a_row_says_why(tmp_path, tiny_tokenizer):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"instruction": "red", "output": ""}\n')
+    with pytest.raises(DataError, match="a row without an answer"):
+        shown(file, tiny_tokenizer)
+
+
+@given(st.dictionaries(st.integers(1, 5000), st.integers(1, 50), min_size=1, max_size=60))
+def test_a_histogram_counts_every_row_once(lengths):
+    found = histogram.bins(lengths)
+    assert sum(rows for *_, rows in found) == sum(lengths.values())
+    assert len(found) <= 16
+    assert all(first <= last for first, last, _ in found)
+    assert [line for line, _ in histogram.text(lengths, 100, "#")]
+
+
+def test_the_licence_of_a_known_set_is_named(tmp_path):
+    (tmp_path / "alpaca_data.json").write_text("[]")
+    assert licences(find_sources(str(tmp_path / "alpaca_data.json"))) == [
+        "alpaca_data.json: CC BY-NC 4.0: not for commercial use (Stanford Alpaca)"
+    ]
+    assert licences(find_sources("tatsu-lab/alpaca")) == ["tatsu-lab/alpaca: CC BY-NC 4.0: not for commercial use"]
