@@ -128,6 +128,9 @@ def weighted(sources: numpy.ndarray, weights: Sequence[float], seed: int) -> num
 
 
 def column(rows: Dataset, name: str) -> numpy.ndarray:
-    """A column of numbers; the others are not read."""
-    numbers: numpy.ndarray = numpy.asarray(rows.select_columns(name).with_format("numpy")[:][name])
-    return numbers
+    """A column of numbers; the others are not read.
+
+    Datasets' own way through a selection is a slice a row: 600,000 rows took 5 s and 500 MB.
+    """
+    numbers: numpy.ndarray = rows.data.column(name).to_numpy()
+    return numbers if rows._indices is None else numbers[rows._indices.column(0).to_numpy()]

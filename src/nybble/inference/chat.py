@@ -8,6 +8,7 @@ from rich.console import Console
 from transformers import TextStreamer
 
 from nybble.data.formats import Conversation, Message
+from nybble.errors import DataError
 from nybble.inference.pipeline import Answerer, Sampling
 
 HELP = "Type a message; /new begins anew, /exit or Ctrl-D ends."
@@ -69,5 +70,8 @@ def talk(
             answer = answer_once(answerer, asked, sampling, console, compare)
         except KeyboardInterrupt:
             console.print("\n(stopped)", style="dim")
+            continue
+        except DataError as fault:  # a control word of the template
+            console.print(str(fault), style="red", markup=False)
             continue
         history = (*asked, Message("assistant", answer)) if answer else history
