@@ -234,3 +234,21 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed(tiny_llama, rows, tmp_path):
 
 def test_the_cache_has_one_place():
     assert CACHE.parts[-2:] == (".cache", "nybble")
+
+
+def test_data_is_checked_and_previewed_from_the_command_line(tiny_llama, rows, tmp_path):
+    fit = nybble("data", "check", rows, tiny_llama, "data.max_length=256", home=tmp_path)
+    assert fit.returncode == 0, fit.stderr
+    assert fit.stdout.rstrip().endswith("fit")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"instruction": "a"}\n')
+    unfit = nybble("data", "check", bad, home=tmp_path)
+    assert unfit.returncode == 1
+    assert f"{bad}:1" in unfit.stdout
+    seen = nybble("data", "preview", rows, tiny_llama, "-n", 2, home=tmp_path)
+    assert seen.returncode == 0, seen.stderr
+    assert seen.stdout.count("</s>]]") == 2
+    for words, message in ((("check",), "DATA is missing"), (("preview", rows), "MODEL is missing")):
+        result = nybble("data", *words, home=tmp_path)
+        assert result.returncode != 0
+        assert message in result.stderr + result.stdout

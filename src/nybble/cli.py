@@ -232,7 +232,8 @@ def _overrides(words: list[str], places: tuple[str, str]) -> list[str]:
     """Words without a key in their places, and the others as they are."""
     named = [word for word in words if not OVERRIDE.match(word)]
     if len(named) > 2:
-        raise typer.BadParameter(f"at most two names, then key=value; what is {named[2]!r}?")
+        names = " and ".join(place.split(".")[0].upper() for place in places)
+        raise typer.BadParameter(f"at most {names}, then key=value; what is {named[2]!r}?")
     given = [f"{key}={value}" for key, value in zip(places, named, strict=False)]
     return given + [word for word in words if OVERRIDE.match(word)]
 
