@@ -85,6 +85,18 @@ def test_many_bad_rows_are_counted_and_the_first_shown(tmp_path, tiny_tokenizer,
         loaded(file, tiny_tokenizer, cache)
 
 
+def test_bad_rows_are_left_out_where_that_is_asked_for(tmp_path, tiny_tokenizer, cache):
+    file = written(tmp_path, "a.jsonl", GOOD + '{"instruction": "a", "output": ""}\n' + "{\n")
+    data = loaded(file, tiny_tokenizer, cache, bad_rows="drop")
+    assert (data.counts.faulty, data.counts.kept) == (2, 1)
+    with pytest.raises(DataError, match="2 of 3 rows cannot be trained on") as caught:
+        loaded(file, tiny_tokenizer, cache)
+    assert "data.bad_rows=drop leaves them out" in caught.value.fix
+    file = written(tmp_path, "b.jsonl", '{"instruction": "a", "output": ""}\n')
+    with pytest.raises(DataError, match="a row without an answer"):
+        loaded(file, tiny_tokenizer, cache, bad_rows="drop")
+
+
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
     with pytest.raises(DataError, match="there is no file"):
         find_sources(str(tmp_path / "none.jsonl"))

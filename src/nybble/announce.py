@@ -31,7 +31,8 @@ def tell_data(console: Console, data: Prepared, options: DataOptions, seconds: f
         f"data      {counts.rows:,} rows ({forms}), template {data.template.name}, {counts.tokens:,} tokens, "
         f"{counts.trained_tokens:,} of them trained; {how}",
     )
-    lost = [f"{counts.duplicates:,} duplicates"] if counts.duplicates else []
+    lost = [f"{counts.faulty:,} bad rows"] if counts.faulty else []
+    lost += [f"{counts.duplicates:,} duplicates"] if counts.duplicates else []
     if counts.overlength:
         verb = {"truncate": "truncated to", "split": "split into pieces of"}.get(
             options.overlength, "dropped as longer than"

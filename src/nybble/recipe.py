@@ -86,6 +86,8 @@ class DataOptions(Options):
     """Longest row in tokens, and the length of a packed one."""
     overlength: Literal["error", "drop", "truncate", "split"] = "error"
     """A row over max_length: error (refuse above 1%, else drop), drop, truncate (EOS stays), split (chats between turns)."""
+    bad_rows: Literal["error", "drop"] = "error"
+    """Rows that cannot be trained on, such as empty answers: refuse, or leave them out and say how many."""
     train_on: Literal["answers", "last", "all"] = "answers"
     """Which tokens the loss counts: all answers of a chat, its last answer, or prompts too."""
     packing: bool = False

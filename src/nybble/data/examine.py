@@ -117,15 +117,16 @@ def unfit(
     counts: Counts, faults: Sequence[DataError], lengths: Mapping[int, int], options: DataOptions
 ) -> Iterator[DataError]:
     """Every reason for which data cannot be trained on as the options say."""
-    if counts.faulty == 1:
+    is_refused = counts.faulty and (options.bad_rows == "error" or counts.faulty == counts.rows)
+    if is_refused and counts.faulty == 1:
         yield faults[0]
-    elif counts.faulty:
+    elif is_refused:
         are_alike = len({fault.what for fault in faults}) == 1 and counts.faulty > len(faults)
         shown = [f"  {fault.where}: {fault.what}" for fault in (faults[:ALIKE] if are_alike else faults)]
         more = [f"  and {counts.faulty - len(shown):,} more"] if counts.faulty > len(shown) else []
         yield DataError(
             "\n".join([f"{counts.faulty:,} of {counts.rows:,} rows cannot be trained on:", *shown, *more]),
-            fix=faults[0].fix or "mend or delete these rows",
+            fix=f"{faults[0].fix or 'mend or delete these rows'}; data.bad_rows=drop leaves them out",
         )
     if counts.rows == 0:
         yield DataError("there are no rows")

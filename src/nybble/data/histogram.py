@@ -62,6 +62,7 @@ def draw(lengths: Mapping[int, int], limit: int, file: pathlib.Path) -> None:
     axes.set_xlim(0, edge * 1.05)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6")
+    axes.set_axisbelow(True)
     axes.legend(frameon=False)
     temporary = file.with_suffix(".writing.png")
     figure.savefig(temporary)
