@@ -37,6 +37,8 @@ BAD = {
     "nothing.jsonl": ("", "the file is empty", ""),
     "nothing.jsonl.gz": (b"", "the file is empty", ""),
     "hollow.jsonl.gz": (gzip.compress(b""), "there are no rows in the file", ""),
+    "hollow.csv.gz": (gzip.compress(b""), "there are no rows in the file", ""),
+    "hollow.json.gz": (gzip.compress(b""), "there are no rows in the file", ""),
     "blank.jsonl": ("\n \n\n", "there are no rows in the file", ""),
     "header.csv": ("prompt,completion\n", "there are no rows in the file", ""),
     "short.jsonl.gz": (ZIPPED[: len(ZIPPED) // 2], "the gzip file is cut short", ":"),
@@ -84,6 +86,11 @@ BAD = {
     "surrogate.jsonl": (GOOD + '{"instruction": "\\ud83d", "output": "b"}\n', "half a surrogate pair", ":2"),
     "text.jsonl": (row(text=" "), "an empty 'text'", ":1"),
     # turns
+    "list-role.jsonl": (
+        row(messages=[{"role": ["user"], "content": "x"}, ANSWER]),
+        "role \"['user']\" is not one of",
+        ":1",
+    ),
     "role.jsonl": (GOOD_CHAT + chat(("narrator", "x"), SAY), "role 'narrator' is not one of system", ":2"),
     "no-answer.jsonl": (chat(ASK), "the conversation ends before the assistant speaks", ":1"),
     "ends-asking.jsonl": (chat(ASK, SAY, ASK), "the conversation ends before the assistant speaks", ":1"),

@@ -226,10 +226,10 @@ def _turn(turn: Any, place: int, origin: str) -> Message:
         raise DataError(
             f"message {place} must have role and content, or from and value; found {turn!r:.80}", where=origin
         )
-    role = turn[speaker]
-    if role in TOOLS or turn.get("tool_calls") or turn.get("function_call"):
+    role = turn[speaker] if isinstance(turn[speaker], str) else repr(turn[speaker])
+    if role.lower() in TOOLS or turn.get("tool_calls") or turn.get("function_call"):
         raise _no_tools(f"message {place} is from or for a tool", origin)
-    if not isinstance(role, str) or role.lower() not in ROLES:
+    if role.lower() not in ROLES:
         raise DataError(f"message {place}: {speaker} {role!r:.40} is not one of {', '.join(ROLES)}", where=origin)
     if turn.get("weight", 1) != 1:
         raise DataError(

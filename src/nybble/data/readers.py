@@ -290,7 +290,7 @@ def _read_array(file: pathlib.Path) -> Iterator[Item]:
 
 def _read_csv(file: pathlib.Path) -> Iterator[Item]:
     csv.field_size_limit(MAX_CSV_FIELD)
-    header = next(_lines(file))
+    header = next(_lines(file), "")
     semicolons = ";" in header and "," not in header and "\t" not in header  # as Excel writes it in much of Europe
     delimiter = "\t" if kind_of(file) == ".tsv" else ";" if semicolons else ","
     reader = csv.DictReader(_lines(file), delimiter=delimiter, strict=True)

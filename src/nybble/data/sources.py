@@ -88,7 +88,7 @@ def fingerprint(sources: Sequence[Source]) -> str:
 
 def _files(name: str) -> tuple[pathlib.Path, ...]:
     """The files a name stands for; none where it can only be a Hub id."""
-    path = pathlib.Path(name)
+    path = pathlib.Path(name).expanduser()
     if path.is_dir():
         inside = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file) in KINDS)
         if not inside:
