@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("words", nargs="*")
     parser.add_argument("--data", type=pathlib.Path, required=True)
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     looker = Looker()
     options = {**options_of(given.words), "steps": WARM_UP + 2 * LOOKED_AT + 1}
     trainer, _ = build(given.folder, given.data, options, [looker])

@@ -2,12 +2,14 @@
 
     python -m bench.train prepare DIR TOKENIZER_DIR
     python -m bench.train table DIR --data instruct_mix.jsonl [--peers peers.py] [--rows WORD ...] [--json FILE]
+        [--side-by-side 6]
     python -m bench.train row DIR --data FILE option=value ...        one row, as a JSON line
 
 `prepare` writes a random model of Llama 2 7B's shape in NF4 with double quantisation: speed and memory do not depend on
-values. A row trains LoRA on all linear layers with 8-bit AdamW through nybble's own trainer, whole optimiser steps, and
-leaves the first three out of the speed. Tokens are counted without padding. "reserved" is max_memory_reserved in 1e9
-bytes, the base included. A row in which a layer fell back is printed apart: it says nothing about the engine.
+values. Rows are processes of their own; several load side by side, and one trains at a time. A row trains LoRA on all
+linear layers with 8-bit AdamW through nybble's own trainer, whole optimiser steps, and leaves the first three out of the
+speed. Tokens are counted without padding. "reserved" is max_memory_reserved in 1e9 bytes, the base included. A row in
+which a layer fell back is printed apart: it says nothing about the engine.
 
 `--peers` is a script that measures others on the same work (one JSON line after RESULT a run). Options of a row:
 
@@ -23,16 +25,17 @@ import itertools
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import bitsandbytes
 import peft
 import torch
 import transformers
+from bench.gate import Row
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -62,6 +65,7 @@ LAUNCHES = {
     "cudaMemsetAsync",
 }
 WARM_UP = 3  # steps: kernels are compiled and the allocator grows
+GIVEN_UP = 400  # seconds after which a row has failed
 DEFAULTS = {
     "work": "dense", "batch": 4, "length": 2048, "policy": "auto", "r": 16, "dtype": "bfloat16", "embedding": "device",
     "limit": 0.0, "steps": 10,
@@ -264,47 +268,48 @@ def measure(folder: pathlib.Path, data: pathlib.Path, options: dict[str, Any]) -
     }
 
 
-def run(command: list[str], seconds: int) -> dict[str, Any]:
-    """A row in its own process; what fails is a row with its last line."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {seconds} s"}
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-            return result
-    return {"failed": (done.stderr or done.stdout).strip().splitlines()[-1:], "log": done.stderr[-2000:]}
+def run(wave: list[Row]) -> Iterator[dict[str, Any]]:
+    """Rows that load side by side and train one after another; what fails is a row with its last line."""
+    for row in wave:
+        row.start()
+    for row in wave:
+        row.read("READY")
+    for row in wave:
+        found, said = row.train(), row.said()
+        yield {
+            "name": row.name,
+            **(json.loads(found) if found else {"failed": said.strip().splitlines()[-1:], "log": said}),
+        }
 
 
-def table(
-    folder: pathlib.Path, data: pathlib.Path, peers: pathlib.Path | None, words: list[str], file: pathlib.Path | None
-) -> None:
-    """All rows one after another, then the table."""
-    rows: list[dict[str, Any]] = []
-    here = [sys.executable, "-m", "bench.train", "row", str(folder)]
-    commands = [
-        (f"nybble {name}", [*here, *(f"{key}={value}" for key, value in own.items()), "--data", str(data)])
+def rows_of(folder: pathlib.Path, data: pathlib.Path, peers: pathlib.Path | None, words: list[str]) -> list[Row]:
+    """nybble's rows and the peers', those whose names hold one of the words."""
+    common = ["row", str(folder), "--data", str(data)]
+    rows = [
+        Row(f"nybble {name}", [__file__, *common, *(f"{key}={value}" for key, value in own.items())], GIVEN_UP)
         for name, own in ROWS
     ]
     if peers is not None:
-        commands += [
-            (name, [sys.executable, str(peers), "train", *own.split(), f"dir={folder}"]) for name, own in PEERS
-        ]
+        rows += [Row(name, [str(peers), "train", *own.split(), f"dir={folder}"], GIVEN_UP) for name, own in PEERS]
+    return [row for row in rows if not words or any(word in row.name for word in words)]
+
+
+def table(rows: list[Row], side_by_side: int, file: pathlib.Path | None) -> None:
+    """All rows, then the table."""
     about = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(),
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft, bitsandbytes)},
     }
-    for name, command in commands:
-        if words and not any(word in name for word in words):
-            continue
-        rows.append({"name": name, **run(command, 400)})
-        print(json.dumps(rows[-1]), flush=True)
-        if file is not None:
-            file.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    done: list[dict[str, Any]] = []
+    for first in range(0, len(rows), side_by_side):
+        for result in run(rows[first : first + side_by_side]):
+            done.append(result)
+            print(json.dumps(result), flush=True)
+            if file is not None:
+                file.write_text(json.dumps({**about, "rows": done}, indent=1) + "\n")
     print(f"{'':58}{'tokens/s':>10}{'GB':>8}{'loss':>9}  attention")
-    for row in rows:
+    for row in done:
         if "failed" in row:
             print(f"{row['name']:58}  failed: {row['failed']}")
             continue
@@ -323,11 +328,12 @@ def main() -> None:
     parser.add_argument("--peers", type=pathlib.Path)
     parser.add_argument("--rows", nargs="*", default=[])
     parser.add_argument("--json", type=pathlib.Path)
-    given = parser.parse_args()
+    parser.add_argument("--side-by-side", type=int, default=6, help="rows that load at once (they train alone)")
+    given = parser.parse_intermixed_args()
     if given.command == "prepare":
         prepare(given.folder, pathlib.Path(given.words[0]))
     elif given.command == "table":
-        table(given.folder, given.data, given.peers, given.rows, given.json)
+        table(rows_of(given.folder, given.data, given.peers, given.rows), given.side_by_side, given.json)
     else:
         try:
             print("RESULT " + json.dumps(measure(given.folder, given.data, options_of(given.words))), flush=True)

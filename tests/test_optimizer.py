@@ -72,3 +72,21 @@ def test_it_says_what_it_cannot_step_on():
     parts[1].data = parts[1].data.clone()
     with pytest.raises(AssertionError, match="a parameter's data was replaced"):
         optimizer.step()
+
+
+def test_gathered_gradients_are_those_of_the_parts():
+    parts = parameters()
+    optimizer = FlatAdamW8bit(parts, **SETTINGS)
+    for part in parts:
+        part.grad = part.detach().clone()
+    exact = torch.nn.utils.get_total_norm([part.grad for part in parts])
+    norm = torch.nn.utils.clip_grad_norm_([optimizer.gather()], 0.5)
+    assert norm == pytest.approx(exact.item(), rel=1e-6)
+    assert torch.nn.utils.get_total_norm([part.grad for part in parts]) == pytest.approx(0.5, rel=1e-3)
+    kept = optimizer.gather().grad
+    assert optimizer.gather().grad is kept, "gathered twice"
+    for part in parts:  # a step that the loss scaling skipped, then new gradients
+        part.grad = torch.ones_like(part)
+    assert optimizer.gather().grad.eq(1).all()
+    optimizer.step()
+    assert optimizer.param_groups[0]["params"][0].grad is None, "the gradients of all stay in memory"

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import nybble.train as training
+from nybble.data.batches import Collator
 from nybble.data.formats import Message
 from nybble.data.tokens import encode_prompt
 from nybble.errors import DataError, EngineError, ModelError, NybbleError, RecipeError, RunError, TrainingError
@@ -24,6 +25,7 @@ from nybble.inference.pipeline import Sampling, load_answerer
 from nybble.recipe import Recipe, load_recipe
 from nybble.run import Run, open_run, read_metrics
 from nybble.train import resume, train
+from nybble.trainer import Window
 
 FAST = [
     "model.device=cpu",
@@ -437,3 +439,26 @@ def test_what_does_not_fit_is_made_leaner_step_by_step():
     plain = load_recipe(None, ["model.path=m", "data.path=d", "engine.fused=false", "train.micro_batch=1",
                                "train.gradient_checkpointing=false"])  # fmt: skip
     assert training._leaner(plain) == "train.gradient_checkpointing=true"
+
+
+def test_the_gradients_norm_is_the_same_however_the_optimiser_holds_them(tiny_llama, rows, cache, tmp_path, quiet):
+    norms = {}
+    for optimizer in ("adamw", "adamw_8bit"):
+        words = ["train.max_steps=3", f"train.optimizer={optimizer}", "train.max_grad_norm=0.1", "train.warmup=0"]
+        run = train(recipe_for(tiny_llama, rows, tmp_path / optimizer, *words), console=quiet, cache=cache)
+        norms[optimizer] = [line["grad_norm"] for line in read_metrics(run) if "grad_norm" in line]
+    assert norms["adamw"][0] == pytest.approx(norms["adamw_8bit"][0], rel=1e-5)
+    assert norms["adamw"] == pytest.approx(norms["adamw_8bit"], rel=0.05)  # 8-bit steps end elsewhere, but not far away
+
+
+def test_the_next_step_s_rows_are_laid_out_before_a_step_is_over(tiny_llama, rows, cache, tmp_path, quiet, monkeypatch):
+    """While the device still works; and no step beyond the last is read."""
+    seen: list[str] = []
+    collate, clear = Collator.__call__, Window.clear
+    words = ["train.max_steps=3", "data.validation=0", "train.micro_batch=2", "train.accumulation=1", "train.samples=0"]
+    monkeypatch.setattr(Collator, "__call__", lambda self, rows: seen.append("rows") or collate(self, rows))
+    monkeypatch.setattr(training, "inspect", lambda *words: None)  # the X-ray lays out rows of its own
+    monkeypatch.setattr(Window, "clear", lambda self: seen.append("over") or clear(self))
+    train(recipe_for(tiny_llama, rows, tmp_path / "run", *words), console=quiet, cache=cache)
+    # Accelerate's loader reads one batch further than it gives: two for the first step, one for each of the others.
+    assert seen == ["rows", "rows", "rows", "over", "rows", "over", "over"]

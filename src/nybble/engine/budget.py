@@ -46,7 +46,7 @@ class Budget:
         for tiled_like in (KEEP_ALL, LAYER_INPUT):  # wide tiles where memory allows, narrow ones where it does not
             passing = max(passing_bytes(shape, tokens, tiled_like), self.loss_bytes(tokens))
             found = mix(shape, layers, tokens, free - passing)
-            if tile(found[0]) == tile(tiled_like):
+            if tile(found[0], tokens) == tile(tiled_like, tokens):
                 break
         return found
 

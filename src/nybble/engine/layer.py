@@ -108,7 +108,7 @@ class Batch:
 
     def tiles(self, policy: str) -> list[slice]:
         """Rows of tokens, in equal parts."""
-        tokens, largest = self.segments.tokens, tile(policy)
+        tokens, largest = self.segments.tokens, tile(policy, self.segments.tokens)
         step = -(-tokens // -(-tokens // largest))
         return [slice(first, min(first + step, tokens)) for first in range(0, tokens, step)]
 

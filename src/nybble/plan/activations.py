@@ -14,14 +14,19 @@ HOST, LAYER_INPUT, DROP_QKV, DROP_MLP, KEEP_ALL = "host", "layer-input", "drop-q
 LADDER = (HOST, LAYER_INPUT, DROP_QKV, DROP_MLP, KEEP_ALL)
 """From the leanest to the fastest."""
 
-WIDE_TILE, NARROW_TILE = 8192, 2048
-"""Tokens that the projections take at once where much is kept, and where memory is short. cuBLAS reaches its rate at 2,048
-rows already (docs/benchmarks.md); larger tiles save launches, smaller ones 90 KB a token for Llama 2 7B."""
+WIDE_TILE, MIDDLE_TILE, NARROW_TILE = 8192, 4096, 2048
+"""Tokens that the projections take at once: where much is kept, where memory is short, and where it is very short. Larger tiles
+save launches and fill the card better, smaller ones save 90 KB a token for Llama 2 7B (docs/benchmarks.md)."""
+MIDDLE = range(4097, 16385)
+"""Tokens of a batch from which the narrow tile would make many small products, and up to which the middle one is affordable:
+a longer context is there because memory is scarce."""
 
 
-def tile(policy: str) -> int:
-    """Tokens to a tile under a policy."""
-    return WIDE_TILE if policy in (KEEP_ALL, DROP_MLP) else NARROW_TILE
+def tile(policy: str, tokens: int) -> int:
+    """Tokens to a tile under a policy, in a batch of so many."""
+    if policy in (KEEP_ALL, DROP_MLP):
+        return WIDE_TILE
+    return MIDDLE_TILE if tokens in MIDDLE else NARROW_TILE
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def passing_bytes(shape: LayerShape, tokens: int, policy: str) -> int:
     The larger of two moments: the MLP of one tile (gate, up and their gradients in place, the activation, the norm) beside
     what the layer keeps of all tokens; and attention's backward with its inputs, its output and their gradients.
     """
-    hidden, rows = shape.hidden * shape.residual, min(tokens, tile(policy))
+    hidden, rows = shape.hidden * shape.residual, min(tokens, tile(policy, tokens))
     recomputed = shape.hidden * shape.residual + (shape.qkv + shape.query) * shape.element + 4 * shape.heads
     streams = 2 * hidden + shape.ranks[1] * shape.element  # gradients of the layer's output and of the sum
     mlp = (3 * shape.intermediate + 4 * shape.hidden + sum(shape.ranks)) * shape.element
