@@ -14,11 +14,12 @@ from rich.console import Console
 
 from conftest import SHARED
 from nybble.check import check
+from nybble.cli import _data_recipe
 from nybble.data import histogram
 from nybble.data.licences import licences
 from nybble.data.preview import preview
 from nybble.data.sources import find_sources
-from nybble.errors import DataError
+from nybble.errors import DataError, RecipeError
 from nybble.recipe import DataOptions, load_recipe
 
 
@@ -86,6 +87,14 @@ def test_without_a_model_the_rows_are_read(rows, tmp_path):
     fit, told = looked(file, "")
     assert not fit
     assert f"where: {file}:1" in told
+
+
+@pytest.mark.parametrize("name", ["*.jsonl", "[ab].jsonl", "my: rows.jsonl", "2024-01-01", "007", "a #1.jsonl"])
+def test_a_name_on_the_command_line_is_taken_to_the_letter(name):
+    recipe = _data_recipe([name, "my/*", "data.max_length=64"], None)
+    assert (recipe.data.path, recipe.model.path, recipe.data.max_length) == (name, "my/*", 64)
+    with pytest.raises(RecipeError, match=re.escape("""put text in quotes: 'data.path="*.jsonl"'""")):
+        _data_recipe(["data.path=*.jsonl"], None)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the real data")

@@ -6,6 +6,7 @@ No torch before a command needs it: `nybble --help` answers at once.
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import pathlib
 import re
@@ -234,7 +235,8 @@ def _overrides(words: list[str], places: tuple[str, str]) -> list[str]:
     if len(named) > 2:
         names = " and ".join(place.split(".")[0].upper() for place in places)
         raise typer.BadParameter(f"at most {names}, then key=value; what is {named[2]!r}?")
-    given = [f"{key}={value}" for key, value in zip(places, named, strict=False)]
+    # in quotes: a value is YAML, to which the * of a pattern and the colon of a name would say something
+    given = [f"{key}={json.dumps(word, ensure_ascii=False)}" for key, word in zip(places, named, strict=False)]
     return given + [word for word in words if OVERRIDE.match(word)]
 
 
