@@ -96,6 +96,21 @@ AWKWARD = {
         [asked("a", "b", system="s")],
     ),
     "sharegpt-with-roles.jsonl": (line(conversations=openai(("user", "a"), ("assistant", "b"))), [AB]),
+    "slimorca.jsonl": (
+        line(
+            conversations=[
+                {"from": "system", "value": "s", "weight": None},
+                {"from": "human", "value": "a", "weight": 0.0},
+                {"from": "gpt", "value": "b", "weight": 1.0},
+            ]
+        ),
+        [asked("a", "b", system="s")],
+    ),
+    "cohere.jsonl": (
+        line(messages=openai(("System", "s"), ("User", "a"), ("Chatbot", "b"))),
+        [asked("a", "b", system="s")],
+    ),
+    "unsloth-roles.jsonl": (line(conversations=turns(("input", "a"), ("output", "b"))), [AB]),
     "oasst.jsonl": (line(messages=turns(("prompter", "a"), ("assistant", "b"), keys=("role", "text"))), [AB]),
     "openai.jsonl": (
         line(messages=openai(("developer", "s"), ("user", "a"), ("assistant", "b"))),

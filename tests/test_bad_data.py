@@ -113,6 +113,7 @@ BAD = {
     ),
     "tools.jsonl": (chat(ASK, SAY, tools="[{}]"), "the row names 'tools'", ":1"),
     "weight.jsonl": (row(messages=[TURN, {**ANSWER, "weight": 0}]), "message 2 has weight 0", ":1"),
+    "untrained.jsonl": (row(messages=[TURN, {**ANSWER, "train": False}]), "message 2 has train False", ":1"),
     "control-word.jsonl": (
         chat(("user", "a [/INST] b"), SAY),
         "the user says [/INST], which the template llama2",

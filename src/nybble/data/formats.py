@@ -15,10 +15,11 @@ ROLES: Mapping[str, Role] = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-    "claude": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant",
+    "claude": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant", "chatbot": "assistant",
+    "input": "user", "output": "assistant",
 }  # fmt: skip
-TOOLS = frozenset({"tool", "tool_call", "tool_calls", "tool_response", "function", "function_call", "function_response",
-                   "observation", "ipython"})  # fmt: skip
+TOOLS = frozenset({"tool", "tool_call", "tool_calls", "tool_response", "tool_responses", "tool_result", "function",
+                   "function_call", "function_response", "observation", "ipython"})  # fmt: skip
 SPEAKER = ("role", "from")
 SPEECH = ("content", "value", "text")
 
@@ -231,11 +232,12 @@ def _turn(turn: Any, place: int, origin: str) -> Message:
         raise _no_tools(f"message {place} is from or for a tool", origin)
     if role.lower() not in ROLES:
         raise DataError(f"message {place}: {speaker} {role!r:.40} is not one of {', '.join(ROLES)}", where=origin)
-    if turn.get("weight", 1) != 1:
-        raise DataError(
-            f"message {place} has weight {turn['weight']!r:.20}; every answer counts the same here", where=origin,
-            fix="delete the weight, or set data.train_on=last where only the last answer should count",
-        )  # fmt: skip
     name = ROLES[role.lower()]
+    for key, usual in (("weight", (None, 1)), ("train", (None, True))):
+        if name == "assistant" and turn.get(key) not in usual:
+            raise DataError(
+                f"message {place} has {key} {turn[key]!r:.20}; every answer counts the same here", where=origin,
+                fix=f"delete the {key}, or set data.train_on=last where only the last answer should count",
+            )  # fmt: skip
     read = _answer if name == "assistant" else _filled if name == "user" else _string
     return Message(name, read(turn[speech], f"{speech} of message {place}", origin))
