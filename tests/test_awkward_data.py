@@ -85,6 +85,21 @@ AWKWARD = {
         [asked("a", "b", input="i")],
     ),
     "alpaca-null-input.jsonl": (line(instruction="a", input=None, output="b"), [AB]),
+    "joined-with-nulls.jsonl": (
+        line(messages=None, instruction="a", input="", output="b", text=None)
+        + line(messages=openai(("user", "a"), ("assistant", "b")), instruction=None, input=None, output=None, text=None)
+        + line(messages=None, instruction=None, input=None, output=None, text="a"),
+        [AB, AB, (Message("text", "a"),)],
+    ),
+    "turns-with-nulls.jsonl": (
+        line(
+            conversations=[
+                {"role": None, "content": None, "from": "human", "value": "a"},
+                {"role": None, "content": None, "from": "gpt", "value": "b"},
+            ]
+        ),
+        [AB],
+    ),
     "other-columns.jsonl": (line(id=7, prompt="a", completion="b", scores=[1, {"x": None}]), [AB]),
     "sharegpt.jsonl": (line(conversations=turns(("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d"))), [CHAT]),
     "sharegpt-system.jsonl": (

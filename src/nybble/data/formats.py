@@ -61,6 +61,10 @@ class Form:
         """Whether a row has the columns that this form needs."""
         return all(self.columns[field] in row.values for field in FIELDS[self.name][0])
 
+    def speaks(self, row: Row) -> bool:
+        """Whether more than the columns' names is there: data sets joined into one have nulls in each other's columns."""
+        return row.values[self.columns[FIELDS[self.name][0][0]]] is not None
+
     def conversation(self, row: Row) -> Conversation:
         """The row as turns.
 
@@ -106,7 +110,7 @@ class Forms:
         Raises:
             DataError: what is wrong with the row, at its `file:line`.
         """
-        form = next((form for form in self.forms if form.fits(row)), None)
+        form = _form_of(row, self.forms)
         if form is None:
             raise self._unknown(row)
         if form.name == "prompt" and isinstance(row.values.get("label"), bool):
@@ -149,8 +153,15 @@ def detect_forms(rows: Iterable[Row], form: str, mapping: Mapping[str, str]) -> 
     forms = [Form(name, {field: mapping.get(field, field) for field in sum(FIELDS[name], ())}) for name in names]
     evidence: Counter[str] = Counter()
     for row in rows:
-        evidence.update([next((form.name for form in forms if form.fits(row)), "")])
+        found = _form_of(row, forms)
+        evidence.update([found.name if found is not None else ""])
     return Forms(sorted(forms, key=lambda form: -evidence[form.name]), evidence)
+
+
+def _form_of(row: Row, forms: Sequence[Form]) -> Form | None:
+    """The first form that fits, of those that do one that is not null."""
+    fitting = [form for form in forms if form.fits(row)]
+    return next((form for form in fitting if form.speaks(row)), fitting[0] if fitting else None)
 
 
 def _preference(row: Row, why: str) -> DataError:
@@ -221,8 +232,7 @@ def _turns(value: Any, column: str, origin: str) -> Iterator[Message]:
 
 
 def _turn(turn: Any, place: int, origin: str) -> Message:
-    speaker = next((key for key in SPEAKER if isinstance(turn, dict) and key in turn), None)
-    speech = next((key for key in SPEECH if isinstance(turn, dict) and key in turn), None)
+    speaker, speech = _key_of(turn, SPEAKER), _key_of(turn, SPEECH)
     if speaker is None or speech is None:
         raise DataError(
             f"message {place} must have role and content, or from and value; found {turn!r:.80}", where=origin
@@ -241,3 +251,9 @@ def _turn(turn: Any, place: int, origin: str) -> Message:
             )  # fmt: skip
     read = _answer if name == "assistant" else _filled if name == "user" else _string
     return Message(name, read(turn[speech], f"{speech} of message {place}", origin))
+
+
+def _key_of(turn: Any, keys: Sequence[str]) -> str | None:
+    """Which of the keys a turn has, and rather one that is not null."""
+    present = [key for key in keys if isinstance(turn, dict) and key in turn]
+    return next((key for key in present if turn[key] is not None), present[0] if present else None)
