@@ -85,6 +85,12 @@ AWKWARD = {
         [asked("a", "b", input="i")],
     ),
     "alpaca-null-input.jsonl": (line(instruction="a", input=None, output="b"), [AB]),
+    "alpaca-history.json": (
+        json.dumps([{"instruction": "c", "input": "", "output": "d", "history": [["a", "b"]]}]),
+        [CHAT],
+    ),
+    "alpaca-empty-history.jsonl": (line(instruction="a", output="b", history=[]), [AB]),
+    "no-tools.json": (json.dumps([{"conversations": turns(("human", "a"), ("gpt", "b")), "tools": "[]"}]), [AB]),
     "joined-with-nulls.jsonl": (
         line(messages=None, instruction="a", input="", output="b", text=None)
         + line(messages=openai(("user", "a"), ("assistant", "b")), instruction=None, input=None, output=None, text=None)

@@ -76,6 +76,13 @@ BAD = {
     # what stands in them
     "spaces.jsonl": (alpaca(" \n"), "a row without an answer: 'output' is empty", ":2"),
     "none.jsonl": (alpaca(None), "a row without an answer: 'output' is empty", ":2"),
+    "history.jsonl": (row(instruction="a", output="b", history=["q"]), "'history' must be a list of [question", ":1"),
+    "history-number.jsonl": (row(instruction="a", output="b", history=3), "'history' must be a list of", ":1"),
+    "silent-history.jsonl": (
+        row(instruction="a", output="b", history=[["q", ""]]),
+        "a row without an answer: 'answer in history' is empty",
+        ":1",
+    ),
     "ask.jsonl": (row(instruction="", output="b"), "an empty 'instruction'", ":1"),
     "number.jsonl": (alpaca(3), "'output' must be text, found int: 3", ":2"),
     "nested.jsonl": (alpaca({"text": "b"}), "'output' must be text, found dict", ":2"),

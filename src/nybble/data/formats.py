@@ -20,6 +20,7 @@ ROLES: Mapping[str, Role] = {
 }  # fmt: skip
 TOOLS = frozenset({"tool", "tool_call", "tool_calls", "tool_response", "tool_responses", "tool_result", "function",
                    "function_call", "function_response", "observation", "ipython"})  # fmt: skip
+NO_TOOLS: tuple[object, ...] = (None, "", [], "[]")
 SPEAKER = ("role", "from")
 SPEECH = ("content", "value", "text")
 
@@ -40,7 +41,7 @@ FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # form: (required fields, optional fields); of forms that fit equally well the upper is meant
     "messages": (("messages",), ("system", "tools")),
     "sharegpt": (("conversations",), ("system", "tools")),
-    "alpaca": (("instruction", "output"), ("input", "system")),
+    "alpaca": (("instruction", "output"), ("input", "system", "history")),
     "prompt": (("prompt", "completion"), ("system",)),
     "text": (("text",), ()),
 }
@@ -77,7 +78,7 @@ class Form:
         system = _string(values.get("system"), self.columns["system"], row.origin)
         opening = (Message("system", system),) if system.strip() else ()
         if self.name in ("messages", "sharegpt"):
-            if values.get("tools"):
+            if values.get("tools") not in NO_TOOLS:
                 raise _no_tools(f"the row names {self.columns['tools']!r}", row.origin)
             (field,) = FIELDS[self.name][0]
             turns = tuple(_turns(values[field], self.columns[field], row.origin))
@@ -88,7 +89,9 @@ class Form:
             _filled(values[question], self.columns[question], row.origin),
             input=_string(values.get("input"), self.columns.get("input", ""), row.origin),
         )
-        return (*opening, user, Message("assistant", _answer(values[answer], self.columns[answer], row.origin)))
+        earlier = _history(values.get("history"), self.columns.get("history", ""), row.origin)
+        said = _answer(values[answer], self.columns[answer], row.origin)
+        return (*opening, *earlier, user, Message("assistant", said))
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,15 @@ def _answer(value: Any, column: str, origin: str) -> str:
             f"a row without an answer: {column!r} is empty", where=origin, fix="delete the row or fill it in"
         )
     return answer
+
+
+def _history(value: Any, column: str, origin: str) -> Iterator[Message]:
+    """The turns before an alpaca row's own, as LLaMA-Factory writes them."""
+    for pair in value if isinstance(value, list) else [value] if value else []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise DataError(f"{column!r} must be a list of [question, answer], found {value!r:.60}", where=origin)
+        yield Message("user", _filled(pair[0], f"question in {column}", origin))
+        yield Message("assistant", _answer(pair[1], f"answer in {column}", origin))
 
 
 def _turns(value: Any, column: str, origin: str) -> Iterator[Message]:
