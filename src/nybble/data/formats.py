@@ -21,6 +21,14 @@ ROLES: Mapping[str, Role] = {
 TOOLS = frozenset({"tool", "tool_call", "tool_calls", "tool_response", "tool_responses", "tool_result", "function",
                    "function_call", "function_response", "observation", "ipython"})  # fmt: skip
 NO_TOOLS: tuple[object, ...] = (None, "", [], "[]")
+PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
+USUAL = {
+    # field: names under which data sets often have it
+    "system": ("system_prompt", "system_message"),
+    "prompt": ("question", "query", "prompt", "instruction", "problem", "input"),
+    "input": ("context",),
+    "completion": ("response", "answer", "output", "completion", "reply", "solution", "target", "summary"),
+}
 SPEAKER = ("role", "from")
 SPEECH = ("content", "value", "text")
 
@@ -117,20 +125,23 @@ class Forms:
         if form is None:
             raise self._unknown(row)
         if form.name == "prompt" and isinstance(row.values.get("label"), bool):
-            raise _preference(row, "'label' says whether the completion is wanted")
-        return form.name, form.conversation(row)
+            why = "'label' says whether the completion is wanted"
+            raise _preference(row, why, "keep the rows whose label is true, without that column")
+        try:
+            return form.name, form.conversation(row)
+        except EmptyAnswerError as error:
+            is_mapped = "chosen" in form.columns.values()
+            raise (None if is_mapped else _two_answers(row)) or error from None
 
     def _unknown(self, row: Row) -> DataError:
-        if {"chosen", "rejected"} <= row.values.keys():
-            return _preference(row, "two answers, 'chosen' and 'rejected'")
+        if (two := _two_answers(row)) is not None:
+            return two
         likely = [form for form in self.forms if self.evidence.get(form.name)] or self.forms
         expected = [", ".join(form.columns[field] for field in FIELDS[form.name][0]) for form in likely]
-        texts = [name for name, value in row.values.items() if isinstance(value, str)]
-        asked, answered = texts[:2] if len(texts) > 1 else ("question", "answer")
         return DataError(
             f"unknown fields: found {', '.join(map(repr, row.values)) or 'none'}; expected {'; or '.join(expected)}",
             where=row.origin,
-            fix=f"name the columns, e.g. 'data.map={{prompt: {asked}, completion: {answered}}}'",
+            fix=f"name the columns, e.g. 'data.map={{{_likely_map(row)}}}'",
         )
 
 
@@ -167,11 +178,40 @@ def _form_of(row: Row, forms: Sequence[Form]) -> Form | None:
     return next((form for form in fitting if form.speaks(row)), fitting[0] if fitting else None)
 
 
-def _preference(row: Row, why: str) -> DataError:
+def _likely_map(row: Row) -> str:
+    """What data.map should say, by the names that columns usually have, else by their order."""
+    turns = [
+        name for name, value in row.values.items() if isinstance(value, list) and value and isinstance(value[0], dict)
+    ]
+    if turns:
+        return f"messages: {turns[0]}"
+    texts = {name.lower(): name for name, value in row.values.items() if isinstance(value, str)}
+    found = {field: next((texts[name] for name in names if name in texts), "") for field, names in USUAL.items()}
+    others = [name for name in texts.values() if name not in found.values() and name.lower() != "id"]
+    others += ["question", "answer"][len(others) :]
+    for field in ("prompt", "completion"):
+        found[field] = found[field] or others.pop(0)
+    renamed = {"prompt": "instruction", "completion": "output"} if found["input"] else {}
+    return ", ".join(f"{renamed.get(field, field)}: {column}" for field, column in found.items() if column)
+
+
+def _two_answers(row: Row) -> DataError | None:
+    names = next((pair for pair in PREFERENCES if row.values.keys() >= {*pair}), None)
+    if names is None:
+        return None
+    chosen = row.values[names[0]]
+    if isinstance(chosen, list) and len(chosen) > 1:
+        fix = f"data.map={{messages: {names[0]}}} trains on the wanted answer"
+    elif isinstance(chosen, str) and "prompt" in row.values:
+        fix = f"data.map={{completion: {names[0]}}} trains on the wanted answer"
+    else:
+        fix = "write the wanted answer where the other forms have theirs: behind the last message, or as output"
+    return _preference(row, f"two answers, {names[0]!r} and {names[1]!r}", fix)
+
+
+def _preference(row: Row, why: str, fix: str) -> DataError:
     return DataError(
-        f"a preference row ({why}): nybble trains on one answer a row, not on preferences",
-        where=row.origin,
-        fix="data.map={messages: chosen} where 'chosen' holds turns, data.map={completion: chosen} where it is text",
+        f"a preference row ({why}): nybble trains on one answer a row, not on preferences", where=row.origin, fix=fix
     )
 
 
