@@ -62,11 +62,11 @@ def test_every_kind_of_file_gives_the_same_rows_with_their_places(tmp_path):
 
 
 def test_csv_fields_may_hold_line_breaks(tmp_path):
-    file = written(tmp_path, "a.csv", 'prompt,completion\n"two\nlines",x\ny,z\n')
+    file = written(tmp_path, "a.csv", 'prompt,completion\n"two\nlines",x\n\n\ny,z\n')
     assert [(row.values["prompt"], row.origin) for row in read_rows(find_sources(str(file)))] == [
         ("two\nlines", f"{file}:2"),
-        ("y", f"{file}:4"),
-    ]
+        ("y", f"{file}:6"),
+    ], "blank lines are counted"
 
 
 GOOD = '{"instruction": "a", "output": "b"}\n'
