@@ -17,6 +17,7 @@ from nybble.check import check
 from nybble.cli import _data_recipe
 from nybble.data import histogram
 from nybble.data.licences import licences
+from nybble.data.prepare import prepare
 from nybble.data.preview import preview
 from nybble.data.sources import find_sources
 from nybble.errors import DataError, RecipeError
@@ -73,6 +74,39 @@ def test_an_unfit_set_has_every_fault_named(tmp_path, tiny_llama, cache):
     assert re.search(r"too long +\d+ rows over data.max_length=128; truncating loses [\d,]+ answer tokens", told)
     assert "data.overlength=truncate" in told
     assert "unfit: 2 reasons" in told
+
+
+def test_a_file_of_validation_rows_is_looked_at_too(rows, tiny_llama, tiny_tokenizer, cache, tmp_path):
+    words = ["data.max_length=256", f"data.validation={tmp_path / 'held.jsonl'}"]
+    fit, told = looked(rows, tiny_llama, *words, cache=cache)
+    assert not fit
+    assert f"there is no file {tmp_path / 'held.jsonl'}" in told
+    turns = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"}]
+    (tmp_path / "held.jsonl").write_text(json.dumps({"messages": turns}) + '\n{"instruction": "a", "output": ""}\n')
+    fit, told = looked(rows, tiny_llama, *words, cache=cache)
+    assert not fit
+    assert f"where: {tmp_path / 'held.jsonl'}:2" in told
+    (tmp_path / "held.jsonl").write_text(json.dumps({"messages": turns}))
+    fit, told = looked(rows, tiny_llama, *words, cache=cache)
+    assert fit
+    assert f"validation 1 rows of {tmp_path / 'held.jsonl'}, 1 used" in told
+    options = DataOptions(path=str(rows), max_length=256, validation=str(tmp_path / "held.jsonl"))
+    held_out = prepare(options, tiny_tokenizer, 0, cache).validation
+    assert "### Instruction:\nred" in tiny_tokenizer.decode(held_out[0]["input_ids"]), "in the template that is trained"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("data.max_length=513", "data.max_length=513 is above the model's 512 positions"),
+        ("train.save_every=2", "train.save_every=2 differs from the 1 steps between evaluations"),
+        ("train.micro_batch=100", "one step takes 400"),
+    ],
+)
+def test_what_train_would_refuse_is_unfit(rows, tiny_llama, cache, word, message):
+    fit, told = looked(rows, tiny_llama, "data.max_length=256", word, cache=cache)
+    assert not fit
+    assert message in told
 
 
 def test_without_a_model_the_rows_are_read(rows, tmp_path):

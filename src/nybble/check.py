@@ -17,13 +17,13 @@ from nybble.data.batches import Collator, PackedRows
 from nybble.data.examine import Examined, examine, forms_of, sources_of, unfit
 from nybble.data.licences import licences
 from nybble.data.order import lengths_of
-from nybble.data.prepare import arranged, split
+from nybble.data.prepare import arranged, of_validation, split
 from nybble.data.sources import read_rows
 from nybble.data.template import Template
 from nybble.data.tokenise import Counts, Pass
 from nybble.data.xray import Rules, inspect
-from nybble.errors import DataError, ModelError
-from nybble.model.checkpoint import find_checkpoint
+from nybble.errors import DataError, ModelError, NybbleError, RecipeError
+from nybble.model.checkpoint import check_length, find_checkpoint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.plan.schedule import plan_steps
@@ -68,7 +68,7 @@ def check(
     return True
 
 
-def _check_rows(recipe: Recipe, console: Console) -> list[DataError]:
+def _check_rows(recipe: Recipe, console: Console) -> list[NybbleError]:
     sources = sources_of(recipe.data)
     forms = forms_of(sources, recipe.data)
     reading = Pass(forms, None, recipe.data)
@@ -83,12 +83,16 @@ def _check_rows(recipe: Recipe, console: Console) -> list[DataError]:
 
 def _check_tokens(
     recipe: Recipe, console: Console, picture: pathlib.Path | None, cache: pathlib.Path
-) -> list[DataError]:
+) -> list[NybbleError]:
     tokenizer, config = describe(recipe)
     with _progress(console, "reading") as (progress, task):
         examined = examine(recipe.data, tokenizer, cache, lambda rows: progress.update(task, completed=rows))
     _tell_rows(console, examined.counts, len(examined.sources), licences(examined.sources))
-    faults = list(unfit(examined.counts, examined.faults, examined.lengths, recipe.data))
+    faults: list[NybbleError] = list(unfit(examined.counts, examined.faults, examined.lengths, recipe.data))
+    if config is not None:
+        faults += _too_long_for(config, recipe)
+    held_out, wrong = _validation_rows(recipe, examined, tokenizer, console, cache)
+    faults += wrong
     if not examined.lengths:
         return faults
     _tell_lengths(console, examined, recipe)
@@ -96,8 +100,32 @@ def _check_tokens(
         histogram.draw(examined.lengths, recipe.data.max_length, picture)
         _line(console, "picture", str(picture))
     if examined.counts.kept:
-        faults += _tell_batches(console, examined, recipe, tokenizer, config)
+        faults += _tell_batches(console, examined, held_out, recipe, tokenizer, config)
     return faults
+
+
+def _too_long_for(config: PretrainedConfig, recipe: Recipe) -> list[ModelError]:
+    try:
+        check_length(config, recipe.data.max_length, recipe.model.rope_scaling)
+    except ModelError as fault:
+        return [fault]
+    return []
+
+
+def _validation_rows(
+    recipe: Recipe, examined: Examined, tokenizer: PreTrainedTokenizerBase, console: Console, cache: pathlib.Path
+) -> tuple[Dataset | None, list[DataError]]:
+    """The rows of the file that data.validation names, where it names one, and what is wrong with it."""
+    if not isinstance(recipe.data.validation, str):
+        return None, []
+    options = of_validation(recipe.data, examined.template)
+    try:
+        with _progress(console, "reading validation") as (progress, task):
+            found = examine(options, tokenizer, cache, lambda rows: progress.update(task, completed=rows))
+    except DataError as fault:
+        return None, [fault]
+    _line(console, "validation", f"{found.counts.rows:,} rows of {recipe.data.validation}, {found.counts.kept:,} used")
+    return found.tokens, list(unfit(found.counts, found.faults, found.lengths, options))
 
 
 def describe(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PretrainedConfig | None]:
@@ -159,15 +187,18 @@ def _bos(template: Template) -> str:
 def _tell_batches(
     console: Console,
     examined: Examined,
+    held_out: Dataset | None,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig | None,
-) -> list[DataError]:
+) -> list[NybbleError]:
     """What the collator makes of the rows, and what training on them takes; returns what is wrong."""
     data = recipe.data
-    held_out = 0.0 if isinstance(data.validation, str) else data.validation
     try:
-        kept, validation = split(examined.tokens, held_out, recipe.train.seed)
+        if isinstance(data.validation, str):
+            kept, validation = examined.tokens, held_out
+        else:
+            kept, validation = split(examined.tokens, data.validation, recipe.train.seed)
         rows = arranged(kept, examined, data, recipe.train.seed)
         collate, rules = Collator(tokenizer.pad_token_id, recipe.engine.fused), Rules(examined.template, data.train_on)
         with _progress(console, "checking", len(rows)) as (progress, task):
@@ -188,16 +219,16 @@ def _tell_batches(
         _line(
             console, "packing", f"{len(kept):,} rows in {len(rows):,} of {data.max_length:,} tokens, {filled:.1%} full"
         )
-    return _tell_steps(console, recipe, rows, config)
+    return _tell_steps(console, recipe, rows, validation is not None, config)
 
 
 def _tell_steps(
-    console: Console, recipe: Recipe, rows: Dataset | PackedRows, config: PretrainedConfig | None
-) -> list[DataError]:
+    console: Console, recipe: Recipe, rows: Dataset | PackedRows, has_validation: bool, config: PretrainedConfig | None
+) -> list[NybbleError]:
     train = recipe.train
     try:
-        schedule = plan_steps(train, None if recipe.data.streaming else len(rows), has_validation=False)
-    except DataError as fault:
+        schedule = plan_steps(train, None if recipe.data.streaming else len(rows), has_validation)
+    except (DataError, RecipeError) as fault:
         return [fault]
     batch = train.micro_batch * train.accumulation * train.processes
     tokens = schedule.steps * batch * float(lengths_of(rows).mean())
