@@ -40,7 +40,7 @@ def test_a_fit_set_is_reported_with_all_its_numbers(rows, tiny_llama, cache, tmp
         "train.accumulation=2",
         "data.validation=8",
     ]
-    fit, told = looked(rows, tiny_llama, *words, picture=tmp_path / "h.png", cache=cache)
+    fit, told = looked(rows, tiny_llama, *words, picture=tmp_path / "new" / "h.png", cache=cache)
     assert fit
     for pattern in (
         r"rows +80: 80 alpaca",
@@ -55,7 +55,7 @@ def test_a_fit_set_is_reported_with_all_its_numbers(rows, tiny_llama, cache, tmp
         r"\nfit\n",
     ):
         assert re.search(pattern, told), pattern
-    assert matplotlib.image.imread(tmp_path / "h.png").shape[:2] == (480, 960)
+    assert matplotlib.image.imread(tmp_path / "new" / "h.png").shape[:2] == (480, 960)
 
 
 def test_an_unfit_set_has_every_fault_named(tmp_path, tiny_llama, cache):
