@@ -6,6 +6,7 @@ No torch before a command needs it: `nybble --help` answers at once.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import pathlib
@@ -191,6 +192,9 @@ def demo(
 
 def main() -> None:
     """Run the command line; a user's error is one message and an exit status, a defect is a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # rows may hold what a terminal cannot show
     try:
         app()
     except NybbleError as error:
