@@ -123,6 +123,15 @@ def test_without_a_model_the_rows_are_read(rows, tmp_path):
     assert f"where: {file}:1" in told
 
 
+@pytest.mark.parametrize("with_model", [False, True])
+def test_of_a_stream_the_beginning_is_looked_at(rows, tiny_llama, cache, monkeypatch, with_model):
+    monkeypatch.setattr("nybble.data.examine.HEAD", 50)
+    words = ["data.streaming=true", "train.max_steps=2", "data.validation=0", "data.max_length=256"]
+    fit, told = looked(rows, tiny_llama if with_model else "", *words, cache=cache)
+    assert fit
+    assert "rows       50, the first of a stream: 50 alpaca" in told
+
+
 @pytest.mark.parametrize("name", ["*.jsonl", "[ab].jsonl", "my: rows.jsonl", "2024-01-01", "007", "a #1.jsonl"])
 def test_a_name_on_the_command_line_is_taken_to_the_letter(name):
     recipe = _data_recipe([name, "my/*", "data.max_length=64"], None)

@@ -14,11 +14,11 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.data import histogram
 from nybble.data.batches import Collator, PackedRows
-from nybble.data.examine import Examined, examine, forms_of, sources_of, unfit
+from nybble.data.examine import Examined, examine, forms_of, rows_of, sources_of, unfit
 from nybble.data.licences import licences
 from nybble.data.order import lengths_of
 from nybble.data.prepare import arranged, of_validation, split
-from nybble.data.sources import read_rows
+from nybble.data.sources import Source
 from nybble.data.template import Template
 from nybble.data.tokenise import Counts, Pass
 from nybble.data.xray import Rules, inspect
@@ -74,11 +74,10 @@ def _check_rows(recipe: Recipe, console: Console) -> list[NybbleError]:
     reading = Pass(forms, None, recipe.data)
     with _progress(console, "reading") as (progress, task):
         reading.progress = lambda rows: progress.update(task, completed=rows)
-        for _ in reading.conversations(read_rows(sources)):
+        for _ in reading.conversations(rows_of(sources, recipe.data)):
             pass
-    _tell_rows(console, reading.counts, len(sources), licences(sources))
-    counts = reading.counts
-    return list(unfit(counts, reading.faults, {}, recipe.data))
+    _tell_rows(console, reading.counts, sources, recipe.data.streaming)
+    return list(unfit(reading.counts, reading.faults, {}, recipe.data))
 
 
 def _check_tokens(
@@ -87,7 +86,7 @@ def _check_tokens(
     tokenizer, config = describe(recipe)
     with _progress(console, "reading") as (progress, task):
         examined = examine(recipe.data, tokenizer, cache, lambda rows: progress.update(task, completed=rows))
-    _tell_rows(console, examined.counts, len(examined.sources), licences(examined.sources))
+    _tell_rows(console, examined.counts, examined.sources, recipe.data.streaming)
     faults: list[NybbleError] = list(unfit(examined.counts, examined.faults, examined.lengths, recipe.data))
     if config is not None:
         faults += _too_long_for(config, recipe)
@@ -144,11 +143,12 @@ def describe(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PretrainedConfig 
     return tokenizer, config
 
 
-def _tell_rows(console: Console, counts: Counts, sources: int, named: list[str]) -> None:
+def _tell_rows(console: Console, counts: Counts, sources: tuple[Source, ...], streaming: bool) -> None:
     forms = ", ".join(f"{count:,} {form}" for form, count in sorted(counts.forms.items(), key=lambda item: -item[1]))
-    where = f" in {sources} sources" if sources > 1 else ""
+    where = f" in {len(sources)} sources" if len(sources) > 1 else ""
+    where += ", the first of a stream" if streaming else ""
     _line(console, "rows", f"{counts.rows:,}{where}: {forms or 'none that can be read'}")
-    for line in named:
+    for line in licences(sources):
         _line(console, "licence", line)
     _line(console, "duplicates", f"{counts.duplicates:,}" + (", each used once" if counts.duplicates else ""))
     bad = f"{counts.faulty:,}, {counts.empty_answers:,} of them without an answer" if counts.faulty else "0"

@@ -81,8 +81,7 @@ def examine(
     folder = cache / "tokens" / hashlib.sha256(f"{key}{places}".encode()).hexdigest()
     cached = (folder / "found.json").exists()
     if not cached:
-        rows = itertools.islice(read_rows(sources), HEAD) if options.streaming else read_rows(sources)
-        _write(folder, rows, Pass(forms, template, options, progress))
+        _write(folder, rows_of(sources, options), Pass(forms, template, options, progress))
     found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
     faults = [DataError(what, where=where, fix=fix) for what, where, fix in found["faults"]]
     lengths = {int(length): count for length, count in found["lengths"].items()}
@@ -99,6 +98,11 @@ def sources_of(options: DataOptions) -> tuple[Source, ...]:
         revision=options.revision,
         streaming=options.streaming,
     )
+
+
+def rows_of(sources: tuple[Source, ...], options: DataOptions) -> Iterator[Row | DataError]:
+    """Their rows and faults, of a stream the first 10,000."""
+    return itertools.islice(read_rows(sources), HEAD if options.streaming else None)
 
 
 def forms_of(sources: tuple[Source, ...], options: DataOptions) -> Forms:
