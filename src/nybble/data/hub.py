@@ -82,7 +82,10 @@ def _open(place: Place) -> Dataset | IterableDataset:
                 f"{place.id} is neither a file here nor a data set on the Hub that this login can read",
                 fix="check the name; for a private or gated one: hf auth login, and accept its terms on its page",
             ) from error
-        raise DataError(f"the Hub could not be read for {place.id}: {error}", fix="check the network") from error
+        raise DataError(
+            f"{place.id} is no file here, and the Hub could not be read for it: {error}",
+            fix="check the network, or the path if a file or folder was meant",
+        ) from error
     except (DatasetsError, RuntimeError) as error:  # no data files, files that cannot be parsed, a loading script
         why = error.__cause__ or error  # DatasetGenerationError says no more than its name
         raise DataError(f"{place.id} cannot be read: {why}", fix="take a data set of plain files") from error
