@@ -117,6 +117,14 @@ def test_columns_are_mapped_and_a_wrong_map_is_named(tmp_path, tiny_tokenizer, c
         loaded(file, tiny_tokenizer, cache, map={"ask": "question"})
 
 
+def test_a_column_that_is_mapped_and_in_no_row_is_named(tmp_path, tiny_tokenizer, cache):
+    file = written(tmp_path, "a.jsonl", '{"q": "red", "a": "blue"}\n{"q": "red", "a": "pink", "s": "Be brief."}\n')
+    mapping = {"prompt": "q", "completion": "a"}
+    assert loaded(file, tiny_tokenizer, cache, map={**mapping, "system": "s"}).counts.missing_columns == []
+    with pytest.raises(DataError, match=r"no row has 'sys', which data\.map names"):
+        loaded(file, tiny_tokenizer, cache, map={**mapping, "system": "sys"})
+
+
 def test_rows_over_length_are_refused_dropped_or_truncated(tmp_path, tiny_tokenizer, cache):
     rows = [{"prompt": "red", "completion": "one " * n} for n in (2, 40, 50)]
     file = written(tmp_path, "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -25,7 +25,7 @@ from nybble.data.tokenise import Counts, Pass, Progress
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
-CACHE_VERSION = 2  # raised when the same input gives other tokens
+CACHE_VERSION = 3  # raised when the same input gives other tokens, or other things are found
 OVERLENGTH_SHARE = 0.01  # with overlength=error, up to this share of rows is dropped and counted
 HEAD = 10_000  # rows of a stream that are examined before training
 ALIKE = 3  # rows shown where all have the same fault
@@ -134,6 +134,11 @@ def unfit(
         )
     if counts.rows == 0:
         yield DataError("there are no rows")
+    if counts.missing_columns and counts.faulty < counts.rows:  # else the rows have said so
+        yield DataError(
+            f"no row has {', '.join(map(repr, counts.missing_columns))}, which data.map names",
+            fix="correct the name, or take it out of data.map",
+        )
     if counts.kept == 0 and counts.overlength:
         shortest, longest = min(lengths), max(lengths)
         yield DataError(

@@ -40,6 +40,8 @@ class Counts:
     tokens: int = 0
     trained_tokens: int = 0
     highest_id: int = 0
+    missing_columns: list[str] = field(default_factory=list)
+    """What data.map names and no row has."""
 
     @property
     def distinct(self) -> int:
@@ -93,6 +95,7 @@ class Pass:
         """Every distinct row as turns; what is wrong with others is noted."""
         seen: set[bytes] = set()
         kept = 0
+        self.counts.missing_columns = list(self.options.map.values())
         for item in items:
             if kept == self.options.limit:
                 break
@@ -128,6 +131,7 @@ class Pass:
         try:
             if isinstance(item, DataError):
                 raise item
+            self.counts.missing_columns = [name for name in self.counts.missing_columns if name not in item.values]
             form, conversation = self.forms.read(item)
         except DataError as fault:
             self._note(fault)
