@@ -58,6 +58,12 @@ def test_a_fit_set_is_reported_with_all_its_numbers(rows, tiny_llama, cache, tmp
     assert matplotlib.image.imread(tmp_path / "new" / "h.png").shape[:2] == (480, 960)
 
 
+def test_weighted_rows_are_packed_as_often_as_they_are_used(rows, tiny_llama, cache):
+    words = ["data.max_length=256", "data.packing=true", "data.validation=0", "train.micro_batch=1"]
+    _, told = looked(f"{{{rows}: 2}}", tiny_llama, *words, cache=cache)
+    assert re.search(r"packing +160 rows in \d+ of 256 tokens", told)
+
+
 def test_an_unfit_set_has_every_fault_named(tmp_path, tiny_llama, cache):
     rows = [{"prompt": "red " * 100, "completion": "one " * (n + 1)} for n in range(40)]
     rows += [{"prompt": "x", "completion": ""}] * 2 + [rows[0]]

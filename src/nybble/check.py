@@ -217,7 +217,9 @@ def _tell_batches(
     if isinstance(rows, PackedRows):
         filled = sum(rows.samples.select_columns("length")[:]["length"]) / (len(rows) * data.max_length)
         _line(
-            console, "packing", f"{len(kept):,} rows in {len(rows):,} of {data.max_length:,} tokens, {filled:.1%} full"
+            console,
+            "packing",
+            f"{len(rows.samples):,} rows in {len(rows):,} of {data.max_length:,} tokens, {filled:.1%} full",
         )
     return _tell_steps(console, recipe, rows, validation is not None, config)
 
