@@ -115,6 +115,17 @@ def test_what_train_would_refuse_is_unfit(rows, tiny_llama, cache, word, message
     assert message in told
 
 
+def test_what_splitting_loses_is_told(tmp_path, tiny_llama, cache):
+    turns = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "one two " * 6}] * 4
+    rows = [{"messages": turns}, {"prompt": "red", "completion": "one " * 200}, {"prompt": "red", "completion": "two"}]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["data.max_length=64", "data.overlength=split", "data.validation=0"]
+    _, told = looked(file, tiny_llama, *words, "train.micro_batch=1", "train.accumulation=1", cache=cache)
+    lost = re.search(r"2 rows over data.max_length=64; splitting loses (\d+) answer tokens, with 1 row left", told)
+    assert lost[1] == "401", "the long answer with its EOS, and nothing of the chat"
+
+
 def test_without_a_model_the_rows_are_read(rows, tmp_path):
     fit, told = looked(rows, "")
     assert fit

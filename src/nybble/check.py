@@ -167,11 +167,12 @@ def _tell_lengths(console: Console, examined: Examined, recipe: Recipe) -> None:
     for line, is_over in histogram.text(lengths, limit, block):
         _line(console, "", line.rstrip(), "red" if is_over else "dim")
     if counts.overlength:
-        lost = f", with {counts.lost_rows:,} rows left without an answer" if counts.lost_rows else ""
+        lost = f", with {_plural(counts.lost_rows, 'row')} left without an answer" if counts.lost_rows else ""
+        way = "splitting" if recipe.data.overlength == "split" else "truncating"
         _line(
             console,
             "too long",
-            f"{_plural(counts.overlength, 'row')} over data.max_length={limit}; truncating loses "
+            f"{_plural(counts.overlength, 'row')} over data.max_length={limit}; {way} loses "
             f"{counts.lost_answer_tokens:,} answer tokens{lost}",
             "yellow",
         )
