@@ -85,6 +85,27 @@ AWKWARD = {
         [asked("a", "b", input="i")],
     ),
     "alpaca-null-input.jsonl": (line(instruction="a", input=None, output="b"), [AB]),
+    "alpaca-history.json": (
+        json.dumps([{"instruction": "c", "input": "", "output": "d", "history": [["a", "b"]]}]),
+        [CHAT],
+    ),
+    "alpaca-empty-history.jsonl": (line(instruction="a", output="b", history=[]), [AB]),
+    "no-tools.json": (json.dumps([{"conversations": turns(("human", "a"), ("gpt", "b")), "tools": "[]"}]), [AB]),
+    "joined-with-nulls.jsonl": (
+        line(messages=None, instruction="a", input="", output="b", text=None)
+        + line(messages=openai(("user", "a"), ("assistant", "b")), instruction=None, input=None, output=None, text=None)
+        + line(messages=None, instruction=None, input=None, output=None, text="a"),
+        [AB, AB, (Message("text", "a"),)],
+    ),
+    "turns-with-nulls.jsonl": (
+        line(
+            conversations=[
+                {"role": None, "content": None, "from": "human", "value": "a"},
+                {"role": None, "content": None, "from": "gpt", "value": "b"},
+            ]
+        ),
+        [AB],
+    ),
     "other-columns.jsonl": (line(id=7, prompt="a", completion="b", scores=[1, {"x": None}]), [AB]),
     "sharegpt.jsonl": (line(conversations=turns(("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d"))), [CHAT]),
     "sharegpt-system.jsonl": (
@@ -96,6 +117,21 @@ AWKWARD = {
         [asked("a", "b", system="s")],
     ),
     "sharegpt-with-roles.jsonl": (line(conversations=openai(("user", "a"), ("assistant", "b"))), [AB]),
+    "slimorca.jsonl": (
+        line(
+            conversations=[
+                {"from": "system", "value": "s", "weight": None},
+                {"from": "human", "value": "a", "weight": 0.0},
+                {"from": "gpt", "value": "b", "weight": 1.0},
+            ]
+        ),
+        [asked("a", "b", system="s")],
+    ),
+    "cohere.jsonl": (
+        line(messages=openai(("System", "s"), ("User", "a"), ("Chatbot", "b"))),
+        [asked("a", "b", system="s")],
+    ),
+    "unsloth-roles.jsonl": (line(conversations=turns(("input", "a"), ("output", "b"))), [AB]),
     "oasst.jsonl": (line(messages=turns(("prompter", "a"), ("assistant", "b"), keys=("role", "text"))), [AB]),
     "openai.jsonl": (
         line(messages=openai(("developer", "s"), ("user", "a"), ("assistant", "b"))),

@@ -6,6 +6,7 @@ import gzip
 import json
 
 import pytest
+import yaml
 
 from nybble.data.examine import examine, refuse_unfit
 from nybble.data.prepare import prepare
@@ -72,10 +73,27 @@ BAD = {
     "later.jsonl": (GOOD + row(instruction="a"), "found 'instruction'; expected instruction, output", ":2"),
     "bare.jsonl": (GOOD + "{}\n", "unknown fields: found none", ":2"),
     "preference.jsonl": (row(prompt="a", chosen="b", rejected="c"), "a preference row (two answers", ":1"),
+    "preferred.jsonl": (
+        row(input={"messages": [TURN]}, preferred_output=[ANSWER], non_preferred_output=[ANSWER]),
+        "a preference row (two answers, 'preferred_output' and",
+        ":1",
+    ),
+    "ranked.jsonl": (
+        row(conversations=[TURN], chosen=ANSWER, rejected=ANSWER),
+        "a preference row (two answers, 'chosen' and 'rejected')",
+        ":1",
+    ),
     "kto.jsonl": (row(prompt="a", completion="b", label=True), "a preference row ('label' says", ":1"),
     # what stands in them
     "spaces.jsonl": (alpaca(" \n"), "a row without an answer: 'output' is empty", ":2"),
     "none.jsonl": (alpaca(None), "a row without an answer: 'output' is empty", ":2"),
+    "history.jsonl": (row(instruction="a", output="b", history=["q"]), "'history' must be a list of [question", ":1"),
+    "history-number.jsonl": (row(instruction="a", output="b", history=3), "'history' must be a list of", ":1"),
+    "silent-history.jsonl": (
+        row(instruction="a", output="b", history=[["q", ""]]),
+        "a row without an answer: 'answer in history' is empty",
+        ":1",
+    ),
     "ask.jsonl": (row(instruction="", output="b"), "an empty 'instruction'", ":1"),
     "number.jsonl": (alpaca(3), "'output' must be text, found int: 3", ":2"),
     "nested.jsonl": (alpaca({"text": "b"}), "'output' must be text, found dict", ":2"),
@@ -113,6 +131,7 @@ BAD = {
     ),
     "tools.jsonl": (chat(ASK, SAY, tools="[{}]"), "the row names 'tools'", ":1"),
     "weight.jsonl": (row(messages=[TURN, {**ANSWER, "weight": 0}]), "message 2 has weight 0", ":1"),
+    "untrained.jsonl": (row(messages=[TURN, {**ANSWER, "train": False}]), "message 2 has train False", ":1"),
     "control-word.jsonl": (
         chat(("user", "a [/INST] b"), SAY),
         "the user says [/INST], which the template llama2",
@@ -156,6 +175,36 @@ def test_a_folder_of_bad_files_gives_all_their_faults_and_keeps_the_good_rows(tm
         refuse_unfit(examined, options)
     print(caught.value)
     assert f"and {len(BAD) - 20} more" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "fix"),
+    [
+        ({"question": "a", "reply": "b"}, "{prompt: question, completion: reply}"),
+        ({"id": "7", "dialogue": "a", "summary": "b"}, "{prompt: dialogue, completion: summary}"),
+        ({"Prompt": "a", "Completion": "b"}, "{prompt: Prompt, completion: Completion}"),
+        ({"one": "a", "two": "b"}, "{prompt: one, completion: two}"),
+        (
+            {"instruction": "a", "context": "c", "response": "b", "category": "d"},
+            "{instruction: instruction, input: context, output: response}",
+        ),
+        (
+            {"id": "1", "system_prompt": "s", "question": "a", "response": "b"},
+            "{system: system_prompt, prompt: question, completion: response}",
+        ),
+        ({"id": "1", "dialog": [TURN, ANSWER]}, "{messages: dialog}"),
+        ({"chosen": [TURN, ANSWER], "rejected": [TURN, ANSWER]}, "{messages: chosen}"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "{completion: chosen}"),
+    ],
+)
+def test_the_map_that_a_message_names_makes_the_row_readable(tmp_path, tiny_tokenizer, cache, values, fix):
+    file = written(tmp_path, "a.jsonl", row(**values))
+    with pytest.raises(DataError) as caught:
+        prepare(DataOptions(path=str(file), validation=0), tiny_tokenizer, 0, cache)
+    assert f"data.map={fix}" in caught.value.fix
+    mapping = yaml.safe_load(fix)
+    data = prepare(DataOptions(path=str(file), validation=0, map=mapping), tiny_tokenizer, 0, cache)
+    assert data.counts.kept == 1
 
 
 def test_a_file_of_no_known_kind_is_named(tmp_path, tiny_tokenizer, cache):

@@ -14,11 +14,13 @@ from rich.console import Console
 
 from conftest import SHARED
 from nybble.check import check
+from nybble.cli import _data_recipe
 from nybble.data import histogram
 from nybble.data.licences import licences
+from nybble.data.prepare import prepare
 from nybble.data.preview import preview
 from nybble.data.sources import find_sources
-from nybble.errors import DataError
+from nybble.errors import DataError, RecipeError
 from nybble.recipe import DataOptions, load_recipe
 
 
@@ -38,7 +40,7 @@ def test_a_fit_set_is_reported_with_all_its_numbers(rows, tiny_llama, cache, tmp
         "train.accumulation=2",
         "data.validation=8",
     ]
-    fit, told = looked(rows, tiny_llama, *words, picture=tmp_path / "h.png", cache=cache)
+    fit, told = looked(rows, tiny_llama, *words, picture=tmp_path / "new" / "h.png", cache=cache)
     assert fit
     for pattern in (
         r"rows +80: 80 alpaca",
@@ -53,7 +55,13 @@ def test_a_fit_set_is_reported_with_all_its_numbers(rows, tiny_llama, cache, tmp
         r"\nfit\n",
     ):
         assert re.search(pattern, told), pattern
-    assert matplotlib.image.imread(tmp_path / "h.png").shape[:2] == (480, 960)
+    assert matplotlib.image.imread(tmp_path / "new" / "h.png").shape[:2] == (480, 960)
+
+
+def test_weighted_rows_are_packed_as_often_as_they_are_used(rows, tiny_llama, cache):
+    words = ["data.max_length=256", "data.packing=true", "data.validation=0", "train.micro_batch=1"]
+    _, told = looked(f"{{{rows}: 2}}", tiny_llama, *words, cache=cache)
+    assert re.search(r"packing +160 rows in \d+ of 256 tokens", told)
 
 
 def test_an_unfit_set_has_every_fault_named(tmp_path, tiny_llama, cache):
@@ -74,6 +82,50 @@ def test_an_unfit_set_has_every_fault_named(tmp_path, tiny_llama, cache):
     assert "unfit: 2 reasons" in told
 
 
+def test_a_file_of_validation_rows_is_looked_at_too(rows, tiny_llama, tiny_tokenizer, cache, tmp_path):
+    words = ["data.max_length=256", f"data.validation={tmp_path / 'held.jsonl'}"]
+    fit, told = looked(rows, tiny_llama, *words, cache=cache)
+    assert not fit
+    assert f"there is no file {tmp_path / 'held.jsonl'}" in told
+    turns = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"}]
+    (tmp_path / "held.jsonl").write_text(json.dumps({"messages": turns}) + '\n{"instruction": "a", "output": ""}\n')
+    fit, told = looked(rows, tiny_llama, *words, cache=cache)
+    assert not fit
+    assert f"where: {tmp_path / 'held.jsonl'}:2" in told
+    (tmp_path / "held.jsonl").write_text(json.dumps({"messages": turns}))
+    fit, told = looked(rows, tiny_llama, *words, cache=cache)
+    assert fit
+    assert f"validation 1 rows of {tmp_path / 'held.jsonl'}, 1 used" in told
+    options = DataOptions(path=str(rows), max_length=256, validation=str(tmp_path / "held.jsonl"))
+    held_out = prepare(options, tiny_tokenizer, 0, cache).validation
+    assert "### Instruction:\nred" in tiny_tokenizer.decode(held_out[0]["input_ids"]), "in the template that is trained"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("data.max_length=513", "data.max_length=513 is above the model's 512 positions"),
+        ("train.save_every=2", "train.save_every=2 differs from the 1 steps between evaluations"),
+        ("train.micro_batch=100", "one step takes 400"),
+    ],
+)
+def test_what_train_would_refuse_is_unfit(rows, tiny_llama, cache, word, message):
+    fit, told = looked(rows, tiny_llama, "data.max_length=256", word, cache=cache)
+    assert not fit
+    assert message in told
+
+
+def test_what_splitting_loses_is_told(tmp_path, tiny_llama, cache):
+    turns = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "one two " * 6}] * 4
+    rows = [{"messages": turns}, {"prompt": "red", "completion": "one " * 200}, {"prompt": "red", "completion": "two"}]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["data.max_length=64", "data.overlength=split", "data.validation=0"]
+    _, told = looked(file, tiny_llama, *words, "train.micro_batch=1", "train.accumulation=1", cache=cache)
+    lost = re.search(r"2 rows over data.max_length=64; splitting loses (\d+) answer tokens, with 1 row left", told)
+    assert lost[1] == "401", "the long answer with its EOS, and nothing of the chat"
+
+
 def test_without_a_model_the_rows_are_read(rows, tmp_path):
     fit, told = looked(rows, "")
     assert fit
@@ -86,6 +138,23 @@ def test_without_a_model_the_rows_are_read(rows, tmp_path):
     fit, told = looked(file, "")
     assert not fit
     assert f"where: {file}:1" in told
+
+
+@pytest.mark.parametrize("with_model", [False, True])
+def test_of_a_stream_the_beginning_is_looked_at(rows, tiny_llama, cache, monkeypatch, with_model):
+    monkeypatch.setattr("nybble.data.examine.HEAD", 50)
+    words = ["data.streaming=true", "train.max_steps=2", "data.validation=0", "data.max_length=256"]
+    fit, told = looked(rows, tiny_llama if with_model else "", *words, cache=cache)
+    assert fit
+    assert "rows       50, the first of a stream: 50 alpaca" in told
+
+
+@pytest.mark.parametrize("name", ["*.jsonl", "[ab].jsonl", "my: rows.jsonl", "2024-01-01", "007", "a #1.jsonl"])
+def test_a_name_on_the_command_line_is_taken_to_the_letter(name):
+    recipe = _data_recipe([name, "my/*", "data.max_length=64"], None)
+    assert (recipe.data.path, recipe.model.path, recipe.data.max_length) == (name, "my/*", 64)
+    with pytest.raises(RecipeError, match=re.escape("""put text in quotes: 'data.path="*.jsonl"'""")):
+        _data_recipe(["data.path=*.jsonl"], None)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the real data")

@@ -248,6 +248,10 @@ def test_data_is_checked_and_previewed_from_the_command_line(tiny_llama, rows, t
     seen = nybble("data", "preview", rows, tiny_llama, "-n", 2, home=tmp_path)
     assert seen.returncode == 0, seen.stderr
     assert seen.stdout.count("</s>]]") == 2
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"instruction": "\\u4f60", "output": "caf\\u00e9"}\n')
+    seen = nybble("data", "preview", odd, tiny_llama, home=tmp_path, PYTHONIOENCODING="ascii")
+    assert seen.returncode == 0, seen.stderr
     for words, message in ((("check",), "DATA is missing"), (("preview", rows), "MODEL is missing")):
         result = nybble("data", *words, home=tmp_path)
         assert result.returncode != 0

@@ -62,11 +62,11 @@ def test_every_kind_of_file_gives_the_same_rows_with_their_places(tmp_path):
 
 
 def test_csv_fields_may_hold_line_breaks(tmp_path):
-    file = written(tmp_path, "a.csv", 'prompt,completion\n"two\nlines",x\ny,z\n')
+    file = written(tmp_path, "a.csv", 'prompt,completion\n"two\nlines",x\n\n\ny,z\n')
     assert [(row.values["prompt"], row.origin) for row in read_rows(find_sources(str(file)))] == [
         ("two\nlines", f"{file}:2"),
-        ("y", f"{file}:4"),
-    ]
+        ("y", f"{file}:6"),
+    ], "blank lines are counted"
 
 
 GOOD = '{"instruction": "a", "output": "b"}\n'
@@ -115,6 +115,14 @@ def test_columns_are_mapped_and_a_wrong_map_is_named(tmp_path, tiny_tokenizer, c
     assert tiny_tokenizer.decode(data.train[0]["input_ids"]) == "<s>redblue</s>"
     with pytest.raises(DataError, match=r"no form has all fields that data\.map names: ask"):
         loaded(file, tiny_tokenizer, cache, map={"ask": "question"})
+
+
+def test_a_column_that_is_mapped_and_in_no_row_is_named(tmp_path, tiny_tokenizer, cache):
+    file = written(tmp_path, "a.jsonl", '{"q": "red", "a": "blue"}\n{"q": "red", "a": "pink", "s": "Be brief."}\n')
+    mapping = {"prompt": "q", "completion": "a"}
+    assert loaded(file, tiny_tokenizer, cache, map={**mapping, "system": "s"}).counts.missing_columns == []
+    with pytest.raises(DataError, match=r"no row has 'sys', which data\.map names"):
+        loaded(file, tiny_tokenizer, cache, map={**mapping, "system": "sys"})
 
 
 def test_rows_over_length_are_refused_dropped_or_truncated(tmp_path, tiny_tokenizer, cache):

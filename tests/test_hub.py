@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from nybble.errors import ModelError
@@ -39,6 +41,22 @@ for name, revision in (("org/rows", None), ("org/rows", "v1"), ("org/rows", "v9"
         print(json.dumps([[row.values["n"] for row in rows], rows[0].origin]))
     except DataError as error:
         print(json.dumps([str(error), ""]))
+"""
+STREAM_CLIENT = """
+import itertools, json, pathlib, sys
+from nybble.data.prepare import prepare
+from nybble.errors import DataError
+from nybble.model.tokenizer import load_tokenizer
+from nybble.recipe import DataOptions
+tokenizer, cache = load_tokenizer(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2])
+for path in ("org/chats", "org/parquet", {"org/chats": 3, "org/parquet": 1}, "org/broken"):
+    try:
+        data = prepare(DataOptions(path=path, streaming=True, validation=2), tokenizer, 0, cache)
+        samples = list(itertools.islice(data.train, 1000))
+        held = list(data.validation["origin"])
+        print(json.dumps([data.counts.forms, held, [sample["origin"] for sample in samples]]))
+    except DataError as error:
+        print(json.dumps([error.what, error.where, error.fix]))
 """
 FILES = (
     "config.json",
@@ -123,6 +141,20 @@ def ask(environment: dict[str, str], *cases: tuple[str | None, str, list[Any]]) 
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
+def streamed(root: Path) -> list[Repo]:
+    """Data sets of JSON lines, of parquet, and of lines that stop being JSON."""
+    folders = {name: root / name for name in ("chats", "parquet", "broken")}
+    for folder in folders.values():
+        folder.mkdir()
+    lines = "".join(json.dumps({"prompt": f"red {n}", "completion": "blue"}) + "\n" for n in range(200))
+    (folders["chats"] / "train.jsonl").write_text(lines)
+    (folders["broken"] / "train.jsonl").write_text(lines + "{broken\n")
+    turns = [{"from": "human", "value": "a", "weight": None}, {"from": "gpt", "value": "b", "weight": 1.0}]
+    table = pyarrow.Table.from_pylist([{"id": n, "conversations": [*turns] * (n + 1)} for n in range(50)])
+    pyarrow.parquet.write_table(table, folders["parquet"] / "train-00000-of-00001.parquet")
+    return [Repo(f"org/{name}", folder, kind="dataset") for name, folder in folders.items()]
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StandinHub, Path]]:
     root = tmp_path_factory.mktemp("hub")
@@ -141,6 +173,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StandinHub
         Repo("org/gguf", write(root / "gguf", ("config.json", "model.Q4_0.gguf"))),
         Repo("org/bare", write(root / "bare", ("config.json", "tokenizer.json"))),
         Repo("org/rows", rows, kind="dataset", revisions={"v1": old_rows}),
+        *streamed(root),
     ]
     with StandinHub(repos, ACCOUNTS) as server:
         yield server, root
@@ -282,6 +315,28 @@ def test_datasets_load_through_the_standin(world: tuple[StandinHub, Path]) -> No
     assert older == [[3], "org/rows[train]:row 1"]
     assert "org/rows has no revision v9" in revision[0]
     assert "neither a file here nor a data set on the Hub" in missing[0]
+
+
+def test_datasets_stream_through_the_standin(world: tuple[StandinHub, Path], tiny_llama: Path) -> None:
+    server, root = world
+    done = subprocess.run(
+        [sys.executable, "-c", STREAM_CLIENT, str(tiny_llama), str(root / "stream_cache")],
+        env=server.environment(root / "stream_home"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    lines, parquet, mixed, broken = (json.loads(line) for line in done.stdout.splitlines())
+    for (forms, held, origins), name, count in ((lines, "chats", 200), (parquet, "parquet", 50)):
+        assert sum(forms.values()) == count
+        assert {*held, *origins} == {f"org/{name}[train]:row {n}" for n in range(1, count + 1)}
+        assert not {*held} & {*origins}
+        assert len(origins) == 1000, "over and over"
+    assert mixed[0] == {"prompt": 200, "sharegpt": 50}
+    assert 0.65 < sum("chats" in origin for origin in mixed[2]) / 1000 < 0.85
+    assert "reading breaks off: JSON parse error" in broken[0]
+    assert broken[1] == "org/broken[train]:row 1"
 
 
 @pytest.mark.parametrize(

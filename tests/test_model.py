@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from conftest import SHARED, write_llama
 from nybble.errors import DeviceError, ModelError
 from nybble.model.adapter import attach_adapter, check_gradients, check_saved, load_adapter
-from nybble.model.base import check_length, load_base, load_config, measure
-from nybble.model.checkpoint import find_checkpoint, fingerprint
+from nybble.model.base import load_base, load_config, measure
+from nybble.model.checkpoint import check_length, find_checkpoint, fingerprint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.recipe import LoraOptions, ModelOptions

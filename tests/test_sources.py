@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import subprocess
+import sys
 from collections import Counter
 
 import numpy
 import pytest
+from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -16,7 +19,7 @@ from rich.console import Console
 from nybble.data.batches import Collator, PackedRows
 from nybble.data.order import Order, lengths_of
 from nybble.data.prepare import prepare, weighted
-from nybble.data.sources import find_sources
+from nybble.data.sources import find_sources, read_rows
 from nybble.data.stream import StreamedRows
 from nybble.errors import DataError, RecipeError
 from nybble.recipe import DataOptions, load_recipe
@@ -40,6 +43,9 @@ def test_a_folder_and_a_pattern_are_their_files_in_order(tmp_path, tiny_tokenize
     for name in ("b.jsonl", "a.jsonl", "more/c.jsonl"):
         write(tmp_path / name, 3, name)
     (tmp_path / "README.md").write_text("not data")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/a.jsonl", "._b.jsonl"):
+        write(tmp_path / name, 3, "hidden")
     (whole,) = find_sources(str(tmp_path))
     assert [file.name for file in whole.files] == ["a.jsonl", "b.jsonl", "c.jsonl"]
     (some,) = find_sources(str(tmp_path / "[ab].*"))
@@ -49,6 +55,19 @@ def test_a_folder_and_a_pattern_are_their_files_in_order(tmp_path, tiny_tokenize
         f"{n}.jsonl:{k}" for n in "bc" for k in (1, 2, 3)
     ]
     assert data.train["source"] == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_folder_of_save_to_disk_is_refused_with_the_command_that_converts_it(tmp_path, splits):
+    rows = Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    (DatasetDict(train=rows) if splits else rows).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="written by save_to_disk") as caught:
+        find_sources(str(tmp_path / "saved"))
+    print(caught.value)
+    command = caught.value.fix.replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True, capture_output=True)
+    (row,) = read_rows(find_sources(str(tmp_path / "saved.parquet")))
+    assert row.values == {"prompt": "a", "completion": "b"}
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.floats(0.1, 4)), min_size=1, max_size=4))

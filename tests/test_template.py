@@ -14,6 +14,7 @@ from nybble.data.formats import Message
 from nybble.data.template import CONTROL_WORD, Template, choose_template
 from nybble.data.tokens import Tokens, encode, encode_prompt
 from nybble.errors import DataError
+from nybble.model.tokenizer import load_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -42,6 +43,40 @@ def test_llama2_chat_equals_the_reference_tokenizer(llama2_like):
     assert tokens.ids == expected
     assert tokens.ids.count(1) == 2
     assert tokens.ids.count(2) == 2, "a message's </s> became a control token"
+
+
+PARIS = (
+    "I am going to Paris, what should I see?",
+    "Paris, the capital of France:\n\n1. The Eiffel Tower\n2. The Louvre",
+)
+PUBLISHED = [
+    # system, turns: of example_chat_completion.py in Meta's repository, the long answer cut
+    (None, ("what is the recipe of mayonnaise?",)),
+    (None, (*PARIS, "What is so great about #1?")),
+    ("Always answer with Haiku", PARIS[:1]),
+    ("Always answer with emojis", ("How to go from Beijing to NY?",)),
+    (None, ("Say  it \u4f60\u597d", "\u4f60\u597d \U0001f600\n    - twice", "</s><s> and <0x0A>", "\u2581 no", "x")),
+]
+
+
+def as_meta_encodes(piece, system: str | None, said: tuple[str, ...]) -> list[int]:
+    """chat_completion of Meta's generation.py, by sentencepiece; an answer at the end is closed as those before it."""
+    texts = [f"<<SYS>>\n{system}\n<</SYS>>\n\n{said[0]}" if system else said[0], *said[1:]]
+    ids = []
+    for n, asked in enumerate(texts[::2]):
+        answer = texts[2 * n + 1 : 2 * n + 2]
+        text = f"[INST] {asked} [/INST]" + "".join(f" {words} " for words in answer)
+        ids += [1, *piece.encode(text), *([2] if answer else [])]
+    return ids
+
+
+@pytest.mark.parametrize(("system", "said"), PUBLISHED)
+def test_prompts_are_those_of_metas_code(llama2_like, system, said):
+    piece = sentencepiece.SentencePieceProcessor(str(SHARED / "llama2-tokenizer" / "tokenizer.model"))
+    template = choose_template(load_tokenizer(llama2_like), "auto", "messages")
+    assert encode_prompt(template, turns(*said, system=system)) == as_meta_encodes(piece, system, said)
+    (tokens,) = encode(template, [turns(*said, "Oui  !", system=system)])
+    assert tokens.ids == as_meta_encodes(piece, system, (*said, "Oui  !"))
 
 
 def test_alpaca_puts_bos_once_and_answers_go_on_from_the_prompt(llama2_like):

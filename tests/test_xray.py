@@ -44,12 +44,40 @@ def join(batch):
         batch["cu_seq_lens_q"] = batch["cu_seq_lens_q"][[0, -1]]
 
 
+def ask_for_less(batch):
+    batch["predicting"] = batch["predicting"][:-1]
+
+
+def ask_twice(batch):
+    batch["predicting"] = torch.cat([batch["predicting"], batch["predicting"][-1:]])
+
+
+def hide(batch):
+    batch["attention_mask"][1, 2] = 0
+
+
+def train_padding(batch):
+    row = int((batch["attention_mask"] == 0).any(dim=1).nonzero()[0])
+    batch["labels"][row, -1] = batch["input_ids"][row, -1]
+
+
+def run_on(batch):
+    batch["position_ids"] = torch.arange(batch["position_ids"].shape[1]).expand_as(batch["position_ids"])
+
+
+def forget_borders(batch):
+    for name in ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k"):
+        del batch[name]
+
+
 ALTERED = [
     (drop_eos, "other tokens are trained than those of the answers; EOS is not trained behind an answer"),
     (shift, "a label is not the token at its place"),
     (forget, "no token is trained"),
     (another_token, "the batch holds other tokens than the row"),
     (one_more, "other tokens are trained than those of the answers"),
+    (ask_for_less, "the loss counts other tokens than those with a label"),
+    (ask_twice, "the loss counts other tokens than those with a label"),
 ]
 
 
@@ -84,8 +112,16 @@ def test_what_is_altered_in_the_collator_is_found(rows, tiny_tokenizer, cache, a
 def test_rows_that_can_see_each_other_are_found(rows, tiny_tokenizer, cache):
     for flatten, packing in ((True, False), (False, True)):
         data = prepared(rows, tiny_tokenizer, cache, packing=packing)
-        with pytest.raises(DataError, match="it can see other rows"):
-            inspect(data.train, collator(join, flatten=flatten), Rules(data.template, "answers"))
+        for alter in (join, run_on, forget_borders):
+            with pytest.raises(DataError, match="it can see other rows"):
+                inspect(data.train, collator(alter, flatten=flatten), Rules(data.template, "answers"))
+
+
+def test_tokens_that_are_hidden_and_padding_that_is_trained_are_found(rows, tiny_tokenizer, cache):
+    data = prepared(rows, tiny_tokenizer, cache)
+    for alter, message in ((hide, "attention leaves out some of its tokens"), (train_padding, "padding is trained")):
+        with pytest.raises(DataError, match=message):
+            inspect(data.train, collator(alter), Rules(data.template, "answers"))
 
 
 @pytest.mark.parametrize(

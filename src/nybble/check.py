@@ -14,16 +14,16 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.data import histogram
 from nybble.data.batches import Collator, PackedRows
-from nybble.data.examine import Examined, examine, forms_of, sources_of, unfit
+from nybble.data.examine import Examined, examine, forms_of, rows_of, sources_of, unfit
 from nybble.data.licences import licences
 from nybble.data.order import lengths_of
-from nybble.data.prepare import arranged, split
-from nybble.data.sources import read_rows
+from nybble.data.prepare import arranged, of_validation, split
+from nybble.data.sources import Source
 from nybble.data.template import Template
 from nybble.data.tokenise import Counts, Pass
 from nybble.data.xray import Rules, inspect
-from nybble.errors import DataError, ModelError
-from nybble.model.checkpoint import find_checkpoint
+from nybble.errors import DataError, ModelError, NybbleError, RecipeError
+from nybble.model.checkpoint import check_length, find_checkpoint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.plan.schedule import plan_steps
@@ -68,27 +68,30 @@ def check(
     return True
 
 
-def _check_rows(recipe: Recipe, console: Console) -> list[DataError]:
+def _check_rows(recipe: Recipe, console: Console) -> list[NybbleError]:
     sources = sources_of(recipe.data)
     forms = forms_of(sources, recipe.data)
     reading = Pass(forms, None, recipe.data)
     with _progress(console, "reading") as (progress, task):
         reading.progress = lambda rows: progress.update(task, completed=rows)
-        for _ in reading.conversations(read_rows(sources)):
+        for _ in reading.conversations(rows_of(sources, recipe.data)):
             pass
-    _tell_rows(console, reading.counts, len(sources), licences(sources))
-    counts = reading.counts
-    return list(unfit(counts, reading.faults, {}, recipe.data))
+    _tell_rows(console, reading.counts, sources, recipe.data.streaming)
+    return list(unfit(reading.counts, reading.faults, {}, recipe.data))
 
 
 def _check_tokens(
     recipe: Recipe, console: Console, picture: pathlib.Path | None, cache: pathlib.Path
-) -> list[DataError]:
+) -> list[NybbleError]:
     tokenizer, config = describe(recipe)
     with _progress(console, "reading") as (progress, task):
         examined = examine(recipe.data, tokenizer, cache, lambda rows: progress.update(task, completed=rows))
-    _tell_rows(console, examined.counts, len(examined.sources), licences(examined.sources))
-    faults = list(unfit(examined.counts, examined.faults, examined.lengths, recipe.data))
+    _tell_rows(console, examined.counts, examined.sources, recipe.data.streaming)
+    faults: list[NybbleError] = list(unfit(examined.counts, examined.faults, examined.lengths, recipe.data))
+    if config is not None:
+        faults += _too_long_for(config, recipe)
+    held_out, wrong = _validation_rows(recipe, examined, tokenizer, console, cache)
+    faults += wrong
     if not examined.lengths:
         return faults
     _tell_lengths(console, examined, recipe)
@@ -96,8 +99,32 @@ def _check_tokens(
         histogram.draw(examined.lengths, recipe.data.max_length, picture)
         _line(console, "picture", str(picture))
     if examined.counts.kept:
-        faults += _tell_batches(console, examined, recipe, tokenizer, config)
+        faults += _tell_batches(console, examined, held_out, recipe, tokenizer, config)
     return faults
+
+
+def _too_long_for(config: PretrainedConfig, recipe: Recipe) -> list[ModelError]:
+    try:
+        check_length(config, recipe.data.max_length, recipe.model.rope_scaling)
+    except ModelError as fault:
+        return [fault]
+    return []
+
+
+def _validation_rows(
+    recipe: Recipe, examined: Examined, tokenizer: PreTrainedTokenizerBase, console: Console, cache: pathlib.Path
+) -> tuple[Dataset | None, list[DataError]]:
+    """The rows of the file that data.validation names, where it names one, and what is wrong with it."""
+    if not isinstance(recipe.data.validation, str):
+        return None, []
+    options = of_validation(recipe.data, examined.template)
+    try:
+        with _progress(console, "reading validation") as (progress, task):
+            found = examine(options, tokenizer, cache, lambda rows: progress.update(task, completed=rows))
+    except DataError as fault:
+        return None, [fault]
+    _line(console, "validation", f"{found.counts.rows:,} rows of {recipe.data.validation}, {found.counts.kept:,} used")
+    return found.tokens, list(unfit(found.counts, found.faults, found.lengths, options))
 
 
 def describe(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PretrainedConfig | None]:
@@ -116,11 +143,12 @@ def describe(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PretrainedConfig 
     return tokenizer, config
 
 
-def _tell_rows(console: Console, counts: Counts, sources: int, named: list[str]) -> None:
+def _tell_rows(console: Console, counts: Counts, sources: tuple[Source, ...], streaming: bool) -> None:
     forms = ", ".join(f"{count:,} {form}" for form, count in sorted(counts.forms.items(), key=lambda item: -item[1]))
-    where = f" in {sources} sources" if sources > 1 else ""
+    where = f" in {len(sources)} sources" if len(sources) > 1 else ""
+    where += ", the first of a stream" if streaming else ""
     _line(console, "rows", f"{counts.rows:,}{where}: {forms or 'none that can be read'}")
-    for line in named:
+    for line in licences(sources):
         _line(console, "licence", line)
     _line(console, "duplicates", f"{counts.duplicates:,}" + (", each used once" if counts.duplicates else ""))
     bad = f"{counts.faulty:,}, {counts.empty_answers:,} of them without an answer" if counts.faulty else "0"
@@ -139,11 +167,12 @@ def _tell_lengths(console: Console, examined: Examined, recipe: Recipe) -> None:
     for line, is_over in histogram.text(lengths, limit, block):
         _line(console, "", line.rstrip(), "red" if is_over else "dim")
     if counts.overlength:
-        lost = f", with {counts.lost_rows:,} rows left without an answer" if counts.lost_rows else ""
+        lost = f", with {_plural(counts.lost_rows, 'row')} left without an answer" if counts.lost_rows else ""
+        way = "splitting" if recipe.data.overlength == "split" else "truncating"
         _line(
             console,
             "too long",
-            f"{_plural(counts.overlength, 'row')} over data.max_length={limit}; truncating loses "
+            f"{_plural(counts.overlength, 'row')} over data.max_length={limit}; {way} loses "
             f"{counts.lost_answer_tokens:,} answer tokens{lost}",
             "yellow",
         )
@@ -159,15 +188,18 @@ def _bos(template: Template) -> str:
 def _tell_batches(
     console: Console,
     examined: Examined,
+    held_out: Dataset | None,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig | None,
-) -> list[DataError]:
+) -> list[NybbleError]:
     """What the collator makes of the rows, and what training on them takes; returns what is wrong."""
     data = recipe.data
-    held_out = 0.0 if isinstance(data.validation, str) else data.validation
     try:
-        kept, validation = split(examined.tokens, held_out, recipe.train.seed)
+        if isinstance(data.validation, str):
+            kept, validation = examined.tokens, held_out
+        else:
+            kept, validation = split(examined.tokens, data.validation, recipe.train.seed)
         rows = arranged(kept, examined, data, recipe.train.seed)
         collate, rules = Collator(tokenizer.pad_token_id, recipe.engine.fused), Rules(examined.template, data.train_on)
         with _progress(console, "checking", len(rows)) as (progress, task):
@@ -186,18 +218,20 @@ def _tell_batches(
     if isinstance(rows, PackedRows):
         filled = sum(rows.samples.select_columns("length")[:]["length"]) / (len(rows) * data.max_length)
         _line(
-            console, "packing", f"{len(kept):,} rows in {len(rows):,} of {data.max_length:,} tokens, {filled:.1%} full"
+            console,
+            "packing",
+            f"{len(rows.samples):,} rows in {len(rows):,} of {data.max_length:,} tokens, {filled:.1%} full",
         )
-    return _tell_steps(console, recipe, rows, config)
+    return _tell_steps(console, recipe, rows, validation is not None, config)
 
 
 def _tell_steps(
-    console: Console, recipe: Recipe, rows: Dataset | PackedRows, config: PretrainedConfig | None
-) -> list[DataError]:
+    console: Console, recipe: Recipe, rows: Dataset | PackedRows, has_validation: bool, config: PretrainedConfig | None
+) -> list[NybbleError]:
     train = recipe.train
     try:
-        schedule = plan_steps(train, None if recipe.data.streaming else len(rows), has_validation=False)
-    except DataError as fault:
+        schedule = plan_steps(train, None if recipe.data.streaming else len(rows), has_validation)
+    except (DataError, RecipeError) as fault:
         return [fault]
     batch = train.micro_batch * train.accumulation * train.processes
     tokens = schedule.steps * batch * float(lengths_of(rows).mean())

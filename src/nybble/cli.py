@@ -6,6 +6,8 @@ No torch before a command needs it: `nybble --help` answers at once.
 from __future__ import annotations
 
 import errno
+import io
+import json
 import logging
 import pathlib
 import re
@@ -190,6 +192,9 @@ def demo(
 
 def main() -> None:
     """Run the command line; a user's error is one message and an exit status, a defect is a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # rows may hold what a terminal cannot show
     try:
         app()
     except NybbleError as error:
@@ -234,7 +239,8 @@ def _overrides(words: list[str], places: tuple[str, str]) -> list[str]:
     if len(named) > 2:
         names = " and ".join(place.split(".")[0].upper() for place in places)
         raise typer.BadParameter(f"at most {names}, then key=value; what is {named[2]!r}?")
-    given = [f"{key}={value}" for key, value in zip(places, named, strict=False)]
+    # in quotes: a value is YAML, to which the * of a pattern and the colon of a name would say something
+    given = [f"{key}={json.dumps(word, ensure_ascii=False)}" for key, word in zip(places, named, strict=False)]
     return given + [word for word in words if OVERRIDE.match(word)]
 
 

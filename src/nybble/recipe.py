@@ -344,7 +344,7 @@ def _override(tree: dict[str, Any], places: dict[str, str], word: str) -> Iterat
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        yield f"{key}: {text!r} is not a value (YAML)"
+        yield f"{key}: {text!r} is not a value (YAML); put text in quotes: '{key}=\"{text}\"'"
         return
     branch = tree
     *sections, leaf = key.split(".")

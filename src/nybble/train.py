@@ -31,8 +31,8 @@ from nybble.engine.fusion import Fusion
 from nybble.errors import DeviceError, EngineError, ModelError, NybbleError, RunError, TrainingError
 from nybble.inference.samples import SampleAnswers
 from nybble.model.adapter import attach_adapter, check_saved, resume_adapter
-from nybble.model.base import Base, Footprint, check_length, load_base, load_config, measure
-from nybble.model.checkpoint import find_checkpoint
+from nybble.model.base import Base, Footprint, load_base, load_config, measure
+from nybble.model.checkpoint import check_length, find_checkpoint
 from nybble.model.device import choose_device, choose_dtype, grow_segments
 from nybble.model.tokenizer import load_tokenizer
 from nybble.plan.schedule import Schedule, plan_steps

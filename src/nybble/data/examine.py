@@ -25,7 +25,7 @@ from nybble.data.tokenise import Counts, Pass, Progress
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
-CACHE_VERSION = 2  # raised when the same input gives other tokens
+CACHE_VERSION = 3  # raised when the same input gives other tokens, or other things are found
 OVERLENGTH_SHARE = 0.01  # with overlength=error, up to this share of rows is dropped and counted
 HEAD = 10_000  # rows of a stream that are examined before training
 ALIKE = 3  # rows shown where all have the same fault
@@ -81,8 +81,7 @@ def examine(
     folder = cache / "tokens" / hashlib.sha256(f"{key}{places}".encode()).hexdigest()
     cached = (folder / "found.json").exists()
     if not cached:
-        rows = itertools.islice(read_rows(sources), HEAD) if options.streaming else read_rows(sources)
-        _write(folder, rows, Pass(forms, template, options, progress))
+        _write(folder, rows_of(sources, options), Pass(forms, template, options, progress))
     found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
     faults = [DataError(what, where=where, fix=fix) for what, where, fix in found["faults"]]
     lengths = {int(length): count for length, count in found["lengths"].items()}
@@ -99,6 +98,11 @@ def sources_of(options: DataOptions) -> tuple[Source, ...]:
         revision=options.revision,
         streaming=options.streaming,
     )
+
+
+def rows_of(sources: tuple[Source, ...], options: DataOptions) -> Iterator[Row | DataError]:
+    """Their rows and faults, of a stream the first 10,000."""
+    return itertools.islice(read_rows(sources), HEAD if options.streaming else None)
 
 
 def forms_of(sources: tuple[Source, ...], options: DataOptions) -> Forms:
@@ -130,6 +134,11 @@ def unfit(
         )
     if counts.rows == 0:
         yield DataError("there are no rows")
+    if counts.missing_columns and counts.faulty < counts.rows:  # else the rows have said so
+        yield DataError(
+            f"no row has {', '.join(map(repr, counts.missing_columns))}, which data.map names",
+            fix="correct the name, or take it out of data.map",
+        )
     if counts.kept == 0 and counts.overlength:
         shortest, longest = min(lengths), max(lengths)
         yield DataError(

@@ -64,6 +64,7 @@ def draw(lengths: Mapping[int, int], limit: int, file: pathlib.Path) -> None:
     axes.grid(axis="y", color="#e6e6e6")
     axes.set_axisbelow(True)
     axes.legend(frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".writing.png")
     figure.savefig(temporary)
     temporary.replace(file)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,8 @@ from nybble.errors import DataError
 
 # The base class of every fault of the HTTP client: httpx's under huggingface_hub 1, httpx2's under 2.
 CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+# What ends a stream before its end: the network, a file that cannot be unpacked (zlib.error) or parsed (pyarrow's ValueErrors).
+BROKEN_OFF = (OSError, ValueError, zlib.error, DatasetsError, CLIENT_ERROR)
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,20 @@ class Place:
 
 def read(place: Place) -> Iterator[Row]:
     """Its rows in order."""
-    for number, values in enumerate(_open(place), 1):
-        yield Row(dict(values), f"{place.id}[{place.split}]:row {number}")
+    rows = iter(_open(place))
+    for number in itertools.count(1):
+        origin = f"{place.id}[{place.split}]:row {number}"
+        try:
+            values = next(rows)
+        except StopIteration:
+            return
+        except BROKEN_OFF as error:
+            raise DataError(
+                f"reading breaks off: {error}",
+                where=origin,
+                fix="check the network, and the data set's page for its files",
+            ) from error
+        yield Row(dict(values), origin)
 
 
 def fingerprint(place: Place) -> str:
@@ -66,9 +82,13 @@ def _open(place: Place) -> Dataset | IterableDataset:
                 f"{place.id} is neither a file here nor a data set on the Hub that this login can read",
                 fix="check the name; for a private or gated one: hf auth login, and accept its terms on its page",
             ) from error
-        raise DataError(f"the Hub could not be read for {place.id}: {error}", fix="check the network") from error
+        raise DataError(
+            f"{place.id} is no file here, and the Hub could not be read for it: {error}",
+            fix="check the network, or the path if a file or folder was meant",
+        ) from error
     except (DatasetsError, RuntimeError) as error:  # no data files, files that cannot be parsed, a loading script
-        raise DataError(f"{place.id} cannot be read: {error}", fix="take a data set of plain files") from error
+        why = error.__cause__ or error  # DatasetGenerationError says no more than its name
+        raise DataError(f"{place.id} cannot be read: {why}", fix="take a data set of plain files") from error
     except ValueError as error:  # an unknown split or subset: the message lists those that exist
         raise DataError(f"{place.id}: {error}", fix="set data.split and data.subset") from error
 

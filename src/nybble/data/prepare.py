@@ -67,7 +67,7 @@ def prepare(
     key = examined.fingerprint
     validation: Dataset | None
     if isinstance(options.validation, str):
-        held_out = options.model_copy(update={"path": options.validation, "streaming": False})
+        held_out = of_validation(options, examined.template)
         other = examine(held_out, tokenizer, cache, progress)
         refuse_unfit(other, held_out)
         train, validation = examined.tokens, other.tokens
@@ -85,6 +85,11 @@ def prepare(
         sample=sample,
         train_samples=len(train),
     )
+
+
+def of_validation(options: DataOptions, template: Template) -> DataOptions:
+    """How a file of validation rows is read: like the training rows and with their template, whatever its own form is."""
+    return options.model_copy(update={"path": options.validation, "streaming": False, "template": template.name})
 
 
 def _stream(examined: Examined, options: DataOptions, seed: int, validation: Dataset | None) -> StreamedRows:

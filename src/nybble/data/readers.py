@@ -293,24 +293,24 @@ def _read_csv(file: pathlib.Path) -> Iterator[Item]:
     header = next(_lines(file), "")
     semicolons = ";" in header and "," not in header and "\t" not in header  # as Excel writes it in much of Europe
     delimiter = "\t" if kind_of(file) == ".tsv" else ";" if semicolons else ","
-    reader = csv.DictReader(_lines(file), delimiter=delimiter, strict=True)
+    reader = csv.reader(_lines(file), delimiter=delimiter, strict=True)
     first = 1  # line of a record; quoted fields may hold line breaks
     try:
-        names = reader.fieldnames or []
+        names = next(reader, [])
         if len(set(names)) < len(names):
             raise DataError("two columns of the header have the same name", where=f"{file}:1")
         first = reader.line_num + 1
-        for values in reader:
+        for fields in reader:
             origin = f"{file}:{first}"
             first = reader.line_num + 1
-            if None in values or None in values.values():
+            if len(fields) == len(names):
+                yield Row(dict(zip(names, fields, strict=True)), origin)
+            elif fields:  # a blank line has none
                 yield DataError(
                     f"the row has not as many fields as the header ({', '.join(names)})",
                     where=origin,
                     fix="quote fields that contain commas or line breaks",
                 )
-                continue
-            yield Row(dict(values), origin)
     except csv.Error as error:
         raise DataError(
             f"not valid CSV: {error}", where=f"{file}:{first}", fix="close every quote, and double those inside"

@@ -90,7 +90,8 @@ def _files(name: str) -> tuple[pathlib.Path, ...]:
     """The files a name stands for; none where it can only be a Hub id."""
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
-        inside = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file) in KINDS)
+        _refuse_saved(path)
+        inside = sorted(file for file in path.rglob("*") if _is_data(file.relative_to(path)) and file.is_file())
         if not inside:
             raise DataError(f"the folder {path} holds no file that nybble reads", fix=_kinds_fix())
         return tuple(inside)
@@ -107,6 +108,23 @@ def _files(name: str) -> tuple[pathlib.Path, ...]:
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or kind_of(path) in KINDS:
         raise DataError(f"there is no file {path}", fix=f"ls {path.parent}")
     return ()
+
+
+def _is_data(file: pathlib.Path) -> bool:
+    """Whether a file in a folder is meant: what tools leave there, .ipynb_checkpoints and ._rows.jsonl, is hidden."""
+    return kind_of(file) in KINDS and not any(part.startswith(".") for part in file.parts)
+
+
+def _refuse_saved(folder: pathlib.Path) -> None:
+    """Datasets' own folders hold arrow files, and descriptions in JSON that are no rows."""
+    has_splits = (folder / "dataset_dict.json").exists()
+    if has_splits or (folder / "state.json").exists():
+        split = '["train"]' if has_splits else ""
+        raise DataError(
+            f"{folder} was written by save_to_disk of Datasets, whose arrow files nybble does not read",
+            fix=f'python -c \'from datasets import load_from_disk as load; load("{folder}"){split}'
+            f'.to_parquet("{folder}.parquet")\'',
+        )
 
 
 def _kinds_fix() -> str:

@@ -33,13 +33,15 @@ class Counts:
     overlength: int = 0
     """Rows over max_length: dropped, truncated or split."""
     lost_rows: int = 0
-    """Rows of which truncating leaves no answer."""
+    """Rows of which truncating, or splitting where that is asked for, leaves no answer."""
     lost_answer_tokens: int = 0
-    """Trained tokens that truncating takes away."""
+    """Trained tokens that it takes away."""
     kept: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     highest_id: int = 0
+    missing_columns: list[str] = field(default_factory=list)
+    """What data.map names and no row has."""
 
     @property
     def distinct(self) -> int:
@@ -93,6 +95,7 @@ class Pass:
         """Every distinct row as turns; what is wrong with others is noted."""
         seen: set[bytes] = set()
         kept = 0
+        self.counts.missing_columns = list(self.options.map.values())
         for item in items:
             if kept == self.options.limit:
                 break
@@ -128,6 +131,7 @@ class Pass:
         try:
             if isinstance(item, DataError):
                 raise item
+            self.counts.missing_columns = [name for name in self.counts.missing_columns if name not in item.values]
             form, conversation = self.forms.read(item)
         except DataError as fault:
             self._note(fault)
@@ -168,21 +172,31 @@ class Pass:
         return tokens
 
     def _shortened(self, tokens: Tokens, read: Read) -> Iterator[Sample]:
-        """What is made of a row over max_length; what truncating would lose is counted whatever is done."""
-        assert self.template is not None
-        length, is_text = self.options.max_length, read.conversation[0].role == "text"
-        end_id = self.template.tokenizer.eos_token_id if is_text else self.template.end_id
-        rest = truncate(tokens, length, end_id)
+        """What is made of a row over max_length; what is lost by it, or would be by truncating, is counted."""
+        made = list(self._split(tokens, read) if self.options.overlength == "split" else self._truncated(tokens, read))
         self.counts.overlength += 1
-        self.counts.lost_rows += rest is None
-        self.counts.lost_answer_tokens += sum(tokens.trained) - (sum(rest.trained) if rest is not None else 0)
-        if self.options.overlength == "truncate" and rest is not None:
+        self.counts.lost_rows += not made
+        trained = sum(
+            sum(sample.tokens.trained) for sample in made
+        )  # more than before where a split part has its own last
+        self.counts.lost_answer_tokens += max(sum(tokens.trained) - trained, 0)
+        if self.options.overlength in ("truncate", "split"):
+            yield from made
+
+    def _truncated(self, tokens: Tokens, read: Read) -> Iterator[Sample]:
+        assert self.template is not None
+        is_text = read.conversation[0].role == "text"
+        end_id = self.template.tokenizer.eos_token_id if is_text else self.template.end_id
+        rest = truncate(tokens, self.options.max_length, end_id)
+        if rest is not None:
             yield Sample(rest, read.origin, read.source)
-        elif self.options.overlength == "split" and is_text:
-            *pieces, last = cut_text(tokens, length)
+
+    def _split(self, tokens: Tokens, read: Read) -> Iterator[Sample]:
+        if read.conversation[0].role == "text":
+            *pieces, last = cut_text(tokens, self.options.max_length)
             yield from (Sample(piece, read.origin, read.source, is_piece=True) for piece in pieces)
             yield Sample(last, read.origin, read.source)
-        elif self.options.overlength == "split":
+        else:
             yield from (Sample(piece, read.origin, read.source) for piece in self._parted(read.conversation))
 
     def _parted(self, conversation: Conversation) -> Iterator[Tokens]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
+import torch
 from datasets import Dataset
 
 from nybble.data.batches import IGNORED, PackedRows, Sample
@@ -30,8 +31,14 @@ class Given:
 
     ids: numpy.ndarray
     labels: numpy.ndarray
+    counted: numpy.ndarray
+    """How often the loss asks for each of its tokens."""
+    behind: numpy.ndarray
+    """Labels of the padding behind it."""
     apart: bool
-    """Whether attention begins and ends with it."""
+    """Whether attention and positions begin and end with it."""
+    whole: bool
+    """Whether attention sees all of it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,10 @@ class Rules:
         ids, labels = given.ids, given.labels
         if not given.apart:
             yield "it can see other rows, or they it"
+        if not given.whole:
+            yield "attention leaves out some of its tokens"
+        if (given.behind != IGNORED).any():
+            yield "padding is trained"
         if not numpy.array_equal(ids, sample["input_ids"]):
             yield "the batch holds other tokens than the row"
             return
@@ -62,6 +73,8 @@ class Rules:
             yield "a label is not the token at its place"
         if not numpy.array_equal(trained[1:], numpy.asarray(sample["trained"], dtype=bool)[1:]):
             yield "other tokens are trained than those of the answers"
+        elif not numpy.array_equal(given.counted, trained):
+            yield "the loss counts other tokens than those with a label"
         last = numpy.flatnonzero(trained & ~numpy.append(trained[1:], False))
         yield from self._ends(sample, ids, trained, last)
         yield from self._beginnings(sample, ids, trained, len(last))
@@ -132,16 +145,30 @@ def _fetched(rows: Any, start: int) -> list[Any]:
 
 def _given(batch: dict[str, Any], group: Sequence[Any]) -> Iterator[tuple[Sample, Given]]:
     """Each sample of the rows with what the batch holds in its place."""
-    ids, labels = batch["input_ids"].numpy(), batch["labels"].numpy()
+    arrays = {name: tensor.numpy() for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)}
+    ids, labels, counted = arrays["input_ids"], arrays["labels"], _counted(arrays)
+    mask, positions = arrays.get("attention_mask"), arrays.get("position_ids")
     rows = [row if isinstance(row, list) else [row] for row in group]
     if len(ids) == 1:
         rows = [list(itertools.chain.from_iterable(rows))]  # all in one, without padding
-    bounds = set(batch["cu_seq_lens_q"].tolist()) if "cu_seq_lens_q" in batch else set()
+    bounds = set(arrays["cu_seq_lens_q"].tolist()) if "cu_seq_lens_q" in arrays else set()
     for number, samples in enumerate(rows):
         place = 0
         for sample in samples:
             end = place + len(sample["input_ids"])
             first = number * ids.shape[1] + place
-            apart = not bounds or (first in bounds and number * ids.shape[1] + end in bounds)
-            yield sample, Given(ids[number, place:end], labels[number, place:end], apart)
+            alone = not bounds and len(samples) == 1
+            apart = alone or (first in bounds and number * ids.shape[1] + end in bounds)
+            apart &= positions is None or numpy.array_equal(positions[number, place:end], numpy.arange(end - place))
+            whole = mask is None or bool(mask[number, place:end].all())
+            behind = labels[number, end:] if sample is samples[-1] else labels[number, end:end]
+            own = slice(place, end)
+            yield sample, Given(ids[number, own], labels[number, own], counted[number, own], behind, apart, whole)
             place = end
+
+
+def _counted(arrays: dict[str, numpy.ndarray]) -> numpy.ndarray:
+    """How often the loss asks for each token: it is predicted at the place before it."""
+    shape = arrays["input_ids"].shape
+    places = numpy.bincount(arrays["predicting"], minlength=shape[0] * shape[1]).reshape(shape)
+    return numpy.roll(places, 1, axis=1)

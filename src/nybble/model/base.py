@@ -60,21 +60,6 @@ def load_config(checkpoint: Checkpoint, rope_scaling: dict[str, object] | None) 
     return config
 
 
-def check_length(config: PretrainedConfig, max_length: int, rope_scaling: dict[str, object] | None) -> None:
-    """Refuse rows longer than the positions the model knows, unless rope scaling is set.
-
-    Raises:
-        ModelError: with the factor that would do.
-    """
-    positions = config.max_position_embeddings
-    if max_length > positions and rope_scaling is None:
-        raise ModelError(
-            f"data.max_length={max_length} is above the model's {positions} positions",
-            fix=f"data.max_length={positions}, or "
-            f"'model.rope_scaling={{rope_type: linear, factor: {-(-max_length // positions)}.0}}'",
-        )
-
-
 def load_base(
     checkpoint: Checkpoint, options: ModelOptions, dtype: torch.dtype, device: torch.device, cache: pathlib.Path
 ) -> Base:

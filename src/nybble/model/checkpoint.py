@@ -9,6 +9,8 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from nybble.errors import ModelError
 from nybble.model.hub import fetch
 
@@ -158,3 +160,18 @@ def _is_whole(file: pathlib.Path) -> bool:
         tensors = json.loads(stream.read(length))
     ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
     return bool(size == 8 + length + max(ends, default=0))
+
+
+def check_length(config: PretrainedConfig, max_length: int, rope_scaling: dict[str, object] | None) -> None:
+    """Refuse rows longer than the positions the model knows, unless rope scaling is set.
+
+    Raises:
+        ModelError: with the factor that would do.
+    """
+    positions = config.max_position_embeddings
+    if max_length > positions and rope_scaling is None:
+        raise ModelError(
+            f"data.max_length={max_length} is above the model's {positions} positions",
+            fix=f"data.max_length={positions}, or "
+            f"'model.rope_scaling={{rope_type: linear, factor: {-(-max_length // positions)}.0}}'",
+        )
