@@ -549,6 +549,43 @@ def test_loss_in_chunks(rows, skip):
         torch.testing.assert_close(summed_cross_entropy(hidden, head, targets, places), ours.detach())
 
 
+class Rows(TorchDispatchMode):
+    """The numbers of rows that were multiplied, from both sides."""
+
+    def __init__(self):
+        super().__init__()
+        self.met = set()
+
+    def __torch_dispatch__(self, operation, types, words=(), keywords=None):
+        if operation in (torch.ops.aten.mm.default, torch.ops.aten.mm.out):
+            self.met.add(len(words[0]))
+        return operation(*words, **(keywords or {}))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 255, 256, 257, CHUNK - 1, CHUNK, CHUNK + 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("skip", [False, True])
+def test_products_of_the_loss_know_few_numbers_of_rows(rows, dtype, skip, monkeypatch):
+    """The residual stream is float32 in both cases: gradients go into place and by way of another type."""
+    torch.manual_seed(0)
+    hidden = torch.randn(rows + 50, 32, device=DEVICE, requires_grad=True)
+    head, targets = torch.randn(101, 32, device=DEVICE).to(dtype), torch.randint(0, 101, (rows + 50,), device=DEVICE)
+    targets[rows:] = -100
+    places = torch.randperm(rows, device=DEVICE) if skip else None
+    found = []
+    for devices in ((), (DEVICE,)):
+        monkeypatch.setattr("nybble.engine.loss.FILLED", devices)
+        with Rows() as met:
+            loss = summed_cross_entropy(hidden, head, targets, places)
+            (gradient,) = torch.autograd.grad(loss, hidden)
+        found.append((loss, gradient))
+    assert gradient.shape == hidden.shape
+    tolerances = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(*found, **tolerances)
+    total = rows if skip else rows + 50
+    assert met.met == {min(CHUNK, -(-left // 256) * 256) for left in range(total, 0, -CHUNK)}
+
+
 LLAMA2 = LayerShape(4096, 11008, 32, 32, 128, (48, 16, 32, 16), 2, 2)
 
 
