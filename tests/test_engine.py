@@ -11,11 +11,13 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig, MistralForCausalLM
 
 from conftest import write_llama
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.loss import CHUNK, summed_cross_entropy
+from nybble.engine.passes import copy_rows
 from nybble.errors import EngineError
 from nybble.plan.activations import LADDER, LayerShape, kept_bytes, mix
 from nybble.quantized import stay_unpacked
@@ -463,6 +465,72 @@ def test_the_embedding_may_lie_on_the_host(tmp_path, tied):
     assert_same(gradients(model, batch_of()), expected)
 
 
+class Copies(TorchDispatchMode):
+    """The types that torch copied from and to."""
+
+    def __init__(self):
+        super().__init__()
+        self.met = []
+
+    def __torch_dispatch__(self, operation, types, words=(), keywords=None):
+        if operation is torch.ops.aten.copy_.default:
+            self.met.append((words[1].dtype, words[0].dtype))
+        return operation(*words, **(keywords or {}))
+
+
+WHOLE = (torch.complex128, torch.complex128)
+SIXTEENS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+@pytest.mark.parametrize("dtype", SIXTEENS)
+@pytest.mark.parametrize(
+    "columns, room, start", [(64, 8, 0), (64, 0, 0), (8, 16, 8), (0, 8, 0), (63, 9, 0), (64, 7, 0), (64, 8, 1)]
+)
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_rows_are_copied_to_the_bit_and_by_sixteen_bytes_where_they_allow_it(dtype, columns, room, start, rows):
+    """Any bits: numbers that are none are copied with what they say."""
+    bits, generator = SIXTEENS[dtype], torch.Generator().manual_seed(0)
+    limits = torch.iinfo(bits)
+    drawn = [
+        torch.randint(limits.min, limits.max, (rows, columns + room), dtype=bits, generator=generator).to(DEVICE)
+        for _ in range(2)
+    ]
+    place = slice(start, columns + start)
+    expected = drawn[1].clone()
+    expected[:, :columns] = drawn[0][:, place]
+    source, target = (each.view(dtype) for each in drawn)
+    with torch.no_grad(), Copies() as copies:
+        copy_rows(source[:, place], target[:, :columns])
+    assert torch.equal(target.view(bits), expected)
+    whole = not any(number * dtype.itemsize % 16 for number in (columns, room, start))
+    assert copies.met == [WHOLE if whole else (dtype, dtype)]
+
+
+def test_rows_of_another_type_or_out_of_line_are_copied_too():
+    numbers = torch.randn(5, 64, device=DEVICE)
+    target = torch.zeros(5, 72, dtype=torch.bfloat16, device=DEVICE)
+    copy_rows(numbers, target[:, :64])
+    assert torch.equal(target[:, :64], numbers.to(torch.bfloat16))
+    turned = torch.zeros(64, 5, device=DEVICE).t()
+    copy_rows(numbers, turned)
+    assert torch.equal(turned, numbers)
+    somewhere = torch.frombuffer(bytearray(5 * 64 * 4 + 32), dtype=torch.uint8)
+    odd = (
+        somewhere[(4 - somewhere.data_ptr()) % 16 :][: 5 * 64 * 4].numpy().data
+    )  # a buffer that begins 4 bytes too late
+    late = torch.frombuffer(odd, dtype=torch.float32).view(5, 64)
+    assert (late.data_ptr() % 16, late.storage_offset()) == (4, 0)
+    copy_rows(numbers.cpu(), late)
+    assert torch.equal(late, numbers.cpu())
+
+
+def test_a_fused_layer_copies_by_sixteen_bytes(llama):
+    model = fuse(load(llama, "none"), policy="keep-all")
+    with Copies() as copies:
+        gradients(model, batch_of())
+    assert copies.met.count(WHOLE) == 2 * 3
+
+
 @pytest.mark.parametrize("rows", [5, CHUNK + 7])
 @pytest.mark.parametrize("skip", [False, True])
 def test_loss_in_chunks(rows, skip):
@@ -479,6 +547,43 @@ def test_loss_in_chunks(rows, skip):
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(summed_cross_entropy(hidden, head, targets, places), ours.detach())
+
+
+class Rows(TorchDispatchMode):
+    """The numbers of rows that were multiplied, from both sides."""
+
+    def __init__(self):
+        super().__init__()
+        self.met = set()
+
+    def __torch_dispatch__(self, operation, types, words=(), keywords=None):
+        if operation in (torch.ops.aten.mm.default, torch.ops.aten.mm.out):
+            self.met.add(len(words[0]))
+        return operation(*words, **(keywords or {}))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 255, 256, 257, CHUNK - 1, CHUNK, CHUNK + 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("skip", [False, True])
+def test_products_of_the_loss_know_few_numbers_of_rows(rows, dtype, skip, monkeypatch):
+    """The residual stream is float32 in both cases: gradients go into place and by way of another type."""
+    torch.manual_seed(0)
+    hidden = torch.randn(rows + 50, 32, device=DEVICE, requires_grad=True)
+    head, targets = torch.randn(101, 32, device=DEVICE).to(dtype), torch.randint(0, 101, (rows + 50,), device=DEVICE)
+    targets[rows:] = -100
+    places = torch.randperm(rows, device=DEVICE) if skip else None
+    found = []
+    for devices in ((), (DEVICE,)):
+        monkeypatch.setattr("nybble.engine.loss.FILLED", devices)
+        with Rows() as met:
+            loss = summed_cross_entropy(hidden, head, targets, places)
+            (gradient,) = torch.autograd.grad(loss, hidden)
+        found.append((loss, gradient))
+    assert gradient.shape == hidden.shape
+    tolerances = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(*found, **tolerances)
+    total = rows if skip else rows + 50
+    assert met.met == {min(CHUNK, -(-left // 256) * 256) for left in range(total, 0, -CHUNK)}
 
 
 LLAMA2 = LayerShape(4096, 11008, 32, 32, 128, (48, 16, 32, 16), 2, 2)

@@ -299,6 +299,19 @@ def test_steps_without_walks_leave_copies_and_parts_alone(llama):
     assert not {"train", "zero_grad", "nybble_walk"} & model.__dict__.keys()
 
 
+def test_unchanged_layers_are_read_past_what_bitsandbytes_does_at_each_access(llama, monkeypatch):
+    model = fuse(load(llama))
+    gradients(model, batch_of())
+    layers, seen = list(model.get_base_model().model.layers), []
+    kind = type(layers[0].mlp.up_proj.base_layer.weight)
+    monkeypatch.setattr(kind, "__torch_function__", lambda function, *words, **keywords: seen.append(function))
+    found, _ = fusion(model).read(layers)
+    assert len(found) == 3
+    assert not seen
+    layers[0].mlp.up_proj.base_layer.weight.data_ptr()
+    assert len(seen) == 1, "the class is asked in another way"
+
+
 def test_the_chunked_loss_goes_back_once():
     hidden, head = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8)
     loss = summed_cross_entropy(hidden, head, torch.arange(5))

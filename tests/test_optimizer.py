@@ -1,8 +1,9 @@
-"""8-bit AdamW over all adapters as one tensor: beside bitsandbytes' own, beside float32 AdamW, saved and loaded."""
+"""8-bit AdamW over all adapters as a few tensors: beside bitsandbytes' own, beside float32 AdamW, saved and loaded."""
 
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -17,6 +18,13 @@ SHAPES = [
     (3, 5),
     (128, 64),
 ]  # one smaller than a block, so that the blocks of the next do not align
+
+
+@pytest.fixture(params=[2**25, 7200], ids=["together", "two shares"], autouse=True)
+def shares(request, monkeypatch):
+    """How many tensors the parameters become: the last is larger than the smaller limit."""
+    monkeypatch.setattr("nybble.optimizer.LARGEST", request.param)
+    return 1 if request.param == 2**25 else 2
 
 
 def parameters() -> list[torch.nn.Parameter]:
@@ -74,19 +82,42 @@ def test_it_says_what_it_cannot_step_on():
         optimizer.step()
 
 
-def test_gathered_gradients_are_those_of_the_parts():
+def test_gathered_gradients_are_those_of_the_parts(shares):
     parts = parameters()
     optimizer = FlatAdamW8bit(parts, **SETTINGS)
     for part in parts:
         part.grad = part.detach().clone()
     exact = torch.nn.utils.get_total_norm([part.grad for part in parts])
-    norm = torch.nn.utils.clip_grad_norm_([optimizer.gather()], 0.5)
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.gather(), 0.5)
     assert norm == pytest.approx(exact.item(), rel=1e-6)
     assert torch.nn.utils.get_total_norm([part.grad for part in parts]) == pytest.approx(0.5, rel=1e-3)
-    kept = optimizer.gather().grad
-    assert optimizer.gather().grad is kept, "gathered twice"
+    kept = [whole.grad for whole in optimizer.gather()]
+    assert len(kept) == shares
+    for whole, gradient in zip(optimizer.gather(), kept, strict=True):
+        assert whole.grad is gradient, "gathered twice"
     for part in parts:  # a step that the loss scaling skipped, then new gradients
         part.grad = torch.ones_like(part)
-    assert optimizer.gather().grad.eq(1).all()
+    assert all(whole.grad.eq(1).all() for whole in optimizer.gather())
     optimizer.step()
-    assert optimizer.param_groups[0]["params"][0].grad is None, "the gradients of all stay in memory"
+    assert all(whole.grad is None for whole in optimizer.wholes), "the gradients of all stay in memory"
+
+
+def test_a_share_s_gradients_are_freed_before_the_next_is_gathered(shares, monkeypatch):
+    parts = parameters()
+    optimizer = FlatAdamW8bit(parts, **SETTINGS)
+    for part in parts:
+        part.grad = part.detach().clone()
+    own, alive, cat = [weakref.ref(part.grad) for part in parts], [], torch.cat
+    monkeypatch.setattr(
+        "nybble.optimizer.torch.cat",
+        lambda found: alive.append(sum(gradient() is not None for gradient in own)) or cat(found),
+    )
+    optimizer.gather()
+    assert alive == {1: [4], 2: [4, 1]}[shares]
+    assert [gradient() for gradient in own] == [None] * 4
+
+
+def test_no_share_is_larger_than_the_limit_and_no_parameter_is_split(shares):
+    optimizer = FlatAdamW8bit(parameters(), **SETTINGS)
+    sizes = [whole.numel() for whole in optimizer.wholes]
+    assert sizes == {1: [15375], 2: [7183, 8192]}[shares]

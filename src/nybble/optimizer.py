@@ -1,4 +1,4 @@
-"""8-bit AdamW over all adapters as one tensor."""
+"""8-bit AdamW over all adapters as a few tensors."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from typing import Any
 import torch
 from bitsandbytes.optim import AdamW8bit
 
+LARGEST = 2**25
+"""Numbers of a flat tensor, 128 MB: gathering their gradients takes as much again until their own are freed. As one tensor the
+160 M of rank 64 on a 7B took 640 MB, which a fragmented allocator had to ask the device for."""
+
 
 class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
-    """bitsandbytes' AdamW with 8-bit state (Dettmers et al. 2022), in one launch instead of one a tensor.
+    """bitsandbytes' AdamW with 8-bit state (Dettmers et al. 2022), in a launch for LARGEST numbers instead of one a tensor.
 
     A LoRA on all linear layers of a 7B is 448 tensors. Their launches keep an H200's host busy for 30 ms a step while the
-    device waits; the update itself takes 3 (docs/benchmarks.md). The parameters become views of one tensor, and so do their
-    gradients when they are gathered, at the latest in each step. The state's blocks of 256 numbers do not begin anew at
-    each tensor.
+    device waits; the update itself takes 3 (docs/benchmarks.md). The parameters become views of a few tensors, and so do
+    their gradients when they are gathered, at the latest in each step. The state's blocks of 256 numbers do not begin anew
+    at each parameter.
 
     Args:
         parameters: all of one device and type; they keep their places, their data moves.
@@ -27,44 +31,74 @@ class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
         self.parts = list(parameters)
         kinds = {(part.dtype, part.device) for part in self.parts}
         assert len(kinds) == 1, f"parameters of one type and device, not {kinds}"
-        whole = torch.cat([part.detach().flatten() for part in self.parts])
-        place = 0
-        for part in self.parts:
-            part.data = whole[place : place + part.numel()].view_as(part)
-            place += part.numel()
-        super().__init__([torch.nn.Parameter(whole)], **settings)
+        self.shares = _shares(self.parts)
+        super().__init__([_flat(share) for share in self.shares], **settings)
+
+    @property
+    def wholes(self) -> list[torch.nn.Parameter]:
+        """The flat parameters, one a share."""
+        found: list[torch.nn.Parameter] = self.param_groups[0]["params"]
+        return found
 
     def missing(self) -> int:
         """How many parameters have no gradient."""
         return sum(part.grad is None for part in self.parts)
 
     @torch.no_grad()
-    def gather(self) -> torch.nn.Parameter:
-        """The one parameter of all, its gradient that of all: what is done to it is done to each part's."""
-        whole: torch.nn.Parameter = self.param_groups[0]["params"][0]
-        first = self.parts[0].grad
-        if whole.grad is None or first is None or first._base is not whole.grad:  # a step may have been skipped
-            assert not self.missing(), f"{self.missing()} parameters have no gradient"
-            whole.grad = torch.cat([part.grad.flatten() for part in self.parts])  # type: ignore[union-attr]
-            for part, own in zip(self.parts, whole.grad.split([part.numel() for part in self.parts]), strict=True):
-                part.grad = own.view_as(part)
-        return whole
+    def gather(self) -> list[torch.nn.Parameter]:
+        """The flat parameters, their gradients those of all: what is done to them is done to each part's."""
+        for whole, share in zip(self.wholes, self.shares, strict=True):
+            first = share[0].grad
+            if whole.grad is None or first is None or first._base is not whole.grad:  # a step may have been skipped
+                assert not self.missing(), f"{self.missing()} parameters have no gradient"
+                _gather(whole, share)  # the share's own are freed before the next takes memory
+        return self.wholes
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Update all parameters."""
-        whole = self.param_groups[0]["params"][0]
-        places = itertools.accumulate((part.numel() for part in self.parts), initial=0)
-        assert all(
-            part.data_ptr() == whole.data_ptr() + place * whole.element_size()
-            for part, place in zip(self.parts, places, strict=False)
-        ), "a parameter's data was replaced"
+        for whole, share in zip(self.wholes, self.shares, strict=True):
+            places = itertools.accumulate((part.numel() for part in share), initial=0)
+            assert all(
+                part.data_ptr() == whole.data_ptr() + place * whole.element_size()
+                for part, place in zip(share, places, strict=False)
+            ), "a parameter's data was replaced"
         self.gather()
         result = super().step(closure)
-        whole.grad = None
+        for whole in self.wholes:
+            whole.grad = None
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
         for part in self.parts:
             part.grad = None
+
+
+def _shares(parts: Sequence[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
+    """Neighbours, as many as make LARGEST numbers; what is larger stays whole."""
+    shares: list[list[torch.nn.Parameter]] = []
+    taken = 0
+    for part in parts:
+        if not shares or taken + part.numel() > LARGEST:
+            shares.append([])
+            taken = 0
+        shares[-1].append(part)
+        taken += part.numel()
+    return shares
+
+
+def _flat(share: Sequence[torch.nn.Parameter]) -> torch.nn.Parameter:
+    """One tensor of all data, which the parameters become views of."""
+    whole = torch.cat([part.detach().flatten() for part in share])
+    for part, own in zip(share, whole.split([part.numel() for part in share]), strict=True):
+        part.data = own.view_as(part)
+    return torch.nn.Parameter(whole)
+
+
+def _gather(whole: torch.nn.Parameter, share: Sequence[torch.nn.Parameter]) -> None:
+    """One tensor of all gradients, which the parameters' become views of."""
+    whole.grad = None  # of a step that was skipped: its memory first
+    whole.grad = torch.cat([part.grad.flatten() for part in share])  # type: ignore[union-attr]
+    for part, own in zip(share, whole.grad.split([part.numel() for part in share]), strict=True):
+        part.grad = own.view_as(part)

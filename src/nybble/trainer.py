@@ -157,18 +157,18 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         return found
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
-        """The norm of all gradients before they are clipped; where the optimiser holds them as one tensor in a few
-        launches, without one a tensor and a walk over all modules."""
+        """The norm of all gradients before they are clipped; where the optimiser holds them as a few tensors in a
+        few launches, without one a tensor and a walk over all modules."""
         flat = getattr(self.optimizer, "optimizer", self.optimizer)
         if not isinstance(flat, FlatAdamW8bit) or flat.missing():  # of what is missing the guards tell
             norm: torch.Tensor = super()._clip_grad_norm(model)
             return norm
-        whole = flat.gather()
+        wholes = flat.gather()
         self.accelerator.unscale_gradients()
-        return torch.nn.utils.clip_grad_norm_([whole], self.args.max_grad_norm)
+        return torch.nn.utils.clip_grad_norm_(wholes, self.args.max_grad_norm)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer's own, but 8-bit AdamW in one launch."""
+        """Trainer's own, but 8-bit AdamW in a few launches."""
         kind = str(getattr(self.args.optim, "value", self.args.optim))
         if getattr(self, "optimizer", None) is None and "8bit" in kind:
             self.optimizer = FlatAdamW8bit(

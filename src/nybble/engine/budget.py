@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from nybble.engine.layer import Shared
-from nybble.engine.loss import CHUNK
+from nybble.engine.loss import CHUNK, MULTIPLE
 from nybble.plan.activations import KEEP_ALL, LAYER_INPUT, LayerShape, mix, passing_bytes, tile
 
 SLACK = 0.05  # of the limit: what an allocator of blocks loses between them
@@ -53,7 +53,8 @@ class Budget:
     def loss_bytes(self, tokens: int) -> int:
         """Of the loss at its peak, the gradient of its input included."""
         if self.chunked_loss:
-            return min(CHUNK, tokens) * self.vocabulary * 2 + tokens * self.hidden * 4
+            rows = -(-tokens // MULTIPLE) * MULTIPLE
+            return min(CHUNK, rows) * self.vocabulary * 2 + rows * self.hidden * 4
         # Transformers: 16-bit logits, their float32 copy, its logarithms and their gradient
         return tokens * self.vocabulary * 14
 

@@ -15,6 +15,11 @@ from torch.autograd.function import once_differentiable
 from nybble.engine import ops
 
 CHUNK = 1024  # rows: 65 MB of logits for Llama 2, and 2,048 rows are no faster (docs/benchmarks.md)
+MULTIPLE = 256
+"""Rows of a chunk are filled up to a multiple of this on a device whose products take a kernel by their shape: what is to be
+predicted differs from batch to batch, and each number of rows that an H200 meets for the first time costs 4 to 8 ms."""
+FILLED = ("cuda",)
+"""Such devices. On a CPU a row more is a row more to compute."""
 
 
 def summed_cross_entropy(
@@ -52,24 +57,35 @@ def last_hidden(model: torch.nn.Module, backbone: torch.nn.Module, inputs: Mappi
     return found[0]
 
 
+def _filled(rows: int, device: torch.device) -> int:
+    """How many rows are computed for so many."""
+    return -(-rows // MULTIPLE) * MULTIPLE if device.type in FILLED else rows
+
+
+def _fill(found: torch.Tensor, part: slice, value: int) -> torch.Tensor:
+    """The rows that were found of a part, and as many of a value as are missing."""
+    missing = part.stop - part.start - len(found)
+    return torch.cat((found, found.new_full((missing, *found.shape[1:]), value))) if missing else found
+
+
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_mh: torch.Tensor, head: torch.Tensor, targets_m: torch.Tensor) -> torch.Tensor:
         operations, _ = ops.choose(hidden_mh.device)
-        wanted = ctx.needs_input_grad[0]
-        gradient_mh = torch.empty_like(hidden_mh) if wanted else None
-        losses = torch.empty(len(hidden_mh), dtype=torch.float32, device=hidden_mh.device)
+        count, filled = len(hidden_mh), _filled(len(hidden_mh), hidden_mh.device)
+        gradient_mh = hidden_mh.new_empty(filled, head.shape[1]) if ctx.needs_input_grad[0] else None
+        losses = torch.empty(filled, dtype=torch.float32, device=hidden_mh.device)
         with torch.autocast(hidden_mh.device.type, enabled=False), torch.cuda.device_of(hidden_mh):
-            for first in range(0, len(hidden_mh), CHUNK):
-                part = slice(first, first + CHUNK)
-                logits = hidden_mh[part].to(head.dtype) @ head.t()
-                operations.cross_entropy(logits, targets_m[part], losses[part])
+            for first in range(0, filled, CHUNK):
+                part = slice(first, min(first + CHUNK, filled))
+                logits = _fill(hidden_mh[part].to(head.dtype), part, 0) @ head.t()
+                operations.cross_entropy(logits, _fill(targets_m[part], part, -100), losses[part])
                 if gradient_mh is not None and gradient_mh.dtype == head.dtype:
                     torch.mm(logits, head, out=gradient_mh[part])
                 elif gradient_mh is not None:
                     gradient_mh[part] = logits @ head
-        ctx.gradient_mh = gradient_mh
-        return losses.sum()
+        ctx.gradient_mh = None if gradient_mh is None else gradient_mh[:count]
+        return losses[:count].sum()
 
     @staticmethod
     @once_differentiable

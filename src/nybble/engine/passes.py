@@ -53,6 +53,26 @@ class LayerFunction(torch.autograd.Function):
         return None if to_x is None else to_x.view_as(gradient), None, *parts
 
 
+def copy_rows(source: torch.Tensor, target: torch.Tensor) -> None:
+    """A matrix into a view of its shape, bit for bit where they are of one type.
+
+    Between rows that lie differently far apart a GPU copies number by number: (8,192, 4,096) of 2 bytes took 97 us on an
+    H200, whose bandwidth needs 31. So the rows go as complex numbers of 16 bytes, which torch only moves.
+    """
+    if source.dtype == target.dtype and _is_in_sixteens(source) and _is_in_sixteens(target):
+        source, target = source.view(torch.complex128), target.view(torch.complex128)
+    target.copy_(source)
+
+
+def _is_in_sixteens(matrix: torch.Tensor) -> bool:
+    """Whether every row begins and ends at a multiple of 16 bytes, on a device that has numbers of so many."""
+    between, within = matrix.stride()
+    numbers = matrix.shape[1] | between | int(matrix.storage_offset())
+    # Somebody's buffer may begin anywhere.
+    aligned = (numbers * matrix.element_size() | matrix.data_ptr()) % 16 == 0
+    return within == 1 and aligned and (matrix.is_cuda or matrix.is_cpu)
+
+
 @contextlib.contextmanager
 def _alone(x: torch.Tensor) -> Iterator[None]:
     """Types are chosen here and not by somebody's autocast; kernels are launched on the tensors' device."""
@@ -148,7 +168,7 @@ def _after_attention(
     wide = out.flatten(1)
     if matrix.ranks:
         wide = call.room(rows, matrix.inputs, matrix.ranks)
-        wide[:, : matrix.inputs] = out.flatten(1)
+        copy_rows(out.flatten(1), wide[:, : matrix.inputs])
         call.fill_ranks("o", wide, rows, ranks)
     update = wide @ matrix.forward
     del wide
@@ -205,7 +225,7 @@ def _mlp_backward(
     gate_up = _gate_up(call, normed, rows, kept.ranks, None) if kept.gate_up is None else kept.gate_up[rows]
 
     wide = call.room(rows, hidden, call.layer.groups["down"].ranks)
-    wide[:, :hidden] = to_y
+    copy_rows(to_y, wide[:, :hidden])
     active = call.room(rows, layer.sizes.intermediate)
     _input_gradient(call, "down", wide, rows, active)
     call.operations.swiglu_backward(active, gate_up[:, : 2 * layer.sizes.intermediate])  # now the activation itself

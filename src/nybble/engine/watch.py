@@ -12,7 +12,9 @@ class Watched:
     """Reads modules and remembers each fact that it read.
 
     Everything is looked up in the modules' own dictionaries and compared by identity, 40 ns a fact: nn.Module's
-    attributes and isinstance take ten times that, and a model of 32 layers has 10,000 facts a batch.
+    attributes and isinstance take ten times that, and a model of 32 layers has 11,000 facts a batch. What is asked of
+    parameters is asked past their classes: bitsandbytes' sees every access through a Python function, 2 us, and the 448
+    of such a model took 0.9 of the 1.5 ms in which the device waits before each batch.
     """
 
     def __init__(self) -> None:
@@ -75,12 +77,12 @@ class Watched:
         for owner, key, value in self._items:
             if owner.get(key) is not value:
                 return False
-        for hooks in self._empty:
-            if hooks:
-                return False
-        for parameter, found in self._trained:
-            if parameter.requires_grad is not found:
-                return False
+        if any(self._empty):
+            return False
+        with torch._C.DisableTorchFunctionSubclass():
+            for parameter, found in self._trained:
+                if parameter.requires_grad is not found:
+                    return False
         for sequence, words in self._lists:
             if tuple(sequence) != words:
                 return False
@@ -88,4 +90,5 @@ class Watched:
 
     def weights_stand(self) -> bool:
         """Whether the data of the parameters whose place was asked for has not moved."""
-        return all(parameter.data_ptr() == found for parameter, found in self._places)
+        with torch._C.DisableTorchFunctionSubclass():
+            return all(parameter.data_ptr() == found for parameter, found in self._places)
