@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nybble.engine.kernels.launch import Launcher
+from nybble.engine.kernels.launch import Launcher, blocks_of, power_of_two
 from nybble.engine.reference import LowRank
 
 ROWS, COLUMNS = 32, 512
@@ -70,8 +70,8 @@ def pack_adapters(adapters: Sequence[LowRank], matrix: torch.Tensor, outputs: in
             words += [a, b, own.scaling, own.first_output, b.shape[0], own.first_rank, a.shape[0]]
         else:
             words += [matrix, matrix, 0.0, 0, 0, 0, 0]
-    row_blocks = triton.cdiv(outputs, ROWS)
+    row_blocks = blocks_of(outputs, ROWS)
     _launch(
-        (row_blocks + rank * triton.cdiv(inputs, COLUMNS),), *words, matrix, matrix.stride(0), outputs, inputs, rank,
-        row_blocks, triton.next_power_of_2(rank), ROWS, COLUMNS,
+        (row_blocks + rank * blocks_of(inputs, COLUMNS),), *words, matrix, matrix.stride(0), outputs, inputs, rank,
+        row_blocks, power_of_two(rank), ROWS, COLUMNS,
     )  # fmt: skip

@@ -41,3 +41,14 @@ class Launcher:
             if len(self._compiled) >= REMEMBERED:
                 self._compiled.clear()
             self._compiled[key] = compiled
+
+
+def blocks_of(length: int, size: int) -> int:
+    """How many blocks of a size cover a length. Triton's own cdiv and next_power_of_2 are compile-time objects, 2.6 us a call
+    on the host, where a step of 1 x 2048 tokens makes 1,700."""
+    return -(-length // size)
+
+
+def power_of_two(length: int) -> int:
+    """The smallest power of two that is no smaller."""
+    return 1 << (length - 1).bit_length()

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nybble.engine.kernels.launch import Launcher
+from nybble.engine.kernels.launch import Launcher, power_of_two
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def rms_norm(x_mh: torch.Tensor, weight_h: torch.Tensor, eps: float, out_mh: tor
     _forwards[_warps(hidden)](
         (rows,),
         x_mh, x_mh, weight_h, x_mh, out_mh, x_mh.stride(0), 0, 0, out_mh.stride(0), hidden, eps,
-        False, triton.next_power_of_2(hidden),
+        False, power_of_two(hidden),
     )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def add_rms_norm(
         (rows,),
         x_mh, update_mh, weight_h, sum_mh, out_mh,
         x_mh.stride(0), update_mh.stride(0), sum_mh.stride(0), out_mh.stride(0), hidden, eps,
-        True, triton.next_power_of_2(hidden),
+        True, power_of_two(hidden),
     )  # fmt: skip
 
 
@@ -94,10 +94,10 @@ def rms_norm_backward(
         (rows,),
         gradient_mh, x_mh, weight_h, residual_mh, out_mh,
         gradient_mh.stride(0), x_mh.stride(0), residual_mh.stride(0), out_mh.stride(0), hidden, eps,
-        triton.next_power_of_2(hidden),
+        power_of_two(hidden),
     )  # fmt: skip
 
 
 def _warps(hidden: int) -> int:
-    block: int = triton.next_power_of_2(hidden)
+    block: int = power_of_two(hidden)
     return min(16, max(1, block // 512))

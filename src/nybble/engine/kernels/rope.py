@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nybble.engine.kernels.launch import Launcher
+from nybble.engine.kernels.launch import Launcher, power_of_two
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def rope(
     qkv_mn: torch.Tensor, cosine_pd: torch.Tensor, sine_pd: torch.Tensor, rotated_heads: int, head_size: int, first: int
 ) -> None:
     """See `reference.rope`."""
-    half = triton.next_power_of_2(head_size // 2)
+    half = power_of_two(head_size // 2)
     _launch_forward(
         (qkv_mn.shape[0],), qkv_mn, cosine_pd, sine_pd, qkv_mn.stride(0), cosine_pd.shape[0], first, rotated_heads,
         head_size, half, _heads(half),
@@ -93,7 +93,7 @@ def rope_backward(
 ) -> None:
     """See `reference.rope_backward`."""
     query, key, value = gradients
-    half = triton.next_power_of_2(head_size // 2)
+    half = power_of_two(head_size // 2)
     _launch_backward(
         (query.shape[0],), query, key, value, cosine_pd, sine_pd, out_mn,
         query.stride(0), key.stride(0), value.stride(0), out_mn.stride(0),

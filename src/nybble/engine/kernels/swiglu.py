@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nybble.engine.kernels.launch import Launcher
+from nybble.engine.kernels.launch import Launcher, blocks_of
 
 BLOCK = 1024
 
@@ -47,12 +47,12 @@ _launch_forward, _launch_backward = Launcher(_forward, num_warps=4), Launcher(_b
 def swiglu(gate_up_mi: torch.Tensor, out_mi: torch.Tensor) -> None:
     """See `reference.swiglu`."""
     rows, width = out_mi.shape
-    grid = (rows, triton.cdiv(width, BLOCK))
+    grid = (rows, blocks_of(width, BLOCK))
     _launch_forward(grid, gate_up_mi, out_mi, gate_up_mi.stride(0), out_mi.stride(0), width, BLOCK)
 
 
 def swiglu_backward(gradient_mi: torch.Tensor, gate_up_mi: torch.Tensor) -> None:
     """See `reference.swiglu_backward`."""
     rows, width = gradient_mi.shape
-    grid = (rows, triton.cdiv(width, BLOCK))
+    grid = (rows, blocks_of(width, BLOCK))
     _launch_backward(grid, gradient_mi, gate_up_mi, gradient_mi.stride(0), gate_up_mi.stride(0), width, BLOCK)
