@@ -26,7 +26,7 @@ class PackedRows(torch.utils.data.Dataset[list[Sample]]):
         rows: positions in `samples` of what each row holds, from `packing.best_fit`.
     """
 
-    def __init__(self, samples: Dataset, rows: Sequence[Sequence[int]]) -> None:
+    def __init__(self, samples: Dataset, rows: Sequence[Sequence[int] | numpy.ndarray]) -> None:
         self.samples = samples
         self.members = numpy.fromiter(itertools.chain.from_iterable(rows), dtype=numpy.int64)
         self.ends = numpy.cumsum([len(row) for row in rows])

@@ -28,7 +28,6 @@ from nybble.recipe import DataOptions
 CACHE_VERSION = 3  # raised when the same input gives other tokens, or other things are found
 OVERLENGTH_SHARE = 0.01  # with overlength=error, up to this share of rows is dropped and counted
 HEAD = 10_000  # rows of a stream that are examined before training
-ALIKE = 3  # rows shown where all have the same fault
 LOOKED_AT = 1000  # rows by which forms are told apart
 FEATURES = Features(
     {
@@ -125,8 +124,7 @@ def unfit(
     if is_refused and counts.faulty == 1:
         yield faults[0]
     elif is_refused:
-        are_alike = len({fault.what for fault in faults}) == 1 and counts.faulty > len(faults)
-        shown = [f"  {fault.where}: {fault.what}" for fault in (faults[:ALIKE] if are_alike else faults)]
+        shown = [f"  {fault.where}: {fault.what}" for fault in faults]
         more = [f"  and {counts.faulty - len(shown):,} more"] if counts.faulty > len(shown) else []
         yield DataError(
             "\n".join([f"{counts.faulty:,} of {counts.rows:,} rows cannot be trained on:", *shown, *more]),
