@@ -1,0 +1,208 @@
+"""A report's pictures: drawn once, as SVG that takes the page's colours or as PNG."""
+
+from __future__ import annotations
+
+import io
+import math
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from nybble.data.histogram import quantile
+from nybble.evaluate.wording import Entry, by_verdict, scale
+
+WIDE, NARROW = 8.6, 3.7  # inches of 100 pixels: what a page of 1280 and one of 400 pixels has room for
+DRAWN = 400  # points of a curve: a page has no more pixels to show them
+BASE, TUNED, ACCENT, INK, MUTED, GRID = "#7b8a9a", "#1d5b79", "#c8552f", "#1c2430", "#5b6776", "#e3e7eb"
+CURVES = (TUNED, ACCENT, "#5f7d3a", "#86588f", "#9a7416")
+NAMES = dict(zip((BASE, TUNED, ACCENT, INK, MUTED, GRID, *CURVES[2:]), (
+    "base", "tuned", "accent", "ink", "muted", "grid", "green", "violet", "ochre",
+), strict=True))  # fmt: skip
+STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "nybble", "text.parse_math": False, "font.size": 9.5,
+    "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": GRID, "xtick.color": MUTED, "ytick.color": MUTED,
+    "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED, "axes.spines.top": False, "axes.spines.right": False,
+    "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False, "figure.dpi": 100,
+}  # fmt: skip
+
+Draw = Callable[[float], Figure]
+Point = tuple[float, float]
+
+
+def benchmark_plot(tasks: Sequence[Entry]) -> Draw | None:
+    """Base and tuned with their intervals, a line a benchmark; None where none is a share."""
+    drawn = [task for task in by_verdict(tasks) if scale(task).percent]
+
+    def draw(width: float) -> Figure:
+        figure, axes = _axes(width, 0.95 + 0.42 * len(drawn))
+        for place, task in enumerate(drawn):
+            for who, colour, shift in (("base", BASE, -0.14), ("tuned", TUNED, 0.14)):
+                _whisker(axes, task[who], place + shift, colour, who if not place else "")
+            axes.text(
+                1.01, place, scale(task).change((task.get("difference") or {}).get("mean")), va="center",
+                transform=axes.get_yaxis_transform(), color=_shade(task), fontweight="bold",
+            )  # fmt: skip
+        axes.set_yticks(range(len(drawn)), [_short(task["name"]) for task in drawn])
+        axes.tick_params(axis="y", labelcolor=INK)
+        axes.set_ylim(len(drawn) - 0.5, -0.5)
+        axes.set_xlabel("percent, with 95% intervals; right: difference in points")
+        if width == NARROW:
+            axes.set_xlabel("percent; right: difference in points")
+        axes.xaxis.set_major_locator(MaxNLocator(6 if width == WIDE else 4))
+        axes.grid(axis="x", color=GRID)
+        axes.spines["left"].set_visible(False)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handletextpad=0.4)
+        return figure
+
+    return draw if drawn else None
+
+
+def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> Draw | None:
+    """Training loss, each step and its running mean, and validation loss."""
+    steps, validation = _series(metrics, "loss"), _series(metrics, "eval_loss")
+
+    def draw(width: float) -> Figure:
+        figure, axes = _axes(width, 3.0)
+        if steps:
+            axes.plot(*zip(*_thinned(steps), strict=True), color=BASE, linewidth=0.8, alpha=0.6, label="each step")
+            smooth = _thinned(_running_mean(steps))
+            axes.plot(*zip(*smooth, strict=True), color=TUNED, linewidth=1.8, label="training, running mean")
+        if validation:
+            axes.plot(*zip(*validation, strict=True), color=ACCENT, marker="o", ms=4, linewidth=1.8, label="validation")
+            step, least = min(validation, key=lambda point: point[1])
+            axes.annotate(
+                f"best {least:.3f}", (step, least), xytext=(0, -14), textcoords="offset points", ha="right", color=ACCENT
+            )
+        axes.set(xlabel="step", ylabel="nats a token")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.grid(axis="y", color=GRID)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3 if width == WIDE else 2, borderaxespad=0.2)
+        return figure
+
+    return draw if steps or validation else None
+
+
+def score_plot(metrics: Sequence[Mapping[str, Any]]) -> Draw | None:
+    """Scores of the tasks that were run while training."""
+    keys = sorted({key for line in metrics for key in line if key.startswith("task/")})
+    curves = {key.removeprefix("task/"): points for key in keys if (points := _series(metrics, key))}
+
+    def draw(width: float) -> Figure:
+        columns = 3 if width == WIDE else 1
+        figure, axes = _axes(width, 3.0 + 0.2 * (math.ceil(len(curves) / columns) - 1))
+        for number, (name, points) in enumerate(curves.items()):
+            dash = ("-", "--", ":")[number // len(CURVES) % 3]
+            colour = CURVES[number % len(CURVES)]
+            axes.plot(*zip(*points, strict=True), dash, color=colour, marker="o", ms=3.5, label=_short(name, 40))
+        axes.set(xlabel="step", ylabel="score")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.grid(axis="y", color=GRID)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)
+        return figure
+
+    return draw if curves else None
+
+
+def length_plot(lengths: Mapping[int, int], limit: int | None) -> Draw | None:
+    """Tokens of the training rows, and the limit where it is near."""
+    longest = max(lengths, default=0)
+    near = limit if limit is not None and limit < 2 * longest else None
+
+    def draw(width: float) -> Figure:
+        figure, axes = _axes(width, 2.6)
+        edge = max(quantile(lengths, 0.995), near or 0, 1) * 1.05
+        bars = {"bins": 60 if width == WIDE else 30, "range": (0, edge), "color": TUNED}
+        axes.hist(list(lengths), weights=list(lengths.values()), **bars)
+        if near is not None:
+            axes.axvline(near, color=ACCENT, linewidth=1.5, label=f"data.max_length={near:,}")
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+        axes.set(xlabel="tokens a row", ylabel="rows", xlim=(0, edge))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.grid(axis="y", color=GRID)
+        axes.set_axisbelow(True)
+        return figure
+
+    return draw if longest else None
+
+
+def svg(draw: Draw, width: float, prefix: str) -> str:
+    """A plot as SVG to stand in a page: its colours are the page's, its ids begin with `prefix`."""
+    with matplotlib.rc_context(STYLE):
+        stream = io.StringIO()
+        draw(width).savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    text = stream.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"|(?<=<svg)[^>]*?(?=\sviewBox)|\sversion="1.1"', "", text)
+    text = re.sub(r'\bid="|(?<=href=")#|(?<=url\()#', lambda found: f"{found[0]}{prefix}-", text)
+    for colour, name in NAMES.items():
+        text = text.replace(colour, f"var(--{name})")
+    return text
+
+
+def png(draw: Draw, file: pathlib.Path) -> None:
+    """A plot as a PNG file, for paper and for pages without style."""
+    with matplotlib.rc_context(STYLE):
+        temporary = file.with_suffix(".writing.png")
+        draw(WIDE).savefig(temporary, dpi=160, facecolor="white")
+        temporary.replace(file)
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _whisker(axes: Axes, score: Entry, place: float, colour: str, label: str) -> None:
+    mean, interval = score["mean"], score.get("interval")
+    if mean is None:
+        return
+    if interval and all(map(math.isfinite, interval)):
+        axes.plot([100 * end for end in interval], [place, place], color=colour, linewidth=2, solid_capstyle="round")
+    axes.plot([100 * mean], [place], "o", color=colour, ms=6, linestyle="none", label=label or None)
+
+
+def _shade(task: Entry) -> str:
+    return {"worse": ACCENT, "better": TUNED}.get(task.get("verdict") or "", MUTED)
+
+
+def _short(name: str, most: int = 22) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
+    """(step, value) of the lines that have a finite one."""
+    found = [(line["step"], line[key]) for line in metrics if isinstance(line.get(key), int | float)]
+    return [(step, value) for step, value in found if math.isfinite(value)]
+
+
+def _running_mean(points: Sequence[Point]) -> list[Point]:
+    """The mean of each point and its neighbours, 1/20 of the curve in all, fewer at the ends."""
+    reach = max(len(points) // 40, 1)
+    sums = [0.0]
+    for _, value in points:
+        sums.append(sums[-1] + value)
+    smooth = []
+    for place, (step, _) in enumerate(points):
+        around = min(reach, place, len(points) - 1 - place)
+        smooth.append((step, (sums[place + around + 1] - sums[place - around]) / (2 * around + 1)))
+    return smooth
+
+
+def _thinned(points: Sequence[Point]) -> list[Point]:
+    """Of a long curve the least and the greatest of each stretch, so that no peak is lost."""
+    stretch = math.ceil(2 * len(points) / DRAWN)
+    if stretch <= 2:
+        return list(points)
+    kept = []
+    for first in range(0, len(points), stretch):
+        part = points[first : first + stretch]
+        kept += sorted({min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])})
+    return kept

@@ -1,0 +1,225 @@
+"""RUN/report.html and RUN/report.md: did it get better, at what, at what price. One file without network each."""
+
+from __future__ import annotations
+
+import datetime
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from nybble.evaluate import plots, tables
+from nybble.evaluate.wording import NONE, UNDECIDED, duration, headline, number_text, undecided_text
+from nybble.run import write_text
+
+LONG, LONG_LINES = 700, 12  # characters and lines from which a text of a sample is folded
+TEASER = 240  # characters shown of a folded one
+MARKDOWN = re.compile(r"([\\`*\[\]<>|#&~$!]|(?<!\w)_|_(?!\w))")  # what would be read as markup; not the _ of arc_easy
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture of the report."""
+
+    name: str
+    title: str
+    draw: plots.Draw
+
+    @property
+    def wide(self) -> Markup:
+        """For a wide window."""
+        return Markup(plots.svg(self.draw, plots.WIDE, f"{self.name}-wide"))  # escaped by matplotlib
+
+    @property
+    def narrow(self) -> Markup:
+        """For a phone: less wide, with text of the same size."""
+        return Markup(plots.svg(self.draw, plots.NARROW, f"{self.name}-narrow"))
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a model was asked or said."""
+
+    who: str
+    text: str
+
+    @property
+    def teaser(self) -> str:
+        """The beginning of a long one, or nothing."""
+        if len(self.text) <= LONG and self.text.count("\n") < LONG_LINES:
+            return ""
+        return "\n".join(self.text[:TEASER].split("\n")[:4]) + " …"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to ask for the skill: its score as it was told, and as a share where it is one."""
+
+    name: str
+    score: str
+
+    @property
+    def share(self) -> float | None:
+        """Of 93 of 100, 0.93."""
+        found = re.fullmatch(r"(\d+) of (\d+)", self.score)
+        return int(found[1]) / max(int(found[2]), 1) if found else None
+
+
+def write_report(
+    folder: pathlib.Path, results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]
+) -> pathlib.Path:
+    """Write report.html, report.md and the latter's pictures; parts that `results` lacks are left out.
+
+    Args:
+        folder: the run folder.
+        results: what evaluation.json holds.
+        metrics: the lines of metrics.jsonl.
+
+    Returns:
+        report.html.
+    """
+    pictures = _plots(results, metrics)
+    view = _view(results, pictures)
+    if pictures:
+        (folder / "report").mkdir(exist_ok=True)
+    for picture in pictures:
+        plots.png(picture.draw, folder / "report" / f"{picture.name}.png")
+    for name in ("report.md", "report.html"):
+        text = _environment(name).get_template(f"{name}.jinja").render(view)
+        # A lone surrogate can stand in JSON and not in UTF-8.
+        write_text(folder / name, text.encode("utf-8", "replace").decode("utf-8"))
+    return folder / "report.html"
+
+
+def _environment(name: str) -> Environment:
+    """In HTML and in Markdown what comes from data is escaped unless a template says otherwise."""
+    markdown = name.endswith(".md")
+    environment = Environment(
+        loader=FunctionLoader(lambda file: (resources.files(__package__) / file).read_text(encoding="utf-8")),
+        autoescape=select_autoescape(("html.jinja",), default=False),
+        finalize=_markdown if markdown else lambda value: value,
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters |= {"fence": _fence, "code": _code}
+    return environment
+
+
+def _view(results: Mapping[str, Any], pictures: Sequence[Plot]) -> dict[str, Any]:
+    """Everything that the templates show, as text."""
+    tasks, held_out, texts = results.get("tasks") or [], results.get("held_out"), results.get("texts") or []
+    generation, missing = results.get("generation") or {}, results.get("missing") or []
+    answers = generation.get("metrics") or []
+    undecided = undecided_text(results)
+    head = headline(results)
+    return {
+        "run": results["run"],
+        "date": _date(results["date"]),
+        "headline": head,
+        "facts": _facts(results),
+        "skill": _skill(results.get("skill")),
+        "benchmarks": tables.benchmarks(tasks) if tasks else None,
+        "undecided": undecided if undecided and head[-1].text != undecided else "",
+        "no_difference": UNDECIDED.capitalize(),
+        "subjects": any(task.get("over_subjects") for task in tasks),
+        "plots": pictures,
+        "held_out": tables.held_out(held_out, texts) if held_out or texts else None,
+        "held_out_tested": bool(held_out and held_out.get("verdict")),
+        "generation": tables.generation(answers) if answers else None,
+        "answers": generation.get("rows"),
+        "samples": [_sample(sample) for sample in results.get("samples") or []],
+        "training": _training(results.get("training")),
+        "missing": tables.missing(missing) if missing else None,
+        "recipe": results.get("recipe"),
+        "versions": results.get("versions"),
+        "fingerprints": _fingerprints(results),
+    }
+
+
+def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was evaluated, and how."""
+    base, limit = results.get("base") or {}, results.get("limit")
+    facts = [
+        ("base", base.get("name")),
+        ("quantisation", base.get("quantization")),
+        ("computed in", results.get("dtype")),
+        ("evaluated on", results.get("device")),
+        ("rows a benchmark", f"at most {limit:,}" if limit is not None else None),
+        ("evaluation took", duration(results["seconds"]) if results.get("seconds") is not None else None),
+    ]
+    return [(name, str(value)) for name, value in facts if value is not None]
+
+
+def _training(training: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What the training cost."""
+    if not training:
+        return []
+    facts: list[tuple[str, str]] = [("time", duration(training.get("seconds")))]
+    for name, key, digits, unit in (
+        ("steps", "steps", 0, ""),
+        ("tokens", "tokens", 0, ""),
+        ("tokens a second", "tokens_per_second", 0, ""),
+        ("peak memory", "peak_memory_gb", 2, " GB"),
+        ("trained parameters", "trainable_parameters", 0, ""),
+    ):
+        facts.append((name, number_text(training.get(key), digits) + unit))
+    facts += [(name, str(training.get(name) or NONE)) for name in ("device", "template")]
+    return [(name, value) for name, value in facts if not value.startswith(NONE)]
+
+
+def _fingerprints(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    base = (results.get("base") or {}).get("fingerprint")
+    return [(name, value) for name, value in (("base", base), ("adapter", results.get("adapter"))) if value]
+
+
+def _skill(skill: Mapping[str, str] | None) -> dict[str, Any] | None:
+    if not skill:
+        return None
+    return {"what": skill["what"], "ways": [Way(name, score) for name, score in skill.items() if name != "what"]}
+
+
+def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The prompt, and beneath it what was expected, if known, and what each model said."""
+    names = [name for name in ("expected", "base", "tuned") if name != "expected" or sample.get(name)]
+    said = [Text(name, sample.get(name) or "") for name in names]
+    return {"prompt": Text("prompt", sample.get("prompt") or ""), "said": said}
+
+
+def _plots(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[Plot]:
+    lengths = {int(length): rows for length, rows in (results.get("lengths") or {}).items()}
+    drawn = [
+        ("benchmarks", "Benchmarks", plots.benchmark_plot(results.get("tasks") or [])),
+        ("loss", "Loss", plots.loss_plot(metrics)),
+        ("scores", "Scores while training", plots.score_plot(metrics)),
+        ("lengths", "Lengths of the training rows", plots.length_plot(lengths, results.get("max_length"))),
+    ]
+    return [Plot(name, title, draw) for name, title, draw in drawn if draw]
+
+
+def _date(text: str) -> str:
+    moment = datetime.datetime.fromisoformat(text)
+    return f"{moment.day} {moment:%B %Y, %H:%M} {moment.tzname() or ''}".strip()
+
+
+def _markdown(value: Any) -> Any:
+    """Text in Markdown that is read as text, in one line: it may stand in a table."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return MARKDOWN.sub(r"\\\1", " ".join(value.split()))
+
+
+def _fence(text: str, language: str = "text") -> Markup:
+    """A block of code that nothing in the text can end."""
+    marks = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
+    return Markup(f"{marks}{language}\n{text}\n{marks}")
+
+
+def _code(text: str) -> Markup:
+    """A word in code type, which may stand in a table."""
+    marks = "`" * (1 + max(map(len, re.findall(r"`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return Markup(marks + space + " ".join(text.split()).replace("|", "\\|") + space + marks)

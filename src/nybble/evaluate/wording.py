@@ -1,0 +1,211 @@
+"""Numbers as text, and the sentences that a report begins with: what got worse first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeGuard
+
+NONE = "–"
+NAMED = 4  # benchmarks named with their numbers in a sentence; of more, the names
+SHARES = ("acc", "exact", "em", "f1", "mc", "pass", "ends by itself", "distinct")  # metrics between 0 and 1
+UNDECIDED = "no difference shown"
+
+Entry = Mapping[str, Any]
+Kind = Literal["worse", "better", "plain"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A sentence of the page's head; the label begins it."""
+
+    kind: Kind
+    label: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How a metric's values are written: as percent and points, or as they are."""
+
+    percent: bool
+    unit: str = ""
+
+    def value(self, number: float | None) -> str:
+        """A score."""
+        return self._plain(number) + ("%" if self.percent and _finite(number) else "")
+
+    def change(self, number: float | None) -> str:
+        """A difference with its sign."""
+        return self._plain(number, sign=True)
+
+    def size(self, number: float) -> str:
+        """A difference without its sign, with its unit."""
+        return self._plain(abs(number)) + self.unit
+
+    def span(self, ends: Sequence[float] | None) -> str:
+        """The interval of a score, in brackets."""
+        return f"[{self._plain(ends[0])}, {self._plain(ends[1])}]" if ends else ""
+
+    def change_span(self, ends: Sequence[float] | None) -> str:
+        """The interval of a difference, in brackets."""
+        return f"[{self.change(ends[0])}, {self.change(ends[1])}]" if ends else ""
+
+    def _plain(self, number: float | None, sign: bool = False) -> str:
+        return number_text(number, 1, 100, sign) if self.percent else number_text(number, 3, 1, sign)
+
+
+LOSS = Scale(percent=False, unit=" nats a token")
+
+
+def scale(entry: Entry) -> Scale:
+    """How an entry's scores are written: shares, known by the metric's name and by being at most 1, as percent."""
+    metric = str(entry.get("metric") or entry["name"]).lower()
+    small = all(abs(entry[who]["mean"] or 0) <= 1 for who in ("base", "tuned"))
+    return Scale(percent=True, unit=" points") if small and metric.startswith(SHARES) else Scale(percent=False)
+
+
+def number_text(number: float | None, digits: int, factor: float = 1, sign: bool = False) -> str:
+    """A number with a real minus and groups of thousands; a dash for none."""
+    if number is None or math.isnan(number):
+        return NONE
+    if math.isinf(number):
+        return "−∞" if number < 0 else "∞"
+    text = f"{number * factor:{'+' if sign else ''},.{digits}f}"
+    rounded_away = not any(digit in text for digit in "123456789")
+    return text.lstrip("+-") if rounded_away else text.replace("-", "−")
+
+
+def p_text(p: float | None) -> str:
+    """A p-value to three digits."""
+    if p is None:
+        return NONE
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people say them."""
+    if seconds is None:
+        return NONE
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def by_verdict(entries: Sequence[Entry]) -> list[Entry]:
+    """Worse first, then better, then the rest."""
+    order = {"worse": 0, "better": 1}
+    return sorted(entries, key=lambda entry: order.get(entry.get("verdict") or "", 2))
+
+
+def headline(results: Mapping[str, Any]) -> list[Line]:
+    """The sentences that a report begins with: worse first, then better; what was not shown where there is room."""
+    worse, better, measured = _decided(results, "worse"), _decided(results, "better"), _untested(results)
+    dropped = any(task.get("verdict") == "worse" for task in results.get("tasks") or [])
+    lines = []
+    if worse:
+        lines.append(Line("worse", "Worse (forgetting)" if dropped else "Worse", worse))
+    if measured:
+        lines.append(Line("plain", "Measured", measured))
+    if better:
+        lines.append(Line("better", "Better", better))
+    if len(lines) < 2 and (undecided := undecided_text(results)):
+        lines.append(Line("plain", "No difference shown", undecided))
+    return lines or [Line("plain", "Nothing compared", ": there are no scores of base and tuned model here.")]
+
+
+def undecided_text(results: Mapping[str, Any]) -> str:
+    """Where no difference was shown, and the smallest that could have been."""
+    tasks = results.get("tasks") or []
+    open_tasks = [task for task in tasks if task.get("verdict") == UNDECIDED]
+    places = [f"on {_of(len(open_tasks), len(tasks))}"] if open_tasks else []
+    found = [(task["name"], task.get("detectable"), scale(task)) for task in open_tasks]
+    held_out = results.get("held_out") or {}
+    others = ["held-out loss"] if held_out.get("verdict") == UNDECIDED else []
+    found += [(name, held_out.get("detectable"), LOSS) for name in others]
+    for metric in _generation(results, UNDECIDED):
+        others.append(metric["name"])
+        found.append((metric["name"], metric.get("detectable"), scale(metric)))
+    places += [f"in {_join(others)}"] if others else []
+    return f" {', nor '.join(places)}. {_detectable(found)}" if places else ""
+
+
+def _detectable(found: Sequence[tuple[str, float | None, Scale]]) -> str:
+    """The smallest detectable differences: of those in points the least and the most, and each of the rest."""
+    known = [(name, size, how) for name, size, how in found if _finite(size)]
+    if not known:
+        return "So few items could have shown no difference at all."
+    points = sorted((size, name) for name, size, how in known if how.percent)
+    ends = [f"{number_text(size, 1, 100)} points ({name})" for size, name in (*points[:1], *points[1:][-1:])]
+    rest = [f"{how.size(size)} ({name})" for name, size, how in known if not how.percent]
+    return f"The smallest difference that could have been shown: {_join([*filter(None, [' to '.join(ends)]), *rest])}."
+
+
+def _decided(results: Mapping[str, Any], verdict: str) -> str:
+    """Everything with this verdict: benchmarks with the largest difference first, then loss and answers."""
+    tasks = results.get("tasks") or []
+    found = [task for task in tasks if task.get("verdict") == verdict]
+    found.sort(key=lambda task: abs(task["difference"]["mean"]) / (1 if scale(task).percent else 100), reverse=True)
+    named = [_moved(task) for task in found[:NAMED]] + [task["name"] for task in found[NAMED:]]
+    held_out = results.get("held_out") or {}
+    others = [_loss(held_out)] if held_out.get("verdict") == verdict else []
+    others += [_moved(metric) for metric in _generation(results, verdict)]
+    text = f" on {_of(len(found), len(tasks))}: {'; '.join(named)}" if named else ""
+    if others:
+        text += f"{'. Also' if text else ''}: {'; '.join(others)}"
+    return f"{text}." if text else ""
+
+
+def _untested(results: Mapping[str, Any]) -> str:
+    """Counts and losses that come without a test."""
+    parts = []
+    if skill := results.get("skill"):
+        ways = [f"{way} {value}" for way, value in skill.items() if way != "what"]
+        parts.append(f"{skill['what']}: {'; '.join(ways)}")
+    held_out = results.get("held_out")
+    if held_out and not held_out.get("verdict"):
+        parts.append(_loss(held_out))
+    return f": {'. '.join(parts)}." if parts else ""
+
+
+def _loss(held_out: Entry) -> str:
+    base, tuned = held_out["base"], held_out["tuned"]
+    change = _change(held_out.get("difference"), LOSS) or LOSS.unit
+    text = f"held-out loss {LOSS.value(base['loss'])} to {LOSS.value(tuned['loss'])}{change}"
+    perplexities = [number_text(one.get("perplexity"), 1) for one in (base, tuned)]
+    return text if NONE in perplexities else f"{text}, perplexity {perplexities[0]} to {perplexities[1]}"
+
+
+def _moved(entry: Entry) -> str:
+    how = scale(entry)
+    base, tuned = (how.value(entry[who]["mean"]) for who in ("base", "tuned"))
+    return f"{entry['name']} {base} to {tuned}{_change(entry.get('difference'), how)}"
+
+
+def _change(difference: Entry | None, how: Scale) -> str:
+    if not difference:
+        return ""
+    ends = difference.get("interval")
+    interval = f", 95% interval {how.change(ends[0])} to {how.change(ends[1])}" if ends else ""
+    return f" ({how.change(difference['mean'])}{how.unit}{interval})"
+
+
+def _generation(results: Mapping[str, Any], verdict: str) -> list[Entry]:
+    metrics = (results.get("generation") or {}).get("metrics") or []
+    return [metric for metric in metrics if metric.get("verdict") == verdict]
+
+
+def _of(count: int, total: int) -> str:
+    if total == 1:
+        return "the one benchmark"
+    return f"all {total} benchmarks" if count == total else f"{count} of {total} benchmarks"
+
+
+def _join(parts: Sequence[str]) -> str:
+    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts)
+
+
+def _finite(number: float | None) -> TypeGuard[float]:
+    return number is not None and math.isfinite(number)
