@@ -80,7 +80,10 @@ FIRST = {"full": range(-10, -6), "lora": range(-7, -3), "qlora": range(-7, -3), 
 """Steps of the ladder that are tried first: 1e-5 to 3e-4, and 3e-4 to 1e-2."""
 TUNED_ON = 0  # the seed; the others are reported
 GUESS = 90.0  # seconds of a run before one was seen
-LONGER = 1.3  # a run may take so many times the longest of its kind
+LONGER, RECENT = (
+    1.3,
+    8,
+)  # a run may take so many times the longest of the last ones of its kind: the first compile kernels
 
 
 def rate_of(step: int) -> float:
@@ -224,7 +227,7 @@ class Sitting:
     def fits(self, run: Run) -> bool:
         """Whether a run would end in time, as far as one can see."""
         alike = [row["seconds"] for row in self.results if (row["data"], row["stage"]) == (run.data, run.stage)]
-        return time.monotonic() + LONGER * max(alike, default=GUESS) < self.deadline
+        return time.monotonic() + LONGER * max(alike[-RECENT:], default=GUESS) < self.deadline
 
     def take(self, worker: Worker) -> None:
         """A result, written at once; or a worker that is gone, and its run with it."""

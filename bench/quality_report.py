@@ -77,7 +77,7 @@ def paired(mine: numpy.ndarray, other: numpy.ndarray, tokens: numpy.ndarray) -> 
 
 def t_share(t: float, freedom: float) -> float:
     """Student's distribution function: with t = sqrt(freedom) tan(a) its density is cos(a) ** (freedom - 1)."""
-    angles = numpy.linspace(-math.pi / 2, math.pi / 2, 400_001)
+    angles = numpy.linspace(-math.pi / 2, math.pi / 2, 100_001)
     density = numpy.maximum(numpy.cos(angles), 0) ** (freedom - 1)
     reached = math.atan(t / math.sqrt(freedom))
     parts = (density[1:] + density[:-1]) / 2
@@ -262,9 +262,9 @@ def _draw_losses(axes: Axes, results: Results, data: str) -> None:
         across = place + numpy.linspace(-0.12, 0.12, len(losses)) if len(losses) > 1 else [place]
         axes.plot([place - 0.25, place + 0.25], [numpy.mean(losses)] * 2, color=COLOURS[method], linewidth=2)
         axes.scatter(across, losses, color=COLOURS[method], s=30, alpha=0.75)
-        axes.annotate(f"{numpy.mean(losses):.4f}", (place + 0.28, numpy.mean(losses)), va="center", fontsize=9)
+        axes.annotate(f"{numpy.mean(losses):.4f}", (place + 0.27, numpy.mean(losses)), va="center", fontsize=9)
     axes.set_xticks(range(len(METHODS)), [SHORT[method] for method in METHODS], fontsize=9)
-    axes.set_xlim(-0.5, len(METHODS) - 0.2)
+    axes.set_xlim(-0.5, len(METHODS) - 0.1)
     axes.set_ylabel("nats a token")
     _plain(axes, f"{TASKS[data].title}: held-out loss, a dot a seed, their mean")
 
@@ -290,24 +290,24 @@ def _draw_claim(axes: Axes, results: Results) -> None:
     edge = max(1.3 * MARGIN, *(abs(bound) for bound in axes.get_xlim()))
     axes.set_xlim(-edge, edge)
     axes.set_xlabel("nats a token; above 0: QLoRA is worse")
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _plain(axes, "QLoRA NF4 minus 16-bit LoRA (all linear), held-out loss")
+    axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3)
+    _plain(axes, "QLoRA NF4 minus 16-bit LoRA")
 
 
 def _draw_rates(axes: Axes, results: Results, data: str) -> None:
+    bests = []
     for method, about in METHODS.items():
         rows = [row for row in chosen(results, "tune", data, method) if row["loss"] is not None]
         if not rows:
             continue
         best = min(rows, key=lambda row: row["loss"])
+        bests.append(best["loss"])
         points = [(row["rate"], row["loss"]) for row in rows]
         axes.plot(*zip(*points, strict=True), color=COLOURS[method], marker="o", markersize=4, label=about.title)
         axes.plot(best["rate"], best["loss"], color=COLOURS[method], marker="*", markersize=13)
     axes.set_xscale("log")
     axes.set(xlabel="learning rate", ylabel="nats a token")
-    low, high = axes.get_ylim()
-    best_losses = [row["loss"] for row in results if row["stage"] == "tune" and row["data"] == data and row["loss"]]
-    if best_losses:  # what diverged would flatten the rest
-        axes.set_ylim(low, min(high, min(best_losses) + 1.0))
+    if bests:  # what diverged would flatten the rest
+        axes.set_ylim(min(bests) - 0.03, max(bests) + 0.15)
     axes.legend(frameon=False, fontsize=8)
-    _plain(axes, f"{TASKS[data].title}: rates tried, development split, one seed; a star is taken")
+    _plain(axes, f"{TASKS[data].title}: rates tried, development split; a star is taken")
