@@ -137,7 +137,7 @@ def report(results: Results) -> str:
 def _heading(results: Results) -> Iterator[str]:
     seen = {
         key: sorted({json.dumps(row[key]) for row in results})
-        for key in ("device", "versions", "setup", "side_by_side")
+        for key in ("device", "dtype", "versions", "setup", "side_by_side")
     }
     for key, values in seen.items():
         yield f"- {key}: {'; '.join(values)}"

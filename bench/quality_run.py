@@ -33,7 +33,7 @@ from nybble.engine.loss import last_hidden
 from nybble.model.adapter import attach_adapter
 from nybble.model.base import load_base
 from nybble.model.checkpoint import find_checkpoint
-from nybble.model.device import choose_device
+from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.plan.schedule import Schedule
 from nybble.recipe import Recipe, load_recipe
@@ -167,7 +167,7 @@ def recipe_of(run: Run, setup: Setup, model: pathlib.Path) -> Recipe:
     method = METHODS[run.method]
     adapter = [f"lora.targets={method.targets}"] if method.targets else []
     return load_recipe(None, [
-        f"model.path={model}", f"model.quantization={method.quantization}", "model.dtype=bfloat16",
+        f"model.path={model}", f"model.quantization={method.quantization}", "model.dtype=auto",
         f"lora.r={setup.r}", f"lora.alpha={setup.alpha}", "lora.dropout=0", *adapter,
         f"train.micro_batch={setup.rows}", "train.accumulation=1", f"train.max_steps={setup.steps}",
         f"train.learning_rate={run.rate or 1}", "train.scheduler=cosine", "train.warmup=0.03", "train.optimizer=adamw",
@@ -175,10 +175,20 @@ def recipe_of(run: Run, setup: Setup, model: pathlib.Path) -> Recipe:
     ])  # fmt: skip
 
 
+def compute_type(device: torch.device) -> torch.dtype:
+    """bfloat16 on a card; a trial on a processor without it takes float32, which is many times as fast there."""
+    return choose_dtype("auto", device)[0]
+
+
+def computing(device: torch.device) -> torch.autocast:
+    """Layers in the compute type, whatever their parameters' is."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=compute_type(device) == torch.bfloat16)
+
+
 def load(recipe: Recipe, device: torch.device, whole: bool, cache: pathlib.Path) -> Any:
     """The model to train: a fused one with an adapter, or all of it with its weights as float32 masters."""
     checkpoint = find_checkpoint(recipe.model.path)
-    dtype = torch.float32 if whole else torch.bfloat16
+    dtype = torch.float32 if whole else compute_type(device)
     model = load_base(checkpoint, recipe.model, dtype, device, cache).model
     set_seed(recipe.train.seed)
     if whole:
@@ -233,7 +243,7 @@ def train(model: Any, recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokeni
     assert steps is not None
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(
-            recipe, pathlib.Path(folder), Schedule(steps, 10**6, 10**6), device, torch.bfloat16,
+            recipe, pathlib.Path(folder), Schedule(steps, 10**6, 10**6), device, compute_type(device),
             has_validation=False, checkpointing=False,
         )  # fmt: skip
         arguments.save_strategy, arguments.logging_steps = "no", max(1, steps // 12)
@@ -277,7 +287,7 @@ def row_losses(model: Any, rows: Dataset, pad_id: int) -> tuple[numpy.ndarray, n
         picked = order[start : start + MEASURED_TOGETHER]
         batch = {name: value.to(device) for name, value in collate([samples[n] for n in picked]).items()}  # type: ignore[union-attr]
         labels, places = batch.pop("labels"), batch.pop("predicting")
-        with torch.autocast(device.type, torch.bfloat16):
+        with computing(device):
             hidden = last_hidden(model, bare.get_decoder(), batch)
         logits = hidden.flatten(0, 1)[places].float() @ head.t()
         losses = torch.nn.functional.cross_entropy(logits, next_labels(labels).flatten()[places], reduction="none")
@@ -304,7 +314,7 @@ def right_answers(
     prompts = [sample["input_ids"][:start] for sample, start in zip(samples, starts, strict=True)]
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - start) + [1] * start for start in starts], device=model.device)
-    with torch.autocast(model.device.type, torch.bfloat16):
+    with computing(model.device):
         output = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, use_cache=True,
             eos_token_id=list({end_id, tokenizer.eos_token_id}), pad_token_id=pad,
@@ -342,7 +352,7 @@ def one_run(run: Run, setup: Setup, model_folder: pathlib.Path, folder: pathlib.
     if run.stage != "before":
         found |= train(model, recipe, rows.train, tokenizer, flat=not whole)
     if whole:
-        model.to(torch.bfloat16)
+        model.to(compute_type(device))
     model.eval()
     # 4. Held-out loss, answers.
     nats, counts = row_losses(model, held_out.select(range(min(setup.held_out, len(held_out)))), tokenizer.pad_token_id)
@@ -360,6 +370,7 @@ def about(device: torch.device) -> dict[str, Any]:
     """When, where and with what a run was made."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "dtype": str(compute_type(device)).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft, bitsandbytes)},
     }
