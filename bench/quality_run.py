@@ -356,7 +356,7 @@ def one_run(run: Run, setup: Setup, model_folder: pathlib.Path, folder: pathlib.
     model.eval()
     # 4. Held-out loss, answers.
     nats, counts = row_losses(model, held_out.select(range(min(setup.held_out, len(held_out)))), tokenizer.pad_token_id)
-    loss = nats.sum() / counts.sum()
+    loss = float(nats.sum() / counts.sum())
     found["loss"] = round(loss, 6) if math.isfinite(loss) else None
     if split == "test":
         found |= {"nats": numpy.round(nats, 3).tolist(), "tokens": counts.tolist()}
