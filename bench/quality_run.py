@@ -1,0 +1,376 @@
+"""One run of bench/quality.py: its rows, its model, 300 steps, and what is measured afterwards."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import hashlib
+import json
+import math
+import pathlib
+import re
+import tempfile
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import bitsandbytes
+import numpy
+import peft
+import torch
+import transformers
+from accelerate.utils import set_seed
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+
+from nybble.data.batches import Collator, Sample, next_labels
+from nybble.data.prepare import Prepared, prepare
+from nybble.engine.fuse import fuse, fusion
+from nybble.engine.loss import last_hidden
+from nybble.model.adapter import attach_adapter
+from nybble.model.base import load_base
+from nybble.model.checkpoint import find_checkpoint
+from nybble.model.device import choose_device, choose_dtype
+from nybble.model.tokenizer import load_tokenizer
+from nybble.plan.schedule import Schedule
+from nybble.recipe import Recipe, load_recipe
+from nybble.trainer import QLoraTrainer, training_arguments
+
+MEASURED_TOGETHER = 16  # rows: 2 GB of float32 logits and their logarithms with SmolLM2's vocabulary
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all runs have in common; results of another setup are not mixed with these."""
+
+    steps: int = 300
+    rows: int = 16
+    """Of a step, in one micro batch: GSM8K's are 3,500 tokens a step."""
+    length: int = 512
+    """Longest row in tokens; longer ones are dropped from every split. Rows are not packed: each keeps its own loss."""
+    seeds: int = 5
+    held_out: int = 1319
+    """At most so many rows of a development or test split are measured."""
+    questions: int = 500
+    """Test questions that are answered, the first of the file."""
+    new_tokens: int = 256
+    """Of an answer, at most."""
+    r: int = 16
+    alpha: int = 32
+
+
+@dataclass(frozen=True)
+class Run:
+    """What tells one run from another."""
+
+    stage: str
+    """tune (measured on the development split), test, or before (untrained, on the test split)."""
+    data: str
+    method: str
+    seed: int
+    rate: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained and how its base is stored."""
+
+    title: str
+    quantization: str
+    targets: str
+    """Empty: no adapter, all weights are trained."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set and its splits."""
+
+    title: str
+    train: str
+    test: str | int
+    """A file, or so many rows that are held out of `train`."""
+    development: int
+    """Rows held out of `train`."""
+    map: str
+    prompt: tuple[str, ...]
+    """Columns; no prompt stands in two splits."""
+    asks: bool
+    """Whether answers are scored."""
+
+
+METHODS = {
+    "lora": Method("LoRA, 16-bit base, all linear", "none", "all-linear"),
+    "qlora": Method("QLoRA NF4, all linear", "nf4", "all-linear"),
+    "qlora-qv": Method("QLoRA NF4, q_proj and v_proj", "nf4", "[q_proj, v_proj]"),
+    "full": Method("full fine-tuning, bf16", "none", ""),
+}
+TASKS = {
+    "gsm8k": Task(
+        "GSM8K", "gsm8k_train.jsonl", "gsm8k_test.jsonl", 500, "{prompt: question, completion: answer}", ("question",), True
+    ),
+    "instruct_mix": Task("instruct_mix", "instruct_mix.jsonl", 600, 300, "{}", ("instruction", "input"), False),
+}  # fmt: skip
+
+
+def write_splits(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """TASK-train.jsonl, TASK-development.jsonl and TASK-test.jsonl; the same rows at every call."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, task in TASKS.items():
+        parts = split_rows(task, source)
+        prompts = [_prompt(task, row) for rows in parts.values() for row in rows]
+        assert len(prompts) == len(set(prompts)), "no prompt stands twice"
+        for split, rows in parts.items():
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            file = folder / f"{name}-{split}.jsonl"
+            if not file.exists() or file.read_text() != text:
+                file.write_text(text)
+
+
+def split_rows(task: Task, source: pathlib.Path) -> dict[str, list[dict[str, str]]]:
+    """Rows of each split, each prompt once; held-out rows are drawn at random, by a generator of their own."""
+    rows = list({_prompt(task, row): row for row in _read(source / task.train)}.values())
+    rows = [rows[int(n)] for n in numpy.random.default_rng(0).permutation(len(rows))]
+    if isinstance(task.test, int):
+        test, rows = rows[: task.test], rows[task.test :]
+    else:
+        test = list({_prompt(task, row): row for row in _read(source / task.test)}.values())
+        asked = {_prompt(task, row) for row in test}
+        rows = [row for row in rows if _prompt(task, row) not in asked]
+    return {"train": rows[task.development :], "development": rows[: task.development], "test": test}
+
+
+def _read(file: pathlib.Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _prompt(task: Task, row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(" ".join(row[column].split()) for column in task.prompt)
+
+
+def tokens_of(
+    data: str, split: str, setup: Setup, tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path
+) -> Prepared:
+    """A split as token rows, from the cache where it was seen before."""
+    recipe = load_recipe(None, [
+        f"data.path={folder}/{data}-{split}.jsonl", f"data.map={TASKS[data].map}", "data.validation=0",
+        f"data.max_length={setup.length}", "data.overlength=drop",
+    ])  # fmt: skip
+    return prepare(recipe.data, tokenizer, 0, folder / "cache", lambda _: None)
+
+
+def recipe_of(run: Run, setup: Setup, model: pathlib.Path) -> Recipe:
+    """A run in nybble's own terms; one optimiser for all methods, AdamW with 32-bit states."""
+    method = METHODS[run.method]
+    adapter = [f"lora.targets={method.targets}"] if method.targets else []
+    return load_recipe(None, [
+        f"model.path={model}", f"model.quantization={method.quantization}", "model.dtype=auto",
+        f"lora.r={setup.r}", f"lora.alpha={setup.alpha}", "lora.dropout=0", *adapter,
+        f"train.micro_batch={setup.rows}", "train.accumulation=1", f"train.max_steps={setup.steps}",
+        f"train.learning_rate={run.rate or 1}", "train.scheduler=cosine", "train.warmup=0.03", "train.optimizer=adamw",
+        f"train.seed={run.seed}",
+    ])  # fmt: skip
+
+
+def compute_type(device: torch.device) -> torch.dtype:
+    """bfloat16 on a card; a trial on a processor without it takes float32, which is many times as fast there."""
+    return choose_dtype("auto", device)[0]
+
+
+def computing(device: torch.device) -> torch.autocast:
+    """Layers in the compute type, whatever their parameters' is."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=compute_type(device) == torch.bfloat16)
+
+
+def load(recipe: Recipe, device: torch.device, whole: bool, cache: pathlib.Path) -> Any:
+    """The model to train: a fused one with an adapter, or all of it with its weights as float32 masters."""
+    checkpoint = find_checkpoint(recipe.model.path)
+    dtype = torch.float32 if whole else compute_type(device)
+    model = load_base(checkpoint, recipe.model, dtype, device, cache).model
+    set_seed(recipe.train.seed)
+    if whole:
+        return model.requires_grad_(True)
+    adapted = attach_adapter(model, recipe.lora)
+    begin_alike(adapted, recipe.train.seed)
+    fuse(adapted)
+    found = fusion(adapted)
+    assert found is not None
+    assert not found.fallen_back, "all layers are fused"
+    found.budget.chunked_loss = True
+    return adapted
+
+
+@torch.no_grad()
+def begin_alike(model: PeftModel, seed: int) -> None:
+    """Draw each A anew as PEFT does, but from seed and name alone: the same for a module whichever others have adapters."""
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            fresh = torch.empty(parameter.shape)
+            parameter.copy_(torch.nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator))
+
+
+def adapter_digest(model: torch.nn.Module, words: Sequence[str]) -> str:
+    """Of all adapter parameters as they are, of modules whose names hold one of the words."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_" in name and any(word in name for word in words):
+            digest.update(name.encode() + parameter.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Witness:
+    """A collator that remembers which rows it was given, and in which order."""
+
+    def __init__(self, collate: Collator) -> None:
+        self.collate = collate
+        self.digest = hashlib.sha256()
+
+    def __call__(self, rows: Sequence[Sample]) -> dict[str, Any]:
+        for row in rows:
+            self.digest.update(numpy.array(row["input_ids"], dtype=numpy.int32).tobytes())
+        return self.collate(rows)
+
+
+def train(model: Any, recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase, flat: bool) -> dict[str, Any]:
+    """All steps; what the run was fed, how its loss ended, what it took."""
+    device = model.device
+    witness = Witness(Collator(tokenizer.pad_token_id, flatten=flat))
+    steps = recipe.train.max_steps
+    assert steps is not None
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training_arguments(
+            recipe, pathlib.Path(folder), Schedule(steps, 10**6, 10**6), device, compute_type(device),
+            has_validation=False, checkpointing=False,
+        )  # fmt: skip
+        arguments.save_strategy, arguments.logging_steps = "no", max(1, steps // 12)
+        trainer = QLoraTrainer(
+            model=model, args=arguments, train_dataset=rows, data_collator=witness, processing_class=tokenizer
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.window.losses = trainer.window.batches = _Forgetful()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        trainer.train()
+    engine = fusion(model)
+    assert engine is None or not engine.fallen_back, "a batch went past the fused engine"
+    curve = [[line["step"], round(line["loss"], 4)] for line in trainer.state.log_history if "loss" in line]
+    return {
+        "order": witness.digest.hexdigest()[:16],
+        "curve": curve,
+        "peak_GB": round(torch.cuda.max_memory_reserved() / 1e9, 3) if device.type == "cuda" else None,
+        "train_seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+class _Forgetful(list[Any]):
+    """Keeps no batches: nobody guards these runs, a loss that is not finite counts as infinite."""
+
+    def append(self, _: Any) -> None:
+        """Let it go."""
+
+
+@torch.no_grad()
+def row_losses(model: Any, rows: Dataset, pad_id: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Nats of each row summed over its trained tokens, and how many these are; bfloat16 layers, float32 logits."""
+    bare, device, collate = _bare(model), model.device, Collator(pad_id)
+    head = bare.get_output_embeddings().weight.float()
+    samples = rows.to_list()
+    order = sorted(range(len(samples)), key=lambda n: -len(samples[n]["input_ids"]))
+    nats, counts = torch.zeros(len(samples), dtype=torch.float64), torch.zeros(len(samples), dtype=torch.int64)
+    for start in range(0, len(order), MEASURED_TOGETHER):
+        picked = order[start : start + MEASURED_TOGETHER]
+        batch = {name: value.to(device) for name, value in collate([samples[n] for n in picked]).items()}  # type: ignore[union-attr]
+        labels, places = batch.pop("labels"), batch.pop("predicting")
+        with computing(device):
+            hidden = last_hidden(model, bare.get_decoder(), batch)
+        logits = hidden.flatten(0, 1)[places].float() @ head.t()
+        losses = torch.nn.functional.cross_entropy(logits, next_labels(labels).flatten()[places], reduction="none")
+        owners = places // labels.shape[1]
+        zeros = torch.zeros(len(picked), dtype=torch.float64, device=device)
+        nats[picked] = zeros.index_add(0, owners, losses.double()).cpu()
+        counts[picked] = torch.bincount(owners, minlength=len(picked)).cpu()
+    return nats.numpy(), counts.numpy()
+
+
+def _bare(model: Any) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@torch.no_grad()
+def right_answers(
+    model: Any, rows: Dataset, tokenizer: PreTrainedTokenizerBase, end_id: int, new_tokens: int
+) -> list[int]:
+    """1 where the last number of a greedy answer is that of the expected one; all rows in one batch, padded on the left."""
+    samples = rows.to_list()
+    starts = [sample["trained"].index(True) for sample in samples]
+    longest = max(starts)
+    pad = tokenizer.pad_token_id
+    prompts = [sample["input_ids"][:start] for sample, start in zip(samples, starts, strict=True)]
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - start) + [1] * start for start in starts], device=model.device)
+    with computing(model.device):
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, use_cache=True,
+            eos_token_id=list({end_id, tokenizer.eos_token_id}), pad_token_id=pad,
+        )  # fmt: skip
+    answers = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    expected = [
+        tokenizer.decode(sample["input_ids"][start:], skip_special_tokens=True)
+        for sample, start in zip(samples, starts, strict=True)
+    ]
+    return [int(last_number(mine) == last_number(right)) for mine, right in zip(answers, expected, strict=True)]
+
+
+def last_number(text: str) -> float:
+    """Thousands may be parted by commas; not a number, and so equal to nothing, where there is none."""
+    found = NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else math.nan
+
+
+def one_run(run: Run, setup: Setup, model_folder: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
+    """Train, measure; a line of the results."""
+    gc.collect()  # of the run before this one, in the same process
+    began = time.perf_counter()
+    # 1. Rows.
+    task, whole = TASKS[run.data], not METHODS[run.method].targets
+    tokenizer = load_tokenizer(model_folder)
+    rows = tokens_of(run.data, "train", setup, tokenizer, folder)
+    split = "development" if run.stage == "tune" else "test"
+    held_out = tokens_of(run.data, split, setup, tokenizer, folder).train
+    # 2. Model.
+    device = choose_device("auto")
+    recipe = recipe_of(run, setup, model_folder)
+    model = load(recipe, device, whole, folder / "cache")
+    found = {"init": adapter_digest(model, [""]), "init_qv": adapter_digest(model, ["q_proj", "v_proj"])}
+    # 3. Train. What all of fine-tuning comes to is measured as it would be used, in bfloat16.
+    if run.stage != "before":
+        found |= train(model, recipe, rows.train, tokenizer, flat=not whole)
+    if whole:
+        model.to(compute_type(device))
+    model.eval()
+    # 4. Held-out loss, answers.
+    nats, counts = row_losses(model, held_out.select(range(min(setup.held_out, len(held_out)))), tokenizer.pad_token_id)
+    loss = float(nats.sum() / counts.sum())
+    found["loss"] = round(loss, 6) if math.isfinite(loss) else None
+    if split == "test":
+        found |= {"nats": numpy.round(nats, 3).tolist(), "tokens": counts.tolist()}
+    if split == "test" and task.asks:
+        asked = held_out.select(range(min(setup.questions, len(held_out))))
+        found["right"] = right_answers(model, asked, tokenizer, rows.template.end_id, setup.new_tokens)
+    return {**asdict(run), **found, **about(device), "seconds": round(time.perf_counter() - began, 1)}
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    """When, where and with what a run was made."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "dtype": str(compute_type(device)).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft, bitsandbytes)},
+    }
