@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -72,18 +74,15 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> Draw | None:
         if steps:
             axes.plot(*zip(*_thinned(steps), strict=True), color=BASE, linewidth=0.8, alpha=0.6, label="each step")
             smooth = _thinned(_running_mean(steps))
-            axes.plot(*zip(*smooth, strict=True), color=TUNED, linewidth=1.8, label="training, running mean")
+            axes.plot(*zip(*smooth, strict=True), color=TUNED, linewidth=1.8, label="running mean")
         if validation:
-            axes.plot(*zip(*validation, strict=True), color=ACCENT, marker="o", ms=4, linewidth=1.8, label="validation")
-            step, least = min(validation, key=lambda point: point[1])
-            axes.annotate(
-                f"best {least:.3f}", (step, least), xytext=(0, -14), textcoords="offset points", ha="right", color=ACCENT
-            )
+            label = f"validation, best {min(loss for _, loss in validation):.3f}"
+            axes.plot(*zip(*validation, strict=True), color=ACCENT, marker="o", ms=4, linewidth=1.8, label=label)
         axes.set(xlabel="step", ylabel="nats a token")
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(axis="y", color=GRID)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3 if width == WIDE else 2, borderaxespad=0.2)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3 if width == WIDE else 1, borderaxespad=0.2)
         return figure
 
     return draw if steps or validation else None
@@ -92,7 +91,7 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> Draw | None:
 def score_plot(metrics: Sequence[Mapping[str, Any]]) -> Draw | None:
     """Scores of the tasks that were run while training."""
     keys = sorted({key for line in metrics for key in line if key.startswith("task/")})
-    curves = {key.removeprefix("task/"): points for key in keys if (points := _series(metrics, key))}
+    curves = {key.removeprefix("task/"): points for key in keys if len(points := _series(metrics, key)) > 1}
 
     def draw(width: float) -> Figure:
         columns = 3 if width == WIDE else 1
@@ -118,8 +117,8 @@ def length_plot(lengths: Mapping[int, int], limit: int | None) -> Draw | None:
     def draw(width: float) -> Figure:
         figure, axes = _axes(width, 2.6)
         edge = max(quantile(lengths, 0.995), near or 0, 1) * 1.05
-        bars = {"bins": 60 if width == WIDE else 30, "range": (0, edge), "color": TUNED}
-        axes.hist(list(lengths), weights=list(lengths.values()), **bars)
+        bins = 60 if width == WIDE else 30
+        axes.hist(list(lengths), weights=list(lengths.values()), bins=bins, range=(0, edge), color=TUNED)
         if near is not None:
             axes.axvline(near, color=ACCENT, linewidth=1.5, label=f"data.max_length={near:,}")
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
@@ -135,8 +134,8 @@ def length_plot(lengths: Mapping[int, int], limit: int | None) -> Draw | None:
 
 def svg(draw: Draw, width: float, prefix: str) -> str:
     """A plot as SVG to stand in a page: its colours are the page's, its ids begin with `prefix`."""
-    with matplotlib.rc_context(STYLE):
-        stream = io.StringIO()
+    stream = io.StringIO()
+    with _style():
         draw(width).savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     text = stream.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
@@ -149,10 +148,18 @@ def svg(draw: Draw, width: float, prefix: str) -> str:
 
 def png(draw: Draw, file: pathlib.Path) -> None:
     """A plot as a PNG file, for paper and for pages without style."""
-    with matplotlib.rc_context(STYLE):
+    with _style():
         temporary = file.with_suffix(".writing.png")
         draw(WIDE).savefig(temporary, dpi=160, facecolor="white")
         temporary.replace(file)
+
+
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    """The report's look; a name in a script that matplotlib has no font for is no news to the terminal."""
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
@@ -191,8 +198,8 @@ def _running_mean(points: Sequence[Point]) -> list[Point]:
         sums.append(sums[-1] + value)
     smooth = []
     for place, (step, _) in enumerate(points):
-        around = min(reach, place, len(points) - 1 - place)
-        smooth.append((step, (sums[place + around + 1] - sums[place - around]) / (2 * around + 1)))
+        first, end = max(place - reach, 0), min(place + reach + 1, len(points))
+        smooth.append((step, (sums[end] - sums[first]) / (end - first)))
     return smooth
 
 

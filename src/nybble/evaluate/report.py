@@ -209,7 +209,7 @@ def _markdown(value: Any) -> Any:
     """Text in Markdown that is read as text, in one line: it may stand in a table."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
-    return MARKDOWN.sub(r"\\\1", " ".join(value.split()))
+    return MARKDOWN.sub(r"\\\1", re.sub(r"\s+", " ", value))
 
 
 def _fence(text: str, language: str = "text") -> Markup:

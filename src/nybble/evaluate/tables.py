@@ -47,7 +47,7 @@ def benchmarks(tasks: Sequence[Entry]) -> Table:
             cells = _compared(entry, over.get("p_adjusted", over.get("p")))
             name = Cell(f"mean over {over['subjects']} subjects", "p not adjusted" if "p" in over else "")
             rows.append(Row([name, *cells, *[Cell(NONE)] * 3], sub=True))
-    return Table(["Benchmark", *COMPARED, "Rows", "Template", "Contaminated"], rows)
+    return Table(["Benchmark", *COMPARED, "Rows", "Template applied", "Contaminated"], rows)
 
 
 def held_out(entry: Entry | None, texts: Sequence[Entry]) -> Table:
@@ -71,7 +71,7 @@ def generation(metrics: Sequence[Entry]) -> Table:
 
 def missing(lines: Sequence[Mapping[str, Any]]) -> Table:
     """What was asked for and not measured."""
-    return Table(["Not measured", "Why"], [Row([Cell(line["task"]), Cell(line["why"])]) for line in lines])
+    return Table(["Task", "Why"], [Row([Cell(line["task"]), Cell(line["why"])]) for line in lines])
 
 
 def _task(task: Entry) -> Cell:
@@ -108,14 +108,14 @@ def _tested(entry: Entry, p: float | None, how: Scale) -> list[Cell]:
 
 def _sample(task: Entry) -> list[Cell]:
     """Rows used of how many, whether the template was applied, and what of it the training rows hold."""
-    rows = NONE
+    rows = Cell(NONE)
     if task.get("rows") is not None:
-        rows = f"{task['rows']:,}" + (f" of {task['of']:,}" if task.get("of") is not None else "")
-    template = NONE if task.get("template") is None else "applied" if task["template"] else "not applied"
+        rows = Cell(f"{task['rows']:,}", f"of {task['of']:,}" if task.get("of") is not None else "")
+    template = NONE if task.get("template") is None else "yes" if task["template"] else "no"
     found = task.get("contamination")
     if found is None:
-        return [Cell(rows), Cell(template), Cell("not checked")]
+        return [rows, Cell(template), Cell("not checked")]
     if not found["flagged"]:
-        return [Cell(rows), Cell(template), Cell("0")]
+        return [rows, Cell(template), Cell("0")]
     base, tuned = (scale(task).value(found.get(who)) for who in ("base", "tuned"))
-    return [Cell(rows), Cell(template), Cell(f"{found['flagged']:,}", f"without: {base} to {tuned}")]
+    return [rows, Cell(template), Cell(f"{found['flagged']:,}", f"without: {base} to {tuned}")]

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeGuard
 NONE = "–"
 NAMED = 4  # benchmarks named with their numbers in a sentence; of more, the names
 SHARES = ("acc", "exact", "em", "f1", "mc", "pass", "ends by itself", "distinct")  # metrics between 0 and 1
+MINOR = ("ROUGE-1", "ROUGE-2")  # ROUGE-L speaks for them in a sentence
 UNDECIDED = "no difference shown"
 
 Entry = Mapping[str, Any]
@@ -138,7 +139,9 @@ def _detectable(found: Sequence[tuple[str, float | None, Scale]]) -> str:
     if not known:
         return "So few items could have shown no difference at all."
     points = sorted((size, name) for name, size, how in known if how.percent)
-    ends = [f"{number_text(size, 1, 100)} points ({name})" for size, name in (*points[:1], *points[1:][-1:])]
+    shown = [(f"{number_text(size, 1, 100)} points", name) for size, name in points]
+    differ = shown and shown[0][0] != shown[-1][0]
+    ends = [f"{size} ({name})" for size, name in (shown[0], shown[-1])] if differ else [size for size, _ in shown[:1]]
     rest = [f"{how.size(size)} ({name})" for name, size, how in known if not how.percent]
     return f"The smallest difference that could have been shown: {_join([*filter(None, [' to '.join(ends)]), *rest])}."
 
@@ -151,7 +154,7 @@ def _decided(results: Mapping[str, Any], verdict: str) -> str:
     named = [_moved(task) for task in found[:NAMED]] + [task["name"] for task in found[NAMED:]]
     held_out = results.get("held_out") or {}
     others = [_loss(held_out)] if held_out.get("verdict") == verdict else []
-    others += [_moved(metric) for metric in _generation(results, verdict)]
+    others += [_moved(metric) for metric in _generation(results, verdict) if metric["name"] not in MINOR]
     text = f" on {_of(len(found), len(tasks))}: {'; '.join(named)}" if named else ""
     if others:
         text += f"{'. Also' if text else ''}: {'; '.join(others)}"
@@ -187,9 +190,8 @@ def _moved(entry: Entry) -> str:
 def _change(difference: Entry | None, how: Scale) -> str:
     if not difference:
         return ""
-    ends = difference.get("interval")
-    interval = f", 95% interval {how.change(ends[0])} to {how.change(ends[1])}" if ends else ""
-    return f" ({how.change(difference['mean'])}{how.unit}{interval})"
+    interval = how.change_span(difference.get("interval"))
+    return f" ({how.change(difference['mean'])}{how.unit}{', 95% ' if interval else ''}{interval})"
 
 
 def _generation(results: Mapping[str, Any], verdict: str) -> list[Entry]:
