@@ -22,8 +22,8 @@ from nybble.data.prepare import prepare
 from nybble.data.sources import find_sources, read_rows
 from nybble.data.tokens import Tokens
 from nybble.errors import DataError
+from nybble.evaluate.perplexity import summed_loss
 from nybble.recipe import DataOptions
-from nybble.trainer import summed_loss
 
 ROWS = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(3)]
 

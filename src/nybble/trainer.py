@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from nybble.data.batches import next_labels
 from nybble.data.order import Order, lengths_of
-from nybble.engine.loss import last_hidden, summed_cross_entropy
+from nybble.evaluate.perplexity import summed_loss
 from nybble.optimizer import FlatAdamW8bit
 from nybble.plan.schedule import Schedule
 from nybble.recipe import Recipe
@@ -116,6 +114,8 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.window = Window([], [])
+        self.task_scores: Callable[[], dict[str, float]] | None = None
+        """Benchmarks that are run at each evaluation."""
         self._ahead: Ahead | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -220,30 +220,15 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
             with torch.no_grad(), self.compute_loss_context_manager():
                 total += torch.stack([part.double() for part in summed_loss(self.model, self._prepare_inputs(batch))])
         total = self.accelerator.reduce(total, "sum")
-        mean = (total[0] / total[1]).item()
+        metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
+        if self.task_scores is not None and self.is_world_process_zero():
+            metrics |= {f"{metric_key_prefix}_task/{name}": score for name, score in self.task_scores().items()}
         return EvalLoopOutput(
             predictions=None,
             label_ids=None,
-            metrics={f"{metric_key_prefix}_loss": mean},
+            metrics=metrics,
             num_samples=len(self.eval_dataset),
         )
-
-
-def summed_loss(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the cross-entropy over a batch's trained tokens in nats, and how many they are.
-
-    The head is applied in chunks to the places that have something to predict; a batch's logits never stand together.
-    """
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "predicting")}
-    targets, rows = next_labels(batch["labels"]), batch["predicting"]
-    count = torch.tensor(len(rows), device=targets.device)
-    head = _bare(model).get_output_embeddings()
-    if _is_plain(head):
-        return summed_cross_entropy(
-            last_hidden(model, _bare(model).get_decoder(), inputs), head.weight, targets, rows
-        ), count
-    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[rows]  # the head has an adapter of its own
-    return torch.nn.functional.cross_entropy(logits.float(), targets.flatten()[rows], reduction="sum"), count
 
 
 @contextlib.contextmanager
@@ -281,15 +266,3 @@ def _train(self: Any, mode: bool = True) -> Any:
 def _zero_grad(self: Any, set_to_none: bool = True) -> None:
     for parameter in self.nybble_walk.trained:
         parameter.grad = None
-
-
-def _is_plain(head: Any) -> bool:
-    known: bool = type(head) is torch.nn.Linear  # not a quantised one, which is derived from it
-    return known and head.bias is None and not head.weight.requires_grad
-
-
-def _bare(model: torch.nn.Module) -> PreTrainedModel:
-    """The Transformers model inside what PEFT and DDP wrap around it."""
-    inner = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
-    bare: PreTrainedModel = inner.get_base_model() if isinstance(inner, PeftModel) else inner
-    return bare
