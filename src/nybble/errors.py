@@ -61,3 +61,7 @@ class TrainingError(NybbleError):
 
 class EngineError(NybbleError):
     """What the fused engine was asked for and cannot do."""
+
+
+class EvaluationError(NybbleError):
+    """A benchmark that cannot be run, or whose rows are missing."""

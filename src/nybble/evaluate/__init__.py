@@ -1,1 +1,1 @@
-"""Base against tuned: how much better, how sure, and what the training data gave away."""
+"""Did it get better, at what, at what price."""

@@ -1,7 +1,7 @@
 """A run that answers, through the Transformers text-generation pipeline.
 
-The pipeline's own preprocess would tokenise a rendered string; ours calls the function that training calls, so a prompt
-has the same token ids in both.
+The pipeline's own preprocess would tokenise a rendered string; it is passed over: prompts come as the token ids of the function
+that training calls.
 """
 
 from __future__ import annotations
@@ -39,17 +39,35 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Completion:
+    """What a model went on with."""
+
+    text: str
+    ended: bool
+    """Whether it stopped by itself, and not at the longest answer allowed."""
+
+
+@dataclass(frozen=True)
 class Answerer:
     """A base model with the adapter of a run, its tokenizer and its template."""
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     template: Template
+    fingerprint: str
+    """Of the base's weights."""
 
     def answer(
         self, conversations: Sequence[Conversation], sampling: Sampling, streamer: BaseStreamer | None = None
     ) -> list[str]:
         """The assistant's next message in each conversation; all in one batch."""
+        prompts = [encode_prompt(self.template, conversation) for conversation in conversations]
+        return [completion.text for completion in self.complete(prompts, sampling, streamer)]
+
+    def complete(
+        self, prompts: Sequence[list[int]], sampling: Sampling, streamer: BaseStreamer | None = None
+    ) -> list[Completion]:
+        """What follows each prompt, given as token ids; all in one batch."""
         pipeline = ConversationPipeline(self.model, self.tokenizer, self.template)
         settings: dict[str, Any] = {"do_sample": sampling.temperature > 0, "max_new_tokens": sampling.max_new_tokens}
         if sampling.temperature > 0:
@@ -58,7 +76,7 @@ class Answerer:
             torch.manual_seed(sampling.seed)
         if streamer is not None:
             settings["streamer"] = streamer
-        return pipeline.answers(conversations, settings)
+        return pipeline.complete(prompts, settings)
 
     @contextlib.contextmanager
     def as_base(self) -> Iterator[None]:
@@ -68,20 +86,14 @@ class Answerer:
 
 
 class ConversationPipeline(TextGenerationPipeline):  # type: ignore[misc]
-    """Text generation from conversations, tokenised as in training."""
+    """Text generation from the token ids of prompts."""
 
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
         super().__init__(model=model.get_base_model(), tokenizer=tokenizer)  # its layers carry the adapter
         self.template = template
 
-    def preprocess(self, prompt_text: Conversation, **parameters: Any) -> dict[str, Any]:
-        """Token ids of the conversation up to where the assistant begins, as a batch of one."""
-        ids = torch.tensor([encode_prompt(self.template, prompt_text)])
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "prompt_text": ""}
-
-    def answers(self, conversations: Sequence[Conversation], settings: dict[str, Any]) -> list[str]:
-        """Generate for all conversations in one padded batch; what they all begin with is computed once."""
-        rows = [self.preprocess(conversation)["input_ids"][0].tolist() for conversation in conversations]
+    def complete(self, rows: Sequence[list[int]], settings: dict[str, Any]) -> list[Completion]:
+        """Generate for all prompts in one padded batch; what they all begin with is computed once."""
         shared = _common_prefix(rows) if len(rows) > 1 else 0
         ids, mask = _pad_after(rows, shared, self.tokenizer.pad_token_id)
         ids, mask = ids.to(self.device), mask.to(self.device)
@@ -90,7 +102,11 @@ class ConversationPipeline(TextGenerationPipeline):  # type: ignore[misc]
             cache = {"past_key_values": self._prefill(ids[:1, :shared], len(rows))} if shared else {}
             inputs = {"input_ids": ids, "attention_mask": mask, "prompt_text": ""}
             output = self._forward(inputs, **settings, **stops, **cache)["generated_sequence"].reshape(len(rows), -1)
-        return [self.tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True).strip() for row in output]
+        return [self._completion(row[ids.shape[1] :].tolist()) for row in output]
+
+    def _completion(self, ids: list[int]) -> Completion:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return Completion(text, ended=not set(self._stops()).isdisjoint(ids))
 
     def _prefill(self, prefix: torch.Tensor, rows: int) -> DynamicCache:
         """Keys and values of a prefix, (1, tokens), for so many rows."""
@@ -136,9 +152,9 @@ def load_answerer(run: Run, cache: pathlib.Path = CACHE, device: str = "auto") -
     model.eval()
     if run.is_bare_adapter:
         tokenizer = _bare_tokenizer(run.folder, checkpoint.folder)
-        return Answerer(model, tokenizer, choose_template(tokenizer, "auto", "alpaca"))
+        return Answerer(model, tokenizer, choose_template(tokenizer, "auto", "alpaca"), base.fingerprint)
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "tokenizer")
-    return Answerer(model, tokenizer, read_template(tokenizer, run.folder / "template.json"))
+    return Answerer(model, tokenizer, read_template(tokenizer, run.folder / "template.json"), base.fingerprint)
 
 
 def _bare_tokenizer(adapter: pathlib.Path, base: pathlib.Path) -> PreTrainedTokenizerBase:

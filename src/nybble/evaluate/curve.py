@@ -1,0 +1,37 @@
+"""Benchmarks while training goes on: one point of each curve at an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from nybble.evaluate.scores import Benchmarks
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """Scores of the model as it is now."""
+
+    benchmarks: Benchmarks
+    tasks: Sequence[str]
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+
+    def __call__(self) -> dict[str, float]:
+        """Mean score by task."""
+        self.model.eval()
+        device = self.model.device.type
+        found = {}
+        for name in self.tasks:
+            with (
+                self.benchmarks.benchmark(name) as benchmark,
+                torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32),
+            ):
+                scored = self.benchmarks.score(benchmark, self.model, self.tokenizer, lambda _: None)
+            found[name] = sum(scored.values) / len(scored.values)
+        return found

@@ -1,0 +1,302 @@
+"""Benchmarks by EleutherAI's lm-eval in this process, their prompts and metrics unchanged, from the Hub or from local files.
+
+Local files are named TASK.SPLIT.jsonl or .jsonl.gz, after lm-eval's name of the task, of its data set's configuration
+(winogrande_xl) or of its group (mmlu, whose rows say their `subject`). A task is then lm-eval's own YAML with another
+data set: `include` keeps everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import gzip
+import io
+import json
+import logging
+import pathlib
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import lm_eval
+import numpy
+import torch
+import yaml
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nybble.errors import EvaluationError
+from nybble.evaluate.scores import MissingRowsError, Scored
+
+FEWSHOT = {"mmlu": 5}
+"""Examples before each question where that is how a benchmark is reported; the others as their task says."""
+METRICS = ("acc_norm", "exact_match", "acc")
+"""Which metric of a task counts, the first it has; else its own first."""
+SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+CPU_BATCH = 8  # more padding than speed beyond it; on CUDA lm-eval tries what fits
+
+
+@dataclass(frozen=True)
+class File:
+    """Rows on the disk, and the file that they came from."""
+
+    path: pathlib.Path
+    origin: str
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A task or a group of tasks, ready to be run."""
+
+    name: str
+    tasks: dict[str, Any]
+    """lm-eval's tasks by name."""
+    rows: dict[str, list[int]]
+    """Which items of each."""
+    data: str
+
+    @property
+    def of(self) -> int:
+        """How many items there are."""
+        return sum(len(task.eval_docs) for task in self.tasks.values())
+
+
+class _Told(HFLM):  # type: ignore[misc]
+    """lm-eval's own model, which says how far it is."""
+
+    def __init__(self, show: Callable[[float], None], **settings: Any) -> None:
+        super().__init__(**settings)
+        self._show, self._done, self._all = show, 0, 1
+
+    def _loglikelihood_tokens(self, requests: list[Any], **settings: Any) -> Any:
+        self._done, self._all = 0, max(len(requests), 1)
+        return super()._loglikelihood_tokens(requests, **settings)
+
+    def _model_call(self, inps: torch.Tensor, **settings: Any) -> Any:
+        logits = super()._model_call(inps, **settings)
+        self._done += len(inps)
+        self._show(min(self._done / self._all, 1.0))
+        return logits
+
+
+class Harness:
+    """Runs benchmarks.
+
+    Args:
+        data: a folder of local files, or None for the Hub.
+        limit: items a benchmark, spread over the parts of a group; None for all.
+        batch: requests in a batch; None for what fits.
+    """
+
+    def __init__(self, data: pathlib.Path | None, limit: int | None, batch: int | None = None) -> None:
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant: a model already loaded
+        self.data = data
+        self.limit = limit
+        self.batch = batch
+        self.manager = TaskManager()
+        self.version: str = lm_eval.__version__
+
+    def parts(self, name: str) -> list[str]:
+        """The tasks that a name stands for, in lm-eval's order.
+
+        Raises:
+            EvaluationError: there is no such task.
+        """
+        entry = self.manager.task_index.get(name)
+        if entry is None:
+            near = difflib.get_close_matches(name, self.manager.all_tasks, 3)
+            raise EvaluationError(
+                f"lm-eval has no task {name!r}{': did you mean ' + ', '.join(near) + '?' if near else ''}",
+                fix="lm_eval ls tasks",
+            )
+        if entry.tags and entry.yaml_path is None:
+            return sorted(entry.tags)
+        members = (entry.cfg or {}).get("task")
+        if not isinstance(members, list):
+            return [name]
+        names = [member if isinstance(member, str) else member.get("task") or member["group"] for member in members]
+        return [part for own in names for part in self.parts(own)]
+
+    @contextlib.contextmanager
+    def benchmark(self, name: str) -> Iterator[Benchmark]:
+        """A benchmark with its rows read; what it needs on the disk is gone afterwards.
+
+        Raises:
+            EvaluationError: the task or its rows are not to be had.
+        """
+        parts = self.parts(name)
+        with tempfile.TemporaryDirectory(prefix="nybble-") as scratch, _quiet():
+            specs, data = parts, "Hub"
+            if self.data is not None:
+                specs, data = self._localised(name, parts, pathlib.Path(scratch))
+            try:
+                tasks = self.manager.load(specs)["tasks"]
+            except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+                raise EvaluationError(
+                    f"the rows of {name} cannot be read: {str(error).splitlines()[0]}",
+                    fix="check the network, or --data-dir FOLDER with files TASK.SPLIT.jsonl",
+                ) from error
+            counts = {part: len(task.eval_docs) for part, task in tasks.items()}
+            yield Benchmark(name, tasks, _spread(counts, self.limit), data)
+
+    def score(
+        self,
+        benchmark: Benchmark,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        show: Callable[[float], None] = lambda _: None,
+    ) -> Scored:
+        """A model's score on every item.
+
+        Args:
+            benchmark: with its rows.
+            model: on its device, in evaluation mode.
+            tokenizer: the model's.
+            show: called with the share that is done.
+
+        Raises:
+            EvaluationError: the task's metric is not one of single items.
+        """
+        batch = self.batch or ("auto" if model.device.type == "cuda" else CPU_BATCH)
+        # lm-eval shows a bar for each of 57 subjects, and seeds every generator that training goes on with.
+        with contextlib.redirect_stderr(io.StringIO()), _randomness_kept():
+            found = lm_eval.simple_evaluate(
+                model=_Told(show, pretrained=model, tokenizer=tokenizer, batch_size=batch),
+                tasks=list(benchmark.tasks.values()), samples=benchmark.rows,
+                num_fewshot=FEWSHOT.get(benchmark.name), bootstrap_iters=0, task_manager=self.manager,
+            )  # fmt: skip
+        assert found is not None, "one process, the first"
+        return _scored(benchmark, found)
+
+    def _localised(self, name: str, parts: Sequence[str], scratch: pathlib.Path) -> tuple[list[str], str]:
+        """lm-eval's own tasks on local files, as YAML files; and the name of the file with the items."""
+        specs, data = [], ""
+        for part in parts:
+            entry = self.manager.task_index[part]
+            own: Mapping[str, Any] = entry.cfg or {}
+            files = self._files(name, part, own, scratch)
+            given = {key: own[key] if own.get(key) in files else None for key in SPLITS if key in own}
+            items = given.get("test_split") or given.get("validation_split")
+            if items is None:
+                continue
+            data = data or files[items].origin
+            task = {
+                "include": str(entry.yaml_path), "task": part, "dataset_path": "json", "dataset_name": None,
+                "dataset_kwargs": {
+                    "data_files": {split: str(file.path) for split, file in files.items()},
+                    "cache_dir": str(scratch / "cache"),
+                },
+                **given,
+            }  # fmt: skip
+            file = scratch / f"{part}.yaml"
+            file.write_text(yaml.safe_dump(task), encoding="utf-8")
+            specs.append(str(file))
+        if not specs:
+            raise MissingRowsError(
+                f"no file for it in {self.data}", fix=f"put {name}.validation.jsonl or {name}.test.jsonl there"
+            )
+        return specs, data
+
+    def _files(self, name: str, part: str, own: Mapping[str, Any], scratch: pathlib.Path) -> dict[str, File]:
+        """A task's files by split; of a group's, the rows of the task's subject."""
+        assert self.data is not None
+        for stem in filter(None, (part, own.get("dataset_name"), name)):
+            found = {file.name.split(".")[1]: file for file in sorted(self.data.glob(f"{stem}.*.jsonl*"))}
+            if found and stem == name != part:
+                parted = {split: _of_subject(file, own["dataset_name"], scratch) for split, file in found.items()}
+                return {split: File(path, found[split].name) for split, path in parted.items() if path is not None}
+            if found:
+                return {split: File(file, file.name) for split, file in found.items()}
+        return {}
+
+
+def _of_subject(file: pathlib.Path, subject: str, scratch: pathlib.Path) -> pathlib.Path | None:
+    """The rows of one subject, in a file of their own; None where there are none."""
+    opened = gzip.open if file.suffix == ".gz" else open
+    with opened(file, "rt", encoding="utf-8") as stream:
+        lines = [line for line in stream if json.loads(line).get("subject") == subject]
+    if not lines:
+        return None
+    part = scratch / f"{subject}.{file.name.split('.')[1]}.jsonl"
+    part.write_text("".join(lines), encoding="utf-8")
+    return part
+
+
+def _spread(counts: Mapping[str, int], limit: int | None) -> dict[str, list[int]]:
+    """Which items are asked: the first of each part, as many of each as it can give, until there are `limit` in all."""
+    taken = dict.fromkeys(counts, 0)
+    left = sum(counts.values()) if limit is None else min(limit, sum(counts.values()))
+    while left:
+        for part in (part for part in counts if taken[part] < counts[part]):
+            if left:
+                taken[part], left = taken[part] + 1, left - 1
+    return {part: list(range(count)) for part, count in taken.items() if count}
+
+
+def _scored(benchmark: Benchmark, found: Mapping[str, Any]) -> Scored:
+    """lm-eval's log of every item as scores."""
+    metric, values, subjects, texts = "", [], [], []
+    for part in benchmark.rows:
+        logged = found["samples"][part]
+        one_filter = [entry for entry in logged if entry["filter"] == logged[0]["filter"]]
+        metric = metric or next(
+            (name for name in METRICS if name in one_filter[0]["metrics"]), one_filter[0]["metrics"][0]
+        )
+        for entry in sorted(one_filter, key=lambda entry: entry["doc_id"]):
+            if not isinstance(entry[metric], int | float):
+                raise EvaluationError(
+                    f"{benchmark.name}: {metric} is not a score of single items, so it cannot be compared"
+                )
+            values.append(float(entry[metric]))
+            subjects.append(part)
+            texts.append(_said(entry))
+    first = next(iter(benchmark.rows))
+    return Scored(
+        benchmark.name, metric, found["higher_is_better"][first].get(metric, True), str(found["versions"].get(first)),
+        found["n-shot"][first], benchmark.of, benchmark.data, values, subjects, texts,
+    )  # fmt: skip
+
+
+def _said(entry: Mapping[str, Any]) -> str:
+    """All that an item says, and its question followed by the right answer where lm-eval asked for just that."""
+    target, asked = entry["target"], entry["arguments"]
+    right = asked[target] if isinstance(target, int) and 0 <= target < len(asked) else ()
+    return "\n".join([*_strings(entry["doc"]), "".join(part for part in right if isinstance(part, str))])
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in an item."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _strings(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _strings(part)
+
+
+@contextlib.contextmanager
+def _randomness_kept() -> Iterator[None]:
+    """Python's, numpy's and torch's generators as they were."""
+    python, arrays = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python)
+    numpy.random.set_state(arrays)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Datasets' bars; many small files are read."""
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
