@@ -141,9 +141,11 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         if "loss" in logs:
             self._log_step(args, state, logs)
         elif "eval_loss" in logs:
+            tasks = {name.removeprefix("eval_"): score for name, score in logs.items() if name.startswith("eval_task/")}
             if state.is_world_process_zero:
-                append_json(self.run.metrics, {"step": state.global_step, "eval_loss": logs["eval_loss"]})
-            self.console.print(f"step {state.global_step:>5}  validation loss {logs['eval_loss']:.4f}")
+                append_json(self.run.metrics, {"step": state.global_step, "eval_loss": logs["eval_loss"], **tasks})
+            told = "".join(f"  {name.removeprefix('task/')} {score:.3f}" for name, score in tasks.items())
+            self.console.print(f"step {state.global_step:>5}  validation loss {logs['eval_loss']:.4f}{told}")
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Answer a few validation prompts."""

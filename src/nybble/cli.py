@@ -13,15 +13,18 @@ import pathlib
 import re
 import sys
 import warnings
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from nybble import __version__
-from nybble.errors import NybbleError, RecipeError
+from nybble.errors import EvaluationError, NybbleError, RecipeError
 from nybble.launch import rank, refuse_second_launcher, world_size
 from nybble.recipe import Recipe, dump_recipe, load_recipe
+
+if TYPE_CHECKING:
+    from nybble.evaluate.harness import Harness
 
 app = typer.Typer(
     add_completion=False,
@@ -89,11 +92,14 @@ def train(
     from nybble.train import train as begin
 
     console = Console()
+    tasks, rows = recipe.train.eval_tasks, recipe.train.eval_data
+    folder = pathlib.Path(rows) if rows is not None else None
+    harness = _harness(tasks, folder, recipe.train.eval_limit, recipe.train.micro_batch) if tasks else None
     try:
         if resume is not None:
-            go_on(resume, console=console)
+            go_on(resume, console=console, benchmarks=harness)
         else:
-            begin(recipe, console=console)
+            begin(recipe, console=console, benchmarks=harness)
     except KeyboardInterrupt:  # train has said what is left
         raise typer.Exit(130) from None
 
@@ -166,6 +172,39 @@ def chat(
     answer_once(answerer, (*turns, Message("user", prompt)), sampling, console, compare)
 
 
+@app.command("eval")
+def evaluate(
+    run: Folder,
+    tasks: Annotated[
+        str, typer.Option(help="Benchmarks by lm-eval's names, with commas between them; none goes without.")
+    ] = "hellaswag,arc_easy,arc_challenge,piqa,winogrande",
+    limit: Annotated[int, typer.Option(min=0, help="Items a benchmark; 0 for all.")] = 200,
+    data_dir: Annotated[
+        pathlib.Path | None, typer.Option(help="Folder with the benchmarks' rows, TASK.SPLIT.jsonl; else the Hub.")
+    ] = None,
+    text: Annotated[list[pathlib.Path] | None, typer.Option(help="A text whose perplexity is measured.")] = None,
+    answers: Annotated[int, typer.Option(min=0, help="Held-out prompts to answer and score.")] = 50,
+    base: Annotated[str | None, typer.Option(help="Where the base model is now, if it moved.")] = None,
+) -> None:
+    """Did it get better? Base against tuned: benchmarks, held-out loss, answers; a report in RUN/report.html."""
+    from nybble.run import open_run
+
+    opened = open_run(run, base)
+    names = [] if tasks == "none" else [name for name in tasks.split(",") if name]
+    _quiet()
+    harness = _harness(names, data_dir, limit or None) if names else None
+    from nybble.evaluate.evaluation import Asked
+    from nybble.evaluate.evaluation import evaluate as measure
+    from nybble.evaluate.tell import tell_results
+    from nybble.trackers import log_evaluation
+
+    console = Console()
+    results = measure(opened, Asked(names, text or (), answers), harness, console)
+    tell_results(results, opened.folder, console)
+    if notice := log_evaluation(opened.recipe.tracker, opened.folder, results):
+        console.print(notice, style="dim")
+
+
 @app.command()
 def demo(
     seed: Annotated[int, typer.Option(min=0, help="Changes orders, words, initialisation: another experiment.")] = 1,
@@ -188,6 +227,23 @@ def demo(
     from nybble.demo.main import run_demo
 
     run_demo(seed, out, Console())
+
+
+def _harness(names: list[str], data: pathlib.Path | None, limit: int | None, batch: int | None = None) -> Harness:
+    """What runs benchmarks, which exist: lm-eval is an optional package."""
+    try:
+        from nybble.evaluate.harness import Harness
+    except ModuleNotFoundError as error:
+        raise EvaluationError(
+            f"benchmarks are run by lm-eval, which is not installed ({error})",
+            fix="pip install 'nybble[eval]', or --tasks none",
+        ) from error
+    if data is not None and not data.is_dir():
+        raise EvaluationError(f"there is no folder {data}", fix="a folder with files TASK.SPLIT.jsonl")
+    harness = Harness(data, limit, batch)
+    for name in names:
+        harness.parts(name)
+    return harness
 
 
 def main() -> None:

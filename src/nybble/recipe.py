@@ -142,6 +142,12 @@ class TrainOptions(Options):
     """The adapter of the run is that of the best validation loss, not of the last step."""
     samples: int = Field(default=2, ge=0)
     """Validation prompts answered at each evaluation and written to samples.jsonl."""
+    eval_tasks: list[str] = Field(default_factory=list)
+    """Benchmarks (lm-eval's names) scored at each evaluation, e.g. [arc_easy]; their curves go where the losses go."""
+    eval_limit: int = Field(default=50, ge=1)
+    """Items of each of them."""
+    eval_data: str | None = None
+    """Folder with their rows, TASK.SPLIT.jsonl; else the Hub."""
     seed: int = Field(default=42, ge=0)
     """Seed of everything random: split, order, initialisation, dropout."""
     processes: int = Field(default=1, ge=1)
@@ -212,6 +218,10 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     yield (
         no_validation and train.early_stopping is not None,
         "train.early_stopping: needs validation rows, and data.validation is 0",
+    )
+    yield (
+        no_validation and bool(train.eval_tasks),
+        "train.eval_tasks: are scored where the validation rows are, and data.validation is 0",
     )
     yield (
         isinstance(data.validation, int | float) and data.validation < 0,

@@ -37,16 +37,7 @@ def start_tracker(options: TrackerOptions, folder: pathlib.Path, recipe: Mapping
             f"tracker.to={options.to}: the package is not installed", fix=f"pip install 'nybble[{options.to}]'"
         )
     if options.to == "wandb":
-        online = wandb_key_present()
-        wandb.init(
-            project=options.project,
-            name=folder.name,
-            dir=folder,
-            config=dict(recipe),
-            mode="online" if online else "offline",
-            settings=wandb.Settings(silent=True),
-        )
-        return None if online else f"wandb runs offline (no key found): wandb sync {folder}/wandb/offline-run-*"
+        return _start_wandb(options, folder, folder.name, recipe)
     places = {
         "tensorboard": {"TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard")},
         "mlflow": {
@@ -57,6 +48,38 @@ def start_tracker(options: TrackerOptions, folder: pathlib.Path, recipe: Mapping
     }
     os.environ.update(places[options.to])
     return None
+
+
+def log_evaluation(options: TrackerOptions, folder: pathlib.Path, results: Mapping[str, Any]) -> str | None:
+    """The numbers of an evaluation as a run of their own in wandb, beside the training's; other trackers have none.
+
+    Returns:
+        A line for the user, or None.
+    """
+    if options.to != "wandb":
+        return None
+    notice = _start_wandb(options, folder, f"{folder.name}-eval", {"limit": results["limit"], "base": results["base"]})
+    entries = [*results["tasks"], *(results.get("generation") or {"metrics": []})["metrics"]]
+    numbers = {f"{entry['name']}/{who}": entry[who]["mean"] for entry in entries for who in ("base", "tuned")}
+    if held_out := results.get("held_out"):
+        numbers |= {f"held-out loss/{who}": held_out[who]["loss"] for who in ("base", "tuned")}
+    verdicts = [[entry["name"], entry["verdict"]] for entry in entries]
+    wandb.log({**numbers, "verdicts": wandb.Table(["what", "verdict"], verdicts)})
+    end_tracker(options.to)
+    return notice
+
+
+def _start_wandb(options: TrackerOptions, folder: pathlib.Path, name: str, config: Mapping[str, Any]) -> str | None:
+    online = wandb_key_present()
+    wandb.init(
+        project=options.project,
+        name=name,
+        dir=folder,
+        config=dict(config),
+        mode="online" if online else "offline",
+        settings=wandb.Settings(silent=True),
+    )
+    return None if online else f"wandb runs offline (no key found): wandb sync {folder}/wandb/offline-run-*"
 
 
 def wandb_key_present() -> bool:

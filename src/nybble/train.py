@@ -28,13 +28,16 @@ from nybble.data.template import save_template
 from nybble.data.xray import Rules, inspect
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.fusion import Fusion
-from nybble.errors import DeviceError, EngineError, ModelError, NybbleError, RunError, TrainingError
+from nybble.errors import DeviceError, EngineError, ModelError, NybbleError, RecipeError, RunError
+from nybble.evaluate.curve import TaskScores
+from nybble.evaluate.scores import Benchmarks
 from nybble.inference.samples import SampleAnswers
 from nybble.model.adapter import attach_adapter, check_saved, resume_adapter
 from nybble.model.base import Base, Footprint, load_base, load_config, measure
 from nybble.model.checkpoint import check_length, find_checkpoint
 from nybble.model.device import choose_device, choose_dtype, grow_segments
 from nybble.model.tokenizer import load_tokenizer
+from nybble.out_of_memory import explained_memory
 from nybble.plan.schedule import Schedule, plan_steps
 from nybble.recipe import Recipe
 from nybble.record import draw_loss, write_card
@@ -56,17 +59,31 @@ from nybble.trackers import end_tracker, start_tracker
 from nybble.trainer import QLoraTrainer, training_arguments
 
 
-def train(recipe: Recipe, *, console: Console | None = None, cache: pathlib.Path = CACHE) -> Run:
+def train(
+    recipe: Recipe, *, console: Console | None = None, cache: pathlib.Path = CACHE, benchmarks: Benchmarks | None = None
+) -> Run:
     """Train an adapter as a recipe says; returns the finished run.
+
+    Args:
+        recipe: all options.
+        console: where progress is told.
+        cache: folder of quantised bases and tokenised data.
+        benchmarks: what runs train.eval_tasks, `nybble.evaluate.harness.Harness`; None where there are none.
 
     Raises:
         NybbleError: whatever is wrong with recipe, data, model or machine; no half-written run stays behind.
     """
-    with _explained_memory(recipe):
-        return _train(recipe, None, console or Console(), cache)
+    with explained_memory(recipe):
+        return _train(recipe, None, console or Console(), cache, benchmarks)
 
 
-def resume(folder: str | pathlib.Path, *, console: Console | None = None, cache: pathlib.Path = CACHE) -> Run:
+def resume(
+    folder: str | pathlib.Path,
+    *,
+    console: Console | None = None,
+    cache: pathlib.Path = CACHE,
+    benchmarks: Benchmarks | None = None,
+) -> Run:
     """Go on with an interrupted run from its newest whole checkpoint, exactly as it would have gone on.
 
     Raises:
@@ -78,8 +95,8 @@ def resume(folder: str | pathlib.Path, *, console: Console | None = None, cache:
             f"{folder} is finished: there is nothing to resume",
             fix=f"nybble chat {folder}, or train on from it: nybble train MODEL DATA adapter={run.adapter}",
         )
-    with _explained_memory(run.recipe):
-        return _train(run.recipe, run, console or Console(), cache)
+    with explained_memory(run.recipe):
+        return _train(run.recipe, run, console or Console(), cache, benchmarks)
 
 
 @dataclass(frozen=True)
@@ -99,8 +116,15 @@ class Ready:
     fusion: Fusion | None
 
 
-def _train(recipe: Recipe, interrupted: Run | None, console: Console, cache: pathlib.Path) -> Run:
+def _train(
+    recipe: Recipe, interrupted: Run | None, console: Console, cache: pathlib.Path, benchmarks: Benchmarks | None
+) -> Run:
     began = time.time()
+    if recipe.train.eval_tasks and benchmarks is None:
+        raise RecipeError(
+            f"train.eval_tasks={recipe.train.eval_tasks}: nothing was given that runs them",
+            fix="train(recipe, benchmarks=nybble.evaluate.harness.Harness(...)), or nybble train on the command line",
+        )
     # 1. Where: device, compute type, this process among how many.
     state, device = _join_processes(recipe)
     if not state.is_main_process:
@@ -135,7 +159,7 @@ def _train(recipe: Recipe, interrupted: Run | None, console: Console, cache: pat
     # 6. Train.
     tell_plan(run, schedule, console)
     with _leaving_nothing_half_done(run, state, console):
-        recorder = _run_trainer(run, ready, interrupted, console)
+        recorder = _run_trainer(run, ready, interrupted, console, benchmarks)
     # 7. What stays: summary, curve and card; last the adapter, whose folder says that the run is finished.
     if state.is_main_process:
         summary = _summary(ready, recorder, time.time() - began)
@@ -248,32 +272,6 @@ def _leaving_nothing_half_done(run: Run, state: PartialState, console: Console) 
         raise
 
 
-@contextlib.contextmanager
-def _explained_memory(recipe: Recipe) -> Iterator[None]:
-    """A GPU that is too small is named with the cheapest change that may do."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"the GPU's memory does not suffice: {str(error).splitlines()[0]}", fix=_leaner(recipe)
-        ) from error
-
-
-def _leaner(recipe: Recipe) -> str:
-    """The change that gives memory back at the least cost, of those not made yet."""
-    train, engine = recipe.train, recipe.engine
-    halved = f"train.micro_batch={train.micro_batch // 2} train.accumulation={train.accumulation * 2} (the same step)"
-    steps = [
-        (recipe.model.quantization == "none", "model.quantization=nf4"),
-        (engine.fused and engine.policy not in ("auto", "host"), "engine.policy=auto (the same step, slower)"),
-        (train.micro_batch > 1, halved),
-        (not engine.fused and not train.gradient_checkpointing, "train.gradient_checkpointing=true"),
-        (engine.fused and engine.policy != "host", "engine.policy=host (the same step, slower)"),
-        (engine.fused and engine.embedding == "device" and train.processes == 1, "engine.embedding=host"),
-    ]
-    return next((fix for holds, fix in steps if holds), f"data.max_length={recipe.data.max_length // 2}")
-
-
 def _open_folder(folder: pathlib.Path, ready: Ready, interrupted: Run | None, state: PartialState) -> Run:
     start = start_record(ready.recipe, ready.data.fingerprint, ready.base.fingerprint)
     check_room(folder, ready.trained_parameters, ready.recipe.train.keep_checkpoints)
@@ -289,7 +287,9 @@ def _open_folder(folder: pathlib.Path, ready: Ready, interrupted: Run | None, st
     return Run(folder, ready.recipe)
 
 
-def _run_trainer(run: Run, ready: Ready, interrupted: Run | None, console: Console) -> Recorder:
+def _run_trainer(
+    run: Run, ready: Ready, interrupted: Run | None, console: Console, benchmarks: Benchmarks | None
+) -> Recorder:
     recipe, data = ready.recipe, ready.data
     has_validation = data.validation is not None
     fused = ready.fusion is not None and not ready.fusion.fallen_back
@@ -313,6 +313,8 @@ def _run_trainer(run: Run, ready: Ready, interrupted: Run | None, console: Conso
         data_collator=Collator(ready.tokenizer.pad_token_id, flatten=fused),
         processing_class=ready.tokenizer,
     )
+    if benchmarks is not None and recipe.train.eval_tasks:
+        trainer.task_scores = TaskScores(benchmarks, recipe.train.eval_tasks, ready.model, ready.tokenizer, ready.dtype)
     trainer.remove_callback(PrinterCallback)
     recorder = Recorder(run, trainer.window, console, ready.schedule.steps, _sampler(ready), recipe.tracker.to)
     trainer.add_callback(recorder)

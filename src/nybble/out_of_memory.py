@@ -1,0 +1,37 @@
+"""What to do where a GPU's memory does not suffice."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from nybble.errors import TrainingError
+from nybble.recipe import Recipe
+
+
+@contextlib.contextmanager
+def explained_memory(recipe: Recipe) -> Iterator[None]:
+    """A GPU that is too small is named with the cheapest change that may do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the GPU's memory does not suffice: {str(error).splitlines()[0]}", fix=_leaner(recipe)
+        ) from error
+
+
+def _leaner(recipe: Recipe) -> str:
+    """The change that gives memory back at the least cost, of those not made yet."""
+    train, engine = recipe.train, recipe.engine
+    halved = f"train.micro_batch={train.micro_batch // 2} train.accumulation={train.accumulation * 2} (the same step)"
+    steps = [
+        (recipe.model.quantization == "none", "model.quantization=nf4"),
+        (engine.fused and engine.policy not in ("auto", "host"), "engine.policy=auto (the same step, slower)"),
+        (train.micro_batch > 1, halved),
+        (not engine.fused and not train.gradient_checkpointing, "train.gradient_checkpointing=true"),
+        (engine.fused and engine.policy != "host", "engine.policy=host (the same step, slower)"),
+        (engine.fused and engine.embedding == "device" and train.processes == 1, "engine.embedding=host"),
+    ]
+    return next((fix for holds, fix in steps if holds), f"data.max_length={recipe.data.max_length // 2}")
