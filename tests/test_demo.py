@@ -19,9 +19,11 @@ def test_three_seeds_learn_what_the_base_cannot_do(tmp_path, smollm2):
     for seed in (1, 2, 3):
         base, prompted, tuned = run_demo(seed, tmp_path / f"demo-{seed}", console, CACHE)
         assert len(set(tuned.answers)) > 90, "a canned answer"
+        report = (tmp_path / f"demo-{seed}" / "report.html").read_text()
+        assert f"{tuned.right} of 100" in report
         results.append((tuned.right, prompted.right, base.right, seed))
     worst = min(results)
-    print(f"worst of three: seed {worst[3]}, tuned {worst[0]}, with examples {worst[1]}, base {worst[2]} of 100")
+    print(f"worst of three: seed {worst[3]}, tuned {worst[0]} of 100, with examples {worst[1]}, base {worst[2]} of 50")
     assert worst[0] >= 85
     assert all(tuned >= prompted + 50 for tuned, prompted, _, _ in results)
 
