@@ -11,6 +11,7 @@ RUN/adapter/          the PEFT adapter: its appearance means that training has e
 RUN/summary.json      results, sizes, speed, versions
 RUN/loss.png          the loss curve
 RUN/README.md         model card
+RUN/evaluation.json   what nybble eval measured; RUN/report.html, report.md and report/ show it
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import gzip
-import io
 import json
 import logging
+import os
 import pathlib
 import random
 import tempfile
@@ -162,8 +162,7 @@ class Harness:
             EvaluationError: the task's metric is not one of single items.
         """
         batch = self.batch or ("auto" if model.device.type == "cuda" else CPU_BATCH)
-        # lm-eval shows a bar for each of 57 subjects, and seeds every generator that training goes on with.
-        with contextlib.redirect_stderr(io.StringIO()), _randomness_kept():
+        with _silenced(), _randomness_kept():  # lm-eval seeds every generator that training goes on with
             found = lm_eval.simple_evaluate(
                 model=_Told(show, pretrained=model, tokenizer=tokenizer, batch_size=batch),
                 tasks=list(benchmark.tasks.values()), samples=benchmark.rows,
@@ -278,6 +277,19 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for part in value:
             yield from _strings(part)
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Nothing on stderr: lm-eval shows a bar for each of 57 subjects, and asks git for a commit outside of repositories too."""
+    kept = os.dup(2)
+    with pathlib.Path(os.devnull).open("w") as nothing, contextlib.redirect_stderr(nothing):
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 @contextlib.contextmanager
