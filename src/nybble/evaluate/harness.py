@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import gzip
 import json
 import logging
@@ -65,6 +66,12 @@ class Benchmark:
         return sum(len(task.eval_docs) for task in self.tasks.values())
 
 
+@functools.cache
+def _manager() -> TaskManager:
+    """lm-eval's tasks; to read their 14,000 files takes seconds."""
+    return TaskManager()
+
+
 class _Told(HFLM):  # type: ignore[misc]
     """lm-eval's own model, which says how far it is."""
 
@@ -97,7 +104,7 @@ class Harness:
         self.data = data
         self.limit = limit
         self.batch = batch
-        self.manager = TaskManager()
+        self.manager = _manager()
         self.version: str = lm_eval.__version__
 
     def parts(self, name: str) -> list[str]:
