@@ -22,7 +22,7 @@ from nybble.data.formats import Message
 from nybble.data.tokens import encode_prompt
 from nybble.errors import DataError, EngineError, ModelError, NybbleError, RecipeError, RunError, TrainingError
 from nybble.inference.pipeline import Sampling, load_answerer
-from nybble.out_of_memory import _leaner
+from nybble.out_of_memory import leaner
 from nybble.recipe import Recipe, load_recipe
 from nybble.run import Run, open_run, read_metrics
 from nybble.train import resume, train
@@ -430,7 +430,7 @@ def test_what_does_not_fit_is_made_leaner_step_by_step():
     words = ["model.path=m", "data.path=d", "model.quantization=none", "engine.policy=keep-all", "train.micro_batch=2"]
     given = []
     for _ in range(6):
-        fix = _leaner(load_recipe(None, words))
+        fix = leaner(load_recipe(None, words))
         given.append(fix.split()[0])
         words += fix.partition(" (")[0].split()
     assert given == [
@@ -439,7 +439,7 @@ def test_what_does_not_fit_is_made_leaner_step_by_step():
     ]  # fmt: skip
     plain = load_recipe(None, ["model.path=m", "data.path=d", "engine.fused=false", "train.micro_batch=1",
                                "train.gradient_checkpointing=false"])  # fmt: skip
-    assert _leaner(plain) == "train.gradient_checkpointing=true"
+    assert leaner(plain) == "train.gradient_checkpointing=true"
 
 
 def test_the_gradients_norm_is_the_same_however_the_optimiser_holds_them(tiny_llama, rows, cache, tmp_path, quiet):

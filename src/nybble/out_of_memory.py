@@ -18,11 +18,11 @@ def explained_memory(recipe: Recipe) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"the GPU's memory does not suffice: {str(error).splitlines()[0]}", fix=_leaner(recipe)
+            f"the GPU's memory does not suffice: {str(error).splitlines()[0]}", fix=leaner(recipe)
         ) from error
 
 
-def _leaner(recipe: Recipe) -> str:
+def leaner(recipe: Recipe) -> str:
     """The change that gives memory back at the least cost, of those not made yet."""
     train, engine = recipe.train, recipe.engine
     halved = f"train.micro_batch={train.micro_batch // 2} train.accumulation={train.accumulation * 2} (the same step)"
