@@ -94,7 +94,9 @@ def test_everything_is_measured_and_written(run, results):
     assert sum(results["lengths"].values()) == 80
 
 
-def test_what_was_measured_before_is_kept_and_an_evaluation_goes_on(run, benches, cache, results, monkeypatch):
+def test_what_was_measured_before_is_kept_and_an_evaluation_goes_on(
+    run, benches, cache, results, tmp_path, monkeypatch
+):
     asked = []
     harness = Harness(benches, 8)
     score = harness.score
@@ -107,6 +109,12 @@ def test_what_was_measured_before_is_kept_and_an_evaluation_goes_on(run, benches
     harness.limit = 9
     evaluate(run, Asked(["arc_easy"], (), 0), harness, Console(quiet=True), cache)
     assert asked == ["arc_easy", "arc_easy"], "base and tuned on other rows"
+    own = tmp_path / "bench"
+    own.mkdir()
+    write_rows(own / "arc_easy.validation.jsonl", [{**row, "question": row["question"] + "?"} for row in ARC])
+    harness.limit, harness.data = 8, own
+    evaluate(run, Asked(["arc_easy"], (), 0), harness, Console(quiet=True), cache)
+    assert asked == ["arc_easy"] * 4, "other items under the same name"
 
 
 @pytest.mark.slow

@@ -190,7 +190,7 @@ def evaluate(
     from nybble.run import open_run
 
     opened = open_run(run, base)
-    names = [] if tasks == "none" else [name for name in tasks.split(",") if name]
+    names = [] if tasks == "none" else list(dict.fromkeys(name for name in tasks.split(",") if name))
     _quiet()
     harness = _harness(names, data_dir, limit or None) if names else None
     from nybble.evaluate.evaluation import Asked

@@ -109,7 +109,7 @@ class Findings:
         self.console = console
         self.store = Store(cache / "evaluations")
         self.cache = cache
-        self.adapter = _digest(run.adapter / "adapter_model.safetensors")
+        self.adapter = _digest(next(run.adapter.glob("adapter_model.*")))  # load_answerer has found it
         self.scored: dict[str, list[Scored]] = {who: [] for who in WHO}
         self.missing: list[dict[str, str]] = []
         self.parts: dict[str, Any] = {"texts": []}
@@ -169,8 +169,10 @@ class Findings:
             "device": self.answerer.model.device.type,
             "template": None,
             "task": benchmark.name,
-            "parts": {part: [task.VERSION, len(task.eval_docs)] for part, task in benchmark.tasks.items()},
+            "parts": {part: str(task.VERSION) for part, task in benchmark.tasks.items()},
             "rows": {part: len(rows) for part, rows in benchmark.rows.items()},
+            "items": benchmark.digest,
+            "of": benchmark.of,
             "data": benchmark.data,
             "lm-eval": benchmarks.version,
             "versions": versions(),

@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import functools
 import gzip
+import hashlib
 import json
 import logging
 import os
@@ -58,12 +59,12 @@ class Benchmark:
     """lm-eval's tasks by name."""
     rows: dict[str, list[int]]
     """Which items of each."""
+    of: int
+    """How many items there are in all."""
     data: str
-
-    @property
-    def of(self) -> int:
-        """How many items there are."""
-        return sum(len(task.eval_docs) for task in self.tasks.values())
+    """Where they came from."""
+    digest: str
+    """Of the items that are asked: equal means equal items."""
 
 
 @functools.cache
@@ -147,8 +148,11 @@ class Harness:
                     f"the rows of {name} cannot be read: {str(error).splitlines()[0]}",
                     fix="check the network, or --data-dir FOLDER with files TASK.SPLIT.jsonl",
                 ) from error
-            counts = {part: len(task.eval_docs) for part, task in tasks.items()}
-            yield Benchmark(name, tasks, _spread(counts, self.limit), data)
+            items = {part: task.eval_docs for part, task in tasks.items()}
+            rows = _spread({part: len(own) for part, own in items.items()}, self.limit)
+            asked = [items[part][place] for part in rows for place in rows[part]]
+            digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+            yield Benchmark(name, tasks, rows, sum(map(len, items.values())), data, digest)
 
     def score(
         self,
