@@ -21,10 +21,10 @@ from rich.console import Console
 from nybble import __version__
 from nybble.errors import EvaluationError, NybbleError, RecipeError
 from nybble.launch import rank, refuse_second_launcher, world_size
-from nybble.recipe import Recipe, dump_recipe, load_recipe
 
 if TYPE_CHECKING:
     from nybble.evaluate.harness import Harness
+    from nybble.recipe import Recipe
 
 app = typer.Typer(
     add_completion=False,
@@ -77,6 +77,8 @@ def train(
     """Train an adapter: nybble train MODEL DATA key=value ..., or -c recipe.yaml, or both. Gives runs/NAME."""
     recipe = _recipe(words or [], config, resume, processes)
     if print_config:
+        from nybble.recipe import dump_recipe
+
         typer.echo(dump_recipe(recipe), nl=False)
         return
     for name, what in (("MODEL", recipe.model.path), ("DATA", recipe.data.path)):
@@ -277,10 +279,14 @@ def _recipe(
         return open_run(resume).recipe
     if processes is not None:
         overrides.append(f"train.processes={processes}")
+    from nybble.recipe import load_recipe
+
     return load_recipe(config, overrides)
 
 
 def _data_recipe(words: list[str], config: pathlib.Path | None) -> Recipe:
+    from nybble.recipe import load_recipe
+
     recipe = load_recipe(config, _overrides(words, ("data.path", "model.path")))
     if not recipe.data.path:
         raise RecipeError(
