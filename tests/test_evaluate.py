@@ -18,6 +18,7 @@ from nybble.errors import EvaluationError, RecipeError
 from nybble.evaluate.evaluation import Asked, evaluate
 from nybble.evaluate.harness import Harness, _spread
 from nybble.evaluate.perplexity import row_losses, text_windows
+from nybble.model.tokenizer import load_tokenizer
 from nybble.recipe import TrackerOptions, load_recipe
 from nybble.run import Run, read_metrics
 from nybble.trackers import log_evaluation
@@ -91,7 +92,7 @@ def test_everything_is_measured_and_written(run, results):
         *("exact match", "ROUGE-1", "ROUGE-2", "ROUGE-L", "ends by itself", "distinct answers")
     ]
     assert len(results["samples"]) == 4 + 3
-    assert sum(results["lengths"].values()) == 80
+    assert sum(results["lengths"].values()) == 80 - 12, "the training rows, not those held out"
 
 
 def test_what_was_measured_before_is_kept_and_an_evaluation_goes_on(
@@ -215,6 +216,12 @@ def test_a_text_is_read_in_windows_without_a_token_lost(tiny_tokenizer):
     ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
     assert [token for window in windows for token in window["input_ids"]] == ids
     assert max(len(window["input_ids"]) for window in windows) == 32
+
+
+def test_each_window_begins_with_bos_where_the_tokenizer_puts_one(llama2_like):
+    windows = text_windows("Hello world. " * 40, load_tokenizer(llama2_like), 16)
+    assert len(windows) > 5
+    assert all(window["input_ids"][0] == 1 and 1 not in window["input_ids"][1:] for window in windows)
 
 
 def test_rows_of_a_group_are_spread_over_its_parts():

@@ -300,17 +300,19 @@ def test_a_broken_download_says_that_it_can_go_on(
     assert "download of 'org/model' was cut off" in message
 
 
-def test_datasets_load_through_the_standin(world: tuple[StandinHub, Path]) -> None:
-    server, root = world
-    done = subprocess.run(
-        [sys.executable, "-c", ROWS_CLIENT],
-        env=server.environment(root / "rows_home"),
-        capture_output=True,
-        text=True,
-    )
+def answers_of(client: str, *words: object, environment: dict[str, str]) -> list[Any]:
+    """What a script says in JSON, a line each."""
+    command = [sys.executable, "-c", client, *map(str, words)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
-    newest, older, revision, missing = (json.loads(line) for line in done.stdout.splitlines())
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_datasets_load_through_the_standin(world: tuple[StandinHub, Path]) -> None:
+    server, root = world
+    answers = answers_of(ROWS_CLIENT, environment=server.environment(root / "rows_home"))
+    newest, older, revision, missing = answers
     assert newest == [[1, 2], "org/rows[train]:row 1"]
     assert older == [[3], "org/rows[train]:row 1"]
     assert "org/rows has no revision v9" in revision[0]
@@ -319,15 +321,10 @@ def test_datasets_load_through_the_standin(world: tuple[StandinHub, Path]) -> No
 
 def test_datasets_stream_through_the_standin(world: tuple[StandinHub, Path], tiny_llama: Path) -> None:
     server, root = world
-    done = subprocess.run(
-        [sys.executable, "-c", STREAM_CLIENT, str(tiny_llama), str(root / "stream_cache")],
-        env=server.environment(root / "stream_home"),
-        capture_output=True,
-        text=True,
+    answers = answers_of(
+        STREAM_CLIENT, tiny_llama, root / "stream_cache", environment=server.environment(root / "stream_home")
     )
-    assert done.returncode == 0, done.stderr
-    print(done.stdout)
-    lines, parquet, mixed, broken = (json.loads(line) for line in done.stdout.splitlines())
+    lines, parquet, mixed, broken = answers
     for (forms, held, origins), name, count in ((lines, "chats", 200), (parquet, "parquet", 50)):
         assert sum(forms.values()) == count
         assert {*held, *origins} == {f"org/{name}[train]:row {n}" for n in range(1, count + 1)}

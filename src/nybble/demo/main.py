@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -127,21 +126,12 @@ def _scores(answerer: Answerer, shots: Sequence[Order], tests: Sequence[Order], 
     for name, tuned, before in ways:
         began = time.perf_counter()
         asked = tests if tuned else tests[:BASE_TESTS]
-        with console.status(f"{name} answers {len(asked)} orders"), _adapter(answerer, tuned):
+        with console.status(f"{name} answers {len(asked)} orders"), answerer.as_tuned(tuned):
             answers = _ask(answerer, asked, before)
         right = sum(exact_match(answer, order.answer) for answer, order in zip(answers, asked, strict=True))
         console.print(f"{name:<17} {right:>3} of {len(asked)} exactly right  ({time.perf_counter() - began:.0f} s)")
         scores.append(Score(name, right, answers))
     return scores
-
-
-@contextmanager
-def _adapter(answerer: Answerer, tuned: bool) -> Iterator[None]:
-    if tuned:
-        yield
-        return
-    with answerer.as_base():
-        yield
 
 
 def _ask(answerer: Answerer, tests: Sequence[Order], before: Conversation) -> list[str]:

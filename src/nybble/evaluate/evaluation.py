@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
 import hashlib
 import json
 import pathlib
 import time
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,8 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 
-from nybble.data.examine import examine
+from nybble.data.batches import PackedRows
+from nybble.data.order import lengths_of
 from nybble.data.prepare import prepare
 from nybble.errors import DataError, EvaluationError
 from nybble.evaluate.contamination import flag
@@ -113,28 +113,25 @@ class Findings:
         self.scored: dict[str, list[Scored]] = {who: [] for who in WHO}
         self.missing: list[dict[str, str]] = []
         self.parts: dict[str, Any] = {"texts": []}
-        self.trained, self.validation, self.lengths = self._rows()
+        self.trained, self.validation = self._rows()
 
-    def _rows(self) -> tuple[Dataset | None, Dataset | None, dict[int, int]]:
-        """Training and validation rows as the run saw them, and how long they are."""
+    def _rows(self) -> tuple[Dataset | None, Dataset | None]:
+        """Training and validation rows as the run saw them."""
         data = self.run.recipe.data
         if self.run.is_bare_adapter:
-            return None, None, {}
+            return None, None
         try:
             with self.console.status("reading the run's data"):
                 prepared = prepare(data, self.answerer.tokenizer, self.run.recipe.train.seed, self.cache)
-                examined = examine(data, self.answerer.tokenizer, self.cache)
         except DataError as error:
             self.missing.append({"task": "held-out loss", "why": f"the run's data cannot be read: {error.what}"})
-            return None, None, {}
+            return None, None
         then = json.loads((self.run.folder / "start.json").read_text(encoding="utf-8"))["data"]
         if prepared.fingerprint != then:
             self.missing.append({"task": "held-out loss", "why": "the data changed since the run was trained"})
-            return None, None, {}
-        return examined.tokens, prepared.validation, examined.lengths
-
-    def _as(self, who: str) -> AbstractContextManager[None]:
-        return self.answerer.as_base() if who == "base" else contextlib.nullcontext()
+            return None, None
+        rows = prepared.sample
+        return rows.samples if isinstance(rows, PackedRows) else rows, prepared.validation
 
     def score(self, benchmarks: Benchmarks, name: str) -> None:
         """Base and tuned model on one benchmark; what is kept from before is not computed again."""
@@ -148,7 +145,10 @@ class Findings:
 
     def _score(self, benchmarks: Benchmarks, benchmark: Any, who: str) -> Scored:
         items = sum(map(len, benchmark.rows.values()))
-        with self._as(who), progress_bar(self.console, f"{benchmark.name}: {who}", items) as show:
+        with (
+            self.answerer.as_tuned(who == "tuned"),
+            progress_bar(self.console, f"{benchmark.name}: {who}", items) as show,
+        ):
             compute = functools.partial(
                 benchmarks.score, benchmark, self.answerer.model, self.answerer.tokenizer,
                 lambda share: show(round(share * items)),
@@ -206,7 +206,10 @@ class Findings:
         pad = self.answerer.tokenizer.pad_token_id
         found = {}
         for who in WHO:
-            with self._as(who), progress_bar(self.console, f"{what}: {who}", len(samples)) as show:
+            with (
+                self.answerer.as_tuned(who == "tuned"),
+                progress_bar(self.console, f"{what}: {who}", len(samples)) as show,
+            ):
                 found[who] = row_losses(self.answerer.model, samples, pad, show)
             self.console.print(
                 f"{what:<16} {who:<6} {found[who].mean:.4f} nats, perplexity {found[who].perplexity:.2f}"
@@ -219,7 +222,7 @@ class Findings:
         fixed = fixed_prompts(self.answerer)
         asked, answers = [*held_out, *fixed], {}
         for who in WHO:
-            with self._as(who), self.console.status(f"{who} answers {len(asked)} prompts"):
+            with self.answerer.as_tuned(who == "tuned"), self.console.status(f"{who} answers {len(asked)} prompts"):
                 answers[who] = answer(self.answerer, asked)
         everything = side_by_side(asked, answers["base"], answers["tuned"])
         self.parts["samples"] = [*everything[: len(held_out)][:SAMPLES], *everything[len(held_out) :]]
@@ -252,11 +255,16 @@ class Findings:
             "tasks": compared_tasks(self.scored["base"], self.scored["tuned"], self._flags()),
             "missing": self.missing,
             **self.parts,
-            "lengths": {str(length): count for length, count in sorted(self.lengths.items())},
+            "lengths": self._lengths(),
             "max_length": recipe.data.max_length,
             "training": _training(training),
             "recipe": dump_recipe(recipe),
         }
+
+    def _lengths(self) -> dict[str, int]:
+        """How many training rows have so many tokens."""
+        counts = Counter(lengths_of(self.trained).tolist()) if self.trained is not None else {}
+        return {str(length): count for length, count in sorted(counts.items())}
 
     def _flags(self) -> dict[str, list[bool]]:
         """Items of each benchmark of which the training rows hold 13 words in a row."""

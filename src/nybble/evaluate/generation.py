@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from nybble.data.formats import Message
 from nybble.data.tokens import encode_prompt
 from nybble.inference.pipeline import Answerer, Completion, Sampling
+from nybble.inference.samples import first_answer
 
 AT_ONCE = 64  # prompts in a batch: a token of 4-bit weights takes as long for one as for many
 ROOM = 1.5  # an answer may be so many times as long as the longest expected one
@@ -41,11 +42,10 @@ def held_out_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, count: i
     for row in rows:
         if len(asked) == count:
             break
-        if True not in row["trained"] or row["trained"][0]:
+        place = first_answer(row)
+        if place is None:
             continue
-        start = row["trained"].index(True)
-        end = start + [*row["trained"][start:], False].index(False)
-        prompt, answer = row["input_ids"][:start], row["input_ids"][start:end]
+        prompt, answer = row["input_ids"][: place.start], row["input_ids"][place]
         asked.append(
             Asked(prompt, tokenizer.decode(prompt), tokenizer.decode(answer, skip_special_tokens=True).strip())
         )

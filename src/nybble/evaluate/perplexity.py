@@ -86,12 +86,12 @@ def row_losses(
 
 
 def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Sample]:
-    """A text as rows of so many tokens that follow one another; each begins with BOS where the tokenizer has one for that.
+    """A text as rows of so many tokens that follow one another; each begins with BOS where the tokenizer puts one.
 
     The usual perplexity of a document: all tokens are predicted but a window's first.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    start = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
+    start = [own for own in tokenizer("")["input_ids"][:1] if own == tokenizer.bos_token_id]
     room = length - len(start)
     windows = [[*start, *ids[place : place + room]] for place in range(0, len(ids), room)]
     return [{"input_ids": own, "trained": [True] * len(own)} for own in windows if len(own) > 1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,10 @@ class Answerer:
         """The base model's answers: the adapter is switched off meanwhile."""
         with self.model.disable_adapter():
             yield
+
+    def as_tuned(self, tuned: bool) -> AbstractContextManager[None]:
+        """The tuned model's answers, or the base's."""
+        return contextlib.nullcontext() if tuned else self.as_base()
 
 
 class ConversationPipeline(TextGenerationPipeline):  # type: ignore[misc]

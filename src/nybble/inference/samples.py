@@ -12,6 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 NEW_TOKENS = 64  # enough to see style and whether an answer ends; each costs a forward pass
 
 
+def first_answer(row: dict[str, Any]) -> slice | None:
+    """Where a tokenised row's first answer stands; a row that is trained on whole has no prompt before one."""
+    if row["trained"][0] or True not in row["trained"]:
+        return None
+    start = row["trained"].index(True)
+    return slice(start, start + [*row["trained"][start:], False].index(False))
+
+
 @dataclass(frozen=True)
 class SampleAnswers:
     """Greedy answers to the first answer's prompt of the first `count` validation rows."""
@@ -25,12 +33,11 @@ class SampleAnswers:
 
     def __call__(self) -> list[dict[str, Any]]:
         """One record a prompt: prompt, answer, expected; rows that are trained on whole have no prompt to ask."""
-        asked = [row for row in self.rows.select(range(min(self.count, len(self.rows)))) if not row["trained"][0]]
-        return [self._answer(row) for row in asked]
+        rows = self.rows.select(range(min(self.count, len(self.rows))))
+        return [self._answer(row, place) for row in rows if (place := first_answer(row)) is not None]
 
-    def _answer(self, row: dict[str, Any]) -> dict[str, Any]:
-        start = row["trained"].index(True)
-        end = start + [*row["trained"][start:], False].index(False)
+    def _answer(self, row: dict[str, Any], place: slice) -> dict[str, Any]:
+        start = place.start
         prompt = torch.tensor([row["input_ids"][:start]], device=self.model.device)
         self.model.eval()
         with torch.no_grad(), torch.autocast(prompt.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -46,5 +53,5 @@ class SampleAnswers:
         return {
             "prompt": self.tokenizer.decode(row["input_ids"][:start]),
             "answer": self.tokenizer.decode(output[0, start:]),
-            "expected": self.tokenizer.decode(row["input_ids"][start:end]),
+            "expected": self.tokenizer.decode(row["input_ids"][place]),
         }
