@@ -2,7 +2,7 @@
 
     python -m bench.train prepare DIR TOKENIZER_DIR
     python -m bench.train table DIR --data instruct_mix.jsonl [--peers peers.py] [--rows WORD ...] [--json FILE]
-        [--side-by-side 6]
+        [--side-by-side 6] [--steps 10]
     python -m bench.train row DIR --data FILE option=value ...        one row, as a JSON line
 
 `prepare` writes a random model of Llama 2 7B's shape in NF4 with double quantisation: speed and memory do not depend on
@@ -286,15 +286,24 @@ def run(wave: list[Row]) -> Iterator[dict[str, Any]]:
         }
 
 
-def rows_of(folder: pathlib.Path, data: pathlib.Path, peers: pathlib.Path | None, words: list[str]) -> list[Row]:
-    """nybble's rows and the peers', those whose names hold one of the words."""
+def rows_of(
+    folder: pathlib.Path, data: pathlib.Path, peers: pathlib.Path | None, words: list[str], steps: int
+) -> list[Row]:
+    """nybble's rows and the peers', those whose names hold one of the words; so many steps where a row does not say."""
     common = ["row", str(folder), "--data", str(data)]
     rows = [
-        Row(f"nybble {name}", [__file__, *common, *(f"{key}={value}" for key, value in own.items())], GIVEN_UP)
+        Row(
+            f"nybble {name}",
+            [__file__, *common, *(f"{key}={value}" for key, value in {"steps": steps, **own}.items())],
+            GIVEN_UP,
+        )
         for name, own in ROWS
     ]
     if peers is not None:
-        rows += [Row(name, [str(peers), "train", *own.split(), f"dir={folder}"], GIVEN_UP) for name, own in PEERS]
+        rows += [
+            Row(name, [str(peers), "train", *own.split(), f"steps={steps}", f"dir={folder}"], GIVEN_UP)
+            for name, own in PEERS
+        ]
     return [row for row in rows if not words or any(word in row.name for word in words)]
 
 
@@ -333,11 +342,13 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=[])
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--side-by-side", type=int, default=6, help="rows that load at once (they train alone)")
+    parser.add_argument("--steps", type=int, default=DEFAULTS["steps"], help="optimiser steps of a row")
     given = parser.parse_intermixed_args()
     if given.command == "prepare":
         prepare(given.folder, pathlib.Path(given.words[0]))
     elif given.command == "table":
-        table(rows_of(given.folder, given.data, given.peers, given.rows), given.side_by_side, given.json)
+        rows = rows_of(given.folder, given.data, given.peers, given.rows, given.steps)
+        table(rows, given.side_by_side, given.json)
     else:
         try:
             print("RESULT " + json.dumps(measure(given.folder, given.data, options_of(given.words))), flush=True)
