@@ -7,6 +7,9 @@ import os
 import pathlib
 import shutil
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # two processes of two threads on two cores: 3 to 10 times slower
+
 import pytest
 import torch
 

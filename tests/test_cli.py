@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -25,12 +26,18 @@ def nybble(*words: object, launcher=("-m", "nybble"), home=None, timeout=300, **
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=clean, check=False)
 
 
+def working_time() -> float:
+    """Seconds that this process's children have computed: on a busy machine the clock would tell of the others."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
 def test_help_answers_at_once_and_without_torch():
     took = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = working_time()
         result = nybble("--help")
-        took.append(time.perf_counter() - began)
+        took.append(working_time() - began)
         assert result.returncode == 0
         assert all(command in result.stdout for command in ("doctor", "train", "chat", "demo"))
     assert min(took) < 0.5
