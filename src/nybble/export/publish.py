@@ -1,0 +1,60 @@
+"""Put an artefact on the Hugging Face Hub, privately."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from nybble.errors import HubError
+from nybble.model.hub import whoami
+
+LOGIN = "hf auth login, with a token that may write (https://huggingface.co/settings/tokens)"
+
+
+def check_push(repo: str) -> None:
+    """Before any work: a name that the Hub takes, and a token that it accepts.
+
+    Raises:
+        HubError: which of these is wrong.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise HubError(f"{repo!r} is no name on the Hub: {error}", fix="--push OWNER/NAME") from error
+    if get_token() is None:
+        raise HubError(f"pushing to {repo!r} needs a token, and this machine is not logged in to the Hub", fix=LOGIN)
+    whoami()
+
+
+def push(folder: pathlib.Path, repo: str) -> str:
+    """Upload a folder as a model; a repository that is new is private, one that exists stays as it is.
+
+    Returns:
+        Its page, and whether it is private.
+
+    Raises:
+        HubError: the Hub refuses, or cannot be reached; the folder stays whole.
+    """
+    api = HfApi()
+    try:
+        made = api.create_repo(repo, private=True, exist_ok=True).repo_id
+        api.upload_folder(repo_id=made, folder_path=folder, commit_message="Export by nybble")
+        info: Any = api.model_info(made)
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        said = (error.server_message or "").strip().rstrip(".")
+        raise HubError(
+            f"the Hub refused the upload to {repo!r} with status {status}{': ' + said if said else ''}",
+            fix=f"{LOGIN if status in (401, 403) else 'wait some minutes'}; the artefact is whole in {folder}, "
+            f"to be uploaded by: hf upload {repo} {folder}",
+        ) from error
+    except (OSError, RuntimeError) as error:
+        raise HubError(
+            f"the upload to {repo!r} was cut off: {str(error).splitlines()[0]}",
+            fix=f"hf upload {repo} {folder}",
+        ) from error
+    return f"{constants.ENDPOINT}/{made} ({'private' if info.private else 'public, as it was'})"
