@@ -179,6 +179,13 @@ class TrackerOptions(Options):
     """Project or experiment name in the tracker."""
 
 
+class ExportOptions(Options):
+    """What is made of the run when it has ended; that it can be made is checked before the first step."""
+
+    to: list[Literal["adapter", "merged", "gguf"]] = Field(default_factory=list)
+    """Artefacts, each in RUN/export: adapter (PEFT), merged (a Transformers folder), gguf (llama.cpp, Q8_0)."""
+
+
 class Recipe(Options):
     """One training run."""
 
@@ -196,6 +203,8 @@ class Recipe(Options):
     """The computation of the layers."""
     tracker: TrackerOptions = Field(default_factory=TrackerOptions)
     """Experiment tracking."""
+    export: ExportOptions = Field(default_factory=ExportOptions)
+    """Artefacts."""
     out: str | None = None
     """Run folder; without it, runs/MODEL-DATA, numbered when that is taken."""
 

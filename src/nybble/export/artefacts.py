@@ -100,11 +100,15 @@ def generation_settings(
     try:
         settings.validate(strict=True)
     except ValueError:
-        odd = [name for name in IGNORED_WHEN_GREEDY if not settings.do_sample and getattr(settings, name, None) is not None]
+        odd = [
+            name for name in IGNORED_WHEN_GREEDY if not settings.do_sample and getattr(settings, name, None) is not None
+        ]
         for name in odd:
             setattr(settings, name, None)
         settings.validate(strict=True)
-        notice = f"generation_config.json: {', '.join(odd)} left out, which Transformers refuses to save without do_sample"
+        notice = (
+            f"generation_config.json: {', '.join(odd)} left out, which Transformers refuses to save without do_sample"
+        )
     return settings, notice
 
 

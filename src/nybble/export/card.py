@@ -58,9 +58,9 @@ class Subject:
 
 def write_card(subject: Subject) -> str:
     """The card's text, Markdown with the Hub's front matter."""
-    template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False).from_string(
-        (resources.files(__package__) / "card.md.jinja").read_text(encoding="utf-8")
-    )
+    template = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    ).from_string((resources.files(__package__) / "card.md.jinja").read_text(encoding="utf-8"))
     run = subject.run
     summary, evaluation = (_read(run.folder / name) for name in ("summary.json", "evaluation.json"))
     return template.render(
@@ -69,7 +69,9 @@ def write_card(subject: Subject) -> str:
         opening=f"{subject.kind}, made by nybble {__version__} from a QLoRA run on `{run.recipe.model.path}`.",
         loading=subject.loading,
         beside=subject.beside,
-        facts=[(name, " ".join(str(value).replace("|", "\\|").split())) for name, value in _facts(run, summary, evaluation)],
+        facts=[
+            (name, " ".join(str(value).replace("|", "\\|").split())) for name, value in _facts(run, summary, evaluation)
+        ],
         results=_results(summary, evaluation),
         merge=subject.comparison,
         base=subject.base,
@@ -88,7 +90,9 @@ def _front(subject: Subject) -> dict[str, Any]:
     if subject.base_id is not None:
         front["base_model"] = subject.base_id
         front["base_model_relation"] = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}[subject.to]
-    data = [name for name in subject.run.recipe.data.names if HUB_ID.fullmatch(name) and not pathlib.Path(name).exists()]
+    data = [
+        name for name in subject.run.recipe.data.names if HUB_ID.fullmatch(name) and not pathlib.Path(name).exists()
+    ]
     if data:
         front["datasets"] = data
     return {**front, "library_name": library, "pipeline_tag": "text-generation", "tags": TAGS}
@@ -124,7 +128,11 @@ def _results(summary: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | 
             rows.insert(0, _compared("held-out loss, nats a token", {**held_out, **means}, LOSS))
         generation = evaluation.get("generation") or {"metrics": []}
         rows += [_compared(entry["name"], entry, scale(entry)) for entry in generation["metrics"]]
-        return {"what": "Base and tuned model in the run's 4-bit form, by `nybble eval`.", "columns": COLUMNS, "rows": rows}
+        return {
+            "what": "Base and tuned model in the run's 4-bit form, by `nybble eval`.",
+            "columns": COLUMNS,
+            "rows": rows,
+        }
     losses = (summary or {}).get("validation_loss")
     if losses is None:
         return None
@@ -161,7 +169,9 @@ def _licence_lines(subject: Subject) -> list[str]:
     if licence.policy is not None:
         lines.append(f"Its use must follow the Acceptable Use Policy: {LLAMA2_POLICY}.")
     known = data_licences(subject.run)
-    lines.append("Data it was trained on: " + ("; ".join(known) if known else "no licence is known here, see its own page") + ".")
+    lines.append(
+        "Data it was trained on: " + ("; ".join(known) if known else "no licence is known here, see its own page") + "."
+    )
     return lines
 
 

@@ -1,7 +1,8 @@
 """How far a merged model is from the run it came from, before anything is written.
 
-The live model answers twice: with its 4-bit weights and the adapter beside them, and with each linear layer's weight replaced, for
-the moment of its product, by the merged one. So two bases can be measured on a card, or in a memory, that holds the 4-bit model only.
+The live model answers twice: with its 4-bit weights and the adapter beside them, and with each linear layer's weight
+replaced, for the moment of its product, by the merged one. So two bases can be measured on a card, or in a memory, that holds
+the 4-bit model only.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
 
 from nybble.data.batches import Collator, Sample, next_labels
 from nybble.engine.loss import last_hidden
@@ -22,7 +25,7 @@ from nybble.evaluate.perplexity import bare
 from nybble.export.merge import Merge
 from nybble.inference.pipeline import Answerer
 
-ROWS = 64  # validation rows that are compared: on 40 the two bases of docs/benchmarks.md differ by 30 standard errors
+ROWS = 64  # validation rows that are compared
 TOKENS_AT_ONCE = 8192  # of padded rows: each batch merges all weights anew
 PLACES_AT_ONCE = 256  # places whose logits stand in memory: 33 MB of Llama 2's, for each model
 
@@ -93,10 +96,10 @@ class Swapped:
     def _forward(self, name: str, own: Callable[..., torch.Tensor], x: torch.Tensor, *words: Any) -> torch.Tensor:
         if self._merge is None:
             return own(x, *words)
+        layer = self._model.get_submodule(name.removesuffix(".weight"))
         parts = [torch.nn.functional.linear(x, rows.to(x.device, x.dtype)) for rows in self._merge.stored(name)]
         product = torch.cat(parts, dim=-1)
-        bias = self._model.get_submodule(name.removesuffix(".weight")).bias
-        return product if bias is None else product + bias.to(x.dtype)
+        return product if layer.bias is None else product + cast(torch.Tensor, layer.bias).to(x.dtype)
 
 
 def _linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -113,7 +116,11 @@ def _linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
 
 
 def compare(
-    answerer: Answerer, merges: Mapping[str, Merge], samples: Sequence[Sample], what: str, done: Callable[[int], None]
+    answerer: Answerer,
+    merges: Mapping[str, Merge],
+    samples: Sequence[Sample],
+    what: str,
+    done: Callable[[int], None] = lambda _: None,
 ) -> Comparison:
     """Measure each merge against the live model.
 
@@ -150,14 +157,19 @@ def compare(
 
 
 def _measure(
-    model: torch.nn.Module, swapped: Swapped, merges: Mapping[str, Merge], batch: Mapping[str, Any]
+    model: PreTrainedModel, swapped: Swapped, merges: Mapping[str, Merge], batch: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
     """For the run and each merge (places, 3): divergence from the run, cross-entropy, whether the likeliest token is the same."""
     device = next(model.parameters()).device
-    inputs = {key: value.to(device) for key, value in batch.items() if key in ("input_ids", "attention_mask", "position_ids")}
+    inputs = {
+        key: value.to(device) for key, value in batch.items() if key in ("input_ids", "attention_mask", "position_ids")
+    }
     places, targets = batch["predicting"].to(device), next_labels(batch["labels"]).flatten().to(device)
-    backbone, head = model.get_decoder(), model.get_output_embeddings()  # type: ignore[operator]
-    contexts = {"run": contextlib.nullcontext, **{name: functools.partial(swapped.using, m) for name, m in merges.items()}}
+    backbone, head = model.get_decoder(), model.get_output_embeddings()
+    contexts: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        "run": contextlib.nullcontext,
+        **{name: functools.partial(swapped.using, m) for name, m in merges.items()},
+    }
     hidden = {}
     for name, context in contexts.items():
         with context():

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import pathlib
+from collections.abc import Callable
+from typing import Protocol
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from nybble.export.merge import Model
+
 TARGETS = ("adapter", "merged", "gguf")
 OWN_QUANTS = ("F16", "Q8_0", "Q4_0")
 """GGUF types that the gguf package writes."""
@@ -17,3 +25,12 @@ BITS = {"F16": 16.0, "Q8_0": 8.5, "Q4_0": 4.5, "Q2_K": 3.2, "Q3_K_S": 3.6, "Q3_K
         "Q4_K_M": 4.9, "Q5_K_S": 5.6, "Q5_K_M": 5.7, "Q6_K": 6.6}  # fmt: skip
 """About so many a weight, for the room on the disk; of the K-quants as llama.cpp lists them for Llama 2 7B."""
 
+
+class Converter(Protocol):
+    """What writes GGUF files: `nybble.export.gguf.Converter`, where the gguf package is installed."""
+
+    def check(self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a model that could not be written."""
+
+    def write(self, file: pathlib.Path, model: Model, quant: str, done: Callable[[int], None]) -> None:
+        """Write one file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import shutil
 import subprocess
@@ -71,7 +72,9 @@ def _quantize(whole: pathlib.Path, file: pathlib.Path, quant: str) -> None:
     result = subprocess.run([program, str(whole), str(file), quant], capture_output=True, text=True, check=False)
     if result.returncode:
         said = (result.stderr or result.stdout).strip().splitlines()
-        raise ExportError(f"{QUANTIZER} ended with status {result.returncode}: {said[-1] if said else 'it said nothing'}")
+        raise ExportError(
+            f"{QUANTIZER} ended with status {result.returncode}: {said[-1] if said else 'it said nothing'}"
+        )
 
 
 def _write(file: pathlib.Path, model: Model, quant: str, done: Callable[[int], None]) -> None:
@@ -95,7 +98,7 @@ def _write(file: pathlib.Path, model: Model, quant: str, done: Callable[[int], N
                 data = gguf.quants.quantize(part, kind)
                 if kind == Type.F16 and not numpy.isfinite(data).all():
                     raise ExportError(f"{name} holds a number that is not finite in float16", fix="--quant Q8_0")
-                stream.write(memoryview(numpy.ascontiguousarray(data)).cast("B"))
+                stream.write(numpy.ascontiguousarray(data).data)
                 written += part.size
                 done(written)
             size = _bytes(shape, kind)
@@ -157,7 +160,7 @@ def _type_of(name: str, shape: tuple[int, ...], quant: str) -> Type:
 
 def _bytes(shape: tuple[int, ...], kind: Type) -> int:
     numbers, size = gguf.GGML_QUANT_SIZES[kind]
-    return int(numpy.prod(shape)) // numbers * size
+    return math.prod(shape) // int(numbers) * int(size)
 
 
 def _describe(writer: gguf.GGUFWriter, model: Model, quant: str) -> None:
@@ -212,7 +215,8 @@ def rope_factors(config: PretrainedConfig) -> torch.Tensor | None:
         return None
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    return (1.0 / config.rope_parameters["rope_theta"] ** steps / scaled).float()
+    factors: torch.Tensor = 1.0 / config.rope_parameters["rope_theta"] ** steps / scaled
+    return factors.float()
 
 
 def _describe_tokens(writer: gguf.GGUFWriter, vocabulary: Vocabulary, model: Model) -> None:

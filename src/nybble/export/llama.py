@@ -52,8 +52,12 @@ def _formatter(model: llama_cpp.Llama) -> Jinja2ChatFormatter | None:
     template = model.metadata.get("tokenizer.chat_template")
     if template is None:
         return None
-    words = [model._model.token_get_text(token) if token >= 0 else "" for token in (model.token_eos(), model.token_bos())]
-    return Jinja2ChatFormatter(template=template, eos_token=words[0], bos_token=words[1], stop_token_ids=[model.token_eos()])
+    words = [
+        model._model.token_get_text(token) if token >= 0 else "" for token in (model.token_eos(), model.token_bos())
+    ]
+    return Jinja2ChatFormatter(
+        template=template, eos_token=words[0], bos_token=words[1], stop_token_ids=[model.token_eos()]
+    )
 
 
 def _prompt(model: llama_cpp.Llama, formatter: Jinja2ChatFormatter, messages: Any) -> list[int]:

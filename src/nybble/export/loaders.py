@@ -67,7 +67,7 @@ def _asked(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     answers = greedy(model, [question.prompt for question in reference.questions], pad)
     starts = [len(question.prompt) for question in reference.questions]
-    logits = [next_logits(model, row, start) for row, start in zip(reference.rows, starts, strict=True)]
+    logits = next_logits(model, reference.rows, starts)
     return Given(by, has_template, prompts, answers, logits, frozenset(stops))
 
 

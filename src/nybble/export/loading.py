@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 
 from nybble.export.source import Source
 
@@ -14,8 +13,11 @@ def adapter_lines(source: Source) -> str:
     """PEFT's adapter on its base, held as in training."""
     base, kind = json.dumps(source.checkpoint.name), str(source.computed).removeprefix("torch.")
     scaled = ', config=AutoConfig.from_pretrained(".")' if source.run.recipe.model.rope_scaling is not None else ""
-    plan = "" if source.checkpoint.quantized_as or source.quantization == "none" else ", quantization_config=plan"
-    lines = [f"from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig; from peft import PeftModel; import torch"]
+    plan = ", quantization_config=plan" if source.quantizes else ""
+    names = (
+        ["AutoConfig"] * bool(scaled) + ["AutoModelForCausalLM", "AutoTokenizer"] + ["BitsAndBytesConfig"] * bool(plan)
+    )
+    lines = [f"import torch; from peft import PeftModel; from transformers import {', '.join(names)}"]
     if plan:
         lines.append(f"plan = {_plan(source)}")
     lines.append(f"base = AutoModelForCausalLM.from_pretrained({base}, dtype=torch.{kind}{scaled}{plan})")
@@ -48,8 +50,3 @@ def gguf_lines(file: str) -> str:
 model = Llama({json.dumps(file)}, n_ctx=4096)
 answer = model.create_chat_completion({CHAT}, temperature=0)
 print(answer["choices"][0]["message"]["content"])"""
-
-
-def gguf_beside(files: Sequence[str]) -> list[str]:
-    """Other ways to use the files."""
-    return [f"Or `llama-cli -m {files[0]}`, or with Ollama: `ollama create NAME -f Modelfile`, then `ollama run NAME`."]

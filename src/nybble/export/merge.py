@@ -1,7 +1,7 @@
 """A base with an adapter added to it, a slice of rows at a time.
 
-An adapter of QLoRA was trained on the 4-bit base, so two bases compete for it: the original 16-bit weights, and what the 4-bit ones
-stand for. Which is closer to the model that was trained is measured, in compare.py.
+An adapter of QLoRA was trained on the 4-bit base, so two bases compete for it: the original 16-bit weights, and what the 4-bit
+ones stand for. Which is closer to the model that was trained is measured, in compare.py.
 """
 
 from __future__ import annotations

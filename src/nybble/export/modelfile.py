@@ -13,7 +13,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 MARK = "\ue0f2"  # of Unicode's private use area: no template has a use for it
-IRREGULAR = "# The run's chat template cannot be said in Go's template language: put one here, or use the file with llama.cpp."
+IRREGULAR = (
+    "# The run's chat template cannot be said in Go's template language: put one here, or use the file with llama.cpp."
+)
 
 
 def write_modelfile(source: str, tokenizer: PreTrainedTokenizerBase, template: str, end: str) -> str:
@@ -62,7 +64,9 @@ def _between(tokenizer: PreTrainedTokenizerBase, template: str, roles: Sequence[
     """What a template writes before, between and after the messages; None where it refuses these roles."""
     messages = [{"role": role, "content": MARK} for role in roles]
     try:
-        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
     except (TemplateError, TypeError, ValueError):
         return None
     pieces: list[str] = text.split(MARK)

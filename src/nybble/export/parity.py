@@ -1,26 +1,28 @@
 """The gate: an artefact answers like the run it was made from, or it is not kept.
 
-The run is asked some prompts. The artefact, loaded by another program as its user would load it, is asked the same. The ids of the
-prompts must be equal and the artefact must stop where an answer ends; how far its next-token distributions lie from the run's is
-held against a limit that depends on the type.
+The run is asked some prompts. The artefact, loaded by another program as its user would load it, is asked the same. The ids of
+the prompts must be equal and the artefact must stop where an answer ends; how far its next-token distributions lie from the run's
+is held against a limit that depends on the type.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nybble.data.batches import Sample
 from nybble.data.formats import Conversation, Message
 from nybble.data.tokens import encode_prompt
+from nybble.engine.loss import last_hidden
 from nybble.errors import DataError
 from nybble.evaluate.generation import FIXED, held_out_prompts
 from nybble.evaluate.perplexity import bare
-from nybble.export.compare import Swapped, divergences
+from nybble.export.compare import compare, divergences
 from nybble.export.merge import Merge
 from nybble.inference.pipeline import Answerer
 
@@ -33,10 +35,18 @@ CONVERSATIONS: tuple[Conversation, ...] = (
     (Message("user", "Zähle auf: 1234567, 3.14,  zwei  Leerzeichen\n\n\tx = [a, b]; 你好 🙂 naïve"),),
 )
 """Turns, a system message, and what tokenizers differ in: digits, repeated spaces, tabs, other scripts."""
-QUESTIONS = len(CONVERSATIONS) + HELD_OUT  # at most
 FACTOR = 1.5
 """The artefact's divergence may be so many times that of its weights computed as the run computes."""
-ALLOWED = {"adapter": 0.01, "bfloat16": 0.01, "float16": 0.005, "F16": 0.005, "Q8_0": 0.02, "Q6_K": 0.05, "Q5_K": 0.1, "Q4_K": 0.3}
+ALLOWED = {
+    "adapter": 0.01,
+    "bfloat16": 0.01,
+    "float16": 0.005,
+    "F16": 0.005,
+    "Q8_0": 0.02,
+    "Q6_K": 0.05,
+    "Q5_K": 0.1,
+    "Q4_K": 0.3,
+}
 """And so much more, in nats a token: what the type itself costs, about twice what docs/benchmarks.md has for a model of 135M."""
 ALLOWED_OTHERWISE = 1.0  # Q4_0, Q3_K and Q2_K: at 135M they ramble
 
@@ -84,6 +94,15 @@ class Reference:
     end_id: int
     template: str
 
+    @property
+    def samples(self) -> list[Sample]:
+        """The rows as they are compared: the answers count, and rows without one are left out."""
+        return [
+            {"input_ids": row, "trained": [place >= len(question.prompt) for place in range(len(row))]}
+            for question, row in zip(self.questions, self.rows, strict=True)
+            if len(row) > len(question.prompt)
+        ]
+
 
 @dataclass(frozen=True)
 class Given:
@@ -126,16 +145,13 @@ class Verdict:
         return {"passed": self.passed, **asdict(self)}
 
 
-def ask_run(
-    answerer: Answerer, validation: Dataset | None, merges: Mapping[str, Merge], done: Callable[[int], None]
-) -> Reference:
+def ask_run(answerer: Answerer, validation: Dataset | None, merges: Mapping[str, Merge]) -> Reference:
     """The run's answers and distributions, and what each merge should give.
 
     Args:
         answerer: the run.
         validation: its validation rows.
         merges: by base.
-        done: called with the number of questions done.
     """
     tokenizer, template = answerer.tokenizer, answerer.template
     questions = [*_conversations(answerer)]
@@ -146,19 +162,12 @@ def ask_run(
     answers = greedy(model, [question.prompt for question in questions], tokenizer.pad_token_id, stops)
     end = [template.end_id]
     rows = [[*q.prompt, *a.ids, *(end if a.ended else [])] for q, a in zip(questions, answers, strict=True)]
-    swapped, scores = Swapped(model), []
-    sums: dict[str, list[torch.Tensor]] = {name: [] for name in merges}
-    with swapped.ready():
-        for number, (question, row) in enumerate(zip(questions, rows, strict=True), start=1):
-            own = next_logits(model, row, len(question.prompt)).log_softmax(-1)
-            for name, merge in merges.items():
-                with swapped.using(merge):
-                    other = next_logits(model, row, len(question.prompt)).log_softmax(-1)
-                sums[name].append(divergences(own, other, torch.tensor(row[len(question.prompt) :]))[:, 0])
-            scores.append(own)
-            done(number)
-    expected = {name: float(torch.cat(parts).mean()) for name, parts in sums.items()}
-    return Reference(questions, answers, rows, scores, expected, template.end_id, template.source)
+    scores = [logits.log_softmax(-1) for logits in next_logits(model, rows, [len(q.prompt) for q in questions])]
+    reference = Reference(questions, answers, rows, scores, {}, template.end_id, template.source)
+    if not merges:
+        return reference
+    comparison = compare(answerer, merges, reference.samples, "")
+    return replace(reference, expected={name: one.kl for name, one in comparison.bases.items()})
 
 
 def _conversations(answerer: Answerer) -> list[Question]:
@@ -201,16 +210,21 @@ def _cut(row: list[int], stops: set[int]) -> Answer:
     return Answer(row[:place], place is not None)
 
 
-def next_logits(model: PreTrainedModel, row: list[int], start: int) -> torch.Tensor:
-    """Logits, (len(row) - start, vocabulary) float32 on the CPU, of what follows a prompt of `start` tokens."""
-    ids = torch.tensor([row], device=model.device)
+def next_logits(model: PreTrainedModel, rows: Sequence[list[int]], starts: Sequence[int]) -> list[torch.Tensor]:
+    """What follows each row's prompt: (len(row) - start, vocabulary) float32 logits on the CPU, all rows in one batch."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device)
+    head = model.get_output_embeddings()
     with torch.inference_mode():
-        logits = model(input_ids=ids, logits_to_keep=len(row) - start + 1, use_cache=False).logits
-    kept: torch.Tensor = logits[0, :-1].float().cpu()
-    return kept
+        hidden = last_hidden(model, model.get_decoder(), {"input_ids": ids, "attention_mask": mask})
+        places = [slice(start - 1, len(row) - 1) for row, start in zip(rows, starts, strict=True)]
+        return [head(own[place]).float().cpu() for own, place in zip(hidden, places, strict=True)]
 
 
-def judge(kind: str, reference: Reference, given: Given, base: str | None, tokenizer: PreTrainedTokenizerBase) -> Verdict:
+def judge(
+    kind: str, reference: Reference, given: Given, base: str | None, tokenizer: PreTrainedTokenizerBase
+) -> Verdict:
     """Hold an artefact against the run.
 
     Args:
@@ -231,12 +245,17 @@ def judge(kind: str, reference: Reference, given: Given, base: str | None, token
         stops = tokenizer.convert_ids_to_tokens(sorted(given.stops))
         failures.append(f"an answer ends with {token!r}, and the artefact stops at {stops} only: it would never end")
     elif ended[0] >= 3 and not ended[1]:
-        failures.append(f"{ended[0]} of {len(reference.answers)} answers of the run end by themselves, and none of the artefact's")
+        failures.append(
+            f"{ended[0]} of {len(reference.answers)} answers of the run end by themselves, and none of the artefact's"
+        )
     if not numbers["kl"] <= limit:
         failures.append(
             f"its next-token distributions lie {numbers['kl']:.4f} nats a token from the run's, and {limit:.4f} is the limit"
         )
-    compared = [_side_by_side(*sides, tokenizer) for sides in zip(reference.questions, reference.answers, given.answers, strict=True)]
+    compared = [
+        _side_by_side(*sides, tokenizer)
+        for sides in zip(reference.questions, reference.answers, given.answers, strict=True)
+    ]
     numbers |= {
         "questions": len(compared),
         "equal_answers": sum(entry["first_difference"] is None for entry in compared),
@@ -257,7 +276,10 @@ def _template_failures(reference: Reference, given: Given, tokenizer: PreTrained
     for question, ids in zip(reference.questions, given.prompts, strict=True):
         if ids is None or ids == question.prompt:
             continue
-        place = next((n for n, (a, b) in enumerate(zip(ids, question.prompt, strict=False)) if a != b), min(len(ids), len(question.prompt)))
+        place = next(
+            (n for n, (a, b) in enumerate(zip(ids, question.prompt, strict=False)) if a != b),
+            min(len(ids), len(question.prompt)),
+        )
         ours, theirs = (tokenizer.convert_ids_to_tokens(side[place : place + 4]) for side in (question.prompt, ids))
         asked = question.messages[-1]["content"] if question.messages else ""
         return [f"the prompt {asked!r} is other tokens from place {place} on: {theirs} where the run has {ours}"]
@@ -267,7 +289,9 @@ def _template_failures(reference: Reference, given: Given, tokenizer: PreTrained
 def _distances(reference: Reference, given: Given) -> dict[str, float | int]:
     """Of all tokens of the run's answers: divergence, logits' differences, equal likeliest tokens."""
     kls, differences, equal = [], [], []
-    for row, question, run, logits in zip(reference.rows, reference.questions, reference.scores, given.logits, strict=True):
+    for row, question, run, logits in zip(
+        reference.rows, reference.questions, reference.scores, given.logits, strict=True
+    ):
         other = logits.log_softmax(-1)
         found = divergences(run, other, torch.tensor(row[len(question.prompt) :]))
         kls.append(found[:, 0])

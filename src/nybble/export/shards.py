@@ -50,7 +50,7 @@ def _open(file: pathlib.Path) -> tuple[Iterable[str], Callable[[str], torch.Tens
     try:
         if file.suffix == ".safetensors":
             opened = safe_open(file, framework="pt")
-            return opened.keys(), opened.get_tensor
+            return opened.keys(), opened.get_tensor  # type: ignore[no-untyped-call]
         state = torch.load(file, mmap=True, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError) as error:
         raise ModelError(
@@ -106,7 +106,7 @@ def write_shards(
                 for rows in produce(spec.name):
                     assert rows.dtype == spec.dtype, f"{spec.name} is {rows.dtype}"
                     raw = rows.contiguous().flatten().view(torch.uint8).numpy()
-                    stream.write(memoryview(raw))
+                    stream.write(raw.data)
                     written += len(raw)
                     done(written)
         assert (folder / name).stat().st_size == len(_header(part)) + sum(spec.bytes for spec in part), name

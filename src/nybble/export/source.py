@@ -49,6 +49,11 @@ class Source:
         """How the base was held in training."""
         return self.checkpoint.quantized_as or self.run.recipe.model.quantization
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether the run quantised the base itself."""
+        return self.checkpoint.quantized_as is None and self.quantization != "none"
+
 
 def open_source(run: Run, dtype: str, cache: pathlib.Path) -> Source:
     """Find a run's base and hold it against the record of the training.
@@ -92,7 +97,9 @@ def _held_against_record(checkpoint: Checkpoint, mark: str, record: Mapping[str,
     if mark == then:
         return ()
     if mark.startswith("sha256:") != then.startswith("sha256:"):
-        return (f"the base was {then} and is a folder or a Hub id now: that its weights are the same is taken on trust",)
+        return (
+            f"the base was {then} and is a folder or a Hub id now: that its weights are the same is taken on trust",
+        )
     raise ModelError(
         f"the base is another one than the adapter was trained on: {mark} now, {then} then",
         where=str(checkpoint.folder),
@@ -109,7 +116,7 @@ def bases_of(source: Source, cache: pathlib.Path) -> dict[str, Weights]:
     folder, quantization = source.checkpoint.folder, source.quantization
     if source.checkpoint.quantized_as is not None:
         return {"dequantised": Dequantised(folder)}
-    if quantization == "none":
+    if not source.quantizes:
         return {"original": Original(folder)}
     double = source.run.recipe.model.double_quantization
     kept = kept_copy(source.fingerprint, quantization, double, source.computed, cache)

@@ -22,9 +22,12 @@ def tell_comparison(comparison: Comparison, taken: str, console: Console) -> Non
     table.add_row("          (the run)", "0", f"{comparison.perplexity:.4f}", "100.0%", "")
     for name, one in comparison.bases.items():
         mark = "[green]taken[/]" if name == taken else ""
-        kl = f"{one.kl:.5f} ± {one.error:.5f}"
+        kl = f"{max(one.kl, 0):.5f} ± {one.error:.5f}"
         table.add_row(f"          {name}", kl, f"{one.perplexity:.4f}", f"{100 * one.agreement:.1f}%", mark)
     console.print(table)
+    better = min(comparison.bases, key=lambda name: comparison.bases[name].perplexity)
+    if better != taken:
+        console.print(f"          {better} has the lower perplexity on these rows; --merge-base {better} takes it")
 
 
 def tell_verdicts(verdicts: Sequence[Verdict | str], console: Console) -> None:
@@ -36,7 +39,7 @@ def tell_verdicts(verdicts: Sequence[Verdict | str], console: Console) -> None:
         numbers = verdict.numbers
         said = "[green]passed[/]" if verdict.passed else "[red]failed[/]"
         console.print(
-            f"parity    {verdict.kind} {said}: KL {numbers['kl']:.4f} (limit {numbers['kl_limit']:.3f}), "
+            f"parity    {verdict.kind} {said}: KL {max(numbers['kl'], 0):.4f} (limit {numbers['kl_limit']:.3f}), "
             f"{numbers['equal_answers']} of {numbers['questions']} answers equal, {numbers['artefact_ended']} end "
             f"(run {numbers['run_ended']}); {verdict.by}",
             highlight=False, soft_wrap=True,

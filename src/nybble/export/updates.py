@@ -18,9 +18,19 @@ from nybble.model.adapter import read_adapter_config
 
 PREFIX = "base_model.model."  # what PEFT puts before a module's name
 UNDERSTOOD = frozenset(
-    "peft_type task_type inference_mode auto_mapping base_model_name_or_path revision peft_version runtime_config r lora_alpha"
-    " lora_dropout target_modules exclude_modules layers_to_transform layers_pattern rank_pattern alpha_pattern use_rslora"
-    " use_dora init_lora_weights megatron_config megatron_core ensure_weight_tying qalora_group_size".split()
+    {
+        *("peft_type", "task_type", "inference_mode", "auto_mapping", "peft_version", "runtime_config"),
+        *("base_model_name_or_path", "revision", "megatron_config", "megatron_core", "ensure_weight_tying"),
+        *(
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+            "rank_pattern",
+            "alpha_pattern",
+        ),
+        *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights"),
+    }
 )
 """Options under which an adapter is W + s B A (or DoRA's form of it); any other that is set is refused."""
 UNALTERED = (True, False, "gaussian", "orthogonal", "eva")
@@ -93,8 +103,8 @@ def _update(tensors: Tensors, config: LoraConfig, module: str) -> Update:
 def _refuse(config: PeftConfig, folder: pathlib.Path) -> None:
     """Raise for every kind of adapter that is not W + s B A on the base as it was.
 
-    PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ start from a base that they alter: their A and B belong to its residual, and added to the
-    base itself they give another model.
+    PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ start from a base that they alter: their A and B belong to its residual, and added to
+    the base itself they give another model.
     """
     where = str(folder / "adapter_config.json")
     if not isinstance(config, LoraConfig):
@@ -120,7 +130,13 @@ def _refuse(config: PeftConfig, folder: pathlib.Path) -> None:
 
 
 def _known_as(start: str) -> str:
-    known: Mapping[str, str] = {"pissa": "PiSSA", "loftq": "LoftQ", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA"}
+    known: Mapping[str, str] = {
+        "pissa": "PiSSA",
+        "loftq": "LoftQ",
+        "olora": "OLoRA",
+        "corda": "CorDA",
+        "lora_ga": "LoRA-GA",
+    }
     return next((name for key, name in known.items() if start.lower().startswith(key)), start)
 
 

@@ -17,9 +17,7 @@ from nybble.errors import ModelError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's llama_token_type
 # The regular expression by which Llama 3 cuts words, as its tokenizer.json has it.
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ADVICE = "export merged, and convert that with llama.cpp's convert_hf_to_gguf.py"
 
 
@@ -62,7 +60,9 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary
     model, pre = kind_of(described)
     known = described["model"]["vocab"]
     added = {entry["id"]: entry for entry in described["added_tokens"]}
-    by_id = {number: text for text, number in known.items()} | {number: entry["content"] for number, entry in added.items()}
+    by_id = {number: text for text, number in known.items()} | {
+        number: entry["content"] for number, entry in added.items()
+    }
     if max(by_id) >= rows:
         raise ModelError(
             f"the tokenizer has a token {max(by_id)}, and the model has embeddings for {rows} only",
@@ -91,7 +91,9 @@ def kind_of(described: Mapping[str, Any]) -> tuple[str, str]:
     """
     steps = _steps(described["pre_tokenizer"], "pretokenizers")
     if described["model"]["type"] != "BPE":
-        raise ModelError(f"a vocabulary of type {described['model']['type']} cannot be written as GGUF here", fix=ADVICE)
+        raise ModelError(
+            f"a vocabulary of type {described['model']['type']} cannot be written as GGUF here", fix=ADVICE
+        )
     if described["model"].get("byte_fallback"):
         return "llama", "default"
     kinds = [step["type"] for step in steps]
@@ -104,7 +106,8 @@ def kind_of(described: Mapping[str, Any]) -> tuple[str, str]:
         if kinds == ["Split", "ByteLevel"] and not cuts and steps[0]["pattern"] == {"Regex": LLAMA3}:
             return "gpt2", "llama-bpe"
     raise ModelError(
-        f"the tokenizer cuts words by rules ({', '.join(kinds) or 'none'}) that llama.cpp has no name for here", fix=ADVICE
+        f"the tokenizer cuts words by rules ({', '.join(kinds) or 'none'}) that llama.cpp has no name for here",
+        fix=ADVICE,
     )
 
 
