@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from nybble.errors import HubError
-from nybble.model.hub import whoami
+from nybble.model.hub import FAULTS, whoami
 
 LOGIN = "hf auth login, with a token that may write (https://huggingface.co/settings/tokens)"
 
@@ -41,20 +41,23 @@ def push(folder: pathlib.Path, repo: str) -> str:
     """
     api = HfApi()
     try:
+        is_new = not api.repo_exists(repo)
         made = api.create_repo(repo, private=True, exist_ok=True).repo_id
-        api.upload_folder(repo_id=made, folder_path=folder, commit_message="Export by nybble")
         info: Any = api.model_info(made)
+        if is_new and not info.private:
+            raise HubError(f"the Hub made {made!r} public although it was to be private: nothing was uploaded")
+        api.upload_folder(repo_id=made, folder_path=folder, commit_message="Export by nybble")
     except HfHubHTTPError as error:
         status = error.response.status_code
         said = (error.server_message or "").strip().rstrip(".")
         raise HubError(
             f"the Hub refused the upload to {repo!r} with status {status}{': ' + said if said else ''}",
-            fix=f"{LOGIN if status in (401, 403) else 'wait some minutes'}; the artefact is whole in {folder}, "
+            fix=f"{LOGIN if status in (401, 403) else 'look at what it says'}; the artefact is whole in {folder}, "
             f"to be uploaded by: hf upload {repo} {folder}",
         ) from error
-    except (OSError, RuntimeError) as error:
+    except (*FAULTS, ValueError) as error:  # ValueError: the Hub finds the card's front matter wrong
         raise HubError(
-            f"the upload to {repo!r} was cut off: {str(error).splitlines()[0]}",
-            fix=f"hf upload {repo} {folder}",
+            f"the upload to {repo!r} failed: {' '.join(str(error).split())}",
+            fix=f"the artefact is whole in {folder}, to be uploaded by: hf upload {repo} {folder}",
         ) from error
     return f"{constants.ENDPOINT}/{made} ({'private' if info.private else 'public, as it was'})"
