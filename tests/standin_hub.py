@@ -202,7 +202,9 @@ class _Handler(BaseHTTPRequestHandler):
             folder = self.hub.uploads / name
             folder.mkdir(parents=True)
             account.standing[name] = "accepted"
-            self.hub.repos["model", name] = Repo(name, folder, private=asked.get("visibility") == "private" or asked.get("private", False))
+            self.hub.repos["model", name] = Repo(
+                name, folder, private=asked.get("visibility") == "private" or asked.get("private", False)
+            )
             self._json({"name": name, "id": name, "url": f"{self.hub.endpoint}/{name}"})
 
     def _validate(self, card: str) -> None:
@@ -228,7 +230,9 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "lfsFile":
                 file.write_bytes(self.hub._blobs[value["oid"]])
         commit = commit_of(repo.folder)
-        self._json({"commitUrl": f"{self.hub.endpoint}/{repo.id}/commit/{commit}", "commitOid": commit, "success": True})
+        self._json(
+            {"commitUrl": f"{self.hub.endpoint}/{repo.id}/commit/{commit}", "commitOid": commit, "success": True}
+        )
 
     def _api(self, kind: str, id: str, rest: str, body: str) -> None:
         repo = self._visible(kind, id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -9,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from nybble.errors import ModelError
 from nybble.export.shards import Tensors
-from nybble.model.adapter import read_adapter_config
 
+BY_PEFT = "merge it with PEFT's own merge_and_unload on the 16-bit base"
 PREFIX = "base_model.model."  # what PEFT puts before a module's name
 UNDERSTOOD = frozenset(
     {
@@ -67,50 +68,66 @@ def read_updates(folder: pathlib.Path) -> dict[str, Update]:
     Raises:
         ModelError: no adapter, a file that is cut off, an adapter of another kind, or one whose base was altered.
     """
-    config = read_adapter_config(folder)
-    _refuse(config, folder)
+    config = _read_config(folder)
+    _refuse(config, str(folder / "adapter_config.json"))
     files = [name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).exists()]
     if not files:
         raise ModelError(f"there are no adapter weights in {folder} (no adapter_model.safetensors)", fix=f"ls {folder}")
     tensors = Tensors([folder / files[0]])
     ends = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
-    odd = [name for name in tensors if not name.startswith(PREFIX) or not name.endswith(ends)]
+    names = [
+        name for name in tensors if not name.endswith(".base_layer.weight")
+    ]  # PEFT copies a head that has an adapter
+    odd = [name for name in names if not name.startswith(PREFIX) or not name.endswith(ends)]
     if odd:
         raise ModelError(
             f"the adapter holds {odd[0]}, which is no part of LoRA on a linear layer",
             where=str(folder / files[0]),
-            fix="merge it with PEFT's own merge_and_unload on the 16-bit base",
+            fix=BY_PEFT,
         )
-    modules = list(dict.fromkeys(name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in tensors))
+    modules = list(dict.fromkeys(name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in names))
     updates = {f"{module}.weight": _update(tensors, config, module) for module in modules}
     if not any(update.b.any() for update in updates.values()):
         raise ModelError("every B of the adapter is zero: it holds nothing that was learnt", where=str(folder))
     return updates
 
 
-def _update(tensors: Tensors, config: LoraConfig, module: str) -> Update:
+def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+    """adapter_config.json as it stands: PEFT itself fails on some of those that are refused here, LoftQ's without scipy."""
+    file = folder / "adapter_config.json"
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"there is no adapter in {folder} (no adapter_config.json)", fix=f"ls {folder}") from error
+    except json.JSONDecodeError as error:
+        raise ModelError(f"not valid JSON: {error.msg}", where=f"{file}:{error.lineno}", fix="copy it again") from error
+    return config
+
+
+def _update(tensors: Tensors, config: Mapping[str, Any], module: str) -> Update:
     names = [f"{PREFIX}{module}.lora_{part}.weight" for part in "AB"]
     missing = [name for name in names if name not in tensors]
     if missing:
-        raise ModelError(f"the adapter has one half of {module} only: there is no {missing[0]}")
+        raise ModelError(f"the adapter has one half of {module} only: there is no {missing[0]}", fix="copy it again")
     a, b = (tensors[name].float() for name in names)
-    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), module), config.lora_alpha)
-    rank = math.sqrt(len(a)) if config.use_rslora else len(a)
+    alphas = config.get("alpha_pattern") or {}
+    alpha = alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"])
+    rank = math.sqrt(len(a)) if config.get("use_rslora") else len(a)
     magnitude = f"{PREFIX}{module}.lora_magnitude_vector"
     return Update(a, b, alpha / rank, tensors[magnitude].float() if magnitude in tensors else None)
 
 
-def _refuse(config: PeftConfig, folder: pathlib.Path) -> None:
+def _refuse(config: Mapping[str, Any], where: str) -> None:
     """Raise for every kind of adapter that is not W + s B A on the base as it was.
 
     PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ start from a base that they alter: their A and B belong to its residual, and added to
     the base itself they give another model.
     """
-    where = str(folder / "adapter_config.json")
-    if not isinstance(config, LoraConfig):
-        kind = str(getattr(config.peft_type, "value", config.peft_type))
-        raise ModelError(f"the adapter is {kind}, and LoRA is what is merged here", where=where)
-    start = config.init_lora_weights
+    if config.get("peft_type") != "LORA":
+        raise ModelError(
+            f"the adapter is {config.get('peft_type')}, and LoRA is what is merged here", where=where, fix=BY_PEFT
+        )
+    start = config.get("init_lora_weights", True)
     if start not in UNALTERED:
         raise ModelError(
             f"the adapter began as {_known_as(str(start))}, which alters the base: on the base itself it would be another model",
@@ -122,11 +139,7 @@ def _refuse(config: PeftConfig, folder: pathlib.Path) -> None:
         )
     unknown = list(_set_options(config))
     if unknown:
-        raise ModelError(
-            f"the adapter sets {', '.join(unknown)}, which is not merged here",
-            where=where,
-            fix="merge it with PEFT's own merge_and_unload on the 16-bit base",
-        )
+        raise ModelError(f"the adapter sets {', '.join(unknown)}, which is not merged here", where=where, fix=BY_PEFT)
 
 
 def _known_as(start: str) -> str:
@@ -140,9 +153,9 @@ def _known_as(start: str) -> str:
     return next((name for key, name in known.items() if start.lower().startswith(key)), start)
 
 
-def _set_options(config: LoraConfig) -> Iterator[str]:
+def _set_options(config: Mapping[str, Any]) -> Iterator[str]:
     """Options beyond those understood that differ from their defaults."""
     plain: dict[str, Any] = LoraConfig().to_dict()
-    for name, value in config.to_dict().items():
+    for name, value in config.items():
         if name not in UNDERSTOOD and value != plain.get(name) and value not in (None, {}, [], False, "none"):
             yield f"{name}={value!r}"
