@@ -91,6 +91,7 @@ class StandinHub:
         self.cut_off: str | None = None
         self.requests: list[str] = []
         self.uploads: Path | None = None  # where repositories that are made here lie
+        self.opens = False  # whatever is asked, what is made is public
         self._blobs: dict[str, bytes] = {}
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -202,9 +203,8 @@ class _Handler(BaseHTTPRequestHandler):
             folder = self.hub.uploads / name
             folder.mkdir(parents=True)
             account.standing[name] = "accepted"
-            self.hub.repos["model", name] = Repo(
-                name, folder, private=asked.get("visibility") == "private" or asked.get("private", False)
-            )
+            private = asked.get("visibility") == "private" or asked.get("private", False)
+            self.hub.repos["model", name] = Repo(name, folder, private=private and not self.hub.opens)
             self._json({"name": name, "id": name, "url": f"{self.hub.endpoint}/{name}"})
 
     def _validate(self, card: str) -> None:

@@ -86,3 +86,11 @@ def test_what_the_hub_finds_wrong_in_a_card_is_said(artefact, tmp_path):
         (answer,) = ask(hub, artefact, tmp_path / "home", ["hf_writes", "ada/model"])
         assert "base_model" in answer[1] + answer[2]
         assert f"hf upload ada/model {artefact}" in answer[2]
+
+
+def test_nothing_is_uploaded_where_the_hub_makes_a_new_repository_public(artefact, tmp_path):
+    with StandinHub([], {"hf_writes": Account("ada", writes=True)}) as hub:
+        hub.uploads, hub.opens = tmp_path / "hub", True
+        (answer,) = ask(hub, artefact, tmp_path / "home", ["hf_writes", "ada/model"])
+        assert "public although it was to be private" in answer[1]
+        assert list((tmp_path / "hub" / "ada" / "model").iterdir()) == []

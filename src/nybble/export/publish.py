@@ -14,6 +14,8 @@ from nybble.model.hub import FAULTS, whoami
 
 LOGIN = "hf auth login, with a token that may write (https://huggingface.co/settings/tokens)"
 
+UPLOAD_FAULTS: tuple[type[Exception], ...] = (*FAULTS, ValueError)  # ValueError: the Hub finds the card's front matter wrong
+
 
 def check_push(repo: str) -> None:
     """Before any work: a name that the Hub takes, and a token that it accepts.
@@ -55,7 +57,7 @@ def push(folder: pathlib.Path, repo: str) -> str:
             fix=f"{LOGIN if status in (401, 403) else 'look at what it says'}; the artefact is whole in {folder}, "
             f"to be uploaded by: hf upload {repo} {folder}",
         ) from error
-    except (*FAULTS, ValueError) as error:  # ValueError: the Hub finds the card's front matter wrong
+    except UPLOAD_FAULTS as error:
         raise HubError(
             f"the upload to {repo!r} failed: {' '.join(str(error).split())}",
             fix=f"the artefact is whole in {folder}, to be uploaded by: hf upload {repo} {folder}",

@@ -19,7 +19,7 @@ from nybble.errors import ModelError
 
 SHARD = 5_000_000_000  # bytes of a file at most, as the Hub likes them
 SLICE = 1 << 24  # numbers worked on at once: 64 MB in float32
-NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8"}
 
 
 class Tensors:
