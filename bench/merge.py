@@ -71,7 +71,10 @@ def make_checkpoint(folder: pathlib.Path, shape: Mapping[str, int]) -> int:
     values = {size: torch.randn(size).mul_(0.02).bfloat16() for size in set(linears.values())}
     packed = {size: _packed(value) for size, value in values.items()}
     ends = (shape["vocab_size"], shape["hidden_size"])
-    plain = {"model.embed_tokens.weight": torch.randn(ends).mul_(0.02).bfloat16(), "model.norm.weight": torch.ones(ends[1]).bfloat16()}
+    plain = {
+        "model.embed_tokens.weight": torch.randn(ends).mul_(0.02).bfloat16(),
+        "model.norm.weight": torch.ones(ends[1]).bfloat16(),
+    }
     plain["lm_head.weight"] = plain["model.embed_tokens.weight"]
     for number in range(shape["num_hidden_layers"]):
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -144,7 +147,9 @@ def measure(folder: pathlib.Path, shape: Mapping[str, int]) -> dict[str, Any]:
     if not (folder / "adapter" / "adapter_model.safetensors").exists():
         make_checkpoint(folder, shape)
     rows = [_child(folder, base) for base in ("original", "dequantised")]
-    read = {part: sum(file.stat().st_size for file in (folder / part).glob("*.safetensors")) for part in ("base", "nf4")}
+    read = {
+        part: sum(file.stat().st_size for file in (folder / part).glob("*.safetensors")) for part in ("base", "nf4")
+    }
     return {
         "shape": dict(shape),
         "read_gb": {part: round(size / 1e9, 2) for part, size in read.items()},

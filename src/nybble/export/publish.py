@@ -14,7 +14,10 @@ from nybble.model.hub import FAULTS, whoami
 
 LOGIN = "hf auth login, with a token that may write (https://huggingface.co/settings/tokens)"
 
-UPLOAD_FAULTS: tuple[type[Exception], ...] = (*FAULTS, ValueError)  # ValueError: the Hub finds the card's front matter wrong
+UPLOAD_FAULTS: tuple[type[Exception], ...] = (
+    *FAULTS,
+    ValueError,
+)  # ValueError: the Hub finds the card's front matter wrong
 
 
 def check_push(repo: str) -> None:

@@ -16,7 +16,7 @@ from nybble.export.merge import Dequantised, Merge, Original, Weights
 from nybble.export.updates import Update
 from nybble.model.base import kept_copy, load_config
 from nybble.model.checkpoint import Checkpoint, find_checkpoint, fingerprint
-from nybble.model.device import DTYPES
+from nybble.model.device import DTYPES, choose_device, choose_dtype
 from nybble.run import Run
 
 BASES = ("original", "dequantised")
@@ -78,16 +78,17 @@ def open_source(run: Run, dtype: str, cache: pathlib.Path) -> Source:
     summary = run.folder / "summary.json"
     record = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
     notices = _held_against_record(checkpoint, mark, record)
-    on_cpu = not torch.cuda.is_available() or model.device == "cpu"
-    computed = record["dtype"] if record is not None else model.dtype
-    if on_cpu and computed == "float16":
-        computed = "float32"  # a CPU has no float16 to train with; what is quantised from it is the same
-    options = model.model_copy(update={"dtype": computed, "device": "cpu" if on_cpu else "cuda"})
+    device = torch.device("cpu") if not torch.cuda.is_available() else choose_device(model.device)
+    then = record["dtype"] if record is not None else model.dtype
+    if device.type == "cpu" and then == "float16":
+        then = "float32"  # a CPU has no float16 to train with; what is quantised from it is the same
+    computed, _ = choose_dtype(then, device)
+    options = model.model_copy(update={"dtype": str(computed).removeprefix("torch."), "device": device.type})
     run = replace(run, recipe=run.recipe.model_copy(update={"model": options}))
     config = load_config(checkpoint, model.rope_scaling)
     own = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
     stored = dtype if dtype != "auto" else own if own in ("bfloat16", "float16") else "bfloat16"
-    return Source(run, checkpoint, config, mark, DTYPES.get(computed, torch.bfloat16), DTYPES[stored], notices)
+    return Source(run, checkpoint, config, mark, computed, DTYPES[stored], notices)
 
 
 def _held_against_record(checkpoint: Checkpoint, mark: str, record: Mapping[str, Any] | None) -> tuple[str, ...]:
