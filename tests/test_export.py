@@ -8,6 +8,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -15,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from nybble.errors import ExportError, HubError, ModelError, RunError
 from nybble.export import export as module
 from nybble.export import kinds, room
+from nybble.export.card import Subject, data_licences, write_card
 from nybble.export.export import Wanted, export
 from nybble.export.gguf import Converter
+from nybble.export.licence import find_licence
 from nybble.export.preflight import Preflight
 from nybble.inference.pipeline import Sampling, load_answerer
 from nybble.model.base import load_config
@@ -262,6 +265,7 @@ def test_every_bad_input_is_a_clear_error_and_leaves_what_was_there(
     assert {file.name: file.read_bytes() for file in merged[0].iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_run_with_one_base_says_so(peaky_llama, rows, cache, tmp_path, told):
     """A base that came quantised, and one that was never."""
     from conftest import small_tokenizer
@@ -300,6 +304,7 @@ def test_a_run_with_one_base_says_so(peaky_llama, rows, cache, tmp_path, told):
     assert "the run trained on 16-bit weights" in " ".join(text.split())
 
 
+@pytest.mark.slow
 def test_rope_scaling_survives(peaky_llama, rows, cache, tmp_path, quiet):
     words = [
         f"model.path={peaky_llama}",
@@ -333,7 +338,7 @@ def test_a_bad_name_to_push_to_stops_an_export_before_it_begins(run, cache, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_preflight_says_before_training_what_would_fail_after_it(peaky_llama, tiny_tokenizer, tmp_path, monkeypatch):
+def test_preflight_says_before_training_what_would_fail_after_it(peaky_llama, rows, quiet, tmp_path, monkeypatch):
     checkpoint = find_checkpoint(str(peaky_llama))
     config, tokenizer = load_config(checkpoint, None), load_tokenizer(peaky_llama)
     Preflight(("merged", "gguf"), ("Q8_0",), Converter())(config, tokenizer, tmp_path / "run")
@@ -359,8 +364,13 @@ def test_preflight_says_before_training_what_would_fail_after_it(peaky_llama, ti
     refused(ExportError, "no such type", quants=("Q9_9",))
     monkeypatch.setattr(room.shutil, "disk_usage", lambda place: Usage(100, 100, 1000))
     refused(ExportError, "GB are free")
+    words = [f"model.path={peaky_llama}", f"data.path={rows}", f"out={tmp_path / 'run'}", "data.max_length=128"]
+    with pytest.raises(ExportError, match="GB are free"):
+        train(load_recipe(None, words), console=quiet, preflight=Preflight(("merged",), (), None))
+    assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_train_looks_ahead_and_exports_at_its_end(peaky_llama, rows, tmp_path):
     words = [
         peaky_llama,
@@ -385,3 +395,76 @@ def test_train_looks_ahead_and_exports_at_its_end(peaky_llama, rows, tmp_path):
     again = nybble("export", tmp_path / "run", "--to", "merged", home=tmp_path)
     assert again.returncode == 1
     assert "exists already" in again.stderr
+
+
+def test_a_derivative_of_llama_2_carries_its_terms_and_its_settings_are_mended(run, peaky_llama, cache, tmp_path, told):
+    base = tmp_path / "Llama-2-7b-hf"
+    shutil.copytree(peaky_llama, base)
+    (base / "LICENSE.txt").write_text("LLAMA 2 COMMUNITY LICENSE AGREEMENT\n")
+    (base / "USE_POLICY.md").write_text("# Llama 2 Acceptable Use Policy\n")
+    settings = {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "max_length": 4096,
+    }
+    (base / "generation_config.json").write_text(json.dumps({**settings, "do_sample": False}))
+    folder = export(open_run(run.folder, str(base)), Wanted("merged", tmp_path / "out"), told, cache)
+    text = " ".join(told.export_text().split())
+    assert "temperature, top_p left out, which Transformers refuses to save without do_sample" in text
+    saved = json.loads((folder / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [2]
+    assert saved["max_length"] == 4096
+    assert not {"temperature", "top_p"} & saved.keys()
+    assert (folder / "LICENSE.txt").read_text() == (base / "LICENSE.txt").read_text()
+    assert (folder / "USE_POLICY.md").exists()
+    assert (
+        (folder / "Notice").read_text().startswith("Llama 2 is licensed under the LLAMA 2 Community License, Copyright")
+    )
+    card = (folder / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert (front["license"], front["base_model"]) == ("llama2", "meta-llama/Llama-2-7b-hf")
+    assert "https://ai.meta.com/llama/use-policy/" in card
+    assert "Data it was trained on: no licence is known" in card
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "found"),
+    [
+        ("Llama-2-7b-chat-hf", {}, "llama2"),
+        ("mine", {"LICENSE": "LLAMA 2 COMMUNITY LICENSE AGREEMENT"}, "llama2"),
+        ("mine", {"LICENSE": "   Apache License\n Version 2.0"}, "apache-2.0"),
+        ("Llama-2-7b-x", {"README.md": "---\nlicense: mit\n---\n"}, "mit"),
+        ("mine", {"README.md": "---\n: [\n---\n", "LICENSE": "MIT License"}, "mit"),
+        ("mine", {"README.md": "# no front matter"}, None),
+    ],
+)
+def test_the_bases_licence_is_found(tmp_path, peaky_llama, name, files, found):
+    folder = tmp_path / name
+    shutil.copytree(peaky_llama, folder)
+    for file, text in files.items():
+        (folder / file).write_text(text)
+    licence = find_licence(find_checkpoint(str(folder)))
+    assert licence.name == found
+    assert (licence.notice is None) == (found != "llama2")
+
+
+def test_the_datas_licence_stands_in_the_card(run, tmp_path):
+    (tmp_path / "alpaca_data.json").write_text("[]")
+    data = run.recipe.data.model_copy(update={"path": str(tmp_path / "alpaca_data.json")})
+    (line,) = data_licences(Run(run.folder, run.recipe.model_copy(update={"data": data})))
+    assert "not for commercial use" in line
+
+
+def test_a_card_shows_the_results_with_their_intervals(run, tmp_path):
+    folder = copied(run, tmp_path)
+    entry = {"mean": 0.4, "interval": [0.3, 0.5]}
+    task = {"name": "arc_easy", "metric": "acc_norm", "rows": 50, "base": entry, "tuned": {**entry, "mean": 0.5},
+            "difference": {"mean": 0.1, "interval": [0.02, 0.18]}, "verdict": "better", "p": 0.01}  # fmt: skip
+    (folder / "evaluation.json").write_text(json.dumps({"date": "2026-11-25", "tasks": [task]}))
+    opened = open_run(folder)
+    licence = find_licence(find_checkpoint(opened.recipe.model.path))
+    card = write_card(Subject(opened, "adapter", "An adapter", "x", [], None, None, licence, None, []))
+    assert "| arc_easy | 40.0% | 50.0% | +10.0 [+2.0, +18.0] | better |" in card

@@ -60,13 +60,9 @@ from nybble.trainer import QLoraTrainer, training_arguments
 
 
 def train(
-    recipe: Recipe,
-    *,
-    console: Console | None = None,
-    cache: pathlib.Path = CACHE,
-    benchmarks: Benchmarks | None = None,
+    recipe: Recipe, *, console: Console | None = None, cache: pathlib.Path = CACHE, benchmarks: Benchmarks | None = None,
     preflight: Preflight | None = None,
-) -> Run:
+) -> Run:  # fmt: skip
     """Train an adapter as a recipe says; returns the finished run.
 
     Args:
@@ -74,8 +70,7 @@ def train(
         console: where progress is told.
         cache: folder of quantised bases and tokenised data.
         benchmarks: what runs train.eval_tasks, `nybble.evaluate.harness.Harness`; None where there are none.
-        preflight: what knows whether export.to can work, called with configuration, tokenizer and run folder before anything
-            is loaded; None where there is nothing to export.
+        preflight: says whether export.to can work, of configuration, tokenizer and run folder; None where nothing is exported.
 
     Raises:
         NybbleError: whatever is wrong with recipe, data, model or machine; no half-written run stays behind.
@@ -85,12 +80,9 @@ def train(
 
 
 def resume(
-    folder: str | pathlib.Path,
-    *,
-    console: Console | None = None,
-    cache: pathlib.Path = CACHE,
+    folder: str | pathlib.Path, *, console: Console | None = None, cache: pathlib.Path = CACHE,
     benchmarks: Benchmarks | None = None,
-) -> Run:
+) -> Run:  # fmt: skip
     """Go on with an interrupted run from its newest whole checkpoint, exactly as it would have gone on.
 
     Raises:

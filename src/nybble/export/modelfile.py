@@ -36,9 +36,10 @@ def go_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None
     """The chat template for Go's text/template over Ollama's .Messages, or None where it has no such form."""
     one = _between(tokenizer, template, ["user"])
     two = _between(tokenizer, template, ["user", "assistant", "user"])
-    if one is None or two is None or [two[0], two[1], two[3]] != [one[0], one[1], one[1]]:
+    if one is None or two is None or [two[0], two[3]] != one or not two[1].startswith(one[1]):
         return None
     begin, close = one
+    gap = two[1].removeprefix(close)  # what stands before an answer and is not part of its prompt: LLaMA 2's space
     system = _between(tokenizer, template, ["system", "user"])
     # Ollama puts BOS before a prompt where the tokenizer does, so there the template must not.
     bos = tokenizer.bos_token or ""
@@ -50,7 +51,14 @@ def go_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None
     else:
         lines += ['{{- if eq .Role "user" -}}']
     lines += ['{{- if eq $before "" -}}', _said(begin[own:]), '{{- else if eq $before "assistant" -}}', _said(two[2])]
-    lines += ["{{- end -}}", "{{ .Content }}", _said(close), '{{- else if eq .Role "assistant" -}}', "{{ .Content }}"]
+    lines += [
+        "{{- end -}}",
+        "{{ .Content }}",
+        _said(close),
+        '{{- else if eq .Role "assistant" -}}',
+        _said(gap),
+        "{{ .Content }}",
+    ]
     lines += ["{{- end -}}", "{{- $before = .Role -}}", "{{- end -}}"]
     return "".join(lines)
 

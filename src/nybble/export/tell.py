@@ -27,7 +27,7 @@ def tell_comparison(comparison: Comparison, taken: str, console: Console) -> Non
     console.print(table)
     better = min(comparison.bases, key=lambda name: comparison.bases[name].perplexity)
     if better != taken:
-        console.print(f"          {better} has the lower perplexity on these rows; --merge-base {better} takes it")
+        console.print(f"          the lower perplexity has {better}: --merge-base {better} takes it")
 
 
 def tell_verdicts(verdicts: Sequence[Verdict | str], console: Console) -> None:
