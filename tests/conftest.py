@@ -164,3 +164,23 @@ def rows(tmp_path_factory) -> pathlib.Path:
             row = {"instruction": f"say {' '.join(words)} {n}", "input": "", "output": " ".join(reversed(words))}
             stream.write(json.dumps(row) + "\n")
     return file
+
+
+@pytest.fixture(scope="session")
+def peaky_llama(tmp_path_factory) -> pathlib.Path:
+    """Random weights so large that what is next is decided: a damaged tensor changes answers."""
+    folder = write_llama(tmp_path_factory.mktemp("models") / "peaky", dtype=torch.bfloat16, initializer_range=0.2)
+    small_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def peaky_run(peaky_llama, rows, cache, tmp_path_factory):
+    """A run on it that learnt to answer and to stop; tests that change it take a copy."""
+    from nybble.recipe import load_recipe
+    from nybble.train import train
+
+    words = [f"model.path={peaky_llama}", f"data.path={rows}", f"out={tmp_path_factory.mktemp('runs') / 'peaky-run'}"]
+    words += ["model.device=cpu", "model.dtype=float32", "data.max_length=128", "data.validation=12", "train.samples=0"]
+    words += ["train.micro_batch=8", "train.accumulation=1", "train.max_steps=60", "train.learning_rate=1e-2"]
+    return train(load_recipe(None, words), console=Console(quiet=True), cache=cache)

@@ -1,4 +1,4 @@
-"""A small stand-in for the Hugging Face Hub: serves folders as repositories and refuses as the Hub refuses.
+"""A small stand-in for the Hugging Face Hub: serves folders as repositories, takes uploads, and refuses as the Hub refuses.
 
     repos = [Repo("org/model", x), Repo("org/gated", x, gated=True), Repo("org/rows", rows, kind="dataset")]
     with StandinHub(repos, accounts={"hf_ada": Account("ada", {"org/gated": "accepted"})}) as hub:
@@ -12,6 +12,7 @@ gets 401 and no X-Error-Code, an account 404 and RepoNotFound.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -23,6 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
 
 SENTENCES = {
     "stranger": "Access to {kind} {id} is restricted. You must have access to it and be authenticated to"
@@ -63,6 +66,7 @@ class Account:
     name: str
     standing: dict[str, str] = field(default_factory=dict)
     reads_gated: bool = True
+    writes: bool = False
 
 
 def commit_of(folder: Path) -> str:
@@ -86,6 +90,9 @@ class StandinHub:
         self.down: int | None = None
         self.cut_off: str | None = None
         self.requests: list[str] = []
+        self.uploads: Path | None = None  # where repositories that are made here lie
+        self.opens = False  # whatever is asked, what is made is public
+        self._blobs: dict[str, bytes] = {}
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -135,22 +142,44 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._route()
 
+    def do_PUT(self) -> None:
+        self._route()
+
     def _route(self) -> None:
         url = urlsplit(self.path)
         path = unquote(url.path)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+        body = self._body()
         self.hub.requests.append(f"{self.command} {path}")
         if self.hub.down:
             self._refuse(self.hub.down, None, "The Hub is having a bad day")
         elif path == "/api/whoami-v2":
             self._whoami()
+        elif path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif path == "/api/validate-yaml":
+            self._validate(json.loads(body)["content"])
+        elif path.startswith("/blobs/"):
+            self.hub._blobs[path.removeprefix("/blobs/")] = body
+            self._send(b"", "text/plain")
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            self._batch(json.loads(body))
         elif match := API.match(path):
-            self._api(match["kind"], match["id"], match["rest"] or "", body)
+            self._api(match["kind"], match["id"], match["rest"] or "", body.decode())
         elif match := FILE.match(path):
             kind = "dataset" if match["kind"] else "model"
             self._file(kind, match["id"], match["revision"], match["path"])
         else:
             self._refuse(404, None, "Sorry, we can't find the page you are looking for.")
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
 
     def _account(self) -> Account | None:
         return self.hub.accounts.get((self.headers.get("Authorization") or "").removeprefix("Bearer "))
@@ -162,11 +191,63 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._json({"type": "user", "name": account.name, "auth": {"type": "access_token"}})
 
+    def _create(self, asked: dict[str, Any]) -> None:
+        account = self._account()
+        name = f"{asked.get('organization') or (account.name if account else '')}/{asked['name']}"
+        if account is None or not account.writes:
+            self._refuse(403, None, f"You don't have the rights to create a model under the namespace {name}")
+        elif ("model", name) in self.hub.repos:
+            taken = {"error": "You already created this model repo", "url": f"{self.hub.endpoint}/{name}"}
+            self._send(json.dumps(taken).encode(), "application/json", 409)
+        else:
+            folder = self.hub.uploads / name
+            folder.mkdir(parents=True)
+            account.standing[name] = "accepted"
+            private = asked.get("visibility") == "private" or asked.get("private", False)
+            self.hub.repos["model", name] = Repo(name, folder, private=private and not self.hub.opens)
+            self._json({"name": name, "id": name, "url": f"{self.hub.endpoint}/{name}"})
+
+    def _validate(self, card: str) -> None:
+        """The Hub refuses a base_model that is no name on it."""
+        base = (yaml.safe_load(card.split("---")[1]) if card.startswith("---") else {}).get("base_model")
+        wrong = base is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base)
+        said = f'"base_model" with value "{base}" is not valid. Use a model id from https://hf.co/models.'
+        answer = {"warnings": [], "errors": [{"message": said}] * wrong}
+        self._send(json.dumps(answer).encode(), "application/json", 400 if wrong else 200)
+
+    def _batch(self, asked: dict[str, Any]) -> None:
+        """Where each large file is to be put."""
+        to = [{**o, "actions": {"upload": {"href": f"{self.hub.endpoint}/blobs/{o['oid']}"}}} for o in asked["objects"]]
+        self._json({"transfer": "basic", "objects": to})
+
+    def _commit(self, repo: Repo, body: str) -> None:
+        """Files in the commit itself, and files that were put before."""
+        for line in map(json.loads, body.splitlines()):
+            value, file = line["value"], repo.folder / line["value"].get("path", "")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if line["key"] == "file":
+                file.write_bytes(base64.b64decode(value["content"]))
+            elif line["key"] == "lfsFile":
+                file.write_bytes(self.hub._blobs[value["oid"]])
+        commit = commit_of(repo.folder)
+        self._json(
+            {"commitUrl": f"{self.hub.endpoint}/{repo.id}/commit/{commit}", "commitOid": commit, "success": True}
+        )
+
     def _api(self, kind: str, id: str, rest: str, body: str) -> None:
         repo = self._visible(kind, id)
         if repo is None:
             return
         action, _, tail = rest.strip("/").partition("/")
+        if action == "preupload":
+            files = [file["path"] for file in json.loads(body)["files"]]
+            modes = ["lfs" if name.endswith((".safetensors", ".gguf")) else "regular" for name in files]
+            self._json({"files": [{"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": None}
+                                  for name, mode in zip(files, modes, strict=True)]})  # fmt: skip
+            return
+        if action == "commit":
+            self._commit(repo, body)
+            return
         if action == "auth-check":
             if self._may_read(repo):
                 self._send(b"OK", "text/plain")

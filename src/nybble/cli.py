@@ -13,17 +13,20 @@ import pathlib
 import re
 import sys
 import warnings
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from nybble import __version__
-from nybble.errors import EvaluationError, NybbleError, RecipeError
+from nybble.errors import EvaluationError, ExportError, NybbleError, RecipeError
 from nybble.launch import rank, refuse_second_launcher, world_size
 
 if TYPE_CHECKING:
     from nybble.evaluate.harness import Harness
+    from nybble.export.gguf import Converter
+    from nybble.export.preflight import Preflight
     from nybble.recipe import Recipe
 
 app = typer.Typer(
@@ -40,6 +43,9 @@ Words = Annotated[
     typer.Argument(metavar="[DATA] [MODEL] [KEY=VALUE ...]", help="Data, base model, and options of the recipe."),
 ]
 Config = Annotated[pathlib.Path | None, typer.Option("-c", "--config", help="A recipe; KEY=VALUE overrides it.")]
+Target = Literal["adapter", "merged", "gguf"]
+MergeBase = Literal["auto", "original", "dequantised"]
+Stored = Literal["auto", "bfloat16", "float16"]
 Folder = Annotated[pathlib.Path, typer.Argument(help="A run folder, or a PEFT adapter folder.")]
 
 
@@ -97,13 +103,20 @@ def train(
     tasks, rows = recipe.train.eval_tasks, recipe.train.eval_data
     folder = pathlib.Path(rows) if rows is not None else None
     harness = _harness(tasks, folder, recipe.train.eval_limit, recipe.train.micro_batch) if tasks else None
+    targets = recipe.export.to
+    preflight = _preflight(targets) if targets else None
     try:
         if resume is not None:
-            go_on(resume, console=console, benchmarks=harness)
+            run = go_on(resume, console=console, benchmarks=harness)
         else:
-            begin(recipe, console=console, benchmarks=harness)
+            run = begin(recipe, console=console, benchmarks=harness, preflight=preflight)
     except KeyboardInterrupt:  # train has said what is left
         raise typer.Exit(130) from None
+    for target in targets if rank() == 0 else ():
+        from nybble.export.export import Wanted
+        from nybble.export.export import export as make
+
+        make(run, Wanted(target), console, converter=_converter() if target == "gguf" else None)
 
 
 @data.command()
@@ -208,6 +221,35 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Folder,
+    to: Annotated[Target, typer.Option(help="adapter (PEFT), merged (a Transformers folder) or gguf (llama.cpp).")],
+    out: Annotated[pathlib.Path | None, typer.Option(help="Where to; without it, RUN/export/TO.")] = None,
+    push: Annotated[str | None, typer.Option(help="Upload it to this repository of the Hub, private.")] = None,
+    merge_base: Annotated[
+        MergeBase, typer.Option(help="What the adapter is added to; auto takes what is closer to the run.")
+    ] = "auto",
+    dtype: Annotated[Stored, typer.Option(help="Of merged weights; auto is the base's own 16-bit type.")] = "auto",
+    quant: Annotated[str, typer.Option(help="GGUF types, with commas: F16, Q8_0, Q4_0, Q4_K_M and its kin.")] = "Q8_0",
+    base: Annotated[str | None, typer.Option(help="Where the base model is now, if it moved.")] = None,
+) -> None:
+    """Make an artefact that answers like the run, checked in the program that loads it. Gives RUN/export/TO."""
+    from nybble.run import open_run
+
+    opened = open_run(run, base)
+    quants = list(dict.fromkeys(name.upper() for name in quant.split(",") if name))
+    _quiet()
+    converter = _converter() if to == "gguf" else None
+    from nybble.export.export import Wanted
+    from nybble.export.export import export as make
+    from nybble.export.preflight import check_quants
+
+    if to == "gguf":
+        check_quants(quants)
+    make(opened, Wanted(to, out, merge_base, dtype, quants, push), Console(), converter=converter)
+
+
+@app.command()
 def demo(
     seed: Annotated[int, typer.Option(min=0, help="Changes orders, words, initialisation: another experiment.")] = 1,
     out: Annotated[pathlib.Path, typer.Option(help="Run folder.")] = pathlib.Path("runs/demo"),
@@ -246,6 +288,27 @@ def _harness(names: list[str], data: pathlib.Path | None, limit: int | None, bat
     for name in names:
         harness.parts(name)
     return harness
+
+
+def _converter() -> Converter:
+    """What writes GGUF files: gguf is an optional package."""
+    try:
+        from nybble.export.gguf import Converter
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            f"GGUF files are written by the gguf package, which is not installed ({error})",
+            fix="pip install 'nybble[export]'",
+        ) from error
+    return Converter()
+
+
+def _preflight(targets: Sequence[str]) -> Preflight:
+    """What checks before training that export.to can work."""
+    converter = _converter() if "gguf" in targets else None
+    from nybble.export.export import Wanted
+    from nybble.export.preflight import Preflight
+
+    return Preflight(targets, Wanted("gguf").quants, converter)
 
 
 def main() -> None:

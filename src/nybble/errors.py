@@ -65,3 +65,7 @@ class EngineError(NybbleError):
 
 class EvaluationError(NybbleError):
     """A benchmark that cannot be run, or whose rows are missing."""
+
+
+class ExportError(NybbleError):
+    """An artefact that cannot be made, or that does not answer like the run it was made from."""

@@ -179,6 +179,13 @@ class TrackerOptions(Options):
     """Project or experiment name in the tracker."""
 
 
+class ExportOptions(Options):
+    """What is made of the run when it has ended; that it can be made is checked before the first step."""
+
+    to: list[Literal["adapter", "merged", "gguf"]] = Field(default_factory=list)
+    """Artefacts, each in RUN/export: adapter (PEFT), merged (a Transformers folder), gguf (llama.cpp, Q8_0)."""
+
+
 class Recipe(Options):
     """One training run."""
 
@@ -196,6 +203,8 @@ class Recipe(Options):
     """The computation of the layers."""
     tracker: TrackerOptions = Field(default_factory=TrackerOptions)
     """Experiment tracking."""
+    export: ExportOptions = Field(default_factory=ExportOptions)
+    """Artefacts."""
     out: str | None = None
     """Run folder; without it, runs/MODEL-DATA, numbered when that is taken."""
 
@@ -231,10 +240,8 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         isinstance(data.path, dict) and any(weight <= 0 for weight in data.path.values()),
         "data.path: a weight is above 0; leave out what should not be used",
     )
-    yield (
-        data.streaming and train.max_steps is None,
-        "data.streaming: nobody knows how long a stream is; set train.max_steps",
-    )
+    endless = data.streaming and train.max_steps is None
+    yield endless, "data.streaming: nobody knows how long a stream is; set train.max_steps"
     yield (
         data.streaming and data.limit is not None,
         "data.limit: a stream has no end to stop before; set train.max_steps",
@@ -251,10 +258,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         not recipe.engine.fused and recipe.engine.is_shaped,
         "engine: policy and embedding say how the engine works, and engine.fused is false",
     )
-    yield (
-        lora.targets == [],
-        "lora.targets: an empty list trains nothing; name layers or say all-linear",
-    )
+    yield lora.targets == [], "lora.targets: an empty list trains nothing; name layers or say all-linear"
 
 
 def load_recipe(file: str | pathlib.Path | None = None, words: Sequence[str] = ()) -> Recipe:

@@ -12,6 +12,7 @@ RUN/summary.json      results, sizes, speed, versions
 RUN/loss.png          the loss curve
 RUN/README.md         model card
 RUN/evaluation.json   what nybble eval measured; RUN/report.html, report.md and report/ show it
+RUN/export/           what nybble export made: adapter, merged, gguf, each a folder of its own
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from peft import PeftModel
 from rich.console import Console
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback
+from transformers import EarlyStoppingCallback, PretrainedConfig, PreTrainedTokenizerBase, PrinterCallback
 
 from nybble.announce import tell, tell_adapter, tell_base, tell_data, tell_engine, tell_plan, tell_result
 from nybble.callbacks import Guards, Recorder, peak_memory
@@ -60,8 +60,9 @@ from nybble.trainer import QLoraTrainer, training_arguments
 
 
 def train(
-    recipe: Recipe, *, console: Console | None = None, cache: pathlib.Path = CACHE, benchmarks: Benchmarks | None = None
-) -> Run:
+    recipe: Recipe, *, console: Console | None = None, cache: pathlib.Path = CACHE, benchmarks: Benchmarks | None = None,
+    preflight: Preflight | None = None,
+) -> Run:  # fmt: skip
     """Train an adapter as a recipe says; returns the finished run.
 
     Args:
@@ -69,21 +70,19 @@ def train(
         console: where progress is told.
         cache: folder of quantised bases and tokenised data.
         benchmarks: what runs train.eval_tasks, `nybble.evaluate.harness.Harness`; None where there are none.
+        preflight: says whether export.to can work, of configuration, tokenizer and run folder; None where nothing is exported.
 
     Raises:
         NybbleError: whatever is wrong with recipe, data, model or machine; no half-written run stays behind.
     """
     with explained_memory(recipe):
-        return _train(recipe, None, console or Console(), cache, benchmarks)
+        return _train(recipe, None, console or Console(), cache, benchmarks, preflight)
 
 
 def resume(
-    folder: str | pathlib.Path,
-    *,
-    console: Console | None = None,
-    cache: pathlib.Path = CACHE,
+    folder: str | pathlib.Path, *, console: Console | None = None, cache: pathlib.Path = CACHE,
     benchmarks: Benchmarks | None = None,
-) -> Run:
+) -> Run:  # fmt: skip
     """Go on with an interrupted run from its newest whole checkpoint, exactly as it would have gone on.
 
     Raises:
@@ -96,7 +95,10 @@ def resume(
             fix=f"nybble chat {folder}, or train on from it: nybble train MODEL DATA adapter={run.adapter}",
         )
     with explained_memory(run.recipe):
-        return _train(run.recipe, run, console or Console(), cache, benchmarks)
+        return _train(run.recipe, run, console or Console(), cache, benchmarks, None)
+
+
+Preflight = Callable[[PretrainedConfig, PreTrainedTokenizerBase, pathlib.Path], None]
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,9 @@ class Ready:
 
 
 def _train(
-    recipe: Recipe, interrupted: Run | None, console: Console, cache: pathlib.Path, benchmarks: Benchmarks | None
-) -> Run:
+    recipe: Recipe, interrupted: Run | None, console: Console, cache: pathlib.Path, benchmarks: Benchmarks | None,
+    preflight: Preflight | None,
+) -> Run:  # fmt: skip
     began = time.time()
     if recipe.train.eval_tasks and benchmarks is None:
         raise RecipeError(
@@ -136,8 +139,11 @@ def _train(
         refuse_existing(folder)
     # 2. Data, checked before any weights are fetched.
     described = find_checkpoint(recipe.model.path, recipe.model.revision, weights=False)
-    check_length(load_config(described, recipe.model.rope_scaling), recipe.data.max_length, recipe.model.rope_scaling)
+    config = load_config(described, recipe.model.rope_scaling)
+    check_length(config, recipe.data.max_length, recipe.model.rope_scaling)
     tokenizer = load_tokenizer(described.folder)
+    if preflight is not None:
+        preflight(config, tokenizer, folder)
     with state.main_process_first():
         data = _prepare(recipe, tokenizer, console, cache)
     schedule = plan_steps(recipe.train, data.rows, data.validation is not None)

@@ -19,13 +19,13 @@ from rich.console import Console
 
 from nybble.data.batches import PackedRows
 from nybble.data.order import lengths_of
-from nybble.data.prepare import prepare
-from nybble.errors import DataError, EvaluationError
+from nybble.errors import EvaluationError
 from nybble.evaluate.contamination import flag
 from nybble.evaluate.generation import answer, distinct, fixed_prompts, held_out_prompts, item_scores, side_by_side
 from nybble.evaluate.perplexity import Losses, row_losses, text_windows
 from nybble.evaluate.report import write_report
 from nybble.evaluate.results import compared_tasks, entry_of, held_out_entry, metric_entry
+from nybble.evaluate.rows import rows_of
 from nybble.evaluate.scores import Benchmarks, MissingRowsError, Scored, Store
 from nybble.evaluate.tell import progress_bar
 from nybble.inference.pipeline import Answerer, load_answerer
@@ -117,18 +117,12 @@ class Findings:
 
     def _rows(self) -> tuple[Dataset | None, Dataset | None]:
         """Training and validation rows as the run saw them."""
-        data = self.run.recipe.data
         if self.run.is_bare_adapter:
             return None, None
-        try:
-            with self.console.status("reading the run's data"):
-                prepared = prepare(data, self.answerer.tokenizer, self.run.recipe.train.seed, self.cache)
-        except DataError as error:
-            self.missing.append({"task": "held-out loss", "why": f"the run's data cannot be read: {error.what}"})
-            return None, None
-        then = json.loads((self.run.folder / "start.json").read_text(encoding="utf-8"))["data"]
-        if prepared.fingerprint != then:
-            self.missing.append({"task": "held-out loss", "why": "the data changed since the run was trained"})
+        with self.console.status("reading the run's data"):
+            prepared, why = rows_of(self.run, self.answerer.tokenizer, self.cache)
+        if prepared is None:
+            self.missing.append({"task": "held-out loss", "why": why})
             return None, None
         rows = prepared.sample
         return rows.samples if isinstance(rows, PackedRows) else rows, prepared.validation

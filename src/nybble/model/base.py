@@ -86,8 +86,7 @@ def load_base(
     if stored is not None or quantization == "none":
         model, kept = _read(checkpoint.folder, config, None, dtype, device), False
     else:
-        parts = (mark, quantization, options.double_quantization, str(dtype), bitsandbytes.__version__)
-        folder = cache / "base" / hashlib.sha256(repr(parts).encode()).hexdigest()
+        folder = kept_copy(mark, quantization, options.double_quantization, dtype, cache)
         kept = (folder / "config.json").exists()
         if kept:
             config.quantization_config = AutoConfig.from_pretrained(folder).quantization_config
@@ -103,6 +102,14 @@ def load_base(
     model.requires_grad_(False)
     stay_unpacked(model)
     return Base(model, checkpoint, mark, quantization, kept, tuple(notices))
+
+
+def kept_copy(
+    mark: str, quantization: str, double_quantization: bool, dtype: torch.dtype, cache: pathlib.Path
+) -> pathlib.Path:
+    """Where the quantised copy of a base with that fingerprint is kept, if there was room for it."""
+    parts = (mark, quantization, double_quantization, str(dtype), bitsandbytes.__version__)
+    return cache / "base" / hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def quantization_plan(quantization: str, double_quantization: bool, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -43,7 +43,8 @@ logger = logging.getLogger(__name__)
 # The base class of every fault of the HTTP client: httpx's under huggingface_hub 1, httpx2's under 2.
 _CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 # hf_xet, which moves the bytes of most repositories, reports a broken transfer as RuntimeError.
-_FAULTS: tuple[type[Exception], ...] = (OSError, HFValidationError, _CLIENT_ERROR, RuntimeError)
+FAULTS: tuple[type[Exception], ...] = (OSError, HFValidationError, _CLIENT_ERROR, RuntimeError)
+"""What huggingface_hub raises where the Hub refuses or cannot be reached."""
 
 _TOKENS = "https://huggingface.co/settings/tokens"
 _GO_ON = "run the command again: it goes on where it stopped"
@@ -236,7 +237,7 @@ def _cached(repo_id: str, revision: str | None, allow_patterns: list[str] | None
 def _plain_words(repo_id: str | None, revision: str | None) -> Iterator[None]:
     try:
         yield
-    except _FAULTS as error:
+    except FAULTS as error:
         raise _explain(error, repo_id, revision) from error
 
 

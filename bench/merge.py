@@ -1,0 +1,189 @@
+"""Merging a checkpoint of the Llama-2-7B shape: peak of anonymous memory, seconds, sizes.
+
+    python -m bench.merge FOLDER [key=value ...]
+
+makes in FOLDER a random 16-bit checkpoint in shards of 5 GB, its NF4 copy with double quantisation as bitsandbytes saves it, and
+a random adapter of rank 16 on all linear layers (18 GB in all; /dev/shm will do); merges both bases one after the other, each in
+a process of its own, deletes what it wrote, and prints one JSON line. key=value changes the shape: num_hidden_layers=80. Peaks
+are RssAnon of /proc/self/status, sampled every 5 ms while merging: memory that no file stands behind. Values repeat from layer to
+layer, which neither memory nor time depends on.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import bitsandbytes.functional as bnb
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from nybble.export.merge import Dequantised, Merge, Original
+from nybble.export.shards import Spec, write_shards
+from nybble.export.updates import PREFIX, read_updates
+
+LLAMA2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+             "num_key_value_heads": 32, "vocab_size": 32000}  # fmt: skip
+RANK = 16
+INTERVAL = 0.005  # seconds between samples
+
+
+class PeakAnon:
+    """The most anonymous memory of this process between `with` and its end, and what it had before, in bytes."""
+
+    def __enter__(self) -> Self:
+        self.before = self.bytes = anonymous()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(INTERVAL):
+            self.bytes = max(self.bytes, anonymous())
+
+
+def anonymous() -> int:
+    """RssAnon of this process in bytes."""
+    with open("/proc/self/status", encoding="ascii") as stream:
+        return next(int(line.split()[1]) * 1024 for line in stream if line.startswith("RssAnon"))
+
+
+def make_checkpoint(folder: pathlib.Path, shape: Mapping[str, int]) -> int:
+    """Write FOLDER/base, FOLDER/nf4 and FOLDER/adapter; returns the bytes of the first."""
+    linears = _linears(shape)
+    torch.manual_seed(0)
+    values = {size: torch.randn(size).mul_(0.02).bfloat16() for size in set(linears.values())}
+    packed = {size: _packed(value) for size, value in values.items()}
+    ends = (shape["vocab_size"], shape["hidden_size"])
+    plain = {
+        "model.embed_tokens.weight": torch.randn(ends).mul_(0.02).bfloat16(),
+        "model.norm.weight": torch.ones(ends[1]).bfloat16(),
+    }
+    plain["lm_head.weight"] = plain["model.embed_tokens.weight"]
+    for number in range(shape["num_hidden_layers"]):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            plain[f"model.layers.{number}.{norm}.weight"] = norm
+    _save(folder / "base", {**plain, **{f"{name}.weight": values[size] for name, size in linears.items()}}, shape)
+    parts = {f"{name}.weight{end}": part for name, size in linears.items() for end, part in packed[size].items()}
+    _save(folder / "nf4", {**plain, **parts}, shape)
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    LoraConfig(r=RANK, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM").save_pretrained(adapter)
+    halves = {
+        f"{PREFIX}{name}.lora_{half}.weight": torch.randn((RANK, columns) if half == "A" else (rows, RANK)) * 0.01
+        for name, (rows, columns) in linears.items()
+        for half in "AB"
+    }
+    save_file(halves, adapter / "adapter_model.safetensors")
+    return sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
+
+
+def _linears(shape: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Each linear layer's name and (out, in)."""
+    width, inner = shape["hidden_size"], shape["intermediate_size"]
+    keys = width // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    layer = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (keys, width), "self_attn.v_proj": (keys, width),
+             "self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
+             "mlp.down_proj": (width, inner)}  # fmt: skip
+    count = shape["num_hidden_layers"]
+    return {f"model.layers.{n}.{name}": size for n in range(count) for name, size in layer.items()}
+
+
+def _packed(value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A weight in NF4, as bitsandbytes saves it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data, state = bnb.quantize_4bit(value.to(device), quant_type="nf4", compress_statistics=True)
+    return {"": data.cpu(), **{f".{name}": part.cpu() for name, part in state.as_dict(packed=True).items()}}
+
+
+def _save(folder: pathlib.Path, tensors: Mapping[str, torch.Tensor], shape: Mapping[str, int]) -> None:
+    folder.mkdir(parents=True)
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", **shape}
+    (folder / "config.json").write_text(json.dumps(config))
+    specs = [Spec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    write_shards(folder, specs, lambda name: iter([tensors[name]]), lambda done: None)
+
+
+def merge_one(folder: pathlib.Path, base: str) -> dict[str, Any]:
+    """Merge one base and delete the result; run in a process of its own."""
+    weights = Original(folder / "base") if base == "original" else Dequantised(folder / "nf4")
+    merge = Merge(weights, read_updates(folder / "adapter"), False, torch.bfloat16)
+    out = folder / "merged"
+    out.mkdir()
+    began = time.perf_counter()
+    with PeakAnon() as peak:
+        write_shards(out, merge.specs(), merge.stored, lambda done: None)
+    files = [file.stat().st_size for file in out.glob("*.safetensors")]
+    shutil.rmtree(out)
+    return {
+        "base": base,
+        "peak_anonymous_gb": round(peak.bytes / 1e9, 3),
+        "before_gb": round(peak.before / 1e9, 3),
+        "seconds": round(time.perf_counter() - began, 1),
+        "written_gb": round(sum(files) / 1e9, 2),
+        "files": len(files),
+        "largest_file_gb": round(max(files) / 1e9, 2),
+    }
+
+
+def measure(folder: pathlib.Path, shape: Mapping[str, int]) -> dict[str, Any]:
+    """Make the checkpoint unless it is there, and merge it twice."""
+    if not (folder / "adapter" / "adapter_model.safetensors").exists():
+        make_checkpoint(folder, shape)
+    rows = [_child(folder, base) for base in ("original", "dequantised")]
+    read = {
+        part: sum(file.stat().st_size for file in (folder / part).glob("*.safetensors")) for part in ("base", "nf4")
+    }
+    return {
+        "shape": dict(shape),
+        "read_gb": {part: round(size / 1e9, 2) for part, size in read.items()},
+        "merges": rows,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _child(folder: pathlib.Path, base: str) -> dict[str, Any]:
+    words = [sys.executable, "-m", "bench.merge", str(folder), f"merge={base}"]
+    found: dict[str, Any] = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    return found
+
+
+def main(words: list[str]) -> None:
+    """Parse and print."""
+    if not words or "=" in words[0]:
+        sys.exit(__doc__)
+    folder, options = pathlib.Path(words[0]), dict(_pairs(words[1:]))
+    if base := options.pop("merge", None):
+        print(json.dumps(merge_one(folder, base)))
+        return
+    shape = {**LLAMA2_7B, **{key: int(value) for key, value in options.items()}}
+    print(json.dumps(measure(folder, shape)))
+
+
+def _pairs(words: list[str]) -> Iterator[tuple[str, str]]:
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in (*LLAMA2_7B, "merge"):
+            sys.exit(f"{word!r}: a shape is one of {', '.join(LLAMA2_7B)}, as key=value")
+        yield key, value
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,139 @@
+"""The files of each kind of artefact, written into a folder."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from nybble.data.template import Template
+from nybble.export.licence import Licence
+from nybble.export.merge import Merge
+from nybble.export.modelfile import write_modelfile
+from nybble.export.shards import write_shards
+from nybble.run import Run, write_json, write_text
+
+IGNORED_WHEN_GREEDY = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What every artefact is made of.
+
+    Attributes:
+        run: the run.
+        config: of the model, with the run's RoPE scaling.
+        tokenizer: of the run.
+        template: its chat template.
+        generation: settings that can be saved, with every token that ends an answer.
+        licence: of the base.
+    """
+
+    run: Run
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    generation: GenerationConfig
+    licence: Licence
+
+    @property
+    def end(self) -> str:
+        """The token that ends an answer, as text."""
+        return str(self.tokenizer.convert_ids_to_tokens(self.template.end_id))
+
+
+def write_adapter(folder: pathlib.Path, contents: Contents) -> None:
+    """PEFT's files, the tokenizer with its template, the stops; the configuration where the run scaled RoPE."""
+    for file in contents.run.adapter.glob("adapter_*"):
+        shutil.copyfile(file, folder / file.name)
+    _write_words(folder, contents)
+    if contents.run.recipe.model.rope_scaling is not None:
+        _write_config(folder, contents.config)
+
+
+def write_merged(folder: pathlib.Path, contents: Contents, merge: Merge, done: Callable[[int], None]) -> None:
+    """A plain Transformers folder.
+
+    Args:
+        folder: where; it exists.
+        contents: what goes with the weights.
+        merge: the weights.
+        done: called with the bytes written so far.
+    """
+    write_shards(folder, merge.specs(), merge.stored, done)
+    config = type(contents.config).from_dict(contents.config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures, config.dtype, config.use_cache = ["LlamaForCausalLM"], merge.dtype, True
+    config.tie_word_embeddings = merge.tied and not merge.unties
+    _write_config(folder, config)
+    _write_words(folder, contents)
+    text = write_modelfile(".", contents.tokenizer, contents.template.source, contents.end)
+    write_text(folder / "Modelfile", text)
+
+
+def write_gguf_words(folder: pathlib.Path, contents: Contents, file: str) -> None:
+    """What goes beside GGUF files, which hold tokenizer and template themselves."""
+    text = write_modelfile(f"./{file}", contents.tokenizer, contents.template.source, contents.end)
+    write_text(folder / "Modelfile", text)
+    _write_terms(folder, contents.licence)
+
+
+def generation_settings(
+    base: pathlib.Path, tokenizer: PreTrainedTokenizerBase, template: Template
+) -> tuple[GenerationConfig, str | None]:
+    """The base's generation settings with the run's stops, mended where Transformers would refuse to save them.
+
+    Llama 2's name a temperature and no sampling. Without sampling they have no effect, so they are left out.
+    """
+    has_own = (base / "generation_config.json").exists()
+    settings = GenerationConfig.from_pretrained(base) if has_own else GenerationConfig()
+    own = settings.eos_token_id
+    kept = [] if own is None else [own] if isinstance(own, int) else list(own)
+    settings.eos_token_id = list(dict.fromkeys([template.end_id, tokenizer.eos_token_id, *kept]))
+    settings.bos_token_id, settings.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+    notice = None
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        odd = [
+            name for name in IGNORED_WHEN_GREEDY if not settings.do_sample and getattr(settings, name, None) is not None
+        ]
+        for name in odd:
+            setattr(settings, name, None)
+        settings.validate(strict=True)
+        notice = (
+            f"generation_config.json: {', '.join(odd)} left out, which Transformers refuses to save without do_sample"
+        )
+    return settings, notice
+
+
+def _write_words(folder: pathlib.Path, contents: Contents) -> None:
+    """Tokenizer, template, stops and terms."""
+    own, contents.tokenizer.chat_template = contents.tokenizer.chat_template, contents.template.source
+    contents.tokenizer.save_pretrained(folder)
+    contents.tokenizer.chat_template = own
+    contents.generation.save_pretrained(folder)
+    _write_terms(folder, contents.licence)
+
+
+def _write_config(folder: pathlib.Path, config: PretrainedConfig) -> None:
+    """config.json with RoPE under the names of transformers 5 and, for programs that read older ones, of 4 too."""
+    config.save_pretrained(folder)
+    file = folder / "config.json"
+    written = json.loads(file.read_text(encoding="utf-8"))
+    rope = dict(written["rope_parameters"])
+    written["rope_theta"] = rope.pop("rope_theta")
+    written["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    write_json(file, written)
+
+
+def _write_terms(folder: pathlib.Path, licence: Licence) -> None:
+    for file in licence.files:
+        shutil.copyfile(file, folder / file.name)
+    if licence.notice is not None:
+        write_text(folder / "Notice", licence.notice + "\n")

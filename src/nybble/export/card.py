@@ -1,0 +1,190 @@
+"""The model card of an artefact: what it is, under which terms, how well it does, how it is loaded."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from nybble import __version__
+from nybble.data.licences import licences
+from nybble.data.sources import find_sources
+from nybble.errors import DataError
+from nybble.evaluate.wording import LOSS, NONE, Scale, by_verdict, duration, scale
+from nybble.export.compare import Comparison
+from nybble.export.licence import HUB_ID, LLAMA2_POLICY, Licence
+from nybble.export.parity import Verdict
+from nybble.recipe import dump_recipe
+from nybble.run import Run
+
+COLUMNS = ("", "base", "tuned", "difference, 95%", "verdict")
+TAGS = ["nybble", "qlora", "lora"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a card is about.
+
+    Attributes:
+        run: the run.
+        to: adapter, merged or gguf.
+        kind: what it is, in a few words.
+        loading: the lines of Python that load it.
+        beside: further sentences on its use.
+        base: which base was merged, None for an adapter.
+        base_id: the base on the Hub, where it is known.
+        licence: of the base.
+        comparison: of the bases, where there were any.
+        verdicts: of the parity gate, or what was not checked.
+    """
+
+    run: Run
+    to: str
+    kind: str
+    loading: str
+    beside: Sequence[str]
+    base: str | None
+    base_id: str | None
+    licence: Licence
+    comparison: Comparison | None
+    verdicts: Sequence[Verdict | str]
+
+
+def write_card(subject: Subject) -> str:
+    """The card's text, Markdown with the Hub's front matter."""
+    template = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    ).from_string((resources.files(__package__) / "card.md.jinja").read_text(encoding="utf-8"))
+    run = subject.run
+    summary, evaluation = (_read(run.folder / name) for name in ("summary.json", "evaluation.json"))
+    return template.render(
+        front=yaml.safe_dump(_front(subject), sort_keys=False, allow_unicode=True),
+        title=run.folder.resolve().name,
+        opening=f"{subject.kind}, made by nybble {__version__} from a QLoRA run on `{run.recipe.model.path}`.",
+        loading=subject.loading,
+        beside=subject.beside,
+        facts=[
+            (name, " ".join(str(value).replace("|", "\\|").split())) for name, value in _facts(run, summary, evaluation)
+        ],
+        results=_results(summary, evaluation),
+        merge=subject.comparison,
+        base=subject.base,
+        verdicts=[_told(verdict) for verdict in subject.verdicts],
+        licence=_licence_lines(subject),
+        recipe=dump_recipe(run.recipe, documented=False).rstrip(),
+    )
+
+
+def _front(subject: Subject) -> dict[str, Any]:
+    """The Hub's metadata. It refuses a base_model that is not of the form owner/name."""
+    library = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}[subject.to]
+    front: dict[str, Any] = {}
+    if subject.licence.name is not None:
+        front["license"] = subject.licence.name
+    if subject.base_id is not None:
+        front["base_model"] = subject.base_id
+        front["base_model_relation"] = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}[subject.to]
+    data = [
+        name for name in subject.run.recipe.data.names if HUB_ID.fullmatch(name) and not pathlib.Path(name).exists()
+    ]
+    if data:
+        front["datasets"] = data
+    return {**front, "library_name": library, "pipeline_tag": "text-generation", "tags": TAGS}
+
+
+def _facts(run: Run, summary: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    model, lora, training = run.recipe.model, run.recipe.lora, run.recipe.train
+    if summary is None:
+        return [("base", f"`{model.path}`")]
+    base, data, cost = summary["base"], summary["data"], duration(summary["seconds"])
+    scaled = f"RoPE scaling `{json.dumps(model.rope_scaling)}`; " if model.rope_scaling else ""
+    return [
+        ("base", f"`{base['name']}`, fingerprint `{base['fingerprint']}`, {scaled}{base['parameters']:,} parameters"),
+        ("held while training in", base["quantization"]),
+        ("data", f"`{json.dumps(data['path'])}`, {data['rows']:,} rows, fingerprint `{data['fingerprint']}`"),
+        ("chat template", data["template"]),
+        ("adapter", f"r {lora.r}, alpha {lora.alpha:g}{', rsLoRA' if lora.rslora else ''}{', DoRA' if lora.dora else ''}, "
+                    f"on {', '.join(summary['adapter']['targets'])}, {summary['adapter']['trainable_parameters']:,} parameters"),
+        ("training", f"{summary['steps']:,} steps, {summary['tokens']:,} tokens, peak learning rate {training.learning_rate:g}"),
+        ("memory", f"{summary['peak_memory_gb']:.2f} GB at the peak, on {summary['device']}"),
+        ("time", f"{cost}, {summary['tokens_per_second']:,.0f} tokens/s"),
+        ("evaluated", evaluation["date"] if evaluation else "not yet"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in summary["versions"].items())),
+    ]  # fmt: skip
+
+
+def _results(summary: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Base against tuned: what nybble eval measured, else the losses that training saw."""
+    if evaluation is not None:
+        rows = [_compared(entry["name"], entry, scale(entry)) for entry in by_verdict(evaluation["tasks"])]
+        if held_out := evaluation.get("held_out"):
+            means = {who: {"mean": held_out[who]["loss"]} for who in ("base", "tuned")}
+            rows.insert(0, _compared("held-out loss, nats a token", {**held_out, **means}, LOSS))
+        generation = evaluation.get("generation") or {"metrics": []}
+        rows += [_compared(entry["name"], entry, scale(entry)) for entry in generation["metrics"]]
+        return {
+            "what": "Base and tuned model in the run's 4-bit form, by `nybble eval`.",
+            "columns": COLUMNS,
+            "rows": rows,
+        }
+    losses = (summary or {}).get("validation_loss")
+    if losses is None:
+        return None
+    row = ["validation loss, nats a token", f"{losses['before']:.4f}", f"{losses['kept']:.4f}", NONE, "not tested"]
+    return {"what": "As training saw it; `nybble eval` gives intervals.", "columns": COLUMNS, "rows": [row]}
+
+
+def _compared(name: str, entry: Mapping[str, Any], how: Scale) -> list[str]:
+    scores = [how.value(entry[who]["mean"]) for who in ("base", "tuned")]
+    difference = entry.get("difference") or {}
+    change = f"{how.change(difference.get('mean'))} {how.change_span(difference.get('interval'))}".strip()
+    return [name, *scores, change, entry.get("verdict") or NONE]
+
+
+def _told(verdict: Verdict | str) -> str:
+    if isinstance(verdict, str):
+        return verdict
+    numbers = verdict.numbers
+    return (
+        f"{verdict.kind}, loaded by {verdict.by}: the prompts' token ids are equal, {numbers['equal_answers']} of "
+        f"{numbers['questions']} greedy answers are equal token by token, KL {numbers['kl']:.5f} nats a token (limit "
+        f"{numbers['kl_limit']:.4f}), likeliest token the same in {100 * numbers['equal_likeliest']:.1f}%, "
+        f"{numbers['artefact_ended']} answers end by themselves where {numbers['run_ended']} of the run do"
+    )
+
+
+def _licence_lines(subject: Subject) -> list[str]:
+    licence = subject.licence
+    named = f"`{licence.name}`" if licence.name is not None else "not named beside its weights: see its own page"
+    link = f", {licence.link}" if licence.link is not None else ""
+    lines = [f"This is a derivative of `{subject.run.recipe.model.path}`, whose licence applies to it: {named}{link}."]
+    if licence.notice is not None:
+        lines.append(licence.notice)
+    if licence.policy is not None:
+        lines.append(f"Its use must follow the Acceptable Use Policy: {LLAMA2_POLICY}.")
+    known = data_licences(subject.run)
+    lines.append(
+        "Data it was trained on: " + ("; ".join(known) if known else "no licence is known here, see its own page") + "."
+    )
+    return lines
+
+
+def data_licences(run: Run) -> list[str]:
+    """Licences of the run's data, as far as they are known."""
+    data = run.recipe.data
+    if run.is_bare_adapter:
+        return []
+    try:
+        return licences(find_sources(data.path, subset=data.subset, split=data.split, revision=data.revision))
+    except DataError:  # the files are not here any more
+        return []
+
+
+def _read(file: pathlib.Path) -> dict[str, Any] | None:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None

@@ -1,0 +1,207 @@
+"""How far a merged model is from the run it came from, before anything is written.
+
+The live model answers twice: with its 4-bit weights and the adapter beside them, and with each linear layer's weight
+replaced, for the moment of its product, by the merged one. So two bases can be measured on a card, or in a memory, that holds
+the 4-bit model only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
+
+from nybble.data.batches import Collator, Sample, next_labels
+from nybble.engine.loss import last_hidden
+from nybble.evaluate.perplexity import bare
+from nybble.export.merge import Merge
+from nybble.inference.pipeline import Answerer
+
+ROWS = 64  # validation rows that are compared
+TOKENS_AT_ONCE = 8192  # of padded rows: each batch merges all weights anew
+PLACES_AT_ONCE = 256  # places whose logits stand in memory: 33 MB of Llama 2's, for each model
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A merged model against the run, over the tokens that training counts.
+
+    Attributes:
+        kl: mean of KL(run || merged) over the next token's distribution, in nats a token.
+        error: the standard error of that mean over rows' tokens.
+        perplexity: of the merged model.
+        agreement: share of the tokens whose likeliest successor is the same.
+    """
+
+    kl: float
+    error: float
+    perplexity: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every base against the run, on the same rows."""
+
+    rows: int
+    tokens: int
+    what: str
+    """Which rows: validation rows, or the run's own answers where it has none."""
+    perplexity: float
+    """Of the run itself."""
+    bases: Mapping[str, Divergence]
+
+    @property
+    def closest(self) -> str:
+        """The base with the smallest divergence."""
+        return min(self.bases, key=lambda name: self.bases[name].kl)
+
+
+class Swapped:
+    """A live model whose linear layers compute with a merge's weights while one is set."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._merge: Merge | None = None
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """Shadow the layers' forward on the instances; they are as before afterwards."""
+        layers = list(_linears(self._model))
+        try:
+            for name, layer in layers:
+                layer.forward = functools.partial(self._forward, f"{name}.weight", layer.forward)
+            yield
+        finally:
+            for _, layer in layers:
+                vars(layer).pop("forward", None)
+
+    @contextlib.contextmanager
+    def using(self, merge: Merge) -> Iterator[None]:
+        """The merged model's answers."""
+        self._merge = merge
+        try:
+            yield
+        finally:
+            self._merge = None
+
+    def _forward(self, name: str, own: Callable[..., torch.Tensor], x: torch.Tensor, *words: Any) -> torch.Tensor:
+        if self._merge is None:
+            return own(x, *words)
+        layer = self._model.get_submodule(name.removesuffix(".weight"))
+        parts = [torch.nn.functional.linear(x, rows.to(x.device, x.dtype)) for rows in self._merge.stored(name)]
+        product = torch.cat(parts, dim=-1)
+        return product if layer.bias is None else product + cast(torch.Tensor, layer.bias).to(x.dtype)
+
+
+def _linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Layers whose weight a merge replaces: adapted ones, and quantised ones."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside) and inside:
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, f"{name}.")
+            yield name, module
+        elif isinstance(module, Linear4bit | Linear8bitLt):
+            yield name, module
+
+
+def compare(
+    answerer: Answerer,
+    merges: Mapping[str, Merge],
+    samples: Sequence[Sample],
+    what: str,
+    done: Callable[[int], None] = lambda _: None,
+) -> Comparison:
+    """Measure each merge against the live model.
+
+    Args:
+        answerer: the run.
+        merges: by the name of their base.
+        samples: tokenised rows with what is trained in them.
+        what: says which rows they are.
+        done: called with the number of rows done.
+    """
+    model = bare(answerer.model)
+    swapped = Swapped(model)
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in ("run", *merges)}
+    finished = 0
+    with swapped.ready(), torch.inference_mode():
+        for part in _batches(samples):
+            batch = Collator(answerer.tokenizer.pad_token_id)(part)
+            for name, rows in _measure(model, swapped, merges, batch).items():
+                found[name].append(rows)
+            finished += len(part)
+            done(finished)
+    columns = {name: torch.cat(parts).double() for name, parts in found.items()}
+    run = columns.pop("run")
+    bases = {
+        name: Divergence(
+            kl=float(kl.mean()),
+            error=float(kl.std() / len(kl) ** 0.5),
+            perplexity=float(loss.mean().exp()),
+            agreement=float(same.mean()),
+        )
+        for name, (kl, loss, same) in ((name, rows.unbind(1)) for name, rows in columns.items())
+    }
+    return Comparison(len(samples), len(run), what, float(run[:, 1].mean().exp()), bases)
+
+
+def _measure(
+    model: PreTrainedModel, swapped: Swapped, merges: Mapping[str, Merge], batch: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """For the run and each merge (places, 3): divergence from the run, cross-entropy, whether the likeliest token is the same."""
+    device = next(model.parameters()).device
+    inputs = {
+        key: value.to(device) for key, value in batch.items() if key in ("input_ids", "attention_mask", "position_ids")
+    }
+    places, targets = batch["predicting"].to(device), next_labels(batch["labels"]).flatten().to(device)
+    backbone, head = model.get_decoder(), model.get_output_embeddings()
+    contexts: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        "run": contextlib.nullcontext,
+        **{name: functools.partial(swapped.using, m) for name, m in merges.items()},
+    }
+    hidden = {}
+    for name, context in contexts.items():
+        with context():
+            hidden[name] = last_hidden(model, backbone, inputs).flatten(0, 1)[places]
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in contexts}
+    for first in range(0, len(places), PLACES_AT_ONCE):
+        chunk, reference = slice(first, first + PLACES_AT_ONCE), torch.empty(0)
+        for name, context in contexts.items():
+            with context():
+                scores = head(hidden[name][chunk]).float().log_softmax(-1)
+            reference = scores if name == "run" else reference
+            found[name].append(divergences(reference, scores, targets[places[chunk]]).cpu())
+    return {name: torch.cat(rows) for name, rows in found.items()}
+
+
+def divergences(run: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Place by place (n, 3): KL(run || other) in nats, the other's cross-entropy of the targets, equal likeliest tokens.
+
+    Args:
+        run: (n, vocabulary) log-probabilities.
+        other: the same of the other model.
+        targets: (n,) token ids.
+    """
+    kl = (run.exp() * (run - other)).sum(-1)
+    loss = -other.gather(1, targets[:, None])[:, 0]
+    return torch.stack([kl, loss, (run.argmax(-1) == other.argmax(-1)).float()], dim=1)
+
+
+def _batches(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    """Rows of like length together, the longest first, as many as their padded tokens allow."""
+    ordered = sorted(samples, key=lambda sample: -len(sample["input_ids"]))
+    while ordered:
+        size = max(TOKENS_AT_ONCE // len(ordered[0]["input_ids"]), 1)
+        yield ordered[:size]
+        ordered = ordered[size:]

@@ -1,0 +1,234 @@
+"""From a run to an artefact, as numbered steps; what does not answer like the run is not kept."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from nybble.data.template import Template
+from nybble.errors import ExportError
+from nybble.evaluate.rows import rows_of
+from nybble.evaluate.tell import progress_bar
+from nybble.export.artefacts import Contents, generation_settings
+from nybble.export.card import Subject, write_card
+from nybble.export.compare import ROWS, Comparison, compare
+from nybble.export.formats import Converter
+from nybble.export.kinds import Adapter, Gguf, Kind, Merged
+from nybble.export.licence import find_licence, hub_id
+from nybble.export.merge import Merge
+from nybble.export.parity import Reference, Verdict, ask_run
+from nybble.export.publish import check_push, push
+from nybble.export.report import REPORT, refuse_failed, write_report
+from nybble.export.room import check_disk, needed, parameters_of
+from nybble.export.shards import Tensors
+from nybble.export.source import Source, merges_of, open_source
+from nybble.export.tell import tell_comparison, tell_verdicts
+from nybble.export.updates import read_updates
+from nybble.inference.pipeline import load_answerer
+from nybble.run import CACHE, Run, write_text
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for.
+
+    Attributes:
+        to: adapter, merged or gguf.
+        out: the folder; None is RUN/export/TO.
+        merge_base: auto, original or dequantised.
+        dtype: of merged weights: auto, bfloat16 or float16.
+        quants: GGUF types.
+        repo: on the Hub, to push to.
+    """
+
+    to: str
+    out: pathlib.Path | None = None
+    merge_base: str = "auto"
+    dtype: str = "auto"
+    quants: Sequence[str] = ("Q8_0",)
+    repo: str | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the run said before it was put away."""
+
+    reference: Reference
+    comparison: Comparison | None
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+
+
+def export(
+    run: Run, wanted: Wanted, console: Console, cache: pathlib.Path = CACHE, converter: Converter | None = None
+) -> pathlib.Path:
+    """Make an artefact of a run, hold it against the run, and put it in its place; returns its folder.
+
+    Args:
+        run: a finished run, or an adapter folder.
+        wanted: which artefact.
+        console: progress and results.
+        cache: where quantised bases, tokenised data and digests are kept.
+        converter: what writes GGUF; None where none is wanted.
+
+    Raises:
+        NybbleError: whatever is wrong with run, base, disk or Hub, or how the artefact differs; nothing half-written stays.
+    """
+    # 1. What is there: target, token, run and base.
+    target = wanted.out or run.folder / "export" / wanted.to
+    refuse_taken(target)
+    if wanted.repo is not None:
+        check_push(wanted.repo)
+    source = open_source(run, wanted.dtype, cache)
+    tell(console, source.notices)
+    adapter = sum(file.stat().st_size for file in source.run.adapter.glob("adapter_*"))
+    check_disk(target, needed(wanted.to, parameters_of(source.config), wanted.quants, adapter), str(target))
+    # 2. What the run answers, and how far each merge would be from it; then the run is put away.
+    measured, merges = _measure(source, wanted, console, cache, converter)
+    base = _choose(measured, merges, wanted, console)
+    # 3. The artefact, beside its place.
+    licence = find_licence(source.checkpoint)
+    generation, notice = generation_settings(source.checkpoint.folder, measured.tokenizer, measured.template)
+    tell(console, [notice] if notice else [])
+    contents = Contents(source.run, source.config, measured.tokenizer, measured.template, generation, licence)
+    kind = _kind(source, wanted, merges, base, converter)
+    with beside(target) as folder:
+        kind.write(folder, contents, console)
+        # 4. Through its user's program, and into its place.
+        with console.status("asking the artefact what the run was asked"):
+            verdicts = kind.check(folder, measured.reference, contents)
+        tell_verdicts(verdicts, console)
+        failed = target.with_name(f"{target.name}.failed.json")
+        if any(isinstance(verdict, Verdict) and not verdict.passed for verdict in verdicts):
+            write_report(failed, base, measured.comparison, verdicts)
+        refuse_failed(verdicts, str(target), failed)
+        write_report(folder / REPORT, base, measured.comparison, verdicts)
+        subject = Subject(
+            source.run,
+            wanted.to,
+            *kind.words(),
+            base,
+            hub_id(source.checkpoint),
+            licence,
+            measured.comparison,
+            verdicts,
+        )
+        write_text(folder / "README.md", write_card(subject))
+    failed.unlink(missing_ok=True)
+    size = sum(file.stat().st_size for file in target.iterdir())
+    console.print(f"done      {target}, {size / 1e9:.2f} GB; its README.md says how to load it", soft_wrap=True)
+    # 5. To the Hub.
+    if wanted.repo is not None:
+        with console.status(f"uploading to {wanted.repo}"):
+            page = push(target, wanted.repo)
+        console.print(f"pushed    {page}")
+    return target
+
+
+def refuse_taken(target: pathlib.Path) -> None:
+    """Raise where something stands already: an artefact is never written over."""
+    if target.exists():
+        raise ExportError(
+            f"{target} exists already", fix=f"--out ANOTHER for a second one, or remove it: rm -r {target}"
+        )
+
+
+def tell(console: Console, notices: Sequence[str]) -> None:
+    """What is worth knowing, a line each."""
+    for notice in notices:
+        console.print(f"          [yellow]{notice}[/]", highlight=False)
+
+
+@contextlib.contextmanager
+def beside(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder that takes its target's place when all went well, and is gone when not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _measure(
+    source: Source, wanted: Wanted, console: Console, cache: pathlib.Path, converter: Converter | None
+) -> tuple[Measured, dict[str, Merge]]:
+    """Ask the run, and measure each base against it; the live model is freed on return."""
+    is_adapter = wanted.to == "adapter"
+    updates = {} if is_adapter else read_updates(source.run.adapter)
+    if is_adapter:
+        _check_whole(source.run.adapter)
+    with console.status("loading the run"):
+        answerer = load_answerer(source.run, cache)
+    if converter is not None:
+        converter.check(source.config, answerer.tokenizer)
+    merges: dict[str, Merge] = {}
+    if not is_adapter:
+        merges, notice = merges_of(source, updates, wanted.merge_base, cache)
+        tell(console, [notice] if notice else [])
+    validation = None
+    if not source.run.is_bare_adapter:
+        with console.status("reading the run's data"):
+            prepared, why = rows_of(source.run, answerer.tokenizer, cache)
+        tell(console, [why] if why else [])
+        validation = prepared.validation if prepared is not None else None
+    with console.status("the run answers"):
+        reference = ask_run(answerer, validation, merges)
+    comparison = None
+    if merges:
+        samples, what = _compared_rows(validation, reference)
+        with progress_bar(console, "comparing bases", len(samples)) as show:
+            comparison = compare(answerer, merges, samples, what, show)
+    return Measured(reference, comparison, answerer.tokenizer, answerer.template), merges
+
+
+def _check_whole(adapter: pathlib.Path) -> None:
+    """Read the adapter's header, which PEFT would fail on in its own words."""
+    files = [file for file in adapter.glob("adapter_model.*") if file.suffix in (".safetensors", ".bin")]
+    if not files:
+        raise ExportError(f"there are no adapter weights in {adapter}", fix=f"ls {adapter}")
+    Tensors(files)
+
+
+def _compared_rows(validation: Dataset | None, reference: Reference) -> tuple[list[dict[str, Any]], str]:
+    """Validation rows; where there are none, the prompts and what the run answered."""
+    if validation is not None:
+        rows = validation.select(range(min(ROWS, len(validation))))
+        return [{"input_ids": row["input_ids"], "trained": row["trained"]} for row in rows], "validation rows"
+    return reference.samples, "answers of its own, there being no validation rows"
+
+
+def _choose(measured: Measured, merges: Mapping[str, Merge], wanted: Wanted, console: Console) -> str | None:
+    """The base that was asked for, or the closest; None for an adapter."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if measured.comparison is None:
+        return None
+    base = wanted.merge_base if wanted.merge_base in merges else measured.comparison.closest
+    tell_comparison(measured.comparison, base, console)
+    return base
+
+
+def _kind(
+    source: Source, wanted: Wanted, merges: Mapping[str, Merge], base: str | None, converter: Converter | None
+) -> Kind:
+    if base is None:
+        return Adapter(source)
+    if wanted.to == "merged":
+        return Merged(source, merges[base], base)
+    assert converter is not None, "who writes GGUF?"
+    return Gguf(source, merges[base], base, wanted.quants, converter)

@@ -1,0 +1,246 @@
+"""A merged model as GGUF, llama.cpp's format, for the Llama architecture. The one module that knows the gguf package."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import gguf
+import numpy
+import torch
+from gguf import GGMLQuantizationType as Type
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from nybble.errors import ExportError
+from nybble.export.formats import K_QUANTS, QUANTIZER
+from nybble.export.merge import EMBEDDING, HEAD, Model
+from nybble.export.vocabulary import Vocabulary, read_vocabulary
+
+FILE_TYPES = {
+    "F16": gguf.LlamaFileType.MOSTLY_F16,
+    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
+}
+BLOCK = 32  # numbers with one scale, in Q8_0 and Q4_0; a row that is no multiple of it stays F16
+SCALINGS = {"linear": gguf.RopeScalingType.LINEAR, "yarn": gguf.RopeScalingType.YARN}
+
+
+class Converter:
+    """Writes GGUF files; made by the command line where the gguf package is installed."""
+
+    def check(self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a model that could not be written, before any work is done.
+
+        Raises:
+            ModelError: a tokenizer that llama.cpp has no name for.
+            ExportError: a RoPE scaling that it does not know.
+        """
+        read_vocabulary(tokenizer, config.vocab_size)
+        _check_rope(config)
+
+    def write(self, file: pathlib.Path, model: Model, quant: str, done: Callable[[int], None]) -> None:
+        """Write one file.
+
+        Args:
+            file: it does not exist yet.
+            model: what is written.
+            quant: F16, Q8_0, Q4_0, or one of the K-quants, which llama-quantize makes of an F16 that is deleted again.
+            done: called with the number of parameters written so far.
+
+        Raises:
+            ExportError: llama-quantize is not there, or fails.
+        """
+        if quant not in K_QUANTS:
+            _write(file, model, quant, done)
+            return
+        whole = file.with_suffix(".f16.gguf")
+        try:
+            _write(whole, model, "F16", done)
+            _quantize(whole, file, quant)
+        finally:
+            whole.unlink(missing_ok=True)
+
+
+def _quantize(whole: pathlib.Path, file: pathlib.Path, quant: str) -> None:
+    program = shutil.which(QUANTIZER)
+    assert program is not None, "looked for before any work was done"
+    result = subprocess.run([program, str(whole), str(file), quant], capture_output=True, text=True, check=False)
+    if result.returncode:
+        said = (result.stderr or result.stdout).strip().splitlines()
+        raise ExportError(
+            f"{QUANTIZER} ended with status {result.returncode}: {said[-1] if said else 'it said nothing'}"
+        )
+
+
+def _write(file: pathlib.Path, model: Model, quant: str, done: Callable[[int], None]) -> None:
+    writer = gguf.GGUFWriter(file, "llama")
+    _describe(writer, model, quant)
+    _describe_tokens(writer, read_vocabulary(model.tokenizer, model.config.vocab_size), model)
+    plan = list(_plan(model, quant))
+    for name, shape, kind, _ in plan:
+        size = _bytes(shape, kind)
+        writer.add_tensor_info(name, shape, numpy.dtype(numpy.float32), size, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    (stream,) = writer.fout
+    written = 0
+    try:
+        for name, shape, kind, rows in plan:
+            writer.write_padding(stream, stream.tell())
+            before = stream.tell()
+            for part in rows():
+                data = gguf.quants.quantize(part, kind)
+                if kind == Type.F16 and not numpy.isfinite(data).all():
+                    raise ExportError(f"{name} holds a number that is not finite in float16", fix="--quant Q8_0")
+                stream.write(numpy.ascontiguousarray(data).data)
+                written += part.size
+                done(written)
+            size = _bytes(shape, kind)
+            assert stream.tell() - before == size, name
+            writer.write_padding(stream, size)
+    finally:
+        writer.close()
+
+
+Rows = Callable[[], Iterator[numpy.ndarray]]
+
+
+def _plan(model: Model, quant: str) -> Iterator[tuple[str, tuple[int, ...], Type, Rows]]:
+    """Each tensor: its name in GGUF, its shape, the type in which it is stored, what gives its rows."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    factors = rope_factors(model.config)
+    if factors is not None:
+        yield "rope_freqs.weight", tuple(factors.shape), Type.F32, lambda: iter([factors.numpy()])
+    for spec in model.merge.specs():
+        name = names.get_name(spec.name, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise ExportError(f"GGUF's Llama has no place for the tensor {spec.name}", fix="--to merged")
+        yield name, spec.shape, _type_of(spec.name, spec.shape, quant), _rows(model, spec.name)
+
+
+def _rows(model: Model, name: str) -> Rows:
+    """A tensor's rows in float32; those of q and k in llama.cpp's order."""
+    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
+    count = next((number for part, number in heads.items() if f".{part}." in name), None)
+
+    def plain() -> Iterator[numpy.ndarray]:
+        return (rows.numpy() for rows in model.merge.slices(name))
+
+    def permuted() -> Iterator[numpy.ndarray]:
+        assert count is not None
+        yield interleave(torch.cat(list(model.merge.slices(name))), count).numpy()
+
+    return plain if count is None else permuted
+
+
+def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of q or k as RoPE wants them in GGUF: a head's two halves, which Transformers rotates together, by turns.
+
+    Args:
+        weight: (heads * head_dim, in), or a bias (heads * head_dim,).
+    """
+    halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def _type_of(name: str, shape: tuple[int, ...], quant: str) -> Type:
+    """Norms stay float32; in Q4_0 embedding and head are Q8_0, as 4 bits cost most there."""
+    if len(shape) == 1:
+        return Type.F32
+    if quant == "F16" or shape[-1] % BLOCK:
+        return Type.F16
+    return Type.Q8_0 if quant == "Q8_0" or name in (EMBEDDING, HEAD) else Type.Q4_0
+
+
+def _bytes(shape: tuple[int, ...], kind: Type) -> int:
+    numbers, size = gguf.GGML_QUANT_SIZES[kind]
+    return math.prod(shape) // int(numbers) * int(size)
+
+
+def _describe(writer: gguf.GGUFWriter, model: Model, quant: str) -> None:
+    config = model.config
+    writer.add_type("model")
+    writer.add_name(model.name)
+    if model.licence is not None:
+        writer.add_license(model.licence)
+    if model.licence_link is not None:
+        writer.add_license_link(model.licence_link)
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, model.base)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(FILE_TYPES[quant])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_rope_dimension_count(config.head_dim)
+    _describe_rope(writer, config.rope_parameters)
+
+
+def _describe_rope(writer: gguf.GGUFWriter, rope: Mapping[str, Any]) -> None:
+    writer.add_rope_freq_base(rope["rope_theta"])
+    scaling = SCALINGS.get(rope["rope_type"])
+    if scaling is None:
+        return
+    writer.add_rope_scaling_type(scaling)
+    writer.add_rope_scaling_factor(rope["factor"])
+    if rope.get("original_max_position_embeddings"):
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
+def _check_rope(config: PretrainedConfig) -> None:
+    kind = config.rope_parameters["rope_type"]
+    if kind not in ("default", "llama3", *SCALINGS):
+        raise ExportError(
+            f"llama.cpp has nothing like RoPE scaling of type {kind}", fix="--to merged, which keeps it as it is"
+        )
+
+
+def rope_factors(config: PretrainedConfig) -> torch.Tensor | None:
+    """Llama 3's scaling as what each frequency is divided by, (head_dim / 2,) float32; None for other kinds."""
+    if config.rope_parameters["rope_type"] != "llama3":
+        return None
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    factors: torch.Tensor = 1.0 / config.rope_parameters["rope_theta"] ** steps / scaled
+    return factors.float()
+
+
+def _describe_tokens(writer: gguf.GGUFWriter, vocabulary: Vocabulary, model: Model) -> None:
+    tokenizer = model.tokenizer
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
+    if vocabulary.merges:
+        writer.add_token_merges(vocabulary.merges)
+    named = (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+        (writer.add_eot_token_id, model.end_id if model.end_id != tokenizer.eos_token_id else None),
+    )
+    for add, number in named:
+        if number is not None:
+            add(number)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(False)
+    if vocabulary.model == "llama":
+        writer.add_add_space_prefix(vocabulary.space_prefix)
+    writer.add_chat_template(model.template)

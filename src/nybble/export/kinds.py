@@ -1,0 +1,136 @@
+"""The three artefacts: how each is written, how its user loads it, what its card says."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from rich.console import Console
+
+from nybble.evaluate.tell import progress_bar
+from nybble.export import loading
+from nybble.export.artefacts import Contents, write_adapter, write_gguf_words, write_merged
+from nybble.export.formats import Converter
+from nybble.export.loaders import GET_LLAMA_CPP, has_llama_cpp, through_llama_cpp, through_peft, through_transformers
+from nybble.export.merge import Merge, Model
+from nybble.export.parity import NEW_TOKENS, Reference, Verdict, judge
+from nybble.export.room import parameters_of
+from nybble.export.source import Source
+from nybble.model.base import quantization_plan
+from nybble.model.device import choose_device
+
+
+class Kind(Protocol):
+    """An artefact that is being made."""
+
+    def write(self, folder: pathlib.Path, contents: Contents, console: Console) -> None:
+        """Its files."""
+
+    def check(self, folder: pathlib.Path, reference: Reference, contents: Contents) -> list[Verdict | str]:
+        """Its answers in the program of its user, against the run's; text says what could not be checked, and why."""
+
+    def words(self) -> tuple[str, str, list[str]]:
+        """What it is, the lines that load it, and what else is to be said of its use."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """PEFT's files with tokenizer and template."""
+
+    source: Source
+
+    def write(self, folder: pathlib.Path, contents: Contents, console: Console) -> None:
+        """Copies of the run's files."""
+        write_adapter(folder, contents)
+
+    def check(self, folder: pathlib.Path, reference: Reference, contents: Contents) -> list[Verdict | str]:
+        """Through PEFT, on the base quantised anew."""
+        source, plan = self.source, None
+        if source.quantizes:
+            double = source.run.recipe.model.double_quantization
+            plan = quantization_plan(source.quantization, double, source.computed)
+        device = choose_device(source.run.recipe.model.device)
+        given = through_peft(folder, source.checkpoint.folder, plan, source.computed, reference, device)
+        return [judge("adapter", reference, given, None, contents.tokenizer)]
+
+    def words(self) -> tuple[str, str, list[str]]:
+        """For the card."""
+        return "A LoRA adapter", loading.adapter_lines(self.source), []
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A plain Transformers folder."""
+
+    source: Source
+    merge: Merge
+    base: str
+
+    def write(self, folder: pathlib.Path, contents: Contents, console: Console) -> None:
+        """Weights in shards, and everything that goes with them."""
+        with progress_bar(console, "merging", sum(spec.bytes for spec in self.merge.specs())) as show:
+            write_merged(folder, contents, self.merge, show)
+
+    def check(self, folder: pathlib.Path, reference: Reference, contents: Contents) -> list[Verdict | str]:
+        """Through Transformers alone."""
+        given = through_transformers(folder, reference, choose_device(self.source.run.recipe.model.device))
+        return [judge(self._stored, reference, given, self.base, contents.tokenizer)]
+
+    def words(self) -> tuple[str, str, list[str]]:
+        """For the card."""
+        what = f"A language model in {self._stored}, the adapter merged into the {self.base} base"
+        return what, loading.merged_lines(), ["With Ollama: `ollama create NAME -f Modelfile`, then `ollama run NAME`."]
+
+    @property
+    def _stored(self) -> str:
+        return str(self.source.stored).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """GGUF files, one a type."""
+
+    source: Source
+    merge: Merge
+    base: str
+    quants: Sequence[str]
+    converter: Converter
+
+    def write(self, folder: pathlib.Path, contents: Contents, console: Console) -> None:
+        """The files, and a Modelfile for the first."""
+        licence, template = contents.licence, contents.template
+        model = Model(
+            self._name, self.merge, self.source.config, contents.tokenizer, template.source, template.end_id,
+            self.source.checkpoint.name, licence.name, licence.link,
+        )  # fmt: skip
+        for quant in self.quants:
+            with progress_bar(console, f"writing {quant}", parameters_of(self.source.config)) as show:
+                self.converter.write(folder / self._file(quant), model, quant, show)
+        write_gguf_words(folder, contents, self._file(self.quants[0]))
+
+    def check(self, folder: pathlib.Path, reference: Reference, contents: Contents) -> list[Verdict | str]:
+        """Through llama.cpp, where it is installed."""
+        if not has_llama_cpp():
+            return [f"{', '.join(self.quants)} not checked: llama-cpp-python is not installed ({GET_LLAMA_CPP})"]
+        verdicts: list[Verdict | str] = []
+        for quant in self.quants:
+            given = through_llama_cpp(folder / self._file(quant), reference, NEW_TOKENS)
+            verdicts.append(judge(quant, reference, given, self.base, contents.tokenizer))
+        return verdicts
+
+    def words(self) -> tuple[str, str, list[str]]:
+        """For the card."""
+        what = f"A language model in GGUF ({', '.join(self.quants)}), the adapter merged into the {self.base} base"
+        file = self._file(self.quants[0])
+        return what, loading.gguf_lines(file), [
+            f"Or `llama-cli -m {file}`; with Ollama: `ollama create NAME -f Modelfile`, then `ollama run NAME`."
+        ]  # fmt: skip
+
+    @property
+    def _name(self) -> str:
+        return self.source.run.folder.resolve().name
+
+    def _file(self, quant: str) -> str:
+        return f"{self._name}-{quant}.gguf"

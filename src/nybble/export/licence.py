@@ -1,0 +1,87 @@
+"""Under which terms an artefact may be passed on: those of the base, which it is a derivative of."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from dataclasses import dataclass
+
+import yaml
+
+from nybble.model.checkpoint import Checkpoint
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+LLAMA2_NAME = re.compile(r"llama-?2-\d+b", re.IGNORECASE)
+TEXTS = ("LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*", "Notice*")
+BY_TEXT = {
+    # How a licence file begins: the Hub's short name
+    "LLAMA 2 COMMUNITY LICENSE": "llama2",
+    "Apache License": "apache-2.0",
+    "MIT License": "mit",
+}
+# Section 1.b.iii of the Llama 2 Community License Agreement wants this sentence in a file "Notice" with every copy.
+LLAMA2_NOTICE = (
+    "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved."
+)
+LLAMA2_LICENCE = "https://ai.meta.com/llama/license/"
+LLAMA2_POLICY = "https://ai.meta.com/llama/use-policy/"
+
+
+@dataclass(frozen=True)
+class Licence:
+    """The base's terms.
+
+    Attributes:
+        name: by the Hub's short name, such as llama2 or apache-2.0; None where nothing names one.
+        link: to its text.
+        policy: to the use policy that goes with it.
+        notice: a sentence that every copy must carry.
+        files: its texts beside the base's weights.
+    """
+
+    name: str | None
+    link: str | None
+    policy: str | None
+    notice: str | None
+    files: tuple[pathlib.Path, ...]
+
+
+def find_licence(checkpoint: Checkpoint) -> Licence:
+    """The licence that the base's own card names, or its licence file, or for Llama 2 its name."""
+    files = tuple(sorted({file for pattern in TEXTS for file in checkpoint.folder.glob(pattern) if file.is_file()}))
+    name = _of_card(checkpoint.folder) or _of_texts(files)
+    if name is None and LLAMA2_NAME.search(pathlib.Path(checkpoint.name).name):
+        name = "llama2"
+    if name == "llama2":
+        return Licence(name, LLAMA2_LICENCE, LLAMA2_POLICY, LLAMA2_NOTICE, files)
+    return Licence(name, None, None, None, files)
+
+
+def hub_id(checkpoint: Checkpoint) -> str | None:
+    """The base's name on the Hub; of a folder only Llama 2's own names are known."""
+    if checkpoint.commit is not None:
+        return checkpoint.name
+    folder = pathlib.Path(checkpoint.name).name
+    return f"meta-llama/{folder}" if re.fullmatch(r"Llama-2-\d+b(-chat)?-hf", folder) else None
+
+
+def _of_card(folder: pathlib.Path) -> str | None:
+    card = folder / "README.md"
+    if not card.exists():
+        return None
+    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        said = yaml.safe_load(front[1]) if front else None
+    except yaml.YAMLError:
+        return None
+    named = said.get("license") if isinstance(said, dict) else None
+    return named if isinstance(named, str) and named != "other" else None
+
+
+def _of_texts(files: tuple[pathlib.Path, ...]) -> str | None:
+    for file in files:
+        head = file.read_text(encoding="utf-8", errors="replace")[:400]
+        for begins, name in BY_TEXT.items():
+            if begins.lower() in head.lower():
+                return name
+    return None

@@ -1,0 +1,110 @@
+"""Artefacts loaded as their users load them, and asked what the run was asked."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+
+import numpy
+import torch
+import transformers
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from nybble.errors import ExportError
+from nybble.export.parity import Answer, Given, Reference, greedy, next_logits, own_stops
+from nybble.quantized import stay_unpacked
+
+LLAMA_CPP = "nybble.export.llama"
+"""Run as a process of its own: a build of llama.cpp that does not suit the processor ends with a signal, not an exception."""
+GET_LLAMA_CPP = "make llama-cpp, or pip install llama-cpp-python"
+
+
+def through_transformers(folder: pathlib.Path, reference: Reference, device: torch.device) -> Given:
+    """A merged folder, through AutoModelForCausalLM and AutoTokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map={"": device}).eval()
+    return _asked(model, tokenizer, reference, own_stops(model), f"transformers {transformers.__version__}")
+
+
+def through_peft(
+    folder: pathlib.Path, base: pathlib.Path, plan: BitsAndBytesConfig | None, dtype: torch.dtype, reference: Reference,
+    device: torch.device,
+) -> Given:  # fmt: skip
+    """An adapter folder, through PeftModel on its base, quantised as the card says."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    extra = {} if plan is None else {"quantization_config": plan}
+    if (folder / "config.json").exists():  # the run scaled RoPE
+        extra["config"] = AutoConfig.from_pretrained(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map={"": device}, **extra)
+    stay_unpacked(loaded)  # else bitsandbytes repacks the weights on a CPU, and asks the Hub for a kernel where it may
+    model = PeftModel.from_pretrained(loaded, folder).eval().get_base_model()
+    settings = transformers.GenerationConfig.from_pretrained(folder)
+    model.generation_config = settings
+    return _asked(model, tokenizer, reference, own_stops(model), f"transformers {transformers.__version__} with PEFT")
+
+
+def _asked(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reference: Reference, stops: set[int], by: str
+) -> Given:
+    has_template = tokenizer.chat_template is not None
+    prompts = [
+        _templated(tokenizer, question.messages) if question.messages is not None and has_template else None
+        for question in reference.questions
+    ]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    answers = greedy(model, [question.prompt for question in reference.questions], pad)
+    starts = [len(question.prompt) for question in reference.questions]
+    logits = next_logits(model, reference.rows, starts)
+    return Given(by, has_template, prompts, answers, logits, frozenset(stops))
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
+    ids: list[int] = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+    return ids
+
+
+def has_llama_cpp() -> bool:
+    """Whether llama-cpp-python is installed; it is not loaded to find out."""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def through_llama_cpp(file: pathlib.Path, reference: Reference, new_tokens: int) -> Given:
+    """A GGUF file, through llama-cpp-python in a child process.
+
+    Raises:
+        ExportError: the child ended otherwise than by itself, with its last words.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        job, result = pathlib.Path(place) / "job.json", pathlib.Path(place) / "result.npz"
+        questions = [
+            {"messages": question.messages, "prompt": question.prompt, "row": row}
+            for question, row in zip(reference.questions, reference.rows, strict=True)
+        ]
+        asked = {"file": str(file), "result": str(result), "new_tokens": new_tokens, "end": reference.end_id}
+        job.write_text(json.dumps({**asked, "questions": questions}), encoding="utf-8")
+        child = subprocess.run([sys.executable, "-m", LLAMA_CPP, str(job)], capture_output=True, text=True, check=False)
+        if child.returncode:
+            said = child.stderr.strip().splitlines()
+            how = f"signal {-child.returncode}" if child.returncode < 0 else f"status {child.returncode}"
+            raise ExportError(
+                f"llama.cpp cannot load or run {file.name}: it ended with {how}{': ' + said[-1] if said else ''}",
+                fix="if it is a signal, build llama-cpp-python for this processor: make llama-cpp",
+            )
+        with numpy.load(result) as found:
+            told = json.loads(str(found["told"]))
+            logits = [torch.from_numpy(found[f"logits{n}"].astype(numpy.float32)) for n in range(len(questions))]
+    answers = [Answer(ids, ended) for ids, ended in told["answers"]]
+    return Given(told["by"], told["template"], told["prompts"], answers, logits, frozenset(told["stops"]))

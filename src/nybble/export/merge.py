@@ -1,0 +1,211 @@
+"""A base with an adapter added to it, a slice of rows at a time.
+
+An adapter of QLoRA was trained on the 4-bit base, so two bases compete for it: the original 16-bit weights, and what the 4-bit
+ones stand for. Which is closer to the model that was trained is measured, in compare.py.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import bitsandbytes.functional as bnb
+import torch
+from bitsandbytes.functional import QuantState
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from nybble.errors import ModelError
+from nybble.export.shards import Spec, Tensors, slices_of
+from nybble.export.updates import Update
+from nybble.model.checkpoint import weight_files
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+STATE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
+PACKED = tuple(f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
+INT8 = 127  # LLM.int8 stores a row as integers up to this, and the row's largest number beside it
+
+
+class Weights(Protocol):
+    """A base's weights by name."""
+
+    def names(self) -> list[str]:
+        """Its tensors, in the order of its files."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, rows first."""
+
+    def slices(self, name: str) -> Iterator[torch.Tensor]:
+        """A tensor's rows, in slices one after another."""
+
+
+class Original:
+    """The weights as the checkpoint's files hold them."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._tensors = Tensors(weight_files(folder))
+
+    def names(self) -> list[str]:
+        """Its tensors; buffers that old checkpoints carry are left out."""
+        return [name for name in self._tensors if not name.endswith("rotary_emb.inv_freq")]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor."""
+        return tuple(self._tensors[name].shape)
+
+    def slices(self, name: str) -> Iterator[torch.Tensor]:
+        """A tensor's rows as they are."""
+        tensor = self._tensors[name]
+        rows, columns = tensor.shape if tensor.dim() == 2 else (len(tensor), 1)
+        return (tensor[part] for part in slices_of(rows, columns))
+
+
+class Dequantised:
+    """The weights that a checkpoint in bitsandbytes' format stands for, by the arithmetic that training computes with."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._tensors = Tensors(weight_files(folder))
+        self._plain = Original(folder)
+
+    def names(self) -> list[str]:
+        """Its tensors, without what describes their quantisation."""
+        return [name for name in self._plain.names() if not name.endswith((*STATE, *PACKED))]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor as it is computed with."""
+        state = self._state(name)
+        return tuple(self._tensors[name].shape) if state is None else tuple(state.shape)
+
+    def slices(self, name: str) -> Iterator[torch.Tensor]:
+        """A tensor's rows, dequantised to the type in which the run computed."""
+        state = self._state(name)
+        if state is not None:
+            yield from _four_bits(self._tensors[name], state)
+        elif (scales := f"{name.removesuffix('.weight')}.SCB") in self._tensors:
+            limits, place = self._tensors[scales].float() / INT8, 0
+            for rows in self._plain.slices(name):
+                yield rows * limits[place : place + len(rows), None]
+                place += len(rows)
+        else:
+            yield from self._plain.slices(name)
+
+    def _state(self, name: str) -> QuantState | None:
+        packed = next((name + end for end in PACKED if name + end in self._tensors), None)
+        if packed is None:
+            return None
+        parts = [name + end for end in STATE if name + end in self._tensors]
+        return QuantState.from_dict({part: self._tensors[part] for part in [*parts, packed]}, torch.device("cpu"))
+
+
+def _four_bits(packed: torch.Tensor, state: QuantState) -> Iterator[torch.Tensor]:
+    """Slices of a 4-bit weight; each begins where a block of numbers with a scale of their own does."""
+    scales = state.absmax
+    if state.nested:
+        scales = bnb.dequantize_blockwise(scales, state.state2) + state.offset
+    rows, columns = state.shape
+    for part in slices_of(rows, columns, state.blocksize):
+        first, last = part.start * columns, part.stop * columns
+        own = QuantState(
+            absmax=scales[first // state.blocksize : -(-last // state.blocksize)].float(),
+            shape=torch.Size((part.stop - part.start, columns)),
+            code=state.code,
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+            dtype=state.dtype,
+        )
+        yield bnb.dequantize_4bit(packed.flatten()[first // 2 : last // 2].unsqueeze(1), own)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A base with the updates of an adapter.
+
+    Attributes:
+        base: the weights that are added to.
+        updates: by tensor.
+        tied: whether the model's head is its embedding.
+        dtype: in which the result is stored.
+    """
+
+    base: Weights
+    updates: Mapping[str, Update]
+    tied: bool
+    dtype: torch.dtype
+
+    @property
+    def unties(self) -> bool:
+        """Whether the head must part from the embedding, because the adapter changes it alone."""
+        return self.tied and HEAD in self.updates
+
+    def specs(self) -> list[Spec]:
+        """Every tensor of the merged model.
+
+        Raises:
+            ModelError: the adapter has an update for a weight that the base has not, or of another shape.
+        """
+        names = [name for name in self.base.names() if name != HEAD or not self.tied]
+        specs = [Spec(name, self.base.shape(name), self.dtype) for name in names]
+        if self.unties:
+            specs.append(Spec(HEAD, self.base.shape(EMBEDDING), self.dtype))
+        shapes = {spec.name: spec.shape for spec in specs}
+        for name, update in self.updates.items():
+            if shapes.get(name) != (len(update.b), update.a.shape[1]):
+                what = f"of shape {shapes[name]}" if name in shapes else "missing"
+                raise ModelError(
+                    f"the adapter does not fit this base: it updates {name} as ({len(update.b)}, {update.a.shape[1]}), "
+                    f"which is {what} there",
+                    fix="--base PATH names the base that the adapter was trained on",
+                )
+        return specs
+
+    def slices(self, name: str) -> Iterator[torch.Tensor]:
+        """Rows of a merged tensor in float32, one slice after another."""
+        update, place = self.updates.get(name), 0
+        source = EMBEDDING if name == HEAD and self.tied else name
+        for rows in self.base.slices(source):
+            part = slice(place, place + len(rows))
+            yield rows.float() if update is None else update.onto(rows, part)
+            place += len(rows)
+
+    def stored(self, name: str) -> Iterator[torch.Tensor]:
+        """The same in the type in which they are stored.
+
+        Raises:
+            ModelError: a number that the type cannot hold.
+        """
+        for rows in self.slices(name):
+            narrow = rows.to(self.dtype)
+            if not narrow.isfinite().all():
+                raise ModelError(
+                    f"{name} holds a number that is not finite in {str(self.dtype).removeprefix('torch.')}",
+                    fix="--dtype bfloat16" if rows.isfinite().all() else "copy the base again: its weights are damaged",
+                )
+            yield narrow
+
+
+@dataclass(frozen=True)
+class Model:
+    """A merged model with all that a file of its own needs.
+
+    Attributes:
+        name: of the run.
+        merge: the weights.
+        config: with the run's RoPE scaling.
+        tokenizer: of the run.
+        template: Jinja, as the run was trained with it.
+        end_id: the token that ends an answer.
+        base: the base's name.
+        licence: of the base, by the Hub's short name.
+        licence_link: to its text.
+    """
+
+    name: str
+    merge: Merge
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    end_id: int
+    base: str
+    licence: str | None
+    licence_link: str | None

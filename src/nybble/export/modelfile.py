@@ -1,0 +1,81 @@
+"""Ollama's Modelfile, with the chat template in Go's language.
+
+The template is not translated: it is rendered with marks in place of the messages, and what stands between the marks is what Go
+writes. A template whose turns do not all look alike has no such form, and the Modelfile says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+MARK = "\ue0f2"  # of Unicode's private use area: no template has a use for it
+IRREGULAR = (
+    "# The run's chat template cannot be said in Go's template language: put one here, or use the file with llama.cpp."
+)
+
+
+def write_modelfile(source: str, tokenizer: PreTrainedTokenizerBase, template: str, end: str) -> str:
+    """The text of a Modelfile.
+
+    Args:
+        source: what it is made from: ./FILE.gguf, or . for a folder of safetensors.
+        tokenizer: of the run.
+        template: its chat template, Jinja.
+        end: the token that ends an answer.
+    """
+    said = go_template(tokenizer, template)
+    body = IRREGULAR if said is None else f'TEMPLATE """{said}"""'
+    return f"FROM {source}\n{body}\nPARAMETER stop {json.dumps(end, ensure_ascii=False)}\n"
+
+
+def go_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
+    """The chat template for Go's text/template over Ollama's .Messages, or None where it has no such form."""
+    one = _between(tokenizer, template, ["user"])
+    two = _between(tokenizer, template, ["user", "assistant", "user"])
+    if one is None or two is None or [two[0], two[3]] != one or not two[1].startswith(one[1]):
+        return None
+    begin, close = one
+    gap = two[1].removeprefix(close)  # what stands before an answer and is not part of its prompt: LLaMA 2's space
+    system = _between(tokenizer, template, ["system", "user"])
+    # Ollama puts BOS before a prompt where the tokenizer does, so there the template must not.
+    bos = tokenizer.bos_token or ""
+    own = len(bos) if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] and begin.startswith(bos) else 0
+    lines = ['{{- $before := "" -}}', "{{- range .Messages -}}"]
+    if system is not None and system[2] == close:
+        lines += ['{{- if eq .Role "system" -}}', _said(system[0][own:]), "{{ .Content }}", _said(system[1])]
+        lines += ['{{- else if eq .Role "user" -}}']
+    else:
+        lines += ['{{- if eq .Role "user" -}}']
+    lines += ['{{- if eq $before "" -}}', _said(begin[own:]), '{{- else if eq $before "assistant" -}}', _said(two[2])]
+    lines += [
+        "{{- end -}}",
+        "{{ .Content }}",
+        _said(close),
+        '{{- else if eq .Role "assistant" -}}',
+        _said(gap),
+        "{{ .Content }}",
+    ]
+    lines += ["{{- end -}}", "{{- $before = .Role -}}", "{{- end -}}"]
+    return "".join(lines)
+
+
+def _said(text: str) -> str:
+    """Text as Go writes it, whatever white space stands in it."""
+    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
+
+
+def _between(tokenizer: PreTrainedTokenizerBase, template: str, roles: Sequence[str]) -> list[str] | None:
+    """What a template writes before, between and after the messages; None where it refuses these roles."""
+    messages = [{"role": role, "content": MARK} for role in roles]
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except (TemplateError, TypeError, ValueError):
+        return None
+    pieces: list[str] = text.split(MARK)
+    return pieces if len(pieces) == len(roles) + 1 else None

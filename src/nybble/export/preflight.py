@@ -1,0 +1,66 @@
+"""Whether an export can work, before anything is trained: converter, architecture, tokenizer, disk."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from nybble.errors import ExportError
+from nybble.export.formats import GET_QUANTIZER, K_QUANTS, OWN_QUANTS, QUANTIZER, Converter
+from nybble.export.room import check_disk, needed, parameters_of
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What `train` calls before its first step; made by the command line.
+
+    Attributes:
+        targets: adapter, merged, gguf.
+        quants: GGUF types.
+        converter: what writes GGUF; None where no GGUF is asked for.
+    """
+
+    targets: Sequence[str]
+    quants: Sequence[str]
+    converter: Converter | None
+
+    def __call__(self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path) -> None:
+        """Raise where an export of this model could not work.
+
+        Args:
+            config: of the base, with the run's RoPE scaling.
+            tokenizer: of the base.
+            folder: of the run, which need not exist.
+
+        Raises:
+            ModelError: a tokenizer that llama.cpp has no name for.
+            ExportError: a RoPE scaling that it does not know, a missing program, too little room.
+        """
+        if "gguf" in self.targets:
+            assert self.converter is not None, "who writes GGUF?"
+            self.converter.check(config, tokenizer)
+            check_quants(self.quants)
+        size = sum(needed(to, parameters_of(config), self.quants) for to in self.targets)
+        check_disk(folder, size, f"export.to={list(self.targets)}")
+
+
+def check_quants(quants: Sequence[str]) -> None:
+    """Refuse types that cannot be written on this machine.
+
+    Raises:
+        ExportError: an unknown name, or a K-quant without llama-quantize.
+    """
+    for quant in quants:
+        if quant not in (*OWN_QUANTS, *K_QUANTS):
+            raise ExportError(
+                f"--quant {quant}: no such type",
+                fix=f"one of {', '.join((*OWN_QUANTS, *K_QUANTS))}, with commas between several",
+            )
+        if quant in K_QUANTS and shutil.which(QUANTIZER) is None:
+            raise ExportError(
+                f"{quant} is written by llama.cpp's {QUANTIZER}, which is not on this machine's PATH", fix=GET_QUANTIZER
+            )

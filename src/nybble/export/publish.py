@@ -1,0 +1,68 @@
+"""Put an artefact on the Hugging Face Hub, privately."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
+
+from nybble.errors import HubError
+from nybble.model.hub import FAULTS, whoami
+
+LOGIN = "hf auth login, with a token that may write (https://huggingface.co/settings/tokens)"
+
+UPLOAD_FAULTS: tuple[type[Exception], ...] = (
+    *FAULTS,
+    ValueError,
+)  # ValueError: the Hub finds the card's front matter wrong
+
+
+def check_push(repo: str) -> None:
+    """Before any work: a name that the Hub takes, and a token that it accepts.
+
+    Raises:
+        HubError: which of these is wrong.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise HubError(f"{repo!r} is no name on the Hub: {error}", fix="--push OWNER/NAME") from error
+    if get_token() is None:
+        raise HubError(f"pushing to {repo!r} needs a token, and this machine is not logged in to the Hub", fix=LOGIN)
+    whoami()
+
+
+def push(folder: pathlib.Path, repo: str) -> str:
+    """Upload a folder as a model; a repository that is new is private, one that exists stays as it is.
+
+    Returns:
+        Its page, and whether it is private.
+
+    Raises:
+        HubError: the Hub refuses, or cannot be reached; the folder stays whole.
+    """
+    api = HfApi()
+    try:
+        is_new = not api.repo_exists(repo)
+        made = api.create_repo(repo, private=True, exist_ok=True).repo_id
+        info: Any = api.model_info(made)
+        if is_new and not info.private:
+            raise HubError(f"the Hub made {made!r} public although it was to be private: nothing was uploaded")
+        api.upload_folder(repo_id=made, folder_path=folder, commit_message="Export by nybble")
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        said = (error.server_message or "").strip().rstrip(".")
+        raise HubError(
+            f"the Hub refused the upload to {repo!r} with status {status}{': ' + said if said else ''}",
+            fix=f"{LOGIN if status in (401, 403) else 'look at what it says'}; the artefact is whole in {folder}, "
+            f"to be uploaded by: hf upload {repo} {folder}",
+        ) from error
+    except UPLOAD_FAULTS as error:
+        raise HubError(
+            f"the upload to {repo!r} failed: {' '.join(str(error).split())}",
+            fix=f"the artefact is whole in {folder}, to be uploaded by: hf upload {repo} {folder}",
+        ) from error
+    return f"{constants.ENDPOINT}/{made} ({'private' if info.private else 'public, as it was'})"

@@ -1,0 +1,144 @@
+"""Checkpoints read and written a slice of rows at a time, so that memory does not grow with the model.
+
+What is read stays in the files' own pages, which the system may drop; only the slice that is worked on is a copy. safetensors'
+`save_file` wants all tensors of a file in memory, so the format is written here: 8 bytes of length, a JSON header, the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from nybble.errors import ModelError
+
+SHARD = 5_000_000_000  # bytes of a file at most, as the Hub likes them
+SLICE = 1 << 24  # numbers worked on at once: 64 MB in float32
+NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8"}
+
+
+class Tensors:
+    """The tensors of a checkpoint's files by name, each mapped from its file when it is asked for.
+
+    Raises:
+        ModelError: a file that is cut off, not what its name says, or of the format before torch 1.6.
+    """
+
+    def __init__(self, files: Iterable[pathlib.Path]) -> None:
+        self._places: dict[str, Callable[[str], torch.Tensor]] = {}
+        for file in files:
+            names, get = _open(file)
+            self._places |= dict.fromkeys(names, get)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._places[name](name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+
+def _open(file: pathlib.Path) -> tuple[Iterable[str], Callable[[str], torch.Tensor]]:
+    """The names in a file and what gets one of them."""
+    try:
+        if file.suffix == ".safetensors":
+            opened = safe_open(file, framework="pt")
+            return opened.keys(), opened.get_tensor  # type: ignore[no-untyped-call]
+        state = torch.load(file, mmap=True, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
+        raise ModelError(
+            f"the file cannot be read: {str(error).splitlines()[0]}", where=str(file), fix="copy it again"
+        ) from error
+    return state.keys(), state.__getitem__
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor that will be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Its size in the file."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+Slices = Callable[[str], Iterator[torch.Tensor]]
+"""Gives a tensor by its name as consecutive slices of its rows."""
+
+
+def slices_of(rows: int, columns: int, multiple: int = 64) -> Iterator[slice]:
+    """Slices of at most `SLICE` numbers, each but the last of a multiple of so many rows."""
+    step = max(SLICE // max(columns, 1) // multiple, 1) * multiple
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+def write_shards(
+    folder: pathlib.Path, specs: Sequence[Spec], produce: Slices, done: Callable[[int], None], shard: int = SHARD
+) -> None:
+    """Write model.safetensors, or shards with their index where they are more than one.
+
+    Args:
+        folder: where; it exists.
+        specs: in the order in which they are written.
+        produce: a tensor's rows, already of its dtype.
+        done: called with the bytes written so far.
+        shard: largest file in bytes; a tensor that is larger gets a file of its own.
+    """
+    parts = _parts(specs, shard)
+    names = [f"model-{n + 1:05}-of-{len(parts):05}.safetensors" for n in range(len(parts))]
+    names = ["model.safetensors"] if len(parts) == 1 else names
+    written = 0
+    for name, part in zip(names, parts, strict=True):
+        with (folder / name).open("wb") as stream:
+            stream.write(_header(part))
+            for spec in part:
+                for rows in produce(spec.name):
+                    assert rows.dtype == spec.dtype, f"{spec.name} is {rows.dtype}"
+                    raw = rows.contiguous().flatten().view(torch.uint8).numpy()
+                    stream.write(raw.data)
+                    written += len(raw)
+                    done(written)
+        assert (folder / name).stat().st_size == len(_header(part)) + sum(spec.bytes for spec in part), name
+    if len(parts) > 1:
+        placed = {spec.name: name for name, part in zip(names, parts, strict=True) for spec in part}
+        index = {"metadata": {"total_size": sum(spec.bytes for spec in specs)}, "weight_map": placed}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _parts(specs: Sequence[Spec], shard: int) -> list[list[Spec]]:
+    """The tensors of each file, in order."""
+    parts: list[list[Spec]] = []
+    room = 0
+    for spec in specs:
+        if spec.bytes > room or not parts:
+            parts.append([])
+            room = shard
+        parts[-1].append(spec)
+        room -= spec.bytes
+    return parts
+
+
+def _header(part: Sequence[Spec]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for spec in part:
+        entries[spec.name] = {
+            "dtype": NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [place, place + spec.bytes],
+        }
+        place += spec.bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

@@ -1,0 +1,162 @@
+"""The run that is exported: its base found and held against what it was, and the bases that its adapter may be added to."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from nybble.errors import ExportError, ModelError, RunError
+from nybble.export.merge import Dequantised, Merge, Original, Weights
+from nybble.export.updates import Update
+from nybble.model.base import kept_copy, load_config
+from nybble.model.checkpoint import Checkpoint, find_checkpoint, fingerprint
+from nybble.model.device import DTYPES, choose_device, choose_dtype
+from nybble.run import Run
+
+BASES = ("original", "dequantised")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A finished run and its base.
+
+    Attributes:
+        run: with the device and type of this export in its recipe.
+        checkpoint: the base.
+        config: the base's, with the run's RoPE scaling.
+        fingerprint: of the base's weights.
+        computed: the type in which the run computed.
+        stored: the type in which merged weights are stored.
+        notices: what is worth telling.
+    """
+
+    run: Run
+    checkpoint: Checkpoint
+    config: PretrainedConfig
+    fingerprint: str
+    computed: torch.dtype
+    stored: torch.dtype
+    notices: tuple[str, ...]
+
+    @property
+    def quantization(self) -> str:
+        """How the base was held in training."""
+        return self.checkpoint.quantized_as or self.run.recipe.model.quantization
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the run quantised the base itself."""
+        return self.checkpoint.quantized_as is None and self.quantization != "none"
+
+
+def open_source(run: Run, dtype: str, cache: pathlib.Path) -> Source:
+    """Find a run's base and hold it against the record of the training.
+
+    Args:
+        run: the run, or an adapter folder.
+        dtype: auto (the checkpoint's own 16-bit type, else bfloat16), bfloat16 or float16.
+        cache: where digests and quantised bases are kept.
+
+    Raises:
+        RunError: the training has not ended.
+        ModelError: the base is gone, damaged, or another one now.
+    """
+    if not (run.adapter / "adapter_config.json").is_file():
+        raise RunError(
+            f"{run.folder} has no adapter: its training has not ended",
+            fix=f"nybble train --resume {run.folder}",
+        )
+    model = run.recipe.model
+    checkpoint = find_checkpoint(model.path, model.revision)
+    mark = fingerprint(checkpoint, cache)
+    summary = run.folder / "summary.json"
+    record = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
+    notices = _held_against_record(checkpoint, mark, record)
+    device = torch.device("cpu") if not torch.cuda.is_available() else choose_device(model.device)
+    then = record["dtype"] if record is not None else model.dtype
+    if device.type == "cpu" and then == "float16":
+        then = "float32"  # a CPU has no float16 to train with; what is quantised from it is the same
+    computed, _ = choose_dtype(then, device)
+    options = model.model_copy(update={"dtype": str(computed).removeprefix("torch."), "device": device.type})
+    run = replace(run, recipe=run.recipe.model_copy(update={"model": options}))
+    config = load_config(checkpoint, model.rope_scaling)
+    own = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+    stored = dtype if dtype != "auto" else own if own in ("bfloat16", "float16") else "bfloat16"
+    return Source(run, checkpoint, config, mark, computed, DTYPES[stored], notices)
+
+
+def _held_against_record(checkpoint: Checkpoint, mark: str, record: Mapping[str, Any] | None) -> tuple[str, ...]:
+    if record is None:
+        return ("nothing records which base the adapter was trained on: that it is this one is taken on trust",)
+    then = record["base"]["fingerprint"]
+    if mark == then:
+        return ()
+    if mark.startswith("sha256:") != then.startswith("sha256:"):
+        return (
+            f"the base was {then} and is a folder or a Hub id now: that its weights are the same is taken on trust",
+        )
+    raise ModelError(
+        f"the base is another one than the adapter was trained on: {mark} now, {then} then",
+        where=str(checkpoint.folder),
+        fix="--base PATH says where the base of the training is",
+    )
+
+
+def bases_of(source: Source, cache: pathlib.Path) -> dict[str, Weights]:
+    """The weights that an adapter can be added to; the quantised ones as training left them in the cache.
+
+    Raises:
+        ExportError: there was no room for the quantised base.
+    """
+    folder, quantization = source.checkpoint.folder, source.quantization
+    if source.checkpoint.quantized_as is not None:
+        return {"dequantised": Dequantised(folder)}
+    if not source.quantizes:
+        return {"original": Original(folder)}
+    double = source.run.recipe.model.double_quantization
+    kept = kept_copy(source.fingerprint, quantization, double, source.computed, cache)
+    if not (kept / "config.json").exists():
+        raise ExportError(
+            "the quantised base is not in the cache, for want of room", where=str(cache), fix="free some space there"
+        )
+    return {"original": Original(folder), "dequantised": Dequantised(kept)}
+
+
+def merges_of(
+    source: Source, updates: Mapping[str, Update], asked: str, cache: pathlib.Path
+) -> tuple[dict[str, Merge], str | None]:
+    """Each base that comes into question with the updates, and what is to be said where there is one only.
+
+    Args:
+        source: the run.
+        updates: of its adapter.
+        asked: auto, original or dequantised.
+        cache: where the quantised base is.
+
+    Raises:
+        ExportError: the base that was asked for is not to be had.
+        ModelError: the adapter does not fit.
+    """
+    bases = bases_of(source, cache)
+    notice = None
+    if len(bases) == 1:
+        (only,) = bases
+        why = (
+            f"the run started from a checkpoint that was {source.quantization} already"
+            if only == "dequantised"
+            else "the run trained on 16-bit weights"
+        )
+        notice = f"one base only, {only}: {why}"
+        if asked not in ("auto", only):
+            raise ExportError(f"--merge-base {asked}: there is {notice}", fix=f"--merge-base {only}, or leave it out")
+    tied = bool(source.config.tie_word_embeddings)
+    merges = {name: Merge(weights, updates, tied, source.stored) for name, weights in bases.items()}
+    for merge in merges.values():
+        merge.specs()
+    return merges, notice

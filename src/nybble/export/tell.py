@@ -1,0 +1,46 @@
+"""An export's progress and results on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from nybble.export.compare import Comparison
+from nybble.export.parity import Verdict
+
+
+def tell_comparison(comparison: Comparison, taken: str, console: Console) -> None:
+    """A row a base, the one that is taken marked; it fits 80 columns."""
+    console.print(f"bases     against the run on {comparison.rows} {comparison.what}, {comparison.tokens:,} tokens")
+    table = Table("          base", "KL, nats a token", "perplexity", "same token", "", box=None, padding=(0, 2, 0, 0))
+    for column in table.columns[1:4]:
+        column.justify = "right"
+    for column in table.columns:
+        column.no_wrap = True
+    table.add_row("          (the run)", "0", f"{comparison.perplexity:.4f}", "100.0%", "")
+    for name, one in comparison.bases.items():
+        mark = "[green]taken[/]" if name == taken else ""
+        kl = f"{max(one.kl, 0):.5f} ± {one.error:.5f}"
+        table.add_row(f"          {name}", kl, f"{one.perplexity:.4f}", f"{100 * one.agreement:.1f}%", mark)
+    console.print(table)
+    better = min(comparison.bases, key=lambda name: comparison.bases[name].perplexity)
+    if better != taken:
+        console.print(f"          the lower perplexity has {better}: --merge-base {better} takes it")
+
+
+def tell_verdicts(verdicts: Sequence[Verdict | str], console: Console) -> None:
+    """A line a check."""
+    for verdict in verdicts:
+        if isinstance(verdict, str):
+            console.print(f"parity    [yellow]{verdict}[/]")
+            continue
+        numbers = verdict.numbers
+        said = "[green]passed[/]" if verdict.passed else "[red]failed[/]"
+        console.print(
+            f"parity    {verdict.kind} {said}: KL {max(numbers['kl'], 0):.4f} (limit {numbers['kl_limit']:.3f}), "
+            f"{numbers['equal_answers']} of {numbers['questions']} answers equal, {numbers['artefact_ended']} end "
+            f"(run {numbers['run_ended']}); {verdict.by}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
