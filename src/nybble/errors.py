@@ -65,3 +65,7 @@ class EngineError(NybbleError):
 
 class EvaluationError(NybbleError):
     """A benchmark that cannot be run, or whose rows are missing."""
+
+
+class ServeError(NybbleError):
+    """A server that cannot be started: its port, its engine, what it is reached by, or a package that is missing."""

@@ -1,0 +1,93 @@
+"""Tokens to text, piece by piece: no character is cut, no stop string shows, and what was sent is never taken back."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+from nybble.serve.engine import Token
+
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's spelling of a byte that is no character
+
+
+class TextStream:
+    """The text of one answer.
+
+    Args:
+        stops: strings that end it; none of them is shown.
+        before: the last tokens of a prompt that the text goes on from: SentencePiece drops the space before a first word.
+        strip: leave out white space around the whole, as an answer of `nybble chat` has none.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), before: Sequence[int] = (), *, strip: bool
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stops, self._strip = [stop for stop in stops if stop], strip
+        self._decoder = DecodeStream(ids=list(before), skip_special_tokens=True)
+        self._held = ""
+        self._pending: list[int] = []
+        self._begun = False
+        self.stopped = False
+        """Whether a stop string was met."""
+
+    def push(self, token: Token) -> str:
+        """The text that is certain after one more token."""
+        piece = self._decoder.step(self._tokenizer.backend_tokenizer, token.id)
+        self._pending = [*self._pending, token.id] if piece is None else []
+        return self._settle(piece or "", last=False)
+
+    def end(self) -> str:
+        """What was held back; nothing comes after."""
+        rest = self._tokenizer.decode(self._pending, skip_special_tokens=True)
+        return self._settle(rest if "\ufffd" in rest else "", last=True)  # a character of which bytes are missing
+
+    def _settle(self, piece: str, *, last: bool) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + piece
+        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if places:
+            text, self.stopped = text[: min(places)], True
+        ready = len(text) if last or self.stopped else len(text) - self._begins_stop(text)
+        if self._strip:
+            ready = len(text[:ready].rstrip())
+        self._held = "" if last or self.stopped else text[ready:]
+        said = text[:ready] if self._begun or not self._strip else text[:ready].lstrip()
+        self._begun = self._begun or bool(said)
+        return said
+
+    def _begins_stop(self, text: str) -> int:
+        """Length of the longest end of the text with which a stop string begins."""
+        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        return next(
+            (size for size in range(min(longest, len(text)), 0, -1)
+             if any(stop.startswith(text[-size:]) for stop in self._stops)),
+            0,
+        )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=100_000)
+def spelling(tokenizer: PreTrainedTokenizerBase, token_id: int) -> tuple[str, tuple[int, ...]]:
+    """A token as text and as UTF-8 bytes, for log probabilities; half a character shows as U+FFFD, its bytes are right."""
+    written = tokenizer.convert_ids_to_tokens(token_id)
+    table = _byte_of() if "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder) else {}
+    if byte := BYTE.fullmatch(written):
+        raw = bytes([int(byte[1], 16)])
+    elif token_id not in tokenizer.added_tokens_decoder and table.keys() >= set(written):
+        raw = bytes(table[character] for character in written)
+    else:
+        raw = written.replace("▁", " ").encode()
+    return raw.decode(errors="replace"), tuple(raw)
+
+
+@functools.cache
+def _byte_of() -> dict[str, int]:
+    """Byte-level BPE's alphabet (Radford et al. 2019): printable bytes stand for themselves, others for U+0100 and on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
