@@ -172,7 +172,7 @@ class Batcher:
                 log.warning("out of memory with %d answers at once; from now on %d", len(batch.rows), self.rows)
             else:
                 batch.rows[0].answer.fail("out of memory: the prompt is too long for this device")
-        except RuntimeError:
+        except (RuntimeError, ValueError, IndexError):
             log.exception("a batch of %d failed", len(batch.rows))
             for row in batch.unfinished():
                 row.answer.fail("the model failed; the server's log says why")

@@ -6,11 +6,11 @@ import functools
 import re
 from collections.abc import Sequence
 
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from nybble.serve.engine import Token
 
+LONGEST_CHARACTER = 8  # tokens; four bytes and some that belong to none
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's spelling of a byte that is no character
 
 
@@ -28,23 +28,37 @@ class TextStream:
     ) -> None:
         self._tokenizer = tokenizer
         self._stops, self._strip = [stop for stop in stops if stop], strip
-        self._decoder = DecodeStream(ids=list(before), skip_special_tokens=True)
+        self._ids = list(before)
+        self._settled = len(before)
         self._held = ""
-        self._pending: list[int] = []
         self._begun = False
         self.stopped = False
         """Whether a stop string was met."""
 
     def push(self, token: Token) -> str:
         """The text that is certain after one more token."""
-        piece = self._decoder.step(self._tokenizer.backend_tokenizer, token.id)
-        self._pending = [*self._pending, token.id] if piece is None else []
-        return self._settle(piece or "", last=False)
+        self._ids.append(token.id)
+        return self._settle(self._decode(last=False), last=False)
 
     def end(self) -> str:
         """What was held back; nothing comes after."""
-        rest = self._tokenizer.decode(self._pending, skip_special_tokens=True)
-        return self._settle(rest if "\ufffd" in rest else "", last=True)  # a character of which bytes are missing
+        return self._settle(self._decode(last=True), last=True)
+
+    def _decode(self, *, last: bool) -> str:
+        """The text of the tokens since the last whole character, once they make one.
+
+        They are decoded together with the tokens before them, as their spaces depend on these. (tokenizers' DecodeStream does this
+        too, and raises on byte sequences that are no text, which a model may make: 3 of 3,000 random ones of Llama 2's.)
+        """
+        backend = self._tokenizer.backend_tokenizer
+        text = backend.decode(self._ids, skip_special_tokens=True)
+        before = backend.decode(self._ids[: self._settled], skip_special_tokens=True)
+        unsure = text.endswith("\ufffd") and len(self._ids) - self._settled < LONGEST_CHARACTER
+        if (unsure or len(text) <= len(before)) and not last:
+            return ""
+        self._ids = self._ids[self._settled :]
+        self._settled = len(self._ids)
+        return str(text[len(before) :])
 
     def _settle(self, piece: str, *, last: bool) -> str:
         if self.stopped:
@@ -74,7 +88,9 @@ class TextStream:
 @functools.lru_cache(maxsize=100_000)
 def spelling(tokenizer: PreTrainedTokenizerBase, token_id: int) -> tuple[str, tuple[int, ...]]:
     """A token as text and as UTF-8 bytes, for log probabilities; half a character shows as U+FFFD, its bytes are right."""
-    written = tokenizer.convert_ids_to_tokens(token_id)
+    written = (
+        tokenizer.convert_ids_to_tokens(token_id) or ""
+    )  # some models have more rows than their tokenizer has tokens
     table = _byte_of() if "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder) else {}
     if byte := BYTE.fullmatch(written):
         raw = bytes([int(byte[1], 16)])
