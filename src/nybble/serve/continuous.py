@@ -26,6 +26,7 @@ from nybble.recipe import ModelOptions
 from nybble.run import CACHE, Run
 from nybble.serve.engine import Answer, BusyError, GenerationError, Mailbox, Model, Request, Token
 from nybble.serve.metrics import Metrics
+from nybble.serve.pipeline import cache_tokens
 
 log = logging.getLogger("nybble.serve")
 SECONDS_A_REQUEST = 1  # the manager tells nobody how long its queue is in seconds
@@ -56,9 +57,11 @@ class ContinuousEngine:
             pad_token_id=served.template.tokenizer.pad_token_id, bos_token_id=None,
         )  # fmt: skip
         self.vocabulary = model.config.vocab_size
-        self.manager = model.init_continuous_batching(
-            sampling, ContinuousBatchingConfig(per_request_processors=True, max_requests_per_batch=SLOTS)
-        )
+        own = ContinuousBatchingConfig(per_request_processors=True, max_requests_per_batch=SLOTS)
+        if model.device.type == "cpu":  # it would take nine tenths of the machine's memory
+            own.num_blocks = -(-min(SLOTS * served.positions, cache_tokens(model)) // own.page_size)
+            own.max_batch_tokens = max(SLOTS, served.positions)
+        self.manager = model.init_continuous_batching(sampling, own)
         self.manager.start()
 
     def refuses(self, request: Request) -> tuple[str, str] | None:

@@ -47,8 +47,8 @@ class TextStream:
     def _decode(self, *, last: bool) -> str:
         """The text of the tokens since the last whole character, once they make one.
 
-        They are decoded together with the tokens before them, as their spaces depend on these. (tokenizers' DecodeStream does this
-        too, and raises on byte sequences that are no text, which a model may make: 3 of 3,000 random ones of Llama 2's.)
+        They are decoded together with the tokens before them, as their spaces depend on these. (tokenizers' DecodeStream does
+        this too, and raises on byte sequences that are no text, which a model may make: 3 of 3,000 random ones of Llama 2's.)
         """
         backend = self._tokenizer.backend_tokenizer
         text = backend.decode(self._ids, skip_special_tokens=True)
@@ -64,9 +64,9 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + piece
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if places:
-            text, self.stopped = text[: min(places)], True
+        met = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if met:  # the one that is complete first, wherever tokens end
+            text, self.stopped = text[: min(met)[1]], True
         ready = len(text) if last or self.stopped else len(text) - self._begins_stop(text)
         if self._strip:
             ready = len(text[:ready].rstrip())
