@@ -291,6 +291,16 @@ def test_a_reader_that_reads_slowly_holds_nobody_up(server, tiny_llama):
         assert server.chat("run", ASKED, max_tokens=4)["choices"]
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has it")
+def test_a_reader_that_never_reads_is_cut_off(monkeypatch):
+    monkeypatch.setattr("nybble.serve.server.SILENT", 1)
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted, pytest.raises(TimeoutError):
+            while True:
+                accepted.sendall(bytes(65536))
+
+
 def test_a_full_queue_sends_away_and_says_when_to_come_back(runs, cache, tiny_llama):
     with serving(lambda metrics: load_pipeline(runs[:1], metrics, device="cpu", queue=4, cache=cache)) as server:
         long = long_answer(tiny_llama.name)

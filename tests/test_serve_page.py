@@ -94,7 +94,7 @@ def test_the_page_asks_for_the_key(tuned_run, cache, tmp_path):
     make = lambda metrics: load_pipeline([tuned_run], metrics, device="cpu", queue=4, cache=cache)  # noqa: E731
     with serving(make, key="s3cret") as server, browser(tmp_path / "profile") as page:
         page.open(server.url)
-        page.wait_for("document.activeElement.id === 'key'")
+        page.wait_for("document.activeElement?.id === 'key'")
         page.type("s3cret")
         page.run("document.getElementById('key').blur()")
         page.wait_for("document.querySelectorAll('#model option').length === 2")

@@ -24,6 +24,7 @@ from nybble.serve.metrics import Metrics
 from nybble.serve.pipeline import load_pipeline
 from nybble.serve.vllm import become_vllm
 
+SILENT = 120  # seconds after which the kernel ends a connection whose reader takes nothing of what is sent (Linux)
 ENGINES = ("pipeline", "continuous", "vllm")
 
 
@@ -94,6 +95,8 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT * 1000)
     try:
         listener.bind((host, port))
         listener.listen(128)
