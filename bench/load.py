@@ -16,7 +16,10 @@ import statistics
 import time
 from typing import Any
 
-import httpx
+try:
+    import httpx
+except ModuleNotFoundError:  # huggingface_hub 2 brings its successor
+    import httpx2 as httpx
 
 PROMPTS = [
     f"{verb} {thing}."

@@ -30,9 +30,11 @@ class Served:
     metrics: Metrics
     server: uvicorn.Server
     thread: threading.Thread
+    http: httpx.Client
+    """One client: each of httpx.post's own reads the certificates of the web first."""
 
     def post(self, route="/v1/chat/completions", timeout=60, **body) -> httpx.Response:
-        return httpx.post(self.url + route, json=body, timeout=timeout)
+        return self.http.post(self.url + route, json=body, timeout=timeout)
 
     def chat(self, model, text, **more) -> dict:
         answer = self.post(model=model, messages=[{"role": "user", "content": text}], **more)
@@ -41,7 +43,7 @@ class Served:
 
     def metric(self, name: str) -> float:
         """The sum of a metric's samples, as /metrics shows them."""
-        text = httpx.get(self.url + "/metrics").text
+        text = self.http.get(self.url + "/metrics").text
         return sum(float(value) for value in re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", text, re.M))
 
     def wait_for(self, name: str, value: float, seconds: float = 20) -> None:
@@ -65,7 +67,8 @@ def serving(make_engine, limits=None, key=None) -> Iterator[Served]:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         while not server.started:
             time.sleep(0.01)
-        yield Served(url, engine, metrics, server, thread)
+        with httpx.Client() as client:
+            yield Served(url, engine, metrics, server, thread, client)
     finally:
         server.should_exit = True
         thread.join(60)

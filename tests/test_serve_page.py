@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import httpx
 import pytest
 
 from browser import CHROMIUM, browser
@@ -22,7 +21,7 @@ def server(tuned_run, cache):
 
 
 def test_the_page_is_one_file_that_asks_nobody_else(server):
-    answer = httpx.get(server.url)
+    answer = server.http.get(server.url)
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert not re.search(r"https?://", answer.text)
     assert not re.search(r"""(src|href)=["'](?!data:)""", answer.text)
@@ -68,6 +67,7 @@ def test_a_chat_by_keyboard_streams_side_by_side(server, tmp_path):
         assert not page.complaints
 
 
+@pytest.mark.slow
 def test_escape_stops_an_answer_and_an_error_is_shown(server, tmp_path):
     with browser(tmp_path / "profile") as page:
         page.window(400, 800, "dark")
@@ -90,6 +90,7 @@ def test_escape_stops_an_answer_and_an_error_is_shown(server, tmp_path):
         page.screenshot(tmp_path / "error.png")
 
 
+@pytest.mark.slow
 def test_the_page_asks_for_the_key(tuned_run, cache, tmp_path):
     make = lambda metrics: load_pipeline([tuned_run], metrics, device="cpu", queue=4, cache=cache)  # noqa: E731
     with serving(make, key="s3cret") as server, browser(tmp_path / "profile") as page:

@@ -78,9 +78,8 @@ class Job:
         self.deadline = asyncio.get_running_loop().time() + timeout
         self.prompt_tokens = sum(map(len, prompts))
         requests = [self._request(prompt, number) for prompt in prompts for number in range(asked.n)]
-        for request in requests[:1]:
-            if refusal := engine.refuses(request):
-                raise RequestError(f"{refusal[1]}", param=refusal[0], code="unsupported_parameter")
+        if refusal := engine.refuses(requests[0]):
+            raise RequestError(refusal[1], param=refusal[0], code="unsupported_parameter")
         self.mailbox = Mailbox()
         answers = engine.submit(requests, self.mailbox)
         self.tokenizer: PreTrainedTokenizerBase = model.template.tokenizer
