@@ -84,9 +84,11 @@ def test_escape_stops_an_answer_and_an_error_is_shown(server, tmp_path):
         page.wait_for("document.querySelector('.speed').textContent.includes('stopped')")
         server.wait_for("nybble_running", 0, 5)
         page.run("document.getElementById('max_tokens').value = 9999")
+        assert page.run("document.getElementById('message').value") == ""
         page.type("again")
         page.key("Enter", "\r")
         page.wait_for("document.querySelector('.answer .failed')?.textContent.includes('knows 512 positions')")
+        assert page.run("document.getElementById('message').value") == "again"  # to be sent once more
         page.screenshot(tmp_path / "error.png")
 
 
