@@ -269,26 +269,39 @@ def test_a_long_answer_gives_way_and_goes_on_as_it_would_have(server, tiny_llama
     print(f"waited {waited:.2f} s")
 
 
-def test_a_reader_that_reads_slowly_holds_nobody_up(server, tiny_llama):
+def slow_reader(server, body) -> socket.socket:
+    """A connection that has asked, and reads the first bytes of the answer only."""
     host, port = server.url.removeprefix("http://").split(":")
-    body = json.dumps(long_answer(tiny_llama.name, n=8, logprobs=True, top_logprobs=20, max_tokens=150)).encode()
-    with socket.socket() as slow:
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.connect((host, int(port)))
-        lines = [
-            "POST /v1/chat/completions HTTP/1.1",
-            f"Host: {host}",
-            "Content-Type: application/json",
-            f"Content-Length: {len(body)}",
-        ]
-        head = "\r\n".join([*lines, "", ""])
-        slow.sendall(head.encode() + body)
-        assert slow.recv(20).startswith(b"HTTP/1.1 200")
+    sent = json.dumps(body).encode()
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    slow.connect((host, int(port)))
+    lines = ["POST /v1/chat/completions HTTP/1.1", f"Host: {host}", "Content-Type: application/json"]
+    slow.sendall("\r\n".join([*lines, f"Content-Length: {len(sent)}", "", ""]).encode() + sent)
+    assert slow.recv(20).startswith(b"HTTP/1.1 200")
+    return slow
+
+
+def test_a_reader_that_reads_slowly_holds_nobody_up(server, tiny_llama):
+    body = long_answer(tiny_llama.name, n=8, logprobs=True, top_logprobs=20, max_tokens=150)
+    with slow_reader(server, body):
         server.wait_for("nybble_running", 8)
         began = time.perf_counter()
         server.chat("run", ASKED, max_tokens=4)
         assert time.perf_counter() - began < 10
         server.wait_for("nybble_running", 0, 60)  # made whole, though nobody reads it
+        assert server.chat("run", ASKED, max_tokens=4)["choices"]
+
+
+@pytest.mark.slow
+def test_what_nobody_reads_is_given_up_at_the_time_limit(runs, cache, tiny_llama):
+    make = lambda metrics: load_pipeline(runs[:1], metrics, device="cpu", queue=64, cache=cache)  # noqa: E731
+    with serving(make, Limits(timeout=1)) as server:
+        body = long_answer(tiny_llama.name, n=16, logprobs=True, top_logprobs=20)  # 6 MB, more than the kernel holds
+        with slow_reader(server, body):
+            server.wait_for("nybble_answers_total", 16, 30)
+            text = server.http.get(f"{server.url}/metrics").text
+            assert 'finish="cancelled"' in text
         assert server.chat("run", ASKED, max_tokens=4)["choices"]
 
 
