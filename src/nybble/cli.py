@@ -210,8 +210,8 @@ def serve(
     place, limits = Place(host, port, read_key(api_key, api_key_file)), Limits(timeout, log_prompts)
     try:
         listen(opened, place, Console(), engine=engine, device=device, queue=queue, limits=limits)
-    except KeyboardInterrupt:  # running answers have finished
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt:  # uvicorn raises it again once everything has finished
+        return
 
 
 @app.command("eval")
