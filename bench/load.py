@@ -39,8 +39,6 @@ PROMPTS = [
     )
 ]
 CLIENTS = 16
-    timeout=600, limits=httpx.Limits(max_connections=None)
-)  # each of httpx.post's own costs 50 ms to make
 
 
 @functools.cache
