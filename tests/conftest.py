@@ -184,3 +184,15 @@ def peaky_run(peaky_llama, rows, cache, tmp_path_factory):
     words += ["model.device=cpu", "model.dtype=float32", "data.max_length=128", "data.validation=12", "train.samples=0"]
     words += ["train.micro_batch=8", "train.accumulation=1", "train.max_steps=60", "train.learning_rate=1e-2"]
     return train(load_recipe(None, words), console=Console(quiet=True), cache=cache)
+
+
+@pytest.fixture(scope="session")
+def tuned_run(tiny_llama, rows, cache, tmp_path_factory):
+    """The tiny Llama tuned on those rows: 20 steps, float32, on the CPU."""
+    from nybble.recipe import load_recipe
+    from nybble.train import train
+
+    words = [f"model.path={tiny_llama}", f"data.path={rows}", f"out={tmp_path_factory.mktemp('runs') / 'run'}"]
+    words += ["model.device=cpu", "model.dtype=float32", "data.max_length=128", "data.validation=12", "train.samples=0"]
+    words += ["train.micro_batch=8", "train.accumulation=1", "train.max_steps=20", "train.learning_rate=1e-2"]
+    return train(load_recipe(None, words), console=Console(quiet=True), cache=cache)

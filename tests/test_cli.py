@@ -73,6 +73,7 @@ def test_print_config_prints_a_recipe_that_train_reads(tmp_path):
         (["train", "/nowhere/model", "d.jsonl"], 1, "there is no folder /nowhere/model"),
         (["train", "-c", "/nowhere.yaml"], 2, "there is no recipe /nowhere.yaml"),
         (["chat", "/nowhere"], 1, "there is no folder /nowhere"),
+        (["serve", "/nowhere"], 1, "there is no folder /nowhere"),
     ],
 )
 def test_bad_words_get_one_message_and_a_status(words, status, message):

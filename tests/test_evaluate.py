@@ -51,11 +51,8 @@ def benches(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(tiny_llama, rows, cache, tmp_path_factory) -> Run:
-    words = [f"model.path={tiny_llama}", f"data.path={rows}", f"out={tmp_path_factory.mktemp('runs') / 'run'}"]
-    words += ["model.device=cpu", "model.dtype=float32", "data.max_length=128", "data.validation=12", "train.samples=0"]
-    words += ["train.micro_batch=8", "train.accumulation=1", "train.max_steps=20", "train.learning_rate=1e-2"]
-    return train(load_recipe(None, words), console=Console(quiet=True), cache=cache)
+def run(tuned_run) -> Run:
+    return tuned_run
 
 
 @pytest.fixture(scope="module")

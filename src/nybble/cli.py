@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 
 from nybble import __version__
-from nybble.errors import EvaluationError, ExportError, NybbleError, RecipeError
+from nybble.errors import EvaluationError, ExportError, NybbleError, RecipeError, ServeError
 from nybble.launch import rank, refuse_second_launcher, world_size
 
 if TYPE_CHECKING:
@@ -185,6 +185,46 @@ def chat(
         return
     turns = (Message("system", system),) if system else ()
     answer_once(answerer, (*turns, Message("user", prompt)), sampling, console, compare)
+
+
+@app.command()
+def serve(
+    runs: Annotated[list[pathlib.Path], typer.Argument(metavar="RUN [RUN2 ...]", help="Run folders of one base.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(help="Key that requests must bring; other users of this machine can read it here.")
+    ] = None,
+    api_key_file: Annotated[
+        pathlib.Path | None, typer.Option(help="File with the key in its first line; - is standard input.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="pipeline, continuous (one merged run) or vllm.")] = "pipeline",
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    base: Annotated[str | None, typer.Option(help="Where the base model is now, if it moved.")] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Answers that may wait; more are sent away with 429.")] = 128,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that one request may take.")] = 600,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers to the log.")] = False,
+) -> None:
+    """Answer on an OpenAI-compatible API, with a small page: http://127.0.0.1:8000/."""
+    from nybble.run import open_run
+
+    opened = [open_run(run, base) for run in runs]
+    _quiet()
+    try:
+        from nybble.serve.app import Limits
+        from nybble.serve.server import Place, read_key
+        from nybble.serve.server import serve as listen
+    except ModuleNotFoundError as error:
+        raise ServeError(
+            f"the server needs packages that are not installed ({error})", fix="pip install 'nybble[serve]'"
+        ) from error
+    place, limits = Place(host, port, read_key(api_key, api_key_file)), Limits(timeout, log_prompts)
+    try:
+        listen(opened, place, Console(), engine=engine, device=device, queue=queue, limits=limits)
+    except KeyboardInterrupt:  # uvicorn raises it again once everything has finished
+        return
 
 
 @app.command("eval")

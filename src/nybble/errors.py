@@ -69,3 +69,7 @@ class EvaluationError(NybbleError):
 
 class ExportError(NybbleError):
     """An artefact that cannot be made, or that does not answer like the run it was made from."""
+
+
+class ServeError(NybbleError):
+    """A server that cannot be started: its port, its engine, what it is reached by, or a package that is missing."""

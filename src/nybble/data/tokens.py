@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from nybble.data.formats import Conversation
+from nybble.data.formats import Conversation, Message
 from nybble.data.template import Part, Run, Template
 
 
@@ -32,6 +32,13 @@ def encode(template: Template, conversations: Sequence[Conversation]) -> list[To
 def encode_prompt(template: Template, conversation: Conversation) -> list[int]:
     """Token ids of a conversation that ends with the user, up to where the assistant begins."""
     (tokens,) = join(template.tokenizer, [template.prompt_runs(conversation)])
+    return tokens.ids
+
+
+def encode_text(template: Template, text: str) -> list[int]:
+    """Token ids of the beginning of a document, which a model goes on with: as text without turns is trained."""
+    *begin, _ = template.runs((Message("text", text),))
+    (tokens,) = join(template.tokenizer, [begin])
     return tokens.ids
 
 

@@ -21,9 +21,10 @@ from transformers.generation.streamers import BaseStreamer
 from nybble.data.formats import Conversation
 from nybble.data.template import Template, choose_template, read_template
 from nybble.data.tokens import encode_prompt
-from nybble.model.adapter import load_adapter
+from nybble.errors import RunError
+from nybble.model.adapter import add_adapter, load_adapter
 from nybble.model.base import load_base
-from nybble.model.checkpoint import find_checkpoint
+from nybble.model.checkpoint import find_checkpoint, fingerprint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.run import CACHE, Run
@@ -57,6 +58,8 @@ class Answerer:
     template: Template
     fingerprint: str
     """Of the base's weights."""
+    adapter: str = "default"
+    """PEFT's name of the run's adapter: several runs of one base share `model`."""
 
     def answer(
         self, conversations: Sequence[Conversation], sampling: Sampling, streamer: BaseStreamer | None = None
@@ -69,7 +72,6 @@ class Answerer:
         self, prompts: Sequence[list[int]], sampling: Sampling, streamer: BaseStreamer | None = None
     ) -> list[Completion]:
         """What follows each prompt, given as token ids; all in one batch."""
-        pipeline = ConversationPipeline(self.model, self.tokenizer, self.template)
         settings: dict[str, Any] = {"do_sample": sampling.temperature > 0, "max_new_tokens": sampling.max_new_tokens}
         if sampling.temperature > 0:
             settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
@@ -77,7 +79,11 @@ class Answerer:
             torch.manual_seed(sampling.seed)
         if streamer is not None:
             settings["streamer"] = streamer
-        return pipeline.complete(prompts, settings)
+        return self.pipeline().complete(prompts, settings)
+
+    def pipeline(self) -> ConversationPipeline:
+        """What generates, from token ids."""
+        return ConversationPipeline(self.model, self.tokenizer, self.template)
 
     @contextlib.contextmanager
     def as_base(self) -> Iterator[None]:
@@ -87,7 +93,11 @@ class Answerer:
 
     def as_tuned(self, tuned: bool) -> AbstractContextManager[None]:
         """The tuned model's answers, or the base's."""
-        return contextlib.nullcontext() if tuned else self.as_base()
+        if not tuned:
+            return self.as_base()
+        if self.model.active_adapter != self.adapter:
+            self.model.set_adapter(self.adapter, inference_mode=True)
+        return contextlib.nullcontext()
 
 
 class ConversationPipeline(TextGenerationPipeline):  # type: ignore[misc]
@@ -98,20 +108,28 @@ class ConversationPipeline(TextGenerationPipeline):  # type: ignore[misc]
         self.template = template
 
     def complete(self, rows: Sequence[list[int]], settings: dict[str, Any]) -> list[Completion]:
-        """Generate for all prompts in one padded batch; what they all begin with is computed once."""
+        """Generate for all prompts in one padded batch."""
+        return [self._completion(ids) for ids in self.generate(rows, settings)]
+
+    def generate(self, rows: Sequence[list[int]], settings: dict[str, Any]) -> list[list[int]]:
+        """The tokens that follow each prompt; what all prompts begin with is computed once."""
         shared = _common_prefix(rows) if len(rows) > 1 else 0
         ids, mask = _pad_after(rows, shared, self.tokenizer.pad_token_id)
         ids, mask = ids.to(self.device), mask.to(self.device)
-        stops = {"eos_token_id": self._stops(), "pad_token_id": self.tokenizer.pad_token_id, "use_cache": True}
+        stops = {"eos_token_id": self.stops(), "pad_token_id": self.tokenizer.pad_token_id, "use_cache": True}
         with torch.inference_mode():
             cache = {"past_key_values": self._prefill(ids[:1, :shared], len(rows))} if shared else {}
             inputs = {"input_ids": ids, "attention_mask": mask, "prompt_text": ""}
             output = self._forward(inputs, **settings, **stops, **cache)["generated_sequence"].reshape(len(rows), -1)
-        return [self._completion(row[ids.shape[1] :].tolist()) for row in output]
+        return [row[ids.shape[1] :].tolist() for row in output]
+
+    def stops(self) -> list[int]:
+        """The tokens that end an answer."""
+        return list(dict.fromkeys([self.template.end_id, self.tokenizer.eos_token_id]))
 
     def _completion(self, ids: list[int]) -> Completion:
         text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return Completion(text, ended=not set(self._stops()).isdisjoint(ids))
+        return Completion(text, ended=not set(self.stops()).isdisjoint(ids))
 
     def _prefill(self, prefix: torch.Tensor, rows: int) -> DynamicCache:
         """Keys and values of a prefix, (1, tokens), for so many rows."""
@@ -119,9 +137,6 @@ class ConversationPipeline(TextGenerationPipeline):  # type: ignore[misc]
         self.model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.batch_repeat_interleave(rows)
         return cache
-
-    def _stops(self) -> list[int]:
-        return list(dict.fromkeys([self.template.end_id, self.tokenizer.eos_token_id]))
 
 
 def _common_prefix(rows: Sequence[list[int]]) -> int:
@@ -146,22 +161,62 @@ def load_answerer(run: Run, cache: pathlib.Path = CACHE, device: str = "auto") -
     Raises:
         ModelError: the base is gone or not the one the adapter fits; --base says where it is.
     """
-    place = choose_device(device if device != "auto" else run.recipe.model.device)
-    dtype, _ = choose_dtype(run.recipe.model.dtype, place)
-    checkpoint = find_checkpoint(run.recipe.model.path, run.recipe.model.revision)
-    base = load_base(checkpoint, run.recipe.model, dtype, place, cache)
-    model = load_adapter(base.model, run.adapter)
+    (answerer,) = load_answerers([run], cache, device)
+    return answerer
+
+
+def load_answerers(runs: Sequence[Run], cache: pathlib.Path = CACHE, device: str = "auto") -> list[Answerer]:
+    """Several runs of one base, which is in memory once; `as_tuned` chooses whose adapter works.
+
+    Raises:
+        ModelError: as `load_answerer`.
+        RunError: the runs are of different bases.
+    """
+    options = runs[0].recipe.model
+    place = choose_device(device if device != "auto" else options.device)
+    dtype, _ = choose_dtype(options.dtype, place)
+    checkpoint = find_checkpoint(options.path, options.revision)
+    check_one_base(runs, cache)
+    base = load_base(checkpoint, options, dtype, place, cache)
+    names = ["default", *(f"run{number}" for number in range(2, len(runs) + 1))]  # PEFT takes no dots in a name
+    model = load_adapter(base.model, runs[0].adapter)
+    for run, name in zip(runs[1:], names[1:], strict=True):
+        add_adapter(model, run.adapter, name)
     for name, parameter in model.named_parameters():
         if "lora_" in name:  # stored in float32; training computed with it in this type
             parameter.data = parameter.data.to(dtype)
     model.eval()
+    answerers = []
+    for run, name in zip(runs, names, strict=True):
+        tokenizer, template = load_template(run, checkpoint.folder)
+        answerers.append(Answerer(model, tokenizer, template, base.fingerprint, name))
+    return answerers
+
+
+def load_template(run: Run, base: pathlib.Path) -> tuple[PreTrainedTokenizerBase, Template]:
+    """Tokenizer and template of a run; of a bare adapter, its own tokenizer or that of the base's folder."""
     if run.is_bare_adapter:
-        tokenizer = _bare_tokenizer(run.folder, checkpoint.folder)
-        return Answerer(model, tokenizer, choose_template(tokenizer, "auto", "alpaca"), base.fingerprint)
+        tokenizer = load_tokenizer(run.folder if (run.folder / "tokenizer_config.json").exists() else base)
+        return tokenizer, choose_template(tokenizer, "auto", "alpaca")
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "tokenizer")
-    return Answerer(model, tokenizer, read_template(tokenizer, run.folder / "template.json"), base.fingerprint)
+    return tokenizer, read_template(tokenizer, run.folder / "template.json")
 
 
-def _bare_tokenizer(adapter: pathlib.Path, base: pathlib.Path) -> PreTrainedTokenizerBase:
-    """Somebody else's adapter may bring its tokenizer; else the base's serves."""
-    return load_tokenizer(adapter if (adapter / "tokenizer_config.json").exists() else base)
+def check_one_base(runs: Sequence[Run], cache: pathlib.Path = CACHE) -> None:
+    """Runs that are to share a base must have the same weights, held in the same way.
+
+    Raises:
+        RunError: naming what each of them stands on.
+    """
+    stands: dict[tuple[object, ...], list[str]] = {}
+    for run in runs:
+        own = run.recipe.model
+        mark = fingerprint(find_checkpoint(own.path, own.revision), cache)
+        kind = (mark, own.quantization, own.double_quantization, own.dtype, repr(own.rope_scaling))
+        stands.setdefault(kind, []).append(f"{run.folder} on {own.path} ({own.quantization}, {own.dtype})")
+    if len(stands) > 1:
+        listed = "\n".join(f"  - {place}" for places in stands.values() for place in places)
+        raise RunError(
+            f"the runs stand on {len(stands)} different bases, and one server holds one:\n{listed}",
+            fix="a server for each base, each on a --port of its own",
+        )

@@ -56,6 +56,19 @@ def load_adapter(model: PreTrainedModel, path: str | pathlib.Path) -> PeftModel:
     return _read_adapter(model, str(path), trainable=False)
 
 
+def add_adapter(model: PeftModel, path: str | pathlib.Path, name: str) -> None:
+    """Another adapter on the same base, chosen by `set_adapter(name)`.
+
+    Raises:
+        ModelError: no adapter there, or one that does not fit this base.
+    """
+    config = read_adapter_config(path)
+    try:
+        model.load_adapter(str(path), adapter_name=name, is_trainable=False)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise _misfit(config, path, error) from error
+
+
 def read_adapter_config(path: str | pathlib.Path) -> PeftConfig:
     """PEFT's configuration of an adapter folder.
 
@@ -141,9 +154,13 @@ def _read_adapter(model: PreTrainedModel, path: str, *, trainable: bool) -> Peft
     try:
         adapted: PeftModel = PeftModel.from_pretrained(model, path, is_trainable=trainable, config=config)
     except (RuntimeError, ValueError, OSError) as error:
-        raise ModelError(
-            f"the adapter does not fit this base: {str(error).splitlines()[0]}",
-            where=path,
-            fix=f"it was trained on {config.base_model_name_or_path}; --base PATH names another",
-        ) from error
+        raise _misfit(config, path, error) from error
     return adapted
+
+
+def _misfit(config: PeftConfig, path: str | pathlib.Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"the adapter does not fit this base: {str(error).splitlines()[0]}",
+        where=str(path),
+        fix=f"it was trained on {config.base_model_name_or_path}; --base PATH names another",
+    )

@@ -1,0 +1,196 @@
+"""Serving speed on a GPU: how a model is held, how it is asked, which cache.
+
+    python -m bench.serve DIR [--tokens 64] [--rows WORD ...] [--json FILE]
+
+Takes what `python -m bench.train prepare DIR TOKENIZER` wrote (random weights of Llama 2 7B's shape, in 16 bits and in NF4), puts
+a random adapter on it, and measures base + adapter in NF4, the same in 16 bits, and the adapter merged in 16 bits:
+
+    sequential         four prompts one after another through the pipeline, without a server
+    served             16 clients at once through the server with streaming; the median time to their first token
+    dynamic, static    a batch of 16 through generate with a growing cache, and with a static one and compiled steps
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import datetime
+import gc
+import json
+import pathlib
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import uvicorn
+from bench.load import CLIENTS, PROMPTS, stream
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from nybble.data.tokens import encode_text
+from nybble.inference.pipeline import Sampling, load_answerers
+from nybble.recipe import ModelOptions
+from nybble.run import open_run
+from nybble.serve.app import Limits, make_app
+from nybble.serve.metrics import Metrics
+from nybble.serve.pipeline import PipelineEngine
+from nybble.serve.server import listen
+
+
+def bare_adapter(base: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """A random LoRA adapter of rank 16 on all linear layers, with a tokenizer whose template nybble can take apart."""
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(base)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config)
+        adapted = get_peft_model(
+            model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
+    adapted.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.01, generator=generator)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token
+    tokenizer.chat_template = None  # the template of a bare adapter is then Alpaca's
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def served(engine: Any, metrics: Any) -> Iterator[str]:
+    """A server around an engine, on loopback."""
+    listener = listen("127.0.0.1", 0)
+    config = uvicorn.Config(make_app(engine, metrics, Limits(), None), log_config=None, lifespan="off", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        engine.close()
+
+
+def measure(
+    adapter: pathlib.Path, base: pathlib.Path, quantization: str, tokens: int, *, merged: bool
+) -> dict[str, Any]:
+    """One way to hold a model: sequential, served, and the two caches."""
+    run = open_run(adapter, str(base))
+    options = ModelOptions(path=str(base), quantization=quantization)
+    run = type(run)(run.folder, run.recipe.model_copy(update={"model": options}))
+    (answerer,) = load_answerers([run])
+    if merged:
+        answerer.model.merge_adapter()  # the adapter's layers then compute with the base's weight alone
+    prompts = [encode_text(answerer.template, prompt) for prompt in PROMPTS[:CLIENTS]]
+    answerer.complete(prompts[:1], Sampling(max_new_tokens=8))  # kernels are loaded
+    began = time.perf_counter()
+    made = sum(
+        len(answerer.pipeline().generate([prompt], {"do_sample": False, "max_new_tokens": tokens})[0])
+        for prompt in prompts[:4]
+    )
+    row: dict[str, Any] = {"sequential_tok_s": round(made / (time.perf_counter() - began), 1)}
+    metrics = Metrics()
+    with served(PipelineEngine({"tuned": answerer}, "base", metrics, queue=64), metrics) as url:
+        row["alone_first_token_s"] = round(stream(url, "tuned", PROMPTS[0], 8)[0], 3)
+        began = time.perf_counter()
+        with concurrent.futures.ThreadPoolExecutor(CLIENTS) as clients:
+            got = list(clients.map(lambda prompt: stream(url, "tuned", prompt, tokens), PROMPTS[:CLIENTS]))
+        row["served_tok_s"] = round(sum(made for *_, made in got) / (time.perf_counter() - began), 1)
+        row["first_token_s"] = round(statistics.median(first for first, *_ in got), 3)
+    for cache in ("dynamic", "static"):
+        row[f"{cache}_tok_s"] = batch_speed(answerer, prompts, tokens, cache)
+    if torch.cuda.is_available():
+        row["peak_GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    return row
+
+
+def batch_speed(answerer: Any, prompts: list[list[int]], tokens: int, cache: str) -> float | str:
+    """Tokens/s of a batch of 16 through generate, after a first one that compiles; or why there are none."""
+    model, tokenizer = answerer.model.get_base_model(), answerer.tokenizer
+    longest = max(map(len, prompts))
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in prompts], device=model.device)
+    settings = {
+        "do_sample": False,
+        "min_new_tokens": tokens,
+        "max_new_tokens": tokens,
+        "pad_token_id": pad,
+        "use_cache": True,
+    }
+    if cache == "static":
+        settings["cache_implementation"] = "static"
+    try:
+        for _ in range(2):
+            began = time.perf_counter()
+            with torch.inference_mode():
+                model.generate(input_ids=ids, attention_mask=(ids != pad).long(), **settings)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - began
+    except RuntimeError as error:
+        return f"failed: {str(error).splitlines()[0][:120]}"
+    return round(len(prompts) * tokens / seconds, 1)
+
+
+def table(folder: pathlib.Path, tokens: int, words: list[str], file: pathlib.Path | None) -> None:
+    """All rows, then the table."""
+    rows = [("NF4 + adapter", "nf4", "nf4", False), ("16 bits + adapter", "bf16", "none", False),
+            ("16 bits, merged", "bf16", "none", True)]  # fmt: skip
+    about: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "tokens": tokens, "clients": CLIENTS,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "torch": torch.__version__,
+    }  # fmt: skip
+    done: list[dict[str, Any]] = []
+    for name, kind, quantization, merged in rows:
+        if words and not any(word in name for word in words):
+            continue
+        base = folder / kind
+        adapter = folder / f"serve-adapter-{kind}"
+        if not (adapter / "adapter_config.json").exists():
+            bare_adapter(base, adapter)
+        began = time.perf_counter()
+        row = {"name": name, **measure(adapter, base, quantization, tokens, merged=merged)}
+        done.append({**row, "took_s": round(time.perf_counter() - began, 1)})
+        print(json.dumps(done[-1]), flush=True)
+        if file is not None:
+            file.write_text(json.dumps({**about, "rows": done}, indent=1) + "\n")
+        gc.collect()
+        torch.cuda.empty_cache()
+    columns = [
+        "sequential_tok_s",
+        "served_tok_s",
+        "alone_first_token_s",
+        "first_token_s",
+        "dynamic_tok_s",
+        "static_tok_s",
+    ]
+    print(f"{'':20}" + "".join(f"{column:>22}" for column in columns))
+    for row in done:
+        print(f"{row['name']:20}" + "".join(f"{row[column]!s:>22}" for column in columns))
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rows", nargs="*", default=[])
+    parser.add_argument("--json", type=pathlib.Path)
+    words = parser.parse_args()
+    table(words.folder, words.tokens, words.rows, words.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""One request on its way: prompts to the engine, tokens back as pieces of text, counted and logged."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from nybble.serve.engine import Answer, Engine, GenerationError, Mailbox, Model, Request, Token
+from nybble.serve.metrics import Metrics
+from nybble.serve.protocol import ChatRequest, CompletionRequest, RequestError
+from nybble.serve.text import TextStream
+
+log = logging.getLogger("nybble.serve")
+LONGEST_ANSWER = 1024  # tokens, of a chat that names no limit
+BEFORE = 8  # tokens of a plain prompt that its continuation is decoded after
+
+
+@dataclass
+class Choice:
+    """One answer as text."""
+
+    index: int
+    answer: Answer
+    stream: TextStream
+    prompt: list[int]
+    finish: str | None = None
+    text: str = ""
+    generated: int = 0
+    """Tokens made, the one that ends it included."""
+    shown: list[Token] = field(default_factory=list)
+    """The same without the one that ends it, for log probabilities."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is new of an answer."""
+
+    choice: Choice
+    text: str
+    tokens: Sequence[Token]
+
+
+class Job:
+    """The answers to one request.
+
+    Args:
+        prompts: token ids, one list a prompt; each is answered `asked.n` times.
+        timeout: seconds until it is given up.
+
+    Raises:
+        RequestError: too long for the model, or not for this engine.
+        BusyError: no room in the queue.
+    """
+
+    def __init__(
+        self,
+        asked: ChatRequest | CompletionRequest,
+        model: Model,
+        prompts: Sequence[list[int]],
+        engine: Engine,
+        metrics: Metrics,
+        *,
+        timeout: float,
+        log_prompts: bool = False,
+    ) -> None:
+        self.asked, self.model, self.metrics, self.log_prompts = asked, model, metrics, log_prompts
+        chat = isinstance(asked, ChatRequest)
+        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
+        self.created = int(time.time())
+        self.timeout, self.began, self.first = timeout, time.perf_counter(), 0.0
+        self.deadline = asyncio.get_running_loop().time() + timeout
+        self.prompt_tokens = sum(map(len, prompts))
+        requests = [self._request(prompt, number) for prompt in prompts for number in range(asked.n)]
+        if refusal := engine.refuses(requests[0]):
+            raise RequestError(refusal[1], param=refusal[0], code="unsupported_parameter")
+        self.mailbox = Mailbox()
+        answers = engine.submit(requests, self.mailbox)
+        self.tokenizer: PreTrainedTokenizerBase = model.template.tokenizer
+        self.ends = {model.template.end_id, self.tokenizer.eos_token_id}
+        self.choices = [
+            Choice(index, answer, self._stream(request, chat), request.prompt)
+            for index, (request, answer) in enumerate(zip(requests, answers, strict=True))
+        ]
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens made for all answers."""
+        return sum(choice.generated for choice in self.choices)
+
+    def cancel(self) -> None:
+        """Stop whatever still goes on; nobody reads it."""
+        for choice in self.choices:
+            if choice.finish is None:
+                choice.answer.cancel()
+                self.metrics.answers.labels(self.model.name, "cancelled").inc()
+                choice.finish = "cancelled"
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Text as it becomes certain, and the end of each answer; answers that are left over are cancelled.
+
+        Raises:
+            GenerationError: the engine failed, or the server goes down.
+            TimeoutError: the request took longer than `timeout`.
+        """
+        by_answer = {id(choice.answer): choice for choice in self.choices}
+        try:
+            while any(choice.finish is None for choice in self.choices):
+                answer, token = await self.mailbox.take(self.deadline)
+                choice = by_answer[id(answer)]
+                if choice.finish is not None:
+                    continue  # a token that was under way when a stop string ended the answer
+                piece = self._more(choice, token) if token is not None else self._last(choice)
+                if piece.text or piece.tokens or choice.finish:
+                    yield piece
+            self._report()
+        finally:
+            self.cancel()
+
+    def _request(self, prompt: list[int], number: int) -> Request:
+        asked = self.asked
+        room = self.model.positions - len(prompt)
+        limit = asked.limit or min(LONGEST_ANSWER, room)
+        if limit > room or room < 1:
+            raise RequestError(
+                f"the prompt has {len(prompt):,} tokens and max_tokens is {max(limit, 1):,}; {self.model.name} knows "
+                f"{self.model.positions:,} positions",
+                param="messages" if isinstance(asked, ChatRequest) else "prompt",
+                code="context_length_exceeded",
+            )
+        seed = None if asked.seed is None else asked.seed + number
+        return Request(
+            self.model.name, prompt, limit, asked.temperature, asked.top_p, max(asked.top_k, 0), seed, asked.likeliest
+        )
+
+    def _stream(self, request: Request, chat: bool) -> TextStream:
+        before = [] if chat else request.prompt[-BEFORE:]
+        return TextStream(self.model.template.tokenizer, self.asked.stop, before, strip=chat)
+
+    def _more(self, choice: Choice, token: Token) -> Piece:
+        if not self.first:
+            self.first = time.perf_counter() - self.began
+            self.metrics.first.labels(self.model.name).observe(self.first)
+        choice.generated += 1
+        text = choice.stream.push(token)
+        tokens = [] if token.id in self.ends or self.asked.likeliest is None else [token]
+        if choice.stream.stopped:
+            choice.answer.cancel()
+            self._finish(choice, "stop")
+        return self._piece(choice, text, tokens)
+
+    def _last(self, choice: Choice) -> Piece:
+        text = choice.stream.end()
+        if choice.answer.finish == "cancelled":
+            raise GenerationError("the server is shutting down")
+        self._finish(choice, "stop" if choice.stream.stopped else str(choice.answer.finish))
+        return self._piece(choice, text, [])
+
+    def _piece(self, choice: Choice, text: str, tokens: list[Token]) -> Piece:
+        choice.text += text
+        choice.shown += tokens
+        return Piece(choice, text, tokens)
+
+    def _finish(self, choice: Choice, finish: str) -> None:
+        choice.finish = finish
+        self.metrics.answers.labels(self.model.name, finish).inc()
+        self.metrics.seconds.labels(self.model.name).observe(time.perf_counter() - self.began)
+
+    def _report(self) -> None:
+        """Count a request that was answered; a line in the log, with what was said only where that was asked for."""
+        self.metrics.tokens.labels(self.model.name, "prompt").inc(self.prompt_tokens)
+        self.metrics.tokens.labels(self.model.name, "answer").inc(self.completion_tokens)
+        seconds = time.perf_counter() - self.began
+        ends = ", ".join(str(choice.finish) for choice in self.choices)
+        log.info(
+            "%s: %d + %d tokens, the first after %.2f s, all in %.2f s (%.1f a second); %s",
+            self.model.name, self.prompt_tokens, self.completion_tokens, self.first, seconds,
+            self.completion_tokens / seconds, ends,
+        )  # fmt: skip
+        if self.log_prompts:
+            for choice in self.choices:
+                said = {"prompt": self.tokenizer.decode(choice.prompt), "answer": choice.text}
+                log.info("%s: %s", self.model.name, json.dumps(said, ensure_ascii=False))

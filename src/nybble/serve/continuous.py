@@ -1,0 +1,184 @@
+"""Transformers' own continuous batching, on one merged run: requests join and leave at every token.
+
+It knows no adapters, so the run has to be merged first (`nybble export RUN --to merged`). A paged cache takes the place
+of padding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import pathlib
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.generation.continuous_batching.requests import GenerationOutput
+
+from nybble.errors import ServeError
+from nybble.inference.pipeline import load_template
+from nybble.model.base import load_base
+from nybble.model.checkpoint import find_checkpoint
+from nybble.model.device import choose_device, choose_dtype
+from nybble.recipe import ModelOptions
+from nybble.run import CACHE, Run
+from nybble.serve.engine import Answer, BusyError, GenerationError, Mailbox, Model, Request, Token
+from nybble.serve.metrics import Metrics
+from nybble.serve.pipeline import cache_tokens
+
+log = logging.getLogger("nybble.serve")
+SECONDS_A_REQUEST = 1  # the manager tells nobody how long its queue is in seconds
+SLOTS = 32  # answers under way at once
+
+
+class ContinuousEngine:
+    """One merged model under one name.
+
+    Args:
+        model: the merged model.
+        queue: answers that may wait beside those under way.
+    """
+
+    name = "continuous"
+
+    def __init__(self, model: PreTrainedModel, served: Model, metrics: Metrics, *, queue: int) -> None:
+        self.models = {served.name: served}
+        self.about = "Transformers' continuous batching on the merged run; every request joins the batch at once"
+        self.ends = list(dict.fromkeys([served.template.end_id, served.template.tokenizer.eos_token_id]))
+        self.metrics, self.queue = metrics, queue
+        self.lock = threading.Lock()
+        self.under_way: dict[str, Answer] = {}
+        self.numbers = itertools.count()
+        # A processor is made only for what is not neutral, and only a processor takes a request's own value (transformers 5.23).
+        sampling = GenerationConfig(
+            do_sample=True, temperature=0.5, top_k=1, top_p=0.5, eos_token_id=self.ends,
+            pad_token_id=served.template.tokenizer.pad_token_id, bos_token_id=None,
+        )  # fmt: skip
+        self.vocabulary = model.config.vocab_size
+        own = ContinuousBatchingConfig(per_request_processors=True, max_requests_per_batch=SLOTS)
+        if model.device.type == "cpu":  # it would take nine tenths of the machine's memory
+            own.num_blocks = -(-min(SLOTS * served.positions, cache_tokens(model)) // own.page_size)
+            own.max_batch_tokens = max(SLOTS, served.positions)
+        self.manager = model.init_continuous_batching(sampling, own)
+        self.manager.start()
+
+    def refuses(self, request: Request) -> tuple[str, str] | None:
+        """Seeds and log probabilities: the manager draws for all requests from one generator, after its filters."""
+        if request.seed is not None:
+            return "seed", "the engine continuous cannot seed one request; --engine pipeline can"
+        if request.logprobs is not None:
+            return "logprobs", "the engine continuous gives no log probabilities; --engine pipeline does"
+        return None
+
+    def submit(self, requests: Sequence[Request], mailbox: Mailbox) -> list[Answer]:
+        """Hand requests to the manager, all or none."""
+        if not self.healthy():
+            raise GenerationError("the engine broke down; the server's log says why")
+        with self.lock:
+            waiting = len(self.under_way) - SLOTS
+            if waiting + len(requests) > self.queue:
+                raise BusyError(max(1, waiting * SECONDS_A_REQUEST))
+            named = [(f"answer-{next(self.numbers)}", request, Answer(mailbox)) for request in requests]
+            self.under_way |= {name: answer for name, _, answer in named}
+            self._count()
+        for name, request, answer in named:
+            self._hand_over(name, request, answer)
+        return [answer for _, _, answer in named]
+
+    def healthy(self) -> bool:
+        """Whether the manager's thread works."""
+        return bool(self.manager.is_running())
+
+    def close(self) -> None:
+        """Stop at once; what was under way fails."""
+        with self.lock:
+            left = list(self.under_way.values())
+        self.manager.stop(block=True, hard_stop=True)
+        for answer in left:
+            if answer.finish is None:
+                answer.fail("the server is shutting down")
+
+    def _hand_over(self, name: str, request: Request, answer: Answer) -> None:
+        """Register for a request's tokens, then send it."""
+        seen = 0
+
+        def receive(output: GenerationOutput) -> None:  # in the event loop
+            nonlocal seen
+            new, seen = output.generated_tokens[seen:], len(output.generated_tokens)
+            for token_id in new:
+                answer.put(Token(token_id))
+            if answer.cancelled and not output.is_finished():
+                self.manager.cancel_request(name)
+                self._forget(name, answer, "cancelled")
+            elif output.error is not None:
+                log.error("an answer failed: %s", output.error)
+                answer.fail("the model failed; the server's log says why")
+                self._forget(name, answer, None)
+            elif output.is_finished():
+                ended = bool(new) and new[-1] in self.ends
+                self._forget(name, answer, "stop" if ended else "length")
+
+        self.manager.register_result_handler(name, receive)
+        greedy = request.temperature == 0
+        own: dict[str, Any] = {
+            "temperature": 1.0 if greedy else float(request.temperature),
+            "top_k": 1 if greedy else (request.top_k or self.vocabulary),
+            "top_p": float(request.top_p),
+        }
+        self.manager.add_request(
+            request.prompt, name, max_new_tokens=request.max_tokens, streaming=True, eos_token_id=self.ends, **own
+        )
+
+    def _forget(self, name: str, answer: Answer, finish: Any) -> None:
+        with self.lock:
+            if self.under_way.pop(name, None) is not None and finish is not None:
+                answer.end(finish)
+            self._count()
+
+    def _count(self) -> None:
+        self.metrics.running.set(min(SLOTS, len(self.under_way)))
+        self.metrics.waiting.set(max(0, len(self.under_way) - SLOTS))
+
+
+def merged_folder(run: Run, engine: str) -> pathlib.Path:
+    """Where the merged model of a run stands.
+
+    Raises:
+        ServeError: the run was not merged yet.
+    """
+    folder = run.folder / "export" / "merged"
+    if not (folder / "config.json").exists():
+        raise ServeError(
+            f"the engine {engine} takes a merged model, and {run.folder} has none",
+            where=str(folder),
+            fix=f"nybble export {run.folder} --to merged",
+        )
+    return folder
+
+
+def load_continuous(
+    runs: Sequence[Run], metrics: Metrics, *, device: str, queue: int, cache: pathlib.Path = CACHE
+) -> ContinuousEngine:
+    """Load a merged run.
+
+    Raises:
+        ServeError: several runs, or one that was not merged.
+    """
+    if len(runs) > 1:
+        raise ServeError(
+            "the engine continuous serves one merged run; adapters on one base are the pipeline's",
+            fix=f"nybble serve {runs[0].folder} --engine continuous, or several runs with --engine pipeline",
+        )
+    run = runs[0]
+    folder = merged_folder(run, "continuous")
+    place = choose_device(device if device != "auto" else run.recipe.model.device)
+    dtype, _ = choose_dtype(run.recipe.model.dtype, place)
+    base = load_base(find_checkpoint(str(folder)), ModelOptions(quantization="none"), dtype, place, cache)
+    model = base.model.eval()
+    _, template = load_template(run, folder)
+    name = run.folder.resolve().name
+    served = Model(name, template, model.config.max_position_embeddings, None)
+    with torch.inference_mode():
+        return ContinuousEngine(model, served, metrics, queue=queue)

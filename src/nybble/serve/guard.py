@@ -1,0 +1,155 @@
+"""Who may ask: the key, the host that is spoken to, the size of what is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import socket
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nybble.errors import ServeError
+from nybble.serve.metrics import Metrics
+from nybble.serve.protocol import RequestError
+
+BODY = 4 * 2**20  # bytes of a request; 128,000 tokens of English are half a megabyte
+DRAIN = 64 * 2**20  # bytes of one that is too large which are read and forgotten, so that its sender hears the answer
+PATIENCE = 30  # seconds for a request's body to arrive
+OPEN = {"/", "/health"}  # without a key: the page has no secret, and says nothing before it has one
+ROUTES = {*OPEN, "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions"}
+KEY = "python -c 'import secrets; print(secrets.token_urlsafe())' > key.txt, then --api-key-file key.txt"
+
+
+def addresses(host: str) -> list[str]:
+    """The addresses that a host's name stands for.
+
+    Raises:
+        ServeError: it stands for none.
+    """
+    try:
+        return sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
+    except OSError as error:
+        raise ServeError(
+            f"--host {host} is no address of a machine: {error.strerror}", fix="--host 127.0.0.1"
+        ) from error
+
+
+def check_open_to(host: str, key: str | None) -> bool:
+    """Whether only this machine can reach the server.
+
+    Raises:
+        ServeError: others could, and there is no key.
+    """
+    local = all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in addresses(host))
+    if not local and not key:
+        raise ServeError(
+            f"--host {host} lets other machines in, and there is no API key: anybody could use this GPU",
+            fix=f"{KEY}; or leave --host out, to be reached from this machine only",
+        )
+    return local
+
+
+class Guard:
+    """Before anything else looks at a request: counts it, and turns away who has no key.
+
+    Without a key the server answers this machine only, and then only under its own names: a page of another site that has its
+    name point to 127.0.0.1 (DNS rebinding) gets nothing.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, key: str | None) -> None:
+        self.app, self.metrics = app, metrics
+        self.key = key.encode() if key else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            return
+        path = scope["path"]
+        route = path if path in ROUTES else "other"
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.metrics.requests.labels(route, str(message["status"])).inc()
+            await send(message)
+
+        headers = dict(scope["headers"])
+        refusal = self._refusal(path, headers)
+        if refusal is None:
+            await self.app(scope, receive, counted)
+        else:
+            await send_error(refusal, counted)
+
+    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> RequestError | None:
+        if self.key is None:
+            host = headers.get(b"host", b"").decode("latin-1")
+            if not _is_this_machine(host):
+                return RequestError(
+                    f"this server answers to localhost and 127.0.0.1, not to {host[:100]!r}; others need an API key",
+                    status=403,
+                    code="wrong_host",
+                )
+            return None
+        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+        if path in OPEN or hmac.compare_digest(given, self.key):
+            return None
+        return RequestError(
+            "wrong or missing API key; send the header Authorization: Bearer KEY",
+            status=401,
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+async def send_error(error: RequestError, send: Send) -> None:
+    """An error as a whole response."""
+    body = json.dumps(error.body()).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def read_body(request: Request) -> bytes:
+    """The body of a JSON request.
+
+    Raises:
+        RequestError: of another type, too large, or too slow.
+    """
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":  # a form on another site's page cannot send this
+        raise RequestError(f"Content-Type is {kind or 'missing'}; send application/json", status=415)
+    body, size = bytearray(), 0
+    try:
+        async with asyncio.timeout(PATIENCE):
+            async for part in request.stream():
+                size += len(part)
+                if size <= BODY:
+                    body += part
+                elif size > DRAIN:
+                    break
+    except TimeoutError:
+        raise RequestError(f"the body did not arrive within {PATIENCE} s", status=408, headers=CLOSE) from None
+    except ClientDisconnect:
+        raise RequestError("the body was cut off", headers=CLOSE) from None
+    if size > BODY:
+        raise RequestError(f"the body has more than {BODY:,} bytes", status=413, code="body_too_large", headers=CLOSE)
+    return bytes(body)
+
+
+CLOSE = {"Connection": "close"}
+
+
+def _is_this_machine(host: str) -> bool:
+    """Whether a Host header names this machine by a name that no one else can give it."""
+    name: Any = host.rsplit(":", 1)[0] if host.count(":") == 1 or "]" in host else host
+    name = name.strip("[]").lower()
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,172 @@
+"""From runs to a server that listens, as numbered steps; and its end, which lets running answers finish."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import pathlib
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+import uvicorn
+from rich.console import Console
+
+from nybble.errors import ServeError
+from nybble.run import Run
+from nybble.serve.app import Limits, make_app
+from nybble.serve.continuous import load_continuous
+from nybble.serve.engine import Engine
+from nybble.serve.guard import check_open_to
+from nybble.serve.metrics import Metrics
+from nybble.serve.pipeline import load_pipeline
+from nybble.serve.vllm import become_vllm
+
+SILENT = 120  # seconds after which the kernel ends a connection whose reader takes nothing of what is sent (Linux)
+ENGINES = ("pipeline", "continuous", "vllm")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the server listens, and for whom."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    key: str | None = None
+
+
+class Server(uvicorn.Server):
+    """uvicorn, saying what an interrupt does."""
+
+    def __init__(self, config: uvicorn.Config, console: Console) -> None:
+        super().__init__(config)
+        self.console = console
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets running answers finish, the second cuts them off."""
+        if not self.should_exit:
+            self.console.print("no new requests; running answers finish (Ctrl-C again cuts them off)", style="dim")
+        super().handle_exit(sig, frame)
+
+
+def serve(
+    runs: Sequence[Run], place: Place, console: Console, *, engine: str, device: str, queue: int, limits: Limits
+) -> None:
+    """Listen until interrupted; with vllm, become vLLM's server.
+
+    Raises:
+        ServeError: the port is taken, others could reach the server without a key, or the engine cannot take these runs.
+        RunError, ModelError: the runs cannot be loaded, or not together.
+    """
+    if engine not in ENGINES:
+        raise ServeError(f"there is no engine {engine!r}", fix=f"--engine {', '.join(ENGINES)}")
+    if engine == "vllm":
+        become_vllm(runs, place.host, place.port, place.key)
+    local = check_open_to(place.host, place.key)  # 1. who may reach it
+    listener = listen(place.host, place.port)  # 2. the port, before minutes go into loading
+    try:
+        metrics = Metrics()
+        with console.status("loading"):  # 3. the model
+            loaded = load_engine(engine, runs, metrics, device=device, queue=queue)
+        try:
+            tell(console, loaded, place, listener, local)  # 4. what there is
+            run_server(loaded, metrics, limits, place.key, listener, console)  # 5. answers
+        finally:
+            loaded.close()
+    finally:
+        listener.close()
+
+
+def load_engine(name: str, runs: Sequence[Run], metrics: Metrics, *, device: str, queue: int) -> Engine:
+    """The engine of that name."""
+    if name == "continuous":
+        return load_continuous(runs, metrics, device=device, queue=queue)
+    return load_pipeline(runs, metrics, device=device, queue=queue)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket.
+
+    Raises:
+        ServeError: the port is taken or may not be taken.
+    """
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT * 1000)
+    try:
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ServeError(
+                f"port {port} of {host} is taken by another program", fix=f"--port {port + 1}, or end the other one"
+            ) from error
+        raise ServeError(f"cannot listen on {host}, port {port}: {error.strerror}", fix="--port 8000") from error
+    return listener
+
+
+def tell(console: Console, engine: Engine, place: Place, listener: socket.socket, local: bool) -> None:
+    """Engine and why, models, address, page."""
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    tuned = [model.name for model in engine.models.values() if model.parent is not None]
+    bases = [model.name for model in engine.models.values() if model.parent is None]
+    lines = [
+        f"engine    {engine.name}: {engine.about}",
+        f"models    {', '.join(tuned)}" + (f"; the base as {', '.join(bases)}" if bases else ""),
+        f"address   http://{shown}:{port}/v1" + ("" if place.key else "   (no key needed)"),
+        f"page      http://{shown}:{port}/",
+        "reached   from this machine only" if local else "reached   by other machines, with the API key",
+    ]
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def run_server(
+    engine: Engine, metrics: Metrics, limits: Limits, key: str | None, listener: socket.socket, console: Console
+) -> None:
+    """Serve on a socket until a signal; then let running answers finish."""
+    _log_to_stderr()
+    config = uvicorn.Config(
+        make_app(engine, metrics, limits, key),
+        log_config=None,
+        access_log=False,  # nybble writes a line an answer
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=int(limits.timeout) + 10,
+    )
+    Server(config, console).run(sockets=[listener])
+
+
+def read_key(key: str | None, file: pathlib.Path | None) -> str | None:
+    """The API key: given, or the first line of a file, or of standard input where the file is `-`.
+
+    Raises:
+        ServeError: both are given, the file is missing, or the key is empty or holds what a header cannot.
+    """
+    if file is not None:
+        if key is not None:
+            raise ServeError("--api-key and --api-key-file were both given", fix="one of them")
+        try:
+            lines = (sys.stdin.readline() if str(file) == "-" else file.read_text(encoding="utf-8")).splitlines()
+        except OSError as error:
+            raise ServeError(f"the API key cannot be read: {error.strerror}", where=str(file)) from error
+        key = lines[0].strip() if lines else ""
+    if key is not None and (not key or not key.isascii() or not key.isprintable() or " " in key):
+        raise ServeError("the API key must be printable ASCII without spaces, and not empty")
+    return key
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    log = logging.getLogger("nybble.serve")
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)

@@ -1,0 +1,68 @@
+"""For more than one machine's worth of requests: vLLM's own server on what a run left.
+
+Nothing of vLLM is imported: its command is put together and takes this process's place.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+
+from nybble.errors import ServeError
+from nybble.inference.pipeline import check_one_base
+from nybble.model.adapter import read_adapter_config
+from nybble.run import Run
+from nybble.serve.guard import check_open_to
+from nybble.serve.pipeline import run_names
+
+
+def command(runs: Sequence[Run], host: str, port: int) -> list[str]:
+    """What would be typed: the merged model where one run was merged, else the base with an adapter for each run.
+
+    The API key is not among it, since other users see a command line: `environment` has it.
+    """
+    names = run_names(runs)
+    merged = runs[0].folder / "export" / "merged"
+    reach = ["--host", host, "--port", str(port)]
+    if len(runs) == 1 and (merged / "config.json").exists():
+        return ["vllm", "serve", str(merged), "--served-model-name", names[0], *reach]
+    check_one_base(runs)
+    options = runs[0].recipe.model
+    ranks = [read_adapter_config(run.adapter).r for run in runs]
+    modules = [f"{name}={run.adapter}" for name, run in zip(names, runs, strict=True)]
+    tokenizer = [] if runs[0].is_bare_adapter else ["--tokenizer", str(runs[0].folder / "tokenizer")]
+    four_bit = ["--quantization", "bitsandbytes"] if options.quantization in ("nf4", "fp4") else []
+    revision = ["--revision", options.revision] if options.revision else []
+    return [
+        "vllm", "serve", options.path, *revision, *tokenizer, *four_bit, "--enable-lora", "--max-lora-rank",
+        str(_rank(max(ranks))), "--lora-modules", *modules, *reach,
+    ]  # fmt: skip
+
+
+def environment(key: str | None) -> dict[str, str]:
+    """The variables that vLLM reads its key from."""
+    return {**os.environ, **({"VLLM_API_KEY": key} if key else {})}
+
+
+def become_vllm(runs: Sequence[Run], host: str, port: int, key: str | None) -> None:
+    """Replace this process by vLLM's server; does not return.
+
+    Raises:
+        ServeError: vLLM is not installed, or others could reach it without a key.
+    """
+    check_open_to(host, key)
+    words = command(runs, host, port)
+    program = shutil.which("vllm")
+    if program is None:
+        raise ServeError(
+            f"vLLM is not installed; it would run: {' '.join(words)}",
+            fix="python -m venv vllm && vllm/bin/pip install vllm, a place of its own since it pins torch; then "
+            "PATH=$PWD/vllm/bin:$PATH nybble serve ... --engine vllm",
+        )
+    os.execve(program, words, environment(key))
+
+
+def _rank(largest: int) -> int:
+    """vLLM takes these ranks only."""
+    return next((rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= largest), largest)
