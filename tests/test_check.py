@@ -14,7 +14,7 @@ from rich.console import Console
 
 from conftest import SHARED
 from nybble.check import check
-from nybble.cli import _data_recipe
+from nybble.cli.words import data_recipe
 from nybble.data import histogram
 from nybble.data.licences import licences
 from nybble.data.prepare import prepare
@@ -151,10 +151,10 @@ def test_of_a_stream_the_beginning_is_looked_at(rows, tiny_llama, cache, monkeyp
 
 @pytest.mark.parametrize("name", ["*.jsonl", "[ab].jsonl", "my: rows.jsonl", "2024-01-01", "007", "a #1.jsonl"])
 def test_a_name_on_the_command_line_is_taken_to_the_letter(name):
-    recipe = _data_recipe([name, "my/*", "data.max_length=64"], None)
+    recipe = data_recipe([name, "my/*", "data.max_length=64"], None)
     assert (recipe.data.path, recipe.model.path, recipe.data.max_length) == (name, "my/*", 64)
     with pytest.raises(RecipeError, match=re.escape("""put text in quotes: 'data.path="*.jsonl"'""")):
-        _data_recipe(["data.path=*.jsonl"], None)
+        data_recipe(["data.path=*.jsonl"], None)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the real data")

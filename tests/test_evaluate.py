@@ -13,7 +13,7 @@ import wandb
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from nybble.cli import _harness
+from nybble.cli.extras import make_harness
 from nybble.errors import EvaluationError, RecipeError
 from nybble.evaluate.evaluation import Asked, evaluate
 from nybble.evaluate.harness import Harness, _spread
@@ -187,7 +187,7 @@ def test_the_command_line_shows_the_table_and_names_what_is_wrong(run, benches, 
 
 def test_folders_and_texts_that_are_not_there_are_named(run, cache, tmp_path, quiet):
     with pytest.raises(EvaluationError, match="there is no folder"):
-        _harness(["arc_easy"], tmp_path / "nowhere", 1)
+        make_harness(["arc_easy"], tmp_path / "nowhere", 1)
     for text, said in ((tmp_path / "nothing.txt", "there is no file"), (tmp_path / "empty.txt", "has not two tokens")):
         if said.startswith("has"):
             text.write_text("")

@@ -1,0 +1,44 @@
+"""The command line: one function a command, each loads its room, calls it, and prints.
+
+No torch before a command needs it: `nybble --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import sys
+
+import typer
+
+from nybble.cli import training, using
+from nybble.cli.app import app
+from nybble.errors import NybbleError
+from nybble.launch import rank
+
+__all__ = ["main", "training", "using"]
+
+
+def main() -> None:
+    """Run the command line; a user's error is one message and an exit status, a defect is a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # rows may hold what a terminal cannot show
+    try:
+        app()
+    except NybbleError as error:
+        _complain(str(error))
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _complain(
+            "the disk is full\n  fix:   free some space; a run with a checkpoint goes on with nybble train --resume RUN"
+        )
+        sys.exit(1)
+
+
+def _complain(text: str) -> None:
+    who = f"process {rank()}: " if rank() else ""
+    typer.secho(f"{who}error: ", fg="red", bold=True, nl=False, err=True)
+    typer.echo(text, err=True)

@@ -1,0 +1,45 @@
+"""The program, and what its commands have in common."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import warnings
+from typing import Annotated
+
+import typer
+
+from nybble import __version__
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="QLoRA fine-tuning of LLaMA 2 and its kin: from a fresh machine to a model that answers.",
+)
+Folder = Annotated[pathlib.Path, typer.Argument(help="A run folder, or a PEFT adapter folder.")]
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    if version:
+        typer.echo(f"nybble {__version__}")
+        raise typer.Exit
+
+
+def quiet() -> None:
+    """Libraries talk about themselves; what a person needs to know is said by nybble."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in (
+        "bitsandbytes.backends.cpu.ops",
+        "bitsandbytes.autograd._functions",
+        "transformers",
+        "accelerate",
+        "datasets",
+        "torch.distributed",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

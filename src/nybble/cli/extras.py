@@ -1,0 +1,52 @@
+"""What needs an optional package; the error says how to get it."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nybble.errors import EvaluationError, ExportError
+
+if TYPE_CHECKING:
+    from nybble.evaluate.harness import Harness
+    from nybble.export.gguf import Converter
+    from nybble.export.preflight import Preflight
+
+
+def make_harness(names: list[str], data: pathlib.Path | None, limit: int | None, batch: int | None = None) -> Harness:
+    """What runs benchmarks, which exist: lm-eval is an optional package."""
+    try:
+        from nybble.evaluate.harness import Harness
+    except ModuleNotFoundError as error:
+        raise EvaluationError(
+            f"benchmarks are run by lm-eval, which is not installed ({error})",
+            fix="pip install 'nybble[eval]', or --tasks none",
+        ) from error
+    if data is not None and not data.is_dir():
+        raise EvaluationError(f"there is no folder {data}", fix="a folder with files TASK.SPLIT.jsonl")
+    harness = Harness(data, limit, batch)
+    for name in names:
+        harness.parts(name)
+    return harness
+
+
+def make_converter() -> Converter:
+    """What writes GGUF files: gguf is an optional package."""
+    try:
+        from nybble.export.gguf import Converter
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            f"GGUF files are written by the gguf package, which is not installed ({error})",
+            fix="pip install 'nybble[export]'",
+        ) from error
+    return Converter()
+
+
+def make_preflight(targets: Sequence[str]) -> Preflight:
+    """What checks before training that export.to can work."""
+    converter = make_converter() if "gguf" in targets else None
+    from nybble.export.export import Wanted
+    from nybble.export.preflight import Preflight
+
+    return Preflight(targets, Wanted("gguf").quants, converter)

