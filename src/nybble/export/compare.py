@@ -26,7 +26,7 @@ from nybble.export.merge import Merge
 from nybble.inference.pipeline import Answerer
 
 ROWS = 64  # validation rows that are compared
-TOKENS_AT_ONCE = 8192  # of padded rows: each batch merges all weights anew
+TOKENS_AT_ONCE = 16_384  # of padded rows: each batch merges all weights anew
 PLACES_AT_ONCE = 256  # places whose logits stand in memory: 33 MB of Llama 2's, for each model
 
 

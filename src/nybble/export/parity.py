@@ -47,7 +47,7 @@ ALLOWED = {
     "Q5_K": 0.1,
     "Q4_K": 0.3,
 }
-"""And so much more, in nats a token: what the type itself costs, about twice what docs/benchmarks.md has for a model of 135M."""
+"""And so much more, in nats a token, for what the type costs: 4 to 10 times what docs/benchmarks.md has for a model of 135M."""
 ALLOWED_OTHERWISE = 1.0  # Q4_0, Q3_K and Q2_K: at 135M they ramble
 
 
