@@ -6,6 +6,8 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # two processes of two threads on two cores: 3 to 10 times slower
@@ -196,3 +198,22 @@ def tuned_run(tiny_llama, rows, cache, tmp_path_factory):
     words += ["model.device=cpu", "model.dtype=float32", "data.max_length=128", "data.validation=12", "train.samples=0"]
     words += ["train.micro_batch=8", "train.accumulation=1", "train.max_steps=20", "train.learning_rate=1e-2"]
     return train(load_recipe(None, words), console=Console(quiet=True), cache=cache)
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """The command line in this process: another one loads libraries for ten seconds. Its cache is this user's own."""
+    from nybble.cli import main
+
+    def run(*words: object) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["nybble", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "100")
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(sys.argv, status, said.out, said.err)
+
+    return run

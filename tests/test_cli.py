@@ -76,8 +76,8 @@ def test_print_config_prints_a_recipe_that_train_reads(tmp_path):
         (["serve", "/nowhere"], 1, "there is no folder /nowhere"),
     ],
 )
-def test_bad_words_get_one_message_and_a_status(words, status, message):
-    result = nybble(*words)
+def test_bad_words_get_one_message_and_a_status(words, status, message, here):
+    result = here(*words)
     print(result.stderr)
     assert result.returncode == status
     assert message in " ".join(result.stderr.split())
@@ -117,6 +117,7 @@ def test_a_person_trains_and_chats(tiny_llama, rows, tmp_path):
     assert talk.stdout.count("you> ") == 5
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(tiny_llama, rows, cache, tmp_path, quiet):
     words = ["train.max_steps=4", "train.learning_rate=1e-3", "train.micro_batch=2", "data.validation=7"]
     one = train(
@@ -244,16 +245,16 @@ def test_the_cache_has_one_place():
     assert CACHE.parts[-2:] == (".cache", "nybble")
 
 
-def test_data_is_checked_and_previewed_from_the_command_line(tiny_llama, rows, tmp_path):
+def test_data_is_checked_and_previewed_from_the_command_line(tiny_llama, rows, tmp_path, here):
     fit = nybble("data", "check", rows, tiny_llama, "data.max_length=256", home=tmp_path)
     assert fit.returncode == 0, fit.stderr
     assert fit.stdout.rstrip().endswith("fit")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"instruction": "a"}\n')
-    unfit = nybble("data", "check", bad, home=tmp_path)
+    unfit = here("data", "check", bad)
     assert unfit.returncode == 1
     assert f"{bad}:1" in unfit.stdout
-    seen = nybble("data", "preview", rows, tiny_llama, "-n", 2, home=tmp_path)
+    seen = here("data", "preview", rows, tiny_llama, "-n", 2)
     assert seen.returncode == 0, seen.stderr
     assert seen.stdout.count("</s>]]") == 2
     odd = tmp_path / "odd.jsonl"
@@ -261,6 +262,6 @@ def test_data_is_checked_and_previewed_from_the_command_line(tiny_llama, rows, t
     seen = nybble("data", "preview", odd, tiny_llama, home=tmp_path, PYTHONIOENCODING="ascii")
     assert seen.returncode == 0, seen.stderr
     for words, message in ((("check",), "DATA is missing"), (("preview", rows), "MODEL is missing")):
-        result = nybble("data", *words, home=tmp_path)
+        result = here("data", *words)
         assert result.returncode != 0
         assert message in result.stderr + result.stdout

@@ -172,13 +172,12 @@ def test_the_numbers_go_to_wandb_too(run, results, monkeypatch):
     assert log_evaluation(TrackerOptions(), run.folder, results) is None
 
 
-def test_the_command_line_shows_the_table_and_names_what_is_wrong(run, benches, tmp_path, results):
-    home = tmp_path / "home"
-    done = nybble("eval", run.folder, "--tasks", "none", "--answers", 2, home=home)
+def test_the_command_line_shows_the_table_and_names_what_is_wrong(run, benches, tmp_path, results, here):
+    done = nybble("eval", run.folder, "--tasks", "none", "--answers", 2, home=tmp_path / "home")
     assert done.returncode == 0, done.stderr
     assert "held-out loss" in done.stdout
     assert "better" in done.stdout
-    done = nybble("eval", run.folder, "--tasks", "arc_esy", "--data-dir", benches, home=home)
+    done = here("eval", run.folder, "--tasks", "arc_esy", "--data-dir", benches)
     print(done.stderr)
     assert done.returncode == 1
     assert "did you mean arc_easy" in done.stderr

@@ -319,6 +319,7 @@ def test_datasets_load_through_the_standin(world: tuple[StandinHub, Path]) -> No
     assert "neither a file here nor a data set on the Hub" in missing[0]
 
 
+@pytest.mark.slow
 def test_datasets_stream_through_the_standin(world: tuple[StandinHub, Path], tiny_llama: Path) -> None:
     server, root = world
     answers = answers_of(

@@ -84,7 +84,7 @@ def test_fuse_before_or_after_the_trainer_is_built(kind, tiny_llama, tiny_tokeni
     assert len(set(plain)) == 3
 
 
-@pytest.mark.parametrize("script", ["plain_trainer.py", "trl_sft.py"])
+@pytest.mark.parametrize("script", ["plain_trainer.py", pytest.param("trl_sft.py", marks=pytest.mark.slow)])
 def test_the_examples_run(script, tiny_llama, texts, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(

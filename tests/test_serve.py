@@ -18,7 +18,7 @@ import torch
 from transformers import AutoTokenizer
 
 from local_server import another_run, events, serving
-from nybble import cli
+from nybble.cli import using
 from nybble.data.formats import Message
 from nybble.data.tokens import encode, encode_prompt
 from nybble.errors import RunError, ServeError
@@ -478,7 +478,7 @@ def test_a_missing_package_is_named(runs, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastapi", None)
     monkeypatch.delitem(sys.modules, "nybble.serve.app")
     with pytest.raises(ServeError, match=r"needs packages that are not installed[\s\S]*pip install 'nybble\[serve\]'"):
-        cli.serve([runs[0].folder])
+        using.serve([runs[0].folder])
 
 
 def test_a_key_comes_from_an_option_a_file_or_standard_input(tmp_path, monkeypatch):
