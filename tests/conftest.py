@@ -176,28 +176,27 @@ def peaky_llama(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def peaky_run(peaky_llama, rows, cache, tmp_path_factory):
-    """A run on it that learnt to answer and to stop; tests that change it take a copy."""
+def tuned(model, rows, out, steps, cache):
+    """A run of so many steps on those rows, in float32 on the CPU."""
     from nybble.recipe import load_recipe
     from nybble.train import train
 
-    words = [f"model.path={peaky_llama}", f"data.path={rows}", f"out={tmp_path_factory.mktemp('runs') / 'peaky-run'}"]
+    words = [f"model.path={model}", f"data.path={rows}", f"out={out}", f"train.max_steps={steps}"]
     words += ["model.device=cpu", "model.dtype=float32", "data.max_length=128", "data.validation=12", "train.samples=0"]
-    words += ["train.micro_batch=8", "train.accumulation=1", "train.max_steps=60", "train.learning_rate=1e-2"]
+    words += ["train.micro_batch=8", "train.accumulation=1", "train.learning_rate=1e-2"]
     return train(load_recipe(None, words), console=Console(quiet=True), cache=cache)
+
+
+@pytest.fixture(scope="session")
+def peaky_run(peaky_llama, rows, cache, tmp_path_factory):
+    """A run on it that learnt to answer and to stop; tests that change it take a copy."""
+    return tuned(peaky_llama, rows, tmp_path_factory.mktemp("runs") / "peaky-run", 60, cache)
 
 
 @pytest.fixture(scope="session")
 def tuned_run(tiny_llama, rows, cache, tmp_path_factory):
-    """The tiny Llama tuned on those rows: 20 steps, float32, on the CPU."""
-    from nybble.recipe import load_recipe
-    from nybble.train import train
-
-    words = [f"model.path={tiny_llama}", f"data.path={rows}", f"out={tmp_path_factory.mktemp('runs') / 'run'}"]
-    words += ["model.device=cpu", "model.dtype=float32", "data.max_length=128", "data.validation=12", "train.samples=0"]
-    words += ["train.micro_batch=8", "train.accumulation=1", "train.max_steps=20", "train.learning_rate=1e-2"]
-    return train(load_recipe(None, words), console=Console(quiet=True), cache=cache)
+    """The tiny Llama tuned on those rows."""
+    return tuned(tiny_llama, rows, tmp_path_factory.mktemp("runs") / "run", 20, cache)
 
 
 @pytest.fixture
