@@ -174,6 +174,8 @@ def test_a_seeded_answer_does_not_depend_on_its_neighbours(server):
         thread.join()
     assert answers[7] == alone
     assert len(set(answers.values())) > 4
+    below = server.chat("run", ASKED, seed=-1, n=3, **ask)["choices"]  # seeds -1, 0 and 1
+    assert len({choice["message"]["content"] for choice in below}) == 3
 
 
 def test_log_probabilities_are_the_models_own(server, runs, cache, client):

@@ -134,7 +134,7 @@ class Job:
                 param="messages" if isinstance(asked, ChatRequest) else "prompt",
                 code="context_length_exceeded",
             )
-        seed = None if asked.seed is None else asked.seed + number
+        seed = None if asked.seed is None else (asked.seed + number) % 2**64  # random.Random takes -1 for 1
         return Request(
             self.model.name, prompt, limit, asked.temperature, asked.top_p, max(asked.top_k, 0), seed, asked.likeliest
         )

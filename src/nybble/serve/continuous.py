@@ -124,7 +124,9 @@ class ContinuousEngine:
         greedy = request.temperature == 0
         own: dict[str, Any] = {
             "temperature": 1.0 if greedy else float(request.temperature),
-            "top_k": 1 if greedy else (request.top_k or self.vocabulary),
+            "top_k": 1
+            if greedy
+            else min(request.top_k or self.vocabulary, self.vocabulary),  # the manager's is 32 bits
             "top_p": float(request.top_p),
         }
         self.manager.add_request(
