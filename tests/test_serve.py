@@ -379,7 +379,21 @@ def test_a_model_that_fails_fails_its_own_requests_only(runs, cache, monkeypatch
         assert "device-side" not in failed.text
         both = server.chat("run", ASKED, max_tokens=30, seed=1, n=2, temperature=1.5)  # out of memory: one at a time
         assert len(both["choices"]) == 2
-        assert server.engine.batcher.rows == 1
+        batches = server.metric("nybble_batch_rows_count")
+        short = {"route": "/v1/completions", "model": "run", "prompt": ["one", "two"], "max_tokens": 2}
+        assert server.post(**short).status_code == 200
+        assert server.metric("nybble_batch_rows_count") == batches + 1  # short ones still go together
+
+        def overflowing(*words, **named):
+            output = forward(*words, **named)
+            output.logits[0] = torch.nan
+            return output
+
+        monkeypatch.setattr(model, "forward", overflowing)
+        failed = server.post(**short, logprobs=1)
+        assert failed.status_code == 503
+        assert "logits are infinite or NaN" in failed.json()["error"]["message"]
+        assert 'finish="failed",model="run"} 3.0' in server.http.get(f"{server.url}/metrics").text
         assert server.http.get(f"{server.url}/health").json()["status"] == "ok"
 
 

@@ -114,7 +114,6 @@ class Batcher:
         room: int,
     ) -> None:
         self.generate, self.ends, self.metrics, self.queue, self.room = generate, ends, metrics, queue, room
-        self.rows = ROWS
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
         self.seconds_a_row = 1.0
@@ -175,8 +174,10 @@ class Batcher:
             self.generate(batch)
         except torch.OutOfMemoryError:
             if len(batch.rows) > 1:
-                self.rows = max(1, len(batch.rows) // 2)
-                log.warning("out of memory with %d answers at once; from now on %d", len(batch.rows), self.rows)
+                self.room = _tokens(batch.rows) // 2
+                log.warning(
+                    "out of memory with %d answers; a batch now has room for %d tokens", len(batch.rows), self.room
+                )
             else:
                 batch.rows[0].answer.fail("out of memory: the prompt is too long for this device")
         except (RuntimeError, ValueError, IndexError):
@@ -192,7 +193,7 @@ class Batcher:
         """The next batch; None when the engine closes."""
         with self.changed:
             if self._drop_cancelled():
-                wanted = min(self.rows, len(self.waiting) + self.answered)
+                wanted = min(ROWS, len(self.waiting) + self.answered)
                 self.changed.wait_for(lambda: self.closing or len(self.waiting) >= wanted, timeout=self.pause)
             while not self._drop_cancelled() and not self.closing:
                 self.changed.wait()
@@ -209,12 +210,10 @@ class Batcher:
         """Rows of the model that has waited longest, in their order, as many as fit."""
         model = self.waiting[0].request.model
         rows: list[Row] = []
-        longest = 0
         for row in self.waiting:
             if row.request.model != model:
                 continue
-            longest = max(longest, len(row.request.prompt) + row.request.max_tokens)
-            if rows and (len(rows) == self.rows or (len(rows) + 1) * longest > self.room):
+            if rows and (len(rows) == ROWS or _tokens([*rows, row]) > self.room):
                 break
             rows.append(row)
         return rows
@@ -229,3 +228,8 @@ class Batcher:
     def _count(self) -> None:
         self.metrics.waiting.set(len(self.waiting))
         self.metrics.running.set(len(self.running))
+
+
+def _tokens(rows: Sequence[Row]) -> int:
+    """The places in a padded batch's cache, once every answer is as long as it may be."""
+    return len(rows) * max(len(row.request.prompt) + row.request.max_tokens for row in rows)
