@@ -236,7 +236,7 @@ def long_answer(model, **more):
 
 
 def test_a_reader_that_leaves_ends_the_generation(server, tiny_llama):
-    cancelled = server.metric("nybble_answers_total")
+    cancelled, made = server.metric("nybble_answers_total"), server.metric("nybble_tokens_total")
     with server.http.stream("POST", f"{server.url}/v1/chat/completions", json=long_answer(tiny_llama.name)) as response:
         lines = response.iter_lines()
         for _ in range(4):  # who speaks, a blank line, a first token
@@ -246,6 +246,7 @@ def test_a_reader_that_leaves_ends_the_generation(server, tiny_llama):
     text = server.http.get(f"{server.url}/metrics").text
     assert f'nybble_answers_total{{finish="cancelled",model="{tiny_llama.name}"}} 1.0' in text
     assert server.metric("nybble_answers_total") == cancelled + 1
+    assert server.metric("nybble_tokens_total") > made
     with pytest.raises(httpx.ReadTimeout):  # not streamed: it leaves while the answer is made
         server.post(**(long_answer(tiny_llama.name) | {"stream": False}), timeout=0.2)
     server.wait_for("nybble_running", 0, 3)
@@ -340,6 +341,8 @@ def test_what_takes_too_long_is_given_up(runs, cache, tiny_llama):
         with pytest.raises(openai.APIError, match=r"not done within 0\.3 s"):
             list(client.chat.completions.create(**long_answer(tiny_llama.name, n=16)))
         server.wait_for("nybble_running", 0, 5)
+        ends = f'nybble_answers_total{{finish="timeout",model="{tiny_llama.name}"}} 32.0'
+        assert ends in server.http.get(f"{server.url}/metrics").text
 
 
 def test_a_server_that_ends_lets_running_answers_finish(runs, cache, tiny_llama):
