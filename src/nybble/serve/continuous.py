@@ -122,11 +122,10 @@ class ContinuousEngine:
 
         self.manager.register_result_handler(name, receive)
         greedy = request.temperature == 0
+        most = min(request.top_k or self.vocabulary, self.vocabulary)  # the manager keeps it in 32 bits
         own: dict[str, Any] = {
             "temperature": 1.0 if greedy else float(request.temperature),
-            "top_k": 1
-            if greedy
-            else min(request.top_k or self.vocabulary, self.vocabulary),  # the manager's is 32 bits
+            "top_k": 1 if greedy else most,
             "top_p": float(request.top_p),
         }
         self.manager.add_request(
