@@ -3,7 +3,7 @@
 A batch is made of requests for one model (one adapter), in the order they came. Nothing else has to be alike: length,
 sampling, seed and end are each row's own. A batch cannot take in a row midway, so it gives way: once others wait, and once it
 has made enough tokens to be worth the prompts that are computed again, it stops, and its unfinished rows go on in the next
-batch together with the newcomers.
+batch together with the newcomers. It does so too when half its rows have ended, as these are computed on with it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ GATHER = 0.01  # seconds an idle engine waits for requests that come together
 # Seconds that a busy one waits, at most, for clients that were just answered to ask again: a token's time. Without it 16
 # clients fall into two groups that take turns in batches of 8 (SmolLM2 on two cores: a mean of 7.8 rows).
 RETURN = 0.3
-# A batch gives way after so many tokens a row, or one for every 50 that stand in it already if that is more.
+# A batch gives way, or leaves ended rows behind, after so many tokens a row, or one for every 50 that stand in it already if
+# that is more.
 PATIENCE, REPEATED = 16, 50
 
 
@@ -85,9 +86,10 @@ class Batch:
         for row, token in zip(self.rows, tokens, strict=True):
             if row.answer.finish is None:
                 row.take(token)
-        if self.steps >= self.patience and self.others_wait():
-            return [True] * len(self.rows)
-        return [row.answer.finish is not None for row in self.rows]
+        over = [row.answer.finish is not None for row in self.rows]
+        if self.steps >= self.patience and (self.others_wait() or 2 * sum(over) >= len(over)):
+            return [True] * len(over)
+        return over
 
     def unfinished(self) -> list[Row]:
         """Rows that go on in another batch."""
