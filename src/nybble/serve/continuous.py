@@ -31,7 +31,9 @@ from nybble.serve.pipeline import cache_tokens
 log = logging.getLogger("nybble.serve")
 SECONDS_A_REQUEST = 1  # the manager tells nobody how long its queue is in seconds
 SLOTS = 32  # answers under way at once
-BLOCK = 256  # tokens in a block of the cache: the default of 5.17, where it is called block_size, and of 5.23, page_size
+BLOCK = (
+    256  # tokens in a block of the cache: the default of 5.17, where it is called block_size, and of 5.23, page_size
+)
 
 
 class ContinuousEngine:
