@@ -174,6 +174,8 @@ def test_a_seeded_answer_does_not_depend_on_its_neighbours(server):
         thread.join()
     assert answers[7] == alone
     assert len(set(answers.values())) > 4
+    below = server.chat("run", ASKED, seed=-1, n=3, **ask)["choices"]  # seeds -1, 0 and 1
+    assert len({choice["message"]["content"] for choice in below}) == 3
 
 
 def test_log_probabilities_are_the_models_own(server, runs, cache, client):
@@ -234,7 +236,7 @@ def long_answer(model, **more):
 
 
 def test_a_reader_that_leaves_ends_the_generation(server, tiny_llama):
-    cancelled = server.metric("nybble_answers_total")
+    cancelled, made = server.metric("nybble_answers_total"), server.metric("nybble_tokens_total")
     with server.http.stream("POST", f"{server.url}/v1/chat/completions", json=long_answer(tiny_llama.name)) as response:
         lines = response.iter_lines()
         for _ in range(4):  # who speaks, a blank line, a first token
@@ -244,6 +246,7 @@ def test_a_reader_that_leaves_ends_the_generation(server, tiny_llama):
     text = server.http.get(f"{server.url}/metrics").text
     assert f'nybble_answers_total{{finish="cancelled",model="{tiny_llama.name}"}} 1.0' in text
     assert server.metric("nybble_answers_total") == cancelled + 1
+    assert server.metric("nybble_tokens_total") > made
     with pytest.raises(httpx.ReadTimeout):  # not streamed: it leaves while the answer is made
         server.post(**(long_answer(tiny_llama.name) | {"stream": False}), timeout=0.2)
     server.wait_for("nybble_running", 0, 3)
@@ -338,6 +341,8 @@ def test_what_takes_too_long_is_given_up(runs, cache, tiny_llama):
         with pytest.raises(openai.APIError, match=r"not done within 0\.3 s"):
             list(client.chat.completions.create(**long_answer(tiny_llama.name, n=16)))
         server.wait_for("nybble_running", 0, 5)
+        ends = f'nybble_answers_total{{finish="timeout",model="{tiny_llama.name}"}} 32.0'
+        assert ends in server.http.get(f"{server.url}/metrics").text
 
 
 def test_a_server_that_ends_lets_running_answers_finish(runs, cache, tiny_llama):
@@ -377,7 +382,21 @@ def test_a_model_that_fails_fails_its_own_requests_only(runs, cache, monkeypatch
         assert "device-side" not in failed.text
         both = server.chat("run", ASKED, max_tokens=30, seed=1, n=2, temperature=1.5)  # out of memory: one at a time
         assert len(both["choices"]) == 2
-        assert server.engine.batcher.rows == 1
+        batches = server.metric("nybble_batch_rows_count")
+        short = {"route": "/v1/completions", "model": "run", "prompt": ["one", "two"], "max_tokens": 2}
+        assert server.post(**short).status_code == 200
+        assert server.metric("nybble_batch_rows_count") == batches + 1  # short ones still go together
+
+        def overflowing(*words, **named):
+            output = forward(*words, **named)
+            output.logits[0] = torch.nan
+            return output
+
+        monkeypatch.setattr(model, "forward", overflowing)
+        failed = server.post(**short, logprobs=1)
+        assert failed.status_code == 503
+        assert "logits are infinite or NaN" in failed.json()["error"]["message"]
+        assert 'finish="failed",model="run"} 3.0' in server.http.get(f"{server.url}/metrics").text
         assert server.http.get(f"{server.url}/health").json()["status"] == "ok"
 
 

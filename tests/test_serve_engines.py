@@ -76,6 +76,7 @@ def test_continuous_batching_answers_each_as_generate_does(merged, cache):
             n=2,
             extra_body={"top_k": 40},
         )
+        assert server.chat("merged-run", "go on", max_tokens=4, temperature=2, top_k=10**30)["choices"]
         assert warm.usage.completion_tokens > 2
         for refused, field in (({"seed": 1}, "seed"), ({"logprobs": True}, "logprobs")):
             answer = server.post(model="merged-run", messages=user("x"), **refused)

@@ -90,6 +90,18 @@ def test_escape_stops_an_answer_and_an_error_is_shown(server, tmp_path):
         page.wait_for("document.querySelector('.answer .failed')?.textContent.includes('knows 512 positions')")
         assert page.run("document.getElementById('message').value") == "again"  # to be sent once more
         page.screenshot(tmp_path / "error.png")
+        page.run("document.getElementById('max_tokens').value = 300")
+        page.key("Enter", "\r")
+        page.wait_for("[...document.querySelectorAll('.said')].at(-1).textContent.length > 3")
+        page.run("document.getElementById('anew').click()")
+        page.wait_for("going === null")
+        assert page.run("turns.length") == 0  # what was broken off is no part of the new chat
+        assert page.run("document.getElementById('message').value") == ""
+        server.server.should_exit = True
+        server.thread.join(20)
+        page.type("is anybody there")
+        page.key("Enter", "\r")
+        page.wait_for("document.querySelector('.answer .failed')?.textContent === 'The server cannot be reached.'")
 
 
 @pytest.mark.slow

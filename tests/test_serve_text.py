@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
+import json
 import random
 import shutil
 
@@ -14,8 +16,9 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from conftest import SHARED, WORDS, small_tokenizer
 from nybble.model.tokenizer import load_tokenizer
-from nybble.serve.batching import Row
-from nybble.serve.engine import Request, Token
+from nybble.serve.batching import PATIENCE, Batch, Row
+from nybble.serve.engine import Answer, Mailbox, Request, Token
+from nybble.serve.protocol import CompletionRequest, parse
 from nybble.serve.sampling import draw
 from nybble.serve.text import TextStream, spelling
 
@@ -103,6 +106,35 @@ def test_draws_follow_the_distribution_that_transformers_filters_make(sampling):
     for token, share in enumerate(expected.tolist()):
         assert drawn[token] / count == pytest.approx(share, abs=0.012), token
         assert share > 0 or drawn[token] == 0
+
+
+def test_a_batch_leaves_behind_the_rows_that_have_ended():
+    async def work():
+        box = Mailbox()
+        rows = [Row(Request("m", [1], most), Answer(box), frozenset(), random.Random()) for most in (2, 3, 99)]
+        batch = Batch("m", rows, lambda: False)
+        for _ in range(PATIENCE - 1):
+            done = batch.step([Token(5)] * 3)
+        assert done == [True, True, False]
+        assert batch.step([Token(5)] * 3) == [True] * 3
+        assert batch.unfinished() == [rows[2]]
+        alone = Batch("m", batch.unfinished(), lambda: False)
+        assert [alone.step([Token(5)]) for _ in range(PATIENCE + 1)][-1] == [False]
+
+    asyncio.run(work())
+
+
+@given(st.floats(0, 2), st.sampled_from([0, 3, 2**31, 10**30]), st.floats(0, 1, exclude_min=True))
+def test_whatever_sampling_is_asked_for_a_likely_token_is_drawn(temperature, top_k, top_p):
+    asked = parse(CompletionRequest, json.dumps({
+        "model": "m", "prompt": "x", "temperature": temperature, "top_k": top_k, "top_p": top_p,
+    }).encode())  # fmt: skip
+    logits = torch.tensor([[0.0, 30.0, 31.0, -1e4]])
+    if asked.temperature == 0:  # generate's argmax
+        assert temperature < 1e-4
+    else:
+        sampling = {"temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p}
+        assert int(draw(logits, rows(**sampling))) in (1, 2)
 
 
 def test_rows_of_a_batch_are_drawn_as_alone_each_by_its_own_rules():

@@ -94,13 +94,13 @@ class Job:
         """Tokens made for all answers."""
         return sum(choice.generated for choice in self.choices)
 
-    def cancel(self) -> None:
-        """Stop whatever still goes on; nobody reads it."""
+    def cancel(self, why: str = "cancelled") -> None:
+        """Stop whatever still goes on; nobody reads it. `why` is for the metrics."""
         for choice in self.choices:
             if choice.finish is None:
                 choice.answer.cancel()
-                self.metrics.answers.labels(self.model.name, "cancelled").inc()
-                choice.finish = "cancelled"
+                self.metrics.answers.labels(self.model.name, why).inc()
+                choice.finish = why
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Text as it becomes certain, and the end of each answer; answers that are left over are cancelled.
@@ -120,6 +120,12 @@ class Job:
                 if piece.text or piece.tokens or choice.finish:
                     yield piece
             self._report()
+        except TimeoutError:
+            self.cancel("timeout")
+            raise
+        except GenerationError:
+            self.cancel("failed")
+            raise
         finally:
             self.cancel()
 
@@ -134,7 +140,7 @@ class Job:
                 param="messages" if isinstance(asked, ChatRequest) else "prompt",
                 code="context_length_exceeded",
             )
-        seed = None if asked.seed is None else asked.seed + number
+        seed = None if asked.seed is None else (asked.seed + number) % 2**64  # random.Random takes -1 for 1
         return Request(
             self.model.name, prompt, limit, asked.temperature, asked.top_p, max(asked.top_k, 0), seed, asked.likeliest
         )
@@ -147,6 +153,8 @@ class Job:
         if not self.first:
             self.first = time.perf_counter() - self.began
             self.metrics.first.labels(self.model.name).observe(self.first)
+            self.metrics.tokens.labels(self.model.name, "prompt").inc(self.prompt_tokens)
+        self.metrics.tokens.labels(self.model.name, "answer").inc()
         choice.generated += 1
         text = choice.stream.push(token)
         tokens = [] if token.id in self.ends or self.asked.likeliest is None else [token]
@@ -173,9 +181,7 @@ class Job:
         self.metrics.seconds.labels(self.model.name).observe(time.perf_counter() - self.began)
 
     def _report(self) -> None:
-        """Count a request that was answered; a line in the log, with what was said only where that was asked for."""
-        self.metrics.tokens.labels(self.model.name, "prompt").inc(self.prompt_tokens)
-        self.metrics.tokens.labels(self.model.name, "answer").inc(self.completion_tokens)
+        """A line in the log, with what was said only where that was asked for."""
         seconds = time.perf_counter() - self.began
         ends = ", ".join(str(choice.finish) for choice in self.choices)
         log.info(

@@ -47,7 +47,8 @@ class EventStream(StreamingResponse):
     """Server-sent events of one job: whatever ends it, a reader that is gone or too slow included, ends the job."""
 
     def __init__(self, job: Job) -> None:
-        super().__init__(_events(job), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would hold the pieces back
+        super().__init__(_events(job), media_type="text/event-stream", headers=headers)
         self.job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -3,7 +3,7 @@
 A batch is made of requests for one model (one adapter), in the order they came. Nothing else has to be alike: length,
 sampling, seed and end are each row's own. A batch cannot take in a row midway, so it gives way: once others wait, and once it
 has made enough tokens to be worth the prompts that are computed again, it stops, and its unfinished rows go on in the next
-batch together with the newcomers.
+batch together with the newcomers. It does so too when half its rows have ended, as these are computed on with it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ GATHER = 0.01  # seconds an idle engine waits for requests that come together
 # Seconds that a busy one waits, at most, for clients that were just answered to ask again: a token's time. Without it 16
 # clients fall into two groups that take turns in batches of 8 (SmolLM2 on two cores: a mean of 7.8 rows).
 RETURN = 0.3
-# A batch gives way after so many tokens a row, or one for every 50 that stand in it already if that is more.
+# A batch gives way, or leaves ended rows behind, after so many tokens a row, or one for every 50 that stand in it already if
+# that is more.
 PATIENCE, REPEATED = 16, 50
 
 
@@ -85,9 +86,10 @@ class Batch:
         for row, token in zip(self.rows, tokens, strict=True):
             if row.answer.finish is None:
                 row.take(token)
-        if self.steps >= self.patience and self.others_wait():
-            return [True] * len(self.rows)
-        return [row.answer.finish is not None for row in self.rows]
+        over = [row.answer.finish is not None for row in self.rows]
+        if self.steps >= self.patience and (self.others_wait() or 2 * sum(over) >= len(over)):
+            return [True] * len(over)
+        return over
 
     def unfinished(self) -> list[Row]:
         """Rows that go on in another batch."""
@@ -114,7 +116,6 @@ class Batcher:
         room: int,
     ) -> None:
         self.generate, self.ends, self.metrics, self.queue, self.room = generate, ends, metrics, queue, room
-        self.rows = ROWS
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
         self.seconds_a_row = 1.0
@@ -175,8 +176,10 @@ class Batcher:
             self.generate(batch)
         except torch.OutOfMemoryError:
             if len(batch.rows) > 1:
-                self.rows = max(1, len(batch.rows) // 2)
-                log.warning("out of memory with %d answers at once; from now on %d", len(batch.rows), self.rows)
+                self.room = _tokens(batch.rows) // 2
+                log.warning(
+                    "out of memory with %d answers; a batch now has room for %d tokens", len(batch.rows), self.room
+                )
             else:
                 batch.rows[0].answer.fail("out of memory: the prompt is too long for this device")
         except (RuntimeError, ValueError, IndexError):
@@ -192,7 +195,7 @@ class Batcher:
         """The next batch; None when the engine closes."""
         with self.changed:
             if self._drop_cancelled():
-                wanted = min(self.rows, len(self.waiting) + self.answered)
+                wanted = min(ROWS, len(self.waiting) + self.answered)
                 self.changed.wait_for(lambda: self.closing or len(self.waiting) >= wanted, timeout=self.pause)
             while not self._drop_cancelled() and not self.closing:
                 self.changed.wait()
@@ -209,12 +212,10 @@ class Batcher:
         """Rows of the model that has waited longest, in their order, as many as fit."""
         model = self.waiting[0].request.model
         rows: list[Row] = []
-        longest = 0
         for row in self.waiting:
             if row.request.model != model:
                 continue
-            longest = max(longest, len(row.request.prompt) + row.request.max_tokens)
-            if rows and (len(rows) == self.rows or (len(rows) + 1) * longest > self.room):
+            if rows and (len(rows) == ROWS or _tokens([*rows, row]) > self.room):
                 break
             rows.append(row)
         return rows
@@ -229,3 +230,8 @@ class Batcher:
     def _count(self) -> None:
         self.metrics.waiting.set(len(self.waiting))
         self.metrics.running.set(len(self.running))
+
+
+def _tokens(rows: Sequence[Row]) -> int:
+    """The places in a padded batch's cache, once every answer is as long as it may be."""
+    return len(rows) * max(len(row.request.prompt) + row.request.max_tokens for row in rows)

@@ -31,6 +31,9 @@ from nybble.serve.pipeline import cache_tokens
 log = logging.getLogger("nybble.serve")
 SECONDS_A_REQUEST = 1  # the manager tells nobody how long its queue is in seconds
 SLOTS = 32  # answers under way at once
+BLOCK = (
+    256  # tokens in a block of the cache: the default of 5.17, where it is called block_size, and of 5.23, page_size
+)
 
 
 class ContinuousEngine:
@@ -59,7 +62,7 @@ class ContinuousEngine:
         self.vocabulary = model.config.vocab_size
         own = ContinuousBatchingConfig(per_request_processors=True, max_requests_per_batch=SLOTS)
         if model.device.type == "cpu":  # it would take nine tenths of the machine's memory
-            own.num_blocks = -(-min(SLOTS * served.positions, cache_tokens(model)) // own.page_size)
+            own.num_blocks = -(-min(SLOTS * served.positions, cache_tokens(model)) // BLOCK)
             own.max_batch_tokens = max(SLOTS, served.positions)
         self.manager = model.init_continuous_batching(sampling, own)
         self.manager.start()
@@ -122,9 +125,10 @@ class ContinuousEngine:
 
         self.manager.register_result_handler(name, receive)
         greedy = request.temperature == 0
+        most = min(request.top_k or self.vocabulary, self.vocabulary)  # the manager keeps it in 32 bits
         own: dict[str, Any] = {
             "temperature": 1.0 if greedy else float(request.temperature),
-            "top_k": 1 if greedy else (request.top_k or self.vocabulary),
+            "top_k": 1 if greedy else most,
             "top_p": float(request.top_p),
         }
         self.manager.add_request(

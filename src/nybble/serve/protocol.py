@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from nybble.data.formats import Message
 
 MOST_ANSWERS = 16  # n, and prompts of one request
 MOST_STOPS = 4
+COLDEST = 1e-5  # a temperature below it is greedy: logits divided by 1e-40 are infinite in float32
 MOST_MESSAGES = 512  # a template is rendered once for each answer among them
 # Fields that this server has no use for, with the values that mean nothing: clients send them along.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -76,6 +77,10 @@ def _text(value: Any) -> Any:
     return "".join(part["text"] for part in value)
 
 
+def _greedy_if_cold(temperature: float) -> float:
+    return temperature if temperature >= COLDEST else 0.0
+
+
 def _stops(value: Any) -> Any:
     """Stop strings as a list."""
     stops = [value] if isinstance(value, str) else value
@@ -120,7 +125,7 @@ class Sampled(Strict):
 
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    temperature: Annotated[float, Field(ge=0, le=2), AfterValidator(_greedy_if_cold)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1)] = 0
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1

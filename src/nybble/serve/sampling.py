@@ -10,6 +10,8 @@ from transformers import LogitsProcessor, StoppingCriteria
 from nybble.serve.batching import Batch, Row
 from nybble.serve.engine import Token
 
+NO_NUMBERS = "the model's logits are infinite or NaN; float16 overflows where bfloat16 does not"
+
 
 class Draw(LogitsProcessor):  # type: ignore[misc]
     """Draws for the rows that sample, and leaves nothing else to generate's argmax; keeps log probabilities for those who ask.
@@ -24,6 +26,9 @@ class Draw(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores (rows, vocabulary) in which the drawn token is the largest."""
+        for n in scores.isfinite().all(-1).logical_not().nonzero().flatten().tolist():
+            if self.rows[n].answer.finish is None:
+                self.rows[n].answer.fail(NO_NUMBERS)
         live = [n for n, row in enumerate(self.rows) if row.answer.finish is None]
         asked = any(self.rows[n].request.logprobs is not None for n in live)
         self.logprobs = scores.log_softmax(-1) if asked else None
