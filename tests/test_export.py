@@ -240,6 +240,7 @@ def test_every_bad_input_is_a_clear_error_and_leaves_what_was_there(
     file = cut / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     half = lambda data: data[: len(data) // 2]  # noqa: E731
+    began = lambda name: lambda data: json.dumps(json.loads(data) | {"init_lora_weights": name}).encode()  # noqa: E731
     cases = [
         (run.folder, None, ExportError, "exists already", "--out ANOTHER"),
         (copied(run, tmp_path / "a", adapter__adapter_config_json=None), None, RunError, "has no adapter", "--resume"),
@@ -247,6 +248,8 @@ def test_every_bad_input_is_a_clear_error_and_leaves_what_was_there(
         (copied(run, tmp_path / "c"), str(cut), ModelError, "the file is cut off", "copy it again"),
         (copied(run, tmp_path / "d"), str(other), ModelError, "the base is another one", "--base PATH"),
         (copied(run, tmp_path / "e"), str(tmp_path / "gone"), ModelError, "there is no folder", "ls"),
+        (copied(run, tmp_path / "g", adapter__adapter_config_json=began("pissa")), None, ModelError, "began as PiSSA", "convert"),
+        (copied(run, tmp_path / "h", adapter__adapter_config_json=began("olora")), None, ModelError, "began as OLoRA", "convert"),
     ]  # fmt: skip
     for folder, base, kind, said, fix in cases:
         for to in ("merged", "adapter"):
@@ -258,6 +261,9 @@ def test_every_bad_input_is_a_clear_error_and_leaves_what_was_there(
             assert fix in caught.value.fix
             if folder != run.folder:
                 assert not (folder / "export").exists()
+    with pytest.raises(ExportError, match=r"cannot be made: .*model.safetensors is no folder") as caught:
+        export(run, Wanted("merged", file / "out"), quiet, cache)
+    assert "--out" in caught.value.fix
     monkeypatch.setattr(room.shutil, "disk_usage", lambda place: Usage(100, 100, 1000))
     with pytest.raises(ExportError, match=r"needs about 0.00 GB, and 0.00 GB are free") as caught:
         export(open_run(copied(run, tmp_path / "f")), Wanted("merged"), quiet, cache)

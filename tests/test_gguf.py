@@ -166,7 +166,9 @@ def template(monkeypatch):
 def tensor(monkeypatch):
     slices = Merge.slices
     damaged = "model.layers.0.mlp.down_proj.weight"
-    monkeypatch.setattr(Merge, "slices", lambda self, name: (rows * (name != damaged) for rows in slices(self, name)))
+    monkeypatch.setattr(
+        Merge, "slices", lambda self, name, *on: (rows * (name != damaged) for rows in slices(self, name, *on))
+    )
 
 
 def tokenizer(monkeypatch):
