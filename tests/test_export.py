@@ -13,9 +13,10 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from nybble.engine.loss import last_hidden
 from nybble.errors import ExportError, HubError, ModelError, RunError
 from nybble.export import export as module
-from nybble.export import kinds, room
+from nybble.export import kinds, loaders, parity, room
 from nybble.export.card import Subject, data_licences, write_card
 from nybble.export.export import Wanted, export
 from nybble.export.gguf import Converter
@@ -198,6 +199,55 @@ def test_an_artefact_that_was_spoilt_is_not_kept(run, measured, cache, tmp_path,
     monkeypatch.setattr(kinds, "write_merged", write)
     export(run, Wanted("merged", tmp_path / "out"), told, cache)
     assert [file.name for file in tmp_path.iterdir()] == ["out"], "a report of a failure does not outlive it"
+
+
+def test_a_model_is_loaded_where_it_fits(monkeypatch):
+    """A merged 7B, 13.5 GB, on cards of 24, 12 and 4 GB, with 16 GB of memory and with 2."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+
+    def placed(size, device, card, memory):
+        monkeypatch.setattr(loaders.torch.cuda, "mem_get_info", lambda device: (int(card * 1e9), int(card * 1e9)))
+        monkeypatch.setattr(loaders.psutil, "virtual_memory", lambda: namedtuple("M", "available")(int(memory * 1e9)))
+        return loaders.place_for(int(size * 1e9), device)
+
+    assert placed(13.5, gpu, 24, 16) == {"device_map": {"": gpu}}
+    assert placed(13.5, gpu, 12, 16) == {"device_map": "auto", "max_memory": {0: 9_000_000_000, "cpu": 16_000_000_000}}
+    assert placed(13.5, gpu, 2, 16)["max_memory"][0] == 0
+    assert placed(13.5, gpu, 12, 2) is None
+    assert placed(13.5, cpu, 24, 16) == {"device_map": {"": cpu}}
+    assert placed(13.5, cpu, 24, 2) is None
+
+
+def test_a_model_that_is_spread_answers_alike_and_one_that_fits_nowhere_is_kept_unchecked(
+    run, measured, merged, cache, tmp_path, told, monkeypatch
+):
+    parts = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+    spread = {part: "disk" if part == "model.layers.1" else "cpu" for part in parts}
+    whole, in_parts = (
+        loaders.through_transformers(merged[0], measured[0].reference, {"device_map": place})
+        for place in ({"": "cpu"}, spread)
+    )
+    assert whole.answers == in_parts.answers
+    assert all(torch.equal(one, other) for one, other in zip(whole.logits, in_parts.logits, strict=True))
+    monkeypatch.setattr(module, "_measure", lambda *_: measured)
+    monkeypatch.setattr(kinds, "place_for", lambda size, device: None)
+    folder = export(run, Wanted("merged", tmp_path / "out"), told, cache)
+    said = "bfloat16 not checked: its 0.0 GB do not fit into the memory that is free"
+    assert said in told.export_text()
+    assert said in (folder / "README.md").read_text()
+
+
+def test_long_prompts_are_answered_a_few_at_a_time_and_alike(run, measured, merged, monkeypatch):
+    whole = loaders.through_transformers(merged[0], measured[0].reference, {"device_map": {"": "cpu"}})
+    seen = []
+    monkeypatch.setattr(parity, "TOKENS_AT_ONCE", 250)
+    monkeypatch.setattr(parity, "last_hidden", lambda *words: seen.append(words[2]) or last_hidden(*words))
+    parts = loaders.through_transformers(merged[0], measured[0].reference, {"device_map": {"": "cpu"}})
+    assert len(seen) > 1
+    assert all(batch["input_ids"].numel() <= 250 or len(batch["input_ids"]) == 1 for batch in seen)
+    assert [answer.ids for answer in parts.answers] == [answer.ids for answer in whole.answers]
+    for one, other in zip(whole.logits, parts.logits, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.1, atol=0.3)  # bfloat16
 
 
 def test_nothing_of_an_export_that_is_stopped_stays(run, measured, cache, tmp_path, quiet, monkeypatch):
