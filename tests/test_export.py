@@ -13,10 +13,12 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from nybble.data.template import choose_template
 from nybble.engine.loss import last_hidden
 from nybble.errors import ExportError, HubError, ModelError, RunError
 from nybble.export import export as module
 from nybble.export import kinds, loaders, parity, room
+from nybble.export.artefacts import generation_settings
 from nybble.export.card import Subject, data_licences, write_card
 from nybble.export.export import Wanted, export
 from nybble.export.gguf import Converter
@@ -484,6 +486,25 @@ def test_a_derivative_of_llama_2_carries_its_terms_and_its_settings_are_mended(r
     assert (front["license"], front["base_model"]) == ("llama2", "meta-llama/Llama-2-7b-hf")
     assert "https://ai.meta.com/llama/use-policy/" in card
     assert "Data it was trained on: no licence is known" in card
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"do_sample": True, "temperature": 0.6, "pad_token_id": -1}, None),
+        ({"temperature": 0.6}, "temperature left out"),
+        ({"temperature": 0.6, "num_beams": 1, "length_penalty": 0.8}, "left out, which Transformers refuses to save"),
+        ({"max_new_tokens": -1}, "refuses to read: `max_new_tokens` must be greater than 0"),
+    ],
+    ids=["good", "greedy", "beams", "unreadable"],
+)
+def test_settings_that_transformers_refuses_are_mended(peaky_llama, tmp_path, own, said):
+    (tmp_path / "generation_config.json").write_text(json.dumps({**own, "eos_token_id": [7]}))
+    tokenizer = load_tokenizer(peaky_llama)
+    settings, notice = generation_settings(tmp_path, tokenizer, choose_template(tokenizer, "auto", "alpaca"))
+    settings.save_pretrained(tmp_path)
+    assert said in notice if said else notice is None
+    assert 2 in GenerationConfig.from_pretrained(tmp_path).eos_token_id
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def export(
     # 5. To the Hub.
     if wanted.repo is not None:
         with console.status(f"uploading to {wanted.repo}"):
-            page = push(target, wanted.repo)
+            page = push(target, wanted.repo, withheld=REPORT)  # it shows validation rows, which are the user's own
         console.print(f"pushed    {page}")
     return target
 
@@ -177,6 +177,7 @@ def _measure(
     if is_adapter:
         refuse_altered(source.run.adapter)
         _check_whole(source.run.adapter)
+    _free_memory()
     with console.status("loading the run"):
         answerer = load_answerer(source.run, cache)
     if converter is not None:
@@ -217,11 +218,16 @@ def _compared_rows(validation: Dataset | None, reference: Reference) -> tuple[li
     return reference.samples, "answers of its own, there being no validation rows"
 
 
-def _choose(measured: Measured, merges: Mapping[str, Merge], wanted: Wanted, console: Console) -> str | None:
-    """The base that was asked for, or the closest; None for an adapter."""
+def _free_memory() -> None:
+    """What a training, an export or a live model before this left on the card: a Trainer is in a cycle of references."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _choose(measured: Measured, merges: Mapping[str, Merge], wanted: Wanted, console: Console) -> str | None:
+    """The base that was asked for, or the closest; None for an adapter."""
+    _free_memory()
     if measured.comparison is None:
         return None
     base = wanted.merge_base if wanted.merge_base in merges else measured.comparison.closest
