@@ -19,6 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from nybble.errors import ExportError
 from nybble.export.formats import K_QUANTS, QUANTIZER
 from nybble.export.merge import EMBEDDING, HEAD, Model
+from nybble.export.modelfile import between
 from nybble.export.vocabulary import Vocabulary, read_vocabulary
 
 FILE_TYPES = {
@@ -239,7 +240,9 @@ def _describe_tokens(writer: gguf.GGUFWriter, vocabulary: Vocabulary, model: Mod
     for add, number in named:
         if number is not None:
             add(number)
-    writer.add_add_bos_token(vocabulary.add_bos)
+    # Servers put BOS before a prompt where the file says so. A template that has none of its own was trained without.
+    begins = between(tokenizer, model.template, ["user"])
+    writer.add_add_bos_token(vocabulary.add_bos and (begins is None or begins[0].startswith(tokenizer.bos_token)))
     writer.add_add_eos_token(False)
     if vocabulary.model == "llama":
         writer.add_add_space_prefix(vocabulary.space_prefix)
