@@ -19,7 +19,8 @@ from nybble.errors import ExportError, HubError, ModelError, RunError
 from nybble.export import export as module
 from nybble.export import kinds, loaders, parity, room
 from nybble.export.artefacts import generation_settings
-from nybble.export.card import Subject, data_licences, write_card
+from nybble.export.card import HELD, Subject, data_licences, write_card
+from nybble.export.compare import Comparison, Divergence
 from nybble.export.export import Wanted, export
 from nybble.export.gguf import Converter
 from nybble.export.licence import find_licence
@@ -359,7 +360,7 @@ def test_a_run_with_one_base_says_so(peaky_llama, rows, cache, tmp_path, told):
         assert "quantization_config" not in json.loads((artefact / "config.json").read_text())
     text = told.export_text()
     assert "the run started from a checkpoint that was nf4 already" in " ".join(text.split())
-    assert "the run trained on 16-bit weights" in " ".join(text.split())
+    assert "the run trained on weights that were not quantised" in " ".join(text.split())
 
 
 @pytest.mark.slow
@@ -386,8 +387,15 @@ def test_an_adapter_folder_of_somebody_else_is_exported_on_trust(run, peaky_llam
     bare = tmp_path / "bare"
     shutil.copytree(run.adapter, bare)
     folder = export(open_run(bare, str(peaky_llama)), Wanted("merged", tmp_path / "out"), told, cache)
-    assert "taken on trust" in told.export_text()
-    assert (folder / "README.md").exists()
+    text = " ".join(told.export_text().split())
+    assert "taken on trust" in text
+    assert (
+        "it is taken as nf4, as in QLoRA; for an adapter that was trained on 16-bit weights --merge-base original"
+        in text
+    )
+    card = (folder / "README.md").read_text()
+    assert "from a LoRA adapter for" in card
+    assert "The adapter is taken as trained on 4-bit weights." in card
 
 
 def test_a_bad_name_to_push_to_stops_an_export_before_it_begins(run, cache, tmp_path, quiet):
@@ -409,6 +417,9 @@ def test_preflight_says_before_training_what_would_fail_after_it(peaky_llama, ro
 
     scaled = load_config(checkpoint, {"rope_type": "dynamic", "factor": 2.0})
     refused(ExportError, "nothing like RoPE scaling of type dynamic", config=scaled)
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
+    Preflight(("gguf",), ("Q8_0",), Converter())(load_config(checkpoint, yarn), tokenizer, tmp_path / "run")
+    refused(ExportError, "YaRN with beta_fast=16 is", config=load_config(checkpoint, {**yarn, "beta_fast": 16}))
     small = load_config(checkpoint, None)
     small.vocab_size = 100
     refused(ModelError, "the model has embeddings for 100 only", config=small)
@@ -526,6 +537,20 @@ def test_the_bases_licence_is_found(tmp_path, peaky_llama, name, files, found):
     licence = find_licence(find_checkpoint(str(folder)))
     assert licence.name == found
     assert (licence.notice is None) == (found != "llama2")
+
+
+@pytest.mark.parametrize(
+    ("held", "said"), [("none", "a LoRA run on"), ("int8", "a QLoRA run on"), ("nf4", "a QLoRA run on")]
+)
+def test_a_card_says_how_the_base_was_held(run, held, said):
+    model = run.recipe.model.model_copy(update={"quantization": held})
+    own = Run(run.folder, run.recipe.model_copy(update={"model": model}))
+    comparison = Comparison(1, 2, "validation rows", 3.0, {"original": Divergence(0.1, 0.01, 3.1, 0.9)})
+    licence = find_licence(find_checkpoint(model.path))
+    card = write_card(Subject(own, "merged", "A model", "x", [], "original", None, licence, comparison, []))
+    assert said in card
+    assert f"was trained on {HELD[held]} weights" in card
+    assert ("qlora" in yaml.safe_load(card.split("---")[1])["tags"]) == (held != "none")
 
 
 def test_the_datas_licence_stands_in_the_card(run, tmp_path):

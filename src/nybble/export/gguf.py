@@ -30,6 +30,16 @@ FILE_TYPES = {
 BLOCK = 32  # numbers with one scale, in Q8_0 and Q4_0; a row that is no multiple of it stays F16
 SCALINGS = {"linear": gguf.RopeScalingType.LINEAR, "yarn": gguf.RopeScalingType.YARN}
 
+YARN = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "attention_factor": None,
+    "mscale": None,
+    "mscale_all_dim": None,
+    "truncate": True,
+}
+"""Numbers of YaRN (Peng et al. 2023) that llama.cpp takes where a file names none."""
+
 
 class Converter:
     """Writes GGUF files; made by the command line where the gguf package is installed."""
@@ -207,6 +217,12 @@ def _check_rope(config: PretrainedConfig) -> None:
     if kind not in ("default", "llama3", *SCALINGS):
         raise ExportError(
             f"llama.cpp has nothing like RoPE scaling of type {kind}", fix="--to merged, which keeps it as it is"
+        )
+    odd = [f"{name}={value}" for name, value in config.rope_parameters.items() if value != YARN.get(name, value)]
+    if kind == "yarn" and odd:
+        raise ExportError(
+            f"YaRN with {', '.join(odd)} is not written as GGUF here, only with its paper's numbers",
+            fix="--to merged, which keeps it as it is",
         )
 
 
