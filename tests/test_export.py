@@ -13,10 +13,14 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from nybble.data.template import choose_template
+from nybble.engine.loss import last_hidden
 from nybble.errors import ExportError, HubError, ModelError, RunError
 from nybble.export import export as module
-from nybble.export import kinds, room
-from nybble.export.card import Subject, data_licences, write_card
+from nybble.export import kinds, loaders, parity, room
+from nybble.export.artefacts import generation_settings
+from nybble.export.card import HELD, Subject, data_licences, write_card
+from nybble.export.compare import Comparison, Divergence
 from nybble.export.export import Wanted, export
 from nybble.export.gguf import Converter
 from nybble.export.licence import find_licence
@@ -200,6 +204,55 @@ def test_an_artefact_that_was_spoilt_is_not_kept(run, measured, cache, tmp_path,
     assert [file.name for file in tmp_path.iterdir()] == ["out"], "a report of a failure does not outlive it"
 
 
+def test_a_model_is_loaded_where_it_fits(monkeypatch):
+    """A merged 7B, 13.5 GB, on cards of 24, 12 and 4 GB, with 16 GB of memory and with 2."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+
+    def placed(size, device, card, memory):
+        monkeypatch.setattr(loaders.torch.cuda, "mem_get_info", lambda device: (int(card * 1e9), int(card * 1e9)))
+        monkeypatch.setattr(loaders.psutil, "virtual_memory", lambda: namedtuple("M", "available")(int(memory * 1e9)))
+        return loaders.place_for(int(size * 1e9), device)
+
+    assert placed(13.5, gpu, 24, 16) == {"device_map": {"": gpu}}
+    assert placed(13.5, gpu, 12, 16) == {"device_map": "auto", "max_memory": {0: 9_000_000_000, "cpu": 16_000_000_000}}
+    assert placed(13.5, gpu, 2, 16)["max_memory"][0] == 0
+    assert placed(13.5, gpu, 12, 2) is None
+    assert placed(13.5, cpu, 24, 16) == {"device_map": {"": cpu}}
+    assert placed(13.5, cpu, 24, 2) is None
+
+
+def test_a_model_that_is_spread_answers_alike_and_one_that_fits_nowhere_is_kept_unchecked(
+    run, measured, merged, cache, tmp_path, told, monkeypatch
+):
+    parts = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+    spread = {part: "disk" if part == "model.layers.1" else "cpu" for part in parts}
+    whole, in_parts = (
+        loaders.through_transformers(merged[0], measured[0].reference, {"device_map": place})
+        for place in ({"": "cpu"}, spread)
+    )
+    assert whole.answers == in_parts.answers
+    assert all(torch.equal(one, other) for one, other in zip(whole.logits, in_parts.logits, strict=True))
+    monkeypatch.setattr(module, "_measure", lambda *_: measured)
+    monkeypatch.setattr(kinds, "place_for", lambda size, device: None)
+    folder = export(run, Wanted("merged", tmp_path / "out"), told, cache)
+    said = "bfloat16 not checked: its 0.0 GB do not fit into the memory that is free"
+    assert said in told.export_text()
+    assert said in (folder / "README.md").read_text()
+
+
+def test_long_prompts_are_answered_a_few_at_a_time_and_alike(run, measured, merged, monkeypatch):
+    whole = loaders.through_transformers(merged[0], measured[0].reference, {"device_map": {"": "cpu"}})
+    seen = []
+    monkeypatch.setattr(parity, "TOKENS_AT_ONCE", 250)
+    monkeypatch.setattr(parity, "last_hidden", lambda *words: seen.append(words[2]) or last_hidden(*words))
+    parts = loaders.through_transformers(merged[0], measured[0].reference, {"device_map": {"": "cpu"}})
+    assert len(seen) > 1
+    assert all(batch["input_ids"].numel() <= 250 or len(batch["input_ids"]) == 1 for batch in seen)
+    assert [answer.ids for answer in parts.answers] == [answer.ids for answer in whole.answers]
+    for one, other in zip(whole.logits, parts.logits, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.1, atol=0.3)  # bfloat16
+
+
 def test_nothing_of_an_export_that_is_stopped_stays(run, measured, cache, tmp_path, quiet, monkeypatch):
     monkeypatch.setattr(module, "_measure", lambda *_: measured)
 
@@ -240,6 +293,7 @@ def test_every_bad_input_is_a_clear_error_and_leaves_what_was_there(
     file = cut / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     half = lambda data: data[: len(data) // 2]  # noqa: E731
+    began = lambda name: lambda data: json.dumps(json.loads(data) | {"init_lora_weights": name}).encode()  # noqa: E731
     cases = [
         (run.folder, None, ExportError, "exists already", "--out ANOTHER"),
         (copied(run, tmp_path / "a", adapter__adapter_config_json=None), None, RunError, "has no adapter", "--resume"),
@@ -247,6 +301,8 @@ def test_every_bad_input_is_a_clear_error_and_leaves_what_was_there(
         (copied(run, tmp_path / "c"), str(cut), ModelError, "the file is cut off", "copy it again"),
         (copied(run, tmp_path / "d"), str(other), ModelError, "the base is another one", "--base PATH"),
         (copied(run, tmp_path / "e"), str(tmp_path / "gone"), ModelError, "there is no folder", "ls"),
+        (copied(run, tmp_path / "g", adapter__adapter_config_json=began("pissa")), None, ModelError, "began as PiSSA", "convert"),
+        (copied(run, tmp_path / "h", adapter__adapter_config_json=began("olora")), None, ModelError, "began as OLoRA", "convert"),
     ]  # fmt: skip
     for folder, base, kind, said, fix in cases:
         for to in ("merged", "adapter"):
@@ -258,6 +314,9 @@ def test_every_bad_input_is_a_clear_error_and_leaves_what_was_there(
             assert fix in caught.value.fix
             if folder != run.folder:
                 assert not (folder / "export").exists()
+    with pytest.raises(ExportError, match=r"cannot be made: .*model.safetensors is no folder") as caught:
+        export(run, Wanted("merged", file / "out"), quiet, cache)
+    assert "--out" in caught.value.fix
     monkeypatch.setattr(room.shutil, "disk_usage", lambda place: Usage(100, 100, 1000))
     with pytest.raises(ExportError, match=r"needs about 0.00 GB, and 0.00 GB are free") as caught:
         export(open_run(copied(run, tmp_path / "f")), Wanted("merged"), quiet, cache)
@@ -301,7 +360,7 @@ def test_a_run_with_one_base_says_so(peaky_llama, rows, cache, tmp_path, told):
         assert "quantization_config" not in json.loads((artefact / "config.json").read_text())
     text = told.export_text()
     assert "the run started from a checkpoint that was nf4 already" in " ".join(text.split())
-    assert "the run trained on 16-bit weights" in " ".join(text.split())
+    assert "the run trained on weights that were not quantised" in " ".join(text.split())
 
 
 @pytest.mark.slow
@@ -328,8 +387,15 @@ def test_an_adapter_folder_of_somebody_else_is_exported_on_trust(run, peaky_llam
     bare = tmp_path / "bare"
     shutil.copytree(run.adapter, bare)
     folder = export(open_run(bare, str(peaky_llama)), Wanted("merged", tmp_path / "out"), told, cache)
-    assert "taken on trust" in told.export_text()
-    assert (folder / "README.md").exists()
+    text = " ".join(told.export_text().split())
+    assert "taken on trust" in text
+    assert (
+        "it is taken as nf4, as in QLoRA; for an adapter that was trained on 16-bit weights --merge-base original"
+        in text
+    )
+    card = (folder / "README.md").read_text()
+    assert "from a LoRA adapter for" in card
+    assert "The adapter is taken as trained on 4-bit weights." in card
 
 
 def test_a_bad_name_to_push_to_stops_an_export_before_it_begins(run, cache, tmp_path, quiet):
@@ -351,6 +417,9 @@ def test_preflight_says_before_training_what_would_fail_after_it(peaky_llama, ro
 
     scaled = load_config(checkpoint, {"rope_type": "dynamic", "factor": 2.0})
     refused(ExportError, "nothing like RoPE scaling of type dynamic", config=scaled)
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
+    Preflight(("gguf",), ("Q8_0",), Converter())(load_config(checkpoint, yarn), tokenizer, tmp_path / "run")
+    refused(ExportError, "YaRN with beta_fast=16 is", config=load_config(checkpoint, {**yarn, "beta_fast": 16}))
     small = load_config(checkpoint, None)
     small.vocab_size = 100
     refused(ModelError, "the model has embeddings for 100 only", config=small)
@@ -431,6 +500,25 @@ def test_a_derivative_of_llama_2_carries_its_terms_and_its_settings_are_mended(r
 
 
 @pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"do_sample": True, "temperature": 0.6, "pad_token_id": -1}, None),
+        ({"temperature": 0.6}, "temperature left out"),
+        ({"temperature": 0.6, "num_beams": 1, "length_penalty": 0.8}, "left out, which Transformers refuses to save"),
+        ({"max_new_tokens": -1}, "refuses to read: `max_new_tokens` must be greater than 0"),
+    ],
+    ids=["good", "greedy", "beams", "unreadable"],
+)
+def test_settings_that_transformers_refuses_are_mended(peaky_llama, tmp_path, own, said):
+    (tmp_path / "generation_config.json").write_text(json.dumps({**own, "eos_token_id": [7]}))
+    tokenizer = load_tokenizer(peaky_llama)
+    settings, notice = generation_settings(tmp_path, tokenizer, choose_template(tokenizer, "auto", "alpaca"))
+    settings.save_pretrained(tmp_path)
+    assert said in notice if said else notice is None
+    assert 2 in GenerationConfig.from_pretrained(tmp_path).eos_token_id
+
+
+@pytest.mark.parametrize(
     ("name", "files", "found"),
     [
         ("Llama-2-7b-chat-hf", {}, "llama2"),
@@ -449,6 +537,20 @@ def test_the_bases_licence_is_found(tmp_path, peaky_llama, name, files, found):
     licence = find_licence(find_checkpoint(str(folder)))
     assert licence.name == found
     assert (licence.notice is None) == (found != "llama2")
+
+
+@pytest.mark.parametrize(
+    ("held", "said"), [("none", "a LoRA run on"), ("int8", "a QLoRA run on"), ("nf4", "a QLoRA run on")]
+)
+def test_a_card_says_how_the_base_was_held(run, held, said):
+    model = run.recipe.model.model_copy(update={"quantization": held})
+    own = Run(run.folder, run.recipe.model_copy(update={"model": model}))
+    comparison = Comparison(1, 2, "validation rows", 3.0, {"original": Divergence(0.1, 0.01, 3.1, 0.9)})
+    licence = find_licence(find_checkpoint(model.path))
+    card = write_card(Subject(own, "merged", "A model", "x", [], "original", None, licence, comparison, []))
+    assert said in card
+    assert f"was trained on {HELD[held]} weights" in card
+    assert ("qlora" in yaml.safe_load(card.split("---")[1])["tags"]) == (held != "none")
 
 
 def test_the_datas_licence_stands_in_the_card(run, tmp_path):

@@ -11,6 +11,7 @@ import sys
 import gguf
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conftest import small_tokenizer, write_llama
@@ -166,7 +167,9 @@ def template(monkeypatch):
 def tensor(monkeypatch):
     slices = Merge.slices
     damaged = "model.layers.0.mlp.down_proj.weight"
-    monkeypatch.setattr(Merge, "slices", lambda self, name: (rows * (name != damaged) for rows in slices(self, name)))
+    monkeypatch.setattr(
+        Merge, "slices", lambda self, name, *on: (rows * (name != damaged) for rows in slices(self, name, *on))
+    )
 
 
 def tokenizer(monkeypatch):
@@ -255,6 +258,36 @@ def test_what_a_file_says_of_itself(llama2_like, tmp_path):
     assert kinds["blk.0.attn_q.weight"] == "Q4_0"
     assert kinds["token_embd.weight"] == kinds["output.weight"] == "Q8_0"
     assert kinds["blk.0.attn_norm.weight"] == "F32"
+
+
+def test_bos_is_put_before_prompts_only_where_the_template_has_it(tiny_llama, tmp_path):
+    """As servers do by the file's word: TinyLlama's chat was trained without BOS although its tokenizer puts one."""
+    model, _ = model_of(tiny_llama)
+    model.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", 1)]
+    )
+    bare = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    for number, (template, expected) in enumerate([("{{ bos_token }}" + bare, True), (bare, False)]):
+        file = tmp_path / f"{number}.gguf"
+        Converter().write(file, dataclasses.replace(model, template=template), "F16", lambda done: None)
+        assert gguf.GGUFReader(file).get_field("tokenizer.ggml.add_bos_token").contents() is expected
+
+
+@pytest.mark.slow
+@llama_cpp_here
+def test_prompts_are_those_of_create_chat_completion(tiny_llama, tmp_path):
+    """For this template it has a function of its own, which trims nothing."""
+    model, template = model_of(tiny_llama)
+    asked = "from llama_cpp.llama_chat_format import *; print(LLAMA3_INSTRUCT_CHAT_TEMPLATE, end='')"
+    text = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout
+    model = dataclasses.replace(model, template=text)
+    Converter().write(tmp_path / "m.gguf", model, "F16", lambda done: None)
+    messages = ({"role": "user", "content": " one two "},)
+    reference = Reference([Question([1, 5], messages)], [], [[1, 5, 6]], [], {}, template.end_id, model.template)
+    (ids,) = through_llama_cpp(tmp_path / "m.gguf", reference, 1).prompts
+    assert model.tokenizer.decode(ids).endswith(
+        "<|end_header_id|>\n\n one two <|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
 
 
 @pytest.mark.slow

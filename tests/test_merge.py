@@ -97,6 +97,28 @@ def test_a_dequantised_base_is_what_bitsandbytes_makes_of_it(tiny_llama, tmp_pat
     assert seen == 4, "slices that begin in the middle of a weight"
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_weights_are_merged_on_the_device_that_asks(tiny_llama, tmp_path, cache, small_slices, dora):
+    """The device meta computes nothing and refuses tensors that are elsewhere; with a GPU the numbers are held, too."""
+    adapter_of(tiny_llama, tmp_path / "adapter", target_modules="all-linear", use_dora=dora)
+    updates = read_updates(tmp_path / "adapter")
+    folders = [tiny_llama]
+    for kind in ("nf4", "int8"):
+        checkpoint, options = find_checkpoint(str(tiny_llama)), ModelOptions(quantization=kind)
+        load_base(checkpoint, options, torch.bfloat16, CPU, tmp_path / kind)
+        folders += (tmp_path / kind / "base").iterdir()
+    for folder, weights in zip(folders, (Original, Dequantised, Dequantised), strict=True):
+        merge = Merge(weights(folder), updates, False, torch.bfloat16)
+        for spec in merge.specs():
+            ours = list(merge.slices(spec.name))
+            away = list(merge.slices(spec.name, torch.device("meta")))
+            assert [(part.shape, part.dtype) for part in away] == [(part.shape, part.dtype) for part in ours]
+            assert all(part.is_meta for part in away)
+            if torch.cuda.is_available():
+                there = torch.cat(list(merge.stored(spec.name, torch.device("cuda")))).cpu()
+                torch.testing.assert_close(there, torch.cat(ours).bfloat16(), rtol=2**-7, atol=1e-6)
+
+
 def test_old_checkpoints_in_bin_files_are_merged_too(tmp_path):
     folder = write_llama(tmp_path / "bin", safe=False)
     state = torch.load(folder / "pytorch_model.bin")
@@ -128,6 +150,7 @@ def test_a_head_that_the_adapter_changes_parts_from_the_embedding(tmp_path):
         ({"init_lora_weights": "corda"}, "began as CorDA"),
         ({"modules_to_save": ["lm_head"]}, "sets modules_to_save=['lm_head']"),
         ({"bias": "all"}, "sets bias='all'"),
+        ({"ensure_weight_tying": True}, "sets ensure_weight_tying=True"),
         ({"fan_in_fan_out": True}, "sets fan_in_fan_out=True"),
         ({"trainable_token_indices": [1, 2]}, "sets trainable_token_indices"),
         ({"peft_type": "IA3"}, "the adapter is IA3"),
@@ -164,6 +187,14 @@ def test_a_pissa_adapter_that_was_converted_is_merged(tiny_llama, tmp_path):
     torch.testing.assert_close(torch.cat(list(merge.slices(f"{name}.weight"))), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_eva_leaves_the_base_as_it_was_and_is_merged(tiny_llama, tmp_path):
+    adapter_of(tiny_llama, tmp_path, target_modules=["q_proj"])
+    file = tmp_path / "adapter_config.json"
+    eva = {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | eva))
+    assert len(read_updates(tmp_path)) == 2
+
+
 def test_what_is_wrong_with_an_adapter_is_said(tiny_llama, tmp_path):
     adapter_of(tiny_llama, tmp_path, target_modules=["q_proj"])
     file = tmp_path / "adapter_model.safetensors"
@@ -177,7 +208,14 @@ def test_what_is_wrong_with_an_adapter_is_said(tiny_llama, tmp_path):
     half = {name: tensor for name, tensor in tensors.items() if "layers.1" not in name or "lora_B" not in name}
     zero = {name: tensor * ("lora_A" in name) for name, tensor in tensors.items()}
     odd = {**tensors, "base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2, 2)}
-    for change, said in ((half, "one half of"), (zero, "every B"), (odd, "no part of LoRA on a linear layer")):
+    nan = {name: tensor * (float("nan") if "layers.1" in name else 1) for name, tensor in tensors.items()}
+    changes = [
+        (half, "one half of"),
+        (zero, "every B"),
+        (nan, r"update of .*layers.1.* is not finite"),
+        (odd, "no part of LoRA on a linear layer"),
+    ]
+    for change, said in changes:
         save_file(change, file)
         with pytest.raises(ModelError, match=said) as caught:
             read_updates(tmp_path)

@@ -21,7 +21,7 @@ for token, repo in json.load(sys.stdin):
         os.environ["HF_TOKEN"] = token
     try:
         check_push(repo)
-        print(json.dumps(["page", push(pathlib.Path(sys.argv[1]), repo), ""]))
+        print(json.dumps(["page", push(pathlib.Path(sys.argv[1]), repo, 'parity.json'), ""]))
     except HubError as error:
         print(json.dumps(["HubError", error.what, error.fix]))
 """
@@ -34,6 +34,7 @@ def artefact(tmp_path):
     folder.mkdir()
     (folder / "README.md").write_text(CARD)
     (folder / "model.safetensors").write_bytes(b"\x00" * 3000)
+    (folder / "parity.json").write_text('{"prompt": "of a validation row"}')
     return folder
 
 
@@ -64,13 +65,13 @@ def test_an_artefact_is_uploaded_privately_and_refusals_are_explained(artefact, 
         assert answers[0] == ["page", f"{hub.endpoint}/ada/model (private)", ""]
         uploaded = tmp_path / "hub" / "ada" / "model"
         assert {file.name: file.read_bytes() for file in uploaded.iterdir() if file.name != ".gitattributes"} == {
-            file.name: file.read_bytes() for file in artefact.iterdir()
-        }
+            file.name: file.read_bytes() for file in artefact.iterdir() if file.name != "parity.json"
+        }, "rows of the data are not published with the model"
         assert answers[1] == ["page", f"{hub.endpoint}/ada/open (public, as it was)", ""]
         said = [f"{text} {fix}" for _, text, fix in answers[2:]]
         assert "status 403" in said[0]
         assert "a token that may write" in said[0]
-        assert f"hf upload ada/other {artefact}" in said[0]
+        assert f"hf upload ada/other {artefact} --private --exclude parity.json" in said[0]
         assert "not logged in" in said[1]
         assert "does not accept this machine's token" in said[2]
         assert "is no name on the Hub" in said[3]
@@ -85,7 +86,7 @@ def test_what_the_hub_finds_wrong_in_a_card_is_said(artefact, tmp_path):
         hub.uploads = tmp_path / "hub"
         (answer,) = ask(hub, artefact, tmp_path / "home", ["hf_writes", "ada/model"])
         assert "base_model" in answer[1] + answer[2]
-        assert f"hf upload ada/model {artefact}" in answer[2]
+        assert f"hf upload ada/model {artefact} --private" in answer[2]
 
 
 def test_nothing_is_uploaded_where_the_hub_makes_a_new_repository_public(artefact, tmp_path):

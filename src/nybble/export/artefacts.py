@@ -90,26 +90,42 @@ def generation_settings(
 
     Llama 2's name a temperature and no sampling. Without sampling they have no effect, so they are left out.
     """
-    has_own = (base / "generation_config.json").exists()
-    settings = GenerationConfig.from_pretrained(base) if has_own else GenerationConfig()
+    settings, notice = GenerationConfig(), None
+    if (base / "generation_config.json").exists():
+        try:
+            settings = GenerationConfig.from_pretrained(base)
+        except ValueError as error:
+            notice = (
+                f"generation_config.json left out, which Transformers refuses to read: {str(error).splitlines()[0]}"
+            )
     own = settings.eos_token_id
     kept = [] if own is None else [own] if isinstance(own, int) else list(own)
-    settings.eos_token_id = list(dict.fromkeys([template.end_id, tokenizer.eos_token_id, *kept]))
-    settings.bos_token_id, settings.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
-    notice = None
+    tokens = {
+        "eos_token_id": list(dict.fromkeys([template.end_id, tokenizer.eos_token_id, *kept])),
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    settings.update(**tokens)
+    if _can_be_saved(settings):
+        return settings, notice
+    odd = [name for name in IGNORED_WHEN_GREEDY if not settings.do_sample and getattr(settings, name, None) is not None]
+    settings.update(**dict.fromkeys(odd))
+    if _can_be_saved(settings):
+        what = (
+            f"generation_config.json: {', '.join(odd)} left out, which Transformers refuses to save without do_sample"
+        )
+        return settings, what
+    return GenerationConfig(
+        **tokens
+    ), "generation_config.json left out, which Transformers refuses to save: stops are kept"
+
+
+def _can_be_saved(settings: GenerationConfig) -> bool:
     try:
         settings.validate(strict=True)
     except ValueError:
-        odd = [
-            name for name in IGNORED_WHEN_GREEDY if not settings.do_sample and getattr(settings, name, None) is not None
-        ]
-        for name in odd:
-            setattr(settings, name, None)
-        settings.validate(strict=True)
-        notice = (
-            f"generation_config.json: {', '.join(odd)} left out, which Transformers refuses to save without do_sample"
-        )
-    return settings, notice
+        return False
+    return True
 
 
 def _write_words(folder: pathlib.Path, contents: Contents) -> None:

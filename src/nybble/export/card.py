@@ -24,7 +24,7 @@ from nybble.recipe import dump_recipe
 from nybble.run import Run
 
 COLUMNS = ("", "base", "tuned", "difference, 95%", "verdict")
-TAGS = ["nybble", "qlora", "lora"]
+HELD = {"nf4": "4-bit", "fp4": "4-bit", "int8": "8-bit", "none": "unquantised"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ def write_card(subject: Subject) -> str:
     return template.render(
         front=yaml.safe_dump(_front(subject), sort_keys=False, allow_unicode=True),
         title=run.folder.resolve().name,
-        opening=f"{subject.kind}, made by nybble {__version__} from a QLoRA run on `{run.recipe.model.path}`.",
+        opening=f"{subject.kind}, made by nybble {__version__} from {_origin(run)} `{run.recipe.model.path}`.",
+        bare=run.is_bare_adapter,
+        held=HELD[run.recipe.model.quantization],
         loading=subject.loading,
         beside=subject.beside,
         facts=[
@@ -79,6 +81,12 @@ def write_card(subject: Subject) -> str:
         licence=_licence_lines(subject),
         recipe=dump_recipe(run.recipe, documented=False).rstrip(),
     )
+
+
+def _origin(run: Run) -> str:
+    if run.is_bare_adapter:
+        return "a LoRA adapter for"
+    return f"a {'LoRA' if run.recipe.model.quantization == 'none' else 'QLoRA'} run on"
 
 
 def _front(subject: Subject) -> dict[str, Any]:
@@ -95,7 +103,8 @@ def _front(subject: Subject) -> dict[str, Any]:
     ]
     if data:
         front["datasets"] = data
-    return {**front, "library_name": library, "pipeline_tag": "text-generation", "tags": TAGS}
+    tags = ["nybble", *(["qlora"] if subject.run.recipe.model.quantization != "none" else []), "lora"]
+    return {**front, "library_name": library, "pipeline_tag": "text-generation", "tags": tags}
 
 
 def _facts(run: Run, summary: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> list[tuple[str, str]]:
@@ -129,7 +138,7 @@ def _results(summary: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | 
         generation = evaluation.get("generation") or {"metrics": []}
         rows += [_compared(entry["name"], entry, scale(entry)) for entry in generation["metrics"]]
         return {
-            "what": "Base and tuned model in the run's 4-bit form, by `nybble eval`.",
+            "what": "Base and tuned model with the base held as in training, by `nybble eval`.",
             "columns": COLUMNS,
             "rows": rows,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import pathlib
 import shutil
 import tempfile
@@ -30,11 +31,11 @@ from nybble.export.merge import Merge
 from nybble.export.parity import Reference, Verdict, ask_run
 from nybble.export.publish import check_push, push
 from nybble.export.report import REPORT, refuse_failed, write_report
-from nybble.export.room import check_disk, needed, parameters_of
+from nybble.export.room import check_disk, nearest, needed, parameters_of
 from nybble.export.shards import Tensors
 from nybble.export.source import Source, merges_of, open_source
 from nybble.export.tell import tell_comparison, tell_verdicts
-from nybble.export.updates import read_updates
+from nybble.export.updates import read_updates, refuse_altered
 from nybble.inference.pipeline import load_answerer
 from nybble.run import CACHE, Run, write_text
 
@@ -131,17 +132,21 @@ def export(
     # 5. To the Hub.
     if wanted.repo is not None:
         with console.status(f"uploading to {wanted.repo}"):
-            page = push(target, wanted.repo)
+            page = push(target, wanted.repo, withheld=REPORT)  # it shows validation rows, which are the user's own
         console.print(f"pushed    {page}")
     return target
 
 
 def refuse_taken(target: pathlib.Path) -> None:
-    """Raise where something stands already: an artefact is never written over."""
+    """Raise where something stands already, as an artefact is never written over, and where no folder can be made."""
     if target.exists():
         raise ExportError(
             f"{target} exists already", fix=f"--out ANOTHER for a second one, or remove it: rm -r {target}"
         )
+    place = nearest(target)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "is no folder" if not place.is_dir() else "cannot be written to"
+        raise ExportError(f"{target} cannot be made: {place} {why}", fix="--out FOLDER somewhere else")
 
 
 def tell(console: Console, notices: Sequence[str]) -> None:
@@ -170,7 +175,9 @@ def _measure(
     is_adapter = wanted.to == "adapter"
     updates = {} if is_adapter else read_updates(source.run.adapter)
     if is_adapter:
+        refuse_altered(source.run.adapter)
         _check_whole(source.run.adapter)
+    _free_memory()
     with console.status("loading the run"):
         answerer = load_answerer(source.run, cache)
     if converter is not None:
@@ -211,11 +218,16 @@ def _compared_rows(validation: Dataset | None, reference: Reference) -> tuple[li
     return reference.samples, "answers of its own, there being no validation rows"
 
 
-def _choose(measured: Measured, merges: Mapping[str, Merge], wanted: Wanted, console: Console) -> str | None:
-    """The base that was asked for, or the closest; None for an adapter."""
+def _free_memory() -> None:
+    """What a training, an export or a live model before this left on the card: a Trainer is in a cycle of references."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _choose(measured: Measured, merges: Mapping[str, Merge], wanted: Wanted, console: Console) -> str | None:
+    """The base that was asked for, or the closest; None for an adapter."""
+    _free_memory()
     if measured.comparison is None:
         return None
     base = wanted.merge_base if wanted.merge_base in merges else measured.comparison.closest

@@ -19,6 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from nybble.errors import ExportError
 from nybble.export.formats import K_QUANTS, QUANTIZER
 from nybble.export.merge import EMBEDDING, HEAD, Model
+from nybble.export.modelfile import between
 from nybble.export.vocabulary import Vocabulary, read_vocabulary
 
 FILE_TYPES = {
@@ -28,6 +29,16 @@ FILE_TYPES = {
 }
 BLOCK = 32  # numbers with one scale, in Q8_0 and Q4_0; a row that is no multiple of it stays F16
 SCALINGS = {"linear": gguf.RopeScalingType.LINEAR, "yarn": gguf.RopeScalingType.YARN}
+
+YARN = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "attention_factor": None,
+    "mscale": None,
+    "mscale_all_dim": None,
+    "truncate": True,
+}
+"""Numbers of YaRN (Peng et al. 2023) that llama.cpp takes where a file names none."""
 
 
 class Converter:
@@ -207,6 +218,12 @@ def _check_rope(config: PretrainedConfig) -> None:
         raise ExportError(
             f"llama.cpp has nothing like RoPE scaling of type {kind}", fix="--to merged, which keeps it as it is"
         )
+    odd = [f"{name}={value}" for name, value in config.rope_parameters.items() if value != YARN.get(name, value)]
+    if kind == "yarn" and odd:
+        raise ExportError(
+            f"YaRN with {', '.join(odd)} is not written as GGUF here, only with its paper's numbers",
+            fix="--to merged, which keeps it as it is",
+        )
 
 
 def rope_factors(config: PretrainedConfig) -> torch.Tensor | None:
@@ -239,7 +256,9 @@ def _describe_tokens(writer: gguf.GGUFWriter, vocabulary: Vocabulary, model: Mod
     for add, number in named:
         if number is not None:
             add(number)
-    writer.add_add_bos_token(vocabulary.add_bos)
+    # Servers put BOS before a prompt where the file says so. A template that has none of its own was trained without.
+    begins = between(tokenizer, model.template, ["user"])
+    writer.add_add_bos_token(vocabulary.add_bos and (begins is None or begins[0].startswith(tokenizer.bos_token)))
     writer.add_add_eos_token(False)
     if vocabulary.model == "llama":
         writer.add_add_space_prefix(vocabulary.space_prefix)

@@ -13,7 +13,14 @@ from nybble.evaluate.tell import progress_bar
 from nybble.export import loading
 from nybble.export.artefacts import Contents, write_adapter, write_gguf_words, write_merged
 from nybble.export.formats import Converter
-from nybble.export.loaders import GET_LLAMA_CPP, has_llama_cpp, through_llama_cpp, through_peft, through_transformers
+from nybble.export.loaders import (
+    GET_LLAMA_CPP,
+    has_llama_cpp,
+    place_for,
+    through_llama_cpp,
+    through_peft,
+    through_transformers,
+)
 from nybble.export.merge import Merge, Model
 from nybble.export.parity import NEW_TOKENS, Reference, Verdict, judge
 from nybble.export.room import parameters_of
@@ -74,8 +81,12 @@ class Merged:
             write_merged(folder, contents, self.merge, show)
 
     def check(self, folder: pathlib.Path, reference: Reference, contents: Contents) -> list[Verdict | str]:
-        """Through Transformers alone."""
-        given = through_transformers(folder, reference, choose_device(self.source.run.recipe.model.device))
+        """Through Transformers alone, where the memory holds it."""
+        size = sum(spec.bytes for spec in self.merge.specs())
+        place = place_for(size, choose_device(self.source.run.recipe.model.device))
+        if place is None:
+            return [f"{self._stored} not checked: its {size / 1e9:.1f} GB do not fit into the memory that is free"]
+        given = through_transformers(folder, reference, place)
         return [judge(self._stored, reference, given, self.base, contents.tokenizer)]
 
     def words(self) -> tuple[str, str, list[str]]:

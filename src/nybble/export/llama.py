@@ -1,7 +1,7 @@
 """A GGUF file asked by llama.cpp: python -m nybble.export.llama JOB.json.
 
-A process of its own, and the one module that knows llama-cpp-python. Prompts of conversations go through the file's own template
-and tokenizer, by the functions that llama-cpp-python's create_chat_completion calls.
+A process of its own, and the one module that knows llama-cpp-python. Prompts of conversations go through create_chat_completion,
+as its users' do.
 """
 
 from __future__ import annotations
@@ -13,7 +13,30 @@ from typing import Any
 
 import llama_cpp
 import numpy
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+
+class Heard(Exception):  # noqa: N818
+    """Instead of an answer: the tokens of a conversation's prompt."""
+
+    def __init__(self, ids: list[int]) -> None:
+        super().__init__()
+        self.ids = ids
+
+
+class Listening(llama_cpp.Llama):  # type: ignore[misc]
+    """A model whose create_chat_completion says what it would go on from; for some templates it has functions of its own."""
+
+    def create_completion(self, *_: Any, prompt: list[int], **__: Any) -> Any:
+        """What create_chat_completion calls once it has tokenised."""
+        raise Heard(prompt)
+
+    def prompt_of(self, messages: Any) -> list[int]:
+        """The tokens of a conversation."""
+        try:
+            self.create_chat_completion(messages)
+        except Heard as heard:
+            return list(map(int, heard.ids))
+        raise AssertionError("create_chat_completion does not call create_completion any more")
 
 
 def main(job: pathlib.Path) -> None:
@@ -21,21 +44,21 @@ def main(job: pathlib.Path) -> None:
     asked = json.loads(job.read_text(encoding="utf-8"))
     questions = asked["questions"]
     longest = max(len(question["row"]) + asked["new_tokens"] for question in questions)
-    model = llama_cpp.Llama(asked["file"], n_ctx=longest, n_batch=512, logits_all=True, verbose=False, seed=0)
-    formatter = _formatter(model)
+    model = Listening(asked["file"], n_ctx=longest, n_batch=512, logits_all=True, verbose=False, seed=0)
+    has_template = "tokenizer.chat_template" in model.metadata
     stops = [token for token in range(model.n_vocab()) if llama_cpp.llama_vocab_is_eog(_vocabulary(model), token)]
     arrays: dict[str, Any] = {}
     prompts, answers = [], []
     for number, question in enumerate(questions):
         start = len(question["prompt"])
-        prompts.append(_prompt(model, formatter, question["messages"]) if formatter and question["messages"] else None)
+        prompts.append(model.prompt_of(question["messages"]) if has_template and question["messages"] else None)
         model.reset()
         model.eval(question["row"])
         arrays[f"logits{number}"] = numpy.array(model.scores[start - 1 : len(question["row"]) - 1], dtype=numpy.float32)
         answers.append(_greedy(model, question["prompt"], set(stops), asked["new_tokens"]))
     told = {
         "by": f"llama-cpp-python {llama_cpp.__version__}",
-        "template": formatter is not None,
+        "template": has_template,
         "prompts": prompts,
         "answers": answers,
         "stops": stops,
@@ -45,25 +68,6 @@ def main(job: pathlib.Path) -> None:
 
 def _vocabulary(model: llama_cpp.Llama) -> Any:
     return llama_cpp.llama_model_get_vocab(model.model)
-
-
-def _formatter(model: llama_cpp.Llama) -> Jinja2ChatFormatter | None:
-    """The file's own chat template, as create_chat_completion uses it."""
-    template = model.metadata.get("tokenizer.chat_template")
-    if template is None:
-        return None
-    words = [
-        model._model.token_get_text(token) if token >= 0 else "" for token in (model.token_eos(), model.token_bos())
-    ]
-    return Jinja2ChatFormatter(
-        template=template, eos_token=words[0], bos_token=words[1], stop_token_ids=[model.token_eos()]
-    )
-
-
-def _prompt(model: llama_cpp.Llama, formatter: Jinja2ChatFormatter, messages: Any) -> list[int]:
-    rendered = formatter(messages=messages)
-    ids: list[int] = model.tokenize(rendered.prompt.encode(), add_bos=not rendered.added_special, special=True)
-    return ids
 
 
 def _greedy(model: llama_cpp.Llama, prompt: list[int], stops: set[int], limit: int) -> tuple[list[int], bool]:

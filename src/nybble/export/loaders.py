@@ -8,9 +8,11 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy
+import psutil
 import torch
 import transformers
 from peft import PeftModel
@@ -29,13 +31,31 @@ from nybble.quantized import stay_unpacked
 
 LLAMA_CPP = "nybble.export.llama"
 """Run as a process of its own: a build of llama.cpp that does not suit the processor ends with a signal, not an exception."""
+BESIDE = 3_000_000_000  # bytes beside a model's weights on a GPU: keys and values, activations, CUDA's own
 GET_LLAMA_CPP = "make llama-cpp, or pip install llama-cpp-python"
 
 
-def through_transformers(folder: pathlib.Path, reference: Reference, device: torch.device) -> Given:
-    """A merged folder, through AutoModelForCausalLM and AutoTokenizer."""
+def place_for(size: int, device: torch.device) -> dict[str, Any] | None:
+    """Words of `from_pretrained` for so many bytes: on the device, spread over GPU and CPU, or None where they fit nowhere.
+
+    A 7B that was trained in 4 bits on a card of 12 GB is 13.5 GB when it is merged.
+    """
+    available = psutil.virtual_memory().available
+    if device.type != "cuda":
+        return {"device_map": {"": device}} if size < available else None
+    free = torch.cuda.mem_get_info(device)[0] - BESIDE
+    if size < free:
+        return {"device_map": {"": device}}
+    if size > max(free, 0) + available:
+        return None
+    number = device.index if device.index is not None else torch.cuda.current_device()
+    return {"device_map": "auto", "max_memory": {number: max(free, 0), "cpu": available}}
+
+
+def through_transformers(folder: pathlib.Path, reference: Reference, place: Mapping[str, Any]) -> Given:
+    """A merged folder, through AutoModelForCausalLM and AutoTokenizer, placed by words of `from_pretrained`."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map={"": device}).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **place).eval()
     return _asked(model, tokenizer, reference, own_stops(model), f"transformers {transformers.__version__}")
 
 

@@ -21,6 +21,7 @@ from nybble.export.shards import Spec, Tensors, slices_of
 from nybble.export.updates import Update
 from nybble.model.checkpoint import weight_files
 
+CPU = torch.device("cpu")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 STATE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
 PACKED = tuple(f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
@@ -36,8 +37,8 @@ class Weights(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, rows first."""
 
-    def slices(self, name: str) -> Iterator[torch.Tensor]:
-        """A tensor's rows, in slices one after another."""
+    def slices(self, name: str, device: torch.device = CPU) -> Iterator[torch.Tensor]:
+        """A tensor's rows on a device, in slices one after another."""
 
 
 class Original:
@@ -54,11 +55,11 @@ class Original:
         """Of a tensor."""
         return tuple(self._tensors[name].shape)
 
-    def slices(self, name: str) -> Iterator[torch.Tensor]:
+    def slices(self, name: str, device: torch.device = CPU) -> Iterator[torch.Tensor]:
         """A tensor's rows as they are."""
         tensor = self._tensors[name]
         rows, columns = tensor.shape if tensor.dim() == 2 else (len(tensor), 1)
-        return (tensor[part] for part in slices_of(rows, columns))
+        return (tensor[part].to(device) for part in slices_of(rows, columns))
 
 
 class Dequantised:
@@ -77,18 +78,18 @@ class Dequantised:
         state = self._state(name)
         return tuple(self._tensors[name].shape) if state is None else tuple(state.shape)
 
-    def slices(self, name: str) -> Iterator[torch.Tensor]:
+    def slices(self, name: str, device: torch.device = CPU) -> Iterator[torch.Tensor]:
         """A tensor's rows, dequantised to the type in which the run computed."""
         state = self._state(name)
         if state is not None:
-            yield from _four_bits(self._tensors[name], state)
+            yield from _four_bits(self._tensors[name], state, device)
         elif (scales := f"{name.removesuffix('.weight')}.SCB") in self._tensors:
-            limits, place = self._tensors[scales].float() / INT8, 0
-            for rows in self._plain.slices(name):
+            limits, place = self._tensors[scales].float().to(device) / INT8, 0
+            for rows in self._plain.slices(name, device):
                 yield rows * limits[place : place + len(rows), None]
                 place += len(rows)
         else:
-            yield from self._plain.slices(name)
+            yield from self._plain.slices(name, device)
 
     def _state(self, name: str) -> QuantState | None:
         packed = next((name + end for end in PACKED if name + end in self._tensors), None)
@@ -98,7 +99,7 @@ class Dequantised:
         return QuantState.from_dict({part: self._tensors[part] for part in [*parts, packed]}, torch.device("cpu"))
 
 
-def _four_bits(packed: torch.Tensor, state: QuantState) -> Iterator[torch.Tensor]:
+def _four_bits(packed: torch.Tensor, state: QuantState, device: torch.device) -> Iterator[torch.Tensor]:
     """Slices of a 4-bit weight; each begins where a block of numbers with a scale of their own does."""
     scales = state.absmax
     if state.nested:
@@ -107,14 +108,14 @@ def _four_bits(packed: torch.Tensor, state: QuantState) -> Iterator[torch.Tensor
     for part in slices_of(rows, columns, state.blocksize):
         first, last = part.start * columns, part.stop * columns
         own = QuantState(
-            absmax=scales[first // state.blocksize : -(-last // state.blocksize)].float(),
+            absmax=scales[first // state.blocksize : -(-last // state.blocksize)].float().to(device),
             shape=torch.Size((part.stop - part.start, columns)),
-            code=state.code,
+            code=state.code.to(device),
             blocksize=state.blocksize,
             quant_type=state.quant_type,
             dtype=state.dtype,
         )
-        yield bnb.dequantize_4bit(packed.flatten()[first // 2 : last // 2].unsqueeze(1), own)
+        yield bnb.dequantize_4bit(packed.flatten()[first // 2 : last // 2].unsqueeze(1).to(device), own)
 
 
 @dataclass(frozen=True)
@@ -159,22 +160,22 @@ class Merge:
                 )
         return specs
 
-    def slices(self, name: str) -> Iterator[torch.Tensor]:
-        """Rows of a merged tensor in float32, one slice after another."""
+    def slices(self, name: str, device: torch.device = CPU) -> Iterator[torch.Tensor]:
+        """Rows of a merged tensor in float32, one slice after another, merged on a device."""
         update, place = self.updates.get(name), 0
         source = EMBEDDING if name == HEAD and self.tied else name
-        for rows in self.base.slices(source):
+        for rows in self.base.slices(source, device):
             part = slice(place, place + len(rows))
             yield rows.float() if update is None else update.onto(rows, part)
             place += len(rows)
 
-    def stored(self, name: str) -> Iterator[torch.Tensor]:
+    def stored(self, name: str, device: torch.device = CPU) -> Iterator[torch.Tensor]:
         """The same in the type in which they are stored.
 
         Raises:
             ModelError: a number that the type cannot hold.
         """
-        for rows in self.slices(name):
+        for rows in self.slices(name, device):
             narrow = rows.to(self.dtype)
             if not narrow.isfinite().all():
                 raise ModelError(

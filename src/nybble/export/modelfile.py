@@ -34,13 +34,13 @@ def write_modelfile(source: str, tokenizer: PreTrainedTokenizerBase, template: s
 
 def go_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
     """The chat template for Go's text/template over Ollama's .Messages, or None where it has no such form."""
-    one = _between(tokenizer, template, ["user"])
-    two = _between(tokenizer, template, ["user", "assistant", "user"])
+    one = between(tokenizer, template, ["user"])
+    two = between(tokenizer, template, ["user", "assistant", "user"])
     if one is None or two is None or [two[0], two[3]] != one or not two[1].startswith(one[1]):
         return None
     begin, close = one
     gap = two[1].removeprefix(close)  # what stands before an answer and is not part of its prompt: LLaMA 2's space
-    system = _between(tokenizer, template, ["system", "user"])
+    system = between(tokenizer, template, ["system", "user"])
     # Ollama puts BOS before a prompt where the tokenizer does, so there the template must not.
     bos = tokenizer.bos_token or ""
     own = len(bos) if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] and begin.startswith(bos) else 0
@@ -68,7 +68,7 @@ def _said(text: str) -> str:
     return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
 
-def _between(tokenizer: PreTrainedTokenizerBase, template: str, roles: Sequence[str]) -> list[str] | None:
+def between(tokenizer: PreTrainedTokenizerBase, template: str, roles: Sequence[str]) -> list[str] | None:
     """What a template writes before, between and after the messages; None where it refuses these roles."""
     messages = [{"role": role, "content": MARK} for role in roles]
     try:

@@ -22,11 +22,12 @@ from nybble.engine.loss import last_hidden
 from nybble.errors import DataError
 from nybble.evaluate.generation import FIXED, held_out_prompts
 from nybble.evaluate.perplexity import bare
-from nybble.export.compare import compare, divergences
+from nybble.export.compare import batches, compare, divergences
 from nybble.export.merge import Merge
 from nybble.inference.pipeline import Answerer
 
 NEW_TOKENS = 48  # of an answer: enough for most to end or to go astray
+TOKENS_AT_ONCE = 4096  # of padded prompts and answers: 2 GB of Llama 2 7B's keys and values, beside its weights
 HELD_OUT = 4  # prompts of validation rows, beside the conversations below
 CONVERSATIONS: tuple[Conversation, ...] = (
     *((Message("user", text),) for text in FIXED),
@@ -185,18 +186,22 @@ def _conversations(answerer: Answerer) -> list[Question]:
 def greedy(
     model: PreTrainedModel, prompts: Sequence[list[int]], pad_id: int, stops: Sequence[int] | None = None
 ) -> list[Answer]:
-    """Greedy answers to all prompts in one batch, padded on the left; without `stops` the model's own settings end them."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    """Greedy answers, prompts of like length in one batch, padded on the left; without `stops` the model's settings end them."""
     ends = {} if stops is None else {"eos_token_id": list(dict.fromkeys(stops))}
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, use_cache=True,
-            pad_token_id=pad_id, **ends,
-        )[:, longest:].tolist()  # fmt: skip
     known = set(stops) if stops is not None else own_stops(model)
-    return [_cut(row, known) for row in output]
+    found: dict[int, Answer] = {}
+    for places in batches([len(prompt) + NEW_TOKENS for prompt in prompts], TOKENS_AT_ONCE):
+        part = [prompts[place] for place in places]
+        longest = max(map(len, part))
+        ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in part], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in part], device=model.device)
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, use_cache=True,
+                pad_token_id=pad_id, **ends,
+            )[:, longest:].tolist()  # fmt: skip
+        found |= {place: _cut(row, known) for place, row in zip(places, output, strict=True)}
+    return [found[place] for place in range(len(prompts))]
 
 
 def own_stops(model: PreTrainedModel) -> set[int]:
@@ -211,15 +216,18 @@ def _cut(row: list[int], stops: set[int]) -> Answer:
 
 
 def next_logits(model: PreTrainedModel, rows: Sequence[list[int]], starts: Sequence[int]) -> list[torch.Tensor]:
-    """What follows each row's prompt: (len(row) - start, vocabulary) float32 logits on the CPU, all rows in one batch."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device)
+    """What follows each row's prompt: (len(row) - start, vocabulary) float32 logits on the CPU."""
     head = model.get_output_embeddings()
-    with torch.inference_mode():
-        hidden = last_hidden(model, model.get_decoder(), {"input_ids": ids, "attention_mask": mask})
-        places = [slice(start - 1, len(row) - 1) for row, start in zip(rows, starts, strict=True)]
-        return [head(own[place]).float().cpu() for own, place in zip(hidden, places, strict=True)]
+    found: dict[int, torch.Tensor] = {}
+    for places in batches([len(row) for row in rows], TOKENS_AT_ONCE):
+        longest = len(rows[places[0]])
+        ids = torch.tensor([rows[n] + [0] * (longest - len(rows[n])) for n in places], device=model.device)
+        mask = torch.tensor([[1] * len(rows[n]) + [0] * (longest - len(rows[n])) for n in places], device=model.device)
+        with torch.inference_mode():
+            hidden = last_hidden(model, model.get_decoder(), {"input_ids": ids, "attention_mask": mask})
+            for place, own in zip(places, hidden, strict=True):
+                found[place] = head(own[starts[place] - 1 : len(rows[place]) - 1]).float().cpu()
+    return [found[place] for place in range(len(rows))]
 
 
 def judge(

@@ -35,8 +35,13 @@ def check_push(repo: str) -> None:
     whoami()
 
 
-def push(folder: pathlib.Path, repo: str) -> str:
+def push(folder: pathlib.Path, repo: str, withheld: str) -> str:
     """Upload a folder as a model; a repository that is new is private, one that exists stays as it is.
+
+    Args:
+        folder: the artefact.
+        repo: OWNER/NAME.
+        withheld: a file that stays here.
 
     Returns:
         Its page, and whether it is private.
@@ -45,24 +50,26 @@ def push(folder: pathlib.Path, repo: str) -> str:
         HubError: the Hub refuses, or cannot be reached; the folder stays whole.
     """
     api = HfApi()
+    again = f"the artefact is whole in {folder}, to be uploaded by: hf upload {repo} {folder} --private --exclude {withheld}"
     try:
         is_new = not api.repo_exists(repo)
         made = api.create_repo(repo, private=True, exist_ok=True).repo_id
         info: Any = api.model_info(made)
         if is_new and not info.private:
             raise HubError(f"the Hub made {made!r} public although it was to be private: nothing was uploaded")
-        api.upload_folder(repo_id=made, folder_path=folder, commit_message="Export by nybble")
+        api.upload_folder(
+            repo_id=made, folder_path=folder, commit_message="Export by nybble", ignore_patterns=[withheld]
+        )
     except HfHubHTTPError as error:
         status = error.response.status_code
         said = (error.server_message or "").strip().rstrip(".")
         raise HubError(
             f"the Hub refused the upload to {repo!r} with status {status}{': ' + said if said else ''}",
-            fix=f"{LOGIN if status in (401, 403) else 'look at what it says'}; the artefact is whole in {folder}, "
-            f"to be uploaded by: hf upload {repo} {folder}",
+            fix=f"{LOGIN if status in (401, 403) else 'look at what it says'}; {again}",
         ) from error
     except UPLOAD_FAULTS as error:
         raise HubError(
             f"the upload to {repo!r} failed: {' '.join(str(error).split())}",
-            fix=f"the artefact is whole in {folder}, to be uploaded by: hf upload {repo} {folder}",
+            fix=again,
         ) from error
     return f"{constants.ENDPOINT}/{made} ({'private' if info.private else 'public, as it was'})"

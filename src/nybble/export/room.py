@@ -40,13 +40,18 @@ def parameters_of(config: PretrainedConfig) -> int:
     return int(config.num_hidden_layers * layer + ends * config.vocab_size * width + width)
 
 
+def nearest(folder: pathlib.Path) -> pathlib.Path:
+    """What exists of a path: itself, or the first of its parents that does."""
+    return next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+
+
 def check_disk(folder: pathlib.Path, size: int, what: str) -> None:
     """Refuse where the disk of a folder, which need not exist, has not so many bytes free.
 
     Raises:
         ExportError: with what is needed and what is free.
     """
-    place = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    place = nearest(folder)
     free = shutil.disk_usage(place).free
     if free < size:
         raise ExportError(

@@ -78,6 +78,11 @@ def open_source(run: Run, dtype: str, cache: pathlib.Path) -> Source:
     summary = run.folder / "summary.json"
     record = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
     notices = _held_against_record(checkpoint, mark, record)
+    if record is None and checkpoint.quantized_as is None:
+        notices += (
+            f"nor how the base was held: it is taken as {model.quantization}, as in QLoRA; for an adapter that was trained on "
+            "16-bit weights --merge-base original is right",
+        )
     device = torch.device("cpu") if not torch.cuda.is_available() else choose_device(model.device)
     then = record["dtype"] if record is not None else model.dtype
     if device.type == "cpu" and then == "float16":
@@ -150,7 +155,7 @@ def merges_of(
         why = (
             f"the run started from a checkpoint that was {source.quantization} already"
             if only == "dequantised"
-            else "the run trained on 16-bit weights"
+            else "the run trained on weights that were not quantised"
         )
         notice = f"one base only, {only}: {why}"
         if asked not in ("auto", only):

@@ -21,7 +21,7 @@ PREFIX = "base_model.model."  # what PEFT puts before a module's name
 UNDERSTOOD = frozenset(
     {
         *("peft_type", "task_type", "inference_mode", "auto_mapping", "peft_version", "runtime_config"),
-        *("base_model_name_or_path", "revision", "megatron_config", "megatron_core", "ensure_weight_tying"),
+        *("base_model_name_or_path", "revision", "megatron_config", "megatron_core", "eva_config"),
         *(
             "target_modules",
             "exclude_modules",
@@ -54,11 +54,17 @@ class Update:
     scaling: float
     magnitude: torch.Tensor | None = None
 
+    def is_finite(self) -> bool:
+        """Whether every number of it is one."""
+        parts = (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
+        return all(bool(part.isfinite().all()) for part in parts)
+
     def onto(self, weight: torch.Tensor, part: slice) -> torch.Tensor:
-        """The merged rows (rows, in), float32, of the base's rows `part`."""
-        merged = torch.addmm(weight.float(), self.b[part], self.a, alpha=self.scaling)
+        """The merged rows (rows, in), float32, of the base's rows `part`, on their device."""
+        a, b = self.a.to(weight.device), self.b[part].to(weight.device)
+        merged = torch.addmm(weight.float(), b, a, alpha=self.scaling)
         if self.magnitude is not None:
-            merged *= (self.magnitude[part] / merged.norm(dim=1))[:, None]
+            merged *= (self.magnitude[part].to(weight.device) / merged.norm(dim=1))[:, None]
         return merged
 
 
@@ -68,6 +74,7 @@ def read_updates(folder: pathlib.Path) -> dict[str, Update]:
     Raises:
         ModelError: no adapter, a file that is cut off, an adapter of another kind, or one whose base was altered.
     """
+    refuse_altered(folder)
     config = _read_config(folder)
     _refuse(config, str(folder / "adapter_config.json"))
     files = [name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).exists()]
@@ -87,9 +94,37 @@ def read_updates(folder: pathlib.Path) -> dict[str, Update]:
         )
     modules = list(dict.fromkeys(name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in names))
     updates = {f"{module}.weight": _update(tensors, config, module) for module in modules}
+    broken = [name for name, update in updates.items() if not update.is_finite()]
+    if broken:
+        raise ModelError(
+            f"the adapter's update of {broken[0]} holds a number that is not finite: its training went astray",
+            where=str(folder / files[0]),
+            fix="train again with a lower learning rate, or copy the adapter again",
+        )
     if not any(update.b.any() for update in updates.values()):
         raise ModelError("every B of the adapter is zero: it holds nothing that was learnt", where=str(folder))
     return updates
+
+
+def refuse_altered(folder: pathlib.Path) -> None:
+    """Raise for an adapter that is not one on the base as it was.
+
+    PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ start from a base that they alter: their A and B belong to its residual. Added to the
+    base itself they give another model, and PEFT alters the base anew, or fails, wherever they are loaded on a quantised one.
+
+    Raises:
+        ModelError: by the start's name.
+    """
+    start = _read_config(folder).get("init_lora_weights", True)
+    if start not in UNALTERED:
+        raise ModelError(
+            f"the adapter began as {_known_as(str(start))}, which alters the base: on the base itself it would be another model",
+            where=str(folder / "adapter_config.json"),
+            fix="convert it to plain LoRA where it was trained: model.save_pretrained(OUT, "
+            "path_initial_model_for_weight_conversion=INITIAL_ADAPTER), as PEFT's documentation has it"
+            if str(start).lower() != "loftq"
+            else "take the base that LoftQ wrote beside the adapter, and merge there with PEFT",
+        )
 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -118,24 +153,10 @@ def _update(tensors: Tensors, config: Mapping[str, Any], module: str) -> Update:
 
 
 def _refuse(config: Mapping[str, Any], where: str) -> None:
-    """Raise for every kind of adapter that is not W + s B A on the base as it was.
-
-    PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ start from a base that they alter: their A and B belong to its residual, and added to
-    the base itself they give another model.
-    """
+    """Raise for every kind of adapter that is not W + s B A."""
     if config.get("peft_type") != "LORA":
         raise ModelError(
             f"the adapter is {config.get('peft_type')}, and LoRA is what is merged here", where=where, fix=BY_PEFT
-        )
-    start = config.get("init_lora_weights", True)
-    if start not in UNALTERED:
-        raise ModelError(
-            f"the adapter began as {_known_as(str(start))}, which alters the base: on the base itself it would be another model",
-            where=where,
-            fix="convert it to plain LoRA where it was trained: model.save_pretrained(OUT, "
-            "path_initial_model_for_weight_conversion=INITIAL_ADAPTER), as PEFT's documentation has it"
-            if str(start).lower() != "loftq"
-            else "take the base that LoftQ wrote beside the adapter, and merge there with PEFT",
         )
     unknown = list(_set_options(config))
     if unknown:
