@@ -78,7 +78,7 @@ def make_checkpoint(folder: pathlib.Path, shape: Mapping[str, int]) -> int:
     plain["lm_head.weight"] = plain["model.embed_tokens.weight"]
     for number in range(shape["num_hidden_layers"]):
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            plain[f"model.layers.{number}.{norm}.weight"] = norm
+            plain[f"model.layers.{number}.{norm}.weight"] = plain["model.norm.weight"]
     _save(folder / "base", {**plain, **{f"{name}.weight": values[size] for name, size in linears.items()}}, shape)
     parts = {f"{name}.weight{end}": part for name, size in linears.items() for end, part in packed[size].items()}
     _save(folder / "nf4", {**plain, **parts}, shape)

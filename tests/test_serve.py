@@ -304,7 +304,7 @@ def test_what_nobody_reads_is_given_up_at_the_time_limit(runs, cache, tiny_llama
         with slow_reader(server, body):
             server.wait_for("nybble_answers_total", 16, 30)
             text = server.http.get(f"{server.url}/metrics").text
-            assert 'finish="cancelled"' in text
+            assert 'finish="timeout"' in text
         assert server.chat("run", ASKED, max_tokens=4)["choices"]
 
 

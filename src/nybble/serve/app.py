@@ -57,7 +57,7 @@ class EventStream(StreamingResponse):
             async with asyncio.timeout(self.job.timeout + 5):
                 await super().__call__(scope, receive, send)
         except TimeoutError:
-            return  # the reader does not read: the connection is closed without an end
+            self.job.cancel("timeout")  # the reader does not read: the connection is closed without an end
         finally:
             self.job.cancel()
 
