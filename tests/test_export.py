@@ -17,7 +17,7 @@ from nybble.data.template import choose_template
 from nybble.engine.loss import last_hidden
 from nybble.errors import ExportError, HubError, ModelError, RunError
 from nybble.export import export as module
-from nybble.export import kinds, loaders, parity, room
+from nybble.export import kinds, loaders, parity
 from nybble.export.artefacts import generation_settings
 from nybble.export.card import HELD, Subject, data_licences, write_card
 from nybble.export.compare import Comparison, Divergence
@@ -31,7 +31,7 @@ from nybble.model.checkpoint import find_checkpoint
 from nybble.model.tokenizer import load_tokenizer
 from nybble.recipe import load_recipe
 from nybble.run import Run, open_run
-from nybble.train import train
+from nybble.train import resume, train
 from test_cli import nybble
 
 Usage = namedtuple("Usage", "total used free")
@@ -317,8 +317,8 @@ def test_every_bad_input_is_a_clear_error_and_leaves_what_was_there(
     with pytest.raises(ExportError, match=r"cannot be made: .*model.safetensors is no folder") as caught:
         export(run, Wanted("merged", file / "out"), quiet, cache)
     assert "--out" in caught.value.fix
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda place: Usage(100, 100, 1000))
-    with pytest.raises(ExportError, match=r"needs about 0.00 GB, and 0.00 GB are free") as caught:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(100, 100, 1000))
+    with pytest.raises(RunError, match=r"needs about 0.00 GB, and 0.00 GB are free") as caught:
         export(open_run(copied(run, tmp_path / "f")), Wanted("merged"), quiet, cache)
     assert "--out FOLDER" in caught.value.fix
     assert {file.name: file.read_bytes() for file in merged[0].iterdir()} == before
@@ -431,12 +431,19 @@ def test_preflight_says_before_training_what_would_fail_after_it(peaky_llama, ro
     monkeypatch.setenv("PATH", "")
     refused(ExportError, "llama-quantize, which is not on this machine's PATH", quants=("Q4_K_M",))
     refused(ExportError, "no such type", quants=("Q9_9",))
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda place: Usage(100, 100, 1000))
-    refused(ExportError, "GB are free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(100, 100, 1000))
+    refused(RunError, "GB are free")
     words = [f"model.path={peaky_llama}", f"data.path={rows}", f"out={tmp_path / 'run'}", "data.max_length=128"]
-    with pytest.raises(ExportError, match="GB are free"):
+    with pytest.raises(RunError, match=r"export\.to=.* GB are free"):
         train(load_recipe(None, words), console=quiet, preflight=Preflight(("merged",), (), None))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_goes_on_is_looked_ahead_of_too(run, cache, quiet, tmp_path):
+    begun = copied(run, tmp_path)
+    shutil.rmtree(begun / "adapter")
+    with pytest.raises(ExportError, match="no such type"):
+        resume(begun, console=quiet, cache=cache, preflight=Preflight(("gguf",), ("Q9_9",), Converter()))
 
 
 @pytest.mark.slow

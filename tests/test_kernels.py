@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" e
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert ours.isfinite().all(), "not every element was written"
     bound = TOLERANCE[ours.dtype] * theirs.float().abs().max().item()
     difference = (ours.float() - theirs.float()).abs()
@@ -92,15 +92,15 @@ def test_norm_forward_and_backward(rows, hidden, dtype):
     ours, theirs = poisoned(rows, hidden, dtype), poisoned(rows, hidden, dtype)
     kernels.rms_norm(x, weight, 1e-5, ours)
     reference.rms_norm(x, weight, 1e-5, theirs)
-    close(ours, theirs)
+    assert_close(ours, theirs)
     sums = [poisoned(rows, hidden, dtype), poisoned(rows, hidden, dtype)]
     kernels.add_rms_norm(x, update, weight, 1e-5, sums[0], ours)
     reference.add_rms_norm(x, update, weight, 1e-5, sums[1], theirs)
     assert torch.equal(*sums)
-    close(ours, theirs)
+    assert_close(ours, theirs)
     kernels.rms_norm_backward(update, x, weight, 1e-5, x, ours)
     reference.rms_norm_backward(update, x, weight, 1e-5, x, theirs)
-    close(ours, theirs)
+    assert_close(ours, theirs)
 
 
 def test_norm_backward_is_its_gradient():
@@ -110,7 +110,7 @@ def test_norm_backward_is_its_gradient():
     normed.backward(change.double())
     ours = poisoned(6, 42, torch.float32)
     reference.rms_norm_backward(change, x.detach().float(), weight.float(), 1e-5, torch.zeros_like(change), ours)
-    close(ours, x.grad)
+    assert_close(ours, x.grad)
 
 
 @pytest.mark.parametrize("query, key, size", [(3, 1, 6), (9, 3, 64), (5, 5, 42), (2, 1, 256)])
@@ -127,7 +127,7 @@ def test_rotary_positions_forward_and_backward(query, key, size, dtype):
         out.copy_(start)
         room.rope(out, cosine, sine, query + key, size, first)
         outs.append(out)
-    close(*outs)
+    assert_close(*outs)
     assert torch.equal(outs[0][:, (query + key) * size :], start[:, (query + key) * size :]), "a value was rotated"
     gradients = tuple(numbers(rows, heads * size, dtype=dtype, seed=heads) for heads in (query, key, key))
     backs = []
@@ -135,7 +135,7 @@ def test_rotary_positions_forward_and_backward(query, key, size, dtype):
         out = poisoned(rows, width, dtype)
         room.rope_backward(gradients, cosine, sine, size, first, out)
         backs.append(out)
-    close(*backs)
+    assert_close(*backs)
 
 
 def test_rotary_positions_are_transformers_and_backward_is_their_transpose():
@@ -150,7 +150,7 @@ def test_rotary_positions_are_transformers_and_backward_is_their_transpose():
     )
     ours = start.clone()
     reference.rope(ours, cosine, sine, 2 * heads, size, 0)
-    close(ours[:, : heads * size], theirs.reshape(rows, -1))
+    assert_close(ours[:, : heads * size], theirs.reshape(rows, -1))
     back = torch.empty_like(start)
     reference.rope_backward(change.split(heads * size, dim=1), cosine, sine, size, 0, back)
     torch.testing.assert_close((ours * change).sum(), (start * back).sum(), rtol=1e-4, atol=1e-4)
@@ -163,16 +163,16 @@ def test_swiglu_forward_and_backward(rows, width, dtype):
     ours, theirs = poisoned(rows, width, dtype), poisoned(rows, width, dtype)
     kernels.swiglu(gate_up, ours)
     reference.swiglu(gate_up, theirs)
-    close(ours, theirs)
+    assert_close(ours, theirs)
     change = numbers(rows, width, dtype=dtype, seed=2)
     pairs = []
     for room in (kernels, reference):
         gradient, inputs = change.clone(), gate_up.clone()
         room.swiglu_backward(gradient, inputs)
         pairs.append((gradient, inputs))
-    close(pairs[0][0], pairs[1][0])
-    close(pairs[0][1], pairs[1][1])
-    close(pairs[0][0], theirs)
+    assert_close(pairs[0][0], pairs[1][0])
+    assert_close(pairs[0][1], pairs[1][1])
+    assert_close(pairs[0][0], theirs)
 
 
 def test_swiglu_backward_is_its_gradient():
@@ -182,7 +182,7 @@ def test_swiglu_backward_is_its_gradient():
     (torch.nn.functional.silu(gate) * up).backward(change.double())
     ours = leaf.detach().float()
     reference.swiglu_backward(change.clone(), ours)
-    close(ours, leaf.grad)
+    assert_close(ours, leaf.grad)
 
 
 @pytest.mark.parametrize("rows, vocabulary", [(1, 6), (42, 431), (6, 9001)])
@@ -211,7 +211,7 @@ def test_norm_of_any_shape(rows, hidden, dtype):
     ours, theirs = poisoned(rows, hidden, dtype), poisoned(rows, hidden, dtype)
     kernels.rms_norm(x, weight, 1e-5, ours)
     reference.rms_norm(x, weight, 1e-5, theirs)
-    close(ours, theirs)
+    assert_close(ours, theirs)
 
 
 def test_every_kernel_compiles_for_turing_ampere_and_hopper():

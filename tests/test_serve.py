@@ -480,7 +480,7 @@ def test_what_keeps_a_server_from_starting_is_said(runs, quiet):
         port = taken.getsockname()[1]
         with pytest.raises(ServeError, match=rf"port {port} of 127.0.0.1 is taken[\s\S]*--port {port + 1}"):
             listen("127.0.0.1", port)
-    start = functools.partial(serve, runs[:1], console=quiet, device="cpu", queue=1, limits=Limits())
+    start = functools.partial(serve, runs[:1], console=quiet, device="cpu", limits=Limits())
     with pytest.raises(
         ServeError, match=r"--host 0.0.0.0 lets other machines in, and there is no API key[\s\S]*--api-key-file"
     ):

@@ -120,8 +120,8 @@ def test_the_key_goes_to_vllm_where_no_other_user_sees_it(tuned_run):
     assert not any("s3cret" in word for word in command([tuned_run], "0.0.0.0", 8000))
 
 
-def start(run, quiet, **place):
-    serve([run], Place(**place), quiet, engine="vllm", device="auto", queue=1, limits=Limits())
+def start(run, quiet, *, limits=Limits(), device="auto", **place):  # noqa: B008
+    serve([run], Place(**place), quiet, engine="vllm", device=device, limits=limits)
 
 
 def test_where_vllm_is_missing_it_says_how_to_install_it(tuned_run, quiet, monkeypatch, tmp_path):
@@ -130,6 +130,9 @@ def test_where_vllm_is_missing_it_says_how_to_install_it(tuned_run, quiet, monke
         start(tuned_run, quiet)
     with pytest.raises(ServeError, match="there is no API key"):
         start(tuned_run, quiet, host="0.0.0.0")
+    for odd in ({"limits": Limits(timeout=5)}, {"limits": Limits(queue=20)}, {"device": "cpu"}):
+        with pytest.raises(ServeError, match="are for nybble's own server"):
+            start(tuned_run, quiet, **odd)
 
 
 @pytest.mark.slow

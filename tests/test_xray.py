@@ -168,6 +168,7 @@ def test_every_way_to_prepare_rows_passes(tmp_path, tiny_tokenizer, cache, train
     options = {"train_on": train_on, "overlength": overlength, "template": template, "max_length": 128}
     for packing in (False, True):
         data = prepared(file, tiny_tokenizer, cache, packing=packing, **options)
+        assert len(data.train) > 5
         for flatten in (False, True):
             inspect(data.train, Collator(0, flatten), Rules(data.template, train_on))
 

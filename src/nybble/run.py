@@ -125,14 +125,28 @@ def check_room(folder: pathlib.Path, trained: int, keep: int) -> None:
         RunError: with what is needed and what is free.
     """
     needed = (keep + 2) * trained * BYTES_A_PARAMETER + trained * 4
-    place = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    check_disk(folder, needed, "the run's folder", "free some space, or out=FOLDER on another disk")
+
+
+def check_disk(folder: pathlib.Path, size: int, what: str, fix: str) -> None:
+    """Refuse where the disk of a folder, which need not exist, has not so many bytes free.
+
+    Raises:
+        RunError: with what needs them and what is free.
+    """
+    place = nearest(folder)
     free = shutil.disk_usage(place).free
-    if free < needed:
+    if free < size:
         raise RunError(
-            f"the run needs about {needed / 1e9:.2f} GB for its checkpoints, and {free / 1e9:.2f} GB are free",
+            f"{what} needs about {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free",
             where=str(place),
-            fix="free some space, or out=FOLDER on another disk",
+            fix=fix,
         )
+
+
+def nearest(folder: pathlib.Path) -> pathlib.Path:
+    """The folder itself, or the nearest above it that exists."""
+    return next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
 
 
 def open_run(path: str | pathlib.Path, base: str | None = None) -> Run:

@@ -81,7 +81,7 @@ def train(
 
 def resume(
     folder: str | pathlib.Path, *, console: Console | None = None, cache: pathlib.Path = CACHE,
-    benchmarks: Benchmarks | None = None,
+    benchmarks: Benchmarks | None = None, preflight: Preflight | None = None,
 ) -> Run:  # fmt: skip
     """Go on with an interrupted run from its newest whole checkpoint, exactly as it would have gone on.
 
@@ -95,7 +95,7 @@ def resume(
             fix=f"nybble chat {folder}, or train on from it: nybble train MODEL DATA adapter={run.adapter}",
         )
     with explained_memory(run.recipe):
-        return _train(run.recipe, run, console or Console(), cache, benchmarks, None)
+        return _train(run.recipe, run, console or Console(), cache, benchmarks, preflight)
 
 
 Preflight = Callable[[PretrainedConfig, PreTrainedTokenizerBase, pathlib.Path], None]

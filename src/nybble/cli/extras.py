@@ -46,7 +46,7 @@ def make_converter() -> Converter:
 def make_preflight(targets: Sequence[str]) -> Preflight:
     """What checks before training that export.to can work."""
     converter = make_converter() if "gguf" in targets else None
-    from nybble.export.export import Wanted
+    from nybble.export.formats import QUANTS
     from nybble.export.preflight import Preflight
 
-    return Preflight(targets, Wanted("gguf").quants, converter)
+    return Preflight(targets, QUANTS, converter)

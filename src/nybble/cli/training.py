@@ -107,7 +107,7 @@ def train(
     preflight = make_preflight(targets) if targets else None
     try:
         if resume is not None:
-            run = go_on(resume, console=console, benchmarks=harness)
+            run = go_on(resume, console=console, benchmarks=harness, preflight=preflight)
         else:
             run = begin(recipe, console=console, benchmarks=harness, preflight=preflight)
     except KeyboardInterrupt:  # train has said what is left

@@ -130,7 +130,7 @@ def serve(
     engine: Annotated[str, typer.Option(help="pipeline, continuous (one merged run) or vllm.")] = "pipeline",
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     base: Annotated[str | None, typer.Option(help="Where the base model is now, if it moved.")] = None,
-    queue: Annotated[int, typer.Option(min=1, help="Answers that may wait; more are sent away with 429.")] = 128,
+    queue: Annotated[int, typer.Option(min=16, help="Answers that may wait; more are sent away with 429.")] = 128,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that one request may take.")] = 600,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers to the log.")] = False,
 ) -> None:
@@ -147,8 +147,8 @@ def serve(
         raise ServeError(
             f"the server needs packages that are not installed ({error})", fix="pip install 'nybble[serve]'"
         ) from error
-    place, limits = Place(host, port, read_key(api_key, api_key_file)), Limits(timeout, log_prompts)
+    place, limits = Place(host, port, read_key(api_key, api_key_file)), Limits(timeout, log_prompts, queue)
     try:
-        listen(opened, place, Console(), engine=engine, device=device, queue=queue, limits=limits)
+        listen(opened, place, Console(), engine=engine, device=device, limits=limits)
     except KeyboardInterrupt:  # uvicorn raises it again once everything has finished
         return

@@ -24,20 +24,20 @@ from nybble.evaluate.tell import progress_bar
 from nybble.export.artefacts import Contents, generation_settings
 from nybble.export.card import Subject, write_card
 from nybble.export.compare import ROWS, Comparison, compare
-from nybble.export.formats import Converter
+from nybble.export.formats import QUANTS, Converter
 from nybble.export.kinds import Adapter, Gguf, Kind, Merged
 from nybble.export.licence import find_licence, hub_id
 from nybble.export.merge import Merge
 from nybble.export.parity import Reference, Verdict, ask_run
 from nybble.export.publish import check_push, push
 from nybble.export.report import REPORT, refuse_failed, write_report
-from nybble.export.room import check_disk, nearest, needed, parameters_of
+from nybble.export.room import ELSEWHERE, needed, parameters_of
 from nybble.export.shards import Tensors
 from nybble.export.source import Source, merges_of, open_source
 from nybble.export.tell import tell_comparison, tell_verdicts
 from nybble.export.updates import read_updates, refuse_altered
 from nybble.inference.pipeline import load_answerer
-from nybble.run import CACHE, Run, write_text
+from nybble.run import CACHE, Run, check_disk, nearest, write_text
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Wanted:
     out: pathlib.Path | None = None
     merge_base: str = "auto"
     dtype: str = "auto"
-    quants: Sequence[str] = ("Q8_0",)
+    quants: Sequence[str] = QUANTS
     repo: str | None = None
 
 
@@ -94,7 +94,7 @@ def export(
     source = open_source(run, wanted.dtype, cache)
     tell(console, source.notices)
     adapter = sum(file.stat().st_size for file in source.run.adapter.glob("adapter_*"))
-    check_disk(target, needed(wanted.to, parameters_of(source.config), wanted.quants, adapter), str(target))
+    check_disk(target, needed(wanted.to, parameters_of(source.config), wanted.quants, adapter), str(target), ELSEWHERE)
     # 2. What the run answers, and how far each merge would be from it; then the run is put away.
     measured, merges = _measure(source, wanted, console, cache, converter)
     base = _choose(measured, merges, wanted, console)

@@ -10,7 +10,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.export.merge import Model
 
-TARGETS = ("adapter", "merged", "gguf")
+QUANTS = ("Q8_0",)
+"""GGUF types where none are named."""
 OWN_QUANTS = ("F16", "Q8_0", "Q4_0")
 """GGUF types that the gguf package writes."""
 K_QUANTS = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")

@@ -11,7 +11,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.errors import ExportError
 from nybble.export.formats import GET_QUANTIZER, K_QUANTS, OWN_QUANTS, QUANTIZER, Converter
-from nybble.export.room import check_disk, needed, parameters_of
+from nybble.export.room import needed, parameters_of
+from nybble.run import check_disk
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Preflight:
             self.converter.check(config, tokenizer)
             check_quants(self.quants)
         size = sum(needed(to, parameters_of(config), self.quants) for to in self.targets)
-        check_disk(folder, size, f"export.to={list(self.targets)}")
+        check_disk(folder, size, f"export.to={list(self.targets)}", "free some space, or out=FOLDER on another disk")
 
 
 def check_quants(quants: Sequence[str]) -> None:

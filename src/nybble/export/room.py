@@ -1,16 +1,14 @@
-"""Room on the disk, before anything is written."""
+"""Bytes of an artefact, before anything is written."""
 
 from __future__ import annotations
 
-import pathlib
-import shutil
 from collections.abc import Sequence
 
 from transformers import PretrainedConfig
 
-from nybble.errors import ExportError
 from nybble.export.formats import BITS, K_QUANTS
 
+ELSEWHERE = "free some space, or --out FOLDER on another disk"
 SPARE = 1.02  # headers, tokenizer, card and report come on top
 
 
@@ -38,24 +36,3 @@ def parameters_of(config: PretrainedConfig) -> int:
     layer = 2 * width * (queries + keys) + 3 * width * inner + 2 * width
     ends = 1 if config.tie_word_embeddings else 2
     return int(config.num_hidden_layers * layer + ends * config.vocab_size * width + width)
-
-
-def nearest(folder: pathlib.Path) -> pathlib.Path:
-    """What exists of a path: itself, or the first of its parents that does."""
-    return next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
-
-
-def check_disk(folder: pathlib.Path, size: int, what: str) -> None:
-    """Refuse where the disk of a folder, which need not exist, has not so many bytes free.
-
-    Raises:
-        ExportError: with what is needed and what is free.
-    """
-    place = nearest(folder)
-    free = shutil.disk_usage(place).free
-    if free < size:
-        raise ExportError(
-            f"{what} needs about {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free",
-            where=str(place),
-            fix="free some space, or --out FOLDER on another disk",
-        )

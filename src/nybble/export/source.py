@@ -19,8 +19,6 @@ from nybble.model.checkpoint import Checkpoint, find_checkpoint, fingerprint
 from nybble.model.device import DTYPES, choose_device, choose_dtype
 from nybble.run import Run
 
-BASES = ("original", "dequantised")
-
 
 @dataclass(frozen=True)
 class Source:

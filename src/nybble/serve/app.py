@@ -36,11 +36,13 @@ SAFE = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may take."""
+    """What requests may take."""
 
     timeout: float = 600.0
     """Seconds from request to last token."""
     log_prompts: bool = False
+    queue: int = 128
+    """Answers that may wait; more are sent away."""
 
 
 class EventStream(StreamingResponse):

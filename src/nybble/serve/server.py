@@ -51,9 +51,7 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(
-    runs: Sequence[Run], place: Place, console: Console, *, engine: str, device: str, queue: int, limits: Limits
-) -> None:
+def serve(runs: Sequence[Run], place: Place, console: Console, *, engine: str, device: str, limits: Limits) -> None:
     """Listen until interrupted; with vllm, become vLLM's server.
 
     Raises:
@@ -63,13 +61,18 @@ def serve(
     if engine not in ENGINES:
         raise ServeError(f"there is no engine {engine!r}", fix=f"--engine {', '.join(ENGINES)}")
     if engine == "vllm":
+        if limits != Limits() or device != "auto":
+            raise ServeError(
+                "--queue, --timeout, --device and --log-prompts are for nybble's own server; vLLM's goes by its own options",
+                fix="leave them out, or --engine pipeline",
+            )
         become_vllm(runs, place.host, place.port, place.key)
     local = check_open_to(place.host, place.key)  # 1. who may reach it
     listener = listen(place.host, place.port)  # 2. the port, before minutes go into loading
     try:
         metrics = Metrics()
         with console.status("loading"):  # 3. the model
-            loaded = load_engine(engine, runs, metrics, device=device, queue=queue)
+            loaded = load_engine(engine, runs, metrics, device=device, queue=limits.queue)
         try:
             tell(console, loaded, place, listener, local)  # 4. what there is
             run_server(loaded, metrics, limits, place.key, listener, console)  # 5. answers
