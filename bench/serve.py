@@ -3,7 +3,8 @@
     python -m bench.serve DIR [--tokens 64] [--rows WORD ...] [--json FILE]
 
 Takes what `python -m bench.train prepare DIR TOKENIZER` wrote (random weights of Llama 2 7B's shape, in 16 bits and in NF4), puts
-a random adapter on it, and measures base + adapter in NF4, the same in 16 bits, and the adapter merged in 16 bits:
+a random adapter on it, and measures base + adapter in NF4, the same in 16 bits, the adapter merged in 16 bits, and what is
+merged with continuous batching:
 
     sequential         four prompts one after another through the pipeline, without a server
     served             16 clients at once through the server with streaming; the median time to their first token
@@ -16,16 +17,20 @@ import argparse
 import concurrent.futures
 import contextlib
 import datetime
+import functools
 import gc
 import json
 import pathlib
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import bitsandbytes
+import peft
 import torch
+import transformers
 import uvicorn
 from bench.load import CLIENTS, PROMPTS, stream
 from peft import LoraConfig, get_peft_model
@@ -36,6 +41,8 @@ from nybble.inference.pipeline import Sampling, load_answerers
 from nybble.recipe import ModelOptions
 from nybble.run import open_run
 from nybble.serve.app import Limits, make_app
+from nybble.serve.continuous import load_continuous
+from nybble.serve.engine import Engine
 from nybble.serve.metrics import Metrics
 from nybble.serve.pipeline import PipelineEngine
 from nybble.serve.server import listen
@@ -66,7 +73,7 @@ def bare_adapter(base: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def served(engine: Any, metrics: Any) -> Iterator[str]:
+def served(engine: Engine, metrics: Metrics) -> Iterator[str]:
     """A server around an engine, on loopback."""
     listener = listen("127.0.0.1", 0)
     config = uvicorn.Config(make_app(engine, metrics, Limits(), None), log_config=None, lifespan="off", ws="none")
@@ -84,7 +91,7 @@ def served(engine: Any, metrics: Any) -> Iterator[str]:
 
 
 def measure(
-    adapter: pathlib.Path, base: pathlib.Path, quantization: str, tokens: int, *, merged: bool
+    adapter: pathlib.Path, base: pathlib.Path, tokens: int, *, quantization: str, merged: bool
 ) -> dict[str, Any]:
     """One way to hold a model: sequential, served, and the two caches."""
     run = open_run(adapter, str(base))
@@ -102,17 +109,33 @@ def measure(
     )
     row: dict[str, Any] = {"sequential_tok_s": round(made / (time.perf_counter() - began), 1)}
     metrics = Metrics()
-    with served(PipelineEngine({"tuned": answerer}, "base", metrics, queue=64), metrics) as url:
-        row["alone_first_token_s"] = round(stream(url, "tuned", PROMPTS[0], 8)[0], 3)
-        began = time.perf_counter()
-        with concurrent.futures.ThreadPoolExecutor(CLIENTS) as clients:
-            got = list(clients.map(lambda prompt: stream(url, "tuned", prompt, tokens), PROMPTS[:CLIENTS]))
-        row["served_tok_s"] = round(sum(made for *_, made in got) / (time.perf_counter() - began), 1)
-        row["first_token_s"] = round(statistics.median(first for first, *_ in got), 3)
+    row |= ask_all(PipelineEngine({"tuned": answerer}, "base", metrics, queue=64), metrics, "tuned", tokens)
     for cache in ("dynamic", "static"):
         row[f"{cache}_tok_s"] = batch_speed(answerer, prompts, tokens, cache)
-    if torch.cuda.is_available():
-        row["peak_GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    return row
+
+
+def measure_continuous(adapter: pathlib.Path, base: pathlib.Path, tokens: int) -> dict[str, Any]:
+    """Continuous batching; the base takes the place of the merged model, which is as fast."""
+    merged = adapter / "export" / "merged"
+    merged.parent.mkdir(exist_ok=True)
+    if not merged.exists():
+        merged.symlink_to(base.resolve())
+    metrics = Metrics()
+    engine = load_continuous([open_run(adapter, str(base))], metrics, device="auto", queue=64)
+    return ask_all(engine, metrics, adapter.name, tokens)
+
+
+def ask_all(engine: Engine, metrics: Metrics, name: str, tokens: int) -> dict[str, Any]:
+    """One client, then all of them at once."""
+    with served(engine, metrics) as url:
+        stream(url, name, PROMPTS[0], 8)
+        row = {"alone_first_token_s": round(stream(url, name, PROMPTS[0], 8)[0], 3)}
+        began = time.perf_counter()
+        with concurrent.futures.ThreadPoolExecutor(CLIENTS) as clients:
+            got = list(clients.map(lambda prompt: stream(url, name, prompt, tokens), PROMPTS[:CLIENTS]))
+        row["served_tok_s"] = round(sum(made for *_, made in got) / (time.perf_counter() - began), 1)
+        row["first_token_s"] = round(statistics.median(first for first, *_ in got), 3)
     return row
 
 
@@ -144,41 +167,43 @@ def batch_speed(answerer: Any, prompts: list[list[int]], tokens: int, cache: str
     return round(len(prompts) * tokens / seconds, 1)
 
 
+ROWS: dict[str, tuple[str, Callable[[pathlib.Path, pathlib.Path, int], dict[str, Any]]]] = {
+    "NF4 + adapter": ("nf4", functools.partial(measure, quantization="nf4", merged=False)),
+    "16 bits + adapter": ("bf16", functools.partial(measure, quantization="none", merged=False)),
+    "16 bits, merged": ("bf16", functools.partial(measure, quantization="none", merged=True)),
+    "merged, continuous": ("bf16", measure_continuous),
+}
+COLUMNS = ["sequential_tok_s", "served_tok_s", "alone_first_token_s", "first_token_s", "dynamic_tok_s", "static_tok_s"]
+
+
 def table(folder: pathlib.Path, tokens: int, words: list[str], file: pathlib.Path | None) -> None:
     """All rows, then the table."""
-    rows = [("NF4 + adapter", "nf4", "nf4", False), ("16 bits + adapter", "bf16", "none", False),
-            ("16 bits, merged", "bf16", "none", True)]  # fmt: skip
     about: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "tokens": tokens, "clients": CLIENTS,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft, bitsandbytes)},
     }  # fmt: skip
     done: list[dict[str, Any]] = []
-    for name, kind, quantization, merged in rows:
+    for name, (kind, work) in ROWS.items():
         if words and not any(word in name for word in words):
             continue
-        base = folder / kind
-        adapter = folder / f"serve-adapter-{kind}"
+        base, adapter = folder / kind, folder / f"serve-adapter-{kind}"
         if not (adapter / "adapter_config.json").exists():
             bare_adapter(base, adapter)
         began = time.perf_counter()
-        row = {"name": name, **measure(adapter, base, quantization, tokens, merged=merged)}
+        row = {"name": name, **work(adapter, base, tokens)}
+        gc.collect()
+        if torch.cuda.is_available():
+            row["reserved_GB"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         done.append({**row, "took_s": round(time.perf_counter() - began, 1)})
         print(json.dumps(done[-1]), flush=True)
         if file is not None:
             file.write_text(json.dumps({**about, "rows": done}, indent=1) + "\n")
-        gc.collect()
-        torch.cuda.empty_cache()
-    columns = [
-        "sequential_tok_s",
-        "served_tok_s",
-        "alone_first_token_s",
-        "first_token_s",
-        "dynamic_tok_s",
-        "static_tok_s",
-    ]
-    print(f"{'':20}" + "".join(f"{column:>22}" for column in columns))
+    print(f"{'':20}" + "".join(f"{column:>22}" for column in COLUMNS))
     for row in done:
-        print(f"{row['name']:20}" + "".join(f"{row[column]!s:>22}" for column in columns))
+        print(f"{row['name']:20}" + "".join(f"{row.get(column, '')!s:>22}" for column in COLUMNS))
 
 
 def main() -> None:
