@@ -65,7 +65,7 @@ LAUNCHES = {
     "cudaMemsetAsync",
 }
 WARM_UP = 3  # steps: kernels are compiled and the allocator grows
-GIVEN_UP = 400  # seconds after which a row has failed
+GIVEN_UP = 900  # seconds after which a row has failed
 DEFAULTS = {
     "work": "dense", "batch": 4, "length": 2048, "policy": "auto", "r": 16, "dtype": "bfloat16", "embedding": "device",
     "limit": 0.0, "steps": 10,
