@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import resource
 import time
@@ -38,7 +39,7 @@ class Guards(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Losses are finite; at the first step and the first after an evaluation, every tensor has a gradient."""
-        self._check_losses(state.global_step + 1)
+        self._check_losses(state.global_step + 1, args.device)
         if self.check_next:
             check_gradients(kwargs["model"], first=self.first and state.global_step == 0, scaled=args.fp16)
             self.check_next = self.first = False
@@ -61,24 +62,25 @@ class Guards(TrainerCallback):  # type: ignore[misc]
             check_saved(adapted, folder, learnt=state.global_step > 1)
             (folder / COMPLETE).touch()
 
-    def _check_losses(self, step: int) -> None:
-        losses = torch.stack(self.window.losses)
-        finite = torch.isfinite(losses)
-        broken = torch.tensor(int((~finite).sum()), device=losses.device)
+    def _check_losses(self, step: int, device: torch.device) -> None:
+        losses = [loss.read() for loss in self.window.losses]
+        broken = sum(not math.isfinite(loss) for loss in losses)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(broken)  # all processes stop together
+            everywhere = torch.tensor(broken, device=device)
+            torch.distributed.all_reduce(everywhere)  # all processes stop together
+            broken = int(everywhere)
         if not broken:
             return
         file = self.run.folder / f"nonfinite-step-{step}{f'-process-{rank()}' if rank() else ''}.pt"
-        bad = [batch for batch, good in zip(self.window.batches, finite.tolist(), strict=True) if not good]
+        bad = [batch for batch, loss in zip(self.window.batches, losses, strict=True) if not math.isfinite(loss)]
         if bad:
-            torch.save({"step": step, "losses": losses.cpu(), "batches": bad}, file)
+            torch.save({"step": step, "losses": torch.tensor(losses), "batches": bad}, file)
         if not rank():
-            append_json(self.run.metrics, {"step": step, "loss": str(losses.sum().item())})
+            append_json(self.run.metrics, {"step": step, "loss": str(sum(losses))})
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # before the first process tidies up, every batch is saved
         raise TrainingError(
-            f"the loss of step {step} is not finite ({losses.tolist()}); the adapter was not changed by it",
+            f"the loss of step {step} is not finite ({losses}); the adapter was not changed by it",
             where=f"{file} holds the batch",
             fix=f"a lower train.learning_rate, then: nybble train -c {self.run.folder}/recipe.yaml out=ANOTHER",
         )

@@ -64,10 +64,20 @@ class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
                 for part, place in zip(share, places, strict=False)
             ), "a parameter's data was replaced"
         self.gather()
-        result = super().step(closure)
+        result = None
+        if self.initialized and not self.is_paged and closure is None:
+            self._update()
+        else:
+            result = super().step(closure)
         for whole in self.wholes:
             whole.grad = None
         return result
+
+    def _update(self) -> None:
+        """bitsandbytes' loop, which waits for the device after each tensor, without the waiting: only paged states need it."""
+        for group_place, group in enumerate(self.param_groups):
+            for place, whole in enumerate(group["params"]):
+                self.update_step(group, whole, group_place, place)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""

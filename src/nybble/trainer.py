@@ -77,7 +77,9 @@ def training_arguments(
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         label_names=["labels"],
-        accelerator_config={"dispatch_batches": False},  # packed rows cannot be cut like a batch
+        # Packed rows cannot be cut like a batch. A batch that is waited for costs the host its lead over the device: an H200
+        # then stood still for 8 ms between 4 x 2,048 tokens' backward and the optimiser (docs/benchmarks.md).
+        accelerator_config={"dispatch_batches": False, "non_blocking": device.type == "cuda"},
         disable_tqdm=True,
         prediction_loss_only=True,
         dataloader_pin_memory=device.type == "cuda",
@@ -86,12 +88,31 @@ def training_arguments(
     return arguments
 
 
+class Sent:
+    """A number that is on its way to the host: to read it waits for what was queued before it, and for nothing after."""
+
+    def __init__(self, number: torch.Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        self._number = number.detach()
+        if number.is_cuda:
+            self._number = torch.empty((), dtype=number.dtype, pin_memory=True)
+            self._number.copy_(number.detach(), non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> float:
+        """The number."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._number)
+
+
 @dataclass
 class Window:
     """The micro batches of the step in progress, with their losses."""
 
     batches: list[dict[str, Any]]
-    losses: list[torch.Tensor]
+    losses: list[Sent]
 
     def clear(self) -> None:
         """Begin the next step."""
@@ -137,7 +158,6 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         """One forward and backward; batch and loss stay in `window` for the guards until the optimiser has stepped."""
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.window.batches.append(inputs)
-        self.window.losses.append(loss)
         more = self.state.global_step + 1 < self.state.max_steps
         if more and self._ahead is not None and self.accelerator.sync_gradients:
             source, count = self._ahead.source, self._ahead.count
@@ -200,6 +220,7 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         assert num_items_in_batch is not None, "Trainer counts the trained tokens of a step"
         # DDP averages the gradients of all processes, and each has divided by the tokens of all.
         scaled: torch.Tensor = total * (self.accelerator.num_processes / num_items_in_batch)
+        self.window.losses.append(Sent(scaled))  # before backward, which the guards need not wait for
         return scaled
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:

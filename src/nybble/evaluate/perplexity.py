@@ -46,7 +46,7 @@ def summed_loss(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Te
     The head is applied in chunks to the places that have something to predict; a batch's logits never stand together.
     """
     inputs, targets, rows = _taken_apart(batch)
-    count = torch.tensor(len(rows), device=targets.device)
+    count = torch.full((), len(rows), device=targets.device)  # a tensor from the host would be waited for
     head = bare(model).get_output_embeddings()
     if _is_plain(head):
         return summed_cross_entropy(
