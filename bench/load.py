@@ -1,9 +1,10 @@
 """A running `nybble serve` under load.
 
-    python -m bench.load URL MODEL [--requests 500] [--at-once 16] [--max-tokens 16] [--alone]
+    python -m bench.load URL MODEL [--requests 500] [--at-once 16] [--max-tokens 16] [--alone | --stream]
 
 Asks as so many clients at once, greedily. With --alone each prompt is asked alone first, and every answer is held against
 that: where the two part, the distance between the two likeliest tokens there is measured; `widest_gap` is the largest of these.
+With --stream answers are streamed, and the time to the first token is measured: of one client alone, and the median of all.
 """
 
 from __future__ import annotations
@@ -124,6 +125,22 @@ def load(url: str, model: str, requests: int, at_once: int, max_tokens: int, alo
     }  # fmt: skip
 
 
+def load_streams(url: str, model: str, requests: int, at_once: int, max_tokens: int) -> dict[str, Any]:
+    """Ask a server as many clients at once for streams."""
+    stream(url, model, PROMPTS[0], 8)  # what is loaded at the first request
+    alone = stream(url, model, PROMPTS[0], 8)[0]
+    asked = [PROMPTS[number * 7 % len(PROMPTS)] for number in range(requests)]
+    began = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(at_once) as clients:
+        got = list(clients.map(lambda prompt: stream(url, model, prompt, max_tokens), asked))
+    seconds = time.perf_counter() - began
+    return {
+        "alone_first_token_s": round(alone, 3), "first_token_s": round(statistics.median(first for first, *_ in got), 3),
+        "served_tok_s": round(sum(made for *_, made in got) / seconds, 1), "tokens": sum(made for *_, made in got),
+        "seconds": round(seconds, 2),
+    }  # fmt: skip
+
+
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,8 +150,10 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=CLIENTS)
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--stream", action="store_true")
     words = parser.parse_args()
-    print(json.dumps(load(**vars(words)), indent=1))
+    asked = (words.url, words.model, words.requests, words.at_once, words.max_tokens)
+    print(json.dumps(load_streams(*asked) if words.stream else load(*asked, words.alone), indent=1))
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ merged with continuous batching:
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import contextlib
 import datetime
 import functools
 import gc
 import json
 import pathlib
-import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ import peft
 import torch
 import transformers
 import uvicorn
-from bench.load import CLIENTS, PROMPTS, stream
+from bench.load import CLIENTS, PROMPTS
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -127,15 +127,21 @@ def measure_continuous(adapter: pathlib.Path, base: pathlib.Path, tokens: int) -
 
 
 def ask_all(engine: Engine, metrics: Metrics, name: str, tokens: int) -> dict[str, Any]:
-    """One client, then all of them at once."""
+    """One client, then all of them at once, from a process of their own."""
     with served(engine, metrics) as url:
-        stream(url, name, PROMPTS[0], 8)
-        row = {"alone_first_token_s": round(stream(url, name, PROMPTS[0], 8)[0], 3)}
-        began = time.perf_counter()
-        with concurrent.futures.ThreadPoolExecutor(CLIENTS) as clients:
-            got = list(clients.map(lambda prompt: stream(url, name, prompt, tokens), PROMPTS[:CLIENTS]))
-        row["served_tok_s"] = round(sum(made for *_, made in got) / (time.perf_counter() - began), 1)
-        row["first_token_s"] = round(statistics.median(first for first, *_ in got), 3)
+        words = [
+            url,
+            name,
+            "--stream",
+            "--requests",
+            str(CLIENTS),
+            "--at-once",
+            str(CLIENTS),
+            "--max-tokens",
+            str(tokens),
+        ]
+        done = subprocess.run([sys.executable, "-m", "bench.load", *words], capture_output=True, text=True, check=True)
+    row: dict[str, Any] = json.loads(done.stdout)
     return row
 
 
