@@ -72,6 +72,7 @@ DEFAULTS = {
 }  # fmt: skip
 ROWS = [
     ("4 x 2048, memory free", {}),
+    ("4 x 2048, auto in 36.9 GB", {"limit": 36.9}),
     ("4 x 2048, keep-all", {"policy": "keep-all"}),
     ("4 x 2048, drop-mlp", {"policy": "drop-mlp"}),
     ("4 x 2048, drop-qkv", {"policy": "drop-qkv"}),
@@ -87,6 +88,7 @@ ROWS = [
     ("8 x 2048, memory free", {"batch": 8}),
     ("8 x 2048, host", {"batch": 8, "policy": "host"}),
     ("4 x 2048, r 64, memory free", {"r": 64}),
+    ("4 x 2048, r 64, auto in 37.8 GB", {"r": 64, "limit": 37.8}),
     ("4 x 2048, r 64, host", {"r": 64, "policy": "host"}),
     ("4 x 2048, float16", {"dtype": "float16"}),
     ("instruct_mix packed to 2048, memory free", {"work": "packed", "steps": 40}),
@@ -269,6 +271,7 @@ def measure(folder: pathlib.Path, data: pathlib.Path, options: dict[str, Any]) -
         "fused": 0 if done is None else done.fused,
         "fallen_back": 0 if done is None else done.fallen_back,
         "policies": None if done is None else done.kept_words(),
+        "standing": 0 if done is None else done.last.standing,
     }
 
 

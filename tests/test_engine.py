@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig, MistralForCausalLM
 
 from conftest import write_llama
+from nybble.engine.budget import Share
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.loss import CHUNK, summed_cross_entropy
 from nybble.engine.passes import copy_rows
@@ -147,7 +148,7 @@ def test_policies_may_differ_from_layer_to_layer(llama, monkeypatch):
     expected = gradients(model, batch_of())
     fuse(model, "auto")
     mixed = ("layer-input", "drop-mlp", "keep-all")
-    monkeypatch.setattr(fusion(model).budget, "policies", lambda *words: mixed)
+    monkeypatch.setattr(fusion(model).budget, "share", lambda *words: Share(mixed, 0))
     assert_same(gradients(model, batch_of()), expected)
     assert "1 x layer-input, 1 x drop-mlp, 1 x keep-all" in fusion(model).describe()
 

@@ -160,7 +160,7 @@ class EngineOptions(Options):
     fused: bool = True
     """nybble's own forward and backward of the layers; what it does not know keeps its own, and the run says so."""
     policy: Literal["auto", "keep-all", "drop-mlp", "drop-qkv", "layer-input", "host"] = "auto"
-    """What a layer keeps for backward, from the fastest to the leanest; auto takes the fastest mix that fits the memory."""
+    """What a layer keeps for backward, from the fastest to the leanest; auto takes the fastest that fits the memory."""
     embedding: Literal["device", "host"] = "device"
     """Where the token embedding lies; host saves 0.26 GB of a 7B's on the device."""
 

@@ -31,7 +31,8 @@ def fuse(model: torch.nn.Module, policy: Policy = "auto", *, embedding: Literal[
             the Llama architecture, in NF4, FP4 or 16 bits. Adapters are PEFT's as before: saved, loaded, switched and
             disabled as ever. A layer with something that the engine does not know keeps its own forward, and a warning
             and `fusion(model).describe()` say what it is.
-        policy: what each layer keeps for backward: auto picks the fastest mix that fits into the memory that is free;
+        policy: what each layer keeps for backward: auto picks the fastest mix that fits into the memory that is free, and
+            lets dequantised weights stay where still more is;
             keep-all, drop-mlp, drop-qkv, layer-input and host go from the fastest to the leanest.
         embedding: where the token embedding's frozen weight lies; host saves its memory on the device (0.26 GB for
             Llama 2) and costs a small copy a batch.

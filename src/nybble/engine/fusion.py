@@ -19,6 +19,7 @@ from nybble.engine.layer import Batch, Call, FusedLayer, Shared, slots
 from nybble.engine.passes import LayerFunction
 from nybble.engine.projections import Ineligible
 from nybble.engine.reader import LayerReader
+from nybble.engine.workspace import may_stand
 from nybble.errors import EngineError
 from nybble.plan.activations import LADDER
 
@@ -38,6 +39,8 @@ class Met:
     policies: Sequence[str] = ()
     """What each fused layer kept."""
     attention: str = ""
+    standing: int = 0
+    """Layers whose weights stayed dequantised."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class Fusion:
             lines.append(f"attention: {self.last.attention}")
         if self.last.policies:
             lines.append(f"kept for backward: {self.kept_words()}")
+        if self.last.standing:
+            lines.append(f"memory is left: the weights of {self.last.standing} layers stay dequantised")
         return "\n".join([*lines, *(f"{n} not fused: {why}" for why, n in Counter(self.last.passed).items())])
 
     def kept_words(self) -> str:
@@ -146,6 +151,8 @@ def begin(backbone: LlamaModel, words: tuple[Any, ...], keywords: dict[str, Any]
     if backbone.training and torch.is_grad_enabled() and keywords.get("past_key_values") is None:
         keywords["use_cache"] = False
     layers = list(backbone.layers)[: backbone.config.num_hidden_layers]
+    if not torch.is_grad_enabled():  # evaluation and generation have other uses for the memory
+        self.shared.workspace.release()
     plan = _plan(self, backbone, layers, keywords)
     has_trained = torch.is_grad_enabled()
     if has_trained:
@@ -184,8 +191,9 @@ def _plan(self: Fusion, backbone: LlamaModel, layers: Sequence[LlamaDecoderLayer
     if dtype not in self.choices:
         self.choices[dtype] = attention.choose(device, dtype, sizes.heads, sizes.key_heads, sizes.head_size)
     batch = Batch(segments, self.choices[dtype].of(segments), dtype, self.shared)
-    policies = _policies(self, list(found.values()), batch, residual)
+    policies, standing = _share(self, list(found.values()), batch, residual)
     tiles = {policy: batch.tiles(policy or LADDER[0]) for policy in set(policies)}
+    self.shared.workspace.keep([group for layer in standing for group in layer.groups.values()], dtype)
     _reserve(self.shared, list(found.values()), max(map(len, tiles.values())), dtype)
     seed = _seed(found.values())
     calls = {
@@ -193,7 +201,7 @@ def _plan(self: Fusion, backbone: LlamaModel, layers: Sequence[LlamaDecoderLayer
         for place, (layer, policy) in enumerate(zip(found, policies, strict=True))
     }
     kept = [policy for policy in policies if policy is not None]
-    return Plan(calls, Met(len(calls), passed, kept, self.choices[dtype].reason))
+    return Plan(calls, Met(len(calls), passed, kept, self.choices[dtype].reason, len(standing)))
 
 
 def _take_over(self: Fusion, backbone: LlamaModel, plan: Plan) -> None:
@@ -215,14 +223,19 @@ def see_checkpointing(self: Fusion, backbone: LlamaModel) -> None:
     self.taken_over |= {layer for layer in self.readers if getattr(layer, "gradient_checkpointing", False)}
 
 
-def _policies(self: Fusion, layers: Sequence[FusedLayer], batch: Batch, residual: torch.dtype) -> Sequence[str | None]:
+def _share(
+    self: Fusion, layers: Sequence[FusedLayer], batch: Batch, residual: torch.dtype
+) -> tuple[Sequence[str | None], Sequence[FusedLayer]]:
+    """The layers' policies, and those whose weights stay dequantised."""
     if not torch.is_grad_enabled():
-        return [None] * len(layers)
+        return [None] * len(layers), []
     if self.policy != "auto":
-        return [self.policy] * len(layers)
+        return [self.policy] * len(layers), []
     shape = layers[0].shape(batch.dtype, residual)
     trained = [part for layer in layers for part in layer.parameters()]
-    return self.budget.policies(shape, len(layers), batch.segments.tokens, trained, self.shared)
+    share = self.budget.share(shape, len(layers), batch.segments.tokens, trained, self.shared)
+    able = [layer for layer in layers if all(map(may_stand, layer.groups.values()))]
+    return share.policies, able[: share.standing]
 
 
 def _compute_type(layer: FusedLayer, residual: torch.dtype) -> torch.dtype:

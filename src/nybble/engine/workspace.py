@@ -12,6 +12,8 @@ the product's time on an H200, against 1% for the added columns (docs/benchmarks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from nybble.engine.ops import Operations
@@ -43,8 +45,28 @@ class Matrix:
         self.up = whole[:outputs, inputs:]
 
 
+class Standing:
+    """A group's matrix in memory of its own, which stays from batch to batch."""
+
+    def __init__(self, group: Group, dtype: torch.dtype, device: torch.device) -> None:
+        self.group = group
+        with torch.inference_mode(False):  # training may follow
+            whole = torch.empty(_shape(group), dtype=dtype, device=device)
+        self.matrix = Matrix(whole, group.outputs, group.inputs)
+        self.versions: list[int] | None = None
+        """Of the weights as they were dequantised: load_state_dict writes into them."""
+        self.has_adapters = False
+        """Whether the adapters stand around them as they are now."""
+
+    def changed(self) -> bool:
+        """Whether the weights have to be dequantised; from here on they count as they are now."""
+        now = [frozen.weight._version for frozen in self.group.frozen]
+        before, self.versions = self.versions, now
+        return now != before
+
+
 class Workspace:
-    """Buffers that all layers share, one after another on one stream.
+    """Buffers that all layers share, one after another on one stream, and weights that stay where memory is left.
 
     Groups that are needed at once get a slot each; where they follow one another they may share one.
     """
@@ -55,10 +77,29 @@ class Workspace:
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self._matrices: dict[tuple[str, torch.dtype, int, int, int], Matrix] = {}
         self._held: dict[str, tuple[Group, Matrix]] = {}
+        self._standing: dict[tuple[int, torch.dtype], Standing] = {}
 
     def forget(self) -> None:
         """A layer begins: what stands in the slots is another's, or from before the optimiser's step."""
         self._held.clear()
+
+    def keep(self, groups: Sequence[Group], dtype: torch.dtype) -> None:
+        """Let the weights of these groups stay dequantised, and of no others; the adapters may have changed meanwhile."""
+        wanted = {(id(group), dtype): group for group in groups}
+        self._standing = {key: own for key, own in self._standing.items() if key in wanted}  # memory first
+        for key, group in wanted.items():
+            if key not in self._standing:
+                self._standing[key] = Standing(group, dtype, self.device)
+            self._standing[key].has_adapters = False
+
+    def release(self) -> None:
+        """Let no weights stay."""
+        self._standing = {}
+
+    @property
+    def standing_bytes(self) -> int:
+        """Of the weights that stay."""
+        return sum(own.matrix.whole.nbytes for own in self._standing.values())
 
     def reserve(self, slot: str, numbers: int, dtype: torch.dtype) -> None:
         """Have room before the first use, so that a slot never grows and leaves a hole behind."""
@@ -71,21 +112,30 @@ class Workspace:
                 self._buffers[slot, dtype] = torch.empty(numbers, dtype=dtype, device=self.device)
 
     def matrix(self, group: Group, slot: str, dtype: torch.dtype) -> Matrix:
-        """The group's matrix, filled unless it still stands in its slot, which `reserve` has made room in."""
+        """The group's matrix: as it stays, or in its slot, which `reserve` has made room in; filled where it is not yet."""
+        standing = self._standing.get((id(group), dtype))
+        if standing is not None:
+            if standing.changed():
+                self._write_weights(group, standing.matrix.whole)
+            if not standing.has_adapters:
+                self._write_adapters(group, standing.matrix.whole)
+                standing.has_adapters = True
+            return standing.matrix
         held = self._held.get(slot)
         if held is not None and held[0] is group:
             return held[1]
         key = (slot, dtype, group.outputs, group.inputs, group.ranks)
         result = self._matrices.get(key)  # layers are alike, and so are their matrices
         if result is None:
-            rows, columns = group.outputs + group.ranks, group.inputs + group.ranks
+            rows, columns = _shape(group)
             whole = self._buffers[slot, dtype][: rows * columns].view(rows, columns)
             result = self._matrices[key] = Matrix(whole, group.outputs, group.inputs)
-        self._write(group, result.whole)
+        self._write_weights(group, result.whole)
+        self._write_adapters(group, result.whole)
         self._held[slot] = (group, result)
         return result
 
-    def _write(self, group: Group, whole: torch.Tensor) -> None:
+    def _write_weights(self, group: Group, whole: torch.Tensor) -> None:
         row = 0
         for frozen in group.frozen:
             out = whole[row : row + frozen.outputs, : group.inputs]
@@ -96,9 +146,20 @@ class Workspace:
                 self.operations.dequantize(
                     frozen.weight, frozen.absmax, frozen.code, frozen.blocksize, frozen.nested, out
                 )
+
+    def _write_adapters(self, group: Group, whole: torch.Tensor) -> None:
         if group.adapters:
             laid = [
                 LowRank(own.a.detach(), own.b.detach(), own.scaling, own.outputs.start, own.ranks.start)
                 for own in group.adapters
             ]
             self.operations.pack_adapters(laid, whole, group.outputs, group.inputs)
+
+
+def may_stand(group: Group) -> bool:
+    """Whether its weights are 4-bit ones: copies of others would be no faster, and these nobody computes with in place."""
+    return all(frozen.code is not None and not frozen.weight.is_inference() for frozen in group.frozen)
+
+
+def _shape(group: Group) -> tuple[int, int]:
+    return group.outputs + group.ranks, group.inputs + group.ranks

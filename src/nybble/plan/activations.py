@@ -73,6 +73,14 @@ def kept_bytes(policy: str, shape: LayerShape) -> int:
     return total
 
 
+def dequantised_bytes(shape: LayerShape) -> int:
+    """Device bytes of a layer's weights in 16 bits, with the adapters around them."""
+    q, o, g, d = shape.ranks
+    numbers = (shape.qkv + q) * (shape.hidden + q) + (shape.hidden + o) * (shape.query + o)
+    numbers += (2 * shape.intermediate + g) * (shape.hidden + g) + (shape.hidden + d) * (shape.intermediate + d)
+    return numbers * shape.element
+
+
 def passing_bytes(shape: LayerShape, tokens: int, policy: str) -> int:
     """Device bytes that one layer's backward needs for a while, at its peak, for a batch of so many tokens.
 
