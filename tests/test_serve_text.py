@@ -112,14 +112,27 @@ def test_a_batch_leaves_behind_the_rows_that_have_ended():
     async def work():
         box = Mailbox()
         rows = [Row(Request("m", [1], most), Answer(box), frozenset(), random.Random()) for most in (2, 3, 99)]
-        batch = Batch("m", rows, lambda: False)
+        batch = Batch("m", rows, lambda: False, lambda: 0)
         for _ in range(PATIENCE - 1):
             done = batch.step([Token(5)] * 3)
         assert done == [True, True, False]
         assert batch.step([Token(5)] * 3) == [True] * 3
         assert batch.unfinished() == [rows[2]]
-        alone = Batch("m", batch.unfinished(), lambda: False)
+        alone = Batch("m", batch.unfinished(), lambda: False, lambda: 0)
         assert [alone.step([Token(5)]) for _ in range(PATIENCE + 1)][-1] == [False]
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("running, joiners, tokens", [(1, 15, 1), (4, 4, 8), (15, 1, 15), (8, 0, 16)])
+def test_a_batch_gives_way_the_sooner_the_more_could_join_it(running, joiners, tokens):
+    async def work():
+        box = Mailbox()
+        rows = [Row(Request("m", [1], 99), Answer(box), frozenset(), random.Random()) for _ in range(running)]
+        batch = Batch("m", rows, lambda: True, lambda: joiners)
+        for _ in range(tokens - 1):
+            assert not any(batch.step([Token(5)] * running))
+        assert all(batch.step([Token(5)] * running))
 
     asyncio.run(work())
 

@@ -3,7 +3,8 @@
 A batch is made of requests for one model (one adapter), in the order they came. Nothing else has to be alike: length,
 sampling, seed and end are each row's own. A batch cannot take in a row midway, so it gives way: once others wait, and once it
 has made enough tokens to be worth the prompts that are computed again, it stops, and its unfinished rows go on in the next
-batch together with the newcomers. It does so too when half its rows have ended, as these are computed on with it.
+batch together with the newcomers. Where rows cost nothing, the sooner the more of them could join in: one row with fifteen behind
+it gives way after its first token. It does so too when half its rows have ended, as these are computed on with it.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ class Batch:
     model: str
     rows: list[Row]
     others_wait: Callable[[], bool]
+    joiners: Callable[[], int]
+    """Requests that the next batch could take in beside these."""
     steps: int = 0
 
     def __post_init__(self) -> None:
@@ -87,7 +90,8 @@ class Batch:
             if row.answer.finish is None:
                 row.take(token)
         over = [row.answer.finish is not None for row in self.rows]
-        if self.steps >= self.patience and (self.others_wait() or 2 * sum(over) >= len(over)):
+        late = self.others_wait() or 2 * sum(over) >= len(over)
+        if late and self.steps >= self.patience * len(over) / (len(over) + self.joiners()):
             return [True] * len(over)
         return over
 
@@ -104,6 +108,8 @@ class Batcher:
         ends: tokens that end an answer, by model.
         queue: requests that may wait; more are refused.
         room: tokens, prompts and answers together, that fit into a batch's cache.
+        rows_are_free: whether a step takes as long for many rows as for one: on a GPU, which reads the weights once for all. On
+            two cores SmolLM2 answers 26 tokens/s in batches of 8.7 rows and 24 in batches of 14.9.
     """
 
     def __init__(
@@ -114,8 +120,10 @@ class Batcher:
         *,
         queue: int,
         room: int,
+        rows_are_free: bool,
     ) -> None:
         self.generate, self.ends, self.metrics, self.queue, self.room = generate, ends, metrics, queue, room
+        self.rows_are_free = rows_are_free
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
         self.seconds_a_row = 1.0
@@ -206,7 +214,13 @@ class Batcher:
             self.waiting = deque(row for row in self.waiting if row not in self.running)
             self._count()
             self.metrics.batch_rows.observe(len(self.running))
-            return Batch(self.running[0].request.model, self.running, lambda: bool(self.waiting))
+            model = self.running[0].request.model
+            alone = not self.rows_are_free or self._joiners(model) > 0  # who is left over now found no room
+            return Batch(model, self.running, lambda: bool(self.waiting), lambda: 0 if alone else self._joiners(model))
+
+    def _joiners(self, model: str) -> int:
+        with self.changed:
+            return sum(row.request.model == model for row in self.waiting)
 
     def _gather(self) -> list[Row]:
         """Rows of the model that has waited longest, in their order, as many as fit."""

@@ -43,8 +43,9 @@ class PipelineEngine:
         )
         ends = {name: frozenset(own.pipeline().stops()) for name, (own, _) in self.speakers.items()}
         self.batcher = Batcher(
-            self._generate, ends, metrics, queue=queue, room=cache_tokens(first.model.get_base_model())
-        )
+            self._generate, ends, metrics, queue=queue, room=cache_tokens(first.model.get_base_model()),
+            rows_are_free=first.model.device.type != "cpu",
+        )  # fmt: skip
 
     def refuses(self, request: Request) -> tuple[str, str] | None:
         """Nothing."""
