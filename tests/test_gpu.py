@@ -20,13 +20,13 @@ pytestmark = pytest.mark.gpu
 def test_a_run_on_the_gpu_lowers_the_loss(tiny_llama, rows, cache, tmp_path, quiet, dtype, packing):
     words = [f"model.path={tiny_llama}", f"data.path={rows}", f"out={tmp_path / 'run'}", f"model.dtype={dtype}"]
     words += ["data.max_length=128", f"data.packing={packing}", "data.validation=8", "train.micro_batch=2"]
-    words += ["train.accumulation=2", "train.max_steps=12", "train.learning_rate=1e-2", "train.samples=1"]
+    words += ["train.accumulation=2", "train.max_steps=24", "train.learning_rate=1e-2", "train.samples=1"]
     run = train(load_recipe(None, words), console=quiet, cache=cache)
     summary = json.loads((run.folder / "summary.json").read_text())
     assert summary["device"] == torch.cuda.get_device_name()
-    assert summary["validation_loss"]["kept"] < summary["validation_loss"]["before"] - 0.2  # measured: 0.26
+    assert summary["validation_loss"]["kept"] < summary["validation_loss"]["before"] - 0.2  # 0.24 packed, 0.31 not
     assert 0 < summary["peak_memory_gb"] < 1
-    assert len(losses(run)) == 12
+    assert len(losses(run)) == 24
 
 
 def test_gpu_and_cpu_agree(tiny_llama, rows, cache, tmp_path, quiet):
@@ -38,20 +38,16 @@ def test_gpu_and_cpu_agree(tiny_llama, rows, cache, tmp_path, quiet):
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), abs=1e-3)
 
 
-def test_what_does_not_fit_is_one_message_with_the_cheapest_fix(tiny_llama, rows, cache, tmp_path, quiet):
-    from nybble.errors import TrainingError
-
-    words = [f"model.path={tiny_llama}", f"data.path={rows}", f"out={tmp_path / 'run'}", "data.max_length=256"]
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(1e-6)  # not even the first tensor fits
-    try:
-        with pytest.raises(TrainingError) as caught:
-            train(load_recipe(None, words), console=quiet, cache=cache)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    print(caught.value)
-    assert "the GPU's memory does not suffice" in str(caught.value)
-    assert "train.micro_batch=2 train.accumulation=8" in str(caught.value.fix)
+def test_what_does_not_fit_is_one_message_with_the_cheapest_fix(tiny_llama, rows, tmp_path):
+    """In a process of its own, where no other test has left memory that is free but reserved."""
+    code = "import torch; torch.cuda.set_per_process_memory_fraction(1e-6); from nybble.cli import main; main()"
+    words = [tiny_llama, rows, f"out={tmp_path / 'run'}", "data.max_length=256"]
+    result = nybble("train", *words, launcher=("-c", code), home=tmp_path)
+    print(result.stderr)
+    assert result.returncode == 1
+    assert "the GPU's memory does not suffice" in result.stderr
+    assert "train.micro_batch=2 train.accumulation=8" in result.stderr
+    assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
 
 
