@@ -45,7 +45,7 @@ from nybble.serve.continuous import load_continuous
 from nybble.serve.engine import Engine
 from nybble.serve.metrics import Metrics
 from nybble.serve.pipeline import PipelineEngine
-from nybble.serve.server import listen
+from nybble.serve.server import listen, short_turns
 
 
 def bare_adapter(base: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
@@ -83,7 +83,8 @@ def served(engine: Engine, metrics: Metrics) -> Iterator[str]:
     while not server.started:
         time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with short_turns():
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()

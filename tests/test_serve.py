@@ -27,7 +27,7 @@ from nybble.run import open_run
 from nybble.serve.app import Limits
 from nybble.serve.metrics import Metrics
 from nybble.serve.pipeline import cache_tokens, load_pipeline, run_names
-from nybble.serve.server import Place, listen, read_key, serve
+from nybble.serve.server import Place, listen, read_key, serve, short_turns
 
 ASKED = "say one two 3"
 CLOSE_CALL = (
@@ -473,6 +473,33 @@ def test_the_memory_that_is_free_bounds_a_batch(server):
     finally:
         server.engine.batcher.room = kept
     assert server.metric("nybble_batch_rows_count") == before + 2
+
+
+def test_who_sends_waits_only_a_moment_for_who_computes():
+    def seconds_of_thirty_turns():
+        over = threading.Event()
+
+        def compute():
+            while not over.is_set():
+                sum(range(50))
+
+        thread = threading.Thread(target=compute)
+        thread.start()
+        began = time.perf_counter()
+        for _ in range(30):
+            time.sleep(0)
+        seconds = time.perf_counter() - began
+        over.set()
+        thread.join()
+        return seconds
+
+    before = sys.getswitchinterval()
+    usual = seconds_of_thirty_turns()
+    with short_turns():
+        short = seconds_of_thirty_turns()
+    print(usual, short)
+    assert short < usual / 3
+    assert sys.getswitchinterval() == before
 
 
 def test_what_keeps_a_server_from_starting_is_said(runs, quiet):
