@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import shutil
 
@@ -12,11 +13,13 @@ from transformers import AutoTokenizer
 
 from conftest import SHARED, write_llama
 from nybble.errors import DeviceError, ModelError
+from nybble.inference.pipeline import load_answerer
 from nybble.model.adapter import attach_adapter, check_gradients, check_saved, load_adapter
 from nybble.model.base import load_base, load_config, measure
 from nybble.model.checkpoint import check_length, find_checkpoint, fingerprint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
+from nybble.quantized import dequantise_where_room, linear4bits
 from nybble.recipe import LoraOptions, ModelOptions
 
 CPU = torch.device("cpu")
@@ -277,3 +280,38 @@ def test_a_saved_adapter_is_read_back(tiny_llama, cache, tmp_path):
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(wider)
     with pytest.raises(ModelError, match="does not fit this base"):
         load_adapter(base_of(wider, cache).model, tmp_path / "good")
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_dequantised_layers_answer_to_the_bit_as_4_bit_ones_do(tiny_llama, tmp_path, quantization):
+    model = attach_adapter(base_of(tiny_llama, tmp_path, quantization=quantization).model, LoraOptions()).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.arange(3, 67).reshape(2, 32)
+
+    def logits():
+        with torch.inference_mode():
+            tuned = model(input_ids=ids).logits
+            with model.disable_adapter():
+                return tuned, model(input_ids=ids).logits
+
+    before = logits()
+    assert not torch.equal(*before)
+    assert dequantise_where_room(model)
+    assert not list(linear4bits(model))
+    assert all(map(torch.equal, logits(), before))
+    assert not dequantise_where_room(model), "there is nothing left to do"
+
+
+def test_without_room_layers_stay_in_4_bits(tiny_llama, tmp_path, monkeypatch):
+    model = base_of(tiny_llama, tmp_path).model
+    memory = collections.namedtuple("Memory", "available")
+    monkeypatch.setattr("nybble.quantized.psutil.virtual_memory", lambda: memory(10_000))
+    assert not dequantise_where_room(model)
+    assert list(linear4bits(model))
+
+
+def test_what_is_loaded_to_be_worked_on_stays_in_4_bits(tuned_run, cache):
+    assert list(linear4bits(load_answerer(tuned_run, cache).model))
+    assert not list(linear4bits(load_answerer(tuned_run, cache, dequantise=True).model))

@@ -43,7 +43,7 @@ def chat(
 
     console = Console()
     with console.status("loading"):
-        answerer = load_answerer(opened, device=device)
+        answerer = load_answerer(opened, device=device, dequantise=True)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     if prompt is None:
         talk(answerer, sampling, console, system=system, compare=compare)

@@ -67,7 +67,7 @@ def run_demo(seed: int, folder: pathlib.Path, console: Console, cache: pathlib.P
         f"loss      {_sparkline([line['loss'] for line in read_metrics(run) if 'loss' in line])}  {run.folder}/loss.png"
     )
     console.rule(f"2  test: {TESTS} orders whose sentences, names and goods it has never seen")
-    answerer = load_answerer(run, cache)
+    answerer = load_answerer(run, cache, dequantise=True)
     scores = _scores(answerer, shots, tests, console)
     console.rule("3  what they answered")
     for number in range(SHOWN):

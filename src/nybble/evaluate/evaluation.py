@@ -77,7 +77,7 @@ def evaluate(
     # 1. The model, once: the base is the same with the adapter switched off.
     if answerer is None:
         with console.status("loading"):
-            answerer = load_answerer(run, cache)
+            answerer = load_answerer(run, cache, dequantise=True)
     found = Findings(run, answerer, console, cache)
     # 2. Benchmarks.
     for name in asked.tasks:

@@ -27,6 +27,7 @@ from nybble.model.base import load_base
 from nybble.model.checkpoint import find_checkpoint, fingerprint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
+from nybble.quantized import dequantise_where_room
 from nybble.run import CACHE, Run
 
 
@@ -155,17 +156,25 @@ def _pad_after(rows: Sequence[list[int]], shared: int, pad_id: int) -> tuple[tor
     return torch.tensor(ids), torch.tensor(mask)
 
 
-def load_answerer(run: Run, cache: pathlib.Path = CACHE, device: str = "auto") -> Answerer:
+def load_answerer(run: Run, cache: pathlib.Path = CACHE, device: str = "auto", *, dequantise: bool = False) -> Answerer:
     """Load a run to answer with: base as in training, adapter, tokenizer and template of the run.
+
+    Args:
+        run: the run.
+        cache: where quantised bases are kept.
+        device: auto, cuda or cpu.
+        dequantise: on a CPU with room for them, hold the base's weights dequantised: the same answers, sooner.
 
     Raises:
         ModelError: the base is gone or not the one the adapter fits; --base says where it is.
     """
-    (answerer,) = load_answerers([run], cache, device)
+    (answerer,) = load_answerers([run], cache, device, dequantise=dequantise)
     return answerer
 
 
-def load_answerers(runs: Sequence[Run], cache: pathlib.Path = CACHE, device: str = "auto") -> list[Answerer]:
+def load_answerers(
+    runs: Sequence[Run], cache: pathlib.Path = CACHE, device: str = "auto", *, dequantise: bool = False
+) -> list[Answerer]:
     """Several runs of one base, which is in memory once; `as_tuned` chooses whose adapter works.
 
     Raises:
@@ -186,6 +195,8 @@ def load_answerers(runs: Sequence[Run], cache: pathlib.Path = CACHE, device: str
         if "lora_" in name:  # stored in float32; training computed with it in this type
             parameter.data = parameter.data.to(dtype)
     model.eval()
+    if dequantise:
+        dequantise_where_room(model)
     answerers = []
     for run, name in zip(runs, names, strict=True):
         tokenizer, template = load_template(run, checkpoint.folder)

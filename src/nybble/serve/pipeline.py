@@ -101,7 +101,7 @@ def load_pipeline(
         ModelError: the base is gone or not the one that the adapters fit.
     """
     names = run_names(runs)
-    answerers = dict(zip(names, load_answerers(runs, cache, device), strict=True))
+    answerers = dict(zip(names, load_answerers(runs, cache, device, dequantise=True), strict=True))
     return PipelineEngine(answerers, base_name(runs[0], names), metrics, queue=queue)
 
 
