@@ -21,11 +21,12 @@ def test_three_seeds_learn_what_the_base_cannot_do(tmp_path, smollm2):
         assert len(set(tuned.answers)) > 90, "a canned answer"
         report = (tmp_path / f"demo-{seed}" / "report.html").read_text()
         assert f"{tuned.right} of 100" in report
-        results.append((tuned.right, prompted.right, base.right, seed))
+        untrained = [score.right / len(score.answers) for score in (prompted, base)]
+        results.append((tuned.right, *untrained, seed))
     worst = min(results)
-    print(f"worst of three: seed {worst[3]}, tuned {worst[0]} of 100, with examples {worst[1]}, base {worst[2]} of 50")
+    print(f"worst of three: seed {worst[3]}, tuned {worst[0]} of 100, with examples {worst[1]:.0%}, base {worst[2]:.0%}")
     assert worst[0] >= 85
-    assert all(tuned >= prompted + 50 for tuned, prompted, _, _ in results)
+    assert all(tuned / 100 >= prompted + 0.5 for tuned, prompted, _, _ in results)
 
 
 def test_a_missing_embedded_model_is_named(tmp_path, monkeypatch):

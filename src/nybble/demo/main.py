@@ -28,7 +28,7 @@ STEPS, BATCH = 50, 4  # 200 orders: about 100 s on two cores without AMX, and ov
 HELD_OUT = 8
 SHOTS = 5
 TESTS = 100
-BASE_TESTS = 50  # of them the untrained model is asked: it gets none right, and 100 take 40 s more
+BASE_TESTS = 25  # of them the untrained model is asked: it gets none right, and 100 take 100 s more
 SHOWN = 3
 SPARKS = "▁▂▃▄▅▆▇█"
 
