@@ -24,7 +24,9 @@ def test_three_seeds_learn_what_the_base_cannot_do(tmp_path, smollm2):
         untrained = [score.right / len(score.answers) for score in (prompted, base)]
         results.append((tuned.right, *untrained, seed))
     worst = min(results)
-    print(f"worst of three: seed {worst[3]}, tuned {worst[0]} of 100, with examples {worst[1]:.0%}, base {worst[2]:.0%}")
+    print(
+        f"worst of three: seed {worst[3]}, tuned {worst[0]} of 100, with examples {worst[1]:.0%}, base {worst[2]:.0%}"
+    )
     assert worst[0] >= 85
     assert all(tuned / 100 >= prompted + 0.5 for tuned, prompted, _, _ in results)
 
