@@ -304,6 +304,21 @@ def test_dequantised_layers_answer_to_the_bit_as_4_bit_ones_do(tiny_llama, tmp_p
     assert not dequantise_where_room(model), "there is nothing left to do"
 
 
+def test_4_bit_layers_that_compute_in_another_type_stay(tiny_llama, tmp_path):
+    """As somebody's checkpoint may say."""
+    base_of(tiny_llama, tmp_path / "cache").model.save_pretrained(tmp_path / "stored")
+    for file in tiny_llama.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "stored")
+    file = tmp_path / "stored" / "config.json"
+    file.write_text(
+        file.read_text().replace('"bnb_4bit_compute_dtype": "float32"', '"bnb_4bit_compute_dtype": "bfloat16"')
+    )
+    model = base_of(tmp_path / "stored", tmp_path / "cache").model.eval()
+    assert {layer.compute_dtype for layer in linear4bits(model)} == {torch.bfloat16}
+    assert not dequantise_where_room(model)
+    assert loss_of(model).isfinite()
+
+
 def test_without_room_layers_stay_in_4_bits(tiny_llama, tmp_path, monkeypatch):
     model = base_of(tiny_llama, tmp_path).model
     memory = collections.namedtuple("Memory", "available")

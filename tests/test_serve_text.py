@@ -7,6 +7,7 @@ import collections
 import json
 import random
 import shutil
+import threading
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from conftest import SHARED, WORDS, small_tokenizer
 from nybble.model.tokenizer import load_tokenizer
-from nybble.serve.batching import PATIENCE, Batch, Row
+from nybble.serve.batching import PATIENCE, Batch, Batcher, Row
 from nybble.serve.engine import Answer, Mailbox, Request, Token
+from nybble.serve.metrics import Metrics
 from nybble.serve.protocol import CompletionRequest, parse
 from nybble.serve.sampling import draw
 from nybble.serve.text import TextStream, spelling
@@ -112,13 +114,13 @@ def test_a_batch_leaves_behind_the_rows_that_have_ended():
     async def work():
         box = Mailbox()
         rows = [Row(Request("m", [1], most), Answer(box), frozenset(), random.Random()) for most in (2, 3, 99)]
-        batch = Batch("m", rows, lambda: False, lambda: 0)
+        batch = Batch("m", rows, lambda: False, lambda rows: 0)
         for _ in range(PATIENCE - 1):
             done = batch.step([Token(5)] * 3)
         assert done == [True, True, False]
         assert batch.step([Token(5)] * 3) == [True] * 3
         assert batch.unfinished() == [rows[2]]
-        alone = Batch("m", batch.unfinished(), lambda: False, lambda: 0)
+        alone = Batch("m", batch.unfinished(), lambda: False, lambda rows: 0)
         assert [alone.step([Token(5)]) for _ in range(PATIENCE + 1)][-1] == [False]
 
     asyncio.run(work())
@@ -129,12 +131,39 @@ def test_a_batch_gives_way_the_sooner_the_more_could_join_it(running, joiners, t
     async def work():
         box = Mailbox()
         rows = [Row(Request("m", [1], 99), Answer(box), frozenset(), random.Random()) for _ in range(running)]
-        batch = Batch("m", rows, lambda: True, lambda: joiners)
+        batch = Batch("m", rows, lambda: True, lambda rows: joiners)
         for _ in range(tokens - 1):
             assert not any(batch.step([Token(5)] * running))
         assert all(batch.step([Token(5)] * running))
 
     asyncio.run(work())
+
+
+@pytest.mark.parametrize("first, room, tokens", [(32, 10**6, 16), (1, 150, 16), (1, 10**6, 1)])
+def test_a_batch_does_not_give_way_for_those_who_find_no_room(first, room, tokens):
+    """Full by its rows, full by its tokens, and not full; 15 come as it works."""
+    steps, began, release = [], threading.Event(), threading.Event()
+
+    def generate(batch):
+        began.set()
+        release.wait(10)
+        while batch.unfinished():
+            if all(batch.step([Token(5)] * len(batch.rows))):
+                break
+        steps.append(batch.steps)
+
+    async def work():
+        batcher = Batcher(generate, {"m": frozenset()}, Metrics(), queue=200, room=room, rows_are_free=True)
+        batcher.submit([Request("m", [1] * 10, 99)] * first, Mailbox())
+        began.wait(10)
+        batcher.submit([Request("m", [1] * 10, 99)] * 15, Mailbox())
+        release.set()
+        while not steps:
+            await asyncio.sleep(0.01)
+        batcher.close()
+
+    asyncio.run(work())
+    assert steps[0] == tokens
 
 
 @given(st.floats(0, 2), st.sampled_from([0, 3, 2**31, 10**30]), st.floats(0, 1, exclude_min=True))

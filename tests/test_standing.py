@@ -81,6 +81,22 @@ def test_weights_that_somebody_writes_into_are_read_again(model):
     assert_same(after, unfused(model))
 
 
+def test_scales_that_somebody_writes_into_are_read_again(model):
+    before = gradients(model, batch_of())
+    with torch.no_grad():
+        model.get_base_model().model.layers[2].mlp.up_proj.base_layer.weight.quant_state.absmax.add_(9)
+    after = gradients(model, batch_of())
+    assert after[0] != before[0]
+    assert_same(after, unfused(model))
+
+
+def test_a_batch_that_goes_past_the_engine_has_the_memory_to_itself(model):
+    model.eval()
+    model.get_base_model().model(input_ids=batch_of()["input_ids"], use_cache=True)
+    assert fusion(model).fused == 0
+    assert fusion(model).shared.workspace.standing_bytes == 0
+
+
 def test_an_adapter_that_was_switched_off_and_on(model):
     before = gradients(model, batch_of())
     with model.disable_adapter():
@@ -104,7 +120,7 @@ def test_a_batch_that_needs_the_memory_takes_it_for_good(model, monkeypatch):
     fusion(model).shared.workspace.release()
 
     def share(own, free):
-        monkeypatch.setattr(budget, "_free", lambda device: free)
+        monkeypatch.setattr(budget, "_free", lambda device, standing: free)
         own._stepped = True
         return own.share(shape, LAYERS, 2048, [], fusion(model).shared)
 
@@ -116,6 +132,15 @@ def test_a_batch_that_needs_the_memory_takes_it_for_good(model, monkeypatch):
     for fitting, standing in ((2.5, 2), (9, 2), (1, 1), (2, 1), (-0.1, 0), (9, 0)):
         assert share(own, int(least + fitting * each)).standing == standing
     assert share(Budget(512, 64), least + 9 * each).standing == LAYERS
+    trained = [
+        torch.nn.Parameter(torch.empty(2 * each // budget.UNSEEN_STATE))
+    ]  # its optimiser wants two layers' memory
+    trained[0].grad = torch.empty_like(trained[0])
+    monkeypatch.setattr(budget, "_free", lambda device, standing: least + 3 * each)
+    greedy = Budget(512, 64)
+    greedy._stepped = True
+    found = greedy.share(shape, LAYERS, 2048, trained, fusion(model).shared)
+    assert found.standing == min(LAYERS, 3, (least + 3 * each) // each - 2)
 
 
 @pytest.mark.parametrize("quant, policy", [("none", "auto"), ("nf4", "keep-all"), ("nf4", "layer-input")])

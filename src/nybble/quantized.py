@@ -38,6 +38,9 @@ def dequantise_where_room(model: torch.nn.Module) -> bool:
     layers = list(linear4bits(model))
     if not layers or any(layer.weight.device.type != "cpu" for layer in layers):
         return False
+    streams = {part.dtype for name, part in model.named_parameters() if name.endswith("norm.weight")}
+    if {layer.compute_dtype for layer in layers} != streams:  # stored by somebody else: a 4-bit layer casts in and out
+        return False
     numbers = sum(layer.in_features * layer.out_features for layer in layers)
     if numbers * layers[0].compute_dtype.itemsize > SHARE * psutil.virtual_memory().available:
         return False

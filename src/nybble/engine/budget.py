@@ -67,13 +67,15 @@ class Budget:
         self._stepped = self._stepped or (shared.went_back and bool(coming))
         if not self._stepped:
             coming += UNSEEN_STATE * sum(part.numel() for part in trained)
-        free = _free(shared.device) + shared.workspace.standing_bytes - coming
+        free = _free(shared.device, shared.workspace.standing_bytes) - coming
         for tiled_like in (KEEP_ALL, LAYER_INPUT):  # wide tiles where memory allows, narrow ones where it does not
             passing = max(passing_bytes(shape, tokens, tiled_like), self.loss_bytes(tokens))
             found = mix(shape, layers, tokens, free - passing)
             if tile(found[0], tokens) == tile(tiled_like, tokens):
                 break
-        spare = free - passing - tokens * sum(kept_bytes(policy, shape) for policy in found)
+        needed = passing + tokens * sum(kept_bytes(policy, shape) for policy in found)
+        # Activations are gone when the optimiser steps; torch's own AdamW then makes copies of all that is trained.
+        spare = free - max(needed, UNSEEN_STATE * sum(part.numel() for part in trained))
         return Share(found, self._layers_standing(spare // dequantised_bytes(shape), found))
 
     def _layers_standing(self, fitting: int, policies: Sequence[str]) -> int:
@@ -92,11 +94,13 @@ class Budget:
         return tokens * self.vocabulary * 14
 
 
-def _free(device: torch.device) -> int:
+def _free(device: torch.device, standing: int) -> int:
+    """Bytes that a batch may use, those of weights that stand now among them."""
     if device.type != "cuda":
         available: int = psutil.virtual_memory().available
-        return available // 2
+        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        return (available + standing) // 2 // processes
     free, total = torch.cuda.mem_get_info(device)
     limit = int(total * torch.cuda.get_per_process_memory_fraction(device))
     usable = min(free + torch.cuda.memory_reserved(device), limit)
-    return int(usable - SLACK * limit) - torch.cuda.memory_allocated(device)
+    return int(usable - SLACK * limit) - torch.cuda.memory_allocated(device) + standing

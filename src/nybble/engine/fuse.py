@@ -32,7 +32,7 @@ def fuse(model: torch.nn.Module, policy: Policy = "auto", *, embedding: Literal[
             disabled as ever. A layer with something that the engine does not know keeps its own forward, and a warning
             and `fusion(model).describe()` say what it is.
         policy: what each layer keeps for backward: auto picks the fastest mix that fits into the memory that is free, and
-            lets dequantised weights stay where still more is;
+            lets dequantised weights stay where still more is, until a forward without gradients or `unfuse`;
             keep-all, drop-mlp, drop-qkv, layer-input and host go from the fastest to the leanest.
         embedding: where the token embedding's frozen weight lies; host saves its memory on the device (0.26 GB for
             Llama 2) and costs a small copy a batch.

@@ -177,9 +177,11 @@ def _plan(self: Fusion, backbone: LlamaModel, layers: Sequence[LlamaDecoderLayer
             raise Unfit("a key-value cache is built; model.train() or use_cache=False goes without")
         segments = segments_of({"output_attentions": backbone.config.output_attentions, **keywords})
     except Unfit as why:
+        self.shared.workspace.release()
         return Plan({}, Met(passed=[str(why)] * len(layers)))
     found, passed = self.read(layers)
     if not found:
+        self.shared.workspace.release()
         return Plan({}, Met(passed=passed))
     embedded = keywords.get("inputs_embeds")
     residual = backbone.embed_tokens.weight.dtype if embedded is None else embedded.dtype

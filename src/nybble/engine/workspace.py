@@ -12,7 +12,7 @@ the product's time on an H200, against 1% for the added columns (docs/benchmarks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -54,13 +54,14 @@ class Standing:
             whole = torch.empty(_shape(group), dtype=dtype, device=device)
         self.matrix = Matrix(whole, group.outputs, group.inputs)
         self.versions: list[int] | None = None
-        """Of the weights as they were dequantised: load_state_dict writes into them."""
+        """Of the weights as they were dequantised: load_state_dict writes into them. What is written through `.data` no
+        counter tells; `nybble.fuse` again reads everything anew."""
         self.has_adapters = False
         """Whether the adapters stand around them as they are now."""
 
     def changed(self) -> bool:
         """Whether the weights have to be dequantised; from here on they count as they are now."""
-        now = [frozen.weight._version for frozen in self.group.frozen]
+        now = [tensor._version for tensor in _tensors(self.group)]
         before, self.versions = self.versions, now
         return now != before
 
@@ -158,7 +159,17 @@ class Workspace:
 
 def may_stand(group: Group) -> bool:
     """Whether its weights are 4-bit ones: copies of others would be no faster, and these nobody computes with in place."""
-    return all(frozen.code is not None and not frozen.weight.is_inference() for frozen in group.frozen)
+    return all(frozen.code is not None for frozen in group.frozen) and not any(
+        tensor.is_inference() for tensor in _tensors(group)
+    )
+
+
+def _tensors(group: Group) -> Iterator[torch.Tensor]:
+    """What its weights are dequantised from."""
+    for frozen in group.frozen:
+        yield from (frozen.weight, frozen.absmax)
+        if frozen.nested is not None:
+            yield frozen.nested.absmax
 
 
 def _shape(group: Group) -> tuple[int, int]:

@@ -39,7 +39,8 @@ class Preflight:
 
         Raises:
             ModelError: a tokenizer that llama.cpp has no name for.
-            ExportError: a RoPE scaling that it does not know, a missing program, too little room.
+            ExportError: a RoPE scaling that it does not know, a missing program.
+            RunError: too little room on the disk.
         """
         if "gguf" in self.targets:
             assert self.converter is not None, "who writes GGUF?"

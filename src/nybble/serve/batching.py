@@ -76,8 +76,8 @@ class Batch:
     model: str
     rows: list[Row]
     others_wait: Callable[[], bool]
-    joiners: Callable[[], int]
-    """Requests that the next batch could take in beside these."""
+    joiners: Callable[[Sequence[Row]], int]
+    """How many requests the next batch could take in beside these."""
     steps: int = 0
 
     def __post_init__(self) -> None:
@@ -91,7 +91,7 @@ class Batch:
                 row.take(token)
         over = [row.answer.finish is not None for row in self.rows]
         late = self.others_wait() or 2 * sum(over) >= len(over)
-        if late and self.steps >= self.patience * len(over) / (len(over) + self.joiners()):
+        if late and self.steps >= self.patience * len(over) / (len(over) + self.joiners(self.unfinished())):
             return [True] * len(over)
         return over
 
@@ -214,18 +214,21 @@ class Batcher:
             self.waiting = deque(row for row in self.waiting if row not in self.running)
             self._count()
             self.metrics.batch_rows.observe(len(self.running))
-            model = self.running[0].request.model
-            alone = not self.rows_are_free or self._joiners(model) > 0  # who is left over now found no room
-            return Batch(model, self.running, lambda: bool(self.waiting), lambda: 0 if alone else self._joiners(model))
+            return Batch(self.running[0].request.model, self.running, lambda: bool(self.waiting), self._joiners)
 
-    def _joiners(self, model: str) -> int:
+    def _joiners(self, rows: Sequence[Row]) -> int:
+        """How many of those that wait would find room beside these rows, where it is worth asking."""
+        if not rows or not self.rows_are_free:
+            return 0
         with self.changed:
-            return sum(row.request.model == model for row in self.waiting)
+            return len(self._fill(list(rows), rows[0].request.model)) - len(rows)
 
     def _gather(self) -> list[Row]:
         """Rows of the model that has waited longest, in their order, as many as fit."""
-        model = self.waiting[0].request.model
-        rows: list[Row] = []
+        return self._fill([], self.waiting[0].request.model)
+
+    def _fill(self, rows: list[Row], model: str) -> list[Row]:
+        """These rows and those of the model that wait, as many as fit."""
         for row in self.waiting:
             if row.request.model != model:
                 continue
