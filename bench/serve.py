@@ -98,7 +98,7 @@ def measure(
     run = open_run(adapter, str(base))
     options = ModelOptions(path=str(base), quantization=quantization)
     run = type(run)(run.folder, run.recipe.model_copy(update={"model": options}))
-    (answerer,) = load_answerers([run])
+    (answerer,) = load_answerers([run], dequantise=True)  # as nybble serve does
     if merged:
         answerer.model.merge_adapter()  # the adapter's layers then compute with the base's weight alone
     prompts = [encode_text(answerer.template, prompt) for prompt in PROMPTS[:CLIENTS]]
@@ -130,17 +130,8 @@ def measure_continuous(adapter: pathlib.Path, base: pathlib.Path, tokens: int) -
 def ask_all(engine: Engine, metrics: Metrics, name: str, tokens: int) -> dict[str, Any]:
     """One client, then all of them at once, from a process of their own."""
     with served(engine, metrics) as url:
-        words = [
-            url,
-            name,
-            "--stream",
-            "--requests",
-            str(CLIENTS),
-            "--at-once",
-            str(CLIENTS),
-            "--max-tokens",
-            str(tokens),
-        ]
+        words = f"--stream --requests {CLIENTS} --at-once {CLIENTS} --max-tokens {tokens}".split()
+        words = [url, name, *words]
         done = subprocess.run([sys.executable, "-m", "bench.load", *words], capture_output=True, text=True, check=True)
     row: dict[str, Any] = json.loads(done.stdout)
     return row

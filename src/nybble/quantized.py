@@ -8,6 +8,8 @@ import bitsandbytes
 import psutil
 import torch
 from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 SHARE = 0.25  # of the memory that is available, for weights that could be without it
 
@@ -29,20 +31,22 @@ def assert_unpacked(model: torch.nn.Module) -> None:
         assert not getattr(state, "packing_format_for_cpu", False), "a 4-bit weight was repacked for inference"
 
 
-def dequantise_where_room(model: torch.nn.Module) -> bool:
+def dequantise_where_room(model: PreTrainedModel | PeftModel) -> bool:
     """On a CPU with room for it, plain layers with the very numbers that the 4-bit ones would compute with, in their place.
 
-    bitsandbytes dequantises a weight at each use there: SmolLM2 generates 1.5 times as fast without (two cores, 1 or 16 rows at
-    once). For answers only: what trains, merges or exports wants the 4-bit layers. Returns whether it was done.
+    bitsandbytes dequantises a weight at each use there (docs/benchmarks.md: what that costs SmolLM2). For answers only: what
+    trains, merges or exports wants the 4-bit layers. Returns whether it was done.
     """
     layers = list(linear4bits(model))
     if not layers or any(layer.weight.device.type != "cpu" for layer in layers):
         return False
-    streams = {part.dtype for name, part in model.named_parameters() if name.endswith("norm.weight")}
-    if {layer.compute_dtype for layer in layers} != streams:  # stored by somebody else: a 4-bit layer casts in and out
+    computing = model.get_input_embeddings().weight.dtype
+    if any(
+        layer.compute_dtype != computing for layer in layers
+    ):  # stored by somebody else: a 4-bit layer casts in and out
         return False
     numbers = sum(layer.in_features * layer.out_features for layer in layers)
-    if numbers * layers[0].compute_dtype.itemsize > SHARE * psutil.virtual_memory().available:
+    if numbers * computing.itemsize > SHARE * psutil.virtual_memory().available:
         return False
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):

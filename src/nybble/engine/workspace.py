@@ -53,17 +53,16 @@ class Standing:
         with torch.inference_mode(False):  # training may follow
             whole = torch.empty(_shape(group), dtype=dtype, device=device)
         self.matrix = Matrix(whole, group.outputs, group.inputs)
-        self.versions: list[int] | None = None
+        self.versions: list[int] = []
         """Of the weights as they were dequantised: load_state_dict writes into them. What is written through `.data` no
         counter tells; `nybble.fuse` again reads everything anew."""
-        self.has_adapters = False
-        """Whether the adapters stand around them as they are now."""
+        self.has_weights = self.has_adapters = False
 
-    def changed(self) -> bool:
-        """Whether the weights have to be dequantised; from here on they count as they are now."""
-        now = [tensor._version for tensor in _tensors(self.group)]
-        before, self.versions = self.versions, now
-        return now != before
+    def look(self) -> None:
+        """A batch begins: the adapters may be others, and weights that were written into are to be dequantised again."""
+        before, self.versions = self.versions, [tensor._version for tensor in _tensors(self.group)]
+        self.has_weights = self.has_weights and self.versions == before
+        self.has_adapters = False
 
 
 class Workspace:
@@ -85,13 +84,13 @@ class Workspace:
         self._held.clear()
 
     def keep(self, groups: Sequence[Group], dtype: torch.dtype) -> None:
-        """Let the weights of these groups stay dequantised, and of no others; the adapters may have changed meanwhile."""
+        """A batch begins: let the weights of these groups stay dequantised, and of no others."""
         wanted = {(id(group), dtype): group for group in groups}
         self._standing = {key: own for key, own in self._standing.items() if key in wanted}  # memory first
         for key, group in wanted.items():
             if key not in self._standing:
                 self._standing[key] = Standing(group, dtype, self.device)
-            self._standing[key].has_adapters = False
+            self._standing[key].look()
 
     def release(self) -> None:
         """Let no weights stay."""
@@ -116,8 +115,9 @@ class Workspace:
         """The group's matrix: as it stays, or in its slot, which `reserve` has made room in; filled where it is not yet."""
         standing = self._standing.get((id(group), dtype))
         if standing is not None:
-            if standing.changed():
+            if not standing.has_weights:
                 self._write_weights(group, standing.matrix.whole)
+                standing.has_weights = True
             if not standing.has_adapters:
                 self._write_adapters(group, standing.matrix.whole)
                 standing.has_adapters = True

@@ -175,7 +175,7 @@ def load_answerer(run: Run, cache: pathlib.Path = CACHE, device: str = "auto", *
 def load_answerers(
     runs: Sequence[Run], cache: pathlib.Path = CACHE, device: str = "auto", *, dequantise: bool = False
 ) -> list[Answerer]:
-    """Several runs of one base, which is in memory once; `as_tuned` chooses whose adapter works.
+    """Several runs of one base, which is in memory once; `as_tuned` chooses whose adapter works. The rest as `load_answerer`.
 
     Raises:
         ModelError: as `load_answerer`.

@@ -74,7 +74,7 @@ def kept_bytes(policy: str, shape: LayerShape) -> int:
 
 
 def dequantised_bytes(shape: LayerShape) -> int:
-    """Device bytes of a layer's weights in 16 bits, with the adapters around them."""
+    """Device bytes of a layer's weights in the type of its activations, with the adapters around them."""
     q, o, g, d = shape.ranks
     numbers = (shape.qkv + q) * (shape.hidden + q) + (shape.hidden + o) * (shape.query + o)
     numbers += (2 * shape.intermediate + g) * (shape.hidden + g) + (shape.hidden + d) * (shape.intermediate + d)

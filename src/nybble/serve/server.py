@@ -28,9 +28,9 @@ from nybble.serve.vllm import become_vllm
 SILENT = 120  # seconds after which the kernel ends a connection whose reader takes nothing of what is sent (Linux)
 ENGINES = ("pipeline", "continuous", "vllm")
 TURN = 0.0002
-"""Seconds for which a thread keeps the interpreter from another that waits for it. Generation is Python between one small kernel
-and the next, so with CPython's own 5 ms the thread that sends waited 5 ms or more for each token: on an H200 16 clients got 50 to
-190 tokens/s, whichever model and engine (docs/benchmarks.md)."""
+"""Seconds for which a thread keeps the interpreter from another that waits for it; CPython's own is 5 ms. Generation is Python
+between one small kernel and the next, and who sends a token waits for it. On an H200 a served token took 4 to 13 ms more than one
+of generate alone, whichever model and engine (docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True)
