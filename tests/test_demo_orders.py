@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from nybble.demo import words
 from nybble.demo.orders import (
-    PROMPT,
+    SYSTEM,
     Order,
+    asked,
     exact_match,
     plural,
-    prompt,
     split,
     test_orders,
     train_orders,
@@ -78,7 +78,7 @@ def test_answers_follow_the_schema_and_can_be_read_off_the_text(make, seed: int)
         assert answer["customer"] == order.customer
         assert order.customer in order.text
         assert tuple(item["name"] for item in answer["items"]) == order.goods
-        assert answer["delivery"] in PROMPT
+        assert answer["delivery"] in SYSTEM
         for item in answer["items"]:
             shown = item["name"] if item["quantity"] == 1 else plural(item["name"])
             assert shown in order.text.lower()
@@ -127,10 +127,13 @@ def test_plural(name: str, many: str) -> None:
     assert plural(name) == many
 
 
-def test_prompt_holds_schema_and_order() -> None:
-    keys = list(json.loads(train_orders(1, 0)[0].answer))
-    assert all(f'"{key}"' in prompt("Two red mugs.") for key in keys)
-    assert prompt("Two red mugs.").endswith("Two red mugs.")
+def test_a_model_is_given_the_schema_the_examples_and_the_order() -> None:
+    example, order = train_orders(2, 0)
+    system, question, answer, last = asked(order.text, [example])
+    assert [message.role for message in (system, question, answer, last)] == ["system", "user", "assistant", "user"]
+    assert all(f'"{key}"' in system.content for key in json.loads(order.answer))
+    assert (question.content, answer.content, last.content) == (example.text, example.answer, order.text)
+    assert asked(order.text) == (system, last)
 
 
 @pytest.mark.parametrize(

@@ -319,6 +319,7 @@ def _run_trainer(
         data_collator=Collator(ready.tokenizer.pad_token_id, flatten=fused),
         processing_class=ready.tokenizer,
     )
+    trainer.eval_tokens = recipe.train.micro_batch * recipe.data.max_length  # what training may take, and no backward
     if benchmarks is not None and recipe.train.eval_tasks:
         trainer.task_scores = TaskScores(benchmarks, recipe.train.eval_tasks, ready.model, ready.tokenizer, ready.dtype)
     trainer.remove_callback(PrinterCallback)

@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from nybble.data.order import Order, lengths_of
+from nybble.data.order import Order, batches, lengths_of
 from nybble.evaluate.perplexity import summed_loss
 from nybble.optimizer import FlatAdamW8bit
 from nybble.plan.schedule import Schedule
 from nybble.recipe import Recipe
 
-OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 
 
 def training_arguments(
@@ -135,6 +135,8 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.window = Window([], [])
+        self.eval_tokens = 0
+        """Tokens of validation rows in a batch; without it, those of so many of the longest as the arguments say."""
         self.task_scores: Callable[[], dict[str, float]] | None = None
         """Benchmarks that are run at each evaluation."""
         self._ahead: Ahead | None = None
@@ -224,12 +226,14 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         return scaled
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """This process's share of the validation rows, each row in exactly one share."""
+        """This process's share of the validation rows, each row in exactly one share, those of like length together."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         share = range(self.args.process_index, len(rows), self.args.world_size)
+        lengths = lengths_of(rows)[share.start :: share.step]
+        room = self.eval_tokens or self.args.per_device_eval_batch_size * int(lengths.max(initial=0))
         return DataLoader(
             torch.utils.data.Subset(rows, share),
-            batch_size=self.args.per_device_eval_batch_size,
+            batch_sampler=list(batches(lengths.tolist(), room)),
             collate_fn=self.data_collator,
         )
 

@@ -1,8 +1,8 @@
-"""The order in which rows are trained on."""
+"""The order in which rows are trained on, and the batches in which they are looked at."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy
 import torch
@@ -59,3 +59,12 @@ def lengths_of(rows: Dataset | PackedRows) -> numpy.ndarray:
         sizes = column(rows.samples, "length")
         return numpy.add.reduceat(sizes[rows.members], numpy.concatenate([[0], rows.ends[:-1]]))
     return column(rows, "length")
+
+
+def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Places of rows of like length together, the longest first, as many as fit into so many padded tokens, at least one."""
+    ordered = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    while ordered:
+        size = max(tokens // lengths[ordered[0]], 1)
+        yield ordered[:size]
+        ordered = ordered[size:]

@@ -16,23 +16,25 @@ from dataclasses import dataclass
 from random import Random
 from typing import TypeVar
 
+from nybble.data.formats import Conversation, Message
 from nybble.demo import words
 
 T = TypeVar("T")
 
-# Kept short on purpose: on two cores every prompt token costs about 4 ms for each training example.
-PROMPT = (
-    'Write this order as JSON only: {"customer":str,"items":[{"name":lowercase singular,"quantity":int}],'
-    '"delivery":"pickup|courier|post","day":"mon..sun"}\n\n'
+# Short, and in the place of the model's own system message: every token here is read again for each training example.
+SYSTEM = (
+    'Write the order as JSON only: {"customer":str,"items":[{"name":lowercase singular,"quantity":int}],'
+    '"delivery":"pickup|courier|post","day":"mon..sun"}'
 )
 
 # One entry in this many of each list is kept for the test.
 _TEST_SHARE = 4
 
 
-def prompt(order_text: str) -> str:
-    """What the user says to the model: the schema and the order; a base model is asked the same."""
-    return PROMPT + order_text
+def asked(order_text: str, examples: Sequence[Order] = ()) -> Conversation:
+    """What a model is given, trained or not: the schema, examples with their answers, and the order."""
+    turns = [(Message("user", example.text), Message("assistant", example.answer)) for example in examples]
+    return (Message("system", SYSTEM), *(message for turn in turns for message in turn), Message("user", order_text))
 
 
 @dataclass(frozen=True)

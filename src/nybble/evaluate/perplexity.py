@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nybble.data.batches import Collator, Sample, next_labels
+from nybble.data.order import batches
 from nybble.engine.loss import CHUNK, last_hidden, summed_cross_entropy
 
 TOKENS_AT_ONCE = 4096  # of padded rows in a batch: 35 MB of hidden states for a 7B
@@ -73,7 +74,7 @@ def row_losses(
     sums, tokens = numpy.zeros(len(samples)), numpy.zeros(len(samples))
     device = next(model.parameters()).device
     done = 0
-    for places in _batches([len(sample["input_ids"]) for sample in samples]):
+    for places in batches([len(sample["input_ids"]) for sample in samples], TOKENS_AT_ONCE):
         batch = Collator(pad_id)([samples[place] for place in places])
         moved = {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in batch.items()}
         losses = _token_losses(model, moved)
@@ -102,15 +103,6 @@ def bare(model: torch.nn.Module) -> PreTrainedModel:
     inner = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
     found: PreTrainedModel = inner.get_base_model() if isinstance(inner, PeftModel) else inner
     return found
-
-
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Places of rows of like length, the longest first, so many at once that their padded tokens stay bounded."""
-    places = sorted(range(len(lengths)), key=lambda place: -lengths[place])
-    while places:
-        size = max(TOKENS_AT_ONCE // lengths[places[0]], 1)
-        yield places[:size]
-        places = places[size:]
 
 
 def _token_losses(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:

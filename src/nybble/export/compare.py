@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from nybble.data.batches import Collator, Sample, next_labels
+from nybble.data.order import batches
 from nybble.engine.loss import last_hidden
 from nybble.evaluate.perplexity import bare
 from nybble.export.merge import Merge
@@ -196,12 +197,3 @@ def divergences(run: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -
     kl = (run.exp() * (run - other)).sum(-1)
     loss = -other.gather(1, targets[:, None])[:, 0]
     return torch.stack([kl, loss, (run.argmax(-1) == other.argmax(-1)).float()], dim=1)
-
-
-def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Places of rows of like length together, the longest first, as many as fit into so many padded tokens."""
-    ordered = sorted(range(len(lengths)), key=lambda place: -lengths[place])
-    while ordered:
-        size = max(tokens // lengths[ordered[0]], 1)
-        yield ordered[:size]
-        ordered = ordered[size:]

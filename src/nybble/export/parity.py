@@ -17,12 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nybble.data.batches import Sample
 from nybble.data.formats import Conversation, Message
+from nybble.data.order import batches
 from nybble.data.tokens import encode_prompt
 from nybble.engine.loss import last_hidden
 from nybble.errors import DataError
 from nybble.evaluate.generation import FIXED, held_out_prompts
 from nybble.evaluate.perplexity import bare
-from nybble.export.compare import batches, compare, divergences
+from nybble.export.compare import compare, divergences
 from nybble.export.merge import Merge
 from nybble.inference.pipeline import Answerer
 
