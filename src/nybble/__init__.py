@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nybble.run import Run, open_run
     from nybble.train import resume, train
 
-__version__ = "0.5.0"
+__version__ = "0.5.1"
 __all__ = [
     "Answerer",
     "NybbleError",

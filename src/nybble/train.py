@@ -30,6 +30,7 @@ from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.fusion import Fusion
 from nybble.errors import DeviceError, EngineError, ModelError, NybbleError, RecipeError, RunError
 from nybble.evaluate.curve import TaskScores
+from nybble.evaluate.perplexity import TOKENS_AT_ONCE, bare, is_plain
 from nybble.evaluate.scores import Benchmarks
 from nybble.inference.samples import SampleAnswers
 from nybble.model.adapter import attach_adapter, check_saved, resume_adapter
@@ -319,7 +320,8 @@ def _run_trainer(
         data_collator=Collator(ready.tokenizer.pad_token_id, flatten=fused),
         processing_class=ready.tokenizer,
     )
-    trainer.eval_tokens = recipe.train.micro_batch * recipe.data.max_length  # what training may take, and no backward
+    if is_plain(bare(ready.model).get_output_embeddings()):  # short rows fill a batch, as they do for `nybble eval`
+        trainer.eval_tokens = min(recipe.train.micro_batch * recipe.data.max_length, TOKENS_AT_ONCE)
     if benchmarks is not None and recipe.train.eval_tasks:
         trainer.task_scores = TaskScores(benchmarks, recipe.train.eval_tasks, ready.model, ready.tokenizer, ready.dtype)
     trainer.remove_callback(PrinterCallback)

@@ -20,7 +20,7 @@ from nybble.optimizer import FlatAdamW8bit
 from nybble.plan.schedule import Schedule
 from nybble.recipe import Recipe
 
-OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 
 
 def training_arguments(
@@ -35,6 +35,11 @@ def training_arguments(
     """The recipe in Trainer's terms."""
     train = recipe.train
     automatic = "paged_adamw_8bit" if device.type == "cuda" else "adamw"
+    optimizer = OPTIMIZERS[automatic if train.optimizer == "auto" else train.optimizer]
+    if (
+        optimizer == "adamw_torch" and dtype != torch.float16
+    ):  # Accelerate does not see that a fused one left out a step
+        optimizer = "adamw_torch_fused"
     scheduler: str = train.scheduler
     if scheduler == "constant" and train.warmup:
         scheduler = "constant_with_warmup"
@@ -49,7 +54,7 @@ def training_arguments(
         learning_rate=train.learning_rate,
         lr_scheduler_type=scheduler,
         warmup_steps=train.warmup,
-        optim=OPTIMIZERS[automatic if train.optimizer == "auto" else train.optimizer],
+        optim=optimizer,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         neftune_noise_alpha=train.neftune_alpha,
@@ -136,7 +141,7 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.window = Window([], [])
         self.eval_tokens = 0
-        """Tokens of validation rows in a batch; without it, those of so many of the longest as the arguments say."""
+        """Tokens up to which validation rows share a batch; so many of the longest as the arguments say in any case."""
         self.task_scores: Callable[[], dict[str, float]] | None = None
         """Benchmarks that are run at each evaluation."""
         self._ahead: Ahead | None = None
@@ -230,7 +235,7 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         share = range(self.args.process_index, len(rows), self.args.world_size)
         lengths = lengths_of(rows)[share.start :: share.step]
-        room = self.eval_tokens or self.args.per_device_eval_batch_size * int(lengths.max(initial=0))
+        room = max(self.eval_tokens, self.args.per_device_eval_batch_size * int(lengths.max(initial=0)))
         return DataLoader(
             torch.utils.data.Subset(rows, share),
             batch_sampler=list(batches(lengths.tolist(), room)),

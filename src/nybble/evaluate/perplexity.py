@@ -49,7 +49,7 @@ def summed_loss(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Te
     inputs, targets, rows = _taken_apart(batch)
     count = torch.full((), len(rows), device=targets.device)  # a tensor from the host would be waited for
     head = bare(model).get_output_embeddings()
-    if _is_plain(head):
+    if is_plain(head):
         return summed_cross_entropy(
             last_hidden(model, bare(model).get_decoder(), inputs), head.weight, targets, rows
         ), count
@@ -127,6 +127,7 @@ def _taken_apart(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor, t
     return inputs, next_labels(batch["labels"]), batch["predicting"]
 
 
-def _is_plain(head: Any) -> bool:
+def is_plain(head: Any) -> bool:
+    """Whether a head is a frozen matrix, whose loss goes in chunks; others make the logits of a whole batch."""
     known: bool = type(head) is torch.nn.Linear  # not a quantised one, which is derived from it
     return known and head.bias is None and not head.weight.requires_grad
