@@ -20,8 +20,8 @@ from nybble.trainer import training_arguments
 
 
 def samples_in(batch) -> int:
-    """Of a padded batch, and of one that is laid flat."""
-    return len(batch["attention_mask"]) if "attention_mask" in batch else len(batch["cu_seq_lens_q"]) - 1
+    """Of a batch that is laid flat, or of one of rows."""
+    return len(batch["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in batch else len(batch["input_ids"])
 
 
 @given(lengths=st.lists(st.integers(1, 400), max_size=40), tokens=st.integers(1, 1000))
@@ -81,11 +81,9 @@ def test_rows_share_a_batch_as_far_as_training_s_tokens_go(
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "dtype, name", [("float32", "adamw_torch_fused"), ("bfloat16", "adamw_torch_fused"), ("float16", "adamw_torch")]
-)
+@pytest.mark.parametrize("dtype, name", [("float32", "adamw_torch_fused"), ("float16", "adamw_torch")])
 def test_a_fused_optimiser_is_not_taken_where_steps_may_be_left_out(dtype, name, tmp_path):
-    """GradScaler calls a fused one at an overflow too, and Accelerate then takes the step for made and moves the rate on."""
+    """GradScaler calls a fused one at an overflow too, and Accelerate then takes the step for made."""
     recipe = load_recipe(None, ["model.path=m", "data.path=d", "train.optimizer=adamw"])
     arguments = training_arguments(
         recipe, tmp_path, Schedule(3, 1, 1), torch.device("cpu"), getattr(torch, dtype), True, False

@@ -74,7 +74,7 @@ class Budget:
             if tile(found[0], tokens) == tile(tiled_like, tokens):
                 break
         needed = passing + tokens * sum(kept_bytes(policy, shape) for policy in found)
-        # Activations are gone when the optimiser steps; torch's AdamW, where it is not fused, then makes copies of all that is trained.
+        # Activations are gone when the optimiser steps; an AdamW of torch that is not fused then copies all that is trained.
         spare = free - max(needed, UNSEEN_STATE * sum(part.numel() for part in trained))
         return Share(found, self._layers_standing(spare // dequantised_bytes(shape), found))
 
