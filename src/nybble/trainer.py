@@ -36,9 +36,8 @@ def training_arguments(
     train = recipe.train
     automatic = "paged_adamw_8bit" if device.type == "cuda" else "adamw"
     optimizer = OPTIMIZERS[automatic if train.optimizer == "auto" else train.optimizer]
-    if (
-        optimizer == "adamw_torch" and dtype != torch.float16
-    ):  # Accelerate does not see that a fused one left out a step
+    # In float16 a fused one leaves out the step of an overflow by itself, and Accelerate moves the rate on.
+    if optimizer == "adamw_torch" and dtype != torch.float16:
         optimizer = "adamw_torch_fused"
     scheduler: str = train.scheduler
     if scheduler == "constant" and train.warmup:
