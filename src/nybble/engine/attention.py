@@ -102,9 +102,9 @@ class Plain:
 
 
 class OnCpu:
-    """torch's flash attention for CPUs: half of plain torch's time at 140 tokens, a fifth at 1,024.
+    """torch's flash attention for CPUs: 0.5 to 0.7 of plain torch's time at 140 tokens, a fifth at 1,024.
 
-    In float32 whatever comes: on a processor without bfloat16 instructions its backward took 4 times as long in bfloat16.
+    In float32 whatever comes: on a processor without bfloat16 instructions its backward took 4 to 6 times as long in bfloat16.
     """
 
     name = "flash on a CPU"
