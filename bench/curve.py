@@ -16,7 +16,7 @@ from rich.console import Console
 
 from nybble.recipe import load_recipe
 from nybble.run import read_metrics
-from nybble.train import train
+from nybble.training.train import train
 
 
 def losses(folder: pathlib.Path, words: list[str]) -> tuple[list[float], float]:

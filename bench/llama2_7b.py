@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nybble.recipe import load_recipe
 from nybble.run import read_metrics
-from nybble.train import train
+from nybble.training.train import train
 
 RECIPE = pathlib.Path(__file__).parents[1] / "recipes" / "llama2-7b-alpaca.yaml"
 WARM_UP = 3  # steps left out of the speed: compilation and the allocator's growth

@@ -179,7 +179,7 @@ def peaky_llama(tmp_path_factory) -> pathlib.Path:
 def tuned(model, rows, out, steps, cache):
     """A run of so many steps on those rows, in float32 on the CPU."""
     from nybble.recipe import load_recipe
-    from nybble.train import train
+    from nybble.training.train import train
 
     words = [f"model.path={model}", f"data.path={rows}", f"out={out}", f"train.max_steps={steps}"]
     words += ["model.device=cpu", "model.dtype=float32", "data.max_length=128", "data.validation=12", "train.samples=0"]

@@ -22,7 +22,7 @@ from nybble.model.tokenizer import load_tokenizer
 from nybble.recipe import TrackerOptions, load_recipe
 from nybble.run import Run, read_metrics
 from nybble.trackers import log_evaluation
-from nybble.train import train
+from nybble.training.train import train
 from test_cli import nybble
 
 ARC = [

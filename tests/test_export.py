@@ -31,7 +31,7 @@ from nybble.model.checkpoint import find_checkpoint
 from nybble.model.tokenizer import load_tokenizer
 from nybble.recipe import load_recipe
 from nybble.run import Run, open_run
-from nybble.train import resume, train
+from nybble.training.train import resume, train
 from test_cli import nybble
 
 Usage = namedtuple("Usage", "total used free")

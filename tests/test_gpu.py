@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nybble.recipe import load_recipe
-from nybble.train import train
+from nybble.training.train import train
 from test_cli import nybble
 from test_train import losses
 

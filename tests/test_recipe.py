@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from conftest import ROOT
 from nybble.errors import RecipeError
-from nybble.recipe import Recipe, dump_recipe, load_recipe
-from nybble.recipe import options as option_names
+from nybble.recipe import Recipe, dump_recipe, load_recipe, option_names
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 

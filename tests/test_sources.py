@@ -24,7 +24,7 @@ from nybble.data.stream import StreamedRows
 from nybble.errors import DataError, RecipeError
 from nybble.recipe import DataOptions, load_recipe
 from nybble.run import read_metrics
-from nybble.train import resume, train
+from nybble.training.train import resume, train
 
 
 def write(file, count: int, word: str):

@@ -16,7 +16,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-import nybble.train as training
+import nybble.training.preparation as preparation
+import nybble.training.train as training
 from nybble.data.batches import Collator
 from nybble.data.formats import Message
 from nybble.data.tokens import encode_prompt
@@ -25,8 +26,8 @@ from nybble.inference.pipeline import Sampling, load_answerer
 from nybble.out_of_memory import leaner
 from nybble.recipe import Recipe, load_recipe
 from nybble.run import Run, open_run, read_metrics
-from nybble.train import resume, train
 from nybble.trainer import Window
+from nybble.training.train import resume, train
 
 FAST = [
     "model.device=cpu",
@@ -458,7 +459,7 @@ def test_the_next_step_s_rows_are_laid_out_before_a_step_is_over(tiny_llama, row
     collate, clear = Collator.__call__, Window.clear
     words = ["train.max_steps=3", "data.validation=0", "train.micro_batch=2", "train.accumulation=1", "train.samples=0"]
     monkeypatch.setattr(Collator, "__call__", lambda self, rows: seen.append("rows") or collate(self, rows))
-    monkeypatch.setattr(training, "inspect", lambda *words: None)  # the X-ray lays out rows of its own
+    monkeypatch.setattr(preparation, "inspect", lambda *words: None)  # the X-ray lays out rows of its own
     monkeypatch.setattr(Window, "clear", lambda self: seen.append("over") or clear(self))
     train(recipe_for(tiny_llama, rows, tmp_path / "run", *words), console=quiet, cache=cache)
     # Accelerate's loader reads one batch further than it gives: two for the first step, one for each of the others.

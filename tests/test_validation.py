@@ -15,8 +15,8 @@ from nybble.data.order import batches
 from nybble.plan.schedule import Schedule
 from nybble.recipe import load_recipe
 from nybble.run import read_metrics
-from nybble.train import train
 from nybble.trainer import training_arguments
+from nybble.training.train import train
 
 
 def samples_in(batch) -> int:

@@ -14,7 +14,7 @@ from nybble.data.template import Template
 from nybble.data.xray import Rules, inspect
 from nybble.errors import DataError
 from nybble.recipe import DataOptions, load_recipe
-from nybble.train import train
+from nybble.training.train import train
 
 
 def drop_eos(batch):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nybble.inference.pipeline import load_answerer as load
     from nybble.recipe import Recipe, load_recipe
     from nybble.run import Run, open_run
-    from nybble.train import resume, train
+    from nybble.training.train import resume, train
 
 __version__ = "0.5.1"
 __all__ = [
@@ -45,8 +45,8 @@ _HOMES = {
     "load": ("nybble.inference.pipeline", "load_answerer"),
     "load_recipe": ("nybble.recipe", "load_recipe"),
     "open_run": ("nybble.run", "open_run"),
-    "resume": ("nybble.train", "resume"),
-    "train": ("nybble.train", "train"),
+    "resume": ("nybble.training.train", "resume"),
+    "train": ("nybble.training.train", "train"),
     "unfuse": ("nybble.engine.fuse", "unfuse"),
 }
 

@@ -96,8 +96,8 @@ def train(
 
         raise typer.Exit(run_processes(recipe.train.processes, sys.argv[1:]))
     quiet()
-    from nybble.train import resume as go_on
-    from nybble.train import train as begin
+    from nybble.training.train import resume as go_on
+    from nybble.training.train import train as begin
 
     console = Console()
     tasks, rows = recipe.train.eval_tasks, recipe.train.eval_data

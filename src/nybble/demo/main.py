@@ -21,7 +21,7 @@ from nybble.evaluate.evaluation import Asked, evaluate
 from nybble.inference.pipeline import Answerer, Sampling, load_answerer
 from nybble.recipe import load_recipe
 from nybble.run import CACHE, Run, read_metrics, write_text
-from nybble.train import train
+from nybble.training.train import train
 
 # Of 40 ways to spend so few tokens one of the best (docs/benchmarks.md): two rows a step, and a rate of 1.5e-3.
 STEPS, BATCH, LEARNING_RATE = 60, 2, 1.5e-3

@@ -3,43 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import datetime
-import os
 import pathlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from peft import PeftModel
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PretrainedConfig, PreTrainedTokenizerBase, PrinterCallback
 
-from nybble.announce import tell, tell_adapter, tell_base, tell_data, tell_engine, tell_plan, tell_result
-from nybble.callbacks import Guards, Recorder, peak_memory
+from nybble.announce import tell, tell_adapter, tell_base, tell_plan, tell_result
+from nybble.callbacks import Guards, Recorder
 from nybble.data.batches import Collator
-from nybble.data.prepare import Prepared, prepare
 from nybble.data.template import save_template
-from nybble.data.xray import Rules, inspect
-from nybble.engine.fuse import fuse, fusion, unfuse
-from nybble.engine.fusion import Fusion
-from nybble.errors import DeviceError, EngineError, ModelError, NybbleError, RecipeError, RunError
+from nybble.errors import NybbleError, RecipeError, RunError
 from nybble.evaluate.curve import TaskScores
 from nybble.evaluate.perplexity import TOKENS_AT_ONCE, bare, is_plain
 from nybble.evaluate.scores import Benchmarks
 from nybble.inference.samples import SampleAnswers
-from nybble.model.adapter import attach_adapter, check_saved, resume_adapter
-from nybble.model.base import Base, Footprint, load_base, load_config, measure
+from nybble.model.adapter import attach_adapter, resume_adapter
+from nybble.model.base import load_base, load_config, measure
 from nybble.model.checkpoint import check_length, find_checkpoint
-from nybble.model.device import choose_device, choose_dtype, grow_segments
+from nybble.model.device import choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.out_of_memory import explained_memory
-from nybble.plan.schedule import Schedule, plan_steps
+from nybble.plan.schedule import plan_steps
 from nybble.recipe import Recipe
 from nybble.record import draw_loss, write_card
 from nybble.run import (
@@ -50,14 +40,14 @@ from nybble.run import (
     choose_folder,
     create_run,
     open_run,
-    read_metrics,
     refuse_existing,
     start_record,
-    versions,
     write_json,
 )
 from nybble.trackers import end_tracker, start_tracker
 from nybble.trainer import QLoraTrainer, training_arguments
+from nybble.training.ending import save_adapter, summarise
+from nybble.training.preparation import Ready, check_vocabulary, fuse_layers, join_processes, prepare_data
 
 
 def train(
@@ -102,23 +92,6 @@ def resume(
 Preflight = Callable[[PretrainedConfig, PreTrainedTokenizerBase, pathlib.Path], None]
 
 
-@dataclass(frozen=True)
-class Ready:
-    """Everything a run needs before its first step."""
-
-    recipe: Recipe
-    device: torch.device
-    dtype: torch.dtype
-    tokenizer: PreTrainedTokenizerBase
-    data: Prepared
-    schedule: Schedule
-    base: Base
-    footprint: Footprint
-    model: PeftModel
-    trained_parameters: int
-    fusion: Fusion | None
-
-
 def _train(
     recipe: Recipe, interrupted: Run | None, console: Console, cache: pathlib.Path, benchmarks: Benchmarks | None,
     preflight: Preflight | None,
@@ -130,7 +103,7 @@ def _train(
             fix="train(recipe, benchmarks=nybble.evaluate.harness.Harness(...)), or nybble train on the command line",
         )
     # 1. Where: device, compute type, this process among how many.
-    state, device = _join_processes(recipe)
+    state, device = join_processes(recipe)
     if not state.is_main_process:
         console = Console(quiet=True)
     dtype, reason = choose_dtype(recipe.model.dtype, device)
@@ -146,7 +119,7 @@ def _train(
     if preflight is not None:
         preflight(config, tokenizer, folder)
     with state.main_process_first():
-        data = _prepare(recipe, tokenizer, console, cache)
+        data = prepare_data(recipe, tokenizer, console, cache)
     schedule = plan_steps(recipe.train, data.rows, data.validation is not None)
     # 3. The base, frozen in 4 bits.
     with state.main_process_first(), console.status("loading the base"):
@@ -154,12 +127,12 @@ def _train(
     stored = recipe.model.model_copy(update={"quantization": base.quantization})  # it may have come quantised
     recipe, footprint = recipe.model_copy(update={"model": stored}), measure(base.model)
     tell_base(base, footprint, console)
-    _check_vocabulary(data, base)
+    check_vocabulary(data, base)
     # 4. The adapter.
     set_seed(recipe.train.seed)
     model = resume_adapter(base.model, recipe.adapter) if recipe.adapter else attach_adapter(base.model, recipe.lora)
     trained = tell_adapter(model, footprint, console)
-    fused = _fuse(model, recipe, console)
+    fused = fuse_layers(model, recipe, console)
     ready = Ready(recipe, device, dtype, tokenizer, data, schedule, base, footprint, model, trained, fused)
     # 5. The run folder.
     run = _open_folder(folder, ready, interrupted, state)
@@ -169,99 +142,14 @@ def _train(
         recorder = _run_trainer(run, ready, interrupted, console, benchmarks)
     # 7. What stays: summary, curve and card; last the adapter, whose folder says that the run is finished.
     if state.is_main_process:
-        summary = _summary(ready, recorder, time.time() - began)
+        summary = summarise(ready, recorder, time.time() - began)
         write_json(folder / "summary.json", summary)
         draw_loss(run, folder / "loss.png")
         write_card(run, summary)
-        _save_adapter(run, model, recorder.kept_step)
+        save_adapter(run, model, recorder.kept_step)
         tell_result(run, summary, console)
     state.wait_for_everyone()
     return run
-
-
-def _join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
-    """This process's place; the number of processes is held against what was asked for."""
-    asked, running = recipe.train.processes, int(os.environ.get("WORLD_SIZE", "1"))
-    if asked != running:
-        raise DeviceError(
-            f"{asked} processes were asked for and {running} run",
-            where=f"train.processes={asked}",
-            fix=f"nybble train --processes {asked}, or accelerate launch --multi_gpu --num_processes {asked} "
-            f"-m nybble train ... train.processes={asked}",
-        )
-    device = choose_device(recipe.model.device, int(os.environ.get("LOCAL_RANK", "0")))
-    on_cpu = device.type == "cpu"
-    # The others wait while the first downloads, quantises and tokenises: NCCL's own 10 minutes are too few for that.
-    waiting = {"timeout": datetime.timedelta(hours=6), **({"backend": "gloo"} if on_cpu else {})} if asked > 1 else {}
-    if not on_cpu:
-        grow_segments()
-    state = PartialState(cpu=on_cpu, **waiting)
-    assert state.num_processes == asked, "Accelerate sees another number of processes"
-    return state, device
-
-
-def _prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console, cache: pathlib.Path) -> Prepared:
-    began = time.perf_counter()
-    with console.status("reading the data") as status:
-        data = prepare(
-            recipe.data,
-            tokenizer,
-            recipe.train.seed,
-            cache,
-            lambda rows: status.update(f"reading the data: {rows:,} rows"),
-        )
-        collate, rules = (
-            Collator(tokenizer.pad_token_id, recipe.engine.fused),
-            Rules(data.template, recipe.data.train_on),
-        )
-        for rows in (data.sample, data.validation):
-            if rows is not None:
-                inspect(rows, collate, rules, lambda seen: status.update(f"checking what is trained: {seen:,} rows"))
-    tell_data(console, data, recipe.data, time.perf_counter() - began)
-    return data
-
-
-def _check_vocabulary(data: Prepared, base: Base) -> None:
-    rows = base.model.get_input_embeddings().num_embeddings
-    if data.counts.highest_id >= rows:
-        raise ModelError(
-            f"the tokenizer gives token id {data.counts.highest_id}, and the model has embeddings for {rows} only",
-            where=str(base.checkpoint.folder),
-            fix="take the tokenizer that came with the weights",
-        )
-
-
-def _fuse(model: PeftModel, recipe: Recipe, console: Console) -> Fusion | None:
-    """Hand the layers to the engine; a model or adapter that it does not know is trained as Transformers computes it.
-
-    Raises:
-        EngineError: the recipe says how the engine should work, and it cannot be had.
-    """
-    if not recipe.engine.fused:
-        tell_engine(console, None, "engine.fused=false")
-        return None
-    try:
-        fuse(model, recipe.engine.policy, embedding=recipe.engine.embedding)
-    except EngineError as error:
-        if recipe.engine.is_shaped:
-            raise
-        tell_engine(console, None, error.what)
-        return None
-    result = fusion(model)
-    assert result is not None
-    if not result.fused:
-        why = result.last.passed[0]
-        unfuse(model)
-        if recipe.engine.is_shaped:
-            raise EngineError(
-                f"none of {result.fallen_back} decoder layers can be fused: {why}",
-                fix="leave engine.policy and engine.embedding out: the layers are then computed by Transformers",
-            )
-        tell_engine(console, None, why)
-        return None
-    result.budget.chunked_loss = True
-    tell_engine(console, result, "")
-    return result
 
 
 @contextlib.contextmanager
@@ -348,51 +236,3 @@ def _sampler(ready: Ready) -> SampleAnswers | None:
     if rows is None or not count:
         return None
     return SampleAnswers(ready.model, ready.tokenizer, ready.data.template.end_id, rows, count, ready.dtype)
-
-
-def _save_adapter(run: Run, model: PeftModel, kept_step: int) -> None:
-    """Write the adapter of a step beside its place, read it back, and move it there."""
-    temporary = run.folder / ".adapter.writing"
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    check_saved(model, temporary, learnt=kept_step > 1)
-    temporary.rename(run.adapter)
-
-
-def _summary(ready: Ready, recorder: Recorder, seconds: float) -> dict[str, Any]:
-    recipe, data, base = ready.recipe, ready.data, ready.base
-    losses = {line["step"]: line["eval_loss"] for line in read_metrics(recorder.run) if "eval_loss" in line}
-    on_cuda = ready.device.type == "cuda"
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "device": torch.cuda.get_device_name(ready.device) if on_cuda else "cpu",
-        "dtype": str(ready.dtype).removeprefix("torch."),
-        "base": {
-            "name": base.checkpoint.name,
-            "commit": base.checkpoint.commit,
-            "fingerprint": base.fingerprint,
-            "quantization": base.quantization,
-            "parameters": ready.footprint.parameters,
-            "bytes": ready.footprint.bytes,
-        },
-        "data": {
-            "path": recipe.data.path,
-            "fingerprint": data.fingerprint,
-            "template": data.template.name,
-            **dataclasses.asdict(data.counts),
-        },
-        "adapter": {
-            "targets": sorted(ready.model.peft_config["default"].target_modules),
-            "trainable_parameters": ready.trained_parameters,
-        },
-        "steps": recorder.steps,
-        "processes": recipe.train.processes,
-        "train_loss": recorder.loss,
-        "validation_loss": {"before": losses[0], "kept": losses[recorder.kept_step]} if losses else None,
-        "kept_step": recorder.kept_step,
-        "tokens": recorder.tokens,
-        "tokens_per_second": round(recorder.tokens_per_second, 1),
-        "peak_memory_gb": round(peak_memory(ready.device) / 1e9, 3),
-        "seconds": round(seconds, 1),
-    }

@@ -1,0 +1,31 @@
+"""Every option of a training run, and how a recipe is read and written."""
+
+from nybble.recipe.dumping import dump_recipe
+from nybble.recipe.loading import load_recipe
+from nybble.recipe.options import (
+    DataOptions,
+    EngineOptions,
+    ExportOptions,
+    LoraOptions,
+    ModelOptions,
+    Options,
+    Recipe,
+    TrackerOptions,
+    TrainOptions,
+    option_names,
+)
+
+__all__ = [
+    "DataOptions",
+    "EngineOptions",
+    "ExportOptions",
+    "LoraOptions",
+    "ModelOptions",
+    "Options",
+    "Recipe",
+    "TrackerOptions",
+    "TrainOptions",
+    "dump_recipe",
+    "load_recipe",
+    "option_names",
+]

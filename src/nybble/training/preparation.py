@@ -1,0 +1,129 @@
+"""What a run needs before its first step: processes, data, a vocabulary that fits, fused layers."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pathlib
+import time
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from nybble.announce import tell_data, tell_engine
+from nybble.data.batches import Collator
+from nybble.data.prepare import Prepared, prepare
+from nybble.data.xray import Rules, inspect
+from nybble.engine.fuse import fuse, fusion, unfuse
+from nybble.engine.fusion import Fusion
+from nybble.errors import DeviceError, EngineError, ModelError
+from nybble.model.base import Base, Footprint
+from nybble.model.device import choose_device, grow_segments
+from nybble.plan.schedule import Schedule
+from nybble.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Everything a run needs before its first step."""
+
+    recipe: Recipe
+    device: torch.device
+    dtype: torch.dtype
+    tokenizer: PreTrainedTokenizerBase
+    data: Prepared
+    schedule: Schedule
+    base: Base
+    footprint: Footprint
+    model: PeftModel
+    trained_parameters: int
+    fusion: Fusion | None
+
+
+def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
+    """This process's place; the number of processes is held against what was asked for."""
+    asked, running = recipe.train.processes, int(os.environ.get("WORLD_SIZE", "1"))
+    if asked != running:
+        raise DeviceError(
+            f"{asked} processes were asked for and {running} run",
+            where=f"train.processes={asked}",
+            fix=f"nybble train --processes {asked}, or accelerate launch --multi_gpu --num_processes {asked} "
+            f"-m nybble train ... train.processes={asked}",
+        )
+    device = choose_device(recipe.model.device, int(os.environ.get("LOCAL_RANK", "0")))
+    on_cpu = device.type == "cpu"
+    # The others wait while the first downloads, quantises and tokenises: NCCL's own 10 minutes are too few for that.
+    waiting = {"timeout": datetime.timedelta(hours=6), **({"backend": "gloo"} if on_cpu else {})} if asked > 1 else {}
+    if not on_cpu:
+        grow_segments()
+    state = PartialState(cpu=on_cpu, **waiting)
+    assert state.num_processes == asked, "Accelerate sees another number of processes"
+    return state, device
+
+
+def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console, cache: pathlib.Path) -> Prepared:
+    began = time.perf_counter()
+    with console.status("reading the data") as status:
+        data = prepare(
+            recipe.data,
+            tokenizer,
+            recipe.train.seed,
+            cache,
+            lambda rows: status.update(f"reading the data: {rows:,} rows"),
+        )
+        collate, rules = (
+            Collator(tokenizer.pad_token_id, recipe.engine.fused),
+            Rules(data.template, recipe.data.train_on),
+        )
+        for rows in (data.sample, data.validation):
+            if rows is not None:
+                inspect(rows, collate, rules, lambda seen: status.update(f"checking what is trained: {seen:,} rows"))
+    tell_data(console, data, recipe.data, time.perf_counter() - began)
+    return data
+
+
+def check_vocabulary(data: Prepared, base: Base) -> None:
+    rows = base.model.get_input_embeddings().num_embeddings
+    if data.counts.highest_id >= rows:
+        raise ModelError(
+            f"the tokenizer gives token id {data.counts.highest_id}, and the model has embeddings for {rows} only",
+            where=str(base.checkpoint.folder),
+            fix="take the tokenizer that came with the weights",
+        )
+
+
+def fuse_layers(model: PeftModel, recipe: Recipe, console: Console) -> Fusion | None:
+    """Hand the layers to the engine; a model or adapter that it does not know is trained as Transformers computes it.
+
+    Raises:
+        EngineError: the recipe says how the engine should work, and it cannot be had.
+    """
+    if not recipe.engine.fused:
+        tell_engine(console, None, "engine.fused=false")
+        return None
+    try:
+        fuse(model, recipe.engine.policy, embedding=recipe.engine.embedding)
+    except EngineError as error:
+        if recipe.engine.is_shaped:
+            raise
+        tell_engine(console, None, error.what)
+        return None
+    result = fusion(model)
+    assert result is not None
+    if not result.fused:
+        why = result.last.passed[0]
+        unfuse(model)
+        if recipe.engine.is_shaped:
+            raise EngineError(
+                f"none of {result.fallen_back} decoder layers can be fused: {why}",
+                fix="leave engine.policy and engine.embedding out: the layers are then computed by Transformers",
+            )
+        tell_engine(console, None, why)
+        return None
+    result.budget.chunked_loss = True
+    tell_engine(console, result, "")
+    return result
