@@ -54,8 +54,13 @@ class HostStore:
         self._last = weakref.ref(handle)
         return handle
 
-    def take(self, handle: Handle) -> torch.Tensor:
-        """The tensor, back on the device; the copy of the layer before begins."""
+    def take(self, handle: Handle, *, again: bool = False) -> torch.Tensor:
+        """The tensor, back on the device; the copy of the layer before begins.
+
+        Args:
+            handle: what `put` gave.
+            again: it will be taken once more, so its buffer stays its own.
+        """
         while self._leaving:
             self._arrive()
         if handle.fetched is None:
@@ -63,8 +68,11 @@ class HostStore:
         assert handle.fetched is not None
         x, event = handle.fetched
         handle.fetched = None
-        torch.cuda.current_stream(self.device).wait_event(event)
-        self._free.append(handle.pinned)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(event)
+        x.record_stream(current)  # it may have been fetched for a thread on another stream
+        if not again:
+            self._free.append(handle.pinned)
         before = handle.before()
         self._last = weakref.ref(before) if before is not None else None
         if before is not None and before.fetched is None:
