@@ -170,7 +170,7 @@ def _meet(self: Fusion, backbone: LlamaModel, layers: Sequence[LlamaDecoderLayer
     has_trained = torch.is_grad_enabled()
     if has_trained:
         for why in dict.fromkeys(plan.met.passed):
-            self.tell(f"layers went their own way: {why}")
+            self.tell(f"decoder layers fall back to the original forward: {why}")
     if has_trained or not self.has_trained:
         self.last, self.has_trained = plan.met, has_trained
     _take_over(self, backbone, plan)
