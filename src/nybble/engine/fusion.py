@@ -266,7 +266,8 @@ def _share(
         return [self.policy] * len(layers), []
     shape = layers[0].shape(batch.dtype, residual)
     trained = [part for layer in layers for part in layer.parameters()]
-    share = self.budget.share(shape, len(layers), batch.segments.tokens, trained, self.shared)
+    beside = batch.attention.passing_bytes(shape) if isinstance(batch.attention, Padded) else 0
+    share = self.budget.share(shape, len(layers), batch.segments.tokens, trained, self.shared, beside)
     able = [layer for layer in layers if all(map(may_stand, layer.groups.values()))]
     return share.policies, able[: share.standing]
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from nybble.engine.attention import Backend, Gradients, Saved, Segments
+from nybble.plan.activations import LayerShape
 
 Span = tuple[int, int]
 """Where the real tokens of a row begin and end; (length, length) where there are none."""
@@ -75,7 +76,7 @@ def _packed(parts: Sequence[range], device: torch.device, seen: Segments | None 
 
 
 def _places(parts: Sequence[range], device: torch.device) -> torch.Tensor:
-    return torch.tensor(list(itertools.chain.from_iterable(parts)), dtype=torch.int64).to(device)
+    return torch.cat([torch.arange(part.start, part.stop) for part in (*parts, range(0))]).to(device)
 
 
 class Padded:
@@ -109,18 +110,25 @@ class Padded:
         saved: Saved,
         segments: Segments,
     ) -> Gradients:
+        """As of every backend; `gradient` is zeroed where padding is."""
         padding, (of_rows, more) = self.padding, saved
+        late = gradient.index_select(0, padding.late)
         # A query whose result has no gradient gives none to what it saw.
-        real = gradient.index_fill(0, padding.places, 0)
-        to_query, to_key, to_value = self.rows.backward(real, query, key, value, out, of_rows, segments)
+        gradient.index_fill_(0, padding.places, 0)
+        to_query, to_key, to_value = self.rows.backward(gradient, query, key, value, out, of_rows, segments)
         if len(padding.late):
-            parts = self._parts(query, key, value)
-            late = (part.index_select(0, padding.late) for part in (gradient, out))
-            to_late, *to_seen = self.across.backward(next(late), *parts, next(late), more, padding.across)
+            parts, out_late = self._parts(query, key, value), out.index_select(0, padding.late)
+            to_late, *to_seen = self.across.backward(late, *parts, out_late, more, padding.across)
             to_query.index_copy_(0, padding.late, to_late)
             for whole, part in zip((to_key, to_value), to_seen, strict=True):
                 whole.index_add_(0, padding.seen, part)
         return to_query, to_key, to_value
+
+    def passing_bytes(self, shape: LayerShape) -> int:
+        """Device bytes for what padding on the right sees, in a layer's backward, beside those of unpadded rows."""
+        padding, query = self.padding, shape.query
+        of_late = 4 * query * shape.element + 4 * query  # flash sums the query's gradient in float32
+        return len(padding.late) * of_late + len(padding.seen) * 2 * (shape.qkv - query) * shape.element
 
     def _parts(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
         seen = self.padding.seen

@@ -35,7 +35,7 @@ class LayerFunction(torch.autograd.Function):
             if policy is not None:
                 kept.x_mh = call.batch.shared.store.put(x_mh) if policy == HOST and x.is_cuda else x_mh
         ctx.call, ctx.kept = call, kept
-        ctx.versions = [parameter._version for parameter in parameters]
+        ctx.versions = [parameter._version for parameter in parameters] if policy is not None else []
         return y
 
     @staticmethod
