@@ -368,7 +368,7 @@ def test_a_cache_that_is_asked_for_is_built(plain, fused, train):
     theirs, ours, done = cached(plain, fused, train=train, use_cache=True)
     assert theirs is ours is DynamicCache
     print(done.describe())
-    assert "3 not fused: a key-value cache is built; use_cache=False goes without" in done.describe()
+    assert "3 not fused: a key-value cache is built; pass use_cache=False to stay fused" in done.describe()
 
 
 def test_training_builds_none_where_none_is_asked_for(plain, fused):

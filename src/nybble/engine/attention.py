@@ -337,9 +337,9 @@ def _sequences(segments: Segments) -> Iterator[tuple[slice, slice, int]]:
         yield everything, everything, segments.batch
         return
     assert segments.keys.bounds is not None
-    places = (itertools.starmap(slice, itertools.pairwise(part.bounds.tolist())) for part in (segments, segments.keys))
-    for rows, keys in zip(*places, strict=True):
-        yield rows, keys, 1
+    bounds = (segments.bounds.tolist(), segments.keys.bounds.tolist())
+    for rows, keys in zip(*map(itertools.pairwise, bounds), strict=True):
+        yield slice(*rows), slice(*keys), 1
 
 
 def _heads(rows: torch.Tensor, batch: int) -> torch.Tensor:

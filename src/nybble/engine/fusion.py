@@ -188,9 +188,9 @@ def _layout(backbone: LlamaModel, keywords: Mapping[str, Any]) -> Layout:
     wanted = config.use_cache if asked is None else asked
     builds = wanted and not (backbone.training and backbone.gradient_checkpointing)  # Transformers' own rule
     if builds and not (asked is None and backbone.training and torch.is_grad_enabled()):
-        raise Unfit("a key-value cache is built; use_cache=False goes without")
+        raise Unfit("a key-value cache is built; pass use_cache=False to stay fused")
     switches = {"output_attentions": config.output_attentions, "is_causal": getattr(config, "is_causal", None)}
-    layout = layout_of({**switches, **keywords})
+    layout = layout_of({**switches, **{name: word for name, word in keywords.items() if word is not None}})
     if builds and layout.is_packed:
         raise Unfit(
             "rows are packed, which Transformers does not see while config.use_cache is on; pass use_cache=False"

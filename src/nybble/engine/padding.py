@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -61,7 +60,8 @@ def separate(spans: Sequence[Span], length: int, device: torch.device) -> tuple[
     seen = [range(starts[row] + spans[row][0], starts[row] + spans[row][1]) for row in kept]
     edges = {*starts, *(part.stop for part in blind), len(spans) * length}
     across = _packed(late, device, seen=_packed(seen, device))
-    padding = Padding(*(_places(part, device) for part in ([*blind, *late], blind, late, seen)), across)
+    places, of_blind, of_late, of_seen = (_places(part, device) for part in ([*blind, *late], blind, late, seen))
+    padding = Padding(places, of_blind, of_late, of_seen, across)
     if len(edges) == len(spans) + 1:
         return Segments(len(spans), length), padding
     bounds = sorted(edges)
@@ -96,7 +96,8 @@ class Padded:
         out.index_fill_(0, padding.blind, 0)
         more: Saved = ()
         if len(padding.late):
-            result, more = self.across.forward(*self._parts(query, key, value), padding.across)
+            late, seen_key, seen_value = self._parts(query, key, value)
+            result, more = self.across.forward(late, seen_key, seen_value, padding.across)
             out.index_copy_(0, padding.late, result)
         return out, (saved, more)
 
@@ -117,8 +118,8 @@ class Padded:
         gradient.index_fill_(0, padding.places, 0)
         to_query, to_key, to_value = self.rows.backward(gradient, query, key, value, out, of_rows, segments)
         if len(padding.late):
-            parts, out_late = self._parts(query, key, value), out.index_select(0, padding.late)
-            to_late, *to_seen = self.across.backward(late, *parts, out_late, more, padding.across)
+            parts, result = self._parts(query, key, value), out.index_select(0, padding.late)
+            to_late, *to_seen = self.across.backward(late, *parts, out=result, saved=more, segments=padding.across)
             to_query.index_copy_(0, padding.late, to_late)
             for whole, part in zip((to_key, to_value), to_seen, strict=True):
                 whole.index_add_(0, padding.seen, part)
@@ -130,6 +131,6 @@ class Padded:
         of_late = 4 * query * shape.element + 4 * query  # flash sums the query's gradient in float32
         return len(padding.late) * of_late + len(padding.seen) * 2 * (shape.qkv - query) * shape.element
 
-    def _parts(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
+    def _parts(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Gradients:
         seen = self.padding.seen
         return query.index_select(0, self.padding.late), key.index_select(0, seen), value.index_select(0, seen)
