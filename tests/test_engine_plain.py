@@ -207,7 +207,7 @@ def together(*tasks, rounds=8):
             barrier.wait()
             for _ in range(rounds):
                 task()
-        except (AssertionError, RuntimeError, IndexError, EngineError) as error:
+        except (AssertionError, RuntimeError, EngineError) as error:
             failed.append(error)
 
     threads = [threading.Thread(target=go, args=(task,)) for task in tasks]
@@ -264,13 +264,12 @@ def test_threads_that_train_one_model_get_its_gradients_while_another_asks(llama
 
 
 def test_a_thread_that_fails_lets_the_others_go_on(fused):
-    with pytest.raises(IndexError):
-        together(lambda: fused(input_ids=torch.full((1, 4), 10**6, device=DEVICE)), rounds=1)
-    batch = batch_of()
-    batch["inputs_embeds"] = torch.zeros(2, 37, 63, device=DEVICE)  # a layer's own failure, within its turn
-    del batch["input_ids"]
+    narrow = {
+        "inputs_embeds": torch.zeros(2, 37, 63, device=DEVICE),
+        "attention_mask": None,
+    }  # a layer fails in its turn
     with pytest.raises(RuntimeError):
-        together(lambda: fused(**batch), rounds=1)
+        together(lambda: fused(**narrow), rounds=1)
     together(lambda: gradients(fused, batch_of()), rounds=1)
 
 

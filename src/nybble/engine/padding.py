@@ -55,9 +55,9 @@ def separate(spans: Sequence[Span], length: int, device: torch.device) -> tuple[
         return Segments(len(spans), length), None
     starts = [row * length for row in range(len(spans))]
     blind = [range(start, start + begin) for start, (begin, _) in zip(starts, spans, strict=True)]
-    kept = [row for row, (begin, end) in enumerate(spans) if begin < end < length]
-    late = [range(starts[row] + spans[row][1], starts[row] + length) for row in kept]
-    seen = [range(starts[row] + spans[row][0], starts[row] + spans[row][1]) for row in kept]
+    followed = [row for row, (begin, end) in enumerate(spans) if begin < end < length]
+    late = [range(starts[row] + spans[row][1], starts[row] + length) for row in followed]
+    seen = [range(starts[row] + spans[row][0], starts[row] + spans[row][1]) for row in followed]
     edges = {*starts, *(part.stop for part in blind), len(spans) * length}
     across = _packed(late, device, seen=_packed(seen, device))
     places, of_blind, of_late, of_seen = (_places(part, device) for part in ([*blind, *late], blind, late, seen))
