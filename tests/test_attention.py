@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nybble.engine.attention import OnCpu, Plain, Segments, choose
+from nybble.engine.padding import Padded, separate, spans_of
 
 HEADS = [(4, 4, 16), (9, 3, 64), (8, 1, 20)]
 
@@ -58,3 +59,35 @@ def test_a_cpu_takes_it():
     choice = choose(torch.device("cpu"), torch.float32, 9, 3, 64)
     assert choice.reason == "flash on a CPU"
     assert choice.of(Segments(2, 8)).name == choice.of(Segments(1, 8, torch.tensor([0, 3, 8]), 5)).name == choice.reason
+
+
+SPANS = [(0, 9), (3, 12), (12, 12), (0, 12), (5, 6)]
+
+
+@pytest.mark.parametrize("heads, key_heads, size", HEADS)
+@pytest.mark.parametrize("backend", [OnCpu, Plain])
+@pytest.mark.parametrize("spans", [SPANS, [(0, 7), (0, 12)], [(4, 12)], [(12, 12)]])
+def test_padded_rows_are_what_torch_gives_for_the_mask_of_transformers(heads, key_heads, size, backend, spans):
+    torch.manual_seed(0)
+    mask = torch.tensor([[begin <= place < end for place in range(12)] for begin, end in spans])
+    assert spans_of(mask) == spans
+    segments, padding = separate(spans, 12, mask.device)
+    parts = [torch.randn(len(spans) * 12, count, size, requires_grad=True) for count in (heads, key_heads, key_heads)]
+    change = torch.randn(len(spans) * 12, heads, size)
+    q, k, v = (part.unflatten(0, (len(spans), 12)).transpose(1, 2) for part in parts)
+    allowed = mask[:, None, None] & torch.ones(12, 12, dtype=torch.bool).tril()
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, allowed, enable_gqa=True)
+    wanted = wanted.transpose(1, 2).flatten(0, 1)
+    wanted.backward(change)
+    detached = [part.detach() for part in parts]
+    padded = Padded(backend(), backend(), padding)
+    out, saved = padded.forward(*detached, segments)
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+    for ours, part in zip(padded.backward(change, *detached, out, saved, segments), parts, strict=True):
+        torch.testing.assert_close(ours, part.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_without_padding_and_rows_with_holes():
+    assert separate([(0, 5)] * 3, 5, torch.device("cpu")) == (Segments(3, 5), None)
+    assert spans_of(torch.tensor([[1, 1, 0], [1, 0, 1]])) is None
+    assert spans_of(torch.tensor([[1, 1, 0], [0, 0, 0]])) == [(0, 2), (3, 3)]

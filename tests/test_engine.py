@@ -207,9 +207,9 @@ def test_packed_rows_do_not_see_each_other(llama):
     assert fusion(model).fallen_back == 0
 
 
-def test_padding_on_the_right_is_fused_and_on_the_left_goes_its_own_way(llama):
+def test_padding_on_either_side_is_fused(llama):
     model = load(llama)
-    for side, fallen in (("right", 0), ("left", 3)):
+    for side in ("right", "left"):
         batch = batch_of(2, 20)
         mask = torch.ones_like(batch["input_ids"])
         pad = slice(14, 20) if side == "right" else slice(0, 6)
@@ -219,8 +219,7 @@ def test_padding_on_the_right_is_fused_and_on_the_left_goes_its_own_way(llama):
         expected = gradients(model, batch, attention_mask=mask)
         fuse(model)
         assert_same(gradients(model, batch, attention_mask=mask), expected)
-        assert fusion(model).fallen_back == fallen
-    assert "3 not fused: padding on the left, or an attention mask with holes" in fusion(model).describe()
+        assert fusion(model).fallen_back == 0
 
 
 def test_every_call_honours_peft(llama, tmp_path):
@@ -333,14 +332,6 @@ def test_micro_batches_add_up(llama):
     ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     for name, expected in whole.items():
         torch.testing.assert_close(ours[name], expected, rtol=1e-3, atol=1e-5)
-
-
-def test_a_second_backward_says_that_nothing_is_left(llama):
-    model = fuse(load(llama))
-    loss = model(**batch_of()).loss
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="what it had kept is gone"):
-        loss.backward()
 
 
 def test_two_forwards_before_their_backwards(llama):

@@ -1,4 +1,4 @@
-"""What only a GPU shows: attention's backends, memory as planned, and copies beside the computation."""
+"""What only a GPU shows: attention's backends, memory as planned, copies beside the computation, and streams."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from conftest import write_llama
 from nybble.engine.attention import Cudnn, Efficient, Flash, Plain, Segments
 from nybble.engine.fuse import fuse, fusion
+from nybble.engine.padding import Padded, separate
 from nybble.plan.activations import HOST, LADDER, kept_bytes
-from test_engine import gradients, load
+from test_engine import cosine, gradients, load
+from test_engine_plain import adapters, answer, padded, slopes, together
 
 pytestmark = pytest.mark.gpu
 CASES = [(8, 8, 64), (9, 3, 64), (4, 2, 128), (2, 2, 96)]
@@ -39,6 +41,38 @@ def test_attention_is_plain_torch_s(backend, packed, heads, key_heads, size, dty
     for mine, wanted in zip(ours, theirs, strict=True):
         assert mine.shape == wanted.shape
         assert torch.cosine_similarity(mine.float().flatten(), wanted.flatten(), dim=0) > 0.9999
+
+
+@pytest.mark.parametrize("heads, key_heads, size", CASES)
+@pytest.mark.parametrize("rows, across", [(Cudnn, Flash), (Flash, Flash), (Efficient, Efficient)])
+@pytest.mark.parametrize("spans", [[(0, 123), (0, 70), (0, 1)], [(5, 100), (0, 123), (123, 123), (122, 123)]])
+def test_padded_rows_are_what_torch_gives_for_their_mask(rows, across, spans, heads, key_heads, size):
+    """In bfloat16, against torch's masked attention in float32."""
+    if rows is Cudnn and spans[0][0]:
+        pytest.skip("for equal lengths")
+    torch.manual_seed(0)
+    place = torch.arange(123, device="cuda")
+    mask = torch.stack([(begin <= place) & (place < end) for begin, end in spans])
+    segments, padding = separate(spans, 123, mask.device)
+    qkv = torch.randn(segments.tokens, (heads + 2 * key_heads) * size, device="cuda", dtype=torch.bfloat16)
+    parts = qkv.view(segments.tokens, -1, size).split([heads, key_heads, key_heads], dim=1)
+    change = torch.randn(segments.tokens, heads, size, device="cuda", dtype=torch.bfloat16)
+    exact = [part.float().requires_grad_() for part in parts]
+    q, k, v = (part.unflatten(0, (len(spans), 123)).transpose(1, 2) for part in exact)
+    allowed = mask[:, None, None] & torch.ones(123, 123, dtype=torch.bool, device="cuda").tril()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, allowed, enable_gqa=True)
+    wanted = wanted.transpose(1, 2).flatten(0, 1)
+    wanted.backward(change.float())
+    backend = Padded(rows(), across(), padding)
+    out, saved = backend.forward(*parts, segments)
+    ours = backend.backward(change, *parts, out, saved, segments)
+    for place in (padding.places, padding.late, ...):
+        if place is ... or len(place):
+            difference = out[place].float() - wanted[place]
+            assert difference.norm() <= 5e-3 * wanted[place].norm()
+    for mine, part in zip(ours, exact, strict=True):
+        assert torch.cosine_similarity(mine.float().flatten(), part.grad.flatten(), dim=0) > 0.9999
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +138,72 @@ def test_float16_with_loss_scaling_learns_as_bfloat16(middling):
         ends[dtype] = loss.item()
     assert ends[torch.float16] == pytest.approx(ends[torch.bfloat16], abs=0.1)
     assert ends[torch.float16] < 5.5
+
+
+SPANS = {"right": [(0, 200), (0, 90), (0, 3)], "left": [(0, 200), (77, 200), (190, 200)], "both": [(40, 160), (0, 200)]}
+
+
+@pytest.mark.parametrize("kind", SPANS)
+def test_padding_strays_no_further_than_real_tokens(middling, kind):
+    """Logits in bfloat16 against the plain path's: at padding, whose labels somebody may train, as everywhere."""
+    model, batch = load(middling, dtype=torch.bfloat16, r=16), padded(SPANS[kind], 200)
+    real = batch["attention_mask"].bool()
+    wanted, expected = answer(model, batch).float(), gradients(model, batch)
+    fuse(model)
+    difference, ours = (answer(model, batch).float() - wanted).norm(dim=-1), gradients(model, batch)
+    assert fusion(model).fallen_back == 0
+    strays = [(difference[part].mean() / wanted[part].norm(dim=-1).mean()).item() for part in (~real, real)]
+    print(strays, cosine(ours[1], expected[1]))
+    assert strays[0] < 3 * strays[1]
+    assert ours[0] == pytest.approx(expected[0], rel=2e-3)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("policy", ["auto", "host"])
+def test_threads_on_one_stream_and_on_their_own(middling, policy, streams):
+    model = fuse(load(middling, dtype=torch.bfloat16, r=16), policy)
+    batches = [padded([(0, 500)] * 4, 500), padded([(0, 300), (20, 300)], 300)]
+    for _ in range(2):  # past the first step, where weights begin to stay dequantised
+        gradients(model, batches[0])
+        model.zero_grad()
+    alone, asked = [slopes(model, batch) for batch in batches], answer(model, batches[1])
+    torch.cuda.synchronize()
+
+    def in_a_stream(work):
+        stream = torch.cuda.Stream() if streams else torch.cuda.current_stream()
+
+        def task():
+            with torch.cuda.stream(stream):
+                work()
+
+        return task
+
+    def train(batch, expected):
+        def work():
+            for ours, theirs in zip(slopes(model, batch), expected, strict=True):
+                assert (ours - theirs).norm() <= 0.1 * theirs.norm()
+
+        return work
+
+    def ask():
+        assert (answer(model, batches[1]) - asked).norm() <= 0.05 * asked.norm()
+
+    tasks = [train(*pair) for pair in zip(batches, alone, strict=True)]
+    together(*(in_a_stream(work) for work in [*tasks, ask, ask]), rounds=10)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("policy", [*LADDER, "auto"])
+def test_backward_twice_on_a_gpu(middling, policy):
+    """Under `host` the inputs come back twice, and the buffers they lie in are free only then."""
+    model, batch = fuse(load(middling, dtype=torch.bfloat16, r=16), policy), padded([(0, 300), (20, 280)], 300)
+    for _ in range(2):
+        loss = model(**batch).loss
+        first = torch.autograd.grad(loss, adapters(model), retain_graph=True)
+        other = slopes(model, {**batch, "input_ids": batch["input_ids"].flip(1)})  # buffers that are free are used
+        second = torch.autograd.grad(loss, adapters(model))
+        with pytest.raises(RuntimeError, match="a second time"):
+            loss.backward()
+        for ours, theirs, elsewhere in zip(second, first, other, strict=True):
+            assert (ours - theirs).norm() <= 2e-2 * theirs.norm()
+            assert (elsewhere - theirs).norm() > 0.2 * theirs.norm()

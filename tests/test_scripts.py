@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import nybble
 from conftest import ROOT, WORDS
@@ -82,6 +82,39 @@ def test_fuse_before_or_after_the_trainer_is_built(kind, tiny_llama, tiny_tokeni
         taken_over = any("gradient checkpointing was on" in notice for notice in done.notices)
         assert taken_over == (kind == "trl"), "TRL switches it on"
     assert len(set(plain)) == 3
+
+
+def test_grpo_s_batches_with_padding_on_both_sides_are_fused(peaky_llama, tiny_tokenizer, tmp_path):
+    """Prompts are padded on the left, completions on the right; the reference model is the one without its adapter."""
+    tiny_tokenizer.pad_token = "<unk>"
+    prompts = [{"prompt": " ".join(WORDS[(n * k) % len(WORDS)] for k in range(1, 3 + n % 6))} for n in range(16)]
+    words = {"num_generations": 2, "max_completion_length": 8, "beta": 0.1, "bf16": False, **COMMON}
+
+    def learned(fused):
+        torch.manual_seed(0)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(peaky_llama, dtype=torch.float32), LORA)
+        trainer = GRPOTrainer(
+            model=nybble.fuse(model) if fused else model,
+            reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+            args=GRPOConfig(output_dir=str(tmp_path), **words),
+            train_dataset=Dataset.from_list(prompts),
+            processing_class=tiny_tokenizer,
+        )
+        masks = []
+        trainer.model.register_forward_pre_hook(
+            lambda _, __, given: masks.append(given["attention_mask"]), with_kwargs=True
+        )
+        trainer.train()
+        logged = [line for line in trainer.state.log_history if "loss" in line]
+        return [(line["loss"], line["grad_norm"], line["kl"], line["reward"]) for line in logged], masks, model
+
+    expected, _, _ = learned(False)
+    ours, masks, model = learned(True)
+    for line, wanted in zip(ours, expected, strict=True):
+        assert line == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+    assert len({line[0] for line in ours}) == 3
+    assert any((mask[:, 0] == 0).any() for mask in masks)
+    assert nybble.fusion(model).fallen_back == 0, nybble.fusion(model).describe()
 
 
 @pytest.mark.parametrize("script", ["plain_trainer.py", pytest.param("trl_sft.py", marks=pytest.mark.slow)])

@@ -10,14 +10,14 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 aten = torch.ops.aten
-Saved = tuple[torch.Tensor, ...]
+Saved = tuple[Any, ...]
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-CAUSAL_FROM_TOP_LEFT = 1  # custom_mask_type of the memory-efficient kernels
+UNMASKED, CAUSAL_FROM_TOP_LEFT = 0, 1  # custom_mask_type of the memory-efficient kernels
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,13 @@ class Segments:
     """(sequences + 1,) int32 where each begins and the last ends, for packed rows; without it, `batch` equal ones."""
     longest: int = 0
     """Tokens of the longest, for packed rows."""
+    seen: Segments | None = None
+    """Sequences of keys that those of queries see whole, one each, both packed; without it a token sees those before it."""
+
+    @property
+    def keys(self) -> Segments:
+        """How the keys fall into sequences."""
+        return self.seen or self
 
     @property
     def tokens(self) -> int:
@@ -69,9 +76,10 @@ class Plain:
     ) -> tuple[torch.Tensor, Saved]:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         logs = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
-        for rows, batch in _sequences(segments):
-            q, k, v = (_heads(part[rows].float(), batch) for part in (query, key, value))
-            scores = _scores(q, k)
+        for rows, keys, batch in _sequences(segments):
+            q = _heads(query[rows].float(), batch)
+            k, v = (_heads(part[keys].float(), batch) for part in (key, value))
+            scores = _scores(q, k, segments)
             log = scores.logsumexp(dim=-1)
             weights = torch.exp(scores - log[..., None])
             out[rows] = _rows(weights @ _widened(v, q)).to(out.dtype)
@@ -89,15 +97,16 @@ class Plain:
         segments: Segments,
     ) -> Gradients:
         results = tuple(torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (query, key, value))
-        for rows, batch in _sequences(segments):
-            q, k, v, o, do = (_heads(part[rows].float(), batch) for part in (query, key, value, out, gradient))
+        for rows, keys, batch in _sequences(segments):
+            q, o, do = (_heads(part[rows].float(), batch) for part in (query, out, gradient))
+            k, v = (_heads(part[keys].float(), batch) for part in (key, value))
             log = _heads(saved[0][rows, :, None], batch)
-            weights = torch.exp(_scores(q, k) - log)
+            weights = torch.exp(_scores(q, k, segments) - log)
             inner = weights * (do @ _widened(v, q).transpose(-1, -2) - (do * o).sum(dim=-1, keepdim=True))
             inner = inner / math.sqrt(q.shape[-1])
             parts = (inner @ _widened(k, q), inner.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ do)
-            for result, part in zip(results, parts, strict=True):
-                result[rows] = _rows(_narrowed(part, result.shape[1])).to(result.dtype)
+            for result, part, place in zip(results, parts, (rows, keys, keys), strict=True):
+                result[place] = _rows(_narrowed(part, result.shape[1])).to(result.dtype)
         return results  # type: ignore[return-value]
 
 
@@ -113,11 +122,12 @@ class OnCpu:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
     ) -> tuple[torch.Tensor, Saved]:
         result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        wide = (query, *_repeated(query, key, value))
-        logs = []
-        for rows, batch in _sequences(segments):
-            q, k, v = (_heads(part[rows].float(), batch) for part in wide)
-            out, log = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+        wide = _repeated(query, key, value)
+        logs, causal = [], segments.seen is None
+        for rows, keys, batch in _sequences(segments):
+            q = _heads(query[rows].float(), batch)
+            k, v = (_heads(part[keys].float(), batch) for part in wide)
+            out, log = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
             result[rows] = _rows(out).to(result.dtype)
             logs.append(log)
         return result, tuple(logs)
@@ -133,12 +143,13 @@ class OnCpu:
         segments: Segments,
     ) -> Gradients:
         results = tuple(torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (query, key, value))
-        wide = (gradient, query, *_repeated(query, key, value), out)
-        for (rows, batch), log in zip(_sequences(segments), saved, strict=True):
-            do, q, k, v, o = (_heads(part[rows].float(), batch) for part in wide)
-            parts = aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, log, 0.0, True)
-            for result, part in zip(results, parts, strict=True):
-                result[rows] = _rows(_narrowed(part, result.shape[1])).to(result.dtype)
+        wide, causal = _repeated(query, key, value), segments.seen is None
+        for (rows, keys, batch), log in zip(_sequences(segments), saved, strict=True):
+            do, q, o = (_heads(part[rows].float(), batch) for part in (gradient, query, out))
+            k, v = (_heads(part[keys].float(), batch) for part in wide)
+            parts = aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, log, 0.0, causal)
+            for result, part, place in zip(results, parts, (rows, keys, keys), strict=True):
+                result[place] = _rows(_narrowed(part, result.shape[1])).to(result.dtype)
         return results  # type: ignore[return-value]
 
 
@@ -182,7 +193,8 @@ class Flash:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
     ) -> tuple[torch.Tensor, Saved]:
         q, k, v = (_batched(part, segments) for part in (query, key, value))
-        out, log, state, other, _ = aten._flash_attention_forward(q, k, v, *_bounds(segments), 0.0, True, False)
+        causal = segments.seen is None
+        out, log, state, other, _ = aten._flash_attention_forward(q, k, v, *_bounds(segments), 0.0, causal, False)
         return out if segments.bounds is not None else out.flatten(0, 1), (log, state, other)
 
     def backward(
@@ -197,7 +209,8 @@ class Flash:
     ) -> Gradients:
         do, q, k, v, o = (_batched(part, segments) for part in (gradient, query, key, value, out))
         log, state, other = saved
-        results = aten._flash_attention_backward(do, q, k, v, o, log, *_bounds(segments), 0.0, True, state, other)
+        causal = segments.seen is None
+        results = aten._flash_attention_backward(do, q, k, v, o, log, *_bounds(segments), 0.0, causal, state, other)
         return tuple(part if segments.bounds is not None else part.flatten(0, 1) for part in results)
 
 
@@ -213,7 +226,7 @@ class Efficient:
         if segments.bounds is not None:
             q, k, v = q[None], k[None], v[None]
         out, log, seed, offset, *_ = aten._efficient_attention_forward(
-            q, k, v, None, *_longest(segments), 0.0, CAUSAL_FROM_TOP_LEFT, True
+            q, k, v, None, *_longest(segments), 0.0, _mask_type(segments), True
         )
         return out.flatten(0, 1), (log, seed, offset)
 
@@ -229,14 +242,11 @@ class Efficient:
     ) -> Gradients:
         wide = (gradient, query, *_repeated(query, key, value), out)
         do, q, k, v, o = (_batched(part, segments) for part in wide)
-        bounds, _, longest, _ = _longest(segments)
         if segments.bounds is not None:
             do, q, k, v, o = do[None], q[None], k[None], v[None], o[None]
-        else:
-            longest = segments.length
         log, seed, offset = saved
         results = aten._efficient_attention_backward(
-            do, q, k, v, None, o, bounds, bounds, longest, longest, log, 0.0, seed, offset, CAUSAL_FROM_TOP_LEFT, False
+            do, q, k, v, None, o, *_bounds(segments), log, 0.0, seed, offset, _mask_type(segments), False
         )[:3]
         dq, dk, dv = (part.flatten(0, 1) for part in results)
         return dq, _narrowed(dk, key.shape[1]), _narrowed(dv, key.shape[1])
@@ -301,27 +311,35 @@ def _batched(part: torch.Tensor, segments: Segments) -> torch.Tensor:
 
 
 def _bounds(segments: Segments) -> tuple[torch.Tensor | None, torch.Tensor | None, int, int]:
-    longest = segments.longest if segments.bounds is not None else segments.length
-    return segments.bounds, segments.bounds, longest, longest
+    """Of queries and keys, and the longest of each."""
+    keys = segments.keys
+    if segments.bounds is None:
+        return None, None, segments.length, keys.length
+    return segments.bounds, keys.bounds, segments.longest, keys.longest
 
 
 def _longest(segments: Segments) -> tuple[torch.Tensor | None, torch.Tensor | None, int | None, int | None]:
-    longest = segments.longest if segments.bounds is not None else None
-    return segments.bounds, segments.bounds, longest, longest
+    return _bounds(segments) if segments.bounds is not None else (None, None, None, None)
+
+
+def _mask_type(segments: Segments) -> int:
+    return CAUSAL_FROM_TOP_LEFT if segments.seen is None else UNMASKED
 
 
 def _repeated(query: torch.Tensor, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in parts)
 
 
-def _sequences(segments: Segments) -> Iterator[tuple[slice, int]]:
-    """Rows that can be computed at once, and how many sequences of equal length they hold."""
+def _sequences(segments: Segments) -> Iterator[tuple[slice, slice, int]]:
+    """Rows of queries and keys that can be computed at once, and how many sequences of equal length they hold."""
     if segments.bounds is None:
-        yield slice(0, segments.tokens), segments.batch
+        everything = slice(0, segments.tokens)
+        yield everything, everything, segments.batch
         return
-    bounds = segments.bounds.tolist()
-    for begin, end in itertools.pairwise(bounds):
-        yield slice(begin, end), 1
+    assert segments.keys.bounds is not None
+    bounds = (segments.bounds.tolist(), segments.keys.bounds.tolist())
+    for rows, keys in zip(*map(itertools.pairwise, bounds), strict=True):
+        yield slice(*rows), slice(*keys), 1
 
 
 def _heads(rows: torch.Tensor, batch: int) -> torch.Tensor:
@@ -334,8 +352,10 @@ def _rows(heads: torch.Tensor) -> torch.Tensor:
     return heads.transpose(1, 2).flatten(0, 1)
 
 
-def _scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+def _scores(query: torch.Tensor, key: torch.Tensor, segments: Segments) -> torch.Tensor:
     scores = query @ _widened(key, query).transpose(-1, -2) / math.sqrt(query.shape[-1])
+    if segments.seen is not None:
+        return scores
     length = scores.shape[-1]
     future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
     return scores.masked_fill_(future, float("-inf"))

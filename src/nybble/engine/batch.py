@@ -3,43 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from nybble.engine.attention import Segments
+from nybble.engine.padding import Padding, separate, spans_of
 
 
 class Unfit(Exception):  # noqa: N818 - a reason, not an error: this batch goes the layers' own way
     """Why a batch is not for the fused layers."""
 
 
-def segments_of(inputs: Mapping[str, Any]) -> Segments:
-    """How a batch's rows fall into sequences.
+@dataclass(frozen=True)
+class Layout:
+    """A batch's rows as attention sees them."""
+
+    segments: Segments
+    padding: Padding | None = None
+    is_packed: bool = False
+    """Whether a row may hold several sequences."""
+
+
+def layout_of(inputs: Mapping[str, Any]) -> Layout:
+    """How a batch's rows fall into sequences, and where they are padded.
 
     Args:
         inputs: the backbone's keywords. Packed rows are known by `cu_seq_lens_q` and `max_length_q`, as
             DataCollatorWithFlattening gives them, or by position_ids that begin anew without an attention mask.
 
     Raises:
-        Unfit: a cache, a mask that is neither causal nor padding on the right, or attentions asked for.
+        Unfit: a cache, a mask that is neither causal nor padding at the ends of rows, or attentions asked for.
     """
     if inputs.get("past_key_values") is not None:
-        raise Unfit("a key-value cache")
+        raise Unfit("a key-value cache is given")
     if inputs.get("output_attentions"):
         raise Unfit("attentions are asked for")
+    if inputs.get("is_causal") is False:
+        raise Unfit("attention is not causal (is_causal=False)")
     given = tokens_of(inputs)
     batch, length = given.shape[:2]
     if inputs.get("cu_seq_lens_q") is not None:
         bounds = inputs["cu_seq_lens_q"].to(device=given.device, dtype=torch.int32)
         longest = inputs.get("max_length_q")
-        return Segments(batch, length, bounds, int(bounds.diff().max() if longest is None else longest))
+        longest = int(bounds.diff().max() if longest is None else longest)
+        return Layout(Segments(batch, length, bounds, longest), is_packed=True)
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None:
-        _check_mask(mask)
-    elif positions is not None:
-        return _packed(positions.expand(batch, length))
-    return Segments(batch, length)
+        return _padded(mask, given)
+    if positions is not None:
+        segments = _packed(positions.expand(batch, length))
+        return Layout(segments, is_packed=segments.bounds is not None)
+    return Layout(Segments(batch, length))
 
 
 def tokens_of(inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -48,13 +64,13 @@ def tokens_of(inputs: Mapping[str, Any]) -> torch.Tensor:
     return ids if ids is not None else inputs["inputs_embeds"]
 
 
-def _check_mask(mask: Any) -> None:
-    """A causal row never looks at padding on its right, so such a mask says nothing; any other does."""
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+def _padded(mask: Any, given: torch.Tensor) -> Layout:
+    if not isinstance(mask, torch.Tensor) or mask.shape != given.shape[:2]:
         raise Unfit("an attention mask that is not one of padding")
-    real = mask.bool()
-    if not bool((real[:, 0].all() & (real[:, 1:] <= real[:, :-1]).all()).item()):
-        raise Unfit("padding on the left, or an attention mask with holes")
+    spans = spans_of(mask)
+    if spans is None:
+        raise Unfit("an attention mask with holes between real tokens")
+    return Layout(*separate(spans, mask.shape[1], given.device))
 
 
 def _packed(positions: torch.Tensor) -> Segments:

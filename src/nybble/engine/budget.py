@@ -47,7 +47,13 @@ class Budget:
         self._standing: int | None = None
 
     def share(
-        self, shape: LayerShape, layers: int, tokens: int, trained: Sequence[torch.nn.Parameter], shared: Shared
+        self,
+        shape: LayerShape,
+        layers: int,
+        tokens: int,
+        trained: Sequence[torch.nn.Parameter],
+        shared: Shared,
+        beside: int = 0,
     ) -> Share:
         """The fastest mix for the memory that is free when a batch begins.
 
@@ -61,6 +67,7 @@ class Budget:
             tokens: of the batch.
             trained: the parameters that will get gradients.
             shared: the device, and whether there was a backward.
+            beside: bytes that a layer's backward needs for this batch beyond those of its shape.
         """
         coming = sum(4 * part.numel() for part in trained if part.grad is None)
         # Gradients were there and are gone: an optimiser has made its step, and has its state.
@@ -69,7 +76,7 @@ class Budget:
             coming += UNSEEN_STATE * sum(part.numel() for part in trained)
         free = _free(shared.device, shared.workspace.standing_bytes) - coming
         for tiled_like in (KEEP_ALL, LAYER_INPUT):  # wide tiles where memory allows, narrow ones where it does not
-            passing = max(passing_bytes(shape, tokens, tiled_like), self.loss_bytes(tokens))
+            passing = max(passing_bytes(shape, tokens, tiled_like) + beside, self.loss_bytes(tokens))
             found = mix(shape, layers, tokens, free - passing)
             if tile(found[0], tokens) == tile(tiled_like, tokens):
                 break

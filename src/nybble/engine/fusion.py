@@ -13,9 +13,10 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from nybble.engine import attention
-from nybble.engine.batch import Unfit, segments_of, tokens_of
+from nybble.engine.batch import Layout, Unfit, layout_of, tokens_of
 from nybble.engine.budget import Budget
 from nybble.engine.layer import Batch, Call, FusedLayer, Shared, slots
+from nybble.engine.padding import Padded
 from nybble.engine.passes import LayerFunction
 from nybble.engine.projections import Ineligible
 from nybble.engine.reader import LayerReader
@@ -148,20 +149,12 @@ def begin(backbone: LlamaModel, words: tuple[Any, ...], keywords: dict[str, Any]
             fix="CUDA_VISIBLE_DEVICES=0, or start one process a device: accelerate launch, torchrun",
         )
     keywords = {**dict(zip(NAMES, words, strict=False)), **keywords}
-    if backbone.training and torch.is_grad_enabled() and keywords.get("past_key_values") is None:
-        keywords["use_cache"] = False
     layers = list(backbone.layers)[: backbone.config.num_hidden_layers]
-    if not torch.is_grad_enabled():  # evaluation and generation have other uses for the memory
-        self.shared.workspace.release()
-    plan = _plan(self, backbone, layers, keywords)
-    has_trained = torch.is_grad_enabled()
-    if has_trained:
-        for why in dict.fromkeys(plan.met.passed):
-            self.tell(f"layers went their own way: {why}")
-    if has_trained or not self.has_trained:
-        self.last, self.has_trained = plan.met, has_trained
-    _take_over(self, backbone, plan)
+    with self.shared.turn():
+        plan = _meet(self, backbone, layers, keywords)
     keywords[PASS] = plan.calls
+    if plan.calls:
+        keywords["use_cache"] = False
     if len(plan.calls) == len(layers):
         # No layer reads the mask. Transformers takes one of four dimensions as it is, and so builds none of
         # length x length for packed rows: 14 GB at 120,000 tokens.
@@ -169,13 +162,46 @@ def begin(backbone: LlamaModel, words: tuple[Any, ...], keywords: dict[str, Any]
     return (), keywords
 
 
+def _meet(self: Fusion, backbone: LlamaModel, layers: Sequence[LlamaDecoderLayer], keywords: Mapping[str, Any]) -> Plan:
+    """Plan a batch, and remember and tell what it met."""
+    if not torch.is_grad_enabled():  # evaluation and generation have other uses for the memory
+        self.shared.workspace.release()
+    plan = _plan(self, backbone, layers, keywords)
+    has_trained = torch.is_grad_enabled()
+    if has_trained:
+        for why in dict.fromkeys(plan.met.passed):
+            self.tell(f"decoder layers fall back to the original forward: {why}")
+    if has_trained or not self.has_trained:
+        self.last, self.has_trained = plan.met, has_trained
+    _take_over(self, backbone, plan)
+    return plan
+
+
+def _layout(backbone: LlamaModel, keywords: Mapping[str, Any]) -> Layout:
+    """What a batch looks like.
+
+    Raises:
+        Unfit: it is not for the fused layers, which build no key-value cache. In training one is asked for by use_cache=True
+            only: config.use_cache is on wherever nobody thought of it.
+    """
+    config, asked = backbone.config, keywords.get("use_cache")
+    wanted = config.use_cache if asked is None else asked
+    builds = wanted and not (backbone.training and backbone.gradient_checkpointing)  # Transformers' own rule
+    if builds and not (asked is None and backbone.training and torch.is_grad_enabled()):
+        raise Unfit("a key-value cache is built; pass use_cache=False to stay fused")
+    switches = {"output_attentions": config.output_attentions, "is_causal": getattr(config, "is_causal", None)}
+    layout = layout_of({**switches, **{name: word for name, word in keywords.items() if word is not None}})
+    if builds and layout.is_packed:
+        raise Unfit(
+            "rows are packed, which Transformers does not see while config.use_cache is on; pass use_cache=False"
+        )
+    return layout
+
+
 def _plan(self: Fusion, backbone: LlamaModel, layers: Sequence[LlamaDecoderLayer], keywords: Mapping[str, Any]) -> Plan:
     """What every layer does with this batch."""
     try:
-        use_cache = keywords.get("use_cache")
-        if backbone.config.use_cache if use_cache is None else use_cache:
-            raise Unfit("a key-value cache is built; model.train() or use_cache=False goes without")
-        segments = segments_of({"output_attentions": backbone.config.output_attentions, **keywords})
+        layout = _layout(backbone, keywords)
     except Unfit as why:
         self.shared.workspace.release()
         return Plan({}, Met(passed=[str(why)] * len(layers)))
@@ -192,7 +218,7 @@ def _plan(self: Fusion, backbone: LlamaModel, layers: Sequence[LlamaDecoderLayer
     dtype = _compute_type(first, residual)
     if dtype not in self.choices:
         self.choices[dtype] = attention.choose(device, dtype, sizes.heads, sizes.key_heads, sizes.head_size)
-    batch = Batch(segments, self.choices[dtype].of(segments), dtype, self.shared)
+    batch = Batch(layout.segments, _backend(self.choices[dtype], layout), dtype, self.shared)
     policies, standing = _share(self, list(found.values()), batch, residual)
     tiles = {policy: batch.tiles(policy or LADDER[0]) for policy in set(policies)}
     self.shared.workspace.keep([group for layer in standing for group in layer.groups.values()], dtype)
@@ -204,6 +230,11 @@ def _plan(self: Fusion, backbone: LlamaModel, layers: Sequence[LlamaDecoderLayer
     }
     kept = [policy for policy in policies if policy is not None]
     return Plan(calls, Met(len(calls), passed, kept, self.choices[dtype].reason, len(standing)))
+
+
+def _backend(choice: attention.Choice, layout: Layout) -> attention.Backend:
+    rows = choice.of(layout.segments)
+    return rows if layout.padding is None else Padded(rows, choice.packed, layout.padding)
 
 
 def _take_over(self: Fusion, backbone: LlamaModel, plan: Plan) -> None:
@@ -235,7 +266,8 @@ def _share(
         return [self.policy] * len(layers), []
     shape = layers[0].shape(batch.dtype, residual)
     trained = [part for layer in layers for part in layer.parameters()]
-    share = self.budget.share(shape, len(layers), batch.segments.tokens, trained, self.shared)
+    beside = batch.attention.passing_bytes(shape) if isinstance(batch.attention, Padded) else 0
+    share = self.budget.share(shape, len(layers), batch.segments.tokens, trained, self.shared, beside)
     able = [layer for layer in layers if all(map(may_stand, layer.groups.values()))]
     return share.policies, able[: share.standing]
 

@@ -17,54 +17,63 @@ class Handle:
         self.shape = shape
         self.pinned = pinned
         self.before = weakref.ref(before) if before is not None else lambda: None
-        self.fetched: tuple[torch.Tensor, torch.cuda.Event] | None = None
+        self.fetched: tuple[torch.Tensor, torch.cuda.Event, torch.cuda.Stream] | None = None
 
     def __del__(self) -> None:
         """A backward that stopped halfway: nobody may write where the copy still does."""
         if self.fetched is not None:
-            x, event = self.fetched
-            torch.cuda.current_stream(x.device).wait_event(event)
+            _, event, stream = self.fetched
+            stream.wait_event(event)
 
 
 class HostStore:
     """Puts tensors away in forward and brings them back in backward, the next one while the last is worked on.
 
-    All waiting is between streams; the host never waits. Pinned buffers are kept for the next step.
+    All waiting is between streams; the host never waits. Pinned buffers are kept for the next step. Threads may have a stream
+    each: memory goes back to the stream that asked for it, so that is the one that waits for a copy.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream: torch.cuda.Stream | None = None
         self._free: list[torch.Tensor] = []
-        self._leaving: collections.deque[tuple[torch.Tensor, torch.cuda.Event]] = collections.deque()
+        self._leaving: collections.deque[tuple[torch.Tensor, torch.cuda.Event, torch.cuda.Stream]] = collections.deque()
         self._last: weakref.ref[Handle] | None = None
 
     def put(self, x: torch.Tensor) -> Handle:
         """Copy a contiguous tensor to the host; the caller lets go of it."""
-        stream = self._copying()
+        stream, current = self._copying(), torch.cuda.current_stream(self.device)
         before = self._last() if self._last is not None else None
         handle = Handle(x.shape, self._pinned(x), before)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             handle.pinned[: x.numel()].copy_(x.flatten(), non_blocking=True)
-            self._leaving.append((x, stream.record_event()))
+            self._leaving.append((x, stream.record_event(), current))
         # The tensor's memory may be used anew only after its copy: this stream waits, and then the reference goes.
         while len(self._leaving) > IN_FLIGHT:
             self._arrive()
         self._last = weakref.ref(handle)
         return handle
 
-    def take(self, handle: Handle) -> torch.Tensor:
-        """The tensor, back on the device; the copy of the layer before begins."""
+    def take(self, handle: Handle, *, again: bool = False) -> torch.Tensor:
+        """The tensor, back on the device; the copy of the layer before begins.
+
+        Args:
+            handle: what `put` gave.
+            again: it will be taken once more, so its buffer stays its own.
+        """
         while self._leaving:
             self._arrive()
         if handle.fetched is None:
             self._fetch(handle)
         assert handle.fetched is not None
-        x, event = handle.fetched
+        x, event, _ = handle.fetched
         handle.fetched = None
-        torch.cuda.current_stream(self.device).wait_event(event)
-        self._free.append(handle.pinned)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(event)
+        x.record_stream(current)  # it may have been fetched for a thread on another stream
+        if not again:
+            self._free.append(handle.pinned)
         before = handle.before()
         self._last = weakref.ref(before) if before is not None else None
         if before is not None and before.fetched is None:
@@ -72,16 +81,16 @@ class HostStore:
         return x
 
     def _arrive(self) -> None:
-        _, event = self._leaving.popleft()
-        torch.cuda.current_stream(self.device).wait_event(event)
+        _, event, stream = self._leaving.popleft()
+        stream.wait_event(event)
 
     def _fetch(self, handle: Handle) -> None:
-        stream = self._copying()
+        stream, current = self._copying(), torch.cuda.current_stream(self.device)
         x = torch.empty(handle.shape, dtype=handle.pinned.dtype, device=self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))  # whoever had this memory before is done with it
+        stream.wait_stream(current)  # whoever had this memory before is done with it
         with torch.cuda.stream(stream):
             x.copy_(handle.pinned[: x.numel()].view(handle.shape), non_blocking=True)
-            handle.fetched = (x, stream.record_event())
+            handle.fetched = (x, stream.record_event(), current)
 
     def _pinned(self, x: torch.Tensor) -> torch.Tensor:
         """A buffer of at least the tensor's size; one that is too small makes way."""

@@ -5,7 +5,10 @@ Shape suffixes: m tokens of the batch (its rows one after another), h hidden, i 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +90,23 @@ class Shared:
         self.workspace = Workspace(self.operations, device)
         self.store = HostStore(device)
         self.went_back = False
+        self._lock = threading.Lock()
+        self._stream: torch.cuda.Stream | None = None
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """One thread at a time: what is shared is filled and used within a turn, and nothing in it is good after.
+
+        Threads on streams of their own wait for one another on the device.
+        """
+        with self._lock:
+            if self.device.type == "cuda":
+                stream = torch.cuda.current_stream(self.device)
+                if self._stream is not None and self._stream != stream:
+                    stream.wait_stream(self._stream)
+                    self.workspace.record_stream(stream)
+                self._stream = stream
+            yield
 
     def __reduce__(self) -> Any:
         """A copy of a model has buffers and streams of its own."""
@@ -174,3 +194,7 @@ class Kept:
     gate_up: torch.Tensor | None = None
     """(m, 2 i + R), with room for the ranks' gradient"""
     ranks: Ranks = field(default_factory=dict)
+
+    def for_one_backward(self) -> Kept:
+        """What a backward may use up while this stays for another: gate and up, which become gradients, are computed again."""
+        return dataclasses.replace(self, gate_up=None, ranks=dict(self.ranks))

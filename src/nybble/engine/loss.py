@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from nybble.engine import ops
+from nybble.engine import graph, ops
 
 CHUNK = 1024  # rows: 65 MB of logits for Llama 2, and 2,048 rows are no faster (docs/benchmarks.md)
 MULTIPLE = 256
@@ -88,9 +87,12 @@ class _Loss(torch.autograd.Function):
         return losses[:count].sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        result, ctx.gradient_mh = ctx.gradient_mh, None
+        graph.refuse_second_derivatives()
+        result = ctx.gradient_mh
         if result is None:
-            raise RuntimeError("backward a second time through the chunked loss: what it had kept is gone")
+            raise RuntimeError(graph.FREED.format("the chunked loss"))
+        if graph.is_kept():
+            return result * gradient, None, None
+        ctx.gradient_mh = None
         return result.mul_(gradient), None, None

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from nybble.engine import graph
 from nybble.engine.host import Handle
-from nybble.engine.layer import GROUPS, Call, Kept, Ranks
+from nybble.engine.layer import GROUPS, Call, Kept, Ranks, Shared
 from nybble.engine.linear import Sums, adapter_gradients, input_gradient, ranks_forward
 from nybble.plan.activations import DROP_MLP, DROP_QKV, HOST, KEEP_ALL
 
@@ -30,25 +30,35 @@ class LayerFunction(torch.autograd.Function):
         policy = call.policy if any(ctx.needs_input_grad) else None
         x_mh = x.detach().contiguous().flatten(0, 1)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # no view: a hook may change it in place
-        with _alone(x):
+        with _alone(x, call.batch.shared):
             kept = run(call, x_mh, y.flatten(0, 1), policy)
             if policy is not None:
                 kept.x_mh = call.batch.shared.store.put(x_mh) if policy == HOST and x.is_cuda else x_mh
         ctx.call, ctx.kept = call, kept
+        ctx.versions = [parameter._version for parameter in parameters] if policy is not None else []
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x and of the parameters."""
+        graph.refuse_second_derivatives()
         call, kept = ctx.call, ctx.kept
         if kept is None:
-            raise RuntimeError("backward a second time through a fused layer: what it had kept is gone")
-        ctx.kept = None
-        call.batch.shared.went_back = True
+            raise RuntimeError(graph.FREED.format("a fused layer"))
+        if ctx.versions != [parameter._version for parameter in call.layer.parameters()]:
+            raise RuntimeError(
+                "an adapter's weights were changed in place between a fused layer's forward and its backward, which needs "
+                "them as they were: step the optimiser after the last backward"
+            )
+        is_kept = graph.is_kept()
+        ctx.kept = kept if is_kept else None
         to_y = gradient.contiguous().flatten(0, 1)
-        with _alone(gradient):
-            to_x, sums = run_backward(call, kept, to_y, input_needed=ctx.needs_input_grad[0])
+        with _alone(gradient, call.batch.shared):
+            call.batch.shared.went_back = True
+            x_mh, used = kept.x_mh, kept.for_one_backward() if is_kept else kept
+            if isinstance(x_mh, Handle):
+                x_mh = call.batch.shared.store.take(x_mh, again=is_kept)
+            to_x, sums = run_backward(call, used, x_mh, to_y, input_needed=ctx.needs_input_grad[0])
         parts = [part for name in GROUPS for part in sums.of(call.layer.groups[name].adapters)]
         return None if to_x is None else to_x.view_as(gradient), None, *parts
 
@@ -74,9 +84,10 @@ def _is_in_sixteens(matrix: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(x: torch.Tensor) -> Iterator[None]:
-    """Types are chosen here and not by somebody's autocast; kernels are launched on the tensors' device."""
-    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+def _alone(x: torch.Tensor, shared: Shared) -> Iterator[None]:
+    """No other thread meanwhile; types are chosen here and not by somebody's autocast; kernels are launched on the tensors'
+    device."""
+    with shared.turn(), torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         yield
 
 
@@ -104,12 +115,12 @@ def run(call: Call, x_mh: torch.Tensor, y_mh: torch.Tensor, policy: str | None) 
     return kept
 
 
-def run_backward(call: Call, kept: Kept, to_y: torch.Tensor, *, input_needed: bool) -> tuple[torch.Tensor | None, Sums]:
-    """Gradients of the layer's input, (m, h), and of its adapters."""
+def run_backward(
+    call: Call, kept: Kept, x_mh: torch.Tensor, to_y: torch.Tensor, *, input_needed: bool
+) -> tuple[torch.Tensor | None, Sums]:
+    """Gradients of the layer's input x, (m, h), and of its adapters; what is kept is used up."""
     layer, sums = call.layer, Sums()
     call.batch.shared.workspace.forget()
-    x_mh = call.batch.shared.store.take(kept.x_mh) if isinstance(kept.x_mh, Handle) else kept.x_mh
-    assert x_mh is not None
     if kept.qkv is None:
         kept.qkv = _project(call, x_mh, kept.ranks)
     if kept.out is None:

@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 
+CAPTURING = "transformers.utils.output_capturing"
+"""Whose hooks stay in every attention once hidden states were asked for, and do nothing unless attentions are: `batch.py`
+keeps such a batch from the fused layers."""
+
 
 class Watched:
     """Reads modules and remembers each fact that it read.
@@ -66,11 +70,11 @@ class Watched:
         hooks = [
             own[name] for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         ]
-        if any(hooks):
-            self._lists += [(hook, tuple(hook)) for hook in hooks]
-            return True
-        self._empty += hooks
-        return False
+        if not any(hooks):
+            self._empty += hooks
+            return False
+        self._lists += [(hook, tuple(hook)) for hook in hooks]
+        return any(getattr(each, "__module__", None) != CAPTURING for hook in hooks for each in hook.values())
 
     def holds(self) -> bool:
         """Whether everything read is still so."""

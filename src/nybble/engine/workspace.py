@@ -66,7 +66,7 @@ class Standing:
 
 
 class Workspace:
-    """Buffers that all layers share, one after another on one stream, and weights that stay where memory is left.
+    """Buffers that all layers share, one after another, and weights that stay where memory is left.
 
     Groups that are needed at once get a slot each; where they follow one another they may share one.
     """
@@ -100,6 +100,11 @@ class Workspace:
     def standing_bytes(self) -> int:
         """Of the weights that stay."""
         return sum(own.matrix.whole.nbytes for own in self._standing.values())
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Another stream uses what is here now: memory that is let go goes to nobody else before that is over."""
+        for tensor in [*self._buffers.values(), *(own.matrix.whole for own in self._standing.values())]:
+            tensor.record_stream(stream)
 
     def reserve(self, slot: str, numbers: int, dtype: torch.dtype) -> None:
         """Have room before the first use, so that a slot never grows and leaves a hole behind."""

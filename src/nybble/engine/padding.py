@@ -1,0 +1,136 @@
+"""Rows with padding: the real tokens among themselves, and at the padding what Transformers' masks give there.
+
+A token sees the real ones before it. So padding on the right sees the real tokens of its row and no padding, and padding on
+the left sees nothing, where torch's attention gives zeros. Mostly nobody looks there, but its labels may be trained, and
+generation without a cache asks for the last place of each row.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nybble.engine.attention import Backend, Gradients, Saved, Segments
+from nybble.plan.activations import LayerShape
+
+Span = tuple[int, int]
+"""Where the real tokens of a row begin and end; (length, length) where there are none."""
+
+
+@dataclass(frozen=True)
+class Padding:
+    """The places of a batch that are padding, counted over all its rows."""
+
+    places: torch.Tensor
+    """All of them."""
+    blind: torch.Tensor
+    """Those before the first real token of their row, which see nothing."""
+    late: torch.Tensor
+    """Those behind the last real token."""
+    seen: torch.Tensor
+    """The real tokens that the late ones see."""
+    across: Segments
+    """The late ones as queries, and the seen ones as keys."""
+
+
+def spans_of(mask: torch.Tensor) -> list[Span] | None:
+    """The real tokens of each row of a mask (batch, length), or None where a row has holes between them."""
+    real, length = mask.bool(), mask.shape[1]
+    first, last = real.int().argmax(dim=1), length - real.flip(1).int().argmax(dim=1)
+    found = torch.stack((first, last, real.sum(dim=1)), dim=1).tolist()
+    if any(count not in (0, end - begin) for begin, end, count in found):
+        return None
+    return [(begin, end) if count else (length, length) for begin, end, count in found]
+
+
+def separate(spans: Sequence[Span], length: int, device: torch.device) -> tuple[Segments, Padding | None]:
+    """How padded rows fall into sequences, and where the padding is.
+
+    Padding on the left is a sequence of its own. Padding on the right stays where it is: no real token looks at it.
+    """
+    if all(span == (0, length) for span in spans):
+        return Segments(len(spans), length), None
+    starts = [row * length for row in range(len(spans))]
+    blind = [range(start, start + begin) for start, (begin, _) in zip(starts, spans, strict=True)]
+    followed = [row for row, (begin, end) in enumerate(spans) if begin < end < length]
+    late = [range(starts[row] + spans[row][1], starts[row] + length) for row in followed]
+    seen = [range(starts[row] + spans[row][0], starts[row] + spans[row][1]) for row in followed]
+    edges = {*starts, *(part.stop for part in blind), len(spans) * length}
+    across = _packed(late, device, seen=_packed(seen, device))
+    places, of_blind, of_late, of_seen = (_places(part, device) for part in ([*blind, *late], blind, late, seen))
+    padding = Padding(places, of_blind, of_late, of_seen, across)
+    if len(edges) == len(spans) + 1:
+        return Segments(len(spans), length), padding
+    bounds = sorted(edges)
+    longest = max(end - begin for begin, end in itertools.pairwise(bounds))
+    return Segments(len(spans), length, torch.tensor(bounds, dtype=torch.int32).to(device), longest), padding
+
+
+def _packed(parts: Sequence[range], device: torch.device, seen: Segments | None = None) -> Segments:
+    sizes = [len(part) for part in parts]
+    bounds = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32).to(device)
+    return Segments(1, sum(sizes), bounds, max(sizes, default=0), seen)
+
+
+def _places(parts: Sequence[range], device: torch.device) -> torch.Tensor:
+    return torch.cat([torch.arange(part.start, part.stop) for part in (*parts, range(0))]).to(device)
+
+
+class Padded:
+    """A backend for one padded batch: its rows by one backend, and what late padding sees by another."""
+
+    def __init__(self, rows: Backend, across: Backend, padding: Padding) -> None:
+        self.name = rows.name
+        self.rows = rows
+        self.across = across
+        self.padding = padding
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> tuple[torch.Tensor, Saved]:
+        padding = self.padding
+        out, saved = self.rows.forward(query, key, value, segments)
+        out.index_fill_(0, padding.blind, 0)
+        more: Saved = ()
+        if len(padding.late):
+            late, seen_key, seen_value = self._parts(query, key, value)
+            result, more = self.across.forward(late, seen_key, seen_value, padding.across)
+            out.index_copy_(0, padding.late, result)
+        return out, (saved, more)
+
+    def backward(
+        self,
+        gradient: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        saved: Saved,
+        segments: Segments,
+    ) -> Gradients:
+        """As of every backend; `gradient` is zeroed where padding is."""
+        padding, (of_rows, more) = self.padding, saved
+        late = gradient.index_select(0, padding.late)
+        # A query whose result has no gradient gives none to what it saw.
+        gradient.index_fill_(0, padding.places, 0)
+        to_query, to_key, to_value = self.rows.backward(gradient, query, key, value, out, of_rows, segments)
+        if len(padding.late):
+            parts, result = self._parts(query, key, value), out.index_select(0, padding.late)
+            to_late, *to_seen = self.across.backward(late, *parts, out=result, saved=more, segments=padding.across)
+            to_query.index_copy_(0, padding.late, to_late)
+            for whole, part in zip((to_key, to_value), to_seen, strict=True):
+                whole.index_add_(0, padding.seen, part)
+        return to_query, to_key, to_value
+
+    def passing_bytes(self, shape: LayerShape) -> int:
+        """Device bytes for what padding on the right sees, in a layer's backward, beside those of unpadded rows."""
+        padding, query = self.padding, shape.query
+        of_late = 4 * query * shape.element + 4 * query  # flash sums the query's gradient in float32
+        return len(padding.late) * of_late + len(padding.seen) * 2 * (shape.qkv - query) * shape.element
+
+    def _parts(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Gradients:
+        seen = self.padding.seen
+        return query.index_select(0, self.padding.late), key.index_select(0, seen), value.index_select(0, seen)
