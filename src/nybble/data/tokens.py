@@ -35,6 +35,13 @@ def encode_prompt(template: Template, conversation: Conversation) -> list[int]:
     return tokens.ids
 
 
+def encode_begun(template: Template, conversation: Conversation) -> list[int]:
+    """Token ids of a conversation up to the end of what the assistant says last, for it to go on from there: those that training
+    has for it, without what ends the answer."""
+    (tokens,) = join(template.tokenizer, [template.begun_runs(conversation)])
+    return tokens.ids
+
+
 def encode_text(template: Template, text: str) -> list[int]:
     """Token ids of the beginning of a document, which a model goes on with: as text without turns is trained."""
     *begin, _ = template.runs((Message("text", text),))
