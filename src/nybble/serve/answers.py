@@ -80,7 +80,8 @@ class Job:
         self.prompt_tokens = sum(map(len, prompts))
         requests = [self._request(prompt, number) for prompt in prompts for number in range(asked.answers)]
         if refusal := engine.refuses(requests[0]):
-            raise RequestError(refusal[1], param=refusal[0], code="unsupported_parameter")
+            field, why = refusal
+            raise RequestError(why, param=asked.spelt.get(field, field), code="unsupported_parameter")
         self.mailbox = Mailbox()
         answers = engine.submit(requests, self.mailbox)
         self.tokenizer: PreTrainedTokenizerBase = model.template.tokenizer

@@ -93,7 +93,7 @@ def explain(kind: type[Strict], error: ValidationError) -> RequestError:
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(first["loc"][-1]), kind.model_fields, 1)
         hint = f"; did you mean {near[0]}?" if near and len(first["loc"]) == 1 else ""
-        return RequestError(f"there is no field {place}{hint}", param=place, code="unknown_parameter")
+        return RequestError(f"there is no field {place or repr(place)}{hint}", param=place, code="unknown_parameter")
     if first["type"] == "missing":
         return RequestError(f"{place} is missing", param=place, code="missing_required_parameter")
     code = found.code if found else "invalid_value"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
@@ -104,6 +104,8 @@ class Asked(Strict):
     source: ClassVar[str]
     """The field that the prompt comes from."""
     limit_field: ClassVar[str] = "max_tokens"
+    spelt: ClassVar[Mapping[str, str]] = {}
+    """What an engine's options are called here, where it is another name."""
     is_chat: ClassVar[bool] = True
     neutral: ClassVar[Neutral] = {
         "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},), "min_p": (0,),
@@ -200,9 +202,13 @@ class ChatRequest(Counted):
         check_last(self.source, self.messages)
         goes_on = self.messages[-1].role == "assistant"
         if self.continue_final_message not in (None, goes_on):
-            raise FieldError("continue_final_message", f"the {self.messages[-1].role} speaks last, so it is {_json(goes_on)}")
+            raise FieldError(
+                "continue_final_message", f"the {self.messages[-1].role} speaks last, so it is {_json(goes_on)}"
+            )
         if self.add_generation_prompt not in (None, not goes_on):
-            raise FieldError("add_generation_prompt", f"the {self.messages[-1].role} speaks last, so it is {_json(not goes_on)}")
+            raise FieldError(
+                "add_generation_prompt", f"the {self.messages[-1].role} speaks last, so it is {_json(not goes_on)}"
+            )
         return self
 
     def conversation(self) -> Conversation:

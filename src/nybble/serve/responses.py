@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
@@ -64,6 +64,7 @@ class ResponseRequest(Asked):
     id_prefix = "resp_"
     source = "input"
     limit_field = "max_output_tokens"
+    spelt: ClassVar[Mapping[str, str]] = {"logprobs": "include"}
     neutral: ClassVar[Neutral] = {
         "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "store": (False,),
         "background": (False,), "context_management": ([],), "truncation": ("disabled",),
