@@ -71,8 +71,8 @@ def test_a_host_that_is_allowed_is_answered_without_a_key(tuned_run, cache):
             assert answer.status_code == status, host
         error = server.http.get(f"{server.url}/v1/models", headers={"Host": "evil.example"}).json()["error"]
         assert error["message"] == (
-            "this server answers to localhost, 127.0.0.1, gpu.example, not to 'evil.example'; --allow-host adds a name, or "
-            "set an API key"
+            "this server answers to localhost, 127.0.0.1, gpu.example, not to 'evil.example'; start it with --allow-host NAME, "
+            "or with an API key"
         )
 
 
@@ -129,10 +129,10 @@ def server(tuned_run, cache):
 
 @pytest.mark.parametrize(
     ("method", "route", "why"),
-    [("POST", "/v1/embeddings", "make no embeddings"), ("POST", "/v1/images/generations", "make no images"),
-     ("POST", "/v1/audio/speech", "neither speak nor listen"), ("POST", "/v1/moderations", "judge none"),
+    [("POST", "/v1/embeddings", "they make no embeddings"), ("POST", "/v1/images/generations", "they make no images"),
+     ("POST", "/v1/audio/speech", "they have no audio"), ("POST", "/v1/moderations", "do not moderate"),
      ("GET", "/v1/responses/resp_1", "not stored"), ("DELETE", "/v1/chat/completions/x", "not stored"),
-     ("GET", "/v1/files", "no files are kept"), ("POST", "/v1/fine_tuning/jobs", "nybble train"),
+     ("GET", "/v1/files", "files are not stored"), ("POST", "/v1/fine_tuning/jobs", "nybble train"),
      ("POST", "/api/chat", "its OpenAI address")],
 )  # fmt: skip
 def test_a_route_of_openais_that_is_not_here_says_why(server, method, route, why):
@@ -147,7 +147,7 @@ def test_a_route_of_openais_that_is_not_here_says_why(server, method, route, why
 
 def test_openais_client_raises_with_the_reason(server):
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
-    with pytest.raises(openai.NotFoundError, match="the models here write text and make no embeddings"):
+    with pytest.raises(openai.NotFoundError, match="the models here generate text; they make no embeddings"):
         client.embeddings.create(model="run", input="one")
     with pytest.raises(openai.NotFoundError, match="responses are not stored"):
         client.responses.retrieve("resp_1")

@@ -117,10 +117,10 @@ def test_tools_may_be_sent_where_none_is_to_be_called(server, client):
     assert said(server.post(**ask, tools=[], tool_choice="auto")) == bare
     assert said(server.post(**ask, functions=[{"name": "f"}], function_call="none")) == bare
     for more in ({}, {"tool_choice": "auto"}):
-        assert "send tool_choice none" in check_refused(server.post(**ask, tools=tools, **more), "tools")
+        assert "send tool_choice: none" in check_refused(server.post(**ask, tools=tools, **more), "tools")
     check_refused(server.post(**ask, tool_choice="required"), "tool_choice")
     check_refused(server.post(**ask, functions=[{"name": "f"}]), "functions")
-    with pytest.raises(openai.BadRequestError, match="this server calls no tools"):
+    with pytest.raises(openai.BadRequestError, match="this server does not call tools"):
         client.chat.completions.create(**ask, tools=tools)
 
 
@@ -159,8 +159,8 @@ def test_as_many_prompts_as_may_wait_are_answered_and_more_are_refused_for_good(
     assert len({choice.text for choice in answer.choices}) <= 2
     message = check_refused(server.post(PLAIN, **ask, prompt=["one"] * (QUEUE + 1)), "prompt")
     assert message == (
-        "65 prompts of 1 answers are more than the 64 answers that may wait; send fewer at once, or start the server with a "
-        "larger --queue"
+        "this request asks for 65 answers, and at most 64 can wait in the queue; send fewer at once, or start the server with "
+        "a larger --queue"
     )
     check_refused(server.post(PLAIN, **ask, prompt=["one"] * 33, n=2), "prompt")
     check_refused(server.post(PLAIN, **ask, prompt="one", n=QUEUE + 1), "n")
@@ -168,7 +168,7 @@ def test_as_many_prompts_as_may_wait_are_answered_and_more_are_refused_for_good(
     check_refused(server.post(CHAT, **ask, messages=ASK, n=129), "n")
 
 
-def test_an_assistants_last_message_is_gone_on_with_as_it_was_trained(peaky_run, cache, monkeypatch):
+def test_an_assistants_last_message_is_continued_as_it_was_trained(peaky_run, cache, monkeypatch):
     with serving(lambda metrics: load_pipeline([peaky_run], metrics, device="cpu", queue=16, cache=cache)) as server:
         seen, submit = [], server.engine.batcher.submit
         monkeypatch.setattr(
@@ -179,7 +179,7 @@ def test_an_assistants_last_message_is_gone_on_with_as_it_was_trained(peaky_run,
         asked = [{"role": "user", "content": "say five ten nine 3"}]
         whole = client.chat.completions.create(**ask, messages=asked).choices[0].message.content
         ids, words = seen[0].prompt, whole.split(" ")
-        assert len(words) > 2, "the answer has a middle to go on from"
+        assert len(words) > 2, "the answer has a middle to continue from"
         for text in (words[0], f"{words[0]} ", f" {words[0]}", " ".join(words[:2])):
             seen.clear()
             begun = [*asked, {"role": "assistant", "content": text}]
@@ -197,19 +197,21 @@ def test_an_assistants_last_message_is_gone_on_with_as_it_was_trained(peaky_run,
         assert (empty.choices[0].message.content, seen[0].prompt) == (whole, ids)
 
 
-def test_who_goes_on_with_what_is_said_in_the_words_of_other_servers_too(server):
+def test_vllms_flags_for_a_last_message_are_taken_where_they_agree(server):
     ask = {"model": "run", "max_tokens": 2}
     begun = [*ASK, {"role": "assistant", "content": "one"}]
     yes, no = {"continue_final_message": True}, {"continue_final_message": False}
     assert server.post(**ask, messages=begun, **yes, add_generation_prompt=False).status_code == 200
     assert server.post(**ask, messages=ASK, **no, add_generation_prompt=True).status_code == 200
-    assert "so it is true" in check_refused(server.post(**ask, messages=begun, **no), "continue_final_message")
+    assert "so this can only be true" in check_refused(
+        server.post(**ask, messages=begun, **no), "continue_final_message"
+    )
     check_refused(server.post(**ask, messages=ASK, **yes), "continue_final_message")
     check_refused(server.post(**ask, messages=begun, add_generation_prompt=True), "add_generation_prompt")
     for last in ("assistant", "system"):
         check_refused(server.post(**ask, messages=[*begun, {"role": last, "content": "x"}]), "messages.2.role")
     message = check_refused(server.post(**ask, messages=begun[1:]), "messages.0.role")
-    assert "must follow a message of the user" in message
+    assert "the one before it must be from the user" in message
 
 
 def test_a_greeting_is_taken_or_refused_as_the_template_has_it(server, monkeypatch):

@@ -129,10 +129,10 @@ def serve(
     ] = None,
     allow_origin: Annotated[
         list[str] | None,
-        typer.Option(help="Web page that may ask from a browser (CORS): https://app.example; repeatable."),
+        typer.Option(help="Web page whose scripts may use the server (CORS), e.g. https://app.example; repeatable."),
     ] = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="Host name to answer to without a key, beside localhost; repeatable.")
+        list[str] | None, typer.Option(help="Host name to answer to without a key, besides localhost; repeatable.")
     ] = None,
     engine: Annotated[str, typer.Option(help="pipeline, continuous (one merged run) or vllm.")] = "pipeline",
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",

@@ -131,9 +131,9 @@ class Template:
         return self._fill(skeleton[:first], messages, generation=True)
 
     def begun_runs(self, conversation: Conversation) -> list[Run | Part]:
-        """A conversation that ends with the assistant, who is to go on: up to the last character that it says."""
+        """A conversation whose last answer is to be continued: up to the last character of it."""
         messages = self._messages(conversation)
-        assert messages[-1].role == "assistant", "only an answer is gone on with"
+        assert messages[-1].role == "assistant", "only an answer is continued"
         if not messages[-1].content:
             return self.prompt_runs(conversation[:-1])
         skeleton = self._skeleton(_shape(messages))

@@ -36,8 +36,7 @@ def encode_prompt(template: Template, conversation: Conversation) -> list[int]:
 
 
 def encode_begun(template: Template, conversation: Conversation) -> list[int]:
-    """Token ids of a conversation up to the end of what the assistant says last, for it to go on from there: those that training
-    has for it, without what ends the answer."""
+    """Token ids of a conversation that ends in the middle of an answer: those of training, without what ends the answer."""
     (tokens,) = join(template.tokenizer, [template.begun_runs(conversation)])
     return tokens.ids
 

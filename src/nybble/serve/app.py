@@ -25,26 +25,25 @@ from nybble.serve.fields import RequestError
 from nybble.serve.guard import Door, Guard, open_to, read_body
 from nybble.serve.metrics import CONTENT_TYPE, Metrics
 from nybble.serve.protocol import Asked, ChatRequest, CompletionRequest, parse
-from nybble.serve.responses import Response as TextResponse
-from nybble.serve.responses import ResponseRequest
+from nybble.serve.responses import ResponseRequest, TextResponse
 
 NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients would ask again, and wait as long again
 ABSENT = {
     # OpenAI's other routes, and what there is instead
-    "/v1/embeddings": "the models here write text and make no embeddings",
-    "/v1/images": "the models here write text and make no images",
-    "/v1/audio": "the models here write text, and neither speak nor listen",
-    "/v1/moderations": "the models here write text and judge none",
-    "/v1/responses/": "responses are not stored, so none can be fetched, cancelled or deleted",
-    "/v1/chat/completions/": "answers are not stored, so none can be fetched or deleted",
+    "/v1/embeddings": "the models here generate text; they make no embeddings",
+    "/v1/images": "the models here generate text; they make no images",
+    "/v1/audio": "the models here generate text; they have no audio",
+    "/v1/moderations": "the models here generate text; they do not moderate it",
+    "/v1/responses/": "responses are not stored, so they cannot be retrieved, cancelled or deleted",
+    "/v1/chat/completions/": "answers are not stored, so they cannot be retrieved or deleted",
     "/v1/conversations": "conversations are not stored; send all messages with each request",
-    "/v1/files": "no files are kept; nybble train and nybble eval read them from disk",
-    "/v1/fine_tuning": "nybble train does that",
-    "/v1/batches": "requests that arrive together are batched by themselves",
-    "/v1/assistants": "POST /v1/chat/completions and /v1/responses take conversations",
-    "/v1/threads": "POST /v1/chat/completions and /v1/responses take conversations",
+    "/v1/files": "files are not stored; nybble train reads them from disk",
+    "/v1/fine_tuning": "use nybble train",
+    "/v1/batches": "send the requests together; the server batches them",
+    "/v1/assistants": "use /v1/chat/completions or /v1/responses",
+    "/v1/threads": "use /v1/chat/completions or /v1/responses",
     "/v1/vector_stores": "nothing is stored",
-    "/api/": "Ollama's own routes are not spoken; its OpenAI address is, /v1",
+    "/api/": "Ollama's own routes are not supported; its OpenAI address, /v1, is",
 }
 SAFE = {
     # the page loads nothing, and nothing may frame it
@@ -154,8 +153,8 @@ class Api:
         if asked.answers * prompts <= self.engine.queue:
             return
         raise RequestError(
-            f"{prompts:,} prompts of {asked.answers} answers are more than the {self.engine.queue:,} answers that may wait; "
-            "send fewer at once, or start the server with a larger --queue",
+            f"this request asks for {asked.answers * prompts:,} answers, and at most {self.engine.queue:,} can wait in the "
+            "queue; send fewer at once, or start the server with a larger --queue",
             param="n" if prompts == 1 else asked.source,
             code="too_many_answers",
         )

@@ -73,12 +73,18 @@ class Strict(BaseModel):
             if value is None or (name not in cls.model_fields and value in cls.neutral.get(name, ())):
                 continue
             if name in cls.ignored or (name in cls.refused and fields.get(SWITCHES.get(name, "")) == "none"):
-                info.context.append(f"{cls.place}{name}")
+                note(info, f"{cls.place}{name}")
             elif name in cls.refused:
                 raise FieldError(name, cls.refused[name], "unsupported_parameter")
             else:
                 kept[name] = value
         return kept
+
+
+def note(info: ValidationInfo, field: str) -> None:
+    """Write down that a field changes nothing."""
+    assert info.context is not None, "requests are read by parse"
+    info.context.append(field)
 
 
 def explain(kind: type[Strict], error: ValidationError) -> RequestError:

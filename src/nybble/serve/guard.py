@@ -145,7 +145,8 @@ class Guard:
             if not _is_this_machine(_name(host)) and _name(host) not in self.hosts:
                 known = ", ".join(["localhost", "127.0.0.1", *self.hosts])
                 return RequestError(
-                    f"this server answers to {known}, not to {host[:100]!r}; --allow-host adds a name, or set an API key",
+                    f"this server answers to {known}, not to {host[:100]!r}; start it with --allow-host NAME, "
+                    "or with an API key",
                     status=403,
                     code="wrong_host",
                 )

@@ -15,9 +15,9 @@ MOST_STOPS, LONGEST_STOP = 64, 1000  # every token is held against them
 COLDEST = 1e-5  # a temperature below it is greedy: logits divided by 1e-40 are infinite in float32
 MOST_MESSAGES = 512  # a template is rendered once for each answer among them
 PARTS = ("text", "input_text", "output_text")  # of a message's content
-NO_TOOLS = "this server calls no tools; leave it out, or send tool_choice none"
-NO_FUNCTIONS = "this server calls no functions; leave it out, or send function_call none"
-NO_PENALTY = "this server has no penalties, and no bias on single tokens; leave it out"
+NO_TOOLS = "this server does not call tools; leave it out, or send tool_choice: none"
+NO_FUNCTIONS = "this server does not call functions; leave it out, or send function_call: none"
+NO_PENALTY = "penalties and biases are not supported; leave it out"
 
 
 def _text(value: Any) -> Any:
@@ -72,10 +72,10 @@ class Turn(Strict):
     neutral: ClassVar[Neutral] = {"tool_calls": ([],), "annotations": ([],), "refusal": ("",)}
     ignored = frozenset({"name", "annotations"})
     refused: ClassVar[Refused] = {
-        "tool_calls": "this server calls no tools",
-        "function_call": "this server calls no functions",
-        "tool_call_id": "this server calls no tools",
-        "refusal": "a refusal is no text of the conversation; write it as content",
+        "tool_calls": "this server does not call tools",
+        "function_call": "this server does not call functions",
+        "tool_call_id": "this server does not call tools",
+        "refusal": "write a refusal as content",
         "audio": "this model reads text only",
     }
     role: Literal["system", "developer", "user", "assistant"]
@@ -119,13 +119,13 @@ class Asked(Strict):
     })  # fmt: skip
     refused: ClassVar[Refused] = {
         "frequency_penalty": NO_PENALTY, "presence_penalty": NO_PENALTY, "repetition_penalty": NO_PENALTY,
-        "logit_bias": NO_PENALTY, "min_p": "this server has top_p and top_k only",
+        "logit_bias": NO_PENALTY, "min_p": "not supported; top_p and top_k are",
         "tools": NO_TOOLS, "tool_choice": NO_TOOLS, "functions": NO_FUNCTIONS, "function_call": NO_FUNCTIONS,
-        "parallel_tool_calls": "it is true or false",
-        "response_format": "answers are plain text; this server holds them to no JSON and no schema",
+        "parallel_tool_calls": "it must be true or false",
+        "response_format": "answers are plain text; JSON mode and schemas are not supported",
         "modalities": "answers are text only", "audio": "answers are text only",
-        "web_search_options": "this server searches nothing", "moderation": "this server moderates nothing",
-        "suffix": "this server fills in no middles", "echo": "the prompt is not sent back",
+        "web_search_options": "this server does not search the web", "moderation": "this server has no moderation",
+        "suffix": "this server does not fill in the middle of a text", "echo": "this server does not send the prompt back",
     }  # fmt: skip
     _unused: tuple[str, ...] = PrivateAttr(())
 
@@ -141,7 +141,7 @@ class Asked(Strict):
     @model_validator(mode="after")
     def _options_belong_to_streams(self) -> Asked:
         if self.stream_options is not None and not self.stream:
-            raise FieldError("stream_options", "it needs stream=true")
+            raise FieldError("stream_options", "only allowed with stream=true")
         return self
 
     @property
@@ -198,16 +198,18 @@ class ChatRequest(Counted):
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise FieldError("top_logprobs", "it needs logprobs=true")
+            raise FieldError("top_logprobs", "only allowed with logprobs=true")
         check_last(self.source, self.messages)
         goes_on = self.messages[-1].role == "assistant"
         if self.continue_final_message not in (None, goes_on):
             raise FieldError(
-                "continue_final_message", f"the {self.messages[-1].role} speaks last, so it is {_json(goes_on)}"
+                "continue_final_message",
+                f"the last message is from the {self.messages[-1].role}, so this can only be {_json(goes_on)}",
             )
         if self.add_generation_prompt not in (None, not goes_on):
             raise FieldError(
-                "add_generation_prompt", f"the {self.messages[-1].role} speaks last, so it is {_json(not goes_on)}"
+                "add_generation_prompt",
+                f"the last message is from the {self.messages[-1].role}, so this can only be {_json(not goes_on)}",
             )
         return self
 
@@ -245,7 +247,7 @@ class CompletionRequest(Counted):
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
         if self.best_of not in (None, self.n):
-            raise FieldError("best_of", "this server chooses among no answers; ask for n of them")
+            raise FieldError("best_of", "not supported; ask for n answers instead")
         return self
 
     @property
@@ -270,10 +272,14 @@ def check_last(field: str, turns: Sequence[Turn]) -> None:
     """
     last = len(turns) - 1
     if turns[last].role in ("system", "developer"):
-        raise FieldError(f"{field}.{last}.role", f"the {turns[last].role} speaks last; an answer follows the user")
+        raise FieldError(
+            f"{field}.{last}.role",
+            f"the last message is from the {turns[last].role}; it must be from the user, or from the assistant",
+        )
     if turns[last].role == "assistant" and (last == 0 or turns[last - 1].role != "user"):
         raise FieldError(
-            f"{field}.{last}.role", "the assistant's last message is continued, and must follow a message of the user"
+            f"{field}.{last}.role",
+            "a last message from the assistant is continued, so the one before it must be from the user",
         )
 
 

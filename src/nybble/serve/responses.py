@@ -13,7 +13,7 @@ from nybble.data.formats import Conversation, Message
 from nybble.serve.answers import Job, Piece
 from nybble.serve.bodies import chat_logprobs, event
 from nybble.serve.engine import Token
-from nybble.serve.fields import FieldError, Neutral, Refused, RequestError, Strict
+from nybble.serve.fields import FieldError, Neutral, Refused, RequestError, Strict, note
 from nybble.serve.protocol import MOST_MESSAGES, NO_TOOLS, Asked, Turn, check_last
 
 LOGPROBS = "message.output_text.logprobs"  # of include; its other values belong to tools and to reasoning
@@ -29,7 +29,7 @@ def _items(value: Any) -> Any:
 
 def _include(value: Any, info: ValidationInfo) -> Any:
     if isinstance(value, list) and any(item != LOGPROBS for item in value):
-        info.context.append("include")
+        note(info, "include")
     return value
 
 
@@ -39,7 +39,7 @@ class Item(Turn):
     place = "input[]."
     refused: ClassVar[Refused] = {
         **Turn.refused,
-        "type": "messages are the only items that are read: no tool is called, nothing is stored",
+        "type": "only messages are read here: nothing is stored, and no tools are called",
     }
     neutral: ClassVar[Neutral] = {
         **Turn.neutral, "type": ("message",), "status": ("completed", "incomplete", "in_progress"),
@@ -54,7 +54,7 @@ class TextOptions(Strict):
     place = "text."
     neutral: ClassVar[Neutral] = {"format": ({"type": "text"},)}
     ignored = frozenset({"verbosity"})
-    refused: ClassVar[Refused] = {"format": "answers are plain text; this server holds them to no JSON and no schema"}
+    refused: ClassVar[Refused] = {"format": "answers are plain text; JSON mode and schemas are not supported"}
 
 
 class ResponseRequest(Asked):
@@ -74,10 +74,10 @@ class ResponseRequest(Asked):
         "prompt_cache_retention", "reasoning", "truncation", "max_tool_calls", "image", "access_programs", "background_options",
     })  # fmt: skip
     refused: ClassVar[Refused] = {
-        "tools": NO_TOOLS, "tool_choice": NO_TOOLS, "parallel_tool_calls": "it is true or false",
+        "tools": NO_TOOLS, "tool_choice": NO_TOOLS, "parallel_tool_calls": "it must be true or false",
         "previous_response_id": STORED, "conversation": STORED, "prompt": "no prompts are stored here; send input",
-        "background": "an answer comes with its own request; use stream", "moderation": "this server moderates nothing",
-        "context_management": "this server shortens no conversation",
+        "background": "not supported; use stream", "moderation": "this server has no moderation",
+        "context_management": "this server does not shorten conversations",
     }  # fmt: skip
     input: Annotated[list[Item], BeforeValidator(_items), Field(min_length=1, max_length=MOST_MESSAGES)]
     instructions: str | None = None
@@ -90,7 +90,7 @@ class ResponseRequest(Asked):
     @model_validator(mode="after")
     def _consistent(self) -> ResponseRequest:
         if self.top_logprobs and LOGPROBS not in self.include:
-            raise FieldError("top_logprobs", f"it needs include=[{LOGPROBS!r}]")
+            raise FieldError("top_logprobs", f"only allowed with include=[{LOGPROBS!r}]")
         check_last(self.source, self.input)
         return self
 
@@ -118,7 +118,7 @@ class ResponseRequest(Asked):
         return self.input[-1].content if self.input[-1].role == "assistant" else ""
 
 
-class Response:
+class TextResponse:
     """A job as a response, and as the events in which it comes about."""
 
     def __init__(self, job: Job, asked: ResponseRequest) -> None:
