@@ -222,6 +222,7 @@ def test_a_greeting_is_taken_or_refused_as_the_template_has_it(server, monkeypat
     monkeypatch.setitem(server.engine.models, "run", dataclasses.replace(model, template=strict))
     message = check_refused(server.post(model="run", messages=greeted), "messages.0")
     assert message.endswith("fails on turns of assistant, user, assistant: roles must alternate, the user first")
+    check_refused(server.post(RESPONSES, model="run", input=greeted), "input.0")
     system = [{"role": "system", "content": "x"}, *greeted]
     assert server.post(model="run", messages=system, max_tokens=2).status_code == 200  # this one minds the first only
     assert server.post(model="run", messages=ASK, max_tokens=2).status_code == 200

@@ -15,7 +15,6 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from nybble.data.formats import Conversation
 from nybble.data.tokens import encode_begun, encode_prompt, encode_text
 from nybble.errors import DataError
 from nybble.serve.answers import Job
@@ -145,7 +144,7 @@ class Api:
         model, conversation = self._model(asked.model), asked.conversation()
         self._check_number(asked, 1)
         encode = encode_begun if conversation[-1].role == "assistant" else encode_prompt
-        prompt = await self._encode(asked.source, encode, model.template, conversation)
+        prompt = await self._encode(asked.source, encode, model.template, conversation, refused=first_turn(asked))
         return await self._answer(request, asked, model, [prompt])
 
     def _check_number(self, asked: Asked, prompts: int) -> None:
@@ -170,12 +169,17 @@ class Api:
             )
         return self.engine.models[name]
 
-    async def _encode(self, field: str, encode: Any, *arguments: Any) -> list[int]:
-        """Token ids of what was sent; off the event loop, since a long text takes a while."""
+    async def _encode(self, field: str, encode: Any, *arguments: Any, refused: str = "") -> list[int]:
+        """Token ids of what was sent; off the event loop, since a long text takes a while.
+
+        Args:
+            refused: the field to name where it is the template that raises.
+        """
         try:
             ids: list[int] = await asyncio.get_running_loop().run_in_executor(self.encoder, encode, *arguments)
         except DataError as error:  # a control word, or turns that the template cannot say
-            raise RequestError(error.what, param=_blamed(field, error, arguments[-1]), code="invalid_value") from None
+            param = refused if refused and error.__cause__ is not None else field
+            raise RequestError(error.what, param=param, code="invalid_value") from None
         return ids
 
     async def _answer(self, request: Request, asked: Asked, model: Model, prompts: list[list[int]]) -> Response:
@@ -202,12 +206,10 @@ class Api:
         return response
 
 
-def _blamed(field: str, error: DataError, said: str | Conversation) -> str:
-    """The field that a fault is reported for: the first message where that is one that templates refuse as such."""
-    if isinstance(said, str) or error.__cause__ is None:  # with one it is the template that raised
-        return field
-    first = next((n for n, message in enumerate(said) if message.role != "system"), 0)
-    return f"{field}.{first}" if said[first].role == "assistant" else field
+def first_turn(asked: ChatRequest | ResponseRequest) -> str:
+    """The first message that is not the system's, where it is the assistant's: many templates refuse that."""
+    speakers = [n for n, turn in enumerate(asked.turns) if turn.role in ("user", "assistant")]
+    return f"{asked.source}.{speakers[0]}" if asked.turns[speakers[0]].role == "assistant" else ""
 
 
 async def _unless_gone(request: Request, job: Job, shape: Shape) -> Response:

@@ -213,6 +213,11 @@ class ChatRequest(Counted):
             )
         return self
 
+    @property
+    def turns(self) -> Sequence[Turn]:
+        """The messages."""
+        return self.messages
+
     def conversation(self) -> Conversation:
         """As templates take it."""
         return tuple(turn.message() for turn in self.messages)
@@ -230,7 +235,7 @@ class ChatRequest(Counted):
     @property
     def begun(self) -> str:
         """What the assistant said last, if nobody answered it."""
-        return self.messages[-1].content if self.messages[-1].role == "assistant" else ""
+        return self.turns[-1].content if self.turns[-1].role == "assistant" else ""
 
 
 class CompletionRequest(Counted):

@@ -94,6 +94,11 @@ class ResponseRequest(Asked):
         check_last(self.source, self.input)
         return self
 
+    @property
+    def turns(self) -> Sequence[Turn]:
+        """The messages of the input."""
+        return self.input
+
     def conversation(self) -> Conversation:
         """As templates take it: the instructions stand before what else the system says."""
         turns = [item.message() for item in self.input]
@@ -115,7 +120,7 @@ class ResponseRequest(Asked):
     @property
     def begun(self) -> str:
         """What the assistant said last, if nobody answered it."""
-        return self.input[-1].content if self.input[-1].role == "assistant" else ""
+        return self.turns[-1].content if self.turns[-1].role == "assistant" else ""
 
 
 class TextResponse:
