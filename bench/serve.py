@@ -43,6 +43,7 @@ from nybble.run import open_run
 from nybble.serve.app import Limits, make_app
 from nybble.serve.continuous import load_continuous
 from nybble.serve.engine import Engine
+from nybble.serve.guard import Door
 from nybble.serve.metrics import Metrics
 from nybble.serve.pipeline import PipelineEngine
 from nybble.serve.server import listen, short_turns
@@ -76,7 +77,7 @@ def bare_adapter(base: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
 def served(engine: Engine, metrics: Metrics) -> Iterator[str]:
     """A server around an engine, on loopback."""
     listener = listen("127.0.0.1", 0)
-    config = uvicorn.Config(make_app(engine, metrics, Limits(), None), log_config=None, lifespan="off", ws="none")
+    config = uvicorn.Config(make_app(engine, metrics, Limits(), Door()), log_config=None, lifespan="off", ws="none")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from nybble.run import Run, open_run
 from nybble.serve.app import Limits, make_app
+from nybble.serve.guard import Door
 from nybble.serve.metrics import Metrics
 from nybble.serve.server import listen
 
@@ -54,11 +55,11 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(make_engine, limits=None, key=None) -> Iterator[Served]:
+def serving(make_engine, limits=None, key=None, origins=(), hosts=()) -> Iterator[Served]:
     metrics = Metrics()
     engine = make_engine(metrics)
     listener = listen("127.0.0.1", 0)
-    app = make_app(engine, metrics, limits or Limits(timeout=60), key)
+    app = make_app(engine, metrics, limits or Limits(timeout=60), Door(key, origins, hosts))
     config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=60)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -317,19 +317,6 @@ def test_a_reader_that_never_reads_is_cut_off(monkeypatch):
             accepted.sendall(bytes(50_000_000))
 
 
-def test_a_full_queue_sends_away_and_says_when_to_come_back(runs, cache, tiny_llama):
-    with serving(lambda metrics: load_pipeline(runs[:1], metrics, device="cpu", queue=4, cache=cache)) as server:
-        long = long_answer(tiny_llama.name)
-        with server.http.stream("POST", f"{server.url}/v1/chat/completions", json=long) as response:
-            next(response.iter_lines())
-            refused = server.post(**(long | {"n": 5}))
-            assert refused.status_code == 429
-            assert int(refused.headers["retry-after"]) >= 1
-            assert refused.json()["error"]["type"] == "rate_limit_error"
-            assert refused.json()["error"]["code"] == "queue_full"
-            assert server.chat("run", ASKED, max_tokens=2, n=4)["choices"]  # there is room for four
-
-
 def test_what_takes_too_long_is_given_up(runs, cache, tiny_llama):
     make = lambda metrics: load_pipeline(runs[:1], metrics, device="cpu", queue=64, cache=cache)  # noqa: E731
     with serving(make, Limits(timeout=0.3)) as server:

@@ -78,6 +78,13 @@ def test_continuous_batching_answers_each_as_generate_does(merged, cache):
         )
         assert server.chat("merged-run", "go on", max_tokens=4, temperature=2, top_k=10**30)["choices"]
         assert warm.usage.completion_tokens > 2
+        greedy = server.chat("merged-run", "go on", max_tokens=4, temperature=0)["choices"]
+        assert server.chat("merged-run", "go on", max_tokens=4, temperature=2, top_p=0)["choices"] == greedy
+        assert client.responses.create(
+            model="merged-run", input="go on", temperature=0, max_output_tokens=4
+        ).output_text
+        asked = {"model": "merged-run", "input": "x", "include": ["message.output_text.logprobs"]}
+        assert server.post("/v1/responses", **asked).json()["error"]["param"] == "include"
         for refused, field in (({"seed": 1}, "seed"), ({"logprobs": True}, "logprobs")):
             answer = server.post(model="merged-run", messages=user("x"), **refused)
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)

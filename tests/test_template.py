@@ -12,7 +12,7 @@ from conftest import SHARED, small_tokenizer
 from nybble.data.fit import cut_text, halve, last_answer
 from nybble.data.formats import Message
 from nybble.data.template import CONTROL_WORD, Template, choose_template
-from nybble.data.tokens import Tokens, encode, encode_prompt
+from nybble.data.tokens import Tokens, encode, encode_begun, encode_prompt
 from nybble.errors import DataError
 from nybble.model.tokenizer import load_tokenizer
 
@@ -179,6 +179,59 @@ def test_decoding_what_is_trained_gives_back_the_answers(name, said, system, con
     assert got == "".join(wanted)
     last = last_answer(tokens)
     assert trained_text(tokenizer, last) == wanted[-1]
+
+
+@pytest.mark.parametrize("name", ["alpaca", "llama2", "plain"])
+@given(said=st.lists(TEXT | st.sampled_from(["</s>", "<s> x"]), min_size=2, max_size=6), system=st.none() | TEXT)
+def test_an_answer_goes_on_from_the_ids_that_training_has_for_its_beginning(name, said, system):
+    conversation = turns(*said[: len(said) // 2 * 2], system=system)
+    template = choose_template(small_tokenizer(), name, "messages")
+    (tokens,) = encode(template, [conversation])
+    begun = encode_begun(template, conversation)
+    assert tokens.ids[: len(begun)] == begun
+    rest = template.tokenizer.decode(tokens.ids[len(begun) :])
+    assert rest == (" </s>" if name == "llama2" else "</s>"), "only what ends the answer is left out"
+    prompt = encode_prompt(template, conversation[:-1])
+    assert begun[: len(prompt)] == prompt
+    empty = (*conversation[:-1], Message("assistant", " " if name != "plain" else ""))
+    assert encode_begun(template, empty) == prompt, "an answer without a beginning is just asked for"
+
+
+def test_an_answer_goes_on_in_sentencepiece_and_in_chatml_as_trained(llama2_like):
+    piece = sentencepiece.SentencePieceProcessor(str(SHARED / "llama2-tokenizer" / "tokenizer.model"))
+    template = choose_template(load_tokenizer(llama2_like), "llama2", "messages")
+    assert encode_begun(template, turns("2+2?", "It is ")) == [1, *piece.encode("[INST] 2+2? [/INST] It is")]
+    whole = piece.encode("[INST] 2+2? [/INST] It is four")
+    assert whole[: len(piece.encode("[INST] 2+2? [/INST] It is"))] == piece.encode("[INST] 2+2? [/INST] It is")
+    tokenizer = small_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    begun = encode_begun(choose_template(tokenizer, "model", "messages"), turns("red", "blue", "cat", "dog <|im_end|>"))
+    assert tokenizer.decode(begun).endswith("<|im_start|>assistant\ndog <|im_end|>")
+    assert begun.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3, "what was said is no control token"
+
+
+GREETED = (Message("assistant", "hello"), Message("user", "red"))
+NEEDS_A_USER = (
+    "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('roles must alternate, the user first') }}{% endif %}"
+    "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+)
+
+
+def test_a_conversation_may_begin_with_the_assistant_where_the_template_can_say_it():
+    tokenizer = small_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    for source in (CHATML, "{% if messages[0]['role'] != 'system' %}be brief{% endif %}" + CHATML):
+        tokenizer.chat_template = source
+        text = tokenizer.decode(encode_prompt(choose_template(tokenizer, "model", "messages"), GREETED))
+        assert text == tokenizer.apply_chat_template(
+            [{"role": m.role, "content": m.content} for m in GREETED], tokenize=False, add_generation_prompt=True
+        )
+    for name in ("alpaca", "llama2", "plain"):
+        ids = encode_prompt(choose_template(small_tokenizer(), name, "messages"), GREETED)
+        assert ids.count(2) == 1, "the greeting is closed"
+    with pytest.raises(DataError, match=r"fails on turns of assistant, user.*: roles must alternate, the user first"):
+        encode_prompt(Template(small_tokenizer(), "mine.jinja", NEEDS_A_USER), GREETED)
 
 
 @given(text=TEXT)

@@ -127,6 +127,13 @@ def serve(
     api_key_file: Annotated[
         pathlib.Path | None, typer.Option(help="File with the key in its first line; - is standard input.")
     ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Web page whose scripts may use the server (CORS), e.g. https://app.example; repeatable."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Host name to answer to without a key, besides localhost; repeatable.")
+    ] = None,
     engine: Annotated[str, typer.Option(help="pipeline, continuous (one merged run) or vllm.")] = "pipeline",
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     base: Annotated[str | None, typer.Option(help="Where the base model is now, if it moved.")] = None,
@@ -141,13 +148,15 @@ def serve(
     quiet()
     try:
         from nybble.serve.app import Limits
+        from nybble.serve.guard import make_door
         from nybble.serve.server import Place, read_key
         from nybble.serve.server import serve as listen
     except ModuleNotFoundError as error:
         raise ServeError(
             f"the server needs packages that are not installed ({error})", fix="pip install 'nybble[serve]'"
         ) from error
-    place, limits = Place(host, port, read_key(api_key, api_key_file)), Limits(timeout, log_prompts, queue)
+    door = make_door(read_key(api_key, api_key_file), allow_origin or (), allow_host or ())
+    place, limits = Place(host, port, door), Limits(timeout, log_prompts, queue)
     try:
         listen(opened, place, Console(), engine=engine, device=device, limits=limits)
     except KeyboardInterrupt:  # uvicorn raises it again once everything has finished

@@ -130,6 +130,16 @@ class Template:
             first -= 1
         return self._fill(skeleton[:first], messages, generation=True)
 
+    def begun_runs(self, conversation: Conversation) -> list[Run | Part]:
+        """A conversation whose last answer is to be continued: up to the last character of it."""
+        messages = self._messages(conversation)
+        assert messages[-1].role == "assistant", "only an answer is continued"
+        if not messages[-1].content:
+            return self.prompt_runs(conversation[:-1])
+        skeleton = self._skeleton(_shape(messages))
+        last = max(n for n, part in enumerate(skeleton) if part.message == len(messages) - 1)
+        return self._fill(skeleton[: last + 1], messages, begun=True)
+
     def _document(self, text: str) -> list[Run | Part]:
         """Text without turns, all of it trained: BOS, the text, EOS, whatever the template says of turns."""
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
@@ -180,7 +190,9 @@ class Template:
 
     def _answer_span(self, text: str, messages: list[dict[str, str]], n: int, end: int) -> tuple[int, int]:
         """Characters from the end of the prompt of answer `n` to the end of the control token that closes it."""
-        prompt = self._render(messages[:n], generation=True)
+        # a greeting has no prompt: nothing asks for it, and templates render nothing without messages
+        greeting = text[: text.index(messages[0]["content"])]
+        prompt = self._render(messages[:n], generation=True) if n else greeting
         if not text.startswith(prompt):
             raise DataError(
                 f"the template {self.name} renders a prompt that is no beginning of prompt and answer, so what is "
@@ -212,7 +224,9 @@ class Template:
                 parts.append(Part("text", learn, text=piece))
         return parts
 
-    def _fill(self, skeleton: list[Part], messages: Conversation, *, generation: bool = False) -> list[Run | Part]:
+    def _fill(
+        self, skeleton: list[Part], messages: Conversation, *, generation: bool = False, begun: bool = False
+    ) -> list[Run | Part]:
         """Put the messages in, join what lies between control tokens, and hold the result against the template."""
         runs: list[Run | Part] = []
         text, boundary, whole = "", None, []
@@ -228,11 +242,12 @@ class Template:
             if part.trained and boundary is None:
                 boundary = len(text)
             text += part.text if part.kind == "text" else _slot_text(messages[part.message], part.field)
-        self._verify("".join(whole), messages, generation)
+        self._verify("".join(whole), messages, generation, begun)
         return runs
 
-    def _verify(self, composed: str, messages: Conversation, generation: bool) -> None:
-        if composed != self._render([_as_dict(message) for message in messages], generation):
+    def _verify(self, composed: str, messages: Conversation, generation: bool, begun: bool) -> None:
+        rendered = self._render([_as_dict(message) for message in messages], generation)
+        if composed != (rendered[: len(composed)] if begun else rendered):
             raise DataError(
                 f"the template {self.name} rewrites what messages say, so prompt and answer cannot be told apart",
                 fix="data.template=alpaca, llama2 or a Jinja file that writes messages as they are",

@@ -35,6 +35,12 @@ def encode_prompt(template: Template, conversation: Conversation) -> list[int]:
     return tokens.ids
 
 
+def encode_begun(template: Template, conversation: Conversation) -> list[int]:
+    """Token ids of a conversation that ends in the middle of an answer: those of training, without what ends the answer."""
+    (tokens,) = join(template.tokenizer, [template.begun_runs(conversation)])
+    return tokens.ids
+
+
 def encode_text(template: Template, text: str) -> list[int]:
     """Token ids of the beginning of a document, which a model goes on with: as text without turns is trained."""
     *begin, _ = template.runs((Message("text", text),))

@@ -13,13 +13,15 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from nybble.serve.engine import Answer, Engine, GenerationError, Mailbox, Model, Request, Token
+from nybble.serve.fields import RequestError
 from nybble.serve.metrics import Metrics
-from nybble.serve.protocol import ChatRequest, CompletionRequest, RequestError
+from nybble.serve.protocol import Asked
 from nybble.serve.text import TextStream
 
 log = logging.getLogger("nybble.serve")
+MOST_KEPT = 2**24  # top_k: more than any vocabulary has, and exact in float32
 LONGEST_ANSWER = 1024  # tokens, of a chat that names no limit
-BEFORE = 8  # tokens of a plain prompt that its continuation is decoded after
+BEFORE = 8  # tokens of a text that its continuation is decoded after
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Job:
     """The answers to one request.
 
     Args:
-        prompts: token ids, one list a prompt; each is answered `asked.n` times.
+        prompts: token ids, one list a prompt; each is answered `asked.answers` times.
         timeout: seconds until it is given up.
 
     Raises:
@@ -61,7 +63,7 @@ class Job:
 
     def __init__(
         self,
-        asked: ChatRequest | CompletionRequest,
+        asked: Asked,
         model: Model,
         prompts: Sequence[list[int]],
         engine: Engine,
@@ -71,21 +73,21 @@ class Job:
         log_prompts: bool = False,
     ) -> None:
         self.asked, self.model, self.metrics, self.log_prompts = asked, model, metrics, log_prompts
-        chat = isinstance(asked, ChatRequest)
-        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
+        self.id = f"{asked.id_prefix}{secrets.token_hex(12)}"
         self.created = int(time.time())
         self.timeout, self.began, self.first = timeout, time.perf_counter(), 0.0
         self.deadline = asyncio.get_running_loop().time() + timeout
         self.prompt_tokens = sum(map(len, prompts))
-        requests = [self._request(prompt, number) for prompt in prompts for number in range(asked.n)]
+        requests = [self._request(prompt, number) for prompt in prompts for number in range(asked.answers)]
         if refusal := engine.refuses(requests[0]):
-            raise RequestError(refusal[1], param=refusal[0], code="unsupported_parameter")
+            field, why = refusal
+            raise RequestError(why, param=asked.spelt.get(field, field), code="unsupported_parameter")
         self.mailbox = Mailbox()
         answers = engine.submit(requests, self.mailbox)
         self.tokenizer: PreTrainedTokenizerBase = model.template.tokenizer
         self.ends = {model.template.end_id, self.tokenizer.eos_token_id}
         self.choices = [
-            Choice(index, answer, self._stream(request, chat), request.prompt)
+            Choice(index, answer, self._stream(request), request.prompt)
             for index, (request, answer) in enumerate(zip(requests, answers, strict=True))
         ]
 
@@ -135,19 +137,24 @@ class Job:
         limit = asked.limit or min(LONGEST_ANSWER, room)
         if limit > room or room < 1:
             raise RequestError(
-                f"the prompt has {len(prompt):,} tokens and max_tokens is {max(limit, 1):,}; {self.model.name} knows "
+                f"the prompt has {len(prompt):,} tokens and {asked.limit_field} is {max(limit, 1):,}; {self.model.name} knows "
                 f"{self.model.positions:,} positions",
-                param="messages" if isinstance(asked, ChatRequest) else "prompt",
+                param=asked.source,
                 code="context_length_exceeded",
             )
         seed = None if asked.seed is None else (asked.seed + number) % 2**64  # random.Random takes -1 for 1
-        return Request(
-            self.model.name, prompt, limit, asked.temperature, asked.top_p, max(asked.top_k, 0), seed, asked.likeliest
-        )
+        greedy = asked.top_p == 0  # of the likeliest tokens that make up nothing, the first is left
+        temperature, top_p = (0.0, 1.0) if greedy else (asked.temperature, asked.top_p)
+        top_k = min(max(asked.top_k, 0), MOST_KEPT)
+        return Request(self.model.name, prompt, limit, temperature, top_p, top_k, seed, asked.likeliest)
 
-    def _stream(self, request: Request, chat: bool) -> TextStream:
-        before = [] if chat else request.prompt[-BEFORE:]
-        return TextStream(self.model.template.tokenizer, self.asked.stop, before, strip=chat)
+    def _stream(self, request: Request) -> TextStream:
+        template, chat, said = self.model.template, self.asked.is_chat, self.asked.begun
+        kept = said if template.verbatim else said.strip()
+        before = request.prompt[-BEFORE:] if kept or not chat else []
+        # white space that the template took from the end of what was said is not to come back with the rest
+        begun = bool(kept) and said.endswith(kept)
+        return TextStream(template.tokenizer, self.asked.stop, before, strip=chat, begun=begun)
 
     def _more(self, choice: Choice, token: Token) -> Piece:
         if not self.first:
@@ -185,9 +192,10 @@ class Job:
         seconds = time.perf_counter() - self.began
         ends = ", ".join(str(choice.finish) for choice in self.choices)
         log.info(
-            "%s: %d + %d tokens, the first after %.2f s, all in %.2f s (%.1f a second); %s",
+            "%s: %d + %d tokens, the first after %.2f s, all in %.2f s (%.1f a second); %s%s",
             self.model.name, self.prompt_tokens, self.completion_tokens, self.first, seconds,
             self.completion_tokens / seconds, ends,
+            f"; ignored {', '.join(self.asked.unused)}" if self.asked.unused else "",
         )  # fmt: skip
         if self.log_prompts:
             for choice in self.choices:

@@ -13,18 +13,37 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from nybble.data.tokens import encode_prompt, encode_text
+from nybble.data.tokens import encode_begun, encode_prompt, encode_text
 from nybble.errors import DataError
 from nybble.serve.answers import Job
-from nybble.serve.bodies import DONE, chunks, closing, event, model_entry, opening, whole
+from nybble.serve.bodies import Completion, Shape, model_entry
 from nybble.serve.engine import BusyError, Engine, GenerationError, Model
-from nybble.serve.guard import Guard, read_body
+from nybble.serve.fields import RequestError
+from nybble.serve.guard import Door, Guard, open_to, read_body
 from nybble.serve.metrics import CONTENT_TYPE, Metrics
-from nybble.serve.protocol import ChatRequest, CompletionRequest, RequestError, parse
+from nybble.serve.protocol import Asked, ChatRequest, CompletionRequest, parse
+from nybble.serve.responses import ResponseRequest, TextResponse
 
 NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients would ask again, and wait as long again
+ABSENT = {
+    # OpenAI's other routes, and what there is instead
+    "/v1/embeddings": "the models here generate text; they make no embeddings",
+    "/v1/images": "the models here generate text; they make no images",
+    "/v1/audio": "the models here generate text; they have no audio",
+    "/v1/moderations": "the models here generate text; they do not moderate it",
+    "/v1/responses/": "responses are not stored, so they cannot be retrieved, cancelled or deleted",
+    "/v1/chat/completions/": "answers are not stored, so they cannot be retrieved or deleted",
+    "/v1/conversations": "conversations are not stored; send all messages with each request",
+    "/v1/files": "files are not stored; nybble train reads them from disk",
+    "/v1/fine_tuning": "use nybble train",
+    "/v1/batches": "send the requests together; the server batches them",
+    "/v1/assistants": "use /v1/chat/completions or /v1/responses",
+    "/v1/threads": "use /v1/chat/completions or /v1/responses",
+    "/v1/vector_stores": "nothing is stored",
+    "/api/": "Ollama's own routes are not supported; its OpenAI address, /v1, is",
+}
 SAFE = {
     # the page loads nothing, and nothing may frame it
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -48,9 +67,9 @@ class Limits:
 class EventStream(StreamingResponse):
     """Server-sent events of one job: whatever ends it, a reader that is gone or too slow included, ends the job."""
 
-    def __init__(self, job: Job) -> None:
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would hold the pieces back
-        super().__init__(_events(job), media_type="text/event-stream", headers=headers)
+    def __init__(self, job: Job, shape: Shape, headers: dict[str, str]) -> None:
+        own = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would hold the pieces back
+        super().__init__(_events(job, shape), media_type="text/event-stream", headers=own | headers)
         self.job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -98,16 +117,17 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         """The assistant's next message."""
-        asked = parse(ChatRequest, await read_body(request))
-        model = self._model(asked.model)
-        conversation = tuple(turn.message() for turn in asked.messages)
-        prompt = await self._encode("messages", encode_prompt, model.template, conversation)
-        return await self._answer(request, asked, model, [prompt])
+        return await self._converse(request, parse(ChatRequest, await read_body(request)))
+
+    async def respond(self, request: Request) -> Response:
+        """The same by the Responses API."""
+        return await self._converse(request, parse(ResponseRequest, await read_body(request)))
 
     async def complete(self, request: Request) -> Response:
         """What follows a text."""
         asked = parse(CompletionRequest, await read_body(request))
         model = self._model(asked.model)
+        self._check_number(asked, len(asked.prompt))
         prompts = [
             prompt if isinstance(prompt, list) else await self._encode("prompt", encode_text, model.template, prompt)
             for prompt in asked.prompt
@@ -120,6 +140,24 @@ class Api:
                 raise RequestError(f"token ids go from 0 to {size - 1:,}", param="prompt", code="invalid_value")
         return await self._answer(request, asked, model, prompts)
 
+    async def _converse(self, request: Request, asked: ChatRequest | ResponseRequest) -> Response:
+        model, conversation = self._model(asked.model), asked.conversation()
+        self._check_number(asked, 1)
+        encode = encode_begun if conversation[-1].role == "assistant" else encode_prompt
+        prompt = await self._encode(asked.source, encode, model.template, conversation, refused=first_turn(asked))
+        return await self._answer(request, asked, model, [prompt])
+
+    def _check_number(self, asked: Asked, prompts: int) -> None:
+        """More answers than may ever wait would be sent away with 429 for ever."""
+        if asked.answers * prompts <= self.engine.queue:
+            return
+        raise RequestError(
+            f"this request asks for {asked.answers * prompts:,} answers, and at most {self.engine.queue:,} can wait in the "
+            "queue; send fewer at once, or start the server with a larger --queue",
+            param="n" if prompts == 1 else asked.source,
+            code="too_many_answers",
+        )
+
     def _model(self, name: str) -> Model:
         if name not in self.engine.models:
             there = ", ".join(self.engine.models)
@@ -131,17 +169,20 @@ class Api:
             )
         return self.engine.models[name]
 
-    async def _encode(self, field: str, encode: Any, *arguments: Any) -> list[int]:
-        """Token ids of what was sent; off the event loop, since a long text takes a while."""
+    async def _encode(self, field: str, encode: Any, *arguments: Any, refused: str = "") -> list[int]:
+        """Token ids of what was sent; off the event loop, since a long text takes a while.
+
+        Args:
+            refused: the field to name where it is the template that raises.
+        """
         try:
             ids: list[int] = await asyncio.get_running_loop().run_in_executor(self.encoder, encode, *arguments)
         except DataError as error:  # a control word, or turns that the template cannot say
-            raise RequestError(error.what, param=field, code="invalid_value") from None
+            param = refused if refused and error.__cause__ is not None else field
+            raise RequestError(error.what, param=param, code="invalid_value") from None
         return ids
 
-    async def _answer(
-        self, request: Request, asked: ChatRequest | CompletionRequest, model: Model, prompts: list[list[int]]
-    ) -> Response:
+    async def _answer(self, request: Request, asked: Asked, model: Model, prompts: list[list[int]]) -> Response:
         try:
             job = Job(
                 asked, model, prompts, self.engine, self.metrics,
@@ -156,19 +197,29 @@ class Api:
             ) from None
         except GenerationError as error:
             raise RequestError(str(error), status=503, headers=NO_RETRY) from None
+        shape = TextResponse(job, asked) if isinstance(asked, ResponseRequest) else Completion(job)
+        headers = {"x-nybble-ignored": ", ".join(asked.unused)} if asked.unused else {}
         if asked.stream:
-            return EventStream(job)
-        return await _unless_gone(request, job)
+            return EventStream(job, shape, headers)
+        response = await _unless_gone(request, job, shape)
+        response.headers.update(headers)
+        return response
 
 
-async def _unless_gone(request: Request, job: Job) -> Response:
+def first_turn(asked: ChatRequest | ResponseRequest) -> str:
+    """The first message that is not the system's, where it is the assistant's: many templates refuse that."""
+    speakers = [n for n, turn in enumerate(asked.turns) if turn.role in ("user", "assistant")]
+    return f"{asked.source}.{speakers[0]}" if asked.turns[speakers[0]].role == "assistant" else ""
+
+
+async def _unless_gone(request: Request, job: Job, shape: Shape) -> Response:
     """The whole answer, unless its reader leaves before."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    work, leaving = asyncio.ensure_future(_whole(job)), asyncio.ensure_future(gone())
+    work, leaving = asyncio.ensure_future(_whole(job, shape)), asyncio.ensure_future(gone())
     try:
         await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
         return await work if work.done() else Response(status_code=499)  # nobody reads it; it stands in the metrics
@@ -178,28 +229,28 @@ async def _unless_gone(request: Request, job: Job) -> Response:
         job.cancel()
 
 
-async def _whole(job: Job) -> Response:
+async def _whole(job: Job, shape: Shape) -> Response:
     try:
         async for _ in job.pieces():
             pass
     except (TimeoutError, GenerationError) as error:
         raise _failure(job, error) from None
-    return JSONResponse(whole(job))
+    return JSONResponse(shape.whole())
 
 
-async def _events(job: Job) -> AsyncIterator[bytes]:
-    for chunk in opening(job):
-        yield event(chunk)
+async def _events(job: Job, shape: Shape) -> AsyncIterator[bytes]:
+    for event in shape.opening():
+        yield event
     try:
         async for piece in job.pieces():
-            for chunk in chunks(job, piece):
-                yield event(chunk)
+            for event in shape.piece(piece):
+                yield event
     except (TimeoutError, GenerationError) as error:
-        yield event(_failure(job, error).body())
-        return
-    for chunk in closing(job):
-        yield event(chunk)
-    yield DONE
+        last = shape.failure(_failure(job, error))
+    else:
+        last = shape.closing()
+    for event in last:
+        yield event
 
 
 def _failure(job: Job, error: Exception) -> RequestError:
@@ -213,7 +264,7 @@ def _failure(job: Job, error: Exception) -> RequestError:
     return RequestError(str(error), status=503, code="engine_failed", headers=NO_RETRY)
 
 
-def make_app(engine: Engine, metrics: Metrics, limits: Limits, key: str | None) -> Guard:
+def make_app(engine: Engine, metrics: Metrics, limits: Limits, door: Door) -> ASGIApp:
     """The whole server, as an ASGI application."""
     api = Api(engine, metrics, limits)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -224,6 +275,7 @@ def make_app(engine: Engine, metrics: Metrics, limits: Limits, key: str | None) 
     app.add_api_route("/v1/models/{name:path}", api.model)
     app.add_api_route("/v1/chat/completions", api.chat, methods=["POST"])
     app.add_api_route("/v1/completions", api.complete, methods=["POST"])
+    app.add_api_route("/v1/responses", api.respond, methods=["POST"])
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
@@ -231,12 +283,15 @@ def make_app(engine: Engine, metrics: Metrics, limits: Limits, key: str | None) 
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
+        path = request.url.path
         what = "there is no route" if error.status_code == 404 else f"{error.detail}:"
+        why = next((f": {why}" for route, why in ABSENT.items() if path.startswith(route)), "")
         return await refused(
             request,
             RequestError(
-                f"{what} {request.method} {request.url.path[:200]}",
+                f"{what} {request.method} {path[:200]}{why}",
                 status=error.status_code,
+                code="unsupported" if why else None,
                 headers=dict(error.headers or {}),
             ),
         )
@@ -245,4 +300,4 @@ def make_app(engine: Engine, metrics: Metrics, limits: Limits, key: str | None) 
     async def defect(request: Request, error: Exception) -> Response:
         return await refused(request, RequestError("a defect of the server; its log says more", status=500))
 
-    return Guard(app, metrics, key)
+    return open_to(door.origins, Guard(app, metrics, door))

@@ -1,22 +1,73 @@
-"""Answers in OpenAI's shapes, whole and in chunks."""
+"""Answers of chat and plain completions in OpenAI's shapes, whole and in chunks."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from nybble.serve.answers import Choice, Job, Piece
 from nybble.serve.engine import Model, Token
-from nybble.serve.protocol import ChatRequest
+from nybble.serve.fields import RequestError
 from nybble.serve.text import spelling
 
 DONE = b"data: [DONE]\n\n"
 
 
-def event(body: dict[str, Any]) -> bytes:
+class Shape(Protocol):
+    """What an API makes of a job."""
+
+    def whole(self) -> dict[str, Any]:
+        """The answer to a request that is not streamed."""
+
+    def opening(self) -> list[bytes]:
+        """The events that a stream begins with."""
+
+    def piece(self, piece: Piece) -> list[bytes]:
+        """The events of a piece of an answer, and of its end."""
+
+    def closing(self) -> list[bytes]:
+        """The events that a stream ends with."""
+
+    def failure(self, error: RequestError) -> list[bytes]:
+        """The events that a stream ends with where no answer could be made."""
+
+
+class Completion:
+    """Chat and plain completions."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def whole(self) -> dict[str, Any]:
+        """The answer to a request that is not streamed."""
+        choices = [_whole_choice(self.job, choice) for choice in self.job.choices]
+        return {**_head(self.job, self.job.asked.kind), "choices": choices, "usage": usage(self.job)}
+
+    def opening(self) -> list[bytes]:
+        """What a stream begins with: in a chat, who speaks."""
+        if not self.job.asked.is_chat:
+            return []
+        said = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        return [event(_chunk(self.job, [{"index": choice.index, **said}])) for choice in self.job.choices]
+
+    def piece(self, piece: Piece) -> list[bytes]:
+        """A piece of an answer, and its end."""
+        return [event(chunk) for chunk in _chunks(self.job, piece)]
+
+    def closing(self) -> list[bytes]:
+        """What a stream ends with: the count of tokens, where it was asked for."""
+        return [*([event({**_chunk(self.job, []), "usage": usage(self.job)})] if _counts(self.job) else []), DONE]
+
+    def failure(self, error: RequestError) -> list[bytes]:
+        """An error in place of a chunk."""
+        return [event(error.body())]
+
+
+def event(body: dict[str, Any], name: str = "") -> bytes:
     """One server-sent event."""
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 
 def model_entry(model: Model, created: int) -> dict[str, Any]:
@@ -33,26 +84,11 @@ def usage(job: Job) -> dict[str, int]:
     return {"prompt_tokens": job.prompt_tokens, "completion_tokens": made, "total_tokens": job.prompt_tokens + made}
 
 
-def whole(job: Job) -> dict[str, Any]:
-    """The answer to a request that is not streamed."""
-    choices = [_whole_choice(job, choice) for choice in job.choices]
-    return {**_head(job, job.asked.kind), "choices": choices, "usage": usage(job)}
-
-
-def opening(job: Job) -> list[dict[str, Any]]:
-    """What a stream begins with: in a chat, who speaks."""
-    if not isinstance(job.asked, ChatRequest):
-        return []
-    said = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-    return [_chunk(job, [{"index": choice.index, **said}]) for choice in job.choices]
-
-
-def chunks(job: Job, piece: Piece) -> list[dict[str, Any]]:
-    """A piece of an answer, and its end."""
+def _chunks(job: Job, piece: Piece) -> list[dict[str, Any]]:
     choice = piece.choice
     end = choice.finish
-    if isinstance(job.asked, ChatRequest):
-        logprobs = _chat_logprobs(job, piece.tokens) if piece.tokens else None
+    if job.asked.is_chat:
+        logprobs = chat_logprobs(job, piece.tokens) if piece.tokens else None
         parts: list[dict[str, Any]] = [{"delta": {"content": piece.text}, "logprobs": logprobs, "finish_reason": None}]
         parts = parts if piece.text or piece.tokens else []
         parts += [{"delta": {}, "logprobs": None, "finish_reason": end}] if end else []
@@ -61,11 +97,6 @@ def chunks(job: Job, piece: Piece) -> list[dict[str, Any]]:
         logprobs = _plain_logprobs(job, piece.tokens, offset) if piece.tokens else None
         parts = [{"text": piece.text, "logprobs": logprobs, "finish_reason": end}]
     return [_chunk(job, [{"index": choice.index, **part}]) for part in parts]
-
-
-def closing(job: Job) -> list[dict[str, Any]]:
-    """What a stream ends with: the count of tokens, where it was asked for."""
-    return [{**_chunk(job, []), "usage": usage(job)}] if _counts(job) else []
 
 
 def _counts(job: Job) -> bool:
@@ -77,22 +108,24 @@ def _head(job: Job, kind: str) -> dict[str, Any]:
 
 
 def _chunk(job: Job, choices: list[dict[str, Any]]) -> dict[str, Any]:
-    kind = "chat.completion.chunk" if isinstance(job.asked, ChatRequest) else "text_completion"
+    kind = "chat.completion.chunk" if job.asked.is_chat else "text_completion"
     return {**_head(job, kind), "choices": choices, **({"usage": None} if _counts(job) else {})}
 
 
 def _whole_choice(job: Job, choice: Choice) -> dict[str, Any]:
     asked = job.asked.likeliest is not None
-    if isinstance(job.asked, ChatRequest):
+    if job.asked.is_chat:
         said: dict[str, Any] = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-        logprobs = _chat_logprobs(job, choice.shown) if asked else None
+        logprobs = chat_logprobs(job, choice.shown) if asked else None
     else:
         said = {"text": choice.text}
         logprobs = _plain_logprobs(job, choice.shown, 0) if asked else None
     return {"index": choice.index, **said, "logprobs": logprobs, "finish_reason": choice.finish}
 
 
-def _chat_logprobs(job: Job, tokens: Sequence[Token]) -> dict[str, Any]:
+def chat_logprobs(job: Job, tokens: Sequence[Token]) -> dict[str, Any]:
+    """Tokens with their own log probabilities and those of the likeliest."""
+
     def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
         text, raw = spelling(job.tokenizer, token_id)
         return {"token": text, "logprob": logprob, "bytes": list(raw)}

@@ -128,6 +128,8 @@ class Engine(Protocol):
     """What makes tokens."""
 
     name: str
+    queue: int
+    """Answers that may wait: no request can ask for more."""
     about: str
     """Why this one, and what it does not batch together: a line for the terminal."""
 

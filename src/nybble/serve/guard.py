@@ -6,21 +6,26 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import re
 import socket
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nybble.errors import ServeError
+from nybble.serve.fields import RequestError
 from nybble.serve.metrics import Metrics
-from nybble.serve.protocol import RequestError
 
 BODY = 4 * 2**20  # bytes of a request; 128,000 tokens of English are half a megabyte
 DRAIN = 64 * 2**20  # bytes of one that is too large which are read and forgotten, so that its sender hears the answer
 PATIENCE = 30  # seconds for a request's body to arrive
 OPEN = {"/", "/health"}  # without a key: the page has no secret, and says nothing before it has one
-ROUTES = {*OPEN, "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions"}
+ROUTES = {*OPEN, "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses"}
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@*]+")
+HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?")
 KEY = "python -c 'import secrets; print(secrets.token_urlsafe())' > key.txt, then --api-key-file key.txt"
 
 
@@ -53,16 +58,67 @@ def check_open_to(host: str, key: str | None) -> bool:
     return local
 
 
+@dataclass(frozen=True)
+class Door:
+    """Who is let in."""
+
+    key: str | None = None
+    origins: tuple[str, ...] = ()
+    """Web pages that may ask, by scheme and host: https://app.example; * is any."""
+    hosts: tuple[str, ...] = ()
+    """Names by which the server may be spoken to without a key, beside this machine's own."""
+
+
+def make_door(key: str | None, origins: Sequence[str], hosts: Sequence[str]) -> Door:
+    """What the options say.
+
+    Raises:
+        ServeError: an origin or a host is none, or every page is let in without a key.
+    """
+    cleaned = tuple(origin.rstrip("/").lower() for origin in origins)
+    for origin, given in zip(cleaned, origins, strict=True):
+        if origin != "*" and not ORIGIN.fullmatch(origin):
+            raise ServeError(
+                f"--allow-origin {given} is not the origin of a web page: a scheme and a host, without a path",
+                fix="--allow-origin https://app.example, or --allow-origin http://localhost:3000",
+            )
+    if "*" in cleaned and not key:
+        raise ServeError(
+            "--allow-origin '*' without an API key lets every web page that a browser here opens use this model",
+            fix=f"{KEY}; or name the pages: --allow-origin https://app.example",
+        )
+    for host in hosts:
+        if not HOST.fullmatch(host):
+            raise ServeError(
+                f"--allow-host {host} is not the name of a host: no scheme, no port, no path",
+                fix="--allow-host gpu.example",
+            )
+    return Door(key, cleaned, tuple(host.lower() for host in hosts))
+
+
+def open_to(origins: Sequence[str], app: ASGIApp) -> ASGIApp:
+    """The application, answering web pages of these origins too.
+
+    It goes around the guard: a browser asks first whether it may send the key, and does so without it.
+    """
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"], allow_private_network=True,
+        expose_headers=["x-nybble-ignored", "retry-after"],
+    )  # fmt: skip
+
+
 class Guard:
     """Before anything else looks at a request: counts it, and turns away who has no key.
 
-    Without a key the server answers this machine only, and then only under its own names: a page of another site that has its
-    name point to 127.0.0.1 (DNS rebinding) gets nothing.
+    Without a key the server answers this machine only, and then only under its own names and those that it was told: a page of
+    another site that has its name point to 127.0.0.1 (DNS rebinding) gets nothing.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, key: str | None) -> None:
-        self.app, self.metrics = app, metrics
-        self.key = key.encode() if key else None
+    def __init__(self, app: ASGIApp, metrics: Metrics, door: Door) -> None:
+        self.app, self.metrics, self.hosts = app, metrics, door.hosts
+        self.key = door.key.encode() if door.key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -86,9 +142,11 @@ class Guard:
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> RequestError | None:
         if self.key is None:
             host = headers.get(b"host", b"").decode("latin-1")
-            if not _is_this_machine(host):
+            if not _is_this_machine(_name(host)) and _name(host) not in self.hosts:
+                known = ", ".join(["localhost", "127.0.0.1", *self.hosts])
                 return RequestError(
-                    f"this server answers to localhost and 127.0.0.1, not to {host[:100]!r}; others need an API key",
+                    f"this server answers to {known}, not to {host[:100]!r}; start it with --allow-host NAME, "
+                    "or with an API key",
                     status=403,
                     code="wrong_host",
                 )
@@ -143,10 +201,14 @@ async def read_body(request: Request) -> bytes:
 CLOSE = {"Connection": "close"}
 
 
-def _is_this_machine(host: str) -> bool:
-    """Whether a Host header names this machine by a name that no one else can give it."""
-    name: Any = host.rsplit(":", 1)[0] if host.count(":") == 1 or "]" in host else host
-    name = name.strip("[]").lower()
+def _name(host: str) -> str:
+    """A Host header without its port."""
+    name = host.rsplit(":", 1)[0] if host.count(":") == 1 or "]:" in host else host
+    return name.strip("[]").lower()
+
+
+def _is_this_machine(name: str) -> bool:
+    """Whether this is a name of this machine that no one else can give it."""
     if name == "localhost":
         return True
     try:

@@ -2,69 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
-from nybble.data.formats import Message
+from nybble.data.formats import Conversation, Message
+from nybble.serve.fields import FieldError, Neutral, Refused, Strict, explain
 
-MOST_ANSWERS = 16  # n, and prompts of one request
-MOST_STOPS = 4
+MOST_ANSWERS = 128  # n, as OpenAI has it; the queue may hold fewer
+MOST_STOPS, LONGEST_STOP = 64, 1000  # every token is held against them
 COLDEST = 1e-5  # a temperature below it is greedy: logits divided by 1e-40 are infinite in float32
 MOST_MESSAGES = 512  # a template is rendered once for each answer among them
-# Fields that this server has no use for, with the values that mean nothing: clients send them along.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},), "tools": ([],),
-    "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},), "modalities": (["text"],), "suffix": ("",), "echo": (False,), "min_p": (0,),
-    "tool_calls": ([],), "annotations": ([],), "refusal": ("",),
-}  # fmt: skip
-NOTES = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "name"}
-
-
-class RequestError(Exception):
-    """A request that cannot be answered: its HTTP status and OpenAI's four fields."""
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int = 400,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message, self.status, self.param, self.code = message, status, param, code
-        self.headers = headers or {}
-
-    def body(self) -> dict[str, Any]:
-        """The error as OpenAI shapes it."""
-        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-
-class Strict(BaseModel):
-    """An object of a request: no unknown fields, no numbers in quotes; null is the same as nothing."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_says_nothing(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        kept = {}
-        for name, value in fields.items():
-            known = name in cls.model_fields
-            if value is None or (not known and (name in NOTES or value in NEUTRAL.get(name, ()))):
-                continue
-            if not known and name in NEUTRAL:
-                raise ValueError(f"{name} is not supported by this server")
-            kept[name] = value
-        return kept
+PARTS = ("text", "input_text", "output_text")  # of a message's content
+NO_TOOLS = "this server does not call tools; leave it out, or send tool_choice: none"
+NO_FUNCTIONS = "this server does not call functions; leave it out, or send function_call: none"
+NO_PENALTY = "penalties and biases are not supported; leave it out"
 
 
 def _text(value: Any) -> Any:
@@ -72,7 +25,7 @@ def _text(value: Any) -> Any:
     if not isinstance(value, list):
         return value
     for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        if not isinstance(part, dict) or part.get("type") not in PARTS or not isinstance(part.get("text"), str):
             raise ValueError("content is a string or a list of {type: text, text: ...}; this model reads text only")
     return "".join(part["text"] for part in value)
 
@@ -81,11 +34,21 @@ def _greedy_if_cold(temperature: float) -> float:
     return temperature if temperature >= COLDEST else 0.0
 
 
+def _json(switch: bool) -> str:
+    return "true" if switch else "false"
+
+
 def _stops(value: Any) -> Any:
     """Stop strings as a list."""
     stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
-        raise ValueError(f"stop is a string or a list of up to {MOST_STOPS} strings, none of them empty")
+    if (
+        not isinstance(stops, list)
+        or len(stops) > MOST_STOPS
+        or not all(isinstance(stop, str) and 0 < len(stop) <= LONGEST_STOP for stop in stops)
+    ):
+        raise ValueError(
+            f"stop is a string or a list of up to {MOST_STOPS} strings, each of 1 to {LONGEST_STOP:,} characters"
+        )
     return stops
 
 
@@ -94,18 +57,27 @@ def _prompts(value: Any) -> Any:
     prompts = value
     if isinstance(value, str) or (isinstance(value, list) and value and all(type(item) is int for item in value)):
         prompts = [value]
-    good = isinstance(prompts, list) and 0 < len(prompts) <= MOST_ANSWERS
-    if not good or not all(
+    if not isinstance(prompts, list) or not prompts or not all(
         isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(type(item) is int for item in prompt))
         for prompt in prompts
-    ):
-        raise ValueError(f"prompt is a text, a list of token ids, or a list of up to {MOST_ANSWERS} of these")
+    ):  # fmt: skip
+        raise ValueError("prompt is a text, a list of token ids, or a list of these")
     return prompts
 
 
 class Turn(Strict):
     """One message of a conversation."""
 
+    place = "messages[]."
+    neutral: ClassVar[Neutral] = {"tool_calls": ([],), "annotations": ([],), "refusal": ("",)}
+    ignored = frozenset({"name", "annotations"})
+    refused: ClassVar[Refused] = {
+        "tool_calls": "this server does not call tools",
+        "function_call": "this server does not call functions",
+        "tool_call_id": "this server does not call tools",
+        "refusal": "write a refusal as content",
+        "audio": "this model reads text only",
+    }
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_text)]
 
@@ -117,49 +89,138 @@ class Turn(Strict):
 class StreamOptions(Strict):
     """What a stream brings beside the answer."""
 
+    place = "stream_options."
+    neutral: ClassVar[Neutral] = {"include_obfuscation": (False,)}
+    ignored = frozenset({"include_obfuscation"})  # characters that hide how long a piece is from who listens in
     include_usage: bool = False
 
 
-class Sampled(Strict):
-    """What chat and plain completions have in common."""
+class Asked(Strict):
+    """What all requests for answers have in common."""
+
+    kind: ClassVar[str]
+    """What OpenAI calls the object that answers."""
+    id_prefix: ClassVar[str]
+    source: ClassVar[str]
+    """The field that the prompt comes from."""
+    limit_field: ClassVar[str] = "max_tokens"
+    spelt: ClassVar[Mapping[str, str]] = {}
+    """What an engine's options are called here, where it is another name."""
+    is_chat: ClassVar[bool] = True
+    neutral: ClassVar[Neutral] = {
+        "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},), "min_p": (0,),
+        "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
+        "parallel_tool_calls": (True, False), "response_format": ({"type": "text"},), "modalities": (["text"],),
+        "store": (False,), "suffix": ("",), "echo": (False,),
+    }  # fmt: skip
+    ignored = frozenset({
+        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
+        "prompt_cache_retention", "prediction", "reasoning_effort", "verbosity",
+    })  # fmt: skip
+    refused: ClassVar[Refused] = {
+        "frequency_penalty": NO_PENALTY, "presence_penalty": NO_PENALTY, "repetition_penalty": NO_PENALTY,
+        "logit_bias": NO_PENALTY, "min_p": "not supported; top_p and top_k are",
+        "tools": NO_TOOLS, "tool_choice": NO_TOOLS, "functions": NO_FUNCTIONS, "function_call": NO_FUNCTIONS,
+        "parallel_tool_calls": "it must be true or false",
+        "response_format": "answers are plain text; JSON mode and schemas are not supported",
+        "modalities": "answers are text only", "audio": "answers are text only",
+        "web_search_options": "this server does not search the web", "moderation": "this server has no moderation",
+        "suffix": "this server does not fill in the middle of a text", "echo": "this server does not send the prompt back",
+    }  # fmt: skip
+    _unused: tuple[str, ...] = PrivateAttr(())
 
     model: str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2), AfterValidator(_greedy_if_cold)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1)] = 0
-    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[list[str], BeforeValidator(_stops)] = []
+    stop: Annotated[list[str], BeforeValidator(_stops), Field(default_factory=list)]
     stream: bool = False
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
-    def _usage_belongs_to_streams(self) -> Sampled:
+    def _options_belong_to_streams(self) -> Asked:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream=true")
+            raise FieldError("stream_options", "only allowed with stream=true")
         return self
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Fields that were sent, and change nothing here."""
+        return self._unused
 
-Kind = TypeVar("Kind", bound=Sampled)
+    @property
+    def answers(self) -> int:
+        """How many answers a prompt gets."""
+        return 1
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens that an answer may have; None: what the model has room for."""
+        raise NotImplementedError
+
+    @property
+    def likeliest(self) -> int | None:
+        """How many likeliest tokens are named; None: no log probabilities."""
+        raise NotImplementedError
+
+    @property
+    def begun(self) -> str:
+        """The beginning of the answer, where the request brings it along."""
+        return ""
 
 
-class ChatRequest(Sampled):
+class Counted(Asked):
+    """What chat and plain completions have in common."""
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1
+
+    @property
+    def answers(self) -> int:
+        """How many answers a prompt gets."""
+        return self.n
+
+
+class ChatRequest(Counted):
     """POST /v1/chat/completions."""
 
-    kind: ClassVar[str] = "chat.completion"
+    kind = "chat.completion"
+    id_prefix = "chatcmpl-"
+    source = "messages"
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs=true")
-        if self.messages[-1].role != "user":
-            raise ValueError(f"the last message is of the {self.messages[-1].role}; an answer follows the user")
+            raise FieldError("top_logprobs", "only allowed with logprobs=true")
+        check_last(self.source, self.messages)
+        goes_on = self.messages[-1].role == "assistant"
+        if self.continue_final_message not in (None, goes_on):
+            raise FieldError(
+                "continue_final_message",
+                f"the last message is from the {self.messages[-1].role}, so this can only be {_json(goes_on)}",
+            )
+        if self.add_generation_prompt not in (None, not goes_on):
+            raise FieldError(
+                "add_generation_prompt",
+                f"the last message is from the {self.messages[-1].role}, so this can only be {_json(not goes_on)}",
+            )
         return self
+
+    @property
+    def turns(self) -> Sequence[Turn]:
+        """The messages."""
+        return self.messages
+
+    def conversation(self) -> Conversation:
+        """As templates take it."""
+        return tuple(turn.message() for turn in self.messages)
 
     @property
     def limit(self) -> int | None:
@@ -171,11 +232,19 @@ class ChatRequest(Sampled):
         """How many likeliest tokens are named; None: no log probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def begun(self) -> str:
+        """What the assistant said last, if nobody answered it."""
+        return self.turns[-1].content if self.turns[-1].role == "assistant" else ""
 
-class CompletionRequest(Sampled):
+
+class CompletionRequest(Counted):
     """POST /v1/completions."""
 
-    kind: ClassVar[str] = "text_completion"
+    kind = "text_completion"
+    id_prefix = "cmpl-"
+    source = "prompt"
+    is_chat = False
     prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
@@ -183,9 +252,7 @@ class CompletionRequest(Sampled):
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
         if self.best_of not in (None, self.n):
-            raise ValueError("best_of is not supported by this server; ask for n answers")
-        if self.n * len(self.prompt) > MOST_ANSWERS:
-            raise ValueError(f"n times the number of prompts is at most {MOST_ANSWERS}")
+            raise FieldError("best_of", "not supported; ask for n answers instead")
         return self
 
     @property
@@ -199,28 +266,38 @@ class CompletionRequest(Sampled):
         return self.logprobs
 
 
+Kind = TypeVar("Kind", bound=Asked)
+
+
+def check_last(field: str, turns: Sequence[Turn]) -> None:
+    """Whether the assistant can speak next, or go on.
+
+    Raises:
+        FieldError: it was the system that spoke last, or the assistant goes on from a message that is nobody's answer.
+    """
+    last = len(turns) - 1
+    if turns[last].role in ("system", "developer"):
+        raise FieldError(
+            f"{field}.{last}.role",
+            f"the last message is from the {turns[last].role}; it must be from the user, or from the assistant",
+        )
+    if turns[last].role == "assistant" and (last == 0 or turns[last - 1].role != "user"):
+        raise FieldError(
+            f"{field}.{last}.role",
+            "a last message from the assistant is continued, so the one before it must be from the user",
+        )
+
+
 def parse(kind: type[Kind], body: bytes) -> Kind:
     """A request from its JSON.
 
     Raises:
         RequestError: naming the field that is wrong, and what it should be.
     """
+    unused: list[str] = []
     try:
-        return kind.model_validate_json(body)
+        asked = kind.model_validate_json(body, context=unused)
     except ValidationError as error:
-        raise _explain(kind, error) from None  # the cause would carry the prompt into a log
-
-
-def _explain(kind: type[Sampled], error: ValidationError) -> RequestError:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = ".".join(str(step) for step in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "json_invalid":
-        return RequestError(f"the body is no valid JSON: {message.removeprefix('Invalid JSON: ')}", code="invalid_json")
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(first["loc"][-1]), kind.model_fields, 1)
-        hint = f"; did you mean {near[0]}?" if near and len(first["loc"]) == 1 else ""
-        return RequestError(f"there is no field {place}{hint}", param=place, code="unknown_parameter")
-    if first["type"] == "missing":
-        return RequestError(f"{place} is missing", param=place, code="missing_required_parameter")
-    return RequestError(f"{place}: {message}" if place else message, param=place or None, code="invalid_value")
+        raise explain(kind, error) from None  # the cause would carry the prompt into a log
+    asked._unused = tuple(dict.fromkeys(unused))
+    return asked

@@ -9,7 +9,7 @@ import pathlib
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 
 import uvicorn
@@ -20,7 +20,7 @@ from nybble.run import Run
 from nybble.serve.app import Limits, make_app
 from nybble.serve.continuous import load_continuous
 from nybble.serve.engine import Engine
-from nybble.serve.guard import check_open_to
+from nybble.serve.guard import Door, check_open_to
 from nybble.serve.metrics import Metrics
 from nybble.serve.pipeline import load_pipeline
 from nybble.serve.vllm import become_vllm
@@ -39,7 +39,7 @@ class Place:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    key: str | None = None
+    door: Door = field(default_factory=Door)
 
 
 class Server(uvicorn.Server):
@@ -66,13 +66,14 @@ def serve(runs: Sequence[Run], place: Place, console: Console, *, engine: str, d
     if engine not in ENGINES:
         raise ServeError(f"there is no engine {engine!r}", fix=f"--engine {', '.join(ENGINES)}")
     if engine == "vllm":
-        if limits != Limits() or device != "auto":
+        if limits != Limits() or device != "auto" or place.door.origins or place.door.hosts:
             raise ServeError(
-                "--queue, --timeout, --device and --log-prompts are for nybble's own server; vLLM's goes by its own options",
+                "--queue, --timeout, --device, --log-prompts, --allow-origin and --allow-host are for nybble's own server; "
+                "vLLM has its own options",
                 fix="leave them out, or --engine pipeline",
             )
-        become_vllm(runs, place.host, place.port, place.key)
-    local = check_open_to(place.host, place.key)  # 1. who may reach it
+        become_vllm(runs, place.host, place.port, place.door.key)
+    local = check_open_to(place.host, place.door.key)  # 1. who may reach it
     listener = listen(place.host, place.port)  # 2. the port, before minutes go into loading
     try:
         metrics = Metrics()
@@ -80,7 +81,7 @@ def serve(runs: Sequence[Run], place: Place, console: Console, *, engine: str, d
             loaded = load_engine(engine, runs, metrics, device=device, queue=limits.queue)
         try:
             tell(console, loaded, place, listener, local)  # 4. what there is
-            run_server(loaded, metrics, limits, place.key, listener, console)  # 5. answers
+            run_server(loaded, metrics, limits, place.door, listener, console)  # 5. answers
         finally:
             loaded.close()
     finally:
@@ -127,7 +128,7 @@ def tell(console: Console, engine: Engine, place: Place, listener: socket.socket
     lines = [
         f"engine    {engine.name}: {engine.about}",
         f"models    {', '.join(tuned)}" + (f"; the base as {', '.join(bases)}" if bases else ""),
-        f"address   http://{shown}:{port}/v1" + ("" if place.key else "   (no key needed)"),
+        f"address   http://{shown}:{port}/v1" + ("" if place.door.key else "   (no key needed)"),
         f"page      http://{shown}:{port}/",
         "reached   from this machine only" if local else "reached   by other machines, with the API key",
     ]
@@ -136,12 +137,12 @@ def tell(console: Console, engine: Engine, place: Place, listener: socket.socket
 
 
 def run_server(
-    engine: Engine, metrics: Metrics, limits: Limits, key: str | None, listener: socket.socket, console: Console
+    engine: Engine, metrics: Metrics, limits: Limits, door: Door, listener: socket.socket, console: Console
 ) -> None:
     """Serve on a socket until a signal; then let running answers finish."""
     _log_to_stderr()
     config = uvicorn.Config(
-        make_app(engine, metrics, limits, key),
+        make_app(engine, metrics, limits, door),
         log_config=None,
         access_log=False,  # nybble writes a line an answer
         lifespan="off",

@@ -21,17 +21,24 @@ class TextStream:
         stops: strings that end it; none of them is shown.
         before: the last tokens of a prompt that the text goes on from: SentencePiece drops the space before a first word.
         strip: leave out white space around the whole, as an answer of `nybble chat` has none.
+        begun: the text goes on from other text, so white space at its beginning belongs to it.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), before: Sequence[int] = (), *, strip: bool
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: Sequence[str] = (),
+        before: Sequence[int] = (),
+        *,
+        strip: bool,
+        begun: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._stops, self._strip = [stop for stop in stops if stop], strip
         self._ids = list(before)
         self._settled = len(before)
         self._held = ""
-        self._begun = False
+        self._begun = begun
         self.stopped = False
         """Whether a stop string was met."""
 
