@@ -18,6 +18,17 @@ import sys
 import tempfile
 import time
 
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nybble.cli.app import quiet
+from nybble.engine.fuse import fuse
+from nybble.model.adapter import attach_adapter
+from nybble.model.base import load_base
+from nybble.model.checkpoint import find_checkpoint
+from nybble.model.device import choose_dtype
+from nybble.recipe import LoraOptions, ModelOptions
+
 WAYS: dict[str, dict[str, str]] = {"default": {}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}} | {
     f"spin {count:,}": {"GOMP_SPINCOUNT": str(count)} for count in (1_000, 10_000, 100_000)
 }
@@ -26,17 +37,6 @@ TOKENS, LAYERS, BACKWARD = 256, 30, 1.5  # a pass backward costs about one and a
 
 def train(folder: str) -> None:
     """A process that trains for as many seconds as each line of its input says, and answers with tokens/s."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from nybble.cli.app import quiet
-    from nybble.engine.fuse import fuse
-    from nybble.model.adapter import attach_adapter
-    from nybble.model.base import load_base
-    from nybble.model.checkpoint import find_checkpoint
-    from nybble.model.device import choose_dtype
-    from nybble.recipe import LoraOptions, ModelOptions
-
     quiet()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model_folder = pathlib.Path(folder) / "model"
@@ -136,7 +136,8 @@ def main() -> None:
 
 def ask(worker: subprocess.Popen[str], words: str = "") -> str:
     """A line to a worker, and its answer."""
-    assert worker.stdin is not None and worker.stdout is not None
+    assert worker.stdin is not None
+    assert worker.stdout is not None
     worker.stdin.write(words)
     worker.stdin.flush()
     return worker.stdout.readline().strip()
