@@ -11,7 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nybble.plan.schedule import Schedule
 
-TRAINING, EVALUATING, SAMPLING, SAVING = "training", "evaluating", "answering samples", "saving"
+TRAINING, EVALUATING, SCORING = "training", "evaluating", "scoring benchmarks"
+SAMPLING, SAVING = "answering samples", "saving"
 RECENT = 20  # steps whose time tells that of those to come: a machine may become busy, or free
 
 
@@ -19,7 +20,7 @@ class Work:
     """The bar of a run; where there is no terminal, what goes into its lines."""
 
     def __init__(self, console: Console, schedule: Schedule, occasions: frozenset[str]) -> None:
-        """`occasions` are the kinds of work, of EVALUATING and SAMPLING, that each evaluation brings."""
+        """`occasions` are the kinds of work, of EVALUATING, SCORING and SAMPLING, that each evaluation brings."""
         self._console = console
         self.schedule = schedule
         self.occasions = occasions
@@ -56,7 +57,7 @@ class Work:
         if begins:
             self._took[self._what] = now - self._since
             self._what, self._since = what, now
-        if begins and what in (EVALUATING, SAMPLING) and not self._console.is_terminal:
+        if begins and what in self.occasions and not self._console.is_terminal:
             self._console.print(f"step {self._step:>5}  {what}")
         parts = f" {min(done + 1, of)} of {of}" if of else ""
         self._bar.update(self._task, what=f"{what}{parts}", left=self.left(), refresh=begins)

@@ -18,7 +18,7 @@ from nybble.data.order import Order, batches, lengths_of
 from nybble.evaluate.perplexity import summed_loss
 from nybble.optimizer import FlatAdamW8bit
 from nybble.plan.schedule import Schedule
-from nybble.progress import EVALUATING, SAVING, TRAINING
+from nybble.progress import EVALUATING, SAVING, SCORING, TRAINING
 from nybble.recipe import Recipe
 
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
@@ -262,6 +262,7 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         total = self.accelerator.reduce(total, "sum")
         metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
         if self.task_scores is not None and self.is_world_process_zero():
+            self.doing(SCORING, 0, 0)
             metrics |= {f"{metric_key_prefix}_task/{name}": score for name, score in self.task_scores().items()}
         return EvalLoopOutput(
             predictions=None,

@@ -31,7 +31,7 @@ from nybble.model.device import choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.out_of_memory import explained_memory
 from nybble.plan.schedule import plan_steps
-from nybble.progress import EVALUATING, SAMPLING, Work
+from nybble.progress import EVALUATING, SAMPLING, SCORING, Work
 from nybble.recipe import Recipe
 from nybble.record import draw_loss, write_card
 from nybble.run import (
@@ -67,6 +67,7 @@ def train(
 
     Raises:
         NybbleError: whatever is wrong with recipe, data, model or machine; no half-written run stays behind.
+        KeyboardInterrupt: at Ctrl-C or SIGTERM, once the step in progress is done and saved; at a second one at once.
     """
     with explained_memory(recipe):
         return _train(recipe, None, console or Console(), cache, benchmarks, preflight)
@@ -219,7 +220,7 @@ def _run_trainer(
         trainer.task_scores = TaskScores(benchmarks, recipe.train.eval_tasks, ready.model, ready.tokenizer, ready.dtype)
     trainer.remove_callback(PrinterCallback)
     sampler = _sampler(ready)
-    occasions = {EVALUATING: has_validation, SAMPLING: sampler is not None}
+    occasions = {EVALUATING: has_validation, SCORING: trainer.task_scores is not None, SAMPLING: sampler is not None}
     work = Work(console, ready.schedule, frozenset(what for what, happens in occasions.items() if happens))
     trainer.doing = work.doing
     recorder = Recorder(run, trainer.window, console, work, sampler, recipe.tracker.to)
