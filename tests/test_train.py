@@ -439,15 +439,20 @@ def test_a_warm_up_that_would_be_the_whole_run_is_shortened(words, notice, tiny_
     [
         (["train.max_steps=1", "train.learning_rate=1e-60"], "no update in 1 steps was large enough to change it"),
         (
-            ["train.max_steps=5", "train.warmup=1", "train.learning_rate=30", "train.evaluate_every=1"],
+            ["train.max_steps=4", "train.warmup=1", "train.learning_rate=0.1", "train.evaluate_every=1"],
             "no later validation loss was better than that of step 1, and nothing was learnt until then",
         ),
         (["train.max_steps=3", "train.learning_rate=1e-60", "train.evaluate_every=2"], "every B of the saved adapter is zero"),
     ],
 )  # fmt: skip
 def test_a_run_that_has_learnt_nothing_is_an_error(words, why, tiny_llama, rows, cache, tmp_path, quiet):
+    held_out = (
+        tmp_path / "held.jsonl"
+    )  # of letters that no training row has in its answer: what is learnt makes it worse
+    held_out.write_text(json.dumps({"instruction": "say q", "input": "", "output": "qzjqzjqzjqzjqzj"}))
+    recipe = recipe_for(tiny_llama, rows, tmp_path / "run", *words, f"data.validation={held_out}")
     with pytest.raises(TrainingError) as caught:
-        train(recipe_for(tiny_llama, rows, tmp_path / "run", *words), console=quiet, cache=cache)
+        train(recipe, console=quiet, cache=cache)
     print(caught.value)
     assert why in str(caught.value)
     assert "learning_rate" in caught.value.fix

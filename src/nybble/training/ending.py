@@ -27,7 +27,8 @@ def refuse_untrained(run: Run, model: PeftModel, recorder: Recorder) -> None:
         fix = f"a lower learning rate: {again} train.learning_rate={run.recipe.train.learning_rate / 10:g}"
     else:
         why = f"no update in {recorder.steps:,} steps was large enough to change it"
-        fix = f"a higher learning rate and no warm-up: {again} train.learning_rate=2e-4 train.warmup=0"
+        higher = max(2e-4, 10 * run.recipe.train.learning_rate)
+        fix = f"a higher learning rate and no warm-up: {again} train.learning_rate={higher:g} train.warmup=0"
     raise TrainingError(
         f"the run has learnt nothing: every B of its adapter is zero ({why})", where=str(run.metrics), fix=fix
     )
