@@ -160,7 +160,8 @@ def test_two_processes_stop_after_the_same_step(number, tiny_llama, rows, tmp_pa
     told, errors = first.communicate(timeout=120)
     print(told, errors)
     assert first.returncode == 128 + number
-    assert errors == ""
+    assert "Traceback" not in errors
+    assert "error:" not in errors
     assert f"nybble train --resume {out}" in told
     step = int(open_run(out).latest_checkpoint().name.rpartition("-")[2])
     assert 0 < step < 100

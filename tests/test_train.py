@@ -437,10 +437,10 @@ def test_a_warm_up_that_would_be_the_whole_run_is_shortened(words, notice, tiny_
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["train.max_steps=1", "train.learning_rate=1e-60"], "no update in 1 steps was large enough to change it"),
+        (["train.max_steps=1", "train.learning_rate=1e-60"], "no update in 1 step was large enough to change it"),
         (
-            ["train.max_steps=4", "train.warmup=1", "train.learning_rate=0.1", "train.evaluate_every=1"],
-            "no later validation loss was better than that of step 1, and nothing was learnt until then",
+            ["train.max_steps=4", "train.warmup=1", "train.learning_rate=1e-14", "train.evaluate_every=1"],
+            "no later validation loss was better than that of step 1, before anything was learnt",
         ),
         (["train.max_steps=3", "train.learning_rate=1e-60", "train.evaluate_every=2"], "every B of the saved adapter is zero"),
     ],
@@ -455,7 +455,7 @@ def test_a_run_that_has_learnt_nothing_is_an_error(words, why, tiny_llama, rows,
         train(recipe, console=quiet, cache=cache)
     print(caught.value)
     assert why in str(caught.value)
-    assert "learning_rate" in caught.value.fix
+    assert "rate" in caught.value.fix
     assert not (tmp_path / "run" / "adapter").exists()
     assert not (tmp_path / "run" / "summary.json").exists()
 

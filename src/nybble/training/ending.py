@@ -21,14 +21,14 @@ def refuse_untrained(run: Run, model: PeftModel, recorder: Recorder) -> None:
     """Raise TrainingError where the adapter that would be kept answers as the base does, on all processes."""
     if not is_untrained(model):
         return
-    again = f"nybble train -c {run.folder}/recipe.yaml out=ANOTHER"
+    rate = run.recipe.train.learning_rate
     if recorder.kept_step < recorder.steps:
-        why = f"no later validation loss was better than that of step {recorder.kept_step}, and nothing was learnt until then"
-        fix = f"a lower learning rate: {again} train.learning_rate={run.recipe.train.learning_rate / 10:g}"
+        why = f"no later validation loss was better than that of step {recorder.kept_step}, before anything was learnt"
+        fix = f"another learning rate than {rate:g}, or train.keep_best=false for the adapter of the last step"
     else:
-        why = f"no update in {recorder.steps:,} steps was large enough to change it"
-        higher = max(2e-4, 10 * run.recipe.train.learning_rate)
-        fix = f"a higher learning rate and no warm-up: {again} train.learning_rate={higher:g} train.warmup=0"
+        why = f"no update in {recorder.steps:,} step{'s' * (recorder.steps > 1)} was large enough to change it"
+        fix = f"a higher learning rate than {rate:g}, and train.warmup=0"
+    fix += f": nybble train -c {run.folder}/recipe.yaml out=ANOTHER train.learning_rate=..."
     raise TrainingError(
         f"the run has learnt nothing: every B of its adapter is zero ({why})", where=str(run.metrics), fix=fix
     )
