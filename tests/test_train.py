@@ -446,11 +446,7 @@ def test_a_warm_up_that_would_be_the_whole_run_is_shortened(words, notice, tiny_
     ],
 )  # fmt: skip
 def test_a_run_that_has_learnt_nothing_is_an_error(words, why, tiny_llama, rows, cache, tmp_path, quiet):
-    held_out = (
-        tmp_path / "held.jsonl"
-    )  # of letters that no training row has in its answer: what is learnt makes it worse
-    held_out.write_text(json.dumps({"instruction": "say q", "input": "", "output": "qzjqzjqzjqzjqzj"}))
-    recipe = recipe_for(tiny_llama, rows, tmp_path / "run", *words, f"data.validation={held_out}")
+    recipe = recipe_for(tiny_llama, rows, tmp_path / "run", *words)
     with pytest.raises(TrainingError) as caught:
         train(recipe, console=quiet, cache=cache)
     print(caught.value)
