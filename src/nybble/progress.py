@@ -8,6 +8,7 @@ from collections import deque
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from nybble.plan.schedule import Schedule
 
@@ -31,12 +32,13 @@ class Work:
         self._step = 0
         self._bar = Progress(
             TextColumn("{task.fields[what]}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[text]}", table_column=Column(ratio=1, no_wrap=True)),  # what a narrow terminal cuts off
             console=console,
+            expand=True,
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task(TRAINING, total=schedule.steps, what=TRAINING, text="", left="")
