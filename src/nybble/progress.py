@@ -36,7 +36,9 @@ class Work:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
-            TextColumn("{task.fields[text]}", table_column=Column(ratio=1, no_wrap=True)),  # what a narrow terminal cuts off
+            TextColumn(
+                "{task.fields[text]}", table_column=Column(ratio=1, no_wrap=True)
+            ),  # what a narrow terminal cuts off
             console=console,
             expand=True,
             disable=not console.is_terminal,

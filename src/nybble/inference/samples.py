@@ -43,7 +43,7 @@ class SampleAnswers:
         """
         rows = self.rows.select(range(min(self.count, len(self.rows))))
         asked = [(row, place) for row in rows if (place := first_answer(row)) is not None]
-        found = []
+        found: list[dict[str, Any]] = []
         with dequantised_meanwhile(self.model):
             for row, place in asked:
                 tell(len(found), len(asked))

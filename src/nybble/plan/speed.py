@@ -63,7 +63,8 @@ def product_rates(device: torch.device, dtype: torch.dtype) -> list[float]:
 
 def _fastest(left: torch.Tensor, right: torch.Tensor) -> float:
     time.sleep(PAUSE)
-    burst, took = time.perf_counter(), []
+    took: list[float] = []
+    burst = time.perf_counter()
     while not took or time.perf_counter() - burst < SECONDS:
         began = time.perf_counter()
         torch.mm(left, right)
