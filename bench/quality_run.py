@@ -35,7 +35,7 @@ from nybble.model.base import load_base
 from nybble.model.checkpoint import find_checkpoint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
-from nybble.plan.schedule import Schedule
+from nybble.plan.schedule import Schedule, plan_warmup
 from nybble.recipe import Recipe, load_recipe
 from nybble.trainer import QLoraTrainer, training_arguments
 
@@ -243,8 +243,8 @@ def train(model: Any, recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokeni
     assert steps is not None
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(
-            recipe, pathlib.Path(folder), Schedule(steps, 10**6, 10**6), device, compute_type(device),
-            has_validation=False, checkpointing=False,
+            recipe, pathlib.Path(folder), Schedule(steps, 10**6, 10**6, *plan_warmup(recipe.train.warmup, steps)), device,
+            compute_type(device), has_validation=False, checkpointing=False,
         )  # fmt: skip
         arguments.save_strategy, arguments.logging_steps = "no", max(1, steps // 12)
         trainer = QLoraTrainer(

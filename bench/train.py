@@ -223,7 +223,7 @@ def build(
     if not plain:
         fuse(model, options["policy"], embedding=options["embedding"])
         fusion(model).budget.chunked_loss = True
-    schedule = Schedule(steps + (not options["limit"]), 10**6, 10**6)
+    schedule = Schedule(steps + (not options["limit"]), 10**6, 10**6, 0)
     arguments = training_arguments(
         recipe, pathlib.Path(tempfile.mkdtemp()), schedule, torch.device("cuda"), dtype,
         has_validation=False, checkpointing=plain,

@@ -8,9 +8,11 @@ import re
 
 import matplotlib.image
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from transformers import AutoConfig
 
 from conftest import SHARED
 from nybble.check import check
@@ -21,6 +23,7 @@ from nybble.data.prepare import prepare
 from nybble.data.preview import preview
 from nybble.data.sources import find_sources
 from nybble.errors import DataError, RecipeError
+from nybble.plan.speed import BURSTS, estimate, product_rates
 from nybble.recipe import DataOptions, load_recipe
 
 
@@ -51,11 +54,42 @@ def test_a_fit_set_is_reported_with_all_its_numbers(rows, tiny_llama, cache, tmp
         r"a row +\d+ to \d+ tokens; half up to \d+, 95% up to \d+",
         r"batches +as training gets them: every answer ends with a trained </s>, BOS is in place",
         r"packing +72 rows in \d+ of 256 tokens, [\d.]+% full",
-        r"steps +\d+ of 1 x 2 rows, about [\d,]+ tokens; roughly [\d.]+ (seconds|minutes) on this machine's cpu",
+        r"steps +\d+ of 1 x 2 rows, about [\d,]+ tokens\n",
+        r"time +roughly [\d.]+ (seconds|minutes) on this machine's cpu.*: [\d,]+ tokens/s while training, judged by",
         r"\nfit\n",
     ):
         assert re.search(pattern, told), pattern
     assert matplotlib.image.imread(tmp_path / "new" / "h.png").shape[:2] == (480, 960)
+
+
+@pytest.mark.parametrize(
+    ("rates", "told"),
+    [
+        ([1e9] * 6, r"roughly [\d.]+ \w+ on this machine's cpu: [\d,]+ tokens/s while training"),
+        ([2e8, 1e9, 3e8, 2e8, 2e8, 2e8], r"roughly [\d.]+ \w+ on .* cpu when nothing else runs, [\d.]+ \w+ as busy as it is"),
+    ],
+)  # fmt: skip
+def test_the_time_is_told_for_a_free_machine_and_for_a_busy_one(rates, told, rows, tiny_llama, cache, monkeypatch):
+    monkeypatch.setattr("nybble.plan.speed.product_rates", lambda *machine: rates)
+    words = ["data.max_length=256", "train.micro_batch=1", "train.max_steps=1000"]
+    _, said = looked(rows, tiny_llama, *words, cache=cache)
+    assert re.search(f"time +{told}", said)
+    assert "judged by matrix products; evaluations are counted, sample answers and benchmarks are not" in said
+
+
+def test_the_speed_of_a_machine_is_measured_at_several_moments(tiny_llama):
+    config, device = AutoConfig.from_pretrained(tiny_llama), torch.device("cpu")
+    found = product_rates(device, torch.float32)
+    assert len(found) == BURSTS
+    assert all(1e8 < rate < 1e14 for rate in found), found
+    one, two = (estimate(config, device, torch.float32, processes) for processes in (1, 2))
+    assert 0 < one.now <= one.free
+    assert two.free < 1.8 * one.free, "processes share a CPU"
+
+
+def test_a_warm_up_that_covers_the_run_is_told(rows, tiny_llama, cache):
+    _, told = looked(rows, tiny_llama, "data.max_length=256", "train.max_steps=20", "train.warmup=50", cache=cache)
+    assert "train.warmup=50 covers all 20 steps: the warm-up is shortened to 2 steps" in told
 
 
 def test_weighted_rows_are_packed_as_often_as_they_are_used(rows, tiny_llama, cache):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from conftest import ROOT
+from nybble.launch import WAITING
 from nybble.run import CACHE, read_metrics
 from test_train import FAST, losses, open_run, read_metrics_but_time, recipe_for, train
 
@@ -45,6 +47,33 @@ def test_help_answers_at_once_and_without_torch():
         "import sys, nybble.cli; print([n for n in ('torch', 'transformers', 'datasets', 'wandb') if n in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("own", "spins"),
+    [({}, WAITING.get("GOMP_SPINCOUNT", "0")), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_that_wait_leave_the_cores_to_others(own, spins):
+    """What torch's OpenMP says that it has read, in a process that the command line began; what a person has set stays."""
+    probe = (
+        "import sys, contextlib; sys.argv[1:] = ['--version']\n"
+        "from nybble.cli import main\n"
+        "with contextlib.suppress(SystemExit): main()\n"
+        "assert 'torch' not in sys.modules\n"
+        "import torch"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_WAIT", "GOMP"))}
+    told = subprocess.run(
+        [sys.executable, "-c", probe],
+        env={**clean, **own, "OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    counts = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", told)
+    if "GOMP_SPINCOUNT" not in told:
+        pytest.skip("torch's OpenMP is not GNU's here")
+    assert all(count == spins or (spins is None and int(count) > 300_000) for count in counts), told
 
 
 def test_the_version_is_the_changelogs():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -14,16 +15,20 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+import nybble.inference.samples as samples
 import nybble.training.preparation as preparation
 import nybble.training.train as training
 from nybble.data.batches import Collator
 from nybble.data.formats import Message
 from nybble.data.tokens import encode_prompt
+from nybble.engine.fuse import fuse
 from nybble.errors import DataError, EngineError, ModelError, NybbleError, RecipeError, RunError, TrainingError
 from nybble.inference.pipeline import Sampling, load_answerer
+from nybble.inference.samples import SampleAnswers
 from nybble.out_of_memory import leaner
+from nybble.quantized import linear4bits
 from nybble.recipe import Recipe, load_recipe
 from nybble.run import Run, open_run, read_metrics
 from nybble.trainer import Window
@@ -77,10 +82,10 @@ def test_a_run_leaves_what_it_promises(finished):
     assert summary["peak_memory_gb"] > 0.1
     assert len(losses(finished)) == 12
     assert [line["step"] for line in read_metrics(finished) if "eval_loss" in line] == [0, 4, 8, 12]
-    samples = [json.loads(line) for line in (finished.folder / "samples.jsonl").read_text().splitlines()]
-    assert [sample["step"] for sample in samples] == [0, 4, 8, 12]
-    assert samples[0]["prompt"].endswith("### Response:\n")
-    assert samples[0]["expected"].endswith("</s>")
+    answers = [json.loads(line) for line in (finished.folder / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in answers] == [4, 8, 12], "on a CPU none before the first step"
+    assert answers[0]["prompt"].endswith("### Response:\n")
+    assert answers[0]["expected"].endswith("</s>")
     assert (finished.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "validation loss" in (finished.folder / "README.md").read_text()
     assert open_run(finished.folder).recipe == finished.recipe
@@ -194,6 +199,7 @@ def test_training_goes_on_from_an_adapter(finished, tiny_llama, rows, cache, tmp
 
 def test_early_stopping_stops(tiny_llama, rows, cache, tmp_path, quiet):
     words = ["train.early_stopping=1", "train.evaluate_every=1", "train.learning_rate=10", "train.max_steps=20"]
+    words.append("train.warmup=0")  # or the best is the first step's adapter, which has learnt nothing
     run = train(recipe_for(tiny_llama, rows, tmp_path / "run", *words), console=quiet, cache=cache)
     assert len(losses(run)) < 20
     assert json.loads((run.folder / "summary.json").read_text())["steps"] == len(losses(run))
@@ -311,7 +317,9 @@ def read_metrics_but_time(run: Run) -> list[dict]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in read_metrics(run)]
 
 
-def test_ctrl_c_before_the_first_checkpoint_leaves_nothing(tiny_llama, rows, cache, tmp_path, quiet, monkeypatch):
+def test_a_run_that_stops_at_once_before_the_first_checkpoint_leaves_nothing(
+    tiny_llama, rows, cache, tmp_path, quiet, monkeypatch
+):
     interrupted(monkeypatch, 1, recipe_for(tiny_llama, rows, tmp_path / "runs" / "cut"), quiet, cache)
     assert not list(tmp_path.glob("runs/*"))
 
@@ -410,10 +418,98 @@ def test_a_base_that_came_quantised_is_named_so_in_its_run(tiny_llama, rows, tmp
     assert len(answers) == 1
 
 
-def test_one_step_is_a_run(tiny_llama, rows, cache, tmp_path, quiet):
-    """With a warm-up the first step's learning rate is zero: nothing is learnt, and nothing is wrong."""
-    run = train(recipe_for(tiny_llama, rows, tmp_path / "run", "train.max_steps=1"), console=quiet, cache=cache)
-    assert not any(tensor.any() for name, tensor in adapter_of(run).items() if "lora_B" in name)
+@pytest.mark.parametrize(
+    ("words", "notice"),
+    [
+        (["train.max_steps=1"], "covers the only step, whose learning rate would be 0: the warm-up is left out"),
+        (["train.max_steps=3", "train.warmup=100"], "train.warmup=100 covers all 3 steps: the warm-up is left out"),
+    ],
+)  # fmt: skip
+def test_a_warm_up_that_would_be_the_whole_run_is_shortened(words, notice, tiny_llama, rows, cache, tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    run = train(recipe_for(tiny_llama, rows, tmp_path / "run", *words), console=console, cache=cache)
+    print(console.file.getvalue())
+    assert notice in console.file.getvalue()
+    assert all(tensor.any() for name, tensor in adapter_of(run).items() if "lora_B" in name)
+    assert next(line["learning_rate"] for line in read_metrics(run) if "loss" in line) == pytest.approx(2e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["train.max_steps=1", "train.learning_rate=1e-60"], "no update in 1 step was large enough to change it"),
+        (
+            ["train.max_steps=4", "train.warmup=1", "train.learning_rate=1e-14", "train.evaluate_every=1"],
+            "no later validation loss was better than that of step 1, before anything was learnt",
+        ),
+        (["train.max_steps=3", "train.learning_rate=1e-60", "train.evaluate_every=2"], "every B of the saved adapter is zero"),
+    ],
+)  # fmt: skip
+def test_a_run_that_has_learnt_nothing_is_an_error(words, why, tiny_llama, rows, cache, tmp_path, quiet):
+    recipe = recipe_for(tiny_llama, rows, tmp_path / "run", *words)
+    with pytest.raises(TrainingError) as caught:
+        train(recipe, console=quiet, cache=cache)
+    print(caught.value)
+    assert why in str(caught.value)
+    assert "rate" in caught.value.fix
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_samples_are_answered_from_dequantised_weights_and_the_4_bit_ones_come_back(
+    tiny_llama, rows, cache, tmp_path, monkeypatch
+):
+    answer, before, during = SampleAnswers._answer, [], []
+
+    def watched(self, row, place):
+        during.append(len(list(linear4bits(self.model))))
+        return answer(self, row, place)
+
+    def fused(model, *words, **more):
+        before[:] = linear4bits(model)
+        trained.append(model)
+        return fuse(model, *words, **more)
+
+    trained = []
+    monkeypatch.setattr(SampleAnswers, "_answer", watched)
+    monkeypatch.setattr(preparation, "fuse", fused)
+    monkeypatch.setattr(samples, "SECONDS", 0.0)
+    console = Console(file=io.StringIO(), width=200)
+    words = ["train.max_steps=4", "train.evaluate_every=2", "train.samples=2"]
+    run = train(recipe_for(tiny_llama, rows, tmp_path / "run", *words), console=console, cache=cache)
+    assert during == [0, 0, 0, 0]
+    assert before
+    assert list(map(id, linear4bits(trained[0]))) == list(map(id, before))
+    told = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
+    answers = [AutoTokenizer.from_pretrained(tiny_llama)(line["answer"])["input_ids"] for line in told]
+    assert max(map(len, answers)) < 8, "an answer whose time is over goes no further"
+    lines = console.file.getvalue().splitlines()
+    assert [line for line in lines if line.endswith(("evaluating", "answering samples"))] == [
+        "step     0  evaluating", "step     2  evaluating", "step     2  answering samples",
+        "step     4  evaluating", "step     4  answering samples",
+    ]  # fmt: skip
+
+
+def test_a_resumed_run_counts_all_its_legs(tiny_llama, rows, cache, tmp_path, quiet, monkeypatch):
+    words = ["train.max_steps=6", "train.evaluate_every=2", "train.samples=0"]
+    whole = train(recipe_for(tiny_llama, rows, tmp_path / "whole", *words), console=quiet, cache=cache)
+    interrupted(monkeypatch, 5, recipe_for(tiny_llama, rows, tmp_path / "cut", *words), quiet, cache)
+    cut = open_run(tmp_path / "cut")
+    mark = cut.latest_checkpoint() / "COMPLETE"
+    spent = json.loads(mark.read_text())
+    assert spent["seconds"] > 0
+    mark.write_text(json.dumps({"seconds": 1000.0, "peak_memory": 77_000_000_000}))  # of a leg on a larger machine
+    resume(cut.folder, console=quiet, cache=cache)
+    summaries = [json.loads((run.folder / "summary.json").read_text()) for run in (cut, whole)]
+    assert (
+        summaries[0]["tokens"] == summaries[1]["tokens"] == sum(line.get("tokens", 0) for line in read_metrics(whole))
+    )
+    assert summaries[0]["train_loss"] == summaries[1]["train_loss"]
+    assert 1000 < summaries[0]["seconds"] < 1000 + 300
+    assert summaries[0]["peak_memory_gb"] == 77.0
+    steps = sum(line.get("seconds", 0) for line in read_metrics(cut))
+    assert summaries[0]["tokens_per_second"] == pytest.approx(summaries[0]["tokens"] / steps, abs=0.1)
+    assert "| speed while training |" in (cut.folder / "README.md").read_text()
 
 
 def test_the_loss_that_is_told_is_that_of_the_adapter_that_is_kept(tiny_llama, rows, cache, tmp_path, quiet):

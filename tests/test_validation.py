@@ -86,6 +86,6 @@ def test_a_fused_optimiser_is_not_taken_where_steps_may_be_left_out(dtype, name,
     """GradScaler calls a fused one at an overflow too, and Accelerate then takes the step for made."""
     recipe = load_recipe(None, ["model.path=m", "data.path=d", "train.optimizer=adamw"])
     arguments = training_arguments(
-        recipe, tmp_path, Schedule(3, 1, 1), torch.device("cpu"), getattr(torch, dtype), True, False
+        recipe, tmp_path, Schedule(3, 1, 1, 0), torch.device("cpu"), getattr(torch, dtype), True, False
     )
     assert arguments.optim == name

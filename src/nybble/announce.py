@@ -91,6 +91,8 @@ def tell_plan(run: Run, schedule: Schedule, console: Console) -> None:
         console,
         f"run       {run.folder}: {schedule.steps:,} steps of {train.micro_batch} x {train.accumulation} rows{processes}",
     )
+    if schedule.notice:
+        tell(console, f"          {schedule.notice}")
 
 
 def tell_result(run: Run, summary: dict[str, Any], console: Console) -> None:
@@ -100,7 +102,7 @@ def tell_result(run: Run, summary: dict[str, Any], console: Console) -> None:
         tell(console, f"result    validation loss {validation['before']:.4f} -> {validation['kept']:.4f}")
     tell(
         console,
-        f"          {summary['tokens_per_second']:,.0f} tokens/s, peak memory {summary['peak_memory_gb']:.2f} GB, "
+        f"          {summary['tokens_per_second']:,.0f} tokens/s while training, peak memory {summary['peak_memory_gb']:.2f} GB, "
         f"{summary['seconds']:,.0f} s in all",
     )
     tell(console, f"done      {run.folder}; talk to it: nybble chat {run.folder}")

@@ -7,31 +7,48 @@ import pathlib
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nybble.errors import TrainingError
 from nybble.launch import rank
 from nybble.model.adapter import check_gradients, check_saved
+from nybble.progress import SAMPLING, TRAINING, Work
 from nybble.quantized import assert_unpacked
-from nybble.run import COMPLETE, Run, append_json
+from nybble.run import COMPLETE, Run, append_json, write_json
 from nybble.trackers import log_samples
 from nybble.trainer import Window
 
-Answers = Callable[[], list[dict[str, Any]]]
+Answers = Callable[[Callable[[int, int], None]], list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a run has taken, the legs before it was resumed included."""
+
+    began: float
+    """When this leg began, seconds since 1970."""
+    earlier: dict[str, float]
+    """What the legs before it took."""
+
+    def now(self, device: torch.device) -> dict[str, float]:
+        """`seconds`, and `peak_memory` in bytes."""
+        seconds, peak = self.earlier["seconds"] + time.time() - self.began, peak_memory(device)
+        return {"seconds": round(seconds, 1), "peak_memory": max(peak, int(self.earlier["peak_memory"]))}
 
 
 class Guards(TrainerCallback):  # type: ignore[misc]
     """Stop before the optimiser where training has gone wrong, and read back what is saved."""
 
-    def __init__(self, run: Run, window: Window) -> None:
+    def __init__(self, run: Run, window: Window, spent: Spent) -> None:
         self.run = run
         self.window = window
+        self.spent = spent
         self.first = True
         self.check_next = True
 
@@ -59,8 +76,9 @@ class Guards(TrainerCallback):  # type: ignore[misc]
         if args.should_save:
             model = kwargs["model"]
             adapted = model if isinstance(model, PeftModel) else model.module
-            check_saved(adapted, folder, learnt=state.global_step > 1)
-            (folder / COMPLETE).touch()
+            # In float16 the first steps may all be left out, until the scale of the loss fits.
+            check_saved(adapted, folder, learnt=state.global_step > 1 and not args.fp16)
+            write_json(folder / COMPLETE, self.spent.now(args.device))
 
     def _check_losses(self, step: int, device: torch.device) -> None:
         losses = [loss.read() for loss in self.window.losses]
@@ -90,39 +108,24 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     """Write metrics.jsonl, count tokens, show progress and sample answers."""
 
     def __init__(
-        self, run: Run, window: Window, console: Console, steps: int, answers: Answers | None, tracker: str
+        self, run: Run, window: Window, console: Console, work: Work, answers: Answers | None, tracker: str
     ) -> None:
         self.run = run
         self.window = window
         self.console = console
+        self.work = work
         self.answers = answers
         self.tracker = tracker
         self.steps = 0
         self.kept_step = 0
-        self.tokens = 0
-        self.seconds = 0.0
-        self.loss: float | None = None
         self._pending: list[torch.Tensor] = []
         self._began = time.perf_counter()
-        self.progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.progress.add_task("training", total=steps, text="")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Show the bar, at the step a resumed run begins with."""
-        self.progress.start()
-        self.progress.update(self.task, completed=state.global_step)
+        self.work.begin(state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -150,39 +153,35 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             self.console.print(f"step {state.global_step:>5}  validation loss {logs['eval_loss']:.4f}{told}")
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Answer a few validation prompts."""
-        if self.answers is None or not state.is_world_process_zero:
-            return
-        samples = [{"step": state.global_step, **sample} for sample in self.answers()]
-        for sample in samples:
-            append_json(self.run.folder / "samples.jsonl", sample)
-        log_samples(self.tracker, state.global_step, samples)
+        """Answer a few validation prompts; on a CPU, where that takes longer than steps, not before something is learnt."""
+        too_early = state.global_step == 0 and args.device.type == "cpu"
+        if self.answers is not None and state.is_world_process_zero and not too_early:
+            answers = self.answers(lambda done, of: self.work.doing(SAMPLING, done, of))
+            samples = [{"step": state.global_step, **sample} for sample in answers]
+            for sample in samples:
+                append_json(self.run.folder / "samples.jsonl", sample)
+            log_samples(self.tracker, state.global_step, samples)
+        self.work.doing(TRAINING)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the bar down."""
-        self.progress.stop()
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens without padding, over the time spent in steps, on all processes."""
-        return self.tokens / self.seconds if self.seconds else 0.0
+        self.work.end()
 
     def _log_step(self, args: TrainingArguments, state: TrainerState, logs: dict[str, Any]) -> None:
         seconds = time.perf_counter() - self._began
         tokens = int(sum(count.item() for count in self._pending)) * args.world_size
         self._pending = []
-        self.tokens, self.seconds, self.loss = self.tokens + tokens, self.seconds + seconds, logs["loss"]
         speed = tokens / seconds
         if state.is_world_process_zero:
             keys = ("loss", "grad_norm", "learning_rate")
             line = {"step": state.global_step, **{key: logs[key] for key in keys if key in logs}}
             append_json(self.run.metrics, {**line, "tokens": tokens, "seconds": round(seconds, 4)})
         text = f"loss {logs['loss']:.4f}  {speed:,.0f} tokens/s  {peak_memory(args.device) / 1e9:.2f} GB"
-        self.progress.update(self.task, completed=state.global_step, text=text)
+        self.work.step_done(state.global_step, seconds, text)
         if not self.console.is_terminal and (state.global_step % 10 == 0 or state.global_step == 1):
-            self.console.print(f"step {state.global_step:>5}/{state.max_steps}  {text}")
+            self.console.print(f"step {state.global_step:>5}/{state.max_steps}  {text}  {self.work.left()}")
 
 
 def peak_memory(device: torch.device) -> int:

@@ -27,7 +27,7 @@ from nybble.model.checkpoint import check_length, find_checkpoint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.plan.schedule import plan_steps
-from nybble.plan.speed import estimate
+from nybble.plan.speed import PRODUCTS, estimate
 from nybble.recipe import Recipe
 from nybble.run import CACHE
 
@@ -222,26 +222,43 @@ def _tell_batches(
             "packing",
             f"{len(rows.samples):,} rows in {len(rows):,} of {data.max_length:,} tokens, {filled:.1%} full",
         )
-    return _tell_steps(console, recipe, rows, validation is not None, config)
+    return _tell_steps(console, recipe, rows, validation, config)
 
 
 def _tell_steps(
-    console: Console, recipe: Recipe, rows: Dataset | PackedRows, has_validation: bool, config: PretrainedConfig | None
+    console: Console,
+    recipe: Recipe,
+    rows: Dataset | PackedRows,
+    validation: Dataset | None,
+    config: PretrainedConfig | None,
 ) -> list[NybbleError]:
     train = recipe.train
     try:
-        schedule = plan_steps(train, None if recipe.data.streaming else len(rows), has_validation)
+        schedule = plan_steps(train, None if recipe.data.streaming else len(rows), validation is not None)
     except (DataError, RecipeError) as fault:
         return [fault]
     batch = train.micro_batch * train.accumulation * train.processes
     tokens = schedule.steps * batch * float(lengths_of(rows).mean())
     line = f"{schedule.steps:,} of {train.micro_batch} x {train.accumulation} rows, about {_rounded(tokens)} tokens"
-    if config is not None:
-        device = choose_device(recipe.model.device, 0)
-        rate = estimate(config, device, choose_dtype(recipe.model.dtype, device)[0]) * train.processes
-        line += f"; roughly {_duration(tokens / rate)} on this machine's {device.type} ({_rounded(rate)} tokens/s)"
     _line(console, "steps", line)
+    if schedule.notice:
+        _line(console, "", schedule.notice, "yellow")
+    if config is not None:
+        held_out = 0.0 if validation is None else float(lengths_of(validation).sum())
+        # Before the first step too; an evaluation goes forward only.
+        tokens += held_out * (schedule.evaluations_after(0) + 1) / PRODUCTS
+        _tell_time(console, recipe, tokens, config)
     return []
+
+
+def _tell_time(console: Console, recipe: Recipe, tokens: float, config: PretrainedConfig) -> None:
+    device = choose_device(recipe.model.device, 0)
+    speed = estimate(config, device, choose_dtype(recipe.model.dtype, device)[0], recipe.train.processes)
+    told = f"roughly {_duration(tokens / speed.free)} on this machine's {device.type}"
+    if speed.is_busy:
+        told += f" when nothing else runs, {_duration(tokens / speed.now)} as busy as it is now"
+    told += f": {_rounded(speed.free)} tokens/s while training, judged by matrix products; evaluations"
+    _line(console, "time", f"{told} are counted, sample answers and benchmarks are not")
 
 
 def _rounded(number: float) -> str:

@@ -6,6 +6,19 @@ import os
 
 from nybble.errors import DeviceError
 
+# How threads of GNU's OpenMP, which torch brings, wait for each other. By default each spins for 300,000 rounds; where another
+# process wants the cores, those that it waits for cannot run meanwhile (bench/busy.py: what each way costs).
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def wait_without_spinning() -> None:
+    """Have this process's threads, and those of processes that it starts, leave the cores to others while they wait.
+
+    The library reads its environment when it is loaded: this comes before torch. What somebody has set stays.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ.update(WAITING)
+
 
 def launched() -> bool:
     """Whether this process was started by torchrun or by accelerate launch."""

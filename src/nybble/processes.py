@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
+import psutil
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -16,8 +19,9 @@ def run_processes(count: int, words: Sequence[str]) -> int:
     """Run `nybble WORDS` in `count` processes on this machine; when one fails, all end.
 
     Returns:
-        The exit status: that of the first process that failed, 130 after Ctrl-C.
+        The exit status: that of the first process that failed, 130 after Ctrl-C, 143 after SIGTERM.
     """
+    relay = _Relay()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each process says itself what is wrong
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))  # or they fight for cores
     config = LaunchConfig(
@@ -28,12 +32,31 @@ def run_processes(count: int, words: Sequence[str]) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.2,
+        signals_to_handle="SIGHUP,SIGQUIT",  # at the others the launcher would give the processes 30 seconds
     )
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, relay)
     try:
         elastic_launch(config, sys.executable)("-m", "nybble", *words)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        return max(1, failure.exitcode)
-    except (SignalException, KeyboardInterrupt):
-        return 130
+        return relay.status or max(1, failure.exitcode)
+    except SignalException as error:
+        return relay.status or 128 + error.sigval
     return 0
+
+
+class _Relay:
+    """Passes the first signal on to the processes, which end their step and save it, as long as that takes (`nybble.interrupt`);
+    at the second the launcher ends them."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        """The exit status of whoever is ended by the first signal."""
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.status:
+            raise SignalException("a second signal", signal.SIGINT)
+        self.status = 128 + number
+        for child in psutil.Process().children():
+            child.send_signal(signal.SIGINT)  # SIGTERM is what the launcher sends when another process has failed

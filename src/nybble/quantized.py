@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import bitsandbytes
@@ -37,22 +38,40 @@ def dequantise_where_room(model: PreTrainedModel | PeftModel) -> bool:
     bitsandbytes dequantises a weight at each use there (docs/benchmarks.md: what that costs SmolLM2). For answers only: what
     trains, merges or exports wants the 4-bit layers. Returns whether it was done.
     """
+    return bool(_replace_where_room(model))
+
+
+@contextlib.contextmanager
+def dequantised_meanwhile(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """As `dequantise_where_room`, and then the 4-bit layers again, the very ones."""
+    replaced = _replace_where_room(model)
+    try:
+        yield
+    finally:
+        for parent, name, layer in replaced:
+            setattr(parent, name, layer)
+
+
+def _replace_where_room(model: PreTrainedModel | PeftModel) -> list[tuple[torch.nn.Module, str, Linear4bit]]:
+    """Plain layers for 4-bit ones; returns these with their places, none where that cannot or should not be done."""
     layers = list(linear4bits(model))
     if not layers or any(layer.weight.device.type != "cpu" for layer in layers):
-        return False
+        return []
     computing = model.get_input_embeddings().weight.dtype
     if any(
         layer.compute_dtype != computing for layer in layers
     ):  # stored by somebody else: a 4-bit layer casts in and out
-        return False
+        return []
     numbers = sum(layer.in_features * layer.out_features for layer in layers)
     if numbers * computing.itemsize > SHARE * psutil.virtual_memory().available:
-        return False
+        return []
+    replaced = []
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, Linear4bit):
                 setattr(parent, name, _plain(layer))
-    return True
+                replaced.append((parent, name, layer))
+    return replaced
 
 
 def _plain(layer: Linear4bit) -> torch.nn.Linear:

@@ -69,7 +69,7 @@ A LoRA adapter for `{summary["base"]["name"]}`, trained by nybble {summary["vers
 | steps | {summary["steps"]}, peak learning rate {recipe.train.learning_rate:g} |
 | validation loss (nats a token) | {result} |
 | peak memory | {summary["peak_memory_gb"]:.2f} GB on {summary["device"]} |
-| speed | {summary["tokens_per_second"]:,.0f} tokens/s |
+| speed while training | {summary["tokens_per_second"]:,.0f} tokens/s |
 
 ![loss](loss.png)
 

@@ -4,7 +4,7 @@ RUN/recipe.yaml       every option, documented
 RUN/start.json        fingerprints of recipe, data, base and versions, written before the first step
 RUN/template.json     the chat template by name and text
 RUN/tokenizer/        tokenizer with that template
-RUN/checkpoints/      checkpoint-N, each whole once it holds a file COMPLETE
+RUN/checkpoints/      checkpoint-N, each whole once it holds a file COMPLETE, which says what the run had taken until then
 RUN/metrics.jsonl     a line a step, and a line an evaluation
 RUN/samples.jsonl     answers to validation prompts at each evaluation
 RUN/adapter/          the PEFT adapter: its appearance means that training has ended
@@ -70,6 +70,11 @@ class Run:
         """The newest whole checkpoint."""
         whole = [file.parent for file in self.checkpoints.glob(f"checkpoint-*/{COMPLETE}")]
         return max(whole, key=_step, default=None)
+
+    def spent_until(self, checkpoint: pathlib.Path | None) -> dict[str, float]:
+        """What the run had taken when a checkpoint was saved: `seconds`, and `peak_memory` in bytes."""
+        text = (checkpoint / COMPLETE).read_text(encoding="utf-8") if checkpoint is not None else ""
+        return {"seconds": 0.0, "peak_memory": 0, **(json.loads(text) if text else {})}
 
     def drop_after(self, checkpoint: pathlib.Path | None) -> None:
         """Forget what was begun after a checkpoint: cut-off checkpoints, and lines of later steps."""

@@ -18,6 +18,7 @@ from nybble.data.order import Order, batches, lengths_of
 from nybble.evaluate.perplexity import summed_loss
 from nybble.optimizer import FlatAdamW8bit
 from nybble.plan.schedule import Schedule
+from nybble.progress import EVALUATING, SAVING, SCORING, TRAINING
 from nybble.recipe import Recipe
 
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
@@ -40,7 +41,7 @@ def training_arguments(
     if optimizer == "adamw_torch" and dtype != torch.float16:
         optimizer = "adamw_torch_fused"
     scheduler: str = train.scheduler
-    if scheduler == "constant" and train.warmup:
+    if scheduler == "constant" and schedule.warmup:
         scheduler = "constant_with_warmup"
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
@@ -52,7 +53,7 @@ def training_arguments(
         max_steps=schedule.steps,
         learning_rate=train.learning_rate,
         lr_scheduler_type=scheduler,
-        warmup_steps=train.warmup,
+        warmup_steps=schedule.warmup,
         optim=optimizer,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
@@ -143,6 +144,8 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         """Tokens up to which validation rows share a batch; so many of the longest as the arguments say in any case."""
         self.task_scores: Callable[[], dict[str, float]] | None = None
         """Benchmarks that are run at each evaluation."""
+        self.doing: Callable[[str, int, int], None] = lambda what, done, of: None
+        """Is told what goes on beside the steps, how many parts of it are done, and of how many."""
         self._ahead: Ahead | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -241,18 +244,25 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
             collate_fn=self.data_collator,
         )
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.doing(SAVING, 0, 0)
+        super()._save_checkpoint(*args, **kwargs)
+        self.doing(TRAINING, 0, 0)
+
     def evaluation_loop(
         self, dataloader: DataLoader[Any], description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         """Mean loss over all trained tokens, in nats a token."""
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for batch in dataloader:
+        for done, batch in enumerate(dataloader):
+            self.doing(EVALUATING, done, len(dataloader))
             with torch.no_grad(), self.compute_loss_context_manager():
                 total += torch.stack([part.double() for part in summed_loss(self.model, self._prepare_inputs(batch))])
         total = self.accelerator.reduce(total, "sum")
         metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
         if self.task_scores is not None and self.is_world_process_zero():
+            self.doing(SCORING, 0, 0)
             metrics |= {f"{metric_key_prefix}_task/{name}": score for name, score in self.task_scores().items()}
         return EvalLoopOutput(
             predictions=None,

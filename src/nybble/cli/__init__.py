@@ -14,13 +14,14 @@ import typer
 from nybble.cli import training, using
 from nybble.cli.app import app
 from nybble.errors import NybbleError
-from nybble.launch import rank
+from nybble.launch import rank, wait_without_spinning
 
 __all__ = ["main", "training", "using"]
 
 
 def main() -> None:
     """Run the command line; a user's error is one message and an exit status, a defect is a traceback."""
+    wait_without_spinning()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # rows may hold what a terminal cannot show

@@ -96,6 +96,7 @@ def train(
 
         raise typer.Exit(run_processes(recipe.train.processes, sys.argv[1:]))
     quiet()
+    from nybble.interrupt import Stopped
     from nybble.training.train import resume as go_on
     from nybble.training.train import train as begin
 
@@ -110,7 +111,9 @@ def train(
             run = go_on(resume, console=console, benchmarks=harness, preflight=preflight)
         else:
             run = begin(recipe, console=console, benchmarks=harness, preflight=preflight)
-    except KeyboardInterrupt:  # train has said what is left
+    except Stopped as stop:  # train has said what is left
+        raise typer.Exit(128 + stop.number) from None
+    except KeyboardInterrupt:
         raise typer.Exit(130) from None
     for target in targets if rank() == 0 else ():
         from nybble.export.export import Wanted

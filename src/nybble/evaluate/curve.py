@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nybble.evaluate.scores import Benchmarks
+from nybble.quantized import dequantised_meanwhile
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class TaskScores:
         found = {}
         for name in self.tasks:
             with (
+                dequantised_meanwhile(self.model),
                 self.benchmarks.benchmark(name) as benchmark,
                 torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32),
             ):

@@ -162,7 +162,7 @@ def _training(training: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     for name, key, digits, unit in (
         ("steps", "steps", 0, ""),
         ("tokens", "tokens", 0, ""),
-        ("tokens a second", "tokens_per_second", 0, ""),
+        ("tokens a second while training", "tokens_per_second", 0, ""),
         ("peak memory", "peak_memory_gb", 2, " GB"),
         ("trained parameters", "trainable_parameters", 0, ""),
     ):

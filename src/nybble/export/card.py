@@ -122,7 +122,7 @@ def _facts(run: Run, summary: Mapping[str, Any] | None, evaluation: Mapping[str,
                     f"on {', '.join(summary['adapter']['targets'])}, {summary['adapter']['trainable_parameters']:,} parameters"),
         ("training", f"{summary['steps']:,} steps, {summary['tokens']:,} tokens, peak learning rate {training.learning_rate:g}"),
         ("memory", f"{summary['peak_memory_gb']:.2f} GB at the peak, on {summary['device']}"),
-        ("time", f"{cost}, {summary['tokens_per_second']:,.0f} tokens/s"),
+        ("time", f"{cost}, {summary['tokens_per_second']:,.0f} tokens/s while training"),
         ("evaluated", evaluation["date"] if evaluation else "not yet"),
         ("versions", ", ".join(f"{name} {version}" for name, version in summary["versions"].items())),
     ]  # fmt: skip

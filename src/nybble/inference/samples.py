@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nybble.quantized import dequantised_meanwhile
+
 NEW_TOKENS = 64  # enough to see style and whether an answer ends; each costs a forward pass
+SECONDS = 20.0  # that an answer may take: training waits for it
 
 
 def first_answer(row: dict[str, Any]) -> slice | None:
@@ -31,10 +35,20 @@ class SampleAnswers:
     count: int
     dtype: torch.dtype
 
-    def __call__(self) -> list[dict[str, Any]]:
-        """One record a prompt: prompt, answer, expected; rows that are trained on whole have no prompt to ask."""
+    def __call__(self, tell: Callable[[int, int], None]) -> list[dict[str, Any]]:
+        """One record a prompt: prompt, answer, expected; rows that are trained on whole have no prompt to ask.
+
+        Args:
+            tell: is told before each answer how many there are, and will be.
+        """
         rows = self.rows.select(range(min(self.count, len(self.rows))))
-        return [self._answer(row, place) for row in rows if (place := first_answer(row)) is not None]
+        asked = [(row, place) for row in rows if (place := first_answer(row)) is not None]
+        found: list[dict[str, Any]] = []
+        with dequantised_meanwhile(self.model):
+            for row, place in asked:
+                tell(len(found), len(asked))
+                found.append(self._answer(row, place))
+        return found
 
     def _answer(self, row: dict[str, Any], place: slice) -> dict[str, Any]:
         start = place.start
@@ -45,6 +59,7 @@ class SampleAnswers:
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=NEW_TOKENS,
+                max_time=SECONDS,
                 do_sample=False,
                 use_cache=True,
                 eos_token_id=list({self.end_id, self.tokenizer.eos_token_id}),

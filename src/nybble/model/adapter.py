@@ -135,7 +135,17 @@ def check_saved(model: PeftModel, folder: pathlib.Path, *, learnt: bool = True) 
             raise TrainingError(f"the saved adapter differs from the trained one in {name}", where=str(folder))
     updates = [tensor for name, tensor in saved.items() if "lora_B" in name]
     if learnt and updates and not any(tensor.any() for tensor in updates):
-        raise TrainingError("every B of the saved adapter is zero: nothing was learnt", where=str(folder))
+        raise TrainingError(
+            "every B of the saved adapter is zero: nothing was learnt",
+            where=str(folder),
+            fix="a higher train.learning_rate, or a shorter train.warmup",
+        )
+
+
+def is_untrained(model: PeftModel) -> bool:
+    """Whether every B of the adapter is zero, as at the start: it then changes nothing."""
+    updates = [tensor for name, tensor in get_peft_model_state_dict(model).items() if "lora_B" in name]
+    return bool(updates) and not any(tensor.any() for tensor in updates)
 
 
 def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from nybble.errors import DataError, RecipeError
 from nybble.recipe import TrainOptions
 
 EVALUATIONS = 5  # over a run, where the recipe does not say: enough for a curve
+SHORTENED = 10  # of a warm-up that would cover a whole run, a tenth of the steps is left
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,22 @@ class Schedule:
     steps: int
     evaluate_every: int
     save_every: int
+    warmup: int
+    """Steps before the learning rate reaches its peak; the first of them has the rate 0."""
+    notice: str = ""
+    """What of the recipe could not be taken as it was."""
+
+    def evaluations_after(self, step: int) -> int:
+        """Evaluations to come after a step and its own; the last step has one in any case."""
+        return _occasions(self.evaluate_every, self.steps, step)
+
+    def saves_after(self, step: int) -> int:
+        """Checkpoints to come after a step and its own; the last step has one in any case."""
+        return _occasions(self.save_every, self.steps, step)
+
+
+def _occasions(every: int, steps: int, step: int) -> int:
+    return math.ceil(steps / every) - step // every if step < steps else 0
 
 
 def plan_steps(train: TrainOptions, rows: int | None, has_validation: bool) -> Schedule:
@@ -52,4 +69,20 @@ def plan_steps(train: TrainOptions, rows: int | None, has_validation: bool) -> S
             "adapter might not be among the saved",
             fix=f"train.save_every={evaluate_every}, or train.keep_best=false",
         )
-    return Schedule(steps, evaluate_every, save_every)
+    return Schedule(steps, evaluate_every, save_every, *plan_warmup(train.warmup, steps))
+
+
+def plan_warmup(asked: float, steps: int) -> tuple[int, str]:
+    """Steps of warm-up, and a notice where those that were asked for would be the whole run: its rate would never be reached.
+
+    Args:
+        asked: train.warmup, a share of the steps (below 1) or a number of steps.
+        steps: of the run.
+    """
+    warmup = int(asked) if asked >= 1 else math.ceil(steps * asked)
+    if warmup < steps:
+        return warmup, ""
+    shorter = steps // SHORTENED
+    covers = "the only step, whose learning rate would be 0" if steps == 1 else f"all {steps:,} steps"
+    what = f"shortened to {shorter} step{'s' * (shorter > 1)}" if shorter else "left out"
+    return shorter, f"train.warmup={asked:g} covers {covers}: the warm-up is {what}"

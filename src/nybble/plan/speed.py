@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig
@@ -12,7 +14,26 @@ PRODUCTS = (
 )
 # Of a plain product's rate. H200, 4 x 2,048 of a 7B: 13,213 to 18,265 tokens/s, 0.6 to 0.85; two cores, SmolLM2: 227, 0.28.
 EFFICIENCY = {"cuda": 0.6, "cpu": 0.3}
-SECONDS = 0.2  # of measuring
+BURSTS, SECONDS, PAUSE = (
+    6,
+    0.05,
+    0.1,
+)  # of measuring: at several moments, for another process may have the cores at one of them
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second that training may reach."""
+
+    free: float
+    """With the machine to itself, within a factor of two."""
+    now: float
+    """Beside what runs on it now."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something else runs on the machine."""
+        return self.now < 0.7 * self.free
 
 
 def linear_parameters(config: PretrainedConfig) -> int:
@@ -23,23 +44,33 @@ def linear_parameters(config: PretrainedConfig) -> int:
     return int(config.num_hidden_layers * layer)
 
 
-def estimate(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> float:
-    """Tokens a second that QLoRA of this model may reach on this device, within a factor of two."""
-    return EFFICIENCY[device.type] * product_rate(device, dtype) / (PRODUCTS * 2 * linear_parameters(config))
+def estimate(config: PretrainedConfig, device: torch.device, dtype: torch.dtype, processes: int = 1) -> Speed:
+    """How fast QLoRA of this model may train on this device; processes share a CPU, and have a GPU each."""
+    products = product_rates(device, dtype)
+    share = EFFICIENCY[device.type] / (PRODUCTS * 2 * linear_parameters(config))
+    share *= processes if device.type == "cuda" else 1
+    return Speed(share * max(products), share * statistics.median(products))
 
 
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product, measured."""
+def product_rates(device: torch.device, dtype: torch.dtype) -> list[float]:
+    """Floating-point operations a second of a large matrix product, measured at several moments; the fastest product of each."""
     size = 4096 if device.type == "cuda" else 1024
     left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     torch.mm(left, right)
     _wait(device)
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < SECONDS:
+    return [2 * size**3 / _fastest(left, right) for _ in range(BURSTS)]
+
+
+def _fastest(left: torch.Tensor, right: torch.Tensor) -> float:
+    time.sleep(PAUSE)
+    took: list[float] = []
+    burst = time.perf_counter()
+    while not took or time.perf_counter() - burst < SECONDS:
+        began = time.perf_counter()
         torch.mm(left, right)
-        _wait(device)
-        count += 1
-    return count * 2 * size**3 / (time.perf_counter() - began)
+        _wait(left.device)
+        took.append(time.perf_counter() - began)
+    return min(took)
 
 
 def _wait(device: torch.device) -> None:

@@ -110,7 +110,7 @@ class TrainOptions(Options):
     scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup: float = Field(default=0.03, ge=0)
-    """Warm-up: a share of the steps (below 1) or a number of steps."""
+    """Warm-up: a share of the steps (below 1) or a number of steps; one that would cover the whole run is shortened."""
     optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = "auto"
     """auto takes paged_adamw_8bit on CUDA (its state can move to host memory) and adamw on a CPU."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -132,7 +132,7 @@ class TrainOptions(Options):
     keep_best: bool = True
     """The adapter of the run is that of the best validation loss, not of the last step."""
     samples: int = Field(default=2, ge=0)
-    """Validation prompts answered at each evaluation and written to samples.jsonl."""
+    """Validation prompts answered at each evaluation, up to 64 tokens or 20 s each, into samples.jsonl; on a CPU from step 1."""
     eval_tasks: list[str] = Field(default_factory=list)
     """Benchmarks (lm-eval's names) scored at each evaluation, e.g. [arc_easy]; their curves go where the losses go."""
     eval_limit: int = Field(default=50, ge=1)

@@ -10,24 +10,46 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from nybble.callbacks import Recorder, peak_memory
-from nybble.model.adapter import check_saved
+from nybble.callbacks import Recorder, Spent
+from nybble.errors import TrainingError
+from nybble.model.adapter import check_saved, is_untrained
 from nybble.run import Run, read_metrics, versions
 from nybble.training.preparation import Ready
 
 
-def save_adapter(run: Run, model: PeftModel, kept_step: int) -> None:
+def refuse_untrained(run: Run, model: PeftModel, recorder: Recorder) -> None:
+    """Raise TrainingError where the adapter that would be kept answers as the base does, on all processes."""
+    if not is_untrained(model):
+        return
+    rate = run.recipe.train.learning_rate
+    if recorder.kept_step < recorder.steps:
+        why = f"no later validation loss was better than that of step {recorder.kept_step}, before anything was learnt"
+        fix = f"another learning rate than {rate:g}, or train.keep_best=false for the adapter of the last step"
+    else:
+        why = f"no update in {recorder.steps:,} step{'s' * (recorder.steps > 1)} was large enough to change it"
+        fix = f"a higher learning rate than {rate:g}, and train.warmup=0"
+    fix += f": nybble train -c {run.folder}/recipe.yaml out=ANOTHER train.learning_rate=..."
+    raise TrainingError(
+        f"the run has learnt nothing: every B of its adapter is zero ({why})", where=str(run.metrics), fix=fix
+    )
+
+
+def save_adapter(run: Run, model: PeftModel) -> None:
     """Write the adapter of a step beside its place, read it back, and move it there."""
     temporary = run.folder / ".adapter.writing"
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
-    check_saved(model, temporary, learnt=kept_step > 1)
+    check_saved(model, temporary)
     temporary.rename(run.adapter)
 
 
-def summarise(ready: Ready, recorder: Recorder, seconds: float) -> dict[str, Any]:
+def summarise(ready: Ready, recorder: Recorder, spent: Spent) -> dict[str, Any]:
+    """The whole run in numbers, however often it was resumed."""
     recipe, data, base = ready.recipe, ready.data, ready.base
-    losses = {line["step"]: line["eval_loss"] for line in read_metrics(recorder.run) if "eval_loss" in line}
+    lines, taken = read_metrics(recorder.run), spent.now(ready.device)
+    losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    steps = [line for line in lines if "tokens" in line]
+    tokens, seconds = sum(line["tokens"] for line in steps), sum(line["seconds"] for line in steps)
     on_cuda = ready.device.type == "cuda"
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -54,11 +76,12 @@ def summarise(ready: Ready, recorder: Recorder, seconds: float) -> dict[str, Any
         },
         "steps": recorder.steps,
         "processes": recipe.train.processes,
-        "train_loss": recorder.loss,
+        "train_loss": steps[-1]["loss"],
         "validation_loss": {"before": losses[0], "kept": losses[recorder.kept_step]} if losses else None,
         "kept_step": recorder.kept_step,
-        "tokens": recorder.tokens,
-        "tokens_per_second": round(recorder.tokens_per_second, 1),
-        "peak_memory_gb": round(peak_memory(ready.device) / 1e9, 3),
-        "seconds": round(seconds, 1),
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / seconds, 1),  # while training: evaluations and the like are not counted
+        "seconds_in_steps": round(seconds, 1),
+        "peak_memory_gb": round(taken["peak_memory"] / 1e9, 3),
+        "seconds": taken["seconds"],
     }

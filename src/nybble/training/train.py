@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, PretrainedConfig, PreTrainedTokenizerBase, PrinterCallback
 
 from nybble.announce import tell, tell_adapter, tell_base, tell_plan, tell_result
-from nybble.callbacks import Guards, Recorder
+from nybble.callbacks import Guards, Recorder, Spent
 from nybble.data.batches import Collator
 from nybble.data.template import save_template
 from nybble.errors import NybbleError, RecipeError, RunError
@@ -23,6 +23,7 @@ from nybble.evaluate.curve import TaskScores
 from nybble.evaluate.perplexity import TOKENS_AT_ONCE, bare, is_plain
 from nybble.evaluate.scores import Benchmarks
 from nybble.inference.samples import SampleAnswers
+from nybble.interrupt import Interruption
 from nybble.model.adapter import attach_adapter, resume_adapter
 from nybble.model.base import load_base, load_config, measure
 from nybble.model.checkpoint import check_length, find_checkpoint
@@ -30,6 +31,7 @@ from nybble.model.device import choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.out_of_memory import explained_memory
 from nybble.plan.schedule import plan_steps
+from nybble.progress import EVALUATING, SAMPLING, SCORING, Work
 from nybble.recipe import Recipe
 from nybble.record import draw_loss, write_card
 from nybble.run import (
@@ -46,7 +48,7 @@ from nybble.run import (
 )
 from nybble.trackers import end_tracker, start_tracker
 from nybble.trainer import QLoraTrainer, training_arguments
-from nybble.training.ending import save_adapter, summarise
+from nybble.training.ending import refuse_untrained, save_adapter, summarise
 from nybble.training.preparation import Ready, check_vocabulary, fuse_layers, join_processes, prepare_data
 
 
@@ -65,6 +67,7 @@ def train(
 
     Raises:
         NybbleError: whatever is wrong with recipe, data, model or machine; no half-written run stays behind.
+        KeyboardInterrupt: at Ctrl-C or SIGTERM, once the step in progress is done and saved; at a second one at once.
     """
     with explained_memory(recipe):
         return _train(recipe, None, console or Console(), cache, benchmarks, preflight)
@@ -138,15 +141,17 @@ def _train(
     run = _open_folder(folder, ready, interrupted, state)
     # 6. Train.
     tell_plan(run, schedule, console)
-    with _leaving_nothing_half_done(run, state, console):
-        recorder = _run_trainer(run, ready, interrupted, console, benchmarks)
+    interruption, spent = Interruption(console), Spent(began, run.spent_until(run.latest_checkpoint()))
+    with interruption.listening(), _leaving_nothing_half_done(run, state, console):
+        recorder = _run_trainer(run, ready, interrupted, console, benchmarks, interruption, spent)
+    refuse_untrained(run, model, recorder)
     # 7. What stays: summary, curve and card; last the adapter, whose folder says that the run is finished.
     if state.is_main_process:
-        summary = summarise(ready, recorder, time.time() - began)
+        summary = summarise(ready, recorder, spent)
         write_json(folder / "summary.json", summary)
         draw_loss(run, folder / "loss.png")
         write_card(run, summary)
-        save_adapter(run, model, recorder.kept_step)
+        save_adapter(run, model)
         tell_result(run, summary, console)
     state.wait_for_everyone()
     return run
@@ -183,8 +188,9 @@ def _open_folder(folder: pathlib.Path, ready: Ready, interrupted: Run | None, st
 
 
 def _run_trainer(
-    run: Run, ready: Ready, interrupted: Run | None, console: Console, benchmarks: Benchmarks | None
-) -> Recorder:
+    run: Run, ready: Ready, interrupted: Run | None, console: Console, benchmarks: Benchmarks | None,
+    interruption: Interruption, spent: Spent,
+) -> Recorder:  # fmt: skip
     recipe, data = ready.recipe, ready.data
     has_validation = data.validation is not None
     fused = ready.fusion is not None and not ready.fusion.fallen_back
@@ -213,18 +219,24 @@ def _run_trainer(
     if benchmarks is not None and recipe.train.eval_tasks:
         trainer.task_scores = TaskScores(benchmarks, recipe.train.eval_tasks, ready.model, ready.tokenizer, ready.dtype)
     trainer.remove_callback(PrinterCallback)
-    recorder = Recorder(run, trainer.window, console, ready.schedule.steps, _sampler(ready), recipe.tracker.to)
+    sampler = _sampler(ready)
+    occasions = {EVALUATING: has_validation, SCORING: trainer.task_scores is not None, SAMPLING: sampler is not None}
+    work = Work(console, ready.schedule, frozenset(what for what, happens in occasions.items() if happens))
+    trainer.doing = work.doing
+    recorder = Recorder(run, trainer.window, console, work, sampler, recipe.tracker.to)
     trainer.add_callback(recorder)
-    trainer.add_callback(Guards(run, trainer.window))
+    trainer.add_callback(Guards(run, trainer.window, spent))
     if recipe.train.early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.train.early_stopping))
+    trainer.add_callback(interruption)  # the last: what ends a run by itself goes before it
     if ready.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(ready.device)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
-        recorder.progress.stop()
+        work.end()
         end_tracker(recipe.tracker.to)
+    interruption.raise_if_stopped()
     recorder.steps = trainer.state.global_step
     best = trainer.state.best_global_step if arguments.load_best_model_at_end else None
     recorder.kept_step = best or recorder.steps

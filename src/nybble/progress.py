@@ -1,0 +1,93 @@
+"""What a run is doing now, how far it is, and how long until its end."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
+
+from nybble.plan.schedule import Schedule
+
+TRAINING, EVALUATING, SCORING = "training", "evaluating", "scoring benchmarks"
+SAMPLING, SAVING = "answering samples", "saving"
+RECENT = 20  # steps whose time tells that of those to come: a machine may become busy, or free
+
+
+class Work:
+    """The bar of a run; where there is no terminal, what goes into its lines."""
+
+    def __init__(self, console: Console, schedule: Schedule, occasions: frozenset[str]) -> None:
+        """`occasions` are the kinds of work, of EVALUATING, SCORING and SAMPLING, that each evaluation brings."""
+        self._console = console
+        self.schedule = schedule
+        self.occasions = occasions
+        self._what = TRAINING
+        self._since = time.perf_counter()
+        self._took: dict[str, float] = {}
+        self._steps: deque[float] = deque(maxlen=RECENT)
+        self._step = 0
+        self._bar = Progress(
+            TextColumn("{task.fields[what]}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            TextColumn(
+                "{task.fields[text]}", table_column=Column(ratio=1, no_wrap=True)
+            ),  # what a narrow terminal cuts off
+            console=console,
+            expand=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(TRAINING, total=schedule.steps, what=TRAINING, text="", left="")
+
+    def begin(self, step: int) -> None:
+        """Show the bar, at the step a resumed run begins with."""
+        self._step = step
+        self._bar.start()
+        self._bar.update(self._task, completed=step)
+
+    def end(self) -> None:
+        """Take the bar down."""
+        self._bar.stop()
+
+    def doing(self, what: str, done: int = 0, of: int = 0) -> None:
+        """Say what is going on, and how many parts of it are done; what went on before is timed."""
+        now, begins = time.perf_counter(), what != self._what
+        if begins:
+            self._took[self._what] = now - self._since
+            self._what, self._since = what, now
+        if begins and what in self.occasions and not self._console.is_terminal:
+            self._console.print(f"step {self._step:>5}  {what}")
+        parts = f" {min(done + 1, of)} of {of}" if of else ""
+        self._bar.update(self._task, what=f"{what}{parts}", left=self.left(), refresh=begins)
+
+    def step_done(self, step: int, seconds: float, text: str) -> None:
+        """Count a step and how long it took, in seconds."""
+        self._step = step
+        self._steps.append(seconds)
+        self._bar.update(self._task, completed=step, text=text, left=self.left())
+
+    def left(self) -> str:
+        """Time until the end, evaluations, sample answers and checkpoints included; "" before anything is known.
+
+        It is a lower bound while the run has not yet done once everything that is still to come.
+        """
+        if not self._steps:
+            return ""
+        evaluations, saves = self.schedule.evaluations_after(self._step), self.schedule.saves_after(self._step)
+        counts = {**dict.fromkeys(self.occasions, evaluations), SAVING: saves}
+        seconds = (self.schedule.steps - self._step) * statistics.fmean(self._steps)
+        seconds += sum(count * self._took.get(what, 0.0) for what, count in counts.items())
+        known = all(what in self._took for what, count in counts.items() if count)
+        return f"{'' if known else 'over '}{_clock(seconds)} left"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
