@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import shutil
 from typing import Any
 
 import torch
@@ -12,17 +11,16 @@ from peft import PeftModel
 
 from nybble.callbacks import Recorder, peak_memory
 from nybble.model.adapter import check_saved
+from nybble.places import new_folder
 from nybble.run import Run, read_metrics, versions
 from nybble.training.preparation import Ready
 
 
 def save_adapter(run: Run, model: PeftModel, kept_step: int) -> None:
     """Write the adapter of a step beside its place, read it back, and move it there."""
-    temporary = run.folder / ".adapter.writing"
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    check_saved(model, temporary, learnt=kept_step > 1)
-    temporary.rename(run.adapter)
+    with new_folder(run.adapter) as temporary:
+        model.save_pretrained(temporary)
+        check_saved(model, temporary, learnt=kept_step > 1)
 
 
 def summarise(ready: Ready, recorder: Recorder, seconds: float) -> dict[str, Any]:
