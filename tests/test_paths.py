@@ -155,7 +155,8 @@ def as_of_0_5_1(run: pathlib.Path, project: pathlib.Path) -> None:
         file.write_text(file.read_text().replace(f"{project}/", ""))
     start = json.loads((run / "start.json").read_text())
     start["versions"]["nybble"] = "0.5.1"
-    del start["recipe"]["train"]["samples"], start["recipe"]["export"]
+    start["recipe"]["train"].pop("samples", None)
+    start["recipe"].pop("export", None)
     (run / "start.json").write_text(json.dumps(start))
 
 

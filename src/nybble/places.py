@@ -22,6 +22,7 @@ FULL_TEXTS = (
     "os error 28",  # tokenizers, as a plain Exception; safetensors
     "os error 122",  # the same for a quota
     "Not enough free space",  # numpy, in an OSError without a number
+    "requested and",  # the same, of a file that was opened before
     "disk is full",  # sqlite
     "iostream error",  # torch.save to a name
     "inline_container.cc",  # torch.save, at the end of a file that was cut off
