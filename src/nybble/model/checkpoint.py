@@ -78,7 +78,7 @@ def find_base(run: Run) -> Checkpoint:
     model = run.recipe.model
     if os.path.isabs(model.path) and not os.path.exists(model.path):
         raise ModelError(
-            f"there is no folder {model.path}, where the base of {run.folder} was",
+            f"the base of {run.folder} is not there: there is no folder {model.path}",
             fix=f"say where it is now: nybble chat {run.folder} --base FOLDER (eval, export and serve take --base too)",
         )
     return find_checkpoint(model.path, model.revision)

@@ -91,7 +91,7 @@ def resume(
     base, cache = run.recipe.model.path, cache or default_cache()
     if os.path.isabs(base) and not os.path.exists(base):
         raise ModelError(
-            f"there is no folder {base}, where the base of {folder} was",
+            f"the base of {folder} is not there: there is no folder {base}",
             fix="move it back, or put a link there, ln -s NOW THEN: a run is resumed only with what it began with",
         )
     with _explained(run.recipe, run.folder, cache):
