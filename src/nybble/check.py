@@ -51,8 +51,9 @@ def check(
         DataError: there is nothing to look at.
         PlaceError: the cache or the picture cannot be written.
     """
-    recipe, cache = absolute_paths(recipe), cache or default_cache()
+    recipe = absolute_paths(recipe)
     if recipe.model.path:
+        cache = cache or default_cache()
         check_cache(cache)
         if picture is not None:
             check_writable(picture.parent, "the picture", "--png FILE in a folder that can be written to")

@@ -45,6 +45,13 @@ def default_cache() -> pathlib.Path:
         raise PlaceError("there is no home folder to keep the cache in: HOME is not set", fix=ANOTHER_CACHE) from error
 
 
+def lend_home(cache: pathlib.Path | None) -> None:
+    """Let libraries keep in the cache what they keep in a home folder, where this user has none: nltk fails to load without."""
+    if os.path.expanduser("~") == "~":
+        with contextlib.suppress(PlaceError):  # a command that needs a cache says so
+            os.environ["HOME"] = str(cache or default_cache())
+
+
 def nearest(folder: pathlib.Path) -> pathlib.Path:
     """The folder itself, or the nearest above it that exists and may be looked at."""
     return next(parent for parent in [folder.absolute(), *folder.absolute().parents] if os.path.exists(parent))

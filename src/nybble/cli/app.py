@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from nybble import __version__
-from nybble.places import default_cache
+from nybble.places import default_cache, lend_home
 
 app = typer.Typer(
     add_completion=False,
@@ -36,12 +36,18 @@ def options(
         typer.echo(f"nybble {__version__}")
         raise typer.Exit
     context.obj = cache
+    lend_home(asked_cache(context))
+
+
+def asked_cache(context: typer.Context) -> pathlib.Path | None:
+    """What `--cache` names."""
+    asked: pathlib.Path | None = context.find_root().obj
+    return asked.absolute() if asked is not None else None
 
 
 def cache_folder(context: typer.Context) -> pathlib.Path:
     """What `--cache` names, or this user's own."""
-    asked: pathlib.Path | None = context.find_root().obj
-    return asked.absolute() if asked is not None else default_cache()
+    return asked_cache(context) or default_cache()
 
 
 def quiet() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from nybble.cli.app import app, cache_folder, quiet
+from nybble.cli.app import app, asked_cache, cache_folder, quiet
 from nybble.cli.extras import make_converter, make_harness, make_preflight
 from nybble.cli.words import Config, data_recipe, train_recipe
 from nybble.errors import RecipeError
@@ -35,7 +35,7 @@ def doctor(
     quiet()
     from nybble.doctor import examine, exit_status, render
 
-    findings = examine(model, cache_folder(context))
+    findings = examine(model, asked_cache(context))
     render(findings, Console())
     raise typer.Exit(exit_status(findings))
 
@@ -49,10 +49,14 @@ def check(
 ) -> None:
     """Is this data fit? Rows, forms, faults with file:line; with MODEL also tokens, masks, lengths, steps and time."""
     recipe = data_recipe(words or [], config)
+    if recipe.model.path:
+        from nybble.places import check_cache
+
+        check_cache(cache_folder(context))
     quiet()
     from nybble.check import check as look
 
-    if not look(recipe, Console(), picture=png, cache=cache_folder(context)):
+    if not look(recipe, Console(), picture=png, cache=asked_cache(context)):
         raise typer.Exit(1)
 
 

@@ -27,7 +27,7 @@ from nybble.model.base import load_base
 from nybble.model.checkpoint import find_base, fingerprint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
-from nybble.places import check_cache, default_cache
+from nybble.places import check_cache, default_cache, explained_disk
 from nybble.quantized import dequantise_where_room
 from nybble.run import Run
 
@@ -189,8 +189,9 @@ def load_answerers(
     place = choose_device(device if device != "auto" else options.device)
     dtype, _ = choose_dtype(options.dtype, place)
     checkpoint = find_base(runs[0])
-    check_one_base(runs, cache)
-    base = load_base(checkpoint, options, dtype, place, cache)
+    with explained_disk(cache):
+        check_one_base(runs, cache)
+        base = load_base(checkpoint, options, dtype, place, cache)
     names = ["default", *(f"run{number}" for number in range(2, len(runs) + 1))]  # PEFT takes no dots in a name
     model = load_adapter(base.model, runs[0].adapter)
     for run, name in zip(runs[1:], names[1:], strict=True):
@@ -217,7 +218,7 @@ def load_template(run: Run, base: pathlib.Path) -> tuple[PreTrainedTokenizerBase
     return tokenizer, read_template(tokenizer, run.folder / "template.json")
 
 
-def check_one_base(runs: Sequence[Run], cache: pathlib.Path) -> None:
+def check_one_base(runs: Sequence[Run], cache: pathlib.Path | None = None) -> None:
     """Runs that are to share a base must have the same weights, held in the same way.
 
     Raises:
@@ -226,7 +227,7 @@ def check_one_base(runs: Sequence[Run], cache: pathlib.Path) -> None:
     stands: dict[tuple[object, ...], list[str]] = {}
     for run in runs:
         own = run.recipe.model
-        mark = fingerprint(find_base(run), cache)
+        mark = fingerprint(find_base(run), cache or default_cache())
         kind = (mark, own.quantization, own.double_quantization, own.dtype, repr(own.rope_scaling))
         stands.setdefault(kind, []).append(f"{run.folder} on {own.path} ({own.quantization}, {own.dtype})")
     if len(stands) > 1:
