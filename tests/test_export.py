@@ -261,7 +261,7 @@ def test_nothing_of_an_export_that_is_stopped_stays(run, measured, cache, tmp_pa
 
     for error in (full, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)):
         monkeypatch.setattr(kinds, "write_merged", error)
-        with pytest.raises((OSError, KeyboardInterrupt)):
+        with pytest.raises((PlaceError, KeyboardInterrupt)):
             export(run, Wanted("merged", tmp_path / "out"), quiet, cache)
         assert list(tmp_path.iterdir()) == []
 

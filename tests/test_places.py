@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import pathlib
@@ -272,6 +273,22 @@ def test_other_errors_go_through_as_they_are(tmp_path):
         raise RunError("no space of its own")
     with explained_disk(tmp_path):
         pass
+
+
+def test_a_place_that_is_closed_later_is_one_message(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with (
+        pytest.raises(PlaceError, match=r"/file/x cannot be opened: not a directory\n  fix:   nybble doctor"),
+        explained_disk(),
+    ):
+        (file / "x").read_text()
+    with read_only(tmp_path / "closed"), pytest.raises(PlaceError, match="read-only file system"), explained_disk():
+        (tmp_path / "closed" / "x").mkdir()
+    with pytest.raises(PlaceError, match="set TMPDIR"), explained_disk():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+    with pytest.raises(FileNotFoundError), explained_disk():
+        (tmp_path / "none").read_text()
 
 
 def stopped(work: Callable[[], object]) -> str | None:

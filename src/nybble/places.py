@@ -248,9 +248,8 @@ def _explain(places: Sequence[pathlib.Path], kind: object, error: BaseException 
     if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # tempfile found none to write to
         raise PlaceError(str(error.strerror), fix="set TMPDIR to a folder that can be written to") from error
     if isinstance(error, OSError) and error.errno in CLOSED and isinstance(error.filename, str | os.PathLike):
-        file = pathlib.Path(os.fspath(error.filename))
         raise PlaceError(
-            f"{file} cannot be opened or written: {_why(error, nearest(file))}",
+            f"{os.fsdecode(error.filename)} cannot be opened: {str(error.strerror).lower()}",
             fix="nybble doctor looks at the places that are written to",
         ) from error
 
