@@ -320,11 +320,9 @@ def hub_cache(folder: Path) -> Finding:
     if not folder.is_absolute():  # as huggingface_hub leaves ~ where there is no home
         return Finding(name, "warn", f"no home folder: it would be {folder}", "set HOME, or HF_HOME")
     finding = disk(name, folder, DOWNLOAD_7B, cure)
-    return (
-        replace(finding, verdict="warn", fix="point HF_HOME at a folder of yours")
-        if finding.verdict == "fail"
-        else finding
-    )
+    if finding.verdict == "fail":
+        return replace(finding, verdict="warn", fix="point HF_HOME at a folder of yours")
+    return finding
 
 
 def disk(name: str, folder: Path, needed: float, cure: str) -> Finding:
@@ -335,11 +333,9 @@ def disk(name: str, folder: Path, needed: float, cure: str) -> Finding:
         return Finding(name, "fail", error.what, cure)
     free = shutil.disk_usage(nearest(folder)).free
     detail = f"{free / 1e9:.1f} GB free at {folder}"
-    return (
-        Finding(name, "warn", f"{detail}; a 7B wants {needed / 1e9:.1f}", cure)
-        if free < needed
-        else Finding(name, "ok", detail)
-    )
+    if free < needed:
+        return Finding(name, "warn", f"{detail}; a 7B wants {needed / 1e9:.1f}", cure)
+    return Finding(name, "ok", detail)
 
 
 def temporary() -> Finding:

@@ -215,7 +215,7 @@ def check_unchanged(run: Run, now: Mapping[str, Any]) -> None:
     then["recipe"] = _with_defaults(absolute_tree(then["recipe"]))  # before 0.6 places were recorded as typed
     now = json.loads(json.dumps(now))
     for record in (then, now):
-        record["versions"].pop("nybble")
+        record["versions"].pop("nybble", None)
     changes = _differences(then, now, "")
     if changes:
         raise RunError(
