@@ -74,7 +74,7 @@ from datasets.utils.logging import disable_progress_bar
 from nybble.errors import NybbleError
 from nybble.model.device import grow_segments
 from nybble.model.tokenizer import load_tokenizer
-from nybble.run import CACHE
+from nybble.places import default_cache
 
 FIRST = {"full": range(-10, -6), "lora": range(-7, -3), "qlora": range(-7, -3), "qlora-qv": range(-7, -3)}
 """Steps of the ladder that are tried first: 1e-5 to 3e-4, and 3e-4 to 1e-2."""
@@ -310,7 +310,7 @@ def main() -> None:
         running.add_argument(name, type=pathlib.Path)
     running.add_argument("--minutes", type=float, default=9.0)
     running.add_argument("--side-by-side", type=int, default=6, help="runs that share the card")
-    running.add_argument("--cache", type=pathlib.Path, default=CACHE / "quality", help="splits, tokens, the NF4 base")
+    running.add_argument("--cache", type=pathlib.Path, default=default_cache() / "quality", help="splits, tokens, the NF4 base")
     running.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="another setup, for a trial")
     reporting = commands.add_parser("report")
     reporting.add_argument("results", type=pathlib.Path)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from conftest import ROOT
 from nybble.launch import WAITING
-from nybble.run import CACHE, read_metrics
+from nybble.run import read_metrics
 from test_train import FAST, losses, open_run, read_metrics_but_time, recipe_for, train
 
 
@@ -270,8 +270,11 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed(tiny_llama, rows, tmp_path):
     assert open_run(out).latest_checkpoint() is not None
 
 
-def test_the_cache_has_one_place():
-    assert CACHE.parts[-2:] == (".cache", "nybble")
+def test_the_cache_lies_where_it_is_told(tiny_llama, rows, tmp_path, here, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    for words, place in ((("--cache", tmp_path / "named"), tmp_path / "named"), ((), tmp_path / "xdg" / "nybble")):
+        assert here(*words, "data", "check", rows, tiny_llama, "data.max_length=256").returncode == 0
+        assert len(list(place.glob("tokens/*/tokens.arrow"))) == 1
 
 
 def test_data_is_checked_and_previewed_from_the_command_line(tiny_llama, rows, tmp_path, here):

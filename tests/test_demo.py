@@ -8,7 +8,6 @@ from rich.console import Console
 from nybble.demo.embedded import unpack
 from nybble.demo.main import run_demo
 from nybble.errors import ModelError
-from nybble.run import CACHE
 
 
 @pytest.mark.slow
@@ -17,7 +16,7 @@ def test_three_seeds_learn_what_the_base_cannot_do(tmp_path, smollm2):
     console = Console(force_terminal=False, width=100)
     results = []
     for seed in (1, 2, 3):
-        base, prompted, tuned = run_demo(seed, tmp_path / f"demo-{seed}", console, CACHE)
+        base, prompted, tuned = run_demo(seed, tmp_path / f"demo-{seed}", console)
         assert len(set(tuned.answers)) > 90, "a canned answer"
         report = (tmp_path / f"demo-{seed}" / "report.html").read_text()
         assert f"{tuned.right} of 100" in report

@@ -238,8 +238,9 @@ def test_wrong_or_broken_4bit_layers_are_caught(monkeypatch: pytest.MonkeyPatch)
 def test_little_room_is_a_warning(tmp_path: Path) -> None:
     assert doctor.memory(4 * doctor.GIB, 16 * doctor.GIB).verdict == "warn"
     assert doctor.memory(12 * doctor.GIB, 16 * doctor.GIB).verdict == "ok"
-    assert doctor.disk("disk, here", tmp_path / "not" / "yet", 1).verdict == "ok"
-    assert doctor.disk("disk, cache", tmp_path, 1e18).verdict == "warn"
+    assert doctor.disk("here", tmp_path / "not" / "yet", 1, "a fix").verdict == "ok"
+    assert doctor.disk("here", tmp_path, 1e18, "a fix").verdict == "warn"
+    assert doctor.hub_cache(tmp_path).name == "cache, Hub"
 
 
 def test_wandb_key_is_found_where_wandb_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

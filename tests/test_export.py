@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from nybble.data.template import choose_template
 from nybble.engine.loss import last_hidden
-from nybble.errors import ExportError, HubError, ModelError, RunError
+from nybble.errors import ExportError, HubError, ModelError, PlaceError, RunError
 from nybble.export import export as module
 from nybble.export import kinds, loaders, parity
 from nybble.export.artefacts import generation_settings
@@ -261,7 +261,7 @@ def test_nothing_of_an_export_that_is_stopped_stays(run, measured, cache, tmp_pa
 
     for error in (full, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)):
         monkeypatch.setattr(kinds, "write_merged", error)
-        with pytest.raises((OSError, KeyboardInterrupt)):
+        with pytest.raises((PlaceError, KeyboardInterrupt)):
             export(run, Wanted("merged", tmp_path / "out"), quiet, cache)
         assert list(tmp_path.iterdir()) == []
 
@@ -300,7 +300,7 @@ def test_every_bad_input_is_a_clear_error_and_leaves_what_was_there(
         (copied(run, tmp_path / "b", adapter__adapter_model_safetensors=half), None, ModelError, "cannot be read", "copy it"),
         (copied(run, tmp_path / "c"), str(cut), ModelError, "the file is cut off", "copy it again"),
         (copied(run, tmp_path / "d"), str(other), ModelError, "the base is another one", "--base PATH"),
-        (copied(run, tmp_path / "e"), str(tmp_path / "gone"), ModelError, "there is no folder", "ls"),
+        (copied(run, tmp_path / "e"), str(tmp_path / "gone"), ModelError, "there is no folder", "--base FOLDER"),
         (copied(run, tmp_path / "g", adapter__adapter_config_json=began("pissa")), None, ModelError, "began as PiSSA", "convert"),
         (copied(run, tmp_path / "h", adapter__adapter_config_json=began("olora")), None, ModelError, "began as OLoRA", "convert"),
     ]  # fmt: skip
@@ -314,7 +314,9 @@ def test_every_bad_input_is_a_clear_error_and_leaves_what_was_there(
             assert fix in caught.value.fix
             if folder != run.folder:
                 assert not (folder / "export").exists()
-    with pytest.raises(ExportError, match=r"cannot be made: .*model.safetensors is no folder") as caught:
+    with pytest.raises(
+        PlaceError, match=r"the export cannot be written: .*model.safetensors is a file, not a folder"
+    ) as caught:
         export(run, Wanted("merged", file / "out"), quiet, cache)
     assert "--out" in caught.value.fix
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(100, 100, 1000))

@@ -26,30 +26,37 @@ from nybble.errors import DataError, ModelError, NybbleError, RecipeError
 from nybble.model.checkpoint import check_length, find_checkpoint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
+from nybble.places import check_cache, check_writable, default_cache
 from nybble.plan.schedule import plan_steps
 from nybble.plan.speed import PRODUCTS, estimate
-from nybble.recipe import Recipe
-from nybble.run import CACHE
+from nybble.recipe import Recipe, absolute_paths
 
 LABEL = 11  # characters before a line's text
 
 
 def check(
-    recipe: Recipe, console: Console, *, picture: pathlib.Path | None = None, cache: pathlib.Path = CACHE
+    recipe: Recipe, console: Console, *, picture: pathlib.Path | None = None, cache: pathlib.Path | None = None
 ) -> bool:
     """Report on the data a recipe names; without a model, on its rows alone.
 
     Args:
         recipe: of which data, model.path and train are looked at.
         picture: PNG to draw the lengths of rows to.
+        cache: folder of tokenised data; None is this user's own.
 
     Returns:
         Whether `train` would take it.
 
     Raises:
         DataError: there is nothing to look at.
+        PlaceError: the cache or the picture cannot be written.
     """
+    recipe = absolute_paths(recipe)
     if recipe.model.path:
+        cache = cache or default_cache()
+        check_cache(cache)
+        if picture is not None:
+            check_writable(picture.parent, "the picture", "--png FILE in a folder that can be written to")
         faults = _check_tokens(recipe, console, picture, cache)
     elif picture is not None:
         raise DataError("lengths are counted in a model's tokens", fix="nybble data check DATA MODEL --png FILE")

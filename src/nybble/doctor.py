@@ -12,9 +12,10 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -29,8 +30,9 @@ from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.text import Text
 
-from nybble.errors import ModelError
+from nybble.errors import ModelError, PlaceError
 from nybble.model import hub
+from nybble.places import ANOTHER_CACHE, check_cache, check_writable, default_cache, nearest
 
 Verdict = Literal["ok", "warn", "fail"]
 
@@ -54,18 +56,22 @@ class Finding:
     fix: str | None = None
 
 
-def examine(model: str | None) -> list[Finding]:
+def examine(model: str | None, cache: Path | None = None) -> list[Finding]:
     """Look at everything a training run stands on, in the order in which it is worth mending.
 
     Args:
         model: a folder or a name on the Hub whose access is checked too; None leaves that out.
+        cache: nybble's; None is this user's own.
     """
     findings = [python(), *packages(_requirements(), _installed), cuda_driver(), *devices()]
     findings += [nf4(torch.device(name)) for name in _cuda_names()]
     findings += [nf4(torch.device("cpu"), needed=not _cuda_names())]
     findings += [memory(*_memory())]
-    findings += [disk("disk, cache", Path(constants.HF_HUB_CACHE), DOWNLOAD_7B + QUANTISED_7B)]
-    findings += [disk("disk, here", Path.cwd(), CHECKPOINTS)]
+    findings += [own_cache(cache), hub_cache(Path(constants.HF_HUB_CACHE))]
+    findings += [
+        disk("here", Path.cwd(), CHECKPOINTS, "cd to another folder, or out=FOLDER on another disk"),
+        temporary(),
+    ]
     findings += [hub_login(), wandb_login()]
     return findings if model is None else [*findings, base_model(model)]
 
@@ -298,15 +304,46 @@ def _memory() -> tuple[int, int]:
     return machine.available, machine.total
 
 
-def disk(name: str, folder: Path, needed: float) -> Finding:
-    """Free space where the folder is or will be."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(there).free
+def own_cache(cache: Path | None) -> Finding:
+    """Where quantised bases and tokenised data are kept: can it be written, with the folders in it, and is there room?"""
+    try:
+        folder = cache or default_cache()
+        check_cache(folder)
+    except PlaceError as error:
+        return Finding("cache", "fail", error.what, error.fix)
+    return disk("cache", folder, QUANTISED_7B, f"free space there; or {ANOTHER_CACHE}")
+
+
+def hub_cache(folder: Path) -> Finding:
+    """Where the Hub's files are kept; models in folders are trained without it."""
+    name, cure = "cache, Hub", "free space (`hf cache ls`), or point HF_HOME at another disk"
+    if not folder.is_absolute():  # as huggingface_hub leaves ~ where there is no home
+        return Finding(name, "warn", f"no home folder: it would be {folder}", "set HOME, or HF_HOME")
+    finding = disk(name, folder, DOWNLOAD_7B, cure)
+    if finding.verdict == "fail":
+        return replace(finding, verdict="warn", fix="point HF_HOME at a folder of yours")
+    return finding
+
+
+def disk(name: str, folder: Path, needed: float, cure: str) -> Finding:
+    """Whether a folder that is or will be there can be written, and free space on its disk."""
+    try:
+        check_writable(folder, str(folder), cure)
+    except PlaceError as error:
+        return Finding(name, "fail", error.what, cure)
+    free = shutil.disk_usage(nearest(folder)).free
     detail = f"{free / 1e9:.1f} GB free at {folder}"
     if free < needed:
-        cure = "free space (`hf cache ls`), or point HF_HOME at another disk" if "cache" in name else "free space"
         return Finding(name, "warn", f"{detail}; a 7B wants {needed / 1e9:.1f}", cure)
     return Finding(name, "ok", detail)
+
+
+def temporary() -> Finding:
+    """A folder for files that live for a moment: exports are compared through some."""
+    try:
+        return Finding("temporary", "ok", tempfile.gettempdir())
+    except FileNotFoundError as error:
+        return Finding("temporary", "fail", str(error.strerror), "set TMPDIR to a folder that can be written to")
 
 
 def hub_login() -> Finding:

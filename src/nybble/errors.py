@@ -55,6 +55,10 @@ class RunError(NybbleError):
     """A run folder that exists already, is missing, damaged, or does not match what is asked of it."""
 
 
+class PlaceError(NybbleError):
+    """A folder that cannot be written to, or a disk without room."""
+
+
 class TrainingError(NybbleError):
     """Training was stopped by a guard."""
 

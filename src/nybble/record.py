@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from nybble.places import replacing
 from nybble.run import Run, read_metrics, write_text
 
 SMOOTHING = 0.9  # of the drawn loss: each point keeps nine tenths of the line before it
@@ -32,9 +33,8 @@ def draw_loss(run: Run, file: pathlib.Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6")
     axes.legend(frameon=False)
-    temporary = file.with_suffix(".writing.png")
-    figure.savefig(temporary)
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def write_card(run: Run, summary: Mapping[str, Any]) -> None:

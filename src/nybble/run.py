@@ -17,6 +17,7 @@ RUN/export/           what nybble export made: adapter, merged, gguf, each a fol
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -24,18 +25,17 @@ import pathlib
 import platform
 import re
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from nybble import __version__
 from nybble.errors import RunError
-from nybble.recipe import Recipe, dump_recipe, load_recipe
+from nybble.places import check_disk, new_folder, replacing
+from nybble.recipe import Recipe, absolute_paths, absolute_tree, dump_recipe, here, load_recipe
 
 COMPLETE = "COMPLETE"
 BYTES_A_PARAMETER = 12  # in a checkpoint: a trained parameter and AdamW's two moments, in float32
-CACHE = pathlib.Path.home() / ".cache" / "nybble"  # quantised bases, tokenised data, digests, the embedded model
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
@@ -76,6 +76,12 @@ class Run:
         text = (checkpoint / COMPLETE).read_text(encoding="utf-8") if checkpoint is not None else ""
         return {"seconds": 0.0, "peak_memory": 0, **(json.loads(text) if text else {})}
 
+    def drop_unfinished(self) -> None:
+        """Remove checkpoints that were cut off: they cannot be resumed, and take the room that others need."""
+        for folder in self.checkpoints.glob("checkpoint-*"):
+            if not (folder / COMPLETE).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
     def drop_after(self, checkpoint: pathlib.Path | None) -> None:
         """Forget what was begun after a checkpoint: cut-off checkpoints, and lines of later steps."""
         step = _step(checkpoint) if checkpoint is not None else 0
@@ -89,24 +95,23 @@ class Run:
             write_text(file, "".join(line + "\n" for line in kept))
 
 
-def create_run(folder: pathlib.Path, recipe: Recipe, start: Mapping[str, Any]) -> Run:
-    """Make a run folder, complete with recipe and start.json or not at all.
+@contextlib.contextmanager
+def create_run(folder: pathlib.Path, recipe: Recipe, start: Mapping[str, Any]) -> Iterator[pathlib.Path]:
+    """Make a run folder, complete or not at all: what else belongs to its beginning is written to the path that is given.
 
     Raises:
         RunError: the folder exists.
     """
     refuse_existing(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        temporary.chmod(0o755)
-        write_text(temporary / "recipe.yaml", dump_recipe(recipe))
-        write_json(temporary / "start.json", start)
-        (temporary / "checkpoints").mkdir()
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return Run(folder, recipe)
+        with new_folder(folder) as temporary:
+            write_text(temporary / "recipe.yaml", dump_recipe(recipe))
+            write_json(temporary / "start.json", start)
+            (temporary / "checkpoints").mkdir()
+            yield temporary
+    except FileExistsError:
+        refuse_existing(folder)
+        raise
 
 
 def refuse_existing(folder: pathlib.Path) -> None:
@@ -133,29 +138,11 @@ def check_room(folder: pathlib.Path, trained: int, keep: int) -> None:
     check_disk(folder, needed, "the run's folder", "free some space, or out=FOLDER on another disk")
 
 
-def check_disk(folder: pathlib.Path, size: int, what: str, fix: str) -> None:
-    """Refuse where the disk of a folder, which need not exist, has not so many bytes free.
-
-    Raises:
-        RunError: with what needs them and what is free.
-    """
-    place = nearest(folder)
-    free = shutil.disk_usage(place).free
-    if free < size:
-        raise RunError(
-            f"{what} needs about {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free",
-            where=str(place),
-            fix=fix,
-        )
-
-
-def nearest(folder: pathlib.Path) -> pathlib.Path:
-    """The folder itself, or the nearest above it that exists."""
-    return next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
-
-
 def open_run(path: str | pathlib.Path, base: str | None = None) -> Run:
     """Open a run, or a PEFT adapter folder.
+
+    Local places in its recipe are absolute, also those of runs before 0.6, which recorded them as typed: they are looked
+    for from the current folder. A base that was a folder is a folder, even where it is gone: the Hub is not asked for it.
 
     Args:
         path: the folder.
@@ -166,16 +153,38 @@ def open_run(path: str | pathlib.Path, base: str | None = None) -> Run:
     """
     folder = pathlib.Path(path)
     if (folder / "recipe.yaml").exists():
-        recipe = load_recipe(folder / "recipe.yaml")
+        recipe = absolute_paths(load_recipe(folder / "recipe.yaml"))
+        if recorded_folder(folder):
+            recipe = _on_base(recipe, here(recipe.model.path))
     elif (folder / "adapter_config.json").exists():
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        recipe = load_recipe(None, [f"model.path={json.dumps(config.get('base_model_name_or_path') or '')}"])
+        recipe = _on_base(Recipe(), _base_of_adapter(folder))
     else:
         what = f"there is no folder {folder}" if not folder.exists() else f"{folder} is neither a run nor an adapter"
         raise RunError(f"{what} (no recipe.yaml, no adapter_config.json)", fix="ls runs/")
     if base is not None:
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": base, "revision": None})})
+        recipe = absolute_paths(_on_base(recipe, base, revision=None))
     return Run(folder, recipe)
+
+
+def _on_base(recipe: Recipe, base: str, **changes: str | None) -> Recipe:
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": base, **changes})})
+
+
+def recorded_folder(run: pathlib.Path) -> bool:
+    """Whether a run's record says that its base was a folder: then it names the weights, and no commit of the Hub."""
+    start = run / "start.json"
+    return start.exists() and str(json.loads(start.read_text(encoding="utf-8")).get("base")).startswith("sha256:")
+
+
+def _base_of_adapter(folder: pathlib.Path) -> str:
+    """The base that PEFT recorded. A relative path is looked for from the current folder, then from the adapter's."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    name = config.get("base_model_name_or_path") or ""
+    places = [pathlib.Path(name), folder / name] if name else []
+    found = next((place for place in places if place.is_dir()), None)
+    if found is not None:
+        return here(str(found))
+    return here(name) if name and recorded_folder(folder.absolute().parent) else name
 
 
 def choose_folder(recipe: Recipe) -> pathlib.Path:
@@ -197,18 +206,22 @@ def versions() -> dict[str, str]:
 
 
 def start_record(recipe: Recipe, data: str, base: str) -> dict[str, Any]:
-    """What a resumed run must find unchanged."""
+    """What a resumed run must find unchanged; the recipe's local places are absolute."""
     return {"recipe": recipe.model_dump(exclude={"out"}), "data": data, "base": base, "versions": versions()}
 
 
 def check_unchanged(run: Run, now: Mapping[str, Any]) -> None:
-    """Hold a run that is resumed against how it began.
+    """Hold a run that is resumed against how it began, by whichever version of nybble.
 
     Raises:
         RunError: listing what changed, from what to what.
     """
     then = json.loads((run.folder / "start.json").read_text(encoding="utf-8"))
-    changes = _differences(then, json.loads(json.dumps(now)), "")
+    then["recipe"] = _with_defaults(absolute_tree(then["recipe"]))  # before 0.6 places were recorded as typed
+    now = json.loads(json.dumps(now))
+    for record in (then, now):
+        record["versions"].pop("nybble", None)
+    changes = _differences(then, now, "")
     if changes:
         raise RunError(
             "the run cannot go on as it began; changed since:\n" + "\n".join(f"  - {change}" for change in changes),
@@ -219,15 +232,10 @@ def check_unchanged(run: Run, now: Mapping[str, Any]) -> None:
 
 def write_text(file: pathlib.Path, text: str) -> None:
     """Write a file so that it is there whole or as it was before."""
-    temporary = file.with_name(f".{file.name}.writing")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:
@@ -245,6 +253,15 @@ def read_metrics(run: Run) -> list[dict[str, Any]]:
     """Every whole line of metrics.jsonl."""
     lines = run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.exists() else []
     return [json.loads(line) for line in lines if _is_whole(line)]
+
+
+def _with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded recipe with the options that it is too old to know."""
+    sections = Recipe().model_dump(exclude={"out"})
+    return {
+        name: {**default, **recipe.get(name, {})} if isinstance(default, dict) else recipe.get(name, default)
+        for name, default in sections.items()
+    }
 
 
 def _differences(then: Any, now: Any, place: str) -> list[str]:

@@ -5,7 +5,6 @@ No torch before a command needs it: `nybble --help` answers at once.
 
 from __future__ import annotations
 
-import errno
 import io
 import sys
 
@@ -15,6 +14,7 @@ from nybble.cli import training, using
 from nybble.cli.app import app
 from nybble.errors import NybbleError
 from nybble.launch import rank, wait_without_spinning
+from nybble.places import check_here, explained_disk
 
 __all__ = ["main", "training", "using"]
 
@@ -26,17 +26,12 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # rows may hold what a terminal cannot show
     try:
-        app()
+        with explained_disk():
+            check_here()
+            app()
     except NybbleError as error:
         _complain(str(error))
         sys.exit(error.exit_code)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        _complain(
-            "the disk is full\n  fix:   free some space; a run with a checkpoint goes on with nybble train --resume RUN"
-        )
-        sys.exit(1)
 
 
 def _complain(text: str) -> None:

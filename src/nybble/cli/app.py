@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from nybble import __version__
+from nybble.places import default_cache, lend_home
 
 app = typer.Typer(
     add_completion=False,
@@ -21,10 +22,32 @@ Folder = Annotated[pathlib.Path, typer.Argument(help="A run folder, or a PEFT ad
 
 
 @app.callback(invoke_without_command=True)
-def options(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+def options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    cache: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            help="Folder of quantised bases and tokenised data; else $XDG_CACHE_HOME/nybble or ~/.cache/nybble."
+        ),
+    ] = None,
+) -> None:
     if version:
         typer.echo(f"nybble {__version__}")
         raise typer.Exit
+    context.obj = cache
+    lend_home(asked_cache(context))
+
+
+def asked_cache(context: typer.Context) -> pathlib.Path | None:
+    """What `--cache` names."""
+    asked: pathlib.Path | None = context.find_root().obj
+    return asked.absolute() if asked is not None else None
+
+
+def cache_folder(context: typer.Context) -> pathlib.Path:
+    """What `--cache` names, or this user's own."""
+    return asked_cache(context) or default_cache()
 
 
 def quiet() -> None:
@@ -37,6 +60,7 @@ def quiet() -> None:
         "accelerate",
         "datasets",
         "torch.distributed",
+        "matplotlib",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging

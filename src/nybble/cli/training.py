@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import pathlib
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from nybble.cli.app import app, quiet
+from nybble.cli.app import app, asked_cache, cache_folder, quiet
 from nybble.cli.extras import make_converter, make_harness, make_preflight
 from nybble.cli.words import Config, data_recipe, train_recipe
 from nybble.errors import RecipeError
 from nybble.launch import rank, refuse_second_launcher, world_size
+
+if TYPE_CHECKING:
+    from nybble.recipe import Recipe
 
 data = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
 app.add_typer(data, name="data")
@@ -25,29 +28,35 @@ Words = Annotated[
 
 @app.command()
 def doctor(
+    context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Also check access to this Hub id or folder.")] = None,
 ) -> None:
     """Is this machine ready? One line a check, one fix a line, one verdict."""
     quiet()
     from nybble.doctor import examine, exit_status, render
 
-    findings = examine(model)
+    findings = examine(model, asked_cache(context))
     render(findings, Console())
     raise typer.Exit(exit_status(findings))
 
 
 @data.command()
 def check(
+    context: typer.Context,
     words: Words = None,
     config: Config = None,
     png: Annotated[pathlib.Path | None, typer.Option(help="Draw the lengths of rows there.")] = None,
 ) -> None:
     """Is this data fit? Rows, forms, faults with file:line; with MODEL also tokens, masks, lengths, steps and time."""
     recipe = data_recipe(words or [], config)
+    if recipe.model.path:
+        from nybble.places import check_cache
+
+        check_cache(cache_folder(context))
     quiet()
     from nybble.check import check as look
 
-    if not look(recipe, Console(), picture=png):
+    if not look(recipe, Console(), picture=png, cache=asked_cache(context)):
         raise typer.Exit(1)
 
 
@@ -71,6 +80,7 @@ def preview(
 
 @app.command()
 def train(
+    context: typer.Context,
     words: Annotated[
         list[str] | None,
         typer.Argument(metavar="[MODEL DATA] [KEY=VALUE ...]", help="Base model, data, and options of the recipe."),
@@ -90,6 +100,8 @@ def train(
     for name, what in (("MODEL", recipe.model.path), ("DATA", recipe.data.path)):
         if not what:
             raise RecipeError(f"{name} is missing", fix="nybble train MODEL DATA, or -c recipe.yaml")
+    cache = cache_folder(context)
+    _check_places(recipe, resume, cache)
     if recipe.train.processes > 1 and world_size() != recipe.train.processes:
         refuse_second_launcher(recipe.train.processes)
         from nybble.processes import run_processes
@@ -108,9 +120,9 @@ def train(
     preflight = make_preflight(targets) if targets else None
     try:
         if resume is not None:
-            run = go_on(resume, console=console, benchmarks=harness, preflight=preflight)
+            run = go_on(resume, console=console, cache=cache, benchmarks=harness, preflight=preflight)
         else:
-            run = begin(recipe, console=console, benchmarks=harness, preflight=preflight)
+            run = begin(recipe, console=console, cache=cache, benchmarks=harness, preflight=preflight)
     except Stopped as stop:  # train has said what is left
         raise typer.Exit(128 + stop.number) from None
     except KeyboardInterrupt:
@@ -119,11 +131,23 @@ def train(
         from nybble.export.export import Wanted
         from nybble.export.export import export as make
 
-        make(run, Wanted(target), console, converter=make_converter() if target == "gguf" else None)
+        make(run, Wanted(target), console, cache, converter=make_converter() if target == "gguf" else None)
+
+
+def _check_places(recipe: Recipe, resumed: pathlib.Path | None, cache: pathlib.Path) -> None:
+    """Before torch is loaded, which takes seconds: a run that stands there already, places that cannot be written."""
+    from nybble.places import check_places
+    from nybble.run import choose_folder, refuse_existing
+
+    folder = resumed or choose_folder(recipe)
+    if resumed is None:
+        refuse_existing(folder)
+    check_places(folder, cache)
 
 
 @app.command()
 def demo(
+    context: typer.Context,
     seed: Annotated[int, typer.Option(min=0, help="Changes orders, words, initialisation: another experiment.")] = 1,
     out: Annotated[pathlib.Path, typer.Option(help="Run folder.")] = pathlib.Path("runs/demo"),
     weights: Annotated[
@@ -131,16 +155,24 @@ def demo(
     ] = None,
 ) -> None:
     """All of it in minutes, on a CPU, offline: a small model learns to turn orders into JSON."""
-    quiet()
+    from nybble.places import check_places, check_writable, explained_disk, no_empty_folders
+
     if weights is not None:
+        check_writable(weights, "the model", "--weights FOLDER with a folder that can be written to")
+        quiet()
         from nybble.demo.embedded import unpack
 
-        unpack(weights)
+        with explained_disk(weights), no_empty_folders(weights):
+            unpack(weights)
         typer.echo(f"SmolLM2-135M-Instruct stands in {weights}; train it: nybble train {weights} DATA")
         return
     from nybble.run import refuse_existing
 
+    cache = cache_folder(context)
     refuse_existing(out)
+    check_places(out, cache)
+    quiet()
     from nybble.demo.main import run_demo
 
-    run_demo(seed, out, Console())
+    with explained_disk(out, cache):
+        run_demo(seed, out, Console(), cache)

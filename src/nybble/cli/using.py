@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from nybble.cli.app import Folder, app, quiet
+from nybble.cli.app import Folder, app, cache_folder, quiet
 from nybble.cli.extras import make_converter, make_harness
 from nybble.errors import ServeError
 
@@ -19,6 +19,7 @@ Stored = Literal["auto", "bfloat16", "float16"]
 
 @app.command()
 def chat(
+    context: typer.Context,
     run: Folder,
     prompt: Annotated[str | None, typer.Option(help="Answer this one message and stop.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -33,9 +34,11 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
 ) -> None:
     """Talk to a run; it answers in the template it was trained with."""
+    from nybble.places import check_cache
     from nybble.run import open_run
 
-    opened = open_run(run, base)
+    opened, cache = open_run(run, base), cache_folder(context)
+    check_cache(cache)
     quiet()
     from nybble.data.formats import Message
     from nybble.inference.chat import answer_once, talk
@@ -43,7 +46,7 @@ def chat(
 
     console = Console()
     with console.status("loading"):
-        answerer = load_answerer(opened, device=device, dequantise=True)
+        answerer = load_answerer(opened, cache, device=device, dequantise=True)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     if prompt is None:
         talk(answerer, sampling, console, system=system, compare=compare)
@@ -54,6 +57,7 @@ def chat(
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     run: Folder,
     tasks: Annotated[
         str, typer.Option(help="Benchmarks by lm-eval's names, with commas between them; none goes without.")
@@ -64,22 +68,33 @@ def evaluate(
     ] = None,
     text: Annotated[list[pathlib.Path] | None, typer.Option(help="A text whose perplexity is measured.")] = None,
     answers: Annotated[int, typer.Option(min=0, help="Held-out prompts to answer and score.")] = 50,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where the run's rows are now, if they moved: each of its sources, then its validation file."
+        ),
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Where the base model is now, if it moved.")] = None,
 ) -> None:
     """Did it get better? Base against tuned: benchmarks, held-out loss, answers; a report in RUN/report.html."""
+    from nybble.places import check_cache, check_report
     from nybble.run import open_run
 
-    opened = open_run(run, base)
+    opened, cache = open_run(run, base), cache_folder(context)
+    check_report(opened.folder)
+    check_cache(cache)
     names = [] if tasks == "none" else list(dict.fromkeys(name for name in tasks.split(",") if name))
     quiet()
     harness = make_harness(names, data_dir, limit or None) if names else None
     from nybble.evaluate.evaluation import Asked
     from nybble.evaluate.evaluation import evaluate as measure
+    from nybble.evaluate.rows import with_rows
     from nybble.evaluate.tell import tell_results
     from nybble.trackers import log_evaluation
 
     console = Console()
-    results = measure(opened, Asked(names, text or (), answers), harness, console)
+    opened = with_rows(opened, data) if data else opened
+    results = measure(opened, Asked(names, text or (), answers), harness, console, cache)
     tell_results(results, opened.folder, console)
     if notice := log_evaluation(opened.recipe.tracker, opened.folder, results):
         console.print(notice, style="dim")
@@ -87,6 +102,7 @@ def evaluate(
 
 @app.command()
 def export(
+    context: typer.Context,
     run: Folder,
     to: Annotated[Target, typer.Option(help="adapter (PEFT), merged (a Transformers folder) or gguf (llama.cpp).")],
     out: Annotated[pathlib.Path | None, typer.Option(help="Where to; without it, RUN/export/TO.")] = None,
@@ -99,9 +115,12 @@ def export(
     base: Annotated[str | None, typer.Option(help="Where the base model is now, if it moved.")] = None,
 ) -> None:
     """Make an artefact that answers like the run, checked in the program that loads it. Gives RUN/export/TO."""
+    from nybble.places import check_cache, check_export
     from nybble.run import open_run
 
-    opened = open_run(run, base)
+    opened, cache = open_run(run, base), cache_folder(context)
+    check_export(out or run / "export" / to)
+    check_cache(cache)
     quants = list(dict.fromkeys(name.upper() for name in quant.split(",") if name))
     quiet()
     converter = make_converter() if to == "gguf" else None
@@ -111,11 +130,12 @@ def export(
 
     if to == "gguf":
         check_quants(quants)
-    make(opened, Wanted(to, out, merge_base, dtype, quants, push), Console(), converter=converter)
+    make(opened, Wanted(to, out, merge_base, dtype, quants, push), Console(), cache, converter=converter)
 
 
 @app.command()
 def serve(
+    context: typer.Context,
     runs: Annotated[list[pathlib.Path], typer.Argument(metavar="RUN [RUN2 ...]", help="Run folders of one base.")],
     host: Annotated[
         str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")
@@ -142,9 +162,11 @@ def serve(
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers to the log.")] = False,
 ) -> None:
     """Answer on an OpenAI-compatible API, with a small page: http://127.0.0.1:8000/."""
+    from nybble.places import check_cache
     from nybble.run import open_run
 
-    opened = [open_run(run, base) for run in runs]
+    opened, cache = [open_run(run, base) for run in runs], cache_folder(context)
+    check_cache(cache)
     quiet()
     try:
         from nybble.serve.app import Limits
@@ -158,6 +180,6 @@ def serve(
     door = make_door(read_key(api_key, api_key_file), allow_origin or (), allow_host or ())
     place, limits = Place(host, port, door), Limits(timeout, log_prompts, queue)
     try:
-        listen(opened, place, Console(), engine=engine, device=device, limits=limits)
+        listen(opened, place, Console(), engine=engine, device=device, limits=limits, cache=cache)
     except KeyboardInterrupt:  # uvicorn raises it again once everything has finished
         return

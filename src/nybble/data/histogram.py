@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 
 from matplotlib.figure import Figure
 
+from nybble.places import replacing
+
 BINS = 12
 BAR = 40  # characters of the longest bar
 STEPS = (1, 2, 4, 5, 8)  # times a power of ten: widths that read well
@@ -65,6 +67,5 @@ def draw(lengths: Mapping[int, int], limit: int, file: pathlib.Path) -> None:
     axes.set_axisbelow(True)
     axes.legend(frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".writing.png")
-    figure.savefig(temporary)
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, format="png")

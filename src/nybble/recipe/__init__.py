@@ -14,6 +14,7 @@ from nybble.recipe.options import (
     TrainOptions,
     option_names,
 )
+from nybble.recipe.paths import absolute_paths, absolute_tree, here
 
 __all__ = [
     "DataOptions",
@@ -25,7 +26,10 @@ __all__ = [
     "Recipe",
     "TrackerOptions",
     "TrainOptions",
+    "absolute_paths",
+    "absolute_tree",
     "dump_recipe",
+    "here",
     "load_recipe",
     "option_names",
 ]

@@ -22,8 +22,9 @@ from nybble.inference.pipeline import load_template
 from nybble.model.base import load_base
 from nybble.model.checkpoint import find_checkpoint
 from nybble.model.device import choose_device, choose_dtype
+from nybble.places import default_cache
 from nybble.recipe import ModelOptions
-from nybble.run import CACHE, Run
+from nybble.run import Run
 from nybble.serve.engine import Answer, BusyError, GenerationError, Mailbox, Model, Request, Token
 from nybble.serve.metrics import Metrics
 from nybble.serve.pipeline import cache_tokens
@@ -163,7 +164,7 @@ def merged_folder(run: Run, engine: str) -> pathlib.Path:
 
 
 def load_continuous(
-    runs: Sequence[Run], metrics: Metrics, *, device: str, queue: int, cache: pathlib.Path = CACHE
+    runs: Sequence[Run], metrics: Metrics, *, device: str, queue: int, cache: pathlib.Path | None = None
 ) -> ContinuousEngine:
     """Load a merged run.
 
@@ -179,7 +180,9 @@ def load_continuous(
     folder = merged_folder(run, "continuous")
     place = choose_device(device if device != "auto" else run.recipe.model.device)
     dtype, _ = choose_dtype(run.recipe.model.dtype, place)
-    base = load_base(find_checkpoint(str(folder)), ModelOptions(quantization="none"), dtype, place, cache)
+    base = load_base(
+        find_checkpoint(str(folder)), ModelOptions(quantization="none"), dtype, place, cache or default_cache()
+    )
     model = base.model.eval()
     _, template = load_template(run, folder)
     name = run.folder.resolve().name

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from nybble.errors import RunError
 from nybble.inference.pipeline import Answerer, load_answerers
-from nybble.run import CACHE, Run
+from nybble.run import Run
 from nybble.serve.batching import Batch, Batcher
 from nybble.serve.engine import Answer, Mailbox, Model, Request
 from nybble.serve.metrics import Metrics
@@ -93,7 +93,7 @@ def cache_tokens(model: PreTrainedModel) -> int:
 
 
 def load_pipeline(
-    runs: Sequence[Run], metrics: Metrics, *, device: str, queue: int, cache: pathlib.Path = CACHE
+    runs: Sequence[Run], metrics: Metrics, *, device: str, queue: int, cache: pathlib.Path | None = None
 ) -> PipelineEngine:
     """Load the runs' base with an adapter for each.
 

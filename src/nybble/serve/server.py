@@ -56,7 +56,10 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(runs: Sequence[Run], place: Place, console: Console, *, engine: str, device: str, limits: Limits) -> None:
+def serve(
+    runs: Sequence[Run], place: Place, console: Console, *, engine: str, device: str, limits: Limits,
+    cache: pathlib.Path | None = None,
+) -> None:  # fmt: skip
     """Listen until interrupted; with vllm, become vLLM's server.
 
     Raises:
@@ -78,7 +81,7 @@ def serve(runs: Sequence[Run], place: Place, console: Console, *, engine: str, d
     try:
         metrics = Metrics()
         with console.status("loading"):  # 3. the model
-            loaded = load_engine(engine, runs, metrics, device=device, queue=limits.queue)
+            loaded = load_engine(engine, runs, metrics, device=device, queue=limits.queue, cache=cache)
         try:
             tell(console, loaded, place, listener, local)  # 4. what there is
             run_server(loaded, metrics, limits, place.door, listener, console)  # 5. answers
@@ -88,11 +91,13 @@ def serve(runs: Sequence[Run], place: Place, console: Console, *, engine: str, d
         listener.close()
 
 
-def load_engine(name: str, runs: Sequence[Run], metrics: Metrics, *, device: str, queue: int) -> Engine:
+def load_engine(
+    name: str, runs: Sequence[Run], metrics: Metrics, *, device: str, queue: int, cache: pathlib.Path | None = None
+) -> Engine:
     """The engine of that name."""
     if name == "continuous":
-        return load_continuous(runs, metrics, device=device, queue=queue)
-    return load_pipeline(runs, metrics, device=device, queue=queue)
+        return load_continuous(runs, metrics, device=device, queue=queue, cache=cache)
+    return load_pipeline(runs, metrics, device=device, queue=queue, cache=cache)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import shutil
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from peft import PeftModel
 from nybble.callbacks import Recorder, Spent
 from nybble.errors import TrainingError
 from nybble.model.adapter import check_saved, is_untrained
+from nybble.places import new_folder
 from nybble.run import Run, read_metrics, versions
 from nybble.training.preparation import Ready
 
@@ -36,11 +36,9 @@ def refuse_untrained(run: Run, model: PeftModel, recorder: Recorder) -> None:
 
 def save_adapter(run: Run, model: PeftModel) -> None:
     """Write the adapter of a step beside its place, read it back, and move it there."""
-    temporary = run.folder / ".adapter.writing"
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    check_saved(model, temporary)
-    temporary.rename(run.adapter)
+    with new_folder(run.adapter) as temporary:
+        model.save_pretrained(temporary)
+        check_saved(model, temporary)
 
 
 def summarise(ready: Ready, recorder: Recorder, spent: Spent) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import shutil
 import time
@@ -18,7 +19,7 @@ from nybble.announce import tell, tell_adapter, tell_base, tell_plan, tell_resul
 from nybble.callbacks import Guards, Recorder, Spent
 from nybble.data.batches import Collator
 from nybble.data.template import save_template
-from nybble.errors import NybbleError, RecipeError, RunError
+from nybble.errors import ModelError, RecipeError, RunError
 from nybble.evaluate.curve import TaskScores
 from nybble.evaluate.perplexity import TOKENS_AT_ONCE, bare, is_plain
 from nybble.evaluate.scores import Benchmarks
@@ -30,12 +31,12 @@ from nybble.model.checkpoint import check_length, find_checkpoint
 from nybble.model.device import choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.out_of_memory import explained_memory
+from nybble.places import check_places, default_cache, explained_disk, no_empty_folders
 from nybble.plan.schedule import plan_steps
 from nybble.progress import EVALUATING, SAMPLING, SCORING, Work
-from nybble.recipe import Recipe
+from nybble.recipe import Recipe, absolute_paths
 from nybble.record import draw_loss, write_card
 from nybble.run import (
-    CACHE,
     Run,
     check_room,
     check_unchanged,
@@ -53,15 +54,15 @@ from nybble.training.preparation import Ready, check_vocabulary, fuse_layers, jo
 
 
 def train(
-    recipe: Recipe, *, console: Console | None = None, cache: pathlib.Path = CACHE, benchmarks: Benchmarks | None = None,
-    preflight: Preflight | None = None,
+    recipe: Recipe, *, console: Console | None = None, cache: pathlib.Path | None = None,
+    benchmarks: Benchmarks | None = None, preflight: Preflight | None = None,
 ) -> Run:  # fmt: skip
     """Train an adapter as a recipe says; returns the finished run.
 
     Args:
         recipe: all options.
         console: where progress is told.
-        cache: folder of quantised bases and tokenised data.
+        cache: folder of quantised bases and tokenised data; None is this user's own.
         benchmarks: what runs train.eval_tasks, `nybble.evaluate.harness.Harness`; None where there are none.
         preflight: says whether export.to can work, of configuration, tokenizer and run folder; None where nothing is exported.
 
@@ -69,12 +70,14 @@ def train(
         NybbleError: whatever is wrong with recipe, data, model or machine; no half-written run stays behind.
         KeyboardInterrupt: at Ctrl-C or SIGTERM, once the step in progress is done and saved; at a second one at once.
     """
-    with explained_memory(recipe):
-        return _train(recipe, None, console or Console(), cache, benchmarks, preflight)
+    folder, cache = choose_folder(recipe), cache or default_cache()
+    refuse_existing(folder)
+    with _explained(recipe, folder, cache):
+        return _train(absolute_paths(recipe), folder, None, console or Console(), cache, benchmarks, preflight)
 
 
 def resume(
-    folder: str | pathlib.Path, *, console: Console | None = None, cache: pathlib.Path = CACHE,
+    folder: str | pathlib.Path, *, console: Console | None = None, cache: pathlib.Path | None = None,
     benchmarks: Benchmarks | None = None, preflight: Preflight | None = None,
 ) -> Run:  # fmt: skip
     """Go on with an interrupted run from its newest whole checkpoint, exactly as it would have gone on.
@@ -88,16 +91,30 @@ def resume(
             f"{folder} is finished: there is nothing to resume",
             fix=f"nybble chat {folder}, or train on from it: nybble train MODEL DATA adapter={run.adapter}",
         )
-    with explained_memory(run.recipe):
-        return _train(run.recipe, run, console or Console(), cache, benchmarks, preflight)
+    base, cache = run.recipe.model.path, cache or default_cache()
+    if os.path.isabs(base) and not os.path.exists(base):
+        raise ModelError(
+            f"the base of {folder} is not there: there is no folder {base}",
+            fix="move it back, or put a link there, ln -s NOW THEN: a run is resumed only with what it began with",
+        )
+    with _explained(run.recipe, run.folder, cache):
+        return _train(run.recipe, run.folder, run, console or Console(), cache, benchmarks, preflight)
+
+
+@contextlib.contextmanager
+def _explained(recipe: Recipe, folder: pathlib.Path, cache: pathlib.Path) -> Iterator[None]:
+    """Places are tried before anything is loaded, and what they or the GPU lack later is one message."""
+    check_places(folder, cache)
+    with explained_memory(recipe), explained_disk(folder, cache), no_empty_folders(folder):
+        yield
 
 
 Preflight = Callable[[PretrainedConfig, PreTrainedTokenizerBase, pathlib.Path], None]
 
 
 def _train(
-    recipe: Recipe, interrupted: Run | None, console: Console, cache: pathlib.Path, benchmarks: Benchmarks | None,
-    preflight: Preflight | None,
+    recipe: Recipe, folder: pathlib.Path, interrupted: Run | None, console: Console, cache: pathlib.Path,
+    benchmarks: Benchmarks | None, preflight: Preflight | None,
 ) -> Run:  # fmt: skip
     began = time.time()
     if recipe.train.eval_tasks and benchmarks is None:
@@ -111,9 +128,6 @@ def _train(
         console = Console(quiet=True)
     dtype, reason = choose_dtype(recipe.model.dtype, device)
     tell(console, f"device    {device}, {str(dtype).removeprefix('torch.')}: {reason}")
-    folder = interrupted.folder if interrupted else choose_folder(recipe)
-    if interrupted is None:
-        refuse_existing(folder)
     # 2. Data, checked before any weights are fetched.
     described = find_checkpoint(recipe.model.path, recipe.model.revision, weights=False)
     config = load_config(described, recipe.model.rope_scaling)
@@ -147,11 +161,12 @@ def _train(
     refuse_untrained(run, model, recorder)
     # 7. What stays: summary, curve and card; last the adapter, whose folder says that the run is finished.
     if state.is_main_process:
-        summary = summarise(ready, recorder, spent)
-        write_json(folder / "summary.json", summary)
-        draw_loss(run, folder / "loss.png")
-        write_card(run, summary)
-        save_adapter(run, model)
+        with _leaving_nothing_half_done(run, state, console):
+            summary = summarise(ready, recorder, spent)
+            write_json(folder / "summary.json", summary)
+            draw_loss(run, folder / "loss.png")
+            write_card(run, summary)
+            save_adapter(run, model)
         tell_result(run, summary, console)
     state.wait_for_everyone()
     return run
@@ -159,17 +174,27 @@ def _train(
 
 @contextlib.contextmanager
 def _leaving_nothing_half_done(run: Run, state: PartialState, console: Console) -> Iterator[None]:
-    """A failure before the first whole checkpoint leaves no run folder, unless it holds evidence of what happened."""
+    """A failure before the first whole checkpoint leaves no run folder, unless it holds evidence of what happened; one
+    after it leaves what can be resumed.
+    """
+    whole = False
     try:
         yield
-    except (NybbleError, OSError, RuntimeError, KeyboardInterrupt):
-        checkpoint, evidence = run.latest_checkpoint(), any(run.folder.glob("nonfinite-*"))
-        if checkpoint is not None:
-            tell(console, f"stopped   {checkpoint} is whole; go on with: nybble train --resume {run.folder}")
-        elif state.is_main_process and not evidence:
-            shutil.rmtree(run.folder, ignore_errors=True)
-            tell(console, "stopped   before the first checkpoint: nothing is left of this run")
-        raise
+        whole = True
+    finally:  # whatever it was: tokenizers raises a plain Exception where a disk is full
+        if not whole:
+            _tidy(run, state, console)
+
+
+def _tidy(run: Run, state: PartialState, console: Console) -> None:
+    checkpoint, evidence = run.latest_checkpoint(), any(run.folder.glob("nonfinite-*"))
+    if state.is_main_process:
+        run.drop_unfinished()
+    if checkpoint is not None:
+        tell(console, f"stopped   {checkpoint} is whole; go on with: nybble train --resume {run.folder}")
+    elif state.is_main_process and not evidence:
+        shutil.rmtree(run.folder, ignore_errors=True)
+        tell(console, "stopped   before the first checkpoint: nothing is left of this run")
 
 
 def _open_folder(folder: pathlib.Path, ready: Ready, interrupted: Run | None, state: PartialState) -> Run:
@@ -177,12 +202,12 @@ def _open_folder(folder: pathlib.Path, ready: Ready, interrupted: Run | None, st
     check_room(folder, ready.trained_parameters, ready.recipe.train.keep_checkpoints)
     if interrupted is not None:
         check_unchanged(interrupted, start)
-    if state.is_main_process:
-        run = interrupted or create_run(folder, ready.recipe, start)
-        own, ready.tokenizer.chat_template = ready.tokenizer.chat_template, ready.data.template.source
-        ready.tokenizer.save_pretrained(run.folder / "tokenizer")
-        ready.tokenizer.chat_template = own
-        save_template(ready.data.template, run.folder / "template.json")
+    if state.is_main_process and interrupted is None:
+        with create_run(folder, ready.recipe, start) as beginning:
+            own, ready.tokenizer.chat_template = ready.tokenizer.chat_template, ready.data.template.source
+            ready.tokenizer.save_pretrained(beginning / "tokenizer")
+            ready.tokenizer.chat_template = own
+            save_template(ready.data.template, beginning / "template.json")
     state.wait_for_everyone()
     return Run(folder, ready.recipe)
 

@@ -1,0 +1,277 @@
+"""Places on this machine: where the cache is, what can be written, files that are there whole or not at all, full disks."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import pathlib
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+
+from nybble.errors import ExportError, NybbleError, PlaceError, RunError
+
+ANOTHER_CACHE = "nybble --cache FOLDER COMMAND ..., or set XDG_CACHE_HOME to a folder that can be written to"
+PROBE = 4096  # bytes: a file of none can be made on a full disk
+FULL = (errno.ENOSPC, errno.EDQUOT)
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+FULL_TEXTS = (
+    "os error 28",  # tokenizers, as a plain Exception; safetensors
+    "os error 122",  # the same for a quota
+    "Not enough free space",  # numpy, in an OSError without a number
+    "requested and",  # the same, of a file that was opened before
+    "disk is full",  # sqlite
+    "iostream error",  # torch.save to a name
+    "inline_container.cc",  # torch.save, at the end of a file that was cut off
+)
+
+
+def default_cache() -> pathlib.Path:
+    """Where quantised bases, tokenised data, digests, scores and the embedded model are kept: $XDG_CACHE_HOME/nybble, or
+    ~/.cache/nybble.
+
+    Raises:
+        PlaceError: neither is set, and this user has no home folder.
+    """
+    asked = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(asked):  # the standard wants others to be ignored
+        return pathlib.Path(asked) / "nybble"
+    try:
+        return pathlib.Path.home() / ".cache" / "nybble"
+    except RuntimeError as error:
+        raise PlaceError("there is no home folder to keep the cache in: HOME is not set", fix=ANOTHER_CACHE) from error
+
+
+def lend_home(cache: pathlib.Path | None) -> None:
+    """Let libraries keep in the cache what they keep in a home folder, where this user has none: nltk fails to load without."""
+    if os.path.expanduser("~") == "~":
+        with contextlib.suppress(PlaceError):  # a command that needs a cache says so
+            os.environ["HOME"] = str(cache or default_cache())
+
+
+def nearest(folder: pathlib.Path) -> pathlib.Path:
+    """The folder itself, or the nearest above it that exists and may be looked at."""
+    return next(parent for parent in [folder.absolute(), *folder.absolute().parents] if os.path.exists(parent))
+
+
+def check_here() -> None:
+    """Refuse to begin in a folder that is gone, where no relative path means anything.
+
+    Raises:
+        PlaceError: it is gone.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise PlaceError("the current folder was removed or moved", fix='cd "$PWD", or cd to another folder') from error
+
+
+def check_cache(cache: pathlib.Path) -> None:
+    """Refuse a cache in which nothing can be kept, or that holds folders of another user.
+
+    Raises:
+        PlaceError: with the reason.
+    """
+    check_writable(cache, "the cache", ANOTHER_CACHE)
+    for folder in sorted(cache.iterdir()) if cache.is_dir() else ():
+        if folder.is_dir():
+            check_writable(folder, "the cache", ANOTHER_CACHE)
+
+
+def check_places(run: pathlib.Path, cache: pathlib.Path) -> None:
+    """Refuse a run folder or a cache that cannot be written, before anything is loaded.
+
+    Raises:
+        PlaceError: with the reason.
+    """
+    check_writable(run, "the run", "out=FOLDER with a folder that can be written to")
+    check_cache(cache)
+
+
+def check_report(run: pathlib.Path) -> None:
+    """Refuse a run into which `nybble eval` cannot write its report.
+
+    Raises:
+        PlaceError: with the reason.
+    """
+    fix = f"evaluate a copy: cp -r {run} FOLDER, then nybble eval FOLDER"
+    check_writable(run, "the report, which goes into the run,", fix)
+    if (run / "report").is_dir():
+        check_writable(run / "report", "the report's pictures", fix)
+
+
+def check_export(target: pathlib.Path) -> None:
+    """Refuse a place where an artefact cannot be made: something stands there, or nothing can be written.
+
+    Raises:
+        ExportError: something stands there, and an artefact is never written over.
+        PlaceError: nothing can be written, with the reason.
+    """
+    if os.path.lexists(target):
+        raise ExportError(
+            f"{target} exists already", fix=f"--out ANOTHER for a second one, or remove it: rm -r {target}"
+        )
+    check_writable(target, "the export", "--out FOLDER with a folder that can be written to")
+
+
+def check_writable(folder: pathlib.Path, what: str, fix: str) -> None:
+    """Refuse a folder, which need not exist yet, in which nothing can be written: a small file is tried.
+
+    Args:
+        folder: the place.
+        what: what would be written there, as the message says it.
+        fix: how to have it somewhere else.
+
+    Raises:
+        PlaceError: with the reason.
+    """
+    place = nearest(folder)
+    try:
+        with tempfile.TemporaryFile(dir=place) as probe:
+            probe.write(bytes(PROBE))
+            probe.flush()
+    except OSError as error:
+        raise PlaceError(f"{what} cannot be written: {_why(error, place)}", where=str(folder), fix=fix) from error
+
+
+def check_disk(folder: pathlib.Path, size: int, what: str, fix: str) -> None:
+    """Refuse where the disk of a folder, which need not exist, has not so many bytes free.
+
+    Raises:
+        RunError: with what needs them and what is free.
+    """
+    place = nearest(folder)
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise RunError(
+            f"{what} needs about {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free",
+            where=str(place),
+            fix=fix,
+        )
+
+
+@contextlib.contextmanager
+def replacing(file: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Where to write a file that is to be there whole or as it was before; no two processes get the same name."""
+    temporary = file.with_name(f".{file.stem}.{secrets.token_hex(4)}.writing{file.suffix}")
+    try:
+        yield temporary
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(target: pathlib.Path, proof: str | None = None) -> Iterator[pathlib.Path]:
+    """A folder to fill that takes its target's place when all went well, and is gone when not.
+
+    Args:
+        target: which does not exist yet.
+        proof: a file by which a folder that another process put there meanwhile is known for the same.
+
+    Raises:
+        FileExistsError: something else stands there meanwhile.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        _rename(temporary, target, proof)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename(folder: pathlib.Path, target: pathlib.Path, proof: str | None) -> None:
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        if proof is None or not (target / proof).exists():
+            raise FileExistsError(errno.EEXIST, "another process made it meanwhile", str(target)) from error
+
+
+@contextlib.contextmanager
+def no_empty_folders(target: pathlib.Path) -> Iterator[None]:
+    """Folders that were made above a target go again where the target itself was not made."""
+    stood = nearest(target.parent)
+    try:
+        yield
+    finally:
+        for parent in target.absolute().parents:
+            if target.exists() or parent == stood or not _removed(parent):
+                break
+
+
+def _removed(folder: pathlib.Path) -> bool:
+    try:
+        folder.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:  # not empty
+        return False
+    return True
+
+
+def explained_disk(*places: pathlib.Path) -> contextlib.ExitStack:
+    """What goes wrong because a disk is full or a place is closed, as one message that names the place.
+
+    No error is caught: tokenizers raises a plain Exception, and what has another reason must go through as it is.
+
+    Args:
+        places: what is written to inside, since the error of a full disk does not say which it was; without any, the current
+            folder and that of temporary files.
+
+    Raises:
+        PlaceError: in place of what a library raised.
+    """
+    stack = contextlib.ExitStack()
+    stack.push(functools.partial(_explain, places))
+    return stack
+
+
+def _explain(places: Sequence[pathlib.Path], kind: object, error: BaseException | None, trace: object) -> None:
+    if error is None or isinstance(error, NybbleError):
+        return
+    if _is_full(error):
+        usual = (pathlib.Path(), pathlib.Path(tempfile.gettempdir()))
+        place = min(map(nearest, places or usual), key=lambda place: shutil.disk_usage(place).free)
+        raise PlaceError(
+            "the disk is full",
+            where=f"{place}, {shutil.disk_usage(place).free / 1e9:.2f} GB free",
+            fix="free some space there; a run with a checkpoint goes on with nybble train --resume RUN",
+        ) from error
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # tempfile found none to write to
+        raise PlaceError(str(error.strerror), fix="set TMPDIR to a folder that can be written to") from error
+    if isinstance(error, OSError) and error.errno in CLOSED and isinstance(error.filename, str | os.PathLike):
+        raise PlaceError(
+            f"{os.fsdecode(error.filename)} cannot be opened: {str(error.strerror).lower()}",
+            fix="nybble doctor looks at the places that are written to",
+        ) from error
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that a disk is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        if not isinstance(error, NybbleError) and any(text in str(error) for text in FULL_TEXTS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _why(error: OSError, place: pathlib.Path) -> str:
+    if error.errno == errno.ENOTDIR or not os.path.isdir(place):
+        return f"{place} is a file, not a folder"
+    if error.errno == errno.EROFS:
+        return f"{place} is read-only"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"this user may not write to {place}"
+    if error.errno in FULL:
+        return f"the disk of {place} is full"
+    return f"{place}: {error.strerror}"
