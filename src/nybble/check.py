@@ -10,7 +10,7 @@ from datasets import Dataset
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.data import histogram
 from nybble.data.batches import Collator, PackedRows
@@ -23,6 +23,7 @@ from nybble.data.template import Template
 from nybble.data.tokenise import Counts, Pass
 from nybble.data.xray import Rules, inspect
 from nybble.errors import DataError, ModelError, NybbleError, RecipeError
+from nybble.model.base import read_config
 from nybble.model.checkpoint import check_length, find_checkpoint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
@@ -135,7 +136,7 @@ def describe(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PretrainedConfig 
     tokenizer = load_tokenizer(folder)
     if not (folder / "config.json").exists():
         return tokenizer, None
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     if config.model_type != "llama":
         raise ModelError(
             f"{recipe.model.path} is a {config.model_type}; nybble trains models of the Llama architecture"
