@@ -118,10 +118,12 @@ def _validation_rows(
     """The rows of the file that data.validation names, where it names one, and what is wrong with it."""
     if not isinstance(recipe.data.validation, str):
         return None, []
-    options = of_validation(recipe.data, examined.template)
+    options = of_validation(recipe.data)
     try:
         with _progress(console, "reading validation") as (progress, task):
-            found = examine(options, tokenizer, cache, lambda rows: progress.update(task, completed=rows))
+            found = examine(
+                options, tokenizer, cache, lambda rows: progress.update(task, completed=rows), examined.template
+            )
     except DataError as fault:
         return None, [fault]
     _line(console, "validation", f"{found.counts.rows:,} rows of {recipe.data.validation}, {found.counts.kept:,} used")
@@ -158,7 +160,7 @@ def _tell_rows(console: Console, counts: Counts, sources: tuple[Source, ...], st
 
 def _tell_lengths(console: Console, examined: Examined, recipe: Recipe) -> None:
     counts, lengths, limit = examined.counts, examined.lengths, recipe.data.max_length
-    _line(console, "template", f"{examined.template.name}{_bos(examined.template)}")
+    _line(console, "template", f"{examined.template.label}{_bos(examined.template)}")
     share = f"{counts.trained_tokens / counts.tokens:.0%}" if counts.tokens else "none"
     _line(console, "tokens", f"{counts.tokens:,}, {counts.trained_tokens:,} of them trained ({share})")
     marks = [("half", 0.5), ("95%", 0.95), ("99%", 0.99)]

@@ -7,7 +7,9 @@ import re
 import shlex
 
 LONGEST = 1024  # bytes of a pointer, by git-lfs's specification
-POINTER = re.compile(rb"version https://(?:git-lfs|hawser)\.github\.com/spec/.*^size (\d+)\r?$", re.DOTALL | re.MULTILINE)
+POINTER = re.compile(
+    rb"version https://(?:git-lfs|hawser)\.github\.com/spec/.*^size (\d+)\r?$", re.DOTALL | re.MULTILINE
+)
 
 
 def pointer_fault(file: pathlib.Path) -> tuple[str, str] | None:

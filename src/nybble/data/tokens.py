@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from nybble.data.formats import Conversation, Message
+from nybble.data.formats import Conversation
 from nybble.data.template import Part, Run, Template
 
 
@@ -36,10 +36,12 @@ def encode_prompt(template: Template, conversation: Conversation) -> list[int]:
 
 
 def encode_text(template: Template, text: str) -> list[int]:
-    """Token ids of the beginning of a document, which a model goes on with: as text without turns is trained."""
-    *begin, _ = template.runs((Message("text", text),))
-    (tokens,) = join(template.tokenizer, [begin])
-    return tokens.ids
+    """Token ids of the beginning of a document, which a model goes on with: with BOS where the tokenizer puts one.
+
+    So does every program that reads the run's tokenizer or an artefact.
+    """
+    begin = [template.tokenizer.bos_token_id] if template.puts_bos else []
+    return begin + _ids(template.tokenizer, [text])[0]
 
 
 def join(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Run | Part]]) -> list[Tokens]:

@@ -119,7 +119,7 @@ def _train(
     if preflight is not None:
         preflight(config, tokenizer, folder)
     with state.main_process_first():
-        data = prepare_data(recipe, tokenizer, console, cache)
+        data = prepare_data(recipe, tokenizer, console, cache, folder)
     schedule = plan_steps(recipe.train, data.rows, data.validation is not None)
     # 3. The base, frozen in 4 bits.
     with state.main_process_first(), console.status("loading the base"):
@@ -177,7 +177,8 @@ def _open_folder(folder: pathlib.Path, ready: Ready, interrupted: Run | None, st
         own, ready.tokenizer.chat_template = ready.tokenizer.chat_template, ready.data.template.source
         ready.tokenizer.save_pretrained(run.folder / "tokenizer")
         ready.tokenizer.chat_template = own
-        save_template(ready.data.template, run.folder / "template.json")
+        if not (run.folder / "template.json").exists():  # that of a run which goes on stays as it was written
+            save_template(ready.data.template, run.folder / "template.json")
     state.wait_for_everyone()
     return Run(folder, ready.recipe)
 
