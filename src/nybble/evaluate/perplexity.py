@@ -15,6 +15,7 @@ from nybble.data.batches import Collator, Sample, next_labels
 from nybble.data.order import batches
 from nybble.data.template import puts_bos
 from nybble.engine.loss import CHUNK, last_hidden, summed_cross_entropy
+from nybble.errors import ModelError
 
 TOKENS_AT_ONCE = 4096  # of padded rows in a batch: 35 MB of hidden states for a 7B
 
@@ -71,7 +72,16 @@ def row_losses(
         samples: tokenised rows: input_ids and trained.
         pad_id: any id; nothing attends to it.
         progress: called with the number of rows done.
+
+    Raises:
+        ModelError: a token id without an embedding.
     """
+    highest, rows = max((max(sample["input_ids"]) for sample in samples), default=0), bare(model).config.vocab_size
+    if highest >= rows:
+        raise ModelError(
+            f"the tokenizer gives token id {highest}, and the model has embeddings for ids 0 to {rows - 1:,}",
+            fix="take the tokenizer that came with the weights",
+        )
     sums, tokens = numpy.zeros(len(samples)), numpy.zeros(len(samples))
     device = next(model.parameters()).device
     done = 0

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from nybble.errors import ExportError
-from nybble.export.parity import Answer, Given, Reference, greedy, next_logits, own_stops
+from nybble.export.parity import PLAIN, Answer, Given, Reference, greedy, next_logits, own_stops
 from nybble.model.base import NO_ADAPTER
 from nybble.quantized import stay_unpacked
 
@@ -91,7 +91,8 @@ def _asked(
     answers = greedy(model, [question.prompt for question in reference.questions], pad)
     starts = [len(question.prompt) for question in reference.questions]
     logits = next_logits(model, reference.rows, starts)
-    return Given(by, has_template, prompts, answers, logits, frozenset(stops))
+    plain = tokenizer(PLAIN, split_special_tokens=True)["input_ids"]
+    return Given(by, has_template, prompts, answers, logits, frozenset(stops), plain)
 
 
 def _templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
