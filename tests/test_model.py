@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from conftest import SHARED, small_tokenizer, write_llama
+from nybble.check import describe
 from nybble.doctor import base_model
 from nybble.errors import DeviceError, ModelError
 from nybble.inference.pipeline import load_answerer
@@ -23,6 +24,7 @@ from nybble.model.adapter import (
     check_gradients,
     check_saved,
     load_adapter,
+    read_adapter_config,
     resume_adapter,
 )
 from nybble.model.base import load_base, load_config, measure
@@ -30,7 +32,8 @@ from nybble.model.checkpoint import check_length, find_checkpoint, fingerprint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.quantized import dequantise_where_room, linear4bits
-from nybble.recipe import LoraOptions, ModelOptions
+from nybble.recipe import LoraOptions, ModelOptions, load_recipe
+from nybble.run import open_run
 
 CPU = torch.device("cpu")
 
@@ -338,6 +341,19 @@ def test_a_leftover_quantization_on_bin_weights_is_named(tmp_path):
         find_checkpoint(str(folder))
 
 
+def test_a_run_named_as_the_adapter_is_told_where_its_adapter_is(tuned_run):
+    with pytest.raises(ModelError) as caught:
+        read_adapter_config(tuned_run.folder)
+    assert caught.value.fix == f"adapter={tuned_run.adapter}"
+
+
+def test_a_pointer_in_a_run_that_was_cloned_is_named(tuned_run, tmp_path, cache):
+    shutil.copytree(tuned_run.folder, tmp_path / "run")
+    (tmp_path / "run" / "tokenizer" / "tokenizer.json").write_text(POINTER)
+    with pytest.raises(ModelError, match=r"tokenizer\.json is a git-lfs pointer"):
+        load_answerer(open_run(tmp_path / "run"), cache)
+
+
 def test_an_adapter_or_a_run_is_no_base_and_doctor_says_so_in_the_same_words(tuned_run, tiny_llama):
     for folder, kind in ((tuned_run.adapter, "a LoRA adapter"), (tuned_run.folder, "a run of nybble")):
         with pytest.raises(ModelError) as caught:
@@ -345,6 +361,8 @@ def test_an_adapter_or_a_run_is_no_base_and_doctor_says_so_in_the_same_words(tun
         print(caught.value)
         assert caught.value.what == f"{folder} is {kind}, not a base model; its base is {tiny_llama}"
         assert caught.value.fix.endswith(f"nybble train {tiny_llama} DATA adapter={tuned_run.adapter}")
+        with pytest.raises(ModelError, match="not a base model"):  # nybble data check DATA FOLDER
+            describe(load_recipe(None, [f"model.path={folder}"]))
         finding = base_model(str(folder))
         assert (finding.verdict, finding.detail, finding.fix) == ("fail", caught.value.what, caught.value.fix)
 

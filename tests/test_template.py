@@ -277,23 +277,11 @@ class Tomorrow(datetime.datetime):
         return datetime.datetime(2031, 12, 24, 18, 30)
 
 
-class Today(datetime.date):
-    """The day on which a run begins."""
-
-    @classmethod
-    def today(cls):
-        return datetime.date(2026, 2, 3)
-
-
-@pytest.fixture
-def clock_run_day(monkeypatch):
-    monkeypatch.setattr("nybble.data.template.datetime.date", Today)
-
-
-def test_a_template_that_reads_the_clock_keeps_its_day(tiny_tokenizer, tmp_path, monkeypatch, clock_run_day):
+def test_a_template_that_reads_the_clock_keeps_its_day(tiny_tokenizer, tmp_path, monkeypatch):
     """In training, in the run's file, and in what Transformers renders from the saved tokenizer on another day."""
     said = "<s>Today is 03 Feb 2026, Tuesday, 3.2.26, 00:00.\nuser: red</s>assistant: "
     tokenizer = named(tiny_tokenizer, CLOCK)
+    monkeypatch.setattr("nybble.data.template.today", lambda: datetime.date(2026, 2, 3))
     template = choose_template(tokenizer, "auto", "messages")
     assert template.day == datetime.date(2026, 2, 3)
     assert template.label == "model (its date stays 03 Feb 2026)"

@@ -24,7 +24,7 @@ from nybble.data.tokenise import Counts, Pass
 from nybble.data.xray import Rules, inspect
 from nybble.errors import DataError, ModelError, NybbleError, RecipeError
 from nybble.model.base import read_config
-from nybble.model.checkpoint import check_length, find_checkpoint
+from nybble.model.checkpoint import check_length, find_checkpoint, refuse_adapter
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.plan.schedule import plan_steps
@@ -135,6 +135,8 @@ def describe(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PretrainedConfig 
     folder = pathlib.Path(recipe.model.path)
     if not folder.is_dir():
         folder = find_checkpoint(recipe.model.path, recipe.model.revision, weights=False).folder
+    if not (folder / "tokenizer_config.json").exists():
+        refuse_adapter(folder)
     tokenizer = load_tokenizer(folder)
     if not (folder / "config.json").exists():
         return tokenizer, None

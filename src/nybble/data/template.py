@@ -291,8 +291,13 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, option: str, form: str) 
             names = ", ".join(("auto", "model", *BUILT_IN, *sorted(named)))
             raise DataError(f"data.template={option} is neither a Jinja file nor one of {names}")
         source = file.read_text(encoding="utf-8")
-    day = datetime.date.today() if reads_clock(source) else None
+    day = today() if reads_clock(source) else None
     return Template(tokenizer, option, source, day=day)
+
+
+def today() -> datetime.date:
+    """The day that a new run writes into its template."""
+    return datetime.date.today()
 
 
 def _models_own(own: str | dict[str, str] | None) -> str:

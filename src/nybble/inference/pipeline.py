@@ -27,6 +27,7 @@ from nybble.model.base import load_base
 from nybble.model.checkpoint import find_checkpoint, fingerprint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
+from nybble.model.weights import refuse_pointers
 from nybble.quantized import dequantise_where_room
 from nybble.run import CACHE, Run
 
@@ -215,6 +216,7 @@ def load_template(run: Run, base: pathlib.Path) -> tuple[PreTrainedTokenizerBase
     if run.is_bare_adapter:
         tokenizer = load_tokenizer(run.folder if (run.folder / "tokenizer_config.json").exists() else base, base)
         return tokenizer, choose_template(tokenizer, "auto", "alpaca")
+    refuse_pointers((run.folder / "tokenizer").glob("*.json"))
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "tokenizer")
     return tokenizer, read_template(tokenizer, run.folder / "template.json")
 

@@ -89,7 +89,11 @@ def read_adapter_config(path: str | pathlib.Path) -> PeftConfig:
     """
     folder = pathlib.Path(path)
     if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"there is no adapter in {folder} (no adapter_config.json)", fix=f"ls {folder}")
+        inner = folder / "adapter"  # of a run
+        raise ModelError(
+            f"there is no adapter in {folder} (no adapter_config.json)",
+            fix=f"adapter={inner}" if (inner / "adapter_config.json").is_file() else f"ls {folder}",
+        )
     refuse_pointers(folder / name for name in FILES)
     try:
         return PeftConfig.from_pretrained(str(folder))
