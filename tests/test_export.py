@@ -178,12 +178,26 @@ def tokenizer_changed(folder):
     file.write_text(json.dumps(described))
 
 
+def bos_before_a_text(folder):
+    """As some programs write a tokenizer: chat prompts stay, plain ones begin otherwise."""
+    file = folder / "tokenizer.json"
+    described = json.loads(file.read_text())
+    begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    described["post_processor"] = {
+        "type": "TemplateProcessing", "single": [begin, text], "pair": [begin, text, text],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }  # fmt: skip
+    file.write_text(json.dumps(described))
+
+
 SPOILT = [
     (eos_that_does_not_end, "an answer ends with '</s>', and the artefact stops at ['<unk>'] only"),
     (template_lost, "the chat template is lost"),
     (other_template, "is other tokens from place"),
     (tensor_damaged, "nats a token from the run's"),
     (tokenizer_changed, "is other tokens from place"),
+    (bos_before_a_text, "is other tokens from place 0 on"),
 ]
 
 

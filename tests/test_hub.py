@@ -15,6 +15,7 @@ import pytest
 
 from nybble.errors import ModelError
 from nybble.model import hub
+from nybble.model.checkpoint import DESCRIPTION
 from standin_hub import Account, Repo, StandinHub, commit_of
 
 # Answers a list of [token, function, arguments] with [kind, text, fix] each.
@@ -344,6 +345,8 @@ def test_datasets_stream_through_the_standin(world: tuple[StandinHub, Path], tin
         (("params.json", "consolidated.00.pth", "tokenizer.model"), "Meta's own format"),
         (("tokenizer.json", "model.safetensors"), "has no config.json"),
         (("config.json",), "has no weights"),
+        (("config.json", "adapter_config.json", "adapter_model.safetensors"), "has no weights"),
+        (("adapter_config.json", "adapter_model.safetensors"), "is a LoRA adapter, not a base model"),
     ],
 )
 def test_a_folder_that_is_no_model_is_refused(names: tuple[str, ...] | None, words: str, tmp_path: Path) -> None:
@@ -363,3 +366,12 @@ def test_a_folder_is_checked_against_its_index(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": ')
     with pytest.raises(ModelError, match=r"lacks a readable model\.safetensors\.index"):
         hub.check_folder(folder)
+
+
+def test_an_adapter_beside_the_weights_is_not_fetched_and_named_templates_are() -> None:
+    """And an adapter in safetensors does not make the base's own .bin a second copy."""
+    names = ["config.json", "pytorch_model.bin", "adapter_config.json", "adapter_model.safetensors", "onnx/model.onnx"]
+    names += ["chat_template.jinja", "additional_chat_templates/rag.jinja", "additional_chat_templates/notes.md"]
+    base = ["adapter_config.json", "additional_chat_templates/rag.jinja", "chat_template.jinja", "config.json"]
+    assert hub._wanted(names, None) == [*base, "pytorch_model.bin"]
+    assert hub._wanted(names, DESCRIPTION) == base

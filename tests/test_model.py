@@ -9,18 +9,31 @@ import shutil
 import pytest
 import sentencepiece
 import torch
-from transformers import AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaForCausalLM
 
-from conftest import SHARED, write_llama
+from conftest import SHARED, small_tokenizer, write_llama
+from nybble.check import describe
+from nybble.doctor import base_model
 from nybble.errors import DeviceError, ModelError
 from nybble.inference.pipeline import load_answerer
-from nybble.model.adapter import attach_adapter, check_gradients, check_saved, load_adapter
+from nybble.model.adapter import (
+    add_adapter,
+    attach_adapter,
+    check_gradients,
+    check_saved,
+    load_adapter,
+    read_adapter_config,
+    resume_adapter,
+)
 from nybble.model.base import load_base, load_config, measure
 from nybble.model.checkpoint import check_length, find_checkpoint, fingerprint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.quantized import dequantise_where_room, linear4bits
-from nybble.recipe import LoraOptions, ModelOptions
+from nybble.recipe import LoraOptions, ModelOptions, load_recipe
+from nybble.run import open_run
 
 CPU = torch.device("cpu")
 
@@ -116,13 +129,43 @@ def cut(folder):
     file.write_bytes(file.read_bytes()[:-100])
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4ec71fd53e99766de38f24\nsize 9976578928\n"
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+def as_gptq(folder):
+    edit_config(quantization_config={"quant_method": "gptq"})(folder)
+    save_file({"model.layers.0.mlp.up_proj.qweight": torch.ones(8, 8, dtype=torch.int32)}, folder / "model.safetensors")
+
+
+def damage_header(file):
+    file.write_bytes(file.read_bytes()[:8] + b"{{" + file.read_bytes()[10:])
+
+
+def lose_a_shard(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 BROKEN = {
     "mistral": (edit_config(model_type="mistral"), "the architecture is 'mistral'"),
-    "gptq": (edit_config(quantization_config={"quant_method": "gptq"}), "quantised by gptq"),
+    "gptq": (lambda folder: as_gptq(folder), "quantised by gptq"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
     "cut off": (cut, "the file is cut off"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "it has no config.json"),
     "bad config": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
+    "leftover": (
+        edit_config(quantization_config=BNB),
+        "the files hold plain F32 weights: the entry quantization_config",
+    ),
+    "leftover gptq": (edit_config(quantization_config={"quant_method": "gptq"}), "are quantised (gptq), but the files"),
+    "pad": (edit_config(pad_token_id=400), "pad_token_id is 400, and the model has embeddings for ids 0 to 399"),
+    "pointer": (lambda folder: (folder / "model.safetensors").write_text(POINTER), "(10.0 GB) was not downloaded"),
+    "pointer config": (lambda folder: (folder / "config.json").write_text(POINTER), "config.json is a git-lfs pointer"),
+    "a page": (lambda folder: (folder / "model.safetensors").write_text("<!DOCTYPE html>"), "not a safetensors file"),
+    "a header": (lambda folder: damage_header(folder / "model.safetensors"), "the header of the safetensors file is"),
+    "a shard": (lambda folder: lose_a_shard(folder), "lacks model-00002-of-00002.safetensors, which its index names"),
     "meta": (lambda folder: (folder / "consolidated.00.pth").touch(), "convert_llama_weights_to_hf"),
 }
 
@@ -134,6 +177,204 @@ def test_what_cannot_be_a_base_is_refused_by_name(tiny_llama, tmp_path, kind):
         find_checkpoint(str(broken(tmp_path / "model", tiny_llama, change)))
     print(caught.value)
     assert message in str(caught.value)
+
+
+def test_an_adapter_beside_the_weights_is_not_loaded_and_spoils_no_cache(tiny_llama, tmp_path):
+    """PEFT's adapter in the base's own folder, as trainers leave it: Transformers would load it with the weights."""
+    folder, cache = tmp_path / "model", tmp_path / "cache"
+    shutil.copytree(tiny_llama, folder)
+    tuned = attach_adapter(base_of(tiny_llama, tmp_path / "other").model, LoraOptions())
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    tuned.save_pretrained(folder)
+    assert (folder / "adapter_config.json").exists()
+    plain = loss_of(base_of(tiny_llama, tmp_path / "plain").model)
+    for quantization in ("nf4", "nf4", "none"):
+        base = base_of(folder, cache, quantization=quantization)
+        assert not any("lora" in name for name, _ in base.model.named_parameters())
+        if quantization == "nf4":
+            assert loss_of(base.model) == plain
+    (entry,) = (cache / "base").iterdir()
+    assert {"config.json", "model.safetensors"} <= {file.name for file in entry.iterdir()}
+
+
+def as_an_adapter_left_it(entry):
+    """What 0.5.1 kept where an adapter lay in the base's folder."""
+    for file in entry.iterdir():
+        file.unlink()
+    (entry / "adapter_config.json").write_text("{}")
+
+
+def without_its_quantization(entry):
+    config = json.loads((entry / "config.json").read_text())
+    del config["quantization_config"]
+    (entry / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        as_an_adapter_left_it,
+        without_its_quantization,
+        lambda entry: cut(entry),
+        lambda entry: (entry / "model.safetensors").unlink(),
+        lambda entry: (entry / "config.json").write_text("{"),
+        lambda entry: lose_a_tensor(entry / "model.safetensors"),
+    ],
+    ids=["adapter", "plain config", "cut off", "no weights", "bad config", "a tensor lost"],
+)
+def test_a_damaged_copy_in_the_cache_is_replaced_with_a_notice(tiny_llama, tmp_path, change):
+    before = loss_of(base_of(tiny_llama, tmp_path).model)
+    (entry,) = (tmp_path / "base").iterdir()
+    change(entry)
+    again = base_of(tiny_llama, tmp_path)
+    print(again.notices)
+    assert not again.from_cache
+    assert "the cached copy of the quantised base was damaged" in again.notices[0]
+    assert loss_of(again.model) == before
+    third = base_of(tiny_llama, tmp_path)
+    assert (third.from_cache, third.notices) == (True, ())
+
+
+def lose_a_tensor(file):
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_what_cannot_be_read_back_is_not_kept(tiny_llama, tmp_path, monkeypatch):
+    """A disk that loses what was written: the run goes on, and the next one makes the copy anew."""
+    save = LlamaForCausalLM.save_pretrained
+
+    def lossy(model, folder, *words, **options):
+        save(model, folder, *words, **options)
+        lose_a_tensor(folder / "model.safetensors")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "save_pretrained", lossy)
+        base = base_of(tiny_llama, tmp_path)
+    print(base.notices)
+    assert base.notices == ("the quantised base is not cached: model.norm.weight was not saved",)
+    assert not list((tmp_path / "base").iterdir())
+    assert not base_of(tiny_llama, tmp_path).notices
+    assert base_of(tiny_llama, tmp_path).from_cache
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_kept_copy_is_proven(tmp_path, quantization, tied):
+    folder = write_llama(tmp_path / "model", tie_word_embeddings=tied)
+    first, second = (base_of(folder, tmp_path, torch.bfloat16, quantization=quantization) for _ in range(2))
+    assert (first.notices, second.notices, second.from_cache) == ((), (), True)
+
+
+UNBUILDABLE = {
+    "heads": (
+        {"num_attention_heads": 5},
+        "The hidden size (64) is not a multiple of the number of attention heads (5)",
+    ),
+    "activation": ({"hidden_act": "swish-9"}, "cannot build: KeyError: 'swish-9'"),
+    "rope": ({"rope_parameters": {"rope_type": "no-such"}}, "cannot build: KeyError: 'no-such'"),
+    "type": ({"hidden_size": "64"}, "Field 'hidden_size' expected int, got str"),
+    "null": ({"intermediate_size": None}, "Field 'intermediate_size' expected int, got NoneType"),
+    "no heads": ({"num_attention_heads": 0}, "ZeroDivisionError"),
+    "dtype": ({"dtype": "int5"}, "cannot build: LlamaForCausalLM cannot be instantiated under `dtype=torch.int5`"),
+    "vocabulary": (
+        {"vocab_size": 405},
+        "lm_head.weight is 400 x 64 in the file and 405 x 64 by config.json (and 1 more)",
+    ),
+    "key heads": (
+        {"num_key_value_heads": 1},
+        "k_proj.weight is 32 x 64 in the file and 16 x 64 by config.json (and 3 more)",
+    ),
+    "further layers": ({"num_hidden_layers": 3}, "there is no model.layers.2."),
+}
+
+
+@pytest.mark.parametrize("kind", UNBUILDABLE)
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_a_checkpoint_that_transformers_cannot_build_is_explained(tiny_llama, tmp_path, kind, quantization):
+    """In 4 bits Transformers takes weights of the wrong size, and it draws at random what the files lack."""
+    changes, message = UNBUILDABLE[kind]
+    folder = broken(tmp_path / "model", tiny_llama, edit_config(**changes))
+    with pytest.raises(ModelError) as caught:
+        base_of(folder, tmp_path / "cache", quantization=quantization)
+    print(caught.value)
+    assert message in str(caught.value)
+    assert not (tmp_path / "cache" / "base").exists()
+
+
+def test_layers_that_the_configuration_leaves_out_are_told(tiny_llama, tmp_path):
+    base = base_of(broken(tmp_path / "model", tiny_llama, edit_config(num_hidden_layers=1)), tmp_path / "cache")
+    print(base.notices)
+    assert "has no model.layers.1." in base.notices[0]
+    assert "(and 8 more)" in base.notices[0]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_pointer_in_place_of_the_tokenizer_is_named(tiny_llama, tmp_path, name):
+    folder = broken(tmp_path / "model", tiny_llama, lambda folder: (folder / name).write_text(POINTER))
+    for look in (load_tokenizer, lambda folder: find_checkpoint(str(folder))):
+        with pytest.raises(ModelError) as caught:
+            look(folder)
+        print(caught.value)
+        assert f"{name} is a git-lfs pointer: the file itself (10.0 GB)" in str(caught.value)
+        assert "lfs pull" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer.json", "{}"), ("tokenizer.json", "[]"), ("tokenizer_config.json", '{"chat_template": [{}]}')],
+)
+def test_a_damaged_tokenizer_is_a_message(tiny_llama, tmp_path, name, content):
+    folder = broken(tmp_path / "model", tiny_llama, lambda folder: (folder / name).write_text(content))
+    with pytest.raises(ModelError, match="no tokenizer can be loaded") as caught:
+        load_tokenizer(folder)
+    print(caught.value)
+
+
+def test_a_leftover_quantization_on_bin_weights_is_named(tmp_path):
+    folder = write_llama(tmp_path / "model", safe=False, dtype=torch.float16)
+    edit_config(quantization_config=BNB)(folder)
+    with pytest.raises(ModelError, match="the files hold plain float16 weights"):
+        find_checkpoint(str(folder))
+
+
+def test_a_run_named_as_the_adapter_is_told_where_its_adapter_is(tuned_run):
+    with pytest.raises(ModelError) as caught:
+        read_adapter_config(tuned_run.folder)
+    assert caught.value.fix == f"adapter={tuned_run.adapter}"
+
+
+def test_a_pointer_in_a_run_that_was_cloned_is_named(tuned_run, tmp_path, cache):
+    shutil.copytree(tuned_run.folder, tmp_path / "run")
+    (tmp_path / "run" / "tokenizer" / "tokenizer.json").write_text(POINTER)
+    with pytest.raises(ModelError, match=r"tokenizer\.json is a git-lfs pointer"):
+        load_answerer(open_run(tmp_path / "run"), cache)
+
+
+def test_an_adapter_or_a_run_is_no_base_and_doctor_says_so_in_the_same_words(tuned_run, tiny_llama):
+    for folder, kind in ((tuned_run.adapter, "a LoRA adapter"), (tuned_run.folder, "a run of nybble")):
+        with pytest.raises(ModelError) as caught:
+            find_checkpoint(str(folder))
+        print(caught.value)
+        assert caught.value.what == f"{folder} is {kind}, not a base model; its base is {tiny_llama}"
+        assert caught.value.fix.endswith(f"nybble train {tiny_llama} DATA adapter={tuned_run.adapter}")
+        with pytest.raises(ModelError, match="not a base model"):  # nybble data check DATA FOLDER
+            describe(load_recipe(None, [f"model.path={folder}"]))
+        finding = base_model(str(folder))
+        assert (finding.verdict, finding.detail, finding.fix) == ("fail", caught.value.what, caught.value.fix)
+
+
+def test_a_tokenizer_whose_pad_token_has_no_embedding_pads_with_another(tmp_path, caplog):
+    """A [PAD] that was added and never given a row: padding would be an index error, or a CUDA assert."""
+    tokenizer = small_tokenizer()
+    folder = write_llama(tmp_path / "model", vocab_size=len(tokenizer))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    assert load_tokenizer(folder).pad_token_id == 0
+    assert "has id 348, and the model has embeddings for ids 0 to 347" in caplog.text
 
 
 def test_the_tokenizer_is_its_files_whichever_class_the_folder_declares_and_so_is_the_saved_one(
@@ -330,3 +571,69 @@ def test_without_room_layers_stay_in_4_bits(tiny_llama, tmp_path, monkeypatch):
 def test_what_is_loaded_to_be_worked_on_stays_in_4_bits(tuned_run, cache):
     assert list(linear4bits(load_answerer(tuned_run, cache).model))
     assert not list(linear4bits(load_answerer(tuned_run, cache, dequantise=True).model))
+
+
+def with_added_tokens(folder, out, **options):
+    """An adapter that somebody trained on this base with five more tokens."""
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(405)
+    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], **options)).save_pretrained(out)
+    return out
+
+
+MORE = "embed_tokens.weight is 405 x 64 in the adapter and 400 x 64 in the base (and 1 more)"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, MORE),
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, MORE),
+        (
+            {"trainable_token_indices": [3, 402]},
+            "trained on token 402, and the base has embeddings for ids 0 to 399 only",
+        ),
+        ({"trainable_token_indices": {"embed_tokens": [404]}}, "trained on token 404"),
+    ],
+)
+def test_an_adapter_with_added_tokens_is_explained_with_the_sizes(tiny_llama, cache, tmp_path, options, message):
+    adapter = with_added_tokens(tiny_llama, tmp_path / "adapter", **options)
+    fitting = attach_adapter(base_of(tiny_llama, cache).model, LoraOptions())
+    for load in (
+        lambda: load_adapter(base_of(tiny_llama, cache).model, adapter),
+        lambda: resume_adapter(base_of(tiny_llama, cache).model, str(adapter)),
+        lambda: add_adapter(fitting, adapter, "other"),
+    ):
+        with pytest.raises(ModelError) as caught:
+            load()
+        print(caught.value)
+        assert message in caught.value.what
+        assert "resize_token_embeddings" in caught.value.fix
+
+
+def test_an_adapter_of_another_width_shows_both_sizes(tiny_llama, cache, tmp_path):
+    attach_adapter(base_of(tiny_llama, cache).model, LoraOptions(r=8)).save_pretrained(tmp_path / "adapter")
+    wider = write_llama(tmp_path / "wider", hidden_size=96)
+    with pytest.raises(ModelError) as caught:
+        load_adapter(base_of(wider, cache).model, tmp_path / "adapter")
+    print(caught.value)
+    assert "lora_A.weight is 8 x 64 in the adapter and 8 x 96 in the base (and " in caught.value.what
+    assert "it was trained on" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter_model.safetensors", POINTER, "adapter_model.safetensors is a git-lfs pointer"),
+        ("adapter_config.json", POINTER, "adapter_config.json is a git-lfs pointer"),
+        ("adapter_config.json", "{", "PEFT cannot read adapter_config.json"),
+        ("adapter_model.safetensors", "{", "the adapter does not fit this base"),
+    ],
+)
+def test_a_damaged_adapter_is_a_message(tiny_llama, cache, tmp_path, name, content, message):
+    attach_adapter(base_of(tiny_llama, cache).model, LoraOptions(r=8)).save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ModelError) as caught:
+        load_adapter(base_of(tiny_llama, cache).model, tmp_path)
+    print(caught.value)
+    assert message in caught.value.what

@@ -211,8 +211,7 @@ def test_plain_completions_go_on_from_text_and_from_ids(client, runs):
 
 
 def load_tokens(text, run):
-    tokenizer = AutoTokenizer.from_pretrained(run.folder / "tokenizer")
-    return [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    return AutoTokenizer.from_pretrained(run.folder / "tokenizer")(text)["input_ids"]
 
 
 def test_a_stop_string_ends_the_answer_and_does_not_show(server, tiny_llama):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import socket
@@ -227,3 +228,27 @@ def test_whatever_is_sent_is_answered_or_refused(server, known, unknown):
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
         check_error(response, response.status_code)
+
+
+def test_ids_without_an_embedding_are_refused_and_the_last_one_with_one_is_taken(server):
+    """By the model's rows, whatever the tokenizer has: this one has fewer tokens than rows, others have more."""
+    model = server.engine.models["run"]
+    assert (model.rows, len(model.template.tokenizer)) == (400, 348)
+    assert server.post(PLAIN, **plain(prompt=[1, 399])).status_code == 200
+    for odd in (400, -1):
+        error = check_error(server.post(PLAIN, **plain(prompt=[[1, 2], [3, odd]])), 400, "prompt")
+        assert f"the model has no token {odd}: its embeddings are for ids 0 to 399" in error["message"]
+
+
+def test_tokens_that_were_added_to_the_tokenizer_alone_are_refused(server, monkeypatch):
+    """As somebody's adapter brings them: [TURN] is part of the template, and the base has no row for it."""
+    model = server.engine.models["run"]
+    tokenizer = copy.deepcopy(model.template.tokenizer)
+    tokenizer.add_tokens([f"[FILL{n}]" for n in range(52)])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[TURN]"]})
+    tokenizer.chat_template = "{% for m in messages %}[TURN]{{ m.content }}</s>{% endfor %}"
+    template = choose_template(tokenizer, "model", "messages")
+    with monkeypatch.context() as patch:
+        patch.setitem(server.engine.models, "run", dataclasses.replace(model, template=template))
+        error = check_error(server.post(**chat()), 400, "messages")
+        assert "the model has no token 400 ([TURN])" in error["message"]

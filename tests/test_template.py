@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import datetime
+import hashlib
+import json
+import os
+
 import pytest
 import sentencepiece
 from hypothesis import given
@@ -11,10 +17,11 @@ from transformers import AutoTokenizer
 from conftest import SHARED, small_tokenizer
 from nybble.data.fit import cut_text, halve, last_answer
 from nybble.data.formats import Message
-from nybble.data.template import CONTROL_WORD, Template, choose_template
-from nybble.data.tokens import Tokens, encode, encode_begun, encode_prompt
+from nybble.data.template import CONTROL_WORD, Template, choose_template, read_template, save_template
+from nybble.data.tokens import Tokens, encode, encode_begun, encode_prompt, encode_text
 from nybble.errors import DataError
 from nybble.model.tokenizer import load_tokenizer
+from nybble.run import write_json
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -238,8 +245,11 @@ def test_a_conversation_may_begin_with_the_assistant_where_the_template_can_say_
 def test_a_document_is_trained_whole(text):
     tokenizer = small_tokenizer()
     (tokens,) = encode(choose_template(tokenizer, "alpaca", "text"), [(Message("text", text),)])
-    assert tokenizer.decode(tokens.ids) == f"<s>{text}</s>"
-    assert tokens.trained == [False] + [True] * (len(tokens.ids) - 1)
+    assert tokenizer.decode(tokens.ids) == f"{text}</s>", "this tokenizer puts no BOS before a text"
+    assert all(tokens.trained)
+    (before,) = encode(Template(tokenizer, "alpaca", "", bos=True), [(Message("text", text),)])
+    assert before.ids == [1, *tokens.ids], "as runs of 0.5.1 were trained"
+    assert before.trained == [False, *tokens.trained]
 
 
 @given(said=st.lists(TEXT, min_size=4, max_size=12), system=st.none() | TEXT)
@@ -259,3 +269,116 @@ def test_a_document_is_cut_into_pieces_and_nothing_is_lost(length, count):
     ids = [token for piece in pieces for token in piece.ids]
     assert ids in (tokens.ids, tokens.ids[:-1]), "an EOS alone is no piece"
     assert all(1 < len(piece.ids) <= length for piece in pieces)
+
+
+def named(tokenizer, templates):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = templates
+    return tokenizer
+
+
+SHOUT = CHATML.replace("user", "USER").replace("<|im_end|>", "</s>").replace("<|im_start|>", "<s>")
+TURN = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+
+
+def test_of_several_templates_the_default_is_taken_and_another_by_its_name(tiny_tokenizer, tmp_path):
+    """As tokenizer_config.json lists them, and as files of their own."""
+    listed, filed = tmp_path / "listed", tmp_path / "filed"
+    own = {"default": SHOUT, "rag": TURN}
+    named(tiny_tokenizer, own).save_pretrained(filed)
+    assert (filed / "additional_chat_templates" / "rag.jinja").exists()
+    named(tiny_tokenizer, None).save_pretrained(listed)
+    file = listed / "tokenizer_config.json"
+    entries = [{"name": name, "template": source} for name, source in own.items()]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": entries}))
+    for folder in (listed, filed):
+        tokenizer = load_tokenizer(folder)
+        for option, name, source in (("auto", "model", SHOUT), ("model", "model", SHOUT), ("rag", "rag", TURN)):
+            template = choose_template(tokenizer, option, "alpaca")
+            assert (template.name, template.source) == (name, source)
+        (tokens,) = encode(template, [turns("red", "blue")])
+        assert tokenizer.decode(tokens.ids) == "<s>red</s><s>blue</s>"
+        with pytest.raises(
+            DataError, match="neither a Jinja file nor one of auto, model, alpaca, llama2, plain, default, rag"
+        ):
+            choose_template(tokenizer, "rags", "alpaca")
+
+
+def test_without_a_default_the_names_are_told(tiny_tokenizer):
+    assert choose_template(named(tiny_tokenizer, {"rag": TURN}), "auto", "alpaca").source == TURN
+    with pytest.raises(DataError) as caught:
+        choose_template(named(tiny_tokenizer, {"tool_use": SHOUT, "rag": TURN}), "auto", "alpaca")
+    print(caught.value)
+    assert "none is named default: rag, tool_use" in str(caught.value)
+    assert "data.template=rag" in str(caught.value)
+
+
+CLOCK = (
+    "\n{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    '{%- set date_string = strftime_now("%d %b %Y") %}{%- else %}{%- set date_string = "some day" %}{%- endif %}{%- endif %}'
+    "\n{{ bos_token }}Today is {{ date_string }}, {{ strftime_now('%A, %-d.%-m.%y, %H:%M') }}.\n"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+class Tomorrow(datetime.datetime):
+    """A clock that is ahead."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.datetime(2031, 12, 24, 18, 30)
+
+
+def test_a_template_that_reads_the_clock_keeps_its_day(tiny_tokenizer, tmp_path, monkeypatch):
+    """In training, in the run's file, and in what Transformers renders from the saved tokenizer on another day."""
+    said = "<s>Today is 03 Feb 2026, Tuesday, 3.2.26, 00:00.\nuser: red</s>assistant: "
+    tokenizer = named(tiny_tokenizer, CLOCK)
+    monkeypatch.setattr("nybble.data.template.today", lambda: datetime.date(2026, 2, 3))
+    template = choose_template(tokenizer, "auto", "messages")
+    assert template.day == datetime.date(2026, 2, 3)
+    assert template.label == "model (its date stays 03 Feb 2026)"
+    assert tokenizer.decode(encode_prompt(template, turns("red"))) == said
+    save_template(template, tmp_path / "template.json")
+    named(tiny_tokenizer, template.source).save_pretrained(tmp_path)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
+    other = load_tokenizer(tmp_path)
+    asked = {"conversation": [{"role": "user", "content": "red"}], "tokenize": False, "add_generation_prompt": True}
+    assert "24 Dec 2031" in tokenizer.apply_chat_template(**asked), "the clock is another one now"
+    assert other.apply_chat_template(**asked) == said
+    again = read_template(other, tmp_path / "template.json")
+    assert (again.source, again.day, again.fingerprint) == (template.source, template.day, template.fingerprint)
+    assert tokenizer.decode(encode_prompt(again, turns("red"))) == said
+    assert choose_template(other, "auto", "messages").source == template.source, "what is stopped is not stopped again"
+
+
+def test_the_day_is_part_of_what_the_cache_goes_by(tiny_tokenizer, tmp_path):
+    marks = {Template(tiny_tokenizer, "model", CLOCK, day=datetime.date(2026, 2, day)).fingerprint for day in (3, 3, 4)}
+    assert len(marks) == 2
+    assert Template(tiny_tokenizer, "model", TURN, day=datetime.date(2026, 2, 3)).source == TURN, "no clock, no day"
+
+
+def test_a_run_of_an_earlier_version_is_told_the_day_on_which_it_began(tiny_tokenizer, tmp_path):
+    """Its rows keep their key, so what it was trained and validated on is found again."""
+    write_json(tmp_path / "template.json", {"name": "model", "source": CLOCK, "verbatim": False})
+    write_json(tmp_path / "start.json", {})
+    began = datetime.datetime(2025, 7, 9, 12).timestamp()
+    os.utime(tmp_path / "start.json", (began, began))
+    template = read_template(tiny_tokenizer, tmp_path / "template.json")
+    assert "Today is 09 Jul 2025, Wednesday" in tiny_tokenizer.decode(encode_prompt(template, turns("red")))
+    assert template.fingerprint == hashlib.sha256(f"False{CLOCK}".encode()).hexdigest()
+    assert template.document_bos
+    write_json(tmp_path / "summary.json", {"date": "2025-07-02T12:00:00+00:00", "seconds": 24 * 3600})
+    assert read_template(tiny_tokenizer, tmp_path / "template.json").day == datetime.date(2025, 7, 1)
+
+
+def test_a_document_and_a_plain_prompt_begin_as_the_tokenizer_begins_a_text(llama2_like, tiny_tokenizer):
+    """Llama 2's puts BOS there, others put none: what any program that reads the tokenizer does."""
+    for tokenizer, begins in ((load_tokenizer(llama2_like), True), (tiny_tokenizer, False)):
+        template = choose_template(tokenizer, "alpaca", "text")
+        for text in ("red cat", " two\n\nlines", "1"):
+            ids = tokenizer(text)["input_ids"]
+            assert (ids[0] == tokenizer.bos_token_id) == begins
+            assert encode_text(template, text) == ids
+            (tokens,) = encode(template, [(Message("text", text),)])
+            assert tokens.ids == [*ids, tokenizer.eos_token_id]

@@ -28,7 +28,7 @@ def tell_data(console: Console, data: Prepared, options: DataOptions, seconds: f
     how = "from the cache" if data.cached else f"tokenised in {seconds:.1f} s"
     tell(
         console,
-        f"data      {counts.rows:,} rows ({forms}), template {data.template.name}, {counts.tokens:,} tokens, "
+        f"data      {counts.rows:,} rows ({forms}), template {data.template.label}, {counts.tokens:,} tokens, "
         f"{counts.trained_tokens:,} of them trained; {how}",
     )
     lost = [f"{counts.faulty:,} bad rows"] if counts.faulty else []

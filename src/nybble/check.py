@@ -10,7 +10,7 @@ from datasets import Dataset
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.data import histogram
 from nybble.data.batches import Collator, PackedRows
@@ -23,7 +23,8 @@ from nybble.data.template import Template
 from nybble.data.tokenise import Counts, Pass
 from nybble.data.xray import Rules, inspect
 from nybble.errors import DataError, ModelError, NybbleError, RecipeError
-from nybble.model.checkpoint import check_length, find_checkpoint
+from nybble.model.base import read_config
+from nybble.model.checkpoint import check_length, find_checkpoint, refuse_adapter
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.places import check_cache, check_writable, default_cache
@@ -124,10 +125,12 @@ def _validation_rows(
     """The rows of the file that data.validation names, where it names one, and what is wrong with it."""
     if not isinstance(recipe.data.validation, str):
         return None, []
-    options = of_validation(recipe.data, examined.template)
+    options = of_validation(recipe.data)
     try:
         with _progress(console, "reading validation") as (progress, task):
-            found = examine(options, tokenizer, cache, lambda rows: progress.update(task, completed=rows))
+            found = examine(
+                options, tokenizer, cache, lambda rows: progress.update(task, completed=rows), examined.template
+            )
     except DataError as fault:
         return None, [fault]
     _line(console, "validation", f"{found.counts.rows:,} rows of {recipe.data.validation}, {found.counts.kept:,} used")
@@ -139,10 +142,12 @@ def describe(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PretrainedConfig 
     folder = pathlib.Path(recipe.model.path)
     if not folder.is_dir():
         folder = find_checkpoint(recipe.model.path, recipe.model.revision, weights=False).folder
+    if not (folder / "tokenizer_config.json").exists():
+        refuse_adapter(folder)
     tokenizer = load_tokenizer(folder)
     if not (folder / "config.json").exists():
         return tokenizer, None
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     if config.model_type != "llama":
         raise ModelError(
             f"{recipe.model.path} is a {config.model_type}; nybble trains models of the Llama architecture"
@@ -164,7 +169,7 @@ def _tell_rows(console: Console, counts: Counts, sources: tuple[Source, ...], st
 
 def _tell_lengths(console: Console, examined: Examined, recipe: Recipe) -> None:
     counts, lengths, limit = examined.counts, examined.lengths, recipe.data.max_length
-    _line(console, "template", f"{examined.template.name}{_bos(examined.template)}")
+    _line(console, "template", f"{examined.template.label}{_bos(examined.template)}")
     share = f"{counts.trained_tokens / counts.tokens:.0%}" if counts.tokens else "none"
     _line(console, "tokens", f"{counts.tokens:,}, {counts.trained_tokens:,} of them trained ({share})")
     marks = [("half", 0.5), ("95%", 0.95), ("99%", 0.99)]

@@ -32,6 +32,7 @@ from rich.text import Text
 
 from nybble.errors import ModelError, PlaceError
 from nybble.model import hub
+from nybble.model.checkpoint import find_checkpoint
 from nybble.places import ANOTHER_CACHE, check_cache, check_writable, default_cache, nearest
 
 Verdict = Literal["ok", "warn", "fail"]
@@ -361,6 +362,8 @@ def base_model(model: str) -> Finding:
     folder = Path(model).expanduser()
     try:
         if folder.exists() or model.startswith((".", "/", "~", "\\")) or model.count("/") > 1:
+            if folder.is_dir():
+                find_checkpoint(str(folder))  # what train asks of it, in the same words
             hub.check_folder(folder)
             return Finding("model", "ok", f"{folder} holds a model that Transformers can load")
         return Finding("model", "ok", f"{model} can be read, commit {hub.check_access(model, None)[:12]}")

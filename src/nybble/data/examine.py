@@ -65,15 +65,23 @@ def examine(
     tokenizer: PreTrainedTokenizerBase,
     cache: pathlib.Path,
     progress: Progress = lambda _: None,
+    template: Template | None = None,
 ) -> Examined:
     """Read all rows once, of a stream the first 10,000, or take what an earlier pass found.
+
+    Args:
+        options: the recipe's data section.
+        tokenizer: of the base model.
+        cache: folder for tokenised data.
+        progress: called with the number of rows read so far.
+        template: of a run whose rows are read again, or of the rows that these belong to; else the options choose it.
 
     Raises:
         DataError: there is nothing to read, or the template cannot be used at all.
     """
     sources = sources_of(options)
     forms = forms_of(sources, options)
-    template = choose_template(tokenizer, options.template, forms.likeliest)
+    template = template or choose_template(tokenizer, options.template, forms.likeliest)
     assert template.ends, "a template that works at all"
     key = _key(sources, forms, template, options)
     places = repr([(source.name, [str(file) for file in source.files]) for source in sources])  # as rows and faults say

@@ -49,6 +49,7 @@ def prepare(
     seed: int,
     cache: pathlib.Path,
     progress: Progress = lambda _: None,
+    template: Template | None = None,
 ) -> Prepared:
     """Turn the data a recipe names into token rows.
 
@@ -58,17 +59,18 @@ def prepare(
         seed: of the split into training and validation rows.
         cache: folder for tokenised data.
         progress: called with the number of rows read so far.
+        template: of a run whose rows are read again; else the options choose it.
 
     Raises:
         DataError: with the `file:line` of what is wrong.
     """
-    examined = examine(options, tokenizer, cache, progress)
+    examined = examine(options, tokenizer, cache, progress, template)
     refuse_unfit(examined, options)
     key = examined.fingerprint
     validation: Dataset | None
     if isinstance(options.validation, str):
-        held_out = of_validation(options, examined.template)
-        other = examine(held_out, tokenizer, cache, progress)
+        held_out = of_validation(options)
+        other = examine(held_out, tokenizer, cache, progress, examined.template)
         refuse_unfit(other, held_out)
         train, validation = examined.tokens, other.tokens
         key = hashlib.sha256(f"{key}{other.fingerprint}".encode()).hexdigest()
@@ -87,9 +89,9 @@ def prepare(
     )
 
 
-def of_validation(options: DataOptions, template: Template) -> DataOptions:
-    """How a file of validation rows is read: like the training rows and with their template, whatever its own form is."""
-    return options.model_copy(update={"path": options.validation, "streaming": False, "template": template.name})
+def of_validation(options: DataOptions) -> DataOptions:
+    """How a file of validation rows is read: like the training rows; their template goes with them, whatever its own form is."""
+    return options.model_copy(update={"path": options.validation, "streaming": False})
 
 
 def _stream(examined: Examined, options: DataOptions, seed: int, validation: Dataset | None) -> StreamedRows:

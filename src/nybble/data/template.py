@@ -7,6 +7,7 @@ no text is ever searched for and a message can never pass for a control token.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import itertools
@@ -20,6 +21,7 @@ from importlib import resources
 from jinja2 import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
+from nybble.data.clock import reads_clock, stopped
 from nybble.data.formats import Conversation, Message
 from nybble.errors import DataError
 from nybble.run import write_json
@@ -58,19 +60,29 @@ class Template:
     """How turns become text, with the model's control tokens, for one tokenizer.
 
     Args:
-        name: model, alpaca, llama2, plain, or the path of a Jinja file.
+        name: model, alpaca, llama2, plain, one of the model's own by its name, or the path of a Jinja file.
         source: Jinja as Transformers reads it (`messages`, `bos_token`, `eos_token`, `add_generation_prompt`).
         verbatim: keep white space around messages; off, it is stripped, so that a prompt never ends in a space.
+        day: what a template that reads the clock is told; None where it reads none.
+        bos: whether a document begins with BOS; None: where the tokenizer itself puts one.
+        known_as: the Jinja text that the fingerprint is of, where that is another.
 
     Raises:
         DataError: the template fails, rewrites what was said, or cannot be split into a prompt and its answer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, source: str, *, verbatim: bool = False) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, name: str, source: str, *, verbatim: bool = False,
+        day: datetime.date | None = None, bos: bool | None = None, known_as: str | None = None,
+    ) -> None:  # fmt: skip
         self.tokenizer = tokenizer
         self.name = name
-        self.source = source
+        self.source = source if day is None else stopped(source, day)
         self.verbatim = verbatim
+        self.day = day
+        self.puts_bos = puts_bos(tokenizer)
+        self.document_bos = (self.puts_bos if bos is None else bos) and tokenizer.bos_token is not None
+        self._known_as = known_as or self.source
         self.takes_input = "message.input" in source
         self._special = _special_tokens(tokenizer)
         self._split = re.compile("|".join(re.escape(token) for token in sorted(self._special, key=len, reverse=True)))
@@ -80,8 +92,14 @@ class Template:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the Jinja text."""
-        return hashlib.sha256(f"{self.verbatim}{self.source}".encode()).hexdigest()
+        """SHA-256 of the Jinja text, the day in it, and how documents begin."""
+        bare = "" if self.document_bos or self.tokenizer.bos_token is None else "documents without BOS"
+        return hashlib.sha256(f"{self.verbatim}{self._known_as}{bare}".encode()).hexdigest()
+
+    @property
+    def label(self) -> str:
+        """Its name, and the day that is written into it."""
+        return self.name if self.day is None else f"{self.name} (its date stays {self.day:%d %b %Y})"
 
     @functools.cached_property
     def end_id(self) -> int:
@@ -141,9 +159,9 @@ class Template:
         return self._fill(skeleton[: last + 1], messages, begun=True)
 
     def _document(self, text: str) -> list[Run | Part]:
-        """Text without turns, all of it trained: BOS, the text, EOS, whatever the template says of turns."""
+        """Text without turns, all of it trained: BOS where the tokenizer puts it before a text, the text, EOS."""
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
-        begin = [Part("special", False, token_id=self._special[bos], text=bos)] if bos else []
+        begin = [Part("special", False, token_id=self._special[bos], text=bos)] if self.document_bos else []
         return [*begin, Run(text, 0), Part("special", True, token_id=self._special[eos], text=eos)]
 
     def _messages(self, conversation: Conversation) -> Conversation:
@@ -254,40 +272,87 @@ class Template:
             )
 
 
+def puts_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself begins a text with BOS: Llama 2's does, SmolLM2's does not."""
+    return bool(tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id])
+
+
 def choose_template(tokenizer: PreTrainedTokenizerBase, option: str, form: str) -> Template:
-    """The template an option names.
+    """The template an option names; one that reads the clock is told today's date from now on.
 
     Args:
-        option: auto, model, alpaca, llama2, plain, or a Jinja file. auto: the model's own where it has one, else
-            Alpaca's for alpaca rows, LLaMA 2's for turns, plain for prompt and completion.
+        option: auto, model, alpaca, llama2, plain, one of the model's own by its name, or a Jinja file. auto: the model's own
+            where it has one, else Alpaca's for alpaca rows, LLaMA 2's for turns, plain for prompt and completion.
         form: the form of most rows, by which auto chooses.
+
+    Raises:
+        DataError: there is no such template.
     """
+    own = tokenizer.chat_template
+    named = own if isinstance(own, dict) else {}  # some models bring several: for tools, for documents
     if option == "auto":
         by_form = {"alpaca": "alpaca", "messages": "llama2", "sharegpt": "llama2", "prompt": "plain", "text": "plain"}
-        option = "model" if tokenizer.chat_template else by_form[form]
-    if option == "model":
-        if not isinstance(tokenizer.chat_template, str):
-            raise DataError("the model brings no chat template", fix="data.template=alpaca, llama2 or a Jinja file")
-        return Template(tokenizer, "model", tokenizer.chat_template)
+        option = "model" if own else by_form[form]
     if option in BUILT_IN:
         source = resources.files("nybble.data").joinpath(f"templates/{option}.jinja").read_text(encoding="utf-8")
         return Template(tokenizer, option, source.strip(), verbatim=option == "plain")
-    file = pathlib.Path(option)
-    if not file.is_file():
-        names = ", ".join(("auto", "model", *BUILT_IN))
-        raise DataError(f"data.template={option} is neither a Jinja file nor one of {names}")
-    return Template(tokenizer, option, file.read_text(encoding="utf-8"))
+    if option == "model":
+        source = _models_own(own)
+    elif option in named:
+        source = named[option]
+    else:
+        file = pathlib.Path(option)
+        if not file.is_file():
+            names = ", ".join(("auto", "model", *BUILT_IN, *sorted(named)))
+            raise DataError(f"data.template={option} is neither a Jinja file nor one of {names}")
+        source = file.read_text(encoding="utf-8")
+    day = today() if reads_clock(source) else None
+    return Template(tokenizer, option, source, day=day)
+
+
+def today() -> datetime.date:
+    """The day that a new run writes into its template."""
+    return datetime.date.today()
+
+
+def _models_own(own: str | dict[str, str] | None) -> str:
+    if isinstance(own, dict):
+        if "default" not in own and len(own) > 1:
+            raise DataError(
+                f"the model brings several chat templates, and none is named default: {', '.join(sorted(own))}",
+                fix=f"data.template={sorted(own)[0]}, or another of them",
+            )
+        return own.get("default") or next(iter(own.values()))
+    if not isinstance(own, str):
+        raise DataError("the model brings no chat template", fix="data.template=alpaca, llama2 or a Jinja file")
+    return own
 
 
 def save_template(template: Template, file: pathlib.Path) -> None:
     """Keep a template with its run; its Jinja text goes into the tokenizer as well, for other programs."""
-    write_json(file, {"name": template.name, "source": template.source, "verbatim": template.verbatim})
+    day = None if template.day is None else template.day.isoformat()
+    facts = {"name": template.name, "verbatim": template.verbatim, "day": day, "bos": template.document_bos}
+    write_json(file, {**facts, "source": template.source})
 
 
 def read_template(tokenizer: PreTrainedTokenizerBase, file: pathlib.Path) -> Template:
-    """The template of a run."""
+    """The template of a run; one of 0.5.1 that reads the clock is told the day on which the run began."""
     kept = json.loads(file.read_text(encoding="utf-8"))
-    return Template(tokenizer, kept["name"], kept["source"], verbatim=kept["verbatim"])
+    name, source, verbatim = kept["name"], kept["source"], kept["verbatim"]
+    if "bos" in kept:
+        day = None if kept["day"] is None else datetime.date.fromisoformat(kept["day"])
+        return Template(tokenizer, name, source, verbatim=verbatim, day=day, bos=kept["bos"])
+    began = _day_of(file.parent) if reads_clock(source) else None
+    return Template(tokenizer, name, source, verbatim=verbatim, day=began, bos=True, known_as=source)
+
+
+def _day_of(run: pathlib.Path) -> datetime.date:
+    """The day on which a run of 0.5.1 began: its summary tells it, and until there is one, the time of start.json."""
+    if not (run / "summary.json").exists():
+        return datetime.date.fromtimestamp((run / "start.json").stat().st_mtime)
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    ended = datetime.datetime.fromisoformat(summary["date"]).astimezone()
+    return (ended - datetime.timedelta(seconds=summary["seconds"])).date()
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from nybble.data.formats import Conversation, Message
+from nybble.data.formats import Conversation
 from nybble.data.template import Part, Run, Template
+from nybble.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,34 @@ def encode_begun(template: Template, conversation: Conversation) -> list[int]:
 
 
 def encode_text(template: Template, text: str) -> list[int]:
-    """Token ids of the beginning of a document, which a model goes on with: as text without turns is trained."""
-    *begin, _ = template.runs((Message("text", text),))
-    (tokens,) = join(template.tokenizer, [begin])
-    return tokens.ids
+    """Token ids of the beginning of a document, which a model goes on with: with BOS where the tokenizer puts one.
+
+    So does every program that reads the run's tokenizer or an artefact.
+    """
+    begin = [template.tokenizer.bos_token_id] if template.puts_bos else []
+    return begin + _ids(template.tokenizer, [text])[0]
+
+
+def check_ids(ids: Sequence[int], rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse token ids without an embedding: torch would raise an IndexError, and CUDA stop with an assert.
+
+    Args:
+        ids: of a prompt or a row.
+        rows: of the model's embedding.
+        tokenizer: that names the token.
+
+    Raises:
+        DataError: naming the first such id.
+    """
+    odd = next((token_id for token_id in ids if not 0 <= token_id < rows), None)
+    if odd is None:
+        return
+    token = f" ({tokenizer.convert_ids_to_tokens(odd)})" if 0 <= odd < len(tokenizer) else ""
+    raise DataError(
+        f"the model has no token {odd}{token}: its embeddings are for ids 0 to {rows - 1:,}",
+        fix="take the tokenizer that came with the weights; an adapter trained with added tokens needs the base that has "
+        "them: --base PATH",
+    )
 
 
 def join(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Run | Part]]) -> list[Tokens]:

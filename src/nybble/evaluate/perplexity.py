@@ -13,7 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nybble.data.batches import Collator, Sample, next_labels
 from nybble.data.order import batches
+from nybble.data.template import puts_bos
 from nybble.engine.loss import CHUNK, last_hidden, summed_cross_entropy
+from nybble.errors import ModelError
 
 TOKENS_AT_ONCE = 4096  # of padded rows in a batch: 35 MB of hidden states for a 7B
 
@@ -70,7 +72,16 @@ def row_losses(
         samples: tokenised rows: input_ids and trained.
         pad_id: any id; nothing attends to it.
         progress: called with the number of rows done.
+
+    Raises:
+        ModelError: a token id without an embedding.
     """
+    highest, rows = max((max(sample["input_ids"]) for sample in samples), default=0), bare(model).config.vocab_size
+    if highest >= rows:
+        raise ModelError(
+            f"the tokenizer gives token id {highest}, and the model has embeddings for ids 0 to {rows - 1:,}",
+            fix="take the tokenizer that came with the weights",
+        )
     sums, tokens = numpy.zeros(len(samples)), numpy.zeros(len(samples))
     device = next(model.parameters()).device
     done = 0
@@ -92,7 +103,7 @@ def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> 
     The usual perplexity of a document: all tokens are predicted but a window's first.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    start = [own for own in tokenizer("")["input_ids"][:1] if own == tokenizer.bos_token_id]
+    start = [tokenizer.bos_token_id] if puts_bos(tokenizer) else []
     room = length - len(start)
     windows = [[*start, *ids[place : place + room]] for place in range(0, len(ids), room)]
     return [{"input_ids": own, "trained": [True] * len(own)} for own in windows if len(own) > 1]

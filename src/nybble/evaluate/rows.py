@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.prepare import Prepared, prepare
+from nybble.data.template import read_template
 from nybble.errors import DataError, RecipeError
 from nybble.recipe import absolute_paths
 from nybble.run import Run
@@ -49,7 +50,8 @@ def with_rows(run: Run, places: Sequence[str]) -> Run:
 def rows_of(run: Run, tokenizer: PreTrainedTokenizerBase, cache: pathlib.Path) -> tuple[Prepared | None, str]:
     """The run's data read again, or None and why it cannot be had."""
     try:
-        prepared = prepare(run.recipe.data, tokenizer, run.recipe.train.seed, cache)
+        template = read_template(tokenizer, run.folder / "template.json")
+        prepared = prepare(run.recipe.data, tokenizer, run.recipe.train.seed, cache, template=template)
     except DataError as error:
         return None, f"the run's data cannot be read: {error.what}"
     then = json.loads((run.folder / "start.json").read_text(encoding="utf-8"))["data"]

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from nybble.errors import ExportError
-from nybble.export.parity import Answer, Given, Reference, greedy, next_logits, own_stops
+from nybble.export.parity import PLAIN, Answer, Given, Reference, greedy, next_logits, own_stops
+from nybble.model.base import NO_ADAPTER
 from nybble.quantized import stay_unpacked
 
 LLAMA_CPP = "nybble.export.llama"
@@ -68,7 +69,9 @@ def through_peft(
     extra = {} if plan is None else {"quantization_config": plan}
     if (folder / "config.json").exists():  # the run scaled RoPE
         extra["config"] = AutoConfig.from_pretrained(folder)
-    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map={"": device}, **extra)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, device_map={"": device}, adapter_kwargs=NO_ADAPTER, **extra
+    )
     stay_unpacked(loaded)  # else bitsandbytes repacks the weights on a CPU, and asks the Hub for a kernel where it may
     model = PeftModel.from_pretrained(loaded, folder).eval().get_base_model()
     settings = transformers.GenerationConfig.from_pretrained(folder)
@@ -88,7 +91,8 @@ def _asked(
     answers = greedy(model, [question.prompt for question in reference.questions], pad)
     starts = [len(question.prompt) for question in reference.questions]
     logits = next_logits(model, reference.rows, starts)
-    return Given(by, has_template, prompts, answers, logits, frozenset(stops))
+    plain = tokenizer(PLAIN, split_special_tokens=True)["input_ids"]
+    return Given(by, has_template, prompts, answers, logits, frozenset(stops), plain)
 
 
 def _templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:

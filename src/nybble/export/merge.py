@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from nybble.errors import ModelError
 from nybble.export.shards import Spec, Tensors, slices_of
 from nybble.export.updates import Update
-from nybble.model.checkpoint import weight_files
+from nybble.model.weights import weight_files
 
 CPU = torch.device("cpu")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

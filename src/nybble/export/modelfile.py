@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from nybble.data.template import puts_bos
+
 MARK = "\ue0f2"  # of Unicode's private use area: no template has a use for it
 IRREGULAR = (
     "# The run's chat template cannot be said in Go's template language: put one here, or use the file with llama.cpp."
@@ -43,7 +45,7 @@ def go_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None
     system = between(tokenizer, template, ["system", "user"])
     # Ollama puts BOS before a prompt where the tokenizer does, so there the template must not.
     bos = tokenizer.bos_token or ""
-    own = len(bos) if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] and begin.startswith(bos) else 0
+    own = len(bos) if puts_bos(tokenizer) and begin.startswith(bos) else 0
     lines = ['{{- $before := "" -}}', "{{- range .Messages -}}"]
     if system is not None and system[2] == close:
         lines += ['{{- if eq .Role "system" -}}', _said(system[0][own:]), "{{ .Content }}", _said(system[1])]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nybble.data.batches import Sample
 from nybble.data.formats import Conversation, Message
 from nybble.data.order import batches
-from nybble.data.tokens import encode_prompt
+from nybble.data.tokens import check_ids, encode_prompt, encode_text
 from nybble.engine.loss import last_hidden
 from nybble.errors import DataError
 from nybble.evaluate.generation import FIXED, held_out_prompts
@@ -37,6 +37,8 @@ CONVERSATIONS: tuple[Conversation, ...] = (
     (Message("user", "Zähle auf: 1234567, 3.14,  zwei  Leerzeichen\n\n\tx = [a, b]; 你好 🙂 naïve"),),
 )
 """Turns, a system message, and what tokenizers differ in: digits, repeated spaces, tabs, other scripts."""
+PLAIN = CONVERSATIONS[-1][0].content
+"""A text without turns, which programs begin as the tokenizer begins a text."""
 FACTOR = 1.5
 """The artefact's divergence may be so many times that of its weights computed as the run computes."""
 ALLOWED = {
@@ -86,6 +88,7 @@ class Reference:
         expected: by base, the mean divergence of its merged weights, computed as the run computes.
         end_id: the token that ends an answer.
         template: Jinja.
+        plain: ids of the text PLAIN.
     """
 
     questions: Sequence[Question]
@@ -95,6 +98,7 @@ class Reference:
     expected: Mapping[str, float]
     end_id: int
     template: str
+    plain: Sequence[int] = ()
 
     @property
     def samples(self) -> list[Sample]:
@@ -117,6 +121,7 @@ class Given:
         answers: greedy, with what the artefact itself takes for an end.
         logits: (answer, vocabulary) of each of the reference's rows.
         stops: tokens at which it stops.
+        plain: ids of the text PLAIN; None where they are not asked for.
     """
 
     by: str
@@ -125,6 +130,7 @@ class Given:
     answers: Sequence[Answer]
     logits: Sequence[torch.Tensor]
     stops: frozenset[int]
+    plain: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,12 +166,15 @@ def ask_run(answerer: Answerer, validation: Dataset | None, merges: Mapping[str,
     held_out = held_out_prompts(validation, tokenizer, HELD_OUT) if validation is not None else []
     questions += [Question(asked.prompt) for asked in held_out]
     model = bare(answerer.model)
+    for question in questions:
+        check_ids(question.prompt, model.config.vocab_size, tokenizer)
     stops = [template.end_id, tokenizer.eos_token_id]
     answers = greedy(model, [question.prompt for question in questions], tokenizer.pad_token_id, stops)
     end = [template.end_id]
     rows = [[*q.prompt, *a.ids, *(end if a.ended else [])] for q, a in zip(questions, answers, strict=True)]
     scores = [logits.log_softmax(-1) for logits in next_logits(model, rows, [len(q.prompt) for q in questions])]
-    reference = Reference(questions, answers, rows, scores, {}, template.end_id, template.source)
+    plain = encode_text(template, PLAIN)
+    reference = Reference(questions, answers, rows, scores, {}, template.end_id, template.source, plain)
     if not merges:
         return reference
     comparison = compare(answerer, merges, reference.samples, "")
@@ -282,16 +291,15 @@ def allowed(kind: str) -> float:
 def _template_failures(reference: Reference, given: Given, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     if not given.template:
         return ["the chat template is lost"]
-    for question, ids in zip(reference.questions, given.prompts, strict=True):
-        if ids is None or ids == question.prompt:
+    asked = [question.messages[-1]["content"] if question.messages else "" for question in reference.questions]
+    prompts = [question.prompt for question in reference.questions]
+    pairs = [*zip(asked, prompts, given.prompts, strict=True), (PLAIN, reference.plain, given.plain)]
+    for text, run, ids in pairs:
+        if ids is None or list(ids) == list(run):
             continue
-        place = next(
-            (n for n, (a, b) in enumerate(zip(ids, question.prompt, strict=False)) if a != b),
-            min(len(ids), len(question.prompt)),
-        )
-        ours, theirs = (tokenizer.convert_ids_to_tokens(side[place : place + 4]) for side in (question.prompt, ids))
-        asked = question.messages[-1]["content"] if question.messages else ""
-        return [f"the prompt {asked!r} is other tokens from place {place} on: {theirs} where the run has {ours}"]
+        place = next((n for n, (a, b) in enumerate(zip(ids, run, strict=False)) if a != b), min(len(ids), len(run)))
+        ours, theirs = (tokenizer.convert_ids_to_tokens(list(side[place : place + 4])) for side in (run, ids))
+        return [f"the prompt {text!r} is other tokens from place {place} on: {theirs} where the run has {ours}"]
     return []
 
 

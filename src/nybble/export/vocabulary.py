@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from nybble.data.template import puts_bos
 from nybble.errors import ModelError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's llama_token_type
@@ -79,7 +80,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary
         scores=_scores(pairs, by_id, rows) if is_sentencepiece else [],
         merges=[] if is_sentencepiece else [" ".join(pair) for pair in pairs],
         space_prefix=is_sentencepiece and _prepends(described),
-        add_bos=tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id],
+        add_bos=puts_bos(tokenizer),
     )
 
 

@@ -20,13 +20,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from nybble.data.formats import Conversation
 from nybble.data.template import Template, choose_template, read_template
-from nybble.data.tokens import encode_prompt
+from nybble.data.tokens import check_ids, encode_prompt
 from nybble.errors import RunError
 from nybble.model.adapter import add_adapter, load_adapter
 from nybble.model.base import load_base
 from nybble.model.checkpoint import find_base, fingerprint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
+from nybble.model.weights import refuse_pointers
 from nybble.places import check_cache, default_cache, explained_disk
 from nybble.quantized import dequantise_where_room
 from nybble.run import Run
@@ -114,7 +115,13 @@ class ConversationPipeline(TextGenerationPipeline):  # type: ignore[misc]
         return [self._completion(ids) for ids in self.generate(rows, settings)]
 
     def generate(self, rows: Sequence[list[int]], settings: dict[str, Any]) -> list[list[int]]:
-        """The tokens that follow each prompt; what all prompts begin with is computed once."""
+        """The tokens that follow each prompt; what all prompts begin with is computed once.
+
+        Raises:
+            DataError: a token id without an embedding.
+        """
+        for row in rows:
+            check_ids(row, self.model.config.vocab_size, self.tokenizer)
         shared = _common_prefix(rows) if len(rows) > 1 else 0
         ids, mask = _pad_after(rows, shared, self.tokenizer.pad_token_id)
         ids, mask = ids.to(self.device), mask.to(self.device)
@@ -212,8 +219,9 @@ def load_answerers(
 def load_template(run: Run, base: pathlib.Path) -> tuple[PreTrainedTokenizerBase, Template]:
     """Tokenizer and template of a run; of a bare adapter, its own tokenizer or that of the base's folder."""
     if run.is_bare_adapter:
-        tokenizer = load_tokenizer(run.folder if (run.folder / "tokenizer_config.json").exists() else base)
+        tokenizer = load_tokenizer(run.folder if (run.folder / "tokenizer_config.json").exists() else base, base)
         return tokenizer, choose_template(tokenizer, "auto", "alpaca")
+    refuse_pointers((run.folder / "tokenizer").glob("*.json"))
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "tokenizer")
     return tokenizer, read_template(tokenizer, run.folder / "template.json")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pathlib
+import re
 from collections.abc import Sequence
 
 import torch
@@ -12,8 +14,18 @@ from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weight
 from transformers import PreTrainedModel
 
 from nybble.errors import ModelError, TrainingError
+from nybble.model.weights import LOADING_FAULTS, by, reason, refuse_pointers, some
 from nybble.recipe import LoraOptions
 
+FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+MISMATCH = re.compile(
+    r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[(.*?)\]\) from checkpoint, "
+    r"the shape in current model is torch\.Size\(\[(.*?)\]\)"
+)
+ADDED_TOKENS = (
+    "its base must have these tokens too: resize it as before that training (tokenizer of the adapter, "
+    "model.resize_token_embeddings(len(tokenizer))), save it, and name it with --base PATH"
+)
 # PEFT's orthogonal start fails on 4-bit layers (0.21), PiSSA and LoftQ alter the base: none of these is offered.
 INIT: dict[str, bool | str] = {"default": True, "gaussian": "gaussian"}
 
@@ -62,10 +74,10 @@ def add_adapter(model: PeftModel, path: str | pathlib.Path, name: str) -> None:
     Raises:
         ModelError: no adapter there, or one that does not fit this base.
     """
-    config = read_adapter_config(path)
+    config = _checked_config(model.get_base_model(), path)
     try:
         model.load_adapter(str(path), adapter_name=name, is_trainable=False)
-    except (RuntimeError, ValueError, OSError) as error:
+    except LOADING_FAULTS as error:
         raise _misfit(config, path, error) from error
 
 
@@ -77,8 +89,18 @@ def read_adapter_config(path: str | pathlib.Path) -> PeftConfig:
     """
     folder = pathlib.Path(path)
     if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"there is no adapter in {folder} (no adapter_config.json)", fix=f"ls {folder}")
-    return PeftConfig.from_pretrained(str(folder))
+        inner = folder / "adapter"  # of a run
+        raise ModelError(
+            f"there is no adapter in {folder} (no adapter_config.json)",
+            fix=f"adapter={inner}" if (inner / "adapter_config.json").is_file() else f"ls {folder}",
+        )
+    refuse_pointers(folder / name for name in FILES)
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except LOADING_FAULTS as error:
+        raise ModelError(
+            f"PEFT cannot read adapter_config.json: {reason(error)}", where=str(folder / "adapter_config.json")
+        ) from error
 
 
 def check_gradients(model: torch.nn.Module, *, first: bool, scaled: bool = False) -> None:
@@ -160,17 +182,51 @@ def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
 
 
 def _read_adapter(model: PreTrainedModel, path: str, *, trainable: bool) -> PeftModel:
-    config = read_adapter_config(path)
+    config = _checked_config(model, path)
     try:
         adapted: PeftModel = PeftModel.from_pretrained(model, path, is_trainable=trainable, config=config)
-    except (RuntimeError, ValueError, OSError) as error:
+    except LOADING_FAULTS as error:
         raise _misfit(config, path, error) from error
     return adapted
 
 
+def _checked_config(model: PreTrainedModel, path: str | pathlib.Path) -> PeftConfig:
+    """An adapter's configuration; refused where it trained rows of the embedding that this base does not have."""
+    config = read_adapter_config(path)
+    rows = model.get_input_embeddings().num_embeddings
+    trained = getattr(config, "trainable_token_indices", None) or []
+    ids = itertools.chain.from_iterable(trained.values()) if isinstance(trained, dict) else trained
+    highest = max(ids, default=-1)
+    if highest >= rows:
+        raise ModelError(
+            f"the adapter was trained on token {highest}, and the base has embeddings for ids 0 to {rows - 1} only: "
+            "tokens were added to its base before training",
+            where=str(path),
+            fix=ADDED_TOKENS,
+        )
+    return config
+
+
 def _misfit(config: PeftConfig, path: str | pathlib.Path, error: Exception) -> ModelError:
+    """Why an adapter does not fit, with the sizes where these are the reason."""
+    base = f"it was trained on {config.base_model_name_or_path}; --base PATH names another"
+    # PEFT tells of LoRA's own tensors, of whole modules that were trained (modules_to_save), and of the copies beside these.
+    found = MISMATCH.findall(str(error))
+    sizes = [
+        (name, tuple(map(int, re.findall(r"\d+", own))), tuple(map(int, re.findall(r"\d+", base))))
+        for name, own, base in found
+        if ".original_module." not in name
+    ]
+    if not sizes:
+        return ModelError(f"the adapter does not fit this base: {reason(error)}", where=str(path), fix=base)
+    told = [f"{_plain(name)} is {by(own)} in the adapter and {by(wanted)} in the base" for name, own, wanted in sizes]
+    # A vocabulary of another length, and the rest as it should be: tokens were added.
+    added = all(re.search(r"embed_tokens|lm_head", name) and own[1:] == wanted[1:] for name, own, wanted in sizes)
     return ModelError(
-        f"the adapter does not fit this base: {str(error).splitlines()[0]}",
-        where=str(path),
-        fix=f"it was trained on {config.base_model_name_or_path}; --base PATH names another",
+        f"the adapter does not fit this base: {some(told)}", where=str(path), fix=ADDED_TOKENS if added else base
     )
+
+
+def _plain(name: str) -> str:
+    """A tensor's name as the base has it, without what PEFT puts around it."""
+    return re.sub(r"^(base_model\.model\.)|\.modules_to_save\.[^.]+|(?<=lora_[AB])\.default", "", name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import pathlib
@@ -23,8 +24,22 @@ from transformers import (
 
 from nybble.errors import ModelError
 from nybble.model.checkpoint import Checkpoint, fingerprint
+from nybble.model.weights import (
+    LOADING_FAULTS,
+    by,
+    check_shapes,
+    check_whole,
+    differs,
+    reason,
+    skeleton,
+    some,
+    weight_files,
+)
 from nybble.quantized import stay_unpacked
 from nybble.recipe import ModelOptions
+
+# Transformers loads an adapter that lies beside the weights, too. It looks in this subfolder, which a file's name cannot be.
+NO_ADAPTER = {"subfolder": "config.json"}
 
 
 @dataclass(frozen=True)
@@ -52,11 +67,16 @@ class Footprint:
 
 
 def load_config(checkpoint: Checkpoint, rope_scaling: dict[str, object] | None) -> PretrainedConfig:
-    """The model's configuration, with rope scaling laid over its own."""
-    config = AutoConfig.from_pretrained(checkpoint.folder)
+    """The model's configuration, with rope scaling laid over its own.
+
+    Raises:
+        ModelError: Transformers cannot read it, or cannot build a model from it.
+    """
+    config = read_config(checkpoint.folder)
     if rope_scaling is not None:
         config.rope_parameters = {**(config.rope_parameters or {}), **rope_scaling}
         config.standardize_rope_params()
+    skeleton(config)
     return config
 
 
@@ -83,25 +103,28 @@ def load_base(
         quantization = stored  # type: ignore[assignment]
     mark = fingerprint(checkpoint, cache)
     config = load_config(checkpoint, options.rope_scaling)
+    if stored is None:
+        notices += check_shapes(checkpoint.folder, config)
+    kept = None
     if stored is not None or quantization == "none":
-        model, kept = _read(checkpoint.folder, config, None, dtype, device), False
+        model = _read(checkpoint.folder, config, None, dtype, device)
     else:
         folder = kept_copy(mark, quantization, options.double_quantization, dtype, cache)
-        kept = (folder / "config.json").exists()
-        if kept:
-            config.quantization_config = AutoConfig.from_pretrained(folder).quantization_config
-            model = _read(folder, config, None, dtype, device)
-        else:
+        kept, found = _read_kept(folder, config, dtype, device)
+        notices += found
+        if kept is None:
             plan = quantization_plan(quantization, options.double_quantization, dtype)
             model = _read(checkpoint.folder, config, plan, dtype, device)
             _plain_generation(model)
             notices += _keep(model, folder)
+        else:
+            model = kept
     _plain_generation(model)
     model.name_or_path = checkpoint.name  # what PEFT writes into the adapter as its base
     model.config.use_cache = False  # a key-value cache hides packed samples from Transformers' mask
     model.requires_grad_(False)
     stay_unpacked(model)
-    return Base(model, checkpoint, mark, quantization, kept, tuple(notices))
+    return Base(model, checkpoint, mark, quantization, kept is not None, tuple(notices))
 
 
 def kept_copy(
@@ -141,6 +164,22 @@ def measure(model: torch.nn.Module) -> Footprint:
     return Footprint(parameters, quantized, size)
 
 
+def read_config(folder: pathlib.Path) -> PretrainedConfig:
+    """config.json as Transformers reads it.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except LOADING_FAULTS as error:
+        raise ModelError(
+            f"Transformers cannot read config.json: {reason(error)}",
+            where=str(folder / "config.json"),
+            fix="compare it with config.json on the model's page",
+        ) from error
+
+
 def _read(
     folder: pathlib.Path,
     config: PretrainedConfig,
@@ -148,16 +187,51 @@ def _read(
     dtype: torch.dtype,
     device: torch.device,
 ) -> PreTrainedModel:
+    """The weights of a folder and nothing else; all of them, each of the size that the configuration says."""
     extra = {} if plan is None else {"quantization_config": plan}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, device_map={"": device}, **extra
-        )
-    except (OSError, RuntimeError, ValueError) as error:
+        model: PreTrainedModel
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, device_map={"": device}, adapter_kwargs=NO_ADAPTER,
+            output_loading_info=True, ignore_mismatched_sizes=True, **extra,
+        )  # fmt: skip
+    except LOADING_FAULTS as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
-        raise ModelError(f"the weights cannot be loaded: {str(error).splitlines()[0]}", where=str(folder)) from error
+        raise ModelError(f"the weights cannot be loaded: {reason(error)}", where=str(folder)) from error
+    odd = [
+        f"{name} is {by(own)} in the file and {by(wanted)} by config.json"
+        for name, own, wanted in found["mismatched_keys"]
+    ]
+    missing = [f"there is no {name}" for name in sorted(found["missing_keys"])]  # Transformers would draw it at random
+    if odd or missing:
+        raise ModelError(
+            f"the weights do not fit config.json: {some([*sorted(odd), *missing])}",
+            where=str(folder),
+            fix="take config.json and weights from the same copy of the model",
+        )
     return model
+
+
+def _read_kept(
+    folder: pathlib.Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel | None, list[str]]:
+    """The kept copy of a quantised base, or None where there is none; one that does not load is removed, with a notice."""
+    if not folder.exists():
+        return None, []
+    try:
+        quantised = copy.deepcopy(config)
+        stored = getattr(read_config(folder), "quantization_config", None)
+        files = weight_files(folder)
+        if stored is None or not files:
+            raise ModelError("it is not a quantised model")
+        quantised.quantization_config = stored
+        for file in files:
+            check_whole(file)
+        return _read(folder, quantised, None, dtype, device), []
+    except ModelError as fault:
+        shutil.rmtree(folder, ignore_errors=True)
+        return None, [f"the cached copy of the quantised base was damaged ({fault.what}): it is made again"]
 
 
 def _plain_generation(model: PreTrainedModel) -> None:
@@ -183,10 +257,12 @@ def _keep(model: PreTrainedModel, folder: pathlib.Path) -> list[str]:
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
     try:
         model.save_pretrained(temporary)
+        if fault := differs(model, temporary):  # an entry is proven before it takes its place: later runs trust it
+            return [f"the quantised base is not cached: {fault}"]
         try:
             os.rename(temporary, folder)
-        except OSError:  # another process kept the same base meanwhile
-            if not (folder / "config.json").exists():
+        except OSError:  # another process kept the same base meanwhile, or what stands there cannot be removed
+            if not folder.exists():
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -6,16 +6,17 @@ import hashlib
 import json
 import os
 import pathlib
-import struct
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from nybble.errors import ModelError
-from nybble.model.hub import fetch
+from nybble.model.hub import fetch, few, missing_weights
+from nybble.model.weights import FLOATS, check_whole, refuse_pointers, shapes, weight_files
 from nybble.places import replacing
-from nybble.run import Run
+from nybble.run import Run, open_run
 
 # The last release whose package carries Meta's converter (4.57 and 5.x do not).
 CONVERT = (
@@ -24,7 +25,9 @@ CONVERT = (
     "--input_dir {folder} --model_size 7B --output_dir {folder}-hf"
 )
 DESCRIPTION = ["*.json", "*.model", "*.jinja", "*.txt"]
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+SMALL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+ADAPTERS = ("adapter_config.json", "recipe.yaml")
+"""What a folder holds that is an adapter, or a run with one."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def find_checkpoint(path: str, revision: str | None = None, *, weights: bool = T
     """A folder as it is, or a Hub id downloaded; without `weights`, configuration and tokenizer only.
 
     Raises:
-        ModelError: nothing there, no weights, another architecture, Meta's own format, or another quantisation.
+        ModelError: nothing there, no weights, an adapter, another architecture, Meta's own format, or another quantisation.
         HubError: the Hub refuses, and why.
     """
     if not path:
@@ -62,10 +65,13 @@ def find_checkpoint(path: str, revision: str | None = None, *, weights: bool = T
         if path.count("/") != 1 or path.startswith((".", "/", "~")):
             raise ModelError(f"there is no folder {path}, and it is no Hub id (owner/name)", fix=f"ls {folder.parent}")
         folder, commit = fetch(path, revision, None if weights else DESCRIPTION)
+    refuse_pointers(folder / name for name in SMALL)
     config = _read_config(folder)
-    _check_architecture(folder, config)
     if weights or commit is None:
         _check_weights(folder)
+        _check_leftover(folder, config, path if commit is not None else None)
+    _check_architecture(folder, config)
+    _check_pad(folder, config)
     return Checkpoint(path, folder, commit, config)
 
 
@@ -97,15 +103,6 @@ def fingerprint(checkpoint: Checkpoint, cache: pathlib.Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Safetensors where there are any, else .bin."""
-    for pattern in WEIGHTS:
-        files = sorted(file for file in folder.glob(pattern) if not file.name.startswith("adapter_"))
-        if files:
-            return files
-    return []
-
-
 def _file_digest(file: pathlib.Path, cache: pathlib.Path) -> str:
     status = file.stat()
     place = repr((str(file.resolve()), status.st_size, status.st_mtime_ns))
@@ -121,6 +118,7 @@ def _file_digest(file: pathlib.Path, cache: pathlib.Path) -> str:
 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+    refuse_adapter(folder)
     file = folder / "config.json"
     consolidated = sorted(folder.glob("consolidated.*.pth"))
     if consolidated:
@@ -160,23 +158,64 @@ def _check_weights(folder: pathlib.Path) -> None:
     files = weight_files(folder)
     if not files:
         raise ModelError(f"{folder} holds no weights (model*.safetensors or pytorch_model*.bin)", fix=f"ls {folder}")
-    for file in files:
-        if file.suffix == ".safetensors" and not _is_whole(file):
-            raise ModelError(
-                "the file is cut off: it is shorter than its header says", where=str(file), fix="copy it again"
-            )
+    for file in [*folder.glob("*.index.json"), *files]:
+        check_whole(file)
+    if missing := missing_weights(folder, {file.name for file in folder.iterdir()}):
+        raise ModelError(
+            f"{folder} lacks {few(missing)}, which its index names", fix="finish the download, or copy what is missing"
+        )
 
 
-def _is_whole(file: pathlib.Path) -> bool:
-    """Whether a safetensors file is as long as its header says: 8 bytes of length, JSON, then the tensors."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        head = stream.read(8)
-        if len(head) < 8 or (length := struct.unpack("<Q", head)[0]) > size - 8:
-            return False
-        tensors = json.loads(stream.read(length))
-    ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
-    return bool(size == 8 + length + max(ends, default=0))
+def _check_leftover(folder: pathlib.Path, config: dict[str, Any], hub_id: str | None) -> None:
+    """Refuse plain weights that config.json calls quantised: somebody dequantised them and kept the entry.
+
+    Transformers would quantise them once more as the entry says, whatever the recipe says.
+    """
+    if config.get("quantization_config") is None:
+        return
+    types = {kind for file in weight_files(folder) for kind, _ in shapes(file).values()}
+    if not types <= FLOATS:
+        return
+    method = config["quantization_config"].get("quant_method", "bitsandbytes")
+    edit = 'delete "quantization_config" from'
+    raise ModelError(
+        f"config.json says that the weights are quantised ({method}), but the files hold plain {' and '.join(sorted(types))} "
+        "weights: the entry quantization_config is left over",
+        where=str(folder / "config.json"),
+        fix=f"{edit} config.json"
+        if hub_id is None
+        else f"hf download {hub_id} --local-dir base, {edit} base/config.json, and name base as the model",
+    )
+
+
+def _check_pad(folder: pathlib.Path, config: dict[str, Any]) -> None:
+    """Refuse a pad token without an embedding, for which torch can make no embedding at all."""
+    pad, size = config.get("pad_token_id"), config.get("vocab_size")
+    if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
+        raise ModelError(
+            f"pad_token_id is {pad}, and the model has embeddings for ids 0 to {size - 1} (vocab_size {size})",
+            where=str(folder / "config.json"),
+            fix="set pad_token_id to null there: nybble takes another token for padding, which no loss counts",
+        )
+
+
+def refuse_adapter(folder: pathlib.Path) -> None:
+    """Refuse an adapter, or a run, that was named where a base model is wanted.
+
+    Raises:
+        ModelError: with the base that the adapter was trained on, and how to train on from it.
+    """
+    if (folder / "config.json").exists() or not any((folder / name).exists() for name in ADAPTERS):
+        return
+    run = open_run(folder)
+    base = run.recipe.model.path
+    kind = "a LoRA adapter" if run.is_bare_adapter else "a run of nybble"
+    raise ModelError(
+        f"{folder} is {kind}, not a base model" + (f"; its base is {base}" if base else ", and names no base"),
+        where=str(folder),
+        fix=f"to train on from it: nybble train {shlex.quote(base) if base else 'BASE'} DATA "
+        f"adapter={shlex.quote(str(run.adapter))}",
+    )
 
 
 def check_length(config: PretrainedConfig, max_length: int, rope_scaling: dict[str, object] | None) -> None:

@@ -50,9 +50,13 @@ _TOKENS = "https://huggingface.co/settings/tokens"
 _GO_ON = "run the command again: it goes on where it stopped"
 _SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
 _WEIGHTS = ["*.safetensors", "pytorch_model*.bin"]
-# Subfolders hold other formats' copies; consolidated* repeats the weights in Meta's and Mistral's own layout.
+# Subfolders hold other formats' copies; consolidated* repeats the weights in Meta's and Mistral's own layout; an adapter beside
+# the weights is no part of the base.
 _OTHER_FORMATS = ("pth", "pt", "onnx", "gguf", "ggml", "h5", "msgpack", "ot")
-_NEVER = ["*/*", "consolidated*", *(f"*.{end}" for end in _OTHER_FORMATS)]
+_NEVER = ["*/*", "consolidated*", "adapter_model*", *(f"*.{end}" for end in _OTHER_FORMATS)]
+_TEMPLATES = [
+    "additional_chat_templates/*.jinja"
+]  # the one subfolder that belongs to a model: its named chat templates
 
 
 class _UnreachableError(HubError):
@@ -146,9 +150,9 @@ def check_folder(folder: Path) -> None:
     names = [path.name for path in folder.iterdir()]
     if fault := _not_loadable(names):
         raise ModelError(f"The folder {str(folder)!r} {fault[0]}", fix=fault[1])
-    if missing := _missing_weights(folder, set(names)):
+    if missing := missing_weights(folder, set(names)):
         raise ModelError(
-            f"The folder {str(folder)!r} lacks {_few(missing)}.",
+            f"The folder {str(folder)!r} lacks {few(missing)}.",
             fix="finish the download, or copy what is missing",
         )
 
@@ -156,7 +160,8 @@ def check_folder(folder: Path) -> None:
 def _wanted(names: Iterable[str], allow_patterns: list[str] | None) -> list[str]:
     allow = _SMALL + _WEIGHTS if allow_patterns is None else allow_patterns
     never = _NEVER + (["*.bin", "*.bin.index.json"] if any(_is_safetensors(name) for name in names) else [])
-    return sorted(name for name in names if _matches(name, allow) and not _matches(name, never))
+    kept = [name for name in names if not _matches(name, never) or _matches(name, _TEMPLATES)]
+    return sorted(name for name in kept if _matches(name, allow))
 
 
 def _matches(name: str, patterns: list[str]) -> bool:
@@ -170,10 +175,15 @@ def _is_safetensors(name: str) -> bool:
 def _not_loadable(names: Iterable[str]) -> tuple[str, str] | None:
     """Why files of these names are no model in Transformers' format, and the cure; None where they are."""
     names = list(names)
-    if {"config.json", "adapter_config.json"} & set(names) and any(
+    if "config.json" in names and any(
         _is_safetensors(name) or _matches(name, ["pytorch_model*.bin"]) for name in names
     ):
         return None
+    if "config.json" not in names and "adapter_config.json" in names:
+        return (
+            "is a LoRA adapter, not a base model.",
+            "give the base that its adapter_config.json names; adapter=FOLDER trains on from an adapter on this disk",
+        )
     if any(_matches(name, ["consolidated*"]) for name in names):
         return (
             "holds a checkpoint in Meta's own format (consolidated.*), which Transformers does not read.",
@@ -188,7 +198,7 @@ def _not_loadable(names: Iterable[str]) -> tuple[str, str] | None:
     return f"has no {lacking}.", "give a model in Transformers' format, e.g. meta-llama/Llama-2-7b-hf"
 
 
-def _missing_weights(folder: Path, names: set[str]) -> list[str]:
+def missing_weights(folder: Path, names: set[str]) -> list[str]:
     """The files that the index of a sharded checkpoint names and the folder lacks."""
     index = "model.safetensors.index.json"
     if index not in names and not any(map(_is_safetensors, names)):
@@ -230,7 +240,7 @@ def _cached(repo_id: str, revision: str | None, allow_patterns: list[str] | None
     names = [path.name for path in folder.iterdir()]
     if allow_patterns is not None:
         return folder if _wanted(names, allow_patterns) else None
-    return None if _not_loadable(names) or _missing_weights(folder, set(names)) else folder
+    return None if _not_loadable(names) or missing_weights(folder, set(names)) else folder
 
 
 @contextmanager
@@ -360,5 +370,6 @@ def _first_line(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
+    """The first three of several names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

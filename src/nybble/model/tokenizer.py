@@ -10,27 +10,50 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nybble.errors import ModelError
+from nybble.model.weights import LOADING_FAULTS, reason, refuse_pointers
 
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 log = logging.getLogger("nybble")
 
 
-def load_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: pathlib.Path, base: pathlib.Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer with a pad token that is never an EOS where that can be: `<unk>` for LLaMA 2, which has none.
+
+    Args:
+        folder: with the tokenizer's files.
+        base: with the config.json that says how many embeddings there are; None: the same folder.
 
     Raises:
         ModelError: the folder has no tokenizer, or none that gives the ids the model was trained on.
     """
+    refuse_pointers(folder / name for name in FILES)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except LOADING_FAULTS as error:
         raise ModelError(
-            f"no tokenizer can be loaded from {folder}: {str(error).splitlines()[0]}",
+            f"no tokenizer can be loaded from {folder}: {reason(error)}",
             fix="put tokenizer.json and tokenizer_config.json beside the weights",
         ) from error
     tokenizer = _as_in_its_file(tokenizer, folder)
-    if tokenizer.pad_token is None:
+    if tokenizer.pad_token is None or _lacks_an_embedding(tokenizer, folder, base or folder):
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def _lacks_an_embedding(tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path, base: pathlib.Path) -> bool:
+    """Whether the pad token was added without a row of the embedding, as far as there is a config.json."""
+    file = base / "config.json"
+    rows = json.loads(file.read_text(encoding="utf-8")).get("vocab_size") if file.exists() else None
+    if not isinstance(rows, int) or tokenizer.pad_token_id < rows:
+        return False
+    log.warning(
+        "nybble: the pad token %s of %s has id %d, and the model has embeddings for ids 0 to %d; another token pads",
+        tokenizer.pad_token,
+        folder,
+        tokenizer.pad_token_id,
+        rows - 1,
+    )
+    return True
 
 
 def _as_in_its_file(tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path) -> PreTrainedTokenizerBase:

@@ -72,7 +72,7 @@ class DataOptions(Options):
     map: dict[str, str] = Field(default_factory=dict)
     """Columns that carry other names: {prompt: question, completion: answer}."""
     template: str = "auto"
-    """auto, model (its own chat template), alpaca, llama2 ([INST]), plain (prompt then completion), or a Jinja file."""
+    """auto, model (its own; of several the default), alpaca, llama2, plain, the name of another of its own, or a Jinja file."""
     max_length: int = Field(default=1024, ge=8)
     """Longest row in tokens, and the length of a packed one."""
     overlength: Literal["error", "drop", "truncate", "split"] = "error"

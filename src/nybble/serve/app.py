@@ -15,7 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from nybble.data.tokens import encode_begun, encode_prompt, encode_text
+from nybble.data.tokens import check_ids, encode_begun, encode_prompt, encode_text
 from nybble.errors import DataError
 from nybble.serve.answers import Job
 from nybble.serve.bodies import Completion, Shape, model_entry
@@ -132,12 +132,8 @@ class Api:
             prompt if isinstance(prompt, list) else await self._encode("prompt", encode_text, model.template, prompt)
             for prompt in asked.prompt
         ]
-        size = len(model.template.tokenizer)
-        for prompt in prompts:
-            if not prompt:
-                raise RequestError("an empty prompt has nothing to go on from", param="prompt", code="invalid_value")
-            if not all(0 <= token_id < size for token_id in prompt):
-                raise RequestError(f"token ids go from 0 to {size - 1:,}", param="prompt", code="invalid_value")
+        if not all(prompts):
+            raise RequestError("an empty prompt has nothing to go on from", param="prompt", code="invalid_value")
         return await self._answer(request, asked, model, prompts)
 
     async def _converse(self, request: Request, asked: ChatRequest | ResponseRequest) -> Response:
@@ -183,6 +179,11 @@ class Api:
         return ids
 
     async def _answer(self, request: Request, asked: Asked, model: Model, prompts: list[list[int]]) -> Response:
+        for prompt in prompts:  # ids that were sent, or of tokens that were added to the tokenizer alone
+            try:
+                check_ids(prompt, model.rows, model.template.tokenizer)
+            except DataError as error:
+                raise RequestError(error.what, param=asked.source, code="invalid_value") from None
         try:
             job = Job(
                 asked, model, prompts, self.engine, self.metrics,

@@ -28,6 +28,8 @@ class Model:
     """Tokens of prompt and answer together."""
     parent: str | None
     """The base that a run was tuned from; None for the base itself."""
+    rows: int
+    """Of the embedding: token ids go from 0 to one less."""
 
 
 @dataclass(frozen=True)

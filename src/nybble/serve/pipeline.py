@@ -33,10 +33,10 @@ class PipelineEngine:
 
     def __init__(self, answerers: dict[str, Answerer], base: str, metrics: Metrics, *, queue: int) -> None:
         first = next(iter(answerers.values()))
-        positions = first.model.config.max_position_embeddings
+        positions, rows = first.model.config.max_position_embeddings, first.model.config.vocab_size
         self.queue = queue
-        self.models = {name: Model(name, own.template, positions, base) for name, own in answerers.items()}
-        self.models[base] = Model(base, first.template, positions, None)
+        self.models = {name: Model(name, own.template, positions, base, rows) for name, own in answerers.items()}
+        self.models[base] = Model(base, first.template, positions, None, rows)
         self.speakers = {name: (own, True) for name, own in answerers.items()} | {base: (first, False)}
         self.about = (
             "the default, on any device: the Transformers pipeline, requests in padded batches; "

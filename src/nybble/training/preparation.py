@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from nybble.announce import tell_data, tell_engine
 from nybble.data.batches import Collator
 from nybble.data.prepare import Prepared, prepare
+from nybble.data.template import read_template
 from nybble.data.xray import Rules, inspect
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.fusion import Fusion
@@ -65,8 +66,12 @@ def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
     return state, device
 
 
-def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console, cache: pathlib.Path) -> Prepared:
-    began = time.perf_counter()
+def prepare_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console, cache: pathlib.Path, folder: pathlib.Path
+) -> Prepared:
+    """The rows; those of a run in `folder`, which goes on, with its template: that holds the day on which it began."""
+    began, file = time.perf_counter(), folder / "template.json"
+    template = read_template(tokenizer, file) if file.exists() else None
     with console.status("reading the data") as status:
         data = prepare(
             recipe.data,
@@ -74,6 +79,7 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Co
             recipe.train.seed,
             cache,
             lambda rows: status.update(f"reading the data: {rows:,} rows"),
+            template,
         )
         collate, rules = (
             Collator(tokenizer.pad_token_id, recipe.engine.fused),

@@ -136,7 +136,7 @@ def _train(
     if preflight is not None:
         preflight(config, tokenizer, folder)
     with state.main_process_first():
-        data = prepare_data(recipe, tokenizer, console, cache)
+        data = prepare_data(recipe, tokenizer, console, cache, folder)
     schedule = plan_steps(recipe.train, data.rows, data.validation is not None)
     # 3. The base, frozen in 4 bits.
     with state.main_process_first(), console.status("loading the base"):
