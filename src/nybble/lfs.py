@@ -1,0 +1,32 @@
+"""git-lfs pointers: the few lines that a clone made without git-lfs holds in place of each large file."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shlex
+
+LONGEST = 1024  # bytes of a pointer, by git-lfs's specification
+POINTER = re.compile(rb"version https://(?:git-lfs|hawser)\.github\.com/spec/.*^size (\d+)\r?$", re.DOTALL | re.MULTILINE)
+
+
+def pointer_fault(file: pathlib.Path) -> tuple[str, str] | None:
+    """What is wrong with a file that is only a pointer, and the command that fixes it; None for any other file.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with file.open("rb") as stream:
+        head = stream.read(LONGEST)
+    pointer = POINTER.match(head)
+    if pointer is None:
+        return None
+    what = f"{file.name} is a git-lfs pointer: the file itself ({_size(int(pointer[1]))}) was not downloaded"
+    return what, f"git -C {shlex.quote(str(file.parent))} lfs pull (after: git lfs install)"
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
