@@ -126,6 +126,31 @@ def test_what_splitting_loses_is_told(tmp_path, tiny_llama, cache):
     assert lost[1] == "401", "the long answer with its EOS, and nothing of the chat"
 
 
+def test_how_rows_were_read_is_told(tmp_path, tiny_llama, cache):
+    file = tmp_path / "a.csv"
+    file.write_text("sep=;\nInstruction;output;\n" + "".join(f"{n};{n};\n" for n in range(40)) + ";;\n")
+    for model in ("", tiny_llama):
+        _, told = looked(file, model, "data.max_length=256", cache=cache)
+        for notice in ("a.csv: empty columns at the end are ignored", "a.csv: empty rows are ignored", "(40 rows)"):
+            assert re.search(rf"notice     .*{re.escape(notice)}", told), notice
+
+
+def test_a_broken_line_is_not_followed_by_complaints_about_the_rows_that_are_left(tmp_path, tiny_llama, cache):
+    """One good row is too few to hold any out or to fill a step; once the other lines are mended it may not be."""
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"instruction": "a", "output": "b"}\n' + '{"instruction": "b"\n' * 3)
+    fit, told = looked(file, tiny_llama, "data.max_length=256", cache=cache)
+    assert not fit
+    assert f"{file}:2: not valid JSON" in told
+    assert "unfit: 1 reason" in told
+    assert "leaves none to train on" not in told
+    _, told = looked(file, tiny_llama, "data.max_length=256", "data.validation=0", cache=cache)
+    assert "one step takes" not in told
+    assert "unfit: 1 reason" in told
+    _, told = looked(file, tiny_llama, "data.max_length=256", "data.bad_rows=drop", cache=cache)
+    assert "leaves none to train on" in told, "where the others are left out for good, it is a fault"
+
+
 def test_without_a_model_the_rows_are_read(rows, tmp_path):
     fit, told = looked(rows, "")
     assert fit

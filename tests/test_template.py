@@ -206,3 +206,12 @@ def test_a_document_is_cut_into_pieces_and_nothing_is_lost(length, count):
     ids = [token for piece in pieces for token in piece.ids]
     assert ids in (tokens.ids, tokens.ids[:-1]), "an EOS alone is no piece"
     assert all(1 < len(piece.ids) <= length for piece in pieces)
+
+
+def test_a_template_file_of_another_encoding_is_named(tmp_path, tiny_tokenizer):
+    file = tmp_path / "t.jinja"
+    file.write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8") as caught:
+        choose_template(tiny_tokenizer, str(file), "messages")
+    print(caught.value)
+    assert caught.value.where == f"{file}:1"

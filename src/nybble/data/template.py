@@ -21,6 +21,7 @@ from jinja2 import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.formats import Conversation, Message
+from nybble.data.readers import document
 from nybble.errors import DataError
 from nybble.run import write_json
 
@@ -261,7 +262,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, option: str, form: str) 
     if not file.is_file():
         names = ", ".join(("auto", "model", *BUILT_IN))
         raise DataError(f"data.template={option} is neither a Jinja file nor one of {names}")
-    return Template(tokenizer, option, file.read_text(encoding="utf-8"))
+    return Template(tokenizer, option, document(file))
 
 
 def save_template(template: Template, file: pathlib.Path) -> None:

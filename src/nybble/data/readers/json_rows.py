@@ -1,28 +1,46 @@
-"""JSON files: an array of objects, or an object on each line."""
+"""JSON files, told by what they hold and not by their ending: an array of objects, an object a line, one around the rows."""
 
 from __future__ import annotations
 
-import codecs
 import json
 import pathlib
-import re
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
-from nybble.data.readers.row import Item, Row
-from nybble.data.readers.text import CHUNK, decoded, pieces, raw_lines
+from nybble.data.readers.json_text import DECODER, ConstantError, Text, no_number
+from nybble.data.readers.row import Item, row_of
+from nybble.data.readers.text import beginning, checked, lines
+from nybble.data.readers.wrapped import Outline, outline_of, read_wrapped
 from nybble.errors import DataError
 
-BLANK = re.compile(r"[ \t\r\n]*")
+
+def read_json(file: pathlib.Path) -> Iterator[Item]:
+    """Rows and faults of a file.
+
+    Raises:
+        DataError: an object is spread over several lines, or the rest of an array cannot be read.
+    """
+    start = beginning(file).decode("utf-8-sig", "ignore")
+    head = start.lstrip()
+    if head.startswith("[") and not _are_lists(head):
+        yield from _read_array(file)
+        return
+    outline = _outline(file, start) if head.startswith("{") else None
+    if outline is not None and outline.holders:
+        yield from read_wrapped(file, outline)
+        return
+    if outline is not None:
+        outline.refuse_unread(file)
+    yield from _read_lines(file, "" if "\r" in start and "\n" not in start else "\n")
 
 
-def read_jsonl(file: pathlib.Path) -> Iterator[Item]:
-    for number, line in raw_lines(file):
-        if not line.strip():
+def _read_lines(file: pathlib.Path, newline: str) -> Iterator[Item]:
+    for number, line in lines(file, newline):
+        if line.isspace():
             continue
         origin = f"{file}:{number}"
         try:
-            yield _row(_parse(decoded(line, origin), origin), origin)
+            yield row_of(_parse(checked(line, file, number), origin), origin)
         except DataError as fault:
             yield fault
 
@@ -37,148 +55,40 @@ def _parse(line: str, origin: str) -> Any:
             fix="one JSON object a line; mend or delete this line",
         ) from error
     except ConstantError as error:
-        raise _no_number(error, origin) from error
+        raise no_number(error, origin) from error
     except RecursionError as error:
         raise DataError("JSON nested too deeply to be a row", where=origin) from error
 
 
-class ConstantError(ValueError):
-    """NaN or an infinity, which Python's json writes and JSON does not know."""
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ConstantError(name)
-
-
-DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-
-
-def _no_number(error: ConstantError, origin: str) -> DataError:
-    return DataError(f"{error} is not JSON", where=origin, fix="write text, or null for nothing")
-
-
-def _row(value: Any, origin: str) -> Row:
-    if not isinstance(value, dict):
-        raise DataError(f"a row must be an object with named fields, not {type(value).__name__}", where=origin)
-    return Row(value, origin)
-
-
-def read_json(file: pathlib.Path) -> Iterator[Item]:
-    """An array of objects, decoded one by one so that each keeps its line; a file of JSON lines is read as such."""
-    start = next((piece.lstrip() for piece in pieces(file, lambda stream: stream.read(CHUNK)) if piece.strip()), b"")
-    start = start.removeprefix(codecs.BOM_UTF8).lstrip()
-    if start.startswith(b"["):
-        yield from _read_array(file)
-    elif re.match(rb"\{\s*\n", start):
-        raise DataError(
-            "one object over several lines, where rows are an array of objects or an object a line",
-            where=f"{file}:1",
-            fix="if the rows are inside it, write them out as an array: jq .NAME FILE",
-        )
-    else:
-        yield from read_jsonl(file)
-
-
-class _Text:
-    """A file's text from where the reader stands, as much of it as was asked for."""
-
-    def __init__(self, file: pathlib.Path) -> None:
-        self.chunks = pieces(file, lambda stream: stream.read(CHUNK))
-        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self.file = file
-        self.text = ""
-        self.place = 0
-        self.line = 1
-        """Of `place`."""
-        self.ended = False
-
-    def more(self) -> None:
-        """Read another chunk, or as much as there is already: a long row is not decoded again and again."""
-        parts, size, wanted = [self.text[self.place :]], 0, max(1, len(self.text) - self.place)
-        while size < wanted and not self.ended:
-            chunk = next(self.chunks, b"")
-            self.ended = not chunk
-            line = self.line + sum(part.count("\n") for part in parts)
-            if b"\0" in chunk:
-                line += chunk.count(b"\n", 0, chunk.index(b"\0"))
-                raise DataError("a null byte", where=f"{self.file}:{line}", fix="save the file as UTF-8")
-            try:
-                parts.append(self.decoder.decode(chunk, self.ended))
-            except UnicodeDecodeError as error:
-                line += error.object.count(b"\n", 0, error.start)
-                raise DataError(
-                    f"not UTF-8: byte {error.object[error.start]:#04x}",
-                    where=f"{self.file}:{line}",
-                    fix="save the file as UTF-8",
-                ) from error
-            size += len(parts[-1])
-        self.text, self.place = "".join(parts), 0
-
-    def move(self, place: int) -> None:
-        """Go on to a place of the text."""
-        self.line += self.text.count("\n", self.place, place)
-        self.place = place
-
-    def peek(self) -> str:
-        """Skip white space; the character that follows, or nothing at the end of the file."""
-        while True:
-            self.move(BLANK.match(self.text, self.place).end())  # type: ignore[union-attr]
-            if self.place < len(self.text) or self.ended:
-                return self.text[self.place : self.place + 1]
-            self.more()
-
-    def take(self) -> str:
-        """As `peek`, and go on past it."""
-        character = self.peek()
-        self.move(self.place + len(character))
-        return character
-
-    def value(self) -> Any:
-        """Decode the value that begins here, reading on while it is incomplete."""
-        while True:
-            try:
-                value, end = DECODER.raw_decode(self.text, self.place)
-            except json.JSONDecodeError as error:
-                # 16 characters before the end: longer than -Infinity or half of a surrogate pair
-                unfinished = "Unterminated" in error.msg or error.pos > len(self.text) - 16
-                if self.ended or not unfinished:
-                    raise self.fault(error.msg, error.pos) from error
-            except ConstantError as error:
-                raise _no_number(error, f"{self.file}:{self.line}") from error
-            except RecursionError as error:
-                raise self.fault("nested too deeply to be a row", self.place) from error
-            else:
-                self.move(end)
-                return value
-            self.more()
-
-    def fault(self, what: str, place: int | None = None) -> DataError:
-        """A fault at a place of the text."""
-        line = self.line + (0 if place is None else self.text.count("\n", self.place, place))
-        return DataError(
-            f"not valid JSON: {what}",
-            where=f"{self.file}:{line}",
-            fix="an array of objects, [{...}, {...}], or one a line",
-        )
-
-
 def _read_array(file: pathlib.Path) -> Iterator[Item]:
-    text = _Text(file)
-    text.take()
-    closed = text.peek() == "]"
-    if closed:
-        text.take()
-    while not closed:
-        text.peek()
-        origin = f"{file}:{text.line}"
-        value = text.value()
+    text = Text(file)
+    text.peek()
+    for value, origin in text.elements():
         try:
-            yield _row(value, origin)
+            yield row_of(value, origin)
         except DataError as fault:
             yield fault
-        after = text.take()
-        if after not in (",", "]"):
-            raise text.fault("Expecting ',' or ']' after a row" if after else "the array is not closed")
-        closed = after == "]"
     if text.peek():
         raise text.fault("text after the end of the array")
+
+
+def _are_lists(start: str) -> bool:
+    """Whether a file has a list on each line, so that it is no array of rows."""
+    first, _, rest = start.partition("\n")
+    try:
+        DECODER.decode(first)
+    except (ValueError, RecursionError):
+        return False
+    return rest.lstrip().startswith(("[", "{"))
+
+
+def _outline(file: pathlib.Path, start: str) -> Outline | None:
+    """The first object's members; None where it is not JSON on its own line already, as any bad line."""
+    try:
+        return outline_of(file)
+    except DataError as fault:
+        first = 1 + start.count("\n", 0, len(start) - len(start.lstrip()))
+        more = start.lstrip().partition("\n")[2].lstrip()
+        if int(str(fault.where).rpartition(":")[2]) > first and not more.startswith("{"):
+            raise
+        return None

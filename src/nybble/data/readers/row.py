@@ -14,9 +14,27 @@ class Row:
 
     values: dict[str, Any]
     origin: str
-    """`file:line` (for parquet and the Hub, the number of the row)."""
+    """`file:line`, of rows that share a line with the number of the row (for parquet and the Hub, that number alone)."""
     source: int = 0
     """Which of the recipe's sources it comes from."""
 
 
-Item = Row | DataError
+@dataclass(frozen=True)
+class Notice:
+    """What the user should know of how a file was read, though nothing is wrong with it."""
+
+    what: str
+
+
+Item = Row | Notice | DataError
+
+
+def row_of(value: Any, origin: str) -> Row:
+    """A decoded value as a row.
+
+    Raises:
+        DataError: it has no named fields.
+    """
+    if not isinstance(value, dict):
+        raise DataError(f"a row must be an object with named fields, not {type(value).__name__}", where=origin)
+    return Row(value, origin)
