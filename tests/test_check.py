@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from conftest import SHARED
+from nybble.announce import tell_data
 from nybble.check import check
 from nybble.cli.words import data_recipe
 from nybble.data import histogram
@@ -126,13 +127,16 @@ def test_what_splitting_loses_is_told(tmp_path, tiny_llama, cache):
     assert lost[1] == "401", "the long answer with its EOS, and nothing of the chat"
 
 
-def test_how_rows_were_read_is_told(tmp_path, tiny_llama, cache):
+def test_how_rows_were_read_is_told(tmp_path, tiny_llama, tiny_tokenizer, cache):
     file = tmp_path / "a.csv"
     file.write_text("sep=;\nInstruction;output;\n" + "".join(f"{n};{n};\n" for n in range(40)) + ";;\n")
     for model in ("", tiny_llama):
         _, told = looked(file, model, "data.max_length=256", cache=cache)
         for notice in ("a.csv: empty columns at the end are ignored", "a.csv: empty rows are ignored", "(40 rows)"):
             assert re.search(rf"notice     .*{re.escape(notice)}", told), notice
+    options, console = DataOptions(path=str(file), max_length=256), Console(file=io.StringIO(), width=200)
+    tell_data(console, prepare(options, tiny_tokenizer, 0, cache), options, 1.0)
+    assert "a.csv: empty rows are ignored" in console.file.getvalue(), "as train tells it"
 
 
 def test_a_broken_line_is_not_followed_by_complaints_about_the_rows_that_are_left(tmp_path, tiny_llama, cache):

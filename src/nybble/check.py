@@ -101,7 +101,7 @@ def _check_tokens(
         _line(console, "picture", str(picture))
     if examined.counts.kept:
         found = _tell_batches(console, examined, held_out, recipe, tokenizer, config)
-        # Rows that are still to be mended count again then: that the others are too few is no fault of its own.
+        # Once the refused rows are mended they count again: that the others are too few is not a fault of its own.
         faults += [fault for fault in found if not (refused and isinstance(fault, TooFewRowsError))]
     return faults
 

@@ -75,7 +75,7 @@ def evaluate(
         NybbleError: the run, its base, a task or its rows are not to be had.
     """
     began = time.time()
-    # 1. The texts, before anything is loaded for them; the model, once: the base is the same with the adapter switched off.
+    # 1. The texts, before anything is loaded; then the model, once: the base is the same with the adapter switched off.
     texts = read_texts(asked.texts)
     if answerer is None:
         with console.status("loading"):

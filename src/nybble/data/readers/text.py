@@ -34,7 +34,7 @@ def kind_of(file: pathlib.Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def opened(file: pathlib.Path) -> io.BufferedIOBase:
+def opened(file: pathlib.Path) -> io.BufferedReader | gzip.GzipFile:
     """A file's bytes, unpacked."""
     return gzip.open(file, "rb") if is_packed(file) else file.open("rb")
 
