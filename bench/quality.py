@@ -310,7 +310,9 @@ def main() -> None:
         running.add_argument(name, type=pathlib.Path)
     running.add_argument("--minutes", type=float, default=9.0)
     running.add_argument("--side-by-side", type=int, default=6, help="runs that share the card")
-    running.add_argument("--cache", type=pathlib.Path, default=default_cache() / "quality", help="splits, tokens, the NF4 base")
+    running.add_argument(
+        "--cache", type=pathlib.Path, default=default_cache() / "quality", help="splits, tokens, the NF4 base"
+    )
     running.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="another setup, for a trial")
     reporting = commands.add_parser("report")
     reporting.add_argument("results", type=pathlib.Path)

@@ -95,7 +95,6 @@ BAD = {
         ":1",
     ),
     "ask.jsonl": (row(instruction="", output="b"), "an empty 'instruction'", ":1"),
-    "number.jsonl": (alpaca(3), "'output' must be text, found int: 3", ":2"),
     "nested.jsonl": (alpaca({"text": "b"}), "'output' must be text, found dict", ":2"),
     "answers.jsonl": (alpaca(["b"]), "'output' must be text, found list", ":2"),
     "nan.jsonl": (GOOD + '{"instruction": "a", "output": NaN}\n', "NaN is not JSON", ":2"),
@@ -117,7 +116,8 @@ BAD = {
     "assistants.jsonl": (GOOD_CHAT + chat(ASK, SAY, SAY), "message 3 is from assistant, expected user", ":2"),
     "users.jsonl": (chat(ASK, ASK, SAY), "message 2 is from user, expected assistant", ":1"),
     "late-system.jsonl": (chat(ASK, ("system", "z"), SAY), "message 2 is from system, expected assistant", ":1"),
-    "shape.jsonl": (row(messages=["x"]), "message 1 must have role and content", ":1"),
+    "shape.jsonl": (row(messages=[7, TURN]), "message 1 must have role and content", ":1"),
+    "unanswered.jsonl": (row(messages=["x"]), "the conversation ends before the assistant speaks", ":1"),
     "no-turns.jsonl": (row(messages=[]), "'messages' must be a list of turns", ":1"),
     "a-string.jsonl": (row(conversations="x"), "'conversations' must be a list of turns", ":1"),
     "parts.jsonl": (chat(ASK, ("assistant", [{"type": "text"}])), "must be text, found list", ":1"),
@@ -182,7 +182,7 @@ def test_a_folder_of_bad_files_gives_all_their_faults_and_keeps_the_good_rows(tm
     [
         ({"question": "a", "reply": "b"}, "{prompt: question, completion: reply}"),
         ({"id": "7", "dialogue": "a", "summary": "b"}, "{prompt: dialogue, completion: summary}"),
-        ({"Prompt": "a", "Completion": "b"}, "{prompt: Prompt, completion: Completion}"),
+        ({"Question": "a", "Reply": "b"}, "{prompt: Question, completion: Reply}"),
         ({"one": "a", "two": "b"}, "{prompt: one, completion: two}"),
         (
             {"instruction": "a", "context": "c", "response": "b", "category": "d"},

@@ -15,6 +15,7 @@ from rich.console import Console
 from transformers import AutoConfig
 
 from conftest import SHARED
+from nybble.announce import tell_data
 from nybble.check import check
 from nybble.cli.words import data_recipe
 from nybble.data import histogram
@@ -158,6 +159,34 @@ def test_what_splitting_loses_is_told(tmp_path, tiny_llama, cache):
     _, told = looked(file, tiny_llama, *words, "train.micro_batch=1", "train.accumulation=1", cache=cache)
     lost = re.search(r"2 rows over data.max_length=64; splitting loses (\d+) answer tokens, with 1 row left", told)
     assert lost[1] == "401", "the long answer with its EOS, and nothing of the chat"
+
+
+def test_how_rows_were_read_is_told(tmp_path, tiny_llama, tiny_tokenizer, cache):
+    file = tmp_path / "a.csv"
+    file.write_text("sep=;\nInstruction;output;\n" + "".join(f"{n};{n};\n" for n in range(40)) + ";;\n")
+    for model in ("", tiny_llama):
+        _, told = looked(file, model, "data.max_length=256", cache=cache)
+        for notice in ("a.csv: empty columns at the end are ignored", "a.csv: empty rows are ignored", "(40 rows)"):
+            assert re.search(rf"notice     .*{re.escape(notice)}", told), notice
+    options, console = DataOptions(path=str(file), max_length=256), Console(file=io.StringIO(), width=200)
+    tell_data(console, prepare(options, tiny_tokenizer, 0, cache), options, 1.0)
+    assert "a.csv: empty rows are ignored" in console.file.getvalue(), "as train tells it"
+
+
+def test_a_broken_line_is_not_followed_by_complaints_about_the_rows_that_are_left(tmp_path, tiny_llama, cache):
+    """One good row is too few to hold any out or to fill a step; once the other lines are mended it may not be."""
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"instruction": "a", "output": "b"}\n' + '{"instruction": "b"\n' * 3)
+    fit, told = looked(file, tiny_llama, "data.max_length=256", cache=cache)
+    assert not fit
+    assert f"{file}:2: not valid JSON" in told
+    assert "unfit: 1 reason" in told
+    assert "leaves none to train on" not in told
+    _, told = looked(file, tiny_llama, "data.max_length=256", "data.validation=0", cache=cache)
+    assert "one step takes" not in told
+    assert "unfit: 1 reason" in told
+    _, told = looked(file, tiny_llama, "data.max_length=256", "data.bad_rows=drop", cache=cache)
+    assert "leaves none to train on" in told, "where the others are left out for good, it is a fault"
 
 
 def test_without_a_model_the_rows_are_read(rows, tmp_path):

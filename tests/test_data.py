@@ -263,3 +263,20 @@ def test_half_a_surrogate_pair_is_named(tmp_path, tiny_tokenizer, cache):
     print(caught.value)
     assert "'prompt' holds half a surrogate pair" in str(caught.value)
     assert caught.value.where == f"{file}:1"
+
+
+def test_a_run_knows_its_data_again_unless_rows_are_read_that_were_left_out(
+    tmp_path, tiny_tokenizer, cache, monkeypatch
+):
+    """start.json holds the fingerprint: the cache may change its format, while a bad row that is now read is a change."""
+    plain = loaded(written(tmp_path, "a.jsonl", GOOD), tiny_tokenizer, cache).fingerprint
+    monkeypatch.setattr("nybble.data.examine.CACHE_VERSION", 0)
+    again = loaded(tmp_path / "a.jsonl", tiny_tokenizer, cache)
+    assert (again.fingerprint, again.cached) == (plain, False)
+    numbers = written(tmp_path, "b.jsonl", GOOD + '{"instruction": "a", "output": 4}\n')
+    first = loaded(numbers, tiny_tokenizer, cache)
+    assert first.counts.notices
+    kept = loaded(numbers, tiny_tokenizer, cache)
+    assert kept.cached
+    assert kept.fingerprint == first.fingerprint
+    assert kept.counts.notices == first.counts.notices, "told again from the cache"

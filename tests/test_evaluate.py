@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import subprocess
@@ -18,6 +19,7 @@ from nybble.errors import EvaluationError, RecipeError
 from nybble.evaluate.evaluation import Asked, evaluate
 from nybble.evaluate.harness import Harness, _spread
 from nybble.evaluate.perplexity import row_losses, text_windows
+from nybble.evaluate.texts import read_texts
 from nybble.model.tokenizer import load_tokenizer
 from nybble.recipe import TrackerOptions, load_recipe
 from nybble.run import Run, read_metrics
@@ -184,15 +186,73 @@ def test_the_command_line_shows_the_table_and_names_what_is_wrong(run, benches, 
     assert "Traceback" not in done.stderr
 
 
-def test_folders_and_texts_that_are_not_there_are_named(run, cache, tmp_path, quiet):
+def test_a_folder_of_rows_that_is_not_there_is_named(tmp_path):
     with pytest.raises(EvaluationError, match="there is no folder"):
         make_harness(["arc_easy"], tmp_path / "nowhere", 1)
-    for text, said in ((tmp_path / "nothing.txt", "there is no file"), (tmp_path / "empty.txt", "has not two tokens")):
-        if said.startswith("has"):
-            text.write_text("")
-        with pytest.raises(EvaluationError, match=said) as caught:
-            evaluate(run, Asked((), [text], 0), None, quiet, cache)
-        print(caught.value)
+
+
+TEXTS = {
+    # name: bytes (None: no such file), what is said, what fixes it
+    "nothing.txt": (None, "there is no file", "ls "),
+    "empty.txt": (b"", "is empty", "with text in it"),
+    "blank.txt": (b" \n\n", "is empty", "with text in it"),
+    "wide.txt": ("one caf\u00e9".encode("utf-16"), "the file is UTF-16, not UTF-8", "iconv -f UTF-16"),
+    "wide-unmarked.txt": ("one two".encode("utf-16-le"), "a null byte", "as UTF-8"),
+    "latin.txt": ("one\ncaf\u00e9".encode("latin-1"), "not UTF-8: byte 0xe9 at place 4", "iconv -f WINDOWS-1252"),
+    "picture.txt": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not UTF-8: byte 0x89", ""),
+    "paper.txt": (b"%PDF-1.7\n", "a PDF", "write its text"),
+    "cut.txt.gz": (gzip.compress(b"one two" * 99)[:-9], "the gzip file is cut short", "again"),
+    "pointer.txt": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 7\n", "git-lfs pointer", "lfs pull"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_text_that_cannot_be_read_is_named(tmp_path, name):
+    content, what, fix = TEXTS[name]
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(EvaluationError) as caught:
+        read_texts([file])
+    print(caught.value)
+    assert what in caught.value.what
+    assert fix in (caught.value.fix or "")
+    assert str(file) in str(caught.value)
+
+
+def test_texts_are_read_whatever_ends_their_lines_and_folders_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r")
+    (tmp_path / "B.TXT.GZ").write_bytes(gzip.compress(b"<html>"))
+    assert [text.text for text in read_texts([tmp_path / "a.txt", tmp_path / "B.TXT.GZ"])] == ["one\ntwo\n", "<html>"]
+    with pytest.raises(EvaluationError, match="is a folder, not a text"):
+        read_texts([tmp_path])
+
+
+def test_a_bad_text_is_named_before_anything_is_loaded(run, tmp_path, cache, quiet, monkeypatch):
+    file = tmp_path / "a.txt"
+    file.write_bytes("one".encode("utf-16"))
+    script = f"""
+import pathlib, sys
+from nybble.errors import EvaluationError
+sys.argv = ["nybble", "eval", {str(run.folder)!r}, "--tasks", "none", "--text", {str(file)!r}]
+from nybble.cli import main
+try:
+    main()
+finally:
+    print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout.split() == ["False"], done.stderr
+    assert "the file is UTF-16, not UTF-8" in done.stderr
+    assert f"{file}:1" in done.stderr
+    assert "Traceback" not in done.stderr
+    (tmp_path / "short.txt").write_text("a")
+    with pytest.raises(EvaluationError, match="has not two tokens"):
+        evaluate(run, Asked((), [tmp_path / "short.txt"], 0), None, quiet, cache)
+    monkeypatch.setattr("nybble.evaluate.evaluation.load_answerer", None)
+    with pytest.raises(EvaluationError, match="UTF-16"):
+        evaluate(run, Asked((), [file], 0), None, quiet, cache)
 
 
 def test_the_loss_of_a_row_is_its_own_whatever_stands_beside_it(tiny_llama):

@@ -382,3 +382,12 @@ def test_a_document_and_a_plain_prompt_begin_as_the_tokenizer_begins_a_text(llam
             assert encode_text(template, text) == ids
             (tokens,) = encode(template, [(Message("text", text),)])
             assert tokens.ids == [*ids, tokenizer.eos_token_id]
+
+
+def test_a_template_file_of_another_encoding_is_named(tmp_path, tiny_tokenizer):
+    file = tmp_path / "t.jinja"
+    file.write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8") as caught:
+        choose_template(tiny_tokenizer, str(file), "messages")
+    print(caught.value)
+    assert caught.value.where == f"{file}:1"

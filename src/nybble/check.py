@@ -22,7 +22,7 @@ from nybble.data.sources import Source
 from nybble.data.template import Template
 from nybble.data.tokenise import Counts, Pass
 from nybble.data.xray import Rules, inspect
-from nybble.errors import DataError, ModelError, NybbleError, RecipeError
+from nybble.errors import DataError, ModelError, NybbleError, RecipeError, TooFewRowsError
 from nybble.model.base import read_config
 from nybble.model.checkpoint import check_length, find_checkpoint, refuse_adapter
 from nybble.model.device import choose_device, choose_dtype
@@ -95,7 +95,8 @@ def _check_tokens(
     with _progress(console, "reading") as (progress, task):
         examined = examine(recipe.data, tokenizer, cache, lambda rows: progress.update(task, completed=rows))
     _tell_rows(console, examined.counts, examined.sources, recipe.data.streaming)
-    faults: list[NybbleError] = list(unfit(examined.counts, examined.faults, examined.lengths, recipe.data))
+    refused = list(unfit(examined.counts, examined.faults, examined.lengths, recipe.data))
+    faults: list[NybbleError] = [*refused]
     if config is not None:
         faults += _too_long_for(config, recipe)
     held_out, wrong = _validation_rows(recipe, examined, tokenizer, console, cache)
@@ -107,7 +108,9 @@ def _check_tokens(
         histogram.draw(examined.lengths, recipe.data.max_length, picture)
         _line(console, "picture", str(picture))
     if examined.counts.kept:
-        faults += _tell_batches(console, examined, held_out, recipe, tokenizer, config)
+        found = _tell_batches(console, examined, held_out, recipe, tokenizer, config)
+        # Once the refused rows are mended they count again: that the others are too few is not a fault of its own.
+        faults += [fault for fault in found if not (refused and isinstance(fault, TooFewRowsError))]
     return faults
 
 
@@ -165,6 +168,8 @@ def _tell_rows(console: Console, counts: Counts, sources: tuple[Source, ...], st
     _line(console, "duplicates", f"{counts.duplicates:,}" + (", each used once" if counts.duplicates else ""))
     bad = f"{counts.faulty:,}, {counts.empty_answers:,} of them without an answer" if counts.faulty else "0"
     _line(console, "bad rows", bad, "red" if counts.faulty else "")
+    for notice in counts.told():
+        _line(console, "notice", notice, "yellow")
 
 
 def _tell_lengths(console: Console, examined: Examined, recipe: Recipe) -> None:

@@ -39,6 +39,10 @@ class DataError(NybbleError):
     """Rows or files that cannot be trained on."""
 
 
+class TooFewRowsError(DataError):
+    """Nothing is wrong with the rows, but there are not enough to train on as the options say."""
+
+
 class ModelError(NybbleError):
     """A base model or adapter that is missing, of another kind, or does not fit its options."""
 

@@ -84,6 +84,9 @@ def evaluate(
     check_report(opened.folder)
     check_cache(cache)
     names = [] if tasks == "none" else list(dict.fromkeys(name for name in tasks.split(",") if name))
+    from nybble.evaluate.texts import read_texts
+
+    read_texts(text or ())  # what is wrong with one is said before torch is loaded
     quiet()
     harness = make_harness(names, data_dir, limit or None) if names else None
     from nybble.evaluate.evaluation import Asked

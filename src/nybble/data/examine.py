@@ -18,14 +18,15 @@ from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.formats import Forms, detect_forms
-from nybble.data.readers import Row
+from nybble.data.readers import Item, Row
 from nybble.data.sources import Source, find_sources, fingerprint, read_rows
 from nybble.data.template import Template, choose_template
 from nybble.data.tokenise import Counts, Pass, Progress
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
-CACHE_VERSION = 3  # raised when the same input gives other tokens, or other things are found
+CACHE_VERSION = 4  # raised when other things are found in the same input
+READING_VERSION = 3  # raised when the same input gives other tokens; runs hold the fingerprint that it is part of
 OVERLENGTH_SHARE = 0.01  # with overlength=error, up to this share of rows is dropped and counted
 HEAD = 10_000  # rows of a stream that are examined before training
 LOOKED_AT = 1000  # rows by which forms are told apart
@@ -85,7 +86,7 @@ def examine(
     assert template.ends, "a template that works at all"
     key = _key(sources, forms, template, options)
     places = repr([(source.name, [str(file) for file in source.files]) for source in sources])  # as rows and faults say
-    folder = cache / "tokens" / hashlib.sha256(f"{key}{places}".encode()).hexdigest()
+    folder = cache / "tokens" / hashlib.sha256(f"{CACHE_VERSION}{key}{places}".encode()).hexdigest()
     cached = (folder / "found.json").exists()
     if not cached:
         _write(folder, rows_of(sources, options), Pass(forms, template, options, progress))
@@ -93,7 +94,10 @@ def examine(
     faults = [DataError(what, where=where, fix=fix) for what, where, fix in found["faults"]]
     lengths = {int(length): count for length, count in found["lengths"].items()}
     tokens = Dataset.from_file(str(folder / "tokens.arrow"))
-    return Examined(tokens, sources, forms, template, Counts(**found["counts"]), faults, lengths, key, cached)
+    counts = Counts(**found["counts"])
+    if any(counts.notices.values()):  # rows that version 0.5.1 refused: a run of it that left them out had other data
+        key = hashlib.sha256(f"{key} and more".encode()).hexdigest()
+    return Examined(tokens, sources, forms, template, counts, faults, lengths, key, cached)
 
 
 def sources_of(options: DataOptions) -> tuple[Source, ...]:
@@ -107,7 +111,7 @@ def sources_of(options: DataOptions) -> tuple[Source, ...]:
     )
 
 
-def rows_of(sources: tuple[Source, ...], options: DataOptions) -> Iterator[Row | DataError]:
+def rows_of(sources: tuple[Source, ...], options: DataOptions) -> Iterator[Item]:
     """Their rows and faults, of a stream the first 10,000."""
     return itertools.islice(read_rows(sources), HEAD if options.streaming else None)
 
@@ -166,7 +170,7 @@ def _key(sources: tuple[Source, ...], forms: Forms, template: Template, options:
     """A hash of everything that decides what the tokens are."""
     rules = options.model_dump(include={"max_length", "overlength", "train_on", "limit", "streaming"})
     columns = [(form.name, sorted(form.columns.items())) for form in forms.forms]
-    parts = [CACHE_VERSION, fingerprint(sources), columns, rules]
+    parts = [READING_VERSION, fingerprint(sources), columns, rules]
     parts += [template.fingerprint, tokenizer_fingerprint(template.tokenizer)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -178,7 +182,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{described}{sorted(tokenizer.special_tokens_map.items())}".encode()).hexdigest()
 
 
-def _write(folder: pathlib.Path, rows: Iterable[Row | DataError], reading: Pass) -> None:
+def _write(folder: pathlib.Path, rows: Iterable[Item], reading: Pass) -> None:
     """Write to a folder beside the cache's own and rename it: a cache entry is whole or not there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))

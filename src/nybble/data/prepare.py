@@ -17,7 +17,7 @@ from nybble.data.packing import best_fit
 from nybble.data.stream import StreamedRows
 from nybble.data.template import Template
 from nybble.data.tokenise import Counts, Progress
-from nybble.errors import DataError
+from nybble.errors import TooFewRowsError
 from nybble.recipe import DataOptions
 
 
@@ -105,7 +105,7 @@ def split(tokens: Dataset, validation: float, seed: int) -> tuple[Dataset, Datas
     if 0 < validation < 1:
         held_out = max(1, held_out)
     if held_out >= len(tokens):
-        raise DataError(
+        raise TooFewRowsError(
             f"data.validation={validation:g} holds out {held_out} of {len(tokens)} rows and leaves none to train on",
             fix="data.validation=0, or more data",
         )

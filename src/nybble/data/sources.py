@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nybble.data import hub
-from nybble.data.readers import KINDS, Row, kind_of, read_file
+from nybble.data.readers import KINDS, Item, Row, kind_of, read_file
 from nybble.errors import DataError
 
 PATTERN = frozenset("*?[")
@@ -57,14 +57,14 @@ def find_sources(
     return tuple(found)
 
 
-def read_rows(sources: Sequence[Source]) -> Iterator[Row | DataError]:
-    """Rows in the order of the sources, and in place of each that cannot be read what is wrong with it."""
+def read_rows(sources: Sequence[Source]) -> Iterator[Item]:
+    """Rows in the order of the sources, in place of each that cannot be read what is wrong with it, and notices."""
     for number, source in enumerate(sources):
         for item in _read(source):
             yield replace(item, source=number) if number and isinstance(item, Row) else item
 
 
-def _read(source: Source) -> Iterator[Row | DataError]:
+def _read(source: Source) -> Iterator[Item]:
     if source.hub is not None:
         yield from hub.read(source.hub)
     for file in source.files:

@@ -14,7 +14,7 @@ import torch
 from nybble.data.batches import Sample
 from nybble.data.formats import Forms
 from nybble.data.packing import best_fit
-from nybble.data.readers import Row
+from nybble.data.readers import Item, Row
 from nybble.data.sources import Source, read_rows
 from nybble.data.template import Template
 from nybble.data.tokenise import Pass
@@ -99,9 +99,9 @@ def samples_of(rows: Iterable[Row], forms: Forms, template: Template, options: D
         }
 
 
-def _readable(items: Iterable[Row | DataError]) -> Iterator[Row]:
+def _readable(items: Iterable[Item]) -> Iterator[Row]:
     for item in items:
         if isinstance(item, Row):
             yield item
-        else:
+        elif isinstance(item, DataError):
             log.warning("nybble: left out: %s", item)

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nybble.data.clock import reads_clock, stopped
 from nybble.data.formats import Conversation, Message
+from nybble.data.readers import document
 from nybble.errors import DataError
 from nybble.run import write_json
 
@@ -305,7 +306,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, option: str, form: str) 
         if not file.is_file():
             names = ", ".join(("auto", "model", *BUILT_IN, *sorted(named)))
             raise DataError(f"data.template={option} is neither a Jinja file nor one of {names}")
-        source = file.read_text(encoding="utf-8")
+        source = document(file)
     day = today() if reads_clock(source) else None
     return Template(tokenizer, option, source, day=day)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from nybble.data.fit import cut_text, halve, last_answer, truncate
 from nybble.data.formats import Conversation, EmptyAnswerError, Forms
-from nybble.data.readers import Row
+from nybble.data.readers import Item, Notice, Row
 from nybble.data.template import Part, Run, Template
 from nybble.data.tokens import Tokens, encode, join
 from nybble.errors import DataError
@@ -17,6 +17,7 @@ from nybble.recipe import DataOptions
 
 BATCH = 512  # rows tokenised in one call: enough for the tokenizer's threads, little enough to hold
 FAULTS_KEPT = 20
+NOTICES_TOLD = 10
 Progress = Callable[[int], None]
 
 
@@ -42,6 +43,15 @@ class Counts:
     highest_id: int = 0
     missing_columns: list[str] = field(default_factory=list)
     """What data.map names and no row has."""
+    notices: dict[str, int] = field(default_factory=dict)
+    """What the user should know of how rows were read, and of how many; 0 where it is about a file."""
+
+    def told(self) -> list[str]:
+        """The notices as lines, the first 10."""
+        lines = [
+            f"{what} ({count:,} row{'s' * (count != 1)})" if count else what for what, count in self.notices.items()
+        ]
+        return lines[:NOTICES_TOLD] + [f"and {len(lines) - NOTICES_TOLD} more notices"] * (len(lines) > NOTICES_TOLD)
 
     @property
     def distinct(self) -> int:
@@ -91,7 +101,7 @@ class Pass:
     lengths: dict[int, int] = field(default_factory=dict)
     """How many rows have so many tokens, before any is cut."""
 
-    def conversations(self, items: Iterable[Row | DataError]) -> Iterator[Read]:
+    def conversations(self, items: Iterable[Item]) -> Iterator[Read]:
         """Every distinct row as turns; what is wrong with others is noted."""
         seen: set[bytes] = set()
         kept = 0
@@ -99,6 +109,9 @@ class Pass:
         for item in items:
             if kept == self.options.limit:
                 break
+            if isinstance(item, Notice):
+                self.counts.notices.setdefault(item.what, 0)
+                continue
             self.counts.rows += 1
             if self.counts.rows % BATCH == 0:
                 self.progress(self.counts.rows)
@@ -115,7 +128,7 @@ class Pass:
             yield read
         self.progress(self.counts.rows)
 
-    def samples(self, items: Iterable[Row | DataError]) -> Iterator[Sample]:
+    def samples(self, items: Iterable[Item]) -> Iterator[Sample]:
         """Tokens of every distinct row that fits or is made to fit."""
         assert self.template is not None
         distinct = self.conversations(items)
@@ -131,12 +144,16 @@ class Pass:
         try:
             if isinstance(item, DataError):
                 raise item
-            self.counts.missing_columns = [name for name in self.counts.missing_columns if name not in item.values]
-            form, conversation = self.forms.read(item)
+            if self.counts.missing_columns:
+                present = self.forms.named(item).values
+                self.counts.missing_columns = [name for name in self.counts.missing_columns if name not in present]
+            form, conversation, notes = self.forms.read(item)
         except DataError as fault:
             self._note(fault)
             return None
         self.counts.forms[form] = self.counts.forms.get(form, 0) + 1
+        for note in notes:
+            self.counts.notices[note] = self.counts.notices.get(note, 0) + 1
         return Read(conversation, item.origin, item.source)
 
     def _note(self, fault: DataError) -> None:

@@ -28,6 +28,7 @@ from nybble.evaluate.results import compared_tasks, entry_of, held_out_entry, me
 from nybble.evaluate.rows import rows_of
 from nybble.evaluate.scores import Benchmarks, MissingRowsError, Scored, Store
 from nybble.evaluate.tell import progress_bar
+from nybble.evaluate.texts import Text, read_texts
 from nybble.inference.pipeline import Answerer, load_answerer
 from nybble.places import check_cache, check_report, default_cache, explained_disk
 from nybble.recipe import dump_recipe
@@ -90,7 +91,8 @@ def _evaluate(
     answerer: Answerer | None,
 ) -> dict[str, Any]:
     began = time.time()
-    # 1. The model, once: the base is the same with the adapter switched off.
+    # 1. The texts, before anything is loaded; then the model, once: the base is the same with the adapter switched off.
+    texts = read_texts(asked.texts)
     if answerer is None:
         with console.status("loading"):
             answerer = load_answerer(run, cache, dequantise=True)
@@ -101,8 +103,8 @@ def _evaluate(
         found.score(benchmarks, name)
     # 3. Loss on the validation rows, and on texts.
     found.measure_held_out()
-    for file in asked.texts:
-        found.measure_text(file)
+    for text in texts:
+        found.measure_text(text)
     # 4. Answers.
     if asked.samples is None:
         found.ask(asked.answers)
@@ -202,17 +204,17 @@ class Findings:
         losses = self._losses(samples, "held-out loss")
         self.parts["held_out"] = held_out_entry(losses["base"], losses["tuned"])
 
-    def measure_text(self, file: pathlib.Path) -> None:
-        """Perplexity of a text file."""
-        if not file.is_file():
-            raise EvaluationError(f"there is no file {file}", fix="nybble eval RUN --text FILE.txt")
+    def measure_text(self, text: Text) -> None:
+        """Perplexity of a text."""
         length = min(TEXT_WINDOW, self.answerer.model.config.max_position_embeddings)
-        windows = text_windows(file.read_text(encoding="utf-8"), self.answerer.tokenizer, length)
+        windows = text_windows(text.text, self.answerer.tokenizer, length)
         if not windows:
-            raise EvaluationError(f"{file} has not two tokens", fix="nybble eval RUN --text FILE.txt")
-        losses = self._losses(windows, file.name)
+            raise EvaluationError(f"{text.file} has not two tokens", fix="give --text a longer text")
+        losses = self._losses(windows, text.file.name)
         tokens = int(losses["base"].tokens.sum())
-        self.parts["texts"].append({"name": file.name, "tokens": tokens, **{who: entry_of(losses[who]) for who in WHO}})
+        self.parts["texts"].append(
+            {"name": text.file.name, "tokens": tokens, **{who: entry_of(losses[who]) for who in WHO}}
+        )
 
     def _losses(self, samples: list[dict[str, Any]], what: str) -> dict[str, Losses]:
         pad = self.answerer.tokenizer.pad_token_id

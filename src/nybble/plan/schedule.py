@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from nybble.errors import DataError, RecipeError
+from nybble.errors import RecipeError, TooFewRowsError
 from nybble.recipe import TrainOptions
 
 EVALUATIONS = 5  # over a run, where the recipe does not say: enough for a curve
@@ -46,7 +46,7 @@ def plan_steps(train: TrainOptions, rows: int | None, has_validation: bool) -> S
         has_validation: whether there is anything to evaluate on.
 
     Raises:
-        DataError: fewer rows than one step takes.
+        TooFewRowsError: fewer rows than one step takes.
         RecipeError: checkpoints that would miss the evaluations whose best is to be kept.
     """
     batch = train.micro_batch * train.accumulation * train.processes
@@ -54,7 +54,7 @@ def plan_steps(train: TrainOptions, rows: int | None, has_validation: bool) -> S
         assert train.max_steps is not None, "a recipe that streams has max_steps"
         rows = batch
     if rows < batch:
-        raise DataError(
+        raise TooFewRowsError(
             f"the data gives {rows} training rows, and one step takes {batch} "
             f"(micro_batch {train.micro_batch} x accumulation {train.accumulation} x processes {train.processes})",
             fix="train.micro_batch=1 train.accumulation=1, or more data",

@@ -1,0 +1,196 @@
+"""Rows of every form to conversations."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from nybble.data.formats.conversation import Conversation, EmptyAnswerError, Message
+from nybble.data.formats.turns import history, listed, turns_of
+from nybble.data.formats.unknown import preference, two_answers, unknown
+from nybble.data.formats.values import Spot, answer_of, filled, no_tools, refuse_media, string
+from nybble.data.readers import Row
+from nybble.errors import DataError
+
+IN_TWO = "prompt and completion written as messages are read as turns"
+SPELLING = "columns are found whatever the capitals and spaces in their names"
+NO_TOOLS: tuple[object, ...] = (None, "", [], "[]")
+FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    # form: (required fields, optional fields); of forms that fit equally well the upper is meant
+    "messages": (("messages",), ("system", "tools")),
+    "sharegpt": (("conversations",), ("system", "tools")),
+    "alpaca": (("instruction", "output"), ("input", "system", "history")),
+    "prompt": (("prompt", "completion"), ("system",)),
+    "text": (("text",), ()),
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of rows, with the column each of its fields is read from."""
+
+    name: str
+    columns: Mapping[str, str]
+
+    def fits(self, row: Row) -> bool:
+        """Whether a row has the columns that this form needs."""
+        return all(self.columns[field] in row.values for field in FIELDS[self.name][0])
+
+    def speaks(self, row: Row) -> bool:
+        """Whether more than the columns' names is there: data sets joined into one have nulls in each other's columns."""
+        return row.values[self.columns[FIELDS[self.name][0][0]]] is not None
+
+    def conversation(self, row: Row, spot: Spot) -> Conversation:
+        """The row as turns.
+
+        Raises:
+            DataError: what is wrong with the row, at its `file:line`.
+        """
+        refuse_media(row.values, "the row", spot)
+        values = {field: row.values.get(column) for field, column in self.columns.items()}
+        if self.name == "text":
+            return (Message("text", filled(values["text"], self.columns["text"], spot)),)
+        system = string(values.get("system"), self.columns["system"], spot)
+        opening = (Message("system", system),) if system.strip() else ()
+        if (turns := self._turns(values, spot)) is not None:
+            return turns if turns[0].role == "system" else (*opening, *turns)
+        question, answer = FIELDS[self.name][0]
+        user = Message(
+            "user",
+            filled(values[question], self.columns[question], spot),
+            input=string(values.get("input"), self.columns.get("input", ""), spot),
+        )
+        earlier = history(values.get("history"), self.columns.get("history", ""), spot)
+        said = answer_of(values[answer], self.columns[answer], spot)
+        return (*opening, *earlier, user, Message("assistant", said))
+
+    def _turns(self, values: Mapping[str, Any], spot: Spot) -> Conversation | None:
+        """What is written as turns: a column of them, or as TRL has it, those of the prompt and then the completion's."""
+        if self.name in ("messages", "sharegpt"):
+            if values.get("tools") not in NO_TOOLS:
+                raise no_tools(f"the row names {self.columns['tools']!r}", spot)
+            (field,) = FIELDS[self.name][0]
+            return tuple(turns_of(values[field], self.columns[field], spot))
+        if self.name != "prompt":
+            return None
+        prompt, completion = values["prompt"], values["completion"]
+        asked, said = listed(prompt), listed(completion)
+        are_lists = (isinstance(prompt, list) and asked) or (isinstance(completion, list) and said)
+        if not are_lists and not (asked and said):  # one text alone that looks like turns is a text
+            return None
+        spot.notes.add(IN_TWO)
+        turns = [*(asked or [{"role": "user", "content": prompt}])]
+        turns += said or [{"role": "assistant", "content": completion}]
+        return tuple(turns_of(turns, self.columns["prompt"], spot))
+
+
+class Reading(NamedTuple):
+    """A row, read."""
+
+    form: str
+    conversation: Conversation
+    notes: frozenset[str]
+    """What the user should know of how it was read."""
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The forms that rows may have, the likeliest first."""
+
+    forms: Sequence[Form]
+    evidence: Mapping[str, int]
+    """How many of the first rows fit each form."""
+
+    @property
+    def likeliest(self) -> str:
+        """The form of most rows."""
+        return self.forms[0].name
+
+    def read(self, row: Row) -> Reading:
+        """A row's form, and the row as turns.
+
+        Raises:
+            DataError: what is wrong with the row, at its `file:line`.
+        """
+        own, row = row, self.named(row)
+        form = _form_of(row, self.forms)
+        if form is None:
+            raise self._unknown(own, row)
+        if form.name == "prompt" and isinstance(row.values.get("label"), bool):
+            why = "'label' says whether the completion is wanted"
+            raise preference(row, why, "keep the rows whose label is true, without that column")
+        spot = Spot(row.origin, set() if row is own else {SPELLING})
+        try:
+            return Reading(form.name, form.conversation(row, spot), frozenset(spot.notes))
+        except EmptyAnswerError as error:
+            is_mapped = "chosen" in form.columns.values()
+            raise (None if is_mapped else two_answers(row)) or error from None
+
+    def _unknown(self, own: Row, named: Row) -> DataError:
+        evident = [form for form in self.forms if self.evidence.get(form.name)]
+        expected = [_required(form) for form in evident or self.forms]
+        begun = [form for form in expected if evident and not named.values.keys().isdisjoint(form)]
+        missing = [column for form in begun[:1] for column in form if column not in named.values]
+        return unknown(own, expected, missing)
+
+    def named(self, row: Row) -> Row:
+        """A row whose columns are called as the forms call them where only capitals or spaces differ: ' Output'."""
+        renamed = _renamed(tuple(row.values), self.columns)
+        if not renamed:
+            return row
+        return replace(row, values={renamed.get(name, name): value for name, value in row.values.items()})
+
+    @functools.cached_property
+    def columns(self) -> frozenset[str]:
+        """The columns that any of the forms reads."""
+        return frozenset(column for form in self.forms for column in form.columns.values())
+
+
+def detect_forms(rows: Iterable[Row], form: str, mapping: Mapping[str, str]) -> Forms:
+    """Find the forms of rows from their columns.
+
+    Args:
+        rows: the first ones, as many as should be looked at.
+        form: a form's name, or auto.
+        mapping: column of a field, where it carries another name; only forms that have all these fields are meant.
+
+    Raises:
+        DataError: the mapping names fields that no form has.
+    """
+    asked = [name for name in FIELDS if form in ("auto", name)]
+    names = [name for name in asked if mapping.keys() <= {*FIELDS[name][0], *FIELDS[name][1]}]
+    if not names:
+        raise DataError(
+            f"no form has all fields that data.map names: {', '.join(mapping)}",
+            fix="data.map={field: your column}, with the fields of one form: "
+            + "; ".join(f"{', '.join([*FIELDS[name][0], *FIELDS[name][1]])} ({name})" for name in asked),
+        )
+    forms = [Form(name, {field: mapping.get(field, field) for field in sum(FIELDS[name], ())}) for name in names]
+    evidence: Counter[str] = Counter()
+    unsorted = Forms(forms, evidence)
+    for row in rows:
+        found = _form_of(unsorted.named(row), forms)
+        evidence.update([found.name if found is not None else ""])
+    return Forms(sorted(forms, key=lambda form: -evidence[form.name]), evidence)
+
+
+@functools.lru_cache(maxsize=256)
+def _renamed(names: tuple[str, ...], columns: frozenset[str]) -> dict[str, str]:
+    """Which names mean a column that is not there in its own spelling."""
+    wanted = {column.strip().lower(): column for column in columns if column not in names}
+    meant = {name: wanted.get(name.strip().lower()) for name in names if name not in columns}
+    counts = Counter(meant.values())
+    return {name: column for name, column in meant.items() if column is not None and counts[column] == 1}
+
+
+def _required(form: Form) -> list[str]:
+    return [form.columns[field] for field in FIELDS[form.name][0]]
+
+
+def _form_of(row: Row, forms: Sequence[Form]) -> Form | None:
+    """The first form that fits, of those that do one that is not null."""
+    fitting = [form for form in forms if form.fits(row)]
+    return next((form for form in fitting if form.speaks(row)), fitting[0] if fitting else None)

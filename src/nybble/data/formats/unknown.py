@@ -1,0 +1,120 @@
+"""Rows of no known form, and what would make them one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from nybble.data.formats.turns import listed
+from nybble.data.readers import Row
+from nybble.errors import DataError
+
+PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
+USUAL = {
+    # field: names under which data sets often have it
+    "system": ("system_prompt", "system_message"),
+    "prompt": ("question", "query", "prompt", "instruction", "problem", "input"),
+    "input": ("context",),
+    "completion": ("response", "answer", "output", "completion", "reply", "solution", "target", "summary"),
+}
+NUMBERING = frozenset({"", "id", "_id", "uid", "uuid", "idx", "index", "row_idx"})
+BARE = re.compile(r"[A-Za-z_]\w*")
+NOT_NAMES = frozenset(
+    {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
+)  # what YAML takes for something else
+
+
+def unknown(row: Row, expected: Sequence[Sequence[str]], missing: Sequence[str]) -> DataError:
+    """The fault of a row that has no form's columns.
+
+    Args:
+        expected: the columns that each form needs.
+        missing: what this row lacks of a form that other rows have, where it has a part of it.
+    """
+    if (two := two_answers(row)) is not None:
+        return two
+    return DataError(
+        f"unknown fields: found {', '.join(map(repr, row.values)) or 'none'}; "
+        f"expected {'; or '.join(', '.join(form) for form in expected)}",
+        where=row.origin,
+        fix=f"add {' and '.join(map(repr, missing))}, or delete the row" if missing else _way_out(row),
+    )
+
+
+def two_answers(row: Row) -> DataError | None:
+    """The fault of a row that says which of two answers is better; None for any other row."""
+    names = next((pair for pair in PREFERENCES if row.values.keys() >= {*pair}), None)
+    if names is None:
+        return None
+    chosen = row.values[names[0]]
+    if isinstance(chosen, list) and len(chosen) > 1:
+        fix = f"{_mapped({'messages': names[0]})} trains on the wanted answer"
+    elif "prompt" in row.values and (isinstance(chosen, str) or listed(chosen)):
+        fix = f"{_mapped({'completion': names[0]})} trains on the wanted answer"
+    else:
+        fix = "write the wanted answer where the other forms have theirs: behind the last message, or as output"
+    return preference(row, f"two answers, {names[0]!r} and {names[1]!r}", fix)
+
+
+def preference(row: Row, why: str, fix: str) -> DataError:
+    """The fault of a row that says how good an answer is."""
+    return DataError(
+        f"a preference row ({why}): nybble trains on one answer a row, not on preferences", where=row.origin, fix=fix
+    )
+
+
+def _way_out(row: Row) -> str:
+    """What makes the row readable: a map onto columns that hold turns or texts, and onto nothing else."""
+    turns = next((name for name, value in row.values.items() if listed(value)), None)
+    if turns is not None:
+        return f"name the column, e.g. {_mapped({'messages': turns})}"
+    found, rest = _usual(row)
+    needed = [field for field in ("prompt", "completion") if field not in found]
+    if len(rest) == len(needed) and all(_is_text(row.values[name]) for name in rest):
+        found.update(zip(needed, rest, strict=True))
+        needed = []
+    if not needed:
+        renamed = {"prompt": "instruction", "completion": "output"} if "input" in found else {}
+        in_order = {renamed.get(field, field): found[field] for field in USUAL if field in found}
+        return f"name the columns, e.g. {_mapped(in_order)}"
+    inside = next((name for name, value in row.values.items() if _holds_objects(value)), None)
+    if inside is not None:
+        return f"if the rows are inside {inside!r}, write them out: jq -c '.{json.dumps(inside)}[]' FILE > NEW.jsonl"
+    if len(rest) == 1 and _is_text(row.values[rest[0]]) and "prompt" not in found:
+        return f"if {rest[0]!r} holds whole documents: {_mapped({'text': rest[0]})}"
+    return f"name the columns of question and answer: {_mapped({**found, **dict.fromkeys(needed, 'COLUMN')})}"
+
+
+def _usual(row: Row) -> tuple[dict[str, str], list[str]]:
+    """Fields found by the names that columns usually have, and the columns that are left."""
+    texts = {name.lower(): name for name, value in row.values.items() if _is_text(value)}
+    found = {
+        field: texts[name]
+        for field, names in USUAL.items()
+        for name in [next((name for name in names if name in texts), "")]
+        if name
+    }
+    taken = {*found.values()}
+    return found, [name for name in row.values if name not in taken and name.strip().lower() not in NUMBERING]
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float)
+
+
+def _holds_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _mapped(fields: dict[str, str]) -> str:
+    """data.map as a word for a shell."""
+    names = ", ".join(f"{field}: {_in_yaml(column)}" for field, column in fields.items())
+    return shlex.quote(f"data.map={{{names}}}")
+
+
+def _in_yaml(name: str) -> str:
+    is_bare = BARE.fullmatch(name) and name.isascii() and name.lower() not in NOT_NAMES
+    return name if is_bare else json.dumps(name, ensure_ascii=False)

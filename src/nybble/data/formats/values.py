@@ -1,0 +1,141 @@
+"""The text of a cell, and what else cells hold: numbers, parts of a message, lists written as text."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nybble.data.formats.conversation import EmptyAnswerError
+from nybble.errors import DataError
+
+NUMBERS = "numbers and true or false are read as their text"
+PARTS = "content in text parts is joined"
+MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+TOOLS = frozenset({"tool", "tool_call", "tool_calls", "tool_response", "tool_responses", "tool_result", "tool_use",
+                   "function", "function_call", "function_response", "observation", "ipython"})  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Where values stand, and what the user should know of how they were read."""
+
+    origin: str
+    notes: set[str] = field(default_factory=set)
+
+
+def string(value: Any, column: str, spot: Spot) -> str:
+    """The text of a value; null is none.
+
+    Raises:
+        DataError: it has no text, or holds what is no character.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, int | float) and math.isfinite(value):
+        spot.notes.add(NUMBERS)
+        return json.dumps(value)
+    if not isinstance(value, str):
+        kind = "NaN" if value != value else type(value).__name__
+        raise DataError(f"{column!r} must be text, found {kind}: {value!r:.60}", where=spot.origin)
+    if "\0" in value:
+        raise DataError(f"{column!r} holds a null character", where=spot.origin, fix="delete it")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(f"{column!r} holds half a surrogate pair, which is no character", where=spot.origin)
+    return value
+
+
+def filled(value: Any, column: str, spot: Spot) -> str:
+    """Text that is not empty.
+
+    Raises:
+        DataError: it is, or is not text.
+    """
+    text = string(value, column, spot)
+    if not text.strip():
+        raise DataError(f"an empty {column!r}", where=spot.origin, fix="delete the row or fill it in")
+    return text
+
+
+def answer_of(value: Any, column: str, spot: Spot) -> str:
+    """An answer's text.
+
+    Raises:
+        DataError: it is empty, or not text.
+    """
+    answer = string(value, column, spot)
+    if not answer.strip():
+        raise EmptyAnswerError(
+            f"a row without an answer: {column!r} is empty", where=spot.origin, fix="delete the row or fill it in"
+        )
+    return answer
+
+
+def joined(value: Any, column: str, spot: Spot) -> Any:
+    """A message's content: of a list of text parts, as OpenAI writes them, the text; anything else as it is.
+
+    Raises:
+        DataError: a part is something other than text.
+    """
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise (
+                no_tools(f"{column!r} has a part of type {kind}", spot)
+                if kind in TOOLS
+                else _text_only(f"{column!r} has a part of type {kind}", spot)
+            )
+        if kind is None or not isinstance(part.get("text"), str):
+            return value
+    spot.notes.add(PARTS)
+    return "".join(part["text"] for part in value)
+
+
+def refuse_media(values: Mapping[str, Any], what: str, spot: Spot) -> None:
+    """Refuse a row or turn that comes with pictures or sound: its text makes little sense without them.
+
+    Raises:
+        DataError: it does.
+    """
+    for name in MEDIA & values.keys():
+        if values[name]:
+            raise _text_only(f"{what} has {name!r}", spot)
+
+
+def literal(text: str) -> Any:
+    """The list or object that a text stands for, as JSON or as Python prints it; None where it stands for neither."""
+    if not text.lstrip().startswith(("[", "{")):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of a backslash that begins no escape
+            return ast.literal_eval(text.strip())
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None
+
+
+def no_tools(what: str, spot: Spot) -> DataError:
+    """The fault of a call of a tool."""
+    return DataError(
+        f"{what}: calls of tools are not trained",
+        where=spot.origin,
+        fix="take these rows out, or write the calls as text",
+    )
+
+
+def _text_only(what: str, spot: Spot) -> DataError:
+    return DataError(
+        f"{what}: nybble trains on text only",
+        where=spot.origin,
+        fix="take these rows out; where the text makes sense without it, take out only that",
+    )

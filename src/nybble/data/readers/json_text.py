@@ -1,0 +1,152 @@
+"""A JSON file's text, walked through in pieces: values, and the members of objects and arrays too large to hold."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from nybble.data.readers.text import CHUNK, as_utf8, pieces
+from nybble.errors import DataError
+
+LONGEST_SIGN = 16  # characters: longer than -Infinity, half of a surrogate pair, or what follows a number's digits
+BLANK = re.compile(r"[ \t\r\n]*")
+
+
+class ConstantError(ValueError):
+    """NaN or an infinity, which Python's json writes and JSON does not know."""
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ConstantError(name)
+
+
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def no_number(error: ConstantError, origin: str) -> DataError:
+    """The fault of a constant that is not JSON."""
+    return DataError(f"{error} is not JSON", where=origin, fix="write text, or null for nothing")
+
+
+class Text:
+    """A file's text from where the reader stands, as much of it as was asked for."""
+
+    def __init__(self, file: pathlib.Path) -> None:
+        self.chunks = pieces(file, CHUNK)
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.file = file
+        self.text = ""
+        self.place = 0
+        self.line = 1
+        """Of `place`."""
+        self.ended = False
+
+    def more(self) -> None:
+        """Read another chunk, or as much as there is already: a long row is not decoded again and again."""
+        parts, size, wanted = [self.text[self.place :]], 0, max(1, len(self.text) - self.place)
+        while size < wanted and not self.ended:
+            chunk = next(self.chunks, b"")
+            self.ended = not chunk
+            line = self.line + sum(part.count("\n") for part in parts)
+            if b"\0" in chunk:
+                line += chunk.count(b"\n", 0, chunk.index(b"\0"))
+                raise DataError("a null byte", where=f"{self.file}:{line}", fix="save the file as UTF-8")
+            try:
+                parts.append(self.decoder.decode(chunk, self.ended))
+            except UnicodeDecodeError as error:
+                line += error.object.count(b"\n", 0, error.start)
+                raise DataError(
+                    f"not UTF-8: byte {error.object[error.start]:#04x}",
+                    where=f"{self.file}:{line}",
+                    fix=as_utf8(self.file, "WINDOWS-1252"),
+                ) from error
+            size += len(parts[-1])
+        self.text, self.place = "".join(parts), 0
+
+    def move(self, place: int) -> None:
+        """Go on to a place of the text."""
+        self.line += self.text.count("\n", self.place, place)
+        self.place = place
+
+    def peek(self) -> str:
+        """Skip white space; the character that follows, or nothing at the end of the file."""
+        while True:
+            self.move(BLANK.match(self.text, self.place).end())  # type: ignore[union-attr]
+            if self.place < len(self.text) or self.ended:
+                return self.text[self.place : self.place + 1]
+            self.more()
+
+    def take(self) -> str:
+        """As `peek`, and go on past it."""
+        character = self.peek()
+        self.move(self.place + len(character))
+        return character
+
+    def value(self) -> Any:
+        """Decode the value that begins here, reading on while it is incomplete."""
+        while True:
+            try:
+                value, end = DECODER.raw_decode(self.text, self.place)
+            except json.JSONDecodeError as error:
+                unfinished = "Unterminated" in error.msg or error.pos > len(self.text) - LONGEST_SIGN
+                if self.ended or not unfinished:
+                    raise self.fault(error.msg, error.pos) from error
+            except ConstantError as error:
+                raise no_number(error, f"{self.file}:{self.line}") from error
+            except RecursionError as error:
+                raise self.fault("nested too deeply to be a row", self.place) from error
+            else:
+                may_go_on = isinstance(value, int | float) and end > len(self.text) - LONGEST_SIGN
+                if self.ended or not may_go_on:
+                    self.move(end)
+                    return value
+            self.more()
+
+    def elements(self) -> Iterator[tuple[Any, str]]:
+        """The elements of the array that begins here, each with its place: its line, and where that is not enough its number."""
+        self.take()
+        closed = self.peek() == "]"
+        if closed:
+            self.take()
+        number, last = 0, 0
+        while not closed:
+            self.peek()
+            number += 1
+            origin = f"{self.file}:{self.line}" + (f", row {number}" if self.line == last else "")
+            last = self.line
+            yield self.value(), origin
+            after = self.take()
+            if after not in (",", "]"):
+                raise self.fault("Expecting ',' or ']' after a row" if after else "the array is not closed")
+            closed = after == "]"
+
+    def members(self) -> Iterator[str]:
+        """The names of the object that begins here; whoever asks for the next one has read the value of the last."""
+        self.take()
+        closed = self.peek() == "}"
+        if closed:
+            self.take()
+        while not closed:
+            if self.peek() != '"':
+                raise self.fault("Expecting property name enclosed in double quotes")
+            name: str = self.value()
+            if self.take() != ":":
+                raise self.fault("Expecting ':' delimiter")
+            yield name
+            after = self.take()
+            if after not in (",", "}"):
+                raise self.fault("Expecting ',' delimiter" if after else "the object is not closed")
+            closed = after == "}"
+
+    def fault(self, what: str, place: int | None = None) -> DataError:
+        """A fault at a place of the text."""
+        line = self.line + (0 if place is None else self.text.count("\n", self.place, place))
+        return DataError(
+            f"not valid JSON: {what}",
+            where=f"{self.file}:{line}",
+            fix="an array of objects, [{...}, {...}], or one a line",
+        )

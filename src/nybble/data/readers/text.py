@@ -1,0 +1,152 @@
+"""A file as text: unpacked, in pieces or in lines, and what is wrong where it is not UTF-8."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import pathlib
+import shlex
+import zlib
+from collections.abc import Iterator
+
+from nybble.errors import DataError
+
+CHUNK = 1 << 20  # bytes of a file read at a time where lines do not matter
+START = 1 << 16  # bytes by which the shape of a file is told
+PACKING = (EOFError, zlib.error, gzip.BadGzipFile)  # what a damaged gzip file raises
+WIDE = {  # byte order marks of encodings in which no two bytes of a text mean what they say; the longer ones first
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def is_packed(file: pathlib.Path) -> bool:
+    """Whether a file is gzip's, by its name."""
+    return file.suffix.lower() == ".gz"
+
+
+def kind_of(file: pathlib.Path) -> str:
+    """The suffix that says what a file holds, in small letters."""
+    suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() != ".gz"]
+    return suffixes[-1] if suffixes else ""
+
+
+def opened(file: pathlib.Path) -> io.BufferedReader | gzip.GzipFile:
+    """A file's bytes, unpacked."""
+    return gzip.open(file, "rb") if is_packed(file) else file.open("rb")
+
+
+def pieces(file: pathlib.Path, size: int) -> Iterator[bytes]:
+    """A file's bytes piece by piece, unpacked.
+
+    Raises:
+        DataError: the file cannot be unpacked, or is of an encoding that is not read in pieces.
+    """
+    line = 1
+    with opened(file) as stream:
+        while True:
+            try:
+                piece = stream.read(size)
+            except PACKING as error:
+                raise _damaged(error, file, line) from error
+            if not piece:
+                return
+            if line == 1:
+                refuse_wide(piece, file)
+            line += piece.count(b"\n")
+            yield piece
+
+
+def lines(file: pathlib.Path, newline: str = "\n") -> Iterator[tuple[int, str]]:
+    """A file's lines with their numbers, not yet looked at: `checked` does that.
+
+    Args:
+        newline: what ends a line; "" is a line feed, a carriage return, or both.
+
+    Raises:
+        DataError: the rest of the file cannot be unpacked, or all of it is of another encoding.
+    """
+    refuse_wide(beginning(file, 4), file)
+    number = 0
+    # Bytes that are not UTF-8 become surrogates here, so that one bad line does not take its neighbours along.
+    with opened(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline) as text:
+        try:
+            for number, line in enumerate(text, 1):
+                yield number, line
+        except PACKING as error:
+            raise _damaged(error, file, number + 1) from error
+
+
+def beginning(file: pathlib.Path, size: int = START) -> bytes:
+    """A file's first bytes, unpacked, as many as there are and can be read."""
+    start = bytearray()
+    with opened(file) as stream:
+        try:
+            while len(start) < size and (piece := stream.read1(size - len(start))):
+                start += piece
+        except PACKING:  # whoever reads on meets it again, and knows the line
+            pass
+    return bytes(start)
+
+
+def checked(line: str, file: pathlib.Path, number: int) -> str:
+    """A line that is text.
+
+    Raises:
+        DataError: it holds a null byte, or one that is not UTF-8.
+    """
+    if "\0" in line:
+        raise DataError(
+            "a null byte, as in a damaged or a UTF-16 file", where=f"{file}:{number}", fix="save the file as UTF-8"
+        )
+    if not line.isascii():
+        try:
+            line.encode()
+        except UnicodeEncodeError as error:
+            byte, place = ord(line[error.start]) & 0xFF, len(line[: error.start].encode()) + 1
+            raise DataError(
+                f"not UTF-8: byte {byte:#04x} at place {place} of the line",
+                where=f"{file}:{number}",
+                fix=as_utf8(file, "WINDOWS-1252"),
+            ) from error
+    return line
+
+
+def document(file: pathlib.Path) -> str:
+    """All of a file, with line feeds at the ends of its lines.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    text = "".join(checked(line, file, number) for number, line in lines(file))
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def refuse_wide(start: bytes, file: pathlib.Path) -> None:
+    """Refuse a file that says itself that it is of another encoding.
+
+    Raises:
+        DataError: it does.
+    """
+    name = next((name for mark, name in WIDE.items() if start.startswith(mark)), None)
+    if name is not None:
+        raise DataError(f"the file is {name}, not UTF-8", where=f"{file}:1", fix=as_utf8(file, name))
+
+
+def as_utf8(file: pathlib.Path, encoding: str) -> str:
+    """The command that makes a file UTF-8."""
+    command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(file))} > NEW"
+    return command if encoding.startswith("UTF") else f"save it as UTF-8; if it comes from Windows: {command}"
+
+
+def _damaged(error: Exception, file: pathlib.Path, line: int) -> DataError:
+    if isinstance(error, EOFError):
+        return DataError("the gzip file is cut short", where=f"{file}:{line}", fix="copy or download it again")
+    return DataError(
+        f"the file cannot be unpacked: {error}",
+        where=f"{file}:{line}",
+        fix=f"gzip -t {shlex.quote(str(file))} tests it; copy or download it again",
+    )

@@ -1,0 +1,164 @@
+"""Rows that stand inside one object, as programs write them: named lists, the Hub viewer's rows, SQuAD's articles."""
+
+from __future__ import annotations
+
+import pathlib
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nybble.data.readers.json_text import Text
+from nybble.data.readers.row import Item, Notice, Row, row_of
+from nybble.errors import DataError
+
+HOLDERS = (
+    # names of lists that hold rows; of several the first is read, so that held-out rows are not trained on
+    "train", "training", "data", "rows", "examples", "instances", "items", "records", "samples", "entries", "dataset",
+    "conversations", "validation", "valid", "dev", "eval", "test",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member of an object; of a list its first element and its length."""
+
+    name: str
+    value: Any
+    length: int | None = None
+
+    @property
+    def holds_objects(self) -> bool:
+        """Whether this is a list of objects that are not turns: rows, perhaps."""
+        return self.length is not None and isinstance(self.value, dict) and not {"role", "from"} & self.value.keys()
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A file's first object."""
+
+    members: tuple[Member, ...]
+    lines: int
+    """How many it takes."""
+    is_alone: bool
+    """Nothing follows it."""
+
+    @property
+    def holders(self) -> list[str]:
+        """The lists that hold rows, the one to read first."""
+        found = {member.name.lower(): member.name for member in self.members if member.holds_objects}
+        return [found[name] for name in HOLDERS if name in found] if self.is_alone else []
+
+    def refuse_unread(self, file: pathlib.Path) -> None:
+        """Refuse an object that is no row on a line of its own.
+
+        Raises:
+            DataError: it is spread over several lines, or holds columns.
+        """
+        name = shlex.quote(str(file))
+        if self.is_alone and self._are_columns():
+            raise DataError(
+                f"the file holds columns ({', '.join(member.name for member in self.members)}), not rows",
+                where=f"{file}:1",
+                fix=f"python -c \"import pandas; pandas.read_json('{file}').to_json('NEW.jsonl', orient='records', lines=True)\"",
+            )
+        if self.lines > 1 and not self.is_alone:
+            raise DataError(
+                "objects are spread over several lines, where each line must be one object",
+                where=f"{file}:1",
+                fix=f"jq -c . {name} > NEW.jsonl",
+            )
+        if self.lines > 1:
+            inside = next((member.name for member in self.members if member.holds_objects), None)
+            raise DataError(
+                "one object over several lines, where rows are an array of objects or an object a line",
+                where=f"{file}:1",
+                fix=f"if it is one row: jq -c . {name} > NEW.jsonl"
+                if inside is None
+                else f"if the rows are in {inside!r}: jq -c '.[\"{inside}\"][]' {name} > NEW.jsonl",
+            )
+
+    def _are_columns(self) -> bool:
+        """Whether this is how pandas writes a table unless it is told otherwise: columns, and in each the rows by number."""
+        columns = [member.value for member in self.members]
+        return bool(columns) and all(isinstance(column, dict) and "0" in column for column in columns)
+
+
+def outline_of(file: pathlib.Path) -> Outline:
+    """What a file's first object consists of, without holding it.
+
+    Raises:
+        DataError: it is not JSON.
+    """
+    text = Text(file)
+    text.peek()
+    first, members = text.line, []
+    for name in text.members():
+        if text.peek() == "[":
+            value, length = None, 0
+            for element, _ in text.elements():
+                value, length = element if length == 0 else value, length + 1
+            members.append(Member(name, value, length))
+        else:
+            members.append(Member(name, text.value()))
+    return Outline(tuple(members), text.line - first + 1, not text.peek())
+
+
+def read_wrapped(file: pathlib.Path, outline: Outline) -> Iterator[Item]:
+    """Rows of the first of the lists that hold some, and a notice of which was read.
+
+    Raises:
+        DataError: the rest of the file cannot be read.
+    """
+    chosen, *others = outline.holders
+    left = f", not from {' or '.join(map(repr, others))}" if others else ""
+    yield Notice(f"{file.name}: rows are read from {chosen!r}{left}")
+    text = Text(file)
+    text.peek()
+    for name in text.members():
+        if text.peek() != "[":
+            text.value()
+            continue
+        for value, origin in text.elements():
+            if name == chosen:
+                yield from _rows(value, origin, file)
+
+
+def _rows(value: Any, origin: str, file: pathlib.Path) -> Iterator[Item]:
+    try:
+        if isinstance(value, dict) and isinstance(value.get("row"), dict):
+            yield _shown(value, origin)
+        elif isinstance(value, dict) and isinstance(value.get("paragraphs"), list):
+            yield Notice(
+                f"{file.name}: SQuAD's question, context and first answer are read as instruction, input, output"
+            )
+            yield from _questions(value, origin)
+        else:
+            yield row_of(value, origin)
+    except DataError as fault:
+        yield fault
+
+
+def _shown(value: dict[str, Any], origin: str) -> Row:
+    """A row as the Hub's viewer gives it."""
+    if cut := value.get("truncated_cells"):
+        raise DataError(
+            f"the Hub's viewer has cut {', '.join(map(str, cut))} short",
+            where=origin,
+            fix="nybble train MODEL owner/name reads the whole data set from the Hub",
+        )
+    return Row(value["row"], origin)
+
+
+def _questions(article: dict[str, Any], origin: str) -> Iterator[Row]:
+    """The questions of one of SQuAD's articles."""
+    number = 0
+    try:
+        for paragraph in article["paragraphs"]:
+            for asked in paragraph["qas"]:
+                number += 1
+                answers = asked.get("answers") or [{"text": None}]
+                values = {"instruction": asked["question"], "input": paragraph["context"], "output": answers[0]["text"]}
+                yield Row(values, f"{origin}, question {number}")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"not an article of SQuAD's form: {error!r}", where=origin) from error

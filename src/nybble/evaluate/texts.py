@@ -1,0 +1,44 @@
+"""Texts whose perplexity is asked for, read before anything large is loaded for them."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nybble.data.readers import document, refuse_stranger
+from nybble.errors import DataError, EvaluationError
+
+
+@dataclass(frozen=True)
+class Text:
+    """One document, and the file it stands in."""
+
+    file: pathlib.Path
+    text: str
+
+
+def read_texts(files: Sequence[pathlib.Path]) -> list[Text]:
+    """Read all of them.
+
+    Raises:
+        EvaluationError: one is missing, empty, a folder, or no UTF-8 text.
+    """
+    return [_read(file) for file in files]
+
+
+def _read(file: pathlib.Path) -> Text:
+    if file.is_dir():
+        raise EvaluationError(f"{file} is a folder, not a text", fix=f"--text {file}/FILE.txt, once for each text")
+    if not file.exists():
+        raise EvaluationError(f"there is no file {file}", fix=f"ls {file.parent}; nybble eval RUN --text FILE.txt")
+    try:
+        refuse_stranger(file)
+        text = document(file)
+    except DataError as error:
+        raise EvaluationError(f"the text cannot be read: {error.what}", where=error.where, fix=error.fix) from error
+    except OSError as error:
+        raise EvaluationError(f"the text cannot be read: {error.strerror}", where=str(file)) from error
+    if not text.strip():
+        raise EvaluationError(f"the text {file} is empty", fix="give --text a file with text in it")
+    return Text(file, text)
