@@ -11,7 +11,7 @@ from rich.console import Console
 
 from nybble.cli.app import app, quiet
 from nybble.cli.extras import make_converter, make_harness, make_preflight
-from nybble.cli.words import Config, data_recipe, train_recipe
+from nybble.cli.words import LOOSE, Config, data_recipe, refuse_missing, train_recipe
 from nybble.errors import RecipeError
 from nybble.launch import rank, refuse_second_launcher, world_size
 
@@ -36,14 +36,15 @@ def doctor(
     raise typer.Exit(exit_status(findings))
 
 
-@data.command()
+@data.command(context_settings=LOOSE)
 def check(
+    context: typer.Context,
     words: Words = None,
     config: Config = None,
     png: Annotated[pathlib.Path | None, typer.Option(help="Draw the lengths of rows there.")] = None,
 ) -> None:
     """Is this data fit? Rows, forms, faults with file:line; with MODEL also tokens, masks, lengths, steps and time."""
-    recipe = data_recipe(words or [], config)
+    recipe = data_recipe(words or [], config, context)
     quiet()
     from nybble.check import check as look
 
@@ -51,15 +52,16 @@ def check(
         raise typer.Exit(1)
 
 
-@data.command()
+@data.command(context_settings=LOOSE)
 def preview(
+    context: typer.Context,
     words: Words = None,
     config: Config = None,
     count: Annotated[int, typer.Option("-n", "--rows", min=1, help="How many rows.")] = 3,
     ids: Annotated[bool, typer.Option("--ids", help="Show token ids too.")] = False,
 ) -> None:
     """The exact text the model reads: trained tokens in one colour, others in another, control tokens visible."""
-    recipe = data_recipe(words or [], config)
+    recipe = data_recipe(words or [], config, context)
     if not recipe.model.path:
         raise RecipeError("MODEL is missing", fix="nybble data preview DATA MODEL; a folder with its tokenizer will do")
     quiet()
@@ -69,8 +71,9 @@ def preview(
     show(recipe.data, describe(recipe)[0], count, Console(), ids=ids)
 
 
-@app.command()
+@app.command(context_settings=LOOSE)
 def train(
+    context: typer.Context,
     words: Annotated[
         list[str] | None,
         typer.Argument(metavar="[MODEL DATA] [KEY=VALUE ...]", help="Base model, data, and options of the recipe."),
@@ -81,7 +84,7 @@ def train(
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the whole recipe and stop.")] = False,
 ) -> None:
     """Train an adapter: nybble train MODEL DATA key=value ..., or -c recipe.yaml, or both. Gives runs/NAME."""
-    recipe = train_recipe(words or [], config, resume, processes)
+    recipe = train_recipe(words or [], config, resume, processes, context)
     if print_config:
         from nybble.recipe import dump_recipe
 
@@ -90,6 +93,8 @@ def train(
     for name, what in (("MODEL", recipe.model.path), ("DATA", recipe.data.path)):
         if not what:
             raise RecipeError(f"{name} is missing", fix="nybble train MODEL DATA, or -c recipe.yaml")
+    if resume is None:
+        refuse_missing(recipe)
     if recipe.train.processes > 1 and world_size() != recipe.train.processes:
         refuse_second_launcher(recipe.train.processes)
         from nybble.processes import run_processes

@@ -145,7 +145,11 @@ def _explain(detail: ErrorDetails, places: Mapping[str, str]) -> Iterator[str]:
     key = ".".join(whole)  # what follows an option's name, union members and positions, is pydantic's
     place = f" ({places[key]})" if key in places else ""
     if detail["type"] == "extra_forbidden":
-        yield f"{key}: unknown option{place}{_did_you_mean(key, detail['input'] if not place else None)}"
+        value = detail["input"]
+        # A word for a section that there is not comes as a mapping.
+        inside = {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) and not place else {}
+        for name, inner in (inside or {key: None if place else value}).items():
+            yield f"{name}: unknown option{place}{_did_you_mean(name, inner)}"
     elif detail["type"] == "value_error" and not key:
         yield from str(detail["ctx"]["error"]).splitlines()
     else:
@@ -170,6 +174,7 @@ def _did_you_mean(key: str, value: Any) -> str:
 def nearest_option(key: str) -> str | None:
     """The option whose name, or the last part of it, looks most like this one."""
     known = list(option_names())
+    key = key.lower()
     leaf = key.rsplit(".", 1)[-1]
     by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)

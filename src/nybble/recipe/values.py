@@ -5,7 +5,7 @@ YAML alone would read a revision of 123456 as a number, 2024-01-01 as a date and
 
 from __future__ import annotations
 
-import pathlib
+import os
 import re
 import shlex
 import types
@@ -49,6 +49,8 @@ def kinds_of(key: str) -> tuple[Any, ...] | None:
     *path, leaf = key.split(".")
     for name in path:
         field = section.model_fields.get(name)
+        if field is not None and name == path[-1] and get_origin(field.annotation) is dict:
+            return _kinds(get_args(field.annotation)[1])  # data.map.prompt=question
         if field is None or not _is_section(field.annotation):
             return None
         section = field.annotation  # type: ignore[assignment]
@@ -73,7 +75,7 @@ def read_word(text: str, kinds: tuple[Any, ...] | None) -> Any:
     if text[:1] in ("'", '"') and len(text) > 1 and text[-1] == text[0]:
         return read_node(yaml.compose(text, Plain), kinds)
     if text[:1] in ("[", "{") and any(get_origin(kind) in (list, dict) for kind in kinds):
-        if not (str in kinds and pathlib.Path(text).exists()):
+        if not (str in kinds and os.path.exists(text)):
             return read_node(yaml.compose(text, Plain), kinds)
     return _read_text(text, kinds)
 
