@@ -16,7 +16,7 @@ RANK = {
     "__main__": 10, "cli": 9, "demo": 8, "doctor": 8, "export": 8, "training": 7, "check": 7,
     "trainer": 6, "callbacks": 6, "record": 6, "trackers": 6, "announce": 6, "out_of_memory": 6, "evaluate": 5, "serve": 5,
     "inference": 4, "optimizer": 4, "data": 3, "model": 3, "engine": 3, "plan": 2,
-    "launch": 1, "processes": 1, "quantized": 1, "run": 1, "recipe": 1, "errors": 0, "__init__": 0,
+    "launch": 1, "processes": 1, "quantized": 1, "run": 1, "recipe": 1, "terminal": 0, "errors": 0, "__init__": 0,
 }  # fmt: skip
 WITHIN = {
     ("announce", "trainer"),

@@ -90,7 +90,6 @@ VALUES = {
     "data.map={prompt:question,completion:2024-01-01}": {"prompt": "question", "completion": "2024-01-01"},
     "data.map=prompt:question,completion:answer": {"prompt": "question", "completion": "answer"},
     "data.map.prompt=on": "on",
-    "data.map.prompt=on": "on",
     "lora.targets=q_proj,v_proj": ["q_proj", "v_proj"],
     "lora.targets=[q_proj, v_proj]": ["q_proj", "v_proj"],
     "lora.targets=q_proj": ["q_proj"],
@@ -142,7 +141,11 @@ def test_what_a_shell_makes_of_braces_adds_up():
     words = ["data.map=prompt:question", "data.map=completion:answer", "lora.targets=q_proj", "lora.targets=v_proj"]
     recipe = load_recipe(None, [*words, "data.path=a.jsonl", "data.path=b.jsonl", "train.epochs=2", "train.epochs=3"])
     assert recipe.data.map == {"prompt": "question", "completion": "answer"}
-    assert (recipe.lora.targets, recipe.data.path, recipe.train.epochs) == (["q_proj", "v_proj"], ["a.jsonl", "b.jsonl"], 3)
+    assert (recipe.lora.targets, recipe.data.path, recipe.train.epochs) == (
+        ["q_proj", "v_proj"],
+        ["a.jsonl", "b.jsonl"],
+        3,
+    )
 
 
 @pytest.mark.parametrize("key", list(option_names()))

@@ -14,11 +14,7 @@ from nybble.model.base import Base, Footprint
 from nybble.plan.schedule import Schedule
 from nybble.recipe import DataOptions
 from nybble.run import Run
-
-
-def tell(console: Console, text: str) -> None:
-    """A line of the report; the terminal wraps it, so that it stays whole in a log."""
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
+from nybble.terminal import tell
 
 
 def tell_data(console: Console, data: Prepared, options: DataOptions, seconds: float) -> None:

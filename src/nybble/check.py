@@ -30,6 +30,7 @@ from nybble.plan.schedule import plan_steps
 from nybble.plan.speed import estimate
 from nybble.recipe import Recipe
 from nybble.run import CACHE
+from nybble.terminal import tell
 
 LABEL = 11  # characters before a line's text
 
@@ -262,7 +263,7 @@ def _plural(count: int, noun: str) -> str:
 
 
 def _line(console: Console, label: str, text: str, style: str = "") -> None:
-    console.print(Text(f"{label:<{LABEL}}").append(text, style=style or None), soft_wrap=True, highlight=False)
+    tell(console, f"{label:<{LABEL}}{text}", style, hang=LABEL)
 
 
 @contextmanager

@@ -9,12 +9,13 @@ import errno
 import io
 import sys
 
-import typer
+from rich.console import Console
 
 from nybble.cli import training, using
 from nybble.cli.app import app
 from nybble.errors import NybbleError
 from nybble.launch import rank
+from nybble.terminal import tell_error
 
 __all__ = ["main", "training", "using"]
 
@@ -39,6 +40,4 @@ def main() -> None:
 
 
 def _complain(text: str) -> None:
-    who = f"process {rank()}: " if rank() else ""
-    typer.secho(f"{who}error: ", fg="red", bold=True, nl=False, err=True)
-    typer.echo(text, err=True)
+    tell_error(Console(stderr=True), f"process {rank()}: " if rank() else "", text)

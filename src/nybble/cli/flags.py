@@ -70,7 +70,8 @@ def sort_words(words: Sequence[str], places: tuple[str, str], own: Sequence[str]
     names = " and ".join(place.split(".")[0].upper() for place in places)
     if len(named) > 2:
         raise RecipeError(
-            f"at most {names}, then key=value; what is {named[2]!r}?", fix="options are written key=value: train.epochs=2"
+            f"at most {names}, then key=value; what is {named[2]!r}?",
+            fix="options are written key=value: train.epochs=2",
         )
     texts = dict(zip(places, named, strict=False))
     for key, text in texts.items():

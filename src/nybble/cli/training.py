@@ -11,7 +11,7 @@ from rich.console import Console
 
 from nybble.cli.app import app, quiet
 from nybble.cli.extras import make_converter, make_harness, make_preflight
-from nybble.cli.words import LOOSE, Config, data_recipe, refuse_missing, train_recipe
+from nybble.cli.words import LOOSE, Config, data_recipe, own_options, refuse_missing, train_recipe
 from nybble.errors import RecipeError
 from nybble.launch import rank, refuse_second_launcher, world_size
 
@@ -44,7 +44,8 @@ def check(
     png: Annotated[pathlib.Path | None, typer.Option(help="Draw the lengths of rows there.")] = None,
 ) -> None:
     """Is this data fit? Rows, forms, faults with file:line; with MODEL also tokens, masks, lengths, steps and time."""
-    recipe = data_recipe(words or [], config, context)
+    recipe = data_recipe(words or [], config, own_options(context))
+    refuse_missing(recipe)
     quiet()
     from nybble.check import check as look
 
@@ -61,7 +62,8 @@ def preview(
     ids: Annotated[bool, typer.Option("--ids", help="Show token ids too.")] = False,
 ) -> None:
     """The exact text the model reads: trained tokens in one colour, others in another, control tokens visible."""
-    recipe = data_recipe(words or [], config, context)
+    recipe = data_recipe(words or [], config, own_options(context))
+    refuse_missing(recipe)
     if not recipe.model.path:
         raise RecipeError("MODEL is missing", fix="nybble data preview DATA MODEL; a folder with its tokenizer will do")
     quiet()
@@ -84,7 +86,7 @@ def train(
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the whole recipe and stop.")] = False,
 ) -> None:
     """Train an adapter: nybble train MODEL DATA key=value ..., or -c recipe.yaml, or both. Gives runs/NAME."""
-    recipe = train_recipe(words or [], config, resume, processes, context)
+    recipe = train_recipe(words or [], config, resume, processes, own_options(context))
     if print_config:
         from nybble.recipe import dump_recipe
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,30 +23,35 @@ def train_recipe(
     config: pathlib.Path | None,
     resume: pathlib.Path | None,
     processes: int | None,
-    context: typer.Context,
+    own: Sequence[str] = (),
 ) -> Recipe:
     """What to train: the resumed run's own, or MODEL, DATA and KEY=VALUE over a file."""
     if resume is not None:
         if words or config is not None or processes is not None:
             raise RecipeError(
-                "--resume goes on with the run's own recipe and takes no other option", fix=f"nybble train --resume {resume}"
+                "--resume goes on with the run's own recipe and takes no other option",
+                fix=f"nybble train --resume {resume}",
             )
         from nybble.run import open_run
 
         return open_run(resume).recipe
     more = [f"train.processes={processes}"] if processes is not None else []
-    return _recipe(words, config, ("model.path", "data.path"), context, more)
+    return _recipe(words, config, ("model.path", "data.path"), own, more)
 
 
-def data_recipe(words: list[str], config: pathlib.Path | None, context: typer.Context) -> Recipe:
+def data_recipe(words: list[str], config: pathlib.Path | None, own: Sequence[str] = ()) -> Recipe:
     """What to look at: DATA, MODEL and KEY=VALUE over a file."""
-    recipe = _recipe(words, config, ("data.path", "model.path"), context)
+    recipe = _recipe(words, config, ("data.path", "model.path"), own)
     if not recipe.data.path:
         raise RecipeError(
             "DATA is missing", fix="nybble data check DATA, a file, folder, pattern or Hub id; or -c recipe.yaml"
         )
-    refuse_missing(recipe)
     return recipe
+
+
+def own_options(context: typer.Context) -> list[str]:
+    """A command's own options, such as --config."""
+    return [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
 
 
 def refuse_missing(recipe: Recipe) -> None:
@@ -81,11 +87,10 @@ def _missing(kind: type[NybbleError], what: str, path: str) -> NybbleError:
 
 
 def _recipe(
-    words: list[str], config: pathlib.Path | None, places: tuple[str, str], context: typer.Context, more: Any = ()
+    words: list[str], config: pathlib.Path | None, places: tuple[str, str], own: Sequence[str], more: Any = ()
 ) -> Recipe:
     from nybble.cli.flags import sort_words
     from nybble.recipe import load_recipe
 
-    own = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
     texts, options = sort_words(words, places, own)
     return load_recipe(config, [*options, *more], texts=texts)

@@ -38,6 +38,7 @@ from nybble.export.tell import tell_comparison, tell_verdicts
 from nybble.export.updates import read_updates, refuse_altered
 from nybble.inference.pipeline import load_answerer
 from nybble.run import CACHE, Run, check_disk, nearest, write_text
+from nybble.terminal import tell as tell_line
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,12 @@ def export(
         write_text(folder / "README.md", write_card(subject))
     failed.unlink(missing_ok=True)
     size = sum(file.stat().st_size for file in target.iterdir())
-    console.print(f"done      {target}, {size / 1e9:.2f} GB; its README.md says how to load it", soft_wrap=True)
+    tell_line(console, f"done      {target}, {size / 1e9:.2f} GB; its README.md says how to load it")
     # 5. To the Hub.
     if wanted.repo is not None:
         with console.status(f"uploading to {wanted.repo}"):
             page = push(target, wanted.repo, withheld=REPORT)  # it shows validation rows, which are the user's own
-        console.print(f"pushed    {page}")
+        tell_line(console, f"pushed    {page}")
     return target
 
 
@@ -152,7 +153,7 @@ def refuse_taken(target: pathlib.Path) -> None:
 def tell(console: Console, notices: Sequence[str]) -> None:
     """What is worth knowing, a line each."""
     for notice in notices:
-        console.print(f"          [yellow]{notice}[/]", highlight=False)
+        tell_line(console, f"          {notice}", "yellow")
 
 
 @contextlib.contextmanager

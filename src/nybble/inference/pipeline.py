@@ -28,7 +28,7 @@ from nybble.model.checkpoint import find_checkpoint, fingerprint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.quantized import dequantise_where_room
-from nybble.run import CACHE, Run
+from nybble.run import CACHE, Run, open_run
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,9 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+
+
+GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,11 @@ class Answerer:
     """Of the base's weights."""
     adapter: str = "default"
     """PEFT's name of the run's adapter: several runs of one base share `model`."""
+    system: str = ""
+    """The system message that most training rows begin with, to be said as the first message of a conversation."""
 
     def answer(
-        self, conversations: Sequence[Conversation], sampling: Sampling, streamer: BaseStreamer | None = None
+        self, conversations: Sequence[Conversation], sampling: Sampling = GREEDY, streamer: BaseStreamer | None = None
     ) -> list[str]:
         """The assistant's next message in each conversation; all in one batch."""
         prompts = [encode_prompt(self.template, conversation) for conversation in conversations]
@@ -156,19 +161,22 @@ def _pad_after(rows: Sequence[list[int]], shared: int, pad_id: int) -> tuple[tor
     return torch.tensor(ids), torch.tensor(mask)
 
 
-def load_answerer(run: Run, cache: pathlib.Path = CACHE, device: str = "auto", *, dequantise: bool = False) -> Answerer:
+def load_answerer(
+    run: Run | str | pathlib.Path, cache: pathlib.Path = CACHE, device: str = "auto", *, dequantise: bool = False
+) -> Answerer:
     """Load a run to answer with: base as in training, adapter, tokenizer and template of the run.
 
     Args:
-        run: the run.
+        run: the run, or the path of its folder.
         cache: where quantised bases are kept.
         device: auto, cuda or cpu.
         dequantise: on a CPU with room for them, hold the base's weights dequantised: the same answers, sooner.
 
     Raises:
-        ModelError: the base is gone or not the one the adapter fits; --base says where it is.
+        RunError: there is no run.
+        ModelError: the base is gone or not the one the adapter fits; `open_run(path, base)` says where it is.
     """
-    (answerer,) = load_answerers([run], cache, device, dequantise=dequantise)
+    (answerer,) = load_answerers([run if isinstance(run, Run) else open_run(run)], cache, device, dequantise=dequantise)
     return answerer
 
 
@@ -200,7 +208,7 @@ def load_answerers(
     answerers = []
     for run, name in zip(runs, names, strict=True):
         tokenizer, template = load_template(run, checkpoint.folder)
-        answerers.append(Answerer(model, tokenizer, template, base.fingerprint, name))
+        answerers.append(Answerer(model, tokenizer, template, base.fingerprint, name, run.system))
     return answerers
 
 

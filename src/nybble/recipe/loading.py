@@ -73,7 +73,9 @@ def _read_yaml(file: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise RecipeError(f"not valid YAML: {error.problem}", where=f"{file}:{line}") from error
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
-        raise RecipeError(f"a character that YAML does not allow: {error.character:#x}", where=f"{file}:{line}") from error
+        raise RecipeError(
+            f"a character that YAML does not allow: {error.character:#x}", where=f"{file}:{line}"
+        ) from error
     if tree is None:
         return {}, {}
     if not isinstance(tree, dict):
@@ -134,8 +136,9 @@ def _joined(before: Any, value: Any) -> Any:
     """Two words for one list or mapping: what a shell makes of braces without quotes."""
     if isinstance(before, dict) and isinstance(value, dict):
         return before | value
-    lists = [part if isinstance(part, list) else [part] for part in (before, value) if not isinstance(part, dict)]
-    return sum(lists, []) if len(lists) == 2 else value
+    if isinstance(before, dict) or isinstance(value, dict):
+        return value
+    return [*(before if isinstance(before, list) else [before]), *(value if isinstance(value, list) else [value])]
 
 
 def _explain(detail: ErrorDetails, places: Mapping[str, str]) -> Iterator[str]:
@@ -147,7 +150,9 @@ def _explain(detail: ErrorDetails, places: Mapping[str, str]) -> Iterator[str]:
     if detail["type"] == "extra_forbidden":
         value = detail["input"]
         # A word for a section that there is not comes as a mapping.
-        inside = {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) and not place else {}
+        inside = (
+            {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) and not place else {}
+        )
         for name, inner in (inside or {key: None if place else value}).items():
             yield f"{name}: unknown option{place}{_did_you_mean(name, inner)}"
     elif detail["type"] == "value_error" and not key:
@@ -155,7 +160,11 @@ def _explain(detail: ErrorDetails, places: Mapping[str, str]) -> Iterator[str]:
     else:
         given, kinds = detail["input"], kinds_of(key)
         inner = [name for name in option_names() if name.startswith(key + ".")]  # of a section that was given a value
-        shown = f"; e.g. {example(key if kinds else inner[0], near=str(given), in_file=bool(place))}" if kinds or inner else ""
+        shown = (
+            f"; e.g. {example(key if kinds else inner[0], near=str(given), in_file=bool(place))}"
+            if kinds or inner
+            else ""
+        )
         what = "the value is missing" if given is None else f"{_lower(detail['msg'])}, not {given!r}"
         yield f"{key}: {what}{place}{shown}"
 

@@ -12,7 +12,11 @@ class Options(BaseModel):
     """A section of the recipe: unknown keys are refused, values are checked when set."""
 
     model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 
@@ -224,7 +228,9 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         "train.eval_tasks: are scored where the validation rows are, and data.validation is 0",
     )
     yield (
-        not no_validation and train.keep_best and None not in (train.save_every, train.evaluate_every)
+        not no_validation
+        and train.keep_best
+        and None not in (train.save_every, train.evaluate_every)
         and train.save_every != train.evaluate_every,
         f"train.save_every: {train.save_every} differs from the {train.evaluate_every} steps between evaluations, so the best "
         f"adapter might not be among the saved; train.save_every={train.evaluate_every}, or train.keep_best=false",

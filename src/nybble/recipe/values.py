@@ -10,7 +10,7 @@ import re
 import shlex
 import types
 from collections.abc import Iterable
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -37,7 +37,7 @@ EXAMPLES = {
 class Plain(yaml.SafeLoader):
     """YAML without dates: no option is one."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -74,9 +74,9 @@ def read_word(text: str, kinds: tuple[Any, ...] | None) -> Any:
         return yaml.load(text, Plain)  # Plain is a SafeLoader
     if text[:1] in ("'", '"') and len(text) > 1 and text[-1] == text[0]:
         return read_node(yaml.compose(text, Plain), kinds)
-    if text[:1] in ("[", "{") and any(get_origin(kind) in (list, dict) for kind in kinds):
-        if not (str in kinds and os.path.exists(text)):
-            return read_node(yaml.compose(text, Plain), kinds)
+    is_nested = text[:1] in ("[", "{") and any(get_origin(kind) in (list, dict) for kind in kinds)
+    if is_nested and not (str in kinds and os.path.exists(text)):
+        return read_node(yaml.compose(text, Plain), kinds)
     return _read_text(text, kinds)
 
 
@@ -135,7 +135,9 @@ def example(key: str, *, near: str = "", in_file: bool = False) -> str:
         value = "true"
     else:
         default = _default(key)
-        value = f"{default:g}" if isinstance(default, int | float) else str(default or ("100" if int in kinds else "NAME"))
+        value = (
+            f"{default:g}" if isinstance(default, int | float) else str(default or ("100" if int in kinds else "NAME"))
+        )
     if in_file:
         return f"{key.rsplit('.', 1)[-1]}: {_as_yaml(value, kinds)}"
     return shlex.quote(f"{key}={value}") if not re.fullmatch(r"[\w.,:/=-]+", value) else f"{key}={value}"

@@ -28,6 +28,8 @@ class Model:
     """Tokens of prompt and answer together."""
     parent: str | None
     """The base that a run was tuned from; None for the base itself."""
+    system: str = ""
+    """The system message that most training rows begin with."""
 
 
 @dataclass(frozen=True)

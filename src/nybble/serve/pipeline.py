@@ -34,7 +34,7 @@ class PipelineEngine:
     def __init__(self, answerers: dict[str, Answerer], base: str, metrics: Metrics, *, queue: int) -> None:
         first = next(iter(answerers.values()))
         positions = first.model.config.max_position_embeddings
-        self.models = {name: Model(name, own.template, positions, base) for name, own in answerers.items()}
+        self.models = {name: Model(name, own.template, positions, base, own.system) for name, own in answerers.items()}
         self.models[base] = Model(base, first.template, positions, None)
         self.speakers = {name: (own, True) for name, own in answerers.items()} | {base: (first, False)}
         self.about = (
