@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import uuid
 from collections.abc import Sequence
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -24,6 +25,7 @@ def run_processes(count: int, words: Sequence[str]) -> int:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=count,
+        run_id=uuid.uuid4().hex,  # else torch makes one, and warns
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nybble.cli.app import app, quiet
+from nybble.cli.app import Documented, app, quiet
 from nybble.cli.extras import make_converter, make_harness, make_preflight
-from nybble.cli.words import LOOSE, Config, data_recipe, own_options, refuse_missing, train_recipe
+from nybble.cli.words import LOOSE, Config, complete_words, data_recipe, own_options, refuse_missing, train_recipe
 from nybble.errors import RecipeError
 from nybble.launch import rank, refuse_second_launcher, world_size
 
@@ -19,7 +19,11 @@ data = typer.Typer(no_args_is_help=True, help="Look at data before training on i
 app.add_typer(data, name="data")
 Words = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[DATA] [MODEL] [KEY=VALUE ...]", help="Data, base model, and options of the recipe."),
+    typer.Argument(
+        metavar="[DATA] [MODEL] [KEY=VALUE ...]",
+        help="Data, base model, and options of the recipe.",
+        autocompletion=complete_words,
+    ),
 ]
 
 
@@ -73,12 +77,16 @@ def preview(
     show(recipe.data, describe(recipe)[0], count, Console(), ids=ids)
 
 
-@app.command(context_settings=LOOSE)
+@app.command(cls=Documented, context_settings=LOOSE)
 def train(
     context: typer.Context,
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL DATA] [KEY=VALUE ...]", help="Base model, data, and options of the recipe."),
+        typer.Argument(
+            metavar="[MODEL DATA] [KEY=VALUE ...]",
+            help="Base model, data, and options of the recipe.",
+            autocompletion=complete_words,
+        ),
     ] = None,
     config: Config = None,
     resume: Annotated[pathlib.Path | None, typer.Option(help="Go on with an interrupted run.")] = None,
@@ -103,6 +111,7 @@ def train(
 
         raise typer.Exit(run_processes(recipe.train.processes, sys.argv[1:]))
     quiet()
+    from nybble.training.preparation import leave_processes
     from nybble.training.train import resume as go_on
     from nybble.training.train import train as begin
 
@@ -119,6 +128,7 @@ def train(
             run = begin(recipe, console=console, benchmarks=harness, preflight=preflight)
     except KeyboardInterrupt:  # train has said what is left
         raise typer.Exit(130) from None
+    leave_processes()
     for target in targets if rank() == 0 else ():
         from nybble.export.export import Wanted
         from nybble.export.export import export as make

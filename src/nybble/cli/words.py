@@ -54,6 +54,35 @@ def own_options(context: typer.Context) -> list[str]:
     return [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
 
 
+def complete_words(incomplete: str) -> list[str]:
+    """What a word may become: an option of the recipe with its equals sign, one of its values, a file or folder."""
+    from nybble.recipe import option_names
+    from nybble.recipe.values import choices, example, kinds_of
+
+    key, equals, begun = incomplete.partition("=")
+    if equals:
+        kinds = kinds_of(key) or ()
+        words = [*choices(kinds), *(["true", "false"] if bool in kinds else [])]
+        return [f"{key}={word}" for word in words if word.startswith(begun)] or [
+            f"{key}={name}" for name in _paths(begun)
+        ]
+    names = [name for name in option_names() if incomplete and name.startswith(incomplete)]
+    # A shell puts a space behind the only word there is, and a value must follow without one.
+    shown = [example(name) for name in names] if len(names) == 1 else []
+    return [*(f"{name}=" for name in names), *shown, *_paths(incomplete)]
+
+
+def _paths(begun: str) -> list[str]:
+    folder = os.path.dirname(begun)
+    try:
+        entries = sorted(os.scandir(os.path.expanduser(folder) or "."), key=lambda entry: entry.name)
+    except OSError:
+        return []
+    shown = [entry for entry in entries if not entry.name.startswith(".") or os.path.basename(begun).startswith(".")]
+    names = [os.path.join(folder, entry.name) + ("/" if entry.is_dir() else "") for entry in shown]
+    return [name for name in names if name.startswith(begun)]
+
+
 def refuse_missing(recipe: Recipe) -> None:
     """Files and folders that can only be paths must be there: said before anything is loaded.
 
