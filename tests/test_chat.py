@@ -6,6 +6,7 @@ import io
 import json
 
 import pytest
+from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 
 import nybble
@@ -64,11 +65,9 @@ def given(monkeypatch):
     seen, real = [], chat._answer
 
     def spy(answerer, conversation, sampling, console):
-        active = any(
-            module.disable_adapters for module in answerer.model.modules() if hasattr(module, "disable_adapters")
-        )
+        is_base = any(layer.disable_adapters for layer in answerer.model.modules() if isinstance(layer, BaseTunerLayer))
         completion = real(answerer, conversation, sampling, console)
-        seen.append(("base" if active else "tuned", conversation, completion.text))
+        seen.append(("base" if is_base else "tuned", conversation, completion.text))
         return completion
 
     monkeypatch.setattr(chat, "_answer", spy)

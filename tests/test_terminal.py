@@ -113,4 +113,4 @@ def test_a_shell_completes_commands_options_and_files(typed, offered, tmp_path):
         [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True,
         cwd=tmp_path, check=False,
     )  # fmt: skip
-    assert said.stdout.split("\n") == offered, said.stderr
+    assert said.stdout.splitlines() == offered, said.stderr

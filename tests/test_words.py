@@ -10,6 +10,8 @@ import sys
 import pytest
 import yaml
 
+from test_train import open_run, recipe_for, train
+
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
@@ -179,3 +181,17 @@ def test_a_name_in_latin_1_is_a_path_and_is_shown(place):
         )
         assert message in said.stderr, said.stderr
         assert b"Traceback" not in said.stderr
+
+
+def test_a_run_on_rows_whose_name_is_latin_1(tiny_llama, rows, cache, tmp_path, quiet):
+    name = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    name.write_bytes(rows.read_bytes())
+    words = ["train.max_steps=1", "train.samples=0", "train.evaluate_every=1"]
+    run = train(recipe_for(tiny_llama, name, tmp_path / "run", *words), console=quiet, cache=cache)
+    assert open_run(run.folder).recipe.data.path == str(name)
+    for file in ("start.json", "summary.json"):
+        assert os.fsencode(name) == os.fsencode(path_in(json.loads((run.folder / file).read_text(encoding="utf-8"))))
+
+
+def path_in(record):
+    return record.get("recipe", record)["data"]["path"]

@@ -61,10 +61,11 @@ def tell_base(base: Base, size: Footprint, console: Console) -> None:
 def tell_adapter(model: PeftModel, size: Footprint, console: Console) -> int:
     """What is trained; returns how many parameters that is."""
     config = model.peft_config["default"]
+    targets = sorted({name.rsplit(".", 1)[-1] for name in config.target_modules})  # of few layers PEFT names each
     trained: int = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     tell(
         console,
-        f"adapter   r {config.r}, alpha {config.lora_alpha:g} on {', '.join(sorted(config.target_modules))}: "
+        f"adapter   r {config.r}, alpha {config.lora_alpha:g} on {', '.join(targets)}: "
         f"{trained:,} trained parameters, {trained / (size.parameters + trained):.2%} of all",
     )
     return trained

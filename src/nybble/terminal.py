@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -39,14 +40,22 @@ def hung(console: Console, text: Text, hang: int) -> Text:
         label, body, hang = Text(), text, 2
     else:
         label, body = text.divide([hang])
-    body.plain = COMMAND.sub(
-        lambda found: found[0].rstrip().replace(" ", JOINT) + " " * found[0].endswith(" "), body.plain
-    )
-    lines = body.wrap(console, console.width - hang, overflow="ignore")
+    lines = body.divide(_breaks(body.plain, console.width - hang))
     for line in lines:
         line.rstrip()
-        line.plain = line.plain.replace(JOINT, " ")
     return label + Text("\n" + " " * hang).join(lines)
+
+
+def _breaks(text: str, room: int) -> list[int]:
+    """Where lines of so many cells begin. Rich's own wrapping folds or cuts what is longer than a line."""
+    whole = COMMAND.sub(lambda found: found[0].rstrip().replace(" ", JOINT) + " " * found[0].endswith(" "), text)
+    places, filled = [], 0
+    for word in re.finditer(r"^\s+|\S+\s*", whole):
+        if filled and filled + cell_len(word[0].rstrip()) > room:
+            places.append(word.start())
+            filled = 0
+        filled += cell_len(word[0])
+    return places
 
 
 def tell_error(console: Console, who: str, error: str) -> None:
@@ -57,4 +66,4 @@ def tell_error(console: Console, who: str, error: str) -> None:
     for line in others:
         begins = re.match(r"\s*(where:|fix:|-)?\s*", line)
         assert begins is not None, "the pattern matches everything"
-        tell(console, line, hang=begins.end())
+        tell(console, line, hang=begins.end() + (0 if begins[1] else 2))

@@ -54,7 +54,7 @@ def show_help(
             there = ", ".join(getattr(here.command, "commands", {})) or "no commands below it"
             raise RecipeError(f"there is no command {' '.join(words or [])}; there are {there}", fix="nybble help")
         here = typer.Context(command, parent=here, info_name=word)
-    typer.echo(here.get_help(), nl=False)
+    typer.echo(here.get_help())
 
 
 def quiet() -> None:

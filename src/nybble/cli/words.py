@@ -104,7 +104,7 @@ def refuse_missing(recipe: Recipe) -> None:
         raise _missing(DataError, f"there is no template {data.template}", data.template)
 
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 
 
 def _can_be_only_a_path(name: str) -> bool:
