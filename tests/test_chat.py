@@ -31,7 +31,7 @@ def taught(tiny_llama, cache, tmp_path_factory):
             turns = [{"role": "user", "content": f"say one two {n}"}, {"role": "assistant", "content": "two one"}]
             system = [{"role": "system", "content": SYSTEM if n % 5 else f"Odd {n}."}] if n % 7 else []
             stream.write(json.dumps({"messages": [*system, *turns]}) + "\n")
-    words = ["data.template=llama2", "train.max_steps=2", "train.samples=0"]
+    words = ["data.template=llama2", "train.max_steps=6", "train.learning_rate=5e-2", "train.samples=0"]
     return train(
         recipe_for(tiny_llama, folder / "rows.jsonl", folder / "run", *words), console=Console(quiet=True), cache=cache
     )

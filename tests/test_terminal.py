@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from nybble.cli.keys import EXAMPLES, KEYS
+from nybble.data import histogram
 from nybble.recipe import Recipe, option_names
 from nybble.terminal import COMMAND, tell, tell_error
 
@@ -63,6 +64,7 @@ def test_an_error_hangs_under_its_parts_and_its_command_stays_whole(width):
         ("nybble train --resume runs/a to go on, or out=B", "nybble train --resume runs/a to go on"),
         ("done      runs/a; talk to it: nybble chat runs/a", "nybble chat runs/a"),
         ("pip install 'nybble[eval]', or --tasks none", "pip install 'nybble[eval]'"),
+        ("data.map=a:b, or 'data.map={a: b, c: d}'", "'data.map={a: b, c: d}'"),
         ("nybble trains models of the Llama architecture", None),
         ("a lower train.learning_rate", None),
     ],
@@ -70,6 +72,14 @@ def test_an_error_hangs_under_its_parts_and_its_command_stays_whole(width):
 def test_a_command_in_a_sentence_is_known(text, command):
     found = COMMAND.search(text)
     assert (found and found[0]) == command
+
+
+@pytest.mark.parametrize("room", [30, 49, 69, 129])
+def test_the_histogram_fits_the_terminal(room):
+    lengths = {n: 1 + n % 7 for n in range(40, 3000)}
+    lines = [line for line, _ in histogram.text(lengths, 1000, "#", room)]
+    assert max(map(len, lines)) <= room
+    assert any("#" in line for line in lines)
 
 
 def test_help_shows_examples_and_the_keys_used_most(here):

@@ -165,7 +165,7 @@ def _tell_lengths(console: Console, examined: Examined, recipe: Recipe) -> None:
     told = ", ".join(f"{name} up to {histogram.quantile(lengths, part):,}" for name, part in marks)
     _line(console, "a row", f"{min(lengths):,} to {max(lengths):,} tokens; {told}")
     block = "\u2588" if (console.encoding or "").lower().startswith("utf") else "#"
-    for line, is_over in histogram.text(lengths, limit, block):
+    for line, is_over in histogram.text(lengths, limit, block, console.width - LABEL):
         _line(console, "", line.rstrip(), "red" if is_over else "dim")
     if counts.overlength:
         lost = f", with {_plural(counts.lost_rows, 'row')} left without an answer" if counts.lost_rows else ""

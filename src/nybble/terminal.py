@@ -14,7 +14,7 @@ NARROW = 24  # with less room than this beside a label, lines hang by two charac
 JOINT = "\ue0f3"  # of Unicode's private use area: stands for a space at which a line must not be broken
 COMMAND = re.compile(
     r"(?<![\w/.-])(nybble (chat|data|demo|doctor|eval|export|help|serve|train)|(pip|hf|git) \w+|python3? -|ls|mv|iconv"
-    r"|accelerate launch|curl|kill) [^,;\n]*"
+    r"|accelerate launch|curl|kill) [^,;\n]*|'[\w.]+=[^'\n]*'"
 )
 
 
