@@ -263,7 +263,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     )
     for name, text in (("model.path", recipe.model.path), ("adapter", recipe.adapter), ("out", recipe.out)):
         yield (
-            bool(text) and not text.isascii() and any("\udc80" <= character <= "\udcff" for character in text),
+            any("\udc80" <= character <= "\udcff" for character in text or ""),
             f"{name}: {text!r} is not UTF-8, and the libraries that read and write models take no other names; rename it",
         )
     yield lora.targets == [], "lora.targets: an empty list trains nothing; name layers or say all-linear"

@@ -10,7 +10,7 @@ import re
 import shlex
 import types
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -37,10 +37,11 @@ EXAMPLES = {
 class Plain(yaml.SafeLoader):
     """YAML without dates: no option is one."""
 
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+
+Plain.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def kinds_of(key: str) -> tuple[Any, ...] | None:
@@ -96,6 +97,7 @@ def read_node(node: yaml.Node | None, kinds: tuple[Any, ...] | None) -> Any:
     value = next((get_args(kind)[1] for kind in kinds if get_origin(kind) is dict), None)
     if value is None or value is Any:
         return _constructed(node)
+    assert isinstance(node, yaml.MappingNode), "scalars and sequences are read above"
     _flatten(node)
     pairs = [_pair(key, child) for key, child in node.value]
     return {name: read_node(child, _kinds(value)) for name, child in pairs}
