@@ -65,7 +65,7 @@ def test_print_config_prints_a_recipe_that_train_reads(tmp_path):
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["train", "m", "d", "lora.rr=4", "train.epoch=2"], 2, "did you mean lora.r?"),
+        (["train", "m", "d", "lora.rr=4", "train.epoch=2"], 2, "did you mean lora.r=4?"),
         (["train", "a", "b", "c"], 2, "at most MODEL and DATA"),
         (["help", "nothing"], 2, "there is no command nothing"),
         (["train"], 2, "MODEL is missing"),
