@@ -68,7 +68,7 @@ class Run:
 
     @property
     def system(self) -> str:
-        """The system message that most training rows begin with; empty where there is none, or of a run before 0.6."""
+        """The system message that most training rows begin with; empty where there is none, or an older version made the run."""
         file = self.folder / "summary.json"
         if self.is_bare_adapter or not file.exists():
             return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -116,7 +116,7 @@ def _missing(kind: type[NybbleError], what: str, path: str) -> NybbleError:
 
 
 def _recipe(
-    words: list[str], config: pathlib.Path | None, places: tuple[str, str], own: Sequence[str], more: Any = ()
+    words: list[str], config: pathlib.Path | None, places: tuple[str, str], own: Sequence[str], more: Sequence[str] = ()
 ) -> Recipe:
     from nybble.cli.flags import sort_words
     from nybble.recipe import load_recipe
