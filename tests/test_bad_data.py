@@ -210,3 +210,27 @@ def test_the_map_that_a_message_names_makes_the_row_readable(tmp_path, tiny_toke
 def test_a_file_of_no_known_kind_is_named(tmp_path, tiny_tokenizer, cache):
     with pytest.raises(DataError, match=r"what\.xyz is of no kind that nybble reads"):
         prepare(DataOptions(path=str(written(tmp_path, "what.xyz", "x"))), tiny_tokenizer, 0, cache)
+
+
+def test_equal_faults_are_one_line(tmp_path, tiny_tokenizer, cache):
+    good = '{"prompt": "a", "completion": "b%d"}'
+    lines = [good % n for n in range(70)]
+    for n in [*range(1, 61), 65, 66]:
+        lines[n] = '{"prompt": "a", "completion": ""}'
+    lines[30] = "\n" + lines[30]  # a blank line divides nothing
+    lines[62] = '{"prompt": 1, "completion": "b"}'
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    (tmp_path / "scattered.jsonl").write_text("\n".join((good % n, '{"prompt": "a"}')[n % 2] for n in range(20)))
+    options = DataOptions(path=str(tmp_path), validation=0, template="llama2")
+    for cached in (False, True):
+        examined = examine(options, tiny_tokenizer, cache)
+        assert examined.cached == cached
+        with pytest.raises(DataError) as caught:
+            refuse_unfit(examined, options)
+        print(caught.value)
+        told = str(caught.value).splitlines()
+        assert told[0].startswith("73 of 90 rows cannot be trained on")
+        assert told[1].startswith(f"  {tmp_path}/rows.jsonl, lines 2 to 62 and 67 to 68: a row without an answer")
+        assert told[2].startswith(f"  {tmp_path}/rows.jsonl:64: 'prompt' must be text")
+        assert told[3].startswith(f"  {tmp_path}/scattered.jsonl, lines 2, 4, 6 and 7 more places: ")
+        assert len(told) == 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from conftest import ROOT
 from nybble.errors import RecipeError
 from nybble.recipe import Recipe, dump_recipe, load_recipe, option_names
+from nybble.recipe.values import example
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
@@ -23,7 +26,7 @@ def test_all_faults_are_listed_together_with_their_lines(tmp_path):
     assert f"train.lerning_rate: unknown option ({file}:4); did you mean train.learning_rate?" in text
     assert f"train.micro_batch: input should be greater than or equal to 1, not 0 ({file}:5)" in text
     assert "lora.targets: input should be a valid list, not 7" in text
-    assert "epochs: unknown option; did you mean train.epochs?" in text
+    assert "epochs: unknown option; did you mean train.epochs=3?" in text
     assert "colour: unknown option" in text
     assert "has 6 faults" in text
 
@@ -40,7 +43,22 @@ def test_all_faults_are_listed_together_with_their_lines(tmp_path):
         (["train.epochs"], "options are written key=value"),
         (["train=3"], "train: input should be a valid dictionary"),
         (["train.seed=3", "train.seed.x=3"], "train.seed.x: seed is not a section"),
-        (["data.map={a"], "is not a value"),
+        (["data.map={a"], "data.map: '{a' does not close its brackets or quotes; e.g. data.map=prompt:question,"),
+        (["train.save_every=20", "train.evaluate_every=10"], "train.save_every: 20 differs from the 10 steps between"),
+        (["train.epochs="], "train.epochs: the value is missing; e.g. train.epochs=1"),
+        (["model.revision="], "e.g. model.revision=main, or model.revision=null for none"),
+        (["train.epochs=two"], "not 'two'; e.g. train.epochs=1"),
+        (["train.max_steps=1,000"], "not '1,000'; e.g. train.max_steps=100"),
+        (["train.learning_rate=inf"], "train.learning_rate: input should be a finite number"),
+        (["lora.dora=perhaps"], "not 'perhaps'; e.g. lora.dora=true"),
+        (["model.dtype=floaty"], "e.g. model.dtype=float16"),
+        (["data.map=question"], "e.g. data.map=prompt:question,completion:answer"),
+        (["model.rope_scaling=linear"], "e.g. 'model.rope_scaling={rope_type: linear, factor: 2.0}'"),
+        (["lora=16"], "not 16; e.g. lora.r=16"),
+        (["lora.r"], "'lora.r': options are written key=value, e.g. lora.r=16"),
+        (["train.lr=1e-4"], "train.lr: unknown option"),
+        (["out=caf\udce9"], "out: 'caf\\udce9' is not UTF-8"),
+        (["model.path=caf\udce9"], "model.path: 'caf\\udce9' is not UTF-8"),
     ],
 )
 def test_contradictions_and_malformed_words_are_refused(words, message):
@@ -48,6 +66,118 @@ def test_contradictions_and_malformed_words_are_refused(words, message):
         load_recipe(None, words)
     print(caught.value)
     assert message in str(caught.value)
+
+
+VALUES = {
+    # as it is typed: what it means
+    "model.path=1e5": "1e5",
+    "model.path=runs/lr=1e-4/a: b #c": "runs/lr=1e-4/a: b #c",
+    "model.revision=123456": "123456",
+    "model.revision=1e10": "1e10",
+    "model.revision=0o17": "0o17",
+    "model.revision=null": None,
+    "data.subset=2024-01-01": "2024-01-01",
+    "data.revision=1:30": "1:30",
+    "data.split=train[:10%]": "train[:10%]",
+    "data.path=*.jsonl": "*.jsonl",
+    "data.path=[a, 2024-01-01]": ["a", "2024-01-01"],
+    "data.path={a.jsonl: 2, 7: .5}": {"a.jsonl": 2.0, "7": 0.5},
+    "out=on": "on",
+    "out=null": None,
+    'out="a: b"': "a: b",
+    "tracker.project=no": "no",
+    "data.map={prompt: question, completion: on}": {"prompt": "question", "completion": "on"},
+    "data.map={prompt:question,completion:2024-01-01}": {"prompt": "question", "completion": "2024-01-01"},
+    "data.map=prompt:question,completion:answer": {"prompt": "question", "completion": "answer"},
+    "data.map.prompt=on": "on",
+    "lora.targets=q_proj,v_proj": ["q_proj", "v_proj"],
+    "lora.targets=[q_proj, v_proj]": ["q_proj", "v_proj"],
+    "lora.targets=q_proj": ["q_proj"],
+    "lora.targets=all-linear": "all-linear",
+    "export.to=merged,gguf": ["merged", "gguf"],
+    "data.validation=10%": 0.1,
+    "data.validation=0.1": 0.1,
+    "data.validation=held-out.jsonl": "held-out.jsonl",
+    "train.warmup=3%": 0.03,
+    "train.max_steps=010": 10,
+    "train.max_steps=1e3": 1000,
+    "train.max_steps=none": None,
+    "train.learning_rate=1e-4": 1e-4,
+    "lora.dora=yes": True,
+    "model.rope_scaling={rope_type: linear, factor: 2.0}": {"rope_type": "linear", "factor": 2.0},
+}
+
+
+def value_of(recipe, key):
+    for name in key.split("."):
+        recipe = recipe[name] if isinstance(recipe, dict) else getattr(recipe, name)
+    return recipe
+
+
+@pytest.mark.parametrize("word", VALUES)
+def test_a_value_is_read_by_the_type_of_its_option(word):
+    key = word.partition("=")[0]
+    found = value_of(load_recipe(None, [word]), key)
+    assert found == VALUES[word]
+    assert type(found) is type(VALUES[word])
+
+
+def test_a_file_is_read_by_the_same_types(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "model:\n  path: 1e5\n  revision: 2024-01-01\ndata: &rest\n  subset: 2024\n  validation: 10%\n"
+        "  map: {prompt: on, completion: 2024-13-45}\nlora:\n  targets: q_proj, v_proj\ntrain:\n  epochs: 2\n"
+        "  max_steps:\nout: 7\n"
+    )
+    recipe = load_recipe(file)
+    assert (recipe.model.path, recipe.model.revision, recipe.data.subset) == ("1e5", "2024-01-01", "2024")
+    assert (recipe.data.validation, recipe.data.map) == (0.1, {"prompt": "on", "completion": "2024-13-45"})
+    assert (recipe.lora.targets, recipe.train.epochs, recipe.train.max_steps) == (["q_proj", "v_proj"], 2.0, None)
+    assert recipe.out == "7"
+    assert load_recipe(file, ["data.map=input:context"]).data.map == {"input": "context"}, "a word replaces the file's"
+
+
+def test_what_a_shell_makes_of_braces_adds_up():
+    words = ["data.map=prompt:question", "data.map=completion:answer", "lora.targets=q_proj", "lora.targets=v_proj"]
+    recipe = load_recipe(None, [*words, "data.path=a.jsonl", "data.path=b.jsonl", "train.epochs=2", "train.epochs=3"])
+    assert recipe.data.map == {"prompt": "question", "completion": "answer"}
+    assert (recipe.lora.targets, recipe.data.path, recipe.train.epochs) == (
+        ["q_proj", "v_proj"],
+        ["a.jsonl", "b.jsonl"],
+        3,
+    )
+
+
+@pytest.mark.parametrize("key", list(option_names()))
+def test_the_example_of_every_option_is_right(key, tmp_path):
+    sections = key.split(".")[:-1]
+    beside = ["train.max_steps=9", "data.validation=3"] if key == "data.streaming" else []
+    (word,) = shlex.split(example(key))
+    recipe = load_recipe(None, [*beside, word])
+    file = tmp_path / "recipe.yaml"
+    file.write_text("".join(f"{name}:\n  " for name in sections) + example(key, in_file=True))
+    assert value_of(load_recipe(file, beside), key) == value_of(recipe, key)
+
+
+def test_a_recipe_in_latin_1_and_one_with_control_characters_get_a_message_with_the_line(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes("model:\n  path: café\n".encode("latin-1"))
+    with pytest.raises(RecipeError, match="not UTF-8: byte 0xe9") as caught:
+        load_recipe(file)
+    print(caught.value)
+    assert (caught.value.where, "iconv" in caught.value.fix) == (f"{file}:2", True)
+    file.write_text("model:\n  path: a\x07b\n")
+    with pytest.raises(RecipeError, match="a character that YAML does not allow: 0x7") as caught:
+        load_recipe(file)
+    assert caught.value.where == f"{file}:2"
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path)
+
+
+def test_a_name_of_other_bytes_survives_a_round_trip(tmp_path):
+    recipe = load_recipe(None, ["model.path=m", "data.path=caf\udce9.jsonl"])
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(tmp_path / "again.yaml") == recipe
 
 
 @pytest.mark.parametrize(("text", "line"), [("model: [\n", 2), ("- a\n", 1), ("a: b: c\n", 1)])
@@ -104,4 +234,5 @@ def test_any_number_for_any_option_is_taken_or_refused_by_name(name, value):
     except RecipeError as error:
         assert name.split(".")[-1] in str(error)  # noqa: PT017
     else:
-        assert getattr(recipe.train, name.split(".")[-1]) == value
+        found = getattr(recipe.train, name.split(".")[-1])
+        assert found == (str(value) if isinstance(found, str) else value)

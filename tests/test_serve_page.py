@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -10,12 +11,17 @@ from browser import CHROMIUM, browser
 from local_server import another_run, serving
 from nybble.serve.pipeline import load_pipeline
 
+SYSTEM = "Say it backwards."
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser")
 
 
 @pytest.fixture(scope="module")
 def server(tuned_run, cache):
-    runs = [tuned_run, another_run(tuned_run, "strong", 3.0)]
+    strong = another_run(tuned_run, "strong", 3.0)
+    summary = json.loads((strong.folder / "summary.json").read_text())
+    summary["data"]["system"] = SYSTEM
+    (strong.folder / "summary.json").write_text(json.dumps(summary))
+    runs = [tuned_run, strong]
     with serving(lambda metrics: load_pipeline(runs, metrics, device="cpu", queue=64, cache=cache)) as server:
         yield server
 
@@ -64,6 +70,24 @@ def test_a_chat_by_keyboard_streams_side_by_side(server, tmp_path):
                 assert page.run("document.documentElement.scrollWidth") <= width
         print(tmp_path)
         assert {re.match(r"https?://[^/]+", url)[0] for url in page.requested if url.startswith("http")} == {server.url}
+        assert not page.complaints
+
+
+def test_the_system_message_of_the_training_rows_is_offered(server, tmp_path):
+    with browser(tmp_path / "profile") as page:
+        page.open(server.url)
+        page.wait_for("document.querySelectorAll('#model option').length === 3")
+        choose = (
+            "(() => {{ $('model').value = '{}'; $('model').dispatchEvent(new Event('change')); "
+            "return $('system').value; }})()"
+        )
+        assert page.run(choose.format("run")) == ""
+        assert page.run(choose.format("strong")) == SYSTEM
+        assert page.run("$('saidby').textContent") == "System message, as in the training rows"
+        assert page.run("history('strong', 'hello')[0].content") == SYSTEM
+        assert page.run(choose.format("run")) == "", "another run's"
+        page.run("$('system').value = 'mine'")
+        assert page.run(choose.format("strong")) == "mine", "what was typed stays"
         assert not page.complaints
 
 

@@ -120,6 +120,7 @@ def test_a_bad_row_far_into_a_stream_is_left_out_and_named(tmp_path, tiny_tokeni
     assert len({sample["origin"] for sample in samples}) == 40
     assert f"{file}:41" in caplog.text
     assert f"{file}:42" in caplog.text
+    assert len(caplog.records) == 2, "each is named once, however often the stream comes round"
     with pytest.raises(DataError, match="2 of 42 rows cannot be trained on"):
         prepared(str(file), tiny_tokenizer, cache)
 

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nybble.data.formats import Message
     from nybble.engine.fuse import fuse, fusion, unfuse
     from nybble.errors import NybbleError
     from nybble.inference.pipeline import Answerer, Sampling
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.5.1"
 __all__ = [
     "Answerer",
+    "Message",
     "NybbleError",
     "Recipe",
     "Run",
@@ -36,6 +38,7 @@ __all__ = [
 
 _HOMES = {
     "Answerer": ("nybble.inference.pipeline", "Answerer"),
+    "Message": ("nybble.data.formats", "Message"),
     "NybbleError": ("nybble.errors", "NybbleError"),
     "Recipe": ("nybble.recipe", "Recipe"),
     "Run": ("nybble.run", "Run"),
@@ -55,4 +58,9 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'nybble' has no attribute {name!r}")
     module, attribute = _HOMES[name]
-    return getattr(importlib.import_module(module), attribute)
+    value = globals()[name] = getattr(importlib.import_module(module), attribute)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

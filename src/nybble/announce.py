@@ -14,11 +14,7 @@ from nybble.model.base import Base, Footprint
 from nybble.plan.schedule import Schedule
 from nybble.recipe import DataOptions
 from nybble.run import Run
-
-
-def tell(console: Console, text: str) -> None:
-    """A line of the report; the terminal wraps it, so that it stays whole in a log."""
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
+from nybble.terminal import tell
 
 
 def tell_data(console: Console, data: Prepared, options: DataOptions, seconds: float) -> None:
@@ -67,10 +63,11 @@ def tell_base(base: Base, size: Footprint, console: Console) -> None:
 def tell_adapter(model: PeftModel, size: Footprint, console: Console) -> int:
     """What is trained; returns how many parameters that is."""
     config = model.peft_config["default"]
+    targets = sorted({name.rsplit(".", 1)[-1] for name in config.target_modules})  # of few layers PEFT names each
     trained: int = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     tell(
         console,
-        f"adapter   r {config.r}, alpha {config.lora_alpha:g} on {', '.join(sorted(config.target_modules))}: "
+        f"adapter   r {config.r}, alpha {config.lora_alpha:g} on {', '.join(targets)}: "
         f"{trained:,} trained parameters, {trained / (size.parameters + trained):.2%} of all",
     )
     return trained

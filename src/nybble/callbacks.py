@@ -21,6 +21,7 @@ from nybble.model.adapter import check_gradients, check_saved
 from nybble.progress import SAMPLING, TRAINING, Work
 from nybble.quantized import assert_unpacked
 from nybble.run import COMPLETE, Run, append_json, write_json
+from nybble.terminal import tell
 from nybble.trackers import log_samples
 from nybble.trainer import Window
 
@@ -150,7 +151,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             if state.is_world_process_zero:
                 append_json(self.run.metrics, {"step": state.global_step, "eval_loss": logs["eval_loss"], **tasks})
             told = "".join(f"  {name.removeprefix('task/')} {score:.3f}" for name, score in tasks.items())
-            self.console.print(f"step {state.global_step:>5}  validation loss {logs['eval_loss']:.4f}{told}")
+            tell(self.console, f"step {state.global_step:>5}  validation loss {logs['eval_loss']:.4f}{told}", hang=12)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Answer a few validation prompts; on a CPU, where that takes longer than steps, not before something is learnt."""
@@ -181,7 +182,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         text = f"loss {logs['loss']:.4f}  {speed:,.0f} tokens/s  {peak_memory(args.device) / 1e9:.2f} GB"
         self.work.step_done(state.global_step, seconds, text)
         if not self.console.is_terminal and (state.global_step % 10 == 0 or state.global_step == 1):
-            self.console.print(f"step {state.global_step:>5}/{state.max_steps}  {text}  {self.work.left()}")
+            tell(self.console, f"step {state.global_step:>5}/{state.max_steps}  {text}  {self.work.left()}", hang=12)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -31,6 +31,7 @@ from nybble.places import check_cache, check_writable, default_cache
 from nybble.plan.schedule import plan_steps
 from nybble.plan.speed import PRODUCTS, estimate
 from nybble.recipe import Recipe, absolute_paths
+from nybble.terminal import tell
 
 LABEL = 11  # characters before a line's text
 
@@ -181,7 +182,7 @@ def _tell_lengths(console: Console, examined: Examined, recipe: Recipe) -> None:
     told = ", ".join(f"{name} up to {histogram.quantile(lengths, part):,}" for name, part in marks)
     _line(console, "a row", f"{min(lengths):,} to {max(lengths):,} tokens; {told}")
     block = "\u2588" if (console.encoding or "").lower().startswith("utf") else "#"
-    for line, is_over in histogram.text(lengths, limit, block):
+    for line, is_over in histogram.text(lengths, limit, block, console.width - LABEL):
         _line(console, "", line.rstrip(), "red" if is_over else "dim")
     if counts.overlength:
         lost = f", with {_plural(counts.lost_rows, 'row')} left without an answer" if counts.lost_rows else ""
@@ -296,7 +297,7 @@ def _plural(count: int, noun: str) -> str:
 
 
 def _line(console: Console, label: str, text: str, style: str = "") -> None:
-    console.print(Text(f"{label:<{LABEL}}").append(text, style=style or None), soft_wrap=True, highlight=False)
+    tell(console, f"{label:<{LABEL}}{text}", style, hang=LABEL)
 
 
 @contextmanager

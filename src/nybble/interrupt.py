@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from nybble.announce import tell
+from nybble.terminal import tell
 
 
 class Stopped(KeyboardInterrupt):

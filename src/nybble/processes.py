@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import uuid
 from collections.abc import Sequence
 from types import FrameType
 
@@ -28,6 +29,7 @@ def run_processes(count: int, words: Sequence[str]) -> int:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=count,
+        run_id=uuid.uuid4().hex,  # else torch makes one, and warns
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from nybble.plan.schedule import Schedule
+from nybble.terminal import tell
 
 TRAINING, EVALUATING, SCORING = "training", "evaluating", "scoring benchmarks"
 SAMPLING, SAVING = "answering samples", "saving"
@@ -62,7 +63,7 @@ class Work:
             self._took[self._what] = now - self._since
             self._what, self._since = what, now
         if begins and what in self.occasions and not self._console.is_terminal:
-            self._console.print(f"step {self._step:>5}  {what}")
+            tell(self._console, f"step {self._step:>5}  {what}", hang=12)
         parts = f" {min(done + 1, of)} of {of}" if of else ""
         self._bar.update(self._task, what=f"{what}{parts}", left=self.left(), refresh=begins)
 

@@ -66,6 +66,14 @@ class Run:
         """One JSON object a line: step and what was measured there."""
         return self.folder / "metrics.jsonl"
 
+    @property
+    def system(self) -> str:
+        """The system message that most training rows begin with; empty where there is none, or an older version made the run."""
+        file = self.folder / "summary.json"
+        if self.is_bare_adapter or not file.exists():
+            return ""
+        return str(json.loads(file.read_text(encoding="utf-8"))["data"].get("system", ""))
+
     def latest_checkpoint(self) -> pathlib.Path | None:
         """The newest whole checkpoint."""
         whole = [file.parent for file in self.checkpoints.glob(f"checkpoint-*/{COMPLETE}")]
@@ -240,13 +248,13 @@ def write_text(file: pathlib.Path, text: str) -> None:
 
 def write_json(file: pathlib.Path, value: Any) -> None:
     """Write JSON atomically."""
-    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(file, _as_json(value, 2) + "\n")
 
 
 def append_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:
     """Add one line; a line cut off by a crash is dropped when the run is resumed."""
     with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(value, ensure_ascii=False) + "\n")
+        stream.write(_as_json(value) + "\n")
 
 
 def read_metrics(run: Run) -> list[dict[str, Any]]:
@@ -269,6 +277,13 @@ def _differences(then: Any, now: Any, place: str) -> list[str]:
         keys = sorted(then.keys() | now.keys())
         return [d for key in keys for d in _differences(then.get(key), now.get(key), f"{place}.{key}".lstrip("."))]
     return [] if then == now else [f"{place.removeprefix('recipe.')}: {then!r} -> {now!r}"]
+
+
+def _as_json(value: Any, indent: int | None = None) -> str:
+    """JSON as it is read best; a file's name that is not UTF-8 can only be written with escapes."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    is_utf8 = text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+    return text if is_utf8 else json.dumps(value, indent=indent)
 
 
 def _is_whole(line: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import pathlib
 import types
 from collections.abc import Callable, Iterator
@@ -21,6 +22,9 @@ from nybble.plan.schedule import Schedule
 from nybble.progress import EVALUATING, SAVING, SCORING, TRAINING
 from nybble.recipe import Recipe
 
+# Transformers 5.23 has another name for it, and warns of the old one.
+NAMES = {field.name for field in dataclasses.fields(TrainingArguments)}
+RECOMPUTING = "activation" if "activation_checkpointing" in NAMES else "gradient"
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 
 
@@ -60,8 +64,10 @@ def training_arguments(
         neftune_noise_alpha=train.neftune_alpha,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
-        gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **{
+            f"{RECOMPUTING}_checkpointing": checkpointing,
+            f"{RECOMPUTING}_checkpointing_kwargs": {"use_reentrant": False},
+        },
         eval_strategy="steps" if has_validation else "no",
         eval_steps=schedule.evaluate_every,
         eval_on_start=has_validation,
@@ -86,6 +92,7 @@ def training_arguments(
         # then stood still for 8 ms between 4 x 2,048 tokens' backward and the optimiser (docs/benchmarks.md).
         accelerator_config={"dispatch_batches": False, "non_blocking": device.type == "cuda"},
         disable_tqdm=True,
+        log_level_replica="passive",  # else every process but the first says what was silenced
         prediction_loss_only=True,
         dataloader_pin_memory=device.type == "cuda",
     )

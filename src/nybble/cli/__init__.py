@@ -8,13 +8,14 @@ from __future__ import annotations
 import io
 import sys
 
-import typer
+from rich.console import Console
 
 from nybble.cli import training, using
 from nybble.cli.app import app
 from nybble.errors import NybbleError
 from nybble.launch import rank, wait_without_spinning
 from nybble.places import check_here, explained_disk
+from nybble.terminal import tell_error
 
 __all__ = ["main", "training", "using"]
 
@@ -35,6 +36,4 @@ def main() -> None:
 
 
 def _complain(text: str) -> None:
-    who = f"process {rank()}: " if rank() else ""
-    typer.secho(f"{who}error: ", fg="red", bold=True, nl=False, err=True)
-    typer.echo(text, err=True)
+    tell_error(Console(stderr=True), f"process {rank()}: " if rank() else "", text)

@@ -5,20 +5,33 @@ from __future__ import annotations
 import logging
 import pathlib
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from typer.core import TyperCommand
 
 from nybble import __version__
+from nybble.errors import RecipeError
 from nybble.places import default_cache, lend_home
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="QLoRA fine-tuning of LLaMA 2 and its kin: from a fresh machine to a model that answers.",
+    help="QLoRA fine-tuning of Llama 2 and other Llama-architecture models: from a clean machine to a working model.",
 )
 Folder = Annotated[pathlib.Path, typer.Argument(help="A run folder, or a PEFT adapter folder.")]
+
+
+class Documented(TyperCommand):
+    """A command whose options are the recipe's: its help ends with examples and with the keys that are used most."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help."""
+        super().format_help(ctx, formatter)
+        from nybble.cli.keys import tell_keys
+
+        tell_keys(Console())
 
 
 @app.callback(invoke_without_command=True)
@@ -50,6 +63,23 @@ def cache_folder(context: typer.Context) -> pathlib.Path:
     return asked_cache(context) or default_cache()
 
 
+@app.command("help")
+def show_help(
+    context: typer.Context,
+    words: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]", help="Of which command.")] = None,
+) -> None:
+    """Show this help, or a command's: nybble help train."""
+    here = context.parent
+    assert here is not None, "a command of the program"
+    for word in words or []:
+        command = getattr(here.command, "commands", {}).get(word)
+        if command is None:
+            there = ", ".join(getattr(here.command, "commands", {})) or "no commands below it"
+            raise RecipeError(f"there is no command {' '.join(words or [])}; there are {there}", fix="nybble help")
+        here = typer.Context(command, parent=here, info_name=word)
+    typer.echo(here.get_help())
+
+
 def quiet() -> None:
     """Libraries talk about themselves; what a person needs to know is said by nybble."""
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -63,7 +93,9 @@ def quiet() -> None:
         "matplotlib",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
+    from datasets import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
+    disable_progress_bars()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

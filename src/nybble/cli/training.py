@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from nybble.cli.app import app, asked_cache, cache_folder, quiet
+from nybble.cli.app import Documented, app, asked_cache, cache_folder, quiet
 from nybble.cli.extras import make_converter, make_harness, make_preflight
-from nybble.cli.words import Config, data_recipe, train_recipe
+from nybble.cli.words import LOOSE, Config, complete_words, data_recipe, own_options, refuse_missing, train_recipe
 from nybble.errors import RecipeError
 from nybble.launch import rank, refuse_second_launcher, world_size
 
@@ -22,7 +22,11 @@ data = typer.Typer(no_args_is_help=True, help="Look at data before training on i
 app.add_typer(data, name="data")
 Words = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[DATA] [MODEL] [KEY=VALUE ...]", help="Data, base model, and options of the recipe."),
+    typer.Argument(
+        metavar="[DATA] [MODEL] [KEY=VALUE ...]",
+        help="Data, base model, and options of the recipe.",
+        autocompletion=complete_words,
+    ),
 ]
 
 
@@ -40,7 +44,7 @@ def doctor(
     raise typer.Exit(exit_status(findings))
 
 
-@data.command()
+@data.command(context_settings=LOOSE)
 def check(
     context: typer.Context,
     words: Words = None,
@@ -48,7 +52,8 @@ def check(
     png: Annotated[pathlib.Path | None, typer.Option(help="Draw the lengths of rows there.")] = None,
 ) -> None:
     """Is this data fit? Rows, forms, faults with file:line; with MODEL also tokens, masks, lengths, steps and time."""
-    recipe = data_recipe(words or [], config)
+    recipe = data_recipe(words or [], config, own_options(context))
+    refuse_missing(recipe)
     if recipe.model.path:
         from nybble.places import check_cache
 
@@ -60,15 +65,17 @@ def check(
         raise typer.Exit(1)
 
 
-@data.command()
+@data.command(context_settings=LOOSE)
 def preview(
+    context: typer.Context,
     words: Words = None,
     config: Config = None,
     count: Annotated[int, typer.Option("-n", "--rows", min=1, help="How many rows.")] = 3,
     ids: Annotated[bool, typer.Option("--ids", help="Show token ids too.")] = False,
 ) -> None:
     """The exact text the model reads: trained tokens in one colour, others in another, control tokens visible."""
-    recipe = data_recipe(words or [], config)
+    recipe = data_recipe(words or [], config, own_options(context))
+    refuse_missing(recipe)
     if not recipe.model.path:
         raise RecipeError("MODEL is missing", fix="nybble data preview DATA MODEL; a folder with its tokenizer will do")
     quiet()
@@ -78,12 +85,16 @@ def preview(
     show(recipe.data, describe(recipe)[0], count, Console(), ids=ids)
 
 
-@app.command()
+@app.command(cls=Documented, context_settings=LOOSE)
 def train(
     context: typer.Context,
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL DATA] [KEY=VALUE ...]", help="Base model, data, and options of the recipe."),
+        typer.Argument(
+            metavar="[MODEL DATA] [KEY=VALUE ...]",
+            help="Base model, data, and options of the recipe.",
+            autocompletion=complete_words,
+        ),
     ] = None,
     config: Config = None,
     resume: Annotated[pathlib.Path | None, typer.Option(help="Go on with an interrupted run.")] = None,
@@ -91,7 +102,7 @@ def train(
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the whole recipe and stop.")] = False,
 ) -> None:
     """Train an adapter: nybble train MODEL DATA key=value ..., or -c recipe.yaml, or both. Gives runs/NAME."""
-    recipe = train_recipe(words or [], config, resume, processes)
+    recipe = train_recipe(words or [], config, resume, processes, own_options(context))
     if print_config:
         from nybble.recipe import dump_recipe
 
@@ -100,6 +111,8 @@ def train(
     for name, what in (("MODEL", recipe.model.path), ("DATA", recipe.data.path)):
         if not what:
             raise RecipeError(f"{name} is missing", fix="nybble train MODEL DATA, or -c recipe.yaml")
+    if resume is None:
+        refuse_missing(recipe)
     cache = cache_folder(context)
     _check_places(recipe, resume, cache)
     if recipe.train.processes > 1 and world_size() != recipe.train.processes:
@@ -109,6 +122,7 @@ def train(
         raise typer.Exit(run_processes(recipe.train.processes, sys.argv[1:]))
     quiet()
     from nybble.interrupt import Stopped
+    from nybble.training.preparation import leave_processes
     from nybble.training.train import resume as go_on
     from nybble.training.train import train as begin
 
@@ -124,9 +138,11 @@ def train(
         else:
             run = begin(recipe, console=console, cache=cache, benchmarks=harness, preflight=preflight)
     except Stopped as stop:  # train has said what is left
+        leave_processes()
         raise typer.Exit(128 + stop.number) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    leave_processes()
     for target in targets if rank() == 0 else ():
         from nybble.export.export import Wanted
         from nybble.export.export import export as make

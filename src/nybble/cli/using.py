@@ -7,10 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from nybble.cli.app import Folder, app, cache_folder, quiet
 from nybble.cli.extras import make_converter, make_harness
 from nybble.errors import ServeError
+from nybble.terminal import tell
 
 Target = Literal["adapter", "merged", "gguf"]
 MergeBase = Literal["auto", "original", "dequantised"]
@@ -22,7 +24,9 @@ def chat(
     context: typer.Context,
     run: Folder,
     prompt: Annotated[str | None, typer.Option(help="Answer this one message and stop.")] = None,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System message; by default the training rows', '' for none.")
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Show the base model's answer beside the tuned one's.")
     ] = False,
@@ -41,7 +45,7 @@ def chat(
     check_cache(cache)
     quiet()
     from nybble.data.formats import Message
-    from nybble.inference.chat import answer_once, talk
+    from nybble.inference.chat import answer_once, opening, speakers, talk
     from nybble.inference.pipeline import Sampling, load_answerer
 
     console = Console()
@@ -51,8 +55,8 @@ def chat(
     if prompt is None:
         talk(answerer, sampling, console, system=system, compare=compare)
         return
-    turns = (Message("system", system),) if system else ()
-    answer_once(answerer, (*turns, Message("user", prompt)), sampling, console, compare)
+    asked = (*opening(answerer, system), Message("user", prompt))
+    answer_once(answerer, dict.fromkeys(speakers(compare), asked), sampling, console, Console(stderr=True))
 
 
 @app.command("eval")
@@ -100,7 +104,7 @@ def evaluate(
     results = measure(opened, Asked(names, text or (), answers), harness, console, cache)
     tell_results(results, opened.folder, console)
     if notice := log_evaluation(opened.recipe.tracker, opened.folder, results):
-        console.print(notice, style="dim")
+        tell(console, Text(notice, "dim"), hang=2)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
 
+from nybble.data import faults
 from nybble.data.formats import Forms, detect_forms
 from nybble.data.readers import Item, Row
 from nybble.data.sources import Source, find_sources, fingerprint, read_rows
@@ -25,7 +26,7 @@ from nybble.data.tokenise import Counts, Pass, Progress
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
-CACHE_VERSION = 4  # raised when other things are found in the same input
+CACHE_VERSION = 5  # raised when other things are found in the same input
 READING_VERSION = 3  # raised when the same input gives other tokens; runs hold the fingerprint that it is part of
 OVERLENGTH_SHARE = 0.01  # with overlength=error, up to this share of rows is dropped and counted
 HEAD = 10_000  # rows of a stream that are examined before training
@@ -53,7 +54,7 @@ class Examined:
     template: Template
     counts: Counts
     faults: list[DataError]
-    """The first ones; `counts.faulty` says how many there are."""
+    """The first different ones, each with all its lines; `counts.faulty` says how many rows there are."""
     lengths: dict[int, int]
     """How many rows have so many tokens, before any is cut."""
     fingerprint: str
@@ -91,13 +92,13 @@ def examine(
     if not cached:
         _write(folder, rows_of(sources, options), Pass(forms, template, options, progress))
     found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
-    faults = [DataError(what, where=where, fix=fix) for what, where, fix in found["faults"]]
+    found_faults = faults.from_json(found["faults"])
     lengths = {int(length): count for length, count in found["lengths"].items()}
     tokens = Dataset.from_file(str(folder / "tokens.arrow"))
     counts = Counts(**found["counts"])
     if any(counts.notices.values()):  # rows that version 0.5.1 refused: a run of it that left them out had other data
         key = hashlib.sha256(f"{key} and more".encode()).hexdigest()
-    return Examined(tokens, sources, forms, template, counts, faults, lengths, key, cached)
+    return Examined(tokens, sources, forms, template, counts, found_faults, lengths, key, cached)
 
 
 def sources_of(options: DataOptions) -> tuple[Source, ...]:
@@ -129,18 +130,17 @@ def refuse_unfit(examined: Examined, options: DataOptions) -> None:
 
 
 def unfit(
-    counts: Counts, faults: Sequence[DataError], lengths: Mapping[int, int], options: DataOptions
+    counts: Counts, wrong: Sequence[DataError], lengths: Mapping[int, int], options: DataOptions
 ) -> Iterator[DataError]:
     """Every reason for which data cannot be trained on as the options say."""
     is_refused = counts.faulty and (options.bad_rows == "error" or counts.faulty == counts.rows)
     if is_refused and counts.faulty == 1:
-        yield faults[0]
+        yield wrong[0]
     elif is_refused:
-        shown = [f"  {fault.where}: {fault.what}" for fault in faults]
-        more = [f"  and {counts.faulty - len(shown):,} more"] if counts.faulty > len(shown) else []
+        shown = faults.told(wrong, counts.faulty)
         yield DataError(
-            "\n".join([f"{counts.faulty:,} of {counts.rows:,} rows cannot be trained on:", *shown, *more]),
-            fix=f"{faults[0].fix or 'mend or delete these rows'}; data.bad_rows=drop leaves them out",
+            "\n".join([f"{counts.faulty:,} of {counts.rows:,} rows cannot be trained on:", *shown]),
+            fix=f"{wrong[0].fix or 'mend or delete these rows'}; data.bad_rows=drop leaves them out",
         )
     if counts.rows == 0:
         yield DataError("there are no rows")
@@ -203,7 +203,7 @@ def _write(folder: pathlib.Path, rows: Iterable[Item], reading: Pass) -> None:
             writer.finalize()
         found = {
             "counts": dataclasses.asdict(reading.counts),
-            "faults": [(fault.what, fault.where, fault.fix) for fault in reading.faults],
+            "faults": faults.as_json(reading.faults),
             "lengths": reading.lengths,
         }
         (temporary / "found.json").write_text(json.dumps(found), encoding="utf-8")

@@ -17,6 +17,7 @@ from nybble.data.template import choose_template
 from nybble.data.tokenise import Pass, Sample
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
+from nybble.terminal import tell
 
 TRAINED, MASKED, SPECIAL = "bold green", "dim", "reverse"
 OPEN, CLOSE = "[[", "]]"  # around what is trained, where there is no colour
@@ -46,9 +47,9 @@ def preview(
     for sample in samples:
         _print(sample, tokenizer, console, plain, ids)
     if reading.counts.faulty:
-        console.print(
-            Text(f"\n{reading.counts.faulty} rows before these cannot be trained on: nybble data check", "yellow")
-        )
+        line = f"{reading.counts.faulty} rows before these cannot be trained on: nybble data check"
+        console.print()
+        tell(console, Text(line, "yellow"), hang=2)
 
 
 def _print(sample: Sample, tokenizer: PreTrainedTokenizerBase, console: Console, plain: bool, ids: bool) -> None:

@@ -69,9 +69,15 @@ def _read(source: Source) -> Iterator[Item]:
         yield from hub.read(source.hub)
     for file in source.files:
         try:
-            yield from read_file(file)
+            for item in read_file(file):
+                yield replace(item, origin=_printable(item.origin)) if isinstance(item, Row) else item
         except DataError as error:
             yield error
+
+
+def _printable(origin: str) -> str:
+    """A place as it can be written: a file's name need not be UTF-8."""
+    return origin if origin.isascii() else origin.encode(errors="replace").decode()
 
 
 def fingerprint(sources: Sequence[Source]) -> str:

@@ -12,6 +12,7 @@ import numpy
 import torch
 
 from nybble.data.batches import Sample
+from nybble.data.faults import Faults
 from nybble.data.formats import Forms
 from nybble.data.packing import best_fit
 from nybble.data.readers import Item, Row
@@ -71,9 +72,10 @@ class StreamedRows(torch.utils.data.IterableDataset[Any]):
 
     def _endless(self, number: int) -> Iterator[Row]:
         """A source over and over, without what is held out."""
+        told: set[str] = set()
         while True:
             some = False
-            for row in _readable(read_rows(self.sources[number : number + 1])):
+            for row in _readable(read_rows(self.sources[number : number + 1]), told):
                 if row.origin not in self.held_out:
                     some = True
                     yield replace(row, source=number)
@@ -87,9 +89,11 @@ class StreamedRows(torch.utils.data.IterableDataset[Any]):
 def samples_of(rows: Iterable[Row], forms: Forms, template: Template, options: DataOptions) -> Iterator[Sample]:
     """Rows as the collator takes them; faulty ones are named in the log."""
     reading = Pass(forms, template, options, keep_duplicates=True)
+    told: set[str] = set()
     for sample in reading.samples(rows):
-        while reading.faults:
-            log.warning("nybble: left out: %s", reading.faults.pop(0))
+        for fault in reading.faults:
+            _tell_once(fault, told)
+        reading.noted = Faults()
         tokens = sample.tokens
         yield {
             "input_ids": tokens.ids,
@@ -99,9 +103,16 @@ def samples_of(rows: Iterable[Row], forms: Forms, template: Template, options: D
         }
 
 
-def _readable(items: Iterable[Item]) -> Iterator[Row]:
+def _readable(items: Iterable[Item], told: set[str]) -> Iterator[Row]:
     for item in items:
         if isinstance(item, Row):
             yield item
         elif isinstance(item, DataError):
-            log.warning("nybble: left out: %s", item)
+            _tell_once(item, told)
+
+
+def _tell_once(fault: DataError, told: set[str]) -> None:
+    """A source comes round again and again, and its faults with it."""
+    if str(fault) not in told:
+        told.add(str(fault))
+        log.warning("nybble: left out: %s", fault)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from nybble.data.faults import Faults
 from nybble.data.fit import cut_text, halve, last_answer, truncate
 from nybble.data.formats import Conversation, EmptyAnswerError, Forms
 from nybble.data.readers import Item, Notice, Row
@@ -16,8 +18,8 @@ from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
 BATCH = 512  # rows tokenised in one call: enough for the tokenizer's threads, little enough to hold
-FAULTS_KEPT = 20
 NOTICES_TOLD = 10
+SYSTEMS = 1000  # different system messages that are counted: one that most rows share is among the first
 Progress = Callable[[int], None]
 
 
@@ -45,6 +47,8 @@ class Counts:
     """What data.map names and no row has."""
     notices: dict[str, int] = field(default_factory=dict)
     """What the user should know of how rows were read, and of how many; 0 where it is about a file."""
+    system: str = ""
+    """The system message that more than half of the distinct rows begin with; empty where there is no such one."""
 
     def told(self) -> list[str]:
         """The notices as lines, the first 10."""
@@ -96,15 +100,21 @@ class Pass:
     progress: Progress = lambda _: None
     keep_duplicates: bool = False
     counts: Counts = field(default_factory=Counts)
-    faults: list[DataError] = field(default_factory=list)
-    """The first ones; `counts.faulty` says how many there are."""
+    noted: Faults = field(default_factory=Faults)
+    """What is wrong with rows; `counts.faulty` says with how many."""
     lengths: dict[int, int] = field(default_factory=dict)
     """How many rows have so many tokens, before any is cut."""
+
+    @property
+    def faults(self) -> list[DataError]:
+        """The first different ones, each with all its lines."""
+        return self.noted.listed()
 
     def conversations(self, items: Iterable[Item]) -> Iterator[Read]:
         """Every distinct row as turns; what is wrong with others is noted."""
         seen: set[bytes] = set()
         kept = 0
+        systems: Counter[str] = Counter()
         self.counts.missing_columns = list(self.options.map.values())
         for item in items:
             if kept == self.options.limit:
@@ -125,7 +135,9 @@ class Pass:
                     continue
                 seen.add(digest)
             kept += 1
+            _count_system(read.conversation, systems)
             yield read
+        self.counts.system = next((text for text, count in systems.most_common(1) if 2 * count > kept), "")
         self.progress(self.counts.rows)
 
     def samples(self, items: Iterable[Item]) -> Iterator[Sample]:
@@ -159,8 +171,7 @@ class Pass:
     def _note(self, fault: DataError) -> None:
         self.counts.faulty += 1
         self.counts.empty_answers += isinstance(fault, EmptyAnswerError)
-        if len(self.faults) < FAULTS_KEPT:
-            self.faults.append(fault)
+        self.noted.add(fault, self.counts.rows)
 
     def _tokenised(self, batch: list[Read]) -> Iterator[Sample]:
         assert self.template is not None
@@ -225,3 +236,9 @@ class Pass:
                 yield self._masked(tokens)
             else:
                 yield from self._parted(half)
+
+
+def _count_system(conversation: Conversation, systems: Counter[str]) -> None:
+    first = conversation[0]
+    if first.role == "system" and (first.content in systems or len(systems) < SYSTEMS):
+        systems[first.content] += 1

@@ -22,6 +22,7 @@ from nybble.inference.pipeline import Answerer, Sampling, load_answerer
 from nybble.places import check_places, default_cache
 from nybble.recipe import load_recipe
 from nybble.run import Run, read_metrics, refuse_existing, write_text
+from nybble.terminal import tell
 from nybble.training.train import train
 
 # Of 40 ways to spend so few tokens one of the best (docs/benchmarks.md): two rows a step, and a rate of 1.5e-3.
@@ -79,8 +80,7 @@ def run_demo(seed: int, folder: pathlib.Path, console: Console, cache: pathlib.P
     _table(scores, console)
     console.rule("4  the report")
     _report(run, answerer, scores, tests, console, cache)
-    console.print(f"{time.perf_counter() - began:.0f} s in all. Talk to it:")
-    console.print(f"nybble chat {run.folder} --system '{SYSTEM}'", markup=False, soft_wrap=True)
+    tell(console, f"{time.perf_counter() - began:.0f} s in all. Talk to it: nybble chat {run.folder}", hang=2)
     return scores
 
 

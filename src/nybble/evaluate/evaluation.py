@@ -33,8 +33,10 @@ from nybble.inference.pipeline import Answerer, load_answerer
 from nybble.places import check_cache, check_report, default_cache, explained_disk
 from nybble.recipe import dump_recipe
 from nybble.run import Run, read_metrics, versions, write_json
+from nybble.terminal import tell
 
 WHO = ("base", "tuned")
+HANG = 17  # characters before what is told of a benchmark or text
 TEXT_WINDOW = 2048  # tokens of a text that are read at once, the model's positions permitting
 SAMPLES = 4  # held-out prompts shown in the report, besides the fixed ones
 
@@ -155,7 +157,7 @@ class Findings:
                     self.scored[who].append(self._score(benchmarks, benchmark, who))
         except MissingRowsError as error:
             self.missing.append({"task": name, "why": error.what})
-            self.console.print(f"{name:<16} {error.what}", style="yellow")
+            tell(self.console, f"{name:<16} {error.what}", "yellow", hang=HANG)
 
     def _score(self, benchmarks: Benchmarks, benchmark: Any, who: str) -> Scored:
         items = sum(map(len, benchmark.rows.values()))
@@ -169,7 +171,8 @@ class Findings:
             )  # fmt: skip
             scored, kept = self.store.scored(self._facts(benchmarks, benchmark, who), compute)
         mean, note = sum(scored.values) / items, " (kept from before)" if kept else ""
-        self.console.print(f"{benchmark.name:<16} {who:<6} {scored.metric} {mean:.3f} of {items:,} items{note}")
+        line = f"{benchmark.name:<16} {who:<6} {scored.metric} {mean:.3f} of {items:,} items{note}"
+        tell(self.console, line, hang=HANG)
         return scored
 
     def _facts(self, benchmarks: Benchmarks, benchmark: Any, who: str) -> dict[str, Any]:
@@ -225,9 +228,8 @@ class Findings:
                 progress_bar(self.console, f"{what}: {who}", len(samples)) as show,
             ):
                 found[who] = row_losses(self.answerer.model, samples, pad, show)
-            self.console.print(
-                f"{what:<16} {who:<6} {found[who].mean:.4f} nats, perplexity {found[who].perplexity:.2f}"
-            )
+            line = f"{what:<16} {who:<6} {found[who].mean:.4f} nats, perplexity {found[who].perplexity:.2f}"
+            tell(self.console, line, hang=HANG)
         return found
 
     def ask(self, count: int) -> None:

@@ -10,6 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from nybble.terminal import tell
 
 COLOURS = {"worse": "red", "better": "green"}
 ORDER = {verdict: place for place, verdict in enumerate(COLOURS)}
@@ -38,10 +41,10 @@ def tell_results(results: Mapping[str, Any], folder: pathlib.Path, console: Cons
     for name, items, entry in sorted(rows, key=lambda row: ORDER.get(row[2]["verdict"], 2)):
         table.add_row(name, f"{items:,}", *_numbers(entry))
     console.print(table)
-    console.print("[dim]not shown: no difference is shown; from the size in brackets on it would be[/]")
+    tell(console, Text("not shown: too few items to detect a difference below the size in brackets", "dim"), hang=11)
     for line in results["missing"]:
-        console.print(f"[yellow]not measured[/] {line['task']}: {line['why']}")
-    console.print(f"report    {folder}/report.html")
+        tell(console, Text.assemble(("not measured", "yellow"), f" {line['task']}: {line['why']}"), hang=13)
+    tell(console, f"report    {folder}/report.html")
 
 
 def _numbers(entry: Mapping[str, Any]) -> tuple[str, str, str, str]:

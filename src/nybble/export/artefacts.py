@@ -72,13 +72,13 @@ def write_merged(folder: pathlib.Path, contents: Contents, merge: Merge, done: C
     config.tie_word_embeddings = merge.tied and not merge.unties
     _write_config(folder, config)
     _write_words(folder, contents)
-    text = write_modelfile(".", contents.tokenizer, contents.template.source, contents.end)
+    text = write_modelfile(".", contents.tokenizer, contents.template.source, contents.end, contents.run.system)
     write_text(folder / "Modelfile", text)
 
 
 def write_gguf_words(folder: pathlib.Path, contents: Contents, file: str) -> None:
     """What goes beside GGUF files, which hold tokenizer and template themselves."""
-    text = write_modelfile(f"./{file}", contents.tokenizer, contents.template.source, contents.end)
+    text = write_modelfile(f"./{file}", contents.tokenizer, contents.template.source, contents.end, contents.run.system)
     write_text(folder / "Modelfile", text)
     _write_terms(folder, contents.licence)
 

@@ -43,6 +43,7 @@ from nybble.places import (
     no_empty_folders,
 )  # fmt: skip
 from nybble.run import Run, write_text
+from nybble.terminal import tell as tell_line
 
 
 @dataclass(frozen=True)
@@ -141,19 +142,19 @@ def _export(
         write_text(folder / "README.md", write_card(subject))
     failed.unlink(missing_ok=True)
     size = sum(file.stat().st_size for file in target.iterdir())
-    console.print(f"done      {target}, {size / 1e9:.2f} GB; its README.md says how to load it", soft_wrap=True)
+    tell_line(console, f"done      {target}, {size / 1e9:.2f} GB; its README.md says how to load it")
     # 5. To the Hub.
     if wanted.repo is not None:
         with console.status(f"uploading to {wanted.repo}"):
             page = push(target, wanted.repo, withheld=REPORT)  # it shows validation rows, which are the user's own
-        console.print(f"pushed    {page}")
+        tell_line(console, f"pushed    {page}")
     return target
 
 
 def tell(console: Console, notices: Sequence[str]) -> None:
     """What is worth knowing, a line each."""
     for notice in notices:
-        console.print(f"          [yellow]{notice}[/]", highlight=False)
+        tell_line(console, f"          {notice}", "yellow")
 
 
 def _measure(

@@ -14,13 +14,14 @@ from transformers import PreTrainedTokenizerBase
 
 from nybble.data.template import puts_bos
 
+UNQUOTABLE = "# The run's system message holds quotes that a Modelfile cannot say: send it with each request."
 MARK = "\ue0f2"  # of Unicode's private use area: no template has a use for it
 IRREGULAR = (
     "# The run's chat template cannot be said in Go's template language: put one here, or use the file with llama.cpp."
 )
 
 
-def write_modelfile(source: str, tokenizer: PreTrainedTokenizerBase, template: str, end: str) -> str:
+def write_modelfile(source: str, tokenizer: PreTrainedTokenizerBase, template: str, end: str, system: str = "") -> str:
     """The text of a Modelfile.
 
     Args:
@@ -28,9 +29,12 @@ def write_modelfile(source: str, tokenizer: PreTrainedTokenizerBase, template: s
         tokenizer: of the run.
         template: its chat template, Jinja.
         end: the token that ends an answer.
+        system: the system message that the run was trained with.
     """
     said = go_template(tokenizer, template)
     body = IRREGULAR if said is None else f'TEMPLATE """{said}"""'
+    if system:
+        body += "\n" + (UNQUOTABLE if '"""' in system or system.endswith('"') else f'SYSTEM """{system}"""')
     return f"FROM {source}\n{body}\nPARAMETER stop {json.dumps(end, ensure_ascii=False)}\n"
 
 

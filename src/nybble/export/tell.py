@@ -6,14 +6,16 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nybble.export.compare import Comparison
 from nybble.export.parity import Verdict
+from nybble.terminal import tell
 
 
 def tell_comparison(comparison: Comparison, taken: str, console: Console) -> None:
     """A row a base, the one that is taken marked; it fits 80 columns."""
-    console.print(f"bases     against the run on {comparison.rows} {comparison.what}, {comparison.tokens:,} tokens")
+    tell(console, f"bases     against the run on {comparison.rows} {comparison.what}, {comparison.tokens:,} tokens")
     table = Table("          base", "KL, nats a token", "perplexity", "same token", "", box=None, padding=(0, 2, 0, 0))
     for column in table.columns[1:4]:
         column.justify = "right"
@@ -27,20 +29,20 @@ def tell_comparison(comparison: Comparison, taken: str, console: Console) -> Non
     console.print(table)
     better = min(comparison.bases, key=lambda name: comparison.bases[name].perplexity)
     if better != taken:
-        console.print(f"          the lower perplexity has {better}: --merge-base {better} takes it")
+        tell(console, f"          the {better} base has lower perplexity; --merge-base {better} takes it")
 
 
 def tell_verdicts(verdicts: Sequence[Verdict | str], console: Console) -> None:
     """A line a check."""
     for verdict in verdicts:
         if isinstance(verdict, str):
-            console.print(f"parity    [yellow]{verdict}[/]")
+            tell(console, f"parity    {verdict}", "yellow")
             continue
         numbers = verdict.numbers
-        said = "[green]passed[/]" if verdict.passed else "[red]failed[/]"
-        console.print(
-            f"parity    {verdict.kind} {said}: KL {max(numbers['kl'], 0):.4f} (limit {numbers['kl_limit']:.3f}), "
+        said = ("passed", "green") if verdict.passed else ("failed", "red")
+        rest = (
+            f": KL {max(numbers['kl'], 0):.4f} (limit {numbers['kl_limit']:.3f}), "
             f"{numbers['equal_answers']} of {numbers['questions']} answers equal, {numbers['artefact_ended']} end "
-            f"(run {numbers['run_ended']}); {verdict.by}",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            f"(run {numbers['run_ended']}); {verdict.by}"
+        )
+        tell(console, Text.assemble(f"parity    {verdict.kind} ", said, rest))

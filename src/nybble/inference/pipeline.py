@@ -30,7 +30,7 @@ from nybble.model.tokenizer import load_tokenizer
 from nybble.model.weights import refuse_pointers
 from nybble.places import check_cache, default_cache, explained_disk
 from nybble.quantized import dequantise_where_room
-from nybble.run import Run
+from nybble.run import Run, open_run
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,9 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+
+
+GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,11 @@ class Answerer:
     """Of the base's weights."""
     adapter: str = "default"
     """PEFT's name of the run's adapter: several runs of one base share `model`."""
+    system: str = ""
+    """The system message that most training rows begin with, to be said as the first message of a conversation."""
 
     def answer(
-        self, conversations: Sequence[Conversation], sampling: Sampling, streamer: BaseStreamer | None = None
+        self, conversations: Sequence[Conversation], sampling: Sampling = GREEDY, streamer: BaseStreamer | None = None
     ) -> list[str]:
         """The assistant's next message in each conversation; all in one batch."""
         prompts = [encode_prompt(self.template, conversation) for conversation in conversations]
@@ -165,20 +170,21 @@ def _pad_after(rows: Sequence[list[int]], shared: int, pad_id: int) -> tuple[tor
 
 
 def load_answerer(
-    run: Run, cache: pathlib.Path | None = None, device: str = "auto", *, dequantise: bool = False
+    run: Run | str | pathlib.Path, cache: pathlib.Path | None = None, device: str = "auto", *, dequantise: bool = False
 ) -> Answerer:
     """Load a run to answer with: base as in training, adapter, tokenizer and template of the run.
 
     Args:
-        run: the run.
+        run: the run, or the path of its folder.
         cache: where quantised bases are kept; None is this user's own place.
         device: auto, cuda or cpu.
         dequantise: on a CPU with room for them, hold the base's weights dequantised: the same answers, sooner.
 
     Raises:
-        ModelError: the base is gone or not the one the adapter fits; --base says where it is.
+        RunError: there is no run.
+        ModelError: the base is gone or not the one the adapter fits; `open_run(path, base)` says where it is.
     """
-    (answerer,) = load_answerers([run], cache, device, dequantise=dequantise)
+    (answerer,) = load_answerers([run if isinstance(run, Run) else open_run(run)], cache, device, dequantise=dequantise)
     return answerer
 
 
@@ -212,7 +218,7 @@ def load_answerers(
     answerers = []
     for run, name in zip(runs, names, strict=True):
         tokenizer, template = load_template(run, checkpoint.folder)
-        answerers.append(Answerer(model, tokenizer, template, base.fingerprint, name))
+        answerers.append(Answerer(model, tokenizer, template, base.fingerprint, name, run.system))
     return answerers
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import pathlib
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -13,20 +14,27 @@ from pydantic_core import ErrorDetails
 
 from nybble.errors import RecipeError
 from nybble.recipe.options import Recipe, option_names
+from nybble.recipe.values import Plain, example, kinds_of, read_section, read_word
 
 
-def load_recipe(file: str | pathlib.Path | None = None, words: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    file: str | pathlib.Path | None = None, words: Sequence[str] = (), *, texts: Mapping[str, str] | None = None
+) -> Recipe:
     """Read a recipe from a YAML file, then let `key=value` words override it.
 
     Args:
         file: YAML with the sections of `Recipe`.
-        words: `section.key=value`; the value is YAML, so `data.map={prompt: question}` is a mapping.
+        words: `section.key=value`, read by the option's type: text as it stands, lists as `a,b` or `[a, b]`, mappings as
+            `a:b,c:d` or `{a: b, c: d}`. Words for one list or mapping add up, as a shell writes `{a,b}` without quotes.
+        texts: options whose value is the text itself, whatever it looks like; they go before `words`.
 
     Raises:
         RecipeError: with every fault at once; for a key of the file with its `file:line`.
     """
     tree, places = _read_yaml(pathlib.Path(file)) if file is not None else ({}, {})
-    faults = [fault for word in words for fault in _override(tree, places, word)]
+    faults = [fault for key, text in (texts or {}).items() for fault in _set(tree, places, key, text)]
+    given: set[str] = set()
+    faults += [fault for word in words for fault in _override(tree, places, word, given)]
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -48,14 +56,26 @@ def _read_yaml(file: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise RecipeError(f"there is no recipe {file}", fix="ls recipes/ lists the shipped ones") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the recipe {file} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise RecipeError(
+            f"the recipe is not UTF-8: byte {error.object[error.start]:#04x}",
+            where=f"{file}:{line}",
+            fix=f"iconv -f LATIN1 -t UTF-8 {shlex.quote(str(file))} > NEW.yaml, if it is Latin-1",
+        ) from error
+    except OSError as error:
+        raise RecipeError(f"the recipe {file} cannot be read: {error.strerror}") from error
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        tree = yaml.safe_load(text)
+        node = yaml.compose(text, Plain)
+        tree = read_section(node) if node is not None else None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"not valid YAML: {error.problem}", where=f"{file}:{line}") from error
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise RecipeError(
+            f"a character that YAML does not allow: {error.character:#x}", where=f"{file}:{line}"
+        ) from error
     if tree is None:
         return {}, {}
     if not isinstance(tree, dict):
@@ -71,17 +91,29 @@ def _lines(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
             yield from _lines(value, name + ".")
 
 
-def _override(tree: dict[str, Any], places: dict[str, str], word: str) -> Iterator[str]:
+def _override(tree: dict[str, Any], places: dict[str, str], word: str, given: set[str]) -> Iterator[str]:
     """Set one `key=value` in the tree; yields what is wrong with it."""
     key, equals, text = word.partition("=")
+    kinds = kinds_of(key)
     if not equals or not key:
-        yield f"{word!r}: options are written key=value, e.g. train.epochs=2"
+        yield f"{word!r}: options are written key=value, e.g. {example(key) if kinds else 'train.epochs=2'}"
+        return
+    if kinds and not text.strip():
+        none = f", or {key}=null for none" if type(None) in kinds else ""
+        yield f"{key}: the value is missing; e.g. {example(key)}{none}"
         return
     try:
-        value = yaml.safe_load(text)
+        value = read_word(text, kinds)
     except yaml.YAMLError:
-        yield f"{key}: {text!r} is not a value (YAML); put text in quotes: '{key}=\"{text}\"'"
+        yield f"{key}: {text!r} does not close its brackets or quotes" + (f"; e.g. {example(key)}" if kinds else "")
         return
+    if key in given and any(get_origin(kind) in (list, dict) for kind in kinds or ()):
+        value = _joined(_get(tree, key), value)
+    given.add(key)
+    yield from _set(tree, places, key, value)
+
+
+def _set(tree: dict[str, Any], places: dict[str, str], key: str, value: Any) -> Iterator[str]:
     branch = tree
     *sections, leaf = key.split(".")
     for name in sections:
@@ -94,28 +126,66 @@ def _override(tree: dict[str, Any], places: dict[str, str], word: str) -> Iterat
     places.pop(key, None)
 
 
+def _get(tree: Mapping[str, Any], key: str) -> Any:
+    for name in key.split("."):
+        tree = tree[name]
+    return tree
+
+
+def _joined(before: Any, value: Any) -> Any:
+    """Two words for one list or mapping: what a shell makes of braces without quotes."""
+    if isinstance(before, dict) and isinstance(value, dict):
+        return before | value
+    if isinstance(before, dict) or isinstance(value, dict):
+        return value
+    return [*(before if isinstance(before, list) else [before]), *(value if isinstance(value, list) else [value])]
+
+
 def _explain(detail: ErrorDetails, places: Mapping[str, str]) -> Iterator[str]:
-    """A pydantic error in the user's words."""
+    """A pydantic error in the user's words, and the line that is right."""
     parts = [str(part) for part in detail["loc"]]
     whole = parts[: next((n for n in range(1, len(parts)) if ".".join(parts[:n]) in set(option_names())), len(parts))]
     key = ".".join(whole)  # what follows an option's name, union members and positions, is pydantic's
     place = f" ({places[key]})" if key in places else ""
     if detail["type"] == "extra_forbidden":
-        yield f"{key}: unknown option{place}{_did_you_mean(key)}"
+        value = detail["input"]
+        # A word for a section that there is not comes as a mapping.
+        inside = (
+            {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) and not place else {}
+        )
+        for name, inner in (inside or {key: None if place else value}).items():
+            yield f"{name}: unknown option{place}{_did_you_mean(name, inner)}"
     elif detail["type"] == "value_error" and not key:
         yield from str(detail["ctx"]["error"]).splitlines()
     else:
-        yield f"{key}: {_lower(detail['msg'])}, not {detail['input']!r}{place}"
+        given, kinds = detail["input"], kinds_of(key)
+        inner = [name for name in option_names() if name.startswith(key + ".")]  # of a section that was given a value
+        shown = (
+            f"; e.g. {example(key if kinds else inner[0], near=str(given), in_file=bool(place))}"
+            if kinds or inner
+            else ""
+        )
+        what = "the value is missing" if given is None else f"{_lower(detail['msg'])}, not {given!r}"
+        yield f"{key}: {what}{place}{shown}"
 
 
 def _lower(message: str) -> str:
     return message[:1].lower() + message[1:]
 
 
-def _did_you_mean(key: str) -> str:
+def _did_you_mean(key: str, value: Any) -> str:
+    name = nearest_option(key)
+    if name is None:
+        return ""
+    return f"; did you mean {name}?" if isinstance(value, dict | list | None) else f"; did you mean {name}={value}?"
+
+
+def nearest_option(key: str) -> str | None:
+    """The option whose name, or the last part of it, looks most like this one."""
     known = list(option_names())
+    key = key.lower()
     leaf = key.rsplit(".", 1)[-1]
     by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     near = near or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
-    return f"; did you mean {near[0]}?" if near else ""
+    return near[0] if near else None

@@ -12,7 +12,11 @@ class Options(BaseModel):
     """A section of the recipe: unknown keys are refused, values are checked when set."""
 
     model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 
@@ -224,6 +228,14 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         "train.eval_tasks: are scored where the validation rows are, and data.validation is 0",
     )
     yield (
+        not no_validation
+        and train.keep_best
+        and None not in (train.save_every, train.evaluate_every)
+        and train.save_every != train.evaluate_every,
+        f"train.save_every: {train.save_every} differs from the {train.evaluate_every} steps between evaluations, so the best "
+        f"adapter might not be among the saved; train.save_every={train.evaluate_every}, or train.keep_best=false",
+    )
+    yield (
         isinstance(data.validation, int | float) and data.validation < 0,
         "data.validation: a share below 1, a number of rows, or a file; not negative",
     )
@@ -249,6 +261,11 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         not recipe.engine.fused and recipe.engine.is_shaped,
         "engine: policy and embedding say how the engine works, and engine.fused is false",
     )
+    for name, text in (("model.path", recipe.model.path), ("adapter", recipe.adapter), ("out", recipe.out)):
+        yield (
+            any("\udc80" <= character <= "\udcff" for character in text or ""),
+            f"{name}: {text!r} is not UTF-8, and the libraries that read and write models take no other names; rename it",
+        )
     yield lora.targets == [], "lora.targets: an empty list trains nothing; name layers or say all-linear"
 
 

@@ -74,7 +74,7 @@ def model_entry(model: Model, created: int) -> dict[str, Any]:
     """One of /v1/models."""
     return {
         "id": model.name, "object": "model", "created": created, "owned_by": "nybble", "parent": model.parent,
-        "max_model_len": model.positions,
+        "max_model_len": model.positions, "system": model.system,
     }  # fmt: skip
 
 

@@ -186,6 +186,6 @@ def load_continuous(
     model = base.model.eval()
     _, template = load_template(run, folder)
     name = run.folder.resolve().name
-    served = Model(name, template, model.config.max_position_embeddings, None, model.config.vocab_size)
+    served = Model(name, template, model.config.max_position_embeddings, None, model.config.vocab_size, run.system)
     with torch.inference_mode():
         return ContinuousEngine(model, served, metrics, queue=queue)

@@ -30,6 +30,8 @@ class Model:
     """The base that a run was tuned from; None for the base itself."""
     rows: int
     """Of the embedding: token ids go from 0 to one less."""
+    system: str = ""
+    """The system message that most training rows begin with."""
 
 
 @dataclass(frozen=True)

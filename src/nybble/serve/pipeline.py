@@ -35,7 +35,9 @@ class PipelineEngine:
         first = next(iter(answerers.values()))
         positions, rows = first.model.config.max_position_embeddings, first.model.config.vocab_size
         self.queue = queue
-        self.models = {name: Model(name, own.template, positions, base, rows) for name, own in answerers.items()}
+        self.models = {
+            name: Model(name, own.template, positions, base, rows, own.system) for name, own in answerers.items()
+        }
         self.models[base] = Model(base, first.template, positions, None, rows)
         self.speakers = {name: (own, True) for name, own in answerers.items()} | {base: (first, False)}
         self.about = (

@@ -14,6 +14,7 @@ from types import FrameType
 
 import uvicorn
 from rich.console import Console
+from rich.text import Text
 
 from nybble.errors import ServeError
 from nybble.run import Run
@@ -24,6 +25,7 @@ from nybble.serve.guard import Door, check_open_to
 from nybble.serve.metrics import Metrics
 from nybble.serve.pipeline import load_pipeline
 from nybble.serve.vllm import become_vllm
+from nybble.terminal import tell as tell_line
 
 SILENT = 120  # seconds after which the kernel ends a connection whose reader takes nothing of what is sent (Linux)
 ENGINES = ("pipeline", "continuous", "vllm")
@@ -52,7 +54,11 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal lets running answers finish, the second cuts them off."""
         if not self.should_exit:
-            self.console.print("no new requests; running answers finish (Ctrl-C again cuts them off)", style="dim")
+            tell_line(
+                self.console,
+                Text("no new requests; running answers finish (Ctrl-C again cuts them off)", "dim"),
+                hang=2,
+            )
         super().handle_exit(sig, frame)
 
 
@@ -138,7 +144,7 @@ def tell(console: Console, engine: Engine, place: Place, listener: socket.socket
         "reached   from this machine only" if local else "reached   by other machines, with the API key",
     ]
     for line in lines:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        tell_line(console, line)
 
 
 def run_server(

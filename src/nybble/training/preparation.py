@@ -66,6 +66,12 @@ def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
     return state, device
 
 
+def leave_processes() -> None:
+    """The end of what `join_processes` began: torch warns of a group that is left to the interpreter's end."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def prepare_data(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console, cache: pathlib.Path, folder: pathlib.Path
 ) -> Prepared:

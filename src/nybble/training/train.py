@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PretrainedConfig, PreTrainedTokenizerBase, PrinterCallback
 
-from nybble.announce import tell, tell_adapter, tell_base, tell_plan, tell_result
+from nybble.announce import tell_adapter, tell_base, tell_plan, tell_result
 from nybble.callbacks import Guards, Recorder, Spent
 from nybble.data.batches import Collator
 from nybble.data.template import save_template
@@ -47,6 +47,7 @@ from nybble.run import (
     start_record,
     write_json,
 )
+from nybble.terminal import tell
 from nybble.trackers import end_tracker, start_tracker
 from nybble.trainer import QLoraTrainer, training_arguments
 from nybble.training.ending import refuse_untrained, save_adapter, summarise

@@ -1,0 +1,150 @@
+"""Words of a command line told apart: MODEL and DATA, key=value, and `--key value`, as other programs are typed to."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import pathlib
+import re
+from collections import deque
+from collections.abc import Sequence
+
+from nybble.errors import RecipeError
+from nybble.recipe import option_names
+from nybble.recipe.loading import nearest_option
+from nybble.recipe.values import example, kinds_of
+
+KEY = re.compile(r"[\w-]+(\.[\w-]+)*=")
+TRUTHS = ("true", "false", "yes", "no", "on", "off")
+ALIASES = {
+    # what Transformers, PEFT and other trainers call the same
+    "lr": "train.learning_rate",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "batch_size": "train.micro_batch",
+    "per_device_train_batch_size": "train.micro_batch",
+    "gradient_accumulation_steps": "train.accumulation",
+    "lr_scheduler_type": "train.scheduler",
+    "warmup_ratio": "train.warmup",
+    "warmup_steps": "train.warmup",
+    "eval_steps": "train.evaluate_every",
+    "save_steps": "train.save_every",
+    "max_seq_length": "data.max_length",
+    "rank": "lora.r",
+    "target_modules": "lora.targets",
+    "model": "model.path",
+    "model_name_or_path": "model.path",
+    "data": "data.path",
+    "dataset": "data.path",
+    "output_dir": "out",
+}
+
+
+def sort_words(words: Sequence[str], places: tuple[str, str], own: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Words without a key by their places, and options as `key=value`.
+
+    Args:
+        words: as typed.
+        places: the options that the first two words without a key are for.
+        own: the command's own options, such as --config.
+
+    Raises:
+        RecipeError: with the line to type.
+    """
+    named: list[str] = []
+    options: list[str] = []
+    rest = deque(words)
+    while rest:
+        word = rest.popleft()
+        if word.startswith("-") and len(word) > 1:
+            options.append(_flag(word, rest, own))
+        elif KEY.match(word) and not _is_path(word):
+            key, _, value = word.partition("=")
+            if not value and rest and not KEY.match(rest[0]) and not rest[0].startswith("-"):
+                _refuse_spaces(key, rest[0])
+            options.append(f"{(_options_of(key) or [key])[0]}={_closed(value, rest)}")
+        elif word in option_names() and not os.path.exists(word):
+            _refuse_spaces(word, next((text.removeprefix("=") for text in rest if text != "="), ""))
+        else:
+            named.append(word)
+    names = " and ".join(place.split(".")[0].upper() for place in places)
+    if len(named) > 2:
+        raise RecipeError(
+            f"at most {names}, then key=value; what is {named[2]!r}?",
+            fix="options are written key=value: train.epochs=2",
+        )
+    texts = dict(zip(places, named, strict=False))
+    for key, text in texts.items():
+        if twice := next((word for word in options if word.startswith(key + "=")), None):
+            raise RecipeError(f"{key.split('.')[0].upper()} was given twice: {text} and {twice}", fix="one of them")
+    return texts, options
+
+
+def _is_path(word: str) -> bool:
+    """Whether a word with an equals sign is a file, folder or pattern; an option's own name goes before it."""
+    if kinds_of(word.partition("=")[0]) is not None:
+        return False
+    return os.path.exists(word) or any(True for _ in pathlib.Path().glob(word) if set(word) & set("*?["))
+
+
+def _flag(word: str, rest: deque[str], own: Sequence[str]) -> str:
+    """`--key value` or `--key=value` as key=value; what stands in `rest` may be taken as the value."""
+    name, equals, value = word.lstrip("-").partition("=")
+    name = name.replace("-", "_")
+    found, denied = _options_of(name), _options_of(name.removeprefix("no_"))
+    if not found and _is_truth(denied):
+        return f"{denied[0]}=false"
+    if len(found) != 1:
+        raise _no_such(word.partition("=")[0], value or (rest[0] if rest else ""), found, own)
+    (key,) = found
+    if not equals:
+        if _is_truth(found) and (not rest or rest[0].lower() not in TRUTHS):
+            return f"{key}=true"
+        if not rest or KEY.match(rest[0]) or rest[0].startswith("--"):
+            raise RecipeError(f"{word}: the value is missing", fix=example(key))
+        value = rest.popleft()
+    return f"{key}={_closed(value, rest)}"
+
+
+def _options_of(name: str) -> list[str]:
+    """The options that a name may mean: a whole name, one that other programs have, the last part, or the parts with `_`."""
+    known = list(option_names())
+    if name in known or kinds_of(name) is not None:
+        return [name]
+    if name in ALIASES:
+        return [ALIASES[name]]
+    leaves = [option for option in known if option.rsplit(".", 1)[-1] == name]
+    return leaves or [option for option in known if option.replace(".", "_") == name]
+
+
+def _is_truth(options: Sequence[str]) -> bool:
+    return len(options) == 1 and bool in (kinds_of(options[0]) or ())
+
+
+def _closed(value: str, rest: deque[str]) -> str:
+    """A value whose brackets the shell took apart at its spaces, in one piece again."""
+    if value.startswith(("[", "{")):
+        while rest and _depth(value) > 0:
+            value += f" {rest.popleft()}"
+    return value
+
+
+def _depth(text: str) -> int:
+    return sum((letter in "[{") - (letter in "]}") for letter in text)
+
+
+def _refuse_spaces(key: str, value: str) -> None:
+    names = _options_of(key) or [key]
+    line = f"{names[0]}={value}" if value else example(names[0]) if kinds_of(names[0]) else "train.epochs=2"
+    raise RecipeError(f"{key}: options are written key=value, without spaces", fix=line)
+
+
+def _no_such(flag: str, value: str, found: Sequence[str], own: Sequence[str]) -> RecipeError:
+    if found:
+        return RecipeError(f"{flag} may be {' or '.join(found)}", fix=" or ".join(f"{key}={value}" for key in found))
+    near = difflib.get_close_matches(flag, own, n=1, cutoff=0.75)
+    option = nearest_option(flag.lstrip("-").replace("-", "_"))
+    line = f"{option}={value}" if option and value else example(option) if option else None
+    return RecipeError(
+        f"there is no option {flag}", fix=near[0] if near else line or "nybble train --print-config shows every option"
+    )

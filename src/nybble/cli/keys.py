@@ -1,0 +1,56 @@
+"""The end of `nybble train --help`: examples, and the options that are used most, as the recipe documents them."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+
+from nybble.recipe import Options, Recipe
+
+EXAMPLES = (
+    ("nybble train models/llama-2-7b rows.jsonl", "a folder or a Hub id, and a file"),
+    ("nybble train models/llama-2-7b rows.jsonl train.epochs=3 lora.r=32 out=runs/first", "with options"),
+    ("nybble train -c recipes/llama2-7b-alpaca.yaml data.path=rows.csv", "a recipe, and what differs from it"),
+    ("nybble train --resume runs/first", "a run that was interrupted"),
+)
+KEYS = (
+    "train.epochs",
+    "train.learning_rate",
+    "train.micro_batch",
+    "train.accumulation",
+    "data.max_length",
+    "data.validation",
+    "data.template",
+    "lora.r",
+    "lora.targets",
+    "out",
+)
+
+
+def tell_keys(console: Console) -> None:
+    """Print them."""
+    console.print(" Examples", style="bold")
+    for line, what in EXAMPLES:  # a command is copied whole
+        console.print(f"   {line}", soft_wrap=True, highlight=False)
+        console.print(f"     {what}", style="dim", highlight=False)
+    table = Table("Key", "Default", "Meaning", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for key in KEYS:
+        default, meaning = _described(key)
+        table.add_row(key, default, meaning)
+    table.columns[0].no_wrap = True
+    console.print()
+    console.print(Padding(table, (0, 0, 0, 1)))
+    console.print("\n All options: nybble train --print-config\n", highlight=False)
+
+
+def _described(key: str) -> tuple[str, str]:
+    section: Options = Recipe()
+    *path, leaf = key.split(".")
+    for name in path:
+        section = getattr(section, name)
+    value = getattr(section, leaf)
+    meaning = type(section).model_fields[leaf].description
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value), (meaning or "").replace(
+        "[", "\\["
+    )

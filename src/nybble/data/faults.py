@@ -1,0 +1,99 @@
+"""Faults of rows, those that are equal told together: "rows.jsonl, lines 2 to 61: ..."."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nybble.errors import DataError
+
+KEPT = 20  # different ones
+STRETCHES = 3  # of lines, named for each
+PLACE = re.compile(r"(.*):(\d+)", re.DOTALL)
+
+
+class RowsError(DataError):
+    """The same fault in one or several rows."""
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None, rows: int = 1) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.rows = rows
+
+
+@dataclass
+class _Same:
+    fix: str | None
+    stretches: list[list[int]] = field(default_factory=list)
+    """First and last line of rows that follow each other."""
+    rows: int = 0
+    last: int = -1
+    """The newest row's number among all rows: between neighbours there may be blank lines."""
+
+
+@dataclass
+class Faults:
+    """What is wrong with rows, in the order in which it was first met."""
+
+    found: dict[tuple[str, str], _Same] = field(default_factory=dict)
+
+    def add(self, fault: DataError, row: int) -> None:
+        """Note a fault.
+
+        Args:
+            fault: with the row's `file:line`.
+            row: the row's number among all rows that are read.
+        """
+        place = PLACE.fullmatch(fault.where or "")
+        file, line = (place[1], int(place[2])) if place else (fault.where or "", None)
+        same = self.found.get((file, fault.what))
+        if same is None:
+            if len(self.found) == KEPT:
+                return
+            same = self.found[file, fault.what] = _Same(fault.fix)
+        if line is not None and same.stretches and same.last == row - 1:
+            same.stretches[-1][1] = line
+        elif line is not None and not any(first <= line <= last for first, last in same.stretches):
+            same.stretches.append([line, line])
+        same.rows, same.last = same.rows + 1, row
+
+    def listed(self) -> list[DataError]:
+        """The different faults, each with all its lines."""
+        return [
+            RowsError(what, where=_where(file, same), fix=same.fix, rows=same.rows)
+            for (file, what), same in self.found.items()
+        ]
+
+
+def told(faults: Sequence[DataError], count: int) -> Iterator[str]:
+    """A line a fault, and how many rows, of so many that are faulty, have others still."""
+    yield from (f"  {fault.where}: {fault.what}" for fault in faults)
+    more = count - sum(rows_of(fault) for fault in faults)
+    if more > 0:
+        yield f"  and {more:,} more"
+
+
+def rows_of(fault: DataError) -> int:
+    """How many rows it tells of."""
+    return fault.rows if isinstance(fault, RowsError) else 1
+
+
+def as_json(faults: Iterable[DataError]) -> list[list[Any]]:
+    """To keep in a cache."""
+    return [[fault.what, fault.where, fault.fix, rows_of(fault)] for fault in faults]
+
+
+def from_json(kept: Iterable[Sequence[Any]]) -> list[DataError]:
+    """What `as_json` made."""
+    return [RowsError(what, where=where, fix=fix, rows=rows) for what, where, fix, rows in kept]
+
+
+def _where(file: str, same: _Same) -> str:
+    named = [f"{first} to {last}" if last > first else f"{first}" for first, last in same.stretches]
+    if not named:
+        return file
+    if len(named) == 1 and named[0].isdigit():  # a row that was read more than once
+        return f"{file}:{named[0]}"
+    shown = named if len(named) <= STRETCHES + 1 else [*named[:STRETCHES], f"{len(named) - STRETCHES:,} more places"]
+    return f"{file}, lines {', '.join(shown[:-1])}{' and ' if shown[:-1] else ''}{shown[-1]}"

@@ -1,0 +1,227 @@
+"""A value as a person types it, read by the type of its option: an option that is text takes the text as it stands.
+
+YAML alone would read a revision of 123456 as a number, 2024-01-01 as a date and `on` as a truth.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import types
+from collections.abc import Iterable
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+from nybble.recipe.options import Options, Recipe
+
+NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
+PERCENT = re.compile(r"(\d+\.?\d*|\.\d+) ?%")
+EXAMPLES = {
+    # where neither the default nor the type gives one
+    "model.path": "meta-llama/Llama-2-7b-hf",
+    "model.revision": "main",
+    "model.rope_scaling": "{rope_type: linear, factor: 2.0}",
+    "adapter": "runs/NAME/adapter",
+    "lora.targets": "q_proj,v_proj",
+    "data.path": "rows.jsonl",
+    "data.map": "prompt:question,completion:answer",
+    "train.neftune_alpha": "5",
+    "train.eval_tasks": "arc_easy,piqa",
+    "export.to": "merged,gguf",
+    "out": "runs/NAME",
+}
+
+
+class Plain(yaml.SafeLoader):
+    """YAML without dates: no option is one."""
+
+
+Plain.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def kinds_of(key: str) -> tuple[Any, ...] | None:
+    """The types that an option takes, by its dotted name; None where there is no such option."""
+    section: type[Options] = Recipe
+    *path, leaf = key.split(".")
+    for name in path:
+        field = section.model_fields.get(name)
+        if field is not None and name == path[-1] and get_origin(field.annotation) is dict:
+            return _kinds(get_args(field.annotation)[1])  # data.map.prompt=question
+        if field is None or not _is_section(field.annotation):
+            return None
+        section = field.annotation  # type: ignore[assignment]
+    field = section.model_fields.get(leaf)
+    if field is None or _is_section(field.annotation):
+        return None
+    return _kinds(field.annotation)
+
+
+def read_word(text: str, kinds: tuple[Any, ...] | None) -> Any:
+    """The value of `key=value`.
+
+    Args:
+        text: what stands behind the equals sign.
+        kinds: the types of its option; None where there is no such option, or it is a section.
+
+    Raises:
+        yaml.YAMLError: brackets or quotes that do not close.
+    """
+    if kinds is None:
+        return yaml.load(text, Plain)  # Plain is a SafeLoader
+    if text[:1] in ("'", '"') and len(text) > 1 and text[-1] == text[0]:
+        return read_node(yaml.compose(text, Plain), kinds)
+    is_nested = text[:1] in ("[", "{") and any(get_origin(kind) in (list, dict) for kind in kinds)
+    if is_nested and not (str in kinds and os.path.exists(text)):
+        return read_node(yaml.compose(text, Plain), kinds)
+    return _read_text(text, kinds)
+
+
+def read_node(node: yaml.Node | None, kinds: tuple[Any, ...] | None) -> Any:
+    """A value of a YAML file, as `read_word` reads one."""
+    if node is None:
+        return None
+    if kinds is None or Any in kinds:
+        return _constructed(node)
+    if isinstance(node, yaml.ScalarNode):
+        if node.style is not None:  # in quotes
+            return node.value
+        return _read_text(node.value, kinds) if node.value else None
+    if isinstance(node, yaml.SequenceNode):
+        element = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is list), None)
+        return [read_node(child, _kinds(element)) if element else _constructed(child) for child in node.value]
+    value = next((get_args(kind)[1] for kind in kinds if get_origin(kind) is dict), None)
+    if value is None or value is Any:
+        return _constructed(node)
+    assert isinstance(node, yaml.MappingNode), "scalars and sequences are read above"
+    _flatten(node)
+    pairs = [_pair(key, child) for key, child in node.value]
+    return {name: read_node(child, _kinds(value)) for name, child in pairs}
+
+
+def read_section(node: yaml.Node, section: type[Options] = Recipe) -> Any:
+    """A mapping of options, or what stands in its place."""
+    if not isinstance(node, yaml.MappingNode):
+        return _constructed(node)
+    _flatten(node)
+    values = {}
+    for key, child in node.value:
+        field = section.model_fields.get(key.value)
+        if field is not None and _is_section(field.annotation):
+            values[key.value] = read_section(child, field.annotation)  # type: ignore[arg-type]
+        else:
+            values[key.value] = read_node(child, _kinds(field.annotation) if field is not None else None)
+    return values
+
+
+def example(key: str, *, near: str = "", in_file: bool = False) -> str:
+    """A line that sets an option, as the command line or a recipe takes it.
+
+    Args:
+        key: its dotted name.
+        near: what was given: of an option that takes some words only, the one that looks most like it is shown.
+        in_file: as a recipe has it.
+    """
+    kinds = kinds_of(key)
+    assert kinds is not None, key
+    words = choices(kinds)
+    if key in EXAMPLES:
+        value = EXAMPLES[key]
+    elif words:
+        value = next((word for word in words if near and word.startswith(near[:3].lower())), words[0])
+    elif bool in kinds:
+        value = "true"
+    else:
+        default = _default(key)
+        value = (
+            f"{default:g}" if isinstance(default, int | float) else str(default or ("100" if int in kinds else "NAME"))
+        )
+    if in_file:
+        return f"{key.rsplit('.', 1)[-1]}: {_as_yaml(value, kinds)}"
+    return shlex.quote(f"{key}={value}") if not re.fullmatch(r"[\w.,:/=-]+", value) else f"{key}={value}"
+
+
+def choices(kinds: Iterable[Any]) -> list[str]:
+    """The words that an option takes."""
+    return [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+
+
+def _as_yaml(value: str, kinds: tuple[Any, ...]) -> str:
+    if str not in kinds and any(get_origin(kind) is list for kind in kinds):
+        return f"[{value.replace(',', ', ')}]"
+    if dict[str, str] in kinds:
+        return "{" + value.replace(":", ": ").replace(",", ", ") + "}"
+    return value
+
+
+def _default(key: str) -> Any:
+    value: Any = Recipe()
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Options)
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def _read_text(text: str, kinds: tuple[Any, ...]) -> Any:
+    """What bare text means where these types are taken; what it cannot mean is left for validation to refuse."""
+    is_text = str in kinds
+    if type(None) in kinds and text.lower() in (("null", "~") if is_text else ("null", "~", "none")):
+        return None
+    if (float in kinds or int in kinds) and (number := _number(text, percent=float in kinds)) is not None:
+        return number
+    if is_text or bool in kinds or text in choices(kinds):
+        return text
+    number = _number(text)
+    if number is not None:  # alone, in place of a list or mapping, no number is meant
+        return number
+    if any(get_origin(kind) is list for kind in kinds):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    if dict[str, str] in kinds:
+        parts = [re.split("[:=]", part, maxsplit=1) for part in text.split(",")]
+        return {part[0].strip(): part[1].strip() for part in parts} if all(len(part) == 2 for part in parts) else text
+    return text
+
+
+def _number(text: str, *, percent: bool = False) -> int | float | None:
+    if percent and (share := PERCENT.fullmatch(text)):
+        return float(share[1]) / 100
+    if not NUMBER.fullmatch(text):
+        return None
+    return int(text) if re.fullmatch(r"[+-]?\d[\d_]*", text) and not text.endswith("_") else float(text)
+
+
+def _pair(key: yaml.Node, child: yaml.Node) -> tuple[str, yaml.Node]:
+    """A key and its value; YAML takes `{prompt:question}`, without a space, as a key alone."""
+    name = str(key.value)
+    left, colon, right = name.partition(":")
+    if colon and right and isinstance(child, yaml.ScalarNode) and child.value == "" and child.style is None:
+        return left, yaml.ScalarNode("tag:yaml.org,2002:str", right)
+    return name, child
+
+
+def _constructed(node: yaml.Node) -> Any:
+    loader = Plain("")
+    try:
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _flatten(node: yaml.MappingNode) -> None:
+    """Merge keys (`<<: *other`) become keys."""
+    loader = Plain("")
+    try:
+        loader.flatten_mapping(node)
+    finally:
+        loader.dispose()
