@@ -48,7 +48,7 @@ llama-cpp: .venv/llama-cpp
 lock:
 	$(PYTHON) -m venv .venv/uv
 	.venv/uv/bin/pip install --quiet --disable-pip-version-check uv
-	.venv/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate --upgrade \
+	.venv/uv/bin/uv pip compile --quiet --no-python-downloads --universal --python-version 3.11 --all-extras --no-annotate --upgrade \
 		--custom-compile-command "make lock" pyproject.toml -o constraints.txt
 
 # What is released: docs/releasing.md.
