@@ -25,14 +25,15 @@ def main(extras):
     check_python()
     make_venv()
     install_torch()
-    run([*PIP, *PINS, "-e", f".[{','.join(extras)}]"])
+    run([*PIP, *PINS, "-e", f".[{','.join(extras)}]" if extras else "."])
 
 
 def check_python():
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
         window = "{}.{} to {}.{}".format(*OLDEST, *NEWEST)
+        version = "{}.{}.{}".format(*sys.version_info[:3])
         stop(
-            f"nybble needs Python {window}; this is Python {platform.python_version()} ({sys.executable})",
+            f"nybble needs Python {window}; this is Python {version} ({sys.executable})",
             "use another one: make demo PYTHON=python3.13, or python3.13 install.py",
         )
 

@@ -188,7 +188,7 @@ def test_a_python_outside_the_window_is_refused_before_anything_is_made(version,
     done = subprocess.run(command, cwd=checkout, env=PLAIN, capture_output=True, text=True, check=False)
     print(done.stderr)
     assert done.returncode != 0
-    assert "error: nybble needs Python 3.11 to 3.14; this is Python" in done.stderr
+    assert f"error: nybble needs Python 3.11 to 3.14; this is Python {version.replace(', ', '.')}.0 (" in done.stderr
     assert "fix:   use another one: make demo PYTHON=python3.13, or python3.13 install.py" in done.stderr
     assert {path.name for path in checkout.iterdir()} == before
 
@@ -271,13 +271,16 @@ def test_where_there_is_a_driver_torch_comes_with_cuda(offline):
     assert done.stdout == "NVIDIA driver found: installing PyTorch with CUDA, 3.2 GB to download.\n", done.stderr
 
 
-def test_a_failed_step_names_its_command(checkout):
-    (checkout / "pyproject.toml").write_text("nonsense")
-    code = f"import install; install.run([{sys.executable!r}, '-c', 'raise SystemExit(3)'])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("words, wanted", [(["demo", "eval"], ".[demo,eval]"), ([], ".")])
+def test_a_failed_step_names_its_command(words, wanted, offline):
+    folder, env = offline
+    command = [sys.executable, "install.py", *words]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: this command failed, for the reason above: ")
-    assert done.stderr.endswith("raise SystemExit(3)\n  fix:   once that is solved, the same again\n")
+    error, fix = done.stderr.splitlines()[-2:]
+    assert error.startswith("error: this command failed, for the reason above: ")
+    assert error.endswith(f" install --quiet -c constraints.txt -e {wanted}")
+    assert fix == "  fix:   once that is solved, the same again"
 
 
 @pytest.fixture(scope="module")
