@@ -77,8 +77,7 @@ def install_cpu_build(build):
     """Take it from where pip is configured to look, else from PyTorch's own index, which uv knows; False if neither works."""
     if succeeds([*PIP, "--no-deps", build]):
         return True
-    run([*PIP, *PINS, "uv"])
-    return succeeds([*UV, "--no-deps", "--torch-backend", "cpu", build])
+    return succeeds([*PIP, *PINS, "uv"]) and succeeds([*UV, "--no-deps", "--torch-backend", "cpu", build])
 
 
 def answer(code):
