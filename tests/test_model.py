@@ -341,6 +341,14 @@ def test_a_leftover_quantization_on_bin_weights_is_named(tmp_path):
         find_checkpoint(str(folder))
 
 
+def test_an_adapter_with_a_configuration_is_no_base_either(tuned_run, tiny_llama, tmp_path):
+    """As one whose run scaled RoPE is exported."""
+    shutil.copytree(tuned_run.adapter, tmp_path / "adapter")
+    shutil.copy(tiny_llama / "config.json", tmp_path / "adapter")
+    with pytest.raises(ModelError, match="is a LoRA adapter, not a base model"):
+        find_checkpoint(str(tmp_path / "adapter"))
+
+
 def test_a_run_named_as_the_adapter_is_told_where_its_adapter_is(tuned_run):
     with pytest.raises(ModelError) as caught:
         read_adapter_config(tuned_run.folder)

@@ -146,7 +146,7 @@ def describe(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PretrainedConfig 
     folder = pathlib.Path(recipe.model.path)
     if not folder.is_dir():
         folder = find_checkpoint(recipe.model.path, recipe.model.revision, weights=False).folder
-    if not (folder / "tokenizer_config.json").exists():
+    if not any((folder / name).exists() for name in ("tokenizer_config.json", "config.json")):
         refuse_adapter(folder)
     tokenizer = load_tokenizer(folder)
     if not (folder / "config.json").exists():

@@ -118,7 +118,6 @@ def _file_digest(file: pathlib.Path, cache: pathlib.Path) -> str:
 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
-    refuse_adapter(folder)
     file = folder / "config.json"
     consolidated = sorted(folder.glob("consolidated.*.pth"))
     if consolidated:
@@ -128,6 +127,7 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
             fix=CONVERT.format(folder=folder),
         )
     if not file.is_file():
+        refuse_adapter(folder)
         raise ModelError(f"{folder} is no model folder: it has no config.json", fix=f"ls {folder}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -157,6 +157,7 @@ def _check_architecture(folder: pathlib.Path, config: dict[str, Any]) -> None:
 def _check_weights(folder: pathlib.Path) -> None:
     files = weight_files(folder)
     if not files:
+        refuse_adapter(folder)  # one that scaled RoPE has a config.json too
         raise ModelError(f"{folder} holds no weights (model*.safetensors or pytorch_model*.bin)", fix=f"ls {folder}")
     for file in [*folder.glob("*.index.json"), *files]:
         check_whole(file)
@@ -205,7 +206,7 @@ def refuse_adapter(folder: pathlib.Path) -> None:
     Raises:
         ModelError: with the base that the adapter was trained on, and how to train on from it.
     """
-    if (folder / "config.json").exists() or not any((folder / name).exists() for name in ADAPTERS):
+    if not any((folder / name).exists() for name in ADAPTERS):
         return
     run = open_run(folder)
     base = run.recipe.model.path
