@@ -8,7 +8,7 @@ from nybble.errors import DeviceError
 
 # How threads of GNU's OpenMP, which torch brings, wait for each other. By default each spins for 300,000 rounds; where another
 # process wants the cores, those that it waits for cannot run meanwhile (bench/busy.py: what each way costs).
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
+WAITING = {"GOMP_SPINCOUNT": "100000"}
 
 
 def wait_without_spinning() -> None:
