@@ -134,7 +134,7 @@ def test_a_modelfile_and_the_list_of_models_say_it(answerer):
     assert "SYSTEM" not in write_modelfile("./m.gguf", answerer.tokenizer, answerer.template.source, "</s>")
     odd = write_modelfile("./m.gguf", answerer.tokenizer, answerer.template.source, "</s>", 'three """ quotes')
     assert "holds quotes that a Modelfile cannot say" in odd
-    assert model_entry(Model("run", answerer.template, 512, "base", SYSTEM), 0)["system"] == SYSTEM
+    assert model_entry(Model("run", answerer.template, 512, "base", 400, SYSTEM), 0)["system"] == SYSTEM
 
 
 def test_python_opens_a_folder_and_lists_its_names(answerer, taught):

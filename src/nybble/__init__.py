@@ -1,4 +1,4 @@
-"""nybble: QLoRA fine-tuning of LLaMA 2 and its kin.
+"""nybble: QLoRA fine-tuning of Llama 2 and other Llama-architecture models.
 
 The public names are loaded when they are first used, so that `import nybble` loads no torch.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nybble.run import Run, open_run
     from nybble.training.train import resume, train
 
-__version__ = "0.5.1"
+__version__ = "0.6.0"
 __all__ = [
     "Answerer",
     "Message",
