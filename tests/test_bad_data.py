@@ -234,3 +234,17 @@ def test_equal_faults_are_one_line(tmp_path, tiny_tokenizer, cache):
         assert told[2].startswith(f"  {tmp_path}/rows.jsonl:64: 'prompt' must be text")
         assert told[3].startswith(f"  {tmp_path}/scattered.jsonl, lines 2, 4, 6 and 7 more places: ")
         assert len(told) == 5
+
+
+def test_faults_that_differ_in_what_stands_in_the_row_are_one_line(tmp_path, tiny_tokenizer, cache):
+    (tmp_path / "a.jsonl").write_text("".join(alpaca({"n": n}) for n in range(30)))
+    (tmp_path / "b.jsonl").write_text("".join(row(messages=f"text {n}") for n in range(30)))
+    (tmp_path / "c.jsonl").write_text("".join(row(messages=[{"n": n}]) for n in range(30)))
+    options = DataOptions(path=str(tmp_path), validation=0, template="llama2")
+    with pytest.raises(DataError) as caught:
+        refuse_unfit(examine(options, tiny_tokenizer, cache), options)
+    print(caught.value)
+    told = str(caught.value).splitlines()
+    assert len(told) == 1 + 3 + 1
+    assert told[1].endswith("'output' must be text, found dict: {'n': 0}")
+    assert "c.jsonl, lines 1 to 30: message 1 must have role and content" in told[3]

@@ -14,7 +14,7 @@ import nybble.model.checkpoint as checkpoint
 from nybble.check import check
 from nybble.data.formats import Message
 from nybble.data.template import BUILT_IN
-from nybble.errors import ModelError, RecipeError, RunError
+from nybble.errors import DataError, ModelError, RecipeError, RunError
 from nybble.evaluate.rows import rows_of, with_rows
 from nybble.inference.pipeline import Sampling, load_answerer
 from nybble.recipe import Recipe, absolute_paths, load_recipe
@@ -249,3 +249,10 @@ def test_the_base_of_a_bare_adapter_is_looked_for_here_and_beside_it(project, tu
     assert opened("models/l2") == "models/l2"  # nothing says that it is no Hub id
     assert os.path.samefile(opened("../../models/l2"), project / "models" / "l2")
     assert opened("") == ""
+
+
+def test_rows_that_are_said_to_be_elsewhere_and_are_not_stop_the_evaluation(tuned_run, tmp_path):
+    with pytest.raises(DataError, match="there is no file") as caught:
+        with_rows(open_run(tuned_run.folder), [str(tmp_path / "nowhere.jsonl")])
+    print(caught.value)
+    assert caught.value.fix == f"ls {tmp_path}"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nybble.data.formats.conversation import ShownError
 from nybble.errors import DataError
 
 KEPT = 20  # different ones
@@ -24,6 +25,8 @@ class RowsError(DataError):
 
 @dataclass
 class _Same:
+    what: str
+    """Of the first of them."""
     fix: str | None
     stretches: list[list[int]] = field(default_factory=list)
     """First and last line of rows that follow each other."""
@@ -47,11 +50,12 @@ class Faults:
         """
         place = PLACE.fullmatch(fault.where or "")
         file, line = (place[1], int(place[2])) if place else (fault.where or "", None)
-        same = self.found.get((file, fault.what))
+        alike = fault.alike if isinstance(fault, ShownError) else fault.what
+        same = self.found.get((file, alike))
         if same is None:
             if len(self.found) == KEPT:
                 return
-            same = self.found[file, fault.what] = _Same(fault.fix)
+            same = self.found[file, alike] = _Same(fault.what, fault.fix)
         if line is not None and same.stretches and same.last == row - 1:
             same.stretches[-1][1] = line
         elif line is not None and not any(first <= line <= last for first, last in same.stretches):
@@ -61,8 +65,8 @@ class Faults:
     def listed(self) -> list[DataError]:
         """The different faults, each with all its lines."""
         return [
-            RowsError(what, where=_where(file, same), fix=same.fix, rows=same.rows)
-            for (file, what), same in self.found.items()
+            RowsError(same.what, where=_where(file, same), fix=same.fix, rows=same.rows)
+            for (file, _), same in self.found.items()
         ]
 
 

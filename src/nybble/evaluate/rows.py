@@ -10,7 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from nybble.data.examine import sources_of
 from nybble.data.prepare import Prepared, prepare
+from nybble.data.sources import find_sources
 from nybble.data.template import read_template
 from nybble.errors import DataError, RecipeError
 from nybble.recipe import absolute_paths
@@ -26,6 +28,7 @@ def with_rows(run: Run, places: Sequence[str]) -> Run:
 
     Raises:
         RecipeError: more or fewer places than the run has.
+        DataError: a place is not there.
     """
     data = run.recipe.data
     if run.is_bare_adapter:
@@ -44,6 +47,9 @@ def with_rows(run: Run, places: Sequence[str]) -> Run:
     if len(places) > len(data.names):
         moved["validation"] = places[-1]
     recipe = run.recipe.model_copy(update={"data": data.model_copy(update=moved)})
+    sources_of(recipe.data)
+    for name in places[len(data.names) :]:
+        find_sources(name)
     return replace(run, recipe=absolute_paths(recipe))
 
 
@@ -53,7 +59,8 @@ def rows_of(run: Run, tokenizer: PreTrainedTokenizerBase, cache: pathlib.Path) -
         template = read_template(tokenizer, run.folder / "template.json")
         prepared = prepare(run.recipe.data, tokenizer, run.recipe.train.seed, cache, template=template)
     except DataError as error:
-        return None, f"the run's data cannot be read: {error.what}"
+        place = f" ({error.where})" if error.where else ""
+        return None, f"the run's data cannot be read: {error.what}{place}"
     then = json.loads((run.folder / "start.json").read_text(encoding="utf-8"))["data"]
     if prepared.fingerprint != then:
         return None, "the data changed since the run was trained"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from nybble.errors import DataError
 
@@ -25,3 +25,16 @@ Conversation = tuple[Message, ...]
 
 class EmptyAnswerError(DataError):
     """A row that would teach to say nothing."""
+
+
+class ShownError(DataError):
+    """A fault that shows what stands in the row; it is the same as another row's where all but that is.
+
+    Args:
+        alike: what is wrong.
+        value: what stands in the row.
+    """
+
+    def __init__(self, alike: str, value: Any, *, where: str | None = None, fix: str | None = None) -> None:
+        super().__init__(f"{alike}: {value!r:.60}", where=where, fix=fix)
+        self.alike = alike

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from nybble.data.formats.conversation import EmptyAnswerError, Message, Role
+from nybble.data.formats.conversation import EmptyAnswerError, Message, Role, ShownError
 from nybble.data.formats.values import TOOLS, Spot, answer_of, filled, joined, literal, no_tools, refuse_media, string
 from nybble.errors import DataError
 
@@ -31,7 +31,7 @@ def history(value: Any, column: str, spot: Spot) -> Iterator[Message]:
     pairs = _unwritten(value, spot)
     for pair in pairs if isinstance(pairs, list) else [pairs] if pairs else []:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise DataError(f"{column!r} must be a list of [question, answer], found {value!r:.60}", where=spot.origin)
+            raise ShownError(f"{column!r} must be a list of [question, answer], found", value, where=spot.origin)
         yield Message("user", filled(pair[0], f"question in {column}", spot))
         yield Message("assistant", answer_of(pair[1], f"answer in {column}", spot))
 
@@ -67,8 +67,9 @@ def turns_of(value: Any, column: str, spot: Spot) -> Iterator[Message]:
         what = f"{column!r} must be a list of turns, {{role, content}} or {{from, value}}"
         if not isinstance(turns, str):
             raise DataError(what, where=spot.origin)
-        raise DataError(
-            f"{what}; its text is neither JSON nor a list as Python prints it: {value!r:.60}",
+        raise ShownError(
+            f"{what}; its text is neither JSON nor a list as Python prints it",
+            value,
             where=spot.origin,
             fix="write the turns as JSON; from pandas: frame.to_json('rows.jsonl', orient='records', lines=True)",
         )
@@ -97,8 +98,8 @@ def turns_of(value: Any, column: str, spot: Spot) -> Iterator[Message]:
 def _turn(turn: Any, place: int, spot: Spot) -> Message:
     speaker, speech = _key_of(turn, SPEAKER), _key_of(turn, SPEECH)
     if speaker is None or speech is None:
-        raise DataError(
-            f"message {place} must have role and content, or from and value; found {turn!r:.80}", where=spot.origin
+        raise ShownError(
+            f"message {place} must have role and content, or from and value; found", turn, where=spot.origin
         )
     role = turn[speaker] if isinstance(turn[speaker], str) else repr(turn[speaker])
     if role.lower() in TOOLS or turn.get("tool_calls") or turn.get("function_call"):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nybble.data.formats.conversation import EmptyAnswerError
+from nybble.data.formats.conversation import EmptyAnswerError, ShownError
 from nybble.errors import DataError
 
 NUMBERS = "numbers and true or false are read as their text"
@@ -41,7 +41,7 @@ def string(value: Any, column: str, spot: Spot) -> str:
         return json.dumps(value)
     if not isinstance(value, str):
         kind = "NaN" if value != value else type(value).__name__
-        raise DataError(f"{column!r} must be text, found {kind}: {value!r:.60}", where=spot.origin)
+        raise ShownError(f"{column!r} must be text, found {kind}", value, where=spot.origin)
     if "\0" in value:
         raise DataError(f"{column!r} holds a null character", where=spot.origin, fix="delete it")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
