@@ -133,7 +133,7 @@ def test_a_modelfile_and_the_list_of_models_say_it(answerer):
     assert f'\nSYSTEM """{SYSTEM}"""\n' in text
     assert "SYSTEM" not in write_modelfile("./m.gguf", answerer.tokenizer, answerer.template.source, "</s>")
     odd = write_modelfile("./m.gguf", answerer.tokenizer, answerer.template.source, "</s>", 'three """ quotes')
-    assert "holds quotes that a Modelfile cannot say" in odd
+    assert "contains quotes that a Modelfile cannot express" in odd
     assert model_entry(Model("run", answerer.template, 512, "base", SYSTEM), 0)["system"] == SYSTEM
 
 

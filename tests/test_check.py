@@ -53,10 +53,10 @@ def test_a_fit_set_is_reported_with_all_its_numbers(rows, tiny_llama, cache, tmp
         r"template +alpaca; <s> once a row",
         r"tokens +[\d,]+, [\d,]+ of them trained \(\d+%\)",
         r"a row +\d+ to \d+ tokens; half up to \d+, 95% up to \d+",
-        r"batches +as training gets them: every answer ends with a trained </s>, BOS is in place",
+        r"batches +checked as in training: every answer ends with a trained </s>, BOS is in place",
         r"packing +72 rows in \d+ of 256 tokens, [\d.]+% full",
         r"steps +\d+ of 1 x 2 rows, about [\d,]+ tokens\n",
-        r"time +roughly [\d.]+ (seconds|minutes) on this machine's cpu.*: [\d,]+ tokens/s while training, judged by",
+        r"time +roughly [\d.]+ (seconds|minutes) on this machine's cpu.*: [\d,]+ tokens/s in training, judged by",
         r"\nfit\n",
     ):
         assert re.search(pattern, told), pattern
@@ -66,7 +66,7 @@ def test_a_fit_set_is_reported_with_all_its_numbers(rows, tiny_llama, cache, tmp
 @pytest.mark.parametrize(
     ("rates", "told"),
     [
-        ([1e9] * 6, r"roughly [\d.]+ \w+ on this machine's cpu: [\d,]+ tokens/s while training"),
+        ([1e9] * 6, r"roughly [\d.]+ \w+ on this machine's cpu: [\d,]+ tokens/s in training"),
         ([2e8, 1e9, 3e8, 2e8, 2e8, 2e8], r"roughly [\d.]+ \w+ on .* cpu when nothing else runs, [\d.]+ \w+ as busy as it is"),
     ],
 )  # fmt: skip
@@ -75,7 +75,7 @@ def test_the_time_is_told_for_a_free_machine_and_for_a_busy_one(rates, told, row
     words = ["data.max_length=256", "train.micro_batch=1", "train.max_steps=1000"]
     _, said = looked(rows, tiny_llama, *words, cache=cache)
     assert re.search(f"time +{told}", said)
-    assert "judged by matrix products; evaluations are counted, sample answers and benchmarks are not" in said
+    assert "judged by matrix products; evaluations includes evaluations, but not sample answers and benchmarks" in said
 
 
 def test_the_speed_of_a_machine_is_measured_at_several_moments(tiny_llama):
@@ -194,7 +194,7 @@ def test_without_a_model_the_rows_are_read(rows, tmp_path):
     assert fit
     assert "rows       80: 80 alpaca" in told
     assert "name a model too" in told
-    with pytest.raises(DataError, match="lengths are counted in a model's tokens"):
+    with pytest.raises(DataError, match="--png needs a model: lengths are counted in its tokens"):
         looked(rows, "", picture=tmp_path / "h.png")
     file = tmp_path / "bad.jsonl"
     file.write_text('{"prompt": "a"}\n')

@@ -183,11 +183,11 @@ def test_accelerate_launch_runs_two_processes_and_one_where_two_were_asked_is_an
     result = nybble(*silent, launcher=LAUNCH, home=tmp_path)
     print(result.stderr)
     assert result.returncode != 0
-    assert "2 processes were asked for, and the launcher started 1" in result.stderr
+    assert "2 processes were requested, but the launcher started 1" in result.stderr
     unsaid = ("--multi_gpu", "--num_processes", "2", "-m", "nybble", "train", *parts[:-1], f"out={tmp_path / 'unsaid'}")
     result = nybble(*unsaid, launcher=LAUNCH, home=tmp_path)
     assert result.returncode != 0
-    assert "1 processes were asked for and 2 run" in result.stderr
+    assert "1 processes were requested, but 2 are running" in result.stderr
     assert sorted(path.name for path in tmp_path.glob("*/recipe.yaml")) == ["recipe.yaml"]
 
 

@@ -263,7 +263,7 @@ REFUSED = {
     "sound.jsonl": (line(messages=[OPENAI[0], {"role": "assistant", "content": [{"type": "input_audio", "input_audio": {}}]}]),
                     "'content of message 2' has a part of type input_audio", "take"),
     "call.jsonl": (line(messages=[OPENAI[0], {"role": "assistant", "content": [{"type": "tool_use", "input": {}}]}]),
-                   "has a part of type tool_use: calls of tools are not trained", "write the calls as text"),
+                   "has a part of type tool_use: nybble does not train tool calls", "write the calls as text"),
     "images.jsonl": (line(**NAMED[0], images=["owl.png"]), "the row has 'images': nybble trains on text only", "take"),
     "image.csv": ("text,image\nan owl,owl.png\n", "the row has 'image'", "take"),
     "images-in-turn.jsonl": (line(messages=[{**OPENAI[0], "images": ["x"]}, OPENAI[1]]), "message 1 has 'images'", "take"),
@@ -280,7 +280,7 @@ REFUSED = {
     "only-empty.csv": (",,\n,,\n", "there are no rows in the file", ""),
     # files that are something else
     "sheet.csv": (b"PK\x03\x04\x14\x00\x06\x00", "a zip archive or an Excel workbook", "as CSV"),
-    "packed.jsonl": (gzip.compress(b"{}"), "packed by gzip", ".gz"),
+    "packed.jsonl": (gzip.compress(b"{}"), "compressed with gzip", ".gz"),
     "paper.txt": (b"%PDF-1.7\n\xe2\xe3", "a PDF", "text"),
     "table.json": (b"PAR1\x15\x04", "a parquet file", ".parquet"),
     "page.json": ("\n<!DOCTYPE html><html>", "a web page, not data", "/resolve/"),

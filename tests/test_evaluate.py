@@ -201,7 +201,7 @@ TEXTS = {
     "latin.txt": ("one\ncaf\u00e9".encode("latin-1"), "not UTF-8: byte 0xe9 at place 4", "iconv -f WINDOWS-1252"),
     "picture.txt": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not UTF-8: byte 0x89", ""),
     "paper.txt": (b"%PDF-1.7\n", "a PDF", "write its text"),
-    "cut.txt.gz": (gzip.compress(b"one two" * 99)[:-9], "the gzip file is cut short", "again"),
+    "cut.txt.gz": (gzip.compress(b"one two" * 99)[:-9], "the gzip file is truncated", "again"),
     "pointer.txt": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 7\n", "git-lfs pointer", "lfs pull"),
 }  # fmt: skip
 
@@ -248,7 +248,7 @@ finally:
     assert f"{file}:1" in done.stderr
     assert "Traceback" not in done.stderr
     (tmp_path / "short.txt").write_text("a")
-    with pytest.raises(EvaluationError, match="has not two tokens"):
+    with pytest.raises(EvaluationError, match="has fewer than two tokens"):
         evaluate(run, Asked((), [tmp_path / "short.txt"], 0), None, quiet, cache)
     monkeypatch.setattr("nybble.evaluate.evaluation.load_answerer", None)
     with pytest.raises(EvaluationError, match="UTF-16"):

@@ -195,7 +195,7 @@ SPOILT = [
     (eos_that_does_not_end, "an answer ends with '</s>', and the artefact stops at ['<unk>'] only"),
     (template_lost, "the chat template is lost"),
     (other_template, "is other tokens from place"),
-    (tensor_damaged, "nats a token from the run's"),
+    (tensor_damaged, "nats per token from the run's"),
     (tokenizer_changed, "is other tokens from place"),
     (bos_before_a_text, "is other tokens from place 0 on"),
 ]
@@ -249,7 +249,7 @@ def test_a_model_that_is_spread_answers_alike_and_one_that_fits_nowhere_is_kept_
     monkeypatch.setattr(module, "_measure", lambda *_: measured)
     monkeypatch.setattr(kinds, "place_for", lambda size, device: None)
     folder = export(run, Wanted("merged", tmp_path / "out"), told, cache)
-    said = "bfloat16 not checked: its 0.0 GB do not fit into the memory that is free"
+    said = "bfloat16 not checked: its 0.0 GB do not fit into the free memory"
     assert said in told.export_text()
     assert said in (folder / "README.md").read_text()
 
@@ -375,7 +375,7 @@ def test_a_run_with_one_base_says_so(peaky_llama, rows, cache, tmp_path, told):
         assert "answers of its own" in report["comparison"]["what"]
         assert "quantization_config" not in json.loads((artefact / "config.json").read_text())
     text = told.export_text()
-    assert "the run started from a checkpoint that was nf4 already" in " ".join(text.split())
+    assert "the run started from a checkpoint already stored as nf4" in " ".join(text.split())
     assert "the run trained on weights that were not quantised" in " ".join(text.split())
 
 

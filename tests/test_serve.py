@@ -393,7 +393,7 @@ def test_an_engine_that_broke_down_says_so(runs, cache, monkeypatch):
         failed = server.post(model="run", messages=user(ASKED))
         assert failed.status_code == 503
         assert server.http.get(f"{server.url}/health").status_code == 503
-        assert server.post(model="run", messages=user(ASKED)).json()["error"]["message"] == "the engine broke down"
+        assert server.post(model="run", messages=user(ASKED)).json()["error"]["message"] == "the engine failed"
 
 
 def test_a_key_is_asked_for_and_the_page_needs_none(runs, cache):

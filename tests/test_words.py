@@ -101,7 +101,7 @@ WRONG = {
     "Train.Epochs=2": ("Train.Epochs: unknown option; did you mean train.epochs=2?", ""),
     "epoch=2": ("epoch: unknown option; did you mean train.epochs=2?", ""),
     "model.path=b": ("MODEL was given twice: m and model.path=b", ""),
-    "more.jsonl": ("at most MODEL and DATA, then key=value; what is 'more.jsonl'?", "train.epochs=2"),
+    "more.jsonl": ("unexpected 'more.jsonl': expected at most MODEL and DATA, then key=value", "train.epochs=2"),
     "data.map={prompt: question": ("does not close its brackets", "data.map=prompt:question,completion:answer"),
     "train.save_every=3 train.evaluate_every=2": ("train.save_every: 3 differs from the 2 steps", "train.save_every=2"),
 }

@@ -71,13 +71,13 @@ def forget_borders(batch):
 
 
 ALTERED = [
-    (drop_eos, "other tokens are trained than those of the answers; EOS is not trained behind an answer"),
-    (shift, "a label is not the token at its place"),
+    (drop_eos, "the trained tokens are not those of the answers; EOS is not trained after an answer"),
+    (shift, "a label differs from its token"),
     (forget, "no token is trained"),
-    (another_token, "the batch holds other tokens than the row"),
-    (one_more, "other tokens are trained than those of the answers"),
-    (ask_for_less, "the loss counts other tokens than those with a label"),
-    (ask_twice, "the loss counts other tokens than those with a label"),
+    (another_token, "the batch's tokens differ from the row's"),
+    (one_more, "the trained tokens are not those of the answers"),
+    (ask_for_less, "the tokens that the loss counts are not those with a label"),
+    (ask_twice, "the tokens that the loss counts are not those with a label"),
 ]
 
 
@@ -148,7 +148,7 @@ def test_bos_stands_where_the_template_owns_it(tmp_path, tiny_tokenizer, cache, 
         return
     inspect(data.train, Collator(0), rules)
     other = Rules(Template(tiny_tokenizer, "once", source.replace("{{ bos_token }}", "", 1)), "answers")
-    with pytest.raises(DataError, match="BOS stands 2 times, where the template once wants 1"):
+    with pytest.raises(DataError, match="2 BOS tokens, where the template once has 1"):
         inspect(data.train, Collator(0), other)
 
 
@@ -192,6 +192,6 @@ def test_training_is_refused_by_the_same_look(tiny_llama, rows, cache, tmp_path,
             "data.max_length=512",
         ],
     )
-    with pytest.raises(DataError, match="EOS is not trained behind an answer"):
+    with pytest.raises(DataError, match="EOS is not trained after an answer"):
         train(recipe, console=Console(quiet=True), cache=cache)
     assert not (tmp_path / "run").exists()

@@ -40,7 +40,7 @@ def tell_data(console: Console, data: Prepared, options: DataOptions, seconds: f
         tell(console, f"          {notice}")
     if isinstance(data.train, StreamedRows):
         count = 0 if data.validation is None else len(data.validation)
-        tell(console, f"          those are the first rows of a stream; {count:,} held out")
+        tell(console, f"          these are the first rows of a stream; {count:,} held out")
         return
     packed = f" packed into {len(data.train):,}" if options.packing else ""
     held_out = f", {len(data.validation):,} held out" if data.validation is not None else ", none held out"
@@ -55,8 +55,8 @@ def tell_base(base: Base, size: Footprint, console: Console) -> None:
     tell(
         console,
         f"base      {base.checkpoint.name}: {size.parameters / 1e6:,.1f} M parameters, "
-        f"{size.quantized / size.parameters:.0%} of them in {base.quantization}; {size.bytes / 1e9:.2f} GB in memory, "
-        f"{2 * size.parameters / 1e9:.2f} GB it would be in 16 bits{cached}",
+        f"{size.quantized / size.parameters:.0%} of them in {base.quantization}; {size.bytes / 1e9:.2f} GB in memory "
+        f"({2 * size.parameters / 1e9:.2f} GB in 16 bits){cached}",
     )
 
 
@@ -101,7 +101,7 @@ def tell_result(run: Run, summary: dict[str, Any], console: Console) -> None:
         tell(console, f"result    validation loss {validation['before']:.4f} -> {validation['kept']:.4f}")
     tell(
         console,
-        f"          {summary['tokens_per_second']:,.0f} tokens/s while training, peak memory {summary['peak_memory_gb']:.2f} GB, "
-        f"{summary['seconds']:,.0f} s in all",
+        f"          {summary['tokens_per_second']:,.0f} tokens/s in training, peak memory {summary['peak_memory_gb']:.2f} GB, "
+        f"{summary['seconds']:,.0f}" s in total",
     )
     tell(console, f"done      {run.folder}; talk to it: nybble chat {run.folder}")

@@ -58,10 +58,10 @@ def check(
         cache = cache or default_cache()
         check_cache(cache)
         if picture is not None:
-            check_writable(picture.parent, "the picture", "--png FILE in a folder that can be written to")
+            check_writable(picture.parent, "the picture", "--png FILE, in a writable folder")
         faults = _check_tokens(recipe, console, picture, cache)
     elif picture is not None:
-        raise DataError("lengths are counted in a model's tokens", fix="nybble data check DATA MODEL --png FILE")
+        raise DataError("--png needs a model: lengths are counted in its tokens", fix="nybble data check DATA MODEL --png FILE")
     else:
         faults = _check_rows(recipe, console)
     if faults:
@@ -72,7 +72,7 @@ def check(
                 _line(console, "", line.strip())
         console.print(Text(f"\nunfit: {_plural(len(faults), 'reason')}", style="bold red"))
         return False
-    what = "fit" if recipe.model.path else "readable; name a model too, and tokens, masks and lengths are checked"
+    what = "fit" if recipe.model.path else "readable; add MODEL to check tokens, masks and lengths too"
     console.print(Text(f"\n{what}", style="bold green"))
     return True
 
@@ -231,7 +231,7 @@ def _tell_batches(
     _line(
         console,
         "batches",
-        f"as training gets them: every answer ends with a trained {' or '.join(ends)}{bos}",
+        f"checked as in training: every answer ends with a trained {' or '.join(ends)}{bos}",
     )
     if isinstance(rows, PackedRows):
         filled = sum(rows.samples.select_columns("length")[:]["length"]) / (len(rows) * data.max_length)
@@ -274,9 +274,9 @@ def _tell_time(console: Console, recipe: Recipe, tokens: float, config: Pretrain
     speed = estimate(config, device, choose_dtype(recipe.model.dtype, device)[0], recipe.train.processes)
     told = f"roughly {_duration(tokens / speed.free)} on this machine's {device.type}"
     if speed.is_busy:
-        told += f" when nothing else runs, {_duration(tokens / speed.now)} as busy as it is now"
-    told += f": {_rounded(speed.free)} tokens/s while training, judged by matrix products; evaluations"
-    _line(console, "time", f"{told} are counted, sample answers and benchmarks are not")
+        told += f" when idle, {_duration(tokens / speed.now)} under its current load"
+    told += f": {_rounded(speed.free)} tokens/s in training, estimated from matrix products;"
+    _line(console, "time", f"{told} includes evaluations, but not sample answers and benchmarks")
 
 
 def _rounded(number: float) -> str:

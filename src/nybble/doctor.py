@@ -106,7 +106,7 @@ def python() -> Finding:
     version = platform.python_version()
     window = metadata.metadata("nybble").json.get("requires_python") if _installed("nybble") else None
     if window and not SpecifierSet(str(window)).contains(version, prereleases=True):
-        return Finding("python", "fail", f"{version}, outside {window}", "make an environment with Python 3.12")
+        return Finding("python", "fail", f"{version}, outside {window}", "create an environment with Python 3.12")
     return Finding("python", "ok", version)
 
 
@@ -118,7 +118,7 @@ def packages(requirements: list[str], installed: Callable[[str], str | None]) ->
         installed: the version of a package, None where it is missing.
     """
     if not requirements:
-        fix = "install nybble with pip, not by PYTHONPATH alone"
+        fix = "install nybble with pip, not through PYTHONPATH alone"
         return [Finding("packages", "warn", "nybble's metadata is missing: the tested versions are unknown", fix)]
     wanted = [Requirement(text) for text in requirements]
     core = [need for need in wanted if need.marker is None or need.marker.evaluate({"extra": ""})]
@@ -182,7 +182,7 @@ def judge_driver(driver: str | None, built_for: str | None, fault: str | None, d
             "cuda",
             "fail",
             "the NVIDIA driver does not answer",
-            "`nvidia-smi` says why; often a restart helps",
+            "`nvidia-smi` says why; a restart often helps",
         )
     major = int(driver.split(".")[0])
     wheel = next((tag for tag, oldest in WHEELS if major >= oldest), None)
@@ -222,7 +222,7 @@ def devices() -> list[Finding]:
         detail += f", {free / GIB:.1f} of {total / GIB:.1f} GiB free"
         if free < VRAM_7B:
             fix = "see `nvidia-smi` for what else uses it, or choose a smaller model"
-            findings.append(Finding(name, "warn", f"{detail}; a 7B in 4 bits wants {VRAM_7B / GIB:.0f}", fix))
+            findings.append(Finding(name, "warn", f"{detail}; a 7B in 4 bits needs {VRAM_7B / GIB:.0f}", fix))
         else:
             findings.append(Finding(name, "ok", detail))
     return findings
@@ -247,11 +247,11 @@ def nf4(device: torch.device, needed: bool = True) -> Finding:
         quantised, forward, gradient = nf4_errors(device)
     except RuntimeError as error:
         return Finding(name, fault, f"4-bit layers do not run: {str(error).splitlines()[0]}", fix)
-    detail = f"forward off {forward:.1e}, gradient {gradient:.1e}, allowed {PRODUCT_TOLERANCE:.0e}"
+    detail = f"relative error: forward {forward:.1e}, gradient {gradient:.1e} (limit {PRODUCT_TOLERANCE:.0e})"
     if not (forward <= PRODUCT_TOLERANCE and gradient <= PRODUCT_TOLERANCE):
         return Finding(name, fault, f"wrong results: {detail}", fix)
     if not quantised <= QUANTISATION_TOLERANCE:
-        return Finding(name, fault, f"weights off by {quantised:.1e}, allowed {QUANTISATION_TOLERANCE}", fix)
+        return Finding(name, fault, f"relative error of the weights {quantised:.1e} (limit {QUANTISATION_TOLERANCE})", fix)
     return Finding(name, "ok", detail)
 
 
@@ -291,7 +291,7 @@ def memory(available: int, total: int) -> Finding:
     detail = f"{available / GIB:.1f} of {total / GIB:.1f} GiB free"
     if available < RAM_7B:
         fix = "close other programs, or choose a smaller model"
-        return Finding("memory", "warn", f"{detail}; a 7B wants {RAM_7B / GIB:.0f}", fix)
+        return Finding("memory", "warn", f"{detail}; a 7B needs {RAM_7B / GIB:.0f}", fix)
     return Finding("memory", "ok", detail)
 
 
@@ -335,7 +335,7 @@ def disk(name: str, folder: Path, needed: float, cure: str) -> Finding:
     free = shutil.disk_usage(nearest(folder)).free
     detail = f"{free / 1e9:.1f} GB free at {folder}"
     if free < needed:
-        return Finding(name, "warn", f"{detail}; a 7B wants {needed / 1e9:.1f}", cure)
+        return Finding(name, "warn", f"{detail}; a 7B needs {needed / 1e9:.1f}", cure)
     return Finding(name, "ok", detail)
 
 
@@ -344,7 +344,7 @@ def temporary() -> Finding:
     try:
         return Finding("temporary", "ok", tempfile.gettempdir())
     except FileNotFoundError as error:
-        return Finding("temporary", "fail", str(error.strerror), "set TMPDIR to a folder that can be written to")
+        return Finding("temporary", "fail", str(error.strerror), "set TMPDIR to a writable folder")
 
 
 def hub_login() -> Finding:
@@ -354,8 +354,8 @@ def hub_login() -> Finding:
         return Finding("hub login", "warn", error.what, error.fix)
     if account is None:
         fix = "`hf auth login` with a token from https://huggingface.co/settings/tokens"
-        return Finding("hub login", "warn", "not logged in: gated models such as Llama 2 are closed", fix)
-    return Finding("hub login", "ok", f"as {account}")
+        return Finding("hub login", "warn", "not logged in: gated models such as Llama 2 are not accessible", fix)
+    return Finding("hub login", "ok", f"logged in as {account}")
 
 
 def base_model(model: str) -> Finding:
@@ -365,7 +365,7 @@ def base_model(model: str) -> Finding:
             if folder.is_dir():
                 find_checkpoint(str(folder))  # what train asks of it, in the same words
             hub.check_folder(folder)
-            return Finding("model", "ok", f"{folder} holds a model that Transformers can load")
+            return Finding("model", "ok", f"{folder} contains a model that Transformers can load")
         return Finding("model", "ok", f"{model} can be read, commit {hub.check_access(model, None)[:12]}")
     except ModelError as error:
         return Finding("model", "fail", error.what, error.fix)

@@ -41,7 +41,7 @@ def options(
     cache: Annotated[
         pathlib.Path | None,
         typer.Option(
-            help="Folder of quantised bases and tokenised data; else $XDG_CACHE_HOME/nybble or ~/.cache/nybble."
+            help="Folder for quantised bases and tokenised data; default: $XDG_CACHE_HOME/nybble or ~/.cache/nybble."
         ),
     ] = None,
 ) -> None:
@@ -66,7 +66,7 @@ def cache_folder(context: typer.Context) -> pathlib.Path:
 @app.command("help")
 def show_help(
     context: typer.Context,
-    words: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]", help="Of which command.")] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]", help="Command to explain.")] = None,
 ) -> None:
     """Show this help, or a command's: nybble help train."""
     here = context.parent

@@ -55,7 +55,7 @@ def plan_steps(train: TrainOptions, rows: int | None, has_validation: bool) -> S
         rows = batch
     if rows < batch:
         raise TooFewRowsError(
-            f"the data gives {rows} training rows, and one step takes {batch} "
+            f"the data gives {rows} training rows, but one step takes {batch} "
             f"(micro_batch {train.micro_batch} x accumulation {train.accumulation} x processes {train.processes})",
             fix="train.micro_batch=1 train.accumulation=1, or more data",
         )

@@ -115,8 +115,8 @@ def run_names(runs: Sequence[Run]) -> list[str]:
         twice = next(run for run in runs if folders[run.folder.resolve().name] is not run.folder)
         name = twice.folder.resolve().name
         raise RunError(
-            f"two runs have the name {name}, by which requests choose: {twice.folder} and {folders[name]}",
-            fix="rename a folder; a run may stand anywhere",
+            f"two runs have the name {name}, and requests choose by name: {twice.folder} and {folders[name]}",
+            fix="rename one of the folders; a run can be moved",
         )
     return list(folders)
 
