@@ -1,4 +1,4 @@
-"""nybble: QLoRA fine-tuning of LLaMA 2 and its kin.
+"""nybble: QLoRA fine-tuning of Llama 2 and other Llama-architecture models.
 
 The public names are loaded when they are first used, so that `import nybble` loads no torch.
 """

@@ -11,7 +11,7 @@ from nybble.data.prepare import Prepared
 from nybble.data.stream import StreamedRows
 from nybble.engine.fusion import Fusion
 from nybble.model.base import Base, Footprint
-from nybble.plan.schedule import Schedule
+from nybble.plan.schedule import Schedule, steps_text
 from nybble.recipe import DataOptions
 from nybble.run import Run
 from nybble.terminal import tell
@@ -76,7 +76,7 @@ def tell_adapter(model: PeftModel, size: Footprint, console: Console) -> int:
 def tell_engine(console: Console, fusion: Fusion | None, reason: str) -> None:
     """Which layers are fused, where, and why others are not."""
     lines = (
-        fusion.describe().splitlines() if fusion is not None else [f"the layers are computed by Transformers: {reason}"]
+        fusion.describe().splitlines() if fusion is not None else [f"Transformers computes the layers: {reason}"]
     )
     for place, line in enumerate(lines):
         tell(console, f"{'engine' if place == 0 else '':<10}{line}")
@@ -84,12 +84,7 @@ def tell_engine(console: Console, fusion: Fusion | None, reason: str) -> None:
 
 def tell_plan(run: Run, schedule: Schedule, console: Console) -> None:
     """Where the run goes and how long it is."""
-    train = run.recipe.train
-    processes = f" x {train.processes} processes" if train.processes > 1 else ""
-    tell(
-        console,
-        f"run       {run.folder}: {schedule.steps:,} steps of {train.micro_batch} x {train.accumulation} rows{processes}",
-    )
+    tell(console, f"run       {run.folder}: {steps_text(schedule.steps, run.recipe.train)}")
     if schedule.notice:
         tell(console, f"          {schedule.notice}")
 

@@ -28,7 +28,7 @@ from nybble.model.checkpoint import check_length, find_checkpoint, refuse_adapte
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.places import check_cache, check_writable, default_cache
-from nybble.plan.schedule import plan_steps
+from nybble.plan.schedule import plan_steps, steps_text
 from nybble.plan.speed import PRODUCTS, estimate
 from nybble.recipe import Recipe, absolute_paths
 from nybble.terminal import tell
@@ -70,9 +70,9 @@ def check(
             _line(console, "fault", lines[0], "bold red")
             for line in lines[1:]:
                 _line(console, "", line.strip())
-        console.print(Text(f"\nunfit: {_plural(len(faults), 'reason')}", style="bold red"))
+        console.print(Text(f"\nnot ready: fix the {_plural(len(faults), 'problem')} above", style="bold red"))
         return False
-    what = "fit" if recipe.model.path else "readable; add MODEL to check tokens, masks and lengths too"
+    what = "ready to train" if recipe.model.path else "readable; add MODEL to check tokens, masks and lengths too"
     console.print(Text(f"\n{what}", style="bold green"))
     return True
 
@@ -166,8 +166,9 @@ def _tell_rows(console: Console, counts: Counts, sources: tuple[Source, ...], st
     _line(console, "rows", f"{counts.rows:,}{where}: {forms or 'none that can be read'}")
     for line in licences(sources):
         _line(console, "licence", line)
-    _line(console, "duplicates", f"{counts.duplicates:,}" + (", each used once" if counts.duplicates else ""))
-    bad = f"{counts.faulty:,}, {counts.empty_answers:,} of them without an answer" if counts.faulty else "0"
+    _line(console, "duplicates", f"{counts.duplicates:,}" + (", each row used once" if counts.duplicates else ""))
+    empty = f"{counts.empty_answers:,}" if counts.empty_answers else "none"
+    bad = f"{counts.faulty:,} ({empty} because of an empty answer)" if counts.faulty else "0"
     _line(console, "bad rows", bad, "red" if counts.faulty else "")
     for notice in counts.told():
         _line(console, "notice", notice, "yellow")
@@ -180,7 +181,7 @@ def _tell_lengths(console: Console, examined: Examined, recipe: Recipe) -> None:
     _line(console, "tokens", f"{counts.tokens:,}, {counts.trained_tokens:,} of them trained ({share})")
     marks = [("half", 0.5), ("95%", 0.95), ("99%", 0.99)]
     told = ", ".join(f"{name} up to {histogram.quantile(lengths, part):,}" for name, part in marks)
-    _line(console, "a row", f"{min(lengths):,} to {max(lengths):,} tokens; {told}")
+    _line(console, "row length", f"{min(lengths):,} to {max(lengths):,} tokens; {told}")
     block = "\u2588" if (console.encoding or "").lower().startswith("utf") else "#"
     for line, is_over in histogram.text(lengths, limit, block, console.width - LABEL):
         _line(console, "", line.rstrip(), "red" if is_over else "dim")
@@ -200,7 +201,7 @@ def _bos(template: Template) -> str:
     first, more = template.bos_of_turns
     if template.tokenizer.bos_token is None or not first or first > 1:
         return ""
-    return f"; {template.tokenizer.bos_token} " + ("at each user turn" if more else "once a row")
+    return f"; {template.tokenizer.bos_token} " + ("at each user turn" if more else "once per row")
 
 
 def _tell_batches(
@@ -257,8 +258,7 @@ def _tell_steps(
         return [fault]
     batch = train.micro_batch * train.accumulation * train.processes
     tokens = schedule.steps * batch * float(lengths_of(rows).mean())
-    line = f"{schedule.steps:,} of {train.micro_batch} x {train.accumulation} rows, about {_rounded(tokens)} tokens"
-    _line(console, "steps", line)
+    _line(console, "training", f"{steps_text(schedule.steps, train)}, about {_rounded(tokens)} tokens")
     if schedule.notice:
         _line(console, "", schedule.notice, "yellow")
     if config is not None:
@@ -275,8 +275,8 @@ def _tell_time(console: Console, recipe: Recipe, tokens: float, config: Pretrain
     told = f"roughly {_duration(tokens / speed.free)} on this machine's {device.type}"
     if speed.is_busy:
         told += f" when idle, {_duration(tokens / speed.now)} under its current load"
-    told += f": {_rounded(speed.free)} tokens/s in training, estimated from matrix products;"
-    _line(console, "time", f"{told} includes evaluations, but not sample answers and benchmarks")
+    told += f": {_rounded(speed.free)} tokens/s in training, estimated from matrix products; evaluations"
+    _line(console, "time", f"{told} are included, sample answers and benchmarks are not")
 
 
 def _rounded(number: float) -> str:

@@ -1,4 +1,4 @@
-"""`nybble doctor`: is this machine fit to train? Checks that really compute, one line and one fix each.
+"""`nybble doctor`: can this machine train? Checks that really compute; each problem comes with its fix.
 
 findings = examine("meta-llama/Llama-2-7b-hf")
 render(findings, Console())
@@ -13,7 +13,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -34,8 +33,10 @@ from nybble.errors import ModelError, PlaceError
 from nybble.model import hub
 from nybble.model.checkpoint import find_checkpoint
 from nybble.places import ANOTHER_CACHE, check_cache, check_writable, default_cache, nearest
+from nybble.terminal import tell
 
 Verdict = Literal["ok", "warn", "fail"]
+COLOURS: dict[Verdict, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 GIB = 2**30
 # What a 7B needs: its 16-bit files, a 4-bit copy, an adapter's checkpoints with their optimiser states, and
@@ -49,7 +50,7 @@ WHEELS = (("cu130", 580), ("cu126", 525))
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: what was looked at, the verdict, what was found, the command that mends it."""
+    """One line of the report: what was looked at, the verdict, what was found, the command that fixes it."""
 
     name: str
     verdict: Verdict
@@ -83,23 +84,20 @@ def exit_status(findings: Iterable[Finding]) -> int:
 
 
 def render(findings: list[Finding], console: Console) -> None:
-    """One aligned line a finding, its fix beneath it, the verdict last."""
-    width = max(len(finding.name) for finding in findings)
-    colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+    """One aligned line per finding, its fix below it, the verdict last."""
+    label = max(len(finding.name) for finding in findings) + 8
     for finding in findings:
-        room = max(console.width - width - 8, 24)
-        lines = textwrap.wrap(finding.detail, room, break_long_words=False, break_on_hyphens=False)
-        line = Text(f"{finding.verdict:<4}", style=colours[finding.verdict])
-        line.append(f"  {finding.name:<{width}}  ", style="default")
-        line.append(f"\n{'':{width + 8}}".join(lines), style="default")
-        console.print(line, soft_wrap=True)
+        begins = Text.assemble((f"{finding.verdict:<4}", COLOURS[finding.verdict]), f"  {finding.name}".ljust(label - 4))
+        tell(console, begins + Text(finding.detail), hang=label)
         if finding.fix:
-            # Never wrapped: a command is copied whole.
-            console.print(Text(f"{'':{width + 8}}fix: {finding.fix}", style="cyan"), soft_wrap=True)
+            tell(console, Text(f"{'':{label}}fix: {finding.fix}", style="cyan"), hang=label + len("fix: "))
     failed, warned = (sum(f.verdict == verdict for f in findings) for verdict in ("fail", "warn"))
-    verdict = f"unfit: mend what failed ({failed})" if failed else "fit: this machine can train"
+    verdict = "ready: this machine can train"
+    if failed:
+        verdict = f"not ready: fix the {failed} problem{'s' * (failed > 1)} above"
     noted = f", {warned} warning{'s' * (warned > 1)}" if warned else ""
-    console.print(Text(f"\n{verdict}{noted}", style="bold red" if failed else "bold green"))
+    console.print()
+    tell(console, Text(f"{verdict}{noted}", style="bold red" if failed else "bold green"), hang=2)
 
 
 def python() -> Finding:
@@ -189,7 +187,7 @@ def judge_driver(driver: str | None, built_for: str | None, fault: str | None, d
     if wheel is None:
         fix = f"install driver {WHEELS[0][1]} or newer: https://www.nvidia.com/drivers"
         return Finding("cuda", "fail", f"driver {driver} is too old for every tested torch", fix)
-    fix = f"pip install --force-reinstall {_pin('torch')} --index-url https://download.pytorch.org/whl/{wheel}"
+    fix = f"pip install uv && uv pip install --torch-backend {wheel} --reinstall-package torch {_pin('torch')}"
     if built_for is None:
         return Finding("cuda", "fail", f"torch is a CPU build, but there is an NVIDIA driver {driver}", fix)
     if fault and "too old" in fault:

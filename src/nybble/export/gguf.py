@@ -216,7 +216,7 @@ def _check_rope(config: PretrainedConfig) -> None:
     kind = config.rope_parameters["rope_type"]
     if kind not in ("default", "llama3", *SCALINGS):
         raise ExportError(
-            f"llama.cpp has nothing like RoPE scaling of type {kind}", fix="--to merged, which keeps it unchanged"
+            f"llama.cpp does not support RoPE scaling of type {kind}", fix="--to merged, which keeps it unchanged"
         )
     odd = [f"{name}={value}" for name, value in config.rope_parameters.items() if value != YARN.get(name, value)]
     if kind == "yarn" and odd:

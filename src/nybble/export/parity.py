@@ -268,7 +268,7 @@ def judge(
         )
     if not numbers["kl"] <= limit:
         failures.append(
-            f"its next-token distributions lie {numbers['kl']:.4f} nats per token from the run's, and {limit:.4f} is the limit"
+            f"its next-token distributions differ from the run's by {numbers['kl']:.4f} nats per token (limit {limit:.4f})"
         )
     compared = [
         _side_by_side(*sides, tokenizer)

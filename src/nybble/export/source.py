@@ -78,7 +78,7 @@ def open_source(run: Run, dtype: str, cache: pathlib.Path) -> Source:
     notices = _held_against_record(checkpoint, mark, record)
     if record is None and checkpoint.quantized_as is None:
         notices += (
-            f"the adapter does not record how its base was stored: assuming {model.quantization}, as in QLoRA; "
+            f"nothing records how the base was stored: assuming {model.quantization}, as in QLoRA; "
             "if it was trained on 16-bit weights, use --merge-base original",
         )
     device = torch.device("cpu") if not torch.cuda.is_available() else choose_device(model.device)
@@ -96,7 +96,7 @@ def open_source(run: Run, dtype: str, cache: pathlib.Path) -> Source:
 
 def _held_against_record(checkpoint: Checkpoint, mark: str, record: Mapping[str, Any] | None) -> tuple[str, ...]:
     if record is None:
-        return ("the adapter does not record which base it was trained on: assuming this one",)
+        return ("nothing records which base the adapter was trained on: assuming this one",)
     then = record["base"]["fingerprint"]
     if mark == then:
         return ()

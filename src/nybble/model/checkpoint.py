@@ -142,7 +142,7 @@ def _check_architecture(folder: pathlib.Path, config: dict[str, Any]) -> None:
     kind = config.get("model_type")
     if kind != "llama":
         raise ModelError(
-            f"the architecture is {kind!r}; nybble trains Llama-architecture models (model_type llama: LLaMA 2, "
+            f"the architecture is {kind!r}; nybble trains Llama-architecture models (model_type llama: Llama 2, "
             "Llama 3, CodeLlama, Vicuna, TinyLlama, SmolLM2, ...)",
             where=str(folder / "config.json"),
         )

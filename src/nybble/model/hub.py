@@ -217,7 +217,7 @@ def _cached_or_raise(
     folder = _cached(repo_id, revision, allow_patterns)
     if folder is None:
         raise HubError(
-            f"{error.what} And {repo_id!r} is not, or not wholly, in the cache {constants.HF_HUB_CACHE}.",
+            f"{error.what} And {repo_id!r} is not completely in the cache {constants.HF_HUB_CACHE}.",
             fix=f"{error.fix}, or give a folder that holds the model",
         ) from error
     return folder

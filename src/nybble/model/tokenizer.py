@@ -66,8 +66,8 @@ def _as_in_its_file(tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path) ->
     if not file.exists():
         if (folder / "tokenizer.model").exists():
             raise ModelError(
-                f"{folder} has tokenizer.model but no tokenizer.json, and what transformers 5 makes of the former gives other "
-                "ids than the model was trained on",
+                f"{folder} has tokenizer.model but no tokenizer.json, from which transformers 5 makes other token ids "
+                "than the model was trained on",
                 fix="get tokenizer.json from the model's page; for Llama 2: hf download meta-llama/Llama-2-7b-hf "
                 f"tokenizer.json --local-dir {folder}",
             )

@@ -41,8 +41,8 @@ class PipelineEngine:
         self.models[base] = Model(base, first.template, positions, None, rows)
         self.speakers = {name: (own, True) for name, own in answerers.items()} | {base: (first, False)}
         self.about = (
-            "the default, on any device: the Transformers pipeline, requests in padded batches; "
-            f"those to different models ({', '.join(self.models)}) take turns, all else goes together"
+            "the default, on any device: the Transformers pipeline; requests for one model are batched, "
+            f"different models ({', '.join(self.models)}) take turns"
         )
         ends = {name: frozenset(own.pipeline().stops()) for name, (own, _) in self.speakers.items()}
         self.batcher = Batcher(
