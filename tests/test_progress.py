@@ -93,10 +93,19 @@ def test_the_bar_leaves_out_what_does_not_fit_and_cuts_nothing(width, what, step
     (line,) = lines
     assert len(line) <= width
     parts = re.split(r"\s{2,}", line.strip())
-    whole = [what if what == TRAINING else f"{what} 4 of 25", f"3/{steps}", "0:00", "loss 1.2345", "12,345 tokens/s", "12.34 GB"]
+    whole = [
+        what if what == TRAINING else f"{what} 4 of 25",
+        f"3/{steps}",
+        "0:00",
+        "loss 1.2345",
+        "12,345 tokens/s",
+        "12.34 GB",
+    ]
     if width > 20:
         assert parts[0] == whole[0]
-        assert all(part in whole or part.endswith(" left") or set(part) <= set("━╸ ") for part in parts), "a part was cut"
+        assert all(part in whole or part.endswith(" left") or set(part) <= set("━╸ ") for part in parts), (
+            "a part was cut"
+        )
     if width >= 60:
         assert f"3/{steps}" in parts
     if width == 140:

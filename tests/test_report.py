@@ -147,7 +147,9 @@ def test_where_nothing_was_shown_the_smallest_detectable_difference_is_said():
         "shown: 2.1 points (a) to 5.0 points (b) and 0.051 nats per token (held-out loss)."
     )
     ((_, text),) = said({"tasks": [task("a", 0.5, 0.5, UNDECIDED, detectable=None)]})
-    assert text == "No difference shown on the one benchmark. With this few items no difference could have been detected."
+    assert (
+        text == "No difference shown on the one benchmark. With this few items no difference could have been detected."
+    )
 
 
 def test_a_skill_is_told_as_counted_and_claims_no_verdict():

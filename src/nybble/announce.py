@@ -75,9 +75,7 @@ def tell_adapter(model: PeftModel, size: Footprint, console: Console) -> int:
 
 def tell_engine(console: Console, fusion: Fusion | None, reason: str) -> None:
     """Which layers are fused, where, and why others are not."""
-    lines = (
-        fusion.describe().splitlines() if fusion is not None else [f"Transformers computes the layers: {reason}"]
-    )
+    lines = fusion.describe().splitlines() if fusion is not None else [f"Transformers computes the layers: {reason}"]
     for place, line in enumerate(lines):
         tell(console, f"{'engine' if place == 0 else '':<10}{line}")
 
@@ -97,6 +95,6 @@ def tell_result(run: Run, summary: dict[str, Any], console: Console) -> None:
     tell(
         console,
         f"          {summary['tokens_per_second']:,.0f} tokens/s in training, peak memory {summary['peak_memory_gb']:.2f} GB, "
-        f"{summary['seconds']:,.0f}" s in total",
+        f"{summary['seconds']:,.0f} s in total",
     )
     tell(console, f"done      {run.folder}; talk to it: nybble chat {run.folder}")

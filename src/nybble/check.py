@@ -61,7 +61,9 @@ def check(
             check_writable(picture.parent, "the picture", "--png FILE, in a writable folder")
         faults = _check_tokens(recipe, console, picture, cache)
     elif picture is not None:
-        raise DataError("--png needs a model: lengths are counted in its tokens", fix="nybble data check DATA MODEL --png FILE")
+        raise DataError(
+            "--png needs a model: lengths are counted in its tokens", fix="nybble data check DATA MODEL --png FILE"
+        )
     else:
         faults = _check_rows(recipe, console)
     if faults:

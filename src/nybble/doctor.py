@@ -87,7 +87,9 @@ def render(findings: list[Finding], console: Console) -> None:
     """One aligned line per finding, its fix below it, the verdict last."""
     label = max(len(finding.name) for finding in findings) + 8
     for finding in findings:
-        begins = Text.assemble((f"{finding.verdict:<4}", COLOURS[finding.verdict]), f"  {finding.name}".ljust(label - 4))
+        begins = Text.assemble(
+            (f"{finding.verdict:<4}", COLOURS[finding.verdict]), f"  {finding.name}".ljust(label - 4)
+        )
         tell(console, begins + Text(finding.detail), hang=label)
         if finding.fix:
             tell(console, Text(f"{'':{label}}fix: {finding.fix}", style="cyan"), hang=label + len("fix: "))
@@ -249,7 +251,9 @@ def nf4(device: torch.device, needed: bool = True) -> Finding:
     if not (forward <= PRODUCT_TOLERANCE and gradient <= PRODUCT_TOLERANCE):
         return Finding(name, fault, f"wrong results: {detail}", fix)
     if not quantised <= QUANTISATION_TOLERANCE:
-        return Finding(name, fault, f"relative error of the weights {quantised:.1e} (limit {QUANTISATION_TOLERANCE})", fix)
+        return Finding(
+            name, fault, f"relative error of the weights {quantised:.1e} (limit {QUANTISATION_TOLERANCE})", fix
+        )
     return Finding(name, "ok", detail)
 
 

@@ -45,7 +45,9 @@ class _Line(ProgressColumn):
             *((3 if place == 0 else 5 + place, text, "") for place, text in numbers),
         ]
         parts = [part for part in parts if part[1]]
-        while (room := self._console.width + GAP - sum(_width(part) + GAP for _, part, _ in parts)) < 0 and len(parts) > 1:
+        while (room := self._console.width + GAP - sum(_width(part) + GAP for _, part, _ in parts)) < 0 and len(
+            parts
+        ) > 1:
             parts.remove(max(parts, key=lambda part: part[0]))
         bar.width = min(SHORT + max(room, 0), LONG)
         line = Table.grid(padding=(0, GAP, 0, 0))

@@ -232,7 +232,8 @@ def check_unchanged(run: Run, now: Mapping[str, Any]) -> None:
     changes = _differences(then, now, "")
     if changes:
         raise RunError(
-            "the run cannot be resumed, because these changed since it began:\n" + "\n".join(f"  - {change}" for change in changes),
+            "the run cannot be resumed, because these changed since it began:\n"
+            + "\n".join(f"  - {change}" for change in changes),
             where=str(run.folder / "start.json"),
             fix="undo these changes, or start a new run: nybble train -c RUN/recipe.yaml out=ANOTHER",
         )

@@ -76,7 +76,9 @@ def sort_words(words: Sequence[str], places: tuple[str, str], own: Sequence[str]
     texts = dict(zip(places, named, strict=False))
     for key, text in texts.items():
         if twice := next((word for word in options if word.startswith(key + "=")), None):
-            raise RecipeError(f"{key.split('.')[0].upper()} was given twice: {text} and {twice}", fix="keep one of them")
+            raise RecipeError(
+                f"{key.split('.')[0].upper()} was given twice: {text} and {twice}", fix="keep one of them"
+            )
     return texts, options
 
 
@@ -141,7 +143,9 @@ def _refuse_spaces(key: str, value: str) -> None:
 
 def _no_such(flag: str, value: str, found: Sequence[str], own: Sequence[str]) -> RecipeError:
     if found:
-        return RecipeError(f"{flag} is ambiguous: it may be {' or '.join(found)}", fix=" or ".join(f"{key}={value}" for key in found))
+        return RecipeError(
+            f"{flag} is ambiguous: it may be {' or '.join(found)}", fix=" or ".join(f"{key}={value}" for key in found)
+        )
     near = difflib.get_close_matches(flag, own, n=1, cutoff=0.75)
     option = nearest_option(flag.lstrip("-").replace("-", "_"))
     line = f"{option}={value}" if option and value else example(option) if option else None

@@ -77,7 +77,9 @@ def preview(
     recipe = data_recipe(words or [], config, own_options(context))
     refuse_missing(recipe)
     if not recipe.model.path:
-        raise RecipeError("MODEL is missing", fix="nybble data preview DATA MODEL; a folder with its tokenizer is enough")
+        raise RecipeError(
+            "MODEL is missing", fix="nybble data preview DATA MODEL; a folder with its tokenizer is enough"
+        )
     quiet()
     from nybble.check import describe
     from nybble.data.preview import preview as show
@@ -166,9 +168,7 @@ def demo(
     context: typer.Context,
     seed: Annotated[int, typer.Option(min=0, help="Seed of orders, words and initialisation.")] = 1,
     out: Annotated[pathlib.Path, typer.Option(help="Run folder.")] = pathlib.Path("runs/demo"),
-    weights: Annotated[
-        pathlib.Path | None, typer.Option(help="Only write the embedded model to this folder.")
-    ] = None,
+    weights: Annotated[pathlib.Path | None, typer.Option(help="Only write the embedded model to this folder.")] = None,
 ) -> None:
     """Run everything in minutes, offline, on a CPU: train a small model to turn orders into JSON."""
     from nybble.places import check_places, check_writable, explained_disk, no_empty_folders

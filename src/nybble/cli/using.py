@@ -27,9 +27,7 @@ def chat(
     system: Annotated[
         str | None, typer.Option(help="System message; default: that of the training rows; '' for none.")
     ] = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Show the base model's answers too.")
-    ] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Show the base model's answers too.")] = False,
     base: Annotated[str | None, typer.Option(help="New location of the base model, if it moved.")] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 512,
@@ -70,13 +68,13 @@ def evaluate(
     data_dir: Annotated[
         pathlib.Path | None, typer.Option(help="Folder with the benchmarks' rows, TASK.SPLIT.jsonl; default: the Hub.")
     ] = None,
-    text: Annotated[list[pathlib.Path] | None, typer.Option(help="Text file to measure perplexity on; repeatable.")] = None,
+    text: Annotated[
+        list[pathlib.Path] | None, typer.Option(help="Text file to measure perplexity on; repeatable.")
+    ] = None,
     answers: Annotated[int, typer.Option(min=0, help="Held-out prompts to answer and score.")] = 50,
     data: Annotated[
         list[str] | None,
-        typer.Option(
-            help="New location of the run's data, if it moved: each source, then the validation file."
-        ),
+        typer.Option(help="New location of the run's data, if it moved: each source, then the validation file."),
     ] = None,
     base: Annotated[str | None, typer.Option(help="New location of the base model, if it moved.")] = None,
 ) -> None:
@@ -118,7 +116,9 @@ def export(
         MergeBase, typer.Option(help="Base to merge into; auto takes the one closer to the run.")
     ] = "auto",
     dtype: Annotated[Stored, typer.Option(help="Type of merged weights; auto is the base's own 16-bit type.")] = "auto",
-    quant: Annotated[str, typer.Option(help="GGUF types, comma-separated: F16, Q8_0, Q4_0, Q4_K_M and other K-quants.")] = "Q8_0",
+    quant: Annotated[
+        str, typer.Option(help="GGUF types, comma-separated: F16, Q8_0, Q4_0, Q4_K_M and other K-quants.")
+    ] = "Q8_0",
     base: Annotated[str | None, typer.Option(help="New location of the base model, if it moved.")] = None,
 ) -> None:
     """Export a model, verified to answer like the run. Writes RUN/export/TO."""
@@ -143,10 +143,10 @@ def export(
 @app.command()
 def serve(
     context: typer.Context,
-    runs: Annotated[list[pathlib.Path], typer.Argument(metavar="RUN [RUN2 ...]", help="Run folders that share a base.")],
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; a non-local one needs a key.")
-    ] = "127.0.0.1",
+    runs: Annotated[
+        list[pathlib.Path], typer.Argument(metavar="RUN [RUN2 ...]", help="Run folders that share a base.")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on; a non-local one needs a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     api_key: Annotated[
         str | None, typer.Option(help="API key that requests must send; other users of this machine can see it here.")
@@ -164,7 +164,9 @@ def serve(
     engine: Annotated[str, typer.Option(help="pipeline, continuous (one merged run) or vllm.")] = "pipeline",
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     base: Annotated[str | None, typer.Option(help="New location of the base model, if it moved.")] = None,
-    queue: Annotated[int, typer.Option(min=16, help="Answers that may wait; beyond that, requests get status 429.")] = 128,
+    queue: Annotated[
+        int, typer.Option(min=16, help="Answers that may wait; beyond that, requests get status 429.")
+    ] = 128,
     timeout: Annotated[float, typer.Option(min=1, help="Time limit per request, in seconds.")] = 600,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers to the log.")] = False,
 ) -> None:

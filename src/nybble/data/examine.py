@@ -160,7 +160,7 @@ def unfit(
         longest = max(lengths)
         yield DataError(
             f"{counts.overlength:,} of {counts.distinct:,} rows are longer than data.max_length={options.max_length} "
-            f"(the longest has {longest:,} tokens); nybble does not drop more than {OVERLENGTH_SHARE:.0%} unless asked. Truncated, "
+            f"(the longest has {longest:,} tokens); nybble drops more than {OVERLENGTH_SHARE:.0%} only if asked. Truncated, "
             f"they would lose {counts.lost_answer_tokens:,} answer tokens",
             fix=f"data.max_length={longest}, or data.overlength=truncate, or data.overlength=drop",
         )

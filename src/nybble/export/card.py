@@ -178,9 +178,7 @@ def _licence_lines(subject: Subject) -> list[str]:
     if licence.policy is not None:
         lines.append(f"Its use must follow the Acceptable Use Policy: {LLAMA2_POLICY}.")
     known = data_licences(subject.run)
-    lines.append(
-        "Data it was trained on: " + ("; ".join(known) if known else "licence unknown, see its page") + "."
-    )
+    lines.append("Data it was trained on: " + ("; ".join(known) if known else "licence unknown, see its page") + ".")
     return lines
 
 

@@ -83,9 +83,7 @@ def _quantize(whole: pathlib.Path, file: pathlib.Path, quant: str) -> None:
     result = subprocess.run([program, str(whole), str(file), quant], capture_output=True, text=True, check=False)
     if result.returncode:
         said = (result.stderr or result.stdout).strip().splitlines()
-        raise ExportError(
-            f"{QUANTIZER} ended with status {result.returncode}: {said[-1] if said else 'no output'}"
-        )
+        raise ExportError(f"{QUANTIZER} ended with status {result.returncode}: {said[-1] if said else 'no output'}")
 
 
 def _write(file: pathlib.Path, model: Model, quant: str, done: Callable[[int], None]) -> None:

@@ -63,6 +63,4 @@ def check_quants(quants: Sequence[str]) -> None:
                 fix=f"one of {', '.join((*OWN_QUANTS, *K_QUANTS))}, comma-separated",
             )
         if quant in K_QUANTS and shutil.which(QUANTIZER) is None:
-            raise ExportError(
-                f"{quant} needs llama.cpp's {QUANTIZER}, which is not on the PATH", fix=GET_QUANTIZER
-            )
+            raise ExportError(f"{quant} needs llama.cpp's {QUANTIZER}, which is not on the PATH", fix=GET_QUANTIZER)

@@ -101,9 +101,7 @@ def _held_against_record(checkpoint: Checkpoint, mark: str, record: Mapping[str,
     if mark == then:
         return ()
     if mark.startswith("sha256:") != then.startswith("sha256:"):
-        return (
-            f"the base was {then} and is a folder or a Hub id now: assuming that its weights are the same",
-        )
+        return (f"the base was {then} and is a folder or a Hub id now: assuming that its weights are the same",)
     raise ModelError(
         f"this is not the base that the adapter was trained on: {mark} now, {then} then",
         where=str(checkpoint.folder),

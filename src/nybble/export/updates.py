@@ -118,7 +118,8 @@ def refuse_altered(folder: pathlib.Path) -> None:
     start = _read_config(folder).get("init_lora_weights", True)
     if start not in UNALTERED:
         raise ModelError(
-            f"the adapter was initialised by {_known_as(str(start))}, which changes the base: on the original base it would be another model",
+            f"the adapter was initialised by {_known_as(str(start))}, which changes the base: "
+            "on the original base it would be another model",
             where=str(folder / "adapter_config.json"),
             fix="convert it to plain LoRA where it was trained: model.save_pretrained(OUT, "
             "path_initial_model_for_weight_conversion=INITIAL_ADAPTER), as PEFT's documentation has it"
@@ -155,12 +156,12 @@ def _update(tensors: Tensors, config: Mapping[str, Any], module: str) -> Update:
 def _refuse(config: Mapping[str, Any], where: str) -> None:
     """Raise for every kind of adapter that is not W + s B A."""
     if config.get("peft_type") != "LORA":
-        raise ModelError(
-            f"the adapter is {config.get('peft_type')}; only LoRA can be merged", where=where, fix=BY_PEFT
-        )
+        raise ModelError(f"the adapter is {config.get('peft_type')}; only LoRA can be merged", where=where, fix=BY_PEFT)
     unknown = list(_set_options(config))
     if unknown:
-        raise ModelError(f"the adapter sets {', '.join(unknown)}, which cannot be merged here", where=where, fix=BY_PEFT)
+        raise ModelError(
+            f"the adapter sets {', '.join(unknown)}, which cannot be merged here", where=where, fix=BY_PEFT
+        )
 
 
 def _known_as(start: str) -> str:

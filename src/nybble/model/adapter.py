@@ -151,7 +151,9 @@ def check_saved(model: PeftModel, folder: pathlib.Path, *, learnt: bool = True) 
     live = get_peft_model_state_dict(model)
     if saved.keys() != live.keys():
         odd = sorted(saved.keys() ^ live.keys())
-        raise TrainingError(f"the saved adapter's tensors are not those of the trained one: {odd[:2]}", where=str(folder))
+        raise TrainingError(
+            f"the saved adapter's tensors are not those of the trained one: {odd[:2]}", where=str(folder)
+        )
     for name, parameter in live.items():
         if not torch.equal(saved[name], parameter.detach().cpu()):
             raise TrainingError(f"the saved adapter differs from the trained one in {name}", where=str(folder))

@@ -63,7 +63,9 @@ def find_checkpoint(path: str, revision: str | None = None, *, weights: bool = T
     folder, commit = pathlib.Path(path), None
     if not folder.exists():
         if path.count("/") != 1 or path.startswith((".", "/", "~")):
-            raise ModelError(f"there is no folder {path}, and it is not a Hub id (owner/name)", fix=f"ls {folder.parent}")
+            raise ModelError(
+                f"there is no folder {path}, and it is not a Hub id (owner/name)", fix=f"ls {folder.parent}"
+            )
         folder, commit = fetch(path, revision, None if weights else DESCRIPTION)
     refuse_pointers(folder / name for name in SMALL)
     config = _read_config(folder)

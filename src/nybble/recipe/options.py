@@ -76,7 +76,7 @@ class DataOptions(Options):
     map: dict[str, str] = Field(default_factory=dict)
     """Columns with other names: {prompt: question, completion: answer}."""
     template: str = "auto"
-    """auto, model (the model's default template), the name of another of the model's templates, alpaca, llama2, plain or a Jinja file."""
+    """auto, model (the model's default), another of the model's templates by name, alpaca, llama2, plain or a Jinja file."""
     max_length: int = Field(default=1024, ge=8)
     """Maximum row length in tokens, and the length of packed rows."""
     overlength: Literal["error", "drop", "truncate", "split"] = "error"

@@ -124,7 +124,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         if error.errno == errno.EADDRINUSE:
             raise ServeError(
-                f"port {port} of {host} is taken by another program", fix=f"--port {port + 1}, or stop the other program"
+                f"port {port} of {host} is taken by another program",
+                fix=f"--port {port + 1}, or stop the other program",
             ) from error
         raise ServeError(f"cannot listen on {host}, port {port}: {error.strerror}", fix="--port 8000") from error
     return listener
