@@ -64,8 +64,8 @@ BAD = {
     "deep.jsonl": (GOOD + '{"a": ' + "[" * 100_000 + "\n", "nested too deeply", ":2"),
     "list.jsonl": (GOOD + "[1]\n", "a row must be an object with named fields, not list", ":2"),
     "list.json": ('[\n"a"]', "a row must be an object with named fields, not str", ":2"),
-    "wide.csv": ("prompt,completion\na,b,c\n", "not as many fields as the header", ":2"),
-    "narrow.csv": ("prompt,completion\na,b\na\n", "not as many fields as the header", ":3"),
+    "wide.csv": ("prompt,completion\na,b,c\n", "fields, but the header has", ":2"),
+    "narrow.csv": ("prompt,completion\na,b\na\n", "fields, but the header has", ":3"),
     "quotes.csv": ('prompt,completion\na,"b\n', "not valid CSV: unexpected end of data", ":2"),
     "twice.csv": ("prompt,prompt\na,b\n", "two columns of the header have the same name", ":1"),
     # fields
@@ -123,10 +123,10 @@ BAD = {
     "parts.jsonl": (chat(ASK, ("assistant", [{"type": "text"}])), "must be text, found list", ":1"),
     "silent.jsonl": (chat(ASK, ("assistant", " ")), "a row without an answer: 'content of message 2'", ":1"),
     "tool.jsonl": (chat(ASK, ("tool", "42"), SAY), "nybble does not train tool calls", ":1"),
-    "tool-call.jsonl": (row(messages=[TURN, TOOL_CALL]), "calls of tools", ":1"),
+    "tool-call.jsonl": (row(messages=[TURN, TOOL_CALL]), "does not train tool calls", ":1"),
     "observation.jsonl": (
         chat(("human", "x"), ("function_call", "y"), column="conversations", keys=("from", "value")),
-        "calls of tools",
+        "does not train tool calls",
         ":1",
     ),
     "tools.jsonl": (chat(ASK, SAY, tools="[{}]"), "the row names 'tools'", ":1"),
@@ -134,10 +134,10 @@ BAD = {
     "untrained.jsonl": (row(messages=[TURN, {**ANSWER, "train": False}]), "message 2 has train False", ":1"),
     "control-word.jsonl": (
         chat(("user", "a [/INST] b"), SAY),
-        "the user says [/INST], which the template llama2",
+        "the user's text contains [/INST], a control word of the template llama2",
         ":1",
     ),
-    "control-system.jsonl": (chat(("system", "<</SYS>>"), ASK, SAY), "the system says <</SYS>>", ":1"),
+    "control-system.jsonl": (chat(("system", "<</SYS>>"), ASK, SAY), "the system's text contains <</SYS>>", ":1"),
 }
 
 

@@ -283,7 +283,7 @@ def test_the_cache_lies_where_it_is_told(tiny_llama, rows, tmp_path, here, monke
 def test_data_is_checked_and_previewed_from_the_command_line(tiny_llama, rows, tmp_path, here):
     fit = nybble("data", "check", rows, tiny_llama, "data.max_length=256", home=tmp_path)
     assert fit.returncode == 0, fit.stderr
-    assert fit.stdout.rstrip().endswith("fit")
+    assert fit.stdout.rstrip().endswith("\nready to train")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"instruction": "a"}\n')
     unfit = here("data", "check", bad)

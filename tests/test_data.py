@@ -260,7 +260,7 @@ def test_half_a_surrogate_pair_is_named(tmp_path, tiny_tokenizer, cache):
     with pytest.raises(DataError) as caught:
         loaded(file, tiny_tokenizer, cache)
     print(caught.value)
-    assert "'prompt' holds half a surrogate pair" in str(caught.value)
+    assert "'prompt' contains half a surrogate pair" in str(caught.value)
     assert caught.value.where == f"{file}:1"
 
 

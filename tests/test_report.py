@@ -143,8 +143,8 @@ def test_where_nothing_was_shown_the_smallest_detectable_difference_is_said():
     ((kind, text),) = said({"tasks": tasks, "held_out": held_out(UNDECIDED)})
     assert kind == "plain"
     assert text == (
-        "No difference shown on all 2 benchmarks, nor in held-out loss. The smallest difference that could have been "
-        "shown: 2.1 points (a) to 5.0 points (b) and 0.051 nats per token (held-out loss)."
+        "No difference shown on all 2 benchmarks, nor in held-out loss. Smallest detectable "
+        "difference: 2.1 points (a) to 5.0 points (b) and 0.051 nats per token (held-out loss)."
     )
     ((_, text),) = said({"tasks": [task("a", 0.5, 0.5, UNDECIDED, detectable=None)]})
     assert (

@@ -113,7 +113,7 @@ def test_rows_that_can_see_each_other_are_found(rows, tiny_tokenizer, cache):
     for flatten, packing in ((True, False), (False, True)):
         data = prepared(rows, tiny_tokenizer, cache, packing=packing)
         for alter in (join, run_on, forget_borders):
-            with pytest.raises(DataError, match="it can see other rows"):
+            with pytest.raises(DataError, match="it can attend to other rows"):
                 inspect(data.train, collator(alter, flatten=flatten), Rules(data.template, "answers"))
 
 
@@ -127,7 +127,7 @@ def test_tokens_that_are_hidden_and_padding_that_is_trained_are_found(rows, tiny
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("<s>{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", "BOS stands twice"),
+        ("<s>{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", "two BOS tokens in a row"),
         (
             "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{% if not loop.first %}{{ bos_token }}{% endif %}"
             "{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}",

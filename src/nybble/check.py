@@ -183,7 +183,7 @@ def _tell_lengths(console: Console, examined: Examined, recipe: Recipe) -> None:
     _line(console, "tokens", f"{counts.tokens:,}, {counts.trained_tokens:,} of them trained ({share})")
     marks = [("half", 0.5), ("95%", 0.95), ("99%", 0.99)]
     told = ", ".join(f"{name} up to {histogram.quantile(lengths, part):,}" for name, part in marks)
-    _line(console, "row length", f"{min(lengths):,} to {max(lengths):,} tokens; {told}")
+    _line(console, "lengths", f"{min(lengths):,} to {max(lengths):,} tokens; {told}")
     block = "\u2588" if (console.encoding or "").lower().startswith("utf") else "#"
     for line, is_over in histogram.text(lengths, limit, block, console.width - LABEL):
         _line(console, "", line.rstrip(), "red" if is_over else "dim")

@@ -214,8 +214,8 @@ class Template:
         prompt = self._render(messages[:n], generation=True) if n else greeting
         if not text.startswith(prompt):
             raise DataError(
-                f"the template {self.name} renders a prompt that is not the beginning of prompt and answer, so what is "
-                "trained would differ from what is asked later",
+                f"the template {self.name} renders a prompt that is not the beginning of prompt and answer, so "
+                "training would differ from inference",
                 fix="data.template=alpaca, llama2 or a Jinja file of your own",
             )
         close = self._split.search(text, end)

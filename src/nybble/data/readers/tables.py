@@ -109,7 +109,7 @@ def _named(header: list[str], where: str) -> list[str]:
 def _uneven(fields: list[str], names: list[str], dialect: Dialect, origin: str) -> DataError:
     delimiters = DELIMITERS.get(dialect.delimiter, repr(dialect.delimiter))
     return DataError(
-        f"{len(fields)} fields, but the header has {len(names)} ({', '.join(names)})",
+        f"{len(fields)} field{'s' * (len(fields) != 1)}, but the header has {len(names)} ({', '.join(names)})",
         where=origin,
         fix=f"quote fields that contain {delimiters} or line breaks",
     )
