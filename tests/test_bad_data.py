@@ -218,7 +218,7 @@ def test_equal_faults_are_one_line(tmp_path, tiny_tokenizer, cache):
     for n in [*range(1, 61), 65, 66]:
         lines[n] = '{"prompt": "a", "completion": ""}'
     lines[30] = "\n" + lines[30]  # a blank line divides nothing
-    lines[62] = '{"prompt": 1, "completion": "b"}'
+    lines[62] = '{"prompt": {"a": 1}, "completion": "b"}'
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     (tmp_path / "scattered.jsonl").write_text("\n".join((good % n, '{"prompt": "a"}')[n % 2] for n in range(20)))
     options = DataOptions(path=str(tmp_path), validation=0, template="llama2")

@@ -133,8 +133,13 @@ def test_a_modelfile_and_the_list_of_models_say_it(answerer):
     assert f'\nSYSTEM """{SYSTEM}"""\n' in text
     assert "SYSTEM" not in write_modelfile("./m.gguf", answerer.tokenizer, answerer.template.source, "</s>")
     odd = write_modelfile("./m.gguf", answerer.tokenizer, answerer.template.source, "</s>", 'three """ quotes')
+<<<<<<< HEAD
     assert "contains quotes that a Modelfile cannot express" in odd
     assert model_entry(Model("run", answerer.template, 512, "base", SYSTEM), 0)["system"] == SYSTEM
+=======
+    assert "holds quotes that a Modelfile cannot say" in odd
+    assert model_entry(Model("run", answerer.template, 512, "base", 400, SYSTEM), 0)["system"] == SYSTEM
+>>>>>>> main
 
 
 def test_python_opens_a_folder_and_lists_its_names(answerer, taught):

@@ -179,7 +179,7 @@ def test_a_broken_line_is_not_followed_by_complaints_about_the_rows_that_are_lef
     file.write_text('{"instruction": "a", "output": "b"}\n' + '{"instruction": "b"\n' * 3)
     fit, told = looked(file, tiny_llama, "data.max_length=256", cache=cache)
     assert not fit
-    assert f"{file}:2: not valid JSON" in told
+    assert f"{file}, lines 2 to 4: not valid JSON" in told
     assert "not ready: fix the 1 problem above" in told
     assert "leaves none to train on" not in told
     _, told = looked(file, tiny_llama, "data.max_length=256", "data.validation=0", cache=cache)

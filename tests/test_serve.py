@@ -15,10 +15,13 @@ import httpx
 import openai
 import pytest
 import torch
+import typer
 from transformers import AutoTokenizer
+from typer.main import get_command
 
 from local_server import another_run, events, serving
 from nybble.cli import using
+from nybble.cli.app import app
 from nybble.data.formats import Message
 from nybble.data.tokens import encode, encode_prompt
 from nybble.errors import RunError, ServeError
@@ -510,7 +513,7 @@ def test_a_missing_package_is_named(runs, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastapi", None)
     monkeypatch.delitem(sys.modules, "nybble.serve.app")
     with pytest.raises(ServeError, match=r"needs packages that are not installed[\s\S]*pip install 'nybble\[serve\]'"):
-        using.serve([runs[0].folder])
+        using.serve(typer.Context(get_command(app)), [runs[0].folder])
 
 
 def test_a_key_comes_from_an_option_a_file_or_standard_input(tmp_path, monkeypatch):

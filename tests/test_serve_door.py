@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import openai
 import pytest
+import typer
+from typer.main import get_command
 
 from local_server import serving
 from nybble.cli import using
+from nybble.cli.app import app
 from nybble.errors import ServeError
 from nybble.serve import server as serve_server
 from nybble.serve.app import Limits
@@ -96,7 +99,7 @@ def test_what_cannot_be_allowed_is_said():
 def test_the_command_line_brings_both_to_the_server(tuned_run, monkeypatch, quiet):
     started = []
     monkeypatch.setattr(serve_server, "serve", lambda runs, place, *rest, **more: started.append(place))
-    using.serve([tuned_run.folder], allow_origin=[PAGE], allow_host=["gpu.example"])
+    using.serve(typer.Context(get_command(app)), [tuned_run.folder], allow_origin=[PAGE], allow_host=["gpu.example"])
     assert (started[0].door.origins, started[0].door.hosts) == ((PAGE,), ("gpu.example",))
     monkeypatch.undo()
     with pytest.raises(ServeError, match=r"--allow-origin and --allow-host are for nybble's own server"):

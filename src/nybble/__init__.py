@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nybble.run import Run, open_run
     from nybble.training.train import resume, train
 
-__version__ = "0.5.1"
+__version__ = "0.6.0"
 __all__ = [
     "Answerer",
     "Message",

@@ -113,10 +113,10 @@ def train(
     for name, what in (("MODEL", recipe.model.path), ("DATA", recipe.data.path)):
         if not what:
             raise RecipeError(f"{name} is missing", fix="nybble train MODEL DATA, or -c recipe.yaml")
-    if resume is None:
-        refuse_missing(recipe)
     cache = cache_folder(context)
     _check_places(recipe, resume, cache)
+    if resume is None:
+        refuse_missing(recipe)
     if recipe.train.processes > 1 and world_size() != recipe.train.processes:
         refuse_second_launcher(recipe.train.processes)
         from nybble.processes import run_processes
