@@ -65,7 +65,7 @@ BAD = {
     "list.jsonl": (GOOD + "[1]\n", "a row must be an object with named fields, not list", ":2"),
     "list.json": ('[\n"a"]', "a row must be an object with named fields, not str", ":2"),
     "wide.csv": ("prompt,completion\na,b,c\n", "fields, but the header has", ":2"),
-    "narrow.csv": ("prompt,completion\na,b\na\n", "fields, but the header has", ":3"),
+    "narrow.csv": ("prompt,completion\na,b\na\n", "1 field, but the header has", ":3"),
     "quotes.csv": ('prompt,completion\na,"b\n', "not valid CSV: unexpected end of data", ":2"),
     "twice.csv": ("prompt,prompt\na,b\n", "two columns of the header have the same name", ":1"),
     # fields
