@@ -70,8 +70,9 @@ def check(
         for fault in faults:
             lines = str(fault).splitlines()
             _line(console, "fault", lines[0], "bold red")
-            for line in lines[1:]:
-                _line(console, "", line.strip())
+            for line in map(str.strip, lines[1:]):
+                hang = LABEL + (7 if line.startswith(("fix:", "where:")) else 2)
+                tell(console, f"{'':{LABEL}}{line}", hang=hang)
         console.print(Text(f"\nnot ready: fix the {_plural(len(faults), 'problem')} above", style="bold red"))
         return False
     what = "ready to train" if recipe.model.path else "readable; add MODEL to check tokens, masks and lengths too"
@@ -181,8 +182,8 @@ def _tell_lengths(console: Console, examined: Examined, recipe: Recipe) -> None:
     _line(console, "template", f"{examined.template.label}{_bos(examined.template)}")
     share = f"{counts.trained_tokens / counts.tokens:.0%}" if counts.tokens else "none"
     _line(console, "tokens", f"{counts.tokens:,}, {counts.trained_tokens:,} of them trained ({share})")
-    marks = [("half", 0.5), ("95%", 0.95), ("99%", 0.99)]
-    told = ", ".join(f"{name} up to {histogram.quantile(lengths, part):,}" for name, part in marks)
+    marks = [("median", 0.5), ("95% up to", 0.95), ("99% up to", 0.99)]
+    told = ", ".join(f"{name} {histogram.quantile(lengths, part):,}" for name, part in marks)
     _line(console, "lengths", f"{min(lengths):,} to {max(lengths):,} tokens; {told}")
     block = "\u2588" if (console.encoding or "").lower().startswith("utf") else "#"
     for line, is_over in histogram.text(lengths, limit, block, console.width - LABEL):
@@ -291,7 +292,7 @@ def _duration(seconds: float) -> str:
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}" if seconds < 10 * size else f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} seconds"
+    return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second"
 
 
 def _plural(count: int, noun: str) -> str:

@@ -247,12 +247,12 @@ def nf4(device: torch.device, needed: bool = True) -> Finding:
         quantised, forward, gradient = nf4_errors(device)
     except RuntimeError as error:
         return Finding(name, fault, f"4-bit layers do not run: {str(error).splitlines()[0]}", fix)
-    detail = f"relative error: forward {forward:.1e}, gradient {gradient:.1e} (limit {PRODUCT_TOLERANCE:.0e})"
+    detail = f"relative error: forward {forward:.2g}, gradient {gradient:.2g} (limit {PRODUCT_TOLERANCE})"
     if not (forward <= PRODUCT_TOLERANCE and gradient <= PRODUCT_TOLERANCE):
         return Finding(name, fault, f"wrong results: {detail}", fix)
     if not quantised <= QUANTISATION_TOLERANCE:
         return Finding(
-            name, fault, f"relative error of the weights {quantised:.1e} (limit {QUANTISATION_TOLERANCE})", fix
+            name, fault, f"relative error of the weights {quantised:.2g} (limit {QUANTISATION_TOLERANCE})", fix
         )
     return Finding(name, "ok", detail)
 

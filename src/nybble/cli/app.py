@@ -41,7 +41,7 @@ def options(
     cache: Annotated[
         pathlib.Path | None,
         typer.Option(
-            help="Folder for quantised bases and tokenised data; default: $XDG_CACHE_HOME/nybble or ~/.cache/nybble."
+            help="Folder for quantised bases and tokenised data; default: nybble in $XDG_CACHE_HOME or ~/.cache."
         ),
     ] = None,
 ) -> None:

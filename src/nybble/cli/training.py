@@ -18,7 +18,7 @@ from nybble.launch import rank, refuse_second_launcher, world_size
 if TYPE_CHECKING:
     from nybble.recipe import Recipe
 
-data = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
+data = typer.Typer(no_args_is_help=True, help="Check and preview data before training.")
 app.add_typer(data, name="data")
 Words = Annotated[
     list[str] | None,
@@ -170,7 +170,7 @@ def demo(
     out: Annotated[pathlib.Path, typer.Option(help="Run folder.")] = pathlib.Path("runs/demo"),
     weights: Annotated[pathlib.Path | None, typer.Option(help="Only write the embedded model to this folder.")] = None,
 ) -> None:
-    """Run everything in minutes, offline, on a CPU: train a small model to turn orders into JSON."""
+    """Run the whole pipeline in minutes, offline, on a CPU: train a small model to turn orders into JSON."""
     from nybble.places import check_places, check_writable, explained_disk, no_empty_folders
 
     if weights is not None:
