@@ -170,7 +170,7 @@ def test_a_run_of_the_last_release_goes_on_and_answers(project, tmp_path, cache,
     as_of_0_5_1(project / "cut", project)
     assert "path: models/l2" in (project / "cut" / "recipe.yaml").read_text()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match=r"the base of .*cut is not there") as caught:  # and not a Hub id
+    with pytest.raises(ModelError, match=r"the base of .*cut is missing") as caught:  # and not a Hub id
         resume(project / "cut", console=quiet, cache=cache)
     assert "move it back" in str(caught.value)
     monkeypatch.chdir(project)

@@ -498,7 +498,7 @@ def test_what_keeps_a_server_from_starting_is_said(runs, quiet):
             listen("127.0.0.1", port)
     start = functools.partial(serve, runs[:1], console=quiet, device="cpu", limits=Limits())
     with pytest.raises(
-        ServeError, match=r"--host 0.0.0.0 lets other machines in, and there is no API key[\s\S]*--api-key-file"
+        ServeError, match=r"--host 0.0.0.0 lets other machines in, but there is no API key[\s\S]*--api-key-file"
     ):
         start(Place("0.0.0.0"), engine="pipeline")
     with pytest.raises(ServeError, match=r"no.such.host is no address"):

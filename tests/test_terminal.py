@@ -65,6 +65,11 @@ def test_an_error_hangs_under_its_parts_and_its_command_stays_whole(width):
         ("done      runs/a; talk to it: nybble chat runs/a", "nybble chat runs/a"),
         ("pip install 'nybble[eval]', or --tasks none", "pip install 'nybble[eval]'"),
         ('pip install uv && uv pip install "torch<3,>=2" x; then', 'pip install uv && uv pip install "torch<3,>=2" x'),
+        (
+            "python -c 'import a; print(b, 1)' > key.txt, then --api-key-file",
+            "python -c 'import a; print(b, 1)' > key.txt",
+        ),
+        ("nybble eval RUN shows the run's answers, and more", "nybble eval RUN shows the run's answers"),
         ("`hf auth login` with a token from there", "hf auth login"),
         ("`hf cache ls`, or set HF_HOME", "hf cache ls"),
         ("data.map=a:b, or 'data.map={a: b, c: d}'", "'data.map={a: b, c: d}'"),

@@ -175,7 +175,7 @@ def test_the_run_says_how_its_layers_are_computed(tiny_llama, rows, cache, tmp_p
         train(recipe_for(tiny_llama, rows, tmp_path / name, *words, "train.max_steps=2"), cache=cache)
         told[name] = capsys.readouterr().out
     assert "engine    2 of 2 decoder layers fused; plain torch: Triton's kernels do not run on cpu" in told["fused"]
-    assert "engine    the layers are computed by Transformers: engine.fused=false" in told["plain"]
+    assert "engine    Transformers computes the layers: engine.fused=false" in told["plain"]
     assert "q_proj has the LoRA variant Dora" in told["DoRA"]
 
 

@@ -127,7 +127,10 @@ def test_tokens_that_are_hidden_and_padding_that_is_trained_are_found(rows, tiny
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("<s>{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", "two BOS tokens in a row"),
+        (
+            "<s>{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
+            "two BOS tokens in a row",
+        ),
         (
             "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{% if not loop.first %}{{ bos_token }}{% endif %}"
             "{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}",

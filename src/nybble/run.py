@@ -127,7 +127,7 @@ def refuse_existing(folder: pathlib.Path) -> None:
     if folder.exists():
         raise RunError(
             f"{folder} exists already",
-            fix=f"nybble train --resume {folder} to resume it, or out=ANOTHER for a new run",
+            fix=f"to resume it: nybble train --resume {folder}; for a new run: out=ANOTHER",
         )
 
 

@@ -74,8 +74,9 @@ def show_help(
     for word in words or []:
         command = getattr(here.command, "commands", {}).get(word)
         if command is None:
-            there = ", ".join(getattr(here.command, "commands", {})) or "no commands below it"
-            raise RecipeError(f"there is no command {' '.join(words or [])}; there are {there}", fix="nybble help")
+            there = ", ".join(getattr(here.command, "commands", {}))
+            known = f"; the commands are {there}" if there else ""
+            raise RecipeError(f"there is no command {' '.join(words or [])}{known}", fix="nybble help")
         here = typer.Context(command, parent=here, info_name=word)
     typer.echo(here.get_help())
 

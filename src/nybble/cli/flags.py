@@ -150,5 +150,5 @@ def _no_such(flag: str, value: str, found: Sequence[str], own: Sequence[str]) ->
     option = nearest_option(flag.lstrip("-").replace("-", "_"))
     line = f"{option}={value}" if option and value else example(option) if option else None
     return RecipeError(
-        f"there is no option {flag}", fix=near[0] if near else line or "nybble train --print-config shows every option"
+        f"there is no option {flag}", fix=near[0] if near else line or "every option: nybble train --print-config"
     )

@@ -158,7 +158,7 @@ class Api:
         if name not in self.engine.models:
             there = ", ".join(self.engine.models)
             raise RequestError(
-                f"there is no model {name[:100]!r}; there are {there}",
+                f"there is no model {name[:100]!r}; the models are {there}",
                 status=404,
                 param="model",
                 code="model_not_found",

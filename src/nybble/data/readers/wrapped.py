@@ -145,7 +145,7 @@ def _shown(value: dict[str, Any], origin: str) -> Row:
         raise DataError(
             f"the Hub's viewer has truncated {', '.join(map(str, cut))}",
             where=origin,
-            fix="nybble train MODEL owner/name reads the whole data set from the Hub",
+            fix="read the whole data set from the Hub: nybble train MODEL owner/name",
         )
     return Row(value["row"], origin)
 
