@@ -93,7 +93,7 @@ REFUSALS = {
         "/org/gated",
     ),
     "gated, pending": ("hf_pending", "org/gated", None, "awaits its authors' review", "settings/gated-repos"),
-    "gated, rejected": ("hf_rejected", "org/gated", None, "rejected your request", "open to you"),
+    "gated, rejected": ("hf_rejected", "org/gated", None, "rejected your request", "have access to"),
     "gated, narrow token": ("hf_narrow", "org/gated", None, "fine-grained token", "settings/tokens"),
     "gated, bad token": ("hf_stale", "org/gated", None, "wrong, revoked or expired", "hf auth login --force"),
     "private, no token": (None, "org/private", None, "misspelt, or private", "hf auth login"),
@@ -287,7 +287,7 @@ def test_without_the_hub_the_cache_serves_or_the_reason_is_told(
     next(Path(first[0][1][0]).glob("model-00002*")).unlink()
     [(kind, message, _)] = ask(away.environment(home), (None, "fetch", ["org/sharded", None]))
     assert kind == "HubError"
-    assert "not wholly, in the cache" in message
+    assert "is not completely in the cache" in message
 
 
 def test_a_broken_download_says_that_it_can_go_on(
@@ -317,7 +317,7 @@ def test_datasets_load_through_the_standin(world: tuple[StandinHub, Path]) -> No
     assert newest == [[1, 2], "org/rows[train]:row 1"]
     assert older == [[3], "org/rows[train]:row 1"]
     assert "org/rows has no revision v9" in revision[0]
-    assert "neither a file here nor a data set on the Hub" in missing[0]
+    assert "neither a local file nor a Hub data set" in missing[0]
 
 
 @pytest.mark.slow

@@ -246,6 +246,6 @@ def test_the_base_of_a_bare_adapter_is_looked_for_here_and_beside_it(project, tu
 
     assert opened("models/l2") == str(project / "models" / "l2")
     monkeypatch.chdir(tmp_path)
-    assert opened("models/l2") == "models/l2"  # nothing says that it is no Hub id
+    assert opened("models/l2") == "models/l2"  # nothing says that it is not a Hub id
     assert os.path.samefile(opened("../../models/l2"), project / "models" / "l2")
     assert opened("") == ""

@@ -501,7 +501,7 @@ def test_what_keeps_a_server_from_starting_is_said(runs, quiet):
         ServeError, match=r"--host 0.0.0.0 lets other machines in, but there is no API key[\s\S]*--api-key-file"
     ):
         start(Place("0.0.0.0"), engine="pipeline")
-    with pytest.raises(ServeError, match=r"no.such.host is no address"):
+    with pytest.raises(ServeError, match=r"no.such.host is not an address"):
         start(Place("no.such.host"), engine="pipeline")
     with pytest.raises(ServeError, match="there is no engine 'fast'"):
         start(Place(), engine="fast")

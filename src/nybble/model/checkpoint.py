@@ -216,7 +216,7 @@ def refuse_adapter(folder: pathlib.Path) -> None:
     raise ModelError(
         f"{folder} is {kind}, not a base model" + (f"; its base is {base}" if base else ", and names no base"),
         where=str(folder),
-        fix=f"to train on from it: nybble train {shlex.quote(base) if base else 'BASE'} DATA "
+        fix=f"to continue training from it: nybble train {shlex.quote(base) if base else 'BASE'} DATA "
         f"adapter={shlex.quote(str(run.adapter))}",
     )
 

@@ -182,7 +182,7 @@ def _not_loadable(names: Iterable[str]) -> tuple[str, str] | None:
     if "config.json" not in names and "adapter_config.json" in names:
         return (
             "is a LoRA adapter, not a base model.",
-            "give the base that its adapter_config.json names; adapter=FOLDER trains on from an adapter on this disk",
+            "give the base that its adapter_config.json names; adapter=FOLDER continues from an adapter on this disk",
         )
     if any(_matches(name, ["consolidated*"]) for name in names):
         return (

@@ -90,7 +90,7 @@ def resume(
     if run.is_bare_adapter or run.adapter.exists():
         raise RunError(
             f"{folder} is finished: there is nothing to resume",
-            fix=f"nybble chat {folder}, or train on from it: nybble train MODEL DATA adapter={run.adapter}",
+            fix=f"nybble chat {folder}, or continue from it: nybble train MODEL DATA adapter={run.adapter}",
         )
     base, cache = run.recipe.model.path, cache or default_cache()
     if os.path.isabs(base) and not os.path.exists(base):
