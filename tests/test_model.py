@@ -413,7 +413,7 @@ def test_a_bare_tokenizer_model_is_refused(llama2_like, tmp_path):
 def test_a_missing_model_and_a_missing_tokenizer_are_named(tmp_path):
     with pytest.raises(ModelError, match="no Hub id"):
         find_checkpoint(str(tmp_path / "none"))
-    with pytest.raises(ModelError, match="no base model was named"):
+    with pytest.raises(ModelError, match="no base model was given"):
         find_checkpoint("")
     with pytest.raises(ModelError, match="no tokenizer can be loaded"):
         load_tokenizer(write_llama(tmp_path / "bare"))

@@ -140,7 +140,7 @@ def test_a_base_that_is_gone_is_not_looked_for_on_the_hub(project, tmp_path, cac
         with pytest.raises(ModelError) as caught:
             load_answerer(open_run(folder), cache)
         print(caught.value)
-        assert f"the base of {folder} is not there: there is no folder {project / 'models' / 'l2'}" in str(caught.value)
+        assert f"the base of {folder} is missing: there is no folder {project / 'models' / 'l2'}" in str(caught.value)
         assert f"nybble chat {folder} --base FOLDER" in str(caught.value)
     for words in (
         ["chat", run.folder, "--prompt", "x"],
@@ -170,7 +170,7 @@ def test_a_run_of_the_last_release_goes_on_and_answers(project, tmp_path, cache,
     as_of_0_5_1(project / "cut", project)
     assert "path: models/l2" in (project / "cut" / "recipe.yaml").read_text()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match=r"the base of .*cut is not there") as caught:  # and not a Hub id
+    with pytest.raises(ModelError, match=r"the base of .*cut is missing") as caught:  # and not a Hub id
         resume(project / "cut", console=quiet, cache=cache)
     assert "move it back" in str(caught.value)
     monkeypatch.chdir(project)
@@ -179,7 +179,7 @@ def test_a_run_of_the_last_release_goes_on_and_answers(project, tmp_path, cache,
     assert load_answerer(open_run("cut"), cache).answer([(Message("user", "say"),)], Sampling(max_new_tokens=2))
     monkeypatch.chdir(tmp_path)
     for folder in (project / "cut", project / run.adapter):
-        with pytest.raises(ModelError, match=r"the base of .* is not there: there is no folder .*models/l2"):
+        with pytest.raises(ModelError, match=r"the base of .* is missing: there is no folder .*models/l2"):
             load_answerer(open_run(folder), cache)
         assert load_answerer(open_run(folder, str(project / "models" / "l2")), cache)
 

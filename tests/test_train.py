@@ -175,7 +175,7 @@ def test_the_run_says_how_its_layers_are_computed(tiny_llama, rows, cache, tmp_p
         train(recipe_for(tiny_llama, rows, tmp_path / name, *words, "train.max_steps=2"), cache=cache)
         told[name] = capsys.readouterr().out
     assert "engine    2 of 2 decoder layers fused; plain torch: Triton's kernels do not run on cpu" in told["fused"]
-    assert "engine    the layers are computed by Transformers: engine.fused=false" in told["plain"]
+    assert "engine    Transformers computes the layers: engine.fused=false" in told["plain"]
     assert "q_proj has the LoRA variant Dora" in told["DoRA"]
 
 
@@ -222,7 +222,7 @@ def test_a_non_finite_loss_stops_before_the_optimiser_with_the_batch_saved(tiny_
 
 
 FAULTS = {
-    "small": (["train.micro_batch=64"], DataError, "72 training rows, and one step takes 128"),
+    "small": (["train.micro_batch=64"], DataError, "72 training rows, but one step takes 128"),
     "over length": (["data.max_length=8"], DataError, "rows are longer than"),
     "positions": (["data.max_length=5000"], ModelError, "above the model's 512 positions"),
     "model": (["model.path=/nowhere/model"], ModelError, "there is no folder /nowhere/model"),
@@ -509,7 +509,7 @@ def test_a_resumed_run_counts_all_its_legs(tiny_llama, rows, cache, tmp_path, qu
     assert summaries[0]["peak_memory_gb"] == 77.0
     steps = sum(line.get("seconds", 0) for line in read_metrics(cut))
     assert summaries[0]["tokens_per_second"] == pytest.approx(summaries[0]["tokens"] / steps, abs=0.1)
-    assert "| speed while training |" in (cut.folder / "README.md").read_text()
+    assert "| speed in training |" in (cut.folder / "README.md").read_text()
 
 
 def test_the_loss_that_is_told_is_that_of_the_adapter_that_is_kept(tiny_llama, rows, cache, tmp_path, quiet):

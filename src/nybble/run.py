@@ -127,7 +127,7 @@ def refuse_existing(folder: pathlib.Path) -> None:
     if folder.exists():
         raise RunError(
             f"{folder} exists already",
-            fix=f"nybble train --resume {folder} to go on with it, or out=ANOTHER for a new run",
+            fix=f"to resume it: nybble train --resume {folder}; for a new run: out=ANOTHER",
         )
 
 
@@ -232,9 +232,10 @@ def check_unchanged(run: Run, now: Mapping[str, Any]) -> None:
     changes = _differences(then, now, "")
     if changes:
         raise RunError(
-            "the run cannot go on as it began; changed since:\n" + "\n".join(f"  - {change}" for change in changes),
+            "the run cannot be resumed, because these changed since it began:\n"
+            + "\n".join(f"  - {change}" for change in changes),
             where=str(run.folder / "start.json"),
-            fix="undo these changes, or begin a new run: nybble train -c RUN/recipe.yaml out=ANOTHER",
+            fix="undo these changes, or start a new run: nybble train -c RUN/recipe.yaml out=ANOTHER",
         )
 
 

@@ -259,7 +259,7 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
     def evaluation_loop(
         self, dataloader: DataLoader[Any], description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """Mean loss over all trained tokens, in nats a token."""
+        """Mean loss over all trained tokens, in nats per token."""
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for done, batch in enumerate(dataloader):

@@ -41,7 +41,7 @@ def options(
     cache: Annotated[
         pathlib.Path | None,
         typer.Option(
-            help="Folder of quantised bases and tokenised data; else $XDG_CACHE_HOME/nybble or ~/.cache/nybble."
+            help="Folder for quantised bases and tokenised data; default: nybble in $XDG_CACHE_HOME or ~/.cache."
         ),
     ] = None,
 ) -> None:
@@ -66,7 +66,7 @@ def cache_folder(context: typer.Context) -> pathlib.Path:
 @app.command("help")
 def show_help(
     context: typer.Context,
-    words: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]", help="Of which command.")] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]", help="Command to explain.")] = None,
 ) -> None:
     """Show this help, or a command's: nybble help train."""
     here = context.parent
@@ -74,8 +74,9 @@ def show_help(
     for word in words or []:
         command = getattr(here.command, "commands", {}).get(word)
         if command is None:
-            there = ", ".join(getattr(here.command, "commands", {})) or "no commands below it"
-            raise RecipeError(f"there is no command {' '.join(words or [])}; there are {there}", fix="nybble help")
+            there = ", ".join(getattr(here.command, "commands", {}))
+            known = f"; the commands are {there}" if there else ""
+            raise RecipeError(f"there is no command {' '.join(words or [])}{known}", fix="nybble help")
         here = typer.Context(command, parent=here, info_name=word)
     typer.echo(here.get_help())
 

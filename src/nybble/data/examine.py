@@ -140,7 +140,7 @@ def unfit(
         shown = faults.told(wrong, counts.faulty)
         yield DataError(
             "\n".join([f"{counts.faulty:,} of {counts.rows:,} rows cannot be trained on:", *shown]),
-            fix=f"{wrong[0].fix or 'mend or delete these rows'}; data.bad_rows=drop leaves them out",
+            fix=f"{wrong[0].fix or 'fix or delete these rows'}; data.bad_rows=drop leaves them out",
         )
     if counts.rows == 0:
         yield DataError("there are no rows")
@@ -160,7 +160,7 @@ def unfit(
         longest = max(lengths)
         yield DataError(
             f"{counts.overlength:,} of {counts.distinct:,} rows are longer than data.max_length={options.max_length} "
-            f"(the longest has {longest:,} tokens); more than {OVERLENGTH_SHARE:.0%} is not dropped unasked. Truncated, "
+            f"(the longest has {longest:,} tokens); nybble drops more than {OVERLENGTH_SHARE:.0%} only if asked. Truncated, "
             f"they would lose {counts.lost_answer_tokens:,} answer tokens",
             fix=f"data.max_length={longest}, or data.overlength=truncate, or data.overlength=drop",
         )

@@ -97,10 +97,10 @@ def load_base(
     if stored is not None and stored != quantization:
         if "quantization" in options.model_fields_set:
             raise ModelError(
-                f"the checkpoint is quantised already, as {stored}, and cannot become {quantization}",
+                f"the checkpoint is already quantised as {stored} and cannot become {quantization}",
                 fix=f"model.quantization={stored}, or start from the 16-bit checkpoint",
             )
-        notices.append(f"the checkpoint is quantised already, as {stored}: taken as it is")
+        notices.append(f"the checkpoint is already quantised as {stored} and is used unchanged")
         quantization = stored  # type: ignore[assignment]
     mark = fingerprint(checkpoint, cache)
     config = load_config(checkpoint, options.rope_scaling)
@@ -227,7 +227,7 @@ def _read(
         raise ModelError(
             f"the weights do not fit config.json: {some([*sorted(odd), *missing])}",
             where=str(folder),
-            fix="take config.json and weights from the same copy of the model",
+            fix="use config.json and weights from the same copy of the model",
         )
     return model
 
@@ -250,7 +250,7 @@ def _read_kept(
         return _read(folder, quantised, None, dtype, device), []
     except ModelError as fault:
         shutil.rmtree(folder, ignore_errors=True)
-        return None, [f"the cached copy of the quantised base was damaged ({fault.what}): it is made again"]
+        return None, [f"the cached copy of the quantised base was damaged ({fault.what}) and is rebuilt"]
 
 
 def _plain_generation(model: PreTrainedModel) -> None:

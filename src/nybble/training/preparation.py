@@ -50,7 +50,7 @@ def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
     asked, running = recipe.train.processes, int(os.environ.get("WORLD_SIZE", "1"))
     if asked != running:
         raise DeviceError(
-            f"{asked} processes were asked for and {running} run",
+            f"{asked} processes were requested, but {running} are running",
             where=f"train.processes={asked}",
             fix=f"nybble train --processes {asked}, or accelerate launch --multi_gpu --num_processes {asked} "
             f"-m nybble train ... train.processes={asked}",
@@ -104,7 +104,7 @@ def check_vocabulary(data: Prepared, base: Base) -> None:
         raise ModelError(
             f"the tokenizer gives token id {data.counts.highest_id}, and the model has embeddings for {rows} only",
             where=str(base.checkpoint.folder),
-            fix="take the tokenizer that came with the weights",
+            fix="use the tokenizer that came with the weights",
         )
 
 

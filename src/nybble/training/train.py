@@ -95,8 +95,8 @@ def resume(
     base, cache = run.recipe.model.path, cache or default_cache()
     if os.path.isabs(base) and not os.path.exists(base):
         raise ModelError(
-            f"the base of {folder} is not there: there is no folder {base}",
-            fix="move it back, or put a link there, ln -s NOW THEN: a run is resumed only with what it began with",
+            f"the base of {folder} is missing: there is no folder {base}",
+            fix="move it back, or put a link there, ln -s NOW THEN: a run can be resumed only with its own base",
         )
     with _explained(run.recipe, run.folder, cache):
         return _train(run.recipe, run.folder, run, console or Console(), cache, benchmarks, preflight)
@@ -120,7 +120,7 @@ def _train(
     began = time.time()
     if recipe.train.eval_tasks and benchmarks is None:
         raise RecipeError(
-            f"train.eval_tasks={recipe.train.eval_tasks}: nothing was given that runs them",
+            f"train.eval_tasks={recipe.train.eval_tasks}: there is no benchmark harness to run them",
             fix="train(recipe, benchmarks=nybble.evaluate.harness.Harness(...)), or nybble train on the command line",
         )
     # 1. Where: device, compute type, this process among how many.
@@ -192,10 +192,10 @@ def _tidy(run: Run, state: PartialState, console: Console) -> None:
     if state.is_main_process:
         run.drop_unfinished()
     if checkpoint is not None:
-        tell(console, f"stopped   {checkpoint} is whole; go on with: nybble train --resume {run.folder}")
+        tell(console, f"stopped   {checkpoint} is complete; resume with: nybble train --resume {run.folder}")
     elif state.is_main_process and not evidence:
         shutil.rmtree(run.folder, ignore_errors=True)
-        tell(console, "stopped   before the first checkpoint: nothing is left of this run")
+        tell(console, "stopped   before the first checkpoint: nothing of this run was kept")
 
 
 def _open_folder(folder: pathlib.Path, ready: Ready, interrupted: Run | None, state: PartialState) -> Run:
@@ -229,7 +229,7 @@ def _run_trainer(
         arguments.eval_on_start = has_validation and checkpoint is None
         if arguments.should_save:
             run.drop_after(checkpoint)
-        tell(console, f"          going on from {checkpoint.name if checkpoint else 'the beginning'}")
+        tell(console, f"          resuming from {checkpoint.name if checkpoint else 'the beginning'}")
     if arguments.should_save and (notice := start_tracker(recipe.tracker, run.folder, recipe.model_dump())):
         tell(console, f"tracker   {notice}")
     trainer = QLoraTrainer(

@@ -120,7 +120,7 @@ class Forms:
         if form is None:
             raise self._unknown(own, row)
         if form.name == "prompt" and isinstance(row.values.get("label"), bool):
-            why = "'label' says whether the completion is wanted"
+            why = "'label' says whether the completion is good"
             raise preference(row, why, "keep the rows whose label is true, without that column")
         spot = Spot(row.origin, set() if row is own else {SPELLING})
         try:

@@ -20,8 +20,8 @@ from nybble.lfs import pointer_fault
 
 ARCHIVES = {  # first bytes: what such a file is, and what to do
     b"PK\x03\x04": ("a zip archive or an Excel workbook", "unpack it, or save the sheet as CSV"),
-    b"\x1f\x8b": ("packed by gzip", "add .gz to its name"),
-    b"PAR1": ("a parquet file", "call it .parquet"),
+    b"\x1f\x8b": ("compressed with gzip", "add .gz to its name"),
+    b"PAR1": ("a parquet file", "rename it to .parquet"),
     b"%PDF-": ("a PDF", "write its text to a file"),
 }
 PAGES = (b"<!doctype html", b"<html")
@@ -35,14 +35,14 @@ def read_file(file: pathlib.Path) -> Iterator[Item]:
     """
     some = False
     if file.stat().st_size == 0:
-        raise DataError("the file is empty", where=str(file), fix="take it out of the data, or fill it")
+        raise DataError("the file is empty", where=str(file), fix="remove it from the data, or fill it")
     refuse_stranger(file)
     _refuse_page(file)
     for item in KINDS[kind_of(file)](file):
         some = some or not isinstance(item, Notice)
         yield item
     if not some:
-        raise DataError("there are no rows in the file", where=str(file), fix="take it out of the data, or fill it")
+        raise DataError("there are no rows in the file", where=str(file), fix="remove it from the data, or fill it")
 
 
 def refuse_stranger(file: pathlib.Path) -> None:
