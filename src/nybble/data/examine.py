@@ -138,9 +138,10 @@ def unfit(
         yield wrong[0]
     elif is_refused:
         shown = faults.told(wrong, counts.faulty)
+        leave_out = "; data.bad_rows=drop leaves them out" if counts.faulty < counts.rows else ""
         yield DataError(
             "\n".join([f"{counts.faulty:,} of {counts.rows:,} rows cannot be trained on:", *shown]),
-            fix=f"{wrong[0].fix or 'fix or delete these rows'}; data.bad_rows=drop leaves them out",
+            fix=(wrong[0].fix or "fix or delete these rows") + leave_out,
         )
     if counts.rows == 0:
         yield DataError("there are no rows")
