@@ -58,9 +58,7 @@ def on_day(monkeypatch):
     return set_day
 
 
-def test_a_run_with_one_of_several_templates_has_that_one_only(
-    tiny_llama, rows, cache, tmp_path, quiet, monkeypatch
-):
+def test_a_run_with_one_of_several_templates_has_that_one_only(tiny_llama, rows, cache, tmp_path, quiet, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "turns").mkdir()  # another thing of that name
     base = with_templates(tiny_llama, tmp_path / "base", {"default": DATED, "turns": TURNS})

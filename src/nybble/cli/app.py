@@ -17,7 +17,6 @@ from nybble.errors import RecipeError
 from nybble.places import default_cache, lend_home
 
 
-
 class Program(TyperGroup):
     """All commands; the options of the program itself go before them."""
 

@@ -51,7 +51,14 @@ from nybble.terminal import tell
 from nybble.trackers import end_tracker, start_tracker
 from nybble.trainer import QLoraTrainer, training_arguments
 from nybble.training.ending import refuse_untrained, save_adapter, summarise
-from nybble.training.preparation import Ready, check_checkpoint, check_vocabulary, fuse_layers, join_processes, prepare_data
+from nybble.training.preparation import (
+    Ready,
+    check_checkpoint,
+    check_vocabulary,
+    fuse_layers,
+    join_processes,
+    prepare_data,
+)
 
 
 def train(
