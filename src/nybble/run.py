@@ -85,6 +85,18 @@ class Run:
         text = (checkpoint / COMPLETE).read_text(encoding="utf-8") if checkpoint is not None else ""
         return {"seconds": 0.0, "peak_memory": 0, **(json.loads(text) if text else {})}
 
+    def place_best(self) -> None:
+        """Write into the newest checkpoint where the best one is now: Trainer records the path that it had, and forgets the
+        best where it is not found, as after a move or from another folder."""
+        checkpoint = self.latest_checkpoint()
+        if checkpoint is None:
+            return
+        file = checkpoint / "trainer_state.json"
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if state["best_model_checkpoint"] is not None:
+            best = self.checkpoints / pathlib.PurePath(state["best_model_checkpoint"]).name
+            write_json(file, {**state, "best_model_checkpoint": str(best)})
+
     def drop_unfinished(self) -> None:
         """Remove checkpoints that were cut off: they cannot be resumed, and take the room that others need."""
         for folder in self.checkpoints.glob("checkpoint-*"):
