@@ -300,7 +300,7 @@ REFUSED = {
     "wide-unmarked.json": (json.dumps(NAMED).encode("utf-16-be"), "UTF-16BE, not UTF-8", "iconv -f UTF-16BE"),
     "wide-unmarked.csv": (table().encode("utf-32-le"), "UTF-32LE, not UTF-8", "iconv -f UTF-32LE"),
     "marked-page.json": (codecs.BOM_UTF8 + b"<html>", "a web page, not data", "/resolve/"),
-    "plain.csv.gz": (table().encode(), "not compressed with gzip", "take .gz off its name"),
+    "plain.csv.gz": (table().encode(), "not compressed with gzip", "remove .gz from its name"),
 }  # fmt: skip
 
 

@@ -315,8 +315,8 @@ def test_every_bad_input_is_a_clear_error_and_leaves_what_was_there(
         (copied(run, tmp_path / "c"), str(cut), ModelError, "the file is cut off", "copy it again"),
         (copied(run, tmp_path / "d"), str(other), ModelError, "this is not the base", "--base PATH"),
         (copied(run, tmp_path / "e"), str(tmp_path / "gone"), ModelError, "there is no folder", "--base FOLDER"),
-        (copied(run, tmp_path / "g", adapter__adapter_config_json=began("pissa")), None, ModelError, "initialised by PiSSA", "convert"),
-        (copied(run, tmp_path / "h", adapter__adapter_config_json=began("olora")), None, ModelError, "initialised by OLoRA", "convert"),
+        (copied(run, tmp_path / "g", adapter__adapter_config_json=began("pissa")), None, ModelError, "by PiSSA", "convert"),
+        (copied(run, tmp_path / "h", adapter__adapter_config_json=began("olora")), None, ModelError, "by OLoRA", "convert"),
     ]  # fmt: skip
     for folder, base, kind, said, fix in cases:
         for to in ("merged", "adapter"):
