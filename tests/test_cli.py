@@ -280,6 +280,22 @@ def test_the_cache_lies_where_it_is_told(tiny_llama, rows, tmp_path, here, monke
         assert len(list(place.glob("tokens/*/tokens.arrow"))) == 1
 
 
+@pytest.mark.parametrize(
+    ("typed", "right"),
+    [
+        ("train m rows.jsonl --cache /x lora.r=4", "--cache /x train m rows.jsonl lora.r=4"),
+        ("data check rows.jsonl --cache=/x", "--cache=/x data check rows.jsonl"),
+        ("chat runs/a --cache /x --compare", "--cache /x chat runs/a --compare"),
+        ("export runs/a --version --to gguf", "--version export runs/a --to gguf"),
+    ],
+)
+def test_the_program_s_own_options_go_before_the_command(typed, right, here):
+    told = here(*typed.split())
+    print(told.stderr)
+    assert told.returncode == 2
+    assert told.stderr.splitlines()[-1].split("fix:")[1].strip() == f"nybble {right}"
+
+
 def test_data_is_checked_and_previewed_from_the_command_line(tiny_llama, rows, tmp_path, here):
     fit = nybble("data", "check", rows, tiny_llama, "data.max_length=256", home=tmp_path)
     assert fit.returncode == 0, fit.stderr

@@ -91,7 +91,11 @@ def test_bad_rows_are_left_out_where_that_is_asked_for(tmp_path, tiny_tokenizer,
     with pytest.raises(DataError, match="2 of 3 rows cannot be trained on") as caught:
         loaded(file, tiny_tokenizer, cache)
     assert "data.bad_rows=drop leaves them out" in caught.value.fix
-    file = written(tmp_path, "b.jsonl", '{"instruction": "a", "output": ""}\n')
+    file = written(tmp_path, "b.jsonl", '{"instruction": "a", "output": ""}\n' + "{\n")
+    with pytest.raises(DataError, match="2 of 2 rows cannot be trained on") as caught:
+        loaded(file, tiny_tokenizer, cache)
+    assert "bad_rows" not in caught.value.fix, "nothing would be left"
+    file = written(tmp_path, "c.jsonl", '{"instruction": "a", "output": ""}\n')
     with pytest.raises(DataError, match="a row without an answer"):
         loaded(file, tiny_tokenizer, cache, bad_rows="drop")
 

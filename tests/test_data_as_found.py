@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
+import re
 import shlex
+import shutil
+import subprocess
+import sys
 
 import pyarrow
 import pyarrow.parquet
@@ -23,6 +28,8 @@ TURNS = [{"role": "user", "content": 'It\'s "odd"?'}, {"role": "assistant", "con
 ODD = (Message("user", TURNS[0]["content"]), Message("assistant", TURNS[1]["content"]))
 CALLED = [{"from": "human", "value": "Name a bird"}, {"from": "gpt", "value": "an owl, or a jay"}]
 OPENAI = [{"role": "user", "content": "Name a bird"}, {"role": "assistant", "content": "an owl, or a jay"}]
+BIRD = {"instruction": "Name a bird", "output": "\u00e9"}
+NEEDS_JQ = pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
 NAMED = [{"instruction": "Name a bird", "output": "an owl, or a jay"}]
 NUMBERS = "numbers and true or false are read as their text"
 SPELLING = "columns are found whatever the capitals and spaces in their names"
@@ -241,8 +248,11 @@ REFUSED = {
     "pretty-one.jsonl": (json.dumps(NAMED[0], indent=2), "one object over several lines", "jq -c ."),
     "pretty-commas.json": ('{"text":\n"a"},\n{"text":\n"b"}', "span several lines", "jq -c ."),
     "pretty-broken.jsonl": ('{\n  "instruction": "a"\n  "output": "b"\n}\n', "not valid JSON: Expecting ',' delimiter", ""),
-    "pretty-inside.json": (json.dumps({"mine": NAMED}, indent=1), "one object over several lines", "'.[\"mine\"][]'"),
-    "inside.json": (json.dumps({"mine": NAMED}), "unknown fields: found 'mine'", "the rows are inside 'mine'"),
+    "pretty-inside.json": (json.dumps({"mine": NAMED}, indent=1), "one object over several lines", "'.\"mine\"[]'"),
+    "inside.json": (json.dumps({"mine": NAMED}), "unknown fields: found 'mine'", "the rows are in .\"mine\": jq"),
+    "two-deep.json": (json.dumps({"data": {"train": NAMED}}), "unknown fields: found 'data'", "jq -c '.\"data\".\"train\"[]'"),
+    "two-deep-pretty.json": (json.dumps({"data": {"train": NAMED}}, indent=1),
+                             "one object over several lines", "jq -c '.\"data\".\"train\"[]'"),
     "columns.json": (json.dumps({"instruction": {"0": "a"}, "output": {"0": "b"}}),
                      "contains columns (instruction, output)", "pandas"),
     "cut-by-viewer.json": (
@@ -287,6 +297,10 @@ REFUSED = {
     "wide.json": (json.dumps(NAMED).encode("utf-32"), "UTF-32, not UTF-8", "iconv -f UTF-32"),
     "latin.csv": ("instruction,output\nun caf\u00e9,b\n".encode("cp1252"),
                   "not UTF-8: byte 0xe9 at position 7", "iconv -f WINDOWS-1252"),
+    "wide-unmarked.json": (json.dumps(NAMED).encode("utf-16-be"), "UTF-16BE, not UTF-8", "iconv -f UTF-16BE"),
+    "wide-unmarked.csv": (table().encode("utf-32-le"), "UTF-32LE, not UTF-8", "iconv -f UTF-32LE"),
+    "marked-page.json": (codecs.BOM_UTF8 + b"<html>", "a web page, not data", "/resolve/"),
+    "plain.csv.gz": (table().encode(), "not compressed with gzip", "remove .gz from its name"),
 }  # fmt: skip
 
 
@@ -301,6 +315,41 @@ def test_what_cannot_be_read_is_one_fault_with_a_way_out(tmp_path, name):
     assert reason in fault.what
     assert str(file) in fault.where
     assert fix in (fault.fix or "")
+
+
+def pasted(reading, folder) -> None:
+    """Run the command that a fix names, in a folder of its own."""
+    (fault,) = reading.faults
+    command = re.search(r"(gzip|jq|iconv|python) -.*", fault.fix)[0].replace("python -c", f"{sys.executable} -c")
+    subprocess.run(["bash", "-ec", f"set -o pipefail; {command}"], cwd=folder, check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a's.csv", table(rows=[TABLE[0], ["Name a bird", "\u00e9"]]).encode("cp1252")),
+        ("a's.csv.GZ", gzip.compress(table(rows=[TABLE[0], ["Name a bird", "\u00e9"]]).encode("cp1252"))),
+        ("a.jsonl.gz", gzip.compress(line(instruction="Name a bird", output="\u00e9").encode("utf-16"))),
+        ("$a `b`.jsonl", line(instruction="Name a bird", output="\u00e9").encode("utf-16-le")),
+        ("it's $HOME.json", json.dumps({"instruction": {"0": "Name a bird"}, "output": {"0": "\u00e9"}})),
+        ("a.json.gz", gzip.compress(json.dumps({"instruction": {"0": "Name a bird"}, "output": {"0": "\u00e9"}}).encode())),
+        pytest.param("a's.jsonl.gz", gzip.compress(json.dumps({**BIRD, "id": 1}, indent=1).encode() * 2), marks=NEEDS_JQ),
+        pytest.param("a.json.gz", gzip.compress(json.dumps({"it's \"so\"": [BIRD]}).encode()), marks=NEEDS_JQ),
+        pytest.param("a.json", json.dumps({"data": {"it's": [BIRD], "train": [BIRD]}}, indent=1), marks=NEEDS_JQ),
+    ],
+)  # fmt: skip
+def test_a_command_that_is_offered_can_be_pasted_and_makes_the_file_readable(tmp_path, name, content):
+    file = written(tmp_path, name, content)
+    _, reading = read(DataOptions(path=str(file)))
+    print(reading.faults[0])
+    pasted(reading, tmp_path)
+    new = next(tmp_path.glob("NEW*"))
+    new = (
+        new.rename(tmp_path / f"NEW{file.name.removesuffix('.GZ').removesuffix('.gz')[-6:]}") if not new.suffix else new
+    )
+    found, reading = read(DataOptions(path=str(new)))
+    assert not reading.faults
+    assert found[0] == said("Name a bird", "\u00e9")
 
 
 @pytest.mark.parametrize(

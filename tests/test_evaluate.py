@@ -191,13 +191,45 @@ def test_a_folder_of_rows_that_is_not_there_is_named(tmp_path):
         make_harness(["arc_easy"], tmp_path / "nowhere", 1)
 
 
+BAD_ROWS = {
+    "arc_easy.validation.jsonl": (json.dumps(ARC[0]).encode("utf-16"), "the file is UTF-16, not UTF-8", ":1"),
+    "arc_easy.test.jsonl.gz": (gzip.compress(b'{"question": "caf\xe9"}\n'), "not UTF-8: byte 0xe9", ":1"),
+    "mmlu.test.jsonl": (b"\n" + json.dumps(MMLU[0]).encode() + b"\n{\n", "not valid JSON", ":3"),
+    "ARC-Easy.validation.jsonl": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 7\n",
+        "git-lfs pointer",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_rows_of_a_benchmark_that_cannot_be_read_are_named_before_a_model_is_loaded(tmp_path, name):
+    content, what, line = BAD_ROWS[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(EvaluationError) as caught:
+        make_harness(["mmlu" if name.startswith("mmlu") else "arc_easy"], tmp_path, 1)
+    print(caught.value)
+    assert what in caught.value.what
+    assert caught.value.where == f"{tmp_path / name}{line}"
+
+
+def test_rows_may_have_a_mark_and_blank_lines_and_lie_beside_copies(tmp_path):
+    rows = "".join(f"{json.dumps(row)}\n\n" for row in MMLU)
+    for name in ("mmlu.test.jsonl", "mmlu.dev.jsonl"):
+        (tmp_path / name).write_text(f"\ufeff{rows}", encoding="utf-8")
+    (tmp_path / "mmlu.test.jsonl.bak").write_bytes(b"\xff")
+    with make_harness(["mmlu"], tmp_path, 4).benchmark("mmlu") as benchmark:
+        assert benchmark.of == len(MMLU)
+
+
 TEXTS = {
     # name: bytes (None: no such file), what is said, what fixes it
     "nothing.txt": (None, "there is no file", "ls "),
     "empty.txt": (b"", "is empty", "with text in it"),
     "blank.txt": (b" \n\n", "is empty", "with text in it"),
     "wide.txt": ("one caf\u00e9".encode("utf-16"), "the file is UTF-16, not UTF-8", "iconv -f UTF-16"),
-    "wide-unmarked.txt": ("one two".encode("utf-16-le"), "a null byte", "as UTF-8"),
+    "wide-unmarked.txt": ("one two".encode("utf-16-le"), "the file is UTF-16LE, not UTF-8", "iconv -f UTF-16LE"),
     "latin.txt": ("one\ncaf\u00e9".encode("latin-1"), "not UTF-8: byte 0xe9 at position 4", "iconv -f WINDOWS-1252"),
     "picture.txt": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not UTF-8: byte 0x89", ""),
     "paper.txt": (b"%PDF-1.7\n", "a PDF", "write its text"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import re
 import shutil
 
 import pytest
@@ -155,6 +156,21 @@ BROKEN = {
     "cut off": (cut, "the file is cut off"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "it has no config.json"),
     "bad config": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
+    "latin config": (
+        lambda folder: (folder / "config.json").write_bytes(b'{\n"a": "\xe9"}'),
+        "is not UTF-8: byte 0xe9\n",
+    ),
+    "list config": (lambda folder: (folder / "config.json").write_text("[]"), "config.json is not an object"),
+    "marked config": (
+        lambda folder: (folder / "config.json").write_bytes(b"\xef\xbb\xbf{}"),
+        "not valid JSON: Unexpected UTF-8 BOM",
+    ),
+    "deep config": (lambda folder: (folder / "config.json").write_text("[" * 100_000), "is nested too deeply"),
+    "a word": (edit_config(quantization_config="nf4"), "quantization_config is 'nf4' and not an object"),
+    "a list index": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
+        "a readable model.safetensors.index",
+    ),
     "leftover": (
         edit_config(quantization_config=BNB),
         "the files hold plain F32 weights: the entry quantization_config",
@@ -310,6 +326,14 @@ def test_layers_that_the_configuration_leaves_out_are_told(tiny_llama, tmp_path)
     print(base.notices)
     assert "ignored model.layers.1." in base.notices[0]
     assert "(and 8 more)" in base.notices[0]
+
+
+def test_a_pointer_in_place_of_a_tokenizer_model_is_named(tiny_llama, tmp_path):
+    for name in ("tokenizer.model", "merges.txt"):
+        folder = broken(tmp_path / name, tiny_llama, lambda folder: (folder / name).write_text(POINTER))  # noqa: B023
+        (folder / "tokenizer.json").unlink()
+        with pytest.raises(ModelError, match=f"{re.escape(name)} is a git-lfs pointer"):
+            load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -645,3 +669,28 @@ def test_a_damaged_adapter_is_a_message(tiny_llama, cache, tmp_path, name, conte
         load_adapter(base_of(tiny_llama, cache).model, tmp_path)
     print(caught.value)
     assert message in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (POINTER.encode(), "adapter_config.json is a git-lfs pointer"),
+        (b"{", "adapter_config.json is not valid JSON"),
+        (b'{"a": "\xe9"}', "adapter_config.json is not UTF-8: byte 0xe9"),
+        (b"[]", "adapter_config.json is not an object"),
+        (b'{"base_model_name_or_path": 3}', "base_model_name_or_path is no text"),
+    ],
+)
+def test_an_adapter_whose_configuration_is_damaged_is_named_wherever_it_is_opened(tmp_path, content, message):
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    for opens in (
+        open_run,
+        lambda folder: find_checkpoint(str(folder)),
+        lambda folder: find_checkpoint(str(folder), weights=False),
+    ):
+        with pytest.raises(ModelError) as caught:
+            opens(tmp_path)
+        print(caught.value)
+        assert message in caught.value.what
+        assert str(tmp_path / "adapter_config.json") in caught.value.where
+        assert caught.value.fix

@@ -18,7 +18,7 @@ from nybble.errors import ModelError, RecipeError, RunError
 from nybble.evaluate.rows import rows_of, with_rows
 from nybble.inference.pipeline import Sampling, load_answerer
 from nybble.recipe import Recipe, absolute_paths, load_recipe
-from nybble.recipe.paths import TEMPLATES, absolute_tree, here
+from nybble.recipe.paths import absolute_tree, here
 from nybble.run import open_run
 from nybble.training.train import resume, train
 from test_train import FAST, interrupted
@@ -83,8 +83,10 @@ def test_local_places_become_absolute_and_everything_else_stays(tmp_path, monkey
     assert of("data.validation", "data/b.jsonl") == f"{root}/data/b.jsonl"
     assert of("data.validation", 0.1) == 0.1
     assert of("data.template", "own.jinja") == f"{root}/own.jinja"
-    assert of("data.template", "plain") == "plain"
-    assert {"auto", "model", *BUILT_IN} == TEMPLATES
+    (folder / "tool_use").mkdir()
+    for name in ("auto", "model", *BUILT_IN, "tool_use"):  # of nybble, and one of a model
+        assert of("data.template", name) == name, "a template's name, whatever else is called so"
+    assert of("data.template", "./plain") == f"{root}/plain"
     pattern = of("data.path", "data/*.jsonl")
     assert pattern == f"{tmp_path}/[[]old] work/data/*.jsonl"
     monkeypatch.chdir(tmp_path)

@@ -527,6 +527,26 @@ def test_a_key_comes_from_an_option_a_file_or_standard_input(tmp_path, monkeypat
     for wrong in ("", "a b", "ключ", "a\nb"):
         with pytest.raises(ServeError, match="printable ASCII"):
             read_key(wrong, None)
+    for text in (b"\xff\xfe" + "abc-123\r\n".encode("utf-16-le"), b"\xef\xbb\xbfabc-123\n"):  # as Windows writes it
+        file.write_bytes(text)
+        assert read_key(None, file) == "abc-123"
+    for content in (
+        "schl\u00fcssel".encode("cp1252"),
+        b"\xff\xfea",
+        b"",
+        b"\n",
+        "abc".encode("utf-16-be"),
+        b"\xef\xbb\xbf",
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ServeError, match=r"UTF-8 text|printable ASCII") as caught:
+            read_key(None, file)
+        print(caught.value)
+        assert caught.value.where == str(file)
+        assert "--api-key-file key.txt" in caught.value.fix
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"schl\xfcssel\n"), encoding="utf-8"))
+    with pytest.raises(ServeError, match=r"UTF-8 text[\s\S]*standard input"):
+        read_key(None, type(file)("-"))
     with pytest.raises(ServeError, match="both given"):
         read_key("a", file)
     with pytest.raises(ServeError, match="cannot be read"):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import re
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -91,6 +96,14 @@ def test_the_system_message_of_the_training_rows_is_offered(server, tmp_path):
         assert not page.complaints
 
 
+def test_top_p_may_be_nothing_on_the_page_as_in_a_request(server, tmp_path):
+    with browser(tmp_path / "profile") as page:
+        page.open(server.url)
+        page.wait_for("document.querySelectorAll('#model option').length === 3")
+        for value, valid in (("0", True), ("1", True), ("0.95", True), ("-0.01", False), ("1.01", False)):
+            assert page.run(f"$('top_p').value = '{value}', $('top_p').checkValidity()") == valid, value
+
+
 @pytest.mark.slow
 def test_escape_stops_an_answer_and_an_error_is_shown(server, tmp_path):
     with browser(tmp_path / "profile") as page:
@@ -138,3 +151,46 @@ def test_the_page_asks_for_the_key(tuned_run, cache, tmp_path):
         page.run("document.getElementById('key').blur()")
         page.wait_for("document.querySelectorAll('#model option').length === 2")
         assert page.run("document.getElementById('trouble').hidden")
+
+
+@contextlib.contextmanager
+def another_site(folder) -> Iterator[str]:
+    """A web page of another origin."""
+    (folder / "index.html").write_text("<!doctype html><title>another site</title>", encoding="utf-8")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as site:
+        thread = threading.Thread(target=site.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{site.server_port}"
+        finally:
+            site.shutdown()
+            thread.join()
+
+
+ASK = """fetch('{url}/v1/chat/completions', {{method: 'POST',
+    headers: {{'Content-Type': 'application/json', Authorization: 'Bearer {key}'}},
+    body: JSON.stringify({{
+        model: 'run', messages: [{{role: 'user', content: 'x'}}], max_tokens: 3, stream: {stream}, user: 'u',
+    }}),
+}}).then(async answer => [answer.status, answer.headers.get('x-nybble-ignored'), await answer.text()], error => String(error))"""
+
+
+def test_only_a_page_that_is_allowed_may_ask_in_a_browser(tuned_run, cache, tmp_path):
+    make = lambda metrics: load_pipeline([tuned_run], metrics, device="cpu", queue=4, cache=cache)  # noqa: E731
+    with (
+        another_site(tmp_path) as site, another_site(tmp_path) as stranger,
+        serving(make, key="s3cret", origins=(site,)) as server, browser(tmp_path / "profile") as page,
+    ):  # fmt: skip
+        page.open(f"{site}/")
+        page.wait_for("document.title === 'another site'")
+        status, ignored, text = page.run(ASK.format(url=server.url, key="s3cret", stream="true"))
+        assert (status, ignored) == (200, "user")
+        assert text.endswith("data: [DONE]\n\n")
+        status, _, text = page.run(ASK.format(url=server.url, key="wrong", stream="false"))
+        assert status == 401
+        assert json.loads(text)["error"]["code"] == "invalid_api_key"  # which the page can show
+        page.open(f"{stranger}/")
+        page.wait_for(f"location.origin === '{stranger}' && document.title === 'another site'")
+        said = page.run(ASK.format(url=server.url, key="s3cret", stream="false"))
+        assert said == "TypeError: Failed to fetch"

@@ -30,7 +30,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nybble import __version__
-from nybble.errors import RunError
+from nybble.errors import ModelError, RunError
+from nybble.lfs import pointer_fault
 from nybble.places import check_disk, new_folder, replacing
 from nybble.recipe import Recipe, absolute_paths, absolute_tree, dump_recipe, here, load_recipe
 
@@ -83,6 +84,18 @@ class Run:
         """What the run had taken when a checkpoint was saved: `seconds`, and `peak_memory` in bytes."""
         text = (checkpoint / COMPLETE).read_text(encoding="utf-8") if checkpoint is not None else ""
         return {"seconds": 0.0, "peak_memory": 0, **(json.loads(text) if text else {})}
+
+    def place_best(self) -> None:
+        """Write into the newest checkpoint where the best one is now: Trainer records the path that it had, and forgets the
+        best where it is not found, as after a move or from another folder."""
+        checkpoint = self.latest_checkpoint()
+        if checkpoint is None:
+            return
+        file = checkpoint / "trainer_state.json"
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if state["best_model_checkpoint"] is not None:
+            best = self.checkpoints / pathlib.PurePath(state["best_model_checkpoint"]).name
+            write_json(file, {**state, "best_model_checkpoint": str(best)})
 
     def drop_unfinished(self) -> None:
         """Remove checkpoints that were cut off: they cannot be resumed, and take the room that others need."""
@@ -158,6 +171,7 @@ def open_run(path: str | pathlib.Path, base: str | None = None) -> Run:
 
     Raises:
         RunError: no run there.
+        ModelError: an adapter whose configuration cannot be read.
     """
     folder = pathlib.Path(path)
     if (folder / "recipe.yaml").exists():
@@ -186,8 +200,13 @@ def recorded_folder(run: pathlib.Path) -> bool:
 
 def _base_of_adapter(folder: pathlib.Path) -> str:
     """The base that PEFT recorded. A relative path is looked for from the current folder, then from the adapter's."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    name = config.get("base_model_name_or_path") or ""
+    name = read_object(folder / "adapter_config.json").get("base_model_name_or_path") or ""
+    if not isinstance(name, str):
+        raise ModelError(
+            "base_model_name_or_path is no text",
+            where=str(folder / "adapter_config.json"),
+            fix="--base FOLDER names the base",
+        )
     places = [pathlib.Path(name), folder / name] if name else []
     found = next((place for place in places if place.is_dir()), None)
     if found is not None:
@@ -250,6 +269,33 @@ def write_text(file: pathlib.Path, text: str) -> None:
 def write_json(file: pathlib.Path, value: Any) -> None:
     """Write JSON atomically."""
     write_text(file, _as_json(value, 2) + "\n")
+
+
+def read_object(file: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file of a model or an adapter, which others wrote.
+
+    Raises:
+        ModelError: the file is a git-lfs pointer, or holds none.
+    """
+    if (fault := pointer_fault(file)) is not None:
+        raise ModelError(fault[0], where=str(file), fix=fault[1])
+    again = "copy or download it again"
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ModelError(
+            f"{file.name} is not valid JSON: {error.msg}", where=f"{file}:{error.lineno}", fix=again
+        ) from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ModelError(
+            f"{file.name} is not UTF-8: byte {error.object[error.start]:#04x}", where=f"{file}:{line}", fix=again
+        ) from error
+    except RecursionError as error:
+        raise ModelError(f"{file.name} is nested too deeply", where=str(file), fix=again) from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file.name} is not an object", where=str(file), fix=again)
+    return value
 
 
 def append_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from nybble.data.order import Order, batches, lengths_of
@@ -159,6 +159,15 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         """Trainer's loop, without its walks over all modules at every step."""
         with _without_walks(self.model):
             return super().train(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer looks whether it is at the end after each step; a run that goes on from its last step has none to make."""
+        early = [call for call in self.callback_handler.callbacks if isinstance(call, EarlyStoppingCallback)]
+        stopped = any(call.early_stopping_patience_counter >= call.early_stopping_patience for call in early)
+        if stopped or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
         rows = self.train_dataset if train_dataset is None else train_dataset

@@ -4,18 +4,41 @@ from __future__ import annotations
 
 import logging
 import pathlib
+import shlex
 import warnings
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from nybble import __version__
 from nybble.errors import RecipeError
 from nybble.places import default_cache, lend_home
 
+
+class Program(TyperGroup):
+    """All commands; the options of the program itself go before them."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command and its words.
+
+        Raises:
+            RecipeError: one of the program's options is among these, with the line to type.
+        """
+        name, command, words = super().resolve_command(ctx, args)
+        own = {option: parameter for parameter in self.params for option in parameter.opts}
+        for place, word in enumerate(words):
+            option, equals, _ = word.partition("=")
+            if option in own and not ctx.resilient_parsing:
+                end = place + (1 if equals or getattr(own[option], "is_flag", False) else 2)
+                line = ["nybble", *words[place:end], str(name), *words[:place], *words[end:]]
+                raise RecipeError(f"{option} goes before the command", fix=shlex.join(line))
+        return name, command, words
+
+
 app = typer.Typer(
+    cls=Program,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="QLoRA fine-tuning of Llama 2 and other Llama-architecture models: from a clean machine to a working model.",

@@ -27,7 +27,7 @@ def make_harness(names: list[str], data: pathlib.Path | None, limit: int | None,
         raise EvaluationError(f"there is no folder {data}", fix="--data-dir FOLDER with files TASK.SPLIT.jsonl")
     harness = Harness(data, limit, batch)
     for name in names:
-        harness.parts(name)
+        harness.check_rows(name)
     return harness
 
 

@@ -83,11 +83,12 @@ def examine(
     """
     sources = sources_of(options)
     forms = forms_of(sources, options)
+    forms = dataclasses.replace(forms, as_before=template is not None and template.is_of_0_5)
     template = template or choose_template(tokenizer, options.template, forms.likeliest)
     assert template.ends, "a template that works at all"
     key = _key(sources, forms, template, options)
     places = repr([(source.name, [str(file) for file in source.files]) for source in sources])  # as rows and faults say
-    folder = cache / "tokens" / hashlib.sha256(f"{CACHE_VERSION}{key}{places}".encode()).hexdigest()
+    folder = cache / "tokens" / hashlib.sha256(f"{CACHE_VERSION}{forms.as_before}{key}{places}".encode()).hexdigest()
     cached = (folder / "found.json").exists()
     if not cached:
         _write(folder, rows_of(sources, options), Pass(forms, template, options, progress))
@@ -96,7 +97,7 @@ def examine(
     lengths = {int(length): count for length, count in found["lengths"].items()}
     tokens = Dataset.from_file(str(folder / "tokens.arrow"))
     counts = Counts(**found["counts"])
-    if any(counts.notices.values()):  # rows that version 0.5.1 refused: a run of it that left them out had other data
+    if any(counts.notices.values()):  # rows that 0.5.1 refused: a run of it that left them out had other data
         key = hashlib.sha256(f"{key} and more".encode()).hexdigest()
     return Examined(tokens, sources, forms, template, counts, found_faults, lengths, key, cached)
 
@@ -138,9 +139,10 @@ def unfit(
         yield wrong[0]
     elif is_refused:
         shown = faults.told(wrong, counts.faulty)
+        leave_out = "; data.bad_rows=drop leaves them out" if counts.faulty < counts.rows else ""
         yield DataError(
             "\n".join([f"{counts.faulty:,} of {counts.rows:,} rows cannot be trained on:", *shown]),
-            fix=f"{wrong[0].fix or 'fix or delete these rows'}; data.bad_rows=drop leaves them out",
+            fix=(wrong[0].fix or "fix or delete these rows") + leave_out,
         )
     if counts.rows == 0:
         yield DataError("there are no rows")

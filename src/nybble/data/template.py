@@ -66,7 +66,7 @@ class Template:
         verbatim: keep white space around messages; off, it is stripped, so that a prompt never ends in a space.
         day: what a template that reads the clock is told; None where it reads none.
         bos: whether a document begins with BOS; None: where the tokenizer itself puts one.
-        known_as: the Jinja text that the fingerprint is of, where that is another.
+        known_as: of a run of version 0.5.1, the Jinja text that its fingerprint is of, which held no day.
 
     Raises:
         DataError: the template fails, rewrites what was said, or cannot be split into a prompt and its answer.
@@ -84,6 +84,8 @@ class Template:
         self.puts_bos = puts_bos(tokenizer)
         self.document_bos = (self.puts_bos if bos is None else bos) and tokenizer.bos_token is not None
         self._known_as = known_as or self.source
+        self.is_of_0_5 = known_as is not None
+        """Whether a run of version 0.5.1 has it: its rows are read again by the rules of then."""
         self.takes_input = "message.input" in source
         self._special = _special_tokens(tokenizer)
         self._split = re.compile("|".join(re.escape(token) for token in sorted(self._special, key=len, reverse=True)))

@@ -31,7 +31,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nybble.errors import EvaluationError
+from nybble.data.readers import kind_of, read_file
+from nybble.errors import DataError, EvaluationError
 from nybble.evaluate.scores import MissingRowsError, Scored
 
 FEWSHOT = {"mmlu": 5}
@@ -129,6 +130,20 @@ class Harness:
         names = [member if isinstance(member, str) else member.get("task") or member["group"] for member in members]
         return [part for own in names for part in self.parts(own)]
 
+    def check_rows(self, name: str) -> None:
+        """Read the local files of a benchmark, before a model is loaded for it.
+
+        Raises:
+            EvaluationError: one of them cannot be read.
+        """
+        if self.data is None:
+            return
+        parts = self.parts(name)
+        configs = [(self.manager.task_index[part].cfg or {}).get("dataset_name") for part in parts]
+        for stem in sorted({name, *parts, *filter(None, configs)}):
+            for file in _named(self.data, stem).values():
+                _check(file)
+
     @contextlib.contextmanager
     def benchmark(self, name: str) -> Iterator[Benchmark]:
         """A benchmark with its rows read; what it needs on the disk is gone afterwards.
@@ -215,7 +230,7 @@ class Harness:
         """A task's files by split; of a group's, the rows of the task's subject."""
         assert self.data is not None
         for stem in filter(None, (part, own.get("dataset_name"), name)):
-            found = {file.name.split(".")[1]: file for file in sorted(self.data.glob(f"{stem}.*.jsonl*"))}
+            found = _named(self.data, stem)
             if found and stem == name != part:
                 parted = {split: _of_subject(file, own["dataset_name"], scratch) for split, file in found.items()}
                 return {split: File(path, found[split].name) for split, path in parted.items() if path is not None}
@@ -224,11 +239,33 @@ class Harness:
         return {}
 
 
+def _named(folder: pathlib.Path, stem: str) -> dict[str, pathlib.Path]:
+    """The files STEM.SPLIT.jsonl, packed or not, by split."""
+    files = [file for file in sorted(folder.glob(f"{stem}.*")) if kind_of(file) == ".jsonl"]
+    return {file.name.removeprefix(f"{stem}.").split(".")[0]: file for file in files}
+
+
+def _check(file: pathlib.Path) -> None:
+    """Refuse a file of rows that cannot be read, where Datasets names neither the line nor the way out.
+
+    Raises:
+        EvaluationError: the first of its faults.
+    """
+    try:
+        for item in read_file(file):
+            if isinstance(item, DataError):
+                raise item
+    except DataError as fault:
+        raise EvaluationError(
+            f"a benchmark's rows cannot be read: {fault.what}", where=fault.where, fix=fault.fix
+        ) from fault
+
+
 def _of_subject(file: pathlib.Path, subject: str, scratch: pathlib.Path) -> pathlib.Path | None:
     """The rows of one subject, in a file of their own; None where there are none."""
     opened = gzip.open if file.suffix == ".gz" else open
-    with opened(file, "rt", encoding="utf-8") as stream:
-        lines = [line for line in stream if json.loads(line).get("subject") == subject]
+    with opened(file, "rt", encoding="utf-8-sig") as stream:
+        lines = [line for line in stream if line.strip() and json.loads(line).get("subject") == subject]
     if not lines:
         return None
     part = scratch / f"{subject}.{file.name.split('.')[1]}.jsonl"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from peft.utils.other import get_pattern_key
 
 from nybble.errors import ModelError
 from nybble.export.shards import Tensors
+from nybble.run import read_object
 
 BY_PEFT = "merge it with PEFT's own merge_and_unload on the 16-bit base"
 PREFIX = "base_model.model."  # what PEFT puts before a module's name
@@ -131,13 +131,9 @@ def refuse_altered(folder: pathlib.Path) -> None:
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     """adapter_config.json as it stands: PEFT itself fails on some of those that are refused here, LoftQ's without scipy."""
     file = folder / "adapter_config.json"
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"there is no adapter in {folder} (no adapter_config.json)", fix=f"ls {folder}") from error
-    except json.JSONDecodeError as error:
-        raise ModelError(f"not valid JSON: {error.msg}", where=f"{file}:{error.lineno}", fix="copy it again") from error
-    return config
+    if not file.is_file():
+        raise ModelError(f"there is no adapter in {folder} (no adapter_config.json)", fix=f"ls {folder}")
+    return read_object(file)
 
 
 def _update(tensors: Tensors, config: Mapping[str, Any], module: str) -> Update:

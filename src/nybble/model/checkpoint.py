@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pathlib
 import shlex
@@ -16,7 +15,7 @@ from nybble.errors import ModelError
 from nybble.model.hub import fetch, few, missing_weights
 from nybble.model.weights import FLOATS, check_whole, refuse_pointers, shapes, weight_files
 from nybble.places import replacing
-from nybble.run import Run, open_run
+from nybble.run import Run, open_run, read_object
 
 # The last release whose package carries Meta's converter (4.57 and 5.x do not).
 CONVERT = (
@@ -131,12 +130,13 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     if not file.is_file():
         refuse_adapter(folder)
         raise ModelError(f"{folder} is not a model folder: it has no config.json", fix=f"ls {folder}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ModelError(f"config.json is not valid JSON: {error.msg}", where=f"{file}:{error.lineno}") from error
-    if not isinstance(config, dict):
-        raise ModelError("config.json is not an object", where=str(file))
+    config = read_object(file)
+    if not isinstance(config.get("quantization_config", {}), dict | None):
+        raise ModelError(
+            f"quantization_config is {config['quantization_config']!r:.40} and not an object",
+            where=str(file),
+            fix="compare it with config.json on the model's page",
+        )
     return config
 
 

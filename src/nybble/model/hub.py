@@ -207,7 +207,7 @@ def missing_weights(folder: Path, names: set[str]) -> list[str]:
         return []
     try:
         return sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()) - names)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return [f"a readable {index}"]
 
 

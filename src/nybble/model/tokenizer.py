@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from nybble.errors import ModelError
 from nybble.model.weights import LOADING_FAULTS, reason, refuse_pointers
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+         "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
 log = logging.getLogger("nybble")
 
 

@@ -33,6 +33,8 @@ ABSENT = {
     "/v1/images": "the models here generate text; they make no images",
     "/v1/audio": "the models here generate text; they have no audio",
     "/v1/moderations": "the models here generate text; they do not moderate it",
+    "/v1/responses/input_tokens": "tokens are not counted beforehand; each answer's usage tells how many there were",
+    "/v1/responses/compact": "conversations are not shortened",
     "/v1/responses/": "responses are not stored, so they cannot be retrieved, cancelled or deleted",
     "/v1/chat/completions/": "answers are not stored, so they cannot be retrieved or deleted",
     "/v1/conversations": "conversations are not stored; send all messages with each request",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import logging
@@ -21,7 +22,7 @@ from nybble.run import Run
 from nybble.serve.app import Limits, make_app
 from nybble.serve.continuous import load_continuous
 from nybble.serve.engine import Engine
-from nybble.serve.guard import Door, check_open_to
+from nybble.serve.guard import KEY, Door, check_open_to
 from nybble.serve.metrics import Metrics
 from nybble.serve.pipeline import load_pipeline
 from nybble.serve.vllm import become_vllm
@@ -183,19 +184,28 @@ def read_key(key: str | None, file: pathlib.Path | None) -> str | None:
     """The API key: given, or the first line of a file, or of standard input where the file is `-`.
 
     Raises:
-        ServeError: both are given, the file is missing, or the key is empty or holds what a header cannot.
+        ServeError: both are given, the file is missing or of another encoding, or the key is empty or holds what a header cannot.
     """
+    place = None if file is None else "standard input" if str(file) == "-" else str(file)
     if file is not None:
         if key is not None:
             raise ServeError("--api-key and --api-key-file were both given", fix="one of them")
         try:
-            lines = (sys.stdin.readline() if str(file) == "-" else file.read_text(encoding="utf-8")).splitlines()
+            text = sys.stdin.readline() if str(file) == "-" else _decoded(file.read_bytes())
         except OSError as error:
-            raise ServeError(f"the API key cannot be read: {error.strerror}", where=str(file)) from error
-        key = lines[0].strip() if lines else ""
+            raise ServeError(f"the API key cannot be read: {error.strerror}", where=place) from error
+        except UnicodeDecodeError as error:
+            raise ServeError("the API key cannot be read: it is no UTF-8 text", where=place, fix=KEY) from error
+        key = next(iter(text.splitlines()), "").strip()
     if key is not None and (not key or not key.isascii() or not key.isprintable() or " " in key):
-        raise ServeError("the API key must be printable ASCII without spaces, and not empty")
+        raise ServeError("the API key must be printable ASCII without spaces, and not empty", where=place, fix=KEY)
     return key
+
+
+def _decoded(raw: bytes) -> str:
+    """A file's text; PowerShell's `>` writes UTF-16, and Windows' editors mark UTF-8."""
+    is_wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return raw.decode("utf-16" if is_wide else "utf-8-sig")
 
 
 def _log_to_stderr() -> None:

@@ -51,7 +51,14 @@ from nybble.terminal import tell
 from nybble.trackers import end_tracker, start_tracker
 from nybble.trainer import QLoraTrainer, training_arguments
 from nybble.training.ending import refuse_untrained, save_adapter, summarise
-from nybble.training.preparation import Ready, check_vocabulary, fuse_layers, join_processes, prepare_data
+from nybble.training.preparation import (
+    Ready,
+    check_checkpoint,
+    check_vocabulary,
+    fuse_layers,
+    join_processes,
+    prepare_data,
+)
 
 
 def train(
@@ -98,6 +105,7 @@ def resume(
             f"the base of {folder} is missing: there is no folder {base}",
             fix="move it back, or put a link there, ln -s NOW THEN: a run can be resumed only with its own base",
         )
+    check_checkpoint(run)
     with _explained(run.recipe, run.folder, cache):
         return _train(run.recipe, run.folder, run, console or Console(), cache, benchmarks, preflight)
 
@@ -203,7 +211,9 @@ def _open_folder(folder: pathlib.Path, ready: Ready, interrupted: Run | None, st
     check_room(folder, ready.trained_parameters, ready.recipe.train.keep_checkpoints)
     if interrupted is not None:
         check_unchanged(interrupted, start)
-    if state.is_main_process and interrupted is None:
+    if state.is_main_process and interrupted is not None:
+        interrupted.place_best()
+    elif state.is_main_process:
         with create_run(folder, ready.recipe, start) as beginning:
             own, ready.tokenizer.chat_template = ready.tokenizer.chat_template, ready.data.template.source
             ready.tokenizer.save_pretrained(beginning / "tokenizer")
@@ -264,8 +274,8 @@ def _run_trainer(
         end_tracker(recipe.tracker.to)
     interruption.raise_if_stopped()
     recorder.steps = trainer.state.global_step
-    best = trainer.state.best_global_step if arguments.load_best_model_at_end else None
-    recorder.kept_step = best or recorder.steps
+    is_best = arguments.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
+    recorder.kept_step = trainer.state.best_global_step if is_best else recorder.steps
     return recorder
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import re
 import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from nybble.data.formats.turns import listed
-from nybble.data.readers import Row
+from nybble.data.readers import JSON_KINDS, Row, kind_of
+from nybble.data.readers.wrapped import one_a_line, rows_inside
 from nybble.errors import DataError
 
 PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
@@ -80,9 +82,10 @@ def _way_out(row: Row) -> str:
         renamed = {"prompt": "instruction", "completion": "output"} if "input" in found else {}
         in_order = {renamed.get(field, field): found[field] for field in USUAL if field in found}
         return f"name the columns, e.g. {_mapped(in_order)}"
-    inside = next((name for name, value in row.values.items() if _holds_objects(value)), None)
-    if inside is not None:
-        return f"if the rows are inside {inside!r}, write them out: jq -c '.{json.dumps(inside)}[]' FILE > NEW.jsonl"
+    if (inside := rows_inside(row.values)) is not None:
+        file = pathlib.Path(row.origin.rpartition(":")[0])
+        way = one_a_line(file, f"{inside}[]") if kind_of(file) in JSON_KINDS else "write them out, one a line"
+        return f"if the rows are in {inside}: {way}"
     if len(rest) == 1 and _is_text(row.values[rest[0]]) and "prompt" not in found:
         return f"if {rest[0]!r} holds whole documents: {_mapped({'text': rest[0]})}"
     return f"name the columns of question and answer: {_mapped({**found, **dict.fromkeys(needed, 'COLUMN')})}"
@@ -103,10 +106,6 @@ def _usual(row: Row) -> tuple[dict[str, str], list[str]]:
 
 def _is_text(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float)
-
-
-def _holds_objects(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def _mapped(fields: dict[str, str]) -> str:

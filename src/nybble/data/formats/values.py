@@ -26,6 +26,8 @@ class Spot:
 
     origin: str
     notes: set[str] = field(default_factory=set)
+    as_before: bool = False
+    """Whether the row is read by the rules of version 0.5.1."""
 
 
 def string(value: Any, column: str, spot: Spot) -> str:
@@ -104,7 +106,7 @@ def refuse_media(values: Mapping[str, Any], what: str, spot: Spot) -> None:
         DataError: it does.
     """
     for name in MEDIA & values.keys():
-        if values[name]:
+        if values[name] and not spot.as_before:
             raise _text_only(f"{what} has {name!r}", spot)
 
 

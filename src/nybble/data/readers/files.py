@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import pathlib
 import shlex
@@ -18,9 +19,10 @@ from nybble.data.readers.text import document, is_packed, kind_of, opened
 from nybble.errors import DataError
 from nybble.lfs import pointer_fault
 
+GZIP = b"\x1f\x8b"
 ARCHIVES = {  # first bytes: what such a file is, and what to do
     b"PK\x03\x04": ("a zip archive or an Excel workbook", "unpack it, or save the sheet as CSV"),
-    b"\x1f\x8b": ("compressed with gzip", "add .gz to its name"),
+    GZIP: ("compressed with gzip", "add .gz to its name"),
     b"PAR1": ("a parquet file", "rename it to .parquet"),
     b"%PDF-": ("a PDF", "write its text to a file"),
 }
@@ -54,14 +56,20 @@ def refuse_stranger(file: pathlib.Path) -> None:
     if (fault := pointer_fault(file)) is not None:
         raise DataError(fault[0], where=str(file), fix=fault[1])
     start = _first_bytes(file)
-    expected = {b"PAR1": kind_of(file) == ".parquet", b"\x1f\x8b": is_packed(file)}
+    expected = {b"PAR1": kind_of(file) == ".parquet", GZIP: is_packed(file)}
     for mark, (what, fix) in ARCHIVES.items():
         if start.startswith(mark) and not expected.get(mark):
             raise DataError(f"the file is {what}, not what its name says", where=str(file), fix=fix)
+    if start and is_packed(file) and not start.startswith(GZIP):
+        raise DataError(
+            "the file is not compressed with gzip, although its name says so",
+            where=str(file),
+            fix="take .gz off its name, or pack it",
+        )
 
 
 def _refuse_page(file: pathlib.Path) -> None:
-    if kind_of(file) != ".txt" and _first_bytes(file).lstrip().lower().startswith(PAGES):
+    if kind_of(file) != ".txt" and _first_bytes(file).removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith(PAGES):
         raise DataError(
             "the file is a web page, not data",
             where=str(file),
@@ -96,10 +104,9 @@ def _read_text(file: pathlib.Path) -> Iterator[Item]:
         yield Row({"text": text}, f"{file}:1")
 
 
+JSON_KINDS = (".jsonl", ".ndjson", ".json")
 KINDS: dict[str, Callable[[pathlib.Path], Iterator[Item]]] = {
-    ".jsonl": read_json,
-    ".ndjson": read_json,
-    ".json": read_json,
+    **dict.fromkeys(JSON_KINDS, read_json),
     ".csv": read_csv,
     ".tsv": read_csv,
     ".parquet": _read_parquet,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import codecs
 import gzip
 import io
 import pathlib
+import re
 import shlex
 import zlib
 from collections.abc import Iterator
@@ -15,11 +15,13 @@ from nybble.errors import DataError
 CHUNK = 1 << 20  # bytes of a file read at a time where lines do not matter
 START = 1 << 16  # bytes by which the shape of a file is told
 PACKING = (EOFError, zlib.error, gzip.BadGzipFile)  # what a damaged gzip file raises
-WIDE = {  # byte order marks of encodings in which no two bytes of a text mean what they say; the longer ones first
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
+WIDE = {  # encodings of more than a byte a character, by their marks and by two characters of ASCII; the longer ones first
+    re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff"): "UTF-32",
+    re.compile(rb"\xff\xfe|\xfe\xff"): "UTF-16",
+    re.compile(rb"[^\0]\0\0\0"): "UTF-32LE",
+    re.compile(rb"\0\0\0[^\0]"): "UTF-32BE",
+    re.compile(rb"[^\0]\0[^\0]\0"): "UTF-16LE",
+    re.compile(rb"\0[^\0]\0[^\0]"): "UTF-16BE",
 }
 
 
@@ -126,19 +128,25 @@ def document(file: pathlib.Path) -> str:
 
 
 def refuse_wide(start: bytes, file: pathlib.Path) -> None:
-    """Refuse a file that says itself that it is of another encoding.
+    """Refuse a file that says itself that it is of another encoding, or whose first characters show it.
 
     Raises:
         DataError: it does.
     """
-    name = next((name for mark, name in WIDE.items() if start.startswith(mark)), None)
+    name = next((name for mark, name in WIDE.items() if mark.match(start)), None)
     if name is not None:
         raise DataError(f"the file is {name}, not UTF-8", where=f"{file}:1", fix=as_utf8(file, name))
 
 
+def fed(command: str, file: pathlib.Path) -> str:
+    """A command with a file as its last word, or with what is in a packed one as its input."""
+    name = shlex.quote(str(file))
+    return f"gzip -dc {name} | {command}" if is_packed(file) else f"{command} {name}"
+
+
 def as_utf8(file: pathlib.Path, encoding: str) -> str:
     """The command that makes a file UTF-8."""
-    command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(file))} > NEW"
+    command = fed(f"iconv -f {encoding} -t UTF-8", file) + " > NEW"
     return command if encoding.startswith("UTF") else f"save it as UTF-8; if it comes from Windows: {command}"
 
 

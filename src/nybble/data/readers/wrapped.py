@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import shlex
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 from nybble.data.readers.json_text import Text
 from nybble.data.readers.row import Item, Notice, Row, row_of
+from nybble.data.readers.text import fed
 from nybble.errors import DataError
 
 HOLDERS = (
@@ -17,6 +19,7 @@ HOLDERS = (
     "train", "training", "data", "rows", "examples", "instances", "items", "records", "samples", "entries", "dataset",
     "conversations", "validation", "valid", "dev", "eval", "test",
 )  # fmt: skip
+COLUMNS = "import pandas; pandas.read_json({0!r}).to_json('NEW.jsonl', orient='records', lines=True)"
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,14 @@ class Member:
     length: int | None = None
 
     @property
+    def found(self) -> Any:
+        """The value; of a list no more than its first element."""
+        return self.value if self.length is None else [self.value][: self.length]
+
+    @property
     def holds_objects(self) -> bool:
         """Whether this is a list of objects that are not turns: rows, perhaps."""
-        return self.length is not None and isinstance(self.value, dict) and not {"role", "from"} & self.value.keys()
+        return _may_be_rows(self.found)
 
 
 @dataclass(frozen=True)
@@ -55,33 +63,50 @@ class Outline:
         Raises:
             DataError: it is spread over several lines, or holds columns.
         """
-        name = shlex.quote(str(file))
         if self.is_alone and self._are_columns():
             raise DataError(
                 f"the file contains columns ({', '.join(member.name for member in self.members)}), not rows",
                 where=f"{file}:1",
-                fix=f"python -c \"import pandas; pandas.read_json('{file}').to_json('NEW.jsonl', orient='records', lines=True)\"",
+                fix=f"python -c {shlex.quote(COLUMNS.format(str(file)))}",
             )
         if self.lines > 1 and not self.is_alone:
             raise DataError(
                 "objects span several lines; each line must be one object",
                 where=f"{file}:1",
-                fix=f"jq -c . {name} > NEW.jsonl",
+                fix=one_a_line(file),
             )
         if self.lines > 1:
-            inside = next((member.name for member in self.members if member.holds_objects), None)
+            inside = rows_inside({member.name: member.found for member in self.members})
             raise DataError(
                 "one object over several lines; rows must be an array of objects or one object per line",
                 where=f"{file}:1",
-                fix=f"if it is one row: jq -c . {name} > NEW.jsonl"
+                fix=f"if it is one row: {one_a_line(file)}"
                 if inside is None
-                else f"if the rows are in {inside!r}: jq -c '.[\"{inside}\"][]' {name} > NEW.jsonl",
+                else f"if the rows are in {inside}: {one_a_line(file, f'{inside}[]')}",
             )
 
     def _are_columns(self) -> bool:
         """Whether this is how pandas writes a table unless it is told otherwise: columns, and in each the rows by number."""
         columns = [member.value for member in self.members]
         return bool(columns) and all(isinstance(column, dict) and "0" in column for column in columns)
+
+
+def one_a_line(file: pathlib.Path, rows: str = ".") -> str:
+    """The command that writes rows of a JSON file, which jq finds so, each on a line of its own."""
+    return fed(f"jq -c {shlex.quote(rows)}", file) + " > NEW.jsonl"
+
+
+def rows_inside(values: dict[str, Any]) -> str | None:
+    """Where in an object a list is that may be rows, as jq writes it: ."data"."train"; None where there is none."""
+    lists = {f".{json.dumps(name, ensure_ascii=False)}": value for name, value in values.items()}
+    inner = {
+        f"{place}.{json.dumps(name)}": within
+        for place, value in lists.items()
+        if isinstance(value, dict)
+        for name, within in value.items()
+        if name.lower() in HOLDERS
+    }
+    return next((place for place, value in {**lists, **inner}.items() if _may_be_rows(value)), None)
 
 
 def outline_of(file: pathlib.Path) -> Outline:
@@ -122,6 +147,12 @@ def read_wrapped(file: pathlib.Path, outline: Outline) -> Iterator[Item]:
         for value, origin in text.elements():
             if name == chosen:
                 yield from _rows(value, origin, file)
+
+
+def _may_be_rows(value: Any) -> bool:
+    """Whether this is a list of objects that are not turns."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and not {"role", "from"} & first.keys()
 
 
 def _rows(value: Any, origin: str, file: pathlib.Path) -> Iterator[Item]:
