@@ -337,6 +337,7 @@ def pasted(reading, folder) -> None:
         pytest.param("a.json.gz", gzip.compress(json.dumps({"it's \"so\"": [BIRD]}).encode()), marks=NEEDS_JQ),
         pytest.param("a.json", json.dumps({"data": {"it's": [BIRD], "train": [BIRD]}}, indent=1), marks=NEEDS_JQ),
     ],
+    ids=range(9),  # gzip writes the time into its files, and processes that share the tests must name them alike
 )  # fmt: skip
 def test_a_command_that_is_offered_can_be_pasted_and_makes_the_file_readable(tmp_path, name, content):
     file = written(tmp_path, name, content)
