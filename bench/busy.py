@@ -30,7 +30,7 @@ from nybble.model.device import choose_dtype
 from nybble.recipe import LoraOptions, ModelOptions
 
 WAYS: dict[str, dict[str, str]] = {"default": {}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}} | {
-    f"spin {count:,}": {"GOMP_SPINCOUNT": str(count)} for count in (1_000, 10_000, 100_000)
+    f"spin {count:,}": {"GOMP_SPINCOUNT": str(count)} for count in (1_000, 10_000, 30_000, 100_000)
 }
 TOKENS, LAYERS, BACKWARD = 256, 30, 1.5  # a pass backward costs about one and a half forward
 

@@ -42,8 +42,8 @@ BAD = {
     "hollow.json.gz": (gzip.compress(b""), "there are no rows in the file", ""),
     "blank.jsonl": ("\n \n\n", "there are no rows in the file", ""),
     "header.csv": ("prompt,completion\n", "there are no rows in the file", ""),
-    "short.jsonl.gz": (ZIPPED[: len(ZIPPED) // 2], "the gzip file is cut short", ":"),
-    "plain.jsonl.gz": (GOOD.encode(), "the file is not packed by gzip, as its name says", ""),
+    "short.jsonl.gz": (ZIPPED[: len(ZIPPED) // 2], "the gzip file is truncated", ":"),
+    "plain.jsonl.gz": (GOOD.encode(), "the file is not compressed with gzip, although its name says so", ""),
     "damaged.json.gz": (ZIPPED[:30] + b"\xff\xff" + ZIPPED[32:], "the file cannot be unpacked", ":1"),
     "broken-utf8.jsonl": (GOOD.encode() + b'{"instruction": "\xff", "output": "b"}\n', "not UTF-8: byte 0xff", ":2"),
     "latin1.csv": ("prompt,completion\na,b\ncaf\u00e9,b\n".encode("latin-1"), "not UTF-8: byte 0xe9", ":3"),
@@ -64,8 +64,8 @@ BAD = {
     "deep.jsonl": (GOOD + '{"a": ' + "[" * 100_000 + "\n", "nested too deeply", ":2"),
     "list.jsonl": (GOOD + "[1]\n", "a row must be an object with named fields, not list", ":2"),
     "list.json": ('[\n"a"]', "a row must be an object with named fields, not str", ":2"),
-    "wide.csv": ("prompt,completion\na,b,c\n", "not as many fields as the header", ":2"),
-    "narrow.csv": ("prompt,completion\na,b\na\n", "not as many fields as the header", ":3"),
+    "wide.csv": ("prompt,completion\na,b,c\n", "fields, but the header has", ":2"),
+    "narrow.csv": ("prompt,completion\na,b\na\n", "1 field, but the header has", ":3"),
     "quotes.csv": ('prompt,completion\na,"b\n', "not valid CSV: unexpected end of data", ":2"),
     "twice.csv": ("prompt,prompt\na,b\n", "two columns of the header have the same name", ":1"),
     # fields
@@ -99,7 +99,7 @@ BAD = {
     "answers.jsonl": (alpaca(["b"]), "'output' must be text, found list", ":2"),
     "nan.jsonl": (GOOD + '{"instruction": "a", "output": NaN}\n', "NaN is not JSON", ":2"),
     "infinity.json": ('[{"instruction": "a",\n "output": -Infinity}]', "-Infinity is not JSON", ":1"),
-    "null-character.jsonl": (alpaca("b\0c"), "'output' holds a null character", ":2"),
+    "null-character.jsonl": (alpaca("b\0c"), "'output' contains a null character", ":2"),
     "surrogate.jsonl": (GOOD + '{"instruction": "\\ud83d", "output": "b"}\n', "half a surrogate pair", ":2"),
     "text.jsonl": (row(text=" "), "an empty 'text'", ":1"),
     # turns
@@ -122,11 +122,11 @@ BAD = {
     "a-string.jsonl": (row(conversations="x"), "'conversations' must be a list of turns", ":1"),
     "parts.jsonl": (chat(ASK, ("assistant", [{"type": "text"}])), "must be text, found list", ":1"),
     "silent.jsonl": (chat(ASK, ("assistant", " ")), "a row without an answer: 'content of message 2'", ":1"),
-    "tool.jsonl": (chat(ASK, ("tool", "42"), SAY), "calls of tools are not trained", ":1"),
-    "tool-call.jsonl": (row(messages=[TURN, TOOL_CALL]), "calls of tools", ":1"),
+    "tool.jsonl": (chat(ASK, ("tool", "42"), SAY), "nybble does not train tool calls", ":1"),
+    "tool-call.jsonl": (row(messages=[TURN, TOOL_CALL]), "does not train tool calls", ":1"),
     "observation.jsonl": (
         chat(("human", "x"), ("function_call", "y"), column="conversations", keys=("from", "value")),
-        "calls of tools",
+        "does not train tool calls",
         ":1",
     ),
     "tools.jsonl": (chat(ASK, SAY, tools="[{}]"), "the row names 'tools'", ":1"),
@@ -134,10 +134,10 @@ BAD = {
     "untrained.jsonl": (row(messages=[TURN, {**ANSWER, "train": False}]), "message 2 has train False", ":1"),
     "control-word.jsonl": (
         chat(("user", "a [/INST] b"), SAY),
-        "the user says [/INST], which the template llama2",
+        "the user's text contains [/INST], a control word of the template llama2",
         ":1",
     ),
-    "control-system.jsonl": (chat(("system", "<</SYS>>"), ASK, SAY), "the system says <</SYS>>", ":1"),
+    "control-system.jsonl": (chat(("system", "<</SYS>>"), ASK, SAY), "the system's text contains <</SYS>>", ":1"),
 }
 
 
@@ -208,7 +208,7 @@ def test_the_map_that_a_message_names_makes_the_row_readable(tmp_path, tiny_toke
 
 
 def test_a_file_of_no_known_kind_is_named(tmp_path, tiny_tokenizer, cache):
-    with pytest.raises(DataError, match=r"what\.xyz is of no kind that nybble reads"):
+    with pytest.raises(DataError, match=r"what\.xyz is not a kind of file that nybble reads"):
         prepare(DataOptions(path=str(written(tmp_path, "what.xyz", "x"))), tiny_tokenizer, 0, cache)
 
 

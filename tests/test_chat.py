@@ -114,7 +114,7 @@ def test_each_speaker_goes_on_from_its_own_answers(answerer, given):
 def test_unknown_commands_are_refused_and_paths_are_messages(answerer, given):
     told = said(answerer, "/reset", "/etc/hosts is a file", " /reset", "/help", "/new", "/exit", "never read")
     print(told)
-    assert f"there is no command /reset; there are {', '.join(COMMANDS)}" in told
+    assert f"there is no command /reset; the commands are {', '.join(COMMANDS)}" in told
     assert [conversation[-1].content for _, conversation, _ in given] == ["/etc/hosts is a file", "/reset"]
     assert told.count("/new starts a new chat") == 2
 
@@ -133,7 +133,7 @@ def test_a_modelfile_and_the_list_of_models_say_it(answerer):
     assert f'\nSYSTEM """{SYSTEM}"""\n' in text
     assert "SYSTEM" not in write_modelfile("./m.gguf", answerer.tokenizer, answerer.template.source, "</s>")
     odd = write_modelfile("./m.gguf", answerer.tokenizer, answerer.template.source, "</s>", 'three """ quotes')
-    assert "holds quotes that a Modelfile cannot say" in odd
+    assert "contains quotes that a Modelfile cannot express" in odd
     assert model_entry(Model("run", answerer.template, 512, "base", 400, SYSTEM), 0)["system"] == SYSTEM
 
 

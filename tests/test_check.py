@@ -50,14 +50,14 @@ def test_a_fit_set_is_reported_with_all_its_numbers(rows, tiny_llama, cache, tmp
         r"rows +80: 80 alpaca",
         r"duplicates +0",
         r"bad rows +0",
-        r"template +alpaca; <s> once a row",
+        r"template +alpaca; <s> once per row",
         r"tokens +[\d,]+, [\d,]+ of them trained \(\d+%\)",
-        r"a row +\d+ to \d+ tokens; half up to \d+, 95% up to \d+",
-        r"batches +as training gets them: every answer ends with a trained </s>, BOS is in place",
+        r"lengths +\d+ to \d+ tokens; median \d+, 95% up to \d+",
+        r"batches +checked as in training: every answer ends with a trained </s>, BOS is in place",
         r"packing +72 rows in \d+ of 256 tokens, [\d.]+% full",
-        r"steps +\d+ of 1 x 2 rows, about [\d,]+ tokens\n",
-        r"time +roughly [\d.]+ (seconds|minutes) on this machine's cpu.*: [\d,]+ tokens/s while training, judged by",
-        r"\nfit\n",
+        r"training +\d+ steps of 2 rows \(micro batch 1, accumulation 2\), about [\d,]+ tokens\n",
+        r"time +roughly (a second|[\d.]+ (seconds|minutes)) on this machine's cpu.*: [\d,]+ tokens/s in training, estimated from",
+        r"\nready to train\n",
     ):
         assert re.search(pattern, told), pattern
     assert matplotlib.image.imread(tmp_path / "new" / "h.png").shape[:2] == (480, 960)
@@ -66,8 +66,8 @@ def test_a_fit_set_is_reported_with_all_its_numbers(rows, tiny_llama, cache, tmp
 @pytest.mark.parametrize(
     ("rates", "told"),
     [
-        ([1e9] * 6, r"roughly [\d.]+ \w+ on this machine's cpu: [\d,]+ tokens/s while training"),
-        ([2e8, 1e9, 3e8, 2e8, 2e8, 2e8], r"roughly [\d.]+ \w+ on .* cpu when nothing else runs, [\d.]+ \w+ as busy as it is"),
+        ([1e9] * 6, r"roughly [\da.]+ \w+ on this machine's cpu: [\d,]+ tokens/s in training"),
+        ([2e8, 1e9, 3e8, 2e8, 2e8, 2e8], r"roughly [\d.]+ \w+ on .* cpu when idle, [\d.]+ \w+ under its current load"),
     ],
 )  # fmt: skip
 def test_the_time_is_told_for_a_free_machine_and_for_a_busy_one(rates, told, rows, tiny_llama, cache, monkeypatch):
@@ -75,7 +75,7 @@ def test_the_time_is_told_for_a_free_machine_and_for_a_busy_one(rates, told, row
     words = ["data.max_length=256", "train.micro_batch=1", "train.max_steps=1000"]
     _, said = looked(rows, tiny_llama, *words, cache=cache)
     assert re.search(f"time +{told}", said)
-    assert "judged by matrix products; evaluations are counted, sample answers and benchmarks are not" in said
+    assert "estimated from matrix products; evaluations are included, sample answers and benchmarks are not" in said
 
 
 def test_the_speed_of_a_machine_is_measured_at_several_moments(tiny_llama):
@@ -108,13 +108,13 @@ def test_an_unfit_set_has_every_fault_named(tmp_path, tiny_llama, cache):
         file, tiny_llama, "data.max_length=128", "train.micro_batch=1", "train.accumulation=1", cache=cache
     )
     assert not fit
-    assert "bad rows   3, 2 of them without an answer" in told
-    assert "duplicates 1, each used once" in told
+    assert "bad rows   3 (2 because of an empty answer)" in told
+    assert "duplicates 1, each row used once" in told
     assert f"{file}, lines 41 to 42: a row without an answer: 'completion' is empty" in told
     assert f"{file}:44: not valid JSON" in told
     assert re.search(r"too long +\d+ rows over data.max_length=128; truncating loses [\d,]+ answer tokens", told)
     assert "data.overlength=truncate" in told
-    assert "unfit: 2 reasons" in told
+    assert "not ready: fix the 2 problems above" in told
 
 
 def test_a_file_of_validation_rows_is_looked_at_too(rows, tiny_llama, tiny_tokenizer, cache, tmp_path):
@@ -180,11 +180,11 @@ def test_a_broken_line_is_not_followed_by_complaints_about_the_rows_that_are_lef
     fit, told = looked(file, tiny_llama, "data.max_length=256", cache=cache)
     assert not fit
     assert f"{file}, lines 2 to 4: not valid JSON" in told
-    assert "unfit: 1 reason" in told
+    assert "not ready: fix the 1 problem above" in told
     assert "leaves none to train on" not in told
     _, told = looked(file, tiny_llama, "data.max_length=256", "data.validation=0", cache=cache)
     assert "one step takes" not in told
-    assert "unfit: 1 reason" in told
+    assert "not ready: fix the 1 problem above" in told
     _, told = looked(file, tiny_llama, "data.max_length=256", "data.bad_rows=drop", cache=cache)
     assert "leaves none to train on" in told, "where the others are left out for good, it is a fault"
 
@@ -193,8 +193,8 @@ def test_without_a_model_the_rows_are_read(rows, tmp_path):
     fit, told = looked(rows, "")
     assert fit
     assert "rows       80: 80 alpaca" in told
-    assert "name a model too" in told
-    with pytest.raises(DataError, match="lengths are counted in a model's tokens"):
+    assert "add MODEL to check tokens" in told
+    with pytest.raises(DataError, match="--png needs a model: lengths are counted in its tokens"):
         looked(rows, "", picture=tmp_path / "h.png")
     file = tmp_path / "bad.jsonl"
     file.write_text('{"prompt": "a"}\n')

@@ -183,11 +183,11 @@ def test_accelerate_launch_runs_two_processes_and_one_where_two_were_asked_is_an
     result = nybble(*silent, launcher=LAUNCH, home=tmp_path)
     print(result.stderr)
     assert result.returncode != 0
-    assert "2 processes were asked for, and the launcher started 1" in result.stderr
+    assert "2 processes were requested, but the launcher started 1" in result.stderr
     unsaid = ("--multi_gpu", "--num_processes", "2", "-m", "nybble", "train", *parts[:-1], f"out={tmp_path / 'unsaid'}")
     result = nybble(*unsaid, launcher=LAUNCH, home=tmp_path)
     assert result.returncode != 0
-    assert "1 processes were asked for and 2 run" in result.stderr
+    assert "1 processes were requested, but 2 are running" in result.stderr
     assert sorted(path.name for path in tmp_path.glob("*/recipe.yaml")) == ["recipe.yaml"]
 
 
@@ -280,10 +280,26 @@ def test_the_cache_lies_where_it_is_told(tiny_llama, rows, tmp_path, here, monke
         assert len(list(place.glob("tokens/*/tokens.arrow"))) == 1
 
 
+@pytest.mark.parametrize(
+    ("typed", "right"),
+    [
+        ("train m rows.jsonl --cache /x lora.r=4", "--cache /x train m rows.jsonl lora.r=4"),
+        ("data check rows.jsonl --cache=/x", "--cache=/x data check rows.jsonl"),
+        ("chat runs/a --cache /x --compare", "--cache /x chat runs/a --compare"),
+        ("export runs/a --version --to gguf", "--version export runs/a --to gguf"),
+    ],
+)
+def test_the_program_s_own_options_go_before_the_command(typed, right, here):
+    told = here(*typed.split())
+    print(told.stderr)
+    assert told.returncode == 2
+    assert told.stderr.splitlines()[-1].split("fix:")[1].strip() == f"nybble {right}"
+
+
 def test_data_is_checked_and_previewed_from_the_command_line(tiny_llama, rows, tmp_path, here):
     fit = nybble("data", "check", rows, tiny_llama, "data.max_length=256", home=tmp_path)
     assert fit.returncode == 0, fit.stderr
-    assert fit.stdout.rstrip().endswith("fit")
+    assert fit.stdout.rstrip().endswith("\nready to train")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"instruction": "a"}\n')
     unfit = here("data", "check", bad)

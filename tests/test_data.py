@@ -103,11 +103,11 @@ def test_bad_rows_are_left_out_where_that_is_asked_for(tmp_path, tiny_tokenizer,
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
     with pytest.raises(DataError, match="there is no file"):
         find_sources(str(tmp_path / "none.jsonl"))
-    with pytest.raises(DataError, match="holds no file that nybble reads"):
+    with pytest.raises(DataError, match="contains no file that nybble reads"):
         find_sources(str(tmp_path))
     with pytest.raises(DataError, match="no file matches"):
         find_sources(str(tmp_path / "*.jsonl"))
-    with pytest.raises(DataError, match="no data was named"):
+    with pytest.raises(DataError, match="no data was given"):
         find_sources("")
 
 
@@ -264,7 +264,7 @@ def test_half_a_surrogate_pair_is_named(tmp_path, tiny_tokenizer, cache):
     with pytest.raises(DataError) as caught:
         loaded(file, tiny_tokenizer, cache)
     print(caught.value)
-    assert "'prompt' holds half a surrogate pair" in str(caught.value)
+    assert "'prompt' contains half a surrogate pair" in str(caught.value)
     assert caught.value.where == f"{file}:1"
 
 

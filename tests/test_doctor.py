@@ -53,9 +53,9 @@ def model_folder(folder: Path) -> Path:
     return folder
 
 
-def printed(findings: list[Finding], width: int = 80) -> str:
+def printed(findings: list[Finding], width: int = 80, terminal: bool = True) -> str:
     page = StringIO()
-    doctor.render(findings, Console(file=page, width=width, color_system=None))
+    doctor.render(findings, Console(file=page, width=width, color_system=None, force_terminal=terminal))
     return page.getvalue()
 
 
@@ -96,7 +96,7 @@ def test_this_machine_is_examined_for_real(visit: tuple[str, dict[str, Any], Pat
     assert found["hub login"] == found["wandb login"] == "warn"
     failed = list(found.values()).count("fail")
     assert lines[-1] == f"exit {int(failed > 0)}"
-    assert lines[-2].startswith("unfit: mend what failed" if failed else "fit: this machine can train")
+    assert lines[-2].startswith("not ready: fix the " if failed else "ready: this machine can train")
 
 
 def test_the_hub_is_asked_who_and_what(visit: tuple[str, dict[str, Any], Path]) -> None:
@@ -104,10 +104,10 @@ def test_the_hub_is_asked_who_and_what(visit: tuple[str, dict[str, Any], Path]) 
     commit = commit_of(root / "good")[:12]
     expected = {
         "no token": ("warn", "not logged in", "fail", "gated, and this machine is not logged in"),
-        "accepted": ("ok", "as ada", "ok", f"org/gated can be read, commit {commit}"),
-        "pending": ("ok", "as bob", "fail", "awaits its authors' review"),
+        "accepted": ("ok", "logged in as ada", "ok", f"org/gated can be read, commit {commit}"),
+        "pending": ("ok", "logged in as bob", "fail", "awaits its authors' review"),
         "stale token": ("warn", "wrong, revoked or expired", "ok", "org/open can be read"),
-        "offline": ("warn", "HF_HUB_OFFLINE is set", "fail", "not wholly, in the cache"),
+        "offline": ("warn", "HF_HUB_OFFLINE is set", "fail", "is not completely in the cache"),
     }
     for name, (login, who, access, what) in expected.items():
         told, model = answers[name]
@@ -159,13 +159,13 @@ def test_a_local_build_of_a_version_inside_is_inside() -> None:
     [
         ((None, None, None, 0), "warn", "small models only", None),
         (("580.65.06", "13.0", None, 2), "ok", "driver 580.65.06, torch built for CUDA 13.0", None),
-        (("580.65.06", None, None, 0), "fail", "CPU build", "/whl/cu130"),
-        (("560.28", None, None, 0), "fail", "CPU build", "/whl/cu126"),
+        (("580.65.06", None, None, 0), "fail", "CPU build", "--torch-backend cu130"),
+        (("560.28", None, None, 0), "fail", "CPU build", "--torch-backend cu126"),
         (
             ("550.54", "13.0", "The NVIDIA driver on your system is too old", 0),
             "fail",
             "too old",
-            "/whl/cu126",
+            "--torch-backend cu126",
         ),
         (
             ("470.1", "13.0", "The NVIDIA driver on your system is too old", 0),
@@ -269,12 +269,14 @@ def test_the_report_is_plain_aligned_and_ends_in_a_verdict() -> None:
     lines = text.splitlines()
     assert "\x1b" not in text
     assert lines[0] == "ok    python       3.12.1"
-    assert all(len(line) <= 80 for line in lines if "fix: " not in line)
+    assert all(len(line) <= 80 for line in lines if "/a/long/path" not in line), "a path stays whole"
+    assert all(re.match(r"(ok|warn|fail) |not ready| {19}|$", line) for line in lines), "lines hang under the detail"
     assert sum(line.startswith(" " * 19 + "fix: ") for line in lines) == 2
     assert 'fix: pip install "torch>=2.11,<2.14"' in lines[-3]
     assert "fail  torch        [2.9.1] is outside" in lines
-    assert lines[-1] == "unfit: mend what failed (1), 1 warning"
-    assert printed(findings[:1]).splitlines()[-1] == "fit: this machine can train"
+    assert lines[-1] == "not ready: fix the 1 problem above, 1 warning"
+    assert printed(findings[:1]).splitlines()[-1] == "ready: this machine can train"
+    assert "disk, cache  " + "a long story " * 8 in printed(findings, terminal=False), "in a pipe a line stays whole"
     assert [doctor.exit_status(some) for some in (findings, findings[:2], [])] == [1, 0, 0]
 
 

@@ -358,7 +358,7 @@ def test_generation_goes_the_layers_own_way(llama):
 FALLBACKS = {
     "DoRA": ({"use_dora": True}, "q_proj has the LoRA variant Dora"),
     "bias": ({"lora_bias": True}, "q_proj's adapter has a bias"),
-    "norms": ({"modules_to_save": ["input_layernorm"]}, "stands where LlamaRMSNorm was expected"),
+    "norms": ({"modules_to_save": ["input_layernorm"]}, "where LlamaRMSNorm was expected"),
 }
 
 

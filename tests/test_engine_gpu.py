@@ -145,16 +145,22 @@ SPANS = {"right": [(0, 200), (0, 90), (0, 3)], "left": [(0, 200), (77, 200), (19
 
 @pytest.mark.parametrize("kind", SPANS)
 def test_padding_strays_no_further_than_real_tokens(middling, kind):
-    """Logits in bfloat16 against the plain path's: at padding, whose labels somebody may train, as everywhere."""
+    """Logits in bfloat16 against the plain path's: at padding behind real tokens, whose labels somebody may train, as everywhere.
+
+    Padding before them sees nothing, and what torch's kernels for CUDA give there is not the zeros of the others.
+    """
     model, batch = load(middling, dtype=torch.bfloat16, r=16), padded(SPANS[kind], 200)
     real = batch["attention_mask"].bool()
+    seeing = batch["attention_mask"].cumsum(dim=1) > 0
+    batch["labels"] = batch["labels"].masked_fill(~seeing, -100)
     wanted, expected = answer(model, batch).float(), gradients(model, batch)
     fuse(model)
     difference, ours = (answer(model, batch).float() - wanted).norm(dim=-1), gradients(model, batch)
     assert fusion(model).fallen_back == 0
-    strays = [(difference[part].mean() / wanted[part].norm(dim=-1).mean()).item() for part in (~real, real)]
-    print(strays, cosine(ours[1], expected[1]))
-    assert strays[0] < 3 * strays[1]
+    late, others = ((difference[part] / wanted[part].norm(dim=-1)).mean().item() for part in (seeing & ~real, real))
+    print(late, others, cosine(ours[1], expected[1]))
+    assert others < 0.05
+    assert kind == "left" or late < 3 * others
     assert ours[0] == pytest.approx(expected[0], rel=2e-3)
 
 

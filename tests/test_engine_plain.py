@@ -125,7 +125,7 @@ def test_masks_with_holes_and_masks_of_four_dimensions_fall_back_by_name(plain, 
     batch["attention_mask"] = whole
     assert_same(gradients(fused, batch), gradients(plain, batch))
     print(fusion(fused).describe())
-    assert "3 not fused: an attention mask that is not one of padding" in fusion(fused).describe()
+    assert "3 not fused: an attention mask other than padding" in fusion(fused).describe()
 
 
 @pytest.mark.parametrize("kind", ["right", "left", "both"])
@@ -420,7 +420,7 @@ def test_hidden_states_of_every_layer(plain, fused):
     assert fusion(fused).fused == 3, "Transformers leaves hooks behind"
     words["output_attentions"] = True
     fused(**words)
-    assert "3 not fused: attentions are asked for" in fusion(fused).describe()
+    assert "3 not fused: attentions are requested" in fusion(fused).describe()
 
 
 def test_a_second_adapter_between_two_backwards(llama):

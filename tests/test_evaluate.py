@@ -160,7 +160,7 @@ def test_benchmarks_become_curves_while_training_goes_on_and_change_nothing(
     with pytest.raises(RecipeError) as caught:
         train(load_recipe(None, [*words, f"out={tmp_path / 'other'}"]), console=quiet, cache=cache)
     print(caught.value)
-    assert "nothing was given that runs them" in str(caught.value)
+    assert "there is no benchmark harness to run them" in str(caught.value)
 
 
 def test_the_numbers_go_to_wandb_too(run, results, monkeypatch):
@@ -230,10 +230,10 @@ TEXTS = {
     "blank.txt": (b" \n\n", "is empty", "with text in it"),
     "wide.txt": ("one caf\u00e9".encode("utf-16"), "the file is UTF-16, not UTF-8", "iconv -f UTF-16"),
     "wide-unmarked.txt": ("one two".encode("utf-16-le"), "the file is UTF-16LE, not UTF-8", "iconv -f UTF-16LE"),
-    "latin.txt": ("one\ncaf\u00e9".encode("latin-1"), "not UTF-8: byte 0xe9 at place 4", "iconv -f WINDOWS-1252"),
+    "latin.txt": ("one\ncaf\u00e9".encode("latin-1"), "not UTF-8: byte 0xe9 at position 4", "iconv -f WINDOWS-1252"),
     "picture.txt": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not UTF-8: byte 0x89", ""),
     "paper.txt": (b"%PDF-1.7\n", "a PDF", "write its text"),
-    "cut.txt.gz": (gzip.compress(b"one two" * 99)[:-9], "the gzip file is cut short", "again"),
+    "cut.txt.gz": (gzip.compress(b"one two" * 99)[:-9], "the gzip file is truncated", "again"),
     "pointer.txt": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 7\n", "git-lfs pointer", "lfs pull"),
 }  # fmt: skip
 
@@ -280,7 +280,7 @@ finally:
     assert f"{file}:1" in done.stderr
     assert "Traceback" not in done.stderr
     (tmp_path / "short.txt").write_text("a")
-    with pytest.raises(EvaluationError, match="has not two tokens"):
+    with pytest.raises(EvaluationError, match="has fewer than two tokens"):
         evaluate(run, Asked((), [tmp_path / "short.txt"], 0), None, quiet, cache)
     monkeypatch.setattr("nybble.evaluate.evaluation.load_answerer", None)
     with pytest.raises(EvaluationError, match="UTF-16"):

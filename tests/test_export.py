@@ -195,7 +195,7 @@ SPOILT = [
     (eos_that_does_not_end, "an answer ends with '</s>', and the artefact stops at ['<unk>'] only"),
     (template_lost, "the chat template is lost"),
     (other_template, "is other tokens from place"),
-    (tensor_damaged, "nats a token from the run's"),
+    (tensor_damaged, "differ from the run's by"),
     (tokenizer_changed, "is other tokens from place"),
     (bos_before_a_text, "is other tokens from place 0 on"),
 ]
@@ -249,7 +249,7 @@ def test_a_model_that_is_spread_answers_alike_and_one_that_fits_nowhere_is_kept_
     monkeypatch.setattr(module, "_measure", lambda *_: measured)
     monkeypatch.setattr(kinds, "place_for", lambda size, device: None)
     folder = export(run, Wanted("merged", tmp_path / "out"), told, cache)
-    said = "bfloat16 not checked: its 0.0 GB do not fit into the memory that is free"
+    said = "bfloat16 not checked: its 0.0 GB do not fit into the free memory"
     assert said in told.export_text()
     assert said in (folder / "README.md").read_text()
 
@@ -313,10 +313,10 @@ def test_every_bad_input_is_a_clear_error_and_leaves_what_was_there(
         (copied(run, tmp_path / "a", adapter__adapter_config_json=None), None, RunError, "has no adapter", "--resume"),
         (copied(run, tmp_path / "b", adapter__adapter_model_safetensors=half), None, ModelError, "cannot be read", "copy it"),
         (copied(run, tmp_path / "c"), str(cut), ModelError, "the file is cut off", "copy it again"),
-        (copied(run, tmp_path / "d"), str(other), ModelError, "the base is another one", "--base PATH"),
+        (copied(run, tmp_path / "d"), str(other), ModelError, "this is not the base", "--base PATH"),
         (copied(run, tmp_path / "e"), str(tmp_path / "gone"), ModelError, "there is no folder", "--base FOLDER"),
-        (copied(run, tmp_path / "g", adapter__adapter_config_json=began("pissa")), None, ModelError, "began as PiSSA", "convert"),
-        (copied(run, tmp_path / "h", adapter__adapter_config_json=began("olora")), None, ModelError, "began as OLoRA", "convert"),
+        (copied(run, tmp_path / "g", adapter__adapter_config_json=began("pissa")), None, ModelError, "by PiSSA", "convert"),
+        (copied(run, tmp_path / "h", adapter__adapter_config_json=began("olora")), None, ModelError, "by OLoRA", "convert"),
     ]  # fmt: skip
     for folder, base, kind, said, fix in cases:
         for to in ("merged", "adapter"):
@@ -375,7 +375,7 @@ def test_a_run_with_one_base_says_so(peaky_llama, rows, cache, tmp_path, told):
         assert "answers of its own" in report["comparison"]["what"]
         assert "quantization_config" not in json.loads((artefact / "config.json").read_text())
     text = told.export_text()
-    assert "the run started from a checkpoint that was nf4 already" in " ".join(text.split())
+    assert "the run started from a checkpoint already stored as nf4" in " ".join(text.split())
     assert "the run trained on weights that were not quantised" in " ".join(text.split())
 
 
@@ -404,7 +404,7 @@ def test_an_adapter_folder_of_somebody_else_is_exported_on_trust(run, peaky_llam
     shutil.copytree(run.adapter, bare)
     folder = export(open_run(bare, str(peaky_llama)), Wanted("merged", tmp_path / "out"), told, cache)
     text = " ".join(told.export_text().split())
-    assert "taken on trust" in text
+    assert "which base the adapter was trained on: assuming this one" in text
     assert (
         "it is taken as nf4, as in QLoRA; for an adapter that was trained on 16-bit weights --merge-base original"
         in text
@@ -415,7 +415,7 @@ def test_an_adapter_folder_of_somebody_else_is_exported_on_trust(run, peaky_llam
 
 
 def test_a_bad_name_to_push_to_stops_an_export_before_it_begins(run, cache, tmp_path, quiet):
-    with pytest.raises(HubError, match="is no name on the Hub"):
+    with pytest.raises(HubError, match="is not a valid Hub name"):
         export(run, Wanted("merged", tmp_path / "out", repo="a b c"), quiet, cache)
     assert list(tmp_path.iterdir()) == []
 
@@ -432,7 +432,7 @@ def test_preflight_says_before_training_what_would_fail_after_it(peaky_llama, ro
         assert caught.value.fix
 
     scaled = load_config(checkpoint, {"rope_type": "dynamic", "factor": 2.0})
-    refused(ExportError, "nothing like RoPE scaling of type dynamic", config=scaled)
+    refused(ExportError, "does not support RoPE scaling of type dynamic", config=scaled)
     yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
     Preflight(("gguf",), ("Q8_0",), Converter())(load_config(checkpoint, yarn), tokenizer, tmp_path / "run")
     refused(ExportError, "YaRN with beta_fast=16 is", config=load_config(checkpoint, {**yarn, "beta_fast": 16}))
@@ -476,7 +476,7 @@ def test_train_looks_ahead_and_exports_at_its_end(peaky_llama, rows, tmp_path):
     done = nybble("train", *words, "model.rope_scaling={rope_type: dynamic, factor: 2.0}", home=tmp_path)
     print(done.stderr)
     assert done.returncode == 1
-    assert "nothing like RoPE scaling of type dynamic" in done.stderr
+    assert "does not support RoPE scaling of type dynamic" in done.stderr
     assert not (tmp_path / "run").exists()
     done = nybble("train", *words, home=tmp_path)
     print(done.stdout, done.stderr)
@@ -519,7 +519,7 @@ def test_a_derivative_of_llama_2_carries_its_terms_and_its_settings_are_mended(r
     front = yaml.safe_load(card.split("---")[1])
     assert (front["license"], front["base_model"]) == ("llama2", "meta-llama/Llama-2-7b-hf")
     assert "https://ai.meta.com/llama/use-policy/" in card
-    assert "Data it was trained on: no licence is known" in card
+    assert "Data it was trained on: licence unknown" in card
 
 
 @pytest.mark.parametrize(
@@ -528,7 +528,7 @@ def test_a_derivative_of_llama_2_carries_its_terms_and_its_settings_are_mended(r
         ({"do_sample": True, "temperature": 0.6, "pad_token_id": -1}, None),
         ({"temperature": 0.6}, "temperature left out"),
         ({"temperature": 0.6, "num_beams": 1, "length_penalty": 0.8}, "left out, which Transformers refuses to save"),
-        ({"max_new_tokens": -1}, "refuses to read: `max_new_tokens` must be greater than 0"),
+        ({"max_new_tokens": -1}, "Transformers cannot read it (`max_new_tokens` must be greater than 0"),
     ],
     ids=["good", "greedy", "beams", "unreadable"],
 )

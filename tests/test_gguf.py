@@ -189,7 +189,7 @@ def tokenizer(monkeypatch):
     [
         (eos, "it would never end"),
         (template, "the chat template is lost"),
-        (tensor, "nats a token from the run's"),
+        (tensor, "differ from the run's by"),
         (tokenizer, "is other tokens from place"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

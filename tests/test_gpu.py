@@ -45,7 +45,7 @@ def test_what_does_not_fit_is_one_message_with_the_cheapest_fix(tiny_llama, rows
     result = nybble("train", *words, launcher=("-c", code), home=tmp_path)
     print(result.stderr)
     assert result.returncode == 1
-    assert "the GPU's memory does not suffice" in result.stderr
+    assert "the GPU does not have enough memory" in result.stderr
     assert "train.micro_batch=2 train.accumulation=8" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()

@@ -93,7 +93,7 @@ REFUSALS = {
         "/org/gated",
     ),
     "gated, pending": ("hf_pending", "org/gated", None, "awaits its authors' review", "settings/gated-repos"),
-    "gated, rejected": ("hf_rejected", "org/gated", None, "rejected your request", "open to you"),
+    "gated, rejected": ("hf_rejected", "org/gated", None, "rejected your request", "have access to"),
     "gated, narrow token": ("hf_narrow", "org/gated", None, "fine-grained token", "settings/tokens"),
     "gated, bad token": ("hf_stale", "org/gated", None, "wrong, revoked or expired", "hf auth login --force"),
     "private, no token": (None, "org/private", None, "misspelt, or private", "hf auth login"),
@@ -278,7 +278,7 @@ def test_without_the_hub_the_cache_serves_or_the_reason_is_told(
     for environment, words, cure in (
         (away.environment(empty), "cannot be reached", "check the network"),
         (server.environment(empty, HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"),
-        (server.environment(empty), "answers 503", "wait some minutes"),
+        (server.environment(empty), "answers 503", "wait a few minutes"),
     ):
         for kind, message, fix in ask(environment, *tell[:2], ("hf_accepted", "whoami", [])):
             print(message)
@@ -287,7 +287,7 @@ def test_without_the_hub_the_cache_serves_or_the_reason_is_told(
     next(Path(first[0][1][0]).glob("model-00002*")).unlink()
     [(kind, message, _)] = ask(away.environment(home), (None, "fetch", ["org/sharded", None]))
     assert kind == "HubError"
-    assert "not wholly, in the cache" in message
+    assert "is not completely in the cache" in message
 
 
 def test_a_broken_download_says_that_it_can_go_on(
@@ -297,7 +297,7 @@ def test_a_broken_download_says_that_it_can_go_on(
     monkeypatch.setattr(server, "cut_off", "model.safetensors")
     [(kind, message, fix)] = ask(server.environment(root / "broken"), (None, "fetch", ["org/model", None]))
     print(message)
-    assert (kind, fix) == ("HubError", "run the command again: it goes on where it stopped")
+    assert (kind, fix) == ("HubError", "run the command again: it resumes where it stopped")
     assert "download of 'org/model' was cut off" in message
 
 
@@ -317,7 +317,7 @@ def test_datasets_load_through_the_standin(world: tuple[StandinHub, Path]) -> No
     assert newest == [[1, 2], "org/rows[train]:row 1"]
     assert older == [[3], "org/rows[train]:row 1"]
     assert "org/rows has no revision v9" in revision[0]
-    assert "neither a file here nor a data set on the Hub" in missing[0]
+    assert "neither a local file nor a Hub data set" in missing[0]
 
 
 @pytest.mark.slow
@@ -334,7 +334,7 @@ def test_datasets_stream_through_the_standin(world: tuple[StandinHub, Path], tin
         assert len(origins) == 1000, "over and over"
     assert mixed[0] == {"prompt": 200, "sharegpt": 50}
     assert 0.65 < sum("chats" in origin for origin in mixed[2]) / 1000 < 0.85
-    assert "reading breaks off: JSON parse error" in broken[0]
+    assert "reading stopped: JSON parse error" in broken[0]
     assert broken[1] == "org/broken[train]:row 1"
 
 

@@ -91,7 +91,7 @@ def test_the_step_is_done_and_saved_and_the_run_goes_on_as_if_nothing_had_happen
     found, told = stopped(monkeypatch, recipe, cache, step, number, during=during)
     assert found.number == number
     assert "stopping  after this step, with a checkpoint; Ctrl-C again stops at once, without one" in told
-    assert f"checkpoint-{step} is whole; go on with: nybble train --resume {tmp_path / 'run'}" in told
+    assert f"checkpoint-{step} is complete; resume with: nybble train --resume {tmp_path / 'run'}" in told
     run = open_run(tmp_path / "run")
     assert run.latest_checkpoint().name == f"checkpoint-{step}"
     assert [line["step"] for line in read_metrics(run) if "loss" in line][-1] == step
@@ -106,7 +106,7 @@ def test_before_a_step_is_done_and_at_the_second_signal_it_stops_at_once(
     signals, tiny_llama, rows, cache, tmp_path, monkeypatch
 ):
     _, told = stopped(monkeypatch, recipe_for(tiny_llama, rows, tmp_path / "runs" / "run", *WORDS), cache, *signals)
-    assert "nothing is left of this run" in told
+    assert "nothing of this run was kept" in told
     assert not list(tmp_path.glob("runs/*"))
 
 

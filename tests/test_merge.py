@@ -143,11 +143,11 @@ def test_a_head_that_the_adapter_changes_parts_from_the_embedding(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"init_lora_weights": "pissa"}, "began as PiSSA, which alters the base"),
-        ({"init_lora_weights": "pissa_niter_4"}, "began as PiSSA"),
-        ({"init_lora_weights": "loftq"}, "began as LoftQ"),
-        ({"init_lora_weights": "olora"}, "began as OLoRA"),
-        ({"init_lora_weights": "corda"}, "began as CorDA"),
+        ({"init_lora_weights": "pissa"}, "initialised by PiSSA, which changes the base"),
+        ({"init_lora_weights": "pissa_niter_4"}, "initialised by PiSSA"),
+        ({"init_lora_weights": "loftq"}, "initialised by LoftQ"),
+        ({"init_lora_weights": "olora"}, "initialised by OLoRA"),
+        ({"init_lora_weights": "corda"}, "initialised by CorDA"),
         ({"modules_to_save": ["lm_head"]}, "sets modules_to_save=['lm_head']"),
         ({"bias": "all"}, "sets bias='all'"),
         ({"ensure_weight_tying": True}, "sets ensure_weight_tying=True"),
@@ -213,7 +213,7 @@ def test_what_is_wrong_with_an_adapter_is_said(tiny_llama, tmp_path):
         (half, "one half of"),
         (zero, "every B"),
         (nan, r"update of .*layers.1.* is not finite"),
-        (odd, "no part of LoRA on a linear layer"),
+        (odd, "not part of LoRA on a linear layer"),
     ]
     for change, said in changes:
         save_file(change, file)

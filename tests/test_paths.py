@@ -18,7 +18,7 @@ from nybble.errors import DataError, ModelError, RecipeError, RunError
 from nybble.evaluate.rows import rows_of, with_rows
 from nybble.inference.pipeline import Sampling, load_answerer
 from nybble.recipe import Recipe, absolute_paths, load_recipe
-from nybble.recipe.paths import TEMPLATES, absolute_tree, here
+from nybble.recipe.paths import absolute_tree, here
 from nybble.run import open_run
 from nybble.training.train import resume, train
 from test_train import FAST, interrupted
@@ -83,8 +83,10 @@ def test_local_places_become_absolute_and_everything_else_stays(tmp_path, monkey
     assert of("data.validation", "data/b.jsonl") == f"{root}/data/b.jsonl"
     assert of("data.validation", 0.1) == 0.1
     assert of("data.template", "own.jinja") == f"{root}/own.jinja"
-    assert of("data.template", "plain") == "plain"
-    assert {"auto", "model", *BUILT_IN} == TEMPLATES
+    (folder / "tool_use").mkdir()
+    for name in ("auto", "model", *BUILT_IN, "tool_use"):  # of nybble, and one of a model
+        assert of("data.template", name) == name, "a template's name, whatever else is called so"
+    assert of("data.template", "./plain") == f"{root}/plain"
     pattern = of("data.path", "data/*.jsonl")
     assert pattern == f"{tmp_path}/[[]old] work/data/*.jsonl"
     monkeypatch.chdir(tmp_path)
@@ -140,7 +142,7 @@ def test_a_base_that_is_gone_is_not_looked_for_on_the_hub(project, tmp_path, cac
         with pytest.raises(ModelError) as caught:
             load_answerer(open_run(folder), cache)
         print(caught.value)
-        assert f"the base of {folder} is not there: there is no folder {project / 'models' / 'l2'}" in str(caught.value)
+        assert f"the base of {folder} is missing: there is no folder {project / 'models' / 'l2'}" in str(caught.value)
         assert f"nybble chat {folder} --base FOLDER" in str(caught.value)
     for words in (
         ["chat", run.folder, "--prompt", "x"],
@@ -170,7 +172,7 @@ def test_a_run_of_the_last_release_goes_on_and_answers(project, tmp_path, cache,
     as_of_0_5_1(project / "cut", project)
     assert "path: models/l2" in (project / "cut" / "recipe.yaml").read_text()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match=r"the base of .*cut is not there") as caught:  # and not a Hub id
+    with pytest.raises(ModelError, match=r"the base of .*cut is missing") as caught:  # and not a Hub id
         resume(project / "cut", console=quiet, cache=cache)
     assert "move it back" in str(caught.value)
     monkeypatch.chdir(project)
@@ -179,7 +181,7 @@ def test_a_run_of_the_last_release_goes_on_and_answers(project, tmp_path, cache,
     assert load_answerer(open_run("cut"), cache).answer([(Message("user", "say"),)], Sampling(max_new_tokens=2))
     monkeypatch.chdir(tmp_path)
     for folder in (project / "cut", project / run.adapter):
-        with pytest.raises(ModelError, match=r"the base of .* is not there: there is no folder .*models/l2"):
+        with pytest.raises(ModelError, match=r"the base of .* is missing: there is no folder .*models/l2"):
             load_answerer(open_run(folder), cache)
         assert load_answerer(open_run(folder, str(project / "models" / "l2")), cache)
 
@@ -246,7 +248,7 @@ def test_the_base_of_a_bare_adapter_is_looked_for_here_and_beside_it(project, tu
 
     assert opened("models/l2") == str(project / "models" / "l2")
     monkeypatch.chdir(tmp_path)
-    assert opened("models/l2") == "models/l2"  # nothing says that it is no Hub id
+    assert opened("models/l2") == "models/l2"  # nothing says that it is not a Hub id
     assert os.path.samefile(opened("../../models/l2"), project / "models" / "l2")
     assert opened("") == ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from nybble.plan.schedule import Schedule, plan_warmup
-from nybble.progress import EVALUATING, SAMPLING, SAVING, TRAINING, Work
+from nybble.progress import EVALUATING, SAMPLING, SAVING, SCORING, TRAINING, Work
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 50), st.integers(0, 40))
@@ -75,3 +76,37 @@ def test_the_time_left_counts_evaluations_samples_and_checkpoints(monkeypatch):
     assert all(text in shown for text in ("evaluating 1 of 3", "answering samples 1 of 2", "saving", "2:58 left")), (
         shown
     )
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 140])
+@pytest.mark.parametrize("what", [TRAINING, SCORING])
+@pytest.mark.parametrize("steps", [4, 12000])
+def test_the_bar_leaves_out_what_does_not_fit_and_cuts_nothing(width, what, steps):
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    work = Work(console, Schedule(steps, 4, 4, 0), frozenset({SCORING}))
+    work.step_done(3, 2.0, "loss 1.2345  12,345 tokens/s  12.34 GB")
+    if what != TRAINING:
+        work.doing(what, 3, 25)
+    console.print(work._bar)
+    lines = console.file.getvalue().splitlines()
+    print("\n".join(lines))
+    (line,) = lines
+    assert len(line) <= width
+    parts = re.split(r"\s{2,}", line.strip())
+    whole = [
+        what if what == TRAINING else f"{what} 4 of 25",
+        f"3/{steps}",
+        "0:00",
+        "loss 1.2345",
+        "12,345 tokens/s",
+        "12.34 GB",
+    ]
+    if width > 20:
+        assert parts[0] == whole[0]
+        assert all(part in whole or part.endswith(" left") or set(part) <= set("━╸ ") for part in parts), (
+            "a part was cut"
+        )
+    if width >= 60:
+        assert f"3/{steps}" in parts
+    if width == 140:
+        assert set(whole) <= set(parts)

@@ -70,11 +70,11 @@ def test_an_artefact_is_uploaded_privately_and_refusals_are_explained(artefact, 
         assert answers[1] == ["page", f"{hub.endpoint}/ada/open (public, as it was)", ""]
         said = [f"{text} {fix}" for _, text, fix in answers[2:]]
         assert "status 403" in said[0]
-        assert "a token that may write" in said[0]
+        assert "a token with write access" in said[0]
         assert f"hf upload ada/other {artefact} --private --exclude parity.json" in said[0]
         assert "not logged in" in said[1]
         assert "does not accept this machine's token" in said[2]
-        assert "is no name on the Hub" in said[3]
+        assert "is not a valid Hub name" in said[3]
         hub.down = 503
         (answer,) = ask(hub, artefact, tmp_path / "home", ["hf_writes", "ada/model"])
         assert "answers 503" in answer[1]

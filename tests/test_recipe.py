@@ -34,10 +34,10 @@ def test_all_faults_are_listed_together_with_their_lines(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["adapter=a", "lora.r=4"], "lora: r cannot be set beside adapter=a"),
+        (["adapter=a", "lora.r=4"], "lora: r cannot be set with adapter=a"),
         (["data.validation=0", "train.early_stopping=2"], "train.early_stopping: needs validation rows"),
         (["engine.fused=false", "engine.policy=host"], "engine.fused is false"),
-        (["engine.embedding=host", "train.processes=2"], "engine.embedding: host is for one process"),
+        (["engine.embedding=host", "train.processes=2"], "engine.embedding: host works with one process only"),
         (["data.validation=-1"], "data.validation: a share below 1"),
         (["lora.targets=[]"], "lora.targets: an empty list"),
         (["train.epochs"], "options are written key=value"),

@@ -120,7 +120,7 @@ def test_what_got_worse_is_said_first_with_its_numbers():
     assert lines[1][1].startswith(
         "Better on 1 of 4 benchmarks: arc_easy 74.0% to 79.1% (+5.1 points, 95% [+3.8, +6.4]). "
     )
-    assert "Also: held-out loss 2.910 to 2.200 (−0.710 nats a token, 95% [−0.770, −0.650])" in lines[1][1]
+    assert "Also: held-out loss 2.910 to 2.200 (−0.710 nats per token, 95% [−0.770, −0.650])" in lines[1][1]
     assert "perplexity 18.4 to 9.0" in lines[1][1]
 
 
@@ -143,11 +143,13 @@ def test_where_nothing_was_shown_the_smallest_detectable_difference_is_said():
     ((kind, text),) = said({"tasks": tasks, "held_out": held_out(UNDECIDED)})
     assert kind == "plain"
     assert text == (
-        "No difference shown on all 2 benchmarks, nor in held-out loss. The smallest difference that could have been "
-        "shown: 2.1 points (a) to 5.0 points (b) and 0.051 nats a token (held-out loss)."
+        "No difference shown on all 2 benchmarks, nor in held-out loss. Smallest detectable "
+        "difference: 2.1 points (a) to 5.0 points (b) and 0.051 nats per token (held-out loss)."
     )
     ((_, text),) = said({"tasks": [task("a", 0.5, 0.5, UNDECIDED, detectable=None)]})
-    assert text == "No difference shown on the one benchmark. So few items could have shown no difference at all."
+    assert (
+        text == "No difference shown on the one benchmark. With this few items no difference could have been detected."
+    )
 
 
 def test_a_skill_is_told_as_counted_and_claims_no_verdict():
@@ -156,7 +158,7 @@ def test_a_skill_is_told_as_counted_and_claims_no_verdict():
     assert lines[1][0] == "better"
     untested = {key: held_out()[key] for key in ("what", "rows", "tokens", "base", "tuned")}
     assert said({"held_out": untested}) == [
-        ("plain", "Measured: held-out loss 2.910 to 2.200 nats a token, perplexity 18.4 to 9.0.")
+        ("plain", "Measured: held-out loss 2.910 to 2.200 nats per token, perplexity 18.4 to 9.0.")
     ]
     assert said({})[0][1].startswith("Nothing compared")
 

@@ -58,7 +58,9 @@ def on_day(monkeypatch):
     return set_day
 
 
-def test_a_run_with_one_of_several_templates_has_that_one_only(tiny_llama, rows, cache, tmp_path, quiet):
+def test_a_run_with_one_of_several_templates_has_that_one_only(tiny_llama, rows, cache, tmp_path, quiet, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "turns").mkdir()  # another thing of that name
     base = with_templates(tiny_llama, tmp_path / "base", {"default": DATED, "turns": TURNS})
     recipe = recipe_for(base, rows, tmp_path / "run", "data.template=turns", "train.max_steps=2", "train.samples=0")
     run = train(recipe, console=quiet, cache=cache)

@@ -396,7 +396,7 @@ def test_an_engine_that_broke_down_says_so(runs, cache, monkeypatch):
         failed = server.post(model="run", messages=user(ASKED))
         assert failed.status_code == 503
         assert server.http.get(f"{server.url}/health").status_code == 503
-        assert server.post(model="run", messages=user(ASKED)).json()["error"]["message"] == "the engine broke down"
+        assert server.post(model="run", messages=user(ASKED)).json()["error"]["message"] == "the engine failed"
 
 
 def test_a_key_is_asked_for_and_the_page_needs_none(runs, cache):
@@ -498,10 +498,10 @@ def test_what_keeps_a_server_from_starting_is_said(runs, quiet):
             listen("127.0.0.1", port)
     start = functools.partial(serve, runs[:1], console=quiet, device="cpu", limits=Limits())
     with pytest.raises(
-        ServeError, match=r"--host 0.0.0.0 lets other machines in, and there is no API key[\s\S]*--api-key-file"
+        ServeError, match=r"--host 0.0.0.0 lets other machines in, but there is no API key[\s\S]*--api-key-file"
     ):
         start(Place("0.0.0.0"), engine="pipeline")
-    with pytest.raises(ServeError, match=r"no.such.host is no address"):
+    with pytest.raises(ServeError, match=r"no.such.host is not an address"):
         start(Place("no.such.host"), engine="pipeline")
     with pytest.raises(ServeError, match="there is no engine 'fast'"):
         start(Place(), engine="fast")

@@ -92,7 +92,7 @@ def test_what_cannot_be_allowed_is_said():
         ):
             make_door("k", [wrong], [])
     for wrong in ("http://gpu.example", "gpu.example:8000", "gpu.example/", "*", "", ".example"):
-        with pytest.raises(ServeError, match=r"is not the name of a host[\s\S]*--allow-host gpu.example"):
+        with pytest.raises(ServeError, match=r"is not a host name[\s\S]*--allow-host gpu.example"):
             make_door(None, [], [wrong])
 
 
@@ -115,7 +115,7 @@ def test_the_command_line_brings_both_to_the_server(tuned_run, monkeypatch, quie
 
 def test_the_terminal_shows_what_is_wrong_before_anything_loads(tuned_run, here):
     for words, message in (
-        (["--allow-origin", "*"], "lets every web page"),
+        (["--allow-origin", "*"], "lets any web page"),
         (["--allow-host", "a:1"], "no scheme, no port"),
     ):
         said = here("serve", tuned_run.folder, *words)

@@ -61,7 +61,7 @@ def test_a_folder_and_a_pattern_are_their_files_in_order(tmp_path, tiny_tokenize
 def test_a_folder_of_save_to_disk_is_refused_with_the_command_that_converts_it(tmp_path, splits):
     rows = Dataset.from_list([{"prompt": "a", "completion": "b"}])
     (DatasetDict(train=rows) if splits else rows).save_to_disk(tmp_path / "saved")
-    with pytest.raises(DataError, match="written by save_to_disk") as caught:
+    with pytest.raises(DataError, match="written by Datasets' save_to_disk") as caught:
         find_sources(str(tmp_path / "saved"))
     print(caught.value)
     command = caught.value.fix.replace("python", sys.executable, 1)
@@ -88,7 +88,7 @@ def test_sources_are_mixed_by_weight_and_the_validation_rows_are_not_repeated(tm
     assert {used[origin] for origin in used if "a.jsonl" in origin} == {2}
     assert {used[origin] for origin in used if "b.jsonl" in origin} == {1}
     assert data.train_samples == 72
-    with pytest.raises(RecipeError, match="a weight is above 0"):
+    with pytest.raises(RecipeError, match="weights must be above 0"):
         load_recipe(None, ["data.path={a.jsonl: 0}"])
 
 
@@ -152,8 +152,8 @@ def test_training_on_a_stream_goes_on_where_it_was(tiny_llama, tmp_path, cache, 
     ("words", "message"),
     [
         (["data.validation=0"], "set train.max_steps"),
-        (["train.max_steps=2"], "a stream has no share to hold out"),
-        (["train.max_steps=2", "data.validation=0", "data.limit=5"], "a stream has no end to stop before"),
+        (["train.max_steps=2"], "cannot hold out a share of a stream"),
+        (["train.max_steps=2", "data.validation=0", "data.limit=5"], "does not apply to a stream"),
     ],
 )
 def test_what_a_stream_cannot_do_is_refused(words, message):

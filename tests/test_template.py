@@ -121,7 +121,7 @@ def test_the_models_own_template_is_taken_and_its_end_of_turn_trained():
         ("{{ messages[0]['content'] }}</s>", "leaves out or rewrites what the assistant says"),
         (
             "{{ messages | length }}{% for m in messages %}{{ m['content'] }}</s>{% endfor %}",
-            "no beginning of prompt and answer",
+            "not the beginning of prompt and answer",
         ),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{% for %}", "fails on turns of user, assistant"),
@@ -137,7 +137,7 @@ def test_templates_that_cannot_be_trusted_are_refused(tiny_tokenizer, source, me
 def test_a_template_option_that_is_nothing_is_named(tiny_tokenizer):
     with pytest.raises(DataError, match="neither a Jinja file nor one of auto, model, alpaca, llama2, plain"):
         choose_template(tiny_tokenizer, "alpacca", "alpaca")
-    with pytest.raises(DataError, match="brings no chat template"):
+    with pytest.raises(DataError, match="has no chat template"):
         choose_template(tiny_tokenizer, "model", "alpaca")
 
 
@@ -309,7 +309,7 @@ def test_without_a_default_the_names_are_told(tiny_tokenizer):
     with pytest.raises(DataError) as caught:
         choose_template(named(tiny_tokenizer, {"tool_use": SHOUT, "rag": TURN}), "auto", "alpaca")
     print(caught.value)
-    assert "none is named default: rag, tool_use" in str(caught.value)
+    assert "none of them named default: rag, tool_use" in str(caught.value)
     assert "data.template=rag" in str(caught.value)
 
 

@@ -64,9 +64,18 @@ def test_an_error_hangs_under_its_parts_and_its_command_stays_whole(width):
         ("nybble train --resume runs/a to go on, or out=B", "nybble train --resume runs/a to go on"),
         ("done      runs/a; talk to it: nybble chat runs/a", "nybble chat runs/a"),
         ("pip install 'nybble[eval]', or --tasks none", "pip install 'nybble[eval]'"),
+        ('pip install uv && uv pip install "torch<3,>=2" x; then', 'pip install uv && uv pip install "torch<3,>=2" x'),
+        (
+            "python -c 'import a; print(b, 1)' > key.txt, then --api-key-file",
+            "python -c 'import a; print(b, 1)' > key.txt",
+        ),
+        ("nybble eval RUN shows the run's answers, and more", "nybble eval RUN shows the run's answers"),
+        ("`hf auth login` with a token from there", "hf auth login"),
+        ("`hf cache ls`, or set HF_HOME", "hf cache ls"),
         ("data.map=a:b, or 'data.map={a: b, c: d}'", "'data.map={a: b, c: d}'"),
         ("nybble trains models of the Llama architecture", None),
         ("a lower train.learning_rate", None),
+        ("gzip-compressed text and jq-like words", None),
     ],
 )
 def test_a_command_in_a_sentence_is_known(text, command):
@@ -89,11 +98,11 @@ def test_help_shows_examples_and_the_keys_used_most(here):
     assert set(KEYS) <= set(option_names())
     assert f"{Recipe().train.learning_rate:g}" in shown
     words = " ".join(shown.split())
-    assert "Peak learning rate. LoRA wants about ten times that of full fine-tuning." in words
+    assert "Peak learning rate. LoRA needs about ten times that of full fine-tuning." in words
     assert "[q_proj, v_proj]" in words
     assert here("help", "train").stdout == shown
     assert here("help").stdout == here("--help").stdout
-    assert "Draw the lengths of rows" in here("help", "data", "check").stdout
+    assert "Write a plot of the row lengths" in here("help", "data", "check").stdout
 
 
 @pytest.mark.parametrize("line", [line for line, _ in EXAMPLES if "--resume" not in line])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import io
 import json
@@ -24,7 +25,16 @@ from nybble.data.batches import Collator
 from nybble.data.formats import Message
 from nybble.data.tokens import encode_prompt
 from nybble.engine.fuse import fuse
-from nybble.errors import DataError, EngineError, ModelError, NybbleError, RecipeError, RunError, TrainingError
+from nybble.errors import (
+    DataError,
+    EngineError,
+    ModelError,
+    NybbleError,
+    PlaceError,
+    RecipeError,
+    RunError,
+    TrainingError,
+)
 from nybble.inference.pipeline import Sampling, load_answerer
 from nybble.inference.samples import SampleAnswers
 from nybble.out_of_memory import leaner
@@ -175,7 +185,7 @@ def test_the_run_says_how_its_layers_are_computed(tiny_llama, rows, cache, tmp_p
         train(recipe_for(tiny_llama, rows, tmp_path / name, *words, "train.max_steps=2"), cache=cache)
         told[name] = capsys.readouterr().out
     assert "engine    2 of 2 decoder layers fused; plain torch: Triton's kernels do not run on cpu" in told["fused"]
-    assert "engine    the layers are computed by Transformers: engine.fused=false" in told["plain"]
+    assert "engine    Transformers computes the layers: engine.fused=false" in told["plain"]
     assert "q_proj has the LoRA variant Dora" in told["DoRA"]
 
 
@@ -222,7 +232,7 @@ def test_a_non_finite_loss_stops_before_the_optimiser_with_the_batch_saved(tiny_
 
 
 FAULTS = {
-    "small": (["train.micro_batch=64"], DataError, "72 training rows, and one step takes 128"),
+    "small": (["train.micro_batch=64"], DataError, "72 training rows, but one step takes 128"),
     "over length": (["data.max_length=8"], DataError, "rows are longer than"),
     "positions": (["data.max_length=5000"], ModelError, "above the model's 512 positions"),
     "model": (["model.path=/nowhere/model"], ModelError, "there is no folder /nowhere/model"),
@@ -313,8 +323,53 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     assert all(torch.equal(tensor, adapter_of(whole)[name]) for name, tensor in adapter_of(cut).items())
 
 
+@pytest.mark.parametrize("words", [["train.max_steps=8"], ["train.max_steps=20", "train.early_stopping=1"]])
+def test_a_run_that_failed_after_its_last_step_takes_no_other(
+    words, tiny_llama, rows, cache, tmp_path, quiet, monkeypatch
+):
+    """Its adapter is that of the best step, which is not the last, wherever the run is by now."""
+    words = [*words, "train.evaluate_every=2", "train.learning_rate=0.1", "train.scheduler=constant"]
+    whole = train(recipe_for(tiny_llama, rows, tmp_path / "whole", *words), console=quiet, cache=cache)
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_adapter", full_disk)
+        with pytest.raises(PlaceError, match="the disk is full"):
+            train(recipe_for(tiny_llama, rows, "cut", *words), console=quiet, cache=cache)
+    cut = open_run((tmp_path / "cut").rename(tmp_path / "moved"))
+    resume(cut.folder, console=quiet, cache=cache)
+    assert read_metrics_but_time(cut) == read_metrics_but_time(whole)
+    assert all(torch.equal(tensor, adapter_of(whole)[name]) for name, tensor in adapter_of(cut).items())
+    kept, steps = (json.loads((cut.folder / "summary.json").read_text())[name] for name in ("kept_step", "steps"))
+    assert kept == json.loads((whole.folder / "summary.json").read_text())["kept_step"] < steps
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def read_metrics_but_time(run: Run) -> list[dict]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in read_metrics(run)]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_gone_on_from(
+    tiny_llama, rows, cache, tmp_path, quiet, monkeypatch
+):
+    recipe = recipe_for(tiny_llama, rows, tmp_path / "run", "train.max_steps=6", "train.evaluate_every=2")
+    interrupted(monkeypatch, 5, recipe, quiet, cache)
+    newest = open_run(tmp_path / "run").latest_checkpoint()
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors", "trainer_state.json"):
+        whole = (newest / name).read_bytes()
+        for rest in (whole[: len(whole) // 2], b"", None):
+            (newest / name).write_bytes(rest) if rest is not None else (newest / name).unlink()
+            with pytest.raises(RunError) as caught:
+                resume(tmp_path / "run", console=quiet, cache=cache)
+            assert name.split(".")[0] in str(caught.value), f"{name}: {rest and len(rest)} bytes of it"
+            (newest / name).write_bytes(whole)
+    (newest / "optimizer.pt").unlink()
+    print(caught.value)
+    assert f"fix:   copy it again; or rm -r {newest}" in str(caught.value)
+    shutil.rmtree(newest)
+    assert (resume(tmp_path / "run", console=quiet, cache=cache).folder / "adapter").is_dir()
 
 
 def test_a_run_that_stops_at_once_before_the_first_checkpoint_leaves_nothing(
@@ -509,7 +564,7 @@ def test_a_resumed_run_counts_all_its_legs(tiny_llama, rows, cache, tmp_path, qu
     assert summaries[0]["peak_memory_gb"] == 77.0
     steps = sum(line.get("seconds", 0) for line in read_metrics(cut))
     assert summaries[0]["tokens_per_second"] == pytest.approx(summaries[0]["tokens"] / steps, abs=0.1)
-    assert "| speed while training |" in (cut.folder / "README.md").read_text()
+    assert "| speed in training |" in (cut.folder / "README.md").read_text()
 
 
 def test_the_loss_that_is_told_is_that_of_the_adapter_that_is_kept(tiny_llama, rows, cache, tmp_path, quiet):

@@ -97,12 +97,15 @@ WRONG = {
     "--epochs lora.r=2": ("--epochs: the value is missing", "train.epochs=1"),
     "--epochz 3": ("there is no option --epochz", "train.epochs=3"),
     "--resum x": ("there is no option --resum", "--resume"),
-    "--colour red": ("there is no option --colour", "--print-config shows every option"),
-    "--revision x": ("--revision may be model.revision or data.revision", "model.revision=x or data.revision=x"),
+    "--colour red": ("there is no option --colour", "every option: nybble train --print-config"),
+    "--revision x": (
+        "--revision is ambiguous: it may be model.revision or data.revision",
+        "model.revision=x or data.revision=x",
+    ),
     "Train.Epochs=2": ("Train.Epochs: unknown option; did you mean train.epochs=2?", ""),
     "epoch=2": ("epoch: unknown option; did you mean train.epochs=2?", ""),
     "model.path=b": ("MODEL was given twice: m and model.path=b", ""),
-    "more.jsonl": ("at most MODEL and DATA, then key=value; what is 'more.jsonl'?", "train.epochs=2"),
+    "more.jsonl": ("unexpected 'more.jsonl': expected at most MODEL and DATA, then key=value", "train.epochs=2"),
     "data.map={prompt: question": ("does not close its brackets", "data.map=prompt:question,completion:answer"),
     "train.save_every=3 train.evaluate_every=2": ("train.save_every: 3 differs from the 2 steps", "train.save_every=2"),
 }

@@ -71,13 +71,13 @@ def forget_borders(batch):
 
 
 ALTERED = [
-    (drop_eos, "other tokens are trained than those of the answers; EOS is not trained behind an answer"),
-    (shift, "a label is not the token at its place"),
+    (drop_eos, "the trained tokens are not those of the answers; EOS is not trained after an answer"),
+    (shift, "a label differs from its token"),
     (forget, "no token is trained"),
-    (another_token, "the batch holds other tokens than the row"),
-    (one_more, "other tokens are trained than those of the answers"),
-    (ask_for_less, "the loss counts other tokens than those with a label"),
-    (ask_twice, "the loss counts other tokens than those with a label"),
+    (another_token, "the batch's tokens differ from the row's"),
+    (one_more, "the trained tokens are not those of the answers"),
+    (ask_for_less, "the tokens that the loss counts are not those with a label"),
+    (ask_twice, "the tokens that the loss counts are not those with a label"),
 ]
 
 
@@ -113,7 +113,7 @@ def test_rows_that_can_see_each_other_are_found(rows, tiny_tokenizer, cache):
     for flatten, packing in ((True, False), (False, True)):
         data = prepared(rows, tiny_tokenizer, cache, packing=packing)
         for alter in (join, run_on, forget_borders):
-            with pytest.raises(DataError, match="it can see other rows"):
+            with pytest.raises(DataError, match="it can attend to other rows"):
                 inspect(data.train, collator(alter, flatten=flatten), Rules(data.template, "answers"))
 
 
@@ -127,7 +127,10 @@ def test_tokens_that_are_hidden_and_padding_that_is_trained_are_found(rows, tiny
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("<s>{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", "BOS stands twice"),
+        (
+            "<s>{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
+            "two BOS tokens in a row",
+        ),
         (
             "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{% if not loop.first %}{{ bos_token }}{% endif %}"
             "{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}",
@@ -148,7 +151,7 @@ def test_bos_stands_where_the_template_owns_it(tmp_path, tiny_tokenizer, cache, 
         return
     inspect(data.train, Collator(0), rules)
     other = Rules(Template(tiny_tokenizer, "once", source.replace("{{ bos_token }}", "", 1)), "answers")
-    with pytest.raises(DataError, match="BOS stands 2 times, where the template once wants 1"):
+    with pytest.raises(DataError, match="2 BOS tokens, where the template once has 1"):
         inspect(data.train, Collator(0), other)
 
 
@@ -192,6 +195,6 @@ def test_training_is_refused_by_the_same_look(tiny_llama, rows, cache, tmp_path,
             "data.max_length=512",
         ],
     )
-    with pytest.raises(DataError, match="EOS is not trained behind an answer"):
+    with pytest.raises(DataError, match="EOS is not trained after an answer"):
         train(recipe, console=Console(quiet=True), cache=cache)
     assert not (tmp_path / "run").exists()

@@ -11,7 +11,7 @@ from nybble.data.prepare import Prepared
 from nybble.data.stream import StreamedRows
 from nybble.engine.fusion import Fusion
 from nybble.model.base import Base, Footprint
-from nybble.plan.schedule import Schedule
+from nybble.plan.schedule import Schedule, steps_text
 from nybble.recipe import DataOptions
 from nybble.run import Run
 from nybble.terminal import tell
@@ -40,7 +40,7 @@ def tell_data(console: Console, data: Prepared, options: DataOptions, seconds: f
         tell(console, f"          {notice}")
     if isinstance(data.train, StreamedRows):
         count = 0 if data.validation is None else len(data.validation)
-        tell(console, f"          those are the first rows of a stream; {count:,} held out")
+        tell(console, f"          these are the first rows of a stream; {count:,} held out")
         return
     packed = f" packed into {len(data.train):,}" if options.packing else ""
     held_out = f", {len(data.validation):,} held out" if data.validation is not None else ", none held out"
@@ -55,8 +55,8 @@ def tell_base(base: Base, size: Footprint, console: Console) -> None:
     tell(
         console,
         f"base      {base.checkpoint.name}: {size.parameters / 1e6:,.1f} M parameters, "
-        f"{size.quantized / size.parameters:.0%} of them in {base.quantization}; {size.bytes / 1e9:.2f} GB in memory, "
-        f"{2 * size.parameters / 1e9:.2f} GB it would be in 16 bits{cached}",
+        f"{size.quantized / size.parameters:.0%} of them in {base.quantization}; {size.bytes / 1e9:.2f} GB in memory "
+        f"({2 * size.parameters / 1e9:.2f} GB in 16 bits){cached}",
     )
 
 
@@ -75,21 +75,14 @@ def tell_adapter(model: PeftModel, size: Footprint, console: Console) -> int:
 
 def tell_engine(console: Console, fusion: Fusion | None, reason: str) -> None:
     """Which layers are fused, where, and why others are not."""
-    lines = (
-        fusion.describe().splitlines() if fusion is not None else [f"the layers are computed by Transformers: {reason}"]
-    )
+    lines = fusion.describe().splitlines() if fusion is not None else [f"Transformers computes the layers: {reason}"]
     for place, line in enumerate(lines):
         tell(console, f"{'engine' if place == 0 else '':<10}{line}")
 
 
 def tell_plan(run: Run, schedule: Schedule, console: Console) -> None:
     """Where the run goes and how long it is."""
-    train = run.recipe.train
-    processes = f" x {train.processes} processes" if train.processes > 1 else ""
-    tell(
-        console,
-        f"run       {run.folder}: {schedule.steps:,} steps of {train.micro_batch} x {train.accumulation} rows{processes}",
-    )
+    tell(console, f"run       {run.folder}: {steps_text(schedule.steps, run.recipe.train)}")
     if schedule.notice:
         tell(console, f"          {schedule.notice}")
 
@@ -101,7 +94,7 @@ def tell_result(run: Run, summary: dict[str, Any], console: Console) -> None:
         tell(console, f"result    validation loss {validation['before']:.4f} -> {validation['kept']:.4f}")
     tell(
         console,
-        f"          {summary['tokens_per_second']:,.0f} tokens/s while training, peak memory {summary['peak_memory_gb']:.2f} GB, "
-        f"{summary['seconds']:,.0f} s in all",
+        f"          {summary['tokens_per_second']:,.0f} tokens/s in training, peak memory {summary['peak_memory_gb']:.2f} GB, "
+        f"{summary['seconds']:,.0f} s in total",
     )
     tell(console, f"done      {run.folder}; talk to it: nybble chat {run.folder}")

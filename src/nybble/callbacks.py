@@ -99,8 +99,8 @@ class Guards(TrainerCallback):  # type: ignore[misc]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # before the first process tidies up, every batch is saved
         raise TrainingError(
-            f"the loss of step {step} is not finite ({losses}); the adapter was not changed by it",
-            where=f"{file} holds the batch",
+            f"the loss of step {step} is not finite ({losses}); this step did not change the adapter",
+            where=f"{file} (the batch)",
             fix=f"a lower train.learning_rate, then: nybble train -c {self.run.folder}/recipe.yaml out=ANOTHER",
         )
 

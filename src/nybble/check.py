@@ -28,7 +28,7 @@ from nybble.model.checkpoint import check_length, find_checkpoint, refuse_adapte
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.places import check_cache, check_writable, default_cache
-from nybble.plan.schedule import plan_steps
+from nybble.plan.schedule import plan_steps, steps_text
 from nybble.plan.speed import PRODUCTS, estimate
 from nybble.recipe import Recipe, absolute_paths
 from nybble.terminal import tell
@@ -58,21 +58,24 @@ def check(
         cache = cache or default_cache()
         check_cache(cache)
         if picture is not None:
-            check_writable(picture.parent, "the picture", "--png FILE in a folder that can be written to")
+            check_writable(picture.parent, "the picture", "--png FILE, in a writable folder")
         faults = _check_tokens(recipe, console, picture, cache)
     elif picture is not None:
-        raise DataError("lengths are counted in a model's tokens", fix="nybble data check DATA MODEL --png FILE")
+        raise DataError(
+            "--png needs a model: lengths are counted in its tokens", fix="nybble data check DATA MODEL --png FILE"
+        )
     else:
         faults = _check_rows(recipe, console)
     if faults:
         for fault in faults:
             lines = str(fault).splitlines()
             _line(console, "fault", lines[0], "bold red")
-            for line in lines[1:]:
-                _line(console, "", line.strip())
-        console.print(Text(f"\nunfit: {_plural(len(faults), 'reason')}", style="bold red"))
+            for line in map(str.strip, lines[1:]):
+                hang = LABEL + (7 if line.startswith(("fix:", "where:")) else 2)
+                tell(console, f"{'':{LABEL}}{line}", hang=hang)
+        console.print(Text(f"\nnot ready: fix the {_plural(len(faults), 'problem')} above", style="bold red"))
         return False
-    what = "fit" if recipe.model.path else "readable; name a model too, and tokens, masks and lengths are checked"
+    what = "ready to train" if recipe.model.path else "readable; add MODEL to check tokens, masks and lengths too"
     console.print(Text(f"\n{what}", style="bold green"))
     return True
 
@@ -166,8 +169,9 @@ def _tell_rows(console: Console, counts: Counts, sources: tuple[Source, ...], st
     _line(console, "rows", f"{counts.rows:,}{where}: {forms or 'none that can be read'}")
     for line in licences(sources):
         _line(console, "licence", line)
-    _line(console, "duplicates", f"{counts.duplicates:,}" + (", each used once" if counts.duplicates else ""))
-    bad = f"{counts.faulty:,}, {counts.empty_answers:,} of them without an answer" if counts.faulty else "0"
+    _line(console, "duplicates", f"{counts.duplicates:,}" + (", each row used once" if counts.duplicates else ""))
+    empty = f"{counts.empty_answers:,}" if counts.empty_answers else "none"
+    bad = f"{counts.faulty:,} ({empty} because of an empty answer)" if counts.faulty else "0"
     _line(console, "bad rows", bad, "red" if counts.faulty else "")
     for notice in counts.told():
         _line(console, "notice", notice, "yellow")
@@ -178,9 +182,9 @@ def _tell_lengths(console: Console, examined: Examined, recipe: Recipe) -> None:
     _line(console, "template", f"{examined.template.label}{_bos(examined.template)}")
     share = f"{counts.trained_tokens / counts.tokens:.0%}" if counts.tokens else "none"
     _line(console, "tokens", f"{counts.tokens:,}, {counts.trained_tokens:,} of them trained ({share})")
-    marks = [("half", 0.5), ("95%", 0.95), ("99%", 0.99)]
-    told = ", ".join(f"{name} up to {histogram.quantile(lengths, part):,}" for name, part in marks)
-    _line(console, "a row", f"{min(lengths):,} to {max(lengths):,} tokens; {told}")
+    marks = [("median", 0.5), ("95% up to", 0.95), ("99% up to", 0.99)]
+    told = ", ".join(f"{name} {histogram.quantile(lengths, part):,}" for name, part in marks)
+    _line(console, "lengths", f"{min(lengths):,} to {max(lengths):,} tokens; {told}")
     block = "\u2588" if (console.encoding or "").lower().startswith("utf") else "#"
     for line, is_over in histogram.text(lengths, limit, block, console.width - LABEL):
         _line(console, "", line.rstrip(), "red" if is_over else "dim")
@@ -200,7 +204,7 @@ def _bos(template: Template) -> str:
     first, more = template.bos_of_turns
     if template.tokenizer.bos_token is None or not first or first > 1:
         return ""
-    return f"; {template.tokenizer.bos_token} " + ("at each user turn" if more else "once a row")
+    return f"; {template.tokenizer.bos_token} " + ("at each user turn" if more else "once per row")
 
 
 def _tell_batches(
@@ -231,7 +235,7 @@ def _tell_batches(
     _line(
         console,
         "batches",
-        f"as training gets them: every answer ends with a trained {' or '.join(ends)}{bos}",
+        f"checked as in training: every answer ends with a trained {' or '.join(ends)}{bos}",
     )
     if isinstance(rows, PackedRows):
         filled = sum(rows.samples.select_columns("length")[:]["length"]) / (len(rows) * data.max_length)
@@ -257,8 +261,7 @@ def _tell_steps(
         return [fault]
     batch = train.micro_batch * train.accumulation * train.processes
     tokens = schedule.steps * batch * float(lengths_of(rows).mean())
-    line = f"{schedule.steps:,} of {train.micro_batch} x {train.accumulation} rows, about {_rounded(tokens)} tokens"
-    _line(console, "steps", line)
+    _line(console, "training", f"{steps_text(schedule.steps, train)}, about {_rounded(tokens)} tokens")
     if schedule.notice:
         _line(console, "", schedule.notice, "yellow")
     if config is not None:
@@ -274,9 +277,9 @@ def _tell_time(console: Console, recipe: Recipe, tokens: float, config: Pretrain
     speed = estimate(config, device, choose_dtype(recipe.model.dtype, device)[0], recipe.train.processes)
     told = f"roughly {_duration(tokens / speed.free)} on this machine's {device.type}"
     if speed.is_busy:
-        told += f" when nothing else runs, {_duration(tokens / speed.now)} as busy as it is now"
-    told += f": {_rounded(speed.free)} tokens/s while training, judged by matrix products; evaluations"
-    _line(console, "time", f"{told} are counted, sample answers and benchmarks are not")
+        told += f" when idle, {_duration(tokens / speed.now)} under its current load"
+    told += f": {_rounded(speed.free)} tokens/s in training, estimated from matrix products; evaluations"
+    _line(console, "time", f"{told} are included, sample answers and benchmarks are not")
 
 
 def _rounded(number: float) -> str:
@@ -289,7 +292,7 @@ def _duration(seconds: float) -> str:
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}" if seconds < 10 * size else f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} seconds"
+    return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second"
 
 
 def _plural(count: int, noun: str) -> str:

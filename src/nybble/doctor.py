@@ -1,4 +1,4 @@
-"""`nybble doctor`: is this machine fit to train? Checks that really compute, one line and one fix each.
+"""`nybble doctor`: can this machine train? Checks that really compute; each problem comes with its fix.
 
 findings = examine("meta-llama/Llama-2-7b-hf")
 render(findings, Console())
@@ -13,7 +13,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -34,8 +33,10 @@ from nybble.errors import ModelError, PlaceError
 from nybble.model import hub
 from nybble.model.checkpoint import find_checkpoint
 from nybble.places import ANOTHER_CACHE, check_cache, check_writable, default_cache, nearest
+from nybble.terminal import tell
 
 Verdict = Literal["ok", "warn", "fail"]
+COLOURS: dict[Verdict, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 GIB = 2**30
 # What a 7B needs: its 16-bit files, a 4-bit copy, an adapter's checkpoints with their optimiser states, and
@@ -49,7 +50,7 @@ WHEELS = (("cu130", 580), ("cu126", 525))
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: what was looked at, the verdict, what was found, the command that mends it."""
+    """One line of the report: what was looked at, the verdict, what was found, the command that fixes it."""
 
     name: str
     verdict: Verdict
@@ -83,30 +84,29 @@ def exit_status(findings: Iterable[Finding]) -> int:
 
 
 def render(findings: list[Finding], console: Console) -> None:
-    """One aligned line a finding, its fix beneath it, the verdict last."""
-    width = max(len(finding.name) for finding in findings)
-    colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+    """One aligned line per finding, its fix below it, the verdict last."""
+    label = max(len(finding.name) for finding in findings) + 8
     for finding in findings:
-        room = max(console.width - width - 8, 24)
-        lines = textwrap.wrap(finding.detail, room, break_long_words=False, break_on_hyphens=False)
-        line = Text(f"{finding.verdict:<4}", style=colours[finding.verdict])
-        line.append(f"  {finding.name:<{width}}  ", style="default")
-        line.append(f"\n{'':{width + 8}}".join(lines), style="default")
-        console.print(line, soft_wrap=True)
+        begins = Text.assemble(
+            (f"{finding.verdict:<4}", COLOURS[finding.verdict]), f"  {finding.name}".ljust(label - 4)
+        )
+        tell(console, begins + Text(finding.detail), hang=label)
         if finding.fix:
-            # Never wrapped: a command is copied whole.
-            console.print(Text(f"{'':{width + 8}}fix: {finding.fix}", style="cyan"), soft_wrap=True)
+            tell(console, Text(f"{'':{label}}fix: {finding.fix}", style="cyan"), hang=label + len("fix: "))
     failed, warned = (sum(f.verdict == verdict for f in findings) for verdict in ("fail", "warn"))
-    verdict = f"unfit: mend what failed ({failed})" if failed else "fit: this machine can train"
+    verdict = "ready: this machine can train"
+    if failed:
+        verdict = f"not ready: fix the {failed} problem{'s' * (failed > 1)} above"
     noted = f", {warned} warning{'s' * (warned > 1)}" if warned else ""
-    console.print(Text(f"\n{verdict}{noted}", style="bold red" if failed else "bold green"))
+    console.print()
+    tell(console, Text(f"{verdict}{noted}", style="bold red" if failed else "bold green"), hang=2)
 
 
 def python() -> Finding:
     version = platform.python_version()
     window = metadata.metadata("nybble").json.get("requires_python") if _installed("nybble") else None
     if window and not SpecifierSet(str(window)).contains(version, prereleases=True):
-        return Finding("python", "fail", f"{version}, outside {window}", "make an environment with Python 3.12")
+        return Finding("python", "fail", f"{version}, outside {window}", "create an environment with Python 3.12")
     return Finding("python", "ok", version)
 
 
@@ -118,7 +118,7 @@ def packages(requirements: list[str], installed: Callable[[str], str | None]) ->
         installed: the version of a package, None where it is missing.
     """
     if not requirements:
-        fix = "install nybble with pip, not by PYTHONPATH alone"
+        fix = "install nybble with pip, not through PYTHONPATH alone"
         return [Finding("packages", "warn", "nybble's metadata is missing: the tested versions are unknown", fix)]
     wanted = [Requirement(text) for text in requirements]
     core = [need for need in wanted if need.marker is None or need.marker.evaluate({"extra": ""})]
@@ -182,14 +182,14 @@ def judge_driver(driver: str | None, built_for: str | None, fault: str | None, d
             "cuda",
             "fail",
             "the NVIDIA driver does not answer",
-            "`nvidia-smi` says why; often a restart helps",
+            "`nvidia-smi` says why; a restart often helps",
         )
     major = int(driver.split(".")[0])
     wheel = next((tag for tag, oldest in WHEELS if major >= oldest), None)
     if wheel is None:
         fix = f"install driver {WHEELS[0][1]} or newer: https://www.nvidia.com/drivers"
         return Finding("cuda", "fail", f"driver {driver} is too old for every tested torch", fix)
-    fix = f"pip install --force-reinstall {_pin('torch')} --index-url https://download.pytorch.org/whl/{wheel}"
+    fix = f"pip install uv && uv pip install --torch-backend {wheel} --reinstall-package torch {_pin('torch')}"
     if built_for is None:
         return Finding("cuda", "fail", f"torch is a CPU build, but there is an NVIDIA driver {driver}", fix)
     if fault and "too old" in fault:
@@ -222,7 +222,7 @@ def devices() -> list[Finding]:
         detail += f", {free / GIB:.1f} of {total / GIB:.1f} GiB free"
         if free < VRAM_7B:
             fix = "see `nvidia-smi` for what else uses it, or choose a smaller model"
-            findings.append(Finding(name, "warn", f"{detail}; a 7B in 4 bits wants {VRAM_7B / GIB:.0f}", fix))
+            findings.append(Finding(name, "warn", f"{detail}; a 7B in 4 bits needs {VRAM_7B / GIB:.0f}", fix))
         else:
             findings.append(Finding(name, "ok", detail))
     return findings
@@ -247,11 +247,13 @@ def nf4(device: torch.device, needed: bool = True) -> Finding:
         quantised, forward, gradient = nf4_errors(device)
     except RuntimeError as error:
         return Finding(name, fault, f"4-bit layers do not run: {str(error).splitlines()[0]}", fix)
-    detail = f"forward off {forward:.1e}, gradient {gradient:.1e}, allowed {PRODUCT_TOLERANCE:.0e}"
+    detail = f"relative error: forward {forward:.2g}, gradient {gradient:.2g} (limit {PRODUCT_TOLERANCE})"
     if not (forward <= PRODUCT_TOLERANCE and gradient <= PRODUCT_TOLERANCE):
         return Finding(name, fault, f"wrong results: {detail}", fix)
     if not quantised <= QUANTISATION_TOLERANCE:
-        return Finding(name, fault, f"weights off by {quantised:.1e}, allowed {QUANTISATION_TOLERANCE}", fix)
+        return Finding(
+            name, fault, f"relative error of the weights {quantised:.2g} (limit {QUANTISATION_TOLERANCE})", fix
+        )
     return Finding(name, "ok", detail)
 
 
@@ -291,7 +293,7 @@ def memory(available: int, total: int) -> Finding:
     detail = f"{available / GIB:.1f} of {total / GIB:.1f} GiB free"
     if available < RAM_7B:
         fix = "close other programs, or choose a smaller model"
-        return Finding("memory", "warn", f"{detail}; a 7B wants {RAM_7B / GIB:.0f}", fix)
+        return Finding("memory", "warn", f"{detail}; a 7B needs {RAM_7B / GIB:.0f}", fix)
     return Finding("memory", "ok", detail)
 
 
@@ -335,7 +337,7 @@ def disk(name: str, folder: Path, needed: float, cure: str) -> Finding:
     free = shutil.disk_usage(nearest(folder)).free
     detail = f"{free / 1e9:.1f} GB free at {folder}"
     if free < needed:
-        return Finding(name, "warn", f"{detail}; a 7B wants {needed / 1e9:.1f}", cure)
+        return Finding(name, "warn", f"{detail}; a 7B needs {needed / 1e9:.1f}", cure)
     return Finding(name, "ok", detail)
 
 
@@ -344,7 +346,7 @@ def temporary() -> Finding:
     try:
         return Finding("temporary", "ok", tempfile.gettempdir())
     except FileNotFoundError as error:
-        return Finding("temporary", "fail", str(error.strerror), "set TMPDIR to a folder that can be written to")
+        return Finding("temporary", "fail", str(error.strerror), "set TMPDIR to a writable folder")
 
 
 def hub_login() -> Finding:
@@ -354,8 +356,8 @@ def hub_login() -> Finding:
         return Finding("hub login", "warn", error.what, error.fix)
     if account is None:
         fix = "`hf auth login` with a token from https://huggingface.co/settings/tokens"
-        return Finding("hub login", "warn", "not logged in: gated models such as Llama 2 are closed", fix)
-    return Finding("hub login", "ok", f"as {account}")
+        return Finding("hub login", "warn", "not logged in: gated models such as Llama 2 are not accessible", fix)
+    return Finding("hub login", "ok", f"logged in as {account}")
 
 
 def base_model(model: str) -> Finding:
@@ -365,7 +367,7 @@ def base_model(model: str) -> Finding:
             if folder.is_dir():
                 find_checkpoint(str(folder))  # what train asks of it, in the same words
             hub.check_folder(folder)
-            return Finding("model", "ok", f"{folder} holds a model that Transformers can load")
+            return Finding("model", "ok", f"{folder} contains a model that Transformers can load")
         return Finding("model", "ok", f"{model} can be read, commit {hub.check_access(model, None)[:12]}")
     except ModelError as error:
         return Finding("model", "fail", error.what, error.fix)

@@ -39,7 +39,7 @@ def refuse_second_launcher(processes: int) -> None:
     """Raise DeviceError where a launcher is at work already and started another number of processes than asked for."""
     if launched():
         raise DeviceError(
-            f"{processes} processes were asked for, and the launcher started {world_size()}",
+            f"{processes} processes were requested, but the launcher started {world_size()}",
             where=f"train.processes={processes}",
             # Without --multi_gpu, accelerate 1.15 runs one process on a CPU however many it is asked for.
             fix=f"nybble train --processes {processes}, or accelerate launch --multi_gpu --num_processes {processes}",

@@ -18,7 +18,7 @@ def explained_memory(recipe: Recipe) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"the GPU's memory does not suffice: {str(error).splitlines()[0]}", fix=leaner(recipe)
+            f"the GPU does not have enough memory: {str(error).splitlines()[0]}", fix=leaner(recipe)
         ) from error
 
 

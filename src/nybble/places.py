@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from nybble.errors import ExportError, NybbleError, PlaceError, RunError
 
-ANOTHER_CACHE = "nybble --cache FOLDER COMMAND ..., or set XDG_CACHE_HOME to a folder that can be written to"
+ANOTHER_CACHE = "nybble --cache FOLDER COMMAND ..., or set XDG_CACHE_HOME to a writable folder"
 PROBE = 4096  # bytes: a file of none can be made on a full disk
 FULL = (errno.ENOSPC, errno.EDQUOT)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -87,7 +87,7 @@ def check_places(run: pathlib.Path, cache: pathlib.Path) -> None:
     Raises:
         PlaceError: with the reason.
     """
-    check_writable(run, "the run", "out=FOLDER with a folder that can be written to")
+    check_writable(run, "the run", "out=FOLDER, in a writable place")
     check_cache(cache)
 
 
@@ -114,7 +114,7 @@ def check_export(target: pathlib.Path) -> None:
         raise ExportError(
             f"{target} exists already", fix=f"--out ANOTHER for a second one, or remove it: rm -r {target}"
         )
-    check_writable(target, "the export", "--out FOLDER with a folder that can be written to")
+    check_writable(target, "the export", "--out FOLDER, in a writable place")
 
 
 def check_writable(folder: pathlib.Path, what: str, fix: str) -> None:
@@ -243,14 +243,14 @@ def _explain(places: Sequence[pathlib.Path], kind: object, error: BaseException 
         raise PlaceError(
             "the disk is full",
             where=f"{place}, {shutil.disk_usage(place).free / 1e9:.2f} GB free",
-            fix="free some space there; a run with a checkpoint goes on with nybble train --resume RUN",
+            fix="free some space there; then resume a run that has a checkpoint: nybble train --resume RUN",
         ) from error
     if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # tempfile found none to write to
-        raise PlaceError(str(error.strerror), fix="set TMPDIR to a folder that can be written to") from error
+        raise PlaceError(str(error.strerror), fix="set TMPDIR to a writable folder") from error
     if isinstance(error, OSError) and error.errno in CLOSED and isinstance(error.filename, str | os.PathLike):
         raise PlaceError(
             f"{os.fsdecode(error.filename)} cannot be opened: {str(error.strerror).lower()}",
-            fix="nybble doctor looks at the places that are written to",
+            fix="nybble doctor checks the folders that nybble writes to",
         ) from error
 
 

@@ -6,9 +6,11 @@ import statistics
 import time
 from collections import deque
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Column
+from rich.progress import Progress, ProgressColumn, Task
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 
 from nybble.plan.schedule import Schedule
 from nybble.terminal import tell
@@ -16,6 +18,47 @@ from nybble.terminal import tell
 TRAINING, EVALUATING, SCORING = "training", "evaluating", "scoring benchmarks"
 SAMPLING, SAVING = "answering samples", "saving"
 RECENT = 20  # steps whose time tells that of those to come: a machine may become busy, or free
+
+
+SHORT, LONG = 8, 20  # cells of the bar
+GAP = 2  # cells between the parts of its line
+
+
+class _Line(ProgressColumn):
+    """The whole line of the bar: on a narrow terminal the parts that matter least are left out, and none is cut."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def render(self, task: Task) -> Table:
+        steps = f"{task.completed:>{len(str(task.total))}.0f}/{task.total}"
+        numbers = enumerate(filter(None, task.fields["text"].split("  ")))
+        # Each with its rank; the highest goes first.
+        bar = ProgressBar(task.total, task.completed, width=SHORT)
+        parts: list[tuple[int, str | ProgressBar, str]] = [
+            (0, task.fields["what"], ""),
+            (4, bar, ""),
+            (1, steps, "green"),
+            (5, _clock(task.elapsed or 0), "yellow"),
+            (2, task.fields["left"], ""),
+            *((3 if place == 0 else 5 + place, text, "") for place, text in numbers),
+        ]
+        parts = [part for part in parts if part[1]]
+        while (room := self._console.width + GAP - sum(_width(part) + GAP for _, part, _ in parts)) < 0 and len(
+            parts
+        ) > 1:
+            parts.remove(max(parts, key=lambda part: part[0]))
+        bar.width = min(SHORT + max(room, 0), LONG)
+        line = Table.grid(padding=(0, GAP, 0, 0))
+        for _, _, style in parts:
+            line.add_column(no_wrap=True, style=style)
+        line.add_row(*(part for _, part, _ in parts))
+        return line
+
+
+def _width(part: str | ProgressBar) -> int:
+    return SHORT if isinstance(part, ProgressBar) else cell_len(part)
 
 
 class Work:
@@ -31,19 +74,7 @@ class Work:
         self._took: dict[str, float] = {}
         self._steps: deque[float] = deque(maxlen=RECENT)
         self._step = 0
-        self._bar = Progress(
-            TextColumn("{task.fields[what]}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            TextColumn(
-                "{task.fields[text]}", table_column=Column(ratio=1, no_wrap=True)
-            ),  # what a narrow terminal cuts off
-            console=console,
-            expand=True,
-            disable=not console.is_terminal,
-        )
+        self._bar = Progress(_Line(console), console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task(TRAINING, total=schedule.steps, what=TRAINING, text="", left="")
 
     def begin(self, step: int) -> None:

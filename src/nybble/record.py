@@ -28,7 +28,7 @@ def draw_loss(run: Run, file: pathlib.Path) -> None:
         axes.plot(*zip(*validation, strict=True), color="#d1603d", marker="o", linewidth=1.8, label="validation")
         step, loss = min(validation, key=lambda point: point[1])
         axes.annotate(f"best {loss:.3f}", (step, loss), xytext=(0, 10), textcoords="offset points", ha="right")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=run.folder.name)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.folder.name)
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6")
@@ -45,7 +45,7 @@ def write_card(run: Run, summary: Mapping[str, Any]) -> None:
     result = "no validation rows were held out"
     if validation:
         step = summary["kept_step"]
-        result = f"{validation['before']:.4f} before training, {validation['kept']:.4f} at step {step}, which is kept"
+        result = f"{validation['before']:.4f} before training, {validation['kept']:.4f} at step {step} (kept)"
     quantization = recipe.model.quantization
     body = f"""---
 base_model: {summary["base"]["name"]}
@@ -67,9 +67,9 @@ A LoRA adapter for `{summary["base"]["name"]}`, trained by nybble {summary["vers
 | adapter | r {lora.r}, alpha {lora.alpha:g}, targets {json.dumps(summary["adapter"]["targets"])} |
 | trained parameters | {summary["adapter"]["trainable_parameters"]:,} |
 | steps | {summary["steps"]}, peak learning rate {recipe.train.learning_rate:g} |
-| validation loss (nats a token) | {result} |
+| validation loss (nats per token) | {result} |
 | peak memory | {summary["peak_memory_gb"]:.2f} GB on {summary["device"]} |
-| speed while training | {summary["tokens_per_second"]:,.0f} tokens/s |
+| speed in training | {summary["tokens_per_second"]:,.0f} tokens/s |
 
 ![loss](loss.png)
 

@@ -85,6 +85,18 @@ class Run:
         text = (checkpoint / COMPLETE).read_text(encoding="utf-8") if checkpoint is not None else ""
         return {"seconds": 0.0, "peak_memory": 0, **(json.loads(text) if text else {})}
 
+    def place_best(self) -> None:
+        """Write into the newest checkpoint where the best one is now: Trainer records the path that it had, and forgets the
+        best where it is not found, as after a move or from another folder."""
+        checkpoint = self.latest_checkpoint()
+        if checkpoint is None:
+            return
+        file = checkpoint / "trainer_state.json"
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if state["best_model_checkpoint"] is not None:
+            best = self.checkpoints / pathlib.PurePath(state["best_model_checkpoint"]).name
+            write_json(file, {**state, "best_model_checkpoint": str(best)})
+
     def drop_unfinished(self) -> None:
         """Remove checkpoints that were cut off: they cannot be resumed, and take the room that others need."""
         for folder in self.checkpoints.glob("checkpoint-*"):
@@ -128,7 +140,7 @@ def refuse_existing(folder: pathlib.Path) -> None:
     if folder.exists():
         raise RunError(
             f"{folder} exists already",
-            fix=f"nybble train --resume {folder} to go on with it, or out=ANOTHER for a new run",
+            fix=f"to resume it: nybble train --resume {folder}; for a new run: out=ANOTHER",
         )
 
 
@@ -239,9 +251,10 @@ def check_unchanged(run: Run, now: Mapping[str, Any]) -> None:
     changes = _differences(then, now, "")
     if changes:
         raise RunError(
-            "the run cannot go on as it began; changed since:\n" + "\n".join(f"  - {change}" for change in changes),
+            "the run cannot be resumed, because these changed since it began:\n"
+            + "\n".join(f"  - {change}" for change in changes),
             where=str(run.folder / "start.json"),
-            fix="undo these changes, or begin a new run: nybble train -c RUN/recipe.yaml out=ANOTHER",
+            fix="undo these changes, or start a new run: nybble train -c RUN/recipe.yaml out=ANOTHER",
         )
 
 

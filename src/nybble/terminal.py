@@ -13,8 +13,8 @@ LABEL = 10
 NARROW = 24  # with less room than this beside a label, lines hang by two characters only
 JOINT = "\ue0f3"  # of Unicode's private use area: stands for a space at which a line must not be broken
 COMMAND = re.compile(
-    r"(?<![\w/.-])(nybble (chat|data|demo|doctor|eval|export|help|serve|train)|(pip|hf|git) \w+|python3? -|ls|mv|iconv|jq|gzip -"
-    r"|accelerate launch|curl|kill) [^,;\n]*|'[\w.]+=[^'\n]*'"
+    r"(?<![\w/.-])(nybble (chat|data|demo|doctor|eval|export|help|serve|train)|(uv pip|pip|hf|git|wandb) [\w-]+|python3? -\w+"
+    r"|ls|mv|cp -r|rm -r|jq|gzip|iconv|accelerate launch|curl|kill)(?![\w-])(\"[^\"\n]*\"|'[^'\n]*'|[^,;`\"\n])*|'[\w.]+=[^'\n]*'"
 )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from nybble.data.order import Order, batches, lengths_of
@@ -160,6 +160,15 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         with _without_walks(self.model):
             return super().train(*args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer looks whether it is at the end after each step; a run that goes on from its last step has none to make."""
+        early = [call for call in self.callback_handler.callbacks if isinstance(call, EarlyStoppingCallback)]
+        stopped = any(call.early_stopping_patience_counter >= call.early_stopping_patience for call in early)
+        if stopped or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(rows, torch.utils.data.IterableDataset):
@@ -259,7 +268,7 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
     def evaluation_loop(
         self, dataloader: DataLoader[Any], description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """Mean loss over all trained tokens, in nats a token."""
+        """Mean loss over all trained tokens, in nats per token."""
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for done, batch in enumerate(dataloader):

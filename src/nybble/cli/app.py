@@ -4,18 +4,41 @@ from __future__ import annotations
 
 import logging
 import pathlib
+import shlex
 import warnings
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from nybble import __version__
 from nybble.errors import RecipeError
 from nybble.places import default_cache, lend_home
 
+
+class Program(TyperGroup):
+    """All commands; the options of the program itself go before them."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command and its words.
+
+        Raises:
+            RecipeError: one of the program's options is among these, with the line to type.
+        """
+        name, command, words = super().resolve_command(ctx, args)
+        own = {option: parameter for parameter in self.params for option in parameter.opts}
+        for place, word in enumerate(words):
+            option, equals, _ = word.partition("=")
+            if option in own and not ctx.resilient_parsing:
+                end = place + (1 if equals or getattr(own[option], "is_flag", False) else 2)
+                line = ["nybble", *words[place:end], str(name), *words[:place], *words[end:]]
+                raise RecipeError(f"{option} goes before the command", fix=shlex.join(line))
+        return name, command, words
+
+
 app = typer.Typer(
+    cls=Program,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="QLoRA fine-tuning of Llama 2 and other Llama-architecture models: from a clean machine to a working model.",
@@ -41,7 +64,7 @@ def options(
     cache: Annotated[
         pathlib.Path | None,
         typer.Option(
-            help="Folder of quantised bases and tokenised data; else $XDG_CACHE_HOME/nybble or ~/.cache/nybble."
+            help="Folder for quantised bases and tokenised data; default: nybble in $XDG_CACHE_HOME or ~/.cache."
         ),
     ] = None,
 ) -> None:
@@ -66,7 +89,7 @@ def cache_folder(context: typer.Context) -> pathlib.Path:
 @app.command("help")
 def show_help(
     context: typer.Context,
-    words: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]", help="Of which command.")] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]", help="Command to explain.")] = None,
 ) -> None:
     """Show this help, or a command's: nybble help train."""
     here = context.parent
@@ -74,8 +97,9 @@ def show_help(
     for word in words or []:
         command = getattr(here.command, "commands", {}).get(word)
         if command is None:
-            there = ", ".join(getattr(here.command, "commands", {})) or "no commands below it"
-            raise RecipeError(f"there is no command {' '.join(words or [])}; there are {there}", fix="nybble help")
+            there = ", ".join(getattr(here.command, "commands", {}))
+            known = f"; the commands are {there}" if there else ""
+            raise RecipeError(f"there is no command {' '.join(words or [])}{known}", fix="nybble help")
         here = typer.Context(command, parent=here, info_name=word)
     typer.echo(here.get_help())
 

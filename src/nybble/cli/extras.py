@@ -20,11 +20,11 @@ def make_harness(names: list[str], data: pathlib.Path | None, limit: int | None,
         from nybble.evaluate.harness import Harness
     except ModuleNotFoundError as error:
         raise EvaluationError(
-            f"benchmarks are run by lm-eval, which is not installed ({error})",
+            f"benchmarks need lm-eval, which is not installed ({error})",
             fix="pip install 'nybble[eval]', or --tasks none",
         ) from error
     if data is not None and not data.is_dir():
-        raise EvaluationError(f"there is no folder {data}", fix="a folder with files TASK.SPLIT.jsonl")
+        raise EvaluationError(f"there is no folder {data}", fix="--data-dir FOLDER with files TASK.SPLIT.jsonl")
     harness = Harness(data, limit, batch)
     for name in names:
         harness.check_rows(name)
@@ -37,7 +37,7 @@ def make_converter() -> Converter:
         from nybble.export.gguf import Converter
     except ModuleNotFoundError as error:
         raise ExportError(
-            f"GGUF files are written by the gguf package, which is not installed ({error})",
+            f"GGUF export needs the gguf package, which is not installed ({error})",
             fix="pip install 'nybble[export]'",
         ) from error
     return Converter()

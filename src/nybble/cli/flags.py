@@ -70,13 +70,15 @@ def sort_words(words: Sequence[str], places: tuple[str, str], own: Sequence[str]
     names = " and ".join(place.split(".")[0].upper() for place in places)
     if len(named) > 2:
         raise RecipeError(
-            f"at most {names}, then key=value; what is {named[2]!r}?",
+            f"unexpected {named[2]!r}: expected at most {names}, then key=value",
             fix="options are written key=value: train.epochs=2",
         )
     texts = dict(zip(places, named, strict=False))
     for key, text in texts.items():
         if twice := next((word for word in options if word.startswith(key + "=")), None):
-            raise RecipeError(f"{key.split('.')[0].upper()} was given twice: {text} and {twice}", fix="one of them")
+            raise RecipeError(
+                f"{key.split('.')[0].upper()} was given twice: {text} and {twice}", fix="keep one of them"
+            )
     return texts, options
 
 
@@ -141,10 +143,12 @@ def _refuse_spaces(key: str, value: str) -> None:
 
 def _no_such(flag: str, value: str, found: Sequence[str], own: Sequence[str]) -> RecipeError:
     if found:
-        return RecipeError(f"{flag} may be {' or '.join(found)}", fix=" or ".join(f"{key}={value}" for key in found))
+        return RecipeError(
+            f"{flag} is ambiguous: it may be {' or '.join(found)}", fix=" or ".join(f"{key}={value}" for key in found)
+        )
     near = difflib.get_close_matches(flag, own, n=1, cutoff=0.75)
     option = nearest_option(flag.lstrip("-").replace("-", "_"))
     line = f"{option}={value}" if option and value else example(option) if option else None
     return RecipeError(
-        f"there is no option {flag}", fix=near[0] if near else line or "nybble train --print-config shows every option"
+        f"there is no option {flag}", fix=near[0] if near else line or "every option: nybble train --print-config"
     )

@@ -9,10 +9,10 @@ from rich.table import Table
 from nybble.recipe import Options, Recipe
 
 EXAMPLES = (
-    ("nybble train models/llama-2-7b rows.jsonl", "a folder or a Hub id, and a file"),
+    ("nybble train models/llama-2-7b rows.jsonl", "model from a folder or the Hub, rows from a file"),
     ("nybble train models/llama-2-7b rows.jsonl train.epochs=3 lora.r=32 out=runs/first", "with options"),
-    ("nybble train -c recipes/llama2-7b-alpaca.yaml data.path=rows.csv", "a recipe, and what differs from it"),
-    ("nybble train --resume runs/first", "a run that was interrupted"),
+    ("nybble train -c recipes/llama2-7b-alpaca.yaml data.path=rows.csv", "a recipe, with a change"),
+    ("nybble train --resume runs/first", "resume an interrupted run"),
 )
 KEYS = (
     "train.epochs",

@@ -18,7 +18,7 @@ from nybble.launch import rank, refuse_second_launcher, world_size
 if TYPE_CHECKING:
     from nybble.recipe import Recipe
 
-data = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
+data = typer.Typer(no_args_is_help=True, help="Check and preview data before training.")
 app.add_typer(data, name="data")
 Words = Annotated[
     list[str] | None,
@@ -35,7 +35,7 @@ def doctor(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Also check access to this Hub id or folder.")] = None,
 ) -> None:
-    """Is this machine ready? One line a check, one fix a line, one verdict."""
+    """Check this machine; each problem comes with its fix."""
     quiet()
     from nybble.doctor import examine, exit_status, render
 
@@ -49,9 +49,9 @@ def check(
     context: typer.Context,
     words: Words = None,
     config: Config = None,
-    png: Annotated[pathlib.Path | None, typer.Option(help="Draw the lengths of rows there.")] = None,
+    png: Annotated[pathlib.Path | None, typer.Option(help="Write a plot of the row lengths to this file.")] = None,
 ) -> None:
-    """Is this data fit? Rows, forms, faults with file:line; with MODEL also tokens, masks, lengths, steps and time."""
+    """Check data: rows, formats, faults with file:line; with MODEL also tokens, masks, lengths, steps and time."""
     recipe = data_recipe(words or [], config, own_options(context))
     refuse_missing(recipe)
     if recipe.model.path:
@@ -70,14 +70,16 @@ def preview(
     context: typer.Context,
     words: Words = None,
     config: Config = None,
-    count: Annotated[int, typer.Option("-n", "--rows", min=1, help="How many rows.")] = 3,
+    count: Annotated[int, typer.Option("-n", "--rows", min=1, help="Number of rows.")] = 3,
     ids: Annotated[bool, typer.Option("--ids", help="Show token ids too.")] = False,
 ) -> None:
-    """The exact text the model reads: trained tokens in one colour, others in another, control tokens visible."""
+    """Show the exact text the model reads, with trained tokens coloured and control tokens visible."""
     recipe = data_recipe(words or [], config, own_options(context))
     refuse_missing(recipe)
     if not recipe.model.path:
-        raise RecipeError("MODEL is missing", fix="nybble data preview DATA MODEL; a folder with its tokenizer will do")
+        raise RecipeError(
+            "MODEL is missing", fix="nybble data preview DATA MODEL; a folder with its tokenizer is enough"
+        )
     quiet()
     from nybble.check import describe
     from nybble.data.preview import preview as show
@@ -97,11 +99,11 @@ def train(
         ),
     ] = None,
     config: Config = None,
-    resume: Annotated[pathlib.Path | None, typer.Option(help="Go on with an interrupted run.")] = None,
-    processes: Annotated[int | None, typer.Option(help="Data-parallel processes, one a GPU.", min=1)] = None,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print the whole recipe and stop.")] = False,
+    resume: Annotated[pathlib.Path | None, typer.Option(help="Resume an interrupted run.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Data-parallel processes, one per GPU.", min=1)] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the complete recipe and exit.")] = False,
 ) -> None:
-    """Train an adapter: nybble train MODEL DATA key=value ..., or -c recipe.yaml, or both. Gives runs/NAME."""
+    """Train an adapter: nybble train MODEL DATA key=value ..., or -c recipe.yaml, or both. Writes runs/NAME."""
     recipe = train_recipe(words or [], config, resume, processes, own_options(context))
     if print_config:
         from nybble.recipe import dump_recipe
@@ -164,23 +166,21 @@ def _check_places(recipe: Recipe, resumed: pathlib.Path | None, cache: pathlib.P
 @app.command()
 def demo(
     context: typer.Context,
-    seed: Annotated[int, typer.Option(min=0, help="Changes orders, words, initialisation: another experiment.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of orders, words and initialisation.")] = 1,
     out: Annotated[pathlib.Path, typer.Option(help="Run folder.")] = pathlib.Path("runs/demo"),
-    weights: Annotated[
-        pathlib.Path | None, typer.Option(help="Only write the embedded model there, to train on.")
-    ] = None,
+    weights: Annotated[pathlib.Path | None, typer.Option(help="Only write the embedded model to this folder.")] = None,
 ) -> None:
-    """All of it in minutes, on a CPU, offline: a small model learns to turn orders into JSON."""
+    """Run the whole pipeline in minutes, offline, on a CPU: train a small model to turn orders into JSON."""
     from nybble.places import check_places, check_writable, explained_disk, no_empty_folders
 
     if weights is not None:
-        check_writable(weights, "the model", "--weights FOLDER with a folder that can be written to")
+        check_writable(weights, "the model", "--weights FOLDER, in a writable place")
         quiet()
         from nybble.demo.embedded import unpack
 
         with explained_disk(weights), no_empty_folders(weights):
             unpack(weights)
-        typer.echo(f"SmolLM2-135M-Instruct stands in {weights}; train it: nybble train {weights} DATA")
+        typer.echo(f"SmolLM2-135M-Instruct was written to {weights}/; train it: nybble train {weights} DATA")
         return
     from nybble.run import refuse_existing
 

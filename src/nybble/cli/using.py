@@ -23,16 +23,14 @@ Stored = Literal["auto", "bfloat16", "float16"]
 def chat(
     context: typer.Context,
     run: Folder,
-    prompt: Annotated[str | None, typer.Option(help="Answer this one message and stop.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Answer this one message and exit.")] = None,
     system: Annotated[
-        str | None, typer.Option(help="System message; by default the training rows', '' for none.")
+        str | None, typer.Option(help="System message; default: that of the training rows; '' for none.")
     ] = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Show the base model's answer beside the tuned one's.")
-    ] = False,
-    base: Annotated[str | None, typer.Option(help="Where the base model is now, if it moved.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Show the base model's answers too.")] = False,
+    base: Annotated[str | None, typer.Option(help="New location of the base model, if it moved.")] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
@@ -64,23 +62,23 @@ def evaluate(
     context: typer.Context,
     run: Folder,
     tasks: Annotated[
-        str, typer.Option(help="Benchmarks by lm-eval's names, with commas between them; none goes without.")
+        str, typer.Option(help="lm-eval benchmarks, comma-separated; or none.")
     ] = "hellaswag,arc_easy,arc_challenge,piqa,winogrande",
-    limit: Annotated[int, typer.Option(min=0, help="Items a benchmark; 0 for all.")] = 200,
+    limit: Annotated[int, typer.Option(min=0, help="Items per benchmark; 0 for all.")] = 200,
     data_dir: Annotated[
-        pathlib.Path | None, typer.Option(help="Folder with the benchmarks' rows, TASK.SPLIT.jsonl; else the Hub.")
+        pathlib.Path | None, typer.Option(help="Folder with the benchmarks' rows, TASK.SPLIT.jsonl; default: the Hub.")
     ] = None,
-    text: Annotated[list[pathlib.Path] | None, typer.Option(help="A text whose perplexity is measured.")] = None,
+    text: Annotated[
+        list[pathlib.Path] | None, typer.Option(help="Text file to measure perplexity on; repeatable.")
+    ] = None,
     answers: Annotated[int, typer.Option(min=0, help="Held-out prompts to answer and score.")] = 50,
     data: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Where the run's rows are now, if they moved: each of its sources, then its validation file."
-        ),
+        typer.Option(help="New location of the run's data, if it moved: each source, then the validation file."),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Where the base model is now, if it moved.")] = None,
+    base: Annotated[str | None, typer.Option(help="New location of the base model, if it moved.")] = None,
 ) -> None:
-    """Did it get better? Base against tuned: benchmarks, held-out loss, answers; a report in RUN/report.html."""
+    """Compare base and tuned model: benchmarks, held-out loss, answers. Writes RUN/report.html."""
     from nybble.places import check_cache, check_report
     from nybble.run import open_run
 
@@ -112,16 +110,18 @@ def export(
     context: typer.Context,
     run: Folder,
     to: Annotated[Target, typer.Option(help="adapter (PEFT), merged (a Transformers folder) or gguf (llama.cpp).")],
-    out: Annotated[pathlib.Path | None, typer.Option(help="Where to; without it, RUN/export/TO.")] = None,
-    push: Annotated[str | None, typer.Option(help="Upload it to this repository of the Hub, private.")] = None,
+    out: Annotated[pathlib.Path | None, typer.Option(help="Output folder; default: RUN/export/TO.")] = None,
+    push: Annotated[str | None, typer.Option(help="Also upload it to this Hub repository, as private.")] = None,
     merge_base: Annotated[
-        MergeBase, typer.Option(help="What the adapter is added to; auto takes what is closer to the run.")
+        MergeBase, typer.Option(help="Base to merge into; auto takes the one closer to the run.")
     ] = "auto",
-    dtype: Annotated[Stored, typer.Option(help="Of merged weights; auto is the base's own 16-bit type.")] = "auto",
-    quant: Annotated[str, typer.Option(help="GGUF types, with commas: F16, Q8_0, Q4_0, Q4_K_M and its kin.")] = "Q8_0",
-    base: Annotated[str | None, typer.Option(help="Where the base model is now, if it moved.")] = None,
+    dtype: Annotated[Stored, typer.Option(help="Type of merged weights; auto is the base's own 16-bit type.")] = "auto",
+    quant: Annotated[
+        str, typer.Option(help="GGUF types, comma-separated: F16, Q8_0, Q4_0, Q4_K_M and other K-quants.")
+    ] = "Q8_0",
+    base: Annotated[str | None, typer.Option(help="New location of the base model, if it moved.")] = None,
 ) -> None:
-    """Make an artefact that answers like the run, checked in the program that loads it. Gives RUN/export/TO."""
+    """Export a model, verified to answer like the run. Writes RUN/export/TO."""
     from nybble.places import check_cache, check_export
     from nybble.run import open_run
 
@@ -143,32 +143,34 @@ def export(
 @app.command()
 def serve(
     context: typer.Context,
-    runs: Annotated[list[pathlib.Path], typer.Argument(metavar="RUN [RUN2 ...]", help="Run folders of one base.")],
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    runs: Annotated[
+        list[pathlib.Path], typer.Argument(metavar="RUN [RUN2 ...]", help="Run folders that share a base.")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on; a non-local one needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     api_key: Annotated[
-        str | None, typer.Option(help="Key that requests must bring; other users of this machine can read it here.")
+        str | None, typer.Option(help="API key that requests must send; other users of this machine can see it here.")
     ] = None,
     api_key_file: Annotated[
-        pathlib.Path | None, typer.Option(help="File with the key in its first line; - is standard input.")
+        pathlib.Path | None, typer.Option(help="File whose first line is the API key; - is standard input.")
     ] = None,
     allow_origin: Annotated[
         list[str] | None,
         typer.Option(help="Web page whose scripts may use the server (CORS), e.g. https://app.example; repeatable."),
     ] = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="Host name to answer to without a key, besides localhost; repeatable.")
+        list[str] | None, typer.Option(help="Host name accepted without a key, besides localhost; repeatable.")
     ] = None,
     engine: Annotated[str, typer.Option(help="pipeline, continuous (one merged run) or vllm.")] = "pipeline",
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
-    base: Annotated[str | None, typer.Option(help="Where the base model is now, if it moved.")] = None,
-    queue: Annotated[int, typer.Option(min=16, help="Answers that may wait; more are sent away with 429.")] = 128,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds that one request may take.")] = 600,
+    base: Annotated[str | None, typer.Option(help="New location of the base model, if it moved.")] = None,
+    queue: Annotated[
+        int, typer.Option(min=16, help="Answers that may wait; beyond that, requests get status 429.")
+    ] = 128,
+    timeout: Annotated[float, typer.Option(min=1, help="Time limit per request, in seconds.")] = 600,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers to the log.")] = False,
 ) -> None:
-    """Answer on an OpenAI-compatible API, with a small page: http://127.0.0.1:8000/."""
+    """Serve runs on an OpenAI-compatible API, with a chat page: http://127.0.0.1:8000/."""
     from nybble.places import check_cache
     from nybble.run import open_run
 

@@ -29,7 +29,7 @@ def train_recipe(
     if resume is not None:
         if words or config is not None or processes is not None:
             raise RecipeError(
-                "--resume goes on with the run's own recipe and takes no other option",
+                "--resume uses the run's own recipe and takes no other options",
                 fix=f"nybble train --resume {resume}",
             )
         from nybble.run import open_run
@@ -91,7 +91,7 @@ def refuse_missing(recipe: Recipe) -> None:
     """
     model, data = recipe.model.path, recipe.data
     if model and not os.path.exists(model) and (_can_be_only_a_path(model) or "/" not in model):
-        raise _missing(ModelError, f"there is no folder {model}, and it is no Hub id (owner/name)", model)
+        raise _missing(ModelError, f"there is no folder {model}, and it is not a Hub id (owner/name)", model)
     if recipe.adapter is not None and not os.path.exists(recipe.adapter):
         raise _missing(ModelError, f"there is no adapter in {recipe.adapter}: no such folder", recipe.adapter)
     rows = [*data.names, *([data.validation] if isinstance(data.validation, str) else [])]

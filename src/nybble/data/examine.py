@@ -83,11 +83,12 @@ def examine(
     """
     sources = sources_of(options)
     forms = forms_of(sources, options)
+    forms = dataclasses.replace(forms, as_before=template is not None and template.is_of_0_5)
     template = template or choose_template(tokenizer, options.template, forms.likeliest)
     assert template.ends, "a template that works at all"
     key = _key(sources, forms, template, options)
     places = repr([(source.name, [str(file) for file in source.files]) for source in sources])  # as rows and faults say
-    folder = cache / "tokens" / hashlib.sha256(f"{CACHE_VERSION}{key}{places}".encode()).hexdigest()
+    folder = cache / "tokens" / hashlib.sha256(f"{CACHE_VERSION}{forms.as_before}{key}{places}".encode()).hexdigest()
     cached = (folder / "found.json").exists()
     if not cached:
         _write(folder, rows_of(sources, options), Pass(forms, template, options, progress))
@@ -96,7 +97,7 @@ def examine(
     lengths = {int(length): count for length, count in found["lengths"].items()}
     tokens = Dataset.from_file(str(folder / "tokens.arrow"))
     counts = Counts(**found["counts"])
-    if any(counts.notices.values()):  # rows that version 0.5.1 refused: a run of it that left them out had other data
+    if any(counts.notices.values()):  # rows that 0.5.1 refused: a run of it that left them out had other data
         key = hashlib.sha256(f"{key} and more".encode()).hexdigest()
     return Examined(tokens, sources, forms, template, counts, found_faults, lengths, key, cached)
 
@@ -141,7 +142,7 @@ def unfit(
         leave_out = "; data.bad_rows=drop leaves them out" if counts.faulty < counts.rows else ""
         yield DataError(
             "\n".join([f"{counts.faulty:,} of {counts.rows:,} rows cannot be trained on:", *shown]),
-            fix=(wrong[0].fix or "mend or delete these rows") + leave_out,
+            fix=(wrong[0].fix or "fix or delete these rows") + leave_out,
         )
     if counts.rows == 0:
         yield DataError("there are no rows")
@@ -161,7 +162,7 @@ def unfit(
         longest = max(lengths)
         yield DataError(
             f"{counts.overlength:,} of {counts.distinct:,} rows are longer than data.max_length={options.max_length} "
-            f"(the longest has {longest:,} tokens); more than {OVERLENGTH_SHARE:.0%} is not dropped unasked. Truncated, "
+            f"(the longest has {longest:,} tokens); nybble drops more than {OVERLENGTH_SHARE:.0%} only if asked. Truncated, "
             f"they would lose {counts.lost_answer_tokens:,} answer tokens",
             fix=f"data.max_length={longest}, or data.overlength=truncate, or data.overlength=drop",
         )

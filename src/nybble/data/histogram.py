@@ -58,7 +58,7 @@ def draw(lengths: Mapping[int, int], limit: int, file: pathlib.Path) -> None:
     axes.hist(list(lengths), weights=list(lengths.values()), bins=60, range=(0, edge * 1.05), color="#1d5b79")
     axes.axvline(limit, color="#d1603d", linewidth=1.5, label=f"data.max_length={limit:,}")
     axes.set(
-        xlabel="tokens a row",
+        xlabel="tokens per row",
         ylabel="rows",
         title=f"{sum(lengths.values()):,} rows, the longest {max(lengths):,} tokens",
     )

@@ -45,7 +45,7 @@ def read(place: Place) -> Iterator[Row]:
             return
         except BROKEN_OFF as error:
             raise DataError(
-                f"reading breaks off: {error}",
+                f"reading stopped: {error}",
                 where=origin,
                 fix="check the network, and the data set's page for its files",
             ) from error
@@ -79,16 +79,16 @@ def _open(place: Place) -> Dataset | IterableDataset:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, DatasetNotFoundError) or status in (401, 403, 404):
             raise DataError(
-                f"{place.id} is neither a file here nor a data set on the Hub that this login can read",
+                f"{place.id} is neither a local file nor a Hub data set that this login can read",
                 fix="check the name; for a private or gated one: hf auth login, and accept its terms on its page",
             ) from error
         raise DataError(
-            f"{place.id} is no file here, and the Hub could not be read for it: {error}",
+            f"{place.id} is not a file here, and the Hub could not be read: {error}",
             fix="check the network, or the path if a file or folder was meant",
         ) from error
     except (DatasetsError, RuntimeError) as error:  # no data files, files that cannot be parsed, a loading script
         why = error.__cause__ or error  # DatasetGenerationError says no more than its name
-        raise DataError(f"{place.id} cannot be read: {why}", fix="take a data set of plain files") from error
+        raise DataError(f"{place.id} cannot be read: {why}", fix="use a data set of plain files") from error
     except ValueError as error:  # an unknown split or subset: the message lists those that exist
         raise DataError(f"{place.id}: {error}", fix="set data.split and data.subset") from error
 

@@ -47,7 +47,7 @@ def preview(
     for sample in samples:
         _print(sample, tokenizer, console, plain, ids)
     if reading.counts.faulty:
-        line = f"{reading.counts.faulty} rows before these cannot be trained on: nybble data check"
+        line = f"{reading.counts.faulty} rows before these cannot be trained on; nybble data check lists them"
         console.print()
         tell(console, Text(line, "yellow"), hang=2)
 

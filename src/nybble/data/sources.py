@@ -48,7 +48,7 @@ def find_sources(
     """
     weights = paths if isinstance(paths, Mapping) else dict.fromkeys([paths] if isinstance(paths, str) else paths, 1.0)
     if not weights or not all(weights):
-        raise DataError("no data was named", fix="nybble train MODEL DATA, where DATA is a file or a Hub id")
+        raise DataError("no data was given", fix="nybble train MODEL DATA, where DATA is a file or a Hub id")
     found = []
     for name, weight in weights.items():
         files = _files(name)
@@ -99,17 +99,17 @@ def _files(name: str) -> tuple[pathlib.Path, ...]:
         _refuse_saved(path)
         inside = sorted(file for file in path.rglob("*") if _is_data(file.relative_to(path)) and file.is_file())
         if not inside:
-            raise DataError(f"the folder {path} holds no file that nybble reads", fix=_kinds_fix())
+            raise DataError(f"the folder {path} contains no file that nybble reads", fix=_kinds_fix())
         return tuple(inside)
     if path.exists():
         if kind_of(path) not in KINDS:
-            raise DataError(f"{path.name} is of no kind that nybble reads", where=str(path), fix=_kinds_fix())
+            raise DataError(f"{path.name} is not a kind of file that nybble reads", where=str(path), fix=_kinds_fix())
         return (path,)
     if PATTERN & set(name):
         root = pathlib.Path(path.anchor or ".")
         matches = sorted(file for file in root.glob(str(path.relative_to(path.anchor))) if file.is_file())
         if not matches:
-            raise DataError(f"no file matches {name}", fix="put the pattern in quotes, and see what ls says to it")
+            raise DataError(f"no file matches {name}", fix="put the pattern in quotes, and check it with ls")
         return tuple(file for match in matches for file in _files(str(match)))
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or kind_of(path) in KINDS:
         raise DataError(f"there is no file {path}", fix=f"ls {path.parent}")
@@ -127,7 +127,7 @@ def _refuse_saved(folder: pathlib.Path) -> None:
     if has_splits or (folder / "state.json").exists():
         split = '["train"]' if has_splits else ""
         raise DataError(
-            f"{folder} was written by save_to_disk of Datasets, whose arrow files nybble does not read",
+            f"{folder} was written by Datasets' save_to_disk; nybble does not read its arrow files",
             fix=f'python -c \'from datasets import load_from_disk as load; load("{folder}"){split}'
             f'.to_parquet("{folder}.parquet")\'',
         )

@@ -81,7 +81,7 @@ class StreamedRows(torch.utils.data.IterableDataset[Any]):
                     yield replace(row, source=number)
             if not some:
                 raise DataError(
-                    f"{self.sources[number].name} has no rows beside the {len(self.held_out)} that are held out",
+                    f"{self.sources[number].name} has no rows besides the {len(self.held_out)} held out",
                     fix="a smaller data.validation, or a file",
                 )
 

@@ -66,7 +66,7 @@ class Template:
         verbatim: keep white space around messages; off, it is stripped, so that a prompt never ends in a space.
         day: what a template that reads the clock is told; None where it reads none.
         bos: whether a document begins with BOS; None: where the tokenizer itself puts one.
-        known_as: the Jinja text that the fingerprint is of, where that is another.
+        known_as: of a run of version 0.5.1, the Jinja text that its fingerprint is of, which held no day.
 
     Raises:
         DataError: the template fails, rewrites what was said, or cannot be split into a prompt and its answer.
@@ -84,6 +84,8 @@ class Template:
         self.puts_bos = puts_bos(tokenizer)
         self.document_bos = (self.puts_bos if bos is None else bos) and tokenizer.bos_token is not None
         self._known_as = known_as or self.source
+        self.is_of_0_5 = known_as is not None
+        """Whether a run of version 0.5.1 has it: its rows are read again by the rules of then."""
         self.takes_input = "message.input" in source
         self._special = _special_tokens(tokenizer)
         self._split = re.compile("|".join(re.escape(token) for token in sorted(self._special, key=len, reverse=True)))
@@ -175,8 +177,8 @@ class Template:
             content, extra = content.strip(), extra.strip()
         if word := self._control_words.search(f"{content}\0{extra}"):
             raise DataError(
-                f"the {message.role} says {word[0]}, which the template {self.name} steers the model by",
-                fix=f"write it otherwise, [ INST ] for [INST], or take another template than {self.name}",
+                f"the {message.role}'s text contains {word[0]}, a control word of the template {self.name}",
+                fix=f"write it differently, [ INST ] for [INST], or use a template other than {self.name}",
             )
         if extra and not self.takes_input:
             content, extra = f"{content}\n\n{extra}", ""
@@ -214,8 +216,8 @@ class Template:
         prompt = self._render(messages[:n], generation=True) if n else greeting
         if not text.startswith(prompt):
             raise DataError(
-                f"the template {self.name} renders a prompt that is no beginning of prompt and answer, so what is "
-                "trained would differ from what is asked later",
+                f"the template {self.name} renders a prompt that is not the beginning of prompt and answer, so "
+                "training would differ from inference",
                 fix="data.template=alpaca, llama2 or a Jinja file of your own",
             )
         close = self._split.search(text, end)
@@ -223,7 +225,7 @@ class Template:
         if close is None or (following is not None and following.start() < close.start()):
             raise DataError(
                 f"the template {self.name} writes no control token after an answer, so the model would never stop",
-                fix="put {{ eos_token }} behind the assistant's message",
+                fix="put {{ eos_token }} after the assistant's message",
             )
         return len(prompt), close.end()
 
@@ -320,12 +322,12 @@ def _models_own(own: str | dict[str, str] | None) -> str:
     if isinstance(own, dict):
         if "default" not in own and len(own) > 1:
             raise DataError(
-                f"the model brings several chat templates, and none is named default: {', '.join(sorted(own))}",
+                f"the model has several chat templates, none of them named default: {', '.join(sorted(own))}",
                 fix=f"data.template={sorted(own)[0]}, or another of them",
             )
         return own.get("default") or next(iter(own.values()))
     if not isinstance(own, str):
-        raise DataError("the model brings no chat template", fix="data.template=alpaca, llama2 or a Jinja file")
+        raise DataError("the model has no chat template", fix="data.template=alpaca, llama2 or a Jinja file")
     return own
 
 
@@ -361,7 +363,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     named = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
     special = {**added, **named}
     if tokenizer.eos_token is None or not special:
-        raise DataError("the tokenizer names no EOS token, so no answer could be ended")
+        raise DataError("the tokenizer has no EOS token, so answers could not end")
     return special
 
 

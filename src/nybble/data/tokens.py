@@ -68,7 +68,7 @@ def check_ids(ids: Sequence[int], rows: int, tokenizer: PreTrainedTokenizerBase)
     token = f" ({tokenizer.convert_ids_to_tokens(odd)})" if 0 <= odd < len(tokenizer) else ""
     raise DataError(
         f"the model has no token {odd}{token}: its embeddings are for ids 0 to {rows - 1:,}",
-        fix="take the tokenizer that came with the weights; an adapter trained with added tokens needs the base that has "
+        fix="use the tokenizer that came with the weights; an adapter trained with added tokens needs the base that has "
         "them: --base PATH",
     )
 

@@ -22,7 +22,7 @@ from nybble.errors import DataError
 
 ROWS = 64  # in one look
 SHOWN = 5
-DEFECT = "the data are not at fault: a template of your own, or nybble; please report it with this message"
+DEFECT = "the fault is not in the data but in your own template or in nybble; please report it with this message"
 
 
 @dataclass(frozen=True)
@@ -57,24 +57,24 @@ class Rules:
         """What is wrong with a sample as the collator gives it."""
         ids, labels = given.ids, given.labels
         if not given.apart:
-            yield "it can see other rows, or they it"
+            yield "it can attend to other rows, or they to it"
         if not given.whole:
             yield "attention leaves out some of its tokens"
         if (given.behind != IGNORED).any():
             yield "padding is trained"
         if not numpy.array_equal(ids, sample["input_ids"]):
-            yield "the batch holds other tokens than the row"
+            yield "the batch's tokens differ from the row's"
             return
         trained = labels != IGNORED
         if not trained.any():
             yield "no token is trained"
             return
         if (labels[trained] != ids[trained]).any():
-            yield "a label is not the token at its place"
+            yield "a label differs from its token"
         if not numpy.array_equal(trained[1:], numpy.asarray(sample["trained"], dtype=bool)[1:]):
-            yield "other tokens are trained than those of the answers"
+            yield "the trained tokens are not those of the answers"
         elif not numpy.array_equal(given.counted, trained):
-            yield "the loss counts other tokens than those with a label"
+            yield "the tokens that the loss counts are not those with a label"
         last = numpy.flatnonzero(trained & ~numpy.append(trained[1:], False))
         yield from self._ends(sample, ids, trained, last)
         yield from self._beginnings(sample, ids, trained, len(last))
@@ -87,7 +87,7 @@ class Rules:
             if not numpy.isin(ids[trained], ends).any():
                 yield "EOS is not trained"
         elif not numpy.isin(ids[last], ends).all():
-            yield "EOS is not trained behind an answer, so the model would not stop"
+            yield "EOS is not trained after an answer, so the model would not stop"
 
     def _beginnings(self, sample: Sample, ids: numpy.ndarray, trained: numpy.ndarray, answers: int) -> Iterator[str]:
         bos = self.template.tokenizer.bos_token_id
@@ -95,13 +95,13 @@ class Rules:
             return
         places = ids == bos
         if (places[1:] & places[:-1]).any():
-            yield "BOS stands twice in a row"
+            yield "two BOS tokens in a row"
         first, more = self.template.bos_of_turns
         if first > 1 or self.train_on != "answers" or sample.get("is_piece", False) or trained[1:].all():
             return  # BOS marks every speaker, or turns cannot be told by their answers, or there are none
         expected = first + (answers - 1) * more
         if places.sum() != expected or (first and not places[0]):
-            yield f"BOS stands {places.sum()} times, where the template {self.template.name} wants {expected}"
+            yield f"{places.sum()} BOS tokens, where the template {self.template.name} has {expected}"
 
 
 def inspect(
@@ -132,7 +132,7 @@ def inspect(
         progress(min(start + ROWS, len(rows)))
     if found:
         more = [f"  and {count - len(found):,} more"] if count > len(found) else []
-        raise DataError("\n".join(["what would be trained is not what it should be:", *found, *more]), fix=DEFECT)
+        raise DataError("\n".join(["these rows would not be trained as they should be:", *found, *more]), fix=DEFECT)
 
 
 def _fetched(rows: Any, start: int) -> list[Any]:

@@ -301,7 +301,7 @@ def _first(
             refused.append(f"{backend.name} refused: {str(error).splitlines()[0]}")
             continue
         return backend
-    refused.append("plain torch is left, with memory quadratic in the length")
+    refused.append("using plain torch, with memory quadratic in the length")
     return Plain()
 
 

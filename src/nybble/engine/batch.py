@@ -39,7 +39,7 @@ def layout_of(inputs: Mapping[str, Any]) -> Layout:
     if inputs.get("past_key_values") is not None:
         raise Unfit("a key-value cache is given")
     if inputs.get("output_attentions"):
-        raise Unfit("attentions are asked for")
+        raise Unfit("attentions are requested")
     if inputs.get("is_causal") is False:
         raise Unfit("attention is not causal (is_causal=False)")
     given = tokens_of(inputs)
@@ -66,7 +66,7 @@ def tokens_of(inputs: Mapping[str, Any]) -> torch.Tensor:
 
 def _padded(mask: Any, given: torch.Tensor) -> Layout:
     if not isinstance(mask, torch.Tensor) or mask.shape != given.shape[:2]:
-        raise Unfit("an attention mask that is not one of padding")
+        raise Unfit("an attention mask other than padding")
     spans = spans_of(mask)
     if spans is None:
         raise Unfit("an attention mask with holes between real tokens")

@@ -23,7 +23,7 @@ class EmbeddingOnHost:
         self.device = device
         known: bool = type(embedding) is torch.nn.Embedding
         if not known or embedding.weight.requires_grad:
-            raise EngineError("the embedding is trained and cannot lie on the host", fix='embedding="device"')
+            raise EngineError("the embedding is trained and cannot stay on the host", fix='embedding="device"')
         if backbone.config.tie_word_embeddings:
             raise EngineError("the embedding is also the head, which is needed on the device", fix='embedding="device"')
         weight = embedding.weight.data.cpu()

@@ -64,7 +64,7 @@ def fuse(model: torch.nn.Module, policy: Policy = "auto", *, embedding: Literal[
     found, passed = result.read(list(readers))
     result.last = Met(len(found), passed)
     for refusal, count in Counter(passed).items():
-        result.tell(f"{count} of {len(readers)} decoder layers keep their own forward: {refusal}")
+        result.tell(f"{count} of {len(readers)} decoder layers keep their original forward: {refusal}")
     return model
 
 
@@ -97,8 +97,8 @@ def _backbone(model: torch.nn.Module) -> LlamaModel:
     raise EngineError(
         f"there are {len(found)} Llama backbones in {type(model).__name__}" if found else
         f"there is no Llama backbone in {type(model).__name__}",
-        fix="fuse each model by itself" if found else
-        "nybble.fuse knows models of the Llama architecture (transformers' LlamaModel)",
+        fix="fuse each model separately" if found else
+        "nybble.fuse supports models of the Llama architecture (transformers' LlamaModel)",
     )  # fmt: skip
 
 
@@ -107,6 +107,6 @@ def _refuse_spread(backbone: LlamaModel) -> None:
         if hasattr(module, "_hf_hook"):
             raise EngineError(
                 f"{name or 'the model'} has Accelerate's hooks ({type(module._hf_hook).__name__}): its layers are spread "
-                "over devices or offloaded, and the fused engine computes on one",
+                "over devices or offloaded, but the fused engine uses one device",
                 fix='load the model with device_map={"": 0}',
             )

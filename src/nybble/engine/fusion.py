@@ -91,7 +91,7 @@ class Fusion:
         if self.last.policies:
             lines.append(f"kept for backward: {self.kept_words()}")
         if self.last.standing:
-            lines.append(f"memory is left: the weights of {self.last.standing} layers stay dequantised")
+            lines.append(f"spare memory keeps the weights of {self.last.standing} layers dequantised")
         return "\n".join([*lines, *(f"{n} not fused: {why}" for why, n in Counter(self.last.passed).items())])
 
     def kept_words(self) -> str:
@@ -113,7 +113,7 @@ class Fusion:
     def _read(self, layer: LlamaDecoderLayer) -> FusedLayer:
         reader = self.readers.get(layer)
         if reader is None or not self.is_ours(layer):
-            raise Ineligible("its forward is another than nybble.fuse had set; fuse again")
+            raise Ineligible("its forward was replaced after nybble.fuse; fuse again")
         return reader.read()
 
     def is_ours(self, layer: LlamaDecoderLayer) -> bool:
@@ -145,7 +145,7 @@ def begin(backbone: LlamaModel, words: tuple[Any, ...], keywords: dict[str, Any]
     self: Fusion = backbone.nybble_fusion
     if getattr(backbone, "_is_replica", False):
         raise EngineError(
-            "torch.nn.DataParallel copies the layers to several devices, and the fused engine computes on one",
+            "torch.nn.DataParallel copies the layers to several devices, but the fused engine uses one",
             fix="CUDA_VISIBLE_DEVICES=0, or start one process a device: accelerate launch, torchrun",
         )
     keywords = {**dict(zip(NAMES, words, strict=False)), **keywords}

@@ -96,7 +96,7 @@ def read_group(watched: Watched, parent: torch.nn.Module, names: Sequence[str]) 
 
 def _read_base(watched: Watched, name: str, base: Any) -> Frozen:
     if type(base) not in (Linear4bit, torch.nn.Linear):
-        raise Ineligible(f"{name} stands on a {type(base).__qualname__}")
+        raise Ineligible(f"{name} is built on a {type(base).__qualname__}")
     check_unhooked(watched, name, base)
     if watched.parameter(base, "bias") is not None:
         raise Ineligible(f"{name} has a bias")
@@ -108,7 +108,7 @@ def _read_base(watched: Watched, name: str, base: Any) -> Frozen:
     watched.place(weight)
     if type(base) is torch.nn.Linear:
         if weight.shape != (base.out_features, base.in_features):
-            raise Ineligible(f"{name}'s weight of shape {tuple(weight.shape)} is a part of it")
+            raise Ineligible(f"{name}'s weight of shape {tuple(weight.shape)} is only a part of it")
         plain = weight.detach()
         return Frozen(base.out_features, plain, plain, None, 0, None)
     return _read_quantized(watched, name, base, weight)
@@ -119,13 +119,13 @@ def _read_quantized(watched: Watched, name: str, base: Linear4bit, weight: Any) 
     if state is None:
         raise Ineligible(f"{name} is not quantised yet: move the model to its device first")
     if base.in_features % state.blocksize:
-        raise Ineligible(f"{name}: rows of {base.in_features} are no multiple of the block size {state.blocksize}")
+        raise Ineligible(f"{name}: rows of {base.in_features} are not a multiple of the block size {state.blocksize}")
     if getattr(state, "packing_format_for_cpu", False):
-        raise Ineligible(f"{name} was repacked for inference on a CPU, and gradients would be wrong: load it anew")
+        raise Ineligible(f"{name} was repacked for inference on a CPU, and gradients would be wrong: reload it")
     with torch.inference_mode(False):
         codes = weight.detach().as_subclass(torch.Tensor).view(torch.uint8)
     if 2 * codes.numel() != base.out_features * base.in_features:
-        raise Ineligible(f"{name}'s weight of {codes.numel()} bytes is a part of it")
+        raise Ineligible(f"{name}'s weight of {codes.numel()} bytes is only a part of it")
     nested = None
     if state.nested:
         nested = Nested(state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
@@ -154,7 +154,7 @@ def _read_adapter(watched: Watched, name: str, module: Any, base: Any, output: i
     if variant is not None:
         raise Ineligible(f"{name} has the LoRA variant {type(variant).__name__.removesuffix('LinearVariant')}")
     if watched.attribute(module, "fan_in_fan_out"):
-        raise Ineligible(f"{name} holds its weight transposed")
+        raise Ineligible(f"{name} stores its weight transposed")
     down, up = watched.module(downs, key), watched.module(ups, key)
     for part in (down, up):
         check_unhooked(watched, f"{name}'s adapter", part)
@@ -185,4 +185,4 @@ def check_unhooked(watched: Watched, name: str, module: Any) -> None:
         Ineligible: somebody does.
     """
     if watched.is_hooked(module):
-        raise Ineligible(f"{name} has hooks of somebody else")
+        raise Ineligible(f"{name} has other hooks")

@@ -65,7 +65,7 @@ def describe(layer: Any, watched: Watched) -> FusedLayer:
     ):
         child = watched.module(layer, name)
         if type(child) is not expected:
-            raise Ineligible(f"{type(child).__name__} stands where {expected.__name__} was expected")
+            raise Ineligible(f"found {type(child).__name__} where {expected.__name__} was expected")
         check_unhooked(watched, name, child)
         children.append(child)
     attention, mlp, *norms = children
@@ -96,4 +96,4 @@ def _check_attention(attention: Any, watched: Watched) -> None:
     if watched.attribute(attention, "scaling") != attention.head_dim**-0.5:
         raise Ineligible(f"attention is scaled by {attention.scaling}")
     if attention.head_dim % 2 or attention.head_dim > 256:
-        raise Ineligible(f"heads of {attention.head_dim}; even sizes up to 256 are known")
+        raise Ineligible(f"heads of {attention.head_dim}; even sizes up to 256 are supported")

@@ -101,7 +101,7 @@ def _evaluate(
     found = Findings(run, answerer, console, cache)
     # 2. Benchmarks.
     for name in asked.tasks:
-        assert benchmarks is not None, "who runs them?"
+        assert benchmarks is not None, "benchmarks were asked for without a harness"
         found.score(benchmarks, name)
     # 3. Loss on the validation rows, and on texts.
     found.measure_held_out()
@@ -142,7 +142,7 @@ class Findings:
         with self.console.status("reading the run's data"):
             prepared, why = rows_of(self.run, self.answerer.tokenizer, self.cache)
         if prepared is None:
-            why = f"{why}; nybble eval {self.run.folder} --data FILE says where the rows of the training are now"
+            why = f"{why}; give their new location: nybble eval {self.run.folder} --data FILE"
             self.missing.append({"task": "held-out loss", "why": why})
             self.console.print(f"{'held-out loss':<16} {why}", style="yellow", markup=False)
             return None, None
@@ -212,7 +212,7 @@ class Findings:
         length = min(TEXT_WINDOW, self.answerer.model.config.max_position_embeddings)
         windows = text_windows(text.text, self.answerer.tokenizer, length)
         if not windows:
-            raise EvaluationError(f"{text.file} has not two tokens", fix="give --text a longer text")
+            raise EvaluationError(f"{text.file} has fewer than two tokens", fix="give --text a longer text")
         losses = self._losses(windows, text.file.name)
         tokens = int(losses["base"].tokens.sum())
         self.parts["texts"].append(

@@ -1,4 +1,4 @@
-"""Loss in nats a token and perplexity, without a batch's logits: the head is applied to chunks of rows."""
+"""Loss in nats per token and perplexity, without a batch's logits: the head is applied to chunks of rows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Losses:
 
     @property
     def mean(self) -> float:
-        """Nats a token, over all tokens."""
+        """Nats per token, over all tokens."""
         return float(self.sums.sum() / self.tokens.sum())
 
     @property
@@ -80,7 +80,7 @@ def row_losses(
     if highest >= rows:
         raise ModelError(
             f"the tokenizer gives token id {highest}, and the model has embeddings for ids 0 to {rows - 1:,}",
-            fix="take the tokenizer that came with the weights",
+            fix="use the tokenizer that came with the weights",
         )
     sums, tokens = numpy.zeros(len(samples)), numpy.zeros(len(samples))
     device = next(model.parameters()).device

@@ -79,7 +79,7 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> Draw | None:
         if validation:
             label = f"validation, best {min(loss for _, loss in validation):.3f}"
             axes.plot(*zip(*validation, strict=True), color=ACCENT, marker="o", ms=4, linewidth=1.8, label=label)
-        axes.set(xlabel="step", ylabel="nats a token")
+        axes.set(xlabel="step", ylabel="nats per token")
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(axis="y", color=GRID)
@@ -123,7 +123,7 @@ def length_plot(lengths: Mapping[int, int], limit: int | None) -> Draw | None:
         if near is not None:
             axes.axvline(near, color=ACCENT, linewidth=1.5, label=f"data.max_length={near:,}")
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
-        axes.set(xlabel="tokens a row", ylabel="rows", xlim=(0, edge))
+        axes.set(xlabel="tokens per row", ylabel="rows", xlim=(0, edge))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.grid(axis="y", color=GRID)

@@ -148,7 +148,7 @@ def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("quantisation", base.get("quantization")),
         ("computed in", results.get("dtype")),
         ("evaluated on", results.get("device")),
-        ("rows a benchmark", f"at most {limit:,}" if limit is not None else None),
+        ("rows per benchmark", f"at most {limit:,}" if limit is not None else None),
         ("evaluation took", duration(results["seconds"]) if results.get("seconds") is not None else None),
     ]
     return [(name, str(value)) for name, value in facts if value is not None]
@@ -162,7 +162,7 @@ def _training(training: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     for name, key, digits, unit in (
         ("steps", "steps", 0, ""),
         ("tokens", "tokens", 0, ""),
-        ("tokens a second while training", "tokens_per_second", 0, ""),
+        ("tokens per second in training", "tokens_per_second", 0, ""),
         ("peak memory", "peak_memory_gb", 2, " GB"),
         ("trained parameters", "trainable_parameters", 0, ""),
     ):

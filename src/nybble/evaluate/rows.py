@@ -32,11 +32,11 @@ def with_rows(run: Run, places: Sequence[str]) -> Run:
     """
     data = run.recipe.data
     if run.is_bare_adapter:
-        raise RecipeError(f"--data: {run.folder} is an adapter without a run around it", fix="leave --data out")
+        raise RecipeError(f"--data: {run.folder} is an adapter without a run", fix="omit --data")
     files = [*data.names, *([data.validation] if isinstance(data.validation, str) else [])]
     if len(places) not in (len(data.names), len(files)):
         raise RecipeError(
-            f"--data was given {len(places)} times, and {run.folder} has its rows from {', '.join(files)}",
+            f"--data was given {len(places)} times, but {run.folder} has its rows from {', '.join(files)}",
             fix=f"nybble eval {run.folder}{' --data FILE' * len(files)}, in that order",
         )
     moved: dict[str, Any] = {"path": places[0]}

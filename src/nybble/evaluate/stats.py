@@ -48,7 +48,7 @@ class Comparison:
     Args:
         difference: tuned - base. Its interval holds zero exactly where p is over 0.05.
         p: two-sided, that there is no difference.
-        detectable: the smallest true difference that so many items show with 80% power at the 5% level: from the difference
+        detectable: the smallest true difference that this many items show with 80% power at the 5% level: from the difference
             to the farther end of its interval, + 0.84 standard errors of the paired differences. That is 2.8 standard errors
             where there are many (Miller 2024, Adding Error Bars to Evals). For scores of 0 and 1 at least 7.91 / items: six
             items that differ are needed, and six are met in 4 of 5 samples where 7.91 are expected. inf where nothing can

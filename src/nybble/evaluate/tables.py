@@ -97,7 +97,9 @@ def _tested(entry: Entry, p: float | None, how: Scale) -> list[Cell]:
     """Difference, verdict, p and the smallest detectable difference."""
     difference, verdict = entry.get("difference") or {}, entry.get("verdict")
     detectable = entry.get("detectable")
-    smallest = how.size(detectable).removesuffix(" a token") if detectable is not None else "none" if verdict else NONE
+    smallest = (
+        how.size(detectable).removesuffix(" per token") if detectable is not None else "none" if verdict else NONE
+    )
     return [
         Cell(how.change(difference.get("mean")), how.change_span(difference.get("interval")), verdict or ""),
         Cell(verdict or NONE, kind=verdict or ""),

@@ -41,7 +41,10 @@ def tell_results(results: Mapping[str, Any], folder: pathlib.Path, console: Cons
     for name, items, entry in sorted(rows, key=lambda row: ORDER.get(row[2]["verdict"], 2)):
         table.add_row(name, f"{items:,}", *_numbers(entry))
     console.print(table)
-    tell(console, Text("not shown: too few items to detect a difference below the size in brackets", "dim"), hang=11)
+    if undecided := [entry for _, _, entry in rows if entry["difference"] and entry["verdict"] not in COLOURS]:
+        sized = any(entry["detectable"] is not None for entry in undecided)
+        below = " below the size in brackets" if sized else ""
+        tell(console, Text(f"not shown: too few items to detect a difference{below}", "dim"), hang=11)
     for line in results["missing"]:
         tell(console, Text.assemble(("not measured", "yellow"), f" {line['task']}: {line['why']}"), hang=13)
     tell(console, f"report    {folder}/report.html")

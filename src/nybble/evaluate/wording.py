@@ -57,7 +57,7 @@ class Scale:
         return number_text(number, 1, 100, sign) if self.percent else number_text(number, 3, 1, sign)
 
 
-LOSS = Scale(percent=False, unit=" nats a token")
+LOSS = Scale(percent=False, unit=" nats per token")
 
 
 def scale(entry: Entry) -> Scale:
@@ -137,13 +137,13 @@ def _detectable(found: Sequence[tuple[str, float | None, Scale]]) -> str:
     """The smallest detectable differences: of those in points the least and the most, and each of the rest."""
     known = [(name, size, how) for name, size, how in found if _finite(size)]
     if not known:
-        return "So few items could have shown no difference at all."
+        return "With this few items no difference could have been detected."
     points = sorted((size, name) for name, size, how in known if how.percent)
     shown = [(f"{number_text(size, 1, 100)} points", name) for size, name in points]
     differ = shown and shown[0][0] != shown[-1][0]
     ends = [f"{size} ({name})" for size, name in (shown[0], shown[-1])] if differ else [size for size, _ in shown[:1]]
     rest = [f"{how.size(size)} ({name})" for name, size, how in known if not how.percent]
-    return f"The smallest difference that could have been shown: {_join([*filter(None, [' to '.join(ends)]), *rest])}."
+    return f"Smallest detectable difference: {_join([*filter(None, [' to '.join(ends)]), *rest])}."
 
 
 def _decided(results: Mapping[str, Any], verdict: str) -> str:

@@ -95,9 +95,7 @@ def generation_settings(
         try:
             settings = GenerationConfig.from_pretrained(base)
         except ValueError as error:
-            notice = (
-                f"generation_config.json left out, which Transformers refuses to read: {str(error).splitlines()[0]}"
-            )
+            notice = f"generation_config.json left out: Transformers cannot read it ({str(error).splitlines()[0]})"
     own = settings.eos_token_id
     kept = [] if own is None else [own] if isinstance(own, int) else list(own)
     tokens = {

@@ -115,14 +115,14 @@ def _facts(run: Run, summary: Mapping[str, Any] | None, evaluation: Mapping[str,
     scaled = f"RoPE scaling `{json.dumps(model.rope_scaling)}`; " if model.rope_scaling else ""
     return [
         ("base", f"`{base['name']}`, fingerprint `{base['fingerprint']}`, {scaled}{base['parameters']:,} parameters"),
-        ("held while training in", base["quantization"]),
+        ("stored in training as", base["quantization"]),
         ("data", f"`{json.dumps(data['path'])}`, {data['rows']:,} rows, fingerprint `{data['fingerprint']}`"),
         ("chat template", data["template"]),
         ("adapter", f"r {lora.r}, alpha {lora.alpha:g}{', rsLoRA' if lora.rslora else ''}{', DoRA' if lora.dora else ''}, "
                     f"on {', '.join(summary['adapter']['targets'])}, {summary['adapter']['trainable_parameters']:,} parameters"),
         ("training", f"{summary['steps']:,} steps, {summary['tokens']:,} tokens, peak learning rate {training.learning_rate:g}"),
         ("memory", f"{summary['peak_memory_gb']:.2f} GB at the peak, on {summary['device']}"),
-        ("time", f"{cost}, {summary['tokens_per_second']:,.0f} tokens/s while training"),
+        ("time", f"{cost}, {summary['tokens_per_second']:,.0f} tokens/s in training"),
         ("evaluated", evaluation["date"] if evaluation else "not yet"),
         ("versions", ", ".join(f"{name} {version}" for name, version in summary["versions"].items())),
     ]  # fmt: skip
@@ -134,19 +134,19 @@ def _results(summary: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | 
         rows = [_compared(entry["name"], entry, scale(entry)) for entry in by_verdict(evaluation["tasks"])]
         if held_out := evaluation.get("held_out"):
             means = {who: {"mean": held_out[who]["loss"]} for who in ("base", "tuned")}
-            rows.insert(0, _compared("held-out loss, nats a token", {**held_out, **means}, LOSS))
+            rows.insert(0, _compared("held-out loss, nats per token", {**held_out, **means}, LOSS))
         generation = evaluation.get("generation") or {"metrics": []}
         rows += [_compared(entry["name"], entry, scale(entry)) for entry in generation["metrics"]]
         return {
-            "what": "Base and tuned model with the base held as in training, by `nybble eval`.",
+            "what": "Base and tuned model, the base stored as in training; measured by `nybble eval`.",
             "columns": COLUMNS,
             "rows": rows,
         }
     losses = (summary or {}).get("validation_loss")
     if losses is None:
         return None
-    row = ["validation loss, nats a token", f"{losses['before']:.4f}", f"{losses['kept']:.4f}", NONE, "not tested"]
-    return {"what": "As training saw it; `nybble eval` gives intervals.", "columns": COLUMNS, "rows": [row]}
+    row = ["validation loss, nats per token", f"{losses['before']:.4f}", f"{losses['kept']:.4f}", NONE, "not tested"]
+    return {"what": "Measured in training; `nybble eval` adds intervals.", "columns": COLUMNS, "rows": [row]}
 
 
 def _compared(name: str, entry: Mapping[str, Any], how: Scale) -> list[str]:
@@ -162,15 +162,15 @@ def _told(verdict: Verdict | str) -> str:
     numbers = verdict.numbers
     return (
         f"{verdict.kind}, loaded by {verdict.by}: the prompts' token ids are equal, {numbers['equal_answers']} of "
-        f"{numbers['questions']} greedy answers are equal token by token, KL {numbers['kl']:.5f} nats a token (limit "
+        f"{numbers['questions']} greedy answers are equal token by token, KL {numbers['kl']:.5f} nats per token (limit "
         f"{numbers['kl_limit']:.4f}), likeliest token the same in {100 * numbers['equal_likeliest']:.1f}%, "
-        f"{numbers['artefact_ended']} answers end by themselves where {numbers['run_ended']} of the run do"
+        f"{numbers['artefact_ended']} answers end by themselves (the run's: {numbers['run_ended']})"
     )
 
 
 def _licence_lines(subject: Subject) -> list[str]:
     licence = subject.licence
-    named = f"`{licence.name}`" if licence.name is not None else "not named beside its weights: see its own page"
+    named = f"`{licence.name}`" if licence.name is not None else "not stated with its weights: see its page"
     link = f", {licence.link}" if licence.link is not None else ""
     lines = [f"This is a derivative of `{subject.run.recipe.model.path}`, whose licence applies to it: {named}{link}."]
     if licence.notice is not None:
@@ -178,9 +178,7 @@ def _licence_lines(subject: Subject) -> list[str]:
     if licence.policy is not None:
         lines.append(f"Its use must follow the Acceptable Use Policy: {LLAMA2_POLICY}.")
     known = data_licences(subject.run)
-    lines.append(
-        "Data it was trained on: " + ("; ".join(known) if known else "no licence is known here, see its own page") + "."
-    )
+    lines.append("Data it was trained on: " + ("; ".join(known) if known else "licence unknown, see its page") + ".")
     return lines
 
 

@@ -36,7 +36,7 @@ class Divergence:
     """A merged model against the run, over the tokens that training counts.
 
     Attributes:
-        kl: mean of KL(run || merged) over the next token's distribution, in nats a token.
+        kl: mean of KL(run || merged) over the next token's distribution, in nats per token.
         error: the standard error of that mean over rows' tokens.
         perplexity: of the merged model.
         agreement: share of the tokens whose likeliest successor is the same.

@@ -121,7 +121,7 @@ def _export(
     with new_folder(target) as folder:
         kind.write(folder, contents, console)
         # 4. Through its user's program, and into its place.
-        with console.status("asking the artefact what the run was asked"):
+        with console.status("checking the artefact against the run"):
             verdicts = kind.check(folder, measured.reference, contents)
         tell_verdicts(verdicts, console)
         failed = target.with_name(f"{target.name}.failed.json")
@@ -204,7 +204,7 @@ def _compared_rows(validation: Dataset | None, reference: Reference) -> tuple[li
     if validation is not None:
         rows = validation.select(range(min(ROWS, len(validation))))
         return [{"input_ids": row["input_ids"], "trained": row["trained"]} for row in rows], "validation rows"
-    return reference.samples, "answers of its own, there being no validation rows"
+    return reference.samples, "of its own answers, as it has no validation rows"
 
 
 def _free_memory() -> None:
@@ -231,5 +231,5 @@ def _kind(
         return Adapter(source)
     if wanted.to == "merged":
         return Merged(source, merges[base], base)
-    assert converter is not None, "who writes GGUF?"
+    assert converter is not None, "GGUF was asked for without a converter"
     return Gguf(source, merges[base], base, wanted.quants, converter)

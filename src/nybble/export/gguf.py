@@ -83,9 +83,7 @@ def _quantize(whole: pathlib.Path, file: pathlib.Path, quant: str) -> None:
     result = subprocess.run([program, str(whole), str(file), quant], capture_output=True, text=True, check=False)
     if result.returncode:
         said = (result.stderr or result.stdout).strip().splitlines()
-        raise ExportError(
-            f"{QUANTIZER} ended with status {result.returncode}: {said[-1] if said else 'it said nothing'}"
-        )
+        raise ExportError(f"{QUANTIZER} ended with status {result.returncode}: {said[-1] if said else 'no output'}")
 
 
 def _write(file: pathlib.Path, model: Model, quant: str, done: Callable[[int], None]) -> None:
@@ -131,7 +129,7 @@ def _plan(model: Model, quant: str) -> Iterator[tuple[str, tuple[int, ...], Type
     for spec in model.merge.specs():
         name = names.get_name(spec.name, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise ExportError(f"GGUF's Llama has no place for the tensor {spec.name}", fix="--to merged")
+            raise ExportError(f"GGUF's Llama format has no tensor {spec.name}", fix="--to merged")
         yield name, spec.shape, _type_of(spec.name, spec.shape, quant), _rows(model, spec.name)
 
 
@@ -216,13 +214,13 @@ def _check_rope(config: PretrainedConfig) -> None:
     kind = config.rope_parameters["rope_type"]
     if kind not in ("default", "llama3", *SCALINGS):
         raise ExportError(
-            f"llama.cpp has nothing like RoPE scaling of type {kind}", fix="--to merged, which keeps it as it is"
+            f"llama.cpp does not support RoPE scaling of type {kind}", fix="--to merged, which keeps it unchanged"
         )
     odd = [f"{name}={value}" for name, value in config.rope_parameters.items() if value != YARN.get(name, value)]
     if kind == "yarn" and odd:
         raise ExportError(
-            f"YaRN with {', '.join(odd)} is not written as GGUF here, only with its paper's numbers",
-            fix="--to merged, which keeps it as it is",
+            f"GGUF export supports YaRN only with its paper's values, not with {', '.join(odd)}",
+            fix="--to merged, which keeps it unchanged",
         )
 
 

@@ -85,7 +85,7 @@ class Merged:
         size = sum(spec.bytes for spec in self.merge.specs())
         place = place_for(size, choose_device(self.source.run.recipe.model.device))
         if place is None:
-            return [f"{self._stored} not checked: its {size / 1e9:.1f} GB do not fit into the memory that is free"]
+            return [f"{self._stored} not checked: its {size / 1e9:.1f} GB do not fit into the free memory"]
         given = through_transformers(folder, reference, place)
         return [judge(self._stored, reference, given, self.base, contents.tokenizer)]
 

@@ -27,7 +27,7 @@ from transformers import (
 
 from nybble.errors import ExportError
 from nybble.export.parity import PLAIN, Answer, Given, Reference, greedy, next_logits, own_stops
-from nybble.model.base import NO_ADAPTER
+from nybble.model.base import weights_alone
 from nybble.quantized import stay_unpacked
 
 LLAMA_CPP = "nybble.export.llama"
@@ -69,9 +69,8 @@ def through_peft(
     extra = {} if plan is None else {"quantization_config": plan}
     if (folder / "config.json").exists():  # the run scaled RoPE
         extra["config"] = AutoConfig.from_pretrained(folder)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        base, dtype=dtype, device_map={"": device}, adapter_kwargs=NO_ADAPTER, **extra
-    )
+    with weights_alone(base) as weights:
+        loaded = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, device_map={"": device}, **extra)
     stay_unpacked(loaded)  # else bitsandbytes repacks the weights on a CPU, and asks the Hub for a kernel where it may
     model = PeftModel.from_pretrained(loaded, folder).eval().get_base_model()
     settings = transformers.GenerationConfig.from_pretrained(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from nybble.export.source import Source
-from nybble.model.base import NO_ADAPTER
+from nybble.model.base import ADAPTER_CONFIG
 
 CHAT = '[{"role": "user", "content": "Hello"}]'
 
@@ -15,8 +15,6 @@ def adapter_lines(source: Source) -> str:
     base, kind = json.dumps(source.checkpoint.name), str(source.computed).removeprefix("torch.")
     scaled = ', config=AutoConfig.from_pretrained(".")' if source.run.recipe.model.rope_scaling is not None else ""
     plan = ", quantization_config=plan" if source.quantizes else ""
-    if (source.checkpoint.folder / "adapter_config.json").exists():  # Transformers would load it with the weights
-        plan += f", adapter_kwargs={json.dumps(NO_ADAPTER)}"
     names = (
         ["AutoConfig"] * bool(scaled)
         + ["AutoModelForCausalLM", "AutoTokenizer"]
@@ -25,6 +23,8 @@ def adapter_lines(source: Source) -> str:
     lines = [f"import torch; from peft import PeftModel; from transformers import {', '.join(names)}"]
     if source.quantizes:
         lines.append(f"plan = {_plan(source)}")
+    if (source.checkpoint.folder / ADAPTER_CONFIG).exists():
+        lines.append(f"# Transformers also loads the adapter beside the base: move its {ADAPTER_CONFIG} away first")
     lines.append(f"base = AutoModelForCausalLM.from_pretrained({base}, dtype=torch.{kind}{scaled}{plan})")
     lines.append('model, tokenizer = PeftModel.from_pretrained(base, "."), AutoTokenizer.from_pretrained(".")')
     return "\n".join(lines)

@@ -156,7 +156,7 @@ class Merge:
                 raise ModelError(
                     f"the adapter does not fit this base: it updates {name} as ({len(update.b)}, {update.a.shape[1]}), "
                     f"which is {what} there",
-                    fix="--base PATH names the base that the adapter was trained on",
+                    fix="--base PATH, with the base that the adapter was trained on",
                 )
         return specs
 

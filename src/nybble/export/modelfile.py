@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from nybble.data.template import puts_bos
 
-UNQUOTABLE = "# The run's system message holds quotes that a Modelfile cannot say: send it with each request."
+UNQUOTABLE = "# The run's system message contains quotes that a Modelfile cannot express: send it with each request."
 MARK = "\ue0f2"  # of Unicode's private use area: no template has a use for it
 IRREGULAR = (
-    "# The run's chat template cannot be said in Go's template language: put one here, or use the file with llama.cpp."
+    "# The run's chat template cannot be expressed in Go's templates: put one here, or use the file with llama.cpp."
 )
 
 

@@ -51,7 +51,7 @@ ALLOWED = {
     "Q5_K": 0.1,
     "Q4_K": 0.3,
 }
-"""And so much more, in nats a token, for what the type costs: 4 to 10 times what docs/benchmarks.md has for a model of 135M."""
+"""And so much more, in nats per token, for what the type costs: 4 to 10 times what docs/benchmarks.md has for a model of 135M."""
 ALLOWED_OTHERWISE = 1.0  # Q4_0, Q3_K and Q2_K: at 135M they ramble
 
 
@@ -264,11 +264,11 @@ def judge(
         failures.append(f"an answer ends with {token!r}, and the artefact stops at {stops} only: it would never end")
     elif ended[0] >= 3 and not ended[1]:
         failures.append(
-            f"{ended[0]} of {len(reference.answers)} answers of the run end by themselves, and none of the artefact's"
+            f"{ended[0]} of {len(reference.answers)} answers of the run end by themselves, but none of the artefact's"
         )
     if not numbers["kl"] <= limit:
         failures.append(
-            f"its next-token distributions lie {numbers['kl']:.4f} nats a token from the run's, and {limit:.4f} is the limit"
+            f"its next-token distributions differ from the run's by {numbers['kl']:.4f} nats per token (limit {limit:.4f})"
         )
     compared = [
         _side_by_side(*sides, tokenizer)
@@ -284,7 +284,7 @@ def judge(
 
 
 def allowed(kind: str) -> float:
-    """Nats a token that a type may cost."""
+    """Nats per token that a type may cost."""
     return next((value for name, value in ALLOWED.items() if kind.startswith(name)), ALLOWED_OTHERWISE)
 
 

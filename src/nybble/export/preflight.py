@@ -43,7 +43,7 @@ class Preflight:
             RunError: too little room on the disk.
         """
         if "gguf" in self.targets:
-            assert self.converter is not None, "who writes GGUF?"
+            assert self.converter is not None, "GGUF was asked for without a converter"
             self.converter.check(config, tokenizer)
             check_quants(self.quants)
         size = sum(needed(to, parameters_of(config), self.quants) for to in self.targets)
@@ -60,9 +60,7 @@ def check_quants(quants: Sequence[str]) -> None:
         if quant not in (*OWN_QUANTS, *K_QUANTS):
             raise ExportError(
                 f"--quant {quant}: no such type",
-                fix=f"one of {', '.join((*OWN_QUANTS, *K_QUANTS))}, with commas between several",
+                fix=f"one of {', '.join((*OWN_QUANTS, *K_QUANTS))}, comma-separated",
             )
         if quant in K_QUANTS and shutil.which(QUANTIZER) is None:
-            raise ExportError(
-                f"{quant} is written by llama.cpp's {QUANTIZER}, which is not on this machine's PATH", fix=GET_QUANTIZER
-            )
+            raise ExportError(f"{quant} needs llama.cpp's {QUANTIZER}, which is not on the PATH", fix=GET_QUANTIZER)

@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from nybble.errors import HubError
 from nybble.model.hub import FAULTS, whoami
 
-LOGIN = "hf auth login, with a token that may write (https://huggingface.co/settings/tokens)"
+LOGIN = "hf auth login, with a token with write access (https://huggingface.co/settings/tokens)"
 
 UPLOAD_FAULTS: tuple[type[Exception], ...] = (
     *FAULTS,
@@ -29,7 +29,7 @@ def check_push(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise HubError(f"{repo!r} is no name on the Hub: {error}", fix="--push OWNER/NAME") from error
+        raise HubError(f"{repo!r} is not a valid Hub name: {error}", fix="--push OWNER/NAME") from error
     if get_token() is None:
         raise HubError(f"pushing to {repo!r} needs a token, and this machine is not logged in to the Hub", fix=LOGIN)
     whoami()
@@ -50,7 +50,7 @@ def push(folder: pathlib.Path, repo: str, withheld: str) -> str:
         HubError: the Hub refuses, or cannot be reached; the folder stays whole.
     """
     api = HfApi()
-    again = f"the artefact is whole in {folder}, to be uploaded by: hf upload {repo} {folder} --private --exclude {withheld}"
+    again = f"the artefact is complete in {folder}; upload it with: hf upload {repo} {folder} --private --exclude {withheld}"
     try:
         is_new = not api.repo_exists(repo)
         made = api.create_repo(repo, private=True, exist_ok=True).repo_id

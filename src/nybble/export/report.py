@@ -42,7 +42,7 @@ def refuse_failed(verdicts: Sequence[Verdict | str], what: str, report: pathlib.
         return
     reasons = [f"  - {verdict.kind} in {verdict.by}: {failure}" for verdict in failed for failure in verdict.failures]
     raise ExportError(
-        f"{what} does not answer like the run, and is not kept:\n" + "\n".join(reasons),
+        f"{what} does not answer like the run and was not kept:\n" + "\n".join(reasons),
         where=str(report),
-        fix="the report shows prompts and answers side by side; another type is --quant Q8_0, --dtype bfloat16 or --to merged",
+        fix="the report shows prompts and answers side by side; or try --quant Q8_0, --dtype bfloat16 or --to merged",
     )

@@ -78,8 +78,8 @@ def open_source(run: Run, dtype: str, cache: pathlib.Path) -> Source:
     notices = _held_against_record(checkpoint, mark, record)
     if record is None and checkpoint.quantized_as is None:
         notices += (
-            f"nor how the base was held: it is taken as {model.quantization}, as in QLoRA; for an adapter that was trained on "
-            "16-bit weights --merge-base original is right",
+            f"nothing records how the base was stored: assuming {model.quantization}, as in QLoRA; "
+            "if it was trained on 16-bit weights, use --merge-base original",
         )
     device = torch.device("cpu") if not torch.cuda.is_available() else choose_device(model.device)
     then = record["dtype"] if record is not None else model.dtype
@@ -96,18 +96,16 @@ def open_source(run: Run, dtype: str, cache: pathlib.Path) -> Source:
 
 def _held_against_record(checkpoint: Checkpoint, mark: str, record: Mapping[str, Any] | None) -> tuple[str, ...]:
     if record is None:
-        return ("nothing records which base the adapter was trained on: that it is this one is taken on trust",)
+        return ("nothing records which base the adapter was trained on: assuming this one",)
     then = record["base"]["fingerprint"]
     if mark == then:
         return ()
     if mark.startswith("sha256:") != then.startswith("sha256:"):
-        return (
-            f"the base was {then} and is a folder or a Hub id now: that its weights are the same is taken on trust",
-        )
+        return (f"the base was {then} and is a folder or a Hub id now: assuming that its weights are the same",)
     raise ModelError(
-        f"the base is another one than the adapter was trained on: {mark} now, {then} then",
+        f"this is not the base that the adapter was trained on: {mark} now, {then} then",
         where=str(checkpoint.folder),
-        fix="--base PATH says where the base of the training is",
+        fix="--base PATH, with the base of the training",
     )
 
 
@@ -126,7 +124,7 @@ def bases_of(source: Source, cache: pathlib.Path) -> dict[str, Weights]:
     kept = kept_copy(source.fingerprint, quantization, double, source.computed, cache)
     if not (kept / "config.json").exists():
         raise ExportError(
-            "the quantised base is not in the cache, for want of room", where=str(cache), fix="free some space there"
+            "the quantised base is not cached: the disk is too full", where=str(cache), fix="free some space there"
         )
     return {"original": Original(folder), "dequantised": Dequantised(kept)}
 
@@ -151,13 +149,13 @@ def merges_of(
     if len(bases) == 1:
         (only,) = bases
         why = (
-            f"the run started from a checkpoint that was {source.quantization} already"
+            f"the run started from a checkpoint already stored as {source.quantization}"
             if only == "dequantised"
             else "the run trained on weights that were not quantised"
         )
-        notice = f"one base only, {only}: {why}"
+        notice = f"only the {only} base is possible: {why}"
         if asked not in ("auto", only):
-            raise ExportError(f"--merge-base {asked}: there is {notice}", fix=f"--merge-base {only}, or leave it out")
+            raise ExportError(f"--merge-base {asked}: {notice}", fix=f"--merge-base {only}, or omit it")
     tied = bool(source.config.tie_word_embeddings)
     merges = {name: Merge(weights, updates, tied, source.stored) for name, weights in bases.items()}
     for merge in merges.values():

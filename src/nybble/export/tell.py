@@ -16,7 +16,9 @@ from nybble.terminal import tell
 def tell_comparison(comparison: Comparison, taken: str, console: Console) -> None:
     """A row a base, the one that is taken marked; it fits 80 columns."""
     tell(console, f"bases     against the run on {comparison.rows} {comparison.what}, {comparison.tokens:,} tokens")
-    table = Table("          base", "KL, nats a token", "perplexity", "same token", "", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        "          base", "KL, nats per token", "perplexity", "same token", "", box=None, padding=(0, 2, 0, 0)
+    )
     for column in table.columns[1:4]:
         column.justify = "right"
     for column in table.columns:

@@ -88,7 +88,7 @@ def read_updates(folder: pathlib.Path) -> dict[str, Update]:
     odd = [name for name in names if not name.startswith(PREFIX) or not name.endswith(ends)]
     if odd:
         raise ModelError(
-            f"the adapter holds {odd[0]}, which is no part of LoRA on a linear layer",
+            f"the adapter holds {odd[0]}, which is not part of LoRA on a linear layer",
             where=str(folder / files[0]),
             fix=BY_PEFT,
         )
@@ -97,12 +97,12 @@ def read_updates(folder: pathlib.Path) -> dict[str, Update]:
     broken = [name for name, update in updates.items() if not update.is_finite()]
     if broken:
         raise ModelError(
-            f"the adapter's update of {broken[0]} holds a number that is not finite: its training went astray",
+            f"the adapter's update of {broken[0]} holds a number that is not finite: its training diverged",
             where=str(folder / files[0]),
             fix="train again with a lower learning rate, or copy the adapter again",
         )
     if not any(update.b.any() for update in updates.values()):
-        raise ModelError("every B of the adapter is zero: it holds nothing that was learnt", where=str(folder))
+        raise ModelError("every B of the adapter is zero: it has learnt nothing", where=str(folder))
     return updates
 
 
@@ -118,12 +118,13 @@ def refuse_altered(folder: pathlib.Path) -> None:
     start = _read_config(folder).get("init_lora_weights", True)
     if start not in UNALTERED:
         raise ModelError(
-            f"the adapter began as {_known_as(str(start))}, which alters the base: on the base itself it would be another model",
+            f"the adapter was initialised by {_known_as(str(start))}, which changes the base: "
+            "on the original base it would be another model",
             where=str(folder / "adapter_config.json"),
             fix="convert it to plain LoRA where it was trained: model.save_pretrained(OUT, "
             "path_initial_model_for_weight_conversion=INITIAL_ADAPTER), as PEFT's documentation has it"
             if str(start).lower() != "loftq"
-            else "take the base that LoftQ wrote beside the adapter, and merge there with PEFT",
+            else "use the base that LoftQ saved with the adapter, and merge there with PEFT",
         )
 
 
@@ -151,12 +152,12 @@ def _update(tensors: Tensors, config: Mapping[str, Any], module: str) -> Update:
 def _refuse(config: Mapping[str, Any], where: str) -> None:
     """Raise for every kind of adapter that is not W + s B A."""
     if config.get("peft_type") != "LORA":
-        raise ModelError(
-            f"the adapter is {config.get('peft_type')}, and LoRA is what is merged here", where=where, fix=BY_PEFT
-        )
+        raise ModelError(f"the adapter is {config.get('peft_type')}; only LoRA can be merged", where=where, fix=BY_PEFT)
     unknown = list(_set_options(config))
     if unknown:
-        raise ModelError(f"the adapter sets {', '.join(unknown)}, which is not merged here", where=where, fix=BY_PEFT)
+        raise ModelError(
+            f"the adapter sets {', '.join(unknown)}, which cannot be merged here", where=where, fix=BY_PEFT
+        )
 
 
 def _known_as(start: str) -> str:

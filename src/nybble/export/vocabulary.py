@@ -19,7 +19,7 @@ from nybble.errors import ModelError
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's llama_token_type
 # The regular expression by which Llama 3 cuts words, as its tokenizer.json has it.
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-ADVICE = "export merged, and convert that with llama.cpp's convert_hf_to_gguf.py"
+ADVICE = "use --to merged, and convert that with llama.cpp's convert_hf_to_gguf.py"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary
     if max(by_id) >= rows:
         raise ModelError(
             f"the tokenizer has a token {max(by_id)}, and the model has embeddings for {rows} only",
-            fix="take the tokenizer that came with the weights",
+            fix="use the tokenizer that came with the weights",
         )
     pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in described["model"]["merges"]]
     special = set(tokenizer.all_special_ids)
@@ -107,7 +107,7 @@ def kind_of(described: Mapping[str, Any]) -> tuple[str, str]:
         if kinds == ["Split", "ByteLevel"] and not cuts and steps[0]["pattern"] == {"Regex": LLAMA3}:
             return "gpt2", "llama-bpe"
     raise ModelError(
-        f"the tokenizer cuts words by rules ({', '.join(kinds) or 'none'}) that llama.cpp has no name for here",
+        f"the tokenizer splits words by rules ({', '.join(kinds) or 'none'}) that cannot be written as GGUF here",
         fix=ADVICE,
     )
 

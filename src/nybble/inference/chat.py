@@ -16,8 +16,8 @@ from nybble.inference.pipeline import Answerer, Completion, Sampling
 from nybble.terminal import tell
 
 HELP = (
-    "Type a message; /new starts a new chat, /system shows the system message, /system TEXT sets another and "
-    "/system off drops it, /exit or Ctrl-D quits. A message that begins with / is sent with a space before it."
+    "Type a message. /new starts a new chat; /system shows the system message, /system TEXT replaces it, /system off "
+    "removes it; /exit or Ctrl-D quits. To send a message that begins with /, put a space before it."
 )
 COMMANDS = ("/new", "/system", "/help", "/exit", "/quit")
 STYLES = {"base": "bold yellow", "tuned": "bold green"}
@@ -135,7 +135,11 @@ class _Chat:
         elif command == "/help":
             tell(self.console, Text(HELP, "dim"), hang=2)
         else:
-            tell(self.console, Text(f"there is no command {command}; there are {', '.join(COMMANDS)}", "red"), hang=2)
+            tell(
+                self.console,
+                Text(f"there is no command {command}; the commands are {', '.join(COMMANDS)}", "red"),
+                hang=2,
+            )
 
     def show_system(self) -> None:
         if not self.opening:

@@ -247,6 +247,6 @@ def check_one_base(runs: Sequence[Run], cache: pathlib.Path | None = None) -> No
     if len(stands) > 1:
         listed = "\n".join(f"  - {place}" for places in stands.values() for place in places)
         raise RunError(
-            f"the runs stand on {len(stands)} different bases, and one server holds one:\n{listed}",
-            fix="a server for each base, each on a --port of its own",
+            f"the runs have {len(stands)} different bases, but a server loads only one:\n{listed}",
+            fix="one server per base, each on its own --port",
         )

@@ -123,7 +123,7 @@ def check_gradients(model: torch.nn.Module, *, first: bool, scaled: bool = False
     norms = torch.stack([parameter.grad.float().norm() for _, parameter in named]).tolist()  # type: ignore[union-attr]
     if not all(map(math.isfinite, norms)) and not scaled:
         raise TrainingError(
-            "a gradient is not finite although the loss is; the adapter was not changed by it",
+            "a gradient is not finite although the loss is; this step did not change the adapter",
             fix="a lower train.learning_rate, or model.dtype=bfloat16",
         )
     dead = [
@@ -151,7 +151,9 @@ def check_saved(model: PeftModel, folder: pathlib.Path, *, learnt: bool = True) 
     live = get_peft_model_state_dict(model)
     if saved.keys() != live.keys():
         odd = sorted(saved.keys() ^ live.keys())
-        raise TrainingError(f"the saved adapter has other tensors than the trained one: {odd[:2]}", where=str(folder))
+        raise TrainingError(
+            f"the saved adapter's tensors are not those of the trained one: {odd[:2]}", where=str(folder)
+        )
     for name, parameter in live.items():
         if not torch.equal(saved[name], parameter.detach().cpu()):
             raise TrainingError(f"the saved adapter differs from the trained one in {name}", where=str(folder))
@@ -209,7 +211,7 @@ def _checked_config(model: PreTrainedModel, path: str | pathlib.Path) -> PeftCon
 
 def _misfit(config: PeftConfig, path: str | pathlib.Path, error: Exception) -> ModelError:
     """Why an adapter does not fit, with the sizes where these are the reason."""
-    base = f"it was trained on {config.base_model_name_or_path}; --base PATH names another"
+    base = f"it was trained on {config.base_model_name_or_path}; give it with --base PATH"
     # PEFT tells of LoRA's own tensors, of whole modules that were trained (modules_to_save), and of the copies beside these.
     found = MISMATCH.findall(str(error))
     sizes = [

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import bitsandbytes
@@ -38,8 +40,7 @@ from nybble.model.weights import (
 from nybble.quantized import stay_unpacked
 from nybble.recipe import ModelOptions
 
-# Transformers loads an adapter that lies beside the weights, too. It looks in this subfolder, which a file's name cannot be.
-NO_ADAPTER = {"subfolder": "config.json"}
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,10 @@ def load_base(
     if stored is not None and stored != quantization:
         if "quantization" in options.model_fields_set:
             raise ModelError(
-                f"the checkpoint is quantised already, as {stored}, and cannot become {quantization}",
+                f"the checkpoint is already quantised as {stored} and cannot become {quantization}",
                 fix=f"model.quantization={stored}, or start from the 16-bit checkpoint",
             )
-        notices.append(f"the checkpoint is quantised already, as {stored}: taken as it is")
+        notices.append(f"the checkpoint is already quantised as {stored} and is used unchanged")
         quantization = stored  # type: ignore[assignment]
     mark = fingerprint(checkpoint, cache)
     config = load_config(checkpoint, options.rope_scaling)
@@ -180,6 +181,23 @@ def read_config(folder: pathlib.Path) -> PretrainedConfig:
         ) from error
 
 
+@contextlib.contextmanager
+def weights_alone(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A base's folder as Transformers should see it: without an adapter in it, which it would load on top of the weights.
+
+    Links to the other files, since no argument of `from_pretrained` says so in every version: 5.17 looks for the adapter in the
+    folder itself, 5.23 in a subfolder that may be named.
+    """
+    if not (folder / ADAPTER_CONFIG).exists():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        for file in folder.iterdir():
+            if not file.name.startswith("adapter_"):
+                (pathlib.Path(place) / file.name).symlink_to(file.resolve())
+        yield pathlib.Path(place)
+
+
 def _read(
     folder: pathlib.Path,
     config: PretrainedConfig,
@@ -191,10 +209,11 @@ def _read(
     extra = {} if plan is None else {"quantization_config": plan}
     try:
         model: PreTrainedModel
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, device_map={"": device}, adapter_kwargs=NO_ADAPTER,
-            output_loading_info=True, ignore_mismatched_sizes=True, **extra,
-        )  # fmt: skip
+        with weights_alone(folder) as place:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                place, config=config, dtype=dtype, device_map={"": device},
+                output_loading_info=True, ignore_mismatched_sizes=True, **extra,
+            )  # fmt: skip
     except LOADING_FAULTS as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
@@ -208,7 +227,7 @@ def _read(
         raise ModelError(
             f"the weights do not fit config.json: {some([*sorted(odd), *missing])}",
             where=str(folder),
-            fix="take config.json and weights from the same copy of the model",
+            fix="use config.json and weights from the same copy of the model",
         )
     return model
 
@@ -231,7 +250,7 @@ def _read_kept(
         return _read(folder, quantised, None, dtype, device), []
     except ModelError as fault:
         shutil.rmtree(folder, ignore_errors=True)
-        return None, [f"the cached copy of the quantised base was damaged ({fault.what}): it is made again"]
+        return None, [f"the cached copy of the quantised base was damaged ({fault.what}) and is rebuilt"]
 
 
 def _plain_generation(model: PreTrainedModel) -> None:

@@ -58,11 +58,13 @@ def find_checkpoint(path: str, revision: str | None = None, *, weights: bool = T
         HubError: the Hub refuses, and why.
     """
     if not path:
-        raise ModelError("no base model was named", fix="nybble train MODEL DATA, where MODEL is a folder or a Hub id")
+        raise ModelError("no base model was given", fix="nybble train MODEL DATA, where MODEL is a folder or a Hub id")
     folder, commit = pathlib.Path(path), None
     if not folder.exists():
         if path.count("/") != 1 or path.startswith((".", "/", "~")):
-            raise ModelError(f"there is no folder {path}, and it is no Hub id (owner/name)", fix=f"ls {folder.parent}")
+            raise ModelError(
+                f"there is no folder {path}, and it is not a Hub id (owner/name)", fix=f"ls {folder.parent}"
+            )
         folder, commit = fetch(path, revision, None if weights else DESCRIPTION)
     refuse_pointers(folder / name for name in SMALL)
     config = _read_config(folder)
@@ -83,7 +85,7 @@ def find_base(run: Run) -> Checkpoint:
     model = run.recipe.model
     if os.path.isabs(model.path) and not os.path.exists(model.path):
         raise ModelError(
-            f"the base of {run.folder} is not there: there is no folder {model.path}",
+            f"the base of {run.folder} is missing: there is no folder {model.path}",
             fix=f"say where it is now: nybble chat {run.folder} --base FOLDER (eval, export and serve take --base too)",
         )
     return find_checkpoint(model.path, model.revision)
@@ -121,13 +123,13 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     consolidated = sorted(folder.glob("consolidated.*.pth"))
     if consolidated:
         raise ModelError(
-            f"{folder} holds Meta's own format ({consolidated[0].name}), which has to be converted once",
+            f"{folder} is in Meta's own format ({consolidated[0].name}), which must be converted once",
             where=str(consolidated[0]),
             fix=CONVERT.format(folder=folder),
         )
     if not file.is_file():
         refuse_adapter(folder)
-        raise ModelError(f"{folder} is no model folder: it has no config.json", fix=f"ls {folder}")
+        raise ModelError(f"{folder} is not a model folder: it has no config.json", fix=f"ls {folder}")
     config = read_object(file)
     if not isinstance(config.get("quantization_config", {}), dict | None):
         raise ModelError(
@@ -142,15 +144,15 @@ def _check_architecture(folder: pathlib.Path, config: dict[str, Any]) -> None:
     kind = config.get("model_type")
     if kind != "llama":
         raise ModelError(
-            f"the architecture is {kind!r}; nybble trains Llama-architecture models (model_type llama: LLaMA 2, "
+            f"the architecture is {kind!r}; nybble trains Llama-architecture models (model_type llama: Llama 2, "
             "Llama 3, CodeLlama, Vicuna, TinyLlama, SmolLM2, ...)",
             where=str(folder / "config.json"),
         )
     stored = config.get("quantization_config")
     if stored is not None and stored.get("quant_method", "bitsandbytes") != "bitsandbytes":
         raise ModelError(
-            f"the checkpoint is quantised by {stored['quant_method']}, which adapters cannot be trained on here",
-            fix="take the 16-bit checkpoint it was made from",
+            f"the checkpoint is quantised by {stored['quant_method']}, which nybble cannot train adapters on",
+            fix="use the 16-bit checkpoint it was made from",
         )
 
 
@@ -158,7 +160,7 @@ def _check_weights(folder: pathlib.Path) -> None:
     files = weight_files(folder)
     if not files:
         refuse_adapter(folder)  # one that scaled RoPE has a config.json too
-        raise ModelError(f"{folder} holds no weights (model*.safetensors or pytorch_model*.bin)", fix=f"ls {folder}")
+        raise ModelError(f"{folder} contains no weights (model*.safetensors or pytorch_model*.bin)", fix=f"ls {folder}")
     for file in [*folder.glob("*.index.json"), *files]:
         check_whole(file)
     if missing := missing_weights(folder, {file.name for file in folder.iterdir()}):
@@ -196,7 +198,7 @@ def _check_pad(folder: pathlib.Path, config: dict[str, Any]) -> None:
         raise ModelError(
             f"pad_token_id is {pad}, and the model has embeddings for ids 0 to {size - 1} (vocab_size {size})",
             where=str(folder / "config.json"),
-            fix="set pad_token_id to null there: nybble takes another token for padding, which no loss counts",
+            fix="set pad_token_id to null there: nybble then pads with another token, which the loss ignores",
         )
 
 
@@ -214,7 +216,7 @@ def refuse_adapter(folder: pathlib.Path) -> None:
     raise ModelError(
         f"{folder} is {kind}, not a base model" + (f"; its base is {base}" if base else ", and names no base"),
         where=str(folder),
-        fix=f"to train on from it: nybble train {shlex.quote(base) if base else 'BASE'} DATA "
+        fix=f"to continue training from it: nybble train {shlex.quote(base) if base else 'BASE'} DATA "
         f"adapter={shlex.quote(str(run.adapter))}",
     )
 

@@ -47,7 +47,7 @@ FAULTS: tuple[type[Exception], ...] = (OSError, HFValidationError, _CLIENT_ERROR
 """What huggingface_hub raises where the Hub refuses or cannot be reached."""
 
 _TOKENS = "https://huggingface.co/settings/tokens"
-_GO_ON = "run the command again: it goes on where it stopped"
+_GO_ON = "run the command again: it resumes where it stopped"
 _SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
 _WEIGHTS = ["*.safetensors", "pytorch_model*.bin"]
 # Subfolders hold other formats' copies; consolidated* repeats the weights in Meta's and Mistral's own layout; an adapter beside
@@ -141,7 +141,7 @@ def whoami() -> str | None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ModelError unless the folder holds a model that Transformers can load."""
+    """Raise ModelError unless the folder contains a model that Transformers can load."""
     if not folder.is_dir():
         raise ModelError(
             f"There is no folder {str(folder)!r}.",
@@ -182,7 +182,7 @@ def _not_loadable(names: Iterable[str]) -> tuple[str, str] | None:
     if "config.json" not in names and "adapter_config.json" in names:
         return (
             "is a LoRA adapter, not a base model.",
-            "give the base that its adapter_config.json names; adapter=FOLDER trains on from an adapter on this disk",
+            "give the base that its adapter_config.json names; adapter=FOLDER continues from an adapter on this disk",
         )
     if any(_matches(name, ["consolidated*"]) for name in names):
         return (
@@ -217,7 +217,7 @@ def _cached_or_raise(
     folder = _cached(repo_id, revision, allow_patterns)
     if folder is None:
         raise HubError(
-            f"{error.what} And {repo_id!r} is not, or not wholly, in the cache {constants.HF_HUB_CACHE}.",
+            f"{error.what} And {repo_id!r} is not completely in the cache {constants.HF_HUB_CACHE}.",
             fix=f"{error.fix}, or give a folder that holds the model",
         ) from error
     return folder
@@ -278,8 +278,8 @@ def _explain(error: BaseException, repo_id: str | None, revision: str | None) ->
         )
     if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
         return HubError(
-            f"The Hub's files on this machine are not open to you: {_first_line(error)}.",
-            fix="mend the permissions, or point HF_HOME at a folder of yours",
+            f"You may not read the Hub's files on this machine: {_first_line(error)}.",
+            fix="fix the permissions, or point HF_HOME at a folder of yours",
         )
     return HubError(
         f"The download of {repo_id!r} was cut off: {_first_line(error)}.",
@@ -295,13 +295,13 @@ def _refused(error: HfHubHTTPError, repo_id: str | None, revision: str | None) -
     if status == 429 or status >= 500:
         return _UnreachableError(
             f"The Hub at {constants.ENDPOINT} answers {status} at the moment.",
-            fix="wait some minutes"
+            fix="wait a few minutes"
             + ("; the Hub allows more requests after `hf auth login`" * (status == 429 and stranger)),
         )
     if status == 401 and not stranger:
         return HubError(
             "The Hub does not accept this machine's token: it is wrong, revoked or expired.",
-            fix=f"make one at {_TOKENS}, then `hf auth login --force`; renew HF_TOKEN too where it is set",
+            fix=f"create one at {_TOKENS}, then `hf auth login --force`; renew HF_TOKEN too where it is set",
         )
     if isinstance(error, RevisionNotFoundError):
         return HubError(
@@ -338,7 +338,7 @@ def _gated(repo_id: str | None, said: str, stranger: bool) -> HubError:
     if "rejected" in said:
         return HubError(
             f"{repo_id!r} is gated, and its authors rejected your request.",
-            fix="use a model that is open to you: the Hub takes no second request",
+            fix="use a model that you have access to: the Hub accepts no second request",
         )
     return HubError(
         f"{repo_id!r} is gated, and this account has not accepted its licence yet.",

@@ -33,7 +33,7 @@ def load_tokenizer(folder: pathlib.Path, base: pathlib.Path | None = None) -> Pr
     except LOADING_FAULTS as error:
         raise ModelError(
             f"no tokenizer can be loaded from {folder}: {reason(error)}",
-            fix="put tokenizer.json and tokenizer_config.json beside the weights",
+            fix="put tokenizer.json and tokenizer_config.json next to the weights",
         ) from error
     tokenizer = _as_in_its_file(tokenizer, folder)
     if tokenizer.pad_token is None or _lacks_an_embedding(tokenizer, folder, base or folder):
@@ -48,7 +48,7 @@ def _lacks_an_embedding(tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path
     if not isinstance(rows, int) or tokenizer.pad_token_id < rows:
         return False
     log.warning(
-        "nybble: the pad token %s of %s has id %d, and the model has embeddings for ids 0 to %d; another token pads",
+        "nybble: the pad token %s of %s has id %d, and the model has embeddings for ids 0 to %d; padding with another token",
         tokenizer.pad_token,
         folder,
         tokenizer.pad_token_id,
@@ -67,9 +67,9 @@ def _as_in_its_file(tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path) ->
     if not file.exists():
         if (folder / "tokenizer.model").exists():
             raise ModelError(
-                f"{folder} has tokenizer.model but no tokenizer.json, and what transformers 5 makes of the former gives other "
-                "ids than the model was trained on",
-                fix="take tokenizer.json from the model's page; for LLaMA 2: hf download meta-llama/Llama-2-7b-hf "
+                f"{folder} has tokenizer.model but no tokenizer.json, from which transformers 5 makes other token ids "
+                "than the model was trained on",
+                fix="get tokenizer.json from the model's page; for Llama 2: hf download meta-llama/Llama-2-7b-hf "
                 f"tokenizer.json --local-dir {folder}",
             )
         return tokenizer
@@ -77,7 +77,7 @@ def _as_in_its_file(tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path) ->
     if _rules(getattr(tokenizer, "backend_tokenizer", None)) == written:
         return tokenizer
     log.warning(
-        "nybble: %s as %s gives other token ids than its tokenizer.json; the file is followed, and saved with the run",
+        "nybble: %s as %s gives other token ids than its tokenizer.json; nybble follows the file and saves it with the run",
         folder,
         type(tokenizer).__name__,
     )

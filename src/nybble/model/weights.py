@@ -121,13 +121,13 @@ def check_shapes(folder: pathlib.Path, config: PretrainedConfig) -> list[str]:
         raise ModelError(
             f"the weights do not fit config.json: {some(odd)}",
             where=str(folder),
-            fix="take config.json and weights from the same copy of the model",
+            fix="use config.json and weights from the same copy of the model",
         )
     ignored = sorted(name for name in stored if name.startswith("model.") and name not in expected)
     ignored = [
         name for name in ignored if not name.endswith("rotary_emb.inv_freq")
     ]  # old checkpoints hold what is computed now
-    return [f"the model of config.json has no {some(ignored)}, which the files hold: left out"] if ignored else []
+    return [f"ignored {some(ignored)}: the files contain it, but the model of config.json does not"] if ignored else []
 
 
 def differs(model: torch.nn.Module, folder: pathlib.Path) -> str | None:

@@ -33,6 +33,16 @@ class Schedule:
         return _occasions(self.save_every, self.steps, step)
 
 
+def steps_text(steps: int, train: TrainOptions) -> str:
+    """So many steps and what one takes, as people read it."""
+    rows = train.micro_batch * train.accumulation * train.processes
+    processes = f", {train.processes} processes" if train.processes > 1 else ""
+    return (
+        f"{steps:,} step{'s' * (steps != 1)} of {rows:,} row{'s' * (rows != 1)} "
+        f"(micro batch {train.micro_batch}, accumulation {train.accumulation}{processes})"
+    )
+
+
 def _occasions(every: int, steps: int, step: int) -> int:
     return math.ceil(steps / every) - step // every if step < steps else 0
 
@@ -55,7 +65,7 @@ def plan_steps(train: TrainOptions, rows: int | None, has_validation: bool) -> S
         rows = batch
     if rows < batch:
         raise TooFewRowsError(
-            f"the data gives {rows} training rows, and one step takes {batch} "
+            f"the data gives {rows} training rows, but one step takes {batch} "
             f"(micro_batch {train.micro_batch} x accumulation {train.accumulation} x processes {train.processes})",
             fix="train.micro_batch=1 train.accumulation=1, or more data",
         )
@@ -66,7 +76,7 @@ def plan_steps(train: TrainOptions, rows: int | None, has_validation: bool) -> S
     if has_validation and train.keep_best and save_every != evaluate_every:
         raise RecipeError(
             f"train.save_every={save_every} differs from the {evaluate_every} steps between evaluations, so the best "
-            "adapter might not be among the saved",
+            "adapter might not be saved",
             fix=f"train.save_every={evaluate_every}, or train.keep_best=false",
         )
     return Schedule(steps, evaluate_every, save_every, *plan_warmup(train.warmup, steps))

@@ -45,7 +45,7 @@ def load_recipe(
         raise RecipeError(
             f"the recipe has {count}:\n" + "\n".join(f"  - {fault}" for fault in faults),
             where=str(file) if file is not None else None,
-            fix="nybble train --print-config shows every option with its meaning",
+            fix="every option with its meaning: nybble train --print-config",
         )
     return recipe
 

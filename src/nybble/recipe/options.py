@@ -21,7 +21,7 @@ class Options(BaseModel):
 
 
 class ModelOptions(Options):
-    """The base model: what is loaded and how it is held in memory."""
+    """The base model and how it is stored in memory."""
 
     path: str = ""
     """Hub id or folder of a Llama-architecture checkpoint."""
@@ -30,67 +30,67 @@ class ModelOptions(Options):
     quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
     """How the frozen base is stored: nf4 (QLoRA's 4-bit NormalFloat), fp4, int8 (LLM.int8) or none (16-bit LoRA)."""
     double_quantization: bool = True
-    """Quantise the 4-bit scales as well: 0.37 bits a weight less, 0.3 GB on a 7B."""
+    """Also quantise the 4-bit scales: saves 0.37 bits per weight, 0.3 GB on a 7B."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Compute type; auto takes bfloat16 where the device has it, and says why."""
+    """Compute type; auto picks bfloat16 if the device supports it, and prints the reason."""
     rope_scaling: dict[str, Any] | None = None
     """RoPE scaling for contexts beyond the model's positions, e.g. {rope_type: linear, factor: 2.0}."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to train; auto takes CUDA where there is one. Asking for cuda without one is an error."""
+    """Where to train; auto picks CUDA if available. It is an error to ask for cuda without a GPU."""
 
 
 class LoraOptions(Options):
     """The adapter that is trained (LoRA, Hu et al. 2021, by PEFT)."""
 
     r: int = Field(default=16, ge=1, le=1024)
-    """Rank of the update of each target."""
+    """Rank of the adapter."""
     alpha: float = Field(default=32, gt=0)
     """Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with rslora)."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout on the adapter's input."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Layers that get an adapter: all-linear (all but the head), or names such as [q_proj, v_proj]."""
+    """Layers with an adapter: all-linear (all but the head), or names such as [q_proj, v_proj]."""
     rslora: bool = False
     """Rank-stabilised scaling (Kalajdzievski 2023)."""
     dora: bool = False
     """Weight-decomposed adaptation (DoRA, Liu et al. 2024): slower, sometimes better at small r."""
     init: Literal["default", "gaussian"] = "default"
-    """How A starts: default (Kaiming-uniform) or gaussian. B starts at zero, so the base is unaltered at first."""
+    """Initialisation of A: default (Kaiming-uniform) or gaussian. B starts at zero, so training starts from the base itself."""
 
 
 class DataOptions(Options):
-    """What is trained on and how a row becomes tokens."""
+    """The training data and how rows become tokens."""
 
     path: str | list[str] | dict[str, float] = ""
     """Files (json, jsonl, csv, tsv, parquet, txt, each also .gz), folders, patterns or Hub ids; with weights: {a: 2, b: 0.5}."""
     subset: str | None = None
-    """Configuration name of a Hub data set that has several."""
+    """Configuration of a Hub data set that has several."""
     split: str = "train"
     """Split of a Hub data set."""
     revision: str | None = None
     """Branch, tag or commit of a Hub data set."""
     streaming: bool = False
-    """Read rows as they are needed, for data larger than the disk; wants train.max_steps, and keeps duplicates."""
+    """Read rows as they are needed, for data larger than the disk; needs train.max_steps and keeps duplicates."""
     form: Literal["auto", "alpaca", "messages", "sharegpt", "prompt", "text"] = "auto"
-    """Form of the rows: alpaca, messages, sharegpt, prompt (and completion), text; auto tells by the columns, row by row."""
+    """Format of the rows: alpaca, messages, sharegpt, prompt (and completion), text; auto detects it per row by the columns."""
     map: dict[str, str] = Field(default_factory=dict)
-    """Columns that carry other names: {prompt: question, completion: answer}."""
+    """Columns with other names: {prompt: question, completion: answer}."""
     template: str = "auto"
-    """auto, model (its own; of several the default), alpaca, llama2, plain, the name of another of its own, or a Jinja file."""
+    """auto, model (the model's default), another of the model's templates by name, alpaca, llama2, plain or a Jinja file."""
     max_length: int = Field(default=1024, ge=8)
-    """Longest row in tokens, and the length of a packed one."""
+    """Maximum row length in tokens, and the length of packed rows."""
     overlength: Literal["error", "drop", "truncate", "split"] = "error"
-    """A row over max_length: error (refuse above 1%, else drop), drop, truncate (EOS stays), split (chats between turns)."""
+    """Rows over max_length: error (refuse above 1%, else drop), drop, truncate (keeps EOS), split (chats between turns)."""
     bad_rows: Literal["error", "drop"] = "error"
-    """Rows that cannot be trained on, such as empty answers: refuse, or leave them out and say how many."""
+    """Rows that cannot be trained on, such as empty answers: error, or drop and report how many."""
     train_on: Literal["answers", "last", "all"] = "answers"
-    """Which tokens the loss counts: all answers of a chat, its last answer, or prompts too."""
+    """Tokens that the loss counts: all answers of a chat, its last answer only, or prompts too."""
     packing: bool = False
-    """Fill each row of max_length with several samples (best fit); samples never see each other."""
+    """Pack several samples into each row of max_length (best fit); samples never attend to each other."""
     validation: float | str = 0.05
-    """Share of the rows held out (below 1), number of rows (1 and above), 0 for none, or the path of a file."""
+    """Rows to hold out: a share (below 1), a number (1 or more), 0 for none, or the path of a file."""
     limit: int | None = Field(default=None, ge=1)
-    """Use the first so many distinct rows only."""
+    """Use only this many distinct rows, from the beginning."""
 
     @property
     def names(self) -> list[str]:
@@ -102,62 +102,62 @@ class TrainOptions(Options):
     """How the adapter is trained."""
 
     micro_batch: int = Field(default=4, ge=1)
-    """Rows in one forward and backward on one device."""
+    """Rows per forward and backward pass on each device."""
     accumulation: int = Field(default=4, ge=1)
-    """Micro batches in one optimiser step; the loss is normalised by the trained tokens of the whole step."""
+    """Micro batches per optimiser step; the loss is averaged over all trained tokens of the step."""
     epochs: float = Field(default=1.0, gt=0)
-    """Passes over the data; max_steps goes before it."""
+    """Passes over the data; max_steps overrides it."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Optimiser steps, where epochs should not decide."""
+    """Optimiser steps; overrides epochs."""
     learning_rate: float = Field(default=2e-4, gt=0)
-    """Peak learning rate. LoRA wants about ten times that of full fine-tuning."""
+    """Peak learning rate. LoRA needs about ten times that of full fine-tuning."""
     scheduler: Literal["constant", "linear", "cosine"] = "cosine"
-    """Course of the learning rate after the warm-up."""
+    """Learning rate schedule after the warm-up."""
     warmup: float = Field(default=0.03, ge=0)
-    """Warm-up: a share of the steps (below 1) or a number of steps; one that would cover the whole run is shortened."""
+    """Warm-up: a share of the steps (below 1) or a number of steps; shortened if it would cover the whole run."""
     optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = "auto"
-    """auto takes paged_adamw_8bit on CUDA (its state can move to host memory) and adamw on a CPU."""
+    """auto picks paged_adamw_8bit on CUDA (its state can move to host memory) and adamw on a CPU."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are clipped to this norm."""
+    """Maximum gradient norm; larger gradients are clipped."""
     neftune_alpha: float | None = Field(default=None, gt=0)
     """Noise on the embeddings while training (NEFTune, Jain et al. 2023), typically 5."""
     gradient_checkpointing: bool = True
-    """Recompute each layer in backward, where the engine does not compute it (engine.policy says what that keeps)."""
+    """Recompute each layer in backward; layers fused by the engine follow engine.policy instead."""
     evaluate_every: int | None = Field(default=None, ge=1)
-    """Steps between evaluations; without it, five times over the run."""
+    """Steps between evaluations; default: five evaluations over the run."""
     early_stopping: int | None = Field(default=None, ge=1)
-    """Stop after so many evaluations without a better validation loss."""
+    """Stop after this many evaluations without a better validation loss."""
     save_every: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints; without it, and wherever the best is kept, those between evaluations."""
+    """Steps between checkpoints; default, and required with keep_best: as between evaluations."""
     keep_checkpoints: int = Field(default=2, ge=2)
-    """Newest checkpoints kept beside the best; two, so that one is whole while another is written."""
+    """Newest checkpoints to keep besides the best; at least two, so that one is complete while another is written."""
     keep_best: bool = True
-    """The adapter of the run is that of the best validation loss, not of the last step."""
+    """Keep the adapter with the best validation loss instead of the last one."""
     samples: int = Field(default=2, ge=0)
-    """Validation prompts answered at each evaluation, up to 64 tokens or 20 s each, into samples.jsonl; on a CPU from step 1."""
+    """Validation prompts to answer at each evaluation (up to 64 tokens or 20 s each) into samples.jsonl; on a CPU from step 1."""
     eval_tasks: list[str] = Field(default_factory=list)
-    """Benchmarks (lm-eval's names) scored at each evaluation, e.g. [arc_easy]; their curves go where the losses go."""
+    """lm-eval benchmarks to score at each evaluation, e.g. [arc_easy]; scores are logged with the losses."""
     eval_limit: int = Field(default=50, ge=1)
-    """Items of each of them."""
+    """Items per benchmark of eval_tasks."""
     eval_data: str | None = None
-    """Folder with their rows, TASK.SPLIT.jsonl; else the Hub."""
+    """Folder with the benchmarks' rows, TASK.SPLIT.jsonl; default: the Hub."""
     seed: int = Field(default=42, ge=0)
-    """Seed of everything random: split, order, initialisation, dropout."""
+    """Random seed of split, order, initialisation and dropout."""
     processes: int = Field(default=1, ge=1)
-    """Data-parallel processes; the world size is held against it."""
+    """Data-parallel processes; must equal the launcher's world size."""
 
 
 class EngineOptions(Options):
     """How the decoder layers are computed."""
 
     fused: bool = True
-    """nybble's own forward and backward of the layers; what it does not know keeps its own, and the run says so."""
+    """Use nybble's own forward and backward; unsupported layers keep their original ones, and the run reports them."""
     policy: Literal["auto", "keep-all", "drop-mlp", "drop-qkv", "layer-input", "host"] = "auto"
-    """What a layer keeps for backward, from the fastest to the leanest; auto takes the fastest that fits the memory."""
+    """What a layer keeps for backward, from fastest to leanest; auto picks the fastest that fits in memory."""
     embedding: Literal["device", "host"] = "device"
-    """Where the token embedding lies; host saves 0.26 GB of a 7B's on the device."""
+    """Where the token embedding is kept; host saves 0.26 GB of GPU memory on a 7B."""
 
     @property
     def is_shaped(self) -> bool:
@@ -166,19 +166,19 @@ class EngineOptions(Options):
 
 
 class TrackerOptions(Options):
-    """Where curves go, besides RUN/metrics.jsonl."""
+    """Experiment tracker, besides RUN/metrics.jsonl."""
 
     to: Literal["none", "wandb", "tensorboard", "mlflow", "trackio"] = "none"
-    """Tracker; wandb runs offline where it finds no key, and never asks."""
+    """Tracker; wandb runs offline if it finds no key, and never prompts for one."""
     project: str = "nybble"
     """Project or experiment name in the tracker."""
 
 
 class ExportOptions(Options):
-    """What is made of the run when it has ended; that it can be made is checked before the first step."""
+    """Exports made after training; whether they are possible is checked before the first step."""
 
     to: list[Literal["adapter", "merged", "gguf"]] = Field(default_factory=list)
-    """Artefacts, each in RUN/export: adapter (PEFT), merged (a Transformers folder), gguf (llama.cpp, Q8_0)."""
+    """Exports into RUN/export: adapter (PEFT), merged (a Transformers folder), gguf (llama.cpp, Q8_0)."""
 
 
 class Recipe(Options):
@@ -187,7 +187,7 @@ class Recipe(Options):
     model: ModelOptions = Field(default_factory=ModelOptions)
     """The base model."""
     adapter: str | None = None
-    """PEFT adapter folder to go on training from, in place of a new LoRA."""
+    """PEFT adapter folder to continue training from, instead of a new LoRA."""
     lora: LoraOptions = Field(default_factory=LoraOptions)
     """The adapter."""
     data: DataOptions = Field(default_factory=DataOptions)
@@ -195,13 +195,13 @@ class Recipe(Options):
     train: TrainOptions = Field(default_factory=TrainOptions)
     """The training."""
     engine: EngineOptions = Field(default_factory=EngineOptions)
-    """The computation of the layers."""
+    """The fused engine."""
     tracker: TrackerOptions = Field(default_factory=TrackerOptions)
     """Experiment tracking."""
     export: ExportOptions = Field(default_factory=ExportOptions)
-    """Artefacts."""
+    """Exports."""
     out: str | None = None
-    """Run folder; without it, runs/MODEL-DATA, numbered when that is taken."""
+    """Run folder; default: runs/MODEL-DATA, numbered if that exists."""
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Self:
@@ -215,17 +215,17 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     lora, train, data = recipe.lora, recipe.train, recipe.data
     yield (
         recipe.adapter is not None and bool(lora.model_fields_set),
-        f"lora: {', '.join(sorted(lora.model_fields_set))} cannot be set beside adapter={recipe.adapter}: "
-        "the adapter brings its own",
+        f"lora: {', '.join(sorted(lora.model_fields_set))} cannot be set with adapter={recipe.adapter}: "
+        "the adapter has its own",
     )
     no_validation = data.validation in (0, 0.0)
     yield (
         no_validation and train.early_stopping is not None,
-        "train.early_stopping: needs validation rows, and data.validation is 0",
+        "train.early_stopping: needs validation rows, but data.validation is 0",
     )
     yield (
         no_validation and bool(train.eval_tasks),
-        "train.eval_tasks: are scored where the validation rows are, and data.validation is 0",
+        "train.eval_tasks: scored when validation rows are, but data.validation is 0",
     )
     yield (
         not no_validation
@@ -233,7 +233,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         and None not in (train.save_every, train.evaluate_every)
         and train.save_every != train.evaluate_every,
         f"train.save_every: {train.save_every} differs from the {train.evaluate_every} steps between evaluations, so the best "
-        f"adapter might not be among the saved; train.save_every={train.evaluate_every}, or train.keep_best=false",
+        f"adapter might not be saved; train.save_every={train.evaluate_every}, or train.keep_best=false",
     )
     yield (
         isinstance(data.validation, int | float) and data.validation < 0,
@@ -241,32 +241,32 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     )
     yield (
         isinstance(data.path, dict) and any(weight <= 0 for weight in data.path.values()),
-        "data.path: a weight is above 0; leave out what should not be used",
+        "data.path: weights must be above 0; omit a source to leave it out",
     )
     endless = data.streaming and train.max_steps is None
-    yield endless, "data.streaming: nobody knows how long a stream is; set train.max_steps"
+    yield endless, "data.streaming: the length of a stream is unknown; set train.max_steps"
     yield (
         data.streaming and data.limit is not None,
-        "data.limit: a stream has no end to stop before; set train.max_steps",
+        "data.limit: does not apply to a stream; set train.max_steps",
     )
     yield (
         data.streaming and isinstance(data.validation, float) and 0 < data.validation < 1,
-        "data.validation: a stream has no share to hold out; set 0, a number of rows (its first), or a file",
+        "data.validation: cannot hold out a share of a stream; set 0, a number of rows (its first), or a file",
     )
     yield (
         recipe.engine.embedding == "host" and train.processes > 1,
-        "engine.embedding: host is for one process; DDP wants a model's parameters on one device",
+        "engine.embedding: host works with one process only; DDP needs all parameters on one device",
     )
     yield (
         not recipe.engine.fused and recipe.engine.is_shaped,
-        "engine: policy and embedding say how the engine works, and engine.fused is false",
+        "engine: policy and embedding have no effect, because engine.fused is false",
     )
     for name, text in (("model.path", recipe.model.path), ("adapter", recipe.adapter), ("out", recipe.out)):
         yield (
             any("\udc80" <= character <= "\udcff" for character in text or ""),
-            f"{name}: {text!r} is not UTF-8, and the libraries that read and write models take no other names; rename it",
+            f"{name}: {text!r} is not UTF-8, and the libraries that read and write models accept no other names; rename it",
         )
-    yield lora.targets == [], "lora.targets: an empty list trains nothing; name layers or say all-linear"
+    yield lora.targets == [], "lora.targets: an empty list trains nothing; name layers or use all-linear"
 
 
 def option_names(model: type[Options] = Recipe, prefix: str = "") -> Iterator[str]:

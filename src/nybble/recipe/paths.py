@@ -11,7 +11,6 @@ from typing import Any
 from nybble.recipe.options import Recipe
 
 PATTERN = frozenset("*?[")
-TEMPLATES = frozenset({"auto", "model", "alpaca", "llama2", "plain"})  # names, though a file may be called so
 PLACES = ("model.path", "adapter", "data.path", "data.template", "data.validation", "train.eval_data", "out")
 
 
@@ -46,12 +45,18 @@ def here(name: str) -> str:
     return short if os.path.realpath(short) == os.path.realpath(path) else os.path.join(os.getcwd(), path)
 
 
+def _is_word(template: str) -> bool:
+    """Whether it is a template's name: one that comes with nybble or, which is not known yet, with the model. A file or folder
+    may be called so; a file's name has an ending or a folder before it."""
+    return os.sep not in template and not os.path.splitext(template)[1]
+
+
 def _absolute(place: str, value: Any) -> Any:
     if isinstance(value, list):
         return [_absolute(place, name) for name in value]
     if isinstance(value, dict):
         return {_absolute(place, name): weight for name, weight in value.items()}
-    if not isinstance(value, str) or not value or (place == "data.template" and value in TEMPLATES):
+    if not isinstance(value, str) or not value or (place == "data.template" and _is_word(value)):
         return value
     if place == "out" or os.path.exists(os.path.expanduser(value)):
         return here(value)

@@ -135,7 +135,7 @@ class Api:
             for prompt in asked.prompt
         ]
         if not all(prompts):
-            raise RequestError("an empty prompt has nothing to go on from", param="prompt", code="invalid_value")
+            raise RequestError("the prompt is empty", param="prompt", code="invalid_value")
         return await self._answer(request, asked, model, prompts)
 
     async def _converse(self, request: Request, asked: ChatRequest | ResponseRequest) -> Response:
@@ -160,7 +160,7 @@ class Api:
         if name not in self.engine.models:
             there = ", ".join(self.engine.models)
             raise RequestError(
-                f"there is no model {name[:100]!r}; there are {there}",
+                f"there is no model {name[:100]!r}; the models are {there}",
                 status=404,
                 param="model",
                 code="model_not_found",
@@ -193,7 +193,7 @@ class Api:
             )  # fmt: skip
         except BusyError as busy:
             raise RequestError(
-                f"too many requests wait already; try again in {busy.seconds} s",
+                f"too many requests are waiting; try again in {busy.seconds} s",
                 status=429,
                 code="queue_full",
                 headers={"Retry-After": str(busy.seconds)},

@@ -28,7 +28,7 @@ GATHER = 0.01  # seconds an idle engine waits for requests that come together
 # Seconds that a busy one waits, at most, for clients that were just answered to ask again: a token's time. Without it 16
 # clients fall into two groups that take turns in batches of 8 (SmolLM2 on two cores: a mean of 7.8 rows).
 RETURN = 0.3
-# A batch gives way, or leaves ended rows behind, after so many tokens a row, or one for every 50 that stand in it already if
+# A batch gives way, or leaves ended rows behind, after so many tokens per row, or one for every 50 that stand in it already if
 # that is more.
 PATIENCE, REPEATED = 16, 50
 
@@ -141,7 +141,7 @@ class Batcher:
         ]
         with self.changed:
             if self.closing or not self.thread.is_alive():
-                raise GenerationError("the server is shutting down" if self.closing else "the engine broke down")
+                raise GenerationError("the server is shutting down" if self.closing else "the engine failed")
             self._drop_cancelled()
             if sum(not row.ids for row in self.waiting) + len(rows) > self.queue:
                 raise BusyError(max(1, round(len(self.waiting) * self.seconds_a_row)))

@@ -49,7 +49,7 @@ class ContinuousEngine:
 
     def __init__(self, model: PreTrainedModel, served: Model, metrics: Metrics, *, queue: int) -> None:
         self.models = {served.name: served}
-        self.about = "Transformers' continuous batching on the merged run; every request joins the batch at once"
+        self.about = "Transformers' continuous batching on the merged run; each request joins the running batch"
         self.ends = list(dict.fromkeys([served.template.end_id, served.template.tokenizer.eos_token_id]))
         self.metrics, self.queue = metrics, queue
         self.lock = threading.Lock()
@@ -79,7 +79,7 @@ class ContinuousEngine:
     def submit(self, requests: Sequence[Request], mailbox: Mailbox) -> list[Answer]:
         """Hand requests to the manager, all or none."""
         if not self.healthy():
-            raise GenerationError("the engine broke down; the server's log says why")
+            raise GenerationError("the engine failed; the server's log says why")
         with self.lock:
             waiting = len(self.under_way) - SLOTS
             if waiting + len(requests) > self.queue:
@@ -173,7 +173,7 @@ def load_continuous(
     """
     if len(runs) > 1:
         raise ServeError(
-            "the engine continuous serves one merged run; adapters on one base are the pipeline's",
+            "the engine continuous serves one merged run; several adapters on one base need the engine pipeline",
             fix=f"nybble serve {runs[0].folder} --engine continuous, or several runs with --engine pipeline",
         )
     run = runs[0]

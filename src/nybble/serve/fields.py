@@ -95,7 +95,9 @@ def explain(kind: type[Strict], error: ValidationError) -> RequestError:
     place = ".".join([*map(str, first["loc"]), *([found.field] if found else [])])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
-        return RequestError(f"the body is no valid JSON: {message.removeprefix('Invalid JSON: ')}", code="invalid_json")
+        return RequestError(
+            f"the body is not valid JSON: {message.removeprefix('Invalid JSON: ')}", code="invalid_json"
+        )
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(first["loc"][-1]), kind.model_fields, 1)
         hint = f"; did you mean {near[0]}?" if near and len(first["loc"]) == 1 else ""

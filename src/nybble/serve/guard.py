@@ -39,7 +39,7 @@ def addresses(host: str) -> list[str]:
         return sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
     except OSError as error:
         raise ServeError(
-            f"--host {host} is no address of a machine: {error.strerror}", fix="--host 127.0.0.1"
+            f"--host {host} is not an address of a machine: {error.strerror}", fix="--host 127.0.0.1"
         ) from error
 
 
@@ -52,8 +52,8 @@ def check_open_to(host: str, key: str | None) -> bool:
     local = all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in addresses(host))
     if not local and not key:
         raise ServeError(
-            f"--host {host} lets other machines in, and there is no API key: anybody could use this GPU",
-            fix=f"{KEY}; or leave --host out, to be reached from this machine only",
+            f"--host {host} lets other machines in, but there is no API key: anyone could use this GPU",
+            fix=f"{KEY}; or omit --host, to accept connections from this machine only",
         )
     return local
 
@@ -84,13 +84,13 @@ def make_door(key: str | None, origins: Sequence[str], hosts: Sequence[str]) -> 
             )
     if "*" in cleaned and not key:
         raise ServeError(
-            "--allow-origin '*' without an API key lets every web page that a browser here opens use this model",
+            "--allow-origin '*' without an API key lets any web page opened in a browser here use this model",
             fix=f"{KEY}; or name the pages: --allow-origin https://app.example",
         )
     for host in hosts:
         if not HOST.fullmatch(host):
             raise ServeError(
-                f"--allow-host {host} is not the name of a host: no scheme, no port, no path",
+                f"--allow-host {host} is not a host name: no scheme, no port, no path",
                 fix="--allow-host gpu.example",
             )
     return Door(key, cleaned, tuple(host.lower() for host in hosts))

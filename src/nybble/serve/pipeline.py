@@ -41,8 +41,8 @@ class PipelineEngine:
         self.models[base] = Model(base, first.template, positions, None, rows)
         self.speakers = {name: (own, True) for name, own in answerers.items()} | {base: (first, False)}
         self.about = (
-            "the default, on any device: the Transformers pipeline, requests in padded batches; "
-            f"those to different models ({', '.join(self.models)}) take turns, all else goes together"
+            "the default, on any device: the Transformers pipeline; requests for one model are batched, "
+            f"different models ({', '.join(self.models)}) take turns"
         )
         ends = {name: frozenset(own.pipeline().stops()) for name, (own, _) in self.speakers.items()}
         self.batcher = Batcher(
@@ -115,8 +115,8 @@ def run_names(runs: Sequence[Run]) -> list[str]:
         twice = next(run for run in runs if folders[run.folder.resolve().name] is not run.folder)
         name = twice.folder.resolve().name
         raise RunError(
-            f"two runs have the name {name}, by which requests choose: {twice.folder} and {folders[name]}",
-            fix="rename a folder; a run may stand anywhere",
+            f"two runs have the name {name}, and requests choose by name: {twice.folder} and {folders[name]}",
+            fix="rename one of the folders; a run can be moved",
         )
     return list(folders)
 

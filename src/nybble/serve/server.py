@@ -80,7 +80,7 @@ def serve(
             raise ServeError(
                 "--queue, --timeout, --device, --log-prompts, --allow-origin and --allow-host are for nybble's own server; "
                 "vLLM has its own options",
-                fix="leave them out, or --engine pipeline",
+                fix="omit them, or --engine pipeline",
             )
         become_vllm(runs, place.host, place.port, place.door.key)
     local = check_open_to(place.host, place.door.key)  # 1. who may reach it
@@ -125,7 +125,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         if error.errno == errno.EADDRINUSE:
             raise ServeError(
-                f"port {port} of {host} is taken by another program", fix=f"--port {port + 1}, or end the other one"
+                f"port {port} of {host} is taken by another program",
+                fix=f"--port {port + 1}, or stop the other program",
             ) from error
         raise ServeError(f"cannot listen on {host}, port {port}: {error.strerror}", fix="--port 8000") from error
     return listener
@@ -142,7 +143,9 @@ def tell(console: Console, engine: Engine, place: Place, listener: socket.socket
         f"models    {', '.join(tuned)}" + (f"; the base as {', '.join(bases)}" if bases else ""),
         f"address   http://{shown}:{port}/v1" + ("" if place.door.key else "   (no key needed)"),
         f"page      http://{shown}:{port}/",
-        "reached   from this machine only" if local else "reached   by other machines, with the API key",
+        "access    accepts connections from this machine only"
+        if local
+        else "access    accepts connections from other machines, with the API key",
     ]
     for line in lines:
         tell_line(console, line)

@@ -57,7 +57,7 @@ def become_vllm(runs: Sequence[Run], host: str, port: int, key: str | None) -> N
     if program is None:
         raise ServeError(
             f"vLLM is not installed; it would run: {' '.join(words)}",
-            fix="python -m venv vllm && vllm/bin/pip install vllm, a place of its own since it pins torch; then "
+            fix="python -m venv vllm && vllm/bin/pip install vllm, in its own environment, as it pins torch; then "
             "PATH=$PWD/vllm/bin:$PATH nybble serve ... --engine vllm",
         )
     os.execve(program, words, environment(key))

@@ -24,7 +24,7 @@ def refuse_untrained(run: Run, model: PeftModel, recorder: Recorder) -> None:
     rate = run.recipe.train.learning_rate
     if recorder.kept_step < recorder.steps:
         why = f"no later validation loss was better than that of step {recorder.kept_step}, before anything was learnt"
-        fix = f"another learning rate than {rate:g}, or train.keep_best=false for the adapter of the last step"
+        fix = f"a learning rate other than {rate:g}, or train.keep_best=false for the adapter of the last step"
     else:
         why = f"no update in {recorder.steps:,} step{'s' * (recorder.steps > 1)} was large enough to change it"
         fix = f"a higher learning rate than {rate:g}, and train.warmup=0"

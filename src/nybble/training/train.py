@@ -51,7 +51,14 @@ from nybble.terminal import tell
 from nybble.trackers import end_tracker, start_tracker
 from nybble.trainer import QLoraTrainer, training_arguments
 from nybble.training.ending import refuse_untrained, save_adapter, summarise
-from nybble.training.preparation import Ready, check_vocabulary, fuse_layers, join_processes, prepare_data
+from nybble.training.preparation import (
+    Ready,
+    check_checkpoint,
+    check_vocabulary,
+    fuse_layers,
+    join_processes,
+    prepare_data,
+)
 
 
 def train(
@@ -90,14 +97,15 @@ def resume(
     if run.is_bare_adapter or run.adapter.exists():
         raise RunError(
             f"{folder} is finished: there is nothing to resume",
-            fix=f"nybble chat {folder}, or train on from it: nybble train MODEL DATA adapter={run.adapter}",
+            fix=f"nybble chat {folder}, or continue from it: nybble train MODEL DATA adapter={run.adapter}",
         )
     base, cache = run.recipe.model.path, cache or default_cache()
     if os.path.isabs(base) and not os.path.exists(base):
         raise ModelError(
-            f"the base of {folder} is not there: there is no folder {base}",
-            fix="move it back, or put a link there, ln -s NOW THEN: a run is resumed only with what it began with",
+            f"the base of {folder} is missing: there is no folder {base}",
+            fix="move it back, or put a link there, ln -s NOW THEN: a run can be resumed only with its own base",
         )
+    check_checkpoint(run)
     with _explained(run.recipe, run.folder, cache):
         return _train(run.recipe, run.folder, run, console or Console(), cache, benchmarks, preflight)
 
@@ -120,7 +128,7 @@ def _train(
     began = time.time()
     if recipe.train.eval_tasks and benchmarks is None:
         raise RecipeError(
-            f"train.eval_tasks={recipe.train.eval_tasks}: nothing was given that runs them",
+            f"train.eval_tasks={recipe.train.eval_tasks}: there is no benchmark harness to run them",
             fix="train(recipe, benchmarks=nybble.evaluate.harness.Harness(...)), or nybble train on the command line",
         )
     # 1. Where: device, compute type, this process among how many.
@@ -192,10 +200,10 @@ def _tidy(run: Run, state: PartialState, console: Console) -> None:
     if state.is_main_process:
         run.drop_unfinished()
     if checkpoint is not None:
-        tell(console, f"stopped   {checkpoint} is whole; go on with: nybble train --resume {run.folder}")
+        tell(console, f"stopped   {checkpoint} is complete; resume with: nybble train --resume {run.folder}")
     elif state.is_main_process and not evidence:
         shutil.rmtree(run.folder, ignore_errors=True)
-        tell(console, "stopped   before the first checkpoint: nothing is left of this run")
+        tell(console, "stopped   before the first checkpoint: nothing of this run was kept")
 
 
 def _open_folder(folder: pathlib.Path, ready: Ready, interrupted: Run | None, state: PartialState) -> Run:
@@ -203,7 +211,9 @@ def _open_folder(folder: pathlib.Path, ready: Ready, interrupted: Run | None, st
     check_room(folder, ready.trained_parameters, ready.recipe.train.keep_checkpoints)
     if interrupted is not None:
         check_unchanged(interrupted, start)
-    if state.is_main_process and interrupted is None:
+    if state.is_main_process and interrupted is not None:
+        interrupted.place_best()
+    elif state.is_main_process:
         with create_run(folder, ready.recipe, start) as beginning:
             own, ready.tokenizer.chat_template = ready.tokenizer.chat_template, ready.data.template.source
             ready.tokenizer.save_pretrained(beginning / "tokenizer")
@@ -229,7 +239,7 @@ def _run_trainer(
         arguments.eval_on_start = has_validation and checkpoint is None
         if arguments.should_save:
             run.drop_after(checkpoint)
-        tell(console, f"          going on from {checkpoint.name if checkpoint else 'the beginning'}")
+        tell(console, f"          resuming from {checkpoint.name if checkpoint else 'the beginning'}")
     if arguments.should_save and (notice := start_tracker(recipe.tracker, run.folder, recipe.model_dump())):
         tell(console, f"tracker   {notice}")
     trainer = QLoraTrainer(
@@ -264,8 +274,8 @@ def _run_trainer(
         end_tracker(recipe.tracker.to)
     interruption.raise_if_stopped()
     recorder.steps = trainer.state.global_step
-    best = trainer.state.best_global_step if arguments.load_best_model_at_end else None
-    recorder.kept_step = best or recorder.steps
+    is_best = arguments.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
+    recorder.kept_step = trainer.state.best_global_step if is_best else recorder.steps
     return recorder
 
 

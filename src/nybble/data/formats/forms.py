@@ -103,6 +103,8 @@ class Forms:
     forms: Sequence[Form]
     evidence: Mapping[str, int]
     """How many of the first rows fit each form."""
+    as_before: bool = False
+    """Whether rows are read by the rules of version 0.5.1, which refused what is now read with a note and took media."""
 
     @property
     def likeliest(self) -> str:
@@ -120,14 +122,17 @@ class Forms:
         if form is None:
             raise self._unknown(own, row)
         if form.name == "prompt" and isinstance(row.values.get("label"), bool):
-            why = "'label' says whether the completion is wanted"
+            why = "'label' says whether the completion is good"
             raise preference(row, why, "keep the rows whose label is true, without that column")
-        spot = Spot(row.origin, set() if row is own else {SPELLING})
+        spot = Spot(row.origin, set() if row is own else {SPELLING}, self.as_before)
         try:
-            return Reading(form.name, form.conversation(row, spot), frozenset(spot.notes))
+            conversation = form.conversation(row, spot)
         except EmptyAnswerError as error:
             is_mapped = "chosen" in form.columns.values()
             raise (None if is_mapped else two_answers(row)) or error from None
+        if self.as_before and spot.notes:
+            raise DataError(f"{', '.join(sorted(spot.notes))}, but not when the run began", where=row.origin)
+        return Reading(form.name, conversation, frozenset(spot.notes))
 
     def _unknown(self, own: Row, named: Row) -> DataError:
         evident = [form for form in self.forms if self.evidence.get(form.name)]

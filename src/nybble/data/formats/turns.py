@@ -85,7 +85,7 @@ def turns_of(value: Any, column: str, spot: Spot) -> Iterator[Message]:
         if message.role != expected:
             raise DataError(
                 f"message {place} is from {message.role}, expected {expected}: turns alternate", where=spot.origin,
-                fix="join what one speaker says in a row; a conversation begins with the user",
+                fix="merge consecutive messages of one speaker; a conversation begins with the user",
             )  # fmt: skip
         yield message
         expected = "assistant" if expected == "user" else "user"
@@ -111,7 +111,7 @@ def _turn(turn: Any, place: int, spot: Spot) -> Message:
     for key, usual in (("weight", (None, 1)), ("train", (None, True))):
         if name == "assistant" and turn.get(key) not in usual:
             raise DataError(
-                f"message {place} has {key} {turn[key]!r:.20}; every answer counts the same here", where=spot.origin,
+                f"message {place} has {key} {turn[key]!r:.20}; nybble gives every answer the same weight", where=spot.origin,
                 fix=f"delete the {key}, or set data.train_on=last where only the last answer should count",
             )  # fmt: skip
     read = answer_of if name == "assistant" else filled if name == "user" else string

@@ -53,18 +53,18 @@ def two_answers(row: Row) -> DataError | None:
         return None
     chosen = row.values[names[0]]
     if isinstance(chosen, list) and len(chosen) > 1:
-        fix = f"{_mapped({'messages': names[0]})} trains on the wanted answer"
+        fix = f"{_mapped({'messages': names[0]})} trains on the preferred answer"
     elif "prompt" in row.values and (isinstance(chosen, str) or listed(chosen)):
-        fix = f"{_mapped({'completion': names[0]})} trains on the wanted answer"
+        fix = f"{_mapped({'completion': names[0]})} trains on the preferred answer"
     else:
-        fix = "write the wanted answer where the other forms have theirs: behind the last message, or as output"
+        fix = "put the preferred answer where other rows have it: after the last message, or in output"
     return preference(row, f"two answers, {names[0]!r} and {names[1]!r}", fix)
 
 
 def preference(row: Row, why: str, fix: str) -> DataError:
     """The fault of a row that says how good an answer is."""
     return DataError(
-        f"a preference row ({why}): nybble trains on one answer a row, not on preferences", where=row.origin, fix=fix
+        f"a preference row ({why}): nybble trains on one answer per row, not on preferences", where=row.origin, fix=fix
     )
 
 

@@ -26,6 +26,8 @@ class Spot:
 
     origin: str
     notes: set[str] = field(default_factory=set)
+    as_before: bool = False
+    """Whether the row is read by the rules of version 0.5.1."""
 
 
 def string(value: Any, column: str, spot: Spot) -> str:
@@ -43,9 +45,9 @@ def string(value: Any, column: str, spot: Spot) -> str:
         kind = "NaN" if value != value else type(value).__name__
         raise ShownError(f"{column!r} must be text, found {kind}", value, where=spot.origin)
     if "\0" in value:
-        raise DataError(f"{column!r} holds a null character", where=spot.origin, fix="delete it")
+        raise DataError(f"{column!r} contains a null character", where=spot.origin, fix="delete it")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"{column!r} holds half a surrogate pair, which is no character", where=spot.origin)
+        raise DataError(f"{column!r} contains half a surrogate pair, which is not a character", where=spot.origin)
     return value
 
 
@@ -104,7 +106,7 @@ def refuse_media(values: Mapping[str, Any], what: str, spot: Spot) -> None:
         DataError: it does.
     """
     for name in MEDIA & values.keys():
-        if values[name]:
+        if values[name] and not spot.as_before:
             raise _text_only(f"{what} has {name!r}", spot)
 
 
@@ -127,9 +129,9 @@ def literal(text: str) -> Any:
 def no_tools(what: str, spot: Spot) -> DataError:
     """The fault of a call of a tool."""
     return DataError(
-        f"{what}: calls of tools are not trained",
+        f"{what}: nybble does not train tool calls",
         where=spot.origin,
-        fix="take these rows out, or write the calls as text",
+        fix="remove these rows, or write the calls as text",
     )
 
 
@@ -137,5 +139,5 @@ def _text_only(what: str, spot: Spot) -> DataError:
     return DataError(
         f"{what}: nybble trains on text only",
         where=spot.origin,
-        fix="take these rows out; where the text makes sense without it, take out only that",
+        fix="remove these rows, or only that part where the text makes sense without it",
     )

@@ -22,8 +22,8 @@ from nybble.lfs import pointer_fault
 GZIP = b"\x1f\x8b"
 ARCHIVES = {  # first bytes: what such a file is, and what to do
     b"PK\x03\x04": ("a zip archive or an Excel workbook", "unpack it, or save the sheet as CSV"),
-    GZIP: ("packed by gzip", "add .gz to its name"),
-    b"PAR1": ("a parquet file", "call it .parquet"),
+    GZIP: ("compressed with gzip", "add .gz to its name"),
+    b"PAR1": ("a parquet file", "rename it to .parquet"),
     b"%PDF-": ("a PDF", "write its text to a file"),
 }
 PAGES = (b"<!doctype html", b"<html")
@@ -37,14 +37,14 @@ def read_file(file: pathlib.Path) -> Iterator[Item]:
     """
     some = False
     if file.stat().st_size == 0:
-        raise DataError("the file is empty", where=str(file), fix="take it out of the data, or fill it")
+        raise DataError("the file is empty", where=str(file), fix="remove it from the data, or fill it")
     refuse_stranger(file)
     _refuse_page(file)
     for item in KINDS[kind_of(file)](file):
         some = some or not isinstance(item, Notice)
         yield item
     if not some:
-        raise DataError("there are no rows in the file", where=str(file), fix="take it out of the data, or fill it")
+        raise DataError("there are no rows in the file", where=str(file), fix="remove it from the data, or fill it")
 
 
 def refuse_stranger(file: pathlib.Path) -> None:
@@ -62,7 +62,9 @@ def refuse_stranger(file: pathlib.Path) -> None:
             raise DataError(f"the file is {what}, not what its name says", where=str(file), fix=fix)
     if start and is_packed(file) and not start.startswith(GZIP):
         raise DataError(
-            "the file is not packed by gzip, as its name says", where=str(file), fix="take .gz off its name, or pack it"
+            "the file is not compressed with gzip, although its name says so",
+            where=str(file),
+            fix="take .gz off its name, or pack it",
         )
 
 

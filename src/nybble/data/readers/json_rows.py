@@ -52,7 +52,7 @@ def _parse(line: str, origin: str) -> Any:
         raise DataError(
             f"not valid JSON: {error.msg} at column {error.colno}",
             where=origin,
-            fix="one JSON object a line; mend or delete this line",
+            fix="one JSON object per line; fix or delete this line",
         ) from error
     except ConstantError as error:
         raise no_number(error, origin) from error

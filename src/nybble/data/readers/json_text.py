@@ -148,5 +148,5 @@ class Text:
         return DataError(
             f"not valid JSON: {what}",
             where=f"{self.file}:{line}",
-            fix="an array of objects, [{...}, {...}], or one a line",
+            fix="an array of objects, [{...}, {...}], or one per line",
         )

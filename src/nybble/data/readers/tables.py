@@ -101,7 +101,7 @@ def _named(header: list[str], where: str) -> list[str]:
         raise DataError(
             f"two columns of the header have the same name: {twice[0]!r}",
             where=where,
-            fix="give each column a name of its own",
+            fix="give each column a different name",
         )
     return header[:width]
 
@@ -109,7 +109,7 @@ def _named(header: list[str], where: str) -> list[str]:
 def _uneven(fields: list[str], names: list[str], dialect: Dialect, origin: str) -> DataError:
     delimiters = DELIMITERS.get(dialect.delimiter, repr(dialect.delimiter))
     return DataError(
-        f"not as many fields as the header has: {len(fields)} instead of {len(names)} ({', '.join(names)})",
+        f"{len(fields)} field{'s' * (len(fields) != 1)}, but the header has {len(names)} ({', '.join(names)})",
         where=origin,
         fix=f"quote fields that contain {delimiters} or line breaks",
     )

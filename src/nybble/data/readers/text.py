@@ -110,7 +110,7 @@ def checked(line: str, file: pathlib.Path, number: int) -> str:
         except UnicodeEncodeError as error:
             byte, place = ord(line[error.start]) & 0xFF, len(line[: error.start].encode()) + 1
             raise DataError(
-                f"not UTF-8: byte {byte:#04x} at place {place} of the line",
+                f"not UTF-8: byte {byte:#04x} at position {place} of the line",
                 where=f"{file}:{number}",
                 fix=as_utf8(file, "WINDOWS-1252"),
             ) from error
@@ -152,7 +152,7 @@ def as_utf8(file: pathlib.Path, encoding: str) -> str:
 
 def _damaged(error: Exception, file: pathlib.Path, line: int) -> DataError:
     if isinstance(error, EOFError):
-        return DataError("the gzip file is cut short", where=f"{file}:{line}", fix="copy or download it again")
+        return DataError("the gzip file is truncated", where=f"{file}:{line}", fix="copy or download it again")
     return DataError(
         f"the file cannot be unpacked: {error}",
         where=f"{file}:{line}",

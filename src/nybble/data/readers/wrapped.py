@@ -65,20 +65,20 @@ class Outline:
         """
         if self.is_alone and self._are_columns():
             raise DataError(
-                f"the file holds columns ({', '.join(member.name for member in self.members)}), not rows",
+                f"the file contains columns ({', '.join(member.name for member in self.members)}), not rows",
                 where=f"{file}:1",
                 fix=f"python -c {shlex.quote(COLUMNS.format(str(file)))}",
             )
         if self.lines > 1 and not self.is_alone:
             raise DataError(
-                "objects are spread over several lines, where each line must be one object",
+                "objects span several lines; each line must be one object",
                 where=f"{file}:1",
                 fix=one_a_line(file),
             )
         if self.lines > 1:
             inside = rows_inside({member.name: member.found for member in self.members})
             raise DataError(
-                "one object over several lines, where rows are an array of objects or an object a line",
+                "one object over several lines; rows must be an array of objects or one object per line",
                 where=f"{file}:1",
                 fix=f"if it is one row: {one_a_line(file)}"
                 if inside is None
@@ -174,9 +174,9 @@ def _shown(value: dict[str, Any], origin: str) -> Row:
     """A row as the Hub's viewer gives it."""
     if cut := value.get("truncated_cells"):
         raise DataError(
-            f"the Hub's viewer has cut {', '.join(map(str, cut))} short",
+            f"the Hub's viewer has truncated {', '.join(map(str, cut))}",
             where=origin,
-            fix="nybble train MODEL owner/name reads the whole data set from the Hub",
+            fix="read the whole data set from the Hub: nybble train MODEL owner/name",
         )
     return Row(value["row"], origin)
 
