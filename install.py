@@ -25,6 +25,7 @@ def main(extras):
     check_python()
     make_venv()
     install_torch()
+    say("Installing into .venv: a few minutes, in which nothing is shown.")
     run([*PIP, *PINS, "-e", f".[{','.join(extras)}]" if extras else "."])
 
 

