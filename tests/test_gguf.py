@@ -336,4 +336,4 @@ def test_a_modelfile_says_the_template_in_go(llama2_like, tiny_llama):
     assert '{{ "<s>Below is' in go_template(bare, choose_template(bare, "alpaca", "alpaca").source)
     odd = "{% for m in messages %}{{ m.content }}{{ loop.index }}{{ eos_token }}{% endfor %}"
     assert go_template(bare, odd) is None
-    assert "cannot be said in Go" in write_modelfile(".", bare, odd, "</s>")
+    assert "cannot be expressed in Go's templates" in write_modelfile(".", bare, odd, "</s>")

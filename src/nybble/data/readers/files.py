@@ -64,7 +64,7 @@ def refuse_stranger(file: pathlib.Path) -> None:
         raise DataError(
             "the file is not compressed with gzip, although its name says so",
             where=str(file),
-            fix="take .gz off its name, or pack it",
+            fix="remove .gz from its name, or compress it",
         )
 
 
