@@ -296,6 +296,8 @@ def test_what_the_readme_does_on_a_cpu_is_installed_by_make_demo():
 
 def test_a_missing_part_is_installed_into_the_python_that_misses_it(tmp_path, monkeypatch):
     own = pathlib.Path(sys.prefix) / "bin"
+    if not (own / "pip").exists():
+        pytest.skip("this Python's environment was made without pip")
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     monkeypatch.chdir(tmp_path)
     told = install_extra("serve")

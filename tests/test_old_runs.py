@@ -70,6 +70,9 @@ def old(run: Run, name: str) -> Run:
     record = json.loads((folder / "start.json").read_text())
     record |= {"base": base, "versions": {**versions(), "nybble": "0.5.1"}}
     (folder / "start.json").write_text(json.dumps(record))
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["base"]["fingerprint"] = base
+    (folder / "summary.json").write_text(json.dumps(summary))
     os.utime(folder / "start.json", (BEGAN.timestamp(), BEGAN.timestamp()))
     for file in folder.rglob(COMPLETE):
         file.write_bytes(b"")
