@@ -99,6 +99,8 @@ def as_somebody_without_a_home(*words: object, **environment: str) -> subprocess
     user = ["setpriv", "--reuid", "4242", "--regid", "4242", "--clear-groups"]
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         pytest.skip("needs to become another user")
+    if subprocess.run([*user, sys.executable, "-c", ""], capture_output=True, cwd="/", check=False).returncode:
+        pytest.skip("needs a Python that another user may start")
     kept = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME", "USER")}
     command = [*user, sys.executable, "-c", COMMAND, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, env=kept | environment, cwd="/")

@@ -83,6 +83,9 @@ def test_500_requests_at_16_at_once_without_an_error_or_a_leak(server):
     assert result["mean_batch"] > 2
     assert result["widest_gap"] < CLOSE_CALL[dtype]
     assert result["left_running"] == result["left_waiting"] == 0
+    until = time.monotonic() + 30
+    while own.num_fds() > before[0] + 2 and time.monotonic() < until:
+        time.sleep(0.5)  # a busy server closes its clients' connections a little later; what leaked stays
     assert own.num_fds() <= before[0] + 2
     assert own.num_threads() <= before[1] + 1
     # torch keeps something for each new shape on a CPU, so memory is not flat at first
