@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -155,14 +156,14 @@ class Asked(Strict):
         return 1
 
     @property
+    @abc.abstractmethod
     def limit(self) -> int | None:
         """Tokens that an answer may have; None: what the model has room for."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def likeliest(self) -> int | None:
         """How many likeliest tokens are named; None: no log probabilities."""
-        raise NotImplementedError
 
     @property
     def begun(self) -> str:
