@@ -53,6 +53,23 @@ WORDS = [
 PACKED = "gemv_4bit: an autograd kernel was not registered"
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Of each kind of damaged inputs: how many were tried, how many ended as they must, how many did not."""
+    counts: dict[str, dict[str, int]] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            file = report.nodeid.partition("::")[0]
+            if report.when == "call" and "test_corpus_" in file and "[" in report.nodeid:
+                kind = counts.setdefault(pathlib.PurePath(file).stem.removeprefix("test_corpus_"), {})
+                kind[outcome] = kind.get(outcome, 0) + 1
+    if counts:
+        terminalreporter.section("damaged inputs")
+        terminalreporter.line(f"{'kind':<14}{'tried':>7}{'clear':>7}{'wrong':>7}")
+    for name, kind in sorted(counts.items()):
+        clear, wrong = kind.get("passed", 0), kind.get("failed", 0)
+        terminalreporter.line(f"{name:<14}{clear + wrong:>7}{clear:>7}{wrong:>7}")
+
+
 @pytest.fixture(autouse=True)
 def _no_packed_weights(recwarn: pytest.WarningsRecorder):
     yield

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from nybble.cli import training, using
 from nybble.cli.app import app
+from nybble.cli.defects import STATUS, report
 from nybble.errors import NybbleError
 from nybble.launch import rank, wait_without_spinning
 from nybble.places import check_here, explained_disk
@@ -21,7 +22,7 @@ __all__ = ["main", "training", "using"]
 
 
 def main() -> None:
-    """Run the command line; a user's error is one message and an exit status, a defect is a traceback."""
+    """Run the command line; an error is one message and an exit status; a defect leaves its traceback in a file."""
     wait_without_spinning()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -33,6 +34,9 @@ def main() -> None:
     except NybbleError as error:
         _complain(str(error))
         sys.exit(error.exit_code)
+    except Exception as error:  # noqa: BLE001 - the only place where everything is caught: whatever comes, one message
+        _complain(report(error, sys.argv[1:]))
+        sys.exit(STATUS)
 
 
 def _complain(text: str) -> None:

@@ -1,0 +1,63 @@
+"""The last line of defence: an error that nobody foresaw is one message, and its traceback a file."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pathlib
+import platform
+import tempfile
+import traceback
+from collections.abc import Sequence
+
+from nybble import __version__
+from nybble.places import default_cache
+
+STATUS = 70  # EX_SOFTWARE of sysexits.h: an internal software error
+
+
+def report(error: BaseException, words: Sequence[str]) -> str:
+    """Write the traceback into the run that the command line names, else into the cache, and say where it is.
+
+    Args:
+        error: what was raised.
+        words: of the command line, the program's name left out.
+    """
+    name = type(error).__name__
+    text = "".join(traceback.format_exception(error))
+    line = f"nybble {__version__}, Python {platform.python_version()}, {platform.platform()}\n{' '.join(words)}\n\n"
+    file = _write(line + text, words)
+    what = f"nybble stopped because of an unexpected error ({name}: {_first_line(error)})"
+    if file is None:
+        return f"{what}\n{text}"
+    return (
+        f"{what}\n  where: {file} (the traceback)\n  fix:   this is a defect in nybble: please report it with that file"
+    )
+
+
+def _write(text: str, words: Sequence[str]) -> pathlib.Path | None:
+    for folder in (*_runs(words), default_cache() / "tracebacks", pathlib.Path(tempfile.gettempdir())):
+        file = folder / f"traceback-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.txt"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8", errors="backslashreplace")
+        except OSError:
+            continue
+        return file
+    return None
+
+
+def _runs(words: Sequence[str]) -> list[pathlib.Path]:
+    """Run folders among the words; a word may be anything, so one that is no path is passed over."""
+    found = []
+    for word in words:
+        try:
+            if (pathlib.Path(word) / "recipe.yaml").is_file():
+                found.append(pathlib.Path(word))
+        except (OSError, ValueError):  # too long for a name, or with a zero byte
+            continue
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0][:200]
