@@ -19,12 +19,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from nybble.errors import ModelError
 from nybble.export.shards import Spec, Tensors, slices_of
 from nybble.export.updates import Update
+from nybble.model.soundness import BUFFER, EMBEDDING, HEAD, PACKED, STATE
 from nybble.model.weights import weight_files
 
 CPU = torch.device("cpu")
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-STATE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
-PACKED = tuple(f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
 INT8 = 127  # LLM.int8 stores a row as integers up to this, and the row's largest number beside it
 
 
@@ -49,7 +47,7 @@ class Original:
 
     def names(self) -> list[str]:
         """Its tensors; buffers that old checkpoints carry are left out."""
-        return [name for name in self._tensors if not name.endswith("rotary_emb.inv_freq")]
+        return [name for name in self._tensors if not name.endswith(BUFFER)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor."""

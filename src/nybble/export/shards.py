@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from nybble.errors import ModelError
+from nybble.model.weights import open_tensors
 
 SHARD = 5_000_000_000  # bytes of a file at most, as the Hub likes them
 SLICE = 1 << 24  # numbers worked on at once: 64 MB in float32
@@ -26,13 +25,13 @@ class Tensors:
     """The tensors of a checkpoint's files by name, each mapped from its file when it is asked for.
 
     Raises:
-        ModelError: a file that is cut off, not what its name says, or of the format before torch 1.6.
+        ModelError: a file that is cut off, or not what its name says.
     """
 
     def __init__(self, files: Iterable[pathlib.Path]) -> None:
         self._places: dict[str, Callable[[str], torch.Tensor]] = {}
         for file in files:
-            names, get = _open(file)
+            names, get = open_tensors(file)
             self._places |= dict.fromkeys(names, get)
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -43,20 +42,6 @@ class Tensors:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
-
-
-def _open(file: pathlib.Path) -> tuple[Iterable[str], Callable[[str], torch.Tensor]]:
-    """The names in a file and what gets one of them."""
-    try:
-        if file.suffix == ".safetensors":
-            opened = safe_open(file, framework="pt")
-            return opened.keys(), opened.get_tensor  # type: ignore[no-untyped-call]
-        state = torch.load(file, mmap=True, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
-        raise ModelError(
-            f"the file cannot be read: {str(error).splitlines()[0]}", where=str(file), fix="copy it again"
-        ) from error
-    return state.keys(), state.__getitem__
 
 
 @dataclass(frozen=True)

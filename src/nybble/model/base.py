@@ -26,17 +26,8 @@ from transformers import (
 
 from nybble.errors import ModelError
 from nybble.model.checkpoint import Checkpoint, fingerprint
-from nybble.model.weights import (
-    LOADING_FAULTS,
-    by,
-    check_shapes,
-    check_whole,
-    differs,
-    reason,
-    skeleton,
-    some,
-    weight_files,
-)
+from nybble.model.soundness import check_files, check_loaded, check_report, check_tensors
+from nybble.model.weights import LOADING_FAULTS, check_whole, differs, reason, skeleton, weight_files
 from nybble.quantized import stay_unpacked
 from nybble.recipe import ModelOptions
 
@@ -104,8 +95,7 @@ def load_base(
         quantization = stored  # type: ignore[assignment]
     mark = fingerprint(checkpoint, cache)
     config = load_config(checkpoint, options.rope_scaling)
-    if stored is None:
-        notices += check_shapes(checkpoint.folder, config)
+    check_tensors(checkpoint.folder, config, is_quantized=stored is not None)
     kept = None
     if stored is not None or quantization == "none":
         model = _read(checkpoint.folder, config, None, dtype, device)
@@ -114,12 +104,14 @@ def load_base(
         kept, found = _read_kept(folder, config, dtype, device)
         notices += found
         if kept is None:
+            notices += check_files(checkpoint.folder)
             plan = quantization_plan(quantization, options.double_quantization, dtype)
             model = _read(checkpoint.folder, config, plan, dtype, device)
             _plain_generation(model)
             notices += _keep(model, folder)
         else:
             model = kept
+    notices += check_loaded(model, checkpoint.folder, dtype)
     _plain_generation(model)
     model.name_or_path = checkpoint.name  # what PEFT writes into the adapter as its base
     model.config.use_cache = False  # a key-value cache hides packed samples from Transformers' mask
@@ -218,17 +210,7 @@ def _read(
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         raise ModelError(f"the weights cannot be loaded: {reason(error)}", where=str(folder)) from error
-    odd = [
-        f"{name} is {by(own)} in the file and {by(wanted)} by config.json"
-        for name, own, wanted in found["mismatched_keys"]
-    ]
-    missing = [f"there is no {name}" for name in sorted(found["missing_keys"])]  # Transformers would draw it at random
-    if odd or missing:
-        raise ModelError(
-            f"the weights do not fit config.json: {some([*sorted(odd), *missing])}",
-            where=str(folder),
-            fix="use config.json and weights from the same copy of the model",
-        )
+    check_report(found, config, folder)
     return model
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import pathlib
 import shlex
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from nybble.errors import ModelError
+from nybble.model.headers import index_of
 from nybble.model.hub import fetch, few, missing_weights
-from nybble.model.weights import FLOATS, check_whole, refuse_pointers, shapes, weight_files
+from nybble.model.weights import FLOATS, WHOLE, check_whole, refuse_pointers, shapes, some, weight_files
 from nybble.places import replacing
 from nybble.run import Run, open_run, read_object
 
@@ -24,7 +27,10 @@ CONVERT = (
     "--input_dir {folder} --model_size 7B --output_dir {folder}-hf"
 )
 DESCRIPTION = ["*.json", "*.model", "*.jinja", "*.txt"]
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+         "vocab_size", "max_position_embeddings")  # fmt: skip
 SMALL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+STORED = ("nf4", "fp4", "int8")
 ADAPTERS = ("adapter_config.json", "recipe.yaml")
 """What a folder holds that is an adapter, or a run with one."""
 
@@ -45,9 +51,12 @@ class Checkpoint:
     def quantized_as(self) -> str | None:
         """How a checkpoint that is already quantised by bitsandbytes is stored: nf4, fp4 or int8."""
         stored = self.config.get("quantization_config")
-        if stored is None:
-            return None
-        return str(stored.get("bnb_4bit_quant_type", "fp4")) if stored.get("load_in_4bit") else "int8"
+        return None if stored is None else bits_of(stored)
+
+
+def bits_of(stored: Mapping[str, Any]) -> str:
+    """How a quantization_config of bitsandbytes says that weights are stored."""
+    return str(stored.get("bnb_4bit_quant_type", "fp4")) if stored.get("load_in_4bit") else "int8"
 
 
 def find_checkpoint(path: str, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
@@ -60,7 +69,7 @@ def find_checkpoint(path: str, revision: str | None = None, *, weights: bool = T
     if not path:
         raise ModelError("no base model was given", fix="nybble train MODEL DATA, where MODEL is a folder or a Hub id")
     folder, commit = pathlib.Path(path), None
-    if not folder.exists():
+    if not _is_here(folder):
         if path.count("/") != 1 or path.startswith((".", "/", "~")):
             raise ModelError(
                 f"there is no folder {path}, and it is not a Hub id (owner/name)", fix=f"ls {folder.parent}"
@@ -68,10 +77,13 @@ def find_checkpoint(path: str, revision: str | None = None, *, weights: bool = T
         folder, commit = fetch(path, revision, None if weights else DESCRIPTION)
     refuse_pointers(folder / name for name in SMALL)
     config = _read_config(folder)
+    if (folder / "generation_config.json").is_file():
+        read_object(folder / "generation_config.json")
     if weights or commit is None:
         _check_weights(folder)
         _check_leftover(folder, config, path if commit is not None else None)
     _check_architecture(folder, config)
+    _check_fields(folder, config)
     _check_pad(folder, config)
     return Checkpoint(path, folder, commit, config)
 
@@ -118,6 +130,20 @@ def _file_digest(file: pathlib.Path, cache: pathlib.Path) -> str:
     return digest
 
 
+def _is_here(folder: pathlib.Path) -> bool:
+    """Whether there is anything of that name.
+
+    Raises:
+        ModelError: there is, and it may not be looked at.
+    """
+    try:
+        if folder.is_dir():
+            os.listdir(folder)
+        return folder.exists()
+    except OSError as error:  # no permission, a name that is too long
+        raise ModelError(f"the model's folder cannot be read: {error.strerror}", where=str(folder)) from error
+
+
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     file = folder / "config.json"
     consolidated = sorted(folder.glob("consolidated.*.pth"))
@@ -137,6 +163,13 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
             where=str(file),
             fix="compare it with config.json on the model's page",
         )
+    if "transformers_weights" in config:
+        raise ModelError(
+            f"config.json names a weight file of its own ({config['transformers_weights']!r:.60}); nybble takes "
+            f"{WHOLE[0]} or {index_of(WHOLE[0])}",
+            where=str(file),
+            fix='delete "transformers_weights" there, and give the weights that name',
+        )
     return config
 
 
@@ -154,14 +187,58 @@ def _check_architecture(folder: pathlib.Path, config: dict[str, Any]) -> None:
             f"the checkpoint is quantised by {stored['quant_method']}, which nybble cannot train adapters on",
             fix="use the 16-bit checkpoint it was made from",
         )
+    if stored is not None and (kind := bits_of(stored)) not in STORED:
+        raise ModelError(
+            f"quantization_config stores weights as {kind}, which nybble does not know ({', '.join(STORED)})",
+            where=str(folder / "config.json"),
+            fix="use the 16-bit checkpoint it was made from",
+        )
+
+
+def _check_fields(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Refuse numbers of which torch makes a model that fails, or computes nothing but NaN, at its first step.
+
+    Their types are Transformers' to check.
+    """
+    sizes = {name: config[name] for name in SIZES if isinstance(config.get(name), int)}
+    odd = [f"{name} is {value!r}" for name, value in sizes.items() if value < 1 or isinstance(value, bool)]
+    odd += [f"{name} is {value}" for name, value in _floats(config) if not math.isfinite(value)]
+    eps = config.get("rms_norm_eps")
+    odd += [f"rms_norm_eps is {eps}"] if isinstance(eps, int | float) and eps < 0 else []
+    heads, groups = sizes.get("num_attention_heads"), sizes.get("num_key_value_heads")
+    if not odd and heads and groups and heads % groups:
+        odd = [f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({groups})"]
+    if not odd and heads and "hidden_size" in sizes:
+        width = sizes.get("head_dim", sizes["hidden_size"] // heads)
+        odd = [f"a head is {width} numbers wide, and RoPE turns pairs of them"] if width % 2 else []
+    if odd:
+        raise ModelError(
+            f"config.json describes no model: {some(odd)}",
+            where=str(folder / "config.json"),
+            fix="compare it with config.json on the model's page",
+        )
+
+
+def _floats(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Every float in a configuration, with its place."""
+    if isinstance(value, float):
+        yield place, value
+    parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        yield from _floats(part, f"{place}.{key}".lstrip("."))
 
 
 def _check_weights(folder: pathlib.Path) -> None:
     files = weight_files(folder)
     if not files:
         refuse_adapter(folder)  # one that scaled RoPE has a config.json too
-        raise ModelError(f"{folder} contains no weights (model*.safetensors or pytorch_model*.bin)", fix=f"ls {folder}")
-    for file in [*folder.glob("*.index.json"), *files]:
+        others = sorted(file.name for end in ("safetensors", "bin") for file in folder.glob(f"*.{end}"))
+        beside = f"; {few(others)} can only be read with their index ({index_of(WHOLE[0])})" if others else ""
+        raise ModelError(
+            f"{folder} contains no weights ({' or '.join(WHOLE)}, whole or as an index with its files){beside}",
+            fix=f"ls {folder}",
+        )
+    for file in files:
         check_whole(file)
     if missing := missing_weights(folder, {file.name for file in folder.iterdir()}):
         raise ModelError(

@@ -17,7 +17,6 @@ A gated repository's listing is public, its files are not; so access is asked of
 from __future__ import annotations
 
 import errno
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from huggingface_hub.errors import (
 )
 
 from nybble.errors import HubError, ModelError
+from nybble.model.headers import read_index
 
 logger = logging.getLogger(__name__)
 
@@ -206,8 +206,8 @@ def missing_weights(folder: Path, names: set[str]) -> list[str]:
     if index not in names:
         return []
     try:
-        return sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()) - names)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return sorted(set(read_index(folder / index).values()) - names)
+    except ModelError:
         return [f"a readable {index}"]
 
 

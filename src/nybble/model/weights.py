@@ -1,14 +1,15 @@
-"""Weight files by what they say of themselves, and a saved model held against the live one."""
+"""Weight files: which of a folder's they are, what they say of themselves, and a saved model held against the live one."""
 
 from __future__ import annotations
 
-import json
 import pathlib
 import pickle
+import re
+import shlex
+import stat
 import struct
 import zipfile
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -17,14 +18,25 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from nybble.errors import ModelError
 from nybble.lfs import pointer_fault
+from nybble.model.headers import index_of, read_header, read_index
+from nybble.model.hub import few
 
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+WHOLE = ("model.safetensors", "pytorch_model.bin")
+"""Weights in one file, in Transformers' order: the first is taken, or the index beside its place, before the second."""
 FLOATS = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+AGAIN = "save the model's tensors alone, by model.save_pretrained(FOLDER) where it was trained; or use its safetensors"
 # What Transformers raises where a configuration or a weight file is wrong: checks of its own and of huggingface_hub, asserts of
 # torch, and whatever its code runs into that takes a field for granted (KeyError, ZeroDivisionError, AttributeError).
 LOADING_FAULTS: tuple[type[Exception], ...] = (
     OSError, RuntimeError, ValueError, AssertionError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError,
-    EOFError, StrictDataclassError, SafetensorError, pickle.UnpicklingError,
+    EOFError, StrictDataclassError, SafetensorError, pickle.UnpicklingError, struct.error,
 )  # fmt: skip
 
 
@@ -38,34 +50,81 @@ def reason(error: Exception) -> str:
 
 
 def refuse_pointers(files: Iterable[pathlib.Path]) -> None:
-    """Refuse git-lfs pointers in place of files of a model; files that do not exist are passed over.
+    """Refuse what stands in place of files of a model: git-lfs pointers, links to nothing, and folders, pipes, sockets and
+    devices, which may never end. Files that do not exist are passed over.
 
     Raises:
         ModelError: naming the first, with the command that fetches the files.
     """
     for file in files:
-        if file.is_file() and (fault := pointer_fault(file)):
+        if file.is_symlink() and not file.exists():
+            raise ModelError(
+                f"{file.name} is a link to {file.readlink()}, which does not exist",
+                where=str(file),
+                fix="copy or download the file again",
+            )
+        if not file.exists():
+            continue
+        if (kind := KINDS.get(stat.S_IFMT(file.stat().st_mode))) is not None:
+            raise ModelError(
+                f"{file.name} is {kind}, not a file", where=str(file), fix=f"put the model's {file.name} in its place"
+            )
+        try:
+            fault = pointer_fault(file)
+        except PermissionError as error:
+            raise ModelError(
+                f"you may not read {file.name}",
+                where=str(file),
+                fix=f"chmod u+r {shlex.quote(str(file))}, as its owner",
+            ) from error
+        if fault:
             raise ModelError(fault[0], where=str(file), fix=fault[1])
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Safetensors where there are any, else .bin; an adapter's files are no weights."""
-    for pattern in WEIGHTS:
-        files = sorted(file for file in folder.glob(pattern) if not file.name.startswith("adapter_"))
-        if files:
+    """The files that Transformers loads from a folder, and so the ones that are hashed, checked and merged; empty where there
+    are none.
+
+    A name must lie in the folder itself. What a link of that name leads to may lie elsewhere, as in the Hub's cache.
+
+    Raises:
+        ModelError: one of them is no file, or an index that is damaged, lacks a file or names one elsewhere.
+    """
+    for name in WHOLE:
+        whole, index = folder / name, folder / index_of(name)
+        refuse_pointers([whole, index])
+        if whole.is_file():
+            return [whole]
+        if index.is_file():
+            names = sorted(set(read_index(index).values()))
+            files = [folder / name for name in names]
+            refuse_pointers(files)
+            if missing := [file.name for file in files if not file.is_file()]:
+                raise ModelError(
+                    f"{folder} lacks {few(missing)}, which its index names",
+                    where=str(index),
+                    fix="finish the download, or copy what is missing",
+                )
             return files
     return []
 
 
 def check_whole(file: pathlib.Path) -> None:
-    """Refuse a weight file that is a pointer, is no safetensors file, or is cut off.
+    """Refuse a weight file that is a pointer, is of another kind, is cut off, or holds other things than tensors.
 
     Raises:
         ModelError: which of these.
     """
     refuse_pointers([file])
     if file.suffix == ".safetensors":
-        _header(file)
+        read_header(file)
+        return
+    with file.open("rb") as stream:
+        head = stream.read(2)
+    if head == b"PK":
+        _unpickled(file)
+    elif head[:1] != b"\x80":  # what torch.save wrote before 1.6 can only be read whole, as loading does
+        raise ModelError("the file was not written by torch.save", where=str(file), fix="download it again")
 
 
 def shapes(file: pathlib.Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -75,13 +134,56 @@ def shapes(file: pathlib.Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         ModelError: the file cannot be read as weights.
     """
     if file.suffix == ".safetensors":
-        entries = _header(file)
+        entries = read_header(file)
         return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
-    try:
-        stored = torch.load(file, mmap=zipfile.is_zipfile(file), weights_only=True)
-    except LOADING_FAULTS as error:
-        raise ModelError(f"the weights cannot be read: {reason(error)}", where=str(file)) from error
+    stored = _unpickled(file)
     return {name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in stored.items()}
+
+
+def open_tensors(file: pathlib.Path) -> tuple[Iterable[str], Callable[[str], torch.Tensor]]:
+    """The names in a weight file and what gets one of them, on the CPU.
+
+    Raises:
+        ModelError: the file cannot be read as weights.
+    """
+    if file.suffix != ".safetensors":
+        state = _unpickled(file)
+        return state.keys(), state.__getitem__
+    try:
+        opened = safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"the file cannot be read: {reason(error)}", where=str(file), fix="copy it again") from error
+    return opened.keys(), opened.get_tensor  # type: ignore[no-untyped-call]
+
+
+def _unpickled(file: pathlib.Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of torch.save, mapped and not read where its format allows; nothing in it is run."""
+    try:
+        stored = torch.load(file, mmap=zipfile.is_zipfile(file), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"asks for {asked[1]} when it is opened" if asked else "is no pickle of tensors"
+        raise ModelError(
+            f"{file.name} is refused: it {what}, and a file of weights may contain tensors only",
+            where=str(file),
+            fix=AGAIN,
+        ) from error
+    except LOADING_FAULTS as error:
+        raise ModelError(
+            f"the weights cannot be read: {reason(error)}", where=str(file), fix="copy or download the file again"
+        ) from error
+    if not isinstance(stored, dict):
+        raise ModelError(
+            f"{file.name} contains {type(stored).__name__} and not tensors by name", where=str(file), fix=AGAIN
+        )
+    for name, value in stored.items():
+        is_held = isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+        if not is_held or value.is_meta or value.is_quantized:
+            kind = "a tensor without its numbers" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ModelError(
+                f"{file.name} contains {kind} under {name!r:.60}, where a tensor belongs", where=str(file), fix=AGAIN
+            )
+    return stored
 
 
 def skeleton(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
@@ -99,35 +201,6 @@ def skeleton(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
             fix="compare it with config.json on the model's page",
         ) from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def check_shapes(folder: pathlib.Path, config: PretrainedConfig) -> list[str]:
-    """Hold 16-bit weights against the configuration: loaded as 4 bits, a weight of another shape is not noticed.
-
-    Returns:
-        A notice where the files hold weights of no part of the model, such as further layers.
-
-    Raises:
-        ModelError: with both sizes of the first tensor that does not fit.
-    """
-    expected = skeleton(config)
-    stored = {name: shape for file in weight_files(folder) for name, (_, shape) in shapes(file).items()}
-    odd = [
-        f"{name} is {by(shape)} in the file and {by(expected[name])} by config.json"
-        for name, shape in stored.items()
-        if name in expected and shape != expected[name]
-    ]
-    if odd:
-        raise ModelError(
-            f"the weights do not fit config.json: {some(odd)}",
-            where=str(folder),
-            fix="use config.json and weights from the same copy of the model",
-        )
-    ignored = sorted(name for name in stored if name.startswith("model.") and name not in expected)
-    ignored = [
-        name for name in ignored if not name.endswith("rotary_emb.inv_freq")
-    ]  # old checkpoints hold what is computed now
-    return [f"ignored {some(ignored)}: the files contain it, but the model of config.json does not"] if ignored else []
 
 
 def differs(model: torch.nn.Module, folder: pathlib.Path) -> str | None:
@@ -158,35 +231,3 @@ def by(shape: tuple[int, ...]) -> str:
 def some(words: list[str]) -> str:
     """The first of several, and how many more there are."""
     return words[0] + (f" (and {len(words) - 1} more)" if len(words) > 1 else "")
-
-
-def _header(file: pathlib.Path) -> dict[str, Any]:
-    """The header of a safetensors file: 8 bytes of length, JSON, then the tensors.
-
-    Raises:
-        ModelError: it is another kind of file, or its length is not what the header says.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        start = stream.read(1)
-        text = start + stream.read(length - 1) if 0 < length <= size - 8 else b""
-    if start not in (b"{", b""):
-        raise ModelError("the file is not a safetensors file", where=str(file), fix="download it again")
-    cut = ModelError("the file is cut off: it is shorter than its header says", where=str(file), fix="copy it again")
-    if not text:
-        raise cut
-    try:
-        entries: dict[str, Any] = json.loads(text)
-        entries.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ModelError(
-            "the header of the safetensors file is damaged", where=str(file), fix="download it again"
-        ) from error
-    if size < end:
-        raise cut
-    if size > end:
-        raise ModelError("the file is longer than its header says", where=str(file), fix="download it again")
-    return entries
