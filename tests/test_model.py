@@ -327,7 +327,7 @@ def test_layers_that_the_configuration_leaves_out_are_refused(tiny_llama, tmp_pa
         base_of(folder, tmp_path / "cache")
     print(caught.value)
     assert "the files contain model.layers.1.input_layernorm.weight" in caught.value.what
-    assert "and 6 more, and the model of config.json does not" in caught.value.what
+    assert "and 6 more, which the model of config.json does not have" in caught.value.what
 
 
 def test_a_pointer_in_place_of_a_tokenizer_model_is_named(tiny_llama, tmp_path):

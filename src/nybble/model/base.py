@@ -68,7 +68,7 @@ def load_config(checkpoint: Checkpoint, rope_scaling: dict[str, object] | None) 
     if rope_scaling is not None:
         config.rope_parameters = {**(config.rope_parameters or {}), **rope_scaling}
         config.standardize_rope_params()
-    skeleton(config)
+    skeleton(config, checkpoint.folder)
     return config
 
 
@@ -96,7 +96,7 @@ def load_base(
     mark = fingerprint(checkpoint, cache)
     config = load_config(checkpoint, options.rope_scaling)
     check_tensors(checkpoint.folder, config, is_quantized=stored is not None)
-    kept = None
+    kept, looked = None, list[str]()
     if stored is not None or quantization == "none":
         model = _read(checkpoint.folder, config, None, dtype, device)
     else:
@@ -104,14 +104,15 @@ def load_base(
         kept, found = _read_kept(folder, config, dtype, device)
         notices += found
         if kept is None:
-            notices += check_files(checkpoint.folder)
+            looked = check_files(checkpoint.folder)
             plan = quantization_plan(quantization, options.double_quantization, dtype)
             model = _read(checkpoint.folder, config, plan, dtype, device)
             _plain_generation(model)
             notices += _keep(model, folder)
         else:
             model = kept
-    notices += check_loaded(model, checkpoint.folder, dtype)
+    loaded = check_loaded(model, checkpoint.folder, dtype)
+    notices += looked or loaded
     _plain_generation(model)
     model.name_or_path = checkpoint.name  # what PEFT writes into the adapter as its base
     model.config.use_cache = False  # a key-value cache hides packed samples from Transformers' mask
@@ -209,7 +210,9 @@ def _read(
     except LOADING_FAULTS as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
-        raise ModelError(f"the weights cannot be loaded: {reason(error)}", where=str(folder)) from error
+        raise ModelError(
+            f"the weights cannot be loaded: {reason(error)}", where=str(folder), fix="copy or download the model again"
+        ) from error
     check_report(found, config, folder)
     return model
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import pathlib
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from nybble.errors import ModelError
+from nybble.model.fields import check_fields, check_generation
 from nybble.model.headers import index_of
 from nybble.model.hub import fetch, few, missing_weights
-from nybble.model.weights import FLOATS, WHOLE, check_whole, refuse_pointers, shapes, some, weight_files
+from nybble.model.weights import FLOATS, WHOLE, check_whole, refuse_pointers, shapes, weight_files
 from nybble.places import replacing
 from nybble.run import Run, open_run, read_object
 
@@ -27,8 +27,6 @@ CONVERT = (
     "--input_dir {folder} --model_size 7B --output_dir {folder}-hf"
 )
 DESCRIPTION = ["*.json", "*.model", "*.jinja", "*.txt"]
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-         "vocab_size", "max_position_embeddings")  # fmt: skip
 SMALL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 STORED = ("nf4", "fp4", "int8")
 ADAPTERS = ("adapter_config.json", "recipe.yaml")
@@ -77,13 +75,12 @@ def find_checkpoint(path: str, revision: str | None = None, *, weights: bool = T
         folder, commit = fetch(path, revision, None if weights else DESCRIPTION)
     refuse_pointers(folder / name for name in SMALL)
     config = _read_config(folder)
-    if (folder / "generation_config.json").is_file():
-        read_object(folder / "generation_config.json")
+    check_generation(folder / "generation_config.json")
     if weights or commit is None:
         _check_weights(folder)
         _check_leftover(folder, config, path if commit is not None else None)
     _check_architecture(folder, config)
-    _check_fields(folder, config)
+    check_fields(folder / "config.json", config)
     _check_pad(folder, config)
     return Checkpoint(path, folder, commit, config)
 
@@ -180,6 +177,7 @@ def _check_architecture(folder: pathlib.Path, config: dict[str, Any]) -> None:
             f"the architecture is {kind!r}; nybble trains Llama-architecture models (model_type llama: Llama 2, "
             "Llama 3, CodeLlama, Vicuna, TinyLlama, SmolLM2, ...)",
             where=str(folder / "config.json"),
+            fix='use a model whose config.json says "model_type": "llama"',
         )
     stored = config.get("quantization_config")
     if stored is not None and stored.get("quant_method", "bitsandbytes") != "bitsandbytes":
@@ -193,39 +191,6 @@ def _check_architecture(folder: pathlib.Path, config: dict[str, Any]) -> None:
             where=str(folder / "config.json"),
             fix="use the 16-bit checkpoint it was made from",
         )
-
-
-def _check_fields(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Refuse numbers of which torch makes a model that fails, or computes nothing but NaN, at its first step.
-
-    Their types are Transformers' to check.
-    """
-    sizes = {name: config[name] for name in SIZES if isinstance(config.get(name), int)}
-    odd = [f"{name} is {value!r}" for name, value in sizes.items() if value < 1 or isinstance(value, bool)]
-    odd += [f"{name} is {value}" for name, value in _floats(config) if not math.isfinite(value)]
-    eps = config.get("rms_norm_eps")
-    odd += [f"rms_norm_eps is {eps}"] if isinstance(eps, int | float) and eps < 0 else []
-    heads, groups = sizes.get("num_attention_heads"), sizes.get("num_key_value_heads")
-    if not odd and heads and groups and heads % groups:
-        odd = [f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({groups})"]
-    if not odd and heads and "hidden_size" in sizes:
-        width = sizes.get("head_dim", sizes["hidden_size"] // heads)
-        odd = [f"a head is {width} numbers wide, and RoPE turns pairs of them"] if width % 2 else []
-    if odd:
-        raise ModelError(
-            f"config.json describes no model: {some(odd)}",
-            where=str(folder / "config.json"),
-            fix="compare it with config.json on the model's page",
-        )
-
-
-def _floats(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
-    """Every float in a configuration, with its place."""
-    if isinstance(value, float):
-        yield place, value
-    parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    for key, part in parts:
-        yield from _floats(part, f"{place}.{key}".lstrip("."))
 
 
 def _check_weights(folder: pathlib.Path) -> None:

@@ -11,10 +11,11 @@ import math
 import pathlib
 import re
 import struct
+from collections import Counter
 from typing import Any
 
 from nybble.errors import ModelError
-from nybble.run import read_object
+from nybble.reading import read_object
 
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -22,6 +23,12 @@ BITS = {
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 LONGEST = 100_000_000  # bytes of a header, by the format
+
+
+def shown(name: str) -> str:
+    """A name from a file as it may be printed: in one line, without control characters, not endless."""
+    plain = name if name.isprintable() else ascii(name)[1:-1]
+    return plain if len(plain) <= 120 else f"{plain[:119]}…"
 
 
 def index_of(name: str) -> str:
@@ -43,7 +50,7 @@ def read_index(index: pathlib.Path) -> dict[str, str]:
     for tensor, name in places.items():
         if not isinstance(name, str) or not re.fullmatch(rf"[^/\\\0]+\.{end}", name):
             raise ModelError(
-                f"{index.name} says that {tensor} is in {name!r:.80}, which is not a .{end} file in this folder",
+                f"{index.name} says that {shown(tensor)} is in {name!r:.200}, which is not a .{end} file in this folder",
                 where=str(index),
                 fix=fix,
             )
@@ -91,6 +98,8 @@ def _parse(file: pathlib.Path, text: bytes) -> dict[str, dict[str, Any]]:
     notes = entries.pop("__metadata__", {}) if isinstance(entries, dict) else None
     if not isinstance(notes, dict):
         raise _damaged(file, "it is not an object" if notes is None else "its __metadata__ is not an object")
+    if odd := [key for key, note in notes.items() if not isinstance(note, str)]:
+        raise _damaged(file, f"{odd[0]!r:.40} in its __metadata__ is not text")
     for name, entry in entries.items():
         _check_entry(file, name, entry)
     return dict(entries)
@@ -99,13 +108,14 @@ def _parse(file: pathlib.Path, text: bytes) -> dict[str, dict[str, Any]]:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)} twice")
+        again = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"it names {shown(again)} twice")
     return found
 
 
 def _check_entry(file: pathlib.Path, name: str, entry: Any) -> None:
     """Refuse what does not describe a tensor."""
+    name = shown(name)
     if not isinstance(entry, dict):
         raise _damaged(file, f"{name} is not described by an object")
     kind, shape, places = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
@@ -131,7 +141,9 @@ def _check_places(file: pathlib.Path, entries: dict[str, dict[str, Any]]) -> int
     end = 0
     for first, last, name in sorted((*entry["data_offsets"], name) for name, entry in entries.items()):
         if first != end:
-            raise _damaged(file, f"{name} {'overlaps the tensor before it' if first < end else 'begins after a gap'}")
+            raise _damaged(
+                file, f"{shown(name)} {'overlaps the tensor before it' if first < end else 'begins after a gap'}"
+            )
         end = last
     return end
 

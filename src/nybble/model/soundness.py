@@ -18,9 +18,10 @@ from bitsandbytes.utils import unpack_tensor_to_dict
 from transformers import PretrainedConfig
 
 from nybble.errors import ModelError
-from nybble.model.headers import BITS, index_of, read_index
+from nybble.model.headers import BITS, index_of, read_index, shown
 from nybble.model.hub import few
 from nybble.model.weights import FLOATS, WHOLE, by, open_tensors, shapes, skeleton, some, weight_files
+from nybble.reading import read_object
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BUFFER = "rotary_emb.inv_freq"  # old checkpoints hold what is computed now
@@ -58,10 +59,16 @@ def check_tensors(folder: pathlib.Path, config: PretrainedConfig, *, is_quantize
             than its files; a head that is tied to the embeddings and yet different.
     """
     stored = _stored(folder)
-    expected = skeleton(config)
+    expected = skeleton(config, folder)
     tied = bool(config.tie_word_embeddings)
     if prefix := _wrapped(stored, expected):
         raise ModelError(prefix, where=str(folder), fix="save the model itself: model.save_pretrained(FOLDER)")
+    if not is_quantized and any(name.endswith((*PACKED, ".SCB")) for name in stored):
+        raise ModelError(
+            "the weights were quantised by bitsandbytes, and config.json has no quantization_config, which says how",
+            where=str(folder / "config.json"),
+            fix="copy config.json from where the weights came",
+        )
     packed = {name for name in expected if is_quantized and any(name + end in stored for end in PACKED)}
     scaled = {name for name in expected if is_quantized and _scales(name) in stored}
     odd = [
@@ -72,7 +79,7 @@ def check_tensors(folder: pathlib.Path, config: PretrainedConfig, *, is_quantize
     missing = [name for name in expected if name not in stored and not (tied and name == HEAD)]
     foreign = [name for name in stored if name not in expected and not _is_beside(name, expected, is_quantized)]
     wrong = [
-        f"{name} contains {entry.kind} and must contain {'I8' if name in scaled else 'F32, F16 or BF16'}"
+        f"{name} is stored as {entry.kind}, not as {'I8' if name in scaled else 'F32, F16 or BF16'}"
         for name, entry in stored.items()
         if name in expected and name not in packed and entry.kind not in ({"I8", "int8"} if name in scaled else FLOATS)
     ]
@@ -168,7 +175,7 @@ def _check_numbers(tensors: Iterable[tuple[str, torch.Tensor]], where: str, fix:
         if not math.isfinite(least) or not math.isfinite(greatest):
             count = int((~torch.isfinite(tensor)).sum())
             odd.setdefault(name, f"{name} ({count:,} of {tensor.numel():,})")
-        elif least == greatest == 0 and tensor.dim() > 1:
+        elif least == greatest == 0 and name.endswith(".weight"):
             empty.append(name)
     if odd:
         raise ModelError(
@@ -193,7 +200,7 @@ def _stored(folder: pathlib.Path) -> dict[str, Stored]:
             entry = Stored(kind, shape, file)
             if name in found and not _is_equal((name, entry), (name, found[name])):
                 raise ModelError(
-                    f"{name} is in {found[name].file.name} and in {file.name}, with different numbers",
+                    f"{shown(name)} is in {found[name].file.name} and in {file.name}, with different numbers",
                     where=str(file),
                     fix="remove the files of other copies of the model, or download all of them again",
                 )
@@ -225,8 +232,14 @@ def _check_index(folder: pathlib.Path, stored: Mapping[str, Stored]) -> None:
     if index is None or files <= set(WHOLE):
         return
     places = read_index(index)
+    if not isinstance(read_object(index).get("metadata"), dict):  # Transformers takes it for granted
+        raise ModelError(
+            f"{index.name} has no metadata, without which Transformers does not read it",
+            where=str(index),
+            fix='add "metadata": {"total_size": 0} to it',
+        )
     odd = [
-        f"{name} is said to be in {places.get(name, 'no file')} and is in "
+        f"{shown(name)} is said to be in {places.get(name, 'no file')} and is in "
         f"{stored[name].file.name if name in stored else 'none'}"
         for name in sorted(places.keys() | stored.keys())
         if places.get(name) != (stored[name].file.name if name in stored else None) and not name.endswith(BUFFER)
@@ -242,7 +255,11 @@ def _check_index(folder: pathlib.Path, stored: Mapping[str, Stored]) -> None:
 def _refuse(where: pathlib.Path, odd: list[str], missing: list[str], foreign: list[str], wrong: list[str]) -> None:
     faults = [some(odd)] if odd else []
     faults += [f"there is no {few(missing)}"] if missing else []
-    faults += [f"the files contain {few(foreign)}, and the model of config.json does not"] if foreign else []
+    faults += (
+        [f"the files contain {few(list(map(shown, foreign)))}, which the model of config.json does not have"]
+        if foreign
+        else []
+    )
     faults += [some(wrong)] if wrong else []
     if faults:
         only = wrong and len(faults) == 1
@@ -255,14 +272,14 @@ def _refuse(where: pathlib.Path, odd: list[str], missing: list[str], foreign: li
 
 def _wrapped(stored: Mapping[str, Stored], expected: Mapping[str, object]) -> str | None:
     """Whether all names have a prefix too much, or lack one: the model was saved from within, or with what wrapped it."""
-    if not stored or expected.keys() & stored.keys():
+    if expected.keys() & stored.keys() - {HEAD}:
         return None
     for name in stored:
         if f"model.{name}" in expected:
             return f"the names of the tensors lack 'model.': {name} is model.{name} in a model with its head"
         start = name.removesuffix(EMBEDDING)
         if start and start != name:
-            return f"the names of the tensors begin with {start!r}, which is what wrapped the model: {name}"
+            return f"the names of the tensors begin with {start!r}, which is what wrapped the model: {shown(name)}"
     return None
 
 

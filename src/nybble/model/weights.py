@@ -120,8 +120,12 @@ def check_whole(file: pathlib.Path) -> None:
         read_header(file)
         return
     with file.open("rb") as stream:
-        head = stream.read(2)
-    if head == b"PK":
+        head = stream.read(4)
+    if head == b"PK\3\4":
+        if not zipfile.is_zipfile(file):  # the list of what an archive holds is at its end
+            raise ModelError(
+                "the file is cut off: the end of the archive is missing", where=str(file), fix="copy it again"
+            )
         _unpickled(file)
     elif head[:1] != b"\x80":  # what torch.save wrote before 1.6 can only be read whole, as loading does
         raise ModelError("the file was not written by torch.save", where=str(file), fix="download it again")
@@ -170,36 +174,45 @@ def _unpickled(file: pathlib.Path) -> dict[str, torch.Tensor]:
         ) from error
     except LOADING_FAULTS as error:
         raise ModelError(
-            f"the weights cannot be read: {reason(error)}", where=str(file), fix="copy or download the file again"
+            f"{file.name} is damaged, or was not written by torch.save: {reason(error)}",
+            where=str(file),
+            fix="copy or download the file again",
         ) from error
     if not isinstance(stored, dict):
         raise ModelError(
             f"{file.name} contains {type(stored).__name__} and not tensors by name", where=str(file), fix=AGAIN
         )
     for name, value in stored.items():
-        is_held = isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
-        if not is_held or value.is_meta or value.is_quantized:
-            kind = "a tensor without its numbers" if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ModelError(
-                f"{file.name} contains {kind} under {name!r:.60}, where a tensor belongs", where=str(file), fix=AGAIN
-            )
+        if (odd := _no_tensor(name, value)) is not None:
+            raise ModelError(f"{file.name} contains {odd} under {name!r:.80}", where=str(file), fix=AGAIN)
     return stored
 
 
-def skeleton(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+def skeleton(config: PretrainedConfig, folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of the model that a configuration describes.
 
+    Args:
+        config: the configuration.
+        folder: where its config.json is.
+
     Raises:
-        ModelError: it describes none that Transformers can build.
+        ModelError: it describes none that Transformers can build, or one that would compute nothing but NaN.
     """
+    where, fix = str(folder / "config.json"), "compare it with config.json on the model's page"
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
+        turns = type(model.model.rotary_emb)(config).inv_freq
     except LOADING_FAULTS as error:
         raise ModelError(
-            f"config.json describes a model that Transformers cannot build: {reason(error)}",
-            fix="compare it with config.json on the model's page",
+            f"config.json describes a model that Transformers cannot build: {reason(error)}", where=where, fix=fix
         ) from error
+    if not turns.isfinite().all():
+        raise ModelError(
+            f"the frequencies of RoPE are not finite with rope_parameters {config.rope_parameters}",
+            where=where,
+            fix=fix,
+        )
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -223,8 +236,21 @@ def differs(model: torch.nn.Module, folder: pathlib.Path) -> str | None:
     return None if (folder / "config.json").is_file() else "config.json was not saved"
 
 
+def _no_tensor(name: object, value: object) -> str | None:
+    """What stands in place of a tensor's name and numbers, None where both are there."""
+    if not isinstance(value, torch.Tensor):
+        return f"{type(value).__name__}, not a tensor,"
+    if value.is_meta:
+        return "a tensor without its numbers"
+    if value.layout != torch.strided or value.is_quantized:
+        return "a sparse or quantised tensor"
+    return None if isinstance(name, str) else "a tensor without a name"
+
+
 def by(shape: tuple[int, ...]) -> str:
     """A shape as people write it: 32000 x 4096."""
+    if len(shape) > 8:
+        return f"of {len(shape):,} dimensions"
     return " x ".join(map(str, shape)) or "a single number"
 
 

@@ -1,0 +1,102 @@
+"""The fields of config.json and generation_config.json, before anything is built from them.
+
+Types are Transformers' to check; what it takes and torch then fails on, or computes nothing but NaN with, is refused here.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers import GenerationConfig
+
+from nybble.errors import ModelError
+from nybble.model.weights import LOADING_FAULTS, reason, some
+from nybble.reading import read_object
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+         "vocab_size", "max_position_embeddings")  # fmt: skip
+ROPE = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "attention_factor",
+        "beta_fast", "beta_slow")  # fmt: skip
+LARGEST = 2**31  # the largest models have fewer of anything
+
+
+def check_fields(file: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Refuse a configuration of which no model can be made that computes.
+
+    Raises:
+        ModelError: naming the first field and its value.
+    """
+    odd = [*_odd_sizes(config), *_odd_numbers(config)]
+    if odd:
+        raise ModelError(
+            f"config.json does not describe a working model: {some(odd)}",
+            where=str(file),
+            fix="compare it with config.json on the model's page",
+        )
+
+
+def check_generation(file: pathlib.Path) -> None:
+    """Refuse generation settings that Transformers does not take, and ends of an answer that are no token ids.
+
+    Raises:
+        ModelError: naming the field.
+    """
+    if not file.is_file():
+        return
+    settings, fix = read_object(file), "compare it with generation_config.json on the model's page, or remove it"
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = settings.get(name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int for token in ids):
+            raise ModelError(f"{name} is {value!r:.60}, which is not a token id", where=str(file), fix=fix)
+    try:
+        GenerationConfig.from_pretrained(file.parent)
+    except LOADING_FAULTS as error:
+        raise ModelError(
+            f"Transformers cannot read generation_config.json: {reason(error)}", where=str(file), fix=fix
+        ) from error
+
+
+def _odd_sizes(config: Mapping[str, Any]) -> list[str]:
+    sizes = {name: config[name] for name in SIZES if isinstance(config.get(name), int)}
+    odd = [f"{name} is {value!r:.40}" for name, value in sizes.items() if not 0 < value < LARGEST or value is True]
+    heads, groups, hidden = (sizes.get(name) for name in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
+    if odd or not heads or not hidden or hidden % heads:  # the last is Transformers' to say
+        return odd
+    width = sizes.get("head_dim", hidden // heads)
+    if groups and heads % groups:
+        return [f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({groups})"]
+    return [f"head_dim is {width}, and RoPE needs an even number"] if width % 2 else []
+
+
+def _odd_numbers(config: Mapping[str, Any]) -> list[str]:
+    odd = [f"{place} is {value}" for place, value in _floats(config) if not math.isfinite(value)]
+    eps, dtype = config.get("rms_norm_eps"), config.get("dtype", config.get("torch_dtype"))
+    if isinstance(eps, int | float) and eps < 0:
+        odd.append(f"rms_norm_eps is {eps}")
+    if not isinstance(dtype, str | None):
+        odd.append(f"dtype is {dtype!r:.40}")
+    for part in (config, config.get("rope_parameters"), config.get("rope_scaling")):
+        turns = {name: part[name] for name in ROPE if part.get(name) is not None} if isinstance(part, Mapping) else {}
+        odd += [
+            f"{name} is {value!r:.40}"
+            for name, value in turns.items()
+            if not isinstance(value, int | float) or value <= 0
+        ]
+    return odd
+
+
+def _floats(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Every float in a configuration, with its place; however deep it lies."""
+    waiting: list[tuple[str, Any]] = list(config.items())
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, float):
+            yield place, value
+        elif isinstance(value, Mapping):
+            waiting += [(f"{place}.{key}", part) for key, part in value.items()]
+        elif isinstance(value, list):
+            waiting += [(place, part) for part in value]
