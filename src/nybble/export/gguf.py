@@ -18,9 +18,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nybble.errors import ExportError
 from nybble.export.formats import K_QUANTS, QUANTIZER
-from nybble.export.merge import EMBEDDING, HEAD, Model
+from nybble.export.merge import Model
 from nybble.export.modelfile import between
 from nybble.export.vocabulary import Vocabulary, read_vocabulary
+from nybble.model.soundness import EMBEDDING, HEAD
 
 FILE_TYPES = {
     "F16": gguf.LlamaFileType.MOSTLY_F16,

@@ -12,7 +12,7 @@ import pathlib
 import re
 import struct
 from collections import Counter
-from typing import Any
+from typing import Any, TypeGuard
 
 from nybble.errors import ModelError
 from nybble.reading import read_object
@@ -132,7 +132,7 @@ def _check_entry(file: pathlib.Path, name: str, entry: Any) -> None:
         )
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
