@@ -29,6 +29,27 @@ def folder(tiny_llama, tmp_path):
     return shutil.copytree(tiny_llama, tmp_path / "model")
 
 
+@pytest.fixture
+def as_nobody(folder):
+    """Another user for a moment, who may get as far as the folder."""
+    if os.geteuid() != 0:
+        return contextlib.nullcontext
+
+    @contextlib.contextmanager
+    def nobody():
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+
+    folder.chmod(0o755)
+    for place in folder.parents:
+        if place.stat().st_mode & 0o001 == 0:
+            place.chmod(place.stat().st_mode | 0o001)
+    return nobody
+
+
 def names(folder):
     return [file.name for file in weight_files(folder)]
 
@@ -147,15 +168,19 @@ def test_a_special_file_in_place_of_a_tokenizers_is_refused(folder, name, kind):
     assert caught.value.fix
 
 
-def test_a_file_without_permission_is_named(folder, tmp_path):
-    if os.geteuid() == 0:
-        pytest.skip("root may read everything")
+def test_a_file_without_permission_is_named(folder, as_nobody):
     (folder / "config.json").chmod(0)
-    with pytest.raises(ModelError, match=r"you may not read config.json"):
+    with as_nobody(), pytest.raises(ModelError) as caught:
         find_checkpoint(str(folder))
+    print(caught.value)
+    assert caught.value.what == "config.json cannot be read: Permission denied"
+    assert caught.value.where == str(folder / "config.json")
     folder.chmod(0)
-    with pytest.raises(ModelError, match="the model's folder cannot be read: Permission denied"):
+    with as_nobody(), pytest.raises(ModelError) as caught:
         find_checkpoint(str(folder))
+    print(caught.value)
+    folder.chmod(0o700)
+    assert caught.value.what == "the model's folder cannot be read: Permission denied"
 
 
 def test_a_name_that_no_file_can_have_is_a_message():

@@ -611,6 +611,7 @@ PLACES = [
         "contains no weights",
         "model-00001-of-00002.safetensors",
     ),
+    taken("shards-with-a-copy", sharded(lambda index, parts: [part.update({NORM: torch.ones(64)}) for part in parts])),
     refused(
         "shards-with-one-tensor-twice",
         sharded(
@@ -849,6 +850,11 @@ HEADERS = [
     refused("shape-huge", entry(UP, shape=[2**62, 2**62]), UP, "needs"),
     refused("shape-overflows", entry(UP, shape=[2**32, 2**32, 0, 8]), UP),
     refused("shape-of-10000-dimensions", entry(UP, shape=[1] * 10_000 + [128, 64]), UP),
+    refused(
+        "shape-of-a-million-dimensions",
+        entry(UP, shape=[2**62] * 1_000_000),
+        f"shape of {UP} is [4611686018427387904, ",
+    ),
     refused("offsets-negative", entry(UP, data_offsets=[-8192, 24576]), f"data_offsets of {UP} are"),
     refused("offsets-reversed", entry(UP, data_offsets=[40_000, 7232]), f"data_offsets of {UP} are"),
     refused("offsets-huge", entry(UP, data_offsets=[2**63 - 32768, 2**63]), UP),

@@ -93,9 +93,9 @@ def load_base(
             )
         notices.append(f"the checkpoint is already quantised as {stored} and is used unchanged")
         quantization = stored  # type: ignore[assignment]
-    mark = fingerprint(checkpoint, cache)
     config = load_config(checkpoint, options.rope_scaling)
     check_tensors(checkpoint.folder, config, is_quantized=stored is not None)
+    mark = fingerprint(checkpoint, cache)
     kept, looked = None, list[str]()
     if stored is not None or quantization == "none":
         model = _read(checkpoint.folder, config, None, dtype, device)

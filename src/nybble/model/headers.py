@@ -23,6 +23,7 @@ BITS = {
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 LONGEST = 100_000_000  # bytes of a header, by the format
+DIMENSIONS = 64  # of a tensor, by torch; the product of a million numbers takes hours
 
 
 def shown(name: str) -> str:
@@ -121,14 +122,14 @@ def _check_entry(file: pathlib.Path, name: str, entry: Any) -> None:
     kind, shape, places = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(kind, str) or kind not in BITS:
         raise _damaged(file, f"{name} has the type {kind!r:.40}, which safetensors does not know")
-    if not _are_sizes(shape):
+    if not _are_sizes(shape) or len(shape) > DIMENSIONS:
         raise _damaged(file, f"the shape of {name} is {shape!r:.60}")
     if not _are_sizes(places) or len(places) != 2 or places[0] > places[1]:
         raise _damaged(file, f"the data_offsets of {name} are {places!r:.60}")
     bits = math.prod(shape) * BITS[kind]
     if bits != 8 * (places[1] - places[0]):
         raise _damaged(
-            file, f"{name} ({kind} of shape {shape}) has {places[1] - places[0]:,} bytes, and needs {bits // 8:,}"
+            file, f"{name} ({kind} of shape {shape!s:.60}) has {places[1] - places[0]:,} bytes, and needs {bits // 8:,}"
         )
 
 

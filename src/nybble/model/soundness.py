@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class Stored:
     kind: str
     shape: tuple[int, ...]
     file: pathlib.Path
+    copies: frozenset[str] = frozenset()
+    """Names of other files that have the same numbers."""
 
     @property
     def bytes(self) -> int:
@@ -197,10 +199,12 @@ def _stored(folder: pathlib.Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for file in weight_files(folder):
         for name, (kind, shape) in shapes(file).items():
-            entry = Stored(kind, shape, file)
-            if name in found and not _is_equal((name, entry), (name, found[name])):
+            entry, first = Stored(kind, shape, file), found.get(name)
+            if first is not None:
+                entry = replace(entry, copies=first.copies | {first.file.name})
+            if first is not None and not _is_equal((name, entry), (name, first)):
                 raise ModelError(
-                    f"{shown(name)} is in {found[name].file.name} and in {file.name}, with different numbers",
+                    f"{shown(name)} is in {first.file.name} and in {file.name}, with different numbers",
                     where=str(file),
                     fix="remove the files of other copies of the model, or download all of them again",
                 )
@@ -210,7 +214,7 @@ def _stored(folder: pathlib.Path) -> dict[str, Stored]:
 
 def _is_equal(one: tuple[str, Stored], other: tuple[str, Stored]) -> bool:
     """Whether two tensors that are named are the same numbers."""
-    if one[1].shape != other[1].shape:
+    if (one[1].kind, one[1].shape) != (other[1].kind, other[1].shape):
         return False
     return torch.equal(*(open_tensors(entry.file)[1](name) for name, entry in (one, other)))
 
@@ -242,7 +246,8 @@ def _check_index(folder: pathlib.Path, stored: Mapping[str, Stored]) -> None:
         f"{shown(name)} is said to be in {places.get(name, 'no file')} and is in "
         f"{stored[name].file.name if name in stored else 'none'}"
         for name in sorted(places.keys() | stored.keys())
-        if places.get(name) != (stored[name].file.name if name in stored else None) and not name.endswith(BUFFER)
+        if not name.endswith(BUFFER)
+        and (name not in stored or places.get(name) not in {stored[name].file.name, *stored[name].copies})
     ]
     if odd:
         raise ModelError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pathlib
 import pickle
 import re
-import shlex
 import stat
 import struct
 import zipfile
@@ -57,28 +56,33 @@ def refuse_pointers(files: Iterable[pathlib.Path]) -> None:
         ModelError: naming the first, with the command that fetches the files.
     """
     for file in files:
-        if file.is_symlink() and not file.exists():
-            raise ModelError(
-                f"{file.name} is a link to {file.readlink()}, which does not exist",
-                where=str(file),
-                fix="copy or download the file again",
-            )
-        if not file.exists():
-            continue
-        if (kind := KINDS.get(stat.S_IFMT(file.stat().st_mode))) is not None:
-            raise ModelError(
-                f"{file.name} is {kind}, not a file", where=str(file), fix=f"put the model's {file.name} in its place"
-            )
         try:
-            fault = pointer_fault(file)
-        except PermissionError as error:
-            raise ModelError(
-                f"you may not read {file.name}",
-                where=str(file),
-                fix=f"chmod u+r {shlex.quote(str(file))}, as its owner",
-            ) from error
-        if fault:
+            fault = _stand_in(file)
+        except OSError as error:
+            fix = (
+                "copy or download it again"
+                if not isinstance(error, PermissionError)
+                else "let its owner give you access"
+            )
+            raise ModelError(f"{file.name} cannot be read: {error.strerror}", where=str(file), fix=fix) from error
+        if fault is not None:
             raise ModelError(fault[0], where=str(file), fix=fault[1])
+
+
+def _stand_in(file: pathlib.Path) -> tuple[str, str] | None:
+    """What stands in place of a file, and what mends it; None where the file itself does, or nothing.
+
+    Raises:
+        OSError: it may not be looked at.
+    """
+    if not file.exists():
+        again = "copy or download the file again"
+        return (
+            (f"{file.name} is a link to {file.readlink()}, which does not exist", again) if file.is_symlink() else None
+        )
+    if (kind := KINDS.get(stat.S_IFMT(file.stat().st_mode))) is not None:
+        return f"{file.name} is {kind}, not a file", f"put the model's {file.name} in its place"
+    return pointer_fault(file)
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
