@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
+import pathlib
 import shutil
+import tempfile
 
 import pytest
 import torch
@@ -29,25 +31,16 @@ def folder(tiny_llama, tmp_path):
     return shutil.copytree(tiny_llama, tmp_path / "model")
 
 
-@pytest.fixture
-def as_nobody(folder):
-    """Another user for a moment, who may get as far as the folder."""
-    if os.geteuid() != 0:
-        return contextlib.nullcontext
-
-    @contextlib.contextmanager
-    def nobody():
+@contextlib.contextmanager
+def as_nobody():
+    """Root may read everything: another user for a moment."""
+    mine = os.geteuid()
+    if mine == 0:
         os.seteuid(65534)
-        try:
-            yield
-        finally:
-            os.seteuid(0)
-
-    folder.chmod(0o755)
-    for place in folder.parents:
-        if place.stat().st_mode & 0o001 == 0:
-            place.chmod(place.stat().st_mode | 0o001)
-    return nobody
+    try:
+        yield
+    finally:
+        os.seteuid(mine)
 
 
 def names(folder):
@@ -168,19 +161,22 @@ def test_a_special_file_in_place_of_a_tokenizers_is_refused(folder, name, kind):
     assert caught.value.fix
 
 
-def test_a_file_without_permission_is_named(folder, as_nobody):
-    (folder / "config.json").chmod(0)
-    with as_nobody(), pytest.raises(ModelError) as caught:
-        find_checkpoint(str(folder))
-    print(caught.value)
-    assert caught.value.what == "config.json cannot be read: Permission denied"
-    assert caught.value.where == str(folder / "config.json")
-    folder.chmod(0)
-    with as_nobody(), pytest.raises(ModelError) as caught:
-        find_checkpoint(str(folder))
-    print(caught.value)
-    folder.chmod(0o700)
-    assert caught.value.what == "the model's folder cannot be read: Permission denied"
+def test_what_may_not_be_read_is_named(tiny_llama):
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to others
+        pathlib.Path(place).chmod(0o755)
+        folder = shutil.copytree(tiny_llama, pathlib.Path(place) / "model")
+        folder.chmod(0o755)
+        for closed, message in (
+            (folder / "config.json", "config.json cannot be read: Permission denied"),
+            (folder, "the model's folder cannot be read: Permission denied"),
+        ):
+            closed.chmod(0)
+            with as_nobody(), pytest.raises(ModelError) as caught:
+                find_checkpoint(str(folder))
+            closed.chmod(0o755)
+            print(caught.value)
+            assert caught.value.what == message
+            assert caught.value.where == str(closed)
 
 
 def test_a_name_that_no_file_can_have_is_a_message():
