@@ -49,10 +49,10 @@ class Checkpoint:
     def quantized_as(self) -> str | None:
         """How a checkpoint that is already quantised by bitsandbytes is stored: nf4, fp4 or int8."""
         stored = self.config.get("quantization_config")
-        return None if stored is None else bits_of(stored)
+        return None if stored is None else storage_of(stored)
 
 
-def bits_of(stored: Mapping[str, Any]) -> str:
+def storage_of(stored: Mapping[str, Any]) -> str:
     """How a quantization_config of bitsandbytes says that weights are stored."""
     return str(stored.get("bnb_4bit_quant_type", "fp4")) if stored.get("load_in_4bit") else "int8"
 
@@ -138,7 +138,9 @@ def _is_here(folder: pathlib.Path) -> bool:
             os.listdir(folder)
         return folder.exists()
     except OSError as error:  # no permission, a name that is too long
-        raise ModelError(f"the model's folder cannot be read: {error.strerror}", where=str(folder)) from error
+        raise ModelError(
+            f"the model's folder cannot be read: {error.strerror}", where=str(folder), fix="name one that you may read"
+        ) from error
 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -185,7 +187,7 @@ def _check_architecture(folder: pathlib.Path, config: dict[str, Any]) -> None:
             f"the checkpoint is quantised by {stored['quant_method']}, which nybble cannot train adapters on",
             fix="use the 16-bit checkpoint it was made from",
         )
-    if stored is not None and (kind := bits_of(stored)) not in STORED:
+    if stored is not None and (kind := storage_of(stored)) not in STORED:
         raise ModelError(
             f"quantization_config stores weights as {kind}, which nybble does not know ({', '.join(STORED)})",
             where=str(folder / "config.json"),
