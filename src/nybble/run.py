@@ -36,6 +36,7 @@ from nybble.places import check_disk, new_folder, replacing
 from nybble.recipe import Recipe, absolute_paths, absolute_tree, dump_recipe, here, load_recipe
 
 COMPLETE = "COMPLETE"
+QUANTIZED = "quantized_base"  # in start.json: the bits of the base that nybble quantised, and how they were made
 BYTES_A_PARAMETER = 12  # in a checkpoint: a trained parameter and AdamW's two moments, in float32
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
@@ -232,9 +233,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "nybble": __version__, **installed}
 
 
-def start_record(recipe: Recipe, data: str, base: str) -> dict[str, Any]:
-    """What a resumed run must find unchanged; the recipe's local places are absolute."""
-    return {"recipe": recipe.model_dump(exclude={"out"}), "data": data, "base": base, "versions": versions()}
+def start_record(recipe: Recipe, data: str, base: str, quantized: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a resumed run must find unchanged; the recipe's local places are absolute. The bits of the quantised base are held
+    against their record when the base is loaded."""
+    record = {"recipe": recipe.model_dump(exclude={"out"}), "data": data, "base": base, "versions": versions()}
+    return {**record, QUANTIZED: quantized}
 
 
 def check_unchanged(run: Run, now: Mapping[str, Any]) -> None:
@@ -248,6 +251,7 @@ def check_unchanged(run: Run, now: Mapping[str, Any]) -> None:
     now = json.loads(json.dumps(now))
     for record in (then, now):
         record["versions"].pop("nybble", None)
+        record.pop(QUANTIZED, None)
     changes = _differences(then, now, "")
     if changes:
         raise RunError(
