@@ -42,7 +42,20 @@ class Entry:
     facts: Facts | None
     """What its maker recorded, None where it has to be made."""
     fault: str = ""
-    """What is wrong with the one that stood there."""
+    """What is wrong with the one that stood there, as a clause."""
+
+    def notices(self, what: str, again: str) -> list[str]:
+        """What is to be told of a fault.
+
+        Args:
+            what: the entry and its verb: the cached rows were.
+            again: what is done about it: are tokenised again.
+        """
+        if not self.fault:
+            return []
+        if self.facts is None:
+            return [f"{what} damaged ({self.fault}) and {again}"]
+        return [f"{what} damaged ({self.fault}) and cannot be removed: {self.place} is used instead"]
 
 
 def find(folder: pathlib.Path, check: Callable[[pathlib.Path, Facts], None] = lambda *_: None) -> Entry:
@@ -70,7 +83,9 @@ def find(folder: pathlib.Path, check: Callable[[pathlib.Path, Facts], None] = la
             return find(folder, check)
         if discard(place):
             return Entry(place, None, fault)
-    raise PlaceError(f"the cache holds what can be neither used nor removed: {fault}", where=str(folder), fix=ANOTHER_CACHE)
+    raise PlaceError(
+        f"the cache holds what can be neither used nor removed: {fault}", where=str(folder), fix=ANOTHER_CACHE
+    )
 
 
 @contextlib.contextmanager
@@ -102,13 +117,14 @@ def seal(
         for file in sorted(folder.iterdir())
         if file.name not in apart
     }
-    write_note(folder / MANIFEST, {"entry": _key(place), "files": files, "facts": facts})
+    sizes = {name: (folder / name).stat().st_size for name in sorted(apart)}
+    write_note(folder / MANIFEST, {"entry": _key(place), "files": files, "apart": sizes, "facts": facts})
 
 
 def write_note(file: pathlib.Path, value: Any) -> None:
     """Write a note; where something stands in its place that cannot be removed, nothing is kept."""
     make_room(file.parent)
-    if os.path.lexists(file) and not _is_plain_file(file) and not discard(file):
+    if _identity(file) is not None and not file.is_file() and not discard(file):
         return
     said = [file.name, json.loads(json.dumps(value))]  # as it will be read: keys are text
     with replacing(file) as temporary:
@@ -128,10 +144,13 @@ def read_note(file: pathlib.Path) -> Any:
         FileNotFoundError: there is none.
         DamagedError: it is not what was written.
     """
-    if not os.path.lexists(file):
-        raise FileNotFoundError(str(file))
-    if not _is_plain_file(file):
-        raise DamagedError(f"{file.name} is not a file")
+    try:
+        if _identity(file) is None:
+            raise FileNotFoundError(str(file))
+        if not file.is_file():
+            raise DamagedError(f"{file.name} is not a file")
+    except PermissionError as error:
+        raise DamagedError(f"{file.name} cannot be read: {error.strerror}") from error
     return _read(file, file.name)
 
 
@@ -197,17 +216,26 @@ def _proven(folder: pathlib.Path) -> Facts:
         raise DamagedError(f"{folder.name} is not a folder")
     try:
         manifest = read_note(folder / MANIFEST)
-        found = digests.faults(folder, manifest["files"])
+        found = [fault for name, size in manifest["apart"].items() if (fault := _odd_size(folder / name, size))]
+        found = found or digests.faults(folder, manifest["files"])
         facts: Facts = manifest["facts"]
     except FileNotFoundError as error:
         raise DamagedError(f"there is no {MANIFEST}") from error
     except OSError as error:
-        raise DamagedError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
+        name = pathlib.Path(str(error.filename or folder)).name
+        raise DamagedError(f"{name} cannot be read: {error.strerror}") from error
     if manifest["entry"] != _key(folder):
         raise DamagedError("it is a copy of another entry")
     if found:
         raise DamagedError(found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else ""))
     return facts
+
+
+def _odd_size(file: pathlib.Path, size: int) -> str:
+    if not file.is_file():
+        return f"there is no {file.name}"
+    now = file.stat().st_size
+    return f"{file.name} has {now:,} bytes, and {size:,} were written" if now != size else ""
 
 
 def _key(place: pathlib.Path) -> str:
@@ -217,13 +245,6 @@ def _key(place: pathlib.Path) -> str:
 
 def _digest(value: Any) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
-
-
-def _is_plain_file(file: pathlib.Path) -> bool:
-    try:
-        return file.is_file()
-    except OSError:  # in a folder that this user may not look into
-        return False
 
 
 def _identity(place: pathlib.Path) -> tuple[int, int, int] | None:

@@ -52,12 +52,12 @@ def rows_in(folder: pathlib.Path, read: Callable[[], tuple[Pass, Iterable[Sample
     made = False
     for _ in range(TRIES):
         entry = kept.find(folder)
+        for notice in entry.notices("the cached rows were", "are tokenised again"):
+            logger.warning("%s", notice)
         if entry.facts is not None:
             with contextlib.suppress(FileNotFoundError):  # another process took it for damaged, and makes it again
                 found = json.loads((entry.place / FOUND).read_text(encoding="utf-8"))
                 return Dataset.from_file(str(entry.place / ROWS)), found, not made
-        if entry.fault:
-            logger.warning("the cached rows were damaged (%s) and are tokenised again", entry.fault)
         with contextlib.suppress(FileExistsError), kept.making(entry.place) as temporary:
             _write(temporary, *read())
             kept.seal(temporary, entry.place, {})

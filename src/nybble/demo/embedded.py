@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import pathlib
 import tempfile
@@ -36,10 +37,10 @@ def embedded_model(cache: pathlib.Path) -> pathlib.Path:
     if (folder / "config.json").is_file() and not (folder / kept.MANIFEST).exists():
         _adopt(folder)
     entry = kept.find(folder)
+    for notice in entry.notices("the embedded model was", "is unpacked again"):
+        logger.warning("%s", notice)
     if entry.facts is not None:
         return entry.place
-    if entry.fault:
-        logger.warning("the embedded model was damaged (%s) and is unpacked again", entry.fault)
     with kept.making(entry.place) as temporary:
         _write(temporary)
         kept.seal(temporary, entry.place, {})
@@ -47,14 +48,16 @@ def embedded_model(cache: pathlib.Path) -> pathlib.Path:
 
 
 def _adopt(folder: pathlib.Path) -> None:
-    """Prove what a version before 0.6 unpacked. It stays, for runs know it by its config.json too, and Transformers writes its own
-    version there."""
+    """Prove what a version before 0.6 unpacked. It stays as it is: runs know it by its config.json too, into which Transformers
+    writes its own version."""
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder.parent) as place:
         fresh = pathlib.Path(place)
         _write(fresh)
-        told = {file.name: digests.digest(file) for file in fresh.iterdir() if file.name in TELLING}
-        with contextlib.suppress(OSError):
-            if all(digests.digest(folder / name) == value for name, value in told.items()):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # an unreadable or garbled one is not what was unpacked
+            config, wanted = (json.loads((place / "config.json").read_text()) for place in (folder, fresh))
+            wanted["transformers_version"] = config["transformers_version"]
+            same = all(digests.digest(folder / name) == digests.digest(fresh / name) for name in TELLING)
+            if same and wanted.items() <= config.items():
                 kept.seal(folder, folder, {})
 
 

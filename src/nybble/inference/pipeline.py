@@ -35,7 +35,6 @@ from nybble.places import check_cache, default_cache, explained_disk
 from nybble.quantized import dequantise_where_room
 from nybble.run import Run, open_run
 
-
 logger = logging.getLogger(__name__)
 
 

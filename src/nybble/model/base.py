@@ -30,6 +30,7 @@ from nybble.quantized import stay_unpacked
 from nybble.recipe import ModelOptions
 
 ADAPTER_CONFIG = "adapter_config.json"
+COPY, REBUILT = "the cached copy of the quantised base was", "is rebuilt"
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def _quantised(
     """A base out of the cache, or quantised now and kept there."""
     mark = fingerprint(checkpoint, cache)
     entry = find_kept(kept_copy(mark, options.quantization, options.double_quantization, dtype, cache))
-    notices = _rebuilt(entry.fault) if entry.fault else []
+    notices = entry.notices(COPY, REBUILT)
     if entry.facts is not None:
         bits = bits_of(entry.facts)
         try:
@@ -244,7 +245,7 @@ def _quantised(
         except ModelError as fault:
             if not kept.discard(entry.place):
                 raise
-            notices = _rebuilt(fault.what)
+            notices = [f"{COPY} damaged ({fault.what}) and {REBUILT}"]
     if fingerprint(checkpoint, cache, prove=True) != mark:  # what was remembered of the weights was wrong
         return _quantised(checkpoint, options, config, dtype, device, cache, then)
     plan = quantization_plan(options.quantization, options.double_quantization, dtype)
@@ -266,10 +267,6 @@ def _as_kept(config: PretrainedConfig, folder: pathlib.Path) -> PretrainedConfig
         raise ModelError("it is not a quantised model")
     quantised.quantization_config = stored
     return quantised
-
-
-def _rebuilt(fault: str) -> list[str]:
-    return [f"the cached copy of the quantised base was damaged ({fault}) and is rebuilt"]
 
 
 def _plain_generation(model: PreTrainedModel) -> None:

@@ -61,7 +61,10 @@ class Trained:
 
     def is_another(self, fingerprint: str) -> bool:
         """Whether a base's weights are certainly others; a folder cannot be compared with a commit of the Hub."""
-        return fingerprint.startswith("sha256:") == self.fingerprint.startswith("sha256:") and fingerprint != self.fingerprint
+        return (
+            fingerprint.startswith("sha256:") == self.fingerprint.startswith("sha256:")
+            and fingerprint != self.fingerprint
+        )
 
     def contradicts(self, bits: Bits, fingerprint: str) -> bool:
         """Whether bits that were made of the same weights in the same way are others."""

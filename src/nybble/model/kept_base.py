@@ -52,7 +52,9 @@ def keep(model: PreTrainedModel, place: pathlib.Path, size: int, device: torch.d
     kept.make_room(place.parent)
     free = shutil.disk_usage(place.parent).free
     if free < 1.1 * size:
-        notice = f"the quantised base ({size / 1e9:.1f} GB) is not cached: {free / 1e9:.1f} GB are free at {place.parent}"
+        notice = (
+            f"the quantised base ({size / 1e9:.1f} GB) is not cached: {free / 1e9:.1f} GB are free at {place.parent}"
+        )
         return Bits(bits.combined(bits.of_model(model)), made), [notice]
     try:
         with kept.making(place) as temporary:
