@@ -52,8 +52,9 @@ def rows_in(folder: pathlib.Path, read: Callable[[], tuple[Pass, Iterable[Sample
     made = False
     for _ in range(TRIES):
         entry = kept.find(folder)
-        for notice in entry.notices("the cached rows were", "are tokenised again"):
-            logger.warning("%s", notice)
+        if not made:
+            for notice in entry.notices("the cached rows were", "are tokenised again"):
+                logger.warning("%s", notice)
         if entry.facts is not None:
             with contextlib.suppress(FileNotFoundError):  # another process took it for damaged, and makes it again
                 found = json.loads((entry.place / FOUND).read_text(encoding="utf-8"))
