@@ -1,7 +1,7 @@
 """The run folder: its layout, atomic writes, what a resumed run is held against, and how it is opened again.
 
 RUN/recipe.yaml       every option, documented
-RUN/start.json        fingerprints of recipe, data, base and versions, written before the first step
+RUN/start.json        fingerprints of recipe, data, base, its quantised bits and versions, written before the first step
 RUN/template.json     the chat template by name and text
 RUN/tokenizer/        tokenizer with that template
 RUN/checkpoints/      checkpoint-N, each whole once it holds a file COMPLETE, which says what the run had taken until then
@@ -248,10 +248,10 @@ def check_unchanged(run: Run, now: Mapping[str, Any]) -> None:
     """
     then = json.loads((run.folder / "start.json").read_text(encoding="utf-8"))
     then["recipe"] = _with_defaults(absolute_tree(then["recipe"]))  # before 0.6 places were recorded as typed
-    now = json.loads(json.dumps(now))
+    now = json.loads(json.dumps({name: value for name, value in now.items() if name != QUANTIZED}))
+    then.pop(QUANTIZED, None)
     for record in (then, now):
         record["versions"].pop("nybble", None)
-        record.pop(QUANTIZED, None)
     changes = _differences(then, now, "")
     if changes:
         raise RunError(

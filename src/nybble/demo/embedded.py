@@ -53,7 +53,7 @@ def _adopt(folder: pathlib.Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder.parent) as place:
         fresh = pathlib.Path(place)
         _write(fresh)
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # an unreadable or garbled one is not what was unpacked
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # garbled: it is not what was unpacked
             config, wanted = (json.loads((place / "config.json").read_text()) for place in (folder, fresh))
             wanted["transformers_version"] = config["transformers_version"]
             same = all(digests.digest(folder / name) == digests.digest(fresh / name) for name in TELLING)

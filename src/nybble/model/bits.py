@@ -102,7 +102,7 @@ def of_files(folder: pathlib.Path) -> dict[str, str]:
     files = weight_files(folder)
     try:
         with contextlib.ExitStack() as stack:
-            opened = [stack.enter_context(safe_open(file, "pt")) for file in files]  # type: ignore[no-untyped-call]
+            opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
             return _lines((name, one.get_tensor(name)) for one in opened for name in one.keys())  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise DamagedError(f"the weights cannot be read: {error}") from error
@@ -138,6 +138,6 @@ def _lines(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
 
 
 def _line(tensor: torch.Tensor) -> str:
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     kind = str(tensor.dtype).removeprefix("torch.")
     return f"{kind} {list(tensor.shape)} {xxhash.xxh3_128_hexdigest(content)}"
