@@ -96,7 +96,9 @@ def measure_model(folder: pathlib.Path, scratch: pathlib.Path) -> dict[str, obje
     cold = lambda: forget(entry)  # noqa: E731
     times |= {"cold_checked_s": median(load, cold), "cold_unchecked_s": median(without, cold)}
     check = median(lambda: find_kept(entry))
+    own = load_base(checkpoint, options, dtype, device, cache).bits
     return {
+        "same_bits_again": load_base(checkpoint, options, dtype, device, scratch / "another").bits == own,
         "copy_gb": round(size / 1e9, 3), "quantised_s": quantised, **times, "check_s": check,
         "check_gb_s": round(size / 1e9 / check, 1), **fingerprints(checkpoint, cache, first),
     }  # fmt: skip

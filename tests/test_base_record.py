@@ -25,6 +25,7 @@ from nybble.run import check_unchanged, open_run
 from test_train import interrupted, recipe_for
 
 CPU = torch.device("cpu")
+MADE = {"dtype": "bfloat16", "bitsandbytes": "0.49.0", "torch": "2.9.0"}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_a_base_has_the_same_digest_however_it_was_come_by(tiny_llama, tmp_path,
     assert "is not cached" in bases[2].notices[0]
     assert [base.from_cache for base in bases] == [False, True, False]
     assert len({base.bits.digest for base in bases}) == 1
-    assert bases[0].bits.made == bits.making_on(CPU)
+    assert bases[0].bits.made == bits.making_on(CPU, dtype)
     other = write_llama(tmp_path / "other", initializer_range=0.1)
     assert load_base(find_checkpoint(str(other)), options, dtype, CPU, tmp_path).bits.digest != bases[0].bits.digest
 
@@ -91,7 +92,7 @@ def test_a_run_records_the_bits_of_its_base(trained) -> None:
     start = json.loads((trained / "run" / "start.json").read_text())["quantized_base"]
     assert start == json.loads((trained / "run" / "summary.json").read_text())["base"]["quantized"]
     assert start == load_answerer(trained / "run", trained / "cache").bits.as_json()
-    assert start["made"] == bits.making_on(CPU)
+    assert start["made"] == bits.making_on(CPU, torch.float32)
 
 
 def resealed(place: pathlib.Path) -> None:
@@ -124,18 +125,19 @@ def test_bits_that_cannot_be_had_again_are_an_error(place) -> None:
         plain = " ".join(said.text.split())
         assert said.status == 1
         assert "the quantised base is not the one that the run was trained on: its digest is" in plain
-        assert f"and was {'0' * 32} then, made in the same way (bitsandbytes" in plain
+        assert f"and was {'0' * 32} then, made in the same way (device cpu" in plain
         assert "download or copy the base again" in plain
     assert not (place / "run" / "export").exists()
 
 
 def test_bits_that_were_made_in_another_way_are_told(trained, place, caplog) -> None:
     whole = answer_of(trained)
-    record(place, digest="0" * 32, made={"device": "NVIDIA H100", "bitsandbytes": "0.49.0", "torch": "2.9.0"})
+    record(place, digest="0" * 32, made={**MADE, "device": "NVIDIA H100"})
     assert answer_of(place) == whole
     (told,) = caplog.messages
     print(told)
-    assert "where it was made by bitsandbytes 0.49.0, torch 2.9.0, NVIDIA H100; this one was made by" in told
+    then = "device NVIDIA H100, dtype bfloat16, bitsandbytes 0.49.0, torch 2.9.0"
+    assert f"other bits than in training, where it was made by {then}; this one was made by device cpu" in told
 
 
 def test_a_run_without_a_record_is_not_held_to_one(trained, place, caplog) -> None:
@@ -146,6 +148,17 @@ def test_a_run_without_a_record_is_not_held_to_one(trained, place, caplog) -> No
     assert answer_of(place) == answer_of(trained)
     assert not caplog.records
     check_unchanged(open_run(place / "run"), json.loads(file.read_text()) | {"quantized_base": {"digest": "1"}})
+
+
+@pytest.mark.parametrize("stored", ["text", 7, [], {"digest": "1"}, {"digest": "1", "made": []}])
+def test_a_damaged_record_is_named(place, stored) -> None:
+    file = place / "run" / "start.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantized_base": stored}))
+    said = nybble("chat", place / "run", "--prompt", "x", cache=place / "cache")
+    print(said.text)
+    assert said.status == 1
+    assert "the record of the quantised base is damaged: quantized_base is" in " ".join(said.text.split())
+    assert str(file) in said.text.replace("\n", "")
 
 
 def test_another_base_is_refused(place) -> None:

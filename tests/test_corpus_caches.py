@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -234,6 +235,18 @@ def test_a_room_that_is_a_link_to_nowhere_is_named(filled, tmp_path) -> None:
     (tmp_path / "cache" / "tokens").symlink_to("/not/mounted")
     with pytest.raises(PlaceError, match=r"tokens is a link to /not/mounted, which does not exist"):
         Filled(filled / "model", filled / "rows.jsonl", tmp_path / "cache").use("tokens")
+
+
+def test_what_killed_processes_left_is_removed_after_a_day(tmp_path) -> None:
+    for name, age in ((".writing-a", 90_000), (".damaged-b", 90_000), (".writing-c", 3600), ("d", 90_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+        for file in (tmp_path / name / "file", tmp_path / name):
+            os.utime(file, (time.time() - age, time.time() - age))
+    (tmp_path / ".writing-c" / "file").touch()
+    with kept.making(tmp_path / "entry") as folder:
+        kept.seal(folder, tmp_path / "entry", {})
+    assert sorted(os.listdir(tmp_path)) == [".writing-c", "d", "entry"]
 
 
 def test_a_note_whose_place_cannot_be_had_is_done_without(filled, wanted, tmp_path) -> None:

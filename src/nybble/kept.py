@@ -13,6 +13,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from nybble.places import ANOTHER_CACHE, new_folder, replacing
 
 MANIFEST = "manifest.json"
 PLACES = 9  # names that an entry may have, where what stands under the first ones can be neither used nor moved
+LEFT = 24 * 3600  # seconds
 logger = logging.getLogger(__name__)
 Facts = dict[str, Any]
 
@@ -96,6 +98,7 @@ def making(place: pathlib.Path) -> Iterator[pathlib.Path]:
         FileExistsError: something else stands there by now.
     """
     make_room(place.parent)
+    _sweep(place.parent)
     with new_folder(place, proof=MANIFEST) as temporary:
         temporary.chmod(0o700)  # rows are their user's own
         yield temporary
@@ -189,6 +192,14 @@ def make_room(folder: pathlib.Path) -> None:
         folder.rename(aside)
         logger.warning("%s was a file where the cache has a folder; it is now %s", folder, aside.name)
         folder.mkdir(exist_ok=True)
+
+
+def _sweep(room: pathlib.Path) -> None:
+    """Remove what killed processes left half-written, once nothing in it was written for a day."""
+    for folder in [*room.glob(".writing-*"), *room.glob(".damaged-*")]:
+        with contextlib.suppress(OSError):  # another process removes it too, or it is somebody else's
+            if max(file.lstat().st_mtime for file in (folder, *folder.rglob("*"))) < time.time() - LEFT:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read(file: pathlib.Path, name: str) -> Any:

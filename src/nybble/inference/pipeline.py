@@ -213,11 +213,12 @@ def load_answerers(
     with explained_disk(cache):
         check_one_base(runs, cache)
         base = load_base(checkpoint, options, dtype, place, cache, trained_on(runs[0]))
-    for notice in base.notices:
-        logger.warning("%s", notice)
+    notices = list(base.notices)
     for run in runs[1:]:
         if base.bits is not None:
-            hold(base.bits, base.fingerprint, trained_on(run), run.folder)
+            notices += hold(base.bits, base.fingerprint, trained_on(run), run.folder)
+    for notice in dict.fromkeys(notices):
+        logger.warning("%s", notice)
     names = ["default", *(f"run{number}" for number in range(2, len(runs) + 1))]  # PEFT takes no dots in a name
     model = load_adapter(base.model, runs[0].adapter)
     for run, name in zip(runs[1:], names[1:], strict=True):

@@ -22,7 +22,7 @@ from transformers import (
 
 from nybble import kept
 from nybble.errors import ModelError
-from nybble.model.bits import Bits, Trained
+from nybble.model.bits import Bits, Trained, making_on
 from nybble.model.checkpoint import Checkpoint, fingerprint
 from nybble.model.kept_base import bits_of, find_kept, hold, keep, kept_copy
 from nybble.model.weights import LOADING_FAULTS, by, check_shapes, reason, skeleton, some
@@ -251,7 +251,7 @@ def _quantised(
     plan = quantization_plan(options.quantization, options.double_quantization, dtype)
     model = _read(checkpoint.folder, config, plan, dtype, device)
     _plain_generation(model)
-    bits, said = keep(model, entry.place, measure(model).bytes, device)
+    bits, said = keep(model, entry.place, measure(model).bytes, making_on(device, dtype))
     return Base(model, checkpoint, mark, options.quantization, False, (*notices, *said), bits)
 
 

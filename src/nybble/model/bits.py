@@ -22,10 +22,12 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from nybble.errors import RunError
 from nybble.kept import DamagedError
 from nybble.model.weights import some, weight_files
 from nybble.run import QUANTIZED, Run
 
+MADE = ("device", "dtype", "bitsandbytes", "torch")
 THREADS = 8  # XXH3 makes 8 to 11 GB/s on a core and lets other threads run: memory is the limit
 
 
@@ -36,7 +38,7 @@ class Bits:
     digest: str
     """XXH3 of 128 bits over name, type, shape and bytes of each tensor, the scales among them."""
     made: Mapping[str, str]
-    """Device, bitsandbytes and torch: what the bits depend on beside the weights."""
+    """What the bits depend on beside the weights: device, type, bitsandbytes and torch."""
 
     def as_json(self) -> dict[str, Any]:
         """As a run records it."""
@@ -44,12 +46,12 @@ class Bits:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Bits:
-        """From a run's record, or from the cache's."""
-        return cls(value["digest"], value["made"])
+        """From a run's record, or from the cache's; LookupError or TypeError where it is neither."""
+        return cls(str(value["digest"]), {name: str(value["made"][name]) for name in MADE})
 
     def made_by(self) -> str:
         """How they were made, as people read it."""
-        return f"bitsandbytes {self.made['bitsandbytes']}, torch {self.made['torch']}, {self.made['device']}"
+        return ", ".join(f"{name} {self.made[name]}" for name in MADE)
 
 
 @dataclass(frozen=True)
@@ -73,22 +75,34 @@ class Trained:
 
 def trained_on(run: Run) -> Trained | None:
     """What a run's record says of its base; None of an adapter without a run, of a base that nybble did not quantise, and of
-    runs before 0.6."""
+    runs before 0.6.
+
+    Raises:
+        RunError: the record is damaged.
+    """
     file = run.folder / "start.json"
     if run.is_bare_adapter or not file.exists():
         return None
     start = json.loads(file.read_text(encoding="utf-8"))
     stored = start.get(QUANTIZED)
-    return None if stored is None else Trained(start["base"], Bits.from_json(stored))
+    try:
+        return None if stored is None else Trained(str(start["base"]), Bits.from_json(stored))
+    except (LookupError, TypeError) as error:
+        raise RunError(
+            f"the record of the quantised base is damaged: {QUANTIZED} is {str(stored)[:80]}",
+            where=str(file),
+            fix=f"copy start.json again; or delete {QUANTIZED} from it, and the base is used without being held against it",
+        ) from error
 
 
-def making_on(device: torch.device) -> dict[str, str]:
-    """What bits depend on that are made on a device now."""
+def making_on(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What bits depend on that are made on a device now, of weights in that type."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         name = f"cpu {torch.backends.cpu.get_cpu_capability()}, threads {torch.get_num_threads()}"
-    return {"device": name, "bitsandbytes": bitsandbytes.__version__, "torch": torch.__version__}
+    own = {"device": name, "dtype": str(dtype).removeprefix("torch.")}
+    return {**own, "bitsandbytes": bitsandbytes.__version__, "torch": torch.__version__}
 
 
 def of_files(folder: pathlib.Path) -> dict[str, str]:

@@ -39,16 +39,15 @@ def bits_of(facts: kept.Facts) -> Bits:
     return Bits(bits.combined(facts["tensors"]), facts["made"])
 
 
-def keep(model: PreTrainedModel, place: pathlib.Path, size: int, device: torch.device) -> tuple[Bits, list[str]]:
+def keep(model: PreTrainedModel, place: pathlib.Path, size: int, made: dict[str, str]) -> tuple[Bits, list[str]]:
     """Write a base that was quantised just now into the cache, read back and proven; a notice where it is not kept.
 
     Args:
         model: the base.
         place: where.
         size: its bytes.
-        device: where it was quantised.
+        made: how it was quantised.
     """
-    made = bits.making_on(device)
     kept.make_room(place.parent)
     free = shutil.disk_usage(place.parent).free
     if free < 1.1 * size:
@@ -92,5 +91,5 @@ def hold(now: Bits, mark: str, then: Trained | None, where: pathlib.Path) -> lis
         f"the quantised base is not the one that the run was trained on: its digest is {now.digest}, and was "
         f"{then.bits.digest} then, made in the same way ({now.made_by()})",
         where=str(where),
-        fix="the weights or this machine's memory may be damaged: download or copy the base again, and name it with --base",
+        fix="the weights or this machine's memory may be damaged: download or copy the base again",
     )
