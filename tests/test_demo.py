@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from rich.console import Console
 
-from nybble.demo.embedded import unpack
+from corpus.caches import flipped
+from nybble import kept
+from nybble.demo.embedded import embedded_model, unpack
 from nybble.demo.main import run_demo
+from nybble.digests import digest
 from nybble.errors import ModelError
 
 
@@ -28,6 +33,32 @@ def test_three_seeds_learn_what_the_base_cannot_do(tmp_path, smollm2):
     )
     assert worst[0] >= 85
     assert all(tuned / 100 >= prompted + 0.5 for tuned, prompted, _, _ in results)
+
+
+@pytest.mark.slow
+def test_the_embedded_model_is_proven_and_unpacked_again_where_it_is_damaged(tmp_path, smollm2, caplog):
+    place = tmp_path / "embedded" / smollm2.name
+    shutil.copytree(smollm2, place, ignore=shutil.ignore_patterns(kept.MANIFEST))
+    config = (place / "config.json").read_text().replace('"transformers_version": "', '"transformers_version": "4.9')
+    (place / "config.json").write_text(config)
+    assert embedded_model(tmp_path) == place
+    assert (place / "config.json").read_text() == config, (
+        "what an older version unpacked stays: its runs know it by that"
+    )
+    assert not caplog.records
+    whole = digest(place / "model.safetensors")
+    flipped(0.5)(place / "model.safetensors")
+    assert embedded_model(tmp_path) == place
+    assert digest(place / "model.safetensors") == whole
+    (told,) = caplog.messages
+    print(told)
+    assert "the embedded model was damaged (model.safetensors is not what was written" in told
+    (place / kept.MANIFEST).unlink()
+    (place / "config.json").write_text("{")
+    assert embedded_model(tmp_path) == place
+    assert "there is no manifest.json" in caplog.messages[1]
+    assert embedded_model(tmp_path) == place
+    assert len(caplog.records) == 2
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """The run folder: its layout, atomic writes, what a resumed run is held against, and how it is opened again.
 
 RUN/recipe.yaml       every option, documented
-RUN/start.json        fingerprints of recipe, data, base and versions, written before the first step
+RUN/start.json        fingerprints of recipe, data, base, its quantised bits and versions, written before the first step
 RUN/template.json     the chat template by name and text
 RUN/tokenizer/        tokenizer with that template
 RUN/checkpoints/      checkpoint-N, each whole once it holds a file COMPLETE, which says what the run had taken until then
@@ -36,6 +36,7 @@ from nybble.reading import read_object as read_object  # model and export know i
 from nybble.recipe import Recipe, absolute_paths, absolute_tree, dump_recipe, here, load_recipe
 
 COMPLETE = "COMPLETE"
+QUANTIZED = "quantized_base"  # in start.json: the bits of the base that nybble quantised, and how they were made
 BYTES_A_PARAMETER = 12  # in a checkpoint: a trained parameter and AdamW's two moments, in float32
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
@@ -232,9 +233,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "nybble": __version__, **installed}
 
 
-def start_record(recipe: Recipe, data: str, base: str) -> dict[str, Any]:
-    """What a resumed run must find unchanged; the recipe's local places are absolute."""
-    return {"recipe": recipe.model_dump(exclude={"out"}), "data": data, "base": base, "versions": versions()}
+def start_record(recipe: Recipe, data: str, base: str, quantized: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a resumed run must find unchanged; the recipe's local places are absolute. The bits of the quantised base are held
+    against their record when the base is loaded."""
+    record = {"recipe": recipe.model_dump(exclude={"out"}), "data": data, "base": base, "versions": versions()}
+    return {**record, QUANTIZED: quantized}
 
 
 def check_unchanged(run: Run, now: Mapping[str, Any]) -> None:
@@ -245,7 +248,8 @@ def check_unchanged(run: Run, now: Mapping[str, Any]) -> None:
     """
     then = json.loads((run.folder / "start.json").read_text(encoding="utf-8"))
     then["recipe"] = _with_defaults(absolute_tree(then["recipe"]))  # before 0.6 places were recorded as typed
-    now = json.loads(json.dumps(now))
+    now = json.loads(json.dumps({name: value for name, value in now.items() if name != QUANTIZED}))
+    then.pop(QUANTIZED, None)
     for record in (then, now):
         record["versions"].pop("nybble", None)
     changes = _differences(then, now, "")

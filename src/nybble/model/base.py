@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-import os
 import pathlib
-import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import bitsandbytes
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import (
@@ -24,14 +20,18 @@ from transformers import (
     PreTrainedModel,
 )
 
+from nybble import kept
 from nybble.errors import ModelError
+from nybble.model.bits import Bits, Trained, making_on
 from nybble.model.checkpoint import Checkpoint, fingerprint
+from nybble.model.kept_base import bits_of, find_kept, hold, keep, kept_copy
 from nybble.model.soundness import check_files, check_loaded, check_report, check_tensors
-from nybble.model.weights import LOADING_FAULTS, check_whole, differs, reason, skeleton, weight_files
+from nybble.model.weights import LOADING_FAULTS, reason, skeleton
 from nybble.quantized import stay_unpacked
 from nybble.recipe import ModelOptions
 
 ADAPTER_CONFIG = "adapter_config.json"
+COPY, REBUILT = "the cached copy of the quantised base was", "is rebuilt"
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Base:
     """As it is stored: the option's, or the checkpoint's own where it came quantised."""
     from_cache: bool
     notices: tuple[str, ...] = ()
+    bits: Bits | None = None
+    """Of what was quantised here; a base stored in another way is known by its fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -73,60 +75,45 @@ def load_config(checkpoint: Checkpoint, rope_scaling: dict[str, object] | None) 
 
 
 def load_base(
-    checkpoint: Checkpoint, options: ModelOptions, dtype: torch.dtype, device: torch.device, cache: pathlib.Path
-) -> Base:
+    checkpoint: Checkpoint, options: ModelOptions, dtype: torch.dtype, device: torch.device, cache: pathlib.Path,
+    then: Trained | None = None,
+) -> Base:  # fmt: skip
     """Load a base for training: quantised as asked, on one device, its parameters frozen.
 
     A checkpoint that is quantised already is taken as it is. What is quantised here is kept under `cache`, so that the
-    next run reads 4 GB for a 7B and not 13.5.
+    next run reads 4 GB for a 7B and not 13.5. What is read is proven: the copy by its digests, the weights by theirs.
+
+    Args:
+        checkpoint: the base's files.
+        options: how it is stored.
+        dtype: in which it computes.
+        device: where to.
+        cache: where quantised copies and digests are kept.
+        then: what a run that goes on or answers was trained on; a copy that contradicts it is made again once.
 
     Raises:
-        ModelError: weights that do not fit the configuration.
+        ModelError: weights that do not fit the configuration, or are not what the run was trained on.
     """
-    notices: list[str] = []
-    stored, quantization = checkpoint.quantized_as, options.quantization
-    if stored is not None and stored != quantization:
-        if "quantization" in options.model_fields_set:
-            raise ModelError(
-                f"the checkpoint is already quantised as {stored} and cannot become {quantization}",
-                fix=f"model.quantization={stored}, or start from the 16-bit checkpoint",
-            )
-        notices.append(f"the checkpoint is already quantised as {stored} and is used unchanged")
-        quantization = stored  # type: ignore[assignment]
+    quantization, notices = _storage(checkpoint, options)
     config = load_config(checkpoint, options.rope_scaling)
-    check_tensors(checkpoint.folder, config, is_quantized=stored is not None)
-    mark = fingerprint(checkpoint, cache)
-    kept, looked = None, list[str]()
-    if stored is not None or quantization == "none":
-        model = _read(checkpoint.folder, config, None, dtype, device)
+    check_tensors(checkpoint.folder, config, is_quantized=checkpoint.quantized_as is not None)
+    if checkpoint.quantized_as is not None or quantization == "none":
+        mark = fingerprint(checkpoint, cache, prove=True)
+        base = Base(_read(checkpoint.folder, config, None, dtype, device), checkpoint, mark, quantization, False)
     else:
-        folder = kept_copy(mark, quantization, options.double_quantization, dtype, cache)
-        kept, found = _read_kept(folder, config, dtype, device)
-        notices += found
-        if kept is None:
-            looked = check_files(checkpoint.folder)
-            plan = quantization_plan(quantization, options.double_quantization, dtype)
-            model = _read(checkpoint.folder, config, plan, dtype, device)
-            _plain_generation(model)
-            notices += _keep(model, folder)
-        else:
-            model = kept
-    loaded = check_loaded(model, checkpoint.folder, dtype)
-    notices += looked or loaded
+        base = _quantised(checkpoint, options, config, dtype, device, cache, then)
+    notices += base.notices
+    if base.bits is not None:
+        notices += hold(base.bits, base.fingerprint, then, checkpoint.folder)
+    loaded = check_loaded(base.model, checkpoint.folder, dtype)
+    notices += loaded if base.bits is None or base.from_cache else []  # else the files told it
+    model = base.model
     _plain_generation(model)
     model.name_or_path = checkpoint.name  # what PEFT writes into the adapter as its base
     model.config.use_cache = False  # a key-value cache hides packed samples from Transformers' mask
     model.requires_grad_(False)
     stay_unpacked(model)
-    return Base(model, checkpoint, mark, quantization, kept is not None, tuple(notices))
-
-
-def kept_copy(
-    mark: str, quantization: str, double_quantization: bool, dtype: torch.dtype, cache: pathlib.Path
-) -> pathlib.Path:
-    """Where the quantised copy of a base with that fingerprint is kept, if there was room for it."""
-    parts = (mark, quantization, double_quantization, str(dtype), bitsandbytes.__version__)
-    return cache / "base" / hashlib.sha256(repr(parts).encode()).hexdigest()
+    return replace(base, notices=tuple(notices))
 
 
 def quantization_plan(quantization: str, double_quantization: bool, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -217,25 +204,64 @@ def _read(
     return model
 
 
-def _read_kept(
-    folder: pathlib.Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[PreTrainedModel | None, list[str]]:
-    """The kept copy of a quantised base, or None where there is none; one that does not load is removed, with a notice."""
-    if not folder.exists():
-        return None, []
-    try:
-        quantised = copy.deepcopy(config)
-        stored = getattr(read_config(folder), "quantization_config", None)
-        files = weight_files(folder)
-        if stored is None or not files:
-            raise ModelError("it is not a quantised model")
-        quantised.quantization_config = stored
-        for file in files:
-            check_whole(file)
-        return _read(folder, quantised, None, dtype, device), []
-    except ModelError as fault:
-        shutil.rmtree(folder, ignore_errors=True)
-        return None, [f"the cached copy of the quantised base was damaged ({fault.what}) and is rebuilt"]
+def _storage(checkpoint: Checkpoint, options: ModelOptions) -> tuple[str, list[str]]:
+    """How the base will be stored, with a notice where the checkpoint decides it.
+
+    Raises:
+        ModelError: the checkpoint is quantised in another way than was asked for.
+    """
+    stored, asked = checkpoint.quantized_as, options.quantization
+    if stored is None or stored == asked:
+        return asked, []
+    if "quantization" in options.model_fields_set:
+        raise ModelError(
+            f"the checkpoint is already quantised as {stored} and cannot become {asked}",
+            fix=f"model.quantization={stored}, or start from the 16-bit checkpoint",
+        )
+    return stored, [f"the checkpoint is already quantised as {stored} and is used unchanged"]
+
+
+def _quantised(
+    checkpoint: Checkpoint, options: ModelOptions, config: PretrainedConfig, dtype: torch.dtype, device: torch.device,
+    cache: pathlib.Path, then: Trained | None,
+) -> Base:  # fmt: skip
+    """A base out of the cache, or quantised now and kept there."""
+    mark = fingerprint(checkpoint, cache)
+    entry = find_kept(kept_copy(mark, options.quantization, options.double_quantization, dtype, cache))
+    notices = entry.notices(COPY, REBUILT)
+    if entry.facts is not None:
+        bits = bits_of(entry.facts)
+        try:
+            if then is not None and then.contradicts(bits, mark):
+                raise ModelError("it is not the one that the run was trained on")
+            model = _read(entry.place, _as_kept(config, entry.place), None, dtype, device)
+            return Base(model, checkpoint, mark, options.quantization, True, tuple(notices), bits)
+        except ModelError as fault:
+            if not kept.discard(entry.place):
+                raise
+            notices = [f"{COPY} damaged ({fault.what}) and {REBUILT}"]
+    if fingerprint(checkpoint, cache, prove=True) != mark:  # what was remembered of the weights was wrong
+        return _quantised(checkpoint, options, config, dtype, device, cache, then)
+    notices += check_files(checkpoint.folder)
+    plan = quantization_plan(options.quantization, options.double_quantization, dtype)
+    model = _read(checkpoint.folder, config, plan, dtype, device)
+    _plain_generation(model)
+    bits, said = keep(model, entry.place, measure(model).bytes, making_on(device, dtype))
+    return Base(model, checkpoint, mark, options.quantization, False, (*notices, *said), bits)
+
+
+def _as_kept(config: PretrainedConfig, folder: pathlib.Path) -> PretrainedConfig:
+    """The configuration with the kept copy's own quantisation.
+
+    Raises:
+        ModelError: it has none.
+    """
+    quantised = copy.deepcopy(config)
+    stored = getattr(read_config(folder), "quantization_config", None)
+    if stored is None:
+        raise ModelError("it is not a quantised model")
+    quantised.quantization_config = stored
+    return quantised
 
 
 def _plain_generation(model: PreTrainedModel) -> None:
@@ -247,27 +273,3 @@ def _plain_generation(model: PreTrainedModel) -> None:
         model.generation_config = GenerationConfig(
             bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
         )
-
-
-def _keep(model: PreTrainedModel, folder: pathlib.Path) -> list[str]:
-    """Write the quantised base into the cache; a notice where there is no room for it."""
-    size = measure(model).bytes
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < 1.1 * size:
-        return [
-            f"the quantised base ({size / 1e9:.1f} GB) is not cached: {free / 1e9:.1f} GB are free at {folder.parent}"
-        ]
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
-    try:
-        model.save_pretrained(temporary)
-        if fault := differs(model, temporary):  # an entry is proven before it takes its place: later runs trust it
-            return [f"the quantised base is not cached: {fault}"]
-        try:
-            os.rename(temporary, folder)
-        except OSError:  # another process kept the same base meanwhile, or what stands there cannot be removed
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return []

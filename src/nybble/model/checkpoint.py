@@ -16,8 +16,8 @@ from nybble.errors import ModelError
 from nybble.model.fields import check_fields, check_generation
 from nybble.model.headers import index_of
 from nybble.model.hub import fetch, few, missing_weights
+from nybble.model.remembered import check_download, sha256_of
 from nybble.model.weights import FLOATS, WHOLE, check_whole, refuse_pointers, shapes, weight_files
-from nybble.places import replacing
 from nybble.run import Run, open_run, read_object
 
 # The last release whose package carries Meta's converter (4.57 and 5.x do not).
@@ -100,31 +100,27 @@ def find_base(run: Run) -> Checkpoint:
     return find_checkpoint(model.path, model.revision)
 
 
-def fingerprint(checkpoint: Checkpoint, cache: pathlib.Path) -> str:
+def fingerprint(checkpoint: Checkpoint, cache: pathlib.Path, *, prove: bool = False) -> str:
     """Which weights these are: the Hub commit, or SHA-256 over the folder's configuration and weight files.
 
-    Hashing 13.5 GB takes half a minute, so a file's digest is remembered for its path, size and time of change.
+    Args:
+        checkpoint: the base's files.
+        cache: where digests are remembered, since SHA-256 of 13.5 GB takes ten seconds.
+        prove: read the weights although they seem to be unchanged; those of the Hub are held against its own digests.
+
+    Raises:
+        ModelError: a file from the Hub is damaged.
     """
+    files = weight_files(checkpoint.folder)
     if checkpoint.commit is not None:
+        if prove:
+            for file, digest in zip(files, sha256_of(files, cache, prove=True), strict=True):
+                check_download(file, digest)
         return f"{checkpoint.name}@{checkpoint.commit}"
-    digest = hashlib.sha256((checkpoint.folder / "config.json").read_bytes())
-    for file in weight_files(checkpoint.folder):
-        digest.update(f"{file.name}:{_file_digest(file, cache)}".encode())
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _file_digest(file: pathlib.Path, cache: pathlib.Path) -> str:
-    status = file.stat()
-    place = repr((str(file.resolve()), status.st_size, status.st_mtime_ns))
-    note = cache / "digests" / hashlib.sha256(place.encode()).hexdigest()
-    if note.exists():
-        return note.read_text()
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    note.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(note) as temporary:
-        temporary.write_text(digest)
-    return digest
+    whole = hashlib.sha256((checkpoint.folder / "config.json").read_bytes())
+    for file, digest in zip(files, sha256_of(files, cache, prove=prove), strict=True):
+        whole.update(f"{file.name}:{digest}".encode())
+    return f"sha256:{whole.hexdigest()}"
 
 
 def _is_here(folder: pathlib.Path) -> bool:

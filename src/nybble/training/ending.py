@@ -59,6 +59,7 @@ def summarise(ready: Ready, recorder: Recorder, spent: Spent) -> dict[str, Any]:
             "commit": base.checkpoint.commit,
             "fingerprint": base.fingerprint,
             "quantization": base.quantization,
+            "quantized": base.bits.as_json() if base.bits is not None else None,
             "parameters": ready.footprint.parameters,
             "bytes": ready.footprint.bytes,
         },

@@ -27,7 +27,8 @@ from nybble.inference.samples import SampleAnswers
 from nybble.interrupt import Interruption
 from nybble.model.adapter import attach_adapter, resume_adapter
 from nybble.model.base import load_base, load_config, measure
-from nybble.model.checkpoint import check_length, find_checkpoint
+from nybble.model.bits import Trained, trained_on
+from nybble.model.checkpoint import Checkpoint, check_length, find_checkpoint, fingerprint
 from nybble.model.device import choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.out_of_memory import explained_memory
@@ -149,7 +150,9 @@ def _train(
     schedule = plan_steps(recipe.train, data.rows, data.validation is not None)
     # 3. The base, frozen in 4 bits.
     with state.main_process_first(), console.status("loading the base"):
-        base = load_base(find_checkpoint(recipe.model.path, recipe.model.revision), recipe.model, dtype, device, cache)
+        checkpoint = find_checkpoint(recipe.model.path, recipe.model.revision)
+        then = _trained_on(interrupted, checkpoint, cache)
+        base = load_base(checkpoint, recipe.model, dtype, device, cache, then)
     stored = recipe.model.model_copy(update={"quantization": base.quantization})  # it may have come quantised
     recipe, footprint = recipe.model_copy(update={"model": stored}), measure(base.model)
     tell_base(base, footprint, console)
@@ -206,8 +209,17 @@ def _tidy(run: Run, state: PartialState, console: Console) -> None:
         tell(console, "stopped   before the first checkpoint: nothing of this run was kept")
 
 
+def _trained_on(interrupted: Run | None, checkpoint: Checkpoint, cache: pathlib.Path) -> Trained | None:
+    """What a run that goes on was trained on; None where the weights are others, which `check_unchanged` says with all else."""
+    if interrupted is None:
+        return None
+    mark, then = fingerprint(checkpoint, cache, prove=True), trained_on(interrupted)
+    return then if then is not None and then.fingerprint == mark else None
+
+
 def _open_folder(folder: pathlib.Path, ready: Ready, interrupted: Run | None, state: PartialState) -> Run:
-    start = start_record(ready.recipe, ready.data.fingerprint, ready.base.fingerprint)
+    bits = ready.base.bits.as_json() if ready.base.bits is not None else None
+    start = start_record(ready.recipe, ready.data.fingerprint, ready.base.fingerprint, bits)
     check_room(folder, ready.trained_parameters, ready.recipe.train.keep_checkpoints)
     if interrupted is not None:
         check_unchanged(interrupted, start)

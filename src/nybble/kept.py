@@ -1,0 +1,267 @@
+"""Entries of the cache: each is proven when it is read, and one that fails is made again.
+
+An entry is a folder with a manifest (sizes and digests of its files, and what its maker wants to know again), or a note, which is
+a single JSON file. Both carry a digest of what they say. An entry is written beside its place, read back, and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from nybble import digests
+from nybble.errors import PlaceError
+from nybble.places import ANOTHER_CACHE, new_folder, replacing
+
+MANIFEST = "manifest.json"
+PLACES = 9  # names that an entry may have, where what stands under the first ones can be neither used nor moved
+LEFT = 24 * 3600  # seconds
+logger = logging.getLogger(__name__)
+Facts = dict[str, Any]
+
+
+class DamagedError(Exception):
+    """An entry is not what was kept; the message says what is wrong with it, as a clause."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry that was looked for."""
+
+    place: pathlib.Path
+    """Where it is, or where it can be made."""
+    facts: Facts | None
+    """What its maker recorded, None where it has to be made."""
+    fault: str = ""
+    """What is wrong with the one that stood there, as a clause."""
+
+    def notices(self, what: str, again: str) -> list[str]:
+        """What is to be told of a fault.
+
+        Args:
+            what: the entry and its verb: the cached rows were.
+            again: what is done about it: are tokenised again.
+        """
+        if not self.fault:
+            return []
+        if self.facts is None:
+            return [f"{what} damaged ({self.fault}) and {again}"]
+        return [f"{what} damaged ({self.fault}) and cannot be removed: {self.place} is used instead"]
+
+
+def find(folder: pathlib.Path, check: Callable[[pathlib.Path, Facts], None] = lambda *_: None) -> Entry:
+    """Look for an entry and prove it; one that is damaged is removed, and where that cannot be, passed over.
+
+    Args:
+        folder: its place.
+        check: what else must hold of the folder, given with its facts; it raises DamagedError.
+
+    Raises:
+        PlaceError: there is nothing in the cache that could be used or moved away.
+    """
+    fault = ""
+    for place in (folder, *(folder.with_name(f"{folder.name}.{number}") for number in range(2, PLACES + 1))):
+        stood = _identity(place)
+        if stood is None:
+            return Entry(place, None, fault)
+        try:
+            facts = _proven(place)
+            check(place, facts)
+            return Entry(place, facts, fault)
+        except DamagedError as error:
+            fault = fault or str(error)
+        if _identity(place) != stood:  # another process has replaced it meanwhile
+            return find(folder, check)
+        if discard(place):
+            return Entry(place, None, fault)
+    raise PlaceError(
+        f"the cache holds what can be neither used nor removed: {fault}", where=str(folder), fix=ANOTHER_CACHE
+    )
+
+
+@contextlib.contextmanager
+def making(place: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to fill and to `seal`, which then becomes the entry; where another process made it meanwhile, that one stays.
+
+    Raises:
+        FileExistsError: something else stands there by now.
+    """
+    make_room(place.parent)
+    _sweep(place.parent)
+    with new_folder(place, proof=MANIFEST) as temporary:
+        temporary.chmod(0o700)  # rows are their user's own
+        yield temporary
+
+
+def seal(
+    folder: pathlib.Path, place: pathlib.Path, facts: Mapping[str, Any], apart: frozenset[str] = frozenset()
+) -> None:
+    """Write the manifest of a folder's files as they are read back now.
+
+    Args:
+        folder: the files, and no folders.
+        place: of the entry that it becomes.
+        facts: what is to be known again, as JSON.
+        apart: names of files that `facts` proves by other means.
+    """
+    files = {
+        file.name: {"size": file.stat().st_size, "digest": digests.digest(file)}
+        for file in sorted(folder.iterdir())
+        if file.name not in apart
+    }
+    sizes = {name: (folder / name).stat().st_size for name in sorted(apart)}
+    write_note(folder / MANIFEST, {"entry": _key(place), "files": files, "apart": sizes, "facts": facts})
+
+
+def write_note(file: pathlib.Path, value: Any) -> None:
+    """Write a note; where something stands in its place that cannot be removed, nothing is kept."""
+    make_room(file.parent)
+    if _identity(file) is not None and not file.is_file() and not discard(file):
+        return
+    said = [file.name, json.loads(json.dumps(value))]  # as it will be read: keys are text
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps({"digest": _digest(said), "said": said}), encoding="utf-8")
+        try:
+            _read(temporary, file.name)
+        except DamagedError as error:
+            raise PlaceError(
+                f"what is written to the cache is read back differently ({error})", where=str(file), fix=ANOTHER_CACHE
+            ) from error
+
+
+def read_note(file: pathlib.Path) -> Any:
+    """What a note says.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedError: it is not what was written.
+    """
+    try:
+        if _identity(file) is None:
+            raise FileNotFoundError(str(file))
+        if not file.is_file():
+            raise DamagedError(f"{file.name} is not a file")
+    except PermissionError as error:
+        raise DamagedError(f"{file.name} cannot be read: {error.strerror}") from error
+    return _read(file, file.name)
+
+
+def discard(place: pathlib.Path) -> bool:
+    """Remove whatever stands in an entry's place; where it cannot be removed it is moved beside. False where neither works."""
+    aside = place.with_name(f".damaged-{secrets.token_hex(8)}")
+    try:
+        place.rename(aside)
+    except FileNotFoundError:
+        return True
+    except OSError:  # a mount, or somebody else's in a sticky folder
+        return False
+    if aside.is_symlink() or not aside.is_dir():
+        aside.unlink()
+    else:
+        with contextlib.suppress(OSError):
+            aside.chmod(0o700)
+        shutil.rmtree(aside, ignore_errors=True)
+    return True
+
+
+def make_room(folder: pathlib.Path) -> None:
+    """Make a folder of the cache; a file that stands in its place may be the user's, so it is renamed and stays.
+
+    Raises:
+        PlaceError: a link that leads nowhere stands there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        if folder.is_symlink():
+            raise PlaceError(
+                f"{folder} is a link to {os.readlink(folder)}, which does not exist", fix=ANOTHER_CACHE
+            ) from error
+        aside = folder.with_name(f"{folder.name}.moved-{secrets.token_hex(4)}")
+        folder.rename(aside)
+        logger.warning("%s was a file where the cache has a folder; it is now %s", folder, aside.name)
+        folder.mkdir(exist_ok=True)
+
+
+def _sweep(room: pathlib.Path) -> None:
+    """Remove what killed processes left half-written, once nothing in it was written for a day."""
+    for folder in [*room.glob(".writing-*"), *room.glob(".damaged-*")]:
+        with contextlib.suppress(OSError):  # another process removes it too, or it is somebody else's
+            if max(file.lstat().st_mtime for file in (folder, *folder.rglob("*"))) < time.time() - LEFT:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read(file: pathlib.Path, name: str) -> Any:
+    """What a note says that was written under a name."""
+    try:
+        note = json.loads(file.read_text(encoding="utf-8"))
+        digest, said = note["digest"], note["said"]
+        own, value = said
+        if digest == _digest(said) and own == name:
+            return value
+    except OSError as error:
+        raise DamagedError(f"{name} cannot be read: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise DamagedError(f"{name} is garbled") from error
+    raise DamagedError(f"{name} is not what was written")
+
+
+def _proven(folder: pathlib.Path) -> Facts:
+    """The facts of a folder whose files are what was kept.
+
+    Raises:
+        DamagedError: they are not.
+    """
+    if not folder.is_dir():
+        raise DamagedError(f"{folder.name} is not a folder")
+    try:
+        manifest = read_note(folder / MANIFEST)
+        found = [fault for name, size in manifest["apart"].items() if (fault := _odd_size(folder / name, size))]
+        found = found or digests.faults(folder, manifest["files"])
+        facts: Facts = manifest["facts"]
+    except FileNotFoundError as error:
+        raise DamagedError(f"there is no {MANIFEST}") from error
+    except OSError as error:
+        name = pathlib.Path(str(error.filename or folder)).name
+        raise DamagedError(f"{name} cannot be read: {error.strerror}") from error
+    if manifest["entry"] != _key(folder):
+        raise DamagedError("it is a copy of another entry")
+    if found:
+        raise DamagedError(found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else ""))
+    return facts
+
+
+def _odd_size(file: pathlib.Path, size: int) -> str:
+    if not file.is_file():
+        return f"there is no {file.name}"
+    now = file.stat().st_size
+    return f"{file.name} has {now:,} bytes, and {size:,} were written" if now != size else ""
+
+
+def _key(place: pathlib.Path) -> str:
+    """An entry's name, whichever of its places it stands in."""
+    return place.name.partition(".")[0]
+
+
+def _digest(value: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
+
+
+def _identity(place: pathlib.Path) -> tuple[int, int, int] | None:
+    """What tells an entry from the one that replaces it; None where nothing stands."""
+    try:
+        status = place.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_dev, status.st_ino, status.st_ctime_ns

@@ -1,0 +1,95 @@
+"""The quantised copy of a base in the cache: where it is, how it is proven, and what a run's record says of it."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+import shutil
+
+import bitsandbytes
+import torch
+from transformers import PreTrainedModel
+
+from nybble import kept
+from nybble.errors import ModelError
+from nybble.model import bits
+from nybble.model.bits import Bits, Trained
+from nybble.model.weights import differs, weight_files
+
+
+def kept_copy(
+    mark: str, quantization: str, double_quantization: bool, dtype: torch.dtype, cache: pathlib.Path
+) -> pathlib.Path:
+    """Where the quantised copy of a base with that fingerprint is kept, if there was room for it."""
+    parts = (mark, quantization, double_quantization, str(dtype), bitsandbytes.__version__)
+    return cache / "base" / hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def find_kept(folder: pathlib.Path) -> kept.Entry:
+    """The kept copy, proven; `fault` says what was wrong with one that has to be made again.
+
+    Raises:
+        PlaceError: as `kept.find`.
+    """
+    return kept.find(folder, lambda place, facts: bits.check(place, facts["tensors"]))
+
+
+def bits_of(facts: kept.Facts) -> Bits:
+    """The bits of a kept copy."""
+    return Bits(bits.combined(facts["tensors"]), facts["made"])
+
+
+def keep(model: PreTrainedModel, place: pathlib.Path, size: int, made: dict[str, str]) -> tuple[Bits, list[str]]:
+    """Write a base that was quantised just now into the cache, read back and proven; a notice where it is not kept.
+
+    Args:
+        model: the base.
+        place: where.
+        size: its bytes.
+        made: how it was quantised.
+    """
+    kept.make_room(place.parent)
+    free = shutil.disk_usage(place.parent).free
+    if free < 1.1 * size:
+        notice = (
+            f"the quantised base ({size / 1e9:.1f} GB) is not cached: {free / 1e9:.1f} GB are free at {place.parent}"
+        )
+        return Bits(bits.combined(bits.of_model(model)), made), [notice]
+    try:
+        with kept.making(place) as temporary:
+            model.save_pretrained(temporary)
+            if fault := differs(model, temporary):
+                raise kept.DamagedError(fault)
+            tensors = bits.of_files(temporary)
+            apart = frozenset(file.name for file in weight_files(temporary))
+            kept.seal(temporary, place, {"tensors": tensors, "made": made}, apart)
+    except (kept.DamagedError, FileExistsError) as fault:
+        return Bits(bits.combined(bits.of_model(model)), made), [f"the quantised base is not cached: {fault}"]
+    return Bits(bits.combined(tensors), made), []
+
+
+def hold(now: Bits, mark: str, then: Trained | None, where: pathlib.Path) -> list[str]:
+    """Hold the bits of a base against those that a run was trained on; a notice where they were made in another way.
+
+    Raises:
+        ModelError: made in the same way, they differ.
+    """
+    if then is None or now.digest == then.bits.digest:
+        return []
+    if now.made != then.bits.made:
+        return [
+            f"the quantised base has other bits than in training, where it was made by {then.bits.made_by()}; "
+            f"this one was made by {now.made_by()}: numbers may differ a little"
+        ]
+    if then.is_another(mark):
+        raise ModelError(
+            f"this is not the base that the run was trained on: {mark} now, {then.fingerprint} then",
+            where=str(where),
+            fix="--base FOLDER, with the base of the training",
+        )
+    raise ModelError(
+        f"the quantised base is not the one that the run was trained on: its digest is {now.digest}, and was "
+        f"{then.bits.digest} then, made in the same way ({now.made_by()})",
+        where=str(where),
+        fix="the weights or this machine's memory may be damaged: download or copy the base again",
+    )
