@@ -277,9 +277,11 @@ def read_object(file: pathlib.Path) -> dict[str, Any]:
     Raises:
         ModelError: the file is a git-lfs pointer, or holds none.
     """
+    again = "copy or download it again"
+    if not file.is_file():  # one that never ends, or a folder
+        raise ModelError(f"{file.name} is a pipe, a device or a folder, not a file", where=str(file), fix=again)
     if (fault := pointer_fault(file)) is not None:
         raise ModelError(fault[0], where=str(file), fix=fault[1])
-    again = "copy or download it again"
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -293,6 +295,8 @@ def read_object(file: pathlib.Path) -> dict[str, Any]:
         ) from error
     except RecursionError as error:
         raise ModelError(f"{file.name} is nested too deeply", where=str(file), fix=again) from error
+    except ValueError as error:  # Python's own limit of digits
+        raise ModelError(f"{file.name} has a number of too many digits", where=str(file), fix=again) from error
     if not isinstance(value, dict):
         raise ModelError(f"{file.name} is not an object", where=str(file), fix=again)
     return value

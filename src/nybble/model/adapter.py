@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights
 from transformers import PreTrainedModel
 
 from nybble.errors import ModelError, TrainingError
-from nybble.model.weights import LOADING_FAULTS, by, reason, refuse_pointers, some
+from nybble.model.adapter_config import CONFIG, read_adapter_config
+from nybble.model.adapter_files import read_tensors
+from nybble.model.weights import LOADING_FAULTS, by, reason, some
 from nybble.recipe import LoraOptions
 
-FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-MISMATCH = re.compile(
-    r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[(.*?)\]\) from checkpoint, "
-    r"the shape in current model is torch\.Size\(\[(.*?)\]\)"
-)
+COPY = re.compile(r"(embed_tokens|lm_head)(\.base_layer)?\.weight$")  # of the base, as PEFT saves them beside an adapter
+RANK_AXES = {"A": 0, "B": 1, "embedding_A": 0, "embedding_B": 1}
 ADDED_TOKENS = (
     "its base must have these tokens too: resize it as before that training (tokenizer of the adapter, "
     "model.resize_token_embeddings(len(tokenizer))), save it, and name it with --base PATH"
@@ -58,49 +60,37 @@ def resume_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     """An adapter that is there already, to be trained on.
 
     Raises:
-        ModelError: no adapter there, or one that does not fit this base.
+        ModelError: no adapter there, a damaged one, or one that does not fit this base.
     """
-    return _read_adapter(model, path, trainable=True)
+    return _attach_stored(model, path, trainable=True)
 
 
 def load_adapter(model: PreTrainedModel, path: str | pathlib.Path) -> PeftModel:
-    """An adapter to answer with; its parameters are frozen."""
-    return _read_adapter(model, str(path), trainable=False)
+    """An adapter to answer with; its parameters are frozen.
+
+    Raises:
+        ModelError: as `resume_adapter`.
+    """
+    return _attach_stored(model, path, trainable=False)
 
 
 def add_adapter(model: PeftModel, path: str | pathlib.Path, name: str) -> None:
     """Another adapter on the same base, chosen by `set_adapter(name)`.
 
     Raises:
-        ModelError: no adapter there, or one that does not fit this base.
+        ModelError: as `resume_adapter`, or it would change the base for the others.
     """
-    config = _checked_config(model.get_base_model(), path)
-    try:
-        model.load_adapter(str(path), adapter_name=name, is_trainable=False)
-    except LOADING_FAULTS as error:
-        raise _misfit(config, path, error) from error
-
-
-def read_adapter_config(path: str | pathlib.Path) -> PeftConfig:
-    """PEFT's configuration of an adapter folder.
-
-    Raises:
-        ModelError: the folder holds no adapter.
-    """
-    folder = pathlib.Path(path)
-    if not (folder / "adapter_config.json").is_file():
-        inner = folder / "adapter"  # of a run
+    config, file, tensors = _read_stored(model.get_base_model(), path)
+    with _built(config, trainable=False), _explained(config, path):
+        model.add_adapter(name, config, low_cpu_mem_usage=not config.use_dora)
+    changed = _fill(model, name, file, tensors)
+    if changed:
         raise ModelError(
-            f"there is no adapter in {folder} (no adapter_config.json)",
-            fix=f"adapter={inner}" if (inner / "adapter_config.json").is_file() else f"ls {folder}",
+            f"the adapter brings its own {some(changed)}, and adapters that share a base in memory share its embeddings",
+            where=str(file),
+            fix="load it alone: one server per such adapter, each on its own --port",
         )
-    refuse_pointers(folder / name for name in FILES)
-    try:
-        return PeftConfig.from_pretrained(str(folder))
-    except LOADING_FAULTS as error:
-        raise ModelError(
-            f"PEFT cannot read adapter_config.json: {reason(error)}", where=str(folder / "adapter_config.json")
-        ) from error
+    model.eval()
 
 
 def check_gradients(model: torch.nn.Module, *, first: bool, scaled: bool = False) -> None:
@@ -166,10 +156,77 @@ def check_saved(model: PeftModel, folder: pathlib.Path, *, learnt: bool = True) 
         )
 
 
+def targets_of(model: PeftModel) -> list[str]:
+    """Names of the layers that carry the adapter, without their places; PEFT's configuration may have a regular expression."""
+    return sorted({name.rpartition(".")[2] for name in model.targeted_module_names})
+
+
+@dataclass(frozen=True)
+class Updates:
+    """What an adapter in memory changes.
+
+    Attributes:
+        count: modules with an A and a B of their own.
+        zero: of these, those whose A or B is zero, or whose scaling is: they change nothing.
+        negative: of these, those that are subtracted: their alpha is negative.
+        whole: what is trained beside them: names of modules, or embeddings of single tokens.
+    """
+
+    count: int
+    zero: int
+    negative: int = 0
+    whole: tuple[str, ...] = ()
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the model answers as its base does."""
+        return self.zero == self.count and not self.whole
+
+    @property
+    def is_odd(self) -> bool:
+        """Whether it is not as training leaves an adapter."""
+        return bool(self.zero or self.negative)
+
+    def __str__(self) -> str:
+        plural = "s" * (self.count != 1)
+        if self.zero == 0:
+            text = f"{self.count:,} update{plural}, {'all ' * (self.count > 1)}non-zero"
+        elif self.zero < self.count:
+            text = f"{self.zero:,} of {self.count:,} updates are zero"
+        else:
+            text = f"all {self.count:,} updates are zero" if self.count > 1 else "its one update is zero"
+            text += ": it answers as the base does" * self.changes_nothing
+        text += f"; {self.negative:,} subtracted, as alpha is negative" if self.negative else ""
+        return text + (f"; {', '.join(self.whole)} trained too" if self.whole else "")
+
+
+def updates_of(model: PeftModel, name: str = "default") -> Updates:
+    """Count the updates of an adapter: a pass over its numbers, on their device."""
+    zero, scalings = 0, []
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and name in module.scaling:
+            scalings.append(module.scaling[name])
+            zero += scalings[-1] == 0 or not _changes(module, name)
+    config = model.peft_config[name]
+    tokens = ["embeddings of single tokens"] if config.trainable_token_indices else []
+    return Updates(len(scalings), zero, sum(s < 0 for s in scalings), (*sorted(config.modules_to_save or []), *tokens))
+
+
+def _changes(layer: LoraLayer, name: str) -> bool:
+    """Whether B A, or B's bias, is not zero for sure."""
+    if name in layer.lora_embedding_A:
+        parts = [layer.lora_embedding_A[name], layer.lora_embedding_B[name]]
+        return all(bool(part.any()) for part in parts)
+    a, b = layer.lora_A[name], layer.lora_B[name]
+    if b.bias is not None and b.bias.any():
+        return True
+    return bool(a.weight.any()) and bool(b.weight.any())
+
+
 def is_untrained(model: PeftModel) -> bool:
-    """Whether every B of the adapter is zero, as at the start: it then changes nothing."""
-    updates = [tensor for name, tensor in get_peft_model_state_dict(model).items() if "lora_B" in name]
-    return bool(updates) and not any(tensor.any() for tensor in updates)
+    """Whether every update of the adapter is zero, as at the start: it then changes nothing."""
+    updates = updates_of(model)
+    return updates.count > 0 and updates.zero == updates.count
 
 
 def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
@@ -183,20 +240,21 @@ def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
         )
 
 
-def _read_adapter(model: PreTrainedModel, path: str, *, trainable: bool) -> PeftModel:
-    config = _checked_config(model, path)
-    try:
-        adapted: PeftModel = PeftModel.from_pretrained(model, path, is_trainable=trainable, config=config)
-    except LOADING_FAULTS as error:
-        raise _misfit(config, path, error) from error
-    return adapted
+def _attach_stored(model: PreTrainedModel, path: str | pathlib.Path, *, trainable: bool) -> PeftModel:
+    config, file, tensors = _read_stored(model, path)
+    with _built(config, trainable=trainable), _explained(config, path):
+        adapted: PeftModel = PeftModelForCausalLM(model, config, low_cpu_mem_usage=not config.use_dora)
+    _fill(adapted, "default", file, tensors)
+    return adapted if trainable else adapted.eval()
 
 
-def _checked_config(model: PreTrainedModel, path: str | pathlib.Path) -> PeftConfig:
-    """An adapter's configuration; refused where it trained rows of the embedding that this base does not have."""
+def _read_stored(
+    model: PreTrainedModel, path: str | pathlib.Path
+) -> tuple[LoraConfig, pathlib.Path, dict[str, torch.Tensor]]:
+    """Configuration, file and tensors; refused where rows of the embedding were trained that this base does not have."""
     config = read_adapter_config(path)
-    rows = model.get_input_embeddings().num_embeddings
-    trained = getattr(config, "trainable_token_indices", None) or []
+    rows = model.get_input_embeddings().weight.shape[0]
+    trained = config.trainable_token_indices or []
     ids = itertools.chain.from_iterable(trained.values()) if isinstance(trained, dict) else trained
     highest = max(ids, default=-1)
     if highest >= rows:
@@ -206,29 +264,132 @@ def _checked_config(model: PreTrainedModel, path: str | pathlib.Path) -> PeftCon
             where=str(path),
             fix=ADDED_TOKENS,
         )
-    return config
+    file, tensors = read_tensors(pathlib.Path(path))
+    claimed = max([config.r, *(config.rank_pattern or {}).values()])
+    if claimed > max(max(tensor.shape, default=1) for tensor in tensors.values()):  # PEFT would make room for it
+        raise ModelError(
+            f"{CONFIG} says rank {claimed:,}, and no tensor in {file.name} is so large",
+            where=str(file),
+            fix="copy the adapter again, both its files",
+        )
+    return config, file, tensors
 
 
-def _misfit(config: PeftConfig, path: str | pathlib.Path, error: Exception) -> ModelError:
-    """Why an adapter does not fit, with the sizes where these are the reason."""
-    base = f"it was trained on {config.base_model_name_or_path}; give it with --base PATH"
-    # PEFT tells of LoRA's own tensors, of whole modules that were trained (modules_to_save), and of the copies beside these.
-    found = MISMATCH.findall(str(error))
-    sizes = [
-        (name, tuple(map(int, re.findall(r"\d+", own))), tuple(map(int, re.findall(r"\d+", base))))
-        for name, own, base in found
-        if ".original_module." not in name
+@contextlib.contextmanager
+def _built(config: LoraConfig, *, trainable: bool) -> Iterator[None]:
+    """An adapter is built without its numbers, which the file has: how they would start need not be computed.
+
+    DoRA alone is built with them: PEFT 0.21 dequantises the base for it, and would lose an 8-bit one.
+    """
+    start, config.init_lora_weights, config.inference_mode = config.init_lora_weights, True, not trainable
+    try:
+        yield
+    finally:
+        config.init_lora_weights = start
+
+
+@contextlib.contextmanager
+def _explained(config: LoraConfig, path: str | pathlib.Path) -> Iterator[None]:
+    """What PEFT finds wrong with a configuration on this base, as a ModelError."""
+    try:
+        yield
+    except LOADING_FAULTS as error:
+        raise ModelError(f"the adapter does not fit this base: {reason(error)}", str(path), _trained_on(config)) from error
+
+
+def _fill(model: PeftModel, name: str, file: pathlib.Path, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Put an adapter's tensors into their places, each into its own and none left over.
+
+    Returns:
+        Embeddings and heads of the base that the file holds too, and that were others.
+
+    Raises:
+        ModelError: naming tensors that are missing, have no place, or are of another shape.
+    """
+    live = model.state_dict()
+    places = get_peft_model_state_dict(model, live, name, save_embedding_layers=False)
+    copies = {key: live[key] for key in tensors if key not in places and key in live and COPY.search(key)}
+    _check_places(tensors, places, copies, model.peft_config[name], file)
+    names = {id(tensor): key for key, tensor in live.items()}  # PEFT leaves out the adapter's name in a file
+    built = {}
+    for key, place in places.items():
+        if place.is_meta:  # a copy in any case, since the file's own pages change with the file
+            built[names[id(place)]] = tensors[key].to(model.device, place.dtype, copy=True)
+        else:  # what PEFT copied from the base, and may have tied
+            place.copy_(tensors[key])
+    model.load_state_dict(built, strict=False, assign=True)
+    left = [key for key, parameter in model.named_parameters() if parameter.is_meta]
+    assert not left, left
+    changed = [key for key, place in copies.items() if not torch.equal(tensors[key].to(place), place)]
+    for key in changed:
+        copies[key].copy_(tensors[key])
+    return [_plain(key) for key in changed]
+
+
+def _check_places(
+    tensors: Mapping[str, torch.Tensor],
+    places: Mapping[str, torch.Tensor],
+    copies: Mapping[str, torch.Tensor],
+    config: LoraConfig,
+    file: pathlib.Path,
+) -> None:
+    biases = [key for key in tensors if key in places and key.endswith(".bias") and ".lora_B." not in key]
+    if biases:
+        raise ModelError(
+            f"the adapter changes {_plain(biases[0])} of the base itself (bias={config.bias}): switched off, it would not "
+            "leave the base as it was",
+            where=str(file),
+            fix="merge it with PEFT, and use the merged model as a base",
+        )
+    sizes = {
+        key: (tuple(tensor.shape), tuple(place.shape))
+        for key, tensor in tensors.items()
+        if (place := places.get(key, copies.get(key))) is not None and place.shape != tensor.shape
+    }
+    if sizes:
+        raise _misfit(config, file, sizes)
+    missing = [_plain(key) for key in places if key not in tensors]
+    foreign = [_plain(key) for key in tensors if key not in places and key not in copies]
+    if not missing and not foreign:
+        return
+    faults = [f"lacks {some(missing)}"] if missing else []
+    faults += [f"holds {some(foreign)}, for which this base with this {CONFIG} has no place"] if foreign else []
+    raise ModelError(
+        f"{file.name} {', and '.join(faults)}",
+        where=str(file),
+        fix=f"copy the adapter again, both its files; or {_trained_on(config)}",
+    )
+
+
+def _trained_on(config: LoraConfig) -> str:
+    return f"it was trained on {config.base_model_name_or_path}; give it with --base PATH"
+
+
+def _misfit(
+    config: LoraConfig, file: pathlib.Path, sizes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+) -> ModelError:
+    """Why an adapter does not fit, with the sizes."""
+    ranks = [
+        f"{_plain(key)} has rank {own[axis]}, and {CONFIG} says {wanted[axis]}"
+        for key, (own, wanted) in sizes.items()
+        if (axis := RANK_AXES.get(key.rpartition(".lora_")[2].removesuffix(".weight"))) is not None
+        and len(own) == 2
+        and own[1 - axis] == wanted[1 - axis]
     ]
-    if not sizes:
-        return ModelError(f"the adapter does not fit this base: {reason(error)}", where=str(path), fix=base)
-    told = [f"{_plain(name)} is {by(own)} in the adapter and {by(wanted)} in the base" for name, own, wanted in sizes]
+    if len(ranks) == len(sizes):
+        return ModelError(some(ranks), where=str(file), fix="copy the adapter again, both its files")
+    told = [
+        f"{_plain(key)} is {by(own)} in the adapter and {by(wanted)} in the base" for key, (own, wanted) in sizes.items()
+    ]
     # A vocabulary of another length, and the rest as it should be: tokens were added.
-    added = all(re.search(r"embed_tokens|lm_head", name) and own[1:] == wanted[1:] for name, own, wanted in sizes)
+    added = all(re.search(r"embed_tokens|lm_head", key) and own[1:] == wanted[1:] for key, (own, wanted) in sizes.items())
     return ModelError(
-        f"the adapter does not fit this base: {some(told)}", where=str(path), fix=ADDED_TOKENS if added else base
+        f"the adapter does not fit this base: {some(told)}",
+        where=str(file),
+        fix=ADDED_TOKENS if added else _trained_on(config),
     )
 
 
 def _plain(name: str) -> str:
     """A tensor's name as the base has it, without what PEFT puts around it."""
-    return re.sub(r"^(base_model\.model\.)|\.modules_to_save\.[^.]+|(?<=lora_[AB])\.default", "", name)
+    return name.removeprefix("base_model.model.")

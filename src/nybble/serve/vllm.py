@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from nybble.errors import ServeError
 from nybble.inference.pipeline import check_one_base
-from nybble.model.adapter import read_adapter_config
+from nybble.model.adapter_config import read_adapter_config
 from nybble.run import Run
 from nybble.serve.guard import check_open_to
 from nybble.serve.pipeline import run_names

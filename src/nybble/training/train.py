@@ -157,7 +157,7 @@ def _train(
     # 4. The adapter.
     set_seed(recipe.train.seed)
     model = resume_adapter(base.model, recipe.adapter) if recipe.adapter else attach_adapter(base.model, recipe.lora)
-    trained = tell_adapter(model, footprint, console)
+    trained = tell_adapter(model, footprint, console, recipe.adapter)
     fused = fuse_layers(model, recipe, console)
     ready = Ready(recipe, device, dtype, tokenizer, data, schedule, base, footprint, model, trained, fused)
     # 5. The run folder.
