@@ -212,7 +212,7 @@ def test_what_is_wrong_with_an_adapter_is_said(tiny_llama, tmp_path):
     changes = [
         (half, "one half of"),
         (zero, "every B"),
-        (nan, r"update of .*layers.1.* is not finite"),
+        (nan, r"layers.1.* is not finite"),
         (odd, "not part of LoRA on a linear layer"),
     ]
     for change, said in changes:
@@ -221,7 +221,7 @@ def test_what_is_wrong_with_an_adapter_is_said(tiny_llama, tmp_path):
             read_updates(tmp_path)
         print(caught.value)
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ModelError, match="cannot be read") as caught:
+    with pytest.raises(ModelError, match="cut off") as caught:
         read_updates(tmp_path)
     assert caught.value.where == str(file)
     file.unlink()

@@ -10,7 +10,7 @@ from rich.console import Console
 from nybble.data.prepare import Prepared
 from nybble.data.stream import StreamedRows
 from nybble.engine.fusion import Fusion
-from nybble.model.adapter import targets_of, updates_of
+from nybble.model.adapter_updates import targets_of, updates_of
 from nybble.model.base import Base, Footprint
 from nybble.plan.schedule import Schedule, steps_text
 from nybble.recipe import DataOptions
@@ -71,7 +71,7 @@ def tell_adapter(model: PeftModel, size: Footprint, console: Console, begun: str
         f"{trained:,} trained parameters, {trained / (size.parameters + trained):.2%} of all",
     )
     if begun is not None:
-        updates = updates_of(model)
+        updates = updates_of(model, folder=begun)
         tell(console, f"          from {begun}: {updates}", "yellow" if updates.is_odd else "")
     return trained
 

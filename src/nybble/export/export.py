@@ -14,7 +14,6 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.template import Template
-from nybble.errors import ExportError
 from nybble.evaluate.rows import rows_of
 from nybble.evaluate.tell import progress_bar
 from nybble.export.artefacts import Contents, generation_settings
@@ -32,8 +31,7 @@ from nybble.export.source import Source, merges_of, open_source
 from nybble.export.tell import tell_comparison, tell_verdicts
 from nybble.export.updates import read_updates
 from nybble.inference.pipeline import load_answerer
-from nybble.model.adapter_config import read_adapter_config
-from nybble.model.adapter_files import read_tensors
+from nybble.model.adapter import check_stored
 from nybble.places import (
     check_cache,
     check_disk,
@@ -164,9 +162,8 @@ def _measure(
     """Ask the run, and measure each base against it; the live model is freed on return."""
     is_adapter = wanted.to == "adapter"
     updates = {} if is_adapter else read_updates(source.run.adapter)
-    if is_adapter:  # before the base is loaded
-        read_adapter_config(source.run.adapter)
-        read_tensors(source.run.adapter)
+    if is_adapter:
+        check_stored(source.run.adapter)
     _free_memory()
     with console.status("loading the run"):
         answerer = load_answerer(source.run, cache)

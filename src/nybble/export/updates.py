@@ -26,6 +26,8 @@ from nybble.model.adapter_files import read_tensors
 
 BY_PEFT = "merge it with PEFT's own merge_and_unload on the 16-bit base"
 PREFIX = "base_model.model."  # what PEFT puts before a module's name
+
+
 @dataclass(frozen=True)
 class Update:
     """The update of one weight W (out, in): W + scaling B A, and with DoRA its rows scaled to lengths of their own.
@@ -61,7 +63,9 @@ def read_updates(folder: pathlib.Path) -> dict[str, Update]:
     refuse_other_kinds(content, place, f"only LoRA can be merged here: {BY_PEFT}")
     refuse_altered(content, place)
     if unknown := [*set_options(content, MERGEABLE), *unknown_options(content)]:
-        raise ModelError(f"the adapter sets {', '.join(unknown)}, which cannot be merged here", where=place, fix=BY_PEFT)
+        raise ModelError(
+            f"the adapter sets {', '.join(unknown)}, which cannot be merged here", where=place, fix=BY_PEFT
+        )
     config = read_adapter_config(folder)
     file, tensors = read_tensors(folder)
     ends = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")

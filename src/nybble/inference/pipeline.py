@@ -22,7 +22,8 @@ from nybble.data.formats import Conversation
 from nybble.data.template import Template, choose_template, read_template
 from nybble.data.tokens import check_ids, encode_prompt
 from nybble.errors import RunError
-from nybble.model.adapter import Updates, add_adapter, load_adapter, updates_of
+from nybble.model.adapter import add_adapter, load_adapter
+from nybble.model.adapter_updates import Updates, updates_of
 from nybble.model.base import load_base
 from nybble.model.checkpoint import find_base, fingerprint
 from nybble.model.device import choose_device, choose_dtype
@@ -211,7 +212,7 @@ def load_answerers(
     model = load_adapter(base.model, runs[0].adapter)
     for run, name in zip(runs[1:], names[1:], strict=True):
         add_adapter(model, run.adapter, name)
-    updates = [updates_of(model, name) for name in names]
+    updates = [updates_of(model, name, run.adapter) for run, name in zip(runs, names, strict=True)]
     for name, parameter in model.named_parameters():
         if "lora_" in name:  # stored in float32; training computed with it in this type
             parameter.data = parameter.data.to(dtype)

@@ -6,28 +6,20 @@ import contextlib
 import itertools
 import math
 import pathlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
-from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights
 from transformers import PreTrainedModel
 
 from nybble.errors import ModelError, TrainingError
 from nybble.model.adapter_config import CONFIG, read_adapter_config
 from nybble.model.adapter_files import read_tensors
-from nybble.model.weights import LOADING_FAULTS, by, reason, some
+from nybble.model.adapter_places import ADDED_TOKENS, fill, trained_on
+from nybble.model.weights import LOADING_FAULTS, reason, some
 from nybble.recipe import LoraOptions
 
-COPY = re.compile(r"(embed_tokens|lm_head)(\.base_layer)?\.weight$")  # of the base, as PEFT saves them beside an adapter
-RANK_AXES = {"A": 0, "B": 1, "embedding_A": 0, "embedding_B": 1}
-ADDED_TOKENS = (
-    "its base must have these tokens too: resize it as before that training (tokenizer of the adapter, "
-    "model.resize_token_embeddings(len(tokenizer))), save it, and name it with --base PATH"
-)
 # PEFT's orthogonal start fails on 4-bit layers (0.21), PiSSA and LoftQ alter the base: none of these is offered.
 INIT: dict[str, bool | str] = {"default": True, "gaussian": "gaussian"}
 
@@ -54,6 +46,16 @@ def attach_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
     )
     adapted: PeftModel = get_peft_model(model, config)
     return adapted
+
+
+def check_stored(path: str | pathlib.Path) -> None:
+    """All that can be wrong with an adapter whatever its base, before one is loaded.
+
+    Raises:
+        ModelError: no adapter there, one of another kind, or a damaged one.
+    """
+    read_adapter_config(path)
+    read_tensors(pathlib.Path(path))
 
 
 def resume_adapter(model: PreTrainedModel, path: str) -> PeftModel:
@@ -83,7 +85,7 @@ def add_adapter(model: PeftModel, path: str | pathlib.Path, name: str) -> None:
     config, file, tensors = _read_stored(model.get_base_model(), path)
     with _built(config, trainable=False), _explained(config, path):
         model.add_adapter(name, config, low_cpu_mem_usage=not config.use_dora)
-    changed = _fill(model, name, file, tensors)
+    changed = fill(model, name, file, tensors)
     if changed:
         raise ModelError(
             f"the adapter brings its own {some(changed)}, and adapters that share a base in memory share its embeddings",
@@ -156,79 +158,6 @@ def check_saved(model: PeftModel, folder: pathlib.Path, *, learnt: bool = True) 
         )
 
 
-def targets_of(model: PeftModel) -> list[str]:
-    """Names of the layers that carry the adapter, without their places; PEFT's configuration may have a regular expression."""
-    return sorted({name.rpartition(".")[2] for name in model.targeted_module_names})
-
-
-@dataclass(frozen=True)
-class Updates:
-    """What an adapter in memory changes.
-
-    Attributes:
-        count: modules with an A and a B of their own.
-        zero: of these, those whose A or B is zero, or whose scaling is: they change nothing.
-        negative: of these, those that are subtracted: their alpha is negative.
-        whole: what is trained beside them: names of modules, or embeddings of single tokens.
-    """
-
-    count: int
-    zero: int
-    negative: int = 0
-    whole: tuple[str, ...] = ()
-
-    @property
-    def changes_nothing(self) -> bool:
-        """Whether the model answers as its base does."""
-        return self.zero == self.count and not self.whole
-
-    @property
-    def is_odd(self) -> bool:
-        """Whether it is not as training leaves an adapter."""
-        return bool(self.zero or self.negative)
-
-    def __str__(self) -> str:
-        plural = "s" * (self.count != 1)
-        if self.zero == 0:
-            text = f"{self.count:,} update{plural}, {'all ' * (self.count > 1)}non-zero"
-        elif self.zero < self.count:
-            text = f"{self.zero:,} of {self.count:,} updates are zero"
-        else:
-            text = f"all {self.count:,} updates are zero" if self.count > 1 else "its one update is zero"
-            text += ": it answers as the base does" * self.changes_nothing
-        text += f"; {self.negative:,} subtracted, as alpha is negative" if self.negative else ""
-        return text + (f"; {', '.join(self.whole)} trained too" if self.whole else "")
-
-
-def updates_of(model: PeftModel, name: str = "default") -> Updates:
-    """Count the updates of an adapter: a pass over its numbers, on their device."""
-    zero, scalings = 0, []
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and name in module.scaling:
-            scalings.append(module.scaling[name])
-            zero += scalings[-1] == 0 or not _changes(module, name)
-    config = model.peft_config[name]
-    tokens = ["embeddings of single tokens"] if config.trainable_token_indices else []
-    return Updates(len(scalings), zero, sum(s < 0 for s in scalings), (*sorted(config.modules_to_save or []), *tokens))
-
-
-def _changes(layer: LoraLayer, name: str) -> bool:
-    """Whether B A, or B's bias, is not zero for sure."""
-    if name in layer.lora_embedding_A:
-        parts = [layer.lora_embedding_A[name], layer.lora_embedding_B[name]]
-        return all(bool(part.any()) for part in parts)
-    a, b = layer.lora_A[name], layer.lora_B[name]
-    if b.bias is not None and b.bias.any():
-        return True
-    return bool(a.weight.any()) and bool(b.weight.any())
-
-
-def is_untrained(model: PeftModel) -> bool:
-    """Whether every update of the adapter is zero, as at the start: it then changes nothing."""
-    updates = updates_of(model)
-    return updates.count > 0 and updates.zero == updates.count
-
-
 def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
     names = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
@@ -244,7 +173,7 @@ def _attach_stored(model: PreTrainedModel, path: str | pathlib.Path, *, trainabl
     config, file, tensors = _read_stored(model, path)
     with _built(config, trainable=trainable), _explained(config, path):
         adapted: PeftModel = PeftModelForCausalLM(model, config, low_cpu_mem_usage=not config.use_dora)
-    _fill(adapted, "default", file, tensors)
+    fill(adapted, "default", file, tensors)
     return adapted if trainable else adapted.eval()
 
 
@@ -294,102 +223,6 @@ def _explained(config: LoraConfig, path: str | pathlib.Path) -> Iterator[None]:
     try:
         yield
     except LOADING_FAULTS as error:
-        raise ModelError(f"the adapter does not fit this base: {reason(error)}", str(path), _trained_on(config)) from error
-
-
-def _fill(model: PeftModel, name: str, file: pathlib.Path, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Put an adapter's tensors into their places, each into its own and none left over.
-
-    Returns:
-        Embeddings and heads of the base that the file holds too, and that were others.
-
-    Raises:
-        ModelError: naming tensors that are missing, have no place, or are of another shape.
-    """
-    live = model.state_dict()
-    places = get_peft_model_state_dict(model, live, name, save_embedding_layers=False)
-    copies = {key: live[key] for key in tensors if key not in places and key in live and COPY.search(key)}
-    _check_places(tensors, places, copies, model.peft_config[name], file)
-    names = {id(tensor): key for key, tensor in live.items()}  # PEFT leaves out the adapter's name in a file
-    built = {}
-    for key, place in places.items():
-        if place.is_meta:  # a copy in any case, since the file's own pages change with the file
-            built[names[id(place)]] = tensors[key].to(model.device, place.dtype, copy=True)
-        else:  # what PEFT copied from the base, and may have tied
-            place.copy_(tensors[key])
-    model.load_state_dict(built, strict=False, assign=True)
-    left = [key for key, parameter in model.named_parameters() if parameter.is_meta]
-    assert not left, left
-    changed = [key for key, place in copies.items() if not torch.equal(tensors[key].to(place), place)]
-    for key in changed:
-        copies[key].copy_(tensors[key])
-    return [_plain(key) for key in changed]
-
-
-def _check_places(
-    tensors: Mapping[str, torch.Tensor],
-    places: Mapping[str, torch.Tensor],
-    copies: Mapping[str, torch.Tensor],
-    config: LoraConfig,
-    file: pathlib.Path,
-) -> None:
-    biases = [key for key in tensors if key in places and key.endswith(".bias") and ".lora_B." not in key]
-    if biases:
         raise ModelError(
-            f"the adapter changes {_plain(biases[0])} of the base itself (bias={config.bias}): switched off, it would not "
-            "leave the base as it was",
-            where=str(file),
-            fix="merge it with PEFT, and use the merged model as a base",
-        )
-    sizes = {
-        key: (tuple(tensor.shape), tuple(place.shape))
-        for key, tensor in tensors.items()
-        if (place := places.get(key, copies.get(key))) is not None and place.shape != tensor.shape
-    }
-    if sizes:
-        raise _misfit(config, file, sizes)
-    missing = [_plain(key) for key in places if key not in tensors]
-    foreign = [_plain(key) for key in tensors if key not in places and key not in copies]
-    if not missing and not foreign:
-        return
-    faults = [f"lacks {some(missing)}"] if missing else []
-    faults += [f"holds {some(foreign)}, for which this base with this {CONFIG} has no place"] if foreign else []
-    raise ModelError(
-        f"{file.name} {', and '.join(faults)}",
-        where=str(file),
-        fix=f"copy the adapter again, both its files; or {_trained_on(config)}",
-    )
-
-
-def _trained_on(config: LoraConfig) -> str:
-    return f"it was trained on {config.base_model_name_or_path}; give it with --base PATH"
-
-
-def _misfit(
-    config: LoraConfig, file: pathlib.Path, sizes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
-) -> ModelError:
-    """Why an adapter does not fit, with the sizes."""
-    ranks = [
-        f"{_plain(key)} has rank {own[axis]}, and {CONFIG} says {wanted[axis]}"
-        for key, (own, wanted) in sizes.items()
-        if (axis := RANK_AXES.get(key.rpartition(".lora_")[2].removesuffix(".weight"))) is not None
-        and len(own) == 2
-        and own[1 - axis] == wanted[1 - axis]
-    ]
-    if len(ranks) == len(sizes):
-        return ModelError(some(ranks), where=str(file), fix="copy the adapter again, both its files")
-    told = [
-        f"{_plain(key)} is {by(own)} in the adapter and {by(wanted)} in the base" for key, (own, wanted) in sizes.items()
-    ]
-    # A vocabulary of another length, and the rest as it should be: tokens were added.
-    added = all(re.search(r"embed_tokens|lm_head", key) and own[1:] == wanted[1:] for key, (own, wanted) in sizes.items())
-    return ModelError(
-        f"the adapter does not fit this base: {some(told)}",
-        where=str(file),
-        fix=ADDED_TOKENS if added else _trained_on(config),
-    )
-
-
-def _plain(name: str) -> str:
-    """A tensor's name as the base has it, without what PEFT puts around it."""
-    return name.removeprefix("base_model.model.")
+            f"the adapter does not fit this base: {reason(error)}", where=str(path), fix=trained_on(config)
+        ) from error

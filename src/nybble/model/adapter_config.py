@@ -1,4 +1,4 @@
-"""adapter_config.json of an adapter, field by field: PEFT takes what it is given, and fails or computes something else with it."""
+"""adapter_config.json, field by field: PEFT takes what it is given, and fails or computes something else with it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,12 @@ MERGEABLE = frozenset(
 """Options under which an adapter is W + s B A, or DoRA's form of it."""
 LOADABLE = MERGEABLE | {
     *("modules_to_save", "trainable_token_indices", "ensure_weight_tying", "bias", "lora_bias", "fan_in_fan_out"),
-    *("qalora_group_size", "loftq_config", "corda_config", "lora_ga_config"),  # of variants that are refused by other fields
+    *(
+        "qalora_group_size",
+        "loftq_config",
+        "corda_config",
+        "lora_ga_config",
+    ),  # of variants that are refused by other fields
 }
 """Options of adapters that answer here as PEFT has them answer, and leave the base to answer as itself when switched off."""
 UNALTERED = (True, False, "gaussian", "orthogonal", "eva", "mica")
@@ -71,7 +76,9 @@ def read_adapter_config(path: str | pathlib.Path) -> LoraConfig:
             where=file,
             fix="load it with PEFT, and merge it there (merge_and_unload) if its kind allows that",
         )
-    known = {name: value for name, value in content.items() if name in _known() - {"runtime_config"}}
+    known = {
+        name: value for name, value in content.items() if name in _known() - {"runtime_config"} and value is not None
+    }
     try:
         return LoraConfig(**known)
     except LOADING_FAULTS as error:
@@ -142,7 +149,7 @@ def set_options(content: Mapping[str, Any], understood: frozenset[str]) -> Itera
     plain: dict[str, Any] = LoraConfig().to_dict()
     for name, value in content.items():
         if name in _known() - understood and value != plain.get(name) and value not in EMPTY:
-            yield f"{name}={_shown(value)}"
+            yield f"{name}={value!r:.80}"
     if content.get("megatron_config"):  # PEFT then imports whichever module megatron_core names
         yield "megatron_config"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+import pickle
 import re
 import struct
 import zipfile
@@ -70,26 +72,26 @@ def _from_safetensors(file: pathlib.Path) -> dict[str, torch.Tensor]:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except FAULTS as error:
-        check_whole(file)  # says more of most of them
+        with contextlib.suppress(RecursionError):  # a header nested deeper than Python's own stack
+            check_whole(file)  # says more of most of them
         raise ModelError(f"{file.name} cannot be read: {reason(error)}", where=str(file), fix=AGAIN) from error
 
 
 def _from_pickle(file: pathlib.Path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(file, mmap=zipfile.is_zipfile(file), map_location="cpu", weights_only=True)
-    except FAULTS as error:
+    except pickle.UnpicklingError as error:
         called = CALLED.search(str(error))
-        if called is not None:
-            raise ModelError(
-                f"{file.name} is refused: it asks for {called[1]} when it is opened, and an adapter's file may hold tensors only",
-                where=str(file),
-                fix="do not open it elsewhere unless you trust who made it; ask for adapter_model.safetensors",
-            ) from error
+        what = f"asks for {called[1]} when it is opened" if called else "is no pickle of tensors"
+        raise ModelError(
+            f"{file.name} is refused: it {what}, and an adapter's file may hold tensors only",
+            where=str(file),
+            fix="do not open it elsewhere unless you trust who made it; ask for adapter_model.safetensors",
+        ) from error
+    except FAULTS as error:
         raise ModelError(f"{file.name} cannot be read: {reason(error)}", where=str(file), fix=AGAIN) from error
     if not isinstance(state, dict):
-        raise ModelError(
-            f"{file.name} holds a {type(state).__name__}, not tensors by name", where=str(file), fix=AGAIN
-        )
+        raise ModelError(f"{file.name} holds a {type(state).__name__}, not tensors by name", where=str(file), fix=AGAIN)
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise ModelError(

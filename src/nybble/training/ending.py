@@ -11,7 +11,8 @@ from peft import PeftModel
 
 from nybble.callbacks import Recorder, Spent
 from nybble.errors import TrainingError
-from nybble.model.adapter import check_saved, is_untrained, targets_of
+from nybble.model.adapter import check_saved
+from nybble.model.adapter_updates import is_untrained, targets_of
 from nybble.places import new_folder
 from nybble.run import Run, read_metrics, versions
 from nybble.training.preparation import Ready

@@ -25,7 +25,7 @@ from nybble.evaluate.perplexity import TOKENS_AT_ONCE, bare, is_plain
 from nybble.evaluate.scores import Benchmarks
 from nybble.inference.samples import SampleAnswers
 from nybble.interrupt import Interruption
-from nybble.model.adapter import attach_adapter, resume_adapter
+from nybble.model.adapter import attach_adapter, check_stored, resume_adapter
 from nybble.model.base import load_base, load_config, measure
 from nybble.model.checkpoint import check_length, find_checkpoint
 from nybble.model.device import choose_dtype
@@ -137,7 +137,9 @@ def _train(
         console = Console(quiet=True)
     dtype, reason = choose_dtype(recipe.model.dtype, device)
     tell(console, f"device    {device}, {str(dtype).removeprefix('torch.')}: {reason}")
-    # 2. Data, checked before any weights are fetched.
+    # 2. Adapter and data, checked before any weights are fetched.
+    if recipe.adapter:
+        check_stored(recipe.adapter)
     described = find_checkpoint(recipe.model.path, recipe.model.revision, weights=False)
     config = load_config(described, recipe.model.rope_scaling)
     check_length(config, recipe.data.max_length, recipe.model.rope_scaling)
