@@ -162,7 +162,7 @@ def test_chat_says_what_is_odd_and_answers(good, cache, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("only A", "lacks"),
+        ("only A", "lora_B"),
         ("NaN everywhere", "not finite"),
         ("r str 16", "a whole number"),
         ("tensors cut off", "cut off"),
@@ -202,3 +202,14 @@ def test_training_goes_on_from_an_adapter_and_says_from_what(tuned_run, tiny_lla
     outcome = nybble("train", tiny_llama, rows, *words, "model.device=cpu", "model.dtype=float32", cache=cache)
     assert outcome.status == 0, outcome.text
     assert f"from {tuned_run.adapter}: 14 updates, all non-zero" in " ".join(outcome.text.split())
+
+
+def test_only_the_files_that_were_read_are_exported(tuned_run, cache, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(tuned_run.folder, folder)
+    for name in (PICKLE, f"{TENSORS}.bak", "adapter_notes.txt"):
+        (folder / "adapter" / name).write_bytes(b"junk")
+    outcome = nybble("export", folder, "--to", "adapter", cache=cache)
+    assert outcome.status == 0, outcome.text
+    assert "adapter   14 updates, all non-zero" in outcome.text
+    assert {file.name for file in (folder / "export" / "adapter").glob("adapter_*")} == {CONFIG, TENSORS}

@@ -30,6 +30,7 @@ from nybble.evaluate.scores import Benchmarks, MissingRowsError, Scored, Store
 from nybble.evaluate.tell import progress_bar
 from nybble.evaluate.texts import Text, read_texts
 from nybble.inference.pipeline import Answerer, load_answerer
+from nybble.model.adapter_config import CONFIG
 from nybble.model.adapter_files import weights_file
 from nybble.places import check_cache, check_report, default_cache, explained_disk
 from nybble.recipe import dump_recipe
@@ -132,6 +133,7 @@ class Findings:
         self.store = Store(cache / "evaluations")
         self.cache = cache
         self.adapter = _digest(weights_file(run.adapter))
+        self.adapter_config = _digest(run.adapter / CONFIG)
         self.scored: dict[str, list[Scored]] = {who: [] for who in WHO}
         self.missing: list[dict[str, str]] = []
         self.parts: dict[str, Any] = {"texts": []}
@@ -183,6 +185,7 @@ class Findings:
         return {
             "base": self.answerer.fingerprint,
             "adapter": self.adapter if who == "tuned" else None,
+            **({"adapter_config": self.adapter_config} if who == "tuned" else {}),  # alpha is there
             "quantization": [recipe.quantization, recipe.double_quantization],
             "dtype": str(self.answerer.model.dtype),
             "device": self.answerer.model.device.type,

@@ -55,7 +55,7 @@ ALTERING = {
 }
 """Ways that do not, by the beginning of their names."""
 LARGEST = 1_000_000  # of ranks and alphas: beyond it is a typing error, or a try to fill the memory
-EMPTY = (None, {}, [], False, "none", "", 0)
+EMPTY: tuple[Any, ...] = (None, {}, [], False, "none", "", 0)
 
 
 def read_adapter_config(path: str | pathlib.Path) -> LoraConfig:

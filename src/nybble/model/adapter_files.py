@@ -18,7 +18,10 @@ from nybble.model.weights import FLOATS, LOADING_FAULTS, check_whole, reason, re
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """PEFT's names; where both are there, PEFT takes the first and so do we."""
 AGAIN = "copy the adapter again"
-FAULTS = (*LOADING_FAULTS, struct.error)  # torch's reader of pickles runs into the latter where one is cut off
+FAULTS: tuple[type[Exception], ...] = (
+    *LOADING_FAULTS,
+    struct.error,
+)  # torch's reader of pickles runs into the latter where one is cut off
 CALLED = re.compile(r"GLOBAL ([\w.]+)")  # in torch's words on a pickle that it refuses
 
 

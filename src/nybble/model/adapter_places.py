@@ -83,13 +83,14 @@ def _check_places(
     raise ModelError(
         f"{file.name} {', and '.join(faults)}",
         where=str(file),
-        fix=f"copy the adapter again, both its files; or {trained_on(config)}",
+        fix=f"copy the adapter again, both its files; if the base is another one: {trained_on(config)}",
     )
 
 
 def trained_on(config: LoraConfig) -> str:
     """Where an adapter that does not fit belongs, as a command."""
-    return f"it was trained on {config.base_model_name_or_path}; give it with --base PATH"
+    named = config.base_model_name_or_path
+    return f"it was trained on {named}; give it with --base PATH" if named else "give its own with --base PATH"
 
 
 def _misfit(

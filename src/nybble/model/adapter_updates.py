@@ -71,10 +71,9 @@ def updates_of(model: PeftModel, name: str = "default", folder: str | pathlib.Pa
             zero += scalings[-1] == 0 or not _changes(module, name)
     config = model.peft_config[name]
     tokens = ["embeddings of single tokens"] if config.trainable_token_indices else []
-    whole, unknown = (*sorted(config.modules_to_save or []), *tokens), ()
-    if folder is not None:
-        unknown = tuple(unknown_options(read_content(pathlib.Path(folder))))
-    return Updates(len(scalings), zero, sum(scaling < 0 for scaling in scalings), whole, unknown)
+    whole = (*sorted(config.modules_to_save or []), *tokens)
+    unknown = unknown_options(read_content(pathlib.Path(folder))) if folder is not None else []
+    return Updates(len(scalings), zero, sum(scaling < 0 for scaling in scalings), whole, tuple(unknown))
 
 
 def _changes(layer: LoraLayer, name: str) -> bool:

@@ -136,8 +136,10 @@ class Engine(Protocol):
     """Answers that may wait: no request can ask for more."""
     about: str
     """Why this one, and what it does not batch together: a line for the terminal."""
-    adapters: Mapping[str, str]
-    """What each run's adapter changes, by the run's name."""
+
+    @property
+    def adapters(self) -> Mapping[str, str]:
+        """What each run's adapter changes, by the run's name."""
 
     @property
     def models(self) -> Mapping[str, Model]:
