@@ -99,7 +99,7 @@ def test_adapters_that_share_a_base_do_not_change_it_for_each_other(tiny_llama, 
     changed = embedding.clone()
     changed[399] += 1
     save_file({**tensors, COPY: changed}, folder / "adapter_model.safetensors")
-    with pytest.raises(ModelError, match="brings its own model.embed_tokens.weight") as caught:
+    with pytest.raises(ModelError, match="brings its own model") as caught:
         add_adapter(model, folder, "other")
     print(caught.value)
     assert torch.equal(load_adapter(base_of(tiny_llama, cache), folder).get_input_embeddings().weight, changed)

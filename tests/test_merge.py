@@ -220,6 +220,12 @@ def test_what_is_wrong_with_an_adapter_is_said(tiny_llama, tmp_path):
         with pytest.raises(ModelError, match=said) as caught:
             read_updates(tmp_path)
         print(caught.value)
+    file.write_bytes(whole)
+    fields = (tmp_path / "adapter_config.json").read_text()
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**json.loads(fields), "lora_alpha": 0}))
+    with pytest.raises(ModelError, match="or its alpha is"):
+        read_updates(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(fields)
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ModelError, match="cut off") as caught:
         read_updates(tmp_path)

@@ -195,7 +195,7 @@ KINDS = [
     refused("no kind", config(peft_type=...), "no peft_type"),
     refused("kind null", config(peft_type=None), "no peft_type"),
     *(
-        refused(f"kind {kind}", config(peft_type=kind), "the adapter is", str(kind), "LoRA")
+        refused(f"kind {kind}", config(peft_type=kind), "the adapter is", str(kind), "not LORA")
         for kind in ("IA3", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "ADALORA", "LOHA", "OFT", "lora", 7)
     ),
     refused("a list as kind", config(peft_type=["LORA"]), "the adapter is"),
@@ -374,8 +374,8 @@ NUMBERS = [
     taken("float16", each(torch.Tensor.half)),
     taken("bfloat16", each(torch.Tensor.bfloat16)),
     taken("one in float64", one(Q0A, torch.Tensor.double)),
-    taken("one B zero", one(Q0B, torch.zeros_like), "1 of 6 updates are zero"),
-    taken("one A zero", one(DOWN.replace("_B", "_A"), torch.zeros_like), "1 of 6 updates are zero"),
+    taken("one B zero", one(Q0B, torch.zeros_like), "1 of 6 updates is zero"),
+    taken("one A zero", one(DOWN.replace("_B", "_A"), torch.zeros_like), "1 of 6 updates is zero"),
     taken("one layer zero", tensors(lambda state: {n: t * ("layers.0" in n) for n, t in state.items()}),
           "3 of 6 updates are zero"),
     taken("every B zero", tensors(lambda state: {n: t * ("lora_A" in n) for n, t in state.items()}),
@@ -383,7 +383,7 @@ NUMBERS = [
     taken("all zero", each(torch.zeros_like), "all 6 updates are zero: it answers as the base does"),
     taken("alpha zero", config(lora_alpha=0), "all 6 updates are zero"),
     taken("alpha zero for one", config(alpha_pattern={"q_proj": 0}), "2 of 6 updates are zero"),
-    taken("alpha negative", config(lora_alpha=-6), "6 subtracted, as alpha is negative"),
+    taken("alpha negative", config(lora_alpha=-6), "6 subtracted (alpha is negative)"),
     taken("alpha not whole", config(lora_alpha=6.5)),
     taken("alpha by pattern", config(alpha_pattern={"q_proj": 12, "1.mlp.down_proj": 3.5})),
     taken("dropout of all", config(lora_dropout=1.0)),

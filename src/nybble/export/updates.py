@@ -79,8 +79,8 @@ def read_updates(folder: pathlib.Path) -> dict[str, Update]:
         )
     modules = list(dict.fromkeys(name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in names))
     updates = {f"{module}.weight": _update(tensors, config, module, file) for module in modules}
-    if not any(update.b.any() for update in updates.values()):
-        raise ModelError("every B of the adapter is zero: it has learnt nothing", where=str(folder))
+    if not any(update.scaling and update.a.any() and update.b.any() for update in updates.values()):
+        raise ModelError("every B A of the adapter is zero, or its alpha is: it has learnt nothing", where=str(folder))
     return updates
 
 

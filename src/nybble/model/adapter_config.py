@@ -72,7 +72,7 @@ def read_adapter_config(path: str | pathlib.Path) -> LoraConfig:
     refuse_altered(content, file)
     if unsupported := list(set_options(content, LOADABLE)):
         raise ModelError(
-            f"the adapter sets {', '.join(unsupported)}, which nybble cannot load",
+            f"the adapter sets {', '.join(unsupported)}, which nybble does not support",
             where=file,
             fix="load it with PEFT, and merge it there (merge_and_unload) if its kind allows that",
         )
@@ -107,10 +107,14 @@ def refuse_other_kinds(content: Mapping[str, Any], file: str, fix: str) -> None:
     if kind is None:
         raise ModelError(f"{CONFIG} does not say which kind of adapter it is (no peft_type)", where=file, fix=AGAIN)
     if kind != "LORA":
-        raise ModelError(f"the adapter is {_shown(kind)}, not LoRA", where=file, fix=fix)
+        raise ModelError(f"the adapter is {_known_as(kind)}, not LORA (peft_type)", where=file, fix=fix)
     task = content.get("task_type")
     if task not in (None, "CAUSAL_LM"):
-        raise ModelError(f"the adapter is for {_shown(task)}, not for a model that answers (CAUSAL_LM)", where=file)
+        raise ModelError(
+            f"the adapter is for {_known_as(task)}, not for a model that answers (CAUSAL_LM)",
+            where=file,
+            fix="use an adapter whose task_type is CAUSAL_LM",
+        )
 
 
 def refuse_altered(content: Mapping[str, Any], file: str) -> None:
@@ -181,13 +185,18 @@ def _check_fields(content: Mapping[str, Any], file: str) -> None:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
             raise ModelError(
-                f"{name} holds a regular expression that is none: {_shown(pattern)} ({error})", where=file, fix=AGAIN
+                f"{name} holds an invalid regular expression: {_shown(pattern)} ({error})", where=file, fix=AGAIN
             ) from error
+
+
+def _known_as(value: object) -> str:
+    """A word that PEFT has for a kind as it is, and anything else as it stands in the file."""
+    return value if isinstance(value, str) and value.isidentifier() else _shown(value)
 
 
 def _shown(value: object) -> str:
     """A value as it stands in the file, cut where it is long."""
-    text = value if isinstance(value, str) and value.isidentifier() else json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -226,8 +235,8 @@ def _one_of(*tests: Test) -> Test:
 _NAMES = (_or_none(_one_of(_list_of(_is_text), _is_text)), "a list of names, or a regular expression as text")
 _TRUTH = (_is_truth, "true or false")
 FIELDS: Mapping[str, tuple[Test, str]] = {
-    "r": (_is_whole(1, LARGEST), "a whole number from 1"),
-    "lora_alpha": (_is_number, "a number"),
+    "r": (_is_whole(1, LARGEST), "a whole number from 1 to 1,000,000"),
+    "lora_alpha": (_is_number, "a number between -1,000,000 and 1,000,000"),
     "lora_dropout": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"), _TRUTH),
     "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),

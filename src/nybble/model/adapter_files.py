@@ -85,14 +85,15 @@ def _from_pickle(file: pathlib.Path) -> dict[str, torch.Tensor]:
         state = torch.load(file, mmap=zipfile.is_zipfile(file), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         called = CALLED.search(str(error))
-        what = f"asks for {called[1]} when it is opened" if called else "is no pickle of tensors"
+        what = f"asks for {called[1]} when it is opened" if called else "is not a pickle of tensors"
         raise ModelError(
             f"{file.name} is refused: it {what}, and an adapter's file may hold tensors only",
             where=str(file),
             fix="do not open it elsewhere unless you trust who made it; ask for adapter_model.safetensors",
         ) from error
     except FAULTS as error:
-        raise ModelError(f"{file.name} cannot be read: {reason(error)}", where=str(file), fix=AGAIN) from error
+        why = reason(error).partition(". ")[0]  # torch goes on with advice
+        raise ModelError(f"{file.name} cannot be read: {why}", where=str(file), fix=AGAIN) from error
     if not isinstance(state, dict):
         raise ModelError(f"{file.name} holds a {type(state).__name__}, not tensors by name", where=str(file), fix=AGAIN)
     for name, value in state.items():

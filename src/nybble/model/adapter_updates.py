@@ -45,11 +45,11 @@ class Updates:
         if self.zero == 0:
             text = f"{self.count:,} update{plural}, {'all ' * (self.count > 1)}non-zero"
         elif self.zero < self.count:
-            text = f"{self.zero:,} of {self.count:,} updates are zero"
+            text = f"{self.zero:,} of {self.count:,} updates {'is' if self.zero == 1 else 'are'} zero"
         else:
             text = f"all {self.count:,} updates are zero" if self.count > 1 else "its one update is zero"
             text += ": it answers as the base does" * self.changes_nothing
-        text += f"; {self.negative:,} subtracted, as alpha is negative" if self.negative else ""
+        text += f"; {self.negative:,} subtracted (alpha is negative)" if self.negative else ""
         text += f"; {', '.join(self.whole)} trained too" if self.whole else ""
         return text + (
             f"; {CONFIG} sets {', '.join(self.unknown)}, which PEFT {peft_version} ignores" if self.unknown else ""
