@@ -76,7 +76,7 @@ def test_there_are_enough():
     assert len(CASES) >= 200
 
 
-@pytest.mark.parametrize("case", sampled(CASES, every=6))
+@pytest.mark.parametrize("case", sampled(CASES, every=8))
 def test_adapters(case, base, good, tmp_path):
     folder = tmp_path / "adapter"
     shutil.copytree(good, folder)
@@ -163,9 +163,9 @@ def test_chat_says_what_is_odd_and_answers(good, cache, tmp_path, monkeypatch):
     ("name", "said"),
     [
         ("only A", "lora_B"),
-        ("NaN everywhere", "not finite"),
-        ("r str 16", "a whole number"),
-        ("tensors cut off", "cut off"),
+        pytest.param("NaN everywhere", "not finite", marks=pytest.mark.slow),
+        pytest.param("r str 16", "a whole number", marks=pytest.mark.slow),
+        pytest.param("tensors cut off", "cut off", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_with_a_damaged_adapter_is_not_measured_nor_exported_nor_trained_on(
@@ -190,6 +190,7 @@ def test_a_run_with_a_damaged_adapter_is_not_measured_nor_exported_nor_trained_o
     assert not new.exists()
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_adapter_and_says_from_what(tuned_run, tiny_llama, rows, cache, tmp_path):
     new = tmp_path / "new"
     words = (
@@ -204,6 +205,7 @@ def test_training_goes_on_from_an_adapter_and_says_from_what(tuned_run, tiny_lla
     assert f"from {tuned_run.adapter}: 14 updates, all non-zero" in " ".join(outcome.text.split())
 
 
+@pytest.mark.slow
 def test_only_the_files_that_were_read_are_exported(tuned_run, cache, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(tuned_run.folder, folder)
