@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -22,7 +23,7 @@ from nybble.evaluate.perplexity import row_losses, text_windows
 from nybble.evaluate.texts import read_texts
 from nybble.model.tokenizer import load_tokenizer
 from nybble.recipe import TrackerOptions, load_recipe
-from nybble.run import Run, read_metrics
+from nybble.run import Run, open_run, read_metrics
 from nybble.trackers import log_evaluation
 from nybble.training.train import train
 from test_cli import nybble
@@ -115,6 +116,13 @@ def test_what_was_measured_before_is_kept_and_an_evaluation_goes_on(
     harness.limit, harness.data = 8, own
     evaluate(run, Asked(["arc_easy"], (), 0), harness, Console(quiet=True), cache)
     assert asked == ["arc_easy"] * 4, "other items under the same name"
+    other = tmp_path / "run"
+    shutil.copytree(run.folder, other)
+    (other / "adapter" / "COMPLETE").unlink(missing_ok=True)
+    config = other / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 3}))
+    evaluate(open_run(other), Asked(["arc_easy"], (), 0), harness, Console(quiet=True), cache)
+    assert asked == ["arc_easy"] * 5, "the same tensors under another alpha: tuned only"
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from rich.console import Console
 from nybble.data.prepare import Prepared
 from nybble.data.stream import StreamedRows
 from nybble.engine.fusion import Fusion
+from nybble.model.adapter_updates import targets_of, updates_of
 from nybble.model.base import Base, Footprint
 from nybble.plan.schedule import Schedule, steps_text
 from nybble.recipe import DataOptions
@@ -60,16 +61,18 @@ def tell_base(base: Base, size: Footprint, console: Console) -> None:
     )
 
 
-def tell_adapter(model: PeftModel, size: Footprint, console: Console) -> int:
-    """What is trained; returns how many parameters that is."""
+def tell_adapter(model: PeftModel, size: Footprint, console: Console, begun: str | None = None) -> int:
+    """What is trained, and from where it goes on; returns how many parameters that is."""
     config = model.peft_config["default"]
-    targets = sorted({name.rsplit(".", 1)[-1] for name in config.target_modules})  # of few layers PEFT names each
     trained: int = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     tell(
         console,
-        f"adapter   r {config.r}, alpha {config.lora_alpha:g} on {', '.join(targets)}: "
+        f"adapter   r {config.r}, alpha {config.lora_alpha:g} on {', '.join(targets_of(model))}: "
         f"{trained:,} trained parameters, {trained / (size.parameters + trained):.2%} of all",
     )
+    if begun is not None:
+        updates = updates_of(model, folder=begun)
+        tell(console, f"          from {begun}: {updates}", "yellow" if updates.is_odd else "")
     return trained
 
 

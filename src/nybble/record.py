@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from nybble.markdown import code, escaped, fence, front_matter, storable
 from nybble.places import replacing
 from nybble.run import Run, read_metrics, write_text
 
@@ -28,7 +30,8 @@ def draw_loss(run: Run, file: pathlib.Path) -> None:
         axes.plot(*zip(*validation, strict=True), color="#d1603d", marker="o", linewidth=1.8, label="validation")
         step, loss = min(validation, key=lambda point: point[1])
         axes.annotate(f"best {loss:.3f}", (step, loss), xytext=(0, 10), textcoords="offset points", ha="right")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.folder.name)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.set_title(storable(run.folder.name), parse_math=False)  # a $ in it is no formula
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6")
@@ -47,44 +50,46 @@ def write_card(run: Run, summary: Mapping[str, Any]) -> None:
         step = summary["kept_step"]
         result = f"{validation['before']:.4f} before training, {validation['kept']:.4f} at step {step} (kept)"
     quantization = recipe.model.quantization
-    body = f"""---
-base_model: {summary["base"]["name"]}
-library_name: peft
-pipeline_tag: text-generation
-tags: [qlora, lora, nybble]
----
+    name = summary["base"]["name"]
+    front = {
+        "base_model": name,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["qlora", "lora", "nybble"],
+    }
+    loading = f"""from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, dtype={json.dumps(summary["dtype"])})
+model, tokenizer = PeftModel.from_pretrained(base, "adapter"), AutoTokenizer.from_pretrained("tokenizer")"""
+    body = f"""{front_matter(front)}
+# {escaped(run.folder.name)}
 
-# {run.folder.name}
-
-A LoRA adapter for `{summary["base"]["name"]}`, trained by nybble {summary["versions"]["nybble"]} on a frozen
+A LoRA adapter for {code(name)}, trained by nybble {summary["versions"]["nybble"]} on a frozen
 {quantization} base. It is a derivative of that base model: the base's licence applies to it.
 
 | | |
 | --- | --- |
-| base | `{summary["base"]["name"]}` ({summary["base"]["fingerprint"]}) |
-| data | `{json.dumps(recipe.data.path)}`, {summary["data"]["rows"]} rows ({summary["data"]["fingerprint"][:16]}) |
-| template | {summary["data"]["template"]} |
-| adapter | r {lora.r}, alpha {lora.alpha:g}, targets {json.dumps(summary["adapter"]["targets"])} |
+| base | {code(name)} ({summary["base"]["fingerprint"]}) |
+| data | {code(json.dumps(recipe.data.path))}, {summary["data"]["rows"]} rows ({summary["data"]["fingerprint"][:16]}) |
+| template | {escaped(summary["data"]["template"])} |
+| adapter | r {lora.r}, alpha {lora.alpha:g}, targets {escaped(", ".join(summary["adapter"]["targets"]))} |
 | trained parameters | {summary["adapter"]["trainable_parameters"]:,} |
 | steps | {summary["steps"]}, peak learning rate {recipe.train.learning_rate:g} |
 | validation loss (nats per token) | {result} |
-| peak memory | {summary["peak_memory_gb"]:.2f} GB on {summary["device"]} |
+| peak memory | {summary["peak_memory_gb"]:.2f} GB on {escaped(summary["device"])} |
 | speed in training | {summary["tokens_per_second"]:,.0f} tokens/s |
 
 ![loss](loss.png)
 
 ## Use
 
-    nybble chat {run.folder}
+{fence(f"nybble chat {shlex.quote(str(run.folder))}", "sh")}
 
 or, from this folder, without nybble:
 
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    base = AutoModelForCausalLM.from_pretrained({json.dumps(summary["base"]["name"])}, dtype="{summary["dtype"]}")
-    model, tokenizer = PeftModel.from_pretrained(base, "adapter"), AutoTokenizer.from_pretrained("tokenizer")
+{fence(loading, "python")}
 """
-    write_text(run.folder / "README.md", body)
+    write_text(run.folder / "README.md", storable(body))
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

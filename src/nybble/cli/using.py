@@ -50,6 +50,10 @@ def chat(
     console = Console()
     with console.status("loading"):
         answerer = load_answerer(opened, cache, device=device, dequantise=True)
+    odd = answerer.updates.is_odd
+    if prompt is None or odd:  # a script that asks one thing is told of what is odd only
+        to = console if prompt is None else Console(stderr=True)
+        tell(to, f"adapter   {answerer.updates}", "yellow" if odd else "dim")
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     if prompt is None:
         talk(answerer, sampling, console, system=system, compare=compare)

@@ -30,6 +30,8 @@ from nybble.evaluate.scores import Benchmarks, MissingRowsError, Scored, Store
 from nybble.evaluate.tell import progress_bar
 from nybble.evaluate.texts import Text, read_texts
 from nybble.inference.pipeline import Answerer, load_answerer
+from nybble.model.adapter_config import CONFIG
+from nybble.model.adapter_files import weights_file
 from nybble.places import check_cache, check_report, default_cache, explained_disk
 from nybble.recipe import dump_recipe
 from nybble.run import Run, read_metrics, versions, write_json
@@ -98,6 +100,7 @@ def _evaluate(
     if answerer is None:
         with console.status("loading"):
             answerer = load_answerer(run, cache, dequantise=True)
+        tell(console, f"{'adapter':<16} {answerer.updates}", "yellow" if answerer.updates.is_odd else "", hang=HANG)
     found = Findings(run, answerer, console, cache)
     # 2. Benchmarks.
     for name in asked.tasks:
@@ -129,7 +132,8 @@ class Findings:
         self.console = console
         self.store = Store(cache / "evaluations")
         self.cache = cache
-        self.adapter = _digest(next(run.adapter.glob("adapter_model.*")))  # load_answerer has found it
+        self.adapter = _digest(weights_file(run.adapter))
+        self.adapter_config = _digest(run.adapter / CONFIG)
         self.scored: dict[str, list[Scored]] = {who: [] for who in WHO}
         self.missing: list[dict[str, str]] = []
         self.parts: dict[str, Any] = {"texts": []}
@@ -182,6 +186,7 @@ class Findings:
             "base": self.answerer.fingerprint,
             "bits": self.answerer.bits.digest if self.answerer.bits is not None else None,
             "adapter": self.adapter if who == "tuned" else None,
+            **({"adapter_config": self.adapter_config} if who == "tuned" else {}),  # alpha is there
             "quantization": [recipe.quantization, recipe.double_quantization],
             "dtype": str(self.answerer.model.dtype),
             "device": self.answerer.model.device.type,

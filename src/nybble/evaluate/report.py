@@ -15,11 +15,11 @@ from markupsafe import Markup
 
 from nybble.evaluate import plots, tables
 from nybble.evaluate.wording import NONE, UNDECIDED, duration, headline, number_text, undecided_text
+from nybble.markdown import code, escaped, fence, storable
 from nybble.run import write_text
 
 LONG, LONG_LINES = 700, 12  # characters and lines from which a text of a sample is folded
 TEASER = 240  # characters shown of a folded one
-MARKDOWN = re.compile(r"([\\`*\[\]<>|#&~$!]|(?<!\w)_|_(?!\w))")  # what would be read as markup; not the _ of arc_easy
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,7 @@ def write_report(
         plots.png(picture.draw, folder / "report" / f"{picture.name}.png")
     for name in ("report.md", "report.html"):
         text = _environment(name).get_template(f"{name}.jinja").render(view)
-        # A lone surrogate can stand in JSON and not in UTF-8.
-        write_text(folder / name, text.encode("utf-8", "replace").decode("utf-8"))
+        write_text(folder / name, storable(text))
     return folder / "report.html"
 
 
@@ -209,17 +208,12 @@ def _markdown(value: Any) -> Any:
     """Text in Markdown that is read as text, in one line: it may stand in a table."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
-    return MARKDOWN.sub(r"\\\1", re.sub(r"\s+", " ", value))
+    return escaped(value)
 
 
 def _fence(text: str, language: str = "text") -> Markup:
-    """A block of code that nothing in the text can end."""
-    marks = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
-    return Markup(f"{marks}{language}\n{text}\n{marks}")
+    return Markup(fence(text, language))  # tamed by what stands around it
 
 
 def _code(text: str) -> Markup:
-    """A word in code type, which may stand in a table."""
-    marks = "`" * (1 + max(map(len, re.findall(r"`+", text)), default=0))
-    space = " " if "`" in text else ""
-    return Markup(marks + space + " ".join(text.split()).replace("|", "\\|") + space + marks)
+    return Markup(code(text))

@@ -15,6 +15,8 @@ from nybble.export.licence import Licence
 from nybble.export.merge import Merge
 from nybble.export.modelfile import write_modelfile
 from nybble.export.shards import write_shards
+from nybble.model.adapter_config import CONFIG
+from nybble.model.adapter_files import weights_file
 from nybble.run import Run, write_json, write_text
 
 IGNORED_WHEN_GREEDY = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
@@ -48,7 +50,7 @@ class Contents:
 
 def write_adapter(folder: pathlib.Path, contents: Contents) -> None:
     """PEFT's files, the tokenizer with its template, the stops; the configuration where the run scaled RoPE."""
-    for file in contents.run.adapter.glob("adapter_*"):
+    for file in (contents.run.adapter / CONFIG, weights_file(contents.run.adapter)):  # what was read and asked, no more
         shutil.copyfile(file, folder / file.name)
     _write_words(folder, contents)
     if contents.run.recipe.model.rope_scaling is not None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-import yaml
 from jinja2 import Environment, StrictUndefined
 
 from nybble import __version__
@@ -20,6 +19,7 @@ from nybble.evaluate.wording import LOSS, NONE, Scale, by_verdict, duration, sca
 from nybble.export.compare import Comparison
 from nybble.export.licence import HUB_ID, LLAMA2_POLICY, Licence
 from nybble.export.parity import Verdict
+from nybble.markdown import code, escaped, fence, front_matter, storable
 from nybble.recipe import dump_recipe
 from nybble.run import Run
 
@@ -63,24 +63,23 @@ def write_card(subject: Subject) -> str:
     ).from_string((resources.files(__package__) / "card.md.jinja").read_text(encoding="utf-8"))
     run = subject.run
     summary, evaluation = (_read(run.folder / name) for name in ("summary.json", "evaluation.json"))
-    return template.render(
-        front=yaml.safe_dump(_front(subject), sort_keys=False, allow_unicode=True),
-        title=run.folder.resolve().name,
-        opening=f"{subject.kind}, made by nybble {__version__} from {_origin(run)} `{run.recipe.model.path}`.",
+    text = template.render(
+        front=front_matter(_front(subject)).rstrip(),
+        title=escaped(run.folder.resolve().name),
+        opening=f"{subject.kind}, made by nybble {__version__} from {_origin(run)} {code(run.recipe.model.path)}.",
         bare=run.is_bare_adapter,
         held=HELD[run.recipe.model.quantization],
-        loading=subject.loading,
+        loading=fence(subject.loading, "python"),
         beside=subject.beside,
-        facts=[
-            (name, " ".join(str(value).replace("|", "\\|").split())) for name, value in _facts(run, summary, evaluation)
-        ],
+        facts=_facts(run, summary, evaluation),
         results=_results(summary, evaluation),
         merge=subject.comparison,
         base=subject.base,
         verdicts=[_told(verdict) for verdict in subject.verdicts],
         licence=_licence_lines(subject),
-        recipe=dump_recipe(run.recipe, documented=False).rstrip(),
+        recipe=fence(dump_recipe(run.recipe, documented=False).rstrip(), "yaml"),
     )
+    return storable(text)
 
 
 def _origin(run: Run) -> str:
@@ -110,21 +109,22 @@ def _front(subject: Subject) -> dict[str, Any]:
 def _facts(run: Run, summary: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     model, lora, training = run.recipe.model, run.recipe.lora, run.recipe.train
     if summary is None:
-        return [("base", f"`{model.path}`")]
+        return [("base", code(model.path))]
+    targets = escaped(", ".join(summary["adapter"]["targets"]))
     base, data, cost = summary["base"], summary["data"], duration(summary["seconds"])
-    scaled = f"RoPE scaling `{json.dumps(model.rope_scaling)}`; " if model.rope_scaling else ""
+    scaled = f"RoPE scaling {code(json.dumps(model.rope_scaling))}; " if model.rope_scaling else ""
     return [
-        ("base", f"`{base['name']}`, fingerprint `{base['fingerprint']}`, {scaled}{base['parameters']:,} parameters"),
-        ("stored in training as", base["quantization"]),
-        ("data", f"`{json.dumps(data['path'])}`, {data['rows']:,} rows, fingerprint `{data['fingerprint']}`"),
-        ("chat template", data["template"]),
+        ("base", f"{code(base['name'])}, fingerprint {code(base['fingerprint'])}, {scaled}{base['parameters']:,} parameters"),
+        ("stored in training as", escaped(base["quantization"])),
+        ("data", f"{code(json.dumps(data['path']))}, {data['rows']:,} rows, fingerprint {code(data['fingerprint'])}"),
+        ("chat template", escaped(data["template"])),
         ("adapter", f"r {lora.r}, alpha {lora.alpha:g}{', rsLoRA' if lora.rslora else ''}{', DoRA' if lora.dora else ''}, "
-                    f"on {', '.join(summary['adapter']['targets'])}, {summary['adapter']['trainable_parameters']:,} parameters"),
+                    f"on {targets}, {summary['adapter']['trainable_parameters']:,} parameters"),
         ("training", f"{summary['steps']:,} steps, {summary['tokens']:,} tokens, peak learning rate {training.learning_rate:g}"),
-        ("memory", f"{summary['peak_memory_gb']:.2f} GB at the peak, on {summary['device']}"),
+        ("memory", f"{summary['peak_memory_gb']:.2f} GB at the peak, on {escaped(summary['device'])}"),
         ("time", f"{cost}, {summary['tokens_per_second']:,.0f} tokens/s in training"),
-        ("evaluated", evaluation["date"] if evaluation else "not yet"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in summary["versions"].items())),
+        ("evaluated", escaped(evaluation["date"]) if evaluation else "not yet"),
+        ("versions", escaped(", ".join(f"{name} {version}" for name, version in summary["versions"].items()))),
     ]  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def _compared(name: str, entry: Mapping[str, Any], how: Scale) -> list[str]:
     scores = [how.value(entry[who]["mean"]) for who in ("base", "tuned")]
     difference = entry.get("difference") or {}
     change = f"{how.change(difference.get('mean'))} {how.change_span(difference.get('interval'))}".strip()
-    return [name, *scores, change, entry.get("verdict") or NONE]
+    return [escaped(name), *scores, change, escaped(entry.get("verdict") or NONE)]
 
 
 def _told(verdict: Verdict | str) -> str:
@@ -170,14 +170,16 @@ def _told(verdict: Verdict | str) -> str:
 
 def _licence_lines(subject: Subject) -> list[str]:
     licence = subject.licence
-    named = f"`{licence.name}`" if licence.name is not None else "not stated with its weights: see its page"
+    named = code(licence.name) if licence.name is not None else "not stated with its weights: see its page"
     link = f", {licence.link}" if licence.link is not None else ""
-    lines = [f"This is a derivative of `{subject.run.recipe.model.path}`, whose licence applies to it: {named}{link}."]
+    lines = [
+        f"This is a derivative of {code(subject.run.recipe.model.path)}, whose licence applies to it: {named}{link}."
+    ]
     if licence.notice is not None:
         lines.append(licence.notice)
     if licence.policy is not None:
         lines.append(f"Its use must follow the Acceptable Use Policy: {LLAMA2_POLICY}.")
-    known = data_licences(subject.run)
+    known = [escaped(line) for line in data_licences(subject.run)]
     lines.append("Data it was trained on: " + ("; ".join(known) if known else "licence unknown, see its page") + ".")
     return lines
 

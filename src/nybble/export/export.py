@@ -14,7 +14,6 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.template import Template
-from nybble.errors import ExportError
 from nybble.evaluate.rows import rows_of
 from nybble.evaluate.tell import progress_bar
 from nybble.export.artefacts import Contents, generation_settings
@@ -28,11 +27,11 @@ from nybble.export.parity import Reference, Verdict, ask_run
 from nybble.export.publish import check_push, push
 from nybble.export.report import REPORT, refuse_failed, write_report
 from nybble.export.room import ELSEWHERE, needed, parameters_of
-from nybble.export.shards import Tensors
 from nybble.export.source import Source, merges_of, open_source
 from nybble.export.tell import tell_comparison, tell_verdicts
-from nybble.export.updates import read_updates, refuse_altered
+from nybble.export.updates import read_updates
 from nybble.inference.pipeline import load_answerer
+from nybble.model.adapter import check_stored
 from nybble.places import (
     check_cache,
     check_disk,
@@ -164,11 +163,11 @@ def _measure(
     is_adapter = wanted.to == "adapter"
     updates = {} if is_adapter else read_updates(source.run.adapter)
     if is_adapter:
-        refuse_altered(source.run.adapter)
-        _check_whole(source.run.adapter)
+        check_stored(source.run.adapter)
     _free_memory()
     with console.status("loading the run"):
         answerer = load_answerer(source.run, cache)
+    tell_line(console, f"adapter   {answerer.updates}", "yellow" if answerer.updates.is_odd else "")
     if converter is not None:
         converter.check(source.config, answerer.tokenizer)
     merges: dict[str, Merge] = {}
@@ -189,14 +188,6 @@ def _measure(
         with progress_bar(console, "comparing bases", len(samples)) as show:
             comparison = compare(answerer, merges, samples, what, show)
     return Measured(reference, comparison, answerer.tokenizer, answerer.template), merges
-
-
-def _check_whole(adapter: pathlib.Path) -> None:
-    """Read the adapter's header, which PEFT would fail on in its own words."""
-    files = [file for file in adapter.glob("adapter_model.*") if file.suffix in (".safetensors", ".bin")]
-    if not files:
-        raise ExportError(f"there are no adapter weights in {adapter}", fix=f"ls {adapter}")
-    Tensors(files)
 
 
 def _compared_rows(validation: Dataset | None, reference: Reference) -> tuple[list[dict[str, Any]], str]:

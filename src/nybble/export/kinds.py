@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,6 +26,7 @@ from nybble.export.merge import Merge, Model
 from nybble.export.parity import NEW_TOKENS, Reference, Verdict, judge
 from nybble.export.room import parameters_of
 from nybble.export.source import Source
+from nybble.markdown import code
 from nybble.model.base import quantization_plan
 from nybble.model.device import choose_device
 
@@ -135,8 +137,9 @@ class Gguf:
         """For the card."""
         what = f"A language model in GGUF ({', '.join(self.quants)}), the adapter merged into the {self.base} base"
         file = self._file(self.quants[0])
+        command = code(f"llama-cli -m {shlex.quote(file)}")
         return what, loading.gguf_lines(file), [
-            f"Or `llama-cli -m {file}`; with Ollama: `ollama create NAME -f Modelfile`, then `ollama run NAME`."
+            f"Or {command}; with Ollama: `ollama create NAME -f Modelfile`, then `ollama run NAME`."
         ]  # fmt: skip
 
     @property

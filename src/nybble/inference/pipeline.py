@@ -24,6 +24,7 @@ from nybble.data.template import Template, choose_template, read_template
 from nybble.data.tokens import check_ids, encode_prompt
 from nybble.errors import RunError
 from nybble.model.adapter import add_adapter, load_adapter
+from nybble.model.adapter_updates import Updates, updates_of
 from nybble.model.base import load_base
 from nybble.model.bits import Bits, trained_on
 from nybble.model.checkpoint import find_base, fingerprint
@@ -69,6 +70,8 @@ class Answerer:
     template: Template
     fingerprint: str
     """Of the base's weights."""
+    updates: Updates
+    """What the run's adapter changes."""
     adapter: str = "default"
     """PEFT's name of the run's adapter: several runs of one base share `model`."""
     system: str = ""
@@ -223,6 +226,7 @@ def load_answerers(
     model = load_adapter(base.model, runs[0].adapter)
     for run, name in zip(runs[1:], names[1:], strict=True):
         add_adapter(model, run.adapter, name)
+    updates = [updates_of(model, name, run.adapter) for run, name in zip(runs, names, strict=True)]
     for name, parameter in model.named_parameters():
         if "lora_" in name:  # stored in float32; training computed with it in this type
             parameter.data = parameter.data.to(dtype)
@@ -230,9 +234,9 @@ def load_answerers(
     if dequantise:
         dequantise_where_room(model)
     answerers = []
-    for run, name in zip(runs, names, strict=True):
+    for run, name, changes in zip(runs, names, updates, strict=True):
         tokenizer, template = load_template(run, checkpoint.folder)
-        answerers.append(Answerer(model, tokenizer, template, base.fingerprint, name, run.system, base.bits))
+        answerers.append(Answerer(model, tokenizer, template, base.fingerprint, changes, name, run.system, base.bits))
     return answerers
 
 

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import pathlib
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights
 from transformers import PreTrainedModel
 
 from nybble.errors import ModelError, TrainingError
-from nybble.model.weights import LOADING_FAULTS, by, reason, refuse_pointers, some
+from nybble.model.adapter_config import CONFIG, read_adapter_config
+from nybble.model.adapter_files import read_tensors
+from nybble.model.adapter_places import ADDED_TOKENS, fill, trained_on
+from nybble.model.weights import LOADING_FAULTS, reason, some
 from nybble.recipe import LoraOptions
 
-FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-MISMATCH = re.compile(
-    r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[(.*?)\]\) from checkpoint, "
-    r"the shape in current model is torch\.Size\(\[(.*?)\]\)"
-)
-ADDED_TOKENS = (
-    "its base must have these tokens too: resize it as before that training (tokenizer of the adapter, "
-    "model.resize_token_embeddings(len(tokenizer))), save it, and name it with --base PATH"
-)
 # PEFT's orthogonal start fails on 4-bit layers (0.21), PiSSA and LoftQ alter the base: none of these is offered.
 INIT: dict[str, bool | str] = {"default": True, "gaussian": "gaussian"}
 
@@ -54,53 +48,51 @@ def attach_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
     return adapted
 
 
+def check_stored(path: str | pathlib.Path) -> None:
+    """All that can be wrong with an adapter whatever its base, before one is loaded.
+
+    Raises:
+        ModelError: no adapter there, one of another kind, or a damaged one.
+    """
+    read_adapter_config(path)
+    read_tensors(pathlib.Path(path))
+
+
 def resume_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     """An adapter that is there already, to be trained on.
 
     Raises:
-        ModelError: no adapter there, or one that does not fit this base.
+        ModelError: no adapter there, a damaged one, or one that does not fit this base.
     """
-    return _read_adapter(model, path, trainable=True)
+    return _attach_stored(model, path, trainable=True)
 
 
 def load_adapter(model: PreTrainedModel, path: str | pathlib.Path) -> PeftModel:
-    """An adapter to answer with; its parameters are frozen."""
-    return _read_adapter(model, str(path), trainable=False)
+    """An adapter to answer with; its parameters are frozen.
+
+    Raises:
+        ModelError: as `resume_adapter`.
+    """
+    return _attach_stored(model, path, trainable=False)
 
 
 def add_adapter(model: PeftModel, path: str | pathlib.Path, name: str) -> None:
     """Another adapter on the same base, chosen by `set_adapter(name)`.
 
     Raises:
-        ModelError: no adapter there, or one that does not fit this base.
+        ModelError: as `resume_adapter`, or it would change the base for the others.
     """
-    config = _checked_config(model.get_base_model(), path)
-    try:
-        model.load_adapter(str(path), adapter_name=name, is_trainable=False)
-    except LOADING_FAULTS as error:
-        raise _misfit(config, path, error) from error
-
-
-def read_adapter_config(path: str | pathlib.Path) -> PeftConfig:
-    """PEFT's configuration of an adapter folder.
-
-    Raises:
-        ModelError: the folder holds no adapter.
-    """
-    folder = pathlib.Path(path)
-    if not (folder / "adapter_config.json").is_file():
-        inner = folder / "adapter"  # of a run
+    config, file, tensors = _read_stored(model.get_base_model(), path)
+    with _built(config, trainable=False), _explained(config, path):
+        model.add_adapter(name, config, low_cpu_mem_usage=not config.use_dora)
+    changed = fill(model, name, file, tensors)
+    if changed:
         raise ModelError(
-            f"there is no adapter in {folder} (no adapter_config.json)",
-            fix=f"adapter={inner}" if (inner / "adapter_config.json").is_file() else f"ls {folder}",
+            f"the adapter brings its own {some(changed)}, and adapters that share a base in memory share its embeddings",
+            where=str(file),
+            fix="load it alone: one server per such adapter, each on its own --port",
         )
-    refuse_pointers(folder / name for name in FILES)
-    try:
-        return PeftConfig.from_pretrained(str(folder))
-    except LOADING_FAULTS as error:
-        raise ModelError(
-            f"PEFT cannot read adapter_config.json: {reason(error)}", where=str(folder / "adapter_config.json")
-        ) from error
+    model.eval()
 
 
 def check_gradients(model: torch.nn.Module, *, first: bool, scaled: bool = False) -> None:
@@ -166,12 +158,6 @@ def check_saved(model: PeftModel, folder: pathlib.Path, *, learnt: bool = True) 
         )
 
 
-def is_untrained(model: PeftModel) -> bool:
-    """Whether every B of the adapter is zero, as at the start: it then changes nothing."""
-    updates = [tensor for name, tensor in get_peft_model_state_dict(model).items() if "lora_B" in name]
-    return bool(updates) and not any(tensor.any() for tensor in updates)
-
-
 def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
     names = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
@@ -183,20 +169,21 @@ def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
         )
 
 
-def _read_adapter(model: PreTrainedModel, path: str, *, trainable: bool) -> PeftModel:
-    config = _checked_config(model, path)
-    try:
-        adapted: PeftModel = PeftModel.from_pretrained(model, path, is_trainable=trainable, config=config)
-    except LOADING_FAULTS as error:
-        raise _misfit(config, path, error) from error
-    return adapted
+def _attach_stored(model: PreTrainedModel, path: str | pathlib.Path, *, trainable: bool) -> PeftModel:
+    config, file, tensors = _read_stored(model, path)
+    with _built(config, trainable=trainable), _explained(config, path):
+        adapted: PeftModel = PeftModelForCausalLM(model, config, low_cpu_mem_usage=not config.use_dora)
+    fill(adapted, "default", file, tensors)
+    return adapted if trainable else adapted.eval()
 
 
-def _checked_config(model: PreTrainedModel, path: str | pathlib.Path) -> PeftConfig:
-    """An adapter's configuration; refused where it trained rows of the embedding that this base does not have."""
+def _read_stored(
+    model: PreTrainedModel, path: str | pathlib.Path
+) -> tuple[LoraConfig, pathlib.Path, dict[str, torch.Tensor]]:
+    """Configuration, file and tensors; refused where rows of the embedding were trained that this base does not have."""
     config = read_adapter_config(path)
-    rows = model.get_input_embeddings().num_embeddings
-    trained = getattr(config, "trainable_token_indices", None) or []
+    rows = model.get_input_embeddings().weight.shape[0]
+    trained = config.trainable_token_indices or []
     ids = itertools.chain.from_iterable(trained.values()) if isinstance(trained, dict) else trained
     highest = max(ids, default=-1)
     if highest >= rows:
@@ -206,29 +193,36 @@ def _checked_config(model: PreTrainedModel, path: str | pathlib.Path) -> PeftCon
             where=str(path),
             fix=ADDED_TOKENS,
         )
-    return config
+    file, tensors = read_tensors(pathlib.Path(path))
+    claimed = max([config.r, *(config.rank_pattern or {}).values()])
+    if claimed > max(max(tensor.shape, default=1) for tensor in tensors.values()):  # PEFT would make room for it
+        raise ModelError(
+            f"{CONFIG} says rank {claimed:,}, and no tensor in {file.name} is so large",
+            where=str(file),
+            fix="copy the adapter again, both its files",
+        )
+    return config, file, tensors
 
 
-def _misfit(config: PeftConfig, path: str | pathlib.Path, error: Exception) -> ModelError:
-    """Why an adapter does not fit, with the sizes where these are the reason."""
-    base = f"it was trained on {config.base_model_name_or_path}; give it with --base PATH"
-    # PEFT tells of LoRA's own tensors, of whole modules that were trained (modules_to_save), and of the copies beside these.
-    found = MISMATCH.findall(str(error))
-    sizes = [
-        (name, tuple(map(int, re.findall(r"\d+", own))), tuple(map(int, re.findall(r"\d+", base))))
-        for name, own, base in found
-        if ".original_module." not in name
-    ]
-    if not sizes:
-        return ModelError(f"the adapter does not fit this base: {reason(error)}", where=str(path), fix=base)
-    told = [f"{_plain(name)} is {by(own)} in the adapter and {by(wanted)} in the base" for name, own, wanted in sizes]
-    # A vocabulary of another length, and the rest as it should be: tokens were added.
-    added = all(re.search(r"embed_tokens|lm_head", name) and own[1:] == wanted[1:] for name, own, wanted in sizes)
-    return ModelError(
-        f"the adapter does not fit this base: {some(told)}", where=str(path), fix=ADDED_TOKENS if added else base
-    )
+@contextlib.contextmanager
+def _built(config: LoraConfig, *, trainable: bool) -> Iterator[None]:
+    """An adapter is built without its numbers, which the file has: how they would start need not be computed.
+
+    DoRA alone is built with them: PEFT 0.21 dequantises the base for it, and would lose an 8-bit one.
+    """
+    start, config.init_lora_weights, config.inference_mode = config.init_lora_weights, True, not trainable
+    try:
+        yield
+    finally:
+        config.init_lora_weights = start
 
 
-def _plain(name: str) -> str:
-    """A tensor's name as the base has it, without what PEFT puts around it."""
-    return re.sub(r"^(base_model\.model\.)|\.modules_to_save\.[^.]+|(?<=lora_[AB])\.default", "", name)
+@contextlib.contextmanager
+def _explained(config: LoraConfig, path: str | pathlib.Path) -> Iterator[None]:
+    """What PEFT finds wrong with a configuration on this base, as a ModelError."""
+    try:
+        yield
+    except LOADING_FAULTS as error:
+        raise ModelError(
+            f"the adapter does not fit this base: {reason(error)}", where=str(path), fix=trained_on(config)
+        ) from error

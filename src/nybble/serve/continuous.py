@@ -50,6 +50,7 @@ class ContinuousEngine:
     def __init__(self, model: PreTrainedModel, served: Model, metrics: Metrics, *, queue: int) -> None:
         self.models = {served.name: served}
         self.about = "Transformers' continuous batching on the merged run; each request joins the running batch"
+        self.adapters: dict[str, str] = {}  # they are in the weights
         self.ends = list(dict.fromkeys([served.template.end_id, served.template.tokenizer.eos_token_id]))
         self.metrics, self.queue = metrics, queue
         self.lock = threading.Lock()

@@ -138,6 +138,10 @@ class Engine(Protocol):
     """Why this one, and what it does not batch together: a line for the terminal."""
 
     @property
+    def adapters(self) -> Mapping[str, str]:
+        """What each run's adapter changes, by the run's name."""
+
+    @property
     def models(self) -> Mapping[str, Model]:
         """By the name that requests choose them by."""
 

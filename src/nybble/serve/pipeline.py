@@ -44,6 +44,7 @@ class PipelineEngine:
             "the default, on any device: the Transformers pipeline; requests for one model are batched, "
             f"different models ({', '.join(self.models)}) take turns"
         )
+        self.adapters = {name: str(own.updates) for name, own in answerers.items()}
         ends = {name: frozenset(own.pipeline().stops()) for name, (own, _) in self.speakers.items()}
         self.batcher = Batcher(
             self._generate, ends, metrics, queue=queue, room=cache_tokens(first.model.get_base_model()),

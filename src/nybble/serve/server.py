@@ -141,6 +141,10 @@ def tell(console: Console, engine: Engine, place: Place, listener: socket.socket
     lines = [
         f"engine    {engine.name}: {engine.about}",
         f"models    {', '.join(tuned)}" + (f"; the base as {', '.join(bases)}" if bases else ""),
+        *(
+            f"adapter   {changes}" + (f" ({name})" if len(tuned) > 1 else "")
+            for name, changes in engine.adapters.items()
+        ),
         f"address   http://{shown}:{port}/v1" + ("" if place.door.key else "   (no key needed)"),
         f"page      http://{shown}:{port}/",
         "access    accepts connections from this machine only"

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from nybble.errors import ServeError
 from nybble.inference.pipeline import check_one_base
-from nybble.model.adapter import read_adapter_config
+from nybble.model.adapter import check_stored
+from nybble.model.adapter_config import read_adapter_config
 from nybble.run import Run
 from nybble.serve.guard import check_open_to
 from nybble.serve.pipeline import run_names
@@ -29,6 +30,8 @@ def command(runs: Sequence[Run], host: str, port: int) -> list[str]:
         return ["vllm", "serve", str(merged), "--served-model-name", names[0], *reach]
     check_one_base(runs)
     options = runs[0].recipe.model
+    for run in runs:
+        check_stored(run.adapter)
     ranks = [read_adapter_config(run.adapter).r for run in runs]
     modules = [f"{name}={run.adapter}" for name, run in zip(names, runs, strict=True)]
     tokenizer = [] if runs[0].is_bare_adapter else ["--tokenizer", str(runs[0].folder / "tokenizer")]

@@ -11,7 +11,8 @@ from peft import PeftModel
 
 from nybble.callbacks import Recorder, Spent
 from nybble.errors import TrainingError
-from nybble.model.adapter import check_saved, is_untrained
+from nybble.model.adapter import check_saved
+from nybble.model.adapter_updates import is_untrained, targets_of
 from nybble.places import new_folder
 from nybble.run import Run, read_metrics, versions
 from nybble.training.preparation import Ready
@@ -70,7 +71,7 @@ def summarise(ready: Ready, recorder: Recorder, spent: Spent) -> dict[str, Any]:
             **dataclasses.asdict(data.counts),
         },
         "adapter": {
-            "targets": sorted(ready.model.peft_config["default"].target_modules),
+            "targets": targets_of(ready.model),
             "trainable_parameters": ready.trained_parameters,
         },
         "steps": recorder.steps,

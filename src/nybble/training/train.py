@@ -25,7 +25,7 @@ from nybble.evaluate.perplexity import TOKENS_AT_ONCE, bare, is_plain
 from nybble.evaluate.scores import Benchmarks
 from nybble.inference.samples import SampleAnswers
 from nybble.interrupt import Interruption
-from nybble.model.adapter import attach_adapter, resume_adapter
+from nybble.model.adapter import attach_adapter, check_stored, resume_adapter
 from nybble.model.base import load_base, load_config, measure
 from nybble.model.bits import Trained, trained_on
 from nybble.model.checkpoint import Checkpoint, check_length, find_checkpoint, fingerprint
@@ -138,7 +138,9 @@ def _train(
         console = Console(quiet=True)
     dtype, reason = choose_dtype(recipe.model.dtype, device)
     tell(console, f"device    {device}, {str(dtype).removeprefix('torch.')}: {reason}")
-    # 2. Data, checked before any weights are fetched.
+    # 2. Adapter and data, checked before any weights are fetched.
+    if recipe.adapter:
+        check_stored(recipe.adapter)
     described = find_checkpoint(recipe.model.path, recipe.model.revision, weights=False)
     config = load_config(described, recipe.model.rope_scaling)
     check_length(config, recipe.data.max_length, recipe.model.rope_scaling)
@@ -160,7 +162,7 @@ def _train(
     # 4. The adapter.
     set_seed(recipe.train.seed)
     model = resume_adapter(base.model, recipe.adapter) if recipe.adapter else attach_adapter(base.model, recipe.lora)
-    trained = tell_adapter(model, footprint, console)
+    trained = tell_adapter(model, footprint, console, recipe.adapter)
     fused = fuse_layers(model, recipe, console)
     ready = Ready(recipe, device, dtype, tokenizer, data, schedule, base, footprint, model, trained, fused)
     # 5. The run folder.

@@ -1,0 +1,126 @@
+"""Each tensor of an adapter's file into its own place in the model, with none left over on either side."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Mapping
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils.save_and_load import get_peft_model_state_dict
+
+from nybble.errors import ModelError
+from nybble.model.adapter_config import CONFIG
+from nybble.model.weights import by, some
+
+# Copies of the base's own, which PEFT saves beside an adapter.
+COPY = re.compile(r"(embed_tokens|lm_head)(\.base_layer)?\.weight$")
+RANK_AXES = {"A": 0, "B": 1, "embedding_A": 0, "embedding_B": 1}
+ADDED_TOKENS = (
+    "its base must have these tokens too: resize it as before that training (tokenizer of the adapter, "
+    "model.resize_token_embeddings(len(tokenizer))), save it, and name it with --base PATH"
+)
+
+
+def fill(model: PeftModel, name: str, file: pathlib.Path, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Put an adapter's tensors into their places, each into its own and none left over.
+
+    Returns:
+        Embeddings and heads of the base that the file holds too, and that were others.
+
+    Raises:
+        ModelError: naming tensors that are missing, have no place, or are of another shape.
+    """
+    live = model.state_dict()
+    places = get_peft_model_state_dict(model, live, name, save_embedding_layers=False)
+    copies = {key: live[key] for key in live if key in tensors and key not in places and COPY.search(key)}
+    _check_places(tensors, places, copies, model.peft_config[name], file)
+    names = {id(tensor): key for key, tensor in live.items()}  # PEFT leaves out the adapter's name in a file
+    built = {}
+    for key, place in places.items():
+        if place.is_meta:  # a copy in any case, since the file's own pages change with the file
+            built[names[id(place)]] = tensors[key].to(model.device, place.dtype, copy=True)
+        else:  # what PEFT copied from the base, and may have tied
+            place.copy_(tensors[key])
+    model.load_state_dict(built, strict=False, assign=True)
+    left = [key for key, parameter in model.named_parameters() if parameter.is_meta]
+    assert not left, left
+    changed = [key for key, place in copies.items() if not torch.equal(tensors[key].to(place), place)]
+    for key in changed:
+        copies[key].copy_(tensors[key])
+    return [_plain(key) for key in changed]
+
+
+def _check_places(
+    tensors: Mapping[str, torch.Tensor],
+    places: Mapping[str, torch.Tensor],
+    copies: Mapping[str, torch.Tensor],
+    config: LoraConfig,
+    file: pathlib.Path,
+) -> None:
+    biases = [key for key in tensors if key in places and key.endswith(".bias") and ".lora_B." not in key]
+    if biases:
+        raise ModelError(
+            f"the adapter changes {_plain(biases[0])} of the base itself (bias={config.bias}): switched off, it would not "
+            "leave the base as it was",
+            where=str(file),
+            fix="merge it with PEFT, and use the merged model as a base",
+        )
+    sizes = {
+        key: (tuple(tensors[key].shape), tuple(place.shape))
+        for key, place in {**places, **copies}.items()
+        if key in tensors and place.shape != tensors[key].shape
+    }
+    if sizes:
+        raise _misfit(config, file, sizes)
+    missing = [_plain(key) for key in places if key not in tensors]
+    foreign = [_plain(key) for key in tensors if key not in places and key not in copies]
+    if not missing and not foreign:
+        return
+    faults = [f"lacks {some(missing)}"] if missing else []
+    faults += [f"holds {some(foreign)}, for which this base with this {CONFIG} has no place"] if foreign else []
+    raise ModelError(
+        f"{file.name} {', and '.join(faults)}",
+        where=str(file),
+        fix=f"copy the adapter again, both its files; if the base is another one: {trained_on(config)}",
+    )
+
+
+def trained_on(config: LoraConfig) -> str:
+    """Where an adapter that does not fit belongs, as a command."""
+    named = config.base_model_name_or_path
+    return f"it was trained on {named}; give it with --base PATH" if named else "give its own with --base PATH"
+
+
+def _misfit(
+    config: LoraConfig, file: pathlib.Path, sizes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+) -> ModelError:
+    """Why an adapter does not fit, with the sizes."""
+    ranks = [
+        f"{_plain(key)} has rank {own[axis]}, and {CONFIG} says {wanted[axis]}"
+        for key, (own, wanted) in sizes.items()
+        if (axis := RANK_AXES.get(key.rpartition(".lora_")[2].removesuffix(".weight"))) is not None
+        and len(own) == 2
+        and own[1 - axis] == wanted[1 - axis]
+    ]
+    if len(ranks) == len(sizes):
+        return ModelError(some(ranks), where=str(file), fix="copy the adapter again, both its files")
+    told = [
+        f"{_plain(key)} is {by(own)} in the adapter and {by(wanted)} in the base"
+        for key, (own, wanted) in sizes.items()
+    ]
+    # A vocabulary of another length, and the rest as it should be: tokens were added.
+    added = all(
+        re.search(r"embed_tokens|lm_head", key) and own[1:] == wanted[1:] for key, (own, wanted) in sizes.items()
+    )
+    return ModelError(
+        f"the adapter does not fit this base: {some(told)}",
+        where=str(file),
+        fix=ADDED_TOKENS if added else trained_on(config),
+    )
+
+
+def _plain(name: str) -> str:
+    """A tensor's name as the base has it, without what PEFT puts around it."""
+    return name.removeprefix("base_model.model.")
