@@ -11,21 +11,24 @@ import datetime
 import functools
 import hashlib
 import itertools
-import json
 import pathlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from typing import Annotated
 
 from jinja2 import TemplateError as JinjaError
+from pydantic import AfterValidator
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.clock import reads_clock, stopped
 from nybble.data.formats import Conversation, Message
 from nybble.data.readers import document
-from nybble.errors import DataError
+from nybble.errors import DataError, RunError
+from nybble.reading import RESTORE, Shape, read_object
 from nybble.run import write_json
+from nybble.shapes import Summary
 
 BUILT_IN = ("alpaca", "llama2", "plain")
 # Characters of Unicode's private use area: no tokenizer's vocabulary and no template has a use for them.
@@ -338,12 +341,22 @@ def save_template(template: Template, file: pathlib.Path) -> None:
     write_json(file, {**facts, "source": template.source})
 
 
+class _Kept(Shape):
+    """What is read of template.json."""
+
+    name: str
+    source: str
+    verbatim: bool
+    bos: bool = True
+    day: Annotated[str, AfterValidator(datetime.date.fromisoformat)] | None = None
+
+
 def read_template(tokenizer: PreTrainedTokenizerBase, file: pathlib.Path) -> Template:
     """The template of a run; one of 0.5.1 that reads the clock is told the day on which the run began."""
-    kept = json.loads(file.read_text(encoding="utf-8"))
+    kept = read_object(file, RunError, RESTORE, _Kept)
     name, source, verbatim = kept["name"], kept["source"], kept["verbatim"]
     if "bos" in kept:
-        day = None if kept["day"] is None else datetime.date.fromisoformat(kept["day"])
+        day = None if kept.get("day") is None else datetime.date.fromisoformat(kept["day"])
         return Template(tokenizer, name, source, verbatim=verbatim, day=day, bos=kept["bos"])
     began = _day_of(file.parent) if reads_clock(source) else None
     return Template(tokenizer, name, source, verbatim=verbatim, day=began, bos=True, known_as=source)
@@ -353,7 +366,7 @@ def _day_of(run: pathlib.Path) -> datetime.date:
     """The day on which a run of 0.5.1 began: its summary tells it, and until there is one, the time of start.json."""
     if not (run / "summary.json").exists():
         return datetime.date.fromtimestamp((run / "start.json").stat().st_mtime)
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    summary = read_object(run / "summary.json", RunError, RESTORE, Summary)
     ended = datetime.datetime.fromisoformat(summary["date"]).astimezone()
     return (ended - datetime.timedelta(seconds=summary["seconds"])).date()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import functools
 import hashlib
-import json
 import pathlib
 import time
 from collections import Counter
@@ -251,8 +250,6 @@ class Findings:
 
     def results(self, limit: int | None, seconds: float) -> dict[str, Any]:
         """All of it, compared, as it is written to evaluation.json."""
-        summary = self.run.folder / "summary.json"
-        training = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
         recipe, device = self.run.recipe, self.answerer.model.device
         return {
             "run": self.run.folder.resolve().name,
@@ -273,7 +270,7 @@ class Findings:
             **self.parts,
             "lengths": self._lengths(),
             "max_length": recipe.data.max_length,
-            "training": _training(training),
+            "training": _training(self.run.summary()),
             "recipe": dump_recipe(recipe),
         }
 

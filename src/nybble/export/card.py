@@ -62,7 +62,7 @@ def write_card(subject: Subject) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     ).from_string((resources.files(__package__) / "card.md.jinja").read_text(encoding="utf-8"))
     run = subject.run
-    summary, evaluation = (_read(run.folder / name) for name in ("summary.json", "evaluation.json"))
+    summary, evaluation = run.summary(), run.evaluation()
     return template.render(
         front=yaml.safe_dump(_front(subject), sort_keys=False, allow_unicode=True),
         title=run.folder.resolve().name,
@@ -191,7 +191,3 @@ def data_licences(run: Run) -> list[str]:
         return licences(find_sources(data.path, subset=data.subset, split=data.split, revision=data.revision))
     except DataError:  # the files are not here any more
         return []
-
-
-def _read(file: pathlib.Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
