@@ -35,10 +35,16 @@ class _Loss(Shape):
     kept: float
 
 
-class Summary(Shape):
-    """What is read of summary.json."""
+class Ended(Shape):
+    """What is read of a summary.json of 0.5.1 to know the day of its run."""
 
     date: Annotated[str, AfterValidator(datetime.datetime.fromisoformat)]
+    seconds: float
+
+
+class Summary(Ended):
+    """What is read of summary.json."""
+
     versions: dict[str, str]
     device: str
     dtype: Literal["bfloat16", "float16", "float32"]
@@ -50,7 +56,16 @@ class Summary(Shape):
     tokens: int
     tokens_per_second: float
     peak_memory_gb: float
-    seconds: float
+
+
+class KeptTemplate(Shape):
+    """What is read of template.json."""
+
+    name: str
+    source: str
+    verbatim: bool
+    bos: bool = True
+    day: Annotated[str, AfterValidator(datetime.date.fromisoformat)] | None = None
 
 
 class Start(Shape):

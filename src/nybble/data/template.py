@@ -16,19 +16,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Annotated
 
 from jinja2 import TemplateError as JinjaError
-from pydantic import AfterValidator
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.clock import reads_clock, stopped
 from nybble.data.formats import Conversation, Message
 from nybble.data.readers import document
 from nybble.errors import DataError, RunError
-from nybble.reading import RESTORE, Shape, read_object
+from nybble.reading import RESTORE, read_object
 from nybble.run import write_json
-from nybble.shapes import Summary
+from nybble.shapes import Ended, KeptTemplate
 
 BUILT_IN = ("alpaca", "llama2", "plain")
 # Characters of Unicode's private use area: no tokenizer's vocabulary and no template has a use for them.
@@ -341,19 +339,9 @@ def save_template(template: Template, file: pathlib.Path) -> None:
     write_json(file, {**facts, "source": template.source})
 
 
-class _Kept(Shape):
-    """What is read of template.json."""
-
-    name: str
-    source: str
-    verbatim: bool
-    bos: bool = True
-    day: Annotated[str, AfterValidator(datetime.date.fromisoformat)] | None = None
-
-
 def read_template(tokenizer: PreTrainedTokenizerBase, file: pathlib.Path) -> Template:
     """The template of a run; one of 0.5.1 that reads the clock is told the day on which the run began."""
-    kept = read_object(file, RunError, RESTORE, _Kept)
+    kept = read_object(file, RunError, RESTORE, KeptTemplate)
     name, source, verbatim = kept["name"], kept["source"], kept["verbatim"]
     if "bos" in kept:
         day = None if kept.get("day") is None else datetime.date.fromisoformat(kept["day"])
@@ -366,7 +354,7 @@ def _day_of(run: pathlib.Path) -> datetime.date:
     """The day on which a run of 0.5.1 began: its summary tells it, and until there is one, the time of start.json."""
     if not (run / "summary.json").exists():
         return datetime.date.fromtimestamp((run / "start.json").stat().st_mtime)
-    summary = read_object(run / "summary.json", RunError, RESTORE, Summary)
+    summary = read_object(run / "summary.json", RunError, RESTORE, Ended)
     ended = datetime.datetime.fromisoformat(summary["date"]).astimezone()
     return (ended - datetime.timedelta(seconds=summary["seconds"])).date()
 

@@ -93,7 +93,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     began = time.time()
     # 1. The texts, before anything is loaded; then the model, once: the base is the same with the adapter switched off.
-    texts = read_texts(asked.texts)
+    texts, metrics = read_texts(asked.texts), read_metrics(run)
     if answerer is None:
         with console.status("loading"):
             answerer = load_answerer(run, cache, dequantise=True)
@@ -115,7 +115,7 @@ def _evaluate(
     results = found.results(benchmarks.limit if benchmarks else None, time.time() - began)
     results["skill"] = asked.skill
     write_json(run.folder / "evaluation.json", results)
-    write_report(run.folder, results, read_metrics(run))
+    write_report(run.folder, results, metrics)
     return results
 
 
