@@ -24,7 +24,13 @@ from nybble.trainer import QLoraTrainer
 from nybble.training.train import resume, train
 from test_train import Interrupt, adapter_of, interrupted, read_metrics_but_time, recipe_for
 
-WORDS = ["train.max_steps=4", "train.evaluate_every=2", "train.samples=0", "train.micro_batch=8", "train.accumulation=1"]
+WORDS = [
+    "train.max_steps=4",
+    "train.evaluate_every=2",
+    "train.samples=0",
+    "train.micro_batch=8",
+    "train.accumulation=1",
+]
 FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
@@ -86,7 +92,7 @@ def test_the_newest_and_the_best_stay_and_nobody_else_s_folder_goes(run, tmp_pat
 def test_what_a_kill_cut_off_is_removed_and_what_is_only_unmarked_is_not(run):
     saved(run, 2)
     saved(run, 4, whole=False)
-    half_removed = run.checkpoints / ".removed-checkpoint-1"
+    half_removed = run.checkpoints / ".unfinished-checkpoint-1"
     half_removed.mkdir()
     (run.checkpoints / "checkpoint-6").mkdir()
     (run.checkpoints / "checkpoint-6" / "adapter_model.safetensors").write_text("the only copy")
@@ -95,7 +101,9 @@ def test_what_a_kill_cut_off_is_removed_and_what_is_only_unmarked_is_not(run):
     assert {place.name for place in found.passed} == {"checkpoint-6"}
     notices = clear_the_way(found)
     print(notices)
-    assert "checkpoint-6: it is not marked as complete (there is no COMPLETE); it is now set-aside-checkpoint-6" in notices
+    assert (
+        "checkpoint-6: it is not marked as complete (there is no COMPLETE); it is now set-aside-checkpoint-6" in notices
+    )
     assert "metrics.jsonl has no line for 2 of 2 steps" in notices[-1]
     assert names(run) == {"checkpoint-2", "set-aside-checkpoint-6"}
     (run.checkpoints / "checkpoint-6").mkdir()
@@ -160,9 +168,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed(cut, tmp_path):
     assert unseen < 60
 
 
-def test_a_stop_before_the_first_checkpoint_keeps_what_is_not_the_run_s(
-    tiny_llama, rows, cache, tmp_path, monkeypatch
-):
+def test_a_stop_before_the_first_checkpoint_keeps_what_is_not_the_run_s(tiny_llama, rows, cache, tmp_path, monkeypatch):
     mine = tmp_path / "run" / "checkpoints" / "checkpoint-best" / "mine.txt"
 
     class Copied(Interrupt):
@@ -271,9 +277,15 @@ def test_the_best_checkpoint_is_proven_before_its_adapter_is_kept(
     with monkeypatch.context() as patch:
         patch.setattr(QLoraTrainer, "_load_best_model", damaged)
         with pytest.raises(RunError) as caught:
-            train(recipe_for(tiny_llama, rows, tmp_path / "run", *words, "train.keep_checkpoints=4"), console=quiet, cache=cache)
+            train(
+                recipe_for(tiny_llama, rows, tmp_path / "run", *words, "train.keep_checkpoints=4"),
+                console=quiet,
+                cache=cache,
+            )
     print(caught.value)
-    assert "whose validation loss is the best, was damaged while the run went on: adapter_model.safetensors" in str(caught.value)
+    assert "whose validation loss is the best, was damaged while the run went on: adapter_model.safetensors" in str(
+        caught.value
+    )
     best = int(caught.value.what.split()[0].removeprefix("checkpoint-").rstrip(","))
     found = resumption(open_run(tmp_path / "run"))
     assert found.step < best if found.checkpoint else best == 1

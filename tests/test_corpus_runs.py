@@ -21,8 +21,20 @@ from nybble.run import Run, open_run
 from nybble.training.train import train
 from test_train import interrupted, recipe_for
 
-WORDS = ["train.max_steps=4", "train.evaluate_every=1", "train.keep_checkpoints=3", "train.samples=0", "train.micro_batch=8"]
-WORDS += ["train.accumulation=1", "train.learning_rate=0.02", "train.warmup=0", "lora.dropout=0.1", "train.scheduler=constant"]
+WORDS = [
+    "train.max_steps=4",
+    "train.evaluate_every=1",
+    "train.keep_checkpoints=3",
+    "train.samples=0",
+    "train.micro_batch=8",
+]
+WORDS += [
+    "train.accumulation=1",
+    "train.learning_rate=0.02",
+    "train.warmup=0",
+    "lora.dropout=0.1",
+    "train.scheduler=constant",
+]
 REAL = ("bit-optimizer.pt", "no-scheduler.pt", "mark-lost", "foreign-folders", "best-damaged", "file-of-that-name")
 REAL += ("0.5.1-no-rng", "none-at-all")
 

@@ -27,7 +27,7 @@ from nybble.reading import RESTORE, Shape, read_object
 from nybble.run import Run, lines_until, step_of, write_json, write_lines
 
 WRITING = "WRITING"
-ASIDE, REMOVED = "set-aside-", ".removed-"
+ASIDE, HIDDEN = "set-aside-", ".unfinished-"
 # What Trainer goes on from; of several processes each has its own state of random numbers.
 NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state*.pth")
 LOADED = (".safetensors", ".pt", ".pth", ".bin", ".json")  # endings of files that Trainer and PEFT look for
@@ -71,8 +71,8 @@ def resumption(run: Run) -> Resumption:
         wrong = faults_of(folder) or _faults_of_best(run, folder)
         if not wrong:
             found = Resumption(run, folder, passed)
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                lines_until(run.folder / name, found.step)
+            for file in (run.metrics, run.folder / "samples.jsonl"):
+                lines_until(file, found.step)
             return found
         passed[folder] = wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
     if passed:
@@ -189,8 +189,9 @@ def clear_the_way(resumed: Resumption) -> list[str]:
     notices = [
         f"{folder.name}: {wrong}; it is now {_set_aside(folder).name}" for folder, wrong in resumed.passed.items()
     ]
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        write_lines(run.folder / name, lines_until(run.folder / name, resumed.step))
+    for file in (run.metrics, run.folder / "samples.jsonl"):
+        if file.exists():
+            write_lines(file, lines_until(file, resumed.step))
     logged = {line["step"] for line in lines_until(run.metrics, resumed.step) if "tokens" in line}
     lost = max(resumed.step, 0) - len(logged)
     if lost > 0:
@@ -205,8 +206,10 @@ def begin(checkpoint: pathlib.Path) -> None:
     """Make a checkpoint's folder; whatever stands in its place is set aside."""
     if os.path.lexists(checkpoint):
         _set_aside(checkpoint)
-    checkpoint.mkdir(parents=True)
-    (checkpoint / WRITING).write_text(f"This checkpoint is being written. It is complete once {COMPLETE} is here.\n")
+    hidden = _free(checkpoint.with_name(HIDDEN + checkpoint.name))  # it is never there without its mark
+    hidden.mkdir(parents=True)
+    (hidden / WRITING).write_text(f"This checkpoint is being written. It is complete once {COMPLETE} is here.\n")
+    hidden.rename(checkpoint)
 
 
 def mark(checkpoint: pathlib.Path, spent: Mapping[str, float]) -> None:
@@ -248,7 +251,7 @@ def remove_unfinished(run: Run) -> None:
     for folder in run.numbered():
         if _is_unfinished(folder):
             _remove(folder)
-    for folder in run.checkpoints.glob(f"{REMOVED}checkpoint-*"):
+    for folder in run.checkpoints.glob(f"{HIDDEN}checkpoint-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -259,7 +262,7 @@ def _is_unfinished(folder: pathlib.Path) -> bool:
 def _remove(folder: pathlib.Path) -> None:
     """Under another name, so that a kill leaves no half of a checkpoint; a link leads to what is not the run's."""
     if not folder.is_symlink():
-        hidden = _free(folder.with_name(REMOVED + folder.name))
+        hidden = _free(folder.with_name(HIDDEN + folder.name))
         with contextlib.suppress(OSError):  # what cannot be removed takes room, and does no other harm
             shutil.rmtree(folder.rename(hidden))
 

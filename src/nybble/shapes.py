@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from nybble.reading import Shape
 
@@ -68,10 +68,23 @@ class KeptTemplate(Shape):
     day: Annotated[str, AfterValidator(datetime.date.fromisoformat)] | None = None
 
 
+class _Recipe(Shape):
+    """By its sections; the options in them are compared, not used."""
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    adapter: str | None = None
+    lora: dict[str, Any] = Field(default_factory=dict)
+    train: dict[str, Any] = Field(default_factory=dict)
+    engine: dict[str, Any] = Field(default_factory=dict)
+    tracker: dict[str, Any] = Field(default_factory=dict)
+    export: dict[str, Any] = Field(default_factory=dict)
+
+
 class Start(Shape):
     """What is read of start.json."""
 
-    recipe: dict[str, Any]
+    recipe: _Recipe
     data: str
     base: str
     versions: dict[str, str]

@@ -11,6 +11,7 @@ import os
 import pathlib
 import random
 import shutil
+import zipfile
 from collections.abc import Callable
 
 from corpus.cases import Case
@@ -232,35 +233,36 @@ def _whole_runs() -> list[RunCase]:
 
 
 def _older_versions() -> list[RunCase]:
-    newest, cases = "checkpoints/checkpoint-3", []
-    state = f"{newest}/trainer_state.json"
-    for name, version in (("0.5.1", of_0_5_1), ("0.6.0", of_0_6_0)):
-        cases += [
-            resumed(f"{name}-whole", version, "checkpoint-3"),
-            resumed(f"{name}-no-rng", both(version, at(f"{newest}/rng_state.pth", removed)), "checkpoint-2",
-                    "checkpoint-3: there is no rng_state*.pth"),
-            resumed(f"{name}-cut-optimizer", both(version, at(f"{newest}/optimizer.pt", cut(0.5))), "checkpoint-2",
-                    "checkpoint-3: optimizer.pt is cut off or garbled"),
-            resumed(f"{name}-cut-adapter", both(version, at(f"{newest}/adapter_model.safetensors", cut(0.9))), "checkpoint-2",
-                    "checkpoint-3: adapter_model.safetensors is cut off or garbled"),
-            resumed(f"{name}-list", both(version, at(state, rewritten(b"[]"))), "checkpoint-2",
-                    "checkpoint-3: trainer_state.json is cut off or garbled"),
-            resumed(f"{name}-no-step", both(version, at(state, changed(global_step=None))), "checkpoint-2",
-                    "checkpoint-3: trainer_state.json is cut off or garbled"),
-            resumed(f"{name}-pipe", both(version, at(f"{newest}/scheduler.pt", pipe_instead)), "checkpoint-2",
-                    "checkpoint-3: scheduler.pt is cut off or garbled"),
-        ]
-        for file in ("optimizer.pt", "rng_state.pth", "scheduler.pt"):  # torch's files hold checksums of their tensors
-            middle = at(f"{newest}/{file}", tensor_bit)
-            cases.append(resumed(f"{name}-bit-{file}", both(version, middle), "checkpoint-2",
-                                 f"checkpoint-3: {file} is cut off or garbled"))
-    return cases  # fmt: skip
+    """Without digests: by what each file's format says. Torch's files hold checksums of their tensors."""
+    garbled = "is cut off or garbled"
+    damages = {
+        "no-rng": ("rng_state.pth", removed, "there is no rng_state*.pth"),
+        "cut-optimizer": ("optimizer.pt", cut(0.5), f"optimizer.pt {garbled}"),
+        "cut-adapter": ("adapter_model.safetensors", cut(0.9), f"adapter_model.safetensors {garbled}"),
+        "list": ("trainer_state.json", rewritten(b"[]"), f"trainer_state.json {garbled}"),
+        "no-step": ("trainer_state.json", changed(global_step=None), f"trainer_state.json {garbled}"),
+        "pipe": ("scheduler.pt", pipe_instead, f"scheduler.pt {garbled}"),
+        "bit-optimizer": ("optimizer.pt", tensor_bit, f"optimizer.pt {garbled}"),
+        "bit-rng": ("rng_state.pth", tensor_bit, f"rng_state.pth {garbled}"),
+        "bit-scheduler": ("scheduler.pt", tensor_bit, f"scheduler.pt {garbled}"),
+    }
+    cases = []
+    for version, marks in (("0.5.1", of_0_5_1), ("0.6.0", of_0_6_0)):
+        cases.append(resumed(f"{version}-whole", marks, "checkpoint-3"))
+        for name, (file, damage, told) in damages.items():
+            both_of_them = both(marks, at(f"checkpoints/checkpoint-3/{file}", damage))
+            cases.append(resumed(f"{version}-{name}", both_of_them, "checkpoint-2", f"checkpoint-3: {told}"))
+    return cases
 
 
 def tensor_bit(file: pathlib.Path) -> None:
-    """One bit in the middle of what torch saved."""
+    """One bit in the middle of the largest part of what torch saved; between the parts is padding."""
+    with zipfile.ZipFile(file) as archive:
+        part = max(archive.infolist(), key=lambda info: info.file_size)
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
+    head = content[part.header_offset :]
+    name, extra = (int.from_bytes(head[place : place + 2], "little") for place in (26, 28))
+    content[part.header_offset + 30 + name + extra + part.file_size // 2] ^= 1
     file.write_bytes(content)
 
 
@@ -284,6 +286,20 @@ def _records() -> list[RunCase]:
     ]  # fmt: skip
 
 
+INNER = {
+    "start.json": {"recipe": {"model": 7, "data": {}}},
+    "summary.json": {"base": {"name": "m", "fingerprint": None, "quantization": "nf4", "parameters": 1}},
+    "template.json": {"bos": True, "day": "2026-13-01"},
+    "evaluation.json": {"tasks": [{"name": "arc", "base": {"mean": "high"}, "tuned": {"mean": 1.0}}]},
+}
+INNER_TOLD = {
+    "start.json": ("recipe.model in start.json: input should be a valid dictionary, not 7",),
+    "summary.json": ("base.fingerprint in summary.json: input should be a valid string, not None",),
+    "template.json": ("day in template.json: value error", "'2026-13-01'"),
+    "evaluation.json": ("tasks.0.base.mean in evaluation.json: input should be a valid number, not 'high'",),
+}
+
+
 def _objects() -> list[RunCase]:
     """start.json, template.json, summary.json and evaluation.json, read by the commands that need them."""
     cases = []
@@ -296,13 +312,18 @@ def _objects() -> list[RunCase]:
         damages = {
             "empty": (rewritten(b""), f"{name} is empty"),
             "zeros": (zeroed, f"{name} is empty"),
-            "garbled": (rewritten(b'{\n"a": 1\n"b": 2}'), f"{name} is not valid JSON: Expecting ',' delimiter", f"{name}:3"),
+            "garbled": (
+                rewritten(b'{\n"a": 1\n"b": 2}'),
+                f"{name} is not valid JSON: Expecting ',' delimiter",
+                f"{name}:3",
+            ),
             "list": (rewritten(b"[1]"), f"{name} is not an object"),
             "utf-16": (as_utf_16, f"{name} is not UTF-8: byte 0xff", f"{name}:1"),
             "deep": (rewritten(b'{"a":' * 50_000), f"{name} is nested too deeply"),
             "digits": (rewritten(b'{\n"a": ' + b"7" * 4301 + b"}"), f"{name} has a number of more than", f"{name}:2"),
             "no-key": (changed(**{key: None}), f"{name} has no {key}"),
             "type": (changed(**{key: 7}), f"{key} in {name}: input should be a valid", "not 7"),
+            "inner-type": (changed(**INNER[name]), *INNER_TOLD[name]),
             "folder": (folder_instead, f"{name} cannot be read: it is a folder"),
             "pipe": (pipe_instead, f"{name} cannot be read: it is a pipe"),
         }
@@ -329,7 +350,9 @@ def _recipes_and_adapters() -> list[RunCase]:
         "folder": put(folder_instead, 2, "recipe.yaml cannot be read: it is a folder"),
         "pipe": put(pipe_instead, 2, "recipe.yaml cannot be read: it is a pipe"),
     }
-    cases = [RunCase(f"recipe-{name}", damage, status, names, "chat") for name, (damage, status, names) in recipes.items()]
+    cases = [
+        RunCase(f"recipe-{name}", damage, status, names, "chat") for name, (damage, status, names) in recipes.items()
+    ]
     differs = "adapter_model.safetensors is not what was written (its digest differs)"
     told = (differs, "nybble train --resume", "if you changed it yourself: rm ")
     cases += [

@@ -48,9 +48,8 @@ def save_adapter(run: Run, model: PeftModel) -> None:
     with new_folder(run.adapter) as temporary:
         model.save_pretrained(temporary)
         check_saved(model, temporary)
-        write_json(
-            temporary / COMPLETE, {"files": described(temporary, {"README.md"})}
-        )  # a card is there to be rewritten
+        files = described(temporary, {"README.md"})  # which is there to be rewritten
+        write_json(temporary / COMPLETE, {"files": files})
 
 
 def summarise(ready: Ready, recorder: Recorder, spent: Spent) -> dict[str, Any]:
