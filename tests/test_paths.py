@@ -242,7 +242,7 @@ def test_as_many_places_as_the_run_has_rows_from(project, tuned_run):
 
 def test_the_base_of_a_bare_adapter_is_looked_for_here_and_beside_it(project, tuned_run, monkeypatch, tmp_path):
     bare = project / "adapters" / "bare"
-    shutil.copytree(tuned_run.adapter, bare)
+    shutil.copytree(tuned_run.adapter, bare, ignore=shutil.ignore_patterns(COMPLETE))
     config = json.loads((bare / "adapter_config.json").read_text())
 
     def opened(name: str) -> str:

@@ -425,7 +425,7 @@ def test_what_is_neither_run_nor_adapter_is_named(tmp_path):
 
 def test_somebody_elses_adapter_answers_and_a_moved_base_is_found(finished, tiny_llama, cache, tmp_path):
     bare = tmp_path / "bare"
-    shutil.copytree(finished.adapter, bare)
+    shutil.copytree(finished.adapter, bare, ignore=shutil.ignore_patterns("COMPLETE"))  # somebody else writes none
     moved = tmp_path / "moved"
     shutil.copytree(tiny_llama, moved)
     config = json.loads((bare / "adapter_config.json").read_text())

@@ -256,8 +256,8 @@ def _run_trainer(
     checkpoint = resumed.checkpoint if resumed is not None else None
     if resumed is not None:
         arguments.eval_on_start = has_validation and checkpoint is None
-        for notice in clear_the_way(resumed) if arguments.should_save else ():
-            tell(console, f"          {notice}", hang=10)
+        for found in clear_the_way(resumed) if arguments.should_save else ():
+            tell(console, f"          {found}", hang=10)
         tell(console, f"          resuming from {checkpoint.name if checkpoint else 'the beginning'}")
     if arguments.should_save and (notice := start_tracker(recipe.tracker, run.folder, recipe.model_dump())):
         tell(console, f"tracker   {notice}")
