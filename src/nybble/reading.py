@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 import reprlib
+import shlex
 import stat
 import sys
 from collections.abc import Iterator
@@ -59,6 +60,15 @@ def read_text(
         NybbleError: of the kind: there is none, it is no file, it is too large or a git-lfs pointer, it cannot be read, or it
             is not UTF-8.
     """
+    content = _read_bytes(file, kind, fix, largest)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise kind(f"{file.name} is not UTF-8: {_byte(error)}", where=f"{file}:{line}", fix=fix) from error
+
+
+def _read_bytes(file: pathlib.Path, kind: type[NybbleError], fix: str, largest: int | None) -> bytes:
     check_regular(file, kind, fix)
     try:
         size = file.stat().st_size
@@ -67,13 +77,13 @@ def read_text(
             raise kind(what, where=str(file), fix=fix)
         if (fault := pointer_fault(file)) is not None:
             raise kind(fault[0], where=str(file), fix=fault[1])
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        byte = f"{error.object[error.start]:#04x}"
-        raise kind(f"{file.name} is not UTF-8: byte {byte}", where=f"{file}:{line}", fix=fix) from error
+        return file.read_bytes()
     except OSError as error:
         raise kind(f"{file.name} cannot be read: {_lower(error.strerror)}", where=str(file), fix=fix) from error
+
+
+def _byte(error: UnicodeDecodeError) -> str:
+    return f"byte {error.object[error.start]:#04x}"
 
 
 def read_object(
@@ -111,13 +121,18 @@ def read_lines(
     """
     if not file.exists():
         return
-    for number, line in enumerate(read_text(file, kind, RESTORE, largest=None).split("\n"), 1):
-        if line.strip():
-            try:
-                yield _parse_object(line, file.name, shape)
-            except _JsonError as error:
-                fix = f"{RESTORE}, or remove this line: sed -i {number}d {file}"
-                yield kind(error.what, where=f"{file}:{number}", fix=fix)
+    for number, line in enumerate(_read_bytes(file, kind, RESTORE, None).split(b"\n"), 1):
+        what = ""
+        try:
+            if line.strip():
+                yield _parse_object(line.decode("utf-8"), file.name, shape)
+        except UnicodeDecodeError as error:
+            what = f"{file.name} is not UTF-8: {_byte(error)}"
+        except _JsonError as error:
+            what = error.what
+        if what:
+            fix = f"{RESTORE}, or remove this line: sed -i {number}d {shlex.quote(str(file))}"
+            yield kind(what, where=f"{file}:{number}", fix=fix)
 
 
 class _JsonError(ValueError):
