@@ -294,8 +294,9 @@ def test_the_best_checkpoint_is_proven_before_its_adapter_is_kept(
 def test_a_damaged_adapter_is_made_again_from_the_checkpoints(cut, cache, tmp_path, quiet):
     shutil.copytree(cut, tmp_path / "run")
     run = resume(tmp_path / "run", console=quiet, cache=cache)
-    before, file = adapter_of(run), run.adapter / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-4] + b"\1\2\3\4")
+    file = run.adapter / "adapter_model.safetensors"
+    before = file.read_bytes()
+    file.write_bytes(before[:-4] + b"\1\2\3\4")
     for place in (run.folder, run.adapter):
         with pytest.raises(RunError) as caught:
             open_run(place)
@@ -306,7 +307,7 @@ def test_a_damaged_adapter_is_made_again_from_the_checkpoints(cut, cache, tmp_pa
     run.adapter.rename(run.folder / "adapter-damaged")  # as the message says
     assert f"mv {run.adapter} {run.adapter}-damaged; nybble train --resume {run.folder}" in caught.value.fix
     again = resume(run.folder, console=quiet, cache=cache)
-    assert all(torch.equal(tensor, before[key]) for key, tensor in adapter_of(again).items())
+    assert (again.adapter / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_training_does_not_go_on_from_a_damaged_adapter(cut, tiny_llama, rows, cache, tmp_path, quiet):
