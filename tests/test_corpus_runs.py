@@ -63,7 +63,7 @@ def test_there_are_enough_of_them():
     assert len(CASES) >= 100
 
 
-@pytest.mark.parametrize("case", sampled(CASES, every=9))
+@pytest.mark.parametrize("case", sampled(CASES, every=12))
 def test_a_damaged_run_is_told_in_a_sentence(case: RunCase, runs, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(runs.cut if case.command == "resume" else runs.whole.folder, folder)

@@ -3,6 +3,7 @@
 checkpoint-N/WRITING     from the beginning of its saving to its end: without COMPLETE, a kill cut it off, and it may be removed
 checkpoint-N/COMPLETE    from then on, with what every file of it held (`nybble.marks`)
 set-aside-checkpoint-N   one that was damaged or not marked when an older one was resumed from
+.unfinished-...          one that is being made or removed, for a moment
 """
 
 from __future__ import annotations
