@@ -194,7 +194,8 @@ def _on_base(recipe: Recipe, base: str, **changes: str | None) -> Recipe:
 def recorded_folder(run: pathlib.Path) -> bool:
     """Whether a run's record says that its base was a folder: then it names the weights, and no commit of the Hub."""
     file = run / "start.json"
-    return file.exists() and str(read_object(file, RunError, RESTORE, Start)["base"]).startswith("sha256:")
+    is_run = file.exists() and (run / "recipe.yaml").exists()  # above a bare adapter may lie anything
+    return is_run and str(read_object(file, RunError, RESTORE, Start)["base"]).startswith("sha256:")
 
 
 def _base_of_adapter(folder: pathlib.Path) -> str:
