@@ -15,6 +15,7 @@ import httpx
 import uvicorn
 from safetensors.torch import load_file, save_file
 
+from nybble.marks import COMPLETE
 from nybble.run import Run, open_run
 from nybble.serve.app import Limits, make_app
 from nybble.serve.guard import Door
@@ -85,6 +86,7 @@ def another_run(run: Run, name: str, factor: float) -> Run:
     file = folder / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({key: value * (factor if "lora_B" in key else 1) for key, value in tensors.items()}, file)
+    (file.parent / COMPLETE).unlink()  # as whoever changes an adapter must
     return open_run(folder)
 
 

@@ -284,6 +284,8 @@ def copied(run, tmp_path, **files):
     """A copy of the run, some of its files changed by a function of their bytes, or removed by None."""
     folder = tmp_path / "run"
     shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("export", "checkpoints"))
+    if files:
+        (folder / "adapter" / "COMPLETE").unlink()  # it would name the damage first
     for name, change in files.items():
         file = folder / name.replace("__", "/").replace("_json", ".json").replace("_safetensors", ".safetensors")
         if change is None:

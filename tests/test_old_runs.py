@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import ROOT
 from local_server import serving
+from nybble.marks import COMPLETE
 from nybble.recipe import absolute_paths, load_recipe
-from nybble.run import COMPLETE, Run, open_run, versions
+from nybble.run import Run, open_run, versions
 from nybble.serve.pipeline import load_pipeline
 from nybble.training.train import train
 from test_train import adapter_of, interrupted, read_metrics_but_time
@@ -75,7 +76,7 @@ def old(run: Run, name: str) -> Run:
     (folder / "summary.json").write_text(json.dumps(summary))
     os.utime(folder / "start.json", (BEGAN.timestamp(), BEGAN.timestamp()))
     for file in folder.rglob(COMPLETE):
-        file.write_bytes(b"")
+        file.write_bytes(b"") if file.parent.name != "adapter" else file.unlink()
     for file in folder.rglob("adapter_config.json"):
         file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "models/base"}))
     return Run(folder, run.recipe)

@@ -17,6 +17,7 @@ from nybble.data.template import BUILT_IN
 from nybble.errors import DataError, ModelError, RecipeError, RunError
 from nybble.evaluate.rows import rows_of, with_rows
 from nybble.inference.pipeline import Sampling, load_answerer
+from nybble.marks import COMPLETE
 from nybble.recipe import Recipe, absolute_paths, load_recipe
 from nybble.recipe.paths import absolute_tree, here
 from nybble.run import open_run
@@ -159,6 +160,8 @@ def as_of_0_5_1(run: pathlib.Path, project: pathlib.Path) -> None:
     """The record as the last release wrote it: places as they were typed, another version, and without newer options."""
     for file in (run / "recipe.yaml", run / "start.json", *run.rglob("adapter_config.json")):
         file.write_text(file.read_text().replace(f"{project}/", ""))
+    for mark in run.rglob(COMPLETE):  # empty in a checkpoint, and none in an adapter
+        mark.write_bytes(b"") if mark.parent.name != "adapter" else mark.unlink()
     start = json.loads((run / "start.json").read_text())
     start["versions"]["nybble"] = "0.5.1"
     start["recipe"]["train"].pop("samples", None)
@@ -239,7 +242,7 @@ def test_as_many_places_as_the_run_has_rows_from(project, tuned_run):
 
 def test_the_base_of_a_bare_adapter_is_looked_for_here_and_beside_it(project, tuned_run, monkeypatch, tmp_path):
     bare = project / "adapters" / "bare"
-    shutil.copytree(tuned_run.adapter, bare)
+    shutil.copytree(tuned_run.adapter, bare, ignore=shutil.ignore_patterns(COMPLETE))
     config = json.loads((bare / "adapter_config.json").read_text())
 
     def opened(name: str) -> str:

@@ -64,9 +64,9 @@ def test_what_is_no_file_is_refused_and_nothing_waits_for_it(tmp_path):
     with (tmp_path / "large").open("wb") as stream:
         stream.truncate(LARGEST + 1)
     told = {
-        "folder": "folder is a folder, not a file",
-        "pipe": "pipe is a pipe, a socket or a device, not a file",
-        "zero": "zero is a pipe, a socket or a device, not a file",
+        "folder": "folder cannot be read: it is a folder",
+        "pipe": "pipe cannot be read: it is a pipe, a socket or a device",
+        "zero": "zero cannot be read: it is a pipe, a socket or a device",
         "link": "there is no link",
         "none": "there is no none",
         "loop": "loop cannot be read: too many levels of symbolic links",
@@ -89,10 +89,10 @@ def test_what_is_whole_is_read_as_it_stands(tmp_path):
 def test_lines_are_read_one_by_one_and_a_damaged_one_is_an_error_among_them(tmp_path):
     file = tmp_path / "x.jsonl"
     assert list(read_lines(file, RunError, Line)) == []
-    file.write_text('{"step": 1}\n\n{"step"\n[]\n{"loss": 1}\n{"step": 2, "loss": 0.5}\n{"st')
+    file.write_bytes(b'{"step": 1}\n\n{"step"\n[]\n{"loss": 1}\n{"step": 2, "loss": 0.5}\n{"step": "\xff"}\n{"st')
     found = list(read_lines(file, RunError, Line))
     assert [line for line in found if isinstance(line, dict)] == [{"step": 1}, {"step": 2, "loss": 0.5}]
     faults = [fault for fault in found if isinstance(fault, NybbleError)]
     print(*faults, sep="\n")
-    assert [fault.where for fault in faults] == [f"{file}:{line}" for line in (3, 4, 5, 7)]
+    assert [fault.where for fault in faults] == [f"{file}:{line}" for line in (3, 4, 5, 7, 8)]
     assert f"sed -i 5d {file}" in faults[2].fix

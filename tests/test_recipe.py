@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
 
 import pytest
 from hypothesis import given
@@ -188,6 +189,32 @@ def test_broken_yaml_is_named_with_its_line(tmp_path, text, line):
         load_recipe(file)
     print(caught.value)
     assert f"{file}:{line}" in str(caught.value)
+
+
+LAUGHS = "".join(f"x{n}: &x{n} {{a: *x{n - 1}, b: *x{n - 1}}}\n" for n in range(1, 60))
+DAMAGED = {
+    "deep": ("model: " + "[" * 5000, "recipe.yaml is nested too deeply"),
+    "deep mapping": ("model: " + "{a: " * 5000, "recipe.yaml is nested too deeply"),
+    "digits": ("data:\n  max_length: " + "9" * 5000, "a value that cannot be read: Exceeds the limit"),
+    "digits of an unknown option": ("datum: " + "9" * 5000, "a value that cannot be read: Exceeds the limit"),
+    "laughs": ("x0: &x0 {a: 1}\n" + LAUGHS, "x59: unknown option"),
+    "laughs for a value": ("data:\n  path:\n    x0: &x0 {a: 1}\n" + textwrap.indent(LAUGHS, "    "), "data.path: "),
+    "itself": ("model: &m\n  path: *m\n", "recipe"),
+    "tag": ("model: !!python/object/apply:os.system [ls]\n", "not valid YAML: could not determine a constructor"),
+    "zeros": ("model:\n  path: m\n" + "\0" * 100, "a character that YAML does not allow: 0x0"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_recipe_is_one_message(name, tmp_path):
+    text, what = DAMAGED[name]
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    print(str(caught.value)[:500])
+    assert what in str(caught.value)
+    assert len(str(caught.value)) < 100_000
 
 
 def test_a_missing_recipe_is_named(tmp_path):

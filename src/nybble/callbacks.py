@@ -6,7 +6,7 @@ import math
 import pathlib
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,13 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from nybble.checkpoints import mark, rotate
 from nybble.errors import TrainingError
 from nybble.launch import rank
 from nybble.model.adapter import check_gradients, check_saved
 from nybble.progress import SAMPLING, TRAINING, Work
 from nybble.quantized import assert_unpacked
-from nybble.run import COMPLETE, Run, append_json, write_json
+from nybble.run import Run, append_json
 from nybble.terminal import tell
 from nybble.trackers import log_samples
 from nybble.trainer import Window
@@ -34,13 +35,13 @@ class Spent:
 
     began: float
     """When this leg began, seconds since 1970."""
-    earlier: dict[str, float]
-    """What the legs before it took."""
+    earlier: Mapping[str, Any]
+    """What the legs before it took, as the checkpoint it goes on from says; nothing of a first leg."""
 
     def now(self, device: torch.device) -> dict[str, float]:
         """`seconds`, and `peak_memory` in bytes."""
-        seconds, peak = self.earlier["seconds"] + time.time() - self.began, peak_memory(device)
-        return {"seconds": round(seconds, 1), "peak_memory": max(peak, int(self.earlier["peak_memory"]))}
+        seconds, peak = self.earlier.get("seconds", 0.0) + time.time() - self.began, peak_memory(device)
+        return {"seconds": round(seconds, 1), "peak_memory": max(peak, int(self.earlier.get("peak_memory", 0)))}
 
 
 class Guards(TrainerCallback):  # type: ignore[misc]
@@ -52,6 +53,14 @@ class Guards(TrainerCallback):  # type: ignore[misc]
         self.spent = spent
         self.first = True
         self.check_next = True
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say where the best checkpoint is: a resumed run's may be where it was copied from, or gone from there."""
+        best = pathlib.Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if state.best_global_step and best.is_dir():
+            state.best_model_checkpoint = str(best)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -72,14 +81,18 @@ class Guards(TrainerCallback):  # type: ignore[misc]
         self.check_next = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Read the checkpoint's adapter back, then mark the checkpoint as whole."""
+        """Once every process has written its part, read the checkpoint's adapter back and mark the checkpoint as whole; only
+        then older ones may go."""
         folder = pathlib.Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
         if args.should_save:
             model = kwargs["model"]
             adapted = model if isinstance(model, PeftModel) else model.module
             # In float16 the first steps may all be left out, until the scale of the loss fits.
             check_saved(adapted, folder, learnt=state.global_step > 1 and not args.fp16)
-            write_json(folder / COMPLETE, self.spent.now(args.device))
+            mark(folder, self.spent.now(args.device))
+            rotate(self.run, state.best_model_checkpoint)
 
     def _check_losses(self, step: int, device: torch.device) -> None:
         losses = [loss.read() for loss in self.window.losses]
@@ -119,6 +132,8 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self.tracker = tracker
         self.steps = 0
         self.kept_step = 0
+        self.history: list[dict[str, Any]] = []
+        """What Trainer has logged since the run began, which its checkpoints keep."""
         self._pending: list[torch.Tensor] = []
         self._began = time.perf_counter()
 

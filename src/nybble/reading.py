@@ -1,10 +1,12 @@
-"""Text and JSON that was kept on a disk: whatever may have become of a file, one sentence says what is wrong with it, and where."""
+"""Text and JSON that was kept on a disk: whatever became of a file, one sentence says what is wrong with it, and where."""
 
 from __future__ import annotations
 
 import json
 import pathlib
 import re
+import reprlib
+import shlex
 import stat
 import sys
 from collections.abc import Iterator
@@ -40,7 +42,7 @@ def check_regular(file: pathlib.Path, kind: type[NybbleError], fix: str) -> None
         raise kind(f"{file.name} cannot be read: {_lower(error.strerror)}", where=str(file), fix=fix) from error
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
-        raise kind(f"{file.name} is {what}, not a file", where=str(file), fix=fix)
+        raise kind(f"{file.name} cannot be read: it is {what}", where=str(file), fix=fix)
 
 
 def read_text(
@@ -58,6 +60,15 @@ def read_text(
         NybbleError: of the kind: there is none, it is no file, it is too large or a git-lfs pointer, it cannot be read, or it
             is not UTF-8.
     """
+    content = _read_bytes(file, kind, fix, largest)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise kind(f"{file.name} is not UTF-8: {_byte(error)}", where=f"{file}:{line}", fix=fix) from error
+
+
+def _read_bytes(file: pathlib.Path, kind: type[NybbleError], fix: str, largest: int | None) -> bytes:
     check_regular(file, kind, fix)
     try:
         size = file.stat().st_size
@@ -66,18 +77,19 @@ def read_text(
             raise kind(what, where=str(file), fix=fix)
         if (fault := pointer_fault(file)) is not None:
             raise kind(fault[0], where=str(file), fix=fault[1])
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        byte = f"{error.object[error.start]:#04x}"
-        raise kind(f"{file.name} is not UTF-8: byte {byte}", where=f"{file}:{line}", fix=fix) from error
+        return file.read_bytes()
     except OSError as error:
         raise kind(f"{file.name} cannot be read: {_lower(error.strerror)}", where=str(file), fix=fix) from error
 
 
+def _byte(error: UnicodeDecodeError) -> str:
+    return f"byte {error.object[error.start]:#04x}"
+
+
 def read_object(
-    file: pathlib.Path, kind: type[NybbleError] = ModelError, fix: str = AGAIN, shape: type[Shape] | None = None
-) -> dict[str, Any]:
+    file: pathlib.Path, kind: type[NybbleError] = ModelError, fix: str = AGAIN, shape: type[Shape] | None = None,
+    largest: int | None = LARGEST,
+) -> dict[str, Any]:  # fmt: skip
     """The object in a JSON file.
 
     Args:
@@ -85,20 +97,23 @@ def read_object(
         kind: of the error.
         fix: what to do where the file is damaged.
         shape: what must be in the object.
+        largest: bytes that it may have at most, None for any number.
 
     Raises:
         NybbleError: of the kind: the file cannot be read, or it holds no object, or not this one.
     """
-    text = read_text(file, kind, fix)
+    text = read_text(file, kind, fix, largest)
     if not text.strip("\0 \r\n\t"):
         raise kind(f"{file.name} is empty", where=str(file), fix=fix)
     try:
         return _parse_object(text, file.name, shape)
-    except _Fault as error:
+    except _JsonError as error:
         raise kind(error.what, where=f"{file}:{error.line}" if error.line else str(file), fix=fix) from error
 
 
-def read_lines(file: pathlib.Path, kind: type[NybbleError], shape: type[Shape]) -> Iterator[dict[str, Any] | NybbleError]:
+def read_lines(
+    file: pathlib.Path, kind: type[NybbleError], shape: type[Shape]
+) -> Iterator[dict[str, Any] | NybbleError]:
     """The objects of a file that has one per line, and an error for each line that holds none; a file that is missing has none.
 
     Raises:
@@ -106,16 +121,21 @@ def read_lines(file: pathlib.Path, kind: type[NybbleError], shape: type[Shape]) 
     """
     if not file.exists():
         return
-    for number, line in enumerate(read_text(file, kind, RESTORE, largest=None).split("\n"), 1):
-        if line.strip():
-            try:
-                yield _parse_object(line, file.name, shape)
-            except _Fault as error:
-                fix = f"{RESTORE}, or remove this line: sed -i {number}d {file}"
-                yield kind(error.what, where=f"{file}:{number}", fix=fix)
+    for number, line in enumerate(_read_bytes(file, kind, RESTORE, None).split(b"\n"), 1):
+        what = ""
+        try:
+            if line.strip():
+                yield _parse_object(line.decode("utf-8"), file.name, shape)
+        except UnicodeDecodeError as error:
+            what = f"{file.name} is not UTF-8: {_byte(error)}"
+        except _JsonError as error:
+            what = error.what
+        if what:
+            fix = f"{RESTORE}, or remove this line: sed -i {number}d {shlex.quote(str(file))}"
+            yield kind(what, where=f"{file}:{number}", fix=fix)
 
 
-class _Fault(ValueError):
+class _JsonError(ValueError):
     """What is wrong with a text, and its line, 0 where none is to blame."""
 
     def __init__(self, what: str, line: int = 0) -> None:
@@ -138,21 +158,21 @@ def _parse_object(text: str, name: str, shape: type[Shape] | None = None) -> dic
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise _Fault(f"{name} is not valid JSON: {error.msg}", error.lineno) from error
+        raise _JsonError(f"{name} is not valid JSON: {error.msg}", error.lineno) from error
     except RecursionError as error:
-        raise _Fault(f"{name} is nested too deeply") from error
+        raise _JsonError(f"{name} is nested too deeply") from error
     except ValueError as error:  # Python reads no integers of more digits
         most = sys.get_int_max_str_digits()
         long = re.search(rf"\d{{{most + 1},}}", text)
         line = text[: long.start()].count("\n") + 1 if long else 0
-        raise _Fault(f"{name} has a number of more than {most:,} digits", line) from error
+        raise _JsonError(f"{name} has a number of more than {most:,} digits", line) from error
     if not isinstance(value, dict):
-        raise _Fault(f"{name} is not an object")
+        raise _JsonError(f"{name} is not an object")
     if shape is not None:
         try:
             shape.model_validate(value)
         except ValidationError as error:
-            raise _Fault(_misfit(error, name)) from error
+            raise _JsonError(_misfit(error, name)) from error
     return value
 
 
@@ -161,8 +181,15 @@ def _misfit(error: ValidationError, name: str) -> str:
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
         return f"{name} has no {key}"
-    given = repr(first["input"])
-    return f"{key} in {name}: {_lower(first['msg'])}, not {given if len(given) <= 60 else given[:59] + '…'}"
+    return f"{key} in {name}: {_lower(first['msg'])}, not {brief(first['input'])}"
+
+
+def brief(value: object) -> str:
+    """A value as Python writes it, cut where it is long: of what aliases repeat, a few lines would be gigabytes."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 200
+    short.maxlist = short.maxdict = short.maxlevel = 6
+    return short.repr(value)
 
 
 def _lower(text: str | None) -> str:

@@ -24,8 +24,9 @@ def draw_loss(run: Run, file: pathlib.Path) -> None:
     validation = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(*zip(*steps, strict=True), color="#9db4c0", linewidth=0.8, label="training, each step")
-    axes.plot(*zip(*_smooth(steps), strict=True), color="#1d5b79", linewidth=1.8, label="training, smoothed")
+    if steps:  # a resumed run's metrics.jsonl may have been lost
+        axes.plot(*zip(*steps, strict=True), color="#9db4c0", linewidth=0.8, label="training, each step")
+        axes.plot(*zip(*_smooth(steps), strict=True), color="#1d5b79", linewidth=1.8, label="training, smoothed")
     if validation:
         axes.plot(*zip(*validation, strict=True), color="#d1603d", marker="o", linewidth=1.8, label="validation")
         step, loss = min(validation, key=lambda point: point[1])
@@ -35,7 +36,8 @@ def draw_loss(run: Run, file: pathlib.Path) -> None:
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6")
-    axes.legend(frameon=False)
+    if steps or validation:
+        axes.legend(frameon=False)
     with replacing(file) as temporary:
         figure.savefig(temporary, format="png")
 

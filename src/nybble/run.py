@@ -4,10 +4,10 @@ RUN/recipe.yaml       every option, documented
 RUN/start.json        fingerprints of recipe, data, base, its quantised bits and versions, written before the first step
 RUN/template.json     the chat template by name and text
 RUN/tokenizer/        tokenizer with that template
-RUN/checkpoints/      checkpoint-N, each whole once it holds a file COMPLETE, which says what the run had taken until then
+RUN/checkpoints/      checkpoint-N, each whole once it holds a file COMPLETE (`nybble.checkpoints`)
 RUN/metrics.jsonl     a line a step, and a line an evaluation
 RUN/samples.jsonl     answers to validation prompts at each evaluation
-RUN/adapter/          the PEFT adapter: its appearance means that training has ended
+RUN/adapter/          the PEFT adapter, with a COMPLETE of its own: its appearance means that training has ended
 RUN/summary.json      results, sizes, speed, versions
 RUN/loss.png          the loss curve
 RUN/README.md         model card
@@ -24,18 +24,20 @@ import os
 import pathlib
 import platform
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nybble import __version__
-from nybble.errors import ModelError, RunError
+from nybble.errors import ModelError, NybbleError, RunError
+from nybble.marks import COMPLETE, check_adapter
 from nybble.places import check_disk, new_folder, replacing
+from nybble.reading import RESTORE, read_lines
 from nybble.reading import read_object as read_object  # model and export know it by this place
 from nybble.recipe import Recipe, absolute_paths, absolute_tree, dump_recipe, here, load_recipe
+from nybble.shapes import Evaluation, Line, Start, Summary
 
-COMPLETE = "COMPLETE"
+CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d*)")  # the name of one; checkpoint-best is somebody else's
 QUANTIZED = "quantized_base"  # in start.json: the bits of the base that nybble quantised, and how they were made
 BYTES_A_PARAMETER = 12  # in a checkpoint: a trained parameter and AdamW's two moments, in float32
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
@@ -71,50 +73,45 @@ class Run:
     @property
     def system(self) -> str:
         """The system message that most training rows begin with; empty where there is none, or an older version made the run."""
+        summary = self.summary()
+        return str(summary["data"].get("system", "")) if summary is not None else ""
+
+    def summary(self) -> dict[str, Any] | None:
+        """What summary.json holds; None of a bare adapter, and before training has ended.
+
+        Raises:
+            RunError: it is damaged.
+        """
         file = self.folder / "summary.json"
-        if self.is_bare_adapter or not file.exists():
-            return ""
-        return str(json.loads(file.read_text(encoding="utf-8"))["data"].get("system", ""))
+        return None if self.is_bare_adapter or not file.exists() else read_object(file, RunError, RESTORE, Summary)
+
+    def evaluation(self) -> dict[str, Any] | None:
+        """What evaluation.json holds; None before `nybble eval`.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        file = self.folder / "evaluation.json"
+        again = f"write it again: nybble eval {self.folder}; or do without: rm {file}"
+        return read_object(file, RunError, again, Evaluation) if file.exists() else None
+
+    def start(self) -> dict[str, Any]:
+        """What start.json holds.
+
+        Raises:
+            RunError: it is damaged or missing.
+        """
+        return read_object(self.folder / "start.json", RunError, RESTORE, Start)
+
+    def numbered(self) -> list[pathlib.Path]:
+        """The folders that are called as checkpoints are, the newest first, whole or not."""
+        places = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        found = [place for place in places if CHECKPOINT.fullmatch(place.name) and place.is_dir()]
+        return sorted(found, key=step_of, reverse=True)
 
     def latest_checkpoint(self) -> pathlib.Path | None:
-        """The newest whole checkpoint."""
-        whole = [file.parent for file in self.checkpoints.glob(f"checkpoint-*/{COMPLETE}")]
-        return max(whole, key=_step, default=None)
-
-    def spent_until(self, checkpoint: pathlib.Path | None) -> dict[str, float]:
-        """What the run had taken when a checkpoint was saved: `seconds`, and `peak_memory` in bytes."""
-        text = (checkpoint / COMPLETE).read_text(encoding="utf-8") if checkpoint is not None else ""
-        return {"seconds": 0.0, "peak_memory": 0, **(json.loads(text) if text else {})}
-
-    def place_best(self) -> None:
-        """Write into the newest checkpoint where the best one is now: Trainer records the path that it had, and forgets the
-        best where it is not found, as after a move or from another folder."""
-        checkpoint = self.latest_checkpoint()
-        if checkpoint is None:
-            return
-        file = checkpoint / "trainer_state.json"
-        state = json.loads(file.read_text(encoding="utf-8"))
-        if state["best_model_checkpoint"] is not None:
-            best = self.checkpoints / pathlib.PurePath(state["best_model_checkpoint"]).name
-            write_json(file, {**state, "best_model_checkpoint": str(best)})
-
-    def drop_unfinished(self) -> None:
-        """Remove checkpoints that were cut off: they cannot be resumed, and take the room that others need."""
-        for folder in self.checkpoints.glob("checkpoint-*"):
-            if not (folder / COMPLETE).exists():
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def drop_after(self, checkpoint: pathlib.Path | None) -> None:
-        """Forget what was begun after a checkpoint: cut-off checkpoints, and lines of later steps."""
-        step = _step(checkpoint) if checkpoint is not None else 0
-        for folder in self.checkpoints.glob("checkpoint-*"):
-            if _step(folder) > step:
-                shutil.rmtree(folder)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            file = self.folder / name
-            lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-            kept = [line for line in lines if _is_whole(line) and json.loads(line)["step"] <= step and checkpoint]
-            write_text(file, "".join(line + "\n" for line in kept))
+        """The newest checkpoint that is marked as whole; whether it still is, `nybble.checkpoints` proves."""
+        return next((folder for folder in self.numbered() if (folder / COMPLETE).exists()), None)
 
 
 @contextlib.contextmanager
@@ -171,7 +168,7 @@ def open_run(path: str | pathlib.Path, base: str | None = None) -> Run:
         base: where the base model is now, if it moved.
 
     Raises:
-        RunError: no run there.
+        RunError: no run there, or its adapter is not what training wrote.
         ModelError: an adapter whose configuration cannot be read.
     """
     folder = pathlib.Path(path)
@@ -186,7 +183,9 @@ def open_run(path: str | pathlib.Path, base: str | None = None) -> Run:
         raise RunError(f"{what} (no recipe.yaml, no adapter_config.json)", fix="ls runs/")
     if base is not None:
         recipe = absolute_paths(_on_base(recipe, base, revision=None))
-    return Run(folder, recipe)
+    run = Run(folder, recipe)
+    check_adapter(run.adapter)
+    return run
 
 
 def _on_base(recipe: Recipe, base: str, **changes: str | None) -> Recipe:
@@ -195,8 +194,9 @@ def _on_base(recipe: Recipe, base: str, **changes: str | None) -> Recipe:
 
 def recorded_folder(run: pathlib.Path) -> bool:
     """Whether a run's record says that its base was a folder: then it names the weights, and no commit of the Hub."""
-    start = run / "start.json"
-    return start.exists() and str(json.loads(start.read_text(encoding="utf-8")).get("base")).startswith("sha256:")
+    file = run / "start.json"
+    is_run = file.exists() and (run / "recipe.yaml").exists()  # above a bare adapter may lie anything
+    return is_run and str(read_object(file, RunError, RESTORE, Start)["base"]).startswith("sha256:")
 
 
 def _base_of_adapter(folder: pathlib.Path) -> str:
@@ -246,7 +246,7 @@ def check_unchanged(run: Run, now: Mapping[str, Any]) -> None:
     Raises:
         RunError: listing what changed, from what to what.
     """
-    then = json.loads((run.folder / "start.json").read_text(encoding="utf-8"))
+    then = run.start()
     then["recipe"] = _with_defaults(absolute_tree(then["recipe"]))  # before 0.6 places were recorded as typed
     now = json.loads(json.dumps({name: value for name, value in now.items() if name != QUANTIZED}))
     then.pop(QUANTIZED, None)
@@ -275,6 +275,11 @@ def write_json(file: pathlib.Path, value: Any) -> None:
     write_text(file, _as_json(value, 2) + "\n")
 
 
+def write_lines(file: pathlib.Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write one line of JSON for each, atomically."""
+    write_text(file, "".join(_as_json(line) + "\n" for line in lines))
+
+
 def append_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:
     """Add one line; a line cut off by a crash is dropped when the run is resumed."""
     with file.open("a", encoding="utf-8") as stream:
@@ -282,9 +287,33 @@ def append_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:
 
 
 def read_metrics(run: Run) -> list[dict[str, Any]]:
-    """Every whole line of metrics.jsonl."""
-    lines = run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.exists() else []
-    return [json.loads(line) for line in lines if _is_whole(line)]
+    """Every line of metrics.jsonl, but the last one where a crash cut it off.
+
+    Raises:
+        RunError: naming the first line that is damaged.
+    """
+    found = list(read_lines(run.metrics, RunError, Line))
+    if found and isinstance(found[-1], NybbleError):
+        found.pop()
+    return _whole(found)
+
+
+def lines_until(file: pathlib.Path, step: int) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl or samples.jsonl up to a step, as a resumed run goes on from it; -1 for none.
+
+    Raises:
+        RunError: naming the first line among them that is damaged; later ones do not matter.
+    """
+    found = list(read_lines(file, RunError, Line))
+    early = [place for place, line in enumerate(found) if isinstance(line, dict) and line["step"] <= step]
+    return [line for line in _whole(found[: max(early, default=-1) + 1]) if line["step"] <= step]
+
+
+def _whole(lines: Sequence[dict[str, Any] | NybbleError]) -> list[dict[str, Any]]:
+    for line in lines:
+        if isinstance(line, NybbleError):
+            raise line
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def _with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -310,9 +339,6 @@ def _as_json(value: Any, indent: int | None = None) -> str:
     return text if is_utf8 else json.dumps(value, indent=indent)
 
 
-def _is_whole(line: str) -> bool:
-    return line.startswith("{") and line.endswith("}")
-
-
-def _step(folder: pathlib.Path) -> int:
-    return int(folder.name.rsplit("-", 1)[-1])
+def step_of(checkpoint: pathlib.Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.rsplit("-", 1)[-1])

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from nybble.checkpoints import begin, check_best
 from nybble.data.order import Order, batches, lengths_of
 from nybble.evaluate.perplexity import summed_loss
 from nybble.optimizer import FlatAdamW8bit
@@ -73,7 +74,8 @@ def training_arguments(
         eval_on_start=has_validation,
         save_strategy="steps",
         save_steps=schedule.save_every,
-        save_total_limit=train.keep_checkpoints,
+        save_total_limit=None,  # `nybble.checkpoints.rotate` takes its place: Trainer removes older ones before the new one is
+        # proven, goes by the time of folders, which a copy changes, and takes checkpoint-1-of-mine for its own
         load_best_model_at_end=has_validation and train.keep_best,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -262,8 +264,15 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.doing(SAVING, 0, 0)
+        if self.args.should_save:
+            begin(pathlib.Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        self.accelerator.wait_for_everyone()  # before another process makes the folder
         super()._save_checkpoint(*args, **kwargs)
         self.doing(TRAINING, 0, 0)
+
+    def _load_best_model(self) -> None:
+        check_best(pathlib.Path(self.state.best_model_checkpoint))
+        super()._load_best_model()
 
     def evaluation_loop(
         self, dataloader: DataLoader[Any], description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any

@@ -11,7 +11,6 @@ import datetime
 import functools
 import hashlib
 import itertools
-import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -24,8 +23,10 @@ from transformers import PreTrainedTokenizerBase
 from nybble.data.clock import reads_clock, stopped
 from nybble.data.formats import Conversation, Message
 from nybble.data.readers import document
-from nybble.errors import DataError
+from nybble.errors import DataError, RunError
+from nybble.reading import RESTORE, read_object
 from nybble.run import write_json
+from nybble.shapes import Ended, KeptTemplate
 
 BUILT_IN = ("alpaca", "llama2", "plain")
 # Characters of Unicode's private use area: no tokenizer's vocabulary and no template has a use for them.
@@ -340,10 +341,10 @@ def save_template(template: Template, file: pathlib.Path) -> None:
 
 def read_template(tokenizer: PreTrainedTokenizerBase, file: pathlib.Path) -> Template:
     """The template of a run; one of 0.5.1 that reads the clock is told the day on which the run began."""
-    kept = json.loads(file.read_text(encoding="utf-8"))
+    kept = read_object(file, RunError, RESTORE, KeptTemplate)
     name, source, verbatim = kept["name"], kept["source"], kept["verbatim"]
     if "bos" in kept:
-        day = None if kept["day"] is None else datetime.date.fromisoformat(kept["day"])
+        day = None if kept.get("day") is None else datetime.date.fromisoformat(kept["day"])
         return Template(tokenizer, name, source, verbatim=verbatim, day=day, bos=kept["bos"])
     began = _day_of(file.parent) if reads_clock(source) else None
     return Template(tokenizer, name, source, verbatim=verbatim, day=began, bos=True, known_as=source)
@@ -353,7 +354,7 @@ def _day_of(run: pathlib.Path) -> datetime.date:
     """The day on which a run of 0.5.1 began: its summary tells it, and until there is one, the time of start.json."""
     if not (run / "summary.json").exists():
         return datetime.date.fromtimestamp((run / "start.json").stat().st_mtime)
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    summary = read_object(run / "summary.json", RunError, RESTORE, Ended)
     ended = datetime.datetime.fromisoformat(summary["date"]).astimezone()
     return (ended - datetime.timedelta(seconds=summary["seconds"])).date()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import functools
 import hashlib
-import json
 import pathlib
 import time
 from collections import Counter
@@ -96,7 +95,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     began = time.time()
     # 1. The texts, before anything is loaded; then the model, once: the base is the same with the adapter switched off.
-    texts = read_texts(asked.texts)
+    texts, metrics = read_texts(asked.texts), read_metrics(run)
     if answerer is None:
         with console.status("loading"):
             answerer = load_answerer(run, cache, dequantise=True)
@@ -119,7 +118,7 @@ def _evaluate(
     results = found.results(benchmarks.limit if benchmarks else None, time.time() - began)
     results["skill"] = asked.skill
     write_json(run.folder / "evaluation.json", results)
-    write_report(run.folder, results, read_metrics(run))
+    write_report(run.folder, results, metrics)
     return results
 
 
@@ -257,8 +256,6 @@ class Findings:
 
     def results(self, limit: int | None, seconds: float) -> dict[str, Any]:
         """All of it, compared, as it is written to evaluation.json."""
-        summary = self.run.folder / "summary.json"
-        training = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
         recipe, device = self.run.recipe, self.answerer.model.device
         return {
             "run": self.run.folder.resolve().name,
@@ -279,7 +276,7 @@ class Findings:
             **self.parts,
             "lengths": self._lengths(),
             "max_length": recipe.data.max_length,
-            "training": _training(training),
+            "training": _training(self.run.summary()),
             "recipe": dump_recipe(recipe),
         }
 

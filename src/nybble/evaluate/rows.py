@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -61,7 +60,6 @@ def rows_of(run: Run, tokenizer: PreTrainedTokenizerBase, cache: pathlib.Path) -
     except DataError as error:
         place = f" ({error.where})" if error.where else ""
         return None, f"the run's data cannot be read: {error.what}{place}"
-    then = json.loads((run.folder / "start.json").read_text(encoding="utf-8"))["data"]
-    if prepared.fingerprint != then:
+    if prepared.fingerprint != run.start()["data"]:
         return None, "the data changed since the run was trained"
     return prepared, ""

@@ -62,7 +62,7 @@ def write_card(subject: Subject) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     ).from_string((resources.files(__package__) / "card.md.jinja").read_text(encoding="utf-8"))
     run = subject.run
-    summary, evaluation = (_read(run.folder / name) for name in ("summary.json", "evaluation.json"))
+    summary, evaluation = run.summary(), run.evaluation()
     text = template.render(
         front=front_matter(_front(subject)).rstrip(),
         title=escaped(run.folder.resolve().name),
@@ -193,7 +193,3 @@ def data_licences(run: Run) -> list[str]:
         return licences(find_sources(data.path, subset=data.subset, split=data.split, revision=data.revision))
     except DataError:  # the files are not here any more
         return []
-
-
-def _read(file: pathlib.Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None

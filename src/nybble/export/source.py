@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -74,8 +73,8 @@ def open_source(run: Run, dtype: str, cache: pathlib.Path) -> Source:
     model = run.recipe.model
     checkpoint = find_base(run)
     mark = fingerprint(checkpoint, cache, prove=True)
-    summary = run.folder / "summary.json"
-    record = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
+    record = run.summary()
+    run.evaluation()  # which the card shows in the end: what is wrong with it is said before the work
     notices = _held_against_record(checkpoint, mark, record)
     if record is None and checkpoint.quantized_as is None:
         notices += (

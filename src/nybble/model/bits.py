@@ -83,7 +83,7 @@ def trained_on(run: Run) -> Trained | None:
     file = run.folder / "start.json"
     if run.is_bare_adapter or not file.exists():
         return None
-    start = json.loads(file.read_text(encoding="utf-8"))
+    start = run.start()
     stored = start.get(QUANTIZED)
     try:
         return None if stored is None else Trained(str(start["base"]), Bits.from_json(stored))

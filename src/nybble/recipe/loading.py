@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from nybble.errors import RecipeError
+from nybble.reading import brief, read_text
 from nybble.recipe.options import Recipe, option_names
 from nybble.recipe.values import Plain, example, kinds_of, read_section, read_word
 
@@ -52,19 +53,12 @@ def load_recipe(
 
 def _read_yaml(file: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The file's values, and where each dotted key stands."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise RecipeError(f"there is no recipe {file}", fix="ls recipes/ lists the shipped ones") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise RecipeError(
-            f"the recipe is not UTF-8: byte {error.object[error.start]:#04x}",
-            where=f"{file}:{line}",
-            fix=f"iconv -f LATIN1 -t UTF-8 {shlex.quote(str(file))} > NEW.yaml, if it is Latin-1",
-        ) from error
-    except OSError as error:
-        raise RecipeError(f"the recipe {file} cannot be read: {error.strerror}") from error
+    if not file.exists():
+        raise RecipeError(f"there is no recipe {file}", fix="ls recipes/ lists the shipped ones")
+    name = shlex.quote(str(file))
+    text = read_text(
+        file, RecipeError, f"copy it again, or, if it is Latin-1: iconv -f LATIN1 -t UTF-8 {name} > NEW.yaml"
+    )
     try:
         node = yaml.compose(text, Plain)
         tree = read_section(node) if node is not None else None
@@ -76,19 +70,25 @@ def _read_yaml(file: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise RecipeError(
             f"a character that YAML does not allow: {error.character:#x}", where=f"{file}:{line}"
         ) from error
+    except RecursionError as error:
+        raise RecipeError(f"{file.name} is nested too deeply", where=str(file)) from error
+    except ValueError as error:  # of Python: an integer of more than 4,300 digits, a date of month 13
+        raise RecipeError(f"a value that cannot be read: {error}", where=str(file)) from error
     if tree is None:
         return {}, {}
     if not isinstance(tree, dict):
         raise RecipeError("a recipe is a mapping of sections (model, data, lora, train)", where=f"{file}:1")
-    return tree, {key: f"{file}:{line}" for key, line in _lines(node, "")}
+    return tree, {key: f"{file}:{line}" for key, line in _lines(node, "", set())}
 
 
-def _lines(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode):
+def _lines(node: yaml.Node | None, prefix: str, seen: set[int]) -> Iterator[tuple[str, int]]:
+    """Each key with its line; a mapping that aliases repeat is walked once, or a few lines would be billions."""
+    if isinstance(node, yaml.MappingNode) and id(node) not in seen:
+        seen.add(id(node))
         for key, value in node.value:
             name = prefix + str(key.value)
             yield name, key.start_mark.line + 1
-            yield from _lines(value, name + ".")
+            yield from _lines(value, name + ".", seen)
 
 
 def _override(tree: dict[str, Any], places: dict[str, str], word: str, given: set[str]) -> Iterator[str]:
@@ -161,12 +161,16 @@ def _explain(detail: ErrorDetails, places: Mapping[str, str]) -> Iterator[str]:
         given, kinds = detail["input"], kinds_of(key)
         inner = [name for name in option_names() if name.startswith(key + ".")]  # of a section that was given a value
         shown = (
-            f"; e.g. {example(key if kinds else inner[0], near=str(given), in_file=bool(place))}"
+            f"; e.g. {example(key if kinds else inner[0], near=_word(given), in_file=bool(place))}"
             if kinds or inner
             else ""
         )
-        what = "the value is missing" if given is None else f"{_lower(detail['msg'])}, not {given!r}"
+        what = "the value is missing" if given is None else f"{_lower(detail['msg'])}, not {brief(given)}"
         yield f"{key}: {what}{place}{shown}"
+
+
+def _word(value: object) -> str:
+    return "" if isinstance(value, list | dict) else str(value)  # which aliases may have made endless
 
 
 def _lower(message: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,11 +13,18 @@ from peft import PeftModel
 
 from nybble.callbacks import Recorder, Spent
 from nybble.errors import TrainingError
+from nybble.marks import COMPLETE, described
 from nybble.model.adapter import check_saved
 from nybble.model.adapter_updates import is_untrained, targets_of
 from nybble.places import new_folder
-from nybble.run import Run, read_metrics, versions
+from nybble.run import Run, read_metrics, versions, write_json
 from nybble.training.preparation import Ready
+
+# What training adds to a run folder before its first checkpoint, and the end of it before the adapter.
+TRAINED = {
+    *("metrics.jsonl", "samples.jsonl", "summary.json", "loss.png", "README.md"),
+    *("wandb", "tensorboard", "trackio", "mlflow.db", "mlruns"),
+}
 
 
 def refuse_untrained(run: Run, model: PeftModel, recorder: Recorder) -> None:
@@ -40,14 +49,16 @@ def save_adapter(run: Run, model: PeftModel) -> None:
     with new_folder(run.adapter) as temporary:
         model.save_pretrained(temporary)
         check_saved(model, temporary)
+        files = described(temporary, {"README.md"})  # which is there to be rewritten
+        write_json(temporary / COMPLETE, {"files": files})
 
 
 def summarise(ready: Ready, recorder: Recorder, spent: Spent) -> dict[str, Any]:
     """The whole run in numbers, however often it was resumed."""
     recipe, data, base = ready.recipe, ready.data, ready.base
-    lines, taken = read_metrics(recorder.run), spent.now(ready.device)
-    losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
-    steps = [line for line in lines if "tokens" in line]
+    taken, history = spent.now(ready.device), recorder.history
+    losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    steps = [line for line in read_metrics(recorder.run) if "tokens" in line]
     tokens, seconds = sum(line["tokens"] for line in steps), sum(line["seconds"] for line in steps)
     on_cuda = ready.device.type == "cuda"
     return {
@@ -76,12 +87,29 @@ def summarise(ready: Ready, recorder: Recorder, spent: Spent) -> dict[str, Any]:
         },
         "steps": recorder.steps,
         "processes": recipe.train.processes,
-        "train_loss": steps[-1]["loss"],
+        "train_loss": next(entry["loss"] for entry in reversed(history) if "loss" in entry),
         "validation_loss": {"before": losses[0], "kept": losses[recorder.kept_step]} if losses else None,
         "kept_step": recorder.kept_step,
         "tokens": tokens,
-        "tokens_per_second": round(tokens / seconds, 1),  # while training: evaluations and the like are not counted
+        # While training: evaluations and the like are not counted.
+        "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
         "seconds_in_steps": round(seconds, 1),
         "peak_memory_gb": round(taken["peak_memory"] / 1e9, 3),
         "seconds": taken["seconds"],
     }
+
+
+def made_by_now(folder: pathlib.Path) -> frozenset[pathlib.Path]:
+    """All that a run folder holds, by its path in there."""
+    return frozenset(path.relative_to(folder) for path in folder.rglob("*"))
+
+
+def foreign_files(run: Run, made: Collection[pathlib.Path]) -> list[pathlib.Path]:
+    """What a run folder holds that neither was there before the run trained nor comes of its training.
+
+    Args:
+        run: without a checkpoint.
+        made: what was there before.
+    """
+    found = made_by_now(run.folder) - set(made)
+    return sorted(path for path in found if path.parts[0] not in TRAINED and not path.name.startswith("."))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import pathlib
 import time
-import zipfile
 from dataclasses import dataclass
 
 import torch
@@ -23,16 +21,11 @@ from nybble.data.template import read_template
 from nybble.data.xray import Rules, inspect
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.fusion import Fusion
-from nybble.errors import DeviceError, EngineError, ModelError, RunError
+from nybble.errors import DeviceError, EngineError, ModelError
 from nybble.model.base import Base, Footprint
 from nybble.model.device import choose_device, grow_segments
-from nybble.model.weights import check_whole
 from nybble.plan.schedule import Schedule
 from nybble.recipe import Recipe
-from nybble.run import Run
-
-# What Trainer goes on from; of several processes each has its own state of random numbers.
-CHECKPOINT = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state*.pth")
 
 
 @dataclass(frozen=True)
@@ -71,40 +64,6 @@ def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
     state = PartialState(cpu=on_cpu, **waiting)
     assert state.num_processes == asked, "Accelerate sees another number of processes"
     return state, device
-
-
-def check_checkpoint(run: Run) -> None:
-    """Refuse to go on from a checkpoint that was damaged since it was saved: Trainer would begin a new optimiser without a word.
-
-    Raises:
-        RunError: which file of it is missing or cut off.
-    """
-    folder = run.latest_checkpoint()
-    if folder is None:
-        return
-    missing = [pattern for pattern in CHECKPOINT if not any(folder.glob(pattern))]
-    files = sorted(file for pattern in CHECKPOINT for file in folder.glob(pattern))
-    damaged = [file.name for file in files if not _is_whole(file)]
-    if missing or damaged:
-        what = f"there is no {missing[0]}" if missing else f"{damaged[0]} is cut off"
-        raise RunError(
-            f"{folder.name} is damaged: {what}",
-            where=str(folder),
-            fix=f"copy it again; or rm -r {folder}, and the run goes on from the checkpoint before it or from the beginning",
-        )
-
-
-def _is_whole(file: pathlib.Path) -> bool:
-    try:
-        if file.suffix == ".json":
-            json.loads(file.read_text(encoding="utf-8"))
-        elif file.suffix == ".safetensors":
-            check_whole(file)
-        else:
-            return zipfile.is_zipfile(file)
-    except (ValueError, ModelError):
-        return False
-    return True
 
 
 def leave_processes() -> None:

@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from accelerate import PartialState
@@ -17,6 +17,7 @@ from transformers import EarlyStoppingCallback, PretrainedConfig, PreTrainedToke
 
 from nybble.announce import tell_adapter, tell_base, tell_plan, tell_result
 from nybble.callbacks import Guards, Recorder, Spent
+from nybble.checkpoints import Resumption, clear_the_way, remove_unfinished, resumption
 from nybble.data.batches import Collator
 from nybble.data.template import save_template
 from nybble.errors import ModelError, RecipeError, RunError
@@ -25,6 +26,7 @@ from nybble.evaluate.perplexity import TOKENS_AT_ONCE, bare, is_plain
 from nybble.evaluate.scores import Benchmarks
 from nybble.inference.samples import SampleAnswers
 from nybble.interrupt import Interruption
+from nybble.marks import check_adapter, read_mark
 from nybble.model.adapter import attach_adapter, check_stored, resume_adapter
 from nybble.model.base import load_base, load_config, measure
 from nybble.model.bits import Trained, trained_on
@@ -51,10 +53,9 @@ from nybble.run import (
 from nybble.terminal import tell
 from nybble.trackers import end_tracker, start_tracker
 from nybble.trainer import QLoraTrainer, training_arguments
-from nybble.training.ending import refuse_untrained, save_adapter, summarise
+from nybble.training.ending import foreign_files, made_by_now, refuse_untrained, save_adapter, summarise
 from nybble.training.preparation import (
     Ready,
-    check_checkpoint,
     check_vocabulary,
     fuse_layers,
     join_processes,
@@ -92,7 +93,7 @@ def resume(
     """Go on with an interrupted run from its newest whole checkpoint, exactly as it would have gone on.
 
     Raises:
-        RunError: the run is finished, or recipe, data, base or versions changed since it began.
+        RunError: the run is finished or damaged, or recipe, data, base or versions changed since it began.
     """
     run = open_run(folder)
     if run.is_bare_adapter or run.adapter.exists():
@@ -106,9 +107,9 @@ def resume(
             f"the base of {folder} is missing: there is no folder {base}",
             fix="move it back, or put a link there, ln -s NOW THEN: a run can be resumed only with its own base",
         )
-    check_checkpoint(run)
+    resumed = resumption(run)
     with _explained(run.recipe, run.folder, cache):
-        return _train(run.recipe, run.folder, run, console or Console(), cache, benchmarks, preflight)
+        return _train(run.recipe, run.folder, resumed, console or Console(), cache, benchmarks, preflight)
 
 
 @contextlib.contextmanager
@@ -123,7 +124,7 @@ Preflight = Callable[[PretrainedConfig, PreTrainedTokenizerBase, pathlib.Path], 
 
 
 def _train(
-    recipe: Recipe, folder: pathlib.Path, interrupted: Run | None, console: Console, cache: pathlib.Path,
+    recipe: Recipe, folder: pathlib.Path, resumed: Resumption | None, console: Console, cache: pathlib.Path,
     benchmarks: Benchmarks | None, preflight: Preflight | None,
 ) -> Run:  # fmt: skip
     began = time.time()
@@ -140,6 +141,7 @@ def _train(
     tell(console, f"device    {device}, {str(dtype).removeprefix('torch.')}: {reason}")
     # 2. Adapter and data, checked before any weights are fetched.
     if recipe.adapter:
+        check_adapter(pathlib.Path(recipe.adapter))
         check_stored(recipe.adapter)
     described = find_checkpoint(recipe.model.path, recipe.model.revision, weights=False)
     config = load_config(described, recipe.model.rope_scaling)
@@ -153,7 +155,7 @@ def _train(
     # 3. The base, frozen in 4 bits.
     with state.main_process_first(), console.status("loading the base"):
         checkpoint = find_checkpoint(recipe.model.path, recipe.model.revision)
-        then = _trained_on(interrupted, checkpoint, cache)
+        then = _trained_on(resumed, checkpoint, cache)
         base = load_base(checkpoint, recipe.model, dtype, device, cache, then)
     stored = recipe.model.model_copy(update={"quantization": base.quantization})  # it may have come quantised
     recipe, footprint = recipe.model_copy(update={"model": stored}), measure(base.model)
@@ -166,16 +168,18 @@ def _train(
     fused = fuse_layers(model, recipe, console)
     ready = Ready(recipe, device, dtype, tokenizer, data, schedule, base, footprint, model, trained, fused)
     # 5. The run folder.
-    run = _open_folder(folder, ready, interrupted, state)
+    run = _open_folder(folder, ready, resumed, state)
+    made = made_by_now(folder) if resumed is None else None
     # 6. Train.
     tell_plan(run, schedule, console)
-    interruption, spent = Interruption(console), Spent(began, run.spent_until(run.latest_checkpoint()))
-    with interruption.listening(), _leaving_nothing_half_done(run, state, console):
-        recorder = _run_trainer(run, ready, interrupted, console, benchmarks, interruption, spent)
+    earlier = read_mark(resumed.checkpoint) if resumed is not None and resumed.checkpoint is not None else {}
+    interruption, spent = Interruption(console), Spent(began, earlier)
+    with interruption.listening(), _leaving_nothing_half_done(run, state, console, made):
+        recorder = _run_trainer(run, ready, resumed, console, benchmarks, interruption, spent)
     refuse_untrained(run, model, recorder)
     # 7. What stays: summary, curve and card; last the adapter, whose folder says that the run is finished.
     if state.is_main_process:
-        with _leaving_nothing_half_done(run, state, console):
+        with _leaving_nothing_half_done(run, state, console, made):
             summary = summarise(ready, recorder, spent)
             write_json(folder / "summary.json", summary)
             draw_loss(run, folder / "loss.png")
@@ -187,9 +191,17 @@ def _train(
 
 
 @contextlib.contextmanager
-def _leaving_nothing_half_done(run: Run, state: PartialState, console: Console) -> Iterator[None]:
-    """A failure before the first whole checkpoint leaves no run folder, unless it holds evidence of what happened; one
-    after it leaves what can be resumed.
+def _leaving_nothing_half_done(
+    run: Run, state: PartialState, console: Console, made: Collection[pathlib.Path] | None
+) -> Iterator[None]:
+    """A failure before the first whole checkpoint leaves no run folder, unless it holds evidence of what happened, or files of
+    others; one after it leaves what can be resumed.
+
+    Args:
+        run: the run.
+        state: of the processes.
+        console: where it is told.
+        made: what this very run made in its folder before it trained; None where it did not make the folder.
     """
     whole = False
     try:
@@ -197,36 +209,42 @@ def _leaving_nothing_half_done(run: Run, state: PartialState, console: Console) 
         whole = True
     finally:  # whatever it was: tokenizers raises a plain Exception where a disk is full
         if not whole:
-            _tidy(run, state, console)
+            _tidy(run, state, console, made)
 
 
-def _tidy(run: Run, state: PartialState, console: Console) -> None:
+def _tidy(run: Run, state: PartialState, console: Console, made: Collection[pathlib.Path] | None) -> None:
     checkpoint, evidence = run.latest_checkpoint(), any(run.folder.glob("nonfinite-*"))
     if state.is_main_process:
-        run.drop_unfinished()
+        remove_unfinished(run)
+    again = f"nybble train --resume {run.folder}"
     if checkpoint is not None:
-        tell(console, f"stopped   {checkpoint} is complete; resume with: nybble train --resume {run.folder}")
+        tell(console, f"stopped   {checkpoint} is complete; resume with: {again}")
     elif state.is_main_process and not evidence:
-        shutil.rmtree(run.folder, ignore_errors=True)
-        tell(console, "stopped   before the first checkpoint: nothing of this run was kept")
+        others = foreign_files(run, made) if made is not None else []
+        if made is not None and not others:
+            shutil.rmtree(run.folder, ignore_errors=True)
+            tell(console, "stopped   before the first checkpoint: nothing of this run was kept")
+        else:
+            why = f", since it holds {others[0]}, which is not its own" if others else ""
+            tell(
+                console, f"stopped   before the first checkpoint; {run.folder} stays{why}; start it over with: {again}"
+            )
 
 
-def _trained_on(interrupted: Run | None, checkpoint: Checkpoint, cache: pathlib.Path) -> Trained | None:
+def _trained_on(resumed: Resumption | None, checkpoint: Checkpoint, cache: pathlib.Path) -> Trained | None:
     """What a run that goes on was trained on; None where the weights are others, which `check_unchanged` says with all else."""
-    if interrupted is None:
+    if resumed is None:
         return None
-    mark, then = fingerprint(checkpoint, cache, prove=True), trained_on(interrupted)
+    mark, then = fingerprint(checkpoint, cache, prove=True), trained_on(resumed.run)
     return then if then is not None and then.fingerprint == mark else None
 
 
-def _open_folder(folder: pathlib.Path, ready: Ready, interrupted: Run | None, state: PartialState) -> Run:
+def _open_folder(folder: pathlib.Path, ready: Ready, resumed: Resumption | None, state: PartialState) -> Run:
     bits = ready.base.bits.as_json() if ready.base.bits is not None else None
     start = start_record(ready.recipe, ready.data.fingerprint, ready.base.fingerprint, bits)
     check_room(folder, ready.trained_parameters, ready.recipe.train.keep_checkpoints)
-    if interrupted is not None:
-        check_unchanged(interrupted, start)
-    if state.is_main_process and interrupted is not None:
-        interrupted.place_best()
+    if resumed is not None:
+        check_unchanged(resumed.run, start)
     elif state.is_main_process:
         with create_run(folder, ready.recipe, start) as beginning:
             own, ready.tokenizer.chat_template = ready.tokenizer.chat_template, ready.data.template.source
@@ -238,7 +256,7 @@ def _open_folder(folder: pathlib.Path, ready: Ready, interrupted: Run | None, st
 
 
 def _run_trainer(
-    run: Run, ready: Ready, interrupted: Run | None, console: Console, benchmarks: Benchmarks | None,
+    run: Run, ready: Ready, resumed: Resumption | None, console: Console, benchmarks: Benchmarks | None,
     interruption: Interruption, spent: Spent,
 ) -> Recorder:  # fmt: skip
     recipe, data = ready.recipe, ready.data
@@ -248,11 +266,11 @@ def _run_trainer(
         recipe, run.folder, ready.schedule, ready.device, ready.dtype, has_validation,
         checkpointing=recipe.train.gradient_checkpointing and not fused,
     )  # fmt: skip
-    checkpoint = interrupted.latest_checkpoint() if interrupted else None
-    if interrupted is not None:
+    checkpoint = resumed.checkpoint if resumed is not None else None
+    if resumed is not None:
         arguments.eval_on_start = has_validation and checkpoint is None
-        if arguments.should_save:
-            run.drop_after(checkpoint)
+        for found in clear_the_way(resumed) if arguments.should_save else ():
+            tell(console, f"          {found}", hang=10)
         tell(console, f"          resuming from {checkpoint.name if checkpoint else 'the beginning'}")
     if arguments.should_save and (notice := start_tracker(recipe.tracker, run.folder, recipe.model_dump())):
         tell(console, f"tracker   {notice}")
@@ -287,7 +305,7 @@ def _run_trainer(
         work.end()
         end_tracker(recipe.tracker.to)
     interruption.raise_if_stopped()
-    recorder.steps = trainer.state.global_step
+    recorder.steps, recorder.history = trainer.state.global_step, trainer.state.log_history
     is_best = arguments.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
     recorder.kept_step = trainer.state.best_global_step if is_best else recorder.steps
     return recorder

@@ -1,0 +1,277 @@
+"""A run's checkpoints: written beside a mark, checked before they are trusted, and never removed where they may be the only copy.
+
+checkpoint-N/WRITING     from the beginning of its saving to its end: without COMPLETE, a kill cut it off, and it may be removed
+checkpoint-N/COMPLETE    from then on, with what every file of it held (`nybble.marks`)
+set-aside-checkpoint-N   one that was damaged or not marked when an older one was resumed from
+.unfinished-...          one that is being made or removed, for a moment
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shlex
+import shutil
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nybble.digests import faults
+from nybble.errors import ModelError, RunError
+from nybble.marks import COMPLETE, described, read_mark
+from nybble.model.weights import check_whole
+from nybble.reading import RESTORE, Shape, read_object
+from nybble.run import Run, lines_until, step_of, write_json, write_lines
+
+WRITING = "WRITING"
+ASIDE, HIDDEN = "set-aside-", ".unfinished-"
+# What Trainer goes on from; of several processes each has its own state of random numbers.
+NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state*.pth")
+LOADED = (".safetensors", ".pt", ".pth", ".bin", ".json")  # endings of files that Trainer and PEFT look for
+ZIP_FAULTS = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError, struct.error)
+
+
+class State(Shape):
+    """What is read of trainer_state.json."""
+
+    global_step: int
+    best_global_step: int | None = None
+    log_history: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """An interrupted run, and where it goes on."""
+
+    run: Run
+    checkpoint: pathlib.Path | None
+    """None where it begins again."""
+    passed: Mapping[pathlib.Path, str]
+    """Newer checkpoints, and what is wrong with each."""
+
+    @property
+    def step(self) -> int:
+        """The last one that is done; -1 where not even the evaluation before the first is."""
+        return step_of(self.checkpoint) if self.checkpoint is not None else -1
+
+
+def resumption(run: Run) -> Resumption:
+    """Find the newest checkpoint that is whole, together with the best one that it refers to; nothing is changed.
+
+    Raises:
+        RunError: there are checkpoints, and none is whole; or the record of the steps before is damaged.
+    """
+    passed: dict[pathlib.Path, str] = {}
+    for folder in run.numbered():
+        if _is_unfinished(folder):
+            continue
+        wrong = faults_of(folder) or _faults_of_best(run, folder)
+        if not wrong:
+            found = Resumption(run, folder, passed)
+            for file in (run.metrics, run.folder / "samples.jsonl"):
+                lines_until(file, found.step)
+            return found
+        passed[folder] = wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
+    if passed:
+        raise _none_whole(run, passed)
+    return Resumption(run, None, passed)
+
+
+def _none_whole(run: Run, passed: Mapping[pathlib.Path, str]) -> RunError:
+    listed = "\n".join(f"  - {folder.name}: {wrong}" for folder, wrong in passed.items())
+    place = shlex.quote(str(run.checkpoints))
+    fix = f"copy a complete checkpoint into {place}; or move them away, and the run starts over: mv {place} ELSEWHERE"
+    unmarked = next((folder for folder in passed if not (folder / COMPLETE).exists() and not _missing(folder)), None)
+    if unmarked is not None:  # 0.5.1 left COMPLETE empty
+        mark = shlex.quote(str(unmarked / COMPLETE))
+        fix += f"; or, if its files are complete and a copy only lost the empty {COMPLETE}: touch {mark}"
+    return RunError(f"no checkpoint can be resumed from:\n{listed}", where=str(run.checkpoints), fix=fix)
+
+
+def faults_of(checkpoint: pathlib.Path) -> list[str]:
+    """What is wrong with a checkpoint, a sentence each: held against its COMPLETE, or, where that names no files, against
+    itself, as far as the formats of its files allow."""
+    if not (checkpoint / COMPLETE).exists():
+        return [f"it is not marked as complete (there is no {COMPLETE})"]
+    try:
+        files = read_mark(checkpoint).get("files")
+        wrong = _changed(checkpoint, files) if files is not None else []
+        wrong = wrong or _missing(checkpoint) or (_broken(checkpoint) if files is None else [])
+        return wrong or _other_step(checkpoint)
+    except RunError as error:
+        return [error.what]
+    except OSError as error:
+        return [f"{pathlib.Path(str(error.filename)).name} cannot be read: {str(error.strerror).lower()}"]
+
+
+def _changed(checkpoint: pathlib.Path, files: Mapping[str, Any]) -> list[str]:
+    wrong = faults(checkpoint, files)
+    foreign = _foreign(checkpoint, files)
+    return wrong + [f"{name} was not written with it" for name in foreign if name.endswith(LOADED)]
+
+
+def _foreign(checkpoint: pathlib.Path, files: Mapping[str, Any]) -> list[str]:
+    present = [file.relative_to(checkpoint).as_posix() for file in checkpoint.rglob("*") if not file.is_dir()]
+    return sorted(set(present) - {COMPLETE, WRITING, *files})
+
+
+def _missing(checkpoint: pathlib.Path) -> list[str]:
+    return [f"there is no {pattern}" for pattern in NEEDED if not any(checkpoint.glob(pattern))]
+
+
+def _broken(checkpoint: pathlib.Path) -> list[str]:
+    files = sorted(file for pattern in NEEDED for file in checkpoint.glob(pattern))
+    return [f"{file.name} is cut off or garbled" for file in files if not _is_whole(file)]
+
+
+def _is_whole(file: pathlib.Path) -> bool:
+    """Whether a file of an older version's checkpoint is what its format says; torch's hold a checksum of each part."""
+    try:
+        if not file.is_file():
+            return False
+        if file.suffix == ".json":
+            _state(file.parent)
+        elif file.suffix == ".safetensors":
+            check_whole(file)
+        else:
+            with zipfile.ZipFile(file) as archive:
+                return archive.testzip() is None
+    except (ModelError, RunError, *ZIP_FAULTS):
+        return False
+    return True
+
+
+def _state(checkpoint: pathlib.Path) -> dict[str, Any]:
+    return read_object(checkpoint / "trainer_state.json", RunError, RESTORE, State, largest=None)
+
+
+def _other_step(checkpoint: pathlib.Path) -> list[str]:
+    step = _state(checkpoint)["global_step"]
+    return [] if step == step_of(checkpoint) else [f"it is of step {step}, whatever its name says"]
+
+
+def _faults_of_best(run: Run, checkpoint: pathlib.Path) -> list[str]:
+    """What is wrong with the checkpoint whose adapter is kept in the end, unless a later one is better."""
+    best = _state(checkpoint).get("best_global_step")
+    if not run.recipe.train.keep_best or not best or best == step_of(checkpoint):
+        return []
+    folder = run.checkpoints / f"checkpoint-{best}"
+    if not folder.is_dir():
+        return [f"the best checkpoint before it is missing: {folder.name}"]
+    return [f"the best checkpoint before it, {folder.name}, is damaged: {wrong}" for wrong in faults_of(folder)]
+
+
+def check_best(checkpoint: pathlib.Path) -> None:
+    """Prove the checkpoint whose adapter a run ends with.
+
+    Raises:
+        RunError: it was damaged since it was saved.
+    """
+    if wrong := faults_of(checkpoint):
+        raise RunError(
+            f"{checkpoint.name}, whose validation loss is the best, was damaged while the run went on: {wrong[0]}",
+            where=str(checkpoint),
+            fix=f"nybble train --resume {checkpoint.parent.parent}, from a checkpoint before it",
+        )
+
+
+def clear_the_way(resumed: Resumption) -> list[str]:
+    """Before a run goes on: forget the lines of later steps, remove what a kill cut off, and set aside what cannot be trusted.
+
+    Returns:
+        What the user should know.
+    """
+    run = resumed.run
+    remove_unfinished(run)
+    notices = [
+        f"{folder.name}: {wrong}; it is now {_set_aside(folder).name}" for folder, wrong in resumed.passed.items()
+    ]
+    for file in (run.metrics, run.folder / "samples.jsonl"):
+        if file.exists():
+            write_lines(file, lines_until(file, resumed.step))
+    logged = {line["step"] for line in lines_until(run.metrics, resumed.step) if "tokens" in line}
+    lost = max(resumed.step, 0) - len(logged)
+    if lost > 0:
+        what = f"{lost:,} of {resumed.step:,} steps"
+        notices.append(
+            f"metrics.jsonl has no line for {what}: the summary counts neither their tokens nor their seconds"
+        )
+    return notices
+
+
+def begin(checkpoint: pathlib.Path) -> None:
+    """Make a checkpoint's folder; whatever stands in its place is set aside."""
+    if os.path.lexists(checkpoint):
+        _set_aside(checkpoint)
+    hidden = _free(checkpoint.with_name(HIDDEN + checkpoint.name))  # it is never there without its mark
+    hidden.mkdir(parents=True)
+    (hidden / WRITING).write_text(f"This checkpoint is being written. It is complete once {COMPLETE} is here.\n")
+    hidden.rename(checkpoint)
+
+
+def mark(checkpoint: pathlib.Path, spent: Mapping[str, float]) -> None:
+    """Mark a checkpoint as whole, once all of its files are written.
+
+    Args:
+        checkpoint: its folder.
+        spent: what the run has taken until now: `seconds`, and `peak_memory` in bytes.
+    """
+    write_json(checkpoint / COMPLETE, {**spent, "files": described(checkpoint, {WRITING})})
+    (checkpoint / WRITING).unlink(missing_ok=True)
+
+
+def rotate(run: Run, best: str | None) -> None:
+    """Remove all whole checkpoints but the newest, as many as the recipe keeps, and the best; one that holds files of others
+    stays.
+
+    Args:
+        run: the run.
+        best: the path of the best one, wherever it was when that was recorded.
+    """
+    whole = [folder for folder in run.numbered() if (folder / COMPLETE).exists()]
+    kept = pathlib.PurePath(best).name if best else None
+    for folder in whole[run.recipe.train.keep_checkpoints :]:
+        if folder.name != kept and _is_own(folder):
+            _remove(folder)
+
+
+def _is_own(checkpoint: pathlib.Path) -> bool:
+    try:
+        files = read_mark(checkpoint).get("files")
+    except RunError:  # nobody knows what was written
+        return False
+    return files is None or not _foreign(checkpoint, files)
+
+
+def remove_unfinished(run: Run) -> None:
+    """Remove what a kill cut off while it was written or removed: it cannot be resumed from, and takes room."""
+    for folder in run.numbered():
+        if _is_unfinished(folder):
+            _remove(folder)
+    for folder in run.checkpoints.glob(f"{HIDDEN}checkpoint-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_unfinished(folder: pathlib.Path) -> bool:
+    return (folder / WRITING).exists() and not (folder / COMPLETE).exists()
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Under another name, so that a kill leaves no half of a checkpoint; a link leads to what is not the run's."""
+    if not folder.is_symlink():
+        hidden = _free(folder.with_name(HIDDEN + folder.name))
+        with contextlib.suppress(OSError):  # what cannot be removed takes room, and does no other harm
+            shutil.rmtree(folder.rename(hidden))
+
+
+def _set_aside(folder: pathlib.Path) -> pathlib.Path:
+    return folder.rename(_free(folder.with_name(ASIDE + folder.name)))
+
+
+def _free(place: pathlib.Path) -> pathlib.Path:
+    names: Iterator[pathlib.Path] = (place.with_name(f"{place.name}-{number}") for number in range(2, 1_000_000))
+    return place if not os.path.lexists(place) else next(name for name in names if not os.path.lexists(name))

@@ -1,0 +1,75 @@
+"""COMPLETE: a folder of the run is whole once it holds this file, which says what the others held when they were written.
+
+It is written last. Of a checkpoint it also says what the run had taken until then.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shlex
+from collections.abc import Collection
+from typing import Any
+
+from nybble.digests import describe, faults
+from nybble.errors import RunError
+from nybble.reading import RESTORE, Shape, read_object
+
+COMPLETE = "COMPLETE"
+
+
+class _Entry(Shape):
+    size: int
+    digest: str
+
+
+class Mark(Shape):
+    """What is read of COMPLETE."""
+
+    seconds: float = 0.0
+    """That the run had taken until then."""
+    peak_memory: int = 0
+    """In bytes."""
+    files: dict[str, _Entry] | None = None
+
+
+def read_mark(folder: pathlib.Path) -> dict[str, Any]:
+    """What the COMPLETE of a checkpoint or an adapter says: 0.5.1 left it empty, and 0.6.0 named no files.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    file = folder / COMPLETE
+    empty = file.is_file() and not file.stat().st_size
+    return {} if empty else read_object(file, RunError, RESTORE, Mark)
+
+
+def described(folder: pathlib.Path, ignored: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    """Sizes and digests of a folder's files, but not of those that are ignored, and not of what marks the folder itself."""
+    return {name: entry for name, entry in describe(folder).items() if name not in {COMPLETE, *ignored}}
+
+
+def check_adapter(folder: pathlib.Path) -> None:
+    """Hold an adapter against what its training wrote, where a COMPLETE says that: older versions wrote none.
+
+    Raises:
+        RunError: naming the file, and how the adapter is had again.
+    """
+    if not (folder / COMPLETE).exists():
+        return
+    files = read_mark(folder).get("files") or {}
+    try:
+        wrong = faults(folder, files)
+    except OSError as error:
+        wrong = [f"{pathlib.Path(str(error.filename)).name} cannot be read: {str(error.strerror).lower()}"]
+    if wrong:
+        name, again = shlex.quote(str(folder)), ""
+        if any((folder.parent / "checkpoints").glob(f"checkpoint-*/{COMPLETE}")):
+            run = shlex.quote(str(folder.parent))
+            again = (
+                f", or make it again from the run's checkpoints: mv {name} {name}-damaged; nybble train --resume {run}"
+            )
+        raise RunError(
+            f"the adapter is damaged: {wrong[0]}",
+            where=str(folder),
+            fix=f"{RESTORE}{again}; if you changed it yourself: rm {shlex.quote(str(folder / COMPLETE))}",
+        )

@@ -1,0 +1,143 @@
+"""What is read of the files that a run keeps, by name and type."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from nybble.reading import Shape
+
+
+class _Base(Shape):
+    name: str
+    fingerprint: str
+    quantization: str
+    parameters: int
+
+
+class _Data(Shape):
+    path: str | list[Any] | dict[str, Any]
+    fingerprint: str
+    template: str
+    rows: int
+    system: str = ""
+
+
+class _Adapter(Shape):
+    targets: list[str]
+    trainable_parameters: int
+
+
+class _Loss(Shape):
+    before: float
+    kept: float
+
+
+class Ended(Shape):
+    """What is read of a summary.json of 0.5.1 to know the day of its run."""
+
+    date: Annotated[str, AfterValidator(datetime.datetime.fromisoformat)]
+    seconds: float
+
+
+class Summary(Ended):
+    """What is read of summary.json."""
+
+    versions: dict[str, str]
+    device: str
+    dtype: Literal["bfloat16", "float16", "float32"]
+    base: _Base
+    data: _Data
+    adapter: _Adapter
+    steps: int
+    validation_loss: _Loss | None
+    tokens: int
+    tokens_per_second: float
+    peak_memory_gb: float
+
+
+class KeptTemplate(Shape):
+    """What is read of template.json."""
+
+    name: str
+    source: str
+    verbatim: bool
+    bos: bool = True
+    day: Annotated[str, AfterValidator(datetime.date.fromisoformat)] | None = None
+
+
+class _Recipe(Shape):
+    """By its sections; the options in them are compared, not used."""
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    adapter: str | None = None
+    lora: dict[str, Any] = Field(default_factory=dict)
+    train: dict[str, Any] = Field(default_factory=dict)
+    engine: dict[str, Any] = Field(default_factory=dict)
+    tracker: dict[str, Any] = Field(default_factory=dict)
+    export: dict[str, Any] = Field(default_factory=dict)
+
+
+class Start(Shape):
+    """What is read of start.json."""
+
+    recipe: _Recipe
+    data: str
+    base: str
+    versions: dict[str, str]
+
+
+class Line(Shape):
+    """What is read of a line of metrics.jsonl or samples.jsonl."""
+
+    step: int
+    loss: float | str | None = None
+    """Text where it is not finite."""
+    eval_loss: float | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+
+
+class _Score(Shape):
+    mean: float | None
+
+
+class _Change(Shape):
+    mean: float | None = None
+    interval: list[float] | None = None
+
+
+class _Compared(Shape):
+    name: str
+    metric: str | None = None
+    base: _Score
+    tuned: _Score
+    difference: _Change | None = None
+    verdict: str | None = None
+
+
+class _HeldOutLoss(Shape):
+    loss: float
+
+
+class _HeldOut(Shape):
+    base: _HeldOutLoss
+    tuned: _HeldOutLoss
+    difference: _Change | None = None
+    verdict: str | None = None
+
+
+class _Generation(Shape):
+    metrics: list[_Compared]
+
+
+class Evaluation(Shape):
+    """What is read of evaluation.json."""
+
+    date: str
+    tasks: list[_Compared]
+    held_out: _HeldOut | None = None
+    generation: _Generation | None = None
