@@ -5,17 +5,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 
 from nybble.errors import ExportError, NybbleError, PlaceError, RunError
+from nybble.locks import hold, holder, of_the_dead, refuse_held
 
 ANOTHER_CACHE = "nybble --cache FOLDER COMMAND ..., or set XDG_CACHE_HOME to a writable folder"
 PROBE = 4096  # bytes: a file of none can be made on a full disk
+LOCK = ".lock"  # in a run while it is written
+HALF = ".nybble-writing-"  # a folder that is being filled; beside it, with .lock at the end, the lock of who fills it
+HALF_FILE = re.compile(r"\..+\.[0-9a-f]{8}\.writing(\.[^.]+)?")  # a file that is being written
+FORGOTTEN = 24 * 3600  # seconds without a change: where it cannot be told who writes something, nobody does any more
 FULL = (errno.ENOSPC, errno.EDQUOT)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 FULL_TEXTS = (
@@ -96,7 +104,9 @@ def check_report(run: pathlib.Path) -> None:
 
     Raises:
         PlaceError: with the reason.
+        RunError: another process writes it.
     """
+    refuse_busy(run)
     fix = f"evaluate a copy: cp -r {run} FOLDER, then nybble eval FOLDER"
     check_writable(run, "the report, which goes into the run,", fix)
     if (run / "report").is_dir():
@@ -109,11 +119,15 @@ def check_export(target: pathlib.Path) -> None:
     Raises:
         ExportError: something stands there, and an artefact is never written over.
         PlaceError: nothing can be written, with the reason.
+        RunError: another process is about to put something there.
     """
     if os.path.lexists(target):
         raise ExportError(
             f"{target} exists already", fix=f"--out ANOTHER for a second one, or remove it: rm -r {target}"
         )
+    for lock in target.parent.glob(f"{HALF}*{LOCK}"):
+        if (held := holder(lock)) is not None and held.place == os.path.realpath(target):
+            refuse_held(lock, target)
     check_writable(target, "the export", "--out FOLDER, in a writable place")
 
 
@@ -156,6 +170,7 @@ def check_disk(folder: pathlib.Path, size: int, what: str, fix: str) -> None:
 @contextlib.contextmanager
 def replacing(file: pathlib.Path) -> Iterator[pathlib.Path]:
     """Where to write a file that is to be there whole or as it was before; no two processes get the same name."""
+    remove_half_files(file.parent, FORGOTTEN)
     temporary = file.with_name(f".{file.stem}.{secrets.token_hex(4)}.writing{file.suffix}")
     try:
         yield temporary
@@ -168,6 +183,8 @@ def replacing(file: pathlib.Path) -> Iterator[pathlib.Path]:
 def new_folder(target: pathlib.Path, proof: str | None = None) -> Iterator[pathlib.Path]:
     """A folder to fill that takes its target's place when all went well, and is gone when not.
 
+    What killed processes left half-made beside it is removed first.
+
     Args:
         target: which does not exist yet.
         proof: a file by which a folder that another process put there meanwhile is known for the same.
@@ -176,13 +193,71 @@ def new_folder(target: pathlib.Path, proof: str | None = None) -> Iterator[pathl
         FileExistsError: something else stands there meanwhile.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        _rename(temporary, target, proof)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    remove_half_made(target.parent)
+    temporary = target.parent / f"{HALF}{secrets.token_hex(8)}"
+    with hold(_lock_of(temporary), "written", target):  # before the folder is there, and until it is not
+        try:
+            temporary.mkdir()
+            yield temporary
+            _rename(temporary, target, proof)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(run: pathlib.Path, doing: str) -> Iterator[None]:
+    """Hold the lock of a run while it is written, and remove what killed processes left half-written in it.
+
+    Args:
+        run: the folder.
+        doing: what is done to it, as in "is being ...".
+
+    Raises:
+        RunError: another process writes it; the message says which.
+    """
+    with hold(run / LOCK, doing, run):
+        for folder in (run, *run.glob("checkpoints/*")):
+            remove_half_files(folder, 0)
+        yield
+
+
+def refuse_busy(run: pathlib.Path) -> None:
+    """Raise RunError where another process writes a run; the message says which."""
+    refuse_held(run / LOCK, run)
+
+
+def remove_half_made(parent: pathlib.Path) -> None:
+    """Remove the folders beside each other that `new_folder` did not finish because its process was killed."""
+    for lock in parent.glob(f"{HALF}*{LOCK}"):
+        folder = lock.with_suffix("")
+        with of_the_dead(lock) as is_dead:
+            if is_dead or (holder(lock) is None and _is_forgotten(FORGOTTEN, lock, folder)):
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+    for folder in parent.glob(f"{HALF}*"):
+        if folder.is_dir() and not _lock_of(folder).exists() and _is_forgotten(FORGOTTEN, folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_half_files(folder: pathlib.Path, age: float) -> None:
+    """Remove the files that `replacing` did not finish because its process was killed, if nothing was added for so many seconds."""
+    with contextlib.suppress(OSError):  # what cannot be looked at or removed stays
+        for file in [pathlib.Path(entry) for entry in os.scandir(folder) if HALF_FILE.fullmatch(entry.name)]:
+            if _is_forgotten(age, file):
+                file.unlink(missing_ok=True)
+
+
+def _lock_of(folder: pathlib.Path) -> pathlib.Path:
+    return folder.with_name(folder.name + LOCK)
+
+
+def _is_forgotten(age: float, *places: pathlib.Path) -> bool:
+    """Whether nothing about some files and in some folders has changed for so many seconds."""
+    changes = [0.0]
+    for path in itertools.chain(places, *(place.rglob("*") for place in places)):
+        with contextlib.suppress(FileNotFoundError):
+            changes.append(path.lstat().st_mtime)
+    return max(changes) <= time.time() - age
 
 
 def _rename(folder: pathlib.Path, target: pathlib.Path, proof: str | None) -> None:

@@ -32,7 +32,7 @@ from typing import Any
 from nybble import __version__
 from nybble.errors import ModelError, RunError
 from nybble.lfs import pointer_fault
-from nybble.places import check_disk, new_folder, replacing
+from nybble.places import check_disk, new_folder, refuse_busy, replacing
 from nybble.recipe import Recipe, absolute_paths, absolute_tree, dump_recipe, here, load_recipe
 
 COMPLETE = "COMPLETE"
@@ -141,6 +141,16 @@ def refuse_existing(folder: pathlib.Path) -> None:
         raise RunError(
             f"{folder} exists already",
             fix=f"to resume it: nybble train --resume {folder}; for a new run: out=ANOTHER",
+        )
+
+
+def refuse_unfinished(run: Run) -> None:
+    """Raise RunError where a run has no adapter: another process trains it, or its training was cut off."""
+    if not run.adapter.exists():
+        refuse_busy(run.folder)
+        raise RunError(
+            f"{run.folder} has no adapter: its training has not ended",
+            fix=f"nybble train --resume {run.folder}",
         )
 
 

@@ -30,7 +30,7 @@ from nybble.model.tokenizer import load_tokenizer
 from nybble.model.weights import refuse_pointers
 from nybble.places import check_cache, default_cache, explained_disk
 from nybble.quantized import dequantise_where_room
-from nybble.run import Run, open_run
+from nybble.run import Run, open_run, refuse_unfinished
 
 
 @dataclass(frozen=True)
@@ -195,8 +195,10 @@ def load_answerers(
 
     Raises:
         ModelError: as `load_answerer`.
-        RunError: the runs are of different bases.
+        RunError: the runs are of different bases, or the training of one has not ended.
     """
+    for run in runs:
+        refuse_unfinished(run)
     options, cache = runs[0].recipe.model, cache or default_cache()
     check_cache(cache)
     place = choose_device(device if device != "auto" else options.device)
