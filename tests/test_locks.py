@@ -129,10 +129,14 @@ def test_a_place_to_which_another_process_exports_is_refused_before_any_work(tun
 
 
 def test_of_two_that_make_one_folder_at_once_the_second_leaves_nothing(tmp_path):
-    with pytest.raises(FileExistsError), new_folder(tmp_path / "out") as first:
-        (first / "a").touch()
-        with new_folder(tmp_path / "out") as second:
-            (second / "b").touch()
+    def overtaken() -> None:
+        with new_folder(tmp_path / "out") as first:
+            (first / "a").touch()
+            with new_folder(tmp_path / "out") as second:
+                (second / "b").touch()
+
+    with pytest.raises(FileExistsError):
+        overtaken()
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/b"]
 
 

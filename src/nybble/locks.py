@@ -134,7 +134,7 @@ def _lock(descriptor: int) -> bool | None:
 def _read(descriptor: int) -> Holder | None:
     try:
         return Holder(**json.loads(os.pread(descriptor, 65536, 0)))
-    except (ValueError, TypeError):  # not written yet, or cut off
+    except (ValueError, TypeError, RecursionError):  # not written yet, or damaged
         return None
 
 

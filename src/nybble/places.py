@@ -216,6 +216,8 @@ def writing(run: pathlib.Path, doing: str) -> Iterator[None]:
         RunError: another process writes it; the message says which.
     """
     with hold(run / LOCK, doing, run):
+        for place in (run.parent, run):
+            remove_half_made(place)
         for folder in (run, *run.glob("checkpoints/*")):
             remove_half_files(folder, 0)
         yield
@@ -233,14 +235,15 @@ def remove_half_made(parent: pathlib.Path) -> None:
         with of_the_dead(lock) as is_dead:
             if is_dead or (holder(lock) is None and _is_forgotten(FORGOTTEN, lock, folder)):
                 shutil.rmtree(folder, ignore_errors=True)
-                lock.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # another user's
+                    lock.unlink()
     for folder in parent.glob(f"{HALF}*"):
         if folder.is_dir() and not _lock_of(folder).exists() and _is_forgotten(FORGOTTEN, folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_half_files(folder: pathlib.Path, age: float) -> None:
-    """Remove the files that `replacing` did not finish because its process was killed, if nothing was added for so many seconds."""
+    """Remove the files that `replacing` did not finish because its process was killed, and that are `age` seconds old."""
     with contextlib.suppress(OSError):  # what cannot be looked at or removed stays
         for file in [pathlib.Path(entry) for entry in os.scandir(folder) if HALF_FILE.fullmatch(entry.name)]:
             if _is_forgotten(age, file):

@@ -111,7 +111,9 @@ class Run:
                 shutil.rmtree(folder)
         for name in ("metrics.jsonl", "samples.jsonl"):
             file = self.folder / name
-            lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+            if not file.exists():
+                continue
+            lines = file.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _is_whole(line) and json.loads(line)["step"] <= step and checkpoint]
             write_text(file, "".join(line + "\n" for line in kept))
 

@@ -153,7 +153,7 @@ def train(
 
 
 def _check_places(recipe: Recipe, resumed: pathlib.Path | None, cache: pathlib.Path) -> None:
-    """Before torch is loaded, which takes seconds: a run that stands there already or is being written, places that cannot be written."""
+    """Before torch is loaded, which takes seconds: a run that is there already or busy, places that cannot be written."""
     from nybble.places import check_places, refuse_busy
     from nybble.run import choose_folder, refuse_existing
 

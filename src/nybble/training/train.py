@@ -124,9 +124,13 @@ def _explained(recipe: Recipe, folder: pathlib.Path, cache: pathlib.Path) -> Ite
     What is entered into the stack, the run's lock, is held until the end.
     """
     check_places(folder, cache)
-    with explained_memory(recipe), explained_disk(folder, cache), no_empty_folders(folder):
-        with contextlib.ExitStack() as held:
-            yield held
+    with (
+        explained_memory(recipe),
+        explained_disk(folder, cache),
+        no_empty_folders(folder),
+        contextlib.ExitStack() as held,
+    ):
+        yield held
 
 
 def _lock(held: contextlib.ExitStack, run: Run, doing: str) -> None:
