@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from corpus.kills import COMMON, CONFIGURATIONS, NAMED, Elapsed, Kill, Sequence, sequences
+from corpus.kills import COMMON, CONFIGURATIONS, NAMED, Elapsed, Kill, Moment, Sequence, sequences
 from forked import Forks
 from nybble.places import writing
 from nybble.run import open_run, read_metrics
@@ -129,3 +137,86 @@ def test_there_are_sixty_over_eight_configurations():
     assert {sequence.configuration for sequence in ALL} == set(CONFIGURATIONS)
     met = {kill for sequence in ALL for kill in sequence.kills if isinstance(kill, str)}
     assert met == set(NAMED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "killed",
+    [
+        Moment("open", r"^run/export/\.nybble-writing-\w+\.lock$"),
+        Moment("os.mkdir", r"^run/export/\.nybble-writing-\w+$"),
+        Moment("open", r"^run/export/\.nybble-writing-\w+/"),
+        Moment("open", r"^run/export/\.nybble-writing-\w+/", 3),
+        Moment("os.mkdir", r"^run/export/\.nybble-writing-\w+$", bytes=20_000),
+        Moment("os.rename", r"^run/export/adapter$"),
+        Moment("os.rename", r"^run/export/adapter$", later=1),
+    ],
+    ids=lambda moment: f"{moment.event} {moment.count} {moment.later} {moment.bytes}",
+)
+def test_what_a_killed_export_left_is_removed_by_the_next(killed, forks, wholes, cache, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(wholes("steps").folder, run)
+    words = ["--cache", cache, "export", run, "--to", "adapter"]
+    assert forks.run(tmp_path, words, dataclasses.asdict(killed))["status"] < 0
+    if killed.later:
+        words = [*words, "--out", run / "export" / "another"]
+    ended = forks.run(tmp_path, words)
+    said = (tmp_path / "said.txt").read_text()
+    print(said)
+    assert ended["status"] == 0
+    assert sorted(path.name for path in (run / "export").iterdir()) == ["adapter", *["another"] * bool(killed.later)]
+    assert names(run / "export" / "adapter") == names(run / "export" / "another") if killed.later else True
+    assert "exists already" not in said
+
+
+LONG = [*COMMON, *CONFIGURATIONS["two processes"], "train.max_steps=60", "train.evaluate_every=20"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["all of them", "the launcher", "the second process"])
+def test_what_a_launcher_started_is_killed_and_goes_on(killed, forks, tiny_llama, rows, cache, tmp_path):
+    """By real interpreters. Processes whose launcher is killed live on: nobody else may write their run meanwhile."""
+    words = ["--cache", cache, "train", tiny_llama, rows, *LONG]
+    whole = tmp_path / "whole"
+    assert forks.run(tmp_path, [*words, f"out={whole}"], None, 2)["status"] == 0
+    run = tmp_path / "run"
+    with launched(*words, f"out={run}", "--processes", 2) as launcher:
+        wait_for_lines(launcher, run / "metrics.jsonl", 25)
+        workers = psutil.Process(launcher.pid).children(recursive=True)
+        ranks = {int(worker.environ().get("RANK", "-1")): worker for worker in workers}
+        if killed == "the launcher":
+            ranks[0].suspend()  # a run of so few steps is over before another interpreter has begun
+            launcher.kill()
+            refused = forks.run(tmp_path, ["--cache", cache, "train", "--resume", run])
+            assert refused["status"] == 1
+            assert f"{run} is being trained by process {ranks[0].pid} on " in (tmp_path / "said.txt").read_text()
+        for worker in {"the second process": [ranks[1]], "all of them": [launcher, *workers]}.get(killed, workers):
+            worker.kill()
+        launcher.wait(60)
+        psutil.wait_procs(workers, timeout=60)
+    assert not (run / "adapter").exists()
+    with launched("--cache", cache, "train", "--resume", run) as launcher:
+        assert launcher.wait(300) == 0
+    held_against(whole, run, exact=False)
+
+
+@contextlib.contextmanager
+def launched(*words: object):
+    """The command line in a session of its own; whatever is left of it is killed."""
+    command = [sys.executable, "-m", "nybble", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for_lines(process: subprocess.Popen[bytes], file: pathlib.Path, count: int) -> None:
+    began = time.time()
+    while not file.exists() or len(file.read_text().splitlines()) < count:
+        assert process.poll() is None, "the run ended before it was killed"
+        assert time.time() - began < 200
+        time.sleep(0.005)

@@ -103,9 +103,10 @@ def of_the_dead(file: pathlib.Path) -> Iterator[bool]:
     """
     with _opened(file) as stream:
         held = _read(stream) if stream is not None else None
-        is_ours = stream is not None and held is not None and held.kernel == kernel()
-        # A file without a name was removed by its holder just now, which is at work yet.
-        yield is_ours and _lock(stream) is True and os.fstat(stream).st_nlink > 0
+        if stream is None or held is None or held.kernel != kernel():
+            yield False
+        else:  # a file without a name was removed by its holder just now, which is at work yet
+            yield _lock(stream) is True and os.fstat(stream).st_nlink > 0
 
 
 @contextlib.contextmanager

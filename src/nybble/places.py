@@ -25,7 +25,16 @@ HALF = ".nybble-writing-"  # a folder that is being filled; beside it, with .loc
 HALF_FILE = re.compile(r"\..+\.[0-9a-f]{8}\.writing(\.[^.]+)?")  # a file that is being written
 FORGOTTEN = 24 * 3600  # seconds without a change: where it cannot be told who writes something, nobody does any more
 FULL = (errno.ENOSPC, errno.EDQUOT)
-CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+CLOSED = {  # what a place may answer, and what helps beside looking at it
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EBUSY),
+        "nybble doctor checks the folders that nybble writes to",
+    ),
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ELOOP: "remove the link: it leads back to itself",
+    errno.EIO: "check the disk: it failed to read or write",
+    errno.ESTALE: "mount the network's file system again",
+}
 FULL_TEXTS = (
     "os error 28",  # tokenizers, as a plain Exception; safetensors
     "os error 122",  # the same for a quota
@@ -144,11 +153,22 @@ def check_writable(folder: pathlib.Path, what: str, fix: str) -> None:
     """
     place = nearest(folder)
     try:
+        _refuse_odd(folder)
         with tempfile.TemporaryFile(dir=place) as probe:
             probe.write(bytes(PROBE))
             probe.flush()
     except OSError as error:
         raise PlaceError(f"{what} cannot be written: {_why(error, place)}", where=str(folder), fix=fix) from error
+
+
+def _refuse_odd(folder: pathlib.Path) -> None:
+    """Raise OSError for a name that is too long, and for a link on the way that leads nowhere, as to a disk that is gone."""
+    for place in (folder.absolute(), *folder.absolute().parents):
+        if os.path.islink(place) and not os.path.exists(place):
+            raise OSError(errno.ENOENT, f"{place} is a link to {os.readlink(place)}, which does not exist")
+    longest = max(len(os.fsencode(part)) for part in (*folder.parts, "."))
+    if longest > os.pathconf(nearest(folder), "PC_NAME_MAX"):
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
 
 
 def check_disk(folder: pathlib.Path, size: int, what: str, fix: str) -> None:
@@ -328,7 +348,7 @@ def _explain(places: Sequence[pathlib.Path], kind: object, error: BaseException 
     if isinstance(error, OSError) and error.errno in CLOSED and isinstance(error.filename, str | os.PathLike):
         raise PlaceError(
             f"{os.fsdecode(error.filename)} cannot be opened: {str(error.strerror).lower()}",
-            fix="nybble doctor checks the folders that nybble writes to",
+            fix=CLOSED[error.errno],
         ) from error
 
 
@@ -344,6 +364,10 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 def _why(error: OSError, place: pathlib.Path) -> str:
+    if error.errno == errno.ENOENT:
+        return str(error.strerror)
+    if error.errno == errno.ENAMETOOLONG:
+        return "its name is too long"
     if error.errno == errno.ENOTDIR or not os.path.isdir(place):
         return f"{place} is a file, not a folder"
     if error.errno == errno.EROFS:
