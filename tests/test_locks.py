@@ -89,6 +89,7 @@ def test_a_run_in_training_says_so_where_its_adapter_is_wanted(tuned_run, tmp_pa
     for name in ("recipe.yaml", "start.json", "template.json"):
         (tmp_path / name).write_bytes((tuned_run.folder / name).read_bytes())
     commands = (["chat", tmp_path, "--prompt", "x"], ["export", tmp_path, "--to", "adapter"], ["serve", tmp_path])
+    commands += (["eval", tmp_path, "--tasks", "none"],)
     with another_process("run", tmp_path) as process:
         for words in commands:
             done = here(*words)

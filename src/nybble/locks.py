@@ -31,7 +31,7 @@ class Holder:
     pid: int
     host: str
     kernel: str
-    """Of one kernel's processes all see each other's locks, whatever the file system and the container."""
+    """Processes of one kernel see each other's locks, whatever the file system and the container."""
     doing: str
     """What it does, as in "is being ...": trained, evaluated."""
     place: str
@@ -82,7 +82,8 @@ def hold(file: pathlib.Path, doing: str, place: pathlib.Path) -> Iterator[None]:
 
 def refuse_held(file: pathlib.Path, place: pathlib.Path) -> None:
     """Raise RunError where another process holds a lock."""
-    if (held := holder(file)) is not None:
+    held = holder(file)
+    if held is not None and (held.pid, held.kernel) != (os.getpid(), kernel()):
         raise _busy(file, held, place)
 
 

@@ -25,7 +25,7 @@ HALF = ".nybble-writing-"  # a folder that is being filled; beside it, with .loc
 HALF_FILE = re.compile(r"\..+\.[0-9a-f]{8}\.writing(\.[^.]+)?")  # a file that is being written
 FORGOTTEN = 24 * 3600  # seconds without a change: where it cannot be told who writes something, nobody does any more
 FULL = (errno.ENOSPC, errno.EDQUOT)
-CLOSED = {  # what a place may answer, and what helps beside looking at it
+CLOSED = {  # errors that come of a place, and what helps
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EBUSY),
         "nybble doctor checks the folders that nybble writes to",
@@ -278,8 +278,12 @@ def _is_forgotten(age: float, *places: pathlib.Path) -> bool:
     """Whether nothing about some files and in some folders has changed for so many seconds."""
     changes = [0.0]
     for path in itertools.chain(places, *(place.rglob("*") for place in places)):
-        with contextlib.suppress(FileNotFoundError):
+        try:
             changes.append(path.lstat().st_mtime)
+        except FileNotFoundError:
+            continue
+        except OSError:  # another user's: nobody knows
+            return False
     return max(changes) <= time.time() - age
 
 
