@@ -148,7 +148,7 @@ def refuse_existing(folder: pathlib.Path) -> None:
 
 def refuse_unfinished(run: Run) -> None:
     """Raise RunError where a run has no adapter: another process trains it, or its training was cut off."""
-    if not run.adapter.exists():
+    if not (run.adapter / "adapter_config.json").is_file():
         refuse_busy(run.folder)
         raise RunError(
             f"{run.folder} has no adapter: its training has not ended",

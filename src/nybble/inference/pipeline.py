@@ -198,7 +198,8 @@ def load_answerers(
         RunError: the runs are of different bases, or the training of one has not ended.
     """
     for run in runs:
-        refuse_unfinished(run)
+        if not run.adapter.exists():  # what is wrong with one that is there is said when it is read
+            refuse_unfinished(run)
     options, cache = runs[0].recipe.model, cache or default_cache()
     check_cache(cache)
     place = choose_device(device if device != "auto" else options.device)
