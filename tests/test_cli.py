@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import resource
 import signal
@@ -13,12 +12,11 @@ import sys
 import time
 
 import pytest
-from safetensors.torch import load_file
 
 from conftest import ROOT
 from nybble.launch import WAITING
 from nybble.run import read_metrics
-from test_train import FAST, losses, open_run, read_metrics_but_time, recipe_for, train
+from test_train import FAST, losses, open_run, recipe_for, train
 
 
 def nybble(*words: object, launcher=("-m", "nybble"), home=None, timeout=300, **environment: str):
@@ -191,38 +189,6 @@ def test_accelerate_launch_runs_two_processes_and_one_where_two_were_asked_is_an
     assert sorted(path.name for path in tmp_path.glob("*/recipe.yaml")) == ["recipe.yaml"]
 
 
-@pytest.mark.slow
-def test_a_run_killed_at_any_moment_goes_on_exactly(tiny_llama, rows, cache, tmp_path, quiet):
-    """SIGKILL at five random moments, one of them while a checkpoint is being written."""
-    words = ["train.max_steps=60", "train.evaluate_every=5", "lora.dropout=0.1", "train.samples=0"]
-    whole = train(recipe_for(tiny_llama, rows, tmp_path / "whole", *words), console=quiet, cache=cache)
-    out = tmp_path / "killed"
-    begin = ["train", str(tiny_llama), str(rows), f"out={out}", *FAST, *words]
-    chance, during_save = random.Random(7), False
-    for attempt in range(5):
-        command = begin if not (out / "recipe.yaml").exists() else ["train", "--resume", str(out)]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "nybble", *command],
-            env={**os.environ, "HOME": str(tmp_path)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        if attempt == 2:
-            during_save = kill_during_save(process, out)
-        else:
-            wait_for_step(process, out, chance.randint(1, 6))
-            time.sleep(chance.random() * 0.3)
-            process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
-    assert during_save
-    result = nybble("train", "--resume", out, home=tmp_path)
-    print(result.stdout, result.stderr)
-    assert result.returncode == 0
-    assert read_metrics_but_time(open_run(out)) == read_metrics_but_time(whole)
-    adapters = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (out, tmp_path / "whole")]
-    assert all((adapters[0][name] == tensor).all() for name, tensor in adapters[1].items())
-
-
 def lines(out) -> int:
     file = out / "metrics.jsonl"
     return len(file.read_text().splitlines()) if file.exists() else 0
@@ -237,19 +203,6 @@ def wait_for_step(process, out, more: int) -> None:
         if lines(out) >= start + more:
             return
         time.sleep(0.005)
-
-
-def kill_during_save(process, out) -> bool:
-    """Kill as soon as a checkpoint folder stands that is not whole."""
-    known = {path.name for path in out.glob("checkpoints/*")}
-    began = time.time()
-    while process.poll() is None and time.time() - began < 120:
-        for folder in out.glob("checkpoints/checkpoint-*"):
-            if folder.name not in known and not (folder / "COMPLETE").exists():
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                return not (folder / "COMPLETE").exists()
-    return False
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
+import nybble.export.export as exporting
 import nybble.training.train as training
 from nybble import doctor
 from nybble.check import check
@@ -140,6 +141,45 @@ def test_what_cannot_be_written_says_why(tmp_path):
         (full / "all").write_bytes(bytes(4096))
         with pytest.raises(PlaceError, match="full is full"):
             check_writable(full / "x", "the run", "out=FOLDER")
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "words, message, fix",
+    [
+        (["train", "m", "d.jsonl", f"out={LONG}"], "cannot be opened: file name too long", "use a shorter name"),
+        (["train", "m", "d.jsonl", f"out=runs/{LONG}/x"], "the run cannot be written: its name is too", "out=FOLDER"),
+        (["train", "--resume", LONG], "cannot be opened: file name too long", "use a shorter name"),
+        (["chat", LONG], "cannot be opened: file name too long", "use a shorter name"),
+        (
+            ["--cache", LONG, "chat", "run"],
+            "the cache cannot be written: its name is too long",
+            "nybble --cache FOLDER",
+        ),
+        (["export", "run", "--to", "adapter", "--out", LONG], "the export cannot be written: its name", "--out FOLDER"),
+        (["train", "m", "d.jsonl", "out=gone/x"], "the run cannot be written: {}/gone is a link to /nowhere", "out="),
+        (["train", "m", "d.jsonl", "out=gone"], "the run cannot be written: {}/gone is a link to /nowhere", "out="),
+        (["train", "m", "d.jsonl", "out=loop/x"], "the run cannot be written: {}/loop is a link to loop", "out="),
+        (["--cache", "gone", "eval", "run"], "the cache cannot be written: {}/gone is a link to /nowhere", "--cache"),
+        (["export", "run", "--to", "gguf", "--out", "gone/x"], "the export cannot be written: {}/gone is a", "--out"),
+        (["export", "run", "--to", "gguf", "--out", "gone"], "gone exists already", "rm -r gone"),
+        (["demo", "--out", "gone/x"], "the run cannot be written: {}/gone is a link to /nowhere", "out=FOLDER"),
+        (["demo", "--weights", LONG], "the model cannot be written: its name is too long", "--weights FOLDER"),
+    ],
+)
+def test_names_and_links_that_lead_nowhere_are_one_message(words, message, fix, tuned_run, tmp_path, here, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("gone").symlink_to("/nowhere")
+    pathlib.Path("loop").symlink_to("loop")
+    pathlib.Path("run").symlink_to(tuned_run.folder)
+    done = here(*words)
+    print(done.stderr)
+    assert done.returncode == 1
+    assert message.format(tmp_path) in done.stderr
+    assert fix in done.stderr.split("fix:")[1]
+    assert sorted(os.listdir()) == ["gone", "loop", "run"]
 
 
 def test_a_cache_with_a_folder_of_somebody_else_is_refused(tmp_path):
@@ -340,6 +380,23 @@ def test_an_export_that_fails_leaves_nothing(tuned_run, cache, tmp_path, quiet):
     taken.symlink_to("nowhere")  # exists() says no, and a rename would fail at the very end
     with pytest.raises(ExportError, match="exists already"):
         export(tuned_run, Wanted("adapter", taken), quiet, cache)
+
+
+def test_an_export_that_another_one_overtakes_leaves_nothing_and_says_so(
+    tuned_run, cache, tmp_path, quiet, monkeypatch
+):
+    """The other began a moment before this one could see it."""
+    target, written = tmp_path / "out", exporting.write_card
+
+    def overtaken(subject):
+        target.mkdir()
+        (target / "theirs").touch()
+        return written(subject)
+
+    monkeypatch.setattr(exporting, "write_card", overtaken)
+    with pytest.raises(ExportError, match="out exists already"):
+        export(tuned_run, Wanted("adapter", target), quiet, cache)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/theirs"]
 
 
 def test_folders_are_there_whole_or_not_at_all(tmp_path):

@@ -5,19 +5,36 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 
 from nybble.errors import ExportError, NybbleError, PlaceError, RunError
+from nybble.locks import hold, holder, of_the_dead, refuse_held
 
 ANOTHER_CACHE = "nybble --cache FOLDER COMMAND ..., or set XDG_CACHE_HOME to a writable folder"
 PROBE = 4096  # bytes: a file of none can be made on a full disk
+LOCK = ".lock"  # in a run while it is written
+HALF = ".nybble-writing-"  # a folder that is being filled; beside it, with .lock at the end, the lock of who fills it
+HALF_FILE = re.compile(r"\..+\.[0-9a-f]{8}\.writing(\.[^.]+)?")  # a file that is being written
+FORGOTTEN = 24 * 3600  # seconds without a change: where it cannot be told who writes something, nobody does any more
 FULL = (errno.ENOSPC, errno.EDQUOT)
-CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+CLOSED = {  # errors that come of a place, and what helps
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EBUSY),
+        "nybble doctor checks the folders that nybble writes to",
+    ),
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ELOOP: "remove the link: it leads back to itself",
+    errno.EIO: "check the disk: it failed to read or write",
+    errno.ESTALE: "mount the network's file system again",
+}
 FULL_TEXTS = (
     "os error 28",  # tokenizers, as a plain Exception; safetensors
     "os error 122",  # the same for a quota
@@ -96,7 +113,9 @@ def check_report(run: pathlib.Path) -> None:
 
     Raises:
         PlaceError: with the reason.
+        RunError: another process writes it.
     """
+    refuse_busy(run)
     fix = f"evaluate a copy: cp -r {run} FOLDER, then nybble eval FOLDER"
     check_writable(run, "the report, which goes into the run,", fix)
     if (run / "report").is_dir():
@@ -109,11 +128,15 @@ def check_export(target: pathlib.Path) -> None:
     Raises:
         ExportError: something stands there, and an artefact is never written over.
         PlaceError: nothing can be written, with the reason.
+        RunError: another process is about to put something there.
     """
     if os.path.lexists(target):
         raise ExportError(
             f"{target} exists already", fix=f"--out ANOTHER for a second one, or remove it: rm -r {target}"
         )
+    for lock in target.parent.glob(f"{HALF}*{LOCK}"):
+        if (held := holder(lock)) is not None and held.place == os.path.realpath(target):
+            refuse_held(lock, target)
     check_writable(target, "the export", "--out FOLDER, in a writable place")
 
 
@@ -130,11 +153,22 @@ def check_writable(folder: pathlib.Path, what: str, fix: str) -> None:
     """
     place = nearest(folder)
     try:
+        _refuse_odd(folder)
         with tempfile.TemporaryFile(dir=place) as probe:
             probe.write(bytes(PROBE))
             probe.flush()
     except OSError as error:
         raise PlaceError(f"{what} cannot be written: {_why(error, place)}", where=str(folder), fix=fix) from error
+
+
+def _refuse_odd(folder: pathlib.Path) -> None:
+    """Raise OSError for a name that is too long, and for a link on the way that leads nowhere, as to a disk that is gone."""
+    for place in (folder.absolute(), *folder.absolute().parents):
+        if os.path.islink(place) and not os.path.exists(place):
+            raise OSError(errno.ENOENT, f"{place} is a link to {os.readlink(place)}, which does not exist")
+    longest = max(len(os.fsencode(part)) for part in (*folder.parts, "."))
+    if longest > os.pathconf(nearest(folder), "PC_NAME_MAX"):
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
 
 
 def check_disk(folder: pathlib.Path, size: int, what: str, fix: str) -> None:
@@ -156,6 +190,7 @@ def check_disk(folder: pathlib.Path, size: int, what: str, fix: str) -> None:
 @contextlib.contextmanager
 def replacing(file: pathlib.Path) -> Iterator[pathlib.Path]:
     """Where to write a file that is to be there whole or as it was before; no two processes get the same name."""
+    remove_half_files(file.parent, FORGOTTEN)
     temporary = file.with_name(f".{file.stem}.{secrets.token_hex(4)}.writing{file.suffix}")
     try:
         yield temporary
@@ -168,6 +203,8 @@ def replacing(file: pathlib.Path) -> Iterator[pathlib.Path]:
 def new_folder(target: pathlib.Path, proof: str | None = None) -> Iterator[pathlib.Path]:
     """A folder to fill that takes its target's place when all went well, and is gone when not.
 
+    What killed processes left half-made beside it is removed first.
+
     Args:
         target: which does not exist yet.
         proof: a file by which a folder that another process put there meanwhile is known for the same.
@@ -176,13 +213,78 @@ def new_folder(target: pathlib.Path, proof: str | None = None) -> Iterator[pathl
         FileExistsError: something else stands there meanwhile.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        _rename(temporary, target, proof)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    remove_half_made(target.parent)
+    temporary = target.parent / f"{HALF}{secrets.token_hex(8)}"
+    with hold(_lock_of(temporary), "written", target):  # before the folder is there, and until it is not
+        try:
+            temporary.mkdir()
+            yield temporary
+            _rename(temporary, target, proof)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(run: pathlib.Path, doing: str) -> Iterator[None]:
+    """Hold the lock of a run while it is written, and remove what killed processes left half-written in it.
+
+    Args:
+        run: the folder.
+        doing: what is done to it, as in "is being ...".
+
+    Raises:
+        RunError: another process writes it; the message says which.
+    """
+    with hold(run / LOCK, doing, run):
+        for place in (run.parent, run):
+            remove_half_made(place)
+        for folder in (run, *run.glob("checkpoints/*")):
+            remove_half_files(folder, 0)
+        yield
+
+
+def refuse_busy(run: pathlib.Path) -> None:
+    """Raise RunError where another process writes a run; the message says which."""
+    refuse_held(run / LOCK, run)
+
+
+def remove_half_made(parent: pathlib.Path) -> None:
+    """Remove the folders beside each other that `new_folder` did not finish because its process was killed."""
+    for lock in parent.glob(f"{HALF}*{LOCK}"):
+        folder = lock.with_suffix("")
+        with of_the_dead(lock) as is_dead:
+            if is_dead or (holder(lock) is None and _is_forgotten(FORGOTTEN, lock, folder)):
+                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):  # another user's
+                    lock.unlink()
+    for folder in parent.glob(f"{HALF}*"):
+        if folder.is_dir() and not _lock_of(folder).exists() and _is_forgotten(FORGOTTEN, folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_half_files(folder: pathlib.Path, age: float) -> None:
+    """Remove the files that `replacing` did not finish because its process was killed, and that are `age` seconds old."""
+    with contextlib.suppress(OSError):  # what cannot be looked at or removed stays
+        for file in [pathlib.Path(entry) for entry in os.scandir(folder) if HALF_FILE.fullmatch(entry.name)]:
+            if _is_forgotten(age, file):
+                file.unlink(missing_ok=True)
+
+
+def _lock_of(folder: pathlib.Path) -> pathlib.Path:
+    return folder.with_name(folder.name + LOCK)
+
+
+def _is_forgotten(age: float, *places: pathlib.Path) -> bool:
+    """Whether nothing about some files and in some folders has changed for so many seconds."""
+    changes = [0.0]
+    for path in itertools.chain(places, *(place.rglob("*") for place in places)):
+        try:
+            changes.append(path.lstat().st_mtime)
+        except FileNotFoundError:
+            continue
+        except OSError:  # another user's: nobody knows
+            return False
+    return max(changes) <= time.time() - age
 
 
 def _rename(folder: pathlib.Path, target: pathlib.Path, proof: str | None) -> None:
@@ -250,7 +352,7 @@ def _explain(places: Sequence[pathlib.Path], kind: object, error: BaseException 
     if isinstance(error, OSError) and error.errno in CLOSED and isinstance(error.filename, str | os.PathLike):
         raise PlaceError(
             f"{os.fsdecode(error.filename)} cannot be opened: {str(error.strerror).lower()}",
-            fix="nybble doctor checks the folders that nybble writes to",
+            fix=CLOSED[error.errno],
         ) from error
 
 
@@ -266,6 +368,10 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 def _why(error: OSError, place: pathlib.Path) -> str:
+    if error.errno == errno.ENOENT:
+        return str(error.strerror)
+    if error.errno == errno.ENAMETOOLONG:
+        return "its name is too long"
     if error.errno == errno.ENOTDIR or not os.path.isdir(place):
         return f"{place} is a file, not a folder"
     if error.errno == errno.EROFS:

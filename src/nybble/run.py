@@ -31,7 +31,7 @@ from typing import Any
 from nybble import __version__
 from nybble.errors import ModelError, NybbleError, RunError
 from nybble.marks import COMPLETE, check_adapter
-from nybble.places import check_disk, new_folder, replacing
+from nybble.places import check_disk, new_folder, refuse_busy, replacing
 from nybble.reading import RESTORE, read_lines
 from nybble.reading import read_object as read_object  # model and export know it by this place
 from nybble.recipe import Recipe, absolute_paths, absolute_tree, dump_recipe, here, load_recipe
@@ -139,6 +139,16 @@ def refuse_existing(folder: pathlib.Path) -> None:
         raise RunError(
             f"{folder} exists already",
             fix=f"to resume it: nybble train --resume {folder}; for a new run: out=ANOTHER",
+        )
+
+
+def refuse_unfinished(run: Run) -> None:
+    """Raise RunError where a run has no adapter: another process trains it, or its training was cut off."""
+    if not (run.adapter / "adapter_config.json").is_file():
+        refuse_busy(run.folder)
+        raise RunError(
+            f"{run.folder} has no adapter: its training has not ended",
+            fix=f"nybble train --resume {run.folder}",
         )
 
 

@@ -153,13 +153,15 @@ def train(
 
 
 def _check_places(recipe: Recipe, resumed: pathlib.Path | None, cache: pathlib.Path) -> None:
-    """Before torch is loaded, which takes seconds: a run that stands there already, places that cannot be written."""
-    from nybble.places import check_places
+    """Before torch is loaded, which takes seconds: a run that is there already or busy, places that cannot be written."""
+    from nybble.places import check_places, refuse_busy
     from nybble.run import choose_folder, refuse_existing
 
     folder = resumed or choose_folder(recipe)
     if resumed is None:
         refuse_existing(folder)
+    elif not rank():  # the others may come when the first is at work
+        refuse_busy(folder)
     check_places(folder, cache)
 
 

@@ -31,7 +31,7 @@ from nybble.evaluate.texts import Text, read_texts
 from nybble.inference.pipeline import Answerer, load_answerer
 from nybble.model.adapter_config import CONFIG
 from nybble.model.adapter_files import weights_file
-from nybble.places import check_cache, check_report, default_cache, explained_disk
+from nybble.places import check_cache, check_report, default_cache, explained_disk, writing
 from nybble.recipe import dump_recipe
 from nybble.run import Run, read_metrics, versions, write_json
 from nybble.terminal import tell
@@ -76,12 +76,13 @@ def evaluate(
         answerer: the run, where somebody has loaded it already.
 
     Raises:
-        NybbleError: the run, its base, a task or its rows are not to be had, or the run cannot be written.
+        NybbleError: the run, its base, a task or its rows are not to be had, or the run cannot be written, also because
+            another process writes it.
     """
     cache = cache or default_cache()
     check_report(run.folder)
     check_cache(cache)
-    with explained_disk(run.folder, cache):
+    with explained_disk(run.folder, cache), writing(run.folder, "evaluated"):
         return _evaluate(run, asked, benchmarks, console, cache, answerer)
 
 

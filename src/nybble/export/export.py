@@ -94,16 +94,31 @@ def export(
     target, cache = wanted.out or run.folder / "export" / wanted.to, cache or default_cache()
     check_export(target)
     check_cache(cache)
+    if wanted.repo is not None:
+        check_push(wanted.repo)
     with explained_disk(target, cache), no_empty_folders(target):
-        return _export(run, wanted, target, console, cache, converter)
+        try:
+            with new_folder(target) as folder:  # from the start: who wants to write there too is told so
+                _export(run, wanted, target, folder, console, cache, converter)
+        except FileExistsError:
+            check_export(target)  # another process was sooner by a moment
+            raise
+    _failed(target).unlink(missing_ok=True)
+    size = sum(file.stat().st_size for file in target.iterdir())
+    tell_line(console, f"done      {target}, {size / 1e9:.2f} GB; its README.md says how to load it")
+    # 5. To the Hub.
+    if wanted.repo is not None:
+        with console.status(f"uploading to {wanted.repo}"):
+            page = push(target, wanted.repo, withheld=REPORT)  # it shows validation rows, which are the user's own
+        tell_line(console, f"pushed    {page}")
+    return target
 
 
 def _export(
-    run: Run, wanted: Wanted, target: pathlib.Path, console: Console, cache: pathlib.Path, converter: Converter | None
-) -> pathlib.Path:
-    # 1. What is there: token, run and base.
-    if wanted.repo is not None:
-        check_push(wanted.repo)
+    run: Run, wanted: Wanted, target: pathlib.Path, folder: pathlib.Path, console: Console, cache: pathlib.Path,
+    converter: Converter | None,
+) -> None:  # fmt: skip
+    # 1. What is there: run and base.
     source = open_source(run, wanted.dtype, cache)
     tell(console, source.notices)
     adapter = sum(file.stat().st_size for file in source.run.adapter.glob("adapter_*"))
@@ -117,37 +132,32 @@ def _export(
     tell(console, [notice] if notice else [])
     contents = Contents(source.run, source.config, measured.tokenizer, measured.template, generation, licence)
     kind = _kind(source, wanted, merges, base, converter)
-    with new_folder(target) as folder:
-        kind.write(folder, contents, console)
-        # 4. Through its user's program, and into its place.
-        with console.status("checking the artefact against the run"):
-            verdicts = kind.check(folder, measured.reference, contents)
-        tell_verdicts(verdicts, console)
-        failed = target.with_name(f"{target.name}.failed.json")
-        if any(isinstance(verdict, Verdict) and not verdict.passed for verdict in verdicts):
-            write_report(failed, base, measured.comparison, verdicts)
-        refuse_failed(verdicts, str(target), failed)
-        write_report(folder / REPORT, base, measured.comparison, verdicts)
-        subject = Subject(
-            source.run,
-            wanted.to,
-            *kind.words(),
-            base,
-            hub_id(source.checkpoint),
-            licence,
-            measured.comparison,
-            verdicts,
-        )
-        write_text(folder / "README.md", write_card(subject))
-    failed.unlink(missing_ok=True)
-    size = sum(file.stat().st_size for file in target.iterdir())
-    tell_line(console, f"done      {target}, {size / 1e9:.2f} GB; its README.md says how to load it")
-    # 5. To the Hub.
-    if wanted.repo is not None:
-        with console.status(f"uploading to {wanted.repo}"):
-            page = push(target, wanted.repo, withheld=REPORT)  # it shows validation rows, which are the user's own
-        tell_line(console, f"pushed    {page}")
-    return target
+    kind.write(folder, contents, console)
+    # 4. Through its user's program; the caller puts it into its place.
+    with console.status("checking the artefact against the run"):
+        verdicts = kind.check(folder, measured.reference, contents)
+    tell_verdicts(verdicts, console)
+    failed = _failed(target)
+    if any(isinstance(verdict, Verdict) and not verdict.passed for verdict in verdicts):
+        write_report(failed, base, measured.comparison, verdicts)
+    refuse_failed(verdicts, str(target), failed)
+    write_report(folder / REPORT, base, measured.comparison, verdicts)
+    subject = Subject(
+        source.run,
+        wanted.to,
+        *kind.words(),
+        base,
+        hub_id(source.checkpoint),
+        licence,
+        measured.comparison,
+        verdicts,
+    )
+    write_text(folder / "README.md", write_card(subject))
+
+
+def _failed(target: pathlib.Path) -> pathlib.Path:
+    """Where the report of an artefact is kept that did not answer like the run."""
+    return target.with_name(f"{target.name}.failed.json")
 
 
 def tell(console: Console, notices: Sequence[str]) -> None:

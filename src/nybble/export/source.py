@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from nybble.errors import ExportError, ModelError, RunError
+from nybble.errors import ExportError, ModelError
 from nybble.export.merge import Dequantised, Merge, Original, Weights
 from nybble.export.updates import Update
 from nybble.model.base import load_config
 from nybble.model.checkpoint import Checkpoint, find_base, fingerprint
 from nybble.model.device import DTYPES, choose_device, choose_dtype
 from nybble.model.kept_base import find_kept, kept_copy
-from nybble.run import Run
+from nybble.run import Run, refuse_unfinished
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,10 @@ def open_source(run: Run, dtype: str, cache: pathlib.Path) -> Source:
         cache: where digests and quantised bases are kept.
 
     Raises:
-        RunError: the training has not ended.
+        RunError: the training has not ended, or another process is at it.
         ModelError: the base is gone, damaged, or another one now.
     """
-    if not (run.adapter / "adapter_config.json").is_file():
-        raise RunError(
-            f"{run.folder} has no adapter: its training has not ended",
-            fix=f"nybble train --resume {run.folder}",
-        )
+    refuse_unfinished(run)
     model = run.recipe.model
     checkpoint = find_base(run)
     mark = fingerprint(checkpoint, cache, prove=True)

@@ -34,7 +34,7 @@ from nybble.model.tokenizer import load_tokenizer
 from nybble.model.weights import refuse_pointers
 from nybble.places import check_cache, default_cache, explained_disk
 from nybble.quantized import dequantise_where_room
-from nybble.run import Run, open_run
+from nybble.run import Run, open_run, refuse_unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -206,8 +206,11 @@ def load_answerers(
 
     Raises:
         ModelError: as `load_answerer`.
-        RunError: the runs are of different bases.
+        RunError: the runs are of different bases, or the training of one has not ended.
     """
+    for run in runs:
+        if not run.adapter.exists():  # what is wrong with one that is there is said when it is read
+            refuse_unfinished(run)
     options, cache = runs[0].recipe.model, cache or default_cache()
     check_cache(cache)
     place = choose_device(device if device != "auto" else options.device)

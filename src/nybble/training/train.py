@@ -26,6 +26,7 @@ from nybble.evaluate.perplexity import TOKENS_AT_ONCE, bare, is_plain
 from nybble.evaluate.scores import Benchmarks
 from nybble.inference.samples import SampleAnswers
 from nybble.interrupt import Interruption
+from nybble.launch import rank
 from nybble.marks import check_adapter, read_mark
 from nybble.model.adapter import attach_adapter, check_stored, resume_adapter
 from nybble.model.base import load_base, load_config, measure
@@ -34,7 +35,7 @@ from nybble.model.checkpoint import Checkpoint, check_length, find_checkpoint, f
 from nybble.model.device import choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.out_of_memory import explained_memory
-from nybble.places import check_places, default_cache, explained_disk, no_empty_folders
+from nybble.places import check_places, default_cache, explained_disk, no_empty_folders, writing
 from nybble.plan.schedule import plan_steps
 from nybble.progress import EVALUATING, SAMPLING, SCORING, Work
 from nybble.recipe import Recipe, absolute_paths
@@ -82,8 +83,8 @@ def train(
     """
     folder, cache = choose_folder(recipe), cache or default_cache()
     refuse_existing(folder)
-    with _explained(recipe, folder, cache):
-        return _train(absolute_paths(recipe), folder, None, console or Console(), cache, benchmarks, preflight)
+    with _explained(recipe, folder, cache) as held:
+        return _train(absolute_paths(recipe), folder, None, console or Console(), cache, benchmarks, preflight, held)
 
 
 def resume(
@@ -93,31 +94,52 @@ def resume(
     """Go on with an interrupted run from its newest whole checkpoint, exactly as it would have gone on.
 
     Raises:
-        RunError: the run is finished or damaged, or recipe, data, base or versions changed since it began.
+        RunError: the run is finished or damaged, another process is at it, or recipe, data, base or versions changed since
+            it began.
     """
     run = open_run(folder)
-    if run.is_bare_adapter or run.adapter.exists():
-        raise RunError(
-            f"{folder} is finished: there is nothing to resume",
-            fix=f"nybble chat {folder}, or continue from it: nybble train MODEL DATA adapter={run.adapter}",
-        )
+    _refuse_finished(run)
     base, cache = run.recipe.model.path, cache or default_cache()
     if os.path.isabs(base) and not os.path.exists(base):
         raise ModelError(
             f"the base of {folder} is missing: there is no folder {base}",
             fix="move it back, or put a link there, ln -s NOW THEN: a run can be resumed only with its own base",
         )
-    resumed = resumption(run)
-    with _explained(run.recipe, run.folder, cache):
-        return _train(run.recipe, run.folder, resumed, console or Console(), cache, benchmarks, preflight)
+    with _explained(run.recipe, run.folder, cache) as held:
+        _lock(held, run, "resumed")
+        _refuse_finished(run)  # by a process that held the lock until now
+        resumed = resumption(run)
+        return _train(run.recipe, run.folder, resumed, console or Console(), cache, benchmarks, preflight, held)
+
+
+def _refuse_finished(run: Run) -> None:
+    if run.is_bare_adapter or run.adapter.exists():
+        raise RunError(
+            f"{run.folder} is finished: there is nothing to resume",
+            fix=f"nybble chat {run.folder}, or continue from it: nybble train MODEL DATA adapter={run.adapter}",
+        )
 
 
 @contextlib.contextmanager
-def _explained(recipe: Recipe, folder: pathlib.Path, cache: pathlib.Path) -> Iterator[None]:
-    """Places are tried before anything is loaded, and what they or the GPU lack later is one message."""
+def _explained(recipe: Recipe, folder: pathlib.Path, cache: pathlib.Path) -> Iterator[contextlib.ExitStack]:
+    """Places are tried before anything is loaded, and what they or the GPU lack later is one message.
+
+    What is entered into the stack, the run's lock, is held until the end.
+    """
     check_places(folder, cache)
-    with explained_memory(recipe), explained_disk(folder, cache), no_empty_folders(folder):
-        yield
+    with (
+        explained_memory(recipe),
+        explained_disk(folder, cache),
+        no_empty_folders(folder),
+        contextlib.ExitStack() as held,
+    ):
+        yield held
+
+
+def _lock(held: contextlib.ExitStack, run: Run, doing: str) -> None:
+    """Hold the lock of a run, of several processes in the first."""
+    if not rank():
+        held.enter_context(writing(run.folder, doing))
 
 
 Preflight = Callable[[PretrainedConfig, PreTrainedTokenizerBase, pathlib.Path], None]
@@ -125,7 +147,7 @@ Preflight = Callable[[PretrainedConfig, PreTrainedTokenizerBase, pathlib.Path], 
 
 def _train(
     recipe: Recipe, folder: pathlib.Path, resumed: Resumption | None, console: Console, cache: pathlib.Path,
-    benchmarks: Benchmarks | None, preflight: Preflight | None,
+    benchmarks: Benchmarks | None, preflight: Preflight | None, held: contextlib.ExitStack,
 ) -> Run:  # fmt: skip
     began = time.time()
     if recipe.train.eval_tasks and benchmarks is None:
@@ -169,6 +191,8 @@ def _train(
     ready = Ready(recipe, device, dtype, tokenizer, data, schedule, base, footprint, model, trained, fused)
     # 5. The run folder.
     run = _open_folder(folder, ready, resumed, state)
+    if resumed is None:
+        _lock(held, run, "trained")
     made = made_by_now(folder) if resumed is None else None
     # 6. Train.
     tell_plan(run, schedule, console)
