@@ -17,8 +17,8 @@ RANK = {
     "trainer": 6, "callbacks": 6, "record": 6, "trackers": 6, "announce": 6, "progress": 6, "interrupt": 6, "out_of_memory": 6,
     "evaluate": 5, "serve": 5,
     "inference": 4, "optimizer": 4, "data": 3, "model": 3, "engine": 3, "plan": 2,
-    "launch": 1, "processes": 1, "quantized": 1, "run": 1, "recipe": 1, "places": 1, "errors": 0, "lfs": 0, "terminal": 0,
-    "digests": 0, "installed": 0, "__init__": 0,
+    "launch": 1, "processes": 1, "quantized": 1, "run": 1, "checkpoints": 1, "recipe": 1, "places": 1, "reading": 1,
+    "errors": 0, "lfs": 0, "terminal": 0, "digests": 0, "installed": 0, "__init__": 0,
 }  # fmt: skip
 WITHIN = {
     ("announce", "trainer"),
@@ -27,6 +27,10 @@ WITHIN = {
     ("callbacks", "progress"),
     ("trainer", "progress"),
     ("run", "places"),
+    ("run", "reading"),
+    ("recipe", "reading"),
+    ("checkpoints", "run"),
+    ("checkpoints", "reading"),
     ("run", "recipe"),
     ("trackers", "recipe"),
 }

@@ -31,8 +31,8 @@ from typing import Any
 
 from nybble import __version__
 from nybble.errors import ModelError, RunError
-from nybble.lfs import pointer_fault
 from nybble.places import check_disk, new_folder, replacing
+from nybble.reading import read_object as read_object  # model and export know it by this place
 from nybble.recipe import Recipe, absolute_paths, absolute_tree, dump_recipe, here, load_recipe
 
 COMPLETE = "COMPLETE"
@@ -269,33 +269,6 @@ def write_text(file: pathlib.Path, text: str) -> None:
 def write_json(file: pathlib.Path, value: Any) -> None:
     """Write JSON atomically."""
     write_text(file, _as_json(value, 2) + "\n")
-
-
-def read_object(file: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file of a model or an adapter, which others wrote.
-
-    Raises:
-        ModelError: the file is a git-lfs pointer, or holds none.
-    """
-    if (fault := pointer_fault(file)) is not None:
-        raise ModelError(fault[0], where=str(file), fix=fault[1])
-    again = "copy or download it again"
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ModelError(
-            f"{file.name} is not valid JSON: {error.msg}", where=f"{file}:{error.lineno}", fix=again
-        ) from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ModelError(
-            f"{file.name} is not UTF-8: byte {error.object[error.start]:#04x}", where=f"{file}:{line}", fix=again
-        ) from error
-    except RecursionError as error:
-        raise ModelError(f"{file.name} is nested too deeply", where=str(file), fix=again) from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{file.name} is not an object", where=str(file), fix=again)
-    return value
 
 
 def append_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:

@@ -1,0 +1,169 @@
+"""Text and JSON that was kept on a disk: whatever may have become of a file, one sentence says what is wrong with it, and where."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import stat
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from nybble.errors import ModelError, NybbleError
+from nybble.lfs import pointer_fault
+
+LARGEST = 64 << 20  # bytes: the index of a model of 400 billion parameters has 5 million
+AGAIN = "copy or download it again"
+RESTORE = "restore it from a copy of the run"
+
+
+class Shape(BaseModel):
+    """What must be in an object, by name and type; what else is there is nobody's fault."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+def check_regular(file: pathlib.Path, kind: type[NybbleError], fix: str) -> None:
+    """Refuse what is no file: a folder, or a pipe or a device, which would be read forever.
+
+    Raises:
+        NybbleError: of the kind that was asked for.
+    """
+    try:
+        mode = file.stat().st_mode
+    except FileNotFoundError as error:
+        raise kind(f"there is no {file.name}", where=str(file.parent), fix=fix) from error
+    except OSError as error:
+        raise kind(f"{file.name} cannot be read: {_lower(error.strerror)}", where=str(file), fix=fix) from error
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+        raise kind(f"{file.name} is {what}, not a file", where=str(file), fix=fix)
+
+
+def read_text(
+    file: pathlib.Path, kind: type[NybbleError] = ModelError, fix: str = AGAIN, largest: int | None = LARGEST
+) -> str:
+    """A file's text.
+
+    Args:
+        file: the file.
+        kind: of the error.
+        fix: what to do where it is damaged.
+        largest: bytes that it may have at most, None for any number.
+
+    Raises:
+        NybbleError: of the kind: there is none, it is no file, it is too large or a git-lfs pointer, it cannot be read, or it
+            is not UTF-8.
+    """
+    check_regular(file, kind, fix)
+    try:
+        size = file.stat().st_size
+        if largest is not None and size > largest:
+            what = f"{file.name} has {size:,} bytes: more than the {largest:,} that such a file may have"
+            raise kind(what, where=str(file), fix=fix)
+        if (fault := pointer_fault(file)) is not None:
+            raise kind(fault[0], where=str(file), fix=fault[1])
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        byte = f"{error.object[error.start]:#04x}"
+        raise kind(f"{file.name} is not UTF-8: byte {byte}", where=f"{file}:{line}", fix=fix) from error
+    except OSError as error:
+        raise kind(f"{file.name} cannot be read: {_lower(error.strerror)}", where=str(file), fix=fix) from error
+
+
+def read_object(
+    file: pathlib.Path, kind: type[NybbleError] = ModelError, fix: str = AGAIN, shape: type[Shape] | None = None
+) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        file: the file.
+        kind: of the error.
+        fix: what to do where the file is damaged.
+        shape: what must be in the object.
+
+    Raises:
+        NybbleError: of the kind: the file cannot be read, or it holds no object, or not this one.
+    """
+    text = read_text(file, kind, fix)
+    if not text.strip("\0 \r\n\t"):
+        raise kind(f"{file.name} is empty", where=str(file), fix=fix)
+    try:
+        return _parse_object(text, file.name, shape)
+    except _Fault as error:
+        raise kind(error.what, where=f"{file}:{error.line}" if error.line else str(file), fix=fix) from error
+
+
+def read_lines(file: pathlib.Path, kind: type[NybbleError], shape: type[Shape]) -> Iterator[dict[str, Any] | NybbleError]:
+    """The objects of a file that has one per line, and an error for each line that holds none; a file that is missing has none.
+
+    Raises:
+        NybbleError: of the kind: the file as a whole cannot be read.
+    """
+    if not file.exists():
+        return
+    for number, line in enumerate(read_text(file, kind, RESTORE, largest=None).split("\n"), 1):
+        if line.strip():
+            try:
+                yield _parse_object(line, file.name, shape)
+            except _Fault as error:
+                fix = f"{RESTORE}, or remove this line: sed -i {number}d {file}"
+                yield kind(error.what, where=f"{file}:{number}", fix=fix)
+
+
+class _Fault(ValueError):
+    """What is wrong with a text, and its line, 0 where none is to blame."""
+
+    def __init__(self, what: str, line: int = 0) -> None:
+        super().__init__(what)
+        self.what = what
+        self.line = line
+
+
+def _parse_object(text: str, name: str, shape: type[Shape] | None = None) -> dict[str, Any]:
+    """The object that a text holds.
+
+    Args:
+        text: JSON.
+        name: of what holds it, for the sentence.
+        shape: what must be in it.
+
+    Raises:
+        ValueError: whose text says what is wrong.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _Fault(f"{name} is not valid JSON: {error.msg}", error.lineno) from error
+    except RecursionError as error:
+        raise _Fault(f"{name} is nested too deeply") from error
+    except ValueError as error:  # Python reads no integers of more digits
+        most = sys.get_int_max_str_digits()
+        long = re.search(rf"\d{{{most + 1},}}", text)
+        line = text[: long.start()].count("\n") + 1 if long else 0
+        raise _Fault(f"{name} has a number of more than {most:,} digits", line) from error
+    if not isinstance(value, dict):
+        raise _Fault(f"{name} is not an object")
+    if shape is not None:
+        try:
+            shape.model_validate(value)
+        except ValidationError as error:
+            raise _Fault(_misfit(error, name)) from error
+    return value
+
+
+def _misfit(error: ValidationError, name: str) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"{name} has no {key}"
+    given = repr(first["input"])
+    return f"{key} in {name}: {_lower(first['msg'])}, not {given if len(given) <= 60 else given[:59] + '…'}"
+
+
+def _lower(text: str | None) -> str:
+    return f"{text[:1].lower()}{text[1:]}" if text else "for an unknown reason"

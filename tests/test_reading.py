@@ -1,0 +1,98 @@
+"""Files that were kept, and what may have become of them: one sentence each."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from nybble.errors import ModelError, NybbleError, RunError
+from nybble.reading import LARGEST, Shape, read_lines, read_object, read_text
+
+
+class Line(Shape):
+    step: int
+    loss: float | None = None
+
+
+FAULTS = {
+    "empty": (b"", "x.json is empty", ""),
+    "blank": (b" \n\n", "x.json is empty", ""),
+    "zeros": (bytes(512), "x.json is empty", ""),
+    "garbled": (b'{"step": 1,\n"loss" 2}', "x.json is not valid JSON: Expecting ':' delimiter", ":2"),
+    "cut off": (b'{"step": 1,\n"lo', "x.json is not valid JSON: Unterminated string", ":2"),
+    "list": (b"[1, 2]", "x.json is not an object", ""),
+    "text": (b'"step"', "x.json is not an object", ""),
+    "nul": (b'{"step": 1\0}', "x.json is not valid JSON", ":1"),
+    "latin-1": (b'{\n"step": "\xe9"}', "x.json is not UTF-8: byte 0xe9", ":2"),
+    "utf-16": ('{"step": 1}'.encode("utf-16"), "x.json is not UTF-8: byte 0xff", ":1"),
+    "mark": (b'\xef\xbb\xbf{"step": 1}', "x.json is not valid JSON: Unexpected UTF-8 BOM", ":1"),
+    "deep lists": (b"[" * 100_000, "x.json is nested too deeply", ""),
+    "deep objects": (b'{"a":' * 100_000, "x.json is nested too deeply", ""),
+    "digits": (b'{\n"step": ' + b"9" * 5000 + b"}", "x.json has a number of more than 4,300 digits", ":2"),
+    "no step": (b'{"loss": 1}', "x.json has no step", ""),
+    "text for a number": (b'{"step": "1"}', "step in x.json: input should be a valid integer, not '1'", ""),
+    "true for a number": (b'{"step": true}', "step in x.json: input should be a valid integer, not True", ""),
+    "list for a number": (b'{"step": 1, "loss": [2]}', "loss in x.json: input should be a valid number, not [2]", ""),
+    "pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2000000\n",
+        "x.json is a git-lfs pointer: the file itself (2.0 MB) was not downloaded",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_damaged_object_is_one_sentence_with_its_place(name, tmp_path):
+    content, what, line = FAULTS[name]
+    file = tmp_path / "x.json"
+    file.write_bytes(content)
+    with pytest.raises(RunError) as caught:
+        read_object(file, RunError, "copy it", Line)
+    print(caught.value)
+    assert what in caught.value.what
+    assert caught.value.where == f"{file}{line}"
+    assert caught.value.fix
+
+
+def test_what_is_no_file_is_refused_and_nothing_waits_for_it(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with (tmp_path / "large").open("wb") as stream:
+        stream.truncate(LARGEST + 1)
+    told = {
+        "folder": "folder is a folder, not a file",
+        "pipe": "pipe is a pipe, a socket or a device, not a file",
+        "zero": "zero is a pipe, a socket or a device, not a file",
+        "link": "there is no link",
+        "none": "there is no none",
+        "loop": "loop cannot be read: too many levels of symbolic links",
+        "large": "large has 67,108,865 bytes: more than the 67,108,864",
+    }
+    for name, what in told.items():
+        for read in (read_text, read_object):
+            with pytest.raises(ModelError) as caught:
+                read(tmp_path / name)
+            print(caught.value)
+            assert what in caught.value.what
+
+
+def test_what_is_whole_is_read_as_it_stands(tmp_path):
+    file = tmp_path / "x.json"
+    file.write_text('{"step": 1, "loss": 2, "more": {"a": NaN}}')
+    assert read_object(file, shape=Line)["more"].keys() == {"a"}
+
+
+def test_lines_are_read_one_by_one_and_a_damaged_one_is_an_error_among_them(tmp_path):
+    file = tmp_path / "x.jsonl"
+    assert list(read_lines(file, RunError, Line)) == []
+    file.write_text('{"step": 1}\n\n{"step"\n[]\n{"loss": 1}\n{"step": 2, "loss": 0.5}\n{"st')
+    found = list(read_lines(file, RunError, Line))
+    assert [line for line in found if isinstance(line, dict)] == [{"step": 1}, {"step": 2, "loss": 0.5}]
+    faults = [fault for fault in found if isinstance(fault, NybbleError)]
+    print(*faults, sep="\n")
+    assert [fault.where for fault in faults] == [f"{file}:{line}" for line in (3, 4, 5, 7)]
+    assert f"sed -i 5d {file}" in faults[2].fix
