@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import pathlib
 from collections.abc import Sequence
 
 from jinja2 import Template, TemplateSyntaxError
 from jinja2 import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
-from nybble.data.sandbox import Sandbox, TemplateLimitError
+from nybble.data.sandbox import SOURCE, Sandbox, TemplateLimitError
 from nybble.errors import DataError
 
+TURNS_TOLD = 8  # in a message
 # What Python raises where a template is wrong: deep nesting ends in RecursionError, SyntaxError or MemoryError of its compiler.
 FAULTS = (
     JinjaError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError, AssertionError, SyntaxError,
@@ -52,8 +54,23 @@ def render(
     except TemplateSyntaxError as error:
         raise DataError(f"the template {name} is no Jinja: line {error.lineno}: {error.message}") from error
     except FAULTS as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(f"the template {name} fails on turns of {roles}: {_reason(error)}") from error
+        roles = ", ".join(message["role"] for message in messages[:TURNS_TOLD])
+        more = f" and {len(messages) - TURNS_TOLD:,} more" if len(messages) > TURNS_TOLD else ""
+        raise DataError(f"the template {name} fails on turns of {roles}{more}: {_reason(error)}") from error
+
+
+def check_length(file: pathlib.Path) -> None:
+    """Refuse a file that is too long for a template, before it is read.
+
+    Raises:
+        TemplateLimitError: it is.
+    """
+    if (size := file.stat().st_size) > 4 * SOURCE:  # bytes of a character
+        raise TemplateLimitError(
+            f"the template has {size:,} bytes, and {SOURCE:,} characters are allowed",
+            where=str(file),
+            fix="name a Jinja file: data.template=FILE",
+        )
 
 
 def _reason(error: BaseException) -> str:

@@ -75,15 +75,19 @@ class Meter:
         if self.left < 0:
             raise TemplateLimitError(f"it writes more than {COPIES * self.largest:,} characters")
 
-    def make(self, size: float) -> None:
+    def make(self, size: float, new: float | None = None) -> None:
         """Before, or after, a value of so many characters is made.
+
+        Args:
+            size: written out.
+            new: what it takes beside the values that it holds; None: all of it.
 
         Raises:
             TemplateLimitError: it is too large, or so are all of them together.
         """
         if size > self.largest:
             raise TemplateLimitError(f"it builds a value of more than {self.largest:,} characters")
-        self.left -= int(size)
+        self.left -= int(size if new is None else new)
         if self.left < 0:
             self.step()
 
@@ -191,7 +195,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             times, value = (left, right) if isinstance(left, int) else (right, left)
             meter.make(meter.size(value) * max(times, 0))
         elif operator == "+":
-            meter.make(meter.size(left) + meter.size(right))
+            lists = isinstance(left, list | tuple) and isinstance(right, list | tuple)
+            meter.make(meter.size(left) + meter.size(right), NODE * (len(left) + len(right)) if lists else None)
         elif operator == "%" and isinstance(left, str | bytes):
             meter.make(_formatted(meter, left, right))
         return super().call_binop(context, operator, left, right)
@@ -216,8 +221,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         meter: Meter = self._local.meter
         if isinstance(result, int):
             meter.number(result.bit_length())
-        elif isinstance(result, str | bytes | Collection | Namespace):
-            meter.make(meter.size(result))
+        elif isinstance(result, str | bytes):
+            meter.make(len(result))
+        elif isinstance(result, Collection | Namespace):
+            meter.make(meter.size(result), NODE * len(result) if isinstance(result, Collection) else None)
         return result
 
     def _metered(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:

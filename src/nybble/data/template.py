@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from nybble.data.clock import reads_clock, stopped
 from nybble.data.formats import Conversation, Message
 from nybble.data.readers import document
-from nybble.data.rendering import render
+from nybble.data.rendering import check_length, render
 from nybble.errors import DataError
 from nybble.run import write_json
 
@@ -300,6 +300,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, option: str, form: str) 
         if not file.is_file():
             names = ", ".join(("auto", "model", *BUILT_IN, *sorted(named)))
             raise DataError(f"data.template={option} is neither a Jinja file nor one of {names}")
+        check_length(file)
         source = document(file)
     day = today() if reads_clock(source) else None
     return Template(tokenizer, option, source, day=day)

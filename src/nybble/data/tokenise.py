@@ -12,6 +12,7 @@ from nybble.data.faults import Faults
 from nybble.data.fit import cut_text, halve, last_answer, truncate
 from nybble.data.formats import Conversation, EmptyAnswerError, Forms
 from nybble.data.readers import Item, Notice, Row
+from nybble.data.sandbox import TemplateLimitError
 from nybble.data.template import Part, Run, Template
 from nybble.data.tokens import Tokens, encode, join
 from nybble.errors import DataError
@@ -181,6 +182,8 @@ class Pass:
             try:
                 runs.append(self.template.runs(read.conversation))
                 good.append(read)
+            except TemplateLimitError:
+                raise  # it is no fault of this row
             except DataError as fault:
                 self._note(DataError(fault.what, where=read.origin, fix=fault.fix))
         for tokens, read in zip(join(self.template.tokenizer, runs), good, strict=True):

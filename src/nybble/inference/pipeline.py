@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase, TextGenerationPipeline
+from transformers import DynamicCache, PreTrainedTokenizerBase, TextGenerationPipeline
 from transformers.generation.streamers import BaseStreamer
 
 from nybble.data.formats import Conversation
@@ -26,8 +26,7 @@ from nybble.model.adapter import add_adapter, load_adapter
 from nybble.model.base import load_base
 from nybble.model.checkpoint import find_base, fingerprint
 from nybble.model.device import choose_device, choose_dtype
-from nybble.model.tokenizer import load_tokenizer
-from nybble.model.weights import refuse_pointers
+from nybble.model.tokenizer import load_tokenizer, read_tokenizer
 from nybble.places import check_cache, default_cache, explained_disk
 from nybble.quantized import dequantise_where_room
 from nybble.run import Run, open_run
@@ -227,8 +226,7 @@ def load_template(run: Run, base: pathlib.Path) -> tuple[PreTrainedTokenizerBase
     if run.is_bare_adapter:
         tokenizer = load_tokenizer(run.folder if (run.folder / "tokenizer_config.json").exists() else base, base)
         return tokenizer, choose_template(tokenizer, "auto", "alpaca")
-    refuse_pointers((run.folder / "tokenizer").glob("*.json"))
-    tokenizer = AutoTokenizer.from_pretrained(run.folder / "tokenizer")
+    tokenizer = read_tokenizer(run.folder / "tokenizer")
     return tokenizer, read_template(tokenizer, run.folder / "template.json")
 
 

@@ -14,6 +14,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weight
 from transformers import PreTrainedModel
 
 from nybble.errors import ModelError, TrainingError
+from nybble.model.patterns import check_patterns
 from nybble.model.weights import LOADING_FAULTS, by, reason, refuse_pointers, some
 from nybble.recipe import LoraOptions
 
@@ -195,6 +196,7 @@ def _read_adapter(model: PreTrainedModel, path: str, *, trainable: bool) -> Peft
 def _checked_config(model: PreTrainedModel, path: str | pathlib.Path) -> PeftConfig:
     """An adapter's configuration; refused where it trained rows of the embedding that this base does not have."""
     config = read_adapter_config(path)
+    check_patterns(config, (name for name, _ in model.named_modules()), str(path))
     rows = model.get_input_embeddings().num_embeddings
     trained = getattr(config, "trainable_token_indices", None) or []
     ids = itertools.chain.from_iterable(trained.values()) if isinstance(trained, dict) else trained

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from nybble.errors import ModelError
+from nybble.model.config_limits import refuse_hostile
 from nybble.model.hub import fetch, few, missing_weights
 from nybble.model.weights import FLOATS, check_whole, refuse_pointers, shapes, weight_files
 from nybble.places import replacing
@@ -73,6 +74,7 @@ def find_checkpoint(path: str, revision: str | None = None, *, weights: bool = T
         _check_leftover(folder, config, path if commit is not None else None)
     _check_architecture(folder, config)
     _check_pad(folder, config)
+    refuse_hostile(config, folder)
     return Checkpoint(path, folder, commit, config)
 
 

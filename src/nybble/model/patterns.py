@@ -6,42 +6,59 @@ Python cannot interrupt a match, and `(a+)+$` doubles its time with each letter.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from nybble.errors import ModelError
 from nybble.trial import answer, attempt
 
 SECONDS = 5.0  # for all names of a model; an honest expression takes 0.01
 MEMORY = 1_000_000_000
-LONGEST = 10_000  # characters of an expression; one that names every module of 80 layers has 20,000 at most as a list, not as one
-PLAIN = re.compile(r"[\w.-]*")
+LONGEST = 10_000  # characters of an expression
+PLAIN = re.compile(r"[\w.-]*")  # a name, in which only dots are special
+FIELDS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern")
 # How PEFT 0.21 puts what it is given into an expression of its own.
 FORMS = ("{}", r"(.*\.)?({})$", r"(^|.*\.){}($|\..*)", r"(?:^|.*?\.){}\.(?P<idx>\d+)\.")
 
 
-def check_patterns(patterns: Mapping[str, Iterable[str]], names: Iterable[str], where: str, fix: str) -> None:
-    """Refuse an expression that is none, or that takes too long on these names.
+def check_patterns(config: Any, names: Iterable[str], where: str) -> None:
+    """Refuse an adapter with an expression that is none, or that takes too long on these names.
 
     Args:
-        patterns: by the field that holds them; plain names are passed over.
+        config: PEFT's configuration of the adapter.
         names: of the model's modules.
-        where: the place of the fields.
-        fix: what to do.
+        where: the place of the adapter.
 
     Raises:
         ModelError: naming the field and the expression.
     """
-    odd = [(field, text) for field, texts in patterns.items() for text in texts if not PLAIN.fullmatch(text)]
-    for field, text in odd:
-        if len(text) > LONGEST:
-            raise ModelError(
-                f"{field} holds an expression of {len(text):,} characters; {LONGEST:,} are allowed", where=where, fix=fix
-            )
-        if fault := attempt(__name__, [text, sorted(set(names))], seconds=SECONDS, memory=MEMORY):
-            shown = text if len(text) <= 80 else f"{text[:77]}..."
-            raise ModelError(
-                f"{field} holds a regular expression that cannot be used ({shown}): {fault}", where=where, fix=fix
-            )
+    job = None
+    for field in FIELDS:
+        for text in _texts(getattr(config, field, None)):
+            if PLAIN.fullmatch(text):
+                continue
+            job = job or sorted(set(names))
+            if fault := _fault(text, job):
+                shown = text if len(text) <= 80 else f"{text[:77]}..."
+                raise ModelError(
+                    f"{field} holds a regular expression that cannot be used ({shown}): {fault}",
+                    where=where,
+                    fix="copy the adapter again, or name the modules there as a list",
+                )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a field: PEFT takes names in lists and keys of patterns for expressions too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Iterable):
+        yield from (item for item in value if isinstance(item, str))
+
+
+def _fault(text: str, names: list[str]) -> str | None:
+    if len(text) > LONGEST:
+        return f"it has {len(text):,} characters, and {LONGEST:,} are allowed"
+    return attempt(__name__, [text, names], seconds=SECONDS, memory=MEMORY)
 
 
 def _examine(job: tuple[str, list[str]]) -> str | None:
