@@ -1,5 +1,7 @@
 """Modules that lie in the current folder are not run, whatever nybble starts."""
 
+# ruff: noqa: E501 - a template or a case is easier to read on one line
+
 from __future__ import annotations
 
 import os
@@ -54,7 +56,10 @@ def test_a_process_that_nybble_starts_takes_none(place, tmp_path, monkeypatch):
 
 
 def test_python_m_nybble_forgets_the_current_folder(place, tmp_path):
-    for name in ("__future__.py", "re.py"):  # Python itself, and nybble/__init__.py, come before nybble can forget anything
+    for name in (
+        "__future__.py",
+        "re.py",
+    ):  # Python itself, and nybble/__init__.py, come before nybble can forget anything
         (place / name).unlink()
     done = started([sys.executable, "-m", "nybble", "--version"], place)
     assert (done.returncode, ran(tmp_path)) == (0, ""), done.stderr
@@ -71,9 +76,26 @@ def test_nybble_in_the_current_folder_is_still_found():
 
 @pytest.mark.slow
 def test_training_in_two_processes_takes_none(place, tmp_path, tiny_llama, rows):
-    program = "from nybble.cli import main; main()"  # what the script `nybble` does, which Python starts without this folder
-    words = ["train", tiny_llama, rows, "--processes", 2, f"out={tmp_path / 'run'}", "model.device=cpu", "model.dtype=float32"]
-    words += ["train.max_steps=2", "data.validation=12", "data.max_length=128", "train.samples=0", "train.micro_batch=2"]
+    program = (
+        "from nybble.cli import main; main()"  # what the script `nybble` does, which Python starts without this folder
+    )
+    words = [
+        "train",
+        tiny_llama,
+        rows,
+        "--processes",
+        2,
+        f"out={tmp_path / 'run'}",
+        "model.device=cpu",
+        "model.dtype=float32",
+    ]
+    words += [
+        "train.max_steps=2",
+        "data.validation=12",
+        "data.max_length=128",
+        "train.samples=0",
+        "train.micro_batch=2",
+    ]
     done = started([sys.executable, "-P", "-c", program, *words], place, HOME=str(tmp_path),
                    OMP_NUM_THREADS="1")  # fmt: skip
     assert done.returncode == 0, done.stderr

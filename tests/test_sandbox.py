@@ -1,5 +1,7 @@
 """Chat templates within limits: rendered as Transformers renders them, and stopped where they would not end."""
 
+# ruff: noqa: E501 - a template or a case is easier to read on one line
+
 from __future__ import annotations
 
 import importlib.util
@@ -14,8 +16,9 @@ import pytest
 from jinja2 import TemplateError
 
 from nybble.data.formats import Message
+from nybble.data.meter import TemplateLimitError
 from nybble.data.rendering import check_length, render
-from nybble.data.sandbox import SOURCE, TemplateLimitError
+from nybble.data.sandbox import SOURCE
 from nybble.data.template import BUILT_IN, Template, choose_template
 from nybble.errors import DataError
 from nybble.export.modelfile import write_modelfile
@@ -134,5 +137,7 @@ def test_of_many_turns_the_first_are_told(tiny_tokenizer):
 
 def test_a_run_of_any_template_fails_by_its_name(tiny_tokenizer):
     template = Template(tiny_tokenizer, "mine.jinja", "{{ ''.__class__.__mro__ }}")
-    with pytest.raises(DataError, match="the template mine.jinja fails on turns of user: access to attribute '__class__'"):
+    with pytest.raises(
+        DataError, match=r"the template mine\.jinja fails on turns of user: access to attribute '__class__'"
+    ):
         template.runs((Message("user", "a"),))

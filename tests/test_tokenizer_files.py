@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from peft import LoraConfig
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import SHARED
 from nybble.data.formats import Message
@@ -22,7 +22,6 @@ from nybble.model.patterns import check_patterns
 from nybble.model.tokenizer import load_tokenizer
 from nybble.model.tokenizer_trial import KNOWN, _expressions
 from nybble.run import open_run
-from transformers import AutoModelForCausalLM
 
 ROW = (Message("user", "one two three four five"), Message("assistant", "six seven eight nine ten"))
 
@@ -42,12 +41,25 @@ def ids(folder) -> list[int]:
 
 def test_truncation_and_padding_left_on_change_nothing(tiny_llama, tmp_path):
     cut = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
-    pad = {"strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": 8, "pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>"}
+    pad = {
+        "strategy": {"Fixed": 64},
+        "direction": "Left",
+        "pad_to_multiple_of": 8,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<unk>",
+    }
     wanted = ids(tiny_llama)
     assert len(wanted) > 10
     assert ids(changed(tiny_llama, tmp_path / "cut", truncation=cut)) == wanted
     assert ids(changed(tiny_llama, tmp_path / "padded", padding=pad)) == wanted
-    both = changed(tiny_llama, tmp_path / "both", "tokenizer_config.json", tokenizer_truncation={**cut, "direction": "right", "strategy": "longest_first"}, model_max_length=5)
+    both = changed(
+        tiny_llama,
+        tmp_path / "both",
+        "tokenizer_config.json",
+        tokenizer_truncation={**cut, "direction": "right", "strategy": "longest_first"},
+        model_max_length=5,
+    )
     assert ids(both) == wanted
 
 
@@ -60,7 +72,11 @@ def test_a_sentencepiece_file_beside_tokenizer_json_is_not_read(tiny_llama, tmp_
 
 def test_code_that_a_tokenizer_names_is_not_run_and_nobody_is_asked(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
-    names = {"AutoTokenizer": ["tokenization_own.Own", None], "AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
+    names = {
+        "AutoTokenizer": ["tokenization_own.Own", None],
+        "AutoConfig": "own.Own",
+        "AutoModelForCausalLM": "own.Own",
+    }
     folder = changed(tiny_llama, tmp_path / "own", "tokenizer_config.json", auto_map=names, tokenizer_class="Own")
     changed_config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**changed_config, "auto_map": names}))
@@ -119,7 +135,9 @@ def model(tiny_llama):
 )
 def test_an_expression_that_explodes_is_refused_by_its_field(model, field, value, told):
     names = [name for name, _ in model.named_modules()]
-    with pytest.raises(ModelError, match=f"{field} holds a regular expression that cannot be used .*{told[:20]}") as caught:
+    with pytest.raises(
+        ModelError, match=f"{field} holds a regular expression that cannot be used .*{told[:20]}"
+    ) as caught:
         check_patterns(LoraConfig(**{"target_modules": ["q_proj"], field: value}), names, "ADAPTER")
     assert told in str(caught.value)
     assert "where: ADAPTER" in str(caught.value)
@@ -127,7 +145,9 @@ def test_an_expression_that_explodes_is_refused_by_its_field(model, field, value
 
 def test_honest_expressions_are_taken(model):
     names = [name for name, _ in model.named_modules()]
-    config = LoraConfig(target_modules=r".*\.(q|v)_proj", exclude_modules=r".*\.0\..*", rank_pattern={r"layers\.1\..*q_proj": 4})
+    config = LoraConfig(
+        target_modules=r".*\.(q|v)_proj", exclude_modules=r".*\.0\..*", rank_pattern={r"layers\.1\..*q_proj": 4}
+    )
     check_patterns(config, names, "ADAPTER")
 
 

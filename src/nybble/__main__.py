@@ -7,6 +7,6 @@ import sys
 if not sys.flags.safe_path and sys.path[0] in {"", os.getcwd()} - {__file__.rpartition("/nybble/")[0]}:
     del sys.path[0]
 
-from nybble.cli import main  # noqa: E402 - the folder must be gone by then
+from nybble.cli import main
 
 main()

@@ -3,6 +3,8 @@
 Each case changes a copy of the tiny Llama. `opened` reads it as every command does: configuration, tokenizer, template, one row.
 """
 
+# ruff: noqa: E501 - a template or a case is easier to read on one line
+
 from __future__ import annotations
 
 import functools
@@ -147,7 +149,9 @@ def templated(source: str) -> Callable[[pathlib.Path], object]:
     return lambda folder: (folder / "chat_template.jinja").write_text(source)
 
 
-def tokenizer_case(name: str, make: Callable[[pathlib.Path], object], *names: str, file: str = "tokenizer.json") -> Case:
+def tokenizer_case(
+    name: str, make: Callable[[pathlib.Path], object], *names: str, file: str = "tokenizer.json"
+) -> Case:
     return Case(f"tokenizer-{name}", make, 1, (*names, file))
 
 

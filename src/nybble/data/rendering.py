@@ -10,7 +10,8 @@ from jinja2 import Template, TemplateSyntaxError
 from jinja2 import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
-from nybble.data.sandbox import SOURCE, Sandbox, TemplateLimitError
+from nybble.data.meter import TemplateLimitError
+from nybble.data.sandbox import SOURCE, Sandbox
 from nybble.errors import DataError
 
 TURNS_TOLD = 8  # in a message
@@ -43,7 +44,13 @@ def render(
     """
     given = sum(len(text) for message in messages for text in message.values())
     own = {key: value if isinstance(value, list) else str(value) for key, value in tokenizer.special_tokens_map.items()}
-    variables = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": generation, **own}
+    variables = {
+        "messages": list(messages),
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": generation,
+        **own,
+    }
     try:
         return _sandbox().rendered(_compiled(source), given, variables)
     except TemplateLimitError as limit:

@@ -1,126 +1,35 @@
 """Chat templates rendered within limits: one comes with a model from anywhere, and could loop or build text without end.
 
 The environment is Transformers' own, sandbox and all, so a template renders as it does there. Beyond that each loop, call, filter
-and operator is metered before it runs: what it will make is estimated from its operands, and refused where that is too much. The
-estimates are upper bounds, roughly; a template that honest people write stays below them by a factor of a thousand.
+and operator is metered before it runs (`nybble.data.meter`).
 """
 
 from __future__ import annotations
 
 import functools
-import re
 import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jinja2 import nodes, pass_context
 from jinja2.compiler import CodeGenerator
 from jinja2.environment import Template
-from jinja2.runtime import Context, LoopContext
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from nybble.errors import DataError
+from nybble.data.meter import NODE, Meter, TemplateLimitError, expected, formatted
 
 SOURCE = 200_000  # characters of a template; the longest that models come with have 20,000
-SECONDS = 5.0  # of processor time for one rendering; a usual one takes less than 0.001
-VALUE = 4_000_000  # characters of one value, and eight for each that the messages have
-COPIES = 64  # of such a value, made one after another
-NODE = 16  # what an item of a list counts beside its text
-DIGITS = 4300  # of a number; Python writes none longer
 ESTIMATED = frozenset({"indent", "tojson", "sum"})  # filters that may make much of a text alone
 FREE = frozenset({"length", "count", "default", "d", "first", "last"})  # filters that make nothing
-TESTS = ("in", "eq", "ne", "lt", "le", "gt", "ge", "==", "!=", "<", "<=", ">", ">=", "equalto", "lessthan", "greaterthan")
-COUNTED, JOINED, MADE, STEPPED, COMPARED = "counted items", "joined text", "made value", "one step", "compared values"  # no template can write these names
-WIDTH = re.compile(r"%[^%A-Za-z]*|\{[^{}]*")  # where a format says how wide a value becomes
-WIDTH_GIVEN = re.compile(r"\*|\{[^{}]*\{")  # where it leaves that to the values
-
-
-class TemplateLimitError(DataError):
-    """A template that runs too long or builds too much, whatever the row: no row can be rendered with it."""
-
-
-class Meter:
-    """What one rendering has used up.
-
-    Args:
-        given: characters that its messages have.
-    """
-
-    def __init__(self, given: int) -> None:
-        self.largest = VALUE + 8 * given
-        self.left = COPIES * self.largest
-        self._wall = time.monotonic() + SECONDS
-        self._processor = time.thread_time() + SECONDS
-
-    def step(self, written: int = 0) -> None:
-        """Before each turn of a loop, each call and each operator that walks over values.
-
-        Args:
-            written: characters of the template's own that this puts out.
-
-        Raises:
-            TemplateLimitError: the time is up, or all that may be written is.
-        """
-        self.left -= written
-        now = time.monotonic()
-        if now > self._wall:
-            remaining = self._processor - time.thread_time()
-            if remaining <= 0:
-                raise TemplateLimitError(f"it is still at work after {SECONDS:.0f} seconds")
-            self._wall = now + remaining  # a machine that was busy or asleep is no fault of the template
-        if self.left < 0:
-            raise TemplateLimitError(f"it writes more than {COPIES * self.largest:,} characters")
-
-    def make(self, size: float, new: float | None = None) -> None:
-        """Before, or after, a value of so many characters is made.
-
-        Args:
-            size: written out.
-            new: what it takes beside the values that it holds; None: all of it.
-
-        Raises:
-            TemplateLimitError: it is too large, or so are all of them together.
-        """
-        if size > self.largest:
-            raise TemplateLimitError(f"it builds a value of more than {self.largest:,} characters")
-        self.left -= int(size if new is None else new)
-        if self.left < 0:
-            self.step()
-
-    def number(self, bits: int) -> None:
-        """Before a whole number of so many bits is made.
-
-        Raises:
-            TemplateLimitError: it is too long.
-        """
-        if bits * 0.30103 > DIGITS:
-            raise TemplateLimitError(f"it computes a number of more than {DIGITS:,} digits")
-
-    def size(self, value: Any) -> int:
-        """Characters of a value written out, roughly; counted no further than needed to know that it is too large."""
-        if type(value) is str:  # nearly always, and this is called for all that a template writes
-            return len(value)
-        total, waiting = 0, [value]
-        while waiting and total <= self.largest:
-            item = waiting.pop()
-            total += NODE
-            if isinstance(item, Namespace):
-                item = object.__getattribute__(item, "_Namespace__attrs")
-            if isinstance(item, str | bytes):
-                total += len(item)
-            elif isinstance(item, Mapping):
-                total += 2 * NODE * len(item)
-                waiting += [*item.keys(), *item.values()]
-            elif isinstance(item, list | tuple | set | frozenset):
-                total += NODE * len(item)
-                waiting += item
-            elif isinstance(item, int):
-                total += item.bit_length() // 3
-        return total
+TESTS = ("in", "eq", "ne", "lt", "le", "gt", "ge", "==", "!=", "<", "<=", ">", ">=", "equalto", "lessthan",
+         "greaterthan")  # fmt: skip
+# Filters of the sandbox's own; their names have spaces, so no template can write them.
+COUNTED, JOINED, MADE = "counted items", "joined text", "made value"
+STEPPED, COMPARED = "one step", "compared values"
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -136,7 +45,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             extensions=[type(extension) for extension in own.extensions.values()],
         )
         self.code_generator_class = _Generator
-        self.globals = {name: value for name, value in own.globals.items() if name != "lipsum"}  # random words, any number
+        # lipsum makes any number of random words
+        self.globals = {name: value for name, value in own.globals.items() if name != "lipsum"}
         self.filters = {
             name: value if name in FREE else self._metered(name, value) for name, value in own.filters.items()
         }
@@ -148,7 +58,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     @property
     def meter(self) -> Meter:
-        """Of the rendering that this thread is at."""
+        """What the rendering that this thread is at has used up."""
         meter: Meter = self._local.meter
         return meter
 
@@ -178,7 +88,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         meter.step()
         owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # the sandbox wraps str.format
         if isinstance(owner, str | bytes | int):
-            args = _expected(meter, obj.__name__, owner, args, kwargs)
+            args = expected(meter, obj.__name__, owner, args, kwargs)
         return self._weighed(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -198,7 +108,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             lists = isinstance(left, list | tuple) and isinstance(right, list | tuple)
             meter.make(meter.size(left) + meter.size(right), NODE * (len(left) + len(right)) if lists else None)
         elif operator == "%" and isinstance(left, str | bytes):
-            meter.make(_formatted(meter, left, right))
+            meter.make(formatted(meter, left, right))
         return super().call_binop(context, operator, left, right)
 
     def _written(self, value: Any) -> Any:
@@ -239,7 +149,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 return self._weighed(function(*args))
             if name in {"join", "sum"} and isinstance(value, Iterator):
                 value = list(value)
-            rest = _expected(meter, name, value, rest, kwargs)
+            rest = expected(meter, name, value, rest, kwargs)
             return self._weighed(function(*args[:skipped], value, *rest, **kwargs))
 
         return filtered
@@ -277,7 +187,7 @@ class _Stepped(NodeTransformer):
         node.body.insert(0, nodes.ExprStmt(_through(nodes.Const(None), STEPPED, written)))
         return node  # type: ignore[no-any-return]
 
-    visit_Macro = visit_CallBlock = visit_Block = _body
+    visit_Macro = visit_CallBlock = visit_Block = _body  # noqa: N815
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
@@ -286,13 +196,17 @@ class _Stepped(NodeTransformer):
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
         return _through(self.generic_visit(node), COMPARED)
 
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        return _through(node, MADE) if isinstance(node.arg, nodes.Slice) and node.ctx == "load" else node
+
     def _literal(self, node: nodes.List | nodes.Tuple | nodes.Dict) -> nodes.Node:
         self.generic_visit(node)
         plain = all(isinstance(part, nodes.Const) for part in node.iter_child_nodes())
         stored = isinstance(node, nodes.Tuple) and node.ctx != "load"
         return node if plain or stored else _through(node, MADE)
 
-    visit_List = visit_Tuple = visit_Dict = _literal
+    visit_List = visit_Tuple = visit_Dict = _literal  # noqa: N815
 
 
 def _through(node: Any, name: str, *args: int) -> nodes.Filter:
@@ -316,63 +230,3 @@ def _counted(context: Context, items: Iterable[Any]) -> Iterator[Any]:
 def _stepped(context: Context, value: Any, written: int = 0) -> Any:
     _sandbox(context).meter.step(written)
     return value
-
-
-def _expected(meter: Meter, name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Refuse what a method or filter would make too much of; returns its arguments, an iterator among them as a list."""
-    args = tuple(list(item) if isinstance(item, Iterator) else item for item in args)
-    given = [*args, *kwargs.values()]
-    number = max((abs(item) for item in given if isinstance(item, int)), default=0)
-    text = max((meter.size(item) for item in given), default=0)
-    size = meter.size(value)
-    if name in {"format", "format_map"}:
-        meter.make(_formatted(meter, value, given))
-    elif name == "replace":
-        pieces = size + 1
-        if pieces * text > meter.largest and args and isinstance(value, str) and isinstance(args[0], str):
-            pieces = value.count(args[0])
-        meter.make(size + pieces * text)
-    elif name == "join":  # the method's text stands before the dot, the filter's behind it
-        texts, between = (value, text) if not isinstance(value, str) or not args else (args[0], size)
-        meter.make(meter.size(texts) + between * (len(texts) if isinstance(texts, Collection) else 1))
-    elif name in {"expandtabs", "indent"} and isinstance(value, str):
-        meter.make(size + (value.count("\t" if name == "expandtabs" else "\n") + 1) * max(number, text))
-    elif name in {"wordwrap", "urlize", "translate", "xmlattr"}:
-        meter.make(size * (1 + text))
-    elif name == "tojson":
-        meter.make(size + size // NODE * (number * _depth(value) + text))
-    elif name == "sum" and not all(isinstance(item, int | float) for item in (value if number or given else ())):
-        raise TemplateLimitError("it adds up what is not numbers")
-    elif number > meter.largest:
-        raise TemplateLimitError(f"it calls {name} with the number {number if number < 10**20 else 'of many digits'}")
-    return args
-
-
-def _formatted(meter: Meter, pattern: str | bytes, values: Any) -> float:
-    """Characters that a format makes of values at most: its own, its widths, and every value wherever it may stand."""
-    text = pattern if isinstance(pattern, str) else pattern.decode("latin-1")
-    places = WIDTH.findall(text)
-    widths = sum(int(digits[:12]) for place in places for digits in re.findall(r"\d+", place))
-    if WIDTH_GIVEN.search(text):
-        widths += _largest_number(values) * len(places)
-    return len(text) + widths + len(places) * meter.size(values)
-
-
-def _largest_number(values: Any) -> int:
-    if isinstance(values, int):
-        return abs(values)
-    inner = values.values() if isinstance(values, Mapping) else values
-    return max(map(_largest_number, inner), default=0) if isinstance(inner, Collection) and not isinstance(inner, str) else 0
-
-
-def _depth(value: Any) -> int:
-    """Levels of lists within lists."""
-    levels, level = 0, [value]
-    while level:
-        levels += 1
-        level = [
-            inner
-            for item in level
-            for inner in (item.values() if isinstance(item, Mapping) else item if isinstance(item, list | tuple) else ())
-        ]
-    return levels

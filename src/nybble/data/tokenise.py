@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from nybble.data.faults import Faults
 from nybble.data.fit import cut_text, halve, last_answer, truncate
 from nybble.data.formats import Conversation, EmptyAnswerError, Forms
+from nybble.data.meter import TemplateLimitError
 from nybble.data.readers import Item, Notice, Row
-from nybble.data.sandbox import TemplateLimitError
 from nybble.data.template import Part, Run, Template
 from nybble.data.tokens import Tokens, encode, join
 from nybble.errors import DataError

@@ -19,7 +19,9 @@ MOST: Mapping[str, int] = {
     "max_position_embeddings": 1 << 30,
 }
 """Eight times Llama 3.1 405B and more. A model is built without memory before its weights are read, a layer in 5 ms."""
-ATTENTION = frozenset({"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"})
+ATTENTION = frozenset(
+    {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"}
+)
 ATTENTION_FIELDS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
 

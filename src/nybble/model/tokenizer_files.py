@@ -1,4 +1,4 @@
-"""A tokenizer's files held to what they must be before a library reads them, and loaded so that whatever it finds is one sentence."""
+"""A tokenizer's files held to what they must be before a library reads them; what that finds then is one sentence."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def check_files(folder: pathlib.Path) -> None:
     """
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ModelError(
-            f"{folder} has no tokenizer (no tokenizer.json)", fix="put tokenizer.json and tokenizer_config.json next to the weights"
+            f"{folder} has no tokenizer (no tokenizer.json)",
+            fix="put tokenizer.json and tokenizer_config.json next to the weights",
         )
     found = {name: read_object(folder / name, ModelError, AGAIN) for name in OBJECTS if (folder / name).exists()}
     for name in OTHERS:
@@ -108,7 +109,9 @@ def _check_tokenizer(described: Mapping[str, Any], file: pathlib.Path) -> None:
         raise _odd(file, "model.vocab", vocabulary, "all tokens with their ids")
     if len(vocabulary) + len(added) > IDS:
         raise ModelError(
-            f"{file.name} has {len(vocabulary) + len(added):,} tokens; nybble takes up to {IDS:,}", where=str(file), fix=AGAIN
+            f"{file.name} has {len(vocabulary) + len(added):,} tokens; nybble takes up to {IDS:,}",
+            where=str(file),
+            fix=AGAIN,
         )
     if isinstance(vocabulary, dict):
         names: dict[int, str] = {}
@@ -132,7 +135,9 @@ def _check_tokenizer(described: Mapping[str, Any], file: pathlib.Path) -> None:
     for name in ("normalizer", "decoder"):
         if (growth := _growth(described.get(name))) > GROWTH:
             raise ModelError(
-                f"the {name} in {file.name} makes a text up to {min(growth, 1e9):,.0f} times as long", where=str(file), fix=AGAIN
+                f"the {name} in {file.name} makes a text up to {min(growth, 1e9):,.0f} times as long",
+                where=str(file),
+                fix=AGAIN,
             )
     try_expressions(described, file, AGAIN)
 
@@ -205,7 +210,9 @@ def _is_tokens(value: Any) -> bool:
 
 def _is_template(value: Any) -> bool:
     if isinstance(value, list):
-        return all(isinstance(item, dict) and {*map(type, map(item.get, ("name", "template")))} == {str} for item in value)
+        return all(
+            isinstance(item, dict) and {*map(type, map(item.get, ("name", "template")))} == {str} for item in value
+        )
     return isinstance(value, str) or (isinstance(value, dict) and all(isinstance(text, str) for text in value.values()))
 
 

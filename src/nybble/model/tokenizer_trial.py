@@ -60,7 +60,9 @@ def try_expressions(described: Mapping[str, Any], file: pathlib.Path, fix: str) 
     if fault is not None:
         shown = found[0] if len(found[0]) <= 60 else f"{found[0][:59]}…"
         raise ModelError(
-            f"{file.name} cuts texts by a regular expression that cannot be used ({shown}): {fault}", where=str(file), fix=fix
+            f"{file.name} cuts texts by a regular expression that cannot be used ({shown}): {fault}",
+            where=str(file),
+            fix=fix,
         )
 
 
@@ -74,7 +76,15 @@ def _expressions(part: Any) -> Iterator[str]:
 def _texts(expressions: list[str]) -> Iterator[str]:
     """Long runs of what the expressions name, and of what is in every text, each with an end that does not fit."""
     named = sorted({letter for text in expressions for letter in text if letter.isalnum()})[:24]
-    units = [*named, *" \n\t.,'-_a1é中", *map("".join, itertools.pairwise([*named, *"a1 ."])), "ab ", "a1", "'s ", "\r\n"]
+    units = [
+        *named,
+        *" \n\t.,'-_a1é中",
+        *map("".join, itertools.pairwise([*named, *"a1 ."])),
+        "ab ",
+        "a1",
+        "'s ",
+        "\r\n",
+    ]
     for unit in dict.fromkeys(units):
         run = unit * (TEXT // len(unit))
         yield from (f"{run}!", f"{run}\0x")
