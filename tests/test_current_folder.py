@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from conftest import ROOT
+from nybble.errors import EvaluationError
 from nybble.export import loaders
 from nybble.installed import module_command
 
@@ -72,6 +73,18 @@ def test_nybble_in_the_current_folder_is_still_found():
     assert done.returncode == 0, done.stderr
     said = started([sys.executable, "-c", code], ROOT / "src", **alone)
     assert said.stdout.strip() == "['-m', 'nybble', '--version']"  # without -P, or it could not be imported
+
+
+def test_a_script_that_lm_eval_would_run_is_refused(tmp_path, monkeypatch):
+    harness = pytest.importorskip("nybble.evaluate.harness")
+    monkeypatch.chdir(tmp_path)
+    for name in harness.METRIC_SCRIPTS:
+        harness._refuse_scripts()
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.py").write_text("raise SystemExit\n")
+        with pytest.raises(EvaluationError, match=rf"the current folder has {name}/{name}\.py, which would be run"):
+            harness._refuse_scripts()
+        (tmp_path / name / f"{name}.py").unlink()
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def expected(meter: Meter, name: str, value: Any, args: tuple[Any, ...], kwargs:
     elif name in {"wordwrap", "urlize", "translate", "xmlattr"}:
         meter.make(size * (1 + text))
     elif name == "tojson":
-        meter.make(size + size // NODE * (number * _depth(value) + text))
+        meter.make(size + size // NODE * (number * (_depth(value) if number else 0) + text))
     elif name == "sum" and not all(isinstance(item, int | float) for item in (value if number or given else ())):
         raise TemplateLimitError("it adds up what is not numbers")
     elif number > meter.largest:
