@@ -23,8 +23,8 @@ def test_a_hostile_folder_is_refused_in_one_sentence(case, tiny_llama, tmp_path)
 
 @pytest.mark.parametrize(
     "name",
-    ["tokenizer-cut-tokenizer.json", "tokenizer-pipe-tokenizer_config.json", "tokenizer-id-4e9", "template-times", "template-syntax",
-     "config-layers", "config-kernel"],
+    ["tokenizer-cut-tokenizer.json", "tokenizer-pipe-tokenizer_config.json", "tokenizer-id-4e9", "template-times",
+     "template-syntax", "config-layers", "config-kernel"],
 )  # fmt: skip
 def test_the_command_line_says_so_too(name, tiny_llama, rows, cache, tmp_path):
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
