@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pathlib
 import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from nybble.installed import module_command
+# Without the current folder (-P); nybble is found where this one is, however it came on the path of whoever imported it.
+START = "import runpy, sys; sys.path.append(sys.argv.pop(1)); runpy.run_module(sys.argv.pop(1), run_name='__main__')"
 
 
 def attempt(module: str, job: Any, *, seconds: float, memory: int) -> str | None:
@@ -26,7 +28,8 @@ def attempt(module: str, job: Any, *, seconds: float, memory: int) -> str | None
         seconds: until it is ended.
         memory: bytes that it may take.
     """
-    words = module_command(module, str(memory))
+    own = pathlib.Path(__file__).resolve().parents[1]
+    words = [sys.executable, "-P", "-c", START, str(own), module, str(memory)]
     try:
         done = subprocess.run(words, input=json.dumps(job).encode(), capture_output=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
