@@ -15,8 +15,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-# Without the current folder (-P); nybble is found where this one is, however it came on the path of whoever imported it.
-START = "import runpy, sys; sys.path.append(sys.argv.pop(1)); runpy.run_module(sys.argv.pop(1), run_name='__main__')"
+# Without the current folder (-P). This very nybble is found, however it came on the path of whoever imported it: its folder goes
+# behind the standard library and before installed packages.
+START = """
+import runpy, sys
+place = next((n for n, entry in enumerate(sys.path) if entry.endswith("-packages")), len(sys.path))
+sys.path.insert(place, sys.argv.pop(1))
+runpy.run_module(sys.argv.pop(1), run_name="__main__")
+"""
 
 
 def attempt(module: str, job: Any, *, seconds: float, memory: int) -> str | None:
