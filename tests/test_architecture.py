@@ -18,7 +18,8 @@ RANK = {
     "evaluate": 5, "serve": 5,
     "inference": 4, "checkpoints": 4, "optimizer": 4, "data": 3, "model": 3, "engine": 3, "plan": 2,
     "launch": 1, "processes": 1, "quantized": 1, "run": 1, "recipe": 1, "kept": 1, "places": 1, "reading": 1, "locks": 1,
-    "marks": 1, "shapes": 1, "errors": 0, "lfs": 0, "terminal": 0, "digests": 0, "markdown": 0, "installed": 0, "__init__": 0,
+    "marks": 1, "shapes": 1, "trial": 1,
+    "errors": 0, "lfs": 0, "terminal": 0, "digests": 0, "markdown": 0, "installed": 0, "__init__": 0,
 }  # fmt: skip
 WITHIN = {
     ("announce", "trainer"),

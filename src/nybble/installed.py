@@ -1,4 +1,4 @@
-"""How nybble is installed here, and so the command that adds an optional part to it."""
+"""How nybble is installed here, and so the commands that add an optional part to it, or start another process of it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,20 @@ def install_extra(extra: str) -> str:
         target = f"{_shown(CHECKOUT)}[{extra}]"
         return f"{pip()} install -e {shlex.quote(target)}"
     return f"{pip()} install 'nybble[{extra}]'"
+
+
+def module_command(name: str, *words: str) -> list[str]:
+    """The command of another process of this very nybble: `python -m NAME WORDS`, with no module from the current folder.
+
+    Python puts that folder first where a module is named, so a typer.py or json.py that lies there would be run. Only where it is
+    the folder that nybble itself is imported from does it stay.
+
+    Args:
+        name: a module of nybble that can be run.
+        words: its arguments.
+    """
+    own = pathlib.Path(__file__).resolve().parents[1]
+    return [sys.executable, *([] if pathlib.Path.cwd() == own else ["-P"]), "-m", name, *words]
 
 
 def pip() -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import uuid
 from collections.abc import Sequence
 from types import FrameType
@@ -14,6 +13,8 @@ import psutil
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from nybble.installed import module_command
 
 
 def run_processes(count: int, words: Sequence[str]) -> int:
@@ -39,7 +40,8 @@ def run_processes(count: int, words: Sequence[str]) -> int:
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, relay)
     try:
-        elastic_launch(config, sys.executable)("-m", "nybble", *words)
+        python, *command = module_command("nybble", *words)
+        elastic_launch(config, python)(*command)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return relay.status or max(1, failure.exitcode)

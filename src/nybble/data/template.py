@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-from jinja2 import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.clock import reads_clock, stopped
 from nybble.data.formats import Conversation, Message
 from nybble.data.readers import document
+from nybble.data.rendering import check_length, render
 from nybble.errors import DataError, RunError
 from nybble.reading import RESTORE, read_object
 from nybble.run import write_json
@@ -186,15 +186,7 @@ class Template:
         return Message(message.role, content, extra)
 
     def _render(self, messages: Sequence[dict[str, str]], generation: bool = False) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.source, tokenize=False, add_generation_prompt=generation
-            )
-        except (JinjaError, TypeError, ValueError) as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise DataError(f"the template {self.name} fails on turns of {roles}: {error}") from error
-        assert isinstance(text, str)
-        return text
+        return render(self.tokenizer, self.name, self.source, messages, generation)
 
     def _find_skeleton(self, shape: tuple[tuple[str, bool], ...]) -> list[Part]:
         """The parts of a conversation of these roles, from one rendering with placeholders."""
@@ -309,6 +301,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, option: str, form: str) 
         if not file.is_file():
             names = ", ".join(("auto", "model", *BUILT_IN, *sorted(named)))
             raise DataError(f"data.template={option} is neither a Jinja file nor one of {names}")
+        check_length(file)
         source = document(file)
     day = today() if reads_clock(source) else None
     return Template(tokenizer, option, source, day=day)

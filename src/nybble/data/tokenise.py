@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from nybble.data.faults import Faults
 from nybble.data.fit import cut_text, halve, last_answer, truncate
 from nybble.data.formats import Conversation, EmptyAnswerError, Forms
+from nybble.data.meter import TemplateLimitError
 from nybble.data.readers import Item, Notice, Row
 from nybble.data.template import Part, Run, Template
 from nybble.data.tokens import Tokens, encode, join
@@ -181,6 +182,8 @@ class Pass:
             try:
                 runs.append(self.template.runs(read.conversation))
                 good.append(read)
+            except TemplateLimitError:
+                raise  # it is no fault of this row
             except DataError as fault:
                 self._note(DataError(fault.what, where=read.origin, fix=fault.fix))
         for tokens, read in zip(join(self.template.tokenizer, runs), good, strict=True):

@@ -39,6 +39,8 @@ FEWSHOT = {"mmlu": 5}
 """Examples before each question where that is how a benchmark is reported; the others as their task says."""
 METRICS = ("acc_norm", "exact_match", "acc")
 """Which metric of a task counts, the first it has; else its own first."""
+METRIC_SCRIPTS = ("accuracy", "bertscore", "bleu", "bleurt", "code_eval", "f1", "rouge", "squad_v2")
+"""What lm-eval's tasks ask of the package evaluate, which runs NAME/NAME.py of the current folder where there is one."""
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 CPU_BATCH = 8  # more padding than speed beyond it; on CUDA lm-eval tries what fits
 
@@ -151,6 +153,7 @@ class Harness:
         Raises:
             EvaluationError: the task or its rows are not to be had.
         """
+        _refuse_scripts()
         parts = self.parts(name)
         with tempfile.TemporaryDirectory(prefix="nybble-") as scratch, _quiet():
             specs, data = parts, "Hub"
@@ -237,6 +240,17 @@ class Harness:
             if found:
                 return {split: File(file, file.name) for split, file in found.items()}
         return {}
+
+
+def _refuse_scripts() -> None:
+    for name in METRIC_SCRIPTS:
+        script = pathlib.Path(name, f"{name}.py")
+        if script.is_file():
+            raise EvaluationError(
+                f"the current folder has {script}, which would be run in place of the metric {name}",
+                where=str(script.absolute()),
+                fix="start nybble in another folder, or rename it",
+            )
 
 
 def _named(folder: pathlib.Path, stem: str) -> dict[str, pathlib.Path]:

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import pathlib
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +26,7 @@ from transformers import (
 
 from nybble.errors import ExportError
 from nybble.export.parity import PLAIN, Answer, Given, Reference, greedy, next_logits, own_stops
+from nybble.installed import module_command
 from nybble.model.base import weights_alone
 from nybble.quantized import stay_unpacked
 
@@ -118,7 +118,7 @@ def through_llama_cpp(file: pathlib.Path, reference: Reference, new_tokens: int)
         ]
         asked = {"file": str(file), "result": str(result), "new_tokens": new_tokens, "end": reference.end_id}
         job.write_text(json.dumps({**asked, "questions": questions}), encoding="utf-8")
-        child = subprocess.run([sys.executable, "-m", LLAMA_CPP, str(job)], capture_output=True, text=True, check=False)
+        child = subprocess.run(module_command(LLAMA_CPP, str(job)), capture_output=True, text=True, check=False)
         if child.returncode:
             said = child.stderr.strip().splitlines()
             how = f"signal {-child.returncode}" if child.returncode < 0 else f"status {child.returncode}"

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from nybble.data.rendering import render
 from nybble.data.template import puts_bos
+from nybble.errors import DataError
 
 UNQUOTABLE = "# The run's system message contains quotes that a Modelfile cannot express: send it with each request."
 MARK = "\ue0f2"  # of Unicode's private use area: no template has a use for it
@@ -78,10 +79,8 @@ def between(tokenizer: PreTrainedTokenizerBase, template: str, roles: Sequence[s
     """What a template writes before, between and after the messages; None where it refuses these roles."""
     messages = [{"role": role, "content": MARK} for role in roles]
     try:
-        text = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
-    except (TemplateError, TypeError, ValueError):
+        text = render(tokenizer, "of the run", template, messages, generation=True)
+    except DataError:
         return None
-    pieces: list[str] = text.split(MARK)
+    pieces = text.split(MARK)
     return pieces if len(pieces) == len(roles) + 1 else None

@@ -23,6 +23,7 @@ from nybble.model.adapter_config import (
     unknown_options,
 )
 from nybble.model.adapter_files import read_tensors
+from nybble.model.patterns import check_patterns
 
 BY_PEFT = "merge it with PEFT's own merge_and_unload on the 16-bit base"
 PREFIX = "base_model.model."  # what PEFT puts before a module's name
@@ -78,6 +79,7 @@ def read_updates(folder: pathlib.Path) -> dict[str, Update]:
             f"the adapter holds {odd[0]}, which is not part of LoRA on a linear layer", where=str(file), fix=BY_PEFT
         )
     modules = list(dict.fromkeys(name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in names))
+    check_patterns(config, modules, str(folder))
     updates = {f"{module}.weight": _update(tensors, config, module, file) for module in modules}
     if not any(update.scaling and update.a.any() and update.b.any() for update in updates.values()):
         raise ModelError("every B A of the adapter is zero, or its alpha is: it has learnt nothing", where=str(folder))

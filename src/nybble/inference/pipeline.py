@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase, TextGenerationPipeline
+from transformers import DynamicCache, PreTrainedTokenizerBase, TextGenerationPipeline
 from transformers.generation.streamers import BaseStreamer
 
 from nybble.data.formats import Conversation
@@ -30,8 +30,7 @@ from nybble.model.bits import Bits, trained_on
 from nybble.model.checkpoint import find_base, fingerprint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.kept_base import hold
-from nybble.model.tokenizer import load_tokenizer
-from nybble.model.weights import refuse_pointers
+from nybble.model.tokenizer import load_tokenizer, read_tokenizer
 from nybble.places import check_cache, default_cache, explained_disk
 from nybble.quantized import dequantise_where_room
 from nybble.run import Run, open_run, refuse_unfinished
@@ -248,8 +247,7 @@ def load_template(run: Run, base: pathlib.Path) -> tuple[PreTrainedTokenizerBase
     if run.is_bare_adapter:
         tokenizer = load_tokenizer(run.folder if (run.folder / "tokenizer_config.json").exists() else base, base)
         return tokenizer, choose_template(tokenizer, "auto", "alpaca")
-    refuse_pointers((run.folder / "tokenizer").glob("*.json"))
-    tokenizer = AutoTokenizer.from_pretrained(run.folder / "tokenizer")
+    tokenizer = read_tokenizer(run.folder / "tokenizer")
     return tokenizer, read_template(tokenizer, run.folder / "template.json")
 
 

@@ -17,6 +17,7 @@ from nybble.errors import ModelError, TrainingError
 from nybble.model.adapter_config import CONFIG, read_adapter_config
 from nybble.model.adapter_files import read_tensors
 from nybble.model.adapter_places import ADDED_TOKENS, fill, trained_on
+from nybble.model.patterns import check_patterns
 from nybble.model.weights import LOADING_FAULTS, reason, some
 from nybble.recipe import LoraOptions
 
@@ -182,6 +183,7 @@ def _read_stored(
 ) -> tuple[LoraConfig, pathlib.Path, dict[str, torch.Tensor]]:
     """Configuration, file and tensors; refused where rows of the embedding were trained that this base does not have."""
     config = read_adapter_config(path)
+    check_patterns(config, (name for name, _ in model.named_modules()), str(path))
     rows = model.get_input_embeddings().weight.shape[0]
     trained = config.trainable_token_indices or []
     ids = itertools.chain.from_iterable(trained.values()) if isinstance(trained, dict) else trained

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from nybble.errors import ModelError
+from nybble.model.config_limits import refuse_hostile
 from nybble.model.fields import check_fields, check_generation
 from nybble.model.headers import index_of
 from nybble.model.hub import fetch, few, missing_weights
@@ -82,6 +83,7 @@ def find_checkpoint(path: str, revision: str | None = None, *, weights: bool = T
     _check_architecture(folder, config)
     check_fields(folder / "config.json", config)
     _check_pad(folder, config)
+    refuse_hostile(config, folder)
     return Checkpoint(path, folder, commit, config)
 
 

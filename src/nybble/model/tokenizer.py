@@ -10,10 +10,10 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nybble.errors import ModelError
-from nybble.model.weights import LOADING_FAULTS, reason, refuse_pointers
+from nybble.model.tokenizer_files import FILES, check_files, explained
+from nybble.model.weights import refuse_pointers
+from nybble.reading import read_object
 
-FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-         "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
 log = logging.getLogger("nybble")
 
 
@@ -27,24 +27,39 @@ def load_tokenizer(folder: pathlib.Path, base: pathlib.Path | None = None) -> Pr
     Raises:
         ModelError: the folder has no tokenizer, or none that gives the ids the model was trained on.
     """
-    refuse_pointers(folder / name for name in FILES)
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except LOADING_FAULTS as error:
+    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
         raise ModelError(
-            f"no tokenizer can be loaded from {folder}: {reason(error)}",
-            fix="put tokenizer.json and tokenizer_config.json next to the weights",
-        ) from error
-    tokenizer = _as_in_its_file(tokenizer, folder)
-    if tokenizer.pad_token is None or _lacks_an_embedding(tokenizer, folder, base or folder):
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+            f"{folder} has tokenizer.model but no tokenizer.json, and from it transformers 5 makes other token ids than the "
+            "model was trained on",
+            fix="get tokenizer.json from the model's page; for Llama 2: hf download meta-llama/Llama-2-7b-hf "
+            f"tokenizer.json --local-dir {folder}",
+        )
+    tokenizer = read_tokenizer(folder)
+    with explained(folder):
+        tokenizer = _as_in_its_file(tokenizer, folder)
+        if tokenizer.pad_token is None or _lacks_an_embedding(tokenizer, folder, base or folder):
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def read_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder as Transformers reads it: no code from the folder, and nobody is asked whether to run some.
+
+    Raises:
+        ModelError: there is none, or one of its files is not what it must be.
+    """
+    check_files(folder)
+    with explained(folder):
+        refuse_pointers(folder / name for name in FILES)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("A text.\n1")  # some faults show with the first text only
     return tokenizer
 
 
 def _lacks_an_embedding(tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path, base: pathlib.Path) -> bool:
     """Whether the pad token was added without a row of the embedding, as far as there is a config.json."""
     file = base / "config.json"
-    rows = json.loads(file.read_text(encoding="utf-8")).get("vocab_size") if file.exists() else None
+    rows = read_object(file).get("vocab_size") if file.exists() else None
     if not isinstance(rows, int) or tokenizer.pad_token_id < rows:
         return False
     log.warning(
@@ -65,13 +80,6 @@ def _as_in_its_file(tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path) ->
     """
     file = folder / "tokenizer.json"
     if not file.exists():
-        if (folder / "tokenizer.model").exists():
-            raise ModelError(
-                f"{folder} has tokenizer.model but no tokenizer.json, from which transformers 5 makes other token ids "
-                "than the model was trained on",
-                fix="get tokenizer.json from the model's page; for Llama 2: hf download meta-llama/Llama-2-7b-hf "
-                f"tokenizer.json --local-dir {folder}",
-            )
         return tokenizer
     written = _rules(Tokenizer.from_file(str(file)))
     if _rules(getattr(tokenizer, "backend_tokenizer", None)) == written:

@@ -1,0 +1,97 @@
+"""A conversation rendered by a chat template, as Transformers' apply_chat_template renders it, within the sandbox's limits."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Sequence
+
+from jinja2 import Template, TemplateSyntaxError
+from jinja2 import TemplateError as JinjaError
+from transformers import PreTrainedTokenizerBase
+
+from nybble.data.meter import TemplateLimitError
+from nybble.data.sandbox import SOURCE, Sandbox
+from nybble.errors import DataError
+
+TURNS_TOLD = 8  # in a message
+# What Python raises where a template is wrong: deep nesting ends in RecursionError, SyntaxError or MemoryError of its compiler.
+FAULTS = (
+    JinjaError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError, AssertionError, SyntaxError,
+    MemoryError,
+)  # fmt: skip
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    source: str,
+    messages: Sequence[dict[str, str]],
+    generation: bool,
+) -> str:
+    """The text of a conversation.
+
+    Args:
+        tokenizer: whose control tokens the template may name.
+        name: of the template, for messages.
+        source: its Jinja text.
+        messages: with role, content and maybe input.
+        generation: end where an answer begins.
+
+    Raises:
+        TemplateLimitError: it runs too long or builds too much.
+        DataError: it fails on these turns, or is no template.
+    """
+    given = sum(len(text) for message in messages for text in message.values())
+    own = {key: value if isinstance(value, list) else str(value) for key, value in tokenizer.special_tokens_map.items()}
+    variables = {
+        "messages": list(messages),
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": generation,
+        **own,
+    }
+    try:
+        return _sandbox().rendered(_compiled(source), given, variables)
+    except TemplateLimitError as limit:
+        raise TemplateLimitError(
+            f"the template {name} is refused: {limit.what}",
+            fix="data.template=alpaca, llama2, plain or a Jinja file of your own",
+        ) from limit
+    except TemplateSyntaxError as error:
+        raise DataError(f"the template {name} is no Jinja: line {error.lineno}: {error.message}") from error
+    except FAULTS as error:
+        roles = ", ".join(message["role"] for message in messages[:TURNS_TOLD])
+        more = f" and {len(messages) - TURNS_TOLD:,} more" if len(messages) > TURNS_TOLD else ""
+        raise DataError(f"the template {name} fails on turns of {roles}{more}: {_reason(error)}") from error
+
+
+def check_length(file: pathlib.Path) -> None:
+    """Refuse a file that is too long for a template, before it is read.
+
+    Raises:
+        TemplateLimitError: it is.
+    """
+    if (size := file.stat().st_size) > 4 * SOURCE:  # bytes of a character
+        raise TemplateLimitError(
+            f"the template has {size:,} bytes, and {SOURCE:,} characters are allowed",
+            where=str(file),
+            fix="name a Jinja file: data.template=FILE",
+        )
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply, or calls itself without end"
+    plain = isinstance(error, JinjaError | TypeError | ValueError | RuntimeError)
+    return str(error) if plain and str(error) else f"{type(error).__name__}: {error}"
+
+
+@functools.cache
+def _sandbox() -> Sandbox:
+    return Sandbox()
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(source: str) -> Template:
+    return _sandbox().compiled(source)

@@ -1,0 +1,62 @@
+"""What cannot be interrupted once it has begun, tried first in a process that can be ended: regular expressions, tokenizers.
+
+A program of nybble reads its job as JSON from its standard input, says what is wrong as JSON on its standard output, and has a
+limit of time and memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+# Without the current folder (-P). This very nybble is found, however it came on the path of whoever imported it: its folder goes
+# behind the standard library and before installed packages.
+START = """
+import runpy, sys
+place = next((n for n, entry in enumerate(sys.path) if entry.endswith("-packages")), len(sys.path))
+sys.path.insert(place, sys.argv.pop(1))
+runpy.run_module(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def attempt(module: str, job: Any, *, seconds: float, memory: int) -> str | None:
+    """Run a program of nybble on a job; what is wrong, or None.
+
+    Args:
+        module: that calls `answer`.
+        job: what it is given, as JSON can hold it.
+        seconds: until it is ended.
+        memory: bytes that it may take.
+    """
+    own = pathlib.Path(__file__).resolve().parents[1]
+    words = [sys.executable, "-P", "-c", START, str(own), module, str(memory)]
+    try:
+        done = subprocess.run(words, input=json.dumps(job).encode(), capture_output=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return f"it is still at work after {seconds:.0f} seconds"
+    if done.returncode == 0:
+        found = json.loads(done.stdout)
+        return None if found is None else str(found)
+    if done.returncode < 0:
+        return f"it ends the process with signal {-done.returncode}"
+    said = done.stderr.decode(errors="replace").strip().splitlines()
+    return said[-1][:200] if said else f"it ends the process with status {done.returncode}"
+
+
+def answer(examine: Callable[[Any], str | None]) -> None:
+    """The other side: read the job, examine it within the limit of memory, say what was found."""
+    most = int(sys.argv[1])
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    with contextlib.suppress(ValueError):  # not everywhere is the memory of a process limited
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    try:
+        found = examine(json.load(sys.stdin))
+    except MemoryError:
+        found = f"it needs more than {most / 1e9:.0f} GB of memory"
+    json.dump(found, sys.stdout)
