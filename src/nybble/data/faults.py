@@ -12,6 +12,7 @@ from nybble.errors import DataError
 
 KEPT = 20  # different ones
 STRETCHES = 3  # of lines, named for each
+REMEMBERED = 1000  # of them; there may be millions
 PLACE = re.compile(r"(.*):(\d+)", re.DOTALL)
 
 
@@ -29,10 +30,26 @@ class _Same:
     """Of the first of them."""
     fix: str | None
     stretches: list[list[int]] = field(default_factory=list)
-    """First and last line of rows that follow each other."""
+    """First and last line of rows that follow each other, the first ones."""
+    more: int = 0
+    """How many there are beyond these."""
+    highest: int = 0
+    """The highest line that is counted in any."""
     rows: int = 0
     last: int = -1
     """The newest row's number among all rows: between neighbours there may be blank lines."""
+
+    def place(self, line: int, *, follows: bool) -> None:
+        """Count a row's line; `follows` where the row before it has the same fault."""
+        if follows and self.stretches:
+            if not self.more:
+                self.stretches[-1][1] = line
+        elif line > self.highest or not any(first <= line <= last for first, last in self.stretches):
+            if len(self.stretches) < REMEMBERED:
+                self.stretches.append([line, line])
+            else:
+                self.more += 1
+        self.highest = max(self.highest, line)
 
 
 @dataclass
@@ -56,10 +73,8 @@ class Faults:
             if len(self.found) == KEPT:
                 return
             same = self.found[file, alike] = _Same(fault.what, fault.fix)
-        if line is not None and same.stretches and same.last == row - 1:
-            same.stretches[-1][1] = line
-        elif line is not None and not any(first <= line <= last for first, last in same.stretches):
-            same.stretches.append([line, line])
+        if line is not None:
+            same.place(line, follows=same.last == row - 1)
         same.rows, same.last = same.rows + 1, row
 
     def listed(self) -> list[DataError]:
@@ -99,5 +114,6 @@ def _where(file: str, same: _Same) -> str:
         return file
     if len(named) == 1 and named[0].isdigit():  # a row that was read more than once
         return f"{file}:{named[0]}"
-    shown = named if len(named) <= STRETCHES + 1 else [*named[:STRETCHES], f"{len(named) - STRETCHES:,} more places"]
+    more = len(named) + same.more - STRETCHES
+    shown = named if more <= 1 else [*named[:STRETCHES], f"{more:,} more places"]
     return f"{file}, lines {', '.join(shown[:-1])}{' and ' if shown[:-1] else ''}{shown[-1]}"

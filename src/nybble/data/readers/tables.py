@@ -11,14 +11,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nybble.data.readers.row import Item, Notice, Row
+from nybble.data.readers.row import MB, Item, Notice, Row, listing, too_large
 from nybble.data.readers.text import START, beginning, checked, kind_of, lines
 from nybble.errors import DataError
 
 LOOKED_AT = 100  # lines by which a delimiter is told
 EMPTY_COLUMNS = "empty columns at the end are ignored"
 EMPTY_ROWS = "empty rows are ignored"
-MAX_CSV_FIELD = 1 << 28  # csv's own default of 128 KiB is less than one long document
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 SAID = re.compile(r'"?sep=(\\t|[^\w\s"]|\t)"?[,;\t|]*', re.IGNORECASE)
 """Excel's own first line, which names the delimiter and is no row."""
@@ -35,14 +34,86 @@ class Dialect:
     """Lines above the header."""
 
 
-def read_csv(file: pathlib.Path) -> Iterator[Item]:
+class Record:
+    """The lines of one record, as the csv module asks for them; it joins those that a quoted field spans.
+
+    Args:
+        file: the table, perhaps packed.
+        limit: characters that a record may have.
+        skipped: lines above the header.
+    """
+
+    def __init__(self, file: pathlib.Path, limit: int, skipped: int) -> None:
+        self.file = file
+        self.limit = limit
+        self.unread = itertools.islice(lines(file, "", limit), skipped, None)
+        self.first = skipped + 1
+        """Line on which the record begins; quoted fields may hold line breaks."""
+        self.lines: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        size = 0
+        for number, line in self.unread:
+            text = checked(line, self.file, number)
+            size = size + len(text) if self.lines else len(text)
+            self.lines.append(text)
+            if size > self.limit:
+                raise csv.Error("a record is too long")
+            yield text
+
+    def end(self) -> str:
+        """Where the record that was read begins; the next one begins behind it."""
+        origin = f"{self.file}:{self.first}"
+        self.first += len(self.lines)
+        self.lines.clear()
+        return origin
+
+    def fault(self, error: csv.Error, delimiter: str) -> DataError:
+        """What is wrong where csv went no further: where the quotes open that do not end, if it is that."""
+        ends = list(itertools.accumulate(map(len, self.lines)))
+        is_long = bool(ends) and ends[-1] > self.limit
+        opened = _open_quote("".join(self.lines), delimiter)
+        where = f"{self.file}:{self.first + sum(end <= (opened or 0) for end in ends)}"
+        fix = "close every quote, and double those inside"
+        if is_long and opened is None:
+            return too_large("a record", self.limit, where)
+        if is_long:
+            what = f"no end within {self.limit / MB:,.0f} MB of the quotes that open here"
+            fix += f"; if a field is meant to be this large, allow it with data.max_row_mb={2 * self.limit // MB}"
+        else:
+            what = str(error) + ("" if opened is None else " within the quotes that open here")
+        return DataError(f"not valid CSV: {what}", where=where, fix=fix)
+
+
+def _open_quote(text: str, delimiter: str) -> int | None:
+    """Where in a record the field begins whose quote is not closed; None where all are."""
+    place = 0
+    while place < len(text):
+        place += text[place] == " " and place > 0
+        if text[place : place + 1] == '"':
+            opened, place = place, text.find('"', place + 1)
+            while place >= 0 and text[place + 1 : place + 2] == '"':
+                place = text.find('"', place + 2)
+            if place < 0:
+                return opened
+        place = text.find(delimiter, place) + 1
+        if place == 0:
+            return None
+    return None
+
+
+def read_csv(file: pathlib.Path, limit: int) -> Iterator[Item]:
     """Rows and faults of a table, and a notice where empty columns or rows of it are ignored.
+
+    Args:
+        file: the table, perhaps packed.
+        limit: characters that a row may have.
 
     Raises:
         DataError: the header names a column twice, or a quote is not closed.
     """
     told: set[Notice] = set()
-    for item in _items(file):
+    for item in _items(file, limit):
         if not isinstance(item, Notice):
             yield item
         elif item not in told:
@@ -50,26 +121,24 @@ def read_csv(file: pathlib.Path) -> Iterator[Item]:
             yield item
 
 
-def _items(file: pathlib.Path) -> Iterator[Item]:
-    csv.field_size_limit(MAX_CSV_FIELD)
+def _items(file: pathlib.Path, limit: int) -> Iterator[Item]:
+    csv.field_size_limit(limit)  # its own default of 128 KiB is less than one long document
     dialect = _dialect(file)
-    text = (checked(line, file, number) for number, line in lines(file, ""))
-    reader = csv.reader(
-        itertools.islice(text, dialect.skipped, None),
-        delimiter=dialect.delimiter,
-        skipinitialspace=dialect.spaced,
-        strict=True,
-    )
-    first = dialect.skipped + 1  # line of a record; quoted fields may hold line breaks
+    record = Record(file, limit, dialect.skipped)
+    reader = csv.reader(iter(record), delimiter=dialect.delimiter, skipinitialspace=dialect.spaced, strict=True)
     try:
-        header = next(filter(_is_filled, reader), [])
+        header: list[str] = []
+        while not header and (fields := next(reader, None)) is not None:
+            if _is_filled(fields):
+                header = fields
+            else:
+                record.end()
         names = _named(header, f"{file}:{dialect.skipped + reader.line_num}")
         if len(names) < len(header):
             yield Notice(f"{file.name}: {EMPTY_COLUMNS}")
-        first = dialect.skipped + reader.line_num + 1
+        record.end()
         for fields in reader:
-            origin = f"{file}:{first}"
-            first = dialect.skipped + reader.line_num + 1
+            origin = record.end()
             if len(fields) == len(names) and fields[0] and not fields[0].isspace():  # nearly every row
                 yield Row(dict(zip(names, fields, strict=True)), origin)
             elif not _is_filled(fields):
@@ -82,9 +151,7 @@ def _items(file: pathlib.Path) -> Iterator[Item]:
                     yield Notice(f"{file.name}: {EMPTY_COLUMNS}")
                 yield Row(dict(zip(names, fields, strict=False)), origin)
     except csv.Error as error:
-        raise DataError(
-            f"not valid CSV: {error}", where=f"{file}:{first}", fix="close every quote, and double those inside"
-        ) from error
+        raise record.fault(error, dialect.delimiter) from error
 
 
 def _is_filled(fields: list[str]) -> bool:
@@ -99,7 +166,7 @@ def _named(header: list[str], where: str) -> list[str]:
     counts = Counter(name for name in header[:width] if name.strip())
     if twice := [name for name, count in counts.items() if count > 1]:
         raise DataError(
-            f"two columns of the header have the same name: {twice[0]!r}",
+            f"two columns of the header have the same name: {twice[0]!r:.60}",
             where=where,
             fix="give each column a different name",
         )
@@ -109,7 +176,7 @@ def _named(header: list[str], where: str) -> list[str]:
 def _uneven(fields: list[str], names: list[str], dialect: Dialect, origin: str) -> DataError:
     delimiters = DELIMITERS.get(dialect.delimiter, repr(dialect.delimiter))
     return DataError(
-        f"{len(fields)} field{'s' * (len(fields) != 1)}, but the header has {len(names)} ({', '.join(names)})",
+        f"{len(fields)} field{'s' * (len(fields) != 1)}, but the header has {len(names)} ({listing(names)})",
         where=origin,
         fix=f"quote fields that contain {delimiters} or line breaks",
     )
