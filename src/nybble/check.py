@@ -18,7 +18,7 @@ from nybble.data.examine import Examined, examine, forms_of, rows_of, sources_of
 from nybble.data.licences import licences
 from nybble.data.order import lengths_of
 from nybble.data.prepare import arranged, of_validation, split
-from nybble.data.sources import Source, row_limit
+from nybble.data.sources import Source
 from nybble.data.template import Template
 from nybble.data.tokenise import Counts, Pass
 from nybble.data.xray import Rules, inspect
@@ -82,12 +82,11 @@ def check(
 
 def _check_rows(recipe: Recipe, console: Console) -> list[NybbleError]:
     sources = sources_of(recipe.data)
-    limit = row_limit(recipe.data, as_before=False)
-    forms = forms_of(sources, recipe.data, limit)
+    forms = forms_of(sources, recipe.data)
     reading = Pass(forms, None, recipe.data)
     with _progress(console, "reading") as (progress, task):
         reading.progress = lambda rows: progress.update(task, completed=rows)
-        for _ in reading.conversations(rows_of(sources, recipe.data, limit)):
+        for _ in reading.conversations(rows_of(sources, recipe.data)):
             pass
     _tell_rows(console, reading.counts, sources, recipe.data.streaming)
     return list(unfit(reading.counts, reading.faults, {}, recipe.data))

@@ -84,7 +84,7 @@ def examine(
     sources = sources_of(options)
     as_before = template is not None and template.is_of_0_5
     limit = row_limit(options, as_before)
-    forms = dataclasses.replace(forms_of(sources, options, limit), as_before=as_before)
+    forms = dataclasses.replace(forms_of(sources, options, as_before), as_before=as_before)
     template = template or choose_template(tokenizer, options.template, forms.likeliest)
     assert template.ends, "a template that works at all"
     key = _key(sources, forms, template, options)
@@ -92,7 +92,7 @@ def examine(
     folder = cache / "tokens" / hashlib.sha256(f"{CACHE_VERSION}{as_before}{limit}{key}{places}".encode()).hexdigest()
     cached = (folder / "found.json").exists()
     if not cached:
-        _write(folder, rows_of(sources, options, limit), Pass(forms, template, options, progress))
+        _write(folder, rows_of(sources, options, as_before), Pass(forms, template, options, progress))
     found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
     found_faults = faults.from_json(found["faults"])
     lengths = {int(length): count for length, count in found["lengths"].items()}
@@ -114,14 +114,15 @@ def sources_of(options: DataOptions) -> tuple[Source, ...]:
     )
 
 
-def rows_of(sources: tuple[Source, ...], options: DataOptions, limit: int) -> Iterator[Item]:
+def rows_of(sources: tuple[Source, ...], options: DataOptions, as_before: bool = False) -> Iterator[Item]:
     """Their rows and faults, of a stream the first 10,000."""
-    return itertools.islice(read_rows(sources, limit), HEAD if options.streaming else None)
+    return itertools.islice(read_rows(sources, row_limit(options, as_before)), HEAD if options.streaming else None)
 
 
-def forms_of(sources: tuple[Source, ...], options: DataOptions, limit: int) -> Forms:
+def forms_of(sources: tuple[Source, ...], options: DataOptions, as_before: bool = False) -> Forms:
     """The forms of their first rows."""
-    head = itertools.islice((item for item in read_rows(sources, limit) if isinstance(item, Row)), LOOKED_AT)
+    rows = (item for item in read_rows(sources, row_limit(options, as_before)) if isinstance(item, Row))
+    head = itertools.islice(rows, LOOKED_AT)
     return detect_forms(head, options.form, options.map)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +18,16 @@ from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
 LARGEST_BEFORE = 2000 * MB  # version 0.5.1 had no limit on rows
-UNPACKERS = {".bz2": "bunzip2 --keep", ".xz": "unxz --keep", ".zst": "unzstd", ".zip": "unzip", ".7z": "7z x", ".tar": "tar xf"}
+UNPACKERS = {
+    ".bz2": "bunzip2 --keep",
+    ".xz": "unxz --keep",
+    ".zst": "unzstd",
+    ".zip": "unzip",
+    ".7z": "7z x",
+    ".tar": "tar xf",
+}
 PATTERN = frozenset("*?[")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 Paths = str | Sequence[str] | Mapping[str, float]
 
 
@@ -143,6 +152,8 @@ def _files(name: str) -> tuple[pathlib.Path, ...]:
         return tuple(file for match in matches for file in _files(str(match)))
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or kind_of(path) in KINDS:
         raise DataError(f"there is no file {path}", fix=f"ls {path.parent}")
+    if not HUB_ID.fullmatch(name):
+        raise DataError(f"there is no file {name!r:.100}, and it is not a Hub id (owner/name)", fix="check the path")
     return ()
 
 

@@ -18,7 +18,8 @@ from nybble.errors import DataError
 INVISIBLE = frozenset({"Cc", "Cf", "Cn", "Cs"})  # control and format characters, zero-width ones among them
 BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0") | {chr(code) for code in range(0xFE00, 0xFE10)}
 """Letters and marks that look like nothing: Hangul fillers, a Braille cell without dots, variation selectors."""
-STRINGS = re.compile(r"'[^'\\]*(?:\\.[^'\\]*)*(?:'|\\?\Z)|" r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
+STRING = re.compile(r"""'[^']*(?:'|\Z)|"[^"]*(?:"|\Z)""")
+ESCAPES = ("\\\\", "\\'", '\\"')
 LONGEST_LITERAL = 200_000  # characters outside of strings: Python's parser takes hundreds of bytes for each
 NUMBERS = "numbers and true or false are read as their text"
 PARTS = "content in text parts is joined"
@@ -135,7 +136,7 @@ def literal(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         pass
-    if len(STRINGS.sub("", text)) > LONGEST_LITERAL:
+    if _outside_strings(text) > LONGEST_LITERAL:
         return None
     try:
         with warnings.catch_warnings():
@@ -143,6 +144,13 @@ def literal(text: str) -> Any:
             return ast.literal_eval(text.strip())
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
+
+
+def _outside_strings(text: str) -> int:
+    """How many characters of Python's text stand outside of its strings."""
+    for escape in ESCAPES:
+        text = text.replace(escape, "")
+    return len(STRING.sub("", text))
 
 
 def no_tools(what: str, spot: Spot) -> DataError:

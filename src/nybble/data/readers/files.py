@@ -29,7 +29,10 @@ ARCHIVES = {  # first bytes: what such a file is, and what to do
     b"\x28\xb5\x2f\xfd": ("compressed with Zstandard", "unpack it: unzstd"),
     b"7z\xbc\xaf\x27\x1c": ("a 7-Zip archive", "unpack it: 7z x"),
     b"Rar!\x1a\x07": ("a RAR archive", "unpack it"),
-    b"ARROW1": ("an Arrow or Feather file", "write it as parquet: pyarrow.feather.read_table, pyarrow.parquet.write_table"),
+    b"ARROW1": (
+        "an Arrow or Feather file",
+        "write it as parquet: pyarrow.feather.read_table, pyarrow.parquet.write_table",
+    ),
     b"SQLite format 3\0": ("an SQLite database", "export the table as CSV"),
     b"\xd0\xcf\x11\xe0": ("an old Excel workbook", "save the sheet as CSV"),
     b"\x93NUMPY": ("a NumPy array", "write its rows as JSON lines"),

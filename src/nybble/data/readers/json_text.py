@@ -37,9 +37,7 @@ class Decoder(json.JSONDecoder):
 
     def __init__(self) -> None:
         self._repeated: str | None = None
-        super().__init__(
-            parse_constant=_refuse_constant, parse_int=_integer, object_pairs_hook=self._object
-        )
+        super().__init__(parse_constant=_refuse_constant, parse_int=_integer, object_pairs_hook=self._object)
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)

@@ -13,7 +13,11 @@ from typing import BinaryIO
 
 HEADERS = (1 << 12, 1 << 24)  # bytes that are read for one: nearly always enough, and Arrow's own limit
 UNPACKED, PACKED = 2, 3  # numbers of a page header's fields
-COUNTING = (5, 7, 8)  # numbers of the fields that say how many values are in a data page, a dictionary, a data page of version 2
+COUNTING = (
+    5,
+    7,
+    8,
+)  # numbers of the fields that say how many values are in a data page, a dictionary, a data page of version 2
 BOOLEANS, BYTE, INTEGERS, DOUBLE, BINARY, LISTS, STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 12
 DEEPEST = 8  # structs inside each other
 

@@ -9,6 +9,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import IO
 
 import pyarrow
@@ -24,6 +25,7 @@ ROWS = 1024  # that are unpacked at a time, or fewer where they are large
 PAGE = 16  # times as large as a row a page may be: rows share it
 ELEMENTS = 1 << 26  # of the lists in a column of a row group: a few bytes can stand for billions
 UNPACKED, GROWTH = 256 * MB, 100  # what a .gz may unpack to: so many bytes, or so many times its size
+LARGE_DICTIONARY = 2 * MB  # more than the 1 MB that is usual
 TEXTS = ("NONE", "STRING", "JSON", "ENUM", "BSON")
 PREFIXED = "DELTA_BYTE_ARRAY"  # each value may take over all of the one before
 
@@ -41,17 +43,19 @@ def read_parquet(file: pathlib.Path, limit: int) -> Iterator[Item]:
     number = 0
     try:
         with _seekable(file) as stream:
-            reader = _reader(stream)
-            names = reader.schema_arrow.names
+            metadata = pyarrow.parquet.read_metadata(stream)
+            readers = {by_reference: _reader(stream, metadata, by_reference) for by_reference in (False, True)}
+            names = readers[False].schema_arrow.names
             if twice := [name for name, count in Counter(names).items() if count > 1]:
                 raise DataError(
                     f"two columns have the same name: {twice[0]!r:.60}",
                     where=str(file),
                     fix="give each column a different name",
                 )
-            for group in range(reader.num_row_groups):
-                rows = _rows_at_once(reader.metadata.row_group(group), stream, limit, f"{file}:row {number + 1}")
-                for batch in reader.iter_batches(rows, row_groups=[group], use_threads=False):
+            for group in range(metadata.num_row_groups):
+                way = _way(metadata.row_group(group), stream, limit, f"{file}:row {number + 1}")
+                batches = readers[way.by_reference].iter_batches(way.rows, row_groups=[group], use_threads=False)
+                for batch in batches:
                     for values in rows_of(batch, limit):
                         number += 1
                         origin = f"{file}:row {number}"
@@ -67,29 +71,38 @@ def read_parquet(file: pathlib.Path, limit: int) -> Iterator[Item]:
         ) from error
 
 
-def _reader(stream: IO[bytes]) -> pyarrow.parquet.ParquetFile:
-    """The file with its texts as references to dictionaries: one long text that a million rows share is held once."""
-    metadata = pyarrow.parquet.read_metadata(stream)
+@dataclass
+class _Way:
+    """How a group of rows is read."""
+
+    rows: int = ROWS
+    """How many are unpacked at a time."""
+    by_reference: bool = False
+    """Texts stay references to their dictionary, which takes ten times as long, but holds what a million rows share once."""
+
+
+def _reader(
+    stream: IO[bytes], metadata: pyarrow.parquet.FileMetaData, by_reference: bool
+) -> pyarrow.parquet.ParquetFile:
     columns = [metadata.schema.column(place) for place in range(len(metadata.schema))]
     texts = [
         column.path
         for column in columns
-        if column.physical_type == "BYTE_ARRAY" and column.logical_type.type in TEXTS
+        if by_reference and column.physical_type == "BYTE_ARRAY" and column.logical_type.type in TEXTS
     ]
     return pyarrow.parquet.ParquetFile(
         stream, metadata=metadata, read_dictionary=texts, pre_buffer=False, buffer_size=CHUNK
     )
 
 
-def _rows_at_once(
-    group: pyarrow.parquet.RowGroupMetaData, stream: IO[bytes], limit: int, where: str
-) -> int:
-    """How many rows of a group can be unpacked at a time.
+def _way(group: pyarrow.parquet.RowGroupMetaData, stream: IO[bytes], limit: int, where: str) -> _Way:
+    """How a group can be read within these bounds.
 
     Raises:
-        DataError: not even one.
+        DataError: it cannot.
     """
-    heavy = 1.0  # bytes of a row, about
+    heavy = 1.0  # bytes of a row, at most where a page's rows are alike
+    way = _Way()
     for place in range(group.num_columns):
         column = group.column(place)
         name, rows = column.path_in_schema, max(group.num_rows, 1)
@@ -99,10 +112,12 @@ def _rows_at_once(
                 where=where,
                 fix=f"write the file with smaller row groups, of fewer than {ELEMENTS:,} values",
             )
-        starts = [column.data_page_offset]
-        if column.has_dictionary_page and 0 < column.dictionary_page_offset < starts[0]:
-            starts = [column.dictionary_page_offset]
-        for page in pages(stream, starts[0], column.total_compressed_size):
+        start = column.data_page_offset
+        has_dictionary = column.has_dictionary_page and 0 < column.dictionary_page_offset < start
+        start = column.dictionary_page_offset if has_dictionary else start
+        if not column.num_values:  # its offsets may point nowhere
+            continue
+        for number, page in enumerate(pages(stream, start, column.total_compressed_size)):
             if page.size > PAGE * limit:
                 raise DataError(
                     f"the column {name!r:.60} has a page of {page.size / MB:,.0f} MB; {PAGE * limit / MB:,.0f} MB is the limit",
@@ -110,9 +125,17 @@ def _rows_at_once(
                     fix="write the file with smaller rows or pages; if rows are meant to be this large, allow it with "
                     f"data.max_row_mb={-(-page.size // MB)}",
                 )
+            if has_dictionary and number == 0:  # one of its values may stand in each row, and in each list many times
+                is_list = column.num_values > rows
+                way.by_reference |= page.size > LARGE_DICTIONARY or (
+                    is_list and page.size * column.num_values > UNPACKED
+                )
+                heavy = max(heavy, 1 if way.by_reference else page.size)
+                continue
             shared = 1 if PREFIXED in column.encodings else max(page.values, 1)
             heavy = max(heavy, page.size / shared * max(column.num_values / rows, 1))
-    return max(1, min(ROWS, int(HELD / heavy)))
+    way.rows = max(1, min(ROWS, int(HELD / heavy)))
+    return way
 
 
 @contextlib.contextmanager

@@ -40,41 +40,44 @@ class Record:
     Args:
         file: the table, perhaps packed.
         limit: characters that a record may have.
-        skipped: lines above the header.
+        dialect: how it is written.
     """
 
-    def __init__(self, file: pathlib.Path, limit: int, skipped: int) -> None:
+    def __init__(self, file: pathlib.Path, limit: int, dialect: Dialect) -> None:
         self.file = file
         self.limit = limit
-        self.unread = itertools.islice(lines(file, "", limit), skipped, None)
-        self.first = skipped + 1
-        """Line on which the record begins; quoted fields may hold line breaks."""
-        self.lines: list[str] = []
+        self.dialect = dialect
+        self.unread = itertools.islice(lines(file, "", limit), dialect.skipped, None)
+        self.first = self.line = dialect.skipped + 1
+        """Lines: on which the record begins, and which is read next; quoted fields may hold line breaks."""
+        self.size = 0
+        self.newest = ""
+        """The line that was read last."""
+        self.opened: int | None = None
+        """Line on which the quotes open that are open before the newest line."""
 
     def __iter__(self) -> Iterator[str]:
-        size = 0
         for number, line in self.unread:
             text = checked(line, self.file, number)
-            size = size + len(text) if self.lines else len(text)
-            self.lines.append(text)
-            if size > self.limit:
-                raise csv.Error("a record is too long")
+            if self.size:
+                self.opened = self._left_open()
+            self.newest, self.line, self.size = text, number + 1, self.size + len(text)
+            if self.size > self.limit:
+                raise csv.Error("the record is too long")
             yield text
 
     def end(self) -> str:
         """Where the record that was read begins; the next one begins behind it."""
         origin = f"{self.file}:{self.first}"
-        self.first += len(self.lines)
-        self.lines.clear()
+        self.first, self.size, self.opened = self.line, 0, None
         return origin
 
-    def fault(self, error: csv.Error, delimiter: str) -> DataError:
+    def fault(self, error: csv.Error) -> DataError:
         """What is wrong where csv went no further: where the quotes open that do not end, if it is that."""
-        ends = list(itertools.accumulate(map(len, self.lines)))
-        is_long = bool(ends) and ends[-1] > self.limit
-        opened = _open_quote("".join(self.lines), delimiter)
-        where = f"{self.file}:{self.first + sum(end <= (opened or 0) for end in ends)}"
+        opened = self._left_open()
+        where = f"{self.file}:{self.first if opened is None else opened}"
         fix = "close every quote, and double those inside"
+        is_long = self.size > self.limit
         if is_long and opened is None:
             return too_large("a record", self.limit, where)
         if is_long:
@@ -84,22 +87,32 @@ class Record:
             what = str(error) + ("" if opened is None else " within the quotes that open here")
         return DataError(f"not valid CSV: {what}", where=where, fix=fix)
 
+    def _left_open(self) -> int | None:
+        """The line on which the quotes open that are open after the newest line; None where none are."""
+        text, delimiter, place = self.newest, self.dialect.delimiter, 0
+        is_quoted = self.opened is not None
+        opened = self.opened
+        while is_quoted or place < len(text):
+            place += self.dialect.spaced and text[place : place + 1] == " "
+            if not is_quoted and text[place : place + 1] == '"':
+                is_quoted, opened, place = True, self.line - 1, place + 1
+            if is_quoted:
+                place = _closing(text, place)
+                if place == 0:
+                    return opened
+            is_quoted = False
+            place = text.find(delimiter, place) + 1
+            if place == 0:
+                return None
+        return None
 
-def _open_quote(text: str, delimiter: str) -> int | None:
-    """Where in a record the field begins whose quote is not closed; None where all are."""
-    place = 0
-    while place < len(text):
-        place += text[place] == " " and place > 0
-        if text[place : place + 1] == '"':
-            opened, place = place, text.find('"', place + 1)
-            while place >= 0 and text[place + 1 : place + 2] == '"':
-                place = text.find('"', place + 2)
-            if place < 0:
-                return opened
-        place = text.find(delimiter, place) + 1
-        if place == 0:
-            return None
-    return None
+
+def _closing(text: str, place: int) -> int:
+    """Where a quoted field's text goes on behind its last quote; 0 where there is none. Doubled ones are part of it."""
+    place = text.find('"', place) + 1
+    while place and text[place : place + 1] == '"':
+        place = text.find('"', place + 1) + 1
+    return place
 
 
 def read_csv(file: pathlib.Path, limit: int) -> Iterator[Item]:
@@ -124,7 +137,7 @@ def read_csv(file: pathlib.Path, limit: int) -> Iterator[Item]:
 def _items(file: pathlib.Path, limit: int) -> Iterator[Item]:
     csv.field_size_limit(limit)  # its own default of 128 KiB is less than one long document
     dialect = _dialect(file)
-    record = Record(file, limit, dialect.skipped)
+    record = Record(file, limit, dialect)
     reader = csv.reader(iter(record), delimiter=dialect.delimiter, skipinitialspace=dialect.spaced, strict=True)
     try:
         header: list[str] = []
@@ -151,7 +164,7 @@ def _items(file: pathlib.Path, limit: int) -> Iterator[Item]:
                     yield Notice(f"{file.name}: {EMPTY_COLUMNS}")
                 yield Row(dict(zip(names, fields, strict=False)), origin)
     except csv.Error as error:
-        raise record.fault(error, dialect.delimiter) from error
+        raise record.fault(error) from error
 
 
 def _is_filled(fields: list[str]) -> bool:

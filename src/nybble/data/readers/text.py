@@ -80,7 +80,10 @@ def lines(file: pathlib.Path, newline: str = "\n", limit: int = MAX_ROW) -> Iter
         try:
             while line := text.readline(limit + 1):
                 number += 1
-                yield number, line if len(line) <= limit else too_large("a line", limit, f"{file}:{number}", _skip(text, line))
+                yield (
+                    number,
+                    line if len(line) <= limit else too_large("a line", limit, f"{file}:{number}", _skip(text, line)),
+                )
         except PACKING as error:
             raise _damaged(error, file, number + 1) from error
 
