@@ -104,7 +104,9 @@ def table(columns: dict[str, pyarrow.Array], **options: object):
 
 def shared(count: int) -> pyarrow.Array:
     """One text of 4 MB, so many times."""
-    return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), pyarrow.array(["x" * 4_000_000]))
+    return pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0] * count, pyarrow.int32()), pyarrow.array(["x" * 4_000_000])
+    )
 
 
 def giant(folder: pathlib.Path) -> pathlib.Path:
@@ -184,7 +186,8 @@ BOMBS = [
     Case("parquet-cell", giant, 0, ("the column 'text' has a page of 400 MB; 256 MB is the limit", "a.parquet:row 1",
                                     "data.max_row_mb=401")),
     Case("parquet-shared", table({"text": shared(200_000)}), 1000),
-    Case("parquet-shared-lists", table({"messages": pyarrow.ListArray.from_arrays(pyarrow.array([0, 3, 20_000]), shared(20_000))}),
+    Case("parquet-shared-lists",
+         table({"messages": pyarrow.ListArray.from_arrays(pyarrow.array([0, 3, 20_000]), shared(20_000))}),
          0, ("a row of 79,", "a.parquet:row 2", "the conversation ends before")),
     Case("parquet-lists", lists, 0, ("has lists of 100,000,000 values for 1 rows", "smaller row groups")),
     Case("scattered-faults", scattered, 100_000, ("a row without an answer", "lines 2, 4, 6 and 99,997 more places")),

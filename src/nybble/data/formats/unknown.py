@@ -116,4 +116,4 @@ def _mapped(fields: dict[str, str]) -> str:
 
 def _in_yaml(name: str) -> str:
     is_bare = BARE.fullmatch(name) and name.isascii() and name.lower() not in NOT_NAMES
-    return name if is_bare else json.dumps(name, ensure_ascii=False)
+    return name if is_bare else json.dumps(name, ensure_ascii=not name.isprintable())

@@ -5,8 +5,23 @@ No reader holds more of a file than a chunk or a row.
 """
 
 from nybble.data.readers.files import JSON_KINDS, KINDS, read_file, refuse_special, refuse_stranger
-from nybble.data.readers.row import MAX_ROW, MB, Item, Notice, Row, Unreadable, listing
+from nybble.data.readers.row import MAX_ROW, MB, Item, Notice, Row, TooLargeError, Unreadable, listing
 from nybble.data.readers.text import document, kind_of
 
-__all__ = ["JSON_KINDS", "KINDS", "MAX_ROW", "MB", "Item", "Notice", "Row", "Unreadable", "document", "kind_of", "listing",
-           "read_file", "refuse_special", "refuse_stranger"]  # fmt: skip
+__all__ = [
+    "JSON_KINDS",
+    "KINDS",
+    "MAX_ROW",
+    "MB",
+    "Item",
+    "Notice",
+    "Row",
+    "TooLargeError",
+    "Unreadable",
+    "document",
+    "kind_of",
+    "listing",
+    "read_file",
+    "refuse_special",
+    "refuse_stranger",
+]

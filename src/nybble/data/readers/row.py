@@ -56,7 +56,11 @@ def row_of(value: Any, origin: str, repeated: str | None = None) -> Row:
     return Row(value, origin, repeated=repeated)
 
 
-def too_large(what: str, limit: int, where: str, size: int | None = None) -> DataError:
+class TooLargeError(DataError):
+    """A row or a file over the limit."""
+
+
+def too_large(what: str, limit: int, where: str, size: int | None = None) -> TooLargeError:
     """The fault of a row, or a part of one, over the limit.
 
     Args:
@@ -68,7 +72,7 @@ def too_large(what: str, limit: int, where: str, size: int | None = None) -> Dat
     shown = f"of {size / MB:,.1f} MB" if size is not None else f"of more than {limit / MB:,.0f} MB"
     over = f", over the limit of {limit / MB:,.0f} MB" if size is not None else ""
     enough = 2 * limit if size is None else size
-    return DataError(
+    return TooLargeError(
         f"{what} {shown}{over}",
         where=where,
         fix=f"split it; if it is meant to be this large, allow it with data.max_row_mb={-(-enough // MB)}",

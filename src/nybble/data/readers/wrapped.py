@@ -98,7 +98,7 @@ def one_a_line(file: pathlib.Path, rows: str = ".") -> str:
 
 def rows_inside(values: dict[str, Any]) -> str | None:
     """Where in an object a list is that may be rows, as jq writes it: ."data"."train"; None where there is none."""
-    lists = {f".{json.dumps(name, ensure_ascii=False)}": value for name, value in values.items()}
+    lists = {f".{json.dumps(name, ensure_ascii=not name.isprintable())}": value for name, value in values.items()}
     inner = {
         f"{place}.{json.dumps(name)}": within
         for place, value in lists.items()
