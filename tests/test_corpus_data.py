@@ -23,9 +23,11 @@ from nybble.data.formats import EmptyAnswerError, detect_forms
 from nybble.data.readers import Row, read_file
 from nybble.errors import DataError, NybbleError
 from nybble.recipe import Recipe
+from test_places import small_disk
 
 ROWS = 100_000  # of a bomb that are read; of one that is a parquet file, where each row is large
 ROWS_OF_PARQUET = 1000
+QUICK = ("array-gz", "wrapped-gz", "parquet-shared-lists")
 
 
 def checked(folder: pathlib.Path, case: Case) -> Outcome:
@@ -47,7 +49,9 @@ def test_a_damaged_file_is_one_message(tmp_path, case):
     held(case, checked(tmp_path, case))
 
 
-@pytest.mark.parametrize("case", sampled(BOMBS, 9))
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=() if case.name in QUICK else pytest.mark.slow) for case in BOMBS]
+)
 def test_a_file_that_holds_more_than_memory_is_read_in_bounded_memory(tmp_path, case):
     found = exploded(case.make(tmp_path), ROWS_OF_PARQUET if "parquet" in case.name else 2 * ROWS)
     print(case.name, f"{found.peak / 1e6:,.0f} MB")
@@ -77,6 +81,17 @@ def test_a_larger_row_is_read_where_the_option_allows_it(tmp_path, tiny_llama, c
     assert "a line of 1.2 MB" not in large
     assert "bad rows   1 " in small
     assert "bad rows   0" in large
+
+
+def test_a_packed_parquet_file_without_room_to_unpack_it_says_so(tmp_path, monkeypatch):
+    texts = [f"{n:03} " * 300 for n in range(300)]
+    path = file(
+        "a.parquet.gz", gzip.compress(parquet({"text": texts}, compression="none", use_dictionary=False)), 1
+    ).make(tmp_path)
+    with small_disk(tmp_path / "disk", "16k") as disk:
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        with pytest.raises(DataError, match="no room to unpack the file in .*: No space left"):
+            list(read_file(path))
 
 
 def test_a_run_of_0_5_1_finds_the_rows_that_it_was_trained_on():

@@ -13,7 +13,7 @@ from nybble.errors import DataError
 KEPT = 20  # different ones
 STRETCHES = 3  # of lines, named for each
 REMEMBERED = 1000  # of them; there may be millions
-PLACE = re.compile(r"(.*):(\d+)", re.DOTALL)
+PLACE = re.compile(r"(.*):(row )?(\d+)", re.DOTALL)
 
 
 class RowsError(DataError):
@@ -56,7 +56,7 @@ class _Same:
 class Faults:
     """What is wrong with rows, in the order in which it was first met."""
 
-    found: dict[tuple[str, str], _Same] = field(default_factory=dict)
+    found: dict[tuple[str, str, str], _Same] = field(default_factory=dict)
 
     def add(self, fault: DataError, row: int) -> None:
         """Note a fault.
@@ -66,13 +66,14 @@ class Faults:
             row: the row's number among all rows that are read.
         """
         place = PLACE.fullmatch(fault.where or "")
-        file, line = (place[1], int(place[2])) if place else (fault.where or "", None)
+        file, line = (place[1], int(place[3])) if place else (fault.where or "", None)
+        unit = "row" if place and place[2] else "line"
         alike = fault.alike if isinstance(fault, ShownError) else fault.what
-        same = self.found.get((file, alike))
+        same = self.found.get((file, unit, alike))
         if same is None:
             if len(self.found) == KEPT:
                 return
-            same = self.found[file, alike] = _Same(fault.what, fault.fix)
+            same = self.found[file, unit, alike] = _Same(fault.what, fault.fix)
         if line is not None:
             same.place(line, follows=same.last == row - 1)
         same.rows, same.last = same.rows + 1, row
@@ -80,8 +81,8 @@ class Faults:
     def listed(self) -> list[DataError]:
         """The different faults, each with all its lines."""
         return [
-            RowsError(same.what, where=_where(file, same), fix=same.fix, rows=same.rows)
-            for (file, _), same in self.found.items()
+            RowsError(same.what, where=_where(file, unit, same), fix=same.fix, rows=same.rows)
+            for (file, unit, _), same in self.found.items()
         ]
 
 
@@ -108,12 +109,12 @@ def from_json(kept: Iterable[Sequence[Any]]) -> list[DataError]:
     return [RowsError(what, where=where, fix=fix, rows=rows) for what, where, fix, rows in kept]
 
 
-def _where(file: str, same: _Same) -> str:
+def _where(file: str, unit: str, same: _Same) -> str:
     named = [f"{first} to {last}" if last > first else f"{first}" for first, last in same.stretches]
     if not named:
         return file
     if len(named) == 1 and named[0].isdigit():  # a row that was read more than once
-        return f"{file}:{named[0]}"
+        return f"{file}:{'row ' if unit == 'row' else ''}{named[0]}"
     more = len(named) + same.more - STRETCHES
     shown = named if more <= 1 else [*named[:STRETCHES], f"{more:,} more places"]
-    return f"{file}, lines {', '.join(shown[:-1])}{' and ' if shown[:-1] else ''}{shown[-1]}"
+    return f"{file}, {unit}s {', '.join(shown[:-1])}{' and ' if shown[:-1] else ''}{shown[-1]}"

@@ -54,7 +54,11 @@ class Form:
         values = {field: row.values.get(column) for field, column in self.columns.items()}
         for field, value in values.items():
             if isinstance(value, Unreadable):
-                raise DataError(f"{self.columns[field]!r} cannot be read: {value.why}", where=spot.origin)
+                raise DataError(
+                    f"{self.columns[field]!r} cannot be read: {value.why}",
+                    where=spot.origin,
+                    fix="write the column as text",
+                )
         if self.name == "text":
             return (Message("text", filled(values["text"], self.columns["text"], spot)),)
         system = string(values.get("system"), self.columns["system"], spot)

@@ -122,7 +122,7 @@ def refuse_stranger(file: pathlib.Path) -> None:
         if inside.startswith(mark) and not (mark == b"PAR1" and is_table):
             what = "compressed with gzip twice" if mark == GZIP else f"{what}, compressed with gzip"
             raise DataError(
-                f"the file is {what}, not what its name says", where=str(file), fix="unpack it, and look what it holds"
+                f"the file is {what}, not what its name says", where=str(file), fix="unpack it and see what it contains"
             )
     if start and is_packed(file) and not start.startswith(GZIP):
         raise DataError(

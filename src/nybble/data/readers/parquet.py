@@ -119,12 +119,7 @@ def _way(group: pyarrow.parquet.RowGroupMetaData, stream: IO[bytes], limit: int,
             continue
         for number, page in enumerate(pages(stream, start, column.total_compressed_size)):
             if page.size > PAGE * limit:
-                raise DataError(
-                    f"the column {name!r:.60} has a page of {page.size / MB:,.0f} MB; {PAGE * limit / MB:,.0f} MB is the limit",
-                    where=where,
-                    fix="write the file with smaller rows or pages; if rows are meant to be this large, allow it with "
-                    f"data.max_row_mb={-(-page.size // MB)}",
-                )
+                raise _too_large_page(name, page.size, limit, where)
             if has_dictionary and number == 0:  # one of its values may stand in each row, and in each list many times
                 is_list = column.num_values > rows
                 way.by_reference |= page.size > LARGE_DICTIONARY or (
@@ -138,6 +133,15 @@ def _way(group: pyarrow.parquet.RowGroupMetaData, stream: IO[bytes], limit: int,
     return way
 
 
+def _too_large_page(column: str, size: int, limit: int, where: str) -> DataError:
+    return DataError(
+        f"the column {column!r:.60} has a page of {size / MB:,.0f} MB; {PAGE * limit / MB:,.0f} MB is the limit",
+        where=where,
+        fix="write the file with smaller rows or pages; if rows are meant to be this large, allow it with "
+        f"data.max_row_mb={-(-size // MB)}",
+    )
+
+
 @contextlib.contextmanager
 def _seekable(file: pathlib.Path) -> Iterator[IO[bytes]]:
     """A file's bytes, those of a packed one in a temporary file: its end must be read first."""
@@ -148,7 +152,15 @@ def _seekable(file: pathlib.Path) -> Iterator[IO[bytes]]:
     most = max(UNPACKED, GROWTH * file.stat().st_size)
     with opened(file) as packed, tempfile.TemporaryFile() as stream:
         while piece := packed.read(CHUNK):
-            stream.write(piece)
+            try:
+                stream.write(piece)
+                stream.flush()
+            except OSError as error:
+                raise DataError(
+                    f"there is no room to unpack the file in {tempfile.gettempdir()}: {error.strerror}",
+                    where=str(file),
+                    fix=f"gunzip --keep {shlex.quote(str(file))} where there is room, and give the parquet file itself",
+                ) from error
             if stream.tell() > most:
                 raise DataError(
                     f"the file unpacks to more than {most / MB:,.0f} MB, {GROWTH} times its size",
