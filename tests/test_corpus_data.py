@@ -90,7 +90,7 @@ def test_a_packed_parquet_file_without_room_to_unpack_it_says_so(tmp_path, monke
     ).make(tmp_path)
     with small_disk(tmp_path / "disk", "16k") as disk:
         monkeypatch.setattr(tempfile, "tempdir", str(disk))
-        with pytest.raises(DataError, match="no room to unpack the file in .*: No space left"):
+        with pytest.raises(DataError, match=r"no room to unpack the file in .*: No space left"):
             list(read_file(path))
 
 
