@@ -67,12 +67,12 @@ def _sizes(array: pyarrow.Array) -> numpy.ndarray:
         parts = (array.keys, array.items) if pyarrow.types.is_map(kind) else (array.values,)
         inside = sum(_sizes(part) for part in parts)
         totals = numpy.concatenate([[0], numpy.cumsum(inside, dtype=numpy.int64)])
-        bounds = totals[array.offsets.to_numpy()]
-        return VALUE + bounds[1:] - bounds[:-1]
+        bounds: numpy.ndarray = totals[array.offsets.to_numpy()]
+        return numpy.diff(bounds) + VALUE
     if pyarrow.types.is_fixed_size_list(kind):
         return numpy.full(len(array), VALUE * (1 + kind.list_size), numpy.int64)
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_binary(kind) or pyarrow.types.is_large_string(kind)
             or pyarrow.types.is_large_binary(kind)):  # fmt: skip
         return numpy.full(len(array), VALUE, numpy.int64)
-    lengths = pyarrow.compute.binary_length(array).fill_null(0).to_numpy(zero_copy_only=False)
+    lengths: numpy.ndarray = pyarrow.compute.binary_length(array).fill_null(0).to_numpy(zero_copy_only=False)
     return lengths.astype(numpy.int64) + VALUE

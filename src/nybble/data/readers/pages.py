@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import IO
 
 HEADERS = (1 << 12, 1 << 24)  # bytes that are read for one: nearly always enough, and Arrow's own limit
 UNPACKED, PACKED = 2, 3  # numbers of a page header's fields
@@ -31,7 +31,7 @@ class Page:
     values: int
 
 
-def pages(stream: BinaryIO, start: int, size: int) -> Iterator[Page]:
+def pages(stream: IO[bytes], start: int, size: int) -> Iterator[Page]:
     """The pages of a part of a column.
 
     Args:
@@ -52,7 +52,7 @@ def pages(stream: BinaryIO, start: int, size: int) -> Iterator[Page]:
         place += length + packed
 
 
-def _header(stream: BinaryIO, place: int) -> tuple[int, dict[int, int]]:
+def _header(stream: IO[bytes], place: int) -> tuple[int, dict[int, int]]:
     """How long the header is that stands there, and its integers."""
     for size in HEADERS:
         stream.seek(place)
