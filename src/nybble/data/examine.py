@@ -16,13 +16,13 @@ from nybble.data import faults
 from nybble.data.formats import Forms, detect_forms
 from nybble.data.kept_rows import rows_in
 from nybble.data.readers import Item, Row
-from nybble.data.sources import Source, find_sources, fingerprint, read_rows
+from nybble.data.sources import Source, find_sources, fingerprint, read_rows, row_limit
 from nybble.data.template import Template, choose_template
 from nybble.data.tokenise import Counts, Pass, Progress, Sample
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
-CACHE_VERSION = 5  # raised when other things are found in the same input
+CACHE_VERSION = 6  # raised when other things are found in the same input
 READING_VERSION = 3  # raised when the same input gives other tokens; runs hold the fingerprint that it is part of
 OVERLENGTH_SHARE = 0.01  # with overlength=error, up to this share of rows is dropped and counted
 HEAD = 10_000  # rows of a stream that are examined before training
@@ -69,17 +69,18 @@ def examine(
         PlaceError: the cache does not keep what is written to it.
     """
     sources = sources_of(options)
-    forms = forms_of(sources, options)
-    forms = dataclasses.replace(forms, as_before=template is not None and template.is_of_0_5)
+    as_before = template is not None and template.is_of_0_5
+    limit = row_limit(options, as_before)
+    forms = dataclasses.replace(forms_of(sources, options, as_before), as_before=as_before)
     template = template or choose_template(tokenizer, options.template, forms.likeliest)
     assert template.ends, "a template that works at all"
     key = _key(sources, forms, template, options)
     places = repr([(source.name, [str(file) for file in source.files]) for source in sources])  # as rows and faults say
-    folder = cache / "tokens" / hashlib.sha256(f"{CACHE_VERSION}{forms.as_before}{key}{places}".encode()).hexdigest()
+    folder = cache / "tokens" / hashlib.sha256(f"{CACHE_VERSION}{as_before}{limit}{key}{places}".encode()).hexdigest()
 
     def read() -> tuple[Pass, Iterator[Sample]]:
         reading = Pass(forms, template, options, progress)
-        return reading, reading.samples(rows_of(sources, options))
+        return reading, reading.samples(rows_of(sources, options, as_before))
 
     tokens, found, cached = rows_in(folder, read)
     found_faults = faults.from_json(found["faults"])
@@ -101,14 +102,15 @@ def sources_of(options: DataOptions) -> tuple[Source, ...]:
     )
 
 
-def rows_of(sources: tuple[Source, ...], options: DataOptions) -> Iterator[Item]:
+def rows_of(sources: tuple[Source, ...], options: DataOptions, as_before: bool = False) -> Iterator[Item]:
     """Their rows and faults, of a stream the first 10,000."""
-    return itertools.islice(read_rows(sources), HEAD if options.streaming else None)
+    return itertools.islice(read_rows(sources, row_limit(options, as_before)), HEAD if options.streaming else None)
 
 
-def forms_of(sources: tuple[Source, ...], options: DataOptions) -> Forms:
+def forms_of(sources: tuple[Source, ...], options: DataOptions, as_before: bool = False) -> Forms:
     """The forms of their first rows."""
-    head = itertools.islice((item for item in read_rows(sources) if isinstance(item, Row)), LOOKED_AT)
+    rows = (item for item in read_rows(sources, row_limit(options, as_before)) if isinstance(item, Row))
+    head = itertools.islice(rows, LOOKED_AT)
     return detect_forms(head, options.form, options.map)
 
 
@@ -159,6 +161,8 @@ def unfit(
 def _key(sources: tuple[Source, ...], forms: Forms, template: Template, options: DataOptions) -> str:
     """A hash of everything that decides what the tokens are."""
     rules = options.model_dump(include={"max_length", "overlength", "train_on", "limit", "streaming"})
+    if options.max_row_mb != DataOptions().max_row_mb:  # runs of before the option have the same fingerprint
+        rules["max_row_mb"] = options.max_row_mb
     columns = [(form.name, sorted(form.columns.items())) for form in forms.forms]
     parts = [READING_VERSION, fingerprint(sources), columns, rules]
     parts += [template.fingerprint, tokenizer_fingerprint(template.tokenizer)]

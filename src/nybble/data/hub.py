@@ -14,12 +14,13 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
 from nybble.data.readers import Row
+from nybble.data.readers.cells import UNREADABLE
 from nybble.errors import DataError
 
 # The base class of every fault of the HTTP client: httpx's under huggingface_hub 1, httpx2's under 2.
 CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
-# What ends a stream before its end: the network, a file that cannot be unpacked (zlib.error) or parsed (pyarrow's ValueErrors).
-BROKEN_OFF = (OSError, ValueError, zlib.error, DatasetsError, CLIENT_ERROR)
+# What ends a stream before its end: the network, a file that cannot be unpacked (zlib.error) or parsed, a cell without a value.
+BROKEN_OFF = (OSError, *UNREADABLE, zlib.error, DatasetsError, CLIENT_ERROR)
 
 
 @dataclass(frozen=True)

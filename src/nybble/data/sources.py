@@ -7,14 +7,27 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nybble.data import hub
-from nybble.data.readers import KINDS, Item, Row, kind_of, read_file
+from nybble.data.readers import KINDS, MAX_ROW, MB, Item, Row, kind_of, read_file, refuse_special
 from nybble.errors import DataError
+from nybble.recipe import DataOptions
 
+LARGEST_BEFORE = 2000 * MB  # version 0.5.1 had no limit on rows
+UNPACKERS = {
+    ".bz2": "bunzip2 --keep",
+    ".xz": "unxz --keep",
+    ".zst": "unzstd",
+    ".zip": "unzip",
+    ".7z": "7z x",
+    ".tar": "tar xf",
+}
 PATTERN = frozenset("*?[")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 Paths = str | Sequence[str] | Mapping[str, float]
 
 
@@ -57,19 +70,34 @@ def find_sources(
     return tuple(found)
 
 
-def read_rows(sources: Sequence[Source]) -> Iterator[Item]:
-    """Rows in the order of the sources, in place of each that cannot be read what is wrong with it, and notices."""
+def row_limit(options: DataOptions, as_before: bool) -> int:
+    """How large a row may be: characters of text, bytes of parquet.
+
+    Args:
+        options: the recipe's data section.
+        as_before: rows are read again for a run of version 0.5.1.
+    """
+    return LARGEST_BEFORE if as_before else options.max_row_mb * MB
+
+
+def read_rows(sources: Sequence[Source], limit: int = MAX_ROW) -> Iterator[Item]:
+    """Rows in the order of the sources, in place of each that cannot be read what is wrong with it, and notices.
+
+    Args:
+        sources: where they come from.
+        limit: of `row_limit`.
+    """
     for number, source in enumerate(sources):
-        for item in _read(source):
+        for item in _read(source, limit):
             yield replace(item, source=number) if number and isinstance(item, Row) else item
 
 
-def _read(source: Source) -> Iterator[Item]:
+def _read(source: Source, limit: int) -> Iterator[Item]:
     if source.hub is not None:
         yield from hub.read(source.hub)
     for file in source.files:
         try:
-            for item in read_file(file):
+            for item in read_file(file, limit):
                 yield replace(item, origin=_printable(item.origin)) if isinstance(item, Row) else item
         except DataError as error:
             yield error
@@ -87,33 +115,62 @@ def fingerprint(sources: Sequence[Source]) -> str:
         if source.hub is not None:
             digest.update(hub.fingerprint(source.hub).encode())
         for file in source.files:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            refuse_special(file)
+            try:
+                with file.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+            except OSError as error:
+                raise DataError(f"the file cannot be read: {error.strerror}", where=str(file)) from error
     return digest.hexdigest()
 
 
 def _files(name: str) -> tuple[pathlib.Path, ...]:
     """The files a name stands for; none where it can only be a Hub id."""
+    if name == "-":
+        raise DataError("nybble does not read data from standard input", fix="write it to a file, such as rows.jsonl")
     path = pathlib.Path(name).expanduser()
-    if path.is_dir():
+    if _is_there(path, name) and path.is_dir():
         _refuse_saved(path)
-        inside = sorted(file for file in path.rglob("*") if _is_data(file.relative_to(path)) and file.is_file())
+        inside = sorted(file for file in path.rglob("*") if _is_data(file.relative_to(path)) and not file.is_dir())
         if not inside:
-            raise DataError(f"the folder {path} contains no file that nybble reads", fix=_kinds_fix())
+            raise DataError(f"the folder {path} contains no file that nybble reads", fix=_kinds_fix(path))
+        for file in inside:
+            refuse_special(file)
         return tuple(inside)
-    if path.exists():
+    if path.exists() or path.is_symlink():
+        refuse_special(path)
         if kind_of(path) not in KINDS:
-            raise DataError(f"{path.name} is not a kind of file that nybble reads", where=str(path), fix=_kinds_fix())
+            raise DataError(
+                f"{path.name} is not a kind of file that nybble reads", where=str(path), fix=_kinds_fix(path)
+            )
         return (path,)
     if PATTERN & set(name):
         root = pathlib.Path(path.anchor or ".")
-        matches = sorted(file for file in root.glob(str(path.relative_to(path.anchor))) if file.is_file())
+        matches = sorted(file for file in root.glob(str(path.relative_to(path.anchor))) if not file.is_dir())
         if not matches:
             raise DataError(f"no file matches {name}", fix="put the pattern in quotes, and check it with ls")
         return tuple(file for match in matches for file in _files(str(match)))
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or kind_of(path) in KINDS:
         raise DataError(f"there is no file {path}", fix=f"ls {path.parent}")
+    if not HUB_ID.fullmatch(name):
+        raise DataError(f"there is no file {name!r:.100}, and it is not a Hub id (owner/name)", fix="check the path")
     return ()
+
+
+def _is_there(path: pathlib.Path, name: str) -> bool:
+    """Whether a path exists, or only its name does, as of a broken link.
+
+    Raises:
+        DataError: it cannot be a path of this machine, or may not be looked at.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:  # a name that is too long, a null character, a folder that may not be read
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise DataError(f"{name[:100]!r} cannot be read: {why}", fix="check the path") from error
+    return True
 
 
 def _is_data(file: pathlib.Path) -> bool:
@@ -133,5 +190,7 @@ def _refuse_saved(folder: pathlib.Path) -> None:
         )
 
 
-def _kinds_fix() -> str:
+def _kinds_fix(path: pathlib.Path) -> str:
+    if (unpacker := UNPACKERS.get(path.suffix.lower())) is not None:
+        return f"unpack it: {unpacker} {shlex.quote(str(path))}"
     return f"convert it to one of {', '.join(KINDS)} (each also as .gz)"

@@ -16,12 +16,13 @@ from nybble.data.faults import Faults
 from nybble.data.formats import Forms
 from nybble.data.packing import best_fit
 from nybble.data.readers import Item, Row
-from nybble.data.sources import Source, read_rows
+from nybble.data.sources import Source, read_rows, row_limit
 from nybble.data.template import Template
 from nybble.data.tokenise import Pass
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
+TOLD = 1000  # different faults that the log names
 BUFFER = 1000  # samples that are shuffled and packed together: 99% full at instruction lengths
 log = logging.getLogger("nybble")
 
@@ -73,9 +74,10 @@ class StreamedRows(torch.utils.data.IterableDataset[Any]):
     def _endless(self, number: int) -> Iterator[Row]:
         """A source over and over, without what is held out."""
         told: set[str] = set()
+        limit = row_limit(self.options, self.forms.as_before)
         while True:
             some = False
-            for row in _readable(read_rows(self.sources[number : number + 1]), told):
+            for row in _readable(read_rows(self.sources[number : number + 1], limit), told):
                 if row.origin not in self.held_out:
                     some = True
                     yield replace(row, source=number)
@@ -112,7 +114,9 @@ def _readable(items: Iterable[Item], told: set[str]) -> Iterator[Row]:
 
 
 def _tell_once(fault: DataError, told: set[str]) -> None:
-    """A source comes round again and again, and its faults with it."""
-    if str(fault) not in told:
+    """A source comes round again and again, and its faults with it; what is told of is remembered, so it is not endless."""
+    if str(fault) not in told and len(told) < TOLD:
         told.add(str(fault))
         log.warning("nybble: left out: %s", fault)
+        if len(told) == TOLD:
+            log.warning("nybble: other rows that are left out are not named")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,8 @@ from nybble.recipe import DataOptions
 
 BATCH = 512  # rows tokenised in one call: enough for the tokenizer's threads, little enough to hold
 NOTICES_TOLD = 10
+BATCH_SIZE = 16_000_000  # characters of them, or one row
+LONGEST_SYSTEM = 1 << 16  # characters of a system message that is counted
 SYSTEMS = 1000  # different system messages that are counted: one that most rows share is among the first
 Progress = Callable[[int], None]
 
@@ -145,7 +146,7 @@ class Pass:
         """Tokens of every distinct row that fits or is made to fit."""
         assert self.template is not None
         distinct = self.conversations(items)
-        while batch := list(itertools.islice(distinct, BATCH)):
+        for batch in _batches(distinct):
             for sample in self._tokenised(batch):
                 self.counts.kept += 1
                 self.counts.tokens += len(sample.tokens.ids)
@@ -241,7 +242,24 @@ class Pass:
                 yield from self._parted(half)
 
 
+def _batches(distinct: Iterable[Read]) -> Iterator[list[Read]]:
+    """Rows in the batches that are tokenised together."""
+    batch: list[Read] = []
+    size = 0
+    for read in distinct:
+        length = sum(len(message.content) + len(message.input) for message in read.conversation)
+        if batch and (len(batch) == BATCH or size + length > BATCH_SIZE):
+            yield batch
+            batch, size = [], 0
+        batch.append(read)
+        size += length
+    if batch:
+        yield batch
+
+
 def _count_system(conversation: Conversation, systems: Counter[str]) -> None:
     first = conversation[0]
-    if first.role == "system" and (first.content in systems or len(systems) < SYSTEMS):
+    if first.role != "system" or len(first.content) > LONGEST_SYSTEM:
+        return
+    if first.content in systems or len(systems) < SYSTEMS:
         systems[first.content] += 1

@@ -6,8 +6,10 @@ import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nybble.data.readers import document, refuse_stranger
+from nybble.data.readers import MB, TooLargeError, document, refuse_stranger
 from nybble.errors import DataError, EvaluationError
+
+LONGEST = 256 * MB  # characters: a text is held whole
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,11 @@ def _read(file: pathlib.Path) -> Text:
         raise EvaluationError(f"there is no file {file}", fix=f"ls {file.parent}; nybble eval RUN --text FILE.txt")
     try:
         refuse_stranger(file)
-        text = document(file)
+        text = document(file, LONGEST)
+    except TooLargeError as error:
+        raise EvaluationError(
+            f"the text cannot be read: {error.what}", where=error.where, fix="give --text a part of it"
+        ) from error
     except DataError as error:
         raise EvaluationError(f"the text cannot be read: {error.what}", where=error.where, fix=error.fix) from error
     except OSError as error:

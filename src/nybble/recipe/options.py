@@ -83,6 +83,8 @@ class DataOptions(Options):
     """Rows over max_length: error (refuse above 1%, else drop), drop, truncate (keeps EOS), split (chats between turns)."""
     bad_rows: Literal["error", "drop"] = "error"
     """Rows that cannot be trained on, such as empty answers: error, or drop and report how many."""
+    max_row_mb: int = Field(default=16, ge=1, le=2000)
+    """Maximum size of a row or a .txt file in MB, so that a damaged or endless file cannot fill the memory."""
     train_on: Literal["answers", "last", "all"] = "answers"
     """Tokens that the loss counts: all answers of a chat, its last answer only, or prompts too."""
     packing: bool = False

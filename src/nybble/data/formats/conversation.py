@@ -36,5 +36,12 @@ class ShownError(DataError):
     """
 
     def __init__(self, alike: str, value: Any, *, where: str | None = None, fix: str | None = None) -> None:
-        super().__init__(f"{alike}: {value!r:.60}", where=where, fix=fix)
+        super().__init__(f"{alike}: {_shown(value)}", where=where, fix=fix)
         self.alike = alike
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.60}"
+    except RecursionError:
+        return "lists or objects within each other, too many to show"

@@ -12,9 +12,10 @@ from nybble.data.formats.conversation import Conversation, EmptyAnswerError, Mes
 from nybble.data.formats.turns import history, listed, turns_of
 from nybble.data.formats.unknown import preference, two_answers, unknown
 from nybble.data.formats.values import Spot, answer_of, filled, no_tools, refuse_media, string
-from nybble.data.readers import Row
+from nybble.data.readers import Row, Unreadable
 from nybble.errors import DataError
 
+USUAL_COLUMNS = 100
 IN_TWO = "prompt and completion written as messages are read as turns"
 SPELLING = "columns are found whatever the capitals and spaces in their names"
 NO_TOOLS: tuple[object, ...] = (None, "", [], "[]")
@@ -51,6 +52,13 @@ class Form:
         """
         refuse_media(row.values, "the row", spot)
         values = {field: row.values.get(column) for field, column in self.columns.items()}
+        for field, value in values.items():
+            if isinstance(value, Unreadable):
+                raise DataError(
+                    f"{self.columns[field]!r} cannot be read: {value.why}",
+                    where=spot.origin,
+                    fix="write the column as text",
+                )
         if self.name == "text":
             return (Message("text", filled(values["text"], self.columns["text"], spot)),)
         system = string(values.get("system"), self.columns["system"], spot)
@@ -117,6 +125,12 @@ class Forms:
         Raises:
             DataError: what is wrong with the row, at its `file:line`.
         """
+        if row.repeated is not None and not self.as_before:
+            raise DataError(
+                f"the key {row.repeated!r:.60} stands twice in one object",
+                where=row.origin,
+                fix="delete one of the two; which is meant cannot be known",
+            )
         own, row = row, self.named(row)
         form = _form_of(row, self.forms)
         if form is None:
@@ -143,7 +157,10 @@ class Forms:
 
     def named(self, row: Row) -> Row:
         """A row whose columns are called as the forms call them where only capitals or spaces differ: ' Output'."""
-        renamed = _renamed(tuple(row.values), self.columns)
+        names = tuple(row.values)
+        # A row may have a million columns; those are not remembered.
+        find = _renamed if len(names) <= USUAL_COLUMNS else _renamed.__wrapped__
+        renamed = find(names, self.columns)
         if not renamed:
             return row
         return replace(row, values={renamed.get(name, name): value for name, value in row.values.items()})

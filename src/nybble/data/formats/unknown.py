@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nybble.data.formats.turns import listed
-from nybble.data.readers import JSON_KINDS, Row, kind_of
+from nybble.data.readers import JSON_KINDS, Row, kind_of, listing
 from nybble.data.readers.wrapped import one_a_line, rows_inside
 from nybble.errors import DataError
 
@@ -39,7 +39,7 @@ def unknown(row: Row, expected: Sequence[Sequence[str]], missing: Sequence[str])
     if (two := two_answers(row)) is not None:
         return two
     return DataError(
-        f"unknown fields: found {', '.join(map(repr, row.values)) or 'none'}; "
+        f"unknown fields: found {listing(map(repr, row.values)) or 'none'}; "
         f"expected {'; or '.join(', '.join(form) for form in expected)}",
         where=row.origin,
         fix=f"add {' and '.join(map(repr, missing))}, or delete the row" if missing else _way_out(row),
@@ -116,4 +116,4 @@ def _mapped(fields: dict[str, str]) -> str:
 
 def _in_yaml(name: str) -> str:
     is_bare = BARE.fullmatch(name) and name.isascii() and name.lower() not in NOT_NAMES
-    return name if is_bare else json.dumps(name, ensure_ascii=False)
+    return name if is_bare else json.dumps(name, ensure_ascii=not name.isprintable())

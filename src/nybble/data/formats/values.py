@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
+import unicodedata
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +15,12 @@ from typing import Any
 from nybble.data.formats.conversation import EmptyAnswerError, ShownError
 from nybble.errors import DataError
 
+INVISIBLE = frozenset({"Cc", "Cf", "Cn", "Cs"})  # control and format characters, zero-width ones among them
+BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0") | {chr(code) for code in range(0xFE00, 0xFE10)}
+"""Letters and marks that look like nothing: Hangul fillers, a Braille cell without dots, variation selectors."""
+STRING = re.compile(r"""'[^']*(?:'|\Z)|"[^"]*(?:"|\Z)""")
+ESCAPES = ("\\\\", "\\'", '\\"')
+LONGEST_LITERAL = 200_000  # characters outside of strings: Python's parser takes hundreds of bytes for each
 NUMBERS = "numbers and true or false are read as their text"
 PARTS = "content in text parts is joined"
 MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
@@ -38,7 +46,7 @@ def string(value: Any, column: str, spot: Spot) -> str:
     """
     if value is None:
         return ""
-    if isinstance(value, int | float) and math.isfinite(value):
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         spot.notes.add(NUMBERS)
         return json.dumps(value)
     if not isinstance(value, str):
@@ -58,7 +66,7 @@ def filled(value: Any, column: str, spot: Spot) -> str:
         DataError: it is, or is not text.
     """
     text = string(value, column, spot)
-    if not text.strip():
+    if not _says_something(text, spot):
         raise DataError(f"an empty {column!r}", where=spot.origin, fix="delete the row or fill it in")
     return text
 
@@ -70,11 +78,21 @@ def answer_of(value: Any, column: str, spot: Spot) -> str:
         DataError: it is empty, or not text.
     """
     answer = string(value, column, spot)
-    if not answer.strip():
+    if not _says_something(answer, spot):
         raise EmptyAnswerError(
             f"a row without an answer: {column!r} is empty", where=spot.origin, fix="delete the row or fill it in"
         )
     return answer
+
+
+def _says_something(text: str, spot: Spot) -> bool:
+    """Whether any character of a text can be seen; in version 0.5.1, whether any is not white space."""
+    if spot.as_before:
+        return bool(text.strip())
+    return any(
+        not character.isspace() and unicodedata.category(character) not in INVISIBLE and character not in BLANK
+        for character in text
+    )
 
 
 def joined(value: Any, column: str, spot: Spot) -> Any:
@@ -118,12 +136,21 @@ def literal(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         pass
+    if _outside_strings(text) > LONGEST_LITERAL:
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # of a backslash that begins no escape
             return ast.literal_eval(text.strip())
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
+
+
+def _outside_strings(text: str) -> int:
+    """How many characters of Python's text stand outside of its strings."""
+    for escape in ESCAPES:
+        text = text.replace(escape, "")
+    return len(STRING.sub("", text))
 
 
 def no_tools(what: str, spot: Spot) -> DataError:

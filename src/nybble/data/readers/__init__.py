@@ -4,8 +4,24 @@ A reader yields rows, and in place of a line it cannot read the fault; it raises
 No reader holds more of a file than a chunk or a row.
 """
 
-from nybble.data.readers.files import JSON_KINDS, KINDS, read_file, refuse_stranger
-from nybble.data.readers.row import Item, Notice, Row
+from nybble.data.readers.files import JSON_KINDS, KINDS, read_file, refuse_special, refuse_stranger
+from nybble.data.readers.row import MAX_ROW, MB, Item, Notice, Row, TooLargeError, Unreadable, listing
 from nybble.data.readers.text import document, kind_of
 
-__all__ = ["JSON_KINDS", "KINDS", "Item", "Notice", "Row", "document", "kind_of", "read_file", "refuse_stranger"]
+__all__ = [
+    "JSON_KINDS",
+    "KINDS",
+    "MAX_ROW",
+    "MB",
+    "Item",
+    "Notice",
+    "Row",
+    "TooLargeError",
+    "Unreadable",
+    "document",
+    "kind_of",
+    "listing",
+    "read_file",
+    "refuse_special",
+    "refuse_stranger",
+]

@@ -3,48 +3,102 @@
 from __future__ import annotations
 
 import codecs
-import io
 import pathlib
 import shlex
-import zlib
+import stat
 from collections.abc import Callable, Iterator
 
-import pyarrow
-import pyarrow.parquet
-
 from nybble.data.readers.json_rows import read_json
-from nybble.data.readers.row import Item, Notice, Row
+from nybble.data.readers.parquet import read_parquet
+from nybble.data.readers.row import MAX_ROW, Item, Notice, Row
 from nybble.data.readers.tables import read_csv
-from nybble.data.readers.text import document, is_packed, kind_of, opened
+from nybble.data.readers.text import beginning, document, is_packed, kind_of
 from nybble.errors import DataError
 from nybble.lfs import pointer_fault
 
+LOOKED_AT = 64  # bytes by which a stranger is told
 GZIP = b"\x1f\x8b"
 ARCHIVES = {  # first bytes: what such a file is, and what to do
     b"PK\x03\x04": ("a zip archive or an Excel workbook", "unpack it, or save the sheet as CSV"),
     GZIP: ("compressed with gzip", "add .gz to its name"),
     b"PAR1": ("a parquet file", "rename it to .parquet"),
     b"%PDF-": ("a PDF", "write its text to a file"),
+    b"PARE": ("an encrypted parquet file", "decrypt it first"),
+    b"BZh": ("compressed with bzip2", "unpack it: bunzip2"),
+    b"\xfd7zXZ\0": ("compressed with xz", "unpack it: unxz"),
+    b"\x28\xb5\x2f\xfd": ("compressed with Zstandard", "unpack it: unzstd"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7-Zip archive", "unpack it: 7z x"),
+    b"Rar!\x1a\x07": ("a RAR archive", "unpack it"),
+    b"ARROW1": (
+        "an Arrow or Feather file",
+        "write it as parquet: pyarrow.feather.read_table, pyarrow.parquet.write_table",
+    ),
+    b"SQLite format 3\0": ("an SQLite database", "export the table as CSV"),
+    b"\xd0\xcf\x11\xe0": ("an old Excel workbook", "save the sheet as CSV"),
+    b"\x93NUMPY": ("a NumPy array", "write its rows as JSON lines"),
+    b"\x80\x04\x95": ("a pickle, which nybble does not load", "write its rows as JSON lines"),
 }
+SPECIAL = (
+    (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
+)  # fmt: skip
 PAGES = (b"<!doctype html", b"<html")
 
 
-def read_file(file: pathlib.Path) -> Iterator[Item]:
+def read_file(file: pathlib.Path, limit: int = MAX_ROW) -> Iterator[Item]:
     """Rows and faults of one file, in order.
 
+    Args:
+        file: the file.
+        limit: how large a row may be: characters of text, bytes of parquet.
+
     Raises:
-        DataError: the file is empty, of another kind or encoding, or its rest cannot be read.
+        DataError: the file is empty, special, of another kind or encoding, or its rest cannot be read.
     """
     some = False
-    if file.stat().st_size == 0:
-        raise DataError("the file is empty", where=str(file), fix="remove it from the data, or fill it")
     refuse_stranger(file)
-    _refuse_page(file)
-    for item in KINDS[kind_of(file)](file):
-        some = some or not isinstance(item, Notice)
-        yield item
+    try:
+        if not _first_bytes(file):
+            raise DataError("the file is empty", where=str(file), fix="remove it from the data, or fill it")
+        _refuse_page(file)
+        for item in KINDS[kind_of(file)](file, limit):
+            some = some or not isinstance(item, Notice)
+            yield item
+    except OSError as error:
+        raise _unreadable(file, error) from error
     if not some:
         raise DataError("there are no rows in the file", where=str(file), fix="remove it from the data, or fill it")
+
+
+def refuse_special(file: pathlib.Path) -> None:
+    """Refuse what is not a file, before it is opened: a pipe would wait for a writer, a device may have no end.
+
+    Raises:
+        DataError: what it is, or that there is none, or that it cannot be reached.
+    """
+    try:
+        mode = file.stat().st_mode
+    except FileNotFoundError as error:
+        if not file.is_symlink():
+            raise DataError(f"there is no file {file}", fix=f"ls {shlex.quote(str(file.parent))}") from error
+        raise DataError(
+            f"the file is a link to {file.readlink()}, which does not exist",
+            where=str(file),
+            fix="remove the link, or get the file that it points to",
+        ) from error
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    for is_one, name in SPECIAL:
+        if is_one(mode):
+            raise DataError(
+                f"this is {name}, not a file; data is read more than once",
+                where=str(file),
+                fix="write what it gives to a file first",
+            )
+
+
+def _unreadable(file: pathlib.Path, error: OSError) -> DataError:
+    why = (error.strerror or str(error)).lower()
+    return DataError(f"the file cannot be read: {why}", where=str(file), fix=f"ls -l {shlex.quote(str(file))}")
 
 
 def refuse_stranger(file: pathlib.Path) -> None:
@@ -53,13 +107,23 @@ def refuse_stranger(file: pathlib.Path) -> None:
     Raises:
         DataError: what it is instead.
     """
-    if (fault := pointer_fault(file)) is not None:
-        raise DataError(fault[0], where=str(file), fix=fault[1])
-    start = _first_bytes(file)
-    expected = {b"PAR1": kind_of(file) == ".parquet", GZIP: is_packed(file)}
+    refuse_special(file)
+    try:
+        pointer, start = pointer_fault(file), _first_bytes(file)
+        inside = beginning(file, LOOKED_AT) if is_packed(file) and start.startswith(GZIP) else b""
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    if pointer is not None:
+        raise DataError(pointer[0], where=str(file), fix=pointer[1])
+    is_table = kind_of(file) == ".parquet"
     for mark, (what, fix) in ARCHIVES.items():
-        if start.startswith(mark) and not expected.get(mark):
+        if start.startswith(mark) and not (mark == b"PAR1" and is_table) and not (mark == GZIP and is_packed(file)):
             raise DataError(f"the file is {what}, not what its name says", where=str(file), fix=fix)
+        if inside.startswith(mark) and not (mark == b"PAR1" and is_table):
+            what = "compressed with gzip twice" if mark == GZIP else f"{what}, compressed with gzip"
+            raise DataError(
+                f"the file is {what}, not what its name says", where=str(file), fix="unpack it and see what it contains"
+            )
     if start and is_packed(file) and not start.startswith(GZIP):
         raise DataError(
             "the file is not compressed with gzip, although its name says so",
@@ -79,36 +143,21 @@ def _refuse_page(file: pathlib.Path) -> None:
 
 def _first_bytes(file: pathlib.Path) -> bytes:
     with file.open("rb") as stream:
-        return stream.read(64)
+        return stream.read(LOOKED_AT)
 
 
-def _read_parquet(file: pathlib.Path) -> Iterator[Item]:
-    try:
-        with opened(file) as stream:
-            readable = io.BytesIO(stream.read()) if is_packed(file) else stream
-            number = 0
-            for batch in pyarrow.parquet.ParquetFile(readable).iter_batches(1024):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(values, f"{file}:row {number}")
-    except (pyarrow.ArrowInvalid, OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"not a parquet file: {error}", where=str(file), fix=f"copy or download {shlex.quote(file.name)} again"
-        ) from error
-
-
-def _read_text(file: pathlib.Path) -> Iterator[Item]:
+def _read_text(file: pathlib.Path, limit: int) -> Iterator[Item]:
     """A document, whole."""
-    text = document(file)
+    text = document(file, limit)
     if text.strip():
         yield Row({"text": text}, f"{file}:1")
 
 
 JSON_KINDS = (".jsonl", ".ndjson", ".json")
-KINDS: dict[str, Callable[[pathlib.Path], Iterator[Item]]] = {
+KINDS: dict[str, Callable[[pathlib.Path, int], Iterator[Item]]] = {
     **dict.fromkeys(JSON_KINDS, read_json),
     ".csv": read_csv,
     ".tsv": read_csv,
-    ".parquet": _read_parquet,
+    ".parquet": read_parquet,
     ".txt": _read_text,
 }

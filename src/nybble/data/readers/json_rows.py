@@ -7,15 +7,19 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from nybble.data.readers.json_text import DECODER, ConstantError, Text, no_number
+from nybble.data.readers.json_text import Decoder, NumberError, Text, no_number
 from nybble.data.readers.row import Item, row_of
 from nybble.data.readers.text import beginning, checked, lines
 from nybble.data.readers.wrapped import Outline, outline_of, read_wrapped
 from nybble.errors import DataError
 
 
-def read_json(file: pathlib.Path) -> Iterator[Item]:
+def read_json(file: pathlib.Path, limit: int) -> Iterator[Item]:
     """Rows and faults of a file.
+
+    Args:
+        file: the file, perhaps packed.
+        limit: characters that a row may have.
 
     Raises:
         DataError: an object is spread over several lines, or the rest of an array cannot be read.
@@ -23,49 +27,51 @@ def read_json(file: pathlib.Path) -> Iterator[Item]:
     start = beginning(file).decode("utf-8-sig", "ignore")
     head = start.lstrip()
     if head.startswith("[") and not _are_lists(head):
-        yield from _read_array(file)
+        yield from _read_array(file, limit)
         return
-    outline = _outline(file, start) if head.startswith("{") else None
+    outline = _outline(file, start, limit) if head.startswith("{") else None
     if outline is not None and outline.holders:
-        yield from read_wrapped(file, outline)
+        yield from read_wrapped(file, outline, limit)
         return
     if outline is not None:
         outline.refuse_unread(file)
-    yield from _read_lines(file, "" if "\r" in start and "\n" not in start else "\n")
+    yield from _read_lines(file, "" if "\r" in start and "\n" not in start else "\n", limit)
 
 
-def _read_lines(file: pathlib.Path, newline: str) -> Iterator[Item]:
-    for number, line in lines(file, newline):
-        if line.isspace():
+def _read_lines(file: pathlib.Path, newline: str, limit: int) -> Iterator[Item]:
+    decoder = Decoder()
+    for number, line in lines(file, newline, limit):
+        if isinstance(line, str) and line.isspace():
             continue
         origin = f"{file}:{number}"
+        decoder.taken()
         try:
-            yield row_of(_parse(checked(line, file, number), origin), origin)
+            yield row_of(_parse(checked(line, file, number), origin, decoder), origin, decoder.taken())
         except DataError as fault:
             yield fault
 
 
-def _parse(line: str, origin: str) -> Any:
+def _parse(line: str, origin: str, decoder: Decoder) -> Any:
     try:
-        return DECODER.decode(line.rstrip("\r\n"))
+        return decoder.decode(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise DataError(
             f"not valid JSON: {error.msg} at column {error.colno}",
             where=origin,
             fix="one JSON object per line; fix or delete this line",
         ) from error
-    except ConstantError as error:
+    except NumberError as error:
         raise no_number(error, origin) from error
     except RecursionError as error:
         raise DataError("JSON nested too deeply to be a row", where=origin) from error
 
 
-def _read_array(file: pathlib.Path) -> Iterator[Item]:
-    text = Text(file)
+def _read_array(file: pathlib.Path, limit: int) -> Iterator[Item]:
+    text = Text(file, limit)
     text.peek()
     for value, origin in text.elements():
         try:
-            yield row_of(value, origin)
+            yield row_of(value, origin, text.json.taken())
         except DataError as fault:
             yield fault
     if text.peek():
@@ -76,16 +82,16 @@ def _are_lists(start: str) -> bool:
     """Whether a file has a list on each line, so that it is no array of rows."""
     first, _, rest = start.partition("\n")
     try:
-        DECODER.decode(first)
+        json.loads(first)
     except (ValueError, RecursionError):
         return False
     return rest.lstrip().startswith(("[", "{"))
 
 
-def _outline(file: pathlib.Path, start: str) -> Outline | None:
+def _outline(file: pathlib.Path, start: str, limit: int) -> Outline | None:
     """The first object's members; None where it is not JSON on its own line already, as any bad line."""
     try:
-        return outline_of(file)
+        return outline_of(file, limit)
     except DataError as fault:
         first = 1 + start.count("\n", 0, len(start) - len(start.lstrip()))
         more = start.lstrip().partition("\n")[2].lstrip()

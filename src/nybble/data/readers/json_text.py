@@ -9,33 +9,65 @@ import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from nybble.data.readers.row import MAX_ROW, too_large
 from nybble.data.readers.text import CHUNK, as_utf8, pieces
 from nybble.errors import DataError
 
+LONGEST_NUMBER = 4300  # digits of an integer: more are read in quadratic time, so Python refuses them
 LONGEST_SIGN = 16  # characters: longer than -Infinity, half of a surrogate pair, or what follows a number's digits
 BLANK = re.compile(r"[ \t\r\n]*")
 
 
-class ConstantError(ValueError):
-    """NaN or an infinity, which Python's json writes and JSON does not know."""
+class NumberError(ValueError):
+    """What Python's json reads or writes as a number and a row cannot have; the message is the fault."""
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ConstantError(name)
+    raise NumberError(f"{name} is not JSON")
 
 
-DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+def _integer(digits: str) -> int:
+    if (count := len(digits.lstrip("-"))) > LONGEST_NUMBER:
+        raise NumberError(f"an integer of {count:,} digits; {LONGEST_NUMBER:,} is the limit")
+    return int(digits)
 
 
-def no_number(error: ConstantError, origin: str) -> DataError:
-    """The fault of a constant that is not JSON."""
-    return DataError(f"{error} is not JSON", where=origin, fix="write text, or null for nothing")
+class Decoder(json.JSONDecoder):
+    """JSON's own, which also says which key the objects of a value have twice."""
+
+    def __init__(self) -> None:
+        self._repeated: str | None = None
+        super().__init__(parse_constant=_refuse_constant, parse_int=_integer, object_pairs_hook=self._object)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs) and self._repeated is None:
+            seen: set[str] = set()
+            self._repeated = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        return values
+
+    def taken(self) -> str | None:
+        """The first such key since this was last asked for."""
+        name, self._repeated = self._repeated, None
+        return name
+
+
+def no_number(error: NumberError, origin: str) -> DataError:
+    """The fault of a number that a row cannot have."""
+    return DataError(str(error), where=origin, fix="write it as text, or null for nothing")
 
 
 class Text:
-    """A file's text from where the reader stands, as much of it as was asked for."""
+    """A file's text from where the reader stands, as much of it as was asked for.
 
-    def __init__(self, file: pathlib.Path) -> None:
+    Args:
+        file: the file, perhaps packed.
+        limit: characters that a value may have.
+    """
+
+    def __init__(self, file: pathlib.Path, limit: int = MAX_ROW) -> None:
+        self.limit = limit
+        self.json = Decoder()
         self.chunks = pieces(file, CHUNK)
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.file = file
@@ -43,6 +75,8 @@ class Text:
         self.place = 0
         self.line = 1
         """Of `place`."""
+        self.taken = 0
+        """Characters of the last value."""
         self.ended = False
 
     def more(self) -> None:
@@ -88,22 +122,28 @@ class Text:
 
     def value(self) -> Any:
         """Decode the value that begins here, reading on while it is incomplete."""
+        self.json.taken()  # of a value that was not complete yet
         while True:
             try:
-                value, end = DECODER.raw_decode(self.text, self.place)
+                value, end = self.json.raw_decode(self.text, self.place)
             except json.JSONDecodeError as error:
                 unfinished = "Unterminated" in error.msg or error.pos > len(self.text) - LONGEST_SIGN
                 if self.ended or not unfinished:
                     raise self.fault(error.msg, error.pos) from error
-            except ConstantError as error:
+            except NumberError as error:
                 raise no_number(error, f"{self.file}:{self.line}") from error
             except RecursionError as error:
                 raise self.fault("nested too deeply to be a row", self.place) from error
             else:
                 may_go_on = isinstance(value, int | float) and end > len(self.text) - LONGEST_SIGN
                 if self.ended or not may_go_on:
+                    if end - self.place > self.limit:
+                        raise too_large("a row", self.limit, f"{self.file}:{self.line}", end - self.place)
+                    self.taken = end - self.place
                     self.move(end)
                     return value
+            if len(self.text) - self.place > self.limit:
+                raise too_large("a row", self.limit, f"{self.file}:{self.line}")
             self.more()
 
     def elements(self) -> Iterator[tuple[Any, str]]:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from nybble.errors import DataError
+
+MB = 1_000_000
+MAX_ROW = 16 * MB
+"""The largest row that is read unless data.max_row_mb says otherwise: characters of text, bytes of a parquet file."""
+NAMES_TOLD = 12
+LONGEST_NAME = 60
 
 
 @dataclass(frozen=True)
@@ -17,6 +24,15 @@ class Row:
     """`file:line`, of rows that share a line with the number of the row (for parquet and the Hub, that number alone)."""
     source: int = 0
     """Which of the recipe's sources it comes from."""
+    repeated: str | None = None
+    """A key that one of its objects has twice; `values` holds what the last one says."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for a cell that is there but cannot be read: whether that matters depends on whether the column is used."""
+
+    why: str
 
 
 @dataclass(frozen=True)
@@ -29,7 +45,7 @@ class Notice:
 Item = Row | Notice | DataError
 
 
-def row_of(value: Any, origin: str) -> Row:
+def row_of(value: Any, origin: str, repeated: str | None = None) -> Row:
     """A decoded value as a row.
 
     Raises:
@@ -37,4 +53,34 @@ def row_of(value: Any, origin: str) -> Row:
     """
     if not isinstance(value, dict):
         raise DataError(f"a row must be an object with named fields, not {type(value).__name__}", where=origin)
-    return Row(value, origin)
+    return Row(value, origin, repeated=repeated)
+
+
+class TooLargeError(DataError):
+    """A row or a file over the limit."""
+
+
+def too_large(what: str, limit: int, where: str, size: int | None = None) -> TooLargeError:
+    """The fault of a row, or a part of one, over the limit.
+
+    Args:
+        what: which part.
+        limit: how large it may be.
+        where: its `file:line`.
+        size: how large it is; None where that is not known without reading all of it.
+    """
+    shown = f"of {size / MB:,.1f} MB" if size is not None else f"of more than {limit / MB:,.0f} MB"
+    over = f", over the limit of {limit / MB:,.0f} MB" if size is not None else ""
+    enough = 2 * limit if size is None else size
+    return TooLargeError(
+        f"{what} {shown}{over}",
+        where=where,
+        fix=f"split it; if it is meant to be this large, allow it with data.max_row_mb={-(-enough // MB)}",
+    )
+
+
+def listing(names: Iterable[object]) -> str:
+    """Names as a message shows them: the first ones, none of them at length."""
+    shown = [(name if isinstance(name, str) and name.isprintable() else repr(name))[:LONGEST_NAME] for name in names]
+    more = len(shown) - NAMES_TOLD
+    return ", ".join(shown[:NAMES_TOLD]) + (f" and {more:,} more" if more > 0 else "")

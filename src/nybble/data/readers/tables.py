@@ -11,14 +11,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nybble.data.readers.row import Item, Notice, Row
+from nybble.data.readers.row import MB, Item, Notice, Row, listing, too_large
 from nybble.data.readers.text import START, beginning, checked, kind_of, lines
 from nybble.errors import DataError
 
 LOOKED_AT = 100  # lines by which a delimiter is told
 EMPTY_COLUMNS = "empty columns at the end are ignored"
 EMPTY_ROWS = "empty rows are ignored"
-MAX_CSV_FIELD = 1 << 28  # csv's own default of 128 KiB is less than one long document
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 SAID = re.compile(r'"?sep=(\\t|[^\w\s"]|\t)"?[,;\t|]*', re.IGNORECASE)
 """Excel's own first line, which names the delimiter and is no row."""
@@ -35,14 +34,99 @@ class Dialect:
     """Lines above the header."""
 
 
-def read_csv(file: pathlib.Path) -> Iterator[Item]:
+class Record:
+    """The lines of one record, as the csv module asks for them; it joins those that a quoted field spans.
+
+    Args:
+        file: the table, perhaps packed.
+        limit: characters that a record may have.
+        dialect: how it is written.
+    """
+
+    def __init__(self, file: pathlib.Path, limit: int, dialect: Dialect) -> None:
+        self.file = file
+        self.limit = limit
+        self.dialect = dialect
+        self.unread = itertools.islice(lines(file, "", limit), dialect.skipped, None)
+        self.first = self.line = dialect.skipped + 1
+        """Lines: on which the record begins, and which is read next; quoted fields may hold line breaks."""
+        self.size = 0
+        self.newest = ""
+        """The line that was read last."""
+        self.opened: int | None = None
+        """Line on which the quotes open that are open before the newest line."""
+
+    def __iter__(self) -> Iterator[str]:
+        for number, line in self.unread:
+            text = checked(line, self.file, number)
+            if self.size:
+                self.opened = self._left_open()
+            self.newest, self.line, self.size = text, number + 1, self.size + len(text)
+            if self.size > self.limit:
+                raise csv.Error("the record is too long")
+            yield text
+
+    def end(self) -> str:
+        """Where the record that was read begins; the next one begins behind it."""
+        origin = f"{self.file}:{self.first}"
+        self.first, self.size, self.opened = self.line, 0, None
+        return origin
+
+    def fault(self, error: csv.Error) -> DataError:
+        """What is wrong where csv went no further: where the quotes open that do not end, if it is that."""
+        opened = self._left_open()
+        where = f"{self.file}:{self.first if opened is None else opened}"
+        fix = "close every quote, and double those inside"
+        is_long = self.size > self.limit
+        if is_long and opened is None:
+            return too_large("a record", self.limit, where)
+        if is_long:
+            what = f"no end within {self.limit / MB:,.0f} MB of the quotes that open here"
+            fix += f"; if a field is meant to be this large, allow it with data.max_row_mb={2 * self.limit // MB}"
+        else:
+            what = str(error) + ("" if opened is None else " within the quotes that open here")
+        return DataError(f"not valid CSV: {what}", where=where, fix=fix)
+
+    def _left_open(self) -> int | None:
+        """The line on which the quotes open that are open after the newest line; None where none are."""
+        text, delimiter, place = self.newest, self.dialect.delimiter, 0
+        is_quoted = self.opened is not None
+        opened = self.opened
+        while is_quoted or place < len(text):
+            place += self.dialect.spaced and text[place : place + 1] == " "
+            if not is_quoted and text[place : place + 1] == '"':
+                is_quoted, opened, place = True, self.line - 1, place + 1
+            if is_quoted:
+                place = _closing(text, place)
+                if place == 0:
+                    return opened
+            is_quoted = False
+            place = text.find(delimiter, place) + 1
+            if place == 0:
+                return None
+        return None
+
+
+def _closing(text: str, place: int) -> int:
+    """Where a quoted field's text goes on behind its last quote; 0 where there is none. Doubled ones are part of it."""
+    place = text.find('"', place) + 1
+    while place and text[place : place + 1] == '"':
+        place = text.find('"', place + 1) + 1
+    return place
+
+
+def read_csv(file: pathlib.Path, limit: int) -> Iterator[Item]:
     """Rows and faults of a table, and a notice where empty columns or rows of it are ignored.
+
+    Args:
+        file: the table, perhaps packed.
+        limit: characters that a row may have.
 
     Raises:
         DataError: the header names a column twice, or a quote is not closed.
     """
     told: set[Notice] = set()
-    for item in _items(file):
+    for item in _items(file, limit):
         if not isinstance(item, Notice):
             yield item
         elif item not in told:
@@ -50,26 +134,24 @@ def read_csv(file: pathlib.Path) -> Iterator[Item]:
             yield item
 
 
-def _items(file: pathlib.Path) -> Iterator[Item]:
-    csv.field_size_limit(MAX_CSV_FIELD)
+def _items(file: pathlib.Path, limit: int) -> Iterator[Item]:
+    csv.field_size_limit(limit)  # its own default of 128 KiB is less than one long document
     dialect = _dialect(file)
-    text = (checked(line, file, number) for number, line in lines(file, ""))
-    reader = csv.reader(
-        itertools.islice(text, dialect.skipped, None),
-        delimiter=dialect.delimiter,
-        skipinitialspace=dialect.spaced,
-        strict=True,
-    )
-    first = dialect.skipped + 1  # line of a record; quoted fields may hold line breaks
+    record = Record(file, limit, dialect)
+    reader = csv.reader(iter(record), delimiter=dialect.delimiter, skipinitialspace=dialect.spaced, strict=True)
     try:
-        header = next(filter(_is_filled, reader), [])
+        header: list[str] = []
+        while not header and (fields := next(reader, None)) is not None:
+            if _is_filled(fields):
+                header = fields
+            else:
+                record.end()
         names = _named(header, f"{file}:{dialect.skipped + reader.line_num}")
         if len(names) < len(header):
             yield Notice(f"{file.name}: {EMPTY_COLUMNS}")
-        first = dialect.skipped + reader.line_num + 1
+        record.end()
         for fields in reader:
-            origin = f"{file}:{first}"
-            first = dialect.skipped + reader.line_num + 1
+            origin = record.end()
             if len(fields) == len(names) and fields[0] and not fields[0].isspace():  # nearly every row
                 yield Row(dict(zip(names, fields, strict=True)), origin)
             elif not _is_filled(fields):
@@ -82,9 +164,7 @@ def _items(file: pathlib.Path) -> Iterator[Item]:
                     yield Notice(f"{file.name}: {EMPTY_COLUMNS}")
                 yield Row(dict(zip(names, fields, strict=False)), origin)
     except csv.Error as error:
-        raise DataError(
-            f"not valid CSV: {error}", where=f"{file}:{first}", fix="close every quote, and double those inside"
-        ) from error
+        raise record.fault(error) from error
 
 
 def _is_filled(fields: list[str]) -> bool:
@@ -99,7 +179,7 @@ def _named(header: list[str], where: str) -> list[str]:
     counts = Counter(name for name in header[:width] if name.strip())
     if twice := [name for name, count in counts.items() if count > 1]:
         raise DataError(
-            f"two columns of the header have the same name: {twice[0]!r}",
+            f"two columns of the header have the same name: {twice[0]!r:.60}",
             where=where,
             fix="give each column a different name",
         )
@@ -109,7 +189,7 @@ def _named(header: list[str], where: str) -> list[str]:
 def _uneven(fields: list[str], names: list[str], dialect: Dialect, origin: str) -> DataError:
     delimiters = DELIMITERS.get(dialect.delimiter, repr(dialect.delimiter))
     return DataError(
-        f"{len(fields)} field{'s' * (len(fields) != 1)}, but the header has {len(names)} ({', '.join(names)})",
+        f"{len(fields)} field{'s' * (len(fields) != 1)}, but the header has {len(names)} ({listing(names)})",
         where=origin,
         fix=f"quote fields that contain {delimiters} or line breaks",
     )

@@ -10,6 +10,7 @@ import shlex
 import zlib
 from collections.abc import Iterator
 
+from nybble.data.readers.row import MAX_ROW, too_large
 from nybble.errors import DataError
 
 CHUNK = 1 << 20  # bytes of a file read at a time where lines do not matter
@@ -62,11 +63,12 @@ def pieces(file: pathlib.Path, size: int) -> Iterator[bytes]:
             yield piece
 
 
-def lines(file: pathlib.Path, newline: str = "\n") -> Iterator[tuple[int, str]]:
+def lines(file: pathlib.Path, newline: str = "\n", limit: int = MAX_ROW) -> Iterator[tuple[int, str | DataError]]:
     """A file's lines with their numbers, not yet looked at: `checked` does that.
 
     Args:
         newline: what ends a line; "" is a line feed, a carriage return, or both.
+        limit: characters that a line may have; in place of a longer one comes its fault.
 
     Raises:
         DataError: the rest of the file cannot be unpacked, or all of it is of another encoding.
@@ -76,10 +78,22 @@ def lines(file: pathlib.Path, newline: str = "\n") -> Iterator[tuple[int, str]]:
     # Bytes that are not UTF-8 become surrogates here, so that one bad line does not take its neighbours along.
     with opened(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline) as text:
         try:
-            for number, line in enumerate(text, 1):
-                yield number, line
+            while line := text.readline(limit + 1):
+                number += 1
+                yield (
+                    number,
+                    line if len(line) <= limit else too_large("a line", limit, f"{file}:{number}", _skip(text, line)),
+                )
         except PACKING as error:
             raise _damaged(error, file, number + 1) from error
+
+
+def _skip(text: io.TextIOWrapper, line: str) -> int:
+    """Go on to the end of a line of which so much was read; how many characters it has."""
+    size = len(line)
+    while not line.endswith(("\n", "\r")) and (line := text.readline(CHUNK)):
+        size += len(line)
+    return size
 
 
 def beginning(file: pathlib.Path, size: int = START) -> bytes:
@@ -94,12 +108,14 @@ def beginning(file: pathlib.Path, size: int = START) -> bytes:
     return bytes(start)
 
 
-def checked(line: str, file: pathlib.Path, number: int) -> str:
+def checked(line: str | DataError, file: pathlib.Path, number: int) -> str:
     """A line that is text.
 
     Raises:
-        DataError: it holds a null byte, or one that is not UTF-8.
+        DataError: it is too long, or holds a null byte, or one that is not UTF-8.
     """
+    if isinstance(line, DataError):
+        raise line
     if "\0" in line:
         raise DataError(
             "a null byte, as in a damaged or a UTF-16 file", where=f"{file}:{number}", fix="save the file as UTF-8"
@@ -117,14 +133,26 @@ def checked(line: str, file: pathlib.Path, number: int) -> str:
     return line
 
 
-def document(file: pathlib.Path) -> str:
+def document(file: pathlib.Path, limit: int = MAX_ROW) -> str:
     """All of a file, with line feeds at the ends of its lines.
 
+    Args:
+        limit: characters that it may have.
+
     Raises:
-        DataError: it is not UTF-8.
+        DataError: it is not UTF-8, or longer.
     """
-    text = "".join(checked(line, file, number) for number, line in lines(file))
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    parts, size = [], 0
+    for number, line in lines(file, limit=limit):
+        text = checked(line, file, number)
+        size += len(text)
+        if size <= limit:
+            parts.append(text)
+        else:  # only its length is asked for
+            parts.clear()
+    if size > limit:
+        raise too_large("a text", limit, str(file), size)
+    return "".join(parts).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def refuse_wide(start: bytes, file: pathlib.Path) -> None:

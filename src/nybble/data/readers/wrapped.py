@@ -6,11 +6,11 @@ import json
 import pathlib
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nybble.data.readers.json_text import Text
-from nybble.data.readers.row import Item, Notice, Row, row_of
+from nybble.data.readers.row import Item, Notice, Row, listing, row_of, too_large
 from nybble.data.readers.text import fed
 from nybble.errors import DataError
 
@@ -65,7 +65,7 @@ class Outline:
         """
         if self.is_alone and self._are_columns():
             raise DataError(
-                f"the file contains columns ({', '.join(member.name for member in self.members)}), not rows",
+                f"the file contains columns ({listing(member.name for member in self.members)}), not rows",
                 where=f"{file}:1",
                 fix=f"python -c {shlex.quote(COLUMNS.format(str(file)))}",
             )
@@ -98,7 +98,7 @@ def one_a_line(file: pathlib.Path, rows: str = ".") -> str:
 
 def rows_inside(values: dict[str, Any]) -> str | None:
     """Where in an object a list is that may be rows, as jq writes it: ."data"."train"; None where there is none."""
-    lists = {f".{json.dumps(name, ensure_ascii=False)}": value for name, value in values.items()}
+    lists = {f".{json.dumps(name, ensure_ascii=not name.isprintable())}": value for name, value in values.items()}
     inner = {
         f"{place}.{json.dumps(name)}": within
         for place, value in lists.items()
@@ -109,27 +109,32 @@ def rows_inside(values: dict[str, Any]) -> str | None:
     return next((place for place, value in {**lists, **inner}.items() if _may_be_rows(value)), None)
 
 
-def outline_of(file: pathlib.Path) -> Outline:
+def outline_of(file: pathlib.Path, limit: int) -> Outline:
     """What a file's first object consists of, without holding it.
 
     Raises:
-        DataError: it is not JSON.
+        DataError: it is not JSON, or what stands in it besides lists is over the limit.
     """
-    text = Text(file)
+    text = Text(file, limit)
     text.peek()
-    first, members = text.line, []
+    first, members, held = text.line, [], 0
     for name in text.members():
+        if held > limit:
+            raise too_large("an object", limit, f"{file}:{text.line}")
         if text.peek() == "[":
             value, length = None, 0
             for element, _ in text.elements():
                 value, length = element if length == 0 else value, length + 1
+                held += text.taken if length == 1 else 0
             members.append(Member(name, value, length))
         else:
             members.append(Member(name, text.value()))
+            held += text.taken
+        held += len(name)
     return Outline(tuple(members), text.line - first + 1, not text.peek())
 
 
-def read_wrapped(file: pathlib.Path, outline: Outline) -> Iterator[Item]:
+def read_wrapped(file: pathlib.Path, outline: Outline, limit: int) -> Iterator[Item]:
     """Rows of the first of the lists that hold some, and a notice of which was read.
 
     Raises:
@@ -138,7 +143,7 @@ def read_wrapped(file: pathlib.Path, outline: Outline) -> Iterator[Item]:
     chosen, *others = outline.holders
     left = f", not from {' or '.join(map(repr, others))}" if others else ""
     yield Notice(f"{file.name}: rows are read from {chosen!r}{left}")
-    text = Text(file)
+    text = Text(file, limit)
     text.peek()
     for name in text.members():
         if text.peek() != "[":
@@ -146,7 +151,11 @@ def read_wrapped(file: pathlib.Path, outline: Outline) -> Iterator[Item]:
             continue
         for value, origin in text.elements():
             if name == chosen:
-                yield from _rows(value, origin, file)
+                repeated = text.json.taken()
+                yield from (
+                    replace(item, repeated=repeated) if isinstance(item, Row) else item
+                    for item in _rows(value, origin, file)
+                )
 
 
 def _may_be_rows(value: Any) -> bool:
@@ -174,7 +183,7 @@ def _shown(value: dict[str, Any], origin: str) -> Row:
     """A row as the Hub's viewer gives it."""
     if cut := value.get("truncated_cells"):
         raise DataError(
-            f"the Hub's viewer has truncated {', '.join(map(str, cut))}",
+            f"the Hub's viewer has truncated {listing(cut) if isinstance(cut, list) else 'cells'}",
             where=origin,
             fix="read the whole data set from the Hub: nybble train MODEL owner/name",
         )

@@ -1,0 +1,78 @@
+"""Arrow's cells as Python's values, a few rows at a time, and how large they would be before they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy
+import pyarrow
+import pyarrow.compute
+
+from nybble.data.readers.row import MB, Unreadable
+
+HELD = 64 * MB  # bytes of rows that are held as Python's values at a time
+VALUE = 32  # bytes that any value takes as an object of Python's, about
+UNREADABLE = (ValueError, ArithmeticError, LookupError, ImportError, pyarrow.ArrowException)
+"""What a cell raises that Python has no value for: text that is not UTF-8, the year 300,000, an unknown time zone."""
+
+
+def rows_of(batch: pyarrow.RecordBatch, limit: int) -> Iterator[list[Any] | int]:
+    """The values of each row; of a row over the limit its size in bytes instead."""
+    each = sum((_sizes(column) for column in batch.columns), numpy.zeros(len(batch), numpy.int64))
+    ends = numpy.cumsum(each)
+    start = 0
+    while start < len(batch):
+        before = ends[start - 1] if start else 0
+        end = max(start + 1, int(numpy.searchsorted(ends, before + HELD, "right")))
+        if end > start + 1 and each[start:end].max() > limit:
+            end = start + max(1, int(numpy.argmax(each[start:end] > limit)))
+        if each[start] > limit:
+            yield int(each[start])
+        else:
+            columns = [_values(column.slice(start, end - start)) for column in batch.columns]
+            yield from ([column[place] for column in columns] for place in range(end - start))
+        start = end
+
+
+def _values(column: pyarrow.Array) -> list[Any]:
+    try:
+        # Arrow makes a scalar of each reference to a dictionary, and of plain text it does not: ten times as fast.
+        is_dictionary = pyarrow.types.is_dictionary(column.type)
+        values: list[Any] = (column.dictionary_decode() if is_dictionary else column).to_pylist()
+    except UNREADABLE:
+        return [_value(cell) for cell in column]
+    return values
+
+
+def _value(cell: pyarrow.Scalar) -> Any:
+    try:
+        return cell.as_py()
+    except UNREADABLE as error:
+        return Unreadable(f"{type(error).__name__}: {error}"[:200])
+
+
+def _sizes(array: pyarrow.Array) -> numpy.ndarray:
+    """How many bytes each value would take, about."""
+    kind = array.type
+    if isinstance(array, pyarrow.ExtensionArray):
+        return _sizes(array.storage)
+    if pyarrow.types.is_dictionary(kind):
+        own = _sizes(array.dictionary)
+        places = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
+        return own[places] if len(own) else numpy.zeros(len(array), numpy.int64)
+    if pyarrow.types.is_struct(kind):
+        return sum((_sizes(child) for child in array.flatten()), numpy.full(len(array), VALUE, numpy.int64))
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_map(kind):
+        parts = (array.keys, array.items) if pyarrow.types.is_map(kind) else (array.values,)
+        inside = sum(_sizes(part) for part in parts)
+        totals = numpy.concatenate([[0], numpy.cumsum(inside, dtype=numpy.int64)])
+        bounds: numpy.ndarray = totals[array.offsets.to_numpy()]
+        return numpy.diff(bounds) + VALUE
+    if pyarrow.types.is_fixed_size_list(kind):
+        return numpy.full(len(array), VALUE * (1 + kind.list_size), numpy.int64)
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_binary(kind) or pyarrow.types.is_large_string(kind)
+            or pyarrow.types.is_large_binary(kind)):  # fmt: skip
+        return numpy.full(len(array), VALUE, numpy.int64)
+    lengths: numpy.ndarray = pyarrow.compute.binary_length(array).fill_null(0).to_numpy(zero_copy_only=False)
+    return lengths.astype(numpy.int64) + VALUE

@@ -1,0 +1,171 @@
+"""Parquet, a few rows at a time: what pages, dictionaries and rows unpack to is looked at before they are unpacked."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import shlex
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO
+
+import pyarrow
+import pyarrow.parquet
+
+from nybble.data.readers.cells import HELD, rows_of
+from nybble.data.readers.pages import pages
+from nybble.data.readers.row import MB, Item, Row, too_large
+from nybble.data.readers.text import CHUNK, is_packed, opened
+from nybble.errors import DataError
+
+ROWS = 1024  # that are unpacked at a time, or fewer where they are large
+PAGE = 16  # times as large as a row a page may be: rows share it
+ELEMENTS = 1 << 26  # of the lists in a column of a row group: a few bytes can stand for billions
+UNPACKED, GROWTH = 256 * MB, 100  # what a .gz may unpack to: so many bytes, or so many times its size
+LARGE_DICTIONARY = 2 * MB  # more than the 1 MB that is usual
+TEXTS = ("NONE", "STRING", "JSON", "ENUM", "BSON")
+PREFIXED = "DELTA_BYTE_ARRAY"  # each value may take over all of the one before
+
+
+def read_parquet(file: pathlib.Path, limit: int) -> Iterator[Item]:
+    """Rows and faults of a parquet file.
+
+    Args:
+        file: the file, perhaps packed with gzip.
+        limit: bytes that a row may have.
+
+    Raises:
+        DataError: it is not one, or the rest cannot be read within these bounds.
+    """
+    number = 0
+    try:
+        with _seekable(file) as stream:
+            metadata = pyarrow.parquet.read_metadata(stream)
+            readers = {by_reference: _reader(stream, metadata, by_reference) for by_reference in (False, True)}
+            names = readers[False].schema_arrow.names
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise DataError(
+                    f"two columns have the same name: {twice[0]!r:.60}",
+                    where=str(file),
+                    fix="give each column a different name",
+                )
+            for group in range(metadata.num_row_groups):
+                way = _way(metadata.row_group(group), stream, limit, f"{file}:row {number + 1}")
+                batches = readers[way.by_reference].iter_batches(way.rows, row_groups=[group], use_threads=False)
+                for batch in batches:
+                    for values in rows_of(batch, limit):
+                        number += 1
+                        origin = f"{file}:row {number}"
+                        if isinstance(values, int):
+                            yield too_large("a row", limit, origin, values)
+                        else:
+                            yield Row(dict(zip(names, values, strict=True)), origin)
+    except (pyarrow.ArrowException, OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(
+            f"{'damaged' if number else 'not a parquet file'}: {error}"[:300],
+            where=f"{file}:row {number + 1}" if number else str(file),
+            fix=f"copy or download {shlex.quote(file.name)} again",
+        ) from error
+
+
+@dataclass
+class _Way:
+    """How a group of rows is read."""
+
+    rows: int = ROWS
+    """How many are unpacked at a time."""
+    by_reference: bool = False
+    """Texts stay references to their dictionary, which takes ten times as long, but holds what a million rows share once."""
+
+
+def _reader(
+    stream: IO[bytes], metadata: pyarrow.parquet.FileMetaData, by_reference: bool
+) -> pyarrow.parquet.ParquetFile:
+    columns = [metadata.schema.column(place) for place in range(len(metadata.schema))]
+    texts = [
+        column.path
+        for column in columns
+        if by_reference and column.physical_type == "BYTE_ARRAY" and column.logical_type.type in TEXTS
+    ]
+    return pyarrow.parquet.ParquetFile(
+        stream, metadata=metadata, read_dictionary=texts, pre_buffer=False, buffer_size=CHUNK
+    )
+
+
+def _way(group: pyarrow.parquet.RowGroupMetaData, stream: IO[bytes], limit: int, where: str) -> _Way:
+    """How a group can be read within these bounds.
+
+    Raises:
+        DataError: it cannot.
+    """
+    heavy = 1.0  # bytes of a row, at most where a page's rows are alike
+    way = _Way()
+    for place in range(group.num_columns):
+        column = group.column(place)
+        name, rows = column.path_in_schema, max(group.num_rows, 1)
+        if column.num_values > max(ELEMENTS, rows):
+            raise DataError(
+                f"the column {name!r:.60} has lists of {column.num_values:,} values for {rows:,} rows",
+                where=where,
+                fix=f"write the file with smaller row groups, of fewer than {ELEMENTS:,} values",
+            )
+        start = column.data_page_offset
+        has_dictionary = column.has_dictionary_page and 0 < column.dictionary_page_offset < start
+        start = column.dictionary_page_offset if has_dictionary else start
+        if not column.num_values:  # its offsets may point nowhere
+            continue
+        for number, page in enumerate(pages(stream, start, column.total_compressed_size)):
+            if page.size > PAGE * limit:
+                raise _too_large_page(name, page.size, limit, where)
+            if has_dictionary and number == 0:  # one of its values may stand in each row, and in each list many times
+                is_list = column.num_values > rows
+                way.by_reference |= page.size > LARGE_DICTIONARY or (
+                    is_list and page.size * column.num_values > UNPACKED
+                )
+                heavy = max(heavy, 1 if way.by_reference else page.size)
+                continue
+            shared = 1 if PREFIXED in column.encodings else max(page.values, 1)
+            heavy = max(heavy, page.size / shared * max(column.num_values / rows, 1))
+    way.rows = max(1, min(ROWS, int(HELD / heavy)))
+    return way
+
+
+def _too_large_page(column: str, size: int, limit: int, where: str) -> DataError:
+    return DataError(
+        f"the column {column!r:.60} has a page of {size / MB:,.0f} MB; {PAGE * limit / MB:,.0f} MB is the limit",
+        where=where,
+        fix="write the file with smaller rows or pages; if rows are meant to be this large, allow it with "
+        f"data.max_row_mb={-(-size // MB)}",
+    )
+
+
+@contextlib.contextmanager
+def _seekable(file: pathlib.Path) -> Iterator[IO[bytes]]:
+    """A file's bytes, those of a packed one in a temporary file: its end must be read first."""
+    if not is_packed(file):
+        with file.open("rb") as stream:
+            yield stream
+        return
+    most = max(UNPACKED, GROWTH * file.stat().st_size)
+    with opened(file) as packed, tempfile.TemporaryFile() as stream:
+        while piece := packed.read(CHUNK):
+            try:
+                stream.write(piece)
+                stream.flush()
+            except OSError as error:
+                raise DataError(
+                    f"there is no room to unpack the file in {tempfile.gettempdir()}: {error.strerror}",
+                    where=str(file),
+                    fix=f"gunzip --keep {shlex.quote(str(file))} where there is room, and give the parquet file itself",
+                ) from error
+            if stream.tell() > most:
+                raise DataError(
+                    f"the file unpacks to more than {most / MB:,.0f} MB, {GROWTH} times its size",
+                    where=str(file),
+                    fix=f"gunzip --keep {shlex.quote(str(file))}, and give the parquet file itself",
+                )
+        stream.seek(0)
+        yield stream

@@ -1,0 +1,212 @@
+"""Damaged data files: each ends in one message that names the place, or is read as it must be, in bounded memory."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import itertools
+import json
+import pathlib
+import tempfile
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from corpus.bombs import BOMBS, ROOM, exploded
+from corpus.cases import Case, Outcome, held, nybble, sampled
+from corpus.data import GOOD, HEAD, ROW, file, parquet
+from corpus.data_files import CASES, PLAIN
+from nybble.check import check
+from nybble.data.formats import EmptyAnswerError, detect_forms
+from nybble.data.readers import Row, read_file
+from nybble.errors import DataError, NybbleError
+from nybble.recipe import Recipe
+from test_places import small_disk
+
+ROWS = 100_000  # of a bomb that are read; of one that is a parquet file, where each row is large
+ROWS_OF_PARQUET = 1000
+QUICK = ("array-gz", "wrapped-gz", "parquet-shared-lists")
+
+
+def checked(folder: pathlib.Path, case: Case) -> Outcome:
+    """What `nybble data check` says of a case's data, without a model."""
+    made = case.make(folder)
+    path, *words = made if isinstance(made, list) else [made]
+    size = int(words[0].rpartition("=")[2]) if words else 16
+    recipe = Recipe.model_validate({"data": {"path": str(path), "max_row_mb": size}})
+    stream = io.StringIO()
+    try:
+        fit = check(recipe, Console(file=stream, width=200))
+    except NybbleError as error:
+        return Outcome(error.exit_code, str(error))
+    return Outcome(int(not fit), stream.getvalue())
+
+
+@pytest.mark.parametrize("case", sampled(CASES, 4))
+def test_a_damaged_file_is_one_message(tmp_path, case):
+    held(case, checked(tmp_path, case))
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=() if case.name in QUICK else pytest.mark.slow) for case in BOMBS]
+)
+def test_a_file_that_holds_more_than_memory_is_read_in_bounded_memory(tmp_path, case):
+    found = exploded(case.make(tmp_path), ROWS_OF_PARQUET if "parquet" in case.name else 2 * ROWS)
+    print(case.name, f"{found.peak / 1e6:,.0f} MB")
+    assert found.peak < ROOM
+    assert found.rows == case.status, found
+    for name in case.names:
+        assert name in "\n".join(found.faults)
+
+
+def test_there_are_enough_cases():
+    assert len(CASES) >= 300
+    assert len(BOMBS) >= 25
+
+
+@pytest.mark.parametrize("case", sampled([case for case in CASES if not case.name.startswith("path-")][::43], 4))
+def test_the_command_line_says_the_same(tmp_path, cache, case, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    made = case.make(tmp_path)
+    held(case, nybble("data", "check", *(made if isinstance(made, list) else [made]), cache=cache))
+
+
+def test_a_larger_row_is_read_where_the_option_allows_it(tmp_path, tiny_llama, cache):
+    """What a small limit left out is not left out of the cache for good."""
+    path = file("a.jsonl", GOOD + json.dumps({**ROW, "output": "b " * 600_000}) + "\n", 0).make(tmp_path)
+    words = ["data", "check", path, tiny_llama, "data.bad_rows=drop", "data.overlength=truncate", "data.validation=0"]
+    small, large = (nybble(*words, f"data.max_row_mb={size}", cache=cache).text for size in (1, 2))
+    assert "a line of 1.2 MB" not in large
+    assert "bad rows   1 " in small
+    assert "bad rows   0" in large
+
+
+def test_a_packed_parquet_file_without_room_to_unpack_it_says_so(tmp_path, monkeypatch):
+    texts = [f"{n:03} " * 300 for n in range(300)]
+    path = file(
+        "a.parquet.gz", gzip.compress(parquet({"text": texts}, compression="none", use_dictionary=False)), 1
+    ).make(tmp_path)
+    with small_disk(tmp_path / "disk", "16k") as disk:
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        with pytest.raises(DataError, match=r"no room to unpack the file in .*: No space left"):
+            list(read_file(path))
+
+
+def test_a_run_of_0_5_1_finds_the_rows_that_it_was_trained_on():
+    """Keys that stand twice and answers that cannot be seen were read, and rows of any size."""
+    row = Row({"instruction": "a", "output": "\u200b"}, "a.jsonl:1", repeated="output")
+    forms = detect_forms([row], "auto", {})
+    with pytest.raises(DataError, match="the key 'output' stands twice"):
+        forms.read(row)
+    with pytest.raises(EmptyAnswerError):
+        forms.read(Row(row.values, row.origin))
+    before = detect_forms([row], "auto", {})
+    object.__setattr__(before, "as_before", True)
+    assert before.read(row).conversation[-1].content == "\u200b"
+
+
+# anything at all -----------------------------------------------------------------------------------------------------
+CHAT = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b\u00e9"}]}) + "\n"
+SQUAD = {"context": "c", "qas": [{"question": "q", "answers": [{"text": "a"}]}]}
+WHOLE = {
+    "a.jsonl": (GOOD + CHAT).encode() * 3,
+    "a.json": json.dumps([ROW, {**ROW, "history": [["a", "b"]]}], indent=1).encode(),
+    "b.json": json.dumps({"info": {"a": 1}, "data": [ROW], "test": [ROW]}).encode(),
+    "c.json": json.dumps({"data": [{"paragraphs": [SQUAD]}]}).encode(),
+    "a.csv": (HEAD + 'a,"b\nc"\n"d ""e""",f\n').encode(),
+    "a.tsv": b"messages\tid\n\"[{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]\"\t1\n",
+    "a.txt": "words and \u20ac\r\nmore".encode(),
+    "a.jsonl.gz": gzip.compress((GOOD * 50).encode(), mtime=0),
+    "a.parquet": PLAIN,
+    "b.parquet": parquet({"messages": [json.loads(CHAT)["messages"]] * 3, "n": [1, None, 3], "t": [b"\xff", None, b""]}),
+    "a.parquet.gz": gzip.compress(parquet({"text": ["a", "b"]}), mtime=0),
+}  # fmt: skip
+CHANGES = st.lists(
+    st.tuples(st.sampled_from(["put", "insert", "cut", "end"]), st.floats(0, 1), st.binary(min_size=1, max_size=12)),
+    min_size=1, max_size=6,
+)  # fmt: skip
+
+
+def changed(content: bytes, changes: list[tuple[str, float, bytes]]) -> bytes:
+    for kind, share, piece in changes:
+        place = int(share * len(content))
+        if kind == "put":
+            content = content[:place] + piece + content[place + len(piece) :]
+        elif kind == "insert":
+            content = content[:place] + piece + content[place:]
+        elif kind == "cut":
+            content = content[:place] + content[place + 4 * len(piece) :]
+        elif place:
+            content = content[:place]
+    return content
+
+
+def read_all(name: str, content: bytes) -> None:
+    """Read a file twice, as check does; whatever it holds, there are rows and faults and nothing else."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / name
+        path.write_bytes(content)
+        items, refused = [], None
+        try:
+            items += itertools.islice(read_file(path), 1000)
+        except DataError as fault:
+            refused = fault
+        assert refused is None or str(path) in str(refused.where)
+        forms = detect_forms((item for item in items if isinstance(item, Row)), "auto", {})
+        for item in items:
+            try:
+                if isinstance(item, Row):
+                    forms.read(item)
+            except DataError as fault:
+                str(fault).encode(errors="strict")
+
+
+def any_change(examples: int):
+    return settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+@any_change(60)
+@example("a.json", [("insert", 0.5, b"9" * 12)] * 6)
+@given(st.sampled_from(sorted(WHOLE)), CHANGES)
+def test_changed_files_give_rows_and_faults(name, changes):
+    read_all(name, changed(WHOLE[name], changes))
+
+
+@pytest.mark.slow
+@any_change(6000)
+@given(st.sampled_from(sorted(WHOLE)), CHANGES)
+def test_files_changed_in_many_ways_give_rows_and_faults(name, changes):
+    read_all(name, changed(WHOLE[name], changes))
+
+
+@any_change(40)
+@given(st.sampled_from(sorted(WHOLE)), st.binary(max_size=300))
+def test_any_bytes_give_rows_and_faults(name, content):
+    start = gzip.compress(content, mtime=0) if name.endswith(".gz") else content
+    read_all(name, start)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["role", "content", "from", "value", "type", "text", "a", "\ud800", "weight"]), inner, max_size=4),
+    max_leaves=8,
+)  # fmt: skip
+COLUMNS = st.sampled_from(["instruction", "output", "input", "system", "history", "messages", "conversations", "prompt", "tools",
+                           "completion", "text", "chosen", "rejected", "label", "images", " Output", "\udfff"])  # fmt: skip
+
+
+@any_change(80)
+@given(st.lists(st.dictionaries(COLUMNS, JSON, max_size=4), min_size=1, max_size=4), st.booleans())
+def test_any_json_gives_rows_and_faults(rows, is_array):
+    text = json.dumps(rows) if is_array else "\n".join(map(json.dumps, rows))
+    read_all("a.json", text.encode())
+
+
+@pytest.mark.slow
+@any_change(4000)
+@given(st.lists(st.dictionaries(COLUMNS, JSON, max_size=4), min_size=1, max_size=4))
+def test_much_json_gives_rows_and_faults(rows):
+    read_all("a.jsonl", "\n".join(map(json.dumps, rows)).encode())
