@@ -216,7 +216,7 @@ def first_turn(asked: ChatRequest | ResponseRequest) -> str:
 def make_app(engine: Engine, metrics: Metrics, limits: Limits, door: Door) -> tuple[ASGIApp, CutOff]:
     """The whole server, as an ASGI application; and what breaks off all that is under way in it."""
     api = Api(engine, metrics, limits)
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.add_api_route("/", api.index)
     app.add_api_route("/health", api.health)
     app.add_api_route("/metrics", api.read_metrics)

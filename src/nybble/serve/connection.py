@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from http import HTTPStatus
 from typing import Any, Literal
@@ -26,6 +27,7 @@ SECONDS: dict[Stage, float] = {"idle": 15, "head": 15, "body": 40}
 """From a connection's beginning to its first byte, from a head's first byte to its last, and from there to the body's last."""
 TURNED_AWAY = 2.0  # seconds for a request on a connection that is one too many
 LINGER = 2.0  # seconds for which what still comes is read and dropped, so that its sender can read why it was refused
+BYTES = re.compile(r"bytearray\((.*)\)")  # as h11 shows what it read
 FULL = RequestError(
     "too many connections are open; try again in 1 s",
     status=503,
@@ -90,7 +92,8 @@ class Connection(H11Protocol):
         if is_large:
             self._refuse(f"the headers have more than {HEAD:,} bytes", 431, "headers_too_large")
         else:
-            self._refuse(f"this is not HTTP/1.1: {str(error)[:200]}", 400, "invalid_http")
+            why = BYTES.sub(r"\1", str(error))
+            self._refuse(f"this is not HTTP/1.1: {why[:200]}", 400, "invalid_http")
 
     def _unsupported_upgrade_warning(self) -> None:
         """uvicorn's: it would fill the log with advice."""

@@ -201,6 +201,9 @@ def run_server(
 
 def make_server(engine: Engine, metrics: Metrics, limits: Limits, door: Door, console: Console) -> Server:
     """The server, which does not listen yet."""
+    logging.getLogger("uvicorn.error").setLevel(
+        logging.ERROR
+    )  # its warnings are about requests: each of them got its answer
     app, cut_off = make_app(engine, metrics, limits, door)
     config = uvicorn.Config(
         app,
@@ -261,4 +264,3 @@ def _log_to_stderr() -> None:
     log = logging.getLogger("nybble.serve")
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # warnings are about requests: each got its answer
