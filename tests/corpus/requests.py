@@ -319,6 +319,9 @@ WRONG_JSON: list[tuple[str, bytes, str]] = [
     ("hex", GOOD[:-1] + b', "seed": 0x10}', "not valid JSON"),
     ("4300-digits", GOOD[:-1] + b', "seed": ' + b"9" * 4300 + b"}", "seed"),
     ("4301-digits", GOOD[:-1] + b', "seed": ' + b"9" * 4301 + b"}", ""),
+    ("lists", b'{"messages": [' + b"[]," * 1_000_000 + b"[]]}", "opening brackets"),
+    ("objects", b'{"messages": [' + b"{}," * 1_000_000 + b"{}]}", "opening brackets"),
+    ("lists-in-lists", b'{"messages": [' + (b"[" * 90 + b"]" * 90 + b",") * 20_000 + b"[]]}", "opening brackets"),
     ("a-million-digits", GOOD[:-1] + b', "max_tokens": ' + b"9" * 1_000_000 + b"}", ""),
     ("a-million-decimals", GOOD[:-1] + b', "top_p": 1.' + b"1" * 1_000_000 + b"}", "top_p"),
     ("huge-exponent", GOOD[:-1] + b', "top_p": 1e' + b"9" * 100_000 + b"}", ""),
@@ -362,6 +365,7 @@ def _types() -> list[Hostile]:
         Hostile("packed-br", post(CHAT, GOOD, Content_Encoding="br"), 415, None, "Content-Encoding is br"),
         Hostile("5-MB", post(CHAT, b'"' + b"x" * 5_000_000 + b'"'), 413, None, "4,194,304", ends=True),
         Hostile("5-MB-in-chunks", _chunked(b'"' + b"x" * 5_000_000 + b'"', 65536), 413, None, "4,194,304", ends=True),
+        Hostile("crumbs", _chunked(GOOD + b" " * 100_000, 1), 400, None, "too many small chunks", ends=True),
         Hostile("65-MB-announced", head(Content_Type="application/json", Content_Length="65000000000") + b"\r\n", 413, ends=True),
         Hostile("5-MB-after-asking", head(Content_Type="application/json", Content_Length="5000000", Expect="100-continue")
                 + b"\r\n", 413, ends=True),

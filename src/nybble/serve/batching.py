@@ -242,6 +242,7 @@ class Batcher:
         for row in [row for row in self.waiting if row.answer.cancelled]:
             self.waiting.remove(row)
             row.answer.end("cancelled")
+            self._count()
         return len(self.waiting)
 
     def _count(self) -> None:

@@ -27,6 +27,7 @@ SECONDS: dict[Stage, float] = {"idle": 15, "head": 15, "body": 40}
 """From a connection's beginning to its first byte, from a head's first byte to its last, and from there to the body's last."""
 TURNED_AWAY = 2.0  # seconds for a request on a connection that is one too many
 LINGER = 2.0  # seconds for which what still comes is read and dropped, so that its sender can read why it was refused
+MOST_CRUMBS, CRUMB = 5000, 64  # pieces of a body, after which they have to be of so many bytes on the average
 BYTES = re.compile(r"bytearray\((.*)\)")  # as h11 shows what it read
 FULL = RequestError(
     "too many connections are open; try again in 1 s",
@@ -34,6 +35,27 @@ FULL = RequestError(
     code="too_many_connections",
     headers={**CLOSE, "Retry-After": "1"},
 )
+
+
+class Reader(h11.Connection):
+    """h11's reader, without bodies in crumbs: 256 kB of single bytes would hold everybody up for 0.5 s."""
+
+    crumbs, size = 0, 0
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """What comes next.
+
+        Raises:
+            RemoteProtocolError: it is not HTTP, or a body in thousands of small pieces.
+        """
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self.crumbs, self.size = 0, 0
+        elif isinstance(event, h11.Data):
+            self.crumbs, self.size = self.crumbs + 1, self.size + len(event.data)
+            if self.crumbs > MOST_CRUMBS and self.size < CRUMB * self.crumbs:
+                raise h11.RemoteProtocolError("the body comes in too many small chunks")
+        return event
 
 
 class Connection(H11Protocol):
@@ -52,6 +74,7 @@ class Connection(H11Protocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         assert config.limit_concurrency is not None, "a server has a limit"
+        self.conn = Reader(h11.SERVER, HEAD)
         self.most, self.limit_concurrency = config.limit_concurrency, None  # uvicorn's own would turn away everybody
         self.stage: Stage = "answer"
         self.timer: asyncio.TimerHandle | None = None
