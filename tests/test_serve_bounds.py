@@ -94,7 +94,7 @@ def test_characters_that_cannot_fit_are_refused_before_they_are_tokenised(server
 
 
 def test_others_are_answered_while_a_long_prompt_is_tokenised(server, roomy):
-    text = "The quick brown fox, 123 apples. " * 60_000
+    text = "The quick brown fox, 123 apples. " * 40_000
     answers, waits = [], []
     body = chat(messages=[{"role": "user", "content": text}], max_tokens=2_000_000)
     with httpx.Client() as client:
@@ -108,7 +108,7 @@ def test_others_are_answered_while_a_long_prompt_is_tokenised(server, roomy):
             time.sleep(0.01)
         thread.join()
     assert answers[0].status_code == 400
-    assert re.search(r"has 1,\d+,\d+ tokens and max_tokens is 2,000,000", answers[0].text), answers[0].text
+    assert re.search(r"has [\d,]{7,} tokens and max_tokens is 2,000,000", answers[0].text), answers[0].text
     print(f"{len(waits)} answers meanwhile, the slowest after {max(waits):.3f} s")
     assert len(waits) > 20
     assert sorted(waits)[len(waits) * 9 // 10] < 0.2  # some may fall on another process's turn

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -86,6 +86,8 @@ class Answer:
 
     def __init__(self, mailbox: Mailbox) -> None:
         self._mailbox = mailbox
+        self.when_cancelled: Callable[[], None] | None = None
+        """What an engine does that has no look at `cancelled` of its own."""
         self.finish: Finish | None = None
         """Why it ended; None as long as it goes on."""
         self.cancelled = False
@@ -108,6 +110,8 @@ class Answer:
     def cancel(self) -> None:
         """Stop generating; what has come already can still be read."""
         self.cancelled = True
+        if self.when_cancelled is not None:
+            self.when_cancelled()
 
 
 class Mailbox:
