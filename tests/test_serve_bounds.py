@@ -115,6 +115,15 @@ def test_others_are_answered_while_a_long_prompt_is_tokenised(server, roomy):
     assert max(waits) < 1
 
 
+def test_511_messages_are_read_at_once(server, roomy):
+    asked = [{"role": ("user", "assistant")[n % 2], "content": "a"} for n in range(511)]
+    began = time.perf_counter()
+    answer = server.post(**chat(messages=asked, max_tokens=2_000_000))
+    print(f"{time.perf_counter() - began:.2f} s")
+    assert "tokens and max_tokens is 2,000,000" in answer.text
+    assert time.perf_counter() - began < 2
+
+
 def test_who_leaves_while_a_prompt_is_tokenised_is_forgotten(server, roomy):
     text = "The quick brown fox, 123 apples. " * 60_000
     batches = server.metric("nybble_batch_rows_count")
@@ -183,9 +192,11 @@ def test_a_long_prompt_is_counted_piece_by_piece(tiny_tokenizer, monkeypatch):
     counted = Counted(tiny_tokenizer, monkeypatch, 20_000)
     fits = "one two three " * 3000
     assert asyncio.run(counted.encode(Encoder(), fits)) == encode_text(counted.model.template, fits)
-    assert "".join(counted.counted) == fits
+    assert "".join(counted.counted) == fits.strip()
     assert len(counted.counted) < 60
     counted.counted.clear()
+    asyncio.run(counted.encode(Encoder(), "one" + " " * 200_000))
+    assert not counted.counted  # a template takes these away
     with pytest.raises(RequestError, match=r"^the prompt has more than 2\d,\d\d\d tokens; run knows 20,000 positions$"):
         asyncio.run(counted.encode(Encoder(), "xyz" * 50_000))
     assert sum(map(len, counted.counted)) < 50_000

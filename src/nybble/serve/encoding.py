@@ -45,6 +45,7 @@ class Encoder:
             RequestError: it has more characters than the model's positions can hold, or more tokens.
             DataError: the template cannot say it.
         """
+        texts = [text.strip() for text in texts]  # as most templates do
         check_characters(field, model, texts)
         if sum(map(len, texts)) <= LONG:
             return await self._in_thread(encode)
@@ -70,7 +71,7 @@ def check_characters(field: str, model: Model, texts: Sequence[str]) -> None:
     Raises:
         RequestError: they cannot, even if each token were the longest that there is.
     """
-    characters = sum(len(text.strip()) for text in texts)
+    characters = sum(map(len, texts))
     most = model.positions * longest_token(model.template.tokenizer)
     if characters > most:
         raise too_long(field, model, f"{characters:,} characters", f", which hold {most:,} characters at most")
