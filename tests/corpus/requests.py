@@ -62,7 +62,9 @@ def said(content: Any, **more: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content, **more}]
 
 
-def head(method: str = "POST", path: str = CHAT, version: str = "HTTP/1.1", host: bytes | None = HOST, **headers: str) -> bytes:
+def head(
+    method: str = "POST", path: str = CHAT, version: str = "HTTP/1.1", host: bytes | None = HOST, **headers: str
+) -> bytes:
     """A request's lines, without the blank one that ends them."""
     lines = [f"{method} {path} {version}".encode()]
     lines += [] if host is None else [b"Host: " + host]
@@ -339,7 +341,9 @@ WRONG_JSON: list[tuple[str, bytes, str]] = [
 def _fields() -> list[Hostile]:
     cases = []
     for number, (route, body, status, param) in enumerate(WRONG_FIELDS):
-        odd = "-".join(str(name)[:20] for name in body if body.get(name) not in (chat() | plain() | response()).values())
+        odd = "-".join(
+            str(name)[:20] for name in body if body.get(name) not in (chat() | plain() | response()).values()
+        )
         name = f"{number:03d}-{route.rsplit('/', 1)[-1]}-{odd or 'without'}"
         cases.append(Hostile(name[:60], post(route, json.dumps(body).encode()), status, param))
         if "stream" not in body and "stream_options" not in body and number % 7 == 0:

@@ -210,7 +210,8 @@ class Template:
                 raise DataError(
                     f"the template {self.name} leaves out or rewrites what the {role} says (message {n + 1})"
                 )
-        prompt_length, close = functools.partial(self._prompt_length, text, messages), functools.partial(self._close, text)
+        prompt_length = functools.partial(self._prompt_length, text, messages)
+        close = functools.partial(self._close, text)
         trained = answer_spans(text, [role for role, _ in shape], slots, prompt_length, close)
         return list(self._parts(text, trained))
 

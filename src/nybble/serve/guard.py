@@ -171,9 +171,8 @@ async def read_body(request: Request) -> bytes:
     """
     _check_encoding(request)
     declared = int(request.headers.get("content-length", 0))  # h11 has read it already
-    if declared > DRAIN or (
-        declared > BODY and "expect" in request.headers
-    ):  # it waits to hear whether it may send that
+    asks_first = "expect" in request.headers  # its sender waits to hear whether it may send that
+    if declared > DRAIN or (declared > BODY and asks_first):
         raise _too_large()
     body, size = bytearray(), 0
     try:

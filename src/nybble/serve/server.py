@@ -201,9 +201,8 @@ def run_server(
 
 def make_server(engine: Engine, metrics: Metrics, limits: Limits, door: Door, console: Console) -> Server:
     """The server, which does not listen yet."""
-    logging.getLogger("uvicorn.error").setLevel(
-        logging.ERROR
-    )  # its warnings are about requests: each of them got its answer
+    # uvicorn's warnings are about requests, each of which gets its answer
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     app, cut_off = make_app(engine, metrics, limits, door)
     config = uvicorn.Config(
         app,
