@@ -31,22 +31,22 @@ import bitsandbytes
 import peft
 import torch
 import transformers
-import uvicorn
 from bench.load import CLIENTS, PROMPTS
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nybble.data.tokens import encode_text
 from nybble.inference.pipeline import Sampling, load_answerers
 from nybble.recipe import ModelOptions
 from nybble.run import open_run
-from nybble.serve.app import Limits, make_app
+from nybble.serve.app import Limits
 from nybble.serve.continuous import load_continuous
 from nybble.serve.engine import Engine
 from nybble.serve.guard import Door
 from nybble.serve.metrics import Metrics
 from nybble.serve.pipeline import PipelineEngine
-from nybble.serve.server import listen, short_turns
+from nybble.serve.server import listen, make_server, short_turns
 
 
 def bare_adapter(base: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
@@ -77,8 +77,7 @@ def bare_adapter(base: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
 def served(engine: Engine, metrics: Metrics) -> Iterator[str]:
     """A server around an engine, on loopback."""
     listener = listen("127.0.0.1", 0)
-    config = uvicorn.Config(make_app(engine, metrics, Limits(), Door()), log_config=None, lifespan="off", ws="none")
-    server = uvicorn.Server(config)
+    server = make_server(engine, metrics, Limits(), Door(), Console(quiet=True))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     while not server.started:

@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import httpx
-import uvicorn
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from nybble.marks import COMPLETE
 from nybble.run import Run, open_run
-from nybble.serve.app import Limits, make_app
+from nybble.serve.app import Limits
 from nybble.serve.guard import Door
 from nybble.serve.metrics import Metrics
-from nybble.serve.server import listen
+from nybble.serve.server import Server, listen, make_server
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Served:
     url: str
     engine: object
     metrics: Metrics
-    server: uvicorn.Server
+    server: Server
     thread: threading.Thread
     http: httpx.Client
     """One client: each of httpx.post's own reads the certificates of the web first."""
@@ -60,9 +60,7 @@ def serving(make_engine, limits=None, key=None, origins=(), hosts=()) -> Iterato
     metrics = Metrics()
     engine = make_engine(metrics)
     listener = listen("127.0.0.1", 0)
-    app = make_app(engine, metrics, limits or Limits(timeout=60), Door(key, origins, hosts))
-    config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=60)
-    server = uvicorn.Server(config)
+    server = make_server(engine, metrics, limits or Limits(timeout=60), Door(key, origins, hosts), Console(quiet=True))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -96,9 +96,12 @@ def test_an_optional_package_has_one_home_which_only_cli_knows():
         "nybble.export.gguf": {"gguf"},
         "nybble.export.llama": {"llama_cpp"},
         "nybble.serve.app": {"fastapi", "starlette"},
+        "nybble.serve.connection": {"h11", "starlette", "uvicorn"},
         "nybble.serve.guard": {"starlette"},
         "nybble.serve.metrics": {"prometheus_client"},
+        "nybble.serve.replies": {"fastapi", "starlette"},
         "nybble.serve.server": {"uvicorn"},
+        "nybble.serve.wellformed": {"starlette"},
     }
     for file in SOURCE.rglob("*.py"):
         names = {name for name, _ in imports(ast.parse(file.read_text()))}

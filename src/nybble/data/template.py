@@ -23,12 +23,14 @@ from nybble.data.clock import reads_clock, stopped
 from nybble.data.formats import Conversation, Message
 from nybble.data.readers import document
 from nybble.data.rendering import check_length, render
+from nybble.data.spans import answer_spans, is_within
 from nybble.errors import DataError, RunError
 from nybble.reading import RESTORE, read_object
 from nybble.run import write_json
 from nybble.shapes import Ended, KeptTemplate
 
 BUILT_IN = ("alpaca", "llama2", "plain")
+MOST_KEPT = 64  # turns of a conversation whose structure is kept for the next one: that of 2,000 turns takes 2 MB
 # Characters of Unicode's private use area: no tokenizer's vocabulary and no template has a use for them.
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
 PLACEHOLDER = re.compile(f"{OPEN}(\\d+)(c|i){CLOSE}")
@@ -92,7 +94,7 @@ class Template:
         self._split = re.compile("|".join(re.escape(token) for token in sorted(self._special, key=len, reverse=True)))
         words = sorted(set(CONTROL_WORD.findall(source)) - self._special.keys())
         self._control_words = re.compile("|".join(map(re.escape, words)) or r"(?!)")
-        self._skeleton = functools.lru_cache(maxsize=4096)(self._find_skeleton)
+        self._kept_skeleton = functools.lru_cache(maxsize=4096)(self._find_skeleton)
 
     @property
     def fingerprint(self) -> str:
@@ -188,6 +190,9 @@ class Template:
     def _render(self, messages: Sequence[dict[str, str]], generation: bool = False) -> str:
         return render(self.tokenizer, self.name, self.source, messages, generation)
 
+    def _skeleton(self, shape: tuple[tuple[str, bool], ...]) -> list[Part]:
+        return self._kept_skeleton(shape) if len(shape) <= MOST_KEPT else self._find_skeleton(shape)
+
     def _find_skeleton(self, shape: tuple[tuple[str, bool], ...]) -> list[Part]:
         """The parts of a conversation of these roles, from one rendering with placeholders."""
         messages = [_placeholders(n, role, has_input) for n, (role, has_input) in enumerate(shape)]
@@ -198,12 +203,13 @@ class Template:
                 raise DataError(
                     f"the template {self.name} leaves out or rewrites what the {role} says (message {n + 1})"
                 )
-        trained = [self._answer_span(text, messages, n, slots[n, "c"].end()) for n, (role, _) in enumerate(shape)
-                   if role == "assistant"]  # fmt: skip
+        prompt_length = functools.partial(self._prompt_length, text, messages)
+        close = functools.partial(self._close, text)
+        trained = answer_spans(text, [role for role, _ in shape], slots, prompt_length, close)
         return list(self._parts(text, trained))
 
-    def _answer_span(self, text: str, messages: list[dict[str, str]], n: int, end: int) -> tuple[int, int]:
-        """Characters from the end of the prompt of answer `n` to the end of the control token that closes it."""
+    def _prompt_length(self, text: str, messages: list[dict[str, str]], n: int) -> int:
+        """Characters of the prompt of answer `n`, with which the whole has to begin."""
         # a greeting has no prompt: nothing asks for it, and templates render nothing without messages
         greeting = text[: text.index(messages[0]["content"])]
         prompt = self._render(messages[:n], generation=True) if n else greeting
@@ -213,6 +219,10 @@ class Template:
                 "training would differ from inference",
                 fix="data.template=alpaca, llama2 or a Jinja file of your own",
             )
+        return len(prompt)
+
+    def _close(self, text: str, end: int) -> int:
+        """Where the control token ends that closes the answer which ends there."""
         close = self._split.search(text, end)
         following = PLACEHOLDER.search(text, end)
         if close is None or (following is not None and following.start() < close.start()):
@@ -220,7 +230,7 @@ class Template:
                 f"the template {self.name} writes no control token after an answer, so the model would never stop",
                 fix="put {{ eos_token }} after the assistant's message",
             )
-        return len(prompt), close.end()
+        return close.end()
 
     def _parts(self, text: str, trained: list[tuple[int, int]]) -> list[Part]:
         cuts = {0, len(text), *(edge for span in trained for edge in span)}
@@ -229,7 +239,7 @@ class Template:
         edges = sorted(cuts)
         parts = []
         for start, end in itertools.pairwise(edges):
-            piece, learn = text[start:end], any(first <= start < last for first, last in trained)
+            piece, learn = text[start:end], is_within(start, trained)
             if slot := PLACEHOLDER.fullmatch(piece):
                 parts.append(Part("slot", learn, message=int(slot[1]), field=slot[2]))
             elif piece in self._special:

@@ -51,6 +51,11 @@ def encode_text(template: Template, text: str) -> list[int]:
     return begin + _ids(template.tokenizer, [text])[0]
 
 
+def count_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """How many tokens a text has by itself."""
+    return len(_ids(tokenizer, [text])[0])
+
+
 def check_ids(ids: Sequence[int], rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse token ids without an embedding: torch would raise an IndexError, and CUDA stop with an assert.
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from nybble.serve.engine import Answer, Engine, GenerationError, Mailbox, Model, Request, Token
+from nybble.serve.encoding import too_long
+from nybble.serve.engine import Answer, Engine, GenerationError, Mailbox, Model, Request, ShuttingDownError, Token
 from nybble.serve.fields import RequestError
 from nybble.serve.metrics import Metrics
 from nybble.serve.protocol import Asked
@@ -136,12 +137,9 @@ class Job:
         room = self.model.positions - len(prompt)
         limit = asked.limit or min(LONGEST_ANSWER, room)
         if limit > room or room < 1:
-            raise RequestError(
-                f"the prompt has {len(prompt):,} tokens and {asked.limit_field} is {max(limit, 1):,}; {self.model.name} knows "
-                f"{self.model.positions:,} positions",
-                param=asked.source,
-                code="context_length_exceeded",
-            )
+            wanted = f"{max(limit, 1):,}" if limit < 10**12 else "longer than any answer"  # it may have 4,300 digits
+            length = f"{len(prompt):,} tokens and {asked.limit_field} is {wanted}"
+            raise too_long(asked.source, self.model, length)
         seed = None if asked.seed is None else (asked.seed + number) % 2**64  # random.Random takes -1 for 1
         greedy = asked.top_p == 0  # of the likeliest tokens that make up nothing, the first is left
         temperature, top_p = (0.0, 1.0) if greedy else (asked.temperature, asked.top_p)
@@ -173,7 +171,7 @@ class Job:
     def _last(self, choice: Choice) -> Piece:
         text = choice.stream.end()
         if choice.answer.finish == "cancelled":
-            raise GenerationError("the server is shutting down")
+            raise ShuttingDownError
         self._finish(choice, "stop" if choice.stream.stopped else str(choice.answer.finish))
         return self._piece(choice, text, [])
 

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import time
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from nybble.data.tokens import check_ids, encode_begun, encode_prompt, encode_text
 from nybble.errors import DataError
 from nybble.serve.answers import Job
-from nybble.serve.bodies import Completion, Shape, model_entry
+from nybble.serve.bodies import Completion, model_entry
+from nybble.serve.encoding import Encoder, too_long
 from nybble.serve.engine import BusyError, Engine, GenerationError, Model
 from nybble.serve.fields import RequestError
 from nybble.serve.guard import Door, Guard, open_to, read_body
 from nybble.serve.metrics import CONTENT_TYPE, Metrics
 from nybble.serve.protocol import Asked, ChatRequest, CompletionRequest, parse
+from nybble.serve.replies import LEFT, CutOff, EventStream, LeftError, failure, while_there, whole
 from nybble.serve.responses import ResponseRequest, TextResponse
+from nybble.serve.wellformed import WellFormed
 
-NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients would ask again, and wait as long again
 ABSENT = {
     # OpenAI's other routes, and what there is instead
     "/v1/embeddings": "the models here generate text; they make no embeddings",
@@ -66,32 +66,13 @@ class Limits:
     """Answers that may wait; more are sent away."""
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events of one job: whatever ends it, a reader that is gone or too slow included, ends the job."""
-
-    def __init__(self, job: Job, shape: Shape, headers: dict[str, str]) -> None:
-        own = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would hold the pieces back
-        super().__init__(_events(job, shape), media_type="text/event-stream", headers=own | headers)
-        self.job = job
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        try:
-            async with asyncio.timeout(self.job.timeout + 5):
-                await super().__call__(scope, receive, send)
-        except TimeoutError:
-            self.job.cancel("timeout")  # the reader does not read: the connection is closed without an end
-        finally:
-            self.job.cancel()
-
-
 class Api:
     """The handlers, around one engine."""
 
     def __init__(self, engine: Engine, metrics: Metrics, limits: Limits) -> None:
         self.engine, self.metrics, self.limits = engine, metrics, limits
         self.started = int(time.time())
-        self.encoder = ThreadPoolExecutor(1, "nybble-encoder")  # one: a fast tokenizer is not safe in several threads
+        self.encoder, self.cut_off = Encoder(), CutOff()
         self.page = resources.files("nybble.serve").joinpath("page/index.html").read_text(encoding="utf-8")
 
     async def index(self) -> Response:
@@ -119,31 +100,46 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         """The assistant's next message."""
-        return await self._converse(request, parse(ChatRequest, await read_body(request)))
+        return await self._serve(request, ChatRequest)
 
     async def respond(self, request: Request) -> Response:
         """The same by the Responses API."""
-        return await self._converse(request, parse(ResponseRequest, await read_body(request)))
+        return await self._serve(request, ResponseRequest)
 
     async def complete(self, request: Request) -> Response:
         """What follows a text."""
-        asked = parse(CompletionRequest, await read_body(request))
+        return await self._serve(request, CompletionRequest)
+
+    async def _serve(self, request: Request, kind: type[ChatRequest | ResponseRequest | CompletionRequest]) -> Response:
+        asked = parse(kind, await while_there(None, self.cut_off, read_body(request)))
         model = self._model(asked.model)
-        self._check_number(asked, len(asked.prompt))
+        self._check_number(asked, len(asked.prompt) if isinstance(asked, CompletionRequest) else 1)
+        work = self._given(asked, model) if isinstance(asked, CompletionRequest) else self._said(asked, model)
+        prompts = await while_there(request, self.cut_off, work)
+        return await self._answer(request, asked, model, prompts)
+
+    async def _given(self, asked: CompletionRequest, model: Model) -> list[list[int]]:
+        """The prompts of plain completions."""
+        for prompt in asked.prompt:
+            if len(prompt) > model.positions and isinstance(prompt, list):
+                raise too_long("prompt", model, f"{len(prompt):,} tokens")
         prompts = [
-            prompt if isinstance(prompt, list) else await self._encode("prompt", encode_text, model.template, prompt)
+            prompt
+            if isinstance(prompt, list)
+            else await self._encode("prompt", model, [prompt], functools.partial(encode_text, model.template, prompt))
             for prompt in asked.prompt
         ]
         if not all(prompts):
             raise RequestError("the prompt is empty", param="prompt", code="invalid_value")
-        return await self._answer(request, asked, model, prompts)
+        return prompts
 
-    async def _converse(self, request: Request, asked: ChatRequest | ResponseRequest) -> Response:
-        model, conversation = self._model(asked.model), asked.conversation()
-        self._check_number(asked, 1)
+    async def _said(self, asked: ChatRequest | ResponseRequest, model: Model) -> list[list[int]]:
+        """The prompt of a conversation."""
+        conversation = asked.conversation()
         encode = encode_begun if conversation[-1].role == "assistant" else encode_prompt
-        prompt = await self._encode(asked.source, encode, model.template, conversation, refused=first_turn(asked))
-        return await self._answer(request, asked, model, [prompt])
+        work = functools.partial(encode, model.template, conversation)
+        texts = [message.content for message in conversation]
+        return [await self._encode(asked.source, model, texts, work, refused=first_turn(asked))]
 
     def _check_number(self, asked: Asked, prompts: int) -> None:
         """More answers than may ever wait would be sent away with 429 for ever."""
@@ -167,18 +163,19 @@ class Api:
             )
         return self.engine.models[name]
 
-    async def _encode(self, field: str, encode: Any, *arguments: Any, refused: str = "") -> list[int]:
-        """Token ids of what was sent; off the event loop, since a long text takes a while.
+    async def _encode(
+        self, field: str, model: Model, texts: Sequence[str], encode: Callable[[], list[int]], refused: str = ""
+    ) -> list[int]:
+        """Token ids of what was sent.
 
         Args:
             refused: the field to name where it is the template that raises.
         """
         try:
-            ids: list[int] = await asyncio.get_running_loop().run_in_executor(self.encoder, encode, *arguments)
+            return await self.encoder.encode(field, model, texts, encode)
         except DataError as error:  # a control word, or turns that the template cannot say
             param = refused if refused and error.__cause__ is not None else field
             raise RequestError(error.what, param=param, code="invalid_value") from None
-        return ids
 
     async def _answer(self, request: Request, asked: Asked, model: Model, prompts: list[list[int]]) -> Response:
         for prompt in prompts:  # ids that were sent, or of tokens that were added to the tokenizer alone
@@ -199,12 +196,13 @@ class Api:
                 headers={"Retry-After": str(busy.seconds)},
             ) from None
         except GenerationError as error:
-            raise RequestError(str(error), status=503, headers=NO_RETRY) from None
+            raise failure(error) from None
+        self.cut_off.watch(job)
         shape = TextResponse(job, asked) if isinstance(asked, ResponseRequest) else Completion(job)
         headers = {"x-nybble-ignored": ", ".join(asked.unused)} if asked.unused else {}
         if asked.stream:
             return EventStream(job, shape, headers)
-        response = await _unless_gone(request, job, shape)
+        response = await while_there(request, self.cut_off, whole(job, shape))
         response.headers.update(headers)
         return response
 
@@ -215,62 +213,10 @@ def first_turn(asked: ChatRequest | ResponseRequest) -> str:
     return f"{asked.source}.{speakers[0]}" if asked.turns[speakers[0]].role == "assistant" else ""
 
 
-async def _unless_gone(request: Request, job: Job, shape: Shape) -> Response:
-    """The whole answer, unless its reader leaves before."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    work, leaving = asyncio.ensure_future(_whole(job, shape)), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return await work if work.done() else Response(status_code=499)  # nobody reads it; it stands in the metrics
-    finally:
-        work.cancel()
-        leaving.cancel()
-        job.cancel()
-
-
-async def _whole(job: Job, shape: Shape) -> Response:
-    try:
-        async for _ in job.pieces():
-            pass
-    except (TimeoutError, GenerationError) as error:
-        raise _failure(job, error) from None
-    return JSONResponse(shape.whole())
-
-
-async def _events(job: Job, shape: Shape) -> AsyncIterator[bytes]:
-    for event in shape.opening():
-        yield event
-    try:
-        async for piece in job.pieces():
-            for event in shape.piece(piece):
-                yield event
-    except (TimeoutError, GenerationError) as error:
-        last = shape.failure(_failure(job, error))
-    else:
-        last = shape.closing()
-    for event in last:
-        yield event
-
-
-def _failure(job: Job, error: Exception) -> RequestError:
-    if isinstance(error, TimeoutError):
-        return RequestError(
-            f"not done within {job.timeout:g} s; ask for fewer tokens, or start the server with a longer --timeout",
-            status=408,
-            code="timeout",
-            headers=NO_RETRY,
-        )
-    return RequestError(str(error), status=503, code="engine_failed", headers=NO_RETRY)
-
-
-def make_app(engine: Engine, metrics: Metrics, limits: Limits, door: Door) -> ASGIApp:
-    """The whole server, as an ASGI application."""
+def make_app(engine: Engine, metrics: Metrics, limits: Limits, door: Door) -> tuple[ASGIApp, CutOff]:
+    """The whole server, as an ASGI application; and what breaks off all that is under way in it."""
     api = Api(engine, metrics, limits)
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.add_api_route("/", api.index)
     app.add_api_route("/health", api.health)
     app.add_api_route("/metrics", api.read_metrics)
@@ -283,6 +229,10 @@ def make_app(engine: Engine, metrics: Metrics, limits: Limits, door: Door) -> AS
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
         return JSONResponse(error.body(), error.status, error.headers)
+
+    @app.exception_handler(LeftError)
+    async def left(request: Request, error: LeftError) -> Response:
+        return Response(status_code=LEFT)
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
@@ -303,4 +253,4 @@ def make_app(engine: Engine, metrics: Metrics, limits: Limits, door: Door) -> AS
     async def defect(request: Request, error: Exception) -> Response:
         return await refused(request, RequestError("a defect of the server; its log says more", status=500))
 
-    return open_to(door.origins, Guard(app, metrics, door))
+    return WellFormed(open_to(door.origins, Guard(app, metrics, door)), metrics), api.cut_off

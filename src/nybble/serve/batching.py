@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nybble.serve.engine import Answer, BusyError, GenerationError, Mailbox, Request, Token
+from nybble.serve.engine import Answer, BusyError, GenerationError, Mailbox, Request, ShuttingDownError, Token
 from nybble.serve.metrics import Metrics
 
 log = logging.getLogger("nybble.serve")
@@ -141,7 +141,7 @@ class Batcher:
         ]
         with self.changed:
             if self.closing or not self.thread.is_alive():
-                raise GenerationError("the server is shutting down" if self.closing else "the engine failed")
+                raise ShuttingDownError if self.closing else GenerationError("the engine failed")
             self._drop_cancelled()
             if sum(not row.ids for row in self.waiting) + len(rows) > self.queue:
                 raise BusyError(max(1, round(len(self.waiting) * self.seconds_a_row)))
@@ -242,6 +242,7 @@ class Batcher:
         for row in [row for row in self.waiting if row.answer.cancelled]:
             self.waiting.remove(row)
             row.answer.end("cancelled")
+            self._count()
         return len(self.waiting)
 
     def _count(self) -> None:

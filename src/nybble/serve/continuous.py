@@ -6,6 +6,7 @@ of padding.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import pathlib
@@ -111,13 +112,12 @@ class ContinuousEngine:
 
         def receive(output: GenerationOutput) -> None:  # in the event loop
             nonlocal seen
+            if answer.cancelled:
+                return  # a token that was under way
             new, seen = output.generated_tokens[seen:], len(output.generated_tokens)
             for token_id in new:
                 answer.put(Token(token_id))
-            if answer.cancelled and not output.is_finished():
-                self.manager.cancel_request(name)
-                self._forget(name, answer, "cancelled")
-            elif output.error is not None:
+            if output.error is not None:
                 log.error("an answer failed: %s", output.error)
                 answer.fail("the model failed; the server's log says why")
                 self._forget(name, answer, None)
@@ -125,6 +125,7 @@ class ContinuousEngine:
                 ended = bool(new) and new[-1] in self.ends
                 self._forget(name, answer, "stop" if ended else "length")
 
+        answer.when_cancelled = functools.partial(self._cancel, name, answer)
         self.manager.register_result_handler(name, receive)
         greedy = request.temperature == 0
         most = min(request.top_k or self.vocabulary, self.vocabulary)  # the manager keeps it in 32 bits
@@ -136,6 +137,11 @@ class ContinuousEngine:
         self.manager.add_request(
             request.prompt, name, max_new_tokens=request.max_tokens, streaming=True, eos_token_id=self.ends, **own
         )
+
+    def _cancel(self, name: str, answer: Answer) -> None:
+        if name in self.under_way:  # also one that waits: its prompt is not computed for nobody
+            self.manager.cancel_request(name)
+            self._forget(name, answer, "cancelled")
 
     def _forget(self, name: str, answer: Answer, finish: Any) -> None:
         with self.lock:

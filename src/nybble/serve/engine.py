@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -69,12 +69,25 @@ class BusyError(Exception):
 class GenerationError(Exception):
     """An answer that could not be made; the message says why."""
 
+    code = "engine_failed"
+
+
+class ShuttingDownError(GenerationError):
+    """The server ends before the answer does."""
+
+    code = "shutting_down"
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
+
 
 class Answer:
     """One answer under way; the engine writes it, from any thread, and its reader finds it in the mailbox."""
 
     def __init__(self, mailbox: Mailbox) -> None:
         self._mailbox = mailbox
+        self.when_cancelled: Callable[[], None] | None = None
+        """What an engine does that has no look at `cancelled` of its own."""
         self.finish: Finish | None = None
         """Why it ended; None as long as it goes on."""
         self.cancelled = False
@@ -97,6 +110,8 @@ class Answer:
     def cancel(self) -> None:
         """Stop generating; what has come already can still be read."""
         self.cancelled = True
+        if self.when_cancelled is not None:
+            self.when_cancelled()
 
 
 class Mailbox:
@@ -104,12 +119,17 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._items: asyncio.Queue[tuple[Answer, Token | GenerationError | None]] = asyncio.Queue()
+        self._items: asyncio.Queue[tuple[Answer, Token | None] | GenerationError] = asyncio.Queue()
 
     def send(self, answer: Answer, item: Token | GenerationError | None) -> None:
         """Put something in; from any thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server ended, and nobody waits
-            self._loop.call_soon_threadsafe(self._items.put_nowait, (answer, item))
+            found = item if isinstance(item, GenerationError) else (answer, item)
+            self._loop.call_soon_threadsafe(self._items.put_nowait, found)
+
+    def break_off(self, error: GenerationError) -> None:
+        """Have the reader fail once it has read what is there; from the event loop."""
+        self._items.put_nowait(error)
 
     async def take(self, deadline: float) -> tuple[Answer, Token | None]:
         """The next token of any answer, or None where that answer has ended.
@@ -122,10 +142,10 @@ class Mailbox:
             TimeoutError: the deadline has passed.
         """
         async with asyncio.timeout_at(deadline):
-            answer, item = await self._items.get()
-        if isinstance(item, GenerationError):
-            raise item
-        return answer, item
+            found = await self._items.get()
+        if isinstance(found, GenerationError):
+            raise found
+        return found
 
 
 class Engine(Protocol):

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, mod
 
 Neutral = Mapping[str, tuple[Any, ...]]
 Refused = Mapping[str, str]
+UNKNOWN = "unknown_parameter"
+SHOWN = 200  # characters of a field's name
 # Tools are ignored where their switch says that none is called.
 SWITCHES = {"tools": "tool_choice", "functions": "function_call"}
 
@@ -76,6 +78,8 @@ class Strict(BaseModel):
                 note(info, f"{cls.place}{name}")
             elif name in cls.refused:
                 raise FieldError(name, cls.refused[name], "unsupported_parameter")
+            elif name not in cls.model_fields:  # at once: there may be 300,000 of them
+                raise FieldError(name, "", UNKNOWN)
             else:
                 kept[name] = value
         return kept
@@ -92,16 +96,16 @@ def explain(kind: type[Strict], error: ValidationError) -> RequestError:
     first = error.errors(include_url=False, include_input=False)[0]
     cause = first.get("ctx", {}).get("error")
     found = cause if isinstance(cause, FieldError) else None
-    place = ".".join([*map(str, first["loc"]), *([found.field] if found else [])])
+    place = ".".join([*map(str, first["loc"]), *([found.field] if found else [])])[:SHOWN]
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return RequestError(
             f"the body is not valid JSON: {message.removeprefix('Invalid JSON: ')}", code="invalid_json"
         )
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(first["loc"][-1]), kind.model_fields, 1)
-        hint = f"; did you mean {near[0]}?" if near and len(first["loc"]) == 1 else ""
-        return RequestError(f"there is no field {place or repr(place)}{hint}", param=place, code="unknown_parameter")
+    if found is not None and found.code == UNKNOWN:
+        near = [] if first["loc"] else difflib.get_close_matches(place, kind.model_fields, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return RequestError(f"there is no field {place or repr(place)}{hint}", param=place, code=UNKNOWN)
     if first["type"] == "missing":
         return RequestError(f"{place} is missing", param=place, code="missing_required_parameter")
     code = found.code if found else "invalid_value"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
-import json
 import re
 import socket
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nybble.errors import ServeError
 from nybble.serve.fields import RequestError
 from nybble.serve.metrics import Metrics
+from nybble.serve.wellformed import CLOSE, host_name, send_error
 
 BODY = 4 * 2**20  # bytes of a request; 128,000 tokens of English are half a megabyte
 DRAIN = 64 * 2**20  # bytes of one that is too large which are read and forgotten, so that its sender hears the answer
@@ -25,6 +25,7 @@ PATIENCE = 30  # seconds for a request's body to arrive
 OPEN = {"/", "/health"}  # without a key: the page has no secret, and says nothing before it has one
 ROUTES = {*OPEN, "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses"}
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@*]+")
+UTF_8 = re.compile(r'charset="?(utf-?8|us-ascii)"?')
 HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?")
 KEY = "python -c 'import secrets; print(secrets.token_urlsafe())' > key.txt, then --api-key-file key.txt"
 
@@ -132,27 +133,27 @@ class Guard:
                 self.metrics.requests.labels(route, str(message["status"])).inc()
             await send(message)
 
-        headers = dict(scope["headers"])
-        refusal = self._refusal(path, headers)
+        refusal = self._refusal(path, scope["headers"])
         if refusal is None:
             await self.app(scope, receive, counted)
         else:
             await send_error(refusal, counted)
 
-    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> RequestError | None:
+    def _refusal(self, path: str, headers: list[tuple[bytes, bytes]]) -> RequestError | None:
         if self.key is None:
-            host = headers.get(b"host", b"").decode("latin-1")
-            if not _is_this_machine(_name(host)) and _name(host) not in self.hosts:
+            host = dict(headers).get(b"host", b"")
+            name = host_name(host) or ""
+            if not _is_this_machine(name) and name not in self.hosts:
                 known = ", ".join(["localhost", "127.0.0.1", *self.hosts])
                 return RequestError(
-                    f"this server answers to {known}, not to {host[:100]!r}; start it with --allow-host NAME, "
-                    "or with an API key",
+                    f"this server answers to {known}, not to {host.decode('latin-1')[:100]!r}; start it with "
+                    "--allow-host NAME, or with an API key",
                     status=403,
                     code="wrong_host",
                 )
             return None
-        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-        if path in OPEN or hmac.compare_digest(given, self.key):
+        given = [value for name, value in headers if name == b"authorization"]
+        if path in OPEN or (len(given) == 1 and hmac.compare_digest(_token(given[0]), self.key)):
             return None
         return RequestError(
             "wrong or missing API key; send the header Authorization: Bearer KEY",
@@ -162,24 +163,17 @@ class Guard:
         )
 
 
-async def send_error(error: RequestError, send: Send) -> None:
-    """An error as a whole response."""
-    body = json.dumps(error.body()).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
-    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
-
-
 async def read_body(request: Request) -> bytes:
     """The body of a JSON request.
 
     Raises:
         RequestError: of another type, too large, or too slow.
     """
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json":  # a form on another site's page cannot send this
-        raise RequestError(f"Content-Type is {kind or 'missing'}; send application/json", status=415)
+    _check_encoding(request)
+    declared = int(request.headers.get("content-length", 0))  # h11 has read it already
+    asks_first = "expect" in request.headers  # its sender waits to hear whether it may send that
+    if declared > DRAIN or (declared > BODY and asks_first):
+        raise _too_large()
     body, size = bytearray(), 0
     try:
         async with asyncio.timeout(PATIENCE):
@@ -194,17 +188,31 @@ async def read_body(request: Request) -> bytes:
     except ClientDisconnect:
         raise RequestError("the body was cut off", headers=CLOSE) from None
     if size > BODY:
-        raise RequestError(f"the body has more than {BODY:,} bytes", status=413, code="body_too_large", headers=CLOSE)
+        raise _too_large()
     return bytes(body)
 
 
-CLOSE = {"Connection": "close"}
+def _check_encoding(request: Request) -> None:
+    """Whether the body is JSON in UTF-8 as it stands."""
+    kind, *parameters = (part.strip().lower() for part in request.headers.get("content-type", "").split(";"))
+    if kind != "application/json":  # a form on another site's page cannot send this
+        raise RequestError(f"Content-Type is {kind[:100] or 'missing'}; send application/json", status=415)
+    odd = next((word for word in parameters if word.startswith("charset=") and not UTF_8.fullmatch(word)), "")
+    if odd:
+        raise RequestError(f"Content-Type says {odd[:100]}; send JSON in UTF-8", status=415)
+    packed = request.headers.get("content-encoding", "identity").strip().lower()
+    if packed != "identity":
+        raise RequestError(f"Content-Encoding is {packed[:100]}; send the body as it is", status=415)
 
 
-def _name(host: str) -> str:
-    """A Host header without its port."""
-    name = host.rsplit(":", 1)[0] if host.count(":") == 1 or "]:" in host else host
-    return name.strip("[]").lower()
+def _too_large() -> RequestError:
+    return RequestError(f"the body has more than {BODY:,} bytes", status=413, code="body_too_large", headers=CLOSE)
+
+
+def _token(authorization: bytes) -> bytes:
+    """What stands after Bearer, whichever way that is spelt; nothing where it does not stand there."""
+    scheme, _, token = authorization.partition(b" ")
+    return token.strip() if scheme.lower() == b"bearer" else b""
 
 
 def _is_this_machine(name: str) -> bool:

@@ -9,12 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from nybble.data.formats import Conversation, Message
-from nybble.serve.fields import FieldError, Neutral, Refused, Strict, explain
+from nybble.serve.fields import FieldError, Neutral, Refused, RequestError, Strict, explain
 
 MOST_ANSWERS = 128  # n, as OpenAI has it; the queue may hold fewer
 MOST_STOPS, LONGEST_STOP = 64, 1000  # every token is held against them
 COLDEST = 1e-5  # a temperature below it is greedy: logits divided by 1e-40 are infinite in float32
-MOST_MESSAGES = 512  # a template is rendered once for each answer among them
+MOST_MESSAGES = 512
+MOST_BRACKETS = 200_000  # in a body, those in texts included: a million empty lists hold everybody up for 2 s
 PARTS = ("text", "input_text", "output_text")  # of a message's content
 NO_TOOLS = "this server does not call tools; leave it out, or send tool_choice: none"
 NO_FUNCTIONS = "this server does not call functions; leave it out, or send function_call: none"
@@ -296,6 +297,8 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
         RequestError: naming the field that is wrong, and what it should be.
     """
     unused: list[str] = []
+    if body.count(b"[") + body.count(b"{") > MOST_BRACKETS:
+        raise RequestError(f"the body has more than {MOST_BRACKETS:,} opening brackets", code="invalid_value")
     try:
         asked = kind.model_validate_json(body, context=unused)
     except ValidationError as error:

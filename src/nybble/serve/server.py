@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import contextlib
 import errno
@@ -9,7 +10,7 @@ import logging
 import pathlib
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -20,6 +21,7 @@ from rich.text import Text
 from nybble.errors import ServeError
 from nybble.run import Run
 from nybble.serve.app import Limits, make_app
+from nybble.serve.connection import Connection
 from nybble.serve.continuous import load_continuous
 from nybble.serve.engine import Engine
 from nybble.serve.guard import KEY, Door, check_open_to
@@ -28,6 +30,8 @@ from nybble.serve.pipeline import load_pipeline
 from nybble.serve.vllm import become_vllm
 from nybble.terminal import tell as tell_line
 
+CONNECTIONS = 384  # open at once, beside one for each answer that may wait
+FAREWELL = 3.0  # seconds for those cut off to read why
 SILENT = 120  # seconds after which the kernel ends a connection whose reader takes nothing of what is sent (Linux)
 ENGINES = ("pipeline", "continuous", "vllm")
 TURN = 0.0002
@@ -46,21 +50,56 @@ class Place:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, saying what an interrupt does."""
+    """uvicorn, whose first signal lets running answers finish and whose second one cuts them off.
 
-    def __init__(self, config: uvicorn.Config, console: Console) -> None:
+    Args:
+        cut_off: breaks off what is under way, each with an answer that says so.
+        limit: seconds for which running answers may go on after the first signal.
+    """
+
+    def __init__(self, config: uvicorn.Config, console: Console, cut_off: Callable[[], None], limit: float) -> None:
         super().__init__(config)
-        self.console = console
+        self.console, self.cut_off, self.limit = console, cut_off, limit
+        self.is_urgent = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal lets running answers finish, the second cuts them off."""
-        if not self.should_exit:
-            tell_line(
-                self.console,
-                Text("no new requests; running answers finish (Ctrl-C again cuts them off)", "dim"),
-                hang=2,
-            )
-        super().handle_exit(sig, frame)
+        """Take a signal, Ctrl-C or SIGTERM."""
+        again = "running answers are cut off"
+        first = "no new requests; running answers finish (Ctrl-C again cuts them off)"
+        if not self.is_urgent:
+            tell_line(self.console, Text(again if self.should_exit else first, "dim"), hang=2)
+        self.is_urgent = self.should_exit
+        self._captured_signals.append(sig)
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for running answers, as long as that is wished.
+
+        uvicorn's own way to cut them off cancels their tasks, which gives their readers nothing and the log a traceback for each.
+        """
+        urgent = asyncio.ensure_future(self._cut_off_when_urgent())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            urgent.cancel()
+            await asyncio.wait([urgent])
+
+    async def _cut_off_when_urgent(self) -> None:
+        await _until(lambda: self.is_urgent, self.limit)
+        self.cut_off()
+        await _until(lambda: not self.server_state.connections, FAREWELL)
+        for connection in list(self.server_state.connections):  # who does not read what it is told
+            connection.transport.abort()
+        await _until(lambda: not self.server_state.tasks, FAREWELL)
+        self.force_exit = True
+
+
+async def _until(met: Callable[[], bool], seconds: float) -> None:
+    """Wait for a condition, no longer than that."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while not met():
+                await asyncio.sleep(0.05)
 
 
 def serve(
@@ -160,17 +199,27 @@ def run_server(
 ) -> None:
     """Serve on a socket until a signal; then let running answers finish."""
     _log_to_stderr()
+    with short_turns():
+        make_server(engine, metrics, limits, door, console).run(sockets=[listener])
+
+
+def make_server(engine: Engine, metrics: Metrics, limits: Limits, door: Door, console: Console) -> Server:
+    """The server, which does not listen yet."""
+    # uvicorn's warnings are about requests, each of which gets its answer
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    app, cut_off = make_app(engine, metrics, limits, door)
     config = uvicorn.Config(
-        make_app(engine, metrics, limits, door),
+        app,
+        http=Connection,
         log_config=None,
         access_log=False,  # nybble writes a line an answer
         lifespan="off",
         ws="none",
         server_header=False,
-        timeout_graceful_shutdown=int(limits.timeout) + 10,
+        proxy_headers=False,
+        limit_concurrency=limits.queue + CONNECTIONS,
     )
-    with short_turns():
-        Server(config, console).run(sockets=[listener])
+    return Server(config, console, cut_off, limits.timeout + 10)
 
 
 @contextlib.contextmanager
@@ -218,4 +267,3 @@ def _log_to_stderr() -> None:
     log = logging.getLogger("nybble.serve")
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
