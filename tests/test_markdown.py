@@ -144,6 +144,7 @@ def test_a_runs_card_and_curve_stand_hostile_names(hostile):
 
 def test_an_exports_card_stands_hostile_names(hostile):
     run, summary = hostile
+    summary["dtype"] = "float32"  # any other word is refused when summary.json is read
     (run.folder / "summary.json").write_text(json.dumps(summary))
     entry = {"mean": 0.4, "interval": [0.3, 0.5]}
     task = {"name": HOSTILE, "metric": HOSTILE, "base": entry, "tuned": entry, "difference": None, "verdict": HOSTILE}

@@ -5,28 +5,39 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, PlainValidator
+from pydantic_core import PydanticCustomError
 
 from nybble.reading import Shape
 
 
+def _text(value: object) -> str:
+    """Any text: pydantic's own takes no name that is not UTF-8, which Python reads as half of a surrogate pair."""
+    if not isinstance(value, str):
+        raise PydanticCustomError("string_type", "Input should be a valid string")
+    return value
+
+
+Text = Annotated[str, PlainValidator(_text)]
+
+
 class _Base(Shape):
-    name: str
-    fingerprint: str
-    quantization: str
+    name: Text
+    fingerprint: Text
+    quantization: Text
     parameters: int
 
 
 class _Data(Shape):
-    path: str | list[Any] | dict[str, Any]
-    fingerprint: str
-    template: str
+    path: Text | list[Any] | dict[str, Any]
+    fingerprint: Text
+    template: Text
     rows: int
-    system: str = ""
+    system: Text = ""
 
 
 class _Adapter(Shape):
-    targets: list[str]
+    targets: list[Text]
     trainable_parameters: int
 
 
@@ -45,8 +56,8 @@ class Ended(Shape):
 class Summary(Ended):
     """What is read of summary.json."""
 
-    versions: dict[str, str]
-    device: str
+    versions: dict[Text, Text]
+    device: Text
     dtype: Literal["bfloat16", "float16", "float32"]
     base: _Base
     data: _Data
@@ -61,8 +72,8 @@ class Summary(Ended):
 class KeptTemplate(Shape):
     """What is read of template.json."""
 
-    name: str
-    source: str
+    name: Text
+    source: Text
     verbatim: bool
     bos: bool = True
     day: Annotated[str, AfterValidator(datetime.date.fromisoformat)] | None = None
@@ -73,7 +84,7 @@ class _Recipe(Shape):
 
     model: dict[str, Any]
     data: dict[str, Any]
-    adapter: str | None = None
+    adapter: Text | None = None
     lora: dict[str, Any] = Field(default_factory=dict)
     train: dict[str, Any] = Field(default_factory=dict)
     engine: dict[str, Any] = Field(default_factory=dict)
@@ -85,16 +96,16 @@ class Start(Shape):
     """What is read of start.json."""
 
     recipe: _Recipe
-    data: str
-    base: str
-    versions: dict[str, str]
+    data: Text
+    base: Text
+    versions: dict[Text, Text]
 
 
 class Line(Shape):
     """What is read of a line of metrics.jsonl or samples.jsonl."""
 
     step: int
-    loss: float | str | None = None
+    loss: float | Text | None = None
     """Text where it is not finite."""
     eval_loss: float | None = None
     tokens: int | None = None
@@ -111,12 +122,12 @@ class _Change(Shape):
 
 
 class _Compared(Shape):
-    name: str
-    metric: str | None = None
+    name: Text
+    metric: Text | None = None
     base: _Score
     tuned: _Score
     difference: _Change | None = None
-    verdict: str | None = None
+    verdict: Text | None = None
 
 
 class _HeldOutLoss(Shape):
@@ -127,7 +138,7 @@ class _HeldOut(Shape):
     base: _HeldOutLoss
     tuned: _HeldOutLoss
     difference: _Change | None = None
-    verdict: str | None = None
+    verdict: Text | None = None
 
 
 class _Generation(Shape):
@@ -137,7 +148,7 @@ class _Generation(Shape):
 class Evaluation(Shape):
     """What is read of evaluation.json."""
 
-    date: str
+    date: Text
     tasks: list[_Compared]
     held_out: _HeldOut | None = None
     generation: _Generation | None = None
