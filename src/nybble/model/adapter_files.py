@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from nybble.errors import ModelError
 from nybble.model.weights import FLOATS, LOADING_FAULTS, check_whole, reason, refuse_pointers, some
+from nybble.reading import check_regular
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """PEFT's names; where both are there, PEFT takes the first and so do we."""
@@ -34,8 +35,7 @@ def weights_file(folder: pathlib.Path) -> pathlib.Path:
     file = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if file is None:
         raise ModelError(f"there are no adapter weights in {folder} (no {WEIGHTS[0]})", fix=f"ls {folder}")
-    if not file.is_file():
-        raise ModelError(f"{file.name} is a pipe, a device or a folder, not a file", where=str(file), fix=AGAIN)
+    check_regular(file, ModelError, AGAIN)
     if not file.stat().st_size:
         raise ModelError(f"{file.name} is empty", where=str(file), fix=AGAIN)
     refuse_pointers([file])

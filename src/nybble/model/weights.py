@@ -19,17 +19,11 @@ from nybble.errors import ModelError
 from nybble.lfs import pointer_fault
 from nybble.model.headers import index_of, read_header, read_index
 from nybble.model.hub import few
+from nybble.reading import KINDS
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 """Weights in one file, in Transformers' order: the first is taken, or the index beside its place, before the second."""
 FLOATS = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
-KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 AGAIN = "save the model's tensors alone, by model.save_pretrained(FOLDER) where it was trained; or use its safetensors"
 # What Transformers raises where a configuration or a weight file is wrong: checks of its own and of huggingface_hub, asserts of
 # torch, and whatever its code runs into that takes a field for granted (KeyError, ZeroDivisionError, AttributeError).
