@@ -12,6 +12,7 @@ import tempfile
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pyarrow.parquet import read_metadata
 from rich.console import Console
 
 from corpus.bombs import BOMBS, ROOM, exploded
@@ -21,6 +22,7 @@ from corpus.data_files import CASES, PLAIN
 from nybble.check import check
 from nybble.data.formats import EmptyAnswerError, detect_forms
 from nybble.data.readers import Row, read_file
+from nybble.data.readers.pages import longest_text, pages
 from nybble.errors import DataError, NybbleError
 from nybble.recipe import Recipe
 from test_places import small_disk
@@ -59,6 +61,23 @@ def test_a_file_that_holds_more_than_memory_is_read_in_bounded_memory(tmp_path, 
     assert found.rows == case.status, found
     for name in case.names:
         assert name in "\n".join(found.faults)
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "gzip", "brotli", "zstd", "lz4"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_the_longest_text_of_a_dictionary_is_known_before_it_is_read(tmp_path, compression, version):
+    """So that usual files are read as texts: references to a dictionary take several times as long."""
+    path = tmp_path / "a.parquet"
+    chats = [[{"role": "user", "content": f"{n} " * (n % 300)}] * 3 for n in range(4000)]
+    path.write_bytes(parquet({"messages": chats}, compression=compression, data_page_version=version))
+    with path.open("rb") as stream:
+        group = read_metadata(stream).row_group(0)
+        column = next(group.column(n) for n in (0, 1) if group.column(n).path_in_schema.endswith("content"))
+        first, *others = pages(stream, column.dictionary_page_offset, column.total_compressed_size)
+        longest = longest_text(stream, first, column.compression)
+    assert longest == (first.size if compression == "lz4" else 5 * 299)
+    assert (first.refers, others[0].refers, others[-1].refers) == (False, True, False)  # the dictionary was full
+    assert sum(page.values for page in others) == 12_000
 
 
 def test_there_are_enough_cases():

@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 
 from nybble.data.readers.cells import HELD, rows_of
-from nybble.data.readers.pages import pages
+from nybble.data.readers.pages import Page, longest_text, pages
 from nybble.data.readers.row import MB, Item, Row, too_large
 from nybble.data.readers.text import CHUNK, is_packed, opened
 from nybble.errors import DataError
@@ -26,6 +26,7 @@ PAGE = 16  # times as large as a row a page may be: rows share it
 ELEMENTS = 1 << 26  # of the lists in a column of a row group: a few bytes can stand for billions
 UNPACKED, GROWTH = 256 * MB, 100  # what a .gz may unpack to: so many bytes, or so many times its size
 LARGE_DICTIONARY = 2 * MB  # more than the 1 MB that is usual
+NUMBERS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}  # bytes
 TEXTS = ("NONE", "STRING", "JSON", "ENUM", "BSON")
 PREFIXED = "DELTA_BYTE_ARRAY"  # each value may take over all of the one before
 
@@ -59,10 +60,11 @@ def read_parquet(file: pathlib.Path, limit: int) -> Iterator[Item]:
                     for values in rows_of(batch, limit):
                         number += 1
                         origin = f"{file}:row {number}"
-                        if isinstance(values, int):
-                            yield too_large("a row", limit, origin, values)
-                        else:
-                            yield Row(dict(zip(names, values, strict=True)), origin)
+                        yield (
+                            too_large("a row", limit, origin, values)
+                            if isinstance(values, int)
+                            else Row(values, origin)
+                        )
     except (pyarrow.ArrowException, OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(
             f"{'damaged' if number else 'not a parquet file'}: {error}"[:300],
@@ -117,20 +119,29 @@ def _way(group: pyarrow.parquet.RowGroupMetaData, stream: IO[bytes], limit: int,
         start = column.dictionary_page_offset if has_dictionary else start
         if not column.num_values:  # its offsets may point nowhere
             continue
+        longest = referring = 0
         for number, page in enumerate(pages(stream, start, column.total_compressed_size)):
             if page.size > PAGE * limit:
                 raise _too_large_page(name, page.size, limit, where)
-            if has_dictionary and number == 0:  # one of its values may stand in each row, and in each list many times
-                is_list = column.num_values > rows
-                way.by_reference |= page.size > LARGE_DICTIONARY or (
-                    is_list and page.size * column.num_values > UNPACKED
-                )
-                heavy = max(heavy, 1 if way.by_reference else page.size)
+            if has_dictionary and number == 0:
+                way.by_reference |= page.size > LARGE_DICTIONARY
+                longest = _longest(stream, page, column)
                 continue
+            referring += page.values if page.refers else 0
             shared = 1 if PREFIXED in column.encodings else max(page.values, 1)
             heavy = max(heavy, page.size / shared * max(column.num_values / rows, 1))
+        # The longest value of the dictionary may stand in each row, and all of a column's lists in one.
+        way.by_reference |= column.num_values > rows and longest * referring > UNPACKED
+        heavy = max(heavy, longest if referring else 0)
     way.rows = max(1, min(ROWS, int(HELD / heavy)))
     return way
+
+
+def _longest(stream: IO[bytes], page: Page, column: pyarrow.parquet.ColumnChunkMetaData) -> int:
+    """Bytes of the longest value in a column's dictionary, at most."""
+    if page.size > LARGE_DICTIONARY or column.physical_type != "BYTE_ARRAY":
+        return min(page.size, NUMBERS.get(column.physical_type, page.size))
+    return longest_text(stream, page, column.compression)
 
 
 def _too_large_page(column: str, size: int, limit: int, where: str) -> DataError:
