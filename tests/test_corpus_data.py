@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import itertools
@@ -20,11 +21,12 @@ from corpus.cases import Case, Outcome, held, nybble, sampled
 from corpus.data import GOOD, HEAD, ROW, file, parquet
 from corpus.data_files import CASES, PLAIN
 from nybble.check import check
-from nybble.data.formats import EmptyAnswerError, detect_forms
+from nybble.data.formats import EmptyAnswerError, Rules, detect_forms
 from nybble.data.readers import Row, read_file
 from nybble.data.readers.pages import longest_text, pages
+from nybble.data.sources import row_limit
 from nybble.errors import DataError, NybbleError
-from nybble.recipe import Recipe
+from nybble.recipe import DataOptions, Recipe
 from test_places import small_disk
 
 ROWS = 100_000  # of a bomb that are read; of one that is a parquet file, where each row is large
@@ -113,7 +115,8 @@ def test_a_packed_parquet_file_without_room_to_unpack_it_says_so(tmp_path, monke
             list(read_file(path))
 
 
-def test_a_run_of_0_5_1_finds_the_rows_that_it_was_trained_on():
+@pytest.mark.parametrize("rules", [Rules.V0_5, Rules.V0_6])
+def test_a_run_of_an_earlier_version_finds_the_rows_that_it_was_trained_on(rules):
     """Keys that stand twice and answers that cannot be seen were read, and rows of any size."""
     row = Row({"instruction": "a", "output": "\u200b"}, "a.jsonl:1", repeated="output")
     forms = detect_forms([row], "auto", {})
@@ -121,9 +124,15 @@ def test_a_run_of_0_5_1_finds_the_rows_that_it_was_trained_on():
         forms.read(row)
     with pytest.raises(EmptyAnswerError):
         forms.read(Row(row.values, row.origin))
-    before = detect_forms([row], "auto", {})
-    object.__setattr__(before, "as_before", True)
+    before = dataclasses.replace(forms, rules=rules)
     assert before.read(row).conversation[-1].content == "\u200b"
+    assert row_limit(DataOptions(), rules) > 10 * row_limit(DataOptions(), Rules.NOW)
+    pictured = Row({"instruction": "a", "output": "b", "image": "c.png"}, "a.jsonl:1")
+    counted = Row({"instruction": "a", "output": 3}, "a.jsonl:1")
+    taken, refused = (pictured, counted) if rules == Rules.V0_5 else (counted, pictured)
+    assert before.read(taken)
+    with pytest.raises(DataError):
+        before.read(refused)
 
 
 # anything at all -----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from importlib import resources
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.clock import reads_clock, stopped
-from nybble.data.formats import Conversation, Message
+from nybble.data.formats import Conversation, Message, Rules
 from nybble.data.readers import document
 from nybble.data.rendering import check_length, render
 from nybble.data.spans import answer_spans, is_within
@@ -70,6 +70,7 @@ class Template:
         day: what a template that reads the clock is told; None where it reads none.
         bos: whether a document begins with BOS; None: where the tokenizer itself puts one.
         known_as: of a run of version 0.5.1, the Jinja text that its fingerprint is of, which held no day.
+        rules: by which the rows of the run that it belongs to are read.
 
     Raises:
         DataError: the template fails, rewrites what was said, or cannot be split into a prompt and its answer.
@@ -78,6 +79,7 @@ class Template:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, name: str, source: str, *, verbatim: bool = False,
         day: datetime.date | None = None, bos: bool | None = None, known_as: str | None = None,
+        rules: Rules = Rules.NOW,
     ) -> None:  # fmt: skip
         self.tokenizer = tokenizer
         self.name = name
@@ -87,8 +89,7 @@ class Template:
         self.puts_bos = puts_bos(tokenizer)
         self.document_bos = (self.puts_bos if bos is None else bos) and tokenizer.bos_token is not None
         self._known_as = known_as or self.source
-        self.is_of_0_5 = known_as is not None
-        """Whether a run of version 0.5.1 has it: its rows are read again by the rules of then."""
+        self.rules = rules
         self.takes_input = "message.input" in source
         self._special = _special_tokens(tokenizer)
         self._split = re.compile("|".join(re.escape(token) for token in sorted(self._special, key=len, reverse=True)))
@@ -338,7 +339,13 @@ def _models_own(own: str | dict[str, str] | None) -> str:
 def save_template(template: Template, file: pathlib.Path) -> None:
     """Keep a template with its run; its Jinja text goes into the tokenizer as well, for other programs."""
     day = None if template.day is None else template.day.isoformat()
-    facts = {"name": template.name, "verbatim": template.verbatim, "day": day, "bos": template.document_bos}
+    facts = {
+        "name": template.name,
+        "verbatim": template.verbatim,
+        "day": day,
+        "bos": template.document_bos,
+        "rules": template.rules.value,
+    }
     write_json(file, {**facts, "source": template.source})
 
 
@@ -348,9 +355,17 @@ def read_template(tokenizer: PreTrainedTokenizerBase, file: pathlib.Path) -> Tem
     name, source, verbatim = kept["name"], kept["source"], kept["verbatim"]
     if "bos" in kept:
         day = None if kept.get("day") is None else datetime.date.fromisoformat(kept["day"])
-        return Template(tokenizer, name, source, verbatim=verbatim, day=day, bos=kept["bos"])
+        return Template(
+            tokenizer,
+            name,
+            source,
+            verbatim=verbatim,
+            day=day,
+            bos=kept["bos"],
+            rules=Rules(kept.get("rules", Rules.V0_6)),
+        )
     began = _day_of(file.parent) if reads_clock(source) else None
-    return Template(tokenizer, name, source, verbatim=verbatim, day=began, bos=True, known_as=source)
+    return Template(tokenizer, name, source, verbatim=verbatim, day=began, bos=True, known_as=source, rules=Rules.V0_5)
 
 
 def _day_of(run: pathlib.Path) -> datetime.date:
