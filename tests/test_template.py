@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 from conftest import SHARED, small_tokenizer
 from nybble.data.fit import cut_text, halve, last_answer
 from nybble.data.formats import Message, Rules
-from nybble.data.template import CONTROL_WORD, Template, choose_template, read_template, save_template
+from nybble.data.kept_template import read_template, save_template
+from nybble.data.template import CONTROL_WORD, Template, choose_template
 from nybble.data.tokens import Tokens, encode, encode_begun, encode_prompt, encode_text
 from nybble.errors import DataError
 from nybble.model.tokenizer import load_tokenizer

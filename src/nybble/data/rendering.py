@@ -76,7 +76,7 @@ def check_length(file: pathlib.Path) -> None:
         raise TemplateLimitError(
             f"the template has {size:,} bytes, and {SOURCE:,} characters are allowed",
             where=str(file),
-            fix="name a Jinja file: data.template=FILE",
+            fix="shorten it, or name another: data.template=FILE",
         )
 
 

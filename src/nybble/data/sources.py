@@ -99,14 +99,15 @@ def _read(source: Source, limit: int) -> Iterator[Item]:
     for file in source.files:
         try:
             for item in read_file(file, limit):
-                yield replace(item, origin=_printable(item.origin)) if isinstance(item, Row) else item
+                is_plain = not isinstance(item, Row) or item.origin.isascii()
+                yield item if is_plain else replace(item, origin=_printable(item.origin))
         except DataError as error:
             yield error
 
 
 def _printable(origin: str) -> str:
     """A place as it can be written: a file's name need not be UTF-8."""
-    return origin if origin.isascii() else origin.encode(errors="replace").decode()
+    return origin.encode(errors="replace").decode()
 
 
 def fingerprint(sources: Sequence[Source]) -> str:

@@ -11,6 +11,7 @@ from nybble.errors import DataError
 MB = 1_000_000
 MAX_ROW = 16 * MB
 """The largest row that is read unless data.max_row_mb says otherwise: characters of text, bytes of a parquet file."""
+ADVICE = "split it; if it is meant to be this large, allow it with {}"
 NAMES_TOLD = 12
 LONGEST_NAME = 60
 
@@ -64,9 +65,7 @@ class TooLargeError(DataError):
         advice: what to do, with {} for the option.
     """
 
-    def __init__(
-        self, what: str, where: str | None, option: str, advice: str = "split it; if it is meant to be this large, allow it with {}"
-    ) -> None:  # fmt: skip
+    def __init__(self, what: str, where: str | None, option: str, advice: str = ADVICE) -> None:
         super().__init__(what, where=where, fix=advice.replace("{}", option))
         self.option = option
 
