@@ -9,6 +9,7 @@ import itertools
 import json
 import pathlib
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -16,14 +17,15 @@ from hypothesis import strategies as st
 from pyarrow.parquet import read_metadata
 from rich.console import Console
 
-from corpus.bombs import BOMBS, ROOM, exploded
+from corpus.bombs import BOMBS, ROOM, exploded, shared, table
 from corpus.cases import Case, Outcome, held, nybble, sampled
 from corpus.data import GOOD, HEAD, ROW, file, parquet
 from corpus.data_files import CASES, PLAIN
 from nybble.check import check
 from nybble.data.formats import EmptyAnswerError, Rules, detect_forms
-from nybble.data.readers import Row, read_file
+from nybble.data.readers import MB, Row, read_file
 from nybble.data.readers.pages import longest_text, pages
+from nybble.data.readers.parquet import _way
 from nybble.data.sources import row_limit
 from nybble.errors import DataError, NybbleError
 from nybble.recipe import DataOptions, Recipe
@@ -80,6 +82,29 @@ def test_the_longest_text_of_a_dictionary_is_known_before_it_is_read(tmp_path, c
     assert longest == (first.size if compression == "lz4" else 5 * 299)
     assert (first.refers, others[0].refers, others[-1].refers) == (False, True, False)  # the dictionary was full
     assert sum(page.values for page in others) == 12_000
+
+
+class Unsaid:
+    """A column of which the file's end does not say that it has a dictionary, as old writers leave it."""
+
+    has_dictionary_page = False
+
+    def __init__(self, column) -> None:
+        self.column = column
+        self.data_page_offset = column.dictionary_page_offset
+
+    def __getattr__(self, name: str):
+        return getattr(self.column, name)
+
+
+def test_a_dictionary_is_found_where_the_end_of_the_file_does_not_tell_of_it(tmp_path):
+    path = table({"text": shared(2000, 900_000)})(tmp_path)
+    with path.open("rb") as stream:
+        group = read_metadata(stream).row_group(0)
+        told = _way(group, stream, 16 * MB, "")
+        unsaid = SimpleNamespace(num_rows=2000, num_columns=1, column=lambda place: Unsaid(group.column(place)))
+        assert _way(unsaid, stream, 16 * MB, "") == told
+    assert told.rows == 64 * MB // 900_000
 
 
 def test_there_are_enough_cases():

@@ -14,7 +14,8 @@ from typing import IO, Any
 import pyarrow
 
 HEADERS = (1 << 12, 1 << 24)  # bytes that are read for one: nearly always enough, and Arrow's own limit
-UNPACKED, PACKED = 2, 3  # numbers of a page header's fields
+KIND, UNPACKED, PACKED = 1, 2, 3  # numbers of a page header's fields
+OF_DICTIONARY = 2  # the kind
 DATA, DICTIONARY, DATA_2 = (
     5,
     7,
@@ -34,6 +35,7 @@ class Page:
     size: int
     """Bytes, unpacked."""
     values: int
+    is_dictionary: bool
     refers: bool
     """Whether the values stand in the dictionary."""
     place: int
@@ -63,6 +65,7 @@ def pages(stream: IO[bytes], start: int, size: int) -> Iterator[Page]:
         yield Page(
             unpacked,
             max((kind.get(VALUES, 0) for kind in kinds.values()), default=0),
+            found.get(KIND) == OF_DICTIONARY,
             any(kinds[kind].get(field) in REFERRING for kind, field in ENCODING.items() if kind in kinds),
             place + length,
             packed,
