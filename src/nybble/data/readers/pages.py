@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import IO, Any
+from dataclasses import dataclass, field
+from typing import IO
 
 import pyarrow
 
@@ -57,16 +57,16 @@ def pages(stream: IO[bytes], start: int, size: int) -> Iterator[Page]:
     """
     place = start
     while place < start + size:
-        length, found = _header(stream, place)
-        unpacked, packed = found.get(UNPACKED, -1), found.get(PACKED, -1)
+        length, header = _header(stream, place)
+        unpacked, packed = header.numbers.get(UNPACKED, -1), header.numbers.get(PACKED, -1)
         if unpacked < 0 or packed < 0:
             raise ValueError(f"no page at byte {place}")
-        kinds = {kind: found[kind] for kind in (DATA, DICTIONARY, DATA_2) if isinstance(found.get(kind), dict)}
+        kinds = {kind: header.structs[kind].numbers for kind in (DATA, DICTIONARY, DATA_2) if kind in header.structs}
         yield Page(
             unpacked,
             max((kind.get(VALUES, 0) for kind in kinds.values()), default=0),
-            found.get(KIND) == OF_DICTIONARY,
-            any(kinds[kind].get(field) in REFERRING for kind, field in ENCODING.items() if kind in kinds),
+            header.numbers.get(KIND) == OF_DICTIONARY,
+            any(kinds[kind].get(encoding) in REFERRING for kind, encoding in ENCODING.items() if kind in kinds),
             place + length,
             packed,
         )
@@ -96,7 +96,15 @@ def longest_text(stream: IO[bytes], dictionary: Page, compression: str) -> int:
     return longest if place == len(data) == dictionary.size else dictionary.size
 
 
-def _header(stream: IO[bytes], place: int) -> tuple[int, dict[int, Any]]:
+@dataclass
+class _Fields:
+    """A struct's fields by their numbers."""
+
+    numbers: dict[int, int] = field(default_factory=dict)
+    structs: dict[int, _Fields] = field(default_factory=dict)
+
+
+def _header(stream: IO[bytes], place: int) -> tuple[int, _Fields]:
     """How long the header is that stands there, and its fields."""
     for size in HEADERS:
         stream.seek(place)
@@ -113,19 +121,18 @@ def _header(stream: IO[bytes], place: int) -> tuple[int, dict[int, Any]]:
 class _Header:
     stream: io.BytesIO
 
-    def struct(self, depth: int = 0) -> dict[int, Any]:
-        """The integers and structs of a struct by their fields' numbers."""
+    def struct(self, depth: int = 0) -> _Fields:
         if depth > DEEPEST:
             raise ValueError("a page's header is nested too deeply")
-        found: dict[int, Any] = {}
+        found = _Fields()
         number = 0
         while (byte := self._byte()) != 0:
             kind = byte & 15
             number = number + (byte >> 4) if byte >> 4 else self._signed()
             if kind == STRUCT:
-                found[number] = self.struct(depth + 1)
+                found.structs[number] = self.struct(depth + 1)
             elif kind not in BOOLEANS:
-                found[number] = self._value(kind, depth)
+                found.numbers[number] = self._value(kind, depth)
         return found
 
     def _value(self, kind: int, depth: int) -> int:

@@ -54,6 +54,7 @@ def read_parquet(file: pathlib.Path, limit: int) -> Iterator[Item]:
                     fix="give each column a different name",
                 )
             for group in range(metadata.num_row_groups):
+                _look_at_columns(readers[False], group)
                 way = _way(metadata.row_group(group), stream, limit, f"{file}:row {number + 1}")
                 batches = readers[way.by_reference].iter_batches(way.rows, row_groups=[group], use_threads=False)
                 for batch in batches:
@@ -95,6 +96,17 @@ def _reader(
     return pyarrow.parquet.ParquetFile(
         stream, metadata=metadata, read_dictionary=texts, pre_buffer=False, buffer_size=CHUNK
     )
+
+
+def _look_at_columns(reader: pyarrow.parquet.ParquetFile, group: int) -> None:
+    """Have Arrow read what the file's end says of a group's columns, but none of their pages.
+
+    Where that is damaged, this is an exception; asking for a column's metadata would end the process.
+
+    Raises:
+        OSError: it is damaged.
+    """
+    next(reader.reader.iter_batches(0, [group], use_threads=False), None)
 
 
 def _way(group: pyarrow.parquet.RowGroupMetaData, stream: IO[bytes], limit: int, where: str) -> _Way:
