@@ -232,9 +232,9 @@ def test_real_sets_are_fit_and_pack_nearly_full(name, cache):
     assert filled > (99.5 if name == "instruct_mix.jsonl" else 97)
 
 
-def shown(data, tokenizer, *, colour: bool = False, **more) -> str:
+def shown(data, tokenizer, *, colour: bool = False, options: dict | None = None, **more) -> str:
     console = Console(file=io.StringIO(), width=200, force_terminal=colour, color_system="standard" if colour else None)
-    preview(DataOptions(path=str(data)), tokenizer, 1, console, **more)
+    preview(DataOptions(path=str(data), **(options or {})), tokenizer, 1, console, **more)
     print(console.file.getvalue())
     return console.file.getvalue()
 
@@ -258,6 +258,14 @@ def test_a_preview_without_a_row_says_why(tmp_path, tiny_tokenizer):
     file.write_text('{"instruction": "red", "output": ""}\n')
     with pytest.raises(DataError, match="a row without an answer"):
         shown(file, tiny_tokenizer)
+
+
+def test_a_preview_reads_rows_as_large_as_the_options_allow(tmp_path, tiny_tokenizer):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"instruction": "red", "output": "blue", "note": "x" * 1_200_000}) + "\n")
+    assert "[[blue]]" in shown(file, tiny_tokenizer, options={"max_row_mb": 2})
+    with pytest.raises(DataError, match=r"a line of 1\.2 MB"):
+        shown(file, tiny_tokenizer, options={"max_row_mb": 1})
 
 
 @given(st.dictionaries(st.integers(1, 5000), st.integers(1, 50), min_size=1, max_size=60))

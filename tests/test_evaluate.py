@@ -203,6 +203,11 @@ BAD_ROWS = {
     "arc_easy.validation.jsonl": (json.dumps(ARC[0]).encode("utf-16"), "the file is UTF-16, not UTF-8", ":1"),
     "arc_easy.test.jsonl.gz": (gzip.compress(b'{"question": "caf\xe9"}\n'), "not UTF-8: byte 0xe9", ":1"),
     "mmlu.test.jsonl": (b"\n" + json.dumps(MMLU[0]).encode() + b"\n{\n", "not valid JSON", ":3"),
+    "mmlu.dev.jsonl": (
+        b'{"question": "' + b"x" * 16_000_000 + b'"}\n',
+        "a line of 16.0 MB, over the limit of 16 MB",
+        ":1",
+    ),
     "ARC-Easy.validation.jsonl": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 7\n",
         "git-lfs pointer",
@@ -220,6 +225,7 @@ def test_rows_of_a_benchmark_that_cannot_be_read_are_named_before_a_model_is_loa
     print(caught.value)
     assert what in caught.value.what
     assert caught.value.where == f"{tmp_path / name}{line}"
+    assert "data.max_row_mb" not in str(caught.value), "it is for rows that are trained on"
 
 
 def test_rows_may_have_a_mark_and_blank_lines_and_lie_beside_copies(tmp_path):

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 
 from conftest import SHARED, small_tokenizer
 from nybble.data.fit import cut_text, halve, last_answer
-from nybble.data.formats import Message
-from nybble.data.template import CONTROL_WORD, Template, choose_template, read_template, save_template
+from nybble.data.formats import Message, Rules
+from nybble.data.kept_template import read_template, save_template
+from nybble.data.template import CONTROL_WORD, Template, choose_template
 from nybble.data.tokens import Tokens, encode, encode_begun, encode_prompt, encode_text
 from nybble.errors import DataError
 from nybble.model.tokenizer import load_tokenizer
@@ -124,7 +125,7 @@ def test_the_models_own_template_is_taken_and_its_end_of_turn_trained():
             "not the beginning of prompt and answer",
         ),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{% for %}", "is no Jinja: line 1: Expected an expression"),
+        ("{% for %}", "is not valid Jinja: line 1"),
     ],
 )
 def test_templates_that_cannot_be_trusted_are_refused(tiny_tokenizer, source, message):
@@ -348,6 +349,11 @@ def test_a_template_that_reads_the_clock_keeps_its_day(tiny_tokenizer, tmp_path,
     assert other.apply_chat_template(**asked) == said
     again = read_template(other, tmp_path / "template.json")
     assert (again.source, again.day, again.fingerprint) == (template.source, template.day, template.fingerprint)
+    assert (template.rules, again.rules) == (Rules.NOW, Rules.NOW)
+    kept = json.loads((tmp_path / "template.json").read_text())
+    del kept["rules"]
+    write_json(tmp_path / "template.json", kept)
+    assert read_template(other, tmp_path / "template.json").rules == Rules.V0_6
     assert tokenizer.decode(encode_prompt(again, turns("red"))) == said
     assert choose_template(other, "auto", "messages").source == template.source, "what is stopped is not stopped again"
 
@@ -368,6 +374,7 @@ def test_a_run_of_an_earlier_version_is_told_the_day_on_which_it_began(tiny_toke
     assert "Today is 09 Jul 2025, Wednesday" in tiny_tokenizer.decode(encode_prompt(template, turns("red")))
     assert template.fingerprint == hashlib.sha256(f"False{CLOCK}".encode()).hexdigest()
     assert template.document_bos
+    assert template.rules == Rules.V0_5
     write_json(tmp_path / "summary.json", {"date": "2025-07-02T12:00:00+00:00", "seconds": 24 * 3600})
     assert read_template(tiny_tokenizer, tmp_path / "template.json").day == datetime.date(2025, 7, 1)
 

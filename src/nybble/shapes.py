@@ -77,6 +77,7 @@ class KeptTemplate(Shape):
     verbatim: bool
     bos: bool = True
     day: Annotated[str, AfterValidator(datetime.date.fromisoformat)] | None = None
+    rules: Literal[6, 7] = 6
 
 
 class _Recipe(Shape):

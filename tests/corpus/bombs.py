@@ -102,11 +102,9 @@ def table(columns: dict[str, pyarrow.Array], **options: object):
     return make
 
 
-def shared(count: int) -> pyarrow.Array:
-    """One text of 4 MB, so many times."""
-    return pyarrow.DictionaryArray.from_arrays(
-        pyarrow.array([0] * count, pyarrow.int32()), pyarrow.array(["x" * 4_000_000])
-    )
+def shared(count: int, size: int = 4_000_000) -> pyarrow.Array:
+    """One text, so many times."""
+    return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), pyarrow.array(["x" * size]))
 
 
 def giant(folder: pathlib.Path) -> pathlib.Path:
@@ -189,6 +187,11 @@ BOMBS = [
     Case("parquet-shared-lists",
          table({"messages": pyarrow.ListArray.from_arrays(pyarrow.array([0, 3, 20_000]), shared(20_000))}),
          0, ("a row of 79,", "a.parquet:row 2", "the conversation ends before")),
+    Case("parquet-shared-usual", table({"text": shared(200_000, 900_000)}), 1000),
+    Case("parquet-shared-usual-lists",
+         table({"messages": pyarrow.ListArray.from_arrays(pyarrow.array([0, 3, 20_000]), shared(20_000, 900_000))},
+               compression="zstd", data_page_version="2.0"),
+         0, ("a row of 17,", "a.parquet:row 2", "the conversation ends before")),
     Case("parquet-lists", lists, 0, ("has lists of 100,000,000 values for 1 rows", "smaller row groups")),
     Case("scattered-faults", scattered, 100_000, ("a row without an answer", "lines 2, 4, 6 and 99,997 more places")),
     Case("different-faults", different, 0, ("unknown fields: found 'c0'",)),

@@ -98,7 +98,7 @@ def refuse_missing(recipe: Recipe) -> None:
     for name in rows:
         path = os.path.expanduser(name)
         is_file = _can_be_only_a_path(name) or pathlib.Path(name.removesuffix(".gz")).suffix.lower() in SUFFIXES
-        if is_file and not set(name) & set("*?[") and not os.path.exists(path):
+        if is_file and not set(name) & set("*?[") and not os.path.lexists(path):
             raise _missing(DataError, f"there is no file {path}", path)
     if data.template.endswith(".jinja") and not os.path.exists(os.path.expanduser(data.template)):
         raise _missing(DataError, f"there is no template {data.template}", data.template)

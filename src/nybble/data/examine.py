@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data import faults
-from nybble.data.formats import Forms, detect_forms
+from nybble.data.formats import Forms, Rules, detect_forms
 from nybble.data.kept_rows import rows_in
 from nybble.data.readers import Item, Row
 from nybble.data.sources import Source, find_sources, fingerprint, read_rows, row_limit
@@ -69,18 +69,20 @@ def examine(
         PlaceError: the cache does not keep what is written to it.
     """
     sources = sources_of(options)
-    as_before = template is not None and template.is_of_0_5
-    limit = row_limit(options, as_before)
-    forms = dataclasses.replace(forms_of(sources, options, as_before), as_before=as_before)
+    rules = Rules.NOW if template is None else template.rules
+    limit = row_limit(options, rules)
+    forms = dataclasses.replace(forms_of(sources, options, rules), rules=rules)
     template = template or choose_template(tokenizer, options.template, forms.likeliest)
     assert template.ends, "a template that works at all"
     key = _key(sources, forms, template, options)
     places = repr([(source.name, [str(file) for file in source.files]) for source in sources])  # as rows and faults say
-    folder = cache / "tokens" / hashlib.sha256(f"{CACHE_VERSION}{as_before}{limit}{key}{places}".encode()).hexdigest()
+    folder = (
+        cache / "tokens" / hashlib.sha256(f"{CACHE_VERSION} {rules.value} {limit} {key}{places}".encode()).hexdigest()
+    )
 
     def read() -> tuple[Pass, Iterator[Sample]]:
         reading = Pass(forms, template, options, progress)
-        return reading, reading.samples(rows_of(sources, options, as_before))
+        return reading, reading.samples(rows_of(sources, options, rules))
 
     tokens, found, cached = rows_in(folder, read)
     found_faults = faults.from_json(found["faults"])
@@ -102,14 +104,14 @@ def sources_of(options: DataOptions) -> tuple[Source, ...]:
     )
 
 
-def rows_of(sources: tuple[Source, ...], options: DataOptions, as_before: bool = False) -> Iterator[Item]:
+def rows_of(sources: tuple[Source, ...], options: DataOptions, rules: Rules = Rules.NOW) -> Iterator[Item]:
     """Their rows and faults, of a stream the first 10,000."""
-    return itertools.islice(read_rows(sources, row_limit(options, as_before)), HEAD if options.streaming else None)
+    return itertools.islice(read_rows(sources, row_limit(options, rules)), HEAD if options.streaming else None)
 
 
-def forms_of(sources: tuple[Source, ...], options: DataOptions, as_before: bool = False) -> Forms:
+def forms_of(sources: tuple[Source, ...], options: DataOptions, rules: Rules = Rules.NOW) -> Forms:
     """The forms of their first rows."""
-    rows = (item for item in read_rows(sources, row_limit(options, as_before)) if isinstance(item, Row))
+    rows = (item for item in read_rows(sources, row_limit(options, rules)) if isinstance(item, Row))
     head = itertools.islice(rows, LOOKED_AT)
     return detect_forms(head, options.form, options.map)
 

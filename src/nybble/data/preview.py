@@ -11,8 +11,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.batches import IGNORED, Collator
-from nybble.data.examine import forms_of, sources_of
-from nybble.data.sources import read_rows
+from nybble.data.examine import forms_of, rows_of, sources_of
 from nybble.data.template import choose_template
 from nybble.data.tokenise import Pass, Sample
 from nybble.errors import DataError
@@ -38,7 +37,7 @@ def preview(
     sources = sources_of(options)
     forms = forms_of(sources, options)
     reading = Pass(forms, choose_template(tokenizer, options.template, forms.likeliest), options)
-    samples = list(itertools.islice(reading.samples(itertools.islice(read_rows(sources), 64 * count)), count))
+    samples = list(itertools.islice(reading.samples(itertools.islice(rows_of(sources, options), 64 * count)), count))
     if not samples:
         raise reading.faults[0] if reading.faults else DataError("there is no row that fits data.max_length")
     plain = console.no_color or not console.is_terminal

@@ -59,7 +59,7 @@ def render(
             fix="data.template=alpaca, llama2, plain or a Jinja file of your own",
         ) from limit
     except TemplateSyntaxError as error:
-        raise DataError(f"the template {name} is no Jinja: line {error.lineno}: {error.message}") from error
+        raise DataError(f"the template {name} is not valid Jinja: line {error.lineno}: {error.message}") from error
     except FAULTS as error:
         roles = ", ".join(message["role"] for message in messages[:TURNS_TOLD])
         more = f" and {len(messages) - TURNS_TOLD:,} more" if len(messages) > TURNS_TOLD else ""
@@ -76,7 +76,7 @@ def check_length(file: pathlib.Path) -> None:
         raise TemplateLimitError(
             f"the template has {size:,} bytes, and {SOURCE:,} characters are allowed",
             where=str(file),
-            fix="name a Jinja file: data.template=FILE",
+            fix="shorten it, or name another: data.template=FILE",
         )
 
 

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nybble.data import hub
+from nybble.data.formats import Rules
 from nybble.data.readers import KINDS, MAX_ROW, MB, Item, Row, kind_of, read_file, refuse_special
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
-LARGEST_BEFORE = 2000 * MB  # version 0.5.1 had no limit on rows
+LARGEST_BEFORE = 2000 * MB  # versions up to 0.6.0 had no limit on rows
 UNPACKERS = {
     ".bz2": "bunzip2 --keep",
     ".xz": "unxz --keep",
@@ -70,14 +71,14 @@ def find_sources(
     return tuple(found)
 
 
-def row_limit(options: DataOptions, as_before: bool) -> int:
+def row_limit(options: DataOptions, rules: Rules) -> int:
     """How large a row may be: characters of text, bytes of parquet.
 
     Args:
         options: the recipe's data section.
-        as_before: rows are read again for a run of version 0.5.1.
+        rules: by which they are read.
     """
-    return LARGEST_BEFORE if as_before else options.max_row_mb * MB
+    return LARGEST_BEFORE if rules < Rules.NOW else options.max_row_mb * MB
 
 
 def read_rows(sources: Sequence[Source], limit: int = MAX_ROW) -> Iterator[Item]:
@@ -98,14 +99,15 @@ def _read(source: Source, limit: int) -> Iterator[Item]:
     for file in source.files:
         try:
             for item in read_file(file, limit):
-                yield replace(item, origin=_printable(item.origin)) if isinstance(item, Row) else item
+                is_plain = not isinstance(item, Row) or item.origin.isascii()
+                yield item if is_plain else replace(item, origin=_printable(item.origin))
         except DataError as error:
             yield error
 
 
 def _printable(origin: str) -> str:
     """A place as it can be written: a file's name need not be UTF-8."""
-    return origin if origin.isascii() else origin.encode(errors="replace").decode()
+    return origin.encode(errors="replace").decode()
 
 
 def fingerprint(sources: Sequence[Source]) -> str:
@@ -151,7 +153,7 @@ def _files(name: str) -> tuple[pathlib.Path, ...]:
             raise DataError(f"no file matches {name}", fix="put the pattern in quotes, and check it with ls")
         return tuple(file for match in matches for file in _files(str(match)))
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or kind_of(path) in KINDS:
-        raise DataError(f"there is no file {path}", fix=f"ls {path.parent}")
+        raise DataError(f"there is no file {path}", fix=f"ls {shlex.quote(str(path.parent))}")
     if not HUB_ID.fullmatch(name):
         raise DataError(f"there is no file {name!r:.100}, and it is not a Hub id (owner/name)", fix="check the path")
     return ()

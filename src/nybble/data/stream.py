@@ -74,7 +74,7 @@ class StreamedRows(torch.utils.data.IterableDataset[Any]):
     def _endless(self, number: int) -> Iterator[Row]:
         """A source over and over, without what is held out."""
         told: set[str] = set()
-        limit = row_limit(self.options, self.forms.as_before)
+        limit = row_limit(self.options, self.forms.rules)
         while True:
             some = False
             for row in _readable(read_rows(self.sources[number : number + 1], limit), told):

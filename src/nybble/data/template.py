@@ -20,14 +20,11 @@ from importlib import resources
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.clock import reads_clock, stopped
-from nybble.data.formats import Conversation, Message
+from nybble.data.formats import Conversation, Message, Rules
 from nybble.data.readers import document
 from nybble.data.rendering import check_length, render
 from nybble.data.spans import answer_spans, is_within
-from nybble.errors import DataError, RunError
-from nybble.reading import RESTORE, read_object
-from nybble.run import write_json
-from nybble.shapes import Ended, KeptTemplate
+from nybble.errors import DataError
 
 BUILT_IN = ("alpaca", "llama2", "plain")
 MOST_KEPT = 64  # turns of a conversation whose structure is kept for the next one: that of 2,000 turns takes 2 MB
@@ -70,6 +67,7 @@ class Template:
         day: what a template that reads the clock is told; None where it reads none.
         bos: whether a document begins with BOS; None: where the tokenizer itself puts one.
         known_as: of a run of version 0.5.1, the Jinja text that its fingerprint is of, which held no day.
+        rules: by which the rows of the run that it belongs to are read.
 
     Raises:
         DataError: the template fails, rewrites what was said, or cannot be split into a prompt and its answer.
@@ -78,6 +76,7 @@ class Template:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, name: str, source: str, *, verbatim: bool = False,
         day: datetime.date | None = None, bos: bool | None = None, known_as: str | None = None,
+        rules: Rules = Rules.NOW,
     ) -> None:  # fmt: skip
         self.tokenizer = tokenizer
         self.name = name
@@ -87,8 +86,7 @@ class Template:
         self.puts_bos = puts_bos(tokenizer)
         self.document_bos = (self.puts_bos if bos is None else bos) and tokenizer.bos_token is not None
         self._known_as = known_as or self.source
-        self.is_of_0_5 = known_as is not None
-        """Whether a run of version 0.5.1 has it: its rows are read again by the rules of then."""
+        self.rules = rules
         self.takes_input = "message.input" in source
         self._special = _special_tokens(tokenizer)
         self._split = re.compile("|".join(re.escape(token) for token in sorted(self._special, key=len, reverse=True)))
@@ -333,33 +331,6 @@ def _models_own(own: str | dict[str, str] | None) -> str:
     if not isinstance(own, str):
         raise DataError("the model has no chat template", fix="data.template=alpaca, llama2 or a Jinja file")
     return own
-
-
-def save_template(template: Template, file: pathlib.Path) -> None:
-    """Keep a template with its run; its Jinja text goes into the tokenizer as well, for other programs."""
-    day = None if template.day is None else template.day.isoformat()
-    facts = {"name": template.name, "verbatim": template.verbatim, "day": day, "bos": template.document_bos}
-    write_json(file, {**facts, "source": template.source})
-
-
-def read_template(tokenizer: PreTrainedTokenizerBase, file: pathlib.Path) -> Template:
-    """The template of a run; one of 0.5.1 that reads the clock is told the day on which the run began."""
-    kept = read_object(file, RunError, RESTORE, KeptTemplate)
-    name, source, verbatim = kept["name"], kept["source"], kept["verbatim"]
-    if "bos" in kept:
-        day = None if kept.get("day") is None else datetime.date.fromisoformat(kept["day"])
-        return Template(tokenizer, name, source, verbatim=verbatim, day=day, bos=kept["bos"])
-    began = _day_of(file.parent) if reads_clock(source) else None
-    return Template(tokenizer, name, source, verbatim=verbatim, day=began, bos=True, known_as=source)
-
-
-def _day_of(run: pathlib.Path) -> datetime.date:
-    """The day on which a run of 0.5.1 began: its summary tells it, and until there is one, the time of start.json."""
-    if not (run / "summary.json").exists():
-        return datetime.date.fromtimestamp((run / "start.json").stat().st_mtime)
-    summary = read_object(run / "summary.json", RunError, RESTORE, Ended)
-    ended = datetime.datetime.fromisoformat(summary["date"]).astimezone()
-    return (ended - datetime.timedelta(seconds=summary["seconds"])).date()
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -31,7 +31,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nybble.data.readers import kind_of, read_file
+from nybble.data.readers import TooLargeError, kind_of, read_file
 from nybble.errors import DataError, EvaluationError
 from nybble.evaluate.scores import MissingRowsError, Scored
 
@@ -270,9 +270,10 @@ def _check(file: pathlib.Path) -> None:
             if isinstance(item, DataError):
                 raise item
     except DataError as fault:
-        raise EvaluationError(
-            f"a benchmark's rows cannot be read: {fault.what}", where=fault.where, fix=fault.fix
-        ) from fault
+        fix = (
+            "shorten the row, or remove it" if isinstance(fault, TooLargeError) else fault.fix
+        )  # no option raises it here
+        raise EvaluationError(f"a benchmark's rows cannot be read: {fault.what}", where=fault.where, fix=fix) from fault
 
 
 def _of_subject(file: pathlib.Path, subject: str, scratch: pathlib.Path) -> pathlib.Path | None:

@@ -20,7 +20,8 @@ from transformers import DynamicCache, PreTrainedTokenizerBase, TextGenerationPi
 from transformers.generation.streamers import BaseStreamer
 
 from nybble.data.formats import Conversation
-from nybble.data.template import Template, choose_template, read_template
+from nybble.data.kept_template import read_template
+from nybble.data.template import Template, choose_template
 from nybble.data.tokens import check_ids, encode_prompt
 from nybble.errors import RunError
 from nybble.model.adapter import add_adapter, load_adapter

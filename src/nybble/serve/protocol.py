@@ -6,7 +6,15 @@ import abc
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from nybble.data.formats import Conversation, Message
 from nybble.serve.fields import FieldError, Neutral, Refused, RequestError, Strict, explain
@@ -17,6 +25,7 @@ COLDEST = 1e-5  # a temperature below it is greedy: logits divided by 1e-40 are 
 MOST_MESSAGES = 512
 MOST_BRACKETS = 200_000  # in a body, those in texts included: a million empty lists hold everybody up for 2 s
 PARTS = ("text", "input_text", "output_text")  # of a message's content
+PROMPTS = "prompt is a text, a list of token ids, or a list of these"
 NO_TOOLS = "this server does not call tools; leave it out, or send tool_choice: none"
 NO_FUNCTIONS = "this server does not call functions; leave it out, or send function_call: none"
 NO_PENALTY = "penalties and biases are not supported; leave it out"
@@ -54,16 +63,18 @@ def _stops(value: Any) -> Any:
     return stops
 
 
+def _are_ids(value: Any) -> bool:
+    """Whether this is a list of whole numbers; told without a step of Python's for each of what may be two millions."""
+    return isinstance(value, list) and set(map(type, value)) == {int}
+
+
 def _prompts(value: Any) -> Any:
     """Prompts as a list of texts or of lists of token ids."""
-    prompts = value
-    if isinstance(value, str) or (isinstance(value, list) and value and all(type(item) is int for item in value)):
-        prompts = [value]
-    if not isinstance(prompts, list) or not prompts or not all(
-        isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(type(item) is int for item in prompt))
-        for prompt in prompts
-    ):  # fmt: skip
-        raise ValueError("prompt is a text, a list of token ids, or a list of these")
+    prompts = [value] if isinstance(value, str) or _are_ids(value) else value
+    if not isinstance(prompts, list) or not prompts:
+        raise ValueError(PROMPTS)
+    if not all(prompt is value or isinstance(prompt, str) or _are_ids(prompt) for prompt in prompts):
+        raise ValueError(PROMPTS)
     return prompts
 
 
@@ -247,7 +258,7 @@ class CompletionRequest(Counted):
     id_prefix = "cmpl-"
     source = "prompt"
     is_chat = False
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]  # which leaves pydantic nothing to look at
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
 

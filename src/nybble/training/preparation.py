@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from nybble.announce import tell_data, tell_engine
 from nybble.data.batches import Collator
+from nybble.data.kept_template import read_template
 from nybble.data.prepare import Prepared, prepare
-from nybble.data.template import read_template
 from nybble.data.xray import Rules, inspect
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.fusion import Fusion

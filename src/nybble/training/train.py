@@ -19,7 +19,7 @@ from nybble.announce import tell_adapter, tell_base, tell_plan, tell_result
 from nybble.callbacks import Guards, Recorder, Spent
 from nybble.checkpoints import Resumption, clear_the_way, remove_unfinished, resumption
 from nybble.data.batches import Collator
-from nybble.data.template import save_template
+from nybble.data.kept_template import save_template
 from nybble.errors import ModelError, RecipeError, RunError
 from nybble.evaluate.curve import TaskScores
 from nybble.evaluate.perplexity import TOKENS_AT_ONCE, bare, is_plain

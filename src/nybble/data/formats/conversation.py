@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +22,16 @@ class Message:
 
 
 Conversation = tuple[Message, ...]
+
+
+class Rules(enum.IntEnum):
+    """By which version's rules rows are read: a run's rows stay what they were when it began."""
+
+    V0_5 = 5
+    """Of 0.5.1, which refused what is now read with a note, and took pictures and sound."""
+    V0_6 = 6
+    """Of 0.6.0, for which, as for 0.5.1, the last of two keys counted, any character was an answer, and rows had no limit."""
+    NOW = 7
 
 
 class EmptyAnswerError(DataError):

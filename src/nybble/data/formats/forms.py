@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from nybble.data.formats.conversation import Conversation, EmptyAnswerError, Message
+from nybble.data.formats.conversation import Conversation, EmptyAnswerError, Message, Rules
 from nybble.data.formats.turns import history, listed, turns_of
 from nybble.data.formats.unknown import preference, two_answers, unknown
 from nybble.data.formats.values import Spot, answer_of, filled, no_tools, refuse_media, string
@@ -111,8 +111,7 @@ class Forms:
     forms: Sequence[Form]
     evidence: Mapping[str, int]
     """How many of the first rows fit each form."""
-    as_before: bool = False
-    """Whether rows are read by the rules of version 0.5.1, which refused what is now read with a note and took media."""
+    rules: Rules = Rules.NOW
 
     @property
     def likeliest(self) -> str:
@@ -125,7 +124,7 @@ class Forms:
         Raises:
             DataError: what is wrong with the row, at its `file:line`.
         """
-        if row.repeated is not None and not self.as_before:
+        if row.repeated is not None and self.rules == Rules.NOW:
             raise DataError(
                 f"the key {row.repeated!r:.60} stands twice in one object",
                 where=row.origin,
@@ -138,13 +137,13 @@ class Forms:
         if form.name == "prompt" and isinstance(row.values.get("label"), bool):
             why = "'label' says whether the completion is good"
             raise preference(row, why, "keep the rows whose label is true, without that column")
-        spot = Spot(row.origin, set() if row is own else {SPELLING}, self.as_before)
+        spot = Spot(row.origin, set() if row is own else {SPELLING}, self.rules)
         try:
             conversation = form.conversation(row, spot)
         except EmptyAnswerError as error:
             is_mapped = "chosen" in form.columns.values()
             raise (None if is_mapped else two_answers(row)) or error from None
-        if self.as_before and spot.notes:
+        if self.rules == Rules.V0_5 and spot.notes:
             raise DataError(f"{', '.join(sorted(spot.notes))}, but not when the run began", where=row.origin)
         return Reading(form.name, conversation, frozenset(spot.notes))
 

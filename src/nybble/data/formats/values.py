@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nybble.data.formats.conversation import EmptyAnswerError, ShownError
+from nybble.data.formats.conversation import EmptyAnswerError, Rules, ShownError
 from nybble.errors import DataError
 
 INVISIBLE = frozenset({"Cc", "Cf", "Cn", "Cs"})  # control and format characters, zero-width ones among them
@@ -34,8 +34,7 @@ class Spot:
 
     origin: str
     notes: set[str] = field(default_factory=set)
-    as_before: bool = False
-    """Whether the row is read by the rules of version 0.5.1."""
+    rules: Rules = Rules.NOW
 
 
 def string(value: Any, column: str, spot: Spot) -> str:
@@ -86,8 +85,8 @@ def answer_of(value: Any, column: str, spot: Spot) -> str:
 
 
 def _says_something(text: str, spot: Spot) -> bool:
-    """Whether any character of a text can be seen; in version 0.5.1, whether any is not white space."""
-    if spot.as_before:
+    """Whether any character of a text can be seen; in earlier versions, whether any is not white space."""
+    if spot.rules < Rules.NOW:
         return bool(text.strip())
     return any(
         not character.isspace() and unicodedata.category(character) not in INVISIBLE and character not in BLANK
@@ -124,7 +123,7 @@ def refuse_media(values: Mapping[str, Any], what: str, spot: Spot) -> None:
         DataError: it does.
     """
     for name in MEDIA & values.keys():
-        if values[name] and not spot.as_before:
+        if values[name] and spot.rules > Rules.V0_5:
             raise _text_only(f"{what} has {name!r}", spot)
 
 

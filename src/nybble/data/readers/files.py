@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from nybble.data.readers.json_rows import read_json
 from nybble.data.readers.parquet import read_parquet
-from nybble.data.readers.row import MAX_ROW, Item, Notice, Row
+from nybble.data.readers.row import MAX_ROW, Item, Notice, Row, TooLargeError
 from nybble.data.readers.tables import read_csv
 from nybble.data.readers.text import beginning, document, is_packed, kind_of
 from nybble.errors import DataError
@@ -41,6 +41,10 @@ ARCHIVES = {  # first bytes: what such a file is, and what to do
 SPECIAL = (
     (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
 )  # fmt: skip
+LARGE_TEXT = (
+    "a .txt file is one document: {} data.overlength=split trains on all of it; if there are several documents in it, "
+    'write each as a line of a .jsonl file: {"text": "..."}'
+)
 PAGES = (b"<!doctype html", b"<html")
 
 
@@ -148,7 +152,10 @@ def _first_bytes(file: pathlib.Path) -> bytes:
 
 def _read_text(file: pathlib.Path, limit: int) -> Iterator[Item]:
     """A document, whole."""
-    text = document(file, limit)
+    try:
+        text = document(file, limit)
+    except TooLargeError as fault:
+        raise TooLargeError(fault.what, fault.where, fault.option, LARGE_TEXT) from None
     if text.strip():
         yield Row({"text": text}, f"{file}:1")
 

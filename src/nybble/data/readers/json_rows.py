@@ -44,10 +44,10 @@ def _read_lines(file: pathlib.Path, newline: str, limit: int) -> Iterator[Item]:
         if isinstance(line, str) and line.isspace():
             continue
         origin = f"{file}:{number}"
-        decoder.taken()
         try:
             yield row_of(_parse(checked(line, file, number), origin, decoder), origin, decoder.taken())
         except DataError as fault:
+            decoder.taken()  # it may have seen a key twice before it stopped
             yield fault
 
 

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO
 
+import pyarrow
+
 HEADERS = (1 << 12, 1 << 24)  # bytes that are read for one: nearly always enough, and Arrow's own limit
-UNPACKED, PACKED = 2, 3  # numbers of a page header's fields
-COUNTING = (
+KIND, UNPACKED, PACKED = 1, 2, 3  # numbers of a page header's fields
+OF_DICTIONARY = 2  # the kind
+DATA, DICTIONARY, DATA_2 = (
     5,
     7,
     8,
-)  # numbers of the fields that say how many values are in a data page, a dictionary, a data page of version 2
+)  # numbers of the fields that describe a data page, a dictionary, a data page of version 2
+VALUES, ENCODING = 1, {DATA: 2, DATA_2: 4}  # numbers of their fields
+REFERRING = (2, 8)  # encodings of pages whose values stand in the dictionary
+CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "BROTLI": "brotli", "ZSTD": "zstd"}
 BOOLEANS, BYTE, INTEGERS, DOUBLE, BINARY, LISTS, STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 12
 DEEPEST = 8  # structs inside each other
 
@@ -29,6 +35,13 @@ class Page:
     size: int
     """Bytes, unpacked."""
     values: int
+    is_dictionary: bool
+    refers: bool
+    """Whether the values stand in the dictionary."""
+    place: int
+    """Of its first byte behind the header."""
+    packed: int
+    """Bytes in the file."""
 
 
 def pages(stream: IO[bytes], start: int, size: int) -> Iterator[Page]:
@@ -44,24 +57,63 @@ def pages(stream: IO[bytes], start: int, size: int) -> Iterator[Page]:
     """
     place = start
     while place < start + size:
-        length, numbers = _header(stream, place)
-        unpacked, packed = numbers.get(UNPACKED, -1), numbers.get(PACKED, -1)
+        length, header = _header(stream, place)
+        unpacked, packed = header.numbers.get(UNPACKED, -1), header.numbers.get(PACKED, -1)
         if unpacked < 0 or packed < 0:
             raise ValueError(f"no page at byte {place}")
-        yield Page(unpacked, max((numbers.get(field, 0) for field in COUNTING), default=0))
+        kinds = {kind: header.structs[kind].numbers for kind in (DATA, DICTIONARY, DATA_2) if kind in header.structs}
+        yield Page(
+            unpacked,
+            max((kind.get(VALUES, 0) for kind in kinds.values()), default=0),
+            header.numbers.get(KIND) == OF_DICTIONARY,
+            any(kinds[kind].get(encoding) in REFERRING for kind, encoding in ENCODING.items() if kind in kinds),
+            place + length,
+            packed,
+        )
         place += length + packed
 
 
-def _header(stream: IO[bytes], place: int) -> tuple[int, dict[int, int]]:
-    """How long the header is that stands there, and its integers."""
+def longest_text(stream: IO[bytes], dictionary: Page, compression: str) -> int:
+    """Bytes of the longest text in a dictionary; where that cannot be told, of the whole dictionary.
+
+    Args:
+        stream: the file.
+        dictionary: not too large to be unpacked.
+        compression: parquet's name for it.
+    """
+    stream.seek(dictionary.place)
+    data = stream.read(min(dictionary.packed, 2 * dictionary.size + HEADERS[0]))
+    try:
+        if compression != "UNCOMPRESSED":
+            data = pyarrow.Codec(CODECS[compression]).decompress(data, dictionary.size, asbytes=True)
+    except (KeyError, OSError, pyarrow.ArrowException):  # Arrow finds out what is wrong with it
+        return dictionary.size
+    longest = place = 0
+    while place < len(data):
+        length = int.from_bytes(data[place : place + 4], "little")
+        longest = max(longest, length)
+        place += 4 + length
+    return longest if place == len(data) == dictionary.size else dictionary.size
+
+
+@dataclass
+class _Fields:
+    """A struct's fields by their numbers."""
+
+    numbers: dict[int, int] = field(default_factory=dict)
+    structs: dict[int, _Fields] = field(default_factory=dict)
+
+
+def _header(stream: IO[bytes], place: int) -> tuple[int, _Fields]:
+    """How long the header is that stands there, and its fields."""
     for size in HEADERS:
         stream.seek(place)
         header = _Header(io.BytesIO(stream.read(size)))
         try:
-            numbers = header.struct()
+            found = header.struct()
         except EOFError:
             continue
-        return header.stream.tell(), numbers
+        return header.stream.tell(), found
     raise ValueError(f"the header of the page at byte {place} is cut off")
 
 
@@ -69,19 +121,18 @@ def _header(stream: IO[bytes], place: int) -> tuple[int, dict[int, int]]:
 class _Header:
     stream: io.BytesIO
 
-    def struct(self, depth: int = 0) -> dict[int, int]:
-        """The integers of a struct by their fields' numbers; of a struct within it, its first integer."""
+    def struct(self, depth: int = 0) -> _Fields:
         if depth > DEEPEST:
             raise ValueError("a page's header is nested too deeply")
-        found: dict[int, int] = {}
+        found = _Fields()
         number = 0
         while (byte := self._byte()) != 0:
             kind = byte & 15
             number = number + (byte >> 4) if byte >> 4 else self._signed()
             if kind == STRUCT:
-                found[number] = self.struct(depth + 1).get(1, 0)
+                found.structs[number] = self.struct(depth + 1)
             elif kind not in BOOLEANS:
-                found[number] = self._value(kind, depth)
+                found.numbers[number] = self._value(kind, depth)
         return found
 
     def _value(self, kind: int, depth: int) -> int:

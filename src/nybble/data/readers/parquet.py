@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 
 from nybble.data.readers.cells import HELD, rows_of
-from nybble.data.readers.pages import pages
+from nybble.data.readers.pages import Page, longest_text, pages
 from nybble.data.readers.row import MB, Item, Row, too_large
 from nybble.data.readers.text import CHUNK, is_packed, opened
 from nybble.errors import DataError
@@ -25,7 +25,8 @@ ROWS = 1024  # that are unpacked at a time, or fewer where they are large
 PAGE = 16  # times as large as a row a page may be: rows share it
 ELEMENTS = 1 << 26  # of the lists in a column of a row group: a few bytes can stand for billions
 UNPACKED, GROWTH = 256 * MB, 100  # what a .gz may unpack to: so many bytes, or so many times its size
-LARGE_DICTIONARY = 2 * MB  # more than the 1 MB that is usual
+LARGE_DICTIONARY = 2 * MB  # more than the 1 MB that is usual, so its longest text is not looked for
+NUMBERS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}  # bytes
 TEXTS = ("NONE", "STRING", "JSON", "ENUM", "BSON")
 PREFIXED = "DELTA_BYTE_ARRAY"  # each value may take over all of the one before
 
@@ -53,16 +54,18 @@ def read_parquet(file: pathlib.Path, limit: int) -> Iterator[Item]:
                     fix="give each column a different name",
                 )
             for group in range(metadata.num_row_groups):
+                _look_at_columns(readers[False], group)
                 way = _way(metadata.row_group(group), stream, limit, f"{file}:row {number + 1}")
                 batches = readers[way.by_reference].iter_batches(way.rows, row_groups=[group], use_threads=False)
                 for batch in batches:
                     for values in rows_of(batch, limit):
                         number += 1
                         origin = f"{file}:row {number}"
-                        if isinstance(values, int):
-                            yield too_large("a row", limit, origin, values)
-                        else:
-                            yield Row(dict(zip(names, values, strict=True)), origin)
+                        yield (
+                            too_large("a row", limit, origin, values)
+                            if isinstance(values, int)
+                            else Row(values, origin)
+                        )
     except (pyarrow.ArrowException, OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(
             f"{'damaged' if number else 'not a parquet file'}: {error}"[:300],
@@ -95,42 +98,80 @@ def _reader(
     )
 
 
+def _look_at_columns(reader: pyarrow.parquet.ParquetFile, group: int) -> None:
+    """Have Arrow read what the file's end says of a group's columns, but none of their pages.
+
+    Where that is damaged, this is an exception; asking for a column's metadata would end the process.
+
+    Raises:
+        OSError: it is damaged.
+    """
+    next(reader.reader.iter_batches(0, [group], use_threads=False), None)
+
+
 def _way(group: pyarrow.parquet.RowGroupMetaData, stream: IO[bytes], limit: int, where: str) -> _Way:
     """How a group can be read within these bounds.
 
     Raises:
         DataError: it cannot.
     """
-    heavy = 1.0  # bytes of a row, at most where a page's rows are alike
-    way = _Way()
-    for place in range(group.num_columns):
-        column = group.column(place)
-        name, rows = column.path_in_schema, max(group.num_rows, 1)
-        if column.num_values > max(ELEMENTS, rows):
-            raise DataError(
-                f"the column {name!r:.60} has lists of {column.num_values:,} values for {rows:,} rows",
-                where=where,
-                fix=f"write the file with smaller row groups, of fewer than {ELEMENTS:,} values",
-            )
-        start = column.data_page_offset
-        has_dictionary = column.has_dictionary_page and 0 < column.dictionary_page_offset < start
-        start = column.dictionary_page_offset if has_dictionary else start
-        if not column.num_values:  # its offsets may point nowhere
+    columns = [
+        _weight(group.column(place), max(group.num_rows, 1), stream, limit, where) for place in range(group.num_columns)
+    ]
+    by_reference = any(column.has_large_dictionary for column in columns)
+    heavy = max((column.own if by_reference else max(column.own, column.referred) for column in columns), default=1.0)
+    return _Way(max(1, min(ROWS, int(HELD / max(heavy, 1)))), by_reference)
+
+
+@dataclass
+class _Weight:
+    """What a column takes."""
+
+    own: float = 0.0
+    """Bytes of a row, at most where a page's rows are alike."""
+    referred: int = 0
+    """Bytes of the longest text in its dictionary, which may stand in each row."""
+    has_large_dictionary: bool = False
+
+
+def _weight(
+    column: pyarrow.parquet.ColumnChunkMetaData, rows: int, stream: IO[bytes], limit: int, where: str
+) -> _Weight:
+    name, values = column.path_in_schema, column.num_values
+    if values > max(ELEMENTS, rows):
+        raise DataError(
+            f"the column {name!r:.60} has lists of {values:,} values for {rows:,} rows",
+            where=where,
+            fix=f"write the file with smaller row groups, of fewer than {ELEMENTS:,} values",
+        )
+    weight, longest, referring = _Weight(), 0, 0
+    if not values:  # its offsets may point nowhere
+        return weight
+    start = column.data_page_offset
+    if column.has_dictionary_page and 0 < column.dictionary_page_offset < start:
+        start = column.dictionary_page_offset
+    for page in pages(stream, start, column.total_compressed_size):
+        if page.size > PAGE * limit:
+            raise _too_large_page(name, page.size, limit, where)
+        if page.is_dictionary:
+            longest = _longest(stream, page, column)
             continue
-        for number, page in enumerate(pages(stream, start, column.total_compressed_size)):
-            if page.size > PAGE * limit:
-                raise _too_large_page(name, page.size, limit, where)
-            if has_dictionary and number == 0:  # one of its values may stand in each row, and in each list many times
-                is_list = column.num_values > rows
-                way.by_reference |= page.size > LARGE_DICTIONARY or (
-                    is_list and page.size * column.num_values > UNPACKED
-                )
-                heavy = max(heavy, 1 if way.by_reference else page.size)
-                continue
-            shared = 1 if PREFIXED in column.encodings else max(page.values, 1)
-            heavy = max(heavy, page.size / shared * max(column.num_values / rows, 1))
-    way.rows = max(1, min(ROWS, int(HELD / heavy)))
-    return way
+        referring += page.values if page.refers else 0
+        shared = 1 if PREFIXED in column.encodings else max(page.values, 1)
+        weight.own = max(weight.own, page.size / shared * max(values / rows, 1))
+    if referring and column.physical_type == "BYTE_ARRAY":
+        weight.referred = longest
+        weight.has_large_dictionary = longest > LARGE_DICTIONARY or (values > rows and longest * referring > UNPACKED)
+    elif referring:
+        weight.own = max(weight.own, longest)
+    return weight
+
+
+def _longest(stream: IO[bytes], page: Page, column: pyarrow.parquet.ColumnChunkMetaData) -> int:
+    """Bytes of the longest value in a column's dictionary, at most."""
+    if page.size > LARGE_DICTIONARY or column.physical_type != "BYTE_ARRAY":
+        return min(page.size, NUMBERS.get(column.physical_type, page.size))
+    return longest_text(stream, page, column.compression)
 
 
 def _too_large_page(column: str, size: int, limit: int, where: str) -> DataError:

@@ -11,6 +11,7 @@ from nybble.errors import DataError
 MB = 1_000_000
 MAX_ROW = 16 * MB
 """The largest row that is read unless data.max_row_mb says otherwise: characters of text, bytes of a parquet file."""
+ADVICE = "split it; if it is meant to be this large, allow it with {}"
 NAMES_TOLD = 12
 LONGEST_NAME = 60
 
@@ -57,7 +58,16 @@ def row_of(value: Any, origin: str, repeated: str | None = None) -> Row:
 
 
 class TooLargeError(DataError):
-    """A row or a file over the limit."""
+    """A row or a file over the limit.
+
+    Args:
+        option: what allows it.
+        advice: what to do, with {} for the option.
+    """
+
+    def __init__(self, what: str, where: str | None, option: str, advice: str = ADVICE) -> None:
+        super().__init__(what, where=where, fix=advice.replace("{}", option))
+        self.option = option
 
 
 def too_large(what: str, limit: int, where: str, size: int | None = None) -> TooLargeError:
@@ -72,11 +82,7 @@ def too_large(what: str, limit: int, where: str, size: int | None = None) -> Too
     shown = f"of {size / MB:,.1f} MB" if size is not None else f"of more than {limit / MB:,.0f} MB"
     over = f", over the limit of {limit / MB:,.0f} MB" if size is not None else ""
     enough = 2 * limit if size is None else size
-    return TooLargeError(
-        f"{what} {shown}{over}",
-        where=where,
-        fix=f"split it; if it is meant to be this large, allow it with data.max_row_mb={-(-enough // MB)}",
-    )
+    return TooLargeError(f"{what} {shown}{over}", where, f"data.max_row_mb={-(-enough // MB)}")
 
 
 def listing(names: Iterable[object]) -> str:

@@ -1,0 +1,57 @@
+"""The template that a run keeps: written when it begins, and read by everything that takes the run."""
+
+from __future__ import annotations
+
+import datetime
+import pathlib
+
+from transformers import PreTrainedTokenizerBase
+
+from nybble.data.clock import reads_clock
+from nybble.data.formats import Rules
+from nybble.data.template import Template
+from nybble.errors import RunError
+from nybble.reading import RESTORE, read_object
+from nybble.run import write_json
+from nybble.shapes import Ended, KeptTemplate
+
+
+def save_template(template: Template, file: pathlib.Path) -> None:
+    """Keep a template with its run; its Jinja text goes into the tokenizer as well, for other programs."""
+    day = None if template.day is None else template.day.isoformat()
+    facts = {
+        "name": template.name,
+        "verbatim": template.verbatim,
+        "day": day,
+        "bos": template.document_bos,
+        "rules": template.rules.value,
+    }
+    write_json(file, {**facts, "source": template.source})
+
+
+def read_template(tokenizer: PreTrainedTokenizerBase, file: pathlib.Path) -> Template:
+    """The template of a run; one of 0.5.1 that reads the clock is told the day on which the run began."""
+    kept = read_object(file, RunError, RESTORE, KeptTemplate)
+    name, source, verbatim = kept["name"], kept["source"], kept["verbatim"]
+    if "bos" in kept:
+        day = None if kept.get("day") is None else datetime.date.fromisoformat(kept["day"])
+        return Template(
+            tokenizer,
+            name,
+            source,
+            verbatim=verbatim,
+            day=day,
+            bos=kept["bos"],
+            rules=Rules(kept.get("rules", Rules.V0_6)),
+        )
+    began = _day_of(file.parent) if reads_clock(source) else None
+    return Template(tokenizer, name, source, verbatim=verbatim, day=began, bos=True, known_as=source, rules=Rules.V0_5)
+
+
+def _day_of(run: pathlib.Path) -> datetime.date:
+    """The day on which a run of 0.5.1 began: its summary tells it, and until there is one, the time of start.json."""
+    if not (run / "summary.json").exists():
+        return datetime.date.fromtimestamp((run / "start.json").stat().st_mtime)
+    summary = read_object(run / "summary.json", RunError, RESTORE, Ended)
+    ended = datetime.datetime.fromisoformat(summary["date"]).astimezone()
+    return (ended - datetime.timedelta(seconds=summary["seconds"])).date()
