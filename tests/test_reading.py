@@ -65,8 +65,8 @@ def test_what_is_no_file_is_refused_and_nothing_waits_for_it(tmp_path):
         stream.truncate(LARGEST + 1)
     told = {
         "folder": "folder cannot be read: it is a folder",
-        "pipe": "pipe cannot be read: it is a pipe, a socket or a device",
-        "zero": "zero cannot be read: it is a pipe, a socket or a device",
+        "pipe": "pipe cannot be read: it is a pipe",
+        "zero": "zero cannot be read: it is a device",
         "link": "there is no link",
         "none": "there is no none",
         "loop": "loop cannot be read: too many levels of symbolic links",

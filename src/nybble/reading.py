@@ -18,6 +18,14 @@ from nybble.errors import ModelError, NybbleError
 from nybble.lfs import pointer_fault
 
 LARGEST = 64 << 20  # bytes: the index of a model of 400 billion parameters has 5 million
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+"""What may stand in place of a file."""
 AGAIN = "copy or download it again"
 RESTORE = "restore it from a copy of the run"
 
@@ -41,7 +49,7 @@ def check_regular(file: pathlib.Path, kind: type[NybbleError], fix: str) -> None
     except OSError as error:
         raise kind(f"{file.name} cannot be read: {_lower(error.strerror)}", where=str(file), fix=fix) from error
     if not stat.S_ISREG(mode):
-        what = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+        what = KINDS.get(stat.S_IFMT(mode), "not a file")
         raise kind(f"{file.name} cannot be read: it is {what}", where=str(file), fix=fix)
 
 

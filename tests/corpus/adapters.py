@@ -260,9 +260,13 @@ WRITING = [
     refused("config nested", written(CONFIG, "[" * 100_000), CONFIG),
     refused("config digits", written(CONFIG, '{"r": ' + "9" * 5000 + "}"), "digits"),
     refused("config a pointer", written(CONFIG, POINTER), "git-lfs pointer", "lfs pull"),
-    refused("config a folder", instead(CONFIG, pathlib.Path.mkdir), CONFIG, "not a file"),
-    refused("config a pipe", instead(CONFIG, os.mkfifo), CONFIG, "not a file"),
-    refused("config a device", instead(CONFIG, lambda file: file.symlink_to("/dev/zero")), CONFIG, "not a file"),
+    refused("config a folder", instead(CONFIG, pathlib.Path.mkdir), f"{CONFIG} cannot be read: it is a folder"),
+    refused("config a pipe", instead(CONFIG, os.mkfifo), f"{CONFIG} cannot be read: it is a pipe"),
+    refused(
+        "config a device",
+        instead(CONFIG, lambda file: file.symlink_to("/dev/zero")),
+        f"{CONFIG} cannot be read: it is a device",
+    ),
     refused("config a dead link", instead(CONFIG, lambda file: file.symlink_to("gone")), CONFIG),
     refused("config of nothing", written(CONFIG, "{}"), "no peft_type"),
 ]

@@ -19,17 +19,11 @@ from nybble.errors import ModelError
 from nybble.lfs import pointer_fault
 from nybble.model.headers import index_of, read_header, read_index
 from nybble.model.hub import few
+from nybble.reading import KINDS
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 """Weights in one file, in Transformers' order: the first is taken, or the index beside its place, before the second."""
 FLOATS = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
-KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 AGAIN = "save the model's tensors alone, by model.save_pretrained(FOLDER) where it was trained; or use its safetensors"
 # What Transformers raises where a configuration or a weight file is wrong: checks of its own and of huggingface_hub, asserts of
 # torch, and whatever its code runs into that takes a field for granted (KeyError, ZeroDivisionError, AttributeError).
@@ -81,7 +75,7 @@ def _stand_in(file: pathlib.Path) -> tuple[str, str] | None:
             (f"{file.name} is a link to {file.readlink()}, which does not exist", again) if file.is_symlink() else None
         )
     if (kind := KINDS.get(stat.S_IFMT(file.stat().st_mode))) is not None:
-        return f"{file.name} is {kind}, not a file", f"put the model's {file.name} in its place"
+        return f"{file.name} is {kind}, not a file", f"put the real {file.name} in its place"
     return pointer_fault(file)
 
 
@@ -170,7 +164,7 @@ def _unpickled(file: pathlib.Path) -> dict[str, torch.Tensor]:
         stored = torch.load(file, mmap=zipfile.is_zipfile(file), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"asks for {asked[1]} when it is opened" if asked else "is no pickle of tensors"
+        what = f"asks for {asked[1]} when it is opened" if asked else "is not a pickle of tensors"
         raise ModelError(
             f"{file.name} is refused: it {what}, and a file of weights may contain tensors only",
             where=str(file),
@@ -189,7 +183,7 @@ def _unpickled(file: pathlib.Path) -> dict[str, torch.Tensor]:
     for name, value in stored.items():
         if (odd := _no_tensor(name, value)) is not None:
             raise ModelError(f"{file.name} contains {odd} under {name!r:.80}", where=str(file), fix=AGAIN)
-    return stored
+    return {name: tensor.detach() for name, tensor in stored.items()}
 
 
 def skeleton(config: PretrainedConfig, folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
