@@ -9,7 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from nybble.data.formats import Conversation
 from nybble.data.template import Part, Run, Template
-from nybble.errors import DataError
+from nybble.errors import DataError, is_panic
+
+
+class EncodingError(DataError):
+    """A text that the tokenizer fails on."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,15 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
-    ids: list[list[int]] = tokenizer(
-        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-    )["input_ids"]
+    try:
+        ids: list[list[int]] = tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )["input_ids"]
+    except BaseException as error:
+        if not is_panic(error) and type(error) is not Exception:  # tokenizers raises nothing narrower
+            raise
+        raise EncodingError(
+            f"the tokenizer fails on this text: {str(error).partition(chr(10))[0]:.200}",
+            fix="use the tokenizer that came with the weights, or change the text",
+        ) from error
     return ids
