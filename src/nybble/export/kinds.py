@@ -144,7 +144,8 @@ class Gguf:
 
     @property
     def _name(self) -> str:
-        return self.source.run.folder.resolve().name
+        """The run's; a line break would end the Modelfile's line, and bytes that are not UTF-8 cannot stand there."""
+        return "".join(c if c.isprintable() else "_" for c in self.source.run.folder.resolve().name)
 
     def _file(self, quant: str) -> str:
         return f"{self._name}-{quant}.gguf"
