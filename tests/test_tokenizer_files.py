@@ -133,6 +133,14 @@ def test_a_row_on_which_tokenizers_fails_is_named(damage, said, tiny_llama, tmp_
         encode_prompt(template, (Message("user", "§"),))
 
 
+def test_bytes_that_are_not_utf8_are_no_prompt(tiny_tokenizer):
+    template = choose_template(tiny_tokenizer, "alpaca", "alpaca")
+    with pytest.raises(EncodingError, match="half a surrogate pair, which is not a character") as caught:
+        encode_prompt(template, (Message("user", "a \udcff"),))  # as Python reads the byte 0xff in a command line
+    print(caught.value)
+    assert "UTF-8" in caught.value.fix
+
+
 def test_the_damaged_tokenizer_of_a_run_is_one_sentence(tuned_run, tiny_llama, tmp_path):
     folder = shutil.copytree(tuned_run.folder, tmp_path / "run")
     file = folder / "tokenizer" / "tokenizer.json"

@@ -131,10 +131,21 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
             texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
         )["input_ids"]
     except BaseException as error:
-        if not is_panic(error) and type(error) is not Exception:  # tokenizers raises nothing narrower
+        if (fault := _fault(error, texts)) is None:
             raise
-        raise EncodingError(
-            f"the tokenizer fails on this text: {str(error).partition(chr(10))[0]:.200}",
-            fix="use the tokenizer that came with the weights, or change the text",
-        ) from error
+        raise fault from error
     return ids
+
+
+def _fault(error: BaseException, texts: list[str]) -> EncodingError | None:
+    """What tokenizers' error says of these texts: it raises bare Exceptions, and a panic of its Rust is not even one."""
+    if isinstance(error, TypeError) and any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+        return EncodingError(
+            "the text contains half a surrogate pair, which is not a character", fix="write the text in UTF-8"
+        )
+    if not is_panic(error) and type(error) is not Exception:
+        return None
+    return EncodingError(
+        f"the tokenizer fails on this text: {str(error).partition(chr(10))[0]:.200}",
+        fix="use the tokenizer that came with the weights, or change the text",
+    )
