@@ -566,7 +566,11 @@ PLACES = [
     taken("shards-of-another-program-beside", both(sharded(), text("consolidated.safetensors", b"\0" * 64))),
     taken("adapter-beside", text("adapter_model.safetensors", "no adapter")),
     taken("bin-of-another-program-beside", text(BIN, b"junk")),
-    taken("index-of-another-copy-beside", text(INDEX, '{"metadata": {}, "weight_map": {"a": "gone.safetensors"}}')),
+    refused(
+        "index-of-another-copy-beside",
+        text(INDEX, '{"metadata": {}, "weight_map": {"a": "gone.safetensors"}}'),
+        "lacks gone.safetensors, which its index names",
+    ),
     taken("variant-beside", text("model.fp16.safetensors", b"junk")),
     refused(
         "index-parent",

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from nybble.errors import ModelError
 from nybble.model.fields import check_fields, check_generation
 from nybble.model.headers import index_of
-from nybble.model.hub import fetch, few
+from nybble.model.hub import fetch, few, missing_weights
 from nybble.model.remembered import check_download, sha256_of
 from nybble.model.weights import FLOATS, WHOLE, check_whole, refuse_pointers, shapes, weight_files
 from nybble.reading import read_object
@@ -218,6 +218,10 @@ def _check_weights(folder: pathlib.Path) -> None:
         )
     for file in files:
         check_whole(file)
+    if missing := missing_weights(folder, {file.name for file in folder.iterdir()}):
+        raise ModelError(
+            f"{folder} lacks {few(missing)}, which its index names", fix="finish the download, or copy what is missing"
+        )
 
 
 def _check_leftover(folder: pathlib.Path, config: dict[str, Any], hub_id: str | None) -> None:
