@@ -41,7 +41,7 @@ def trained(peaky_llama, rows, tmp_path_factory) -> pathlib.Path:
 def place(trained, tmp_path) -> pathlib.Path:
     """A copy of them, to be changed; the run names the copy's base."""
     shutil.copytree(trained, tmp_path / "copy")
-    for name in ("recipe.yaml", "start.json", "adapter/adapter_config.json"):
+    for name in ("recipe.yaml", "start.json"):
         file = tmp_path / "copy" / "run" / name
         file.write_text(file.read_text().replace(str(trained), str(tmp_path / "copy")))
     shutil.rmtree(tmp_path / "copy" / "cache" / "digests")

@@ -313,7 +313,7 @@ def test_every_bad_input_is_a_clear_error_and_leaves_what_was_there(
     cases = [
         (run.folder, None, ExportError, "exists already", "--out ANOTHER"),
         (copied(run, tmp_path / "a", adapter__adapter_config_json=None), None, RunError, "has no adapter", "--resume"),
-        (copied(run, tmp_path / "b", adapter__adapter_model_safetensors=half), None, ModelError, "cannot be read", "copy it"),
+        (copied(run, tmp_path / "b", adapter__adapter_model_safetensors=half), None, ModelError, "is cut off", "copy it"),
         (copied(run, tmp_path / "c"), str(cut), ModelError, "the file is cut off", "copy it again"),
         (copied(run, tmp_path / "d"), str(other), ModelError, "this is not the base", "--base PATH"),
         (copied(run, tmp_path / "e"), str(tmp_path / "gone"), ModelError, "there is no folder", "--base FOLDER"),

@@ -64,9 +64,9 @@ def test_what_is_no_file_is_refused_and_nothing_waits_for_it(tmp_path):
     with (tmp_path / "large").open("wb") as stream:
         stream.truncate(LARGEST + 1)
     told = {
-        "folder": "folder cannot be read: it is a folder",
-        "pipe": "pipe cannot be read: it is a pipe",
-        "zero": "zero cannot be read: it is a device",
+        "folder": "folder is a folder, not a file",
+        "pipe": "pipe is a pipe, not a file",
+        "zero": "zero is a device, not a file",
         "link": "there is no link",
         "none": "there is no none",
         "loop": "loop cannot be read: too many levels of symbolic links",

@@ -124,7 +124,7 @@ def test_the_models_own_template_is_taken_and_its_end_of_turn_trained():
             "not the beginning of prompt and answer",
         ),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{% for %}", "fails on turns of user, assistant"),
+        ("{% for %}", "is no Jinja: line 1: Expected an expression"),
     ],
 )
 def test_templates_that_cannot_be_trusted_are_refused(tiny_tokenizer, source, message):

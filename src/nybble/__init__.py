@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nybble.run import Run, open_run
     from nybble.training.train import resume, train
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 __all__ = [
     "Answerer",
     "Message",

@@ -125,12 +125,12 @@ def seal(
 
 
 def write_note(file: pathlib.Path, value: Any) -> None:
-    """Write a note; where something stands in its place that cannot be removed, nothing is kept."""
+    """Write a note; where something stands in its place that cannot be replaced, nothing is kept."""
     make_room(file.parent)
     if _identity(file) is not None and not file.is_file() and not discard(file):
         return
     said = [file.name, json.loads(json.dumps(value))]  # as it will be read: keys are text
-    with replacing(file) as temporary:
+    with contextlib.suppress(PermissionError), replacing(file) as temporary:
         temporary.write_text(json.dumps({"digest": _digest(said), "said": said}), encoding="utf-8")
         try:
             _read(temporary, file.name)
@@ -189,8 +189,10 @@ def make_room(folder: pathlib.Path) -> None:
                 f"{folder} is a link to {os.readlink(folder)}, which does not exist", fix=ANOTHER_CACHE
             ) from error
         aside = folder.with_name(f"{folder.name}.moved-{secrets.token_hex(4)}")
-        folder.rename(aside)
-        logger.warning("%s was a file where the cache has a folder; it is now %s", folder, aside.name)
+        with contextlib.suppress(FileNotFoundError):  # another process has moved it
+            if not folder.is_dir():
+                folder.rename(aside)
+                logger.warning("%s was a file where the cache has a folder; it is now %s", folder, aside.name)
         folder.mkdir(exist_ok=True)
 
 

@@ -18,6 +18,8 @@ from nybble.errors import ModelError, NybbleError
 from nybble.lfs import pointer_fault
 
 LARGEST = 64 << 20  # bytes: the index of a model of 400 billion parameters has 5 million
+AGAIN = "copy or download it again"
+RESTORE = "restore it from a copy of the run"
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -25,9 +27,6 @@ KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-"""What may stand in place of a file."""
-AGAIN = "copy or download it again"
-RESTORE = "restore it from a copy of the run"
 
 
 class Shape(BaseModel):
@@ -49,8 +48,7 @@ def check_regular(file: pathlib.Path, kind: type[NybbleError], fix: str) -> None
     except OSError as error:
         raise kind(f"{file.name} cannot be read: {_lower(error.strerror)}", where=str(file), fix=fix) from error
     if not stat.S_ISREG(mode):
-        what = KINDS.get(stat.S_IFMT(mode), "not a file")
-        raise kind(f"{file.name} cannot be read: it is {what}", where=str(file), fix=fix)
+        raise kind(f"{file.name} is {KINDS[stat.S_IFMT(mode)]}, not a file", where=str(file), fix=fix)
 
 
 def read_text(

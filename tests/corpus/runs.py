@@ -200,8 +200,8 @@ def _marks() -> list[RunCase]:
             "seconds in COMPLETE: input should be a valid number, not 'long'",
         ),
         resumed("mark-files", at(mark, changed(files={})), "checkpoint-2", "was not written with it"),
-        resumed("mark-folder", at(mark, folder_instead), "checkpoint-2", "COMPLETE cannot be read: it is a folder"),
-        resumed("mark-pipe", at(mark, pipe_instead), "checkpoint-2", "COMPLETE cannot be read: it is a pipe"),
+        resumed("mark-folder", at(mark, folder_instead), "checkpoint-2", "COMPLETE is a folder, not a file"),
+        resumed("mark-pipe", at(mark, pipe_instead), "checkpoint-2", "COMPLETE is a pipe, not a file"),
         resumed("mark-utf-16", at(mark, as_utf_16), "checkpoint-2", "COMPLETE is not UTF-8: byte 0xff"),
     ]  # fmt: skip
 
@@ -278,8 +278,8 @@ def _records() -> list[RunCase]:
         RunCase("log-deep", at(log, line(2, "[" * 50_000)), 1, ("metrics.jsonl:2", "nested too deeply")),
         RunCase("log-nul", at(log, line(2, "\0" * 80)), 1, ("metrics.jsonl:2", "is not valid JSON")),
         RunCase("log-latin", at(log, lambda f: f.write_bytes(b"\xe9" + f.read_bytes())), 1, ("metrics.jsonl:1", "byte 0xe9")),
-        RunCase("log-pipe", at(log, pipe_instead), 1, ("metrics.jsonl cannot be read: it is a pipe",)),
-        RunCase("log-folder", at(log, folder_instead), 1, ("metrics.jsonl cannot be read: it is a folder",)),
+        RunCase("log-pipe", at(log, pipe_instead), 1, ("metrics.jsonl is a pipe, not a file",)),
+        RunCase("log-folder", at(log, folder_instead), 1, ("metrics.jsonl is a folder, not a file",)),
         RunCase("log-cut-at-the-end", at(log, lambda f: f.open("a").write('{"step": 4, "lo')), 0, ("from checkpoint-3",)),
         RunCase("log-gone", at(log, removed), 0, ("resuming from checkpoint-3",)),
         RunCase("samples-garbled", at("samples.jsonl", lambda f: f.write_text('x\n{"step": 1}\n')), 1, ("samples.jsonl:1",)),
@@ -324,8 +324,8 @@ def _objects() -> list[RunCase]:
             "no-key": (changed(**{key: None}), f"{name} has no {key}"),
             "type": (changed(**{key: 7}), f"{key} in {name}: input should be a valid", "not 7"),
             "inner-type": (changed(**INNER[name]), *INNER_TOLD[name]),
-            "folder": (folder_instead, f"{name} cannot be read: it is a folder"),
-            "pipe": (pipe_instead, f"{name} cannot be read: it is a pipe"),
+            "folder": (folder_instead, f"{name} is a folder, not a file"),
+            "pipe": (pipe_instead, f"{name} is a pipe, not a file"),
         }
         for kind, (damage, *names) in damages.items():
             cases.append(RunCase(f"{name}-{kind}", at(name, damage), 1, tuple(names), command))
@@ -347,8 +347,8 @@ def _recipes_and_adapters() -> list[RunCase]:
         "deep": put(rewritten(b"model: " + b"[" * 5000), 2, "recipe.yaml is nested too deeply"),
         "digits": put(rewritten(b"data:\n  max_length: " + b"9" * 5000), 2, "a value that cannot be read"),
         "type": put(rewritten(b"lora:\n  r: many\n"), 2, "lora.r: input should be a valid integer", "recipe.yaml:2"),
-        "folder": put(folder_instead, 2, "recipe.yaml cannot be read: it is a folder"),
-        "pipe": put(pipe_instead, 2, "recipe.yaml cannot be read: it is a pipe"),
+        "folder": put(folder_instead, 2, "recipe.yaml is a folder, not a file"),
+        "pipe": put(pipe_instead, 2, "recipe.yaml is a pipe, not a file"),
     }
     cases = [
         RunCase(f"recipe-{name}", damage, status, names, "chat") for name, (damage, status, names) in recipes.items()

@@ -27,6 +27,7 @@ from nybble.model.weights import some, weight_files
 from nybble.run import QUANTIZED, Run
 
 MADE = ("device", "dtype", "bitsandbytes", "torch")
+SMALL = 1 << 18  # bytes of a tensor that takes no thread
 THREADS = 8  # XXH3 makes 8 to 11 GB/s on a core and lets other threads run: memory is the limit
 
 
@@ -146,8 +147,10 @@ def check(folder: pathlib.Path, tensors: Mapping[str, str]) -> None:
 
 def _lines(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
     with concurrent.futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as threads:
-        waiting = {name: threads.submit(_line, tensor) for name, tensor in tensors}
-        return {name: future.result() for name, future in waiting.items()}
+        lines: dict[str, str | concurrent.futures.Future[str]] = {}
+        for name, tensor in tensors:  # most are scales, for which a thread is not worth its while
+            lines[name] = threads.submit(_line, tensor) if tensor.nbytes > SMALL else _line(tensor)
+        return {name: line if isinstance(line, str) else line.result() for name, line in lines.items()}
 
 
 def _line(tensor: torch.Tensor) -> str:

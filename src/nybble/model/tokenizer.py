@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nybble.errors import ModelError
-from nybble.model.tokenizer_files import check_files, explained
+from nybble.model.tokenizer_files import FILES, check_files, explained
+from nybble.model.weights import refuse_pointers
 from nybble.reading import read_object
 
 log = logging.getLogger("nybble")
@@ -26,13 +27,6 @@ def load_tokenizer(folder: pathlib.Path, base: pathlib.Path | None = None) -> Pr
     Raises:
         ModelError: the folder has no tokenizer, or none that gives the ids the model was trained on.
     """
-    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
-        raise ModelError(
-            f"{folder} has tokenizer.model but no tokenizer.json, and from it transformers 5 makes other token ids than the "
-            "model was trained on",
-            fix="get tokenizer.json from the model's page; for Llama 2: hf download meta-llama/Llama-2-7b-hf "
-            f"tokenizer.json --local-dir {folder}",
-        )
     tokenizer = read_tokenizer(folder)
     with explained(folder):
         tokenizer = _as_in_its_file(tokenizer, folder)
@@ -45,8 +39,16 @@ def read_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder as Transformers reads it: no code from the folder, and nobody is asked whether to run some.
 
     Raises:
-        ModelError: there is none, or one of its files is not what it must be.
+        ModelError: there is none, one of its files is not what it must be, or it gives other ids than the model was trained on.
     """
+    refuse_pointers(folder / name for name in FILES)
+    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+        raise ModelError(
+            f"{folder} has tokenizer.model but no tokenizer.json, and from it transformers 5 makes other token ids than the "
+            "model was trained on",
+            fix="get tokenizer.json from the model's page; for Llama 2: hf download meta-llama/Llama-2-7b-hf "
+            f"tokenizer.json --local-dir {folder}",
+        )
     check_files(folder)
     with explained(folder):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
