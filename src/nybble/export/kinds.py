@@ -144,7 +144,7 @@ class Gguf:
 
     @property
     def _name(self) -> str:
-        """The run's; a line break would end the Modelfile's line, and bytes that are not UTF-8 cannot stand there."""
+        """The run's, in one line: a line break in a folder's name would end that of the Modelfile."""
         return "".join(c if c.isprintable() else "_" for c in self.source.run.folder.resolve().name)
 
     def _file(self, quant: str) -> str:
