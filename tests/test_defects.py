@@ -7,6 +7,7 @@ import pathlib
 import sys
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from nybble import cli
 from nybble.cli import defects
@@ -40,6 +41,31 @@ def test_a_defect_is_one_message_and_its_traceback_a_file(defect, tmp_path, caps
     assert file.is_relative_to(tmp_path / "cache" / "nybble")
     assert "train base rows.jsonl" in file.read_text()
     assert "KeyError: 'no such key'" in file.read_text()
+
+
+def test_a_panic_in_a_librarys_rust_is_one_too(tmp_path, capsys, monkeypatch):
+    cuts = Tokenizer(models.BPE())
+    cuts.pre_tokenizer = pre_tokenizers.FixedLength(length=0)
+    monkeypatch.setattr(cli, "app", lambda: cuts.encode("a"))
+    monkeypatch.setattr(sys, "argv", ["nybble"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 70
+    assert "unexpected error (PanicException: chunk size must be non-zero)" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_an_end_that_was_asked_for_is_no_defect(end, tmp_path, monkeypatch):
+    def ends() -> None:
+        raise end
+
+    monkeypatch.setattr(cli, "app", ends)
+    monkeypatch.setattr(sys, "argv", ["nybble"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(end):
+        cli.main()
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_traceback_goes_into_the_run_that_was_named(defect, tmp_path, capsys, monkeypatch):

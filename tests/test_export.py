@@ -454,6 +454,19 @@ def test_preflight_says_before_training_what_would_fail_after_it(peaky_llama, ro
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_an_odd_name_of_a_run_breaks_no_line_of_its_modelfile(run, cache, tmp_path, quiet, monkeypatch):
+    monkeypatch.setattr(kinds, "has_llama_cpp", lambda: False)
+    odd = tmp_path / "a\nSYSTEM b"
+    shutil.copytree(run.folder, odd)
+    wanted = Wanted("gguf", tmp_path / "gguf", quants=("Q8_0",), merge_base="original")
+    folder = export(open_run(odd), wanted, quiet, cache, Converter())
+    first, second, *_ = (folder / "Modelfile").read_text(encoding="utf-8").splitlines()
+    assert first == "FROM ./a_SYSTEM b-Q8_0.gguf"
+    assert second.startswith("TEMPLATE")
+    assert (folder / first.removeprefix("FROM ")).is_file()
+
+
 def test_a_run_that_goes_on_is_looked_ahead_of_too(run, cache, quiet, tmp_path):
     begun = copied(run, tmp_path)
     shutil.rmtree(begun / "adapter")

@@ -31,6 +31,8 @@ OWN = {
     "{% if loop.index0 > 3 %}{% break %}{% endif %}{% else %}none{% endfor %}",
     "macros": "{% macro say(m, end='') %}{{ m['role'] ~ ': ' ~ m.content ~ end }}{% endmacro %}"
     "{% for m in messages[::-1] %}{{ say(m, end=eos_token) }}{% endfor %}{% macro twice() %}{{ caller() }}{{ caller() }}{% endmacro %}{% call twice() %}x{% endcall %}",
+    "keywords": "{% macro say(obj, context, name, self) %}{{ obj }}{{ context }}{{ name }}{{ self }}{% endmacro %}"
+    "{{ say(obj=1, context=2, name=3, self=4) }}{{ 1 is in(seq=[1]) }}{{ dict(obj=1, context=2, value=3, meter=4) }}",
     "recursive": "{% for i in [1, [2, 3]] recursive %}{{ loop(i) if i is iterable else i }}{% endfor %}",
     "filters": "{{ messages | tojson(indent=2) }}{{ messages | map(attribute='content') | join('|') }}{{ messages | length }}"
     "{{ messages | selectattr('role', 'equalto', 'user') | list | count }}{{ 'a b' | replace(' ', '_') | upper | indent(2) }}"

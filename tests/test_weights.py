@@ -19,7 +19,8 @@ from corpus.models import BIN, HEAD, INDEX, UP, WEIGHTS, altered, config, listen
 from nybble.errors import ModelError
 from nybble.model.base import _read, load_config
 from nybble.model.checkpoint import find_checkpoint, fingerprint
-from nybble.model.tokenizer import FILES, load_tokenizer
+from nybble.model.tokenizer import load_tokenizer
+from nybble.model.tokenizer_files import FILES
 from nybble.model.weights import weight_files
 
 CPU = torch.device("cpu")

@@ -24,7 +24,7 @@ from nybble.data.tokenise import Counts, Pass
 from nybble.data.xray import Rules, inspect
 from nybble.errors import DataError, ModelError, NybbleError, RecipeError, TooFewRowsError
 from nybble.model.base import read_config
-from nybble.model.checkpoint import check_length, find_checkpoint, refuse_adapter
+from nybble.model.checkpoint import check_length, find_checkpoint, read_description, refuse_adapter
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.places import check_cache, check_writable, default_cache
@@ -154,12 +154,8 @@ def describe(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PretrainedConfig 
     tokenizer = load_tokenizer(folder)
     if not (folder / "config.json").exists():
         return tokenizer, None
-    config = read_config(folder)
-    if config.model_type != "llama":
-        raise ModelError(
-            f"{recipe.model.path} is a {config.model_type}; nybble trains models of the Llama architecture"
-        )
-    return tokenizer, config
+    read_description(folder)
+    return tokenizer, read_config(folder)
 
 
 def _tell_rows(console: Console, counts: Counts, sources: tuple[Source, ...], streaming: bool) -> None:

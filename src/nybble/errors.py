@@ -81,3 +81,8 @@ class ExportError(NybbleError):
 
 class ServeError(NybbleError):
     """A server that cannot be started: its port, its engine, what it is reached by, or a package that is missing."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether an error is a panic in a library's Rust: a BaseException, of a class that cannot be imported."""
+    return type(error).__name__ == "PanicException"

@@ -32,8 +32,7 @@ from nybble import __version__
 from nybble.errors import ModelError, NybbleError, RunError
 from nybble.marks import COMPLETE, check_adapter
 from nybble.places import check_disk, new_folder, refuse_busy, replacing
-from nybble.reading import RESTORE, read_lines
-from nybble.reading import read_object as read_object  # model and export know it by this place
+from nybble.reading import RESTORE, read_lines, read_object
 from nybble.recipe import Recipe, absolute_paths, absolute_tree, dump_recipe, here, load_recipe
 from nybble.shapes import Evaluation, Line, Start, Summary
 

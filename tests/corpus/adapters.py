@@ -191,6 +191,17 @@ FIELDS = [
     *fields("alpha_pattern", {"[": 4}, said="regular expression"),
     *fields("layers_pattern", "(", said="regular expression"),
 ]
+EXPLODES = r"(\w+\.?)+!"  # its time doubles with each letter
+PATTERNS = [
+    refused(f"{field} explodes", config(**{field: value}), f"{field} holds a regular expression", "still at work")
+    for field, value in (
+        ("target_modules", EXPLODES),
+        ("exclude_modules", EXPLODES),
+        ("modules_to_save", [EXPLODES]),
+        ("rank_pattern", {EXPLODES: 4}),
+        ("alpha_pattern", {EXPLODES: 4}),
+    )
+]
 KINDS = [
     refused("no kind", config(peft_type=...), "no peft_type"),
     refused("kind null", config(peft_type=None), "no peft_type"),
@@ -249,9 +260,13 @@ WRITING = [
     refused("config nested", written(CONFIG, "[" * 100_000), CONFIG),
     refused("config digits", written(CONFIG, '{"r": ' + "9" * 5000 + "}"), "digits"),
     refused("config a pointer", written(CONFIG, POINTER), "git-lfs pointer", "lfs pull"),
-    refused("config a folder", instead(CONFIG, pathlib.Path.mkdir), CONFIG, "not a file"),
-    refused("config a pipe", instead(CONFIG, os.mkfifo), CONFIG, "not a file"),
-    refused("config a device", instead(CONFIG, lambda file: file.symlink_to("/dev/zero")), CONFIG, "not a file"),
+    refused("config a folder", instead(CONFIG, pathlib.Path.mkdir), f"{CONFIG} is a folder, not a file"),
+    refused("config a pipe", instead(CONFIG, os.mkfifo), f"{CONFIG} is a pipe, not a file"),
+    refused(
+        "config a device",
+        instead(CONFIG, lambda file: file.symlink_to("/dev/zero")),
+        f"{CONFIG} is a device, not a file",
+    ),
     refused("config a dead link", instead(CONFIG, lambda file: file.symlink_to("gone")), CONFIG),
     refused("config of nothing", written(CONFIG, "{}"), "no peft_type"),
 ]
@@ -396,4 +411,4 @@ NUMBERS = [
         **state, "base_model.model.lm_head.weight": torch.ones(400, 64)})), "6 updates, all non-zero; lm_head trained too"),
     taken("biases of a base without any", config(bias="all")),
 ]  # fmt: skip
-CASES = [*FIELDS, *KINDS, *WRITING, *FILES, *PLACES, *NUMBERS]
+CASES = [*FIELDS, *PATTERNS, *KINDS, *WRITING, *FILES, *PLACES, *NUMBERS]

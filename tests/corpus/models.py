@@ -442,7 +442,7 @@ FIELDS = [
     refused("size-negative", config(hidden_size=-64), "hidden_size is -64"),
     refused("size-zero", config(hidden_size=0), "hidden_size is 0"),
     refused("size-true", config(num_hidden_layers=True), "num_hidden_layers"),
-    refused("size-billion", config(hidden_size=10**9), "1000000000"),
+    refused("size-billion", config(hidden_size=10**9), "hidden_size is 1,000,000,000"),
     refused("size-beyond-64-bits", config(intermediate_size=2**64), "config.json"),
     refused("vocabulary-zero", config(vocab_size=0), "vocab_size is 0"),
     refused(
@@ -566,6 +566,11 @@ PLACES = [
     taken("shards-of-another-program-beside", both(sharded(), text("consolidated.safetensors", b"\0" * 64))),
     taken("adapter-beside", text("adapter_model.safetensors", "no adapter")),
     taken("bin-of-another-program-beside", text(BIN, b"junk")),
+    refused(
+        "index-of-another-copy-beside",
+        text(INDEX, '{"metadata": {}, "weight_map": {"a": "gone.safetensors"}}'),
+        "lacks gone.safetensors, which its index names",
+    ),
     taken("variant-beside", text("model.fp16.safetensors", b"junk")),
     refused(
         "index-parent",
@@ -909,7 +914,10 @@ PICKLES = [
         "asks for posix.system",
     ),
     refused(
-        "bin-new-pickle-that-runs", raw_binary(pickle.dumps(Call(os.system, "touch ran"))), BIN, "no pickle of tensors"
+        "bin-new-pickle-that-runs",
+        raw_binary(pickle.dumps(Call(os.system, "touch ran"))),
+        BIN,
+        "is not a pickle of tensors",
     ),
     refused("bin-list", binary(lambda held: list(held.values())), f"{BIN} contains list and not tensors by name"),
     refused("bin-tensor", binary(lambda held: held[UP]), f"{BIN} contains Tensor and not tensors by name"),

@@ -248,10 +248,10 @@ TOKENIZERS = [
     tokenizer_case("added-file-4e9", bytes_of("added_tokens.json", b'{"<a>": 4000000000}'), "'<a>'", file="added_tokens.json"),
 ]  # fmt: skip
 LOOPS = "{% set ns = namespace(x='aaaa') %}{% for i in range(60) %}{% set ns.x = BODY %}{% endfor %}{{ ns.x }}"
-HOUR = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
+HOUR = "{% set r = range(100000) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}"
 TEMPLATES = [
     template_case("loops", HOUR, "still at work after 5 seconds"),
-    template_case("loops-filtered", HOUR.replace("100000) %}{% endfor", "100000) if false %}{% endfor"), "5 seconds"),
+    template_case("loops-filtered", HOUR.replace("j in r", "j in r if false"), "5 seconds"),
     template_case("macros-twice", "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", "5 seconds"),
     template_case("macro-endless", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself without end"),
     template_case("loop-recursive", "{% for i in [1, 2] recursive %}{{ loop([1, 2]) if loop.depth < 60 }}{% endfor %}", "5 seconds"),

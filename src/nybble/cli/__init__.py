@@ -13,7 +13,7 @@ from rich.console import Console
 from nybble.cli import training, using
 from nybble.cli.app import app
 from nybble.cli.defects import STATUS, report
-from nybble.errors import NybbleError
+from nybble.errors import NybbleError, is_panic
 from nybble.launch import rank, wait_without_spinning
 from nybble.places import check_here, explained_disk
 from nybble.terminal import tell_error
@@ -34,7 +34,9 @@ def main() -> None:
     except NybbleError as error:
         _complain(str(error))
         sys.exit(error.exit_code)
-    except Exception as error:  # noqa: BLE001 - the only place where everything is caught: whatever comes, one message
+    except BaseException as error:  # the only place where everything is caught: whatever comes, one message
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         _complain(report(error, sys.argv[1:]))
         sys.exit(STATUS)
 

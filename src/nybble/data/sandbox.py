@@ -82,8 +82,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._local.meter = Meter(given)
         return template.render(variables)
 
-    def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """A function, method or macro of the template."""
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """A function, method or macro of the template, which may have arguments of these names."""
         meter: Meter = self._local.meter
         meter.step()
         owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # the sandbox wraps str.format
@@ -154,11 +154,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
         return filtered
 
-    def _tested(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _tested(self, function: Any) -> Callable[..., Any]:
         @functools.wraps(function)
-        def tested(*args: Any) -> Any:
+        def tested(*args: Any, **kwargs: Any) -> Any:
             self._local.meter.step()
-            return function(*args)
+            return function(*args, **kwargs)
 
         return tested
 

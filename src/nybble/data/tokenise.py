@@ -13,7 +13,7 @@ from nybble.data.formats import Conversation, EmptyAnswerError, Forms
 from nybble.data.meter import TemplateLimitError
 from nybble.data.readers import Item, Notice, Row
 from nybble.data.template import Part, Run, Template
-from nybble.data.tokens import Tokens, encode, join
+from nybble.data.tokens import EncodingError, Tokens, encode, join
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
@@ -175,6 +175,9 @@ class Pass:
         self.counts.empty_answers += isinstance(fault, EmptyAnswerError)
         self.noted.add(fault, self.counts.rows)
 
+    def _note_at(self, read: Read, fault: DataError) -> None:
+        self._note(DataError(fault.what, where=read.origin, fix=fault.fix))
+
     def _tokenised(self, batch: list[Read]) -> Iterator[Sample]:
         assert self.template is not None
         runs: list[list[Run | Part]] = []
@@ -186,8 +189,8 @@ class Pass:
             except TemplateLimitError:
                 raise  # it is no fault of this row
             except DataError as fault:
-                self._note(DataError(fault.what, where=read.origin, fix=fault.fix))
-        for tokens, read in zip(join(self.template.tokenizer, runs), good, strict=True):
+                self._note_at(read, fault)
+        for tokens, read in self._encoded(runs, good):
             length = len(tokens.ids)
             self.lengths[length] = self.lengths.get(length, 0) + 1
             tokens = self._masked(tokens)
@@ -195,6 +198,20 @@ class Pass:
                 yield Sample(tokens, read.origin, read.source)
             else:
                 yield from self._shortened(tokens, read)
+
+    def _encoded(self, runs: list[list[Run | Part]], reads: list[Read]) -> Iterator[tuple[Tokens, Read]]:
+        """The tokens of rows, all at once; where the tokenizer fails, one by one, to know on which."""
+        assert self.template is not None
+        try:
+            whole = join(self.template.tokenizer, runs)
+        except EncodingError as fault:
+            if len(reads) == 1:
+                self._note_at(reads[0], fault)
+                return
+            for row, read in zip(runs, reads, strict=True):
+                yield from self._encoded([row], [read])
+        else:
+            yield from zip(whole, reads, strict=True)
 
     def _masked(self, tokens: Tokens) -> Tokens:
         if self.options.train_on == "last":

@@ -9,7 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from nybble.data.formats import Conversation
 from nybble.data.template import Part, Run, Template
-from nybble.errors import DataError
+from nybble.errors import DataError, is_panic
+
+
+class EncodingError(DataError):
+    """A text that the tokenizer fails on."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,26 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
-    ids: list[list[int]] = tokenizer(
-        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-    )["input_ids"]
+    try:
+        ids: list[list[int]] = tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )["input_ids"]
+    except BaseException as error:
+        if (fault := _fault(error, texts)) is None:
+            raise
+        raise fault from error
     return ids
+
+
+def _fault(error: BaseException, texts: list[str]) -> EncodingError | None:
+    """What tokenizers' error says of these texts: it raises bare Exceptions, and a panic of its Rust is not even one."""
+    if isinstance(error, TypeError) and any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+        return EncodingError(
+            "the text contains half a surrogate pair, which is not a character", fix="write the text in UTF-8"
+        )
+    if not is_panic(error) and type(error) is not Exception:
+        return None
+    return EncodingError(
+        f"the tokenizer fails on this text: {str(error).partition(chr(10))[0]:.200}",
+        fix="use the tokenizer that came with the weights, or change the text",
+    )

@@ -144,7 +144,8 @@ class Gguf:
 
     @property
     def _name(self) -> str:
-        return self.source.run.folder.resolve().name
+        """The run's, in one line: a line break in a folder's name would end that of the Modelfile."""
+        return "".join(c if c.isprintable() else "_" for c in self.source.run.folder.resolve().name)
 
     def _file(self, quant: str) -> str:
         return f"{self._name}-{quant}.gguf"

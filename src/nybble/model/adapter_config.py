@@ -14,7 +14,7 @@ from peft import LoraConfig
 
 from nybble.errors import ModelError
 from nybble.model.weights import LOADING_FAULTS, reason
-from nybble.run import read_object
+from nybble.reading import read_object
 
 CONFIG = "adapter_config.json"
 AGAIN = "copy the adapter again, or correct the field there"

@@ -13,13 +13,13 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from nybble.errors import ModelError
-from nybble.model.config_limits import refuse_hostile
 from nybble.model.fields import check_fields, check_generation
 from nybble.model.headers import index_of
 from nybble.model.hub import fetch, few, missing_weights
 from nybble.model.remembered import check_download, sha256_of
 from nybble.model.weights import FLOATS, WHOLE, check_whole, refuse_pointers, shapes, weight_files
-from nybble.run import Run, open_run, read_object
+from nybble.reading import read_object
+from nybble.run import Run, open_run
 
 # The last release whose package carries Meta's converter (4.57 and 5.x do not).
 CONVERT = (
@@ -74,17 +74,27 @@ def find_checkpoint(path: str, revision: str | None = None, *, weights: bool = T
                 f"there is no folder {path}, and it is not a Hub id (owner/name)", fix=f"ls {folder.parent}"
             )
         folder, commit = fetch(path, revision, None if weights else DESCRIPTION)
-    refuse_pointers(folder / name for name in SMALL)
-    config = _read_config(folder)
-    check_generation(folder / "generation_config.json")
+    config = read_description(folder)
     if weights or commit is None:
         _check_weights(folder)
         _check_leftover(folder, config, path if commit is not None else None)
+    _check_storage(folder, config)
+    return Checkpoint(path, folder, commit, config)
+
+
+def read_description(folder: pathlib.Path) -> dict[str, Any]:
+    """config.json of a model that can be built; its weights are not looked at.
+
+    Raises:
+        ModelError: there is none, or it or generation_config.json describes no model that nybble takes; which field it is.
+    """
+    refuse_pointers(folder / name for name in SMALL)
+    config = _read_config(folder)
+    check_generation(folder / "generation_config.json")
     _check_architecture(folder, config)
     check_fields(folder / "config.json", config)
     _check_pad(folder, config)
-    refuse_hostile(config, folder)
-    return Checkpoint(path, folder, commit, config)
+    return config
 
 
 def find_base(run: Run) -> Checkpoint:
@@ -179,6 +189,9 @@ def _check_architecture(folder: pathlib.Path, config: dict[str, Any]) -> None:
             where=str(folder / "config.json"),
             fix='use a model whose config.json says "model_type": "llama"',
         )
+
+
+def _check_storage(folder: pathlib.Path, config: dict[str, Any]) -> None:
     stored = config.get("quantization_config")
     if stored is not None and stored.get("quant_method", "bitsandbytes") != "bitsandbytes":
         raise ModelError(

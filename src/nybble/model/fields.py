@@ -1,6 +1,7 @@
 """The fields of config.json and generation_config.json, before anything is built from them.
 
-Types are Transformers' to check; what it takes and torch then fails on, or computes nothing but NaN with, is refused here.
+Types are Transformers' to check; what it takes is refused here where torch then fails on it or computes nothing but NaN, where
+it would fill memory or time, and where code would be fetched.
 """
 
 from __future__ import annotations
@@ -16,25 +17,44 @@ from nybble.errors import ModelError
 from nybble.model.weights import LOADING_FAULTS, reason, some
 from nybble.reading import read_object
 
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-         "vocab_size", "max_position_embeddings")  # fmt: skip
+MOST: Mapping[str, int] = {
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 4096,
+    "num_key_value_heads": 4096,
+    "head_dim": 8192,
+    "vocab_size": 10_000_000,
+    "max_position_embeddings": 1 << 30,
+}
+"""Eight times Llama 3.1 405B and more. A model is built without memory before its weights are read, a layer in 5 ms."""
 ROPE = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "attention_factor",
         "beta_fast", "beta_slow")  # fmt: skip
-LARGEST = 2**31  # the largest models have fewer of anything
+ATTENTION = frozenset(
+    {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"}
+)
+ATTENTION_FIELDS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+FIX = "compare it with config.json on the model's page"
 
 
 def check_fields(file: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Refuse a configuration of which no model can be made that computes.
+    """Refuse a configuration of which no model can be made that computes, or only in endless memory, or with somebody's code.
 
     Raises:
         ModelError: naming the first field and its value.
     """
+    _refuse_code(file, config)
+    for name, most in MOST.items():
+        value = config.get(name)
+        if isinstance(value, int | float) and value > most:
+            shown = f"{value:,}" if value < 10**18 else "a number of many digits"
+            raise ModelError(f"{name} is {shown}; nybble takes up to {most:,}", where=str(file), fix=FIX)
     odd = [*_odd_sizes(config), *_odd_numbers(config)]
     if odd:
         raise ModelError(
             f"config.json does not describe a working model: {some(odd)}",
             where=str(file),
-            fix="compare it with config.json on the model's page",
+            fix=FIX,
         )
 
 
@@ -60,9 +80,20 @@ def check_generation(file: pathlib.Path) -> None:
         ) from error
 
 
+def _refuse_code(file: pathlib.Path, config: Mapping[str, Any]) -> None:
+    for name in ATTENTION_FIELDS:
+        value = config.get(name)
+        if value is not None and not (isinstance(value, str) and value in ATTENTION):
+            raise ModelError(
+                f"{name} is {value!r:.60}: Transformers would fetch code of that name, and nybble runs none that a model names",
+                where=str(file),
+                fix=f'delete "{name}" there: nybble chooses the attention itself',
+            )
+
+
 def _odd_sizes(config: Mapping[str, Any]) -> list[str]:
-    sizes = {name: config[name] for name in SIZES if isinstance(config.get(name), int)}
-    odd = [f"{name} is {value!r:.40}" for name, value in sizes.items() if not 0 < value < LARGEST or value is True]
+    sizes = {name: config[name] for name in MOST if isinstance(config.get(name), int)}
+    odd = [f"{name} is {value!r:.40}" for name, value in sizes.items() if value < 1 or value is True]
     heads, groups, hidden = (sizes.get(name) for name in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
     if odd or not heads or not hidden or hidden % heads:  # the last is Transformers' to say
         return odd

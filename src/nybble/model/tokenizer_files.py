@@ -10,10 +10,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from nybble.errors import ModelError
+from nybble.errors import ModelError, is_panic
 from nybble.model.tokenizer_trial import try_expressions
 from nybble.model.weights import LOADING_FAULTS, reason
-from nybble.reading import check_regular, read_object, read_text
+from nybble.reading import read_object, read_text
 
 OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "tokenizer.json")
 OTHERS = ("tokenizer.model", "merges.txt")
@@ -45,12 +45,10 @@ def check_files(folder: pathlib.Path) -> None:
     found = {name: read_object(folder / name, ModelError, AGAIN) for name in OBJECTS if (folder / name).exists()}
     for name in OTHERS:
         file = folder / name
-        if file.exists():
-            check_regular(file, ModelError, AGAIN)
-            if (size := file.stat().st_size) > LARGEST:
-                raise ModelError(
-                    f"{name} has {size:,} bytes: more than the {LARGEST:,} that it may have", where=str(file), fix=AGAIN
-                )
+        if file.exists() and (size := file.stat().st_size) > LARGEST:
+            raise ModelError(
+                f"{name} has {size:,} bytes: more than the {LARGEST:,} that it may have", where=str(file), fix=AGAIN
+            )
     for file in (folder / "chat_template.jinja", *sorted(folder.glob("additional_chat_templates/*.jinja"))):
         if file.exists():
             read_text(file, ModelError, AGAIN, TEMPLATE)
@@ -71,7 +69,7 @@ def explained(folder: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        panic = type(error).__name__ == "PanicException"
+        panic = is_panic(error)
         if not panic and type(error) is not Exception and not isinstance(error, LOADING_FAULTS):
             raise
         what = f"tokenizers fails on it: {reason(error)}" if panic else reason(error)  # type: ignore[arg-type]

@@ -75,7 +75,7 @@ def _stand_in(file: pathlib.Path) -> tuple[str, str] | None:
             (f"{file.name} is a link to {file.readlink()}, which does not exist", again) if file.is_symlink() else None
         )
     if (kind := KINDS.get(stat.S_IFMT(file.stat().st_mode))) is not None:
-        return f"{file.name} is {kind}, not a file", f"put the model's {file.name} in its place"
+        return f"{file.name} is {kind}, not a file", f"put the real {file.name} in its place"
     return pointer_fault(file)
 
 
@@ -164,7 +164,7 @@ def _unpickled(file: pathlib.Path) -> dict[str, torch.Tensor]:
         stored = torch.load(file, mmap=zipfile.is_zipfile(file), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"asks for {asked[1]} when it is opened" if asked else "is no pickle of tensors"
+        what = f"asks for {asked[1]} when it is opened" if asked else "is not a pickle of tensors"
         raise ModelError(
             f"{file.name} is refused: it {what}, and a file of weights may contain tensors only",
             where=str(file),
@@ -183,7 +183,7 @@ def _unpickled(file: pathlib.Path) -> dict[str, torch.Tensor]:
     for name, value in stored.items():
         if (odd := _no_tensor(name, value)) is not None:
             raise ModelError(f"{file.name} contains {odd} under {name!r:.80}", where=str(file), fix=AGAIN)
-    return stored
+    return {name: tensor.detach() for name, tensor in stored.items()}
 
 
 def skeleton(config: PretrainedConfig, folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
