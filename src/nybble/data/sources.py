@@ -99,8 +99,9 @@ def _read(source: Source, limit: int) -> Iterator[Item]:
     for file in source.files:
         try:
             for item in read_file(file, limit):
-                is_plain = not isinstance(item, Row) or item.origin.isascii()
-                yield item if is_plain else replace(item, origin=_printable(item.origin))
+                if isinstance(item, Row) and not item.origin.isascii():  # a copy takes longer than reading a short row
+                    item = replace(item, origin=_printable(item.origin))
+                yield item
         except DataError as error:
             yield error
 
