@@ -43,13 +43,7 @@ def flipped(seed: int) -> Damage:
 
 
 def exchanged(old: bytes, new: bytes) -> Damage:
-    """One place of a text, as long as before."""
-
-    def damage(file: pathlib.Path) -> None:
-        assert old in file.read_bytes()
-        file.write_bytes(file.read_bytes().replace(old, new, 1))
-
-    return damage
+    return lambda file: file.write_bytes(file.read_bytes().replace(old, new, 1))
 
 
 def rewritten(content: bytes) -> Damage:
@@ -380,9 +374,8 @@ def _recipes_and_adapters() -> list[RunCase]:
         ),
         RunCase("tokenizer-setting", at("tokenizer/tokenizer_config.json", changed(model_max_length=9)), 1,
                 ("the run is damaged: tokenizer/tokenizer_config.json has",), "chat"),
-        RunCase("template-changed-on-purpose", both(
-            at("template.json", lambda file: file.write_text(file.read_text() + "\n")), at("start.json", changed(files=None)),
-        ), 0, (), "chat"),
+        RunCase("template-changed-on-purpose",
+                both(at("template.json", exchanged(b"{", b" {")), at("start.json", changed(files=None))), 0, (), "chat"),
         RunCase("eval-log-garbled", at("metrics.jsonl", line(2, "{")), 1, ("metrics.jsonl:2", "sed -i 2d"), "eval"),
         RunCase("eval-summary", at("summary.json", changed(dtype="float")), 1, ("dtype in summary.json: input should",), "eval"),
     ]  # fmt: skip
