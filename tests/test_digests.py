@@ -14,6 +14,6 @@ def test_a_file_that_a_disk_cannot_read_is_a_fault_and_not_the_end_of_the_proces
     (tmp_path / "bad").symlink_to("/proc/self/mem")
     (tmp_path / "changed").write_text("CHANGED")
     assert faults(tmp_path, entries) == [
-        "changed is not what was written (its digest differs)",
         "bad cannot be read: input/output error",
+        "changed is not what was written (its digest differs)",
     ]
