@@ -35,6 +35,7 @@ WITHIN = {
     ("run", "marks"),
     ("run", "shapes"),
     ("marks", "reading"),
+    ("marks", "shapes"),
     ("shapes", "reading"),
     ("run", "recipe"),
     ("trackers", "recipe"),

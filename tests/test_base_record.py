@@ -44,6 +44,7 @@ def place(trained, tmp_path) -> pathlib.Path:
     for name in ("recipe.yaml", "start.json"):
         file = tmp_path / "copy" / "run" / name
         file.write_text(file.read_text().replace(str(trained), str(tmp_path / "copy")))
+    (tmp_path / "copy" / "run" / "adapter" / "COMPLETE").unlink()  # it was changed on purpose
     shutil.rmtree(tmp_path / "copy" / "cache" / "digests")
     fingerprint(find_checkpoint(str(tmp_path / "copy" / "base")), tmp_path / "copy" / "cache")
     return tmp_path / "copy"

@@ -101,15 +101,28 @@ def test_what_a_kill_cut_off_is_removed_and_what_is_only_unmarked_is_not(run):
     assert {place.name for place in found.passed} == {"checkpoint-6"}
     notices = clear_the_way(found)
     print(notices)
-    assert (
-        "checkpoint-6: it is not marked as complete (there is no COMPLETE); it is now set-aside-checkpoint-6" in notices
-    )
+    lacking = "COMPLETE, optimizer.pt, scheduler.pt, trainer_state.json, rng_state*.pth"
+    told = f"checkpoint-6: it is not marked as complete (there is no {lacking}); it is now set-aside-checkpoint-6"
+    assert told in notices
     assert "metrics.jsonl has no line for 2 of 2 steps" in notices[-1]
     assert names(run) == {"checkpoint-2", "set-aside-checkpoint-6"}
     (run.checkpoints / "checkpoint-6").mkdir()
     clear_the_way(resumption(run))
     assert names(run) == {"checkpoint-2", "set-aside-checkpoint-6", "set-aside-checkpoint-6-2"}
     assert (run.checkpoints / "set-aside-checkpoint-6" / "adapter_model.safetensors").read_text() == "the only copy"
+
+
+def test_a_kill_between_the_two_marks_leaves_a_checkpoint_whole(run):
+    """And it stays, if later a copy loses COMPLETE."""
+    folder = saved(run, 2)
+    (folder / "WRITING").write_text("")
+    found = resumption(run)
+    assert found.checkpoint == folder
+    clear_the_way(found)
+    assert not (folder / "WRITING").exists()
+    (folder / "COMPLETE").unlink()
+    remove_unfinished(run)
+    assert (folder / "optimizer.pt").exists()
 
 
 def test_what_stands_in_a_checkpoint_s_place_is_set_aside(run):
@@ -134,6 +147,18 @@ def test_only_cut_off_checkpoints_let_a_run_start_over_and_only_unmarked_ones_do
     assert "no checkpoint can be resumed from:\n  - checkpoint-2: it is not marked as complete" in str(caught.value)
     assert f"touch {run.checkpoints / 'checkpoint-2' / 'COMPLETE'}" in caught.value.fix
     assert f"mv {run.checkpoints} ELSEWHERE" in caught.value.fix
+
+
+def test_a_first_checkpoint_that_an_older_version_did_not_finish_is_told_with_what_it_lacks(run):
+    """0.6.0 wrote no WRITING: what a kill cut off looks like a copy that lost its mark."""
+    (saved(run, 2) / "COMPLETE").unlink()
+    (run.checkpoints / "checkpoint-2" / "trainer_state.json").unlink()
+    with pytest.raises(RunError) as caught:
+        resumption(run)
+    print(caught.value)
+    assert "checkpoint-2: it is not marked as complete (there is no COMPLETE, trainer_state.json)" in str(caught.value)
+    assert f"or move them away, and the run starts over: mv {run.checkpoints} ELSEWHERE" in caught.value.fix
+    assert "touch" not in caught.value.fix, "it cannot be resumed from"
 
 
 @pytest.fixture(scope="module")

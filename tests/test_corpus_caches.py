@@ -27,6 +27,7 @@ from nybble.errors import PlaceError
 from nybble.evaluate.scores import Scored, Store
 from nybble.model.base import load_base
 from nybble.model.checkpoint import find_checkpoint, fingerprint
+from nybble.places import HALF
 from nybble.recipe import DataOptions, ModelOptions
 from test_places import read_only
 
@@ -121,7 +122,10 @@ def test_what_cannot_be_removed_is_passed_over(room, filled, wanted, tmp_path, c
     (place / "manifest.json").unlink()
     damaged = Filled(filled / "model", filled / "rows.jsonl", tmp_path / "cache")
     with read_only(place):
-        for said in ("there is no manifest.json) and ", f"cannot be removed: {place}.2 is used instead"):
+        for said in (
+            "there is no manifest.json, which versions before 0.7 did not write) and ",
+            f"cannot be removed: {place}.2 is used instead",
+        ):
             assert damaged.use(room) == wanted[room]
             (told,) = caplog.messages
             assert MENDED[room] in told
@@ -238,7 +242,8 @@ def test_a_room_that_is_a_link_to_nowhere_is_named(filled, tmp_path) -> None:
 
 
 def test_what_killed_processes_left_is_removed_after_a_day(tmp_path) -> None:
-    for name, age in ((".writing-a", 90_000), (".damaged-b", 90_000), (".writing-c", 3600), ("d", 90_000)):
+    """Those of this version, which were removing an entry, and those of versions before 0.7."""
+    for name, age in ((".writing-a", 90_000), (f"{HALF}b", 90_000), (".writing-c", 3600), ("d", 90_000)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
         for file in (tmp_path / name / "file", tmp_path / name):

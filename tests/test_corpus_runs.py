@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from corpus.cases import Outcome, held, nybble, sampled
-from corpus.runs import CASES, RunCase
+from corpus.runs import CASES, RunCase, exchanged
 from nybble.checkpoints import resumption
 from nybble.digests import describe
 from nybble.errors import NybbleError
@@ -75,6 +75,18 @@ def test_a_damaged_run_is_told_in_a_sentence(case: RunCase, runs, tmp_path):
         held(case, nybble(*command(case.command, folder), cache=runs.cache))
     if case.status or case.command == "resume":
         assert kept(folder) == before, "something was changed"
+
+
+def test_a_run_does_not_go_on_with_another_template(runs, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(runs.cut, folder)
+    exchanged(b"ent", b"tne")(folder / "template.json")
+    before = kept(folder)
+    outcome = nybble("train", "--resume", folder, cache=runs.cache)
+    print(outcome.text)
+    assert outcome.status == 1
+    assert "the run is damaged: template.json is not what was written" in " ".join(outcome.text.split())
+    assert kept(folder) == before
 
 
 def kept(folder: pathlib.Path) -> dict:

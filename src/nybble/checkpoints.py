@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nybble.digests import faults
+from nybble.digests import faults, unreadable
 from nybble.errors import ModelError, RunError
 from nybble.marks import COMPLETE, described, read_mark
 from nybble.model.weights import check_whole
@@ -85,7 +85,7 @@ def _none_whole(run: Run, passed: Mapping[pathlib.Path, str]) -> RunError:
     listed = "\n".join(f"  - {folder.name}: {wrong}" for folder, wrong in passed.items())
     place = shlex.quote(str(run.checkpoints))
     fix = f"copy a complete checkpoint into {place}; or move them away, and the run starts over: mv {place} ELSEWHERE"
-    unmarked = next((folder for folder in passed if not (folder / COMPLETE).exists() and not _missing(folder)), None)
+    unmarked = next((folder for folder in passed if not (folder / COMPLETE).exists() and not _lacking(folder)), None)
     if unmarked is not None:  # 0.5.1 left COMPLETE empty
         mark = shlex.quote(str(unmarked / COMPLETE))
         fix += f"; or, if its files are complete and a copy only lost the empty {COMPLETE}: touch {mark}"
@@ -95,17 +95,19 @@ def _none_whole(run: Run, passed: Mapping[pathlib.Path, str]) -> RunError:
 def faults_of(checkpoint: pathlib.Path) -> list[str]:
     """What is wrong with a checkpoint, a sentence each: held against its COMPLETE, or, where that names no files, against
     itself, as far as the formats of its files allow."""
-    if not (checkpoint / COMPLETE).exists():
-        return [f"it is not marked as complete (there is no {COMPLETE})"]
     try:
+        if not (checkpoint / COMPLETE).exists():
+            lacking = ", ".join([COMPLETE, *_lacking(checkpoint)])
+            return [f"it is not marked as complete (there is no {lacking})"]
         files = read_mark(checkpoint).get("files")
         wrong = _changed(checkpoint, files) if files is not None else []
-        wrong = wrong or _missing(checkpoint) or (_broken(checkpoint) if files is None else [])
+        wrong = wrong or [f"there is no {pattern}" for pattern in _lacking(checkpoint)]
+        wrong = wrong or (_broken(checkpoint) if files is None else [])
         return wrong or _other_step(checkpoint)
     except RunError as error:
         return [error.what]
     except OSError as error:
-        return [f"{pathlib.Path(str(error.filename)).name} cannot be read: {str(error.strerror).lower()}"]
+        return [unreadable(error)]
 
 
 def _changed(checkpoint: pathlib.Path, files: Mapping[str, Any]) -> list[str]:
@@ -119,8 +121,8 @@ def _foreign(checkpoint: pathlib.Path, files: Mapping[str, Any]) -> list[str]:
     return sorted(set(present) - {COMPLETE, WRITING, *files})
 
 
-def _missing(checkpoint: pathlib.Path) -> list[str]:
-    return [f"there is no {pattern}" for pattern in NEEDED if not any(checkpoint.glob(pattern))]
+def _lacking(checkpoint: pathlib.Path) -> list[str]:
+    return [pattern for pattern in NEEDED if not any(checkpoint.glob(pattern))]
 
 
 def _broken(checkpoint: pathlib.Path) -> list[str]:
@@ -175,7 +177,7 @@ def check_best(checkpoint: pathlib.Path) -> None:
         raise RunError(
             f"{checkpoint.name}, whose validation loss is the best, was damaged while the run went on: {wrong[0]}",
             where=str(checkpoint),
-            fix=f"nybble train --resume {checkpoint.parent.parent}, from a checkpoint before it",
+            fix=f"nybble train --resume {checkpoint.parent.parent}: it goes on from a checkpoint before that one",
         )
 
 
@@ -248,10 +250,17 @@ def _is_own(checkpoint: pathlib.Path) -> bool:
 
 
 def remove_unfinished(run: Run) -> None:
-    """Remove what a kill cut off while it was written or removed: it cannot be resumed from, and takes room."""
+    """Remove what a kill cut off while it was written or removed: it cannot be resumed from, and takes room.
+
+    One that was killed between its two marks is whole; it loses the first, so that it is not taken for unfinished if ever a copy
+    loses the second.
+    """
     for folder in run.numbered():
         if _is_unfinished(folder):
             _remove(folder)
+        elif (folder / WRITING).exists():
+            with contextlib.suppress(OSError):
+                (folder / WRITING).unlink()
     for folder in run.checkpoints.glob(f"{HIDDEN}checkpoint-*"):
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -6,7 +6,7 @@ write to a folder can write its digests too.
 
 from __future__ import annotations
 
-import mmap
+import hashlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -18,11 +18,12 @@ Entries = Mapping[str, Mapping[str, Any]]
 
 
 def digest(file: pathlib.Path) -> str:
-    """The digest of a file's bytes as 32 hexadecimal digits; the file is mapped and never held in memory."""
-    if not file.stat().st_size:  # an empty file cannot be mapped
-        return xxhash.xxh3_128_hexdigest(b"")
-    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return xxhash.xxh3_128_hexdigest(content)
+    """The digest of a file's bytes as 32 hexadecimal digits.
+
+    The file is read in pieces and not mapped: where a disk fails, reading is an OSError, and a mapping ends the process.
+    """
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
 def describe(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -38,17 +39,31 @@ def faults(folder: pathlib.Path, entries: Entries) -> list[str]:
 
     A missing file and one of another size are found before anything is read.
     """
-    found = {}
-    for name, entry in entries.items():
-        file = folder / name
+    found = [fault for name, entry in entries.items() if (fault := size_fault(folder / name, name, entry["size"]))]
+    return found or [
+        fault for name, entry in entries.items() if (fault := _changed(folder / name, name, entry["digest"]))
+    ]
+
+
+def size_fault(file: pathlib.Path, name: str, size: int) -> str:
+    """That a file is missing or has another size than was written; empty where it has that size."""
+    try:
         if not file.is_file():
-            found[name] = f"there is no {name}"
-        elif (size := file.stat().st_size) != entry["size"]:
-            found[name] = f"{name} has {size:,} bytes, and {entry['size']:,} were written"
-    if not found:
-        found = {
-            name: f"{name} is not what was written (its digest differs)"
-            for name, entry in entries.items()
-            if digest(folder / name) != entry["digest"]
-        }
-    return list(found.values())
+            return f"there is no {name}"
+        now = file.stat().st_size
+    except OSError as error:
+        return unreadable(error, name)
+    return f"{name} has {now:,} bytes, and {size:,} were written" if now != size else ""
+
+
+def unreadable(error: OSError, name: str = "") -> str:
+    """What an error says of a file, which it names itself where `name` is not given."""
+    name = name or pathlib.Path(str(error.filename)).name
+    return f"{name} cannot be read: {str(error.strerror).lower()}"
+
+
+def _changed(file: pathlib.Path, name: str, written: str) -> str:
+    try:
+        return f"{name} is not what was written (its digest differs)" if digest(file) != written else ""
+    except OSError as error:
+        return unreadable(error, name)

@@ -13,7 +13,6 @@ import os
 import pathlib
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +21,10 @@ import xxhash
 
 from nybble import digests
 from nybble.errors import PlaceError
-from nybble.places import ANOTHER_CACHE, new_folder, replacing
+from nybble.places import ANOTHER_CACHE, FORGOTTEN, HALF, is_forgotten, new_folder, replacing
 
 MANIFEST = "manifest.json"
 PLACES = 9  # names that an entry may have, where what stands under the first ones can be neither used nor moved
-LEFT = 24 * 3600  # seconds
 logger = logging.getLogger(__name__)
 Facts = dict[str, Any]
 
@@ -159,19 +157,21 @@ def read_note(file: pathlib.Path) -> Any:
 
 def discard(place: pathlib.Path) -> bool:
     """Remove whatever stands in an entry's place; where it cannot be removed it is moved beside. False where neither works."""
-    aside = place.with_name(f".damaged-{secrets.token_hex(8)}")
+    aside = place.with_name(
+        f"{HALF}{secrets.token_hex(8)}"
+    )  # where a kill leaves a part of it, that is removed in its turn
     try:
+        if place.is_symlink() or not place.is_dir():
+            place.unlink()
+            return True
         place.rename(aside)
     except FileNotFoundError:
         return True
     except OSError:  # a mount, or somebody else's in a sticky folder
         return False
-    if aside.is_symlink() or not aside.is_dir():
-        aside.unlink()
-    else:
-        with contextlib.suppress(OSError):
-            aside.chmod(0o700)
-        shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        aside.chmod(0o700)
+    shutil.rmtree(aside, ignore_errors=True)
     return True
 
 
@@ -197,11 +197,10 @@ def make_room(folder: pathlib.Path) -> None:
 
 
 def _sweep(room: pathlib.Path) -> None:
-    """Remove what killed processes left half-written, once nothing in it was written for a day."""
-    for folder in [*room.glob(".writing-*"), *room.glob(".damaged-*")]:
-        with contextlib.suppress(OSError):  # another process removes it too, or it is somebody else's
-            if max(file.lstat().st_mtime for file in (folder, *folder.rglob("*"))) < time.time() - LEFT:
-                shutil.rmtree(folder, ignore_errors=True)
+    """Remove what killed processes of versions before 0.7 left half-written; `new_folder` removes what those of this one did."""
+    for folder in room.glob(".writing-*"):
+        if is_forgotten(FORGOTTEN, folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read(file: pathlib.Path, name: str) -> Any:
@@ -229,26 +228,18 @@ def _proven(folder: pathlib.Path) -> Facts:
         raise DamagedError(f"{folder.name} is not a folder")
     try:
         manifest = read_note(folder / MANIFEST)
-        found = [fault for name, size in manifest["apart"].items() if (fault := _odd_size(folder / name, size))]
-        found = found or digests.faults(folder, manifest["files"])
+        sizes = (digests.size_fault(folder / name, name, size) for name, size in manifest["apart"].items())
+        found = [fault for fault in sizes if fault] or digests.faults(folder, manifest["files"])
         facts: Facts = manifest["facts"]
     except FileNotFoundError as error:
-        raise DamagedError(f"there is no {MANIFEST}") from error
+        raise DamagedError(f"there is no {MANIFEST}, which versions before 0.7 did not write") from error
     except OSError as error:
-        name = pathlib.Path(str(error.filename or folder)).name
-        raise DamagedError(f"{name} cannot be read: {error.strerror}") from error
+        raise DamagedError(digests.unreadable(error)) from error
     if manifest["entry"] != _key(folder):
         raise DamagedError("it is a copy of another entry")
     if found:
         raise DamagedError(found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else ""))
     return facts
-
-
-def _odd_size(file: pathlib.Path, size: int) -> str:
-    if not file.is_file():
-        return f"there is no {file.name}"
-    now = file.stat().st_size
-    return f"{file.name} has {now:,} bytes, and {size:,} were written" if now != size else ""
 
 
 def _key(place: pathlib.Path) -> str:

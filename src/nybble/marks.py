@@ -12,24 +12,10 @@ from typing import Any
 
 from nybble.digests import describe, faults
 from nybble.errors import RunError
-from nybble.reading import RESTORE, Shape, read_object
+from nybble.reading import RESTORE, read_object
+from nybble.shapes import Mark
 
 COMPLETE = "COMPLETE"
-
-
-class _Entry(Shape):
-    size: int
-    digest: str
-
-
-class Mark(Shape):
-    """What is read of COMPLETE."""
-
-    seconds: float = 0.0
-    """That the run had taken until then."""
-    peak_memory: int = 0
-    """In bytes."""
-    files: dict[str, _Entry] | None = None
 
 
 def read_mark(folder: pathlib.Path) -> dict[str, Any]:
@@ -56,11 +42,7 @@ def check_adapter(folder: pathlib.Path) -> None:
     """
     if not (folder / COMPLETE).exists():
         return
-    files = read_mark(folder).get("files") or {}
-    try:
-        wrong = faults(folder, files)
-    except OSError as error:
-        wrong = [f"{pathlib.Path(str(error.filename)).name} cannot be read: {str(error.strerror).lower()}"]
+    wrong = faults(folder, read_mark(folder).get("files") or {})
     if wrong:
         name, again = shlex.quote(str(folder)), ""
         if any((folder.parent / "checkpoints").glob(f"checkpoint-*/{COMPLETE}")):

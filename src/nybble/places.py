@@ -21,7 +21,7 @@ from nybble.locks import hold, holder, of_the_dead, refuse_held
 ANOTHER_CACHE = "nybble --cache FOLDER COMMAND ..., or set XDG_CACHE_HOME to a writable folder"
 PROBE = 4096  # bytes: a file of none can be made on a full disk
 LOCK = ".lock"  # in a run while it is written
-HALF = ".nybble-writing-"  # a folder that is being filled; beside it, with .lock at the end, the lock of who fills it
+HALF = ".nybble-writing-"  # a folder being filled or removed; beside it, with .lock at the end, its writer's lock
 HALF_FILE = re.compile(r"\..+\.[0-9a-f]{8}\.writing(\.[^.]+)?")  # a file that is being written
 FORGOTTEN = 24 * 3600  # seconds without a change: where it cannot be told who writes something, nobody does any more
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -203,8 +203,6 @@ def replacing(file: pathlib.Path) -> Iterator[pathlib.Path]:
 def new_folder(target: pathlib.Path, proof: str | None = None) -> Iterator[pathlib.Path]:
     """A folder to fill that takes its target's place when all went well, and is gone when not.
 
-    What killed processes left half-made beside it is removed first.
-
     Args:
         target: which does not exist yet.
         proof: a file by which a folder that another process put there meanwhile is known for the same.
@@ -212,6 +210,14 @@ def new_folder(target: pathlib.Path, proof: str | None = None) -> Iterator[pathl
     Raises:
         FileExistsError: something else stands there meanwhile.
     """
+    with folder_beside(target) as temporary:
+        yield temporary
+        _rename(temporary, target, proof)
+
+
+@contextlib.contextmanager
+def folder_beside(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder on the same disk as its target, gone afterwards; what killed processes left half-made there is removed first."""
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_half_made(target.parent)
     temporary = target.parent / f"{HALF}{secrets.token_hex(8)}"
@@ -219,7 +225,6 @@ def new_folder(target: pathlib.Path, proof: str | None = None) -> Iterator[pathl
         try:
             temporary.mkdir()
             yield temporary
-            _rename(temporary, target, proof)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -253,12 +258,12 @@ def remove_half_made(parent: pathlib.Path) -> None:
     for lock in parent.glob(f"{HALF}*{LOCK}"):
         folder = lock.with_suffix("")
         with of_the_dead(lock) as is_dead:
-            if is_dead or (holder(lock) is None and _is_forgotten(FORGOTTEN, lock, folder)):
+            if is_dead or (holder(lock) is None and is_forgotten(FORGOTTEN, lock, folder)):
                 shutil.rmtree(folder, ignore_errors=True)
                 with contextlib.suppress(OSError):  # another user's
                     lock.unlink()
     for folder in parent.glob(f"{HALF}*"):
-        if folder.is_dir() and not _lock_of(folder).exists() and _is_forgotten(FORGOTTEN, folder):
+        if folder.is_dir() and not _lock_of(folder).exists() and is_forgotten(FORGOTTEN, folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -266,7 +271,7 @@ def remove_half_files(folder: pathlib.Path, age: float) -> None:
     """Remove the files that `replacing` did not finish because its process was killed, and that are `age` seconds old."""
     with contextlib.suppress(OSError):  # what cannot be looked at or removed stays
         for file in [pathlib.Path(entry) for entry in os.scandir(folder) if HALF_FILE.fullmatch(entry.name)]:
-            if _is_forgotten(age, file):
+            if is_forgotten(age, file):
                 file.unlink(missing_ok=True)
 
 
@@ -274,7 +279,7 @@ def _lock_of(folder: pathlib.Path) -> pathlib.Path:
     return folder.with_name(folder.name + LOCK)
 
 
-def _is_forgotten(age: float, *places: pathlib.Path) -> bool:
+def is_forgotten(age: float, *places: pathlib.Path) -> bool:
     """Whether nothing about some files and in some folders has changed for so many seconds."""
     changes = [0.0]
     for path in itertools.chain(places, *(place.rglob("*") for place in places)):

@@ -1,7 +1,8 @@
 """The run folder: its layout, atomic writes, what a resumed run is held against, and how it is opened again.
 
 RUN/recipe.yaml       every option, documented
-RUN/start.json        fingerprints of recipe, data, base, its quantised bits and versions, written before the first step
+RUN/start.json        fingerprints of recipe, data, base, its quantised bits and versions, and digests of the two that follow,
+                      written before the first step
 RUN/template.json     the chat template by name and text
 RUN/tokenizer/        tokenizer with that template
 RUN/checkpoints/      checkpoint-N, each whole once it holds a file COMPLETE (`nybble.checkpoints`)
@@ -29,14 +30,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from nybble import __version__
+from nybble.digests import faults
 from nybble.errors import ModelError, NybbleError, RunError
-from nybble.marks import COMPLETE, check_adapter
+from nybble.marks import COMPLETE, check_adapter, described
 from nybble.places import check_disk, new_folder, refuse_busy, replacing
 from nybble.reading import RESTORE, read_lines, read_object
 from nybble.recipe import Recipe, absolute_paths, absolute_tree, dump_recipe, here, load_recipe
 from nybble.shapes import Evaluation, Line, Start, Summary
 
 CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d*)")  # the name of one; checkpoint-best is somebody else's
+FILES = "files"  # in start.json: what tokenizer and template held when the run began
 QUANTIZED = "quantized_base"  # in start.json: the bits of the base that nybble quantised, and how they were made
 BYTES_A_PARAMETER = 12  # in a checkpoint: a trained parameter and AdamW's two moments, in float32
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
@@ -124,12 +127,29 @@ def create_run(folder: pathlib.Path, recipe: Recipe, start: Mapping[str, Any]) -
     try:
         with new_folder(folder) as temporary:
             write_text(temporary / "recipe.yaml", dump_recipe(recipe))
-            write_json(temporary / "start.json", start)
             (temporary / "checkpoints").mkdir()
             yield temporary
+            write_json(temporary / "start.json", {**start, FILES: described(temporary, {"recipe.yaml"})})
     except FileExistsError:
         refuse_existing(folder)
         raise
+
+
+def check_beginning(run: Run) -> None:
+    """Hold tokenizer and template against what they were when the run began; versions before 0.7 did not record that.
+
+    Raises:
+        RunError: naming the file, or the record is damaged.
+    """
+    record = run.folder / "start.json"
+    if run.is_bare_adapter or not record.exists():
+        return
+    if wrong := faults(run.folder, run.start().get(FILES) or {}):
+        raise RunError(
+            f"the run is damaged: {wrong[0]}",
+            where=str(run.folder),
+            fix=f'{RESTORE}; if you changed it yourself: delete "{FILES}" from {record}',
+        )
 
 
 def refuse_existing(folder: pathlib.Path) -> None:
@@ -257,9 +277,10 @@ def check_unchanged(run: Run, now: Mapping[str, Any]) -> None:
     """
     then = run.start()
     then["recipe"] = _with_defaults(absolute_tree(then["recipe"]))  # before 0.6 places were recorded as typed
-    now = json.loads(json.dumps({name: value for name, value in now.items() if name != QUANTIZED}))
-    then.pop(QUANTIZED, None)
+    now = json.loads(json.dumps(now))
     for record in (then, now):
+        for name in (QUANTIZED, FILES):  # they have checks of their own
+            record.pop(name, None)
         record["versions"].pop("nybble", None)
     changes = _differences(then, now, "")
     if changes:

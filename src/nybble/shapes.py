@@ -46,6 +46,21 @@ class _Loss(Shape):
     kept: float
 
 
+class _Entry(Shape):
+    size: int
+    digest: Text
+
+
+class Mark(Shape):
+    """What is read of COMPLETE."""
+
+    seconds: float = 0.0
+    """That the run had taken until then."""
+    peak_memory: int = 0
+    """In bytes."""
+    files: dict[Text, _Entry] | None = None
+
+
 class Ended(Shape):
     """What is read of a summary.json of 0.5.1 to know the day of its run."""
 
@@ -100,6 +115,8 @@ class Start(Shape):
     data: Text
     base: Text
     versions: dict[Text, Text]
+    files: dict[Text, _Entry] | None = None
+    """Tokenizer and template; versions before 0.7 recorded none."""
 
 
 class Line(Shape):

@@ -156,6 +156,7 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         self.doing: Callable[[str, int, int], None] = lambda what, done, of: None
         """Is told what goes on beside the steps, how many parts of it are done, and of how many."""
         self._ahead: Ahead | None = None
+        self._order: Order | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's loop, without its walks over all modules at every step."""
@@ -163,7 +164,13 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
             return super().train(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer looks whether it is at the end after each step; a run that goes on from its last step has none to make."""
+        """Trainer looks whether it is at the end after each step; a run that goes on from its last step has none to make.
+
+        And a run that goes on within an epoch skips its first batches by a sampler around the others, through which Accelerate
+        does not reach the order of several processes: it would be that of the first epoch.
+        """
+        if self._order is not None:
+            self._order.set_epoch(kwargs["epoch"])
         early = [call for call in self.callback_handler.callbacks if isinstance(call, EarlyStoppingCallback)]
         stopped = any(call.early_stopping_patience_counter >= call.early_stopping_patience for call in early)
         if stopped or self.state.global_step >= self.state.max_steps:
@@ -177,7 +184,8 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
             return None
         arguments = self.args
         step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        return Order(lengths_of(rows), step, arguments.seed)
+        self._order = Order(lengths_of(rows), step, arguments.seed)
+        return self._order
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None

@@ -17,7 +17,7 @@ CONFIGURATIONS = {
     "float32": ["train.max_steps=12", EVERY, "model.quantization=none", "train.keep_best=false"],
     "accumulation": ["train.epochs=2", EVERY, "train.micro_batch=2", "train.accumulation=5", "train.neftune_alpha=5"],
     "early stopping": ["train.max_steps=60", *OVERFITS, "train.early_stopping=2"],
-    "two processes": ["train.max_steps=9", EVERY, "train.processes=2", "train.micro_batch=2"],
+    "two processes": ["train.max_steps=15", EVERY, "train.processes=2", "train.micro_batch=2"],
 }
 """Options of each, beside those that all have."""
 

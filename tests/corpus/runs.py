@@ -42,6 +42,10 @@ def flipped(seed: int) -> Damage:
     return damage
 
 
+def exchanged(old: bytes, new: bytes) -> Damage:
+    return lambda file: file.write_bytes(file.read_bytes().replace(old, new, 1))
+
+
 def rewritten(content: bytes) -> Damage:
     return lambda file: file.write_bytes(content)
 
@@ -363,6 +367,15 @@ def _recipes_and_adapters() -> list[RunCase]:
         RunCase("adapter-mark-garbled", at("adapter/COMPLETE", cut(0.5)), 1, ("COMPLETE is not valid JSON",), "chat"),
         RunCase("adapter-card-rewritten", at("adapter/README.md", rewritten(b"mine")), 0, (), "chat"),
         RunCase("adapter-changed-on-purpose", at("adapter", alpha_doubled), 0, (), "chat"),
+        *(
+            RunCase(f"{file}-{word}", at(file, exchanged(b"ent", b"tne")), 1,
+                    (f"the run is damaged: {file} is not what", 'delete "files" from'), word)
+            for file, word in (("template.json", "chat"), ("template.json", "eval"), ("tokenizer/chat_template.jinja", "export"))
+        ),
+        RunCase("tokenizer-setting", at("tokenizer/tokenizer_config.json", changed(model_max_length=9)), 1,
+                ("the run is damaged: tokenizer/tokenizer_config.json has",), "chat"),
+        RunCase("template-changed-on-purpose",
+                both(at("template.json", exchanged(b"{", b" {")), at("start.json", changed(files=None))), 0, (), "chat"),
         RunCase("eval-log-garbled", at("metrics.jsonl", line(2, "{")), 1, ("metrics.jsonl:2", "sed -i 2d"), "eval"),
         RunCase("eval-summary", at("summary.json", changed(dtype="float")), 1, ("dtype in summary.json: input should",), "eval"),
     ]  # fmt: skip

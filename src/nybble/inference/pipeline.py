@@ -34,7 +34,7 @@ from nybble.model.kept_base import hold
 from nybble.model.tokenizer import load_tokenizer, read_tokenizer
 from nybble.places import check_cache, default_cache, explained_disk
 from nybble.quantized import dequantise_where_room
-from nybble.run import Run, open_run, refuse_unfinished
+from nybble.run import Run, check_beginning, open_run, refuse_unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -244,12 +244,14 @@ def load_answerers(
 
 
 def load_template(run: Run, base: pathlib.Path) -> tuple[PreTrainedTokenizerBase, Template]:
-    """Tokenizer and template of a run; of a bare adapter, its own tokenizer or that of the base's folder."""
+    """Tokenizer and template of a run, proven; of a bare adapter, its own tokenizer or that of the base's folder."""
     if run.is_bare_adapter:
         tokenizer = load_tokenizer(run.folder if (run.folder / "tokenizer_config.json").exists() else base, base)
         return tokenizer, choose_template(tokenizer, "auto", "alpaca")
     tokenizer = read_tokenizer(run.folder / "tokenizer")
-    return tokenizer, read_template(tokenizer, run.folder / "template.json")
+    template = read_template(tokenizer, run.folder / "template.json")
+    check_beginning(run)  # last: what is wrong with a file that cannot even be read is told better above
+    return tokenizer, template
 
 
 def check_one_base(runs: Sequence[Run], cache: pathlib.Path | None = None) -> None:

@@ -75,7 +75,7 @@ class Trained:
 
 def trained_on(run: Run) -> Trained | None:
     """What a run's record says of its base; None of an adapter without a run, of a base that nybble did not quantise, and of
-    runs before 0.6.
+    runs before 0.7.
 
     Raises:
         RunError: the record is damaged.

@@ -13,7 +13,7 @@ from nybble.errors import ServeError
 from nybble.inference.pipeline import check_one_base
 from nybble.model.adapter import check_stored
 from nybble.model.adapter_config import read_adapter_config
-from nybble.run import Run
+from nybble.run import Run, check_beginning
 from nybble.serve.guard import check_open_to
 from nybble.serve.pipeline import run_names
 
@@ -32,6 +32,7 @@ def command(runs: Sequence[Run], host: str, port: int) -> list[str]:
     options = runs[0].recipe.model
     for run in runs:
         check_stored(run.adapter)
+        check_beginning(run)
     ranks = [read_adapter_config(run.adapter).r for run in runs]
     modules = [f"{name}={run.adapter}" for name, run in zip(names, runs, strict=True)]
     tokenizer = [] if runs[0].is_bare_adapter else ["--tokenizer", str(runs[0].folder / "tokenizer")]

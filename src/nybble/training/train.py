@@ -42,6 +42,7 @@ from nybble.recipe import Recipe, absolute_paths
 from nybble.record import draw_loss, write_card
 from nybble.run import (
     Run,
+    check_beginning,
     check_room,
     check_unchanged,
     choose_folder,
@@ -108,6 +109,7 @@ def resume(
     with _explained(run.recipe, run.folder, cache) as held:
         _lock(held, run, "resumed")
         _refuse_finished(run)  # by a process that held the lock until now
+        check_beginning(run)
         resumed = resumption(run)
         return _train(run.recipe, run.folder, resumed, console or Console(), cache, benchmarks, preflight, held)
 
