@@ -277,12 +277,12 @@ def check_unchanged(run: Run, now: Mapping[str, Any]) -> None:
     """
     then = run.start()
     then["recipe"] = _with_defaults(absolute_tree(then["recipe"]))  # before 0.6 places were recorded as typed
-    now = json.loads(json.dumps(now))
-    for record in (then, now):
+    found: dict[str, Any] = json.loads(json.dumps(now))
+    for record in (then, found):
         for name in (QUANTIZED, FILES):  # they have checks of their own
             record.pop(name, None)
         record["versions"].pop("nybble", None)
-    changes = _differences(then, now, "")
+    changes = _differences(then, found, "")
     if changes:
         raise RunError(
             "the run cannot be resumed, because these changed since it began:\n"
