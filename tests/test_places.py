@@ -164,7 +164,7 @@ LONG = "x" * 300
         (["train", "m", "d.jsonl", "out=loop/x"], "the run cannot be written: {}/loop is a link to loop", "out="),
         (["--cache", "gone", "eval", "run"], "the cache cannot be written: {}/gone is a link to /nowhere", "--cache"),
         (["export", "run", "--to", "gguf", "--out", "gone/x"], "the export cannot be written: {}/gone is a", "--out"),
-        (["export", "run", "--to", "gguf", "--out", "gone"], "gone exists already", "rm -r gone"),
+        (["export", "run", "--to", "gguf", "--out", "gone"], "gone exists already", "--out ANOTHER\n"),
         (["demo", "--out", "gone/x"], "the run cannot be written: {}/gone is a link to /nowhere", "out=FOLDER"),
         (["demo", "--weights", LONG], "the model cannot be written: its name is too long", "--weights FOLDER"),
     ],

@@ -448,6 +448,9 @@ def test_runs_that_cannot_be_served_together_are_named(runs, cache, tmp_path):
     other = another_run(runs[0], "other-base", 1.0)
     recipe = (other.folder / "recipe.yaml").read_text().replace("quantization: nf4", "quantization: none")
     (other.folder / "recipe.yaml").write_text(recipe)
+    start = json.loads((other.folder / "start.json").read_text())
+    start["recipe"]["model"]["quantization"] = "none"
+    (other.folder / "start.json").write_text(json.dumps(start))
     with pytest.raises(RunError, match=r"2 different bases.*\n.*run on .*nf4.*\n.*other-base on .*none"):
         load_pipeline([runs[0], open_run(other.folder)], Metrics(), device="cpu", queue=1, cache=cache)
 

@@ -229,17 +229,19 @@ def _proven(folder: pathlib.Path) -> Facts:
         manifest = read_note(folder / MANIFEST)
         found = [fault for name, size in manifest["apart"].items() if (fault := _odd_size(folder / name, size))]
         found = found or digests.faults(folder, manifest["files"])
-        facts: Facts = manifest["facts"]
+        facts, entry = manifest["facts"], manifest["entry"]
+    except (LookupError, TypeError, AttributeError) as error:  # of another version of nybble
+        raise DamagedError(f"{MANIFEST} says something else") from error
     except FileNotFoundError as error:
         raise DamagedError(f"there is no {MANIFEST}") from error
     except OSError as error:
         name = pathlib.Path(str(error.filename or folder)).name
         raise DamagedError(f"{name} cannot be read: {error.strerror}") from error
-    if manifest["entry"] != _key(folder):
+    if entry != _key(folder):
         raise DamagedError("it is a copy of another entry")
     if found:
         raise DamagedError(found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else ""))
-    return facts
+    return dict(facts)
 
 
 def _odd_size(file: pathlib.Path, size: int) -> str:

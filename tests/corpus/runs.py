@@ -332,6 +332,20 @@ def _objects() -> list[RunCase]:
     return cases  # fmt: skip
 
 
+def without_end(recipe: pathlib.Path) -> None:
+    """A copy that stopped halfway: what is left is good YAML, with the defaults of every option that is gone."""
+    recipe.write_text(recipe.read_text().partition("train:")[0])
+
+
+def other_seed(recipe: pathlib.Path) -> None:
+    """Other rows would be held out."""
+    recipe.write_text(recipe.read_text().replace("seed: 42", "seed: 43"))
+
+
+def moved_data(recipe: pathlib.Path) -> None:
+    recipe.write_text(recipe.read_text().replace("rows.jsonl", "elsewhere.jsonl"))
+
+
 def _recipes_and_adapters() -> list[RunCase]:
     recipe, weights = "recipe.yaml", "adapter/adapter_model.safetensors"
 
@@ -345,7 +359,15 @@ def _recipes_and_adapters() -> list[RunCase]:
         "list": put(rewritten(b"- a\n"), 2, "a recipe is a mapping of sections"),
         "utf-16": put(as_utf_16, 2, "recipe.yaml is not UTF-8"),
         "deep": put(rewritten(b"model: " + b"[" * 5000), 2, "recipe.yaml is nested too deeply"),
-        "digits": put(rewritten(b"data:\n  max_length: " + b"9" * 5000), 2, "a value that cannot be read"),
+        "digits": put(rewritten(b"data:\n  max_length: " + b"9" * 5000), 2, "data.max_length: unable to parse"),
+        "empty": put(rewritten(b""), 1, "recipe.yaml is not the recipe that this run began with", "model.path: "),
+        "lost-its-end": put(without_end, 1, "train.learning_rate: 0.02 -> 0.0002", "restore it from a copy of the run"),
+        "other-seed": put(other_seed, 1, "train.seed: 42 -> 43", "held against start.json"),
+        "moved": put(moved_data, 0),
+        "tag": put(
+            rewritten(b"model: {path: !!bool x}\nx: !!timestamp y\n"), 2, "a value that cannot be read", "recipe.yaml:2"
+        ),
+        "list-as-key": put(rewritten(b"? [a]\n: b\n"), 2, "a key must be text", "restore it from a copy of the run"),
         "type": put(rewritten(b"lora:\n  r: many\n"), 2, "lora.r: input should be a valid integer", "recipe.yaml:2"),
         "folder": put(folder_instead, 2, "recipe.yaml cannot be read: it is a folder"),
         "pipe": put(pipe_instead, 2, "recipe.yaml cannot be read: it is a pipe"),
