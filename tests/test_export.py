@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import namedtuple
 
@@ -549,13 +550,18 @@ def test_settings_that_transformers_refuses_are_mended(peaky_llama, tmp_path, ow
         ("Llama-2-7b-x", {"README.md": "---\nlicense: mit\n---\n"}, "mit"),
         ("mine", {"README.md": "---\n: [\n---\n", "LICENSE": "MIT License"}, "mit"),
         ("mine", {"README.md": "# no front matter"}, None),
+        ("mine", {"README.md": "---\ndate: 2024-13-45\n---\n", "LICENSE": "MIT License"}, "mit"),
+        ("mine", {"README.md": f"---\nlicense: mit\nx: {'9' * 5000}\n---\n"}, None),
+        ("mine", {"README.md": "---\nx: !!timestamp y\n---\n"}, None),
+        ("mine", {"README.md": f"---\nx: {'[' * 5000}\n---\n"}, None),
+        ("mine", {"README.md": None, "LICENSE": "MIT License"}, "mit"),
     ],
 )
 def test_the_bases_licence_is_found(tmp_path, peaky_llama, name, files, found):
     folder = tmp_path / name
     shutil.copytree(peaky_llama, folder)
     for file, text in files.items():
-        (folder / file).write_text(text)
+        os.mkfifo(folder / file) if text is None else (folder / file).write_text(text)
     licence = find_licence(find_checkpoint(str(folder)))
     assert licence.name == found
     assert (licence.notice is None) == (found != "llama2")

@@ -547,6 +547,8 @@ def test_a_key_comes_from_an_option_a_file_or_standard_input(tmp_path, monkeypat
         print(caught.value)
         assert caught.value.where == str(file)
         assert "--api-key-file key.txt" in caught.value.fix
+    with pytest.raises(ServeError, match="printable ASCII"):  # of which a shell may make one without end
+        read_key(None, type(file)("/dev/zero"))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"schl\xfcssel\n"), encoding="utf-8"))
     with pytest.raises(ServeError, match=r"UTF-8 text[\s\S]*standard input"):
         read_key(None, type(file)("-"))
