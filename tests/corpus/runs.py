@@ -206,6 +206,16 @@ def _marks() -> list[RunCase]:
     ]  # fmt: skip
 
 
+def no_folder(instead: Damage) -> Damage:
+    """Something else in place of all checkpoints."""
+
+    def damage(run: pathlib.Path) -> None:
+        shutil.rmtree(run / "checkpoints")
+        instead(run / "checkpoints")
+
+    return damage
+
+
 def _whole_runs() -> list[RunCase]:
     best = "checkpoints/checkpoint-2/adapter_model.safetensors"
     return [
@@ -221,6 +231,8 @@ def _whole_runs() -> list[RunCase]:
         resumed("best-gone", gone("checkpoint-2"), "checkpoint-1", "the best checkpoint before it is missing: checkpoint-2"),
         resumed("oldest-damaged", at("checkpoints/checkpoint-1/optimizer.pt", removed), "checkpoint-3"),
         resumed("none-at-all", lambda run: shutil.rmtree(run / "checkpoints"), "the beginning"),
+        refused("file-for-all", no_folder(lambda place: place.write_text("mine")), "checkpoints is not a folder", "mv "),
+        refused("link-for-all", no_folder(lambda place: place.symlink_to("nowhere")), "checkpoints is not a folder"),
         resumed("empty-folder", lambda run: (run / "checkpoints" / "checkpoint-4").mkdir(), "checkpoint-3", "checkpoint-4: it"),
         refused("all-bits", in_all("optimizer.pt", flipped(3)), "no checkpoint can be resumed from:",
                 "checkpoint-3: optimizer.pt is not what was written", "checkpoint-2: optimizer.pt", "checkpoint-1: optimizer.pt",
