@@ -63,7 +63,8 @@ def resumption(run: Run) -> Resumption:
     """Find the newest checkpoint that is whole, together with the best one that it refers to; nothing is changed.
 
     Raises:
-        RunError: there are checkpoints, and none is whole; a file is in their folder's place; or the record of the steps before is damaged.
+        RunError: there are checkpoints, and none is whole; something else stands in their folder's place; or the record of the
+            steps before is damaged.
     """
     if os.path.lexists(run.checkpoints) and not run.checkpoints.is_dir():
         place = shlex.quote(str(run.checkpoints))
