@@ -192,7 +192,7 @@ def open_run(path: str | pathlib.Path, base: str | None = None) -> Run:
         if recorded_folder(folder):
             recipe = _on_base(recipe, here(recipe.model.path))
     elif (folder / "adapter_config.json").exists():
-        recipe = _on_base(Recipe(), _base_of_adapter(folder))
+        recipe = Recipe() if base is not None else _on_base(Recipe(), _base_of_adapter(folder))
     else:
         what = f"there is no folder {folder}" if not folder.exists() else f"{folder} is neither a run nor an adapter"
         raise RunError(f"{what} (no recipe.yaml, no adapter_config.json)", fix="ls runs/")
