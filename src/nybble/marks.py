@@ -57,8 +57,9 @@ def check_adapter(folder: pathlib.Path) -> None:
     if not (folder / COMPLETE).exists():
         return
     files = read_mark(folder).get("files") or {}
+    is_runs = (folder.parent / "recipe.yaml").is_file()  # a checkpoint may be an older version's, whose marks name none
     try:
-        wrong = faults(folder, files)
+        wrong = faults(folder, files) if files or not is_runs else [f"{COMPLETE} names no files"]
     except OSError as error:
         wrong = [f"{pathlib.Path(str(error.filename)).name} cannot be read: {str(error.strerror).lower()}"]
     if wrong:

@@ -354,6 +354,10 @@ def other_seed(recipe: pathlib.Path) -> None:
     recipe.write_text(recipe.read_text().replace("seed: 42", "seed: 43"))
 
 
+def other_base(start: pathlib.Path) -> None:
+    start.write_text(json.dumps({**json.loads(start.read_text()), "base": f"sha256:{7:064}"}))
+
+
 def moved_data(recipe: pathlib.Path) -> None:
     recipe.write_text(recipe.read_text().replace("rows.jsonl", "elsewhere.jsonl"))
 
@@ -395,6 +399,11 @@ def _recipes_and_adapters() -> list[RunCase]:
         RunCase("adapter-gone", at(weights, removed), 1, ("there is no adapter_model.safetensors",), "chat"),
         RunCase("adapter-config-bit", at("adapter/adapter_config.json", flipped(6)), 1, ("adapter_config.json is not",), "chat"),
         RunCase("adapter-mark-garbled", at("adapter/COMPLETE", cut(0.5)), 1, ("COMPLETE is not valid JSON",), "chat"),
+        RunCase("adapter-mark-emptied", at("adapter/COMPLETE", rewritten(b"")), 1, ("COMPLETE names no files", "rm "), "chat"),
+        RunCase("adapter-mark-of-nothing", at("adapter/COMPLETE", changed(files=None)), 1, ("names no files",), "export"),
+        RunCase("export-summary-gone", at("summary.json", removed), 0, ("parity", "passed"), "export"),
+        RunCase("export-other-base", both(at("summary.json", removed), at("start.json", other_base)), 1,
+                ("this is not the base that the adapter was trained on",), "export"),
         RunCase("adapter-card-rewritten", at("adapter/README.md", rewritten(b"mine")), 0, (), "chat"),
         RunCase("adapter-changed-on-purpose", at("adapter", alpha_doubled), 0, (), "chat"),
         RunCase("eval-log-garbled", at("metrics.jsonl", line(2, "{")), 1, ("metrics.jsonl:2", "sed -i 2d"), "eval"),
