@@ -13,6 +13,13 @@ from nybble.model.checkpoint import Checkpoint
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LLAMA2_NAME = re.compile(r"llama-?2-\d+b", re.IGNORECASE)
 TEXTS = ("LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*", "Notice*")
+NO_YAML = (
+    yaml.YAMLError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)  # a date of month 13 is a ValueError
 LONGEST = 65536  # bytes of a model card's front matter
 BY_TEXT = {
     # How a licence file begins: the Hub's short name
@@ -70,13 +77,7 @@ def _of_card(folder: pathlib.Path) -> str | None:
     front = re.match(r"---\n(.*?)\n---", _beginning(folder / "README.md"), re.DOTALL)
     try:
         said = yaml.safe_load(front[1]) if front else None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        RecursionError,
-    ):  # PyYAML's own: a date of month 13
+    except NO_YAML:
         return None
     named = said.get("license") if isinstance(said, dict) else None
     return named if isinstance(named, str) and named != "other" else None

@@ -223,11 +223,7 @@ def _constructed(node: yaml.Node) -> Any:
     loader = Plain("")
     try:
         return loader.construct_document(node)
-    except (
-        ValueError,
-        LookupError,
-        AttributeError,
-    ) as error:  # PyYAML's own, of `!!int x`, `!!bool x`, `!!timestamp x`
+    except (ValueError, LookupError, AttributeError) as error:  # PyYAML's: `!!int x`, `!!bool x`, `!!timestamp x`
         raise ConstructorError(None, None, "a value that cannot be read", node.start_mark) from error
     finally:
         loader.dispose()
