@@ -447,6 +447,7 @@ def test_preflight_says_before_training_what_would_fail_after_it(peaky_llama, ro
     monkeypatch.setenv("PATH", "")
     refused(ExportError, "llama-quantize, which is not on the PATH", quants=("Q4_K_M",))
     refused(ExportError, "no such type", quants=("Q9_9",))
+    refused(ExportError, "--quant names no type", quants=())
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(100, 100, 1000))
     refused(RunError, "GB are free")
     words = [f"model.path={peaky_llama}", f"data.path={rows}", f"out={tmp_path / 'run'}", "data.max_length=128"]

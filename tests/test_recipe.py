@@ -228,6 +228,7 @@ def test_a_damaged_recipe_is_one_message(name, tmp_path):
     [
         ("train.max_steps=" + "9" * 5000, "train.max_steps: unable to parse"),
         ("datum=" + "9" * 5000, "datum: '999"),
+        (f"train.seed={2**70}", "train.seed: input should be less than 4294967296"),
         ("datum=!!timestamp x", "datum: '!!timestamp x' cannot be read"),
         ("data.map=" + "{a: " * 5000, "data.map: '{a: "),
         ("data.map={[a]: b}", "data.map: '{[a]: b}' cannot be read; e.g. data.map="),
