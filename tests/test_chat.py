@@ -145,3 +145,12 @@ def test_python_opens_a_folder_and_lists_its_names(answerer, taught):
     assert isinstance(answer, str)
     with pytest.raises(nybble.NybbleError, match="there is no folder /nowhere"):
         nybble.load("/nowhere")
+
+
+def test_extreme_seeds_and_temperatures_of_the_command_line(tuned_run, cache, here):
+    words = ("--cache", cache, "chat", tuned_run.folder, "--prompt", "say red", "--max-new-tokens", 2)
+    greedy, cold = here(*words), here(*words, "--temperature", "1e-320")
+    assert (cold.returncode, cold.stdout) == (0, greedy.stdout), cold.stderr
+    refused = here(*words, "--temperature", "1", "--seed", 2**70)
+    assert refused.returncode == 2
+    assert "--seed" in refused.stderr

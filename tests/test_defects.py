@@ -77,6 +77,26 @@ def test_the_traceback_goes_into_the_run_that_was_named(defect, tmp_path, capsys
     assert written(capsys.readouterr().err).parent == run
 
 
+@pytest.mark.parametrize("words", [("--cache", "{}", "eval", "x"), ("--cache={}", "eval", "x")])
+def test_the_traceback_goes_into_the_cache_that_was_named(words, defect, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    named = tmp_path / "named"
+    assert defect(*(word.format(named) for word in words)) == 70
+    assert written(capsys.readouterr().err).parent == named / "tracebacks"
+    assert defect("--cache", "zero\0byte", "eval", "x") == 70
+    assert written(capsys.readouterr().err).is_file()
+
+
+@pytest.mark.parametrize("key", [("--api-key", "s3cret"), ("--api-key=s3cret",)])
+def test_a_key_is_not_written_into_the_file(key, defect, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert defect("serve", "run", *key, "--port", "0") == 70
+    text = written(capsys.readouterr().err).read_text()
+    assert "--api-key" in text
+    assert "--port 0" in text
+    assert "s3cret" not in text
+
+
 def test_where_nothing_can_be_written_the_traceback_is_shown(monkeypatch, tmp_path):
     file = tmp_path / "file"
     file.write_text("")

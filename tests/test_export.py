@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import namedtuple
 
@@ -446,6 +447,7 @@ def test_preflight_says_before_training_what_would_fail_after_it(peaky_llama, ro
     monkeypatch.setenv("PATH", "")
     refused(ExportError, "llama-quantize, which is not on the PATH", quants=("Q4_K_M",))
     refused(ExportError, "no such type", quants=("Q9_9",))
+    refused(ExportError, "--quant names no type", quants=())
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(100, 100, 1000))
     refused(RunError, "GB are free")
     words = [f"model.path={peaky_llama}", f"data.path={rows}", f"out={tmp_path / 'run'}", "data.max_length=128"]
@@ -562,13 +564,18 @@ def test_settings_that_transformers_refuses_are_mended(peaky_llama, tmp_path, ow
         ("Llama-2-7b-x", {"README.md": "---\nlicense: mit\n---\n"}, "mit"),
         ("mine", {"README.md": "---\n: [\n---\n", "LICENSE": "MIT License"}, "mit"),
         ("mine", {"README.md": "# no front matter"}, None),
+        ("mine", {"README.md": "---\ndate: 2024-13-45\n---\n", "LICENSE": "MIT License"}, "mit"),
+        ("mine", {"README.md": f"---\nlicense: mit\nx: {'9' * 5000}\n---\n"}, None),
+        ("mine", {"README.md": "---\nx: !!timestamp y\n---\n"}, None),
+        ("mine", {"README.md": f"---\nx: {'[' * 5000}\n---\n"}, None),
+        ("mine", {"README.md": None, "LICENSE": "MIT License"}, "mit"),
     ],
 )
 def test_the_bases_licence_is_found(tmp_path, peaky_llama, name, files, found):
     folder = tmp_path / name
     shutil.copytree(peaky_llama, folder)
     for file, text in files.items():
-        (folder / file).write_text(text)
+        os.mkfifo(folder / file) if text is None else (folder / file).write_text(text)
     licence = find_licence(find_checkpoint(str(folder)))
     assert licence.name == found
     assert (licence.notice is None) == (found != "llama2")

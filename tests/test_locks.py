@@ -260,6 +260,12 @@ def test_the_lock_ends_with_an_error_and_with_a_signal(tmp_path):
         pass
 
 
+def test_a_pipe_in_a_locks_place_says_nothing_of_its_holder(tmp_path):
+    os.mkfifo(tmp_path / LOCK)
+    with hold(tmp_path / LOCK, "trained", tmp_path):
+        assert holder(tmp_path / LOCK).pid == 0
+
+
 FORKED = """
 import os, pathlib, sys, time
 from nybble.places import writing

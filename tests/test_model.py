@@ -678,6 +678,14 @@ def test_a_damaged_adapter_is_a_message(tiny_llama, cache, tmp_path, name, conte
     assert message in caught.value.what
 
 
+def test_an_adapter_that_names_its_base_wrongly_opens_on_one_that_is_given(tiny_llama, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": 3}')
+    with pytest.raises(ModelError, match="base_model_name_or_path is no text") as caught:
+        open_run(tmp_path)
+    assert caught.value.fix == "--base FOLDER names the base"
+    assert open_run(tmp_path, str(tiny_llama)).recipe.model.path == str(tiny_llama)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -32,6 +32,7 @@ from nybble.export.export import Wanted, export
 from nybble.model.checkpoint import find_checkpoint, fingerprint
 from nybble.places import (
     check_cache,
+    check_export,
     check_here,
     check_writable,
     default_cache,
@@ -40,7 +41,7 @@ from nybble.places import (
     no_empty_folders,
     replacing,
 )
-from nybble.run import create_run, open_run, write_text
+from nybble.run import create_run, open_run, refuse_existing, write_text
 from nybble.training.train import resume, train
 from test_train import recipe_for
 
@@ -164,7 +165,7 @@ LONG = "x" * 300
         (["train", "m", "d.jsonl", "out=loop/x"], "the run cannot be written: {}/loop is a link to loop", "out="),
         (["--cache", "gone", "eval", "run"], "the cache cannot be written: {}/gone is a link to /nowhere", "--cache"),
         (["export", "run", "--to", "gguf", "--out", "gone/x"], "the export cannot be written: {}/gone is a", "--out"),
-        (["export", "run", "--to", "gguf", "--out", "gone"], "gone exists already", "rm -r gone"),
+        (["export", "run", "--to", "gguf", "--out", "gone"], "gone exists already", "--out ANOTHER\n"),
         (["demo", "--out", "gone/x"], "the run cannot be written: {}/gone is a link to /nowhere", "out=FOLDER"),
         (["demo", "--weights", LONG], "the model cannot be written: its name is too long", "--weights FOLDER"),
     ],
@@ -180,6 +181,23 @@ def test_names_and_links_that_lead_nowhere_are_one_message(words, message, fix, 
     assert message.format(tmp_path) in done.stderr
     assert fix in done.stderr.split("fix:")[1]
     assert sorted(os.listdir()) == ["gone", "loop", "run"]
+
+
+def test_what_is_no_export_or_no_run_is_not_told_to_be_one(tmp_path):
+    base, made = tmp_path / "base", tmp_path / "my export"
+    for folder, file in ((base, "config.json"), (made, "parity.json")):
+        folder.mkdir()
+        (folder / file).write_text("{}")
+    with pytest.raises(ExportError, match="base exists already") as caught:
+        check_export(base)
+    assert "rm " not in str(caught.value)
+    with pytest.raises(ExportError, match="my export exists already") as caught:
+        check_export(made)
+    print(caught.value)
+    assert f"rm -r '{made}'" in str(caught.value)
+    with pytest.raises(RunError, match="base exists already") as caught:
+        refuse_existing(base)
+    assert "--resume" not in str(caught.value)
 
 
 def test_a_cache_with_a_folder_of_somebody_else_is_refused(tmp_path):

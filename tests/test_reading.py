@@ -21,6 +21,7 @@ FAULTS = {
     "zeros": (bytes(512), "x.json is empty", ""),
     "garbled": (b'{"step": 1,\n"loss" 2}', "x.json is not valid JSON: Expecting ':' delimiter", ":2"),
     "cut off": (b'{"step": 1,\n"lo', "x.json is not valid JSON: Unterminated string", ":2"),
+    "control": (b'{"step": "\x01"}', "x.json is not valid JSON: Invalid control character", ":1"),
     "list": (b"[1, 2]", "x.json is not an object", ""),
     "text": (b'"step"', "x.json is not an object", ""),
     "nul": (b'{"step": 1\0}', "x.json is not valid JSON", ":1"),
@@ -51,6 +52,7 @@ def test_a_damaged_object_is_one_sentence_with_its_place(name, tmp_path):
         read_object(file, RunError, "copy it", Line)
     print(caught.value)
     assert what in caught.value.what
+    assert not caught.value.what.endswith((" at", " starting"))  # Python's, before a place
     assert caught.value.where == f"{file}{line}"
     assert caught.value.fix
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import textwrap
 
@@ -195,8 +196,13 @@ LAUGHS = "".join(f"x{n}: &x{n} {{a: *x{n - 1}, b: *x{n - 1}}}\n" for n in range(
 DAMAGED = {
     "deep": ("model: " + "[" * 5000, "recipe.yaml is nested too deeply"),
     "deep mapping": ("model: " + "{a: " * 5000, "recipe.yaml is nested too deeply"),
-    "digits": ("data:\n  max_length: " + "9" * 5000, "a value that cannot be read: Exceeds the limit"),
-    "digits of an unknown option": ("datum: " + "9" * 5000, "a value that cannot be read: Exceeds the limit"),
+    "digits": ("data:\n  max_length: " + "9" * 5000, "data.max_length: unable to parse input string as an integer"),
+    "digits of an unknown option": ("datum: " + "9" * 5000, "a value that cannot be read"),
+    "tag of a truth": ("datum: !!bool x\n", "recipe.yaml:1"),
+    "tag of a number": ("datum: !!int ''\n", "recipe.yaml:1"),
+    "tag of a date": ("model:\n  paths: !!timestamp x\n", "recipe.yaml:2"),
+    "list as a key": ("? [a]\n: b\n", "recipe.yaml:1"),
+    "mapping as a key": ("data:\n  map: {? {a: b} : c}\n", "a key must be text, not a list or a mapping"),
     "laughs": ("x0: &x0 {a: 1}\n" + LAUGHS, "x59: unknown option"),
     "laughs for a value": ("data:\n  path:\n    x0: &x0 {a: 1}\n" + textwrap.indent(LAUGHS, "    "), "data.path: "),
     "itself": ("model: &m\n  path: *m\n", "recipe"),
@@ -215,6 +221,35 @@ def test_a_damaged_recipe_is_one_message(name, tmp_path):
     print(str(caught.value)[:500])
     assert what in str(caught.value)
     assert len(str(caught.value)) < 100_000
+
+
+@pytest.mark.parametrize(
+    "word, what",
+    [
+        ("train.max_steps=" + "9" * 5000, "train.max_steps: unable to parse"),
+        ("datum=" + "9" * 5000, "datum: '999"),
+        (f"train.seed={2**70}", "train.seed: input should be less than 4294967296"),
+        ("datum=!!timestamp x", "datum: '!!timestamp x' cannot be read"),
+        ("data.map=" + "{a: " * 5000, "data.map: '{a: "),
+        ("data.map={[a]: b}", "data.map: '{[a]: b}' cannot be read; e.g. data.map="),
+    ],
+)
+def test_a_word_that_yaml_cannot_read_is_one_fault(word, what):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(None, [word])
+    print(caught.value)
+    assert what in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_file_is_no_recipe(kind, tmp_path):
+    place = tmp_path / "recipe.yaml"
+    place.mkdir() if kind == "folder" else os.mkfifo(place)
+    with pytest.raises(RecipeError, match="cannot be read: it is a") as caught:
+        load_recipe(place)
+    print(caught.value)
+    assert "iconv" not in caught.value.fix
 
 
 def test_a_missing_recipe_is_named(tmp_path):

@@ -448,6 +448,9 @@ def test_runs_that_cannot_be_served_together_are_named(runs, cache, tmp_path):
     other = another_run(runs[0], "other-base", 1.0)
     recipe = (other.folder / "recipe.yaml").read_text().replace("quantization: nf4", "quantization: none")
     (other.folder / "recipe.yaml").write_text(recipe)
+    start = json.loads((other.folder / "start.json").read_text())
+    start["recipe"]["model"]["quantization"] = "none"
+    (other.folder / "start.json").write_text(json.dumps(start))
     with pytest.raises(RunError, match=r"2 different bases.*\n.*run on .*nf4.*\n.*other-base on .*none"):
         load_pipeline([runs[0], open_run(other.folder)], Metrics(), device="cpu", queue=1, cache=cache)
 
@@ -544,6 +547,8 @@ def test_a_key_comes_from_an_option_a_file_or_standard_input(tmp_path, monkeypat
         print(caught.value)
         assert caught.value.where == str(file)
         assert "--api-key-file key.txt" in caught.value.fix
+    with pytest.raises(ServeError, match="printable ASCII"):  # of which a shell may make one without end
+        read_key(None, type(file)("/dev/zero"))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"schl\xfcssel\n"), encoding="utf-8"))
     with pytest.raises(ServeError, match=r"UTF-8 text[\s\S]*standard input"):
         read_key(None, type(file)("-"))

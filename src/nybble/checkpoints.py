@@ -63,8 +63,13 @@ def resumption(run: Run) -> Resumption:
     """Find the newest checkpoint that is whole, together with the best one that it refers to; nothing is changed.
 
     Raises:
-        RunError: there are checkpoints, and none is whole; or the record of the steps before is damaged.
+        RunError: there are checkpoints, and none is whole; something else stands in their folder's place; or the record of the
+            steps before is damaged.
     """
+    if os.path.lexists(run.checkpoints) and not run.checkpoints.is_dir():
+        place = shlex.quote(str(run.checkpoints))
+        fix = f"copy the folder into its place; or move it away, and the run starts over: mv {place} ELSEWHERE"
+        raise RunError("checkpoints is not a folder", where=str(run.checkpoints), fix=fix)
     passed: dict[pathlib.Path, str] = {}
     for folder in run.numbered():
         if _is_unfinished(folder):

@@ -230,16 +230,18 @@ def _proven(folder: pathlib.Path) -> Facts:
         manifest = read_note(folder / MANIFEST)
         sizes = (digests.size_fault(folder / name, name, size) for name, size in manifest["apart"].items())
         found = [fault for fault in sizes if fault] or digests.faults(folder, manifest["files"])
-        facts: Facts = manifest["facts"]
+        facts, entry = manifest["facts"], manifest["entry"]
+    except (LookupError, TypeError, AttributeError) as error:  # of another version of nybble
+        raise DamagedError(f"{MANIFEST} says something else") from error
     except FileNotFoundError as error:
         raise DamagedError(f"there is no {MANIFEST}, which versions before 0.7 did not write") from error
     except OSError as error:
         raise DamagedError(digests.unreadable(error)) from error
-    if manifest["entry"] != _key(folder):
+    if entry != _key(folder):
         raise DamagedError("it is a copy of another entry")
     if found:
         raise DamagedError(found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else ""))
-    return facts
+    return dict(facts)
 
 
 def _key(place: pathlib.Path) -> str:

@@ -136,7 +136,7 @@ def _lock(descriptor: int) -> bool | None:
 def _read(descriptor: int) -> Holder | None:
     try:
         return Holder(**json.loads(os.pread(descriptor, 65536, 0)))
-    except (ValueError, TypeError, RecursionError):  # not written yet, or damaged
+    except (OSError, ValueError, TypeError, RecursionError):  # not written yet, damaged, or a pipe
         return None
 
 

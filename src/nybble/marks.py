@@ -42,7 +42,9 @@ def check_adapter(folder: pathlib.Path) -> None:
     """
     if not (folder / COMPLETE).exists():
         return
-    wrong = faults(folder, read_mark(folder).get("files") or {})
+    files = read_mark(folder).get("files") or {}
+    is_runs = (folder.parent / "recipe.yaml").is_file()  # a checkpoint may be an older version's, whose marks name none
+    wrong = faults(folder, files) if files or not is_runs else [f"{COMPLETE} names no files"]
     if wrong:
         name, again = shlex.quote(str(folder)), ""
         if any((folder.parent / "checkpoints").glob(f"checkpoint-*/{COMPLETE}")):

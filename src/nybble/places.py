@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import secrets
+import shlex
 import shutil
 import tempfile
 import time
@@ -19,6 +20,7 @@ from nybble.errors import ExportError, NybbleError, PlaceError, RunError
 from nybble.locks import hold, holder, of_the_dead, refuse_held
 
 ANOTHER_CACHE = "nybble --cache FOLDER COMMAND ..., or set XDG_CACHE_HOME to a writable folder"
+REPORT = "parity.json"  # in each export
 PROBE = 4096  # bytes: a file of none can be made on a full disk
 LOCK = ".lock"  # in a run while it is written
 HALF = ".nybble-writing-"  # a folder being filled or removed; beside it, with .lock at the end, its writer's lock
@@ -131,9 +133,9 @@ def check_export(target: pathlib.Path) -> None:
         RunError: another process is about to put something there.
     """
     if os.path.lexists(target):
-        raise ExportError(
-            f"{target} exists already", fix=f"--out ANOTHER for a second one, or remove it: rm -r {target}"
-        )
+        is_export = (target / REPORT).is_file()  # anything else may be a run or a base: nobody is told to remove it
+        remove = f", or remove the one that is there: rm -r {shlex.quote(str(target))}" if is_export else ""
+        raise ExportError(f"{target} exists already", fix=f"--out ANOTHER{remove}")
     for lock in target.parent.glob(f"{HALF}*{LOCK}"):
         if (held := holder(lock)) is not None and held.place == os.path.realpath(target):
             refuse_held(lock, target)

@@ -164,7 +164,7 @@ def _parse_object(text: str, name: str, shape: type[Shape] | None = None) -> dic
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise _JsonError(f"{name} is not valid JSON: {error.msg}", error.lineno) from error
+        raise _JsonError(f"{name} is not valid JSON: {json_fault(error)}", error.lineno) from error
     except RecursionError as error:
         raise _JsonError(f"{name} is nested too deeply") from error
     except ValueError as error:  # Python reads no integers of more digits
@@ -180,6 +180,11 @@ def _parse_object(text: str, name: str, shape: type[Shape] | None = None) -> dic
         except ValidationError as error:
             raise _JsonError(_misfit(error, name)) from error
     return value
+
+
+def json_fault(error: json.JSONDecodeError) -> str:
+    """What Python says of a text that is not JSON, without the words with which it leads over to the place."""
+    return error.msg.removesuffix(" at").removesuffix(" starting")
 
 
 def _misfit(error: ValidationError, name: str) -> str:

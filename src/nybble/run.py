@@ -25,22 +25,24 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nybble import __version__
 from nybble.digests import faults
-from nybble.errors import ModelError, NybbleError, RunError
+from nybble.errors import ModelError, NybbleError, RecipeError, RunError
 from nybble.marks import COMPLETE, check_adapter, described
 from nybble.places import check_disk, new_folder, refuse_busy, replacing
 from nybble.reading import RESTORE, read_lines, read_object
-from nybble.recipe import Recipe, absolute_paths, absolute_tree, dump_recipe, here, load_recipe
+from nybble.recipe import PLACES, Recipe, absolute_paths, absolute_tree, dump_recipe, here, load_recipe
 from nybble.shapes import Evaluation, Line, Start, Summary
 
 CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d*)")  # the name of one; checkpoint-best is somebody else's
 FILES = "files"  # in start.json: what tokenizer and template held when the run began
 QUANTIZED = "quantized_base"  # in start.json: the bits of the base that nybble quantised, and how they were made
+DECIDING = ("model", "adapter", "lora", "data", "train")  # options that a run's numbers come from
 BYTES_A_PARAMETER = 12  # in a checkpoint: a trained parameter and AdamW's two moments, in float32
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
@@ -94,7 +96,7 @@ class Run:
             RunError: it is damaged.
         """
         file = self.folder / "evaluation.json"
-        again = f"write it again: nybble eval {self.folder}; or do without: rm {file}"
+        again = f"write it again: nybble eval {self.folder}; or do without: rm {shlex.quote(str(file))}"
         return read_object(file, RunError, again, Evaluation) if file.exists() else None
 
     def start(self) -> dict[str, Any]:
@@ -155,9 +157,11 @@ def check_beginning(run: Run) -> None:
 def refuse_existing(folder: pathlib.Path) -> None:
     """Raise RunError where a run stands already."""
     if folder.exists():
+        is_run = (folder / "recipe.yaml").is_file()
+        resume = f"to resume it: nybble train --resume {folder}; for a new run: " if is_run else ""
         raise RunError(
             f"{folder} exists already",
-            fix=f"to resume it: nybble train --resume {folder}; for a new run: out=ANOTHER",
+            fix=f"{resume}out=ANOTHER",
         )
 
 
@@ -197,16 +201,17 @@ def open_run(path: str | pathlib.Path, base: str | None = None) -> Run:
         base: where the base model is now, if it moved.
 
     Raises:
-        RunError: no run there, or its adapter is not what training wrote.
+        RecipeError: a recipe.yaml that cannot be read.
+        RunError: no run there, or its recipe or its adapter is not what training wrote.
         ModelError: an adapter whose configuration cannot be read.
     """
     folder = pathlib.Path(path)
     if (folder / "recipe.yaml").exists():
-        recipe = absolute_paths(load_recipe(folder / "recipe.yaml"))
+        recipe = _recorded_recipe(folder)
         if recorded_folder(folder):
             recipe = _on_base(recipe, here(recipe.model.path))
     elif (folder / "adapter_config.json").exists():
-        recipe = _on_base(Recipe(), _base_of_adapter(folder))
+        recipe = Recipe() if base is not None else _on_base(Recipe(), _base_of_adapter(folder))
     else:
         what = f"there is no folder {folder}" if not folder.exists() else f"{folder} is neither a run nor an adapter"
         raise RunError(f"{what} (no recipe.yaml, no adapter_config.json)", fix="ls runs/")
@@ -215,6 +220,36 @@ def open_run(path: str | pathlib.Path, base: str | None = None) -> Run:
     run = Run(folder, recipe)
     check_adapter(run.adapter)
     return run
+
+
+def _recorded_recipe(run: pathlib.Path) -> Recipe:
+    """A run's recipe.yaml, held against the record of how it began: a file that lost its end is good YAML with other options.
+
+    Places may have changed since, and so may what decides none of the run's numbers.
+    """
+    file = run / "recipe.yaml"
+    try:
+        recipe = absolute_paths(load_recipe(file))
+    except RecipeError as error:
+        raise RecipeError(error.what, where=error.where, fix=RESTORE) from error
+    if not (run / "start.json").exists():
+        return recipe
+    now = json.loads(json.dumps(recipe.model_dump(include=set(DECIDING))))
+    recorded = _with_defaults(read_object(run / "start.json", RunError, RESTORE, Start)["recipe"])
+    then = {name: recorded[name] for name in now}
+    for place in (*PLACES, "model.device"):
+        *section, name = place.split(".")
+        before, after = (tree[section[0]] if section else tree for tree in (then, now))
+        if after.get(name) and type(after[name]) is type(before.get(name)):
+            after[name] = before[name]
+    if changes := _differences(then, now, ""):
+        raise RunError(
+            "recipe.yaml is not the recipe that this run began with:\n"
+            + "\n".join(f"  - {change}" for change in changes),
+            where=f"{file}, held against start.json",
+            fix=f"{RESTORE}, or undo these changes; for another recipe start a new run: nybble train -c {file} out=ANOTHER",
+        )
+    return recipe
 
 
 def _on_base(recipe: Recipe, base: str, **changes: str | None) -> Recipe:

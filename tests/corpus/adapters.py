@@ -346,6 +346,7 @@ PLACES = [
     refused("target of all", config(target_modules="all-linear"), "lacks", "and 15 more"),
     refused("target null", config(target_modules=None), "down_proj", "no place"),
     refused("target unknown", config(target_modules=["query_key_value"]), "query_key_value", "does not fit this base"),
+    refused("target everything", config(target_modules=".*"), "Target module LlamaModel is not supported"),
     refused("target a norm", config(target_modules=["norm"]), "does not fit this base"),
     refused("target excluded", config(exclude_modules=["v_proj"]), "v_proj", "no place"),
     refused("layers chosen", config(layers_to_transform=[0]), "layers.1", "no place"),

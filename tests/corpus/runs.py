@@ -210,6 +210,16 @@ def _marks() -> list[RunCase]:
     ]  # fmt: skip
 
 
+def no_folder(instead: Damage) -> Damage:
+    """Something else in place of all checkpoints."""
+
+    def damage(run: pathlib.Path) -> None:
+        shutil.rmtree(run / "checkpoints")
+        instead(run / "checkpoints")
+
+    return damage
+
+
 def _whole_runs() -> list[RunCase]:
     best = "checkpoints/checkpoint-2/adapter_model.safetensors"
     return [
@@ -225,6 +235,8 @@ def _whole_runs() -> list[RunCase]:
         resumed("best-gone", gone("checkpoint-2"), "checkpoint-1", "the best checkpoint before it is missing: checkpoint-2"),
         resumed("oldest-damaged", at("checkpoints/checkpoint-1/optimizer.pt", removed), "checkpoint-3"),
         resumed("none-at-all", lambda run: shutil.rmtree(run / "checkpoints"), "the beginning"),
+        refused("file-for-all", no_folder(lambda place: place.write_text("mine")), "checkpoints is not a folder", "mv "),
+        refused("link-for-all", no_folder(lambda place: place.symlink_to("nowhere")), "checkpoints is not a folder"),
         resumed("empty-folder", lambda run: (run / "checkpoints" / "checkpoint-4").mkdir(), "checkpoint-3", "checkpoint-4: it"),
         refused("all-bits", in_all("optimizer.pt", flipped(3)), "no checkpoint can be resumed from:",
                 "checkpoint-3: optimizer.pt is not what was written", "checkpoint-2: optimizer.pt", "checkpoint-1: optimizer.pt",
@@ -336,6 +348,24 @@ def _objects() -> list[RunCase]:
     return cases  # fmt: skip
 
 
+def without_end(recipe: pathlib.Path) -> None:
+    """A copy that stopped halfway: what is left is good YAML, with the defaults of every option that is gone."""
+    recipe.write_text(recipe.read_text().partition("train:")[0])
+
+
+def other_seed(recipe: pathlib.Path) -> None:
+    """Other rows would be held out."""
+    recipe.write_text(recipe.read_text().replace("seed: 42", "seed: 43"))
+
+
+def other_base(start: pathlib.Path) -> None:
+    start.write_text(json.dumps({**json.loads(start.read_text()), "base": f"sha256:{7:064}"}))
+
+
+def moved_data(recipe: pathlib.Path) -> None:
+    recipe.write_text(recipe.read_text().replace("rows.jsonl", "elsewhere.jsonl"))
+
+
 def _recipes_and_adapters() -> list[RunCase]:
     recipe, weights = "recipe.yaml", "adapter/adapter_model.safetensors"
 
@@ -349,7 +379,15 @@ def _recipes_and_adapters() -> list[RunCase]:
         "list": put(rewritten(b"- a\n"), 2, "a recipe is a mapping of sections"),
         "utf-16": put(as_utf_16, 2, "recipe.yaml is not UTF-8"),
         "deep": put(rewritten(b"model: " + b"[" * 5000), 2, "recipe.yaml is nested too deeply"),
-        "digits": put(rewritten(b"data:\n  max_length: " + b"9" * 5000), 2, "a value that cannot be read"),
+        "digits": put(rewritten(b"data:\n  max_length: " + b"9" * 5000), 2, "data.max_length: unable to parse"),
+        "empty": put(rewritten(b""), 1, "recipe.yaml is not the recipe that this run began with", "model.path: "),
+        "lost-its-end": put(without_end, 1, "train.learning_rate: 0.02 -> 0.0002", "restore it from a copy of the run"),
+        "other-seed": put(other_seed, 1, "train.seed: 42 -> 43", "held against start.json"),
+        "moved": put(moved_data, 0),
+        "tag": put(
+            rewritten(b"model: {path: !!bool x}\nx: !!timestamp y\n"), 2, "a value that cannot be read", "recipe.yaml:2"
+        ),
+        "list-as-key": put(rewritten(b"? [a]\n: b\n"), 2, "a key must be text", "restore it from a copy of the run"),
         "type": put(rewritten(b"lora:\n  r: many\n"), 2, "lora.r: input should be a valid integer", "recipe.yaml:2"),
         "folder": put(folder_instead, 2, "recipe.yaml is a folder, not a file"),
         "pipe": put(pipe_instead, 2, "recipe.yaml is a pipe, not a file"),
@@ -365,6 +403,11 @@ def _recipes_and_adapters() -> list[RunCase]:
         RunCase("adapter-gone", at(weights, removed), 1, ("there is no adapter_model.safetensors",), "chat"),
         RunCase("adapter-config-bit", at("adapter/adapter_config.json", flipped(6)), 1, ("adapter_config.json is not",), "chat"),
         RunCase("adapter-mark-garbled", at("adapter/COMPLETE", cut(0.5)), 1, ("COMPLETE is not valid JSON",), "chat"),
+        RunCase("adapter-mark-emptied", at("adapter/COMPLETE", rewritten(b"")), 1, ("COMPLETE names no files", "rm "), "chat"),
+        RunCase("adapter-mark-of-nothing", at("adapter/COMPLETE", changed(files=None)), 1, ("names no files",), "export"),
+        RunCase("export-summary-gone", at("summary.json", removed), 0, ("parity", "passed"), "export"),
+        RunCase("export-other-base", both(at("summary.json", removed), at("start.json", other_base)), 1,
+                ("this is not the base that the adapter was trained on",), "export"),
         RunCase("adapter-card-rewritten", at("adapter/README.md", rewritten(b"mine")), 0, (), "chat"),
         RunCase("adapter-changed-on-purpose", at("adapter", alpha_doubled), 0, (), "chat"),
         *(

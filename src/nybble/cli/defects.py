@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import pathlib
 import platform
+import re
 import tempfile
 import traceback
 from collections.abc import Sequence
@@ -25,7 +27,7 @@ def report(error: BaseException, words: Sequence[str]) -> str:
     """
     name = type(error).__name__
     text = "".join(traceback.format_exception(error))
-    line = f"nybble {__version__}, Python {platform.python_version()}, {platform.platform()}\n{' '.join(words)}\n\n"
+    line = f"nybble {__version__}, Python {platform.python_version()}, {platform.platform()}\n{_told(words)}\n\n"
     file = _write(line + text, words)
     what = f"nybble stopped because of an unexpected error ({name}: {_first_line(error)})"
     if file is None:
@@ -36,15 +38,31 @@ def report(error: BaseException, words: Sequence[str]) -> str:
 
 
 def _write(text: str, words: Sequence[str]) -> pathlib.Path | None:
-    for folder in (*_runs(words), default_cache() / "tracebacks", pathlib.Path(tempfile.gettempdir())):
+    for folder in (*_runs(words), _cache(words) / "tracebacks", pathlib.Path(tempfile.gettempdir())):
         file = folder / f"traceback-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.txt"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8", errors="backslashreplace")
-        except OSError:
+        except (OSError, ValueError):  # a word may hold a zero byte
             continue
         return file
     return None
+
+
+def _told(words: Sequence[str]) -> str:
+    """The command line without its key: the file is made to be sent to others."""
+    hidden = [re.sub(r"^--api-key=.*", "--api-key=...", word, flags=re.DOTALL) for word in words]
+    return " ".join("..." if before == "--api-key" else word for before, word in itertools.pairwise(("", *hidden)))
+
+
+def _cache(words: Sequence[str]) -> pathlib.Path:
+    """The cache that the command line names, whatever else is wrong with it."""
+    for word, following in itertools.pairwise((*words, "")):
+        if word == "--cache" and following:
+            return pathlib.Path(following)
+        if word.startswith("--cache="):
+            return pathlib.Path(word.removeprefix("--cache="))
+    return default_cache()
 
 
 def _runs(words: Sequence[str]) -> list[pathlib.Path]:

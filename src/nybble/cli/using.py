@@ -17,6 +17,7 @@ from nybble.terminal import tell
 
 Target = Literal["adapter", "merged", "gguf"]
 MergeBase = Literal["auto", "original", "dequantised"]
+COLDEST = 1e-5  # logits that are divided by less overflow; the likeliest token is all that is left anyway
 Stored = Literal["auto", "bfloat16", "float16"]
 
 
@@ -34,7 +35,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = None,
 ) -> None:
     """Talk to a run; it answers in the template it was trained with."""
     from nybble.places import check_cache
@@ -54,7 +55,8 @@ def chat(
     if prompt is None or odd:  # a script that asks one thing is told of what is odd only
         to = console if prompt is None else Console(stderr=True)
         tell(to, f"adapter   {answerer.updates}", "yellow" if odd else "dim")
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    sharp = temperature if temperature >= COLDEST else 0.0
+    sampling = Sampling(max_new_tokens, sharp, top_p, seed)
     if prompt is None:
         talk(answerer, sampling, console, system=system, compare=compare)
         return

@@ -25,7 +25,7 @@ from nybble.export.licence import find_licence, hub_id
 from nybble.export.merge import Merge
 from nybble.export.parity import Reference, Verdict, ask_run
 from nybble.export.publish import check_push, push
-from nybble.export.report import REPORT, refuse_failed, write_report
+from nybble.export.report import refuse_failed, write_report
 from nybble.export.room import ELSEWHERE, needed, parameters_of
 from nybble.export.source import Source, merges_of, open_source
 from nybble.export.tell import tell_comparison, tell_verdicts
@@ -33,6 +33,7 @@ from nybble.export.updates import read_updates
 from nybble.inference.pipeline import load_answerer
 from nybble.model.adapter import check_stored
 from nybble.places import (
+    REPORT,
     check_cache,
     check_disk,
     check_export,

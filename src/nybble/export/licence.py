@@ -13,6 +13,14 @@ from nybble.model.checkpoint import Checkpoint
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LLAMA2_NAME = re.compile(r"llama-?2-\d+b", re.IGNORECASE)
 TEXTS = ("LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*", "Notice*")
+NO_YAML = (
+    yaml.YAMLError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)  # a date of month 13 is a ValueError
+LONGEST = 65536  # bytes of a model card's front matter
 BY_TEXT = {
     # How a licence file begins: the Hub's short name
     "LLAMA 2 COMMUNITY LICENSE": "llama2",
@@ -66,13 +74,10 @@ def hub_id(checkpoint: Checkpoint) -> str | None:
 
 
 def _of_card(folder: pathlib.Path) -> str | None:
-    card = folder / "README.md"
-    if not card.exists():
-        return None
-    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    front = re.match(r"---\n(.*?)\n---", _beginning(folder / "README.md"), re.DOTALL)
     try:
         said = yaml.safe_load(front[1]) if front else None
-    except yaml.YAMLError:
+    except NO_YAML:
         return None
     named = said.get("license") if isinstance(said, dict) else None
     return named if isinstance(named, str) and named != "other" else None
@@ -80,8 +85,19 @@ def _of_card(folder: pathlib.Path) -> str | None:
 
 def _of_texts(files: tuple[pathlib.Path, ...]) -> str | None:
     for file in files:
-        head = file.read_text(encoding="utf-8", errors="replace")[:400]
+        head = _beginning(file)[:400]
         for begins, name in BY_TEXT.items():
             if begins.lower() in head.lower():
                 return name
     return None
+
+
+def _beginning(file: pathlib.Path) -> str:
+    """The first 64 KiB of a text; none where there is no file that can be read."""
+    if not file.is_file():
+        return ""
+    try:
+        with file.open("rb") as stream:
+            return stream.read(LONGEST).decode("utf-8", errors="replace").replace("\r\n", "\n")
+    except OSError:
+        return ""

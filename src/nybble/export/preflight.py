@@ -54,8 +54,10 @@ def check_quants(quants: Sequence[str]) -> None:
     """Refuse types that cannot be written on this machine.
 
     Raises:
-        ExportError: an unknown name, or a K-quant without llama-quantize.
+        ExportError: no name, an unknown one, or a K-quant without llama-quantize.
     """
+    if not quants:
+        raise ExportError("--quant names no type", fix=f"one of {', '.join((*OWN_QUANTS, *K_QUANTS))}, comma-separated")
     for quant in quants:
         if quant not in (*OWN_QUANTS, *K_QUANTS):
             raise ExportError(

@@ -12,8 +12,6 @@ from nybble.export.compare import Comparison
 from nybble.export.parity import Verdict
 from nybble.run import versions, write_json
 
-REPORT = "parity.json"
-
 
 def write_report(
     file: pathlib.Path, base: str | None, comparison: Comparison | None, verdicts: Sequence[Verdict | str]

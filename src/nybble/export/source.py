@@ -5,7 +5,6 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -71,8 +70,8 @@ def open_source(run: Run, dtype: str, cache: pathlib.Path) -> Source:
     mark = fingerprint(checkpoint, cache, prove=True)
     record = run.summary()
     run.evaluation()  # which the card shows in the end: what is wrong with it is said before the work
-    notices = _held_against_record(checkpoint, mark, record)
-    if record is None and checkpoint.quantized_as is None:
+    notices = _held_against_record(checkpoint, mark, _recorded_base(run))
+    if run.is_bare_adapter and checkpoint.quantized_as is None:
         notices += (
             f"nothing records how the base was stored: assuming {model.quantization}, as in QLoRA; "
             "if it was trained on 16-bit weights, use --merge-base original",
@@ -90,10 +89,17 @@ def open_source(run: Run, dtype: str, cache: pathlib.Path) -> Source:
     return Source(run, checkpoint, config, mark, computed, DTYPES[stored], notices)
 
 
-def _held_against_record(checkpoint: Checkpoint, mark: str, record: Mapping[str, Any] | None) -> tuple[str, ...]:
-    if record is None:
+def _recorded_base(run: Run) -> str | None:
+    """The fingerprint of the base that a run was trained on; None where nothing records it."""
+    if (record := run.summary()) is not None:
+        return str(record["base"]["fingerprint"])
+    is_recorded = not run.is_bare_adapter and (run.folder / "start.json").exists()
+    return str(run.start()["base"]) if is_recorded else None
+
+
+def _held_against_record(checkpoint: Checkpoint, mark: str, then: str | None) -> tuple[str, ...]:
+    if then is None:
         return ("nothing records which base the adapter was trained on: assuming this one",)
-    then = record["base"]["fingerprint"]
     if mark == then:
         return ()
     if mark.startswith("sha256:") != then.startswith("sha256:"):

@@ -66,7 +66,10 @@ def find_checkpoint(path: str, revision: str | None = None, *, weights: bool = T
         HubError: the Hub refuses, and why.
     """
     if not path:
-        raise ModelError("no base model was given", fix="nybble train MODEL DATA, where MODEL is a folder or a Hub id")
+        raise ModelError(
+            "no base model was given",
+            fix="nybble train MODEL DATA, where MODEL is a folder or a Hub id; for an adapter that names none: --base MODEL",
+        )
     folder, commit = pathlib.Path(path), None
     if not _is_here(folder):
         if path.count("/") != 1 or path.startswith((".", "/", "~")):

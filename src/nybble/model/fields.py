@@ -108,6 +108,9 @@ def _odd_numbers(config: Mapping[str, Any]) -> list[str]:
     eps, dtype = config.get("rms_norm_eps"), config.get("dtype", config.get("torch_dtype"))
     if isinstance(eps, int | float) and eps < 0:
         odd.append(f"rms_norm_eps is {eps}")
+    dropout = config.get("attention_dropout")
+    if isinstance(dropout, int | float) and not 0 <= dropout < 1:
+        odd.append(f"attention_dropout is {dropout!r:.40}")
     if not isinstance(dtype, str | None):
         odd.append(f"dtype is {dtype!r:.40}")
     for part in (config, config.get("rope_parameters"), config.get("rope_scaling")):

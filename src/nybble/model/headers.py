@@ -15,7 +15,7 @@ from collections import Counter
 from typing import Any, TypeGuard
 
 from nybble.errors import ModelError
-from nybble.reading import read_object
+from nybble.reading import json_fault, read_object
 
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -93,7 +93,7 @@ def _parse(file: pathlib.Path, text: bytes) -> dict[str, dict[str, Any]]:
     except RecursionError as error:
         raise _damaged(file, "it is nested too deeply") from error
     except json.JSONDecodeError as error:
-        raise _damaged(file, f"it is not valid JSON ({error.msg})") from error
+        raise _damaged(file, f"it is not valid JSON ({json_fault(error)})") from error
     except ValueError as error:  # a name that stands there twice, a number of thousands of digits
         raise _damaged(file, str(error).partition(";")[0]) from error
     notes = entries.pop("__metadata__", {}) if isinstance(entries, dict) else None

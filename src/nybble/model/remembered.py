@@ -7,6 +7,7 @@ import hashlib
 import logging
 import pathlib
 import re
+import shlex
 from collections.abc import Sequence
 
 import xxhash
@@ -47,7 +48,7 @@ def check_download(file: pathlib.Path, digest: str) -> None:
         raise ModelError(
             f"{file.name} is damaged: its SHA-256 is {digest[:16]}..., and the Hub's is {real.name[:16]}...",
             where=str(real),
-            fix=f"rm {file} {real}, and run the command again: it downloads the file",
+            fix=f"rm {shlex.join((str(file), str(real)))}, and run the command again: it downloads the file",
         )
 
 

@@ -35,7 +35,8 @@ LOADING_FAULTS: tuple[type[Exception], ...] = (
 
 def reason(error: Exception) -> str:
     """A library's error as one line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = re.sub(r"\(\n.*?\n\)", "", str(error).strip(), flags=re.DOTALL)  # a module as torch prints it
+    lines = text.splitlines() or [type(error).__name__]
     if isinstance(error, StrictDataclassError):  # its first line names the validator, its last the fault
         return lines[-1].strip().partition(": ")[2] or lines[-1].strip()
     bare = isinstance(error, LookupError | AssertionError | AttributeError | ArithmeticError)

@@ -14,9 +14,10 @@ from nybble.recipe.options import (
     TrainOptions,
     option_names,
 )
-from nybble.recipe.paths import absolute_paths, absolute_tree, here
+from nybble.recipe.paths import PLACES, absolute_paths, absolute_tree, here
 
 __all__ = [
+    "PLACES",
     "DataOptions",
     "EngineOptions",
     "ExportOptions",

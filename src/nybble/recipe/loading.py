@@ -11,9 +11,10 @@ from typing import Any, get_origin
 import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
+from yaml.constructor import ConstructorError
 
 from nybble.errors import RecipeError
-from nybble.reading import brief, read_text
+from nybble.reading import brief, check_regular, read_text
 from nybble.recipe.options import Recipe, option_names
 from nybble.recipe.values import Plain, example, kinds_of, read_section, read_word
 
@@ -55,6 +56,7 @@ def _read_yaml(file: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The file's values, and where each dotted key stands."""
     if not file.exists():
         raise RecipeError(f"there is no recipe {file}", fix="ls recipes/ lists the shipped ones")
+    check_regular(file, RecipeError, "name a YAML file; ls recipes/ lists the shipped ones")
     name = shlex.quote(str(file))
     text = read_text(
         file, RecipeError, f"copy it again, or, if it is Latin-1: iconv -f LATIN1 -t UTF-8 {name} > NEW.yaml"
@@ -72,8 +74,6 @@ def _read_yaml(file: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
         ) from error
     except RecursionError as error:
         raise RecipeError(f"{file.name} is nested too deeply", where=str(file)) from error
-    except ValueError as error:  # of Python: an integer of more than 4,300 digits, a date of month 13
-        raise RecipeError(f"a value that cannot be read: {error}", where=str(file)) from error
     if tree is None:
         return {}, {}
     if not isinstance(tree, dict):
@@ -104,6 +104,9 @@ def _override(tree: dict[str, Any], places: dict[str, str], word: str, given: se
         return
     try:
         value = read_word(text, kinds)
+    except (ConstructorError, RecursionError):  # a tag that does not fit, a number of 5,000 digits, 5,000 brackets
+        yield f"{key}: {brief(text)} cannot be read" + (f"; e.g. {example(key)}" if kinds else "")
+        return
     except yaml.YAMLError:
         yield f"{key}: {text!r} does not close its brackets or quotes" + (f"; e.g. {example(key)}" if kinds else "")
         return

@@ -145,7 +145,7 @@ class TrainOptions(Options):
     """Items per benchmark of eval_tasks."""
     eval_data: str | None = None
     """Folder with the benchmarks' rows, TASK.SPLIT.jsonl; default: the Hub."""
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, lt=2**32)
     """Random seed of split, order, initialisation and dropout."""
     processes: int = Field(default=1, ge=1)
     """Data-parallel processes; must equal the launcher's world size."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 import types
 from collections.abc import Iterable
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from nybble.recipe.options import Options, Recipe
 
@@ -69,10 +71,10 @@ def read_word(text: str, kinds: tuple[Any, ...] | None) -> Any:
         kinds: the types of its option; None where there is no such option, or it is a section.
 
     Raises:
-        yaml.YAMLError: brackets or quotes that do not close.
+        yaml.YAMLError: brackets or quotes that do not close, or a value that its tag does not allow.
     """
     if kinds is None:
-        return yaml.load(text, Plain)  # Plain is a SafeLoader
+        return read_node(yaml.compose(text, Plain), None)
     if text[:1] in ("'", '"') and len(text) > 1 and text[-1] == text[0]:
         return read_node(yaml.compose(text, Plain), kinds)
     is_nested = text[:1] in ("[", "{") and any(get_origin(kind) in (list, dict) for kind in kinds)
@@ -110,11 +112,12 @@ def read_section(node: yaml.Node, section: type[Options] = Recipe) -> Any:
     _flatten(node)
     values = {}
     for key, child in node.value:
-        field = section.model_fields.get(key.value)
+        name = _name(key)
+        field = section.model_fields.get(name)
         if field is not None and _is_section(field.annotation):
-            values[key.value] = read_section(child, field.annotation)  # type: ignore[arg-type]
+            values[name] = read_section(child, field.annotation)  # type: ignore[arg-type]
         else:
-            values[key.value] = read_node(child, _kinds(field.annotation) if field is not None else None)
+            values[name] = read_node(child, _kinds(field.annotation) if field is not None else None)
     return values
 
 
@@ -196,24 +199,32 @@ def _read_text(text: str, kinds: tuple[Any, ...]) -> Any:
 def _number(text: str, *, percent: bool = False) -> int | float | None:
     if percent and (share := PERCENT.fullmatch(text)):
         return float(share[1]) / 100
-    if not NUMBER.fullmatch(text):
+    if not NUMBER.fullmatch(text) or len(text) > sys.get_int_max_str_digits():  # which Python does not read
         return None
     return int(text) if re.fullmatch(r"[+-]?\d[\d_]*", text) and not text.endswith("_") else float(text)
 
 
 def _pair(key: yaml.Node, child: yaml.Node) -> tuple[str, yaml.Node]:
     """A key and its value; YAML takes `{prompt:question}`, without a space, as a key alone."""
-    name = str(key.value)
+    name = _name(key)
     left, colon, right = name.partition(":")
     if colon and right and isinstance(child, yaml.ScalarNode) and child.value == "" and child.style is None:
         return left, yaml.ScalarNode("tag:yaml.org,2002:str", right)
     return name, child
 
 
+def _name(key: yaml.Node) -> str:
+    if not isinstance(key, yaml.ScalarNode):
+        raise ConstructorError(None, None, "a key must be text, not a list or a mapping", key.start_mark)
+    return str(key.value)
+
+
 def _constructed(node: yaml.Node) -> Any:
     loader = Plain("")
     try:
         return loader.construct_document(node)
+    except (ValueError, LookupError, AttributeError) as error:  # PyYAML's: `!!int x`, `!!bool x`, `!!timestamp x`
+        raise ConstructorError(None, None, "a value that cannot be read", node.start_mark) from error
     finally:
         loader.dispose()
 

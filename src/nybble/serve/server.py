@@ -33,6 +33,7 @@ from nybble.terminal import tell as tell_line
 CONNECTIONS = 384  # open at once, beside one for each answer that may wait
 FAREWELL = 3.0  # seconds for those cut off to read why
 SILENT = 120  # seconds after which the kernel ends a connection whose reader takes nothing of what is sent (Linux)
+LONGEST = 65536  # bytes of a key, even in a file without a line's end
 ENGINES = ("pipeline", "continuous", "vllm")
 TURN = 0.0002
 """Seconds for which a thread keeps the interpreter from another that waits for it; CPython's own is 5 ms. Generation is Python
@@ -244,7 +245,7 @@ def read_key(key: str | None, file: pathlib.Path | None) -> str | None:
         if key is not None:
             raise ServeError("--api-key and --api-key-file were both given", fix="one of them")
         try:
-            text = sys.stdin.readline() if str(file) == "-" else _decoded(file.read_bytes())
+            text = sys.stdin.readline(LONGEST) if str(file) == "-" else _decoded(_beginning(file))
         except OSError as error:
             raise ServeError(f"the API key cannot be read: {error.strerror}", where=place) from error
         except UnicodeDecodeError as error:
@@ -253,6 +254,12 @@ def read_key(key: str | None, file: pathlib.Path | None) -> str | None:
     if key is not None and (not key or not key.isascii() or not key.isprintable() or " " in key):
         raise ServeError("the API key must be printable ASCII without spaces, and not empty", where=place, fix=KEY)
     return key
+
+
+def _beginning(file: pathlib.Path) -> bytes:
+    """As much of a file as a key can have: what a shell hands over is a pipe, and a device may have no end."""
+    with file.open("rb") as stream:
+        return stream.read(LONGEST)
 
 
 def _decoded(raw: bytes) -> str:

@@ -12,6 +12,7 @@ from nybble.data.readers.row import Item, row_of
 from nybble.data.readers.text import beginning, checked, lines
 from nybble.data.readers.wrapped import Outline, outline_of, read_wrapped
 from nybble.errors import DataError
+from nybble.reading import json_fault
 
 
 def read_json(file: pathlib.Path, limit: int) -> Iterator[Item]:
@@ -56,7 +57,7 @@ def _parse(line: str, origin: str, decoder: Decoder) -> Any:
         return decoder.decode(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise DataError(
-            f"not valid JSON: {error.msg} at column {error.colno}",
+            f"not valid JSON: {json_fault(error)} at column {error.colno}",
             where=origin,
             fix="one JSON object per line; fix or delete this line",
         ) from error

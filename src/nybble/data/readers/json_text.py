@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from nybble.data.readers.row import MAX_ROW, too_large
 from nybble.data.readers.text import CHUNK, as_utf8, pieces
 from nybble.errors import DataError
+from nybble.reading import json_fault
 
 LONGEST_NUMBER = 4300  # digits of an integer: more are read in quadratic time, so Python refuses them
 LONGEST_SIGN = 16  # characters: longer than -Infinity, half of a surrogate pair, or what follows a number's digits
@@ -129,7 +130,7 @@ class Text:
             except json.JSONDecodeError as error:
                 unfinished = "Unterminated" in error.msg or error.pos > len(self.text) - LONGEST_SIGN
                 if self.ended or not unfinished:
-                    raise self.fault(error.msg, error.pos) from error
+                    raise self.fault(json_fault(error), error.pos) from error
             except NumberError as error:
                 raise no_number(error, f"{self.file}:{self.line}") from error
             except RecursionError as error:

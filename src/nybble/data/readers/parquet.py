@@ -68,7 +68,7 @@ def read_parquet(file: pathlib.Path, limit: int) -> Iterator[Item]:
                         )
     except (pyarrow.ArrowException, OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(
-            f"{'damaged' if number else 'not a parquet file'}: {error}"[:300],
+            f"{'damaged' if number else 'not a parquet file'}: {str(error).strip()}"[:300],
             where=f"{file}:row {number + 1}" if number else str(file),
             fix=f"copy or download {shlex.quote(file.name)} again",
         ) from error

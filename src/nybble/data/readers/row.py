@@ -53,7 +53,8 @@ def row_of(value: Any, origin: str, repeated: str | None = None) -> Row:
         DataError: it has no named fields.
     """
     if not isinstance(value, dict):
-        raise DataError(f"a row must be an object with named fields, not {type(value).__name__}", where=origin)
+        name = "null" if value is None else type(value).__name__
+        raise DataError(f"a row must be an object with named fields, not {name}", where=origin)
     return Row(value, origin, repeated=repeated)
 
 
