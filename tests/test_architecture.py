@@ -17,8 +17,8 @@ RANK = {
     "trainer": 6, "callbacks": 6, "record": 6, "trackers": 6, "announce": 6, "progress": 6, "interrupt": 6, "out_of_memory": 6,
     "evaluate": 5, "serve": 5,
     "inference": 4, "checkpoints": 4, "optimizer": 4, "data": 3, "model": 3, "engine": 3, "plan": 2,
-    "launch": 1, "processes": 1, "quantized": 1, "run": 1, "recipe": 1, "kept": 1, "places": 1, "reading": 1, "locks": 1,
-    "marks": 1, "shapes": 1, "trial": 1,
+    "launch": 1, "processes": 1, "quantized": 1, "run": 1, "run_log": 1, "recipe": 1, "kept": 1, "places": 1, "reading": 1,
+    "locks": 1, "marks": 1, "shapes": 1, "trial": 1,
     "errors": 0, "lfs": 0, "terminal": 0, "digests": 0, "markdown": 0, "installed": 0, "__init__": 0,
 }  # fmt: skip
 WITHIN = {
@@ -31,6 +31,9 @@ WITHIN = {
     ("places", "locks"),
     ("run", "places"),
     ("run", "reading"),
+    ("run_log", "reading"),
+    ("run_log", "run"),
+    ("run_log", "shapes"),
     ("recipe", "reading"),
     ("run", "marks"),
     ("run", "shapes"),

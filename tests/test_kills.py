@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from corpus.kills import COMMON, CONFIGURATIONS, NAMED, Elapsed, Kill, Moment, Sequence, sequences
 from forked import Forks
 from nybble.places import writing
-from nybble.run import open_run, read_metrics
+from nybble.run import open_run
+from nybble.run_log import read_metrics
 
 ALL = sequences()
 

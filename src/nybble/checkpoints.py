@@ -25,7 +25,8 @@ from nybble.errors import ModelError, RunError
 from nybble.marks import COMPLETE, described, read_mark
 from nybble.model.weights import check_whole
 from nybble.reading import RESTORE, Shape, read_object
-from nybble.run import Run, lines_until, step_of, write_json, write_lines
+from nybble.run import Run, step_of, write_json, write_lines
+from nybble.run_log import lines_until
 
 WRITING = "WRITING"
 ASIDE, HIDDEN = "set-aside-", ".unfinished-"

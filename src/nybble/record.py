@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from nybble.markdown import code, escaped, fence, front_matter, storable
 from nybble.places import replacing
-from nybble.run import Run, read_metrics, write_text
+from nybble.run import Run, write_text
+from nybble.run_log import read_metrics
 
 SMOOTHING = 0.9  # of the drawn loss: each point keeps nine tenths of the line before it
 

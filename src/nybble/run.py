@@ -26,18 +26,18 @@ import pathlib
 import platform
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from nybble import __version__
 from nybble.digests import faults
-from nybble.errors import ModelError, NybbleError, RecipeError, RunError
+from nybble.errors import ModelError, RecipeError, RunError
 from nybble.marks import COMPLETE, check_adapter, described
 from nybble.places import check_disk, new_folder, refuse_busy, replacing
-from nybble.reading import RESTORE, read_lines, read_object
+from nybble.reading import RESTORE, read_object
 from nybble.recipe import PLACES, Recipe, absolute_paths, absolute_tree, dump_recipe, here, load_recipe
-from nybble.shapes import Evaluation, Line, Start, Summary
+from nybble.shapes import Evaluation, Start, Summary
 
 CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d*)")  # the name of one; checkpoint-best is somebody else's
 FILES = "files"  # in start.json: what tokenizer and template held when the run began
@@ -349,36 +349,6 @@ def append_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:
     """Add one line; a line cut off by a crash is dropped when the run is resumed."""
     with file.open("a", encoding="utf-8") as stream:
         stream.write(_as_json(value) + "\n")
-
-
-def read_metrics(run: Run) -> list[dict[str, Any]]:
-    """Every line of metrics.jsonl, but the last one where a crash cut it off.
-
-    Raises:
-        RunError: naming the first line that is damaged.
-    """
-    found = list(read_lines(run.metrics, RunError, Line))
-    if found and isinstance(found[-1], NybbleError):
-        found.pop()
-    return _whole(found)
-
-
-def lines_until(file: pathlib.Path, step: int) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl or samples.jsonl up to a step, as a resumed run goes on from it; -1 for none.
-
-    Raises:
-        RunError: naming the first line among them that is damaged; later ones do not matter.
-    """
-    found = list(read_lines(file, RunError, Line))
-    early = [place for place, line in enumerate(found) if isinstance(line, dict) and line["step"] <= step]
-    return [line for line in _whole(found[: max(early, default=-1) + 1]) if line["step"] <= step]
-
-
-def _whole(lines: Sequence[dict[str, Any] | NybbleError]) -> list[dict[str, Any]]:
-    for line in lines:
-        if isinstance(line, NybbleError):
-            raise line
-    return [line for line in lines if isinstance(line, dict)]
 
 
 def _with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from nybble.evaluate.evaluation import Asked, evaluate
 from nybble.inference.pipeline import Answerer, Sampling, load_answerer
 from nybble.places import check_places, default_cache
 from nybble.recipe import load_recipe
-from nybble.run import Run, read_metrics, refuse_existing, write_text
+from nybble.run import Run, refuse_existing, write_text
+from nybble.run_log import read_metrics
 from nybble.terminal import tell
 from nybble.training.train import train
 

@@ -33,7 +33,8 @@ from nybble.model.adapter_config import CONFIG
 from nybble.model.adapter_files import weights_file
 from nybble.places import check_cache, check_report, default_cache, explained_disk, writing
 from nybble.recipe import dump_recipe
-from nybble.run import Run, read_metrics, versions, write_json
+from nybble.run import Run, versions, write_json
+from nybble.run_log import read_metrics
 from nybble.terminal import tell
 
 WHO = ("base", "tuned")
