@@ -54,6 +54,8 @@ def read_parquet(file: pathlib.Path, limit: int) -> Iterator[Item]:
                     fix="give each column a different name",
                 )
             for group in range(metadata.num_row_groups):
+                if not metadata.num_columns:  # there is nothing to read, and Arrow 22 ends the process over it
+                    continue
                 _look_at_columns(readers[False], group)
                 way = _way(metadata.row_group(group), stream, limit, f"{file}:row {number + 1}")
                 batches = readers[way.by_reference].iter_batches(way.rows, row_groups=[group], use_threads=False)
