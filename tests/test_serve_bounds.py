@@ -31,6 +31,7 @@ from nybble.data.tokens import count_tokens, encode_prompt, encode_text
 from nybble.serve import connection, encoding, guard
 from nybble.serve import server as serve_server
 from nybble.serve.app import Limits
+from nybble.serve.batching import Batch
 from nybble.serve.encoding import Encoder, longest_token, pieces
 from nybble.serve.engine import Model
 from nybble.serve.fields import RequestError
@@ -413,6 +414,19 @@ def asking(server, results, name, route=CHAT, **body):
     return thread
 
 
+@pytest.fixture
+def slow_tokens(monkeypatch):
+    """A token takes 20 ms, so that answers last until all are at work, however busy the machine is."""
+    step = Batch.step
+
+    def slow(self, *args, **kwargs):
+        time.sleep(0.02)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Batch, "step", slow)
+
+
+@pytest.mark.usefixtures("slow_tokens")
 def test_a_second_signal_cuts_off_with_an_answer_and_leaves_no_trace_in_the_log(tuned_run, cache, tiny_llama, caplog):
     long = chat(model=tiny_llama.name, max_tokens=400, temperature=0)
     results: dict[str, tuple[int, str]] = {}
@@ -427,7 +441,9 @@ def test_a_second_signal_cuts_off_with_an_answer_and_leaves_no_trace_in_the_log(
         threads = [asking(server, results, name, routes.get(name, CHAT), **body) for name, body in answers.items()]
         with socket.create_connection(address(server), timeout=10) as sending:
             sending.sendall(head(Content_Type="application/json", Content_Length="1000") + b"\r\n{")
+            deadline = time.monotonic() + 15
             while server.metric("nybble_running") + server.metric("nybble_waiting") < 11:
+                assert time.monotonic() < deadline, results
                 time.sleep(0.02)
             server.server.handle_exit(signal.SIGINT, None)
             time.sleep(0.3)
