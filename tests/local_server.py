@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -93,3 +94,16 @@ def events(lines) -> list[dict]:
     said = [line.removeprefix("data: ") for line in lines if line]
     assert said[-1] == "[DONE]"
     return [json.loads(line) for line in said[:-1]]
+
+
+def wait_until_ready(url: str, process: subprocess.Popen) -> None:
+    """Wait until a server in a process of its own answers."""
+    end = time.monotonic() + 180
+    while True:
+        try:
+            if httpx.get(f"{url}/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            assert time.monotonic() < end
+            assert process.poll() is None
+            time.sleep(0.3)

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus.requests import CHAT, RESPONSES, ask, chat, head, plain, post, response
-from local_server import serving
+from local_server import serving, wait_until_ready
 from nybble.data import spans
 from nybble.data.formats import Message
 from nybble.data.template import choose_template
@@ -508,15 +508,8 @@ def test_the_program_ends_at_the_second_signal(number, status, tuned_run, tiny_l
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"COLUMNS": "100"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    url, end = f"http://127.0.0.1:{port}", time.monotonic() + 120
-    while True:
-        try:
-            if httpx.get(f"{url}/health").status_code == 200:
-                break
-        except httpx.TransportError:
-            assert time.monotonic() < end
-            assert process.poll() is None
-            time.sleep(0.3)
+    url = f"http://127.0.0.1:{port}"
+    wait_until_ready(url, process)
     body = chat(model=tiny_llama.name, max_tokens=400, n=16, temperature=0, stream=True)
     with httpx.stream("POST", url + CHAT, json=body, timeout=30) as answer:
         lines = answer.iter_lines()

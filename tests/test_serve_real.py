@@ -8,13 +8,13 @@ import subprocess
 import sys
 import time
 
-import httpx
 import openai
 import psutil
 import pytest
 import torch
 from bench.load import PROMPTS, load
 
+from local_server import wait_until_ready
 from nybble.model.adapter import attach_adapter
 from nybble.model.base import load_base
 from nybble.model.checkpoint import find_checkpoint
@@ -52,15 +52,7 @@ def server(adapter):
         stdout=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "100"},
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
-    end = time.monotonic() + 180
-    while True:
-        try:
-            if httpx.get(f"{url}/health").status_code == 200:
-                break
-        except httpx.TransportError:
-            assert time.monotonic() < end
-            assert process.poll() is None
-            time.sleep(0.5)
+    wait_until_ready(url, process)
     yield url, process
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
