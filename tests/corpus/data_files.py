@@ -164,10 +164,10 @@ def empty_folder(path: pathlib.Path) -> None:
 
 
 SPECIAL = [
-    special("a.jsonl", os.mkfifo, "this is a named pipe, not a file", "a.jsonl", title="pipe"),
-    special("a.parquet", os.mkfifo, "this is a named pipe", title="pipe-parquet"),
-    special("a.jsonl.gz", os.mkfifo, "this is a named pipe", title="pipe-packed"),
-    special("pipe", os.mkfifo, "this is a named pipe", title="pipe-without-an-ending"),
+    special("a.jsonl", os.mkfifo, "this is a pipe, not a file", "a.jsonl", title="pipe"),
+    special("a.parquet", os.mkfifo, "this is a pipe", title="pipe-parquet"),
+    special("a.jsonl.gz", os.mkfifo, "this is a pipe", title="pipe-packed"),
+    special("pipe", os.mkfifo, "this is a pipe", title="pipe-without-an-ending"),
     special("a.jsonl", bound, "this is a socket, not a file", title="socket"),
     special("a.jsonl", linked("/dev/zero"), "this is a device, not a file", title="zeros"),
     special("a.txt", linked("/dev/random"), "this is a device", title="random"),
@@ -179,7 +179,7 @@ SPECIAL = [
     special("a.parquet", linked("/proc/self/mem"), "the file cannot be read: input/output error", title="unreadable-parquet"),
     special("a.txt", linked("/proc/self/status"), "rows 1: 1 text", status=0, title="size-0-but-content"),
     special("a.jsonl", empty_folder, "contains no file that nybble reads", title="empty-folder"),
-    special("a.jsonl", folder_with(os.mkfifo), "this is a named pipe", "b.jsonl", title="folder-with-a-pipe"),
+    special("a.jsonl", folder_with(os.mkfifo), "this is a pipe", "b.jsonl", title="folder-with-a-pipe"),
     special("a", folder_with(bound), "this is a socket", "b.jsonl", title="folder-with-a-socket"),
     special("a", folder_with(linked("gone")), "a link to gone, which does not exist", "b.jsonl",
             title="folder-with-a-broken-link"),

@@ -34,7 +34,7 @@ def main() -> None:
     except NybbleError as error:
         _complain(str(error))
         sys.exit(error.exit_code)
-    except BaseException as error:  # the only place where everything is caught: whatever comes, one message
+    except BaseException as error:  # the last line of defence: whatever comes, one message
         if not isinstance(error, Exception) and not is_panic(error):
             raise
         _complain(report(error, sys.argv[1:]))

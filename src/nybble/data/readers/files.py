@@ -15,6 +15,7 @@ from nybble.data.readers.tables import read_csv
 from nybble.data.readers.text import beginning, document, is_packed, kind_of
 from nybble.errors import DataError
 from nybble.lfs import pointer_fault
+from nybble.reading import KINDS as SPECIAL_KINDS
 
 LOOKED_AT = 64  # bytes by which a stranger is told
 GZIP = b"\x1f\x8b"
@@ -38,9 +39,6 @@ ARCHIVES = {  # first bytes: what such a file is, and what to do
     b"\x93NUMPY": ("a NumPy array", "write its rows as JSON lines"),
     b"\x80\x04\x95": ("a pickle, which nybble does not load", "write its rows as JSON lines"),
 }
-SPECIAL = (
-    (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
-)  # fmt: skip
 LARGE_TEXT = (
     "a .txt file is one document: {} data.overlength=split trains on all of it; if there are several documents in it, "
     'write each as a line of a .jsonl file: {"text": "..."}'
@@ -91,13 +89,12 @@ def refuse_special(file: pathlib.Path) -> None:
         ) from error
     except OSError as error:
         raise _unreadable(file, error) from error
-    for is_one, name in SPECIAL:
-        if is_one(mode):
-            raise DataError(
-                f"this is {name}, not a file; data is read more than once",
-                where=str(file),
-                fix="write what it gives to a file first",
-            )
+    if (kind := SPECIAL_KINDS.get(stat.S_IFMT(mode))) is not None and not stat.S_ISDIR(mode):
+        raise DataError(
+            f"this is {kind}, not a file; data is read more than once",
+            where=str(file),
+            fix="write what it gives to a file first",
+        )
 
 
 def _unreadable(file: pathlib.Path, error: OSError) -> DataError:
