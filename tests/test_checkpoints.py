@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import io
 import json
 import os
@@ -176,7 +177,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed(cut, tmp_path):
     shutil.copytree(cut / "checkpoints" / "checkpoint-2", folder)
     files = sorted(file for file in folder.iterdir() if file.name != "COMPLETE")
     assert {file.name for file in files} == set(read_mark(folder)["files"])
-    chance, unseen = random.Random(11), 0
+    chance, unseen = random.Random(11), collections.Counter()
     for number in range(160):
         if number == 80:
             (folder / "COMPLETE").write_bytes(b"")
@@ -187,10 +188,10 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed(cut, tmp_path):
         file.write_bytes(spoilt)
         wrong = faults_of(folder)
         assert wrong or number >= 80, f"a flipped bit of {file.name}"
-        unseen += not wrong
+        unseen[file.name] += not wrong
         file.write_bytes(content)
         assert faults_of(folder) == []
-    assert unseen < 60
+    assert unseen["optimizer.pt"] + unseen["rng_state.pth"] < 8, "torch's files hold checksums of their parts"
 
 
 def test_a_stop_before_the_first_checkpoint_keeps_what_is_not_the_run_s(tiny_llama, rows, cache, tmp_path, monkeypatch):

@@ -401,13 +401,14 @@ def test_with_a_key_any_host_is_answered_that_is_one(keyed):
         assert ask(address(keyed), sent).status == status
 
 
-def asking(server, results, name, route=CHAT, **body):
-    """Ask in a thread of its own."""
+def asking(server, results, name, route=CHAT, chunks=None, **body):
+    """Ask in a thread of its own. `chunks` gets every piece of the answer as it comes."""
 
     def work():
-        with httpx.Client(timeout=30) as client:
-            answer = client.post(server.url + route, json=body)
-            results[name] = (answer.status_code, answer.text)
+        pieces = [] if chunks is None else chunks
+        with httpx.Client(timeout=30) as client, client.stream("POST", server.url + route, json=body) as answer:
+            pieces.extend(answer.iter_text())
+            results[name] = (answer.status_code, "".join(pieces))
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -438,7 +439,11 @@ def test_a_second_signal_cuts_off_with_an_answer_and_leaves_no_trace_in_the_log(
             "waiting": chat(max_tokens=400),
         }
         routes = {"response": RESPONSES}
-        threads = [asking(server, results, name, routes.get(name, CHAT), **body) for name, body in answers.items()]
+        chunks: dict[str, list[str]] = {name: [] for name in answers}
+        threads = [
+            asking(server, results, name, routes.get(name, CHAT), chunks[name], **body)
+            for name, body in answers.items()
+        ]
         with socket.create_connection(address(server), timeout=10) as sending:
             sending.sendall(head(Content_Type="application/json", Content_Length="1000") + b"\r\n{")
             deadline = time.monotonic() + 15
@@ -446,7 +451,9 @@ def test_a_second_signal_cuts_off_with_an_answer_and_leaves_no_trace_in_the_log(
                 assert time.monotonic() < deadline, results
                 time.sleep(0.02)
             server.server.handle_exit(signal.SIGINT, None)
-            time.sleep(0.3)
+            while "".join(chunks["stream"]).count("data: ") < 2:
+                assert time.monotonic() < deadline, results
+                time.sleep(0.02)
             assert not results
             began = time.perf_counter()
             server.server.handle_exit(signal.SIGINT, None)
