@@ -15,7 +15,7 @@ import sys
 from rich.console import Console
 
 from nybble.recipe import load_recipe
-from nybble.run_log import read_metrics
+from nybble.run.log import read_metrics
 from nybble.training.train import train
 
 

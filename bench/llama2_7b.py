@@ -23,7 +23,7 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nybble.recipe import load_recipe
-from nybble.run_log import read_metrics
+from nybble.run.log import read_metrics
 from nybble.training.train import train
 
 RECIPE = pathlib.Path(__file__).parents[1] / "recipes" / "llama2-7b-alpaca.yaml"

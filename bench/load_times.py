@@ -29,16 +29,16 @@ from unittest import mock
 import torch
 from bench.llama2_7b import prepare
 
-from nybble import digests
 from nybble.export.shards import Spec, write_shards
-from nybble.kept import Entry
+from nybble.files import digests
+from nybble.files.cache import Entry
 from nybble.model import bits
 from nybble.model.base import load_base
 from nybble.model.checkpoint import Checkpoint, find_checkpoint, fingerprint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.kept_base import find_kept
 from nybble.recipe import ModelOptions
-from nybble.run import versions
+from nybble.run.folder import versions
 
 ROUNDS = 3
 ROW = 1 << 20  # numbers in a row of the file's tensors, in bytes

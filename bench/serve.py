@@ -39,7 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from nybble.data.tokens import encode_text
 from nybble.inference.pipeline import Sampling, load_answerers
 from nybble.recipe import ModelOptions
-from nybble.run import open_run
+from nybble.run.folder import open_run
 from nybble.serve.app import Limits
 from nybble.serve.continuous import load_continuous
 from nybble.serve.engine import Engine

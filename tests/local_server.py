@@ -16,8 +16,8 @@ import httpx
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from nybble.marks import COMPLETE
-from nybble.run import Run, open_run
+from nybble.run.folder import Run, open_run
+from nybble.run.marks import COMPLETE
 from nybble.serve.app import Limits
 from nybble.serve.guard import Door
 from nybble.serve.metrics import Metrics

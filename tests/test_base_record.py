@@ -14,14 +14,14 @@ import torch
 from conftest import tuned, write_llama
 from corpus.caches import flipped, zeroed
 from corpus.cases import nybble
-from nybble import kept
 from nybble.errors import ModelError
+from nybble.files import cache as kept
 from nybble.inference.pipeline import load_answerer
 from nybble.model import bits
 from nybble.model.base import load_base
 from nybble.model.checkpoint import Checkpoint, find_checkpoint, fingerprint
 from nybble.recipe import ModelOptions
-from nybble.run import check_unchanged, open_run
+from nybble.run.folder import check_unchanged, open_run
 from test_train import interrupted, recipe_for
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from nybble.data.formats import Message
 from nybble.export.modelfile import write_modelfile
 from nybble.inference.chat import COMMANDS, answer_once, opening, talk
 from nybble.inference.pipeline import Sampling, load_answerer
-from nybble.run import open_run
+from nybble.run.folder import open_run
 from nybble.serve.bodies import model_entry
 from nybble.serve.engine import Model
 from test_train import recipe_for, train

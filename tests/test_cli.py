@@ -15,7 +15,7 @@ import pytest
 
 from conftest import ROOT
 from nybble.launch import WAITING
-from nybble.run_log import read_metrics
+from nybble.run.log import read_metrics
 from test_train import FAST, losses, open_run, recipe_for, train
 
 

@@ -22,7 +22,7 @@ from nybble.model.adapter_updates import updates_of
 from nybble.model.base import load_base
 from nybble.model.checkpoint import find_checkpoint
 from nybble.recipe import ModelOptions
-from nybble.run import open_run
+from nybble.run.folder import open_run
 
 IDS = torch.arange(3, 35).reshape(2, 16)
 

@@ -21,13 +21,13 @@ from datasets.arrow_writer import ArrowWriter
 from conftest import WORDS, small_tokenizer, tuned, write_llama
 from corpus.caches import CASES, MENDED, cut, entry, flipped, zeroed
 from corpus.cases import Case, nybble, sampled
-from nybble import kept
 from nybble.data.prepare import prepare
 from nybble.errors import PlaceError
 from nybble.evaluate.scores import Scored, Store
+from nybble.files import cache as kept
+from nybble.files.places import HALF
 from nybble.model.base import load_base
 from nybble.model.checkpoint import find_checkpoint, fingerprint
-from nybble.places import HALF
 from nybble.recipe import DataOptions, ModelOptions
 from test_places import read_only
 

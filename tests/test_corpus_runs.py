@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from corpus.cases import Outcome, held, nybble, sampled
 from corpus.runs import CASES, RunCase, exchanged
 from nybble.checkpoints import resumption
-from nybble.digests import describe
 from nybble.errors import NybbleError
-from nybble.run import Run, open_run
+from nybble.files.digests import describe
+from nybble.run.folder import Run, open_run
 from nybble.training.train import train
 from test_train import interrupted, recipe_for
 

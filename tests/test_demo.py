@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 from corpus.caches import flipped
-from nybble import kept
 from nybble.demo.embedded import embedded_model, unpack
 from nybble.demo.main import run_demo
-from nybble.digests import digest
 from nybble.errors import ModelError
+from nybble.files import cache as kept
+from nybble.files.digests import digest
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nybble.digests import describe, faults
+from nybble.files.digests import describe, faults
 
 
 def test_a_file_that_a_disk_cannot_read_is_a_fault_and_not_the_end_of_the_process(tmp_path):

@@ -23,8 +23,8 @@ from nybble.evaluate.perplexity import row_losses, text_windows
 from nybble.evaluate.texts import read_texts
 from nybble.model.tokenizer import load_tokenizer
 from nybble.recipe import TrackerOptions, load_recipe
-from nybble.run import Run, open_run
-from nybble.run_log import read_metrics
+from nybble.run.folder import Run, open_run
+from nybble.run.log import read_metrics
 from nybble.trackers import log_evaluation
 from nybble.training.train import train
 from test_cli import nybble

@@ -31,7 +31,7 @@ from nybble.model.base import load_config
 from nybble.model.checkpoint import find_checkpoint
 from nybble.model.tokenizer import load_tokenizer
 from nybble.recipe import load_recipe
-from nybble.run import Run, open_run
+from nybble.run.folder import Run, open_run
 from nybble.training.train import resume, train
 from test_cli import nybble
 

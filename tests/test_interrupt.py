@@ -18,9 +18,9 @@ from transformers import TrainerCallback
 
 import nybble.training.train as training
 from nybble.interrupt import Interruption, Stopped
-from nybble.marks import read_mark
-from nybble.run import open_run
-from nybble.run_log import read_metrics
+from nybble.run.folder import open_run
+from nybble.run.log import read_metrics
+from nybble.run.marks import read_mark
 from nybble.training.train import resume, train
 from test_train import FAST, read_metrics_but_time, recipe_for
 

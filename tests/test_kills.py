@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 
 from corpus.kills import COMMON, CONFIGURATIONS, NAMED, Elapsed, Kill, Moment, Sequence, sequences
 from forked import Forks
-from nybble.places import writing
-from nybble.run import open_run
-from nybble.run_log import read_metrics
+from nybble.files.places import writing
+from nybble.run.folder import open_run
+from nybble.run.log import read_metrics
 
 ALL = sequences()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nybble.lfs import pointer_fault
+from nybble.files.lfs import pointer_fault
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4ec71fd53e99766de38f24753b30c9e8\nsize 9976578928\n"
 

@@ -14,8 +14,8 @@ import time
 import pytest
 
 from nybble.errors import ExportError, RunError
-from nybble.locks import Holder, hold, holder, kernel
-from nybble.places import (
+from nybble.files.locks import Holder, hold, holder, kernel
+from nybble.files.places import (
     FORGOTTEN,
     HALF,
     LOCK,
@@ -26,12 +26,12 @@ from nybble.places import (
     replacing,
     writing,
 )
-from nybble.run import open_run, write_text
+from nybble.run.folder import open_run, write_text
 from test_places import as_somebody_without_a_home, read_only
 
 LOCKED = """
 import pathlib, sys
-from nybble.places import new_folder, writing
+from nybble.files.places import new_folder, writing
 what, place = sys.argv[1], pathlib.Path(sys.argv[2])
 with writing(place, "trained") if what == "run" else new_folder(place) as folder:
     if folder:
@@ -268,7 +268,7 @@ def test_a_pipe_in_a_locks_place_says_nothing_of_its_holder(tmp_path):
 
 FORKED = """
 import os, pathlib, sys, time
-from nybble.places import writing
+from nybble.files.places import writing
 with writing(pathlib.Path(sys.argv[1]), "trained"):
     if not os.fork():
         print(os.getpid(), flush=True)

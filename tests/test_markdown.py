@@ -19,7 +19,7 @@ from nybble.export.licence import Licence
 from nybble.markdown import code, escaped, fence, front_matter, storable
 from nybble.record import draw_loss
 from nybble.record import write_card as run_card
-from nybble.run import open_run
+from nybble.run.folder import open_run
 
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=alert(1)> | a ` b ``` c\n\n---\nlicense: evil\n---\n# heading\n"

@@ -34,7 +34,7 @@ from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.quantized import dequantise_where_room, linear4bits
 from nybble.recipe import LoraOptions, ModelOptions, load_recipe
-from nybble.run import open_run
+from nybble.run.folder import open_run
 
 CPU = torch.device("cpu")
 

@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import ROOT
 from local_server import serving
-from nybble.marks import COMPLETE
 from nybble.recipe import absolute_paths, load_recipe
-from nybble.run import Run, open_run, versions
+from nybble.run.folder import Run, open_run, versions
+from nybble.run.marks import COMPLETE
 from nybble.serve.pipeline import load_pipeline
 from nybble.training.train import train
 from test_train import adapter_of, interrupted, read_metrics_but_time

@@ -17,10 +17,10 @@ from nybble.data.template import BUILT_IN
 from nybble.errors import DataError, ModelError, RecipeError, RunError
 from nybble.evaluate.rows import rows_of, with_rows
 from nybble.inference.pipeline import Sampling, load_answerer
-from nybble.marks import COMPLETE
 from nybble.recipe import Recipe, absolute_paths, load_recipe
 from nybble.recipe.paths import absolute_tree, here
-from nybble.run import open_run
+from nybble.run.folder import open_run
+from nybble.run.marks import COMPLETE
 from nybble.training.train import resume, train
 from test_train import FAST, interrupted
 

@@ -29,8 +29,7 @@ from nybble.check import check
 from nybble.errors import ExportError, NybbleError, PlaceError, RunError
 from nybble.evaluate.scores import Scored, Store
 from nybble.export.export import Wanted, export
-from nybble.model.checkpoint import find_checkpoint, fingerprint
-from nybble.places import (
+from nybble.files.places import (
     check_cache,
     check_export,
     check_here,
@@ -41,7 +40,8 @@ from nybble.places import (
     no_empty_folders,
     replacing,
 )
-from nybble.run import create_run, open_run, refuse_existing, write_text
+from nybble.model.checkpoint import find_checkpoint, fingerprint
+from nybble.run.folder import create_run, open_run, refuse_existing, write_text
 from nybble.training.train import resume, train
 from test_train import recipe_for
 

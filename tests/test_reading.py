@@ -7,7 +7,7 @@ import os
 import pytest
 
 from nybble.errors import ModelError, NybbleError, RunError
-from nybble.reading import LARGEST, Shape, read_lines, read_object, read_text
+from nybble.files.reading import LARGEST, Shape, read_lines, read_object, read_text
 
 
 class Line(Shape):

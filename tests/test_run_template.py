@@ -19,7 +19,7 @@ from nybble.evaluate.rows import rows_of
 from nybble.export.export import Wanted, export
 from nybble.inference.pipeline import Sampling, load_answerer, load_template
 from nybble.model.tokenizer import load_tokenizer
-from nybble.run import open_run
+from nybble.run.folder import open_run
 from nybble.training.train import resume, train
 from test_train import interrupted, recipe_for
 

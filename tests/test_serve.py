@@ -26,7 +26,7 @@ from nybble.data.formats import Message
 from nybble.data.tokens import encode, encode_prompt
 from nybble.errors import RunError, ServeError
 from nybble.inference.pipeline import Sampling, load_answerer
-from nybble.run import open_run
+from nybble.run.folder import open_run
 from nybble.serve.app import Limits
 from nybble.serve.metrics import Metrics
 from nybble.serve.pipeline import cache_tokens, load_pipeline, run_names

@@ -20,7 +20,7 @@ from local_server import another_run, serving
 from nybble.data.formats import Message
 from nybble.data.tokens import encode_prompt
 from nybble.errors import RunError, ServeError
-from nybble.run import open_run
+from nybble.run.folder import open_run
 from nybble.serve.app import Limits
 from nybble.serve.continuous import load_continuous
 from nybble.serve.engine import Mailbox, Request
@@ -173,7 +173,7 @@ def test_vllm_takes_the_place_of_this_process(merged, tmp_path):
     program.write_text('#!/bin/sh\necho "$VLLM_API_KEY: $*"\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     script = (
-        "import sys; from nybble.run import open_run; from nybble.serve.vllm import become_vllm;"
+        "import sys; from nybble.run.folder import open_run; from nybble.serve.vllm import become_vllm;"
         "become_vllm([open_run(sys.argv[1])], '127.0.0.1', 8000, 'k3y')"
     )
     environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}

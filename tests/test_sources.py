@@ -23,7 +23,7 @@ from nybble.data.sources import find_sources, read_rows
 from nybble.data.stream import StreamedRows
 from nybble.errors import DataError, RecipeError
 from nybble.recipe import DataOptions, load_recipe
-from nybble.run_log import read_metrics
+from nybble.run.log import read_metrics
 from nybble.training.train import resume, train
 
 

@@ -22,7 +22,7 @@ from nybble.data.template import CONTROL_WORD, Template, choose_template
 from nybble.data.tokens import Tokens, encode, encode_begun, encode_prompt, encode_text
 from nybble.errors import DataError
 from nybble.model.tokenizer import load_tokenizer
-from nybble.run import write_json
+from nybble.run.folder import write_json
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

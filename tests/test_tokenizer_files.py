@@ -25,7 +25,7 @@ from nybble.model.checkpoint import find_checkpoint
 from nybble.model.patterns import check_patterns
 from nybble.model.tokenizer import load_tokenizer
 from nybble.model.tokenizer_trial import KNOWN, _expressions
-from nybble.run import open_run
+from nybble.run.folder import open_run
 
 ROW = (Message("user", "one two three four five"), Message("assistant", "six seven eight nine ten"))
 

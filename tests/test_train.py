@@ -40,8 +40,8 @@ from nybble.inference.samples import SampleAnswers
 from nybble.out_of_memory import leaner
 from nybble.quantized import linear4bits
 from nybble.recipe import Recipe, load_recipe
-from nybble.run import Run, open_run
-from nybble.run_log import read_metrics
+from nybble.run.folder import Run, open_run
+from nybble.run.log import read_metrics
 from nybble.trainer import Window
 from nybble.training.train import resume, train
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nybble.data.order import batches
 from nybble.plan.schedule import Schedule
 from nybble.recipe import load_recipe
-from nybble.run_log import read_metrics
+from nybble.run.log import read_metrics
 from nybble.trainer import training_arguments
 from nybble.training import train as training
 from nybble.training.train import train

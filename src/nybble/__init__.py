@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nybble.inference.pipeline import Answerer, Sampling
     from nybble.inference.pipeline import load_answerer as load
     from nybble.recipe import Recipe, load_recipe
-    from nybble.run import Run, open_run
+    from nybble.run.folder import Run, open_run
     from nybble.training.train import resume, train
 
 __version__ = "0.7.0"
@@ -41,13 +41,13 @@ _HOMES = {
     "Message": ("nybble.data.formats", "Message"),
     "NybbleError": ("nybble.errors", "NybbleError"),
     "Recipe": ("nybble.recipe", "Recipe"),
-    "Run": ("nybble.run", "Run"),
+    "Run": ("nybble.run.folder", "Run"),
     "Sampling": ("nybble.inference.pipeline", "Sampling"),
     "fuse": ("nybble.engine.fuse", "fuse"),
     "fusion": ("nybble.engine.fuse", "fusion"),
     "load": ("nybble.inference.pipeline", "load_answerer"),
     "load_recipe": ("nybble.recipe", "load_recipe"),
-    "open_run": ("nybble.run", "open_run"),
+    "open_run": ("nybble.run.folder", "open_run"),
     "resume": ("nybble.training.train", "resume"),
     "train": ("nybble.training.train", "train"),
     "unfuse": ("nybble.engine.fuse", "unfuse"),

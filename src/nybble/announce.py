@@ -14,7 +14,7 @@ from nybble.model.adapter_updates import targets_of, updates_of
 from nybble.model.base import Base, Footprint
 from nybble.plan.schedule import Schedule, steps_text
 from nybble.recipe import DataOptions
-from nybble.run import Run
+from nybble.run.folder import Run
 from nybble.terminal import tell
 
 

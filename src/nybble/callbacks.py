@@ -21,7 +21,7 @@ from nybble.launch import rank
 from nybble.model.adapter import check_gradients, check_saved
 from nybble.progress import SAMPLING, TRAINING, Work
 from nybble.quantized import assert_unpacked
-from nybble.run import Run, append_json
+from nybble.run.folder import Run, append_json
 from nybble.terminal import tell
 from nybble.trackers import log_samples
 from nybble.trainer import Window

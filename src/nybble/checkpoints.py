@@ -1,7 +1,7 @@
 """A run's checkpoints: written beside a mark, checked before they are trusted, and never removed where they may be the only copy.
 
 checkpoint-N/WRITING     from the beginning of its saving to its end: without COMPLETE, a kill cut it off, and it may be removed
-checkpoint-N/COMPLETE    from then on, with what every file of it held (`nybble.marks`)
+checkpoint-N/COMPLETE    from then on, with what every file of it held (`nybble.run.marks`)
 set-aside-checkpoint-N   one that was damaged or not marked when an older one was resumed from
 .unfinished-...          one that is being made or removed, for a moment
 """
@@ -20,13 +20,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nybble.digests import faults, unreadable
 from nybble.errors import ModelError, RunError
-from nybble.marks import COMPLETE, described, read_mark
+from nybble.files.digests import faults, unreadable
+from nybble.files.reading import RESTORE, Shape, read_object
 from nybble.model.weights import check_whole
-from nybble.reading import RESTORE, Shape, read_object
-from nybble.run import Run, step_of, write_json, write_lines
-from nybble.run_log import lines_until
+from nybble.run.folder import Run, step_of, write_json, write_lines
+from nybble.run.log import lines_until
+from nybble.run.marks import COMPLETE, described, read_mark
 
 WRITING = "WRITING"
 ASIDE, HIDDEN = "set-aside-", ".unfinished-"

@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.text import Text
 
 from nybble.errors import ModelError, PlaceError
+from nybble.files.places import ANOTHER_CACHE, check_cache, check_writable, default_cache, nearest
 from nybble.model import hub
 from nybble.model.checkpoint import find_checkpoint
-from nybble.places import ANOTHER_CACHE, check_cache, check_writable, default_cache, nearest
 from nybble.terminal import tell
 
 Verdict = Literal["ok", "warn", "fail"]

@@ -10,10 +10,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from nybble.files.places import replacing
 from nybble.markdown import code, escaped, fence, front_matter, storable
-from nybble.places import replacing
-from nybble.run import Run, write_text
-from nybble.run_log import read_metrics
+from nybble.run.folder import Run, write_text
+from nybble.run.log import read_metrics
 
 SMOOTHING = 0.9  # of the drawn loss: each point keeps nine tenths of the line before it
 

@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from nybble import __version__
 from nybble.errors import RecipeError
-from nybble.places import default_cache, lend_home
+from nybble.files.places import default_cache, lend_home
 
 
 class Program(TyperGroup):

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 from nybble import __version__
-from nybble.places import default_cache
+from nybble.files.places import default_cache
 
 STATUS = 70  # EX_SOFTWARE of sysexits.h: an internal software error
 

@@ -55,7 +55,7 @@ def check(
     recipe = data_recipe(words or [], config, own_options(context))
     refuse_missing(recipe)
     if recipe.model.path:
-        from nybble.places import check_cache
+        from nybble.files.places import check_cache
 
         check_cache(cache_folder(context))
     quiet()
@@ -154,8 +154,8 @@ def train(
 
 def _check_places(recipe: Recipe, resumed: pathlib.Path | None, cache: pathlib.Path) -> None:
     """Before torch is loaded, which takes seconds: a run that is there already or busy, places that cannot be written."""
-    from nybble.places import check_places, refuse_busy
-    from nybble.run import choose_folder, refuse_existing
+    from nybble.files.places import check_places, refuse_busy
+    from nybble.run.folder import choose_folder, refuse_existing
 
     folder = resumed or choose_folder(recipe)
     if resumed is None:
@@ -173,7 +173,7 @@ def demo(
     weights: Annotated[pathlib.Path | None, typer.Option(help="Only write the embedded model to this folder.")] = None,
 ) -> None:
     """Run the whole pipeline in minutes, offline, on a CPU: train a small model to turn orders into JSON."""
-    from nybble.places import check_places, check_writable, explained_disk, no_empty_folders
+    from nybble.files.places import check_places, check_writable, explained_disk, no_empty_folders
 
     if weights is not None:
         check_writable(weights, "the model", "--weights FOLDER, in a writable place")
@@ -184,7 +184,7 @@ def demo(
             unpack(weights)
         typer.echo(f"SmolLM2-135M-Instruct was written to {weights}/; train it: nybble train {weights} DATA")
         return
-    from nybble.run import refuse_existing
+    from nybble.run.folder import refuse_existing
 
     cache = cache_folder(context)
     refuse_existing(out)

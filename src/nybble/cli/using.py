@@ -38,8 +38,8 @@ def chat(
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = None,
 ) -> None:
     """Talk to a run; it answers in the template it was trained with."""
-    from nybble.places import check_cache
-    from nybble.run import open_run
+    from nybble.files.places import check_cache
+    from nybble.run.folder import open_run
 
     opened, cache = open_run(run, base), cache_folder(context)
     check_cache(cache)
@@ -86,8 +86,8 @@ def evaluate(
     base: Annotated[str | None, typer.Option(help="New location of the base model, if it moved.")] = None,
 ) -> None:
     """Compare base and tuned model: benchmarks, held-out loss, answers. Writes RUN/report.html."""
-    from nybble.places import check_cache, check_report
-    from nybble.run import open_run
+    from nybble.files.places import check_cache, check_report
+    from nybble.run.folder import open_run
 
     opened, cache = open_run(run, base), cache_folder(context)
     check_report(opened.folder)
@@ -129,8 +129,8 @@ def export(
     base: Annotated[str | None, typer.Option(help="New location of the base model, if it moved.")] = None,
 ) -> None:
     """Export a model, verified to answer like the run. Writes RUN/export/TO."""
-    from nybble.places import check_cache, check_export
-    from nybble.run import open_run
+    from nybble.files.places import check_cache, check_export
+    from nybble.run.folder import open_run
 
     opened, cache = open_run(run, base), cache_folder(context)
     check_export(out or run / "export" / to)
@@ -178,8 +178,8 @@ def serve(
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers to the log.")] = False,
 ) -> None:
     """Serve runs on an OpenAI-compatible API, with a chat page: http://127.0.0.1:8000/."""
-    from nybble.places import check_cache
-    from nybble.run import open_run
+    from nybble.files.places import check_cache
+    from nybble.run.folder import open_run
 
     opened, cache = [open_run(run, base) for run in runs], cache_folder(context)
     check_cache(cache)

@@ -32,7 +32,7 @@ def train_recipe(
                 "--resume uses the run's own recipe and takes no other options",
                 fix=f"nybble train --resume {resume}",
             )
-        from nybble.run import open_run
+        from nybble.run.folder import open_run
 
         return open_run(resume).recipe
     more = [f"train.processes={processes}"] if processes is not None else []

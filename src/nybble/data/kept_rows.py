@@ -18,11 +18,11 @@ import xxhash
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
-from nybble import kept
 from nybble.data import faults
 from nybble.data.tokenise import Pass, Sample
 from nybble.errors import PlaceError
-from nybble.places import ANOTHER_CACHE
+from nybble.files import cache as kept
+from nybble.files.places import ANOTHER_CACHE
 
 TRIES = 4
 ROWS, FOUND = "tokens.arrow", "found.json"

@@ -11,9 +11,9 @@ from nybble.data.clock import reads_clock
 from nybble.data.formats import Rules
 from nybble.data.template import Template
 from nybble.errors import RunError
-from nybble.reading import RESTORE, read_object
-from nybble.run import write_json
-from nybble.shapes import Ended, KeptTemplate
+from nybble.files.reading import RESTORE, read_object
+from nybble.run.folder import write_json
+from nybble.run.records import Ended, KeptTemplate
 
 
 def save_template(template: Template, file: pathlib.Path) -> None:

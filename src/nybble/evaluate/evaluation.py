@@ -28,13 +28,13 @@ from nybble.evaluate.rows import rows_of
 from nybble.evaluate.scores import Benchmarks, MissingRowsError, Scored, Store
 from nybble.evaluate.tell import progress_bar
 from nybble.evaluate.texts import Text, read_texts
+from nybble.files.places import check_cache, check_report, default_cache, explained_disk, writing
 from nybble.inference.pipeline import Answerer, load_answerer
 from nybble.model.adapter_config import CONFIG
 from nybble.model.adapter_files import weights_file
-from nybble.places import check_cache, check_report, default_cache, explained_disk, writing
 from nybble.recipe import dump_recipe
-from nybble.run import Run, versions, write_json
-from nybble.run_log import read_metrics
+from nybble.run.folder import Run, versions, write_json
+from nybble.run.log import read_metrics
 from nybble.terminal import tell
 
 WHO = ("base", "tuned")

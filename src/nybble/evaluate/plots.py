@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from nybble.data.histogram import quantile
 from nybble.evaluate.wording import Entry, by_verdict, scale
-from nybble.places import replacing
+from nybble.files.places import replacing
 
 WIDE, NARROW = 8.6, 3.7  # inches of 100 pixels: what a page of 1280 and one of 400 pixels has room for
 DRAWN = 400  # points of a curve: a page has no more pixels to show them

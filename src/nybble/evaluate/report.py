@@ -16,7 +16,7 @@ from markupsafe import Markup
 from nybble.evaluate import plots, tables
 from nybble.evaluate.wording import NONE, UNDECIDED, duration, headline, number_text, undecided_text
 from nybble.markdown import code, escaped, fence, storable
-from nybble.run import write_text
+from nybble.run.folder import write_text
 
 LONG, LONG_LINES = 700, 12  # characters and lines from which a text of a sample is folded
 TEASER = 240  # characters shown of a folded one

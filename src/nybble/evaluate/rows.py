@@ -15,7 +15,7 @@ from nybble.data.prepare import Prepared, prepare
 from nybble.data.sources import find_sources
 from nybble.errors import DataError, RecipeError
 from nybble.recipe import absolute_paths
-from nybble.run import Run
+from nybble.run.folder import Run
 
 
 def with_rows(run: Run, places: Sequence[str]) -> Run:

@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from nybble import kept
 from nybble.errors import EvaluationError
+from nybble.files import cache as kept
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from nybble.export.licence import HUB_ID, LLAMA2_POLICY, Licence
 from nybble.export.parity import Verdict
 from nybble.markdown import code, escaped, fence, front_matter, storable
 from nybble.recipe import dump_recipe
-from nybble.run import Run
+from nybble.run.folder import Run
 
 COLUMNS = ("", "base", "tuned", "difference, 95%", "verdict")
 HELD = {"nf4": "4-bit", "fp4": "4-bit", "int8": "8-bit", "none": "unquantised"}

@@ -30,9 +30,7 @@ from nybble.export.room import ELSEWHERE, needed, parameters_of
 from nybble.export.source import Source, merges_of, open_source
 from nybble.export.tell import tell_comparison, tell_verdicts
 from nybble.export.updates import read_updates
-from nybble.inference.pipeline import load_answerer
-from nybble.model.adapter import check_stored
-from nybble.places import (
+from nybble.files.places import (
     REPORT,
     check_cache,
     check_disk,
@@ -42,7 +40,9 @@ from nybble.places import (
     new_folder,
     no_empty_folders,
 )  # fmt: skip
-from nybble.run import Run, write_text
+from nybble.inference.pipeline import load_answerer
+from nybble.model.adapter import check_stored
+from nybble.run.folder import Run, write_text
 from nybble.terminal import tell as tell_line
 
 

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from nybble.errors import ExportError
 from nybble.export.formats import GET_QUANTIZER, K_QUANTS, OWN_QUANTS, QUANTIZER, Converter
 from nybble.export.room import needed, parameters_of
-from nybble.places import check_disk
+from nybble.files.places import check_disk
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from nybble.errors import ExportError
 from nybble.export.compare import Comparison
 from nybble.export.parity import Verdict
-from nybble.run import versions, write_json
+from nybble.run.folder import versions, write_json
 
 
 def write_report(

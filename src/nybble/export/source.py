@@ -16,7 +16,7 @@ from nybble.model.base import load_config
 from nybble.model.checkpoint import Checkpoint, find_base, fingerprint
 from nybble.model.device import DTYPES, choose_device, choose_dtype
 from nybble.model.kept_base import find_kept, kept_copy
-from nybble.run import Run, refuse_unfinished
+from nybble.run.folder import Run, refuse_unfinished
 
 
 @dataclass(frozen=True)

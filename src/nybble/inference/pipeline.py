@@ -24,6 +24,7 @@ from nybble.data.kept_template import read_template
 from nybble.data.template import Template, choose_template
 from nybble.data.tokens import check_ids, encode_prompt
 from nybble.errors import RunError
+from nybble.files.places import check_cache, default_cache, explained_disk
 from nybble.model.adapter import add_adapter, load_adapter
 from nybble.model.adapter_updates import Updates, updates_of
 from nybble.model.base import load_base
@@ -32,9 +33,8 @@ from nybble.model.checkpoint import find_base, fingerprint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.kept_base import hold
 from nybble.model.tokenizer import load_tokenizer, read_tokenizer
-from nybble.places import check_cache, default_cache, explained_disk
 from nybble.quantized import dequantise_where_room
-from nybble.run import Run, check_beginning, open_run, refuse_unfinished
+from nybble.run.folder import Run, check_beginning, open_run, refuse_unfinished
 
 logger = logging.getLogger(__name__)
 

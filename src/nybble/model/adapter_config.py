@@ -13,8 +13,8 @@ from typing import Any
 from peft import LoraConfig
 
 from nybble.errors import ModelError
+from nybble.files.reading import read_object
 from nybble.model.weights import LOADING_FAULTS, reason
-from nybble.reading import read_object
 
 CONFIG = "adapter_config.json"
 AGAIN = "copy the adapter again, or correct the field there"

@@ -20,8 +20,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from nybble import kept
 from nybble.errors import ModelError
+from nybble.files import cache as kept
 from nybble.model.bits import Bits, Trained, making_on
 from nybble.model.checkpoint import Checkpoint, fingerprint
 from nybble.model.kept_base import bits_of, find_kept, hold, keep, kept_copy

@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from nybble.errors import RunError
-from nybble.kept import DamagedError
+from nybble.files.cache import DamagedError
 from nybble.model.weights import some, weight_files
-from nybble.run import QUANTIZED, Run
+from nybble.run.folder import QUANTIZED, Run
 
 MADE = ("device", "dtype", "bitsandbytes", "torch")
 SMALL = 1 << 18  # bytes of a tensor that takes no thread

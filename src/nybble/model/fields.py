@@ -14,8 +14,8 @@ from typing import Any
 from transformers import GenerationConfig
 
 from nybble.errors import ModelError
+from nybble.files.reading import read_object
 from nybble.model.weights import LOADING_FAULTS, reason, some
-from nybble.reading import read_object
 
 MOST: Mapping[str, int] = {
     "hidden_size": 1 << 17,

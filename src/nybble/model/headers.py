@@ -15,7 +15,7 @@ from collections import Counter
 from typing import Any, TypeGuard
 
 from nybble.errors import ModelError
-from nybble.reading import json_fault, read_object
+from nybble.files.reading import json_fault, read_object
 
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,

@@ -10,8 +10,8 @@ import bitsandbytes
 import torch
 from transformers import PreTrainedModel
 
-from nybble import kept
 from nybble.errors import ModelError
+from nybble.files import cache as kept
 from nybble.model import bits
 from nybble.model.bits import Bits, Trained
 from nybble.model.weights import differs, weight_files

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from nybble.errors import ModelError
-from nybble.trial import answer, attempt
+from nybble.isolated import answer, attempt
 
 SECONDS = 5.0  # for all expressions of an adapter on all names of a model; an honest one takes 0.01
 MEMORY = 1_000_000_000

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import xxhash
 
-from nybble import kept
 from nybble.errors import ModelError
+from nybble.files import cache as kept
 
 VERSION = 2  # before, a note was the bare digest, believed by size and time of change
 CHUNK = 1 << 24  # bytes read at once

@@ -18,10 +18,10 @@ from bitsandbytes.utils import unpack_tensor_to_dict
 from transformers import PretrainedConfig
 
 from nybble.errors import ModelError
+from nybble.files.reading import read_object
 from nybble.model.headers import BITS, index_of, read_index, shown
 from nybble.model.hub import few
 from nybble.model.weights import FLOATS, WHOLE, by, open_tensors, shapes, skeleton, some, weight_files
-from nybble.reading import read_object
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BUFFER = "rotary_emb.inv_freq"  # old checkpoints hold what is computed now

@@ -10,9 +10,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nybble.errors import ModelError
+from nybble.files.reading import read_object
 from nybble.model.tokenizer_files import FILES, check_files, explained
 from nybble.model.weights import refuse_pointers
-from nybble.reading import read_object
 
 log = logging.getLogger("nybble")
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from nybble.errors import ModelError, is_panic
+from nybble.files.reading import read_object, read_text
 from nybble.model.tokenizer_trial import try_expressions
 from nybble.model.weights import LOADING_FAULTS, reason
-from nybble.reading import read_object, read_text
 
 OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "tokenizer.json")
 OTHERS = ("tokenizer.model", "merges.txt")

@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from nybble.errors import ModelError
-from nybble.lfs import pointer_fault
+from nybble.files.lfs import pointer_fault
+from nybble.files.reading import KINDS
 from nybble.model.headers import index_of, read_header, read_index
 from nybble.model.hub import few
-from nybble.reading import KINDS
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 """Weights in one file, in Transformers' order: the first is taken, or the index beside its place, before the second."""

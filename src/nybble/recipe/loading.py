@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from yaml.constructor import ConstructorError
 
 from nybble.errors import RecipeError
-from nybble.reading import brief, check_regular, read_text
+from nybble.files.reading import brief, check_regular, read_text
 from nybble.recipe.options import Recipe, option_names
 from nybble.recipe.values import Plain, example, kinds_of, read_section, read_word
 

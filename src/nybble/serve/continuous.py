@@ -19,13 +19,13 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from nybble.errors import ServeError
+from nybble.files.places import default_cache
 from nybble.inference.pipeline import load_template
 from nybble.model.base import load_base
 from nybble.model.checkpoint import find_checkpoint
 from nybble.model.device import choose_device, choose_dtype
-from nybble.places import default_cache
 from nybble.recipe import ModelOptions
-from nybble.run import Run
+from nybble.run.folder import Run
 from nybble.serve.engine import Answer, BusyError, GenerationError, Mailbox, Model, Request, Token
 from nybble.serve.metrics import Metrics
 from nybble.serve.pipeline import cache_tokens

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from nybble.errors import RunError
 from nybble.inference.pipeline import Answerer, load_answerers
-from nybble.run import Run
+from nybble.run.folder import Run
 from nybble.serve.batching import Batch, Batcher
 from nybble.serve.engine import Answer, Mailbox, Model, Request
 from nybble.serve.metrics import Metrics

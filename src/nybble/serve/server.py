@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from nybble.errors import ServeError
-from nybble.run import Run
+from nybble.run.folder import Run
 from nybble.serve.app import Limits, make_app
 from nybble.serve.connection import Connection
 from nybble.serve.continuous import load_continuous

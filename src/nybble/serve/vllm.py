@@ -13,7 +13,7 @@ from nybble.errors import ServeError
 from nybble.inference.pipeline import check_one_base
 from nybble.model.adapter import check_stored
 from nybble.model.adapter_config import read_adapter_config
-from nybble.run import Run, check_beginning
+from nybble.run.folder import Run, check_beginning
 from nybble.serve.guard import check_open_to
 from nybble.serve.pipeline import run_names
 

@@ -13,12 +13,12 @@ from peft import PeftModel
 
 from nybble.callbacks import Recorder, Spent
 from nybble.errors import TrainingError
-from nybble.marks import COMPLETE, described
+from nybble.files.places import new_folder
 from nybble.model.adapter import check_saved
 from nybble.model.adapter_updates import is_untrained, targets_of
-from nybble.places import new_folder
-from nybble.run import Run, versions, write_json
-from nybble.run_log import read_metrics
+from nybble.run.folder import Run, versions, write_json
+from nybble.run.log import read_metrics
+from nybble.run.marks import COMPLETE, described
 from nybble.training.preparation import Ready
 
 # What training adds to a run folder before its first checkpoint, and the end of it before the adapter.

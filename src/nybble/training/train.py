@@ -24,10 +24,10 @@ from nybble.errors import ModelError, RecipeError, RunError
 from nybble.evaluate.curve import TaskScores
 from nybble.evaluate.perplexity import TOKENS_AT_ONCE, bare, is_plain
 from nybble.evaluate.scores import Benchmarks
+from nybble.files.places import check_places, default_cache, explained_disk, no_empty_folders, writing
 from nybble.inference.samples import SampleAnswers
 from nybble.interrupt import Interruption
 from nybble.launch import rank
-from nybble.marks import check_adapter, read_mark
 from nybble.model.adapter import attach_adapter, check_stored, resume_adapter
 from nybble.model.base import load_base, load_config, measure
 from nybble.model.bits import Trained, trained_on
@@ -35,12 +35,11 @@ from nybble.model.checkpoint import Checkpoint, check_length, find_checkpoint, f
 from nybble.model.device import choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.out_of_memory import explained_memory
-from nybble.places import check_places, default_cache, explained_disk, no_empty_folders, writing
 from nybble.plan.schedule import plan_steps
 from nybble.progress import EVALUATING, SAMPLING, SCORING, Work
 from nybble.recipe import Recipe, absolute_paths
 from nybble.record import draw_loss, write_card
-from nybble.run import (
+from nybble.run.folder import (
     Run,
     check_beginning,
     check_room,
@@ -52,6 +51,7 @@ from nybble.run import (
     start_record,
     write_json,
 )
+from nybble.run.marks import check_adapter, read_mark
 from nybble.terminal import tell
 from nybble.trackers import end_tracker, start_tracker
 from nybble.trainer import QLoraTrainer, training_arguments

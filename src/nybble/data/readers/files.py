@@ -14,8 +14,8 @@ from nybble.data.readers.row import MAX_ROW, Item, Notice, Row, TooLargeError
 from nybble.data.readers.tables import read_csv
 from nybble.data.readers.text import beginning, document, is_packed, kind_of
 from nybble.errors import DataError
-from nybble.lfs import pointer_fault
-from nybble.reading import KINDS as SPECIAL_KINDS
+from nybble.files.lfs import pointer_fault
+from nybble.files.reading import KINDS as SPECIAL_KINDS
 
 LOOKED_AT = 64  # bytes by which a stranger is told
 GZIP = b"\x1f\x8b"

@@ -12,7 +12,7 @@ from nybble.data.readers.row import Item, row_of
 from nybble.data.readers.text import beginning, checked, lines
 from nybble.data.readers.wrapped import Outline, outline_of, read_wrapped
 from nybble.errors import DataError
-from nybble.reading import json_fault
+from nybble.files.reading import json_fault
 
 
 def read_json(file: pathlib.Path, limit: int) -> Iterator[Item]:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from nybble.data.readers.row import MAX_ROW, too_large
 from nybble.data.readers.text import CHUNK, as_utf8, pieces
 from nybble.errors import DataError
-from nybble.reading import json_fault
+from nybble.files.reading import json_fault
 
 LONGEST_NUMBER = 4300  # digits of an integer: more are read in quadratic time, so Python refuses them
 LONGEST_SIGN = 16  # characters: longer than -Infinity, half of a surrogate pair, or what follows a number's digits

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from nybble.errors import NybbleError, RunError
-from nybble.reading import read_lines
-from nybble.run import Run
-from nybble.shapes import Line
+from nybble.files.reading import read_lines
+from nybble.run.folder import Run
+from nybble.run.records import Line
 
 
 def read_metrics(run: Run) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from nybble.errors import ExportError, NybbleError, PlaceError, RunError
-from nybble.locks import hold, holder, of_the_dead, refuse_held
+from nybble.files.locks import hold, holder, of_the_dead, refuse_held
 
 ANOTHER_CACHE = "nybble --cache FOLDER COMMAND ..., or set XDG_CACHE_HOME to a writable folder"
 REPORT = "parity.json"  # in each export

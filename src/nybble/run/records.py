@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
-from nybble.reading import Shape
+from nybble.files.reading import Shape
 
 
 def _text(value: object) -> str:

@@ -31,13 +31,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from nybble import __version__
-from nybble.digests import faults
 from nybble.errors import ModelError, RecipeError, RunError
-from nybble.marks import COMPLETE, check_adapter, described
-from nybble.places import check_disk, new_folder, refuse_busy, replacing
-from nybble.reading import RESTORE, read_object
+from nybble.files.digests import faults
+from nybble.files.places import check_disk, new_folder, refuse_busy, replacing
+from nybble.files.reading import RESTORE, read_object
 from nybble.recipe import PLACES, Recipe, absolute_paths, absolute_tree, dump_recipe, here, load_recipe
-from nybble.shapes import Evaluation, Start, Summary
+from nybble.run.marks import COMPLETE, check_adapter, described
+from nybble.run.records import Evaluation, Start, Summary
 
 CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d*)")  # the name of one; checkpoint-best is somebody else's
 FILES = "files"  # in start.json: what tokenizer and template held when the run began

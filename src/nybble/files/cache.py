@@ -19,9 +19,9 @@ from typing import Any
 
 import xxhash
 
-from nybble import digests
 from nybble.errors import PlaceError
-from nybble.places import ANOTHER_CACHE, FORGOTTEN, HALF, is_forgotten, new_folder, replacing
+from nybble.files import digests
+from nybble.files.places import ANOTHER_CACHE, FORGOTTEN, HALF, is_forgotten, new_folder, replacing
 
 MANIFEST = "manifest.json"
 PLACES = 9  # names that an entry may have, where what stands under the first ones can be neither used nor moved

@@ -10,10 +10,10 @@ import shlex
 from collections.abc import Collection
 from typing import Any
 
-from nybble.digests import describe, faults
 from nybble.errors import RunError
-from nybble.reading import RESTORE, read_object
-from nybble.shapes import Mark
+from nybble.files.digests import describe, faults
+from nybble.files.reading import RESTORE, read_object
+from nybble.run.records import Mark
 
 COMPLETE = "COMPLETE"
 

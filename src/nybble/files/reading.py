@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nybble.errors import ModelError, NybbleError
-from nybble.lfs import pointer_fault
+from nybble.files.lfs import pointer_fault
 
 LARGEST = 64 << 20  # bytes: the index of a model of 400 billion parameters has 5 million
 AGAIN = "copy or download it again"
