@@ -14,7 +14,7 @@ import time
 import pytest
 
 from conftest import ROOT
-from nybble.launch import WAITING
+from nybble.distributed.launcher import WAITING
 from nybble.run.log import read_metrics
 from test_train import FAST, losses, open_run, recipe_for, train
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nybble.checkpoints import mark, rotate
+from nybble.distributed.launcher import rank
 from nybble.errors import TrainingError
-from nybble.launch import rank
 from nybble.model.adapter import check_gradients, check_saved
 from nybble.progress import SAMPLING, TRAINING, Work
 from nybble.quantized import assert_unpacked

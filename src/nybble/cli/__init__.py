@@ -13,9 +13,9 @@ from rich.console import Console
 from nybble.cli import training, using
 from nybble.cli.app import app
 from nybble.cli.defects import STATUS, report
+from nybble.distributed.launcher import rank, wait_without_spinning
 from nybble.errors import NybbleError, is_panic
 from nybble.files.places import check_here, explained_disk
-from nybble.launch import rank, wait_without_spinning
 from nybble.terminal import tell_error
 
 __all__ = ["main", "training", "using"]

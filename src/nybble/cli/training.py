@@ -12,8 +12,8 @@ from rich.console import Console
 from nybble.cli.app import Documented, app, asked_cache, cache_folder, quiet
 from nybble.cli.extras import make_converter, make_harness, make_preflight
 from nybble.cli.words import LOOSE, Config, complete_words, data_recipe, own_options, refuse_missing, train_recipe
+from nybble.distributed.launcher import rank, refuse_second_launcher, world_size
 from nybble.errors import RecipeError
-from nybble.launch import rank, refuse_second_launcher, world_size
 
 if TYPE_CHECKING:
     from nybble.recipe import Recipe
@@ -119,7 +119,7 @@ def train(
         refuse_missing(recipe)
     if recipe.train.processes > 1 and world_size() != recipe.train.processes:
         refuse_second_launcher(recipe.train.processes)
-        from nybble.processes import run_processes
+        from nybble.distributed.spawn import run_processes
 
         raise typer.Exit(run_processes(recipe.train.processes, sys.argv[1:]))
     quiet()

@@ -20,6 +20,7 @@ from nybble.callbacks import Guards, Recorder, Spent
 from nybble.checkpoints import Resumption, clear_the_way, remove_unfinished, resumption
 from nybble.data.batches import Collator
 from nybble.data.kept_template import save_template
+from nybble.distributed.launcher import rank
 from nybble.errors import ModelError, RecipeError, RunError
 from nybble.evaluate.curve import TaskScores
 from nybble.evaluate.perplexity import TOKENS_AT_ONCE, bare, is_plain
@@ -27,7 +28,6 @@ from nybble.evaluate.scores import Benchmarks
 from nybble.files.places import check_places, default_cache, explained_disk, no_empty_folders, writing
 from nybble.inference.samples import SampleAnswers
 from nybble.interrupt import Interruption
-from nybble.launch import rank
 from nybble.model.adapter import attach_adapter, check_stored, resume_adapter
 from nybble.model.base import load_base, load_config, measure
 from nybble.model.bits import Trained, trained_on
