@@ -17,8 +17,9 @@ import bitsandbytes.functional as bitsandbytes
 import torch
 from triton.testing import do_bench
 
-from nybble.engine import kernels, reference
-from nybble.engine.reference import LowRank, Nested
+from nybble.kernels import reference
+from nybble.kernels import triton as kernels
+from nybble.kernels.reference import LowRank, Nested
 
 HIDDEN, WIDTH, HEADS, SIZE, VOCABULARY, RANK = 4096, 11008, 32, 128, 32000, 16
 

@@ -36,7 +36,7 @@ def main() -> None:
     """One line a kernel and card."""
     for capability, half in ((75, "*fp16"), (80, "*bf16"), (90, "*bf16")):
         for file, name, constants, types in KERNELS:
-            kernel = getattr(importlib.import_module(f"nybble.engine.kernels.{file}"), name)
+            kernel = getattr(importlib.import_module(f"nybble.kernels.triton.{file}"), name)
             kinds = {**POINTERS, **types}
             signature = {
                 word: "constexpr" if word in constants else kinds.get(word, "i32").replace("half", half)

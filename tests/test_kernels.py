@@ -14,8 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nybble.engine import kernels, ops, reference
-from nybble.engine.reference import LowRank, Nested
+from nybble.kernels import operations as ops
+from nybble.kernels import reference
+from nybble.kernels import triton as kernels
+from nybble.kernels.reference import LowRank, Nested
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter truncates where a GPU rounds to bfloat16 (triton 3.9, runtime/interpreter.py cast_impl).

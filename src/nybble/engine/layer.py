@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from nybble.engine import ops
 from nybble.engine.attention import Backend, Saved, Segments
 from nybble.engine.host import Handle, HostStore
 from nybble.engine.linear import ranks_forward
-from nybble.engine.ops import Operations
 from nybble.engine.projections import Group
 from nybble.engine.workspace import Matrix, Workspace
+from nybble.kernels import operations as ops
+from nybble.kernels.operations import Operations
 from nybble.plan.activations import LayerShape, tile
 
 GROUPS = ("qkv", "o", "gate_up", "down")

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from nybble.engine import graph, ops
+from nybble.engine import graph
+from nybble.kernels import operations as ops
 
 CHUNK = 1024  # rows: 65 MB of logits for Llama 2, and 2,048 rows are no faster (docs/benchmarks.md)
 MULTIPLE = 256

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from nybble.engine.ops import Operations
 from nybble.engine.projections import Group
-from nybble.engine.reference import LowRank
+from nybble.kernels.operations import Operations
+from nybble.kernels.reference import LowRank
 
 
 class Matrix:

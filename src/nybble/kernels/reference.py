@@ -1,6 +1,6 @@
 """Every fused operation in plain torch: the specification, the CPU's path and the oracle of the kernels' tests.
 
-The same names and signatures stand in `nybble.engine.kernels`. Shape suffixes: m rows (tokens), h hidden, n outputs,
+The same names and signatures stand in `nybble.kernels.triton`. Shape suffixes: m rows (tokens), h hidden, n outputs,
 k inputs, i intermediate, v vocabulary, d head size. "View" means rows may be further apart than they are long.
 Arithmetic is float32 whatever the tensors' type, rounded once at the end.
 """

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from nybble.engine.kernels.launch import Launcher, blocks_of
-from nybble.engine.reference import Nested
+from nybble.kernels.reference import Nested
+from nybble.kernels.triton.launch import Launcher, blocks_of
 
 BLOCKS = 64  # quantisation blocks a program; on an H200 64 and 128 read 3.3 TB/s, 16 only 2.6
 

@@ -6,10 +6,10 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 
-from nybble.engine import reference
+from nybble.kernels import reference
 
 try:
-    from nybble.engine import kernels
+    from nybble.kernels import triton as kernels
 
     MISSING = ""
 except ImportError as error:  # torch for CPUs brings no Triton, and needs none

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nybble.engine.kernels.launch import Launcher, power_of_two
+from nybble.kernels.triton.launch import Launcher, power_of_two
 
 
 @triton.jit

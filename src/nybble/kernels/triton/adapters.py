@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from nybble.engine.kernels.launch import Launcher, blocks_of, power_of_two
-from nybble.engine.reference import LowRank
+from nybble.kernels.reference import LowRank
+from nybble.kernels.triton.launch import Launcher, blocks_of, power_of_two
 
 ROWS, COLUMNS = 32, 512
 

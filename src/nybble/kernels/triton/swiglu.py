@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nybble.engine.kernels.launch import Launcher, blocks_of
+from nybble.kernels.triton.launch import Launcher, blocks_of
 
 BLOCK = 1024
 

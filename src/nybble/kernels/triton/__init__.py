@@ -1,15 +1,15 @@
-"""The fused operations in Triton; the same names and signatures as in `nybble.engine.reference`."""
+"""The fused operations in Triton; the same names and signatures as in `nybble.kernels.reference`."""
 
 from __future__ import annotations
 
 import torch
 
-from nybble.engine.kernels.adapters import pack_adapters
-from nybble.engine.kernels.cross_entropy import cross_entropy
-from nybble.engine.kernels.dequantize import dequantize
-from nybble.engine.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
-from nybble.engine.kernels.rope import rope, rope_backward
-from nybble.engine.kernels.swiglu import swiglu, swiglu_backward
+from nybble.kernels.triton.adapters import pack_adapters
+from nybble.kernels.triton.cross_entropy import cross_entropy
+from nybble.kernels.triton.dequantize import dequantize
+from nybble.kernels.triton.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
+from nybble.kernels.triton.rope import rope, rope_backward
+from nybble.kernels.triton.swiglu import swiglu, swiglu_backward
 
 __all__ = [
     "add_rms_norm",
