@@ -49,7 +49,7 @@ WORDS = [
     "horse",
 ]
 
-# bitsandbytes' packed CPU path trains wrongly and says nothing but this; see nybble.quantized.stay_unpacked.
+# bitsandbytes' packed CPU path trains wrongly and says nothing but this; see nybble.weights.on_cpu.stay_unpacked.
 PACKED = "gemv_4bit: an autograd kernel was not registered"
 
 

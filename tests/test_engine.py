@@ -21,7 +21,7 @@ from nybble.engine.loss import CHUNK, summed_cross_entropy
 from nybble.engine.passes import copy_rows
 from nybble.errors import EngineError
 from nybble.plan.activations import LADDER, LayerShape, kept_bytes, mix
-from nybble.quantized import stay_unpacked
+from nybble.weights.on_cpu import stay_unpacked
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POLICIES = list(reversed(LADDER))

@@ -25,8 +25,8 @@ from nybble.export.shards import Spec, Tensors, slices_of, write_shards
 from nybble.export.updates import read_updates
 from nybble.model.base import load_base
 from nybble.model.checkpoint import find_checkpoint
-from nybble.quantized import linear4bits
 from nybble.recipe import ModelOptions
+from nybble.weights.on_cpu import linear4bits
 
 CPU = torch.device("cpu")
 

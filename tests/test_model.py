@@ -32,9 +32,9 @@ from nybble.model.base import load_base, load_config, measure
 from nybble.model.checkpoint import check_length, find_checkpoint, fingerprint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
-from nybble.quantized import dequantise_where_room, linear4bits
 from nybble.recipe import LoraOptions, ModelOptions, load_recipe
 from nybble.run.folder import open_run
+from nybble.weights.on_cpu import dequantise_where_room, linear4bits
 
 CPU = torch.device("cpu")
 
@@ -602,7 +602,7 @@ def test_4_bit_layers_that_compute_in_another_type_stay(tiny_llama, tmp_path):
 def test_without_room_layers_stay_in_4_bits(tiny_llama, tmp_path, monkeypatch):
     model = base_of(tiny_llama, tmp_path).model
     memory = collections.namedtuple("Memory", "available")
-    monkeypatch.setattr("nybble.quantized.psutil.virtual_memory", lambda: memory(10_000))
+    monkeypatch.setattr("nybble.weights.on_cpu.psutil.virtual_memory", lambda: memory(10_000))
     assert not dequantise_where_room(model)
     assert list(linear4bits(model))
 

@@ -16,7 +16,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import nybble
 from conftest import ROOT, WORDS
-from nybble.quantized import stay_unpacked
+from nybble.weights.on_cpu import stay_unpacked
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 COMMON = {

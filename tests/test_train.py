@@ -38,12 +38,12 @@ from nybble.errors import (
 from nybble.inference.pipeline import Sampling, load_answerer
 from nybble.inference.samples import SampleAnswers
 from nybble.out_of_memory import leaner
-from nybble.quantized import linear4bits
 from nybble.recipe import Recipe, load_recipe
 from nybble.run.folder import Run, open_run
 from nybble.run.log import read_metrics
 from nybble.trainer import Window
 from nybble.training.train import resume, train
+from nybble.weights.on_cpu import linear4bits
 
 FAST = [
     "model.device=cpu",

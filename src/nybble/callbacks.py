@@ -20,11 +20,11 @@ from nybble.distributed.launcher import rank
 from nybble.errors import TrainingError
 from nybble.model.adapter import check_gradients, check_saved
 from nybble.progress import SAMPLING, TRAINING, Work
-from nybble.quantized import assert_unpacked
 from nybble.run.folder import Run, append_json
 from nybble.terminal import tell
 from nybble.trackers import log_samples
 from nybble.trainer import Window
+from nybble.weights.on_cpu import assert_unpacked
 
 Answers = Callable[[Callable[[int, int], None]], list[dict[str, Any]]]
 

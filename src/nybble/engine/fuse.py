@@ -20,7 +20,7 @@ from nybble.engine.layer import Shared
 from nybble.engine.reader import LayerReader
 from nybble.errors import EngineError
 from nybble.plan.activations import LADDER
-from nybble.quantized import stay_unpacked
+from nybble.weights.on_cpu import stay_unpacked
 
 
 def fuse(model: torch.nn.Module, policy: Policy = "auto", *, embedding: Literal["device", "host"] = "device") -> Any:

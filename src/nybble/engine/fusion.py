@@ -18,11 +18,11 @@ from nybble.engine.budget import Budget
 from nybble.engine.layer import Batch, Call, FusedLayer, Shared, slots
 from nybble.engine.padding import Padded
 from nybble.engine.passes import LayerFunction
-from nybble.engine.projections import Ineligible
 from nybble.engine.reader import LayerReader
 from nybble.engine.workspace import may_stand
 from nybble.errors import EngineError
 from nybble.plan.activations import LADDER
+from nybble.weights.projections import Ineligible
 
 Policy = Literal["auto", "keep-all", "drop-mlp", "drop-qkv", "layer-input", "host"]
 log = logging.getLogger("nybble")

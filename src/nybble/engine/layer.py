@@ -17,11 +17,11 @@ import torch
 from nybble.engine.attention import Backend, Saved, Segments
 from nybble.engine.host import Handle, HostStore
 from nybble.engine.linear import ranks_forward
-from nybble.engine.projections import Group
 from nybble.engine.workspace import Matrix, Workspace
 from nybble.kernels import operations as ops
 from nybble.kernels.operations import Operations
 from nybble.plan.activations import LayerShape, tile
+from nybble.weights.projections import Group
 
 GROUPS = ("qkv", "o", "gate_up", "down")
 # Several tiles go back and forth between groups, which then stand side by side; q-k-v is never needed beside gate-up.

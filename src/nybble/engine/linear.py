@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from nybble.engine.projections import Adapter, Group
 from nybble.engine.workspace import Matrix
 from nybble.kernels.operations import Operations
+from nybble.weights.projections import Adapter, Group
 
 
 def ranks_forward(x_mk: torch.Tensor, matrix: Matrix, group: Group, seed: int, out_mr: torch.Tensor) -> None:

@@ -8,8 +8,8 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from nybble.engine.layer import FusedLayer, Sizes
-from nybble.engine.projections import Ineligible, check_unhooked, read_group
-from nybble.engine.watch import Watched
+from nybble.weights.projections import Ineligible, check_unhooked, read_group
+from nybble.weights.watch import Watched
 
 REMEMBERED = 2  # states of a layer: DPO goes back and forth between the adapter and the base at every step
 

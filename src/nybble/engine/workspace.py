@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from nybble.engine.projections import Group
 from nybble.kernels.operations import Operations
 from nybble.kernels.reference import LowRank
+from nybble.weights.projections import Group
 
 
 class Matrix:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nybble.evaluate.scores import Benchmarks
-from nybble.quantized import dequantised_meanwhile
+from nybble.weights.on_cpu import dequantised_meanwhile
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from nybble.errors import ExportError
 from nybble.export.parity import PLAIN, Answer, Given, Reference, greedy, next_logits, own_stops
 from nybble.installed import module_command
 from nybble.model.base import weights_alone
-from nybble.quantized import stay_unpacked
+from nybble.weights.on_cpu import stay_unpacked
 
 LLAMA_CPP = "nybble.export.llama"
 """Run as a process of its own: a build of llama.cpp that does not suit the processor ends with a signal, not an exception."""

@@ -33,8 +33,8 @@ from nybble.model.checkpoint import find_base, fingerprint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.kept_base import hold
 from nybble.model.tokenizer import load_tokenizer, read_tokenizer
-from nybble.quantized import dequantise_where_room
 from nybble.run.folder import Run, check_beginning, open_run, refuse_unfinished
+from nybble.weights.on_cpu import dequantise_where_room
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nybble.quantized import dequantised_meanwhile
+from nybble.weights.on_cpu import dequantised_meanwhile
 
 NEW_TOKENS = 64  # enough to see style and whether an answer ends; each costs a forward pass
 SECONDS = 20.0  # that an answer may take: training waits for it

@@ -27,8 +27,8 @@ from nybble.model.checkpoint import Checkpoint, fingerprint
 from nybble.model.kept_base import bits_of, find_kept, hold, keep, kept_copy
 from nybble.model.soundness import check_files, check_loaded, check_report, check_tensors
 from nybble.model.weights import LOADING_FAULTS, reason, skeleton
-from nybble.quantized import stay_unpacked
 from nybble.recipe import ModelOptions
+from nybble.weights.on_cpu import stay_unpacked
 
 ADAPTER_CONFIG = "adapter_config.json"
 COPY, REBUILT = "the cached copy of the quantised base was", "is rebuilt"

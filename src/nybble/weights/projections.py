@@ -12,8 +12,8 @@ from peft.tuners.lora import Linear4bit as LoraLinear4bit
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 
-from nybble.engine.watch import Watched
 from nybble.kernels.reference import Nested
+from nybble.weights.watch import Watched
 
 ALIGNMENT = 8  # numbers: rows of the workspace begin at multiples of 16 bytes, as tensor cores want them
 

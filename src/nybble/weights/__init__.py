@@ -1,0 +1,1 @@
+"""Frozen weights and active adapters, read from bitsandbytes and PEFT."""
