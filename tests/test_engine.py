@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig, MistralForCausalLM
 
 from conftest import write_llama
-from nybble.engine.budget import Share
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.loss import CHUNK, summed_cross_entropy
+from nybble.engine.memory import Share
 from nybble.engine.passes import copy_rows
 from nybble.errors import EngineError
 from nybble.plan.activations import LADDER, LayerShape, kept_bytes, mix

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from conftest import write_llama
-from nybble.engine import budget
-from nybble.engine.budget import Budget
+from nybble.engine import memory as budget
 from nybble.engine.fuse import fuse, fusion, unfuse
+from nybble.engine.memory import Budget
 from nybble.plan.activations import KEEP_ALL, dequantised_bytes
 from test_engine import assert_same, batch_of, gradients, load
 

@@ -37,7 +37,7 @@ from nybble.errors import (
 )
 from nybble.inference.pipeline import Sampling, load_answerer
 from nybble.inference.samples import SampleAnswers
-from nybble.out_of_memory import leaner
+from nybble.plan.out_of_memory import leaner
 from nybble.recipe import Recipe, load_recipe
 from nybble.run.folder import Run, open_run
 from nybble.run.log import read_metrics

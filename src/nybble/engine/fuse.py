@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from nybble.engine.budget import Budget
 from nybble.engine.embedding import EmbeddingOnHost
 from nybble.engine.fusion import Fusion, Met, Policy, begin, forward, see_checkpointing
 from nybble.engine.layer import Shared
+from nybble.engine.memory import Budget
 from nybble.engine.reader import LayerReader
 from nybble.errors import EngineError
 from nybble.plan.activations import LADDER

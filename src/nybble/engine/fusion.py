@@ -14,8 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 
 from nybble.engine import attention
 from nybble.engine.batch import Layout, Unfit, layout_of, tokens_of
-from nybble.engine.budget import Budget
 from nybble.engine.layer import Batch, Call, FusedLayer, Shared, slots
+from nybble.engine.memory import Budget
 from nybble.engine.padding import Padded
 from nybble.engine.passes import LayerFunction
 from nybble.engine.reader import LayerReader

@@ -34,7 +34,7 @@ from nybble.model.bits import Trained, trained_on
 from nybble.model.checkpoint import Checkpoint, check_length, find_checkpoint, fingerprint
 from nybble.model.device import choose_dtype
 from nybble.model.tokenizer import load_tokenizer
-from nybble.out_of_memory import explained_memory
+from nybble.plan.out_of_memory import explained_memory
 from nybble.plan.schedule import plan_steps
 from nybble.progress import EVALUATING, SAMPLING, SCORING, Work
 from nybble.recipe import Recipe, absolute_paths
