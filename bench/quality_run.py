@@ -37,7 +37,7 @@ from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.plan.schedule import Schedule, plan_warmup
 from nybble.recipe import Recipe, load_recipe
-from nybble.trainer import QLoraTrainer, training_arguments
+from nybble.training.trainer import QLoraTrainer, training_arguments
 
 MEASURED_TOGETHER = 16  # rows: 2 GB of float32 logits and their logarithms with SmolLM2's vocabulary
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

@@ -54,7 +54,7 @@ from nybble.model.adapter import attach_adapter
 from nybble.model.device import grow_segments
 from nybble.plan.schedule import Schedule
 from nybble.recipe import load_recipe
-from nybble.trainer import QLoraTrainer, training_arguments
+from nybble.training.trainer import QLoraTrainer, training_arguments
 
 LAUNCHES = {
     "cudaLaunchKernel",

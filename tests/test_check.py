@@ -15,7 +15,6 @@ from rich.console import Console
 from transformers import AutoConfig
 
 from conftest import SHARED
-from nybble.announce import tell_data
 from nybble.check import check
 from nybble.cli.words import data_recipe
 from nybble.data import histogram
@@ -26,6 +25,7 @@ from nybble.data.sources import find_sources
 from nybble.errors import DataError
 from nybble.plan.speed import BURSTS, estimate, product_rates
 from nybble.recipe import DataOptions, load_recipe
+from nybble.training.announce import tell_data
 
 
 def looked(data, model, *words: str, **more) -> tuple[bool, str]:

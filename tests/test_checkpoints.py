@@ -15,14 +15,14 @@ import torch
 from rich.console import Console
 
 import nybble.training.train as training
-from nybble.checkpoints import begin, clear_the_way, faults_of, mark, remove_unfinished, resumption, rotate
 from nybble.errors import RunError
 from nybble.files.digests import describe
 from nybble.recipe import Recipe
 from nybble.run.folder import Run, open_run
 from nybble.run.marks import check_adapter, read_mark
-from nybble.trainer import QLoraTrainer
+from nybble.training.checkpoints import begin, clear_the_way, faults_of, mark, remove_unfinished, resumption, rotate
 from nybble.training.train import resume, train
+from nybble.training.trainer import QLoraTrainer
 from test_train import Interrupt, adapter_of, interrupted, read_metrics_but_time, recipe_for
 
 WORDS = [

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from corpus.cases import Outcome, held, nybble, sampled
 from corpus.runs import CASES, RunCase, exchanged
-from nybble.checkpoints import resumption
 from nybble.errors import NybbleError
 from nybble.files.digests import describe
 from nybble.run.folder import Run, open_run
+from nybble.training.checkpoints import resumption
 from nybble.training.train import train
 from test_train import interrupted, recipe_for
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from conftest import write_llama
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.errors import EngineError
-from nybble.trainer import _without_walks
+from nybble.training.trainer import _without_walks
 from test_engine import DEVICE, assert_same, batch_of, gradients, load
 
 

@@ -25,7 +25,7 @@ from nybble.model.tokenizer import load_tokenizer
 from nybble.recipe import TrackerOptions, load_recipe
 from nybble.run.folder import Run, open_run
 from nybble.run.log import read_metrics
-from nybble.trackers import log_evaluation
+from nybble.training.trackers import log_evaluation
 from nybble.training.train import train
 from test_cli import nybble
 
@@ -174,7 +174,7 @@ def test_benchmarks_become_curves_while_training_goes_on_and_change_nothing(
 
 def test_the_numbers_go_to_wandb_too(run, results, monkeypatch):
     logged = []
-    monkeypatch.setattr("nybble.trackers.wandb_key_present", lambda: False)
+    monkeypatch.setattr("nybble.training.trackers.wandb_key_present", lambda: False)
     monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log", lambda self, numbers, **_: logged.append(numbers))
     notice = log_evaluation(TrackerOptions(to="wandb"), run.folder, results)
     assert "wandb sync" in notice

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import nybble.training.train as training
-from nybble.interrupt import Interruption, Stopped
 from nybble.run.folder import open_run
 from nybble.run.log import read_metrics
 from nybble.run.marks import read_mark
+from nybble.training.interrupt import Interruption, Stopped
 from nybble.training.train import resume, train
 from test_train import FAST, read_metrics_but_time, recipe_for
 

@@ -17,9 +17,9 @@ from nybble.export.card import Subject
 from nybble.export.card import write_card as export_card
 from nybble.export.licence import Licence
 from nybble.markdown import code, escaped, fence, front_matter, storable
-from nybble.record import draw_loss
-from nybble.record import write_card as run_card
 from nybble.run.folder import open_run
+from nybble.training.card import draw_loss
+from nybble.training.card import write_card as run_card
 
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=alert(1)> | a ` b ``` c\n\n---\nlicense: evil\n---\n# heading\n"

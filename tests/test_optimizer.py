@@ -9,7 +9,7 @@ import pytest
 import torch
 from bitsandbytes.optim import AdamW8bit
 
-from nybble.optimizer import FlatAdamW8bit
+from nybble.training.optimizer import FlatAdamW8bit
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 SHAPES = [
@@ -23,7 +23,7 @@ SHAPES = [
 @pytest.fixture(params=[2**25, 7200], ids=["together", "two shares"], autouse=True)
 def shares(request, monkeypatch):
     """How many tensors the parameters become: the last is larger than the smaller limit."""
-    monkeypatch.setattr("nybble.optimizer.LARGEST", request.param)
+    monkeypatch.setattr("nybble.training.optimizer.LARGEST", request.param)
     return 1 if request.param == 2**25 else 2
 
 
@@ -109,7 +109,7 @@ def test_a_share_s_gradients_are_freed_before_the_next_is_gathered(shares, monke
         part.grad = part.detach().clone()
     own, alive, cat = [weakref.ref(part.grad) for part in parts], [], torch.cat
     monkeypatch.setattr(
-        "nybble.optimizer.torch.cat",
+        "nybble.training.optimizer.torch.cat",
         lambda found: alive.append(sum(gradient() is not None for gradient in own)) or cat(found),
     )
     optimizer.gather()

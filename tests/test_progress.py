@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from nybble.plan.schedule import Schedule, plan_warmup
-from nybble.progress import EVALUATING, SAMPLING, SAVING, SCORING, TRAINING, Work
+from nybble.training.progress import EVALUATING, SAMPLING, SAVING, SCORING, TRAINING, Work
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 50), st.integers(0, 40))
@@ -47,7 +47,7 @@ def test_a_warm_up_leaves_steps_to_learn_in(
 
 def test_the_time_left_counts_evaluations_samples_and_checkpoints(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("nybble.progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("nybble.training.progress.time.perf_counter", lambda: now[0])
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
     work = Work(console, Schedule(12, 4, 4, 0), frozenset({EVALUATING, SAMPLING}))
     work.begin(0)

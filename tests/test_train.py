@@ -41,8 +41,8 @@ from nybble.plan.out_of_memory import leaner
 from nybble.recipe import Recipe, load_recipe
 from nybble.run.folder import Run, open_run
 from nybble.run.log import read_metrics
-from nybble.trainer import Window
 from nybble.training.train import resume, train
+from nybble.training.trainer import Window
 from nybble.weights.on_cpu import linear4bits
 
 FAST = [
@@ -251,7 +251,7 @@ def test_a_fault_before_the_first_step_leaves_no_run(kind, tiny_llama, rows, cac
     if kind == "gpu" and torch.cuda.is_available():
         pytest.skip("there is one")
     if kind == "tracker":
-        monkeypatch.setattr("nybble.trackers.find_spec", lambda name: None)
+        monkeypatch.setattr("nybble.training.trackers.find_spec", lambda name: None)
     with pytest.raises(error) as caught:
         train(recipe_for(tiny_llama, rows, tmp_path / "runs" / "run", *words), console=quiet, cache=cache)
     print(caught.value)

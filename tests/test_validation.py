@@ -14,9 +14,9 @@ from nybble.data.order import batches
 from nybble.plan.schedule import Schedule
 from nybble.recipe import load_recipe
 from nybble.run.log import read_metrics
-from nybble.trainer import training_arguments
 from nybble.training import train as training
 from nybble.training.train import train
+from nybble.training.trainer import training_arguments
 
 
 def samples_in(batch) -> int:

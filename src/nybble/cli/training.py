@@ -123,7 +123,7 @@ def train(
 
         raise typer.Exit(run_processes(recipe.train.processes, sys.argv[1:]))
     quiet()
-    from nybble.interrupt import Stopped
+    from nybble.training.interrupt import Stopped
     from nybble.training.preparation import leave_processes
     from nybble.training.train import resume as go_on
     from nybble.training.train import train as begin

@@ -102,7 +102,7 @@ def evaluate(
     from nybble.evaluate.evaluation import evaluate as measure
     from nybble.evaluate.rows import with_rows
     from nybble.evaluate.tell import tell_results
-    from nybble.trackers import log_evaluation
+    from nybble.training.trackers import log_evaluation
 
     console = Console()
     opened = with_rows(opened, data) if data else opened

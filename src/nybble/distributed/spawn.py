@@ -51,7 +51,7 @@ def run_processes(count: int, words: Sequence[str]) -> int:
 
 
 class _Relay:
-    """Passes the first signal on to the processes, which end their step and save it, as long as that takes (`nybble.interrupt`);
+    """Passes the first signal on to the processes, which end their step and save it, as long as that takes (`nybble.training.interrupt`);
     at the second the launcher ends them."""
 
     def __init__(self) -> None:

@@ -5,7 +5,7 @@ RUN/start.json        fingerprints of recipe, data, base, its quantised bits and
                       written before the first step
 RUN/template.json     the chat template by name and text
 RUN/tokenizer/        tokenizer with that template
-RUN/checkpoints/      checkpoint-N, each whole once it holds a file COMPLETE (`nybble.checkpoints`)
+RUN/checkpoints/      checkpoint-N, each whole once it holds a file COMPLETE (`nybble.training.checkpoints`)
 RUN/metrics.jsonl     a line a step, and a line an evaluation
 RUN/samples.jsonl     answers to validation prompts at each evaluation
 RUN/adapter/          the PEFT adapter, with a COMPLETE of its own: its appearance means that training has ended
@@ -114,7 +114,7 @@ class Run:
         return sorted(found, key=step_of, reverse=True)
 
     def latest_checkpoint(self) -> pathlib.Path | None:
-        """The newest checkpoint that is marked as whole; whether it still is, `nybble.checkpoints` proves."""
+        """The newest checkpoint that is marked as whole; whether it still is, `nybble.training.checkpoints` proves."""
         return next((folder for folder in self.numbered() if (folder / COMPLETE).exists()), None)
 
 

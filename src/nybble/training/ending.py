@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from nybble.callbacks import Recorder, Spent
 from nybble.errors import TrainingError
 from nybble.files.places import new_folder
 from nybble.model.adapter import check_saved
@@ -19,6 +18,7 @@ from nybble.model.adapter_updates import is_untrained, targets_of
 from nybble.run.folder import Run, versions, write_json
 from nybble.run.log import read_metrics
 from nybble.run.marks import COMPLETE, described
+from nybble.training.callbacks import Recorder, Spent
 from nybble.training.preparation import Ready
 
 # What training adds to a run folder before its first checkpoint, and the end of it before the adapter.

@@ -14,7 +14,6 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from nybble.announce import tell_data, tell_engine
 from nybble.data.batches import Collator
 from nybble.data.kept_template import read_template
 from nybble.data.prepare import Prepared, prepare
@@ -26,6 +25,7 @@ from nybble.model.base import Base, Footprint
 from nybble.model.device import choose_device, grow_segments
 from nybble.plan.schedule import Schedule
 from nybble.recipe import Recipe
+from nybble.training.announce import tell_data, tell_engine
 
 
 @dataclass(frozen=True)

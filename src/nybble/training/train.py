@@ -15,9 +15,6 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PretrainedConfig, PreTrainedTokenizerBase, PrinterCallback
 
-from nybble.announce import tell_adapter, tell_base, tell_plan, tell_result
-from nybble.callbacks import Guards, Recorder, Spent
-from nybble.checkpoints import Resumption, clear_the_way, remove_unfinished, resumption
 from nybble.data.batches import Collator
 from nybble.data.kept_template import save_template
 from nybble.distributed.launcher import rank
@@ -27,7 +24,6 @@ from nybble.evaluate.perplexity import TOKENS_AT_ONCE, bare, is_plain
 from nybble.evaluate.scores import Benchmarks
 from nybble.files.places import check_places, default_cache, explained_disk, no_empty_folders, writing
 from nybble.inference.samples import SampleAnswers
-from nybble.interrupt import Interruption
 from nybble.model.adapter import attach_adapter, check_stored, resume_adapter
 from nybble.model.base import load_base, load_config, measure
 from nybble.model.bits import Trained, trained_on
@@ -36,9 +32,7 @@ from nybble.model.device import choose_dtype
 from nybble.model.tokenizer import load_tokenizer
 from nybble.plan.out_of_memory import explained_memory
 from nybble.plan.schedule import plan_steps
-from nybble.progress import EVALUATING, SAMPLING, SCORING, Work
 from nybble.recipe import Recipe, absolute_paths
-from nybble.record import draw_loss, write_card
 from nybble.run.folder import (
     Run,
     check_beginning,
@@ -53,9 +47,12 @@ from nybble.run.folder import (
 )
 from nybble.run.marks import check_adapter, read_mark
 from nybble.terminal import tell
-from nybble.trackers import end_tracker, start_tracker
-from nybble.trainer import QLoraTrainer, training_arguments
+from nybble.training.announce import tell_adapter, tell_base, tell_plan, tell_result
+from nybble.training.callbacks import Guards, Recorder, Spent
+from nybble.training.card import draw_loss, write_card
+from nybble.training.checkpoints import Resumption, clear_the_way, remove_unfinished, resumption
 from nybble.training.ending import foreign_files, made_by_now, refuse_untrained, save_adapter, summarise
+from nybble.training.interrupt import Interruption
 from nybble.training.preparation import (
     Ready,
     check_vocabulary,
@@ -63,6 +60,9 @@ from nybble.training.preparation import (
     join_processes,
     prepare_data,
 )
+from nybble.training.progress import EVALUATING, SAMPLING, SCORING, Work
+from nybble.training.trackers import end_tracker, start_tracker
+from nybble.training.trainer import QLoraTrainer, training_arguments
 
 
 def train(

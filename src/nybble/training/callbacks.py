@@ -15,15 +15,15 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from nybble.checkpoints import mark, rotate
 from nybble.distributed.launcher import rank
 from nybble.errors import TrainingError
 from nybble.model.adapter import check_gradients, check_saved
-from nybble.progress import SAMPLING, TRAINING, Work
 from nybble.run.folder import Run, append_json
 from nybble.terminal import tell
-from nybble.trackers import log_samples
-from nybble.trainer import Window
+from nybble.training.checkpoints import mark, rotate
+from nybble.training.progress import SAMPLING, TRAINING, Work
+from nybble.training.trackers import log_samples
+from nybble.training.trainer import Window
 from nybble.weights.on_cpu import assert_unpacked
 
 Answers = Callable[[Callable[[int, int], None]], list[dict[str, Any]]]

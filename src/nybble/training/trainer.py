@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from nybble.checkpoints import begin, check_best
 from nybble.data.order import Order, batches, lengths_of
 from nybble.evaluate.perplexity import summed_loss
-from nybble.optimizer import FlatAdamW8bit
 from nybble.plan.schedule import Schedule
-from nybble.progress import EVALUATING, SAVING, SCORING, TRAINING
 from nybble.recipe import Recipe
+from nybble.training.checkpoints import begin, check_best
+from nybble.training.optimizer import FlatAdamW8bit
+from nybble.training.progress import EVALUATING, SAVING, SCORING, TRAINING
 
 # Transformers 5.23 has another name for it, and warns of the old one.
 NAMES = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -74,7 +74,7 @@ def training_arguments(
         eval_on_start=has_validation,
         save_strategy="steps",
         save_steps=schedule.save_every,
-        save_total_limit=None,  # `nybble.checkpoints.rotate` takes its place: Trainer removes older ones before the new one is
+        save_total_limit=None,  # `nybble.training.checkpoints.rotate` takes its place: Trainer removes older ones before the new one is
         # proven, goes by the time of folders, which a copy changes, and takes checkpoint-1-of-mine for its own
         load_best_model_at_end=has_validation and train.keep_best,
         metric_for_best_model="eval_loss",
