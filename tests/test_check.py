@@ -15,7 +15,6 @@ from rich.console import Console
 from transformers import AutoConfig
 
 from conftest import SHARED
-from nybble.check import check
 from nybble.cli.words import data_recipe
 from nybble.data import histogram
 from nybble.data.licences import licences
@@ -24,6 +23,7 @@ from nybble.data.preview import preview
 from nybble.data.sources import find_sources
 from nybble.errors import DataError
 from nybble.plan.speed import BURSTS, estimate, product_rates
+from nybble.preflight.data_check import check
 from nybble.recipe import DataOptions, load_recipe
 from nybble.training.announce import tell_data
 

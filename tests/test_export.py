@@ -25,7 +25,7 @@ from nybble.export.compare import Comparison, Divergence
 from nybble.export.export import Wanted, export
 from nybble.export.gguf import Converter
 from nybble.export.licence import find_licence
-from nybble.export.preflight import Preflight
+from nybble.export.precheck import Preflight
 from nybble.inference.pipeline import Sampling, load_answerer
 from nybble.model.base import load_config
 from nybble.model.checkpoint import find_checkpoint

@@ -15,8 +15,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from conftest import SHARED, small_tokenizer, write_llama
-from nybble.check import describe
-from nybble.doctor import base_model
 from nybble.errors import DeviceError, ModelError
 from nybble.inference.pipeline import load_answerer
 from nybble.model.adapter import (
@@ -32,6 +30,8 @@ from nybble.model.base import load_base, load_config, measure
 from nybble.model.checkpoint import check_length, find_checkpoint, fingerprint
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer import load_tokenizer
+from nybble.preflight.data_check import describe
+from nybble.preflight.doctor import base_model
 from nybble.recipe import LoraOptions, ModelOptions, load_recipe
 from nybble.run.folder import open_run
 from nybble.weights.on_cpu import dequantise_where_room, linear4bits

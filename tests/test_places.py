@@ -24,8 +24,6 @@ from tokenizers import Tokenizer, models
 
 import nybble.export.export as exporting
 import nybble.training.train as training
-from nybble import doctor
-from nybble.check import check
 from nybble.errors import ExportError, NybbleError, PlaceError, RunError
 from nybble.evaluate.scores import Scored, Store
 from nybble.export.export import Wanted, export
@@ -41,6 +39,8 @@ from nybble.files.places import (
     replacing,
 )
 from nybble.model.checkpoint import find_checkpoint, fingerprint
+from nybble.preflight import doctor
+from nybble.preflight.data_check import check
 from nybble.run.folder import create_run, open_run, refuse_existing, write_text
 from nybble.training.train import resume, train
 from test_train import recipe_for

@@ -12,7 +12,7 @@ from nybble.installed import install_extra
 if TYPE_CHECKING:
     from nybble.evaluate.harness import Harness
     from nybble.export.gguf import Converter
-    from nybble.export.preflight import Preflight
+    from nybble.export.precheck import Preflight
 
 
 def make_harness(names: list[str], data: pathlib.Path | None, limit: int | None, batch: int | None = None) -> Harness:
@@ -48,6 +48,6 @@ def make_preflight(targets: Sequence[str]) -> Preflight:
     """What checks before training that export.to can work."""
     converter = make_converter() if "gguf" in targets else None
     from nybble.export.formats import QUANTS
-    from nybble.export.preflight import Preflight
+    from nybble.export.precheck import Preflight
 
     return Preflight(targets, QUANTS, converter)

@@ -37,7 +37,7 @@ def doctor(
 ) -> None:
     """Check this machine; each problem comes with its fix."""
     quiet()
-    from nybble.doctor import examine, exit_status, render
+    from nybble.preflight.doctor import examine, exit_status, render
 
     findings = examine(model, asked_cache(context))
     render(findings, Console())
@@ -59,7 +59,7 @@ def check(
 
         check_cache(cache_folder(context))
     quiet()
-    from nybble.check import check as look
+    from nybble.preflight.data_check import check as look
 
     if not look(recipe, Console(), picture=png, cache=asked_cache(context)):
         raise typer.Exit(1)
@@ -81,8 +81,8 @@ def preview(
             "MODEL is missing", fix="nybble data preview DATA MODEL; a folder with its tokenizer is enough"
         )
     quiet()
-    from nybble.check import describe
     from nybble.data.preview import preview as show
+    from nybble.preflight.data_check import describe
 
     show(recipe.data, describe(recipe)[0], count, Console(), ids=ids)
 

@@ -140,7 +140,7 @@ def export(
     converter = make_converter() if to == "gguf" else None
     from nybble.export.export import Wanted
     from nybble.export.export import export as make
-    from nybble.export.preflight import check_quants
+    from nybble.export.precheck import check_quants
 
     if to == "gguf":
         check_quants(quants)
