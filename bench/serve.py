@@ -36,8 +36,8 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from nybble.chat.answerer import Sampling, load_answerers
 from nybble.data.tokens import encode_text
-from nybble.inference.pipeline import Sampling, load_answerers
 from nybble.recipe import ModelOptions
 from nybble.run.folder import open_run
 from nybble.serve.app import Limits

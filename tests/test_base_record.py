@@ -14,9 +14,9 @@ import torch
 from conftest import tuned, write_llama
 from corpus.caches import flipped, zeroed
 from corpus.cases import nybble
+from nybble.chat.answerer import load_answerer
 from nybble.errors import ModelError
 from nybble.files import cache as kept
-from nybble.inference.pipeline import load_answerer
 from nybble.model import bits
 from nybble.model.base import load_base
 from nybble.model.checkpoint import Checkpoint, find_checkpoint, fingerprint

@@ -10,10 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 
 import nybble
+from nybble.chat.answerer import Sampling, load_answerer
+from nybble.chat.terminal import COMMANDS, answer_once, opening, talk
 from nybble.data.formats import Message
 from nybble.export.modelfile import write_modelfile
-from nybble.inference.chat import COMMANDS, answer_once, opening, talk
-from nybble.inference.pipeline import Sampling, load_answerer
 from nybble.run.folder import open_run
 from nybble.serve.bodies import model_entry
 from nybble.serve.engine import Model
@@ -60,7 +60,7 @@ def said(answerer, *lines, compare=False, system=None, tokens=4, asked=None):
 @pytest.fixture
 def given(monkeypatch):
     """Every conversation that is answered, and by whom, as the real function gets it."""
-    import nybble.inference.chat as chat
+    import nybble.chat.terminal as chat
 
     seen, real = [], chat._answer
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from nybble.chat.answerer import Sampling, load_answerer
 from nybble.data.template import choose_template
 from nybble.engine.loss import last_hidden
 from nybble.errors import ExportError, HubError, ModelError, PlaceError, RunError
@@ -26,7 +27,6 @@ from nybble.export.export import Wanted, export
 from nybble.export.gguf import Converter
 from nybble.export.licence import find_licence
 from nybble.export.precheck import Preflight
-from nybble.inference.pipeline import Sampling, load_answerer
 from nybble.model.base import load_config
 from nybble.model.checkpoint import find_checkpoint
 from nybble.model.tokenizer import load_tokenizer

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from conftest import SHARED, small_tokenizer, write_llama
+from nybble.chat.answerer import load_answerer
 from nybble.errors import DeviceError, ModelError
-from nybble.inference.pipeline import load_answerer
 from nybble.model.adapter import (
     add_adapter,
     attach_adapter,

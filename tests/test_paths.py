@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 import nybble.model.checkpoint as checkpoint
+from nybble.chat.answerer import Sampling, load_answerer
 from nybble.data.formats import Message
 from nybble.data.template import BUILT_IN
 from nybble.errors import DataError, ModelError, RecipeError, RunError
 from nybble.evaluate.rows import rows_of, with_rows
-from nybble.inference.pipeline import Sampling, load_answerer
 from nybble.preflight.data_check import check
 from nybble.recipe import Recipe, absolute_paths, load_recipe
 from nybble.recipe.paths import absolute_tree, here

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from conftest import small_tokenizer
+from nybble.chat.answerer import Sampling, load_answerer, load_template
 from nybble.data.formats import Message
 from nybble.data.prepare import prepare
 from nybble.data.tokens import encode_prompt
@@ -17,7 +18,6 @@ from nybble.errors import DataError, ModelError
 from nybble.evaluate.evaluation import Asked, evaluate
 from nybble.evaluate.rows import rows_of
 from nybble.export.export import Wanted, export
-from nybble.inference.pipeline import Sampling, load_answerer, load_template
 from nybble.model.tokenizer import load_tokenizer
 from nybble.run.folder import open_run
 from nybble.training.train import resume, train

@@ -20,12 +20,12 @@ from transformers import AutoTokenizer
 from typer.main import get_command
 
 from local_server import another_run, events, serving
+from nybble.chat.answerer import Sampling, load_answerer
 from nybble.cli import using
 from nybble.cli.app import app
 from nybble.data.formats import Message
 from nybble.data.tokens import encode, encode_prompt
 from nybble.errors import RunError, ServeError
-from nybble.inference.pipeline import Sampling, load_answerer
 from nybble.run.folder import open_run
 from nybble.serve.app import Limits
 from nybble.serve.metrics import Metrics

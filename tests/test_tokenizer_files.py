@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import SHARED
 from corpus.cases import nybble
+from nybble.chat.answerer import load_template
 from nybble.data.formats import Message
 from nybble.data.template import choose_template
 from nybble.data.tokens import EncodingError, encode, encode_prompt
 from nybble.errors import ModelError
-from nybble.inference.pipeline import load_template
 from nybble.model import patterns
 from nybble.model.adapter import load_adapter
 from nybble.model.base import load_config

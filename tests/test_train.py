@@ -18,9 +18,11 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-import nybble.inference.samples as samples
+import nybble.chat.samples as samples
 import nybble.training.preparation as preparation
 import nybble.training.train as training
+from nybble.chat.answerer import Sampling, load_answerer
+from nybble.chat.samples import SampleAnswers
 from nybble.data.batches import Collator
 from nybble.data.formats import Message
 from nybble.data.tokens import encode_prompt
@@ -35,8 +37,6 @@ from nybble.errors import (
     RunError,
     TrainingError,
 )
-from nybble.inference.pipeline import Sampling, load_answerer
-from nybble.inference.samples import SampleAnswers
 from nybble.plan.out_of_memory import leaner
 from nybble.recipe import Recipe, load_recipe
 from nybble.run.folder import Run, open_run

@@ -9,11 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nybble.chat.answerer import Answerer, Sampling
+    from nybble.chat.answerer import load_answerer as load
     from nybble.data.formats import Message
     from nybble.engine.fuse import fuse, fusion, unfuse
     from nybble.errors import NybbleError
-    from nybble.inference.pipeline import Answerer, Sampling
-    from nybble.inference.pipeline import load_answerer as load
     from nybble.recipe import Recipe, load_recipe
     from nybble.run.folder import Run, open_run
     from nybble.training.train import resume, train
@@ -37,15 +37,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Answerer": ("nybble.inference.pipeline", "Answerer"),
+    "Answerer": ("nybble.chat.answerer", "Answerer"),
     "Message": ("nybble.data.formats", "Message"),
     "NybbleError": ("nybble.errors", "NybbleError"),
     "Recipe": ("nybble.recipe", "Recipe"),
     "Run": ("nybble.run.folder", "Run"),
-    "Sampling": ("nybble.inference.pipeline", "Sampling"),
+    "Sampling": ("nybble.chat.answerer", "Sampling"),
     "fuse": ("nybble.engine.fuse", "fuse"),
     "fusion": ("nybble.engine.fuse", "fusion"),
-    "load": ("nybble.inference.pipeline", "load_answerer"),
+    "load": ("nybble.chat.answerer", "load_answerer"),
     "load_recipe": ("nybble.recipe", "load_recipe"),
     "open_run": ("nybble.run.folder", "open_run"),
     "resume": ("nybble.training.train", "resume"),

@@ -44,9 +44,9 @@ def chat(
     opened, cache = open_run(run, base), cache_folder(context)
     check_cache(cache)
     quiet()
+    from nybble.chat.answerer import Sampling, load_answerer
+    from nybble.chat.terminal import answer_once, opening, speakers, talk
     from nybble.data.formats import Message
-    from nybble.inference.chat import answer_once, opening, speakers, talk
-    from nybble.inference.pipeline import Sampling, load_answerer
 
     console = Console()
     with console.status("loading"):

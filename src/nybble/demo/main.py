@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from nybble.chat.answerer import Answerer, Sampling, load_answerer
 from nybble.demo.embedded import embedded_model
 from nybble.demo.orders import SYSTEM, Order, asked, exact_match, test_orders, train_orders
 from nybble.evaluate.evaluation import Asked, evaluate
 from nybble.files import cache as kept
 from nybble.files.places import check_places, default_cache
-from nybble.inference.pipeline import Answerer, Sampling, load_answerer
 from nybble.recipe import load_recipe
 from nybble.run.folder import Run, refuse_existing, write_text
 from nybble.run.log import read_metrics

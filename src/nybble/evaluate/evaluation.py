@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 
+from nybble.chat.answerer import Answerer, load_answerer
 from nybble.data.batches import PackedRows
 from nybble.data.order import lengths_of
 from nybble.errors import EvaluationError
@@ -29,7 +30,6 @@ from nybble.evaluate.scores import Benchmarks, MissingRowsError, Scored, Store
 from nybble.evaluate.tell import progress_bar
 from nybble.evaluate.texts import Text, read_texts
 from nybble.files.places import check_cache, check_report, default_cache, explained_disk, writing
-from nybble.inference.pipeline import Answerer, load_answerer
 from nybble.model.adapter_config import CONFIG
 from nybble.model.adapter_files import weights_file
 from nybble.recipe import dump_recipe

@@ -19,12 +19,12 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
+from nybble.chat.answerer import Answerer
 from nybble.data.batches import Collator, Sample, next_labels
 from nybble.data.order import batches
 from nybble.engine.loss import last_hidden
 from nybble.evaluate.perplexity import bare
 from nybble.export.merge import Merge
-from nybble.inference.pipeline import Answerer
 
 ROWS = 64  # validation rows that are compared
 TOKENS_AT_ONCE = 16_384  # of padded rows: each batch merges all weights anew

@@ -13,6 +13,7 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from nybble.chat.answerer import load_answerer
 from nybble.data.template import Template
 from nybble.evaluate.rows import rows_of
 from nybble.evaluate.tell import progress_bar
@@ -40,7 +41,6 @@ from nybble.files.places import (
     new_folder,
     no_empty_folders,
 )  # fmt: skip
-from nybble.inference.pipeline import load_answerer
 from nybble.model.adapter import check_stored
 from nybble.run.folder import Run, write_text
 from nybble.terminal import tell as tell_line

@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nybble.chat.answerer import Answerer
 from nybble.data.batches import Sample
 from nybble.data.formats import Conversation, Message
 from nybble.data.order import batches
@@ -25,7 +26,6 @@ from nybble.evaluate.generation import FIXED, held_out_prompts
 from nybble.evaluate.perplexity import bare
 from nybble.export.compare import compare, divergences
 from nybble.export.merge import Merge
-from nybble.inference.pipeline import Answerer
 
 NEW_TOKENS = 48  # of an answer: enough for most to end or to go astray
 TOKENS_AT_ONCE = 4096  # of padded prompts and answers: 2 GB of Llama 2 7B's keys and values, beside its weights

@@ -18,9 +18,9 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from nybble.chat.answerer import load_template
 from nybble.errors import ServeError
 from nybble.files.places import default_cache
-from nybble.inference.pipeline import load_template
 from nybble.model.base import load_base
 from nybble.model.checkpoint import find_checkpoint
 from nybble.model.device import choose_device, choose_dtype

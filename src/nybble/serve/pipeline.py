@@ -9,8 +9,8 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from nybble.chat.answerer import Answerer, load_answerers
 from nybble.errors import RunError
-from nybble.inference.pipeline import Answerer, load_answerers
 from nybble.run.folder import Run
 from nybble.serve.batching import Batch, Batcher
 from nybble.serve.engine import Answer, Mailbox, Model, Request

@@ -9,8 +9,8 @@ import os
 import shutil
 from collections.abc import Sequence
 
+from nybble.chat.answerer import check_one_base
 from nybble.errors import ServeError
-from nybble.inference.pipeline import check_one_base
 from nybble.model.adapter import check_stored
 from nybble.model.adapter_config import read_adapter_config
 from nybble.run.folder import Run, check_beginning

@@ -15,6 +15,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PretrainedConfig, PreTrainedTokenizerBase, PrinterCallback
 
+from nybble.chat.samples import SampleAnswers
 from nybble.data.batches import Collator
 from nybble.data.kept_template import save_template
 from nybble.distributed.launcher import rank
@@ -23,7 +24,6 @@ from nybble.evaluate.curve import TaskScores
 from nybble.evaluate.perplexity import TOKENS_AT_ONCE, bare, is_plain
 from nybble.evaluate.scores import Benchmarks
 from nybble.files.places import check_places, default_cache, explained_disk, no_empty_folders, writing
-from nybble.inference.samples import SampleAnswers
 from nybble.model.adapter import attach_adapter, check_stored, resume_adapter
 from nybble.model.base import load_base, load_config, measure
 from nybble.model.bits import Trained, trained_on

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.text import Text
 from transformers import TextStreamer
 
+from nybble.chat.answerer import Answerer, Completion, Sampling
 from nybble.data.formats import Conversation, Message
 from nybble.data.tokens import encode_prompt
 from nybble.errors import DataError
-from nybble.inference.pipeline import Answerer, Completion, Sampling
 from nybble.terminal import tell
 
 HELP = (
