@@ -22,7 +22,7 @@ from nybble.data.prepare import prepare
 from nybble.data.sources import find_sources, read_rows
 from nybble.data.tokens import Tokens
 from nybble.errors import DataError
-from nybble.evaluate.perplexity import summed_loss
+from nybble.objective.likelihood import summed_loss
 from nybble.recipe import DataOptions
 
 ROWS = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(3)]

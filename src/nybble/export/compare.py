@@ -23,8 +23,8 @@ from nybble.chat.answerer import Answerer
 from nybble.data.batches import Collator, Sample, next_labels
 from nybble.data.order import batches
 from nybble.engine.loss import last_hidden
-from nybble.evaluate.perplexity import bare
 from nybble.export.merge import Merge
+from nybble.objective.likelihood import bare
 
 ROWS = 64  # validation rows that are compared
 TOKENS_AT_ONCE = 16_384  # of padded rows: each batch merges all weights anew

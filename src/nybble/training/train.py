@@ -21,7 +21,6 @@ from nybble.data.kept_template import save_template
 from nybble.distributed.launcher import rank
 from nybble.errors import ModelError, RecipeError, RunError
 from nybble.evaluate.curve import TaskScores
-from nybble.evaluate.perplexity import TOKENS_AT_ONCE, bare, is_plain
 from nybble.evaluate.scores import Benchmarks
 from nybble.files.places import check_places, default_cache, explained_disk, no_empty_folders, writing
 from nybble.model.adapter import attach_adapter, check_stored, resume_adapter
@@ -30,6 +29,7 @@ from nybble.model.bits import Trained, trained_on
 from nybble.model.checkpoint import Checkpoint, check_length, find_checkpoint, fingerprint
 from nybble.model.device import choose_dtype
 from nybble.model.tokenizer import load_tokenizer
+from nybble.objective.likelihood import TOKENS_AT_ONCE, bare, is_plain
 from nybble.plan.out_of_memory import explained_memory
 from nybble.plan.schedule import plan_steps
 from nybble.recipe import Recipe, absolute_paths
