@@ -23,9 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nybble.cli.app import quiet
 from nybble.engine.fuse import fuse
-from nybble.model.adapter import attach_adapter
-from nybble.model.base import load_base
-from nybble.model.checkpoint import find_checkpoint
+from nybble.model.adapter.lora import attach_adapter
+from nybble.model.base.checkpoint import find_checkpoint
+from nybble.model.base.load import load_base
 from nybble.model.device import choose_dtype
 from nybble.recipe import LoraOptions, ModelOptions
 

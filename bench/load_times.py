@@ -32,11 +32,11 @@ from bench.llama2_7b import prepare
 from nybble.export.shards import Spec, write_shards
 from nybble.files import digests
 from nybble.files.cache import Entry
-from nybble.model import bits
-from nybble.model.base import load_base
-from nybble.model.checkpoint import Checkpoint, find_checkpoint, fingerprint
+from nybble.model.base import bits
+from nybble.model.base.cached import find_kept
+from nybble.model.base.checkpoint import Checkpoint, find_checkpoint, fingerprint
+from nybble.model.base.load import load_base
 from nybble.model.device import choose_device, choose_dtype
-from nybble.model.kept_base import find_kept
 from nybble.recipe import ModelOptions
 from nybble.run.folder import versions
 
@@ -90,7 +90,7 @@ def measure_model(folder: pathlib.Path, scratch: pathlib.Path) -> dict[str, obje
     facts = find_kept(entry).facts
 
     def without() -> object:
-        with mock.patch("nybble.model.base.find_kept", lambda place: Entry(place, facts)):
+        with mock.patch("nybble.model.base.load.find_kept", lambda place: Entry(place, facts)):
             return load()
 
     seconds(without)  # what is loaded and compiled the first time

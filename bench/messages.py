@@ -15,7 +15,7 @@ import time
 from nybble.data.formats import Message
 from nybble.data.template import choose_template
 from nybble.data.tokens import encode_prompt
-from nybble.model.tokenizer import load_tokenizer
+from nybble.model.tokenizer.load import load_tokenizer
 
 COUNTS = (511, 1023, 2047)
 ROUNDS = 5

@@ -74,7 +74,7 @@ from datasets.utils.logging import disable_progress_bar
 from nybble.errors import NybbleError
 from nybble.files.places import default_cache
 from nybble.model.device import grow_segments
-from nybble.model.tokenizer import load_tokenizer
+from nybble.model.tokenizer.load import load_tokenizer
 
 FIRST = {"full": range(-10, -6), "lora": range(-7, -3), "qlora": range(-7, -3), "qlora-qv": range(-7, -3)}
 """Steps of the ladder that are tried first: 1e-5 to 3e-4, and 3e-4 to 1e-2."""

@@ -30,11 +30,11 @@ from nybble.data.batches import Collator, Sample, next_labels
 from nybble.data.prepare import Prepared, prepare
 from nybble.engine.fuse import fuse, fusion
 from nybble.engine.loss import last_hidden
-from nybble.model.adapter import attach_adapter
-from nybble.model.base import load_base
-from nybble.model.checkpoint import find_checkpoint
+from nybble.model.adapter.lora import attach_adapter
+from nybble.model.base.checkpoint import find_checkpoint
+from nybble.model.base.load import load_base
 from nybble.model.device import choose_device, choose_dtype
-from nybble.model.tokenizer import load_tokenizer
+from nybble.model.tokenizer.load import load_tokenizer
 from nybble.plan.schedule import Schedule, plan_warmup
 from nybble.recipe import Recipe, load_recipe
 from nybble.training.trainer import QLoraTrainer, training_arguments

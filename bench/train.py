@@ -50,7 +50,7 @@ from nybble.data.batches import Collator
 from nybble.data.prepare import prepare as prepare_data
 from nybble.engine.fuse import fuse, fusion
 from nybble.errors import NybbleError
-from nybble.model.adapter import attach_adapter
+from nybble.model.adapter.lora import attach_adapter
 from nybble.model.device import grow_segments
 from nybble.plan.schedule import Schedule
 from nybble.recipe import load_recipe

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from conftest import small_tokenizer, write_llama
 from nybble.errors import ModelError
-from nybble.model.adapter import add_adapter, load_adapter, resume_adapter
-from nybble.model.adapter_updates import updates_of
-from nybble.model.base import load_base
-from nybble.model.checkpoint import find_checkpoint
+from nybble.model.adapter.lora import add_adapter, load_adapter, resume_adapter
+from nybble.model.adapter.updates import updates_of
+from nybble.model.base.checkpoint import find_checkpoint
+from nybble.model.base.load import load_base
 from nybble.recipe import ModelOptions
 
 IDS = torch.arange(3, 67).reshape(2, 32)

@@ -17,9 +17,9 @@ from corpus.cases import nybble
 from nybble.chat.answerer import load_answerer
 from nybble.errors import ModelError
 from nybble.files import cache as kept
-from nybble.model import bits
-from nybble.model.base import load_base
-from nybble.model.checkpoint import Checkpoint, find_checkpoint, fingerprint
+from nybble.model.base import bits
+from nybble.model.base.checkpoint import Checkpoint, find_checkpoint, fingerprint
+from nybble.model.base.load import load_base
 from nybble.recipe import ModelOptions
 from nybble.run.folder import check_unchanged, open_run
 from test_train import interrupted, recipe_for
@@ -76,7 +76,7 @@ def test_a_base_has_the_same_digest_however_it_was_come_by(tiny_llama, tmp_path,
     bases = [load_base(checkpoint, options, dtype, CPU, tmp_path) for _ in range(2)]
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(tmp_path)._replace(free=0)
-        patch.setattr("nybble.model.kept_base.shutil.disk_usage", lambda _: usage)
+        patch.setattr("nybble.model.base.cached.shutil.disk_usage", lambda _: usage)
         bases.append(load_base(checkpoint, options, dtype, CPU, tmp_path / "full"))
     if quantization == "none":
         assert [base.bits for base in bases] == [None] * 3, "its fingerprint says which bits these are"

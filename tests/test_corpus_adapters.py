@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from corpus.adapters import CASES, CONFIG, PICKLE, TENSORS
 from corpus.cases import Outcome, held, nybble, sampled
 from nybble.errors import NybbleError
-from nybble.model import patterns
-from nybble.model.adapter import add_adapter, load_adapter
-from nybble.model.adapter_updates import updates_of
-from nybble.model.base import load_base
-from nybble.model.checkpoint import find_checkpoint
+from nybble.model.adapter import patterns
+from nybble.model.adapter.lora import add_adapter, load_adapter
+from nybble.model.adapter.updates import updates_of
+from nybble.model.base.checkpoint import find_checkpoint
+from nybble.model.base.load import load_base
 from nybble.recipe import ModelOptions
 from nybble.run.folder import open_run
 

@@ -26,8 +26,8 @@ from nybble.errors import PlaceError
 from nybble.evaluate.scores import Scored, Store
 from nybble.files import cache as kept
 from nybble.files.places import HALF
-from nybble.model.base import load_base
-from nybble.model.checkpoint import find_checkpoint, fingerprint
+from nybble.model.base.checkpoint import find_checkpoint, fingerprint
+from nybble.model.base.load import load_base
 from nybble.recipe import DataOptions, ModelOptions
 from test_places import read_only
 

@@ -13,8 +13,8 @@ import torch
 from corpus.cases import Outcome, held, nybble, sampled
 from corpus.models import CASES, COMMANDS, ModelCase
 from nybble.errors import NybbleError
-from nybble.model.base import Base, load_base
-from nybble.model.checkpoint import find_checkpoint
+from nybble.model.base.checkpoint import find_checkpoint
+from nybble.model.base.load import Base, load_base
 from nybble.recipe import ModelOptions
 
 CPU = torch.device("cpu")

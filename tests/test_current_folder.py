@@ -46,8 +46,8 @@ def test_a_process_that_nybble_starts_takes_none(place, tmp_path, monkeypatch):
     for words in (
         module_command("nybble", "--version"),
         module_command("nybble", "train", "--help"),
-        module_command("nybble.model.patterns", "nonsense"),
-        module_command("nybble.model.tokenizer_trial", "nonsense"),
+        module_command("nybble.model.adapter.patterns", "nonsense"),
+        module_command("nybble.model.tokenizer.expressions", "nonsense"),
         module_command(loaders.LLAMA_CPP, "no-job"),
     ):
         assert words[1:3] == ["-P", "-m"]

@@ -27,9 +27,9 @@ from nybble.export.export import Wanted, export
 from nybble.export.gguf import Converter
 from nybble.export.licence import find_licence
 from nybble.export.precheck import Preflight
-from nybble.model.base import load_config
-from nybble.model.checkpoint import find_checkpoint
-from nybble.model.tokenizer import load_tokenizer
+from nybble.model.base.checkpoint import find_checkpoint
+from nybble.model.base.load import load_config
+from nybble.model.tokenizer.load import load_tokenizer
 from nybble.recipe import load_recipe
 from nybble.run.folder import Run, open_run
 from nybble.training.train import resume, train
@@ -347,7 +347,7 @@ def test_every_bad_input_is_a_clear_error_and_leaves_what_was_there(
 def test_a_run_with_one_base_says_so(peaky_llama, rows, cache, tmp_path, told):
     """A base that came quantised, and one that was never."""
     from conftest import small_tokenizer
-    from nybble.model.base import load_base
+    from nybble.model.base.load import load_base
     from nybble.recipe import ModelOptions
 
     folder = tmp_path / "quantised"

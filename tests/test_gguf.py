@@ -28,9 +28,9 @@ from nybble.export.merge import Merge, Model, Original
 from nybble.export.modelfile import go_template, write_modelfile
 from nybble.export.parity import Question, Reference
 from nybble.export.vocabulary import BYTE, CONTROL, UNKNOWN, read_vocabulary
-from nybble.model.base import load_config
-from nybble.model.checkpoint import find_checkpoint
-from nybble.model.tokenizer import load_tokenizer
+from nybble.model.base.checkpoint import find_checkpoint
+from nybble.model.base.load import load_config
+from nybble.model.tokenizer.load import load_tokenizer
 
 llama_cpp_here = pytest.mark.skipif(not has_llama_cpp(), reason="make llama-cpp builds it")
 TEXTS = [

@@ -15,7 +15,7 @@ import pytest
 
 from nybble.errors import ModelError
 from nybble.model import hub
-from nybble.model.checkpoint import DESCRIPTION
+from nybble.model.base.checkpoint import DESCRIPTION
 from standin_hub import Account, Repo, StandinHub, commit_of
 
 # Answers a list of [token, function, arguments] with [kind, text, fix] each.
@@ -47,7 +47,7 @@ STREAM_CLIENT = """
 import itertools, json, pathlib, sys
 from nybble.data.prepare import prepare
 from nybble.errors import DataError
-from nybble.model.tokenizer import load_tokenizer
+from nybble.model.tokenizer.load import load_tokenizer
 from nybble.recipe import DataOptions
 tokenizer, cache = load_tokenizer(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2])
 for path in ("org/chats", "org/parquet", {"org/chats": 3, "org/parquet": 1}, "org/broken"):

@@ -23,8 +23,8 @@ from nybble.export.compare import compare
 from nybble.export.merge import HEAD, Dequantised, Merge, Original
 from nybble.export.shards import Spec, Tensors, slices_of, write_shards
 from nybble.export.updates import read_updates
-from nybble.model.base import load_base
-from nybble.model.checkpoint import find_checkpoint
+from nybble.model.base.checkpoint import find_checkpoint
+from nybble.model.base.load import load_base
 from nybble.recipe import ModelOptions
 from nybble.weights.on_cpu import linear4bits
 

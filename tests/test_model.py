@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from conftest import SHARED, small_tokenizer, write_llama
 from nybble.chat.answerer import load_answerer
 from nybble.errors import DeviceError, ModelError
-from nybble.model.adapter import (
+from nybble.model.adapter.lora import (
     add_adapter,
     attach_adapter,
     check_gradients,
@@ -26,10 +26,10 @@ from nybble.model.adapter import (
     read_adapter_config,
     resume_adapter,
 )
-from nybble.model.base import load_base, load_config, measure
-from nybble.model.checkpoint import check_length, find_checkpoint, fingerprint
+from nybble.model.base.checkpoint import check_length, find_checkpoint, fingerprint
+from nybble.model.base.load import load_base, load_config, measure
 from nybble.model.device import choose_device, choose_dtype
-from nybble.model.tokenizer import load_tokenizer
+from nybble.model.tokenizer.load import load_tokenizer
 from nybble.preflight.data_check import describe
 from nybble.preflight.doctor import base_model
 from nybble.recipe import LoraOptions, ModelOptions, load_recipe

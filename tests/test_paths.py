@@ -10,7 +10,7 @@ import shutil
 import pytest
 import yaml
 
-import nybble.model.checkpoint as checkpoint
+import nybble.model.base.checkpoint as checkpoint
 from nybble.chat.answerer import Sampling, load_answerer
 from nybble.data.formats import Message
 from nybble.data.template import BUILT_IN

@@ -38,7 +38,7 @@ from nybble.files.places import (
     no_empty_folders,
     replacing,
 )
-from nybble.model.checkpoint import find_checkpoint, fingerprint
+from nybble.model.base.checkpoint import find_checkpoint, fingerprint
 from nybble.preflight import doctor
 from nybble.preflight.data_check import check
 from nybble.run.folder import create_run, open_run, refuse_existing, write_text

@@ -18,7 +18,7 @@ from nybble.errors import DataError, ModelError
 from nybble.evaluate.evaluation import Asked, evaluate
 from nybble.evaluate.rows import rows_of
 from nybble.export.export import Wanted, export
-from nybble.model.tokenizer import load_tokenizer
+from nybble.model.tokenizer.load import load_tokenizer
 from nybble.run.folder import open_run
 from nybble.training.train import resume, train
 from test_train import interrupted, recipe_for

@@ -15,10 +15,10 @@ import torch
 from bench.load import PROMPTS, load
 
 from local_server import wait_until_ready
-from nybble.model.adapter import attach_adapter
-from nybble.model.base import load_base
-from nybble.model.checkpoint import find_checkpoint
-from nybble.model.tokenizer import load_tokenizer
+from nybble.model.adapter.lora import attach_adapter
+from nybble.model.base.checkpoint import find_checkpoint
+from nybble.model.base.load import load_base
+from nybble.model.tokenizer.load import load_tokenizer
 from nybble.recipe import LoraOptions, ModelOptions
 from nybble.serve.server import listen
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from conftest import SHARED, WORDS, small_tokenizer
-from nybble.model.tokenizer import load_tokenizer
+from nybble.model.tokenizer.load import load_tokenizer
 from nybble.serve.batching import PATIENCE, Batch, Batcher, Row
 from nybble.serve.engine import Answer, Mailbox, Request, Token
 from nybble.serve.metrics import Metrics

@@ -21,7 +21,7 @@ from nybble.data.kept_template import read_template, save_template
 from nybble.data.template import CONTROL_WORD, Template, choose_template
 from nybble.data.tokens import Tokens, encode, encode_begun, encode_prompt, encode_text
 from nybble.errors import DataError
-from nybble.model.tokenizer import load_tokenizer
+from nybble.model.tokenizer.load import load_tokenizer
 from nybble.run.folder import write_json
 
 CHATML = (

@@ -18,13 +18,13 @@ from nybble.data.formats import Message
 from nybble.data.template import choose_template
 from nybble.data.tokens import EncodingError, encode, encode_prompt
 from nybble.errors import ModelError
-from nybble.model import patterns
-from nybble.model.adapter import load_adapter
-from nybble.model.base import load_config
-from nybble.model.checkpoint import find_checkpoint
-from nybble.model.patterns import check_patterns
-from nybble.model.tokenizer import load_tokenizer
-from nybble.model.tokenizer_trial import KNOWN, _expressions
+from nybble.model.adapter import patterns
+from nybble.model.adapter.lora import load_adapter
+from nybble.model.adapter.patterns import check_patterns
+from nybble.model.base.checkpoint import find_checkpoint
+from nybble.model.base.load import load_config
+from nybble.model.tokenizer.expressions import KNOWN, _expressions
+from nybble.model.tokenizer.load import load_tokenizer
 from nybble.run.folder import open_run
 
 ROW = (Message("user", "one two three four five"), Message("assistant", "six seven eight nine ten"))

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from conftest import write_llama
 from corpus.models import BIN, HEAD, INDEX, UP, WEIGHTS, altered, config, listens, sharded, tied, with_, without
 from nybble.errors import ModelError
-from nybble.model.base import _read, load_config
-from nybble.model.checkpoint import find_checkpoint, fingerprint
-from nybble.model.tokenizer import load_tokenizer
-from nybble.model.tokenizer_files import FILES
-from nybble.model.weights import weight_files
+from nybble.model.base.checkpoint import find_checkpoint, fingerprint
+from nybble.model.base.files import weight_files
+from nybble.model.base.load import _read, load_config
+from nybble.model.tokenizer.files import FILES
+from nybble.model.tokenizer.load import load_tokenizer
 
 CPU = torch.device("cpu")
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -191,7 +191,7 @@ def test_bits_of_a_weight_in_16_bits_are_told_in_either_format(tmp_path):
     state = torch.load(folder / BIN)
     state[UP] = state[UP].to(torch.int16)
     torch.save(state, folder / BIN)
-    from nybble.model.soundness import check_tensors
+    from nybble.model.base.soundness import check_tensors
 
     checkpoint = find_checkpoint(str(folder))
     with pytest.raises(ModelError, match="is stored as int16, not as F32, F16 or BF16"):

@@ -23,9 +23,9 @@ from nybble.data.formats import Message
 from nybble.data.template import choose_template
 from nybble.data.tokens import encode
 from nybble.errors import NybbleError
-from nybble.model.base import load_config
-from nybble.model.checkpoint import find_checkpoint
-from nybble.model.tokenizer import load_tokenizer
+from nybble.model.base.checkpoint import find_checkpoint
+from nybble.model.base.load import load_config
+from nybble.model.tokenizer.load import load_tokenizer
 
 SECONDS = 30  # until a case has hung; the longest that is meant takes 20
 MEMORY = 3_000_000_000  # bytes beyond what the process has when it begins

@@ -25,14 +25,14 @@ from nybble.data.template import Template, choose_template
 from nybble.data.tokens import check_ids, encode_prompt
 from nybble.errors import RunError
 from nybble.files.places import check_cache, default_cache, explained_disk
-from nybble.model.adapter import add_adapter, load_adapter
-from nybble.model.adapter_updates import Updates, updates_of
-from nybble.model.base import load_base
-from nybble.model.bits import Bits, trained_on
-from nybble.model.checkpoint import find_base, fingerprint
+from nybble.model.adapter.lora import add_adapter, load_adapter
+from nybble.model.adapter.updates import Updates, updates_of
+from nybble.model.base.bits import Bits, trained_on
+from nybble.model.base.cached import hold
+from nybble.model.base.checkpoint import find_base, fingerprint
+from nybble.model.base.load import load_base
 from nybble.model.device import choose_device, choose_dtype
-from nybble.model.kept_base import hold
-from nybble.model.tokenizer import load_tokenizer, read_tokenizer
+from nybble.model.tokenizer.load import load_tokenizer, read_tokenizer
 from nybble.run.folder import Run, check_beginning, open_run, refuse_unfinished
 from nybble.weights.on_cpu import dequantise_where_room
 

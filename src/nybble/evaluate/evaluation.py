@@ -29,8 +29,8 @@ from nybble.evaluate.scores import Benchmarks, MissingRowsError, Scored, Store
 from nybble.evaluate.tell import progress_bar
 from nybble.evaluate.texts import Text, read_texts
 from nybble.files.places import check_cache, check_report, default_cache, explained_disk, writing
-from nybble.model.adapter_config import CONFIG
-from nybble.model.adapter_files import weights_file
+from nybble.model.adapter.config import CONFIG
+from nybble.model.adapter.tensors import weights_file
 from nybble.objective.likelihood import Losses, row_losses, text_windows
 from nybble.recipe import dump_recipe
 from nybble.run.folder import Run, versions, write_json

@@ -15,8 +15,8 @@ from nybble.export.licence import Licence
 from nybble.export.merge import Merge
 from nybble.export.modelfile import write_modelfile
 from nybble.export.shards import write_shards
-from nybble.model.adapter_config import CONFIG
-from nybble.model.adapter_files import weights_file
+from nybble.model.adapter.config import CONFIG
+from nybble.model.adapter.tensors import weights_file
 from nybble.run.folder import Run, write_json, write_text
 
 IGNORED_WHEN_GREEDY = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")

@@ -41,7 +41,7 @@ from nybble.files.places import (
     new_folder,
     no_empty_folders,
 )  # fmt: skip
-from nybble.model.adapter import check_stored
+from nybble.model.adapter.lora import check_stored
 from nybble.run.folder import Run, write_text
 from nybble.terminal import tell as tell_line
 

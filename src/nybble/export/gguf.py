@@ -21,7 +21,7 @@ from nybble.export.formats import K_QUANTS, QUANTIZER
 from nybble.export.merge import Model
 from nybble.export.modelfile import between
 from nybble.export.vocabulary import Vocabulary, read_vocabulary
-from nybble.model.soundness import EMBEDDING, HEAD
+from nybble.model.base.soundness import EMBEDDING, HEAD
 
 FILE_TYPES = {
     "F16": gguf.LlamaFileType.MOSTLY_F16,

@@ -27,7 +27,7 @@ from nybble.export.parity import NEW_TOKENS, Reference, Verdict, judge
 from nybble.export.room import parameters_of
 from nybble.export.source import Source
 from nybble.markdown import code
-from nybble.model.base import quantization_plan
+from nybble.model.base.load import quantization_plan
 from nybble.model.device import choose_device
 
 

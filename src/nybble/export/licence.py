@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import yaml
 
-from nybble.model.checkpoint import Checkpoint
+from nybble.model.base.checkpoint import Checkpoint
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LLAMA2_NAME = re.compile(r"llama-?2-\d+b", re.IGNORECASE)

@@ -27,7 +27,7 @@ from transformers import (
 from nybble.errors import ExportError
 from nybble.export.parity import PLAIN, Answer, Given, Reference, greedy, next_logits, own_stops
 from nybble.installed import module_command
-from nybble.model.base import weights_alone
+from nybble.model.base.load import weights_alone
 from nybble.weights.on_cpu import stay_unpacked
 
 LLAMA_CPP = "nybble.export.llama"

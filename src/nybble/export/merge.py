@@ -19,8 +19,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from nybble.errors import ModelError
 from nybble.export.shards import Spec, Tensors, slices_of
 from nybble.export.updates import Update
-from nybble.model.soundness import BUFFER, EMBEDDING, HEAD, PACKED, STATE
-from nybble.model.weights import weight_files
+from nybble.model.base.files import weight_files
+from nybble.model.base.soundness import BUFFER, EMBEDDING, HEAD, PACKED, STATE
 
 CPU = torch.device("cpu")
 INT8 = 127  # LLM.int8 stores a row as integers up to this, and the row's largest number beside it

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nybble.model.weights import open_tensors
+from nybble.model.base.files import open_tensors
 
 SHARD = 5_000_000_000  # bytes of a file at most, as the Hub likes them
 SLICE = 1 << 24  # numbers worked on at once: 64 MB in float32

@@ -12,10 +12,10 @@ from transformers import PretrainedConfig
 from nybble.errors import ExportError, ModelError
 from nybble.export.merge import Dequantised, Merge, Original, Weights
 from nybble.export.updates import Update
-from nybble.model.base import load_config
-from nybble.model.checkpoint import Checkpoint, find_base, fingerprint
+from nybble.model.base.cached import find_kept, kept_copy
+from nybble.model.base.checkpoint import Checkpoint, find_base, fingerprint
+from nybble.model.base.load import load_config
 from nybble.model.device import DTYPES, choose_device, choose_dtype
-from nybble.model.kept_base import find_kept, kept_copy
 from nybble.run.folder import Run, refuse_unfinished
 
 

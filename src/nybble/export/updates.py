@@ -12,7 +12,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from nybble.errors import ModelError
-from nybble.model.adapter_config import (
+from nybble.model.adapter.config import (
     CONFIG,
     MERGEABLE,
     read_adapter_config,
@@ -22,8 +22,8 @@ from nybble.model.adapter_config import (
     set_options,
     unknown_options,
 )
-from nybble.model.adapter_files import read_tensors
-from nybble.model.patterns import check_patterns
+from nybble.model.adapter.patterns import check_patterns
+from nybble.model.adapter.tensors import read_tensors
 
 BY_PEFT = "merge it with PEFT's own merge_and_unload on the 16-bit base"
 PREFIX = "base_model.model."  # what PEFT puts before a module's name

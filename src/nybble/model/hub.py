@@ -36,7 +36,7 @@ from huggingface_hub.errors import (
 )
 
 from nybble.errors import HubError, ModelError
-from nybble.model.headers import read_index
+from nybble.model.base.headers import read_index
 
 logger = logging.getLogger(__name__)
 

@@ -24,10 +24,10 @@ from nybble.data.tokenise import Counts, Pass
 from nybble.data.xray import Rules, inspect
 from nybble.errors import DataError, ModelError, NybbleError, RecipeError, TooFewRowsError
 from nybble.files.places import check_cache, check_writable, default_cache
-from nybble.model.base import read_config
-from nybble.model.checkpoint import check_length, find_checkpoint, read_description, refuse_adapter
+from nybble.model.base.checkpoint import check_length, find_checkpoint, read_description, refuse_adapter
+from nybble.model.base.load import read_config
 from nybble.model.device import choose_device, choose_dtype
-from nybble.model.tokenizer import load_tokenizer
+from nybble.model.tokenizer.load import load_tokenizer
 from nybble.plan.schedule import plan_steps, steps_text
 from nybble.plan.speed import PRODUCTS, estimate
 from nybble.recipe import Recipe, absolute_paths

@@ -32,7 +32,7 @@ from rich.text import Text
 from nybble.errors import ModelError, PlaceError
 from nybble.files.places import ANOTHER_CACHE, check_cache, check_writable, default_cache, nearest
 from nybble.model import hub
-from nybble.model.checkpoint import find_checkpoint
+from nybble.model.base.checkpoint import find_checkpoint
 from nybble.terminal import tell
 
 Verdict = Literal["ok", "warn", "fail"]

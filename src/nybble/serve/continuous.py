@@ -21,8 +21,8 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from nybble.chat.answerer import load_template
 from nybble.errors import ServeError
 from nybble.files.places import default_cache
-from nybble.model.base import load_base
-from nybble.model.checkpoint import find_checkpoint
+from nybble.model.base.checkpoint import find_checkpoint
+from nybble.model.base.load import load_base
 from nybble.model.device import choose_device, choose_dtype
 from nybble.recipe import ModelOptions
 from nybble.run.folder import Run

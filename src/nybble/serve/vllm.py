@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from nybble.chat.answerer import check_one_base
 from nybble.errors import ServeError
-from nybble.model.adapter import check_stored
-from nybble.model.adapter_config import read_adapter_config
+from nybble.model.adapter.config import read_adapter_config
+from nybble.model.adapter.lora import check_stored
 from nybble.run.folder import Run, check_beginning
 from nybble.serve.guard import check_open_to
 from nybble.serve.pipeline import run_names

@@ -10,8 +10,8 @@ from rich.console import Console
 from nybble.data.prepare import Prepared
 from nybble.data.stream import StreamedRows
 from nybble.engine.fusion import Fusion
-from nybble.model.adapter_updates import targets_of, updates_of
-from nybble.model.base import Base, Footprint
+from nybble.model.adapter.updates import targets_of, updates_of
+from nybble.model.base.load import Base, Footprint
 from nybble.plan.schedule import Schedule, steps_text
 from nybble.recipe import DataOptions
 from nybble.run.folder import Run

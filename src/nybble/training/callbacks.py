@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from nybble.distributed.launcher import rank
 from nybble.errors import TrainingError
-from nybble.model.adapter import check_gradients, check_saved
+from nybble.model.adapter.lora import check_gradients, check_saved
 from nybble.run.folder import Run, append_json
 from nybble.terminal import tell
 from nybble.training.checkpoints import mark, rotate

@@ -23,7 +23,7 @@ from typing import Any
 from nybble.errors import ModelError, RunError
 from nybble.files.digests import faults, unreadable
 from nybble.files.reading import RESTORE, Shape, read_object
-from nybble.model.weights import check_whole
+from nybble.model.base.files import check_whole
 from nybble.run.folder import Run, step_of, write_json, write_lines
 from nybble.run.log import lines_until
 from nybble.run.marks import COMPLETE, described, read_mark

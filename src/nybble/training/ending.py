@@ -13,8 +13,8 @@ from peft import PeftModel
 
 from nybble.errors import TrainingError
 from nybble.files.places import new_folder
-from nybble.model.adapter import check_saved
-from nybble.model.adapter_updates import is_untrained, targets_of
+from nybble.model.adapter.lora import check_saved
+from nybble.model.adapter.updates import is_untrained, targets_of
 from nybble.run.folder import Run, versions, write_json
 from nybble.run.log import read_metrics
 from nybble.run.marks import COMPLETE, described

@@ -21,7 +21,7 @@ from nybble.data.xray import Rules, inspect
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.fusion import Fusion
 from nybble.errors import DeviceError, EngineError, ModelError
-from nybble.model.base import Base, Footprint
+from nybble.model.base.load import Base, Footprint
 from nybble.model.device import choose_device, grow_segments
 from nybble.plan.schedule import Schedule
 from nybble.recipe import Recipe

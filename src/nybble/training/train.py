@@ -23,12 +23,12 @@ from nybble.errors import ModelError, RecipeError, RunError
 from nybble.evaluate.curve import TaskScores
 from nybble.evaluate.scores import Benchmarks
 from nybble.files.places import check_places, default_cache, explained_disk, no_empty_folders, writing
-from nybble.model.adapter import attach_adapter, check_stored, resume_adapter
-from nybble.model.base import load_base, load_config, measure
-from nybble.model.bits import Trained, trained_on
-from nybble.model.checkpoint import Checkpoint, check_length, find_checkpoint, fingerprint
+from nybble.model.adapter.lora import attach_adapter, check_stored, resume_adapter
+from nybble.model.base.bits import Trained, trained_on
+from nybble.model.base.checkpoint import Checkpoint, check_length, find_checkpoint, fingerprint
+from nybble.model.base.load import load_base, load_config, measure
 from nybble.model.device import choose_dtype
-from nybble.model.tokenizer import load_tokenizer
+from nybble.model.tokenizer.load import load_tokenizer
 from nybble.objective.likelihood import TOKENS_AT_ONCE, bare, is_plain
 from nybble.plan.out_of_memory import explained_memory
 from nybble.plan.schedule import plan_steps

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from nybble.errors import ModelError
 from nybble.files.reading import read_object
-from nybble.model.weights import LOADING_FAULTS, reason, some
+from nybble.model.base.files import LOADING_FAULTS, reason, some
 
 MOST: Mapping[str, int] = {
     "hidden_size": 1 << 17,

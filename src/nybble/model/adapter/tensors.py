@@ -7,7 +7,7 @@ import pathlib
 import torch
 
 from nybble.errors import ModelError
-from nybble.model.weights import FLOATS, check_whole, open_tensors, refuse_pointers, some
+from nybble.model.base.files import FLOATS, check_whole, open_tensors, refuse_pointers, some
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """PEFT's names; where both are there, PEFT takes the first and so do we."""

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from nybble.errors import RunError
 from nybble.files.cache import DamagedError
-from nybble.model.weights import some, weight_files
+from nybble.model.base.files import some, weight_files
 from nybble.run.folder import QUANTIZED, Run
 
 MADE = ("device", "dtype", "bitsandbytes", "torch")

@@ -9,7 +9,7 @@ from peft import PeftModel
 from peft import __version__ as peft_version
 from peft.tuners.lora import LoraLayer
 
-from nybble.model.adapter_config import CONFIG, read_content, unknown_options
+from nybble.model.adapter.config import CONFIG, read_content, unknown_options
 
 
 @dataclass(frozen=True)

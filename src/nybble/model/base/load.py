@@ -22,11 +22,11 @@ from transformers import (
 
 from nybble.errors import ModelError
 from nybble.files import cache as kept
-from nybble.model.bits import Bits, Trained, making_on
-from nybble.model.checkpoint import Checkpoint, fingerprint
-from nybble.model.kept_base import bits_of, find_kept, hold, keep, kept_copy
-from nybble.model.soundness import check_files, check_loaded, check_report, check_tensors
-from nybble.model.weights import LOADING_FAULTS, reason, skeleton
+from nybble.model.base.bits import Bits, Trained, making_on
+from nybble.model.base.cached import bits_of, find_kept, hold, keep, kept_copy
+from nybble.model.base.checkpoint import Checkpoint, fingerprint
+from nybble.model.base.files import LOADING_FAULTS, reason, skeleton
+from nybble.model.base.soundness import check_files, check_loaded, check_report, check_tensors
 from nybble.recipe import ModelOptions
 from nybble.weights.on_cpu import stay_unpacked
 

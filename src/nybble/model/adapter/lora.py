@@ -14,11 +14,11 @@ from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weight
 from transformers import PreTrainedModel
 
 from nybble.errors import ModelError, TrainingError
-from nybble.model.adapter_config import CONFIG, read_adapter_config
-from nybble.model.adapter_files import read_tensors
-from nybble.model.adapter_places import ADDED_TOKENS, fill, trained_on
-from nybble.model.patterns import check_patterns
-from nybble.model.weights import LOADING_FAULTS, reason, some
+from nybble.model.adapter.config import CONFIG, read_adapter_config
+from nybble.model.adapter.patterns import check_patterns
+from nybble.model.adapter.placement import ADDED_TOKENS, fill, trained_on
+from nybble.model.adapter.tensors import read_tensors
+from nybble.model.base.files import LOADING_FAULTS, reason, some
 from nybble.recipe import LoraOptions
 
 # PEFT's orthogonal start fails on 4-bit layers (0.21), PiSSA and LoftQ alter the base: none of these is offered.

@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel
 from peft.utils.save_and_load import get_peft_model_state_dict
 
 from nybble.errors import ModelError
-from nybble.model.adapter_config import CONFIG
-from nybble.model.weights import by, some
+from nybble.model.adapter.config import CONFIG
+from nybble.model.base.files import by, some
 
 # Copies of the base's own, which PEFT saves beside an adapter.
 COPY = re.compile(r"(embed_tokens|lm_head)(\.base_layer)?\.weight$")

@@ -14,11 +14,11 @@ from transformers import PretrainedConfig
 
 from nybble.errors import ModelError
 from nybble.files.reading import read_object
-from nybble.model.fields import check_fields, check_generation
-from nybble.model.headers import index_of
+from nybble.model.base.fields import check_fields, check_generation
+from nybble.model.base.files import FLOATS, WHOLE, check_whole, refuse_pointers, shapes, weight_files
+from nybble.model.base.headers import index_of
+from nybble.model.base.remembered import check_download, sha256_of
 from nybble.model.hub import fetch, few, missing_weights
-from nybble.model.remembered import check_download, sha256_of
-from nybble.model.weights import FLOATS, WHOLE, check_whole, refuse_pointers, shapes, weight_files
 from nybble.run.folder import Run, open_run
 
 # The last release whose package carries Meta's converter (4.57 and 5.x do not).

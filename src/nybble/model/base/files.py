@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from nybble.errors import ModelError
 from nybble.files.lfs import pointer_fault
 from nybble.files.reading import KINDS
-from nybble.model.headers import index_of, read_header, read_index
+from nybble.model.base.headers import index_of, read_header, read_index
 from nybble.model.hub import few
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")

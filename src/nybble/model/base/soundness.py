@@ -19,9 +19,9 @@ from transformers import PretrainedConfig
 
 from nybble.errors import ModelError
 from nybble.files.reading import read_object
-from nybble.model.headers import BITS, index_of, read_index, shown
+from nybble.model.base.files import FLOATS, WHOLE, by, open_tensors, shapes, skeleton, some, weight_files
+from nybble.model.base.headers import BITS, index_of, read_index, shown
 from nybble.model.hub import few
-from nybble.model.weights import FLOATS, WHOLE, by, open_tensors, shapes, skeleton, some, weight_files
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BUFFER = "rotary_emb.inv_freq"  # old checkpoints hold what is computed now

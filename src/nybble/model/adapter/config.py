@@ -14,7 +14,7 @@ from peft import LoraConfig
 
 from nybble.errors import ModelError
 from nybble.files.reading import read_object
-from nybble.model.weights import LOADING_FAULTS, reason
+from nybble.model.base.files import LOADING_FAULTS, reason
 
 CONFIG = "adapter_config.json"
 AGAIN = "copy the adapter again, or correct the field there"

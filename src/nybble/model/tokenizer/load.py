@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from nybble.errors import ModelError
 from nybble.files.reading import read_object
-from nybble.model.tokenizer_files import FILES, check_files, explained
-from nybble.model.weights import refuse_pointers
+from nybble.model.base.files import refuse_pointers
+from nybble.model.tokenizer.files import FILES, check_files, explained
 
 log = logging.getLogger("nybble")
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from nybble.errors import ModelError, is_panic
 from nybble.files.reading import read_object, read_text
-from nybble.model.tokenizer_trial import try_expressions
-from nybble.model.weights import LOADING_FAULTS, reason
+from nybble.model.base.files import LOADING_FAULTS, reason
+from nybble.model.tokenizer.expressions import try_expressions
 
 OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "tokenizer.json")
 OTHERS = ("tokenizer.model", "merges.txt")

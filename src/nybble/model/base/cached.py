@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from nybble.errors import ModelError
 from nybble.files import cache as kept
-from nybble.model import bits
-from nybble.model.bits import Bits, Trained
-from nybble.model.weights import differs, weight_files
+from nybble.model.base import bits
+from nybble.model.base.bits import Bits, Trained
+from nybble.model.base.files import differs, weight_files
 
 
 def kept_copy(

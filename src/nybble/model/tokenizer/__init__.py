@@ -1,0 +1,1 @@
+"""Tokenizers, as their own files say."""
