@@ -12,9 +12,9 @@ import statistics
 import sys
 import time
 
-from nybble.data.formats import Message
-from nybble.data.template import choose_template
-from nybble.data.tokens import encode_prompt
+from nybble.data.rows.formats import Message
+from nybble.data.text.template import choose_template
+from nybble.data.text.tokens import encode_prompt
 from nybble.model.tokenizer.load import load_tokenizer
 
 COUNTS = (511, 1023, 2047)

@@ -37,7 +37,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nybble.chat.answerer import Sampling, load_answerers
-from nybble.data.tokens import encode_text
+from nybble.data.text.tokens import encode_text
 from nybble.recipe import ModelOptions
 from nybble.run.folder import open_run
 from nybble.serve.app import Limits

@@ -10,9 +10,9 @@ import pyarrow.parquet
 import pytest
 
 from nybble.data.examine import forms_of, sources_of
-from nybble.data.formats import Message
 from nybble.data.prepare import prepare
-from nybble.data.sources import read_rows
+from nybble.data.rows.formats import Message
+from nybble.data.rows.sources import read_rows
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
@@ -171,7 +171,7 @@ def test_a_json_array_is_read_in_pieces_wherever_they_are_cut(tmp_path, monkeypa
     for text in (json.dumps(rows), json.dumps(rows, indent=2, ensure_ascii=False)):
         (tmp_path / "a.json").write_text(text, encoding="utf-8")
         for size in range(1, 60):
-            monkeypatch.setattr("nybble.data.readers.json_text.CHUNK", size)
+            monkeypatch.setattr("nybble.data.rows.readers.json_text.CHUNK", size)
             read = list(read_rows(sources_of(DataOptions(path=str(tmp_path / "a.json")))))
             assert [row.values for row in read] == rows
             assert read[0].origin.rpartition(":")[2] == ("2" if "\n" in text else "1")

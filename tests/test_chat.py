@@ -12,7 +12,7 @@ from rich.console import Console
 import nybble
 from nybble.chat.answerer import Sampling, load_answerer
 from nybble.chat.terminal import COMMANDS, answer_once, opening, talk
-from nybble.data.formats import Message
+from nybble.data.rows.formats import Message
 from nybble.export.modelfile import write_modelfile
 from nybble.run.folder import open_run
 from nybble.serve.bodies import model_entry

@@ -17,10 +17,10 @@ from transformers import AutoConfig
 from conftest import SHARED
 from nybble.cli.words import data_recipe
 from nybble.data import histogram
-from nybble.data.licences import licences
 from nybble.data.prepare import prepare
 from nybble.data.preview import preview
-from nybble.data.sources import find_sources
+from nybble.data.rows.licences import licences
+from nybble.data.rows.sources import find_sources
 from nybble.errors import DataError
 from nybble.plan.speed import BURSTS, estimate, product_rates
 from nybble.preflight.data_check import check

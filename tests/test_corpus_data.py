@@ -22,11 +22,11 @@ from corpus.bombs import BOMBS, ROOM, exploded, shared, table
 from corpus.cases import Case, Outcome, held, nybble, sampled
 from corpus.data import GOOD, HEAD, ROW, file, parquet
 from corpus.data_files import CASES, PLAIN
-from nybble.data.formats import EmptyAnswerError, Rules, detect_forms
-from nybble.data.readers import MB, Row, read_file
-from nybble.data.readers.pages import longest_text, pages
-from nybble.data.readers.parquet import _way
-from nybble.data.sources import row_limit
+from nybble.data.rows.formats import EmptyAnswerError, Rules, detect_forms
+from nybble.data.rows.readers import MB, Row, read_file
+from nybble.data.rows.readers.pages import longest_text, pages
+from nybble.data.rows.readers.parquet import _way
+from nybble.data.rows.sources import row_limit
 from nybble.errors import DataError, NybbleError
 from nybble.preflight.data_check import check
 from nybble.recipe import DataOptions, Recipe

@@ -19,8 +19,8 @@ from nybble.data.batches import IGNORED, Collator, PackedRows
 from nybble.data.fit import truncate
 from nybble.data.packing import best_fit
 from nybble.data.prepare import prepare
-from nybble.data.sources import find_sources, read_rows
-from nybble.data.tokens import Tokens
+from nybble.data.rows.sources import find_sources, read_rows
+from nybble.data.text.tokens import Tokens
 from nybble.errors import DataError
 from nybble.objective.likelihood import summed_loss
 from nybble.recipe import DataOptions

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from nybble.data.examine import forms_of, rows_of, sources_of
-from nybble.data.formats import Message
+from nybble.data.rows.formats import Message
 from nybble.data.tokenise import Pass
 from nybble.recipe import DataOptions, load_recipe
 
@@ -437,7 +437,7 @@ def test_a_large_object_around_the_rows_is_not_held_and_is_read_wherever_it_is_c
     for text in (json.dumps(whole), json.dumps(whole, indent=1)):
         file = written(tmp_path, "a.json", text)
         for size in (1, 2, 3, 7, 64, 1000):
-            monkeypatch.setattr("nybble.data.readers.json_text.CHUNK", size)
+            monkeypatch.setattr("nybble.data.rows.readers.json_text.CHUNK", size)
             found, reading = read(DataOptions(path=str(file)))
             assert not reading.faults
             assert [question.content for question, _ in found] == [row["prompt"] for row in inside]

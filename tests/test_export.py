@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from nybble.chat.answerer import Sampling, load_answerer
-from nybble.data.template import choose_template
+from nybble.data.text.template import choose_template
 from nybble.engine.loss import last_hidden
 from nybble.errors import ExportError, HubError, ModelError, PlaceError, RunError
 from nybble.export import export as module
@@ -72,7 +72,7 @@ def test_a_merged_folder_answers_in_plain_transformers_as_the_run_does(run, merg
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
     answerer = load_answerer(run, cache)
-    from nybble.data.formats import Message
+    from nybble.data.rows.formats import Message
 
     for words in ("say one two 3", "say cat dog 7", "say red blue green 11"):
         (expected,) = answerer.answer([(Message("user", words),)], Sampling(max_new_tokens=24))

@@ -15,9 +15,9 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conftest import small_tokenizer, write_llama
-from nybble.data.formats import Message
-from nybble.data.template import choose_template
-from nybble.data.tokens import encode_prompt
+from nybble.data.rows.formats import Message
+from nybble.data.text.template import choose_template
+from nybble.data.text.tokens import encode_prompt
 from nybble.errors import ExportError
 from nybble.export import export as module
 from nybble.export import gguf as writer

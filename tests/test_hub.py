@@ -34,7 +34,7 @@ for token, function, arguments in json.load(sys.stdin):
 """
 ROWS_CLIENT = """
 import json
-from nybble.data.sources import find_sources, read_rows
+from nybble.data.rows.sources import find_sources, read_rows
 from nybble.errors import DataError
 for name, revision in (("org/rows", None), ("org/rows", "v1"), ("org/rows", "v9"), ("org/none", None)):
     try:

@@ -50,7 +50,7 @@ def made(tiny_llama, cache, tmp_path_factory):
     recipe = recipe.model_copy(update={"data": data})
     quiet = Console(quiet=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nybble.data.template.today", BEGAN.date)
+        patch.setattr("nybble.data.text.template.today", BEGAN.date)
         whole = train(recipe.model_copy(update={"out": str(folder / "whole")}), console=quiet, cache=cache)
         interrupted(patch, 3, recipe.model_copy(update={"out": str(folder / "cut")}), quiet, cache)
     return whole, open_run(folder / "cut")

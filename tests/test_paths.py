@@ -12,8 +12,8 @@ import yaml
 
 import nybble.model.base.checkpoint as checkpoint
 from nybble.chat.answerer import Sampling, load_answerer
-from nybble.data.formats import Message
-from nybble.data.template import BUILT_IN
+from nybble.data.rows.formats import Message
+from nybble.data.text.template import BUILT_IN
 from nybble.errors import DataError, ModelError, RecipeError, RunError
 from nybble.evaluate.rows import rows_of, with_rows
 from nybble.preflight.data_check import check
@@ -91,7 +91,7 @@ def test_local_places_become_absolute_and_everything_else_stays(tmp_path, monkey
     pattern = of("data.path", "data/*.jsonl")
     assert pattern == f"{tmp_path}/[[]old] work/data/*.jsonl"
     monkeypatch.chdir(tmp_path)
-    from nybble.data.sources import find_sources
+    from nybble.data.rows.sources import find_sources
 
     assert [file.name for file in find_sources(pattern)[0].files] == ["a.jsonl", "b.jsonl"]
 

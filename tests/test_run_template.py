@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 
 from conftest import small_tokenizer
 from nybble.chat.answerer import Sampling, load_answerer, load_template
-from nybble.data.formats import Message
 from nybble.data.prepare import prepare
-from nybble.data.tokens import encode_prompt
+from nybble.data.rows.formats import Message
+from nybble.data.text.tokens import encode_prompt
 from nybble.errors import DataError, ModelError
 from nybble.evaluate.evaluation import Asked, evaluate
 from nybble.evaluate.rows import rows_of
@@ -52,7 +52,7 @@ def on_day(monkeypatch):
             def now(cls, tz=None):
                 return moment
 
-        monkeypatch.setattr("nybble.data.template.today", moment.date)
+        monkeypatch.setattr("nybble.data.text.template.today", moment.date)
         monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Moment)
 
     return set_day

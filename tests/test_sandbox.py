@@ -15,11 +15,11 @@ from importlib import resources
 import pytest
 from jinja2 import TemplateError
 
-from nybble.data.formats import Message
-from nybble.data.meter import TemplateLimitError
-from nybble.data.rendering import check_length, render
-from nybble.data.sandbox import SOURCE
-from nybble.data.template import BUILT_IN, Template, choose_template
+from nybble.data.rows.formats import Message
+from nybble.data.text.meter import TemplateLimitError
+from nybble.data.text.rendering import check_length, render
+from nybble.data.text.sandbox import SOURCE
+from nybble.data.text.template import BUILT_IN, Template, choose_template
 from nybble.errors import DataError
 from nybble.export.modelfile import write_modelfile
 

@@ -23,8 +23,8 @@ from local_server import another_run, events, serving
 from nybble.chat.answerer import Sampling, load_answerer
 from nybble.cli import using
 from nybble.cli.app import app
-from nybble.data.formats import Message
-from nybble.data.tokens import encode, encode_prompt
+from nybble.data.rows.formats import Message
+from nybble.data.text.tokens import encode, encode_prompt
 from nybble.errors import RunError, ServeError
 from nybble.run.folder import open_run
 from nybble.serve.app import Limits

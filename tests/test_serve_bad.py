@@ -10,7 +10,7 @@ import socket
 import pytest
 
 from local_server import serving
-from nybble.data.template import choose_template
+from nybble.data.text.template import choose_template
 from nybble.serve.pipeline import load_pipeline
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"

@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 
 from corpus.requests import CHAT, RESPONSES, ask, chat, head, plain, post, response
 from local_server import serving, wait_until_ready
-from nybble.data import spans
-from nybble.data.formats import Message
-from nybble.data.template import choose_template
-from nybble.data.tokens import count_tokens, encode_prompt, encode_text
+from nybble.data.rows.formats import Message
+from nybble.data.text import spans
+from nybble.data.text.template import choose_template
+from nybble.data.text.tokens import count_tokens, encode_prompt, encode_text
 from nybble.serve import connection, encoding, guard
 from nybble.serve import server as serve_server
 from nybble.serve.app import Limits

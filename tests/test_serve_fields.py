@@ -17,9 +17,9 @@ from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 
 from local_server import events, serving
-from nybble.data.formats import Message
-from nybble.data.template import Template
-from nybble.data.tokens import encode
+from nybble.data.rows.formats import Message
+from nybble.data.text.template import Template
+from nybble.data.text.tokens import encode
 from nybble.serve.fields import RequestError
 from nybble.serve.pipeline import load_pipeline
 from nybble.serve.protocol import ChatRequest, CompletionRequest, parse

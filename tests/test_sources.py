@@ -19,7 +19,7 @@ from rich.console import Console
 from nybble.data.batches import Collator, PackedRows
 from nybble.data.order import Order, lengths_of
 from nybble.data.prepare import prepare, weighted
-from nybble.data.sources import find_sources, read_rows
+from nybble.data.rows.sources import find_sources, read_rows
 from nybble.data.stream import StreamedRows
 from nybble.errors import DataError, RecipeError
 from nybble.recipe import DataOptions, load_recipe

@@ -16,10 +16,10 @@ from transformers import AutoTokenizer
 
 from conftest import SHARED, small_tokenizer
 from nybble.data.fit import cut_text, halve, last_answer
-from nybble.data.formats import Message, Rules
-from nybble.data.kept_template import read_template, save_template
-from nybble.data.template import CONTROL_WORD, Template, choose_template
-from nybble.data.tokens import Tokens, encode, encode_begun, encode_prompt, encode_text
+from nybble.data.rows.formats import Message, Rules
+from nybble.data.text.kept_template import read_template, save_template
+from nybble.data.text.template import CONTROL_WORD, Template, choose_template
+from nybble.data.text.tokens import Tokens, encode, encode_begun, encode_prompt, encode_text
 from nybble.errors import DataError
 from nybble.model.tokenizer.load import load_tokenizer
 from nybble.run.folder import write_json
@@ -335,7 +335,7 @@ def test_a_template_that_reads_the_clock_keeps_its_day(tiny_tokenizer, tmp_path,
     """In training, in the run's file, and in what Transformers renders from the saved tokenizer on another day."""
     said = "<s>Today is 03 Feb 2026, Tuesday, 3.2.26, 00:00.\nuser: red</s>assistant: "
     tokenizer = named(tiny_tokenizer, CLOCK)
-    monkeypatch.setattr("nybble.data.template.today", lambda: datetime.date(2026, 2, 3))
+    monkeypatch.setattr("nybble.data.text.template.today", lambda: datetime.date(2026, 2, 3))
     template = choose_template(tokenizer, "auto", "messages")
     assert template.day == datetime.date(2026, 2, 3)
     assert template.label == "model (its date stays 03 Feb 2026)"

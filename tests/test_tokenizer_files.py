@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import SHARED
 from corpus.cases import nybble
 from nybble.chat.answerer import load_template
-from nybble.data.formats import Message
-from nybble.data.template import choose_template
-from nybble.data.tokens import EncodingError, encode, encode_prompt
+from nybble.data.rows.formats import Message
+from nybble.data.text.template import choose_template
+from nybble.data.text.tokens import EncodingError, encode, encode_prompt
 from nybble.errors import ModelError
 from nybble.model.adapter import patterns
 from nybble.model.adapter.lora import load_adapter

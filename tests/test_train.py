@@ -24,8 +24,8 @@ import nybble.training.train as training
 from nybble.chat.answerer import Sampling, load_answerer
 from nybble.chat.samples import SampleAnswers
 from nybble.data.batches import Collator
-from nybble.data.formats import Message
-from nybble.data.tokens import encode_prompt
+from nybble.data.rows.formats import Message
+from nybble.data.text.tokens import encode_prompt
 from nybble.engine.fuse import fuse
 from nybble.errors import (
     DataError,
@@ -125,7 +125,7 @@ def test_chat_sends_the_ids_that_were_trained_and_stops_by_itself(finished, cach
     row = json.loads(rows.read_text().splitlines()[0])
     asked = (Message("user", row["instruction"]),)
     prompt = encode_prompt(answerer.template, asked)
-    from nybble.data.tokens import encode
+    from nybble.data.text.tokens import encode
 
     (trained,) = encode(answerer.template, [(*asked, Message("assistant", row["output"]))])
     assert trained.ids[: len(prompt)] == prompt

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from nybble.data.batches import IGNORED, Collator
 from nybble.data.prepare import prepare
-from nybble.data.template import Template
+from nybble.data.text.template import Template
 from nybble.data.xray import Rules, inspect
 from nybble.errors import DataError
 from nybble.recipe import DataOptions, load_recipe

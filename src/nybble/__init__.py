@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nybble.chat.answerer import Answerer, Sampling
     from nybble.chat.answerer import load_answerer as load
-    from nybble.data.formats import Message
+    from nybble.data.rows.formats import Message
     from nybble.engine.fuse import fuse, fusion, unfuse
     from nybble.errors import NybbleError
     from nybble.recipe import Recipe, load_recipe
@@ -38,7 +38,7 @@ __all__ = [
 
 _HOMES = {
     "Answerer": ("nybble.chat.answerer", "Answerer"),
-    "Message": ("nybble.data.formats", "Message"),
+    "Message": ("nybble.data.rows.formats", "Message"),
     "NybbleError": ("nybble.errors", "NybbleError"),
     "Recipe": ("nybble.recipe", "Recipe"),
     "Run": ("nybble.run.folder", "Run"),

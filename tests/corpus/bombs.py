@@ -21,9 +21,9 @@ FILL = 64  # blocks: 1 GB
 GOOD = b'{"instruction": "a", "output": "b"}\n'
 CHILD = """
 import itertools, json, pathlib, re, resource, sys
-from nybble.data.faults import Faults
-from nybble.data.formats import detect_forms
-from nybble.data.readers import Row, read_file
+from nybble.data.rows.faults import Faults
+from nybble.data.rows.formats import detect_forms
+from nybble.data.rows.readers import Row, read_file
 from nybble.errors import DataError
 
 def peak():  # not getrusage's, which begins with what the parent had

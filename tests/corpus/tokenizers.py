@@ -19,9 +19,9 @@ from collections.abc import Callable
 from typing import Any
 
 from corpus.cases import Case, Outcome
-from nybble.data.formats import Message
-from nybble.data.template import choose_template
-from nybble.data.tokens import encode
+from nybble.data.rows.formats import Message
+from nybble.data.text.template import choose_template
+from nybble.data.text.tokens import encode
 from nybble.errors import NybbleError
 from nybble.model.base.checkpoint import find_checkpoint
 from nybble.model.base.load import load_config

@@ -19,10 +19,10 @@ from peft import PeftModel
 from transformers import DynamicCache, PreTrainedTokenizerBase, TextGenerationPipeline
 from transformers.generation.streamers import BaseStreamer
 
-from nybble.data.formats import Conversation
-from nybble.data.kept_template import read_template
-from nybble.data.template import Template, choose_template
-from nybble.data.tokens import check_ids, encode_prompt
+from nybble.data.rows.formats import Conversation
+from nybble.data.text.kept_template import read_template
+from nybble.data.text.template import Template, choose_template
+from nybble.data.text.tokens import check_ids, encode_prompt
 from nybble.errors import RunError
 from nybble.files.places import check_cache, default_cache, explained_disk
 from nybble.model.adapter.lora import add_adapter, load_adapter

@@ -10,8 +10,8 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from nybble.chat.answerer import Answerer, Completion, Sampling
-from nybble.data.formats import Conversation, Message
-from nybble.data.tokens import encode_prompt
+from nybble.data.rows.formats import Conversation, Message
+from nybble.data.text.tokens import encode_prompt
 from nybble.errors import DataError
 from nybble.terminal import tell
 

@@ -46,7 +46,7 @@ def chat(
     quiet()
     from nybble.chat.answerer import Sampling, load_answerer
     from nybble.chat.terminal import answer_once, opening, speakers, talk
-    from nybble.data.formats import Message
+    from nybble.data.rows.formats import Message
 
     console = Console()
     with console.status("loading"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nybble.data.formats import Conversation
-from nybble.data.tokens import Tokens
+from nybble.data.rows.formats import Conversation
+from nybble.data.text.tokens import Tokens
 
 
 def truncate(tokens: Tokens, length: int, end_id: int) -> Tokens | None:

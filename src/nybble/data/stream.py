@@ -12,12 +12,12 @@ import numpy
 import torch
 
 from nybble.data.batches import Sample
-from nybble.data.faults import Faults
-from nybble.data.formats import Forms
 from nybble.data.packing import best_fit
-from nybble.data.readers import Item, Row
-from nybble.data.sources import Source, read_rows, row_limit
-from nybble.data.template import Template
+from nybble.data.rows.faults import Faults
+from nybble.data.rows.formats import Forms
+from nybble.data.rows.readers import Item, Row
+from nybble.data.rows.sources import Source, read_rows, row_limit
+from nybble.data.text.template import Template
 from nybble.data.tokenise import Pass
 from nybble.errors import DataError
 from nybble.recipe import DataOptions

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 
 from nybble.data.batches import IGNORED, PackedRows, Sample
-from nybble.data.template import Template
+from nybble.data.text.template import Template
 from nybble.data.tokenise import Progress
 from nybble.errors import DataError
 

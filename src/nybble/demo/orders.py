@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import TypeVar
 
-from nybble.data.formats import Conversation, Message
+from nybble.data.rows.formats import Conversation, Message
 from nybble.demo import words
 
 T = TypeVar("T")

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from nybble.chat.answerer import Answerer, Completion, Sampling
 from nybble.chat.samples import first_answer
-from nybble.data.formats import Message
-from nybble.data.tokens import encode_prompt
+from nybble.data.rows.formats import Message
+from nybble.data.text.tokens import encode_prompt
 
 AT_ONCE = 64  # prompts in a batch: a token of 4-bit weights takes as long for one as for many
 ROOM = 1.5  # an answer may be so many times as long as the longest expected one

@@ -31,7 +31,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nybble.data.readers import TooLargeError, kind_of, read_file
+from nybble.data.rows.readers import TooLargeError, kind_of, read_file
 from nybble.errors import DataError, EvaluationError
 from nybble.evaluate.scores import MissingRowsError, Scored
 

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nybble.data.readers import MB, TooLargeError, document, refuse_stranger
+from nybble.data.rows.readers import MB, TooLargeError, document, refuse_stranger
 from nybble.errors import DataError, EvaluationError
 
 LONGEST = 256 * MB  # characters: a text is held whole

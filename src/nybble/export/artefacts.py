@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from nybble.data.template import Template
+from nybble.data.text.template import Template
 from nybble.export.licence import Licence
 from nybble.export.merge import Merge
 from nybble.export.modelfile import write_modelfile

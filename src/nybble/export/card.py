@@ -12,8 +12,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from nybble import __version__
-from nybble.data.licences import licences
-from nybble.data.sources import find_sources
+from nybble.data.rows.licences import licences
+from nybble.data.rows.sources import find_sources
 from nybble.errors import DataError
 from nybble.evaluate.wording import LOSS, NONE, Scale, by_verdict, duration, scale
 from nybble.export.compare import Comparison

@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from nybble.chat.answerer import load_answerer
-from nybble.data.template import Template
+from nybble.data.text.template import Template
 from nybble.evaluate.rows import rows_of
 from nybble.evaluate.tell import progress_bar
 from nybble.export.artefacts import Contents, generation_settings

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from nybble.data.rendering import render
-from nybble.data.template import puts_bos
+from nybble.data.text.rendering import render
+from nybble.data.text.template import puts_bos
 from nybble.errors import DataError
 
 UNQUOTABLE = "# The run's system message contains quotes that a Modelfile cannot express: send it with each request."

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nybble.chat.answerer import Answerer
 from nybble.data.batches import Sample
-from nybble.data.formats import Conversation, Message
 from nybble.data.order import batches
-from nybble.data.tokens import check_ids, encode_prompt, encode_text
+from nybble.data.rows.formats import Conversation, Message
+from nybble.data.text.tokens import check_ids, encode_prompt, encode_text
 from nybble.engine.loss import last_hidden
 from nybble.errors import DataError
 from nybble.evaluate.generation import FIXED, held_out_prompts

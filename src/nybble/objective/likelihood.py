@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nybble.data.batches import Collator, Sample, next_labels
 from nybble.data.order import batches
-from nybble.data.template import puts_bos
+from nybble.data.text.template import puts_bos
 from nybble.engine.loss import CHUNK, last_hidden, summed_cross_entropy
 from nybble.errors import ModelError
 

@@ -13,7 +13,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from nybble.data.tokens import check_ids, encode_begun, encode_prompt, encode_text
+from nybble.data.text.tokens import check_ids, encode_begun, encode_prompt, encode_text
 from nybble.errors import DataError
 from nybble.serve.answers import Job
 from nybble.serve.bodies import Completion, model_entry

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from nybble.data.tokens import count_tokens
+from nybble.data.text.tokens import count_tokens
 from nybble.serve.engine import Model
 from nybble.serve.fields import RequestError
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from nybble.data.template import Template
+from nybble.data.text.template import Template
 
 Finish = Literal["stop", "length", "cancelled"]
 

@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from nybble.data.formats import Conversation, Message
+from nybble.data.rows.formats import Conversation, Message
 from nybble.serve.fields import FieldError, Neutral, Refused, RequestError, Strict, explain
 
 MOST_ANSWERS = 128  # n, as OpenAI has it; the queue may hold fewer

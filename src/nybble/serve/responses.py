@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
-from nybble.data.formats import Conversation, Message
+from nybble.data.rows.formats import Conversation, Message
 from nybble.serve.answers import Job, Piece
 from nybble.serve.bodies import chat_logprobs, event
 from nybble.serve.engine import Token

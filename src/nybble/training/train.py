@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, PretrainedConfig, PreTrainedToke
 
 from nybble.chat.samples import SampleAnswers
 from nybble.data.batches import Collator
-from nybble.data.kept_template import save_template
+from nybble.data.text.kept_template import save_template
 from nybble.distributed.launcher import rank
 from nybble.errors import ModelError, RecipeError, RunError
 from nybble.evaluate.curve import TaskScores

@@ -10,7 +10,7 @@ import shlex
 import zlib
 from collections.abc import Iterator
 
-from nybble.data.readers.row import MAX_ROW, too_large
+from nybble.data.rows.readers.row import MAX_ROW, too_large
 from nybble.errors import DataError
 
 CHUNK = 1 << 20  # bytes of a file read at a time where lines do not matter

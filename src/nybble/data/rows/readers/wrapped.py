@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nybble.data.readers.json_text import Text
-from nybble.data.readers.row import Item, Notice, Row, listing, row_of, too_large
-from nybble.data.readers.text import fed
+from nybble.data.rows.readers.json_text import Text
+from nybble.data.rows.readers.row import Item, Notice, Row, listing, row_of, too_large
+from nybble.data.rows.readers.text import fed
 from nybble.errors import DataError
 
 HOLDERS = (

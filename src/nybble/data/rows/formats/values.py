@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nybble.data.formats.conversation import EmptyAnswerError, Rules, ShownError
+from nybble.data.rows.formats.conversation import EmptyAnswerError, Rules, ShownError
 from nybble.errors import DataError
 
 INVISIBLE = frozenset({"Cc", "Cf", "Cn", "Cs"})  # control and format characters, zero-width ones among them

@@ -9,7 +9,7 @@ import numpy
 import pyarrow
 import pyarrow.compute
 
-from nybble.data.readers.row import MB, Unreadable
+from nybble.data.rows.readers.row import MB, Unreadable
 
 HELD = 64 * MB  # bytes of rows that are held as Python's values at a time
 VALUE = 32  # bytes that any value takes as an object of Python's, about

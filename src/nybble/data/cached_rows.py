@@ -18,7 +18,7 @@ import xxhash
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
-from nybble.data import faults
+from nybble.data.rows import faults
 from nybble.data.tokenise import Pass, Sample
 from nybble.errors import PlaceError
 from nybble.files import cache as kept

@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from nybble.data.formats.conversation import EmptyAnswerError, Message, Role, ShownError
-from nybble.data.formats.values import TOOLS, Spot, answer_of, filled, joined, literal, no_tools, refuse_media, string
+from nybble.data.rows.formats.conversation import EmptyAnswerError, Message, Role, ShownError
+from nybble.data.rows.formats.values import (
+    TOOLS,
+    Spot,
+    answer_of,
+    filled,
+    joined,
+    literal,
+    no_tools,
+    refuse_media,
+    string,
+)
 from nybble.errors import DataError
 
 ROLES: Mapping[str, Role] = {

@@ -9,9 +9,9 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from nybble.data.formats.turns import listed
-from nybble.data.readers import JSON_KINDS, Row, kind_of, listing
-from nybble.data.readers.wrapped import one_a_line, rows_inside
+from nybble.data.rows.formats.turns import listed
+from nybble.data.rows.readers import JSON_KINDS, Row, kind_of, listing
+from nybble.data.rows.readers.wrapped import one_a_line, rows_inside
 from nybble.errors import DataError
 
 PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nybble.data import hub
-from nybble.data.sources import Source
+from nybble.data.rows import hub
+from nybble.data.rows.sources import Source
 
 NON_COMMERCIAL = "CC BY-NC 4.0: not for commercial use"
 KNOWN = {

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from nybble.data.formats import Conversation
-from nybble.data.template import Part, Run, Template
+from nybble.data.rows.formats import Conversation
+from nybble.data.text.template import Part, Run, Template
 from nybble.errors import DataError, is_panic
 
 

@@ -19,11 +19,11 @@ from importlib import resources
 
 from transformers import PreTrainedTokenizerBase
 
-from nybble.data.clock import reads_clock, stopped
-from nybble.data.formats import Conversation, Message, Rules
-from nybble.data.readers import document
-from nybble.data.rendering import check_length, render
-from nybble.data.spans import answer_spans, is_within
+from nybble.data.rows.formats import Conversation, Message, Rules
+from nybble.data.rows.readers import document
+from nybble.data.text.clock import reads_clock, stopped
+from nybble.data.text.rendering import check_length, render
+from nybble.data.text.spans import answer_spans, is_within
 from nybble.errors import DataError
 
 BUILT_IN = ("alpaca", "llama2", "plain")

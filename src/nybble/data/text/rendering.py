@@ -10,8 +10,8 @@ from jinja2 import Template, TemplateSyntaxError
 from jinja2 import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
-from nybble.data.meter import TemplateLimitError
-from nybble.data.sandbox import SOURCE, Sandbox
+from nybble.data.text.meter import TemplateLimitError
+from nybble.data.text.sandbox import SOURCE, Sandbox
 from nybble.errors import DataError
 
 TURNS_TOLD = 8  # in a message

@@ -1,7 +1,7 @@
 """Chat templates rendered within limits: one comes with a model from anywhere, and could loop or build text without end.
 
 The environment is Transformers' own, sandbox and all, so a template renders as it does there. Beyond that each loop, call, filter
-and operator is metered before it runs (`nybble.data.meter`).
+and operator is metered before it runs (`nybble.data.text.meter`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from nybble.data.meter import NODE, Meter, TemplateLimitError, expected, formatted
+from nybble.data.text.meter import NODE, Meter, TemplateLimitError, expected, formatted
 
 SOURCE = 200_000  # characters of a template; the longest that models come with have 20,000
 ESTIMATED = frozenset({"indent", "tojson", "sum"})  # filters that may make much of a text alone

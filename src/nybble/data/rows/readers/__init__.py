@@ -4,9 +4,9 @@ A reader yields rows, and in place of a line it cannot read the fault; it raises
 No reader holds more of a file than a chunk or a row.
 """
 
-from nybble.data.readers.files import JSON_KINDS, KINDS, read_file, refuse_special, refuse_stranger
-from nybble.data.readers.row import MAX_ROW, MB, Item, Notice, Row, TooLargeError, Unreadable, listing
-from nybble.data.readers.text import document, kind_of
+from nybble.data.rows.readers.files import JSON_KINDS, KINDS, read_file, refuse_special, refuse_stranger
+from nybble.data.rows.readers.row import MAX_ROW, MB, Item, Notice, Row, TooLargeError, Unreadable, listing
+from nybble.data.rows.readers.text import document, kind_of
 
 __all__ = [
     "JSON_KINDS",

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from nybble.data.formats.conversation import Conversation, EmptyAnswerError, Message, Rules
-from nybble.data.formats.turns import history, listed, turns_of
-from nybble.data.formats.unknown import preference, two_answers, unknown
-from nybble.data.formats.values import Spot, answer_of, filled, no_tools, refuse_media, string
-from nybble.data.readers import Row, Unreadable
+from nybble.data.rows.formats.conversation import Conversation, EmptyAnswerError, Message, Rules
+from nybble.data.rows.formats.turns import history, listed, turns_of
+from nybble.data.rows.formats.unknown import preference, two_answers, unknown
+from nybble.data.rows.formats.values import Spot, answer_of, filled, no_tools, refuse_media, string
+from nybble.data.rows.readers import Row, Unreadable
 from nybble.errors import DataError
 
 USUAL_COLUMNS = 100

@@ -12,9 +12,9 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from nybble.data import hub
-from nybble.data.formats import Rules
-from nybble.data.readers import KINDS, MAX_ROW, MB, Item, Row, kind_of, read_file, refuse_special
+from nybble.data.rows import hub
+from nybble.data.rows.formats import Rules
+from nybble.data.rows.readers import KINDS, MAX_ROW, MB, Item, Row, kind_of, read_file, refuse_special
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 

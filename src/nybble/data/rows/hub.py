@@ -13,8 +13,8 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
-from nybble.data.readers import Row
-from nybble.data.readers.cells import UNREADABLE
+from nybble.data.rows.readers import Row
+from nybble.data.rows.readers.cells import UNREADABLE
 from nybble.errors import DataError
 
 # The base class of every fault of the HTTP client: httpx's under huggingface_hub 1, httpx2's under 2.

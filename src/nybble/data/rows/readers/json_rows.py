@@ -7,10 +7,10 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from nybble.data.readers.json_text import Decoder, NumberError, Text, no_number
-from nybble.data.readers.row import Item, row_of
-from nybble.data.readers.text import beginning, checked, lines
-from nybble.data.readers.wrapped import Outline, outline_of, read_wrapped
+from nybble.data.rows.readers.json_text import Decoder, NumberError, Text, no_number
+from nybble.data.rows.readers.row import Item, row_of
+from nybble.data.rows.readers.text import beginning, checked, lines
+from nybble.data.rows.readers.wrapped import Outline, outline_of, read_wrapped
 from nybble.errors import DataError
 from nybble.files.reading import json_fault
 

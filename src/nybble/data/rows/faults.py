@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nybble.data.formats.conversation import ShownError
+from nybble.data.rows.formats.conversation import ShownError
 from nybble.errors import DataError
 
 KEPT = 20  # different ones

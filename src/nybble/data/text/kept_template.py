@@ -7,9 +7,9 @@ import pathlib
 
 from transformers import PreTrainedTokenizerBase
 
-from nybble.data.clock import reads_clock
-from nybble.data.formats import Rules
-from nybble.data.template import Template
+from nybble.data.rows.formats import Rules
+from nybble.data.text.clock import reads_clock
+from nybble.data.text.template import Template
 from nybble.errors import RunError
 from nybble.files.reading import RESTORE, read_object
 from nybble.run.folder import write_json

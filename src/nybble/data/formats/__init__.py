@@ -1,6 +1,0 @@
-"""Rows of every form to conversations."""
-
-from nybble.data.formats.conversation import Conversation, EmptyAnswerError, Message, Rules
-from nybble.data.formats.forms import Forms, detect_forms
-
-__all__ = ["Conversation", "EmptyAnswerError", "Forms", "Message", "Rules", "detect_forms"]
