@@ -29,7 +29,7 @@ from unittest import mock
 import torch
 from bench.llama2_7b import prepare
 
-from nybble.export.shards import Spec, write_shards
+from nybble.export.merge.shards import Spec, write_shards
 from nybble.files import digests
 from nybble.files.cache import Entry
 from nybble.model.base import bits

@@ -27,9 +27,9 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from nybble.export.merge import Dequantised, Merge, Original
-from nybble.export.shards import Spec, write_shards
-from nybble.export.updates import PREFIX, read_updates
+from nybble.export.merge.merge import Dequantised, Merge, Original
+from nybble.export.merge.shards import Spec, write_shards
+from nybble.export.merge.updates import PREFIX, read_updates
 
 LLAMA2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
              "num_key_value_heads": 32, "vocab_size": 32000}  # fmt: skip

@@ -97,8 +97,8 @@ def test_kernels_know_torch_triton_and_each_other():
 def test_an_optional_package_has_one_home_which_only_cli_knows():
     homes = {
         "nybble.evaluate.harness": {"lm_eval"},
-        "nybble.export.gguf": {"gguf"},
-        "nybble.export.llama": {"llama_cpp"},
+        "nybble.export.gguf.writer": {"gguf"},
+        "nybble.export.gguf.llama": {"llama_cpp"},
         "nybble.serve.app": {"fastapi", "starlette"},
         "nybble.serve.connection": {"h11", "starlette", "uvicorn"},
         "nybble.serve.guard": {"starlette"},

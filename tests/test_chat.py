@@ -13,7 +13,7 @@ import nybble
 from nybble.chat.answerer import Sampling, load_answerer
 from nybble.chat.terminal import COMMANDS, answer_once, opening, talk
 from nybble.data.rows.formats import Message
-from nybble.export.modelfile import write_modelfile
+from nybble.export.gguf.modelfile import write_modelfile
 from nybble.run.folder import open_run
 from nybble.serve.bodies import model_entry
 from nybble.serve.engine import Model

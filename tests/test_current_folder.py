@@ -12,7 +12,7 @@ import pytest
 
 from conftest import ROOT
 from nybble.errors import EvaluationError
-from nybble.export import loaders
+from nybble.export.parity import loaders
 from nybble.installed import module_command
 
 HOSTILE = ("typer.py", "torch.py", "json.py", "transformers.py", "llama_cpp.py", "tokenizers.py", "numpy.py", "re.py", "subprocess.py",

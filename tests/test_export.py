@@ -19,13 +19,15 @@ from nybble.data.text.template import choose_template
 from nybble.engine.loss import last_hidden
 from nybble.errors import ExportError, HubError, ModelError, PlaceError, RunError
 from nybble.export import export as module
-from nybble.export import kinds, loaders, parity
+from nybble.export import kinds
 from nybble.export.artefacts import generation_settings
 from nybble.export.card import HELD, Subject, data_licences, write_card
-from nybble.export.compare import Comparison, Divergence
 from nybble.export.export import Wanted, export
-from nybble.export.gguf import Converter
+from nybble.export.gguf.writer import Converter
 from nybble.export.licence import find_licence
+from nybble.export.parity import gate as parity
+from nybble.export.parity import loaders
+from nybble.export.parity.compare import Comparison, Divergence
 from nybble.export.precheck import Preflight
 from nybble.model.base.checkpoint import find_checkpoint
 from nybble.model.base.load import load_config

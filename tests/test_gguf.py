@@ -20,14 +20,14 @@ from nybble.data.text.template import choose_template
 from nybble.data.text.tokens import encode_prompt
 from nybble.errors import ExportError
 from nybble.export import export as module
-from nybble.export import gguf as writer
 from nybble.export.export import Wanted, export
-from nybble.export.gguf import Converter, interleave, rope_factors
-from nybble.export.loaders import has_llama_cpp, through_llama_cpp
-from nybble.export.merge import Merge, Model, Original
-from nybble.export.modelfile import go_template, write_modelfile
-from nybble.export.parity import Question, Reference
-from nybble.export.vocabulary import BYTE, CONTROL, UNKNOWN, read_vocabulary
+from nybble.export.gguf import writer as writer
+from nybble.export.gguf.modelfile import go_template, write_modelfile
+from nybble.export.gguf.vocabulary import BYTE, CONTROL, UNKNOWN, read_vocabulary
+from nybble.export.gguf.writer import Converter, interleave, rope_factors
+from nybble.export.merge.merge import Merge, Model, Original
+from nybble.export.parity.gate import Question, Reference
+from nybble.export.parity.loaders import has_llama_cpp, through_llama_cpp
 from nybble.model.base.checkpoint import find_checkpoint
 from nybble.model.base.load import load_config
 from nybble.model.tokenizer.load import load_tokenizer

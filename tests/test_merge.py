@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from conftest import write_llama
 from nybble.errors import ModelError
-from nybble.export import shards
-from nybble.export.compare import compare
-from nybble.export.merge import HEAD, Dequantised, Merge, Original
-from nybble.export.shards import Spec, Tensors, slices_of, write_shards
-from nybble.export.updates import read_updates
+from nybble.export.merge import shards
+from nybble.export.merge.merge import HEAD, Dequantised, Merge, Original
+from nybble.export.merge.shards import Spec, Tensors, slices_of, write_shards
+from nybble.export.merge.updates import read_updates
+from nybble.export.parity.compare import compare
 from nybble.model.base.checkpoint import find_checkpoint
 from nybble.model.base.load import load_base
 from nybble.recipe import ModelOptions
@@ -301,9 +301,9 @@ def test_slices_cover_all_rows_and_stay_small(rows, columns, multiple):
 
 MEASURE = """
 import json, pathlib, sys, threading, time, torch
-from nybble.export.merge import Dequantised, Merge, Original
-from nybble.export.shards import write_shards
-from nybble.export.updates import read_updates
+from nybble.export.merge.merge import Dequantised, Merge, Original
+from nybble.export.merge.shards import write_shards
+from nybble.export.merge.updates import read_updates
 from bench.merge import PeakAnon
 base, kept, adapter, out = map(pathlib.Path, sys.argv[1:])
 updates, found = read_updates(adapter), {}

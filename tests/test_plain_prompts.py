@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from conftest import tuned, write_llama
 from local_server import serving
 from nybble.export.export import Wanted, export
-from nybble.export.vocabulary import read_vocabulary
+from nybble.export.gguf.vocabulary import read_vocabulary
 from nybble.serve.pipeline import load_pipeline
 
 TEXTS = ("Once upon a time", " two  spaces\n\tand a tab", "1234567 Wörter \U0001f642")

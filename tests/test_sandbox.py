@@ -21,7 +21,7 @@ from nybble.data.text.rendering import check_length, render
 from nybble.data.text.sandbox import SOURCE
 from nybble.data.text.template import BUILT_IN, Template, choose_template
 from nybble.errors import DataError
-from nybble.export.modelfile import write_modelfile
+from nybble.export.gguf.modelfile import write_modelfile
 
 ASKED = [{"role": "user", "content": "  one <b> é\n"}]
 TURNS = [*ASKED, {"role": "assistant", "content": "two"}, {"role": "user", "content": "three"}]

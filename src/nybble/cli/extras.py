@@ -11,7 +11,7 @@ from nybble.installed import install_extra
 
 if TYPE_CHECKING:
     from nybble.evaluate.harness import Harness
-    from nybble.export.gguf import Converter
+    from nybble.export.gguf.writer import Converter
     from nybble.export.precheck import Preflight
 
 
@@ -35,7 +35,7 @@ def make_harness(names: list[str], data: pathlib.Path | None, limit: int | None,
 def make_converter() -> Converter:
     """What writes GGUF files: gguf is an optional package."""
     try:
-        from nybble.export.gguf import Converter
+        from nybble.export.gguf.writer import Converter
     except ModuleNotFoundError as error:
         raise ExportError(
             f"GGUF export needs the gguf package, which is not installed ({error})",

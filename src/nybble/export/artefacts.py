@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.data.text.template import Template
+from nybble.export.gguf.modelfile import write_modelfile
 from nybble.export.licence import Licence
-from nybble.export.merge import Merge
-from nybble.export.modelfile import write_modelfile
-from nybble.export.shards import write_shards
+from nybble.export.merge.merge import Merge
+from nybble.export.merge.shards import write_shards
 from nybble.model.adapter.config import CONFIG
 from nybble.model.adapter.tensors import weights_file
 from nybble.run.folder import Run, write_json, write_text

@@ -16,9 +16,9 @@ from nybble.data.rows.licences import licences
 from nybble.data.rows.sources import find_sources
 from nybble.errors import DataError
 from nybble.evaluate.wording import LOSS, NONE, Scale, by_verdict, duration, scale
-from nybble.export.compare import Comparison
 from nybble.export.licence import HUB_ID, LLAMA2_POLICY, Licence
-from nybble.export.parity import Verdict
+from nybble.export.parity.compare import Comparison
+from nybble.export.parity.gate import Verdict
 from nybble.markdown import code, escaped, fence, front_matter, storable
 from nybble.recipe import dump_recipe
 from nybble.run.folder import Run

@@ -19,18 +19,18 @@ from nybble.evaluate.rows import rows_of
 from nybble.evaluate.tell import progress_bar
 from nybble.export.artefacts import Contents, generation_settings
 from nybble.export.card import Subject, write_card
-from nybble.export.compare import ROWS, Comparison, compare
 from nybble.export.formats import QUANTS, Converter
 from nybble.export.kinds import Adapter, Gguf, Kind, Merged
 from nybble.export.licence import find_licence, hub_id
-from nybble.export.merge import Merge
-from nybble.export.parity import Reference, Verdict, ask_run
+from nybble.export.merge.merge import Merge
+from nybble.export.merge.updates import read_updates
+from nybble.export.parity.compare import ROWS, Comparison, compare
+from nybble.export.parity.gate import Reference, Verdict, ask_run
+from nybble.export.parity.report import refuse_failed, write_report
 from nybble.export.publish import check_push, push
-from nybble.export.report import refuse_failed, write_report
 from nybble.export.room import ELSEWHERE, needed, parameters_of
 from nybble.export.source import Source, merges_of, open_source
 from nybble.export.tell import tell_comparison, tell_verdicts
-from nybble.export.updates import read_updates
 from nybble.files.places import (
     REPORT,
     check_cache,

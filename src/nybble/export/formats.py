@@ -8,7 +8,7 @@ from typing import Protocol
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from nybble.export.merge import Model
+from nybble.export.merge.merge import Model
 
 QUANTS = ("Q8_0",)
 """GGUF types where none are named."""
@@ -28,7 +28,7 @@ BITS = {"F16": 16.0, "Q8_0": 8.5, "Q4_0": 4.5, "Q2_K": 3.2, "Q3_K_S": 3.6, "Q3_K
 
 
 class Converter(Protocol):
-    """What writes GGUF files: `nybble.export.gguf.Converter`, where the gguf package is installed."""
+    """What writes GGUF files: `nybble.export.gguf.writer.Converter`, where the gguf package is installed."""
 
     def check(self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a model that could not be written."""

@@ -14,7 +14,9 @@ from nybble.evaluate.tell import progress_bar
 from nybble.export import loading
 from nybble.export.artefacts import Contents, write_adapter, write_gguf_words, write_merged
 from nybble.export.formats import Converter
-from nybble.export.loaders import (
+from nybble.export.merge.merge import Merge, Model
+from nybble.export.parity.gate import NEW_TOKENS, Reference, Verdict, judge
+from nybble.export.parity.loaders import (
     GET_LLAMA_CPP,
     has_llama_cpp,
     place_for,
@@ -22,8 +24,6 @@ from nybble.export.loaders import (
     through_peft,
     through_transformers,
 )
-from nybble.export.merge import Merge, Model
-from nybble.export.parity import NEW_TOKENS, Reference, Verdict, judge
 from nybble.export.room import parameters_of
 from nybble.export.source import Source
 from nybble.markdown import code

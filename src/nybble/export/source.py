@@ -10,8 +10,8 @@ import torch
 from transformers import PretrainedConfig
 
 from nybble.errors import ExportError, ModelError
-from nybble.export.merge import Dequantised, Merge, Original, Weights
-from nybble.export.updates import Update
+from nybble.export.merge.merge import Dequantised, Merge, Original, Weights
+from nybble.export.merge.updates import Update
 from nybble.model.base.cached import find_kept, kept_copy
 from nybble.model.base.checkpoint import Checkpoint, find_base, fingerprint
 from nybble.model.base.load import load_config

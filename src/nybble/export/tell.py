@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nybble.export.compare import Comparison
-from nybble.export.parity import Verdict
+from nybble.export.parity.compare import Comparison
+from nybble.export.parity.gate import Verdict
 from nybble.terminal import tell
 
 

@@ -23,7 +23,7 @@ from nybble.chat.answerer import Answerer
 from nybble.data.batches import Collator, Sample, next_labels
 from nybble.data.order import batches
 from nybble.engine.loss import last_hidden
-from nybble.export.merge import Merge
+from nybble.export.merge.merge import Merge
 from nybble.objective.likelihood import bare
 
 ROWS = 64  # validation rows that are compared

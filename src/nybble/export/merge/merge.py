@@ -17,8 +17,8 @@ from bitsandbytes.functional import QuantState
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.errors import ModelError
-from nybble.export.shards import Spec, Tensors, slices_of
-from nybble.export.updates import Update
+from nybble.export.merge.shards import Spec, Tensors, slices_of
+from nybble.export.merge.updates import Update
 from nybble.model.base.files import weight_files
 from nybble.model.base.soundness import BUFFER, EMBEDDING, HEAD, PACKED, STATE
 

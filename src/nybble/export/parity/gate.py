@@ -23,8 +23,8 @@ from nybble.data.text.tokens import check_ids, encode_prompt, encode_text
 from nybble.engine.loss import last_hidden
 from nybble.errors import DataError
 from nybble.evaluate.generation import FIXED, held_out_prompts
-from nybble.export.compare import compare, divergences
-from nybble.export.merge import Merge
+from nybble.export.merge.merge import Merge
+from nybble.export.parity.compare import compare, divergences
 from nybble.objective.likelihood import bare
 
 NEW_TOKENS = 48  # of an answer: enough for most to end or to go astray

@@ -1,4 +1,4 @@
-"""A GGUF file asked by llama.cpp: python -m nybble.export.llama JOB.json.
+"""A GGUF file asked by llama.cpp: python -m nybble.export.gguf.llama JOB.json.
 
 A process of its own, and the one module that knows llama-cpp-python. Prompts of conversations go through create_chat_completion,
 as its users' do.

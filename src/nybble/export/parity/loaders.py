@@ -25,12 +25,12 @@ from transformers import (
 )
 
 from nybble.errors import ExportError
-from nybble.export.parity import PLAIN, Answer, Given, Reference, greedy, next_logits, own_stops
+from nybble.export.parity.gate import PLAIN, Answer, Given, Reference, greedy, next_logits, own_stops
 from nybble.installed import module_command
 from nybble.model.base.load import weights_alone
 from nybble.weights.on_cpu import stay_unpacked
 
-LLAMA_CPP = "nybble.export.llama"
+LLAMA_CPP = "nybble.export.gguf.llama"
 """Run as a process of its own: a build of llama.cpp that does not suit the processor ends with a signal, not an exception."""
 BESIDE = 3_000_000_000  # bytes beside a model's weights on a GPU: keys and values, activations, CUDA's own
 GET_LLAMA_CPP = "make llama-cpp, or pip install llama-cpp-python"

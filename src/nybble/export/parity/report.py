@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from nybble.errors import ExportError
-from nybble.export.compare import Comparison
-from nybble.export.parity import Verdict
+from nybble.export.parity.compare import Comparison
+from nybble.export.parity.gate import Verdict
 from nybble.run.folder import versions, write_json
 
 

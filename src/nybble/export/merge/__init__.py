@@ -1,0 +1,1 @@
+"""A base with an adapter added."""

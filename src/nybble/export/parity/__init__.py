@@ -1,0 +1,1 @@
+"""The gate: an artefact held against the run."""
