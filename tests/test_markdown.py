@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from nybble.evaluate.report import write_report
+from nybble.evaluate.report.page import write_report
 from nybble.export.card import Subject
 from nybble.export.card import write_card as export_card
 from nybble.export.licence import Licence

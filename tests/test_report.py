@@ -8,8 +8,8 @@ import subprocess
 
 import pytest
 
-from nybble.evaluate.report import write_report
-from nybble.evaluate.wording import duration, headline, number_text, p_text
+from nybble.evaluate.report.page import write_report
+from nybble.evaluate.report.wording import duration, headline, number_text, p_text
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 UNDECIDED = "no difference shown"

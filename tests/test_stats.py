@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nybble.evaluate.stats import compare, holm, verdict
+from nybble.evaluate.statistics import compare, holm, verdict
 
 TRIALS, DRAWS = 1_000, 1_000
 SIZES = numpy.random.default_rng(0).integers(5, 40, size=57)

@@ -22,7 +22,7 @@ from nybble.data.order import lengths_of
 from nybble.errors import EvaluationError
 from nybble.evaluate.contamination import flag
 from nybble.evaluate.generation import answer, distinct, fixed_prompts, held_out_prompts, item_scores, side_by_side
-from nybble.evaluate.report import write_report
+from nybble.evaluate.report.page import write_report
 from nybble.evaluate.results import compared_tasks, entry_of, held_out_entry, metric_entry
 from nybble.evaluate.rows import rows_of
 from nybble.evaluate.scores import Benchmarks, MissingRowsError, Scored, Store

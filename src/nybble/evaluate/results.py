@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 
 from nybble.evaluate.scores import Scored
-from nybble.evaluate.stats import Comparison, Estimate, compare, holm, verdict
+from nybble.evaluate.statistics import Comparison, Estimate, compare, holm, verdict
 from nybble.objective.likelihood import Losses
 
 

@@ -15,7 +15,7 @@ from nybble import __version__
 from nybble.data.rows.licences import licences
 from nybble.data.rows.sources import find_sources
 from nybble.errors import DataError
-from nybble.evaluate.wording import LOSS, NONE, Scale, by_verdict, duration, scale
+from nybble.evaluate.report.wording import LOSS, NONE, Scale, by_verdict, duration, scale
 from nybble.export.licence import HUB_ID, LLAMA2_POLICY, Licence
 from nybble.export.parity.compare import Comparison
 from nybble.export.parity.gate import Verdict

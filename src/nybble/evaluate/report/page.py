@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from nybble.evaluate import plots, tables
-from nybble.evaluate.wording import NONE, UNDECIDED, duration, headline, number_text, undecided_text
+from nybble.evaluate.report import plots, tables
+from nybble.evaluate.report.wording import NONE, UNDECIDED, duration, headline, number_text, undecided_text
 from nybble.markdown import code, escaped, fence, storable
 from nybble.run.folder import write_text
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nybble.data.histogram import quantile
-from nybble.evaluate.wording import Entry, by_verdict, scale
+from nybble.evaluate.report.wording import Entry, by_verdict, scale
 from nybble.files.places import replacing
 
 WIDE, NARROW = 8.6, 3.7  # inches of 100 pixels: what a page of 1280 and one of 400 pixels has room for

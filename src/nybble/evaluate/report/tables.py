@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nybble.evaluate.wording import LOSS, NONE, Entry, Scale, by_verdict, number_text, p_text, scale
+from nybble.evaluate.report.wording import LOSS, NONE, Entry, Scale, by_verdict, number_text, p_text, scale
 
 
 @dataclass(frozen=True)
