@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 
-from conftest import ROOT
+from tests.conftest import ROOT
 
 SOURCE = ROOT / "src" / "nybble"
 PUBLIC = SOURCE / "__init__.py"  # it names everything, for type checkers, and imports nothing

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from safetensors.torch import load_file, save_file
 
-from corpus.cases import Case
+from tests.corpus.cases import Case
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model.model.layers"

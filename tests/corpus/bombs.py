@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pyarrow
 import pyarrow.parquet
 
-from corpus.cases import Case
+from tests.corpus.cases import Case
 
 ROOM = 600_000_000  # bytes above what the program takes with its libraries
 BLOCK = 1 << 24

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from safetensors.torch import load_file, save_file
 
-from corpus.cases import Case
+from tests.corpus.cases import Case
 
 Edit = Callable[[pathlib.Path], object]
 MENDED = {

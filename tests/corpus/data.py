@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.feather
 import pyarrow.parquet
 
-from corpus.cases import Case
+from tests.corpus.cases import Case
 
 Content = str | bytes
 ROW = {"instruction": "say hi", "output": "hi"}

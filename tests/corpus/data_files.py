@@ -15,8 +15,8 @@ from typing import Any
 
 import pyarrow
 
-from corpus.cases import Case
-from corpus.data import (
+from tests.corpus.cases import Case
+from tests.corpus.data import (
     GOOD,
     GZIP,
     HEAD,

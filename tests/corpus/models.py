@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from corpus.cases import Case
+from tests.corpus.cases import Case
 
 Change = Callable[[pathlib.Path], object]
 Tensors = dict[str, torch.Tensor]

@@ -14,7 +14,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 
-from corpus.cases import Case
+from tests.corpus.cases import Case
 
 Damage = Callable[[pathlib.Path], object]
 CHECKPOINT_FILES = (

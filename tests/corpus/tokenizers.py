@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from corpus.cases import Case, Outcome
 from nybble.data.rows.formats import Message
 from nybble.data.text.template import choose_template
 from nybble.data.text.tokens import encode
@@ -26,6 +25,7 @@ from nybble.errors import NybbleError
 from nybble.model.base.checkpoint import find_checkpoint
 from nybble.model.base.load import load_config
 from nybble.model.tokenizer.load import load_tokenizer
+from tests.corpus.cases import Case, Outcome
 
 SECONDS = 30  # until a case has hung; the longest that is meant takes 20
 MEMORY = 3_000_000_000  # bytes beyond what the process has when it begins

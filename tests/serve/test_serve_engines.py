@@ -1,0 +1,184 @@
+"""The other engines: Transformers' continuous batching on a merged run, and the command that starts vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+
+import openai
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from nybble.data.rows.formats import Message
+from nybble.data.text.tokens import encode_prompt
+from nybble.errors import RunError, ServeError
+from nybble.run.folder import open_run
+from nybble.serve.app import Limits
+from nybble.serve.continuous import load_continuous
+from nybble.serve.engine import Mailbox, Request
+from nybble.serve.metrics import Metrics
+from nybble.serve.server import Place, serve
+from nybble.serve.vllm import command, environment
+from tests.local_server import another_run, serving
+
+
+@pytest.fixture(scope="module")
+def merged(tuned_run, tiny_llama):
+    """A run with its adapter merged into 16-bit weights, as nybble export leaves it."""
+    run = another_run(tuned_run, "merged-run", 2.0)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), run.adapter).merge_and_unload()
+    model.save_pretrained(run.folder / "export" / "merged")
+    for file in (run.folder / "tokenizer").iterdir():
+        shutil.copy(file, run.folder / "export" / "merged")
+    return run
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def test_continuous_batching_answers_each_as_generate_does(merged, cache):
+    with serving(lambda metrics: load_continuous([merged], metrics, device="cpu", queue=64, cache=cache)) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        assert [model.id for model in client.models.list()] == ["merged-run"]
+        model = AutoModelForCausalLM.from_pretrained(merged.folder / "export" / "merged")
+        served = server.engine.models["merged-run"]
+        expected, got = {}, {}
+        for text in ("say one two", "say red 3", "go on"):
+            prompt = torch.tensor([encode_prompt(served.template, (Message("user", text),))])
+            settings = {"do_sample": False, "eos_token_id": server.engine.ends, "pad_token_id": 0}
+            ids = model.generate(prompt, max_new_tokens=10, **settings)[0, prompt.shape[1] :]
+            expected[text] = served.template.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+        def work(text):
+            stream = client.chat.completions.create(
+                model="merged-run", messages=user(text), max_tokens=10, temperature=0, stream=True
+            )
+            got[text] = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+        threads = [threading.Thread(target=work, args=(text,)) for text in expected]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert got == expected
+        warm = client.chat.completions.create(
+            model="merged-run",
+            messages=user("go on"),
+            max_tokens=12,
+            temperature=1.2,
+            top_p=0.9,
+            n=2,
+            extra_body={"top_k": 40},
+        )
+        assert server.chat("merged-run", "go on", max_tokens=4, temperature=2, top_k=10**30)["choices"]
+        assert warm.usage.completion_tokens > 2
+        greedy = server.chat("merged-run", "go on", max_tokens=4, temperature=0)["choices"]
+        assert server.chat("merged-run", "go on", max_tokens=4, temperature=2, top_p=0)["choices"] == greedy
+        assert client.responses.create(
+            model="merged-run", input="go on", temperature=0, max_output_tokens=4
+        ).output_text
+        asked = {"model": "merged-run", "input": "x", "include": ["message.output_text.logprobs"]}
+        assert server.post("/v1/responses", **asked).json()["error"]["param"] == "include"
+        for refused, field in (({"seed": 1}, "seed"), ({"logprobs": True}, "logprobs")):
+            answer = server.post(model="merged-run", messages=user("x"), **refused)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+            assert "--engine pipeline" in answer.json()["error"]["message"]
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.3).chat.completions.create(
+                model="merged-run", messages=user("go on"), max_tokens=400, temperature=2, n=16
+            )
+        server.wait_for("nybble_running", 0, 10)
+
+
+def test_what_is_given_up_while_it_waits_gets_no_token(merged, cache):
+    engine = load_continuous([merged], Metrics(), device="cpu", queue=64, cache=cache)
+
+    async def work():
+        mailbox = Mailbox()
+        answers = engine.submit([Request("merged-run", [1, 40, 50], 6)] * 40, mailbox)
+        left, tokens = answers[36:], dict.fromkeys(map(id, answers), 0)  # 32 are under way at once
+        for answer in left:
+            answer.cancel()
+        assert {answer.finish for answer in left} == {"cancelled"}
+        while any(answer.finish is None for answer in answers):
+            answer, token = await mailbox.take(asyncio.get_running_loop().time() + 30)
+            tokens[id(answer)] += token is not None
+        return [tokens[id(answer)] for answer in answers]
+
+    try:
+        made = asyncio.run(work())
+    finally:
+        engine.close()
+    assert made[36:] == [0] * 4
+    assert all(made[:36])
+
+
+def test_a_run_that_was_not_merged_says_how(tuned_run, cache):
+    with pytest.raises(ServeError, match=r"takes a merged model[\s\S]*nybble export .*run --to merged"):
+        load_continuous([tuned_run], Metrics(), device="cpu", queue=1, cache=cache)
+    with pytest.raises(ServeError, match="serves one merged run"):
+        load_continuous([tuned_run, tuned_run], Metrics(), device="cpu", queue=1, cache=cache)
+
+
+def test_vllm_is_started_on_the_base_with_an_adapter_a_run(tuned_run, tiny_llama):
+    runs = [tuned_run, another_run(tuned_run, "second", 2.0)]
+    assert command(runs, "127.0.0.1", 8000) == [
+        "vllm", "serve", str(tiny_llama), "--tokenizer", str(runs[0].folder / "tokenizer"), "--quantization", "bitsandbytes",
+        "--enable-lora", "--max-lora-rank", "16", "--lora-modules", f"run={runs[0].adapter}", f"second={runs[1].adapter}",
+        "--host", "127.0.0.1", "--port", "8000",
+    ]  # fmt: skip
+    with pytest.raises(RunError, match="the name second"):
+        command([runs[1], open_run(another_run(tuned_run, "more/second", 1.0).folder)], "127.0.0.1", 8000)
+
+
+def test_vllm_is_started_on_a_merged_model_where_there_is_one(merged):
+    assert command([merged], "::1", 9000) == [
+        "vllm", "serve", str(merged.folder / "export" / "merged"), "--served-model-name", "merged-run",
+        "--host", "::1", "--port", "9000",
+    ]  # fmt: skip
+
+
+def test_the_key_goes_to_vllm_where_no_other_user_sees_it(tuned_run):
+    assert environment("s3cret")["VLLM_API_KEY"] == "s3cret"
+    assert "VLLM_API_KEY" not in environment(None)
+    assert not any("s3cret" in word for word in command([tuned_run], "0.0.0.0", 8000))
+
+
+def start(run, quiet, *, limits=Limits(), device="auto", **place):  # noqa: B008
+    serve([run], Place(**place), quiet, engine="vllm", device=device, limits=limits)
+
+
+def test_where_vllm_is_missing_it_says_how_to_install_it(tuned_run, quiet, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ServeError, match=r"vLLM is not installed; it would run: vllm serve [\s\S]*pip install vllm"):
+        start(tuned_run, quiet)
+    with pytest.raises(ServeError, match="there is no API key"):
+        start(tuned_run, quiet, host="0.0.0.0")
+    for odd in ({"limits": Limits(timeout=5)}, {"limits": Limits(queue=20)}, {"device": "cpu"}):
+        with pytest.raises(ServeError, match="are for nybble's own server"):
+            start(tuned_run, quiet, **odd)
+
+
+@pytest.mark.slow
+def test_vllm_takes_the_place_of_this_process(merged, tmp_path):
+    program = tmp_path / "vllm"
+    program.write_text('#!/bin/sh\necho "$VLLM_API_KEY: $*"\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    script = (
+        "import sys; from nybble.run.folder import open_run; from nybble.serve.vllm import become_vllm;"
+        "become_vllm([open_run(sys.argv[1])], '127.0.0.1', 8000, 'k3y')"
+    )
+    environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    said = subprocess.run(
+        [sys.executable, "-c", script, str(merged.folder)], env=environ, capture_output=True, text=True
+    )
+    expected = f"k3y: serve {merged.folder}/export/merged --served-model-name merged-run --host 127.0.0.1 --port 8000\n"
+    assert said.stdout == expected, said.stderr

@@ -1,0 +1,99 @@
+"""SmolLM2's real weights served on the CPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import openai
+import psutil
+import pytest
+import torch
+from bench.load import PROMPTS, load
+
+from nybble.model.adapter.lora import attach_adapter
+from nybble.model.base.checkpoint import find_checkpoint
+from nybble.model.base.load import load_base
+from nybble.model.tokenizer.load import load_tokenizer
+from nybble.recipe import LoraOptions, ModelOptions
+from nybble.serve.server import listen
+from tests.local_server import wait_until_ready
+
+CLOSE_CALL = {"float32": 0.001, "bfloat16": 0.25}
+
+
+@pytest.fixture(scope="module")
+def adapter(smollm2, tmp_path_factory):
+    """An adapter that changes answers without spoiling them."""
+    folder = tmp_path_factory.mktemp("runs") / "smol-run"
+    options = ModelOptions(path=str(smollm2), quantization="none")
+    cache = tmp_path_factory.mktemp("cache")
+    base = load_base(find_checkpoint(str(smollm2)), options, torch.float32, torch.device("cpu"), cache)
+    model = attach_adapter(base.model, LoraOptions())
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.003)
+    model.save_pretrained(folder)
+    load_tokenizer(smollm2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(adapter):
+    """nybble serve as a person starts it."""
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nybble", "serve", str(adapter), "--port", str(port), "--device", "cpu"],
+        stdout=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "100"},
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    wait_until_ready(url, process)
+    yield url, process
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "engine    pipeline" in said
+    assert "models    smol-run; the base as smollm2-135m-instruct" in said
+    assert "running answers finish" in said
+
+
+@pytest.mark.slow
+def test_500_requests_at_16_at_once_without_an_error_or_a_leak(server):
+    url, process = server
+    dtype = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+    warm = load(url, "smol-run", 32, 16, 16, alone=False)
+    own = psutil.Process(process.pid)
+    before = (own.num_fds(), own.num_threads(), own.memory_info().rss)
+    result = load(url, "smol-run", 500, 16, 16, alone=True)
+    print(warm, result, before, own.memory_info().rss)
+    assert result["errors"] == 0
+    assert result["mean_batch"] > 2
+    assert result["widest_gap"] < CLOSE_CALL[dtype]
+    assert result["left_running"] == result["left_waiting"] == 0
+    until = time.monotonic() + 30
+    while own.num_fds() > before[0] + 2 and time.monotonic() < until:
+        time.sleep(0.5)  # a busy server closes its clients' connections a little later; what leaked stays
+    assert own.num_fds() <= before[0] + 2
+    assert own.num_threads() <= before[1] + 1
+    # torch keeps something for each new shape on a CPU, so memory is not flat at first
+    assert own.memory_info().rss < before[2] + 300e6
+
+
+@pytest.mark.slow
+def test_the_base_answers_like_the_chat_model_it_is(server):
+    client = openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", timeout=300)
+    stream = client.chat.completions.create(
+        model="smollm2-135m-instruct",
+        messages=[{"role": "user", "content": PROMPTS[0]}],
+        max_tokens=24,
+        temperature=0,
+        stream=True,
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    print(text)
+    assert "sea" in text.lower() or "ocean" in text.lower()
