@@ -27,8 +27,8 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
-from bench.llama2_7b import prepare
 
+from bench.llama2_7b import prepare
 from nybble.export.merge.shards import Spec, write_shards
 from nybble.files import digests
 from nybble.files.cache import Entry

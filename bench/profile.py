@@ -17,8 +17,9 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from bench.train import build, options_of
 from transformers import TrainerCallback
+
+from bench.train import build, options_of
 
 WARM_UP, LOOKED_AT = 4, 2
 KINDS = {

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
-from bench.quality_run import METHODS, TASKS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from bench.quality_run import METHODS, TASKS
 
 MARGIN = 0.01  # nats a token, fixed before any result
 LEVEL = 0.05  # of each one-sided test

@@ -31,11 +31,11 @@ import bitsandbytes
 import peft
 import torch
 import transformers
-from bench.load import CLIENTS, PROMPTS
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from bench.load import CLIENTS, PROMPTS
 from nybble.chat.answerer import Sampling, load_answerers
 from nybble.data.text.tokens import encode_text
 from nybble.recipe import ModelOptions

@@ -35,7 +35,6 @@ import bitsandbytes
 import peft
 import torch
 import transformers
-from bench.gate import Row
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -46,6 +45,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from bench.gate import Row
 from nybble.data.batches import Collator
 from nybble.data.prepare import prepare as prepare_data
 from nybble.engine.fuse import fuse, fusion

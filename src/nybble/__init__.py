@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from nybble.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from nybble.chat.answerer import Answerer, Sampling
     from nybble.chat.answerer import load_answerer as load
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from nybble.run.folder import Run, open_run
     from nybble.training.train import resume, train
 
-__version__ = "0.7.0"
 __all__ = [
     "Answerer",
     "Message",

@@ -15,6 +15,7 @@ from nybble.cli.keys import EXAMPLES, KEYS
 from nybble.data import histogram
 from nybble.recipe import Recipe, option_names
 from nybble.terminal import COMMAND, tell, tell_error
+from tests.conftest import ROOT
 
 LINE = "run       runs/tiny-rows: 4 steps of 16 rows (micro batch 4, accumulation 4), 2 rows of 東京と大阪の資料 held out for it"
 ERROR = """2 of 42 rows cannot be trained on:
@@ -107,7 +108,7 @@ def test_help_shows_examples_and_the_keys_used_most(here):
 
 @pytest.mark.parametrize("line", [line for line, _ in EXAMPLES if "--resume" not in line])
 def test_the_examples_are_understood(line, here, monkeypatch):
-    monkeypatch.chdir(os.path.dirname(os.path.dirname(__file__)))
+    monkeypatch.chdir(ROOT)
     said = here(*line.split()[1:], "--print-config")
     assert said.returncode == 0, said.stderr
 

@@ -50,7 +50,8 @@ OWN = {
 
 def sources() -> dict[str, str]:
     built_in = {
-        name: resources.files("nybble.data").joinpath(f"templates/{name}.jinja").read_text("utf-8") for name in BUILT_IN
+        name: resources.files("nybble.data.text").joinpath(f"templates/{name}.jinja").read_text("utf-8")
+        for name in BUILT_IN
     }
     found = importlib.util.find_spec("trl")
     folder = pathlib.Path(found.origin).parent / "chat_templates" if found and found.origin else pathlib.Path("none")

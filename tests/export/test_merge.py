@@ -321,7 +321,6 @@ print(json.dumps(found))
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """600 MB of weights, of which at most 200 MB stand in anonymous memory beside what the process had before."""
     from bench.merge import make_checkpoint
-
     from tests.conftest import ROOT
 
     shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 16,

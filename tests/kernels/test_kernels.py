@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -18,6 +17,7 @@ from nybble.kernels import operations as ops
 from nybble.kernels import reference
 from nybble.kernels import triton as kernels
 from nybble.kernels.reference import LowRank, Nested
+from tests.conftest import ROOT
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter truncates where a GPU rounds to bfloat16 (triton 3.9, runtime/interpreter.py cast_impl).
@@ -219,7 +219,7 @@ def test_norm_of_any_shape(rows, hidden, dtype):
 def test_every_kernel_compiles_for_turing_ampere_and_hopper():
     """The interpreter takes what the compiler refuses; the compiler needs no card."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = pathlib.Path(__file__).parent / "compile_kernels.py"
+    script = ROOT / "tests" / "compile_kernels.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("bytes of PTX") == 33

@@ -12,8 +12,8 @@ import openai
 import psutil
 import pytest
 import torch
-from bench.load import PROMPTS, load
 
+from bench.load import PROMPTS, load
 from nybble.model.adapter.lora import attach_adapter
 from nybble.model.base.checkpoint import find_checkpoint
 from nybble.model.base.load import load_base

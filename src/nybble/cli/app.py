@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
-from nybble import __version__
 from nybble.errors import RecipeError
 from nybble.files.places import default_cache, lend_home
+from nybble.version import __version__
 
 
 class Program(TyperGroup):

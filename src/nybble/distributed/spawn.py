@@ -51,8 +51,8 @@ def run_processes(count: int, words: Sequence[str]) -> int:
 
 
 class _Relay:
-    """Passes the first signal on to the processes, which end their step and save it, as long as that takes (`nybble.training.interrupt`);
-    at the second the launcher ends them."""
+    """Passes the first signal on to the processes, which end their step and save it, as long as that takes
+    (`nybble.training.interrupt`); at the second the launcher ends them."""
 
     def __init__(self) -> None:
         self.status = 0

@@ -11,7 +11,6 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from nybble import __version__
 from nybble.data.rows.licences import licences
 from nybble.data.rows.sources import find_sources
 from nybble.errors import DataError
@@ -22,6 +21,7 @@ from nybble.export.parity.gate import Verdict
 from nybble.markdown import code, escaped, fence, front_matter, storable
 from nybble.recipe import dump_recipe
 from nybble.run.folder import Run
+from nybble.version import __version__
 
 COLUMNS = ("", "base", "tuned", "difference, 95%", "verdict")
 HELD = {"nf4": "4-bit", "fp4": "4-bit", "int8": "8-bit", "none": "unquantised"}

@@ -30,7 +30,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nybble import __version__
 from nybble.errors import ModelError, RecipeError, RunError
 from nybble.files.digests import faults
 from nybble.files.places import check_disk, new_folder, refuse_busy, replacing
@@ -38,6 +37,7 @@ from nybble.files.reading import RESTORE, read_object
 from nybble.recipe import PLACES, Recipe, absolute_paths, absolute_tree, dump_recipe, here, load_recipe
 from nybble.run.marks import COMPLETE, check_adapter, described
 from nybble.run.records import Evaluation, Start, Summary
+from nybble.version import __version__
 
 CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d*)")  # the name of one; checkpoint-best is somebody else's
 FILES = "files"  # in start.json: what tokenizer and template held when the run began

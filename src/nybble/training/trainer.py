@@ -74,7 +74,7 @@ def training_arguments(
         eval_on_start=has_validation,
         save_strategy="steps",
         save_steps=schedule.save_every,
-        save_total_limit=None,  # `nybble.training.checkpoints.rotate` takes its place: Trainer removes older ones before the new one is
+        save_total_limit=None,  # `checkpoints.rotate` takes its place: Trainer removes older ones before the new one is
         # proven, goes by the time of folders, which a copy changes, and takes checkpoint-1-of-mine for its own
         load_best_model_at_end=has_validation and train.keep_best,
         metric_for_best_model="eval_loss",

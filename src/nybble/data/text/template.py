@@ -298,7 +298,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, option: str, form: str) 
         by_form = {"alpaca": "alpaca", "messages": "llama2", "sharegpt": "llama2", "prompt": "plain", "text": "plain"}
         option = "model" if own else by_form[form]
     if option in BUILT_IN:
-        source = resources.files("nybble.data").joinpath(f"templates/{option}.jinja").read_text(encoding="utf-8")
+        source = resources.files("nybble.data.text").joinpath(f"templates/{option}.jinja").read_text(encoding="utf-8")
         return Template(tokenizer, option, source.strip(), verbatim=option == "plain")
     if option == "model":
         source = _models_own(own)
