@@ -3,9 +3,10 @@
 Everything that makes tokens goes through here: chat, samples during training, evaluation, the parity gate, the demo and the
 server. Messages, templates and text are above (`nybble.chat`), HTTP further above (`nybble.serve`).
 
-The seed contract: a sampled token is a function of the logits, of the request's `seed` and of the token's position in the sequence
-(prompt included), and of nothing else. So an answer does not depend on its neighbours in a batch, an answer that is continued
-from its own first part stays the same, and a CUDA graph can draw it without a generator's state (`nybble.generate.sampling`).
+The seed contract: a sampled token is a function of the logits, of the request's `seed` and of the token's position in the
+sequence (prompt included), and of nothing else. So an answer does not depend on its neighbours in a batch, an answer that is
+continued from its own first part stays the same, and a CUDA graph can draw it without a generator's state
+(`nybble.generate.sampling`).
 """
 
 from __future__ import annotations
