@@ -132,7 +132,7 @@ def logprobs(answer):
 
 
 def test_64_requests_at_16_at_once_are_each_answered_as_alone(server):
-    """The load run; `pytest -m slow tests/test_serve_real.py` has 500 requests on real weights."""
+    """The load run; `pytest -m slow tests/serve/test_serve_real.py` has 500 requests on real weights."""
     ask = {"max_tokens": 16, "temperature": 0, "logprobs": True, "top_logprobs": 2}
     texts = [f"say {'one two red ' * (n % 4)}{n % 16}" for n in range(64)]
     alone = {text: server.chat("run", text, **ask) for text in set(texts)}
