@@ -178,19 +178,19 @@ def names(model):
 
 @pytest.fixture
 def soon(monkeypatch):
-    """Expressions are given up after half a second, not five."""
+    """Expressions are given up after half a second, not five; on a busy machine somewhat later."""
     monkeypatch.setattr(patterns, "SECONDS", 0.5)
 
 
 @pytest.mark.parametrize(
     ("field", "value", "told"),
     [
-        ("target_modules", r"(\w+\.?)+!", "still at work after 0.5 seconds"),
-        ("exclude_modules", r"(.*)*(.*)*(.*)*x", "still at work after 0.5 seconds"),
-        ("modules_to_save", [r"(\w+\.?)+!"], "still at work after 0.5 seconds"),
-        ("layers_pattern", [r"(\w+\.?)+!"], "still at work after 0.5 seconds"),
-        ("rank_pattern", {r"(\w+\.?)+!": 4}, "still at work after 0.5 seconds"),
-        ("alpha_pattern", {"q_proj": 2, ".*": 3, r"(\w+\.?)+!": 4}, "still at work after 0.5 seconds"),
+        ("target_modules", r"(\w+\.?)+!", "still at work after "),
+        ("exclude_modules", r"(.*)*(.*)*(.*)*x", "still at work after "),
+        ("modules_to_save", [r"(\w+\.?)+!"], "still at work after "),
+        ("layers_pattern", [r"(\w+\.?)+!"], "still at work after "),
+        ("rank_pattern", {r"(\w+\.?)+!": 4}, "still at work after "),
+        ("alpha_pattern", {"q_proj": 2, ".*": 3, r"(\w+\.?)+!": 4}, "still at work after "),
         ("target_modules", "(", "it is no expression: missing )"),
         ("rank_pattern", {"(?i)Q_PROJ": 2}, "it is no expression: global flags not at the start"),
         ("target_modules", "a{99999999999}", "it is no expression"),
