@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nybble.engine.attention import OnCpu, Plain, Segments, choose
+from nybble.engine.attention.backend import OnCpu, Plain, Segments, choose
 from nybble.engine.padding import Padded, separate, spans_of
 
 HEADS = [(4, 4, 16), (9, 3, 64), (8, 1, 20)]

@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from nybble.engine.attention import Cudnn, Efficient, Flash, Plain, Segments
+from nybble.engine.attention.backend import Cudnn, Efficient, Flash, Plain, Segments
 from nybble.engine.fuse import fuse, fusion
 from nybble.engine.padding import Padded, separate
 from nybble.plan.activations import HOST, LADDER, kept_bytes

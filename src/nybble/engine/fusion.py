@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
-from nybble.engine import attention
-from nybble.engine.batch import Layout, Unfit, layout_of, tokens_of
+from nybble.engine.attention import backend as attention
+from nybble.engine.batch_layout import Layout, Unfit, layout_of, tokens_of
 from nybble.engine.layer import Batch, Call, FusedLayer, Shared, slots
 from nybble.engine.memory import Budget
 from nybble.engine.padding import Padded
-from nybble.engine.passes import LayerFunction
+from nybble.engine.layer_function import LayerFunction
 from nybble.engine.reader import LayerReader
 from nybble.engine.workspace import may_stand
 from nybble.errors import EngineError

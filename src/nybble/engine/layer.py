@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from nybble.engine.attention import Backend, Saved, Segments
+from nybble.engine.attention.backend import Backend, Saved, Segments
 from nybble.engine.host import Handle, HostStore
-from nybble.engine.linear import ranks_forward
+from nybble.engine.low_rank import ranks_forward
 from nybble.engine.workspace import Matrix, Workspace
 from nybble.kernels import operations as ops
 from nybble.kernels.operations import Operations

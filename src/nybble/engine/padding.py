@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nybble.engine.attention import Backend, Gradients, Saved, Segments
+from nybble.engine.attention.backend import Backend, Gradients, Saved, Segments
 from nybble.plan.activations import LayerShape
 
 Span = tuple[int, int]

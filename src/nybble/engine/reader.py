@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 from nybble.engine.layer import FusedLayer, Sizes
 from nybble.weights.projections import Ineligible, check_unhooked, read_group
-from nybble.weights.watch import Watched
+from nybble.weights.watched import Watched
 
 REMEMBERED = 2  # states of a layer: DPO goes back and forth between the adapter and the base at every step
 

@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 
 from nybble.kernels.reference import Nested
-from nybble.weights.watch import Watched
+from nybble.weights.watched import Watched
 
 ALIGNMENT = 8  # numbers: rows of the workspace begin at multiples of 16 bytes, as tensor cores want them
 

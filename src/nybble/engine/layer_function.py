@@ -17,7 +17,7 @@ import torch
 from nybble.engine import graph
 from nybble.engine.host import Handle
 from nybble.engine.layer import GROUPS, Call, Kept, Ranks, Shared
-from nybble.engine.linear import Sums, adapter_gradients, input_gradient, ranks_forward
+from nybble.engine.low_rank import Sums, adapter_gradients, input_gradient, ranks_forward
 from nybble.plan.activations import DROP_MLP, DROP_QKV, HOST, KEEP_ALL
 
 

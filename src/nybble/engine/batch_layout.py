@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nybble.engine.attention import Segments
+from nybble.engine.attention.backend import Segments
 from nybble.engine.padding import Padding, separate, spans_of
 
 
