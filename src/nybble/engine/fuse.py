@@ -13,9 +13,11 @@ from typing import Any, Literal
 import torch
 from transformers.models.llama.modeling_llama import LlamaModel
 
+from nybble.engine.batch_plan import begin_batch
 from nybble.engine.embedding import EmbeddingOnHost
-from nybble.engine.fusion import Fusion, Met, Policy, begin, forward, see_checkpointing
+from nybble.engine.fusion import BatchReport, Fusion, Policy
 from nybble.engine.layer import Shared
+from nybble.engine.layer_forward import forward, has_fused_forward
 from nybble.engine.memory import Budget
 from nybble.engine.reader import LayerReader
 from nybble.errors import EngineError
@@ -60,11 +62,11 @@ def fuse(model: torch.nn.Module, policy: Policy = "auto", *, embedding: Literal[
     backbone.nybble_fusion = result
     for layer in readers:
         layer.forward = types.MethodType(forward, layer)
-    hooks.append(backbone.register_forward_pre_hook(begin, with_kwargs=True))
-    found, passed = result.read(list(readers))
-    result.last = Met(len(found), passed)
-    for refusal, count in Counter(passed).items():
-        result.tell(f"{count} of {len(readers)} decoder layers keep their original forward: {refusal}")
+    hooks.append(backbone.register_forward_pre_hook(begin_batch, with_kwargs=True))
+    found, refusals = result.read(list(readers))
+    result.last = BatchReport(len(found), refusals)
+    for refusal, count in Counter(refusals).items():
+        result.warn_once(f"{count} of {len(readers)} decoder layers keep their original forward: {refusal}")
     return model
 
 
@@ -75,9 +77,9 @@ def unfuse(model: torch.nn.Module) -> Any:
     if result is not None:
         for hook in result.hooks:
             hook.remove()
-        see_checkpointing(result, backbone)
+        result.see_checkpointing(backbone)
         for layer in result.readers:
-            if result.is_ours(layer):
+            if has_fused_forward(layer):
                 del layer.forward
         for layer in result.taken_over:
             layer.gradient_checkpointing = True

@@ -1,4 +1,7 @@
-"""Forward and backward of a group of projections on rows of tokens. m rows, k inputs, n outputs, r ranks."""
+"""LoRA's part of the products of a group of projections, whatever the frozen weights are multiplied in.
+
+m rows, k inputs, n outputs, r ranks of one adapter, R those of all adapters of the group.
+"""
 
 from __future__ import annotations
 
@@ -6,108 +9,96 @@ from collections.abc import Sequence
 
 import torch
 
-from nybble.engine.workspace import Matrix
 from nybble.kernels.operations import Operations
-from nybble.weights.projections import Adapter, Group
+from nybble.weights.projections import ActiveAdapter, ProjectionGroup
 
 
-def ranks_forward(x_mk: torch.Tensor, matrix: Matrix, group: Group, seed: int, out_mr: torch.Tensor) -> None:
-    """T = dropout(x) A^T of all adapters into a view."""
-    if not group.dropping:
-        torch.mm(x_mk, matrix.down_transposed, out=out_mr)
+def ranks_forward(
+    x_mk: torch.Tensor, a_kr: torch.Tensor, group: ProjectionGroup, seed: int, out_mr: torch.Tensor
+) -> None:
+    """T = dropout(x) A^T of all adapters into a view.
+
+    Args:
+        x_mk: the projections' input.
+        a_kr: A^T of all adapters, (k, R), in the type of x.
+        group: whose adapters they are.
+        seed: from which the dropout masks follow, one each.
+        out_mr: (m, R) view.
+    """
+    if not group.has_dropout:
+        torch.mm(x_mk, a_kr, out=out_mr)
         return
     out_mr.zero_()
-    for place, adapter in enumerate(group.adapters):
-        dropped = _dropped(x_mk, adapter, seed + place)
-        out_mr[:, adapter.ranks] = dropped @ matrix.down[adapter.ranks].t()
+    for index, adapter in enumerate(group.adapters):
+        dropped = dropout(x_mk, adapter, seed + index)
+        out_mr[:, adapter.ranks] = dropped @ a_kr[:, adapter.ranks]
 
 
-def input_gradient(
-    gradient_mn: torch.Tensor, matrix: Matrix, group: Group, seed: int, out_mk: torch.Tensor | None
+def add_input_gradient(
+    to_ranks_mr: torch.Tensor, a_rk: torch.Tensor, group: ProjectionGroup, seed: int, out_mk: torch.Tensor
 ) -> None:
-    """The ranks' gradient into the last columns of `gradient_mn`, and the input's into `out_mk` where that is wanted.
-
-    Args:
-        gradient_mn: (m, n + R), the outputs' gradient with room for the ranks' at the end of each row.
-        matrix: weights and adapters.
-        group: with the adapters of the forward.
-        seed: the forward's, for the same dropout.
-        out_mk: (m, k), or None where nothing before this layer is trained.
-    """
-    change = gradient_mn[:, : matrix.outputs]
-    if matrix.ranks:
-        torch.mm(change, matrix.up, out=gradient_mn[:, matrix.outputs :])
-    if out_mk is None:
-        return
-    if not group.dropping:
-        torch.mm(gradient_mn, matrix.backward, out=out_mk)
-        return
-    torch.mm(change, matrix.weights, out=out_mk)
-    ranks = gradient_mn[:, matrix.outputs :]
-    for place, adapter in enumerate(group.adapters):
-        out_mk += _dropped(ranks[:, adapter.ranks] @ matrix.down[adapter.ranks], adapter, seed + place)
+    """Add dropout(dT A), the adapters' part of the input's gradient, where they drop inputs."""
+    for index, adapter in enumerate(group.adapters):
+        out_mk += dropout(to_ranks_mr[:, adapter.ranks] @ a_rk[adapter.ranks], adapter, seed + index)
 
 
-def adapter_gradients(
-    operations: Operations,
-    gradient_mn: torch.Tensor,
-    x_mk: torch.Tensor,
-    ranks_mr: torch.Tensor,
-    group: Group,
-    seed: int,
-    sums: Sums,
-) -> None:
-    """Gradients of A and B on some rows, added to `sums`.
+class AdapterGradients:
+    """Gradients of a layer's adapters in float32, summed over the tiles of a batch."""
 
-    Args:
-        operations: where the float32 product is at home.
-        gradient_mn: (m, n + R) as `input_gradient` left it.
-        x_mk: the projections' input.
-        ranks_mr: T of the forward.
-        group: with the adapters of the forward.
-        seed: the forward's.
-        sums: over the row tiles of a batch.
-    """
-    outputs = gradient_mn.shape[1] - ranks_mr.shape[1]
-    ranks = gradient_mn[:, outputs:]
-    together = None if group.dropping else operations.product(ranks.t(), x_mk)
-    for place, adapter in enumerate(group.adapters):
-        if together is not None:
-            to_a = together[adapter.ranks]
-        else:
-            to_a = operations.product(ranks[:, adapter.ranks].t(), _dropped(x_mk, adapter, seed + place))
-        to_b = operations.product(gradient_mn[:, adapter.outputs].t(), ranks_mr[:, adapter.ranks])
-        sums.add(adapter, to_a, to_b)
+    def __init__(self, operations: Operations) -> None:
+        self._operations = operations
+        self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    def add(
+        self,
+        group: ProjectionGroup,
+        gradient_mn: torch.Tensor,
+        to_ranks_mr: torch.Tensor,
+        x_mk: torch.Tensor,
+        ranks_mr: torch.Tensor,
+        seed: int,
+    ) -> None:
+        """Add those of a group on one tile: dA = dT^T dropout(x), d(sB) = dY^T T.
 
-class Sums:
-    """Gradients of a layer's adapters in float32, summed over row tiles."""
+        Args:
+            group: with the adapters of the forward.
+            gradient_mn: dY.
+            to_ranks_mr: dT = dY s B.
+            x_mk: the projections' input.
+            ranks_mr: T of the forward.
+            seed: the forward's, for the same dropout.
+        """
+        product = self._operations.product
+        to_all_a = None if group.has_dropout else product(to_ranks_mr.t(), x_mk)
+        for index, adapter in enumerate(group.adapters):
+            if to_all_a is not None:
+                to_a = to_all_a[adapter.ranks]
+            else:
+                to_a = product(to_ranks_mr[:, adapter.ranks].t(), dropout(x_mk, adapter, seed + index))
+            to_b = product(gradient_mn[:, adapter.outputs].t(), ranks_mr[:, adapter.ranks])
+            self._add(adapter, to_a, to_b)
 
-    def __init__(self) -> None:
-        self._of: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def add(self, adapter: Adapter, to_a: torch.Tensor, to_b: torch.Tensor) -> None:
-        """Add (r, k) to A's gradient and (n, r) to s B's."""
-        before = self._of.get(id(adapter.a))
+    def _add(self, adapter: ActiveAdapter, to_a: torch.Tensor, to_b: torch.Tensor) -> None:
+        before = self._sums.get(id(adapter.a))
         if before is None:
-            self._of[id(adapter.a)] = (to_a, to_b)
+            self._sums[id(adapter.a)] = (to_a, to_b)
         else:
             before[0].add_(to_a)
             before[1].add_(to_b)
 
-    def of(self, adapters: Sequence[Adapter]) -> list[torch.Tensor]:
+    def of(self, adapters: Sequence[ActiveAdapter]) -> list[torch.Tensor]:
         """A's and B's gradient of each adapter in turn, in the parameters' types."""
         result: list[torch.Tensor] = []
         for adapter in adapters:
-            to_a, to_b = self._of[id(adapter.a)]
+            to_a, to_b = self._sums[id(adapter.a)]
             if adapter.scaling != 1.0:
                 to_b = to_b * adapter.scaling
             result += [to_a.to(adapter.a.dtype), to_b.to(adapter.b.dtype)]
         return result
 
 
-def _dropped(x_mk: torch.Tensor, adapter: Adapter, seed: int) -> torch.Tensor:
-    """Inverted dropout whose mask follows from the seed, so that backward meets the same."""
+def dropout(x_mk: torch.Tensor, adapter: ActiveAdapter, seed: int) -> torch.Tensor:
+    """Inverted dropout whose mask follows from the seed, so that backward draws the same one."""
     if not adapter.dropout:
         return x_mk
     generator = torch.Generator(x_mk.device).manual_seed(seed)

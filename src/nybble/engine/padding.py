@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nybble.engine.attention.backend import Backend, Gradients, Saved, Segments
+from nybble.engine.attention.backend import Backend, BackendState, Gradients, Segments
 from nybble.plan.activations import LayerShape
 
 Span = tuple[int, int]
@@ -90,11 +90,11 @@ class Padded:
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
-    ) -> tuple[torch.Tensor, Saved]:
+    ) -> tuple[torch.Tensor, BackendState]:
         padding = self.padding
         out, saved = self.rows.forward(query, key, value, segments)
         out.index_fill_(0, padding.blind, 0)
-        more: Saved = ()
+        more: BackendState = ()
         if len(padding.late):
             late, seen_key, seen_value = self._parts(query, key, value)
             result, more = self.across.forward(late, seen_key, seen_value, padding.across)
@@ -108,7 +108,7 @@ class Padded:
         key: torch.Tensor,
         value: torch.Tensor,
         out: torch.Tensor,
-        saved: Saved,
+        saved: BackendState,
         segments: Segments,
     ) -> Gradients:
         """As of every backend; `gradient` is zeroed where padding is."""
