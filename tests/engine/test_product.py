@@ -92,9 +92,9 @@ def by_product(product, x, to_y, tiles, saved, added=None):
     to_x = torch.empty_like(x)
     sums = AdapterGradients(choose(DEVICE).operations)
     for rows in tiles:
-        held = product.input_buffer(rows.stop - rows.start)
-        product.input_view(held).copy_(x[rows])
-        product.forward(held, rows, y[rows], saved, None if added is None else added[rows])
+        operand = product.input_buffer(rows.stop - rows.start)
+        product.input_view(operand).copy_(x[rows])
+        product.forward(operand, rows, y[rows], saved, None if added is None else added[rows])
     for rows in tiles:
         product.gradient_view(gradient)[rows] = to_y[rows]
         product.input_gradient(gradient[rows], rows, to_x[rows])
@@ -143,24 +143,24 @@ def test_an_input_that_exists_already_is_left_alone(kind):
     product, rows = product_of(group, torch.float32), slice(0, 42)
     x, to_y = numbers(42, 64, seed=30), numbers(42, group.outputs, seed=31)
     before, y, to_x = (x.clone(), to_y.clone()), torch.empty_like(to_y), torch.empty_like(x)
-    product.forward(product.input_holding(x), rows, y, None)
-    held = product.gradient_holding(to_y)
-    product.input_gradient(held, rows, to_x)
+    product.forward(product.input_from(x), rows, y, None)
+    operand = product.gradient_from(to_y)
+    product.input_gradient(operand, rows, to_x)
     sums = AdapterGradients(choose(DEVICE).operations)
-    product.adapter_gradients(held, rows, x, {}, sums)
+    product.adapter_gradients(operand, rows, x, {}, sums)
     assert_close((y, to_x, *sums.of(group.adapters)), plainly(group, x, to_y, [rows]), torch.float32)
     assert torch.equal(x, before[0])
     assert torch.equal(to_y, before[1])
-    assert (held is to_y) == (not group.adapters), "copied only where something belongs beside it"
+    assert (operand is to_y) == (not group.adapters), "copied only where something belongs beside it"
 
 
 def test_adapters_have_gradients_where_nothing_before_the_layer_is_trained():
     group = group_of("dropout", 64, torch.float32)
     product, rows = product_of(group, torch.float32), slice(0, 42)
     x, to_y = numbers(42, 64, seed=30), numbers(42, group.outputs, seed=31)
-    held, sums = product.gradient_holding(to_y), AdapterGradients(choose(DEVICE).operations)
-    product.input_gradient(held, rows, None)
-    product.adapter_gradients(held, rows, x, {}, sums)
+    operand, sums = product.gradient_from(to_y), AdapterGradients(choose(DEVICE).operations)
+    product.input_gradient(operand, rows, None)
+    product.adapter_gradients(operand, rows, x, {}, sums)
     _, _, *expected = plainly(group, x, to_y, [rows])
     assert_close(sums.of(group.adapters), expected, torch.float32)
 

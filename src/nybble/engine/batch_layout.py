@@ -59,7 +59,7 @@ def layout_of(inputs: Mapping[str, Any]) -> BatchLayout:
 
 
 def tokens_of(inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Token ids, (batch, length), or what was embedded in their place."""
+    """Token ids, (batch, length), or the embeddings that were given instead."""
     ids: torch.Tensor | None = inputs.get("input_ids")
     return ids if ids is not None else inputs["inputs_embeds"]
 
@@ -78,8 +78,8 @@ def _packed(positions: torch.Tensor) -> Segments:
     batch, length = positions.shape
     begins = torch.ones_like(positions, dtype=torch.bool)
     begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
-    places = begins.flatten().nonzero().flatten()
-    if len(places) == batch:
+    starts = begins.flatten().nonzero().flatten()
+    if len(starts) == batch:
         return Segments(batch, length)
-    bounds = torch.cat((places, places.new_tensor([batch * length]))).to(torch.int32)
+    bounds = torch.cat((starts, starts.new_tensor([batch * length]))).to(torch.int32)
     return Segments(batch, length, bounds, int(bounds.diff().max()))

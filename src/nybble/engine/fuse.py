@@ -31,8 +31,8 @@ def fuse(model: torch.nn.Module, policy: Policy = "auto", *, embedding: Literal[
     Args:
         model: a PEFT model with LoRA, or what a trainer wraps it in, or a base that gets its adapter later. The base is of
             the Llama architecture, in NF4, FP4 or 16 bits. Adapters are PEFT's as before: saved, loaded, switched and
-            disabled as ever. A layer with something that the engine does not know keeps its own forward, and a warning
-            and `fusion(model).describe()` say what it is (docs/engine.md lists all of it). Several threads may call the
+            disabled as ever. A layer with something that the engine does not know falls back to its original forward, and a
+            warning and `fusion(model).describe()` say what it is (docs/engine.md lists all of it). Several threads may call the
             model; they take turns layer by layer.
         policy: what each layer keeps for backward: auto picks the fastest mix that fits into the memory that is free, and
             lets dequantised weights stay where still more is, until a forward without gradients or `unfuse`;
@@ -71,7 +71,7 @@ def fuse(model: torch.nn.Module, policy: Policy = "auto", *, embedding: Literal[
 
 
 def unfuse(model: torch.nn.Module) -> Any:
-    """Give a model's layers their own forward back, and the checkpointing that had been taken over; returns the model."""
+    """Give a model's layers their original forward back, and the checkpointing that had been taken over; returns the model."""
     backbone = _backbone(model)
     result: Fusion | None = backbone.__dict__.pop("nybble_fusion", None)
     if result is not None:

@@ -185,7 +185,7 @@ class SavedActivations:
     sum_mh: torch.Tensor | None = None
     """The residual stream after attention."""
     gate_up: Any = None
-    """gate and up, (m, 2 i), in the gradient buffer of their product, where their gradients will take their place."""
+    """gate and up, (m, 2 i), in the gradient buffer of their product, where backward overwrites them with their gradients."""
     ranks: SavedRanks = field(default_factory=dict)
 
     def for_one_backward(self) -> SavedActivations:

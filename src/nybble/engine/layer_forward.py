@@ -1,4 +1,4 @@
-"""What stands before a decoder layer's own forward while its model is fused."""
+"""What replaces a decoder layer's forward while its model is fused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CALLS = "nybble_calls"  # the keyword that the backbone hands through to its lay
 
 
 def forward(self: LlamaDecoderLayer, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Computes what was planned for this layer; without a plan, the layer's own forward."""
+    """Computes what was planned for this layer; without a plan, as the original forward does."""
     call: LayerCall | None = kwargs.pop(CALLS, {}).get(self)
     if call is None:
         result: torch.Tensor = type(self).forward(self, hidden_states, *args, **kwargs)

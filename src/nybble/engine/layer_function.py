@@ -162,10 +162,10 @@ def _after_attention(
 ) -> Any:
     """o and the residual, into `sum_mh`, and its norm in an input buffer of gate and up."""
     layer, product, following = call.layer, call.products["o"], call.products["gate_up"]
-    held = product.input_holding(attended.flatten(1))
+    operand = product.input_from(attended.flatten(1))
     update = call.empty(rows, layer.sizes.hidden)
-    product.forward(held, rows, update, ranks)
-    del held
+    product.forward(operand, rows, update, ranks)
+    del operand
     normed = following.input_buffer(rows.stop - rows.start)
     call.operations.add_rms_norm(x_mh, update, layer.norms[1], layer.sizes.eps[1], sum_mh, following.input_view(normed))
     return normed
@@ -211,12 +211,12 @@ def _mlp_backward(
         call.operations.rms_norm(sum_mh, norm, eps, product.input_view(normed))
     gate_up = _gate_up(call, normed, rows, saved.ranks, None) if saved.gate_up is None else saved.gate_up[rows]
 
-    held = down.gradient_holding(to_y)
+    operand = down.gradient_from(to_y)
     active = call.empty(rows, sizes.intermediate)
-    down.input_gradient(held, rows, active)
+    down.input_gradient(operand, rows, active)
     call.operations.swiglu_backward(active, product.gradient_view(gate_up))  # now the activation itself
-    down.adapter_gradients(held, rows, active, saved.ranks, sums)
-    del held, active
+    down.adapter_gradients(operand, rows, active, saved.ranks, sums)
+    del operand, active
 
     to_normed = call.empty(rows, sizes.hidden)
     product.input_gradient(gate_up, rows, to_normed)

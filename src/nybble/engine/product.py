@@ -23,7 +23,7 @@ class Product(Protocol[Buffer]):
     """The products of one group in one use of its layer, y = W x + s B A dropout(x), tile by tile.
 
     A buffer is opaque: it is made here, filled through its view by the kernel that computes its content, cut into tiles by
-    `buffer[rows]`, and handed back. `rows` are the tile's place in the batch: dropout and what is saved follow from it.
+    `buffer[rows]`, and handed back. `rows` are which rows of the batch the tile is: dropout and what is saved follow from it.
     """
 
     group: ProjectionGroup
@@ -34,7 +34,7 @@ class Product(Protocol[Buffer]):
     def input_view(self, buffer: Buffer) -> torch.Tensor:
         """(m, k), into which the producing kernel writes x, and where the adapters' gradients read it."""
 
-    def input_holding(self, x_mk: torch.Tensor) -> Buffer:
+    def input_from(self, x_mk: torch.Tensor) -> Buffer:
         """An input buffer with an x that exists already: itself where nothing belongs beside it, else a copy."""
 
     def gradient_buffer(self, length: int) -> Buffer:
@@ -43,8 +43,8 @@ class Product(Protocol[Buffer]):
     def gradient_view(self, buffer: Buffer) -> torch.Tensor:
         """(m, n), into which the producing kernel writes the outputs or dY."""
 
-    def gradient_holding(self, gradient_mn: torch.Tensor) -> Buffer:
-        """As `input_holding`, for dY."""
+    def gradient_from(self, gradient_mn: torch.Tensor) -> Buffer:
+        """As `input_from`, for dY."""
 
     def forward(
         self,
@@ -57,7 +57,7 @@ class Product(Protocol[Buffer]):
         """The outputs of a tile.
 
         Args:
-            buffer: from `input_buffer`, x filled in, or `input_holding`.
+            buffer: from `input_buffer`, x filled in, or `input_from`.
             rows: the tile's.
             out_mn: view for y; where something is added it may be float32.
             saved: T is taken from here, or computed and put here; None where there is no backward.
@@ -68,7 +68,7 @@ class Product(Protocol[Buffer]):
         """The gradient dX of a tile's input, and what the adapters' gradients need of dY.
 
         Args:
-            buffer: from `gradient_buffer`, dY filled in, or `gradient_holding`.
+            buffer: from `gradient_buffer`, dY filled in, or `gradient_from`.
             rows: the tile's.
             out_mk: (m, k), or None where nothing before this layer is trained.
         """
@@ -121,7 +121,7 @@ class AugmentedProduct:
     def input_view(self, buffer: torch.Tensor) -> torch.Tensor:
         return buffer[:, : self.group.inputs]
 
-    def input_holding(self, x_mk: torch.Tensor) -> torch.Tensor:
+    def input_from(self, x_mk: torch.Tensor) -> torch.Tensor:
         return self._beside_ranks(x_mk)
 
     def gradient_buffer(self, length: int) -> torch.Tensor:
@@ -130,7 +130,7 @@ class AugmentedProduct:
     def gradient_view(self, buffer: torch.Tensor) -> torch.Tensor:
         return buffer[:, : self.group.outputs]
 
-    def gradient_holding(self, gradient_mn: torch.Tensor) -> torch.Tensor:
+    def gradient_from(self, gradient_mn: torch.Tensor) -> torch.Tensor:
         return self._beside_ranks(gradient_mn)
 
     def forward(

@@ -52,8 +52,8 @@ class PlainAttention:
             inner = weights * (do @ _widened(v, q).transpose(-1, -2) - (do * o).sum(dim=-1, keepdim=True))
             inner = inner / math.sqrt(q.shape[-1])
             parts = (inner @ _widened(k, q), inner.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ do)
-            for result, part, place in zip(results, parts, (rows, keys, keys), strict=True):
-                result[place] = _rows(narrowed(part, result.shape[1])).to(result.dtype)
+            for result, part, target in zip(results, parts, (rows, keys, keys), strict=True):
+                result[target] = _rows(narrowed(part, result.shape[1])).to(result.dtype)
         return results  # type: ignore[return-value]
 
 
@@ -95,8 +95,8 @@ class FlashOnCpu:
             do, q, o = (_heads(part[rows].float(), batch) for part in (gradient, query, out))
             k, v = (_heads(part[keys].float(), batch) for part in wide)
             parts = aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, log, 0.0, causal)
-            for result, part, place in zip(results, parts, (rows, keys, keys), strict=True):
-                result[place] = _rows(narrowed(part, result.shape[1])).to(result.dtype)
+            for result, part, target in zip(results, parts, (rows, keys, keys), strict=True):
+                result[target] = _rows(narrowed(part, result.shape[1])).to(result.dtype)
         return results  # type: ignore[return-value]
 
 
