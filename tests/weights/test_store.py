@@ -5,7 +5,7 @@ from __future__ import annotations
 import bitsandbytes
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 from peft import LoraConfig, get_peft_model
 
 from nybble.kernels.operations import choose
@@ -34,13 +34,14 @@ class Projections(torch.nn.Module):
         super().__init__()
         for name, outputs, seed in (("first", 42, 0), ("second", 123, 1)):
             weight = torch.randn(outputs, 128, generator=torch.Generator().manual_seed(seed)).to(dtype) / 10
-            layer = torch.nn.Linear(128, outputs, bias=False, dtype=dtype)
+            layer = torch.nn.Linear(128, outputs, bias=False)
+            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
             if kind != "none":
-                layer = Linear4bit(
-                    128, outputs, bias=False, compute_dtype=dtype, compress_statistics=double, quant_type=kind
+                layer = Linear4bit(128, outputs, bias=False, compute_dtype=dtype)
+                layer.weight = Params4bit(
+                    weight, requires_grad=False, compress_statistics=double, quant_type=kind, module=layer
                 )
-            layer.load_state_dict({"weight": weight})
-            setattr(self, name, layer.requires_grad_(False))
+            setattr(self, name, layer)
 
 
 def numbers_of(layer):
@@ -66,6 +67,7 @@ def test_a_resident_store_writes_bitsandbytes_numbers_to_the_bit(kind, double, d
 
 def test_weights_are_read_through_peft_s_layers():
     plain = Projections("nf4", True, torch.bfloat16).to(DEVICE)
+    plain.is_loaded_in_4bit = True
     expected = torch.cat([numbers_of(plain.first), numbers_of(plain.second)])
     model = get_peft_model(plain, LoraConfig(r=4, target_modules=list(NAMES)))
     group = read_group(Watched(), model.base_model.model, NAMES)
@@ -78,14 +80,12 @@ def test_weights_are_read_through_peft_s_layers():
 def test_writing_into_a_stored_weight_shows_in_the_versions():
     module = Projections("nf4", True, torch.bfloat16).to(DEVICE)
     group = read_group(Watched(), module, NAMES)
-    for change in (module.first.weight.data, module.second.weight.quant_state.absmax):
-        before = [tensor._version for tensor in group.stored()]
-        assert before == [tensor._version for tensor in group.stored()]
-        if change is module.second.weight.quant_state.absmax:
-            change.add_(1)
-        else:
-            module.load_state_dict({"first.weight": change.roll(1)}, strict=False)
-        assert before != [tensor._version for tensor in group.stored()]
+    versions = [[tensor._version for tensor in group.stored()]]
+    module.load_state_dict({"first.weight": module.first.weight.data.roll(1)}, strict=False)
+    versions.append([tensor._version for tensor in group.stored()])
+    module.second.weight.quant_state.absmax.add_(1)
+    versions.append([tensor._version for tensor in group.stored()])
+    assert versions[0] != versions[1] != versions[2]
 
 
 @pytest.mark.parametrize("kind, double", KINDS[:3])
