@@ -30,15 +30,15 @@ def fuse(model: torch.nn.Module, policy: Policy = "auto", *, embedding: Literal[
 
     Args:
         model: a PEFT model with LoRA, or what a trainer wraps it in, or a base that gets its adapter later. The base is of
-            the Llama architecture, in NF4, FP4 or 16 bits. Adapters are PEFT's as before: saved, loaded, switched and
-            disabled as ever. A layer with something that the engine does not know falls back to its original forward, and a
+            the Llama architecture, in NF4, FP4 or 16 bits. Adapters stay PEFT's: saved, loaded, switched and disabled
+            as before. A layer with something that the engine does not know falls back to its original forward, and a
             warning and `fusion(model).describe()` say what it is (docs/engine.md lists all of it). Several threads may call the
             model; they take turns layer by layer.
-        policy: what each layer keeps for backward: auto picks the fastest mix that fits into the memory that is free, and
-            lets dequantised weights stay where still more is, until a forward without gradients or `unfuse`;
+        policy: what each layer keeps for backward: auto picks the fastest mix that fits into free memory, and keeps weights
+            dequantised where memory is left, until a forward without gradients or `unfuse`;
             keep-all, drop-mlp, drop-qkv, layer-input and host go from the fastest to the leanest.
-        embedding: where the token embedding's frozen weight lies; host saves its memory on the device (0.26 GB for
-            Llama 2) and costs a small copy a batch.
+        embedding: where the token embedding's frozen weight is; host saves its memory on the device (0.26 GB for
+            Llama 2) and costs a small copy per batch.
 
     Returns:
         The same model. `fusion(model).describe()` says what was done.

@@ -23,7 +23,7 @@ class Product(Protocol[Buffer]):
     """The products of one group in one use of its layer, y = W x + s B A dropout(x), tile by tile.
 
     A buffer is opaque: it is made here, filled through its view by the kernel that computes its content, cut into tiles by
-    `buffer[rows]`, and handed back. `rows` are which rows of the batch the tile is: dropout and what is saved follow from it.
+    `buffer[rows]`, and handed back. `rows` are the tile's rows in the batch: dropout masks and what is saved depend on them.
     """
 
     group: ProjectionGroup
