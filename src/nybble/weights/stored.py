@@ -75,13 +75,13 @@ def read_description(name: str, described: torch.Tensor) -> Packed4bit:
     """
     try:
         state = unpack_tensor_to_dict(described)
-        shape, block, nested = state["shape"], int(state["blocksize"]), int(state.get("nested_blocksize") or 0)
+        shape, block, nested = list(state["shape"]), int(state["blocksize"]), int(state.get("nested_blocksize") or 0)
         is_known = hasattr(torch, state["dtype"]) and name.endswith(state["quant_type"])
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError("it does not describe a 4-bit weight") from error
     if not is_known or block < 1 or nested < 0:
         raise ValueError(f"it describes a weight that bitsandbytes does not know ({state!r:.80})")
-    return Packed4bit(list(shape), block, nested)
+    return Packed4bit(shape, block, nested)
 
 
 def read_state(name: str, tensors: StoredTensors) -> QuantState | None:
