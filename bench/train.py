@@ -270,8 +270,8 @@ def measure(folder: pathlib.Path, data: pathlib.Path, options: dict[str, Any]) -
         "attention": "sdpa" if done is None else done.last.attention,
         "fused": 0 if done is None else done.fused,
         "fallen_back": 0 if done is None else done.fallen_back,
-        "policies": None if done is None else done.kept_words(),
-        "standing": 0 if done is None else done.last.standing,
+        "policies": None if done is None else done.policy_counts(),
+        "standing": 0 if done is None else done.last.cached_layers,
     }
 
 

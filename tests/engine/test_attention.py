@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nybble.engine.attention import OnCpu, Plain, Segments, choose
+from nybble.engine.attention.backend import Segments
+from nybble.engine.attention.choice import choose
+from nybble.engine.attention.plain import FlashOnCpu, PlainAttention
 from nybble.engine.padding import Padded, separate, spans_of
 
 HEADS = [(4, 4, 16), (9, 3, 64), (8, 1, 20)]
@@ -22,7 +24,7 @@ def compare(segments: Segments, heads: int, key_heads: int, size: int, dtype: to
     parts = qkv.view(segments.tokens, -1, size).split([heads, key_heads, key_heads], dim=1)
     change = torch.randn(segments.tokens, size, heads, dtype=dtype).transpose(1, 2)
     results = []
-    for backend in (OnCpu(), Plain()):
+    for backend in (FlashOnCpu(), PlainAttention()):
         out, saved = backend.forward(*parts, segments)
         results.append((out, *backend.backward(change, *parts, out, saved, segments)))
     for mine, given_part in zip(results[0], (parts[0], *parts), strict=True):
@@ -49,8 +51,8 @@ def test_sixteen_bits_are_computed_in_float32_and_rounded_once():
     torch.manual_seed(0)
     segments = Segments(2, 100)
     exact = [torch.randn(200, heads, 64).bfloat16().float() for heads in (9, 3, 3)]
-    wanted, _ = OnCpu().forward(*exact, segments)
-    found, _ = OnCpu().forward(*(part.bfloat16() for part in exact), segments)
+    wanted, _ = FlashOnCpu().forward(*exact, segments)
+    found, _ = FlashOnCpu().forward(*(part.bfloat16() for part in exact), segments)
     assert torch.equal(found, wanted.bfloat16())
     assert max(compare(segments, 9, 3, 64, torch.bfloat16)) <= 2**-5  # a last place of the largest gradient
 
@@ -65,7 +67,7 @@ SPANS = [(0, 9), (3, 12), (12, 12), (0, 12), (5, 6)]
 
 
 @pytest.mark.parametrize("heads, key_heads, size", HEADS)
-@pytest.mark.parametrize("backend", [OnCpu, Plain])
+@pytest.mark.parametrize("backend", [FlashOnCpu, PlainAttention])
 @pytest.mark.parametrize("spans", [SPANS, [(0, 7), (0, 12)], [(4, 12)], [(12, 12)]])
 def test_padded_rows_are_what_torch_gives_for_the_mask_of_transformers(heads, key_heads, size, backend, spans):
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.loss import CHUNK, summed_cross_entropy
 from nybble.engine.memory import Share
-from nybble.engine.passes import copy_rows
+from nybble.engine.product import copy_rows
 from nybble.errors import EngineError
 from nybble.plan.activations import LADDER, LayerShape, kept_bytes, mix
 from nybble.weights.on_cpu import stay_unpacked

@@ -7,7 +7,9 @@ import gc
 import pytest
 import torch
 
-from nybble.engine.attention import Cudnn, Efficient, Flash, Plain, Segments
+from nybble.engine.attention.backend import Segments
+from nybble.engine.attention.cuda import Cudnn, Efficient, Flash
+from nybble.engine.attention.plain import PlainAttention
 from nybble.engine.fuse import fuse, fusion
 from nybble.engine.padding import Padded, separate
 from nybble.plan.activations import HOST, LADDER, kept_bytes
@@ -34,10 +36,10 @@ def test_attention_is_plain_torch_s(backend, packed, heads, key_heads, size, dty
     parts = qkv.view(tokens, -1, size).split([heads, key_heads, key_heads], dim=1)
     change = torch.randn(tokens, heads, size, device="cuda", dtype=dtype)
     out, saved = backend().forward(*parts, segments)
-    exact, logs = Plain().forward(*(part.float() for part in parts), segments)
+    exact, logs = PlainAttention().forward(*(part.float() for part in parts), segments)
     assert ((out - exact).norm() / exact.norm()).item() < (4e-3 if dtype == torch.bfloat16 else 1e-3)
     ours = backend().backward(change, *parts, out, saved, segments)
-    theirs = Plain().backward(change.float(), *(part.float() for part in parts), exact, logs, segments)
+    theirs = PlainAttention().backward(change.float(), *(part.float() for part in parts), exact, logs, segments)
     for mine, wanted in zip(ours, theirs, strict=True):
         assert mine.shape == wanted.shape
         assert torch.cosine_similarity(mine.float().flatten(), wanted.flatten(), dim=0) > 0.9999

@@ -25,7 +25,7 @@ from nybble.export.parity.compare import compare
 from nybble.model.base.checkpoint import find_checkpoint
 from nybble.model.base.load import load_base
 from nybble.recipe import ModelOptions
-from nybble.weights.on_cpu import linear4bits
+from nybble.weights.frozen import linear4bits
 from tests.conftest import write_llama
 
 CPU = torch.device("cpu")

@@ -46,10 +46,25 @@ def poisoned(rows, columns, dtype, room=8):
 
 
 def test_kernels_and_reference_offer_the_same_operations():
-    assert sorted(kernels.__all__) == sorted(ops.OPERATIONS)
-    for name in ops.OPERATIONS:
-        ours, theirs = getattr(kernels, name), getattr(reference, name)
-        assert inspect.signature(ours) == inspect.signature(theirs), name
+    operations = {name: member for name, member in vars(ops.Operations).items() if not name.startswith("_")}
+    assert sorted(kernels.__all__) == sorted(operations)
+    for name, member in operations.items():
+        ours, theirs = (inspect.signature(getattr(implementation, name)) for implementation in (kernels, reference))
+        _, *parameters = inspect.signature(member).parameters.values()  # without self
+        assert list(ours.parameters.values()) == list(theirs.parameters.values()) == parameters, name
+        assert ours.return_annotation == theirs.return_annotation == inspect.signature(member).return_annotation, name
+        assert f"`reference.{name}`" in member.__doc__, name
+
+
+def test_the_choice_says_what_and_why(monkeypatch):
+    on_cpu = ops.choose(torch.device("cpu"))
+    assert on_cpu.operations is reference
+    assert str(on_cpu) == "plain torch: Triton's kernels do not run on cpu"
+    on_cuda = ops.choose(torch.device("cuda"))
+    assert (on_cuda.operations, str(on_cuda)) == (kernels, "Triton kernels")
+    monkeypatch.setattr(ops, "MISSING", "No module named 'triton'")
+    assert ops.choose(torch.device("cuda")).operations is reference
+    assert str(ops.choose(torch.device("cuda"))) == "plain torch: No module named 'triton'; pip install triton"
 
 
 @pytest.mark.parametrize("double", [True, False])

@@ -33,7 +33,8 @@ from nybble.preflight.data_check import describe
 from nybble.preflight.doctor import base_model
 from nybble.recipe import LoraOptions, ModelOptions, load_recipe
 from nybble.run.folder import open_run
-from nybble.weights.on_cpu import dequantise_where_room, linear4bits
+from nybble.weights.frozen import linear4bits
+from nybble.weights.on_cpu import dequantise_where_room
 from tests.conftest import SHARED, small_tokenizer, write_llama
 
 CPU = torch.device("cpu")

@@ -43,7 +43,7 @@ from nybble.run.folder import Run, open_run
 from nybble.run.log import read_metrics
 from nybble.training.train import resume, train
 from nybble.training.trainer import Window
-from nybble.weights.on_cpu import linear4bits
+from nybble.weights.frozen import linear4bits
 
 FAST = [
     "model.device=cpu",

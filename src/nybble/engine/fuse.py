@@ -13,9 +13,11 @@ from typing import Any, Literal
 import torch
 from transformers.models.llama.modeling_llama import LlamaModel
 
+from nybble.engine.batch_plan import begin_batch
 from nybble.engine.embedding import EmbeddingOnHost
-from nybble.engine.fusion import Fusion, Met, Policy, begin, forward, see_checkpointing
+from nybble.engine.fusion import BatchReport, Fusion, Policy
 from nybble.engine.layer import Shared
+from nybble.engine.layer_forward import forward, has_fused_forward
 from nybble.engine.memory import Budget
 from nybble.engine.reader import LayerReader
 from nybble.errors import EngineError
@@ -28,15 +30,15 @@ def fuse(model: torch.nn.Module, policy: Policy = "auto", *, embedding: Literal[
 
     Args:
         model: a PEFT model with LoRA, or what a trainer wraps it in, or a base that gets its adapter later. The base is of
-            the Llama architecture, in NF4, FP4 or 16 bits. Adapters are PEFT's as before: saved, loaded, switched and
-            disabled as ever. A layer with something that the engine does not know keeps its own forward, and a warning
-            and `fusion(model).describe()` say what it is (docs/engine.md lists all of it). Several threads may call the
+            the Llama architecture, in NF4, FP4 or 16 bits. Adapters stay PEFT's: saved, loaded, switched and disabled
+            as before. A layer with something that the engine does not know falls back to its original forward, and a
+            warning and `fusion(model).describe()` say what it is (docs/engine.md lists all of it). Several threads may call the
             model; they take turns layer by layer.
-        policy: what each layer keeps for backward: auto picks the fastest mix that fits into the memory that is free, and
-            lets dequantised weights stay where still more is, until a forward without gradients or `unfuse`;
+        policy: what each layer keeps for backward: auto picks the fastest mix that fits into free memory, and keeps weights
+            dequantised where memory is left, until a forward without gradients or `unfuse`;
             keep-all, drop-mlp, drop-qkv, layer-input and host go from the fastest to the leanest.
-        embedding: where the token embedding's frozen weight lies; host saves its memory on the device (0.26 GB for
-            Llama 2) and costs a small copy a batch.
+        embedding: where the token embedding's frozen weight is; host saves its memory on the device (0.26 GB for
+            Llama 2) and costs a small copy per batch.
 
     Returns:
         The same model. `fusion(model).describe()` says what was done.
@@ -60,24 +62,24 @@ def fuse(model: torch.nn.Module, policy: Policy = "auto", *, embedding: Literal[
     backbone.nybble_fusion = result
     for layer in readers:
         layer.forward = types.MethodType(forward, layer)
-    hooks.append(backbone.register_forward_pre_hook(begin, with_kwargs=True))
-    found, passed = result.read(list(readers))
-    result.last = Met(len(found), passed)
-    for refusal, count in Counter(passed).items():
-        result.tell(f"{count} of {len(readers)} decoder layers keep their original forward: {refusal}")
+    hooks.append(backbone.register_forward_pre_hook(begin_batch, with_kwargs=True))
+    found, refusals = result.read(list(readers))
+    result.last = BatchReport(len(found), refusals)
+    for refusal, count in Counter(refusals).items():
+        result.warn_once(f"{count} of {len(readers)} decoder layers keep their original forward: {refusal}")
     return model
 
 
 def unfuse(model: torch.nn.Module) -> Any:
-    """Give a model's layers their own forward back, and the checkpointing that had been taken over; returns the model."""
+    """Give a model's layers their original forward back, and the checkpointing that had been taken over; returns the model."""
     backbone = _backbone(model)
     result: Fusion | None = backbone.__dict__.pop("nybble_fusion", None)
     if result is not None:
         for hook in result.hooks:
             hook.remove()
-        see_checkpointing(result, backbone)
+        result.see_checkpointing(backbone)
         for layer in result.readers:
-            if result.is_ours(layer):
+            if has_fused_forward(layer):
                 del layer.forward
         for layer in result.taken_over:
             layer.gradient_checkpointing = True

@@ -1,12 +1,13 @@
-"""A decoder layer of the Llama architecture: what it consists of, one call of it, and what a call keeps for backward.
+"""A decoder layer of the Llama architecture: what it consists of, one call of it, and what a call saves for backward.
 
-Shape suffixes: m tokens of the batch (its rows one after another), h hidden, i intermediate, n outputs, r ranks.
+Shape suffixes: m tokens of the batch (its rows one after another), h hidden, i intermediate, n outputs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,32 +15,29 @@ from typing import Any
 
 import torch
 
-from nybble.engine.attention import Backend, Saved, Segments
-from nybble.engine.host import Handle, HostStore
-from nybble.engine.linear import ranks_forward
-from nybble.engine.workspace import Matrix, Workspace
+from nybble.engine.attention.backend import Backend, BackendState, Segments
+from nybble.engine.offload import ActivationOffload, OffloadedTensor
+from nybble.engine.product import AugmentedProduct, Product, SavedRanks
+from nybble.engine.workspace import Workspace
 from nybble.kernels import operations as ops
 from nybble.kernels.operations import Operations
 from nybble.plan.activations import LayerShape, tile
-from nybble.weights.projections import Group
+from nybble.weights.projections import ProjectionGroup
+from nybble.weights.store import ResidentStore
 
 GROUPS = ("qkv", "o", "gate_up", "down")
-# Several tiles go back and forth between groups, which then stand side by side; q-k-v is never needed beside gate-up.
+# Several tiles go back and forth between groups, which then need a slot each; q-k-v is never needed together with gate-up.
 SIDE_BY_SIDE = {"qkv": "wide", "o": "o", "gate_up": "wide", "down": "down"}
 ONE_AFTER_ANOTHER = dict.fromkeys(GROUPS, "wide")
 
 
 def slots(tiles: int) -> Mapping[str, str]:
-    """Which part of the workspace each group stands in."""
+    """Which part of the workspace each group is in."""
     return SIDE_BY_SIDE if tiles > 1 else ONE_AFTER_ANOTHER
 
 
-Ranks = dict[tuple[str, int], torch.Tensor]
-"""T = x A^T, (m, R), of a group on the tile that begins at a row."""
-
-
 @dataclass(frozen=True)
-class Sizes:
+class LayerSizes:
     """Of a layer's attention and norms."""
 
     heads: int
@@ -54,10 +52,10 @@ class Sizes:
 class FusedLayer:
     """A decoder layer as it is now."""
 
-    groups: Mapping[str, Group]
+    groups: Mapping[str, ProjectionGroup]
     norms: tuple[torch.nn.Parameter, torch.nn.Parameter]
     """Weights of the norms before attention and before the MLP, (h,)."""
-    sizes: Sizes
+    sizes: LayerSizes
 
     def shape(self, dtype: torch.dtype, residual: torch.dtype) -> LayerShape:
         """Sizes for the memory plan."""
@@ -70,7 +68,7 @@ class FusedLayer:
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The adapters' tensors in the order of their gradients."""
-        return [part for name in GROUPS for own in self.groups[name].adapters for part in (own.a, own.b)]
+        return [part for name in GROUPS for adapter in self.groups[name].adapters for part in (adapter.a, adapter.b)]
 
 
 class Shared:
@@ -80,16 +78,17 @@ class Shared:
         operations: the kernels or their reference.
         reason: why those.
         workspace: where weights are dequantised.
-        store: layer inputs on the host.
-        went_back: whether any layer has seen a backward.
+        offload: layer inputs on the host.
+        has_seen_backward: whether any layer has.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.operations, self.reason = ops.choose(device)
-        self.workspace = Workspace(self.operations, device)
-        self.store = HostStore(device)
-        self.went_back = False
+        choice = ops.choose(device)
+        self.operations, self.reason = choice.operations, str(choice)
+        self.workspace = Workspace(ResidentStore(self.operations), self.operations, device)
+        self.offload = ActivationOffload(device)
+        self.has_seen_backward = False
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None
 
@@ -114,7 +113,7 @@ class Shared:
 
 
 @dataclass
-class Batch:
+class BatchContext:
     """What all layers share of one batch."""
 
     segments: Segments
@@ -122,9 +121,16 @@ class Batch:
     dtype: torch.dtype
     """Of weights and activations; the residual stream keeps its own."""
     shared: Shared
-    cosine: torch.Tensor | None = None
-    """(positions, head size); token m stands at row m modulo its length. The first layer is told."""
-    sine: torch.Tensor | None = None
+    has_positions: bool = False
+    cosine: torch.Tensor = field(init=False)
+    """(positions, head size); token m has row m modulo its length."""
+    sine: torch.Tensor = field(init=False)
+
+    def set_positions(self, cosine: torch.Tensor, sine: torch.Tensor) -> None:
+        """The rotary table, (1 or batch, length, head size), which the backbone hands to every layer: the first one sets it."""
+        if not self.has_positions:
+            self.cosine, self.sine = cosine.flatten(0, 1).contiguous(), sine.flatten(0, 1).contiguous()
+            self.has_positions = True
 
     def tiles(self, policy: str) -> list[slice]:
         """Rows of tokens, in equal parts."""
@@ -134,11 +140,11 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """One use of a layer."""
 
     layer: FusedLayer
-    batch: Batch
+    batch: BatchContext
     tiles: Sequence[slice]
     policy: str | None
     """None where there will be no backward."""
@@ -149,52 +155,39 @@ class Call:
     def operations(self) -> Operations:
         return self.batch.shared.operations
 
-    def matrix(self, name: str) -> Matrix:
-        """A group's weights and adapters, in the workspace."""
-        slot = slots(len(self.tiles))[name]
-        return self.batch.shared.workspace.matrix(self.layer.groups[name], slot, self.batch.dtype)
+    @functools.cached_property
+    def products(self) -> Mapping[str, Product[Any]]:
+        """What multiplies for each group."""
+        batch, slot_of = self.batch, slots(len(self.tiles))
+        return {
+            name: AugmentedProduct(
+                self.layer.groups[name], batch.shared.workspace, slot_of[name], batch.dtype, index, self.seed
+            )
+            for index, name in enumerate(GROUPS)
+        }
 
-    def ranks_seed(self, name: str, rows: slice) -> int:
-        """Seed of a group's dropout on a tile; a group has three projections at most."""
-        first: int = rows.start
-        return self.seed + 4 * (4 * first + GROUPS.index(name))
-
-    def room(self, rows: slice, outputs: int, ranks: int = 0) -> torch.Tensor:
-        """An empty (m, outputs + ranks) for a tile: ranks stand beside what they belong to."""
-        return torch.empty(
-            (rows.stop - rows.start, outputs + ranks), dtype=self.batch.dtype, device=self.batch.shared.device
-        )
-
-    def fill_ranks(self, name: str, wide: torch.Tensor, rows: slice, kept: Ranks | None) -> None:
-        """T = x A^T into the last columns of (m, inputs + R): computed, or as kept; what is computed is kept."""
-        matrix = self.matrix(name)
-        if not matrix.ranks:
-            return
-        place = wide[:, matrix.inputs :]
-        if kept is not None and (name, rows.start) in kept:
-            place.copy_(kept[name, rows.start])
-            return
-        ranks_forward(wide[:, : matrix.inputs], matrix, self.layer.groups[name], self.ranks_seed(name, rows), place)
-        if kept is not None:
-            kept[name, rows.start] = place.clone()
+    def empty(self, rows: slice, width: int) -> torch.Tensor:
+        """An empty (m, width) for a tile."""
+        return torch.empty((rows.stop - rows.start, width), dtype=self.batch.dtype, device=self.batch.shared.device)
 
 
 @dataclass
-class Kept:
+class SavedActivations:
     """Activations between forward and backward; what is None is computed again."""
 
-    x_mh: torch.Tensor | Handle | None = None
+    x_mh: torch.Tensor | OffloadedTensor | None = None
     qkv: torch.Tensor | None = None
     """(m, q + k + v), rotated"""
-    out: torch.Tensor | None = None
+    attended: torch.Tensor | None = None
     """Attention's result, (m, heads, head size)"""
-    saved: Saved = ()
+    attention_state: BackendState = ()
+    """What attention's backward needs beside it."""
     sum_mh: torch.Tensor | None = None
     """The residual stream after attention."""
-    gate_up: torch.Tensor | None = None
-    """(m, 2 i + R), with room for the ranks' gradient"""
-    ranks: Ranks = field(default_factory=dict)
+    gate_up: Any = None
+    """gate and up, (m, 2 i), in the gradient buffer of their product, where backward overwrites them with their gradients."""
+    ranks: SavedRanks = field(default_factory=dict)
 
-    def for_one_backward(self) -> Kept:
+    def for_one_backward(self) -> SavedActivations:
         """What a backward may use up while this stays for another: gate and up, which become gradients, are computed again."""
         return dataclasses.replace(self, gate_up=None, ranks=dict(self.ranks))

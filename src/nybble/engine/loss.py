@@ -38,7 +38,7 @@ def summed_cross_entropy(
     hidden_mh, targets_m = hidden.flatten(0, -2), targets.flatten()
     if rows is not None:
         hidden_mh, targets_m = hidden_mh[rows], targets_m[rows]
-    loss: torch.Tensor = _Loss.apply(hidden_mh, head, targets_m)  # type: ignore[no-untyped-call]
+    loss: torch.Tensor = _ChunkedLoss.apply(hidden_mh, head, targets_m)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -48,7 +48,7 @@ def last_hidden(model: torch.nn.Module, backbone: torch.nn.Module, inputs: Mappi
     The head is called with no rows, so no logits are computed.
     """
     found: list[torch.Tensor] = []
-    hook = backbone.register_forward_hook(lambda _module, _words, output: found.append(output.last_hidden_state))
+    hook = backbone.register_forward_hook(lambda _module, _args, output: found.append(output.last_hidden_state))
     try:
         nothing = torch.empty(0, dtype=torch.int64, device=inputs["input_ids"].device)
         model(**inputs, logits_to_keep=nothing, use_cache=False)
@@ -68,10 +68,10 @@ def _fill(found: torch.Tensor, part: slice, value: int) -> torch.Tensor:
     return torch.cat((found, found.new_full((missing, *found.shape[1:]), value))) if missing else found
 
 
-class _Loss(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_mh: torch.Tensor, head: torch.Tensor, targets_m: torch.Tensor) -> torch.Tensor:
-        operations, _ = ops.choose(hidden_mh.device)
+        operations = ops.choose(hidden_mh.device).operations
         count, filled = len(hidden_mh), _filled(len(hidden_mh), hidden_mh.device)
         gradient_mh = hidden_mh.new_empty(filled, head.shape[1]) if ctx.needs_input_grad[0] else None
         losses = torch.empty(filled, dtype=torch.float32, device=hidden_mh.device)

@@ -71,10 +71,10 @@ class Budget:
         """
         coming = sum(4 * part.numel() for part in trained if part.grad is None)
         # Gradients were there and are gone: an optimiser has made its step, and has its state.
-        self._stepped = self._stepped or (shared.went_back and bool(coming))
+        self._stepped = self._stepped or (shared.has_seen_backward and bool(coming))
         if not self._stepped:
             coming += UNSEEN_STATE * sum(part.numel() for part in trained)
-        free = _free(shared.device, shared.workspace.standing_bytes) - coming
+        free = _free(shared.device, shared.workspace.cached_bytes) - coming
         for tiled_like in (KEEP_ALL, LAYER_INPUT):  # wide tiles where memory allows, narrow ones where it does not
             passing = max(passing_bytes(shape, tokens, tiled_like) + beside, self.loss_bytes(tokens))
             found = mix(shape, layers, tokens, free - passing)

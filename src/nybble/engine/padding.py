@@ -2,7 +2,7 @@
 
 A token sees the real ones before it. So padding on the right sees the real tokens of its row and no padding, and padding on
 the left sees nothing, where torch's attention gives zeros. Mostly nobody looks there, but its labels may be trained, and
-generation without a cache asks for the last place of each row.
+generation without a cache asks for the last position of each row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nybble.engine.attention import Backend, Gradients, Saved, Segments
+from nybble.engine.attention.backend import Backend, BackendState, Gradients, Segments
 from nybble.plan.activations import LayerShape
 
 Span = tuple[int, int]
@@ -22,9 +22,9 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Padding:
-    """The places of a batch that are padding, counted over all its rows."""
+    """The positions of a batch that are padding, counted over all its rows."""
 
-    places: torch.Tensor
+    positions: torch.Tensor
     """All of them."""
     blind: torch.Tensor
     """Those before the first real token of their row, which see nothing."""
@@ -60,8 +60,8 @@ def separate(spans: Sequence[Span], length: int, device: torch.device) -> tuple[
     seen = [range(starts[row] + spans[row][0], starts[row] + spans[row][1]) for row in followed]
     edges = {*starts, *(part.stop for part in blind), len(spans) * length}
     across = _packed(late, device, seen=_packed(seen, device))
-    places, of_blind, of_late, of_seen = (_places(part, device) for part in ([*blind, *late], blind, late, seen))
-    padding = Padding(places, of_blind, of_late, of_seen, across)
+    positions, of_blind, of_late, of_seen = (_positions(part, device) for part in ([*blind, *late], blind, late, seen))
+    padding = Padding(positions, of_blind, of_late, of_seen, across)
     if len(edges) == len(spans) + 1:
         return Segments(len(spans), length), padding
     bounds = sorted(edges)
@@ -75,7 +75,7 @@ def _packed(parts: Sequence[range], device: torch.device, seen: Segments | None 
     return Segments(1, sum(sizes), bounds, max(sizes, default=0), seen)
 
 
-def _places(parts: Sequence[range], device: torch.device) -> torch.Tensor:
+def _positions(parts: Sequence[range], device: torch.device) -> torch.Tensor:
     return torch.cat([torch.arange(part.start, part.stop) for part in (*parts, range(0))]).to(device)
 
 
@@ -90,11 +90,11 @@ class Padded:
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
-    ) -> tuple[torch.Tensor, Saved]:
+    ) -> tuple[torch.Tensor, BackendState]:
         padding = self.padding
         out, saved = self.rows.forward(query, key, value, segments)
         out.index_fill_(0, padding.blind, 0)
-        more: Saved = ()
+        more: BackendState = ()
         if len(padding.late):
             late, seen_key, seen_value = self._parts(query, key, value)
             result, more = self.across.forward(late, seen_key, seen_value, padding.across)
@@ -108,14 +108,14 @@ class Padded:
         key: torch.Tensor,
         value: torch.Tensor,
         out: torch.Tensor,
-        saved: Saved,
+        saved: BackendState,
         segments: Segments,
     ) -> Gradients:
         """As of every backend; `gradient` is zeroed where padding is."""
         padding, (of_rows, more) = self.padding, saved
         late = gradient.index_select(0, padding.late)
         # A query whose result has no gradient gives none to what it saw.
-        gradient.index_fill_(0, padding.places, 0)
+        gradient.index_fill_(0, padding.positions, 0)
         to_query, to_key, to_value = self.rows.backward(gradient, query, key, value, out, of_rows, segments)
         if len(padding.late):
             parts, result = self._parts(query, key, value), out.index_select(0, padding.late)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
-from nybble.engine.layer import FusedLayer, Sizes
-from nybble.weights.projections import Ineligible, check_unhooked, read_group
-from nybble.weights.watch import Watched
+from nybble.engine.layer import FusedLayer, LayerSizes
+from nybble.weights.projections import read_group
+from nybble.weights.watched import Ineligible, Watched, check_unhooked
 
 REMEMBERED = 2  # states of a layer: DPO goes back and forth between the adapter and the base at every step
 
@@ -25,9 +25,9 @@ class LayerReader:
         """The layer as it is now.
 
         Raises:
-            Ineligible: the first reason why it keeps its own forward.
+            Ineligible: the first reason why it falls back to its original forward.
         """
-        found = next((found for watched, found in self._known if watched.holds()), None) or self._describe()
+        found = next((found for watched, found in self._known if watched.is_unchanged()), None) or self._describe()
         if isinstance(found, Ineligible):
             raise Ineligible(str(found))
         return found
@@ -39,7 +39,9 @@ class LayerReader:
             found = describe(self.layer, watched)
         except Ineligible as why:
             found = why.with_traceback(None)
-        known = [pair for pair in self._known if pair[0].weights_stand()]  # else weights of old would not be freed
+        known = [
+            pair for pair in self._known if pair[0].are_weights_in_place()
+        ]  # else replaced weights would not be freed
         self._known = [(watched, found), *known][:REMEMBERED]
         return found
 
@@ -52,7 +54,7 @@ def describe(layer: Any, watched: Watched) -> FusedLayer:
     """A layer as it is now, every fact of it watched.
 
     Raises:
-        Ineligible: with the first reason why the layer keeps its own forward.
+        Ineligible: with the first reason why the layer falls back to its original forward.
     """
     if type(layer) is not LlamaDecoderLayer:
         raise Ineligible(f"{type(layer).__name__} is not a decoder layer of Llama")
@@ -80,7 +82,7 @@ def describe(layer: Any, watched: Watched) -> FusedLayer:
         "down": read_group(watched, mlp, ("down_proj",)),
     }
     config, (first, second) = attention.config, norms
-    sizes = Sizes(
+    sizes = LayerSizes(
         config.num_attention_heads, config.num_key_value_heads, attention.head_dim, groups["qkv"].inputs,
         groups["down"].inputs, (first.variance_epsilon, second.variance_epsilon),
     )  # fmt: skip

@@ -1,12 +1,19 @@
-"""Which home of the fused operations a device gets: the kernels or their reference, with the reason."""
+"""The fused operations by name and signature, and which implementation a device gets, with the reason.
+
+An implementation is a module with these functions: `reference` in plain torch, `triton` for CUDA. Another kind of kernels is
+another package beside `triton`, and may hand on what it has no faster form of.
+"""
 
 from __future__ import annotations
 
-from types import ModuleType, SimpleNamespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from nybble.kernels import reference
+from nybble.kernels.reference import LowRank, Nested
 
 try:
     from nybble.kernels import triton as kernels
@@ -15,23 +22,100 @@ try:
 except ImportError as error:  # torch for CPUs brings no Triton, and needs none
     MISSING = str(error)
 
-OPERATIONS = (
-    "add_rms_norm", "cross_entropy", "dequantize", "pack_adapters", "product", "rms_norm", "rms_norm_backward", "rope",
-    "rope_backward", "swiglu", "swiglu_backward",
-)  # fmt: skip
-Operations = SimpleNamespace
-"""The functions of `reference` by their names, wherever they are computed; a namespace and no module, so that a fused model
-can be copied."""
+
+class Operations(Protocol):
+    """The functions of `nybble.kernels.reference`, which specifies each, wherever they are computed."""
+
+    def dequantize(
+        self,
+        packed: torch.Tensor,
+        absmax: torch.Tensor,
+        code: torch.Tensor,
+        blocksize: int,
+        nested: Nested | None,
+        out: torch.Tensor,
+    ) -> None:
+        """4-bit codes to numbers: `reference.dequantize`."""
+
+    def pack_adapters(self, adapters: Sequence[LowRank], matrix: torch.Tensor, outputs: int, inputs: int) -> None:
+        """Adapters around their weights: `reference.pack_adapters`."""
+
+    def rms_norm(self, x_mh: torch.Tensor, weight_h: torch.Tensor, eps: float, out_mh: torch.Tensor) -> None:
+        """Norm of each row: `reference.rms_norm`."""
+
+    def add_rms_norm(
+        self,
+        x_mh: torch.Tensor,
+        update_mh: torch.Tensor,
+        weight_h: torch.Tensor,
+        eps: float,
+        sum_mh: torch.Tensor,
+        out_mh: torch.Tensor,
+    ) -> None:
+        """Residual add and norm: `reference.add_rms_norm`."""
+
+    def rms_norm_backward(
+        self,
+        gradient_mh: torch.Tensor,
+        x_mh: torch.Tensor,
+        weight_h: torch.Tensor,
+        eps: float,
+        residual_mh: torch.Tensor,
+        out_mh: torch.Tensor,
+    ) -> None:
+        """Gradient through the norm, the residual's added: `reference.rms_norm_backward`."""
+
+    def rope(
+        self,
+        qkv_mn: torch.Tensor,
+        cosine_pd: torch.Tensor,
+        sine_pd: torch.Tensor,
+        rotated_heads: int,
+        head_size: int,
+        first: int,
+    ) -> None:
+        """Rotary positions in place: `reference.rope`."""
+
+    def rope_backward(
+        self,
+        gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        cosine_pd: torch.Tensor,
+        sine_pd: torch.Tensor,
+        head_size: int,
+        first: int,
+        out_mn: torch.Tensor,
+    ) -> None:
+        """Gradients of q, k, v rotated back, side by side: `reference.rope_backward`."""
+
+    def swiglu(self, gate_up_mi: torch.Tensor, out_mi: torch.Tensor) -> None:
+        """silu(gate) x up: `reference.swiglu`."""
+
+    def swiglu_backward(self, gradient_mi: torch.Tensor, gate_up_mi: torch.Tensor) -> None:
+        """Its gradients in place: `reference.swiglu_backward`."""
+
+    def cross_entropy(self, logits_mv: torch.Tensor, targets_m: torch.Tensor, losses_m: torch.Tensor) -> None:
+        """Losses, and gradients in place of the logits: `reference.cross_entropy`."""
+
+    def product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """A matrix product in float32: `reference.product`."""
 
 
-def choose(device: torch.device) -> tuple[Operations, str]:
-    """The operations for tensors on a device, and why these."""
+@dataclass(frozen=True)
+class OperationsChoice:
+    """What a device computes the fused operations with, and why."""
+
+    operations: Operations
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}" if self.reason else self.name
+
+
+def choose(device: torch.device) -> OperationsChoice:
+    """The operations for tensors on a device."""
     if device.type != "cuda":
-        return _of(reference), f"plain torch: Triton's kernels do not run on {device.type}"
+        return OperationsChoice(reference, "plain torch", f"Triton's kernels do not run on {device.type}")
     if MISSING:
-        return _of(reference), f"plain torch: {MISSING}; pip install triton"
-    return _of(kernels), "Triton kernels"
-
-
-def _of(module: ModuleType) -> Operations:
-    return SimpleNamespace(**{name: getattr(module, name) for name in OPERATIONS})
+        return OperationsChoice(reference, "plain torch", f"{MISSING}; pip install triton")
+    return OperationsChoice(kernels, "Triton kernels", "")

@@ -1,6 +1,6 @@
 """Every fused operation in plain torch: the specification, the CPU's path and the oracle of the kernels' tests.
 
-The same names and signatures stand in `nybble.kernels.triton`. Shape suffixes: m rows (tokens), h hidden, n outputs,
+`nybble.kernels.triton` has the same names and signatures. Shape suffixes: m rows (tokens), h hidden, n outputs,
 k inputs, i intermediate, v vocabulary, d head size. "View" means rows may be further apart than they are long.
 Arithmetic is float32 whatever the tensors' type, rounded once at the end.
 """
@@ -28,7 +28,7 @@ class Nested:
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """One adapter inside a group of projections: which outputs it adds to, and where its rank stands."""
+    """One adapter inside a group of projections: which outputs it adds to, and which ranks of the group it has."""
 
     a: torch.Tensor
     """(r, k)"""
@@ -74,7 +74,7 @@ def pack_adapters(adapters: Sequence[LowRank], matrix: torch.Tensor, outputs: in
     Args:
         adapters: at most three, their ranks side by side.
         matrix: (outputs + R, inputs + R), R the sum of ranks rounded up; B goes to the right of W, A below it, and the
-            places between are zeroed. The corner right of A is left alone: no product reads it.
+            gaps are zeroed. The corner right of A is left alone: no product reads it.
         outputs: rows of W.
         inputs: columns of W.
     """
@@ -133,7 +133,7 @@ def rope(
         sine_pd: the like.
         rotated_heads: how many heads to rotate.
         head_size: even.
-        first: place of the first row in the batch.
+        first: index of the first row in the batch.
     """
     rows = qkv_mn.shape[0]
     heads = qkv_mn[:, : rotated_heads * head_size].view(rows, rotated_heads, head_size)
@@ -159,13 +159,13 @@ def rope_backward(
 
 
 def swiglu(gate_up_mi: torch.Tensor, out_mi: torch.Tensor) -> None:
-    """silu(gate) x up (Shazeer 2020) into a view; gate and up stand side by side in each row."""
+    """silu(gate) x up (Shazeer 2020) into a view; gate and up are side by side in each row."""
     gate, up = gate_up_mi.float().chunk(2, dim=-1)
     out_mi.copy_(torch.nn.functional.silu(gate) * up)
 
 
 def swiglu_backward(gradient_mi: torch.Tensor, gate_up_mi: torch.Tensor) -> None:
-    """In place: gate and up become their gradients, and the gradient becomes silu(gate) x up, computed anew."""
+    """In place: gate and up become their gradients, and the gradient becomes silu(gate) x up, computed again."""
     gate, up = gate_up_mi.float().chunk(2, dim=-1)
     gradient, sigmoid = gradient_mi.float(), torch.sigmoid(gate)
     silu = gate * sigmoid
@@ -204,8 +204,8 @@ def _inverse_rms(x_mh: torch.Tensor, eps: float) -> torch.Tensor:
 def _positions(
     cosine_pd: torch.Tensor, sine_pd: torch.Tensor, first: int, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    place = (first + torch.arange(rows, device=cosine_pd.device)) % cosine_pd.shape[0]
-    return cosine_pd[place, None].float(), sine_pd[place, None].float()
+    position = (first + torch.arange(rows, device=cosine_pd.device)) % cosine_pd.shape[0]
+    return cosine_pd[position, None].float(), sine_pd[position, None].float()
 
 
 def _rotate(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, transpose: bool) -> torch.Tensor:

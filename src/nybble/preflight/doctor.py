@@ -34,6 +34,7 @@ from nybble.files.places import ANOTHER_CACHE, check_cache, check_writable, defa
 from nybble.model import hub
 from nybble.model.base.checkpoint import find_checkpoint
 from nybble.terminal import tell
+from nybble.weights.frozen import dequantised
 
 Verdict = Literal["ok", "warn", "fail"]
 COLOURS: dict[Verdict, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
@@ -278,7 +279,7 @@ def nf4_errors(device: torch.device) -> tuple[float, float, float]:
     out.backward(pushed.to(device, dtype))
     with torch.no_grad():
         one = layer(x[:1])
-    plain = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    plain = dequantised(layer).float()
     expected = x.detach().float() @ plain.T
     forward = max(_off(out, expected), _off(one, expected[:1]))
     gradient = float("inf") if x.grad is None else _off(x.grad, pushed.to(device, dtype).float() @ plain)

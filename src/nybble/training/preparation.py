@@ -127,7 +127,7 @@ def fuse_layers(model: PeftModel, recipe: Recipe, console: Console) -> Fusion | 
     result = fusion(model)
     assert result is not None
     if not result.fused:
-        why = result.last.passed[0]
+        why = result.last.refusals[0]
         unfuse(model)
         if recipe.engine.is_shaped:
             raise EngineError(

@@ -1,16 +1,17 @@
-"""bitsandbytes' 4-bit layers in a model."""
+"""What bitsandbytes' 4-bit layers need on a CPU: weights that stay as they are, and plain layers for answers."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
-import bitsandbytes
 import psutil
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import PreTrainedModel
+
+from nybble.weights.frozen import dequantised, is_repacked, linear4bits
 
 SHARE = 0.25  # of the memory that is available, for weights that could be without it
 
@@ -26,10 +27,9 @@ def stay_unpacked(model: torch.nn.Module) -> None:
 
 
 def assert_unpacked(model: torch.nn.Module) -> None:
-    """Hold `stay_unpacked` to its word, before training, dequantising and merging."""
+    """Check that `stay_unpacked` worked, before training, dequantising and merging."""
     for module in linear4bits(model):
-        state = getattr(module.weight, "quant_state", None)
-        assert not getattr(state, "packing_format_for_cpu", False), "a 4-bit weight was repacked for inference"
+        assert not is_repacked(module.weight), "a 4-bit weight was repacked for inference"
 
 
 def dequantise_where_room(model: PreTrainedModel | PeftModel) -> bool:
@@ -53,7 +53,7 @@ def dequantised_meanwhile(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 def _replace_where_room(model: PreTrainedModel | PeftModel) -> list[tuple[torch.nn.Module, str, Linear4bit]]:
-    """Plain layers for 4-bit ones; returns these with their places, none where that cannot or should not be done."""
+    """Plain layers for 4-bit ones; returns these with parent and name, none where that cannot or should not be done."""
     layers = list(linear4bits(model))
     if not layers or any(layer.weight.device.type != "cpu" for layer in layers):
         return []
@@ -75,13 +75,7 @@ def _replace_where_room(model: PreTrainedModel | PeftModel) -> list[tuple[torch.
 
 
 def _plain(layer: Linear4bit) -> torch.nn.Linear:
-    weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    plain.weight = torch.nn.Parameter(weight.to(layer.compute_dtype), requires_grad=False)
+    plain.weight = torch.nn.Parameter(dequantised(layer).to(layer.compute_dtype), requires_grad=False)
     plain.bias = layer.bias
     return plain
-
-
-def linear4bits(model: torch.nn.Module) -> Iterator[Linear4bit]:
-    """Every 4-bit linear layer."""
-    return (module for module in model.modules() if isinstance(module, Linear4bit))

@@ -11,19 +11,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-import bitsandbytes.functional as bnb
 import torch
-from bitsandbytes.functional import QuantState
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.errors import ModelError
 from nybble.export.merge.shards import Spec, Tensors, slices_of
 from nybble.export.merge.updates import Update
 from nybble.model.base.files import weight_files
-from nybble.model.base.soundness import BUFFER, EMBEDDING, HEAD, PACKED, STATE
+from nybble.model.base.soundness import BUFFER, EMBEDDING, HEAD
+from nybble.weights.stored import BESIDE, dequantise_int8_rows, dequantise_rows, int8_scales_name, read_state
 
 CPU = torch.device("cpu")
-INT8 = 127  # LLM.int8 stores a row as integers up to this, and the row's largest number beside it
 
 
 class Weights(Protocol):
@@ -69,51 +67,24 @@ class Dequantised:
 
     def names(self) -> list[str]:
         """Its tensors, without what describes their quantisation."""
-        return [name for name in self._plain.names() if not name.endswith((*STATE, *PACKED))]
+        return [name for name in self._plain.names() if not name.endswith(BESIDE)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor as it is computed with."""
-        state = self._state(name)
+        state = read_state(name, self._tensors)
         return tuple(self._tensors[name].shape) if state is None else tuple(state.shape)
 
     def slices(self, name: str, device: torch.device = CPU) -> Iterator[torch.Tensor]:
         """A tensor's rows, dequantised to the type in which the run computed."""
-        state = self._state(name)
+        state = read_state(name, self._tensors)
         if state is not None:
-            yield from _four_bits(self._tensors[name], state, device)
-        elif (scales := f"{name.removesuffix('.weight')}.SCB") in self._tensors:
-            limits, place = self._tensors[scales].float().to(device) / INT8, 0
-            for rows in self._plain.slices(name, device):
-                yield rows * limits[place : place + len(rows), None]
-                place += len(rows)
+            rows, columns = state.shape
+            parts = slices_of(rows, columns, state.blocksize)
+            yield from dequantise_rows(self._tensors[name], state, parts, device)
+        elif (scales := int8_scales_name(name)) in self._tensors:
+            yield from dequantise_int8_rows(self._plain.slices(name, device), self._tensors[scales].to(device))
         else:
             yield from self._plain.slices(name, device)
-
-    def _state(self, name: str) -> QuantState | None:
-        packed = next((name + end for end in PACKED if name + end in self._tensors), None)
-        if packed is None:
-            return None
-        parts = [name + end for end in STATE if name + end in self._tensors]
-        return QuantState.from_dict({part: self._tensors[part] for part in [*parts, packed]}, torch.device("cpu"))
-
-
-def _four_bits(packed: torch.Tensor, state: QuantState, device: torch.device) -> Iterator[torch.Tensor]:
-    """Slices of a 4-bit weight; each begins where a block of numbers with a scale of their own does."""
-    scales = state.absmax
-    if state.nested:
-        scales = bnb.dequantize_blockwise(scales, state.state2) + state.offset
-    rows, columns = state.shape
-    for part in slices_of(rows, columns, state.blocksize):
-        first, last = part.start * columns, part.stop * columns
-        own = QuantState(
-            absmax=scales[first // state.blocksize : -(-last // state.blocksize)].float().to(device),
-            shape=torch.Size((part.stop - part.start, columns)),
-            code=state.code.to(device),
-            blocksize=state.blocksize,
-            quant_type=state.quant_type,
-            dtype=state.dtype,
-        )
-        yield bnb.dequantize_4bit(packed.flatten()[first // 2 : last // 2].unsqueeze(1).to(device), own)
 
 
 @dataclass(frozen=True)

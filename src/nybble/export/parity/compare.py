@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
@@ -25,6 +24,7 @@ from nybble.data.order import batches
 from nybble.engine.loss import last_hidden
 from nybble.export.merge.merge import Merge
 from nybble.objective.likelihood import bare
+from nybble.weights.frozen import is_quantised
 
 ROWS = 64  # validation rows that are compared
 TOKENS_AT_ONCE = 16_384  # of padded rows: each batch merges all weights anew
@@ -112,7 +112,7 @@ def _linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
         if isinstance(module, BaseTunerLayer):
             inside = (*inside, f"{name}.")
             yield name, module
-        elif isinstance(module, Linear4bit | Linear8bitLt):
+        elif is_quantised(module):
             yield name, module
 
 

@@ -25,12 +25,12 @@ def _pack(
     program = tl.program_id(0)
     if program < row_blocks:  # s B, to the right of W
         row = (program * ROWS + tl.arange(0, ROWS))[:, None]
-        place = tl.arange(0, RANK)[None, :]
-        up = _scaled(b0, scaling0, row, place, first_output0, outputs0, first_rank0, ranks0)
-        up += _scaled(b1, scaling1, row, place, first_output1, outputs1, first_rank1, ranks1)
-        up += _scaled(b2, scaling2, row, place, first_output2, outputs2, first_rank2, ranks2)
-        to_up = matrix + row.to(tl.int64) * stride + inputs + place
-        tl.store(to_up, up.to(matrix.dtype.element_ty), mask=(row < outputs) & (place < rank))
+        rank_column = tl.arange(0, RANK)[None, :]
+        up = _scaled(b0, scaling0, row, rank_column, first_output0, outputs0, first_rank0, ranks0)
+        up += _scaled(b1, scaling1, row, rank_column, first_output1, outputs1, first_rank1, ranks1)
+        up += _scaled(b2, scaling2, row, rank_column, first_output2, outputs2, first_rank2, ranks2)
+        to_up = matrix + row.to(tl.int64) * stride + inputs + rank_column
+        tl.store(to_up, up.to(matrix.dtype.element_ty), mask=(row < outputs) & (rank_column < rank))
     else:  # A, below W
         blocks = tl.cdiv(inputs, COLUMNS)
         line = (program - row_blocks) // blocks
@@ -44,16 +44,16 @@ def _pack(
 
 @triton.jit
 def _scaled(b, scaling, row, column, first_output, outputs, first_rank, ranks):
-    own, place = row - first_output, column - first_rank
-    inside = (own >= 0) & (own < outputs) & (place >= 0) & (place < ranks)
-    return tl.load(b + own * ranks + place, mask=inside, other=0.0).to(tl.float32) * scaling
+    local_row, local_column = row - first_output, column - first_rank
+    inside = (local_row >= 0) & (local_row < outputs) & (local_column >= 0) & (local_column < ranks)
+    return tl.load(b + local_row * ranks + local_column, mask=inside, other=0.0).to(tl.float32) * scaling
 
 
 @triton.jit
 def _line(a, line, column, inputs, first_rank, ranks):
-    own = line - first_rank + tl.zeros_like(column)
-    inside = (own >= 0) & (own < ranks) & (column < inputs)
-    return tl.load(a + own * inputs + column, mask=inside, other=0.0).to(tl.float32)
+    local_row = line - first_rank + tl.zeros_like(column)
+    inside = (local_row >= 0) & (local_row < ranks) & (column < inputs)
+    return tl.load(a + local_row * inputs + column, mask=inside, other=0.0).to(tl.float32)
 
 
 _launch = Launcher(_pack, num_warps=4)
@@ -62,16 +62,16 @@ _launch = Launcher(_pack, num_warps=4)
 def pack_adapters(adapters: Sequence[LowRank], matrix: torch.Tensor, outputs: int, inputs: int) -> None:
     """See `reference.pack_adapters`."""
     rank = matrix.shape[1] - inputs
-    words: list[object] = []
-    for place in range(3):
-        if place < len(adapters):
-            own = adapters[place]
-            a, b = own.a.contiguous(), own.b.contiguous()
-            words += [a, b, own.scaling, own.first_output, b.shape[0], own.first_rank, a.shape[0]]
+    args: list[object] = []
+    for index in range(3):
+        if index < len(adapters):
+            adapter = adapters[index]
+            a, b = adapter.a.contiguous(), adapter.b.contiguous()
+            args += [a, b, adapter.scaling, adapter.first_output, b.shape[0], adapter.first_rank, a.shape[0]]
         else:
-            words += [matrix, matrix, 0.0, 0, 0, 0, 0]
+            args += [matrix, matrix, 0.0, 0, 0, 0, 0]
     row_blocks = blocks_of(outputs, ROWS)
     _launch(
-        (row_blocks + rank * blocks_of(inputs, COLUMNS),), *words, matrix, matrix.stride(0), outputs, inputs, rank,
+        (row_blocks + rank * blocks_of(inputs, COLUMNS),), *args, matrix, matrix.stride(0), outputs, inputs, rank,
         row_blocks, power_of_two(rank), ROWS, COLUMNS,
     )  # fmt: skip

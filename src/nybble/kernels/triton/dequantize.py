@@ -31,8 +31,8 @@ def _dequantize(
     values = tl.interleave(high, low).to(out.dtype.element_ty)
     first = block.to(tl.int64) * BLOCKSIZE
     row = first // COLUMNS
-    place = row * out_stride + (first - row * COLUMNS)
-    tl.store(out + place[:, None] + tl.arange(0, BLOCKSIZE)[None, :], values, mask=inside[:, None])
+    start = row * out_stride + (first - row * COLUMNS)
+    tl.store(out + start[:, None] + tl.arange(0, BLOCKSIZE)[None, :], values, mask=inside[:, None])
 
 
 # enable_fp_fusion off: scale x absmax is rounded before the offset is added, bit for bit as in bitsandbytes.

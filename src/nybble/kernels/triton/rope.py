@@ -24,12 +24,12 @@ def _forward(
     sine_high = tl.load(sine + table + HEAD // 2, mask=inside, other=0.0).to(tl.float32)
     for start in range(0, heads, HEADS):
         head = (start + tl.arange(0, HEADS))[:, None]
-        place = qkv + row.to(tl.int64) * stride + head * HEAD + low
-        own = inside & (head < heads)
-        a = tl.load(place, mask=own, other=0.0).to(tl.float32)
-        b = tl.load(place + HEAD // 2, mask=own, other=0.0).to(tl.float32)
-        tl.store(place, (a * cosine_low - b * sine_low).to(qkv.dtype.element_ty), mask=own)
-        tl.store(place + HEAD // 2, (b * cosine_high + a * sine_high).to(qkv.dtype.element_ty), mask=own)
+        address = qkv + row.to(tl.int64) * stride + head * HEAD + low
+        mask = inside & (head < heads)
+        a = tl.load(address, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(address + HEAD // 2, mask=mask, other=0.0).to(tl.float32)
+        tl.store(address, (a * cosine_low - b * sine_low).to(qkv.dtype.element_ty), mask=mask)
+        tl.store(address + HEAD // 2, (b * cosine_high + a * sine_high).to(qkv.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -63,10 +63,10 @@ def _backward(
         plain_b = tl.load(from_value + HEAD // 2, mask=inside & is_value, other=0.0).to(tl.float32)
         first_half = a * cosine_low + b * sine_high + plain_a
         second_half = b * cosine_high - a * sine_low + plain_b
-        place = out + wide * out_stride + head * HEAD + low
-        own = inside & (head < query_heads + 2 * key_heads)
-        tl.store(place, first_half.to(out.dtype.element_ty), mask=own)
-        tl.store(place + HEAD // 2, second_half.to(out.dtype.element_ty), mask=own)
+        address = out + wide * out_stride + head * HEAD + low
+        mask = inside & (head < query_heads + 2 * key_heads)
+        tl.store(address, first_half.to(out.dtype.element_ty), mask=mask)
+        tl.store(address + HEAD // 2, second_half.to(out.dtype.element_ty), mask=mask)
 
 
 _launch_forward, _launch_backward = Launcher(_forward, num_warps=4), Launcher(_backward, num_warps=4)

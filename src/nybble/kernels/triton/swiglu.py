@@ -1,4 +1,4 @@
-"""SwiGLU, and its backward in place with the activation computed anew."""
+"""SwiGLU, and its backward in place with the activation computed again."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def _forward(gate_up, out, gate_up_stride, out_stride, width, BLOCK: tl.constexp
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    place = gate_up + row * gate_up_stride + column
-    gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(place + width, mask=inside, other=0.0).to(tl.float32)
+    address = gate_up + row * gate_up_stride + column
+    gate = tl.load(address, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(address + width, mask=inside, other=0.0).to(tl.float32)
     value = gate * tl.sigmoid(gate) * up
     tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
 
@@ -28,17 +28,17 @@ def _backward(gradient, gate_up, gradient_stride, gate_up_stride, width, BLOCK: 
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    place = gate_up + row * gate_up_stride + column
-    own = gradient + row * gradient_stride + column
-    gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(place + width, mask=inside, other=0.0).to(tl.float32)
-    change = tl.load(own, mask=inside, other=0.0).to(tl.float32)
+    address = gate_up + row * gate_up_stride + column
+    to_active = gradient + row * gradient_stride + column
+    gate = tl.load(address, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(address + width, mask=inside, other=0.0).to(tl.float32)
+    change = tl.load(to_active, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     to_gate = change * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    tl.store(place, to_gate.to(gate_up.dtype.element_ty), mask=inside)
-    tl.store(place + width, (change * silu).to(gate_up.dtype.element_ty), mask=inside)
-    tl.store(own, (silu * up).to(gradient.dtype.element_ty), mask=inside)
+    tl.store(address, to_gate.to(gate_up.dtype.element_ty), mask=inside)
+    tl.store(address + width, (change * silu).to(gate_up.dtype.element_ty), mask=inside)
+    tl.store(to_active, (silu * up).to(gradient.dtype.element_ty), mask=inside)
 
 
 _launch_forward, _launch_backward = Launcher(_forward, num_warps=4), Launcher(_backward, num_warps=4)

@@ -8,9 +8,9 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +28,7 @@ from nybble.model.base.checkpoint import Checkpoint, fingerprint
 from nybble.model.base.files import LOADING_FAULTS, reason, skeleton
 from nybble.model.base.soundness import check_files, check_loaded, check_report, check_tensors
 from nybble.recipe import ModelOptions
+from nybble.weights.frozen import is_quantised, scale_bytes
 from nybble.weights.on_cpu import stay_unpacked
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -131,17 +132,13 @@ def quantization_plan(quantization: str, double_quantization: bool, dtype: torch
 def measure(model: torch.nn.Module) -> Footprint:
     """Count a base's parameters and bytes; a 4-bit weight stores two parameters a byte beside its scales."""
     parameters = quantized = size = 0
-    layers = {id(module.weight): module for module in model.modules() if isinstance(module, Linear4bit | Linear8bitLt)}
+    layers = {id(module.weight): module for module in model.modules() if is_quantised(module)}
     for parameter in model.parameters():
-        layer = layers.get(id(parameter))
+        layer: Any = layers.get(id(parameter))
         count = layer.in_features * layer.out_features if layer is not None else parameter.numel()
         parameters += count
         quantized += count if layer is not None else 0
-        size += parameter.numel() * parameter.element_size()
-        state = getattr(parameter, "quant_state", None)
-        while state is not None:  # the scales, and the scales of the scales
-            size += state.absmax.numel() * state.absmax.element_size()
-            state = state.state2
+        size += parameter.numel() * parameter.element_size() + scale_bytes(parameter)
     return Footprint(parameters, quantized, size)
 
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear8bitLt
-from bitsandbytes.utils import unpack_tensor_to_dict
 from transformers import PretrainedConfig
 
 from nybble.errors import ModelError
@@ -22,11 +20,18 @@ from nybble.files.reading import read_object
 from nybble.model.base.files import FLOATS, WHOLE, by, open_tensors, shapes, skeleton, some, weight_files
 from nybble.model.base.headers import BITS, index_of, read_index, shown
 from nybble.model.hub import few
+from nybble.weights.frozen import float_tensors
+from nybble.weights.stored import (
+    BESIDE,
+    QUANTISED,
+    described_name,
+    description_name,
+    int8_scales_name,
+    read_description,
+)
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BUFFER = "rotary_emb.inv_freq"  # old checkpoints hold what is computed now
-STATE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
-PACKED = tuple(f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
 SAME = "use config.json and weights from the same copy of the model"
 
 
@@ -65,14 +70,14 @@ def check_tensors(folder: pathlib.Path, config: PretrainedConfig, *, is_quantize
     tied = bool(config.tie_word_embeddings)
     if prefix := _wrapped(stored, expected):
         raise ModelError(prefix, where=str(folder), fix="save the model itself: model.save_pretrained(FOLDER)")
-    if not is_quantized and any(name.endswith((*PACKED, ".SCB")) for name in stored):
+    if not is_quantized and any(name.endswith(QUANTISED) for name in stored):
         raise ModelError(
             "the weights were quantised by bitsandbytes, and config.json has no quantization_config, which says how",
             where=str(folder / "config.json"),
             fix="copy config.json from where the weights came",
         )
-    packed = {name for name in expected if is_quantized and any(name + end in stored for end in PACKED)}
-    scaled = {name for name in expected if is_quantized and _scales(name) in stored}
+    packed = {name for name in expected if is_quantized and description_name(name, stored)}
+    scaled = {name for name in expected if is_quantized and int8_scales_name(name) in stored}
     odd = [
         f"{name} is {by(entry.shape)} in the file and {by(expected[name])} by config.json"
         for name, entry in stored.items()
@@ -90,8 +95,10 @@ def check_tensors(folder: pathlib.Path, config: PretrainedConfig, *, is_quantize
     for name in packed:
         _check_packed(name, expected[name], stored)
     for name in scaled:
-        if stored[_scales(name)].shape != expected[name][:1]:
-            raise _odd_state(_scales(name), stored, f"{by(expected[name][:1])} scales belong to the rows of {name}")
+        if stored[int8_scales_name(name)].shape != expected[name][:1]:
+            raise _odd_state(
+                int8_scales_name(name), stored, f"{by(expected[name][:1])} scales belong to the rows of {name}"
+            )
     if tied and HEAD in stored:
         _check_head(stored)
 
@@ -107,7 +114,7 @@ def check_report(found: Mapping[str, Any], config: PretrainedConfig, where: path
         for name, own, wanted in found["mismatched_keys"]
     ]
     missing = [name for name in found["missing_keys"] if not (config.tie_word_embeddings and name == HEAD)]
-    foreign = [name for name in found["unexpected_keys"] if not name.endswith((BUFFER, *STATE, *PACKED))]
+    foreign = [name for name in found["unexpected_keys"] if not name.endswith((BUFFER, *BESIDE))]
     _refuse(where, sorted(odd), sorted(missing), sorted(foreign), [])
 
 
@@ -147,23 +154,7 @@ def check_loaded(model: torch.nn.Module, where: pathlib.Path, dtype: torch.dtype
     fix = "copy or download the weights again"
     if dtype == torch.float16:
         fix = f"model.dtype=bfloat16, if the numbers are only too large for float16; else {fix}"
-    return _told(_check_numbers(_numbers(model), str(where), fix))
-
-
-def _numbers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What of each parameter can be looked at: itself, or its scales where it is quantised."""
-    for name, module in model.named_modules():
-        if isinstance(module, Linear8bitLt):
-            scales = module.state.SCB if module.state.SCB is not None else getattr(module.weight, "SCB", None)
-            if scales is not None:
-                yield f"{name}.weight", scales
-    for name, parameter in model.named_parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is None:
-            yield name, parameter.detach()
-        while state is not None:  # scales, and the scales of the scales
-            yield from ((name, part) for part in (state.absmax, state.offset) if part is not None)
-            state = state.state2
+    return _told(_check_numbers(float_tensors(model), str(where), fix))
 
 
 def _check_numbers(tensors: Iterable[tuple[str, torch.Tensor]], where: str, fix: str) -> list[str]:
@@ -292,35 +283,22 @@ def _is_beside(name: str, expected: Mapping[str, object], is_quantized: bool) ->
         return name.startswith("model.")
     if not is_quantized:
         return False
-    weight = next((name.removesuffix(end) for end in (*STATE, *PACKED) if name.endswith(end)), name)
+    weight = described_name(name)
     return weight in expected or f"{weight}.weight" in expected
-
-
-def _scales(name: str) -> str:
-    """The scales of a weight's rows in LLM.int8."""
-    return f"{name.removesuffix('.weight')}.SCB"
 
 
 def _check_packed(name: str, shape: tuple[int, ...], stored: Mapping[str, Stored]) -> None:
     """Hold a 4-bit weight and its scales against the shape that they stand for."""
-    described = next(name + end for end in PACKED if name + end in stored)
+    described = description_name(name, stored)
+    assert described is not None
     _, get = open_tensors(stored[described].file)
     try:
-        state = unpack_tensor_to_dict(get(described))
-        own, block, nested = state["shape"], int(state["blocksize"]), int(state.get("nested_blocksize") or 0)
-        is_known = hasattr(torch, state["dtype"]) and described.endswith(state["quant_type"])
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise _odd_state(described, stored, "it does not describe a 4-bit weight") from error
-    if not is_known or block < 1 or nested < 0:
-        raise _odd_state(described, stored, f"it describes a weight that bitsandbytes does not know ({state!r:.80})")
-    if list(own) != list(shape):
-        raise _odd_state(described, stored, f"it is {own} there and {by(shape)} by config.json")
-    count = math.prod(shape)
-    blocks = -(-count // block)
-    sizes = {name: -(-count // 2), f"{name}.absmax": blocks * (1 if nested else 4), f"{name}.quant_map": 16 * 4}
-    if nested:
-        sizes |= {f"{name}.nested_absmax": -(-blocks // nested) * 4, f"{name}.nested_quant_map": 256 * 4}
-    for part, size in sizes.items():
+        packed = read_description(described, get(described))
+    except ValueError as error:
+        raise _odd_state(described, stored, str(error)) from error
+    if packed.shape != list(shape):
+        raise _odd_state(described, stored, f"it is {packed.shape} there and {by(shape)} by config.json")
+    for part, size in packed.part_bytes(name).items():
         if part not in stored:
             raise _odd_state(part, stored, "it is missing")
         if stored[part].bytes != size:

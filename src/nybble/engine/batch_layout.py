@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from nybble.engine.attention import Segments
+from nybble.engine.attention.backend import Segments
 from nybble.engine.padding import Padding, separate, spans_of
 
 
-class Unfit(Exception):  # noqa: N818 - a reason, not an error: this batch goes the layers' own way
+class UnsupportedBatch(Exception):  # noqa: N818 - a reason, not an error: the layers fall back
     """Why a batch is not for the fused layers."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchLayout:
     """A batch's rows as attention sees them."""
 
     segments: Segments
@@ -26,51 +26,51 @@ class Layout:
     """Whether a row may hold several sequences."""
 
 
-def layout_of(inputs: Mapping[str, Any]) -> Layout:
+def layout_of(inputs: Mapping[str, Any]) -> BatchLayout:
     """How a batch's rows fall into sequences, and where they are padded.
 
     Args:
-        inputs: the backbone's keywords. Packed rows are known by `cu_seq_lens_q` and `max_length_q`, as
+        inputs: the backbone's keyword arguments. Packed rows are known by `cu_seq_lens_q` and `max_length_q`, as
             DataCollatorWithFlattening gives them, or by position_ids that begin anew without an attention mask.
 
     Raises:
-        Unfit: a cache, a mask that is neither causal nor padding at the ends of rows, or attentions asked for.
+        UnsupportedBatch: a cache, a mask that is neither causal nor padding at the ends of rows, or attentions asked for.
     """
     if inputs.get("past_key_values") is not None:
-        raise Unfit("a key-value cache is given")
+        raise UnsupportedBatch("a key-value cache is given")
     if inputs.get("output_attentions"):
-        raise Unfit("attentions are requested")
+        raise UnsupportedBatch("attentions are requested")
     if inputs.get("is_causal") is False:
-        raise Unfit("attention is not causal (is_causal=False)")
+        raise UnsupportedBatch("attention is not causal (is_causal=False)")
     given = tokens_of(inputs)
     batch, length = given.shape[:2]
     if inputs.get("cu_seq_lens_q") is not None:
         bounds = inputs["cu_seq_lens_q"].to(device=given.device, dtype=torch.int32)
         longest = inputs.get("max_length_q")
         longest = int(bounds.diff().max() if longest is None else longest)
-        return Layout(Segments(batch, length, bounds, longest), is_packed=True)
+        return BatchLayout(Segments(batch, length, bounds, longest), is_packed=True)
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None:
         return _padded(mask, given)
     if positions is not None:
         segments = _packed(positions.expand(batch, length))
-        return Layout(segments, is_packed=segments.bounds is not None)
-    return Layout(Segments(batch, length))
+        return BatchLayout(segments, is_packed=segments.bounds is not None)
+    return BatchLayout(Segments(batch, length))
 
 
 def tokens_of(inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Token ids, (batch, length), or what was embedded in their place."""
+    """Token ids, (batch, length), or the embeddings that were given instead."""
     ids: torch.Tensor | None = inputs.get("input_ids")
     return ids if ids is not None else inputs["inputs_embeds"]
 
 
-def _padded(mask: Any, given: torch.Tensor) -> Layout:
+def _padded(mask: Any, given: torch.Tensor) -> BatchLayout:
     if not isinstance(mask, torch.Tensor) or mask.shape != given.shape[:2]:
-        raise Unfit("an attention mask other than padding")
+        raise UnsupportedBatch("an attention mask other than padding")
     spans = spans_of(mask)
     if spans is None:
-        raise Unfit("an attention mask with holes between real tokens")
-    return Layout(*separate(spans, mask.shape[1], given.device))
+        raise UnsupportedBatch("an attention mask with holes between real tokens")
+    return BatchLayout(*separate(spans, mask.shape[1], given.device))
 
 
 def _packed(positions: torch.Tensor) -> Segments:
@@ -78,8 +78,8 @@ def _packed(positions: torch.Tensor) -> Segments:
     batch, length = positions.shape
     begins = torch.ones_like(positions, dtype=torch.bool)
     begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
-    places = begins.flatten().nonzero().flatten()
-    if len(places) == batch:
+    starts = begins.flatten().nonzero().flatten()
+    if len(starts) == batch:
         return Segments(batch, length)
-    bounds = torch.cat((places, places.new_tensor([batch * length]))).to(torch.int32)
+    bounds = torch.cat((starts, starts.new_tensor([batch * length]))).to(torch.int32)
     return Segments(batch, length, bounds, int(bounds.diff().max()))

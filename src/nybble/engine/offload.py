@@ -10,10 +10,10 @@ import torch
 IN_FLIGHT = 2  # inputs whose copy may still run: the third layer waits for the first's
 
 
-class Handle:
+class OffloadedTensor:
     """One layer's input, away from the device."""
 
-    def __init__(self, shape: torch.Size, pinned: torch.Tensor, before: Handle | None) -> None:
+    def __init__(self, shape: torch.Size, pinned: torch.Tensor, before: OffloadedTensor | None) -> None:
         self.shape = shape
         self.pinned = pinned
         self.before = weakref.ref(before) if before is not None else lambda: None
@@ -26,7 +26,7 @@ class Handle:
             stream.wait_event(event)
 
 
-class HostStore:
+class ActivationOffload:
     """Puts tensors away in forward and brings them back in backward, the next one while the last is worked on.
 
     All waiting is between streams; the host never waits. Pinned buffers are kept for the next step. Threads may have a stream
@@ -38,43 +38,43 @@ class HostStore:
         self._stream: torch.cuda.Stream | None = None
         self._free: list[torch.Tensor] = []
         self._leaving: collections.deque[tuple[torch.Tensor, torch.cuda.Event, torch.cuda.Stream]] = collections.deque()
-        self._last: weakref.ref[Handle] | None = None
+        self._last: weakref.ref[OffloadedTensor] | None = None
 
-    def put(self, x: torch.Tensor) -> Handle:
+    def put(self, x: torch.Tensor) -> OffloadedTensor:
         """Copy a contiguous tensor to the host; the caller lets go of it."""
         stream, current = self._copying(), torch.cuda.current_stream(self.device)
         before = self._last() if self._last is not None else None
-        handle = Handle(x.shape, self._pinned(x), before)
+        offloaded = OffloadedTensor(x.shape, self._pinned(x), before)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            handle.pinned[: x.numel()].copy_(x.flatten(), non_blocking=True)
+            offloaded.pinned[: x.numel()].copy_(x.flatten(), non_blocking=True)
             self._leaving.append((x, stream.record_event(), current))
         # The tensor's memory may be used anew only after its copy: this stream waits, and then the reference goes.
         while len(self._leaving) > IN_FLIGHT:
             self._arrive()
-        self._last = weakref.ref(handle)
-        return handle
+        self._last = weakref.ref(offloaded)
+        return offloaded
 
-    def take(self, handle: Handle, *, again: bool = False) -> torch.Tensor:
+    def take(self, offloaded: OffloadedTensor, *, again: bool = False) -> torch.Tensor:
         """The tensor, back on the device; the copy of the layer before begins.
 
         Args:
-            handle: what `put` gave.
+            offloaded: what `put` gave.
             again: it will be taken once more, so its buffer stays its own.
         """
         while self._leaving:
             self._arrive()
-        if handle.fetched is None:
-            self._fetch(handle)
-        assert handle.fetched is not None
-        x, event, _ = handle.fetched
-        handle.fetched = None
+        if offloaded.fetched is None:
+            self._fetch(offloaded)
+        assert offloaded.fetched is not None
+        x, event, _ = offloaded.fetched
+        offloaded.fetched = None
         current = torch.cuda.current_stream(self.device)
         current.wait_event(event)
         x.record_stream(current)  # it may have been fetched for a thread on another stream
         if not again:
-            self._free.append(handle.pinned)
-        before = handle.before()
+            self._free.append(offloaded.pinned)
+        before = offloaded.before()
         self._last = weakref.ref(before) if before is not None else None
         if before is not None and before.fetched is None:
             self._fetch(before)
@@ -84,13 +84,13 @@ class HostStore:
         _, event, stream = self._leaving.popleft()
         stream.wait_event(event)
 
-    def _fetch(self, handle: Handle) -> None:
+    def _fetch(self, offloaded: OffloadedTensor) -> None:
         stream, current = self._copying(), torch.cuda.current_stream(self.device)
-        x = torch.empty(handle.shape, dtype=handle.pinned.dtype, device=self.device)
+        x = torch.empty(offloaded.shape, dtype=offloaded.pinned.dtype, device=self.device)
         stream.wait_stream(current)  # whoever had this memory before is done with it
         with torch.cuda.stream(stream):
-            x.copy_(handle.pinned[: x.numel()].view(handle.shape), non_blocking=True)
-            handle.fetched = (x, stream.record_event(), current)
+            x.copy_(offloaded.pinned[: x.numel()].view(offloaded.shape), non_blocking=True)
+            offloaded.fetched = (x, stream.record_event(), current)
 
     def _pinned(self, x: torch.Tensor) -> torch.Tensor:
         """A buffer of at least the tensor's size; one that is too small makes way."""

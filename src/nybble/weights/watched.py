@@ -8,8 +8,12 @@ from typing import Any
 import torch
 
 CAPTURING = "transformers.utils.output_capturing"
-"""Whose hooks stay in every attention once hidden states were asked for, and do nothing unless attentions are: `batch.py`
+"""Whose hooks stay in every attention once hidden states were asked for, and do nothing unless attentions are: `batch_layout.py`
 keeps such a batch from the fused layers."""
+
+
+class Ineligible(Exception):  # noqa: N818 - a reason, not an error: the layer keeps its original forward
+    """Why a layer cannot be fused, as the run's report says it."""
 
 
 class Watched:
@@ -26,7 +30,7 @@ class Watched:
         self._lists: list[tuple[Sequence[Any], tuple[Any, ...]]] = []
         self._empty: list[Mapping[Any, Any]] = []
         self._trained: list[tuple[torch.nn.Parameter, bool]] = []
-        self._places: list[tuple[torch.nn.Parameter, int]] = []
+        self._addresses: list[tuple[torch.nn.Parameter, int]] = []
 
     def item(self, owner: Mapping[str, Any], key: str) -> Any:
         """What a dictionary holds, or None."""
@@ -46,7 +50,7 @@ class Watched:
         """A module's own parameter."""
         return self.item(module._parameters, name)
 
-    def words(self, sequence: Sequence[Any]) -> tuple[Any, ...]:
+    def sequence(self, sequence: Sequence[Any]) -> tuple[Any, ...]:
         """A list that may change in place."""
         found = tuple(sequence)
         self._lists.append((sequence, found))
@@ -58,10 +62,10 @@ class Watched:
         self._trained.append((parameter, found))
         return found
 
-    def place(self, parameter: torch.nn.Parameter) -> int:
-        """Where its data lies; it moves when PEFT merges, or the model to another device."""
+    def address(self, parameter: torch.nn.Parameter) -> int:
+        """Where its data is in memory; it moves when PEFT merges, or the model to another device."""
         found = parameter.data_ptr()
-        self._places.append((parameter, found))
+        self._addresses.append((parameter, found))
         return found
 
     def is_hooked(self, module: Any) -> bool:
@@ -76,7 +80,7 @@ class Watched:
         self._lists += [(hook, tuple(hook)) for hook in hooks]
         return any(getattr(each, "__module__", None) != CAPTURING for hook in hooks for each in hook.values())
 
-    def holds(self) -> bool:
+    def is_unchanged(self) -> bool:
         """Whether everything read is still so."""
         for owner, key, value in self._items:
             if owner.get(key) is not value:
@@ -87,12 +91,22 @@ class Watched:
             for parameter, found in self._trained:
                 if parameter.requires_grad is not found:
                     return False
-        for sequence, words in self._lists:
-            if tuple(sequence) != words:
+        for sequence, items in self._lists:
+            if tuple(sequence) != items:
                 return False
-        return self.weights_stand()
+        return self.are_weights_in_place()
 
-    def weights_stand(self) -> bool:
-        """Whether the data of the parameters whose place was asked for has not moved."""
+    def are_weights_in_place(self) -> bool:
+        """Whether the data of the parameters whose address was asked for has not moved."""
         with torch._C.DisableTorchFunctionSubclass():
-            return all(parameter.data_ptr() == found for parameter, found in self._places)
+            return all(parameter.data_ptr() == found for parameter, found in self._addresses)
+
+
+def check_unhooked(watched: Watched, name: str, module: Any) -> None:
+    """A module inside a fused layer is not called, so nobody may wait for that.
+
+    Raises:
+        Ineligible: somebody does.
+    """
+    if watched.is_hooked(module):
+        raise Ineligible(f"{name} has other hooks")

@@ -28,9 +28,9 @@ def model(llama):
     """Fused, and past its first step: its weights stay from the second batch on."""
     fused = fuse(load(llama))
     gradients(fused, batch_of())
-    assert fusion(fused).last.standing == 0, "before the optimiser has its state, nobody knows what is left"
+    assert fusion(fused).last.cached_layers == 0, "before the optimiser has its state, nobody knows what is left"
     gradients(fused, batch_of())
-    assert fusion(fused).last.standing == LAYERS
+    assert fusion(fused).last.cached_layers == LAYERS
     return fused
 
 
@@ -60,7 +60,7 @@ def test_what_stays_is_not_dequantised_again_and_changes_nothing(model):
 def test_a_layer_s_bytes_are_as_planned(model):
     workspace = fusion(model).shared.workspace
     layer, *_ = fusion(model).read(list(fusion(model).readers))[0].values()
-    assert workspace.standing_bytes == LAYERS * dequantised_bytes(layer.shape(torch.float32, torch.float32))
+    assert workspace.cached_bytes == LAYERS * dequantised_bytes(layer.shape(torch.float32, torch.float32))
 
 
 def test_adapters_are_laid_around_anew_after_a_step(model):
@@ -94,7 +94,7 @@ def test_a_batch_that_goes_past_the_engine_has_the_memory_to_itself(model):
     model.eval()
     model.get_base_model().model(input_ids=batch_of()["input_ids"], use_cache=True)
     assert fusion(model).fused == 0
-    assert fusion(model).shared.workspace.standing_bytes == 0
+    assert fusion(model).shared.workspace.cached_bytes == 0
 
 
 def test_an_adapter_that_was_switched_off_and_on(model):
@@ -109,9 +109,9 @@ def test_evaluation_has_the_memory_to_itself(model):
     workspace = fusion(model).shared.workspace
     with torch.no_grad():
         model(**batch_of())
-    assert workspace.standing_bytes == 0
+    assert workspace.cached_bytes == 0
     assert_same(gradients(model, batch_of()), before, 1e-6)
-    assert workspace.standing_bytes > 0
+    assert workspace.cached_bytes > 0
 
 
 def test_a_batch_that_needs_the_memory_takes_it_for_good(model, monkeypatch):
@@ -153,5 +153,5 @@ def test_none_stay_of_sixteen_bits_or_where_a_policy_was_asked_for(llama, quant,
     model = fuse(load(llama, quant), policy)
     for _ in range(3):
         gradients(model, batch_of())
-    assert fusion(model).last.standing == 0
-    assert fusion(model).shared.workspace.standing_bytes == 0
+    assert fusion(model).last.cached_layers == 0
+    assert fusion(model).shared.workspace.cached_bytes == 0

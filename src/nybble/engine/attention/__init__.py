@@ -1,0 +1,1 @@
+"""Causal attention, forward and backward apart, by whichever backend a device has."""

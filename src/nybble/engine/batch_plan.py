@@ -1,0 +1,195 @@
+"""What every layer does with one batch, planned once before the backbone runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
+
+from nybble.engine.attention.backend import Backend
+from nybble.engine.attention.choice import AttentionChoice, choose
+from nybble.engine.batch_layout import BatchLayout, UnsupportedBatch, layout_of, tokens_of
+from nybble.engine.fusion import BatchReport, Fusion
+from nybble.engine.layer import BatchContext, FusedLayer, LayerCall, Shared, slots
+from nybble.engine.layer_forward import CALLS
+from nybble.engine.padding import Padded
+from nybble.engine.workspace import is_cacheable
+from nybble.errors import EngineError
+from nybble.plan.activations import LADDER
+
+NAMES = tuple(inspect.signature(LlamaModel.forward).parameters)[1:]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What every layer does with one batch; those without a call fall back to their original forward."""
+
+    calls: Mapping[LlamaDecoderLayer, LayerCall]
+    report: BatchReport
+
+
+def begin_batch(backbone: LlamaModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Hook before the backbone runs: plan this batch for all layers, or leave it to them."""
+    fusion: Fusion = backbone.nybble_fusion
+    if getattr(backbone, "_is_replica", False):
+        raise EngineError(
+            "torch.nn.DataParallel copies the layers to several devices, but the fused engine uses one",
+            fix="CUDA_VISIBLE_DEVICES=0, or start one process a device: accelerate launch, torchrun",
+        )
+    kwargs = {**dict(zip(NAMES, args, strict=False)), **kwargs}
+    layers = list(backbone.layers)[: backbone.config.num_hidden_layers]
+    with fusion.shared.turn():
+        plan = _plan_and_report(fusion, backbone, layers, kwargs)
+    kwargs[CALLS] = plan.calls
+    if plan.calls:
+        kwargs["use_cache"] = False
+    if len(plan.calls) == len(layers):
+        # No layer reads the mask. Transformers takes one of four dimensions as it is, and so builds none of
+        # length x length for packed rows: 14 GB at 120,000 tokens.
+        kwargs["attention_mask"] = torch.empty(0, 0, 0, 0, device=tokens_of(kwargs).device)
+    return (), kwargs
+
+
+def _plan_and_report(
+    fusion: Fusion, backbone: LlamaModel, layers: Sequence[LlamaDecoderLayer], kwargs: Mapping[str, Any]
+) -> BatchPlan:
+    """Plan a batch, remember how it is computed, and warn of what is not fused."""
+    if not torch.is_grad_enabled():  # evaluation and generation have other uses for the memory
+        fusion.shared.workspace.release()
+    plan = plan_batch(fusion, backbone, layers, kwargs)
+    has_trained = torch.is_grad_enabled()
+    if has_trained:
+        for why in dict.fromkeys(plan.report.refusals):
+            fusion.warn_once(f"decoder layers fall back to the original forward: {why}")
+    if has_trained or not fusion.has_trained:
+        fusion.last, fusion.has_trained = plan.report, has_trained
+    _take_over_checkpointing(fusion, backbone, plan)
+    return plan
+
+
+def plan_batch(
+    fusion: Fusion, backbone: LlamaModel, layers: Sequence[LlamaDecoderLayer], kwargs: Mapping[str, Any]
+) -> BatchPlan:
+    """What every layer does with this batch.
+
+    Args:
+        fusion: of the backbone.
+        backbone: that is about to run.
+        layers: those of its layers that it will call.
+        kwargs: all that it is called with.
+    """
+    try:
+        layout = _layout(backbone, kwargs)
+    except UnsupportedBatch as why:
+        fusion.shared.workspace.release()
+        return BatchPlan({}, BatchReport(refusals=[str(why)] * len(layers)))
+    found, refusals = fusion.read(layers)
+    if not found:
+        fusion.shared.workspace.release()
+        return BatchPlan({}, BatchReport(refusals=refusals))
+    embedded = kwargs.get("inputs_embeds")
+    residual = backbone.embed_tokens.weight.dtype if embedded is None else embedded.dtype
+    first = next(iter(found.values()))
+    device, sizes = first.norms[0].device, first.sizes
+    if fusion.shared.device != device:  # fused before the model was moved
+        fusion.shared, fusion.choices = Shared(device), {}
+    dtype = _compute_type(first, residual)
+    if dtype not in fusion.choices:
+        fusion.choices[dtype] = choose(device, dtype, sizes.heads, sizes.key_heads, sizes.head_size)
+    batch = BatchContext(layout.segments, _backend(fusion.choices[dtype], layout), dtype, fusion.shared)
+    policies, cached = _share_memory(fusion, list(found.values()), batch, residual)
+    tiles = {policy: batch.tiles(policy or LADDER[0]) for policy in set(policies)}
+    fusion.shared.workspace.cache([group for layer in cached for group in layer.groups.values()], dtype)
+    _reserve(fusion.shared, list(found.values()), max(map(len, tiles.values())), dtype)
+    seed = _seed(found.values())
+    calls = {
+        layer: LayerCall(found[layer], batch, tiles[policy], policy, seed + 2**40 * index)
+        for index, (layer, policy) in enumerate(zip(found, policies, strict=True))
+    }
+    saved = [policy for policy in policies if policy is not None]
+    return BatchPlan(calls, BatchReport(len(calls), refusals, saved, fusion.choices[dtype].reason, len(cached)))
+
+
+def _layout(backbone: LlamaModel, kwargs: Mapping[str, Any]) -> BatchLayout:
+    """What a batch looks like.
+
+    Raises:
+        UnsupportedBatch: it is not for the fused layers, which build no key-value cache. In training one is asked for by
+            use_cache=True only: config.use_cache is on wherever nobody thought of it.
+    """
+    config, asked = backbone.config, kwargs.get("use_cache")
+    wanted = config.use_cache if asked is None else asked
+    builds = wanted and not (backbone.training and backbone.gradient_checkpointing)  # Transformers' own rule
+    if builds and not (asked is None and backbone.training and torch.is_grad_enabled()):
+        raise UnsupportedBatch("a key-value cache is built; pass use_cache=False to stay fused")
+    switches = {"output_attentions": config.output_attentions, "is_causal": getattr(config, "is_causal", None)}
+    layout = layout_of({**switches, **{name: value for name, value in kwargs.items() if value is not None}})
+    if builds and layout.is_packed:
+        raise UnsupportedBatch(
+            "rows are packed, which Transformers does not see while config.use_cache is on; pass use_cache=False"
+        )
+    return layout
+
+
+def _backend(choice: AttentionChoice, layout: BatchLayout) -> Backend:
+    rows = choice.of(layout.segments)
+    return rows if layout.padding is None else Padded(rows, choice.packed, layout.padding)
+
+
+def _take_over_checkpointing(fusion: Fusion, backbone: LlamaModel, plan: BatchPlan) -> None:
+    """Fused layers recompute by their policy; a checkpoint around them would compute everything twice. Layers that fall
+    back get the checkpointing back that somebody wanted."""
+    fusion.see_checkpointing(backbone)
+    for layer in fusion.taken_over:
+        layer.gradient_checkpointing = layer not in plan.calls
+    if fusion.taken_over and plan.calls:
+        fusion.warn_once(f"gradient checkpointing was on; the fused layers follow policy={fusion.policy!r} instead")
+
+
+def _share_memory(
+    fusion: Fusion, layers: Sequence[FusedLayer], batch: BatchContext, residual: torch.dtype
+) -> tuple[Sequence[str | None], Sequence[FusedLayer]]:
+    """The layers' policies, and those whose weights stay dequantised."""
+    if not torch.is_grad_enabled():
+        return [None] * len(layers), []
+    if fusion.policy != "auto":
+        return [fusion.policy] * len(layers), []
+    shape = layers[0].shape(batch.dtype, residual)
+    trained = [part for layer in layers for part in layer.parameters()]
+    beside = batch.attention.passing_bytes(shape) if isinstance(batch.attention, Padded) else 0
+    share = fusion.budget.share(shape, len(layers), batch.segments.tokens, trained, fusion.shared, beside)
+    able = [layer for layer in layers if all(map(is_cacheable, layer.groups.values()))]
+    return share.policies, able[: share.standing]
+
+
+def _compute_type(layer: FusedLayer, residual: torch.dtype) -> torch.dtype:
+    """16 bits where the model is held in them; where somebody made its norms float32, as autocast or the 4-bit layers say."""
+    if residual != torch.float32:
+        return residual
+    device = layer.norms[0].device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return layer.groups["qkv"].compute_dtype or residual
+
+
+def _reserve(shared: Shared, layers: Sequence[FusedLayer], tiles: int, dtype: torch.dtype) -> None:
+    """Allocate for the largest group of each slot; where some layers have several tiles, others may have one."""
+    sizes: Counter[str] = Counter()
+    for layer in layers:
+        for name, group in layer.groups.items():
+            numbers = (group.outputs + group.ranks) * (group.inputs + group.ranks)
+            for slot in {slots(1)[name], slots(tiles)[name]}:
+                sizes[slot] = max(sizes[slot], numbers)
+    for slot, numbers in sizes.items():
+        shared.workspace.reserve(slot, numbers, dtype)
+
+
+def _seed(layers: Iterable[FusedLayer]) -> int:
+    """A new one for each batch whose inputs are dropped; none is drawn where torch's own forward would draw none."""
+    dropping = any(group.has_dropout for layer in layers for group in layer.groups.values())
+    return int(torch.randint(2**62, ()).item()) if dropping else 0
