@@ -19,7 +19,7 @@ from nybble.engine.loss import CHUNK, summed_cross_entropy
 from nybble.engine.memory import Share
 from nybble.engine.passes import copy_rows
 from nybble.errors import EngineError
-from nybble.plan.activations import LADDER, LayerShape, kept_bytes, mix
+from nybble.plan.ledger import LADDER, LayerShape, kept_bytes, mix
 from nybble.weights.on_cpu import stay_unpacked
 from tests.conftest import write_llama
 
@@ -137,8 +137,8 @@ def test_kinds_of_adapters(llama, kind):
 def test_tiles_change_nothing(llama, policy, monkeypatch):
     model = load(llama)
     expected = gradients(model, batch_of(3, 41))
-    monkeypatch.setattr("nybble.plan.activations.WIDE_TILE", 50)
-    monkeypatch.setattr("nybble.plan.activations.NARROW_TILE", 17)
+    monkeypatch.setattr("nybble.plan.ledger.WIDE_TILE", 50)
+    monkeypatch.setattr("nybble.plan.ledger.NARROW_TILE", 17)
     fuse(model, policy)
     assert_same(gradients(model, batch_of(3, 41)), expected)
 

@@ -11,7 +11,7 @@ import torch
 from nybble.engine import memory as budget
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.memory import Budget
-from nybble.plan.activations import KEEP_ALL, dequantised_bytes
+from nybble.plan.ledger import KEEP_ALL, dequantised_bytes
 from tests.conftest import write_llama
 from tests.engine.test_engine import assert_same, batch_of, gradients, load
 

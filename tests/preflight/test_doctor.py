@@ -15,8 +15,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from nybble.preflight import doctor
-from nybble.preflight.doctor import Finding
+from nybble.preflight.doctor import examine as doctor
+from nybble.preflight.doctor.examine import Finding
 from tests.standin_hub import Account, Repo, StandinHub, commit_of
 
 # One process for the whole real run: the report on a good folder, then what it says of the Hub to each token.
@@ -24,7 +24,7 @@ PATIENT = """
 import dataclasses, json, os, sys
 from rich.console import Console
 from huggingface_hub import constants
-from nybble.preflight import doctor
+from nybble.preflight.doctor import examine as doctor
 
 folder, cases = json.loads(sys.argv[1])
 findings = doctor.examine(folder)

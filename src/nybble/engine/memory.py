@@ -10,7 +10,7 @@ import torch
 
 from nybble.engine.layer import Shared
 from nybble.engine.loss import CHUNK, MULTIPLE
-from nybble.plan.activations import (
+from nybble.plan.ledger import (
     KEEP_ALL,
     LAYER_INPUT,
     LayerShape,
