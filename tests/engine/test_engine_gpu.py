@@ -10,7 +10,8 @@ import torch
 from nybble.engine.attention import Cudnn, Efficient, Flash, Plain, Segments
 from nybble.engine.fuse import fuse, fusion
 from nybble.engine.padding import Padded, separate
-from nybble.plan.ledger import HOST, LADDER, kept_bytes
+from nybble.plan.ledger import kept_bytes
+from nybble.plan.policies import HOST, LADDER
 from tests.conftest import write_llama
 from tests.engine.test_engine import cosine, gradients, load
 from tests.engine.test_engine_plain import adapters, answer, padded, slopes, together

@@ -39,8 +39,8 @@ from nybble.files.places import (
     replacing,
 )
 from nybble.model.base.checkpoint import find_checkpoint, fingerprint
-from nybble.preflight.doctor import examine as doctor
 from nybble.preflight.data_check import check
+from nybble.preflight.doctor import examine as doctor
 from nybble.run.folder import create_run, open_run, refuse_existing, write_text
 from nybble.training.train import resume, train
 from tests.training.test_train import recipe_for

@@ -19,7 +19,7 @@ from nybble.engine.layer import Shared
 from nybble.engine.memory import Budget
 from nybble.engine.reader import LayerReader
 from nybble.errors import EngineError
-from nybble.plan.ledger import LADDER
+from nybble.plan.policies import LADDER
 from nybble.weights.on_cpu import stay_unpacked
 
 

@@ -21,7 +21,7 @@ from nybble.engine.passes import LayerFunction
 from nybble.engine.reader import LayerReader
 from nybble.engine.workspace import may_stand
 from nybble.errors import EngineError
-from nybble.plan.ledger import LADDER
+from nybble.plan.policies import LADDER
 from nybble.weights.projections import Ineligible
 
 Policy = Literal["auto", "keep-all", "drop-mlp", "drop-qkv", "layer-input", "host"]

@@ -20,7 +20,8 @@ from nybble.engine.linear import ranks_forward
 from nybble.engine.workspace import Matrix, Workspace
 from nybble.kernels import operations as ops
 from nybble.kernels.operations import Operations
-from nybble.plan.ledger import LayerShape, tile
+from nybble.plan.policies import tile
+from nybble.plan.shapes import LayerShape
 from nybble.weights.projections import Group
 
 GROUPS = ("qkv", "o", "gate_up", "down")

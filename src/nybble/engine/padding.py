@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from nybble.engine.attention import Backend, Gradients, Saved, Segments
-from nybble.plan.ledger import LayerShape
+from nybble.plan.shapes import LayerShape
 
 Span = tuple[int, int]
 """Where the real tokens of a row begin and end; (length, length) where there are none."""

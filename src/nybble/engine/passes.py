@@ -2,7 +2,7 @@
 
 The layer is computed in two parts around attention: [norm, q, k, v, rotary positions] and [o, residual, norm, gate, up,
 SwiGLU, down, residual]. Nothing in them looks at neighbouring tokens, so they run over tiles of tokens, and what passes by
-does not grow with the batch. What is kept for backward is the policy's choice (`nybble.plan.ledger`); the rest is
+does not grow with the batch. What is kept for backward is the policy's choice (`nybble.plan.policies`); the rest is
 computed again, except down_proj, whose result backward does not need.
 """
 
@@ -18,7 +18,7 @@ from nybble.engine import graph
 from nybble.engine.host import Handle
 from nybble.engine.layer import GROUPS, Call, Kept, Ranks, Shared
 from nybble.engine.linear import Sums, adapter_gradients, input_gradient, ranks_forward
-from nybble.plan.ledger import DROP_MLP, DROP_QKV, HOST, KEEP_ALL
+from nybble.plan.policies import DROP_MLP, DROP_QKV, HOST, KEEP_ALL
 
 
 class LayerFunction(torch.autograd.Function):
