@@ -30,7 +30,7 @@ from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer
 from nybble.plan.free_memory import Memory
 from nybble.preflight.data_check import describe
-from nybble.preflight.doctor.examine import base_model
+from nybble.preflight.doctor.access import base_model
 from nybble.recipe import LoraOptions, ModelOptions, load_recipe
 from nybble.run.folder import open_run
 from nybble.weights.on_cpu import dequantise_where_room, linear4bits

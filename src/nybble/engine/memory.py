@@ -1,4 +1,4 @@
-"""How many bytes a batch's activations may take, and weights that stay dequantised, measured where the batch begins."""
+"""How many bytes a batch's activations may take, and how many layers' weights may stay dequantised; measured as it begins."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Share:
 
 
 class Budget:
-    """The memory of one model on its device."""
+    """How the memory of one model's device is shared out."""
 
     def __init__(self, vocabulary: int, hidden: int) -> None:
         self.vocabulary = vocabulary
@@ -45,7 +45,7 @@ class Budget:
         tokens: int,
         trained: Sequence[torch.nn.Parameter],
         shared: Shared,
-        beside: int = 0,
+        extra: int = 0,
     ) -> Share:
         """The fastest mix for the memory that is free when a batch begins.
 
@@ -59,17 +59,17 @@ class Budget:
             tokens: of the batch.
             trained: the parameters that will get gradients.
             shared: the device, and whether there was a backward.
-            beside: bytes that a layer's backward needs for this batch beyond those of its shape.
+            extra: bytes that a layer's backward needs for this batch beyond those of its shape.
         """
         numbers = sum(part.numel() for part in trained)
-        coming = sum(ledger.GRADIENT * part.numel() for part in trained if part.grad is None)
-        # Gradients were there and are gone: an optimiser has made its step, and has its state.
-        self._stepped = self._stepped or (shared.went_back and bool(coming))
+        pending = sum(ledger.GRADIENT * part.numel() for part in trained if part.grad is None)
+        # Gradients were there and are gone: the optimiser has stepped, and its state exists.
+        self._stepped = self._stepped or (shared.went_back and bool(pending))
         if not self._stepped:
-            coming += ledger.MOMENTS * numbers  # AdamW's in float32 at most
-        free = _free(shared.device, shared.workspace.standing_bytes) - coming
+            pending += ledger.MOMENTS * numbers  # AdamW's in float32 at most
+        free = _free(shared.device, shared.workspace.standing_bytes) - pending
         for tiled_like in (KEEP_ALL, LAYER_INPUT):  # wide tiles where memory allows, narrow ones where it does not
-            working = ledger.working_set_bytes(shape, tokens, tiled_like) + beside
+            working = ledger.working_set_bytes(shape, tokens, tiled_like) + extra
             peak = max(working, self.loss_bytes(tokens))
             policies = mix(shape, layers, tokens, free - peak)
             if tile(policies[0], tokens) == tile(tiled_like, tokens):

@@ -1,4 +1,4 @@
-"""How long training will take, roughly: its arithmetic over what this device computes."""
+"""How fast training will be, roughly: its arithmetic over the speed of this device's matrix products."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from nybble.plan.shapes import ModelShape
 
 PRODUCTS = 2.5
 """Forward, gradient of the input, and half of the forward again: the base is frozen and has no other gradient."""
-# Of a plain product's rate. H200, 4 x 2,048 of a 7B: 13,213 to 18,265 tokens/s, 0.6 to 0.85; two cores, SmolLM2: 227, 0.28.
+# Training's share of a plain product's rate.
+# H200, 4 x 2,048 of a 7B: 13,213 to 18,265 tokens/s, 0.6 to 0.85; two cores, SmolLM2: 227, 0.28.
 EFFICIENCY = {"cuda": 0.6, "cpu": 0.3}
 BURSTS, SECONDS, PAUSE = 6, 0.05, 0.1
 """How often products are measured, for how long, and seconds between: another process may have the cores at one moment."""
@@ -26,11 +27,11 @@ class Speed:
     free: float
     """With the machine to itself, within a factor of two."""
     now: float
-    """Beside what runs on it now."""
+    """Under its current load."""
 
     @property
     def is_busy(self) -> bool:
-        """Whether something else runs on the machine."""
+        """Whether other programs use the machine."""
         return self.now < 0.7 * self.free
 
 
