@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -17,7 +19,7 @@ from nybble.plan import ledger
 from nybble.plan.shapes import LLAMA_2_7B, ModelShape, Projection
 from nybble.recipe import LoraOptions, ModelOptions
 from nybble.training.optimizer import FlatAdamW8bit
-from tests.conftest import write_llama
+from tests.conftest import ROOT, write_llama
 
 CPU = torch.device("cpu")
 LLAMAS = {
@@ -135,3 +137,18 @@ def test_files_of_llama_2_7b() -> None:
     base = ledger.base_bytes(LLAMA_2_7B, "nf4", True, 2)
     assert round(base.total / 1e9, 2) == 3.87
     assert ledger.cached_copy_bytes(base.total) == int(1.1 * base.total)
+
+
+ONE_PLACE = {
+    r"virtual_memory\(|mem_get_info": {"plan/free_memory.py"},
+    r"hidden_size\W*(\])?\s*// |// .*num_attention_heads": {"plan/shapes.py"},
+}
+
+
+@pytest.mark.parametrize("pattern", ONE_PLACE)
+def test_nobody_else_asks_for_memory_or_derives_a_head_s_size(pattern: str) -> None:
+    source = ROOT / "src" / "nybble"
+    files = {
+        file.relative_to(source).as_posix() for file in source.rglob("*.py") if re.search(pattern, file.read_text())
+    }
+    assert files - {"serve/pipeline.py"} == ONE_PLACE[pattern]

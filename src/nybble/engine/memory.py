@@ -80,6 +80,7 @@ class Budget:
         return Share(policies, self._layers_standing(spare // ledger.dequantised_bytes(shape), policies))
 
     def _layers_standing(self, fitting: int, policies: Sequence[str]) -> int:
+        """How many layers' weights stay dequantised, of so many that fit; never more than in a batch before."""
         if not self._stepped:
             return 0
         most = len(policies) if self._standing is None else self._standing

@@ -190,6 +190,18 @@ def working_set_bytes(shape: LayerShape, tokens: int, policy: str) -> int:
     return max(at_mlp, tokens * (recomputed + streams + attention))
 
 
+def padding_bytes(shape: LayerShape, late: int, seen: int) -> int:
+    """Device bytes that padding on the right adds to a layer's backward.
+
+    Args:
+        shape: the layer's sizes.
+        late: tokens of padding behind the last real token of their row.
+        seen: real tokens that these see.
+    """
+    of_late = 4 * shape.query * shape.element + 4 * shape.query  # flash sums the query's gradient in float32
+    return late * of_late + seen * 2 * (shape.qkv - shape.query) * shape.element
+
+
 def loss_bytes(tokens: int, vocabulary: int, hidden: int, *, chunked: bool) -> int:
     """Device bytes of the loss at its peak, the gradient of its input included; 16-bit logits.
 
