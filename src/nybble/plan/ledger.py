@@ -151,9 +151,7 @@ def _group_numbers(shape: LayerShape) -> tuple[int, int, int, int]:
     """Numbers of each group's weights in the type of the activations, with the adapters around them."""
     sizes = ((shape.hidden, shape.qkv), (shape.query, shape.hidden), (shape.hidden, 2 * shape.intermediate),
              (shape.intermediate, shape.hidden))  # fmt: skip
-    qkv, out, gate_up, down = (
-        (outputs + r) * (inputs + r) for (inputs, outputs), r in zip(sizes, shape.ranks, strict=True)
-    )
+    qkv, out, gate_up, down = ((n + r) * (m + r) for (m, n), r in zip(sizes, shape.ranks, strict=True))
     return qkv, out, gate_up, down
 
 
