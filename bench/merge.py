@@ -30,9 +30,11 @@ from safetensors.torch import save_file
 from nybble.export.merge.merge import Dequantised, Merge, Original
 from nybble.export.merge.shards import Spec, write_shards
 from nybble.export.merge.updates import PREFIX, read_updates
+from nybble.plan.shapes import ModelShape
 
 LLAMA2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
              "num_key_value_heads": 32, "vocab_size": 32000}  # fmt: skip
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 RANK = 16
 INTERVAL = 0.005  # seconds between samples
 
@@ -96,13 +98,12 @@ def make_checkpoint(folder: pathlib.Path, shape: Mapping[str, int]) -> int:
 
 def _linears(shape: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     """Each linear layer's name and (out, in)."""
-    width, inner = shape["hidden_size"], shape["intermediate_size"]
-    keys = width // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    layer = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (keys, width), "self_attn.v_proj": (keys, width),
-             "self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
-             "mlp.down_proj": (width, inner)}  # fmt: skip
-    count = shape["num_hidden_layers"]
-    return {f"model.layers.{n}.{name}": size for n in range(count) for name, size in layer.items()}
+    sizes = ModelShape.from_config(shape)
+    return {
+        f"model.layers.{n}.{'self_attn' if name in ATTENTION else 'mlp'}.{name}": (outputs, inputs)
+        for n in range(sizes.layers)
+        for name, (inputs, outputs) in sizes.projections.items()
+    }
 
 
 def _packed(value: torch.Tensor) -> dict[str, torch.Tensor]:

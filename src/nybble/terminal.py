@@ -1,4 +1,4 @@
-"""Lines of text on a terminal: wrapped at words and hung under their beginning; in a pipe or a file each stays whole."""
+"""Text for people. Lines on a terminal: wrapped at words and hung under their beginning; in a pipe or a file each stays whole."""
 
 from __future__ import annotations
 
@@ -10,12 +10,26 @@ from rich.text import Text
 
 LABEL = 10
 """Characters before a line's text, which say what it is about."""
+UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 NARROW = 24  # with less room than this beside a label, lines hang by two characters only
 JOINT = "\ue0f3"  # of Unicode's private use area: stands for a space at which a line must not be broken
 COMMAND = re.compile(
     r"(?<![\w/.-])(nybble (chat|data|demo|doctor|eval|export|help|serve|train)|(uv pip|pip|hf|git|wandb) [\w-]+|python3? -\w+"
     r"|ls|mv|cp -r|rm -r|jq|gzip|iconv|accelerate launch|curl|kill)(?![\w-])(\"[^\"\n]*\"|'[^'\n]*'|[^,;`\"\n])*|'[\w.]+=[^'\n]*'"
 )
+
+
+def bytes_text(count: float, decimals: int = 2, unit: str | None = "GB") -> str:
+    """Bytes as people read them, in decimal units.
+
+    Args:
+        count: how many.
+        decimals: digits after the point.
+        unit: GB, MB or kB; None is the largest of them that is reached.
+    """
+    if unit is None:
+        unit = next((name for name, size in UNITS.items() if count >= size), None)
+    return f"{count / UNITS[unit]:.{decimals}f} {unit}" if unit else f"{count} bytes"
 
 
 def tell(console: Console, text: str | Text, style: str = "", *, hang: int = LABEL) -> None:

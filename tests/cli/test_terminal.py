@@ -14,7 +14,7 @@ from rich.text import Text
 from nybble.cli.keys import EXAMPLES, KEYS
 from nybble.data import histogram
 from nybble.recipe import Recipe, option_names
-from nybble.terminal import COMMAND, tell, tell_error
+from nybble.terminal import COMMAND, bytes_text, tell, tell_error
 from tests.conftest import ROOT
 
 LINE = "run       runs/tiny-rows: 4 steps of 16 rows (micro batch 4, accumulation 4), 2 rows of 東京と大阪の資料 held out for it"
@@ -29,6 +29,13 @@ def written(width, *lines, terminal=True, tell=tell):
     for line in lines:
         tell(console, line)
     return console.file.getvalue().splitlines(), console
+
+
+def test_bytes_have_one_spelling():
+    assert [bytes_text(13.5e9), bytes_text(3e6), bytes_text(0)] == ["13.50 GB", "0.00 GB", "0.00 GB"]
+    assert bytes_text(2.5e8, 1, "MB") == "250.0 MB"
+    sizes = {999: "999 bytes", 1000: "1.0 kB", 1_500_000: "1.5 MB", 10**10: "10.0 GB"}
+    assert {count: bytes_text(count, 1, None) for count in sizes} == sizes
 
 
 @pytest.mark.parametrize("width", [20, 30, 34, 40, 60, 80, 99, 140])

@@ -11,7 +11,8 @@ import torch
 from nybble.engine import memory as budget
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.memory import Budget
-from nybble.plan.activations import KEEP_ALL, dequantised_bytes
+from nybble.plan.ledger import MOMENTS, dequantised_bytes
+from nybble.plan.policies import KEEP_ALL
 from tests.conftest import write_llama
 from tests.engine.test_engine import assert_same, batch_of, gradients, load
 
@@ -141,7 +142,7 @@ def test_the_optimiser_finds_the_memory_that_it_had(model, monkeypatch):
     each, free = dequantised_bytes(shape), 2**30
     monkeypatch.setattr(budget, "_free", lambda device, standing: free)
     for copies, standing in ((0, LAYERS), (free - 5 * each // 2, 2), (free - each // 2, 0)):
-        trained = torch.nn.Parameter(torch.empty(copies // budget.UNSEEN_STATE, device="meta"))
+        trained = torch.nn.Parameter(torch.empty(copies // MOMENTS, device="meta"))
         trained.grad = torch.empty_like(trained)
         own = Budget(512, 64)
         own._stepped = True

@@ -15,11 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig, MistralForCausalLM
 
 from nybble.engine.fuse import fuse, fusion, unfuse
-from nybble.engine.loss import CHUNK, summed_cross_entropy
+from nybble.engine.loss import summed_cross_entropy
 from nybble.engine.memory import Share
 from nybble.engine.product import copy_rows
 from nybble.errors import EngineError
-from nybble.plan.activations import LADDER, LayerShape, kept_bytes, mix
+from nybble.plan.ledger import kept_bytes
+from nybble.plan.policies import LADDER, LOSS_CHUNK
+from nybble.plan.shapes import LayerShape
+from nybble.plan.solver import mix
 from nybble.weights.on_cpu import stay_unpacked
 from tests.conftest import write_llama
 
@@ -137,8 +140,8 @@ def test_kinds_of_adapters(llama, kind):
 def test_tiles_change_nothing(llama, policy, monkeypatch):
     model = load(llama)
     expected = gradients(model, batch_of(3, 41))
-    monkeypatch.setattr("nybble.plan.activations.WIDE_TILE", 50)
-    monkeypatch.setattr("nybble.plan.activations.NARROW_TILE", 17)
+    monkeypatch.setattr("nybble.plan.policies.WIDE_TILE", 50)
+    monkeypatch.setattr("nybble.plan.policies.NARROW_TILE", 17)
     fuse(model, policy)
     assert_same(gradients(model, batch_of(3, 41)), expected)
 
@@ -523,7 +526,7 @@ def test_a_fused_layer_copies_by_sixteen_bytes(llama):
     assert copies.met.count(WHOLE) == 2 * 3
 
 
-@pytest.mark.parametrize("rows", [5, CHUNK + 7])
+@pytest.mark.parametrize("rows", [5, LOSS_CHUNK + 7])
 @pytest.mark.parametrize("skip", [False, True])
 def test_loss_in_chunks(rows, skip):
     torch.manual_seed(0)
@@ -554,7 +557,7 @@ class Rows(TorchDispatchMode):
         return operation(*words, **(keywords or {}))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 255, 256, 257, CHUNK - 1, CHUNK, CHUNK + 300])
+@pytest.mark.parametrize("rows", [0, 1, 255, 256, 257, LOSS_CHUNK - 1, LOSS_CHUNK, LOSS_CHUNK + 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("skip", [False, True])
 def test_products_of_the_loss_know_few_numbers_of_rows(rows, dtype, skip, monkeypatch):
@@ -575,7 +578,7 @@ def test_products_of_the_loss_know_few_numbers_of_rows(rows, dtype, skip, monkey
     tolerances = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
     torch.testing.assert_close(*found, **tolerances)
     total = rows if skip else rows + 50
-    assert met.met == {min(CHUNK, -(-left // 256) * 256) for left in range(total, 0, -CHUNK)}
+    assert met.met == {min(LOSS_CHUNK, -(-left // 256) * 256) for left in range(total, 0, -LOSS_CHUNK)}
 
 
 LLAMA2 = LayerShape(4096, 11008, 32, 32, 128, (48, 16, 32, 16), 2, 2)

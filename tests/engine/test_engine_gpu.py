@@ -12,7 +12,8 @@ from nybble.engine.attention.cuda import Cudnn, Efficient, Flash
 from nybble.engine.attention.plain import PlainAttention
 from nybble.engine.fuse import fuse, fusion
 from nybble.engine.padding import Padded, separate
-from nybble.plan.activations import HOST, LADDER, kept_bytes
+from nybble.plan.ledger import kept_bytes
+from nybble.plan.policies import HOST, LADDER
 from tests.conftest import write_llama
 from tests.engine.test_engine import cosine, gradients, load
 from tests.engine.test_engine_plain import adapters, answer, padded, slopes, together

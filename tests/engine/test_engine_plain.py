@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.loss import summed_cross_entropy
 from nybble.errors import EngineError
-from nybble.plan.activations import LADDER
+from nybble.plan.policies import LADDER
 from tests.conftest import write_llama
 from tests.engine.test_engine import DEVICE, assert_same, batch_of, gradients, load
 

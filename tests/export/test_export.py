@@ -32,6 +32,7 @@ from nybble.export.precheck import Preflight
 from nybble.model.base.checkpoint import find_checkpoint
 from nybble.model.base.load import load_config
 from nybble.model.tokenizer.load import load_tokenizer
+from nybble.plan.free_memory import Memory
 from nybble.recipe import load_recipe
 from nybble.run.folder import Run, open_run
 from nybble.training.train import resume, train
@@ -226,8 +227,8 @@ def test_a_model_is_loaded_where_it_fits(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
 
     def placed(size, device, card, memory):
-        monkeypatch.setattr(loaders.torch.cuda, "mem_get_info", lambda device: (int(card * 1e9), int(card * 1e9)))
-        monkeypatch.setattr(loaders.psutil, "virtual_memory", lambda: namedtuple("M", "available")(int(memory * 1e9)))
+        monkeypatch.setattr(loaders, "device_memory", lambda device: Memory(int(card * 1e9), int(card * 1e9)))
+        monkeypatch.setattr(loaders, "host_memory", lambda: Memory(int(memory * 1e9), int(memory * 1e9)))
         return loaders.place_for(int(size * 1e9), device)
 
     assert placed(13.5, gpu, 24, 16) == {"device_map": {"": gpu}}

@@ -28,6 +28,7 @@ from nybble.errors import ExportError, NybbleError, PlaceError, RunError
 from nybble.evaluate.scores import Scored, Store
 from nybble.export.export import Wanted, export
 from nybble.files.places import (
+    ANOTHER_CACHE,
     check_cache,
     check_export,
     check_here,
@@ -39,8 +40,8 @@ from nybble.files.places import (
     replacing,
 )
 from nybble.model.base.checkpoint import find_checkpoint, fingerprint
-from nybble.preflight import doctor
 from nybble.preflight.data_check import check
+from nybble.preflight.doctor import space
 from nybble.run.folder import create_run, open_run, refuse_existing, write_text
 from nybble.training.train import resume, train
 from tests.training.test_train import recipe_for
@@ -256,21 +257,21 @@ def test_a_run_that_cannot_be_written_is_exported_elsewhere(tuned_run, cache, tm
 def test_doctor_looks_at_the_places(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.touch()
-    assert doctor.own_cache(tmp_path / "cache").verdict in ("ok", "warn")
-    refused = doctor.own_cache(file / "cache")
-    assert (refused.verdict, refused.fix) == ("fail", doctor.ANOTHER_CACHE)
+    assert space.own_cache(tmp_path / "cache").verdict in ("ok", "warn")
+    refused = space.own_cache(file / "cache")
+    assert (refused.verdict, refused.fix) == ("fail", ANOTHER_CACHE)
     assert "is a file, not a folder" in refused.detail
-    hub = doctor.hub_cache(file / "hub")
-    assert (hub.verdict, hub.fix) == ("warn", "point HF_HOME at a folder of yours")
-    assert "set HOME" in doctor.hub_cache(pathlib.Path("~/.cache/huggingface/hub")).fix
+    hub = space.hub_cache(file / "hub")
+    assert (hub.verdict, hub.fix) == ("warn", "set HF_HOME to a folder you can write to")
+    assert "set HOME" in space.hub_cache(pathlib.Path("~/.cache/huggingface/hub")).fix
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(file))
-    assert doctor.own_cache(None).verdict == "fail"
+    assert space.own_cache(None).verdict == "fail"
     with small_disk(tmp_path / "full", "4k") as full:
         (full / "all").write_bytes(bytes(4096))
-        found = doctor.disk("here", full, 1, "a fix")
+        found = space.disk("here", full, 1, "a fix")
     assert (found.verdict, found.fix) == ("fail", "a fix")
-    assert doctor.temporary().verdict == "ok"
+    assert space.temporary().verdict == "ok"
 
 
 BIG = torch.zeros(1_000_000)

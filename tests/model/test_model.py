@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import json
 import re
 import shutil
@@ -29,8 +28,9 @@ from nybble.model.base.checkpoint import check_length, find_checkpoint, fingerpr
 from nybble.model.base.load import load_base, load_config, measure
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer
+from nybble.plan.free_memory import Memory
 from nybble.preflight.data_check import describe
-from nybble.preflight.doctor import base_model
+from nybble.preflight.doctor.access import base_model
 from nybble.recipe import LoraOptions, ModelOptions, load_recipe
 from nybble.run.folder import open_run
 from nybble.weights.frozen import linear4bits
@@ -602,8 +602,7 @@ def test_4_bit_layers_that_compute_in_another_type_stay(tiny_llama, tmp_path):
 
 def test_without_room_layers_stay_in_4_bits(tiny_llama, tmp_path, monkeypatch):
     model = base_of(tiny_llama, tmp_path).model
-    memory = collections.namedtuple("Memory", "available")
-    monkeypatch.setattr("nybble.weights.on_cpu.psutil.virtual_memory", lambda: memory(10_000))
+    monkeypatch.setattr("nybble.weights.on_cpu.host_memory", lambda: Memory(10_000, 20_000))
     assert not dequantise_where_room(model)
     assert list(linear4bits(model))
 

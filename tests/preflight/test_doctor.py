@@ -15,8 +15,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from nybble.preflight import doctor
-from nybble.preflight.doctor import Finding
+from nybble.plan.free_memory import Memory
+from nybble.preflight.doctor.access import base_model, wandb_login
+from nybble.preflight.doctor.examine import examine
+from nybble.preflight.doctor.finding import Finding
+from nybble.preflight.doctor.four_bit import nf4
+from nybble.preflight.doctor.gpu import judge_driver, nvidia_driver, units
+from nybble.preflight.doctor.report import exit_status, render
+from nybble.preflight.doctor.space import GIB, disk, download_of_7b, hub_cache, memory, quantised_7b, run_of_7b
+from nybble.preflight.doctor.versions import declared, packages
 from tests.standin_hub import Account, Repo, StandinHub, commit_of
 
 # One process for the whole real run: the report on a good folder, then what it says of the Hub to each token.
@@ -24,16 +31,18 @@ PATIENT = """
 import dataclasses, json, os, sys
 from rich.console import Console
 from huggingface_hub import constants
-from nybble.preflight import doctor
+from nybble.preflight.doctor.access import base_model, hub_login
+from nybble.preflight.doctor.examine import examine
+from nybble.preflight.doctor.report import exit_status, render
 
 folder, cases = json.loads(sys.argv[1])
-findings = doctor.examine(folder)
-doctor.render(findings, Console(width=80))
-print("exit", doctor.exit_status(findings))
+findings = examine(folder)
+render(findings, Console(width=80))
+print("exit", exit_status(findings))
 for token, model in cases:
     os.environ["HF_TOKEN"] = token or ""
     constants.HF_HUB_OFFLINE = token == "offline"
-    pair = [doctor.hub_login(), doctor.base_model(model)]
+    pair = [hub_login(), base_model(model)]
     print("json", json.dumps([dataclasses.asdict(finding) for finding in pair]))
 """
 CASES = {
@@ -55,7 +64,7 @@ def model_folder(folder: Path) -> Path:
 
 def printed(findings: list[Finding], width: int = 80, terminal: bool = True) -> str:
     page = StringIO()
-    doctor.render(findings, Console(file=page, width=width, color_system=None, force_terminal=terminal))
+    render(findings, Console(file=page, width=width, color_system=None, force_terminal=terminal))
     return page.getvalue()
 
 
@@ -90,8 +99,8 @@ def test_this_machine_is_examined_for_real(visit: tuple[str, dict[str, Any], Pat
     lines = report.splitlines()
     cells = [re.split(r"\s{2,}", line) for line in lines]
     found = {row[1]: row[0] for row in cells if row[0] in ("ok", "warn", "fail")}
-    declared = {"torch", "transformers", "peft", "bitsandbytes"} if doctor._requirements() else {"packages"}
-    assert declared | {"python", "nf4, cpu", "cuda", "model"} <= set(found)
+    expected = {"torch", "transformers", "peft", "bitsandbytes"} if declared() else {"packages"}
+    assert expected | {"python", "nf4, cpu", "cuda", "model"} <= set(found)
     assert found["nf4, cpu"] == found["model"] == "ok"
     assert found["hub login"] == found["wandb login"] == "warn"
     failed = list(found.values()).count("fail")
@@ -122,16 +131,14 @@ def test_a_model_folder_is_judged(tmp_path: Path) -> None:
     meta.mkdir()
     for name in ("consolidated.00.pth", "params.json", "tokenizer.model"):
         (meta / name).touch()
-    good, bad, missing = (
-        doctor.base_model(str(path)) for path in (model_folder(tmp_path / "good"), meta, tmp_path / "no")
-    )
+    good, bad, missing = (base_model(str(path)) for path in (model_folder(tmp_path / "good"), meta, tmp_path / "no"))
     assert good.verdict == "ok"
     assert (bad.verdict, "Meta's own format" in bad.detail, "-hf" in (bad.fix or "")) == ("fail", True, True)
     assert (missing.verdict, "There is no folder" in missing.detail) == ("fail", True)
 
 
 def test_versions_outside_the_window_are_named_with_their_pin() -> None:
-    declared = [
+    needs = [
         "torch<2.14,>=2.11",
         "peft>=0.21,<0.22",
         "wandb<1,>=0.26",
@@ -139,18 +146,18 @@ def test_versions_outside_the_window_are_named_with_their_pin() -> None:
         "gguf<1; extra == 'demo'",
     ]
     have = {"torch": "2.9.1+cu128", "peft": "0.21.2", "rich": "15.0.0"}
-    findings = {finding.name: finding for finding in doctor.packages(declared, have.get)}
+    findings = {finding.name: finding for finding in packages(needs, have.get)}
     assert list(findings) == ["torch", "peft", "wandb", "rich"]
     assert [finding.verdict for finding in findings.values()] == ["fail", "ok", "fail", "ok"]
     assert "2.9.1+cu128" in findings["torch"].detail
     assert findings["torch"].fix == 'pip install "torch>=2.11,<2.14"'
     assert findings["wandb"].detail == "not installed"
-    assert doctor.exit_status(findings.values()) == 1
-    assert doctor.packages([], have.get)[0].verdict == "warn"
+    assert exit_status(findings.values()) == 1
+    assert packages([], have.get)[0].verdict == "warn"
 
 
 def test_a_local_build_of_a_version_inside_is_inside() -> None:
-    [finding] = doctor.packages(["torch<2.14,>=2.11"], lambda _: "2.13.0+cu126")
+    [finding] = packages(["torch<2.14,>=2.11"], lambda _: "2.13.0+cu126")
     assert finding.verdict == "ok"
 
 
@@ -180,7 +187,7 @@ def test_a_local_build_of_a_version_inside_is_inside() -> None:
 def test_driver_and_torch_build_are_judged_together(
     machine: tuple[str | None, str | None, str | None, int], verdict: str, words: str, cure: str | None
 ) -> None:
-    finding = doctor.judge_driver(*machine)
+    finding = judge_driver(*machine)
     assert finding.verdict == verdict
     assert words in finding.detail
     assert (cure is None) == (finding.fix is None)
@@ -203,12 +210,12 @@ def test_the_driver_is_asked_for_its_version(
     if script is not None:
         (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "nvidia-smi").chmod(0o755)
-    assert doctor._nvidia_driver() == driver
+    assert nvidia_driver() == driver
 
 
 def test_number_formats_follow_compute_capability() -> None:
     capabilities = ((6, 1), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0))
-    assert [doctor.units(capability) for capability in capabilities] == [
+    assert [units(capability) for capability in capabilities] == [
         "fp32 only",
         "fp16",
         "fp16, bf16",
@@ -223,25 +230,30 @@ def test_wrong_or_broken_4bit_layers_are_caught(monkeypatch: pytest.MonkeyPatch)
     true_weights = bnb.functional.dequantize_4bit
     with monkeypatch.context() as patch:
         patch.setattr(bnb.functional, "dequantize_4bit", lambda *args: true_weights(*args) * 1.02)
-        wrong = doctor.nf4(cpu)
+        wrong = nf4(cpu)
     assert (wrong.verdict, wrong.detail.startswith("wrong results")) == ("fail", True)
 
     def broken(*args: object) -> None:
         raise RuntimeError("libbitsandbytes is not there\nand a long story")
 
     monkeypatch.setattr(bnb.nn.Linear4bit, "forward", broken)
-    finding = doctor.nf4(cpu)
+    finding = nf4(cpu)
     assert finding.detail == "4-bit layers do not run: libbitsandbytes is not there"
-    assert (finding.verdict, doctor.nf4(cpu, needed=False).verdict) == ("fail", "warn")
+    assert (finding.verdict, nf4(cpu, needed=False).verdict) == ("fail", "warn")
     assert "pip install --force-reinstall" in (finding.fix or "")
 
 
 def test_little_room_is_a_warning(tmp_path: Path) -> None:
-    assert doctor.memory(4 * doctor.GIB, 16 * doctor.GIB).verdict == "warn"
-    assert doctor.memory(12 * doctor.GIB, 16 * doctor.GIB).verdict == "ok"
-    assert doctor.disk("here", tmp_path / "not" / "yet", 1, "a fix").verdict == "ok"
-    assert doctor.disk("here", tmp_path, 1e18, "a fix").verdict == "warn"
-    assert doctor.hub_cache(tmp_path).name == "cache, Hub"
+    assert memory(Memory(4 * GIB, 16 * GIB)).verdict == "warn"
+    assert memory(Memory(12 * GIB, 16 * GIB)).verdict == "ok"
+    assert disk("here", tmp_path / "not" / "yet", 1, "a fix").verdict == "ok"
+    assert disk("here", tmp_path, 1e18, "a fix").verdict == "warn"
+    assert disk("here", tmp_path, 1e18, "a fix").detail.endswith("; a 7B needs 1000000000.0 GB")
+    assert hub_cache(tmp_path).name == "cache, Hub"
+
+
+def test_what_a_7b_needs_is_the_ledger_s() -> None:
+    assert [round(size / 1e9, 1) for size in (download_of_7b(), quantised_7b(), run_of_7b())] == [13.5, 4.3, 2.1]
 
 
 def test_wandb_key_is_found_where_wandb_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -249,13 +261,13 @@ def test_wandb_key_is_found_where_wandb_looks(monkeypatch: pytest.MonkeyPatch, t
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "keys"))
-    assert doctor.wandb_login().verdict == "warn"
+    assert wandb_login().verdict == "warn"
     (tmp_path / "keys").write_text("machine api.wandb.ai\n  login user\n  password 0123456789\n")
-    assert doctor.wandb_login().detail == f"key in {tmp_path / 'keys'}"
+    assert wandb_login().detail == f"key in {tmp_path / 'keys'}"
     monkeypatch.setenv("WANDB_API_KEY", "0123456789")
-    assert doctor.wandb_login().detail == "key in WANDB_API_KEY"
+    assert wandb_login().detail == "key in WANDB_API_KEY"
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert doctor.wandb_login().detail == "WANDB_MODE is offline"
+    assert wandb_login().detail == "WANDB_MODE is offline"
 
 
 def test_the_report_is_plain_aligned_and_ends_in_a_verdict() -> None:
@@ -277,12 +289,12 @@ def test_the_report_is_plain_aligned_and_ends_in_a_verdict() -> None:
     assert lines[-1] == "not ready: fix the 1 problem above, 1 warning"
     assert printed(findings[:1]).splitlines()[-1] == "ready: this machine can train"
     assert "disk, cache  " + "a long story " * 8 in printed(findings, terminal=False), "in a pipe a line stays whole"
-    assert [doctor.exit_status(some) for some in (findings, findings[:2], [])] == [1, 0, 0]
+    assert [exit_status(some) for some in (findings, findings[:2], [])] == [1, 0, 0]
 
 
 @pytest.mark.gpu
 def test_every_gpu_is_named_and_computes() -> None:
-    findings = {finding.name: finding for finding in doctor.examine(None)}
+    findings = {finding.name: finding for finding in examine(None)}
     print(printed(list(findings.values())))
     assert findings["cuda"].verdict == "ok"
     assert torch.cuda.device_count() > 0

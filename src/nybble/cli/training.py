@@ -37,7 +37,8 @@ def doctor(
 ) -> None:
     """Check this machine; each problem comes with its fix."""
     quiet()
-    from nybble.preflight.doctor import examine, exit_status, render
+    from nybble.preflight.doctor.examine import examine
+    from nybble.preflight.doctor.report import exit_status, render
 
     findings = examine(model, asked_cache(context))
     render(findings, Console())

@@ -20,7 +20,7 @@ from nybble.engine.layer_forward import CALLS
 from nybble.engine.padding import Padded
 from nybble.engine.workspace import is_cacheable
 from nybble.errors import EngineError
-from nybble.plan.activations import LADDER
+from nybble.plan.policies import LADDER
 
 NAMES = tuple(inspect.signature(LlamaModel.forward).parameters)[1:]
 

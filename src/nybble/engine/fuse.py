@@ -21,7 +21,7 @@ from nybble.engine.layer_forward import forward, has_fused_forward
 from nybble.engine.memory import Budget
 from nybble.engine.reader import LayerReader
 from nybble.errors import EngineError
-from nybble.plan.activations import LADDER
+from nybble.plan.policies import LADDER
 from nybble.weights.on_cpu import stay_unpacked
 
 

@@ -16,7 +16,7 @@ from nybble.engine.layer import FusedLayer, Shared
 from nybble.engine.layer_forward import has_fused_forward
 from nybble.engine.memory import Budget
 from nybble.engine.reader import LayerReader
-from nybble.plan.activations import LADDER
+from nybble.plan.policies import LADDER
 from nybble.weights.watched import Ineligible
 
 Policy = Literal["auto", "keep-all", "drop-mlp", "drop-qkv", "layer-input", "host"]

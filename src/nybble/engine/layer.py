@@ -21,7 +21,8 @@ from nybble.engine.product import AugmentedProduct, Product, SavedRanks
 from nybble.engine.workspace import Workspace
 from nybble.kernels import operations as ops
 from nybble.kernels.operations import Operations
-from nybble.plan.activations import LayerShape, tile
+from nybble.plan.policies import tile
+from nybble.plan.shapes import LayerShape
 from nybble.weights.projections import ProjectionGroup
 from nybble.weights.store import ResidentStore
 

@@ -2,7 +2,7 @@
 
 The layer is computed in two parts around attention: [norm, q, k, v, rotary positions] and [o, residual, norm, gate, up,
 SwiGLU, down, residual]. Nothing in them looks at neighbouring tokens, so they run over tiles of tokens, and temporary
-buffers do not grow with the batch. What is saved for backward is the policy's choice (`nybble.plan.activations`); the rest is
+buffers do not grow with the batch. What is saved for backward is the policy's choice (`nybble.plan.policies`); the rest is
 computed again, except down_proj, whose result backward does not need. The order of operations is here; products are computed by
 `nybble.engine.product`.
 """
@@ -20,7 +20,7 @@ from nybble.engine.layer import GROUPS, LayerCall, SavedActivations, Shared
 from nybble.engine.low_rank import AdapterGradients
 from nybble.engine.offload import OffloadedTensor
 from nybble.engine.product import SavedRanks
-from nybble.plan.activations import DROP_MLP, DROP_QKV, HOST, KEEP_ALL
+from nybble.plan.policies import DROP_MLP, DROP_QKV, HOST, KEEP_ALL
 
 
 class LayerFunction(torch.autograd.Function):

@@ -13,13 +13,10 @@ import torch
 
 from nybble.engine import graph
 from nybble.kernels import operations as ops
+from nybble.plan.policies import LOSS_CHUNK, LOSS_MULTIPLE
 
-CHUNK = 1024  # rows: 65 MB of logits for Llama 2, and 2,048 rows are no faster (docs/benchmarks.md)
-MULTIPLE = 256
-"""Rows of a chunk are filled up to a multiple of this on a device whose products take a kernel by their shape: what is to be
-predicted differs from batch to batch, and each number of rows that an H200 meets for the first time costs 4 to 8 ms."""
 FILLED = ("cuda",)
-"""Such devices. On a CPU a row more is a row more to compute."""
+"""Devices where the rows of a chunk are filled up to LOSS_MULTIPLE. On a CPU a row more is a row more to compute."""
 
 
 def summed_cross_entropy(
@@ -59,7 +56,7 @@ def last_hidden(model: torch.nn.Module, backbone: torch.nn.Module, inputs: Mappi
 
 def _filled(rows: int, device: torch.device) -> int:
     """How many rows are computed for so many."""
-    return -(-rows // MULTIPLE) * MULTIPLE if device.type in FILLED else rows
+    return -(-rows // LOSS_MULTIPLE) * LOSS_MULTIPLE if device.type in FILLED else rows
 
 
 def _fill(found: torch.Tensor, part: slice, value: int) -> torch.Tensor:
@@ -76,8 +73,8 @@ class _ChunkedLoss(torch.autograd.Function):
         gradient_mh = hidden_mh.new_empty(filled, head.shape[1]) if ctx.needs_input_grad[0] else None
         losses = torch.empty(filled, dtype=torch.float32, device=hidden_mh.device)
         with torch.autocast(hidden_mh.device.type, enabled=False), torch.cuda.device_of(hidden_mh):
-            for first in range(0, filled, CHUNK):
-                part = slice(first, min(first + CHUNK, filled))
+            for first in range(0, filled, LOSS_CHUNK):
+                part = slice(first, min(first + LOSS_CHUNK, filled))
                 logits = _fill(hidden_mh[part].to(head.dtype), part, 0) @ head.t()
                 operations.cross_entropy(logits, _fill(targets_m[part], part, -100), losses[part])
                 if gradient_mh is not None and gradient_mh.dtype == head.dtype:

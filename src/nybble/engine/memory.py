@@ -1,28 +1,20 @@
-"""How many bytes a batch's activations may take, and weights that stay dequantised, measured where the batch begins."""
+"""How many bytes a batch's activations may take, and how many layers' weights may stay dequantised; measured as it begins."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from nybble.engine.layer import Shared
-from nybble.engine.loss import CHUNK, MULTIPLE
-from nybble.plan.activations import (
-    KEEP_ALL,
-    LAYER_INPUT,
-    LayerShape,
-    dequantised_bytes,
-    kept_bytes,
-    mix,
-    passing_bytes,
-    tile,
-)
+from nybble.plan import ledger
+from nybble.plan.free_memory import allocatable_bytes, host_memory
+from nybble.plan.policies import KEEP_ALL, LAYER_INPUT, tile
+from nybble.plan.shapes import LayerShape
+from nybble.plan.solver import mix
 
 SLACK = 0.05  # of the limit: what an allocator of blocks loses between them
-UNSEEN_STATE = 8  # bytes a trained parameter before the first optimiser step: AdamW's two moments in float32
 
 
 @dataclass(frozen=True)
@@ -36,13 +28,13 @@ class Share:
 
 
 class Budget:
-    """The memory of one model on its device."""
+    """How the memory of one model's device is shared out."""
 
     def __init__(self, vocabulary: int, hidden: int) -> None:
         self.vocabulary = vocabulary
         self.hidden = hidden
         self.chunked_loss = False
-        """Set by whoever computes the loss with `engine.loss`; else room is left for a whole batch's logits."""
+        """Set by whoever computes the loss with `engine.loss`; otherwise memory is left for a whole batch's logits."""
         self._stepped = False
         self._standing: int | None = None
 
@@ -53,13 +45,13 @@ class Budget:
         tokens: int,
         trained: Sequence[torch.nn.Parameter],
         shared: Shared,
-        beside: int = 0,
+        extra: int = 0,
     ) -> Share:
         """The fastest mix for the memory that is free when a batch begins.
 
         Weights stay dequantised once every layer keeps everything and the optimiser has its state: both directions of a
         step go without dequantising them then, 11 ms of an H200's 450 for 4 x 2,048 tokens and 448 launches, which a small
-        batch waits for. A batch that left no room for a layer's takes it for good: filling it again and again gains nothing.
+        batch waits for. A batch that needs their memory takes it for good: to fill it again and again gains nothing.
 
         Args:
             shape: a layer's sizes.
@@ -67,25 +59,28 @@ class Budget:
             tokens: of the batch.
             trained: the parameters that will get gradients.
             shared: the device, and whether there was a backward.
-            beside: bytes that a layer's backward needs for this batch beyond those of its shape.
+            extra: bytes that a layer's backward needs for this batch beyond those of its shape.
         """
-        coming = sum(4 * part.numel() for part in trained if part.grad is None)
-        # Gradients were there and are gone: an optimiser has made its step, and has its state.
-        self._stepped = self._stepped or (shared.has_seen_backward and bool(coming))
+        numbers = sum(part.numel() for part in trained)
+        pending = sum(ledger.GRADIENT * part.numel() for part in trained if part.grad is None)
+        # Gradients were there and are gone: the optimiser has stepped, and its state exists.
+        self._stepped = self._stepped or (shared.has_seen_backward and bool(pending))
         if not self._stepped:
-            coming += UNSEEN_STATE * sum(part.numel() for part in trained)
-        free = _free(shared.device, shared.workspace.cached_bytes) - coming
+            pending += ledger.MOMENTS * numbers  # AdamW's in float32 at most
+        free = _free(shared.device, shared.workspace.cached_bytes) - pending
         for tiled_like in (KEEP_ALL, LAYER_INPUT):  # wide tiles where memory allows, narrow ones where it does not
-            passing = max(passing_bytes(shape, tokens, tiled_like) + beside, self.loss_bytes(tokens))
-            found = mix(shape, layers, tokens, free - passing)
-            if tile(found[0], tokens) == tile(tiled_like, tokens):
+            working = ledger.working_set_bytes(shape, tokens, tiled_like) + extra
+            peak = max(working, self.loss_bytes(tokens))
+            policies = mix(shape, layers, tokens, free - peak)
+            if tile(policies[0], tokens) == tile(tiled_like, tokens):
                 break
-        needed = passing + tokens * sum(kept_bytes(policy, shape) for policy in found)
+        needed = peak + tokens * sum(ledger.kept_bytes(policy, shape) for policy in policies)
         # Activations are gone when the optimiser steps; an AdamW of torch that is not fused then copies all that is trained.
-        spare = free - max(needed, UNSEEN_STATE * sum(part.numel() for part in trained))
-        return Share(found, self._layers_standing(spare // dequantised_bytes(shape), found))
+        spare = free - max(needed, ledger.MOMENTS * numbers)
+        return Share(policies, self._layers_standing(spare // ledger.dequantised_bytes(shape), policies))
 
     def _layers_standing(self, fitting: int, policies: Sequence[str]) -> int:
+        """How many layers' weights stay dequantised, of so many that fit; never more than in a batch before."""
         if not self._stepped:
             return 0
         most = len(policies) if self._standing is None else self._standing
@@ -94,20 +89,12 @@ class Budget:
 
     def loss_bytes(self, tokens: int) -> int:
         """Of the loss at its peak, the gradient of its input included."""
-        if self.chunked_loss:
-            rows = -(-tokens // MULTIPLE) * MULTIPLE
-            return min(CHUNK, rows) * self.vocabulary * 2 + rows * self.hidden * 4
-        # Transformers: 16-bit logits, their float32 copy, its logarithms and their gradient
-        return tokens * self.vocabulary * 14
+        return ledger.loss_bytes(tokens, self.vocabulary, self.hidden, chunked=self.chunked_loss)
 
 
 def _free(device: torch.device, standing: int) -> int:
-    """Bytes that a batch may use, those of weights that stand now among them."""
-    if device.type != "cuda":
-        available: int = psutil.virtual_memory().available
-        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        return (available + standing) // 2 // processes
-    free, total = torch.cuda.mem_get_info(device)
-    limit = int(total * torch.cuda.get_per_process_memory_fraction(device))
-    usable = min(free + torch.cuda.memory_reserved(device), limit)
-    return int(usable - SLACK * limit) - torch.cuda.memory_allocated(device) + standing
+    """Bytes that a batch may use, those of the weights that stay dequantised now among them."""
+    if device.type == "cuda":
+        return allocatable_bytes(device, SLACK) + standing
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return (host_memory().free + standing) // 2 // processes

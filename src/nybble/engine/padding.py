@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from nybble.engine.attention.backend import Backend, BackendState, Gradients, Segments
-from nybble.plan.activations import LayerShape
+from nybble.plan.ledger import padding_bytes
+from nybble.plan.shapes import LayerShape
 
 Span = tuple[int, int]
 """Where the real tokens of a row begin and end; (length, length) where there are none."""
@@ -127,9 +128,7 @@ class Padded:
 
     def passing_bytes(self, shape: LayerShape) -> int:
         """Device bytes for what padding on the right sees, in a layer's backward, beside those of unpadded rows."""
-        padding, query = self.padding, shape.query
-        of_late = 4 * query * shape.element + 4 * query  # flash sums the query's gradient in float32
-        return len(padding.late) * of_late + len(padding.seen) * 2 * (shape.qkv - query) * shape.element
+        return padding_bytes(shape, len(self.padding.late), len(self.padding.seen))
 
     def _parts(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Gradients:
         seen = self.padding.seen

@@ -28,7 +28,6 @@ from nybble.export.parity.compare import ROWS, Comparison, compare
 from nybble.export.parity.gate import Reference, Verdict, ask_run
 from nybble.export.parity.report import refuse_failed, write_report
 from nybble.export.publish import check_push, push
-from nybble.export.room import ELSEWHERE, needed, parameters_of
 from nybble.export.source import Source, merges_of, open_source
 from nybble.export.tell import tell_comparison, tell_verdicts
 from nybble.files.places import (
@@ -42,7 +41,10 @@ from nybble.files.places import (
     no_empty_folders,
 )  # fmt: skip
 from nybble.model.adapter.lora import check_stored
+from nybble.plan.ledger import export_bytes
+from nybble.plan.shapes import ModelShape
 from nybble.run.folder import Run, write_text
+from nybble.terminal import bytes_text
 from nybble.terminal import tell as tell_line
 
 
@@ -106,7 +108,7 @@ def export(
             raise
     _failed(target).unlink(missing_ok=True)
     size = sum(file.stat().st_size for file in target.iterdir())
-    tell_line(console, f"done      {target}, {size / 1e9:.2f} GB; its README.md says how to load it")
+    tell_line(console, f"done      {target}, {bytes_text(size)}; its README.md says how to load it")
     # 5. To the Hub.
     if wanted.repo is not None:
         with console.status(f"uploading to {wanted.repo}"):
@@ -123,7 +125,9 @@ def _export(
     source = open_source(run, wanted.dtype, cache)
     tell(console, source.notices)
     adapter = sum(file.stat().st_size for file in source.run.adapter.glob("adapter_*"))
-    check_disk(target, needed(wanted.to, parameters_of(source.config), wanted.quants, adapter), str(target), ELSEWHERE)
+    parameters = ModelShape.from_config(source.config.to_dict()).parameters.total
+    size = export_bytes(wanted.to, parameters, wanted.quants, adapter)
+    check_disk(target, size, str(target), "free some space, or --out FOLDER on another disk")
     # 2. What the run answers, and how far each merge would be from it; then the run is put away.
     measured, merges = _measure(source, wanted, console, cache, converter)
     base = _choose(measured, merges, wanted, console)

@@ -9,12 +9,13 @@ from typing import Protocol
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.export.merge.merge import Model
+from nybble.plan.ledger import GGUF_BITS, GGUF_K_BITS
 
 QUANTS = ("Q8_0",)
 """GGUF types where none are named."""
-OWN_QUANTS = ("F16", "Q8_0", "Q4_0")
+OWN_QUANTS = tuple(GGUF_BITS)
 """GGUF types that the gguf package writes."""
-K_QUANTS = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
+K_QUANTS = tuple(GGUF_K_BITS)
 """GGUF types that llama.cpp's own tool makes of an F16."""
 QUANTIZER = "llama-quantize"
 GET_QUANTIZER = (
@@ -22,9 +23,6 @@ GET_QUANTIZER = (
     "git clone https://github.com/ggml-org/llama.cpp && cmake -S llama.cpp -B build && cmake --build build -t llama-quantize; "
     "or take --quant Q8_0 or Q4_0"
 )
-BITS = {"F16": 16.0, "Q8_0": 8.5, "Q4_0": 4.5, "Q2_K": 3.2, "Q3_K_S": 3.6, "Q3_K_M": 4.0, "Q3_K_L": 4.3, "Q4_K_S": 4.7,
-        "Q4_K_M": 4.9, "Q5_K_S": 5.6, "Q5_K_M": 5.7, "Q6_K": 6.6}  # fmt: skip
-"""About so many a weight, for the room on the disk; of the K-quants as llama.cpp lists them for Llama 2 7B."""
 
 
 class Converter(Protocol):

@@ -24,11 +24,12 @@ from nybble.export.parity.loaders import (
     through_peft,
     through_transformers,
 )
-from nybble.export.room import parameters_of
 from nybble.export.source import Source
 from nybble.markdown import code
 from nybble.model.base.load import quantization_plan
 from nybble.model.device import choose_device
+from nybble.plan.shapes import ModelShape
+from nybble.terminal import bytes_text
 
 
 class Kind(Protocol):
@@ -87,7 +88,7 @@ class Merged:
         size = sum(spec.bytes for spec in self.merge.specs())
         place = place_for(size, choose_device(self.source.run.recipe.model.device))
         if place is None:
-            return [f"{self._stored} not checked: its {size / 1e9:.1f} GB do not fit into the free memory"]
+            return [f"{self._stored} not checked: its {bytes_text(size, 1)} do not fit into the free memory"]
         given = through_transformers(folder, reference, place)
         return [judge(self._stored, reference, given, self.base, contents.tokenizer)]
 
@@ -118,8 +119,9 @@ class Gguf:
             self._name, self.merge, self.source.config, contents.tokenizer, template.source, template.end_id,
             self.source.checkpoint.name, licence.name, licence.link,
         )  # fmt: skip
+        parameters = ModelShape.from_config(self.source.config.to_dict()).parameters.total
         for quant in self.quants:
-            with progress_bar(console, f"writing {quant}", parameters_of(self.source.config)) as show:
+            with progress_bar(console, f"writing {quant}", parameters) as show:
                 self.converter.write(folder / self._file(quant), model, quant, show)
         write_gguf_words(folder, contents, self._file(self.quants[0]))
 

@@ -11,8 +11,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.errors import ExportError
 from nybble.export.formats import GET_QUANTIZER, K_QUANTS, OWN_QUANTS, QUANTIZER, Converter
-from nybble.export.room import needed, parameters_of
 from nybble.files.places import check_disk
+from nybble.plan.ledger import export_bytes
+from nybble.plan.shapes import ModelShape
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Preflight:
             assert self.converter is not None, "GGUF was asked for without a converter"
             self.converter.check(config, tokenizer)
             check_quants(self.quants)
-        size = sum(needed(to, parameters_of(config), self.quants) for to in self.targets)
+        parameters = ModelShape.from_config(config.to_dict()).parameters.total
+        size = sum(export_bytes(to, parameters, self.quants) for to in self.targets)
         check_disk(folder, size, f"export.to={list(self.targets)}", "free some space, or out=FOLDER on another disk")
 
 

@@ -6,6 +6,8 @@ import pathlib
 import re
 import shlex
 
+from nybble.terminal import bytes_text
+
 LONGEST = 1024  # bytes of a pointer, by git-lfs's specification
 POINTER = re.compile(
     rb"version https://(?:git-lfs|hawser)\.github\.com/spec/.*^size (\d+)\r?$", re.DOTALL | re.MULTILINE
@@ -23,12 +25,7 @@ def pointer_fault(file: pathlib.Path) -> tuple[str, str] | None:
     pointer = POINTER.match(head)
     if pointer is None:
         return None
-    what = f"{file.name} is a git-lfs pointer: the file itself ({_size(int(pointer[1]))}) was not downloaded"
+    what = (
+        f"{file.name} is a git-lfs pointer: the file itself ({bytes_text(int(pointer[1]), 1, None)}) was not downloaded"
+    )
     return what, f"git -C {shlex.quote(str(file.parent))} lfs pull (after: git lfs install)"
-
-
-def _size(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"

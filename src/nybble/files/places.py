@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 
 from nybble.errors import ExportError, NybbleError, PlaceError, RunError
 from nybble.files.locks import hold, holder, of_the_dead, refuse_held
+from nybble.terminal import bytes_text
 
 ANOTHER_CACHE = "nybble --cache FOLDER COMMAND ..., or set XDG_CACHE_HOME to a writable folder"
 REPORT = "parity.json"  # in each export
@@ -183,7 +184,7 @@ def check_disk(folder: pathlib.Path, size: int, what: str, fix: str) -> None:
     free = shutil.disk_usage(place).free
     if free < size:
         raise RunError(
-            f"{what} needs about {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free",
+            f"{what} needs about {bytes_text(size)}, and {bytes_text(free)} are free",
             where=str(place),
             fix=fix,
         )
@@ -351,7 +352,7 @@ def _explain(places: Sequence[pathlib.Path], kind: object, error: BaseException 
         place = min(map(nearest, places or usual), key=lambda place: shutil.disk_usage(place).free)
         raise PlaceError(
             "the disk is full",
-            where=f"{place}, {shutil.disk_usage(place).free / 1e9:.2f} GB free",
+            where=f"{place}, {bytes_text(shutil.disk_usage(place).free)} free",
             fix="free some space there; then resume a run that has a checkpoint: nybble train --resume RUN",
         ) from error
     if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # tempfile found none to write to

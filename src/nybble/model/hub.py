@@ -274,12 +274,12 @@ def _explain(error: BaseException, repo_id: str | None, revision: str | None) ->
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return HubError(
             f"The disk of the cache {constants.HF_HUB_CACHE} is full.",
-            fix="free space (`hf cache ls` shows what is there), or point HF_HOME at another disk",
+            fix="free space (`hf cache ls` shows what is there), or set HF_HOME to a folder on another disk",
         )
     if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
         return HubError(
             f"You may not read the Hub's files on this machine: {_first_line(error)}.",
-            fix="fix the permissions, or point HF_HOME at a folder of yours",
+            fix="fix the permissions, or set HF_HOME to a folder you can write to",
         )
     return HubError(
         f"The download of {repo_id!r} was cut off: {_first_line(error)}.",

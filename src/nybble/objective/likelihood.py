@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nybble.data.batches import Collator, Sample, next_labels
 from nybble.data.order import batches
 from nybble.data.text.template import puts_bos
-from nybble.engine.loss import CHUNK, last_hidden, summed_cross_entropy
+from nybble.engine.loss import last_hidden, summed_cross_entropy
 from nybble.errors import ModelError
+from nybble.plan.policies import LOSS_CHUNK
 
 TOKENS_AT_ONCE = 4096  # of padded rows in a batch: 35 MB of hidden states for a 7B
 
@@ -125,9 +126,9 @@ def _token_losses(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor
         wanted = targets.flatten()[rows]
         parts = [
             torch.nn.functional.cross_entropy(
-                head(hidden[n : n + CHUNK]).float(), wanted[n : n + CHUNK], reduction="none"
+                head(hidden[n : n + LOSS_CHUNK]).float(), wanted[n : n + LOSS_CHUNK], reduction="none"
             )
-            for n in range(0, len(rows), CHUNK)
+            for n in range(0, len(rows), LOSS_CHUNK)
         ]
     return torch.cat(parts)
 

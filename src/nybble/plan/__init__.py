@@ -1,1 +1,1 @@
-"""Memory predicted from shapes."""
+"""Memory and time of a run, reckoned from sizes."""

@@ -1,4 +1,4 @@
-"""What to do where a GPU's memory does not suffice."""
+"""What to do when a GPU does not have enough memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nybble.recipe import Recipe
 
 @contextlib.contextmanager
 def explained_memory(recipe: Recipe) -> Iterator[None]:
-    """A GPU that is too small is named with the cheapest change that may do."""
+    """Turn running out of memory into an error that names the cheapest change that may help."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -23,7 +23,7 @@ def explained_memory(recipe: Recipe) -> Iterator[None]:
 
 
 def leaner(recipe: Recipe) -> str:
-    """The change that gives memory back at the least cost, of those not made yet."""
+    """The cheapest change that saves memory and has not been made yet."""
     train, engine = recipe.train, recipe.engine
     halved = f"train.micro_batch={train.micro_batch // 2} train.accumulation={train.accumulation * 2} (the same step)"
     steps = [

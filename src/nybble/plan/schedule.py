@@ -20,21 +20,21 @@ class Schedule:
     evaluate_every: int
     save_every: int
     warmup: int
-    """Steps before the learning rate reaches its peak; the first of them has the rate 0."""
+    """Steps before the learning rate reaches its peak; in the first of them it is 0."""
     notice: str = ""
-    """What of the recipe could not be taken as it was."""
+    """What in the recipe could not be applied as written."""
 
     def evaluations_after(self, step: int) -> int:
-        """Evaluations to come after a step and its own; the last step has one in any case."""
+        """Evaluations left after a step and its own; the last step always has one."""
         return _occasions(self.evaluate_every, self.steps, step)
 
     def saves_after(self, step: int) -> int:
-        """Checkpoints to come after a step and its own; the last step has one in any case."""
+        """Checkpoints left after a step and its own; the last step always has one."""
         return _occasions(self.save_every, self.steps, step)
 
 
 def steps_text(steps: int, train: TrainOptions) -> str:
-    """So many steps and what one takes, as people read it."""
+    """A number of steps and what each takes, for people to read."""
     rows = train.micro_batch * train.accumulation * train.processes
     processes = f", {train.processes} processes" if train.processes > 1 else ""
     return (
@@ -44,6 +44,7 @@ def steps_text(steps: int, train: TrainOptions) -> str:
 
 
 def _occasions(every: int, steps: int, step: int) -> int:
+    """How often something that happens every so many steps, and at the last, still happens after a step."""
     return math.ceil(steps / every) - step // every if step < steps else 0
 
 
@@ -57,7 +58,7 @@ def plan_steps(train: TrainOptions, rows: int | None, has_validation: bool) -> S
 
     Raises:
         TooFewRowsError: fewer rows than one step takes.
-        RecipeError: checkpoints that would miss the evaluations whose best is to be kept.
+        RecipeError: checkpoints that would not coincide with the evaluations, of which the best is to be kept.
     """
     batch = train.micro_batch * train.accumulation * train.processes
     if rows is None:
@@ -83,7 +84,7 @@ def plan_steps(train: TrainOptions, rows: int | None, has_validation: bool) -> S
 
 
 def plan_warmup(asked: float, steps: int) -> tuple[int, str]:
-    """Steps of warm-up, and a notice where those that were asked for would be the whole run: its rate would never be reached.
+    """Steps of warm-up, and a notice where those asked for would be the whole run, so that the peak rate would never be reached.
 
     Args:
         asked: train.warmup, a share of the steps (below 1) or a number of steps.

@@ -1,4 +1,4 @@
-"""How long training will take, roughly: its arithmetic over what this device computes."""
+"""How fast training will be, roughly: its arithmetic over the speed of this device's matrix products."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-PRODUCTS = (
-    2.5  # forward, gradient of the input, and half of the forward again: the base is frozen and has no other gradient
-)
-# Of a plain product's rate. H200, 4 x 2,048 of a 7B: 13,213 to 18,265 tokens/s, 0.6 to 0.85; two cores, SmolLM2: 227, 0.28.
+from nybble.plan.shapes import ModelShape
+
+PRODUCTS = 2.5
+"""Forward, gradient of the input, and half of the forward again: the base is frozen and has no other gradient."""
+# Training's share of a plain product's rate.
+# H200, 4 x 2,048 of a 7B: 13,213 to 18,265 tokens/s, 0.6 to 0.85; two cores, SmolLM2: 227, 0.28.
 EFFICIENCY = {"cuda": 0.6, "cpu": 0.3}
-BURSTS, SECONDS, PAUSE = (
-    6,
-    0.05,
-    0.1,
-)  # of measuring: at several moments, for another process may have the cores at one of them
+BURSTS, SECONDS, PAUSE = 6, 0.05, 0.1
+"""How often products are measured, for how long, and seconds between: another process may have the cores at one moment."""
 
 
 @dataclass(frozen=True)
@@ -28,26 +27,19 @@ class Speed:
     free: float
     """With the machine to itself, within a factor of two."""
     now: float
-    """Beside what runs on it now."""
+    """Under its current load."""
 
     @property
     def is_busy(self) -> bool:
-        """Whether something else runs on the machine."""
+        """Whether other programs use the machine."""
         return self.now < 0.7 * self.free
-
-
-def linear_parameters(config: PretrainedConfig) -> int:
-    """Parameters of a Llama's linear layers, without embedding and head."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    layer = config.hidden_size * (heads * size + 3 * config.intermediate_size)
-    return int(config.num_hidden_layers * layer)
 
 
 def estimate(config: PretrainedConfig, device: torch.device, dtype: torch.dtype, processes: int = 1) -> Speed:
     """How fast QLoRA of this model may train on this device; processes share a CPU, and have a GPU each."""
+    linears = ModelShape.from_config(config.to_dict()).parameters.linears
     products = product_rates(device, dtype)
-    share = EFFICIENCY[device.type] / (PRODUCTS * 2 * linear_parameters(config))
+    share = EFFICIENCY[device.type] / (PRODUCTS * 2 * linears)
     share *= processes if device.type == "cuda" else 1
     return Speed(share * max(products), share * statistics.median(products))
 

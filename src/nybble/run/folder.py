@@ -34,6 +34,7 @@ from nybble.errors import ModelError, RecipeError, RunError
 from nybble.files.digests import faults
 from nybble.files.places import check_disk, new_folder, refuse_busy, replacing
 from nybble.files.reading import RESTORE, read_object
+from nybble.plan.ledger import run_folder_bytes
 from nybble.recipe import PLACES, Recipe, absolute_paths, absolute_tree, dump_recipe, here, load_recipe
 from nybble.run.marks import COMPLETE, check_adapter, described
 from nybble.run.records import Evaluation, Start, Summary
@@ -43,7 +44,6 @@ CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d*)")  # the name of one; checkpoi
 FILES = "files"  # in start.json: what tokenizer and template held when the run began
 QUANTIZED = "quantized_base"  # in start.json: the bits of the base that nybble quantised, and how they were made
 DECIDING = ("model", "adapter", "lora", "data", "train")  # options that a run's numbers come from
-BYTES_A_PARAMETER = 12  # in a checkpoint: a trained parameter and AdamW's two moments, in float32
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
@@ -186,8 +186,9 @@ def check_room(folder: pathlib.Path, trained: int, keep: int) -> None:
     Raises:
         RunError: with what is needed and what is free.
     """
-    needed = (keep + 2) * trained * BYTES_A_PARAMETER + trained * 4
-    check_disk(folder, needed, "the run's folder", "free some space, or out=FOLDER on another disk")
+    check_disk(
+        folder, run_folder_bytes(trained, keep), "the run's folder", "free some space, or out=FOLDER on another disk"
+    )
 
 
 def open_run(path: str | pathlib.Path, base: str | None = None) -> Run:

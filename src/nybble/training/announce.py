@@ -15,7 +15,7 @@ from nybble.model.base.load import Base, Footprint
 from nybble.plan.schedule import Schedule, steps_text
 from nybble.recipe import DataOptions
 from nybble.run.folder import Run
-from nybble.terminal import tell
+from nybble.terminal import bytes_text, tell
 
 
 def tell_data(console: Console, data: Prepared, options: DataOptions, seconds: float) -> None:
@@ -56,8 +56,8 @@ def tell_base(base: Base, size: Footprint, console: Console) -> None:
     tell(
         console,
         f"base      {base.checkpoint.name}: {size.parameters / 1e6:,.1f} M parameters, "
-        f"{size.quantized / size.parameters:.0%} of them in {base.quantization}; {size.bytes / 1e9:.2f} GB in memory "
-        f"({2 * size.parameters / 1e9:.2f} GB in 16 bits){cached}",
+        f"{size.quantized / size.parameters:.0%} of them in {base.quantization}; {bytes_text(size.bytes)} in memory "
+        f"({bytes_text(2 * size.parameters)} in 16 bits){cached}",
     )
 
 

@@ -19,7 +19,7 @@ from nybble.distributed.launcher import rank
 from nybble.errors import TrainingError
 from nybble.model.adapter.lora import check_gradients, check_saved
 from nybble.run.folder import Run, append_json
-from nybble.terminal import tell
+from nybble.terminal import bytes_text, tell
 from nybble.training.checkpoints import mark, rotate
 from nybble.training.progress import SAMPLING, TRAINING, Work
 from nybble.training.trackers import log_samples
@@ -194,7 +194,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             keys = ("loss", "grad_norm", "learning_rate")
             line = {"step": state.global_step, **{key: logs[key] for key in keys if key in logs}}
             append_json(self.run.metrics, {**line, "tokens": tokens, "seconds": round(seconds, 4)})
-        text = f"loss {logs['loss']:.4f}  {speed:,.0f} tokens/s  {peak_memory(args.device) / 1e9:.2f} GB"
+        text = f"loss {logs['loss']:.4f}  {speed:,.0f} tokens/s  {bytes_text(peak_memory(args.device))}"
         self.work.step_done(state.global_step, seconds, text)
         if not self.console.is_terminal and (state.global_step % 10 == 0 or state.global_step == 1):
             tell(self.console, f"step {state.global_step:>5}/{state.max_steps}  {text}  {self.work.left()}", hang=12)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import psutil
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from nybble.plan.free_memory import host_memory
 from nybble.weights.frozen import dequantised, is_repacked, linear4bits
 
 SHARE = 0.25  # of the memory that is available, for weights that could be without it
@@ -63,7 +63,7 @@ def _replace_where_room(model: PreTrainedModel | PeftModel) -> list[tuple[torch.
     ):  # stored by somebody else: a 4-bit layer casts in and out
         return []
     numbers = sum(layer.in_features * layer.out_features for layer in layers)
-    if numbers * computing.itemsize > SHARE * psutil.virtual_memory().available:
+    if numbers * computing.itemsize > SHARE * host_memory().free:
         return []
     replaced = []
     for parent in list(model.modules()):

@@ -22,6 +22,7 @@ from nybble.export.gguf.modelfile import between
 from nybble.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from nybble.export.merge.merge import Model
 from nybble.model.base.soundness import EMBEDDING, HEAD
+from nybble.plan.shapes import ModelShape, head_size
 
 FILE_TYPES = {
     "F16": gguf.LlamaFileType.MOSTLY_F16,
@@ -183,20 +184,21 @@ def _describe(writer: gguf.GGUFWriter, model: Model, quant: str) -> None:
         writer.add_license_link(model.licence_link)
     writer.add_base_model_count(1)
     writer.add_base_model_name(0, model.base)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    if config.head_dim * config.num_attention_heads != config.hidden_size:
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
+    shape = ModelShape.from_config(config.to_dict())
+    writer.add_context_length(shape.positions)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length(shape.intermediate)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.key_value_heads)
+    if shape.head_size * shape.heads != shape.hidden:
+        writer.add_key_length(shape.head_size)
+        writer.add_value_length(shape.head_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
+    writer.add_vocab_size(shape.vocabulary)
     writer.add_file_type(FILE_TYPES[quant])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(shape.head_size)
     _describe_rope(writer, config.rope_parameters)
 
 
@@ -226,11 +228,12 @@ def _check_rope(config: PretrainedConfig) -> None:
 
 
 def rope_factors(config: PretrainedConfig) -> torch.Tensor | None:
-    """Llama 3's scaling as what each frequency is divided by, (head_dim / 2,) float32; None for other kinds."""
+    """Llama 3's scaling as what each frequency is divided by, (head size / 2,) float32; None for other kinds."""
     if config.rope_parameters["rope_type"] != "llama3":
         return None
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    size = head_size(config.to_dict())
+    steps = torch.arange(0, size, 2, dtype=torch.float32) / size
     factors: torch.Tensor = 1.0 / config.rope_parameters["rope_theta"] ** steps / scaled
     return factors.float()
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy
-import psutil
 import torch
 import transformers
 from peft import PeftModel
@@ -28,6 +27,7 @@ from nybble.errors import ExportError
 from nybble.export.parity.gate import PLAIN, Answer, Given, Reference, greedy, next_logits, own_stops
 from nybble.installed import module_command
 from nybble.model.base.load import weights_alone
+from nybble.plan.free_memory import device_memory, host_memory
 from nybble.weights.on_cpu import stay_unpacked
 
 LLAMA_CPP = "nybble.export.gguf.llama"
@@ -41,10 +41,10 @@ def place_for(size: int, device: torch.device) -> dict[str, Any] | None:
 
     A 7B that was trained in 4 bits on a card of 12 GB is 13.5 GB when it is merged.
     """
-    available = psutil.virtual_memory().available
+    available = host_memory().free
     if device.type != "cuda":
         return {"device_map": {"": device}} if size < available else None
-    free = torch.cuda.mem_get_info(device)[0] - BESIDE
+    free = device_memory(device).free - BESIDE
     if size < free:
         return {"device_map": {"": device}}
     if size > max(free, 0) + available:

@@ -15,6 +15,8 @@ from nybble.files import cache as kept
 from nybble.model.base import bits
 from nybble.model.base.bits import Bits, Trained
 from nybble.model.base.files import differs, weight_files
+from nybble.plan.ledger import cached_copy_bytes
+from nybble.terminal import bytes_text
 
 
 def kept_copy(
@@ -50,10 +52,8 @@ def keep(model: PreTrainedModel, place: pathlib.Path, size: int, made: dict[str,
     """
     kept.make_room(place.parent)
     free = shutil.disk_usage(place.parent).free
-    if free < 1.1 * size:
-        notice = (
-            f"the quantised base ({size / 1e9:.1f} GB) is not cached: {free / 1e9:.1f} GB are free at {place.parent}"
-        )
+    if free < cached_copy_bytes(size):
+        notice = f"the quantised base ({bytes_text(size, 1)}) is not cached: {bytes_text(free, 1)} are free at {place.parent}"
         return Bits(bits.combined(bits.of_model(model)), made), [notice]
     try:
         with kept.making(place) as temporary:

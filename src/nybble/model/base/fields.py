@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from nybble.errors import ModelError
 from nybble.files.reading import read_object
 from nybble.model.base.files import LOADING_FAULTS, reason, some
+from nybble.plan.shapes import head_size
 
 MOST: Mapping[str, int] = {
     "hidden_size": 1 << 17,
@@ -97,7 +98,7 @@ def _odd_sizes(config: Mapping[str, Any]) -> list[str]:
     heads, groups, hidden = (sizes.get(name) for name in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
     if odd or not heads or not hidden or hidden % heads:  # the last is Transformers' to say
         return odd
-    width = sizes.get("head_dim", hidden // heads)
+    width = head_size(sizes)
     if groups and heads % groups:
         return [f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({groups})"]
     return [f"head_dim is {width}, and RoPE needs an even number"] if width % 2 else []

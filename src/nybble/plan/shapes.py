@@ -1,0 +1,165 @@
+"""Sizes of a Llama-architecture model, from its config.json alone; neither torch nor Transformers is loaded for them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from nybble.errors import ModelError
+
+REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+POSITIONS = 2048  # where config.json does not say, as in Transformers
+
+
+class Projection(NamedTuple):
+    """Sizes of a linear layer."""
+
+    inputs: int
+    outputs: int
+
+    @property
+    def parameters(self) -> int:
+        """Of its weight, without a bias."""
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A model's parameters, counted by kind."""
+
+    linears: int
+    """Weights of the decoder layers' projections: what is quantised."""
+    biases: int
+    norms: int
+    embedding: int
+    head: int
+    """0 where the embedding is the head too."""
+
+    @property
+    def total(self) -> int:
+        """All of them; tied weights count once."""
+        return self.linears + self.biases + self.norms + self.embedding + self.head
+
+
+def head_size(config: Mapping[str, Any]) -> int:
+    """Numbers of an attention head: `head_dim`, or `hidden_size // num_attention_heads` where that is missing or null."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a whole model."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_size: int
+    vocabulary: int
+    positions: int
+    tied: bool = False
+    """Whether the embedding is the head too."""
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
+        """Read a config.json, or `PretrainedConfig.to_dict()`; that its values make a model is `model.base.fields`' to check.
+
+        Raises:
+            ModelError: naming the fields that are missing.
+        """
+        if missing := [name for name in REQUIRED if config.get(name) is None]:
+            raise ModelError(
+                f"config.json has no {', '.join(missing)}", fix="compare it with config.json on the model's page"
+            )
+        heads = config["num_attention_heads"]
+        return cls(
+            hidden=config["hidden_size"],
+            intermediate=config["intermediate_size"],
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            key_value_heads=config.get("num_key_value_heads") or heads,
+            head_size=head_size(config),
+            vocabulary=config["vocab_size"],
+            positions=config.get("max_position_embeddings") or POSITIONS,
+            tied=bool(config.get("tie_word_embeddings")),
+            attention_bias=bool(config.get("attention_bias")),
+            mlp_bias=bool(config.get("mlp_bias")),
+        )
+
+    @property
+    def projections(self) -> Mapping[str, Projection]:
+        """The linear layers of one decoder layer by name."""
+        queries, keys = self.heads * self.head_size, self.key_value_heads * self.head_size
+        return {
+            "q_proj": Projection(self.hidden, queries),
+            "k_proj": Projection(self.hidden, keys),
+            "v_proj": Projection(self.hidden, keys),
+            "o_proj": Projection(queries, self.hidden),
+            "gate_proj": Projection(self.hidden, self.intermediate),
+            "up_proj": Projection(self.hidden, self.intermediate),
+            "down_proj": Projection(self.intermediate, self.hidden),
+        }
+
+    @property
+    def parameters(self) -> Parameters:
+        """The whole model's parameters by kind."""
+        projections = self.projections
+        embedding = self.vocabulary * self.hidden
+        return Parameters(
+            linears=self.layers * sum(projection.parameters for projection in projections.values()),
+            biases=self.layers * sum(projections[name].outputs for name in self._biased),
+            norms=(2 * self.layers + 1) * self.hidden,
+            embedding=embedding,
+            head=0 if self.tied else embedding,
+        )
+
+    @property
+    def _biased(self) -> Collection[str]:
+        attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+        return (*(attention if self.attention_bias else ()), *(mlp if self.mlp_bias else ()))
+
+    def adapter_parameters(self, r: int, targets: Collection[str], *, dora: bool = False) -> int:
+        """Parameters of a LoRA.
+
+        Args:
+            r: its rank.
+            targets: names of `projections`.
+            dora: whether each target has DoRA's magnitudes too, one an output.
+        """
+        targeted = [self.projections[name] for name in targets]
+        layer = sum(r * (inputs + outputs) + dora * outputs for inputs, outputs in targeted)
+        return self.layers * layer
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of a decoder layer with its adapters."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    key_heads: int
+    head_size: int
+    ranks: tuple[int, int, int, int]
+    """Adapter columns of the groups q-k-v, o, gate-up and down, each rounded up to a multiple of 8."""
+    element: int
+    """Bytes of a number: 2 for bfloat16 and float16."""
+    residual: int
+    """Bytes of a number of the residual stream; 4 where norms and embedding were made float32."""
+
+    @property
+    def query(self) -> int:
+        """Outputs of q_proj."""
+        return self.heads * self.head_size
+
+    @property
+    def qkv(self) -> int:
+        """Outputs of q, k and v together."""
+        return (self.heads + 2 * self.key_heads) * self.head_size
+
+
+LLAMA_2_7B = ModelShape(4096, 11008, 32, 32, 32, 128, 32000, 4096)

@@ -1,0 +1,1 @@
+"""Checks of this machine; each problem comes with its fix."""
