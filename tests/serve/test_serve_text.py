@@ -21,7 +21,7 @@ from nybble.serve.engine import Answer, Mailbox, Request, Token
 from nybble.serve.metrics import Metrics
 from nybble.serve.protocol import CompletionRequest, parse
 from nybble.serve.sampling import draw
-from nybble.serve.text import TextStream, spelling
+from nybble.chat.text import TextStream, spelling
 from tests.conftest import SHARED, WORDS, small_tokenizer
 
 TOKENIZER = small_tokenizer()

@@ -18,11 +18,11 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-import nybble.chat.samples as samples
+import nybble.training.samples as samples
 import nybble.training.preparation as preparation
 import nybble.training.train as training
 from nybble.chat.answerer import Sampling, load_answerer
-from nybble.chat.samples import SampleAnswers
+from nybble.training.samples import SampleAnswers
 from nybble.data.batches import Collator
 from nybble.data.rows.formats import Message
 from nybble.data.text.tokens import encode_prompt

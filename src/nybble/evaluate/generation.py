@@ -11,7 +11,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedTokenizerBase
 
 from nybble.chat.answerer import Answerer, Completion, Sampling
-from nybble.chat.samples import first_answer
+from nybble.training.samples import first_answer
 from nybble.data.rows.formats import Message
 from nybble.data.text.tokens import encode_prompt
 

@@ -17,7 +17,7 @@ from nybble.serve.engine import Answer, Engine, GenerationError, Mailbox, Model,
 from nybble.serve.fields import RequestError
 from nybble.serve.metrics import Metrics
 from nybble.serve.protocol import Asked
-from nybble.serve.text import TextStream
+from nybble.chat.text import TextStream
 
 log = logging.getLogger("nybble.serve")
 MOST_KEPT = 2**24  # top_k: more than any vocabulary has, and exact in float32

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from nybble.serve.answers import Choice, Job, Piece
 from nybble.serve.engine import Model, Token
 from nybble.serve.fields import RequestError
-from nybble.serve.text import spelling
+from nybble.chat.text import spelling
 
 DONE = b"data: [DONE]\n\n"
 

@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PretrainedConfig, PreTrainedTokenizerBase, PrinterCallback
 
-from nybble.chat.samples import SampleAnswers
+from nybble.training.samples import SampleAnswers
 from nybble.data.batches import Collator
 from nybble.data.text.kept_template import save_template
 from nybble.distributed.launcher import rank
