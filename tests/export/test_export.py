@@ -25,7 +25,7 @@ from nybble.export.card import HELD, Subject, data_licences, write_card
 from nybble.export.export import Wanted, export
 from nybble.export.gguf.writer import Converter
 from nybble.export.licence import find_licence
-from nybble.export.parity import gate as parity
+from nybble.export.parity import verdict as parity
 from nybble.export.parity import loaders
 from nybble.export.parity.compare import Comparison, Divergence
 from nybble.export.precheck import Preflight

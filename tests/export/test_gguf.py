@@ -25,7 +25,7 @@ from nybble.export.gguf.modelfile import go_template, write_modelfile
 from nybble.export.gguf.vocabulary import BYTE, CONTROL, UNKNOWN, read_vocabulary
 from nybble.export.gguf.writer import Converter, interleave, rope_factors
 from nybble.export.merge.merge import Merge, Model, Original
-from nybble.export.parity.gate import Question, Reference
+from nybble.export.parity.verdict import Question, Reference
 from nybble.export.parity.loaders import has_llama_cpp, through_llama_cpp
 from nybble.model.base.checkpoint import find_checkpoint
 from nybble.model.base.load import load_config

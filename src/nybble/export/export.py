@@ -25,7 +25,7 @@ from nybble.export.licence import find_licence, hub_id
 from nybble.export.merge.merge import Merge
 from nybble.export.merge.updates import read_updates
 from nybble.export.parity.compare import ROWS, Comparison, compare
-from nybble.export.parity.gate import Reference, Verdict, ask_run
+from nybble.export.parity.verdict import Reference, Verdict, ask_run
 from nybble.export.parity.report import refuse_failed, write_report
 from nybble.export.publish import check_push, push
 from nybble.export.room import ELSEWHERE, needed, parameters_of

@@ -15,7 +15,7 @@ from nybble.export import loading
 from nybble.export.artefacts import Contents, write_adapter, write_gguf_words, write_merged
 from nybble.export.formats import Converter
 from nybble.export.merge.merge import Merge, Model
-from nybble.export.parity.gate import NEW_TOKENS, Reference, Verdict, judge
+from nybble.export.parity.verdict import NEW_TOKENS, Reference, Verdict, judge
 from nybble.export.parity.loaders import (
     GET_LLAMA_CPP,
     has_llama_cpp,

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from nybble.errors import ExportError
-from nybble.export.parity.gate import PLAIN, Answer, Given, Reference, greedy, next_logits, own_stops
+from nybble.export.parity.verdict import PLAIN, Answer, Given, Reference, greedy, next_logits, own_stops
 from nybble.installed import module_command
 from nybble.model.base.load import weights_alone
 from nybble.weights.on_cpu import stay_unpacked
