@@ -36,7 +36,8 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bench.load import CLIENTS, PROMPTS
-from nybble.chat.answerer import Sampling, load_answerers
+from nybble.chat.answerer import Sampling
+from nybble.chat.loading import load_answerers
 from nybble.data.text.tokens import encode_text
 from nybble.recipe import ModelOptions
 from nybble.run.folder import open_run

@@ -6,11 +6,11 @@ import io
 import json
 
 import pytest
-from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 
 import nybble
-from nybble.chat.answerer import Sampling, load_answerer
+from nybble.chat.answerer import Sampling
+from nybble.chat.loading import load_answerer
 from nybble.chat.terminal import COMMANDS, answer_once, opening, talk
 from nybble.data.rows.formats import Message
 from nybble.export.gguf.modelfile import write_modelfile
@@ -64,11 +64,10 @@ def given(monkeypatch):
 
     seen, real = [], chat._answer
 
-    def spy(answerer, conversation, sampling, console):
-        is_base = any(layer.disable_adapters for layer in answerer.model.modules() if isinstance(layer, BaseTunerLayer))
-        completion = real(answerer, conversation, sampling, console)
-        seen.append(("base" if is_base else "tuned", conversation, completion.text))
-        return completion
+    def spy(answerer, side, conversation, sampling, console):
+        continuation = real(answerer, side, conversation, sampling, console)
+        seen.append((side, conversation, continuation.text))
+        return continuation
 
     monkeypatch.setattr(chat, "_answer", spy)
     return seen

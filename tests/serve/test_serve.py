@@ -19,7 +19,8 @@ import typer
 from transformers import AutoTokenizer
 from typer.main import get_command
 
-from nybble.chat.answerer import Sampling, load_answerer
+from nybble.chat.answerer import Sampling
+from nybble.chat.loading import load_answerer
 from nybble.cli import using
 from nybble.cli.app import app
 from nybble.data.rows.formats import Message

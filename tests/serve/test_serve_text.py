@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from nybble.chat.text import TextStream, spelling
 from nybble.model.tokenizer.load import load_tokenizer
 from nybble.serve.batching import PATIENCE, Batch, Batcher, Row
 from nybble.serve.engine import Answer, Mailbox, Request, Token
 from nybble.serve.metrics import Metrics
 from nybble.serve.protocol import CompletionRequest, parse
 from nybble.serve.sampling import draw
-from nybble.chat.text import TextStream, spelling
 from tests.conftest import SHARED, WORDS, small_tokenizer
 
 TOKENIZER = small_tokenizer()

@@ -44,8 +44,9 @@ def chat(
     opened, cache = open_run(run, base), cache_folder(context)
     check_cache(cache)
     quiet()
-    from nybble.chat.answerer import Sampling, load_answerer
-    from nybble.chat.terminal import answer_once, opening, speakers, talk
+    from nybble.chat.answerer import Sampling
+    from nybble.chat.loading import load_answerer
+    from nybble.chat.terminal import answer_once, opening, sides, talk
     from nybble.data.rows.formats import Message
 
     console = Console()
@@ -61,7 +62,7 @@ def chat(
         talk(answerer, sampling, console, system=system, compare=compare)
         return
     asked = (*opening(answerer, system), Message("user", prompt))
-    answer_once(answerer, dict.fromkeys(speakers(compare), asked), sampling, console, Console(stderr=True))
+    answer_once(answerer, dict.fromkeys(sides(compare), asked), sampling, console, Console(stderr=True))
 
 
 @app.command("eval")

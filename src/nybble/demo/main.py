@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from nybble.chat.answerer import Answerer, Sampling, load_answerer
+from nybble.chat.answerer import Answerer, Sampling
+from nybble.chat.loading import load_answerer
 from nybble.demo.embedded import embedded_model
 from nybble.demo.orders import SYSTEM, Order, asked, exact_match, test_orders, train_orders
 from nybble.evaluate.evaluation import Asked, evaluate
@@ -132,19 +133,19 @@ def _scores(answerer: Answerer, shots: Sequence[Order], tests: Sequence[Order], 
     for name, tuned, examples in ways:
         began = time.perf_counter()
         orders = tests if tuned else tests[:BASE_TESTS]
-        with console.status(f"{name} answers {len(orders)} orders"), answerer.as_tuned(tuned):
-            answers = _answers(answerer, orders, examples)
+        with console.status(f"{name} answers {len(orders)} orders"):
+            answers = _answers(answerer, orders, examples, base=not tuned)
         right = sum(exact_match(answer, order.answer) for answer, order in zip(answers, orders, strict=True))
         console.print(f"{name:<17} {right:>3} of {len(orders)} exactly right  ({time.perf_counter() - began:.0f} s)")
         scores.append(Score(name, right, answers))
     return scores
 
 
-def _answers(answerer: Answerer, orders: Sequence[Order], examples: Sequence[Order]) -> list[str]:
-    """All orders in one batch, greedily; an answer may be a little longer than the longest right one."""
+def _answers(answerer: Answerer, orders: Sequence[Order], examples: Sequence[Order], *, base: bool) -> list[str]:
+    """Greedy answers to all orders; an answer may be a little longer than the longest right one."""
     longest = max(len(answerer.tokenizer(order.answer)["input_ids"]) for order in orders)
     conversations = [asked(order.text, examples) for order in orders]
-    return answerer.answer(conversations, Sampling(max_new_tokens=longest + 5))
+    return answerer.answer(conversations, Sampling(max_new_tokens=longest + 5), base=base)
 
 
 def _sparkline(losses: Sequence[float]) -> str:

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from nybble.chat.text import TextStream
 from nybble.serve.encoding import too_long
 from nybble.serve.engine import Answer, Engine, GenerationError, Mailbox, Model, Request, ShuttingDownError, Token
 from nybble.serve.fields import RequestError
 from nybble.serve.metrics import Metrics
 from nybble.serve.protocol import Asked
-from nybble.chat.text import TextStream
 
 log = logging.getLogger("nybble.serve")
 MOST_KEPT = 2**24  # top_k: more than any vocabulary has, and exact in float32

@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from nybble.chat.text import spelling
 from nybble.serve.answers import Choice, Job, Piece
 from nybble.serve.engine import Model, Token
 from nybble.serve.fields import RequestError
-from nybble.chat.text import spelling
 
 DONE = b"data: [DONE]\n\n"
 

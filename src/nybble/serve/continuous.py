@@ -18,7 +18,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from nybble.chat.answerer import load_template
+from nybble.chat.loading import load_template
 from nybble.errors import ServeError
 from nybble.files.places import default_cache
 from nybble.model.base.checkpoint import find_checkpoint

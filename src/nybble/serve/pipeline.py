@@ -9,7 +9,8 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from nybble.chat.answerer import Answerer, load_answerers
+from nybble.chat.answerer import Answerer
+from nybble.chat.loading import load_answerers
 from nybble.errors import RunError
 from nybble.run.folder import Run
 from nybble.serve.batching import Batch, Batcher

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Sequence
 
-from nybble.chat.answerer import check_one_base
+from nybble.chat.loading import check_one_base
 from nybble.errors import ServeError
 from nybble.model.adapter.config import read_adapter_config
 from nybble.model.adapter.lora import check_stored

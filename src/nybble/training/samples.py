@@ -1,72 +1,69 @@
-"""Answers to a few validation prompts while training goes on."""
+"""Answers to a few validation prompts during training."""
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
+from nybble.data.answers import first_answer
+from nybble.generate.padded import Padded
+from nybble.generate.request import Request, complete
 from nybble.weights.on_cpu import dequantised_meanwhile
 
 NEW_TOKENS = 64  # enough to see style and whether an answer ends; each costs a forward pass
 SECONDS = 20.0  # that an answer may take: training waits for it
 
 
-def first_answer(row: dict[str, Any]) -> slice | None:
-    """Where a tokenised row's first answer stands; a row that is trained on whole has no prompt before one."""
-    if row["trained"][0] or True not in row["trained"]:
-        return None
-    start = row["trained"].index(True)
-    return slice(start, start + [*row["trained"][start:], False].index(False))
-
-
 @dataclass(frozen=True)
 class SampleAnswers:
-    """Greedy answers to the first answer's prompt of the first `count` validation rows."""
+    """Greedy answers to the prompts before the first answers of the first `count` validation rows."""
 
-    model: PreTrainedModel
+    model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     end_id: int
     rows: Dataset
     count: int
     dtype: torch.dtype
 
-    def __call__(self, tell: Callable[[int, int], None]) -> list[dict[str, Any]]:
-        """One record a prompt: prompt, answer, expected; rows that are trained on whole have no prompt to ask.
+    def __call__(self, progress: Callable[[int, int], None], share: slice = slice(None)) -> list[dict[str, Any]]:
+        """One record per prompt: prompt, answer, expected; rows that are trained as a whole have no prompt.
+
+        Nothing in here waits for other processes.
 
         Args:
-            tell: is told before each answer how many there are, and will be.
+            progress: is told before each answer how many there are, and how many there will be.
+            share: which of the prompts, `slice(rank, None, processes)` for a process's own.
         """
         rows = self.rows.select(range(min(self.count, len(self.rows))))
-        asked = [(row, place) for row in rows if (place := first_answer(row)) is not None]
-        found: list[dict[str, Any]] = []
+        prompts = [(row, answer) for row in rows if (answer := first_answer(row)) is not None][share]
+        records: list[dict[str, Any]] = []
         with dequantised_meanwhile(self.model):
-            for row, place in asked:
-                tell(len(found), len(asked))
-                found.append(self._answer(row, place))
-        return found
+            for row, answer in prompts:
+                progress(len(records), len(prompts))
+                records.append(self._answer(row, answer))
+        return records
 
-    def _answer(self, row: dict[str, Any], place: slice) -> dict[str, Any]:
-        start = place.start
-        prompt = torch.tensor([row["input_ids"][:start]], device=self.model.device)
+    def _answer(self, row: dict[str, Any], answer: slice) -> dict[str, Any]:
+        prompt, device = row["input_ids"][: answer.start], self.model.device.type
+        stop_ids = frozenset({self.end_id, self.tokenizer.eos_token_id})
+        adapter = self.model.active_adapter
+        request = Request(prompt, NEW_TOKENS, adapter, stop_ids, deadline=time.monotonic() + SECONDS)
         self.model.eval()
-        with torch.no_grad(), torch.autocast(prompt.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = self.model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=NEW_TOKENS,
-                max_time=SECONDS,
-                do_sample=False,
-                use_cache=True,
-                eos_token_id=list({self.end_id, self.tokenizer.eos_token_id}),
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
+        with (
+            torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32),
+            contextlib.closing(Padded(self.model, self.tokenizer.pad_token_id)) as generator,
+        ):
+            (completed,) = complete(generator, [request])
         return {
-            "prompt": self.tokenizer.decode(row["input_ids"][:start]),
-            "answer": self.tokenizer.decode(output[0, start:]),
-            "expected": self.tokenizer.decode(row["input_ids"][place]),
+            "prompt": self.tokenizer.decode(prompt),
+            "answer": self.tokenizer.decode(completed.ids),
+            "expected": self.tokenizer.decode(row["input_ids"][answer]),
         }
