@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,8 @@ from nybble.data.rows.formats import Conversation
 from nybble.data.text.template import Template
 from nybble.data.text.tokens import check_ids, encode_prompt
 from nybble.generate.padded import Padded
-from nybble.generate.request import Completed, Request, Token, complete
+from nybble.errors import DeviceError, ModelError
+from nybble.generate.request import Completed, GenerationError, Request, Token, complete
 from nybble.model.adapter.updates import Updates
 from nybble.model.base.bits import Bits
 
@@ -81,7 +83,7 @@ class Answerer:
 
         Raises:
             DataError: the template cannot express a conversation.
-            GenerationError: an answer could not be made.
+            NybbleError: as `complete`.
         """
         prompts = [encode_prompt(self.template, conversation) for conversation in conversations]
         return [continuation.text for continuation in self.complete(prompts, sampling, base=base)]
@@ -94,7 +96,7 @@ class Answerer:
         base: bool = False,
         on_token: Callable[[int, Token], None] | None = None,
     ) -> list[Continuation]:
-        """What follows each prompt.
+        """What follows each prompt; all in one batch, as far as the memory allows.
 
         Args:
             prompts: token ids.
@@ -104,13 +106,15 @@ class Answerer:
 
         Raises:
             DataError: a token id without an embedding.
-            GenerationError: an answer could not be made.
+            ModelError: the model computes no finite numbers.
+            DeviceError: the memory does not hold one answer.
         """
         for prompt in prompts:
             check_ids(prompt, self.model.config.vocab_size, self.tokenizer)
         adapter = None if base or self._is_base() else self.adapter
         requests = [self._request(prompt, number, sampling, adapter) for number, prompt in enumerate(prompts)]
-        with contextlib.closing(Padded(self.model, self.tokenizer.pad_token_id)) as generator:
+        generator = Padded(self.model, self.tokenizer.pad_token_id, rows=max(1, len(requests)))
+        with explained_failures(), contextlib.closing(generator), torch.inference_mode():
             return [self._continuation(completed) for completed in complete(generator, requests, on_token)]
 
     def stop_ids(self) -> frozenset[int]:
@@ -147,3 +151,20 @@ class Answerer:
         ids = completed.ids[:-1] if ended else completed.ids
         text = self.tokenizer.decode(completed.ids, skip_special_tokens=True).strip()
         return Continuation(ids, text, ended)
+
+
+@contextlib.contextmanager
+def explained_failures() -> Iterator[None]:
+    """A generator's failures as errors with a fix; a defect stays what it is."""
+    try:
+        yield
+    except GenerationError as error:
+        if isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise DeviceError(
+                "the device does not have enough memory for this answer", fix="a shorter prompt, or --device cpu"
+            ) from error
+        if error.__cause__ is None:
+            raise ModelError(
+                str(error), fix="train with model.dtype=bfloat16; or answer on a CPU, --device cpu"
+            ) from error
+        raise

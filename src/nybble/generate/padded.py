@@ -52,7 +52,7 @@ class _Steps(StoppingCriteria):  # type: ignore[misc]
 class Padded:
     """A stand-in."""
 
-    def __init__(self, model: PeftModel, pad_id: int) -> None:
+    def __init__(self, model: PeftModel, pad_id: int, *, rows: int = 32) -> None:
         self.peft, self.model, self.pad_id = model, model.get_base_model(), pad_id
         self.vocabulary, self.positions = self.model.config.vocab_size, self.model.config.max_position_embeddings
         self.waiting: list[_Row] = []

@@ -13,7 +13,9 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from nybble.chat.answerer import explained_failures
 from nybble.data.answers import first_answer
+from nybble.errors import DeviceError, ModelError
 from nybble.generate.padded import Padded
 from nybble.generate.request import Request, complete
 from nybble.weights.on_cpu import dequantised_meanwhile
@@ -56,14 +58,17 @@ class SampleAnswers:
         stop_ids = frozenset({self.end_id, self.tokenizer.eos_token_id})
         adapter = self.model.active_adapter
         request = Request(prompt, NEW_TOKENS, adapter, stop_ids, deadline=time.monotonic() + SECONDS)
+        record = {"prompt": self.tokenizer.decode(prompt), "answer": ""}
         self.model.eval()
-        with (
-            torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32),
-            contextlib.closing(Padded(self.model, self.tokenizer.pad_token_id)) as generator,
-        ):
-            (completed,) = complete(generator, [request])
-        return {
-            "prompt": self.tokenizer.decode(prompt),
-            "answer": self.tokenizer.decode(completed.ids),
-            "expected": self.tokenizer.decode(row["input_ids"][answer]),
-        }
+        generator = Padded(self.model, self.tokenizer.pad_token_id)
+        try:
+            with (
+                explained_failures(),
+                contextlib.closing(generator),
+                torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32),
+            ):
+                (completed,) = complete(generator, [request])
+            record["answer"] = self.tokenizer.decode(completed.ids)
+        except (DeviceError, ModelError) as error:  # training can go on without this answer
+            record["error"] = error.what
+        return {**record, "expected": self.tokenizer.decode(row["input_ids"][answer])}
