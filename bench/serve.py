@@ -41,11 +41,11 @@ from nybble.data.text.tokens import encode_text
 from nybble.recipe import ModelOptions
 from nybble.run.folder import open_run
 from nybble.serve.app import Limits
-from nybble.serve.continuous import load_continuous
-from nybble.serve.engine import Engine
+from nybble.generate.continuous import load_continuous
+from nybble.serve.mailbox import Engine
 from nybble.serve.guard import Door
 from nybble.serve.metrics import Metrics
-from nybble.serve.pipeline import PipelineEngine
+from nybble.generate.padded import PipelineEngine
 from nybble.serve.server import listen, make_server, short_turns
 
 

@@ -28,7 +28,7 @@ from nybble.errors import RunError, ServeError
 from nybble.run.folder import open_run
 from nybble.serve.app import Limits
 from nybble.serve.metrics import Metrics
-from nybble.serve.pipeline import cache_tokens, load_pipeline, run_names
+from nybble.generate.padded import cache_tokens, load_pipeline, run_names
 from nybble.serve.server import Place, listen, read_key, serve, short_turns
 from tests.local_server import another_run, events, serving
 

@@ -29,11 +29,11 @@ from nybble.data.text.tokens import count_tokens, encode_prompt, encode_text
 from nybble.serve import connection, encoding, guard
 from nybble.serve import server as serve_server
 from nybble.serve.app import Limits
-from nybble.serve.batching import Batch
+from nybble.generate.batching import Batch
 from nybble.serve.encoding import Encoder, longest_token, pieces
-from nybble.serve.engine import Model
+from nybble.serve.mailbox import Model
 from nybble.serve.fields import RequestError
-from nybble.serve.pipeline import load_pipeline
+from nybble.generate.padded import load_pipeline
 from nybble.serve.server import listen
 from tests.corpus.requests import CHAT, RESPONSES, ask, chat, head, plain, post, response
 from tests.local_server import serving, wait_until_ready

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from nybble.model.tokenizer.load import load_tokenizer
-from nybble.serve.batching import PATIENCE, Batch, Batcher, Row
-from nybble.serve.engine import Answer, Mailbox, Request, Token
+from nybble.generate.batching import PATIENCE, Batch, Batcher, Row
+from nybble.serve.mailbox import Answer, Mailbox, Request, Token
 from nybble.serve.metrics import Metrics
 from nybble.serve.protocol import CompletionRequest, parse
-from nybble.serve.sampling import draw
+from nybble.generate.sampling import draw
 from nybble.serve.text import TextStream, spelling
 from tests.conftest import SHARED, WORDS, small_tokenizer
 

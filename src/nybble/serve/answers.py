@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from nybble.serve.encoding import too_long
-from nybble.serve.engine import Answer, Engine, GenerationError, Mailbox, Model, Request, ShuttingDownError, Token
+from nybble.serve.mailbox import Answer, Engine, GenerationError, Mailbox, Model, Request, ShuttingDownError, Token
 from nybble.serve.fields import RequestError
 from nybble.serve.metrics import Metrics
 from nybble.serve.protocol import Asked

@@ -18,7 +18,7 @@ from nybble.errors import DataError
 from nybble.serve.answers import Job
 from nybble.serve.bodies import Completion, model_entry
 from nybble.serve.encoding import Encoder, too_long
-from nybble.serve.engine import BusyError, Engine, GenerationError, Model
+from nybble.serve.mailbox import BusyError, Engine, GenerationError, Model
 from nybble.serve.fields import RequestError
 from nybble.serve.guard import Door, Guard, open_to, read_body
 from nybble.serve.metrics import CONTENT_TYPE, Metrics

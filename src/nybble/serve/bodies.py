@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from nybble.serve.answers import Choice, Job, Piece
-from nybble.serve.engine import Model, Token
+from nybble.serve.mailbox import Model, Token
 from nybble.serve.fields import RequestError
 from nybble.serve.text import spelling
 

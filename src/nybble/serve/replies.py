@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from nybble.serve.answers import Job
 from nybble.serve.bodies import Shape
-from nybble.serve.engine import GenerationError, Mailbox, ShuttingDownError
+from nybble.serve.mailbox import GenerationError, Mailbox, ShuttingDownError
 from nybble.serve.fields import RequestError
 
 NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients would ask again, and wait as long again

@@ -22,11 +22,11 @@ from nybble.errors import ServeError
 from nybble.run.folder import Run
 from nybble.serve.app import Limits, make_app
 from nybble.serve.connection import Connection
-from nybble.serve.continuous import load_continuous
-from nybble.serve.engine import Engine
+from nybble.generate.continuous import load_continuous
+from nybble.serve.mailbox import Engine
 from nybble.serve.guard import KEY, Door, check_open_to
 from nybble.serve.metrics import Metrics
-from nybble.serve.pipeline import load_pipeline
+from nybble.generate.padded import load_pipeline
 from nybble.serve.vllm import become_vllm
 from nybble.terminal import tell as tell_line
 

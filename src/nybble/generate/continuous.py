@@ -26,9 +26,9 @@ from nybble.model.base.load import load_base
 from nybble.model.device import choose_device, choose_dtype
 from nybble.recipe import ModelOptions
 from nybble.run.folder import Run
-from nybble.serve.engine import Answer, BusyError, GenerationError, Mailbox, Model, Request, Token
+from nybble.serve.mailbox import Answer, BusyError, GenerationError, Mailbox, Model, Request, Token
 from nybble.serve.metrics import Metrics
-from nybble.serve.pipeline import cache_tokens
+from nybble.generate.padded import cache_tokens
 
 log = logging.getLogger("nybble.serve")
 SECONDS_A_REQUEST = 1  # the manager tells nobody how long its queue is in seconds

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nybble.serve.engine import Answer, BusyError, GenerationError, Mailbox, Request, ShuttingDownError, Token
+from nybble.serve.mailbox import Answer, BusyError, GenerationError, Mailbox, Request, ShuttingDownError, Token
 from nybble.serve.metrics import Metrics
 
 log = logging.getLogger("nybble.serve")

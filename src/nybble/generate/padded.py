@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from nybble.chat.answerer import Answerer, load_answerers
 from nybble.errors import RunError
 from nybble.run.folder import Run
-from nybble.serve.batching import Batch, Batcher
-from nybble.serve.engine import Answer, Mailbox, Model, Request
+from nybble.generate.batching import Batch, Batcher
+from nybble.serve.mailbox import Answer, Mailbox, Model, Request
 from nybble.serve.metrics import Metrics
-from nybble.serve.sampling import Draw, Steps
+from nybble.generate.sampling import Draw, Steps
 
 SHARE = 0.4  # of the free memory for a batch's keys and values: growing by a token, a layer's are there twice
 

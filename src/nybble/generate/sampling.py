@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
-from nybble.serve.batching import Batch, Row
-from nybble.serve.engine import Token
+from nybble.generate.batching import Batch, Row
+from nybble.serve.mailbox import Token
 
 NO_NUMBERS = "the model's logits are infinite or NaN; float16 overflows where bfloat16 does not"
 
