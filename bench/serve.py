@@ -41,7 +41,7 @@ from nybble.data.text.tokens import encode_text
 from nybble.recipe import ModelOptions
 from nybble.run.folder import open_run
 from nybble.serve.app import Limits
-from nybble.generate.continuous import load_continuous
+from nybble.serve.loading import load_continuous
 from nybble.serve.mailbox import Engine
 from nybble.serve.guard import Door
 from nybble.serve.metrics import Metrics

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from nybble.export.export import Wanted, export
 from nybble.export.gguf.vocabulary import read_vocabulary
-from nybble.generate.padded import load_pipeline
+from nybble.serve.loading import load_pipeline
 from tests.conftest import tuned, write_llama
 from tests.local_server import serving
 

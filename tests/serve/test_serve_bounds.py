@@ -33,7 +33,7 @@ from nybble.generate.batching import Batch
 from nybble.serve.encoding import Encoder, longest_token, pieces
 from nybble.serve.mailbox import Model
 from nybble.serve.fields import RequestError
-from nybble.generate.padded import load_pipeline
+from nybble.serve.loading import load_pipeline
 from nybble.serve.server import listen
 from tests.corpus.requests import CHAT, RESPONSES, ask, chat, head, plain, post, response
 from tests.local_server import serving, wait_until_ready

@@ -21,7 +21,7 @@ from nybble.data.text.tokens import encode_prompt
 from nybble.errors import RunError, ServeError
 from nybble.run.folder import open_run
 from nybble.serve.app import Limits
-from nybble.generate.continuous import load_continuous
+from nybble.serve.loading import load_continuous
 from nybble.serve.mailbox import Mailbox, Request
 from nybble.serve.metrics import Metrics
 from nybble.serve.server import Place, serve

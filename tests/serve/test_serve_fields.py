@@ -20,7 +20,7 @@ from nybble.data.rows.formats import Message
 from nybble.data.text.template import Template
 from nybble.data.text.tokens import encode
 from nybble.serve.fields import RequestError
-from nybble.generate.padded import load_pipeline
+from nybble.serve.loading import load_pipeline
 from nybble.serve.protocol import ChatRequest, CompletionRequest, parse
 from nybble.serve.responses import ResponseRequest
 from tests.data.test_template import NEEDS_A_USER

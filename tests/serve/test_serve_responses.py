@@ -10,7 +10,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from nybble.serve.app import Limits
-from nybble.generate.padded import load_pipeline
+from nybble.serve.loading import load_pipeline
 from tests.local_server import serving
 
 ASKED = "say one two 3"

@@ -1,132 +1,149 @@
-"""Transformers' own continuous batching, on one merged run: requests join and leave at every token.
+"""Transformers' own continuous batching of one model without adapters: requests join and leave at every token.
 
-It knows no adapters, so the run has to be merged first (`nybble export RUN --to merged`). A paged cache takes the place
-of padding.
+A paged cache takes the place of padding. The manager computes in a thread of its own; `step` waits for its next results and
+hands them on, so that sinks are called from the thread that calls `step`, as with any other generator.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
-import pathlib
 import threading
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from nybble.chat.answerer import load_template
-from nybble.errors import ServeError
-from nybble.files.places import default_cache
-from nybble.model.base.checkpoint import find_checkpoint
-from nybble.model.base.load import load_base
-from nybble.model.device import choose_device, choose_dtype
-from nybble.recipe import ModelOptions
-from nybble.run.folder import Run
-from nybble.serve.mailbox import Answer, BusyError, GenerationError, Mailbox, Model, Request, Token
-from nybble.serve.metrics import Metrics
-from nybble.generate.padded import cache_tokens
-
-log = logging.getLogger("nybble.serve")
-SECONDS_A_REQUEST = 1  # the manager tells nobody how long its queue is in seconds
-SLOTS = 32  # answers under way at once
-BLOCK = (
-    256  # tokens in a block of the cache: the default of 5.17, where it is called block_size, and of 5.23, page_size
+from nybble.generate.cache import cache_tokens
+from nybble.generate.request import (
+    BusyError,
+    Finish,
+    GenerationError,
+    Handle,
+    Observer,
+    Request,
+    Sink,
+    Token,
+    Unobserved,
+    UnsupportedError,
+    check_request,
 )
 
+log = logging.getLogger("nybble.generate")
+SECONDS_A_REQUEST = 1  # the manager tells nobody how long its queue is in seconds
+SLOTS = 32  # answers under way at once
+TICK = 0.05  # seconds after which a step without a result looks for what was cancelled or is past its deadline
+# Tokens in a block of the cache: the default of 5.17, where it is called block_size, and of 5.23, page_size.
+BLOCK = 256
 
-class ContinuousEngine:
-    """One merged model under one name.
+
+@dataclass(eq=False)
+class Running:
+    """A request that the manager has, and the handle to it."""
+
+    name: str
+    request: Request
+    sink: Sink
+    seen: int = 0
+    """Tokens that were handed on."""
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Stop as soon as possible; from any thread."""
+        self.cancelled = True
+
+
+class Continuous:
+    """One model; its adapter, if it had one, is merged.
 
     Args:
-        model: the merged model.
-        queue: answers that may wait beside those under way.
+        model: in eval mode.
+        pad_id: any token of the vocabulary.
+        queue: requests that may wait beside those under way; None for any number.
+        observer: of how busy it is; there are no batches to tell of.
     """
 
-    name = "continuous"
-
-    def __init__(self, model: PreTrainedModel, served: Model, metrics: Metrics, *, queue: int) -> None:
-        self.models = {served.name: served}
-        self.about = "Transformers' continuous batching on the merged run; each request joins the running batch"
-        self.adapters: dict[str, str] = {}  # they are in the weights
-        self.ends = list(dict.fromkeys([served.template.end_id, served.template.tokenizer.eos_token_id]))
-        self.metrics, self.queue = metrics, queue
+    def __init__(
+        self, model: PreTrainedModel, pad_id: int, *, queue: int | None = None, observer: Observer | None = None
+    ) -> None:
+        self.vocabulary, self.positions = int(model.config.vocab_size), int(model.config.max_position_embeddings)
+        self.queue, self.observer = queue, observer or Unobserved()
         self.lock = threading.Lock()
-        self.under_way: dict[str, Answer] = {}
+        self.running: dict[str, Running] = {}
         self.numbers = itertools.count()
+        self.closed = False
         # A processor is made only for what is not neutral, and only a processor takes a request's own value (transformers 5.23).
         sampling = GenerationConfig(
-            do_sample=True, temperature=0.5, top_k=1, top_p=0.5, eos_token_id=self.ends,
-            pad_token_id=served.template.tokenizer.pad_token_id, bos_token_id=None,
+            do_sample=True, temperature=0.5, top_k=1, top_p=0.5, pad_token_id=pad_id, bos_token_id=None, eos_token_id=-1,
         )  # fmt: skip
-        self.vocabulary = model.config.vocab_size
         own = ContinuousBatchingConfig(per_request_processors=True, max_requests_per_batch=SLOTS)
         if model.device.type == "cpu":  # it would take nine tenths of the machine's memory
-            own.num_blocks = -(-min(SLOTS * served.positions, cache_tokens(model)) // BLOCK)
-            own.max_batch_tokens = max(SLOTS, served.positions)
-        self.manager = model.init_continuous_batching(sampling, own)
-        self.manager.start()
+            own.num_blocks = -(-min(SLOTS * self.positions, cache_tokens(model)) // BLOCK)
+            own.max_batch_tokens = max(SLOTS, self.positions)
+        with torch.inference_mode():
+            self.manager = model.init_continuous_batching(sampling, own)
+            self.manager.start()
 
-    def refuses(self, request: Request) -> tuple[str, str] | None:
-        """Seeds and log probabilities: the manager draws for all requests from one generator, after its filters."""
-        if request.seed is not None:
-            return "seed", "the engine continuous cannot seed one request; --engine pipeline can"
-        if request.logprobs is not None:
-            return "logprobs", "the engine continuous gives no log probabilities; --engine pipeline does"
-        return None
+    @property
+    def waiting(self) -> int:
+        """Requests that are not answered yet."""
+        return len(self.running)
 
-    def submit(self, requests: Sequence[Request], mailbox: Mailbox) -> list[Answer]:
-        """Hand requests to the manager, all or none."""
-        if not self.healthy():
-            raise GenerationError("the engine failed; the server's log says why")
+    def companions(self, *, idle: bool) -> tuple[int, float]:
+        """None: a request joins at any token."""
+        return 0, 0.0
+
+    def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> list[Handle]:
+        """Hand all of these to the manager, or none; from any thread.
+
+        Raises:
+            BusyError, UnsupportedError, GenerationError: as `Generator.submit`.
+        """
+        for request in requests:
+            _check_options(request)
+            check_request(request, self.vocabulary, ())
         with self.lock:
-            waiting = len(self.under_way) - SLOTS
-            if waiting + len(requests) > self.queue:
+            if self.closed or not self.manager.is_running():
+                raise GenerationError("the generator was closed" if self.closed else "the engine failed")
+            waiting = len(self.running) - SLOTS
+            if self.queue is not None and waiting + len(requests) > self.queue:
                 raise BusyError(max(1, waiting * SECONDS_A_REQUEST))
-            named = [(f"answer-{next(self.numbers)}", request, Answer(mailbox)) for request in requests]
-            self.under_way |= {name: answer for name, _, answer in named}
-            self._count()
-        for name, request, answer in named:
-            self._hand_over(name, request, answer)
-        return [answer for _, _, answer in named]
+            new = [
+                Running(f"answer-{next(self.numbers)}", request, sink)
+                for request, sink in zip(requests, sinks, strict=True)
+            ]
+            self.running |= {running.name: running for running in new}
+            self._report()
+        for running in new:
+            self._hand_over(running)
+        return list[Handle](new)
 
-    def healthy(self) -> bool:
-        """Whether the manager's thread works."""
-        return bool(self.manager.is_running())
+    def step(self) -> bool:
+        """Wait for the manager's next results, no longer than a moment, and hand them on; False once nothing is under way."""
+        output = self.manager.get_result(timeout=TICK) if self.running else None
+        while output is not None:
+            self._receive(output)
+            output = self.manager.get_result(timeout=0)
+        self._end_unwanted()
+        if self.running and not self.closed and not self.manager.is_running():
+            self._fail_all("the engine failed; the log says why")
+        return bool(self.running)
 
     def close(self) -> None:
-        """Stop at once; what was under way fails."""
+        """Stop the manager at once and cancel what is under way; from any thread."""
         with self.lock:
-            left = list(self.under_way.values())
-        self.manager.stop(block=True, hard_stop=True)
-        for answer in left:
-            if answer.finish is None:
-                answer.fail("the server is shutting down")
+            first, self.closed = not self.closed, True
+        if first:
+            self.manager.stop(block=True, hard_stop=True)
+        for running in list(self.running.values()):
+            self._end(running, "cancelled")
 
-    def _hand_over(self, name: str, request: Request, answer: Answer) -> None:
-        """Register for a request's tokens, then send it."""
-        seen = 0
-
-        def receive(output: GenerationOutput) -> None:  # in the event loop
-            nonlocal seen
-            if answer.cancelled:
-                return  # a token that was under way
-            new, seen = output.generated_tokens[seen:], len(output.generated_tokens)
-            for token_id in new:
-                answer.put(Token(token_id))
-            if output.error is not None:
-                log.error("an answer failed: %s", output.error)
-                answer.fail("the model failed; the server's log says why")
-                self._forget(name, answer, None)
-            elif output.is_finished():
-                ended = bool(new) and new[-1] in self.ends
-                self._forget(name, answer, "stop" if ended else "length")
-
-        answer.when_cancelled = functools.partial(self._cancel, name, answer)
-        self.manager.register_result_handler(name, receive)
+    def _hand_over(self, running: Running) -> None:
+        request = running.request
         greedy = request.temperature == 0
         most = min(request.top_k or self.vocabulary, self.vocabulary)  # the manager keeps it in 32 bits
         own: dict[str, Any] = {
@@ -135,64 +152,63 @@ class ContinuousEngine:
             "top_p": float(request.top_p),
         }
         self.manager.add_request(
-            request.prompt, name, max_new_tokens=request.max_tokens, streaming=True, eos_token_id=self.ends, **own
-        )
+            list(request.prompt), running.name, max_new_tokens=request.max_tokens, streaming=True,
+            eos_token_id=sorted(request.stop_ids), **own,
+        )  # fmt: skip
 
-    def _cancel(self, name: str, answer: Answer) -> None:
-        if name in self.under_way:  # also one that waits: its prompt is not computed for nobody
-            self.manager.cancel_request(name)
-            self._forget(name, answer, "cancelled")
+    def _receive(self, output: GenerationOutput) -> None:
+        """Hand on what is new of one answer."""
+        running = self.running.get(output.request_id)
+        if running is None or running.cancelled or self.closed:
+            return  # a token that was under way, or the manager's error for what was stopped
+        new, running.seen = output.generated_tokens[running.seen :], len(output.generated_tokens)
+        for token_id in new:
+            running.sink.put(Token(token_id))
+        if output.error is not None:
+            log.error("an answer failed: %s", output.error)
+            self._fail(running, "the model failed; the log says why")
+        elif output.is_finished():
+            self._end(running, "stop" if new and new[-1] in running.request.stop_ids else "length")
 
-    def _forget(self, name: str, answer: Answer, finish: Any) -> None:
+    def _end_unwanted(self) -> None:
+        """Stop what nobody waits for any more; also one in the queue: its prompt is not computed for nobody."""
+        for running in list(self.running.values()):
+            deadline = running.request.deadline
+            late = deadline is not None and time.monotonic() >= deadline
+            if running.cancelled or late:
+                self.manager.cancel_request(running.name)
+                self._end(running, "cancelled" if running.cancelled else "deadline")
+
+    def _end(self, running: Running, finish: Finish) -> None:
+        if self._forget(running):
+            running.sink.end(finish)
+
+    def _fail(self, running: Running, why: str) -> None:
+        if self._forget(running):
+            running.sink.fail(GenerationError(why))
+
+    def _fail_all(self, why: str) -> None:
+        for running in list(self.running.values()):
+            self._fail(running, why)
+
+    def _forget(self, running: Running) -> bool:
+        """Whether it was there still: its sink is told of one end only."""
         with self.lock:
-            if self.under_way.pop(name, None) is not None and finish is not None:
-                answer.end(finish)
-            self._count()
+            there = self.running.pop(running.name, None) is not None
+            self._report()
+        return there
 
-    def _count(self) -> None:
-        self.metrics.running.set(min(SLOTS, len(self.under_way)))
-        self.metrics.waiting.set(max(0, len(self.under_way) - SLOTS))
-
-
-def merged_folder(run: Run, engine: str) -> pathlib.Path:
-    """Where the merged model of a run stands.
-
-    Raises:
-        ServeError: the run was not merged yet.
-    """
-    folder = run.folder / "export" / "merged"
-    if not (folder / "config.json").exists():
-        raise ServeError(
-            f"the engine {engine} takes a merged model, and {run.folder} has none",
-            where=str(folder),
-            fix=f"nybble export {run.folder} --to merged",
-        )
-    return folder
+    def _report(self) -> None:
+        self.observer.load_changed(min(SLOTS, len(self.running)), max(0, len(self.running) - SLOTS))
 
 
-def load_continuous(
-    runs: Sequence[Run], metrics: Metrics, *, device: str, queue: int, cache: pathlib.Path | None = None
-) -> ContinuousEngine:
-    """Load a merged run.
+def _check_options(request: Request) -> None:
+    """The manager draws for all requests from one generator, after its filters.
 
     Raises:
-        ServeError: several runs, or one that was not merged.
+        UnsupportedError: for a seed, and for log probabilities.
     """
-    if len(runs) > 1:
-        raise ServeError(
-            "the engine continuous serves one merged run; several adapters on one base need the engine pipeline",
-            fix=f"nybble serve {runs[0].folder} --engine continuous, or several runs with --engine pipeline",
-        )
-    run = runs[0]
-    folder = merged_folder(run, "continuous")
-    place = choose_device(device if device != "auto" else run.recipe.model.device)
-    dtype, _ = choose_dtype(run.recipe.model.dtype, place)
-    base = load_base(
-        find_checkpoint(str(folder)), ModelOptions(quantization="none"), dtype, place, cache or default_cache()
-    )
-    model = base.model.eval()
-    _, template = load_template(run, folder)
-    name = run.folder.resolve().name
-    served = Model(name, template, model.config.max_position_embeddings, None, model.config.vocab_size, run.system)
-    with torch.inference_mode():
-        return ContinuousEngine(model, served, metrics, queue=queue)
+    if request.seed is not None:
+        raise UnsupportedError("seed", "continuous batching cannot seed one request")
+    if request.logprobs is not None:
+        raise UnsupportedError("logprobs", "continuous batching gives no log probabilities")

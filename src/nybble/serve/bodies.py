@@ -6,8 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from nybble.generate.request import Token
 from nybble.serve.answers import Choice, Job, Piece
-from nybble.serve.mailbox import Model, Token
+from nybble.serve.engine import Model
 from nybble.serve.fields import RequestError
 from nybble.serve.text import spelling
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.text.tokens import count_tokens
-from nybble.serve.mailbox import Model
+from nybble.serve.engine import Model
 from nybble.serve.fields import RequestError
 
 LONG = 2**16  # characters of a prompt that is counted piece by piece first: 40 ms of SmolLM2's tokenizer

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from nybble.serve.mailbox import Token
+from nybble.generate.request import Token
 
 LONGEST_CHARACTER = 8  # tokens; four bytes and some that belong to none
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's spelling of a byte that is no character
