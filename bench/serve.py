@@ -41,11 +41,10 @@ from nybble.data.text.tokens import encode_text
 from nybble.recipe import ModelOptions
 from nybble.run.folder import open_run
 from nybble.serve.app import Limits
-from nybble.serve.loading import load_continuous
-from nybble.serve.mailbox import Engine
+from nybble.serve.engine import Engine
 from nybble.serve.guard import Door
+from nybble.serve.loading import load_continuous, pipeline_engine
 from nybble.serve.metrics import Metrics
-from nybble.generate.padded import PipelineEngine
 from nybble.serve.server import listen, make_server, short_turns
 
 
@@ -110,7 +109,7 @@ def measure(
     )
     row: dict[str, Any] = {"sequential_tok_s": round(made / (time.perf_counter() - began), 1)}
     metrics = Metrics()
-    row |= ask_all(PipelineEngine({"tuned": answerer}, "base", metrics, queue=64), metrics, "tuned", tokens)
+    row |= ask_all(pipeline_engine({"tuned": answerer}, "base", metrics, queue=64), metrics, "tuned", tokens)
     for cache in ("dynamic", "static"):
         row[f"{cache}_tok_s"] = batch_speed(answerer, prompts, tokens, cache)
     return row

@@ -158,7 +158,9 @@ def test_answers_follow_the_models_distribution(model):
     count = 2000
     with torch.no_grad(), model.disable_adapter():
         share = (model(torch.tensor([PROMPTS[0]])).logits[0, -1].double() / 4).softmax(-1) * count
-    answers = complete(Padded(model, 0, rows=250), [ask(PROMPTS[0], None, 1, temperature=4.0, seed=n) for n in range(count)])
+    answers = complete(
+        Padded(model, 0, rows=250), [ask(PROMPTS[0], None, 1, temperature=4.0, seed=n) for n in range(count)]
+    )
     drawn = collections.Counter(answer.ids[0] for answer in answers)
     common = (share >= 5).nonzero().flatten().tolist()
     rare = count - sum(drawn[token] for token in common)

@@ -124,11 +124,11 @@ class Continuous:
 
     def step(self) -> bool:
         """Wait for the manager's next results, no longer than a moment, and hand them on; False once nothing is under way."""
+        self._end_unwanted()
         output = self.manager.get_result(timeout=TICK) if self.running else None
         while output is not None:
             self._receive(output)
             output = self.manager.get_result(timeout=0)
-        self._end_unwanted()
         if self.running and not self.closed and not self.manager.is_running():
             self._fail_all("the engine failed; the log says why")
         return bool(self.running)
