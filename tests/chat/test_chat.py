@@ -16,7 +16,7 @@ from nybble.data.rows.formats import Message
 from nybble.export.gguf.modelfile import write_modelfile
 from nybble.run.folder import open_run
 from nybble.serve.bodies import model_entry
-from nybble.serve.engine import Model
+from nybble.serve.mailbox import Model
 from tests.training.test_train import recipe_for, train
 
 SYSTEM = "Say it backwards."

@@ -13,7 +13,7 @@ from nybble.errors import ServeError
 from nybble.serve import server as serve_server
 from nybble.serve.app import Limits
 from nybble.serve.guard import make_door
-from nybble.serve.pipeline import load_pipeline
+from nybble.serve.loading import load_pipeline
 from nybble.serve.server import Place, serve
 from tests.local_server import serving
 

@@ -20,7 +20,7 @@ from nybble.data.rows.formats import Message
 from nybble.data.text.template import Template
 from nybble.data.text.tokens import encode
 from nybble.serve.fields import RequestError
-from nybble.serve.pipeline import load_pipeline
+from nybble.serve.loading import load_pipeline
 from nybble.serve.protocol import ChatRequest, CompletionRequest, parse
 from nybble.serve.responses import ResponseRequest
 from tests.data.test_template import NEEDS_A_USER
@@ -170,9 +170,9 @@ def test_as_many_prompts_as_may_wait_are_answered_and_more_are_refused_for_good(
 
 def test_an_assistants_last_message_is_continued_as_it_was_trained(peaky_run, cache, monkeypatch):
     with serving(lambda metrics: load_pipeline([peaky_run], metrics, device="cpu", queue=16, cache=cache)) as server:
-        seen, submit = [], server.engine.batcher.submit
+        seen, submit = [], server.engine.worker.submit
         monkeypatch.setattr(
-            server.engine.batcher, "submit", lambda asked, box: seen.extend(asked) or submit(asked, box)
+            server.engine.worker, "submit", lambda asked, sinks: seen.extend(asked) or submit(asked, sinks)
         )
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         ask = {"model": "peaky-run", "max_tokens": 30, "temperature": 0}
@@ -269,8 +269,8 @@ def test_whatever_is_asked_for_is_answered_or_refused_by_name(server, route, goo
 
 def test_a_queue_that_is_full_for_now_says_when_to_come_back(tuned_run, cache, monkeypatch):
     with serving(lambda metrics: load_pipeline([tuned_run], metrics, device="cpu", queue=4, cache=cache)) as server:
-        go, generate = threading.Event(), server.engine.batcher.generate
-        monkeypatch.setattr(server.engine.batcher, "generate", lambda batch: (go.wait(30), generate(batch)))
+        go, generate = threading.Event(), server.engine.worker.generator._compute
+        monkeypatch.setattr(server.engine.worker.generator, "_compute", lambda batch: (go.wait(30), generate(batch)))
         ask = {"model": "run", "messages": ASK, "max_tokens": 2}
         answers = []
         threads = [threading.Thread(target=lambda n=n: answers.append(server.post(**ask, n=n))) for n in (1, 4)]

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import collections
 import json
-import random
 import shutil
-import threading
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from nybble.chat.text import TextStream, spelling
+from nybble.generate.batching import Row
+from nybble.generate.request import Request, Token
+from nybble.generate.sampling import Draw
 from nybble.model.tokenizer.load import load_tokenizer
-from nybble.serve.batching import PATIENCE, Batch, Batcher, Row
-from nybble.serve.engine import Answer, Mailbox, Request, Token
-from nybble.serve.metrics import Metrics
 from nybble.serve.protocol import CompletionRequest, parse
-from nybble.serve.sampling import draw
 from tests.conftest import SHARED, WORDS, small_tokenizer
 
 TOKENIZER = small_tokenizer()
@@ -86,86 +80,6 @@ def test_a_token_is_spelt_in_bytes(tiny_tokenizer):
     assert spelling(tiny_tokenizer, 10**6) == ("", ())
 
 
-def rows(count=1, **sampling):
-    request = Request("m", [1], 8, **sampling)
-    return [Row(request, None, frozenset(), random.Random(seed)) for seed in range(count)]
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [{"temperature": 1.0}, {"temperature": 0.6, "top_k": 5}, {"temperature": 1.4, "top_p": 0.7},
-     {"temperature": 1.1, "top_k": 8, "top_p": 0.8}],
-)  # fmt: skip
-def test_draws_follow_the_distribution_that_transformers_filters_make(sampling):
-    torch.manual_seed(1)
-    logits = torch.randn(1, 20) * 2
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling["temperature"])])
-    warpers += [TopKLogitsWarper(sampling["top_k"])] if "top_k" in sampling else []
-    warpers += [TopPLogitsWarper(sampling["top_p"])] if "top_p" in sampling else []
-    expected = warpers(None, logits.clone()).softmax(-1)[0]
-    count = 20_000
-    drawn = collections.Counter(draw(logits.expand(count, -1), rows(count, **sampling)).tolist())
-    for token, share in enumerate(expected.tolist()):
-        assert drawn[token] / count == pytest.approx(share, abs=0.012), token
-        assert share > 0 or drawn[token] == 0
-
-
-def test_a_batch_leaves_behind_the_rows_that_have_ended():
-    async def work():
-        box = Mailbox()
-        rows = [Row(Request("m", [1], most), Answer(box), frozenset(), random.Random()) for most in (2, 3, 99)]
-        batch = Batch("m", rows, lambda: False, lambda rows: 0)
-        for _ in range(PATIENCE - 1):
-            done = batch.step([Token(5)] * 3)
-        assert done == [True, True, False]
-        assert batch.step([Token(5)] * 3) == [True] * 3
-        assert batch.unfinished() == [rows[2]]
-        alone = Batch("m", batch.unfinished(), lambda: False, lambda rows: 0)
-        assert [alone.step([Token(5)]) for _ in range(PATIENCE + 1)][-1] == [False]
-
-    asyncio.run(work())
-
-
-@pytest.mark.parametrize("running, joiners, tokens", [(1, 15, 1), (4, 4, 8), (15, 1, 15), (8, 0, 16)])
-def test_a_batch_gives_way_the_sooner_the_more_could_join_it(running, joiners, tokens):
-    async def work():
-        box = Mailbox()
-        rows = [Row(Request("m", [1], 99), Answer(box), frozenset(), random.Random()) for _ in range(running)]
-        batch = Batch("m", rows, lambda: True, lambda rows: joiners)
-        for _ in range(tokens - 1):
-            assert not any(batch.step([Token(5)] * running))
-        assert all(batch.step([Token(5)] * running))
-
-    asyncio.run(work())
-
-
-@pytest.mark.parametrize("first, room, tokens", [(32, 10**6, 16), (1, 150, 16), (1, 10**6, 1)])
-def test_a_batch_does_not_give_way_for_those_who_find_no_room(first, room, tokens):
-    """Full by its rows, full by its tokens, and not full; 15 come as it works."""
-    steps, began, release = [], threading.Event(), threading.Event()
-
-    def generate(batch):
-        began.set()
-        release.wait(10)
-        while batch.unfinished():
-            if all(batch.step([Token(5)] * len(batch.rows))):
-                break
-        steps.append(batch.steps)
-
-    async def work():
-        batcher = Batcher(generate, {"m": frozenset()}, Metrics(), queue=200, room=room, rows_are_free=True)
-        batcher.submit([Request("m", [1] * 10, 99)] * first, Mailbox())
-        began.wait(10)
-        batcher.submit([Request("m", [1] * 10, 99)] * 15, Mailbox())
-        release.set()
-        while not steps:
-            await asyncio.sleep(0.01)
-        batcher.close()
-
-    asyncio.run(work())
-    assert steps[0] == tokens
-
-
 @given(st.floats(0, 2), st.sampled_from([0, 3, 2**31, 10**30]), st.floats(0, 1, exclude_min=True))
 def test_whatever_sampling_is_asked_for_a_likely_token_is_drawn(temperature, top_k, top_p):
     asked = parse(CompletionRequest, json.dumps({
@@ -176,23 +90,5 @@ def test_whatever_sampling_is_asked_for_a_likely_token_is_drawn(temperature, top
         assert temperature < 1e-4
     else:
         sampling = {"temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p}
-        assert int(draw(logits, rows(**sampling))) in (1, 2)
-
-
-def test_rows_of_a_batch_are_drawn_as_alone_each_by_its_own_rules():
-    torch.manual_seed(2)
-    logits = torch.randn(4, 50) * 3
-    kinds = [
-        {"temperature": 1.0},
-        {"temperature": 2.0, "top_k": 3},
-        {"temperature": 0.5, "top_p": 0.5},
-        {"temperature": 1e-3},
-    ]
-
-    def row(n):
-        return Row(Request("m", [1], 8, **kinds[n]), None, frozenset(), random.Random(n))
-
-    together = draw(logits, [row(n) for n in range(4)]).tolist()
-    assert together == [int(draw(logits[n : n + 1], [row(n)])) for n in range(4)]
-    assert together[3] == int(logits[3].argmax())
-    assert together[1] in logits[1].topk(3).indices.tolist()
+        row = Row(Request([1], 8, None, frozenset(), **sampling), None, 0)
+        assert int(Draw([row], logits.device)(None, logits).argmax()) in (1, 2)

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from nybble.data.rows.formats import Conversation
 from nybble.data.text.template import Template
 from nybble.data.text.tokens import check_ids, encode_prompt
-from nybble.generate.padded import Padded
 from nybble.errors import DeviceError, ModelError
+from nybble.generate.padded import Padded
 from nybble.generate.request import Completed, GenerationError, Request, Token, complete
 from nybble.model.adapter.updates import Updates
 from nybble.model.base.bits import Bits

@@ -15,10 +15,11 @@ from starlette.types import ASGIApp
 
 from nybble.data.text.tokens import check_ids, encode_begun, encode_prompt, encode_text
 from nybble.errors import DataError
+from nybble.generate.request import BusyError, GenerationError
 from nybble.serve.answers import Job
 from nybble.serve.bodies import Completion, model_entry
 from nybble.serve.encoding import Encoder, too_long
-from nybble.serve.engine import BusyError, Engine, GenerationError, Model
+from nybble.serve.engine import Engine, Model
 from nybble.serve.fields import RequestError
 from nybble.serve.guard import Door, Guard, open_to, read_body
 from nybble.serve.metrics import CONTENT_TYPE, Metrics

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from nybble.chat.text import spelling
+from nybble.generate.request import Token
 from nybble.serve.answers import Choice, Job, Piece
-from nybble.serve.engine import Model, Token
+from nybble.serve.engine import Model
 from nybble.serve.fields import RequestError
 
 DONE = b"data: [DONE]\n\n"

@@ -11,10 +11,11 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from nybble.generate.request import GenerationError
 from nybble.serve.answers import Job
 from nybble.serve.bodies import Shape
-from nybble.serve.engine import GenerationError, Mailbox, ShuttingDownError
 from nybble.serve.fields import RequestError
+from nybble.serve.mailbox import Mailbox, ShuttingDownError
 
 NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients would ask again, and wait as long again
 LEFT = 499  # nobody reads it; it stands in the metrics
@@ -134,4 +135,5 @@ def failure(error: TimeoutError | GenerationError, timeout: float = 0.0) -> Requ
             code="timeout",
             headers=NO_RETRY,
         )
-    return RequestError(str(error), status=503, code=error.code, headers=NO_RETRY)
+    code = "shutting_down" if isinstance(error, ShuttingDownError) else "engine_failed"
+    return RequestError(str(error), status=503, code=code, headers=NO_RETRY)

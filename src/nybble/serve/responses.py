@@ -10,9 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from nybble.data.rows.formats import Conversation, Message
+from nybble.generate.request import Token
 from nybble.serve.answers import Job, Piece
 from nybble.serve.bodies import chat_logprobs, event
-from nybble.serve.engine import Token
 from nybble.serve.fields import FieldError, Neutral, Refused, RequestError, Strict, note
 from nybble.serve.protocol import MOST_MESSAGES, NO_TOOLS, Asked, Turn, check_last
 

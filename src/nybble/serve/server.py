@@ -22,11 +22,10 @@ from nybble.errors import ServeError
 from nybble.run.folder import Run
 from nybble.serve.app import Limits, make_app
 from nybble.serve.connection import Connection
-from nybble.serve.continuous import load_continuous
 from nybble.serve.engine import Engine
 from nybble.serve.guard import KEY, Door, check_open_to
+from nybble.serve.loading import load_continuous, load_pipeline
 from nybble.serve.metrics import Metrics
-from nybble.serve.pipeline import load_pipeline
 from nybble.serve.vllm import become_vllm
 from nybble.terminal import tell as tell_line
 
@@ -271,6 +270,7 @@ def _decoded(raw: bytes) -> str:
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
-    log = logging.getLogger("nybble.serve")
-    log.handlers, log.propagate = [handler], False
-    log.setLevel(logging.INFO)
+    for name in ("nybble.serve", "nybble.generate"):
+        log = logging.getLogger(name)
+        log.handlers, log.propagate = [handler], False
+        log.setLevel(logging.INFO)
