@@ -10,6 +10,7 @@ import threading
 
 import openai
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.types import completion_create_params
@@ -19,6 +20,9 @@ from openai.types.responses import response_create_params
 from nybble.data.rows.formats import Message
 from nybble.data.text.template import Template
 from nybble.data.text.tokens import encode
+from nybble.generate.batching import Row
+from nybble.generate.request import Request
+from nybble.generate.sampling import Draw
 from nybble.serve.fields import RequestError
 from nybble.serve.loading import load_pipeline
 from nybble.serve.protocol import ChatRequest, CompletionRequest, parse
@@ -288,3 +292,17 @@ def test_a_queue_that_is_full_for_now_says_when_to_come_back(tuned_run, cache, m
             thread.join()
         assert [answer.status_code for answer in answers] == [200, 200]
         assert list(itertools.chain(*map(said, answers)))
+
+
+@given(st.floats(0, 2), st.sampled_from([0, 3, 2**31, 10**30]), st.floats(0, 1, exclude_min=True))
+def test_whatever_sampling_is_asked_for_a_likely_token_is_drawn(temperature, top_k, top_p):
+    asked = parse(CompletionRequest, json.dumps({
+        "model": "m", "prompt": "x", "temperature": temperature, "top_k": top_k, "top_p": top_p,
+    }).encode())  # fmt: skip
+    logits = torch.tensor([[0.0, 30.0, 31.0, -1e4]])
+    if asked.temperature == 0:  # generate's argmax
+        assert temperature < 1e-4
+    else:
+        sampling = {"temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p}
+        row = Row(Request([1], 8, None, frozenset(), **sampling), None, 0)
+        assert int(Draw([row], logits.device)(None, logits).argmax()) in (1, 2)

@@ -34,9 +34,9 @@ def load_answerer(
 
     Args:
         run: the run, or the path of its folder.
-        cache: where quantised bases are kept; None is this user's own place.
+        cache: where quantised bases are kept; None is this user's own cache.
         device: auto, cuda or cpu.
-        dequantise: on a CPU with room for them, hold the base's weights dequantised: the same answers, sooner.
+        dequantise: on a CPU whose memory suffices, keep the base's weights dequantised: the same answers, sooner.
 
     Raises:
         RunError: there is no run.
@@ -50,23 +50,23 @@ def load_answerer(
 def load_answerers(
     runs: Sequence[Run], cache: pathlib.Path | None = None, device: str = "auto", *, dequantise: bool = False
 ) -> list[Answerer]:
-    """Several runs of one base, which is in memory once; `as_tuned` chooses whose adapter works. The rest as `load_answerer`.
+    """Several runs of one base, which is in memory once; each answers with its own adapter. The rest as `load_answerer`.
 
     Raises:
         ModelError: as `load_answerer`.
         RunError: the runs are of different bases, or the training of one has not ended.
     """
     for run in runs:
-        if not run.adapter.exists():  # what is wrong with one that is there is said when it is read
+        if not run.adapter.exists():  # a damaged one is named when it is read
             refuse_unfinished(run)
     options, cache = runs[0].recipe.model, cache or default_cache()
     check_cache(cache)
-    place = choose_device(device if device != "auto" else options.device)
-    dtype, _ = choose_dtype(options.dtype, place)
+    chosen = choose_device(device if device != "auto" else options.device)
+    dtype, _ = choose_dtype(options.dtype, chosen)
     checkpoint = find_base(runs[0])
     with explained_disk(cache):
         check_one_base(runs, cache)
-        base = load_base(checkpoint, options, dtype, place, cache, trained_on(runs[0]))
+        base = load_base(checkpoint, options, dtype, chosen, cache, trained_on(runs[0]))
     notices = list(base.notices)
     for run in runs[1:]:
         if base.bits is not None:
@@ -92,31 +92,31 @@ def load_answerers(
 
 
 def load_template(run: Run, base: pathlib.Path) -> tuple[PreTrainedTokenizerBase, Template]:
-    """Tokenizer and template of a run, proven; of a bare adapter, its own tokenizer or that of the base's folder."""
+    """Tokenizer and template of a run, checked; of a bare adapter, its own tokenizer or that of the base's folder."""
     if run.is_bare_adapter:
         tokenizer = load_tokenizer(run.folder if (run.folder / "tokenizer_config.json").exists() else base, base)
         return tokenizer, choose_template(tokenizer, "auto", "alpaca")
     tokenizer = read_tokenizer(run.folder / "tokenizer")
     template = read_template(tokenizer, run.folder / "template.json")
-    check_beginning(run)  # last: what is wrong with a file that cannot even be read is told better above
+    check_beginning(run)  # last: the readers above say more about a file that cannot be read
     return tokenizer, template
 
 
 def check_one_base(runs: Sequence[Run], cache: pathlib.Path | None = None) -> None:
-    """Runs that are to share a base must have the same weights, held in the same way.
+    """Runs that share a base must have the same weights, quantised in the same way.
 
     Raises:
-        RunError: naming what each of them stands on.
+        RunError: naming the base of each.
     """
-    stands: dict[tuple[object, ...], list[str]] = {}
+    by_base: dict[tuple[object, ...], list[str]] = {}
     for run in runs:
-        own = run.recipe.model
-        mark = fingerprint(find_base(run), cache or default_cache())
-        kind = (mark, own.quantization, own.double_quantization, own.dtype, repr(own.rope_scaling))
-        stands.setdefault(kind, []).append(f"{run.folder} on {own.path} ({own.quantization}, {own.dtype})")
-    if len(stands) > 1:
-        listed = "\n".join(f"  - {place}" for places in stands.values() for place in places)
+        options = run.recipe.model
+        digest = fingerprint(find_base(run), cache or default_cache())
+        base = (digest, options.quantization, options.double_quantization, options.dtype, repr(options.rope_scaling))
+        by_base.setdefault(base, []).append(f"{run.folder} on {options.path} ({options.quantization}, {options.dtype})")
+    if len(by_base) > 1:
+        listed = "\n".join(f"  - {line}" for lines in by_base.values() for line in lines)
         raise RunError(
-            f"the runs have {len(stands)} different bases, but a server loads only one:\n{listed}",
+            f"the runs have {len(by_base)} different bases, but a server loads only one:\n{listed}",
             fix="one server per base, each on its own --port",
         )

@@ -54,7 +54,7 @@ def run_demo(seed: int, folder: pathlib.Path, console: Console, cache: pathlib.P
         seed: decides training orders, test orders, initialisation and order of the steps.
         folder: the run folder.
         console: where it is shown.
-        cache: where the model is unpacked and its quantised copy kept; None is this user's own place.
+        cache: where the model is unpacked and its quantised copy kept; None is this user's own cache.
 
     Raises:
         ModelError: the embedded model is not installed.
@@ -110,11 +110,11 @@ def _train(
     if data.exists() and not data.is_file():
         kept.discard(data)
     write_text(data, "".join(json.dumps({"messages": _row(order)}) + "\n" for order in orders))
-    words = [f"model.path={base}", f"data.path={data}", f"out={folder}", f"data.validation={HELD_OUT}"]
-    words += [f"train.micro_batch={BATCH}", "train.accumulation=1", f"train.max_steps={STEPS}", f"train.seed={seed}"]
-    words += [f"train.learning_rate={LEARNING_RATE}", "train.scheduler=linear", "train.warmup=5", "train.samples=0"]
-    words += [f"train.evaluate_every={STEPS}", "train.gradient_checkpointing=false", "data.max_length=512"]
-    return train(load_recipe(None, words), console=console, cache=cache)
+    options = [f"model.path={base}", f"data.path={data}", f"out={folder}", f"data.validation={HELD_OUT}"]
+    options += [f"train.micro_batch={BATCH}", "train.accumulation=1", f"train.max_steps={STEPS}", f"train.seed={seed}"]
+    options += [f"train.learning_rate={LEARNING_RATE}", "train.scheduler=linear", "train.warmup=5", "train.samples=0"]
+    options += [f"train.evaluate_every={STEPS}", "train.gradient_checkpointing=false", "data.max_length=512"]
+    return train(load_recipe(None, options), console=console, cache=cache)
 
 
 def _row(order: Order) -> list[dict[str, str]]:

@@ -161,7 +161,7 @@ class Job:
         before = prompt[-BEFORE:] if kept or not chat else []
         # white space that the template took from the end of what was said is not to come back with the rest
         begun = bool(kept) and said.endswith(kept)
-        return TextStream(template.tokenizer, self.asked.stop, before, strip=chat, begun=begun)
+        return TextStream(template.tokenizer, self.asked.stop, before, strip=chat, continues=begun)
 
     def _more(self, choice: Choice, token: Token) -> Piece:
         if not self.first:
