@@ -264,11 +264,11 @@ def test_a_long_answer_gives_way_and_goes_on_as_it_would_have(server, tiny_llama
         lines = response.iter_lines()
         first = [next(lines) for _ in range(6)]
         began = time.perf_counter()
-        server.chat("run", ASKED, max_tokens=4)  # another model, so it cannot join
+        server.chat("run", ASKED, max_tokens=4)  # another model, which joins the batch that follows
         waited = time.perf_counter() - began
-        server.wait_for("nybble_running", 2, 5)  # and the long one has not ended
+        assert server.metric("nybble_running") >= 2  # and the long one has not ended
         parts = events([*first, *lines])
-    assert server.metric("nybble_batch_rows_count") >= batches + 3
+    assert server.metric("nybble_batch_rows_count") >= batches + 2
     text = "".join(part["choices"][0]["delta"].get("content", "") for part in parts if part["choices"][0]["index"] == 0)
     same = len([1 for one, other in zip(text, alone[0]["message"]["content"], strict=False) if one == other])
     assert same > 0.9 * len(text) or text[:100] == alone[0]["message"]["content"][:100]
