@@ -30,7 +30,7 @@ from nybble.run.folder import open_run
 from nybble.serve.app import Limits
 from nybble.serve.loading import load_pipeline, run_names
 from nybble.serve.metrics import Metrics
-from nybble.serve.server import Place, listen, read_key, serve, short_turns
+from nybble.serve.server import Address, listen, read_key, serve, short_turns
 from tests.local_server import another_run, events, serving
 
 ASKED = "say one two 3"
@@ -505,11 +505,11 @@ def test_what_keeps_a_server_from_starting_is_said(runs, quiet):
     with pytest.raises(
         ServeError, match=r"--host 0.0.0.0 lets other machines in, but there is no API key[\s\S]*--api-key-file"
     ):
-        start(Place("0.0.0.0"), engine="pipeline")
+        start(Address("0.0.0.0"), engine="pipeline")
     with pytest.raises(ServeError, match=r"no.such.host is not an address"):
-        start(Place("no.such.host"), engine="pipeline")
+        start(Address("no.such.host"), engine="pipeline")
     with pytest.raises(ServeError, match="there is no engine 'fast'"):
-        start(Place(), engine="fast")
+        start(Address(), engine="fast")
     with pytest.raises(ServeError, match=r"cannot listen on 192.0.2.1, port 0: Cannot assign"):
         listen("192.0.2.1", 0)
 

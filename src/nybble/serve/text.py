@@ -71,9 +71,9 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + piece
-        met = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
-        if met:  # the one that is complete first, wherever tokens end
-            text, self.stopped = text[: min(met)[1]], True
+        matches = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if matches:  # the one that is complete first, wherever tokens end
+            text, self.stopped = text[: min(matches)[1]], True
         ready = len(text) if last or self.stopped else len(text) - self._begins_stop(text)
         if self._strip:
             ready = len(text[:ready].rstrip())
