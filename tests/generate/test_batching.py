@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nybble.generate.batching import Batch, Row, Scheduler
+from nybble.generate.batching import ActiveRequest, GenerationBatch, Scheduler
 from nybble.generate.padded import PATIENCE
 from nybble.generate.request import Request, Token, Unobserved
 
@@ -21,7 +21,7 @@ class Nowhere:
 
 
 def row(tokens=99, prompt=1, adapter=None):
-    return Row(Request([1] * prompt, tokens, adapter, frozenset()), Nowhere(), 0)
+    return ActiveRequest(Request([1] * prompt, tokens, adapter, frozenset()), Nowhere(), 0)
 
 
 def scheduler(**options):
@@ -37,25 +37,25 @@ def steps_until_it_gives_way(batch):
 
 def test_a_batch_leaves_behind_the_rows_that_have_ended():
     rows = [row(most) for most in (2, 3, 99)]
-    batch = Batch(rows, PATIENCE, lambda: False, lambda rows: 0)
+    batch = GenerationBatch(rows, PATIENCE, lambda: False, lambda rows: 0)
     for _ in range(PATIENCE - 1):
         done = batch.step([Token(5)] * 3)
     assert done == [True, True, False]
     assert batch.step([Token(5)] * 3) == [True] * 3
     assert batch.unfinished() == [rows[2]]
-    alone = Batch(batch.unfinished(), PATIENCE, lambda: False, lambda rows: 0)
+    alone = GenerationBatch(batch.unfinished(), PATIENCE, lambda: False, lambda rows: 0)
     assert [alone.step([Token(5)]) for _ in range(PATIENCE + 1)][-1] == [False]
 
 
 def test_without_patience_a_batch_goes_on_until_its_last_row_ends():
-    batch = Batch([row(2), row(3), row(40)], None, lambda: True, lambda rows: 29)
+    batch = GenerationBatch([row(2), row(3), row(40)], None, lambda: True, lambda rows: 29)
     assert steps_until_it_gives_way(batch) == 40
     assert not batch.unfinished()
 
 
 @pytest.mark.parametrize(("running", "joiners", "tokens"), [(1, 15, 1), (4, 4, 8), (15, 1, 15), (8, 0, 16)])
 def test_a_batch_gives_way_the_sooner_the_more_could_join_it(running, joiners, tokens):
-    batch = Batch([row() for _ in range(running)], PATIENCE, lambda: True, lambda rows: joiners)
+    batch = GenerationBatch([row() for _ in range(running)], PATIENCE, lambda: True, lambda rows: joiners)
     assert steps_until_it_gives_way(batch) == tokens
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from nybble.generate.batching import Row
+from nybble.generate.batching import ActiveRequest
 from nybble.generate.request import Request
 from nybble.generate.sampling import Draw
 
 
 def row(seed=0, **sampling):
-    return Row(Request([1], 8, None, frozenset(), **sampling), None, seed)
+    return ActiveRequest(Request([1], 8, None, frozenset(), **sampling), None, seed)
 
 
 def drawn(logits, rows):

@@ -31,7 +31,7 @@ from nybble.run.folder import open_run
 from nybble.serve.app import Limits
 from nybble.serve.loading import load_pipeline, run_names
 from nybble.serve.metrics import Metrics
-from nybble.serve.server import Place, listen, read_key, serve, short_turns
+from nybble.serve.server import Address, listen, read_key, serve, short_turns
 from tests.local_server import another_run, events, serving
 
 ASKED = "say one two 3"
@@ -265,11 +265,11 @@ def test_a_long_answer_gives_way_and_goes_on_as_it_would_have(server, tiny_llama
         lines = response.iter_lines()
         first = [next(lines) for _ in range(6)]
         began = time.perf_counter()
-        server.chat("run", ASKED, max_tokens=4)  # another model, so it cannot join
+        server.chat("run", ASKED, max_tokens=4)  # another model, which joins the batch that follows
         waited = time.perf_counter() - began
-        server.wait_for("nybble_running", 2, 5)  # and the long one has not ended
+        assert server.metric("nybble_running") >= 2  # and the long one has not ended
         parts = events([*first, *lines])
-    assert server.metric("nybble_batch_rows_count") >= batches + 3
+    assert server.metric("nybble_batch_rows_count") >= batches + 2
     text = "".join(part["choices"][0]["delta"].get("content", "") for part in parts if part["choices"][0]["index"] == 0)
     same = len([1 for one, other in zip(text, alone[0]["message"]["content"], strict=False) if one == other])
     assert same > 0.9 * len(text) or text[:100] == alone[0]["message"]["content"][:100]
@@ -506,11 +506,11 @@ def test_what_keeps_a_server_from_starting_is_said(runs, quiet):
     with pytest.raises(
         ServeError, match=r"--host 0.0.0.0 lets other machines in, but there is no API key[\s\S]*--api-key-file"
     ):
-        start(Place("0.0.0.0"), engine="pipeline")
+        start(Address("0.0.0.0"), engine="pipeline")
     with pytest.raises(ServeError, match=r"no.such.host is not an address"):
-        start(Place("no.such.host"), engine="pipeline")
+        start(Address("no.such.host"), engine="pipeline")
     with pytest.raises(ServeError, match="there is no engine 'fast'"):
-        start(Place(), engine="fast")
+        start(Address(), engine="fast")
     with pytest.raises(ServeError, match=r"cannot listen on 192.0.2.1, port 0: Cannot assign"):
         listen("192.0.2.1", 0)
 

@@ -22,7 +22,7 @@ from nybble.run.folder import open_run
 from nybble.serve.app import Limits
 from nybble.serve.loading import load_continuous
 from nybble.serve.metrics import Metrics
-from nybble.serve.server import Place, serve
+from nybble.serve.server import Address, serve
 from nybble.serve.vllm import command, environment
 from tests.local_server import another_run, serving
 
@@ -128,7 +128,7 @@ def test_the_key_goes_to_vllm_where_no_other_user_sees_it(tuned_run):
 
 
 def start(run, quiet, *, limits=Limits(), device="auto", **place):  # noqa: B008
-    serve([run], Place(**place), quiet, engine="vllm", device=device, limits=limits)
+    serve([run], Address(**place), quiet, engine="vllm", device=device, limits=limits)
 
 
 def test_where_vllm_is_missing_it_says_how_to_install_it(tuned_run, quiet, monkeypatch, tmp_path):

@@ -20,7 +20,7 @@ from openai.types.responses import response_create_params
 from nybble.data.rows.formats import Message
 from nybble.data.text.template import Template
 from nybble.data.text.tokens import encode
-from nybble.generate.batching import Row
+from nybble.generate.batching import ActiveRequest
 from nybble.generate.request import Request
 from nybble.generate.sampling import Draw
 from nybble.serve.fields import RequestError
@@ -304,5 +304,5 @@ def test_whatever_sampling_is_asked_for_a_likely_token_is_drawn(temperature, top
         assert temperature < 1e-4
     else:
         sampling = {"temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p}
-        row = Row(Request([1], 8, None, frozenset(), **sampling), None, 0)
+        row = ActiveRequest(Request([1], 8, None, frozenset(), **sampling), None, 0)
         assert int(Draw([row], logits.device)(None, logits).argmax()) in (1, 2)

@@ -188,15 +188,15 @@ def serve(
     try:
         from nybble.serve.app import Limits
         from nybble.serve.guard import make_door
-        from nybble.serve.server import Place, read_key
+        from nybble.serve.server import Address, read_key
         from nybble.serve.server import serve as listen
     except ModuleNotFoundError as error:
         raise ServeError(
             f"the server needs packages that are not installed ({error})", fix=install_extra("serve")
         ) from error
     door = make_door(read_key(api_key, api_key_file), allow_origin or (), allow_host or ())
-    place, limits = Place(host, port, door), Limits(timeout, log_prompts, queue)
+    address, limits = Address(host, port, door), Limits(timeout, log_prompts, queue)
     try:
-        listen(opened, place, Console(), engine=engine, device=device, limits=limits, cache=cache)
+        listen(opened, address, Console(), engine=engine, device=device, limits=limits, cache=cache)
     except KeyboardInterrupt:  # uvicorn raises it again once everything has finished
         return

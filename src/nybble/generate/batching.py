@@ -22,7 +22,7 @@ REPEATED = 50  # tokens that stand in a batch already, for each one per row that
 
 
 @dataclass(eq=False)
-class Row:
+class ActiveRequest:
     """A request being answered, and the handle to it."""
 
     request: Request
@@ -82,13 +82,13 @@ class Row:
 
 
 @dataclass
-class Batch:
+class GenerationBatch:
     """Rows that are computed together; `step` is called after every token."""
 
-    rows: list[Row]
+    rows: list[ActiveRequest]
     patience: int | None
     others_wait: Callable[[], bool]
-    joiners: Callable[[Sequence[Row]], int]
+    joiners: Callable[[Sequence[ActiveRequest]], int]
     """How many requests the next batch could take in beside these."""
     steps: int = 0
 
@@ -110,7 +110,7 @@ class Batch:
             return [True] * len(over)
         return over
 
-    def unfinished(self) -> list[Row]:
+    def unfinished(self) -> list[ActiveRequest]:
         """Rows that go on in another batch."""
         return [row for row in self.rows if not row.over]
 
@@ -142,8 +142,8 @@ class Scheduler:
     ) -> None:
         self.rows, self.queue, self.patience, self.space = rows, queue, patience, space
         self.mixes, self.rows_are_free, self.observer = mixes, rows_are_free, observer
-        self.waiting: deque[Row] = deque()
-        self.running: list[Row] = []
+        self.waiting: deque[ActiveRequest] = deque()
+        self.running: list[ActiveRequest] = []
         self.answered = 0
         """Requests that the last batch answered."""
         self.seconds_a_token = 0.0
@@ -152,7 +152,7 @@ class Scheduler:
         self.closed = False
         self.lock = threading.Lock()
 
-    def submit(self, rows: Sequence[Row]) -> None:
+    def submit(self, rows: Sequence[ActiveRequest]) -> None:
         """Queue all of these, or none.
 
         Raises:
@@ -168,7 +168,7 @@ class Scheduler:
             self.waiting.extend(rows)
             self._report()
 
-    def next(self) -> Batch | None:
+    def next(self) -> GenerationBatch | None:
         """The next batch, of those who have waited longest; None where nobody waits."""
         with self.lock:
             if not self._drop_unwanted():
@@ -177,9 +177,9 @@ class Scheduler:
             self.waiting = deque(row for row in self.waiting if row not in self.running)
             self._report()
             self.observer.batch_began(len(self.running))
-            return Batch(self.running, self.patience, self._others_wait, self._joiners)
+            return GenerationBatch(self.running, self.patience, self._others_wait, self._joiners)
 
-    def finish(self, batch: Batch, seconds: float) -> bool:
+    def finish(self, batch: GenerationBatch, seconds: float) -> bool:
         """Queue again what a batch left unfinished; whether anybody waits.
 
         Args:
@@ -195,7 +195,7 @@ class Scheduler:
             self._report()
             return bool(self._drop_unwanted())
 
-    def halve_space(self, batch: Batch) -> None:
+    def halve_space(self, batch: GenerationBatch) -> None:
         """A batch did not fit into memory."""
         self.space = _tokens(batch.rows) // 2
 
@@ -211,7 +211,7 @@ class Scheduler:
         with self.lock:
             return bool(self._drop_unwanted())
 
-    def _joiners(self, rows: Sequence[Row]) -> int:
+    def _joiners(self, rows: Sequence[ActiveRequest]) -> int:
         """How many of those that wait would fit beside these rows, where it is worth asking."""
         if not rows or not self.rows_are_free:
             return 0
@@ -220,13 +220,13 @@ class Scheduler:
             waiting = [row for row in self.waiting if self.mixes or row.request.adapter == adapter]
             return len(self._fill(list(rows), waiting)) - len(rows)
 
-    def _gather(self) -> list[Row]:
+    def _gather(self) -> list[ActiveRequest]:
         """Rows of the adapter that has waited longest, or of all where that one cannot fill a batch; in their order."""
         adapter = self.waiting[0].request.adapter
         own = self._fill([], [row for row in self.waiting if row.request.adapter == adapter])
         return own if not self.mixes or len(own) == self.rows else self._fill([], self.waiting)
 
-    def _fill(self, rows: list[Row], waiting: Iterable[Row]) -> list[Row]:
+    def _fill(self, rows: list[ActiveRequest], waiting: Iterable[ActiveRequest]) -> list[ActiveRequest]:
         """These rows and those that wait, as many as fit."""
         for row in waiting:
             if rows and (len(rows) >= self.rows or _tokens([*rows, row]) > self.space):
@@ -247,6 +247,6 @@ class Scheduler:
         self.observer.load_changed(len(self.running), len(self.waiting))
 
 
-def _tokens(rows: Sequence[Row]) -> int:
+def _tokens(rows: Sequence[ActiveRequest]) -> int:
     """Tokens in a padded batch's cache, once every answer is as long as it may be."""
     return len(rows) * max(len(row.request.prompt) + row.request.max_tokens for row in rows)

@@ -42,7 +42,7 @@ BLOCK = 256
 
 
 @dataclass(eq=False)
-class Running:
+class ManagedRequest:
     """A request that the manager has, and the handle to it."""
 
     name: str
@@ -73,7 +73,7 @@ class Continuous:
         self.vocabulary, self.positions = int(model.config.vocab_size), int(model.config.max_position_embeddings)
         self.queue, self.observer = queue, observer or Unobserved()
         self.lock = threading.Lock()
-        self.running: dict[str, Running] = {}
+        self.running: dict[str, ManagedRequest] = {}
         self.numbers = itertools.count()
         self.closed = False
         # A processor is made only for what is not neutral, and only a processor takes a request's own value (transformers 5.23).
@@ -113,7 +113,7 @@ class Continuous:
             if self.queue is not None and waiting + len(requests) > self.queue:
                 raise BusyError(max(1, waiting * SECONDS_A_REQUEST))
             new = [
-                Running(f"answer-{next(self.numbers)}", request, sink)
+                ManagedRequest(f"answer-{next(self.numbers)}", request, sink)
                 for request, sink in zip(requests, sinks, strict=True)
             ]
             self.running |= {running.name: running for running in new}
@@ -142,7 +142,7 @@ class Continuous:
         for running in list(self.running.values()):
             self._end(running, "cancelled")
 
-    def _hand_over(self, running: Running) -> None:
+    def _hand_over(self, running: ManagedRequest) -> None:
         request = running.request
         greedy = request.temperature == 0
         most = min(request.top_k or self.vocabulary, self.vocabulary)  # the manager keeps it in 32 bits
@@ -179,11 +179,11 @@ class Continuous:
                 self.manager.cancel_request(running.name)
                 self._end(running, "cancelled" if running.cancelled else "deadline")
 
-    def _end(self, running: Running, finish: Finish) -> None:
+    def _end(self, running: ManagedRequest, finish: Finish) -> None:
         if self._forget(running):
             running.sink.end(finish)
 
-    def _fail(self, running: Running, why: str) -> None:
+    def _fail(self, running: ManagedRequest, why: str) -> None:
         if self._forget(running):
             running.sink.fail(GenerationError(why))
 
@@ -191,7 +191,7 @@ class Continuous:
         for running in list(self.running.values()):
             self._fail(running, why)
 
-    def _forget(self, running: Running) -> bool:
+    def _forget(self, running: ManagedRequest) -> bool:
         """Whether it was there still: its sink is told of one end only."""
         with self.lock:
             there = self.running.pop(running.name, None) is not None

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from nybble.generate.adapters import can_mix
-from nybble.generate.batching import Batch, Row, Scheduler
+from nybble.generate.batching import ActiveRequest, GenerationBatch, Scheduler
 from nybble.generate.cache import cache_tokens
 from nybble.generate.pipeline import TokenPipeline
 from nybble.generate.request import GenerationError, Handle, Observer, Request, Sink, Unobserved, check_request
@@ -83,7 +83,7 @@ class Padded:
         for request in requests:
             check_request(request, self.vocabulary, self.adapters)
         rows = [
-            Row(request, sink, fresh_seed() if request.seed is None else request.seed)
+            ActiveRequest(request, sink, fresh_seed() if request.seed is None else request.seed)
             for request, sink in zip(requests, sinks, strict=True)
         ]
         self.scheduler.submit(rows)
@@ -109,7 +109,7 @@ class Padded:
         """Cancel everything; from any thread."""
         self.scheduler.close()
 
-    def _run(self, batch: Batch) -> None:
+    def _run(self, batch: GenerationBatch) -> None:
         """One batch; one that fails takes its own requests along, and nothing else."""
         try:
             self._compute(batch)
@@ -126,7 +126,7 @@ class Padded:
             log.exception("a batch of %d failed", len(batch.rows))
             _fail(batch, "the model failed; the log says why", error)
 
-    def _compute(self, batch: Batch) -> None:
+    def _compute(self, batch: GenerationBatch) -> None:
         assert not self.model.training, "dropout would be at work in the answers"
         rows = batch.rows
         draw = Draw(rows, self.pipeline.device)
@@ -152,13 +152,13 @@ class Padded:
             yield
 
 
-def _common_stops(rows: Sequence[Row]) -> frozenset[int]:
+def _common_stops(rows: Sequence[ActiveRequest]) -> frozenset[int]:
     """The tokens at which every row of the batch ends, where all have the same."""
     stops = {row.request.stop_ids for row in rows}
     return stops.pop() if len(stops) == 1 else frozenset()
 
 
-def _fail(batch: Batch, what: str, cause: Exception) -> None:
+def _fail(batch: GenerationBatch, what: str, cause: Exception) -> None:
     for row in batch.unfinished():
         error = GenerationError(what)
         error.__cause__ = cause

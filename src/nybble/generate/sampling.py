@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
-from nybble.generate.batching import Batch, Row
+from nybble.generate.batching import ActiveRequest, GenerationBatch
 from nybble.generate.request import GenerationError, Token
 from nybble.generate.seeds import seed_tensor, uniforms
 
@@ -20,7 +20,7 @@ class Draw(LogitsProcessor):  # type: ignore[misc]
     What the rows ask for goes to the device once a batch; each token then costs no copy to it.
     """
 
-    def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
+    def __init__(self, rows: Sequence[ActiveRequest], device: torch.device) -> None:
         self.rows = rows
         self.logprobs: torch.Tensor | None = None
         sampled = [n for n, row in enumerate(rows) if row.request.temperature > 0]
@@ -53,7 +53,7 @@ class Draw(LogitsProcessor):  # type: ignore[misc]
         """What was chosen, with its log probability where that was asked for."""
         return [self._token(n, row, chosen) for n, (row, chosen) in enumerate(zip(self.rows, ids, strict=True))]
 
-    def _token(self, n: int, row: Row, chosen: int) -> Token:
+    def _token(self, n: int, row: ActiveRequest, chosen: int) -> Token:
         count = row.request.logprobs
         if count is None or self.logprobs is None or row.over:
             return Token(chosen)
@@ -66,7 +66,7 @@ class Draw(LogitsProcessor):  # type: ignore[misc]
 class Steps(StoppingCriteria):  # type: ignore[misc]
     """Hands every new token to its row, and tells generate which rows go on."""
 
-    def __init__(self, batch: Batch, draw: Draw) -> None:
+    def __init__(self, batch: GenerationBatch, draw: Draw) -> None:
         self.batch = batch
         self.draw = draw
 

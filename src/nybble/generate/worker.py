@@ -11,7 +11,7 @@ import torch
 from nybble.generate.request import GenerationError, Generator, Handle, Request, Sink
 
 
-class Served(Generator, Protocol):
+class PacedGenerator(Generator, Protocol):
     """A generator that says when a step is worth its while."""
 
     @property
@@ -29,7 +29,7 @@ class Served(Generator, Protocol):
 class Worker:
     """Calls a generator's `step`, in a thread of its own, as long as there is something to do."""
 
-    def __init__(self, generator: Served) -> None:
+    def __init__(self, generator: PacedGenerator) -> None:
         self.generator = generator
         self.closing = False
         self.changed = threading.Condition()

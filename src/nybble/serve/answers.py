@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from nybble.chat.text import TextStream
 from nybble.generate.request import GenerationError, Request, Token, UnsupportedError
 from nybble.serve.encoding import too_long
-from nybble.serve.engine import Engine, Model
+from nybble.serve.engine import Engine, ServedModel
 from nybble.serve.fields import RequestError
-from nybble.serve.mailbox import Answer, Mailbox
+from nybble.serve.mailbox import AnswerSink, Mailbox
 from nybble.serve.metrics import Metrics
-from nybble.serve.protocol import Asked
+from nybble.serve.protocol import ParsedRequest
 
 log = logging.getLogger("nybble.serve")
 MOST_KEPT = 2**24  # top_k: more than any vocabulary has, and exact in float32
@@ -32,7 +32,7 @@ class Choice:
     """One answer as text."""
 
     index: int
-    answer: Answer
+    answer: AnswerSink
     stream: TextStream
     prompt: list[int]
     finish: str | None = None
@@ -66,8 +66,8 @@ class Job:
 
     def __init__(
         self,
-        asked: Asked,
-        model: Model,
+        asked: ParsedRequest,
+        model: ServedModel,
         prompts: Sequence[list[int]],
         engine: Engine,
         metrics: Metrics,

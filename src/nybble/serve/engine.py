@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from nybble.data.text.template import Template
 from nybble.generate.request import Request
 from nybble.generate.worker import Worker
-from nybble.serve.mailbox import Answer, Mailbox
+from nybble.serve.mailbox import AnswerSink, Mailbox
 
 
 @dataclass(frozen=True)
-class Model:
+class ServedModel:
     """One value of the API's model field."""
 
     name: str
@@ -42,7 +42,7 @@ class Engine:
     name: str
     about: str
     """Why this one, and what it does not batch together: a line for the terminal."""
-    models: dict[str, Model]
+    models: dict[str, ServedModel]
     """By the name that requests choose them by."""
     adapters: Mapping[str, str]
     """What each run's adapter changes, by the run's name."""
@@ -50,7 +50,7 @@ class Engine:
     """Answers that may wait: no request can ask for more."""
     worker: Worker
 
-    def submit(self, requests: Sequence[Request], mailbox: Mailbox) -> list[Answer]:
+    def submit(self, requests: Sequence[Request], mailbox: Mailbox) -> list[AnswerSink]:
         """Take all of these, or none; their tokens come to the mailbox.
 
         Raises:
@@ -58,7 +58,7 @@ class Engine:
             UnsupportedError: an option that this engine cannot honour.
             GenerationError: the engine is closed, or broke down.
         """
-        answers = [Answer(mailbox) for _ in requests]
+        answers = [AnswerSink(mailbox) for _ in requests]
         for answer, handle in zip(answers, self.worker.submit(requests, answers), strict=True):
             answer.handle = handle
         return answers

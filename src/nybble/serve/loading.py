@@ -17,7 +17,7 @@ from nybble.model.base.load import load_base
 from nybble.model.device import choose_device, choose_dtype
 from nybble.recipe import ModelOptions
 from nybble.run.folder import Run
-from nybble.serve.engine import Engine, Model
+from nybble.serve.engine import Engine, ServedModel
 from nybble.serve.metrics import Metrics
 
 
@@ -47,10 +47,10 @@ def pipeline_engine(answerers: dict[str, Answerer], base: str, metrics: Metrics,
     padded = Padded(first.model, first.tokenizer.pad_token_id, queue=queue, patience=PATIENCE, observer=metrics)
     positions, rows = padded.positions, padded.vocabulary
     models = {
-        name: Model(name, own.template, positions, base, rows, own.adapter, own.system)
+        name: ServedModel(name, own.template, positions, base, rows, own.adapter, own.system)
         for name, own in answerers.items()
     }
-    models[base] = Model(base, first.template, positions, None, rows)
+    models[base] = ServedModel(base, first.template, positions, None, rows)
     together = "share batches" if padded.scheduler.mixes else "take turns"
     about = (
         "the default, on any device: the Transformers pipeline; requests are batched, "
@@ -83,7 +83,7 @@ def load_continuous(
     tokenizer, template = load_template(run, folder)
     generator = Continuous(base.model.eval(), tokenizer.pad_token_id, queue=queue, observer=metrics)
     name = run.folder.resolve().name
-    served = Model(name, template, generator.positions, None, generator.vocabulary, system=run.system)
+    served = ServedModel(name, template, generator.positions, None, generator.vocabulary, system=run.system)
     about = "Transformers' continuous batching on the merged run; each request joins the running batch"
     return Engine("continuous", about, {name: served}, {}, queue, Worker(generator))
 

@@ -15,7 +15,7 @@ class ShuttingDownError(GenerationError):
         super().__init__("the server is shutting down")
 
 
-class Answer:
+class AnswerSink:
     """One answer under way: a sink, which the generator writes from its thread and the reader finds in the mailbox."""
 
     def __init__(self, mailbox: Mailbox) -> None:
@@ -50,9 +50,9 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._items: asyncio.Queue[tuple[Answer, Token | None] | GenerationError] = asyncio.Queue()
+        self._items: asyncio.Queue[tuple[AnswerSink, Token | None] | GenerationError] = asyncio.Queue()
 
-    def send(self, answer: Answer, item: Token | GenerationError | None) -> None:
+    def send(self, answer: AnswerSink, item: Token | GenerationError | None) -> None:
         """Put something in; from any thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server ended, and nobody waits
             found = item if isinstance(item, GenerationError) else (answer, item)
@@ -62,7 +62,7 @@ class Mailbox:
         """Have the reader fail once it has read what is there; from the event loop."""
         self._items.put_nowait(error)
 
-    async def take(self, deadline: float) -> tuple[Answer, Token | None]:
+    async def take(self, deadline: float) -> tuple[AnswerSink, Token | None]:
         """The next token of any answer, or None where that answer has ended.
 
         Args:

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from nybble.generate.request import GenerationError
 from nybble.serve.answers import Job
-from nybble.serve.bodies import Shape
+from nybble.serve.bodies import ReplyFormat
 from nybble.serve.fields import RequestError
 from nybble.serve.mailbox import Mailbox, ShuttingDownError
 
@@ -81,7 +81,7 @@ async def _gone(request: Request) -> None:
 class EventStream(StreamingResponse):
     """Server-sent events of one job: whatever ends it, a reader that is gone or too slow included, ends the job."""
 
-    def __init__(self, job: Job, shape: Shape, headers: dict[str, str]) -> None:
+    def __init__(self, job: Job, shape: ReplyFormat, headers: dict[str, str]) -> None:
         own = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would hold the pieces back
         super().__init__(_events(job, shape), media_type="text/event-stream", headers=own | headers)
         self.job = job
@@ -97,7 +97,7 @@ class EventStream(StreamingResponse):
             self.job.cancel()
 
 
-async def whole(job: Job, shape: Shape) -> Response:
+async def whole(job: Job, shape: ReplyFormat) -> Response:
     """The answer once it is made.
 
     Raises:
@@ -111,7 +111,7 @@ async def whole(job: Job, shape: Shape) -> Response:
     return JSONResponse(shape.whole())
 
 
-async def _events(job: Job, shape: Shape) -> AsyncIterator[bytes]:
+async def _events(job: Job, shape: ReplyFormat) -> AsyncIterator[bytes]:
     for event in shape.opening():
         yield event
     try:
