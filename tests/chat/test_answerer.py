@@ -7,7 +7,6 @@ import signal
 
 import pytest
 import torch
-from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -19,7 +18,6 @@ from nybble.data.rows.formats import Message
 from nybble.data.text.tokens import encode_prompt
 from nybble.errors import ModelError
 from nybble.generate.request import Token
-from nybble.training.samples import SampleAnswers
 from tests.conftest import small_tokenizer
 
 TOKENIZER = small_tokenizer()
@@ -72,31 +70,6 @@ def test_logits_that_are_no_numbers_are_an_error(tuned_run, cache):
         broken.model.get_base_model().model.norm.weight.fill_(torch.nan)
     with pytest.raises(ModelError, match="infinite or NaN"):
         broken.answer(ASKED, Sampling(4))
-
-
-def test_a_sample_that_cannot_be_made_is_recorded_and_the_others_are_shared_out(tuned_run, cache):
-    answerer = load_answerer(tuned_run, cache)
-    prompts = [encode_prompt(answerer.template, conversation) for conversation in ASKED]
-    rows = [{"input_ids": [*ids, 5, 6], "trained": [False] * len(ids) + [True] * 2} for ids in prompts]
-    rows.append({"input_ids": [5, 6], "trained": [True] * 2})
-    sampler = SampleAnswers(
-        answerer.model, answerer.tokenizer, answerer.template.end_id, Dataset.from_list(rows), 4, torch.float32
-    )
-    told: list[tuple[int, int]] = []
-    records = sampler(lambda done, of: told.append((done, of)))
-    assert told == [(0, 3), (1, 3), (2, 3)]
-    shares = [sampler(lambda *_: None, slice(rank, None, 2)) for rank in range(2)]
-    assert [shares[0][0], shares[1][0], shares[0][1]] == records
-    expected = answerer.tokenizer.decode([5, 6])
-    for record, prompt, text in zip(records, prompts, answerer.answer(ASKED, Sampling(64)), strict=True):
-        assert record["prompt"] == answerer.tokenizer.decode(prompt)
-        assert record["answer"].removesuffix("</s>").strip() == text
-        assert record["expected"] == expected
-    with torch.no_grad():
-        answerer.model.get_base_model().model.norm.weight.fill_(torch.nan)
-    records = sampler(lambda *_: None)
-    assert [record["answer"] for record in records] == [""] * 3
-    assert all("infinite or NaN" in record["error"] for record in records)
 
 
 @settings(max_examples=50, deadline=None)

@@ -26,7 +26,16 @@ SECONDS = 20.0  # that an answer may take: training waits for it
 
 @dataclass(frozen=True)
 class SampleAnswers:
-    """Greedy answers to the prompts before the first answers of the first `count` validation rows."""
+    """Greedy answers to the prompts before the first answers of the first `count` rows; nothing in it waits for other processes.
+
+    Args:
+        model: the one that trains; it is in evaluation mode afterwards.
+        tokenizer: the run's.
+        end_id: the token that ends an answer.
+        rows: validation rows, or a process's share of them.
+        count: of them, at most.
+        dtype: what training computes in.
+    """
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
@@ -35,17 +44,15 @@ class SampleAnswers:
     count: int
     dtype: torch.dtype
 
-    def __call__(self, progress: Callable[[int, int], None], share: slice = slice(None)) -> list[dict[str, Any]]:
-        """One record per prompt: prompt, answer, expected; rows that are trained as a whole have no prompt.
-
-        Nothing in here waits for other processes.
+    def __call__(self, progress: Callable[[int, int], None]) -> list[dict[str, Any]]:
+        """One record per prompt: prompt, answer, expected, and error where it could not be answered; rows that are trained as a
+        whole have no prompt.
 
         Args:
             progress: is told before each answer how many there are, and how many there will be.
-            share: which of the prompts, `slice(rank, None, processes)` for a process's own.
         """
         rows = self.rows.select(range(min(self.count, len(self.rows))))
-        prompts = [(row, answer) for row in rows if (answer := first_answer(row)) is not None][share]
+        prompts = [(row, answer) for row in rows if (answer := first_answer(row)) is not None]
         records: list[dict[str, Any]] = []
         with dequantised_meanwhile(self.model):
             for row, answer in prompts:
