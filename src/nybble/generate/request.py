@@ -95,7 +95,7 @@ class Generator(Protocol):
     vocabulary: int
     """Token ids go from 0 to one less."""
     positions: int
-    """Tokens of prompt and answer together."""
+    """Tokens of prompt and answer together that the model was made for; it is the caller who keeps to it."""
 
     def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> list[Handle]:
         """Queue all of these, or none; from any thread.
