@@ -67,21 +67,3 @@ def test_nobody_above_the_seam_makes_tokens():
 )
 def test_the_walk_sees(source):
     assert len(offences(source)) == 1
-
-
-def test_the_seam_knows_no_text_no_event_loop_and_no_metrics():
-    forbidden = (
-        "asyncio",
-        "prometheus_client",
-        "nybble.chat",
-        "nybble.data",
-        "nybble.serve",
-        "nybble.run",
-        "nybble.recipe",
-    )
-    for file in (SOURCE / "generate").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            bad = [name for name in names if name.startswith(forbidden)]
-            assert not bad, f"{file.relative_to(ROOT)}:{node.lineno} imports {bad}"

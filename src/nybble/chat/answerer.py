@@ -20,7 +20,7 @@ from nybble.data.text.template import Template
 from nybble.data.text.tokens import check_ids, encode_prompt
 from nybble.errors import DeviceError, ModelError
 from nybble.generate.padded import Padded
-from nybble.generate.request import Completed, GenerationError, Request, Token, complete
+from nybble.generate.request import Completed, GenerationError, NonFiniteLogitsError, Request, Token, complete
 from nybble.model.adapter.updates import Updates
 from nybble.model.base.bits import Bits
 
@@ -158,13 +158,11 @@ def explained_failures() -> Iterator[None]:
     """A generator's failures as errors with a fix; a defect stays what it is."""
     try:
         yield
+    except NonFiniteLogitsError as error:
+        raise ModelError(str(error), fix="train with model.dtype=bfloat16; or answer on a CPU, --device cpu") from error
     except GenerationError as error:
         if isinstance(error.__cause__, torch.OutOfMemoryError):
             raise DeviceError(
                 "the device does not have enough memory for this answer", fix="a shorter prompt, or --device cpu"
-            ) from error
-        if error.__cause__ is None:
-            raise ModelError(
-                str(error), fix="train with model.dtype=bfloat16; or answer on a CPU, --device cpu"
             ) from error
         raise

@@ -123,7 +123,7 @@ class Scheduler:
         queue: requests that may wait; more are refused. None for any number.
         patience: tokens per row after which a batch gives way, or leaves ended rows behind, or one for every `REPEATED` that
             stand in it already if that is more. None for batches that go on until their last row ends.
-        space: tokens, prompts and answers together, that fit into a batch's cache.
+        space: tokens, prompts and answers together, that fit into a batch's cache; None for batches that only `rows` bounds.
         mixes: whether rows of different adapters can be computed together; they are wherever those of one do not fill a batch.
         rows_are_free: whether a step takes as long for many rows as for one: on a GPU, which reads the weights once for all. On
             two cores SmolLM2 answers 26 tokens/s in batches of 8.7 rows and 24 in batches of 14.9.
@@ -135,7 +135,7 @@ class Scheduler:
         rows: int,
         queue: int | None,
         patience: int | None,
-        space: int,
+        space: int | None,
         mixes: bool,
         rows_are_free: bool,
         observer: Observer,
@@ -229,10 +229,13 @@ class Scheduler:
     def _fill(self, rows: list[ActiveRequest], waiting: Iterable[ActiveRequest]) -> list[ActiveRequest]:
         """These rows and those that wait, as many as fit."""
         for row in waiting:
-            if rows and (len(rows) >= self.rows or _tokens([*rows, row]) > self.space):
+            if rows and (len(rows) >= self.rows or not self._fits([*rows, row])):
                 break
             rows.append(row)
         return rows
+
+    def _fits(self, rows: Sequence[ActiveRequest]) -> bool:
+        return self.space is None or _tokens(rows) <= self.space
 
     def _drop_unwanted(self) -> int:
         """How many wait, without those for whom nobody waits any more."""

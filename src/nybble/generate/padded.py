@@ -37,8 +37,9 @@ class Padded:
         pad_id: any token of the vocabulary; nothing attends to it.
         rows: in a batch, at most.
         queue: requests that may wait; None for any number.
-        patience: as `Scheduler`. Where all requests are there from the beginning, batches that run to their end have the same
-            rows, and so the same rounding, each time.
+        patience: as `Scheduler`, and the memory that is free bounds a batch. Without it batches are made by `rows` alone and run
+            to their end, so that the same requests make the same batches, and the same rounding, each time; one that runs out of
+            memory is halved.
         observer: of how busy it is.
     """
 
@@ -58,7 +59,8 @@ class Padded:
         self.vocabulary, self.positions = int(base.config.vocab_size), int(base.config.max_position_embeddings)
         self.pipeline = TokenPipeline(model, pad_id)
         self.scheduler = Scheduler(
-            rows=rows, queue=queue, patience=patience, space=cache_tokens(base), mixes=can_mix(model),
+            rows=rows, queue=queue, patience=patience,
+            space=None if patience is None else cache_tokens(base), mixes=can_mix(model),
             rows_are_free=base.device.type != "cpu", observer=observer or Unobserved(),
         )  # fmt: skip
 

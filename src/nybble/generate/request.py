@@ -53,6 +53,13 @@ class GenerationError(Exception):
     """An answer that could not be made; the message says why. `__cause__` is the error that stopped it, where there is one."""
 
 
+class NonFiniteLogitsError(GenerationError):
+    """A model that computes infinite or NaN logits."""
+
+    def __init__(self) -> None:
+        super().__init__("the model's logits are infinite or NaN; float16 overflows where bfloat16 does not")
+
+
 class UnsupportedError(GenerationError):
     """A request that this generator cannot honour; `option` is the field of `Request`."""
 
@@ -95,7 +102,7 @@ class Generator(Protocol):
     vocabulary: int
     """Token ids go from 0 to one less."""
     positions: int
-    """Tokens of prompt and answer together."""
+    """Tokens of prompt and answer together that the model was made for; it is the caller who keeps to it."""
 
     def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> list[Handle]:
         """Queue all of these, or none; from any thread.

@@ -8,10 +8,8 @@ import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
 from nybble.generate.batching import ActiveRequest, GenerationBatch
-from nybble.generate.request import GenerationError, Token
+from nybble.generate.request import NonFiniteLogitsError, Token
 from nybble.generate.seeds import seed_tensor, uniforms
-
-NO_NUMBERS = "the model's logits are infinite or NaN; float16 overflows where bfloat16 does not"
 
 
 class Draw(LogitsProcessor):  # type: ignore[misc]
@@ -37,7 +35,7 @@ class Draw(LogitsProcessor):  # type: ignore[misc]
         """Scores (rows, vocabulary) in which the drawn token is the largest."""
         for n in scores.amax(-1).isfinite().logical_not().nonzero().flatten().tolist():
             if not self.rows[n].over:
-                self.rows[n].fail(GenerationError(NO_NUMBERS))
+                self.rows[n].fail(NonFiniteLogitsError())
         asked = any(row.request.logprobs is not None for row in self.rows if not row.over)
         self.logprobs = scores.log_softmax(-1) if asked else None
         if len(self.sampled):

@@ -87,7 +87,7 @@ class Job:
             answers = engine.submit(requests, self.mailbox)
         except UnsupportedError as error:
             raise RequestError(
-                f"the engine {engine.name}: {error}; --engine pipeline does it",
+                f"{error}; start the server with --engine pipeline for that",
                 param=asked.spelt.get(error.option, error.option),
                 code="unsupported_parameter",
             ) from None

@@ -10,10 +10,11 @@ from datasets import Dataset
 
 from nybble.chat.answerer import Answerer, Sampling
 from nybble.data.batches import Sample
+from nybble.data.order import batches
 from nybble.data.text.tokens import encode_text
 from nybble.export.merge.merge import Merge
 from nybble.export.parity.compare import compare
-from nybble.export.parity.plain import NEW_TOKENS, GreedyAnswer, next_logits
+from nybble.export.parity.plain import NEW_TOKENS, TOKENS_AT_ONCE, GreedyAnswer, next_logits
 from nybble.export.parity.prompts import PLAIN, Question, questions_for
 from nybble.objective.likelihood import bare
 
@@ -65,8 +66,7 @@ def ask_run(answerer: Answerer, validation: Dataset | None, merges: Mapping[str,
     """
     template, questions = answerer.template, questions_for(answerer, validation)
     prompts = [question.prompt for question in questions]
-    continuations = answerer.complete(prompts, Sampling(max_new_tokens=NEW_TOKENS))
-    answers = [GreedyAnswer(continuation.ids, continuation.ended) for continuation in continuations]
+    answers = _answers(answerer, prompts)
     end = [template.end_id]
     rows = [[*prompt, *a.ids, *(end if a.ended else [])] for prompt, a in zip(prompts, answers, strict=True)]
     logits = next_logits(bare(answerer.model), rows, [len(prompt) for prompt in prompts])
@@ -77,3 +77,12 @@ def ask_run(answerer: Answerer, validation: Dataset | None, merges: Mapping[str,
         return reference
     comparison = compare(answerer, merges, reference.samples, "")
     return replace(reference, expected={name: one.kl for name, one in comparison.bases.items()})
+
+
+def _answers(answerer: Answerer, prompts: Sequence[list[int]]) -> list[GreedyAnswer]:
+    """The run's answers, prompts of similar length in one batch."""
+    answers: dict[int, GreedyAnswer] = {}
+    for batch in batches([len(prompt) + NEW_TOKENS for prompt in prompts], TOKENS_AT_ONCE):
+        made = answerer.complete([prompts[n] for n in batch], Sampling(max_new_tokens=NEW_TOKENS))
+        answers |= {n: GreedyAnswer(answer.ids, answer.ended) for n, answer in zip(batch, made, strict=True)}
+    return [answers[n] for n in range(len(prompts))]
