@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from nybble.chat.answerer import Sampling
+from nybble.chat.answerer import Answerer, Sampling
 from nybble.chat.loading import load_answerer
 from nybble.data.text.template import choose_template
 from nybble.engine.loss import last_hidden
@@ -26,7 +26,7 @@ from nybble.export.card import HELD, Subject, data_licences, write_card
 from nybble.export.export import Wanted, export
 from nybble.export.gguf.writer import Converter
 from nybble.export.licence import find_licence
-from nybble.export.parity import loaders, plain
+from nybble.export.parity import loaders, plain, reference
 from nybble.export.parity.compare import Comparison, Divergence
 from nybble.export.precheck import Preflight
 from nybble.model.base.checkpoint import find_checkpoint
@@ -268,6 +268,21 @@ def test_long_prompts_are_answered_a_few_at_a_time_and_alike(run, measured, merg
     assert [answer.ids for answer in parts.answers] == [answer.ids for answer in whole.answers]
     for one, other in zip(whole.logits, parts.logits, strict=True):
         torch.testing.assert_close(one, other, rtol=0.1, atol=0.3)  # bfloat16
+
+
+def test_the_run_answers_long_prompts_a_few_at_a_time_and_alike(run, cache, monkeypatch):
+    answerer, complete, batches = load_answerer(run, cache), Answerer.complete, []
+    monkeypatch.setattr(
+        Answerer, "complete", lambda self, prompts, *more: batches.append(prompts) or complete(self, prompts, *more)
+    )
+    whole = reference.ask_run(answerer, None, {})
+    assert len(batches) == 1
+    monkeypatch.setattr(reference, "TOKENS_AT_ONCE", 250)
+    parts = reference.ask_run(answerer, None, {})
+    assert len(batches) > 2
+    for prompts in batches[1:]:
+        assert len(prompts) == 1 or len(prompts) * (max(map(len, prompts)) + plain.NEW_TOKENS) <= 250
+    assert parts.answers == whole.answers
 
 
 def test_nothing_of_an_export_that_is_stopped_stays(run, measured, cache, tmp_path, quiet, monkeypatch):
