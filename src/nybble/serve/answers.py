@@ -80,7 +80,7 @@ class Job:
         self.created = int(time.time())
         self.timeout, self.began, self.first = timeout, time.perf_counter(), 0.0
         self.deadline = asyncio.get_running_loop().time() + timeout
-        self.prompt_tokens = sum(map(len, prompts))
+        self.prompt_tokens, self.stop_ids = sum(map(len, prompts)), model.stop_ids
         requests = [self._request(prompt, number) for prompt in prompts for number in range(asked.answers)]
         self.mailbox = Mailbox()
         try:
@@ -145,14 +145,12 @@ class Job:
             wanted = f"{max(limit, 1):,}" if limit < 10**12 else "longer than any answer"  # it may have 4,300 digits
             length = f"{len(prompt):,} tokens and {asked.limit_field} is {wanted}"
             raise too_long(asked.source, self.model, length)
-        seed = (
-            None if asked.seed is None else (asked.seed + number) % 2**64
-        )  # the seeds of neighbours differ, below zero too
+        seed = None if asked.seed is None else (asked.seed + number) % 2**64
         greedy = asked.top_p == 0  # of the likeliest tokens that make up nothing, the first is left
         temperature, top_p = (0.0, 1.0) if greedy else (asked.temperature, asked.top_p)
         top_k = min(max(asked.top_k, 0), MOST_KEPT)
         return Request(
-            prompt, limit, self.model.adapter, self.model.stop_ids, temperature, top_p, top_k, seed, asked.likeliest
+            prompt, limit, self.model.adapter, self.stop_ids, temperature, top_p, top_k, seed, asked.likeliest
         )
 
     def _stream(self, prompt: list[int]) -> TextStream:
@@ -171,7 +169,7 @@ class Job:
         self.metrics.tokens.labels(self.model.name, "answer").inc()
         choice.generated += 1
         text = choice.stream.push(token)
-        tokens = [] if token.id in self.model.stop_ids or self.asked.likeliest is None else [token]
+        tokens = [] if token.id in self.stop_ids or self.asked.likeliest is None else [token]
         if choice.stream.stopped:
             choice.answer.cancel()
             self._finish(choice, "stop")
