@@ -16,7 +16,7 @@ from nybble.data.rows.formats import Message
 from nybble.export.gguf.modelfile import write_modelfile
 from nybble.run.folder import open_run
 from nybble.serve.bodies import model_entry
-from nybble.serve.mailbox import Model
+from nybble.serve.engine import ServedModel
 from tests.training.test_train import recipe_for, train
 
 SYSTEM = "Say it backwards."
@@ -133,7 +133,7 @@ def test_a_modelfile_and_the_list_of_models_say_it(answerer):
     assert "SYSTEM" not in write_modelfile("./m.gguf", answerer.tokenizer, answerer.template.source, "</s>")
     odd = write_modelfile("./m.gguf", answerer.tokenizer, answerer.template.source, "</s>", 'three """ quotes')
     assert "contains quotes that a Modelfile cannot express" in odd
-    assert model_entry(Model("run", answerer.template, 512, "base", 400, SYSTEM), 0)["system"] == SYSTEM
+    assert model_entry(ServedModel("run", answerer.template, 512, "base", 400, system=SYSTEM), 0)["system"] == SYSTEM
 
 
 def test_python_opens_a_folder_and_lists_its_names(answerer, taught):
