@@ -36,16 +36,17 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bench.load import CLIENTS, PROMPTS
-from nybble.chat.answerer import Sampling, load_answerers
+from nybble.chat.loading import load_answerers
 from nybble.data.text.tokens import encode_text
+from nybble.generate.padded import Padded
+from nybble.generate.request import Request, complete
 from nybble.recipe import ModelOptions
 from nybble.run.folder import open_run
 from nybble.serve.app import Limits
-from nybble.serve.continuous import load_continuous
 from nybble.serve.engine import Engine
 from nybble.serve.guard import Door
+from nybble.serve.loading import load_continuous, pipeline_engine
 from nybble.serve.metrics import Metrics
-from nybble.serve.pipeline import PipelineEngine
 from nybble.serve.server import listen, make_server, short_turns
 
 
@@ -102,15 +103,18 @@ def measure(
     if merged:
         answerer.model.merge_adapter()  # the adapter's layers then compute with the base's weight alone
     prompts = [encode_text(answerer.template, prompt) for prompt in PROMPTS[:CLIENTS]]
-    answerer.complete(prompts[:1], Sampling(max_new_tokens=8))  # kernels are loaded
-    began = time.perf_counter()
-    made = sum(
-        len(answerer.pipeline().generate([prompt], {"do_sample": False, "max_new_tokens": tokens})[0])
-        for prompt in prompts[:4]
-    )
+    generator = Padded(answerer.model, answerer.tokenizer.pad_token_id)
+    stops = answerer.stop_ids()
+    with torch.inference_mode():
+        complete(generator, [Request(prompts[0], 8, answerer.adapter, stops)])  # kernels are loaded
+        began = time.perf_counter()
+        made = sum(
+            len(complete(generator, [Request(prompt, tokens, answerer.adapter, stops)])[0].ids)
+            for prompt in prompts[:4]
+        )
     row: dict[str, Any] = {"sequential_tok_s": round(made / (time.perf_counter() - began), 1)}
     metrics = Metrics()
-    row |= ask_all(PipelineEngine({"tuned": answerer}, "base", metrics, queue=64), metrics, "tuned", tokens)
+    row |= ask_all(pipeline_engine({"tuned": answerer}, "base", metrics, queue=64), metrics, "tuned", tokens)
     for cache in ("dynamic", "static"):
         row[f"{cache}_tok_s"] = batch_speed(answerer, prompts, tokens, cache)
     return row

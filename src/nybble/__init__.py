@@ -12,7 +12,7 @@ from nybble.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from nybble.chat.answerer import Answerer, Sampling
-    from nybble.chat.answerer import load_answerer as load
+    from nybble.chat.loading import load_answerer as load
     from nybble.data.rows.formats import Message
     from nybble.engine.fuse import fuse, fusion, unfuse
     from nybble.errors import NybbleError
@@ -46,7 +46,7 @@ _HOMES = {
     "Sampling": ("nybble.chat.answerer", "Sampling"),
     "fuse": ("nybble.engine.fuse", "fuse"),
     "fusion": ("nybble.engine.fuse", "fusion"),
-    "load": ("nybble.chat.answerer", "load_answerer"),
+    "load": ("nybble.chat.loading", "load_answerer"),
     "load_recipe": ("nybble.recipe", "load_recipe"),
     "open_run": ("nybble.run.folder", "open_run"),
     "resume": ("nybble.training.train", "resume"),

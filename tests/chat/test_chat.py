@@ -6,17 +6,17 @@ import io
 import json
 
 import pytest
-from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 
 import nybble
-from nybble.chat.answerer import Sampling, load_answerer
+from nybble.chat.answerer import Sampling
+from nybble.chat.loading import load_answerer
 from nybble.chat.terminal import COMMANDS, answer_once, opening, talk
 from nybble.data.rows.formats import Message
 from nybble.export.gguf.modelfile import write_modelfile
 from nybble.run.folder import open_run
 from nybble.serve.bodies import model_entry
-from nybble.serve.engine import Model
+from nybble.serve.engine import ServedModel
 from tests.training.test_train import recipe_for, train
 
 SYSTEM = "Say it backwards."
@@ -64,11 +64,10 @@ def given(monkeypatch):
 
     seen, real = [], chat._answer
 
-    def spy(answerer, conversation, sampling, console):
-        is_base = any(layer.disable_adapters for layer in answerer.model.modules() if isinstance(layer, BaseTunerLayer))
-        completion = real(answerer, conversation, sampling, console)
-        seen.append(("base" if is_base else "tuned", conversation, completion.text))
-        return completion
+    def spy(answerer, side, conversation, sampling, console):
+        continuation = real(answerer, side, conversation, sampling, console)
+        seen.append((side, conversation, continuation.text))
+        return continuation
 
     monkeypatch.setattr(chat, "_answer", spy)
     return seen
@@ -134,7 +133,7 @@ def test_a_modelfile_and_the_list_of_models_say_it(answerer):
     assert "SYSTEM" not in write_modelfile("./m.gguf", answerer.tokenizer, answerer.template.source, "</s>")
     odd = write_modelfile("./m.gguf", answerer.tokenizer, answerer.template.source, "</s>", 'three """ quotes')
     assert "contains quotes that a Modelfile cannot express" in odd
-    assert model_entry(Model("run", answerer.template, 512, "base", 400, SYSTEM), 0)["system"] == SYSTEM
+    assert model_entry(ServedModel("run", answerer.template, 512, "base", 400, system=SYSTEM), 0)["system"] == SYSTEM
 
 
 def test_python_opens_a_folder_and_lists_its_names(answerer, taught):

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from nybble.export.export import Wanted, export
 from nybble.export.gguf.vocabulary import read_vocabulary
-from nybble.serve.pipeline import load_pipeline
+from nybble.serve.loading import load_pipeline
 from tests.conftest import tuned, write_llama
 from tests.local_server import serving
 
@@ -36,9 +36,9 @@ def check(folder, rows, cache, out, monkeypatch, *, begins):
     assert read_vocabulary(own, len(own)).add_bos == begins, "what a GGUF file says of it"
     with serving(lambda metrics: load_pipeline([run], metrics, device="cpu", queue=8, cache=cache)) as server:
         seen = []
-        submit = server.engine.batcher.submit
+        submit = server.engine.worker.submit
         monkeypatch.setattr(
-            server.engine.batcher, "submit", lambda asked, box: seen.extend(asked) or submit(asked, box)
+            server.engine.worker, "submit", lambda asked, sinks: seen.extend(asked) or submit(asked, sinks)
         )
         answer = server.post("/v1/completions", model="run", prompt=list(TEXTS), max_tokens=1)
         assert answer.status_code == 200, answer.text

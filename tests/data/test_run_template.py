@@ -9,7 +9,8 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from nybble.chat.answerer import Sampling, load_answerer, load_template
+from nybble.chat.answerer import Sampling
+from nybble.chat.loading import load_answerer, load_template
 from nybble.data.prepare import prepare
 from nybble.data.rows.formats import Message
 from nybble.data.text.tokens import encode_prompt

@@ -14,7 +14,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from nybble.chat.answerer import Sampling, load_answerer
+from nybble.chat.answerer import Answerer, Sampling
+from nybble.chat.loading import load_answerer
 from nybble.data.text.template import choose_template
 from nybble.engine.loss import last_hidden
 from nybble.errors import ExportError, HubError, ModelError, PlaceError, RunError
@@ -25,8 +26,7 @@ from nybble.export.card import HELD, Subject, data_licences, write_card
 from nybble.export.export import Wanted, export
 from nybble.export.gguf.writer import Converter
 from nybble.export.licence import find_licence
-from nybble.export.parity import gate as parity
-from nybble.export.parity import loaders
+from nybble.export.parity import loaders, plain, reference
 from nybble.export.parity.compare import Comparison, Divergence
 from nybble.export.precheck import Preflight
 from nybble.model.base.checkpoint import find_checkpoint
@@ -198,10 +198,10 @@ def bos_before_a_text(folder):
 SPOILT = [
     (eos_that_does_not_end, "an answer ends with '</s>', and the artefact stops at ['<unk>'] only"),
     (template_lost, "the chat template is lost"),
-    (other_template, "is other tokens from place"),
+    (other_template, "has other tokens from position"),
     (tensor_damaged, "differ from the run's by"),
-    (tokenizer_changed, "is other tokens from place"),
-    (bos_before_a_text, "is other tokens from place 0 on"),
+    (tokenizer_changed, "has other tokens from position"),
+    (bos_before_a_text, "has other tokens from position 0 on"),
 ]
 
 
@@ -229,7 +229,7 @@ def test_a_model_is_loaded_where_it_fits(monkeypatch):
     def placed(size, device, card, memory):
         monkeypatch.setattr(loaders, "device_memory", lambda device: Memory(int(card * 1e9), int(card * 1e9)))
         monkeypatch.setattr(loaders, "host_memory", lambda: Memory(int(memory * 1e9), int(memory * 1e9)))
-        return loaders.place_for(int(size * 1e9), device)
+        return loaders.placement_for(int(size * 1e9), device)
 
     assert placed(13.5, gpu, 24, 16) == {"device_map": {"": gpu}}
     assert placed(13.5, gpu, 12, 16) == {"device_map": "auto", "max_memory": {0: 9_000_000_000, "cpu": 16_000_000_000}}
@@ -251,7 +251,7 @@ def test_a_model_that_is_spread_answers_alike_and_one_that_fits_nowhere_is_kept_
     assert whole.answers == in_parts.answers
     assert all(torch.equal(one, other) for one, other in zip(whole.logits, in_parts.logits, strict=True))
     monkeypatch.setattr(module, "_measure", lambda *_: measured)
-    monkeypatch.setattr(kinds, "place_for", lambda size, device: None)
+    monkeypatch.setattr(kinds, "placement_for", lambda size, device: None)
     folder = export(run, Wanted("merged", tmp_path / "out"), told, cache)
     said = "bfloat16 not checked: its 0.0 GB do not fit into the free memory"
     assert said in told.export_text()
@@ -261,14 +261,29 @@ def test_a_model_that_is_spread_answers_alike_and_one_that_fits_nowhere_is_kept_
 def test_long_prompts_are_answered_a_few_at_a_time_and_alike(run, measured, merged, monkeypatch):
     whole = loaders.through_transformers(merged[0], measured[0].reference, {"device_map": {"": "cpu"}})
     seen = []
-    monkeypatch.setattr(parity, "TOKENS_AT_ONCE", 250)
-    monkeypatch.setattr(parity, "last_hidden", lambda *words: seen.append(words[2]) or last_hidden(*words))
+    monkeypatch.setattr(plain, "TOKENS_AT_ONCE", 250)
+    monkeypatch.setattr(plain, "last_hidden", lambda *words: seen.append(words[2]) or last_hidden(*words))
     parts = loaders.through_transformers(merged[0], measured[0].reference, {"device_map": {"": "cpu"}})
     assert len(seen) > 1
     assert all(batch["input_ids"].numel() <= 250 or len(batch["input_ids"]) == 1 for batch in seen)
     assert [answer.ids for answer in parts.answers] == [answer.ids for answer in whole.answers]
     for one, other in zip(whole.logits, parts.logits, strict=True):
         torch.testing.assert_close(one, other, rtol=0.1, atol=0.3)  # bfloat16
+
+
+def test_the_run_answers_long_prompts_a_few_at_a_time_and_alike(run, cache, monkeypatch):
+    answerer, complete, batches = load_answerer(run, cache), Answerer.complete, []
+    monkeypatch.setattr(
+        Answerer, "complete", lambda self, prompts, *more: batches.append(prompts) or complete(self, prompts, *more)
+    )
+    whole = reference.ask_run(answerer, None, {})
+    assert len(batches) == 1
+    monkeypatch.setattr(reference, "TOKENS_AT_ONCE", 250)
+    parts = reference.ask_run(answerer, None, {})
+    assert len(batches) > 2
+    for prompts in batches[1:]:
+        assert len(prompts) == 1 or len(prompts) * (max(map(len, prompts)) + plain.NEW_TOKENS) <= 250
+    assert parts.answers == whole.answers
 
 
 def test_nothing_of_an_export_that_is_stopped_stays(run, measured, cache, tmp_path, quiet, monkeypatch):

@@ -25,8 +25,9 @@ from nybble.export.gguf.modelfile import go_template, write_modelfile
 from nybble.export.gguf.vocabulary import BYTE, CONTROL, UNKNOWN, read_vocabulary
 from nybble.export.gguf.writer import Converter, interleave, rope_factors
 from nybble.export.merge.merge import Merge, Model, Original
-from nybble.export.parity.gate import Question, Reference
 from nybble.export.parity.loaders import has_llama_cpp, through_llama_cpp
+from nybble.export.parity.prompts import Question
+from nybble.export.parity.reference import Reference
 from nybble.model.base.checkpoint import find_checkpoint
 from nybble.model.base.load import load_config
 from nybble.model.tokenizer.load import load_tokenizer
@@ -190,7 +191,7 @@ def tokenizer(monkeypatch):
         (eos, "it would never end"),
         (template, "the chat template is lost"),
         (tensor, "differ from the run's by"),
-        (tokenizer, "is other tokens from place"),
+        (tokenizer, "has other tokens from position"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -11,7 +11,7 @@ import shutil
 import pytest
 import torch
 
-from nybble.chat.answerer import load_answerer
+from nybble.chat.loading import load_answerer
 from nybble.errors import ModelError
 from nybble.files import cache as kept
 from nybble.model.base import bits

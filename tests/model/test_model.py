@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from nybble.chat.answerer import load_answerer
+from nybble.chat.loading import load_answerer
 from nybble.errors import DeviceError, ModelError
 from nybble.model.adapter.lora import (
     add_adapter,

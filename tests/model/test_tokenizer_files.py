@@ -11,7 +11,7 @@ import pytest
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nybble.chat.answerer import load_template
+from nybble.chat.loading import load_template
 from nybble.data.rows.formats import Message
 from nybble.data.text.template import choose_template
 from nybble.data.text.tokens import EncodingError, encode, encode_prompt

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nybble.recipe import absolute_paths, load_recipe
 from nybble.run.folder import Run, open_run, versions
 from nybble.run.marks import COMPLETE
-from nybble.serve.pipeline import load_pipeline
+from nybble.serve.loading import load_pipeline
 from nybble.training.train import train
 from tests.conftest import ROOT
 from tests.local_server import serving

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 import nybble.model.base.checkpoint as checkpoint
-from nybble.chat.answerer import Sampling, load_answerer
+from nybble.chat.answerer import Sampling
+from nybble.chat.loading import load_answerer
 from nybble.data.rows.formats import Message
 from nybble.data.text.template import BUILT_IN
 from nybble.errors import DataError, ModelError, RecipeError, RunError

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nybble.serve.pipeline import load_pipeline
+from nybble.serve.loading import load_pipeline
 from tests.corpus.cases import sampled
 from tests.corpus.requests import (
     CASES,

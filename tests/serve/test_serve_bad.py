@@ -10,7 +10,7 @@ import socket
 import pytest
 
 from nybble.data.text.template import choose_template
-from nybble.serve.pipeline import load_pipeline
+from nybble.serve.loading import load_pipeline
 from tests.local_server import serving
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"

@@ -26,14 +26,14 @@ from nybble.data.rows.formats import Message
 from nybble.data.text import spans
 from nybble.data.text.template import choose_template
 from nybble.data.text.tokens import count_tokens, encode_prompt, encode_text
+from nybble.generate.batching import GenerationBatch
 from nybble.serve import connection, encoding, guard
 from nybble.serve import server as serve_server
 from nybble.serve.app import Limits
-from nybble.serve.batching import Batch
 from nybble.serve.encoding import Encoder, longest_token, pieces
-from nybble.serve.engine import Model
+from nybble.serve.engine import ServedModel
 from nybble.serve.fields import RequestError
-from nybble.serve.pipeline import load_pipeline
+from nybble.serve.loading import load_pipeline
 from nybble.serve.server import listen
 from tests.corpus.requests import CHAT, RESPONSES, ask, chat, head, plain, post, response
 from tests.local_server import serving, wait_until_ready
@@ -144,9 +144,9 @@ def test_who_leaves_while_a_prompt_is_tokenised_is_forgotten(server, roomy):
 
 
 def test_who_leaves_while_waiting_gets_no_token(server, monkeypatch):
-    batcher, gate = server.engine.batcher, threading.Event()
-    generate = batcher.generate
-    monkeypatch.setattr(batcher, "generate", lambda batch: gate.wait(20) and generate(batch))
+    padded, gate = server.engine.worker.generator, threading.Event()
+    compute = padded._compute
+    monkeypatch.setattr(padded, "_compute", lambda batch: gate.wait(20) and compute(batch))
     rows, tokens = server.metric("nybble_batch_rows_sum"), server.metric("nybble_tokens_total")
     results: dict[str, tuple[int, str]] = {}
     thread = asking(server, results, "ahead", **chat(max_tokens=1))
@@ -172,7 +172,7 @@ class Counted:
     """The encoder at work on pieces of 1,000 characters."""
 
     def __init__(self, tokenizer, monkeypatch, positions: int) -> None:
-        self.model = Model("run", choose_template(tokenizer, "alpaca", "alpaca"), positions, None, 400)
+        self.model = ServedModel("run", choose_template(tokenizer, "alpaca", "alpaca"), positions, None, 400)
         self.counted: list[str] = []
         monkeypatch.setattr(encoding, "LONG", 5000)
         monkeypatch.setattr(encoding, "PIECE", 1000)
@@ -418,13 +418,13 @@ def asking(server, results, name, route=CHAT, chunks=None, **body):
 @pytest.fixture
 def slow_tokens(monkeypatch):
     """A token takes 20 ms, so that answers last until all are at work, however busy the machine is."""
-    step = Batch.step
+    step = GenerationBatch.step
 
     def slow(self, *args, **kwargs):
         time.sleep(0.02)
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(Batch, "step", slow)
+    monkeypatch.setattr(GenerationBatch, "step", slow)
 
 
 @pytest.mark.usefixtures("slow_tokens")

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from nybble.serve.pipeline import load_pipeline
+from nybble.serve.loading import load_pipeline
 from tests.conftest import ROOT
 from tests.local_server import events, serving
 

@@ -13,8 +13,8 @@ from nybble.errors import ServeError
 from nybble.serve import server as serve_server
 from nybble.serve.app import Limits
 from nybble.serve.guard import make_door
-from nybble.serve.pipeline import load_pipeline
-from nybble.serve.server import Place, serve
+from nybble.serve.loading import load_pipeline
+from nybble.serve.server import Address, serve
 from tests.local_server import serving
 
 PAGE = "https://app.example"
@@ -105,7 +105,7 @@ def test_the_command_line_brings_both_to_the_server(tuned_run, monkeypatch, quie
     with pytest.raises(ServeError, match=r"--allow-origin and --allow-host are for nybble's own server"):
         serve(
             [tuned_run],
-            Place(door=make_door(None, [PAGE], [])),
+            Address(door=make_door(None, [PAGE], [])),
             quiet,
             engine="vllm",
             device="auto",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import stat
@@ -21,10 +20,9 @@ from nybble.data.text.tokens import encode_prompt
 from nybble.errors import RunError, ServeError
 from nybble.run.folder import open_run
 from nybble.serve.app import Limits
-from nybble.serve.continuous import load_continuous
-from nybble.serve.engine import Mailbox, Request
+from nybble.serve.loading import load_continuous
 from nybble.serve.metrics import Metrics
-from nybble.serve.server import Place, serve
+from nybble.serve.server import Address, serve
 from nybble.serve.vllm import command, environment
 from tests.local_server import another_run, serving
 
@@ -53,7 +51,7 @@ def test_continuous_batching_answers_each_as_generate_does(merged, cache):
         expected, got = {}, {}
         for text in ("say one two", "say red 3", "go on"):
             prompt = torch.tensor([encode_prompt(served.template, (Message("user", text),))])
-            settings = {"do_sample": False, "eos_token_id": server.engine.ends, "pad_token_id": 0}
+            settings = {"do_sample": False, "eos_token_id": sorted(served.stop_ids), "pad_token_id": 0}
             ids = model.generate(prompt, max_new_tokens=10, **settings)[0, prompt.shape[1] :]
             expected[text] = served.template.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
@@ -98,29 +96,6 @@ def test_continuous_batching_answers_each_as_generate_does(merged, cache):
         server.wait_for("nybble_running", 0, 10)
 
 
-def test_what_is_given_up_while_it_waits_gets_no_token(merged, cache):
-    engine = load_continuous([merged], Metrics(), device="cpu", queue=64, cache=cache)
-
-    async def work():
-        mailbox = Mailbox()
-        answers = engine.submit([Request("merged-run", [1, 40, 50], 6)] * 40, mailbox)
-        left, tokens = answers[36:], dict.fromkeys(map(id, answers), 0)  # 32 are under way at once
-        for answer in left:
-            answer.cancel()
-        assert {answer.finish for answer in left} == {"cancelled"}
-        while any(answer.finish is None for answer in answers):
-            answer, token = await mailbox.take(asyncio.get_running_loop().time() + 30)
-            tokens[id(answer)] += token is not None
-        return [tokens[id(answer)] for answer in answers]
-
-    try:
-        made = asyncio.run(work())
-    finally:
-        engine.close()
-    assert made[36:] == [0] * 4
-    assert all(made[:36])
-
-
 def test_a_run_that_was_not_merged_says_how(tuned_run, cache):
     with pytest.raises(ServeError, match=r"takes a merged model[\s\S]*nybble export .*run --to merged"):
         load_continuous([tuned_run], Metrics(), device="cpu", queue=1, cache=cache)
@@ -153,7 +128,7 @@ def test_the_key_goes_to_vllm_where_no_other_user_sees_it(tuned_run):
 
 
 def start(run, quiet, *, limits=Limits(), device="auto", **place):  # noqa: B008
-    serve([run], Place(**place), quiet, engine="vllm", device=device, limits=limits)
+    serve([run], Address(**place), quiet, engine="vllm", device=device, limits=limits)
 
 
 def test_where_vllm_is_missing_it_says_how_to_install_it(tuned_run, quiet, monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ import threading
 
 import openai
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.types import completion_create_params
@@ -19,8 +20,11 @@ from openai.types.responses import response_create_params
 from nybble.data.rows.formats import Message
 from nybble.data.text.template import Template
 from nybble.data.text.tokens import encode
+from nybble.generate.batching import ActiveRequest
+from nybble.generate.request import Request
+from nybble.generate.sampling import Draw
 from nybble.serve.fields import RequestError
-from nybble.serve.pipeline import load_pipeline
+from nybble.serve.loading import load_pipeline
 from nybble.serve.protocol import ChatRequest, CompletionRequest, parse
 from nybble.serve.responses import ResponseRequest
 from tests.data.test_template import NEEDS_A_USER
@@ -170,9 +174,9 @@ def test_as_many_prompts_as_may_wait_are_answered_and_more_are_refused_for_good(
 
 def test_an_assistants_last_message_is_continued_as_it_was_trained(peaky_run, cache, monkeypatch):
     with serving(lambda metrics: load_pipeline([peaky_run], metrics, device="cpu", queue=16, cache=cache)) as server:
-        seen, submit = [], server.engine.batcher.submit
+        seen, submit = [], server.engine.worker.submit
         monkeypatch.setattr(
-            server.engine.batcher, "submit", lambda asked, box: seen.extend(asked) or submit(asked, box)
+            server.engine.worker, "submit", lambda asked, sinks: seen.extend(asked) or submit(asked, sinks)
         )
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         ask = {"model": "peaky-run", "max_tokens": 30, "temperature": 0}
@@ -269,8 +273,8 @@ def test_whatever_is_asked_for_is_answered_or_refused_by_name(server, route, goo
 
 def test_a_queue_that_is_full_for_now_says_when_to_come_back(tuned_run, cache, monkeypatch):
     with serving(lambda metrics: load_pipeline([tuned_run], metrics, device="cpu", queue=4, cache=cache)) as server:
-        go, generate = threading.Event(), server.engine.batcher.generate
-        monkeypatch.setattr(server.engine.batcher, "generate", lambda batch: (go.wait(30), generate(batch)))
+        go, generate = threading.Event(), server.engine.worker.generator._compute
+        monkeypatch.setattr(server.engine.worker.generator, "_compute", lambda batch: (go.wait(30), generate(batch)))
         ask = {"model": "run", "messages": ASK, "max_tokens": 2}
         answers = []
         threads = [threading.Thread(target=lambda n=n: answers.append(server.post(**ask, n=n))) for n in (1, 4)]
@@ -288,3 +292,17 @@ def test_a_queue_that_is_full_for_now_says_when_to_come_back(tuned_run, cache, m
             thread.join()
         assert [answer.status_code for answer in answers] == [200, 200]
         assert list(itertools.chain(*map(said, answers)))
+
+
+@given(st.floats(0, 2), st.sampled_from([0, 3, 2**31, 10**30]), st.floats(0, 1, exclude_min=True))
+def test_whatever_sampling_is_asked_for_a_likely_token_is_drawn(temperature, top_k, top_p):
+    asked = parse(CompletionRequest, json.dumps({
+        "model": "m", "prompt": "x", "temperature": temperature, "top_k": top_k, "top_p": top_p,
+    }).encode())  # fmt: skip
+    logits = torch.tensor([[0.0, 30.0, 31.0, -1e4]])
+    if asked.temperature == 0:  # generate's argmax
+        assert temperature < 1e-4
+    else:
+        sampling = {"temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p}
+        row = ActiveRequest(Request([1], 8, None, frozenset(), **sampling), None, 0)
+        assert int(Draw([row], logits.device)(None, logits).argmax()) in (1, 2)

@@ -12,7 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from nybble.serve.pipeline import load_pipeline
+from nybble.serve.loading import load_pipeline
 from tests.browser import CHROMIUM, browser
 from tests.local_server import another_run, serving
 

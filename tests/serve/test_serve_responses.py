@@ -10,7 +10,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from nybble.serve.app import Limits
-from nybble.serve.pipeline import load_pipeline
+from nybble.serve.loading import load_pipeline
 from tests.local_server import serving
 
 ASKED = "say one two 3"
@@ -62,8 +62,8 @@ def test_a_text_is_answered_as_a_chat_would(server, client):
 
 def test_instructions_and_parts_are_a_conversation(server, client, monkeypatch):
     seen = []
-    submit = server.engine.batcher.submit
-    monkeypatch.setattr(server.engine.batcher, "submit", lambda asked, box: seen.extend(asked) or submit(asked, box))
+    submit = server.engine.worker.submit
+    monkeypatch.setattr(server.engine.worker, "submit", lambda asked, sinks: seen.extend(asked) or submit(asked, sinks))
     first = client.responses.create(**GREEDY, instructions="be brief", input=ASKED, max_output_tokens=8)
     said = [
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": ASKED}]},

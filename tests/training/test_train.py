@@ -18,11 +18,11 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-import nybble.chat.samples as samples
 import nybble.training.preparation as preparation
+import nybble.training.samples as samples
 import nybble.training.train as training
-from nybble.chat.answerer import Sampling, load_answerer
-from nybble.chat.samples import SampleAnswers
+from nybble.chat.answerer import Sampling
+from nybble.chat.loading import load_answerer
 from nybble.data.batches import Collator
 from nybble.data.rows.formats import Message
 from nybble.data.text.tokens import encode_prompt
@@ -41,6 +41,7 @@ from nybble.plan.out_of_memory import leaner
 from nybble.recipe import Recipe, load_recipe
 from nybble.run.folder import Run, open_run
 from nybble.run.log import read_metrics
+from nybble.training.samples import SampleAnswers
 from nybble.training.train import resume, train
 from nybble.training.trainer import Window
 from nybble.weights.frozen import linear4bits

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rich.console import Console
 from rich.text import Text
-from transformers import TextStreamer
 
-from nybble.chat.answerer import Answerer, Completion, Sampling
+from nybble.chat.answerer import Answerer, Continuation, Sampling
+from nybble.chat.text import TextStream
 from nybble.data.rows.formats import Conversation, Message
 from nybble.data.text.tokens import encode_prompt
 from nybble.errors import DataError
+from nybble.generate.request import Token
 from nybble.terminal import tell
 
 HELP = (
@@ -20,48 +22,55 @@ HELP = (
     "removes it; /exit or Ctrl-D quits. To send a message that begins with /, put a space before it."
 )
 COMMANDS = ("/new", "/system", "/help", "/exit", "/quit")
-STYLES = {"base": "bold yellow", "tuned": "bold green"}
-SHOWN = 300  # characters of a system message
+Side = Literal["base", "tuned"]
+STYLES: dict[Side, str] = {"base": "bold yellow", "tuned": "bold green"}
+LONGEST_SHOWN = 300  # characters of a system message
 
 
-class Stream(TextStreamer):  # type: ignore[misc]
-    """Print an answer as it is generated."""
+class AnswerPrinter:
+    """Prints an answer as it is generated."""
 
     def __init__(self, answerer: Answerer, console: Console) -> None:
-        super().__init__(answerer.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.console = console
+        self._stream = TextStream(answerer.tokenizer, strip=False)
+        self._console = console
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Write what is certain not to change any more."""
-        self.console.print(text, end="\n" if stream_end else "", markup=False, highlight=False, soft_wrap=True)
+    def on_token(self, _: int, token: Token) -> None:
+        """Print the text that is certain after one more token."""
+        self._print(self._stream.push(token))
+
+    def end(self) -> None:
+        """Print what is left, and end the line."""
+        self._print(self._stream.end() + "\n")
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, end="", markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def answer_once(
     answerer: Answerer,
-    conversations: Mapping[str, Conversation],
+    conversations: Mapping[Side, Conversation],
     sampling: Sampling,
     console: Console,
     remarks: Console | None = None,
-) -> dict[str, str]:
-    """Stream one answer each.
+) -> dict[Side, str]:
+    """Stream one answer per model.
 
     Args:
-        conversations: by who is to answer: tuned, and base before it where they are compared.
-        remarks: where an answer that was cut off is said to be; None for the console.
+        conversations: by the model that answers: tuned, and base before it where they are compared.
+        remarks: where it is said that an answer was cut off; None for the console.
 
     Returns:
-        The answers, by who gave them.
+        The answers, by model.
     """
-    answers = {}
-    for who, conversation in conversations.items():
+    answers: dict[Side, str] = {}
+    for side, conversation in conversations.items():
         if len(conversations) > 1:
-            console.print(who, style=STYLES[who])
-        with answerer.as_tuned(who == "tuned"):
-            completion = _answer(answerer, conversation, sampling, console)
-        if not completion.ended:
+            console.print(side, style=STYLES[side])
+        continuation = _answer(answerer, side, conversation, sampling, console)
+        if not continuation.ended:
             line = f"(cut off after {sampling.max_new_tokens} tokens; --max-new-tokens allows more)"
             tell(remarks or console, Text(line, "dim"), hang=1)
-        answers[who] = completion.text
+        answers[side] = continuation.text
     return answers
 
 
@@ -71,8 +80,8 @@ def opening(answerer: Answerer, system: str | None) -> Conversation:
     return (Message("system", text),) if text else ()
 
 
-def speakers(compare: bool) -> tuple[str, ...]:
-    """Who answers."""
+def sides(compare: bool) -> tuple[Side, ...]:
+    """Which models answer."""
     return ("base", "tuned") if compare else ("tuned",)
 
 
@@ -92,7 +101,7 @@ def talk(
         compare: the base answers before the tuned model, each in a conversation of its own.
     """
     tell(console, Text(HELP, "dim"), hang=2)
-    chat = _Chat(answerer, sampling, console, speakers(compare), opening(answerer, system))
+    chat = _Chat(answerer, sampling, console, sides(compare), opening(answerer, system))
     if system is None and answerer.system:
         chat.show_system()
     while True:
@@ -105,7 +114,7 @@ def talk(
         if line.startswith("/") and "/" not in word[1:]:  # a path is a message
             if word in ("/exit", "/quit"):
                 return
-            chat.obey(word, line.removeprefix(word).strip())
+            chat.run_command(word, line.removeprefix(word).strip())
         elif word:
             chat.ask(line.strip())
 
@@ -115,12 +124,12 @@ class _Chat:
     answerer: Answerer
     sampling: Sampling
     console: Console
-    speakers: Sequence[str]
+    sides: Sequence[Side]
     opening: Conversation
-    histories: dict[str, Conversation] = field(default_factory=dict)
-    """Of each speaker: what it answered itself is what it goes on from."""
+    histories: dict[Side, Conversation] = field(default_factory=dict)
+    """By model: each continues from its own answers."""
 
-    def obey(self, command: str, text: str) -> None:
+    def run_command(self, command: str, text: str) -> None:
         if command == "/new":
             self.histories = {}
         elif command == "/system" and not text:
@@ -147,25 +156,29 @@ class _Chat:
             return
         text = self.opening[0].content
         of = "the training rows'" if text == self.answerer.system else "your"
-        shown = text if len(text) <= SHOWN else text[:SHOWN] + "..."
+        shown = text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
         tell(self.console, Text(f"{of} system message: {shown}", "dim"), hang=2)
 
     def ask(self, message: str) -> None:
-        asked = {who: (*self.histories.get(who, self.opening), Message("user", message)) for who in self.speakers}
+        question = Message("user", message)
+        conversations = {side: (*self.histories.get(side, self.opening), question) for side in self.sides}
         try:
-            answers = answer_once(self.answerer, asked, self.sampling, self.console)
+            answers = answer_once(self.answerer, conversations, self.sampling, self.console)
         except KeyboardInterrupt:
             self.console.print("\n(stopped)", style="dim")
             return
         except DataError as fault:  # a control word of the template
             self.console.print(str(fault), style="red", markup=False)
             return
-        for who, answer in answers.items():
+        for side, answer in answers.items():
             if answer:
-                self.histories[who] = (*asked[who], Message("assistant", answer))
+                self.histories[side] = (*conversations[side], Message("assistant", answer))
 
 
-def _answer(answerer: Answerer, conversation: Conversation, sampling: Sampling, console: Console) -> Completion:
-    prompt = encode_prompt(answerer.template, conversation)
-    (completion,) = answerer.complete([prompt], sampling, Stream(answerer, console))
-    return completion
+def _answer(
+    answerer: Answerer, side: Side, conversation: Conversation, sampling: Sampling, console: Console
+) -> Continuation:
+    prompt, printer = encode_prompt(answerer.template, conversation), AnswerPrinter(answerer, console)
+    (continuation,) = answerer.complete([prompt], sampling, base=side == "base", on_token=printer.on_token)
+    printer.end()
+    return continuation

@@ -44,8 +44,9 @@ def chat(
     opened, cache = open_run(run, base), cache_folder(context)
     check_cache(cache)
     quiet()
-    from nybble.chat.answerer import Sampling, load_answerer
-    from nybble.chat.terminal import answer_once, opening, speakers, talk
+    from nybble.chat.answerer import Sampling
+    from nybble.chat.loading import load_answerer
+    from nybble.chat.terminal import answer_once, opening, sides, talk
     from nybble.data.rows.formats import Message
 
     console = Console()
@@ -61,7 +62,7 @@ def chat(
         talk(answerer, sampling, console, system=system, compare=compare)
         return
     asked = (*opening(answerer, system), Message("user", prompt))
-    answer_once(answerer, dict.fromkeys(speakers(compare), asked), sampling, console, Console(stderr=True))
+    answer_once(answerer, dict.fromkeys(sides(compare), asked), sampling, console, Console(stderr=True))
 
 
 @app.command("eval")
@@ -187,15 +188,15 @@ def serve(
     try:
         from nybble.serve.app import Limits
         from nybble.serve.guard import make_door
-        from nybble.serve.server import Place, read_key
+        from nybble.serve.server import Address, read_key
         from nybble.serve.server import serve as listen
     except ModuleNotFoundError as error:
         raise ServeError(
             f"the server needs packages that are not installed ({error})", fix=install_extra("serve")
         ) from error
     door = make_door(read_key(api_key, api_key_file), allow_origin or (), allow_host or ())
-    place, limits = Place(host, port, door), Limits(timeout, log_prompts, queue)
+    address, limits = Address(host, port, door), Limits(timeout, log_prompts, queue)
     try:
-        listen(opened, place, Console(), engine=engine, device=device, limits=limits, cache=cache)
+        listen(opened, address, Console(), engine=engine, device=device, limits=limits, cache=cache)
     except KeyboardInterrupt:  # uvicorn raises it again once everything has finished
         return

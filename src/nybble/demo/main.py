@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from nybble.chat.answerer import Answerer, Sampling, load_answerer
+from nybble.chat.answerer import Answerer, Sampling
+from nybble.chat.loading import load_answerer
 from nybble.demo.embedded import embedded_model
 from nybble.demo.orders import SYSTEM, Order, asked, exact_match, test_orders, train_orders
 from nybble.evaluate.evaluation import Asked, evaluate
@@ -53,7 +54,7 @@ def run_demo(seed: int, folder: pathlib.Path, console: Console, cache: pathlib.P
         seed: decides training orders, test orders, initialisation and order of the steps.
         folder: the run folder.
         console: where it is shown.
-        cache: where the model is unpacked and its quantised copy kept; None is this user's own place.
+        cache: where the model is unpacked and its quantised copy kept; None is this user's own cache.
 
     Raises:
         ModelError: the embedded model is not installed.
@@ -109,11 +110,11 @@ def _train(
     if data.exists() and not data.is_file():
         kept.discard(data)
     write_text(data, "".join(json.dumps({"messages": _row(order)}) + "\n" for order in orders))
-    words = [f"model.path={base}", f"data.path={data}", f"out={folder}", f"data.validation={HELD_OUT}"]
-    words += [f"train.micro_batch={BATCH}", "train.accumulation=1", f"train.max_steps={STEPS}", f"train.seed={seed}"]
-    words += [f"train.learning_rate={LEARNING_RATE}", "train.scheduler=linear", "train.warmup=5", "train.samples=0"]
-    words += [f"train.evaluate_every={STEPS}", "train.gradient_checkpointing=false", "data.max_length=512"]
-    return train(load_recipe(None, words), console=console, cache=cache)
+    options = [f"model.path={base}", f"data.path={data}", f"out={folder}", f"data.validation={HELD_OUT}"]
+    options += [f"train.micro_batch={BATCH}", "train.accumulation=1", f"train.max_steps={STEPS}", f"train.seed={seed}"]
+    options += [f"train.learning_rate={LEARNING_RATE}", "train.scheduler=linear", "train.warmup=5", "train.samples=0"]
+    options += [f"train.evaluate_every={STEPS}", "train.gradient_checkpointing=false", "data.max_length=512"]
+    return train(load_recipe(None, options), console=console, cache=cache)
 
 
 def _row(order: Order) -> list[dict[str, str]]:
@@ -132,19 +133,19 @@ def _scores(answerer: Answerer, shots: Sequence[Order], tests: Sequence[Order], 
     for name, tuned, examples in ways:
         began = time.perf_counter()
         orders = tests if tuned else tests[:BASE_TESTS]
-        with console.status(f"{name} answers {len(orders)} orders"), answerer.as_tuned(tuned):
-            answers = _answers(answerer, orders, examples)
+        with console.status(f"{name} answers {len(orders)} orders"):
+            answers = _answers(answerer, orders, examples, base=not tuned)
         right = sum(exact_match(answer, order.answer) for answer, order in zip(answers, orders, strict=True))
         console.print(f"{name:<17} {right:>3} of {len(orders)} exactly right  ({time.perf_counter() - began:.0f} s)")
         scores.append(Score(name, right, answers))
     return scores
 
 
-def _answers(answerer: Answerer, orders: Sequence[Order], examples: Sequence[Order]) -> list[str]:
-    """All orders in one batch, greedily; an answer may be a little longer than the longest right one."""
+def _answers(answerer: Answerer, orders: Sequence[Order], examples: Sequence[Order], *, base: bool) -> list[str]:
+    """Greedy answers to all orders; an answer may be a little longer than the longest right one."""
     longest = max(len(answerer.tokenizer(order.answer)["input_ids"]) for order in orders)
     conversations = [asked(order.text, examples) for order in orders]
-    return answerer.answer(conversations, Sampling(max_new_tokens=longest + 5))
+    return answerer.answer(conversations, Sampling(max_new_tokens=longest + 5), base=base)
 
 
 def _sparkline(losses: Sequence[float]) -> str:

@@ -16,7 +16,8 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 
-from nybble.chat.answerer import Answerer, load_answerer
+from nybble.chat.answerer import Answerer
+from nybble.chat.loading import load_answerer
 from nybble.data.batches import PackedRows
 from nybble.data.order import lengths_of
 from nybble.errors import EvaluationError
@@ -245,8 +246,8 @@ class Findings:
         fixed = fixed_prompts(self.answerer)
         asked, answers = [*held_out, *fixed], {}
         for who in WHO:
-            with self.answerer.as_tuned(who == "tuned"), self.console.status(f"{who} answers {len(asked)} prompts"):
-                answers[who] = answer(self.answerer, asked)
+            with self.console.status(f"{who} answers {len(asked)} prompts"):
+                answers[who] = answer(self.answerer, asked, base=who == "base")
         everything = side_by_side(asked, answers["base"], answers["tuned"])
         self.parts["samples"] = [*everything[: len(held_out)][:SAMPLES], *everything[len(held_out) :]]
         if not held_out:

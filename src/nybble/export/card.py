@@ -17,7 +17,7 @@ from nybble.errors import DataError
 from nybble.evaluate.report.wording import LOSS, NONE, Scale, by_verdict, duration, scale
 from nybble.export.licence import HUB_ID, LLAMA2_POLICY, Licence
 from nybble.export.parity.compare import Comparison
-from nybble.export.parity.gate import Verdict
+from nybble.export.parity.verdict import Verdict
 from nybble.markdown import code, escaped, fence, front_matter, storable
 from nybble.recipe import dump_recipe
 from nybble.run.folder import Run

@@ -13,7 +13,7 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from nybble.chat.answerer import load_answerer
+from nybble.chat.loading import load_answerer
 from nybble.data.text.template import Template
 from nybble.evaluate.rows import rows_of
 from nybble.evaluate.tell import progress_bar
@@ -25,8 +25,9 @@ from nybble.export.licence import find_licence, hub_id
 from nybble.export.merge.merge import Merge
 from nybble.export.merge.updates import read_updates
 from nybble.export.parity.compare import ROWS, Comparison, compare
-from nybble.export.parity.gate import Reference, Verdict, ask_run
+from nybble.export.parity.reference import Reference, ask_run
 from nybble.export.parity.report import refuse_failed, write_report
+from nybble.export.parity.verdict import Verdict
 from nybble.export.publish import check_push, push
 from nybble.export.source import Source, merges_of, open_source
 from nybble.export.tell import tell_comparison, tell_verdicts

@@ -15,15 +15,17 @@ from nybble.export import loading
 from nybble.export.artefacts import Contents, write_adapter, write_gguf_words, write_merged
 from nybble.export.formats import Converter
 from nybble.export.merge.merge import Merge, Model
-from nybble.export.parity.gate import NEW_TOKENS, Reference, Verdict, judge
 from nybble.export.parity.loaders import (
     GET_LLAMA_CPP,
     has_llama_cpp,
-    place_for,
+    placement_for,
     through_llama_cpp,
     through_peft,
     through_transformers,
 )
+from nybble.export.parity.plain import NEW_TOKENS
+from nybble.export.parity.reference import Reference
+from nybble.export.parity.verdict import Verdict, judge
 from nybble.export.source import Source
 from nybble.markdown import code
 from nybble.model.base.load import quantization_plan
@@ -62,8 +64,8 @@ class Adapter:
             double = source.run.recipe.model.double_quantization
             plan = quantization_plan(source.quantization, double, source.computed)
         device = choose_device(source.run.recipe.model.device)
-        given = through_peft(folder, source.checkpoint.folder, plan, source.computed, reference, device)
-        return [judge("adapter", reference, given, None, contents.tokenizer)]
+        observed = through_peft(folder, source.checkpoint.folder, plan, source.computed, reference, device)
+        return [judge("adapter", reference, observed, None, contents.tokenizer)]
 
     def words(self) -> tuple[str, str, list[str]]:
         """For the card."""
@@ -86,11 +88,11 @@ class Merged:
     def check(self, folder: pathlib.Path, reference: Reference, contents: Contents) -> list[Verdict | str]:
         """Through Transformers alone, where the memory holds it."""
         size = sum(spec.bytes for spec in self.merge.specs())
-        place = place_for(size, choose_device(self.source.run.recipe.model.device))
-        if place is None:
+        placement = placement_for(size, choose_device(self.source.run.recipe.model.device))
+        if placement is None:
             return [f"{self._stored} not checked: its {bytes_text(size, 1)} do not fit into the free memory"]
-        given = through_transformers(folder, reference, place)
-        return [judge(self._stored, reference, given, self.base, contents.tokenizer)]
+        observed = through_transformers(folder, reference, placement)
+        return [judge(self._stored, reference, observed, self.base, contents.tokenizer)]
 
     def words(self) -> tuple[str, str, list[str]]:
         """For the card."""
@@ -131,8 +133,8 @@ class Gguf:
             return [f"{', '.join(self.quants)} not checked: llama-cpp-python is not installed ({GET_LLAMA_CPP})"]
         verdicts: list[Verdict | str] = []
         for quant in self.quants:
-            given = through_llama_cpp(folder / self._file(quant), reference, NEW_TOKENS)
-            verdicts.append(judge(quant, reference, given, self.base, contents.tokenizer))
+            observed = through_llama_cpp(folder / self._file(quant), reference, NEW_TOKENS)
+            verdicts.append(judge(quant, reference, observed, self.base, contents.tokenizer))
         return verdicts
 
     def words(self) -> tuple[str, str, list[str]]:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nybble.export.parity.compare import Comparison
-from nybble.export.parity.gate import Verdict
+from nybble.export.parity.verdict import Verdict
 from nybble.terminal import tell
 
 

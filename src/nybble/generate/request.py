@@ -11,7 +11,7 @@ continued from its own first part stays the same, and a CUDA graph can draw it w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -50,7 +50,22 @@ class Token:
 
 
 class GenerationError(Exception):
-    """An answer that could not be made; the message says why."""
+    """An answer that could not be made; the message says why. `__cause__` is the error that stopped it, where there is one."""
+
+
+class NonFiniteLogitsError(GenerationError):
+    """A model that computes infinite or NaN logits."""
+
+    def __init__(self) -> None:
+        super().__init__("the model's logits are infinite or NaN; float16 overflows where bfloat16 does not")
+
+
+class UnsupportedError(GenerationError):
+    """A request that this generator cannot honour; `option` is the field of `Request`."""
+
+    def __init__(self, option: str, why: str) -> None:
+        super().__init__(why)
+        self.option = option
 
 
 class BusyError(Exception):
@@ -87,21 +102,60 @@ class Generator(Protocol):
     vocabulary: int
     """Token ids go from 0 to one less."""
     positions: int
-    """Tokens of prompt and answer together."""
+    """Tokens of prompt and answer together that the model was made for; it is the caller who keeps to it."""
 
     def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> list[Handle]:
         """Queue all of these, or none; from any thread.
 
         Raises:
-            BusyError: there is no room for them.
-            GenerationError: a request cannot be honoured, or the generator was closed.
+            BusyError: the queue has no room for them.
+            UnsupportedError: this kind of generator lacks an option that one of them names.
+            GenerationError: a prompt without tokens or with ids beyond the vocabulary, an adapter that is not there, or the
+                generator was closed.
         """
 
     def step(self) -> bool:
         """Compute some tokens of what is queued, and hand them to their sinks; False once nothing is left to do."""
 
     def close(self) -> None:
-        """Cancel what runs, and free what was taken."""
+        """Cancel what runs and what waits, from any thread; what is computed just now ends with its next token."""
+
+
+class Observer(Protocol):
+    """What is told how busy a generator is, for metrics. Called from any thread; must not block."""
+
+    def batch_began(self, rows: int) -> None:
+        """A batch of so many requests is computed from here on."""
+
+    def load_changed(self, running: int, waiting: int) -> None:
+        """So many requests are being answered, and so many wait."""
+
+
+class Unobserved:
+    """An observer for those who want no metrics."""
+
+    def batch_began(self, rows: int) -> None:
+        """Ignore it."""
+
+    def load_changed(self, running: int, waiting: int) -> None:
+        """Ignore it."""
+
+
+def check_request(request: Request, vocabulary: int, adapters: Container[str]) -> None:
+    """Refuse what would fail a whole batch.
+
+    Raises:
+        GenerationError: an empty prompt, an id beyond the vocabulary, no token asked for, or an unknown adapter.
+    """
+    if not request.prompt:
+        raise GenerationError("the prompt has no tokens")
+    if request.max_tokens < 1:
+        raise GenerationError(f"max_tokens is {request.max_tokens}; an answer has at least one token")
+    odd = next((token_id for token_id in request.prompt if not 0 <= token_id < vocabulary), None)
+    if odd is not None:
+        raise GenerationError(f"the prompt has token {odd}, and the model's ids go from 0 to {vocabulary - 1:,}")
+    if request.adapter is not None and request.adapter not in adapters:
+        raise GenerationError(f"there is no adapter {request.adapter!r}")
 
 
 @dataclass

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from nybble.chat.text import TextStream
+from nybble.generate.request import GenerationError, Request, Token, UnsupportedError
 from nybble.serve.encoding import too_long
-from nybble.serve.engine import Answer, Engine, GenerationError, Mailbox, Model, Request, ShuttingDownError, Token
+from nybble.serve.engine import Engine, ServedModel
 from nybble.serve.fields import RequestError
+from nybble.serve.mailbox import AnswerSink, Mailbox
 from nybble.serve.metrics import Metrics
-from nybble.serve.protocol import Asked
-from nybble.serve.text import TextStream
+from nybble.serve.protocol import ParsedRequest
 
 log = logging.getLogger("nybble.serve")
 MOST_KEPT = 2**24  # top_k: more than any vocabulary has, and exact in float32
@@ -30,7 +32,7 @@ class Choice:
     """One answer as text."""
 
     index: int
-    answer: Answer
+    answer: AnswerSink
     stream: TextStream
     prompt: list[int]
     finish: str | None = None
@@ -64,8 +66,8 @@ class Job:
 
     def __init__(
         self,
-        asked: Asked,
-        model: Model,
+        asked: ParsedRequest,
+        model: ServedModel,
         prompts: Sequence[list[int]],
         engine: Engine,
         metrics: Metrics,
@@ -78,17 +80,20 @@ class Job:
         self.created = int(time.time())
         self.timeout, self.began, self.first = timeout, time.perf_counter(), 0.0
         self.deadline = asyncio.get_running_loop().time() + timeout
-        self.prompt_tokens = sum(map(len, prompts))
+        self.prompt_tokens, self.stop_ids = sum(map(len, prompts)), model.stop_ids
         requests = [self._request(prompt, number) for prompt in prompts for number in range(asked.answers)]
-        if refusal := engine.refuses(requests[0]):
-            field, why = refusal
-            raise RequestError(why, param=asked.spelt.get(field, field), code="unsupported_parameter")
         self.mailbox = Mailbox()
-        answers = engine.submit(requests, self.mailbox)
+        try:
+            answers = engine.submit(requests, self.mailbox)
+        except UnsupportedError as error:
+            raise RequestError(
+                f"{error}; start the server with --engine pipeline for that",
+                param=asked.spelt.get(error.option, error.option),
+                code="unsupported_parameter",
+            ) from None
         self.tokenizer: PreTrainedTokenizerBase = model.template.tokenizer
-        self.ends = {model.template.end_id, self.tokenizer.eos_token_id}
         self.choices = [
-            Choice(index, answer, self._stream(request), request.prompt)
+            Choice(index, answer, self._stream(list(request.prompt)), list(request.prompt))
             for index, (request, answer) in enumerate(zip(requests, answers, strict=True))
         ]
 
@@ -140,19 +145,21 @@ class Job:
             wanted = f"{max(limit, 1):,}" if limit < 10**12 else "longer than any answer"  # it may have 4,300 digits
             length = f"{len(prompt):,} tokens and {asked.limit_field} is {wanted}"
             raise too_long(asked.source, self.model, length)
-        seed = None if asked.seed is None else (asked.seed + number) % 2**64  # random.Random takes -1 for 1
+        seed = None if asked.seed is None else (asked.seed + number) % 2**64
         greedy = asked.top_p == 0  # of the likeliest tokens that make up nothing, the first is left
         temperature, top_p = (0.0, 1.0) if greedy else (asked.temperature, asked.top_p)
         top_k = min(max(asked.top_k, 0), MOST_KEPT)
-        return Request(self.model.name, prompt, limit, temperature, top_p, top_k, seed, asked.likeliest)
+        return Request(
+            prompt, limit, self.model.adapter, self.stop_ids, temperature, top_p, top_k, seed, asked.likeliest
+        )
 
-    def _stream(self, request: Request) -> TextStream:
+    def _stream(self, prompt: list[int]) -> TextStream:
         template, chat, said = self.model.template, self.asked.is_chat, self.asked.begun
         kept = said if template.verbatim else said.strip()
-        before = request.prompt[-BEFORE:] if kept or not chat else []
+        before = prompt[-BEFORE:] if kept or not chat else []
         # white space that the template took from the end of what was said is not to come back with the rest
         begun = bool(kept) and said.endswith(kept)
-        return TextStream(template.tokenizer, self.asked.stop, before, strip=chat, begun=begun)
+        return TextStream(template.tokenizer, self.asked.stop, before, strip=chat, continues=begun)
 
     def _more(self, choice: Choice, token: Token) -> Piece:
         if not self.first:
@@ -162,7 +169,7 @@ class Job:
         self.metrics.tokens.labels(self.model.name, "answer").inc()
         choice.generated += 1
         text = choice.stream.push(token)
-        tokens = [] if token.id in self.ends or self.asked.likeliest is None else [token]
+        tokens = [] if token.id in self.stop_ids or self.asked.likeliest is None else [token]
         if choice.stream.stopped:
             choice.answer.cancel()
             self._finish(choice, "stop")
@@ -170,8 +177,8 @@ class Job:
 
     def _last(self, choice: Choice) -> Piece:
         text = choice.stream.end()
-        if choice.answer.finish == "cancelled":
-            raise ShuttingDownError
+        if choice.answer.finish == "cancelled":  # by no reader: the engine was closed
+            raise GenerationError("the engine stopped")
         self._finish(choice, "stop" if choice.stream.stopped else str(choice.answer.finish))
         return self._piece(choice, text, [])
 

@@ -15,14 +15,15 @@ from starlette.types import ASGIApp
 
 from nybble.data.text.tokens import check_ids, encode_begun, encode_prompt, encode_text
 from nybble.errors import DataError
+from nybble.generate.request import BusyError, GenerationError
 from nybble.serve.answers import Job
-from nybble.serve.bodies import Completion, model_entry
+from nybble.serve.bodies import CompletionReply, model_entry
 from nybble.serve.encoding import Encoder, too_long
-from nybble.serve.engine import BusyError, Engine, GenerationError, Model
+from nybble.serve.engine import Engine, ServedModel
 from nybble.serve.fields import RequestError
 from nybble.serve.guard import Door, Guard, open_to, read_body
 from nybble.serve.metrics import CONTENT_TYPE, Metrics
-from nybble.serve.protocol import Asked, ChatRequest, CompletionRequest, parse
+from nybble.serve.protocol import ChatRequest, CompletionRequest, ParsedRequest, parse
 from nybble.serve.replies import LEFT, CutOff, EventStream, LeftError, failure, while_there, whole
 from nybble.serve.responses import ResponseRequest, TextResponse
 from nybble.serve.wellformed import WellFormed
@@ -118,7 +119,7 @@ class Api:
         prompts = await while_there(request, self.cut_off, work)
         return await self._answer(request, asked, model, prompts)
 
-    async def _given(self, asked: CompletionRequest, model: Model) -> list[list[int]]:
+    async def _given(self, asked: CompletionRequest, model: ServedModel) -> list[list[int]]:
         """The prompts of plain completions."""
         for prompt in asked.prompt:
             if len(prompt) > model.positions and isinstance(prompt, list):
@@ -133,7 +134,7 @@ class Api:
             raise RequestError("the prompt is empty", param="prompt", code="invalid_value")
         return prompts
 
-    async def _said(self, asked: ChatRequest | ResponseRequest, model: Model) -> list[list[int]]:
+    async def _said(self, asked: ChatRequest | ResponseRequest, model: ServedModel) -> list[list[int]]:
         """The prompt of a conversation."""
         conversation = asked.conversation()
         encode = encode_begun if conversation[-1].role == "assistant" else encode_prompt
@@ -141,7 +142,7 @@ class Api:
         texts = [message.content for message in conversation]
         return [await self._encode(asked.source, model, texts, work, refused=first_turn(asked))]
 
-    def _check_number(self, asked: Asked, prompts: int) -> None:
+    def _check_number(self, asked: ParsedRequest, prompts: int) -> None:
         """More answers than may ever wait would be sent away with 429 for ever."""
         if asked.answers * prompts <= self.engine.queue:
             return
@@ -152,7 +153,7 @@ class Api:
             code="too_many_answers",
         )
 
-    def _model(self, name: str) -> Model:
+    def _model(self, name: str) -> ServedModel:
         if name not in self.engine.models:
             there = ", ".join(self.engine.models)
             raise RequestError(
@@ -164,7 +165,7 @@ class Api:
         return self.engine.models[name]
 
     async def _encode(
-        self, field: str, model: Model, texts: Sequence[str], encode: Callable[[], list[int]], refused: str = ""
+        self, field: str, model: ServedModel, texts: Sequence[str], encode: Callable[[], list[int]], refused: str = ""
     ) -> list[int]:
         """Token ids of what was sent.
 
@@ -177,7 +178,9 @@ class Api:
             param = refused if refused and error.__cause__ is not None else field
             raise RequestError(error.what, param=param, code="invalid_value") from None
 
-    async def _answer(self, request: Request, asked: Asked, model: Model, prompts: list[list[int]]) -> Response:
+    async def _answer(
+        self, request: Request, asked: ParsedRequest, model: ServedModel, prompts: list[list[int]]
+    ) -> Response:
         for prompt in prompts:  # ids that were sent, or of tokens that were added to the tokenizer alone
             try:
                 check_ids(prompt, model.rows, model.template.tokenizer)
@@ -198,7 +201,7 @@ class Api:
         except GenerationError as error:
             raise failure(error) from None
         self.cut_off.watch(job)
-        shape = TextResponse(job, asked) if isinstance(asked, ResponseRequest) else Completion(job)
+        shape = TextResponse(job, asked) if isinstance(asked, ResponseRequest) else CompletionReply(job)
         headers = {"x-nybble-ignored": ", ".join(asked.unused)} if asked.unused else {}
         if asked.stream:
             return EventStream(job, shape, headers)

@@ -6,15 +6,16 @@ import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from nybble.chat.text import spelling
+from nybble.generate.request import Token
 from nybble.serve.answers import Choice, Job, Piece
-from nybble.serve.engine import Model, Token
+from nybble.serve.engine import ServedModel
 from nybble.serve.fields import RequestError
-from nybble.serve.text import spelling
 
 DONE = b"data: [DONE]\n\n"
 
 
-class Shape(Protocol):
+class ReplyFormat(Protocol):
     """What an API makes of a job."""
 
     def whole(self) -> dict[str, Any]:
@@ -33,7 +34,7 @@ class Shape(Protocol):
         """The events that a stream ends with where no answer could be made."""
 
 
-class Completion:
+class CompletionReply:
     """Chat and plain completions."""
 
     def __init__(self, job: Job) -> None:
@@ -70,7 +71,7 @@ def event(body: dict[str, Any], name: str = "") -> bytes:
     return f"{head}data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 
-def model_entry(model: Model, created: int) -> dict[str, Any]:
+def model_entry(model: ServedModel, created: int) -> dict[str, Any]:
     """One of /v1/models."""
     return {
         "id": model.name, "object": "model", "created": created, "owned_by": "nybble", "parent": model.parent,

@@ -11,7 +11,7 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.text.tokens import count_tokens
-from nybble.serve.engine import Model
+from nybble.serve.engine import ServedModel
 from nybble.serve.fields import RequestError
 
 LONG = 2**16  # characters of a prompt that is counted piece by piece first: 40 ms of SmolLM2's tokenizer
@@ -32,7 +32,7 @@ class Encoder:
         self.long = asyncio.Lock()  # one long prompt at a time, so that a short one waits for one piece only
 
     async def encode(
-        self, field: str, model: Model, texts: Sequence[str], encode: Callable[[], list[int]]
+        self, field: str, model: ServedModel, texts: Sequence[str], encode: Callable[[], list[int]]
     ) -> list[int]:
         """Token ids of a prompt.
 
@@ -53,7 +53,7 @@ class Encoder:
             await self._check_tokens(field, model, texts)
             return await self._in_thread(encode)
 
-    async def _check_tokens(self, field: str, model: Model, texts: Sequence[str]) -> None:
+    async def _check_tokens(self, field: str, model: ServedModel, texts: Sequence[str]) -> None:
         least = 0
         for piece in pieces(texts):
             count = functools.partial(count_tokens, model.template.tokenizer, piece)
@@ -65,7 +65,7 @@ class Encoder:
         return await asyncio.get_running_loop().run_in_executor(self.thread, work)
 
 
-def check_characters(field: str, model: Model, texts: Sequence[str]) -> None:
+def check_characters(field: str, model: ServedModel, texts: Sequence[str]) -> None:
     """Whether so many characters can be a prompt at all.
 
     Raises:
@@ -77,7 +77,7 @@ def check_characters(field: str, model: Model, texts: Sequence[str]) -> None:
         raise too_long(field, model, f"{characters:,} characters", f", which hold {most:,} characters at most")
 
 
-def too_long(field: str, model: Model, length: str, bound: str = "") -> RequestError:
+def too_long(field: str, model: ServedModel, length: str, bound: str = "") -> RequestError:
     """A prompt that has no room."""
     return RequestError(
         f"the prompt has {length}; {model.name} knows {model.positions:,} positions{bound}",

@@ -43,7 +43,7 @@ class FieldError(ValueError):
     """What is wrong with a field, found where several fields are looked at together.
 
     Args:
-        field: its place below the object that is looked at, with dots.
+        field: its path below the object that is looked at, with dots.
     """
 
     def __init__(self, field: str, message: str, code: str = "invalid_value") -> None:
@@ -61,7 +61,7 @@ class Strict(BaseModel):
     """Fields that would change nothing in an answer, whatever they say; the response names them."""
     refused: ClassVar[Refused] = {}
     """Fields that would change the answer, with what this server does instead."""
-    place: ClassVar[str] = ""
+    path: ClassVar[str] = ""
     """Where the object is in the request, before the names of fields that are ignored."""
 
     @model_validator(mode="before")
@@ -75,7 +75,7 @@ class Strict(BaseModel):
             if value is None or (name not in cls.model_fields and value in cls.neutral.get(name, ())):
                 continue
             if name in cls.ignored or (name in cls.refused and fields.get(SWITCHES.get(name, "")) == "none"):
-                note(info, f"{cls.place}{name}")
+                note(info, f"{cls.path}{name}")
             elif name in cls.refused:
                 raise FieldError(name, cls.refused[name], "unsupported_parameter")
             elif name not in cls.model_fields:  # at once: there may be 300,000 of them
@@ -96,17 +96,17 @@ def explain(kind: type[Strict], error: ValidationError) -> RequestError:
     first = error.errors(include_url=False, include_input=False)[0]
     cause = first.get("ctx", {}).get("error")
     found = cause if isinstance(cause, FieldError) else None
-    place = ".".join([*map(str, first["loc"]), *([found.field] if found else [])])[:SHOWN]
+    path = ".".join([*map(str, first["loc"]), *([found.field] if found else [])])[:SHOWN]
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return RequestError(
             f"the body is not valid JSON: {message.removeprefix('Invalid JSON: ')}", code="invalid_json"
         )
     if found is not None and found.code == UNKNOWN:
-        near = [] if first["loc"] else difflib.get_close_matches(place, kind.model_fields, 1)
+        near = [] if first["loc"] else difflib.get_close_matches(path, kind.model_fields, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        return RequestError(f"there is no field {place or repr(place)}{hint}", param=place, code=UNKNOWN)
+        return RequestError(f"there is no field {path or repr(path)}{hint}", param=path, code=UNKNOWN)
     if first["type"] == "missing":
-        return RequestError(f"{place} is missing", param=place, code="missing_required_parameter")
+        return RequestError(f"{path} is missing", param=path, code="missing_required_parameter")
     code = found.code if found else "invalid_value"
-    return RequestError(f"{place}: {message}" if place else message, param=place or None, code=code)
+    return RequestError(f"{path}: {message}" if path else message, param=path or None, code=code)

@@ -11,7 +11,7 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 
 
 class Metrics:
-    """Counters of one server, in a registry of their own: two servers in a process do not add up."""
+    """Counters of one server, in a registry of their own: two servers in a process do not add up. It observes the generator."""
 
     def __init__(self) -> None:
         own = CollectorRegistry()
@@ -34,6 +34,15 @@ class Metrics:
         self.batch_rows = Histogram("nybble_batch_rows", "Answers a batch began with", buckets=BATCHES, registry=own)
         self.running = Gauge("nybble_running", "Answers that are being made", registry=own)
         self.waiting = Gauge("nybble_waiting", "Answers that wait for their turn", registry=own)
+
+    def batch_began(self, rows: int) -> None:
+        """Of a generator: a batch of so many requests is computed from here on."""
+        self.batch_rows.observe(rows)
+
+    def load_changed(self, running: int, waiting: int) -> None:
+        """Of a generator: so many requests are being answered, and so many wait."""
+        self.running.set(running)
+        self.waiting.set(waiting)
 
     def text(self) -> bytes:
         """All of it in Prometheus' text form."""

@@ -81,7 +81,7 @@ def _prompts(value: Any) -> Any:
 class Turn(Strict):
     """One message of a conversation."""
 
-    place = "messages[]."
+    path = "messages[]."
     neutral: ClassVar[Neutral] = {"tool_calls": ([],), "annotations": ([],), "refusal": ("",)}
     ignored = frozenset({"name", "annotations"})
     refused: ClassVar[Refused] = {
@@ -102,13 +102,13 @@ class Turn(Strict):
 class StreamOptions(Strict):
     """What a stream brings beside the answer."""
 
-    place = "stream_options."
+    path = "stream_options."
     neutral: ClassVar[Neutral] = {"include_obfuscation": (False,)}
     ignored = frozenset({"include_obfuscation"})  # characters that hide how long a piece is from who listens in
     include_usage: bool = False
 
 
-class Asked(Strict):
+class ParsedRequest(Strict):
     """What all requests for answers have in common."""
 
     kind: ClassVar[str]
@@ -152,7 +152,7 @@ class Asked(Strict):
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
-    def _options_belong_to_streams(self) -> Asked:
+    def _options_belong_to_streams(self) -> ParsedRequest:
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options", "only allowed with stream=true")
         return self
@@ -183,7 +183,7 @@ class Asked(Strict):
         return ""
 
 
-class Counted(Asked):
+class Counted(ParsedRequest):
     """What chat and plain completions have in common."""
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -279,7 +279,7 @@ class CompletionRequest(Counted):
         return self.logprobs
 
 
-Kind = TypeVar("Kind", bound=Asked)
+Kind = TypeVar("Kind", bound=ParsedRequest)
 
 
 def check_last(field: str, turns: Sequence[Turn]) -> None:

@@ -11,10 +11,11 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from nybble.generate.request import GenerationError
 from nybble.serve.answers import Job
-from nybble.serve.bodies import Shape
-from nybble.serve.engine import GenerationError, Mailbox, ShuttingDownError
+from nybble.serve.bodies import ReplyFormat
 from nybble.serve.fields import RequestError
+from nybble.serve.mailbox import Mailbox, ShuttingDownError
 
 NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients would ask again, and wait as long again
 LEFT = 499  # nobody reads it; it stands in the metrics
@@ -80,7 +81,7 @@ async def _gone(request: Request) -> None:
 class EventStream(StreamingResponse):
     """Server-sent events of one job: whatever ends it, a reader that is gone or too slow included, ends the job."""
 
-    def __init__(self, job: Job, shape: Shape, headers: dict[str, str]) -> None:
+    def __init__(self, job: Job, shape: ReplyFormat, headers: dict[str, str]) -> None:
         own = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would hold the pieces back
         super().__init__(_events(job, shape), media_type="text/event-stream", headers=own | headers)
         self.job = job
@@ -96,7 +97,7 @@ class EventStream(StreamingResponse):
             self.job.cancel()
 
 
-async def whole(job: Job, shape: Shape) -> Response:
+async def whole(job: Job, shape: ReplyFormat) -> Response:
     """The answer once it is made.
 
     Raises:
@@ -110,7 +111,7 @@ async def whole(job: Job, shape: Shape) -> Response:
     return JSONResponse(shape.whole())
 
 
-async def _events(job: Job, shape: Shape) -> AsyncIterator[bytes]:
+async def _events(job: Job, shape: ReplyFormat) -> AsyncIterator[bytes]:
     for event in shape.opening():
         yield event
     try:
@@ -134,4 +135,5 @@ def failure(error: TimeoutError | GenerationError, timeout: float = 0.0) -> Requ
             code="timeout",
             headers=NO_RETRY,
         )
-    return RequestError(str(error), status=503, code=error.code, headers=NO_RETRY)
+    code = "shutting_down" if isinstance(error, ShuttingDownError) else "engine_failed"
+    return RequestError(str(error), status=503, code=code, headers=NO_RETRY)

@@ -10,11 +10,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from nybble.data.rows.formats import Conversation, Message
+from nybble.generate.request import Token
 from nybble.serve.answers import Job, Piece
 from nybble.serve.bodies import chat_logprobs, event
-from nybble.serve.engine import Token
 from nybble.serve.fields import FieldError, Neutral, Refused, RequestError, Strict, note
-from nybble.serve.protocol import MOST_MESSAGES, NO_TOOLS, Asked, Turn, check_last
+from nybble.serve.protocol import MOST_MESSAGES, NO_TOOLS, ParsedRequest, Turn, check_last
 
 LOGPROBS = "message.output_text.logprobs"  # of include; its other values belong to tools and to reasoning
 STORED = "nothing is stored here; send the whole conversation as input"
@@ -36,7 +36,7 @@ def _include(value: Any, info: ValidationInfo) -> Any:
 class Item(Turn):
     """One message of the input, as a person wrote it or as an earlier response had it."""
 
-    place = "input[]."
+    path = "input[]."
     refused: ClassVar[Refused] = {
         **Turn.refused,
         "type": "only messages are read here: nothing is stored, and no tools are called",
@@ -51,13 +51,13 @@ class Item(Turn):
 class TextOptions(Strict):
     """How the text should be."""
 
-    place = "text."
+    path = "text."
     neutral: ClassVar[Neutral] = {"format": ({"type": "text"},)}
     ignored = frozenset({"verbosity"})
     refused: ClassVar[Refused] = {"format": "answers are plain text; JSON mode and schemas are not supported"}
 
 
-class ResponseRequest(Asked):
+class ResponseRequest(ParsedRequest):
     """POST /v1/responses."""
 
     kind = "response"

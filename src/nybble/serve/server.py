@@ -22,11 +22,10 @@ from nybble.errors import ServeError
 from nybble.run.folder import Run
 from nybble.serve.app import Limits, make_app
 from nybble.serve.connection import Connection
-from nybble.serve.continuous import load_continuous
 from nybble.serve.engine import Engine
 from nybble.serve.guard import KEY, Door, check_open_to
+from nybble.serve.loading import load_continuous, load_pipeline
 from nybble.serve.metrics import Metrics
-from nybble.serve.pipeline import load_pipeline
 from nybble.serve.vllm import become_vllm
 from nybble.terminal import tell as tell_line
 
@@ -42,7 +41,7 @@ of generate alone, whichever model and engine (docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True)
-class Place:
+class Address:
     """Where the server listens, and for whom."""
 
     host: str = "127.0.0.1"
@@ -95,16 +94,16 @@ class Server(uvicorn.Server):
         self.force_exit = True
 
 
-async def _until(met: Callable[[], bool], seconds: float) -> None:
+async def _until(reached: Callable[[], bool], seconds: float) -> None:
     """Wait for a condition, no longer than that."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
-            while not met():
+            while not reached():
                 await asyncio.sleep(0.05)
 
 
 def serve(
-    runs: Sequence[Run], place: Place, console: Console, *, engine: str, device: str, limits: Limits,
+    runs: Sequence[Run], address: Address, console: Console, *, engine: str, device: str, limits: Limits,
     cache: pathlib.Path | None = None,
 ) -> None:  # fmt: skip
     """Listen until interrupted; with vllm, become vLLM's server.
@@ -116,22 +115,22 @@ def serve(
     if engine not in ENGINES:
         raise ServeError(f"there is no engine {engine!r}", fix=f"--engine {', '.join(ENGINES)}")
     if engine == "vllm":
-        if limits != Limits() or device != "auto" or place.door.origins or place.door.hosts:
+        if limits != Limits() or device != "auto" or address.door.origins or address.door.hosts:
             raise ServeError(
                 "--queue, --timeout, --device, --log-prompts, --allow-origin and --allow-host are for nybble's own server; "
                 "vLLM has its own options",
                 fix="omit them, or --engine pipeline",
             )
-        become_vllm(runs, place.host, place.port, place.door.key)
-    local = check_open_to(place.host, place.door.key)  # 1. who may reach it
-    listener = listen(place.host, place.port)  # 2. the port, before minutes go into loading
+        become_vllm(runs, address.host, address.port, address.door.key)
+    local = check_open_to(address.host, address.door.key)  # 1. who may reach it
+    listener = listen(address.host, address.port)  # 2. the port, before minutes go into loading
     try:
         metrics = Metrics()
         with console.status("loading"):  # 3. the model
             loaded = load_engine(engine, runs, metrics, device=device, queue=limits.queue, cache=cache)
         try:
-            tell(console, loaded, place, listener, local)  # 4. what there is
-            run_server(loaded, metrics, limits, place.door, listener, console)  # 5. answers
+            tell(console, loaded, address, listener, local)  # 4. what there is
+            run_server(loaded, metrics, limits, address.door, listener, console)  # 5. answers
         finally:
             loaded.close()
     finally:
@@ -172,7 +171,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def tell(console: Console, engine: Engine, place: Place, listener: socket.socket, local: bool) -> None:
+def tell(console: Console, engine: Engine, address: Address, listener: socket.socket, local: bool) -> None:
     """Engine and why, models, address, page."""
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -185,7 +184,7 @@ def tell(console: Console, engine: Engine, place: Place, listener: socket.socket
             f"adapter   {changes}" + (f" ({name})" if len(tuned) > 1 else "")
             for name, changes in engine.adapters.items()
         ),
-        f"address   http://{shown}:{port}/v1" + ("" if place.door.key else "   (no key needed)"),
+        f"address   http://{shown}:{port}/v1" + ("" if address.door.key else "   (no key needed)"),
         f"page      http://{shown}:{port}/",
         "access    accepts connections from this machine only"
         if local
@@ -240,19 +239,19 @@ def read_key(key: str | None, file: pathlib.Path | None) -> str | None:
     Raises:
         ServeError: both are given, the file is missing or of another encoding, or the key is empty or holds what a header cannot.
     """
-    place = None if file is None else "standard input" if str(file) == "-" else str(file)
+    source = None if file is None else "standard input" if str(file) == "-" else str(file)
     if file is not None:
         if key is not None:
             raise ServeError("--api-key and --api-key-file were both given", fix="one of them")
         try:
             text = sys.stdin.readline(LONGEST) if str(file) == "-" else _decoded(_beginning(file))
         except OSError as error:
-            raise ServeError(f"the API key cannot be read: {error.strerror}", where=place) from error
+            raise ServeError(f"the API key cannot be read: {error.strerror}", where=source) from error
         except UnicodeDecodeError as error:
-            raise ServeError("the API key cannot be read: it is no UTF-8 text", where=place, fix=KEY) from error
+            raise ServeError("the API key cannot be read: it is no UTF-8 text", where=source, fix=KEY) from error
         key = next(iter(text.splitlines()), "").strip()
     if key is not None and (not key or not key.isascii() or not key.isprintable() or " " in key):
-        raise ServeError("the API key must be printable ASCII without spaces, and not empty", where=place, fix=KEY)
+        raise ServeError("the API key must be printable ASCII without spaces, and not empty", where=source, fix=KEY)
     return key
 
 
@@ -271,6 +270,7 @@ def _decoded(raw: bytes) -> str:
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
-    log = logging.getLogger("nybble.serve")
-    log.handlers, log.propagate = [handler], False
-    log.setLevel(logging.INFO)
+    for name in ("nybble.serve", "nybble.generate"):
+        log = logging.getLogger(name)
+        log.handlers, log.propagate = [handler], False
+        log.setLevel(logging.INFO)

@@ -9,13 +9,13 @@ import os
 import shutil
 from collections.abc import Sequence
 
-from nybble.chat.answerer import check_one_base
+from nybble.chat.loading import check_one_base
 from nybble.errors import ServeError
 from nybble.model.adapter.config import read_adapter_config
 from nybble.model.adapter.lora import check_stored
 from nybble.run.folder import Run, check_beginning
 from nybble.serve.guard import check_open_to
-from nybble.serve.pipeline import run_names
+from nybble.serve.loading import run_names
 
 
 def command(runs: Sequence[Run], host: str, port: int) -> list[str]:

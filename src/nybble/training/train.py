@@ -15,7 +15,6 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PretrainedConfig, PreTrainedTokenizerBase, PrinterCallback
 
-from nybble.chat.samples import SampleAnswers
 from nybble.data.batches import Collator
 from nybble.data.text.kept_template import save_template
 from nybble.distributed.launcher import rank
@@ -61,6 +60,7 @@ from nybble.training.preparation import (
     prepare_data,
 )
 from nybble.training.progress import EVALUATING, SAMPLING, SCORING, Work
+from nybble.training.samples import SampleAnswers
 from nybble.training.trackers import end_tracker, start_tracker
 from nybble.training.trainer import QLoraTrainer, training_arguments
 

@@ -1,1 +1,1 @@
-"""The gate: an artefact held against the run."""
+"""The gate: an artefact compared with the run it was made from."""

@@ -28,7 +28,7 @@ from nybble.weights.frozen import is_quantised
 
 ROWS = 64  # validation rows that are compared
 TOKENS_AT_ONCE = 16_384  # of padded rows: each batch merges all weights anew
-PLACES_AT_ONCE = 256  # places whose logits stand in memory: 33 MB of Llama 2's, for each model
+POSITIONS_AT_ONCE = 256  # whose logits are in memory together: 33 MB of Llama 2's, for each model
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ class Swapped:
         finally:
             self._merge = None
 
-    def _forward(self, name: str, own: Callable[..., torch.Tensor], x: torch.Tensor, *words: Any) -> torch.Tensor:
+    def _forward(self, name: str, original: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any) -> torch.Tensor:
         if self._merge is None:
-            return own(x, *words)
+            return original(x, *args)
         layer = self._model.get_submodule(name.removesuffix(".weight"))
         parts = [torch.nn.functional.linear(x, rows.to(x.dtype)) for rows in self._merge.stored(name, x.device)]
         product = torch.cat(parts, dim=-1)
@@ -105,12 +105,12 @@ class Swapped:
 
 def _linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """Layers whose weight a merge replaces: adapted ones, and quantised ones."""
-    inside: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if name.startswith(inside) and inside:
+        if name.startswith(adapted) and adapted:
             continue
         if isinstance(module, BaseTunerLayer):
-            inside = (*inside, f"{name}.")
+            adapted = (*adapted, f"{name}.")
             yield name, module
         elif is_quantised(module):
             yield name, module
@@ -134,16 +134,16 @@ def compare(
     """
     model = bare(answerer.model)
     swapped = Swapped(model)
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in ("run", *merges)}
+    measured: dict[str, list[torch.Tensor]] = {name: [] for name in ("run", *merges)}
     finished = 0
     with swapped.ready(), torch.inference_mode():
-        for places in batches([len(sample["input_ids"]) for sample in samples], TOKENS_AT_ONCE):
-            batch = Collator(answerer.tokenizer.pad_token_id)([samples[place] for place in places])
+        for chosen in batches([len(sample["input_ids"]) for sample in samples], TOKENS_AT_ONCE):
+            batch = Collator(answerer.tokenizer.pad_token_id)([samples[n] for n in chosen])
             for name, rows in _measure(model, swapped, merges, batch).items():
-                found[name].append(rows)
-            finished += len(places)
+                measured[name].append(rows)
+            finished += len(chosen)
             done(finished)
-    columns = {name: torch.cat(parts).double() for name, parts in found.items()}
+    columns = {name: torch.cat(parts).double() for name, parts in measured.items()}
     run = columns.pop("run")
     bases = {
         name: Divergence(
@@ -160,12 +160,12 @@ def compare(
 def _measure(
     model: PreTrainedModel, swapped: Swapped, merges: Mapping[str, Merge], batch: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """For the run and each merge (places, 3): divergence from the run, cross-entropy, whether the likeliest token is the same."""
+    """For the run and each merge (positions, 3): divergence from the run, cross-entropy, whether the likeliest token is equal."""
     device = next(model.parameters()).device
     inputs = {
         key: value.to(device) for key, value in batch.items() if key in ("input_ids", "attention_mask", "position_ids")
     }
-    places, targets = batch["predicting"].to(device), next_labels(batch["labels"]).flatten().to(device)
+    positions, targets = batch["predicting"].to(device), next_labels(batch["labels"]).flatten().to(device)
     backbone, head = model.get_decoder(), model.get_output_embeddings()
     contexts: dict[str, Callable[[], AbstractContextManager[None]]] = {
         "run": contextlib.nullcontext,
@@ -174,20 +174,20 @@ def _measure(
     hidden = {}
     for name, context in contexts.items():
         with context():
-            hidden[name] = last_hidden(model, backbone, inputs).flatten(0, 1)[places]
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in contexts}
-    for first in range(0, len(places), PLACES_AT_ONCE):
-        chunk, reference = slice(first, first + PLACES_AT_ONCE), torch.empty(0)
+            hidden[name] = last_hidden(model, backbone, inputs).flatten(0, 1)[positions]
+    measured: dict[str, list[torch.Tensor]] = {name: [] for name in contexts}
+    for first in range(0, len(positions), POSITIONS_AT_ONCE):
+        chunk, reference = slice(first, first + POSITIONS_AT_ONCE), torch.empty(0)
         for name, context in contexts.items():
             with context():
                 scores = head(hidden[name][chunk]).float().log_softmax(-1)
             reference = scores if name == "run" else reference
-            found[name].append(divergences(reference, scores, targets[places[chunk]]).cpu())
-    return {name: torch.cat(rows) for name, rows in found.items()}
+            measured[name].append(divergences(reference, scores, targets[positions[chunk]]).cpu())
+    return {name: torch.cat(rows) for name, rows in measured.items()}
 
 
 def divergences(run: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Place by place (n, 3): KL(run || other) in nats, the other's cross-entropy of the targets, equal likeliest tokens.
+    """Position by position (n, 3): KL(run || other) in nats, the other's cross-entropy of the targets, equal likeliest tokens.
 
     Args:
         run: (n, vocabulary) log-probabilities.

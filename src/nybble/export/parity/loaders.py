@@ -24,7 +24,10 @@ from transformers import (
 )
 
 from nybble.errors import ExportError
-from nybble.export.parity.gate import PLAIN, Answer, Given, Reference, greedy, next_logits, own_stops
+from nybble.export.parity.plain import GreedyAnswer, generated, next_logits, own_stops
+from nybble.export.parity.prompts import PLAIN
+from nybble.export.parity.reference import Reference
+from nybble.export.parity.verdict import Observed
 from nybble.installed import module_command
 from nybble.model.base.load import weights_alone
 from nybble.plan.free_memory import device_memory, host_memory
@@ -36,8 +39,8 @@ BESIDE = 3_000_000_000  # bytes beside a model's weights on a GPU: keys and valu
 GET_LLAMA_CPP = "make llama-cpp, or pip install llama-cpp-python"
 
 
-def place_for(size: int, device: torch.device) -> dict[str, Any] | None:
-    """Words of `from_pretrained` for so many bytes: on the device, spread over GPU and CPU, or None where they fit nowhere.
+def placement_for(size: int, device: torch.device) -> dict[str, Any] | None:
+    """Keyword arguments of `from_pretrained` for so many bytes: the device, GPU and CPU together, or None where they fit nowhere.
 
     A 7B that was trained in 4 bits on a card of 12 GB is 13.5 GB when it is merged.
     """
@@ -53,17 +56,23 @@ def place_for(size: int, device: torch.device) -> dict[str, Any] | None:
     return {"device_map": "auto", "max_memory": {number: max(free, 0), "cpu": available}}
 
 
-def through_transformers(folder: pathlib.Path, reference: Reference, place: Mapping[str, Any]) -> Given:
-    """A merged folder, through AutoModelForCausalLM and AutoTokenizer, placed by words of `from_pretrained`."""
+def through_transformers(folder: pathlib.Path, reference: Reference, placement: Mapping[str, Any]) -> Observed:
+    """A merged folder, through AutoModelForCausalLM and AutoTokenizer.
+
+    Args:
+        folder: the artefact.
+        reference: the run's side.
+        placement: keyword arguments of `from_pretrained`.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **place).eval()
-    return _asked(model, tokenizer, reference, own_stops(model), f"transformers {transformers.__version__}")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **placement).eval()
+    return _observe(model, tokenizer, reference, own_stops(model), f"transformers {transformers.__version__}")
 
 
 def through_peft(
     folder: pathlib.Path, base: pathlib.Path, plan: BitsAndBytesConfig | None, dtype: torch.dtype, reference: Reference,
     device: torch.device,
-) -> Given:  # fmt: skip
+) -> Observed:  # fmt: skip
     """An adapter folder, through PeftModel on its base, quantised as the card says."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     extra = {} if plan is None else {"quantization_config": plan}
@@ -75,23 +84,23 @@ def through_peft(
     model = PeftModel.from_pretrained(loaded, folder).eval().get_base_model()
     settings = transformers.GenerationConfig.from_pretrained(folder)
     model.generation_config = settings
-    return _asked(model, tokenizer, reference, own_stops(model), f"transformers {transformers.__version__} with PEFT")
+    return _observe(model, tokenizer, reference, own_stops(model), f"transformers {transformers.__version__} with PEFT")
 
 
-def _asked(
+def _observe(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reference: Reference, stops: set[int], by: str
-) -> Given:
+) -> Observed:
     has_template = tokenizer.chat_template is not None
     prompts = [
         _templated(tokenizer, question.messages) if question.messages is not None and has_template else None
         for question in reference.questions
     ]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    answers = greedy(model, [question.prompt for question in reference.questions], pad)
+    answers = generated(model, [question.prompt for question in reference.questions], pad)
     starts = [len(question.prompt) for question in reference.questions]
     logits = next_logits(model, reference.rows, starts)
     plain = tokenizer(PLAIN, split_special_tokens=True)["input_ids"]
-    return Given(by, has_template, prompts, answers, logits, frozenset(stops), plain)
+    return Observed(by, has_template, prompts, answers, logits, frozenset(stops), plain)
 
 
 def _templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -104,30 +113,30 @@ def has_llama_cpp() -> bool:
     return importlib.util.find_spec("llama_cpp") is not None
 
 
-def through_llama_cpp(file: pathlib.Path, reference: Reference, new_tokens: int) -> Given:
+def through_llama_cpp(file: pathlib.Path, reference: Reference, new_tokens: int) -> Observed:
     """A GGUF file, through llama-cpp-python in a child process.
 
     Raises:
         ExportError: the child ended otherwise than by itself, with its last words.
     """
-    with tempfile.TemporaryDirectory() as place:
-        job, result = pathlib.Path(place) / "job.json", pathlib.Path(place) / "result.npz"
+    with tempfile.TemporaryDirectory() as folder:
+        job, result = pathlib.Path(folder) / "job.json", pathlib.Path(folder) / "result.npz"
         questions = [
             {"messages": question.messages, "prompt": question.prompt, "row": row}
             for question, row in zip(reference.questions, reference.rows, strict=True)
         ]
-        asked = {"file": str(file), "result": str(result), "new_tokens": new_tokens, "end": reference.end_id}
-        job.write_text(json.dumps({**asked, "questions": questions}), encoding="utf-8")
+        settings = {"file": str(file), "result": str(result), "new_tokens": new_tokens, "end": reference.end_id}
+        job.write_text(json.dumps({**settings, "questions": questions}), encoding="utf-8")
         child = subprocess.run(module_command(LLAMA_CPP, str(job)), capture_output=True, text=True, check=False)
         if child.returncode:
-            said = child.stderr.strip().splitlines()
+            lines = child.stderr.strip().splitlines()
             how = f"signal {-child.returncode}" if child.returncode < 0 else f"status {child.returncode}"
             raise ExportError(
-                f"llama.cpp cannot load or run {file.name}: it ended with {how}{': ' + said[-1] if said else ''}",
+                f"llama.cpp cannot load or run {file.name}: it ended with {how}{': ' + lines[-1] if lines else ''}",
                 fix="if it is a signal, build llama-cpp-python for this processor: make llama-cpp",
             )
-        with numpy.load(result) as found:
-            told = json.loads(str(found["told"]))
-            logits = [torch.from_numpy(found[f"logits{n}"].astype(numpy.float32)) for n in range(len(questions))]
-    answers = [Answer(ids, ended) for ids, ended in told["answers"]]
-    return Given(told["by"], told["template"], told["prompts"], answers, logits, frozenset(told["stops"]))
+        with numpy.load(result) as arrays:
+            told = json.loads(str(arrays["told"]))
+            logits = [torch.from_numpy(arrays[f"logits{n}"].astype(numpy.float32)) for n in range(len(questions))]
+    answers = [GreedyAnswer(ids, ended) for ids, ended in told["answers"]]
+    return Observed(told["by"], told["template"], told["prompts"], answers, logits, frozenset(told["stops"]))

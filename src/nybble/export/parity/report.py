@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from nybble.errors import ExportError
 from nybble.export.parity.compare import Comparison
-from nybble.export.parity.gate import Verdict
+from nybble.export.parity.verdict import Verdict
 from nybble.run.folder import versions, write_json
 
 

@@ -1,4 +1,4 @@
-"""Tokens to text, piece by piece: no character is cut, no stop string shows, and what was sent is never taken back."""
+"""Tokens to text, piece by piece: no character is cut, no stop string shows, and text that was handed out stays as it is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from nybble.serve.engine import Token
+from nybble.generate.request import Token
 
 LONGEST_CHARACTER = 8  # tokens; four bytes and some that belong to none
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's spelling of a byte that is no character
@@ -19,9 +19,9 @@ class TextStream:
 
     Args:
         stops: strings that end it; none of them is shown.
-        before: the last tokens of a prompt that the text goes on from: SentencePiece drops the space before a first word.
-        strip: leave out white space around the whole, as an answer of `nybble chat` has none.
-        begun: the text goes on from other text, so white space at its beginning belongs to it.
+        before: the last tokens of a prompt that the text continues: SentencePiece drops the space before a first word.
+        strip: leave out white space around the whole answer.
+        continues: the text continues other text, so white space at its beginning belongs to it.
     """
 
     def __init__(
@@ -31,25 +31,28 @@ class TextStream:
         before: Sequence[int] = (),
         *,
         strip: bool,
-        begun: bool = False,
+        continues: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._stops, self._strip = [stop for stop in stops if stop], strip
         self._ids = list(before)
-        self._settled = len(before)
-        self._held = ""
-        self._begun = begun
+        self._decoded = len(before)
+        """How many of `_ids` have become text."""
+        self._pending = ""
+        """Text that may yet turn out to be a stop string, or white space at the end."""
+        self._started = continues
+        """Whether there is text before what comes next."""
         self.stopped = False
-        """Whether a stop string was met."""
+        """Whether a stop string ended the text."""
 
     def push(self, token: Token) -> str:
         """The text that is certain after one more token."""
         self._ids.append(token.id)
-        return self._settle(self._decode(last=False), last=False)
+        return self._release(self._decode(last=False), last=False)
 
     def end(self) -> str:
-        """What was held back; nothing comes after."""
-        return self._settle(self._decode(last=True), last=True)
+        """The text that was not certain until now; nothing comes after."""
+        return self._release(self._decode(last=True), last=True)
 
     def _decode(self, *, last: bool) -> str:
         """The text of the tokens since the last whole character, once they make one.
@@ -59,28 +62,29 @@ class TextStream:
         """
         backend = self._tokenizer.backend_tokenizer
         text = backend.decode(self._ids, skip_special_tokens=True)
-        before = backend.decode(self._ids[: self._settled], skip_special_tokens=True)
-        unsure = text.endswith("\ufffd") and len(self._ids) - self._settled < LONGEST_CHARACTER
-        if (unsure or len(text) <= len(before)) and not last:
+        before = backend.decode(self._ids[: self._decoded], skip_special_tokens=True)
+        unfinished = text.endswith("\ufffd") and len(self._ids) - self._decoded < LONGEST_CHARACTER
+        if (unfinished or len(text) <= len(before)) and not last:
             return ""
-        self._ids = self._ids[self._settled :]
-        self._settled = len(self._ids)
+        self._ids = self._ids[self._decoded :]
+        self._decoded = len(self._ids)
         return str(text[len(before) :])
 
-    def _settle(self, piece: str, *, last: bool) -> str:
+    def _release(self, piece: str, *, last: bool) -> str:
+        """What is certain of the pending text and one more piece."""
         if self.stopped:
             return ""
-        text = self._held + piece
-        met = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
-        if met:  # the one that is complete first, wherever tokens end
-            text, self.stopped = text[: min(met)[1]], True
-        ready = len(text) if last or self.stopped else len(text) - self._begins_stop(text)
+        text = self._pending + piece
+        matches = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if matches:  # the one that is complete first, wherever tokens end
+            text, self.stopped = text[: min(matches)[1]], True
+        certain = len(text) if last or self.stopped else len(text) - self._begins_stop(text)
         if self._strip:
-            ready = len(text[:ready].rstrip())
-        self._held = "" if last or self.stopped else text[ready:]
-        said = text[:ready] if self._begun or not self._strip else text[:ready].lstrip()
-        self._begun = self._begun or bool(said)
-        return said
+            certain = len(text[:certain].rstrip())
+        self._pending = "" if last or self.stopped else text[certain:]
+        released = text[:certain] if self._started or not self._strip else text[:certain].lstrip()
+        self._started = self._started or bool(released)
+        return released
 
     def _begins_stop(self, text: str) -> int:
         """Length of the longest end of the text with which a stop string begins."""
@@ -95,9 +99,8 @@ class TextStream:
 @functools.lru_cache(maxsize=100_000)
 def spelling(tokenizer: PreTrainedTokenizerBase, token_id: int) -> tuple[str, tuple[int, ...]]:
     """A token as text and as UTF-8 bytes, for log probabilities; half a character shows as U+FFFD, its bytes are right."""
-    written = (
-        tokenizer.convert_ids_to_tokens(token_id) or ""
-    )  # some models have more rows than their tokenizer has tokens
+    # Some models have more rows than their tokenizer has tokens.
+    written = tokenizer.convert_ids_to_tokens(token_id) or ""
     table = _byte_of() if "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder) else {}
     if byte := BYTE.fullmatch(written):
         raw = bytes([int(byte[1], 16)])

@@ -1,0 +1,26 @@
+"""Whether rows of different adapters can be computed in one batch."""
+
+from __future__ import annotations
+
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
+
+
+def can_mix(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether PEFT can tell rows of one batch apart by their adapter (its mixed-adapter batches, `adapter_names`).
+
+    PEFT 0.21 raises for DoRA and for merged layers, and where one adapter brings its own copy of a module or rows of an
+    embedding, rows of another one pass it or not by which of them is active. Such adapters take turns.
+    """
+    if not isinstance(model, PeftModel):
+        return False
+    merged = any(module.merged for module in model.modules() if isinstance(module, LoraLayer))
+    return not merged and all(_is_plain(config) for config in model.peft_config.values())
+
+
+def _is_plain(config: object) -> bool:
+    """Whether an adapter adds s B A to linear layers and embeddings, and nothing else."""
+    return isinstance(config, LoraConfig) and not (
+        config.use_dora or config.modules_to_save or config.trainable_token_indices or config.bias != "none"
+    )

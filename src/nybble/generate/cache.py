@@ -1,0 +1,17 @@
+"""How many tokens' keys and values fit into memory."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from nybble.plan.free_memory import device_memory
+from nybble.plan.ledger import kv_cache_bytes_per_token
+from nybble.plan.shapes import ModelShape
+
+SHARE = 0.4  # of the free memory for a batch's keys and values: growing by a token, a layer's are there twice
+
+
+def cache_tokens(model: PreTrainedModel) -> int:
+    """How many tokens' keys and values fit into the memory that is free now."""
+    shape = ModelShape.from_config(model.config.to_dict())
+    return max(1, int(SHARE * device_memory(model.device).free / kv_cache_bytes_per_token(shape, model.dtype.itemsize)))

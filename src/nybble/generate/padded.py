@@ -1,0 +1,167 @@
+"""The default generator: the Transformers text-generation pipeline in padded batches, on any device."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from nybble.generate.adapters import can_mix
+from nybble.generate.batching import ActiveRequest, GenerationBatch, Scheduler
+from nybble.generate.cache import cache_tokens
+from nybble.generate.pipeline import TokenPipeline
+from nybble.generate.request import GenerationError, Handle, Observer, Request, Sink, Unobserved, check_request
+from nybble.generate.sampling import Draw, Steps
+from nybble.generate.seeds import fresh_seed
+
+log = logging.getLogger("nybble.generate")
+ROWS = 32  # in a batch; 4-bit weights are read once for all of them
+PATIENCE = 16  # tokens after which a batch gives way where others may come
+GATHER = 0.01  # seconds an idle generator waits for requests that come together
+# Seconds that a busy one waits, at most, for clients that were just answered to ask again: a token's time. Without it 16
+# clients fall into two groups that take turns in batches of 8 (SmolLM2 on two cores: a mean of 7.8 rows).
+RETURN = 0.3
+
+
+class Padded:
+    """A base and its adapters; one `step` computes one batch.
+
+    Args:
+        model: in eval mode; adapters are named as PEFT names them. `step` switches gradients off, and the caller may do more
+            (torch.inference_mode, autocast).
+        pad_id: any token of the vocabulary; nothing attends to it.
+        rows: in a batch, at most.
+        queue: requests that may wait; None for any number.
+        patience: as `Scheduler`, and the memory that is free bounds a batch. Without it batches are made by `rows` alone and run
+            to their end, so that the same requests make the same batches, and the same rounding, each time; one that runs out of
+            memory is halved.
+        observer: of how busy it is.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        pad_id: int,
+        *,
+        rows: int = ROWS,
+        queue: int | None = None,
+        patience: int | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.model, self.pad_id = model, pad_id
+        self.adapters = frozenset(model.peft_config) if isinstance(model, PeftModel) else frozenset()
+        self.vocabulary, self.positions = int(base.config.vocab_size), int(base.config.max_position_embeddings)
+        self.pipeline = TokenPipeline(model, pad_id)
+        self.scheduler = Scheduler(
+            rows=rows, queue=queue, patience=patience,
+            space=None if patience is None else cache_tokens(base), mixes=can_mix(model),
+            rows_are_free=base.device.type != "cpu", observer=observer or Unobserved(),
+        )  # fmt: skip
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self.scheduler.waiting)
+
+    def companions(self, *, idle: bool) -> tuple[int, float]:
+        """How many waiting requests the next step is better off with, and for how many seconds they are worth waiting for."""
+        if idle:
+            return self.scheduler.rows, GATHER
+        expected = min(self.scheduler.rows, self.waiting + self.scheduler.answered)
+        return expected, min(RETURN, self.scheduler.seconds_a_token)
+
+    def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> list[Handle]:
+        """Queue all of these, or none; from any thread.
+
+        Raises:
+            BusyError, GenerationError: as `Generator.submit`.
+        """
+        for request in requests:
+            check_request(request, self.vocabulary, self.adapters)
+        rows = [
+            ActiveRequest(request, sink, fresh_seed() if request.seed is None else request.seed)
+            for request, sink in zip(requests, sinks, strict=True)
+        ]
+        self.scheduler.submit(rows)
+        return list[Handle](rows)
+
+    def step(self) -> bool:
+        """Compute a batch, until it ends or gives way; False once nobody waits."""
+        batch = self.scheduler.next()
+        if batch is None:
+            return False
+        began, whole = time.perf_counter(), False
+        try:
+            self._run(batch)
+            whole = True
+        finally:
+            if not whole:  # Ctrl-C, or a defect: nobody is left waiting
+                for row in batch.unfinished():
+                    row.fail(GenerationError("generation was stopped"))
+            more = self.scheduler.finish(batch, time.perf_counter() - began)
+        return more
+
+    def close(self) -> None:
+        """Cancel everything; from any thread."""
+        self.scheduler.close()
+
+    def _run(self, batch: GenerationBatch) -> None:
+        """One batch; one that fails takes its own requests along, and nothing else."""
+        try:
+            self._compute(batch)
+        except torch.OutOfMemoryError as error:
+            if len(batch.rows) > 1:
+                self.scheduler.halve_space(batch)
+                log.warning(
+                    "out of memory with %d answers; a batch now has space for %d tokens",
+                    len(batch.rows), self.scheduler.space,
+                )  # fmt: skip
+            else:
+                _fail(batch, "out of memory: the prompt is too long for this device", error)
+        except (RuntimeError, ValueError, IndexError) as error:
+            log.exception("a batch of %d failed", len(batch.rows))
+            _fail(batch, "the model failed; the log says why", error)
+
+    def _compute(self, batch: GenerationBatch) -> None:
+        assert not self.model.training, "dropout would be at work in the answers"
+        rows = batch.rows
+        draw = Draw(rows, self.pipeline.device)
+        adapters = [row.request.adapter for row in rows]
+        uniform = len(set(adapters)) == 1
+        with self._answering(adapters[0]) if uniform else contextlib.nullcontext():
+            self.pipeline.generate(
+                [row.prompt for row in rows], max(row.left for row in rows), _common_stops(rows), draw,
+                Steps(batch, draw), None if uniform else adapters,
+            )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _answering(self, adapter: str | None) -> Iterator[None]:
+        """Meanwhile one adapter answers, or the base."""
+        if not isinstance(self.model, PeftModel):
+            yield
+        elif adapter is None:
+            with self.model.disable_adapter():
+                yield
+        else:
+            if self.model.active_adapter != adapter:
+                self.model.set_adapter(adapter, inference_mode=True)
+            yield
+
+
+def _common_stops(rows: Sequence[ActiveRequest]) -> frozenset[int]:
+    """The tokens at which every row of the batch ends, where all have the same."""
+    stops = {row.request.stop_ids for row in rows}
+    return stops.pop() if len(stops) == 1 else frozenset()
+
+
+def _fail(batch: GenerationBatch, what: str, cause: Exception) -> None:
+    for row in batch.unfinished():
+        error = GenerationError(what)
+        error.__cause__ = cause
+        row.fail(error)

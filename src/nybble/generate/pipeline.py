@@ -1,0 +1,93 @@
+"""The Transformers text-generation pipeline, from token ids to token ids.
+
+The pipeline's own preprocess would tokenise a string, and its postprocess would make one: both are passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from peft import PeftModel
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    PreTrainedModel,
+    StoppingCriteria,
+    TextGenerationPipeline,
+)
+
+BASE = "__base__"  # PEFT's name, in a mixed batch, of rows without an adapter
+
+
+class TokenPipeline(TextGenerationPipeline):  # type: ignore[misc]
+    """Text generation without a tokenizer."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, pad_id: int) -> None:
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        # The pipeline would move the model to the first GPU otherwise; one that Accelerate placed says itself where it is.
+        where = None if getattr(base, "hf_device_map", None) is not None else base.device
+        super().__init__(model=base, device=where)
+        self.model = model  # its class is not among those that the pipeline knows, and its generate takes adapter names
+        self.pad_id = pad_id
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        longest: int,
+        stops: Collection[int],
+        draw: LogitsProcessor,
+        steps: StoppingCriteria,
+        adapters: Sequence[str | None] | None = None,
+    ) -> None:
+        """Generate for all prompts in one padded batch, greedily; `steps` gets the tokens. What all prompts begin with is
+        computed once, or once for each adapter.
+
+        Args:
+            longest: tokens of the longest answer.
+            stops: tokens at which a row ends.
+            draw: leaves the chosen token the largest.
+            adapters: one a prompt, None for the base; without any, the adapter that is active answers all.
+        """
+        shared = common_prefix(prompts) if len(prompts) > 1 else 0
+        ids, mask = pad_after(prompts, shared, self.pad_id)
+        names = None if adapters is None else [BASE if name is None else name for name in adapters]
+        # Without an eos_token_id generate takes the model's own, at which other rows would end: this token never comes.
+        ends = sorted(stops) or [int(self.model.config.vocab_size)]
+        options = {
+            "do_sample": False, "max_new_tokens": longest, "eos_token_id": ends, "pad_token_id": self.pad_id,
+            "use_cache": True, "logits_processor": [draw], "stopping_criteria": [steps],
+        } | ({} if names is None else {"adapter_names": names})  # fmt: skip
+        with torch.no_grad():
+            if shared:
+                options["past_key_values"] = self._prefill(ids[:1, :shared].to(self.device), len(prompts), names)
+            self.forward({"input_ids": ids, "attention_mask": mask, "prompt_text": ""}, **options)
+
+    def _prefill(self, prefix: torch.Tensor, rows: int, names: list[str] | None) -> DynamicCache:
+        """Keys and values of a prefix, (1, tokens), for so many rows."""
+        cache = DynamicCache(config=self.model.config)
+        asked = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        if names is None:
+            self.model(input_ids=prefix, **asked)
+            cache.batch_repeat_interleave(rows)
+        else:
+            distinct = list(dict.fromkeys(names))
+            self.model(input_ids=prefix.expand(len(distinct), -1), adapter_names=distinct, **asked)
+            cache.batch_select_indices(torch.tensor([distinct.index(name) for name in names], device=self.device))
+        return cache
+
+
+def common_prefix(rows: Sequence[list[int]]) -> int:
+    """How many tokens all rows begin with, one left over in each to go on from."""
+    first, last = min(rows), max(rows)  # what these two share, all between them share
+    limit = min(map(len, rows)) - 1
+    return next((n for n in range(limit) if first[n] != last[n]), limit)
+
+
+def pad_after(rows: Sequence[list[int]], shared: int, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, (rows, longest): the shared beginning, then padding, so that all rows end together."""
+    longest = max(map(len, rows))
+    gaps = [longest - len(row) for row in rows]
+    ids = [[*row[:shared], *[pad_id] * gap, *row[shared:]] for row, gap in zip(rows, gaps, strict=True)]
+    mask = [[*[1] * shared, *[0] * gap, *[1] * (longest - shared - gap)] for gap in gaps]
+    return torch.tensor(ids), torch.tensor(mask)

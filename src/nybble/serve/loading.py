@@ -1,0 +1,124 @@
+"""From runs to an engine: models with their names, and the generator that answers for them."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from nybble.chat.answerer import Answerer
+from nybble.chat.loading import load_answerers, load_template
+from nybble.errors import RunError, ServeError
+from nybble.files.places import default_cache
+from nybble.generate.continuous import Continuous
+from nybble.generate.padded import PATIENCE, Padded
+from nybble.generate.worker import Worker
+from nybble.model.base.checkpoint import find_checkpoint
+from nybble.model.base.load import load_base
+from nybble.model.device import choose_device, choose_dtype
+from nybble.recipe import ModelOptions
+from nybble.run.folder import Run
+from nybble.serve.engine import Engine, ServedModel
+from nybble.serve.metrics import Metrics
+
+
+def load_pipeline(
+    runs: Sequence[Run], metrics: Metrics, *, device: str, queue: int, cache: pathlib.Path | None = None
+) -> Engine:
+    """Load the runs' base with an adapter for each.
+
+    Raises:
+        RunError: two runs of one name, or of different bases.
+        ModelError: the base is gone or not the one that the adapters fit.
+    """
+    names = run_names(runs)
+    answerers = dict(zip(names, load_answerers(runs, cache, device, dequantise=True), strict=True))
+    return pipeline_engine(answerers, base_name(runs[0], names), metrics, queue=queue)
+
+
+def pipeline_engine(answerers: dict[str, Answerer], base: str, metrics: Metrics, *, queue: int) -> Engine:
+    """The default engine: several runs of one base, and the base itself, from one base in memory.
+
+    Args:
+        answerers: by the name that the API knows them by; all on one model.
+        base: the name of the base.
+        queue: answers that may wait.
+    """
+    first = next(iter(answerers.values()))
+    padded = Padded(first.model, first.tokenizer.pad_token_id, queue=queue, patience=PATIENCE, observer=metrics)
+    positions, rows = padded.positions, padded.vocabulary
+    models = {
+        name: ServedModel(name, own.template, positions, base, rows, own.adapter, own.system)
+        for name, own in answerers.items()
+    }
+    models[base] = ServedModel(base, first.template, positions, None, rows)
+    together = "share batches" if padded.scheduler.mixes else "take turns"
+    about = (
+        "the default, on any device: the Transformers pipeline; requests are batched, "
+        f"and different models ({', '.join(models)}) {together}"
+    )
+    adapters = {name: str(own.updates) for name, own in answerers.items()}
+    return Engine("pipeline", about, models, adapters, queue, Worker(padded))
+
+
+def load_continuous(
+    runs: Sequence[Run], metrics: Metrics, *, device: str, queue: int, cache: pathlib.Path | None = None
+) -> Engine:
+    """Load a merged run.
+
+    Raises:
+        ServeError: several runs, or one that was not merged.
+    """
+    if len(runs) > 1:
+        raise ServeError(
+            "the engine continuous serves one merged run; several adapters on one base need the engine pipeline",
+            fix=f"nybble serve {runs[0].folder} --engine continuous, or several runs with --engine pipeline",
+        )
+    run = runs[0]
+    folder = merged_folder(run, "continuous")
+    where = choose_device(device if device != "auto" else run.recipe.model.device)
+    dtype, _ = choose_dtype(run.recipe.model.dtype, where)
+    base = load_base(
+        find_checkpoint(str(folder)), ModelOptions(quantization="none"), dtype, where, cache or default_cache()
+    )
+    tokenizer, template = load_template(run, folder)
+    generator = Continuous(base.model.eval(), tokenizer.pad_token_id, queue=queue, observer=metrics)
+    name = run.folder.resolve().name
+    served = ServedModel(name, template, generator.positions, None, generator.vocabulary, system=run.system)
+    about = "Transformers' continuous batching on the merged run; each request joins the running batch"
+    return Engine("continuous", about, {name: served}, {}, queue, Worker(generator))
+
+
+def merged_folder(run: Run, engine: str) -> pathlib.Path:
+    """The folder of a run's merged model.
+
+    Raises:
+        ServeError: the run was not merged yet.
+    """
+    folder = run.folder / "export" / "merged"
+    if not (folder / "config.json").exists():
+        raise ServeError(
+            f"the engine {engine} takes a merged model, and {run.folder} has none",
+            where=str(folder),
+            fix=f"nybble export {run.folder} --to merged",
+        )
+    return folder
+
+
+def run_names(runs: Sequence[Run]) -> list[str]:
+    """What the API calls the runs: their folders' names."""
+    folders = {run.folder.resolve().name: run.folder for run in runs}
+    if len(folders) < len(runs):
+        twice = next(run for run in runs if folders[run.folder.resolve().name] is not run.folder)
+        name = twice.folder.resolve().name
+        raise RunError(
+            f"two runs have the name {name}, and requests choose by name: {twice.folder} and {folders[name]}",
+            fix="rename one of the folders; a run can be moved",
+        )
+    return list(folders)
+
+
+def base_name(run: Run, taken: Sequence[str]) -> str:
+    """What the API calls the base: its Hub id, or its folder's name; never a path."""
+    path = run.recipe.model.path
+    name = pathlib.Path(path).resolve().name if pathlib.Path(path).exists() else path
+    return f"{name}-base" if name in taken else name
