@@ -21,7 +21,7 @@ from nybble.data.prepare import prepare
 from nybble.data.rows.sources import find_sources, read_rows
 from nybble.data.text.tokens import Tokens
 from nybble.errors import DataError
-from nybble.objective.likelihood import summed_loss
+from nybble.evaluate.perplexity import summed_loss
 from nybble.recipe import DataOptions
 from tests.conftest import ROOT, SHARED
 

@@ -24,7 +24,7 @@ from nybble.errors import DataError
 from nybble.plan.speed import BURSTS, estimate, product_rates
 from nybble.preflight.data_check import check
 from nybble.recipe import DataOptions, load_recipe
-from nybble.training.announce import tell_data
+from nybble.training.messages import tell_data
 from tests.conftest import SHARED
 
 

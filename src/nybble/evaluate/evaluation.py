@@ -31,7 +31,7 @@ from nybble.evaluate.texts import Text, read_texts
 from nybble.files.places import check_cache, check_report, default_cache, explained_disk, writing
 from nybble.model.adapter.config import CONFIG
 from nybble.model.adapter.tensors import weights_file
-from nybble.objective.likelihood import Losses, row_losses, text_windows
+from nybble.evaluate.perplexity import Losses, row_losses, text_windows
 from nybble.recipe import dump_recipe
 from nybble.run.folder import Run, versions, write_json
 from nybble.run.log import read_metrics

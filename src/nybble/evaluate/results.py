@@ -10,7 +10,7 @@ import numpy
 
 from nybble.evaluate.scores import Scored
 from nybble.evaluate.statistics import Comparison, Estimate, compare, holm, verdict
-from nybble.objective.likelihood import Losses
+from nybble.evaluate.perplexity import Losses
 
 
 def compared_tasks(

@@ -18,7 +18,7 @@ from nybble.model.adapter.updates import is_untrained, targets_of
 from nybble.run.folder import Run, versions, write_json
 from nybble.run.log import read_metrics
 from nybble.run.marks import COMPLETE, described
-from nybble.training.callbacks import Recorder, Spent
+from nybble.training.recorder import Recorder, Spent
 from nybble.training.preparation import Ready
 
 # What training adds to a run folder before its first checkpoint, and the end of it before the adapter.

@@ -25,7 +25,7 @@ from nybble.model.base.load import Base, Footprint
 from nybble.model.device import choose_device, grow_segments
 from nybble.plan.schedule import Schedule
 from nybble.recipe import Recipe
-from nybble.training.announce import tell_data, tell_engine
+from nybble.training.messages import tell_data, tell_engine
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from nybble.model.base.checkpoint import Checkpoint, check_length, find_checkpoi
 from nybble.model.base.load import load_base, load_config, measure
 from nybble.model.device import choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer
-from nybble.objective.likelihood import TOKENS_AT_ONCE, bare, is_plain
+from nybble.evaluate.perplexity import TOKENS_AT_ONCE, bare, is_plain
 from nybble.plan.out_of_memory import explained_memory
 from nybble.plan.schedule import plan_steps
 from nybble.recipe import Recipe, absolute_paths
@@ -47,8 +47,8 @@ from nybble.run.folder import (
 )
 from nybble.run.marks import check_adapter, read_mark
 from nybble.terminal import tell
-from nybble.training.announce import tell_adapter, tell_base, tell_plan, tell_result
-from nybble.training.callbacks import Guards, Recorder, Spent
+from nybble.training.messages import tell_adapter, tell_base, tell_plan, tell_result
+from nybble.training.recorder import Guards, Recorder, Spent
 from nybble.training.card import draw_loss, write_card
 from nybble.training.checkpoints import Resumption, clear_the_way, remove_unfinished, resumption
 from nybble.training.ending import foreign_files, made_by_now, refuse_untrained, save_adapter, summarise

@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from nybble.data.order import Order, batches, lengths_of
-from nybble.objective.likelihood import summed_loss
+from nybble.evaluate.perplexity import summed_loss
 from nybble.plan.schedule import Schedule
 from nybble.recipe import Recipe
 from nybble.training.checkpoints import begin, check_best
