@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import nybble.training.loop as loop
 import nybble.training.train as training
 from nybble.errors import RunError
 from nybble.files.digests import describe
@@ -217,14 +218,14 @@ def test_a_stop_before_the_first_checkpoint_keeps_what_is_not_the_run_s(tiny_lla
 def stopped(monkeypatch, callback, work) -> str:
     """What the terminal says when a callback stops a run."""
 
-    class Interrupted(training.QLoraTrainer):
+    class Interrupted(loop.QLoraTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.add_callback(callback)
 
     console = Console(file=io.StringIO(), width=300)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "QLoraTrainer", Interrupted)
+        patch.setattr(loop, "QLoraTrainer", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             work(console)
     print(console.file.getvalue())

@@ -1,4 +1,4 @@
-"""8-bit AdamW over all adapters as a few tensors."""
+"""The optimiser of a run; 8-bit AdamW over all adapters as a few tensors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,60 @@ from typing import Any
 
 import torch
 from bitsandbytes.optim import AdamW8bit
+from transformers.trainer_pt_utils import get_parameter_names
 
 LARGEST = 2**25
 """Numbers of a flat tensor, 128 MB: gathering their gradients takes as much again until their own are freed. As one tensor the
 160 M of rank 64 on a 7B took 640 MB, which a fragmented allocator had to ask the device for."""
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # of every AdamW here
+UNDECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+"""Parameters that Trainer gives no weight decay, by name. Checkpoints hold one group with and one without, even where the
+second is empty."""
+
+
+def make_optimizer(
+    model: torch.nn.Module, name: str, dtype: torch.dtype, learning_rate: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW over everything that is trained, on the device on which it is.
+
+    Args:
+        model: with the parameters in their final places.
+        name: `train.optimizer`: adamw, adamw_8bit, paged_adamw_8bit; auto is the last on CUDA and adamw elsewhere.
+        dtype: of the run's computation.
+        learning_rate: at the peak; a scheduler moves it.
+        weight_decay: of every step, relative to the learning rate.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if name == "auto":
+        name = "paged_adamw_8bit" if trained[0].device.type == "cuda" else "adamw"
+    if name != "adamw":
+        return FlatAdamW8bit(
+            trained,
+            lr=learning_rate,
+            betas=BETAS,
+            eps=EPSILON,
+            weight_decay=weight_decay,
+            is_paged=name.startswith("paged"),
+        )
+    decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], UNDECAYED))
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for name, parameter in named if name in decayed], "weight_decay": weight_decay},
+        {"params": [parameter for name, parameter in named if name not in decayed], "weight_decay": 0.0},
+    ]
+    # In float16 a fused one leaves out the step of an overflow by itself, and Accelerate moves the rate on.
+    fused = True if dtype != torch.float16 else None
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, eps=EPSILON, fused=fused)
+
+
+def flat_gradients(optimizer: Any) -> list[torch.nn.Parameter] | None:
+    """The few tensors that hold all parameters and gradients; None where the optimiser has none, or a gradient is missing.
+
+    Args:
+        optimizer: perhaps wrapped by Accelerate.
+    """
+    flat = getattr(optimizer, "optimizer", optimizer)
+    return flat.gather() if isinstance(flat, FlatAdamW8bit) and not flat.missing() else None
 
 
 class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
@@ -23,7 +73,7 @@ class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
     at each parameter.
 
     Args:
-        parameters: all of one device and type; they keep their places, their data moves.
+        parameters: all of one device and type; they stay the same objects, their data moves.
         settings: bitsandbytes' own.
     """
 
@@ -58,10 +108,10 @@ class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Update all parameters."""
         for whole, share in zip(self.wholes, self.shares, strict=True):
-            places = itertools.accumulate((part.numel() for part in share), initial=0)
+            offsets = itertools.accumulate((part.numel() for part in share), initial=0)
             assert all(
-                part.data_ptr() == whole.data_ptr() + place * whole.element_size()
-                for part, place in zip(share, places, strict=False)
+                part.data_ptr() == whole.data_ptr() + offset * whole.element_size()
+                for part, offset in zip(share, offsets, strict=False)
             ), "a parameter's data was replaced"
         self.gather()
         result = None
@@ -75,9 +125,9 @@ class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
 
     def _update(self) -> None:
         """bitsandbytes' loop, which waits for the device after each tensor, without the waiting: only paged states need it."""
-        for group_place, group in enumerate(self.param_groups):
-            for place, whole in enumerate(group["params"]):
-                self.update_step(group, whole, group_place, place)
+        for group_index, group in enumerate(self.param_groups):
+            for index, whole in enumerate(group["params"]):
+                self.update_step(group, whole, group_index, index)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""

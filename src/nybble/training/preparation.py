@@ -25,11 +25,11 @@ from nybble.model.base.load import Base, Footprint
 from nybble.model.device import choose_device, grow_segments
 from nybble.plan.schedule import Schedule
 from nybble.recipe import Recipe
-from nybble.training.messages import tell_data, tell_engine
+from nybble.training.messages import print_data, print_engine
 
 
 @dataclass(frozen=True)
-class Ready:
+class TrainingSetup:
     """Everything a run needs before its first step."""
 
     recipe: Recipe
@@ -94,7 +94,7 @@ def prepare_data(
         for rows in (data.sample, data.validation):
             if rows is not None:
                 inspect(rows, collate, rules, lambda seen: status.update(f"checking what is trained: {seen:,} rows"))
-    tell_data(console, data, recipe.data, time.perf_counter() - began)
+    print_data(console, data, recipe.data, time.perf_counter() - began)
     return data
 
 
@@ -115,14 +115,14 @@ def fuse_layers(model: PeftModel, recipe: Recipe, console: Console) -> Fusion | 
         EngineError: the recipe says how the engine should work, and it cannot be had.
     """
     if not recipe.engine.fused:
-        tell_engine(console, None, "engine.fused=false")
+        print_engine(console, None, "engine.fused=false")
         return None
     try:
         fuse(model, recipe.engine.policy, embedding=recipe.engine.embedding)
     except EngineError as error:
         if recipe.engine.is_shaped:
             raise
-        tell_engine(console, None, error.what)
+        print_engine(console, None, error.what)
         return None
     result = fusion(model)
     assert result is not None
@@ -134,8 +134,8 @@ def fuse_layers(model: PeftModel, recipe: Recipe, console: Console) -> Fusion | 
                 f"none of {result.fallen_back} decoder layers can be fused: {why}",
                 fix="leave engine.policy and engine.embedding out: the layers are then computed by Transformers",
             )
-        tell_engine(console, None, why)
+        print_engine(console, None, why)
         return None
     result.budget.chunked_loss = True
-    tell_engine(console, result, "")
+    print_engine(console, result, "")
     return result

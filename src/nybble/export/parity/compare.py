@@ -24,7 +24,7 @@ from nybble.data.batches import Collator, Sample, next_labels
 from nybble.data.order import batches
 from nybble.engine.loss import last_hidden
 from nybble.export.merge.merge import Merge
-from nybble.evaluate.perplexity import bare
+from nybble.objective.likelihood import bare
 
 ROWS = 64  # validation rows that are compared
 TOKENS_AT_ONCE = 16_384  # of padded rows: each batch merges all weights anew

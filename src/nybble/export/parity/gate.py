@@ -25,7 +25,7 @@ from nybble.errors import DataError
 from nybble.evaluate.generation import FIXED, held_out_prompts
 from nybble.export.merge.merge import Merge
 from nybble.export.parity.compare import compare, divergences
-from nybble.evaluate.perplexity import bare
+from nybble.objective.likelihood import bare
 
 NEW_TOKENS = 48  # of an answer: enough for most to end or to go astray
 TOKENS_AT_ONCE = 4096  # of padded prompts and answers: 2 GB of Llama 2 7B's keys and values, beside its weights

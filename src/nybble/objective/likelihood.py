@@ -1,0 +1,65 @@
+"""Cross-entropy of a batch's trained tokens, without the batch's logits: the head is applied to chunks of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from nybble.data.batches import next_labels
+from nybble.engine.loss import CHUNK, last_hidden, summed_cross_entropy
+from nybble.objective.objective import Batch
+
+TOKENS_AT_ONCE = 4096  # of padded rows in a batch that is only measured: 35 MB of hidden states for a 7B
+
+
+def summed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross-entropy summed over a batch's trained tokens, a scalar in nats that can be differentiated.
+
+    Args:
+        model: a causal language model, perhaps wrapped by PEFT and DistributedDataParallel.
+        batch: as `nybble.data.batches.Collator` makes it, on the model's device.
+    """
+    inputs, targets, rows = _split(batch)
+    head = bare(model).get_output_embeddings()
+    if is_plain(head):
+        return summed_cross_entropy(last_hidden(model, bare(model).get_decoder(), inputs), head.weight, targets, rows)
+    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[rows]  # the head has an adapter of its own
+    return torch.nn.functional.cross_entropy(logits.float(), targets.flatten()[rows], reduction="sum")
+
+
+def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross-entropy of each trained token, (trained tokens,) in nats, in the order of `batch["predicting"]`; no gradients."""
+    inputs, targets, rows = _split(batch)
+    head = bare(model).get_output_embeddings()
+    with torch.inference_mode():
+        hidden = last_hidden(model, bare(model).get_decoder(), inputs).flatten(0, 1)[rows]
+        wanted = targets.flatten()[rows]
+        parts = [
+            torch.nn.functional.cross_entropy(
+                head(hidden[n : n + CHUNK]).float(), wanted[n : n + CHUNK], reduction="none"
+            )
+            for n in range(0, len(rows), CHUNK)
+        ]
+    return torch.cat(parts)
+
+
+def bare(model: torch.nn.Module) -> PreTrainedModel:
+    """The Transformers model inside what PEFT and DistributedDataParallel wrap around it."""
+    inner = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+    found: PreTrainedModel = inner.get_base_model() if isinstance(inner, PeftModel) else inner
+    return found
+
+
+def is_plain(head: Any) -> bool:
+    """Whether a head is a frozen matrix, whose loss is computed in chunks; others make the logits of a whole batch."""
+    known: bool = type(head) is torch.nn.Linear  # not a quantised one, which is derived from it
+    return known and head.bias is None and not head.weight.requires_grad
+
+
+def _split(batch: Batch) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+    """The model's arguments, what each position predicts, and the positions that predict something."""
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "predicting")}
+    return inputs, next_labels(batch["labels"]), batch["predicting"]
