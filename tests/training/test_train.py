@@ -440,14 +440,23 @@ def test_somebody_elses_adapter_answers_and_a_moved_base_is_found(finished, tiny
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
-def test_trackers_write_into_the_run_and_never_ask(tracker, tiny_llama, rows, cache, tmp_path, quiet, monkeypatch):
+def test_trackers_write_into_the_run_never_ask_and_leave_the_environment_alone(
+    tracker, tiny_llama, rows, cache, tmp_path, quiet, monkeypatch
+):
     if tracker == "tensorboard":
         pytest.importorskip("tensorboard")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.chdir(tmp_path)
     recipe = recipe_for(tiny_llama, rows, tmp_path / "run", f"tracker.to={tracker}", "train.max_steps=2")
+    before, during = dict(os.environ), {}
+    fetch = loop.QLoraTrainer.get_batch_samples
+    monkeypatch.setattr(
+        loop.QLoraTrainer, "get_batch_samples", lambda *given: during.update(os.environ) or fetch(*given)
+    )
     run = train(recipe, console=quiet, cache=cache)
+    assert during.keys() > before.keys(), "the tracker's or the libraries' variables"
+    assert dict(os.environ) == before
     pattern = {"wandb": "wandb/offline-run-*/*.wandb", "tensorboard": "tensorboard/events.*"}[tracker]
     assert list(run.folder.glob(pattern))
     assert not [path for path in tmp_path.iterdir() if path.name in ("wandb", "mlruns", "mlflow.db")]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from accelerate import PartialState
 
 from nybble.data.text.kept_template import save_template
+from nybble.distributed.environment import environment_restored
 from nybble.distributed.launcher import rank
 from nybble.errors import ModelError, RecipeError, RunError
 from nybble.files.places import check_places, explained_disk, no_empty_folders, writing
@@ -20,7 +21,6 @@ from nybble.recipe import Recipe
 from nybble.run.folder import Run, check_room, check_unchanged, create_run, start_record
 from nybble.training.checkpoints import Resumption
 from nybble.training.preparation import TrainingSetup
-from nybble.training.trackers import environment_restored
 
 
 @contextlib.contextmanager

@@ -11,23 +11,10 @@ from typing import Any
 
 import wandb
 
+from nybble.distributed.environment import environment_restored
 from nybble.errors import RecipeError
 from nybble.installed import install_extra
 from nybble.recipe import TrackerOptions
-
-
-@contextlib.contextmanager
-def environment_restored() -> Iterator[None]:
-    """os.environ is afterwards what it was before: trackers, Transformers and Accelerate all set variables in it."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        for name, value in before.items():
-            if os.environ.get(name) != value:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager
