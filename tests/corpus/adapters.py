@@ -409,7 +409,7 @@ NUMBERS = [
     taken("target with more than there is", config(target_modules=["q_proj", "v_proj", "down_proj", "query_key_value"])),
     taken("no patterns", config(rank_pattern=None, alpha_pattern=None)),
     taken("whole head", both(config(modules_to_save=["lm_head"]), tensors(lambda state: {
-        **state, "base_model.model.lm_head.weight": torch.ones(400, 64)})), "6 LoRA modules, all non-zero; lm_head trained in full"),
+        **state, "base_model.model.lm_head.weight": torch.ones(400, 64)})), f"{GOOD}; lm_head trained in full"),
     taken("biases of a base without any", config(bias="all")),
 ]  # fmt: skip
 CASES = [*FIELDS, *PATTERNS, *KINDS, *WRITING, *FILES, *PLACES, *NUMBERS]

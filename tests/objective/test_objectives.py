@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from nybble.data.batches import Collator
 from nybble.objective.likelihood import summed_loss, token_losses
-from nybble.objective.objective import Batch, Mean, Metrics, Objective, StepLoss
+from nybble.objective.objective import Mean, MetricMeans, MicroBatch, Objective, StepLoss
 from nybble.objective.supervised import Supervised
 from nybble.plan.schedule import Schedule
 from nybble.recipe import load_recipe
@@ -25,40 +25,40 @@ from nybble.training.progress import RunProgress
 from nybble.training.recorder import Recorder
 from nybble.training.trainer import QLoraTrainer
 
-BETA = 0.1
+BETA = 0.5
 
 
 class Preference:
-    """Direct preference optimisation (Rafailov et al. 2023) by whole logits; of a batch the first half was chosen, the other rejected.
+    """Direct preference optimisation (Rafailov et al. 2023) by whole logits; a batch's first half was chosen, its other rejected.
 
     The reference is the model with its adapter off. A mean over pairs, not over tokens.
     """
 
     metrics: Sequence[str] = ("margin", "accuracy")
 
-    def count(self, batch: Batch) -> int:
+    def count(self, batch: MicroBatch) -> int:
         return len(batch["input_ids"]) // 2
 
-    def loss(self, model: torch.nn.Module, batch: Batch, count: torch.Tensor) -> StepLoss:
+    def loss(self, model: torch.nn.Module, batch: MicroBatch, count: torch.Tensor) -> StepLoss:
         margins = self._margins(model, batch)
         loss = -torch.nn.functional.logsigmoid(margins).sum() / count
         return StepLoss(loss, {name: mean for name, mean in self._measured(margins.detach()).items() if name != "loss"})
 
-    def measure(self, model: torch.nn.Module, batch: Batch) -> Metrics:
+    def measure(self, model: torch.nn.Module, batch: MicroBatch) -> MetricMeans:
         return self._measured(self._margins(model, batch))
 
     def _measured(self, margins: torch.Tensor) -> dict[str, Mean]:
         terms = {"loss": -torch.nn.functional.logsigmoid(margins), "margin": margins, "accuracy": (margins > 0).float()}
         return {name: Mean(term.sum(), len(margins)) for name, term in terms.items()}
 
-    def _margins(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    def _margins(self, model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
         tuned = self._log_probabilities(model, batch)
         with torch.no_grad(), model.disable_adapter():
             reference = self._log_probabilities(model, batch)
         chosen, rejected = (tuned - reference).chunk(2)
         return BETA * (chosen - rejected)
 
-    def _log_probabilities(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    def _log_probabilities(self, model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         labels = batch["labels"][:, 1:]
         found = torch.gather(logits.log_softmax(-1), 2, labels.clamp(min=0)[..., None])[..., 0]
@@ -92,7 +92,7 @@ def adapted(folder):
 def test_the_loop_trains_towards_preference_as_it_is(tiny_llama, tmp_path, quiet):
     """Counted in pairs, measured beside its loss, with a reference pass: nothing of the trainer knows about it."""
     recipe = load_recipe(None, [
-        f"model.path={tiny_llama}", "data.path=d", "train.micro_batch=4", "train.accumulation=2", "train.learning_rate=2e-2",
+        f"model.path={tiny_llama}", "data.path=d", "train.micro_batch=4", "train.accumulation=2", "train.learning_rate=5e-2",
         "train.scheduler=constant", "train.keep_best=false",
     ])  # fmt: skip
     (tmp_path / "checkpoints").mkdir()
@@ -102,7 +102,7 @@ def test_the_loop_trains_towards_preference_as_it_is(tiny_llama, tmp_path, quiet
     objective: Objective = Preference()
     model = adapted(tiny_llama)
     trainer = QLoraTrainer(
-        objective=objective, optimizer=make_optimizer(model, "adamw", torch.float32, 2e-2, 0.0), model=model,
+        objective=objective, optimizer=make_optimizer(model, "adamw", torch.float32, 5e-2, 0.0), model=model,
         args=arguments, train_dataset=pairs(64), eval_dataset=pairs(13), data_collator=collate,
     )  # fmt: skip
     run, progress = Run(tmp_path, recipe), RunProgress(quiet, schedule, frozenset())

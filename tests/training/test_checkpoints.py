@@ -206,7 +206,7 @@ def test_a_stop_before_the_first_checkpoint_keeps_what_is_not_the_run_s(tiny_lla
     told = stopped(monkeypatch, Copied(1), lambda console: train(
         recipe_for(tiny_llama, rows, tmp_path / "run", *WORDS), console=console, cache=cache,
     ))  # fmt: skip
-    assert f"{tmp_path / 'run'} stays, since it holds checkpoints/checkpoint-best, which is not its own" in told
+    assert f"{tmp_path / 'run'} stays, since it holds checkpoints/checkpoint-best, which is not part of the run" in told
     assert mine.read_text() == "mine"
     shutil.rmtree(mine.parent)
     told = stopped(monkeypatch, Interrupt(1), lambda console: resume(tmp_path / "run", console=console, cache=cache))

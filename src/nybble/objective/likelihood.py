@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from nybble.data.batches import next_labels
 from nybble.engine.loss import CHUNK, last_hidden, summed_cross_entropy
-from nybble.objective.objective import Batch
+from nybble.objective.objective import MicroBatch
 
 TOKENS_AT_ONCE = 4096  # of padded rows in a batch that is only measured: 35 MB of hidden states for a 7B
 
 
-def summed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+def summed_loss(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Cross-entropy summed over a batch's trained tokens, a scalar in nats that can be differentiated.
 
     Args:
@@ -30,7 +30,7 @@ def summed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), targets.flatten()[rows], reduction="sum")
 
 
-def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+def token_losses(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Cross-entropy of each trained token, (trained tokens,) in nats, in the order of `batch["predicting"]`; no gradients."""
     inputs, targets, rows = _split(batch)
     head = bare(model).get_output_embeddings()
@@ -59,7 +59,7 @@ def is_plain(head: Any) -> bool:
     return known and head.bias is None and not head.weight.requires_grad
 
 
-def _split(batch: Batch) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+def _split(batch: MicroBatch) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
     """The model's arguments, what each position predicts, and the positions that predict something."""
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "predicting")}
     return inputs, next_labels(batch["labels"]), batch["predicting"]

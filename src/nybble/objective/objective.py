@@ -10,7 +10,7 @@ import torch
 
 from nybble.distributed.group import add_up
 
-Batch = dict[str, Any]
+MicroBatch = dict[str, Any]
 """What the collator returns, on the device."""
 
 
@@ -24,7 +24,7 @@ class Mean:
     """How many terms there are."""
 
 
-Metrics = Mapping[str, Mean]
+MetricMeans = Mapping[str, Mean]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class StepLoss:
 
     loss: torch.Tensor
     """Scalar to differentiate: the micro batch's share of the step's mean loss."""
-    metrics: Metrics = field(default_factory=dict)
+    metrics: MetricMeans = field(default_factory=dict)
     """What was measured beside it, without gradients; the names are those of `Objective.metrics`."""
 
 
@@ -48,11 +48,11 @@ class Objective(Protocol):
         """Names of what is measured beside the loss; the same on every process and in every batch."""
         ...
 
-    def count(self, batch: Batch) -> int:
+    def count(self, batch: MicroBatch) -> int:
         """Terms that a batch contributes to the mean loss of its step: trained tokens, or pairs. The host knows it."""
         ...
 
-    def loss(self, model: torch.nn.Module, batch: Batch, count: torch.Tensor) -> StepLoss:
+    def loss(self, model: torch.nn.Module, batch: MicroBatch, count: torch.Tensor) -> StepLoss:
         """The sum of a micro batch's loss terms, divided by `count`.
 
         Args:
@@ -63,7 +63,7 @@ class Objective(Protocol):
         """
         ...
 
-    def measure(self, model: torch.nn.Module, batch: Batch) -> Metrics:
+    def measure(self, model: torch.nn.Module, batch: MicroBatch) -> MetricMeans:
         """The mean loss of validation rows, as `loss`, and every one of `metrics`; called without gradients."""
         ...
 
@@ -80,7 +80,7 @@ class MetricSums:
         self._names = names
         self._sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
 
-    def add(self, metrics: Metrics) -> None:
+    def add(self, metrics: MetricMeans) -> None:
         """Count a batch, without waiting for the device."""
         for place, name in enumerate(self._names):
             self._sums[place, 0] += metrics[name].total

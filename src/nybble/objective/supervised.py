@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from nybble.objective.likelihood import summed_loss
-from nybble.objective.objective import Batch, Mean, Metrics, StepLoss
+from nybble.objective.objective import Mean, MetricMeans, MicroBatch, StepLoss
 
 
 class Supervised:
@@ -16,14 +16,14 @@ class Supervised:
 
     metrics: Sequence[str] = ()
 
-    def count(self, batch: Batch) -> int:
+    def count(self, batch: MicroBatch) -> int:
         """Trained tokens."""
         return len(batch["predicting"])
 
-    def loss(self, model: torch.nn.Module, batch: Batch, count: torch.Tensor) -> StepLoss:
+    def loss(self, model: torch.nn.Module, batch: MicroBatch, count: torch.Tensor) -> StepLoss:
         """The micro batch's share of the step's mean."""
         return StepLoss(summed_loss(model, batch) * (1 / count))
 
-    def measure(self, model: torch.nn.Module, batch: Batch) -> Metrics:
+    def measure(self, model: torch.nn.Module, batch: MicroBatch) -> MetricMeans:
         """Nats per trained token."""
         return {"loss": Mean(summed_loss(model, batch), len(batch["predicting"]))}

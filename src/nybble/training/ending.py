@@ -28,7 +28,7 @@ from nybble.training.preparation import TrainingSetup
 from nybble.training.recorder import Recorder
 from nybble.training.resource_use import ResourceUse
 
-# What training adds to a run folder before its first checkpoint, and the end of it before the adapter.
+# What training writes into a run folder before its first checkpoint, and its end before the adapter.
 TRAINED = {
     *("metrics.jsonl", "samples.jsonl", "summary.json", "loss.png", "README.md"),
     *("wandb", "tensorboard", "trackio", "mlflow.db", "mlruns"),
@@ -39,21 +39,21 @@ TRAINED = {
 def nothing_half_done(
     run: Run, state: PartialState, console: Console, made: Collection[pathlib.Path] | None
 ) -> Iterator[None]:
-    """A failure before the first whole checkpoint leaves no run folder, unless it holds evidence of what happened, or files of
-    others; one after it leaves what can be resumed.
+    """A failure before the first complete checkpoint leaves no run folder, unless it holds evidence of what happened, or files
+    that are not the run's; one after it leaves what can be resumed.
 
     Args:
         run: the run.
         state: of the processes.
-        console: where it is told.
-        made: what this very run made in its folder before it trained; None where it did not make the folder.
+        console: where it says what is left.
+        made: what this run made in its folder before it trained; None where it did not make the folder.
     """
-    whole = False
+    completed = False
     try:
         yield
-        whole = True
+        completed = True
     finally:  # whatever it was: tokenizers raises a plain Exception where a disk is full
-        if not whole:
+        if not completed:
             _tidy(run, state, console, made)
 
 
@@ -70,14 +70,14 @@ def _tidy(run: Run, state: PartialState, console: Console, made: Collection[path
             shutil.rmtree(run.folder, ignore_errors=True)
             tell(console, "stopped   before the first checkpoint: nothing of this run was kept")
         else:
-            why = f", since it holds {others[0]}, which is not its own" if others else ""
+            why = f", since it holds {others[0]}, which is not part of the run" if others else ""
             tell(
                 console, f"stopped   before the first checkpoint; {run.folder} stays{why}; start it over with: {again}"
             )
 
 
 def refuse_untrained(run: Run, model: PeftModel, recorder: Recorder) -> None:
-    """Raise TrainingError where the adapter that would be kept answers as the base does, on all processes."""
+    """Raise TrainingError where the adapter that would be kept answers like the base, on all processes."""
     if not is_untrained(model):
         return
     rate = run.recipe.train.learning_rate
@@ -98,7 +98,7 @@ def save_adapter(run: Run, model: PeftModel) -> None:
     with new_folder(run.adapter) as temporary:
         model.save_pretrained(temporary)
         check_saved(model, temporary)
-        files = described(temporary, {"README.md"})  # which is there to be rewritten
+        files = described(temporary, {"README.md"})  # which people may edit
         write_json(temporary / COMPLETE, {"files": files})
 
 
@@ -149,12 +149,12 @@ def summarise(setup: TrainingSetup, recorder: Recorder, used: ResourceUse) -> di
 
 
 def made_by_now(folder: pathlib.Path) -> frozenset[pathlib.Path]:
-    """All that a run folder holds, by its path in there."""
+    """Everything in a run folder, by its path relative to it."""
     return frozenset(path.relative_to(folder) for path in folder.rglob("*"))
 
 
 def foreign_files(run: Run, made: Collection[pathlib.Path]) -> list[pathlib.Path]:
-    """What a run folder holds that neither was there before the run trained nor comes of its training.
+    """What a run folder holds that was neither there before the run trained nor written by its training.
 
     Args:
         run: without a checkpoint.

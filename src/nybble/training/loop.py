@@ -25,7 +25,7 @@ from nybble.training.interrupt import Interruption
 from nybble.training.optimizer import make_optimizer
 from nybble.training.preparation import TrainingSetup
 from nybble.training.progress import EVALUATING, SAMPLING, SCORING, RunProgress
-from nybble.training.recorder import Answers, Recorder
+from nybble.training.recorder import Recorder, SampleAnswering
 from nybble.training.resource_use import ResourceUse
 from nybble.training.trackers import tracking
 from nybble.training.trainer import QLoraTrainer
@@ -124,7 +124,7 @@ def _watch(
     return recorder
 
 
-def _answers(setup: TrainingSetup) -> Answers | None:
+def _answers(setup: TrainingSetup) -> SampleAnswering | None:
     """What answers this process's share of the sample prompts."""
     rows = setup.data.validation
     count = min(setup.recipe.train.samples, len(rows)) if rows is not None else 0

@@ -18,6 +18,7 @@ from nybble.data.batches import Collator
 from nybble.data.prepare import Prepared, prepare
 from nybble.data.text.kept_template import read_template
 from nybble.data.xray import Rules, inspect
+from nybble.distributed.group import in_group
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.fusion import Fusion
 from nybble.errors import DeviceError, EngineError, ModelError
@@ -46,7 +47,11 @@ class TrainingSetup:
 
 
 def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
-    """This process's place; the number of processes is held against what was asked for."""
+    """This process among the others, and its device.
+
+    Raises:
+        DeviceError: not as many processes run as the recipe says, or this one has no device.
+    """
     asked, running = recipe.train.processes, int(os.environ.get("WORLD_SIZE", "1"))
     if asked != running:
         raise DeviceError(
@@ -67,8 +72,8 @@ def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
 
 
 def leave_processes() -> None:
-    """The end of what `join_processes` began: torch warns of a group that is left to the interpreter's end."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    """Undo `join_processes`: torch warns about a process group that is still open when the interpreter ends."""
+    if in_group():
         torch.distributed.destroy_process_group()
 
 
@@ -99,6 +104,7 @@ def prepare_data(
 
 
 def check_vocabulary(data: Prepared, base: Base) -> None:
+    """Raise ModelError where the data has a token id without an embedding."""
     rows = base.model.get_input_embeddings().num_embeddings
     if data.counts.highest_id >= rows:
         raise ModelError(
@@ -109,10 +115,10 @@ def check_vocabulary(data: Prepared, base: Base) -> None:
 
 
 def fuse_layers(model: PeftModel, recipe: Recipe, console: Console) -> Fusion | None:
-    """Hand the layers to the engine; a model or adapter that it does not know is trained as Transformers computes it.
+    """Hand the layers to the engine; a model or adapter that it does not support is computed by Transformers.
 
     Raises:
-        EngineError: the recipe says how the engine should work, and it cannot be had.
+        EngineError: the recipe asks for a way of working that the engine does not offer here.
     """
     if not recipe.engine.fused:
         print_engine(console, None, "engine.fused=false")

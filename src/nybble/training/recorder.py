@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nybble.distributed.group import gathered
-from nybble.objective.objective import Metrics, MetricSums
+from nybble.objective.objective import MetricMeans, MetricSums
 from nybble.run.folder import Run, append_json
 from nybble.terminal import tell
 from nybble.training.progress import SAMPLING, TRAINING, RunProgress
@@ -19,8 +19,8 @@ from nybble.training.resource_use import peak_memory
 from nybble.training.trackers import log_samples
 from nybble.training.trainer import CurrentStep
 
-Answers = Callable[[Callable[[int, int], None]], list[dict[str, Any]]]
-"""Answers this process's share of the sample prompts, a record each; is given what shows how many are done, and of how many."""
+SampleAnswering = Callable[[Callable[[int, int], None]], list[dict[str, Any]]]
+"""SampleAnswering this process's share of the sample prompts, a record each; is given what shows how many are done, and of how many."""
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]
@@ -38,7 +38,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self, run: Run, current_step: CurrentStep, metrics: Sequence[str], console: Console, progress: RunProgress,
-        answers: Answers | None, tracker: str,
+        answers: SampleAnswering | None, tracker: str,
     ) -> None:  # fmt: skip
         self.run = run
         self.current_step = current_step
@@ -52,7 +52,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self.history: list[dict[str, Any]] = []
         """What Trainer has logged since the run started, which its checkpoints keep."""
         self._tokens: list[torch.Tensor] = []
-        self._measured: list[Metrics] = []
+        self._measured: list[MetricMeans] = []
         self._started = time.perf_counter()
 
     def on_train_begin(

@@ -41,13 +41,13 @@ from nybble.training.messages import print_adapter, print_base, print_plan, prin
 from nybble.training.preparation import TrainingSetup, check_vocabulary, fuse_layers, join_processes, prepare_data
 from nybble.training.resource_use import ResourceUse
 
-Preflight = Callable[[PretrainedConfig, PreTrainedTokenizerBase, pathlib.Path], None]
+PreflightCheck = Callable[[PretrainedConfig, PreTrainedTokenizerBase, pathlib.Path], None]
 """Whether export.to can work, of a configuration, a tokenizer and the run folder: raises where it cannot."""
 
 
 def train(
     recipe: Recipe, *, console: Console | None = None, cache: pathlib.Path | None = None,
-    benchmarks: Benchmarks | None = None, preflight: Preflight | None = None,
+    benchmarks: Benchmarks | None = None, preflight: PreflightCheck | None = None,
 ) -> Run:  # fmt: skip
     """Train an adapter as a recipe says; returns the finished run.
 
@@ -70,7 +70,7 @@ def train(
 
 def resume(
     folder: str | pathlib.Path, *, console: Console | None = None, cache: pathlib.Path | None = None,
-    benchmarks: Benchmarks | None = None, preflight: Preflight | None = None,
+    benchmarks: Benchmarks | None = None, preflight: PreflightCheck | None = None,
 ) -> Run:  # fmt: skip
     """Resume an interrupted run from its newest complete checkpoint, exactly as it would have gone on.
 
@@ -91,7 +91,7 @@ def resume(
 
 def _train(
     recipe: Recipe, folder: pathlib.Path, resumed: Resumption | None, console: Console, cache: pathlib.Path,
-    benchmarks: Benchmarks | None, preflight: Preflight | None, held: contextlib.ExitStack,
+    benchmarks: Benchmarks | None, preflight: PreflightCheck | None, held: contextlib.ExitStack,
 ) -> Run:  # fmt: skip
     started = time.time()
     if benchmarks is None:

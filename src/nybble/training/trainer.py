@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from nybble.data.order import Order, batches, lengths_of
 from nybble.distributed.group import add_up
-from nybble.objective.objective import Metrics, MetricSums, Objective
+from nybble.objective.objective import MetricMeans, MetricSums, Objective
 from nybble.training.checkpoints import begin, check_best
 from nybble.training.module_walks import without_module_walks
 from nybble.training.optimizer import flat_gradients
@@ -48,7 +48,7 @@ class CurrentStep:
 
     batches: list[dict[str, Any]] = field(default_factory=list)
     losses: list[PendingScalar] = field(default_factory=list)
-    metrics: list[Metrics] = field(default_factory=list)
+    metrics: list[MetricMeans] = field(default_factory=list)
 
     def clear(self) -> None:
         """Start the next step."""
