@@ -20,7 +20,7 @@ from nybble.training.trackers import log_samples
 from nybble.training.trainer import CurrentStep
 
 SampleAnswering = Callable[[Callable[[int, int], None]], list[dict[str, Any]]]
-"""SampleAnswering this process's share of the sample prompts, a record each; is given what shows how many are done, and of how many."""
+"""Answers this process's share of the sample prompts, a record each; it is given a function that shows how many are done."""
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]
