@@ -12,7 +12,6 @@ import re
 import secrets
 import shlex
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -170,8 +169,7 @@ def _refuse_odd(folder: pathlib.Path) -> None:
         if os.path.islink(place) and not os.path.exists(place):
             raise OSError(errno.ENOENT, f"{place} is a link to {os.readlink(place)}, which does not exist")
     longest = max(len(os.fsencode(part)) for part in (*folder.parts, "."))
-    most = 255 if sys.platform == "win32" else os.pathconf(nearest(folder), "PC_NAME_MAX")
-    if longest > most:
+    if longest > (os.pathconf(nearest(folder), "PC_NAME_MAX") if hasattr(os, "pathconf") else 255):  # on Windows
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
 
 
