@@ -100,7 +100,7 @@ def test_gathered_gradients_are_those_of_the_parts(shares):
         part.grad = torch.ones_like(part)
     assert all(whole.grad.eq(1).all() for whole in optimizer.gather())
     optimizer.step()
-    assert all(whole.grad is None for whole in optimizer.wholes), "the gradients of all stay in memory"
+    assert all(whole.grad is None for whole in optimizer.flat_parameters), "the gradients of all stay in memory"
 
 
 def test_a_share_s_gradients_are_freed_before_the_next_is_gathered(shares, monkeypatch):
@@ -120,7 +120,7 @@ def test_a_share_s_gradients_are_freed_before_the_next_is_gathered(shares, monke
 
 def test_no_share_is_larger_than_the_limit_and_no_parameter_is_split(shares):
     optimizer = FlatAdamW8bit(parameters(), **SETTINGS)
-    sizes = [whole.numel() for whole in optimizer.wholes]
+    sizes = [whole.numel() for whole in optimizer.flat_parameters]
     assert sizes == {1: [15375], 2: [7183, 8192]}[shares]
 
 
@@ -165,4 +165,4 @@ def test_the_8_bit_ones_are_flat(name, paged, shares):
     model = torch.nn.ParameterList(parameters())
     found = make_optimizer(model, name, torch.float32, 1e-3, 0.1)
     assert isinstance(found, FlatAdamW8bit)
-    assert (found.is_paged, len(found.wholes)) == (paged, shares)
+    assert (found.is_paged, len(found.flat_parameters)) == (paged, shares)

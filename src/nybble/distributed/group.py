@@ -25,7 +25,7 @@ def wait_for_all() -> None:
 
 
 def add_up(numbers: torch.Tensor) -> torch.Tensor:
-    """The sum over processes, in place of the tensor that is given."""
+    """The sum over processes; the tensor that is given holds it afterwards."""
     if in_group():
         torch.distributed.all_reduce(numbers)
     return numbers

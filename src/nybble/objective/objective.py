@@ -82,9 +82,9 @@ class MetricSums:
 
     def add(self, metrics: MetricMeans) -> None:
         """Count a batch, without waiting for the device."""
-        for place, name in enumerate(self._names):
-            self._sums[place, 0] += metrics[name].total
-            self._sums[place, 1] += metrics[name].count
+        for index, name in enumerate(self._names):
+            self._sums[index, 0] += metrics[name].total
+            self._sums[index, 1] += metrics[name].count
 
     def means(self) -> dict[str, float]:
         """Each mean over everything that was added on any process; NaN where that is nothing."""

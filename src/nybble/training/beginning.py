@@ -36,15 +36,15 @@ def run_guarded(recipe: Recipe, folder: pathlib.Path, cache: pathlib.Path) -> It
         explained_disk(folder, cache),
         no_empty_folders(folder),
         environment_restored(),
-        contextlib.ExitStack() as held,
+        contextlib.ExitStack() as stack,
     ):
-        yield held
+        yield stack
 
 
-def lock_run(held: contextlib.ExitStack, run: Run, doing: str) -> None:
+def lock_run(stack: contextlib.ExitStack, run: Run, doing: str) -> None:
     """Hold the lock of a run, of several processes in the first."""
     if not rank():
-        held.enter_context(writing(run.folder, doing))
+        stack.enter_context(writing(run.folder, doing))
 
 
 def refuse_finished(run: Run) -> None:
@@ -62,7 +62,7 @@ def refuse_moved_base(run: Run) -> None:
     if os.path.isabs(base) and not os.path.exists(base):
         raise ModelError(
             f"the base of {run.folder} is missing: there is no folder {base}",
-            fix="move it back, or put a link there, ln -s NOW THEN: a run can be resumed only with its own base",
+            fix="move it back, or put a link there, ln -s NEW OLD: a run can be resumed only with its own base",
         )
 
 

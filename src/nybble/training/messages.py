@@ -61,8 +61,8 @@ def print_base(base: Base, size: Footprint, console: Console) -> None:
     )
 
 
-def print_adapter(model: PeftModel, size: Footprint, console: Console, begun: str | None = None) -> int:
-    """What is trained, and from where it goes on; returns how many parameters that is."""
+def print_adapter(model: PeftModel, size: Footprint, console: Console, stored: str | None = None) -> int:
+    """What is trained, and the stored adapter that it starts from; returns the number of trained parameters."""
     config = model.peft_config["default"]
     trained: int = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     tell(
@@ -70,17 +70,17 @@ def print_adapter(model: PeftModel, size: Footprint, console: Console, begun: st
         f"adapter   r {config.r}, alpha {config.lora_alpha:g} on {', '.join(targets_of(model))}: "
         f"{trained:,} trained parameters, {trained / (size.parameters + trained):.2%} of all",
     )
-    if begun is not None:
-        updates = updates_of(model, folder=begun)
-        tell(console, f"          from {begun}: {updates}", "yellow" if updates.is_odd else "")
+    if stored is not None:
+        updates = updates_of(model, folder=stored)
+        tell(console, f"          from {stored}: {updates}", "yellow" if updates.is_odd else "")
     return trained
 
 
 def print_engine(console: Console, fusion: Fusion | None, reason: str) -> None:
     """Which layers are fused, where, and why others are not."""
     lines = fusion.describe().splitlines() if fusion is not None else [f"Transformers computes the layers: {reason}"]
-    for place, line in enumerate(lines):
-        tell(console, f"{'engine' if place == 0 else '':<10}{line}")
+    for index, line in enumerate(lines):
+        tell(console, f"{'engine' if index == 0 else '':<10}{line}")
 
 
 def print_plan(run: Run, schedule: Schedule, console: Console) -> None:

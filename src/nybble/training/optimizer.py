@@ -22,10 +22,10 @@ second is empty."""
 def make_optimizer(
     model: torch.nn.Module, name: str, dtype: torch.dtype, learning_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW over everything that is trained, on the device on which it is.
+    """AdamW over everything that is trained.
 
     Args:
-        model: with the parameters in their final places.
+        model: with its parameters on the device that trains them.
         name: `train.optimizer`: adamw, adamw_8bit, paged_adamw_8bit; auto is the last on CUDA and adamw elsewhere.
         dtype: of the run's computation.
         learning_rate: at the peak; a scheduler moves it.
@@ -60,8 +60,8 @@ def flat_gradients(optimizer: Any) -> list[torch.nn.Parameter] | None:
     Args:
         optimizer: perhaps wrapped by Accelerate.
     """
-    flat = getattr(optimizer, "optimizer", optimizer)
-    return flat.gather() if isinstance(flat, FlatAdamW8bit) and not flat.missing() else None
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner.gather() if isinstance(inner, FlatAdamW8bit) and not inner.missing() else None
 
 
 class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
@@ -85,7 +85,7 @@ class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
         super().__init__([_flat(share) for share in self.shares], **settings)
 
     @property
-    def wholes(self) -> list[torch.nn.Parameter]:
+    def flat_parameters(self) -> list[torch.nn.Parameter]:
         """The flat parameters, one a share."""
         found: list[torch.nn.Parameter] = self.param_groups[0]["params"]
         return found
@@ -97,20 +97,20 @@ class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
     @torch.no_grad()
     def gather(self) -> list[torch.nn.Parameter]:
         """The flat parameters, their gradients those of all: what is done to them is done to each part's."""
-        for whole, share in zip(self.wholes, self.shares, strict=True):
+        for flat, share in zip(self.flat_parameters, self.shares, strict=True):
             first = share[0].grad
-            if whole.grad is None or first is None or first._base is not whole.grad:  # a step may have been skipped
+            if flat.grad is None or first is None or first._base is not flat.grad:  # a step may have been skipped
                 assert not self.missing(), f"{self.missing()} parameters have no gradient"
-                _gather(whole, share)  # the share's own are freed before the next takes memory
-        return self.wholes
+                _gather(flat, share)  # the share's own are freed before the next takes memory
+        return self.flat_parameters
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Update all parameters."""
-        for whole, share in zip(self.wholes, self.shares, strict=True):
+        for flat, share in zip(self.flat_parameters, self.shares, strict=True):
             offsets = itertools.accumulate((part.numel() for part in share), initial=0)
             assert all(
-                part.data_ptr() == whole.data_ptr() + offset * whole.element_size()
+                part.data_ptr() == flat.data_ptr() + offset * flat.element_size()
                 for part, offset in zip(share, offsets, strict=False)
             ), "a parameter's data was replaced"
         self.gather()
@@ -119,15 +119,15 @@ class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
             self._update()
         else:
             result = super().step(closure)
-        for whole in self.wholes:
-            whole.grad = None
+        for flat in self.flat_parameters:
+            flat.grad = None
         return result
 
     def _update(self) -> None:
         """bitsandbytes' loop, which waits for the device after each tensor, without the waiting: only paged states need it."""
         for group_index, group in enumerate(self.param_groups):
-            for index, whole in enumerate(group["params"]):
-                self.update_step(group, whole, group_index, index)
+            for index, flat in enumerate(group["params"]):
+                self.update_step(group, flat, group_index, index)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
@@ -150,15 +150,15 @@ def _shares(parts: Sequence[torch.nn.Parameter]) -> list[list[torch.nn.Parameter
 
 def _flat(share: Sequence[torch.nn.Parameter]) -> torch.nn.Parameter:
     """One tensor of all data, which the parameters become views of."""
-    whole = torch.cat([part.detach().flatten() for part in share])
-    for part, own in zip(share, whole.split([part.numel() for part in share]), strict=True):
+    flat = torch.cat([part.detach().flatten() for part in share])
+    for part, own in zip(share, flat.split([part.numel() for part in share]), strict=True):
         part.data = own.view_as(part)
-    return torch.nn.Parameter(whole)
+    return torch.nn.Parameter(flat)
 
 
-def _gather(whole: torch.nn.Parameter, share: Sequence[torch.nn.Parameter]) -> None:
+def _gather(flat: torch.nn.Parameter, share: Sequence[torch.nn.Parameter]) -> None:
     """One tensor of all gradients, which the parameters' become views of."""
-    whole.grad = None  # of a step that was skipped: its memory first
-    whole.grad = torch.cat([part.grad.flatten() for part in share])  # type: ignore[union-attr]
-    for part, own in zip(share, whole.grad.split([part.numel() for part in share]), strict=True):
+    flat.grad = None  # of a step that was skipped: its memory first
+    flat.grad = torch.cat([part.grad.flatten() for part in share])  # type: ignore[union-attr]
+    for part, own in zip(share, flat.grad.split([part.numel() for part in share]), strict=True):
         part.grad = own.view_as(part)

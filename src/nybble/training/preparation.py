@@ -47,11 +47,7 @@ class TrainingSetup:
 
 
 def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
-    """This process among the others, and its device.
-
-    Raises:
-        DeviceError: not as many processes run as the recipe says, or this one has no device.
-    """
+    """This process's place; the number of processes is held against what was asked for."""
     asked, running = recipe.train.processes, int(os.environ.get("WORLD_SIZE", "1"))
     if asked != running:
         raise DeviceError(

@@ -64,8 +64,8 @@ def train(
     """
     folder, cache = choose_folder(recipe), cache or default_cache()
     refuse_existing(folder)
-    with run_guarded(recipe, folder, cache) as held:
-        return _train(absolute_paths(recipe), folder, None, console or Console(), cache, benchmarks, preflight, held)
+    with run_guarded(recipe, folder, cache) as stack:
+        return _train(absolute_paths(recipe), folder, None, console or Console(), cache, benchmarks, preflight, stack)
 
 
 def resume(
@@ -81,17 +81,17 @@ def resume(
     run, cache = open_run(folder), cache or default_cache()
     refuse_finished(run)
     refuse_moved_base(run)
-    with run_guarded(run.recipe, run.folder, cache) as held:
-        lock_run(held, run, "resumed")
+    with run_guarded(run.recipe, run.folder, cache) as stack:
+        lock_run(stack, run, "resumed")
         refuse_finished(run)  # by a process that held the lock until now
         check_beginning(run)
         resumed = resumption(run)
-        return _train(run.recipe, run.folder, resumed, console or Console(), cache, benchmarks, preflight, held)
+        return _train(run.recipe, run.folder, resumed, console or Console(), cache, benchmarks, preflight, stack)
 
 
 def _train(
     recipe: Recipe, folder: pathlib.Path, resumed: Resumption | None, console: Console, cache: pathlib.Path,
-    benchmarks: Benchmarks | None, preflight: PreflightCheck | None, held: contextlib.ExitStack,
+    benchmarks: Benchmarks | None, preflight: PreflightCheck | None, stack: contextlib.ExitStack,
 ) -> Run:  # fmt: skip
     started = time.time()
     if benchmarks is None:
@@ -133,7 +133,7 @@ def _train(
     # 5. The run folder.
     run = open_run_folder(folder, setup, resumed, state)
     if resumed is None:
-        lock_run(held, run, "trained")
+        lock_run(stack, run, "trained")
     made = made_by_now(folder) if resumed is None else None
     # 6. Train.
     print_plan(run, schedule, console)
