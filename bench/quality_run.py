@@ -35,9 +35,12 @@ from nybble.model.base.checkpoint import find_checkpoint
 from nybble.model.base.load import load_base
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer
+from nybble.objective.supervised import Supervised
 from nybble.plan.schedule import Schedule, plan_warmup
 from nybble.recipe import Recipe, load_recipe
-from nybble.training.trainer import QLoraTrainer, training_arguments
+from nybble.training.arguments import training_arguments
+from nybble.training.optimizer import make_optimizer
+from nybble.training.trainer import QLoraTrainer
 
 MEASURED_TOGETHER = 16  # rows: 2 GB of float32 logits and their logarithms with SmolLM2's vocabulary
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -247,11 +250,20 @@ def train(model: Any, recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokeni
             compute_type(device), has_validation=False, checkpointing=False,
         )  # fmt: skip
         arguments.save_strategy, arguments.logging_steps = "no", max(1, steps // 12)
+        optimizer = make_optimizer(
+            model, recipe.train.optimizer, compute_type(device), recipe.train.learning_rate, recipe.train.weight_decay
+        )
         trainer = QLoraTrainer(
-            model=model, args=arguments, train_dataset=rows, data_collator=witness, processing_class=tokenizer
+            objective=Supervised(),
+            optimizer=optimizer,
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=witness,
+            processing_class=tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.window.losses = trainer.window.batches = _Forgetful()
+        trainer.current_step.losses = trainer.current_step.batches = trainer.current_step.metrics = _Forgetful()
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -52,9 +52,12 @@ from nybble.engine.fuse import fuse, fusion
 from nybble.errors import NybbleError
 from nybble.model.adapter.lora import attach_adapter
 from nybble.model.device import grow_segments
+from nybble.objective.supervised import Supervised
 from nybble.plan.schedule import Schedule
 from nybble.recipe import load_recipe
-from nybble.training.trainer import QLoraTrainer, training_arguments
+from nybble.training.arguments import training_arguments
+from nybble.training.optimizer import make_optimizer
+from nybble.training.trainer import QLoraTrainer
 
 LAUNCHES = {
     "cudaLaunchKernel",
@@ -230,6 +233,7 @@ def build(
     )  # fmt: skip
     arguments.save_strategy = "no"
     trainer = QLoraTrainer(
+        objective=Supervised(), optimizer=make_optimizer(model, recipe.train.optimizer, dtype, 2e-4, recipe.train.weight_decay),
         model=model, args=arguments, train_dataset=rows, data_collator=Collator(0, flatten=not plain),
         processing_class=tokenizer, callbacks=callbacks,
     )  # fmt: skip
@@ -239,7 +243,7 @@ def build(
     def counted(model: Any, inputs: Any, *words: Any) -> Any:
         mask = inputs.get("attention_mask")
         real.append(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
-        trainer.window.clear()
+        trainer.current_step.clear()
         return inner(model, inputs, *words)
 
     trainer.training_step = counted

@@ -9,11 +9,15 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
+
+try:
+    import resource
+except ModuleNotFoundError:  # on Windows
+    resource = None  # type: ignore[assignment]
 
 # Without the current folder (-P). This very nybble is found, however it came on the path of whoever imported it: its folder goes
 # behind the standard library and before installed packages.
@@ -52,11 +56,17 @@ def attempt(module: str, job: Any, *, seconds: float, memory: int) -> str | None
 def answer(examine: Callable[[Any], str | None]) -> None:
     """The other side: read the job, examine it within the limit of memory, say what was found."""
     most = int(sys.argv[1])
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    with contextlib.suppress(ValueError):  # not everywhere is the memory of a process limited
-        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    _limit_memory(most)
     try:
         found = examine(json.load(sys.stdin))
     except MemoryError:
         found = f"it needs more than {most / 1e9:.0f} GB of memory"
     json.dump(found, sys.stdout)
+
+
+def _limit_memory(most: int) -> None:
+    """Where the system can do that: Windows cannot, and macOS refuses it."""
+    if sys.platform != "win32":
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        with contextlib.suppress(ValueError):
+            resource.setrlimit(resource.RLIMIT_AS, (most, hard))

@@ -19,7 +19,7 @@ PREFIX = "base_model.model.model.layers"
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{7:064}\nsize 20277\n"
 State = dict[str, torch.Tensor]
 Make = Callable[[pathlib.Path], object]
-GOOD = "6 updates, all non-zero"
+GOOD = "6 LoRA modules, all non-zero"
 
 
 def at(layer: int, module: str, part: str) -> str:
@@ -390,15 +390,15 @@ NUMBERS = [
     taken("float16", each(torch.Tensor.half)),
     taken("bfloat16", each(torch.Tensor.bfloat16)),
     taken("one in float64", one(Q0A, torch.Tensor.double)),
-    taken("one B zero", one(Q0B, torch.zeros_like), "1 of 6 updates is zero"),
-    taken("one A zero", one(DOWN.replace("_B", "_A"), torch.zeros_like), "1 of 6 updates is zero"),
+    taken("one B zero", one(Q0B, torch.zeros_like), "1 of 6 LoRA modules is zero"),
+    taken("one A zero", one(DOWN.replace("_B", "_A"), torch.zeros_like), "1 of 6 LoRA modules is zero"),
     taken("one layer zero", tensors(lambda state: {n: t * ("layers.0" in n) for n, t in state.items()}),
-          "3 of 6 updates are zero"),
+          "3 of 6 LoRA modules are zero"),
     taken("every B zero", tensors(lambda state: {n: t * ("lora_A" in n) for n, t in state.items()}),
-          "all 6 updates are zero: it answers as the base does"),
-    taken("all zero", each(torch.zeros_like), "all 6 updates are zero: it answers as the base does"),
-    taken("alpha zero", config(lora_alpha=0), "all 6 updates are zero"),
-    taken("alpha zero for one", config(alpha_pattern={"q_proj": 0}), "2 of 6 updates are zero"),
+          "all 6 LoRA modules are zero: it answers like the base"),
+    taken("all zero", each(torch.zeros_like), "all 6 LoRA modules are zero: it answers like the base"),
+    taken("alpha zero", config(lora_alpha=0), "all 6 LoRA modules are zero"),
+    taken("alpha zero for one", config(alpha_pattern={"q_proj": 0}), "2 of 6 LoRA modules are zero"),
     taken("alpha negative", config(lora_alpha=-6), "6 subtracted (alpha is negative)"),
     taken("alpha not whole", config(lora_alpha=6.5)),
     taken("alpha by pattern", config(alpha_pattern={"q_proj": 12, "1.mlp.down_proj": 3.5})),
@@ -409,7 +409,7 @@ NUMBERS = [
     taken("target with more than there is", config(target_modules=["q_proj", "v_proj", "down_proj", "query_key_value"])),
     taken("no patterns", config(rank_pattern=None, alpha_pattern=None)),
     taken("whole head", both(config(modules_to_save=["lm_head"]), tensors(lambda state: {
-        **state, "base_model.model.lm_head.weight": torch.ones(400, 64)})), "6 updates, all non-zero; lm_head trained too"),
+        **state, "base_model.model.lm_head.weight": torch.ones(400, 64)})), f"{GOOD}; lm_head trained in full"),
     taken("biases of a base without any", config(bias="all")),
 ]  # fmt: skip
 CASES = [*FIELDS, *PATTERNS, *KINDS, *WRITING, *FILES, *PLACES, *NUMBERS]

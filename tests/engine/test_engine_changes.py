@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.errors import EngineError
-from nybble.training.trainer import _without_walks
+from nybble.training.module_walks import without_module_walks
 from tests.conftest import write_llama
 from tests.engine.test_engine import DEVICE, assert_same, batch_of, gradients, load
 
@@ -285,7 +285,7 @@ def test_the_optimiser_s_state_is_counted_until_it_exists(llama):
 
 def test_steps_without_walks_leave_copies_and_parts_alone(llama):
     model = load(llama, "none")
-    with _without_walks(model):
+    with without_module_walks(model):
         copy.deepcopy(model).eval()
         assert all(module.training for module in model.modules())
         model.get_base_model().model.layers[1].eval()
@@ -295,7 +295,7 @@ def test_steps_without_walks_leave_copies_and_parts_alone(llama):
         gradients(model, batch_of())
         model.zero_grad()
         assert all(parameter.grad is None for parameter in model.parameters())
-    assert not {"train", "zero_grad", "nybble_walk"} & model.__dict__.keys()
+    assert not {"train", "zero_grad", "nybble_modules"} & model.__dict__.keys()
 
 
 def test_unchanged_layers_are_read_past_what_bitsandbytes_does_at_each_access(llama, monkeypatch):

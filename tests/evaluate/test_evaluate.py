@@ -19,9 +19,9 @@ from nybble.cli.extras import make_harness
 from nybble.errors import EvaluationError, RecipeError
 from nybble.evaluate.evaluation import Asked, evaluate
 from nybble.evaluate.harness import Harness, _spread
+from nybble.evaluate.perplexity import row_losses, text_windows
 from nybble.evaluate.texts import read_texts
 from nybble.model.tokenizer.load import load_tokenizer
-from nybble.objective.likelihood import row_losses, text_windows
 from nybble.recipe import TrackerOptions, load_recipe
 from nybble.run.folder import Run, open_run
 from nybble.run.log import read_metrics

@@ -149,13 +149,13 @@ def test_chat_says_what_is_odd_and_answers(good, cache, tmp_path, monkeypatch):
     folder = damaged("every B zero", good, tmp_path / "zero")
     once = nybble("chat", folder, "--prompt", "one", "--max-new-tokens", 2, cache=cache)
     assert once.status == 0
-    assert "adapter   all 6 updates are zero: it answers as the base does" in once.text
+    assert "adapter   all 6 LoRA modules are zero: it answers like the base" in once.text
     fine = nybble("chat", good, "--prompt", "one", "--max-new-tokens", 2, cache=cache)
     assert "update" not in fine.text, "a script that asks one thing wants the answer"
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n"))
     talk = nybble("chat", good, "--max-new-tokens", 2, cache=cache)
     assert talk.status == 0
-    assert "adapter   6 updates, all non-zero" in talk.text
+    assert "adapter   6 LoRA modules, all non-zero" in talk.text
     bad = nybble("chat", damaged("one tensor gone", good, tmp_path / "gone"), "--prompt", "one", cache=cache)
     assert bad.status == 1
     assert "lacks model.layers.1.self_attn.q_proj.lora_B.weight" in " ".join(bad.text.split())
@@ -207,7 +207,7 @@ def test_training_goes_on_from_an_adapter_and_says_from_what(tuned_run, tiny_lla
     )
     outcome = nybble("train", tiny_llama, rows, *words, "model.device=cpu", "model.dtype=float32", cache=cache)
     assert outcome.status == 0, outcome.text
-    assert f"from {tuned_run.adapter}: 14 updates, all non-zero" in " ".join(outcome.text.split())
+    assert f"from {tuned_run.adapter}: 14 LoRA modules, all non-zero" in " ".join(outcome.text.split())
 
 
 @pytest.mark.slow
@@ -218,5 +218,5 @@ def test_only_the_files_that_were_read_are_exported(tuned_run, cache, tmp_path):
         (folder / "adapter" / name).write_bytes(b"junk")
     outcome = nybble("export", folder, "--to", "adapter", cache=cache)
     assert outcome.status == 0, outcome.text
-    assert "adapter   14 updates, all non-zero" in outcome.text
+    assert "adapter   14 LoRA modules, all non-zero" in outcome.text
     assert {file.name for file in (folder / "export" / "adapter").glob("adapter_*")} == {CONFIG, TENSORS}

@@ -24,7 +24,7 @@ from nybble.errors import DataError
 from nybble.plan.speed import BURSTS, estimate, product_rates
 from nybble.preflight.data_check import check
 from nybble.recipe import DataOptions, load_recipe
-from nybble.training.announce import tell_data
+from nybble.training.messages import print_data
 from tests.conftest import SHARED
 
 
@@ -169,7 +169,7 @@ def test_how_rows_were_read_is_told(tmp_path, tiny_llama, tiny_tokenizer, cache)
         for notice in ("a.csv: empty columns at the end are ignored", "a.csv: empty rows are ignored", "(40 rows)"):
             assert re.search(rf"notice     .*{re.escape(notice)}", told), notice
     options, console = DataOptions(path=str(file), max_length=256), Console(file=io.StringIO(), width=200)
-    tell_data(console, prepare(options, tiny_tokenizer, 0, cache), options, 1.0)
+    print_data(console, prepare(options, tiny_tokenizer, 0, cache), options, 1.0)
     assert "a.csv: empty rows are ignored" in console.file.getvalue(), "as train tells it"
 
 

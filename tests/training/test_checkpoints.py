@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import nybble.training.loop as loop
 import nybble.training.train as training
 from nybble.errors import RunError
 from nybble.files.digests import describe
@@ -205,7 +206,7 @@ def test_a_stop_before_the_first_checkpoint_keeps_what_is_not_the_run_s(tiny_lla
     told = stopped(monkeypatch, Copied(1), lambda console: train(
         recipe_for(tiny_llama, rows, tmp_path / "run", *WORDS), console=console, cache=cache,
     ))  # fmt: skip
-    assert f"{tmp_path / 'run'} stays, since it holds checkpoints/checkpoint-best, which is not its own" in told
+    assert f"{tmp_path / 'run'} stays, since it holds checkpoints/checkpoint-best, which is not part of the run" in told
     assert mine.read_text() == "mine"
     shutil.rmtree(mine.parent)
     told = stopped(monkeypatch, Interrupt(1), lambda console: resume(tmp_path / "run", console=console, cache=cache))
@@ -217,14 +218,14 @@ def test_a_stop_before_the_first_checkpoint_keeps_what_is_not_the_run_s(tiny_lla
 def stopped(monkeypatch, callback, work) -> str:
     """What the terminal says when a callback stops a run."""
 
-    class Interrupted(training.QLoraTrainer):
+    class Interrupted(loop.QLoraTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.add_callback(callback)
 
     console = Console(file=io.StringIO(), width=300)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "QLoraTrainer", Interrupted)
+        patch.setattr(loop, "QLoraTrainer", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             work(console)
     print(console.file.getvalue())

@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-import nybble.training.train as training
+import nybble.training.loop as loop
 from nybble.run.folder import open_run
 from nybble.run.log import read_metrics
 from nybble.run.marks import read_mark
@@ -43,7 +43,7 @@ class Signals(TrainerCallback):
 def stopped(monkeypatch, recipe, cache, *signals: object, during: str = "") -> tuple[Stopped, str]:
     """Train until a signal ends it; what it was, and what the terminal says."""
 
-    class Interrupted(training.QLoraTrainer):
+    class Interrupted(loop.QLoraTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             if not during:
@@ -56,7 +56,7 @@ def stopped(monkeypatch, recipe, cache, *signals: object, during: str = "") -> t
 
     console = Console(file=io.StringIO(), width=300)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "QLoraTrainer", Interrupted)
+        patch.setattr(loop, "QLoraTrainer", Interrupted)
         with pytest.raises(Stopped) as caught:
             train(recipe, console=console, cache=cache)
     time.sleep(0.1)  # the notice comes from a thread
@@ -113,12 +113,12 @@ def test_before_a_step_is_done_and_at_the_second_signal_it_stops_at_once(
 
 
 def test_a_signal_in_the_last_step_changes_nothing(whole, tiny_llama, rows, cache, tmp_path, quiet, monkeypatch):
-    class Interrupted(training.QLoraTrainer):
+    class Interrupted(loop.QLoraTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.add_callback(Signals(8, signal.SIGINT))
 
-    monkeypatch.setattr(training, "QLoraTrainer", Interrupted)
+    monkeypatch.setattr(loop, "QLoraTrainer", Interrupted)
     run = train(recipe_for(tiny_llama, rows, tmp_path / "run", *WORDS), console=quiet, cache=cache)
     assert run.adapter.exists()
     assert read_metrics_but_time(run) == read_metrics_but_time(whole)

@@ -8,8 +8,9 @@ import weakref
 import pytest
 import torch
 from bitsandbytes.optim import AdamW8bit
+from transformers import Trainer, TrainingArguments
 
-from nybble.training.optimizer import FlatAdamW8bit
+from nybble.training.optimizer import FlatAdamW8bit, make_optimizer
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 SHAPES = [
@@ -99,7 +100,7 @@ def test_gathered_gradients_are_those_of_the_parts(shares):
         part.grad = torch.ones_like(part)
     assert all(whole.grad.eq(1).all() for whole in optimizer.gather())
     optimizer.step()
-    assert all(whole.grad is None for whole in optimizer.wholes), "the gradients of all stay in memory"
+    assert all(whole.grad is None for whole in optimizer.flat_parameters), "the gradients of all stay in memory"
 
 
 def test_a_share_s_gradients_are_freed_before_the_next_is_gathered(shares, monkeypatch):
@@ -119,5 +120,49 @@ def test_a_share_s_gradients_are_freed_before_the_next_is_gathered(shares, monke
 
 def test_no_share_is_larger_than_the_limit_and_no_parameter_is_split(shares):
     optimizer = FlatAdamW8bit(parameters(), **SETTINGS)
-    sizes = [whole.numel() for whole in optimizer.wholes]
+    sizes = [whole.numel() for whole in optimizer.flat_parameters]
     assert sizes == {1: [15375], 2: [7183, 8192]}[shares]
+
+
+@pytest.mark.parametrize("dtype, fused", [("float32", True), ("bfloat16", True), ("float16", None)])
+def test_a_fused_optimiser_is_not_taken_where_steps_may_be_left_out(dtype, fused):
+    """GradScaler calls a fused one at an overflow too, and Accelerate then takes the step for made."""
+    found = make_optimizer(torch.nn.Linear(2, 2), "adamw", getattr(torch, dtype), 1e-4, 0.0)
+    assert found.defaults["fused"] is fused
+
+
+class Normed(torch.nn.Module):
+    """Parameters of every kind that Trainer tells apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = torch.nn.Linear(3, 3)
+        self.post_attention_layernorm = torch.nn.RMSNorm(3)
+        self.norm = torch.nn.RMSNorm(3)
+        self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(3, 2, bias=False)})
+        self.frozen = torch.nn.Linear(3, 3).requires_grad_(False)
+
+
+@pytest.mark.parametrize("model", [Normed(), Normed().lora_A], ids=["every kind", "an adapter"])
+def test_its_state_is_that_of_trainer_s_own_so_that_older_checkpoints_load(model, tmp_path):
+    arguments = TrainingArguments(
+        str(tmp_path), optim="adamw_torch_fused", learning_rate=1e-3, weight_decay=0.1, use_cpu=True, report_to=[]
+    )
+    wanted = Trainer(model, arguments).create_optimizer()
+    found = make_optimizer(model, "auto", torch.float32, 1e-3, 0.1)
+    assert type(found) is type(wanted)
+    for one in (found, wanted):
+        sum(parameter.sum() for parameter in model.parameters() if parameter.requires_grad).backward()
+        one.step()
+    assert found.state_dict()["param_groups"] == wanted.state_dict()["param_groups"]
+    assert found.state_dict()["state"].keys() == wanted.state_dict()["state"].keys()
+    members = [[list(map(id, group["params"])) for group in one.param_groups] for one in (found, wanted)]
+    assert members[0] == members[1]
+
+
+@pytest.mark.parametrize("name, paged", [("adamw_8bit", False), ("paged_adamw_8bit", True)])
+def test_the_8_bit_ones_are_flat(name, paged, shares):
+    model = torch.nn.ParameterList(parameters())
+    found = make_optimizer(model, name, torch.float32, 1e-3, 0.1)
+    assert isinstance(found, FlatAdamW8bit)
+    assert (found.is_paged, len(found.flat_parameters)) == (paged, shares)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from nybble.plan.schedule import Schedule, plan_warmup
-from nybble.training.progress import EVALUATING, SAMPLING, SAVING, SCORING, TRAINING, Work
+from nybble.training.progress import EVALUATING, SAMPLING, SAVING, SCORING, TRAINING, RunProgress
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 50), st.integers(0, 40))
@@ -49,12 +49,12 @@ def test_the_time_left_counts_evaluations_samples_and_checkpoints(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("nybble.training.progress.time.perf_counter", lambda: now[0])
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
-    work = Work(console, Schedule(12, 4, 4, 0), frozenset({EVALUATING, SAMPLING}))
-    work.begin(0)
+    work = RunProgress(console, Schedule(12, 4, 4, 0), frozenset({EVALUATING, SAMPLING}))
+    work.start(0)
     assert work.left() == "", "nothing is known yet"
 
     def doing(what: str, seconds: float, *parts: int) -> None:
-        work.doing(what, *parts)
+        work.activity(what, *parts)
         now[0] += seconds
 
     doing(EVALUATING, 100, 0, 3)
@@ -71,7 +71,7 @@ def test_the_time_left_counts_evaluations_samples_and_checkpoints(monkeypatch):
     for step in range(5, 13):
         work.step_done(step, 3600.0 if step == 5 else 2.0, "")
     assert work.left() == "0:00 left"
-    work.end()
+    work.stop()
     shown = console.file.getvalue()
     assert all(text in shown for text in ("evaluating 1 of 3", "answering samples 1 of 2", "saving", "2:58 left")), (
         shown
@@ -83,10 +83,10 @@ def test_the_time_left_counts_evaluations_samples_and_checkpoints(monkeypatch):
 @pytest.mark.parametrize("steps", [4, 12000])
 def test_the_bar_leaves_out_what_does_not_fit_and_cuts_nothing(width, what, steps):
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
-    work = Work(console, Schedule(steps, 4, 4, 0), frozenset({SCORING}))
+    work = RunProgress(console, Schedule(steps, 4, 4, 0), frozenset({SCORING}))
     work.step_done(3, 2.0, "loss 1.2345  12,345 tokens/s  12.34 GB")
     if what != TRAINING:
-        work.doing(what, 3, 25)
+        work.activity(what, 3, 25)
     console.print(work._bar)
     lines = console.file.getvalue().splitlines()
     print("\n".join(lines))

@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+import nybble.training.loop as loop
 import nybble.training.preparation as preparation
 import nybble.training.samples as samples
 import nybble.training.train as training
@@ -43,7 +44,7 @@ from nybble.run.folder import Run, open_run
 from nybble.run.log import read_metrics
 from nybble.training.samples import SampleAnswers
 from nybble.training.train import resume, train
-from nybble.training.trainer import Window
+from nybble.training.trainer import CurrentStep
 from nybble.weights.frozen import linear4bits
 
 FAST = [
@@ -293,13 +294,13 @@ class Interrupt(TrainerCallback):
 
 
 def interrupted(monkeypatch, step: int, recipe: Recipe, quiet, cache) -> None:
-    class Interrupted(training.QLoraTrainer):
+    class Interrupted(loop.QLoraTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.add_callback(Interrupt(step))
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "QLoraTrainer", Interrupted)
+        patch.setattr(loop, "QLoraTrainer", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(recipe, console=quiet, cache=cache)
 
@@ -440,14 +441,23 @@ def test_somebody_elses_adapter_answers_and_a_moved_base_is_found(finished, tiny
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
-def test_trackers_write_into_the_run_and_never_ask(tracker, tiny_llama, rows, cache, tmp_path, quiet, monkeypatch):
+def test_trackers_write_into_the_run_never_ask_and_leave_the_environment_alone(
+    tracker, tiny_llama, rows, cache, tmp_path, quiet, monkeypatch
+):
     if tracker == "tensorboard":
         pytest.importorskip("tensorboard")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.chdir(tmp_path)
     recipe = recipe_for(tiny_llama, rows, tmp_path / "run", f"tracker.to={tracker}", "train.max_steps=2")
+    before, during = dict(os.environ), {}
+    fetch = loop.QLoraTrainer.get_batch_samples
+    monkeypatch.setattr(
+        loop.QLoraTrainer, "get_batch_samples", lambda *given: during.update(os.environ) or fetch(*given)
+    )
     run = train(recipe, console=quiet, cache=cache)
+    assert during.keys() > before.keys(), "the tracker's or the libraries' variables"
+    assert dict(os.environ) == before
     pattern = {"wandb": "wandb/offline-run-*/*.wandb", "tensorboard": "tensorboard/events.*"}[tracker]
     assert list(run.folder.glob(pattern))
     assert not [path for path in tmp_path.iterdir() if path.name in ("wandb", "mlruns", "mlflow.db")]
@@ -604,11 +614,11 @@ def test_the_gradients_norm_is_the_same_however_the_optimiser_holds_them(tiny_ll
 def test_the_next_step_s_rows_are_laid_out_before_a_step_is_over(tiny_llama, rows, cache, tmp_path, quiet, monkeypatch):
     """While the device still works; and no step beyond the last is read."""
     seen: list[str] = []
-    collate, clear = Collator.__call__, Window.clear
+    collate, clear = Collator.__call__, CurrentStep.clear
     words = ["train.max_steps=3", "data.validation=0", "train.micro_batch=2", "train.accumulation=1", "train.samples=0"]
     monkeypatch.setattr(Collator, "__call__", lambda self, rows: seen.append("rows") or collate(self, rows))
     monkeypatch.setattr(preparation, "inspect", lambda *words: None)  # the X-ray lays out rows of its own
-    monkeypatch.setattr(Window, "clear", lambda self: seen.append("over") or clear(self))
+    monkeypatch.setattr(CurrentStep, "clear", lambda self: seen.append("over") or clear(self))
     train(recipe_for(tiny_llama, rows, tmp_path / "run", *words), console=quiet, cache=cache)
     # Accelerate's loader reads one batch further than it gives: two for the first step, one for each of the others.
     assert seen == ["rows", "rows", "rows", "over", "rows", "over", "over"]

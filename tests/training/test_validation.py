@@ -5,18 +5,15 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nybble.data.order import batches
-from nybble.plan.schedule import Schedule
 from nybble.recipe import load_recipe
 from nybble.run.log import read_metrics
-from nybble.training import train as training
+from nybble.training import loop
 from nybble.training.train import train
-from nybble.training.trainer import training_arguments
 
 
 def samples_in(batch) -> int:
@@ -46,12 +43,12 @@ def test_each_process_has_its_share_and_no_row_is_left_out(world, micro_batch, r
         arguments = SimpleNamespace(process_index=process, world_size=world, per_device_eval_batch_size=micro_batch)
         trainer = SimpleNamespace(eval_dataset=rows, args=arguments, eval_tokens=room, data_collator=list)
         share = lengths[process::world]
-        for batch in training.QLoraTrainer.get_eval_dataloader(trainer):
+        for batch in loop.QLoraTrainer.get_eval_dataloader(trainer):
             longest = max(row["length"] for row in batch)
             assert len(batch) == 1 or len(batch) * longest <= max(room, micro_batch * max(share))
             seen += [row["place"] for row in batch]
         if (world, micro_batch, room) == (1, 4, 100):
-            assert len(list(training.QLoraTrainer.get_eval_dataloader(trainer))) == 2  # 520 tokens, not 100
+            assert len(list(loop.QLoraTrainer.get_eval_dataloader(trainer))) == 2  # 520 tokens, not 100
     assert sorted(seen) == list(range(len(lengths)))
 
 
@@ -61,13 +58,13 @@ def test_rows_share_a_batch_as_far_as_training_s_tokens_go(
 ):
     seen = []
 
-    class Watched(training.QLoraTrainer):
+    class Watched(loop.QLoraTrainer):
         def get_eval_dataloader(self, *words):
             loader = super().get_eval_dataloader(*words)
             seen.append([samples_in(batch) for batch in loader])
             return loader
 
-    monkeypatch.setattr(training, "QLoraTrainer", Watched)
+    monkeypatch.setattr(loop, "QLoraTrainer", Watched)
     losses = []
     for micro_batch, length in ((1, 128), (4, 300)):  # rows of 100 to 112 tokens
         words = [f"model.path={tiny_llama}", f"data.path={rows}", "data.validation=20", f"data.max_length={length}"]
@@ -79,13 +76,3 @@ def test_rows_share_a_batch_as_far_as_training_s_tokens_go(
     assert alone == [1] * 20
     assert together == [10, 10]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-@pytest.mark.parametrize("dtype, name", [("float32", "adamw_torch_fused"), ("float16", "adamw_torch")])
-def test_a_fused_optimiser_is_not_taken_where_steps_may_be_left_out(dtype, name, tmp_path):
-    """GradScaler calls a fused one at an overflow too, and Accelerate then takes the step for made."""
-    recipe = load_recipe(None, ["model.path=m", "data.path=d", "train.optimizer=adamw"])
-    arguments = training_arguments(
-        recipe, tmp_path, Schedule(3, 1, 1, 0), torch.device("cpu"), getattr(torch, dtype), True, False
-    )
-    assert arguments.optim == name

@@ -1,1 +1,1 @@
-"""The processes of a run, one a device."""
+"""The processes of a run, one per device."""

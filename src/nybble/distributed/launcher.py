@@ -1,4 +1,4 @@
-"""What this process knows of the processes beside it."""
+"""What a launcher has told this process about the others."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import os
 from nybble.errors import DeviceError
 
 # How threads of GNU's OpenMP, which torch brings, wait for each other. By default each spins for 300,000 rounds; where another
-# process wants the cores, those that it waits for cannot run meanwhile (bench/busy.py: what each way costs).
+# process wants the cores, the threads that are waited for cannot run meanwhile (bench/busy.py: what each way costs).
 WAITING = {"GOMP_SPINCOUNT": "100000"}
 
 
 def wait_without_spinning() -> None:
-    """Have this process's threads, and those of processes that it starts, leave the cores to others while they wait.
+    """Have the threads of this process, and of processes that it starts, leave the cores to others while they wait.
 
-    The library reads its environment when it is loaded: this comes before torch. What somebody has set stays.
+    The library reads its environment when it is loaded, so call this before torch is imported. What is set already stays.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ.update(WAITING)
@@ -26,17 +26,17 @@ def launched() -> bool:
 
 
 def world_size() -> int:
-    """Processes that a launcher started, 1 without one."""
+    """Number of processes that a launcher started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process's number, 0 without a launcher."""
+    """This process's number among all of them; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def refuse_second_launcher(processes: int) -> None:
-    """Raise DeviceError where a launcher is at work already and started another number of processes than asked for."""
+    """Raise DeviceError where a launcher started this process, and others, but not as many as were requested."""
     if launched():
         raise DeviceError(
             f"{processes} processes were requested, but the launcher started {world_size()}",

@@ -1,4 +1,4 @@
-"""One process a device, by torch's own elastic launcher."""
+"""One process per device, started by torch's own elastic launcher."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from nybble.distributed.environment import environment_restored
 from nybble.installed import module_command
 
 
-def run_processes(count: int, words: Sequence[str]) -> int:
-    """Run `nybble WORDS` in `count` processes on this machine; when one fails, all end.
+def run_processes(count: int, arguments: Sequence[str]) -> int:
+    """Run `nybble ARGUMENTS` in `count` processes on this machine; when one fails, all end.
 
     Returns:
         The exit status: that of the first process that failed, 130 after Ctrl-C, 143 after SIGTERM.
     """
     relay = _Relay()
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each process says itself what is wrong
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))  # or they fight for cores
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each process reports its own error
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -39,9 +39,13 @@ def run_processes(count: int, words: Sequence[str]) -> int:
     )
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, relay)
+    python, *command = module_command("nybble", *arguments)
     try:
-        python, *command = module_command("nybble", *words)
-        elastic_launch(config, python)(*command)
+        with environment_restored():
+            os.environ.setdefault(
+                "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))
+            )  # or they fight for cores
+            elastic_launch(config, python)(*command)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return relay.status or max(1, failure.exitcode)
@@ -51,12 +55,12 @@ def run_processes(count: int, words: Sequence[str]) -> int:
 
 
 class _Relay:
-    """Passes the first signal on to the processes, which end their step and save it, as long as that takes
-    (`nybble.training.interrupt`); at the second the launcher ends them."""
+    """Passes the first signal on to the processes, which finish their step and save it, however long that takes
+    (`nybble.training.interrupt`); at the second signal the launcher ends them."""
 
     def __init__(self) -> None:
         self.status = 0
-        """The exit status of whoever is ended by the first signal."""
+        """The exit status once the first signal came."""
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.status:

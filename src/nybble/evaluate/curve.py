@@ -15,7 +15,7 @@ from nybble.weights.on_cpu import dequantised_meanwhile
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Scores of the model as it is now."""
+    """Scores of the model as it is now; of several processes all have to ask, since each answers a share of every benchmark."""
 
     benchmarks: Benchmarks
     tasks: Sequence[str]

@@ -23,6 +23,7 @@ from nybble.data.order import lengths_of
 from nybble.errors import EvaluationError
 from nybble.evaluate.contamination import flag
 from nybble.evaluate.generation import answer, distinct, fixed_prompts, held_out_prompts, item_scores, side_by_side
+from nybble.evaluate.perplexity import Losses, row_losses, text_windows
 from nybble.evaluate.report.page import write_report
 from nybble.evaluate.results import compared_tasks, entry_of, held_out_entry, metric_entry
 from nybble.evaluate.rows import rows_of
@@ -32,7 +33,6 @@ from nybble.evaluate.texts import Text, read_texts
 from nybble.files.places import check_cache, check_report, default_cache, explained_disk, writing
 from nybble.model.adapter.config import CONFIG
 from nybble.model.adapter.tensors import weights_file
-from nybble.objective.likelihood import Losses, row_losses, text_windows
 from nybble.recipe import dump_recipe
 from nybble.run.folder import Run, versions, write_json
 from nybble.run.log import read_metrics

@@ -32,6 +32,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nybble.data.rows.readers import TooLargeError, kind_of, read_file
+from nybble.distributed.group import from_first, gathered, share_of
 from nybble.errors import DataError, EvaluationError
 from nybble.evaluate.scores import MissingRowsError, Scored
 
@@ -76,12 +77,28 @@ def _manager() -> TaskManager:
     return TaskManager()
 
 
-class _Told(HFLM):  # type: ignore[misc]
-    """lm-eval's own model, which says how far it is."""
+class _SharedModel(HFLM):  # type: ignore[misc]
+    """lm-eval's own model, which shows how far it is. Of several processes each answers its share of the requests and has all
+    answers: lm-eval works in each as if it were alone, so prompts, few-shot examples and scores are those of one process."""
 
     def __init__(self, show: Callable[[float], None], **settings: Any) -> None:
         super().__init__(**settings)
         self._show, self._done, self._all = show, 0, 1
+
+    def loglikelihood(self, requests: list[Any], **settings: Any) -> list[Any]:
+        return self._shared(super().loglikelihood, requests, settings)
+
+    def loglikelihood_rolling(self, requests: list[Any], **settings: Any) -> list[Any]:
+        return self._shared(super().loglikelihood_rolling, requests, settings)
+
+    def generate_until(self, requests: list[Any], **settings: Any) -> list[Any]:
+        return self._shared(super().generate_until, requests, settings)
+
+    def _shared(
+        self, answer: Callable[..., list[Any]], requests: Sequence[Any], settings: Mapping[str, Any]
+    ) -> list[Any]:
+        own = [requests[index] for index in share_of(len(requests))]
+        return gathered(answer(own, **settings) if own else [])
 
     def _loglikelihood_tokens(self, requests: list[Any], **settings: Any) -> Any:
         self._done, self._all = 0, max(len(requests), 1)
@@ -179,7 +196,7 @@ class Harness:
         tokenizer: PreTrainedTokenizerBase,
         show: Callable[[float], None] = lambda _: None,
     ) -> Scored:
-        """A model's score on every item.
+        """A model's score on every item. Processes that belong together all call this, and share the work.
 
         Args:
             benchmark: with its rows.
@@ -193,12 +210,14 @@ class Harness:
         batch = self.batch or ("auto" if model.device.type == "cuda" else CPU_BATCH)
         with _silenced(), _randomness_kept():  # lm-eval seeds every generator that training goes on with
             found = lm_eval.simple_evaluate(
-                model=_Told(show, pretrained=model, tokenizer=tokenizer, batch_size=batch),
+                model=_SharedModel(show, pretrained=model, tokenizer=tokenizer, batch_size=batch),
                 tasks=list(benchmark.tasks.values()), samples=benchmark.rows,
                 num_fewshot=FEWSHOT.get(benchmark.name), bootstrap_iters=0, task_manager=self.manager,
             )  # fmt: skip
-        assert found is not None, "one process, the first"
-        return _scored(benchmark, found)
+        # Of several processes lm-eval gives the results to the first only.
+        scored = from_first(_scored(benchmark, found) if found is not None else None)
+        assert scored is not None, "the first process has results"
+        return scored
 
     def _localised(self, name: str, parts: Sequence[str], scratch: pathlib.Path) -> tuple[list[str], str]:
         """lm-eval's own tasks on local files, as YAML files; and the name of the file with the items."""

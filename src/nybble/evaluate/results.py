@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy
 
+from nybble.evaluate.perplexity import Losses
 from nybble.evaluate.scores import Scored
 from nybble.evaluate.statistics import Comparison, Estimate, compare, holm, verdict
-from nybble.objective.likelihood import Losses
 
 
 def compared_tasks(

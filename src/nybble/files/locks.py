@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import platform
+import sys
 from collections.abc import Iterator
 
 from filelock import FileLock, Timeout, lock_descriptor
@@ -21,6 +22,8 @@ from nybble.errors import RunError
 
 PATIENCE = 1.0  # seconds: a process that only looks whether a lock is held has it for a moment
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)  # from flock, by file system
+# No link is followed and no pipe waited for; Windows has neither flag.
+OPEN_FLAGS: int = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -72,12 +75,20 @@ def hold(file: pathlib.Path, doing: str, place: pathlib.Path) -> Iterator[None]:
             raise
     try:
         if lock.is_locked:
-            file.write_text(json.dumps(dataclasses.asdict(_this_process(doing, place))), encoding="utf-8")
+            _say_who(file, _this_process(doing, place))
         yield
     finally:
         with contextlib.suppress(OSError):  # a folder that was made read-only or removed meanwhile
             file.unlink()
         lock.release()
+
+
+def _say_who(file: pathlib.Path, held: Holder) -> None:
+    try:
+        file.write_text(json.dumps(dataclasses.asdict(held)), encoding="utf-8")
+    except PermissionError:
+        if sys.platform != "win32":  # where a locked file can be written by nobody: it then says no name
+            raise
 
 
 def refuse_held(file: pathlib.Path, place: pathlib.Path) -> None:
@@ -116,7 +127,7 @@ def _opened(file: pathlib.Path) -> Iterator[int | None]:
     number = None
     for mode in (os.O_RDWR, os.O_RDONLY):
         with contextlib.suppress(OSError):
-            number = os.open(file, mode | os.O_NOFOLLOW | os.O_NONBLOCK)
+            number = os.open(file, mode | OPEN_FLAGS)
             break
     try:
         yield number
@@ -135,7 +146,8 @@ def _lock(descriptor: int) -> bool | None:
 
 def _read(descriptor: int) -> Holder | None:
     try:
-        return Holder(**json.loads(os.pread(descriptor, 65536, 0)))
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        return Holder(**json.loads(os.read(descriptor, 65536)))
     except (OSError, ValueError, TypeError, RecursionError):  # not written yet, damaged, or a pipe
         return None
 

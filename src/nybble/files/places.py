@@ -170,7 +170,7 @@ def _refuse_odd(folder: pathlib.Path) -> None:
         if os.path.islink(place) and not os.path.exists(place):
             raise OSError(errno.ENOENT, f"{place} is a link to {os.readlink(place)}, which does not exist")
     longest = max(len(os.fsencode(part)) for part in (*folder.parts, "."))
-    if longest > os.pathconf(nearest(folder), "PC_NAME_MAX"):
+    if longest > (os.pathconf(nearest(folder), "PC_NAME_MAX") if hasattr(os, "pathconf") else 255):  # on Windows
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
 
 

@@ -1,7 +1,7 @@
 """A run's checkpoints: written beside a mark, checked before they are trusted, and never removed where they may be the only copy.
 
-checkpoint-N/WRITING     from the beginning of its saving to its end: without COMPLETE, a kill cut it off, and it may be removed
-checkpoint-N/COMPLETE    from then on, with what every file of it held (`nybble.run.marks`)
+checkpoint-N/WRITING     while it is being saved: without COMPLETE, a kill interrupted that, and it may be removed
+checkpoint-N/COMPLETE    from then on, with the digest of each of its files (`nybble.run.marks`)
 set-aside-checkpoint-N   one that was damaged or not marked when an older one was resumed from
 .unfinished-...          one that is being made or removed, for a moment
 """
@@ -30,13 +30,13 @@ from nybble.run.marks import COMPLETE, described, read_mark
 
 WRITING = "WRITING"
 ASIDE, HIDDEN = "set-aside-", ".unfinished-"
-# What Trainer goes on from; of several processes each has its own state of random numbers.
+# What Trainer resumes from; of several processes each has its own state of random numbers.
 NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state*.pth")
 LOADED = (".safetensors", ".pt", ".pth", ".bin", ".json")  # endings of files that Trainer and PEFT look for
 ZIP_FAULTS = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError, struct.error)
 
 
-class State(Shape):
+class SavedState(Shape):
     """What is read of trainer_state.json."""
 
     global_step: int
@@ -46,30 +46,30 @@ class State(Shape):
 
 @dataclass(frozen=True)
 class Resumption:
-    """An interrupted run, and where it goes on."""
+    """An interrupted run, and where it is resumed."""
 
     run: Run
     checkpoint: pathlib.Path | None
-    """None where it begins again."""
+    """None where it starts over."""
     passed: Mapping[pathlib.Path, str]
     """Newer checkpoints, and what is wrong with each."""
 
     @property
     def step(self) -> int:
-        """The last one that is done; -1 where not even the evaluation before the first is."""
+        """The last step that is done; -1 where not even the evaluation before the first is."""
         return step_of(self.checkpoint) if self.checkpoint is not None else -1
 
 
 def resumption(run: Run) -> Resumption:
-    """Find the newest checkpoint that is whole, together with the best one that it refers to; nothing is changed.
+    """Find the newest complete checkpoint whose best checkpoint is complete too; nothing is changed.
 
     Raises:
-        RunError: there are checkpoints, and none is whole; something else stands in their folder's place; or the record of the
-            steps before is damaged.
+        RunError: there are checkpoints, and none is complete; their folder's path is taken by something else; or the record
+            of the steps before is damaged.
     """
     if os.path.lexists(run.checkpoints) and not run.checkpoints.is_dir():
-        place = shlex.quote(str(run.checkpoints))
-        fix = f"copy the folder into its place; or move it away, and the run starts over: mv {place} ELSEWHERE"
+        path = shlex.quote(str(run.checkpoints))
+        fix = f"copy the folder there; or move this away, and the run starts over: mv {path} ELSEWHERE"
         raise RunError("checkpoints is not a folder", where=str(run.checkpoints), fix=fix)
     passed: dict[pathlib.Path, str] = {}
     for folder in run.numbered():
@@ -89,8 +89,8 @@ def resumption(run: Run) -> Resumption:
 
 def _none_whole(run: Run, passed: Mapping[pathlib.Path, str]) -> RunError:
     listed = "\n".join(f"  - {folder.name}: {wrong}" for folder, wrong in passed.items())
-    place = shlex.quote(str(run.checkpoints))
-    fix = f"copy a complete checkpoint into {place}; or move them away, and the run starts over: mv {place} ELSEWHERE"
+    path = shlex.quote(str(run.checkpoints))
+    fix = f"copy a complete checkpoint into {path}; or move them away, and the run starts over: mv {path} ELSEWHERE"
     unmarked = next((folder for folder in passed if not (folder / COMPLETE).exists() and not _lacking(folder)), None)
     if unmarked is not None:  # 0.5.1 left COMPLETE empty
         mark = shlex.quote(str(unmarked / COMPLETE))
@@ -99,8 +99,8 @@ def _none_whole(run: Run, passed: Mapping[pathlib.Path, str]) -> RunError:
 
 
 def faults_of(checkpoint: pathlib.Path) -> list[str]:
-    """What is wrong with a checkpoint, a sentence each: held against its COMPLETE, or, where that names no files, against
-    itself, as far as the formats of its files allow."""
+    """What is wrong with a checkpoint, a sentence each: compared with its COMPLETE, or, where that names no files, by what the
+    formats of its files show."""
     try:
         if not (checkpoint / COMPLETE).exists():
             lacking = ", ".join([COMPLETE, *_lacking(checkpoint)])
@@ -154,7 +154,7 @@ def _is_whole(file: pathlib.Path) -> bool:
 
 
 def _state(checkpoint: pathlib.Path) -> dict[str, Any]:
-    return read_object(checkpoint / "trainer_state.json", RunError, RESTORE, State, largest=None)
+    return read_object(checkpoint / "trainer_state.json", RunError, RESTORE, SavedState, largest=None)
 
 
 def _other_step(checkpoint: pathlib.Path) -> list[str]:
@@ -163,7 +163,7 @@ def _other_step(checkpoint: pathlib.Path) -> list[str]:
 
 
 def _faults_of_best(run: Run, checkpoint: pathlib.Path) -> list[str]:
-    """What is wrong with the checkpoint whose adapter is kept in the end, unless a later one is better."""
+    """What is wrong with the checkpoint whose adapter the run ends with, unless a later one is better."""
     best = _state(checkpoint).get("best_global_step")
     if not run.recipe.train.keep_best or not best or best == step_of(checkpoint):
         return []
@@ -174,7 +174,7 @@ def _faults_of_best(run: Run, checkpoint: pathlib.Path) -> list[str]:
 
 
 def check_best(checkpoint: pathlib.Path) -> None:
-    """Prove the checkpoint whose adapter a run ends with.
+    """Verify the checkpoint whose adapter a run ends with.
 
     Raises:
         RunError: it was damaged since it was saved.
@@ -183,12 +183,12 @@ def check_best(checkpoint: pathlib.Path) -> None:
         raise RunError(
             f"{checkpoint.name}, whose validation loss is the best, was damaged while the run went on: {wrong[0]}",
             where=str(checkpoint),
-            fix=f"nybble train --resume {checkpoint.parent.parent}: it goes on from a checkpoint before that one",
+            fix=f"nybble train --resume {checkpoint.parent.parent}: it resumes from a checkpoint before that one",
         )
 
 
 def clear_the_way(resumed: Resumption) -> list[str]:
-    """Before a run goes on: forget the lines of later steps, remove what a kill cut off, and set aside what cannot be trusted.
+    """Before a run is resumed: drop the lines of later steps, remove what a kill interrupted, and set aside what is damaged.
 
     Returns:
         What the user should know.
@@ -212,7 +212,7 @@ def clear_the_way(resumed: Resumption) -> list[str]:
 
 
 def begin(checkpoint: pathlib.Path) -> None:
-    """Make a checkpoint's folder; whatever stands in its place is set aside."""
+    """Make a checkpoint's folder; whatever is there already is set aside."""
     if os.path.lexists(checkpoint):
         _set_aside(checkpoint)
     hidden = _free(checkpoint.with_name(HIDDEN + checkpoint.name))  # it is never there without its mark
@@ -221,20 +221,20 @@ def begin(checkpoint: pathlib.Path) -> None:
     hidden.rename(checkpoint)
 
 
-def mark(checkpoint: pathlib.Path, spent: Mapping[str, float]) -> None:
-    """Mark a checkpoint as whole, once all of its files are written.
+def mark(checkpoint: pathlib.Path, used: Mapping[str, float]) -> None:
+    """Mark a checkpoint as complete, once all of its files are written.
 
     Args:
         checkpoint: its folder.
-        spent: what the run has taken until now: `seconds`, and `peak_memory` in bytes.
+        used: what the run has taken until now: `seconds`, and `peak_memory` in bytes.
     """
-    write_json(checkpoint / COMPLETE, {**spent, "files": described(checkpoint, {WRITING})})
+    write_json(checkpoint / COMPLETE, {**used, "files": described(checkpoint, {WRITING})})
     (checkpoint / WRITING).unlink(missing_ok=True)
 
 
 def rotate(run: Run, best: str | None) -> None:
-    """Remove all whole checkpoints but the newest, as many as the recipe keeps, and the best; one that holds files of others
-    stays.
+    """Remove all complete checkpoints but the newest, as many as the recipe keeps, and the best; one that also holds other
+    files stays.
 
     Args:
         run: the run.
@@ -256,10 +256,10 @@ def _is_own(checkpoint: pathlib.Path) -> bool:
 
 
 def remove_unfinished(run: Run) -> None:
-    """Remove what a kill cut off while it was written or removed: it cannot be resumed from, and takes room.
+    """Remove what was being written or removed at a kill: it cannot be resumed from, and takes disk space.
 
-    One that was killed between its two marks is whole; it loses the first, so that it is not taken for unfinished if ever a copy
-    loses the second.
+    One that was killed between its two marks is complete; it loses the first, so that it is not taken for unfinished if a copy
+    ever loses the second.
     """
     for folder in run.numbered():
         if _is_unfinished(folder):
@@ -276,10 +276,10 @@ def _is_unfinished(folder: pathlib.Path) -> bool:
 
 
 def _remove(folder: pathlib.Path) -> None:
-    """Under another name, so that a kill leaves no half of a checkpoint; a link leads to what is not the run's."""
+    """Rename it first, so that a kill leaves no half of a checkpoint; what a link points to is not the run's."""
     if not folder.is_symlink():
         hidden = _free(folder.with_name(HIDDEN + folder.name))
-        with contextlib.suppress(OSError):  # what cannot be removed takes room, and does no other harm
+        with contextlib.suppress(OSError):  # what cannot be removed takes disk space, and does no other harm
             shutil.rmtree(folder.rename(hidden))
 
 
@@ -287,6 +287,6 @@ def _set_aside(folder: pathlib.Path) -> pathlib.Path:
     return folder.rename(_free(folder.with_name(ASIDE + folder.name)))
 
 
-def _free(place: pathlib.Path) -> pathlib.Path:
-    names: Iterator[pathlib.Path] = (place.with_name(f"{place.name}-{number}") for number in range(2, 1_000_000))
-    return place if not os.path.lexists(place) else next(name for name in names if not os.path.lexists(name))
+def _free(path: pathlib.Path) -> pathlib.Path:
+    names: Iterator[pathlib.Path] = (path.with_name(f"{path.name}-{number}") for number in range(2, 1_000_000))
+    return path if not os.path.lexists(path) else next(name for name in names if not os.path.lexists(name))

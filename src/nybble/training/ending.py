@@ -1,15 +1,19 @@
-"""What stays of a run: its adapter and its summary."""
+"""What stays of a run: its adapter and its summary, or, where it failed, what can be resumed."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import pathlib
-from collections.abc import Collection
+import shutil
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
+from rich.console import Console
 
 from nybble.errors import TrainingError
 from nybble.files.places import new_folder
@@ -18,18 +22,62 @@ from nybble.model.adapter.updates import is_untrained, targets_of
 from nybble.run.folder import Run, versions, write_json
 from nybble.run.log import read_metrics
 from nybble.run.marks import COMPLETE, described
-from nybble.training.callbacks import Recorder, Spent
-from nybble.training.preparation import Ready
+from nybble.terminal import tell
+from nybble.training.checkpoints import remove_unfinished
+from nybble.training.preparation import TrainingSetup
+from nybble.training.recorder import Recorder
+from nybble.training.resource_use import ResourceUse
 
-# What training adds to a run folder before its first checkpoint, and the end of it before the adapter.
+# What training writes into a run folder before its first checkpoint, and its end before the adapter.
 TRAINED = {
     *("metrics.jsonl", "samples.jsonl", "summary.json", "loss.png", "README.md"),
     *("wandb", "tensorboard", "trackio", "mlflow.db", "mlruns"),
 }
 
 
+@contextlib.contextmanager
+def nothing_half_done(
+    run: Run, state: PartialState, console: Console, made: Collection[pathlib.Path] | None
+) -> Iterator[None]:
+    """A failure before the first complete checkpoint leaves no run folder, unless it holds evidence of what happened, or files
+    that are not the run's; one after it leaves what can be resumed.
+
+    Args:
+        run: the run.
+        state: of the processes.
+        console: where it says what is left.
+        made: what this run made in its folder before it trained; None where it did not make the folder.
+    """
+    completed = False
+    try:
+        yield
+        completed = True
+    finally:  # whatever it was: tokenizers raises a plain Exception where a disk is full
+        if not completed:
+            _tidy(run, state, console, made)
+
+
+def _tidy(run: Run, state: PartialState, console: Console, made: Collection[pathlib.Path] | None) -> None:
+    checkpoint, evidence = run.latest_checkpoint(), any(run.folder.glob("nonfinite-*"))
+    if state.is_main_process:
+        remove_unfinished(run)
+    again = f"nybble train --resume {run.folder}"
+    if checkpoint is not None:
+        tell(console, f"stopped   {checkpoint} is complete; resume with: {again}")
+    elif state.is_main_process and not evidence:
+        others = foreign_files(run, made) if made is not None else []
+        if made is not None and not others:
+            shutil.rmtree(run.folder, ignore_errors=True)
+            tell(console, "stopped   before the first checkpoint: nothing of this run was kept")
+        else:
+            why = f", since it holds {others[0]}, which is not part of the run" if others else ""
+            tell(
+                console, f"stopped   before the first checkpoint; {run.folder} stays{why}; start it over with: {again}"
+            )
+
+
 def refuse_untrained(run: Run, model: PeftModel, recorder: Recorder) -> None:
-    """Raise TrainingError where the adapter that would be kept answers as the base does, on all processes."""
+    """Raise TrainingError where the adapter that would be kept answers like the base, on all processes."""
     if not is_untrained(model):
         return
     rate = run.recipe.train.learning_rate
@@ -46,35 +94,35 @@ def refuse_untrained(run: Run, model: PeftModel, recorder: Recorder) -> None:
 
 
 def save_adapter(run: Run, model: PeftModel) -> None:
-    """Write the adapter of a step beside its place, read it back, and move it there."""
+    """Write the adapter to a temporary folder, read it back, and move it to its final location."""
     with new_folder(run.adapter) as temporary:
         model.save_pretrained(temporary)
         check_saved(model, temporary)
-        files = described(temporary, {"README.md"})  # which is there to be rewritten
+        files = described(temporary, {"README.md"})  # which people may edit
         write_json(temporary / COMPLETE, {"files": files})
 
 
-def summarise(ready: Ready, recorder: Recorder, spent: Spent) -> dict[str, Any]:
+def summarise(setup: TrainingSetup, recorder: Recorder, used: ResourceUse) -> dict[str, Any]:
     """The whole run in numbers, however often it was resumed."""
-    recipe, data, base = ready.recipe, ready.data, ready.base
-    taken, history = spent.now(ready.device), recorder.history
+    recipe, data, base = setup.recipe, setup.data, setup.base
+    taken, history = used.so_far(setup.device), recorder.history
     losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     steps = [line for line in read_metrics(recorder.run) if "tokens" in line]
     tokens, seconds = sum(line["tokens"] for line in steps), sum(line["seconds"] for line in steps)
-    on_cuda = ready.device.type == "cuda"
+    on_cuda = setup.device.type == "cuda"
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
-        "device": torch.cuda.get_device_name(ready.device) if on_cuda else "cpu",
-        "dtype": str(ready.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(setup.device) if on_cuda else "cpu",
+        "dtype": str(setup.dtype).removeprefix("torch."),
         "base": {
             "name": base.checkpoint.name,
             "commit": base.checkpoint.commit,
             "fingerprint": base.fingerprint,
             "quantization": base.quantization,
             "quantized": base.bits.as_json() if base.bits is not None else None,
-            "parameters": ready.footprint.parameters,
-            "bytes": ready.footprint.bytes,
+            "parameters": setup.footprint.parameters,
+            "bytes": setup.footprint.bytes,
         },
         "data": {
             "path": recipe.data.path,
@@ -83,8 +131,8 @@ def summarise(ready: Ready, recorder: Recorder, spent: Spent) -> dict[str, Any]:
             **dataclasses.asdict(data.counts),
         },
         "adapter": {
-            "targets": targets_of(ready.model),
-            "trainable_parameters": ready.trained_parameters,
+            "targets": targets_of(setup.model),
+            "trainable_parameters": setup.trained_parameters,
         },
         "steps": recorder.steps,
         "processes": recipe.train.processes,
@@ -101,12 +149,12 @@ def summarise(ready: Ready, recorder: Recorder, spent: Spent) -> dict[str, Any]:
 
 
 def made_by_now(folder: pathlib.Path) -> frozenset[pathlib.Path]:
-    """All that a run folder holds, by its path in there."""
+    """Everything in a run folder, by its path relative to it."""
     return frozenset(path.relative_to(folder) for path in folder.rglob("*"))
 
 
 def foreign_files(run: Run, made: Collection[pathlib.Path]) -> list[pathlib.Path]:
-    """What a run folder holds that neither was there before the run trained nor comes of its training.
+    """What a run folder holds that was neither there before the run trained nor written by its training.
 
     Args:
         run: without a checkpoint.

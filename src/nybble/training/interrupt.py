@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from nybble.distributed.group import add_up_number, in_group, wait_for_all
 from nybble.terminal import tell
 
 
@@ -29,7 +30,7 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
     """At the first signal the run stops once the step in progress is done and saved, at the second at once.
 
     Before a run's first step is done, or a resumed run's next one, there is nothing to save, and the first signal is enough.
-    Of several processes each gets the signal at another moment, so before each optimiser step they ask each other.
+    Of several processes each gets the signal at another moment, so they ask each other before each optimiser step.
     """
 
     def __init__(self, console: Console) -> None:
@@ -41,15 +42,16 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals; a handler that somebody else has set stays, and so does what is ignored.
+        """Handle the signals; a handler that somebody else has set stays, and an ignored signal stays ignored.
 
-        Among several processes SIGTERM stays as it is: it comes when another one has failed, and no step can be ended then.
+        With several processes SIGTERM keeps its handler: it comes when another process has failed, and then no step can
+        be finished.
         """
         usual = {signal.SIGINT: signal.default_int_handler}
-        if not _among_others():
+        if not in_group():
             usual[signal.SIGTERM] = signal.SIG_DFL  # type: ignore[assignment]
-        alone = threading.current_thread() is not threading.main_thread()  # where Python takes no handlers
-        taken = {} if alone else {name: old for name, old in usual.items() if signal.getsignal(name) == old}
+        elsewhere = threading.current_thread() is not threading.main_thread()  # where Python takes no handlers
+        taken = {} if elsewhere else {name: old for name, old in usual.items() if signal.getsignal(name) == old}
         for name in taken:
             signal.signal(name, self._receive)
         try:
@@ -59,14 +61,13 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
                 signal.signal(name, old)
 
     def raise_if_stopped(self) -> None:
-        """Leave the run, where a signal ended it; all processes together, for a launcher ends them all with the first.
+        """Leave the run where a signal ended it; all processes together, since a launcher ends them all with the first.
 
         Raises:
             Stopped: it did.
         """
         if self._stopping:
-            if _among_others():
-                torch.distributed.barrier()
+            wait_for_all()
             raise Stopped(self._asked or signal.SIGINT)
 
     def on_pre_optimizer_step(
@@ -95,18 +96,10 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
         threading.Thread(target=tell, args=(self.console, text), daemon=True).start()
 
     def _agree(self, device: torch.device) -> None:
-        self._agreed = self._asked is not None
-        if _among_others():
-            anybody = torch.tensor(int(self._agreed), device=device)
-            torch.distributed.all_reduce(anybody, torch.distributed.ReduceOp.MAX)
-            self._agreed = bool(anybody)
+        self._agreed = add_up_number(int(self._asked is not None), device) > 0
 
     def _stop(self, control: TrainerControl) -> None:
-        if not _among_others():
+        if not in_group():
             self._agreed = self._asked is not None
         if self._agreed and not control.should_training_stop:  # a run that ends here by itself is finished
             self._stopping = control.should_save = control.should_training_stop = True
-
-
-def _among_others() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,4 +1,4 @@
-"""8-bit AdamW over all adapters as a few tensors."""
+"""The optimiser of a run; 8-bit AdamW over all adapters as a few tensors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,60 @@ from typing import Any
 
 import torch
 from bitsandbytes.optim import AdamW8bit
+from transformers.trainer_pt_utils import get_parameter_names
 
 LARGEST = 2**25
 """Numbers of a flat tensor, 128 MB: gathering their gradients takes as much again until their own are freed. As one tensor the
 160 M of rank 64 on a 7B took 640 MB, which a fragmented allocator had to ask the device for."""
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # of every AdamW here
+UNDECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+"""Parameters that Trainer gives no weight decay, by name. Checkpoints hold one group with and one without, even where the
+second is empty."""
+
+
+def make_optimizer(
+    model: torch.nn.Module, name: str, dtype: torch.dtype, learning_rate: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW over everything that is trained.
+
+    Args:
+        model: with its parameters on the device that trains them.
+        name: `train.optimizer`: adamw, adamw_8bit, paged_adamw_8bit; auto is the last on CUDA and adamw elsewhere.
+        dtype: of the run's computation.
+        learning_rate: at the peak; a scheduler moves it.
+        weight_decay: of every step, relative to the learning rate.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if name == "auto":
+        name = "paged_adamw_8bit" if trained[0].device.type == "cuda" else "adamw"
+    if name != "adamw":
+        return FlatAdamW8bit(
+            trained,
+            lr=learning_rate,
+            betas=BETAS,
+            eps=EPSILON,
+            weight_decay=weight_decay,
+            is_paged=name.startswith("paged"),
+        )
+    decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], UNDECAYED))
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for name, parameter in named if name in decayed], "weight_decay": weight_decay},
+        {"params": [parameter for name, parameter in named if name not in decayed], "weight_decay": 0.0},
+    ]
+    # In float16 a fused one leaves out the step of an overflow by itself, and Accelerate moves the rate on.
+    fused = True if dtype != torch.float16 else None
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, eps=EPSILON, fused=fused)
+
+
+def flat_gradients(optimizer: Any) -> list[torch.nn.Parameter] | None:
+    """The few tensors that hold all parameters and gradients; None where the optimiser has none, or a gradient is missing.
+
+    Args:
+        optimizer: perhaps wrapped by Accelerate.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner.gather() if isinstance(inner, FlatAdamW8bit) and not inner.missing() else None
 
 
 class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
@@ -23,7 +73,7 @@ class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
     at each parameter.
 
     Args:
-        parameters: all of one device and type; they keep their places, their data moves.
+        parameters: all of one device and type; they stay the same objects, their data moves.
         settings: bitsandbytes' own.
     """
 
@@ -35,7 +85,7 @@ class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
         super().__init__([_flat(share) for share in self.shares], **settings)
 
     @property
-    def wholes(self) -> list[torch.nn.Parameter]:
+    def flat_parameters(self) -> list[torch.nn.Parameter]:
         """The flat parameters, one a share."""
         found: list[torch.nn.Parameter] = self.param_groups[0]["params"]
         return found
@@ -47,21 +97,21 @@ class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
     @torch.no_grad()
     def gather(self) -> list[torch.nn.Parameter]:
         """The flat parameters, their gradients those of all: what is done to them is done to each part's."""
-        for whole, share in zip(self.wholes, self.shares, strict=True):
+        for flat, share in zip(self.flat_parameters, self.shares, strict=True):
             first = share[0].grad
-            if whole.grad is None or first is None or first._base is not whole.grad:  # a step may have been skipped
+            if flat.grad is None or first is None or first._base is not flat.grad:  # a step may have been skipped
                 assert not self.missing(), f"{self.missing()} parameters have no gradient"
-                _gather(whole, share)  # the share's own are freed before the next takes memory
-        return self.wholes
+                _gather(flat, share)  # the share's own are freed before the next takes memory
+        return self.flat_parameters
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Update all parameters."""
-        for whole, share in zip(self.wholes, self.shares, strict=True):
-            places = itertools.accumulate((part.numel() for part in share), initial=0)
+        for flat, share in zip(self.flat_parameters, self.shares, strict=True):
+            offsets = itertools.accumulate((part.numel() for part in share), initial=0)
             assert all(
-                part.data_ptr() == whole.data_ptr() + place * whole.element_size()
-                for part, place in zip(share, places, strict=False)
+                part.data_ptr() == flat.data_ptr() + offset * flat.element_size()
+                for part, offset in zip(share, offsets, strict=False)
             ), "a parameter's data was replaced"
         self.gather()
         result = None
@@ -69,15 +119,15 @@ class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
             self._update()
         else:
             result = super().step(closure)
-        for whole in self.wholes:
-            whole.grad = None
+        for flat in self.flat_parameters:
+            flat.grad = None
         return result
 
     def _update(self) -> None:
         """bitsandbytes' loop, which waits for the device after each tensor, without the waiting: only paged states need it."""
-        for group_place, group in enumerate(self.param_groups):
-            for place, whole in enumerate(group["params"]):
-                self.update_step(group, whole, group_place, place)
+        for group_index, group in enumerate(self.param_groups):
+            for index, flat in enumerate(group["params"]):
+                self.update_step(group, flat, group_index, index)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
@@ -100,15 +150,15 @@ def _shares(parts: Sequence[torch.nn.Parameter]) -> list[list[torch.nn.Parameter
 
 def _flat(share: Sequence[torch.nn.Parameter]) -> torch.nn.Parameter:
     """One tensor of all data, which the parameters become views of."""
-    whole = torch.cat([part.detach().flatten() for part in share])
-    for part, own in zip(share, whole.split([part.numel() for part in share]), strict=True):
+    flat = torch.cat([part.detach().flatten() for part in share])
+    for part, own in zip(share, flat.split([part.numel() for part in share]), strict=True):
         part.data = own.view_as(part)
-    return torch.nn.Parameter(whole)
+    return torch.nn.Parameter(flat)
 
 
-def _gather(whole: torch.nn.Parameter, share: Sequence[torch.nn.Parameter]) -> None:
+def _gather(flat: torch.nn.Parameter, share: Sequence[torch.nn.Parameter]) -> None:
     """One tensor of all gradients, which the parameters' become views of."""
-    whole.grad = None  # of a step that was skipped: its memory first
-    whole.grad = torch.cat([part.grad.flatten() for part in share])  # type: ignore[union-attr]
-    for part, own in zip(share, whole.grad.split([part.numel() for part in share]), strict=True):
+    flat.grad = None  # of a step that was skipped: its memory first
+    flat.grad = torch.cat([part.grad.flatten() for part in share])  # type: ignore[union-attr]
+    for part, own in zip(share, flat.grad.split([part.numel() for part in share]), strict=True):
         part.grad = own.view_as(part)

@@ -18,6 +18,7 @@ from nybble.data.batches import Collator
 from nybble.data.prepare import Prepared, prepare
 from nybble.data.text.kept_template import read_template
 from nybble.data.xray import Rules, inspect
+from nybble.distributed.group import in_group
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.fusion import Fusion
 from nybble.errors import DeviceError, EngineError, ModelError
@@ -25,11 +26,11 @@ from nybble.model.base.load import Base, Footprint
 from nybble.model.device import choose_device, grow_segments
 from nybble.plan.schedule import Schedule
 from nybble.recipe import Recipe
-from nybble.training.announce import tell_data, tell_engine
+from nybble.training.messages import print_data, print_engine
 
 
 @dataclass(frozen=True)
-class Ready:
+class TrainingSetup:
     """Everything a run needs before its first step."""
 
     recipe: Recipe
@@ -67,8 +68,8 @@ def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
 
 
 def leave_processes() -> None:
-    """The end of what `join_processes` began: torch warns of a group that is left to the interpreter's end."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    """Undo `join_processes`: torch warns about a process group that is still open when the interpreter ends."""
+    if in_group():
         torch.distributed.destroy_process_group()
 
 
@@ -94,11 +95,12 @@ def prepare_data(
         for rows in (data.sample, data.validation):
             if rows is not None:
                 inspect(rows, collate, rules, lambda seen: status.update(f"checking what is trained: {seen:,} rows"))
-    tell_data(console, data, recipe.data, time.perf_counter() - began)
+    print_data(console, data, recipe.data, time.perf_counter() - began)
     return data
 
 
 def check_vocabulary(data: Prepared, base: Base) -> None:
+    """Raise ModelError where the data has a token id without an embedding."""
     rows = base.model.get_input_embeddings().num_embeddings
     if data.counts.highest_id >= rows:
         raise ModelError(
@@ -109,20 +111,20 @@ def check_vocabulary(data: Prepared, base: Base) -> None:
 
 
 def fuse_layers(model: PeftModel, recipe: Recipe, console: Console) -> Fusion | None:
-    """Hand the layers to the engine; a model or adapter that it does not know is trained as Transformers computes it.
+    """Hand the layers to the engine; a model or adapter that it does not support is computed by Transformers.
 
     Raises:
-        EngineError: the recipe says how the engine should work, and it cannot be had.
+        EngineError: the recipe asks for a way of working that the engine does not offer here.
     """
     if not recipe.engine.fused:
-        tell_engine(console, None, "engine.fused=false")
+        print_engine(console, None, "engine.fused=false")
         return None
     try:
         fuse(model, recipe.engine.policy, embedding=recipe.engine.embedding)
     except EngineError as error:
         if recipe.engine.is_shaped:
             raise
-        tell_engine(console, None, error.what)
+        print_engine(console, None, error.what)
         return None
     result = fusion(model)
     assert result is not None
@@ -134,8 +136,8 @@ def fuse_layers(model: PeftModel, recipe: Recipe, console: Console) -> Fusion | 
                 f"none of {result.fallen_back} decoder layers can be fused: {why}",
                 fix="leave engine.policy and engine.embedding out: the layers are then computed by Transformers",
             )
-        tell_engine(console, None, why)
+        print_engine(console, None, why)
         return None
     result.budget.chunked_loss = True
-    tell_engine(console, result, "")
+    print_engine(console, result, "")
     return result

@@ -17,7 +17,7 @@ from nybble.terminal import tell
 
 TRAINING, EVALUATING, SCORING = "training", "evaluating", "scoring benchmarks"
 SAMPLING, SAVING = "answering samples", "saving"
-RECENT = 20  # steps whose time tells that of those to come: a machine may become busy, or free
+RECENT = 20  # steps from whose time that of the rest is predicted: a machine may become busy, or free
 
 
 SHORT, LONG = 8, 20  # cells of the bar
@@ -34,7 +34,7 @@ class _Line(ProgressColumn):
     def render(self, task: Task) -> Table:
         steps = f"{task.completed:>{len(str(task.total))}.0f}/{task.total}"
         numbers = enumerate(filter(None, task.fields["text"].split("  ")))
-        # Each with its rank; the highest goes first.
+        # Each with its rank; the highest is left out first.
         bar = ProgressBar(task.total, task.completed, width=SHORT)
         parts: list[tuple[int, str | ProgressBar, str]] = [
             (0, task.fields["what"], ""),
@@ -42,14 +42,14 @@ class _Line(ProgressColumn):
             (1, steps, "green"),
             (5, _clock(task.elapsed or 0), "yellow"),
             (2, task.fields["left"], ""),
-            *((3 if place == 0 else 5 + place, text, "") for place, text in numbers),
+            *((3 if index == 0 else 5 + index, text, "") for index, text in numbers),
         ]
         parts = [part for part in parts if part[1]]
-        while (room := self._console.width + GAP - sum(_width(part) + GAP for _, part, _ in parts)) < 0 and len(
+        while (spare := self._console.width + GAP - sum(_width(part) + GAP for _, part, _ in parts)) < 0 and len(
             parts
         ) > 1:
             parts.remove(max(parts, key=lambda part: part[0]))
-        bar.width = min(SHORT + max(room, 0), LONG)
+        bar.width = min(SHORT + max(spare, 0), LONG)
         line = Table.grid(padding=(0, GAP, 0, 0))
         for _, _, style in parts:
             line.add_column(no_wrap=True, style=style)
@@ -61,42 +61,42 @@ def _width(part: str | ProgressBar) -> int:
     return SHORT if isinstance(part, ProgressBar) else cell_len(part)
 
 
-class Work:
+class RunProgress:
     """The bar of a run; where there is no terminal, what goes into its lines."""
 
-    def __init__(self, console: Console, schedule: Schedule, occasions: frozenset[str]) -> None:
-        """`occasions` are the kinds of work, of EVALUATING, SCORING and SAMPLING, that each evaluation brings."""
+    def __init__(self, console: Console, schedule: Schedule, activities: frozenset[str]) -> None:
+        """`activities`: which of EVALUATING, SCORING and SAMPLING each evaluation brings."""
         self._console = console
         self.schedule = schedule
-        self.occasions = occasions
+        self.activities = activities
         self._what = TRAINING
-        self._since = time.perf_counter()
-        self._took: dict[str, float] = {}
+        self._started = time.perf_counter()
+        self._seconds: dict[str, float] = {}
         self._steps: deque[float] = deque(maxlen=RECENT)
         self._step = 0
         self._bar = Progress(_Line(console), console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task(TRAINING, total=schedule.steps, what=TRAINING, text="", left="")
 
-    def begin(self, step: int) -> None:
-        """Show the bar, at the step a resumed run begins with."""
+    def start(self, step: int) -> None:
+        """Show the bar, at the step a resumed run starts with."""
         self._step = step
         self._bar.start()
         self._bar.update(self._task, completed=step)
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """Take the bar down."""
         self._bar.stop()
 
-    def doing(self, what: str, done: int = 0, of: int = 0) -> None:
-        """Say what is going on, and how many parts of it are done; what went on before is timed."""
-        now, begins = time.perf_counter(), what != self._what
-        if begins:
-            self._took[self._what] = now - self._since
-            self._what, self._since = what, now
-        if begins and what in self.occasions and not self._console.is_terminal:
+    def activity(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Show what is going on, and how many parts of it are done; the activity before it is timed."""
+        now, is_new = time.perf_counter(), what != self._what
+        if is_new:
+            self._seconds[self._what] = now - self._started
+            self._what, self._started = what, now
+        if is_new and what in self.activities and not self._console.is_terminal:
             tell(self._console, f"step {self._step:>5}  {what}", hang=12)
-        parts = f" {min(done + 1, of)} of {of}" if of else ""
-        self._bar.update(self._task, what=f"{what}{parts}", left=self.left(), refresh=begins)
+        parts = f" {min(done + 1, total)} of {total}" if total else ""
+        self._bar.update(self._task, what=f"{what}{parts}", left=self.left(), refresh=is_new)
 
     def step_done(self, step: int, seconds: float, text: str) -> None:
         """Count a step and how long it took, in seconds."""
@@ -112,10 +112,10 @@ class Work:
         if not self._steps:
             return ""
         evaluations, saves = self.schedule.evaluations_after(self._step), self.schedule.saves_after(self._step)
-        counts = {**dict.fromkeys(self.occasions, evaluations), SAVING: saves}
+        counts = {**dict.fromkeys(self.activities, evaluations), SAVING: saves}
         seconds = (self.schedule.steps - self._step) * statistics.fmean(self._steps)
-        seconds += sum(count * self._took.get(what, 0.0) for what, count in counts.items())
-        known = all(what in self._took for what, count in counts.items() if count)
+        seconds += sum(count * self._seconds.get(what, 0.0) for what, count in counts.items())
+        known = all(what in self._seconds for what, count in counts.items() if count)
         return f"{'' if known else 'over '}{_clock(seconds)} left"
 
 

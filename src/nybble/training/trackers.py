@@ -1,52 +1,59 @@
-"""Set a tracker up so that it writes into the run and never asks."""
+"""A tracker writes into the run folder, never asks, and leaves the environment as it was."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
 import wandb
 
+from nybble.distributed.environment import environment_restored
 from nybble.errors import RecipeError
 from nybble.installed import install_extra
 from nybble.recipe import TrackerOptions
 
 
-def start_tracker(options: TrackerOptions, folder: pathlib.Path, recipe: Mapping[str, Any]) -> str | None:
-    """Prepare the tracker that Trainer's own callback will report to.
+@contextlib.contextmanager
+def tracking(options: TrackerOptions, folder: pathlib.Path, recipe: Mapping[str, Any]) -> Iterator[str | None]:
+    """Prepare the tracker that Trainer's own callback reports to, and close it afterwards.
 
-    Trackers other than wandb take their folder from the environment only.
+    Trackers other than wandb take their folder from the environment only; `environment_restored` belongs around this.
 
     Args:
         options: the recipe's tracker section.
         folder: the run folder.
         recipe: all options, logged as hyperparameters.
 
-    Returns:
+    Yields:
         A line for the user, or None.
 
     Raises:
         RecipeError: the tracker's package is not installed.
     """
-    if options.to == "none":
-        return None
-    if find_spec(options.to) is None:
+    if options.to != "none" and find_spec(options.to) is None:
         raise RecipeError(f"tracker.to={options.to}: the package is not installed", fix=install_extra(options.to))
-    if options.to == "wandb":
-        return _start_wandb(options, folder, folder.name, recipe)
-    places = {
-        "tensorboard": {"TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard")},
-        "mlflow": {
-            "MLFLOW_TRACKING_URI": f"sqlite:///{(folder / 'mlflow.db').resolve()}",
-            "MLFLOW_EXPERIMENT_NAME": options.project,
-        },
-        "trackio": {"TRACKIO_DIR": str((folder / "trackio").resolve())},
-    }
-    os.environ.update(places[options.to])
-    return None
+    os.environ.update(_variables(options, folder))
+    try:
+        yield _start_wandb(options, folder, folder.name, recipe) if options.to == "wandb" else None
+    finally:
+        if options.to == "wandb" and wandb.run is not None:
+            wandb.finish()
+
+
+def _variables(options: TrackerOptions, folder: pathlib.Path) -> dict[str, str]:
+    """What tells a tracker where to write."""
+    if options.to == "tensorboard":
+        return {"TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard")}
+    if options.to == "mlflow":
+        database = f"sqlite:///{(folder / 'mlflow.db').resolve()}"
+        return {"MLFLOW_TRACKING_URI": database, "MLFLOW_EXPERIMENT_NAME": options.project}
+    if options.to == "trackio":
+        return {"TRACKIO_DIR": str((folder / "trackio").resolve())}
+    return {}
 
 
 def log_evaluation(options: TrackerOptions, folder: pathlib.Path, results: Mapping[str, Any]) -> str | None:
@@ -57,14 +64,16 @@ def log_evaluation(options: TrackerOptions, folder: pathlib.Path, results: Mappi
     """
     if options.to != "wandb":
         return None
-    notice = _start_wandb(options, folder, f"{folder.name}-eval", {"limit": results["limit"], "base": results["base"]})
     entries = [*results["tasks"], *(results.get("generation") or {"metrics": []})["metrics"]]
     numbers = {f"{entry['name']}/{who}": entry[who]["mean"] for entry in entries for who in ("base", "tuned")}
     if held_out := results.get("held_out"):
         numbers |= {f"held-out loss/{who}": held_out[who]["loss"] for who in ("base", "tuned")}
     verdicts = [[entry["name"], entry["verdict"]] for entry in entries]
-    wandb.log({**numbers, "verdicts": wandb.Table(["what", "verdict"], verdicts)})
-    end_tracker(options.to)
+    with environment_restored():
+        config = {"limit": results["limit"], "base": results["base"]}
+        notice = _start_wandb(options, folder, f"{folder.name}-eval", config)
+        wandb.log({**numbers, "verdicts": wandb.Table(["what", "verdict"], verdicts)})
+        wandb.finish()
     return notice
 
 
@@ -94,9 +103,3 @@ def log_samples(tracker: str, step: int, samples: list[dict[str, Any]]) -> None:
             {"samples": wandb.Table(columns, [[sample[column] for column in columns] for sample in samples])},
             commit=False,
         )
-
-
-def end_tracker(tracker: str) -> None:
-    """Close what `start_tracker` opened."""
-    if tracker == "wandb" and wandb.run is not None:
-        wandb.finish()

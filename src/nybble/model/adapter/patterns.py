@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
@@ -76,8 +77,9 @@ def _texts(field: str, value: Any) -> Iterator[str]:
 def _examine(job: tuple[list[str], list[str], float]) -> str | None:
     """The first expression that is none, or at which the time for all of them is up: its number, and what is wrong with it."""
     expressions, names, seconds = job
-    signal.signal(signal.SIGALRM, _late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    if sys.platform != "win32":  # there the whole process is ended, at twice the time, and no expression is named
+        signal.signal(signal.SIGALRM, _late)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
     for number, expression in enumerate(expressions):
         try:
             compiled = re.compile(expression)

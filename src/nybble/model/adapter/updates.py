@@ -1,4 +1,4 @@
-"""What an adapter in memory changes, counted and told in a line."""
+"""What an adapter in memory changes, counted and summed up in a line."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Updates:
     def __str__(self) -> str:
         plural = "s" * (self.count != 1)
         if self.zero == 0:
-            text = f"{self.count:,} update{plural}, {'all ' * (self.count > 1)}non-zero"
+            text = f"{self.count:,} LoRA module{plural}, {'all ' * (self.count > 1)}non-zero"
         elif self.zero < self.count:
-            text = f"{self.zero:,} of {self.count:,} updates {'is' if self.zero == 1 else 'are'} zero"
+            text = f"{self.zero:,} of {self.count:,} LoRA modules {'is' if self.zero == 1 else 'are'} zero"
         else:
-            text = f"all {self.count:,} updates are zero" if self.count > 1 else "its one update is zero"
-            text += ": it answers as the base does" * self.changes_nothing
+            text = f"all {self.count:,} LoRA modules are zero" if self.count > 1 else "its one LoRA module is zero"
+            text += ": it answers like the base" * self.changes_nothing
         text += f"; {self.negative:,} subtracted (alpha is negative)" if self.negative else ""
-        text += f"; {', '.join(self.whole)} trained too" if self.whole else ""
+        text += f"; {', '.join(self.whole)} trained in full" if self.whole else ""
         return text + (
             f"; {CONFIG} sets {', '.join(self.unknown)}, which PEFT {peft_version} ignores" if self.unknown else ""
         )

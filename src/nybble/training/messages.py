@@ -1,4 +1,4 @@
-"""What a run says on the terminal, a few words before each line to say of what."""
+"""What a run prints on the terminal; a label before each line says what it is about."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nybble.run.folder import Run
 from nybble.terminal import bytes_text, tell
 
 
-def tell_data(console: Console, data: Prepared, options: DataOptions, seconds: float) -> None:
+def print_data(console: Console, data: Prepared, options: DataOptions, seconds: float) -> None:
     """Rows, template, tokens, and what was left out."""
     counts = data.counts
     forms = ", ".join(f"{count:,} {form}" if len(counts.forms) > 1 else form for form, count in counts.forms.items())
@@ -48,7 +48,7 @@ def tell_data(console: Console, data: Prepared, options: DataOptions, seconds: f
     tell(console, f"          {data.train_samples:,} rows to train on{packed}{held_out}")
 
 
-def tell_base(base: Base, size: Footprint, console: Console) -> None:
+def print_base(base: Base, size: Footprint, console: Console) -> None:
     """Name, size and storage of the base."""
     for notice in base.notices:
         tell(console, f"base      {notice}")
@@ -61,8 +61,8 @@ def tell_base(base: Base, size: Footprint, console: Console) -> None:
     )
 
 
-def tell_adapter(model: PeftModel, size: Footprint, console: Console, begun: str | None = None) -> int:
-    """What is trained, and from where it goes on; returns how many parameters that is."""
+def print_adapter(model: PeftModel, size: Footprint, console: Console, stored: str | None = None) -> int:
+    """What is trained, and the stored adapter that it starts from; returns the number of trained parameters."""
     config = model.peft_config["default"]
     trained: int = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     tell(
@@ -70,27 +70,27 @@ def tell_adapter(model: PeftModel, size: Footprint, console: Console, begun: str
         f"adapter   r {config.r}, alpha {config.lora_alpha:g} on {', '.join(targets_of(model))}: "
         f"{trained:,} trained parameters, {trained / (size.parameters + trained):.2%} of all",
     )
-    if begun is not None:
-        updates = updates_of(model, folder=begun)
-        tell(console, f"          from {begun}: {updates}", "yellow" if updates.is_odd else "")
+    if stored is not None:
+        updates = updates_of(model, folder=stored)
+        tell(console, f"          from {stored}: {updates}", "yellow" if updates.is_odd else "")
     return trained
 
 
-def tell_engine(console: Console, fusion: Fusion | None, reason: str) -> None:
+def print_engine(console: Console, fusion: Fusion | None, reason: str) -> None:
     """Which layers are fused, where, and why others are not."""
     lines = fusion.describe().splitlines() if fusion is not None else [f"Transformers computes the layers: {reason}"]
-    for place, line in enumerate(lines):
-        tell(console, f"{'engine' if place == 0 else '':<10}{line}")
+    for index, line in enumerate(lines):
+        tell(console, f"{'engine' if index == 0 else '':<10}{line}")
 
 
-def tell_plan(run: Run, schedule: Schedule, console: Console) -> None:
+def print_plan(run: Run, schedule: Schedule, console: Console) -> None:
     """Where the run goes and how long it is."""
     tell(console, f"run       {run.folder}: {steps_text(schedule.steps, run.recipe.train)}")
     if schedule.notice:
         tell(console, f"          {schedule.notice}")
 
 
-def tell_result(run: Run, summary: dict[str, Any], console: Console) -> None:
+def print_result(run: Run, summary: dict[str, Any], console: Console) -> None:
     """Loss, speed, memory, and what comes next."""
     validation = summary["validation_loss"]
     if validation:

@@ -1,0 +1,95 @@
+"""What an objective is: a loss over batches, how its mean is taken over a step, and what else it measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from nybble.distributed.group import add_up
+
+MicroBatch = dict[str, Any]
+"""What the collator returns, on the device."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean that is not divided yet: batches and processes are added up first, and each term counts once."""
+
+    total: torch.Tensor
+    """Sum of the terms, a scalar."""
+    count: torch.Tensor | int
+    """How many terms there are."""
+
+
+MetricMeans = Mapping[str, Mean]
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of a micro batch while training."""
+
+    loss: torch.Tensor
+    """Scalar to differentiate: the micro batch's share of the step's mean loss."""
+    metrics: MetricMeans = field(default_factory=dict)
+    """What was measured beside it, without gradients; the names are those of `Objective.metrics`."""
+
+
+class Objective(Protocol):
+    """What a model is trained towards. The training loop knows nothing else about it.
+
+    One that needs a reference computes it inside `loss` and `measure`, for instance with the adapter switched off.
+    """
+
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Names of what is measured beside the loss; the same on every process and in every batch."""
+        ...
+
+    def count(self, batch: MicroBatch) -> int:
+        """Terms that a batch contributes to the mean loss of its step: trained tokens, or pairs. The host knows it."""
+        ...
+
+    def loss(self, model: torch.nn.Module, batch: MicroBatch, count: torch.Tensor) -> StepLoss:
+        """The sum of a micro batch's loss terms, divided by `count`.
+
+        Args:
+            model: in training mode, perhaps wrapped in DistributedDataParallel.
+            batch: a micro batch.
+            count: scalar, the terms of the whole step divided by the number of processes: DistributedDataParallel averages
+                gradients over processes, and the mean over all terms is wanted.
+        """
+        ...
+
+    def measure(self, model: torch.nn.Module, batch: MicroBatch) -> MetricMeans:
+        """The mean loss of validation rows, as `loss`, and every one of `metrics`; called without gradients."""
+        ...
+
+
+class MetricSums:
+    """Means over batches and processes.
+
+    Args:
+        names: what is measured, in the same order on every process; a process without a batch takes part too.
+        device: where batches are.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self._names = names
+        self._sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
+
+    def add(self, metrics: MetricMeans) -> None:
+        """Count a batch, without waiting for the device."""
+        for index, name in enumerate(self._names):
+            self._sums[index, 0] += metrics[name].total
+            self._sums[index, 1] += metrics[name].count
+
+    def means(self) -> dict[str, float]:
+        """Each mean over everything that was added on any process; NaN where that is nothing."""
+        sums = add_up(self._sums).tolist()
+        return {
+            name: total / count if count else float("nan")
+            for name, (total, count) in zip(self._names, sums, strict=True)
+        }

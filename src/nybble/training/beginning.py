@@ -1,0 +1,100 @@
+"""What comes before a run trains, and holds until it ends: locations that can be written, the lock, its folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+from accelerate import PartialState
+
+from nybble.data.text.kept_template import save_template
+from nybble.distributed.environment import environment_restored
+from nybble.distributed.launcher import rank
+from nybble.errors import ModelError, RecipeError, RunError
+from nybble.files.places import check_places, explained_disk, no_empty_folders, writing
+from nybble.model.base.bits import Trained, trained_on
+from nybble.model.base.checkpoint import Checkpoint, fingerprint
+from nybble.plan.out_of_memory import explained_memory
+from nybble.recipe import Recipe
+from nybble.run.folder import Run, check_room, check_unchanged, create_run, start_record
+from nybble.training.checkpoints import Resumption
+from nybble.training.preparation import TrainingSetup
+
+
+@contextlib.contextmanager
+def run_guarded(recipe: Recipe, folder: pathlib.Path, cache: pathlib.Path) -> Iterator[contextlib.ExitStack]:
+    """Locations are tried before anything is loaded; what disk or GPU lack later is one message, and the process's environment is
+    afterwards what it was.
+
+    What is entered into the stack, the run's lock, is held until the end.
+    """
+    check_places(folder, cache)
+    with (
+        explained_memory(recipe),
+        explained_disk(folder, cache),
+        no_empty_folders(folder),
+        environment_restored(),
+        contextlib.ExitStack() as stack,
+    ):
+        yield stack
+
+
+def lock_run(stack: contextlib.ExitStack, run: Run, doing: str) -> None:
+    """Hold the lock of a run, of several processes in the first."""
+    if not rank():
+        stack.enter_context(writing(run.folder, doing))
+
+
+def refuse_finished(run: Run) -> None:
+    """Raise RunError where there is nothing to resume."""
+    if run.is_bare_adapter or run.adapter.exists():
+        raise RunError(
+            f"{run.folder} is finished: there is nothing to resume",
+            fix=f"nybble chat {run.folder}, or continue from it: nybble train MODEL DATA adapter={run.adapter}",
+        )
+
+
+def refuse_moved_base(run: Run) -> None:
+    """Raise ModelError where the folder with the base of a run to be resumed is gone."""
+    base = run.recipe.model.path
+    if os.path.isabs(base) and not os.path.exists(base):
+        raise ModelError(
+            f"the base of {run.folder} is missing: there is no folder {base}",
+            fix="move it back, or put a link there, ln -s NEW OLD: a run can be resumed only with its own base",
+        )
+
+
+def refuse_missing_benchmarks(recipe: Recipe) -> None:
+    """Raise RecipeError where the recipe names benchmarks that nothing can run."""
+    if recipe.train.eval_tasks:
+        raise RecipeError(
+            f"train.eval_tasks={recipe.train.eval_tasks}: there is no benchmark harness to run them",
+            fix="train(recipe, benchmarks=nybble.evaluate.harness.Harness(...)), or nybble train on the command line",
+        )
+
+
+def trained_before_on(resumed: Resumption | None, checkpoint: Checkpoint, cache: pathlib.Path) -> Trained | None:
+    """What a resumed run was trained on; None where these are other weights, which `check_unchanged` reports with all else."""
+    if resumed is None:
+        return None
+    mark, then = fingerprint(checkpoint, cache, prove=True), trained_on(resumed.run)
+    return then if then is not None and then.fingerprint == mark else None
+
+
+def open_run_folder(folder: pathlib.Path, setup: TrainingSetup, resumed: Resumption | None, state: PartialState) -> Run:
+    """Make the folder of a new run, or check that nothing changed since the run that is resumed was started."""
+    bits = setup.base.bits.as_json() if setup.base.bits is not None else None
+    start = start_record(setup.recipe, setup.data.fingerprint, setup.base.fingerprint, bits)
+    check_room(folder, setup.trained_parameters, setup.recipe.train.keep_checkpoints)
+    if resumed is not None:
+        check_unchanged(resumed.run, start)
+    elif state.is_main_process:
+        with create_run(folder, setup.recipe, start) as beginning:
+            own, setup.tokenizer.chat_template = setup.tokenizer.chat_template, setup.data.template.source
+            setup.tokenizer.save_pretrained(beginning / "tokenizer")
+            setup.tokenizer.chat_template = own
+            save_template(setup.data.template, beginning / "template.json")
+    state.wait_for_everyone()
+    return Run(folder, setup.recipe)

@@ -1,0 +1,138 @@
+"""The training of a run that is set up: objective, optimiser, trainer and what watches it, from the first step to the last."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+
+import torch
+from rich.console import Console
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
+
+from nybble.data.batches import Collator
+from nybble.distributed.group import share_of
+from nybble.evaluate.curve import TaskScores
+from nybble.evaluate.scores import Benchmarks
+from nybble.objective.likelihood import TOKENS_AT_ONCE, bare, is_plain
+from nybble.objective.supervised import Supervised
+from nybble.run.folder import Run
+from nybble.terminal import tell
+from nybble.training.arguments import training_arguments
+from nybble.training.checkpoints import Resumption, clear_the_way
+from nybble.training.guards import Guards
+from nybble.training.interrupt import Interruption
+from nybble.training.optimizer import make_optimizer
+from nybble.training.preparation import TrainingSetup
+from nybble.training.progress import EVALUATING, SAMPLING, SCORING, RunProgress
+from nybble.training.recorder import Recorder, SampleAnswering
+from nybble.training.resource_use import ResourceUse
+from nybble.training.samples import SampleAnswers
+from nybble.training.trackers import tracking
+from nybble.training.trainer import QLoraTrainer
+
+
+def run_trainer(
+    run: Run, setup: TrainingSetup, resumed: Resumption | None, console: Console, benchmarks: Benchmarks | None,
+    interruption: Interruption, used: ResourceUse,
+) -> Recorder:  # fmt: skip
+    """Train to the end of the schedule; returns what was recorded.
+
+    Raises:
+        Stopped: a signal ended it, and a checkpoint was saved.
+        TrainingError: a loss or a gradient is not what it must be.
+    """
+    recipe = setup.recipe
+    fused = setup.fusion is not None and not setup.fusion.fallen_back
+    arguments = training_arguments(
+        recipe, run.folder, setup.schedule, setup.device, setup.dtype, setup.data.validation is not None,
+        checkpointing=recipe.train.gradient_checkpointing and not fused,
+    )  # fmt: skip
+    checkpoint = _resume_from(resumed, arguments, console)
+    in_first = arguments.should_save  # only the first process reports to the tracker
+    with tracking(recipe.tracker, run.folder, recipe.model_dump()) if in_first else contextlib.nullcontext() as notice:
+        if notice:
+            tell(console, f"tracker   {notice}")
+        trainer = _make_trainer(setup, arguments, fused, benchmarks)
+        recorder = _watch(trainer, run, setup, console, interruption, used)
+        if setup.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(setup.device)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            recorder.progress.stop()
+    interruption.raise_if_stopped()
+    recorder.steps, recorder.history = trainer.state.global_step, trainer.state.log_history
+    is_best = arguments.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
+    recorder.kept_step = trainer.state.best_global_step if is_best else recorder.steps
+    return recorder
+
+
+def _resume_from(resumed: Resumption | None, arguments: TrainingArguments, console: Console) -> pathlib.Path | None:
+    """The checkpoint to load; what a killed run left behind it is cleared away."""
+    if resumed is None:
+        return None
+    checkpoint = resumed.checkpoint
+    arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
+    for notice in clear_the_way(resumed) if arguments.should_save else ():
+        tell(console, f"          {notice}", hang=10)
+    tell(console, f"          resuming from {checkpoint.name if checkpoint else 'the beginning'}")
+    return checkpoint
+
+
+def _make_trainer(
+    setup: TrainingSetup, arguments: TrainingArguments, fused: bool, benchmarks: Benchmarks | None
+) -> QLoraTrainer:
+    recipe, train = setup.recipe, setup.recipe.train
+    trainer = QLoraTrainer(
+        objective=Supervised(),
+        optimizer=make_optimizer(setup.model, train.optimizer, setup.dtype, train.learning_rate, train.weight_decay),
+        model=setup.model,
+        args=arguments,
+        train_dataset=setup.data.train,
+        eval_dataset=setup.data.validation,
+        data_collator=Collator(setup.tokenizer.pad_token_id, flatten=fused),
+        processing_class=setup.tokenizer,
+    )
+    if is_plain(bare(setup.model).get_output_embeddings()):  # short rows fill a batch, as they do for `nybble eval`
+        trainer.eval_tokens = min(train.micro_batch * recipe.data.max_length, TOKENS_AT_ONCE)
+    if benchmarks is not None and train.eval_tasks:
+        trainer.task_scores = TaskScores(benchmarks, train.eval_tasks, setup.model, setup.tokenizer, setup.dtype)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _watch(
+    trainer: QLoraTrainer, run: Run, setup: TrainingSetup, console: Console, interruption: Interruption,
+    used: ResourceUse,
+) -> Recorder:  # fmt: skip
+    """Give the trainer its callbacks; returns the one that records."""
+    train, answers = setup.recipe.train, _answers(setup)
+    kinds = {
+        EVALUATING: setup.data.validation is not None,
+        SCORING: trainer.task_scores is not None,
+        SAMPLING: answers is not None,
+    }
+    progress = RunProgress(console, setup.schedule, frozenset(what for what, happens in kinds.items() if happens))
+    trainer.show_activity = progress.activity
+    step, metrics = trainer.current_step, trainer.objective.metrics
+    recorder = Recorder(run, step, metrics, console, progress, answers, setup.recipe.tracker.to)
+    trainer.add_callback(recorder)
+    trainer.add_callback(Guards(run, step, used))
+    if train.early_stopping is not None:
+        trainer.add_callback(EarlyStoppingCallback(train.early_stopping))
+    trainer.add_callback(interruption)  # the last: what ends a run by itself goes before it
+    return recorder
+
+
+def _answers(setup: TrainingSetup) -> SampleAnswering | None:
+    """What answers this process's share of the sample prompts."""
+    rows = setup.data.validation
+    count = min(setup.recipe.train.samples, len(rows)) if rows is not None else 0
+    if rows is None or not count:
+        return None
+    share = share_of(count)
+    if not share:  # more processes than prompts
+        return lambda show: []
+    return SampleAnswers(
+        setup.model, setup.tokenizer, setup.data.template.end_id, rows.select(share), len(share), setup.dtype
+    )

@@ -1,0 +1,65 @@
+"""The package on Windows and macOS: nothing that these systems lack is needed to import it, or to lock a run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROBE = """
+import importlib, os, pathlib, pkgutil, signal, sys
+
+import nybble
+
+# Once as it is, so that the libraries are loaded: what they do on another system is theirs.
+names, skipped = [], []
+for module in pkgutil.walk_packages(nybble.__path__, "nybble.", onerror=lambda name: None):
+    if module.name.endswith("__main__"):
+        continue
+    try:
+        importlib.import_module(module.name)
+        names.append(module.name)
+    except ModuleNotFoundError as error:
+        assert not (error.name or "").startswith("nybble"), error
+        skipped.append(module.name)
+for name in [name for name in sys.modules if name.partition(".")[0] == "nybble"]:
+    del sys.modules[name]
+
+# Then as the other system would have it.
+sys.platform = sys.argv[1]
+lacking = {"darwin": ["triton"], "win32": ["triton", "fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "posix"]}
+for name in lacking[sys.platform]:
+    for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == name]:
+        del sys.modules[loaded]
+    sys.modules[name] = None
+if sys.platform == "win32":
+    unix = {name: getattr(os, name) for name in ("O_NOFOLLOW", "O_NONBLOCK")}
+    for name in (*unix, "pread", "pathconf", "fork", "killpg", "geteuid", "getuid", "mkfifo"):
+        delattr(os, name)
+    for name in ("SIGALRM", "SIGHUP", "SIGKILL", "SIGQUIT", "SIGUSR1", "SIGUSR2", "setitimer", "ITIMER_REAL"):
+        delattr(signal, name)
+for name in names:
+    if not name.startswith("nybble.kernels.triton"):
+        importlib.import_module(name)
+print(len(names), "skipped", skipped)
+
+from nybble.files.locks import hold, holder
+from nybble.files.places import check_writable
+if sys.platform == "win32":
+    vars(os).update(unix)  # filelock has Windows's own way there, and here needs them
+lock = pathlib.Path(sys.argv[2]) / "lock"
+with hold(lock, "trained", lock.parent):
+    assert holder(lock).pid == os.getpid(), holder(lock)
+check_writable(lock.parent, "the run", "out=ANOTHER")
+"""
+
+
+@pytest.mark.parametrize("platform", ["win32", "darwin"])
+def test_everything_imports_on_another_system(platform, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, platform, tmp_path], capture_output=True, text=True, check=False, timeout=500
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[:2000]
+    assert int(done.stdout.split()[0]) > 150, "the package was walked through"

@@ -1,0 +1,75 @@
+"""Samples and benchmarks of a run of several processes: each takes a share, and what is written is what one process writes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nybble.run.folder import open_run
+from nybble.run.log import read_metrics
+from tests.evaluate.test_evaluate import ARC, write_rows
+from tests.forked import Forks
+
+COMMON = [
+    "model.device=cpu", "model.dtype=float32", "data.max_length=256", "data.validation=8", "train.max_steps=4",
+    "train.evaluate_every=2", "train.learning_rate=5e-3", "train.samples=2",
+]  # fmt: skip
+SPLIT = {
+    1: ["train.micro_batch=6", "train.accumulation=1"],
+    2: ["train.processes=2", "train.micro_batch=3", "train.accumulation=1"],
+    3: ["train.processes=3", "train.micro_batch=2", "train.accumulation=1"],  # one of them has no prompt to answer
+}
+
+
+@pytest.fixture(scope="module")
+def forks():
+    server = Forks()
+    yield server
+    server.close()
+
+
+def trained(forks, root, processes, *words):
+    """What a run says of itself: samples, evaluations, losses."""
+    root.mkdir()
+    out = root / "run"
+    ended = forks.run(root, [*words, f"out={out}", *COMMON, *SPLIT[processes]], None, processes)
+    print((root / "said.txt").read_text())
+    assert ended["status"] == 0
+    run = open_run(out)
+    lines = read_metrics(run)
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    return (
+        samples,
+        [line for line in lines if "eval_loss" in line],
+        [line["loss"] for line in lines if "loss" in line],
+    )
+
+
+def held_against(one, several) -> None:
+    assert several[0] == one[0], "the same answers, in the same order"
+    assert [sample["step"] for sample in one[0]] == [2, 2, 4, 4]
+    assert len({sample["prompt"] for sample in one[0]}) == 2
+    assert [line.keys() for line in several[1]] == [line.keys() for line in one[1]]
+    for line, other in zip(several[1], one[1], strict=True):
+        assert line == pytest.approx(other, abs=1e-5)
+    assert several[2] == pytest.approx(one[2], abs=1e-5)
+
+
+def test_sample_prompts_are_spread_over_processes(forks, tiny_llama, rows, cache, tmp_path):
+    words = ["--cache", cache, "train", tiny_llama, rows]
+    one, three = (trained(forks, tmp_path / str(count), count, *words) for count in (1, 3))
+    held_against(one, three)
+
+
+@pytest.mark.slow
+def test_benchmarks_are_spread_over_processes(forks, tiny_llama, rows, cache, tmp_path):
+    benches = tmp_path / "benches"
+    benches.mkdir()
+    write_rows(benches / "arc_easy.validation.jsonl", ARC)
+    words = ["--cache", cache, "train", tiny_llama, rows, "train.eval_tasks=[arc_easy]", f"train.eval_data={benches}"]
+    one, two = (trained(forks, tmp_path / str(count), count, *words) for count in (1, 2))
+    held_against(one, two)
+    scores = [line["task/arc_easy"] for line in one[1]]
+    assert len(scores) == 3
+    assert any(0 < score < 1 for score in scores), "a score that a wrong order could not give"
