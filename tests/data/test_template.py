@@ -21,7 +21,7 @@ from nybble.data.text.template import CONTROL_WORD, Template, choose_template
 from nybble.data.text.tokens import Tokens, encode, encode_begun, encode_prompt, encode_text
 from nybble.errors import DataError
 from nybble.model.tokenizer.load import load_tokenizer
-from nybble.run.folder import write_json
+from nybble.files.writing import write_json
 from tests.conftest import SHARED, small_tokenizer
 
 CHATML = (

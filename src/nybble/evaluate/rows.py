@@ -60,6 +60,6 @@ def rows_of(run: Run, tokenizer: PreTrainedTokenizerBase, cache: pathlib.Path) -
     except DataError as error:
         place = f" ({error.where})" if error.where else ""
         return None, f"the run's data cannot be read: {error.what}{place}"
-    if prepared.fingerprint != run.start()["data"]:
+    if prepared.fingerprint != run.start().data:
         return None, "the data changed since the run was trained"
     return prepared, ""

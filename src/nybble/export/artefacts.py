@@ -15,9 +15,10 @@ from nybble.export.gguf.modelfile import write_modelfile
 from nybble.export.licence import Licence
 from nybble.export.merge.merge import Merge
 from nybble.export.merge.shards import write_shards
+from nybble.files.writing import write_json, write_text
 from nybble.model.adapter.config import CONFIG
 from nybble.model.adapter.tensors import weights_file
-from nybble.run.folder import Run, write_json, write_text
+from nybble.run.folder import Run
 
 IGNORED_WHEN_GREEDY = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 

@@ -15,22 +15,23 @@ from transformers import PreTrainedTokenizerBase
 
 from nybble.chat.answerer import load_answerer
 from nybble.data.text.template import Template
+from nybble.evaluate.console import progress_bar
 from nybble.evaluate.rows import rows_of
-from nybble.evaluate.tell import progress_bar
 from nybble.export.artefacts import Contents, generation_settings
 from nybble.export.card import Subject, write_card
+from nybble.export.console import tell_checks, tell_comparison
 from nybble.export.formats import QUANTS, Converter
 from nybble.export.kinds import Adapter, Gguf, Kind, Merged
 from nybble.export.licence import find_licence, hub_id
 from nybble.export.merge.merge import Merge
 from nybble.export.merge.updates import read_updates
 from nybble.export.parity.compare import ROWS, Comparison, compare
-from nybble.export.parity.gate import Reference, Verdict, ask_run
-from nybble.export.parity.report import refuse_failed, write_report
+from nybble.export.parity.gate import Reference, ask_run
+from nybble.export.parity.report import refuse_failed
 from nybble.export.publish import check_push, push
+from nybble.export.records import parity_record, write_parity
 from nybble.export.room import ELSEWHERE, needed, parameters_of
 from nybble.export.source import Source, merges_of, open_source
-from nybble.export.tell import tell_comparison, tell_verdicts
 from nybble.files.places import (
     REPORT,
     check_cache,
@@ -41,8 +42,9 @@ from nybble.files.places import (
     new_folder,
     no_empty_folders,
 )  # fmt: skip
+from nybble.files.writing import write_text
 from nybble.model.adapter.lora import check_stored
-from nybble.run.folder import Run, write_text
+from nybble.run.folder import Run
 from nybble.terminal import tell as tell_line
 
 
@@ -137,12 +139,12 @@ def _export(
     # 4. Through its user's program; the caller puts it into its place.
     with console.status("checking the artefact against the run"):
         verdicts = kind.check(folder, measured.reference, contents)
-    tell_verdicts(verdicts, console)
-    failed = _failed(target)
-    if any(isinstance(verdict, Verdict) and not verdict.passed for verdict in verdicts):
-        write_report(failed, base, measured.comparison, verdicts)
-    refuse_failed(verdicts, str(target), failed)
-    write_report(folder / REPORT, base, measured.comparison, verdicts)
+    parity = parity_record(base, measured.comparison, verdicts)
+    tell_checks(parity.checks, console)
+    if parity.failed:
+        write_parity(_failed(target), parity)
+    refuse_failed(parity, str(target), _failed(target))
+    write_parity(folder / REPORT, parity)
     subject = Subject(
         source.run,
         wanted.to,
@@ -151,7 +153,7 @@ def _export(
         hub_id(source.checkpoint),
         licence,
         measured.comparison,
-        verdicts,
+        parity.checks,
     )
     write_text(folder / "README.md", write_card(subject))
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from rich.console import Console
 
-from nybble.evaluate.tell import progress_bar
+from nybble.evaluate.console import progress_bar
 from nybble.export import loading
 from nybble.export.artefacts import Contents, write_adapter, write_gguf_words, write_merged
 from nybble.export.formats import Converter

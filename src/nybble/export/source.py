@@ -77,7 +77,7 @@ def open_source(run: Run, dtype: str, cache: pathlib.Path) -> Source:
             "if it was trained on 16-bit weights, use --merge-base original",
         )
     device = torch.device("cpu") if not torch.cuda.is_available() else choose_device(model.device)
-    then = record["dtype"] if record is not None else model.dtype
+    then = record.dtype if record is not None else model.dtype
     if device.type == "cpu" and then == "float16":
         then = "float32"  # a CPU has no float16 to train with; what is quantised from it is the same
     computed, _ = choose_dtype(then, device)
@@ -92,9 +92,9 @@ def open_source(run: Run, dtype: str, cache: pathlib.Path) -> Source:
 def _recorded_base(run: Run) -> str | None:
     """The fingerprint of the base that a run was trained on; None where nothing records it."""
     if (record := run.summary()) is not None:
-        return str(record["base"]["fingerprint"])
+        return record.base.fingerprint
     is_recorded = not run.is_bare_adapter and (run.folder / "start.json").exists()
-    return str(run.start()["base"]) if is_recorded else None
+    return run.start().base if is_recorded else None
 
 
 def _held_against_record(checkpoint: Checkpoint, mark: str, then: str | None) -> tuple[str, ...]:

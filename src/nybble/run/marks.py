@@ -12,10 +12,21 @@ from typing import Any
 
 from nybble.errors import RunError
 from nybble.files.digests import describe, faults
-from nybble.files.reading import RESTORE, read_object
-from nybble.run.records import Mark
+from nybble.files.reading import RESTORE, read_shape
+from nybble.run.records import AnyText, FileEntry, Part
 
 COMPLETE = "COMPLETE"
+
+
+class Mark(Part):
+    """What COMPLETE holds."""
+
+    seconds: float = 0.0
+    """That the run had taken until then."""
+    peak_memory: int = 0
+    """In bytes."""
+    files: dict[AnyText, FileEntry] | None = None
+    """None before 0.7."""
 
 
 def read_mark(folder: pathlib.Path) -> dict[str, Any]:
@@ -26,7 +37,7 @@ def read_mark(folder: pathlib.Path) -> dict[str, Any]:
     """
     file = folder / COMPLETE
     empty = file.is_file() and not file.stat().st_size
-    return {} if empty else read_object(file, RunError, RESTORE, Mark)
+    return {} if empty else read_shape(file, Mark, RunError, RESTORE).as_json()
 
 
 def described(folder: pathlib.Path, ignored: Collection[str] = ()) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from nybble.distributed.launcher import rank
 from nybble.errors import TrainingError
 from nybble.model.adapter.lora import check_gradients, check_saved
-from nybble.run.folder import Run, append_json
+from nybble.run.folder import Run
+from nybble.run.log import MetricsLine, SampleLine, append_line
 from nybble.terminal import tell
 from nybble.training.checkpoints import mark, rotate
 from nybble.training.progress import SAMPLING, TRAINING, Work
@@ -108,7 +109,7 @@ class Guards(TrainerCallback):  # type: ignore[misc]
         if bad:
             torch.save({"step": step, "losses": torch.tensor(losses), "batches": bad}, file)
         if not rank():
-            append_json(self.run.metrics, {"step": step, "loss": str(sum(losses))})
+            append_line(self.run.metrics, MetricsLine(step=step, loss=str(sum(losses))))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # before the first process tidies up, every batch is saved
         raise TrainingError(
@@ -162,10 +163,12 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         if "loss" in logs:
             self._log_step(args, state, logs)
         elif "eval_loss" in logs:
-            tasks = {name.removeprefix("eval_"): score for name, score in logs.items() if name.startswith("eval_task/")}
+            start = "eval_task/"
+            tasks = {name.removeprefix(start): score for name, score in logs.items() if name.startswith(start)}
             if state.is_world_process_zero:
-                append_json(self.run.metrics, {"step": state.global_step, "eval_loss": logs["eval_loss"], **tasks})
-            told = "".join(f"  {name.removeprefix('task/')} {score:.3f}" for name, score in tasks.items())
+                line = MetricsLine(step=state.global_step, eval_loss=logs["eval_loss"], scores=tasks)
+                append_line(self.run.metrics, line)
+            told = "".join(f"  {name} {score:.3f}" for name, score in tasks.items())
             tell(self.console, f"step {state.global_step:>5}  validation loss {logs['eval_loss']:.4f}{told}", hang=12)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -175,7 +178,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             answers = self.answers(lambda done, of: self.work.doing(SAMPLING, done, of))
             samples = [{"step": state.global_step, **sample} for sample in answers]
             for sample in samples:
-                append_json(self.run.folder / "samples.jsonl", sample)
+                append_line(self.run.samples, SampleLine(**sample))
             log_samples(self.tracker, state.global_step, samples)
         self.work.doing(TRAINING)
 
@@ -192,8 +195,9 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         speed = tokens / seconds
         if state.is_world_process_zero:
             keys = ("loss", "grad_norm", "learning_rate")
-            line = {"step": state.global_step, **{key: logs[key] for key in keys if key in logs}}
-            append_json(self.run.metrics, {**line, "tokens": tokens, "seconds": round(seconds, 4)})
+            logged = {key: logs[key] for key in keys if key in logs}
+            line = MetricsLine(step=state.global_step, **logged, tokens=tokens, seconds=round(seconds, 4))
+            append_line(self.run.metrics, line)
         text = f"loss {logs['loss']:.4f}  {speed:,.0f} tokens/s  {peak_memory(args.device) / 1e9:.2f} GB"
         self.work.step_done(state.global_step, seconds, text)
         if not self.console.is_terminal and (state.global_step % 10 == 0 or state.global_step == 1):

@@ -13,6 +13,7 @@ import wandb
 from nybble.errors import RecipeError
 from nybble.installed import install_extra
 from nybble.recipe import TrackerOptions
+from nybble.run.evaluation import Evaluation, MetricEntry, TaskEntry
 
 
 def start_tracker(options: TrackerOptions, folder: pathlib.Path, recipe: Mapping[str, Any]) -> str | None:
@@ -49,7 +50,7 @@ def start_tracker(options: TrackerOptions, folder: pathlib.Path, recipe: Mapping
     return None
 
 
-def log_evaluation(options: TrackerOptions, folder: pathlib.Path, results: Mapping[str, Any]) -> str | None:
+def log_evaluation(options: TrackerOptions, folder: pathlib.Path, results: Evaluation) -> str | None:
     """The numbers of an evaluation as a run of their own in wandb, beside the training's; other trackers have none.
 
     Returns:
@@ -57,12 +58,14 @@ def log_evaluation(options: TrackerOptions, folder: pathlib.Path, results: Mappi
     """
     if options.to != "wandb":
         return None
-    notice = _start_wandb(options, folder, f"{folder.name}-eval", {"limit": results["limit"], "base": results["base"]})
-    entries = [*results["tasks"], *(results.get("generation") or {"metrics": []})["metrics"]]
-    numbers = {f"{entry['name']}/{who}": entry[who]["mean"] for entry in entries for who in ("base", "tuned")}
-    if held_out := results.get("held_out"):
-        numbers |= {f"held-out loss/{who}": held_out[who]["loss"] for who in ("base", "tuned")}
-    verdicts = [[entry["name"], entry["verdict"]] for entry in entries]
+    base = results.base.as_json() if results.base is not None else None
+    notice = _start_wandb(options, folder, f"{folder.name}-eval", {"limit": results.limit, "base": base})
+    entries: list[TaskEntry | MetricEntry] = [*results.tasks, *results.answers]
+    numbers = {f"{entry.name}/base": entry.base.mean for entry in entries}
+    numbers |= {f"{entry.name}/tuned": entry.tuned.mean for entry in entries}
+    if held_out := results.held_out:
+        numbers |= {"held-out loss/base": held_out.base.loss, "held-out loss/tuned": held_out.tuned.loss}
+    verdicts = [[entry.name, entry.verdict] for entry in entries]
     wandb.log({**numbers, "verdicts": wandb.Table(["what", "verdict"], verdicts)})
     end_tracker(options.to)
     return notice

@@ -35,17 +35,16 @@ from nybble.plan.schedule import plan_steps
 from nybble.recipe import Recipe, absolute_paths
 from nybble.run.folder import (
     Run,
-    check_beginning,
     check_room,
-    check_unchanged,
     choose_folder,
     create_run,
     open_run,
     refuse_existing,
-    start_record,
-    write_json,
 )
+from nybble.run.identity import check_beginning, check_unchanged
 from nybble.run.marks import check_adapter, read_mark
+from nybble.run.records import write_record
+from nybble.run.start import start_record
 from nybble.terminal import tell
 from nybble.training.announce import tell_adapter, tell_base, tell_plan, tell_result
 from nybble.training.callbacks import Guards, Recorder, Spent
@@ -207,7 +206,7 @@ def _train(
     if state.is_main_process:
         with _leaving_nothing_half_done(run, state, console, made):
             summary = summarise(ready, recorder, spent)
-            write_json(folder / "summary.json", summary)
+            write_record(folder / "summary.json", summary)
             draw_loss(run, folder / "loss.png")
             write_card(run, summary)
             save_adapter(run, model)
