@@ -60,8 +60,21 @@ def run(tuned_run) -> Run:
 
 
 KEYS = [
-    *("version", "run", "date", "versions", "base", "adapter", "dtype", "device", "limit", "seconds", "tasks", "missing", "texts"),
-    *("held_out", "samples", "generation", "lengths", "max_length", "training", "recipe", "skill"),
+    *(
+        "version",
+        "run",
+        "date",
+        "versions",
+        "base",
+        "adapter",
+        "dtype",
+        "device",
+        "limit",
+        "seconds",
+        "tasks",
+        "missing",
+    ),
+    *("texts", "held_out", "samples", "generation", "lengths", "max_length", "training", "recipe", "skill"),
 ]
 """Of evaluation.json; all but the first as 0.5.1 wrote them."""
 

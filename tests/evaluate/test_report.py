@@ -82,7 +82,9 @@ HARSH = "<script>alert(1)</script> & | `x` *b* \n\n```\n# h\n~~~ " + "Wort" * 30
 
 def record(results):
     """What a dictionary says, None like a key that is not there."""
-    return Evaluation.model_validate({"tasks": [], **{key: value for key, value in results.items() if value is not None}})
+    return Evaluation.model_validate(
+        {"tasks": [], **{key: value for key, value in results.items() if value is not None}}
+    )
 
 
 def write(folder, results=FULL, metrics=METRICS):

@@ -38,10 +38,10 @@ from nybble.files.places import (
     no_empty_folders,
     replacing,
 )
+from nybble.files.writing import write_text
 from nybble.model.base.checkpoint import find_checkpoint, fingerprint
 from nybble.preflight import doctor
 from nybble.preflight.data_check import check
-from nybble.files.writing import write_text
 from nybble.run.folder import create_run, open_run, refuse_existing
 from nybble.run.start import start_record
 from nybble.training.train import resume, train

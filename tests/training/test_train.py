@@ -552,9 +552,7 @@ def test_a_resumed_run_counts_all_its_legs(tiny_llama, rows, cache, tmp_path, qu
     mark.write_text(json.dumps({"seconds": 1000.0, "peak_memory": 77_000_000_000}))  # of a leg on a larger machine
     resume(cut.folder, console=quiet, cache=cache)
     summaries = [json.loads((run.folder / "summary.json").read_text()) for run in (cut, whole)]
-    assert (
-        summaries[0]["tokens"] == summaries[1]["tokens"] == sum(line.tokens or 0 for line in read_metrics(whole))
-    )
+    assert summaries[0]["tokens"] == summaries[1]["tokens"] == sum(line.tokens or 0 for line in read_metrics(whole))
     assert summaries[0]["train_loss"] == summaries[1]["train_loss"]
     assert 1000 < summaries[0]["seconds"] < 1000 + 300
     assert summaries[0]["peak_memory_gb"] == 77.0

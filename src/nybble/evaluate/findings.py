@@ -22,7 +22,7 @@ from nybble.evaluate.contamination import flag
 from nybble.evaluate.generation import answer, distinct, fixed_prompts, held_out_prompts, item_scores, side_by_side
 from nybble.evaluate.results import held_out_entry, loss_entry, metric_entry, task_entries
 from nybble.evaluate.rows import rows_of
-from nybble.evaluate.scores import Benchmarks, MissingRowsError, Scored, Store
+from nybble.evaluate.scores import Benchmark, Benchmarks, MissingRowsError, Scored, Store
 from nybble.evaluate.texts import Text
 from nybble.model.adapter.config import CONFIG
 from nybble.model.adapter.tensors import weights_file
@@ -92,7 +92,7 @@ class Findings:
             self.missing.append(MissingEntry(task=name, why=error.what))
             tell(self.console, f"{name:<16} {error.what}", "yellow", hang=HANG)
 
-    def _score(self, benchmarks: Benchmarks, benchmark: Any, who: str) -> Scored:
+    def _score(self, benchmarks: Benchmarks, benchmark: Benchmark, who: str) -> Scored:
         items = sum(map(len, benchmark.rows.values()))
         with (
             self.answerer.as_tuned(who == "tuned"),
@@ -108,7 +108,7 @@ class Findings:
         tell(self.console, line, hang=HANG)
         return scored
 
-    def _facts(self, benchmarks: Benchmarks, benchmark: Any, who: str) -> dict[str, Any]:
+    def _facts(self, benchmarks: Benchmarks, benchmark: Benchmark, who: str) -> dict[str, Any]:
         """All that a score depends on."""
         recipe = self.run.recipe.model
         return {

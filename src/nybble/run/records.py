@@ -65,6 +65,9 @@ class Record(Part):
     VERSION: ClassVar[int] = 1
     """The format that this program writes, and the newest that it reads."""
 
+    version: int = 1
+    """Of the file."""
+
 
 R = TypeVar("R", bound=Record)
 
@@ -89,9 +92,10 @@ def read_record(file: pathlib.Path, record: type[R], fix: str = RESTORE) -> R:
     """
     stored = read_object(file, RunError, fix)
     version = stored.get("version", 1)
-    if isinstance(version, int) and version > record.VERSION:
+    if type(version) is int and version > record.VERSION:
+        known = f"this nybble reads up to version {record.VERSION}"
         raise RunError(
-            f"a newer nybble wrote {file.name}: its format is version {version}, and this nybble reads up to {record.VERSION}",
+            f"a newer nybble wrote {file.name}: its format is version {version}, and {known}",
             where=str(file),
             fix="pip install -U nybble",
         )
@@ -100,4 +104,5 @@ def read_record(file: pathlib.Path, record: type[R], fix: str = RESTORE) -> R:
 
 def write_record(file: pathlib.Path, record: Record) -> None:
     """Write a record with the version of its format, atomically."""
-    write_json(file, {"version": record.VERSION, **record.as_json()})
+    fields = record.model_dump(exclude_unset=True, exclude={"version"})
+    write_json(file, {"version": record.VERSION, **fields})
