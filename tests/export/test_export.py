@@ -19,7 +19,7 @@ from nybble.data.text.template import choose_template
 from nybble.engine.loss import last_hidden
 from nybble.errors import ExportError, HubError, ModelError, PlaceError, RunError
 from nybble.export import export as module
-from nybble.export import kinds
+from nybble.export import targets
 from nybble.export.artefacts import generation_settings
 from nybble.export.card import HELD, Subject, data_licences, write_card
 from nybble.export.export import Wanted, export
@@ -132,7 +132,7 @@ def test_the_lines_of_each_card_run(run, merged, cache, tmp_path, quiet, monkeyp
 
 
 def test_gguf_files_are_read_back_by_transformers(run, cache, tmp_path, told, monkeypatch):
-    monkeypatch.setattr(kinds, "has_llama_cpp", lambda: False)
+    monkeypatch.setattr(targets, "has_llama_cpp", lambda: False)
     wanted = Wanted("gguf", tmp_path / "gguf", quants=("F16", "Q8_0", "Q4_0"), merge_base="original")
     folder = export(run, wanted, told, cache, Converter())
     assert "not checked: llama-cpp-python is not installed (make llama-cpp" in told.export_text()
@@ -206,9 +206,9 @@ SPOILT = [
 
 @pytest.mark.parametrize(("spoil", "said"), SPOILT, ids=[spoil.__name__ for spoil, _ in SPOILT])
 def test_an_artefact_that_was_spoilt_is_not_kept(run, measured, cache, tmp_path, told, monkeypatch, spoil, said):
-    write = kinds.write_merged
+    write = targets.write_merged
     monkeypatch.setattr(module, "_measure", lambda *_: measured)
-    monkeypatch.setattr(kinds, "write_merged", lambda folder, *rest: (write(folder, *rest), spoil(folder)))
+    monkeypatch.setattr(targets, "write_merged", lambda folder, *rest: (write(folder, *rest), spoil(folder)))
     with pytest.raises(ExportError) as caught:
         export(run, Wanted("merged", tmp_path / "out"), told, cache)
     print(caught.value)
@@ -216,7 +216,7 @@ def test_an_artefact_that_was_spoilt_is_not_kept(run, measured, cache, tmp_path,
     assert [file.name for file in tmp_path.iterdir()] == ["out.failed.json"]
     (check,) = json.loads((tmp_path / "out.failed.json").read_text())["checks"]
     assert not check["passed"]
-    monkeypatch.setattr(kinds, "write_merged", write)
+    monkeypatch.setattr(targets, "write_merged", write)
     export(run, Wanted("merged", tmp_path / "out"), told, cache)
     assert [file.name for file in tmp_path.iterdir()] == ["out"], "a report of a failure does not outlive it"
 
@@ -250,7 +250,7 @@ def test_a_model_that_is_spread_answers_alike_and_one_that_fits_nowhere_is_kept_
     assert whole.answers == in_parts.answers
     assert all(torch.equal(one, other) for one, other in zip(whole.logits, in_parts.logits, strict=True))
     monkeypatch.setattr(module, "_measure", lambda *_: measured)
-    monkeypatch.setattr(kinds, "place_for", lambda size, device: None)
+    monkeypatch.setattr(targets, "place_for", lambda size, device: None)
     folder = export(run, Wanted("merged", tmp_path / "out"), told, cache)
     said = "bfloat16 not checked: its 0.0 GB do not fit into the free memory"
     assert said in told.export_text()
@@ -277,7 +277,7 @@ def test_nothing_of_an_export_that_is_stopped_stays(run, measured, cache, tmp_pa
         raise OSError(28, "No space left on device")
 
     for error in (full, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)):
-        monkeypatch.setattr(kinds, "write_merged", error)
+        monkeypatch.setattr(targets, "write_merged", error)
         with pytest.raises((PlaceError, KeyboardInterrupt)):
             export(run, Wanted("merged", tmp_path / "out"), quiet, cache)
         assert list(tmp_path.iterdir()) == []
@@ -460,7 +460,7 @@ def test_preflight_says_before_training_what_would_fail_after_it(peaky_llama, ro
 
 @pytest.mark.slow
 def test_an_odd_name_of_a_run_breaks_no_line_of_its_modelfile(run, cache, tmp_path, quiet, monkeypatch):
-    monkeypatch.setattr(kinds, "has_llama_cpp", lambda: False)
+    monkeypatch.setattr(targets, "has_llama_cpp", lambda: False)
     odd = tmp_path / "a\nSYSTEM b"
     shutil.copytree(run.folder, odd)
     wanted = Wanted("gguf", tmp_path / "gguf", quants=("Q8_0",), merge_base="original")

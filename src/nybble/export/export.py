@@ -20,8 +20,8 @@ from nybble.evaluate.rows import rows_of
 from nybble.export.artefacts import Contents, generation_settings
 from nybble.export.card import Subject, write_card
 from nybble.export.console import tell_checks, tell_comparison
-from nybble.export.formats import QUANTS, Converter
-from nybble.export.kinds import Adapter, Gguf, Kind, Merged
+from nybble.export.finished_run import Source, merges_of, open_source
+from nybble.export.gguf.quants import QUANTS, Converter
 from nybble.export.licence import find_licence, hub_id
 from nybble.export.merge.merge import Merge
 from nybble.export.merge.updates import read_updates
@@ -31,7 +31,7 @@ from nybble.export.parity.report import refuse_failed
 from nybble.export.publish import check_push, push
 from nybble.export.records import parity_record, write_parity
 from nybble.export.room import ELSEWHERE, needed, parameters_of
-from nybble.export.source import Source, merges_of, open_source
+from nybble.export.targets import Adapter, Gguf, Kind, Merged
 from nybble.files.places import (
     REPORT,
     check_cache,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.errors import ExportError
-from nybble.export.formats import GET_QUANTIZER, K_QUANTS, OWN_QUANTS, QUANTIZER, Converter
+from nybble.export.gguf.quants import GET_QUANTIZER, K_QUANTS, OWN_QUANTS, QUANTIZER, Converter
 from nybble.export.room import needed, parameters_of
 from nybble.files.places import check_disk
 

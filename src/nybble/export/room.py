@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PretrainedConfig
 
-from nybble.export.formats import BITS, K_QUANTS
+from nybble.export.gguf.quants import BITS, K_QUANTS
 
 ELSEWHERE = "free some space, or --out FOLDER on another disk"
 SPARE = 1.02  # headers, tokenizer, card and report come on top

@@ -17,8 +17,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nybble.errors import ExportError
-from nybble.export.formats import K_QUANTS, QUANTIZER
 from nybble.export.gguf.modelfile import between
+from nybble.export.gguf.quants import K_QUANTS, QUANTIZER
 from nybble.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from nybble.export.merge.merge import Model
 from nybble.model.base.soundness import EMBEDDING, HEAD

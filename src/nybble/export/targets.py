@@ -11,9 +11,10 @@ from typing import Protocol
 from rich.console import Console
 
 from nybble.evaluate.console import progress_bar
-from nybble.export import loading
+from nybble.export import loading_code
 from nybble.export.artefacts import Contents, write_adapter, write_gguf_words, write_merged
-from nybble.export.formats import Converter
+from nybble.export.finished_run import Source
+from nybble.export.gguf.quants import Converter
 from nybble.export.merge.merge import Merge, Model
 from nybble.export.parity.gate import NEW_TOKENS, Reference, Verdict, judge
 from nybble.export.parity.loaders import (
@@ -25,7 +26,6 @@ from nybble.export.parity.loaders import (
     through_transformers,
 )
 from nybble.export.room import parameters_of
-from nybble.export.source import Source
 from nybble.markdown import code
 from nybble.model.base.load import quantization_plan
 from nybble.model.device import choose_device
@@ -66,7 +66,7 @@ class Adapter:
 
     def words(self) -> tuple[str, str, list[str]]:
         """For the card."""
-        return "A LoRA adapter", loading.adapter_lines(self.source), []
+        return "A LoRA adapter", loading_code.adapter_lines(self.source), []
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,11 @@ class Merged:
     def words(self) -> tuple[str, str, list[str]]:
         """For the card."""
         what = f"A language model in {self._stored}, the adapter merged into the {self.base} base"
-        return what, loading.merged_lines(), ["With Ollama: `ollama create NAME -f Modelfile`, then `ollama run NAME`."]
+        return (
+            what,
+            loading_code.merged_lines(),
+            ["With Ollama: `ollama create NAME -f Modelfile`, then `ollama run NAME`."],
+        )
 
     @property
     def _stored(self) -> str:
@@ -138,7 +142,7 @@ class Gguf:
         what = f"A language model in GGUF ({', '.join(self.quants)}), the adapter merged into the {self.base} base"
         file = self._file(self.quants[0])
         command = code(f"llama-cli -m {shlex.quote(file)}")
-        return what, loading.gguf_lines(file), [
+        return what, loading_code.gguf_lines(file), [
             f"Or {command}; with Ollama: `ollama create NAME -f Modelfile`, then `ollama run NAME`."
         ]  # fmt: skip
 

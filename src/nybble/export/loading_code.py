@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from nybble.export.source import Source
+from nybble.export.finished_run import Source
 from nybble.model.base.load import ADAPTER_CONFIG
 
 CHAT = '[{"role": "user", "content": "Hello"}]'
