@@ -21,7 +21,7 @@ from nybble.errors import ExportError, HubError, ModelError, PlaceError, RunErro
 from nybble.export import export as module
 from nybble.export import targets
 from nybble.export.artefacts import generation_settings
-from nybble.export.card import HELD, Subject, data_licences, write_card
+from nybble.export.card import STORED, Subject, data_licences, write_card
 from nybble.export.export import Wanted, export
 from nybble.export.gguf.writer import Converter
 from nybble.export.licence import find_licence
@@ -593,7 +593,7 @@ def test_a_card_says_how_the_base_was_held(run, held, said):
     licence = find_licence(find_checkpoint(model.path))
     card = write_card(Subject(own, "merged", "A model", "x", [], "original", None, licence, comparison, []))
     assert said in card
-    assert f"was trained on {HELD[held]} weights" in card
+    assert f"was trained on {STORED[held]} weights" in card
     assert ("qlora" in yaml.safe_load(card.split("---")[1])["tags"]) == (held != "none")
 
 

@@ -23,7 +23,7 @@ from nybble.evaluate.generation import answer, distinct, fixed_prompts, held_out
 from nybble.evaluate.results import held_out_entry, loss_entry, metric_entry, task_entries
 from nybble.evaluate.rows import rows_of
 from nybble.evaluate.scores import Benchmark, Benchmarks, MissingRowsError, Scored, Store
-from nybble.evaluate.texts import Text
+from nybble.evaluate.texts import TextFile
 from nybble.model.adapter.config import CONFIG
 from nybble.model.adapter.tensors import weights_file
 from nybble.objective.likelihood import Losses, row_losses, text_windows
@@ -142,7 +142,7 @@ class Findings:
         base, tuned = self._losses(samples, "held-out loss")
         self.held_out = held_out_entry(base, tuned)
 
-    def measure_text(self, text: Text) -> None:
+    def measure_text(self, text: TextFile) -> None:
         """Perplexity of a text."""
         length = min(TEXT_WINDOW, self.answerer.model.config.max_position_embeddings)
         windows = text_windows(text.text, self.answerer.tokenizer, length)

@@ -9,7 +9,7 @@ from typing import TypedDict
 import numpy
 
 from nybble.evaluate.scores import Scored
-from nybble.evaluate.statistics import Comparison, Estimate, compare, holm, verdict
+from nybble.evaluate.statistics import Estimate, PairedComparison, compare, holm, verdict
 from nybble.objective.likelihood import Losses
 from nybble.run.evaluation import (
     ContaminationEntry,
@@ -105,7 +105,7 @@ def metric_entry(name: str, base: Sequence[float] | float, tuned: Sequence[float
     return MetricEntry(name=name, **_tested(comparison, comparison.p, higher_is_better=True))
 
 
-def _compare(base: Scored, tuned: Scored) -> Comparison:
+def _compare(base: Scored, tuned: Scored) -> PairedComparison:
     """Over items; where a benchmark has subjects, whole subjects are drawn."""
     clusters = base.subjects if len(set(base.subjects)) > 1 else None
     return compare(numpy.asarray(base.values), numpy.asarray(tuned.values), clusters=clusters)
@@ -131,7 +131,7 @@ def _contamination(flagged: Sequence[bool], base: Scored, tuned: Scored) -> Cont
     return ContaminationEntry(flagged=sum(flagged), base=means[0], tuned=means[1])
 
 
-def _tested(comparison: Comparison, p_adjusted: float, higher_is_better: bool) -> Tested:
+def _tested(comparison: PairedComparison, p_adjusted: float, higher_is_better: bool) -> Tested:
     return {
         "base": _score(comparison.base),
         "tuned": _score(comparison.tuned),

@@ -82,7 +82,7 @@ class Store:
     folder: pathlib.Path
 
     def scored(self, facts: dict[str, Any], compute: Callable[[], Scored]) -> tuple[Scored, bool]:
-        """Scores from the cache, or else new ones, which are cached; and whether they were there. Damaged ones are computed anew."""
+        """Scores from the cache, or else new ones, which are cached; and whether they were there. Damaged ones are replaced."""
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         file = self.folder / f"{key}.json"
         try:

@@ -1,4 +1,4 @@
-"""The model card of an artefact: what it is, under which terms, how well it does, how it is loaded."""
+"""The model card of an artefact: what it is, its terms, how well it does, how it is loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nybble.run.summary import Summary
 from nybble.version import __version__
 
 COLUMNS = ("", "base", "tuned", "difference, 95%", "verdict")
-HELD = {"nf4": "4-bit", "fp4": "4-bit", "int8": "8-bit", "none": "unquantised"}
+STORED = {"nf4": "4-bit", "fp4": "4-bit", "int8": "8-bit", "none": "unquantised"}
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Subject:
         run: the run.
         to: adapter, merged or gguf.
         kind: what it is, in a few words.
-        loading: the lines of Python that load it.
-        beside: further sentences on its use.
+        loading: the Python code that loads it.
+        usage: further sentences on its use.
         base: which base was merged, None for an adapter.
         base_id: the base on the Hub, where it is known.
         licence: of the base.
@@ -50,7 +50,7 @@ class Subject:
     to: str
     kind: str
     loading: str
-    beside: Sequence[str]
+    usage: Sequence[str]
     base: str | None
     base_id: str | None
     licence: Licence
@@ -70,9 +70,9 @@ def write_card(subject: Subject) -> str:
         title=escaped(run.folder.resolve().name),
         opening=f"{subject.kind}, made by nybble {__version__} from {_origin(run)} {code(run.recipe.model.path)}.",
         bare=run.is_bare_adapter,
-        held=HELD[run.recipe.model.quantization],
+        stored=STORED[run.recipe.model.quantization],
         loading=fence(subject.loading, "python"),
-        beside=subject.beside,
+        usage=subject.usage,
         facts=_facts(run, summary, evaluation),
         results=_results(summary, evaluation),
         merge=subject.comparison,

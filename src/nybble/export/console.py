@@ -13,6 +13,12 @@ from nybble.export.records import Check
 from nybble.terminal import tell
 
 
+def tell_notices(notices: Sequence[str], console: Console) -> None:
+    """One line per notice."""
+    for notice in notices:
+        tell(console, f"          {notice}", "yellow")
+
+
 def tell_comparison(comparison: Comparison, taken: str, console: Console) -> None:
     """One row per base, the one that is taken marked; it fits 80 columns."""
     tell(console, f"bases     against the run on {comparison.rows} {comparison.what}, {comparison.tokens:,} tokens")

@@ -9,11 +9,11 @@ from dataclasses import asdict
 
 from nybble.export.parity.compare import Comparison
 from nybble.export.parity.gate import Verdict
-from nybble.run.records import AnyText, Part, Record, write_record
+from nybble.run.records import AnyText, FrozenShape, RunRecord, write_record
 from nybble.run.versions import versions
 
 
-class DivergenceEntry(Part):
+class DivergenceEntry(FrozenShape):
     """A base with the adapter merged into it, against the run."""
 
     kl: float
@@ -25,7 +25,7 @@ class DivergenceEntry(Part):
     """Share of the tokens whose likeliest successor is the same."""
 
 
-class ComparisonEntry(Part):
+class ComparisonEntry(FrozenShape):
     """The bases that the adapter may be merged into, against the run."""
 
     rows: int
@@ -37,7 +37,7 @@ class ComparisonEntry(Part):
     bases: dict[AnyText, DivergenceEntry]
 
 
-class Distances(Part):
+class Distances(FrozenShape):
     """How far the exported model is from the run, over the tokens of the run's answers."""
 
     tokens: int
@@ -60,7 +60,7 @@ class Distances(Part):
     artefact_ended: int
 
 
-class ComparedAnswer(Part):
+class ComparedAnswer(FrozenShape):
     """What run and exported model answered to one prompt."""
 
     prompt: AnyText
@@ -72,7 +72,7 @@ class ComparedAnswer(Part):
     artefact_ended: bool
 
 
-class Check(Part):
+class Check(FrozenShape):
     """One file or type of an export, through the program of its user."""
 
     passed: bool
@@ -85,7 +85,7 @@ class Check(Part):
     answers: list[ComparedAnswer]
 
 
-class Parity(Record):
+class Parity(RunRecord):
     """All that was measured of an export."""
 
     date: AnyText

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from nybble.evaluate.console import progress_bar
 from nybble.export import loading_code
-from nybble.export.artefacts import Contents, write_adapter, write_gguf_words, write_merged
-from nybble.export.finished_run import Source
-from nybble.export.gguf.quants import Converter
-from nybble.export.merge.merge import Merge, Model
+from nybble.export.artefacts import Contents, write_adapter, write_gguf_companions, write_merged
+from nybble.export.finished_run import FinishedRun
+from nybble.export.gguf.quants import GgufConverter
+from nybble.export.merge.merge import Merge, MergedModel
 from nybble.export.parity.gate import NEW_TOKENS, Reference, Verdict, judge
 from nybble.export.parity.loaders import (
     GET_LLAMA_CPP,
@@ -31,31 +31,31 @@ from nybble.model.base.load import quantization_plan
 from nybble.model.device import choose_device
 
 
-class Kind(Protocol):
-    """An artefact that is being made."""
+class Target(Protocol):
+    """A kind of artefact: how it is written, checked and described."""
 
     def write(self, folder: pathlib.Path, contents: Contents, console: Console) -> None:
         """Its files."""
 
     def check(self, folder: pathlib.Path, reference: Reference, contents: Contents) -> list[Verdict | str]:
-        """Its answers in the program of its user, against the run's; text says what could not be checked, and why."""
+        """Its answers in its user's program against those of the run; text says what could not be checked, and why."""
 
-    def words(self) -> tuple[str, str, list[str]]:
-        """What it is, the lines that load it, and what else is to be said of its use."""
+    def describe(self) -> tuple[str, str, list[str]]:
+        """For the card: what it is, the code that loads it, further sentences on its use."""
 
 
 @dataclass(frozen=True)
-class Adapter:
+class AdapterTarget:
     """PEFT's files with tokenizer and template."""
 
-    source: Source
+    source: FinishedRun
 
     def write(self, folder: pathlib.Path, contents: Contents, console: Console) -> None:
         """Copies of the run's files."""
         write_adapter(folder, contents)
 
     def check(self, folder: pathlib.Path, reference: Reference, contents: Contents) -> list[Verdict | str]:
-        """Through PEFT, on the base quantised anew."""
+        """Through PEFT, on the base, quantised again."""
         source, plan = self.source, None
         if source.quantizes:
             double = source.run.recipe.model.double_quantization
@@ -64,26 +64,26 @@ class Adapter:
         given = through_peft(folder, source.checkpoint.folder, plan, source.computed, reference, device)
         return [judge("adapter", reference, given, None, contents.tokenizer)]
 
-    def words(self) -> tuple[str, str, list[str]]:
+    def describe(self) -> tuple[str, str, list[str]]:
         """For the card."""
         return "A LoRA adapter", loading_code.adapter_lines(self.source), []
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedTarget:
     """A plain Transformers folder."""
 
-    source: Source
+    source: FinishedRun
     merge: Merge
     base: str
 
     def write(self, folder: pathlib.Path, contents: Contents, console: Console) -> None:
-        """Weights in shards, and everything that goes with them."""
+        """Weights in shards, and the files that go with them."""
         with progress_bar(console, "merging", sum(spec.bytes for spec in self.merge.specs())) as show:
             write_merged(folder, contents, self.merge, show)
 
     def check(self, folder: pathlib.Path, reference: Reference, contents: Contents) -> list[Verdict | str]:
-        """Through Transformers alone, where the memory holds it."""
+        """Through Transformers alone, where it fits into memory."""
         size = sum(spec.bytes for spec in self.merge.specs())
         place = place_for(size, choose_device(self.source.run.recipe.model.device))
         if place is None:
@@ -91,7 +91,7 @@ class Merged:
         given = through_transformers(folder, reference, place)
         return [judge(self._stored, reference, given, self.base, contents.tokenizer)]
 
-    def words(self) -> tuple[str, str, list[str]]:
+    def describe(self) -> tuple[str, str, list[str]]:
         """For the card."""
         what = f"A language model in {self._stored}, the adapter merged into the {self.base} base"
         return (
@@ -106,26 +106,26 @@ class Merged:
 
 
 @dataclass(frozen=True)
-class Gguf:
-    """GGUF files, one a type."""
+class GgufTarget:
+    """GGUF files, one per type."""
 
-    source: Source
+    source: FinishedRun
     merge: Merge
     base: str
     quants: Sequence[str]
-    converter: Converter
+    converter: GgufConverter
 
     def write(self, folder: pathlib.Path, contents: Contents, console: Console) -> None:
         """The files, and a Modelfile for the first."""
         licence, template = contents.licence, contents.template
-        model = Model(
+        model = MergedModel(
             self._name, self.merge, self.source.config, contents.tokenizer, template.source, template.end_id,
             self.source.checkpoint.name, licence.name, licence.link,
         )  # fmt: skip
         for quant in self.quants:
             with progress_bar(console, f"writing {quant}", parameters_of(self.source.config)) as show:
                 self.converter.write(folder / self._file(quant), model, quant, show)
-        write_gguf_words(folder, contents, self._file(self.quants[0]))
+        write_gguf_companions(folder, contents, self._file(self.quants[0]))
 
     def check(self, folder: pathlib.Path, reference: Reference, contents: Contents) -> list[Verdict | str]:
         """Through llama.cpp, where it is installed."""
@@ -137,7 +137,7 @@ class Gguf:
             verdicts.append(judge(quant, reference, given, self.base, contents.tokenizer))
         return verdicts
 
-    def words(self) -> tuple[str, str, list[str]]:
+    def describe(self) -> tuple[str, str, list[str]]:
         """For the card."""
         what = f"A language model in GGUF ({', '.join(self.quants)}), the adapter merged into the {self.base} base"
         file = self._file(self.quants[0])
@@ -148,7 +148,7 @@ class Gguf:
 
     @property
     def _name(self) -> str:
-        """The run's, in one line: a line break in a folder's name would end that of the Modelfile."""
+        """Of the run, on one line: a line break in a folder's name would break the Modelfile."""
         return "".join(c if c.isprintable() else "_" for c in self.source.run.folder.resolve().name)
 
     def _file(self, quant: str) -> str:

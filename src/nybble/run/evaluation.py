@@ -10,10 +10,10 @@ from typing import Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from nybble.run.records import AnyText, Part, Record
+from nybble.run.records import AnyText, FrozenShape, RunRecord
 
 
-class ScoreEntry(Part):
+class ScoreEntry(FrozenShape):
     """A mean, its standard error and its 95% interval; None where too few items leave them unknown."""
 
     mean: float | None
@@ -21,7 +21,7 @@ class ScoreEntry(Part):
     interval: list[float] | None = None
 
 
-class SubjectsEntry(Part):
+class SubjectsEntry(FrozenShape):
     """A benchmark by its subjects: the mean of their means."""
 
     subjects: int
@@ -35,7 +35,7 @@ class SubjectsEntry(Part):
     detectable: float | None = None
 
 
-class ContaminationEntry(Part):
+class ContaminationEntry(FrozenShape):
     """Items that the training rows contain, and the mean scores without them."""
 
     flagged: int
@@ -43,7 +43,7 @@ class ContaminationEntry(Part):
     tuned: float | None = None
 
 
-class TaskEntry(Part):
+class TaskEntry(FrozenShape):
     """A benchmark."""
 
     name: AnyText
@@ -80,7 +80,7 @@ class TaskEntry(Part):
         return self.metric or self.name
 
 
-class MetricEntry(Part):
+class MetricEntry(FrozenShape):
     """A metric of the answers."""
 
     name: AnyText
@@ -99,14 +99,14 @@ class MetricEntry(Part):
         return self.name
 
 
-class LossEntry(Part):
+class LossEntry(FrozenShape):
     """Of a model on a text."""
 
     loss: float
     perplexity: float | None = None
 
 
-class HeldOutEntry(Part):
+class HeldOutEntry(FrozenShape):
     """The run's validation rows."""
 
     what: AnyText | None = None
@@ -121,7 +121,7 @@ class HeldOutEntry(Part):
     detectable: float | None = None
 
 
-class TextEntry(Part):
+class TextEntry(FrozenShape):
     """A text whose perplexity was asked for."""
 
     name: AnyText
@@ -130,7 +130,7 @@ class TextEntry(Part):
     tuned: LossEntry
 
 
-class GenerationEntry(Part):
+class GenerationEntry(FrozenShape):
     """Answers to held-out prompts."""
 
     rows: int | None = None
@@ -138,14 +138,14 @@ class GenerationEntry(Part):
     metrics: list[MetricEntry]
 
 
-class MissingEntry(Part):
+class MissingEntry(FrozenShape):
     """What was asked for and not measured."""
 
     task: AnyText
     why: AnyText
 
 
-class SampleEntry(Part):
+class SampleEntry(FrozenShape):
     """Answers to one prompt."""
 
     prompt: AnyText | None = None
@@ -154,7 +154,7 @@ class SampleEntry(Part):
     tuned: AnyText | None = None
 
 
-class SkillEntry(Part):
+class SkillEntry(FrozenShape):
     """What somebody else measured: in the file, `what` and the score of each way to ask are keys of one object."""
 
     what: AnyText
@@ -175,7 +175,7 @@ class SkillEntry(Part):
         return {"what": skill["what"], **skill["ways"]}
 
 
-class EvaluatedBase(Part):
+class EvaluatedBase(FrozenShape):
     """The base model, which tuned model and base have in common."""
 
     name: AnyText | None = None
@@ -183,7 +183,7 @@ class EvaluatedBase(Part):
     quantization: AnyText | None = None
 
 
-class TrainingCost(Part):
+class TrainingCost(FrozenShape):
     """What the training cost, from summary.json."""
 
     steps: int | None = None
@@ -196,7 +196,7 @@ class TrainingCost(Part):
     template: AnyText | None = None
 
 
-class Evaluation(Record):
+class Evaluation(RunRecord):
     """Base against tuned."""
 
     run: AnyText = ""

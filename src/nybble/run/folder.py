@@ -36,13 +36,13 @@ from nybble.run.records import read_record
 from nybble.run.start import Start, check_recipe, read_start, write_start
 from nybble.run.summary import Summary
 
-CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d*)")  # the name of one; checkpoint-best is somebody else's
+CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d*)")  # checkpoint-best, for example, is not nybble's
 BYTES_A_PARAMETER = 12  # in a checkpoint: a trained parameter and AdamW's two moments, in float32
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, or a PEFT adapter folder that somebody else made."""
+    """A run folder, or the folder of a PEFT adapter from elsewhere."""
 
     folder: pathlib.Path
     recipe: Recipe
@@ -64,22 +64,22 @@ class Run:
 
     @property
     def metrics(self) -> pathlib.Path:
-        """One JSON object a line: step and what was measured there."""
+        """One JSON object per line: a step, and what was measured there."""
         return self.folder / "metrics.jsonl"
 
     @property
     def system(self) -> str:
-        """The system message that most training rows begin with; empty where there is none, or an older version made the run."""
+        """The system message of most training rows; empty where there is none, and in runs before 0.6."""
         summary = self.summary()
         return summary.data.system if summary is not None else ""
 
     @property
     def samples(self) -> pathlib.Path:
-        """One JSON object a line: an answer to a validation prompt."""
+        """One JSON object per line: an answer to a validation prompt."""
         return self.folder / "samples.jsonl"
 
     def summary(self) -> Summary | None:
-        """What summary.json holds; None of a bare adapter, and before training has ended.
+        """The content of summary.json; None for a bare adapter, and before training has ended.
 
         Raises:
             RunError: it is damaged.
@@ -88,7 +88,7 @@ class Run:
         return None if self.is_bare_adapter or not file.exists() else read_record(file, Summary)
 
     def evaluation(self) -> Evaluation | None:
-        """What evaluation.json holds; None before `nybble eval`.
+        """The content of evaluation.json; None before `nybble eval`.
 
         Raises:
             RunError: it is damaged.
@@ -98,7 +98,7 @@ class Run:
         return read_record(file, Evaluation, again) if file.exists() else None
 
     def start(self) -> Start:
-        """What start.json holds.
+        """The content of start.json.
 
         Raises:
             RunError: it is damaged or missing.
@@ -106,19 +106,19 @@ class Run:
         return read_start(self.folder / "start.json")
 
     def numbered(self) -> list[pathlib.Path]:
-        """The folders that are called as checkpoints are, the newest first, whole or not."""
+        """The folders with names of checkpoints, the newest first, whole or not."""
         paths = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
         folders = [path for path in paths if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
         return sorted(folders, key=step_of, reverse=True)
 
     def latest_checkpoint(self) -> pathlib.Path | None:
-        """The newest checkpoint that is marked as whole; whether it still is, `nybble.training.checkpoints` proves."""
+        """The newest checkpoint that is marked as whole; `nybble.training.checkpoints` checks whether it still is."""
         return next((folder for folder in self.numbered() if (folder / COMPLETE).exists()), None)
 
 
 @contextlib.contextmanager
 def create_run(folder: pathlib.Path, recipe: Recipe, start: Start) -> Iterator[pathlib.Path]:
-    """Make a run folder, complete or not at all: what else belongs to its beginning is written to the path that is given.
+    """Make a run folder, complete or not at all; the caller writes tokenizer and template to the path that is yielded.
 
     Raises:
         RunError: the folder exists.
@@ -147,7 +147,7 @@ def refuse_existing(folder: pathlib.Path) -> None:
 
 
 def refuse_unfinished(run: Run) -> None:
-    """Raise RunError where a run has no adapter: another process trains it, or its training was cut off."""
+    """Raise RunError where a run has no adapter: another process is training it, or its training was interrupted."""
     if not (run.adapter / "adapter_config.json").is_file():
         refuse_busy(run.folder)
         raise RunError(
@@ -157,15 +157,15 @@ def refuse_unfinished(run: Run) -> None:
 
 
 def check_room(folder: pathlib.Path, trained: int, keep: int) -> None:
-    """The checkpoints that are kept, the best, the one being written and the adapter must fit on the disk.
+    """Check that the kept checkpoints, the best, the one being written and the adapter fit on the disk.
 
     Args:
         folder: the run folder, which need not exist yet.
         trained: trained parameters.
-        keep: checkpoints kept beside the best.
+        keep: checkpoints kept besides the best.
 
     Raises:
-        RunError: with what is needed and what is free.
+        RunError: they do not, with what is needed and what is free.
     """
     needed = (keep + 2) * trained * BYTES_A_PARAMETER + trained * 4
     check_disk(folder, needed, "the run's folder", "free some space, or out=FOLDER on another disk")
@@ -183,7 +183,7 @@ def open_run(path: str | pathlib.Path, base: str | None = None) -> Run:
 
     Raises:
         RecipeError: a recipe.yaml that cannot be read.
-        RunError: no run there, or its recipe or its adapter is not what training wrote.
+        RunError: there is no run, or its recipe or its adapter is not what training wrote.
         ModelError: an adapter whose configuration cannot be read.
     """
     folder = pathlib.Path(path)
@@ -221,7 +221,7 @@ def _on_base(recipe: Recipe, base: str, **changes: str | None) -> Recipe:
 def recorded_folder(run: pathlib.Path) -> bool:
     """Whether a run's record says that its base was a folder, not a commit of the Hub."""
     file = run / "start.json"
-    is_run = file.exists() and (run / "recipe.yaml").exists()  # above a bare adapter may lie anything
+    is_run = file.exists() and (run / "recipe.yaml").exists()  # the folder above a bare adapter may be anything
     return is_run and read_start(file).is_base_a_folder
 
 

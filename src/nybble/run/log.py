@@ -6,19 +6,24 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from nybble.errors import NybbleError, RunError
 from nybble.files.reading import read_lines
 from nybble.files.writing import append_json, write_text
 from nybble.run.folder import Run
-from nybble.run.records import AnyText, Part
+from nybble.run.records import AnyText, FrozenShape
 
 TASK = "task/"  # before the name of a benchmark, as a key of a line
 
 
-class MetricsLine(Part):
-    """What was measured at a step, or by the evaluation after it; what was not measured is None."""
+class MetricsLine(FrozenShape):
+    """What was measured at a step, or by the evaluation after it; what was not measured is None.
+
+    Further keys are what the objective measures besides the loss.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     step: int
     loss: float | AnyText | None = None
@@ -48,7 +53,7 @@ class MetricsLine(Part):
         return {**line, **{f"{TASK}{name}": score for name, score in line.pop("scores", {}).items()}}
 
 
-class SampleLine(Part):
+class SampleLine(FrozenShape):
     """A greedy answer to a validation prompt after a step."""
 
     step: int

@@ -49,7 +49,7 @@ Day = Annotated[datetime.date, PlainValidator(_day)]
 """A date, by ISO 8601."""
 
 
-class Part(Shape):
+class FrozenShape(Shape):
     """Fields that belong together in a record; they do not change."""
 
     model_config = ConfigDict(frozen=True)
@@ -59,7 +59,7 @@ class Part(Shape):
         return self.model_dump(exclude_unset=True)
 
 
-class Record(Part):
+class RunRecord(FrozenShape):
     """A JSON file of a run."""
 
     VERSION: ClassVar[int] = 1
@@ -69,10 +69,10 @@ class Record(Part):
     """Of the file."""
 
 
-R = TypeVar("R", bound=Record)
+R = TypeVar("R", bound=RunRecord)
 
 
-class FileEntry(Part):
+class FileEntry(FrozenShape):
     """A file as it was written."""
 
     size: int
@@ -102,7 +102,7 @@ def read_record(file: pathlib.Path, record: type[R], fix: str = RESTORE) -> R:
     return as_shape(stored, file, record, RunError, fix)
 
 
-def write_record(file: pathlib.Path, record: Record) -> None:
+def write_record(file: pathlib.Path, record: RunRecord) -> None:
     """Write a record with the version of its format, atomically."""
     fields = record.model_dump(exclude_unset=True, exclude={"version"})
     write_json(file, {"version": record.VERSION, **fields})

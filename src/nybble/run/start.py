@@ -17,7 +17,7 @@ from nybble.errors import RunError
 from nybble.files.reading import RESTORE, read_object
 from nybble.files.writing import write_json
 from nybble.recipe import PLACES, Recipe
-from nybble.run.records import AnyText, FileEntry, Part, Record, read_record
+from nybble.run.records import AnyText, FileEntry, FrozenShape, RunRecord, read_record
 from nybble.run.versions import versions
 
 FILES = "files"
@@ -25,7 +25,7 @@ QUANTIZED = "quantized_base"
 DECIDING = ("model", "adapter", "lora", "data", "train")  # sections whose options decide a run's numbers
 
 
-class MadeBy(Part):
+class MadeBy(FrozenShape):
     """What quantised bits depend on besides the weights."""
 
     device: AnyText
@@ -34,7 +34,7 @@ class MadeBy(Part):
     torch: AnyText
 
 
-class QuantizedBase(Part):
+class QuantizedBase(FrozenShape):
     """The bits of a base that nybble quantised."""
 
     digest: AnyText
@@ -42,7 +42,7 @@ class QuantizedBase(Part):
     made: MadeBy
 
 
-class RecordedRecipe(Part):
+class RecordedRecipe(FrozenShape):
     """A recipe by its sections; their options are compared, not used."""
 
     model_config = ConfigDict(extra="allow")
@@ -57,7 +57,7 @@ class RecordedRecipe(Part):
     export: dict[str, Any] = Field(default_factory=dict)
 
 
-class Start(Record):
+class Start(RunRecord):
     """What a resumed run must find unchanged.
 
     It is written without its version: 0.7.0 compares every key of it when it resumes a run, and would refuse one it does not

@@ -6,11 +6,11 @@ from typing import Any
 
 from pydantic import Field
 
-from nybble.run.records import AnyText, ComputeType, Moment, Part, Record
+from nybble.run.records import AnyText, ComputeType, FrozenShape, Moment, RunRecord
 from nybble.run.start import QuantizedBase
 
 
-class BaseSummary(Part):
+class BaseSummary(FrozenShape):
     """The base model."""
 
     name: AnyText
@@ -26,7 +26,7 @@ class BaseSummary(Part):
     """Of its weights in memory."""
 
 
-class DataSummary(Part):
+class DataSummary(FrozenShape):
     """The rows, and what became of them."""
 
     path: AnyText | list[Any] | dict[str, Any]
@@ -57,7 +57,7 @@ class DataSummary(Part):
     """The system message of most rows; empty where there is none, and before 0.6."""
 
 
-class AdapterSummary(Part):
+class AdapterSummary(FrozenShape):
     """The trained adapter."""
 
     targets: list[AnyText]
@@ -65,7 +65,7 @@ class AdapterSummary(Part):
     trainable_parameters: int
 
 
-class LossSummary(Part):
+class LossSummary(FrozenShape):
     """Validation loss in nats per token."""
 
     before: float
@@ -74,14 +74,14 @@ class LossSummary(Part):
     """At the step whose adapter was kept."""
 
 
-class Ended(Record):
+class Ended(RunRecord):
     """When a run ended, and how long it took: all that is needed of a summary to know the day on which it began."""
 
     date: Moment
     seconds: float
 
 
-class Summary(Record):
+class Summary(RunRecord):
     """The whole run in numbers, however often it was resumed."""
 
     date: Moment

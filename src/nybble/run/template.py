@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from nybble.run.records import AnyText, Day, Part
+from nybble.run.records import AnyText, Day, FrozenShape
 
 
-class RecordedTemplate(Part):
+class RecordedTemplate(FrozenShape):
     """A template by name and text; versions before 0.6 wrote the first three fields only."""
 
     name: AnyText

@@ -21,7 +21,7 @@ from nybble.run.evaluation import Evaluation, SampleEntry, SkillEntry, TrainingC
 from nybble.run.log import MetricsLine
 
 LONG, LONG_LINES = 700, 12  # characters and lines from which a text of a sample is folded
-TEASER = 240  # characters shown of a folded one
+TEASER = 240  # characters of a folded text that are shown
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ class Way:
     @property
     def share(self) -> float | None:
         """Of 93 of 100, 0.93."""
-        found = re.fullmatch(r"(\d+) of (\d+)", self.score)
-        return int(found[1]) / max(int(found[2]), 1) if found else None
+        counts = re.fullmatch(r"(\d+) of (\d+)", self.score)
+        return int(counts[1]) / max(int(counts[2]), 1) if counts else None
 
 
 def write_report(folder: pathlib.Path, results: Evaluation, metrics: Sequence[MetricsLine]) -> pathlib.Path:
-    """Write report.html, report.md and the latter's pictures; parts that `results` lacks are left out.
+    """Write report.html, report.md and its pictures; sections without results are left out.
 
     Args:
         folder: the run folder.
@@ -96,7 +96,7 @@ def write_report(folder: pathlib.Path, results: Evaluation, metrics: Sequence[Me
 
 
 def _environment(name: str) -> Environment:
-    """In HTML and in Markdown what comes from data is escaped unless a template says otherwise."""
+    """Everything that comes from data is escaped, in HTML and in Markdown, unless a template says otherwise."""
     markdown = name.endswith(".md")
     environment = Environment(
         loader=FunctionLoader(lambda file: (resources.files(__package__) / file).read_text(encoding="utf-8")),
@@ -202,14 +202,14 @@ def _date(text: str) -> str:
 
 
 def _markdown(value: Any) -> Any:
-    """Text in Markdown that is read as text, in one line: it may stand in a table."""
+    """Text that Markdown shows as it is, on one line: it may be in a table."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     return escaped(value)
 
 
 def _fence(text: str, language: str = "text") -> Markup:
-    return Markup(fence(text, language))  # tamed by what stands around it
+    return Markup(fence(text, language))  # the fence makes it safe
 
 
 def _code(text: str) -> Markup:

@@ -1,4 +1,4 @@
-"""A report's pictures: drawn once, as SVG that takes the page's colours or as PNG."""
+"""A report's plots: drawn once, as SVG in the page's colours or as PNG."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nybble.files.places import replacing
 from nybble.run.evaluation import ScoreEntry, TaskEntry
 from nybble.run.log import MetricsLine
 
-WIDE, NARROW = 8.6, 3.7  # inches of 100 pixels: what a page of 1280 and one of 400 pixels has room for
+WIDE, NARROW = 8.6, 3.7  # inches of 100 pixels: the widths that fit pages of 1280 and 400 pixels
 DRAWN = 400  # points of a curve: a page has no more pixels to show them
 BASE, TUNED, ACCENT, INK, MUTED, GRID = "#7b8a9a", "#1d5b79", "#c8552f", "#1c2430", "#5b6776", "#e3e7eb"
 CURVES = (TUNED, ACCENT, "#5f7d3a", "#86588f", "#9a7416")
@@ -137,14 +137,14 @@ def length_plot(lengths: Mapping[int, int], limit: int | None) -> Draw | None:
 
 
 def svg(draw: Draw, width: float, prefix: str) -> str:
-    """A plot as SVG to stand in a page: its colours are the page's, its ids begin with `prefix`."""
+    """A plot as SVG for a page: its colours are the page's, its ids begin with `prefix`."""
     stream = io.StringIO()
     with _style():
         draw(width).savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     text = stream.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"|(?<=<svg)[^>]*?(?=\sviewBox)|\sversion="1.1"', "", text)
-    text = re.sub(r'\bid="|(?<=href=")#|(?<=url\()#', lambda found: f"{found[0]}{prefix}-", text)
+    text = re.sub(r'\bid="|(?<=href=")#|(?<=url\()#', lambda match: f"{match[0]}{prefix}-", text)
     for colour, name in NAMES.items():
         text = text.replace(colour, f"var(--{name})")
     return text
@@ -197,8 +197,8 @@ def _running_mean(points: Sequence[Point]) -> list[Point]:
     for _, value in points:
         sums.append(sums[-1] + value)
     smooth = []
-    for place, (step, _) in enumerate(points):
-        first, end = max(place - reach, 0), min(place + reach + 1, len(points))
+    for index, (step, _) in enumerate(points):
+        first, end = max(index - reach, 0), min(index + reach + 1, len(points))
         smooth.append((step, (sums[end] - sums[first]) / (end - first)))
     return smooth
 

@@ -20,7 +20,7 @@ from nybble.errors import ExportError
 from nybble.export.gguf.modelfile import between
 from nybble.export.gguf.quants import K_QUANTS, QUANTIZER
 from nybble.export.gguf.vocabulary import Vocabulary, read_vocabulary
-from nybble.export.merge.merge import Model
+from nybble.export.merge.merge import MergedModel
 from nybble.model.base.soundness import EMBEDDING, HEAD
 
 FILE_TYPES = {
@@ -55,7 +55,7 @@ class Converter:
         read_vocabulary(tokenizer, config.vocab_size)
         _check_rope(config)
 
-    def write(self, file: pathlib.Path, model: Model, quant: str, done: Callable[[int], None]) -> None:
+    def write(self, file: pathlib.Path, model: MergedModel, quant: str, done: Callable[[int], None]) -> None:
         """Write one file.
 
         Args:
@@ -87,7 +87,7 @@ def _quantize(whole: pathlib.Path, file: pathlib.Path, quant: str) -> None:
         raise ExportError(f"{QUANTIZER} ended with status {result.returncode}: {said[-1] if said else 'no output'}")
 
 
-def _write(file: pathlib.Path, model: Model, quant: str, done: Callable[[int], None]) -> None:
+def _write(file: pathlib.Path, model: MergedModel, quant: str, done: Callable[[int], None]) -> None:
     writer = gguf.GGUFWriter(file, "llama")
     _describe(writer, model, quant)
     _describe_tokens(writer, read_vocabulary(model.tokenizer, model.config.vocab_size), model)
@@ -121,7 +121,7 @@ def _write(file: pathlib.Path, model: Model, quant: str, done: Callable[[int], N
 Rows = Callable[[], Iterator[numpy.ndarray]]
 
 
-def _plan(model: Model, quant: str) -> Iterator[tuple[str, tuple[int, ...], Type, Rows]]:
+def _plan(model: MergedModel, quant: str) -> Iterator[tuple[str, tuple[int, ...], Type, Rows]]:
     """Each tensor: its name in GGUF, its shape, the type in which it is stored, what gives its rows."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     factors = rope_factors(model.config)
@@ -134,7 +134,7 @@ def _plan(model: Model, quant: str) -> Iterator[tuple[str, tuple[int, ...], Type
         yield name, spec.shape, _type_of(spec.name, spec.shape, quant), _rows(model, spec.name)
 
 
-def _rows(model: Model, name: str) -> Rows:
+def _rows(model: MergedModel, name: str) -> Rows:
     """A tensor's rows in float32; those of q and k in llama.cpp's order."""
     heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
     count = next((number for part, number in heads.items() if f".{part}." in name), None)
@@ -173,7 +173,7 @@ def _bytes(shape: tuple[int, ...], kind: Type) -> int:
     return math.prod(shape) // int(numbers) * int(size)
 
 
-def _describe(writer: gguf.GGUFWriter, model: Model, quant: str) -> None:
+def _describe(writer: gguf.GGUFWriter, model: MergedModel, quant: str) -> None:
     config = model.config
     writer.add_type("model")
     writer.add_name(model.name)
@@ -235,7 +235,7 @@ def rope_factors(config: PretrainedConfig) -> torch.Tensor | None:
     return factors.float()
 
 
-def _describe_tokens(writer: gguf.GGUFWriter, vocabulary: Vocabulary, model: Model) -> None:
+def _describe_tokens(writer: gguf.GGUFWriter, vocabulary: Vocabulary, model: MergedModel) -> None:
     tokenizer = model.tokenizer
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)

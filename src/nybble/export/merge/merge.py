@@ -1,7 +1,7 @@
 """A base with an adapter added to it, a slice of rows at a time.
 
-An adapter of QLoRA was trained on the 4-bit base, so two bases compete for it: the original 16-bit weights, and what the 4-bit
-ones stand for. Which is closer to the model that was trained is measured, in compare.py.
+QLoRA trains an adapter on the 4-bit base, so it can be merged into two: the original 16-bit weights, or the values that the 4-bit
+weights represent. `nybble.export.parity.compare` measures which is closer to the model that was trained.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Weights(Protocol):
 
 
 class Original:
-    """The weights as the checkpoint's files hold them."""
+    """The weights as they are in the checkpoint's files."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._tensors = Tensors(weight_files(folder))
@@ -61,7 +61,7 @@ class Original:
 
 
 class Dequantised:
-    """The weights that a checkpoint in bitsandbytes' format stands for, by the arithmetic that training computes with."""
+    """The values that a checkpoint in bitsandbytes' format represents, by the arithmetic of the training."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._tensors = Tensors(weight_files(folder))
@@ -72,7 +72,7 @@ class Dequantised:
         return [name for name in self._plain.names() if not name.endswith((*STATE, *PACKED))]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor as it is computed with."""
+        """Of a tensor once it is dequantised."""
         state = self._state(name)
         return tuple(self._tensors[name].shape) if state is None else tuple(state.shape)
 
@@ -82,10 +82,10 @@ class Dequantised:
         if state is not None:
             yield from _four_bits(self._tensors[name], state, device)
         elif (scales := f"{name.removesuffix('.weight')}.SCB") in self._tensors:
-            limits, place = self._tensors[scales].float().to(device) / INT8, 0
+            limits, first = self._tensors[scales].float().to(device) / INT8, 0
             for rows in self._plain.slices(name, device):
-                yield rows * limits[place : place + len(rows), None]
-                place += len(rows)
+                yield rows * limits[first : first + len(rows), None]
+                first += len(rows)
         else:
             yield from self._plain.slices(name, device)
 
@@ -98,14 +98,14 @@ class Dequantised:
 
 
 def _four_bits(packed: torch.Tensor, state: QuantState, device: torch.device) -> Iterator[torch.Tensor]:
-    """Slices of a 4-bit weight; each begins where a block of numbers with a scale of their own does."""
+    """Slices of a 4-bit weight; each begins with a block, whose numbers share a scale."""
     scales = state.absmax
     if state.nested:
         scales = bnb.dequantize_blockwise(scales, state.state2) + state.offset
     rows, columns = state.shape
     for part in slices_of(rows, columns, state.blocksize):
         first, last = part.start * columns, part.stop * columns
-        own = QuantState(
+        slice_state = QuantState(
             absmax=scales[first // state.blocksize : -(-last // state.blocksize)].float().to(device),
             shape=torch.Size((part.stop - part.start, columns)),
             code=state.code.to(device),
@@ -113,7 +113,7 @@ def _four_bits(packed: torch.Tensor, state: QuantState, device: torch.device) ->
             quant_type=state.quant_type,
             dtype=state.dtype,
         )
-        yield bnb.dequantize_4bit(packed.flatten()[first // 2 : last // 2].unsqueeze(1).to(device), own)
+        yield bnb.dequantize_4bit(packed.flatten()[first // 2 : last // 2].unsqueeze(1).to(device), slice_state)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Merge:
     """A base with the updates of an adapter.
 
     Attributes:
-        base: the weights that are added to.
+        base: the weights that the updates are added to.
         updates: by tensor.
         tied: whether the model's head is its embedding.
         dtype: in which the result is stored.
@@ -134,14 +134,14 @@ class Merge:
 
     @property
     def unties(self) -> bool:
-        """Whether the head must part from the embedding, because the adapter changes it alone."""
+        """Whether head and embedding must be untied, because the adapter changes the head only."""
         return self.tied and HEAD in self.updates
 
     def specs(self) -> list[Spec]:
         """Every tensor of the merged model.
 
         Raises:
-            ModelError: the adapter has an update for a weight that the base has not, or of another shape.
+            ModelError: the adapter updates a weight that the base does not have, or that has another shape.
         """
         names = [name for name in self.base.names() if name != HEAD or not self.tied]
         specs = [Spec(name, self.base.shape(name), self.dtype) for name in names]
@@ -160,18 +160,18 @@ class Merge:
 
     def slices(self, name: str, device: torch.device = CPU) -> Iterator[torch.Tensor]:
         """Rows of a merged tensor in float32, one slice after another, merged on a device."""
-        update, place = self.updates.get(name), 0
+        update, first = self.updates.get(name), 0
         source = EMBEDDING if name == HEAD and self.tied else name
         for rows in self.base.slices(source, device):
-            part = slice(place, place + len(rows))
+            part = slice(first, first + len(rows))
             yield rows.float() if update is None else update.onto(rows, part)
-            place += len(rows)
+            first += len(rows)
 
     def stored(self, name: str, device: torch.device = CPU) -> Iterator[torch.Tensor]:
         """The same in the type in which they are stored.
 
         Raises:
-            ModelError: a number that the type cannot hold.
+            ModelError: a number that the type cannot represent.
         """
         for rows in self.slices(name, device):
             narrow = rows.to(self.dtype)
@@ -184,8 +184,8 @@ class Merge:
 
 
 @dataclass(frozen=True)
-class Model:
-    """A merged model with all that a file of its own needs.
+class MergedModel:
+    """A merged model with all that a single file needs.
 
     Attributes:
         name: of the run.
