@@ -180,6 +180,13 @@ def test_lines_are_written_and_cut_as_they_are(tmp_path):
     assert caught.value.where == f"{run.metrics}:2"
 
 
+def test_what_an_objective_measures_is_a_key_of_its_line_too(tmp_path):
+    run = Run(tmp_path, Recipe())
+    append_line(run.metrics, MetricsLine(step=3, loss=0.5, margin=0.25))
+    (line,) = read_metrics(run)
+    assert line.as_json() == {"step": 3, "loss": 0.5, "margin": 0.25}
+
+
 RECORDS = re.compile(r"(summary|start|evaluation|parity|metrics|samples)\.jsonl?$")
 KEYS = {
     *("validation_loss", "held_out", "trainable_parameters", "tokens_per_second", "peak_memory_gb", "quantized_base"),

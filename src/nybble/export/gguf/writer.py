@@ -28,7 +28,7 @@ FILE_TYPES = {
     "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
-BLOCK = 32  # numbers with one scale, in Q8_0 and Q4_0; a row that is no multiple of it stays F16
+BLOCK = 32  # numbers with one scale, in Q8_0 and Q4_0; a row whose length is not a multiple of it stays F16
 SCALINGS = {"linear": gguf.RopeScalingType.LINEAR, "yarn": gguf.RopeScalingType.YARN}
 
 YARN = {
@@ -49,8 +49,8 @@ class Converter:
         """Refuse a model that could not be written, before any work is done.
 
         Raises:
-            ModelError: a tokenizer that llama.cpp has no name for.
-            ExportError: a RoPE scaling that it does not know.
+            ModelError: llama.cpp has no name for the tokenizer.
+            ExportError: it does not know the RoPE scaling.
         """
         read_vocabulary(tokenizer, config.vocab_size)
         _check_rope(config)
@@ -61,11 +61,11 @@ class Converter:
         Args:
             file: it does not exist yet.
             model: what is written.
-            quant: F16, Q8_0, Q4_0, or one of the K-quants, which llama-quantize makes of an F16 that is deleted again.
+            quant: F16, Q8_0, Q4_0, or one of the K-quants, which llama-quantize makes from an F16 that is deleted afterwards.
             done: called with the number of parameters written so far.
 
         Raises:
-            ExportError: llama-quantize is not there, or fails.
+            ExportError: llama-quantize fails.
         """
         if quant not in K_QUANTS:
             _write(file, model, quant, done)
@@ -80,11 +80,12 @@ class Converter:
 
 def _quantize(whole: pathlib.Path, file: pathlib.Path, quant: str) -> None:
     program = shutil.which(QUANTIZER)
-    assert program is not None, "looked for before any work was done"
+    assert program is not None, "checked before any work"
     result = subprocess.run([program, str(whole), str(file), quant], capture_output=True, text=True, check=False)
     if result.returncode:
-        said = (result.stderr or result.stdout).strip().splitlines()
-        raise ExportError(f"{QUANTIZER} ended with status {result.returncode}: {said[-1] if said else 'no output'}")
+        output = (result.stderr or result.stdout).strip().splitlines()
+        reason = output[-1] if output else "no output"
+        raise ExportError(f"{QUANTIZER} ended with status {result.returncode}: {reason}")
 
 
 def _write(file: pathlib.Path, model: MergedModel, quant: str, done: Callable[[int], None]) -> None:
@@ -150,7 +151,7 @@ def _rows(model: MergedModel, name: str) -> Rows:
 
 
 def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of q or k as RoPE wants them in GGUF: a head's two halves, which Transformers rotates together, by turns.
+    """Rows of q or k in GGUF's order for RoPE: the two halves of a head, which Transformers rotates together, alternate.
 
     Args:
         weight: (heads * head_dim, in), or a bias (heads * head_dim,).
