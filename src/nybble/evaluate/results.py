@@ -23,10 +23,8 @@ from nybble.run.evaluation import (
 
 
 class Tested(TypedDict):
-    """A comparison as every entry has it."""
+    """The fields of a difference, which every entry has."""
 
-    base: ScoreEntry
-    tuned: ScoreEntry
     difference: ScoreEntry
     p: float
     p_adjusted: float
@@ -57,6 +55,8 @@ def task_entries(
             of=before.of,
             data=before.data,
             template=False,
+            base=_score(comparison.base),
+            tuned=_score(comparison.tuned),
             **_tested(comparison, p, before.higher_is_better),
             over_subjects=_over_subjects(before, after),
             contamination=_contamination(flagged.get(before.task, ()), before, after),
@@ -72,18 +72,13 @@ def held_out_entry(base: Losses, tuned: Losses) -> HeldOutEntry:
         *(numpy.repeat(losses.sums / losses.tokens, losses.tokens.astype(int)) for losses in (base, tuned)),
         clusters=rows,
     )
-    tested = _tested(comparison, comparison.p, higher_is_better=False)
     return HeldOutEntry(
         what="validation rows of the run",
         rows=len(base.sums),
         tokens=int(base.tokens.sum()),
         base=loss_entry(base),
         tuned=loss_entry(tuned),
-        difference=tested["difference"],
-        p=tested["p"],
-        p_adjusted=tested["p_adjusted"],
-        verdict=tested["verdict"],
-        detectable=tested["detectable"],
+        **_tested(comparison, comparison.p, higher_is_better=False),
     )
 
 
@@ -102,7 +97,9 @@ def metric_entry(name: str, base: Sequence[float] | float, tuned: Sequence[float
             name=name, base=next(single), tuned=next(single), difference=None, p=None, verdict=None, detectable=None
         )
     comparison = compare(numpy.asarray(base), numpy.asarray(tuned))
-    return MetricEntry(name=name, **_tested(comparison, comparison.p, higher_is_better=True))
+    base_score, tuned_score = _score(comparison.base), _score(comparison.tuned)
+    tested = _tested(comparison, comparison.p, higher_is_better=True)
+    return MetricEntry(name=name, base=base_score, tuned=tuned_score, **tested)
 
 
 def _compare(base: Scored, tuned: Scored) -> PairedComparison:
@@ -117,7 +114,9 @@ def _over_subjects(base: Scored, tuned: Scored) -> SubjectsEntry | None:
         return None
     values = (numpy.asarray(scored.values) for scored in (base, tuned))
     comparison = compare(*values, clusters=base.subjects, over="clusters")
-    return SubjectsEntry(subjects=subjects, **_tested(comparison, comparison.p, base.higher_is_better))
+    scores = _score(comparison.base), _score(comparison.tuned)
+    tested = _tested(comparison, comparison.p, base.higher_is_better)
+    return SubjectsEntry(subjects=subjects, base=scores[0], tuned=scores[1], **tested)
 
 
 def _contamination(flagged: Sequence[bool], base: Scored, tuned: Scored) -> ContaminationEntry | None:
@@ -133,8 +132,6 @@ def _contamination(flagged: Sequence[bool], base: Scored, tuned: Scored) -> Cont
 
 def _tested(comparison: PairedComparison, p_adjusted: float, higher_is_better: bool) -> Tested:
     return {
-        "base": _score(comparison.base),
-        "tuned": _score(comparison.tuned),
         "difference": _score(comparison.difference),
         "p": comparison.p,
         "p_adjusted": p_adjusted,

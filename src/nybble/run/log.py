@@ -45,12 +45,14 @@ class MetricsLine(FrozenShape):
         if not isinstance(line, dict):
             return line
         scores = {key.removeprefix(TASK): value for key, value in line.items() if key.startswith(TASK)}
-        return {**line, "scores": scores} if scores else line
+        others = {key: value for key, value in line.items() if not key.startswith(TASK)}
+        return {**others, "scores": scores} if scores else others
 
     @model_serializer(mode="wrap")
     def _spread_scores(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         line: dict[str, Any] = plain(self)
-        return {**line, **{f"{TASK}{name}": score for name, score in line.pop("scores", {}).items()}}
+        scores: dict[str, float] = line.pop("scores", {})
+        return {**line, **{f"{TASK}{name}": score for name, score in scores.items()}}
 
 
 class SampleLine(FrozenShape):
