@@ -110,7 +110,7 @@ def test_a_recipes_sections_are_all_recorded(tmp_path):
 @pytest.mark.parametrize("name", ["summary.json", "start.json", "evaluation.json"])
 def test_a_record_of_a_newer_version_is_refused_in_a_sentence(tmp_path, name):
     """Whatever else it has become."""
-    written(tmp_path / name, {"version": 2, "date": []})
+    written(tmp_path / name, {"version": 2, "date": [], "quantized_base": 7})
     (tmp_path / "recipe.yaml").touch()
     with pytest.raises(RunError) as caught:
         getattr(Run(tmp_path, Recipe()), name.removesuffix(".json"))()

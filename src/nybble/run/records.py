@@ -90,6 +90,15 @@ def read_record(file: pathlib.Path, record: type[R], fix: str = RESTORE) -> R:
     Raises:
         RunError: it is missing or damaged, or a newer nybble wrote it.
     """
+    return as_shape(read_known(file, record, fix), file, record, RunError, fix)
+
+
+def read_known(file: pathlib.Path, record: type[RunRecord], fix: str = RESTORE) -> dict[str, Any]:
+    """The object in a record's file, of a version that this program knows; nothing else of it is checked.
+
+    Raises:
+        RunError: it is missing or no object, or a newer nybble wrote it.
+    """
     stored = read_object(file, RunError, fix)
     version = stored.get("version", 1)
     if type(version) is int and version > record.VERSION:
@@ -99,7 +108,7 @@ def read_record(file: pathlib.Path, record: type[R], fix: str = RESTORE) -> R:
             where=str(file),
             fix="pip install -U nybble",
         )
-    return as_shape(stored, file, record, RunError, fix)
+    return stored
 
 
 def write_record(file: pathlib.Path, record: RunRecord) -> None:

@@ -1,4 +1,4 @@
-"""start.json: how a run began, which a run that goes on, and everything that takes it, is compared with.
+"""start.json: how a run began. What resumes or uses the run is compared with it.
 
 Recipe, fingerprints and versions are compared when a run is resumed (`nybble.run.identity`), digests of tokenizer and template
 whenever it is used, the bits of the quantised base when the base is loaded (`nybble.model.base.bits`).
@@ -14,10 +14,10 @@ from typing import Any
 from pydantic import ConfigDict, Field, ValidationError
 
 from nybble.errors import RunError
-from nybble.files.reading import RESTORE, read_object
+from nybble.files.reading import RESTORE, as_shape
 from nybble.files.writing import write_json
 from nybble.recipe import PLACES, Recipe
-from nybble.run.records import AnyText, FileEntry, FrozenShape, RunRecord, read_record
+from nybble.run.records import AnyText, FileEntry, FrozenShape, RunRecord, read_known
 from nybble.run.versions import versions
 
 FILES = "files"
@@ -106,8 +106,9 @@ def read_start(file: pathlib.Path) -> Start:
     Raises:
         RunError: it is missing or damaged, or a newer nybble wrote it.
     """
-    _check_quantized(file, read_object(file, RunError, RESTORE).get(QUANTIZED))
-    return read_record(file, Start)
+    stored = read_known(file, Start)
+    _check_quantized(file, stored.get(QUANTIZED))
+    return as_shape(stored, file, Start, RunError, RESTORE)
 
 
 def _check_quantized(file: pathlib.Path, stored: object) -> None:
@@ -138,7 +139,7 @@ def with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(then: Any, now: Any, path: str = "") -> list[str]:
-    """What differs between two trees of options, a line each: its path, what it was, what it is."""
+    """What differs between two trees of options, one line each: its path, what it was, what it is."""
     if isinstance(then, dict) and isinstance(now, dict):
         keys = sorted(then.keys() | now.keys())
         return [d for key in keys for d in differences(then.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
