@@ -198,7 +198,7 @@ def tokenizer(monkeypatch):
 )
 def test_a_spoilt_file_is_caught_by_llama_cpp(spoil, said, peaky_run, cache, tmp_path, quiet, monkeypatch):
     measured, merges = module._measure(
-        module.open_source(peaky_run, "auto", cache), Wanted("gguf"), quiet, cache, Converter()
+        module.open_finished_run(peaky_run, "auto", cache), Wanted("gguf"), quiet, cache, Converter()
     )
     monkeypatch.setattr(module, "_measure", lambda *_: (measured, merges))
     spoil(monkeypatch)
