@@ -23,8 +23,8 @@ def losses(folder: pathlib.Path, words: list[str]) -> tuple[list[float], float]:
     """Training losses by step and the last held-out loss of a run."""
     run = train(load_recipe(None, [*words, f"out={folder}"]), console=Console(stderr=True))
     lines = read_metrics(run)
-    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    return [line["loss"] for line in lines if "loss" in line], held_out[-1]
+    held_out = [line.eval_loss for line in lines if line.eval_loss is not None]
+    return [line.loss for line in lines if line.loss is not None], held_out[-1]
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ def measure(folder: pathlib.Path, data: pathlib.Path, limit_gb: float | None, op
         recipe = load_recipe(RECIPE, [*fixed, *options])
         run = train(recipe, console=Console(stderr=True))
         summary = json.loads((run.folder / "summary.json").read_text())
-        steps = [line for line in read_metrics(run) if "tokens" in line][WARM_UP:]
+        steps = [line for line in read_metrics(run) if line.tokens is not None][WARM_UP:]
     return {
         "quantization": recipe.model.quantization,
         "targets": recipe.lora.targets,
@@ -71,8 +71,8 @@ def measure(folder: pathlib.Path, data: pathlib.Path, limit_gb: float | None, op
         "limit_gb": limit_gb,
         "weights_gb": round(summary["base"]["bytes"] / 1e9, 2),
         "peak_reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2),
-        "tokens_per_second": round(sum(s["tokens"] for s in steps) / sum(s["seconds"] for s in steps)),
-        "median_step_s": round(statistics.median(s["seconds"] for s in steps), 3),
+        "tokens_per_second": round(sum(s.tokens for s in steps) / sum(s.seconds for s in steps)),
+        "median_step_s": round(statistics.median(s.seconds for s in steps), 3),
         "loss": round(summary["train_loss"], 4),
         "device": summary["device"],
         "versions": summary["versions"],

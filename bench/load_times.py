@@ -38,7 +38,7 @@ from nybble.model.base.checkpoint import Checkpoint, find_checkpoint, fingerprin
 from nybble.model.base.load import load_base
 from nybble.model.device import choose_device, choose_dtype
 from nybble.recipe import ModelOptions
-from nybble.run.folder import versions
+from nybble.run.versions import versions
 
 ROUNDS = 3
 ROW = 1 << 20  # numbers in a row of the file's tensors, in bytes

@@ -17,7 +17,10 @@ from nybble.export.card import Subject
 from nybble.export.card import write_card as export_card
 from nybble.export.licence import Licence
 from nybble.markdown import code, escaped, fence, front_matter, storable
+from nybble.run.evaluation import Evaluation
 from nybble.run.folder import open_run
+from nybble.run.records import write_record
+from nybble.run.summary import Summary
 from nybble.training.card import draw_loss
 from nybble.training.card import write_card as run_card
 
@@ -107,7 +110,7 @@ def test_the_report_shows_hostile_rows_as_text(tmp_path):
         "base": {"name": HOSTILE, "quantization": HOSTILE, "fingerprint": HOSTILE}, "device": HOSTILE, "dtype": HOSTILE,
         "training": {"device": HOSTILE, "template": HOSTILE}, "versions": {HOSTILE: HOSTILE},
     }  # fmt: skip
-    write_report(tmp_path, results, [])
+    write_report(tmp_path, Evaluation.model_validate(results), [])
     _, page = rendered((tmp_path / "report.md").read_text(encoding="utf-8"))
     is_tame(page, headings=9)
     assert plain(page).count("<script>alert(1)</script>") > 15
@@ -124,10 +127,10 @@ def hostile(tuned_run, tmp_path):
     model, data = (part.model_copy(update={"path": HOSTILE}) for part in (run.recipe.model, run.recipe.data))
     run = type(run)(folder, run.recipe.model_copy(update={"model": model, "data": data}))
     summary = json.loads((folder / "summary.json").read_text())
-    summary |= {"device": HOSTILE, "dtype": HOSTILE, "adapter": {**summary["adapter"], "targets": [HOSTILE, "q_proj"]}}
+    summary |= {"device": HOSTILE, "adapter": {**summary["adapter"], "targets": [HOSTILE, "q_proj"]}}
     summary["base"] |= {"name": HOSTILE, "fingerprint": "sha256:0", "quantization": HOSTILE}
     summary["data"] |= {"template": HOSTILE, "path": HOSTILE}
-    return run, summary
+    return run, Summary.model_validate(summary)
 
 
 def test_a_runs_card_and_curve_stand_hostile_names(hostile):
@@ -144,8 +147,7 @@ def test_a_runs_card_and_curve_stand_hostile_names(hostile):
 
 def test_an_exports_card_stands_hostile_names(hostile):
     run, summary = hostile
-    summary["dtype"] = "float32"  # any other word is refused when summary.json is read
-    (run.folder / "summary.json").write_text(json.dumps(summary))
+    write_record(run.folder / "summary.json", summary)
     entry = {"mean": 0.4, "interval": [0.3, 0.5]}
     task = {"name": HOSTILE, "metric": HOSTILE, "base": entry, "tuned": entry, "difference": None, "verdict": HOSTILE}
     (run.folder / "evaluation.json").write_text(json.dumps({"date": HOSTILE, "tasks": [task]}))

@@ -160,7 +160,7 @@ def test_two_processes_give_the_losses_of_one(tiny_llama, rows, cache, tmp_path,
     assert result.stderr == "", "libraries talk"
     two = open_run(out)
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
-    evaluations = [[line["eval_loss"] for line in read_metrics(run) if "eval_loss" in line] for run in (one, two)]
+    evaluations = [[line.eval_loss for line in read_metrics(run) if line.eval_loss is not None] for run in (one, two)]
     assert evaluations[0] == pytest.approx(evaluations[1], abs=1e-5)
     tokens = [json.loads((run.folder / "summary.json").read_text())["processes"] for run in (one, two)]
     assert tokens == [1, 2]

@@ -382,7 +382,7 @@ def _recipes_and_adapters() -> list[RunCase]:
         "digits": put(rewritten(b"data:\n  max_length: " + b"9" * 5000), 2, "data.max_length: unable to parse"),
         "empty": put(rewritten(b""), 1, "recipe.yaml is not the recipe that this run began with", "model.path: "),
         "lost-its-end": put(without_end, 1, "train.learning_rate: 0.02 -> 0.0002", "restore it from a copy of the run"),
-        "other-seed": put(other_seed, 1, "train.seed: 42 -> 43", "held against start.json"),
+        "other-seed": put(other_seed, 1, "train.seed: 42 -> 43", "compared with start.json"),
         "moved": put(moved_data, 0),
         "tag": put(
             rewritten(b"model: {path: !!bool x}\nx: !!timestamp y\n"), 2, "a value that cannot be read", "recipe.yaml:2"

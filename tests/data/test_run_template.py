@@ -15,7 +15,7 @@ from nybble.data.prepare import prepare
 from nybble.data.rows.formats import Message
 from nybble.data.text.tokens import encode_prompt
 from nybble.errors import DataError, ModelError
-from nybble.evaluate.evaluation import Asked, evaluate
+from nybble.evaluate.evaluation import Measures, evaluate
 from nybble.evaluate.rows import rows_of
 from nybble.export.export import Wanted, export
 from nybble.model.tokenizer.load import load_tokenizer
@@ -137,7 +137,7 @@ def test_tokens_beyond_the_embeddings_are_a_message_wherever_they_come_from(tune
     text = tmp_path / "text.txt"
     text.write_text("one two [TURN] three " * 20)
     with pytest.raises(ModelError) as caught:
-        evaluate(run, Asked(texts=[text], answers=0), None, quiet, cache, answerer)
+        evaluate(run, Measures(texts=[text], answers=0), None, quiet, cache, answerer)
     print(caught.value)
     assert "the tokenizer gives token id 401, and the model has embeddings for ids 0 to 399" in str(caught.value)
     with pytest.raises(DataError, match="the model has no token 401"):

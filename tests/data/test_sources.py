@@ -143,7 +143,7 @@ def test_training_on_a_stream_goes_on_where_it_was(tiny_llama, tmp_path, cache, 
     recipe = load_recipe(None, [*words, f"out={tmp_path / 'cut'}"])
     interrupted(monkeypatch, 3, recipe, quiet, cache)
     cut = resume(tmp_path / "cut", console=quiet, cache=cache)
-    losses = [[line["loss"] for line in read_metrics(run) if "loss" in line] for run in (whole, cut)]
+    losses = [[line.loss for line in read_metrics(run) if line.loss is not None] for run in (whole, cut)]
     assert len(losses[0]) == 6
     assert losses[0] == losses[1]
 

@@ -20,8 +20,8 @@ from nybble.data.text.kept_template import read_template, save_template
 from nybble.data.text.template import CONTROL_WORD, Template, choose_template
 from nybble.data.text.tokens import Tokens, encode, encode_begun, encode_prompt, encode_text
 from nybble.errors import DataError
+from nybble.files.writing import write_json
 from nybble.model.tokenizer.load import load_tokenizer
-from nybble.run.folder import write_json
 from tests.conftest import SHARED, small_tokenizer
 
 CHATML = (

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from nybble.cli.extras import make_harness
 from nybble.errors import EvaluationError, RecipeError
-from nybble.evaluate.evaluation import Asked, evaluate
+from nybble.evaluate.evaluation import Measures, evaluate
 from nybble.evaluate.harness import Harness, _spread
 from nybble.evaluate.perplexity import row_losses, text_windows
 from nybble.evaluate.texts import read_texts
@@ -59,17 +59,39 @@ def run(tuned_run) -> Run:
     return tuned_run
 
 
+KEYS = [
+    *(
+        "version",
+        "run",
+        "date",
+        "versions",
+        "base",
+        "adapter",
+        "dtype",
+        "device",
+        "limit",
+        "seconds",
+        "tasks",
+        "missing",
+    ),
+    *("texts", "held_out", "samples", "generation", "lengths", "max_length", "training", "recipe", "skill"),
+]
+"""Of evaluation.json; all but the first as 0.5.1 wrote them."""
+
+
 @pytest.fixture(scope="module")
 def results(run, benches, cache):
     harness = Harness(benches, 8)
     text = run.folder.parent / "text.txt"
     text.write_text("one two three red cat " * 200)
-    asked = Asked(["arc_easy", "mmlu", "piqa"], [text], 6)
-    return evaluate(run, asked, harness, Console(quiet=True), cache)
+    measures = Measures(["arc_easy", "mmlu", "piqa"], [text], 6)
+    return evaluate(run, measures, harness, Console(quiet=True), cache)
 
 
 def test_everything_is_measured_and_written(run, results):
-    assert results == json.loads((run.folder / "evaluation.json").read_text())
+    assert run.evaluation() == results
+    results = json.loads((run.folder / "evaluation.json").read_text())
+    assert list(results) == KEYS
     assert (run.folder / "report.html").exists()
     arc, mmlu = results["tasks"]
     assert (arc["name"], arc["metric"], arc["rows"], arc["of"]) == ("arc_easy", "acc_norm", 8, 12)
@@ -105,24 +127,24 @@ def test_what_was_measured_before_is_kept_and_an_evaluation_goes_on(
     monkeypatch.setattr(
         harness, "score", lambda benchmark, *rest: asked.append(benchmark.name) or score(benchmark, *rest)
     )
-    again = evaluate(run, Asked(["arc_easy", "mmlu"], (), 0), harness, Console(quiet=True), cache)
+    again = evaluate(run, Measures(["arc_easy", "mmlu"], (), 0), harness, Console(quiet=True), cache)
     assert asked == []
-    assert again["tasks"] == results["tasks"]
+    assert again.tasks == results.tasks
     harness.limit = 9
-    evaluate(run, Asked(["arc_easy"], (), 0), harness, Console(quiet=True), cache)
+    evaluate(run, Measures(["arc_easy"], (), 0), harness, Console(quiet=True), cache)
     assert asked == ["arc_easy", "arc_easy"], "base and tuned on other rows"
     own = tmp_path / "bench"
     own.mkdir()
     write_rows(own / "arc_easy.validation.jsonl", [{**row, "question": row["question"] + "?"} for row in ARC])
     harness.limit, harness.data = 8, own
-    evaluate(run, Asked(["arc_easy"], (), 0), harness, Console(quiet=True), cache)
+    evaluate(run, Measures(["arc_easy"], (), 0), harness, Console(quiet=True), cache)
     assert asked == ["arc_easy"] * 4, "other items under the same name"
     other = tmp_path / "run"
     shutil.copytree(run.folder, other)
     (other / "adapter" / "COMPLETE").unlink(missing_ok=True)
     config = other / "adapter" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 3}))
-    evaluate(open_run(other), Asked(["arc_easy"], (), 0), harness, Console(quiet=True), cache)
+    evaluate(open_run(other), Measures(["arc_easy"], (), 0), harness, Console(quiet=True), cache)
     assert asked == ["arc_easy"] * 5, "the same tensors under another alpha: tuned only"
 
 
@@ -162,10 +184,10 @@ def test_benchmarks_become_curves_while_training_goes_on_and_change_nothing(
         harness = Harness(benches, 6, 2) if tasks != "[]" else None
         runs.append(train(load_recipe(None, words), console=quiet, cache=cache, benchmarks=harness))
     without, with_tasks = (read_metrics(run) for run in runs)
-    scores = [line["task/arc_easy"] for line in with_tasks if "eval_loss" in line]
+    scores = [line.scores["arc_easy"] for line in with_tasks if line.eval_loss is not None]
     assert len(scores) == 3
     assert all(0 <= score <= 1 for score in scores)
-    assert [line.get("loss") for line in without] == [line.get("loss") for line in with_tasks], "the dropout changed"
+    assert [line.loss for line in without] == [line.loss for line in with_tasks], "the dropout changed"
     with pytest.raises(RecipeError) as caught:
         train(load_recipe(None, [*words, f"out={tmp_path / 'other'}"]), console=quiet, cache=cache)
     print(caught.value)
@@ -178,8 +200,8 @@ def test_the_numbers_go_to_wandb_too(run, results, monkeypatch):
     monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log", lambda self, numbers, **_: logged.append(numbers))
     notice = log_evaluation(TrackerOptions(to="wandb"), run.folder, results)
     assert "wandb sync" in notice
-    assert logged[0]["arc_easy/tuned"] == results["tasks"][0]["tuned"]["mean"]
-    assert logged[0]["held-out loss/base"] == results["held_out"]["base"]["loss"]
+    assert logged[0]["arc_easy/tuned"] == results.tasks[0].tuned.mean
+    assert logged[0]["held-out loss/base"] == results.held_out.base.loss
     assert log_evaluation(TrackerOptions(), run.folder, results) is None
 
 
@@ -296,10 +318,10 @@ finally:
     assert "Traceback" not in done.stderr
     (tmp_path / "short.txt").write_text("a")
     with pytest.raises(EvaluationError, match="has fewer than two tokens"):
-        evaluate(run, Asked((), [tmp_path / "short.txt"], 0), None, quiet, cache)
+        evaluate(run, Measures((), [tmp_path / "short.txt"], 0), None, quiet, cache)
     monkeypatch.setattr("nybble.evaluate.evaluation.load_answerer", None)
     with pytest.raises(EvaluationError, match="UTF-16"):
-        evaluate(run, Asked((), [file], 0), None, quiet, cache)
+        evaluate(run, Measures((), [file], 0), None, quiet, cache)
 
 
 def test_the_loss_of_a_row_is_its_own_whatever_stands_beside_it(tiny_llama):

@@ -10,6 +10,8 @@ import pytest
 
 from nybble.evaluate.report.page import write_report
 from nybble.evaluate.report.wording import duration, headline, number_text, p_text
+from nybble.run.evaluation import Evaluation
+from nybble.run.log import MetricsLine
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 UNDECIDED = "no difference shown"
@@ -78,13 +80,20 @@ METRICS = [
 HARSH = "<script>alert(1)</script> & | `x` *b* \n\n```\n# h\n~~~ " + "Wort" * 300 + " ‮ مرحبا 今天 🙂 \ud800 {{ 7*7 }}"
 
 
+def record(results):
+    """What a dictionary says, None like a key that is not there."""
+    return Evaluation.model_validate(
+        {"tasks": [], **{key: value for key, value in results.items() if value is not None}}
+    )
+
+
 def write(folder, results=FULL, metrics=METRICS):
-    write_report(folder, results, metrics)
+    write_report(folder, record(results), [MetricsLine.model_validate(line) for line in metrics])
     return (folder / "report.html").read_text(encoding="utf-8"), (folder / "report.md").read_text(encoding="utf-8")
 
 
 def said(results):
-    return [(line.kind, line.label + line.text) for line in headline({**BARE, **results})]
+    return [(line.kind, line.label + line.text) for line in headline(record({**BARE, **results}))]
 
 
 def harsh():

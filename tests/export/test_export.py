@@ -20,9 +20,9 @@ from nybble.data.text.template import choose_template
 from nybble.engine.loss import last_hidden
 from nybble.errors import ExportError, HubError, ModelError, PlaceError, RunError
 from nybble.export import export as module
-from nybble.export import kinds
+from nybble.export import targets
 from nybble.export.artefacts import generation_settings
-from nybble.export.card import HELD, Subject, data_licences, write_card
+from nybble.export.card import STORED, Subject, data_licences, write_card
 from nybble.export.export import Wanted, export
 from nybble.export.gguf.writer import Converter
 from nybble.export.licence import find_licence
@@ -56,7 +56,7 @@ def told():
 @pytest.fixture(scope="module")
 def measured(run, cache):
     """What the run answers, once for all tests that spoil an artefact."""
-    source = module.open_source(run, "auto", cache)
+    source = module.open_finished_run(run, "auto", cache)
     return module._measure(source, Wanted("merged"), Console(quiet=True), cache, None)
 
 
@@ -133,7 +133,7 @@ def test_the_lines_of_each_card_run(run, merged, cache, tmp_path, quiet, monkeyp
 
 
 def test_gguf_files_are_read_back_by_transformers(run, cache, tmp_path, told, monkeypatch):
-    monkeypatch.setattr(kinds, "has_llama_cpp", lambda: False)
+    monkeypatch.setattr(targets, "has_llama_cpp", lambda: False)
     wanted = Wanted("gguf", tmp_path / "gguf", quants=("F16", "Q8_0", "Q4_0"), merge_base="original")
     folder = export(run, wanted, told, cache, Converter())
     assert "not checked: llama-cpp-python is not installed (make llama-cpp" in told.export_text()
@@ -207,9 +207,9 @@ SPOILT = [
 
 @pytest.mark.parametrize(("spoil", "said"), SPOILT, ids=[spoil.__name__ for spoil, _ in SPOILT])
 def test_an_artefact_that_was_spoilt_is_not_kept(run, measured, cache, tmp_path, told, monkeypatch, spoil, said):
-    write = kinds.write_merged
+    write = targets.write_merged
     monkeypatch.setattr(module, "_measure", lambda *_: measured)
-    monkeypatch.setattr(kinds, "write_merged", lambda folder, *rest: (write(folder, *rest), spoil(folder)))
+    monkeypatch.setattr(targets, "write_merged", lambda folder, *rest: (write(folder, *rest), spoil(folder)))
     with pytest.raises(ExportError) as caught:
         export(run, Wanted("merged", tmp_path / "out"), told, cache)
     print(caught.value)
@@ -217,7 +217,7 @@ def test_an_artefact_that_was_spoilt_is_not_kept(run, measured, cache, tmp_path,
     assert [file.name for file in tmp_path.iterdir()] == ["out.failed.json"]
     (check,) = json.loads((tmp_path / "out.failed.json").read_text())["checks"]
     assert not check["passed"]
-    monkeypatch.setattr(kinds, "write_merged", write)
+    monkeypatch.setattr(targets, "write_merged", write)
     export(run, Wanted("merged", tmp_path / "out"), told, cache)
     assert [file.name for file in tmp_path.iterdir()] == ["out"], "a report of a failure does not outlive it"
 
@@ -251,7 +251,7 @@ def test_a_model_that_is_spread_answers_alike_and_one_that_fits_nowhere_is_kept_
     assert whole.answers == in_parts.answers
     assert all(torch.equal(one, other) for one, other in zip(whole.logits, in_parts.logits, strict=True))
     monkeypatch.setattr(module, "_measure", lambda *_: measured)
-    monkeypatch.setattr(kinds, "placement_for", lambda size, device: None)
+    monkeypatch.setattr(targets, "placement_for", lambda size, device: None)
     folder = export(run, Wanted("merged", tmp_path / "out"), told, cache)
     said = "bfloat16 not checked: its 0.0 GB do not fit into the free memory"
     assert said in told.export_text()
@@ -293,7 +293,7 @@ def test_nothing_of_an_export_that_is_stopped_stays(run, measured, cache, tmp_pa
         raise OSError(28, "No space left on device")
 
     for error in (full, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)):
-        monkeypatch.setattr(kinds, "write_merged", error)
+        monkeypatch.setattr(targets, "write_merged", error)
         with pytest.raises((PlaceError, KeyboardInterrupt)):
             export(run, Wanted("merged", tmp_path / "out"), quiet, cache)
         assert list(tmp_path.iterdir()) == []
@@ -425,7 +425,7 @@ def test_an_adapter_folder_of_somebody_else_is_exported_on_trust(run, peaky_llam
     shutil.copytree(run.adapter, bare)
     folder = export(open_run(bare, str(peaky_llama)), Wanted("merged", tmp_path / "out"), told, cache)
     text = " ".join(told.export_text().split())
-    assert "which base the adapter was trained on: assuming this one" in text
+    assert "no record of the base that the adapter was trained on: assuming this one" in text
     assert "assuming nf4, as in QLoRA; if it was trained on 16-bit weights, use --merge-base original" in text
     card = (folder / "README.md").read_text()
     assert "from a LoRA adapter for" in card
@@ -476,7 +476,7 @@ def test_preflight_says_before_training_what_would_fail_after_it(peaky_llama, ro
 
 @pytest.mark.slow
 def test_an_odd_name_of_a_run_breaks_no_line_of_its_modelfile(run, cache, tmp_path, quiet, monkeypatch):
-    monkeypatch.setattr(kinds, "has_llama_cpp", lambda: False)
+    monkeypatch.setattr(targets, "has_llama_cpp", lambda: False)
     odd = tmp_path / "a\nSYSTEM b"
     shutil.copytree(run.folder, odd)
     wanted = Wanted("gguf", tmp_path / "gguf", quants=("Q8_0",), merge_base="original")
@@ -609,7 +609,7 @@ def test_a_card_says_how_the_base_was_held(run, held, said):
     licence = find_licence(find_checkpoint(model.path))
     card = write_card(Subject(own, "merged", "A model", "x", [], "original", None, licence, comparison, []))
     assert said in card
-    assert f"was trained on {HELD[held]} weights" in card
+    assert f"was trained on {STORED[held]} weights" in card
     assert ("qlora" in yaml.safe_load(card.split("---")[1])["tags"]) == (held != "none")
 
 

@@ -24,7 +24,7 @@ from nybble.export.gguf import writer as writer
 from nybble.export.gguf.modelfile import go_template, write_modelfile
 from nybble.export.gguf.vocabulary import BYTE, CONTROL, UNKNOWN, read_vocabulary
 from nybble.export.gguf.writer import Converter, interleave, rope_factors
-from nybble.export.merge.merge import Merge, Model, Original
+from nybble.export.merge.merge import Merge, MergedModel, Original
 from nybble.export.parity.loaders import has_llama_cpp, through_llama_cpp
 from nybble.export.parity.prompts import Question
 from nybble.export.parity.reference import Reference
@@ -48,12 +48,14 @@ print(json.dumps([model.tokenize(text.encode(), add_bos=False, special=special) 
 """
 
 
-def model_of(folder, template="auto", form="messages") -> tuple[Model, object]:
+def model_of(folder, template="auto", form="messages") -> tuple[MergedModel, object]:
     checkpoint = find_checkpoint(str(folder))
     config, tokenizer = load_config(checkpoint, None), load_tokenizer(checkpoint.folder)
     chosen = choose_template(tokenizer, template, form)
     merge = Merge(Original(folder), {}, config.tie_word_embeddings, torch.float32)
-    return Model("m", merge, config, tokenizer, chosen.source, chosen.end_id, "base", "llama2", "https://x.org"), chosen
+    return MergedModel(
+        "m", merge, config, tokenizer, chosen.source, chosen.end_id, "base", "llama2", "https://x.org"
+    ), chosen
 
 
 def in_llama_cpp(file, texts):
@@ -197,7 +199,7 @@ def tokenizer(monkeypatch):
 )
 def test_a_spoilt_file_is_caught_by_llama_cpp(spoil, said, peaky_run, cache, tmp_path, quiet, monkeypatch):
     measured, merges = module._measure(
-        module.open_source(peaky_run, "auto", cache), Wanted("gguf"), quiet, cache, Converter()
+        module.open_finished_run(peaky_run, "auto", cache), Wanted("gguf"), quiet, cache, Converter()
     )
     monkeypatch.setattr(module, "_measure", lambda *_: (measured, merges))
     spoil(monkeypatch)

@@ -341,9 +341,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 def test_a_damaged_merge_is_far_from_the_run_and_the_two_bases_are_told_apart(peaky_run, peaky_llama, cache):
     from nybble.chat.loading import load_answerer
     from nybble.evaluate.rows import rows_of
-    from nybble.export.source import bases_of, open_source
+    from nybble.export.finished_run import bases_of, open_finished_run
 
-    source = open_source(peaky_run, "auto", cache)
+    source = open_finished_run(peaky_run, "auto", cache)
     answerer = load_answerer(source.run, cache)
     prepared, _ = rows_of(source.run, answerer.tokenizer, cache)
     rows = [{"input_ids": row["input_ids"], "trained": row["trained"]} for row in prepared.validation]

@@ -26,7 +26,8 @@ from nybble.files.places import (
     replacing,
     writing,
 )
-from nybble.run.folder import open_run, write_text
+from nybble.files.writing import write_text
+from nybble.run.folder import open_run
 from tests.files.test_places import as_somebody_without_a_home, read_only
 
 LOCKED = """

@@ -39,10 +39,12 @@ from nybble.files.places import (
     no_empty_folders,
     replacing,
 )
+from nybble.files.writing import write_text
 from nybble.model.base.checkpoint import find_checkpoint, fingerprint
 from nybble.preflight.data_check import check
 from nybble.preflight.doctor import space
-from nybble.run.folder import create_run, open_run, refuse_existing, write_text
+from nybble.run.folder import create_run, open_run, refuse_existing
+from nybble.run.start import start_record
 from nybble.training.train import resume, train
 from tests.training.test_train import recipe_for
 
@@ -427,7 +429,7 @@ def test_folders_are_there_whole_or_not_at_all(tmp_path):
             raise KeyboardInterrupt
 
     def overtaken() -> None:
-        with create_run(tmp_path / "run", open_recipe(), {}) as beginning:
+        with create_run(tmp_path / "run", open_recipe(), start_record(open_recipe(), "0", "0", None)) as beginning:
             assert (beginning / "recipe.yaml").exists()
             (tmp_path / "run").mkdir()
             (tmp_path / "run" / "recipe.yaml").touch()

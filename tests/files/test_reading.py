@@ -7,7 +7,7 @@ import os
 import pytest
 
 from nybble.errors import ModelError, NybbleError, RunError
-from nybble.files.reading import LARGEST, Shape, read_lines, read_object, read_text
+from nybble.files.reading import LARGEST, Shape, read_lines, read_object, read_shape, read_text
 
 
 class Line(Shape):
@@ -49,7 +49,7 @@ def test_a_damaged_object_is_one_sentence_with_its_place(name, tmp_path):
     file = tmp_path / "x.json"
     file.write_bytes(content)
     with pytest.raises(RunError) as caught:
-        read_object(file, RunError, "copy it", Line)
+        read_shape(file, Line, RunError, "copy it")
     print(caught.value)
     assert what in caught.value.what
     assert not caught.value.what.endswith((" at", " starting"))  # Python's, before a place
@@ -85,15 +85,16 @@ def test_what_is_no_file_is_refused_and_nothing_waits_for_it(tmp_path):
 def test_what_is_whole_is_read_as_it_stands(tmp_path):
     file = tmp_path / "x.json"
     file.write_text('{"step": 1, "loss": 2, "more": {"a": NaN}}')
-    assert read_object(file, shape=Line)["more"].keys() == {"a"}
+    assert read_object(file)["more"].keys() == {"a"}
+    assert read_shape(file, Line, RunError, "copy it") == Line(step=1, loss=2.0)
 
 
 def test_lines_are_read_one_by_one_and_a_damaged_one_is_an_error_among_them(tmp_path):
     file = tmp_path / "x.jsonl"
-    assert list(read_lines(file, RunError, Line)) == []
+    assert list(read_lines(file, Line, RunError)) == []
     file.write_bytes(b'{"step": 1}\n\n{"step"\n[]\n{"loss": 1}\n{"step": 2, "loss": 0.5}\n{"step": "\xff"}\n{"st')
-    found = list(read_lines(file, RunError, Line))
-    assert [line for line in found if isinstance(line, dict)] == [{"step": 1}, {"step": 2, "loss": 0.5}]
+    found = list(read_lines(file, Line, RunError))
+    assert [line for line in found if isinstance(line, Line)] == [Line(step=1), Line(step=2, loss=0.5)]
     faults = [fault for fault in found if isinstance(fault, NybbleError)]
     print(*faults, sep="\n")
     assert [fault.where for fault in faults] == [f"{file}:{line}" for line in (3, 4, 5, 7, 8)]

@@ -680,7 +680,7 @@ def test_a_damaged_adapter_is_a_message(tiny_llama, cache, tmp_path, name, conte
 
 def test_an_adapter_that_names_its_base_wrongly_opens_on_one_that_is_given(tiny_llama, tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": 3}')
-    with pytest.raises(ModelError, match="base_model_name_or_path is no text") as caught:
+    with pytest.raises(ModelError, match="base_model_name_or_path is not text") as caught:
         open_run(tmp_path)
     assert caught.value.fix == "--base FOLDER names the base"
     assert open_run(tmp_path, str(tiny_llama)).recipe.model.path == str(tiny_llama)
@@ -693,7 +693,7 @@ def test_an_adapter_that_names_its_base_wrongly_opens_on_one_that_is_given(tiny_
         (b"{", "adapter_config.json is not valid JSON"),
         (b'{"a": "\xe9"}', "adapter_config.json is not UTF-8: byte 0xe9"),
         (b"[]", "adapter_config.json is not an object"),
-        (b'{"base_model_name_or_path": 3}', "base_model_name_or_path is no text"),
+        (b'{"base_model_name_or_path": 3}', "base_model_name_or_path is not text"),
     ],
 )
 def test_an_adapter_whose_configuration_is_damaged_is_named_wherever_it_is_opened(tmp_path, content, message):

@@ -25,8 +25,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nybble.recipe import absolute_paths, load_recipe
-from nybble.run.folder import Run, open_run, versions
+from nybble.run.folder import Run, open_run
 from nybble.run.marks import COMPLETE
+from nybble.run.versions import versions
 from nybble.serve.loading import load_pipeline
 from nybble.training.train import train
 from tests.conftest import ROOT

@@ -96,7 +96,7 @@ def test_the_step_is_done_and_saved_and_the_run_goes_on_as_if_nothing_had_happen
     assert f"checkpoint-{step} is complete; resume with: nybble train --resume {tmp_path / 'run'}" in told
     run = open_run(tmp_path / "run")
     assert run.latest_checkpoint().name == f"checkpoint-{step}"
-    assert [line["step"] for line in read_metrics(run) if "loss" in line][-1] == step
+    assert [line.step for line in read_metrics(run) if line.loss is not None][-1] == step
     resume(run.folder, console=quiet, cache=cache)
     assert read_metrics_but_time(run) == read_metrics_but_time(whole)
     adapters = [load_file(folder / "adapter_model.safetensors") for folder in (run.adapter, whole.adapter)]
@@ -168,7 +168,7 @@ def test_two_processes_stop_after_the_same_step(number, tiny_llama, rows, tmp_pa
     step = int(open_run(out).latest_checkpoint().name.rpartition("-")[2])
     assert 0 < step < 100
     lines = read_metrics(open_run(out))
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, step + 1))
+    assert [line.step for line in lines if line.loss is not None] == list(range(1, step + 1))
     written = read_mark(open_run(out).latest_checkpoint())["files"]
     assert {name for name in written if name.startswith("rng_state")} == {"rng_state_0.pth", "rng_state_1.pth"}
     second = started("--resume", out)

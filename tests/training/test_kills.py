@@ -108,7 +108,7 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
 
 def held_against(whole: pathlib.Path, run: pathlib.Path, *, exact: bool) -> None:
     """Equal to the last bit; of two processes to the last digit, for gradients are added in either order."""
-    lines = [[without_time(line) for line in read_metrics(open_run(folder))] for folder in (run, whole)]
+    lines = [[without_time(line.as_json()) for line in read_metrics(open_run(folder))] for folder in (run, whole)]
     adapters = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, whole)]
     assert adapters[0].keys() == adapters[1].keys()
     if exact:

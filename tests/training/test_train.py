@@ -63,7 +63,7 @@ def recipe_for(model, data, out, *words: str) -> Recipe:
 
 
 def losses(run: Run) -> list[float]:
-    return [line["loss"] for line in read_metrics(run) if "loss" in line]
+    return [line.loss for line in read_metrics(run) if line.loss is not None]
 
 
 def adapter_of(run: Run) -> dict[str, torch.Tensor]:
@@ -94,7 +94,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert summary["tokens_per_second"] > 0
     assert summary["peak_memory_gb"] > 0.1
     assert len(losses(finished)) == 12
-    assert [line["step"] for line in read_metrics(finished) if "eval_loss" in line] == [0, 4, 8, 12]
+    assert [line.step for line in read_metrics(finished) if line.eval_loss is not None] == [0, 4, 8, 12]
     answers = [json.loads(line) for line in (finished.folder / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in answers] == [4, 8, 12], "on a CPU none before the first step"
     assert answers[0]["prompt"].endswith("### Response:\n")
@@ -116,7 +116,7 @@ def test_the_adapter_loads_with_plain_peft(finished, tiny_llama):
 def test_the_best_adapter_is_kept_and_every_checkpoint_is_whole(finished):
     checkpoints = sorted(path.name for path in finished.checkpoints.iterdir())
     assert all((finished.checkpoints / name / "COMPLETE").exists() for name in checkpoints)
-    evaluations = {line["step"]: line["eval_loss"] for line in read_metrics(finished) if line.get("eval_loss")}
+    evaluations = {line.step: line.eval_loss for line in read_metrics(finished) if line.eval_loss}
     best = min((step for step in evaluations if step), key=evaluations.__getitem__)
     kept = load_file(finished.checkpoints / f"checkpoint-{best}" / "adapter_model.safetensors")
     assert all(torch.equal(kept[name], tensor) for name, tensor in adapter_of(finished).items())
@@ -351,7 +351,7 @@ def full_disk(*_: object) -> None:
 
 
 def read_metrics_but_time(run: Run) -> list[dict]:
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in read_metrics(run)]
+    return [line.model_dump(exclude_unset=True, exclude={"seconds"}) for line in read_metrics(run)]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_gone_on_from(
@@ -493,7 +493,7 @@ def test_a_warm_up_that_would_be_the_whole_run_is_shortened(words, notice, tiny_
     print(console.file.getvalue())
     assert notice in console.file.getvalue()
     assert all(tensor.any() for name, tensor in adapter_of(run).items() if "lora_B" in name)
-    assert next(line["learning_rate"] for line in read_metrics(run) if "loss" in line) == pytest.approx(2e-4)
+    assert next(line.learning_rate for line in read_metrics(run) if line.loss is not None) == pytest.approx(2e-4)
 
 
 @pytest.mark.parametrize(
@@ -563,13 +563,11 @@ def test_a_resumed_run_counts_all_its_legs(tiny_llama, rows, cache, tmp_path, qu
     mark.write_text(json.dumps({"seconds": 1000.0, "peak_memory": 77_000_000_000}))  # of a leg on a larger machine
     resume(cut.folder, console=quiet, cache=cache)
     summaries = [json.loads((run.folder / "summary.json").read_text()) for run in (cut, whole)]
-    assert (
-        summaries[0]["tokens"] == summaries[1]["tokens"] == sum(line.get("tokens", 0) for line in read_metrics(whole))
-    )
+    assert summaries[0]["tokens"] == summaries[1]["tokens"] == sum(line.tokens or 0 for line in read_metrics(whole))
     assert summaries[0]["train_loss"] == summaries[1]["train_loss"]
     assert 1000 < summaries[0]["seconds"] < 1000 + 300
     assert summaries[0]["peak_memory_gb"] == 77.0
-    steps = sum(line.get("seconds", 0) for line in read_metrics(cut))
+    steps = sum(line.seconds or 0 for line in read_metrics(cut))
     assert summaries[0]["tokens_per_second"] == pytest.approx(summaries[0]["tokens"] / steps, abs=0.1)
     assert "| speed in training |" in (cut.folder / "README.md").read_text()
 
@@ -580,7 +578,7 @@ def test_the_loss_that_is_told_is_that_of_the_adapter_that_is_kept(tiny_llama, r
         recipe = recipe_for(tiny_llama, rows, tmp_path / keep, *words, f"train.keep_best={keep}")
         run = train(recipe, console=quiet, cache=cache)
         summary = json.loads((run.folder / "summary.json").read_text())
-        told = {line["step"]: line["eval_loss"] for line in read_metrics(run) if "eval_loss" in line}
+        told = {line.step: line.eval_loss for line in read_metrics(run) if line.eval_loss is not None}
         assert summary["validation_loss"]["kept"] == told[summary["kept_step"]]
         assert (summary["kept_step"] == 6) == (keep == "false" or told[6] == min(told[2], told[4], told[6]))
 
@@ -606,7 +604,7 @@ def test_the_gradients_norm_is_the_same_however_the_optimiser_holds_them(tiny_ll
     for optimizer in ("adamw", "adamw_8bit"):
         words = ["train.max_steps=3", f"train.optimizer={optimizer}", "train.max_grad_norm=0.1", "train.warmup=0"]
         run = train(recipe_for(tiny_llama, rows, tmp_path / optimizer, *words), console=quiet, cache=cache)
-        norms[optimizer] = [line["grad_norm"] for line in read_metrics(run) if "grad_norm" in line]
+        norms[optimizer] = [line.grad_norm for line in read_metrics(run) if line.grad_norm is not None]
     assert norms["adamw"][0] == pytest.approx(norms["adamw_8bit"][0], rel=1e-5)
     assert norms["adamw"] == pytest.approx(norms["adamw_8bit"], rel=0.05)  # 8-bit steps end elsewhere, but not far away
 

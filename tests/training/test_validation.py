@@ -71,7 +71,7 @@ def test_rows_share_a_batch_as_far_as_training_s_tokens_go(
         words += [f"train.micro_batch={micro_batch}", "train.max_steps=1", f"out={tmp_path / str(length)}"]
         words += [f"engine.fused={fused}", "train.samples=0"]
         run = train(load_recipe(None, words), console=quiet, cache=cache)
-        losses.append(next(line["eval_loss"] for line in read_metrics(run) if "eval_loss" in line))
+        losses.append(next(line.eval_loss for line in read_metrics(run) if line.eval_loss is not None))
     alone, together = seen[0], seen[-1]
     assert alone == [1] * 20
     assert together == [10, 10]

@@ -21,7 +21,8 @@ from nybble.model.base.checkpoint import find_base, fingerprint
 from nybble.model.base.load import load_base
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer, read_tokenizer
-from nybble.run.folder import Run, check_beginning, open_run, refuse_unfinished
+from nybble.run.folder import Run, open_run, refuse_unfinished
+from nybble.run.identity import check_beginning
 from nybble.weights.on_cpu import dequantise_where_room
 
 logger = logging.getLogger(__name__)

@@ -47,7 +47,7 @@ def make_converter() -> Converter:
 def make_preflight(targets: Sequence[str]) -> Preflight:
     """What checks before training that export.to can work."""
     converter = make_converter() if "gguf" in targets else None
-    from nybble.export.formats import QUANTS
+    from nybble.export.gguf.quants import QUANTS
     from nybble.export.precheck import Preflight
 
     return Preflight(targets, QUANTS, converter)

@@ -99,15 +99,15 @@ def evaluate(
     read_texts(text or ())  # what is wrong with one is said before torch is loaded
     quiet()
     harness = make_harness(names, data_dir, limit or None) if names else None
-    from nybble.evaluate.evaluation import Asked
+    from nybble.evaluate.console import tell_results
+    from nybble.evaluate.evaluation import Measures
     from nybble.evaluate.evaluation import evaluate as measure
     from nybble.evaluate.rows import with_rows
-    from nybble.evaluate.tell import tell_results
     from nybble.training.trackers import log_evaluation
 
     console = Console()
     opened = with_rows(opened, data) if data else opened
-    results = measure(opened, Asked(names, text or (), answers), harness, console, cache)
+    results = measure(opened, Measures(names, text or (), answers), harness, console, cache)
     tell_results(results, opened.folder, console)
     if notice := log_evaluation(opened.recipe.tracker, opened.folder, results):
         tell(console, Text(notice, "dim"), hang=2)

@@ -19,11 +19,13 @@ from nybble.chat.answerer import Answerer, Sampling
 from nybble.chat.loading import load_answerer
 from nybble.demo.embedded import embedded_model
 from nybble.demo.orders import SYSTEM, Order, asked, exact_match, test_orders, train_orders
-from nybble.evaluate.evaluation import Asked, evaluate
+from nybble.evaluate.evaluation import Measures, evaluate
 from nybble.files import cache as kept
 from nybble.files.places import check_places, default_cache
+from nybble.files.writing import write_text
 from nybble.recipe import load_recipe
-from nybble.run.folder import Run, refuse_existing, write_text
+from nybble.run.evaluation import SampleEntry, SkillEntry
+from nybble.run.folder import Run, refuse_existing
 from nybble.run.log import read_metrics
 from nybble.terminal import tell
 from nybble.training.train import train
@@ -71,9 +73,8 @@ def run_demo(seed: int, folder: pathlib.Path, console: Console, cache: pathlib.P
     shots, learnt = orders[:SHOTS], orders[SHOTS:]
     console.rule("1  train: orders in plain English to JSON")
     run = _train(base, learnt, seed, folder, console, cache)
-    console.print(
-        f"loss      {_sparkline([line['loss'] for line in read_metrics(run) if 'loss' in line])}  {run.folder}/loss.png"
-    )
+    losses = [line.loss for line in read_metrics(run) if isinstance(line.loss, float)]
+    console.print(f"loss      {_sparkline(losses)}  {run.folder}/loss.png")
     console.rule(f"2  test: {TESTS} orders whose sentences, names and goods it has never seen")
     answerer = load_answerer(run, cache, dequantise=True)
     scores = _scores(answerer, shots, tests, console)
@@ -93,12 +94,12 @@ def _report(
     """Skill, held-out loss and answers in RUN/report.html."""
     base, tuned = scores[0], scores[-1]
     samples = [
-        {"prompt": f"{SYSTEM}\n\n{order.text}", "expected": order.answer, "base": before, "tuned": after}
+        SampleEntry(prompt=f"{SYSTEM}\n\n{order.text}", expected=order.answer, base=before, tuned=after)
         for order, before, after in zip(tests[:SHOWN], base.answers, tuned.answers, strict=False)
     ]
-    skill = {"what": "orders in plain English as JSON, exactly right"}
-    skill |= {score.name: f"{score.right} of {len(score.answers)}" for score in scores}
-    evaluate(run, Asked(skill=skill, samples=samples), None, console, cache, answerer)
+    ways = {score.name: f"{score.right} of {len(score.answers)}" for score in scores}
+    skill = SkillEntry(what="orders in plain English as JSON, exactly right", ways=ways)
+    evaluate(run, Measures(skill=skill, samples=samples), None, console, cache, answerer)
     console.print(f"report    {run.folder}/report.html")
 
 

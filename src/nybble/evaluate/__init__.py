@@ -1,1 +1,1 @@
-"""Did it get better, at what, at what price."""
+"""Base against tuned: what improved, and what got worse."""

@@ -1,4 +1,4 @@
-"""Which benchmark items stand in the training rows, by their 13-grams (Brown et al. 2020, appendix C)."""
+"""Which benchmark items the training rows contain, by their 13-grams (Brown et al. 2020, appendix C)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WORD = re.compile(r"[^\W_]+")
 GRAM = 13
 SHORTEST = 8
 BATCH = 2**18  # words looked up at once: some 10 MB
-UNKNOWN = 0  # a word that no item has, or the border between two texts
+UNKNOWN = 0  # a word that no item has, or the end of a text
 FACTOR = 0x9E3779B97F4A7C15
 
 Whole = numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.int64]]
@@ -24,25 +24,25 @@ class _Grams:
     """All items' grams of one length."""
 
     hashes: Hashes  # sorted, each once
-    owners: Whole  # an item a gram
-    places: Whole  # where in `hashes` each owner's gram stands
-    met: numpy.ndarray  # which of `hashes` the training rows hold
+    owners: Whole  # the item of each gram
+    indices: Whole  # of each gram in `hashes`
+    seen: numpy.ndarray  # which of `hashes` the training rows contain
 
 
 def flag(training: Iterable[str], items: Mapping[str, Sequence[str]]) -> dict[str, list[bool]]:
     """Which items share 13 words in a row with a training row; words are lower-cased runs of letters and digits.
 
-    An item of 8 to 12 words is flagged where a row holds all of it. GPT-3 went down to 8 words too: below, a match is more
+    An item of 8 to 12 words is flagged where a row contains all of it. GPT-3 went down to 8 words too: below, a match is more
     often a phrase that anyone writes ("How do you make a paper plane?") than a copy, so shorter items are never flagged.
     Give an item as the question followed by its right answer: of piqa's goals alone 56% have less than 8 words; and
     winogrande's sentence with its blank filled, since a row that gives the sentence away has it filled.
 
     Args:
         training: the rows as text, read once; only the items are held in memory.
-        items: for each task a text an item.
+        items: for each task, one text per item.
 
     Returns:
-        For each task, a flag an item.
+        For each task, one flag per item.
     """
     vocabulary: dict[str, int] = {}
     texts = [
@@ -56,7 +56,7 @@ def flag(training: Iterable[str], items: Mapping[str, Sequence[str]]) -> dict[st
             _mark(index[length], hashes)
     flagged = numpy.zeros(len(texts), dtype=bool)
     for grams in index.values():
-        flagged[grams.owners[grams.met[grams.places]]] = True
+        flagged[grams.owners[grams.seen[grams.indices]]] = True
     ends = numpy.cumsum([len(task) for task in items.values()])[:-1]
     return {name: part.tolist() for name, part in zip(items, numpy.split(flagged, ends), strict=True)} if items else {}
 
@@ -72,14 +72,14 @@ def _index(texts: Sequence[Sequence[int]]) -> dict[int, _Grams]:
     ids = numpy.array([word for ids in texts for word in (*ids, UNKNOWN)], dtype=numpy.int64)
     index = {}
     for length, starts, hashes in _windows(ids, set(lengths.tolist()) - {0}):
-        own = lengths[owners[starts]] == length
-        found, places = numpy.unique(hashes[own], return_inverse=True)
-        index[length] = _Grams(found, owners[starts[own]], places, numpy.zeros(len(found), dtype=bool))
+        used = lengths[owners[starts]] == length
+        distinct, indices = numpy.unique(hashes[used], return_inverse=True)
+        index[length] = _Grams(distinct, owners[starts[used]], indices, numpy.zeros(len(distinct), dtype=bool))
     return index
 
 
 def _batches(training: Iterable[str], vocabulary: Mapping[str, int]) -> Iterator[Whole]:
-    """The rows' words as ids, UNKNOWN behind each row."""
+    """The rows' words as ids, UNKNOWN after each row."""
     ids: list[int] = []
     for text in training:
         ids += [vocabulary.get(word, UNKNOWN) for word in words(text)]
@@ -119,6 +119,6 @@ def _mixed(ids: Hashes) -> Hashes:
 
 
 def _mark(grams: _Grams, hashes: Hashes) -> None:
-    places = numpy.searchsorted(grams.hashes, hashes)
-    places[places == len(grams.hashes)] = 0
-    grams.met[places[grams.hashes[places] == hashes]] = True
+    indices = numpy.searchsorted(grams.hashes, hashes)
+    indices[indices == len(grams.hashes)] = 0
+    grams.seen[indices[grams.hashes[indices] == hashes]] = True

@@ -1,4 +1,4 @@
-"""Benchmarks while training goes on: one point of each curve at an evaluation."""
+"""Benchmarks during training: one point of each curve per evaluation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TaskScores:
         """Mean score by task."""
         self.model.eval()
         device = self.model.device.type
-        found = {}
+        means = {}
         for name in self.tasks:
             with (
                 dequantised_meanwhile(self.model),
@@ -35,5 +35,5 @@ class TaskScores:
                 torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32),
             ):
                 scored = self.benchmarks.score(benchmark, self.model, self.tokenizer, lambda _: None)
-            found[name] = sum(scored.values) / len(scored.values)
-        return found
+            means[name] = sum(scored.values) / len(scored.values)
+        return means

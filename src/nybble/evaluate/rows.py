@@ -18,48 +18,48 @@ from nybble.recipe import absolute_paths
 from nybble.run.folder import Run
 
 
-def with_rows(run: Run, places: Sequence[str]) -> Run:
-    """The run with its rows somewhere else.
+def with_rows(run: Run, paths: Sequence[str]) -> Run:
+    """The run with its rows in another location.
 
     Args:
         run: the run.
-        places: of its sources in their order, and then of its validation file where it has one.
+        paths: of its sources in their order, then of its validation file if it has one.
 
     Raises:
-        RecipeError: more or fewer places than the run has.
-        DataError: a place is not there.
+        RecipeError: there are more or fewer than the run has.
+        DataError: one does not exist.
     """
     data = run.recipe.data
     if run.is_bare_adapter:
         raise RecipeError(f"--data: {run.folder} is an adapter without a run", fix="omit --data")
     files = [*data.names, *([data.validation] if isinstance(data.validation, str) else [])]
-    if len(places) not in (len(data.names), len(files)):
+    if len(paths) not in (len(data.names), len(files)):
         raise RecipeError(
-            f"--data was given {len(places)} times, but {run.folder} has its rows from {', '.join(files)}",
+            f"--data was given {len(paths)} times, but {run.folder} has its rows from {', '.join(files)}",
             fix=f"nybble eval {run.folder}{' --data FILE' * len(files)}, in that order",
         )
-    moved: dict[str, Any] = {"path": places[0]}
+    moved: dict[str, Any] = {"path": paths[0]}
     if isinstance(data.path, list):
-        moved["path"] = list(places[: len(data.names)])
+        moved["path"] = list(paths[: len(data.names)])
     elif isinstance(data.path, dict):
-        moved["path"] = dict(zip(places, data.path.values(), strict=False))
-    if len(places) > len(data.names):
-        moved["validation"] = places[-1]
+        moved["path"] = dict(zip(paths, data.path.values(), strict=False))
+    if len(paths) > len(data.names):
+        moved["validation"] = paths[-1]
     recipe = run.recipe.model_copy(update={"data": data.model_copy(update=moved)})
     sources_of(recipe.data)
-    for name in places[len(data.names) :]:
+    for name in paths[len(data.names) :]:
         find_sources(name)
     return replace(run, recipe=absolute_paths(recipe))
 
 
 def rows_of(run: Run, tokenizer: PreTrainedTokenizerBase, cache: pathlib.Path) -> tuple[Prepared | None, str]:
-    """The run's data read again, or None and why it cannot be had."""
+    """The run's data read again, or None and why it cannot be read."""
     try:
         template = read_template(tokenizer, run.folder / "template.json")
         prepared = prepare(run.recipe.data, tokenizer, run.recipe.train.seed, cache, template=template)
     except DataError as error:
-        place = f" ({error.where})" if error.where else ""
-        return None, f"the run's data cannot be read: {error.what}{place}"
-    if prepared.fingerprint != run.start()["data"]:
+        where = f" ({error.where})" if error.where else ""
+        return None, f"the run's data cannot be read: {error.what}{where}"
+    if prepared.fingerprint != run.start().data:
         return None, "the data changed since the run was trained"
     return prepared, ""

@@ -1,4 +1,4 @@
-"""What a benchmark gives, item by item, and where it is kept between evaluations."""
+"""Benchmarks and their scores, item by item, and the cache that keeps scores between evaluations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class MissingRowsError(EvaluationError):
-    """A benchmark whose rows are not in the folder: the evaluation goes on without it, and says so."""
+    """The folder has no rows of a benchmark: the evaluation leaves it out, and says so."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,34 @@ class Scored:
     """What each item says, for the search of the training rows."""
 
 
+@dataclass(frozen=True)
+class Benchmark:
+    """A task or a group of tasks, ready to be run."""
+
+    name: str
+    tasks: dict[str, Any]
+    """lm-eval's tasks by name."""
+    rows: dict[str, list[int]]
+    """Which items of each."""
+    of: int
+    """How many items there are in all."""
+    data: str
+    """Where they came from."""
+    digest: str
+    """Of the items that are asked: equal means equal items."""
+
+
 class Benchmarks(Protocol):
-    """What runs benchmarks (`nybble.evaluate.harness.Harness`; lm-eval is optional, so nobody here imports it)."""
+    """What runs benchmarks: `nybble.evaluate.harness.Harness`. lm-eval is optional, so only the harness imports it."""
 
     version: str
     limit: int | None
 
-    def benchmark(self, name: str) -> AbstractContextManager[Any]:
+    def benchmark(self, name: str) -> AbstractContextManager[Benchmark]:
         """A benchmark with its rows read."""
         ...
 
-    def score(self, benchmark: Any, model: Any, tokenizer: Any, show: Callable[[float], None]) -> Scored:
+    def score(self, benchmark: Benchmark, model: Any, tokenizer: Any, show: Callable[[float], None]) -> Scored:
         """A model's score on every item."""
         ...
 
@@ -65,7 +82,7 @@ class Store:
     folder: pathlib.Path
 
     def scored(self, facts: dict[str, Any], compute: Callable[[], Scored]) -> tuple[Scored, bool]:
-        """Kept scores or new ones, which are then kept; and whether they were there. Damaged ones are computed again."""
+        """Scores from the cache, or else new ones, which are cached; and whether they were there. Damaged ones are replaced."""
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         file = self.folder / f"{key}.json"
         try:

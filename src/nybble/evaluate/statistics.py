@@ -5,9 +5,9 @@ are drawn with replacement, and each draw's difference is divided by that draw's
 skewed scores widen the interval as they should; percentile intervals are too narrow there. Two bounds keep it honest where a
 bootstrap knows too little:
 
-- It never says less than Student's t does: draws from a handful of items are too alike.
-- p is at least 2^(1-k), k the items (clusters) that differ at all: no test that trusts signs alone can say less. Fewer than
-  six show nothing.
+- It is never narrower than Student's t: draws from a handful of items are too alike.
+- p is at least 2^(1-k), where k items (clusters) differ at all: no test by signs alone can give less. Fewer than six show
+  nothing.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ LEVEL = 0.05
 NORMAL = NormalDist().inv_cdf(1 - LEVEL / 2)
 POWER = NormalDist().inv_cdf(0.8)
 LEAST = 6  # units that differ: the first k with 2^(1-k) under LEVEL
-LEAST_EXPECTED = 7.91  # so many must be expected that LEAST are met 4 times in 5 (Poisson)
+LEAST_EXPECTED = 7.91  # so many must be expected for at least LEAST in 4 of 5 samples (Poisson)
 BLOCK = 2**18  # numbers drawn at once: 2 MB, which stay in a core's cache
-DEAR = 8  # to draw how often a kind of item comes costs as much as to draw so many items
+DRAW_COST = 8  # drawing how often one kind of item occurs costs as much as drawing so many items
 
 Floats = numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.float64]]
 Verdict = Literal["better", "worse", "no difference shown"]
@@ -42,7 +42,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedComparison:
     """Base against tuned on the same items.
 
     Args:
@@ -51,7 +51,7 @@ class Comparison:
         detectable: the smallest true difference that this many items show with 80% power at the 5% level: from the difference
             to the farther end of its interval, + 0.84 standard errors of the paired differences. That is 2.8 standard errors
             where there are many (Miller 2024, Adding Error Bars to Evals). For scores of 0 and 1 at least 7.91 / items: six
-            items that differ are needed, and six are met in 4 of 5 samples where 7.91 are expected. inf where nothing can
+            items that differ are needed, and 4 of 5 samples have six where 7.91 are expected. inf where nothing can
             be shown: fewer than six items (clusters), or all differences equal.
     """
 
@@ -95,7 +95,7 @@ def compare(
     over: Literal["items", "clusters"] = "items",
     draws: int = 10_000,
     seed: int = 0,
-) -> Comparison:
+) -> PairedComparison:
     """Whether `tuned` differs from `base` on the same items, by the paired bootstrap-t.
 
     Means of 0 and 1 get Wilson's interval, with clusters at the number of independent items that has their standard error;
@@ -103,38 +103,38 @@ def compare(
     2005): where no item, or one, differs there would be no spread to measure by.
 
     Args:
-        base: a score an item, shape (items,).
+        base: one score per item, shape (items,).
         tuned: likewise.
-        clusters: a label an item, such as MMLU's subject: whole clusters are drawn (Miller 2024).
+        clusters: one label per item, such as MMLU's subject: whole clusters are drawn (Miller 2024).
         over: the mean over items, or the mean of the clusters' means.
         draws: bootstrap resamples.
         seed: the same draws every time.
     """
     base, tuned = numpy.asarray(base, dtype=numpy.float64), numpy.asarray(tuned, dtype=numpy.float64)
-    assert base.shape == tuned.shape == (base.size,), "a score an item, of both models"
+    assert base.shape == tuned.shape == (base.size,), "one score per item, of both models"
     assert base.size, "no scores"
-    assert numpy.isfinite([base, tuned]).all(), "a score that is no number"
-    assert clusters is None or len(clusters) == len(base), "a label an item"
+    assert numpy.isfinite([base, tuned]).all(), "a score is not a number"
+    assert clusters is None or len(clusters) == len(base), "one label per item"
     assert over == "items" or clusters is not None, "a mean over clusters without clusters"
     units = _units(base, tuned, clusters, over)
     means = [_mean(sums, units.sizes) for sums in (units.base, units.tuned, units.tuned - units.base)]
     steps = [0.0, 0.0, units.step]
-    asked = means[2:] if units.binary else means
-    ts = _resampled(asked, steps[-len(asked) :], units.sizes, draws, numpy.random.default_rng(seed))
+    resampled = means[2:] if units.binary else means
+    ts = _resampled(resampled, steps[-len(resampled) :], units.sizes, draws, numpy.random.default_rng(seed))
     if units.binary:
         first, second = (Estimate(m.mean, m.stderr(units), _wilson(m, units, clusters is not None)) for m in means[:2])
     else:
         first, second = (_bootstrapped(m, units, 0.0, t)[0] for m, t in zip(means[:2], ts[:2], strict=True))
     difference, p, detectable = _tested(means[2], units, ts[-1])
-    return Comparison(first, second, difference, p, detectable)
+    return PairedComparison(first, second, difference, p, detectable)
 
 
 def holm(p: Sequence[float]) -> list[float]:
     """Holm's (1979) adjusted p-values: among all tasks together a false claim is as rare as in one."""
     adjusted, largest = [0.0] * len(p), 0.0
-    for rank, place in enumerate(sorted(range(len(p)), key=p.__getitem__)):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[place]))
-        adjusted[place] = largest
+    for rank, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[index]))
+        adjusted[index] = largest
     return adjusted
 
 
@@ -151,9 +151,9 @@ def _units(
     binary = bool(numpy.isin(base, (0, 1)).all() and numpy.isin(tuned, (0, 1)).all())
     if clusters is None:
         return _Units(numpy.ones(len(base)), base, tuned, len(base), binary, float(binary))
-    _, places = numpy.unique(numpy.asarray(clusters), return_inverse=True)
-    sizes = numpy.bincount(places).astype(numpy.float64)
-    sums = [numpy.bincount(places, weights=scores).astype(numpy.float64) for scores in (base, tuned)]
+    _, members = numpy.unique(numpy.asarray(clusters), return_inverse=True)
+    sizes = numpy.bincount(members).astype(numpy.float64)
+    sums = [numpy.bincount(members, weights=scores).astype(numpy.float64) for scores in (base, tuned)]
     if over == "items":
         return _Units(sizes, sums[0], sums[1], len(base), binary, float(binary))
     step = float(binary) * float((sizes**-2.0).mean())
@@ -181,7 +181,7 @@ def _resampled(
         columns += [mean.residuals, mean.residuals * sizes, mean.residuals**2]
     sums = numpy.concatenate(list(_sums(numpy.stack(columns, axis=1), draws, rng)))
     size, size_squares = sums[:, 0], sums[:, 1]
-    found = []
+    ts = []
     for n, (mean, step) in enumerate(zip(means, steps, strict=True)):
         off, cross, squares = sums[:, 2 + 3 * n : 5 + 3 * n].T
         shift = off / size
@@ -190,15 +190,15 @@ def _resampled(
         with numpy.errstate(divide="ignore", invalid="ignore"):
             t = off / numpy.sqrt(numpy.where(spread > 1e-12 * mean.squares, spread, 0.0) * (count / max(count - 1, 1)))
         # A draw of equal scores (0 / 0 where they are all equal anyway) has no spread: infinitely far off.
-        found.append(numpy.sort(numpy.where(off == 0, 0.0, t)))
-    return found
+        ts.append(numpy.sort(numpy.where(off == 0, 0.0, t)))
+    return ts
 
 
 def _sums(columns: Floats, draws: int, rng: numpy.random.Generator) -> Iterator[Floats]:
-    """The columns' sums over units drawn with replacement, a row a draw."""
+    """The columns' sums over units drawn with replacement, one row per draw."""
     count = len(columns)
     kinds, often = numpy.unique(columns, axis=0, return_counts=True)
-    if DEAR * len(kinds) <= count:
+    if DRAW_COST * len(kinds) <= count:
         yield rng.multinomial(count, often / count, size=draws) @ kinds
         return
     rows = max(1, BLOCK // count)
@@ -216,9 +216,9 @@ def _bootstrapped(mean: _Mean, units: _Units, step: float, t: Floats) -> tuple[E
     if math.isinf(error):
         return Estimate(mean.mean, error, (-math.inf, math.inf)), math.inf
     least = _student(len(units.sizes) - 1)
-    place = math.ceil((1 - LEVEL / 2) * (len(t) + 1)) - 1
-    assert place < len(t), "too few draws for an interval"
-    below, above = max(float(t[place]), least), max(float(-t[-1 - place]), least)
+    index = math.ceil((1 - LEVEL / 2) * (len(t) + 1)) - 1
+    assert index < len(t), "too few draws for an interval"
+    below, above = max(float(t[index]), least), max(float(-t[-1 - index]), least)
     if error == 0:
         return Estimate(mean.mean, 0.0, (mean.mean, mean.mean)), 0.0
     interval = (mean.mean - below * error, mean.mean + above * error)
@@ -250,8 +250,8 @@ def _tested(mean: _Mean, units: _Units, t: Floats) -> tuple[Estimate, float, flo
 
 def _student(freedom: int) -> float:
     """Student's t at LEVEL, two-sided, by the approximation of `_student_p`; with less than 5 degrees it is too wide."""
-    room = (1 - 1 / (4 * freedom)) ** 2 - NORMAL**2 / (2 * freedom)
-    return NORMAL / math.sqrt(room) if room > 0 else math.inf
+    square = (1 - 1 / (4 * freedom)) ** 2 - NORMAL**2 / (2 * freedom)
+    return NORMAL / math.sqrt(square) if square > 0 else math.inf
 
 
 def _student_p(t: float, freedom: int) -> float:

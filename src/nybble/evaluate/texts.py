@@ -1,4 +1,4 @@
-"""Texts whose perplexity is asked for, read before anything large is loaded for them."""
+"""Texts whose perplexity is wanted, read before anything large is loaded."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from dataclasses import dataclass
 from nybble.data.rows.readers import MB, TooLargeError, document, refuse_stranger
 from nybble.errors import DataError, EvaluationError
 
-LONGEST = 256 * MB  # characters: a text is held whole
+LONGEST = 256 * MB  # characters: a text is in memory as a whole
 
 
 @dataclass(frozen=True)
-class Text:
-    """One document, and the file it stands in."""
+class TextFile:
+    """A document and its file."""
 
     file: pathlib.Path
     text: str
 
 
-def read_texts(files: Sequence[pathlib.Path]) -> list[Text]:
+def read_texts(files: Sequence[pathlib.Path]) -> list[TextFile]:
     """Read all of them.
 
     Raises:
-        EvaluationError: one is missing, empty, a folder, or no UTF-8 text.
+        EvaluationError: one is missing, empty, a folder, or not UTF-8 text.
     """
     return [_read(file) for file in files]
 
 
-def _read(file: pathlib.Path) -> Text:
+def _read(file: pathlib.Path) -> TextFile:
     if file.is_dir():
         raise EvaluationError(f"{file} is a folder, not a text", fix=f"--text {file}/FILE.txt, once for each text")
     if not file.exists():
@@ -47,4 +47,4 @@ def _read(file: pathlib.Path) -> Text:
         raise EvaluationError(f"the text cannot be read: {error.strerror}", where=str(file)) from error
     if not text.strip():
         raise EvaluationError(f"the text {file} is empty", fix="give --text a file with text in it")
-    return Text(file, text)
+    return TextFile(file, text)

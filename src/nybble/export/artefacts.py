@@ -15,9 +15,10 @@ from nybble.export.gguf.modelfile import write_modelfile
 from nybble.export.licence import Licence
 from nybble.export.merge.merge import Merge
 from nybble.export.merge.shards import write_shards
+from nybble.files.writing import write_json, write_text
 from nybble.model.adapter.config import CONFIG
 from nybble.model.adapter.tensors import weights_file
-from nybble.run.folder import Run, write_json, write_text
+from nybble.run.folder import Run
 
 IGNORED_WHEN_GREEDY = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 
@@ -50,9 +51,12 @@ class Contents:
 
 def write_adapter(folder: pathlib.Path, contents: Contents) -> None:
     """PEFT's files, the tokenizer with its template, the stops; the configuration where the run scaled RoPE."""
-    for file in (contents.run.adapter / CONFIG, weights_file(contents.run.adapter)):  # what was read and asked, no more
+    for file in (
+        contents.run.adapter / CONFIG,
+        weights_file(contents.run.adapter),
+    ):  # what was read and checked, no more
         shutil.copyfile(file, folder / file.name)
-    _write_words(folder, contents)
+    _write_tokenizer(folder, contents)
     if contents.run.recipe.model.rope_scaling is not None:
         _write_config(folder, contents.config)
 
@@ -73,13 +77,13 @@ def write_merged(folder: pathlib.Path, contents: Contents, merge: Merge, done: C
     config.architectures, config.dtype, config.use_cache = ["LlamaForCausalLM"], merge.dtype, True
     config.tie_word_embeddings = merge.tied and not merge.unties
     _write_config(folder, config)
-    _write_words(folder, contents)
+    _write_tokenizer(folder, contents)
     text = write_modelfile(".", contents.tokenizer, contents.template.source, contents.end, contents.run.system)
     write_text(folder / "Modelfile", text)
 
 
-def write_gguf_words(folder: pathlib.Path, contents: Contents, file: str) -> None:
-    """What goes beside GGUF files, which hold tokenizer and template themselves."""
+def write_gguf_companions(folder: pathlib.Path, contents: Contents, file: str) -> None:
+    """What goes beside GGUF files, which contain tokenizer and template themselves."""
     text = write_modelfile(f"./{file}", contents.tokenizer, contents.template.source, contents.end, contents.run.system)
     write_text(folder / "Modelfile", text)
     _write_terms(folder, contents.licence)
@@ -88,7 +92,7 @@ def write_gguf_words(folder: pathlib.Path, contents: Contents, file: str) -> Non
 def generation_settings(
     base: pathlib.Path, tokenizer: PreTrainedTokenizerBase, template: Template
 ) -> tuple[GenerationConfig, str | None]:
-    """The base's generation settings with the run's stops, mended where Transformers would refuse to save them.
+    """The base's generation settings with the run's stops, corrected where Transformers would refuse to save them.
 
     Llama 2's name a temperature and no sampling. Without sampling they have no effect, so they are left out.
     """
@@ -98,10 +102,10 @@ def generation_settings(
             settings = GenerationConfig.from_pretrained(base)
         except ValueError as error:
             notice = f"generation_config.json left out: Transformers cannot read it ({str(error).splitlines()[0]})"
-    own = settings.eos_token_id
-    kept = [] if own is None else [own] if isinstance(own, int) else list(own)
+    ends = settings.eos_token_id
+    stops = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     tokens = {
-        "eos_token_id": list(dict.fromkeys([template.end_id, tokenizer.eos_token_id, *kept])),
+        "eos_token_id": list(dict.fromkeys([template.end_id, tokenizer.eos_token_id, *stops])),
         "bos_token_id": tokenizer.bos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
@@ -128,17 +132,17 @@ def _can_be_saved(settings: GenerationConfig) -> bool:
     return True
 
 
-def _write_words(folder: pathlib.Path, contents: Contents) -> None:
+def _write_tokenizer(folder: pathlib.Path, contents: Contents) -> None:
     """Tokenizer, template, stops and terms."""
-    own, contents.tokenizer.chat_template = contents.tokenizer.chat_template, contents.template.source
+    before, contents.tokenizer.chat_template = contents.tokenizer.chat_template, contents.template.source
     contents.tokenizer.save_pretrained(folder)
-    contents.tokenizer.chat_template = own
+    contents.tokenizer.chat_template = before
     contents.generation.save_pretrained(folder)
     _write_terms(folder, contents.licence)
 
 
 def _write_config(folder: pathlib.Path, config: PretrainedConfig) -> None:
-    """config.json with RoPE under the names of transformers 5 and, for programs that read older ones, of 4 too."""
+    """config.json with RoPE under the names of transformers 5 and, for older programs, of 4 too."""
     config.save_pretrained(folder)
     file = folder / "config.json"
     written = json.loads(file.read_text(encoding="utf-8"))

@@ -1,10 +1,10 @@
-"""The model card of an artefact: what it is, under which terms, how well it does, how it is loaded."""
+"""The model card of an artefact: what it is, its terms, how well it does, how it is loaded."""
 
 from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -17,14 +17,16 @@ from nybble.errors import DataError
 from nybble.evaluate.report.wording import LOSS, NONE, Scale, by_verdict, duration, scale
 from nybble.export.licence import HUB_ID, LLAMA2_POLICY, Licence
 from nybble.export.parity.compare import Comparison
-from nybble.export.parity.verdict import Verdict
+from nybble.export.records import Check
 from nybble.markdown import code, escaped, fence, front_matter, storable
 from nybble.recipe import dump_recipe
+from nybble.run.evaluation import Evaluation, MetricEntry, ScoreEntry, TaskEntry
 from nybble.run.folder import Run
+from nybble.run.summary import Summary
 from nybble.version import __version__
 
 COLUMNS = ("", "base", "tuned", "difference, 95%", "verdict")
-HELD = {"nf4": "4-bit", "fp4": "4-bit", "int8": "8-bit", "none": "unquantised"}
+STORED = {"nf4": "4-bit", "fp4": "4-bit", "int8": "8-bit", "none": "unquantised"}
 
 
 @dataclass(frozen=True)
@@ -35,25 +37,25 @@ class Subject:
         run: the run.
         to: adapter, merged or gguf.
         kind: what it is, in a few words.
-        loading: the lines of Python that load it.
-        beside: further sentences on its use.
+        loading: the Python code that loads it.
+        usage: further sentences on its use.
         base: which base was merged, None for an adapter.
         base_id: the base on the Hub, where it is known.
         licence: of the base.
         comparison: of the bases, where there were any.
-        verdicts: of the parity gate, or what was not checked.
+        checks: of the parity gate; text says what was not checked.
     """
 
     run: Run
     to: str
     kind: str
     loading: str
-    beside: Sequence[str]
+    usage: Sequence[str]
     base: str | None
     base_id: str | None
     licence: Licence
     comparison: Comparison | None
-    verdicts: Sequence[Verdict | str]
+    checks: Sequence[Check | str]
 
 
 def write_card(subject: Subject) -> str:
@@ -68,14 +70,14 @@ def write_card(subject: Subject) -> str:
         title=escaped(run.folder.resolve().name),
         opening=f"{subject.kind}, made by nybble {__version__} from {_origin(run)} {code(run.recipe.model.path)}.",
         bare=run.is_bare_adapter,
-        held=HELD[run.recipe.model.quantization],
+        stored=STORED[run.recipe.model.quantization],
         loading=fence(subject.loading, "python"),
-        beside=subject.beside,
+        usage=subject.usage,
         facts=_facts(run, summary, evaluation),
         results=_results(summary, evaluation),
         merge=subject.comparison,
         base=subject.base,
-        verdicts=[_told(verdict) for verdict in subject.verdicts],
+        checks=[_check_line(check) for check in subject.checks],
         licence=_licence_lines(subject),
         recipe=fence(dump_recipe(run.recipe, documented=False).rstrip(), "yaml"),
     )
@@ -106,65 +108,72 @@ def _front(subject: Subject) -> dict[str, Any]:
     return {**front, "library_name": library, "pipeline_tag": "text-generation", "tags": tags}
 
 
-def _facts(run: Run, summary: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def _facts(run: Run, summary: Summary | None, evaluation: Evaluation | None) -> list[tuple[str, str]]:
     model, lora, training = run.recipe.model, run.recipe.lora, run.recipe.train
     if summary is None:
         return [("base", code(model.path))]
-    targets = escaped(", ".join(summary["adapter"]["targets"]))
-    base, data, cost = summary["base"], summary["data"], duration(summary["seconds"])
+    base, data, adapter = summary.base, summary.data, summary.adapter
+    targets = escaped(", ".join(adapter.targets))
     scaled = f"RoPE scaling {code(json.dumps(model.rope_scaling))}; " if model.rope_scaling else ""
     return [
-        ("base", f"{code(base['name'])}, fingerprint {code(base['fingerprint'])}, {scaled}{base['parameters']:,} parameters"),
-        ("stored in training as", escaped(base["quantization"])),
-        ("data", f"{code(json.dumps(data['path']))}, {data['rows']:,} rows, fingerprint {code(data['fingerprint'])}"),
-        ("chat template", escaped(data["template"])),
+        ("base", f"{code(base.name)}, fingerprint {code(base.fingerprint)}, {scaled}{base.parameters:,} parameters"),
+        ("stored in training as", escaped(base.quantization)),
+        ("data", f"{code(json.dumps(data.path))}, {data.rows:,} rows, fingerprint {code(data.fingerprint)}"),
+        ("chat template", escaped(data.template)),
         ("adapter", f"r {lora.r}, alpha {lora.alpha:g}{', rsLoRA' if lora.rslora else ''}{', DoRA' if lora.dora else ''}, "
-                    f"on {targets}, {summary['adapter']['trainable_parameters']:,} parameters"),
-        ("training", f"{summary['steps']:,} steps, {summary['tokens']:,} tokens, peak learning rate {training.learning_rate:g}"),
-        ("memory", f"{summary['peak_memory_gb']:.2f} GB at the peak, on {escaped(summary['device'])}"),
-        ("time", f"{cost}, {summary['tokens_per_second']:,.0f} tokens/s in training"),
-        ("evaluated", escaped(evaluation["date"]) if evaluation else "not yet"),
-        ("versions", escaped(", ".join(f"{name} {version}" for name, version in summary["versions"].items()))),
+                    f"on {targets}, {adapter.trainable_parameters:,} parameters"),
+        ("training", f"{summary.steps:,} steps, {summary.tokens:,} tokens, peak learning rate {training.learning_rate:g}"),
+        ("memory", f"{summary.peak_memory_gb:.2f} GB at the peak, on {escaped(summary.device)}"),
+        ("time", f"{duration(summary.seconds)}, {summary.tokens_per_second:,.0f} tokens/s in training"),
+        ("evaluated", escaped(evaluation.date) if evaluation is not None else "not yet"),
+        ("versions", escaped(", ".join(f"{name} {version}" for name, version in summary.versions.items()))),
     ]  # fmt: skip
 
 
-def _results(summary: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Base against tuned: what nybble eval measured, else the losses that training saw."""
+def _results(summary: Summary | None, evaluation: Evaluation | None) -> dict[str, Any] | None:
+    """Base against tuned: what nybble eval measured, or else the losses seen in training."""
     if evaluation is not None:
-        rows = [_compared(entry["name"], entry, scale(entry)) for entry in by_verdict(evaluation["tasks"])]
-        if held_out := evaluation.get("held_out"):
-            means = {who: {"mean": held_out[who]["loss"]} for who in ("base", "tuned")}
-            rows.insert(0, _compared("held-out loss, nats per token", {**held_out, **means}, LOSS))
-        generation = evaluation.get("generation") or {"metrics": []}
-        rows += [_compared(entry["name"], entry, scale(entry)) for entry in generation["metrics"]]
         return {
             "what": "Base and tuned model, the base stored as in training; measured by `nybble eval`.",
             "columns": COLUMNS,
-            "rows": rows,
+            "rows": _measured(evaluation),
         }
-    losses = (summary or {}).get("validation_loss")
+    losses = summary.validation_loss if summary is not None else None
     if losses is None:
         return None
-    row = ["validation loss, nats per token", f"{losses['before']:.4f}", f"{losses['kept']:.4f}", NONE, "not tested"]
+    row = ["validation loss, nats per token", f"{losses.before:.4f}", f"{losses.kept:.4f}", NONE, "not tested"]
     return {"what": "Measured in training; `nybble eval` adds intervals.", "columns": COLUMNS, "rows": [row]}
 
 
-def _compared(name: str, entry: Mapping[str, Any], how: Scale) -> list[str]:
-    scores = [how.value(entry[who]["mean"]) for who in ("base", "tuned")]
-    difference = entry.get("difference") or {}
-    change = f"{how.change(difference.get('mean'))} {how.change_span(difference.get('interval'))}".strip()
-    return [escaped(name), *scores, change, escaped(entry.get("verdict") or NONE)]
+def _measured(evaluation: Evaluation) -> list[list[str]]:
+    rows = []
+    if held_out := evaluation.held_out:
+        losses = (held_out.base.loss, held_out.tuned.loss)
+        rows.append(_compared("held-out loss, nats per token", losses, held_out.difference, held_out.verdict, LOSS))
+    entries: list[TaskEntry | MetricEntry] = [*by_verdict(evaluation.tasks), *evaluation.answers]
+    for entry in entries:
+        means = (entry.base.mean, entry.tuned.mean)
+        rows.append(_compared(entry.name, means, entry.difference, entry.verdict, scale(entry)))
+    return rows
 
 
-def _told(verdict: Verdict | str) -> str:
-    if isinstance(verdict, str):
-        return verdict
-    numbers = verdict.numbers
+def _compared(
+    name: str, means: Sequence[float | None], difference: ScoreEntry | None, verdict: str | None, how: Scale
+) -> list[str]:
+    change, interval = (None, None) if difference is None else (difference.mean, difference.interval)
+    shown = f"{how.change(change)} {how.change_span(interval)}".strip()
+    return [escaped(name), *map(how.value, means), shown, escaped(verdict or NONE)]
+
+
+def _check_line(check: Check | str) -> str:
+    if isinstance(check, str):
+        return check
+    numbers = check.numbers
     return (
-        f"{verdict.kind}, loaded by {verdict.by}: the prompts' token ids are equal, {numbers['equal_answers']} of "
-        f"{numbers['questions']} greedy answers are equal token by token, KL {numbers['kl']:.5f} nats per token (limit "
-        f"{numbers['kl_limit']:.4f}), likeliest token the same in {100 * numbers['equal_likeliest']:.1f}%, "
-        f"{numbers['artefact_ended']} answers end by themselves (the run's: {numbers['run_ended']})"
+        f"{check.kind}, loaded by {check.by}: the prompts' token ids are equal, {numbers.equal_answers} of "
+        f"{numbers.questions} greedy answers are equal token by token, KL {numbers.kl:.5f} nats per token (limit "
+        f"{numbers.kl_limit:.4f}), likeliest token the same in {100 * numbers.equal_likeliest:.1f}%, "
+        f"{numbers.artefact_ended} answers end by themselves (the run's: {numbers.run_ended})"
     )
 
 

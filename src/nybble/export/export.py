@@ -1,4 +1,4 @@
-"""From a run to an artefact, as numbered steps; what does not answer like the run is not kept."""
+"""From a run to an artefact, as numbered steps. An artefact that does not answer like the run is not kept."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from transformers import PreTrainedTokenizerBase
 
 from nybble.chat.loading import load_answerer
 from nybble.data.text.template import Template
+from nybble.evaluate.console import progress_bar
 from nybble.evaluate.rows import rows_of
-from nybble.evaluate.tell import progress_bar
 from nybble.export.artefacts import Contents, generation_settings
 from nybble.export.card import Subject, write_card
-from nybble.export.formats import QUANTS, Converter
-from nybble.export.kinds import Adapter, Gguf, Kind, Merged
+from nybble.export.console import tell_checks, tell_comparison, tell_notices
+from nybble.export.finished_run import FinishedRun, merges_of, open_finished_run
+from nybble.export.gguf.quants import QUANTS, GgufConverter
 from nybble.export.licence import find_licence, hub_id
 from nybble.export.merge.merge import Merge
 from nybble.export.merge.updates import read_updates
 from nybble.export.parity.compare import ROWS, Comparison, compare
 from nybble.export.parity.reference import Reference, ask_run
-from nybble.export.parity.report import refuse_failed, write_report
-from nybble.export.parity.verdict import Verdict
+from nybble.export.parity.report import refuse_failed
 from nybble.export.publish import check_push, push
-from nybble.export.source import Source, merges_of, open_source
-from nybble.export.tell import tell_comparison, tell_verdicts
+from nybble.export.records import parity_record, write_parity
+from nybble.export.targets import AdapterTarget, GgufTarget, MergedTarget, Target
 from nybble.files.places import (
     REPORT,
     check_cache,
@@ -41,12 +41,12 @@ from nybble.files.places import (
     new_folder,
     no_empty_folders,
 )  # fmt: skip
+from nybble.files.writing import write_text
 from nybble.model.adapter.lora import check_stored
 from nybble.plan.ledger import export_bytes
 from nybble.plan.shapes import ModelShape
-from nybble.run.folder import Run, write_text
-from nybble.terminal import bytes_text
-from nybble.terminal import tell as tell_line
+from nybble.run.folder import Run
+from nybble.terminal import bytes_text, tell
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the run said before it was put away."""
+    """What was measured of the run before it was freed."""
 
     reference: Reference
     comparison: Comparison | None
@@ -81,19 +81,23 @@ class Measured:
 
 
 def export(
-    run: Run, wanted: Wanted, console: Console, cache: pathlib.Path | None = None, converter: Converter | None = None
+    run: Run,
+    wanted: Wanted,
+    console: Console,
+    cache: pathlib.Path | None = None,
+    converter: GgufConverter | None = None,
 ) -> pathlib.Path:
-    """Make an artefact of a run, hold it against the run, and put it in its place; returns its folder.
+    """Make an artefact of a run, compare it with the run, and move it to its final location; returns its folder.
 
     Args:
         run: a finished run, or an adapter folder.
         wanted: which artefact.
         console: progress and results.
-        cache: where quantised bases, tokenised data and digests are kept; None is this user's own place.
+        cache: where quantised bases, tokenised data and digests are kept; None is the user's default cache.
         converter: what writes GGUF; None where none is wanted.
 
     Raises:
-        NybbleError: whatever is wrong with run, base, disk or Hub, or how the artefact differs; nothing half-written stays.
+        NybbleError: whatever is wrong with run, base, disk or Hub, or how the artefact differs; nothing half-written is left.
     """
     target, cache = wanted.out or run.folder / "export" / wanted.to, cache or default_cache()
     check_export(target)
@@ -102,78 +106,72 @@ def export(
         check_push(wanted.repo)
     with explained_disk(target, cache), no_empty_folders(target):
         try:
-            with new_folder(target) as folder:  # from the start: who wants to write there too is told so
+            with new_folder(target) as folder:  # from the start: another process that wants to write there is refused
                 _export(run, wanted, target, folder, console, cache, converter)
         except FileExistsError:
-            check_export(target)  # another process was sooner by a moment
+            check_export(target)  # another process was faster
             raise
     _failed(target).unlink(missing_ok=True)
     size = sum(file.stat().st_size for file in target.iterdir())
-    tell_line(console, f"done      {target}, {bytes_text(size)}; its README.md says how to load it")
+    tell(console, f"done      {target}, {bytes_text(size)}; its README.md says how to load it")
     # 5. To the Hub.
     if wanted.repo is not None:
         with console.status(f"uploading to {wanted.repo}"):
             page = push(target, wanted.repo, withheld=REPORT)  # it shows validation rows, which are the user's own
-        tell_line(console, f"pushed    {page}")
+        tell(console, f"pushed    {page}")
     return target
 
 
 def _export(
     run: Run, wanted: Wanted, target: pathlib.Path, folder: pathlib.Path, console: Console, cache: pathlib.Path,
-    converter: Converter | None,
+    converter: GgufConverter | None,
 ) -> None:  # fmt: skip
-    # 1. What is there: run and base.
-    source = open_source(run, wanted.dtype, cache)
-    tell(console, source.notices)
+    # 1. Run and base.
+    source = open_finished_run(run, wanted.dtype, cache)
+    tell_notices(source.notices, console)
     adapter = sum(file.stat().st_size for file in source.run.adapter.glob("adapter_*"))
     parameters = ModelShape.from_config(source.config.to_dict()).parameters.total
     size = export_bytes(wanted.to, parameters, wanted.quants, adapter)
     check_disk(target, size, str(target), "free some space, or --out FOLDER on another disk")
-    # 2. What the run answers, and how far each merge would be from it; then the run is put away.
+    # 2. What the run answers, and how far each merge would be from it; then the run is freed.
     measured, merges = _measure(source, wanted, console, cache, converter)
     base = _choose(measured, merges, wanted, console)
-    # 3. The artefact, beside its place.
+    # 3. The artefact, in a temporary folder.
     licence = find_licence(source.checkpoint)
     generation, notice = generation_settings(source.checkpoint.folder, measured.tokenizer, measured.template)
-    tell(console, [notice] if notice else [])
+    tell_notices([notice] if notice else [], console)
     contents = Contents(source.run, source.config, measured.tokenizer, measured.template, generation, licence)
-    kind = _kind(source, wanted, merges, base, converter)
-    kind.write(folder, contents, console)
-    # 4. Through its user's program; the caller puts it into its place.
+    artefact = _artefact(source, wanted, merges, base, converter)
+    artefact.write(folder, contents, console)
+    # 4. Its answers through its user's program; the caller moves it to its final location.
     with console.status("checking the artefact against the run"):
-        verdicts = kind.check(folder, measured.reference, contents)
-    tell_verdicts(verdicts, console)
-    failed = _failed(target)
-    if any(isinstance(verdict, Verdict) and not verdict.passed for verdict in verdicts):
-        write_report(failed, base, measured.comparison, verdicts)
-    refuse_failed(verdicts, str(target), failed)
-    write_report(folder / REPORT, base, measured.comparison, verdicts)
+        verdicts = artefact.check(folder, measured.reference, contents)
+    parity = parity_record(base, measured.comparison, verdicts)
+    tell_checks(parity.checks, console)
+    if parity.failed:
+        write_parity(_failed(target), parity)
+    refuse_failed(parity, str(target), _failed(target))
+    write_parity(folder / REPORT, parity)
     subject = Subject(
         source.run,
         wanted.to,
-        *kind.words(),
+        *artefact.describe(),
         base,
         hub_id(source.checkpoint),
         licence,
         measured.comparison,
-        verdicts,
+        parity.checks,
     )
     write_text(folder / "README.md", write_card(subject))
 
 
 def _failed(target: pathlib.Path) -> pathlib.Path:
-    """Where the report of an artefact is kept that did not answer like the run."""
+    """Where the report of an artefact is kept that does not answer like the run."""
     return target.with_name(f"{target.name}.failed.json")
 
 
-def tell(console: Console, notices: Sequence[str]) -> None:
-    """What is worth knowing, a line each."""
-    for notice in notices:
-        tell_line(console, f"          {notice}", "yellow")
-
-
 def _measure(
-    source: Source, wanted: Wanted, console: Console, cache: pathlib.Path, converter: Converter | None
+    source: FinishedRun, wanted: Wanted, console: Console, cache: pathlib.Path, converter: GgufConverter | None
 ) -> tuple[Measured, dict[str, Merge]]:
     """Ask the run, and measure each base against it; the live model is freed on return."""
     is_adapter = wanted.to == "adapter"
@@ -183,18 +181,18 @@ def _measure(
     _free_memory()
     with console.status("loading the run"):
         answerer = load_answerer(source.run, cache)
-    tell_line(console, f"adapter   {answerer.updates}", "yellow" if answerer.updates.is_odd else "")
+    tell(console, f"adapter   {answerer.updates}", "yellow" if answerer.updates.is_odd else "")
     if converter is not None:
         converter.check(source.config, answerer.tokenizer)
     merges: dict[str, Merge] = {}
     if not is_adapter:
         merges, notice = merges_of(source, updates, wanted.merge_base, cache)
-        tell(console, [notice] if notice else [])
+        tell_notices([notice] if notice else [], console)
     validation = None
     if not source.run.is_bare_adapter:
         with console.status("reading the run's data"):
             prepared, why = rows_of(source.run, answerer.tokenizer, cache)
-        tell(console, [why] if why else [])
+        tell_notices([why] if why else [], console)
         validation = prepared.validation if prepared is not None else None
     with console.status("the run answers"):
         reference = ask_run(answerer, validation, merges)
@@ -215,7 +213,7 @@ def _compared_rows(validation: Dataset | None, reference: Reference) -> tuple[li
 
 
 def _free_memory() -> None:
-    """What a training, an export or a live model before this left on the card: a Trainer is in a cycle of references."""
+    """Free what a training, an export or a model before this left on the GPU: a Trainer is in a cycle of references."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -231,12 +229,12 @@ def _choose(measured: Measured, merges: Mapping[str, Merge], wanted: Wanted, con
     return base
 
 
-def _kind(
-    source: Source, wanted: Wanted, merges: Mapping[str, Merge], base: str | None, converter: Converter | None
-) -> Kind:
+def _artefact(
+    source: FinishedRun, wanted: Wanted, merges: Mapping[str, Merge], base: str | None, converter: GgufConverter | None
+) -> Target:
     if base is None:
-        return Adapter(source)
+        return AdapterTarget(source)
     if wanted.to == "merged":
-        return Merged(source, merges[base], base)
+        return MergedTarget(source, merges[base], base)
     assert converter is not None, "GGUF was asked for without a converter"
-    return Gguf(source, merges[base], base, wanted.quants, converter)
+    return GgufTarget(source, merges[base], base, wanted.quants, converter)

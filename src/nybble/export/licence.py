@@ -1,4 +1,4 @@
-"""Under which terms an artefact may be passed on: those of the base, which it is a derivative of."""
+"""The terms under which an artefact may be passed on: those of the base, of which it is a derivative."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Licence:
 
 
 def find_licence(checkpoint: Checkpoint) -> Licence:
-    """The licence that the base's own card names, or its licence file, or for Llama 2 its name."""
+    """The licence by the base's card, or else by its licence file, or else for Llama 2 by the base's name."""
     files = tuple(sorted({file for pattern in TEXTS for file in checkpoint.folder.glob(pattern) if file.is_file()}))
     name = _of_card(checkpoint.folder) or _of_texts(files)
     if name is None and LLAMA2_NAME.search(pathlib.Path(checkpoint.name).name):
@@ -66,7 +66,7 @@ def find_licence(checkpoint: Checkpoint) -> Licence:
 
 
 def hub_id(checkpoint: Checkpoint) -> str | None:
-    """The base's name on the Hub; of a folder only Llama 2's own names are known."""
+    """The base's name on the Hub; of a folder it is known for Llama 2 only."""
     if checkpoint.commit is not None:
         return checkpoint.name
     folder = pathlib.Path(checkpoint.name).name
@@ -76,11 +76,11 @@ def hub_id(checkpoint: Checkpoint) -> str | None:
 def _of_card(folder: pathlib.Path) -> str | None:
     front = re.match(r"---\n(.*?)\n---", _beginning(folder / "README.md"), re.DOTALL)
     try:
-        said = yaml.safe_load(front[1]) if front else None
+        fields = yaml.safe_load(front[1]) if front else None
     except NO_YAML:
         return None
-    named = said.get("license") if isinstance(said, dict) else None
-    return named if isinstance(named, str) and named != "other" else None
+    name = fields.get("license") if isinstance(fields, dict) else None
+    return name if isinstance(name, str) and name != "other" else None
 
 
 def _of_texts(files: tuple[pathlib.Path, ...]) -> str | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.errors import ExportError
-from nybble.export.formats import GET_QUANTIZER, K_QUANTS, OWN_QUANTS, QUANTIZER, Converter
+from nybble.export.gguf.quants import GET_QUANTIZER, K_QUANTS, OWN_QUANTS, QUANTIZER, GgufConverter
 from nybble.files.places import check_disk
 from nybble.plan.ledger import export_bytes
 from nybble.plan.shapes import ModelShape
@@ -28,7 +28,7 @@ class Preflight:
 
     targets: Sequence[str]
     quants: Sequence[str]
-    converter: Converter | None
+    converter: GgufConverter | None
 
     def __call__(self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path) -> None:
         """Raise where an export of this model could not work.
@@ -41,7 +41,7 @@ class Preflight:
         Raises:
             ModelError: a tokenizer that llama.cpp has no name for.
             ExportError: a RoPE scaling that it does not know, a missing program.
-            RunError: too little room on the disk.
+            RunError: too little space on the disk.
         """
         if "gguf" in self.targets:
             assert self.converter is not None, "GGUF was asked for without a converter"

@@ -1,4 +1,4 @@
-"""Put an artefact on the Hugging Face Hub, privately."""
+"""Upload an artefact to the Hugging Face Hub, privately."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UPLOAD_FAULTS: tuple[type[Exception], ...] = (
 
 
 def check_push(repo: str) -> None:
-    """Before any work: a name that the Hub takes, and a token that it accepts.
+    """Check before any work that the Hub accepts the name, and the token.
 
     Raises:
         HubError: which of these is wrong.
@@ -41,35 +41,35 @@ def push(folder: pathlib.Path, repo: str, withheld: str) -> str:
     Args:
         folder: the artefact.
         repo: OWNER/NAME.
-        withheld: a file that stays here.
+        withheld: a file that is not uploaded.
 
     Returns:
         Its page, and whether it is private.
 
     Raises:
-        HubError: the Hub refuses, or cannot be reached; the folder stays whole.
+        HubError: the Hub refuses, or cannot be reached; the folder is untouched.
     """
     api = HfApi()
     again = f"the artefact is complete in {folder}; upload it with: hf upload {repo} {folder} --private --exclude {withheld}"
     try:
         is_new = not api.repo_exists(repo)
-        made = api.create_repo(repo, private=True, exist_ok=True).repo_id
-        info: Any = api.model_info(made)
+        created = api.create_repo(repo, private=True, exist_ok=True).repo_id
+        info: Any = api.model_info(created)
         if is_new and not info.private:
-            raise HubError(f"the Hub made {made!r} public although it was to be private: nothing was uploaded")
+            raise HubError(f"the Hub made {created!r} public although private was asked for: nothing was uploaded")
         api.upload_folder(
-            repo_id=made, folder_path=folder, commit_message="Export by nybble", ignore_patterns=[withheld]
+            repo_id=created, folder_path=folder, commit_message="Export by nybble", ignore_patterns=[withheld]
         )
     except HfHubHTTPError as error:
         status = error.response.status_code
-        said = (error.server_message or "").strip().rstrip(".")
+        message = (error.server_message or "").strip().rstrip(".")
         raise HubError(
-            f"the Hub refused the upload to {repo!r} with status {status}{': ' + said if said else ''}",
-            fix=f"{LOGIN if status in (401, 403) else 'look at what it says'}; {again}",
+            f"the Hub refused the upload to {repo!r} with status {status}{': ' + message if message else ''}",
+            fix=f"{LOGIN if status in (401, 403) else 'see its message'}; {again}",
         ) from error
     except UPLOAD_FAULTS as error:
         raise HubError(
             f"the upload to {repo!r} failed: {' '.join(str(error).split())}",
             fix=again,
         ) from error
-    return f"{constants.ENDPOINT}/{made} ({'private' if info.private else 'public, as it was'})"
+    return f"{constants.ENDPOINT}/{created} ({'private' if info.private else 'public, as it was'})"

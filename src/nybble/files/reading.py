@@ -9,8 +9,8 @@ import reprlib
 import shlex
 import stat
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -33,6 +33,9 @@ class Shape(BaseModel):
     """What must be in an object, by name and type; what else is there is nobody's fault."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
+
+
+S = TypeVar("S", bound=Shape)
 
 
 def check_regular(file: pathlib.Path, kind: type[NybbleError], fix: str) -> None:
@@ -93,33 +96,59 @@ def _byte(error: UnicodeDecodeError) -> str:
 
 
 def read_object(
-    file: pathlib.Path, kind: type[NybbleError] = ModelError, fix: str = AGAIN, shape: type[Shape] | None = None,
-    largest: int | None = LARGEST,
-) -> dict[str, Any]:  # fmt: skip
+    file: pathlib.Path, kind: type[NybbleError] = ModelError, fix: str = AGAIN, largest: int | None = LARGEST
+) -> dict[str, Any]:
     """The object in a JSON file.
 
     Args:
         file: the file.
         kind: of the error.
         fix: what to do where the file is damaged.
-        shape: what must be in the object.
         largest: bytes that it may have at most, None for any number.
 
     Raises:
-        NybbleError: of the kind: the file cannot be read, or it holds no object, or not this one.
+        NybbleError: of the kind: the file cannot be read, or it holds no object.
     """
     text = read_text(file, kind, fix, largest)
     if not text.strip("\0 \r\n\t"):
         raise kind(f"{file.name} is empty", where=str(file), fix=fix)
     try:
-        return _parse_object(text, file.name, shape)
+        return _parse_object(text, file.name)
     except _JsonError as error:
         raise kind(error.what, where=f"{file}:{error.line}" if error.line else str(file), fix=fix) from error
 
 
-def read_lines(
-    file: pathlib.Path, kind: type[NybbleError], shape: type[Shape]
-) -> Iterator[dict[str, Any] | NybbleError]:
+def read_shape(
+    file: pathlib.Path, shape: type[S], kind: type[NybbleError], fix: str, largest: int | None = LARGEST
+) -> S:
+    """The object in a JSON file, by the fields that it must have.
+
+    Args:
+        file: the file.
+        shape: what must be in the object.
+        kind: of the error.
+        fix: what to do where the file is damaged.
+        largest: bytes that it may have at most, None for any number.
+
+    Raises:
+        NybbleError: of the kind: the file cannot be read, or it holds no object, or not this one.
+    """
+    return as_shape(read_object(file, kind, fix, largest), file, shape, kind, fix)
+
+
+def as_shape(value: Mapping[str, Any], file: pathlib.Path, shape: type[S], kind: type[NybbleError], fix: str) -> S:
+    """The object that was read of a file, by the fields that it must have.
+
+    Raises:
+        NybbleError: of the kind: a field is missing, or of another type.
+    """
+    try:
+        return _fitted(value, file.name, shape)
+    except _JsonError as error:
+        raise kind(error.what, where=str(file), fix=fix) from error
+
+
+def read_lines(file: pathlib.Path, shape: type[S], kind: type[NybbleError]) -> Iterator[S | NybbleError]:
     """The objects of a file that has one per line, and an error for each line that holds none; a file that is missing has none.
 
     Raises:
@@ -131,7 +160,7 @@ def read_lines(
         what = ""
         try:
             if line.strip():
-                yield _parse_object(line.decode("utf-8"), file.name, shape)
+                yield _fitted(_parse_object(line.decode("utf-8"), file.name), file.name, shape)
         except UnicodeDecodeError as error:
             what = f"{file.name} is not UTF-8: {_byte(error)}"
         except _JsonError as error:
@@ -150,17 +179,8 @@ class _JsonError(ValueError):
         self.line = line
 
 
-def _parse_object(text: str, name: str, shape: type[Shape] | None = None) -> dict[str, Any]:
-    """The object that a text holds.
-
-    Args:
-        text: JSON.
-        name: of what holds it, for the sentence.
-        shape: what must be in it.
-
-    Raises:
-        ValueError: whose text says what is wrong.
-    """
+def _parse_object(text: str, name: str) -> dict[str, Any]:
+    """The object that a text holds; `name` is of what holds it, for the sentence."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -174,12 +194,14 @@ def _parse_object(text: str, name: str, shape: type[Shape] | None = None) -> dic
         raise _JsonError(f"{name} has a number of more than {most:,} digits", line) from error
     if not isinstance(value, dict):
         raise _JsonError(f"{name} is not an object")
-    if shape is not None:
-        try:
-            shape.model_validate(value)
-        except ValidationError as error:
-            raise _JsonError(_misfit(error, name)) from error
     return value
+
+
+def _fitted(value: Mapping[str, Any], name: str, shape: type[S]) -> S:
+    try:
+        return shape.model_validate(value)
+    except ValidationError as error:
+        raise _JsonError(_misfit(error, name)) from error
 
 
 def json_fault(error: json.JSONDecodeError) -> str:

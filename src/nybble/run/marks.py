@@ -1,6 +1,6 @@
-"""COMPLETE: a folder of the run is whole once it holds this file, which says what the others held when they were written.
+"""COMPLETE marks a folder of the run as whole: it is written last, with sizes and digests of the folder's other files.
 
-It is written last. Of a checkpoint it also says what the run had taken until then.
+That of a checkpoint also has the time and memory that the run had taken until then.
 """
 
 from __future__ import annotations
@@ -12,33 +12,44 @@ from typing import Any
 
 from nybble.errors import RunError
 from nybble.files.digests import describe, faults
-from nybble.files.reading import RESTORE, read_object
-from nybble.run.records import Mark
+from nybble.files.reading import RESTORE, read_shape
+from nybble.run.records import AnyText, FileEntry, FrozenShape
 
 COMPLETE = "COMPLETE"
 
 
+class Mark(FrozenShape):
+    """What COMPLETE holds."""
+
+    seconds: float = 0.0
+    """The run's time until then."""
+    peak_memory: int = 0
+    """Until then, in bytes."""
+    files: dict[AnyText, FileEntry] | None = None
+    """None before 0.7."""
+
+
 def read_mark(folder: pathlib.Path) -> dict[str, Any]:
-    """What the COMPLETE of a checkpoint or an adapter says: 0.5.1 left it empty, and 0.6.0 named no files.
+    """The content of COMPLETE in a checkpoint or an adapter: 0.5.1 left it empty, and 0.6.0 named no files.
 
     Raises:
         RunError: it is damaged.
     """
     file = folder / COMPLETE
     empty = file.is_file() and not file.stat().st_size
-    return {} if empty else read_object(file, RunError, RESTORE, Mark)
+    return {} if empty else read_shape(file, Mark, RunError, RESTORE).as_json()
 
 
 def described(folder: pathlib.Path, ignored: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-    """Sizes and digests of a folder's files, but not of those that are ignored, and not of what marks the folder itself."""
+    """Sizes and digests of a folder's files, without those that are ignored and without COMPLETE."""
     return {name: entry for name, entry in describe(folder).items() if name not in {COMPLETE, *ignored}}
 
 
 def check_adapter(folder: pathlib.Path) -> None:
-    """Hold an adapter against what its training wrote, where a COMPLETE says that: older versions wrote none.
+    """Compare an adapter with what its training wrote, where it has a COMPLETE: older versions wrote none.
 
     Raises:
-        RunError: naming the file, and how the adapter is had again.
+        RunError: naming the file, and how to get the adapter back.
     """
     if not (folder / COMPLETE).exists():
         return

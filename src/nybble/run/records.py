@@ -1,172 +1,117 @@
-"""What is read of the files that a run keeps, by name and type."""
+"""What every record of a run has in common: frozen fields with types, a format version, one way to be read and written.
+
+A record keeps its keys from version to version. One without a number is of version 1: nybble up to 0.7.0 wrote none. Fields that
+an older version did not write have defaults here, and keys that this version does not know are ignored.
+"""
 
 from __future__ import annotations
 
 import datetime
-from typing import Annotated, Any, Literal
+import pathlib
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import AfterValidator, Field, PlainValidator
+from pydantic import ConfigDict, PlainValidator
 from pydantic_core import PydanticCustomError
 
-from nybble.files.reading import Shape
+from nybble.errors import RunError
+from nybble.files.reading import RESTORE, Shape, as_shape, read_object
+from nybble.files.writing import write_json
 
 
 def _text(value: object) -> str:
-    """Any text: pydantic's own takes no name that is not UTF-8, which Python reads as half of a surrogate pair."""
+    """Any text: pydantic's own type refuses a file name that is not UTF-8, which Python reads as half of a surrogate pair."""
     if not isinstance(value, str):
         raise PydanticCustomError("string_type", "Input should be a valid string")
     return value
 
 
-Text = Annotated[str, PlainValidator(_text)]
+def _moment(value: object) -> str:
+    text = _text(value)
+    datetime.datetime.fromisoformat(text)
+    return text
 
 
-class _Base(Shape):
-    name: Text
-    fingerprint: Text
-    quantization: Text
-    parameters: int
+def _day(value: object) -> datetime.date:
+    return datetime.date.fromisoformat(_text(value))
 
 
-class _Data(Shape):
-    path: Text | list[Any] | dict[str, Any]
-    fingerprint: Text
-    template: Text
-    rows: int
-    system: Text = ""
+def _compute_type(value: object) -> str:
+    if value not in ("bfloat16", "float16", "float32"):
+        raise PydanticCustomError("literal_error", "Input should be 'bfloat16', 'float16' or 'float32'")
+    return _text(value)
 
 
-class _Adapter(Shape):
-    targets: list[Text]
-    trainable_parameters: int
+AnyText = Annotated[str, PlainValidator(_text)]
+ComputeType = Annotated[str, PlainValidator(_compute_type)]
+Moment = Annotated[str, PlainValidator(_moment)]
+"""A date with its time, by ISO 8601."""
+Day = Annotated[datetime.date, PlainValidator(_day)]
+"""A date, by ISO 8601."""
 
 
-class _Loss(Shape):
-    before: float
-    kept: float
+class FrozenShape(Shape):
+    """Fields that belong together in a record; they do not change."""
+
+    model_config = ConfigDict(frozen=True)
+
+    def as_json(self) -> dict[str, Any]:
+        """The keys that are in the file: those that were given, also where the value is the default."""
+        return self.model_dump(exclude_unset=True)
 
 
-class _Entry(Shape):
+class RunRecord(FrozenShape):
+    """A JSON file of a run."""
+
+    VERSION: ClassVar[int] = 1
+    """The format that this program writes, and the newest that it reads."""
+
+    version: int = 1
+    """Of the file."""
+
+
+R = TypeVar("R", bound=RunRecord)
+
+
+class FileEntry(FrozenShape):
+    """A file as it was written."""
+
     size: int
-    digest: Text
+    digest: AnyText
 
 
-class Mark(Shape):
-    """What is read of COMPLETE."""
+def read_record(file: pathlib.Path, record: type[R], fix: str = RESTORE) -> R:
+    """A record from its file.
 
-    seconds: float = 0.0
-    """That the run had taken until then."""
-    peak_memory: int = 0
-    """In bytes."""
-    files: dict[Text, _Entry] | None = None
+    Args:
+        file: the file.
+        record: its class.
+        fix: what to do where the file is damaged.
 
-
-class Ended(Shape):
-    """What is read of a summary.json of 0.5.1 to know the day of its run."""
-
-    date: Annotated[str, AfterValidator(datetime.datetime.fromisoformat)]
-    seconds: float
+    Raises:
+        RunError: it is missing or damaged, or a newer nybble wrote it.
+    """
+    return as_shape(read_known(file, record, fix), file, record, RunError, fix)
 
 
-class Summary(Ended):
-    """What is read of summary.json."""
+def read_known(file: pathlib.Path, record: type[RunRecord], fix: str = RESTORE) -> dict[str, Any]:
+    """The object in a record's file, of a version that this program knows; nothing else of it is checked.
 
-    versions: dict[Text, Text]
-    device: Text
-    dtype: Literal["bfloat16", "float16", "float32"]
-    base: _Base
-    data: _Data
-    adapter: _Adapter
-    steps: int
-    validation_loss: _Loss | None
-    tokens: int
-    tokens_per_second: float
-    peak_memory_gb: float
-
-
-class KeptTemplate(Shape):
-    """What is read of template.json."""
-
-    name: Text
-    source: Text
-    verbatim: bool
-    bos: bool = True
-    day: Annotated[str, AfterValidator(datetime.date.fromisoformat)] | None = None
-    rules: Literal[6, 7] = 6
+    Raises:
+        RunError: it is missing or no object, or a newer nybble wrote it.
+    """
+    stored = read_object(file, RunError, fix)
+    version = stored.get("version", 1)
+    if type(version) is int and version > record.VERSION:
+        known = f"this nybble reads up to version {record.VERSION}"
+        raise RunError(
+            f"a newer nybble wrote {file.name}: its format is version {version}, and {known}",
+            where=str(file),
+            fix="pip install -U nybble",
+        )
+    return stored
 
 
-class _Recipe(Shape):
-    """By its sections; the options in them are compared, not used."""
-
-    model: dict[str, Any]
-    data: dict[str, Any]
-    adapter: Text | None = None
-    lora: dict[str, Any] = Field(default_factory=dict)
-    train: dict[str, Any] = Field(default_factory=dict)
-    engine: dict[str, Any] = Field(default_factory=dict)
-    tracker: dict[str, Any] = Field(default_factory=dict)
-    export: dict[str, Any] = Field(default_factory=dict)
-
-
-class Start(Shape):
-    """What is read of start.json."""
-
-    recipe: _Recipe
-    data: Text
-    base: Text
-    versions: dict[Text, Text]
-    files: dict[Text, _Entry] | None = None
-    """Tokenizer and template; versions before 0.7 recorded none."""
-
-
-class Line(Shape):
-    """What is read of a line of metrics.jsonl or samples.jsonl."""
-
-    step: int
-    loss: float | Text | None = None
-    """Text where it is not finite."""
-    eval_loss: float | None = None
-    tokens: int | None = None
-    seconds: float | None = None
-
-
-class _Score(Shape):
-    mean: float | None
-
-
-class _Change(Shape):
-    mean: float | None = None
-    interval: list[float] | None = None
-
-
-class _Compared(Shape):
-    name: Text
-    metric: Text | None = None
-    base: _Score
-    tuned: _Score
-    difference: _Change | None = None
-    verdict: Text | None = None
-
-
-class _HeldOutLoss(Shape):
-    loss: float
-
-
-class _HeldOut(Shape):
-    base: _HeldOutLoss
-    tuned: _HeldOutLoss
-    difference: _Change | None = None
-    verdict: Text | None = None
-
-
-class _Generation(Shape):
-    metrics: list[_Compared]
-
-
-class Evaluation(Shape):
-    """What is read of evaluation.json."""
-
-    date: Text
-    tasks: list[_Compared]
-    held_out: _HeldOut | None = None
-    generation: _Generation | None = None
+def write_record(file: pathlib.Path, record: RunRecord) -> None:
+    """Write a record with the version of its format, atomically."""
+    fields = record.model_dump(exclude_unset=True, exclude={"version"})
+    write_json(file, {"version": record.VERSION, **fields})

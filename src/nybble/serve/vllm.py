@@ -13,7 +13,8 @@ from nybble.chat.loading import check_one_base
 from nybble.errors import ServeError
 from nybble.model.adapter.config import read_adapter_config
 from nybble.model.adapter.lora import check_stored
-from nybble.run.folder import Run, check_beginning
+from nybble.run.folder import Run
+from nybble.run.identity import check_beginning
 from nybble.serve.guard import check_open_to
 from nybble.serve.loading import run_names
 

@@ -18,7 +18,9 @@ from nybble.model.base.bits import Trained, trained_on
 from nybble.model.base.checkpoint import Checkpoint, fingerprint
 from nybble.plan.out_of_memory import explained_memory
 from nybble.recipe import Recipe
-from nybble.run.folder import Run, check_room, check_unchanged, create_run, start_record
+from nybble.run.folder import Run, check_room, create_run
+from nybble.run.identity import check_unchanged
+from nybble.run.start import start_record
 from nybble.training.checkpoints import Resumption
 from nybble.training.preparation import TrainingSetup
 

@@ -5,24 +5,24 @@ from __future__ import annotations
 import json
 import pathlib
 import shlex
-from collections.abc import Mapping
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from nybble.files.places import replacing
+from nybble.files.writing import write_text
 from nybble.markdown import code, escaped, fence, front_matter, storable
-from nybble.run.folder import Run, write_text
+from nybble.run.folder import Run
 from nybble.run.log import read_metrics
+from nybble.run.summary import Summary
 
 SMOOTHING = 0.9  # of the drawn loss: each point keeps nine tenths of the line before it
 
 
 def draw_loss(run: Run, file: pathlib.Path) -> None:
     """Training loss (each step and smoothed) and validation loss over steps, as PNG."""
-    lines = [line for line in read_metrics(run) if isinstance(line.get("loss", 0.0), float)]
-    steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    validation = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    lines = read_metrics(run)
+    steps = [(line.step, line.loss) for line in lines if isinstance(line.loss, float)]
+    validation = [(line.step, line.eval_loss) for line in lines if line.eval_loss is not None]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     if steps:  # a resumed run's metrics.jsonl may have been lost
@@ -43,17 +43,16 @@ def draw_loss(run: Run, file: pathlib.Path) -> None:
         figure.savefig(temporary, format="png")
 
 
-def write_card(run: Run, summary: Mapping[str, Any]) -> None:
+def write_card(run: Run, summary: Summary) -> None:
     """The model card: what it is, what it was trained on, how well it did, how to load it."""
     recipe = run.recipe
     lora = recipe.lora
-    validation = summary["validation_loss"]
+    validation = summary.validation_loss
     result = "no validation rows were held out"
     if validation:
-        step = summary["kept_step"]
-        result = f"{validation['before']:.4f} before training, {validation['kept']:.4f} at step {step} (kept)"
+        result = f"{validation.before:.4f} before training, {validation.kept:.4f} at step {summary.kept_step} (kept)"
     quantization = recipe.model.quantization
-    name = summary["base"]["name"]
+    name = summary.base.name
     front = {
         "base_model": name,
         "library_name": "peft",
@@ -62,25 +61,25 @@ def write_card(run: Run, summary: Mapping[str, Any]) -> None:
     }
     loading = f"""from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-base = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, dtype={json.dumps(summary["dtype"])})
+base = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, dtype={json.dumps(summary.dtype)})
 model, tokenizer = PeftModel.from_pretrained(base, "adapter"), AutoTokenizer.from_pretrained("tokenizer")"""
     body = f"""{front_matter(front)}
 # {escaped(run.folder.name)}
 
-A LoRA adapter for {code(name)}, trained by nybble {summary["versions"]["nybble"]} on a frozen
+A LoRA adapter for {code(name)}, trained by nybble {summary.versions["nybble"]} on a frozen
 {quantization} base. It is a derivative of that base model: the base's licence applies to it.
 
 | | |
 | --- | --- |
-| base | {code(name)} ({summary["base"]["fingerprint"]}) |
-| data | {code(json.dumps(recipe.data.path))}, {summary["data"]["rows"]} rows ({summary["data"]["fingerprint"][:16]}) |
-| template | {escaped(summary["data"]["template"])} |
-| adapter | r {lora.r}, alpha {lora.alpha:g}, targets {escaped(", ".join(summary["adapter"]["targets"]))} |
-| trained parameters | {summary["adapter"]["trainable_parameters"]:,} |
-| steps | {summary["steps"]}, peak learning rate {recipe.train.learning_rate:g} |
+| base | {code(name)} ({summary.base.fingerprint}) |
+| data | {code(json.dumps(recipe.data.path))}, {summary.data.rows} rows ({summary.data.fingerprint[:16]}) |
+| template | {escaped(summary.data.template)} |
+| adapter | r {lora.r}, alpha {lora.alpha:g}, targets {escaped(", ".join(summary.adapter.targets))} |
+| trained parameters | {summary.adapter.trainable_parameters:,} |
+| steps | {summary.steps}, peak learning rate {recipe.train.learning_rate:g} |
 | validation loss (nats per token) | {result} |
-| peak memory | {summary["peak_memory_gb"]:.2f} GB on {escaped(summary["device"])} |
-| speed in training | {summary["tokens_per_second"]:,.0f} tokens/s |
+| peak memory | {summary.peak_memory_gb:.2f} GB on {escaped(summary.device)} |
+| speed in training | {summary.tokens_per_second:,.0f} tokens/s |
 
 ![loss](loss.png)
 

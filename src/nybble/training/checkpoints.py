@@ -22,10 +22,11 @@ from typing import Any
 
 from nybble.errors import ModelError, RunError
 from nybble.files.digests import faults, unreadable
-from nybble.files.reading import RESTORE, Shape, read_object
+from nybble.files.reading import RESTORE, Shape, read_shape
+from nybble.files.writing import write_json
 from nybble.model.base.files import check_whole
-from nybble.run.folder import Run, step_of, write_json, write_lines
-from nybble.run.log import lines_until
+from nybble.run.folder import Run, step_of
+from nybble.run.log import check_logs, cut_logs
 from nybble.run.marks import COMPLETE, described, read_mark
 
 WRITING = "WRITING"
@@ -78,8 +79,7 @@ def resumption(run: Run) -> Resumption:
         wrong = faults_of(folder) or _faults_of_best(run, folder)
         if not wrong:
             found = Resumption(run, folder, passed)
-            for file in (run.metrics, run.folder / "samples.jsonl"):
-                lines_until(file, found.step)
+            check_logs(run, found.step)
             return found
         passed[folder] = wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
     if passed:
@@ -153,18 +153,18 @@ def _is_whole(file: pathlib.Path) -> bool:
     return True
 
 
-def _state(checkpoint: pathlib.Path) -> dict[str, Any]:
-    return read_object(checkpoint / "trainer_state.json", RunError, RESTORE, SavedState, largest=None)
+def _state(checkpoint: pathlib.Path) -> SavedState:
+    return read_shape(checkpoint / "trainer_state.json", SavedState, RunError, RESTORE, largest=None)
 
 
 def _other_step(checkpoint: pathlib.Path) -> list[str]:
-    step = _state(checkpoint)["global_step"]
+    step = _state(checkpoint).global_step
     return [] if step == step_of(checkpoint) else [f"it is of step {step}, whatever its name says"]
 
 
 def _faults_of_best(run: Run, checkpoint: pathlib.Path) -> list[str]:
     """What is wrong with the checkpoint whose adapter the run ends with, unless a later one is better."""
-    best = _state(checkpoint).get("best_global_step")
+    best = _state(checkpoint).best_global_step
     if not run.recipe.train.keep_best or not best or best == step_of(checkpoint):
         return []
     folder = run.checkpoints / f"checkpoint-{best}"
@@ -198,10 +198,7 @@ def clear_the_way(resumed: Resumption) -> list[str]:
     notices = [
         f"{folder.name}: {wrong}; it is now {_set_aside(folder).name}" for folder, wrong in resumed.passed.items()
     ]
-    for file in (run.metrics, run.folder / "samples.jsonl"):
-        if file.exists():
-            write_lines(file, lines_until(file, resumed.step))
-    logged = {line["step"] for line in lines_until(run.metrics, resumed.step) if "tokens" in line}
+    logged = {line.step for line in cut_logs(run, resumed.step) if line.tokens is not None}
     lost = max(resumed.step, 0) - len(logged)
     if lost > 0:
         what = f"{lost:,} of {resumed.step:,} steps"

@@ -8,7 +8,6 @@ import datetime
 import pathlib
 import shutil
 from collections.abc import Collection, Iterator
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -17,11 +16,15 @@ from rich.console import Console
 
 from nybble.errors import TrainingError
 from nybble.files.places import new_folder
+from nybble.files.writing import write_json
 from nybble.model.adapter.lora import check_saved
 from nybble.model.adapter.updates import is_untrained, targets_of
-from nybble.run.folder import Run, versions, write_json
+from nybble.run.folder import Run
 from nybble.run.log import read_metrics
 from nybble.run.marks import COMPLETE, described
+from nybble.run.start import QuantizedBase
+from nybble.run.summary import AdapterSummary, BaseSummary, DataSummary, LossSummary, Summary
+from nybble.run.versions import versions
 from nybble.terminal import tell
 from nybble.training.checkpoints import remove_unfinished
 from nybble.training.preparation import TrainingSetup
@@ -102,50 +105,46 @@ def save_adapter(run: Run, model: PeftModel) -> None:
         write_json(temporary / COMPLETE, {"files": files})
 
 
-def summarise(setup: TrainingSetup, recorder: Recorder, used: ResourceUse) -> dict[str, Any]:
+def summarise(setup: TrainingSetup, recorder: Recorder, used: ResourceUse) -> Summary:
     """The whole run in numbers, however often it was resumed."""
     recipe, data, base = setup.recipe, setup.data, setup.base
     taken, history = used.so_far(setup.device), recorder.history
     losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    steps = [line for line in read_metrics(recorder.run) if "tokens" in line]
-    tokens, seconds = sum(line["tokens"] for line in steps), sum(line["seconds"] for line in steps)
-    on_cuda = setup.device.type == "cuda"
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "device": torch.cuda.get_device_name(setup.device) if on_cuda else "cpu",
-        "dtype": str(setup.dtype).removeprefix("torch."),
-        "base": {
-            "name": base.checkpoint.name,
-            "commit": base.checkpoint.commit,
-            "fingerprint": base.fingerprint,
-            "quantization": base.quantization,
-            "quantized": base.bits.as_json() if base.bits is not None else None,
-            "parameters": setup.footprint.parameters,
-            "bytes": setup.footprint.bytes,
-        },
-        "data": {
-            "path": recipe.data.path,
-            "fingerprint": data.fingerprint,
-            "template": data.template.name,
+    steps = [line for line in read_metrics(recorder.run) if line.tokens is not None]
+    tokens, seconds = sum(line.tokens or 0 for line in steps), sum(line.seconds or 0.0 for line in steps)
+    bits = base.bits.as_json() if base.bits is not None else None
+    return Summary(
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        versions=versions(),
+        device=torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else "cpu",
+        dtype=str(setup.dtype).removeprefix("torch."),
+        base=BaseSummary(
+            name=base.checkpoint.name,
+            commit=base.checkpoint.commit,
+            fingerprint=base.fingerprint,
+            quantization=base.quantization,
+            quantized=QuantizedBase.model_validate(bits) if bits is not None else None,
+            parameters=setup.footprint.parameters,
+            bytes=setup.footprint.bytes,
+        ),
+        data=DataSummary(
+            path=recipe.data.path,
+            fingerprint=data.fingerprint,
+            template=data.template.name,
             **dataclasses.asdict(data.counts),
-        },
-        "adapter": {
-            "targets": targets_of(setup.model),
-            "trainable_parameters": setup.trained_parameters,
-        },
-        "steps": recorder.steps,
-        "processes": recipe.train.processes,
-        "train_loss": next(entry["loss"] for entry in reversed(history) if "loss" in entry),
-        "validation_loss": {"before": losses[0], "kept": losses[recorder.kept_step]} if losses else None,
-        "kept_step": recorder.kept_step,
-        "tokens": tokens,
-        # While training: evaluations and the like are not counted.
-        "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
-        "seconds_in_steps": round(seconds, 1),
-        "peak_memory_gb": round(taken["peak_memory"] / 1e9, 3),
-        "seconds": taken["seconds"],
-    }
+        ),
+        adapter=AdapterSummary(targets=targets_of(setup.model), trainable_parameters=setup.trained_parameters),
+        steps=recorder.steps,
+        processes=recipe.train.processes,
+        train_loss=next(entry["loss"] for entry in reversed(history) if "loss" in entry),
+        validation_loss=LossSummary(before=losses[0], kept=losses[recorder.kept_step]) if losses else None,
+        kept_step=recorder.kept_step,
+        tokens=tokens,
+        tokens_per_second=round(tokens / seconds, 1) if seconds else 0.0,
+        seconds_in_steps=round(seconds, 1),
+        peak_memory_gb=round(taken["peak_memory"] / 1e9, 3),
+        seconds=taken["seconds"],
+    )
 
 
 def made_by_now(folder: pathlib.Path) -> frozenset[pathlib.Path]:

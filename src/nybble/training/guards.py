@@ -14,7 +14,8 @@ from nybble.distributed.group import add_up_number, wait_for_all
 from nybble.distributed.launcher import rank
 from nybble.errors import TrainingError
 from nybble.model.adapter.lora import check_gradients, check_saved
-from nybble.run.folder import Run, append_json
+from nybble.run.folder import Run
+from nybble.run.log import MetricsLine, append_line
 from nybble.training.checkpoints import mark, rotate
 from nybble.training.resource_use import ResourceUse
 from nybble.training.trainer import CurrentStep
@@ -80,7 +81,7 @@ class Guards(TrainerCallback):  # type: ignore[misc]
         if bad:
             torch.save({"step": step, "losses": torch.tensor(losses), "batches": bad}, file)
         if not rank():
-            append_json(self.run.metrics, {"step": step, "loss": str(sum(losses))})
+            append_line(self.run.metrics, MetricsLine(step=step, loss=str(sum(losses))))
         wait_for_all()  # before the first process tidies up, every batch is saved
         raise TrainingError(
             f"the loss of step {step} is not finite ({losses}); this step did not change the adapter",

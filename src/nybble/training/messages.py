@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from peft import PeftModel
 from rich.console import Console
 
@@ -15,6 +13,7 @@ from nybble.model.base.load import Base, Footprint
 from nybble.plan.schedule import Schedule, steps_text
 from nybble.recipe import DataOptions
 from nybble.run.folder import Run
+from nybble.run.summary import Summary
 from nybble.terminal import bytes_text, tell
 
 
@@ -90,14 +89,13 @@ def print_plan(run: Run, schedule: Schedule, console: Console) -> None:
         tell(console, f"          {schedule.notice}")
 
 
-def print_result(run: Run, summary: dict[str, Any], console: Console) -> None:
+def print_result(run: Run, summary: Summary, console: Console) -> None:
     """Loss, speed, memory, and what comes next."""
-    validation = summary["validation_loss"]
-    if validation:
-        tell(console, f"result    validation loss {validation['before']:.4f} -> {validation['kept']:.4f}")
+    if validation := summary.validation_loss:
+        tell(console, f"result    validation loss {validation.before:.4f} -> {validation.kept:.4f}")
     tell(
         console,
-        f"          {summary['tokens_per_second']:,.0f} tokens/s in training, peak memory {summary['peak_memory_gb']:.2f} GB, "
-        f"{summary['seconds']:,.0f} s in total",
+        f"          {summary.tokens_per_second:,.0f} tokens/s in training, peak memory {summary.peak_memory_gb:.2f} GB, "
+        f"{summary.seconds:,.0f} s in total",
     )
     tell(console, f"done      {run.folder}; talk to it: nybble chat {run.folder}")

@@ -12,7 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from nybble.distributed.group import gathered
 from nybble.objective.objective import MetricMeans, MetricSums
-from nybble.run.folder import Run, append_json
+from nybble.run.folder import Run
+from nybble.run.log import MetricsLine, SampleLine, append_line
 from nybble.terminal import bytes_text, tell
 from nybble.training.progress import SAMPLING, TRAINING, RunProgress
 from nybble.training.resource_use import peak_memory
@@ -92,7 +93,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             samples = [{"step": state.global_step, **sample} for sample in gathered(own)]
             if state.is_world_process_zero:
                 for sample in samples:
-                    append_json(self.run.folder / "samples.jsonl", sample)
+                    append_line(self.run.samples, SampleLine(**sample))
                 log_samples(self.tracker, state.global_step, samples)
         self.progress.activity(TRAINING)
 
@@ -103,12 +104,12 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self.progress.stop()
 
     def _log_evaluation(self, state: TrainerState, logs: dict[str, Any]) -> None:
-        tasks = {name.removeprefix("eval_"): score for name, score in logs.items() if name.startswith("eval_task/")}
+        start = "eval_task/"
+        tasks = {name.removeprefix(start): score for name, score in logs.items() if name.startswith(start)}
         measured = {f"eval_{name}": logs[f"eval_{name}"] for name in ("loss", *self.metrics)}
         if state.is_world_process_zero:
-            append_json(self.run.metrics, {"step": state.global_step, **measured, **tasks})
-        more = {name: logs[f"eval_{name}"] for name in self.metrics}
-        more |= {name.removeprefix("task/"): score for name, score in tasks.items()}
+            append_line(self.run.metrics, MetricsLine(step=state.global_step, **measured, scores=tasks))
+        more = {name: logs[f"eval_{name}"] for name in self.metrics} | tasks
         text = "".join(f"  {name} {number:.3f}" for name, number in more.items())
         tell(self.console, f"step {state.global_step:>5}  validation loss {logs['eval_loss']:.4f}{text}", hang=12)
 
@@ -123,8 +124,9 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         speed = tokens / seconds
         if state.is_world_process_zero:
             keys = ("loss", "grad_norm", "learning_rate")
-            line = {"step": state.global_step, **{key: logs[key] for key in keys if key in logs}, **measured}
-            append_json(self.run.metrics, {**line, "tokens": tokens, "seconds": round(seconds, 4)})
+            logged = {key: logs[key] for key in keys if key in logs} | measured
+            line = MetricsLine(step=state.global_step, **logged, tokens=tokens, seconds=round(seconds, 4))
+            append_line(self.run.metrics, line)
         text = f"loss {logs['loss']:.4f}  {speed:,.0f} tokens/s  {bytes_text(peak_memory(args.device))}"
         self.progress.step_done(state.global_step, seconds, text)
         if not self.console.is_terminal and (state.global_step % 10 == 0 or state.global_step == 1):

@@ -15,6 +15,7 @@ from nybble.distributed.environment import environment_restored
 from nybble.errors import RecipeError
 from nybble.installed import install_extra
 from nybble.recipe import TrackerOptions
+from nybble.run.evaluation import Evaluation, MetricEntry, TaskEntry
 
 
 @contextlib.contextmanager
@@ -56,7 +57,7 @@ def _variables(options: TrackerOptions, folder: pathlib.Path) -> dict[str, str]:
     return {}
 
 
-def log_evaluation(options: TrackerOptions, folder: pathlib.Path, results: Mapping[str, Any]) -> str | None:
+def log_evaluation(options: TrackerOptions, folder: pathlib.Path, results: Evaluation) -> str | None:
     """The numbers of an evaluation as a run of their own in wandb, beside the training's; other trackers have none.
 
     Returns:
@@ -64,14 +65,15 @@ def log_evaluation(options: TrackerOptions, folder: pathlib.Path, results: Mappi
     """
     if options.to != "wandb":
         return None
-    entries = [*results["tasks"], *(results.get("generation") or {"metrics": []})["metrics"]]
-    numbers = {f"{entry['name']}/{who}": entry[who]["mean"] for entry in entries for who in ("base", "tuned")}
-    if held_out := results.get("held_out"):
-        numbers |= {f"held-out loss/{who}": held_out[who]["loss"] for who in ("base", "tuned")}
-    verdicts = [[entry["name"], entry["verdict"]] for entry in entries]
+    entries: list[TaskEntry | MetricEntry] = [*results.tasks, *results.answers]
+    numbers = {f"{entry.name}/base": entry.base.mean for entry in entries}
+    numbers |= {f"{entry.name}/tuned": entry.tuned.mean for entry in entries}
+    if held_out := results.held_out:
+        numbers |= {"held-out loss/base": held_out.base.loss, "held-out loss/tuned": held_out.tuned.loss}
+    verdicts = [[entry.name, entry.verdict] for entry in entries]
     with environment_restored():
-        config = {"limit": results["limit"], "base": results["base"]}
-        notice = _start_wandb(options, folder, f"{folder.name}-eval", config)
+        base = results.base.as_json() if results.base is not None else None
+        notice = _start_wandb(options, folder, f"{folder.name}-eval", {"limit": results.limit, "base": base})
         wandb.log({**numbers, "verdicts": wandb.Table(["what", "verdict"], verdicts)})
         wandb.finish()
     return notice

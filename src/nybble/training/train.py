@@ -20,8 +20,10 @@ from nybble.model.device import choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer
 from nybble.plan.schedule import plan_steps
 from nybble.recipe import Recipe, absolute_paths
-from nybble.run.folder import Run, check_beginning, choose_folder, open_run, refuse_existing, write_json
+from nybble.run.folder import Run, choose_folder, open_run, refuse_existing
+from nybble.run.identity import check_beginning
 from nybble.run.marks import check_adapter, read_mark
+from nybble.run.records import write_record
 from nybble.terminal import tell
 from nybble.training.beginning import (
     lock_run,
@@ -146,7 +148,7 @@ def _train(
     if state.is_main_process:
         with nothing_half_done(run, state, console, made):
             summary = summarise(setup, recorder, used)
-            write_json(folder / "summary.json", summary)
+            write_record(folder / "summary.json", summary)
             draw_loss(run, folder / "loss.png")
             write_card(run, summary)
             save_adapter(run, model)

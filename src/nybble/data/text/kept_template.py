@@ -11,9 +11,11 @@ from nybble.data.rows.formats import Rules
 from nybble.data.text.clock import reads_clock
 from nybble.data.text.template import Template
 from nybble.errors import RunError
-from nybble.files.reading import RESTORE, read_object
-from nybble.run.folder import write_json
-from nybble.run.records import Ended, KeptTemplate
+from nybble.files.reading import RESTORE, read_shape
+from nybble.files.writing import write_json
+from nybble.run.records import read_record
+from nybble.run.summary import Ended
+from nybble.run.template import RecordedTemplate
 
 
 def save_template(template: Template, file: pathlib.Path) -> None:
@@ -31,27 +33,28 @@ def save_template(template: Template, file: pathlib.Path) -> None:
 
 def read_template(tokenizer: PreTrainedTokenizerBase, file: pathlib.Path) -> Template:
     """The template of a run; one of 0.5.1 that reads the clock is told the day on which the run began."""
-    kept = read_object(file, RunError, RESTORE, KeptTemplate)
-    name, source, verbatim = kept["name"], kept["source"], kept["verbatim"]
-    if "bos" in kept:
-        day = None if kept.get("day") is None else datetime.date.fromisoformat(kept["day"])
+    kept = read_shape(file, RecordedTemplate, RunError, RESTORE)
+    if kept.bos is not None:
         return Template(
             tokenizer,
-            name,
-            source,
-            verbatim=verbatim,
-            day=day,
-            bos=kept["bos"],
-            rules=Rules(kept.get("rules", Rules.V0_6)),
+            kept.name,
+            kept.source,
+            verbatim=kept.verbatim,
+            day=kept.day,
+            bos=kept.bos,
+            rules=Rules(kept.rules),
         )
-    began = _day_of(file.parent) if reads_clock(source) else None
-    return Template(tokenizer, name, source, verbatim=verbatim, day=began, bos=True, known_as=source, rules=Rules.V0_5)
+    began = _day_of(file.parent) if reads_clock(kept.source) else None
+    return Template(
+        tokenizer, kept.name, kept.source, verbatim=kept.verbatim, day=began, bos=True, known_as=kept.source,
+        rules=Rules.V0_5,
+    )  # fmt: skip
 
 
 def _day_of(run: pathlib.Path) -> datetime.date:
     """The day on which a run of 0.5.1 began: its summary tells it, and until there is one, the time of start.json."""
     if not (run / "summary.json").exists():
         return datetime.date.fromtimestamp((run / "start.json").stat().st_mtime)
-    summary = read_object(run / "summary.json", RunError, RESTORE, Ended)
-    ended = datetime.datetime.fromisoformat(summary["date"]).astimezone()
-    return (ended - datetime.timedelta(seconds=summary["seconds"])).date()
+    summary = read_record(run / "summary.json", Ended)
+    ended = datetime.datetime.fromisoformat(summary.date).astimezone()
+    return (ended - datetime.timedelta(seconds=summary.seconds)).date()

@@ -1,11 +1,11 @@
-"""RUN/report.html and RUN/report.md: did it get better, at what, at what price. One file without network each."""
+"""RUN/report.html and RUN/report.md: what improved, and what got worse. Each is one file that loads nothing from the network."""
 
 from __future__ import annotations
 
 import datetime
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -15,11 +15,13 @@ from markupsafe import Markup
 
 from nybble.evaluate.report import plots, tables
 from nybble.evaluate.report.wording import NONE, UNDECIDED, duration, headline, number_text, undecided_text
+from nybble.files.writing import write_text
 from nybble.markdown import code, escaped, fence, storable
-from nybble.run.folder import write_text
+from nybble.run.evaluation import Evaluation, SampleEntry, SkillEntry, TrainingCost
+from nybble.run.log import MetricsLine
 
 LONG, LONG_LINES = 700, 12  # characters and lines from which a text of a sample is folded
-TEASER = 240  # characters shown of a folded one
+TEASER = 240  # characters of a folded text that are shown
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Text:
-    """What a model was asked or said."""
+class Passage:
+    """What a model was asked, or what it said."""
 
     who: str
     text: str
@@ -58,7 +60,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to ask for the skill: its score as it was told, and as a share where it is one."""
+    """One way to ask for the skill: its score as it was given, and as a share where it is one."""
 
     name: str
     score: str
@@ -66,18 +68,16 @@ class Way:
     @property
     def share(self) -> float | None:
         """Of 93 of 100, 0.93."""
-        found = re.fullmatch(r"(\d+) of (\d+)", self.score)
-        return int(found[1]) / max(int(found[2]), 1) if found else None
+        counts = re.fullmatch(r"(\d+) of (\d+)", self.score)
+        return int(counts[1]) / max(int(counts[2]), 1) if counts else None
 
 
-def write_report(
-    folder: pathlib.Path, results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]
-) -> pathlib.Path:
-    """Write report.html, report.md and the latter's pictures; parts that `results` lacks are left out.
+def write_report(folder: pathlib.Path, results: Evaluation, metrics: Sequence[MetricsLine]) -> pathlib.Path:
+    """Write report.html, report.md and its pictures; sections without results are left out.
 
     Args:
         folder: the run folder.
-        results: what evaluation.json holds.
+        results: what was measured.
         metrics: the lines of metrics.jsonl.
 
     Returns:
@@ -96,7 +96,7 @@ def write_report(
 
 
 def _environment(name: str) -> Environment:
-    """In HTML and in Markdown what comes from data is escaped unless a template says otherwise."""
+    """Everything that comes from data is escaped, in HTML and in Markdown, unless a template says otherwise."""
     markdown = name.endswith(".md")
     environment = Environment(
         loader=FunctionLoader(lambda file: (resources.files(__package__) / file).read_text(encoding="utf-8")),
@@ -108,93 +108,90 @@ def _environment(name: str) -> Environment:
     return environment
 
 
-def _view(results: Mapping[str, Any], pictures: Sequence[Plot]) -> dict[str, Any]:
+def _view(results: Evaluation, pictures: Sequence[Plot]) -> dict[str, Any]:
     """Everything that the templates show, as text."""
-    tasks, held_out, texts = results.get("tasks") or [], results.get("held_out"), results.get("texts") or []
-    generation, missing = results.get("generation") or {}, results.get("missing") or []
-    answers = generation.get("metrics") or []
+    held_out, texts = results.held_out, results.texts
     undecided = undecided_text(results)
     head = headline(results)
     return {
-        "run": results["run"],
-        "date": _date(results["date"]),
+        "run": results.run,
+        "date": _date(results.date),
         "headline": head,
         "facts": _facts(results),
-        "skill": _skill(results.get("skill")),
-        "benchmarks": tables.benchmarks(tasks) if tasks else None,
+        "skill": _skill(results.skill),
+        "benchmarks": tables.benchmarks(results.tasks) if results.tasks else None,
         "undecided": undecided if undecided and head[-1].text != undecided else "",
         "no_difference": UNDECIDED.capitalize(),
-        "subjects": any(task.get("over_subjects") for task in tasks),
+        "subjects": any(task.over_subjects for task in results.tasks),
         "plots": pictures,
         "held_out": tables.held_out(held_out, texts) if held_out or texts else None,
-        "held_out_tested": bool(held_out and held_out.get("verdict")),
-        "generation": tables.generation(answers) if answers else None,
-        "answers": generation.get("rows"),
-        "samples": [_sample(sample) for sample in results.get("samples") or []],
-        "training": _training(results.get("training")),
-        "missing": tables.missing(missing) if missing else None,
-        "recipe": results.get("recipe"),
-        "versions": results.get("versions"),
+        "held_out_tested": bool(held_out and held_out.verdict),
+        "generation": tables.generation(results.answers) if results.answers else None,
+        "answers": results.generation.rows if results.generation else None,
+        "samples": [_sample(sample) for sample in results.samples],
+        "training": _training(results.training),
+        "missing": tables.missing(results.missing) if results.missing else None,
+        "recipe": results.recipe,
+        "versions": results.versions,
         "fingerprints": _fingerprints(results),
     }
 
 
-def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _facts(results: Evaluation) -> list[tuple[str, str]]:
     """What was evaluated, and how."""
-    base, limit = results.get("base") or {}, results.get("limit")
     facts = [
-        ("base", base.get("name")),
-        ("quantisation", base.get("quantization")),
-        ("computed in", results.get("dtype")),
-        ("evaluated on", results.get("device")),
-        ("rows per benchmark", f"at most {limit:,}" if limit is not None else None),
-        ("evaluation took", duration(results["seconds"]) if results.get("seconds") is not None else None),
+        ("base", results.base.name if results.base else None),
+        ("quantisation", results.base.quantization if results.base else None),
+        ("computed in", results.dtype),
+        ("evaluated on", results.device),
+        ("rows per benchmark", f"at most {results.limit:,}" if results.limit is not None else None),
+        ("evaluation took", duration(results.seconds) if results.seconds is not None else None),
     ]
-    return [(name, str(value)) for name, value in facts if value is not None]
+    return [(name, value) for name, value in facts if value is not None]
 
 
-def _training(training: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def _training(cost: TrainingCost | None) -> list[tuple[str, str]]:
     """What the training cost."""
-    if not training:
+    if cost is None:
         return []
-    facts: list[tuple[str, str]] = [("time", duration(training.get("seconds")))]
-    for name, key, digits, unit in (
-        ("steps", "steps", 0, ""),
-        ("tokens", "tokens", 0, ""),
-        ("tokens per second in training", "tokens_per_second", 0, ""),
-        ("peak memory", "peak_memory_gb", 2, " GB"),
-        ("trained parameters", "trainable_parameters", 0, ""),
-    ):
-        facts.append((name, number_text(training.get(key), digits) + unit))
-    facts += [(name, str(training.get(name) or NONE)) for name in ("device", "template")]
+    facts = [
+        ("time", duration(cost.seconds)),
+        ("steps", number_text(cost.steps, 0)),
+        ("tokens", number_text(cost.tokens, 0)),
+        ("tokens per second in training", number_text(cost.tokens_per_second, 0)),
+        ("peak memory", f"{number_text(cost.peak_memory_gb, 2)} GB"),
+        ("trained parameters", number_text(cost.trainable_parameters, 0)),
+        ("device", cost.device or NONE),
+        ("template", cost.template or NONE),
+    ]
     return [(name, value) for name, value in facts if not value.startswith(NONE)]
 
 
-def _fingerprints(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    base = (results.get("base") or {}).get("fingerprint")
-    return [(name, value) for name, value in (("base", base), ("adapter", results.get("adapter"))) if value]
+def _fingerprints(results: Evaluation) -> list[tuple[str, str]]:
+    base = results.base.fingerprint if results.base else None
+    return [(name, value) for name, value in (("base", base), ("adapter", results.adapter)) if value]
 
 
-def _skill(skill: Mapping[str, str] | None) -> dict[str, Any] | None:
-    if not skill:
+def _skill(skill: SkillEntry | None) -> dict[str, Any] | None:
+    if skill is None:
         return None
-    return {"what": skill["what"], "ways": [Way(name, score) for name, score in skill.items() if name != "what"]}
+    return {"what": skill.what, "ways": [Way(name, score) for name, score in skill.ways.items()]}
 
 
-def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+def _sample(sample: SampleEntry) -> dict[str, Any]:
     """The prompt, and beneath it what was expected, if known, and what each model said."""
-    names = [name for name in ("expected", "base", "tuned") if name != "expected" or sample.get(name)]
-    said = [Text(name, sample.get(name) or "") for name in names]
-    return {"prompt": Text("prompt", sample.get("prompt") or ""), "said": said}
+    expected = [Passage("expected", sample.expected)] if sample.expected else []
+    said = [*expected, Passage("base", sample.base or ""), Passage("tuned", sample.tuned or "")]
+    return {"prompt": Passage("prompt", sample.prompt or ""), "said": said}
 
 
-def _plots(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[Plot]:
-    lengths = {int(length): rows for length, rows in (results.get("lengths") or {}).items()}
+def _plots(results: Evaluation, metrics: Sequence[MetricsLine]) -> list[Plot]:
+    lengths = {int(length): rows for length, rows in results.lengths.items()}
     drawn = [
-        ("benchmarks", "Benchmarks", plots.benchmark_plot(results.get("tasks") or [])),
+        ("benchmarks", "Benchmarks", plots.benchmark_plot(results.tasks)),
         ("loss", "Loss", plots.loss_plot(metrics)),
         ("scores", "Scores while training", plots.score_plot(metrics)),
-        ("lengths", "Lengths of the training rows", plots.length_plot(lengths, results.get("max_length"))),
+        ("lengths", "Lengths of the training rows", plots.length_plot(lengths, results.max_length)),
     ]
     return [Plot(name, title, draw) for name, title, draw in drawn if draw]
 
@@ -205,14 +202,14 @@ def _date(text: str) -> str:
 
 
 def _markdown(value: Any) -> Any:
-    """Text in Markdown that is read as text, in one line: it may stand in a table."""
+    """Text that Markdown shows as it is, on one line: it may be in a table."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     return escaped(value)
 
 
 def _fence(text: str, language: str = "text") -> Markup:
-    return Markup(fence(text, language))  # tamed by what stands around it
+    return Markup(fence(text, language))  # the fence makes it safe
 
 
 def _code(text: str) -> Markup:

@@ -1,4 +1,4 @@
-"""A report's pictures: drawn once, as SVG that takes the page's colours or as PNG."""
+"""A report's plots: drawn once, as SVG in the page's colours or as PNG."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import math
 import pathlib
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -17,10 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nybble.data.histogram import quantile
-from nybble.evaluate.report.wording import Entry, by_verdict, scale
+from nybble.evaluate.report.wording import by_verdict, scale
 from nybble.files.places import replacing
+from nybble.run.evaluation import ScoreEntry, TaskEntry
+from nybble.run.log import MetricsLine
 
-WIDE, NARROW = 8.6, 3.7  # inches of 100 pixels: what a page of 1280 and one of 400 pixels has room for
+WIDE, NARROW = 8.6, 3.7  # inches of 100 pixels: the widths that fit pages of 1280 and 400 pixels
 DRAWN = 400  # points of a curve: a page has no more pixels to show them
 BASE, TUNED, ACCENT, INK, MUTED, GRID = "#7b8a9a", "#1d5b79", "#c8552f", "#1c2430", "#5b6776", "#e3e7eb"
 CURVES = (TUNED, ACCENT, "#5f7d3a", "#86588f", "#9a7416")
@@ -38,20 +39,20 @@ Draw = Callable[[float], Figure]
 Point = tuple[float, float]
 
 
-def benchmark_plot(tasks: Sequence[Entry]) -> Draw | None:
-    """Base and tuned with their intervals, a line a benchmark; None where none is a share."""
+def benchmark_plot(tasks: Sequence[TaskEntry]) -> Draw | None:
+    """Base and tuned with their intervals, one line per benchmark; None where none is a share."""
     drawn = [task for task in by_verdict(tasks) if scale(task).percent]
 
     def draw(width: float) -> Figure:
         figure, axes = _axes(width, 0.95 + 0.42 * len(drawn))
-        for place, task in enumerate(drawn):
-            for who, colour, shift in (("base", BASE, -0.14), ("tuned", TUNED, 0.14)):
-                _whisker(axes, task[who], place + shift, colour, who if not place else "")
+        for y, task in enumerate(drawn):
+            _whisker(axes, task.base, y - 0.14, BASE, "base" if not y else "")
+            _whisker(axes, task.tuned, y + 0.14, TUNED, "tuned" if not y else "")
             axes.text(
-                1.01, place, scale(task).change((task.get("difference") or {}).get("mean")), va="center",
+                1.01, y, scale(task).change(task.difference.mean if task.difference is not None else None), va="center",
                 transform=axes.get_yaxis_transform(), color=_shade(task), fontweight="bold",
             )  # fmt: skip
-        axes.set_yticks(range(len(drawn)), [_short(task["name"]) for task in drawn])
+        axes.set_yticks(range(len(drawn)), [_short(task.name) for task in drawn])
         axes.tick_params(axis="y", labelcolor=INK)
         axes.set_ylim(len(drawn) - 0.5, -0.5)
         axes.set_xlabel("percent, with 95% intervals; right: difference in points")
@@ -66,9 +67,10 @@ def benchmark_plot(tasks: Sequence[Entry]) -> Draw | None:
     return draw if drawn else None
 
 
-def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> Draw | None:
+def loss_plot(metrics: Sequence[MetricsLine]) -> Draw | None:
     """Training loss, each step and its running mean, and validation loss."""
-    steps, validation = _series(metrics, "loss"), _series(metrics, "eval_loss")
+    steps = _finite((line.step, line.loss) for line in metrics)
+    validation = _finite((line.step, line.eval_loss) for line in metrics)
 
     def draw(width: float) -> Figure:
         figure, axes = _axes(width, 3.0)
@@ -89,10 +91,11 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> Draw | None:
     return draw if steps or validation else None
 
 
-def score_plot(metrics: Sequence[Mapping[str, Any]]) -> Draw | None:
+def score_plot(metrics: Sequence[MetricsLine]) -> Draw | None:
     """Scores of the tasks that were run while training."""
-    keys = sorted({key for line in metrics for key in line if key.startswith("task/")})
-    curves = {key.removeprefix("task/"): points for key in keys if len(points := _series(metrics, key)) > 1}
+    names = sorted({name for line in metrics for name in line.scores})
+    series = {name: _finite((line.step, line.scores.get(name)) for line in metrics) for name in names}
+    curves = {name: points for name, points in series.items() if len(points) > 1}
 
     def draw(width: float) -> Figure:
         columns = 3 if width == WIDE else 1
@@ -134,14 +137,14 @@ def length_plot(lengths: Mapping[int, int], limit: int | None) -> Draw | None:
 
 
 def svg(draw: Draw, width: float, prefix: str) -> str:
-    """A plot as SVG to stand in a page: its colours are the page's, its ids begin with `prefix`."""
+    """A plot as SVG for a page: its colours are the page's, its ids begin with `prefix`."""
     stream = io.StringIO()
     with _style():
         draw(width).savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     text = stream.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"|(?<=<svg)[^>]*?(?=\sviewBox)|\sversion="1.1"', "", text)
-    text = re.sub(r'\bid="|(?<=href=")#|(?<=url\()#', lambda found: f"{found[0]}{prefix}-", text)
+    text = re.sub(r'\bid="|(?<=href=")#|(?<=url\()#', lambda match: f"{match[0]}{prefix}-", text)
     for colour, name in NAMES.items():
         text = text.replace(colour, f"var(--{name})")
     return text
@@ -166,27 +169,25 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _whisker(axes: Axes, score: Entry, place: float, colour: str, label: str) -> None:
-    mean, interval = score["mean"], score.get("interval")
-    if mean is None:
+def _whisker(axes: Axes, score: ScoreEntry, y: float, colour: str, label: str) -> None:
+    if score.mean is None:
         return
-    if interval and all(map(math.isfinite, interval)):
-        axes.plot([100 * end for end in interval], [place, place], color=colour, linewidth=2, solid_capstyle="round")
-    axes.plot([100 * mean], [place], "o", color=colour, ms=6, linestyle="none", label=label or None)
+    if score.interval and all(map(math.isfinite, score.interval)):
+        axes.plot([100 * end for end in score.interval], [y, y], color=colour, linewidth=2, solid_capstyle="round")
+    axes.plot([100 * score.mean], [y], "o", color=colour, ms=6, linestyle="none", label=label or None)
 
 
-def _shade(task: Entry) -> str:
-    return {"worse": ACCENT, "better": TUNED}.get(task.get("verdict") or "", MUTED)
+def _shade(task: TaskEntry) -> str:
+    return {"worse": ACCENT, "better": TUNED}.get(task.verdict or "", MUTED)
 
 
 def _short(name: str, most: int = 22) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
-def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
-    """(step, value) of the lines that have a finite one."""
-    found = [(line["step"], line[key]) for line in metrics if isinstance(line.get(key), int | float)]
-    return [(step, value) for step, value in found if math.isfinite(value)]
+def _finite(points: Iterable[tuple[int, float | str | None]]) -> list[Point]:
+    """The points that can be drawn; a loss that is not finite is recorded as text."""
+    return [(step, value) for step, value in points if isinstance(value, float) and math.isfinite(value)]
 
 
 def _running_mean(points: Sequence[Point]) -> list[Point]:
@@ -196,8 +197,8 @@ def _running_mean(points: Sequence[Point]) -> list[Point]:
     for _, value in points:
         sums.append(sums[-1] + value)
     smooth = []
-    for place, (step, _) in enumerate(points):
-        first, end = max(place - reach, 0), min(place + reach + 1, len(points))
+    for index, (step, _) in enumerate(points):
+        first, end = max(index - reach, 0), min(index + reach + 1, len(points))
         smooth.append((step, (sums[end] - sums[first]) / (end - first)))
     return smooth
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from nybble.evaluate.report.wording import LOSS, NONE, Entry, Scale, by_verdict, number_text, p_text, scale
+from nybble.evaluate.report.wording import LOSS, NONE, Entry, Scale, by_verdict, number_text, p_text, scale, scale_of
+from nybble.run.evaluation import (
+    HeldOutEntry,
+    MetricEntry,
+    MissingEntry,
+    ScoreEntry,
+    SubjectsEntry,
+    TaskEntry,
+    TextEntry,
+)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell says, what stands small beneath it, and the verdict that colours it."""
+    """Its text, smaller text beneath it, and the verdict that colours it."""
 
     text: str
     small: str = ""
@@ -19,105 +27,118 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
-    """Cells under a table's columns; a sub row says more about the row before it."""
+class TableRow:
+    """A cell for each column; a sub row says more about the row before it."""
 
     cells: Sequence[Cell]
     sub: bool = False
 
 
 @dataclass(frozen=True)
-class Table:
-    """Columns, the first of which names a row."""
+class ReportTable:
+    """Columns, the first of which names the row."""
 
     columns: Sequence[str]
-    rows: Sequence[Row]
+    rows: Sequence[TableRow]
 
 
 COMPARED = ("Base", "Tuned", "Difference, 95%", "Verdict", "p", "Detectable")
 
 
-def benchmarks(tasks: Sequence[Entry]) -> Table:
-    """A row a benchmark, worse first; beneath it the mean over subjects where there is one."""
+def benchmarks(tasks: Sequence[TaskEntry]) -> ReportTable:
+    """One row per benchmark, worse first; beneath it the mean over subjects where there are any."""
     rows = []
     for task in by_verdict(tasks):
-        rows.append(Row([_task(task), *_compared(task, task.get("p_adjusted")), *_sample(task)]))
-        if over := task.get("over_subjects"):
-            entry = {"metric": task["metric"], "name": task["name"], **over}
-            cells = _compared(entry, over.get("p_adjusted", over.get("p")))
-            name = Cell(f"mean over {over['subjects']} subjects", "p not adjusted" if "p" in over else "")
-            rows.append(Row([name, *cells, *[Cell(NONE)] * 3], sub=True))
-    return Table(["Benchmark", *COMPARED, "Rows", "Template applied", "Contaminated"], rows)
+        how = scale(task)
+        rows.append(TableRow([_task(task), *_compared(task, task.p_adjusted, how), *_items(task)]))
+        if over := task.over_subjects:
+            by_subject = scale_of(task.measure, over.base, over.tuned)
+            cells = _compared(over, over.p if over.p_adjusted is None else over.p_adjusted, by_subject)
+            name = Cell(f"mean over {over.subjects} subjects", "p not adjusted" if over.p is not None else "")
+            rows.append(TableRow([name, *cells, *[Cell(NONE)] * 3], sub=True))
+    return ReportTable(["Benchmark", *COMPARED, "Rows", "Template applied", "Contaminated"], rows)
 
 
-def held_out(entry: Entry | None, texts: Sequence[Entry]) -> Table:
+def held_out(entry: HeldOutEntry | None, texts: Sequence[TextEntry]) -> ReportTable:
     """Loss and perplexity of the validation rows, then of texts."""
     columns = ["Text", "Base loss", "Tuned loss", *COMPARED[2:], "Base perplexity", "Tuned perplexity"]
     rows = []
-    for one in [entry, *texts] if entry else texts:
-        rows_of = [f"{one['rows']:,} rows"] if one.get("rows") is not None else []
-        name = Cell(one.get("what") or one.get("name") or NONE, ", ".join([*rows_of, f"{one['tokens']:,} tokens"]))
-        losses = [Cell(number_text(one[who]["loss"], 3)) for who in ("base", "tuned")]
-        perplexities = [Cell(number_text(one[who].get("perplexity"), 2)) for who in ("base", "tuned")]
-        rows.append(Row([name, *losses, *_tested(one, one.get("p_adjusted"), LOSS), *perplexities]))
-    return Table(columns, rows)
+    if entry is not None:
+        size = [f"{entry.rows:,} rows"] if entry.rows is not None else []
+        size += [f"{entry.tokens:,} tokens"] if entry.tokens is not None else []
+        tested = _tested(entry.difference, entry.verdict, entry.detectable, entry.p_adjusted, LOSS)
+        rows.append(_losses(Cell(entry.what or NONE, ", ".join(size)), entry, tested))
+    untested = _tested(None, None, None, None, LOSS)
+    rows += [_losses(Cell(text.name, f"{text.tokens:,} tokens"), text, untested) for text in texts]
+    return ReportTable(columns, rows)
 
 
-def generation(metrics: Sequence[Entry]) -> Table:
-    """A row a metric of answers."""
-    rows = [Row([Cell(one["name"]), *_compared(one, one.get("p_adjusted", one.get("p")))]) for one in metrics]
-    return Table(["Metric", *COMPARED], rows)
+def _losses(name: Cell, entry: HeldOutEntry | TextEntry, tested: Sequence[Cell]) -> TableRow:
+    models = (entry.base, entry.tuned)
+    losses = [Cell(number_text(model.loss, 3)) for model in models]
+    return TableRow([name, *losses, *tested, *(Cell(number_text(model.perplexity, 2)) for model in models)])
 
 
-def missing(lines: Sequence[Mapping[str, Any]]) -> Table:
+def generation(metrics: Sequence[MetricEntry]) -> ReportTable:
+    """One row per metric of the answers."""
+    rows = [
+        TableRow([
+            Cell(metric.name),
+            *_compared(metric, metric.p if metric.p_adjusted is None else metric.p_adjusted, scale(metric)),
+        ])
+        for metric in metrics
+    ]  # fmt: skip
+    return ReportTable(["Metric", *COMPARED], rows)
+
+
+def missing(lines: Sequence[MissingEntry]) -> ReportTable:
     """What was asked for and not measured."""
-    return Table(["Task", "Why"], [Row([Cell(line["task"]), Cell(line["why"])]) for line in lines])
+    return ReportTable(["Task", "Why"], [TableRow([Cell(line.task), Cell(line.why)]) for line in lines])
 
 
-def _task(task: Entry) -> Cell:
-    facts = [task["metric"]]
-    if task.get("fewshot") is not None:
-        facts.append(f"{task['fewshot']}-shot")
-    if task.get("version") is not None:
-        facts.append(f"version {task['version']}")
-    if task.get("data"):
-        facts.append(str(task["data"]))
-    if task.get("higher_is_better") is False:
+def _task(task: TaskEntry) -> Cell:
+    facts = [task.measure]
+    if task.fewshot is not None:
+        facts.append(f"{task.fewshot}-shot")
+    if task.version is not None:
+        facts.append(f"version {task.version}")
+    if task.data:
+        facts.append(task.data)
+    if not task.higher_is_better:
         facts.append("lower is better")
-    return Cell(task["name"], ", ".join(facts))
+    return Cell(task.name, ", ".join(facts))
 
 
-def _compared(entry: Entry, p: float | None) -> list[Cell]:
-    how = scale(entry)
-    scores = [Cell(how.value(entry[who]["mean"]), how.span(entry[who].get("interval"))) for who in ("base", "tuned")]
-    return [*scores, *_tested(entry, p, how)]
+def _compared(entry: Entry | SubjectsEntry, p: float | None, how: Scale) -> list[Cell]:
+    scores = [Cell(how.value(score.mean), how.span(score.interval)) for score in (entry.base, entry.tuned)]
+    return [*scores, *_tested(entry.difference, entry.verdict, entry.detectable, p, how)]
 
 
-def _tested(entry: Entry, p: float | None, how: Scale) -> list[Cell]:
+def _tested(
+    difference: ScoreEntry | None, verdict: str | None, detectable: float | None, p: float | None, how: Scale
+) -> list[Cell]:
     """Difference, verdict, p and the smallest detectable difference."""
-    difference, verdict = entry.get("difference") or {}, entry.get("verdict")
-    detectable = entry.get("detectable")
-    smallest = (
-        how.size(detectable).removesuffix(" per token") if detectable is not None else "none" if verdict else NONE
-    )
+    smallest = "none" if verdict else NONE
+    if detectable is not None:
+        smallest = how.size(detectable).removesuffix(" per token")
+    change, interval = (None, None) if difference is None else (difference.mean, difference.interval)
     return [
-        Cell(how.change(difference.get("mean")), how.change_span(difference.get("interval")), verdict or ""),
+        Cell(how.change(change), how.change_span(interval), verdict or ""),
         Cell(verdict or NONE, kind=verdict or ""),
         Cell(p_text(p)),
         Cell(smallest),
     ]
 
 
-def _sample(task: Entry) -> list[Cell]:
-    """Rows used of how many, whether the template was applied, and what of it the training rows hold."""
+def _items(task: TaskEntry) -> list[Cell]:
+    """Rows used of how many, whether the template was applied, and how many of them the training rows contain."""
     rows = Cell(NONE)
-    if task.get("rows") is not None:
-        rows = Cell(f"{task['rows']:,}", f"of {task['of']:,}" if task.get("of") is not None else "")
-    template = NONE if task.get("template") is None else "yes" if task["template"] else "no"
-    found = task.get("contamination")
-    if found is None:
+    if task.rows is not None:
+        rows = Cell(f"{task.rows:,}", f"of {task.of:,}" if task.of is not None else "")
+    template = NONE if task.template is None else "yes" if task.template else "no"
+    if task.contamination is None:
         return [rows, Cell(template), Cell("not checked")]
-    if not found["flagged"]:
+    if not task.contamination.flagged:
         return [rows, Cell(template), Cell("0")]
-    base, tuned = (scale(task).value(found.get(who)) for who in ("base", "tuned"))
-    return [rows, Cell(template), Cell(f"{found['flagged']:,}", f"without: {base} to {tuned}")]
+    base, tuned = (scale(task).value(mean) for mean in (task.contamination.base, task.contamination.tuned))
+    return [rows, Cell(template), Cell(f"{task.contamination.flagged:,}", f"without: {base} to {tuned}")]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import Literal, TypeGuard, TypeVar
+
+from nybble.run.evaluation import Evaluation, HeldOutEntry, MetricEntry, ScoreEntry, TaskEntry
 
 NONE = "–"
 NAMED = 4  # benchmarks named with their numbers in a sentence; of more, the names
@@ -13,13 +15,14 @@ SHARES = ("acc", "exact", "em", "f1", "mc", "pass", "ends by itself", "distinct"
 MINOR = ("ROUGE-1", "ROUGE-2")  # ROUGE-L speaks for them in a sentence
 UNDECIDED = "no difference shown"
 
-Entry = Mapping[str, Any]
+Entry = TaskEntry | MetricEntry
+E = TypeVar("E", TaskEntry, MetricEntry)
 Kind = Literal["worse", "better", "plain"]
 
 
 @dataclass(frozen=True)
-class Line:
-    """A sentence of the page's head; the label begins it."""
+class Sentence:
+    """A sentence at the head of the page; it begins with the label."""
 
     kind: Kind
     label: str
@@ -61,10 +64,14 @@ LOSS = Scale(percent=False, unit=" nats per token")
 
 
 def scale(entry: Entry) -> Scale:
-    """How an entry's scores are written: shares, known by the metric's name and by being at most 1, as percent."""
-    metric = str(entry.get("metric") or entry["name"]).lower()
-    small = all(abs(entry[who]["mean"] or 0) <= 1 for who in ("base", "tuned"))
-    return Scale(percent=True, unit=" points") if small and metric.startswith(SHARES) else Scale(percent=False)
+    """How an entry's scores are written."""
+    return scale_of(entry.measure, entry.base, entry.tuned)
+
+
+def scale_of(measure: str, base: ScoreEntry, tuned: ScoreEntry) -> Scale:
+    """Shares as percent: they are known by the metric's name, and none is over 1."""
+    small = all(abs(score.mean or 0) <= 1 for score in (base, tuned))
+    return Scale(percent=True, unit=" points") if small and measure.lower().startswith(SHARES) else Scale(percent=False)
 
 
 def number_text(number: float | None, digits: int, factor: float = 1, sign: bool = False) -> str:
@@ -86,7 +93,7 @@ def p_text(p: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as people say them."""
+    """Seconds in the unit that people would use."""
     if seconds is None:
         return NONE
     if seconds < 120:
@@ -95,47 +102,44 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def by_verdict(entries: Sequence[Entry]) -> list[Entry]:
+def by_verdict(entries: Sequence[E]) -> list[E]:
     """Worse first, then better, then the rest."""
     order = {"worse": 0, "better": 1}
-    return sorted(entries, key=lambda entry: order.get(entry.get("verdict") or "", 2))
+    return sorted(entries, key=lambda entry: order.get(entry.verdict or "", 2))
 
 
-def headline(results: Mapping[str, Any]) -> list[Line]:
-    """The sentences that a report begins with: worse first, then better; what was not shown where there is room."""
+def headline(results: Evaluation) -> list[Sentence]:
+    """The sentences at the head of a report: worse first, then better; with fewer than two, also what was not shown."""
     worse, better, measured = _decided(results, "worse"), _decided(results, "better"), _untested(results)
-    dropped = any(task.get("verdict") == "worse" for task in results.get("tasks") or [])
+    dropped = any(task.verdict == "worse" for task in results.tasks)
     lines = []
     if worse:
-        lines.append(Line("worse", "Worse (forgetting)" if dropped else "Worse", worse))
+        lines.append(Sentence("worse", "Worse (forgetting)" if dropped else "Worse", worse))
     if measured:
-        lines.append(Line("plain", "Measured", measured))
+        lines.append(Sentence("plain", "Measured", measured))
     if better:
-        lines.append(Line("better", "Better", better))
+        lines.append(Sentence("better", "Better", better))
     if len(lines) < 2 and (undecided := undecided_text(results)):
-        lines.append(Line("plain", "No difference shown", undecided))
-    return lines or [Line("plain", "Nothing compared", ": there are no scores of base and tuned model here.")]
+        lines.append(Sentence("plain", "No difference shown", undecided))
+    return lines or [Sentence("plain", "Nothing compared", ": this evaluation has no scores of base and tuned model.")]
 
 
-def undecided_text(results: Mapping[str, Any]) -> str:
-    """Where no difference was shown, and the smallest that could have been."""
-    tasks = results.get("tasks") or []
-    open_tasks = [task for task in tasks if task.get("verdict") == UNDECIDED]
-    places = [f"on {_of(len(open_tasks), len(tasks))}"] if open_tasks else []
-    found = [(task["name"], task.get("detectable"), scale(task)) for task in open_tasks]
-    held_out = results.get("held_out") or {}
-    others = ["held-out loss"] if held_out.get("verdict") == UNDECIDED else []
-    found += [(name, held_out.get("detectable"), LOSS) for name in others]
-    for metric in _generation(results, UNDECIDED):
-        others.append(metric["name"])
-        found.append((metric["name"], metric.get("detectable"), scale(metric)))
-    places += [f"in {_join(others)}"] if others else []
-    return f" {', nor '.join(places)}. {_detectable(found)}" if places else ""
+def undecided_text(results: Evaluation) -> str:
+    """Where no difference was shown, and the smallest that could have been detected."""
+    tasks = [task for task in results.tasks if task.verdict == UNDECIDED]
+    where = [f"on {_of(len(tasks), len(results.tasks))}"] if tasks else []
+    undecided = [(task.name, task.detectable, scale(task)) for task in tasks]
+    others = []
+    if results.held_out is not None and results.held_out.verdict == UNDECIDED:
+        others.append(("held-out loss", results.held_out.detectable, LOSS))
+    others += [(metric.name, metric.detectable, scale(metric)) for metric in _answers(results, UNDECIDED)]
+    where += [f"in {_join([name for name, _, _ in others])}"] if others else []
+    return f" {', nor '.join(where)}. {_detectable([*undecided, *others])}" if where else ""
 
 
-def _detectable(found: Sequence[tuple[str, float | None, Scale]]) -> str:
+def _detectable(undecided: Sequence[tuple[str, float | None, Scale]]) -> str:
     """The smallest detectable differences: of those in points the least and the most, and each of the rest."""
-    known = [(name, size, how) for name, size, how in found if _finite(size)]
+    known = [(name, size, how) for name, size, how in undecided if _finite(size)]
     if not known:
         return "With this few items no difference could have been detected."
     points = sorted((size, name) for name, size, how in known if how.percent)
@@ -146,57 +150,59 @@ def _detectable(found: Sequence[tuple[str, float | None, Scale]]) -> str:
     return f"Smallest detectable difference: {_join([*filter(None, [' to '.join(ends)]), *rest])}."
 
 
-def _decided(results: Mapping[str, Any], verdict: str) -> str:
+def _decided(results: Evaluation, verdict: str) -> str:
     """Everything with this verdict: benchmarks with the largest difference first, then loss and answers."""
-    tasks = results.get("tasks") or []
-    found = [task for task in tasks if task.get("verdict") == verdict]
-    found.sort(key=lambda task: abs(task["difference"]["mean"]) / (1 if scale(task).percent else 100), reverse=True)
-    named = [_moved(task) for task in found[:NAMED]] + [task["name"] for task in found[NAMED:]]
-    held_out = results.get("held_out") or {}
-    others = [_loss(held_out)] if held_out.get("verdict") == verdict else []
-    others += [_moved(metric) for metric in _generation(results, verdict) if metric["name"] not in MINOR]
-    text = f" on {_of(len(found), len(tasks))}: {'; '.join(named)}" if named else ""
+    tasks = [task for task in results.tasks if task.verdict == verdict]
+    tasks.sort(key=_size, reverse=True)
+    named = [_moved(task) for task in tasks[:NAMED]] + [task.name for task in tasks[NAMED:]]
+    held_out = results.held_out
+    others = [_loss(held_out)] if held_out is not None and held_out.verdict == verdict else []
+    others += [_moved(metric) for metric in _answers(results, verdict) if metric.name not in MINOR]
+    text = f" on {_of(len(tasks), len(results.tasks))}: {'; '.join(named)}" if named else ""
     if others:
         text += f"{'. Also' if text else ''}: {'; '.join(others)}"
     return f"{text}." if text else ""
 
 
-def _untested(results: Mapping[str, Any]) -> str:
+def _size(task: TaskEntry) -> float:
+    """Of its difference; 1 in a metric that is no share counts as a point."""
+    change = task.difference.mean if task.difference is not None else None
+    return abs(change or 0.0) / (1 if scale(task).percent else 100)
+
+
+def _untested(results: Evaluation) -> str:
     """Counts and losses that come without a test."""
     parts = []
-    if skill := results.get("skill"):
-        ways = [f"{way} {value}" for way, value in skill.items() if way != "what"]
-        parts.append(f"{skill['what']}: {'; '.join(ways)}")
-    held_out = results.get("held_out")
-    if held_out and not held_out.get("verdict"):
-        parts.append(_loss(held_out))
+    if skill := results.skill:
+        parts.append(f"{skill.what}: {'; '.join(f'{way} {score}' for way, score in skill.ways.items())}")
+    if results.held_out is not None and not results.held_out.verdict:
+        parts.append(_loss(results.held_out))
     return f": {'. '.join(parts)}." if parts else ""
 
 
-def _loss(held_out: Entry) -> str:
-    base, tuned = held_out["base"], held_out["tuned"]
-    change = _change(held_out.get("difference"), LOSS) or LOSS.unit
-    text = f"held-out loss {LOSS.value(base['loss'])} to {LOSS.value(tuned['loss'])}{change}"
-    perplexities = [number_text(one.get("perplexity"), 1) for one in (base, tuned)]
+def _loss(held_out: HeldOutEntry) -> str:
+    base, tuned = held_out.base, held_out.tuned
+    change = _change(held_out.difference, LOSS) or LOSS.unit
+    text = f"held-out loss {LOSS.value(base.loss)} to {LOSS.value(tuned.loss)}{change}"
+    perplexities = [number_text(one.perplexity, 1) for one in (base, tuned)]
     return text if NONE in perplexities else f"{text}, perplexity {perplexities[0]} to {perplexities[1]}"
 
 
 def _moved(entry: Entry) -> str:
     how = scale(entry)
-    base, tuned = (how.value(entry[who]["mean"]) for who in ("base", "tuned"))
-    return f"{entry['name']} {base} to {tuned}{_change(entry.get('difference'), how)}"
+    base, tuned = how.value(entry.base.mean), how.value(entry.tuned.mean)
+    return f"{entry.name} {base} to {tuned}{_change(entry.difference, how)}"
 
 
-def _change(difference: Entry | None, how: Scale) -> str:
-    if not difference:
+def _change(difference: ScoreEntry | None, how: Scale) -> str:
+    if difference is None:
         return ""
-    interval = how.change_span(difference.get("interval"))
-    return f" ({how.change(difference['mean'])}{how.unit}{', 95% ' if interval else ''}{interval})"
+    interval = how.change_span(difference.interval)
+    return f" ({how.change(difference.mean)}{how.unit}{', 95% ' if interval else ''}{interval})"
 
 
-def _generation(results: Mapping[str, Any], verdict: str) -> list[Entry]:
-    metrics = (results.get("generation") or {}).get("metrics") or []
-    return [metric for metric in metrics if metric.get("verdict") == verdict]
+def _answers(results: Evaluation, verdict: str) -> list[MetricEntry]:
+    return [metric for metric in results.answers if metric.verdict == verdict]
 
 
 def _of(count: int, total: int) -> str:

@@ -1,7 +1,7 @@
-"""A GGUF file asked by llama.cpp: python -m nybble.export.gguf.llama JOB.json.
+"""Run a GGUF file in llama.cpp: python -m nybble.export.gguf.llama JOB.json.
 
-A process of its own, and the one module that knows llama-cpp-python. Prompts of conversations go through create_chat_completion,
-as its users' do.
+This is a separate process, and the only module that knows llama-cpp-python. Conversations go through create_chat_completion, as
+they do for its users.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ import llama_cpp
 import numpy
 
 
-class Heard(Exception):  # noqa: N818
-    """Instead of an answer: the tokens of a conversation's prompt."""
+class PromptSeen(Exception):  # noqa: N818
+    """In place of an answer: the tokens of a conversation's prompt."""
 
     def __init__(self, ids: list[int]) -> None:
         super().__init__()
         self.ids = ids
 
 
-class Listening(llama_cpp.Llama):  # type: ignore[misc]
-    """A model whose create_chat_completion says what it would go on from; for some templates it has functions of its own."""
+class PromptReader(llama_cpp.Llama):  # type: ignore[misc]
+    """A model whose create_chat_completion gives the prompt, not an answer; for some templates it is a special function."""
 
     def create_completion(self, *_: Any, prompt: list[int], **__: Any) -> Any:
         """What create_chat_completion calls once it has tokenised."""
-        raise Heard(prompt)
+        raise PromptSeen(prompt)
 
     def prompt_of(self, messages: Any) -> list[int]:
         """The tokens of a conversation."""
         try:
             self.create_chat_completion(messages)
-        except Heard as heard:
-            return list(map(int, heard.ids))
+        except PromptSeen as seen:
+            return list(map(int, seen.ids))
         raise AssertionError("create_chat_completion does not call create_completion any more")
 
 
@@ -44,7 +44,7 @@ def main(job: pathlib.Path) -> None:
     asked = json.loads(job.read_text(encoding="utf-8"))
     questions = asked["questions"]
     longest = max(len(question["row"]) + asked["new_tokens"] for question in questions)
-    model = Listening(asked["file"], n_ctx=longest, n_batch=512, logits_all=True, verbose=False, seed=0)
+    model = PromptReader(asked["file"], n_ctx=longest, n_batch=512, logits_all=True, verbose=False, seed=0)
     has_template = "tokenizer.chat_template" in model.metadata
     stops = [token for token in range(model.n_vocab()) if llama_cpp.llama_vocab_is_eog(_vocabulary(model), token)]
     arrays: dict[str, Any] = {}

@@ -1,7 +1,7 @@
-"""Ollama's Modelfile, with the chat template in Go's language.
+"""Ollama's Modelfile, with the chat template in Go's template language.
 
-The template is not translated: it is rendered with marks in place of the messages, and what stands between the marks is what Go
-writes. A template whose turns do not all look alike has no such form, and the Modelfile says so.
+The template is not translated: it is rendered with marks in place of the messages, and Go writes the text between the marks. A
+template whose turns do not all look alike cannot be expressed like this, and the Modelfile says so.
 """
 
 from __future__ import annotations
@@ -32,46 +32,51 @@ def write_modelfile(source: str, tokenizer: PreTrainedTokenizerBase, template: s
         end: the token that ends an answer.
         system: the system message that the run was trained with.
     """
-    said = go_template(tokenizer, template)
-    body = IRREGULAR if said is None else f'TEMPLATE """{said}"""'
+    text = go_template(tokenizer, template)
+    body = IRREGULAR if text is None else f'TEMPLATE """{text}"""'
     if system:
         body += "\n" + (UNQUOTABLE if '"""' in system or system.endswith('"') else f'SYSTEM """{system}"""')
     return f"FROM {source}\n{body}\nPARAMETER stop {json.dumps(end, ensure_ascii=False)}\n"
 
 
 def go_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
-    """The chat template for Go's text/template over Ollama's .Messages, or None where it has no such form."""
+    """The chat template for Go's text/template over Ollama's .Messages, or None where it cannot be expressed."""
     one = between(tokenizer, template, ["user"])
     two = between(tokenizer, template, ["user", "assistant", "user"])
     if one is None or two is None or [two[0], two[3]] != one or not two[1].startswith(one[1]):
         return None
     begin, close = one
-    gap = two[1].removeprefix(close)  # what stands before an answer and is not part of its prompt: LLaMA 2's space
+    gap = two[1].removeprefix(close)  # text before an answer that is not part of its prompt: Llama 2's space
     system = between(tokenizer, template, ["system", "user"])
     # Ollama puts BOS before a prompt where the tokenizer does, so there the template must not.
     bos = tokenizer.bos_token or ""
-    own = len(bos) if puts_bos(tokenizer) and begin.startswith(bos) else 0
+    skipped = len(bos) if puts_bos(tokenizer) and begin.startswith(bos) else 0
     lines = ['{{- $before := "" -}}', "{{- range .Messages -}}"]
     if system is not None and system[2] == close:
-        lines += ['{{- if eq .Role "system" -}}', _said(system[0][own:]), "{{ .Content }}", _said(system[1])]
+        lines += ['{{- if eq .Role "system" -}}', _literal(system[0][skipped:]), "{{ .Content }}", _literal(system[1])]
         lines += ['{{- else if eq .Role "user" -}}']
     else:
         lines += ['{{- if eq .Role "user" -}}']
-    lines += ['{{- if eq $before "" -}}', _said(begin[own:]), '{{- else if eq $before "assistant" -}}', _said(two[2])]
+    lines += [
+        '{{- if eq $before "" -}}',
+        _literal(begin[skipped:]),
+        '{{- else if eq $before "assistant" -}}',
+        _literal(two[2]),
+    ]
     lines += [
         "{{- end -}}",
         "{{ .Content }}",
-        _said(close),
+        _literal(close),
         '{{- else if eq .Role "assistant" -}}',
-        _said(gap),
+        _literal(gap),
         "{{ .Content }}",
     ]
     lines += ["{{- end -}}", "{{- $before = .Role -}}", "{{- end -}}"]
     return "".join(lines)
 
 
-def _said(text: str) -> str:
-    """Text as Go writes it, whatever white space stands in it."""
+def _literal(text: str) -> str:
+    """Text as a literal of Go, with its white space."""
     return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
 

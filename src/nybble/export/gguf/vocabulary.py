@@ -1,7 +1,7 @@
 """A tokenizer in llama.cpp's terms: tokens, scores, types, merges, and the name of its rules.
 
-Everything is read from tokenizer.json, which is what the run was trained with. llama.cpp knows the rules that cut a text into
-words by name only, so rules without a known name are refused: with others the model would read other tokens.
+Everything is read from tokenizer.json, with which the run was trained. llama.cpp knows rules for splitting words only
+by name, so rules without a known name are refused: with other rules the model would read other tokens.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from nybble.data.text.template import puts_bos
 from nybble.errors import ModelError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's llama_token_type
-# The regular expression by which Llama 3 cuts words, as its tokenizer.json has it.
+# The regular expression by which Llama 3 splits words, from its tokenizer.json.
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ADVICE = "use --to merged, and convert that with llama.cpp's convert_hf_to_gguf.py"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What GGUF's keys tokenizer.ggml.* hold.
+    """The values of GGUF's keys tokenizer.ggml.*.
 
     Attributes:
         model: gpt2 (byte-level BPE) or llama (SentencePiece).
-        pre: llama.cpp's name of the rules that cut words; default for SentencePiece.
+        pre: llama.cpp's name of the rules that split words; default for SentencePiece.
         tokens: by id; as many as the embedding has rows.
         types: llama.cpp's type of each.
         scores: of each, for SentencePiece; the higher is merged first.
         merges: pairs in order, for BPE.
-        space_prefix: whether text begins with a space of its own.
+        space_prefix: whether a space is put before a text.
         add_bos: whether the tokenizer itself puts BOS before a text.
     """
 
@@ -55,7 +55,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary
         rows: of the model's embedding.
 
     Raises:
-        ModelError: rules that llama.cpp has no name for here, or more tokens than the embedding has rows.
+        ModelError: the rules have no name in llama.cpp that is known here, or there are more tokens than the embedding has rows.
     """
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     model, pre = kind_of(described)
@@ -126,7 +126,7 @@ def _prepends(described: Mapping[str, Any]) -> bool:
 
 
 def _scores(pairs: Sequence[Sequence[str]], by_id: Mapping[int, str], rows: int) -> list[float]:
-    """SentencePiece merges the pair whose result has the highest score; here the pairs stand in that order."""
+    """SentencePiece merges the pair whose result has the highest score; here the pairs are in that order."""
     first: dict[str, int] = {}
     for rank, pair in enumerate(pairs):
         first.setdefault("".join(pair), rank)

@@ -17,10 +17,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nybble.errors import ExportError
-from nybble.export.formats import K_QUANTS, QUANTIZER
 from nybble.export.gguf.modelfile import between
+from nybble.export.gguf.quants import K_QUANTS, QUANTIZER
 from nybble.export.gguf.vocabulary import Vocabulary, read_vocabulary
-from nybble.export.merge.merge import Model
+from nybble.export.merge.merge import MergedModel
 from nybble.model.base.soundness import EMBEDDING, HEAD
 from nybble.plan.shapes import ModelShape, head_size
 
@@ -29,7 +29,7 @@ FILE_TYPES = {
     "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
-BLOCK = 32  # numbers with one scale, in Q8_0 and Q4_0; a row that is no multiple of it stays F16
+BLOCK = 32  # numbers with one scale, in Q8_0 and Q4_0; a row whose length is not a multiple of it stays F16
 SCALINGS = {"linear": gguf.RopeScalingType.LINEAR, "yarn": gguf.RopeScalingType.YARN}
 
 YARN = {
@@ -50,23 +50,23 @@ class Converter:
         """Refuse a model that could not be written, before any work is done.
 
         Raises:
-            ModelError: a tokenizer that llama.cpp has no name for.
-            ExportError: a RoPE scaling that it does not know.
+            ModelError: llama.cpp has no name for the tokenizer.
+            ExportError: it does not know the RoPE scaling.
         """
         read_vocabulary(tokenizer, config.vocab_size)
         _check_rope(config)
 
-    def write(self, file: pathlib.Path, model: Model, quant: str, done: Callable[[int], None]) -> None:
+    def write(self, file: pathlib.Path, model: MergedModel, quant: str, done: Callable[[int], None]) -> None:
         """Write one file.
 
         Args:
             file: it does not exist yet.
             model: what is written.
-            quant: F16, Q8_0, Q4_0, or one of the K-quants, which llama-quantize makes of an F16 that is deleted again.
+            quant: F16, Q8_0, Q4_0, or one of the K-quants, which llama-quantize makes from an F16 that is deleted afterwards.
             done: called with the number of parameters written so far.
 
         Raises:
-            ExportError: llama-quantize is not there, or fails.
+            ExportError: llama-quantize fails.
         """
         if quant not in K_QUANTS:
             _write(file, model, quant, done)
@@ -81,14 +81,15 @@ class Converter:
 
 def _quantize(whole: pathlib.Path, file: pathlib.Path, quant: str) -> None:
     program = shutil.which(QUANTIZER)
-    assert program is not None, "looked for before any work was done"
+    assert program is not None, "checked before any work"
     result = subprocess.run([program, str(whole), str(file), quant], capture_output=True, text=True, check=False)
     if result.returncode:
-        said = (result.stderr or result.stdout).strip().splitlines()
-        raise ExportError(f"{QUANTIZER} ended with status {result.returncode}: {said[-1] if said else 'no output'}")
+        output = (result.stderr or result.stdout).strip().splitlines()
+        reason = output[-1] if output else "no output"
+        raise ExportError(f"{QUANTIZER} ended with status {result.returncode}: {reason}")
 
 
-def _write(file: pathlib.Path, model: Model, quant: str, done: Callable[[int], None]) -> None:
+def _write(file: pathlib.Path, model: MergedModel, quant: str, done: Callable[[int], None]) -> None:
     writer = gguf.GGUFWriter(file, "llama")
     _describe(writer, model, quant)
     _describe_tokens(writer, read_vocabulary(model.tokenizer, model.config.vocab_size), model)
@@ -122,7 +123,7 @@ def _write(file: pathlib.Path, model: Model, quant: str, done: Callable[[int], N
 Rows = Callable[[], Iterator[numpy.ndarray]]
 
 
-def _plan(model: Model, quant: str) -> Iterator[tuple[str, tuple[int, ...], Type, Rows]]:
+def _plan(model: MergedModel, quant: str) -> Iterator[tuple[str, tuple[int, ...], Type, Rows]]:
     """Each tensor: its name in GGUF, its shape, the type in which it is stored, what gives its rows."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     factors = rope_factors(model.config)
@@ -135,7 +136,7 @@ def _plan(model: Model, quant: str) -> Iterator[tuple[str, tuple[int, ...], Type
         yield name, spec.shape, _type_of(spec.name, spec.shape, quant), _rows(model, spec.name)
 
 
-def _rows(model: Model, name: str) -> Rows:
+def _rows(model: MergedModel, name: str) -> Rows:
     """A tensor's rows in float32; those of q and k in llama.cpp's order."""
     heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
     count = next((number for part, number in heads.items() if f".{part}." in name), None)
@@ -151,7 +152,7 @@ def _rows(model: Model, name: str) -> Rows:
 
 
 def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of q or k as RoPE wants them in GGUF: a head's two halves, which Transformers rotates together, by turns.
+    """Rows of q or k in GGUF's order for RoPE: the two halves of a head, which Transformers rotates together, alternate.
 
     Args:
         weight: (heads * head_dim, in), or a bias (heads * head_dim,).
@@ -174,7 +175,7 @@ def _bytes(shape: tuple[int, ...], kind: Type) -> int:
     return math.prod(shape) // int(numbers) * int(size)
 
 
-def _describe(writer: gguf.GGUFWriter, model: Model, quant: str) -> None:
+def _describe(writer: gguf.GGUFWriter, model: MergedModel, quant: str) -> None:
     config = model.config
     writer.add_type("model")
     writer.add_name(model.name)
@@ -238,7 +239,7 @@ def rope_factors(config: PretrainedConfig) -> torch.Tensor | None:
     return factors.float()
 
 
-def _describe_tokens(writer: gguf.GGUFWriter, vocabulary: Vocabulary, model: Model) -> None:
+def _describe_tokens(writer: gguf.GGUFWriter, vocabulary: Vocabulary, model: MergedModel) -> None:
     tokenizer = model.tokenizer
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)

@@ -1,7 +1,7 @@
 """A base with an adapter added to it, a slice of rows at a time.
 
-An adapter of QLoRA was trained on the 4-bit base, so two bases compete for it: the original 16-bit weights, and what the 4-bit
-ones stand for. Which is closer to the model that was trained is measured, in compare.py.
+QLoRA trains an adapter on the 4-bit base, so it can be merged into two: the original 16-bit weights, or the values that the 4-bit
+weights represent. `nybble.export.parity.compare` measures which is closer to the model that was trained.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Weights(Protocol):
 
 
 class Original:
-    """The weights as the checkpoint's files hold them."""
+    """The weights as they are in the checkpoint's files."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._tensors = Tensors(weight_files(folder))
@@ -59,7 +59,7 @@ class Original:
 
 
 class Dequantised:
-    """The weights that a checkpoint in bitsandbytes' format stands for, by the arithmetic that training computes with."""
+    """The values that a checkpoint in bitsandbytes' format represents, by the arithmetic of the training."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._tensors = Tensors(weight_files(folder))
@@ -70,7 +70,7 @@ class Dequantised:
         return [name for name in self._plain.names() if not name.endswith(BESIDE)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor as it is computed with."""
+        """Of a tensor once it is dequantised."""
         state = read_state(name, self._tensors)
         return tuple(self._tensors[name].shape) if state is None else tuple(state.shape)
 
@@ -92,7 +92,7 @@ class Merge:
     """A base with the updates of an adapter.
 
     Attributes:
-        base: the weights that are added to.
+        base: the weights that the updates are added to.
         updates: by tensor.
         tied: whether the model's head is its embedding.
         dtype: in which the result is stored.
@@ -105,14 +105,14 @@ class Merge:
 
     @property
     def unties(self) -> bool:
-        """Whether the head must part from the embedding, because the adapter changes it alone."""
+        """Whether head and embedding must be untied, because the adapter changes the head only."""
         return self.tied and HEAD in self.updates
 
     def specs(self) -> list[Spec]:
         """Every tensor of the merged model.
 
         Raises:
-            ModelError: the adapter has an update for a weight that the base has not, or of another shape.
+            ModelError: the adapter updates a weight that the base does not have, or that has another shape.
         """
         names = [name for name in self.base.names() if name != HEAD or not self.tied]
         specs = [Spec(name, self.base.shape(name), self.dtype) for name in names]
@@ -131,18 +131,18 @@ class Merge:
 
     def slices(self, name: str, device: torch.device = CPU) -> Iterator[torch.Tensor]:
         """Rows of a merged tensor in float32, one slice after another, merged on a device."""
-        update, place = self.updates.get(name), 0
+        update, first = self.updates.get(name), 0
         source = EMBEDDING if name == HEAD and self.tied else name
         for rows in self.base.slices(source, device):
-            part = slice(place, place + len(rows))
+            part = slice(first, first + len(rows))
             yield rows.float() if update is None else update.onto(rows, part)
-            place += len(rows)
+            first += len(rows)
 
     def stored(self, name: str, device: torch.device = CPU) -> Iterator[torch.Tensor]:
         """The same in the type in which they are stored.
 
         Raises:
-            ModelError: a number that the type cannot hold.
+            ModelError: a number that the type cannot represent.
         """
         for rows in self.slices(name, device):
             narrow = rows.to(self.dtype)
@@ -155,8 +155,8 @@ class Merge:
 
 
 @dataclass(frozen=True)
-class Model:
-    """A merged model with all that a file of its own needs.
+class MergedModel:
+    """A merged model with all that a single file needs.
 
     Attributes:
         name: of the run.

@@ -1,6 +1,6 @@
 """Checkpoints read and written a slice of rows at a time, so that memory does not grow with the model.
 
-What is read stays in the files' own pages, which the system may drop; only the slice that is worked on is a copy. safetensors'
+Files are mapped, so the system may drop what was read; only the slice that is worked on is a copy. safetensors'
 `save_file` wants all tensors of a file in memory, so the format is written here: 8 bytes of length, a JSON header, the tensors.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from nybble.model.base.files import open_tensors
 
-SHARD = 5_000_000_000  # bytes of a file at most, as the Hub likes them
+SHARD = 5_000_000_000  # bytes of a file at most, as the Hub recommends
 SLICE = 1 << 24  # numbers worked on at once: 64 MB in float32
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8"}
 
@@ -25,23 +25,23 @@ class Tensors:
     """The tensors of a checkpoint's files by name, each mapped from its file when it is asked for.
 
     Raises:
-        ModelError: a file that is cut off, or not what its name says.
+        ModelError: a file is cut off, or not what its name says.
     """
 
     def __init__(self, files: Iterable[pathlib.Path]) -> None:
-        self._places: dict[str, Callable[[str], torch.Tensor]] = {}
+        self._readers: dict[str, Callable[[str], torch.Tensor]] = {}
         for file in files:
             names, get = open_tensors(file)
-            self._places |= dict.fromkeys(names, get)
+            self._readers |= dict.fromkeys(names, get)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._places[name](name)
+        return self._readers[name](name)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._readers
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._readers)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def write_shards(
         specs: in the order in which they are written.
         produce: a tensor's rows, already of its dtype.
         done: called with the bytes written so far.
-        shard: largest file in bytes; a tensor that is larger gets a file of its own.
+        shard: bytes per file at most; a larger tensor gets a separate file.
     """
     parts = _parts(specs, shard)
     names = [f"model-{n + 1:05}-of-{len(parts):05}.safetensors" for n in range(len(parts))]
@@ -96,34 +96,34 @@ def write_shards(
                     done(written)
         assert (folder / name).stat().st_size == len(_header(part)) + sum(spec.bytes for spec in part), name
     if len(parts) > 1:
-        placed = {spec.name: name for name, part in zip(names, parts, strict=True) for spec in part}
-        index = {"metadata": {"total_size": sum(spec.bytes for spec in specs)}, "weight_map": placed}
+        files = {spec.name: name for name, part in zip(names, parts, strict=True) for spec in part}
+        index = {"metadata": {"total_size": sum(spec.bytes for spec in specs)}, "weight_map": files}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def _parts(specs: Sequence[Spec], shard: int) -> list[list[Spec]]:
     """The tensors of each file, in order."""
     parts: list[list[Spec]] = []
-    room = 0
+    left = 0
     for spec in specs:
-        if spec.bytes > room or not parts:
+        if spec.bytes > left or not parts:
             parts.append([])
-            room = shard
+            left = shard
         parts[-1].append(spec)
-        room -= spec.bytes
+        left -= spec.bytes
     return parts
 
 
 def _header(part: Sequence[Spec]) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    place = 0
+    offset = 0
     for spec in part:
         entries[spec.name] = {
             "dtype": NAMES[spec.dtype],
             "shape": list(spec.shape),
-            "data_offsets": [place, place + spec.bytes],
+            "data_offsets": [offset, offset + spec.bytes],
         }
-        place += spec.bytes
+        offset += spec.bytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

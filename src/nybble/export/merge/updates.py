@@ -1,4 +1,4 @@
-"""What an adapter adds to each weight, read from PEFT's files; adapters that cannot be merged so are refused by name."""
+"""What an adapter adds to each weight, read from PEFT's files; adapters that cannot be merged this way are refused by name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PREFIX = "base_model.model."  # what PEFT puts before a module's name
 
 @dataclass(frozen=True)
 class Update:
-    """The update of one weight W (out, in): W + scaling B A, and with DoRA its rows scaled to lengths of their own.
+    """The update of one weight W (out, in): W + scaling B A, and with DoRA each row scaled to a learnt length.
 
     Attributes:
         a: (r, in) float32.
@@ -58,14 +58,14 @@ def read_updates(folder: pathlib.Path) -> dict[str, Update]:
     """The update of each weight, by the name of its tensor in the base.
 
     Raises:
-        ModelError: no adapter, a damaged one, one of another kind, or one whose base was altered.
+        ModelError: there is no adapter, it is damaged, of another kind, or its base was altered.
     """
-    content, place = read_content(folder), str(folder / CONFIG)
-    refuse_other_kinds(content, place, f"only LoRA can be merged here: {BY_PEFT}")
-    refuse_altered(content, place)
+    content, file_name = read_content(folder), str(folder / CONFIG)
+    refuse_other_kinds(content, file_name, f"only LoRA can be merged here: {BY_PEFT}")
+    refuse_altered(content, file_name)
     if unknown := [*set_options(content, MERGEABLE), *unknown_options(content)]:
         raise ModelError(
-            f"the adapter sets {', '.join(unknown)}, which cannot be merged here", where=place, fix=BY_PEFT
+            f"the adapter sets {', '.join(unknown)}, which cannot be merged here", where=file_name, fix=BY_PEFT
         )
     config = read_adapter_config(folder)
     file, tensors = read_tensors(folder)

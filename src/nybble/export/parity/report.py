@@ -1,44 +1,27 @@
-"""What becomes of the verdicts: a report beside the artefact, or an error."""
+"""An exported model that does not answer like the run is refused."""
 
 from __future__ import annotations
 
-import datetime
 import pathlib
-from collections.abc import Sequence
-from dataclasses import asdict
 
 from nybble.errors import ExportError
-from nybble.export.parity.compare import Comparison
-from nybble.export.parity.verdict import Verdict
-from nybble.run.folder import versions, write_json
+from nybble.export.records import Parity
 
 
-def write_report(
-    file: pathlib.Path, base: str | None, comparison: Comparison | None, verdicts: Sequence[Verdict | str]
-) -> None:
-    """All that was measured, as JSON."""
-    write_json(
-        file,
-        {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "versions": versions(),
-            "merge_base": base,
-            "comparison": None if comparison is None else asdict(comparison),
-            "checks": [verdict if isinstance(verdict, str) else verdict.as_dict() for verdict in verdicts],
-        },
-    )
-
-
-def refuse_failed(verdicts: Sequence[Verdict | str], what: str, report: pathlib.Path) -> None:
+def refuse_failed(parity: Parity, what: str, report: pathlib.Path) -> None:
     """Raise where an artefact does not answer like the run.
+
+    Args:
+        parity: what was measured.
+        what: the artefact.
+        report: where the record of it is.
 
     Raises:
         ExportError: with every reason.
     """
-    failed = [verdict for verdict in verdicts if isinstance(verdict, Verdict) and not verdict.passed]
-    if not failed:
+    reasons = [f"  - {check.kind} in {check.by}: {failure}" for check in parity.failed for failure in check.failures]
+    if not reasons:
         return
-    reasons = [f"  - {verdict.kind} in {verdict.by}: {failure}" for verdict in failed for failure in verdict.failures]
     raise ExportError(
         f"{what} does not answer like the run and was not kept:\n" + "\n".join(reasons),
         where=str(report),

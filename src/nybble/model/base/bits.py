@@ -21,10 +21,10 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from nybble.errors import RunError
 from nybble.files.cache import DamagedError
 from nybble.model.base.files import some, weight_files
-from nybble.run.folder import QUANTIZED, Run
+from nybble.run.folder import Run
+from nybble.run.start import QuantizedBase
 
 MADE = ("device", "dtype", "bitsandbytes", "torch")
 SMALL = 1 << 18  # bytes of a tensor that takes no thread
@@ -46,8 +46,13 @@ class Bits:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Bits:
-        """From a run's record, or from the cache's; LookupError or TypeError where it is neither."""
+        """From the cache's record; LookupError or TypeError where it is none."""
         return cls(str(value["digest"]), {name: str(value["made"][name]) for name in MADE})
+
+    @classmethod
+    def of_record(cls, base: QuantizedBase) -> Bits:
+        """From a run's record."""
+        return cls(base.digest, dict(base.made))
 
     def made_by(self) -> str:
         """How they were made, as people read it."""
@@ -84,15 +89,9 @@ def trained_on(run: Run) -> Trained | None:
     if run.is_bare_adapter or not file.exists():
         return None
     start = run.start()
-    stored = start.get(QUANTIZED)
-    try:
-        return None if stored is None else Trained(str(start["base"]), Bits.from_json(stored))
-    except (LookupError, TypeError) as error:
-        raise RunError(
-            f"the record of the quantised base is damaged: {QUANTIZED} is {str(stored)[:80]}",
-            where=str(file),
-            fix=f"copy start.json again; or delete {QUANTIZED} from it, and the base is used without being held against it",
-        ) from error
+    if start.quantized_base is None:
+        return None
+    return Trained(start.base, Bits.of_record(start.quantized_base))
 
 
 def making_on(device: torch.device, dtype: torch.dtype) -> dict[str, str]:

@@ -1,17 +1,17 @@
-"""How an artefact is loaded, in the lines that its card shows."""
+"""The code that loads an artefact, as its card shows it."""
 
 from __future__ import annotations
 
 import json
 
-from nybble.export.source import Source
+from nybble.export.finished_run import FinishedRun
 from nybble.model.base.load import ADAPTER_CONFIG
 
 CHAT = '[{"role": "user", "content": "Hello"}]'
 
 
-def adapter_lines(source: Source) -> str:
-    """PEFT's adapter on its base, held as in training."""
+def adapter_lines(source: FinishedRun) -> str:
+    """PEFT's adapter on its base, stored as in training."""
     base, kind = json.dumps(source.checkpoint.name), str(source.computed).removeprefix("torch.")
     scaled = ', config=AutoConfig.from_pretrained(".")' if source.run.recipe.model.rope_scaling is not None else ""
     plan = ", quantization_config=plan" if source.quantizes else ""
@@ -30,7 +30,7 @@ def adapter_lines(source: Source) -> str:
     return "\n".join(lines)
 
 
-def _plan(source: Source) -> str:
+def _plan(source: FinishedRun) -> str:
     if source.quantization == "int8":
         return "BitsAndBytesConfig(load_in_8bit=True)"
     kind = str(source.computed)

@@ -1,4 +1,4 @@
-"""The run that is exported: its base found and held against what it was, and the bases that its adapter may be added to."""
+"""The run that is exported: its base, compared with that of the training, and the bases that the adapter may be merged into."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nybble.run.folder import Run, refuse_unfinished
 
 
 @dataclass(frozen=True)
-class Source:
+class FinishedRun:
     """A finished run and its base.
 
     Attributes:
@@ -30,7 +30,7 @@ class Source:
         fingerprint: of the base's weights.
         computed: the type in which the run computed.
         stored: the type in which merged weights are stored.
-        notices: what is worth telling.
+        notices: lines for the user.
     """
 
     run: Run
@@ -43,7 +43,7 @@ class Source:
 
     @property
     def quantization(self) -> str:
-        """How the base was held in training."""
+        """How the base was stored in training."""
         return self.checkpoint.quantized_as or self.run.recipe.model.quantization
 
     @property
@@ -52,70 +52,70 @@ class Source:
         return self.checkpoint.quantized_as is None and self.quantization != "none"
 
 
-def open_source(run: Run, dtype: str, cache: pathlib.Path) -> Source:
-    """Find a run's base and hold it against the record of the training.
+def open_finished_run(run: Run, dtype: str, cache: pathlib.Path) -> FinishedRun:
+    """Find a run's base and compare it with the record of the training.
 
     Args:
         run: the run, or an adapter folder.
-        dtype: auto (the checkpoint's own 16-bit type, else bfloat16), bfloat16 or float16.
+        dtype: auto (the checkpoint's 16-bit type, else bfloat16), bfloat16 or float16.
         cache: where digests and quantised bases are kept.
 
     Raises:
-        RunError: the training has not ended, or another process is at it.
-        ModelError: the base is gone, damaged, or another one now.
+        RunError: the training has not ended, or another process is training the run.
+        ModelError: the base is missing, damaged, or not the one of the training.
     """
     refuse_unfinished(run)
     model = run.recipe.model
     checkpoint = find_base(run)
-    mark = fingerprint(checkpoint, cache, prove=True)
+    now = fingerprint(checkpoint, cache, prove=True)
     record = run.summary()
-    run.evaluation()  # which the card shows in the end: what is wrong with it is said before the work
-    notices = _held_against_record(checkpoint, mark, _recorded_base(run))
+    run.evaluation()  # the card will show it: if it is damaged, say so before the work
+    notices = _compare_base(checkpoint, now, _recorded_base(run))
     if run.is_bare_adapter and checkpoint.quantized_as is None:
         notices += (
-            f"nothing records how the base was stored: assuming {model.quantization}, as in QLoRA; "
+            f"there is no record of how the base was stored: assuming {model.quantization}, as in QLoRA; "
             "if it was trained on 16-bit weights, use --merge-base original",
         )
     device = torch.device("cpu") if not torch.cuda.is_available() else choose_device(model.device)
-    then = record["dtype"] if record is not None else model.dtype
+    then = record.dtype if record is not None else model.dtype
     if device.type == "cpu" and then == "float16":
         then = "float32"  # a CPU has no float16 to train with; what is quantised from it is the same
     computed, _ = choose_dtype(then, device)
     options = model.model_copy(update={"dtype": str(computed).removeprefix("torch."), "device": device.type})
     run = replace(run, recipe=run.recipe.model_copy(update={"model": options}))
     config = load_config(checkpoint, model.rope_scaling)
-    own = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
-    stored = dtype if dtype != "auto" else own if own in ("bfloat16", "float16") else "bfloat16"
-    return Source(run, checkpoint, config, mark, computed, DTYPES[stored], notices)
+    own_type = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+    stored = dtype if dtype != "auto" else own_type if own_type in ("bfloat16", "float16") else "bfloat16"
+    return FinishedRun(run, checkpoint, config, now, computed, DTYPES[stored], notices)
 
 
 def _recorded_base(run: Run) -> str | None:
     """The fingerprint of the base that a run was trained on; None where nothing records it."""
     if (record := run.summary()) is not None:
-        return str(record["base"]["fingerprint"])
+        return record.base.fingerprint
     is_recorded = not run.is_bare_adapter and (run.folder / "start.json").exists()
-    return str(run.start()["base"]) if is_recorded else None
+    return run.start().base if is_recorded else None
 
 
-def _held_against_record(checkpoint: Checkpoint, mark: str, then: str | None) -> tuple[str, ...]:
+def _compare_base(checkpoint: Checkpoint, now: str, then: str | None) -> tuple[str, ...]:
     if then is None:
-        return ("nothing records which base the adapter was trained on: assuming this one",)
-    if mark == then:
+        return ("there is no record of the base that the adapter was trained on: assuming this one",)
+    if now == then:
         return ()
-    if mark.startswith("sha256:") != then.startswith("sha256:"):
+    if now.startswith("sha256:") != then.startswith("sha256:"):
         return (f"the base was {then} and is a folder or a Hub id now: assuming that its weights are the same",)
     raise ModelError(
-        f"this is not the base that the adapter was trained on: {mark} now, {then} then",
+        f"this is not the base that the adapter was trained on: {now} now, {then} then",
         where=str(checkpoint.folder),
         fix="--base PATH, with the base of the training",
     )
 
 
-def bases_of(source: Source, cache: pathlib.Path) -> dict[str, Weights]:
-    """The weights that an adapter can be added to; the quantised ones as training left them in the cache, proven once more.
+def bases_of(source: FinishedRun, cache: pathlib.Path) -> dict[str, Weights]:
+    """The weights that an adapter can be merged into; the quantised ones as training cached them, checked again.
 
     Raises:
-        ExportError: there was no room for the quantised base.
+        ExportError: the disk is too full for the quantised base.
     """
     folder, quantization = source.checkpoint.folder, source.quantization
     if source.checkpoint.quantized_as is not None:
@@ -132,18 +132,18 @@ def bases_of(source: Source, cache: pathlib.Path) -> dict[str, Weights]:
 
 
 def merges_of(
-    source: Source, updates: Mapping[str, Update], asked: str, cache: pathlib.Path
+    source: FinishedRun, updates: Mapping[str, Update], asked: str, cache: pathlib.Path
 ) -> tuple[dict[str, Merge], str | None]:
-    """Each base that comes into question with the updates, and what is to be said where there is one only.
+    """Each possible base with the updates, and a line for the user where there is only one.
 
     Args:
-        source: the run.
+        run: the run.
         updates: of its adapter.
         asked: auto, original or dequantised.
         cache: where the quantised base is.
 
     Raises:
-        ExportError: the base that was asked for is not to be had.
+        ExportError: the base that was asked for is not possible.
         ModelError: the adapter does not fit.
     """
     bases = bases_of(source, cache)

@@ -9,12 +9,18 @@ from rich.table import Table
 from rich.text import Text
 
 from nybble.export.parity.compare import Comparison
-from nybble.export.parity.verdict import Verdict
+from nybble.export.records import Check
 from nybble.terminal import tell
 
 
+def tell_notices(notices: Sequence[str], console: Console) -> None:
+    """One line per notice."""
+    for notice in notices:
+        tell(console, f"          {notice}", "yellow")
+
+
 def tell_comparison(comparison: Comparison, taken: str, console: Console) -> None:
-    """A row a base, the one that is taken marked; it fits 80 columns."""
+    """One row per base, the one that is taken marked; it fits 80 columns."""
     tell(console, f"bases     against the run on {comparison.rows} {comparison.what}, {comparison.tokens:,} tokens")
     table = Table(
         "          base", "KL, nats per token", "perplexity", "same token", "", box=None, padding=(0, 2, 0, 0)
@@ -34,17 +40,17 @@ def tell_comparison(comparison: Comparison, taken: str, console: Console) -> Non
         tell(console, f"          the {better} base has lower perplexity; --merge-base {better} takes it")
 
 
-def tell_verdicts(verdicts: Sequence[Verdict | str], console: Console) -> None:
-    """A line a check."""
-    for verdict in verdicts:
-        if isinstance(verdict, str):
-            tell(console, f"parity    {verdict}", "yellow")
+def tell_checks(checks: Sequence[Check | str], console: Console) -> None:
+    """One line per check."""
+    for check in checks:
+        if isinstance(check, str):
+            tell(console, f"parity    {check}", "yellow")
             continue
-        numbers = verdict.numbers
-        said = ("passed", "green") if verdict.passed else ("failed", "red")
+        numbers = check.numbers
+        outcome = ("passed", "green") if check.passed else ("failed", "red")
         rest = (
-            f": KL {max(numbers['kl'], 0):.4f} (limit {numbers['kl_limit']:.3f}), "
-            f"{numbers['equal_answers']} of {numbers['questions']} answers equal, {numbers['artefact_ended']} end "
-            f"(run {numbers['run_ended']}); {verdict.by}"
+            f": KL {max(numbers.kl, 0):.4f} (limit {numbers.kl_limit:.3f}), "
+            f"{numbers.equal_answers} of {numbers.questions} answers equal, {numbers.artefact_ended} end "
+            f"(run {numbers.run_ended}); {check.by}"
         )
-        tell(console, Text.assemble(f"parity    {verdict.kind} ", said, rest))
+        tell(console, Text.assemble(f"parity    {check.kind} ", outcome, rest))

@@ -1,4 +1,4 @@
-"""What can be exported, by name."""
+"""The GGUF types that can be exported, and what writes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from nybble.export.merge.merge import Model
+from nybble.export.merge.merge import MergedModel
 from nybble.plan.ledger import GGUF_BITS, GGUF_K_BITS
 
 QUANTS = ("Q8_0",)
@@ -16,7 +16,7 @@ QUANTS = ("Q8_0",)
 OWN_QUANTS = tuple(GGUF_BITS)
 """GGUF types that the gguf package writes."""
 K_QUANTS = tuple(GGUF_K_BITS)
-"""GGUF types that llama.cpp's own tool makes of an F16."""
+"""GGUF types that llama.cpp's own tool makes from an F16."""
 QUANTIZER = "llama-quantize"
 GET_QUANTIZER = (
     "brew install llama.cpp, or build it: "
@@ -25,11 +25,11 @@ GET_QUANTIZER = (
 )
 
 
-class Converter(Protocol):
-    """What writes GGUF files: `nybble.export.gguf.writer.Converter`, where the gguf package is installed."""
+class GgufConverter(Protocol):
+    """Writes GGUF files: `nybble.export.gguf.writer.Converter`, where the gguf package is installed."""
 
     def check(self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a model that could not be written."""
 
-    def write(self, file: pathlib.Path, model: Model, quant: str, done: Callable[[int], None]) -> None:
+    def write(self, file: pathlib.Path, model: MergedModel, quant: str, done: Callable[[int], None]) -> None:
         """Write one file."""

@@ -10,11 +10,12 @@ from typing import Protocol
 
 from rich.console import Console
 
-from nybble.evaluate.tell import progress_bar
-from nybble.export import loading
-from nybble.export.artefacts import Contents, write_adapter, write_gguf_words, write_merged
-from nybble.export.formats import Converter
-from nybble.export.merge.merge import Merge, Model
+from nybble.evaluate.console import progress_bar
+from nybble.export import loading_code
+from nybble.export.artefacts import Contents, write_adapter, write_gguf_companions, write_merged
+from nybble.export.finished_run import FinishedRun
+from nybble.export.gguf.quants import GgufConverter
+from nybble.export.merge.merge import Merge, MergedModel
 from nybble.export.parity.loaders import (
     GET_LLAMA_CPP,
     has_llama_cpp,
@@ -26,7 +27,6 @@ from nybble.export.parity.loaders import (
 from nybble.export.parity.plain import NEW_TOKENS
 from nybble.export.parity.reference import Reference
 from nybble.export.parity.verdict import Verdict, judge
-from nybble.export.source import Source
 from nybble.markdown import code
 from nybble.model.base.load import quantization_plan
 from nybble.model.device import choose_device
@@ -34,31 +34,31 @@ from nybble.plan.shapes import ModelShape
 from nybble.terminal import bytes_text
 
 
-class Kind(Protocol):
-    """An artefact that is being made."""
+class Target(Protocol):
+    """A kind of artefact: how it is written, checked and described."""
 
     def write(self, folder: pathlib.Path, contents: Contents, console: Console) -> None:
         """Its files."""
 
     def check(self, folder: pathlib.Path, reference: Reference, contents: Contents) -> list[Verdict | str]:
-        """Its answers in the program of its user, against the run's; text says what could not be checked, and why."""
+        """Its answers in its user's program against those of the run; text says what could not be checked, and why."""
 
-    def words(self) -> tuple[str, str, list[str]]:
-        """What it is, the lines that load it, and what else is to be said of its use."""
+    def describe(self) -> tuple[str, str, list[str]]:
+        """For the card: what it is, the code that loads it, further sentences on its use."""
 
 
 @dataclass(frozen=True)
-class Adapter:
+class AdapterTarget:
     """PEFT's files with tokenizer and template."""
 
-    source: Source
+    source: FinishedRun
 
     def write(self, folder: pathlib.Path, contents: Contents, console: Console) -> None:
         """Copies of the run's files."""
         write_adapter(folder, contents)
 
     def check(self, folder: pathlib.Path, reference: Reference, contents: Contents) -> list[Verdict | str]:
-        """Through PEFT, on the base quantised anew."""
+        """Through PEFT, on the base, quantised again."""
         source, plan = self.source, None
         if source.quantizes:
             double = source.run.recipe.model.double_quantization
@@ -67,26 +67,26 @@ class Adapter:
         observed = through_peft(folder, source.checkpoint.folder, plan, source.computed, reference, device)
         return [judge("adapter", reference, observed, None, contents.tokenizer)]
 
-    def words(self) -> tuple[str, str, list[str]]:
+    def describe(self) -> tuple[str, str, list[str]]:
         """For the card."""
-        return "A LoRA adapter", loading.adapter_lines(self.source), []
+        return "A LoRA adapter", loading_code.adapter_lines(self.source), []
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedTarget:
     """A plain Transformers folder."""
 
-    source: Source
+    source: FinishedRun
     merge: Merge
     base: str
 
     def write(self, folder: pathlib.Path, contents: Contents, console: Console) -> None:
-        """Weights in shards, and everything that goes with them."""
+        """Weights in shards, and the files that go with them."""
         with progress_bar(console, "merging", sum(spec.bytes for spec in self.merge.specs())) as show:
             write_merged(folder, contents, self.merge, show)
 
     def check(self, folder: pathlib.Path, reference: Reference, contents: Contents) -> list[Verdict | str]:
-        """Through Transformers alone, where the memory holds it."""
+        """Through Transformers alone, where it fits into memory."""
         size = sum(spec.bytes for spec in self.merge.specs())
         placement = placement_for(size, choose_device(self.source.run.recipe.model.device))
         if placement is None:
@@ -94,10 +94,14 @@ class Merged:
         observed = through_transformers(folder, reference, placement)
         return [judge(self._stored, reference, observed, self.base, contents.tokenizer)]
 
-    def words(self) -> tuple[str, str, list[str]]:
+    def describe(self) -> tuple[str, str, list[str]]:
         """For the card."""
         what = f"A language model in {self._stored}, the adapter merged into the {self.base} base"
-        return what, loading.merged_lines(), ["With Ollama: `ollama create NAME -f Modelfile`, then `ollama run NAME`."]
+        return (
+            what,
+            loading_code.merged_lines(),
+            ["With Ollama: `ollama create NAME -f Modelfile`, then `ollama run NAME`."],
+        )
 
     @property
     def _stored(self) -> str:
@@ -105,19 +109,19 @@ class Merged:
 
 
 @dataclass(frozen=True)
-class Gguf:
-    """GGUF files, one a type."""
+class GgufTarget:
+    """GGUF files, one per type."""
 
-    source: Source
+    source: FinishedRun
     merge: Merge
     base: str
     quants: Sequence[str]
-    converter: Converter
+    converter: GgufConverter
 
     def write(self, folder: pathlib.Path, contents: Contents, console: Console) -> None:
         """The files, and a Modelfile for the first."""
         licence, template = contents.licence, contents.template
-        model = Model(
+        model = MergedModel(
             self._name, self.merge, self.source.config, contents.tokenizer, template.source, template.end_id,
             self.source.checkpoint.name, licence.name, licence.link,
         )  # fmt: skip
@@ -125,7 +129,7 @@ class Gguf:
         for quant in self.quants:
             with progress_bar(console, f"writing {quant}", parameters) as show:
                 self.converter.write(folder / self._file(quant), model, quant, show)
-        write_gguf_words(folder, contents, self._file(self.quants[0]))
+        write_gguf_companions(folder, contents, self._file(self.quants[0]))
 
     def check(self, folder: pathlib.Path, reference: Reference, contents: Contents) -> list[Verdict | str]:
         """Through llama.cpp, where it is installed."""
@@ -137,18 +141,18 @@ class Gguf:
             verdicts.append(judge(quant, reference, observed, self.base, contents.tokenizer))
         return verdicts
 
-    def words(self) -> tuple[str, str, list[str]]:
+    def describe(self) -> tuple[str, str, list[str]]:
         """For the card."""
         what = f"A language model in GGUF ({', '.join(self.quants)}), the adapter merged into the {self.base} base"
         file = self._file(self.quants[0])
         command = code(f"llama-cli -m {shlex.quote(file)}")
-        return what, loading.gguf_lines(file), [
+        return what, loading_code.gguf_lines(file), [
             f"Or {command}; with Ollama: `ollama create NAME -f Modelfile`, then `ollama run NAME`."
         ]  # fmt: skip
 
     @property
     def _name(self) -> str:
-        """The run's, in one line: a line break in a folder's name would end that of the Modelfile."""
+        """Of the run, on one line: a line break in a folder's name would break the Modelfile."""
         return "".join(c if c.isprintable() else "_" for c in self.source.run.folder.resolve().name)
 
     def _file(self, quant: str) -> str:

@@ -1,0 +1,256 @@
+"""What an evaluation measures of base and tuned model, one measurement at a time, and the record it becomes."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import pathlib
+from collections import Counter
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+
+from nybble.chat.answerer import Answerer
+from nybble.data.batches import PackedRows
+from nybble.data.order import lengths_of
+from nybble.errors import EvaluationError
+from nybble.evaluate.console import HANG, progress_bar
+from nybble.evaluate.contamination import flag
+from nybble.evaluate.generation import answer, distinct, fixed_prompts, held_out_prompts, item_scores, side_by_side
+from nybble.evaluate.perplexity import Losses, row_losses, text_windows
+from nybble.evaluate.results import held_out_entry, loss_entry, metric_entry, task_entries
+from nybble.evaluate.rows import rows_of
+from nybble.evaluate.scores import Benchmark, Benchmarks, MissingRowsError, Scored, Store
+from nybble.evaluate.texts import TextFile
+from nybble.model.adapter.config import CONFIG
+from nybble.model.adapter.tensors import weights_file
+from nybble.recipe import dump_recipe
+from nybble.run.evaluation import (
+    EvaluatedBase,
+    Evaluation,
+    GenerationEntry,
+    HeldOutEntry,
+    MissingEntry,
+    SampleEntry,
+    SkillEntry,
+    TextEntry,
+    TrainingCost,
+)
+from nybble.run.folder import Run
+from nybble.run.summary import Summary
+from nybble.run.versions import versions
+from nybble.terminal import tell
+
+WHO = ("base", "tuned")
+TEXT_WINDOW = 2048  # tokens of a text that are read at once, the model's positions permitting
+SAMPLES = 4  # held-out prompts shown in the report, besides the fixed ones
+
+
+class Findings:
+    """What was measured so far."""
+
+    def __init__(self, run: Run, answerer: Answerer, console: Console, cache: pathlib.Path) -> None:
+        self.run = run
+        self.answerer = answerer
+        self.console = console
+        self.store = Store(cache / "evaluations")
+        self.cache = cache
+        self.adapter = _digest(weights_file(run.adapter))
+        self.adapter_config = _digest(run.adapter / CONFIG)
+        self.scored: dict[str, list[Scored]] = {who: [] for who in WHO}
+        self.missing: list[MissingEntry] = []
+        self.held_out: HeldOutEntry | None = None
+        self.texts: list[TextEntry] = []
+        self.samples: list[SampleEntry] = []
+        self.generation: GenerationEntry | None = None
+        self.trained, self.validation = self._rows()
+
+    def _rows(self) -> tuple[Dataset | None, Dataset | None]:
+        """Training and validation rows as the run saw them."""
+        if self.run.is_bare_adapter:
+            return None, None
+        with self.console.status("reading the run's data"):
+            prepared, why = rows_of(self.run, self.answerer.tokenizer, self.cache)
+        if prepared is None:
+            why = f"{why}; give their new location: nybble eval {self.run.folder} --data FILE"
+            self.missing.append(MissingEntry(task="held-out loss", why=why))
+            self.console.print(f"{'held-out loss':<16} {why}", style="yellow", markup=False)
+            return None, None
+        rows = prepared.sample
+        return rows.samples if isinstance(rows, PackedRows) else rows, prepared.validation
+
+    def measure_benchmark(self, benchmarks: Benchmarks, name: str) -> None:
+        """Base and tuned model on one benchmark; scores in the cache are not computed again."""
+        try:
+            with benchmarks.benchmark(name) as benchmark:
+                for who in WHO:
+                    self.scored[who].append(self._score(benchmarks, benchmark, who))
+        except MissingRowsError as error:
+            self.missing.append(MissingEntry(task=name, why=error.what))
+            tell(self.console, f"{name:<16} {error.what}", "yellow", hang=HANG)
+
+    def _score(self, benchmarks: Benchmarks, benchmark: Benchmark, who: str) -> Scored:
+        items = sum(map(len, benchmark.rows.values()))
+        with (
+            self.answerer.as_tuned(who == "tuned"),
+            progress_bar(self.console, f"{benchmark.name}: {who}", items) as show,
+        ):
+            compute = functools.partial(
+                benchmarks.score, benchmark, self.answerer.model, self.answerer.tokenizer,
+                lambda share: show(round(share * items)),
+            )  # fmt: skip
+            scored, kept = self.store.scored(self._facts(benchmarks, benchmark, who), compute)
+        mean, note = sum(scored.values) / items, " (kept from before)" if kept else ""
+        line = f"{benchmark.name:<16} {who:<6} {scored.metric} {mean:.3f} of {items:,} items{note}"
+        tell(self.console, line, hang=HANG)
+        return scored
+
+    def _facts(self, benchmarks: Benchmarks, benchmark: Benchmark, who: str) -> dict[str, Any]:
+        """All that a score depends on."""
+        recipe = self.run.recipe.model
+        return {
+            "base": self.answerer.fingerprint,
+            "bits": self.answerer.bits.digest if self.answerer.bits is not None else None,
+            "adapter": self.adapter if who == "tuned" else None,
+            **({"adapter_config": self.adapter_config} if who == "tuned" else {}),  # alpha is there
+            "quantization": [recipe.quantization, recipe.double_quantization],
+            "dtype": str(self.answerer.model.dtype),
+            "device": self.answerer.model.device.type,
+            "template": None,
+            "task": benchmark.name,
+            "parts": {part: str(task.VERSION) for part, task in benchmark.tasks.items()},
+            "rows": {part: len(rows) for part, rows in benchmark.rows.items()},
+            "items": benchmark.digest,
+            "of": benchmark.of,
+            "data": benchmark.data,
+            "lm-eval": benchmarks.version,
+            "versions": versions(),
+        }
+
+    def measure_held_out(self) -> None:
+        """Loss on the run's validation rows, row by row."""
+        if self.validation is None:
+            return
+        rows = self.validation.select_columns(["input_ids", "trained"])[:]
+        samples = [
+            {"input_ids": ids, "trained": trained}
+            for ids, trained in zip(rows["input_ids"], rows["trained"], strict=True)
+        ]
+        base, tuned = self._losses(samples, "held-out loss")
+        self.held_out = held_out_entry(base, tuned)
+
+    def measure_text(self, text: TextFile) -> None:
+        """Perplexity of a text."""
+        length = min(TEXT_WINDOW, self.answerer.model.config.max_position_embeddings)
+        windows = text_windows(text.text, self.answerer.tokenizer, length)
+        if not windows:
+            raise EvaluationError(f"{text.file} has fewer than two tokens", fix="give --text a longer text")
+        base, tuned = self._losses(windows, text.file.name)
+        self.texts.append(
+            TextEntry(
+                name=text.file.name, tokens=int(base.tokens.sum()), base=loss_entry(base), tuned=loss_entry(tuned)
+            )
+        )
+
+    def _losses(self, samples: list[dict[str, Any]], what: str) -> tuple[Losses, Losses]:
+        """Of base and tuned model."""
+        pad = self.answerer.tokenizer.pad_token_id
+        measured = []
+        for who in WHO:
+            with (
+                self.answerer.as_tuned(who == "tuned"),
+                progress_bar(self.console, f"{what}: {who}", len(samples)) as show,
+            ):
+                losses = row_losses(self.answerer.model, samples, pad, show)
+            line = f"{what:<16} {who:<6} {losses.mean:.4f} nats, perplexity {losses.perplexity:.2f}"
+            tell(self.console, line, hang=HANG)
+            measured.append(losses)
+        return measured[0], measured[1]
+
+    def measure_answers(self, count: int) -> None:
+        """Greedy answers to held-out prompts, scored, and to the fixed ones, shown."""
+        held_out = held_out_prompts(self.validation, self.answerer.tokenizer, count) if self.validation else []
+        fixed = fixed_prompts(self.answerer)
+        prompts, answers = [*held_out, *fixed], {}
+        for who in WHO:
+            with self.console.status(f"{who} answers {len(prompts)} prompts"):
+                answers[who] = answer(self.answerer, prompts, base=who == "base")
+        pairs = [SampleEntry(**pair) for pair in side_by_side(prompts, answers["base"], answers["tuned"])]
+        self.samples = [*pairs[: len(held_out)][:SAMPLES], *pairs[len(held_out) :]]
+        if not held_out:
+            return
+        base, tuned = (item_scores(held_out, answers[who][: len(held_out)]) for who in WHO)
+        metrics = [metric_entry(name, base[name], tuned[name]) for name in base]
+        metrics.append(metric_entry("distinct answers", *(distinct(answers[who][: len(held_out)]) for who in WHO)))
+        self.generation = GenerationEntry(rows=len(held_out), metrics=metrics)
+
+    def evaluation(self, limit: int | None, skill: SkillEntry | None, seconds: float) -> Evaluation:
+        """All of it, compared, as it is written to evaluation.json.
+
+        Args:
+            limit: items per benchmark at most; None for all.
+            skill: what the caller measured.
+            seconds: that the evaluation took.
+        """
+        recipe, device, summary = self.run.recipe, self.answerer.model.device, self.run.summary()
+        evaluation = Evaluation(
+            run=self.run.folder.resolve().name,
+            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            versions=versions(),
+            base=EvaluatedBase(
+                name=recipe.model.path,
+                fingerprint=self.answerer.fingerprint,
+                quantization=recipe.model.quantization,
+            ),
+            adapter=self.adapter,
+            dtype=str(self.answerer.model.dtype).removeprefix("torch."),
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            limit=limit,
+            seconds=round(seconds, 1),
+            tasks=task_entries(self.scored["base"], self.scored["tuned"], self._flags()),
+            missing=self.missing,
+            texts=self.texts,
+            samples=self.samples,
+            lengths=self._lengths(),
+            max_length=recipe.data.max_length,
+            training=None if summary is None else _cost(summary),
+            recipe=dump_recipe(recipe),
+            skill=skill,
+        )
+        measured = {"held_out": self.held_out, "generation": self.generation}
+        return evaluation.model_copy(update={name: part for name, part in measured.items() if part is not None})
+
+    def _lengths(self) -> dict[str, int]:
+        """How many training rows have so many tokens."""
+        counts = Counter(lengths_of(self.trained).tolist()) if self.trained is not None else {}
+        return {str(length): count for length, count in sorted(counts.items())}
+
+    def _flags(self) -> dict[str, list[bool]]:
+        """Which items of each benchmark share 13 words in a row with the training rows."""
+        if self.trained is None or not self.scored["base"]:
+            return {}
+        decode = self.answerer.tokenizer.decode
+        with self.console.status("searching the training rows for the benchmarks' items"):
+            texts = (decode(row["input_ids"], skip_special_tokens=True) for row in self.trained)
+            return flag(texts, {scored.task: scored.texts for scored in self.scored["base"]})
+
+
+def _cost(summary: Summary) -> TrainingCost:
+    return TrainingCost(
+        steps=summary.steps,
+        seconds=summary.seconds,
+        tokens=summary.tokens,
+        tokens_per_second=summary.tokens_per_second,
+        peak_memory_gb=summary.peak_memory_gb,
+        device=summary.device,
+        trainable_parameters=summary.adapter.trainable_parameters,
+        template=summary.data.template,
+    )
+
+
+def _digest(file: pathlib.Path) -> str:
+    with file.open("rb") as stream:
+        return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"

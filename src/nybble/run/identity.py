@@ -1,0 +1,56 @@
+"""Whether a run is still what it was when it began: its tokenizer and template, its recipe, data, base and versions."""
+
+from __future__ import annotations
+
+import json
+
+from nybble.errors import RunError
+from nybble.files.digests import faults
+from nybble.files.reading import RESTORE
+from nybble.recipe import absolute_tree
+from nybble.run.folder import Run
+from nybble.run.start import FILES, Start, differences, with_defaults
+
+
+def check_beginning(run: Run) -> None:
+    """Compare tokenizer and template with what they were when the run began; versions before 0.7 did not record that.
+
+    Raises:
+        RunError: naming the file, or the record is damaged.
+    """
+    record = run.folder / "start.json"
+    if run.is_bare_adapter or not record.exists():
+        return
+    if wrong := faults(run.folder, {name: dict(entry) for name, entry in (run.start().files or {}).items()}):
+        raise RunError(
+            f"the run is damaged: {wrong[0]}",
+            where=str(run.folder),
+            fix=f'{RESTORE}; if you changed it yourself: delete "{FILES}" from {record}',
+        )
+
+
+def check_unchanged(run: Run, now: Start) -> None:
+    """Compare a run that is resumed with how it began, by whichever version of nybble.
+
+    Raises:
+        RunError: listing what changed, from what to what.
+    """
+    if changes := differences(_compared(run.start()), _compared(now)):
+        raise RunError(
+            "the run cannot be resumed, because these changed since it began:\n"
+            + "\n".join(f"  - {change}" for change in changes),
+            where=str(run.folder / "start.json"),
+            fix="undo these changes, or start a new run: nybble train -c RUN/recipe.yaml out=ANOTHER",
+        )
+
+
+def _compared(start: Start) -> dict[str, object]:
+    """What must be equal. Tokenizer, template and the quantised base have checks of their own; nybble itself may be newer."""
+    recipe = with_defaults(absolute_tree(start.recipe.as_json()))  # before 0.6 paths were recorded as typed
+    packages = {name: version for name, version in start.versions.items() if name != "nybble"}
+    return {
+        "recipe": json.loads(json.dumps(recipe)),
+        "data": start.data,
+        "base": start.base,
+        "versions": packages,
+    }

@@ -1,0 +1,178 @@
+"""start.json: how a run began. What resumes or uses the run is compared with it.
+
+Recipe, fingerprints and versions are compared when a run is resumed (`nybble.run.identity`), digests of tokenizer and template
+whenever it is used, the bits of the quantised base when the base is loaded (`nybble.model.base.bits`).
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from nybble.errors import RunError
+from nybble.files.reading import RESTORE, as_shape
+from nybble.files.writing import write_json
+from nybble.recipe import PLACES, Recipe
+from nybble.run.records import AnyText, FileEntry, FrozenShape, RunRecord, read_known
+from nybble.run.versions import versions
+
+FILES = "files"
+QUANTIZED = "quantized_base"
+DECIDING = ("model", "adapter", "lora", "data", "train")  # sections whose options decide a run's numbers
+
+
+class MadeBy(FrozenShape):
+    """What quantised bits depend on besides the weights."""
+
+    device: AnyText
+    dtype: AnyText
+    bitsandbytes: AnyText
+    torch: AnyText
+
+
+class QuantizedBase(FrozenShape):
+    """The bits of a base that nybble quantised."""
+
+    digest: AnyText
+    """XXH3 of 128 bits over all tensors."""
+    made: MadeBy
+
+
+class RecordedRecipe(FrozenShape):
+    """A recipe by its sections; their options are compared, not used."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: dict[str, Any]
+    adapter: AnyText | None = None
+    lora: dict[str, Any] = Field(default_factory=dict)
+    data: dict[str, Any]
+    train: dict[str, Any] = Field(default_factory=dict)
+    engine: dict[str, Any] = Field(default_factory=dict)
+    tracker: dict[str, Any] = Field(default_factory=dict)
+    export: dict[str, Any] = Field(default_factory=dict)
+
+
+class Start(RunRecord):
+    """What a resumed run must find unchanged.
+
+    It is written without its version: 0.7.0 compares every key of it when it resumes a run, and would refuse one it does not
+    know. From version 2 on the number must be written.
+    """
+
+    recipe: RecordedRecipe
+    """With absolute paths; before 0.6 as they were typed."""
+    data: AnyText
+    """Fingerprint of the rows."""
+    base: AnyText
+    """Fingerprint of the weights: sha256:... of a folder, owner/name@commit of the Hub."""
+    versions: dict[AnyText, AnyText]
+    quantized_base: QuantizedBase | None = None
+    """None where nybble did not quantise the base, and before 0.7."""
+    files: dict[AnyText, FileEntry] | None = None
+    """Tokenizer and template; None before 0.7."""
+
+    @property
+    def is_base_a_folder(self) -> bool:
+        """Whether the base was a folder, and not a commit of the Hub."""
+        return self.base.startswith("sha256:")
+
+
+def start_record(recipe: Recipe, data: str, base: str, quantized: Mapping[str, Any] | None) -> Start:
+    """How a run begins now.
+
+    Args:
+        recipe: with absolute paths.
+        data: fingerprint of the rows.
+        base: fingerprint of the weights.
+        quantized: the bits of the base, as `QuantizedBase`; None where nybble did not quantise it.
+    """
+    return Start(
+        recipe=RecordedRecipe.model_validate(recipe.model_dump(exclude={"out"})),
+        data=data,
+        base=base,
+        versions=versions(),
+        quantized_base=None if quantized is None else QuantizedBase.model_validate(quantized),
+    )
+
+
+def read_start(file: pathlib.Path) -> Start:
+    """The record of a run.
+
+    Raises:
+        RunError: it is missing or damaged, or a newer nybble wrote it.
+    """
+    stored = read_known(file, Start)
+    _check_quantized(file, stored.get(QUANTIZED))
+    return as_shape(stored, file, Start, RunError, RESTORE)
+
+
+def _check_quantized(file: pathlib.Path, stored: object) -> None:
+    """A run can do without this part of its record."""
+    try:
+        if stored is not None:
+            QuantizedBase.model_validate(stored)
+    except ValidationError as error:
+        raise RunError(
+            f"the record of the quantised base is damaged: {QUANTIZED} is {str(stored)[:80]}",
+            where=str(file),
+            fix=f"copy start.json again; or delete {QUANTIZED} from it, and the base is used without this check",
+        ) from error
+
+
+def write_start(file: pathlib.Path, start: Start, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the record, with sizes and digests of tokenizer and template."""
+    write_json(file, {**start.as_json(), FILES: {name: dict(entry) for name, entry in files.items()}})
+
+
+def with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded recipe with the options that its version did not have."""
+    sections = Recipe().model_dump(exclude={"out"})
+    return {
+        name: {**default, **recipe.get(name, {})} if isinstance(default, dict) else recipe.get(name, default)
+        for name, default in sections.items()
+    }
+
+
+def differences(then: Any, now: Any, path: str = "") -> list[str]:
+    """What differs between two trees of options, one line each: its path, what it was, what it is."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = sorted(then.keys() | now.keys())
+        return [d for key in keys for d in differences(then.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if then == now else [f"{path.removeprefix('recipe.')}: {then!r} -> {now!r}"]
+
+
+def check_recipe(recipe: Recipe, file: pathlib.Path) -> None:
+    """Compare a run's recipe.yaml with the record beside it: a file that lost its end is good YAML with other options.
+
+    Paths may have changed since, and so may options that decide none of the run's numbers.
+
+    Args:
+        recipe: what the file says, with absolute paths.
+        file: recipe.yaml.
+
+    Raises:
+        RunError: naming each option that differs, or the record is damaged.
+    """
+    record = file.parent / "start.json"
+    if not record.exists():
+        return
+    now = json.loads(json.dumps(recipe.model_dump(include=set(DECIDING))))
+    recorded = with_defaults(read_start(record).recipe.as_json())
+    then = {name: recorded[name] for name in now}
+    for path in (*PLACES, "model.device"):
+        *section, name = path.split(".")
+        before, after = (tree[section[0]] if section else tree for tree in (then, now))
+        if after.get(name) and type(after[name]) is type(before.get(name)):
+            after[name] = before[name]
+    if changes := differences(then, now):
+        raise RunError(
+            "recipe.yaml is not the recipe that this run began with:\n"
+            + "\n".join(f"  - {change}" for change in changes),
+            where=f"{file}, compared with start.json",
+            fix=f"{RESTORE}, or undo these changes; for another recipe start a new run: nybble train -c {file} out=ANOTHER",
+        )
