@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 
 from nybble.kernels.reference import Nested
+from nybble.weights.structure import check_lora, check_state
 from nybble.weights.watch import Watched
 
 ALIGNMENT = 8  # numbers: rows of the workspace begin at multiples of 16 bytes, as tensor cores want them
@@ -81,6 +82,8 @@ def read_group(watched: Watched, parent: torch.nn.Module, names: Sequence[str]) 
         module = watched.module(parent, name)
         if type(module) not in (LoraLinear4bit, LoraLinear, Linear4bit, torch.nn.Linear):
             raise Ineligible(f"{name} is a {type(module).__module__}.{type(module).__qualname__}")
+        if isinstance(module, LoraLayer):
+            check_lora(module)
         base = watched.module(module, "base_layer") if isinstance(module, LoraLayer) else module
         frozen.append(_read_base(watched, name, base))
         adapter = _read_adapter(watched, name, module, base, output, rank) if module is not base else None
@@ -118,6 +121,7 @@ def _read_quantized(watched: Watched, name: str, base: Linear4bit, weight: Any) 
     state = watched.attribute(weight, "quant_state")
     if state is None:
         raise Ineligible(f"{name} is not quantised yet: move the model to its device first")
+    check_state(state)
     if base.in_features % state.blocksize:
         raise Ineligible(f"{name}: rows of {base.in_features} are not a multiple of the block size {state.blocksize}")
     if getattr(state, "packing_format_for_cpu", False):

@@ -20,8 +20,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from nybble.couplings.check import unmet
 from nybble.errors import ModelError
 from nybble.files import cache as kept
+from nybble.installed import pip
 from nybble.model.base.bits import Bits, Trained, making_on
 from nybble.model.base.cached import bits_of, find_kept, hold, keep, kept_copy
 from nybble.model.base.checkpoint import Checkpoint, fingerprint
@@ -92,8 +94,11 @@ def load_base(
         then: what a run that goes on or answers was trained on; a copy that contradicts it is made again once.
 
     Raises:
-        ModelError: weights that do not fit the configuration, or are not what the run was trained on.
+        ModelError: weights that do not fit the configuration, or are not what the run was trained on; a library without what
+            loading relies upon.
     """
+    if (misfit := unmet("model")) is not None:
+        raise ModelError(misfit.what, fix=f"{pip()} install {misfit.requirement}")
     quantization, notices = _storage(checkpoint, options)
     config = load_config(checkpoint, options.rope_scaling)
     check_tensors(checkpoint.folder, config, is_quantized=checkpoint.quantized_as is not None)
