@@ -623,6 +623,7 @@ def with_added_tokens(folder, out, **options):
 MORE = "embed_tokens.weight is 405 x 64 in the adapter and 400 x 64 in the base (and 1 more)"
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
