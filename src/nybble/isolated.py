@@ -39,12 +39,12 @@ def attempt(module: str, job: Any, *, seconds: float, memory: int) -> str | None
     try:
         done = subprocess.run(words, input=json.dumps(job).encode(), capture_output=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        return f"it is still at work after {seconds:.0f} seconds"
+        return f"it is still running after {seconds:.0f} seconds"
     if done.returncode == 0:
         found = json.loads(done.stdout)
         return None if found is None else str(found)
     if done.returncode < 0:
-        return f"it ends the process with signal {-done.returncode}"
+        return f"it crashes the process with signal {-done.returncode}"
     said = done.stderr.decode(errors="replace").strip().splitlines()
     return said[-1][:200] if said else f"it ends the process with status {done.returncode}"
 

@@ -193,7 +193,7 @@ FIELDS = [
 ]
 EXPLODES = r"(\w+\.?)+!"  # its time doubles with each letter
 PATTERNS = [
-    refused(f"{field} explodes", config(**{field: value}), f"{field} holds a regular expression", "still at work")
+    refused(f"{field} explodes", config(**{field: value}), f"{field} holds a regular expression", "still running")
     for field, value in (
         ("target_modules", EXPLODES),
         ("exclude_modules", EXPLODES),
@@ -289,7 +289,7 @@ FILES = [
     refused("header not JSON", raw(lambda content: content[:8] + b"{" * 64 + content[72:]), TENSORS),
     refused("header nested", written(TENSORS, struct.pack("<Q", 5000) + b'{"a":' + b"[" * 4995), TENSORS),
     refused("header a list", header(lambda entries: [entries]), TENSORS),
-    refused("header without tensors", written(TENSORS, struct.pack("<Q", 2) + b"{}"), "holds no tensors"),
+    refused("header without tensors", written(TENSORS, struct.pack("<Q", 2) + b"{}"), "contains no tensors"),
     refused("offsets negative", entry(Q0A, data_offsets=[-4, 0]), TENSORS),
     refused("offsets huge", entry(Q0A, data_offsets=[1 << 62, (1 << 62) + 1024]), TENSORS),
     refused("offsets overlap", header(lambda e: e[Q0A].update(data_offsets=e[Q1A]["data_offsets"])), TENSORS),
@@ -320,14 +320,14 @@ FILES = [
     taken("a note beside them", written("adapter_model.safetensors.bak", b"junk")),
 ]  # fmt: skip
 PLACES = [
-    refused("only A", only(lambda name: "lora_A" in name), "lacks model.layers.0.self_attn.q_proj.lora_B.weight (and 5 more)"),
-    refused("only B", only(lambda name: "lora_B" in name), "lacks", "lora_A", "and 5 more"),
-    refused("one layer", only(lambda name: "layers.0" in name), "lacks", "layers.1.", "and 5 more"),
-    refused("one tensor gone", only(lambda name: name != Q1B), "lacks model.layers.1.self_attn.q_proj.lora_B.weight"),
-    refused("one module gone", only(lambda name: "1.mlp.down_proj" not in name), "lacks", "layers.1.mlp.down_proj.lora_A"),
-    refused("one tensor only", only(lambda name: name == Q0A), "lacks", "and 10 more"),
-    refused("foreign names", renamed("base_model.model.", ""), "lacks", "holds model.layers.0", "has no place"),
-    refused("names of no model", renamed("layers", "blocks"), "lacks", "blocks.0", "no place"),
+    refused("only A", only(lambda name: "lora_A" in name), "is missing model.layers.0.self_attn.q_proj.lora_B.weight", "and 5 more"),
+    refused("only B", only(lambda name: "lora_B" in name), "is missing", "lora_A", "and 5 more"),
+    refused("one layer", only(lambda name: "layers.0" in name), "is missing", "layers.1.", "and 5 more"),
+    refused("one tensor gone", only(lambda name: name != Q1B), "is missing model.layers.1.self_attn.q_proj.lora_B.weight"),
+    refused("one module gone", only(lambda name: "1.mlp.down_proj" not in name), "is missing", "layers.1.mlp.down_proj.lora_A"),
+    refused("one tensor only", only(lambda name: name == Q0A), "is missing", "and 10 more"),
+    refused("foreign names", renamed("base_model.model.", ""), "is missing", "contains model.layers.0", "has no place"),
+    refused("names of no model", renamed("layers", "blocks"), "is missing", "blocks.0", "no place"),
     refused("names of another program", renamed("lora_A", "lora_down"), "lora_down", "no place"),
     refused("names with the adapter's", renamed("lora_A.weight", "lora_A.default.weight"), "lora_A.default", "no place"),
     refused("names in capitals", renamed("q_proj", "Q_PROJ"), "Q_PROJ", "no place"),
@@ -342,8 +342,8 @@ PLACES = [
         **state, f"{PREFIX}.0.self_attn.k_proj.weight": torch.ones(32, 64)}), "k_proj.weight", "no place"),
     refused("optimiser's state", tensors(lambda state: {**state, "exp_avg.0": EYE}), "exp_avg.0", "no place"),
     refused("target too few", config(target_modules=["q_proj", "v_proj"]), "down_proj", "no place"),
-    refused("target too many", config(target_modules=["q_proj", "v_proj", "down_proj", "o_proj"]), "lacks", "o_proj"),
-    refused("target of all", config(target_modules="all-linear"), "lacks", "and 15 more"),
+    refused("target too many", config(target_modules=["q_proj", "v_proj", "down_proj", "o_proj"]), "is missing", "o_proj"),
+    refused("target of all", config(target_modules="all-linear"), "is missing", "and 15 more"),
     refused("target null", config(target_modules=None), "down_proj", "no place"),
     refused("target unknown", config(target_modules=["query_key_value"]), "query_key_value", "does not fit this base"),
     refused("target everything", config(target_modules=".*"), "Target module LlamaModel is not supported"),
@@ -356,22 +356,22 @@ PLACES = [
     refused("rank beyond all layers", config(r=100_000), "100,000"),
     refused("rank beyond all layers by pattern", config(rank_pattern={"q_proj": 1_000_000}), "1,000,000"),
     refused("rank in the tensors", one(Q0A, lambda tensor: tensor[:2]), "q_proj.lora_A.weight has rank 2", "says 4"),
-    refused("another width", one(Q0A, lambda tensor: tensor[:, :32]), "is 4 x 32 in the adapter and 4 x 64 in the base"),
+    refused("another width", one(Q0A, lambda tensor: tensor[:, :32]), "is 4 x 32 in the adapter, but 4 x 64 in the base"),
     refused("transposed", one(DOWN, lambda tensor: tensor.T), "down_proj.lora_B", "4 x 64", "64 x 4"),
     refused("all transposed", each(lambda tensor: tensor.T), "in the base", "and 11 more"),
     refused("flat", one(Q0A, torch.flatten), "is 256 in the adapter"),
     refused("a third axis", one(Q0A, lambda tensor: tensor[None]), "1 x 4 x 64"),
     refused("of nothing", one(Q0A, lambda tensor: tensor[:0]), "q_proj.lora_A.weight has rank 0"),
     refused("a single number", one(Q0A, lambda tensor: tensor[0, 0]), "a single number"),
-    refused("DoRA without magnitudes", config(use_dora=True), "lacks", "lora_magnitude_vector", "and 5 more"),
+    refused("DoRA without magnitudes", config(use_dora=True), "is missing", "lora_magnitude_vector", "and 5 more"),
     refused("magnitudes without DoRA", tensors(lambda state: {
         **state, f"{PREFIX}.0.self_attn.q_proj.lora_magnitude_vector": torch.ones(64)}), "lora_magnitude_vector", "no place"),
-    refused("bias of B missing", config(lora_bias=True), "lacks", "lora_B.bias"),
+    refused("bias of B missing", config(lora_bias=True), "is missing", "lora_B.bias"),
     refused("bias of B too many", tensors(lambda state: {**state, Q0B.replace("weight", "bias"): torch.ones(64)}),
             "lora_B.bias", "no place"),
-    refused("whole module missing", config(modules_to_save=["lm_head"]), "lacks lm_head.weight"),
+    refused("whole module missing", config(modules_to_save=["lm_head"]), "is missing lm_head.weight"),
     refused("whole module too many", config(modules_to_save=["down_proj"]), "adapter"),
-    refused("tokens missing", config(trainable_token_indices=[3, 4]), "lacks", "trainable_tokens"),
+    refused("tokens missing", config(trainable_token_indices=[3, 4]), "is missing", "trainable_tokens"),
     refused("tokens that the base lacks", config(trainable_token_indices=[3, 400]), "token 400", "0 to 399"),
     refused("embedding of more tokens", tensors(lambda state: {
         **state, "base_model.model.model.embed_tokens.weight": torch.ones(405, 64)}), "405 x 64", "400 x 64", "resize"),
@@ -409,7 +409,7 @@ NUMBERS = [
     taken("target with more than there is", config(target_modules=["q_proj", "v_proj", "down_proj", "query_key_value"])),
     taken("no patterns", config(rank_pattern=None, alpha_pattern=None)),
     taken("whole head", both(config(modules_to_save=["lm_head"]), tensors(lambda state: {
-        **state, "base_model.model.lm_head.weight": torch.ones(400, 64)})), "6 updates, all non-zero; lm_head trained too"),
+        **state, "base_model.model.lm_head.weight": torch.ones(400, 64)})), "6 updates, all non-zero; lm_head also trained"),
     taken("biases of a base without any", config(bias="all")),
 ]  # fmt: skip
 CASES = [*FIELDS, *PATTERNS, *KINDS, *WRITING, *FILES, *PLACES, *NUMBERS]

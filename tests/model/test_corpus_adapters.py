@@ -77,6 +77,7 @@ def test_there_are_enough():
     assert len(CASES) >= 200
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:`loftq_config` specified but will be ignored")
 @pytest.mark.parametrize("case", sampled(CASES, every=8))
 def test_adapters(case, base, good, tmp_path, monkeypatch):
     monkeypatch.setattr(patterns, "SECONDS", 0.5)
@@ -158,7 +159,7 @@ def test_chat_says_what_is_odd_and_answers(good, cache, tmp_path, monkeypatch):
     assert "adapter   6 updates, all non-zero" in talk.text
     bad = nybble("chat", damaged("one tensor gone", good, tmp_path / "gone"), "--prompt", "one", cache=cache)
     assert bad.status == 1
-    assert "lacks model.layers.1.self_attn.q_proj.lora_B.weight" in " ".join(bad.text.split())
+    assert "is missing model.layers.1.self_attn.q_proj.lora_B.weight" in " ".join(bad.text.split())
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_code_that_a_tokenizer_names_is_not_run_and_nobody_is_asked(tiny_llama, 
         (folder / file).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
     load_config(find_checkpoint(str(folder)), None)
     for _ in range(2):  # with a config.json, and as a run keeps it
-        with pytest.raises(ModelError, match="it comes with code of its own, and nybble runs none") as caught:
+        with pytest.raises(ModelError, match="it comes with its own code, and nybble runs no code") as caught:
             load_tokenizer(folder)
         assert "PreTrainedTokenizerFast" in caught.value.fix
         (folder / "config.json").unlink(missing_ok=True)
@@ -145,7 +145,7 @@ def test_the_damaged_tokenizer_of_a_run_is_one_sentence(tuned_run, tiny_llama, t
     folder = shutil.copytree(tuned_run.folder, tmp_path / "run")
     file = folder / "tokenizer" / "tokenizer.json"
     whole = file.read_text()
-    for text, told in ((whole[:500], "is not valid JSON"), ("[]", "is not an object"), (None, "has no tokenizer")):
+    for text, told in ((whole[:500], "is not valid JSON"), ("[]", "is not a JSON object"), (None, "has no tokenizer")):
         file.unlink() if text is None else file.write_text(text)
         with pytest.raises(ModelError, match=told):
             load_template(open_run(folder), tiny_llama)
@@ -185,12 +185,12 @@ def soon(monkeypatch):
 @pytest.mark.parametrize(
     ("field", "value", "told"),
     [
-        ("target_modules", r"(\w+\.?)+!", "still at work after 0.5 seconds"),
-        ("exclude_modules", r"(.*)*(.*)*(.*)*x", "still at work after 0.5 seconds"),
-        ("modules_to_save", [r"(\w+\.?)+!"], "still at work after 0.5 seconds"),
-        ("layers_pattern", [r"(\w+\.?)+!"], "still at work after 0.5 seconds"),
-        ("rank_pattern", {r"(\w+\.?)+!": 4}, "still at work after 0.5 seconds"),
-        ("alpha_pattern", {"q_proj": 2, ".*": 3, r"(\w+\.?)+!": 4}, "still at work after 0.5 seconds"),
+        ("target_modules", r"(\w+\.?)+!", "still running after 0.5 seconds"),
+        ("exclude_modules", r"(.*)*(.*)*(.*)*x", "still running after 0.5 seconds"),
+        ("modules_to_save", [r"(\w+\.?)+!"], "still running after 0.5 seconds"),
+        ("layers_pattern", [r"(\w+\.?)+!"], "still running after 0.5 seconds"),
+        ("rank_pattern", {r"(\w+\.?)+!": 4}, "still running after 0.5 seconds"),
+        ("alpha_pattern", {"q_proj": 2, ".*": 3, r"(\w+\.?)+!": 4}, "still running after 0.5 seconds"),
         ("target_modules", "(", "it is no expression: missing )"),
         ("rank_pattern", {"(?i)Q_PROJ": 2}, "it is no expression: global flags not at the start"),
         ("target_modules", "a{99999999999}", "it is no expression"),

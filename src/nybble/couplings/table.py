@@ -210,7 +210,7 @@ COUPLINGS = (
             "absmax", "code", "blocksize", "nested", "state2", "offset", "shape", "quant_type", "dtype",
         )),
         ("weights/structure.py", "weights/projections.py", "export/merge/merge.py", "model/base/load.py",
-         "model/base/soundness.py"),
+         "model/base/finite.py"),
         "weights would be dequantised wrongly", "each weight's is looked at when it is read (`weights.structure`)",
     ),
     Coupling(
@@ -220,7 +220,7 @@ COUPLINGS = (
         "sound checkpoints would be refused", "a copy is read back before it is kept", ("tensor_data",),
     ),
     Coupling(
-        "the scales of LLM.int8", "bitsandbytes", ("bitsandbytes.nn:Int8Params#SCB",), ("model/base/soundness.py",),
+        "the scales of LLM.int8", "bitsandbytes", ("bitsandbytes.nn:Int8Params#SCB",), ("model/base/finite.py",),
         "damaged 8-bit weights would pass", "by tests/test_couplings.py alone",
     ),
     Coupling(
@@ -261,7 +261,7 @@ COUPLINGS = (
     # huggingface_hub
     Coupling(
         "the HTTP client's faults", "huggingface-hub", ("huggingface_hub.errors:HfHubHTTPError",),
-        ("data/rows/hub.py", "model/hub.py"),
+        ("data/rows/hub.py", "model/hub_faults.py"),
         "a network fault would end in a traceback", "a test stands in for the Hub", written=("HfHubHTTPError.__bases__[0]",),
     ),
     Coupling(

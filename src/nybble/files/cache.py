@@ -84,7 +84,9 @@ def find(folder: pathlib.Path, check: Callable[[pathlib.Path, Facts], None] = la
         if discard(place):
             return Entry(place, None, fault)
     raise PlaceError(
-        f"the cache holds what can be neither used nor removed: {fault}", where=str(folder), fix=ANOTHER_CACHE
+        f"the cache contains an entry that can be neither used nor removed: {fault}",
+        where=str(folder),
+        fix=ANOTHER_CACHE,
     )
 
 
@@ -134,7 +136,7 @@ def write_note(file: pathlib.Path, value: Any) -> None:
             _read(temporary, file.name)
         except DamagedError as error:
             raise PlaceError(
-                f"what is written to the cache is read back differently ({error})", where=str(file), fix=ANOTHER_CACHE
+                f"data written to the cache reads back differently ({error})", where=str(file), fix=ANOTHER_CACHE
             ) from error
 
 
@@ -232,7 +234,7 @@ def _proven(folder: pathlib.Path) -> Facts:
         found = [fault for fault in sizes if fault] or digests.faults(folder, manifest["files"])
         facts, entry = manifest["facts"], manifest["entry"]
     except (LookupError, TypeError, AttributeError) as error:  # of another version of nybble
-        raise DamagedError(f"{MANIFEST} says something else") from error
+        raise DamagedError(f"{MANIFEST} has another layout") from error
     except FileNotFoundError as error:
         raise DamagedError(f"there is no {MANIFEST}, which versions before 0.7 did not write") from error
     except OSError as error:

@@ -53,7 +53,7 @@ def size_fault(file: pathlib.Path, name: str, size: int) -> str:
         now = file.stat().st_size
     except OSError as error:
         return unreadable(error, name)
-    return f"{name} has {now:,} bytes, and {size:,} were written" if now != size else ""
+    return f"{name} has {now:,} bytes, but {size:,} were written" if now != size else ""
 
 
 def unreadable(error: OSError, name: str = "") -> str:

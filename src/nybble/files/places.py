@@ -35,7 +35,7 @@ CLOSED = {  # errors that come of a place, and what helps
     errno.ENAMETOOLONG: "use a shorter name",
     errno.ELOOP: "remove the link: it leads back to itself",
     errno.EIO: "check the disk: it failed to read or write",
-    errno.ESTALE: "mount the network's file system again",
+    errno.ESTALE: "remount the network file system",
 }
 FULL_TEXTS = (
     "os error 28",  # tokenizers, as a plain Exception; safetensors
@@ -106,7 +106,7 @@ def check_places(run: pathlib.Path, cache: pathlib.Path) -> None:
     Raises:
         PlaceError: with the reason.
     """
-    check_writable(run, "the run", "out=FOLDER, in a writable place")
+    check_writable(run, "the run", "out=FOLDER, in a writable location")
     check_cache(cache)
 
 
@@ -119,7 +119,7 @@ def check_report(run: pathlib.Path) -> None:
     """
     refuse_busy(run)
     fix = f"evaluate a copy: cp -r {run} FOLDER, then nybble eval FOLDER"
-    check_writable(run, "the report, which goes into the run,", fix)
+    check_writable(run, "the report, which is kept in the run,", fix)
     if (run / "report").is_dir():
         check_writable(run / "report", "the report's pictures", fix)
 
@@ -139,7 +139,7 @@ def check_export(target: pathlib.Path) -> None:
     for lock in target.parent.glob(f"{HALF}*{LOCK}"):
         if (held := holder(lock)) is not None and held.place == os.path.realpath(target):
             refuse_held(lock, target)
-    check_writable(target, "the export", "--out FOLDER, in a writable place")
+    check_writable(target, "the export", "--out FOLDER, in a writable location")
 
 
 def check_writable(folder: pathlib.Path, what: str, fix: str) -> None:
@@ -183,7 +183,7 @@ def check_disk(folder: pathlib.Path, size: int, what: str, fix: str) -> None:
     free = shutil.disk_usage(place).free
     if free < size:
         raise RunError(
-            f"{what} needs about {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free",
+            f"{what} needs about {size / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free",
             where=str(place),
             fix=fix,
         )
@@ -386,5 +386,5 @@ def _why(error: OSError, place: pathlib.Path) -> str:
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"this user may not write to {place}"
     if error.errno in FULL:
-        return f"the disk of {place} is full"
+        return f"the disk that holds {place} is full"
     return f"{place}: {error.strerror}"

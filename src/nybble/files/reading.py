@@ -79,7 +79,7 @@ def _read_bytes(file: pathlib.Path, kind: type[NybbleError], fix: str, largest: 
     try:
         size = file.stat().st_size
         if largest is not None and size > largest:
-            what = f"{file.name} has {size:,} bytes: more than the {largest:,} that such a file may have"
+            what = f"{file.name} has {size:,} bytes; the limit for such a file is {largest:,}"
             raise kind(what, where=str(file), fix=fix)
         if (fault := pointer_fault(file)) is not None:
             raise kind(fault[0], where=str(file), fix=fault[1])
@@ -173,7 +173,7 @@ def _parse_object(text: str, name: str, shape: type[Shape] | None = None) -> dic
         line = text[: long.start()].count("\n") + 1 if long else 0
         raise _JsonError(f"{name} has a number of more than {most:,} digits", line) from error
     if not isinstance(value, dict):
-        raise _JsonError(f"{name} is not an object")
+        raise _JsonError(f"{name} is not a JSON object")
     if shape is not None:
         try:
             shape.model_validate(value)

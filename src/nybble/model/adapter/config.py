@@ -111,7 +111,7 @@ def refuse_other_kinds(content: Mapping[str, Any], file: str, fix: str) -> None:
     task = content.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise ModelError(
-            f"the adapter is for {_known_as(task)}, not for a model that answers (CAUSAL_LM)",
+            f"the adapter is for {_known_as(task)}, not for text generation (CAUSAL_LM)",
             where=file,
             fix="use an adapter whose task_type is CAUSAL_LM",
         )
@@ -139,10 +139,10 @@ def refuse_altered(content: Mapping[str, Any], file: str) -> None:
             fix="convert it to plain LoRA where it was trained",
         )
     raise ModelError(
-        f"the adapter was initialised by {known}, which changes the base: on the original base it would be another model",
+        f"the adapter was initialised by {known}, which changes the base: on the original base it would be a different model",
         where=file,
         fix="convert it to plain LoRA where it was trained: model.save_pretrained(OUT, "
-        "path_initial_model_for_weight_conversion=INITIAL_ADAPTER), as PEFT's documentation has it"
+        "path_initial_model_for_weight_conversion=INITIAL_ADAPTER), as PEFT's documentation describes"
         if known != "LoftQ"
         else "use the base that LoftQ saved with the adapter, and merge there with PEFT",
     )
@@ -185,7 +185,7 @@ def _check_fields(content: Mapping[str, Any], file: str) -> None:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
             raise ModelError(
-                f"{name} holds an invalid regular expression: {_shown(pattern)} ({error})", where=file, fix=AGAIN
+                f"{name} contains an invalid regular expression: {_shown(pattern)} ({error})", where=file, fix=AGAIN
             ) from error
 
 

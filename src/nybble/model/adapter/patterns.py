@@ -87,7 +87,7 @@ def _examine(job: tuple[list[str], list[str], float]) -> str | None:
         except (re.error, OverflowError, RecursionError) as error:
             return f"{number}:it is no expression: {error}"
         except TimeoutError:
-            return f"{number}:it is still at work after {seconds:g} seconds"
+            return f"{number}:it is still running after {seconds:g} seconds"
     return None
 
 

@@ -78,19 +78,19 @@ def _check_places(
     foreign = [_plain(key) for key in tensors if key not in places and key not in copies]
     if not missing and not foreign:
         return
-    faults = [f"lacks {some(missing)}"] if missing else []
-    faults += [f"holds {some(foreign)}, for which this base with this {CONFIG} has no place"] if foreign else []
+    faults = [f"is missing {some(missing)}"] if missing else []
+    faults += [f"contains {some(foreign)}, for which this base with this {CONFIG} has no place"] if foreign else []
     raise ModelError(
         f"{file.name} {', and '.join(faults)}",
         where=str(file),
-        fix=f"copy the adapter again, both its files; if the base is another one: {trained_on(config)}",
+        fix=f"copy both files of the adapter again; if the base is another one: {trained_on(config)}",
     )
 
 
 def trained_on(config: LoraConfig) -> str:
     """Where an adapter that does not fit belongs, as a command."""
     named = config.base_model_name_or_path
-    return f"it was trained on {named}; give it with --base PATH" if named else "give its own with --base PATH"
+    return f"it was trained on {named}; give it with --base PATH" if named else "give its base with --base PATH"
 
 
 def _misfit(
@@ -98,16 +98,16 @@ def _misfit(
 ) -> ModelError:
     """Why an adapter does not fit, with the sizes."""
     ranks = [
-        f"{_plain(key)} has rank {own[axis]}, and {CONFIG} says {wanted[axis]}"
+        f"{_plain(key)} has rank {own[axis]}, but {CONFIG} says {wanted[axis]}"
         for key, (own, wanted) in sizes.items()
         if (axis := RANK_AXES.get(key.rpartition(".lora_")[2].removesuffix(".weight"))) is not None
         and len(own) == 2
         and own[1 - axis] == wanted[1 - axis]
     ]
     if len(ranks) == len(sizes):
-        return ModelError(some(ranks), where=str(file), fix="copy the adapter again, both its files")
+        return ModelError(some(ranks), where=str(file), fix="copy both files of the adapter again")
     told = [
-        f"{_plain(key)} is {by(own)} in the adapter and {by(wanted)} in the base"
+        f"{_plain(key)} is {by(own)} in the adapter, but {by(wanted)} in the base"
         for key, (own, wanted) in sizes.items()
     ]
     # A vocabulary of another length, and the rest as it should be: tokens were added.

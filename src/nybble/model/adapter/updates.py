@@ -50,7 +50,7 @@ class Updates:
             text = f"all {self.count:,} updates are zero" if self.count > 1 else "its one update is zero"
             text += ": it answers as the base does" * self.changes_nothing
         text += f"; {self.negative:,} subtracted (alpha is negative)" if self.negative else ""
-        text += f"; {', '.join(self.whole)} trained too" if self.whole else ""
+        text += f"; {', '.join(self.whole)} also trained" if self.whole else ""
         return text + (
             f"; {CONFIG} sets {', '.join(self.unknown)}, which PEFT {peft_version} ignores" if self.unknown else ""
         )

@@ -91,7 +91,7 @@ def trained_on(run: Run) -> Trained | None:
         raise RunError(
             f"the record of the quantised base is damaged: {QUANTIZED} is {str(stored)[:80]}",
             where=str(file),
-            fix=f"copy start.json again; or delete {QUANTIZED} from it, and the base is used without being held against it",
+            fix=f"copy start.json again; or delete {QUANTIZED} from it, and the base is used without this check",
         ) from error
 
 

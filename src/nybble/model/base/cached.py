@@ -51,9 +51,7 @@ def keep(model: PreTrainedModel, place: pathlib.Path, size: int, made: dict[str,
     kept.make_room(place.parent)
     free = shutil.disk_usage(place.parent).free
     if free < 1.1 * size:
-        notice = (
-            f"the quantised base ({size / 1e9:.1f} GB) is not cached: {free / 1e9:.1f} GB are free at {place.parent}"
-        )
+        notice = f"the quantised base ({size / 1e9:.1f} GB) is not cached: only {free / 1e9:.1f} GB are free in {place.parent}"
         return Bits(bits.combined(bits.of_model(model)), made), [notice]
     try:
         with kept.making(place) as temporary:
@@ -78,8 +76,8 @@ def hold(now: Bits, mark: str, then: Trained | None, where: pathlib.Path) -> lis
         return []
     if now.made != then.bits.made:
         return [
-            f"the quantised base has other bits than in training, where it was made by {then.bits.made_by()}; "
-            f"this one was made by {now.made_by()}: numbers may differ a little"
+            f"the bits of the quantised base differ from those in training, where it was made with {then.bits.made_by()}; "
+            f"this one was made with {now.made_by()}: results may differ slightly"
         ]
     if then.is_another(mark):
         raise ModelError(
@@ -88,8 +86,8 @@ def hold(now: Bits, mark: str, then: Trained | None, where: pathlib.Path) -> lis
             fix="--base FOLDER, with the base of the training",
         )
     raise ModelError(
-        f"the quantised base is not the one that the run was trained on: its digest is {now.digest}, and was "
-        f"{then.bits.digest} then, made in the same way ({now.made_by()})",
+        f"the quantised base is not the one that the run was trained on: its digest is {now.digest}, but was "
+        f"{then.bits.digest} in training, made in the same way ({now.made_by()})",
         where=str(where),
         fix="the weights or this machine's memory may be damaged: download or copy the base again",
     )

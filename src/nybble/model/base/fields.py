@@ -48,7 +48,7 @@ def check_fields(file: pathlib.Path, config: Mapping[str, Any]) -> None:
         value = config.get(name)
         if isinstance(value, int | float) and value > most:
             shown = f"{value:,}" if value < 10**18 else "a number of many digits"
-            raise ModelError(f"{name} is {shown}; nybble takes up to {most:,}", where=str(file), fix=FIX)
+            raise ModelError(f"{name} is {shown}; nybble accepts up to {most:,}", where=str(file), fix=FIX)
     odd = [*_odd_sizes(config), *_odd_numbers(config)]
     if odd:
         raise ModelError(

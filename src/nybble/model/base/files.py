@@ -100,7 +100,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
             refuse_pointers(files)
             if missing := [file.name for file in files if not file.is_file()]:
                 raise ModelError(
-                    f"{folder} lacks {few(missing)}, which its index names",
+                    f"{folder} is missing {few(missing)}, which its index names",
                     where=str(index),
                     fix="finish the download, or copy what is missing",
                 )
@@ -167,7 +167,7 @@ def _unpickled(file: pathlib.Path) -> dict[str, torch.Tensor]:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         what = f"asks for {asked[1]} when it is opened" if asked else "is not a pickle of tensors"
         raise ModelError(
-            f"{file.name} is refused: it {what}, and a file of weights may contain tensors only",
+            f"{file.name} is refused: it {what}, and a weight file may contain only tensors",
             where=str(file),
             fix=AGAIN,
         ) from error
@@ -178,9 +178,7 @@ def _unpickled(file: pathlib.Path) -> dict[str, torch.Tensor]:
             fix="copy or download the file again",
         ) from error
     if not isinstance(stored, dict):
-        raise ModelError(
-            f"{file.name} contains {type(stored).__name__} and not tensors by name", where=str(file), fix=AGAIN
-        )
+        raise ModelError(f"{file.name} contains {type(stored).__name__}, not named tensors", where=str(file), fix=AGAIN)
     for name, value in stored.items():
         if (odd := _no_tensor(name, value)) is not None:
             raise ModelError(f"{file.name} contains {odd} under {name!r:.80}", where=str(file), fix=AGAIN)

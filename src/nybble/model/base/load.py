@@ -28,12 +28,13 @@ from nybble.model.base.bits import Bits, Trained, making_on
 from nybble.model.base.cached import bits_of, find_kept, hold, keep, kept_copy
 from nybble.model.base.checkpoint import Checkpoint, fingerprint
 from nybble.model.base.files import LOADING_FAULTS, reason, skeleton
-from nybble.model.base.soundness import check_files, check_loaded, check_report, check_tensors
+from nybble.model.base.finite import check_files, check_loaded
+from nybble.model.base.soundness import check_report, check_tensors
 from nybble.recipe import ModelOptions
 from nybble.weights.on_cpu import stay_unpacked
 
 ADAPTER_CONFIG = "adapter_config.json"
-COPY, REBUILT = "the cached copy of the quantised base was", "is rebuilt"
+COPY, REBUILT = "the cached copy of the quantised base was", "will be rebuilt"
 
 
 @dataclass(frozen=True)

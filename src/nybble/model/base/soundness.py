@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear8bitLt
 from bitsandbytes.utils import unpack_tensor_to_dict
 from transformers import PretrainedConfig
 
@@ -74,7 +73,7 @@ def check_tensors(folder: pathlib.Path, config: PretrainedConfig, *, is_quantize
     packed = {name for name in expected if is_quantized and any(name + end in stored for end in PACKED)}
     scaled = {name for name in expected if is_quantized and _scales(name) in stored}
     odd = [
-        f"{name} is {by(entry.shape)} in the file and {by(expected[name])} by config.json"
+        f"{name} is {by(entry.shape)} in the file, but {by(expected[name])} according to config.json"
         for name, entry in stored.items()
         if name in expected and name not in packed and entry.shape != expected[name]
     ]
@@ -103,91 +102,12 @@ def check_report(found: Mapping[str, Any], config: PretrainedConfig, where: path
         ModelError: something is missing, foreign, or of another shape.
     """
     odd = [
-        f"{name} is {by(own)} in the file and {by(wanted)} by config.json"
+        f"{name} is {by(own)} in the file, but {by(wanted)} according to config.json"
         for name, own, wanted in found["mismatched_keys"]
     ]
     missing = [name for name in found["missing_keys"] if not (config.tie_word_embeddings and name == HEAD)]
     foreign = [name for name in found["unexpected_keys"] if not name.endswith((BUFFER, *STATE, *PACKED))]
     _refuse(where, sorted(odd), sorted(missing), sorted(foreign), [])
-
-
-def check_files(folder: pathlib.Path) -> list[str]:
-    """Look for numbers that are not finite in the files of a model that is about to be quantised, which spreads them.
-
-    The bytes are read from the disk once, since loading finds them in memory: 2 GB a second on one core.
-
-    Returns:
-        A notice where a weight is all zeros.
-
-    Raises:
-        ModelError: with the tensors, and how many of their numbers are not finite.
-    """
-    empty = []
-    for file in weight_files(folder):
-        names, get = open_tensors(file)
-        tensors = ((name, get(name)) for name in names if not name.endswith(BUFFER))
-        empty += _check_numbers(tensors, str(file), "copy or download the file again")
-    return _told(empty)
-
-
-def check_loaded(model: torch.nn.Module, where: pathlib.Path, dtype: torch.dtype) -> list[str]:
-    """Look for numbers that are not finite in a model as it was loaded; of quantised weights in their scales.
-
-    Args:
-        model: the base.
-        where: its folder.
-        dtype: in which it computes: float16 cannot hold every number of a bfloat16 checkpoint.
-
-    Returns:
-        A notice where a weight is all zeros.
-
-    Raises:
-        ModelError: as `check_files`.
-    """
-    fix = "copy or download the weights again"
-    if dtype == torch.float16:
-        fix = f"model.dtype=bfloat16, if the numbers are only too large for float16; else {fix}"
-    return _told(_check_numbers(_numbers(model), str(where), fix))
-
-
-def _numbers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What of each parameter can be looked at: itself, or its scales where it is quantised."""
-    for name, module in model.named_modules():
-        if isinstance(module, Linear8bitLt):
-            scales = module.state.SCB if module.state.SCB is not None else getattr(module.weight, "SCB", None)
-            if scales is not None:
-                yield f"{name}.weight", scales
-    for name, parameter in model.named_parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is None:
-            yield name, parameter.detach()
-        while state is not None:  # scales, and the scales of the scales
-            yield from ((name, part) for part in (state.absmax, state.offset) if part is not None)
-            state = state.state2
-
-
-def _check_numbers(tensors: Iterable[tuple[str, torch.Tensor]], where: str, fix: str) -> list[str]:
-    """The weights that are all zeros."""
-    odd: dict[str, str] = {}
-    empty = []
-    for name, tensor in tensors:
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        least, greatest = (float(end) for end in torch.aminmax(tensor))  # NaN comes through in both
-        if not math.isfinite(least) or not math.isfinite(greatest):
-            count = int((~torch.isfinite(tensor)).sum())
-            odd.setdefault(name, f"{name} ({count:,} of {tensor.numel():,})")
-        elif least == greatest == 0 and name.endswith(".weight"):
-            empty.append(name)
-    if odd:
-        raise ModelError(
-            f"the weights contain numbers that are NaN or infinite: {some(list(odd.values()))}", where=where, fix=fix
-        )
-    return empty
-
-
-def _told(empty: list[str]) -> list[str]:
-    return [f"{some(empty)} is all zeros in the base: were its weights lost?"] if empty else []
 
 
 def _stored(folder: pathlib.Path) -> dict[str, Stored]:
@@ -267,7 +187,7 @@ def _refuse(where: pathlib.Path, odd: list[str], missing: list[str], foreign: li
     if faults:
         only = wrong and len(faults) == 1
         raise ModelError(
-            f"the weights do not fit config.json: {'; '.join(faults)}",
+            f"the weights do not match config.json: {'; '.join(faults)}",
             where=str(where),
             fix="use a 16-bit checkpoint of the model" if only else SAME,
         )
@@ -282,7 +202,7 @@ def _wrapped(stored: Mapping[str, Stored], expected: Mapping[str, object]) -> st
             return f"the names of the tensors lack 'model.': {name} is model.{name} in a model with its head"
         start = name.removesuffix(EMBEDDING)
         if start and start != name:
-            return f"the names of the tensors begin with {start!r}, which is what wrapped the model: {shown(name)}"
+            return f"the names of the tensors begin with {start!r}, left over from a wrapper around the model: {shown(name)}"
     return None
 
 
@@ -314,7 +234,7 @@ def _check_packed(name: str, shape: tuple[int, ...], stored: Mapping[str, Stored
     if not is_known or block < 1 or nested < 0:
         raise _odd_state(described, stored, f"it describes a weight that bitsandbytes does not know ({state!r:.80})")
     if list(own) != list(shape):
-        raise _odd_state(described, stored, f"it is {own} there and {by(shape)} by config.json")
+        raise _odd_state(described, stored, f"it is {own} there, but {by(shape)} according to config.json")
     count = math.prod(shape)
     blocks = -(-count // block)
     sizes = {name: -(-count // 2), f"{name}.absmax": blocks * (1 if nested else 4), f"{name}.quant_map": 16 * 4}

@@ -60,7 +60,7 @@ def try_expressions(described: Mapping[str, Any], file: pathlib.Path, fix: str) 
     if fault is not None:
         shown = found[0] if len(found[0]) <= 60 else f"{found[0][:59]}…"
         raise ModelError(
-            f"{file.name} cuts texts by a regular expression that cannot be used ({shown}): {fault}",
+            f"{file.name} splits text with a regular expression that cannot be used ({shown}): {fault}",
             where=str(file),
             fix=fix,
         )
