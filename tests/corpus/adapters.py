@@ -320,7 +320,7 @@ FILES = [
     taken("a note beside them", written("adapter_model.safetensors.bak", b"junk")),
 ]  # fmt: skip
 PLACES = [
-    refused("only A", only(lambda name: "lora_A" in name), "is missing model.layers.0.self_attn.q_proj.lora_B.weight", "and 5 more"),
+    refused("only A", only(lambda name: "lora_A" in name), "is missing model.layers.0.self_attn.q_proj.lora_B.weight", "5 more"),
     refused("only B", only(lambda name: "lora_B" in name), "is missing", "lora_A", "and 5 more"),
     refused("one layer", only(lambda name: "layers.0" in name), "is missing", "layers.1.", "and 5 more"),
     refused("one tensor gone", only(lambda name: name != Q1B), "is missing model.layers.1.self_attn.q_proj.lora_B.weight"),
