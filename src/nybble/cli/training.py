@@ -11,7 +11,7 @@ from rich.console import Console
 
 from nybble.cli.app import Documented, app, asked_cache, cache_folder, quiet
 from nybble.cli.extras import make_converter, make_harness, make_preflight
-from nybble.cli.words import LOOSE, Config, complete_words, data_recipe, own_options, refuse_missing, train_recipe
+from nybble.cli.arguments import LOOSE, Config, complete_words, data_recipe, own_options, refuse_missing, train_recipe
 from nybble.distributed.launcher import rank, refuse_second_launcher, world_size
 from nybble.errors import RecipeError
 
