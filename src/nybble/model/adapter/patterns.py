@@ -36,7 +36,7 @@ def check_patterns(config: Any, names: Iterable[str], where: str) -> None:
     Args:
         config: PEFT's configuration of the adapter.
         names: of the model's modules.
-        where: the place of the adapter.
+        where: the adapter's folder.
 
     Raises:
         ModelError: naming the field and the expression.
@@ -50,8 +50,8 @@ def check_patterns(config: Any, names: Iterable[str], where: str) -> None:
     job = [[FORMS[field].format(text) for field, text in found], sorted(set(names)), SECONDS]
     if (fault := attempt(__name__, job, seconds=2 * SECONDS, memory=MEMORY)) is not None:
         number, _, why = fault.partition(":")  # there is none of a process that was ended
-        place, why = (int(number), why) if number.isdecimal() else (0, fault)
-        raise _refused(*found[place], why, where)
+        position, why = (int(number), why) if number.isdecimal() else (0, fault)
+        raise _refused(*found[position], why, where)
 
 
 def _refused(field: str, text: str, why: str, where: str) -> ModelError:

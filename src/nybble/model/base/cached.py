@@ -11,13 +11,13 @@ import torch
 from transformers import PreTrainedModel
 
 from nybble.errors import ModelError
-from nybble.files import cache as kept
+from nybble.files import cache as entries
 from nybble.model.base import bits
 from nybble.model.base.bits import Bits, Trained
 from nybble.model.base.files import differs, weight_files
 
 
-def kept_copy(
+def copy_path(
     mark: str, quantization: str, double_quantization: bool, dtype: torch.dtype, cache: pathlib.Path
 ) -> pathlib.Path:
     """Where the quantised copy of a base with that fingerprint is kept, if there was room for it."""
@@ -25,48 +25,48 @@ def kept_copy(
     return cache / "base" / hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def find_kept(folder: pathlib.Path) -> kept.Entry:
-    """The kept copy, proven; `fault` says what was wrong with one that has to be made again.
+def find_copy(folder: pathlib.Path) -> entries.Entry:
+    """The copy, verified; `fault` says what was wrong with one that has to be made again.
 
     Raises:
-        PlaceError: as `kept.find`.
+        PlaceError: as `entries.find`.
     """
-    return kept.find(folder, lambda place, facts: bits.check(place, facts["tensors"]))
+    return entries.find(folder, lambda path, facts: bits.check(path, facts["tensors"]))
 
 
-def bits_of(facts: kept.Facts) -> Bits:
+def bits_of(facts: entries.Facts) -> Bits:
     """The bits of a kept copy."""
     return Bits(bits.combined(facts["tensors"]), facts["made"])
 
 
-def keep(model: PreTrainedModel, place: pathlib.Path, size: int, made: dict[str, str]) -> tuple[Bits, list[str]]:
+def store(model: PreTrainedModel, folder: pathlib.Path, size: int, made: dict[str, str]) -> tuple[Bits, list[str]]:
     """Write a base that was quantised just now into the cache, read back and proven; a notice where it is not kept.
 
     Args:
         model: the base.
-        place: where.
+        folder: where to.
         size: its bytes.
         made: how it was quantised.
     """
-    kept.make_room(place.parent)
-    free = shutil.disk_usage(place.parent).free
+    entries.make_room(folder.parent)
+    free = shutil.disk_usage(folder.parent).free
     if free < 1.1 * size:
-        notice = f"the quantised base ({size / 1e9:.1f} GB) is not cached: only {free / 1e9:.1f} GB are free in {place.parent}"
+        notice = f"the quantised base ({size / 1e9:.1f} GB) is not cached: only {free / 1e9:.1f} GB are free in {folder.parent}"
         return Bits(bits.combined(bits.of_model(model)), made), [notice]
     try:
-        with kept.making(place) as temporary:
+        with entries.making(folder) as temporary:
             model.save_pretrained(temporary)
             if fault := differs(model, temporary):
-                raise kept.DamagedError(fault)
+                raise entries.DamagedError(fault)
             tensors = bits.of_files(temporary)
             apart = frozenset(file.name for file in weight_files(temporary))
-            kept.seal(temporary, place, {"tensors": tensors, "made": made}, apart)
-    except (kept.DamagedError, FileExistsError) as fault:
+            entries.seal(temporary, folder, {"tensors": tensors, "made": made}, apart)
+    except (entries.DamagedError, FileExistsError) as fault:
         return Bits(bits.combined(bits.of_model(model)), made), [f"the quantised base is not cached: {fault}"]
     return Bits(bits.combined(tensors), made), []
 
 
-def hold(now: Bits, mark: str, then: Trained | None, where: pathlib.Path) -> list[str]:
+def check_unchanged(now: Bits, mark: str, then: Trained | None, where: pathlib.Path) -> list[str]:
     """Hold the bits of a base against those that a run was trained on; a notice where they were made in another way.
 
     Raises:

@@ -44,7 +44,7 @@ def reason(error: Exception) -> str:
 
 
 def refuse_pointers(files: Iterable[pathlib.Path]) -> None:
-    """Refuse what stands in place of files of a model: git-lfs pointers, links to nothing, and folders, pipes, sockets and
+    """Refuse what is there instead of files of a model: git-lfs pointers, links to nothing, and folders, pipes, sockets and
     devices, which may never end. Files that do not exist are passed over.
 
     Raises:
@@ -65,7 +65,7 @@ def refuse_pointers(files: Iterable[pathlib.Path]) -> None:
 
 
 def _stand_in(file: pathlib.Path) -> tuple[str, str] | None:
-    """What stands in place of a file, and what mends it; None where the file itself does, or nothing.
+    """What is there instead of a file, and what fixes it; None where the file itself is, or nothing.
 
     Raises:
         OSError: it may not be looked at.
@@ -226,15 +226,15 @@ def differs(model: torch.nn.Module, folder: pathlib.Path) -> str | None:
                 if name not in live or not torch.equal(stored.get_tensor(name), live[name].cpu()):
                     return f"{name} in {file.name} is not what was saved"
                 seen.add(name)
-    places = {live[name].data_ptr() for name in seen}
-    lost = [name for name in live.keys() - seen if live[name].data_ptr() not in places]  # a tied head is stored once
+    addresses = {live[name].data_ptr() for name in seen}
+    lost = [name for name in live.keys() - seen if live[name].data_ptr() not in addresses]  # a tied head is stored once
     if lost:
         return f"{sorted(lost)[0]} was not saved"
     return None if (folder / "config.json").is_file() else "config.json was not saved"
 
 
 def _no_tensor(name: object, value: object) -> str | None:
-    """What stands in place of a tensor's name and numbers, None where both are there."""
+    """What is there instead of a tensor's name and numbers; None where both are."""
     if not isinstance(value, torch.Tensor):
         return f"{type(value).__name__}, not a tensor,"
     if value.is_meta:

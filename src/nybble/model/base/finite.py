@@ -30,7 +30,7 @@ def check_files(folder: pathlib.Path) -> list[str]:
         names, get = open_tensors(file)
         tensors = ((name, get(name)) for name in names if not name.endswith(BUFFER))
         empty += _check_numbers(tensors, str(file), "copy or download the file again")
-    return _told(empty)
+    return _notice(empty)
 
 
 def check_loaded(model: torch.nn.Module, where: pathlib.Path, dtype: torch.dtype) -> list[str]:
@@ -50,7 +50,7 @@ def check_loaded(model: torch.nn.Module, where: pathlib.Path, dtype: torch.dtype
     fix = "copy or download the weights again"
     if dtype == torch.float16:
         fix = f"model.dtype=bfloat16, if the numbers are only too large for float16; else {fix}"
-    return _told(_check_numbers(_numbers(model), str(where), fix))
+    return _notice(_check_numbers(_numbers(model), str(where), fix))
 
 
 def _numbers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -89,5 +89,5 @@ def _check_numbers(tensors: Iterable[tuple[str, torch.Tensor]], where: str, fix:
     return empty
 
 
-def _told(empty: list[str]) -> list[str]:
+def _notice(empty: list[str]) -> list[str]:
     return [f"{some(empty)} is all zeros in the base: were its weights lost?"] if empty else []

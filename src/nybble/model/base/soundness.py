@@ -155,7 +155,7 @@ def _check_index(folder: pathlib.Path, stored: Mapping[str, Stored]) -> None:
     index = next((folder / index_of(name) for name in WHOLE if (folder / index_of(name)).is_file()), None)
     if index is None or files <= set(WHOLE):
         return
-    places = read_index(index)
+    listed = read_index(index)
     if not isinstance(read_object(index).get("metadata"), dict):  # Transformers takes it for granted
         raise ModelError(
             f"{index.name} has no metadata, without which Transformers does not read it",
@@ -163,17 +163,17 @@ def _check_index(folder: pathlib.Path, stored: Mapping[str, Stored]) -> None:
             fix='add "metadata": {"total_size": 0} to it',
         )
     odd = [
-        f"{shown(name)} is said to be in {places.get(name, 'no file')} and is in "
+        f"{shown(name)} is said to be in {listed.get(name, 'no file')} and is in "
         f"{stored[name].file.name if name in stored else 'none'}"
-        for name in sorted(places.keys() | stored.keys())
+        for name in sorted(listed.keys() | stored.keys())
         if not name.endswith(BUFFER)
-        and (name not in stored or places.get(name) not in {stored[name].file.name, *stored[name].copies})
+        and (name not in stored or listed.get(name) not in {stored[name].file.name, *stored[name].copies})
     ]
     if odd:
         raise ModelError(
             f"{index.name} does not fit its files: {some(odd)}",
             where=str(index),
-            fix="copy or download the index and its files from one place",
+            fix="copy or download the index and its files from the same source",
         )
 
 

@@ -91,9 +91,9 @@ def _texts(expressions: list[str]) -> Iterator[str]:
 
 
 def _examine(job: tuple[str, list[str]]) -> str | None:
-    place, texts = job
+    file, texts = job
     try:
-        tokenizer = Tokenizer.from_file(place)
+        tokenizer = Tokenizer.from_file(file)
         for text in texts:
             ids = tokenizer.encode(text, add_special_tokens=False).ids
             tokenizer.decode(ids[:TEXT])
