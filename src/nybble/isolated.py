@@ -1,7 +1,7 @@
-"""What cannot be interrupted once it has begun, tried first in a process that can be ended: regular expressions, tokenizers.
+"""Code that cannot be interrupted once it runs, tried first in a process that can be killed: regular expressions, tokenizers.
 
-A program of nybble reads its job as JSON from its standard input, says what is wrong as JSON on its standard output, and has a
-limit of time and memory.
+The program reads its job as JSON from standard input, writes what is wrong as JSON to standard output, and has limits of time
+and memory.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-# Without the current folder (-P). This very nybble is found, however it came on the path of whoever imported it: its folder goes
-# behind the standard library and before installed packages.
+# Without the current folder (-P). The same nybble is found however its importer found it: its folder goes after the standard
+# library and before installed packages.
 START = """
 import runpy, sys
 place = next((n for n, entry in enumerate(sys.path) if entry.endswith("-packages")), len(sys.path))
@@ -26,13 +26,13 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__")
 
 
 def attempt(module: str, job: Any, *, seconds: float, memory: int) -> str | None:
-    """Run a program of nybble on a job; what is wrong, or None.
+    """Run a program of nybble on a job; returns what is wrong, or None.
 
     Args:
         module: that calls `answer`.
         job: what it is given, as JSON can hold it.
-        seconds: until it is ended.
-        memory: bytes that it may take.
+        seconds: after which it is killed.
+        memory: limit in bytes.
     """
     own = pathlib.Path(__file__).resolve().parents[1]
     words = [sys.executable, "-P", "-c", START, str(own), module, str(memory)]
@@ -50,7 +50,7 @@ def attempt(module: str, job: Any, *, seconds: float, memory: int) -> str | None
 
 
 def answer(examine: Callable[[Any], str | None]) -> None:
-    """The other side: read the job, examine it within the limit of memory, say what was found."""
+    """The other side: read the job, examine it within the memory limit, write the result."""
     most = int(sys.argv[1])
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     with contextlib.suppress(ValueError):  # not everywhere is the memory of a process limited
