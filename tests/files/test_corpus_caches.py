@@ -228,7 +228,7 @@ def test_a_cache_in_which_nothing_can_be_used_is_an_error(filled, tmp_path, monk
     shutil.copytree(filled / "cache", tmp_path / "cache")
     place = entry(tmp_path, "tokens")
     (place / "manifest.json").unlink()
-    monkeypatch.setattr(kept, "PLACES", 1)
+    monkeypatch.setattr(kept, "NAMES", 1)
     with read_only(place), pytest.raises(PlaceError, match="can be neither used nor removed: there is no") as caught:
         Filled(filled / "model", filled / "rows.jsonl", tmp_path / "cache").use("tokens")
     assert caught.value.where == str(place)

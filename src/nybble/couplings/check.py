@@ -47,11 +47,9 @@ def misfit(coupling: Coupling, lack: str) -> Misfit:
 
 def lacking(coupling: Coupling) -> Iterator[str]:
     """The symbols of a coupling that the installed library does not have, or that take other parameters."""
-    try:
-        version(coupling.library)
-    except PackageNotFoundError:
+    if not _is_installed(coupling.library):
         return
-    for place, symbol in enumerate(coupling.symbols):
+    for number, symbol in enumerate(coupling.symbols):
         if "#" in symbol:
             continue
         try:
@@ -59,7 +57,7 @@ def lacking(coupling: Coupling) -> Iterator[str]:
         except (ImportError, AttributeError):
             yield symbol.replace(":", ".")
             continue
-        if place == 0 and (absent := _absent(found, coupling.parameters)):
+        if number == 0 and (absent := _absent(found, coupling.parameters)):
             yield f"{symbol.replace(':', '.')} with {absent}"
 
 
@@ -85,6 +83,15 @@ def is_tested(library: str) -> bool:
     except PackageNotFoundError:  # or under another name: a nightly build, a port
         return False
     return low <= installed and installed.release[:2] <= high.release[:2]
+
+
+@functools.cache
+def _is_installed(library: str) -> bool:
+    try:
+        version(library)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _absent(found: Any, parameters: tuple[str, ...]) -> str:
