@@ -193,7 +193,7 @@ FIELDS = [
 ]
 EXPLODES = r"(\w+\.?)+!"  # its time doubles with each letter
 PATTERNS = [
-    refused(f"{field} explodes", config(**{field: value}), f"{field} holds a regular expression", "still running")
+    refused(f"{field} explodes", config(**{field: value}), f"{field} contains a regular expression", "still running")
     for field, value in (
         ("target_modules", EXPLODES),
         ("exclude_modules", EXPLODES),

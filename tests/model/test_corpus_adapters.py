@@ -169,8 +169,8 @@ def test_chat_says_what_is_odd_and_answers(good, cache, tmp_path, monkeypatch):
         pytest.param("NaN everywhere", "not finite", marks=pytest.mark.slow),
         pytest.param("r str 16", "a whole number", marks=pytest.mark.slow),
         pytest.param("tensors cut off", "cut off", marks=pytest.mark.slow),
-        pytest.param("alpha_pattern explodes", "alpha_pattern holds a regular expression", marks=pytest.mark.slow),
-        pytest.param("target_modules explodes", "target_modules holds a regular expression", marks=pytest.mark.slow),
+        pytest.param("alpha_pattern explodes", "alpha_pattern contains a regular expression", marks=pytest.mark.slow),
+        pytest.param("target_modules explodes", "target_modules contains a regular expression", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_with_a_damaged_adapter_is_not_measured_nor_exported_nor_trained_on(

@@ -204,7 +204,7 @@ def test_an_expression_that_explodes_is_refused_by_its_field(soon, names, field,
     with pytest.raises(ModelError) as caught:
         check_patterns(LoraConfig(**changes), names, "ADAPTER")
     print(caught.value)
-    assert f"{field} holds a regular expression that cannot be used (" in caught.value.what
+    assert f"{field} contains a regular expression that cannot be used (" in caught.value.what
     assert told in caught.value.what
     assert (value if isinstance(value, str) else list(value)[-1])[:3] in caught.value.what
     assert caught.value.where == "ADAPTER"
@@ -231,5 +231,5 @@ def test_an_adapter_with_such_an_expression_does_not_load(soon, model, tuned_run
     folder = shutil.copytree(tuned_run.folder / "adapter", tmp_path / "adapter")
     content = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**content, "target_modules": r"(\w+\.?)+!"}))
-    with pytest.raises(ModelError, match="target_modules holds a regular expression"):
+    with pytest.raises(ModelError, match="target_modules contains a regular expression"):
         load_adapter(model, folder)

@@ -321,6 +321,7 @@ COUPLINGS = (
     ),
     Coupling(
         "the key that wandb finds", "wandb", ("wandb:api",), ("training/trackers.py",),
-        "runs offline, or a question in the middle", "an AttributeError before training", written=("wandb.api.api_key",),
+        "runs go offline; wandb 0.31 says that it will remove it",
+        "an AttributeError before training", written=("wandb.api.api_key",),
     ),
 )  # fmt: skip

@@ -30,7 +30,7 @@ Facts = dict[str, Any]
 
 
 class DamagedError(Exception):
-    """An entry is not what was kept; the message says what is wrong with it, as a clause."""
+    """An entry is not as it was written; the message says what is wrong with it, as a clause."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ PROBE = 4096  # bytes: a file of none can be made on a full disk
 LOCK = ".lock"  # in a run while it is written
 HALF = ".nybble-writing-"  # a folder being filled or removed; beside it, with .lock at the end, its writer's lock
 HALF_FILE = re.compile(r"\..+\.[0-9a-f]{8}\.writing(\.[^.]+)?")  # a file that is being written
-FORGOTTEN = 24 * 3600  # seconds without a change: where it cannot be told who writes something, nobody does any more
+FORGOTTEN = 24 * 3600  # seconds without a change, after which nobody is taken to be writing where that cannot be known
 FULL = (errno.ENOSPC, errno.EDQUOT)
 CLOSED = {  # errors of a path, and what helps
     **dict.fromkeys(
@@ -89,7 +89,7 @@ def check_here() -> None:
 
 
 def check_cache(cache: pathlib.Path) -> None:
-    """Refuse a cache in which nothing can be kept, or that holds folders of another user.
+    """Refuse a cache that cannot be written to, or that contains folders of another user.
 
     Raises:
         PlaceError: with the reason.

@@ -1,4 +1,4 @@
-"""Text and JSON that was kept on a disk: whatever became of a file, one sentence says what is wrong with it, and where."""
+"""Text and JSON from a disk: whatever is wrong with a file, one sentence says what and where."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def read_object(
         largest: bytes that it may have at most, None for any number.
 
     Raises:
-        NybbleError: of the kind: the file cannot be read, or it holds no object, or not this one.
+        NybbleError: of the kind: the file cannot be read, contains no object, or not this one.
     """
     text = read_text(file, kind, fix, largest)
     if not text.strip("\0 \r\n\t"):
@@ -120,7 +120,7 @@ def read_object(
 def read_lines(
     file: pathlib.Path, kind: type[NybbleError], shape: type[Shape]
 ) -> Iterator[dict[str, Any] | NybbleError]:
-    """The objects of a file that has one per line, and an error for each line that holds none; a file that is missing has none.
+    """The objects of a file that has one per line, and an error for each line without one; a missing file has none.
 
     Raises:
         NybbleError: of the kind: the file as a whole cannot be read.
@@ -151,7 +151,7 @@ class _JsonError(ValueError):
 
 
 def _parse_object(text: str, name: str, shape: type[Shape] | None = None) -> dict[str, Any]:
-    """The object that a text holds.
+    """The object that a text contains.
 
     Args:
         text: JSON.

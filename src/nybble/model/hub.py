@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: fetch a base model; what hinders that is told by `nybble.model.hub_faults`."""
+"""The Hugging Face Hub: fetch a base model; `nybble.model.hub_faults` explains what prevents it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def fetch(repo_id: str, revision: str | None, allow_patterns: list[str] | None =
             safetensors alone where the repository has them, never *.pth, *.gguf, *.onnx or a second copy.
 
     Returns:
-        The local folder and the commit it holds.
+        The local folder and its commit.
     """
     try:
         listing = look(repo_id, revision, allow_patterns)
@@ -185,7 +185,7 @@ def _cached_or_raise(
     if folder is None:
         raise HubError(
             f"{error.what} And {repo_id!r} is not fully in the cache {constants.HF_HUB_CACHE}.",
-            fix=f"{error.fix}, or give a folder that holds the model",
+            fix=f"{error.fix}, or give a folder that contains the model",
         ) from error
     return folder
 

@@ -44,7 +44,7 @@ _TOKENS = "https://huggingface.co/settings/tokens"
 
 
 class UnreachableError(HubError):
-    """Nothing was refused: the Hub could not be asked, so what the cache holds may be used."""
+    """Nothing was refused: the Hub could not be asked, so a cached copy may be used."""
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def read_adapter_config(path: str | pathlib.Path) -> LoraConfig:
     """PEFT's configuration of an adapter folder.
 
     Raises:
-        ModelError: the folder holds no adapter, or one that is not LoRA on its base as it was; or a field cannot be right.
+        ModelError: there is no adapter, it is not LoRA on an unaltered base, or a field has an impossible value.
     """
     folder = pathlib.Path(path)
     content = read_content(folder)
@@ -89,7 +89,7 @@ def read_content(folder: pathlib.Path) -> dict[str, Any]:
     """adapter_config.json as it is: PEFT itself fails on some of those that are refused here, LoftQ's without scipy.
 
     Raises:
-        ModelError: the folder holds none, or one that is no JSON object.
+        ModelError: there is none, or it is not a JSON object.
     """
     file = folder / CONFIG
     if not file.exists():
@@ -190,12 +190,12 @@ def _check_fields(content: Mapping[str, Any], file: str) -> None:
 
 
 def _known_as(value: object) -> str:
-    """A word that PEFT has for a kind as it is, and anything else as it stands in the file."""
+    """A kind that PEFT has a word for by that word, anything else as it is in the file."""
     return value if isinstance(value, str) and value.isidentifier() else _shown(value)
 
 
 def _shown(value: object) -> str:
-    """A value as it stands in the file, cut where it is long."""
+    """A value as it is in the file, shortened if it is long."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -253,4 +253,4 @@ FIELDS: Mapping[str, tuple[Test, str]] = {
     ),
     "base_model_name_or_path": (_or_none(_is_text), "a name or a path"),
 }  # fmt: skip
-"""What the fields on which an adapter's meaning rests may hold, and how that is said."""
+"""The values allowed in fields that decide what an adapter does, and how a message describes them."""

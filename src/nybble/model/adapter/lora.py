@@ -1,4 +1,4 @@
-"""Attach a LoRA adapter by PEFT, and prove that it is trained and saved."""
+"""Attach a LoRA adapter with PEFT, and verify that it is trained and saved."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def attach_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
 
 
 def check_stored(path: str | pathlib.Path) -> None:
-    """All that can be wrong with an adapter whatever its base, before one is loaded.
+    """Check whatever can be wrong with an adapter on any base, before one is loaded.
 
     Raises:
         ModelError: no adapter there, one of another kind, or a damaged one.

@@ -19,7 +19,7 @@ SECONDS = 5.0  # for all expressions of an adapter on all names of a model; an h
 MEMORY = 1_000_000_000
 LONGEST = 10_000  # characters of an expression
 PLAIN = re.compile(r"[\w.-]*")  # a name, in which only dots are special
-# How PEFT 0.21 puts what a field holds into an expression. Names in a list of target_modules or exclude_modules are none.
+# How PEFT 0.21 builds an expression from a field. Names in a list of target_modules or exclude_modules are not expressions.
 FORMS = {
     "target_modules": "{}",
     "exclude_modules": "{}",
@@ -57,7 +57,7 @@ def check_patterns(config: Any, names: Iterable[str], where: str) -> None:
 def _refused(field: str, text: str, why: str, where: str) -> ModelError:
     shown = text if len(text) <= 80 else f"{text[:77]}..."
     return ModelError(
-        f"{field} holds a regular expression that cannot be used ({shown}): {why}",
+        f"{field} contains a regular expression that cannot be used ({shown}): {why}",
         where=where,
         fix="copy the adapter again, or name the modules there as a list",
     )

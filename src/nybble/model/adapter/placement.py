@@ -27,7 +27,7 @@ def fill(model: PeftModel, name: str, file: pathlib.Path, tensors: Mapping[str, 
     """Load an adapter's tensors into their parameters, each into its own and none left over.
 
     Returns:
-        Embeddings and heads of the base that the file holds too, and that were others.
+        Embeddings and heads of the base that the file contains too, with other values.
 
     Raises:
         ModelError: naming tensors that are missing, have no parameter, or are of another shape.

@@ -1,4 +1,4 @@
-"""What an adapter in memory changes, counted and told in a line."""
+"""What an adapter in memory changes: counted, and put into one line."""
 
 from __future__ import annotations
 

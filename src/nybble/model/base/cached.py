@@ -1,4 +1,4 @@
-"""The quantised copy of a base in the cache: where it is, how it is proven, and what a run's record says of it."""
+"""The quantised copy of a base in the cache: where it is, how it is verified, and how it compares with a run's record."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nybble.model.base.files import differs, weight_files
 def copy_path(
     mark: str, quantization: str, double_quantization: bool, dtype: torch.dtype, cache: pathlib.Path
 ) -> pathlib.Path:
-    """Where the quantised copy of a base with that fingerprint is kept, if there was room for it."""
+    """The path of the quantised copy of a base with that fingerprint; it exists if there was space for it."""
     parts = (mark, quantization, double_quantization, str(dtype), bitsandbytes.__version__)
     return cache / "base" / hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -35,12 +35,12 @@ def find_copy(folder: pathlib.Path) -> entries.Entry:
 
 
 def bits_of(facts: entries.Facts) -> Bits:
-    """The bits of a kept copy."""
+    """The bits of a cached copy."""
     return Bits(bits.combined(facts["tensors"]), facts["made"])
 
 
 def store(model: PreTrainedModel, folder: pathlib.Path, size: int, made: dict[str, str]) -> tuple[Bits, list[str]]:
-    """Write a base that was quantised just now into the cache, read back and proven; a notice where it is not kept.
+    """Write a base that was quantised just now into the cache, read back and verified; a notice if it is not cached.
 
     Args:
         model: the base.

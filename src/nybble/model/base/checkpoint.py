@@ -31,7 +31,7 @@ DESCRIPTION = ["*.json", "*.model", "*.jinja", "*.txt"]
 SMALL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 STORED = ("nf4", "fp4", "int8")
 ADAPTERS = ("adapter_config.json", "recipe.yaml")
-"""What a folder holds that is an adapter, or a run with one."""
+"""Files by which a folder is known as an adapter, or as a run with one."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Checkpoint:
     commit: str | None
     """The Hub commit, None for a local folder."""
     config: dict[str, Any]
-    """config.json as it stands."""
+    """config.json as it is."""
 
     @property
     def quantized_as(self) -> str | None:

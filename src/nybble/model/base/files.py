@@ -1,4 +1,4 @@
-"""Weight files: which of a folder's they are, what they say of themselves, and a saved model held against the live one."""
+"""Weight files: which ones a folder has, what their headers say, and whether a saved model equals the one in memory."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def check_whole(file: pathlib.Path) -> None:
-    """Refuse a weight file that is a pointer, is of another kind, is cut off, or holds other things than tensors.
+    """Refuse a weight file that is a pointer, is of another kind, is cut off, or contains anything but tensors.
 
     Raises:
         ModelError: which of these.

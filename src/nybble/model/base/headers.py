@@ -33,7 +33,7 @@ def shown(name: str) -> str:
 
 
 def index_of(name: str) -> str:
-    """The name of the index that stands where weights are in several files: of model.safetensors or of pytorch_model.bin."""
+    """The name of the index of weights in several files: of model.safetensors or of pytorch_model.bin."""
     return f"{name}.index.json"
 
 
@@ -94,7 +94,7 @@ def _parse(file: pathlib.Path, text: bytes) -> dict[str, dict[str, Any]]:
         raise _damaged(file, "it is nested too deeply") from error
     except json.JSONDecodeError as error:
         raise _damaged(file, f"it is not valid JSON ({json_fault(error)})") from error
-    except ValueError as error:  # a name that stands there twice, a number of thousands of digits
+    except ValueError as error:  # a name that occurs twice, a number of thousands of digits
         raise _damaged(file, str(error).partition(";")[0]) from error
     notes = entries.pop("__metadata__", {}) if isinstance(entries, dict) else None
     if not isinstance(notes, dict):

@@ -60,7 +60,7 @@ class Footprint:
     quantized: int
     """Parameters stored in 4 or 8 bits."""
     bytes: int
-    """As held in memory, the scales of quantised weights included."""
+    """As in memory, including the scales of quantised weights."""
 
 
 def load_config(checkpoint: Checkpoint, rope_scaling: dict[str, object] | None) -> PretrainedConfig:
@@ -231,7 +231,7 @@ def _quantised(
     checkpoint: Checkpoint, options: ModelOptions, config: PretrainedConfig, dtype: torch.dtype, device: torch.device,
     cache: pathlib.Path, then: Trained | None,
 ) -> Base:  # fmt: skip
-    """A base out of the cache, or quantised now and kept there."""
+    """A base from the cache, or quantised now and cached."""
     mark = fingerprint(checkpoint, cache)
     entry = find_copy(copy_path(mark, options.quantization, options.double_quantization, dtype, cache))
     notices = entry.notices(COPY, REBUILT)
@@ -257,7 +257,7 @@ def _quantised(
 
 
 def _as_kept(config: PretrainedConfig, folder: pathlib.Path) -> PretrainedConfig:
-    """The configuration with the kept copy's own quantisation.
+    """The configuration with the cached copy's own quantisation.
 
     Raises:
         ModelError: it has none.

@@ -1,4 +1,4 @@
-"""SHA-256 of weight files, remembered with an XXH3 digest beside it, by which the bytes are proven at a tenth of the time."""
+"""SHA-256 of weight files, remembered with an XXH3 digest, which verifies the bytes in a tenth of the time."""
 
 from __future__ import annotations
 

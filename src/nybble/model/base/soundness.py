@@ -48,7 +48,7 @@ class Stored:
 
 
 def check_tensors(folder: pathlib.Path, config: PretrainedConfig, *, is_quantized: bool) -> None:
-    """Hold every tensor of a model's files against its configuration, by the files' headers alone.
+    """Compare every tensor of a model's files with its configuration, by the files' headers alone.
 
     Args:
         folder: the model's.
@@ -56,7 +56,7 @@ def check_tensors(folder: pathlib.Path, config: PretrainedConfig, *, is_quantize
         is_quantized: whether the files came quantised by bitsandbytes.
 
     Raises:
-        ModelError: tensors that are missing, foreign, twice there, or of another shape or type; an index that says otherwise
+        ModelError: tensors that are missing, unknown, duplicated, or of another shape or type; an index that says otherwise
             than its files; a head that is tied to the embeddings and yet different.
     """
     stored = _stored(folder)
@@ -96,10 +96,10 @@ def check_tensors(folder: pathlib.Path, config: PretrainedConfig, *, is_quantize
 
 
 def check_report(found: Mapping[str, Any], config: PretrainedConfig, where: pathlib.Path) -> None:
-    """Hold Transformers' own report of a loading to the same: it saw the model as it was built.
+    """Check Transformers' own report of a loading in the same way: it saw the model as it was built.
 
     Raises:
-        ModelError: something is missing, foreign, or of another shape.
+        ModelError: something is missing, unknown, or of another shape.
     """
     odd = [
         f"{name} is {by(own)} in the file, but {by(wanted)} according to config.json"
@@ -150,7 +150,7 @@ def _check_head(stored: Mapping[str, Stored]) -> None:
 
 
 def _check_index(folder: pathlib.Path, stored: Mapping[str, Stored]) -> None:
-    """Hold an index against the headers of its files: Transformers takes what the files hold, whatever it says."""
+    """Compare an index with the headers of its files: Transformers loads what the files contain, whatever the index says."""
     files = {entry.file.name for entry in stored.values()}
     index = next((folder / index_of(name) for name in WHOLE if (folder / index_of(name)).is_file()), None)
     if index is None or files <= set(WHOLE):
@@ -171,7 +171,7 @@ def _check_index(folder: pathlib.Path, stored: Mapping[str, Stored]) -> None:
     ]
     if odd:
         raise ModelError(
-            f"{index.name} does not fit its files: {some(odd)}",
+            f"{index.name} does not match its files: {some(odd)}",
             where=str(index),
             fix="copy or download the index and its files from the same source",
         )
@@ -222,7 +222,7 @@ def _scales(name: str) -> str:
 
 
 def _check_packed(name: str, shape: tuple[int, ...], stored: Mapping[str, Stored]) -> None:
-    """Hold a 4-bit weight and its scales against the shape that they stand for."""
+    """Compare a 4-bit weight and its scales with the shape that they represent."""
     described = next(name + end for end in PACKED if name + end in stored)
     _, get = open_tensors(stored[described].file)
     try:

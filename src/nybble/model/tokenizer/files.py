@@ -1,4 +1,4 @@
-"""A tokenizer's files held to what they must be before a library reads them; what that finds then is one sentence."""
+"""A tokenizer's files, checked before a library reads them; what the library then finds is one sentence."""
 
 from __future__ import annotations
 
@@ -229,4 +229,4 @@ FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "tokenizer_class": (lambda value: isinstance(value, str), "the name of a class"),
 }  # fmt: skip
-"""What fields that Transformers takes for granted may hold, and how that is said; null is as good as none."""
+"""The values allowed in fields that Transformers relies on, and how a message describes them; null counts as absent."""
