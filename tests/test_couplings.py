@@ -385,6 +385,17 @@ def test_a_quantised_weight_of_another_build_is_an_error(quantised):
         check_state(state)
 
 
+@pytest.mark.parametrize("name", ["compute_dtype", "quant_state"])
+def test_a_4_bit_layer_of_another_build_is_an_error(name, quantised):
+    from nybble.weights.structure import check_quantised
+
+    layer = quantised.base_layer
+    check_quantised(layer, layer.weight)
+    del (layer if name == "compute_dtype" else layer.weight).__dict__[name]
+    with pytest.raises(EngineError, match=rf"4-bit layer of bitsandbytes \S+ has no {name}"):
+        check_quantised(layer, layer.weight)
+
+
 def test_the_switch_against_repacking_must_be_there(quantised):
     from nybble.weights.on_cpu import stay_unpacked
 

@@ -195,6 +195,13 @@ COUPLINGS = (
     ),
     # bitsandbytes
     Coupling(
+        "a 4-bit layer", "bitsandbytes",
+        ("bitsandbytes.nn:Linear4bit#compute_dtype", "bitsandbytes.nn:Params4bit#quant_state"),
+        ("weights/structure.py", "weights/projections.py"),
+        "layers would compute in float32, or be taken for not quantised yet",
+        "each layer is looked at when it is read (`weights.structure`)",
+    ),
+    Coupling(
         "repacking on a CPU", "bitsandbytes",
         ("bitsandbytes.nn:Linear4bit#support_avx512bf16_for_cpu",), ("weights/on_cpu.py",),
         "gradients at a cosine of 0.07 after an evaluation, and nothing says so", "each layer is looked at before it is set",

@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 
 from nybble.kernels.reference import Nested
-from nybble.weights.structure import check_lora, check_state
+from nybble.weights.structure import check_lora, check_quantised, check_state
 from nybble.weights.watch import Watched
 
 ALIGNMENT = 8  # numbers: rows of the workspace begin at multiples of 16 bytes, as tensor cores want them
@@ -118,6 +118,7 @@ def _read_base(watched: Watched, name: str, base: Any) -> Frozen:
 
 
 def _read_quantized(watched: Watched, name: str, base: Linear4bit, weight: Any) -> Frozen:
+    check_quantised(base, weight)
     state = watched.attribute(weight, "quant_state")
     if state is None:
         raise Ineligible(f"{name} is not quantised yet: move the model to its device first")

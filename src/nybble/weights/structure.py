@@ -33,6 +33,17 @@ def check_lora(module: Any) -> None:
         raise _unknown("peft", "LoRA layer", missing)
 
 
+def check_quantised(layer: Any, weight: Any) -> None:
+    """A 4-bit layer says in which type it computes, and its weight has a state, None before it is quantised.
+
+    Raises:
+        EngineError: the installed bitsandbytes stores them elsewhere.
+    """
+    missing = [name for name, own in (("compute_dtype", layer), ("quant_state", weight)) if name not in own.__dict__]
+    if missing:
+        raise _unknown("bitsandbytes", "4-bit layer", missing)
+
+
 def check_state(state: Any) -> None:
     """A quantised weight's scales are where they are read.
 
