@@ -254,9 +254,9 @@ WRITING = [
     refused("config binary", written(CONFIG, bytes(range(256))), CONFIG),
     refused("config UTF-16", raw(lambda text: text.decode().encode("utf-16"), CONFIG), "is not UTF-8"),
     refused("config Latin-1", written(CONFIG, '{"peft_type": "Löra"}'.encode("latin-1")), "is not UTF-8"),
-    refused("config a list", written(CONFIG, "[1, 2]"), "not an object"),
-    refused("config a number", written(CONFIG, "3"), "not an object"),
-    refused("config null", written(CONFIG, "null"), "not an object"),
+    refused("config a list", written(CONFIG, "[1, 2]"), "not a JSON object"),
+    refused("config a number", written(CONFIG, "3"), "not a JSON object"),
+    refused("config null", written(CONFIG, "null"), "not a JSON object"),
     refused("config nested", written(CONFIG, "[" * 100_000), CONFIG),
     refused("config digits", written(CONFIG, '{"r": ' + "9" * 5000 + "}"), "digits"),
     refused("config a pointer", written(CONFIG, POINTER), "git-lfs pointer", "lfs pull"),
@@ -332,12 +332,12 @@ PLACES = [
     refused("names with the adapter's", renamed("lora_A.weight", "lora_A.default.weight"), "lora_A.default", "no place"),
     refused("names in capitals", renamed("q_proj", "Q_PROJ"), "Q_PROJ", "no place"),
     refused("a layer too many", tensors(lambda state: {**state, **{name.replace("layers.1", "layers.2"): tensor.clone()
-            for name, tensor in state.items() if "layers.1" in name}}), "holds model.layers.2.", "and 5 more", "--base PATH"),
+            for name, tensor in state.items() if "layers.1" in name}}), "contains model.layers.2.", "and 5 more", "--base PATH"),
     refused("a module too many", tensors(lambda state: {**state, **{name.replace("q_proj", "k_proj"): tensor.clone()
             for name, tensor in state.items() if "q_proj" in name}}), "k_proj", "no place"),
-    refused("a stranger", tensors(lambda state: {**state, "hello": EYE}), "holds hello", "no place"),
+    refused("a stranger", tensors(lambda state: {**state, "hello": EYE}), "contains hello", "no place"),
     refused("a norm of the base", tensors(lambda state: {**state, "base_model.model.model.norm.weight": torch.ones(64)}),
-            "holds model.norm.weight", "no place"),
+            "contains model.norm.weight", "no place"),
     refused("a weight of the base", tensors(lambda state: {
         **state, f"{PREFIX}.0.self_attn.k_proj.weight": torch.ones(32, 64)}), "k_proj.weight", "no place"),
     refused("optimiser's state", tensors(lambda state: {**state, "exp_avg.0": EYE}), "exp_avg.0", "no place"),
@@ -378,12 +378,12 @@ PLACES = [
 ]  # fmt: skip
 NUMBERS = [
     *(refused(f"{kind} in {name[21:45]}", one(name, lambda tensor, value=value: tensor.index_fill(0, torch.tensor(1), value)),
-              name, "not finite")
+              name, "contains NaN or infinity")
       for kind, value, name in (("NaN", NAN, Q0A), ("NaN", NAN, DOWN), ("infinity", INF, Q1B), ("minus infinity", -INF, Q1A))),
-    refused("NaN everywhere", each(lambda tensor: tensor * NAN), "not finite", "and 11 more"),
-    refused("NaN in bfloat16", each(lambda tensor: (tensor * NAN).bfloat16()), "not finite"),
-    refused("beyond float32", one(Q0A, lambda tensor: tensor.double() * 1e300), Q0A, "not finite"),
-    refused("NaN in a pickle", as_pickle(lambda state: {**state, Q0A: state[Q0A] * NAN}), Q0A, "not finite"),
+    refused("NaN everywhere", each(lambda tensor: tensor * NAN), "contains NaN or infinity", "and 11 more"),
+    refused("NaN in bfloat16", each(lambda tensor: (tensor * NAN).bfloat16()), "contains NaN or infinity"),
+    refused("beyond float32", one(Q0A, lambda tensor: tensor.double() * 1e300), Q0A, "contains NaN or infinity"),
+    refused("NaN in a pickle", as_pickle(lambda state: {**state, Q0A: state[Q0A] * NAN}), Q0A, "contains NaN or infinity"),
     *(refused(f"{kind} numbers", one(Q0A, lambda tensor, kind=kind: tensor.to(kind)), Q0A, str(kind).split(".")[1])
       for kind in (torch.int8, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn)),
     taken("float64", each(torch.Tensor.double)),

@@ -92,7 +92,7 @@ REFUSALS = {
         "not accepted its licence",
         "/org/gated",
     ),
-    "gated, pending": ("hf_pending", "org/gated", None, "awaits its authors' review", "settings/gated-repos"),
+    "gated, pending": ("hf_pending", "org/gated", None, "is awaiting its authors' review", "settings/gated-repos"),
     "gated, rejected": ("hf_rejected", "org/gated", None, "rejected your request", "have access to"),
     "gated, narrow token": ("hf_narrow", "org/gated", None, "fine-grained token", "settings/tokens"),
     "gated, bad token": ("hf_stale", "org/gated", None, "wrong, revoked or expired", "hf auth login --force"),
