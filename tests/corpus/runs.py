@@ -296,7 +296,8 @@ def _records() -> list[RunCase]:
         RunCase("log-latin", at(log, lambda f: f.write_bytes(b"\xe9" + f.read_bytes())), 1, ("metrics.jsonl:1", "byte 0xe9")),
         RunCase("log-pipe", at(log, pipe_instead), 1, ("metrics.jsonl is a pipe, not a file",)),
         RunCase("log-folder", at(log, folder_instead), 1, ("metrics.jsonl is a folder, not a file",)),
-        RunCase("log-cut-at-the-end", at(log, lambda f: f.write_text(f.read_text() + '{"step": 4, "lo')), 0, ("from checkpoint-3",)),
+        RunCase("log-cut-at-the-end", at(log, lambda f: f.write_text(f.read_text() + '{"step": 4, "lo')), 0,
+                ("from checkpoint-3",)),
         RunCase("log-gone", at(log, removed), 0, ("resuming from checkpoint-3",)),
         RunCase("samples-garbled", at("samples.jsonl", lambda f: f.write_text('x\n{"step": 1}\n')), 1, ("samples.jsonl:1",)),
     ]  # fmt: skip
