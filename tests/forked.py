@@ -63,6 +63,7 @@ class Forks:
         """End the process that forks."""
         self.server.stdin.close()
         self.server.wait(30)
+        self.server.stdout.close()
 
 
 class Watch:

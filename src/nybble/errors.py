@@ -4,11 +4,11 @@ from __future__ import annotations
 
 
 class NybbleError(Exception):
-    """A fault the user can mend; the command line prints it without a traceback and exits with `exit_code`.
+    """An error that the user can fix; the command line prints it without a traceback and exits with `exit_code`.
 
     Args:
-        what: one sentence: what is wrong and, where it is not plain, why.
-        where: the place, as `file:line` where there is one.
+        what: one sentence: what is wrong and, unless that is obvious, why.
+        where: the location, as `file:line` if there is one.
         fix: the command to run or the edit to make.
     """
 
@@ -52,15 +52,15 @@ class HubError(ModelError):
 
 
 class DeviceError(NybbleError):
-    """The machine cannot do what was asked of it."""
+    """The machine cannot do what was asked."""
 
 
 class RunError(NybbleError):
-    """A run folder that exists already, is missing, damaged, or does not match what is asked of it."""
+    """A run folder that already exists, is missing or damaged, or does not match the request."""
 
 
 class PlaceError(NybbleError):
-    """A folder that cannot be written to, or a disk without room."""
+    """A folder that cannot be written to, or a full disk."""
 
 
 class TrainingError(NybbleError):
@@ -68,7 +68,7 @@ class TrainingError(NybbleError):
 
 
 class EngineError(NybbleError):
-    """What the fused engine was asked for and cannot do."""
+    """A request that the fused engine cannot fulfil."""
 
 
 class EvaluationError(NybbleError):
@@ -76,11 +76,11 @@ class EvaluationError(NybbleError):
 
 
 class ExportError(NybbleError):
-    """An artefact that cannot be made, or that does not answer like the run it was made from."""
+    """An export that cannot be made, or that does not answer like its run."""
 
 
 class ServeError(NybbleError):
-    """A server that cannot be started: its port, its engine, what it is reached by, or a package that is missing."""
+    """A server that cannot be started: its port, its engine, its address, or a missing package."""
 
 
 def is_panic(error: BaseException) -> bool:

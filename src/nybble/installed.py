@@ -1,4 +1,4 @@
-"""How nybble is installed here, and so the commands that add an optional part to it, or start another process of it."""
+"""How nybble is installed, and so which commands add an optional part to it or start another process of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def install_extra(extra: str) -> str:
-    """The command that installs an optional part, such as 'serve', beside this very nybble.
+    """The command that installs an optional part, such as 'serve', to this installation of nybble.
 
     A checkout is not on the package index under its name, and a `pip` found by name may belong to another Python.
     """
@@ -21,22 +21,22 @@ def install_extra(extra: str) -> str:
     return f"{pip()} install 'nybble[{extra}]'"
 
 
-def module_command(name: str, *words: str) -> list[str]:
-    """The command of another process of this very nybble: `python -m NAME WORDS`, with no module from the current folder.
+def module_command(name: str, *arguments: str) -> list[str]:
+    """The command that starts another process of this nybble: `python -m NAME ARGUMENTS`, ignoring modules in the current folder.
 
-    Python puts that folder first where a module is named, so a typer.py or json.py that lies there would be run. Only where it is
-    the folder that nybble itself is imported from does it stay.
+    With `-m` Python searches that folder first, so a typer.py or json.py in it would run. It stays only if nybble itself is
+    imported from it.
 
     Args:
         name: a module of nybble that can be run.
-        words: its arguments.
+        arguments: its arguments.
     """
-    own = pathlib.Path(__file__).resolve().parents[1]
-    return [sys.executable, *([] if pathlib.Path.cwd() == own else ["-P"]), "-m", name, *words]
+    source = pathlib.Path(__file__).resolve().parents[1]
+    return [sys.executable, *([] if pathlib.Path.cwd() == source else ["-P"]), "-m", name, *arguments]
 
 
 def pip() -> str:
-    """This Python's pip as it can be typed: by name if that finds it, else by its path."""
+    """This Python's pip as one can type it: by name if the shell finds that one, else by path."""
     own = pathlib.Path(sys.prefix) / "bin" / "pip"
     if not own.exists():
         return f"{shlex.quote(sys.executable)} -m pip"

@@ -1,7 +1,7 @@
-"""What cannot be interrupted once it has begun, tried first in a process that can be ended: regular expressions, tokenizers.
+"""Code that cannot be interrupted once it runs, tried first in a process that can be killed: regular expressions, tokenizers.
 
-A program of nybble reads its job as JSON from its standard input, says what is wrong as JSON on its standard output, and has a
-limit of time and memory.
+The program reads its job as JSON from standard input, writes what is wrong as JSON to standard output, and has limits of time
+and memory.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ try:
 except ModuleNotFoundError:  # on Windows
     resource = None  # type: ignore[assignment]
 
-# Without the current folder (-P). This very nybble is found, however it came on the path of whoever imported it: its folder goes
-# behind the standard library and before installed packages.
+# Without the current folder (-P). The same nybble is found however its importer found it: its folder goes after the standard
+# library and before installed packages.
 START = """
 import runpy, sys
 place = next((n for n, entry in enumerate(sys.path) if entry.endswith("-packages")), len(sys.path))
@@ -30,31 +30,31 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__")
 
 
 def attempt(module: str, job: Any, *, seconds: float, memory: int) -> str | None:
-    """Run a program of nybble on a job; what is wrong, or None.
+    """Run a program of nybble on a job; returns what is wrong, or None.
 
     Args:
         module: that calls `answer`.
         job: what it is given, as JSON can hold it.
-        seconds: until it is ended.
-        memory: bytes that it may take.
+        seconds: after which it is killed.
+        memory: limit in bytes.
     """
     own = pathlib.Path(__file__).resolve().parents[1]
     words = [sys.executable, "-P", "-c", START, str(own), module, str(memory)]
     try:
         done = subprocess.run(words, input=json.dumps(job).encode(), capture_output=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        return f"it is still at work after {seconds:.0f} seconds"
+        return f"it is still running after {seconds:.0f} seconds"
     if done.returncode == 0:
         found = json.loads(done.stdout)
         return None if found is None else str(found)
     if done.returncode < 0:
-        return f"it ends the process with signal {-done.returncode}"
+        return f"it crashes the process with signal {-done.returncode}"
     said = done.stderr.decode(errors="replace").strip().splitlines()
     return said[-1][:200] if said else f"it ends the process with status {done.returncode}"
 
 
 def answer(examine: Callable[[Any], str | None]) -> None:
-    """The other side: read the job, examine it within the limit of memory, say what was found."""
+    """The other side: read the job, examine it within the memory limit, write the result."""
     most = int(sys.argv[1])
     _limit_memory(most)
     try:

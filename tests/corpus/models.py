@@ -395,9 +395,9 @@ DESCRIPTIONS = [
     refused("config-empty", text("config.json", ""), "config.json is empty"),
     refused("config-spaces", text("config.json", " \n\n"), "config.json is empty"),
     refused("config-zeros", text("config.json", bytes(700)), "config.json is empty"),
-    refused("config-list", text("config.json", "[]"), "config.json is not an object"),
-    refused("config-text", text("config.json", '"llama"'), "config.json is not an object"),
-    refused("config-null", text("config.json", "null"), "config.json is not an object"),
+    refused("config-list", text("config.json", "[]"), "config.json is not a JSON object"),
+    refused("config-text", text("config.json", '"llama"'), "config.json is not a JSON object"),
+    refused("config-null", text("config.json", "null"), "config.json is not a JSON object"),
     refused("config-deep", text("config.json", DEEP), "config.json is nested too deeply"),
     refused("config-deep-object", text("config.json", '{"a":' * 100_000), "config.json is nested too deeply"),
     refused("config-page", text("config.json", "<!DOCTYPE html>"), "config.json is not valid JSON"),
@@ -427,7 +427,7 @@ DESCRIPTIONS = [
     refused("config-nan-deep", literal("x", "[" * 300 + "NaN" + "]" * 300), "x is nan"),
     refused("config-missing", lambda folder: (folder / "config.json").unlink(), "it has no config.json"),
     refused("generation-garbled", text("generation_config.json", '{"eos'), "generation_config.json is not valid JSON"),
-    refused("generation-list", text("generation_config.json", "[2]"), "generation_config.json is not an object"),
+    refused("generation-list", text("generation_config.json", "[2]"), "generation_config.json is not a JSON object"),
     refused("generation-deep", text("generation_config.json", DEEP), "generation_config.json is nested too deeply"),
     refused("generation-utf16", recoded("generation_config.json", "utf-16"), "generation_config.json", "UTF-8"),
     refused("generation-word", text("generation_config.json", '{"eos_token_id": "</s>"}'), "generation_config.json"),
@@ -448,7 +448,7 @@ FIELDS = [
     refused(
         "vocabulary-larger",
         config(vocab_size=405),
-        "lm_head.weight is 400 x 64 in the file and 405 x 64 by config.json",
+        "lm_head.weight is 400 x 64 in the file, but 405 x 64 according to config.json",
     ),
     refused("vocabulary-smaller", config(vocab_size=399), "400 x 64 in the file and 399 x 64"),
     refused("layers-none", config(num_hidden_layers=0), "num_hidden_layers is 0"),
@@ -467,7 +467,7 @@ FIELDS = [
     refused(
         "key-heads-fewer",
         config(num_key_value_heads=1),
-        "k_proj.weight is 32 x 64 in the file and 16 x 64 by config.json",
+        "k_proj.weight is 32 x 64 in the file, but 16 x 64 according to config.json",
     ),
     refused("head-odd", config(head_dim=15), "head_dim is 15"),
     refused("head-text", config(head_dim="16"), "head_dim"),
@@ -512,7 +512,7 @@ FIELDS = [
         "transformers_weights",
         "../other.safetensors",
     ),
-    refused("quantization-word", config(quantization_config="nf4"), "quantization_config is 'nf4' and not an object"),
+    refused("quantization-word", config(quantization_config="nf4"), "quantization_config is 'nf4', not an object"),
     refused("quantization-other", config(quantization_config={"quant_method": "gptq"}), "gptq"),
     refused(
         "quantization-left-over",
@@ -557,7 +557,9 @@ PLACES = [
         "model-00001-of-00002.safetensors is a pipe",
     ),
     refused(
-        "bin-shards-without-one", both(bin_shards, lambda folder: (folder / "part-2.bin").unlink()), "lacks part-2.bin"
+        "bin-shards-without-one",
+        both(bin_shards, lambda folder: (folder / "part-2.bin").unlink()),
+        "is missing part-2.bin",
     ),
     refused("bin-shards-elsewhere", both(bin_shards, bin_index("../part-1.bin")), "'../part-1.bin'", "not a .bin file"),
     refused("bin-shards-with-a-pipe", both(bin_shards, in_place("part-1.bin", os.mkfifo)), "part-1.bin is a pipe"),
@@ -571,7 +573,7 @@ PLACES = [
     refused(
         "index-of-another-copy-beside",
         text(INDEX, '{"metadata": {}, "weight_map": {"a": "gone.safetensors"}}'),
-        "lacks gone.safetensors, which its index names",
+        "is missing gone.safetensors, which its index names",
     ),
     taken("variant-beside", text("model.fp16.safetensors", b"junk")),
     refused(
@@ -592,7 +594,7 @@ PLACES = [
         "not a .safetensors file",
     ),
     refused("index-dots", sharded(lambda index, parts: _point(index, 0, "..")), INDEX, "'..'"),
-    refused("index-list", both(sharded(), text(INDEX, "[]")), f"{INDEX} is not an object"),
+    refused("index-list", both(sharded(), text(INDEX, "[]")), f"{INDEX} is not a JSON object"),
     refused("index-cut-off", both(sharded(), text(INDEX, '{"weight_map": ')), f"{INDEX} is not valid JSON"),
     refused("index-without-map", sharded(lambda index, parts: index.pop("weight_map")), INDEX, "weight_map"),
     refused(
@@ -610,7 +612,7 @@ PLACES = [
     refused(
         "shard-missing",
         both(sharded(), lambda folder: (folder / "model-00002-of-00002.safetensors").unlink()),
-        "lacks model-00002-of-00002.safetensors",
+        "is missing model-00002-of-00002.safetensors",
     ),
     refused(
         "shards-without-index",
@@ -691,7 +693,9 @@ TENSORS = [
         "there is no model.layers.0.",
     ),
     refused(
-        "transposed", altered(UP, torch.t), "mlp.up_proj.weight is 64 x 128 in the file and 128 x 64 by config.json"
+        "transposed",
+        altered(UP, torch.t),
+        "mlp.up_proj.weight is 64 x 128 in the file, but 128 x 64 according to config.json",
     ),
     refused(
         "transposed-16-bit", altered(UP, torch.t), "mlp.up_proj.weight is 64 x 128 in the file", quantization="none"
@@ -921,8 +925,8 @@ PICKLES = [
         BIN,
         "is not a pickle of tensors",
     ),
-    refused("bin-list", binary(lambda held: list(held.values())), f"{BIN} contains list and not tensors by name"),
-    refused("bin-tensor", binary(lambda held: held[UP]), f"{BIN} contains Tensor and not tensors by name"),
+    refused("bin-list", binary(lambda held: list(held.values())), f"{BIN} contains list, not named tensors"),
+    refused("bin-tensor", binary(lambda held: held[UP]), f"{BIN} contains Tensor, not named tensors"),
     refused(
         "bin-of-a-trainer",
         binary(lambda held: {"model": held, "step": 5}),
@@ -982,7 +986,7 @@ QUANTISED = [
     refused("nf4-weight-cut", quantised(lambda held: held.update({UP: held[UP][:-1].clone()})), UP, "bytes and needs"),
     refused("nf4-scales-nan", quantised(lambda held: held[f"{UP}.nested_absmax"].fill_(float("nan"))), UP, "NaN"),
     refused("nf4-norm-nan", quantised(lambda held: held[NORM].fill_(float("nan"))), NORM, "NaN"),
-    refused("nf4-another-shape", quantised(state(UP, shape=[64, 128])), UP, "128 x 64 by config.json"),
+    refused("nf4-another-shape", quantised(state(UP, shape=[64, 128])), UP, "128 x 64 according to config.json"),
     refused("nf4-shape-of-words", quantised(state(UP, shape="big")), UP),
     refused("nf4-block-of-none", quantised(state(UP, blocksize=0)), UP, "does not know"),
     refused("nf4-type-unknown", quantised(state(UP, dtype="float5")), UP, "does not know"),

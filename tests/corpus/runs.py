@@ -196,7 +196,7 @@ def _marks() -> list[RunCase]:
     return [
         resumed("mark-lost", at(mark, removed), "checkpoint-2", "checkpoint-3: it is not marked as complete"),
         resumed("mark-garbled", at(mark, rewritten(b"{")), "checkpoint-2", "checkpoint-3: COMPLETE is not valid JSON"),
-        resumed("mark-list", at(mark, rewritten(b"[]")), "checkpoint-2", "checkpoint-3: COMPLETE is not an object"),
+        resumed("mark-list", at(mark, rewritten(b"[]")), "checkpoint-2", "checkpoint-3: COMPLETE is not a JSON object"),
         resumed("mark-zeros", at(mark, zeroed), "checkpoint-2", "checkpoint-3: COMPLETE is empty"),
         resumed("mark-types", at(mark, changed(files=["a"])), "checkpoint-2", "checkpoint-3: files in COMPLETE: input should"),
         resumed(
@@ -287,7 +287,7 @@ def _records() -> list[RunCase]:
     log = "metrics.jsonl"
     return [
         RunCase("log-garbled", at(log, line(2, '{"step": 1, "lo')), 1, ("metrics.jsonl:2", "not valid JSON", "sed -i 2d")),
-        RunCase("log-list", at(log, line(3, "[1, 2]")), 1, ("metrics.jsonl:3", "metrics.jsonl is not an object")),
+        RunCase("log-list", at(log, line(3, "[1, 2]")), 1, ("metrics.jsonl:3", "metrics.jsonl is not a JSON object")),
         RunCase("log-no-step", at(log, line(2, '{"loss": 1.0}')), 1, ("metrics.jsonl:2", "metrics.jsonl has no step")),
         RunCase("log-text-step", at(log, line(2, '{"step": "1"}')), 1, ("metrics.jsonl:2", "step in metrics.jsonl: input")),
         RunCase("log-digits", at(log, line(2, '{"step": ' + "9" * 5000 + "}")), 1, ("metrics.jsonl:2", "more than 4,300 digits")),
@@ -296,7 +296,8 @@ def _records() -> list[RunCase]:
         RunCase("log-latin", at(log, lambda f: f.write_bytes(b"\xe9" + f.read_bytes())), 1, ("metrics.jsonl:1", "byte 0xe9")),
         RunCase("log-pipe", at(log, pipe_instead), 1, ("metrics.jsonl is a pipe, not a file",)),
         RunCase("log-folder", at(log, folder_instead), 1, ("metrics.jsonl is a folder, not a file",)),
-        RunCase("log-cut-at-the-end", at(log, lambda f: f.open("a").write('{"step": 4, "lo')), 0, ("from checkpoint-3",)),
+        RunCase("log-cut-at-the-end", at(log, lambda f: f.write_text(f.read_text() + '{"step": 4, "lo')), 0,
+                ("from checkpoint-3",)),
         RunCase("log-gone", at(log, removed), 0, ("resuming from checkpoint-3",)),
         RunCase("samples-garbled", at("samples.jsonl", lambda f: f.write_text('x\n{"step": 1}\n')), 1, ("samples.jsonl:1",)),
     ]  # fmt: skip
@@ -333,7 +334,7 @@ def _objects() -> list[RunCase]:
                 f"{name} is not valid JSON: Expecting ',' delimiter",
                 f"{name}:3",
             ),
-            "list": (rewritten(b"[1]"), f"{name} is not an object"),
+            "list": (rewritten(b"[1]"), f"{name} is not a JSON object"),
             "utf-16": (as_utf_16, f"{name} is not UTF-8: byte 0xff", f"{name}:1"),
             "deep": (rewritten(b'{"a":' * 50_000), f"{name} is nested too deeply"),
             "digits": (rewritten(b'{\n"a": ' + b"7" * 4301 + b"}"), f"{name} has a number of more than", f"{name}:2"),

@@ -170,7 +170,7 @@ TOKENIZERS = [
             ("cut", b'{"model": {"voc', "is not valid JSON"),
             ("empty", b"", "is empty"),
             ("zeros", b"\0" * 4096, "is empty"),
-            ("list", b"[1, 2]", "is not an object"),
+            ("list", b"[1, 2]", "is not a JSON object"),
             ("utf16", '{"a": 1}'.encode("utf-16"), "is not UTF-8"),
             ("binary", bytes(range(256)) * 8, "is not UTF-8"),
             ("deep", b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "is nested too deeply"),
@@ -230,7 +230,7 @@ TOKENIZERS = [
         "special_tokens": {"<s>": {"id": "<s>", "ids": [4_000_000_000], "tokens": ["<s>"]}}}), "an id in post_processor", "4000000000"),
     tokenizer_case("processor-many", fields("tokenizer.json", post_processor={
         **PROCESSOR, "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}] * 1000 + [SLOT],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}), "1,001 tokens around every text"),
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}), "1,001 tokens to every text"),
     *(
         tokenizer_case(f"config-{name}-{number}", fields(CONFIG, **{name: value}), name, file=CONFIG)
         for number, (name, value) in enumerate([
@@ -243,7 +243,7 @@ TOKENIZERS = [
         ])
     ),
     tokenizer_case("config-decoder-4e9", fields(CONFIG, added_tokens_decoder={"400000000": {"content": "<a>"}}), "'<a>'", file=CONFIG),
-    tokenizer_case("map-list", bytes_of(MAP, b"[]"), "is not an object", file=MAP),
+    tokenizer_case("map-list", bytes_of(MAP, b"[]"), "is not a JSON object", file=MAP),
     tokenizer_case("map-number", bytes_of(MAP, b'{"pad_token": 4}'), "pad_token", file=MAP),
     tokenizer_case("added-file-4e9", bytes_of("added_tokens.json", b'{"<a>": 4000000000}'), "'<a>'", file="added_tokens.json"),
 ]  # fmt: skip

@@ -365,6 +365,7 @@ FALLBACKS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 @pytest.mark.parametrize("kind", FALLBACKS)
 def test_what_is_not_known_keeps_its_own_forward_and_is_named(llama, kind, caplog):
     words, reason = FALLBACKS[kind]

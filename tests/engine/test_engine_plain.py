@@ -148,6 +148,7 @@ KINDS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Adapter other was active which is now deleted")
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_peft_s_own_tests_do_to_a_model_with_padding_on_the_right(llama, kind):
     """Every logit of every row, as their masks leave them."""

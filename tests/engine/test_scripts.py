@@ -84,6 +84,7 @@ def test_fuse_before_or_after_the_trainer_is_built(kind, tiny_llama, tiny_tokeni
     assert len(set(plain)) == 3
 
 
+@pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed")
 def test_grpo_s_batches_with_padding_on_both_sides_are_fused(peaky_llama, tiny_tokenizer, tmp_path):
     """Prompts are padded on the left, completions on the right; the reference model is the one without its adapter."""
     tiny_tokenizer.pad_token = "<unk>"

@@ -355,7 +355,7 @@ def test_every_bad_input_is_a_clear_error_and_leaves_what_was_there(
         export(run, Wanted("merged", file / "out"), quiet, cache)
     assert "--out" in caught.value.fix
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(100, 100, 1000))
-    with pytest.raises(RunError, match=r"needs about 0.00 GB, and 0.00 GB are free") as caught:
+    with pytest.raises(RunError, match=r"needs about 0.00 GB, but only 0.00 GB are free") as caught:
         export(open_run(copied(run, tmp_path / "f")), Wanted("merged"), quiet, cache)
     assert "--out FOLDER" in caught.value.fix
     assert {file.name: file.read_bytes() for file in merged[0].iterdir()} == before

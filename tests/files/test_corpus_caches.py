@@ -219,7 +219,7 @@ def test_rows_that_a_disk_does_not_keep_are_an_error(filled, tmp_path, monkeypat
 def test_a_note_that_a_disk_does_not_keep_is_an_error(tmp_path, monkeypatch) -> None:
     write = pathlib.Path.write_text
     monkeypatch.setattr(pathlib.Path, "write_text", lambda self, text, **words: write(self, text[:-1], **words))
-    with pytest.raises(PlaceError, match=r"what is written to the cache is read back differently \(note is garbled\)"):
+    with pytest.raises(PlaceError, match=r"data written to the cache reads back differently \(note is garbled\)"):
         kept.write_note(tmp_path / "note", {"n": 1})
     assert not list(tmp_path.iterdir())
 
@@ -228,7 +228,7 @@ def test_a_cache_in_which_nothing_can_be_used_is_an_error(filled, tmp_path, monk
     shutil.copytree(filled / "cache", tmp_path / "cache")
     place = entry(tmp_path, "tokens")
     (place / "manifest.json").unlink()
-    monkeypatch.setattr(kept, "PLACES", 1)
+    monkeypatch.setattr(kept, "NAMES", 1)
     with read_only(place), pytest.raises(PlaceError, match="can be neither used nor removed: there is no") as caught:
         Filled(filled / "model", filled / "rows.jsonl", tmp_path / "cache").use("tokens")
     assert caught.value.where == str(place)

@@ -53,7 +53,7 @@ def another_process(what: str, place: pathlib.Path):
         yield process
     finally:
         process.kill()
-        process.wait()
+        process.communicate()  # waits, and closes the pipes
 
 
 def age(*places: pathlib.Path) -> None:
@@ -284,6 +284,7 @@ def test_a_child_that_a_writer_forked_does_not_keep_its_lock(tmp_path):
     try:
         process.kill()
         process.wait()
+        process.stdout.close()
         os.kill(child, 0)
         assert holder(tmp_path / LOCK) is None
     finally:

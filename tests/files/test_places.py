@@ -236,7 +236,7 @@ def test_every_command_refuses_a_closed_place_in_one_message(tuned_run, tiny_lla
             (["--cache", closed, "serve", run], cache, "nybble --cache FOLDER"),
             (["demo"], f"the run cannot be written: {closed} is read-only", "out=FOLDER"),
             (["demo", "--weights", "smol"], f"the model cannot be written: {closed} is read-only", "--weights FOLDER"),
-            (["eval", run], f"the report, which goes into the run, cannot be written: {run} is read-only", "cp -r"),
+            (["eval", run], f"the report, which is kept in the run, cannot be written: {run} is read-only", "cp -r"),
             (["export", run, "--to", "merged"], f"the export cannot be written: {run} is read-only", "--out FOLDER"),
         ):
             done = here(*words)

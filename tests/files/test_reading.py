@@ -22,8 +22,8 @@ FAULTS = {
     "garbled": (b'{"step": 1,\n"loss" 2}', "x.json is not valid JSON: Expecting ':' delimiter", ":2"),
     "cut off": (b'{"step": 1,\n"lo', "x.json is not valid JSON: Unterminated string", ":2"),
     "control": (b'{"step": "\x01"}', "x.json is not valid JSON: Invalid control character", ":1"),
-    "list": (b"[1, 2]", "x.json is not an object", ""),
-    "text": (b'"step"', "x.json is not an object", ""),
+    "list": (b"[1, 2]", "x.json is not a JSON object", ""),
+    "text": (b'"step"', "x.json is not a JSON object", ""),
     "nul": (b'{"step": 1\0}', "x.json is not valid JSON", ":1"),
     "latin-1": (b'{\n"step": "\xe9"}', "x.json is not UTF-8: byte 0xe9", ":2"),
     "utf-16": ('{"step": 1}'.encode("utf-16"), "x.json is not UTF-8: byte 0xff", ":1"),
@@ -72,7 +72,7 @@ def test_what_is_no_file_is_refused_and_nothing_waits_for_it(tmp_path):
         "link": "there is no link",
         "none": "there is no none",
         "loop": "loop cannot be read: too many levels of symbolic links",
-        "large": "large has 67,108,865 bytes: more than the 67,108,864",
+        "large": "large has 67,108,865 bytes; the limit for such a file is 67,108,864",
     }
     for name, what in told.items():
         for read in (read_text, read_object):

@@ -60,6 +60,7 @@ def parameters(model):
 
 @pytest.mark.parametrize("options", KINDS.values(), ids=list(KINDS))
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default'.* invalid shape")
 def test_each_kind_is_loaded_as_by_peft_and_leaves_the_base_when_switched_off(options, tiny_llama, cache, tmp_path):
     folder = stored(base_of(tiny_llama, cache), tmp_path / "adapter", **options)
     peft = PeftModel.from_pretrained(base_of(tiny_llama, cache), str(folder))

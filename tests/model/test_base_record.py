@@ -113,7 +113,7 @@ def test_a_copy_that_is_not_the_runs_is_made_again(trained, place, caplog) -> No
     assert answer_of(place) == whole
     (told,) = caplog.messages
     print(told)
-    assert "damaged (it is not the one that the run was trained on) and is rebuilt" in told
+    assert "damaged (it is not the one that the run was trained on) and will be rebuilt" in told
     caplog.clear()
     assert answer_of(place) == whole
     assert not caplog.records
@@ -128,7 +128,7 @@ def test_bits_that_cannot_be_had_again_are_an_error(place) -> None:
         plain = " ".join(said.text.split())
         assert said.status == 1
         assert "the quantised base is not the one that the run was trained on: its digest is" in plain
-        assert f"and was {'0' * 32} then, made in the same way (device cpu" in plain
+        assert f"but was {'0' * 32} in training, made in the same way (device cpu" in plain
         assert "download or copy the base again" in plain
     assert not (place / "run" / "export").exists()
 
@@ -140,7 +140,7 @@ def test_bits_that_were_made_in_another_way_are_told(trained, place, caplog) -> 
     (told,) = caplog.messages
     print(told)
     then = "device NVIDIA H100, dtype bfloat16, bitsandbytes 0.49.0, torch 2.9.0"
-    assert f"other bits than in training, where it was made by {then}; this one was made by device cpu" in told
+    assert f"in training, where it was made with {then}; this one was made with device cpu" in told
 
 
 def test_a_run_without_a_record_is_not_held_to_one(trained, place, caplog) -> None:

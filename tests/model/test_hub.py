@@ -92,7 +92,7 @@ REFUSALS = {
         "not accepted its licence",
         "/org/gated",
     ),
-    "gated, pending": ("hf_pending", "org/gated", None, "awaits its authors' review", "settings/gated-repos"),
+    "gated, pending": ("hf_pending", "org/gated", None, "is awaiting its authors' review", "settings/gated-repos"),
     "gated, rejected": ("hf_rejected", "org/gated", None, "rejected your request", "have access to"),
     "gated, narrow token": ("hf_narrow", "org/gated", None, "fine-grained token", "settings/tokens"),
     "gated, bad token": ("hf_stale", "org/gated", None, "wrong, revoked or expired", "hf auth login --force"),
@@ -287,7 +287,7 @@ def test_without_the_hub_the_cache_serves_or_the_reason_is_told(
     next(Path(first[0][1][0]).glob("model-00002*")).unlink()
     [(kind, message, _)] = ask(away.environment(home), (None, "fetch", ["org/sharded", None]))
     assert kind == "HubError"
-    assert "is not completely in the cache" in message
+    assert "is not fully in the cache" in message
 
 
 def test_a_broken_download_says_that_it_can_go_on(
@@ -361,10 +361,10 @@ def test_a_folder_is_checked_against_its_index(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "model")
     hub.check_folder(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"lacks model-00002-of-00002\.safetensors"):
+    with pytest.raises(ModelError, match=r"is missing model-00002-of-00002\.safetensors"):
         hub.check_folder(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": ')
-    with pytest.raises(ModelError, match=r"lacks a readable model\.safetensors\.index"):
+    with pytest.raises(ModelError, match=r"is missing a readable model\.safetensors\.index"):
         hub.check_folder(folder)
 
 

@@ -161,28 +161,31 @@ BROKEN = {
         lambda folder: (folder / "config.json").write_bytes(b'{\n"a": "\xe9"}'),
         "is not UTF-8: byte 0xe9\n",
     ),
-    "list config": (lambda folder: (folder / "config.json").write_text("[]"), "config.json is not an object"),
+    "list config": (lambda folder: (folder / "config.json").write_text("[]"), "config.json is not a JSON object"),
     "marked config": (
         lambda folder: (folder / "config.json").write_bytes(b"\xef\xbb\xbf{}"),
         "not valid JSON: Unexpected UTF-8 BOM",
     ),
     "deep config": (lambda folder: (folder / "config.json").write_text("[" * 100_000), "is nested too deeply"),
-    "a word": (edit_config(quantization_config="nf4"), "quantization_config is 'nf4' and not an object"),
+    "a word": (edit_config(quantization_config="nf4"), "quantization_config is 'nf4', not an object"),
     "a list index": (
         lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
         "a readable model.safetensors.index",
     ),
     "leftover": (
         edit_config(quantization_config=BNB),
-        "the files hold plain F32 weights: the entry quantization_config",
+        "the files contain plain F32 weights: quantization_config",
     ),
     "leftover gptq": (edit_config(quantization_config={"quant_method": "gptq"}), "are quantised (gptq), but the files"),
-    "pad": (edit_config(pad_token_id=400), "pad_token_id is 400, and the model has embeddings for ids 0 to 399"),
+    "pad": (edit_config(pad_token_id=400), "pad_token_id is 400, but the model has embeddings for ids 0 to 399"),
     "pointer": (lambda folder: (folder / "model.safetensors").write_text(POINTER), "(10.0 GB) was not downloaded"),
     "pointer config": (lambda folder: (folder / "config.json").write_text(POINTER), "config.json is a git-lfs pointer"),
     "a page": (lambda folder: (folder / "model.safetensors").write_text("<!DOCTYPE html>"), "not a safetensors file"),
     "a header": (lambda folder: damage_header(folder / "model.safetensors"), "the header of the safetensors file is"),
-    "a shard": (lambda folder: lose_a_shard(folder), "lacks model-00002-of-00002.safetensors, which its index names"),
+    "a shard": (
+        lambda folder: lose_a_shard(folder),
+        "is missing model-00002-of-00002.safetensors, which its index names",
+    ),
     "meta": (lambda folder: (folder / "consolidated.00.pth").touch(), "convert_llama_weights_to_hf"),
 }
 
@@ -299,11 +302,11 @@ UNBUILDABLE = {
     "dtype": ({"dtype": "int5"}, "cannot build: LlamaForCausalLM cannot be instantiated under `dtype=torch.int5`"),
     "vocabulary": (
         {"vocab_size": 405},
-        "lm_head.weight is 400 x 64 in the file and 405 x 64 by config.json (and 1 more)",
+        "lm_head.weight is 400 x 64 in the file, but 405 x 64 according to config.json (and 1 more)",
     ),
     "key heads": (
         {"num_key_value_heads": 1},
-        "k_proj.weight is 32 x 64 in the file and 16 x 64 by config.json (and 3 more)",
+        "k_proj.weight is 32 x 64 in the file, but 16 x 64 according to config.json (and 3 more)",
     ),
     "further layers": ({"num_hidden_layers": 3}, "there is no model.layers.2."),
 }
@@ -354,7 +357,7 @@ def test_a_pointer_in_place_of_the_tokenizer_is_named(tiny_llama, tmp_path, name
     ("name", "content", "message"),
     [
         ("tokenizer.json", "{}", "model in tokenizer.json is null"),
-        ("tokenizer.json", "[]", "tokenizer.json is not an object"),
+        ("tokenizer.json", "[]", "tokenizer.json is not a JSON object"),
         ("tokenizer_config.json", '{"chat_template": [{}]}', "chat_template in tokenizer_config.json is"),
     ],
 )
@@ -369,7 +372,7 @@ def test_a_damaged_tokenizer_is_a_message(tiny_llama, tmp_path, name, content, m
 def test_a_leftover_quantization_on_bin_weights_is_named(tmp_path):
     folder = write_llama(tmp_path / "model", safe=False, dtype=torch.float16)
     edit_config(quantization_config=BNB)(folder)
-    with pytest.raises(ModelError, match="the files hold plain float16 weights"):
+    with pytest.raises(ModelError, match="the files contain plain float16 weights"):
         find_checkpoint(str(folder))
 
 
@@ -395,7 +398,7 @@ def test_a_pointer_in_a_run_that_was_cloned_is_named(tuned_run, tmp_path, cache)
 
 
 def test_an_adapter_or_a_run_is_no_base_and_doctor_says_so_in_the_same_words(tuned_run, tiny_llama):
-    for folder, kind in ((tuned_run.adapter, "a LoRA adapter"), (tuned_run.folder, "a run of nybble")):
+    for folder, kind in ((tuned_run.adapter, "a LoRA adapter"), (tuned_run.folder, "a nybble run")):
         with pytest.raises(ModelError) as caught:
             find_checkpoint(str(folder))
         print(caught.value)
@@ -414,7 +417,7 @@ def test_a_tokenizer_whose_pad_token_has_no_embedding_pads_with_another(tmp_path
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(folder)
     assert load_tokenizer(folder).pad_token_id == 0
-    assert "has id 348, and the model has embeddings for ids 0 to 347" in caplog.text
+    assert "has id 348, but the model has embeddings for ids 0 to 347" in caplog.text
 
 
 def test_the_tokenizer_is_its_files_whichever_class_the_folder_declares_and_so_is_the_saved_one(
@@ -424,7 +427,7 @@ def test_the_tokenizer_is_its_files_whichever_class_the_folder_declares_and_so_i
     piece = sentencepiece.SentencePieceProcessor(str(SHARED / "llama2-tokenizer" / "tokenizer.model"))
     tokenizer = load_tokenizer(llama2_like)
     declared = json.loads((llama2_like / "tokenizer_config.json").read_text())["tokenizer_class"]
-    assert ("as LlamaTokenizer gives other token ids" in caplog.text) == (declared == "LlamaTokenizer")
+    assert ("as LlamaTokenizer gives different token ids" in caplog.text) == (declared == "LlamaTokenizer")
     tokenizer.save_pretrained(tmp_path)
     for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
         for text in ("[INST] Hi [/INST] a  b\n  c", "  two spaces", "Hello world", "hé 😀 中文"):
@@ -620,9 +623,10 @@ def with_added_tokens(folder, out, **options):
     return out
 
 
-MORE = "embed_tokens.weight is 405 x 64 in the adapter and 400 x 64 in the base (and 1 more)"
+MORE = "embed_tokens.weight is 405 x 64 in the adapter, but 400 x 64 in the base (and 1 more)"
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -630,7 +634,7 @@ MORE = "embed_tokens.weight is 405 x 64 in the adapter and 400 x 64 in the base 
         ({"modules_to_save": ["embed_tokens", "lm_head"]}, MORE),
         (
             {"trainable_token_indices": [3, 402]},
-            "trained on token 402, and the base has embeddings for ids 0 to 399 only",
+            "trained on token 402, but the base has embeddings for ids 0 to 399 only",
         ),
         ({"trainable_token_indices": {"embed_tokens": [404]}}, "trained on token 404"),
     ],
@@ -656,7 +660,7 @@ def test_an_adapter_of_another_width_shows_both_sizes(tiny_llama, cache, tmp_pat
     with pytest.raises(ModelError) as caught:
         load_adapter(base_of(wider, cache).model, tmp_path / "adapter")
     print(caught.value)
-    assert "lora_A.weight is 8 x 64 in the adapter and 8 x 96 in the base (and " in caught.value.what
+    assert "lora_A.weight is 8 x 64 in the adapter, but 8 x 96 in the base (and " in caught.value.what
     assert "it was trained on" in caught.value.fix
 
 
@@ -692,7 +696,7 @@ def test_an_adapter_that_names_its_base_wrongly_opens_on_one_that_is_given(tiny_
         (POINTER.encode(), "adapter_config.json is a git-lfs pointer"),
         (b"{", "adapter_config.json is not valid JSON"),
         (b'{"a": "\xe9"}', "adapter_config.json is not UTF-8: byte 0xe9"),
-        (b"[]", "adapter_config.json is not an object"),
+        (b"[]", "adapter_config.json is not a JSON object"),
         (b'{"base_model_name_or_path": 3}', "base_model_name_or_path is not text"),
     ],
 )

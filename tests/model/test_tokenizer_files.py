@@ -91,7 +91,7 @@ def test_code_that_a_tokenizer_names_is_not_run_and_nobody_is_asked(tiny_llama, 
         (folder / file).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
     load_config(find_checkpoint(str(folder)), None)
     for _ in range(2):  # with a config.json, and as a run keeps it
-        with pytest.raises(ModelError, match="it comes with code of its own, and nybble runs none") as caught:
+        with pytest.raises(ModelError, match="it comes with its own code, and nybble runs no code") as caught:
             load_tokenizer(folder)
         assert "PreTrainedTokenizerFast" in caught.value.fix
         (folder / "config.json").unlink(missing_ok=True)
@@ -145,7 +145,7 @@ def test_the_damaged_tokenizer_of_a_run_is_one_sentence(tuned_run, tiny_llama, t
     folder = shutil.copytree(tuned_run.folder, tmp_path / "run")
     file = folder / "tokenizer" / "tokenizer.json"
     whole = file.read_text()
-    for text, told in ((whole[:500], "is not valid JSON"), ("[]", "is not an object"), (None, "has no tokenizer")):
+    for text, told in ((whole[:500], "is not valid JSON"), ("[]", "is not a JSON object"), (None, "has no tokenizer")):
         file.unlink() if text is None else file.write_text(text)
         with pytest.raises(ModelError, match=told):
             load_template(open_run(folder), tiny_llama)
@@ -185,12 +185,12 @@ def soon(monkeypatch):
 @pytest.mark.parametrize(
     ("field", "value", "told"),
     [
-        ("target_modules", r"(\w+\.?)+!", "still at work after "),
-        ("exclude_modules", r"(.*)*(.*)*(.*)*x", "still at work after "),
-        ("modules_to_save", [r"(\w+\.?)+!"], "still at work after "),
-        ("layers_pattern", [r"(\w+\.?)+!"], "still at work after "),
-        ("rank_pattern", {r"(\w+\.?)+!": 4}, "still at work after "),
-        ("alpha_pattern", {"q_proj": 2, ".*": 3, r"(\w+\.?)+!": 4}, "still at work after "),
+        ("target_modules", r"(\w+\.?)+!", "still running after "),
+        ("exclude_modules", r"(.*)*(.*)*(.*)*x", "still running after "),
+        ("modules_to_save", [r"(\w+\.?)+!"], "still running after "),
+        ("layers_pattern", [r"(\w+\.?)+!"], "still running after "),
+        ("rank_pattern", {r"(\w+\.?)+!": 4}, "still running after "),
+        ("alpha_pattern", {"q_proj": 2, ".*": 3, r"(\w+\.?)+!": 4}, "still running after "),
         ("target_modules", "(", "it is no expression: missing )"),
         ("rank_pattern", {"(?i)Q_PROJ": 2}, "it is no expression: global flags not at the start"),
         ("target_modules", "a{99999999999}", "it is no expression"),
@@ -204,7 +204,7 @@ def test_an_expression_that_explodes_is_refused_by_its_field(soon, names, field,
     with pytest.raises(ModelError) as caught:
         check_patterns(LoraConfig(**changes), names, "ADAPTER")
     print(caught.value)
-    assert f"{field} holds a regular expression that cannot be used (" in caught.value.what
+    assert f"{field} contains a regular expression that cannot be used (" in caught.value.what
     assert told in caught.value.what
     assert (value if isinstance(value, str) else list(value)[-1])[:3] in caught.value.what
     assert caught.value.where == "ADAPTER"
@@ -231,5 +231,5 @@ def test_an_adapter_with_such_an_expression_does_not_load(soon, model, tuned_run
     folder = shutil.copytree(tuned_run.folder / "adapter", tmp_path / "adapter")
     content = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**content, "target_modules": r"(\w+\.?)+!"}))
-    with pytest.raises(ModelError, match="target_modules holds a regular expression"):
+    with pytest.raises(ModelError, match="target_modules contains a regular expression"):
         load_adapter(model, folder)

@@ -121,7 +121,7 @@ def test_an_index_that_leaves_the_folder_is_refused_before_anything_is_hashed(fo
     [
         (without(HEAD), "there is no lm_head.weight"),
         (with_(score__weight=torch.zeros(2, 64)), "the files contain score.weight, which the model of config.json"),
-        (altered(UP, torch.t), "mlp.up_proj.weight is 64 x 128 in the file and 128 x 64 by config.json"),
+        (altered(UP, torch.t), "mlp.up_proj.weight is 64 x 128 in the file, but 128 x 64 according to config.json"),
         (config(num_hidden_layers=1), "the files contain model.layers.1."),
         (tied(), None),
         (with_(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(8)), None),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoConfig
 
-from nybble.cli.words import data_recipe
+from nybble.cli.arguments import data_recipe
 from nybble.data import histogram
 from nybble.data.prepare import prepare
 from nybble.data.preview import preview

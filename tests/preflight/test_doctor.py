@@ -114,9 +114,9 @@ def test_the_hub_is_asked_who_and_what(visit: tuple[str, dict[str, Any], Path]) 
     expected = {
         "no token": ("warn", "not logged in", "fail", "gated, and this machine is not logged in"),
         "accepted": ("ok", "logged in as ada", "ok", f"org/gated can be read, commit {commit}"),
-        "pending": ("ok", "logged in as bob", "fail", "awaits its authors' review"),
+        "pending": ("ok", "logged in as bob", "fail", "is awaiting its authors' review"),
         "stale token": ("warn", "wrong, revoked or expired", "ok", "org/open can be read"),
-        "offline": ("warn", "HF_HUB_OFFLINE is set", "fail", "is not completely in the cache"),
+        "offline": ("warn", "HF_HUB_OFFLINE is set", "fail", "is not fully in the cache"),
     }
     for name, (login, who, access, what) in expected.items():
         told, model = answers[name]

@@ -107,7 +107,9 @@ def test_a_link_on_the_way_is_not_cut_short(tmp_path, monkeypatch):
 
 
 def test_a_run_works_from_any_folder(project, tmp_path, cache, quiet, monkeypatch):
-    (project / "held.jsonl").write_text("".join((project / "data" / "rows.jsonl").open().readlines()[:6]))
+    (project / "held.jsonl").write_text(
+        "".join((project / "data" / "rows.jsonl").read_text().splitlines(keepends=True)[:6])
+    )
     run = train(recipe_of("data.validation=held.jsonl"), console=quiet, cache=cache)
     assert run.folder == pathlib.Path("runs/l2-rows")
     recorded = yaml.safe_load((run.folder / "recipe.yaml").read_text())

@@ -16,7 +16,7 @@ from nybble.files.places import check_cache, default_cache, explained_disk
 from nybble.model.adapter.lora import add_adapter, load_adapter
 from nybble.model.adapter.updates import updates_of
 from nybble.model.base.bits import trained_on
-from nybble.model.base.cached import hold
+from nybble.model.base.cached import check_unchanged
 from nybble.model.base.checkpoint import find_base, fingerprint
 from nybble.model.base.load import load_base
 from nybble.model.device import choose_device, choose_dtype
@@ -71,7 +71,7 @@ def load_answerers(
     notices = list(base.notices)
     for run in runs[1:]:
         if base.bits is not None:
-            notices += hold(base.bits, base.fingerprint, trained_on(run), run.folder)
+            notices += check_unchanged(base.bits, base.fingerprint, trained_on(run), run.folder)
     for notice in dict.fromkeys(notices):
         logger.warning("%s", notice)
     names = ["default", *(f"run{number}" for number in range(2, len(runs) + 1))]  # PEFT takes no dots in a name

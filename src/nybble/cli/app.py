@@ -21,20 +21,20 @@ class Program(TyperGroup):
     """All commands; the options of the program itself go before them."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command and its words.
+        """Find the command; returns its name, itself and its arguments.
 
         Raises:
             RecipeError: one of the program's options is among these, with the line to type.
         """
-        name, command, words = super().resolve_command(ctx, args)
-        own = {option: parameter for parameter in self.params for option in parameter.opts}
-        for place, word in enumerate(words):
-            option, equals, _ = word.partition("=")
-            if option in own and not ctx.resilient_parsing:
-                end = place + (1 if equals or getattr(own[option], "is_flag", False) else 2)
-                line = ["nybble", *words[place:end], str(name), *words[:place], *words[end:]]
+        name, command, arguments = super().resolve_command(ctx, args)
+        flags = {option: parameter for parameter in self.params for option in parameter.opts}
+        for position, argument in enumerate(arguments):
+            option, equals, _ = argument.partition("=")
+            if option in flags and not ctx.resilient_parsing:
+                end = position + (1 if equals or getattr(flags[option], "is_flag", False) else 2)
+                line = ["nybble", *arguments[position:end], str(name), *arguments[:position], *arguments[end:]]
                 raise RecipeError(f"{option} goes before the command", fix=shlex.join(line))
-        return name, command, words
+        return name, command, arguments
 
 
 app = typer.Typer(
@@ -89,18 +89,18 @@ def cache_folder(context: typer.Context) -> pathlib.Path:
 @app.command("help")
 def show_help(
     context: typer.Context,
-    words: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]", help="Command to explain.")] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]", help="Command to explain.")] = None,
 ) -> None:
     """Show this help, or a command's: nybble help train."""
     here = context.parent
     assert here is not None, "a command of the program"
-    for word in words or []:
-        command = getattr(here.command, "commands", {}).get(word)
+    for argument in arguments or []:
+        command = getattr(here.command, "commands", {}).get(argument)
         if command is None:
             there = ", ".join(getattr(here.command, "commands", {}))
             known = f"; the commands are {there}" if there else ""
-            raise RecipeError(f"there is no command {' '.join(words or [])}{known}", fix="nybble help")
-        here = typer.Context(command, parent=here, info_name=word)
+            raise RecipeError(f"there is no command {' '.join(arguments or [])}{known}", fix="nybble help")
+        here = typer.Context(command, parent=here, info_name=argument)
     typer.echo(here.get_help())
 
 

@@ -18,17 +18,17 @@ from nybble.version import __version__
 STATUS = 70  # EX_SOFTWARE of sysexits.h: an internal software error
 
 
-def report(error: BaseException, words: Sequence[str]) -> str:
+def report(error: BaseException, arguments: Sequence[str]) -> str:
     """Write the traceback into the run that the command line names, else into the cache, and say where it is.
 
     Args:
         error: what was raised.
-        words: of the command line, the program's name left out.
+        arguments: of the command line, the program's name left out.
     """
     name = type(error).__name__
     text = "".join(traceback.format_exception(error))
-    line = f"nybble {__version__}, Python {platform.python_version()}, {platform.platform()}\n{_told(words)}\n\n"
-    file = _write(line + text, words)
+    line = f"nybble {__version__}, Python {platform.python_version()}, {platform.platform()}\n{_command_line(arguments)}\n\n"
+    file = _write(line + text, arguments)
     what = f"nybble stopped because of an unexpected error ({name}: {_first_line(error)})"
     if file is None:
         return f"{what}\n{text}"
@@ -37,41 +37,43 @@ def report(error: BaseException, words: Sequence[str]) -> str:
     )
 
 
-def _write(text: str, words: Sequence[str]) -> pathlib.Path | None:
-    for folder in (*_runs(words), _cache(words) / "tracebacks", pathlib.Path(tempfile.gettempdir())):
+def _write(text: str, arguments: Sequence[str]) -> pathlib.Path | None:
+    for folder in (*_runs(arguments), _cache(arguments) / "tracebacks", pathlib.Path(tempfile.gettempdir())):
         file = folder / f"traceback-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.txt"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8", errors="backslashreplace")
-        except (OSError, ValueError):  # a word may hold a zero byte
+        except (OSError, ValueError):  # an argument may hold a zero byte
             continue
         return file
     return None
 
 
-def _told(words: Sequence[str]) -> str:
+def _command_line(arguments: Sequence[str]) -> str:
     """The command line without its key: the file is made to be sent to others."""
-    hidden = [re.sub(r"^--api-key=.*", "--api-key=...", word, flags=re.DOTALL) for word in words]
-    return " ".join("..." if before == "--api-key" else word for before, word in itertools.pairwise(("", *hidden)))
+    hidden = [re.sub(r"^--api-key=.*", "--api-key=...", argument, flags=re.DOTALL) for argument in arguments]
+    return " ".join(
+        "..." if before == "--api-key" else argument for before, argument in itertools.pairwise(("", *hidden))
+    )
 
 
-def _cache(words: Sequence[str]) -> pathlib.Path:
+def _cache(arguments: Sequence[str]) -> pathlib.Path:
     """The cache that the command line names, whatever else is wrong with it."""
-    for word, following in itertools.pairwise((*words, "")):
-        if word == "--cache" and following:
+    for argument, following in itertools.pairwise((*arguments, "")):
+        if argument == "--cache" and following:
             return pathlib.Path(following)
-        if word.startswith("--cache="):
-            return pathlib.Path(word.removeprefix("--cache="))
+        if argument.startswith("--cache="):
+            return pathlib.Path(argument.removeprefix("--cache="))
     return default_cache()
 
 
-def _runs(words: Sequence[str]) -> list[pathlib.Path]:
-    """Run folders among the words; a word may be anything, so one that is no path is passed over."""
+def _runs(arguments: Sequence[str]) -> list[pathlib.Path]:
+    """Run folders among the arguments; an argument may be anything, so one that is no path is passed over."""
     found = []
-    for word in words:
+    for argument in arguments:
         try:
-            if (pathlib.Path(word) / "recipe.yaml").is_file():
-                found.append(pathlib.Path(word))
+            if (pathlib.Path(argument) / "recipe.yaml").is_file():
+                found.append(pathlib.Path(argument))
         except (OSError, ValueError):  # too long for a name, or with a zero byte
             continue
     return found

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from transformers.models.llama.modeling_llama import LlamaModel
 
+from nybble.couplings.check import unmet
 from nybble.engine.batch_plan import begin_batch
 from nybble.engine.embedding import EmbeddingOnHost
 from nybble.engine.fusion import BatchReport, Fusion, Policy
@@ -21,6 +22,7 @@ from nybble.engine.layer_forward import forward, has_fused_forward
 from nybble.engine.memory import Budget
 from nybble.engine.reader import LayerReader
 from nybble.errors import EngineError
+from nybble.installed import pip
 from nybble.plan.policies import LADDER
 from nybble.weights.on_cpu import stay_unpacked
 
@@ -44,9 +46,11 @@ def fuse(model: torch.nn.Module, policy: Policy = "auto", *, embedding: Literal[
         The same model. `fusion(model).describe()` says what was done.
 
     Raises:
-        EngineError: no Llama backbone or two, layers spread over devices, an unknown policy, or an embedding that
-            cannot lie on the host.
+        EngineError: no Llama backbone or two, layers spread over devices, an unknown policy, an embedding that
+            cannot lie on the host, or a library without what the engine relies upon.
     """
+    if (misfit := unmet("engine", "weights")) is not None:
+        raise EngineError(misfit.what, fix=f"{pip()} install {misfit.requirement}")
     if policy != "auto" and policy not in LADDER:
         raise EngineError(f"there is no policy {policy!r}", fix=f"one of auto, {', '.join(reversed(LADDER))}")
     backbone = _backbone(model)

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from nybble.errors import ExportError, ModelError
 from nybble.export.merge.merge import Dequantised, Merge, Original, Weights
 from nybble.export.merge.updates import Update
-from nybble.model.base.cached import find_kept, kept_copy
+from nybble.model.base.cached import copy_path, find_copy
 from nybble.model.base.checkpoint import Checkpoint, find_base, fingerprint
 from nybble.model.base.load import load_config
 from nybble.model.device import DTYPES, choose_device, choose_dtype
@@ -123,7 +123,7 @@ def bases_of(source: FinishedRun, cache: pathlib.Path) -> dict[str, Weights]:
     if not source.quantizes:
         return {"original": Original(folder)}
     double = source.run.recipe.model.double_quantization
-    kept = find_kept(kept_copy(source.fingerprint, quantization, double, source.computed, cache))
+    kept = find_copy(copy_path(source.fingerprint, quantization, double, source.computed, cache))
     if kept.facts is None:
         raise ExportError(
             "the quantised base is not cached: the disk is too full", where=str(cache), fix="free some space there"

@@ -10,7 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from nybble.errors import HubError
-from nybble.model.hub import FAULTS, whoami
+from nybble.model.hub import whoami
+from nybble.model.hub_faults import FAULTS
 
 LOGIN = "hf auth login, with a token with write access (https://huggingface.co/settings/tokens)"
 

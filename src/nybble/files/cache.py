@@ -1,7 +1,7 @@
-"""Entries of the cache: each is proven when it is read, and one that fails is made again.
+"""Entries of the cache: each is verified when it is read, and one that fails is made again.
 
-An entry is a folder with a manifest (sizes and digests of its files, and what its maker wants to know again), or a note, which is
-a single JSON file. Both carry a digest of what they say. An entry is written beside its place, read back, and renamed.
+An entry is a folder with a manifest (sizes and digests of its files, and facts that its maker wants back), or a note, which is
+a single JSON file. Both carry a digest of their content. An entry is written under another name, read back, and renamed.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from nybble.files import digests
 from nybble.files.places import ANOTHER_CACHE, FORGOTTEN, HALF, is_forgotten, new_folder, replacing
 
 MANIFEST = "manifest.json"
-PLACES = 9  # names that an entry may have, where what stands under the first ones can be neither used nor moved
+NAMES = 9  # names that an entry may have, in case what has the first ones can be neither used nor moved
 logger = logging.getLogger(__name__)
 Facts = dict[str, Any]
 
 
 class DamagedError(Exception):
-    """An entry is not what was kept; the message says what is wrong with it, as a clause."""
+    """An entry is not as it was written; the message says what is wrong with it, as a clause."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Entry:
     place: pathlib.Path
     """Where it is, or where it can be made."""
     facts: Facts | None
-    """What its maker recorded, None where it has to be made."""
+    """What its maker recorded; None if it has to be made."""
     fault: str = ""
-    """What is wrong with the one that stood there, as a clause."""
+    """What is wrong with the one that was there, as a clause."""
 
     def notices(self, what: str, again: str) -> list[str]:
-        """What is to be told of a fault.
+        """What the user should be told of a fault.
 
         Args:
             what: the entry and its verb: the cached rows were.
@@ -59,59 +59,61 @@ class Entry:
 
 
 def find(folder: pathlib.Path, check: Callable[[pathlib.Path, Facts], None] = lambda *_: None) -> Entry:
-    """Look for an entry and prove it; one that is damaged is removed, and where that cannot be, passed over.
+    """Look for an entry and verify it; a damaged one is removed or, if that is impossible, passed over.
 
     Args:
-        folder: its place.
-        check: what else must hold of the folder, given with its facts; it raises DamagedError.
+        folder: its path.
+        check: a further check of the folder and its facts; it raises DamagedError.
 
     Raises:
-        PlaceError: there is nothing in the cache that could be used or moved away.
+        PlaceError: what is there can be neither used nor moved away.
     """
     fault = ""
-    for place in (folder, *(folder.with_name(f"{folder.name}.{number}") for number in range(2, PLACES + 1))):
-        stood = _identity(place)
+    for path in (folder, *(folder.with_name(f"{folder.name}.{number}") for number in range(2, NAMES + 1))):
+        stood = _identity(path)
         if stood is None:
-            return Entry(place, None, fault)
+            return Entry(path, None, fault)
         try:
-            facts = _proven(place)
-            check(place, facts)
-            return Entry(place, facts, fault)
+            facts = _proven(path)
+            check(path, facts)
+            return Entry(path, facts, fault)
         except DamagedError as error:
             fault = fault or str(error)
-        if _identity(place) != stood:  # another process has replaced it meanwhile
+        if _identity(path) != stood:  # another process has replaced it meanwhile
             return find(folder, check)
-        if discard(place):
-            return Entry(place, None, fault)
+        if discard(path):
+            return Entry(path, None, fault)
     raise PlaceError(
-        f"the cache holds what can be neither used nor removed: {fault}", where=str(folder), fix=ANOTHER_CACHE
+        f"the cache contains an entry that can be neither used nor removed: {fault}",
+        where=str(folder),
+        fix=ANOTHER_CACHE,
     )
 
 
 @contextlib.contextmanager
-def making(place: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to fill and to `seal`, which then becomes the entry; where another process made it meanwhile, that one stays.
+def making(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to fill and to `seal`, which then becomes the entry; if another process made it meanwhile, that one stays.
 
     Raises:
-        FileExistsError: something else stands there by now.
+        FileExistsError: something else is there by now.
     """
-    make_room(place.parent)
-    _sweep(place.parent)
-    with new_folder(place, proof=MANIFEST) as temporary:
+    make_room(path.parent)
+    _sweep(path.parent)
+    with new_folder(path, proof=MANIFEST) as temporary:
         temporary.chmod(0o700)  # rows are their user's own
         yield temporary
 
 
 def seal(
-    folder: pathlib.Path, place: pathlib.Path, facts: Mapping[str, Any], apart: frozenset[str] = frozenset()
+    folder: pathlib.Path, path: pathlib.Path, facts: Mapping[str, Any], apart: frozenset[str] = frozenset()
 ) -> None:
-    """Write the manifest of a folder's files as they are read back now.
+    """Write the manifest of a folder's files as they read back now.
 
     Args:
         folder: the files, and no folders.
-        place: of the entry that it becomes.
-        facts: what is to be known again, as JSON.
-        apart: names of files that `facts` proves by other means.
+        path: of the entry that it becomes.
+        facts: what its maker wants back, as JSON.
+        apart: names of files that `facts` verify by other means.
     """
     files = {
         file.name: {"size": file.stat().st_size, "digest": digests.digest(file)}
@@ -119,11 +121,11 @@ def seal(
         if file.name not in apart
     }
     sizes = {name: (folder / name).stat().st_size for name in sorted(apart)}
-    write_note(folder / MANIFEST, {"entry": _key(place), "files": files, "apart": sizes, "facts": facts})
+    write_note(folder / MANIFEST, {"entry": _key(path), "files": files, "apart": sizes, "facts": facts})
 
 
 def write_note(file: pathlib.Path, value: Any) -> None:
-    """Write a note; where something stands in its place that cannot be replaced, nothing is kept."""
+    """Write a note; nothing is kept if something else is at its path that cannot be replaced."""
     make_room(file.parent)
     if _identity(file) is not None and not file.is_file() and not discard(file):
         return
@@ -134,7 +136,7 @@ def write_note(file: pathlib.Path, value: Any) -> None:
             _read(temporary, file.name)
         except DamagedError as error:
             raise PlaceError(
-                f"what is written to the cache is read back differently ({error})", where=str(file), fix=ANOTHER_CACHE
+                f"data written to the cache reads back differently ({error})", where=str(file), fix=ANOTHER_CACHE
             ) from error
 
 
@@ -155,16 +157,16 @@ def read_note(file: pathlib.Path) -> Any:
     return _read(file, file.name)
 
 
-def discard(place: pathlib.Path) -> bool:
-    """Remove whatever stands in an entry's place; where it cannot be removed it is moved beside. False where neither works."""
-    aside = place.with_name(
+def discard(path: pathlib.Path) -> bool:
+    """Remove whatever is at an entry's path, or else move it aside. False if neither works."""
+    aside = path.with_name(
         f"{HALF}{secrets.token_hex(8)}"
     )  # where a kill leaves a part of it, that is removed in its turn
     try:
-        if place.is_symlink() or not place.is_dir():
-            place.unlink()
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
             return True
-        place.rename(aside)
+        path.rename(aside)
     except FileNotFoundError:
         return True
     except OSError:  # a mount, or somebody else's in a sticky folder
@@ -176,10 +178,10 @@ def discard(place: pathlib.Path) -> bool:
 
 
 def make_room(folder: pathlib.Path) -> None:
-    """Make a folder of the cache; a file that stands in its place may be the user's, so it is renamed and stays.
+    """Make a folder of the cache; a file at its path may be the user's, so it is renamed and stays.
 
     Raises:
-        PlaceError: a link that leads nowhere stands there.
+        PlaceError: there is a dangling link at its path.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +221,7 @@ def _read(file: pathlib.Path, name: str) -> Any:
 
 
 def _proven(folder: pathlib.Path) -> Facts:
-    """The facts of a folder whose files are what was kept.
+    """The facts of a folder whose files are as they were written.
 
     Raises:
         DamagedError: they are not.
@@ -232,7 +234,7 @@ def _proven(folder: pathlib.Path) -> Facts:
         found = [fault for fault in sizes if fault] or digests.faults(folder, manifest["files"])
         facts, entry = manifest["facts"], manifest["entry"]
     except (LookupError, TypeError, AttributeError) as error:  # of another version of nybble
-        raise DamagedError(f"{MANIFEST} says something else") from error
+        raise DamagedError(f"{MANIFEST} has another layout") from error
     except FileNotFoundError as error:
         raise DamagedError(f"there is no {MANIFEST}, which versions before 0.7 did not write") from error
     except OSError as error:
@@ -244,19 +246,19 @@ def _proven(folder: pathlib.Path) -> Facts:
     return dict(facts)
 
 
-def _key(place: pathlib.Path) -> str:
-    """An entry's name, whichever of its places it stands in."""
-    return place.name.partition(".")[0]
+def _key(path: pathlib.Path) -> str:
+    """An entry's name, whichever of its paths it has."""
+    return path.name.partition(".")[0]
 
 
 def _digest(value: Any) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
-def _identity(place: pathlib.Path) -> tuple[int, int, int] | None:
-    """What tells an entry from the one that replaces it; None where nothing stands."""
+def _identity(path: pathlib.Path) -> tuple[int, int, int] | None:
+    """What tells an entry from the one that replaces it; None if there is none."""
     try:
-        status = place.lstat()
+        status = path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_dev, status.st_ino, status.st_ctime_ns

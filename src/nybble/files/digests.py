@@ -1,4 +1,4 @@
-"""What files held when they were written: sizes and digests, and what is wrong with the files now.
+"""Sizes and digests of files when they were written, and what is wrong with the files now.
 
 XXH3 of 128 bits (Yann Collet, xxhash.com): 8 GB/s on one core where SHA-256 makes 1.4. It tells damage, not an attacker: who may
 write to a folder can write its digests too.
@@ -53,7 +53,7 @@ def size_fault(file: pathlib.Path, name: str, size: int) -> str:
         now = file.stat().st_size
     except OSError as error:
         return unreadable(error, name)
-    return f"{name} has {now:,} bytes, and {size:,} were written" if now != size else ""
+    return f"{name} has {now:,} bytes, but {size:,} were written" if now != size else ""
 
 
 def unreadable(error: OSError, name: str = "") -> str:

@@ -1,4 +1,4 @@
-"""git-lfs pointers: the few lines that a clone made without git-lfs holds in place of each large file."""
+"""git-lfs pointers: the few lines that a clone made without git-lfs has instead of each large file."""
 
 from __future__ import annotations
 

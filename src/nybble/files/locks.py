@@ -164,6 +164,4 @@ def _unknown(doing: str, place: pathlib.Path) -> Holder:
 def _busy(file: pathlib.Path, held: Holder, place: pathlib.Path) -> RunError:
     stop = f", or stop it: kill -INT {held.pid}" if held.pid else ""
     there = f" on {held.host}" if held.pid and held.host != platform.node() else ""
-    return RunError(
-        f"{place} is being {held.doing} by {held}", where=str(file), fix=f"wait until it has ended{stop}{there}"
-    )
+    return RunError(f"{place} is being {held.doing} by {held}", where=str(file), fix=f"wait until it ends{stop}{there}")

@@ -1,4 +1,4 @@
-"""Places on this machine: where the cache is, what can be written, files that are there whole or not at all, full disks."""
+"""Where nybble reads and writes: the cache, which folders are writable, files that are whole or not there, full disks."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ PROBE = 4096  # bytes: a file of none can be made on a full disk
 LOCK = ".lock"  # in a run while it is written
 HALF = ".nybble-writing-"  # a folder being filled or removed; beside it, with .lock at the end, its writer's lock
 HALF_FILE = re.compile(r"\..+\.[0-9a-f]{8}\.writing(\.[^.]+)?")  # a file that is being written
-FORGOTTEN = 24 * 3600  # seconds without a change: where it cannot be told who writes something, nobody does any more
+FORGOTTEN = 24 * 3600  # seconds without a change, after which nobody is taken to be writing where that cannot be known
 FULL = (errno.ENOSPC, errno.EDQUOT)
-CLOSED = {  # errors that come of a place, and what helps
+CLOSED = {  # errors of a path, and what helps
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EBUSY),
         "nybble doctor checks the folders that nybble writes to",
@@ -36,7 +36,7 @@ CLOSED = {  # errors that come of a place, and what helps
     errno.ENAMETOOLONG: "use a shorter name",
     errno.ELOOP: "remove the link: it leads back to itself",
     errno.EIO: "check the disk: it failed to read or write",
-    errno.ESTALE: "mount the network's file system again",
+    errno.ESTALE: "remount the network file system",
 }
 FULL_TEXTS = (
     "os error 28",  # tokenizers, as a plain Exception; safetensors
@@ -90,7 +90,7 @@ def check_here() -> None:
 
 
 def check_cache(cache: pathlib.Path) -> None:
-    """Refuse a cache in which nothing can be kept, or that holds folders of another user.
+    """Refuse a cache that cannot be written to, or that contains folders of another user.
 
     Raises:
         PlaceError: with the reason.
@@ -107,7 +107,7 @@ def check_places(run: pathlib.Path, cache: pathlib.Path) -> None:
     Raises:
         PlaceError: with the reason.
     """
-    check_writable(run, "the run", "out=FOLDER, in a writable place")
+    check_writable(run, "the run", "out=FOLDER, in a writable location")
     check_cache(cache)
 
 
@@ -120,16 +120,16 @@ def check_report(run: pathlib.Path) -> None:
     """
     refuse_busy(run)
     fix = f"evaluate a copy: cp -r {run} FOLDER, then nybble eval FOLDER"
-    check_writable(run, "the report, which goes into the run,", fix)
+    check_writable(run, "the report, which is kept in the run,", fix)
     if (run / "report").is_dir():
         check_writable(run / "report", "the report's pictures", fix)
 
 
 def check_export(target: pathlib.Path) -> None:
-    """Refuse a place where an artefact cannot be made: something stands there, or nothing can be written.
+    """Refuse a path where an export cannot be made: something is there, or nothing can be written.
 
     Raises:
-        ExportError: something stands there, and an artefact is never written over.
+        ExportError: something is there, and an export is never overwritten.
         PlaceError: nothing can be written, with the reason.
         RunError: another process is about to put something there.
     """
@@ -140,59 +140,59 @@ def check_export(target: pathlib.Path) -> None:
     for lock in target.parent.glob(f"{HALF}*{LOCK}"):
         if (held := holder(lock)) is not None and held.place == os.path.realpath(target):
             refuse_held(lock, target)
-    check_writable(target, "the export", "--out FOLDER, in a writable place")
+    check_writable(target, "the export", "--out FOLDER, in a writable location")
 
 
 def check_writable(folder: pathlib.Path, what: str, fix: str) -> None:
-    """Refuse a folder, which need not exist yet, in which nothing can be written: a small file is tried.
+    """Refuse a folder, which need not exist yet, that cannot be written to: a small file is tried.
 
     Args:
-        folder: the place.
+        folder: the folder.
         what: what would be written there, as the message says it.
         fix: how to have it somewhere else.
 
     Raises:
         PlaceError: with the reason.
     """
-    place = nearest(folder)
+    path = nearest(folder)
     try:
         _refuse_odd(folder)
-        with tempfile.TemporaryFile(dir=place) as probe:
+        with tempfile.TemporaryFile(dir=path) as probe:
             probe.write(bytes(PROBE))
             probe.flush()
     except OSError as error:
-        raise PlaceError(f"{what} cannot be written: {_why(error, place)}", where=str(folder), fix=fix) from error
+        raise PlaceError(f"{what} cannot be written: {_why(error, path)}", where=str(folder), fix=fix) from error
 
 
 def _refuse_odd(folder: pathlib.Path) -> None:
     """Raise OSError for a name that is too long, and for a link on the way that leads nowhere, as to a disk that is gone."""
-    for place in (folder.absolute(), *folder.absolute().parents):
-        if os.path.islink(place) and not os.path.exists(place):
-            raise OSError(errno.ENOENT, f"{place} is a link to {os.readlink(place)}, which does not exist")
+    for path in (folder.absolute(), *folder.absolute().parents):
+        if os.path.islink(path) and not os.path.exists(path):
+            raise OSError(errno.ENOENT, f"{path} is a link to {os.readlink(path)}, which does not exist")
     longest = max(len(os.fsencode(part)) for part in (*folder.parts, "."))
     if longest > (os.pathconf(nearest(folder), "PC_NAME_MAX") if hasattr(os, "pathconf") else 255):  # on Windows
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
 
 
 def check_disk(folder: pathlib.Path, size: int, what: str, fix: str) -> None:
-    """Refuse where the disk of a folder, which need not exist, has not so many bytes free.
+    """Refuse if the disk of a folder, which need not exist, does not have this many bytes free.
 
     Raises:
-        RunError: with what needs them and what is free.
+        RunError: with the bytes needed and free.
     """
-    place = nearest(folder)
-    free = shutil.disk_usage(place).free
+    path = nearest(folder)
+    free = shutil.disk_usage(path).free
     if free < size:
         raise RunError(
-            f"{what} needs about {bytes_text(size)}, and {bytes_text(free)} are free",
-            where=str(place),
+            f"{what} needs about {bytes_text(size)}, but only {bytes_text(free)} are free",
+            where=str(path),
             fix=fix,
         )
 
 
 @contextlib.contextmanager
 def replacing(file: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Where to write a file that is to be there whole or as it was before; no two processes get the same name."""
+    """Where to write a file that must end up whole or as it was; no two processes get the same name."""
     remove_half_files(file.parent, FORGOTTEN)
     temporary = file.with_name(f".{file.stem}.{secrets.token_hex(4)}.writing{file.suffix}")
     try:
@@ -204,14 +204,14 @@ def replacing(file: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def new_folder(target: pathlib.Path, proof: str | None = None) -> Iterator[pathlib.Path]:
-    """A folder to fill that takes its target's place when all went well, and is gone when not.
+    """A folder to fill; it becomes the target when all went well, and is removed otherwise.
 
     Args:
         target: which does not exist yet.
         proof: a file by which a folder that another process put there meanwhile is known for the same.
 
     Raises:
-        FileExistsError: something else stands there meanwhile.
+        FileExistsError: something else is there by now.
     """
     with folder_beside(target) as temporary:
         yield temporary
@@ -244,8 +244,8 @@ def writing(run: pathlib.Path, doing: str) -> Iterator[None]:
         RunError: another process writes it; the message says which.
     """
     with hold(run / LOCK, doing, run):
-        for place in (run.parent, run):
-            remove_half_made(place)
+        for path in (run.parent, run):
+            remove_half_made(path)
         for folder in (run, *run.glob("checkpoints/*")):
             remove_half_files(folder, 0)
         yield
@@ -282,10 +282,10 @@ def _lock_of(folder: pathlib.Path) -> pathlib.Path:
     return folder.with_name(folder.name + LOCK)
 
 
-def is_forgotten(age: float, *places: pathlib.Path) -> bool:
+def is_forgotten(age: float, *paths: pathlib.Path) -> bool:
     """Whether nothing about some files and in some folders has changed for so many seconds."""
     changes = [0.0]
-    for path in itertools.chain(places, *(place.rglob("*") for place in places)):
+    for path in itertools.chain(paths, *(path.rglob("*") for path in paths)):
         try:
             changes.append(path.lstat().st_mtime)
         except FileNotFoundError:
@@ -327,32 +327,32 @@ def _removed(folder: pathlib.Path) -> bool:
     return True
 
 
-def explained_disk(*places: pathlib.Path) -> contextlib.ExitStack:
-    """What goes wrong because a disk is full or a place is closed, as one message that names the place.
+def explained_disk(*paths: pathlib.Path) -> contextlib.ExitStack:
+    """Turn errors of a full disk or a closed path into one message that names the path.
 
-    No error is caught: tokenizers raises a plain Exception, and what has another reason must go through as it is.
+    No error is caught: tokenizers raises a plain Exception, and errors with another cause must pass unchanged.
 
     Args:
-        places: what is written to inside, since the error of a full disk does not say which it was; without any, the current
+        paths: what is written to inside, since the error of a full disk does not say which it was; by default the current
             folder and that of temporary files.
 
     Raises:
-        PlaceError: in place of what a library raised.
+        PlaceError: instead of the library's error.
     """
     stack = contextlib.ExitStack()
-    stack.push(functools.partial(_explain, places))
+    stack.push(functools.partial(_explain, paths))
     return stack
 
 
-def _explain(places: Sequence[pathlib.Path], kind: object, error: BaseException | None, trace: object) -> None:
+def _explain(paths: Sequence[pathlib.Path], kind: object, error: BaseException | None, trace: object) -> None:
     if error is None or isinstance(error, NybbleError):
         return
     if _is_full(error):
         usual = (pathlib.Path(), pathlib.Path(tempfile.gettempdir()))
-        place = min(map(nearest, places or usual), key=lambda place: shutil.disk_usage(place).free)
+        path = min(map(nearest, paths or usual), key=lambda path: shutil.disk_usage(path).free)
         raise PlaceError(
             "the disk is full",
-            where=f"{place}, {bytes_text(shutil.disk_usage(place).free)} free",
+            where=f"{path}, {bytes_text(shutil.disk_usage(path).free)} free",
             fix="free some space there; then resume a run that has a checkpoint: nybble train --resume RUN",
         ) from error
     if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # tempfile found none to write to
@@ -375,17 +375,17 @@ def _is_full(error: BaseException | None) -> bool:
     return False
 
 
-def _why(error: OSError, place: pathlib.Path) -> str:
+def _why(error: OSError, path: pathlib.Path) -> str:
     if error.errno == errno.ENOENT:
         return str(error.strerror)
     if error.errno == errno.ENAMETOOLONG:
         return "its name is too long"
-    if error.errno == errno.ENOTDIR or not os.path.isdir(place):
-        return f"{place} is a file, not a folder"
+    if error.errno == errno.ENOTDIR or not os.path.isdir(path):
+        return f"{path} is a file, not a folder"
     if error.errno == errno.EROFS:
-        return f"{place} is read-only"
+        return f"{path} is read-only"
     if error.errno in (errno.EACCES, errno.EPERM):
-        return f"this user may not write to {place}"
+        return f"this user may not write to {path}"
     if error.errno in FULL:
-        return f"the disk of {place} is full"
-    return f"{place}: {error.strerror}"
+        return f"the disk that holds {path} is full"
+    return f"{path}: {error.strerror}"

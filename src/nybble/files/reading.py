@@ -1,4 +1,4 @@
-"""Text and JSON that was kept on a disk: whatever became of a file, one sentence says what is wrong with it, and where."""
+"""Text and JSON from a disk: whatever is wrong with a file, one sentence says what and where."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _read_bytes(file: pathlib.Path, kind: type[NybbleError], fix: str, largest: 
     try:
         size = file.stat().st_size
         if largest is not None and size > largest:
-            what = f"{file.name} has {size:,} bytes: more than the {largest:,} that such a file may have"
+            what = f"{file.name} has {size:,} bytes; the limit for such a file is {largest:,}"
             raise kind(what, where=str(file), fix=fix)
         if (fault := pointer_fault(file)) is not None:
             raise kind(fault[0], where=str(file), fix=fault[1])
@@ -107,7 +107,7 @@ def read_object(
         largest: bytes that it may have at most, None for any number.
 
     Raises:
-        NybbleError: of the kind: the file cannot be read, or it holds no object.
+        NybbleError: of the kind: the file cannot be read, or it contains no object.
     """
     text = read_text(file, kind, fix, largest)
     if not text.strip("\0 \r\n\t"):
@@ -131,7 +131,7 @@ def read_shape(
         largest: bytes that it may have at most, None for any number.
 
     Raises:
-        NybbleError: of the kind: the file cannot be read, or it holds no object, or not this one.
+        NybbleError: of the kind: the file cannot be read, or contains no object, or not this one.
     """
     return as_shape(read_object(file, kind, fix, largest), file, shape, kind, fix)
 
@@ -149,7 +149,7 @@ def as_shape(value: Mapping[str, Any], file: pathlib.Path, shape: type[S], kind:
 
 
 def read_lines(file: pathlib.Path, shape: type[S], kind: type[NybbleError]) -> Iterator[S | NybbleError]:
-    """The objects of a file that has one per line, and an error for each line that holds none; a file that is missing has none.
+    """The objects of a file that has one per line, and an error for each line without one; a missing file has none.
 
     Raises:
         NybbleError: of the kind: the file as a whole cannot be read.
@@ -180,7 +180,15 @@ class _JsonError(ValueError):
 
 
 def _parse_object(text: str, name: str) -> dict[str, Any]:
-    """The object that a text holds; `name` is of what holds it, for the sentence."""
+    """The object that a text contains.
+
+    Args:
+        text: JSON.
+        name: of what holds it, for the sentence.
+
+    Raises:
+        ValueError: whose text says what is wrong.
+    """
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -193,7 +201,7 @@ def _parse_object(text: str, name: str) -> dict[str, Any]:
         line = text[: long.start()].count("\n") + 1 if long else 0
         raise _JsonError(f"{name} has a number of more than {most:,} digits", line) from error
     if not isinstance(value, dict):
-        raise _JsonError(f"{name} is not an object")
+        raise _JsonError(f"{name} is not a JSON object")
     return value
 
 

@@ -18,7 +18,9 @@ import uvicorn
 from rich.console import Console
 from rich.text import Text
 
+from nybble.couplings.check import unmet
 from nybble.errors import ServeError
+from nybble.installed import pip
 from nybble.run.folder import Run
 from nybble.serve.app import Limits, make_app
 from nybble.serve.connection import Connection
@@ -140,7 +142,14 @@ def serve(
 def load_engine(
     name: str, runs: Sequence[Run], metrics: Metrics, *, device: str, queue: int, cache: pathlib.Path | None = None
 ) -> Engine:
-    """The engine of that name."""
+    """The engine of that name.
+
+    Raises:
+        ServeError: a library without what the server relies upon.
+        RunError, ModelError: as the engine's.
+    """
+    if (misfit := unmet("serve")) is not None:
+        raise ServeError(misfit.what, fix=f"{pip()} install {misfit.requirement}")
     if name == "continuous":
         return load_continuous(runs, metrics, device=device, queue=queue, cache=cache)
     return load_pipeline(runs, metrics, device=device, queue=queue, cache=cache)

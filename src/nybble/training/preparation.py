@@ -14,6 +14,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from nybble.couplings.check import unmet
 from nybble.data.batches import Collator
 from nybble.data.prepare import Prepared, prepare
 from nybble.data.text.kept_template import read_template
@@ -21,7 +22,8 @@ from nybble.data.xray import Rules, inspect
 from nybble.distributed.group import in_group
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.fusion import Fusion
-from nybble.errors import DeviceError, EngineError, ModelError
+from nybble.errors import DeviceError, EngineError, ModelError, TrainingError
+from nybble.installed import pip
 from nybble.model.base.load import Base, Footprint
 from nybble.model.device import choose_device, grow_segments
 from nybble.plan.schedule import Schedule
@@ -47,7 +49,14 @@ class TrainingSetup:
 
 
 def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
-    """This process's place; the number of processes is held against what was asked for."""
+    """This process's place; the number of processes is held against what was asked for.
+
+    Raises:
+        DeviceError: more or fewer processes than asked for.
+        TrainingError: a library without what training relies upon.
+    """
+    if (misfit := unmet("training", "data", "model")) is not None:
+        raise TrainingError(misfit.what, fix=f"{pip()} install {misfit.requirement}")
     asked, running = recipe.train.processes, int(os.environ.get("WORLD_SIZE", "1"))
     if asked != running:
         raise DeviceError(

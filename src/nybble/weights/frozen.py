@@ -11,6 +11,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 
 from nybble.kernels.reference import Nested
+from nybble.weights.structure import check_quantised, check_state
 from nybble.weights.watched import Ineligible, Watched, check_unhooked
 
 
@@ -72,9 +73,11 @@ def read_frozen(watched: Watched, name: str, layer: Any) -> FrozenWeight:
 
 
 def _read_4bit(watched: Watched, name: str, layer: Linear4bit, weight: Any) -> FrozenWeight:
+    check_quantised(layer, weight)
     state = watched.attribute(weight, "quant_state")
     if state is None:
         raise Ineligible(f"{name} is not quantised yet: move the model to its device first")
+    check_state(state)
     if layer.in_features % state.blocksize:
         raise Ineligible(f"{name}: rows of {layer.in_features} are not a multiple of the block size {state.blocksize}")
     if is_repacked(weight):

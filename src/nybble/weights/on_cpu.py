@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from nybble.plan.free_memory import host_memory
 from nybble.weights.frozen import dequantised, is_repacked, linear4bits
+from nybble.weights.structure import check_switch
 
 SHARE = 0.25  # of the memory that is available, for weights that could be without it
 
@@ -21,8 +22,12 @@ def stay_unpacked(model: torch.nn.Module) -> None:
 
     On processors with AVX512-BF16 bitsandbytes repacks a weight at the first forward in eval mode. After that the
     backward pass and dequantise_4bit read it wrongly and nothing says so (0.50.2: gradients at a cosine of 0.07).
+
+    Raises:
+        EngineError: the installed bitsandbytes has no such switch.
     """
     for module in linear4bits(model):
+        check_switch(module)
         module.support_avx512bf16_for_cpu = False
 
 

@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 
 from nybble.weights.frozen import FrozenWeight, read_frozen
+from nybble.weights.structure import check_lora
 from nybble.weights.watched import Ineligible, Watched, check_unhooked
 
 ALIGNMENT = 8  # numbers: rows of the workspace begin at multiples of 16 bytes, as tensor cores want them
@@ -68,6 +69,8 @@ def read_group(watched: Watched, parent: torch.nn.Module, names: Sequence[str]) 
         module = watched.module(parent, name)
         if type(module) not in (LoraLinear4bit, LoraLinear, Linear4bit, torch.nn.Linear):
             raise Ineligible(f"{name} is a {type(module).__module__}.{type(module).__qualname__}")
+        if isinstance(module, LoraLayer):
+            check_lora(module)
         base = watched.module(module, "base_layer") if isinstance(module, LoraLayer) else module
         frozen.append(read_frozen(watched, name, base))
         adapter = _read_adapter(watched, name, module, base, output, rank) if module is not base else None

@@ -1,7 +1,8 @@
-"""Launching compiled kernels without Triton's own look-ups, which cost more than small batches leave.
+"""Launching compiled kernels without Triton's own look-ups, which cost more than small batches leave time for.
 
 `kernel[grid](...)` binds, specialises and looks up anew at every launch: 22 to 36 us on an H200's host, where a step of
-1 x 2048 tokens makes a thousand launches and computes for 115 ms (docs/benchmarks.md).
+1 x 2048 tokens makes a thousand launches and computes for 115 ms (docs/benchmarks.md). The shortcut is Triton's own last call,
+which it does not promise: with a version that was not tested, kernels are launched in Triton's way.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from triton.runtime import driver
+
+from nybble.couplings.check import is_tested
 
 REMEMBERED = 4096  # plans a kernel; lengths vary, so they are not without end
 
@@ -25,12 +28,12 @@ class Launcher:
         self.options = options
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
-    def __call__(self, grid: tuple[int, ...], *words: Any) -> None:
+    def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
         """Launch with all arguments in order, compile-time constants included."""
         key = tuple(
             [
-                (word.dtype, word.get_device(), word.data_ptr() & 15) if isinstance(word, torch.Tensor) else word
-                for word in words
+                (each.dtype, each.get_device(), each.data_ptr() & 15) if isinstance(each, torch.Tensor) else each
+                for each in arguments
             ]
         )
         known = self._compiled.get(key)
@@ -39,11 +42,11 @@ class Launcher:
             device = driver.active
             stream = device.get_current_stream(device.get_current_device())
             first, second, third = (*grid, 1, 1)[:3]
-            # What JITFunction.run does at its end (Triton 3.6 to 3.9), without hooks.
-            run(first, second, third, stream, function, metadata, None, None, None, *words)
+            # What JITFunction.run does at its end, without hooks.
+            run(first, second, third, stream, function, metadata, None, None, None, *arguments)
             return
-        compiled = self.kernel[grid](*words, **self.options)
-        if compiled is not None:  # Triton's interpreter compiles nothing
+        compiled = self.kernel[grid](*arguments, **self.options)
+        if compiled is not None and is_tested("triton"):  # Triton's interpreter compiles nothing
             if len(self._compiled) >= REMEMBERED:
                 self._compiled.clear()
             self._compiled[key] = (compiled.run, compiled.function, compiled.packed_metadata)

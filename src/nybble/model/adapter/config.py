@@ -62,7 +62,7 @@ def read_adapter_config(path: str | pathlib.Path) -> LoraConfig:
     """PEFT's configuration of an adapter folder.
 
     Raises:
-        ModelError: the folder holds no adapter, or one that is not LoRA on its base as it was; or a field cannot be right.
+        ModelError: there is no adapter, it is not LoRA on an unaltered base, or a field has an impossible value.
     """
     folder = pathlib.Path(path)
     content = read_content(folder)
@@ -89,7 +89,7 @@ def read_content(folder: pathlib.Path) -> dict[str, Any]:
     """adapter_config.json as it is: PEFT itself fails on some of those that are refused here, LoftQ's without scipy.
 
     Raises:
-        ModelError: the folder holds none, or one that is no JSON object.
+        ModelError: there is none, or it is not a JSON object.
     """
     file = folder / CONFIG
     if not file.exists():
@@ -111,7 +111,7 @@ def refuse_other_kinds(content: Mapping[str, Any], file: str, fix: str) -> None:
     task = content.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise ModelError(
-            f"the adapter is for {_known_as(task)}, not for a model that answers (CAUSAL_LM)",
+            f"the adapter is for {_known_as(task)}, not for text generation (CAUSAL_LM)",
             where=file,
             fix="use an adapter whose task_type is CAUSAL_LM",
         )
@@ -139,10 +139,10 @@ def refuse_altered(content: Mapping[str, Any], file: str) -> None:
             fix="convert it to plain LoRA where it was trained",
         )
     raise ModelError(
-        f"the adapter was initialised by {known}, which changes the base: on the original base it would be another model",
+        f"the adapter was initialised by {known}, which changes the base: on the original base it would be a different model",
         where=file,
         fix="convert it to plain LoRA where it was trained: model.save_pretrained(OUT, "
-        "path_initial_model_for_weight_conversion=INITIAL_ADAPTER), as PEFT's documentation has it"
+        "path_initial_model_for_weight_conversion=INITIAL_ADAPTER), as PEFT's documentation describes"
         if known != "LoftQ"
         else "use the base that LoftQ saved with the adapter, and merge there with PEFT",
     )
@@ -185,17 +185,17 @@ def _check_fields(content: Mapping[str, Any], file: str) -> None:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
             raise ModelError(
-                f"{name} holds an invalid regular expression: {_shown(pattern)} ({error})", where=file, fix=AGAIN
+                f"{name} contains an invalid regular expression: {_shown(pattern)} ({error})", where=file, fix=AGAIN
             ) from error
 
 
 def _known_as(value: object) -> str:
-    """A word that PEFT has for a kind as it is, and anything else as it stands in the file."""
+    """A kind that PEFT has a word for by that word, anything else as it is in the file."""
     return value if isinstance(value, str) and value.isidentifier() else _shown(value)
 
 
 def _shown(value: object) -> str:
-    """A value as it stands in the file, cut where it is long."""
+    """A value as it is in the file, shortened if it is long."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -253,4 +253,4 @@ FIELDS: Mapping[str, tuple[Test, str]] = {
     ),
     "base_model_name_or_path": (_or_none(_is_text), "a name or a path"),
 }  # fmt: skip
-"""What the fields on which an adapter's meaning rests may hold, and how that is said."""
+"""The values allowed in fields that decide what an adapter does, and how a message describes them."""

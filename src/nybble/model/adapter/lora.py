@@ -1,4 +1,4 @@
-"""Attach a LoRA adapter by PEFT, and prove that it is trained and saved."""
+"""Attach a LoRA adapter with PEFT, and verify that it is trained and saved."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def attach_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
 
 
 def check_stored(path: str | pathlib.Path) -> None:
-    """All that can be wrong with an adapter whatever its base, before one is loaded.
+    """Check whatever can be wrong with an adapter on any base, before one is loaded.
 
     Raises:
         ModelError: no adapter there, one of another kind, or a damaged one.
@@ -89,7 +89,7 @@ def add_adapter(model: PeftModel, path: str | pathlib.Path, name: str) -> None:
     changed = fill(model, name, file, tensors)
     if changed:
         raise ModelError(
-            f"the adapter brings its own {some(changed)}, and adapters that share a base in memory share its embeddings",
+            f"the adapter brings its own {some(changed)}, but adapters that share a base in memory share its embeddings",
             where=str(file),
             fix="load it alone: one server per such adapter, each on its own --port",
         )
@@ -190,7 +190,7 @@ def _read_stored(
     highest = max(ids, default=-1)
     if highest >= rows:
         raise ModelError(
-            f"the adapter was trained on token {highest}, and the base has embeddings for ids 0 to {rows - 1} only: "
+            f"the adapter was trained on token {highest}, but the base has embeddings for ids 0 to {rows - 1} only: "
             "tokens were added to its base before training",
             where=str(path),
             fix=ADDED_TOKENS,
@@ -199,9 +199,9 @@ def _read_stored(
     claimed = max([config.r, *(config.rank_pattern or {}).values()])
     if claimed > max(max(tensor.shape, default=1) for tensor in tensors.values()):  # PEFT would make room for it
         raise ModelError(
-            f"{CONFIG} says rank {claimed:,}, and no tensor in {file.name} is so large",
+            f"{CONFIG} says rank {claimed:,}, but no tensor in {file.name} is that large",
             where=str(file),
-            fix="copy the adapter again, both its files",
+            fix="copy both files of the adapter again",
         )
     return config, file, tensors
 

@@ -20,7 +20,7 @@ SECONDS = 5.0  # for all expressions of an adapter on all names of a model; an h
 MEMORY = 1_000_000_000
 LONGEST = 10_000  # characters of an expression
 PLAIN = re.compile(r"[\w.-]*")  # a name, in which only dots are special
-# How PEFT 0.21 puts what a field holds into an expression. Names in a list of target_modules or exclude_modules are none.
+# How PEFT 0.21 builds an expression from a field. Names in a list of target_modules or exclude_modules are not expressions.
 FORMS = {
     "target_modules": "{}",
     "exclude_modules": "{}",
@@ -37,7 +37,7 @@ def check_patterns(config: Any, names: Iterable[str], where: str) -> None:
     Args:
         config: PEFT's configuration of the adapter.
         names: of the model's modules.
-        where: the place of the adapter.
+        where: the adapter's folder.
 
     Raises:
         ModelError: naming the field and the expression.
@@ -51,14 +51,14 @@ def check_patterns(config: Any, names: Iterable[str], where: str) -> None:
     job = [[FORMS[field].format(text) for field, text in found], sorted(set(names)), SECONDS]
     if (fault := attempt(__name__, job, seconds=2 * SECONDS, memory=MEMORY)) is not None:
         number, _, why = fault.partition(":")  # there is none of a process that was ended
-        place, why = (int(number), why) if number.isdecimal() else (0, fault)
-        raise _refused(*found[place], why, where)
+        position, why = (int(number), why) if number.isdecimal() else (0, fault)
+        raise _refused(*found[position], why, where)
 
 
 def _refused(field: str, text: str, why: str, where: str) -> ModelError:
     shown = text if len(text) <= 80 else f"{text[:77]}..."
     return ModelError(
-        f"{field} holds a regular expression that cannot be used ({shown}): {why}",
+        f"{field} contains a regular expression that cannot be used ({shown}): {why}",
         where=where,
         fix="copy the adapter again, or name the modules there as a list",
     )
@@ -89,7 +89,7 @@ def _examine(job: tuple[list[str], list[str], float]) -> str | None:
         except (re.error, OverflowError, RecursionError) as error:
             return f"{number}:it is no expression: {error}"
         except TimeoutError:
-            return f"{number}:it is still at work after {seconds:g} seconds"
+            return f"{number}:it is still running after {seconds:g} seconds"
     return None
 
 

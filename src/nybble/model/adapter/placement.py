@@ -1,4 +1,4 @@
-"""Each tensor of an adapter's file into its own place in the model, with none left over on either side."""
+"""Load each tensor of an adapter's file into its parameter in the model, with none left over on either side."""
 
 from __future__ import annotations
 
@@ -24,42 +24,42 @@ ADDED_TOKENS = (
 
 
 def fill(model: PeftModel, name: str, file: pathlib.Path, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Put an adapter's tensors into their places, each into its own and none left over.
+    """Load an adapter's tensors into their parameters, each into its own and none left over.
 
     Returns:
-        Embeddings and heads of the base that the file holds too, and that were others.
+        Embeddings and heads of the base that the file contains too, with other values.
 
     Raises:
-        ModelError: naming tensors that are missing, have no place, or are of another shape.
+        ModelError: naming tensors that are missing, have no parameter, or are of another shape.
     """
     live = model.state_dict()
-    places = get_peft_model_state_dict(model, live, name, save_embedding_layers=False)
-    copies = {key: live[key] for key in live if key in tensors and key not in places and COPY.search(key)}
-    _check_places(tensors, places, copies, model.peft_config[name], file)
+    parameters = get_peft_model_state_dict(model, live, name, save_embedding_layers=False)
+    copies = {key: live[key] for key in live if key in tensors and key not in parameters and COPY.search(key)}
+    _check_fit(tensors, parameters, copies, model.peft_config[name], file)
     names = {id(tensor): key for key, tensor in live.items()}  # PEFT leaves out the adapter's name in a file
     built = {}
-    for key, place in places.items():
-        if place.is_meta:  # a copy in any case, since the file's own pages change with the file
-            built[names[id(place)]] = tensors[key].to(model.device, place.dtype, copy=True)
+    for key, parameter in parameters.items():
+        if parameter.is_meta:  # a copy in any case, since the file's own pages change with the file
+            built[names[id(parameter)]] = tensors[key].to(model.device, parameter.dtype, copy=True)
         else:  # what PEFT copied from the base, and may have tied
-            place.copy_(tensors[key])
+            parameter.copy_(tensors[key])
     model.load_state_dict(built, strict=False, assign=True)
     left = [key for key, parameter in model.named_parameters() if parameter.is_meta]
     assert not left, left
-    changed = [key for key, place in copies.items() if not torch.equal(tensors[key].to(place), place)]
+    changed = [key for key, base in copies.items() if not torch.equal(tensors[key].to(base), base)]
     for key in changed:
         copies[key].copy_(tensors[key])
     return [_plain(key) for key in changed]
 
 
-def _check_places(
+def _check_fit(
     tensors: Mapping[str, torch.Tensor],
-    places: Mapping[str, torch.Tensor],
+    parameters: Mapping[str, torch.Tensor],
     copies: Mapping[str, torch.Tensor],
     config: LoraConfig,
     file: pathlib.Path,
 ) -> None:
-    biases = [key for key in tensors if key in places and key.endswith(".bias") and ".lora_B." not in key]
+    biases = [key for key in tensors if key in parameters and key.endswith(".bias") and ".lora_B." not in key]
     if biases:
         raise ModelError(
             f"the adapter changes {_plain(biases[0])} of the base itself (bias={config.bias}): switched off, it would not "
@@ -68,29 +68,29 @@ def _check_places(
             fix="merge it with PEFT, and use the merged model as a base",
         )
     sizes = {
-        key: (tuple(tensors[key].shape), tuple(place.shape))
-        for key, place in {**places, **copies}.items()
-        if key in tensors and place.shape != tensors[key].shape
+        key: (tuple(tensors[key].shape), tuple(parameter.shape))
+        for key, parameter in {**parameters, **copies}.items()
+        if key in tensors and parameter.shape != tensors[key].shape
     }
     if sizes:
         raise _misfit(config, file, sizes)
-    missing = [_plain(key) for key in places if key not in tensors]
-    foreign = [_plain(key) for key in tensors if key not in places and key not in copies]
+    missing = [_plain(key) for key in parameters if key not in tensors]
+    foreign = [_plain(key) for key in tensors if key not in parameters and key not in copies]
     if not missing and not foreign:
         return
-    faults = [f"lacks {some(missing)}"] if missing else []
-    faults += [f"holds {some(foreign)}, for which this base with this {CONFIG} has no place"] if foreign else []
+    faults = [f"is missing {some(missing)}"] if missing else []
+    faults += [f"contains {some(foreign)}, for which this base with this {CONFIG} has no place"] if foreign else []
     raise ModelError(
         f"{file.name} {', and '.join(faults)}",
         where=str(file),
-        fix=f"copy the adapter again, both its files; if the base is another one: {trained_on(config)}",
+        fix=f"copy both files of the adapter again; if the base is another one: {trained_on(config)}",
     )
 
 
 def trained_on(config: LoraConfig) -> str:
     """Where an adapter that does not fit belongs, as a command."""
     named = config.base_model_name_or_path
-    return f"it was trained on {named}; give it with --base PATH" if named else "give its own with --base PATH"
+    return f"it was trained on {named}; give it with --base PATH" if named else "give its base with --base PATH"
 
 
 def _misfit(
@@ -98,16 +98,16 @@ def _misfit(
 ) -> ModelError:
     """Why an adapter does not fit, with the sizes."""
     ranks = [
-        f"{_plain(key)} has rank {own[axis]}, and {CONFIG} says {wanted[axis]}"
+        f"{_plain(key)} has rank {own[axis]}, but {CONFIG} says {wanted[axis]}"
         for key, (own, wanted) in sizes.items()
         if (axis := RANK_AXES.get(key.rpartition(".lora_")[2].removesuffix(".weight"))) is not None
         and len(own) == 2
         and own[1 - axis] == wanted[1 - axis]
     ]
     if len(ranks) == len(sizes):
-        return ModelError(some(ranks), where=str(file), fix="copy the adapter again, both its files")
+        return ModelError(some(ranks), where=str(file), fix="copy both files of the adapter again")
     told = [
-        f"{_plain(key)} is {by(own)} in the adapter and {by(wanted)} in the base"
+        f"{_plain(key)} is {by(own)} in the adapter, but {by(wanted)} in the base"
         for key, (own, wanted) in sizes.items()
     ]
     # A vocabulary of another length, and the rest as it should be: tokens were added.

@@ -41,19 +41,19 @@ def read_tensors(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, torch.Te
     names, get = open_tensors(file)
     tensors = {name: get(name) for name in names}
     if not tensors:
-        raise ModelError(f"{file.name} holds no tensors", where=str(file), fix=AGAIN)
+        raise ModelError(f"{file.name} contains no tensors", where=str(file), fix=AGAIN)
     for name, tensor in tensors.items():
         kind = str(tensor.dtype).removeprefix("torch.")
         if kind not in FLOATS:
             raise ModelError(
-                f"{name} holds {kind} numbers; an adapter's are float32, bfloat16, float16 or float64",
+                f"{name} contains {kind} numbers; an adapter's are float32, bfloat16, float16 or float64",
                 where=str(file),
                 fix=AGAIN,
             )
     broken = [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]
     if broken:
         raise ModelError(
-            f"{some(broken)} is not finite: it holds NaN or infinity, so its training diverged or the file is damaged",
+            f"{some(broken)} contains NaN or infinity: training diverged, or the file is damaged",
             where=str(file),
             fix="train again with a lower learning rate, or copy the adapter again",
         )

@@ -1,4 +1,4 @@
-"""What an adapter in memory changes, counted and summed up in a line."""
+"""What an adapter in memory changes: counted, and put into one line."""
 
 from __future__ import annotations
 
@@ -94,5 +94,5 @@ def is_untrained(model: PeftModel) -> bool:
 
 
 def targets_of(model: PeftModel) -> list[str]:
-    """Names of the layers that carry the adapter, without their places; PEFT's configuration may have a regular expression."""
+    """Names of the layers that carry the adapter, without their paths; PEFT's configuration may have a regular expression."""
     return sorted({name.rpartition(".")[2] for name in model.targeted_module_names})

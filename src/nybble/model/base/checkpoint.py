@@ -31,7 +31,7 @@ DESCRIPTION = ["*.json", "*.model", "*.jinja", "*.txt"]
 SMALL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 STORED = ("nf4", "fp4", "int8")
 ADAPTERS = ("adapter_config.json", "recipe.yaml")
-"""What a folder holds that is an adapter, or a run with one."""
+"""Files by which a folder is known as an adapter, or as a run with one."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Checkpoint:
     commit: str | None
     """The Hub commit, None for a local folder."""
     config: dict[str, Any]
-    """config.json as it stands."""
+    """config.json as it is."""
 
     @property
     def quantized_as(self) -> str | None:
@@ -150,7 +150,9 @@ def _is_here(folder: pathlib.Path) -> bool:
         return folder.exists()
     except OSError as error:  # no permission, a name that is too long
         raise ModelError(
-            f"the model's folder cannot be read: {error.strerror}", where=str(folder), fix="name one that you may read"
+            f"the model's folder cannot be read: {error.strerror}",
+            where=str(folder),
+            fix="give a folder that you may read",
         ) from error
 
 
@@ -159,7 +161,7 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     consolidated = sorted(folder.glob("consolidated.*.pth"))
     if consolidated:
         raise ModelError(
-            f"{folder} is in Meta's own format ({consolidated[0].name}), which must be converted once",
+            f"{folder} is in Meta's own format ({consolidated[0].name}), which must be converted first",
             where=str(consolidated[0]),
             fix=CONVERT.format(folder=folder),
         )
@@ -169,13 +171,13 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     config = read_object(file)
     if not isinstance(config.get("quantization_config", {}), dict | None):
         raise ModelError(
-            f"quantization_config is {config['quantization_config']!r:.40} and not an object",
+            f"quantization_config is {config['quantization_config']!r:.40}, not an object",
             where=str(file),
             fix="compare it with config.json on the model's page",
         )
     if "transformers_weights" in config:
         raise ModelError(
-            f"config.json names a weight file of its own ({config['transformers_weights']!r:.60}); nybble takes "
+            f"config.json names its own weight file ({config['transformers_weights']!r:.60}); nybble reads "
             f"{WHOLE[0]} or {index_of(WHOLE[0])}",
             where=str(file),
             fix='delete "transformers_weights" there, and give the weights that name',
@@ -216,14 +218,15 @@ def _check_weights(folder: pathlib.Path) -> None:
         others = sorted(file.name for end in ("safetensors", "bin") for file in folder.glob(f"*.{end}"))
         beside = f"; {few(others)} can only be read with their index ({index_of(WHOLE[0])})" if others else ""
         raise ModelError(
-            f"{folder} contains no weights ({' or '.join(WHOLE)}, whole or as an index with its files){beside}",
+            f"{folder} contains no weights ({' or '.join(WHOLE)}, whole or as an index with its shards){beside}",
             fix=f"ls {folder}",
         )
     for file in files:
         check_whole(file)
     if missing := missing_weights(folder, {file.name for file in folder.iterdir()}):
         raise ModelError(
-            f"{folder} lacks {few(missing)}, which its index names", fix="finish the download, or copy what is missing"
+            f"{folder} is missing {few(missing)}, which its index names",
+            fix="finish the download, or copy what is missing",
         )
 
 
@@ -240,8 +243,8 @@ def _check_leftover(folder: pathlib.Path, config: dict[str, Any], hub_id: str | 
     method = config["quantization_config"].get("quant_method", "bitsandbytes")
     edit = 'delete "quantization_config" from'
     raise ModelError(
-        f"config.json says that the weights are quantised ({method}), but the files hold plain {' and '.join(sorted(types))} "
-        "weights: the entry quantization_config is left over",
+        f"config.json says that the weights are quantised ({method}), but the files contain plain {' and '.join(sorted(types))} "
+        "weights: quantization_config is a leftover",
         where=str(folder / "config.json"),
         fix=f"{edit} config.json"
         if hub_id is None
@@ -254,7 +257,7 @@ def _check_pad(folder: pathlib.Path, config: dict[str, Any]) -> None:
     pad, size = config.get("pad_token_id"), config.get("vocab_size")
     if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
         raise ModelError(
-            f"pad_token_id is {pad}, and the model has embeddings for ids 0 to {size - 1} (vocab_size {size})",
+            f"pad_token_id is {pad}, but the model has embeddings for ids 0 to {size - 1} (vocab_size {size})",
             where=str(folder / "config.json"),
             fix="set pad_token_id to null there: nybble then pads with another token, which the loss ignores",
         )
@@ -270,9 +273,9 @@ def refuse_adapter(folder: pathlib.Path) -> None:
         return
     run = open_run(folder)
     base = run.recipe.model.path
-    kind = "a LoRA adapter" if run.is_bare_adapter else "a run of nybble"
+    kind = "a LoRA adapter" if run.is_bare_adapter else "a nybble run"
     raise ModelError(
-        f"{folder} is {kind}, not a base model" + (f"; its base is {base}" if base else ", and names no base"),
+        f"{folder} is {kind}, not a base model" + (f"; its base is {base}" if base else ", and it names no base"),
         where=str(folder),
         fix=f"to continue training from it: nybble train {shlex.quote(base) if base else 'BASE'} DATA "
         f"adapter={shlex.quote(str(run.adapter))}",

@@ -49,7 +49,7 @@ def check_fields(file: pathlib.Path, config: Mapping[str, Any]) -> None:
         value = config.get(name)
         if isinstance(value, int | float) and value > most:
             shown = f"{value:,}" if value < 10**18 else "a number of many digits"
-            raise ModelError(f"{name} is {shown}; nybble takes up to {most:,}", where=str(file), fix=FIX)
+            raise ModelError(f"{name} is {shown}; nybble accepts up to {most:,}", where=str(file), fix=FIX)
     odd = [*_odd_sizes(config), *_odd_numbers(config)]
     if odd:
         raise ModelError(
@@ -105,7 +105,7 @@ def _odd_sizes(config: Mapping[str, Any]) -> list[str]:
 
 
 def _odd_numbers(config: Mapping[str, Any]) -> list[str]:
-    odd = [f"{place} is {value}" for place, value in _floats(config) if not math.isfinite(value)]
+    odd = [f"{path} is {value}" for path, value in _floats(config) if not math.isfinite(value)]
     eps, dtype = config.get("rms_norm_eps"), config.get("dtype", config.get("torch_dtype"))
     if isinstance(eps, int | float) and eps < 0:
         odd.append(f"rms_norm_eps is {eps}")
@@ -125,13 +125,13 @@ def _odd_numbers(config: Mapping[str, Any]) -> list[str]:
 
 
 def _floats(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Every float in a configuration, with its place; however deep it lies."""
+    """Every float in a configuration, with its path, however deep it is nested."""
     waiting: list[tuple[str, Any]] = list(config.items())
     while waiting:
-        place, value = waiting.pop()
+        path, value = waiting.pop()
         if isinstance(value, float):
-            yield place, value
+            yield path, value
         elif isinstance(value, Mapping):
-            waiting += [(f"{place}.{key}", part) for key, part in value.items()]
+            waiting += [(f"{path}.{key}", part) for key, part in value.items()]
         elif isinstance(value, list):
-            waiting += [(place, part) for part in value]
+            waiting += [(path, part) for part in value]

@@ -1,4 +1,4 @@
-"""Weight files: which of a folder's they are, what they say of themselves, and a saved model held against the live one."""
+"""Weight files: which ones a folder has, what their headers say, and whether a saved model equals the one in memory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def reason(error: Exception) -> str:
 
 
 def refuse_pointers(files: Iterable[pathlib.Path]) -> None:
-    """Refuse what stands in place of files of a model: git-lfs pointers, links to nothing, and folders, pipes, sockets and
+    """Refuse what is there instead of files of a model: git-lfs pointers, links to nothing, and folders, pipes, sockets and
     devices, which may never end. Files that do not exist are passed over.
 
     Raises:
@@ -65,7 +65,7 @@ def refuse_pointers(files: Iterable[pathlib.Path]) -> None:
 
 
 def _stand_in(file: pathlib.Path) -> tuple[str, str] | None:
-    """What stands in place of a file, and what mends it; None where the file itself does, or nothing.
+    """What is there instead of a file, and what fixes it; None where the file itself is, or nothing.
 
     Raises:
         OSError: it may not be looked at.
@@ -100,7 +100,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
             refuse_pointers(files)
             if missing := [file.name for file in files if not file.is_file()]:
                 raise ModelError(
-                    f"{folder} lacks {few(missing)}, which its index names",
+                    f"{folder} is missing {few(missing)}, which its index names",
                     where=str(index),
                     fix="finish the download, or copy what is missing",
                 )
@@ -109,7 +109,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def check_whole(file: pathlib.Path) -> None:
-    """Refuse a weight file that is a pointer, is of another kind, is cut off, or holds other things than tensors.
+    """Refuse a weight file that is a pointer, is of another kind, is cut off, or contains anything but tensors.
 
     Raises:
         ModelError: which of these.
@@ -167,7 +167,7 @@ def _unpickled(file: pathlib.Path) -> dict[str, torch.Tensor]:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         what = f"asks for {asked[1]} when it is opened" if asked else "is not a pickle of tensors"
         raise ModelError(
-            f"{file.name} is refused: it {what}, and a file of weights may contain tensors only",
+            f"{file.name} is refused: it {what}, and a weight file may contain only tensors",
             where=str(file),
             fix=AGAIN,
         ) from error
@@ -178,9 +178,7 @@ def _unpickled(file: pathlib.Path) -> dict[str, torch.Tensor]:
             fix="copy or download the file again",
         ) from error
     if not isinstance(stored, dict):
-        raise ModelError(
-            f"{file.name} contains {type(stored).__name__} and not tensors by name", where=str(file), fix=AGAIN
-        )
+        raise ModelError(f"{file.name} contains {type(stored).__name__}, not named tensors", where=str(file), fix=AGAIN)
     for name, value in stored.items():
         if (odd := _no_tensor(name, value)) is not None:
             raise ModelError(f"{file.name} contains {odd} under {name!r:.80}", where=str(file), fix=AGAIN)
@@ -228,15 +226,15 @@ def differs(model: torch.nn.Module, folder: pathlib.Path) -> str | None:
                 if name not in live or not torch.equal(stored.get_tensor(name), live[name].cpu()):
                     return f"{name} in {file.name} is not what was saved"
                 seen.add(name)
-    places = {live[name].data_ptr() for name in seen}
-    lost = [name for name in live.keys() - seen if live[name].data_ptr() not in places]  # a tied head is stored once
+    addresses = {live[name].data_ptr() for name in seen}
+    lost = [name for name in live.keys() - seen if live[name].data_ptr() not in addresses]  # a tied head is stored once
     if lost:
         return f"{sorted(lost)[0]} was not saved"
     return None if (folder / "config.json").is_file() else "config.json was not saved"
 
 
 def _no_tensor(name: object, value: object) -> str | None:
-    """What stands in place of a tensor's name and numbers, None where both are there."""
+    """What is there instead of a tensor's name and numbers; None where both are."""
     if not isinstance(value, torch.Tensor):
         return f"{type(value).__name__}, not a tensor,"
     if value.is_meta:

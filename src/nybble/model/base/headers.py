@@ -1,6 +1,6 @@
 """What weight files say of themselves: the index of a sharded model, and the header of a safetensors file.
 
-That is 8 bytes of length, JSON with type, shape and place of each tensor, then their bytes. What is refused here is what the
+That is 8 bytes of length, JSON with type, shape and position of each tensor, then their bytes. What is refused here is what the
 format forbids (huggingface.co/docs/safetensors), with the tensor's name, which the library's own errors leave out.
 """
 
@@ -33,7 +33,7 @@ def shown(name: str) -> str:
 
 
 def index_of(name: str) -> str:
-    """The name of the index that stands where weights are in several files: of model.safetensors or of pytorch_model.bin."""
+    """The name of the index of weights in several files: of model.safetensors or of pytorch_model.bin."""
     return f"{name}.index.json"
 
 
@@ -44,18 +44,18 @@ def read_index(index: pathlib.Path) -> dict[str, str]:
         ModelError: it cannot be read, or names what is no weight file in its own folder.
     """
     described = read_object(index)
-    places, end = described.get("weight_map"), index.name.removesuffix(".index.json").rpartition(".")[2]
+    files, end = described.get("weight_map"), index.name.removesuffix(".index.json").rpartition(".")[2]
     fix = "download it again, from where the weights came"
-    if not isinstance(places, dict) or not places:
+    if not isinstance(files, dict) or not files:
         raise ModelError(f"{index.name} has no weight_map, which says where each tensor is", where=str(index), fix=fix)
-    for tensor, name in places.items():
+    for tensor, name in files.items():
         if not isinstance(name, str) or not re.fullmatch(rf"[^/\\\0]+\.{end}", name):
             raise ModelError(
                 f"{index.name} says that {shown(tensor)} is in {name!r:.200}, which is not a .{end} file in this folder",
                 where=str(index),
                 fix=fix,
             )
-    return places
+    return files
 
 
 def read_header(file: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -77,7 +77,7 @@ def read_header(file: pathlib.Path) -> dict[str, dict[str, Any]]:
     if not text:
         raise _cut(file)
     entries = _parse(file, text)
-    end = 8 + length + _check_places(file, entries)
+    end = 8 + length + _check_offsets(file, entries)
     if size < end:
         raise _cut(file)
     if size > end:
@@ -94,7 +94,7 @@ def _parse(file: pathlib.Path, text: bytes) -> dict[str, dict[str, Any]]:
         raise _damaged(file, "it is nested too deeply") from error
     except json.JSONDecodeError as error:
         raise _damaged(file, f"it is not valid JSON ({json_fault(error)})") from error
-    except ValueError as error:  # a name that stands there twice, a number of thousands of digits
+    except ValueError as error:  # a name that occurs twice, a number of thousands of digits
         raise _damaged(file, str(error).partition(";")[0]) from error
     notes = entries.pop("__metadata__", {}) if isinstance(entries, dict) else None
     if not isinstance(notes, dict):
@@ -119,17 +119,18 @@ def _check_entry(file: pathlib.Path, name: str, entry: Any) -> None:
     name = shown(name)
     if not isinstance(entry, dict):
         raise _damaged(file, f"{name} is not described by an object")
-    kind, shape, places = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    kind, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(kind, str) or kind not in BITS:
         raise _damaged(file, f"{name} has the type {kind!r:.40}, which safetensors does not know")
     if not _are_sizes(shape) or len(shape) > DIMENSIONS:
         raise _damaged(file, f"the shape of {name} is {shape!r:.60}")
-    if not _are_sizes(places) or len(places) != 2 or places[0] > places[1]:
-        raise _damaged(file, f"the data_offsets of {name} are {places!r:.60}")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _damaged(file, f"the data_offsets of {name} are {offsets!r:.60}")
     bits = math.prod(shape) * BITS[kind]
-    if bits != 8 * (places[1] - places[0]):
+    if bits != 8 * (offsets[1] - offsets[0]):
         raise _damaged(
-            file, f"{name} ({kind} of shape {shape!s:.60}) has {places[1] - places[0]:,} bytes, and needs {bits // 8:,}"
+            file,
+            f"{name} ({kind} of shape {shape!s:.60}) has {offsets[1] - offsets[0]:,} bytes, and needs {bits // 8:,}",
         )
 
 
@@ -137,7 +138,7 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
-def _check_places(file: pathlib.Path, entries: dict[str, dict[str, Any]]) -> int:
+def _check_offsets(file: pathlib.Path, entries: dict[str, dict[str, Any]]) -> int:
     """The length of all tensors, which must lie one after another."""
     end = 0
     for first, last, name in sorted((*entry["data_offsets"], name) for name, entry in entries.items()):

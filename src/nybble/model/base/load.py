@@ -20,19 +20,22 @@ from transformers import (
     PreTrainedModel,
 )
 
+from nybble.couplings.check import unmet
 from nybble.errors import ModelError
-from nybble.files import cache as kept
+from nybble.files import cache as entries
+from nybble.installed import pip
 from nybble.model.base.bits import Bits, Trained, making_on
-from nybble.model.base.cached import bits_of, find_kept, hold, keep, kept_copy
+from nybble.model.base.cached import bits_of, check_unchanged, copy_path, find_copy, store
 from nybble.model.base.checkpoint import Checkpoint, fingerprint
 from nybble.model.base.files import LOADING_FAULTS, reason, skeleton
-from nybble.model.base.soundness import check_files, check_loaded, check_report, check_tensors
+from nybble.model.base.finite import check_files, check_loaded
+from nybble.model.base.soundness import check_report, check_tensors
 from nybble.recipe import ModelOptions
 from nybble.weights.frozen import is_quantised, scale_bytes
 from nybble.weights.on_cpu import stay_unpacked
 
 ADAPTER_CONFIG = "adapter_config.json"
-COPY, REBUILT = "the cached copy of the quantised base was", "is rebuilt"
+COPY, REBUILT = "the cached copy of the quantised base was", "will be rebuilt"
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Footprint:
     quantized: int
     """Parameters stored in 4 or 8 bits."""
     bytes: int
-    """As held in memory, the scales of quantised weights included."""
+    """As in memory, including the scales of quantised weights."""
 
 
 def load_config(checkpoint: Checkpoint, rope_scaling: dict[str, object] | None) -> PretrainedConfig:
@@ -93,8 +96,11 @@ def load_base(
         then: what a run that goes on or answers was trained on; a copy that contradicts it is made again once.
 
     Raises:
-        ModelError: weights that do not fit the configuration, or are not what the run was trained on.
+        ModelError: weights that do not fit the configuration, or are not what the run was trained on; a library without what
+            loading relies upon.
     """
+    if (misfit := unmet("model")) is not None:
+        raise ModelError(misfit.what, fix=f"{pip()} install {misfit.requirement}")
     quantization, notices = _storage(checkpoint, options)
     config = load_config(checkpoint, options.rope_scaling)
     check_tensors(checkpoint.folder, config, is_quantized=checkpoint.quantized_as is not None)
@@ -105,7 +111,7 @@ def load_base(
         base = _quantised(checkpoint, options, config, dtype, device, cache, then)
     notices += base.notices
     if base.bits is not None:
-        notices += hold(base.bits, base.fingerprint, then, checkpoint.folder)
+        notices += check_unchanged(base.bits, base.fingerprint, then, checkpoint.folder)
     loaded = check_loaded(base.model, checkpoint.folder, dtype)
     notices += loaded if base.bits is None or base.from_cache else []  # else the files told it
     model = base.model
@@ -168,11 +174,11 @@ def weights_alone(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     if not (folder / ADAPTER_CONFIG).exists():
         yield folder
         return
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as linked:
         for file in folder.iterdir():
             if not file.name.startswith("adapter_"):
-                (pathlib.Path(place) / file.name).symlink_to(file.resolve())
-        yield pathlib.Path(place)
+                (pathlib.Path(linked) / file.name).symlink_to(file.resolve())
+        yield pathlib.Path(linked)
 
 
 def _read(
@@ -186,9 +192,9 @@ def _read(
     extra = {} if plan is None else {"quantization_config": plan}
     try:
         model: PreTrainedModel
-        with weights_alone(folder) as place:
+        with weights_alone(folder) as weights:
             model, found = AutoModelForCausalLM.from_pretrained(
-                place, config=config, dtype=dtype, device_map={"": device},
+                weights, config=config, dtype=dtype, device_map={"": device},
                 output_loading_info=True, ignore_mismatched_sizes=True, **extra,
             )  # fmt: skip
     except LOADING_FAULTS as error:
@@ -222,9 +228,9 @@ def _quantised(
     checkpoint: Checkpoint, options: ModelOptions, config: PretrainedConfig, dtype: torch.dtype, device: torch.device,
     cache: pathlib.Path, then: Trained | None,
 ) -> Base:  # fmt: skip
-    """A base out of the cache, or quantised now and kept there."""
+    """A base from the cache, or quantised now and cached."""
     mark = fingerprint(checkpoint, cache)
-    entry = find_kept(kept_copy(mark, options.quantization, options.double_quantization, dtype, cache))
+    entry = find_copy(copy_path(mark, options.quantization, options.double_quantization, dtype, cache))
     notices = entry.notices(COPY, REBUILT)
     if entry.facts is not None:
         bits = bits_of(entry.facts)
@@ -234,7 +240,7 @@ def _quantised(
             model = _read(entry.place, _as_kept(config, entry.place), None, dtype, device)
             return Base(model, checkpoint, mark, options.quantization, True, tuple(notices), bits)
         except ModelError as fault:
-            if not kept.discard(entry.place):
+            if not entries.discard(entry.place):
                 raise
             notices = [f"{COPY} damaged ({fault.what}) and {REBUILT}"]
     if fingerprint(checkpoint, cache, prove=True) != mark:  # what was remembered of the weights was wrong
@@ -243,12 +249,12 @@ def _quantised(
     plan = quantization_plan(options.quantization, options.double_quantization, dtype)
     model = _read(checkpoint.folder, config, plan, dtype, device)
     _plain_generation(model)
-    bits, said = keep(model, entry.place, measure(model).bytes, making_on(device, dtype))
-    return Base(model, checkpoint, mark, options.quantization, False, (*notices, *said), bits)
+    bits, more = store(model, entry.place, measure(model).bytes, making_on(device, dtype))
+    return Base(model, checkpoint, mark, options.quantization, False, (*notices, *more), bits)
 
 
 def _as_kept(config: PretrainedConfig, folder: pathlib.Path) -> PretrainedConfig:
-    """The configuration with the kept copy's own quantisation.
+    """The configuration with the cached copy's own quantisation.
 
     Raises:
         ModelError: it has none.

@@ -1,4 +1,4 @@
-"""SHA-256 of weight files, remembered with an XXH3 digest beside it, by which the bytes are proven at a tenth of the time."""
+"""SHA-256 of weight files, remembered with an XXH3 digest, which verifies the bytes in a tenth of the time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import xxhash
 
 from nybble.errors import ModelError
-from nybble.files import cache as kept
+from nybble.files import cache as entries
 
 VERSION = 2  # before, a note was the bare digest, believed by size and time of change
 CHUNK = 1 << 24  # bytes read at once
@@ -53,29 +53,29 @@ def check_download(file: pathlib.Path, digest: str) -> None:
 
 
 def _sha256(file: pathlib.Path, cache: pathlib.Path, prove: bool) -> str:
-    place, now = file.resolve(), _status(file)
-    note = cache / "digests" / hashlib.sha256(repr((VERSION, str(place))).encode()).hexdigest()
-    known = _recall(note, place)
+    real, now = file.resolve(), _status(file)
+    note = cache / "digests" / hashlib.sha256(repr((VERSION, str(real))).encode()).hexdigest()
+    known = _recall(note, real)
     if known is not None and known["size"] == now["size"]:
         if not prove and now.items() <= known.items():
             return str(known["sha256"])
         if _hashed(file, xxhash.xxh3_128()) == [known["xxh3"]]:
             if not now.items() <= known.items():
-                kept.write_note(note, {**known, **now})
+                entries.write_note(note, {**known, **now})
             return str(known["sha256"])
         if known["mtime"] == now["mtime"]:
             logger.warning("%s changed, although its size and its time did not", file)
     sha256, xxh3 = _hashed(file, hashlib.sha256(), xxhash.xxh3_128())
-    kept.write_note(note, {**now, "sha256": sha256, "xxh3": xxh3})
+    entries.write_note(note, {**now, "sha256": sha256, "xxh3": xxh3})
     return sha256
 
 
 def _recall(note: pathlib.Path, file: pathlib.Path) -> dict[str, str | int] | None:
     try:
-        known: dict[str, str | int] = kept.read_note(note)
+        known: dict[str, str | int] = entries.read_note(note)
     except FileNotFoundError:
         return None
-    except kept.DamagedError as fault:
+    except entries.DamagedError as fault:
         logger.warning("what was remembered of %s was damaged (%s): it is read again", file, fault)
         return None
     return known

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,6 @@ from nybble.files.reading import read_object
 from nybble.model.base.files import FLOATS, WHOLE, by, open_tensors, shapes, skeleton, some, weight_files
 from nybble.model.base.headers import BITS, index_of, read_index, shown
 from nybble.model.hub import few
-from nybble.weights.frozen import float_tensors
 from nybble.weights.stored import (
     BESIDE,
     QUANTISED,
@@ -54,7 +53,7 @@ class Stored:
 
 
 def check_tensors(folder: pathlib.Path, config: PretrainedConfig, *, is_quantized: bool) -> None:
-    """Hold every tensor of a model's files against its configuration, by the files' headers alone.
+    """Compare every tensor of a model's files with its configuration, by the files' headers alone.
 
     Args:
         folder: the model's.
@@ -62,7 +61,7 @@ def check_tensors(folder: pathlib.Path, config: PretrainedConfig, *, is_quantize
         is_quantized: whether the files came quantised by bitsandbytes.
 
     Raises:
-        ModelError: tensors that are missing, foreign, twice there, or of another shape or type; an index that says otherwise
+        ModelError: tensors that are missing, unknown, duplicated, or of another shape or type; an index that says otherwise
             than its files; a head that is tied to the embeddings and yet different.
     """
     stored = _stored(folder)
@@ -79,7 +78,7 @@ def check_tensors(folder: pathlib.Path, config: PretrainedConfig, *, is_quantize
     packed = {name for name in expected if is_quantized and description_name(name, stored)}
     scaled = {name for name in expected if is_quantized and int8_scales_name(name) in stored}
     odd = [
-        f"{name} is {by(entry.shape)} in the file and {by(expected[name])} by config.json"
+        f"{name} is {by(entry.shape)} in the file, but {by(expected[name])} according to config.json"
         for name, entry in stored.items()
         if name in expected and name not in packed and entry.shape != expected[name]
     ]
@@ -104,81 +103,18 @@ def check_tensors(folder: pathlib.Path, config: PretrainedConfig, *, is_quantize
 
 
 def check_report(found: Mapping[str, Any], config: PretrainedConfig, where: pathlib.Path) -> None:
-    """Hold Transformers' own report of a loading to the same: it saw the model as it was built.
+    """Check Transformers' own report of a loading in the same way: it saw the model as it was built.
 
     Raises:
-        ModelError: something is missing, foreign, or of another shape.
+        ModelError: something is missing, unknown, or of another shape.
     """
     odd = [
-        f"{name} is {by(own)} in the file and {by(wanted)} by config.json"
+        f"{name} is {by(own)} in the file, but {by(wanted)} according to config.json"
         for name, own, wanted in found["mismatched_keys"]
     ]
     missing = [name for name in found["missing_keys"] if not (config.tie_word_embeddings and name == HEAD)]
     foreign = [name for name in found["unexpected_keys"] if not name.endswith((BUFFER, *BESIDE))]
     _refuse(where, sorted(odd), sorted(missing), sorted(foreign), [])
-
-
-def check_files(folder: pathlib.Path) -> list[str]:
-    """Look for numbers that are not finite in the files of a model that is about to be quantised, which spreads them.
-
-    The bytes are read from the disk once, since loading finds them in memory: 2 GB a second on one core.
-
-    Returns:
-        A notice where a weight is all zeros.
-
-    Raises:
-        ModelError: with the tensors, and how many of their numbers are not finite.
-    """
-    empty = []
-    for file in weight_files(folder):
-        names, get = open_tensors(file)
-        tensors = ((name, get(name)) for name in names if not name.endswith(BUFFER))
-        empty += _check_numbers(tensors, str(file), "copy or download the file again")
-    return _told(empty)
-
-
-def check_loaded(model: torch.nn.Module, where: pathlib.Path, dtype: torch.dtype) -> list[str]:
-    """Look for numbers that are not finite in a model as it was loaded; of quantised weights in their scales.
-
-    Args:
-        model: the base.
-        where: its folder.
-        dtype: in which it computes: float16 cannot hold every number of a bfloat16 checkpoint.
-
-    Returns:
-        A notice where a weight is all zeros.
-
-    Raises:
-        ModelError: as `check_files`.
-    """
-    fix = "copy or download the weights again"
-    if dtype == torch.float16:
-        fix = f"model.dtype=bfloat16, if the numbers are only too large for float16; else {fix}"
-    return _told(_check_numbers(float_tensors(model), str(where), fix))
-
-
-def _check_numbers(tensors: Iterable[tuple[str, torch.Tensor]], where: str, fix: str) -> list[str]:
-    """The weights that are all zeros."""
-    odd: dict[str, str] = {}
-    empty = []
-    for name, tensor in tensors:
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        least, greatest = (float(end) for end in torch.aminmax(tensor))  # NaN comes through in both
-        if not math.isfinite(least) or not math.isfinite(greatest):
-            count = int((~torch.isfinite(tensor)).sum())
-            odd.setdefault(name, f"{name} ({count:,} of {tensor.numel():,})")
-        elif least == greatest == 0 and name.endswith(".weight"):
-            empty.append(name)
-    if odd:
-        raise ModelError(
-            f"the weights contain numbers that are NaN or infinite: {some(list(odd.values()))}", where=where, fix=fix
-        )
-    return empty
-
-
-def _told(empty: list[str]) -> list[str]:
-    return [f"{some(empty)} is all zeros in the base: were its weights lost?"] if empty else []
 
 
 def _stored(folder: pathlib.Path) -> dict[str, Stored]:
@@ -221,12 +157,12 @@ def _check_head(stored: Mapping[str, Stored]) -> None:
 
 
 def _check_index(folder: pathlib.Path, stored: Mapping[str, Stored]) -> None:
-    """Hold an index against the headers of its files: Transformers takes what the files hold, whatever it says."""
+    """Compare an index with the headers of its files: Transformers loads what the files contain, whatever the index says."""
     files = {entry.file.name for entry in stored.values()}
     index = next((folder / index_of(name) for name in WHOLE if (folder / index_of(name)).is_file()), None)
     if index is None or files <= set(WHOLE):
         return
-    places = read_index(index)
+    listed = read_index(index)
     if not isinstance(read_object(index).get("metadata"), dict):  # Transformers takes it for granted
         raise ModelError(
             f"{index.name} has no metadata, without which Transformers does not read it",
@@ -234,17 +170,17 @@ def _check_index(folder: pathlib.Path, stored: Mapping[str, Stored]) -> None:
             fix='add "metadata": {"total_size": 0} to it',
         )
     odd = [
-        f"{shown(name)} is said to be in {places.get(name, 'no file')} and is in "
+        f"{shown(name)} is said to be in {listed.get(name, 'no file')} and is in "
         f"{stored[name].file.name if name in stored else 'none'}"
-        for name in sorted(places.keys() | stored.keys())
+        for name in sorted(listed.keys() | stored.keys())
         if not name.endswith(BUFFER)
-        and (name not in stored or places.get(name) not in {stored[name].file.name, *stored[name].copies})
+        and (name not in stored or listed.get(name) not in {stored[name].file.name, *stored[name].copies})
     ]
     if odd:
         raise ModelError(
-            f"{index.name} does not fit its files: {some(odd)}",
+            f"{index.name} does not match its files: {some(odd)}",
             where=str(index),
-            fix="copy or download the index and its files from one place",
+            fix="copy or download the index and its files from the same source",
         )
 
 
@@ -258,7 +194,7 @@ def _refuse(where: pathlib.Path, odd: list[str], missing: list[str], foreign: li
     if faults:
         only = wrong and len(faults) == 1
         raise ModelError(
-            f"the weights do not fit config.json: {'; '.join(faults)}",
+            f"the weights do not match config.json: {'; '.join(faults)}",
             where=str(where),
             fix="use a 16-bit checkpoint of the model" if only else SAME,
         )
@@ -273,7 +209,7 @@ def _wrapped(stored: Mapping[str, Stored], expected: Mapping[str, object]) -> st
             return f"the names of the tensors lack 'model.': {name} is model.{name} in a model with its head"
         start = name.removesuffix(EMBEDDING)
         if start and start != name:
-            return f"the names of the tensors begin with {start!r}, which is what wrapped the model: {shown(name)}"
+            return f"the names of the tensors begin with {start!r}, left over from a wrapper around the model: {shown(name)}"
     return None
 
 
@@ -288,7 +224,7 @@ def _is_beside(name: str, expected: Mapping[str, object], is_quantized: bool) ->
 
 
 def _check_packed(name: str, shape: tuple[int, ...], stored: Mapping[str, Stored]) -> None:
-    """Hold a 4-bit weight and its scales against the shape that they stand for."""
+    """Compare a 4-bit weight and its scales with the shape that they represent."""
     described = description_name(name, stored)
     assert described is not None
     _, get = open_tensors(stored[described].file)
@@ -297,7 +233,7 @@ def _check_packed(name: str, shape: tuple[int, ...], stored: Mapping[str, Stored
     except ValueError as error:
         raise _odd_state(described, stored, str(error)) from error
     if packed.shape != list(shape):
-        raise _odd_state(described, stored, f"it is {packed.shape} there and {by(shape)} by config.json")
+        raise _odd_state(described, stored, f"it is {packed.shape} there, but {by(shape)} according to config.json")
     for part, size in packed.part_bytes(name).items():
         if part not in stored:
             raise _odd_state(part, stored, "it is missing")

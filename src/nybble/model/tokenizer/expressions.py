@@ -60,7 +60,7 @@ def try_expressions(described: Mapping[str, Any], file: pathlib.Path, fix: str) 
     if fault is not None:
         shown = found[0] if len(found[0]) <= 60 else f"{found[0][:59]}…"
         raise ModelError(
-            f"{file.name} cuts texts by a regular expression that cannot be used ({shown}): {fault}",
+            f"{file.name} splits text with a regular expression that cannot be used ({shown}): {fault}",
             where=str(file),
             fix=fix,
         )
@@ -91,9 +91,9 @@ def _texts(expressions: list[str]) -> Iterator[str]:
 
 
 def _examine(job: tuple[str, list[str]]) -> str | None:
-    place, texts = job
+    file, texts = job
     try:
-        tokenizer = Tokenizer.from_file(place)
+        tokenizer = Tokenizer.from_file(file)
         for text in texts:
             ids = tokenizer.encode(text, add_special_tokens=False).ids
             tokenizer.decode(ids[:TEXT])

@@ -1,4 +1,4 @@
-"""A tokenizer's files held to what they must be before a library reads them; what that finds then is one sentence."""
+"""A tokenizer's files, checked before a library reads them; what the library then finds is one sentence."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ def check_files(folder: pathlib.Path) -> None:
     for name in OTHERS:
         file = folder / name
         if file.exists() and (size := file.stat().st_size) > LARGEST:
-            raise ModelError(
-                f"{name} has {size:,} bytes: more than the {LARGEST:,} that it may have", where=str(file), fix=AGAIN
-            )
+            raise ModelError(f"{name} has {size:,} bytes; the limit is {LARGEST:,}", where=str(file), fix=AGAIN)
     for file in (folder / "chat_template.jinja", *sorted(folder.glob("additional_chat_templates/*.jinja"))):
         if file.exists():
             read_text(file, ModelError, AGAIN, TEMPLATE)
@@ -75,7 +73,7 @@ def explained(folder: pathlib.Path) -> Iterator[None]:
         what = f"tokenizers fails on it: {reason(error)}" if panic else reason(error)  # type: ignore[arg-type]
         fix = "put tokenizer.json and tokenizer_config.json next to the weights"
         if "trust_remote_code" in str(error):
-            what = "it comes with code of its own, and nybble runs none from a model"
+            what = "it comes with its own code, and nybble runs no code from a model"
             fix = 'delete "auto_map" in tokenizer_config.json and set "tokenizer_class" to "PreTrainedTokenizerFast" there, if '
             fix += "tokenizer.json is all of it"
         raise ModelError(
@@ -107,7 +105,7 @@ def _check_tokenizer(described: Mapping[str, Any], file: pathlib.Path) -> None:
         raise _odd(file, "model.vocab", vocabulary, "all tokens with their ids")
     if len(vocabulary) + len(added) > IDS:
         raise ModelError(
-            f"{file.name} has {len(vocabulary) + len(added):,} tokens; nybble takes up to {IDS:,}",
+            f"{file.name} has {len(vocabulary) + len(added):,} tokens; nybble accepts up to {IDS:,}",
             where=str(file),
             fix=AGAIN,
         )
@@ -117,7 +115,7 @@ def _check_tokenizer(described: Mapping[str, Any], file: pathlib.Path) -> None:
             _check_id(token, number, file)
             if names.setdefault(number, token) != token:
                 raise ModelError(
-                    f"two tokens of {file.name} have the id {number}: {names[number]!r:.{SHOWN}} and {token!r:.{SHOWN}}",
+                    f"two tokens of {file.name} share the id {number}: {names[number]!r:.{SHOWN}} and {token!r:.{SHOWN}}",
                     where=str(file),
                     fix=AGAIN,
                 )
@@ -125,7 +123,7 @@ def _check_tokenizer(described: Mapping[str, Any], file: pathlib.Path) -> None:
         _check_id(token["content"], token.get("id"), file)
     if model.get("dropout"):
         raise ModelError(
-            f"model.dropout in {file.name} is {model['dropout']!r:.{SHOWN}}: the same text would give other ids each time",
+            f"model.dropout in {file.name} is {model['dropout']!r:.{SHOWN}}: the same text would give different ids each time",
             where=str(file),
             fix="set it to null there",
         )
@@ -146,7 +144,7 @@ def _check_processor(processor: Any, file: pathlib.Path) -> None:
         for name in ("single", "pair", "tokens", "ids"):
             if isinstance(part.get(name), list) and len(part[name]) > 100:
                 raise ModelError(
-                    f"the post_processor in {file.name} puts {len(part[name]):,} tokens around every text",
+                    f"the post_processor in {file.name} adds {len(part[name]):,} tokens to every text",
                     where=str(file),
                     fix=AGAIN,
                 )
@@ -231,4 +229,4 @@ FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "tokenizer_class": (lambda value: isinstance(value, str), "the name of a class"),
 }  # fmt: skip
-"""What fields that Transformers takes for granted may hold, and how that is said; null is as good as none."""
+"""The values allowed in fields that Transformers relies on, and how a message describes them; null counts as absent."""

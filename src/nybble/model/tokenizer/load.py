@@ -44,8 +44,8 @@ def read_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerBase:
     refuse_pointers(folder / name for name in FILES)
     if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
         raise ModelError(
-            f"{folder} has tokenizer.model but no tokenizer.json, and from it transformers 5 makes other token ids than the "
-            "model was trained on",
+            f"{folder} has tokenizer.model but no tokenizer.json, and transformers 5 would make token ids from it that differ "
+            "from those in training",
             fix="get tokenizer.json from the model's page; for Llama 2: hf download meta-llama/Llama-2-7b-hf "
             f"tokenizer.json --local-dir {folder}",
         )
@@ -63,7 +63,7 @@ def _lacks_an_embedding(tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path
     if not isinstance(rows, int) or tokenizer.pad_token_id < rows:
         return False
     log.warning(
-        "nybble: the pad token %s of %s has id %d, and the model has embeddings for ids 0 to %d; padding with another token",
+        "nybble: the pad token %s of %s has id %d, but the model has embeddings for ids 0 to %d; padding uses another token",
         tokenizer.pad_token,
         folder,
         tokenizer.pad_token_id,
@@ -85,7 +85,7 @@ def _as_in_its_file(tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path) ->
     if _rules(getattr(tokenizer, "backend_tokenizer", None)) == written:
         return tokenizer
     log.warning(
-        "nybble: %s as %s gives other token ids than its tokenizer.json; nybble follows the file and saves it with the run",
+        "nybble: %s as %s gives different token ids from its tokenizer.json; nybble follows the file and saves it with the run",
         folder,
         type(tokenizer).__name__,
     )

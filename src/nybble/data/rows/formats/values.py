@@ -139,7 +139,9 @@ def literal(text: str) -> Any:
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # of a backslash that begins no escape
+            warnings.simplefilter(
+                "ignore"
+            )  # of a backslash that begins no escape: a DeprecationWarning before Python 3.12
             return ast.literal_eval(text.strip())
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None

@@ -1,0 +1,180 @@
+"""The Hugging Face Hub's refusals and absences in plain words.
+
+The Hub names a fault with a status, the header X-Error-Code and the sentence in X-Error-Message. What each
+means was taken from huggingface_hub's hf_raise_for_status, from people's reports of the sentences, and from
+https://huggingface.co/docs/hub/models-gated:
+
+    401, GatedRepo                      gated, and no token was sent (or it was not accepted)
+    401, no code, no token sent         no such name, or private: to a stranger the Hub tells no difference
+    403, GatedRepo                      "not in the authorized list", "awaiting a review" or "rejected"
+    403, no code, "fine-grained token"  the token's scope leaves gated repositories out
+    404, RepoNotFound                   no such name, or private and not shared with this account
+    404, RevisionNotFound               the model is there, the branch, tag or commit is not
+
+A gated repository's listing is public, its files are not; so access is asked of a file, as a download would.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from nybble.errors import HubError
+
+# The base class of every fault of the HTTP client: httpx's under huggingface_hub 1, httpx2's under 2.
+_CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+# hf_xet, which moves the bytes of most repositories, reports a broken transfer as RuntimeError.
+FAULTS: tuple[type[Exception], ...] = (OSError, HFValidationError, _CLIENT_ERROR, RuntimeError)
+"""What huggingface_hub raises where the Hub refuses or cannot be reached."""
+
+GO_ON = "run the command again: it resumes where it stopped"
+_TOKENS = "https://huggingface.co/settings/tokens"
+
+
+class UnreachableError(HubError):
+    """Nothing was refused: the Hub could not be asked, so a cached copy may be used."""
+
+
+@contextmanager
+def in_plain_words(repo_id: str | None, revision: str | None) -> Iterator[None]:
+    """What the Hub refuses, or hinders a request to it, as an error that says what to do.
+
+    Raises:
+        HubError: in place of one of FAULTS.
+    """
+    try:
+        yield
+    except FAULTS as error:
+        raise _explain(error, repo_id, revision) from error
+
+
+def _explain(error: BaseException, repo_id: str | None, revision: str | None) -> HubError:
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        return _explain(error.__cause__, repo_id, revision)
+    if isinstance(error, HFValidationError):
+        return HubError(
+            f"{repo_id!r} is neither a folder on this machine nor a name on the Hub.",
+            fix="give an existing folder, or a name like meta-llama/Llama-2-7b-hf",
+        )
+    if isinstance(error, OfflineModeIsEnabled):
+        return UnreachableError(
+            "HF_HUB_OFFLINE is set, so the Hub is not asked.",
+            fix="unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE",
+        )
+    if isinstance(error, HfHubHTTPError):
+        return _refused(error, repo_id, revision)
+    if isinstance(error, (_CLIENT_ERROR, LocalEntryNotFoundError)):
+        return UnreachableError(
+            f"The Hub at {constants.ENDPOINT} cannot be reached: {_first_line(error)}.",
+            fix="check the network and the proxy settings",
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return HubError(
+            f"The disk that holds the cache {constants.HF_HUB_CACHE} is full.",
+            fix="free space (`hf cache ls` shows what is there), or set HF_HOME to a folder on another disk",
+        )
+    if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
+        return HubError(
+            f"You may not read the Hub's files on this machine: {_first_line(error)}.",
+            fix="fix the permissions, or set HF_HOME to a folder you can write to",
+        )
+    return HubError(
+        f"The download of {repo_id!r} was cut off: {_first_line(error)}.",
+        fix=GO_ON,
+    )
+
+
+def _refused(error: HfHubHTTPError, repo_id: str | None, revision: str | None) -> HubError:
+    """The Hub answered, with a refusal; which one is in status, code and sentence (see this file's top)."""
+    status = error.response.status_code
+    said = (error.server_message or error.response.headers.get("x-error-message") or "").strip()
+    stranger = "authorization" not in error.response.request.headers
+    if status == 429 or status >= 500:
+        return UnreachableError(
+            f"The Hub at {constants.ENDPOINT} answers {status} at the moment.",
+            fix="wait a few minutes"
+            + ("; the Hub allows more requests after `hf auth login`" * (status == 429 and stranger)),
+        )
+    if status == 401 and not stranger:
+        return HubError(
+            "The Hub does not accept this machine's token: it is wrong, revoked or expired.",
+            fix=f"create one at {_TOKENS}, then `hf auth login --force`; renew HF_TOKEN too where it is set",
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return HubError(
+            f"{repo_id!r} is on the Hub, but has no branch, tag or commit {revision!r}.",
+            fix=f"choose one from {page_of(repo_id)}/commits/main, or leave the revision out",
+        )
+    if isinstance(error, GatedRepoError) or "fine-grained" in said:
+        return _gated(repo_id, said, stranger)
+    # huggingface_hub itself takes a stranger's 401 for "not found" only from addresses that begin with https.
+    if isinstance(error, RepositoryNotFoundError) or status == 401:
+        return _not_found(repo_id, stranger)
+    return HubError(
+        f"The Hub refused {repo_id!r} with status {status}: {said.rstrip('.') or _first_line(error)}.",
+        fix=f"look at {page_of(repo_id)}",
+    )
+
+
+def _gated(repo_id: str | None, said: str, stranger: bool) -> HubError:
+    if stranger:
+        return HubError(
+            f"{repo_id!r} is gated, and this machine is not logged in to the Hub.",
+            fix=f"accept the licence at {page_of(repo_id)}, then `hf auth login`",
+        )
+    if "fine-grained" in said:
+        return HubError(
+            f"{repo_id!r} is gated, and this machine's fine-grained token may not read gated repositories.",
+            fix=f"at {_TOKENS} give it 'Read access to contents of all public gated repos you can access'",
+        )
+    if "awaiting a review" in said:
+        return HubError(
+            f"{repo_id!r} is gated; your request was sent and is awaiting its authors' review.",
+            fix=f"wait for their answer; {constants.ENDPOINT}/settings/gated-repos shows your requests",
+        )
+    if "rejected" in said:
+        return HubError(
+            f"{repo_id!r} is gated, and its authors rejected your request.",
+            fix="use a model that you have access to: the Hub accepts no second request",
+        )
+    return HubError(
+        f"{repo_id!r} is gated, and this account has not accepted its licence yet.",
+        fix=f"accept it at {page_of(repo_id)} with the account that `hf auth whoami` names",
+    )
+
+
+def _not_found(repo_id: str | None, stranger: bool) -> HubError:
+    short = "" if repo_id is None or "/" in repo_id else " The full form is owner/model."
+    spelling = f"check the spelling at {constants.ENDPOINT}/models"
+    if stranger:
+        return HubError(
+            f"The Hub shows no model {repo_id!r} to a machine that is not logged in: it is misspelt, or"
+            f" private (the Hub does not say which).{short}",
+            fix=f"{spelling}; if it is private, `hf auth login`",
+        )
+    return HubError(
+        f"The Hub has no model {repo_id!r} that this account may see: it is misspelt, or private.{short}",
+        fix=f"{spelling}; if it is private, ask its owner to share it with the account of `hf auth whoami`",
+    )
+
+
+def page_of(repo_id: str | None) -> str:
+    """A model's page."""
+    return f"{constants.ENDPOINT}/{repo_id}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
