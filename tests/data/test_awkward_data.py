@@ -9,10 +9,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from nybble.data.examine import forms_of, sources_of
-from nybble.data.prepare import prepare
 from nybble.data.rows.formats import Message
 from nybble.data.rows.sources import read_rows
+from nybble.data.sets.examine import forms_of, sources_of
+from nybble.data.sets.prepare import prepare
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 

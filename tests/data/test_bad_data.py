@@ -8,8 +8,8 @@ import json
 import pytest
 import yaml
 
-from nybble.data.examine import examine, refuse_unfit
-from nybble.data.prepare import prepare
+from nybble.data.sets.examine import examine, refuse_unfit
+from nybble.data.sets.prepare import prepare
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 

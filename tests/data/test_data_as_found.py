@@ -15,9 +15,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from nybble.data.examine import forms_of, rows_of, sources_of
 from nybble.data.rows.formats import Message
-from nybble.data.tokenise import Pass
+from nybble.data.sets.examine import forms_of, rows_of, sources_of
+from nybble.data.text.tokenise import Pass
 from nybble.recipe import DataOptions, load_recipe
 
 TABLE = [["instruction", "output"], ["Name a bird", "an owl, or a jay"], ["Name a fish; any", "a carp"]]

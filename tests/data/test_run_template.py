@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from nybble.chat.answerer import Sampling, load_answerer, load_template
-from nybble.data.prepare import prepare
 from nybble.data.rows.formats import Message
+from nybble.data.sets.prepare import prepare
 from nybble.data.text.tokens import encode_prompt
 from nybble.errors import DataError, ModelError
 from nybble.evaluate.evaluation import Asked, evaluate

@@ -18,9 +18,9 @@ from rich.console import Console
 
 from nybble.data.batches import Collator, PackedRows
 from nybble.data.order import Order, lengths_of
-from nybble.data.prepare import prepare, weighted
 from nybble.data.rows.sources import find_sources, read_rows
-from nybble.data.stream import StreamedRows
+from nybble.data.sets.prepare import prepare, weighted
+from nybble.data.sets.stream import StreamedRows
 from nybble.errors import DataError, RecipeError
 from nybble.recipe import DataOptions, load_recipe
 from nybble.run.log import read_metrics
@@ -110,7 +110,7 @@ def test_a_stream_mixes_shuffles_and_repeats_and_depends_on_the_seed_alone(tmp_p
 
 
 def test_a_bad_row_far_into_a_stream_is_left_out_and_named(tmp_path, tiny_tokenizer, cache, caplog, monkeypatch):
-    monkeypatch.setattr("nybble.data.examine.HEAD", 20)
+    monkeypatch.setattr("nybble.data.sets.examine.HEAD", 20)
     file = write(tmp_path / "a.jsonl", 40, "a")
     with file.open("a") as stream:
         stream.write('{"prompt": "x"\n{"prompt": "x", "completion": ""}\n')

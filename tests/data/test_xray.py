@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from nybble.data.batches import IGNORED, Collator
-from nybble.data.prepare import prepare
+from nybble.data.sets.prepare import prepare
 from nybble.data.text.template import Template
 from nybble.data.xray import Rules, inspect
 from nybble.errors import DataError

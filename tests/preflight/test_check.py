@@ -16,10 +16,10 @@ from transformers import AutoConfig
 
 from nybble.cli.words import data_recipe
 from nybble.data import histogram
-from nybble.data.prepare import prepare
-from nybble.data.preview import preview
 from nybble.data.rows.licences import licences
 from nybble.data.rows.sources import find_sources
+from nybble.data.sets.prepare import prepare
+from nybble.data.sets.preview import preview
 from nybble.errors import DataError
 from nybble.plan.speed import BURSTS, estimate, product_rates
 from nybble.preflight.data_check import check
@@ -205,7 +205,7 @@ def test_without_a_model_the_rows_are_read(rows, tmp_path):
 
 @pytest.mark.parametrize("with_model", [False, True])
 def test_of_a_stream_the_beginning_is_looked_at(rows, tiny_llama, cache, monkeypatch, with_model):
-    monkeypatch.setattr("nybble.data.examine.HEAD", 50)
+    monkeypatch.setattr("nybble.data.sets.examine.HEAD", 50)
     words = ["data.streaming=true", "train.max_steps=2", "data.validation=0", "data.max_length=256"]
     fit, told = looked(rows, tiny_llama if with_model else "", *words, cache=cache)
     assert fit

@@ -81,7 +81,7 @@ def preview(
             "MODEL is missing", fix="nybble data preview DATA MODEL; a folder with its tokenizer is enough"
         )
     quiet()
-    from nybble.data.preview import preview as show
+    from nybble.data.sets.preview import preview as show
     from nybble.preflight.data_check import describe
 
     show(recipe.data, describe(recipe)[0], count, Console(), ids=ids)

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from nybble.data.batches import PackedRows
-from nybble.data.prepare import column
+from nybble.data.sets.prepare import column
 
 MEGA = 50  # steps whose rows are sorted together: enough to pad little, few enough to stay random
 

@@ -17,7 +17,7 @@ from datasets import Dataset
 
 from nybble.data.batches import IGNORED, PackedRows, Sample
 from nybble.data.text.template import Template
-from nybble.data.tokenise import Progress
+from nybble.data.text.tokenise import Progress
 from nybble.errors import DataError
 
 ROWS = 64  # in one look

@@ -14,13 +14,13 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.data import histogram
 from nybble.data.batches import Collator, PackedRows
-from nybble.data.examine import Examined, examine, forms_of, rows_of, sources_of, unfit
 from nybble.data.order import lengths_of
-from nybble.data.prepare import arranged, of_validation, split
 from nybble.data.rows.licences import licences
 from nybble.data.rows.sources import Source
+from nybble.data.sets.examine import Examined, examine, forms_of, rows_of, sources_of, unfit
+from nybble.data.sets.prepare import arranged, of_validation, split
 from nybble.data.text.template import Template
-from nybble.data.tokenise import Counts, Pass
+from nybble.data.text.tokenise import Counts, Pass
 from nybble.data.xray import Rules, inspect
 from nybble.errors import DataError, ModelError, NybbleError, RecipeError, TooFewRowsError
 from nybble.files.places import check_cache, check_writable, default_cache

@@ -7,8 +7,8 @@ from typing import Any
 from peft import PeftModel
 from rich.console import Console
 
-from nybble.data.prepare import Prepared
-from nybble.data.stream import StreamedRows
+from nybble.data.sets.prepare import Prepared
+from nybble.data.sets.stream import StreamedRows
 from nybble.engine.fusion import Fusion
 from nybble.model.adapter.updates import targets_of, updates_of
 from nybble.model.base.load import Base, Footprint

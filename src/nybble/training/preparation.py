@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.batches import Collator
-from nybble.data.prepare import Prepared, prepare
+from nybble.data.sets.prepare import Prepared, prepare
 from nybble.data.text.kept_template import read_template
 from nybble.data.xray import Rules, inspect
 from nybble.engine.fuse import fuse, fusion, unfuse

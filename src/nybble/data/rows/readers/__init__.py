@@ -5,8 +5,8 @@ No reader holds more of a file than a chunk or a row.
 """
 
 from nybble.data.rows.readers.files import JSON_KINDS, KINDS, read_file, refuse_special, refuse_stranger
+from nybble.data.rows.readers.lines import document, kind_of
 from nybble.data.rows.readers.row import MAX_ROW, MB, Item, Notice, Row, TooLargeError, Unreadable, listing
-from nybble.data.rows.readers.text import document, kind_of
 
 __all__ = [
     "JSON_KINDS",

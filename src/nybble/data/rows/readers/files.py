@@ -9,10 +9,10 @@ import stat
 from collections.abc import Callable, Iterator
 
 from nybble.data.rows.readers.json_rows import read_json
+from nybble.data.rows.readers.lines import beginning, document, is_packed, kind_of
 from nybble.data.rows.readers.parquet import read_parquet
 from nybble.data.rows.readers.row import MAX_ROW, Item, Notice, Row, TooLargeError
 from nybble.data.rows.readers.tables import read_csv
-from nybble.data.rows.readers.text import beginning, document, is_packed, kind_of
 from nybble.errors import DataError
 from nybble.files.lfs import pointer_fault
 from nybble.files.reading import KINDS as SPECIAL_KINDS

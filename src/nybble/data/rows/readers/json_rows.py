@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from nybble.data.rows.readers.json_text import Decoder, NumberError, Text, no_number
+from nybble.data.rows.readers.lines import beginning, checked, lines
 from nybble.data.rows.readers.row import Item, row_of
-from nybble.data.rows.readers.text import beginning, checked, lines
 from nybble.data.rows.readers.wrapped import Outline, outline_of, read_wrapped
 from nybble.errors import DataError
 from nybble.files.reading import json_fault

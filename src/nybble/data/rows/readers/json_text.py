@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from nybble.data.rows.readers.lines import CHUNK, as_utf8, pieces
 from nybble.data.rows.readers.row import MAX_ROW, too_large
-from nybble.data.rows.readers.text import CHUNK, as_utf8, pieces
 from nybble.errors import DataError
 from nybble.files.reading import json_fault
 

@@ -16,9 +16,9 @@ import pyarrow
 import pyarrow.parquet
 
 from nybble.data.rows.readers.cells import HELD, rows_of
+from nybble.data.rows.readers.lines import CHUNK, is_packed, opened
 from nybble.data.rows.readers.pages import Page, longest_text, pages
 from nybble.data.rows.readers.row import MB, Item, Row, too_large
-from nybble.data.rows.readers.text import CHUNK, is_packed, opened
 from nybble.errors import DataError
 
 ROWS = 1024  # that are unpacked at a time, or fewer where they are large

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nybble.data.rows.readers.lines import START, beginning, checked, kind_of, lines
 from nybble.data.rows.readers.row import MB, Item, Notice, Row, listing, too_large
-from nybble.data.rows.readers.text import START, beginning, checked, kind_of, lines
 from nybble.errors import DataError
 
 LOOKED_AT = 100  # lines by which a delimiter is told

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nybble.data.rows.readers.json_text import Text
+from nybble.data.rows.readers.lines import fed
 from nybble.data.rows.readers.row import Item, Notice, Row, listing, row_of, too_large
-from nybble.data.rows.readers.text import fed
 from nybble.errors import DataError
 
 HOLDERS = (

@@ -18,7 +18,7 @@ from nybble.data.rows.formats import Forms
 from nybble.data.rows.readers import Item, Row
 from nybble.data.rows.sources import Source, read_rows, row_limit
 from nybble.data.text.template import Template
-from nybble.data.tokenise import Pass
+from nybble.data.text.tokenise import Pass
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 

@@ -19,7 +19,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
 from nybble.data.rows import faults
-from nybble.data.tokenise import Pass, Sample
+from nybble.data.text.tokenise import Pass, Sample
 from nybble.errors import PlaceError
 from nybble.files import cache as kept
 from nybble.files.places import ANOTHER_CACHE

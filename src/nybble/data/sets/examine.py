@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from nybble.data.cached_rows import rows_in
 from nybble.data.rows import faults
 from nybble.data.rows.formats import Forms, Rules, detect_forms
 from nybble.data.rows.readers import Item, Row
 from nybble.data.rows.sources import Source, find_sources, fingerprint, read_rows, row_limit
+from nybble.data.sets.cached_rows import rows_in
 from nybble.data.text.template import Template, choose_template
-from nybble.data.tokenise import Counts, Pass, Progress, Sample
+from nybble.data.text.tokenise import Counts, Pass, Progress, Sample
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 

@@ -11,9 +11,9 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.batches import IGNORED, Collator
-from nybble.data.examine import forms_of, rows_of, sources_of
+from nybble.data.sets.examine import forms_of, rows_of, sources_of
 from nybble.data.text.template import choose_template
-from nybble.data.tokenise import Pass, Sample
+from nybble.data.text.tokenise import Pass, Sample
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 from nybble.terminal import tell

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from nybble.data.fit import cut_text, halve, last_answer, truncate
 from nybble.data.rows.faults import Faults
 from nybble.data.rows.formats import Conversation, EmptyAnswerError, Forms
 from nybble.data.rows.readers import Item, Notice, Row
+from nybble.data.text.fit import cut_text, halve, last_answer, truncate
 from nybble.data.text.meter import TemplateLimitError
 from nybble.data.text.template import Part, Run, Template
 from nybble.data.text.tokens import EncodingError, Tokens, encode, join

@@ -12,11 +12,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.batches import PackedRows
-from nybble.data.examine import Examined, examine, refuse_unfit
 from nybble.data.packing import best_fit
-from nybble.data.stream import StreamedRows
+from nybble.data.sets.examine import Examined, examine, refuse_unfit
+from nybble.data.sets.stream import StreamedRows
 from nybble.data.text.template import Template
-from nybble.data.tokenise import Counts, Progress
+from nybble.data.text.tokenise import Counts, Progress
 from nybble.errors import TooFewRowsError
 from nybble.recipe import DataOptions
 
