@@ -10,8 +10,16 @@ import typer
 from rich.console import Console
 
 from nybble.cli.app import Documented, app, asked_cache, cache_folder, quiet
+from nybble.cli.arguments import (
+    LOOSE,
+    Config,
+    complete_argument,
+    data_recipe,
+    own_options,
+    refuse_missing,
+    train_recipe,
+)
 from nybble.cli.extras import make_converter, make_harness, make_preflight
-from nybble.cli.words import LOOSE, Config, complete_words, data_recipe, own_options, refuse_missing, train_recipe
 from nybble.distributed.launcher import rank, refuse_second_launcher, world_size
 from nybble.errors import RecipeError
 
@@ -20,12 +28,12 @@ if TYPE_CHECKING:
 
 data = typer.Typer(no_args_is_help=True, help="Check and preview data before training.")
 app.add_typer(data, name="data")
-Words = Annotated[
+Arguments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[DATA] [MODEL] [KEY=VALUE ...]",
         help="Data, base model, and options of the recipe.",
-        autocompletion=complete_words,
+        autocompletion=complete_argument,
     ),
 ]
 
@@ -47,12 +55,12 @@ def doctor(
 @data.command(context_settings=LOOSE)
 def check(
     context: typer.Context,
-    words: Words = None,
+    arguments: Arguments = None,
     config: Config = None,
     png: Annotated[pathlib.Path | None, typer.Option(help="Write a plot of the row lengths to this file.")] = None,
 ) -> None:
     """Check data: rows, formats, faults with file:line; with MODEL also tokens, masks, lengths, steps and time."""
-    recipe = data_recipe(words or [], config, own_options(context))
+    recipe = data_recipe(arguments or [], config, own_options(context))
     refuse_missing(recipe)
     if recipe.model.path:
         from nybble.files.places import check_cache
@@ -68,13 +76,13 @@ def check(
 @data.command(context_settings=LOOSE)
 def preview(
     context: typer.Context,
-    words: Words = None,
+    arguments: Arguments = None,
     config: Config = None,
     count: Annotated[int, typer.Option("-n", "--rows", min=1, help="Number of rows.")] = 3,
     ids: Annotated[bool, typer.Option("--ids", help="Show token ids too.")] = False,
 ) -> None:
     """Show the exact text the model reads, with trained tokens coloured and control tokens visible."""
-    recipe = data_recipe(words or [], config, own_options(context))
+    recipe = data_recipe(arguments or [], config, own_options(context))
     refuse_missing(recipe)
     if not recipe.model.path:
         raise RecipeError(
@@ -90,12 +98,12 @@ def preview(
 @app.command(cls=Documented, context_settings=LOOSE)
 def train(
     context: typer.Context,
-    words: Annotated[
+    arguments: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[MODEL DATA] [KEY=VALUE ...]",
             help="Base model, data, and options of the recipe.",
-            autocompletion=complete_words,
+            autocompletion=complete_argument,
         ),
     ] = None,
     config: Config = None,
@@ -104,7 +112,7 @@ def train(
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the complete recipe and exit.")] = False,
 ) -> None:
     """Train an adapter: nybble train MODEL DATA key=value ..., or -c recipe.yaml, or both. Writes runs/NAME."""
-    recipe = train_recipe(words or [], config, resume, processes, own_options(context))
+    recipe = train_recipe(arguments or [], config, resume, processes, own_options(context))
     if print_config:
         from nybble.recipe import dump_recipe
 
