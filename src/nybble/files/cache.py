@@ -21,7 +21,7 @@ import xxhash
 
 from nybble.errors import PlaceError
 from nybble.files import digests
-from nybble.files.places import ANOTHER_CACHE, FORGOTTEN, HALF, is_forgotten, new_folder, replacing
+from nybble.files.places import ANOTHER_CACHE, FORGOTTEN, HALF, folder_beside, is_forgotten, put_in_place, replacing
 
 MANIFEST = "manifest.json"
 PLACES = 9  # names that an entry may have, where what stands under the first ones can be neither used nor moved
@@ -95,9 +95,20 @@ def making(place: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
         FileExistsError: something else stands there by now.
     """
-    make_room(place.parent)
-    _sweep(place.parent)
-    with new_folder(place, proof=MANIFEST) as temporary:
+    with filling(place.parent) as temporary:
+        yield temporary
+        put_in_place(temporary, place, proof=MANIFEST)
+
+
+@contextlib.contextmanager
+def filling(room: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to fill in a room of the cache, gone afterwards: for an entry whose name is known only when it is full.
+
+    `seal` it then, and `put_in_place`.
+    """
+    make_room(room)
+    _sweep(room)
+    with folder_beside(room / "entry") as temporary:
         temporary.chmod(0o700)  # rows are their user's own
         yield temporary
 
