@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoConfig
 
-from nybble.cli.words import data_recipe
+from nybble.cli.arguments import data_recipe
 from nybble.data import histogram
 from nybble.data.rows.licences import licences
 from nybble.data.rows.sources import find_sources
@@ -205,7 +205,7 @@ def test_without_a_model_the_rows_are_read(rows, tmp_path):
 
 @pytest.mark.parametrize("with_model", [False, True])
 def test_of_a_stream_the_beginning_is_looked_at(rows, tiny_llama, cache, monkeypatch, with_model):
-    monkeypatch.setattr("nybble.data.sets.examine.HEAD", 50)
+    monkeypatch.setattr("nybble.data.rows.reading.STREAM_HEAD", 50)
     words = ["data.streaming=true", "train.max_steps=2", "data.validation=0", "data.max_length=256"]
     fit, told = looked(rows, tiny_llama if with_model else "", *words, cache=cache)
     assert fit

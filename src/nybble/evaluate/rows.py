@@ -9,8 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from nybble.data.rows.sources import find_sources
-from nybble.data.sets.examine import sources_of
+from nybble.data.rows.sources import find_sources, sources_of
 from nybble.data.sets.prepare import Prepared, prepare
 from nybble.data.text.kept_template import read_template
 from nybble.errors import DataError, RecipeError

@@ -37,7 +37,7 @@ def tell_data(console: Console, data: Prepared, options: DataOptions, seconds: f
         lost.append(f"{counts.overlength:,} rows {verb} {options.max_length} tokens")
     if lost:
         tell(console, f"          {', '.join(lost)}")
-    for notice in counts.told():
+    for notice in counts.notice_lines():
         tell(console, f"          {notice}")
     if isinstance(data.train, StreamedRows):
         count = 0 if data.validation is None else len(data.validation)

@@ -31,7 +31,6 @@ from nybble.model.device import choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer
 from nybble.objective.likelihood import TOKENS_AT_ONCE, bare, is_plain
 from nybble.plan.out_of_memory import explained_memory
-from nybble.plan.schedule import plan_steps
 from nybble.recipe import Recipe, absolute_paths
 from nybble.run.folder import (
     Run,
@@ -174,8 +173,7 @@ def _train(
     if preflight is not None:
         preflight(config, tokenizer, folder)
     with state.main_process_first():
-        data = prepare_data(recipe, tokenizer, console, cache, folder)
-    schedule = plan_steps(recipe.train, data.rows, data.validation is not None)
+        data, schedule = prepare_data(recipe, tokenizer, config, console, cache, folder)
     # 3. The base, frozen in 4 bits.
     with state.main_process_first(), console.status("loading the base"):
         checkpoint = find_checkpoint(recipe.model.path, recipe.model.revision)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from nybble.data.order import Order, batches, lengths_of
+from nybble.data.order import GroupedByLength, batches, lengths_of
 from nybble.objective.likelihood import summed_loss
 from nybble.plan.schedule import Schedule
 from nybble.recipe import Recipe
@@ -156,7 +156,7 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         self.doing: Callable[[str, int, int], None] = lambda what, done, of: None
         """Is told what goes on beside the steps, how many parts of it are done, and of how many."""
         self._ahead: Ahead | None = None
-        self._order: Order | None = None
+        self._order: GroupedByLength | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's loop, without its walks over all modules at every step."""
@@ -184,7 +184,7 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
             return None
         arguments = self.args
         step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        self._order = Order(lengths_of(rows), step, arguments.seed)
+        self._order = GroupedByLength(lengths_of(rows), step, arguments.seed)
         return self._order
 
     def training_step(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nybble.data.rows import hub
 from nybble.data.rows.sources import Source
 
 NON_COMMERCIAL = "CC BY-NC 4.0: not for commercial use"
@@ -35,7 +34,7 @@ def licences(sources: Iterable[Source]) -> list[str]:
     lines = []
     for source in sources:
         if source.hub is not None:
-            named = KNOWN.get(source.hub.id) or hub.licence(source.hub)
+            named = KNOWN.get(source.hub.id) or source.hub.licence
             lines += [f"{source.name}: {named}"] if named else [f"{source.name}: its card names none"]
         lines += [f"{file.name}: {KNOWN[file.name]}" for file in source.files if file.name in KNOWN]
     return lines
