@@ -1,6 +1,6 @@
 """A value as a person types it, read by the type of its option: an option that is text takes the text as it stands.
 
-YAML alone would read a revision of 123456 as a number, 2024-01-01 as a date and `on` as a truth.
+YAML alone would read a revision of 123456 as a number, 2024-01-01 as a date and `on` as a boolean.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ def kinds_of(key: str) -> tuple[Any, ...] | None:
     return _kinds(field.annotation)
 
 
-def read_word(text: str, kinds: tuple[Any, ...] | None) -> Any:
+def read_argument(text: str, kinds: tuple[Any, ...] | None) -> Any:
     """The value of `key=value`.
 
     Args:
-        text: what stands behind the equals sign.
+        text: what follows the equals sign.
         kinds: the types of its option; None where there is no such option, or it is a section.
 
     Raises:
@@ -84,7 +84,7 @@ def read_word(text: str, kinds: tuple[Any, ...] | None) -> Any:
 
 
 def read_node(node: yaml.Node | None, kinds: tuple[Any, ...] | None) -> Any:
-    """A value of a YAML file, as `read_word` reads one."""
+    """A value of a YAML file, as `read_argument` reads one."""
     if node is None:
         return None
     if kinds is None or Any in kinds:
@@ -106,7 +106,7 @@ def read_node(node: yaml.Node | None, kinds: tuple[Any, ...] | None) -> Any:
 
 
 def read_section(node: yaml.Node, section: type[Options] = Recipe) -> Any:
-    """A mapping of options, or what stands in its place."""
+    """A mapping of options, or whatever else the node is."""
     if not isinstance(node, yaml.MappingNode):
         return _constructed(node)
     _flatten(node)
@@ -149,8 +149,8 @@ def example(key: str, *, near: str = "", in_file: bool = False) -> str:
 
 
 def choices(kinds: Iterable[Any]) -> list[str]:
-    """The words that an option takes."""
-    return [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    """The values that an option can be chosen from."""
+    return [value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
 
 
 def _as_yaml(value: str, kinds: tuple[Any, ...]) -> str:
