@@ -22,9 +22,10 @@ GOOD = b'{"instruction": "a", "output": "b"}\n'
 CHILD = """
 import itertools, json, pathlib, re, resource, sys
 from nybble.data.rows.faults import Faults
-from nybble.data.rows.formats import detect_forms
-from nybble.data.rows.readers import Row, read_file
+from nybble.data.rows.readers import Row
+from nybble.data.rows.reading import OpenRows
 from nybble.errors import DataError
+from nybble.recipe import DataOptions
 
 def peak():  # not getrusage's, which begins with what the parent had
     return int(re.search("VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
@@ -35,14 +36,9 @@ held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + room, held + room))
 faults, rows, number = Faults(), 0, 0
 
-def items():
-    try:
-        yield from read_file(file)
-    except DataError as fault:
-        yield fault
-
-forms = detect_forms((item for item in itertools.islice(items(), 100) if isinstance(item, Row)), "auto", {})
-for number, item in enumerate(itertools.islice(items(), most), 1):
+opened = OpenRows(DataOptions(path=str(file)))
+forms = opened.forms  # which takes the first rows, and holds them for those who read on
+for number, item in enumerate(itertools.islice(opened.items(), most), 1):
     try:
         if isinstance(item, DataError):
             raise item

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pathlib
+import subprocess
 import sys
 
 import pyarrow
@@ -22,6 +23,7 @@ from nybble.data.sets.preview import preview
 from nybble.errors import DataError
 from nybble.preflight.data_check import check
 from nybble.recipe import DataOptions, load_recipe
+from tests.standin_hub import Repo, StandinHub, commit_of
 
 COUNT = FORM_ROWS + 500  # more rows than decide the forms
 ROWS = [{"prompt": f"red {n}", "completion": "blue"} for n in range(COUNT)]
@@ -199,3 +201,41 @@ def test_data_check_and_preview_open_a_file_once(name, folder, tmp_path, tiny_ll
         assert opened_in(folder) == [name]
     preview(DataOptions(path=str(folder / name)), tiny_tokenizer, 2, Console(quiet=True))
     assert opened_in(folder) == [name]
+
+
+READER = """
+import pathlib, sys
+from nybble.data.rows.licences import licences
+from nybble.data.rows.reading import OpenRows
+from nybble.recipe import DataOptions
+options = DataOptions(path="org/rows", streaming=sys.argv[1] == "stream")
+with OpenRows(options, notes=pathlib.Path(sys.argv[2])) as rows:
+    before = rows.fingerprint(is_read=False)
+    print(rows.forms.most_common, sum(1 for _ in rows.items()), licences(rows.sources))
+    assert before == rows.fingerprint(is_read=True)
+"""
+LOADER = """
+import sys
+from datasets import load_dataset
+rows = load_dataset("org/rows", split="train", revision=sys.argv[2], streaming=sys.argv[1] == "stream")
+print(sum(1 for _ in rows))
+"""
+
+
+@pytest.mark.parametrize("how", ["whole", "stream"])
+def test_a_data_set_on_the_hub_is_looked_up_once(how, folder, tmp_path):
+    """Forms, fingerprint, licence and rows take one question for the commit, and what Datasets asks for one loading."""
+    (folder / "train.jsonl").write_bytes(LINES)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    asked = {}
+    with StandinHub([Repo("org/rows", folder, kind="dataset")]) as hub:
+        for script, argument in ((READER, tmp_path / "notes"), (LOADER, commit_of(folder))):
+            hub.requests.clear()
+            command = [sys.executable, "-c", script, how, str(argument)]
+            environment = hub.environment(tmp_path / f"home {len(asked)}")
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            assert str(COUNT) in done.stdout
+            asked[script] = [*hub.requests]
+    assert asked[READER][0] == "GET /api/datasets/org/rows"
+    assert sorted(asked[READER][1:]) == sorted(asked[LOADER])

@@ -16,7 +16,7 @@ from nybble.data.batches import PackedRows
 from nybble.data.order import lengths_of
 from nybble.data.rows.licences import licences
 from nybble.data.rows.reading import OpenRows
-from nybble.data.rows.sources import Source
+from nybble.data.rows.sources import DataSource
 from nybble.data.sets.examine import Examined, unfit
 from nybble.data.sets.prepare import Prepared
 from nybble.data.text.template import Template
@@ -131,7 +131,7 @@ def describe(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PretrainedConfig 
     return tokenizer, read_config(folder)
 
 
-def _tell_rows(console: Console, counts: Counts, sources: tuple[Source, ...], streaming: bool) -> None:
+def _tell_rows(console: Console, counts: Counts, sources: tuple[DataSource, ...], streaming: bool) -> None:
     forms = ", ".join(f"{count:,} {form}" for form, count in sorted(counts.forms.items(), key=lambda item: -item[1]))
     where = f" in {len(sources)} sources" if len(sources) > 1 else ""
     where += ", the first of a stream" if streaming else ""

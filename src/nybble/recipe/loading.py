@@ -16,7 +16,7 @@ from yaml.constructor import ConstructorError
 from nybble.errors import RecipeError
 from nybble.files.reading import brief, check_regular, read_text
 from nybble.recipe.options import Recipe, option_names
-from nybble.recipe.values import Plain, example, kinds_of, read_argument, read_section
+from nybble.recipe.values import RecipeLoader, example, kinds_of, read_argument, read_section
 
 
 def load_recipe(
@@ -62,7 +62,7 @@ def _read_yaml(file: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
         file, RecipeError, f"copy it again, or, if it is Latin-1: iconv -f LATIN1 -t UTF-8 {name} > NEW.yaml"
     )
     try:
-        node = yaml.compose(text, Plain)
+        node = yaml.compose(text, RecipeLoader)
         tree = read_section(node) if node is not None else None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1

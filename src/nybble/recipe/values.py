@@ -36,11 +36,11 @@ EXAMPLES = {
 }
 
 
-class Plain(yaml.SafeLoader):
+class RecipeLoader(yaml.SafeLoader):
     """YAML without dates: no option is one."""
 
 
-Plain.yaml_implicit_resolvers = {
+RecipeLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
@@ -74,12 +74,12 @@ def read_argument(text: str, kinds: tuple[Any, ...] | None) -> Any:
         yaml.YAMLError: brackets or quotes that do not close, or a value that its tag does not allow.
     """
     if kinds is None:
-        return read_node(yaml.compose(text, Plain), None)
+        return read_node(yaml.compose(text, RecipeLoader), None)
     if text[:1] in ("'", '"') and len(text) > 1 and text[-1] == text[0]:
-        return read_node(yaml.compose(text, Plain), kinds)
+        return read_node(yaml.compose(text, RecipeLoader), kinds)
     is_nested = text[:1] in ("[", "{") and any(get_origin(kind) in (list, dict) for kind in kinds)
     if is_nested and not (str in kinds and os.path.exists(text)):
-        return read_node(yaml.compose(text, Plain), kinds)
+        return read_node(yaml.compose(text, RecipeLoader), kinds)
     return _read_text(text, kinds)
 
 
@@ -220,7 +220,7 @@ def _name(key: yaml.Node) -> str:
 
 
 def _constructed(node: yaml.Node) -> Any:
-    loader = Plain("")
+    loader = RecipeLoader("")
     try:
         return loader.construct_document(node)
     except (ValueError, LookupError, AttributeError) as error:  # PyYAML's: `!!int x`, `!!bool x`, `!!timestamp x`
@@ -231,7 +231,7 @@ def _constructed(node: yaml.Node) -> Any:
 
 def _flatten(node: yaml.MappingNode) -> None:
     """Merge keys (`<<: *other`) become keys."""
-    loader = Plain("")
+    loader = RecipeLoader("")
     try:
         loader.flatten_mapping(node)
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nybble.data.rows.sources import Source
+from nybble.data.rows.sources import DataSource
 
 NON_COMMERCIAL = "CC BY-NC 4.0: not for commercial use"
 KNOWN = {
@@ -29,7 +29,7 @@ KNOWN = {
 }
 
 
-def licences(sources: Iterable[Source]) -> list[str]:
+def licences(sources: Iterable[DataSource]) -> list[str]:
     """A line for each source whose licence is known, or which its card on the Hub names."""
     lines = []
     for source in sources:

@@ -46,7 +46,7 @@ Paths = str | Sequence[str] | Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """One of the names a recipe gives: the files it stands for, or one split of a data set on the Hub."""
 
     name: str
@@ -63,7 +63,7 @@ def find_sources(
     split: str = "train",
     revision: str | None = None,
     streaming: bool = False,
-) -> tuple[Source, ...]:
+) -> tuple[DataSource, ...]:
     """Tell files, folders and patterns from Hub ids.
 
     Args:
@@ -79,11 +79,13 @@ def find_sources(
     found = []
     for name, weight in weights.items():
         files = _files(name)
-        found.append(Source(name, files, None if files else HubSplit(name, subset, split, revision, streaming), weight))
+        found.append(
+            DataSource(name, files, None if files else HubSplit(name, subset, split, revision, streaming), weight)
+        )
     return tuple(found)
 
 
-def sources_of(options: DataOptions) -> tuple[Source, ...]:
+def sources_of(options: DataOptions) -> tuple[DataSource, ...]:
     """The sources of a recipe's data section; raises as `find_sources`."""
     return find_sources(
         options.path,
@@ -105,7 +107,7 @@ def row_limit(options: DataOptions, rules: Rules) -> int:
 
 
 def read_rows(
-    sources: Sequence[Source], limit: int = MAX_ROW, digests: FileDigests | None = None
+    sources: Sequence[DataSource], limit: int = MAX_ROW, digests: FileDigests | None = None
 ) -> Generator[Item, None, None]:
     """Rows in the order of the sources, in place of each that cannot be read what is wrong with it, and notices.
 
@@ -119,7 +121,7 @@ def read_rows(
             yield replace(item, source=number) if number and isinstance(item, Row) else item
 
 
-def _read(source: Source, limit: int, digests: FileDigests | None) -> Iterator[Item]:
+def _read(source: DataSource, limit: int, digests: FileDigests | None) -> Iterator[Item]:
     if source.hub is not None:
         yield from source.hub.rows()
     for path in source.files:
@@ -149,7 +151,7 @@ def _printable(origin: str) -> str:
     return origin.encode(errors="replace").decode()
 
 
-def fingerprint(sources: Sequence[Source], digests: Mapping[pathlib.Path, str]) -> str:
+def fingerprint(sources: Sequence[DataSource], digests: Mapping[pathlib.Path, str]) -> str:
     """SHA-256 of what the sources hold: the files' bytes, or what Datasets knows of the Hub's files and their commit.
 
     Args:

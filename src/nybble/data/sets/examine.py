@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from nybble.data.rows import faults
 from nybble.data.rows.formats import Forms, Rules
 from nybble.data.rows.reading import OpenRows
-from nybble.data.rows.sources import Source, row_limit
+from nybble.data.rows.sources import DataSource, row_limit
 from nybble.data.sets.cached_rows import rows_in
 from nybble.data.text.template import Template, choose_template
 from nybble.data.text.tokenise import Counts, Pass, Progress, Sample
@@ -32,7 +32,7 @@ class Examined:
 
     tokens: Dataset
     """The rows that can be trained on: input_ids, trained, length, is_piece, source and origin."""
-    sources: tuple[Source, ...]
+    sources: tuple[DataSource, ...]
     forms: Forms
     template: Template
     counts: Counts

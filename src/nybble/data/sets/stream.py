@@ -16,7 +16,7 @@ from nybble.data.packing import best_fit
 from nybble.data.rows.faults import Faults
 from nybble.data.rows.formats import Forms
 from nybble.data.rows.readers import Item, Row
-from nybble.data.rows.sources import Source, read_rows, row_limit
+from nybble.data.rows.sources import DataSource, read_rows, row_limit
 from nybble.data.text.template import Template
 from nybble.data.text.tokenise import Pass
 from nybble.errors import DataError
@@ -39,7 +39,7 @@ class StreamedRows(torch.utils.data.IterableDataset[Any]):
 
     def __init__(
         self,
-        sources: tuple[Source, ...],
+        sources: tuple[DataSource, ...],
         forms: Forms,
         template: Template,
         options: DataOptions,
