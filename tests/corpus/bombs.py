@@ -162,7 +162,7 @@ BOMBS = [
     Case("digits-gz", packed("a.jsonl.gz", b'{"text": ', b"7", b"}\n"), 0, (LINE, "a.jsonl.gz:1")),
     Case("csv-line-gz", packed("a.csv.gz", b'instruction,output\na,"', b"x", b'"\n'), 0, (LINE, "a.csv.gz:2", HUGE)),
     Case("csv-quote-gz", packed("a.csv.gz", b'instruction,output\na,b\na,"', b"x\n", b'"\n'), 1,
-         ("no end within 16 MB of the quotes that open here", "a.csv.gz:3", "data.max_row_mb=32")),
+         ("the quotes that open here are not closed within 16 MB", "a.csv.gz:3", "data.max_row_mb=32")),
     Case("csv-commas-gz", packed("a.csv.gz", b"instruction,output\n", b",", b"\n"), 0, (LINE, "a.csv.gz:2")),
     Case("txt-line-gz", packed("a.txt.gz", b"", b"x", b""), 0, (LINE, "a.txt.gz:1")),
     Case("txt-lines-gz", packed("a.txt.gz", b"", b"x" * 4095 + b"\n", b""), 0,

@@ -130,7 +130,7 @@ def test_a_file_of_validation_rows_is_looked_at_too(rows, tiny_llama, tiny_token
     (tmp_path / "held.jsonl").write_text(json.dumps({"messages": turns}))
     fit, told = looked(rows, tiny_llama, *words, cache=cache)
     assert fit
-    assert f"validation 1 rows of {tmp_path / 'held.jsonl'}, 1 used" in told
+    assert f"validation 1 row of {tmp_path / 'held.jsonl'}, 1 used" in told
     options = DataOptions(path=str(rows), max_length=256, validation=str(tmp_path / "held.jsonl"))
     held_out = prepare(options, tiny_tokenizer, 0, cache).validation
     assert "### Instruction:\nred" in tiny_tokenizer.decode(held_out[0]["input_ids"]), "in the template that is trained"

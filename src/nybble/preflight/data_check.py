@@ -103,7 +103,7 @@ def _check_tokens(
     _tell_rows(console, found.examined.counts, found.examined.sources, recipe.data.streaming)
     if found.held_out is not None:
         counts = found.held_out.counts
-        _line(console, "validation", f"{counts.rows:,} rows of {recipe.data.validation}, {counts.kept:,} used")
+        _line(console, "validation", f"{_plural(counts.rows, 'row')} of {recipe.data.validation}, {counts.kept:,} used")
     if not found.examined.lengths:
         return faults
     _tell_lengths(console, found.examined, recipe)

@@ -29,7 +29,7 @@ class Preparation:
     """A run before its base is loaded; what is None was refused."""
 
     examined: Examined
-    """The data, fit or not."""
+    """The data, whether it can be trained on or not."""
     held_out: Examined | None
     """The rows of the file that data.validation names."""
     data: Prepared | None
@@ -54,7 +54,7 @@ def prepare_run(
         tokenizer: of the base model.
         config: of the base model; None where only its tokenizer is there.
         cache: folder for tokenised data.
-        refuse: is given every fault, in the order in which training would meet them.
+        refuse: is given every fault, in the order in which training would find them.
         progress: called with what is being done and the number of rows so far.
         template: of a run that is resumed; else the recipe chooses it.
 
@@ -100,10 +100,8 @@ def _inspected_sets(
 ) -> Prepared | None:
     """Training and validation rows, whose batches are as they should be."""
     tokenizer = examined.template.tokenizer
-    collate, expected = (
-        Collator(tokenizer.pad_token_id, recipe.engine.fused),
-        Expected(examined.template, recipe.data.train_on),
-    )
+    collate = Collator(tokenizer.pad_token_id, recipe.engine.fused)
+    expected = Expected(examined.template, recipe.data.train_on)
     try:
         data = sets_of(examined, held_out, recipe.data, recipe.train.seed)
         for rows in (data.sample, data.validation):

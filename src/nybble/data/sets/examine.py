@@ -1,4 +1,4 @@
-"""What data is before anything is done with it: its tokens, kept in a cache, and everything that was found on the way."""
+"""Rows read and tokenised, or taken from the cache, with everything that was found out about them on the way."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OVERLENGTH_SHARE = 0.01  # with overlength=error, up to this share of rows is dr
 
 @dataclass(frozen=True)
 class Examined:
-    """Data as it is, fit or not."""
+    """Data as it was found, whether it can be trained on or not."""
 
     tokens: Dataset
     """The rows that can be trained on: input_ids, trained, length, is_piece, source and origin."""
@@ -98,7 +98,7 @@ def examine(
 def unfit(
     counts: Counts, wrong: Sequence[DataError], lengths: Mapping[int, int], options: DataOptions
 ) -> Iterator[DataError]:
-    """Every reason for which data cannot be trained on as the options say."""
+    """Every reason why data cannot be trained on with these options."""
     is_refused = counts.faulty and (options.bad_rows == "error" or counts.faulty == counts.rows)
     if is_refused and counts.faulty == 1:
         yield wrong[0]

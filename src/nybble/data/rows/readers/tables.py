@@ -82,7 +82,7 @@ class Record:
         if is_long and opened is None:
             return too_large("a record", self.limit, where)
         if is_long:
-            what = f"no end within {self.limit / MB:,.0f} MB of the quotes that open here"
+            what = f"the quotes that open here are not closed within {self.limit / MB:,.0f} MB"
             fix += f"; if a field is meant to be this large, allow it with data.max_row_mb={2 * self.limit // MB}"
         else:
             what = str(error) + ("" if opened is None else " within the quotes that open here")
