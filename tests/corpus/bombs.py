@@ -189,7 +189,7 @@ BOMBS = [
                compression="zstd", data_page_version="2.0"),
          0, ("a row of 17,", "a.parquet:row 2", "the conversation ends before")),
     Case("parquet-lists", lists, 0, ("has lists of 100,000,000 values for 1 rows", "smaller row groups")),
-    Case("scattered-faults", scattered, 100_000, ("a row without an answer", "lines 2, 4, 6 and 99,997 more places")),
+    Case("scattered-faults", scattered, 100_000, ("a row without an answer", "lines 2, 4, 6 and 99,997 more")),
     Case("different-faults", different, 0, ("unknown fields: found 'c0'",)),
     Case("amplified", amplified, 1, ("'output' must be text, found list", "a.jsonl:2")),
     Case("printed", printed, 0, ("'messages' must be a list of turns", "a.csv:2")),

@@ -232,7 +232,7 @@ def test_equal_faults_are_one_line(tmp_path, tiny_tokenizer, cache):
         assert told[0].startswith("73 of 90 rows cannot be trained on")
         assert told[1].startswith(f"  {tmp_path}/rows.jsonl, lines 2 to 62 and 67 to 68: a row without an answer")
         assert told[2].startswith(f"  {tmp_path}/rows.jsonl:64: 'prompt' must be text")
-        assert told[3].startswith(f"  {tmp_path}/scattered.jsonl, lines 2, 4, 6 and 7 more places: ")
+        assert told[3].startswith(f"  {tmp_path}/scattered.jsonl, lines 2, 4, 6 and 7 more: ")
         assert len(told) == 5
 
 

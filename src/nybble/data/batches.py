@@ -39,7 +39,7 @@ class PackedRows(torch.utils.data.Dataset[list[Sample]]):
 
     def row(self, position: int) -> numpy.ndarray:
         """Positions in `samples` of what a row holds."""
-        end = self.ends[position]  # counted from behind where the position is
+        end = self.ends[position]  # a negative position counts from the end
         begin = self.ends[position - 1] if position % len(self) else 0
         members: numpy.ndarray = self.members[begin:end]
         return members
@@ -50,8 +50,8 @@ class Collator:
     """Batches samples, or packed rows of samples; tensors are int64 of shape (rows, longest) where nothing else is said.
 
     Padded on the right to the longest, a sample gives input_ids, attention_mask and labels. Packed rows, and samples that
-    are laid flat into one row, give position_ids that begin anew at each sample and no attention_mask; where the samples
-    begin and end stands in cu_seq_lens_q and _k, int32 (samples + 1,), and their longest in max_length_q and _k, as
+    are laid flat into one row, give position_ids that restart at each sample and no attention_mask; where the samples
+    begin and end is in cu_seq_lens_q and _k, int32 (samples + 1,), and their longest in max_length_q and _k, as
     Transformers' DataCollatorWithFlattening has them. No sample sees another.
 
     predicting, (positions,), holds the positions in the flattened rows that have a next token to be trained on: the host

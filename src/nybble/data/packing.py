@@ -20,7 +20,7 @@ def best_fit(lengths: Sequence[int] | numpy.ndarray, capacity: int) -> list[nump
         capacity: tokens of a packed row.
 
     Returns:
-        For each packed row, the positions in `lengths` it holds. Every position stands in exactly one row.
+        For each packed row, the positions in `lengths` it holds. Every position is in exactly one row.
     """
     sizes = numpy.asarray(lengths, dtype=numpy.int64)
     assert (sizes <= capacity).all(), "a sample longer than a packed row"

@@ -34,7 +34,7 @@ class BatchedSample:
     counted: numpy.ndarray
     """How often the loss asks for each of its tokens."""
     behind: numpy.ndarray
-    """Labels of the padding behind it."""
+    """Labels of the padding after it."""
     apart: bool
     """Whether attention and positions begin and end with it."""
     whole: bool
@@ -98,7 +98,7 @@ class Expected:
             yield "two BOS tokens in a row"
         first, more = self.template.bos_of_turns
         if first > 1 or self.train_on != "answers" or sample.get("is_piece", False) or trained[1:].all():
-            return  # BOS marks every speaker, or turns cannot be told by their answers, or there are none
+            return  # BOS marks every speaker, or turns cannot be recognised by their answers, or there are none
         expected = first + (answers - 1) * more
         if is_bos.sum() != expected or (first and not is_bos[0]):
             yield f"{is_bos.sum()} BOS tokens, where the template {self.template.name} has {expected}"

@@ -116,5 +116,5 @@ def _where(file: str, unit: str, same: _EqualFaults) -> str:
     if len(named) == 1 and named[0].isdigit():  # a row that was read more than once
         return f"{file}:{'row ' if unit == 'row' else ''}{named[0]}"
     more = len(named) + same.more - SHOWN_RANGES
-    shown = named if more <= 1 else [*named[:SHOWN_RANGES], f"{more:,} more places"]
+    shown = named if more <= 1 else [*named[:SHOWN_RANGES], f"{more:,} more"]
     return f"{file}, {unit}s {', '.join(shown[:-1])}{' and ' if shown[:-1] else ''}{shown[-1]}"

@@ -69,7 +69,7 @@ class HubSplit:
 
     @property
     def _commit(self) -> str | None:
-        """The commit its revision stands for now; as it was written where the Hub does not answer.
+        """The commit that its revision means now; the revision as given if the Hub does not answer.
 
         Given a name, Datasets 5.2 may take another revision's rows from its cache when the Hub stumbles, and only warns.
         """

@@ -20,7 +20,7 @@ from nybble.data.rows.sources import fingerprint, read_rows, row_limit, sources_
 from nybble.recipe import DataOptions
 
 STREAM_HEAD = 10_000  # rows of a stream that are examined before training
-FORM_ROWS = 1000  # rows by which forms are told apart
+FORM_ROWS = 1000  # rows by which forms are recognised
 BUFFER = 64 * MB  # of memory for those rows; of larger ones the files are opened a second time
 PLAIN = (str, bytes, int, float, type(None), datetime.date, datetime.time, datetime.timedelta, decimal.Decimal)
 

@@ -47,7 +47,7 @@ Paths = str | Sequence[str] | Mapping[str, float]
 
 @dataclass(frozen=True)
 class DataSource:
-    """One of the names a recipe gives: the files it stands for, or one split of a data set on the Hub."""
+    """One of the names in a recipe: the files it means, or one split of a data set on the Hub."""
 
     name: str
     files: tuple[pathlib.Path, ...] = ()
@@ -168,7 +168,7 @@ def fingerprint(sources: Sequence[DataSource], digests: Mapping[pathlib.Path, st
 
 
 def _files(name: str) -> tuple[pathlib.Path, ...]:
-    """The files a name stands for; none where it can only be a Hub id."""
+    """The files that a name means; none if it can only be a Hub id."""
     if name == "-":
         raise DataError("nybble does not read data from standard input", fix="write it to a file, such as rows.jsonl")
     path = pathlib.Path(name).expanduser()

@@ -1,4 +1,4 @@
-"""Where the answers of a long conversation stand in its rendering, found in time that grows with its length."""
+"""Where the answers of a long conversation are in its rendering, found in time linear in its length."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ def answer_spans(
 
 
 def is_within(position: int, spans: Sequence[Span]) -> bool:
-    """Whether a character stands in one of these spans, which are in order and do not overlap."""
+    """Whether a character is in one of these spans, which are in order and do not overlap."""
     last = bisect.bisect_right(spans, position, key=lambda span: span[0]) - 1
     return last >= 0 and position < spans[last][1]

@@ -49,7 +49,7 @@ class Template:
         name: model, alpaca, llama2, plain, one of the model's own by its name, or the path of a Jinja file.
         source: Jinja as Transformers reads it (`messages`, `bos_token`, `eos_token`, `add_generation_prompt`).
         verbatim: keep white space around messages; off, it is stripped, so that a prompt never ends in a space.
-        day: what a template that reads the clock is told; None where it reads none.
+        day: the date for a template that reads the clock; None if it reads none.
         bos: whether a document begins with BOS; None: where the tokenizer itself puts one.
         known_as: of a run of version 0.5.1, the Jinja text that its fingerprint is of, which held no day.
         rules: by which the rows of the run that it belongs to are read.
@@ -212,7 +212,7 @@ def puts_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, option: str, form: str) -> Template:
-    """The template an option names; one that reads the clock is told today's date from now on.
+    """The template an option names; one that reads the clock gets today's date from now on.
 
     Args:
         option: auto, model, alpaca, llama2, plain, one of the model's own by its name, or a Jinja file. auto: the model's own

@@ -84,7 +84,7 @@ def _suggestion(row: Row) -> str:
         return f"name the columns, e.g. {_mapped(in_order)}"
     if (inside := rows_inside(row.values)) is not None:
         file = pathlib.Path(row.origin.rpartition(":")[0])
-        command = one_a_line(file, f"{inside}[]") if kind_of(file) in JSON_KINDS else "write them out, one a line"
+        command = one_a_line(file, f"{inside}[]") if kind_of(file) in JSON_KINDS else "write them out, one per line"
         return f"if the rows are in {inside}: {command}"
     if len(rest) == 1 and _is_text(row.values[rest[0]]) and "prompt" not in found:
         return f"if {rest[0]!r} holds whole documents: {_mapped({'text': rest[0]})}"

@@ -1,4 +1,4 @@
-"""Which reader a file gets: by its ending, unless its first bytes say that it is something else."""
+"""Which reader a file gets: by its suffix, unless its first bytes show that it is something else."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def opened(path: pathlib.Path) -> Iterator[OpenFile]:
     """A file to read rows or text from.
 
     Raises:
-        DataError: it is special, stands for another file, is not what its name says, or cannot be opened.
+        DataError: it is special, a pointer to another file, not what its name says, or cannot be opened.
     """
     refuse_special(path)
     try:
@@ -139,7 +139,7 @@ def read_text_file(path: pathlib.Path, limit: int = MAX_ROW) -> str:
 
 
 def _refuse_other_kinds(file: OpenFile) -> None:
-    """Refuse a file that stands for another one, or is not what its name says.
+    """Refuse a pointer to another file, and a file that is not what its name says.
 
     Raises:
         DataError: what it is instead.

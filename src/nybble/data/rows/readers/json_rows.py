@@ -1,4 +1,4 @@
-"""JSON files, told by what they hold and not by their ending: an array of objects, an object a line, one around the rows."""
+"""JSON files, recognised by content and not by suffix: an array of objects, one object per line, or one object around rows."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from nybble.data.rows.readers.open_file import CHUNK, OpenFile
 from nybble.data.rows.readers.row import MAX_ROW, too_large
 from nybble.errors import DataError
 
-START = 1 << 16  # bytes by which the shape of a file is told
+START = 1 << 16  # bytes by which the layout of a file is recognised
 PACKING = (EOFError, zlib.error, gzip.BadGzipFile)  # what a damaged gzip file raises
 WIDE = {  # encodings of more than a byte a character, by their marks and by two characters of ASCII; the longer ones first
     re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff"): "UTF-32",

@@ -1,6 +1,6 @@
-"""What a parquet file's pages unpack to, told by their headers before any is unpacked.
+"""What a parquet file's pages unpack to, read from their headers before any is unpacked.
 
-A header's sizes are what Arrow allocates, so they are held against a limit first: the file's own totals stand in another
+A header's sizes are what Arrow allocates, so they are compared with a limit first: the file's own totals are in another
 offset and need not be true. Headers are in Thrift's compact protocol: fields by number, integers in seven bits a byte.
 """
 
@@ -22,7 +22,7 @@ DATA, DICTIONARY, DATA_2 = (
     8,
 )  # numbers of the fields that describe a data page, a dictionary, a data page of version 2
 VALUES, ENCODING = 1, {DATA: 2, DATA_2: 4}  # numbers of their fields
-REFERRING = (2, 8)  # encodings of pages whose values stand in the dictionary
+REFERRING = (2, 8)  # encodings of pages whose values are in the dictionary
 CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "BROTLI": "brotli", "ZSTD": "zstd"}
 BOOLEANS, BYTE, INTEGERS, DOUBLE, BINARY, LISTS, STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 12
 DEEPEST = 8  # structs inside each other
@@ -37,9 +37,9 @@ class Page:
     values: int
     is_dictionary: bool
     refers: bool
-    """Whether the values stand in the dictionary."""
+    """Whether the values are in the dictionary."""
     offset: int
-    """Of its first byte behind the header."""
+    """Of its first byte after the header."""
     packed: int
     """Bytes in the file."""
 
@@ -74,7 +74,7 @@ def pages(stream: IO[bytes], start: int, size: int) -> Iterator[Page]:
 
 
 def longest_text(stream: IO[bytes], dictionary: Page, compression: str) -> int:
-    """Bytes of the longest text in a dictionary; where that cannot be told, of the whole dictionary.
+    """Bytes of the longest text in a dictionary; of the whole dictionary if that cannot be known.
 
     Args:
         stream: the file.
@@ -105,7 +105,7 @@ class _Fields:
 
 
 def _header(stream: IO[bytes], offset: int) -> tuple[int, _Fields]:
-    """How long the header is that stands there, and its fields."""
+    """Length and fields of the header at an offset."""
     for size in HEADERS:
         stream.seek(offset)
         header = _Header(io.BytesIO(stream.read(size)))

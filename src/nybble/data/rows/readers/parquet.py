@@ -131,7 +131,7 @@ class _Weight:
     own: float = 0.0
     """Bytes of a row, at most where a page's rows are alike."""
     referred: int = 0
-    """Bytes of the longest text in its dictionary, which may stand in each row."""
+    """Bytes of the longest text in its dictionary, which each row may contain."""
     has_large_dictionary: bool = False
 
 

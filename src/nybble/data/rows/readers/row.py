@@ -18,7 +18,7 @@ LONGEST_NAME = 60
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it stands in its file."""
+    """One row as it is in its file."""
 
     values: dict[str, Any]
     origin: str

@@ -68,7 +68,7 @@ class Record:
             yield text
 
     def end(self) -> str:
-        """Where the record that was read begins; the next one begins behind it."""
+        """Where the record that was read begins; the next one begins after it."""
         origin = f"{self.file}:{self.first}"
         self.first, self.size, self.opened = self.line, 0, None
         return origin
@@ -109,7 +109,7 @@ class Record:
 
 
 def _closing(text: str, position: int) -> int:
-    """Where a quoted field's text goes on behind its last quote; 0 where there is none. Doubled ones are part of it."""
+    """Where the text continues after a quoted field's last quote; 0 if there is none. Doubled quotes are part of the field."""
     position = text.find('"', position) + 1
     while position and text[position : position + 1] == '"':
         position = text.find('"', position + 1) + 1

@@ -1,4 +1,4 @@
-"""Rows that stand inside one object, as programs write them: named lists, the Hub viewer's rows, SQuAD's articles."""
+"""Rows inside one object, as programs write them: named lists, the Hub viewer's rows, SQuAD's articles."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Outline:
             )
 
     def _are_columns(self) -> bool:
-        """Whether this is how pandas writes a table unless it is told otherwise: columns, and in each the rows by number."""
+        """Whether this is how pandas writes a table by default: columns, each with its rows by number."""
         columns = [member.value for member in self.members]
         return bool(columns) and all(isinstance(column, dict) and "0" in column for column in columns)
 
@@ -114,7 +114,7 @@ def outline_of(file: OpenFile, limit: int) -> Outline:
     """What a file's first object consists of, without holding it.
 
     Raises:
-        DataError: it is not JSON, or what stands in it besides lists is over the limit.
+        DataError: it is not JSON, or what it holds besides lists is over the limit.
     """
     text = JsonText(file, limit)
     text.peek()
