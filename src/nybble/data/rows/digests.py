@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 from collections.abc import Iterable, Iterator
 
@@ -23,6 +24,8 @@ class FileDigests:
         self._notes = notes
         self._earlier = {file: recall(file, notes) for file in files}
         self._known: dict[pathlib.Path, str] = {}
+        self._marks: dict[pathlib.Path, tuple[int, int, int]] = {}
+        """By which a file is known for the one whose digest was taken."""
         self._reading: OpenFile | None = None
 
     @contextlib.contextmanager
@@ -42,15 +45,22 @@ class FileDigests:
     def _begin(self, file: OpenFile) -> None:
         self._reading = file
         earlier = self._earlier[file.path]
-        if file.path not in self._known and earlier is not None and is_unchanged(earlier, file.status):
-            self._known[file.path] = earlier["sha256"]
-        elif file.path not in self._known:
+        if file.path in self._known:
+            self._refuse_changed(file)
+        elif earlier is not None and is_unchanged(earlier, file.status):
+            self._know(file.path, earlier["sha256"], file.status)
+        else:
             file.hash_as_read()
 
     def _end(self, file: OpenFile) -> None:
-        if file.path not in self._known:
+        if file.path in self._known:
+            self._refuse_changed(file)
+        else:
             self._hash(file)
-        elif file.has_changed:
+
+    def _refuse_changed(self, file: OpenFile) -> None:
+        """Refuse a file that is not as it was when its digest was taken: its rows may be others."""
+        if file.has_changed or _mark(file.status) != self._marks[file.path]:
             raise DataError(
                 "the file changed while it was being read",
                 where=str(file),
@@ -86,20 +96,28 @@ class FileDigests:
             return
         refuse_special(path)
         try:
-            earlier = self._earlier[path]
-            if earlier is not None and is_unchanged(earlier, path.stat()):
-                self._known[path] = earlier["sha256"]
+            earlier, status = self._earlier[path], path.stat()
+            if earlier is not None and is_unchanged(earlier, status):
+                self._know(path, earlier["sha256"], status)
                 return
-            with OpenFile(path) as file:
-                self._hash(file)
+            file = OpenFile(path)
         except OSError as error:
             raise unreadable(path, error) from error
+        with file:
+            self._hash(file)
 
     def _hash(self, file: OpenFile) -> None:
         try:
             sha256, xxh3 = file.digests()
-            if not file.has_changed:
-                remember(file.path, self._notes, file.status, sha256, xxh3)
         except OSError as error:
             raise unreadable(file.path, error) from error
-        self._known[file.path] = sha256
+        self._know(file.path, sha256, file.status)
+        if not file.has_changed:
+            remember(file.path, self._notes, file.status, sha256, xxh3)
+
+    def _know(self, path: pathlib.Path, sha256: str, status: os.stat_result) -> None:
+        self._known[path], self._marks[path] = sha256, _mark(status)
+
+
+def _mark(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
