@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import decimal
-import functools
 import itertools
 import pathlib
 import sys
@@ -14,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from nybble.data.rows.digests import FileDigests
-from nybble.data.rows.formats import Forms, Rules, detect_forms
+from nybble.data.rows.formats import Rules, detect_forms
 from nybble.data.rows.readers import MB, Item, Row
 from nybble.data.rows.sources import fingerprint, read_rows, row_limit, sources_of
 from nybble.recipe import DataOptions
@@ -26,7 +25,7 @@ PLAIN = (str, bytes, int, float, type(None), datetime.date, datetime.time, datet
 
 
 class OpenRows:
-    """The rows that a recipe's data section names.
+    """The rows that a recipe's data section names; the first ones are read to find their forms.
 
     Args:
         options: the data section.
@@ -34,7 +33,7 @@ class OpenRows:
         notes: folder where the files' digests are remembered; None where no digest is wanted.
 
     Raises:
-        DataError: a file that is not there or of an unknown kind, a folder or pattern without files.
+        DataError: a file that is not there or of an unknown kind, a folder or pattern without files, a map without a form.
     """
 
     def __init__(self, options: DataOptions, rules: Rules = Rules.NOW, notes: pathlib.Path | None = None) -> None:
@@ -45,7 +44,9 @@ class OpenRows:
         self._digests = FileDigests(files, notes) if notes is not None else None
         self._unread = self._begin()
         self._buffer: list[Item] | None = []
-        """What has been taken from `_unread` and not been given to a reader of `items`; None where that cannot be said."""
+        """What has been taken from `_unread` and not yet given to a reader of `items`; None if it was too much to hold."""
+        found = detect_forms(self._first_rows(), options.form, options.map)
+        self.forms = dataclasses.replace(found, rules=rules)
 
     def __enter__(self) -> Self:
         return self
@@ -54,12 +55,6 @@ class OpenRows:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._unread.close()
-
-    @functools.cached_property
-    def forms(self) -> Forms:
-        """The forms of the first rows."""
-        found = detect_forms(self._first_rows(), self.options.form, self.options.map)
-        return dataclasses.replace(found, rules=self.rules)
 
     def items(self) -> Iterator[Item]:
         """Rows, faults and notices from the first on, of a stream the first 10,000."""
