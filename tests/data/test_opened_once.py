@@ -196,7 +196,8 @@ def test_data_check_and_preview_open_a_file_once(name, folder, tmp_path, tiny_ll
     (folder / name).write_bytes(KINDS[name])
     opened_in(folder)
     for model in ("", tiny_llama):
-        recipe = load_recipe(None, [f"data.path={folder / name}", f"model.path='{model}'", "model.device=cpu"])
+        words = [f"data.path={folder / name}", f"model.path='{model}'", "model.device=cpu", "data.max_length=256"]
+        recipe = load_recipe(None, words)
         assert check(recipe, Console(quiet=True), cache=tmp_path / "cache")
         assert opened_in(folder) == [name]
     preview(DataOptions(path=str(folder / name)), tiny_tokenizer, 2, Console(quiet=True))

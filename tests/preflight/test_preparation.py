@@ -90,27 +90,26 @@ def test_check_and_train_see_the_same(packing, validation, rows, tiny_llama, tmp
         ("train.max_steps=10 train.save_every=3", None),
     ],
 )  # fmt: skip
-def test_train_stops_at_the_first_fault_that_check_lists(word, content, rows, tiny_llama, tiny_tokenizer, tmp_path):
+def test_train_stops_at_the_first_fault_that_check_lists(word, content, rows, tiny_llama, tmp_path):
     file = rows
     if content is not None:
         file = tmp_path / "a.jsonl"
         file.write_text(content + rows.read_text())
     recipe = recipe_of(tiny_llama, file, *word.split())
-    config = data_check.describe(recipe)[1]
+    tokenizer, config = data_check.describe(recipe)
     faults = []
-    prepare_run(recipe, tiny_tokenizer, config, tmp_path / "cache", refuse=faults.append)
+    prepare_run(recipe, tokenizer, config, tmp_path / "cache", refuse=faults.append)
     assert faults
     with pytest.raises(type(faults[0])) as caught:
-        prepare_run(recipe, tiny_tokenizer, config, tmp_path / "cache")
+        prepare_run(recipe, tokenizer, config, tmp_path / "cache")
     assert str(caught.value) == str(faults[0])
 
 
-def test_a_preparation_that_refuses_nothing_is_whole(rows, tiny_llama, tiny_tokenizer, tmp_path):
+def test_a_preparation_that_refuses_nothing_is_whole(rows, tiny_llama, tmp_path):
     seen: list[tuple[str, int]] = []
     recipe = recipe_of(tiny_llama, rows)
-    found = prepare_run(
-        recipe, tiny_tokenizer, None, tmp_path, progress=lambda stage, count: seen.append((stage, count))
-    )
+    tokenizer = data_check.describe(recipe)[0]
+    found = prepare_run(recipe, tokenizer, None, tmp_path, progress=lambda stage, count: seen.append((stage, count)))
     assert found.data is not None
     assert found.schedule.steps == 1
     assert found.held_out is None
@@ -118,12 +117,13 @@ def test_a_preparation_that_refuses_nothing_is_whole(rows, tiny_llama, tiny_toke
     assert max(count for stage, count in seen if stage == "reading") == 80
 
 
-def test_rows_that_the_x_ray_refuses_are_not_given_out(rows, tiny_llama, tiny_tokenizer, tmp_path, monkeypatch):
+def test_rows_that_the_x_ray_refuses_are_not_given_out(rows, tiny_llama, tmp_path, monkeypatch):
     def damaged(*_args) -> None:
         raise DataError("these rows would not be trained as they should be")
 
     monkeypatch.setattr(preparation, "inspect", damaged)
     faults = []
-    found = prepare_run(recipe_of(tiny_llama, rows), tiny_tokenizer, None, tmp_path, refuse=faults.append)
+    recipe = recipe_of(tiny_llama, rows)
+    found = prepare_run(recipe, data_check.describe(recipe)[0], None, tmp_path, refuse=faults.append)
     assert (found.data, found.schedule, len(faults)) == (None, None, 1)
     assert found.examined.counts.kept == 80
