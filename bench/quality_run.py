@@ -27,7 +27,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from nybble.data.batches import Collator, Sample, next_labels
-from nybble.data.prepare import Prepared, prepare
+from nybble.data.sets.prepare import Prepared, prepare
 from nybble.engine.fuse import fuse, fusion
 from nybble.engine.loss import last_hidden
 from nybble.model.adapter.lora import attach_adapter

@@ -47,7 +47,7 @@ from transformers import (
 
 from bench.gate import Row
 from nybble.data.batches import Collator
-from nybble.data.prepare import prepare as prepare_data
+from nybble.data.sets.prepare import prepare as prepare_data
 from nybble.engine.fuse import fuse, fusion
 from nybble.errors import NybbleError
 from nybble.model.adapter.lora import attach_adapter

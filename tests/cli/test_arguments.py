@@ -1,4 +1,4 @@
-"""Words of the command line: what is a path, what is an option, and which line is shown where one is wrong."""
+"""Arguments of the command line: what is a path, what is an option, and which line is shown where one is wrong."""
 
 from __future__ import annotations
 

@@ -22,9 +22,10 @@ GOOD = b'{"instruction": "a", "output": "b"}\n'
 CHILD = """
 import itertools, json, pathlib, re, resource, sys
 from nybble.data.rows.faults import Faults
-from nybble.data.rows.formats import detect_forms
-from nybble.data.rows.readers import Row, read_file
+from nybble.data.rows.readers import Row
+from nybble.data.rows.reading import OpenRows
 from nybble.errors import DataError
+from nybble.recipe import DataOptions
 
 def peak():  # not getrusage's, which begins with what the parent had
     return int(re.search("VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
@@ -35,14 +36,9 @@ held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + room, held + room))
 faults, rows, number = Faults(), 0, 0
 
-def items():
-    try:
-        yield from read_file(file)
-    except DataError as fault:
-        yield fault
-
-forms = detect_forms((item for item in itertools.islice(items(), 100) if isinstance(item, Row)), "auto", {})
-for number, item in enumerate(itertools.islice(items(), most), 1):
+opened = OpenRows(DataOptions(path=str(file)))
+forms = opened.forms  # which takes the first rows, and holds them for those who read on
+for number, item in enumerate(itertools.islice(opened.items(), most), 1):
     try:
         if isinstance(item, DataError):
             raise item
@@ -166,7 +162,7 @@ BOMBS = [
     Case("digits-gz", packed("a.jsonl.gz", b'{"text": ', b"7", b"}\n"), 0, (LINE, "a.jsonl.gz:1")),
     Case("csv-line-gz", packed("a.csv.gz", b'instruction,output\na,"', b"x", b'"\n'), 0, (LINE, "a.csv.gz:2", HUGE)),
     Case("csv-quote-gz", packed("a.csv.gz", b'instruction,output\na,b\na,"', b"x\n", b'"\n'), 1,
-         ("no end within 16 MB of the quotes that open here", "a.csv.gz:3", "data.max_row_mb=32")),
+         ("the quotes that open here are not closed within 16 MB", "a.csv.gz:3", "data.max_row_mb=32")),
     Case("csv-commas-gz", packed("a.csv.gz", b"instruction,output\n", b",", b"\n"), 0, (LINE, "a.csv.gz:2")),
     Case("txt-line-gz", packed("a.txt.gz", b"", b"x", b""), 0, (LINE, "a.txt.gz:1")),
     Case("txt-lines-gz", packed("a.txt.gz", b"", b"x" * 4095 + b"\n", b""), 0,
@@ -193,7 +189,7 @@ BOMBS = [
                compression="zstd", data_page_version="2.0"),
          0, ("a row of 17,", "a.parquet:row 2", "the conversation ends before")),
     Case("parquet-lists", lists, 0, ("has lists of 100,000,000 values for 1 rows", "smaller row groups")),
-    Case("scattered-faults", scattered, 100_000, ("a row without an answer", "lines 2, 4, 6 and 99,997 more places")),
+    Case("scattered-faults", scattered, 100_000, ("a row without an answer", "lines 2, 4, 6 and 99,997 more")),
     Case("different-faults", different, 0, ("unknown fields: found 'c0'",)),
     Case("amplified", amplified, 1, ("'output' must be text, found list", "a.jsonl:2")),
     Case("printed", printed, 0, ("'messages' must be a list of turns", "a.csv:2")),

@@ -9,10 +9,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from nybble.data.examine import forms_of, sources_of
-from nybble.data.prepare import prepare
 from nybble.data.rows.formats import Message
-from nybble.data.rows.sources import read_rows
+from nybble.data.rows.reading import OpenRows
+from nybble.data.rows.sources import read_rows, sources_of
+from nybble.data.sets.prepare import prepare
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
@@ -147,11 +147,10 @@ AWKWARD = {
 
 
 def conversations(options: DataOptions):
-    sources = sources_of(options)
-    forms = forms_of(sources, options)
-    for row in read_rows(sources):
-        assert not isinstance(row, DataError), row
-        yield forms.read(row)[1]
+    with OpenRows(options) as rows:
+        for row in rows.items():
+            assert not isinstance(row, DataError), row
+            yield rows.forms.read(row)[1]
 
 
 @pytest.mark.parametrize("name", AWKWARD)

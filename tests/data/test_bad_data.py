@@ -8,8 +8,8 @@ import json
 import pytest
 import yaml
 
-from nybble.data.examine import examine, refuse_unfit
-from nybble.data.prepare import prepare
+from nybble.data.sets.examine import examine
+from nybble.data.sets.prepare import examine_rows, prepare
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
@@ -172,7 +172,7 @@ def test_a_folder_of_bad_files_gives_all_their_faults_and_keeps_the_good_rows(tm
     assert examined.counts.kept >= 2, "the good rows beside the bad ones"
     assert len(examined.faults) == 20
     with pytest.raises(DataError) as caught:
-        refuse_unfit(examined, options)
+        examine_rows(options, tiny_tokenizer, cache)
     print(caught.value)
     assert f"and {len(BAD) - 20} more" in str(caught.value)
 
@@ -226,13 +226,13 @@ def test_equal_faults_are_one_line(tmp_path, tiny_tokenizer, cache):
         examined = examine(options, tiny_tokenizer, cache)
         assert examined.cached == cached
         with pytest.raises(DataError) as caught:
-            refuse_unfit(examined, options)
+            examine_rows(options, tiny_tokenizer, cache)
         print(caught.value)
         told = str(caught.value).splitlines()
         assert told[0].startswith("73 of 90 rows cannot be trained on")
         assert told[1].startswith(f"  {tmp_path}/rows.jsonl, lines 2 to 62 and 67 to 68: a row without an answer")
         assert told[2].startswith(f"  {tmp_path}/rows.jsonl:64: 'prompt' must be text")
-        assert told[3].startswith(f"  {tmp_path}/scattered.jsonl, lines 2, 4, 6 and 7 more places: ")
+        assert told[3].startswith(f"  {tmp_path}/scattered.jsonl, lines 2, 4, 6 and 7 more: ")
         assert len(told) == 5
 
 
@@ -242,7 +242,7 @@ def test_faults_that_differ_in_what_stands_in_the_row_are_one_line(tmp_path, tin
     (tmp_path / "c.jsonl").write_text("".join(row(messages=[{"n": n}]) for n in range(30)))
     options = DataOptions(path=str(tmp_path), validation=0, template="llama2")
     with pytest.raises(DataError) as caught:
-        refuse_unfit(examine(options, tiny_tokenizer, cache), options)
+        examine_rows(options, tiny_tokenizer, cache)
     print(caught.value)
     told = str(caught.value).splitlines()
     assert len(told) == 1 + 3 + 1

@@ -21,7 +21,7 @@ from rich.console import Console
 from nybble.data.rows.formats import EmptyAnswerError, Rules, detect_forms
 from nybble.data.rows.readers import MB, Row, read_file
 from nybble.data.rows.readers.pages import longest_text, pages
-from nybble.data.rows.readers.parquet import _way
+from nybble.data.rows.readers.parquet import _plan
 from nybble.data.rows.sources import row_limit
 from nybble.errors import DataError, NybbleError
 from nybble.preflight.data_check import check
@@ -119,9 +119,9 @@ def test_a_dictionary_is_found_where_the_end_of_the_file_does_not_tell_of_it(tmp
     path = table({"text": shared(2000, 900_000)})(tmp_path)
     with path.open("rb") as stream:
         group = read_metadata(stream).row_group(0)
-        told = _way(group, stream, 16 * MB, "")
+        told = _plan(group, stream, 16 * MB, "")
         unsaid = SimpleNamespace(num_rows=2000, num_columns=1, column=lambda place: Unsaid(group.column(place)))
-        assert _way(unsaid, stream, 16 * MB, "") == told
+        assert _plan(unsaid, stream, 16 * MB, "") == told
     assert told.rows == 64 * MB // 900_000
 
 
@@ -163,7 +163,7 @@ def test_a_run_of_an_earlier_version_finds_the_rows_that_it_was_trained_on(rules
     """Keys that stand twice and answers that cannot be seen were read, and rows of any size."""
     row = Row({"instruction": "a", "output": "\u200b"}, "a.jsonl:1", repeated="output")
     forms = detect_forms([row], "auto", {})
-    with pytest.raises(DataError, match="the key 'output' stands twice"):
+    with pytest.raises(DataError, match="the key 'output' appears twice"):
         forms.read(row)
     with pytest.raises(EmptyAnswerError):
         forms.read(Row(row.values, row.origin))

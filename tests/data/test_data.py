@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from nybble.data.batches import IGNORED, Collator, PackedRows
-from nybble.data.fit import truncate
 from nybble.data.packing import best_fit
-from nybble.data.prepare import prepare
 from nybble.data.rows.sources import find_sources, read_rows
+from nybble.data.sets.prepare import prepare
+from nybble.data.text.fit import truncate
 from nybble.data.text.tokens import Tokens
 from nybble.errors import DataError
 from nybble.objective.likelihood import summed_loss
@@ -272,7 +272,7 @@ def test_a_run_knows_its_data_again_unless_rows_are_read_that_were_left_out(
 ):
     """start.json holds the fingerprint: the cache may change its format, while a bad row that is now read is a change."""
     plain = loaded(written(tmp_path, "a.jsonl", GOOD), tiny_tokenizer, cache).fingerprint
-    monkeypatch.setattr("nybble.data.examine.CACHE_VERSION", 0)
+    monkeypatch.setattr("nybble.data.sets.examine.CACHE_VERSION", 0)
     again = loaded(tmp_path / "a.jsonl", tiny_tokenizer, cache)
     assert (again.fingerprint, again.cached) == (plain, False)
     numbers = written(tmp_path, "b.jsonl", GOOD + '{"instruction": "a", "output": 4}\n')

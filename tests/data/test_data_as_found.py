@@ -15,9 +15,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from nybble.data.examine import forms_of, rows_of, sources_of
 from nybble.data.rows.formats import Message
-from nybble.data.tokenise import Pass
+from nybble.data.rows.reading import OpenRows
+from nybble.data.text.tokenise import Pass
 from nybble.recipe import DataOptions, load_recipe
 
 TABLE = [["instruction", "output"], ["Name a bird", "an owl, or a jay"], ["Name a fish; any", "a carp"]]
@@ -204,9 +204,9 @@ def written(folder, name: str, content: str | bytes):
 
 
 def read(options: DataOptions) -> tuple[list, Pass]:
-    sources = sources_of(options)
-    reading = Pass(forms_of(sources, options), None, options)
-    return [found.conversation for found in reading.conversations(rows_of(sources, options))], reading
+    with OpenRows(options) as rows:
+        reading = Pass(rows.forms, None, options)
+        return [found.conversation for found in reading.conversations(rows.items())], reading
 
 
 @pytest.mark.parametrize("name", FOUND)
@@ -216,7 +216,7 @@ def test_a_file_is_read_as_it_was_meant(tmp_path, name):
     found, reading = read(DataOptions(path=str(file)))
     assert not reading.faults, reading.faults[0]
     assert found == expected
-    told = [notice.removeprefix(f"{name}: ") for notice in reading.counts.told()]
+    told = [notice.removeprefix(f"{name}: ") for notice in reading.counts.notice_lines()]
     assert sorted(told) == sorted(notices)
 
 
@@ -231,8 +231,8 @@ def test_every_row_has_a_place_of_its_own(tmp_path):
         ("mac.jsonl", '{"text": "a"}\r{"text": "b"}\r', [":1", ":2"]),
     ):  # fmt: skip
         file = written(tmp_path, name, content)
-        sources = sources_of(DataOptions(path=str(file)))
-        origins = [item.origin for item in rows_of(sources, DataOptions()) if hasattr(item, "origin")]
+        with OpenRows(DataOptions(path=str(file))) as rows:
+            origins = [item.origin for item in rows.items() if hasattr(item, "origin")]
         assert [origin.removeprefix(str(file)) for origin in origins] == places, name
 
 

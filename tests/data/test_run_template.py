@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from nybble.chat.answerer import Sampling
 from nybble.chat.loading import load_answerer, load_template
-from nybble.data.prepare import prepare
 from nybble.data.rows.formats import Message
+from nybble.data.sets.prepare import prepare
 from nybble.data.text.tokens import encode_prompt
 from nybble.errors import DataError, ModelError
 from nybble.evaluate.evaluation import Measures, evaluate

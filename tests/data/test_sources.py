@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from nybble.data.batches import Collator, PackedRows
-from nybble.data.order import Order, lengths_of
-from nybble.data.prepare import prepare, weighted
+from nybble.data.order import GroupedByLength, lengths_of
 from nybble.data.rows.sources import find_sources, read_rows
-from nybble.data.stream import StreamedRows
+from nybble.data.sets.prepare import prepare, weighted
+from nybble.data.sets.stream import StreamedRows
 from nybble.errors import DataError, RecipeError
 from nybble.recipe import DataOptions, load_recipe
 from nybble.run.log import read_metrics
@@ -110,7 +110,7 @@ def test_a_stream_mixes_shuffles_and_repeats_and_depends_on_the_seed_alone(tmp_p
 
 
 def test_a_bad_row_far_into_a_stream_is_left_out_and_named(tmp_path, tiny_tokenizer, cache, caplog, monkeypatch):
-    monkeypatch.setattr("nybble.data.examine.HEAD", 20)
+    monkeypatch.setattr("nybble.data.rows.reading.STREAM_HEAD", 20)
     file = write(tmp_path / "a.jsonl", 40, "a")
     with file.open("a") as stream:
         stream.write('{"prompt": "x"\n{"prompt": "x", "completion": ""}\n')
@@ -165,7 +165,7 @@ def test_what_a_stream_cannot_do_is_refused(words, message):
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=300), st.integers(1, 16), st.integers(0, 5))
 def test_every_row_comes_once_an_epoch_and_the_longest_in_the_first_step(lengths, step, epoch):
-    order = Order(numpy.array(lengths), step, seed=3)
+    order = GroupedByLength(numpy.array(lengths), step, seed=3)
     order.set_epoch(epoch)
     places = list(order)
     assert sorted(places) == list(range(len(lengths)))
@@ -178,7 +178,7 @@ def test_every_row_comes_once_an_epoch_and_the_longest_in_the_first_step(lengths
 def test_rows_of_like_length_share_a_step_and_epochs_differ(rows, tiny_tokenizer, cache):
     data = prepared(str(rows), tiny_tokenizer, cache)
     lengths = lengths_of(data.train)
-    order = Order(lengths, 8, seed=1)
+    order = GroupedByLength(lengths, 8, seed=1)
     first = list(order)
 
     def padding(places: list[int]) -> int:

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from nybble.data.fit import cut_text, halve, last_answer
 from nybble.data.rows.formats import Message, Rules
+from nybble.data.text.fit import cut_text, halve, last_answer
 from nybble.data.text.kept_template import read_template, save_template
 from nybble.data.text.template import CONTROL_WORD, Template, choose_template
 from nybble.data.text.tokens import Tokens, encode, encode_begun, encode_prompt, encode_text

@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 
 from nybble.data.batches import IGNORED, Collator
-from nybble.data.prepare import prepare
+from nybble.data.sets.prepare import prepare
 from nybble.data.text.template import Template
-from nybble.data.xray import Rules, inspect
+from nybble.data.xray import Expected, inspect
 from nybble.errors import DataError
 from nybble.recipe import DataOptions, load_recipe
 from nybble.training.train import train
@@ -101,9 +101,9 @@ def prepared(rows, tokenizer, cache, **options):
 @pytest.mark.parametrize("packing", [False, True])
 def test_what_is_altered_in_the_collator_is_found(rows, tiny_tokenizer, cache, alter, message, packing):
     data = prepared(rows, tiny_tokenizer, cache, packing=packing, max_length=512)
-    inspect(data.train, Collator(0), Rules(data.template, "answers"))
+    inspect(data.train, Collator(0), Expected(data.template, "answers"))
     with pytest.raises(DataError) as caught:
-        inspect(data.train, collator(alter), Rules(data.template, "answers"))
+        inspect(data.train, collator(alter), Expected(data.template, "answers"))
     print(caught.value)
     assert message in str(caught.value)
     assert f"{rows}:" in str(caught.value)
@@ -114,14 +114,14 @@ def test_rows_that_can_see_each_other_are_found(rows, tiny_tokenizer, cache):
         data = prepared(rows, tiny_tokenizer, cache, packing=packing)
         for alter in (join, run_on, forget_borders):
             with pytest.raises(DataError, match="it can attend to other rows"):
-                inspect(data.train, collator(alter, flatten=flatten), Rules(data.template, "answers"))
+                inspect(data.train, collator(alter, flatten=flatten), Expected(data.template, "answers"))
 
 
 def test_tokens_that_are_hidden_and_padding_that_is_trained_are_found(rows, tiny_tokenizer, cache):
     data = prepared(rows, tiny_tokenizer, cache)
     for alter, message in ((hide, "attention leaves out some of its tokens"), (train_padding, "padding is trained")):
         with pytest.raises(DataError, match=message):
-            inspect(data.train, collator(alter), Rules(data.template, "answers"))
+            inspect(data.train, collator(alter), Expected(data.template, "answers"))
 
 
 @pytest.mark.parametrize(
@@ -144,13 +144,13 @@ def test_bos_stands_where_the_template_owns_it(tmp_path, tiny_tokenizer, cache, 
     file.write_text(json.dumps({"messages": turns}))
     (tmp_path / "own.jinja").write_text(source)
     data = prepared(file, tiny_tokenizer, cache, template=str(tmp_path / "own.jinja"))
-    rules = Rules(data.template, "answers")
+    expected = Expected(data.template, "answers")
     if message:
         with pytest.raises(DataError, match=message):
-            inspect(data.train, Collator(0), rules)
+            inspect(data.train, Collator(0), expected)
         return
-    inspect(data.train, Collator(0), rules)
-    other = Rules(Template(tiny_tokenizer, "once", source.replace("{{ bos_token }}", "", 1)), "answers")
+    inspect(data.train, Collator(0), expected)
+    other = Expected(Template(tiny_tokenizer, "once", source.replace("{{ bos_token }}", "", 1)), "answers")
     with pytest.raises(DataError, match="2 BOS tokens, where the template once has 1"):
         inspect(data.train, Collator(0), other)
 
@@ -173,7 +173,7 @@ def test_every_way_to_prepare_rows_passes(tmp_path, tiny_tokenizer, cache, train
         data = prepared(file, tiny_tokenizer, cache, packing=packing, **options)
         assert len(data.train) > 5
         for flatten in (False, True):
-            inspect(data.train, Collator(0, flatten), Rules(data.template, train_on))
+            inspect(data.train, Collator(0, flatten), Expected(data.template, train_on))
 
 
 def test_training_is_refused_by_the_same_look(tiny_llama, rows, cache, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from datasets.arrow_writer import ArrowWriter
 
-from nybble.data.prepare import prepare
+from nybble.data.sets.prepare import prepare
 from nybble.errors import PlaceError
 from nybble.evaluate.scores import Scored, Store
 from nybble.files import cache as kept
@@ -206,12 +206,12 @@ def test_rows_that_a_disk_does_not_keep_are_an_error(filled, tmp_path, monkeypat
 
     whole = Filled(filled / "model", filled / "rows.jsonl", tmp_path / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr("nybble.data.cached_rows.ArrowWriter", Lossy)
+        patch.setattr("nybble.data.sets.cached_rows.ArrowWriter", Lossy)
         with pytest.raises(PlaceError, match="tokenised rows are read back differently") as caught:
             whole.use("tokens")
     print(caught.value)
     assert not list((tmp_path / "cache" / "tokens").iterdir())
-    monkeypatch.setattr("nybble.data.cached_rows.TRIES", 1)
+    monkeypatch.setattr("nybble.data.sets.cached_rows.TRIES", 1)
     with pytest.raises(PlaceError, match="tokenised rows do not stay as they are written"):
         whole.use("tokens")  # made, and not found again
 

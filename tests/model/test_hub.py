@@ -45,7 +45,7 @@ for name, revision in (("org/rows", None), ("org/rows", "v1"), ("org/rows", "v9"
 """
 STREAM_CLIENT = """
 import itertools, json, pathlib, sys
-from nybble.data.prepare import prepare
+from nybble.data.sets.prepare import prepare
 from nybble.errors import DataError
 from nybble.model.tokenizer.load import load_tokenizer
 from nybble.recipe import DataOptions

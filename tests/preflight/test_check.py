@@ -16,10 +16,10 @@ from transformers import AutoConfig
 
 from nybble.cli.arguments import data_recipe
 from nybble.data import histogram
-from nybble.data.prepare import prepare
-from nybble.data.preview import preview
 from nybble.data.rows.licences import licences
 from nybble.data.rows.sources import find_sources
+from nybble.data.sets.prepare import prepare
+from nybble.data.sets.preview import preview
 from nybble.errors import DataError
 from nybble.plan.speed import BURSTS, estimate, product_rates
 from nybble.preflight.data_check import check
@@ -130,7 +130,7 @@ def test_a_file_of_validation_rows_is_looked_at_too(rows, tiny_llama, tiny_token
     (tmp_path / "held.jsonl").write_text(json.dumps({"messages": turns}))
     fit, told = looked(rows, tiny_llama, *words, cache=cache)
     assert fit
-    assert f"validation 1 rows of {tmp_path / 'held.jsonl'}, 1 used" in told
+    assert f"validation 1 row of {tmp_path / 'held.jsonl'}, 1 used" in told
     options = DataOptions(path=str(rows), max_length=256, validation=str(tmp_path / "held.jsonl"))
     held_out = prepare(options, tiny_tokenizer, 0, cache).validation
     assert "### Instruction:\nred" in tiny_tokenizer.decode(held_out[0]["input_ids"]), "in the template that is trained"
@@ -205,7 +205,7 @@ def test_without_a_model_the_rows_are_read(rows, tmp_path):
 
 @pytest.mark.parametrize("with_model", [False, True])
 def test_of_a_stream_the_beginning_is_looked_at(rows, tiny_llama, cache, monkeypatch, with_model):
-    monkeypatch.setattr("nybble.data.examine.HEAD", 50)
+    monkeypatch.setattr("nybble.data.rows.reading.STREAM_HEAD", 50)
     words = ["data.streaming=true", "train.max_steps=2", "data.validation=0", "data.max_length=256"]
     fit, told = looked(rows, tiny_llama if with_model else "", *words, cache=cache)
     assert fit

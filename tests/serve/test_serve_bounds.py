@@ -273,7 +273,7 @@ def test_a_long_conversation_takes_time_by_its_length(option, tiny_tokenizer, tm
         spent[count] = sum(rendered)
     assert spent[511] < 6 * 511
     assert spent[2047] < 6 * 2047
-    assert template._kept_skeleton.cache_info().currsize == 0  # a client could fill the memory with them
+    assert template._cached_skeleton.cache_info().currsize == 0  # a client could fill the memory with them
     quick = (
         [template.runs(turns(n)) for n in (2, 40, 128, 200)],
         template.prompt_runs((Message("system", "x"), *turns(99))),

@@ -23,7 +23,7 @@ def train_recipe(
     config: pathlib.Path | None,
     resume: pathlib.Path | None,
     processes: int | None,
-    flags: Sequence[str] = (),
+    command_options: Sequence[str] = (),
 ) -> Recipe:
     """What to train: the resumed run's own, or MODEL, DATA and KEY=VALUE over a file."""
     if resume is not None:
@@ -36,12 +36,12 @@ def train_recipe(
 
         return open_run(resume).recipe
     more = [f"train.processes={processes}"] if processes is not None else []
-    return _recipe(arguments, config, ("model.path", "data.path"), flags, more)
+    return _recipe(arguments, config, ("model.path", "data.path"), command_options, more)
 
 
-def data_recipe(arguments: list[str], config: pathlib.Path | None, flags: Sequence[str] = ()) -> Recipe:
+def data_recipe(arguments: list[str], config: pathlib.Path | None, command_options: Sequence[str] = ()) -> Recipe:
     """What to look at: DATA, MODEL and KEY=VALUE over a file."""
-    recipe = _recipe(arguments, config, ("data.path", "model.path"), flags)
+    recipe = _recipe(arguments, config, ("data.path", "model.path"), command_options)
     if not recipe.data.path:
         raise RecipeError(
             "DATA is missing", fix="nybble data check DATA, a file, folder, pattern or Hub id; or -c recipe.yaml"
@@ -54,37 +54,37 @@ def own_options(context: typer.Context) -> list[str]:
     return [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
 
 
-def complete_arguments(incomplete: str) -> list[str]:
-    """What an argument may become: an option of the recipe with its equals sign, one of its values, a file or folder."""
+def complete_argument(incomplete: str) -> list[str]:
+    """What a partly typed argument may become: KEY= of an option, KEY=VALUE, a file or a folder."""
     from nybble.recipe import option_names
     from nybble.recipe.values import choices, example, kinds_of
 
-    key, equals, begun = incomplete.partition("=")
+    key, equals, typed = incomplete.partition("=")
     if equals:
         kinds = kinds_of(key) or ()
         values = [*choices(kinds), *(["true", "false"] if bool in kinds else [])]
-        return [f"{key}={value}" for value in values if value.startswith(begun)] or [
-            f"{key}={name}" for name in _paths(begun)
+        return [f"{key}={value}" for value in values if value.startswith(typed)] or [
+            f"{key}={name}" for name in _paths(typed)
         ]
     names = [name for name in option_names() if incomplete and name.startswith(incomplete)]
-    # A shell puts a space behind the only completion there is, and a value must follow without one.
-    shown = [example(name) for name in names] if len(names) == 1 else []
-    return [*(f"{name}=" for name in names), *shown, *_paths(incomplete)]
+    # A shell puts a space after the only candidate, but the value must follow without one.
+    examples = [example(name) for name in names] if len(names) == 1 else []
+    return [*(f"{name}=" for name in names), *examples, *_paths(incomplete)]
 
 
-def _paths(begun: str) -> list[str]:
-    folder = os.path.dirname(begun)
+def _paths(typed: str) -> list[str]:
+    folder = os.path.dirname(typed)
     try:
         entries = sorted(os.scandir(os.path.expanduser(folder) or "."), key=lambda entry: entry.name)
     except OSError:
         return []
-    shown = [entry for entry in entries if not entry.name.startswith(".") or os.path.basename(begun).startswith(".")]
+    shown = [entry for entry in entries if not entry.name.startswith(".") or os.path.basename(typed).startswith(".")]
     names = [os.path.join(folder, entry.name) + ("/" if entry.is_dir() else "") for entry in shown]
-    return [name for name in names if name.startswith(begun)]
+    return [name for name in names if name.startswith(typed)]
 
 
 def refuse_missing(recipe: Recipe) -> None:
-    """Files and folders that can only be paths must be there: said before anything is loaded.
+    """Refuse files and folders that do not exist, before anything is loaded.
 
     Raises:
         ModelError, DataError: what is missing.
@@ -118,12 +118,12 @@ def _missing(kind: type[NybbleError], what: str, path: str) -> NybbleError:
 def _recipe(
     arguments: list[str],
     config: pathlib.Path | None,
-    positions: tuple[str, str],
-    flags: Sequence[str],
+    targets: tuple[str, str],
+    command_options: Sequence[str],
     more: Sequence[str] = (),
 ) -> Recipe:
     from nybble.cli.flags import sort_arguments
     from nybble.recipe import load_recipe
 
-    texts, options = sort_arguments(arguments, positions, flags)
+    texts, options = sort_arguments(arguments, targets, command_options)
     return load_recipe(config, [*options, *more], texts=texts)

@@ -1,4 +1,4 @@
-"""Sort command-line arguments: MODEL and DATA, key=value, and `--key value`, which other programs take."""
+"""Sorts command-line arguments: MODEL and DATA, key=value, and `--key value` as other programs take it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from nybble.recipe.loading import nearest_option
 from nybble.recipe.values import example, kinds_of
 
 KEY = re.compile(r"[\w-]+(\.[\w-]+)*=")
-TRUTHS = ("true", "false", "yes", "no", "on", "off")
+BOOLEANS = ("true", "false", "yes", "no", "on", "off")
 ALIASES = {
-    # what Transformers, PEFT and other trainers call the same
+    # what Transformers, PEFT and other trainers call the same option
     "lr": "train.learning_rate",
     "num_train_epochs": "train.epochs",
     "num_epochs": "train.epochs",
@@ -41,14 +41,14 @@ ALIASES = {
 
 
 def sort_arguments(
-    arguments: Sequence[str], positions: tuple[str, str], flags: Sequence[str]
+    arguments: Sequence[str], targets: tuple[str, str], command_options: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Arguments without a key by their position, and options as `key=value`.
+    """Arguments without a key by the option they are for, and options as `key=value`.
 
     Args:
         arguments: as typed.
-        positions: the options that the first two arguments without a key are for.
-        flags: the command's own options, such as --config.
+        targets: the options that the first two arguments without a key are for.
+        command_options: options of the command itself, such as --config.
 
     Raises:
         RecipeError: with the line to type.
@@ -59,7 +59,7 @@ def sort_arguments(
     while rest:
         argument = rest.popleft()
         if argument.startswith("-") and len(argument) > 1:
-            options.append(_flag(argument, rest, flags))
+            options.append(_flag(argument, rest, command_options))
         elif KEY.match(argument) and not _is_path(argument):
             key, _, value = argument.partition("=")
             if not value and rest and not KEY.match(rest[0]) and not rest[0].startswith("-"):
@@ -69,13 +69,13 @@ def sort_arguments(
             _refuse_spaces(argument, next((text.removeprefix("=") for text in rest if text != "="), ""))
         else:
             named.append(argument)
-    names = " and ".join(position.split(".")[0].upper() for position in positions)
+    names = " and ".join(target.split(".")[0].upper() for target in targets)
     if len(named) > 2:
         raise RecipeError(
             f"unexpected {named[2]!r}: expected at most {names}, then key=value",
             fix="options are written key=value: train.epochs=2",
         )
-    texts = dict(zip(positions, named, strict=False))
+    texts = dict(zip(targets, named, strict=False))
     for key, text in texts.items():
         if twice := next((argument for argument in options if argument.startswith(key + "=")), None):
             raise RecipeError(
@@ -85,24 +85,24 @@ def sort_arguments(
 
 
 def _is_path(argument: str) -> bool:
-    """Whether an argument with an equals sign is a file, folder or pattern; an option's own name goes before it."""
+    """Whether an argument with an equals sign is a file, folder or pattern; an option's name takes precedence."""
     if kinds_of(argument.partition("=")[0]) is not None:
         return False
     return os.path.exists(argument) or any(True for _ in pathlib.Path().glob(argument) if set(argument) & set("*?["))
 
 
-def _flag(argument: str, rest: deque[str], flags: Sequence[str]) -> str:
-    """`--key value` or `--key=value` as key=value; what stands in `rest` may be taken as the value."""
+def _flag(argument: str, rest: deque[str], command_options: Sequence[str]) -> str:
+    """`--key value` or `--key=value` as key=value; the next argument, in `rest`, may be taken as its value."""
     name, equals, value = argument.lstrip("-").partition("=")
     name = name.replace("-", "_")
     found, denied = _options_of(name), _options_of(name.removeprefix("no_"))
-    if not found and _is_truth(denied):
+    if not found and _is_boolean(denied):
         return f"{denied[0]}=false"
     if len(found) != 1:
-        raise _no_such(argument.partition("=")[0], value or (rest[0] if rest else ""), found, flags)
+        raise _no_such(argument.partition("=")[0], value or (rest[0] if rest else ""), found, command_options)
     (key,) = found
     if not equals:
-        if _is_truth(found) and (not rest or rest[0].lower() not in TRUTHS):
+        if _is_boolean(found) and (not rest or rest[0].lower() not in BOOLEANS):
             return f"{key}=true"
         if not rest or KEY.match(rest[0]) or rest[0].startswith("--"):
             raise RecipeError(f"{argument}: the value is missing", fix=example(key))
@@ -121,12 +121,12 @@ def _options_of(name: str) -> list[str]:
     return leaves or [option for option in known if option.replace(".", "_") == name]
 
 
-def _is_truth(options: Sequence[str]) -> bool:
+def _is_boolean(options: Sequence[str]) -> bool:
     return len(options) == 1 and bool in (kinds_of(options[0]) or ())
 
 
 def _closed(value: str, rest: deque[str]) -> str:
-    """A value whose brackets the shell took apart at its spaces, in one piece again."""
+    """A value in brackets that the shell split at its spaces, joined again."""
     if value.startswith(("[", "{")):
         while rest and _depth(value) > 0:
             value += f" {rest.popleft()}"
@@ -143,12 +143,12 @@ def _refuse_spaces(key: str, value: str) -> None:
     raise RecipeError(f"{key}: options are written key=value, without spaces", fix=line)
 
 
-def _no_such(flag: str, value: str, found: Sequence[str], flags: Sequence[str]) -> RecipeError:
+def _no_such(flag: str, value: str, found: Sequence[str], command_options: Sequence[str]) -> RecipeError:
     if found:
         return RecipeError(
             f"{flag} is ambiguous: it may be {' or '.join(found)}", fix=" or ".join(f"{key}={value}" for key in found)
         )
-    near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.75)
+    near = difflib.get_close_matches(flag, command_options, n=1, cutoff=0.75)
     option = nearest_option(flag.lstrip("-").replace("-", "_"))
     line = f"{option}={value}" if option and value else example(option) if option else None
     return RecipeError(

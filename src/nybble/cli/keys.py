@@ -1,4 +1,4 @@
-"""The end of `nybble train --help`: examples, and the options that are used most, as the recipe documents them."""
+"""The end of `nybble train --help`: examples, and the most used options with their meaning from the recipe."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KEYS = (
 def tell_keys(console: Console) -> None:
     """Print them."""
     console.print(" Examples", style="bold")
-    for line, what in EXAMPLES:  # a command is copied whole
+    for line, what in EXAMPLES:  # soft_wrap: a command must stay on one line to be copied
         console.print(f"   {line}", soft_wrap=True, highlight=False)
         console.print(f"     {what}", style="dim", highlight=False)
     table = Table("Key", "Default", "Meaning", box=None, padding=(0, 2, 0, 0), header_style="bold")

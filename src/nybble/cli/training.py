@@ -13,7 +13,7 @@ from nybble.cli.app import Documented, app, asked_cache, cache_folder, quiet
 from nybble.cli.arguments import (
     LOOSE,
     Config,
-    complete_arguments,
+    complete_argument,
     data_recipe,
     own_options,
     refuse_missing,
@@ -33,7 +33,7 @@ Arguments = Annotated[
     typer.Argument(
         metavar="[DATA] [MODEL] [KEY=VALUE ...]",
         help="Data, base model, and options of the recipe.",
-        autocompletion=complete_arguments,
+        autocompletion=complete_argument,
     ),
 ]
 
@@ -90,7 +90,7 @@ def preview(
             "MODEL is missing", fix="nybble data preview DATA MODEL; a folder with its tokenizer is enough"
         )
     quiet()
-    from nybble.data.preview import preview as show
+    from nybble.data.sets.preview import preview as show
     from nybble.preflight.data_check import describe
 
     show(recipe.data, describe(recipe)[0], count, Console(), ids=ids)
@@ -104,7 +104,7 @@ def train(
         typer.Argument(
             metavar="[MODEL DATA] [KEY=VALUE ...]",
             help="Base model, data, and options of the recipe.",
-            autocompletion=complete_arguments,
+            autocompletion=complete_argument,
         ),
     ] = None,
     config: Config = None,

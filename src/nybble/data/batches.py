@@ -39,7 +39,7 @@ class PackedRows(torch.utils.data.Dataset[list[Sample]]):
 
     def row(self, position: int) -> numpy.ndarray:
         """Positions in `samples` of what a row holds."""
-        end = self.ends[position]  # counted from behind where the position is
+        end = self.ends[position]  # a negative position counts from the end
         begin = self.ends[position - 1] if position % len(self) else 0
         members: numpy.ndarray = self.members[begin:end]
         return members
@@ -50,11 +50,11 @@ class Collator:
     """Batches samples, or packed rows of samples; tensors are int64 of shape (rows, longest) where nothing else is said.
 
     Padded on the right to the longest, a sample gives input_ids, attention_mask and labels. Packed rows, and samples that
-    are laid flat into one row, give position_ids that begin anew at each sample and no attention_mask; where the samples
-    begin and end stands in cu_seq_lens_q and _k, int32 (samples + 1,), and their longest in max_length_q and _k, as
+    are laid flat into one row, give position_ids that restart at each sample and no attention_mask; where the samples
+    begin and end is in cu_seq_lens_q and _k, int32 (samples + 1,), and their longest in max_length_q and _k, as
     Transformers' DataCollatorWithFlattening has them. No sample sees another.
 
-    predicting, (positions,), holds the places of the flattened rows that have a next token to be trained on: the host
+    predicting, (positions,), holds the positions in the flattened rows that have a next token to be trained on: the host
     knows them, so that nobody need ask the device.
     """
 
@@ -69,7 +69,7 @@ class Collator:
         batch = self._stacked(groups)
         of_samples: dict[str, torch.Tensor | int] = {}
         if packed or flat:
-            batch["position_ids"], of_samples = _places(groups)
+            batch["position_ids"], of_samples = _positions(groups)
         elif not self.flatten:  # else of equal lengths: nothing is padded
             lengths = torch.tensor([len(row[0]["input_ids"]) for row in groups])
             batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
@@ -79,20 +79,20 @@ class Collator:
 
     def _stacked(self, groups: Sequence[Sequence[Sample]]) -> dict[str, torch.Tensor]:
         """input_ids and labels, as arrays: by lists, 4 x 2,048 tokens took 5.6 ms in which the device waits."""
-        laid = [_laid(samples) for samples in groups]
-        shape = (len(laid), max(len(ids) for ids, _ in laid))
+        rows = [_concatenated(samples) for samples in groups]
+        shape = (len(rows), max(len(ids) for ids, _ in rows))
         all_ids, all_labels = numpy.full(shape, self.pad_id), numpy.full(shape, IGNORED)
-        for row, (ids, labels) in enumerate(laid):
+        for row, (ids, labels) in enumerate(rows):
             all_ids[row, : len(ids)], all_labels[row, : len(ids)] = ids, labels
         return {"input_ids": torch.from_numpy(all_ids), "labels": torch.from_numpy(all_labels)}
 
 
 def next_labels(labels: torch.Tensor) -> torch.Tensor:
-    """What each position predicts: the labels, (rows, tokens), moved one place to the left."""
+    """What each position predicts: the labels, (rows, tokens), moved one position to the left."""
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
-def _laid(samples: Sequence[Sample]) -> tuple[numpy.ndarray, numpy.ndarray]:
+def _concatenated(samples: Sequence[Sample]) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Ids of samples one after another, and the same where they are trained. A sample's first token never is: nothing
     of its own comes before it."""
     ids = numpy.concatenate([numpy.array(sample["input_ids"], dtype=numpy.int64) for sample in samples])
@@ -102,7 +102,7 @@ def _laid(samples: Sequence[Sample]) -> tuple[numpy.ndarray, numpy.ndarray]:
     return ids, numpy.where(numpy.concatenate(trained), ids, IGNORED)
 
 
-def _places(groups: Sequence[Sequence[Sample]]) -> tuple[torch.Tensor, dict[str, torch.Tensor | int]]:
+def _positions(groups: Sequence[Sequence[Sample]]) -> tuple[torch.Tensor, dict[str, torch.Tensor | int]]:
     """Positions of every token in its sample, (rows, longest), and where samples begin; padding is one more, untrained."""
     lengths = [[len(sample["input_ids"]) for sample in row] for row in groups]
     longest = max(map(sum, lengths))

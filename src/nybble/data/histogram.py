@@ -39,12 +39,12 @@ def bins(lengths: Mapping[int, int]) -> list[tuple[int, int, int]]:
     return [*edges, (count * width, max(lengths), found[count])] if found[count] else edges
 
 
-def text(lengths: Mapping[int, int], limit: int, block: str, room: int = 80) -> Iterator[tuple[str, bool]]:
-    """A line a bin of at most `room` characters, and whether its rows are over `limit` tokens."""
+def text(lengths: Mapping[int, int], limit: int, block: str, columns: int = 80) -> Iterator[tuple[str, bool]]:
+    """A line a bin of at most `columns` characters, and whether its rows are over `limit` tokens."""
     found = bins(lengths)
     most = max(rows for *_, rows in found)
     width = len(f"{found[-1][1]:,}")
-    longest = max(1, min(BAR, room - 2 * width - 15))
+    longest = max(1, min(BAR, columns - 2 * width - 15))
     for first, last, rows in found:
         bar = block * math.ceil(longest * rows / most)
         yield f"{first:>{width},} - {last:>{width},}  {bar:<{longest}} {rows:>9,}", first > limit

@@ -9,16 +9,16 @@ import torch
 from datasets import Dataset
 
 from nybble.data.batches import PackedRows
-from nybble.data.prepare import column
+from nybble.data.sets.prepare import column
 
 MEGA = 50  # steps whose rows are sorted together: enough to pad little, few enough to stay random
 
 
-class Order(torch.utils.data.Sampler[int]):
-    """A random order in which rows of like length share a step, the longest step comes first, and its longest rows in it.
+class GroupedByLength(torch.utils.data.Sampler[int]):
+    """A random order in which rows of similar length share a step, the longest step comes first, and its longest rows in it.
 
     Padding to the longest wastes little then, and what does not fit into memory fails at once and not late. The order
-    depends on seed, epoch and the rows of a step alone: an interrupted run finds its place again, and a step holds the same
+    depends on seed, epoch and the rows of a step alone: an interrupted run continues where it was, and a step holds the same
     rows however it is split into micro batches and processes.
 
     Args:
@@ -62,8 +62,8 @@ def lengths_of(rows: Dataset | PackedRows) -> numpy.ndarray:
 
 
 def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Places of rows of like length together, the longest first, as many as fit into so many padded tokens, at least one."""
-    ordered = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    """Positions of rows of similar length together, the longest first: as many as fit into `tokens` padded ones, at least one."""
+    ordered = sorted(range(len(lengths)), key=lambda position: -lengths[position])
     while ordered:
         size = max(tokens // lengths[ordered[0]], 1)
         yield ordered[:size]

@@ -13,33 +13,33 @@ CHUNK = (
 
 
 def best_fit(lengths: Sequence[int] | numpy.ndarray, capacity: int) -> list[numpy.ndarray]:
-    """Best-fit decreasing (Johnson 1974): each sample goes where it leaves the least room.
+    """Best-fit decreasing (Johnson 1974): each sample goes where it leaves the least space.
 
     Args:
         lengths: tokens of each sample, at most `capacity`.
         capacity: tokens of a packed row.
 
     Returns:
-        For each packed row, the positions in `lengths` it holds. Every position stands in exactly one row.
+        For each packed row, the positions in `lengths` it holds. Every position is in exactly one row.
     """
     sizes = numpy.asarray(lengths, dtype=numpy.int64)
     assert (sizes <= capacity).all(), "a sample longer than a packed row"
     order = numpy.argsort(-sizes, kind="stable")
     owners = numpy.empty(len(sizes), dtype=numpy.int64)
-    open_rows: dict[int, list[int]] = {}  # room left -> rows that have it
-    rooms: list[int] = []  # the keys of open_rows, sorted: at most `capacity` of them, however many rows there are
+    open_rows: dict[int, list[int]] = {}  # space left -> rows that have it
+    spaces: list[int] = []  # the keys of open_rows, sorted: at most `capacity` of them, however many rows there are
     count = 0
-    for place, length in _in_turn(sizes[order]):
-        found = bisect.bisect_left(rooms, length)
-        if found == len(rooms):
-            row, room, count = count, capacity, count + 1
+    for position, length in _in_turn(sizes[order]):
+        found = bisect.bisect_left(spaces, length)
+        if found == len(spaces):
+            row, space, count = count, capacity, count + 1
         else:
-            room = rooms[found]
-            row = open_rows[room].pop()
-            if not open_rows[room]:
-                del open_rows[room], rooms[found]
-        owners[place] = row
-        _open(open_rows, rooms, row, room - length)
+            space = spaces[found]
+            row = open_rows[space].pop()
+            if not open_rows[space]:
+                del open_rows[space], spaces[found]
+        owners[position] = row
+        _open(open_rows, spaces, row, space - length)
     members = order[numpy.argsort(owners, kind="stable")]
     return numpy.split(members, numpy.cumsum(numpy.bincount(owners, minlength=count))[:-1]) if count else []
 
@@ -49,10 +49,10 @@ def _in_turn(sizes: numpy.ndarray) -> Iterator[tuple[int, int]]:
         yield from enumerate(sizes[first : first + CHUNK].tolist(), first)
 
 
-def _open(open_rows: dict[int, list[int]], rooms: list[int], row: int, room: int) -> None:
-    if room == 0:
+def _open(open_rows: dict[int, list[int]], spaces: list[int], row: int, space: int) -> None:
+    if space == 0:
         return
-    if room not in open_rows:
-        open_rows[room] = []
-        bisect.insort(rooms, room)
-    open_rows[room].append(row)
+    if space not in open_rows:
+        open_rows[space] = []
+        bisect.insort(spaces, space)
+    open_rows[space].append(row)

@@ -1,4 +1,4 @@
-"""What the model will really be given: the collator's batches, held against what was tokenised and what must be trained.
+"""What the model will really be given: the collator's batches, compared with what was tokenised and what must be trained.
 
 A mask that misses EOS, a doubled BOS or an answer nobody learns from shows only after hours of training, if at all; here it
 stops the run before the first step.
@@ -17,7 +17,7 @@ from datasets import Dataset
 
 from nybble.data.batches import IGNORED, PackedRows, Sample
 from nybble.data.text.template import Template
-from nybble.data.tokenise import Progress
+from nybble.data.text.tokenise import Progress
 from nybble.errors import DataError
 
 ROWS = 64  # in one look
@@ -26,15 +26,15 @@ DEFECT = "the fault is not in the data but in your own template or in nybble; pl
 
 
 @dataclass(frozen=True)
-class Given:
-    """A sample's place in a batch."""
+class BatchedSample:
+    """A sample as it is in a batch."""
 
     ids: numpy.ndarray
     labels: numpy.ndarray
     counted: numpy.ndarray
     """How often the loss asks for each of its tokens."""
     behind: numpy.ndarray
-    """Labels of the padding behind it."""
+    """Labels of the padding after it."""
     apart: bool
     """Whether attention and positions begin and end with it."""
     whole: bool
@@ -42,8 +42,8 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What holds for every sample.
+class Expected:
+    """What must hold for every sample.
 
     Args:
         template: whose tokens begin and end turns.
@@ -53,7 +53,7 @@ class Rules:
     template: Template
     train_on: str
 
-    def faults(self, sample: Sample, given: Given) -> Iterator[str]:
+    def faults(self, sample: Sample, given: BatchedSample) -> Iterator[str]:
         """What is wrong with a sample as the collator gives it."""
         ids, labels = given.ids, given.labels
         if not given.apart:
@@ -93,21 +93,21 @@ class Rules:
         bos = self.template.tokenizer.bos_token_id
         if bos is None:
             return
-        places = ids == bos
-        if (places[1:] & places[:-1]).any():
+        is_bos = ids == bos
+        if (is_bos[1:] & is_bos[:-1]).any():
             yield "two BOS tokens in a row"
         first, more = self.template.bos_of_turns
         if first > 1 or self.train_on != "answers" or sample.get("is_piece", False) or trained[1:].all():
-            return  # BOS marks every speaker, or turns cannot be told by their answers, or there are none
+            return  # BOS marks every speaker, or turns cannot be recognised by their answers, or there are none
         expected = first + (answers - 1) * more
-        if places.sum() != expected or (first and not places[0]):
-            yield f"{places.sum()} BOS tokens, where the template {self.template.name} has {expected}"
+        if is_bos.sum() != expected or (first and not is_bos[0]):
+            yield f"{is_bos.sum()} BOS tokens, where the template {self.template.name} has {expected}"
 
 
 def inspect(
     rows: Dataset | PackedRows | Sequence[Sample],
     collate: Callable[[Sequence[Any]], dict[str, Any]],
-    rules: Rules,
+    expected: Expected,
     progress: Progress = lambda _: None,
 ) -> None:
     """Look at every batch that training would see.
@@ -115,7 +115,7 @@ def inspect(
     Args:
         rows: of the training or validation set.
         collate: the collator that training uses.
-        rules: what must hold.
+        expected: what must hold.
         progress: called with the number of rows looked at.
 
     Raises:
@@ -125,7 +125,7 @@ def inspect(
     count = 0
     for start in range(0, len(rows), ROWS):
         for sample, given in _given(collate(group := _fetched(rows, start)), group):
-            wrong = list(rules.faults(sample, given))
+            wrong = list(expected.faults(sample, given))
             count += bool(wrong)
             if wrong and len(found) < SHOWN:
                 found.append(f"  {sample.get('origin', 'a row')}: {'; '.join(wrong)}")
@@ -136,15 +136,15 @@ def inspect(
 
 
 def _fetched(rows: Any, start: int) -> list[Any]:
-    places = range(start, min(start + ROWS, len(rows)))
+    positions = range(start, min(start + ROWS, len(rows)))
     if isinstance(rows, Dataset):  # in one go: row by row takes five times as long
-        columns = rows[start : places.stop]
+        columns = rows[start : positions.stop]
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return [rows[place] for place in places]
+    return [rows[position] for position in positions]
 
 
-def _given(batch: dict[str, Any], group: Sequence[Any]) -> Iterator[tuple[Sample, Given]]:
-    """Each sample of the rows with what the batch holds in its place."""
+def _given(batch: dict[str, Any], group: Sequence[Any]) -> Iterator[tuple[Sample, BatchedSample]]:
+    """Each sample of the rows with what the batch holds for it."""
     arrays = {name: tensor.numpy() for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)}
     ids, labels, counted = arrays["input_ids"], arrays["labels"], _counted(arrays)
     mask, positions = arrays.get("attention_mask"), arrays.get("position_ids")
@@ -153,22 +153,25 @@ def _given(batch: dict[str, Any], group: Sequence[Any]) -> Iterator[tuple[Sample
         rows = [list(itertools.chain.from_iterable(rows))]  # all in one, without padding
     bounds = set(arrays["cu_seq_lens_q"].tolist()) if "cu_seq_lens_q" in arrays else set()
     for number, samples in enumerate(rows):
-        place = 0
+        begin = 0
         for sample in samples:
-            end = place + len(sample["input_ids"])
-            first = number * ids.shape[1] + place
+            end = begin + len(sample["input_ids"])
+            first = number * ids.shape[1] + begin
             alone = not bounds and len(samples) == 1
             apart = alone or (first in bounds and number * ids.shape[1] + end in bounds)
-            apart &= positions is None or numpy.array_equal(positions[number, place:end], numpy.arange(end - place))
-            whole = mask is None or bool(mask[number, place:end].all())
+            apart &= positions is None or numpy.array_equal(positions[number, begin:end], numpy.arange(end - begin))
+            whole = mask is None or bool(mask[number, begin:end].all())
             behind = labels[number, end:] if sample is samples[-1] else labels[number, end:end]
-            own = slice(place, end)
-            yield sample, Given(ids[number, own], labels[number, own], counted[number, own], behind, apart, whole)
-            place = end
+            own = slice(begin, end)
+            yield (
+                sample,
+                BatchedSample(ids[number, own], labels[number, own], counted[number, own], behind, apart, whole),
+            )
+            begin = end
 
 
 def _counted(arrays: dict[str, numpy.ndarray]) -> numpy.ndarray:
-    """How often the loss asks for each token: it is predicted at the place before it."""
+    """How often the loss asks for each token: it is predicted at the position before it."""
     shape = arrays["input_ids"].shape
-    places = numpy.bincount(arrays["predicting"], minlength=shape[0] * shape[1]).reshape(shape)
-    return numpy.roll(places, 1, axis=1)
+    counts = numpy.bincount(arrays["predicting"], minlength=shape[0] * shape[1]).reshape(shape)
+    return numpy.roll(counts, 1, axis=1)

@@ -9,9 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from nybble.data.examine import sources_of
-from nybble.data.prepare import Prepared, prepare
-from nybble.data.rows.sources import find_sources
+from nybble.data.rows.sources import find_sources, sources_of
+from nybble.data.sets.prepare import Prepared, prepare
 from nybble.data.text.kept_template import read_template
 from nybble.errors import DataError, RecipeError
 from nybble.recipe import absolute_paths

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nybble.data.rows.readers import MB, TooLargeError, document, refuse_stranger
+from nybble.data.rows.readers import MB, TooLargeError, read_text_file
 from nybble.errors import DataError, EvaluationError
 
 LONGEST = 256 * MB  # characters: a text is in memory as a whole
@@ -35,8 +35,7 @@ def _read(file: pathlib.Path) -> TextFile:
     if not file.exists():
         raise EvaluationError(f"there is no file {file}", fix=f"ls {file.parent}; nybble eval RUN --text FILE.txt")
     try:
-        refuse_stranger(file)
-        text = document(file, LONGEST)
+        text = read_text_file(file, LONGEST)
     except TooLargeError as error:
         raise EvaluationError(
             f"the text cannot be read: {error.what}", where=error.where, fix="give --text a part of it"

@@ -21,7 +21,7 @@ import xxhash
 
 from nybble.errors import PlaceError
 from nybble.files import digests
-from nybble.files.places import ANOTHER_CACHE, FORGOTTEN, HALF, is_forgotten, new_folder, replacing
+from nybble.files.places import ANOTHER_CACHE, FORGOTTEN, HALF, folder_beside, is_forgotten, put_in_place, replacing
 
 MANIFEST = "manifest.json"
 NAMES = 9  # names that an entry may have, in case what has the first ones can be neither used nor moved
@@ -97,9 +97,20 @@ def making(path: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
         FileExistsError: something else is there by now.
     """
-    make_room(path.parent)
-    _sweep(path.parent)
-    with new_folder(path, proof=MANIFEST) as temporary:
+    with filling(path.parent) as temporary:
+        yield temporary
+        put_in_place(temporary, path, proof=MANIFEST)
+
+
+@contextlib.contextmanager
+def filling(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to fill within one of the cache's, gone afterwards: for an entry whose name is known only once it is full.
+
+    `seal` it then, and `put_in_place`.
+    """
+    make_room(folder)
+    _sweep(folder)
+    with folder_beside(folder / "entry") as temporary:
         temporary.chmod(0o700)  # rows are their user's own
         yield temporary
 

@@ -21,7 +21,11 @@ def pointer_fault(file: pathlib.Path) -> tuple[str, str] | None:
         OSError: the file cannot be read.
     """
     with file.open("rb") as stream:
-        head = stream.read(LONGEST)
+        return pointer_in(stream.read(LONGEST), file)
+
+
+def pointer_in(head: bytes, file: pathlib.Path) -> tuple[str, str] | None:
+    """As `pointer_fault`, of a file whose first `LONGEST` bytes are read already."""
     pointer = POINTER.match(head)
     if pointer is None:
         return None

@@ -215,7 +215,7 @@ def new_folder(target: pathlib.Path, proof: str | None = None) -> Iterator[pathl
     """
     with folder_beside(target) as temporary:
         yield temporary
-        _rename(temporary, target, proof)
+        put_in_place(temporary, target, proof)
 
 
 @contextlib.contextmanager
@@ -295,7 +295,8 @@ def is_forgotten(age: float, *paths: pathlib.Path) -> bool:
     return max(changes) <= time.time() - age
 
 
-def _rename(folder: pathlib.Path, target: pathlib.Path, proof: str | None) -> None:
+def put_in_place(folder: pathlib.Path, target: pathlib.Path, proof: str | None) -> None:
+    """Rename a folder that has been filled beside its target; arguments and errors as those of `new_folder`."""
     try:
         folder.rename(target)
     except OSError as error:

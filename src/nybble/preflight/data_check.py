@@ -6,30 +6,30 @@ import pathlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from datasets import Dataset
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.data import histogram
-from nybble.data.batches import Collator, PackedRows
-from nybble.data.examine import Examined, examine, forms_of, rows_of, sources_of, unfit
+from nybble.data.batches import PackedRows
 from nybble.data.order import lengths_of
-from nybble.data.prepare import arranged, of_validation, split
 from nybble.data.rows.licences import licences
-from nybble.data.rows.sources import Source
+from nybble.data.rows.reading import OpenRows
+from nybble.data.rows.sources import DataSource
+from nybble.data.sets.examine import Examined, unfit
+from nybble.data.sets.prepare import Prepared
 from nybble.data.text.template import Template
-from nybble.data.tokenise import Counts, Pass
-from nybble.data.xray import Rules, inspect
-from nybble.errors import DataError, ModelError, NybbleError, RecipeError, TooFewRowsError
+from nybble.data.text.tokenise import Counts, Pass
+from nybble.errors import DataError, NybbleError
 from nybble.files.places import check_cache, check_writable, default_cache
-from nybble.model.base.checkpoint import check_length, find_checkpoint, read_description, refuse_adapter
+from nybble.model.base.checkpoint import find_checkpoint, read_description, refuse_adapter
 from nybble.model.base.load import read_config
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer
-from nybble.plan.schedule import plan_steps, steps_text
+from nybble.plan.schedule import Schedule, steps_text
 from nybble.plan.speed import PRODUCTS, estimate
+from nybble.preflight.preparation import Stage, prepare_run
 from nybble.recipe import Recipe, absolute_paths
 from nybble.terminal import tell
 
@@ -81,14 +81,11 @@ def check(
 
 
 def _check_rows(recipe: Recipe, console: Console) -> list[NybbleError]:
-    sources = sources_of(recipe.data)
-    forms = forms_of(sources, recipe.data)
-    reading = Pass(forms, None, recipe.data)
-    with _progress(console, "reading") as (progress, task):
-        reading.progress = lambda rows: progress.update(task, completed=rows)
-        for _ in reading.conversations(rows_of(sources, recipe.data)):
+    with OpenRows(recipe.data) as rows, _progress(console, "reading") as (progress, task):
+        reading = Pass(rows.forms, None, recipe.data, lambda count: progress.update(task, completed=count))
+        for _ in reading.conversations(rows.items()):
             pass
-    _tell_rows(console, reading.counts, sources, recipe.data.streaming)
+    _tell_rows(console, reading.counts, rows.sources, recipe.data.streaming)
     return list(unfit(reading.counts, reading.faults, {}, recipe.data))
 
 
@@ -96,52 +93,28 @@ def _check_tokens(
     recipe: Recipe, console: Console, picture: pathlib.Path | None, cache: pathlib.Path
 ) -> list[NybbleError]:
     tokenizer, config = describe(recipe)
+    faults: list[NybbleError] = []
     with _progress(console, "reading") as (progress, task):
-        examined = examine(recipe.data, tokenizer, cache, lambda rows: progress.update(task, completed=rows))
-    _tell_rows(console, examined.counts, examined.sources, recipe.data.streaming)
-    refused = list(unfit(examined.counts, examined.faults, examined.lengths, recipe.data))
-    faults: list[NybbleError] = [*refused]
-    if config is not None:
-        faults += _too_long_for(config, recipe)
-    held_out, wrong = _validation_rows(recipe, examined, tokenizer, console, cache)
-    faults += wrong
-    if not examined.lengths:
+
+        def show(stage: Stage, rows: int) -> None:
+            progress.update(task, description=stage, completed=rows)
+
+        found = prepare_run(recipe, tokenizer, config, cache, refuse=faults.append, progress=show)
+    _tell_rows(console, found.examined.counts, found.examined.sources, recipe.data.streaming)
+    if found.held_out is not None:
+        counts = found.held_out.counts
+        _line(console, "validation", f"{_plural(counts.rows, 'row')} of {recipe.data.validation}, {counts.kept:,} used")
+    if not found.examined.lengths:
         return faults
-    _tell_lengths(console, examined, recipe)
+    _tell_lengths(console, found.examined, recipe)
     if picture is not None:
-        histogram.draw(examined.lengths, recipe.data.max_length, picture)
+        histogram.draw(found.examined.lengths, recipe.data.max_length, picture)
         _line(console, "picture", str(picture))
-    if examined.counts.kept:
-        found = _tell_batches(console, examined, held_out, recipe, tokenizer, config)
-        # Once the refused rows are mended they count again: that the others are too few is not a fault of its own.
-        faults += [fault for fault in found if not (refused and isinstance(fault, TooFewRowsError))]
+    if found.data is not None:
+        _tell_batches(console, found.data, recipe)
+        if found.schedule is not None:
+            _tell_steps(console, found.data, found.schedule, recipe, config)
     return faults
-
-
-def _too_long_for(config: PretrainedConfig, recipe: Recipe) -> list[ModelError]:
-    try:
-        check_length(config, recipe.data.max_length, recipe.model.rope_scaling)
-    except ModelError as fault:
-        return [fault]
-    return []
-
-
-def _validation_rows(
-    recipe: Recipe, examined: Examined, tokenizer: PreTrainedTokenizerBase, console: Console, cache: pathlib.Path
-) -> tuple[Dataset | None, list[DataError]]:
-    """The rows of the file that data.validation names, where it names one, and what is wrong with it."""
-    if not isinstance(recipe.data.validation, str):
-        return None, []
-    options = of_validation(recipe.data)
-    try:
-        with _progress(console, "reading validation") as (progress, task):
-            found = examine(
-                options, tokenizer, cache, lambda rows: progress.update(task, completed=rows), examined.template
-            )
-    except DataError as fault:
-        return None, [fault]
-    _line(console, "validation", f"{found.counts.rows:,} rows of {recipe.data.validation}, {found.counts.kept:,} used")
-    return found.tokens, list(unfit(found.counts, found.faults, found.lengths, options))
 
 
 def describe(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PretrainedConfig | None]:
@@ -158,7 +131,7 @@ def describe(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PretrainedConfig 
     return tokenizer, read_config(folder)
 
 
-def _tell_rows(console: Console, counts: Counts, sources: tuple[Source, ...], streaming: bool) -> None:
+def _tell_rows(console: Console, counts: Counts, sources: tuple[DataSource, ...], streaming: bool) -> None:
     forms = ", ".join(f"{count:,} {form}" for form, count in sorted(counts.forms.items(), key=lambda item: -item[1]))
     where = f" in {len(sources)} sources" if len(sources) > 1 else ""
     where += ", the first of a stream" if streaming else ""
@@ -169,7 +142,7 @@ def _tell_rows(console: Console, counts: Counts, sources: tuple[Source, ...], st
     empty = f"{counts.empty_answers:,}" if counts.empty_answers else "none"
     bad = f"{counts.faulty:,} ({empty} because of an empty answer)" if counts.faulty else "0"
     _line(console, "bad rows", bad, "red" if counts.faulty else "")
-    for notice in counts.told():
+    for notice in counts.notice_lines():
         _line(console, "notice", notice, "yellow")
 
 
@@ -203,69 +176,34 @@ def _bos(template: Template) -> str:
     return f"; {template.tokenizer.bos_token} " + ("at each user turn" if more else "once per row")
 
 
-def _tell_batches(
-    console: Console,
-    examined: Examined,
-    held_out: Dataset | None,
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig | None,
-) -> list[NybbleError]:
-    """What the collator makes of the rows, and what training on them takes; returns what is wrong."""
-    data = recipe.data
-    try:
-        if isinstance(data.validation, str):
-            kept, validation = examined.tokens, held_out
-        else:
-            kept, validation = split(examined.tokens, data.validation, recipe.train.seed)
-        rows = arranged(kept, examined, data, recipe.train.seed)
-        collate, rules = Collator(tokenizer.pad_token_id, recipe.engine.fused), Rules(examined.template, data.train_on)
-        with _progress(console, "checking", len(rows)) as (progress, task):
-            for part in (rows, validation):
-                if part is not None:
-                    inspect(part, collate, rules, lambda seen: progress.update(task, completed=seen))
-    except DataError as fault:
-        return [fault]
-    bos = ", BOS is in place" if _bos(examined.template) else ""
-    ends = tokenizer.convert_ids_to_tokens(sorted(examined.template.ends))
-    _line(
-        console,
-        "batches",
-        f"checked as in training: every answer ends with a trained {' or '.join(ends)}{bos}",
-    )
-    if isinstance(rows, PackedRows):
-        filled = sum(rows.samples.select_columns("length")[:]["length"]) / (len(rows) * data.max_length)
+def _tell_batches(console: Console, data: Prepared, recipe: Recipe) -> None:
+    """What the collator makes of the rows."""
+    bos = ", BOS is in place" if _bos(data.template) else ""
+    ends = data.template.tokenizer.convert_ids_to_tokens(sorted(data.template.ends))
+    _line(console, "batches", f"checked as in training: every answer ends with a trained {' or '.join(ends)}{bos}")
+    if isinstance(rows := data.sample, PackedRows):
+        length = recipe.data.max_length
+        filled = sum(rows.samples.select_columns("length")[:]["length"]) / (len(rows) * length)
         _line(
-            console,
-            "packing",
-            f"{len(rows.samples):,} rows in {len(rows):,} of {data.max_length:,} tokens, {filled:.1%} full",
+            console, "packing", f"{len(rows.samples):,} rows in {len(rows):,} of {length:,} tokens, {filled:.1%} full"
         )
-    return _tell_steps(console, recipe, rows, validation, config)
 
 
 def _tell_steps(
-    console: Console,
-    recipe: Recipe,
-    rows: Dataset | PackedRows,
-    validation: Dataset | None,
-    config: PretrainedConfig | None,
-) -> list[NybbleError]:
+    console: Console, data: Prepared, schedule: Schedule, recipe: Recipe, config: PretrainedConfig | None
+) -> None:
+    """What training takes."""
     train = recipe.train
-    try:
-        schedule = plan_steps(train, None if recipe.data.streaming else len(rows), validation is not None)
-    except (DataError, RecipeError) as fault:
-        return [fault]
     batch = train.micro_batch * train.accumulation * train.processes
-    tokens = schedule.steps * batch * float(lengths_of(rows).mean())
+    tokens = schedule.steps * batch * float(lengths_of(data.sample).mean())
     _line(console, "training", f"{steps_text(schedule.steps, train)}, about {_rounded(tokens)} tokens")
     if schedule.notice:
         _line(console, "", schedule.notice, "yellow")
     if config is not None:
-        held_out = 0.0 if validation is None else float(lengths_of(validation).sum())
+        held_out = 0.0 if data.validation is None else float(lengths_of(data.validation).sum())
         # Before the first step too; an evaluation goes forward only.
         tokens += held_out * (schedule.evaluations_after(0) + 1) / PRODUCTS
         _tell_time(console, recipe, tokens, config)
-    return []
 
 
 def _tell_time(console: Console, recipe: Recipe, tokens: float, config: PretrainedConfig) -> None:
@@ -300,7 +238,7 @@ def _line(console: Console, label: str, text: str, style: str = "") -> None:
 
 
 @contextmanager
-def _progress(console: Console, what: str, total: int | None = None) -> Iterator[tuple[Progress, TaskID]]:
-    columns = (TextColumn(f"{what} {{task.completed:,}} rows"), BarColumn(), TimeElapsedColumn())
+def _progress(console: Console, what: str) -> Iterator[tuple[Progress, TaskID]]:
+    columns = (TextColumn("{task.description} {task.completed:,} rows"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield progress, progress.add_task(what, total=total)
+        yield progress, progress.add_task(what, total=None)

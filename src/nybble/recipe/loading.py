@@ -1,4 +1,4 @@
-"""A recipe from YAML, from `key=value` words, or both; all its faults are raised together."""
+"""A recipe from YAML, from `key=value` arguments, or both; all its faults are raised together."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from yaml.constructor import ConstructorError
 from nybble.errors import RecipeError
 from nybble.files.reading import brief, check_regular, read_text
 from nybble.recipe.options import Recipe, option_names
-from nybble.recipe.values import Plain, example, kinds_of, read_section, read_word
+from nybble.recipe.values import RecipeLoader, example, kinds_of, read_argument, read_section
 
 
 def load_recipe(
     file: str | pathlib.Path | None = None, words: Sequence[str] = (), *, texts: Mapping[str, str] | None = None
 ) -> Recipe:
-    """Read a recipe from a YAML file, then let `key=value` words override it.
+    """Read a recipe from a YAML file, then let `key=value` arguments override it.
 
     Args:
         file: YAML with the sections of `Recipe`.
         words: `section.key=value`, read by the option's type: text as it stands, lists as `a,b` or `[a, b]`, mappings as
-            `a:b,c:d` or `{a: b, c: d}`. Words for one list or mapping add up, as a shell writes `{a,b}` without quotes.
-        texts: options whose value is the text itself, whatever it looks like; they go before `words`.
+            `a:b,c:d` or `{a: b, c: d}`. Several for one list or mapping are joined: a shell makes that of `{a,b}` without quotes.
+        texts: options whose value is the text itself, whatever it looks like; `words` override them.
 
     Raises:
         RecipeError: with every fault at once; for a key of the file with its `file:line`.
     """
-    tree, places = _read_yaml(pathlib.Path(file)) if file is not None else ({}, {})
-    faults = [fault for key, text in (texts or {}).items() for fault in _set(tree, places, key, text)]
+    tree, lines = _read_yaml(pathlib.Path(file)) if file is not None else ({}, {})
+    faults = [fault for key, text in (texts or {}).items() for fault in _set(tree, lines, key, text)]
     given: set[str] = set()
-    faults += [fault for word in words for fault in _override(tree, places, word, given)]
+    faults += [fault for word in words for fault in _override(tree, lines, word, given)]
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        faults += [fault for detail in error.errors() for fault in _explain(detail, places)]
+        faults += [fault for detail in error.errors() for fault in _explain(detail, lines)]
         faults = list(dict.fromkeys(faults))
     if faults:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
@@ -53,7 +53,7 @@ def load_recipe(
 
 
 def _read_yaml(file: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The file's values, and where each dotted key stands."""
+    """The file's values, and the `file:line` of each dotted key."""
     if not file.exists():
         raise RecipeError(f"there is no recipe {file}", fix="ls recipes/ lists the shipped ones")
     check_regular(file, RecipeError, "name a YAML file; ls recipes/ lists the shipped ones")
@@ -62,7 +62,7 @@ def _read_yaml(file: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
         file, RecipeError, f"copy it again, or, if it is Latin-1: iconv -f LATIN1 -t UTF-8 {name} > NEW.yaml"
     )
     try:
-        node = yaml.compose(text, Plain)
+        node = yaml.compose(text, RecipeLoader)
         tree = read_section(node) if node is not None else None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -91,19 +91,19 @@ def _lines(node: yaml.Node | None, prefix: str, seen: set[int]) -> Iterator[tupl
             yield from _lines(value, name + ".", seen)
 
 
-def _override(tree: dict[str, Any], places: dict[str, str], word: str, given: set[str]) -> Iterator[str]:
+def _override(tree: dict[str, Any], lines: dict[str, str], argument: str, given: set[str]) -> Iterator[str]:
     """Set one `key=value` in the tree; yields what is wrong with it."""
-    key, equals, text = word.partition("=")
+    key, equals, text = argument.partition("=")
     kinds = kinds_of(key)
     if not equals or not key:
-        yield f"{word!r}: options are written key=value, e.g. {example(key) if kinds else 'train.epochs=2'}"
+        yield f"{argument!r}: options are written key=value, e.g. {example(key) if kinds else 'train.epochs=2'}"
         return
     if kinds and not text.strip():
         none = f", or {key}=null for none" if type(None) in kinds else ""
         yield f"{key}: the value is missing; e.g. {example(key)}{none}"
         return
     try:
-        value = read_word(text, kinds)
+        value = read_argument(text, kinds)
     except (ConstructorError, RecursionError):  # a tag that does not fit, a number of 5,000 digits, 5,000 brackets
         yield f"{key}: {brief(text)} cannot be read" + (f"; e.g. {example(key)}" if kinds else "")
         return
@@ -113,10 +113,10 @@ def _override(tree: dict[str, Any], places: dict[str, str], word: str, given: se
     if key in given and any(get_origin(kind) in (list, dict) for kind in kinds or ()):
         value = _joined(_get(tree, key), value)
     given.add(key)
-    yield from _set(tree, places, key, value)
+    yield from _set(tree, lines, key, value)
 
 
-def _set(tree: dict[str, Any], places: dict[str, str], key: str, value: Any) -> Iterator[str]:
+def _set(tree: dict[str, Any], lines: dict[str, str], key: str, value: Any) -> Iterator[str]:
     branch = tree
     *sections, leaf = key.split(".")
     for name in sections:
@@ -126,7 +126,7 @@ def _set(tree: dict[str, Any], places: dict[str, str], key: str, value: Any) -> 
             return
         branch = inner
     branch[leaf] = value
-    places.pop(key, None)
+    lines.pop(key, None)
 
 
 def _get(tree: Mapping[str, Any], key: str) -> Any:
@@ -136,7 +136,7 @@ def _get(tree: Mapping[str, Any], key: str) -> Any:
 
 
 def _joined(before: Any, value: Any) -> Any:
-    """Two words for one list or mapping: what a shell makes of braces without quotes."""
+    """The values of two arguments for one list or mapping: what a shell makes of braces without quotes."""
     if isinstance(before, dict) and isinstance(value, dict):
         return before | value
     if isinstance(before, dict) or isinstance(value, dict):
@@ -144,35 +144,37 @@ def _joined(before: Any, value: Any) -> Any:
     return [*(before if isinstance(before, list) else [before]), *(value if isinstance(value, list) else [value])]
 
 
-def _explain(detail: ErrorDetails, places: Mapping[str, str]) -> Iterator[str]:
-    """A pydantic error in the user's words, and the line that is right."""
+def _explain(detail: ErrorDetails, lines: Mapping[str, str]) -> Iterator[str]:
+    """A pydantic error as a user would put it, with a line that would be right."""
     parts = [str(part) for part in detail["loc"]]
     whole = parts[: next((n for n in range(1, len(parts)) if ".".join(parts[:n]) in set(option_names())), len(parts))]
     key = ".".join(whole)  # what follows an option's name, union members and positions, is pydantic's
-    place = f" ({places[key]})" if key in places else ""
+    location = f" ({lines[key]})" if key in lines else ""
     if detail["type"] == "extra_forbidden":
         value = detail["input"]
-        # A word for a section that there is not comes as a mapping.
+        # An argument for a section that does not exist comes as a mapping.
         inside = (
-            {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) and not place else {}
+            {f"{key}.{name}": inner for name, inner in value.items()}
+            if isinstance(value, dict) and not location
+            else {}
         )
-        for name, inner in (inside or {key: None if place else value}).items():
-            yield f"{name}: unknown option{place}{_did_you_mean(name, inner)}"
+        for name, inner in (inside or {key: None if location else value}).items():
+            yield f"{name}: unknown option{location}{_did_you_mean(name, inner)}"
     elif detail["type"] == "value_error" and not key:
         yield from str(detail["ctx"]["error"]).splitlines()
     else:
         given, kinds = detail["input"], kinds_of(key)
         inner = [name for name in option_names() if name.startswith(key + ".")]  # of a section that was given a value
         shown = (
-            f"; e.g. {example(key if kinds else inner[0], near=_word(given), in_file=bool(place))}"
+            f"; e.g. {example(key if kinds else inner[0], near=_as_text(given), in_file=bool(location))}"
             if kinds or inner
             else ""
         )
         what = "the value is missing" if given is None else f"{_lower(detail['msg'])}, not {brief(given)}"
-        yield f"{key}: {what}{place}{shown}"
+        yield f"{key}: {what}{location}{shown}"
 
 
-def _word(value: object) -> str:
+def _as_text(value: object) -> str:
     return "" if isinstance(value, list | dict) else str(value)  # which aliases may have made endless
 
 

@@ -1,6 +1,6 @@
 """A value as a person types it, read by the type of its option: an option that is text takes the text as it stands.
 
-YAML alone would read a revision of 123456 as a number, 2024-01-01 as a date and `on` as a truth.
+YAML alone would read a revision of 123456 as a number, 2024-01-01 as a date and `on` as a boolean.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ EXAMPLES = {
 }
 
 
-class Plain(yaml.SafeLoader):
+class RecipeLoader(yaml.SafeLoader):
     """YAML without dates: no option is one."""
 
 
-Plain.yaml_implicit_resolvers = {
+RecipeLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
@@ -63,28 +63,28 @@ def kinds_of(key: str) -> tuple[Any, ...] | None:
     return _kinds(field.annotation)
 
 
-def read_word(text: str, kinds: tuple[Any, ...] | None) -> Any:
+def read_argument(text: str, kinds: tuple[Any, ...] | None) -> Any:
     """The value of `key=value`.
 
     Args:
-        text: what stands behind the equals sign.
+        text: what follows the equals sign.
         kinds: the types of its option; None where there is no such option, or it is a section.
 
     Raises:
         yaml.YAMLError: brackets or quotes that do not close, or a value that its tag does not allow.
     """
     if kinds is None:
-        return read_node(yaml.compose(text, Plain), None)
+        return read_node(yaml.compose(text, RecipeLoader), None)
     if text[:1] in ("'", '"') and len(text) > 1 and text[-1] == text[0]:
-        return read_node(yaml.compose(text, Plain), kinds)
+        return read_node(yaml.compose(text, RecipeLoader), kinds)
     is_nested = text[:1] in ("[", "{") and any(get_origin(kind) in (list, dict) for kind in kinds)
     if is_nested and not (str in kinds and os.path.exists(text)):
-        return read_node(yaml.compose(text, Plain), kinds)
+        return read_node(yaml.compose(text, RecipeLoader), kinds)
     return _read_text(text, kinds)
 
 
 def read_node(node: yaml.Node | None, kinds: tuple[Any, ...] | None) -> Any:
-    """A value of a YAML file, as `read_word` reads one."""
+    """A value of a YAML file, as `read_argument` reads one."""
     if node is None:
         return None
     if kinds is None or Any in kinds:
@@ -106,7 +106,7 @@ def read_node(node: yaml.Node | None, kinds: tuple[Any, ...] | None) -> Any:
 
 
 def read_section(node: yaml.Node, section: type[Options] = Recipe) -> Any:
-    """A mapping of options, or what stands in its place."""
+    """A mapping of options, or whatever else the node is."""
     if not isinstance(node, yaml.MappingNode):
         return _constructed(node)
     _flatten(node)
@@ -149,8 +149,8 @@ def example(key: str, *, near: str = "", in_file: bool = False) -> str:
 
 
 def choices(kinds: Iterable[Any]) -> list[str]:
-    """The words that an option takes."""
-    return [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    """The values that an option can be chosen from."""
+    return [value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
 
 
 def _as_yaml(value: str, kinds: tuple[Any, ...]) -> str:
@@ -220,7 +220,7 @@ def _name(key: yaml.Node) -> str:
 
 
 def _constructed(node: yaml.Node) -> Any:
-    loader = Plain("")
+    loader = RecipeLoader("")
     try:
         return loader.construct_document(node)
     except (ValueError, LookupError, AttributeError) as error:  # PyYAML's: `!!int x`, `!!bool x`, `!!timestamp x`
@@ -231,7 +231,7 @@ def _constructed(node: yaml.Node) -> Any:
 
 def _flatten(node: yaml.MappingNode) -> None:
     """Merge keys (`<<: *other`) become keys."""
-    loader = Plain("")
+    loader = RecipeLoader("")
     try:
         loader.flatten_mapping(node)
     finally:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from peft import PeftModel
 from rich.console import Console
 
-from nybble.data.prepare import Prepared
-from nybble.data.stream import StreamedRows
+from nybble.data.sets.prepare import Prepared
+from nybble.data.sets.stream import StreamedRows
 from nybble.engine.fusion import Fusion
 from nybble.model.adapter.updates import targets_of, updates_of
 from nybble.model.base.load import Base, Footprint
@@ -36,7 +36,7 @@ def print_data(console: Console, data: Prepared, options: DataOptions, seconds: 
         lost.append(f"{counts.overlength:,} rows {verb} {options.max_length} tokens")
     if lost:
         tell(console, f"          {', '.join(lost)}")
-    for notice in counts.told():
+    for notice in counts.notice_lines():
         tell(console, f"          {notice}")
     if isinstance(data.train, StreamedRows):
         count = 0 if data.validation is None else len(data.validation)

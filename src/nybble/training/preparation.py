@@ -12,13 +12,11 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.couplings.check import unmet
-from nybble.data.batches import Collator
-from nybble.data.prepare import Prepared, prepare
+from nybble.data.sets.prepare import Prepared
 from nybble.data.text.kept_template import read_template
-from nybble.data.xray import Rules, inspect
 from nybble.distributed.group import in_group
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.fusion import Fusion
@@ -27,8 +25,15 @@ from nybble.installed import pip
 from nybble.model.base.load import Base, Footprint
 from nybble.model.device import choose_device, grow_segments
 from nybble.plan.schedule import Schedule
+from nybble.preflight.preparation import Stage, prepare_run
 from nybble.recipe import Recipe
 from nybble.training.messages import print_data, print_engine
+
+STAGES: dict[Stage, str] = {
+    "reading": "reading the data",
+    "reading validation": "reading the validation data",
+    "checking": "checking what is trained",
+}
 
 
 @dataclass(frozen=True)
@@ -83,29 +88,26 @@ def leave_processes() -> None:
 
 
 def prepare_data(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console, cache: pathlib.Path, folder: pathlib.Path
-) -> Prepared:
-    """The rows; those of a run in `folder`, which goes on, with its template: that holds the day on which it began."""
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    console: Console,
+    cache: pathlib.Path,
+    folder: pathlib.Path,
+) -> tuple[Prepared, Schedule]:
+    """The rows and the steps; those of a run in `folder` that is resumed, with its template: it holds the day the run began."""
     began, file = time.perf_counter(), folder / "template.json"
     template = read_template(tokenizer, file) if file.exists() else None
     with console.status("reading the data") as status:
-        data = prepare(
-            recipe.data,
-            tokenizer,
-            recipe.train.seed,
-            cache,
-            lambda rows: status.update(f"reading the data: {rows:,} rows"),
-            template,
-        )
-        collate, rules = (
-            Collator(tokenizer.pad_token_id, recipe.engine.fused),
-            Rules(data.template, recipe.data.train_on),
-        )
-        for rows in (data.sample, data.validation):
-            if rows is not None:
-                inspect(rows, collate, rules, lambda seen: status.update(f"checking what is trained: {seen:,} rows"))
-    print_data(console, data, recipe.data, time.perf_counter() - began)
-    return data
+
+        def show(stage: Stage, rows: int) -> None:
+            status.update(f"{STAGES[stage]}: {rows:,} rows")
+
+        found = prepare_run(recipe, tokenizer, config, cache, progress=show, template=template)
+    assert found.data is not None, "what is missing was refused"
+    assert found.schedule is not None, "what is missing was refused"
+    print_data(console, found.data, recipe.data, time.perf_counter() - began)
+    return found.data, found.schedule
 
 
 def check_vocabulary(data: Prepared, base: Base) -> None:

@@ -18,7 +18,6 @@ from nybble.model.base.checkpoint import check_length, find_checkpoint
 from nybble.model.base.load import load_base, load_config, measure
 from nybble.model.device import choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer
-from nybble.plan.schedule import plan_steps
 from nybble.recipe import Recipe, absolute_paths
 from nybble.run.folder import Run, choose_folder, open_run, refuse_existing
 from nybble.run.identity import check_beginning
@@ -115,8 +114,7 @@ def _train(
     if preflight is not None:
         preflight(config, tokenizer, folder)
     with state.main_process_first():
-        data = prepare_data(recipe, tokenizer, console, cache, folder)
-    schedule = plan_steps(recipe.train, data.rows, data.validation is not None)
+        data, schedule = prepare_data(recipe, tokenizer, config, console, cache, folder)
     # 3. The base, frozen in 4 bits.
     with state.main_process_first(), console.status("loading the base"):
         checkpoint = find_checkpoint(recipe.model.path, recipe.model.revision)

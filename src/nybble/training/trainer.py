@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from nybble.data.order import Order, batches, lengths_of
+from nybble.data.order import GroupedByLength, batches, lengths_of
 from nybble.distributed.group import add_up
 from nybble.objective.objective import MetricMeans, MetricSums, Objective
 from nybble.training.checkpoints import begin, check_best
@@ -86,7 +86,7 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         self.show_activity: Callable[[str, int, int], None] = lambda what, done, total: None
         """Is called with what goes on beside the steps, how many parts of it are done, and of how many."""
         self._prefetch: Prefetch | None = None
-        self._order: Order | None = None
+        self._order: GroupedByLength | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's loop, without its walks over all modules at every step."""
@@ -114,7 +114,7 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
             return None
         arguments = self.args
         step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        self._order = Order(lengths_of(rows), step, arguments.seed)
+        self._order = GroupedByLength(lengths_of(rows), step, arguments.seed)
         return self._order
 
     def training_step(

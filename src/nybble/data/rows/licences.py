@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nybble.data.rows import hub
-from nybble.data.rows.sources import Source
+from nybble.data.rows.sources import DataSource
 
 NON_COMMERCIAL = "CC BY-NC 4.0: not for commercial use"
 KNOWN = {
@@ -30,12 +29,12 @@ KNOWN = {
 }
 
 
-def licences(sources: Iterable[Source]) -> list[str]:
+def licences(sources: Iterable[DataSource]) -> list[str]:
     """A line for each source whose licence is known, or which its card on the Hub names."""
     lines = []
     for source in sources:
         if source.hub is not None:
-            named = KNOWN.get(source.hub.id) or hub.licence(source.hub)
+            named = KNOWN.get(source.hub.id) or source.hub.licence
             lines += [f"{source.name}: {named}"] if named else [f"{source.name}: its card names none"]
         lines += [f"{file.name}: {KNOWN[file.name]}" for file in source.files if file.name in KNOWN]
     return lines

@@ -5,16 +5,29 @@ Everything that looks at data, training and checking alike, reads through `read_
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pathlib
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from nybble.data.rows import hub
+from nybble.data.rows.digests import FileDigests
 from nybble.data.rows.formats import Rules
-from nybble.data.rows.readers import KINDS, MAX_ROW, MB, Item, Row, kind_of, read_file, refuse_special
+from nybble.data.rows.hub import HubSplit
+from nybble.data.rows.readers import (
+    KINDS,
+    MAX_ROW,
+    MB,
+    Item,
+    OpenFile,
+    Row,
+    kind_of,
+    opened,
+    read_rows_of,
+    refuse_special,
+)
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
@@ -33,12 +46,12 @@ Paths = str | Sequence[str] | Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Source:
-    """One of the names a recipe gives: the files it stands for, or one split of a data set on the Hub."""
+class DataSource:
+    """One of the names in a recipe: the files it means, or one split of a data set on the Hub."""
 
     name: str
     files: tuple[pathlib.Path, ...] = ()
-    hub: hub.Place | None = None
+    hub: HubSplit | None = None
     weight: float = 1.0
     """How often each of its rows is used in an epoch; in a stream, at which relative rate rows are drawn."""
 
@@ -50,7 +63,7 @@ def find_sources(
     split: str = "train",
     revision: str | None = None,
     streaming: bool = False,
-) -> tuple[Source, ...]:
+) -> tuple[DataSource, ...]:
     """Tell files, folders and patterns from Hub ids.
 
     Args:
@@ -66,9 +79,21 @@ def find_sources(
     found = []
     for name, weight in weights.items():
         files = _files(name)
-        place = None if files else hub.Place(name, subset, split, revision, streaming)
-        found.append(Source(name, files, place, weight))
+        found.append(
+            DataSource(name, files, None if files else HubSplit(name, subset, split, revision, streaming), weight)
+        )
     return tuple(found)
+
+
+def sources_of(options: DataOptions) -> tuple[DataSource, ...]:
+    """The sources of a recipe's data section; raises as `find_sources`."""
+    return find_sources(
+        options.path,
+        subset=options.subset,
+        split=options.split,
+        revision=options.revision,
+        streaming=options.streaming,
+    )
 
 
 def row_limit(options: DataOptions, rules: Rules) -> int:
@@ -81,29 +106,44 @@ def row_limit(options: DataOptions, rules: Rules) -> int:
     return LARGEST_BEFORE if rules < Rules.NOW else options.max_row_mb * MB
 
 
-def read_rows(sources: Sequence[Source], limit: int = MAX_ROW) -> Iterator[Item]:
+def read_rows(
+    sources: Sequence[DataSource], limit: int = MAX_ROW, digests: FileDigests | None = None
+) -> Generator[Item, None, None]:
     """Rows in the order of the sources, in place of each that cannot be read what is wrong with it, and notices.
 
     Args:
         sources: where they come from.
         limit: of `row_limit`.
+        digests: takes the files' digests on the way.
     """
     for number, source in enumerate(sources):
-        for item in _read(source, limit):
+        for item in _read(source, limit, digests):
             yield replace(item, source=number) if number and isinstance(item, Row) else item
 
 
-def _read(source: Source, limit: int) -> Iterator[Item]:
+def _read(source: DataSource, limit: int, digests: FileDigests | None) -> Iterator[Item]:
     if source.hub is not None:
-        yield from hub.read(source.hub)
-    for file in source.files:
-        try:
-            for item in read_file(file, limit):
-                if isinstance(item, Row) and not item.origin.isascii():  # a copy takes longer than reading a short row
-                    item = replace(item, origin=_printable(item.origin))
-                yield item
-        except DataError as error:
-            yield error
+        yield from source.hub.rows()
+    for path in source.files:
+        with contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context(opened(path))
+            except DataError as error:
+                yield error
+                continue
+            if digests is not None:
+                stack.enter_context(digests.reading(file))
+            yield from _read_file(file, limit)
+
+
+def _read_file(file: OpenFile, limit: int) -> Iterator[Item]:
+    try:
+        for item in read_rows_of(file, limit):
+            if isinstance(item, Row) and not item.origin.isascii():  # a copy takes longer than reading a short row
+                item = replace(item, origin=_printable(item.origin))
+            yield item
+    except DataError as error:
+        yield error
 
 
 def _printable(origin: str) -> str:
@@ -111,24 +151,24 @@ def _printable(origin: str) -> str:
     return origin.encode(errors="replace").decode()
 
 
-def fingerprint(sources: Sequence[Source]) -> str:
-    """SHA-256 of what will be read: the files' bytes, or what Datasets knows of the Hub's files and their commit."""
-    digest = hashlib.sha256()
+def fingerprint(sources: Sequence[DataSource], digests: Mapping[pathlib.Path, str]) -> str:
+    """SHA-256 of what the sources hold: the files' bytes, or what Datasets knows of the Hub's files and their commit.
+
+    Args:
+        sources: where rows come from.
+        digests: SHA-256 of each of their files.
+    """
+    whole = hashlib.sha256()
     for source in sources:
         if source.hub is not None:
-            digest.update(hub.fingerprint(source.hub).encode())
+            whole.update(source.hub.fingerprint.encode())
         for file in source.files:
-            refuse_special(file)
-            try:
-                with file.open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
-            except OSError as error:
-                raise DataError(f"the file cannot be read: {error.strerror}", where=str(file)) from error
-    return digest.hexdigest()
+            whole.update(bytes.fromhex(digests[file]))
+    return whole.hexdigest()
 
 
 def _files(name: str) -> tuple[pathlib.Path, ...]:
-    """The files a name stands for; none where it can only be a Hub id."""
+    """The files that a name means; none if it can only be a Hub id."""
     if name == "-":
         raise DataError("nybble does not read data from standard input", fix="write it to a file, such as rows.jsonl")
     path = pathlib.Path(name).expanduser()

@@ -20,7 +20,7 @@ def reads_clock(source: str) -> bool:
 
 
 def stopped(source: str, day: datetime.date) -> str:
-    """The Jinja text with a clock of its own, which stands at the beginning of that day; as it is where it reads none."""
+    """The Jinja text with a clock of its own, stopped at the beginning of that day; unchanged if it reads none."""
     if not reads_clock(source):
         return source
     midnight = datetime.datetime.combine(day, datetime.time())
@@ -29,4 +29,4 @@ def stopped(source: str, day: datetime.date) -> str:
         for directive in sorted(set(DIRECTIVE.findall(source)))
     ]
     clock = f"{{%- macro strftime_now(format) %}}{{{{ format{''.join(steps)} }}}}{{%- endmacro %}}"
-    return clock + "\n" * source.startswith("\n") + source  # Transformers drops one line break behind a block
+    return clock + "\n" * source.startswith("\n") + source  # Transformers drops one line break after a block

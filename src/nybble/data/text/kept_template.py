@@ -32,7 +32,7 @@ def save_template(template: Template, file: pathlib.Path) -> None:
 
 
 def read_template(tokenizer: PreTrainedTokenizerBase, file: pathlib.Path) -> Template:
-    """The template of a run; one of 0.5.1 that reads the clock is told the day on which the run began."""
+    """The template of a run; one of 0.5.1 that reads the clock gets the day on which the run began."""
     kept = read_shape(file, RecordedTemplate, RunError, RESTORE)
     if kept.bos is not None:
         return Template(

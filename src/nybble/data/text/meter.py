@@ -121,7 +121,7 @@ def expected(meter: Meter, name: str, value: Any, args: tuple[Any, ...], kwargs:
         if pieces * text > meter.largest and args and isinstance(value, str) and isinstance(args[0], str):
             pieces = value.count(args[0])
         meter.make(size + pieces * text)
-    elif name == "join":  # the method's text stands before the dot, the filter's behind it
+    elif name == "join":  # the method's text is before the dot, the filter's after it
         texts, between = (value, text) if not isinstance(value, str) or not args else (args[0], size)
         meter.make(meter.size(texts) + between * (len(texts) if isinstance(texts, Collection) else 1))
     elif name in {"expandtabs", "indent"} and isinstance(value, str):
@@ -138,7 +138,7 @@ def expected(meter: Meter, name: str, value: Any, args: tuple[Any, ...], kwargs:
 
 
 def formatted(meter: Meter, pattern: str | bytes, values: Any) -> float:
-    """Characters that a format makes of values at most: its own, its widths, and every value wherever it may stand."""
+    """Characters that a format makes of values at most: its own, its widths, and every value wherever it may appear."""
     text = pattern if isinstance(pattern, str) else pattern.decode("latin-1")
     places = WIDTH.findall(text)
     widths = sum(int(digits[:12]) for place in places for digits in re.findall(r"\d+", place))

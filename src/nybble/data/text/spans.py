@@ -1,4 +1,4 @@
-"""Where the answers of a long conversation stand in its rendering, found in time that grows with its length."""
+"""Where the answers of a long conversation are in its rendering, found in time linear in its length."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def answer_spans(
     answers = [n for n, role in enumerate(roles) if role == "assistant"]
     ends: dict[str, int] = {}  # what the template writes before an answer: how far from the answer its prompt ends
     spans = []
-    for place, n in enumerate(answers):
+    for count, n in enumerate(answers):
         begin = slots[n, "c"].start()
         before = max((slots[n - 1, field].end() for field in "ci" if (n - 1, field) in slots), default=0)
-        words = text[before:begin]
-        is_power = place & (place - 1) == 0
-        if place < MOST_RENDERED or is_power or n == answers[-1] or words not in ends:
-            ends[words] = prompt_length(n) - begin
-        spans.append((begin + ends[words], close(slots[n, "c"].end())))
+        before_answer = text[before:begin]
+        is_power = count & (count - 1) == 0
+        if count < MOST_RENDERED or is_power or n == answers[-1] or before_answer not in ends:
+            ends[before_answer] = prompt_length(n) - begin
+        spans.append((begin + ends[before_answer], close(slots[n, "c"].end())))
     return spans
 
 
-def is_within(place: int, spans: Sequence[Span]) -> bool:
-    """Whether a character stands in one of these spans, which are in order and do not overlap."""
-    last = bisect.bisect_right(spans, place, key=lambda span: span[0]) - 1
-    return last >= 0 and place < spans[last][1]
+def is_within(position: int, spans: Sequence[Span]) -> bool:
+    """Whether a character is in one of these spans, which are in order and do not overlap."""
+    last = bisect.bisect_right(spans, position, key=lambda span: span[0]) - 1
+    return last >= 0 and position < spans[last][1]

@@ -1,7 +1,7 @@
 """Chat templates taken apart: which characters come from the template, which from a message, which are trained.
 
 Training, chat and evaluation all go through one `Template`, so they cannot differ. The template is rendered once for
-each sequence of roles with placeholders in place of the messages; the places of the placeholders are the structure, so
+each sequence of roles with placeholders for the messages; their positions are the structure, so
 no text is ever searched for and a message can never pass for a control token.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import datetime
 import functools
 import hashlib
-import itertools
 import pathlib
 import re
 from collections.abc import Sequence
@@ -20,36 +19,22 @@ from importlib import resources
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.rows.formats import Conversation, Message, Rules
-from nybble.data.rows.readers import document
+from nybble.data.rows.readers import read_text_file
 from nybble.data.text.clock import reads_clock, stopped
 from nybble.data.text.rendering import check_length, render
-from nybble.data.text.spans import answer_spans, is_within
+from nybble.data.text.skeleton import Part, Shape, SkeletonFinder
 from nybble.errors import DataError
 
 BUILT_IN = ("alpaca", "llama2", "plain")
-MOST_KEPT = 64  # turns of a conversation whose structure is kept for the next one: that of 2,000 turns takes 2 MB
-# Characters of Unicode's private use area: no tokenizer's vocabulary and no template has a use for them.
-OPEN, CLOSE = "\ue0f0", "\ue0f1"
-PLACEHOLDER = re.compile(f"{OPEN}(\\d+)(c|i){CLOSE}")
+LONGEST_CACHED = (
+    64  # turns of a conversation whose structure is cached for the next one: that of 2,000 turns takes 2 MB
+)
 # Words in brackets that a template steers the model by, such as [INST] and <<SYS>>, without being tokens of their own.
 CONTROL_WORD = re.compile(r"\[/?[A-Z_]+\]|<</?[A-Z_]+>>|<\|[^|<>\s]+\|>")
 
 
 @dataclass(frozen=True)
-class Part:
-    """A stretch of a rendered conversation, taken from one place."""
-
-    kind: str
-    """special (a control token the template wrote), text (the template's words) or slot (a message's words)."""
-    trained: bool
-    token_id: int = -1
-    text: str = ""
-    message: int = -1
-    field: str = ""
-
-
-@dataclass(frozen=True)
-class Run:
+class TextRun:
     """What lies between control tokens, tokenised in one go: a prompt, an answer, or a prompt with its answer."""
 
     text: str
@@ -64,7 +49,7 @@ class Template:
         name: model, alpaca, llama2, plain, one of the model's own by its name, or the path of a Jinja file.
         source: Jinja as Transformers reads it (`messages`, `bos_token`, `eos_token`, `add_generation_prompt`).
         verbatim: keep white space around messages; off, it is stripped, so that a prompt never ends in a space.
-        day: what a template that reads the clock is told; None where it reads none.
+        day: the date for a template that reads the clock; None if it reads none.
         bos: whether a document begins with BOS; None: where the tokenizer itself puts one.
         known_as: of a run of version 0.5.1, the Jinja text that its fingerprint is of, which held no day.
         rules: by which the rows of the run that it belongs to are read.
@@ -89,10 +74,10 @@ class Template:
         self.rules = rules
         self.takes_input = "message.input" in source
         self._special = _special_tokens(tokenizer)
-        self._split = re.compile("|".join(re.escape(token) for token in sorted(self._special, key=len, reverse=True)))
         words = sorted(set(CONTROL_WORD.findall(source)) - self._special.keys())
         self._control_words = re.compile("|".join(map(re.escape, words)) or r"(?!)")
-        self._kept_skeleton = functools.lru_cache(maxsize=4096)(self._find_skeleton)
+        self._finder = SkeletonFinder(name, self._special, self._render)
+        self._cached_skeleton = functools.lru_cache(maxsize=4096)(self._finder.find)
 
     @property
     def fingerprint(self) -> str:
@@ -129,7 +114,7 @@ class Template:
         )
         return one, two - one
 
-    def runs(self, conversation: Conversation) -> list[Run | Part]:
+    def runs(self, conversation: Conversation) -> list[TextRun | Part]:
         """A whole conversation: control tokens and the runs of text between them, in order.
 
         Raises:
@@ -140,7 +125,7 @@ class Template:
         messages = self._messages(conversation)
         return self._fill(self._skeleton(_shape(messages)), messages)
 
-    def prompt_runs(self, conversation: Conversation) -> list[Run | Part]:
+    def prompt_runs(self, conversation: Conversation) -> list[TextRun | Part]:
         """A conversation that ends with the user, up to where the assistant begins."""
         messages = self._messages(conversation)
         assert messages[-1].role == "user", "a prompt ends with the user"
@@ -152,7 +137,7 @@ class Template:
             first -= 1
         return self._fill(skeleton[:first], messages, generation=True)
 
-    def begun_runs(self, conversation: Conversation) -> list[Run | Part]:
+    def begun_runs(self, conversation: Conversation) -> list[TextRun | Part]:
         """A conversation whose last answer is to be continued: up to the last character of it."""
         messages = self._messages(conversation)
         assert messages[-1].role == "assistant", "only an answer is continued"
@@ -162,11 +147,11 @@ class Template:
         last = max(n for n, part in enumerate(skeleton) if part.message == len(messages) - 1)
         return self._fill(skeleton[: last + 1], messages, begun=True)
 
-    def _document(self, text: str) -> list[Run | Part]:
+    def _document(self, text: str) -> list[TextRun | Part]:
         """Text without turns, all of it trained: BOS where the tokenizer puts it before a text, the text, EOS."""
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
         begin = [Part("special", False, token_id=self._special[bos], text=bos)] if self.document_bos else []
-        return [*begin, Run(text, 0), Part("special", True, token_id=self._special[eos], text=eos)]
+        return [*begin, TextRun(text, 0), Part("special", True, token_id=self._special[eos], text=eos)]
 
     def _messages(self, conversation: Conversation) -> Conversation:
         """The turns as this template wants them: stripped, and with `input` appended where it knows no such field."""
@@ -188,74 +173,19 @@ class Template:
     def _render(self, messages: Sequence[dict[str, str]], generation: bool = False) -> str:
         return render(self.tokenizer, self.name, self.source, messages, generation)
 
-    def _skeleton(self, shape: tuple[tuple[str, bool], ...]) -> list[Part]:
-        return self._kept_skeleton(shape) if len(shape) <= MOST_KEPT else self._find_skeleton(shape)
-
-    def _find_skeleton(self, shape: tuple[tuple[str, bool], ...]) -> list[Part]:
-        """The parts of a conversation of these roles, from one rendering with placeholders."""
-        messages = [_placeholders(n, role, has_input) for n, (role, has_input) in enumerate(shape)]
-        text = self._render(messages)
-        slots = {(int(match[1]), match[2]): match for match in PLACEHOLDER.finditer(text)}
-        for n, (role, has_input) in enumerate(shape):
-            if (n, "c") not in slots or (has_input and (n, "i") not in slots):
-                raise DataError(
-                    f"the template {self.name} leaves out or rewrites what the {role} says (message {n + 1})"
-                )
-        prompt_length = functools.partial(self._prompt_length, text, messages)
-        close = functools.partial(self._close, text)
-        trained = answer_spans(text, [role for role, _ in shape], slots, prompt_length, close)
-        return list(self._parts(text, trained))
-
-    def _prompt_length(self, text: str, messages: list[dict[str, str]], n: int) -> int:
-        """Characters of the prompt of answer `n`, with which the whole has to begin."""
-        # a greeting has no prompt: nothing asks for it, and templates render nothing without messages
-        greeting = text[: text.index(messages[0]["content"])]
-        prompt = self._render(messages[:n], generation=True) if n else greeting
-        if not text.startswith(prompt):
-            raise DataError(
-                f"the template {self.name} renders a prompt that is not the beginning of prompt and answer, so "
-                "training would differ from inference",
-                fix="data.template=alpaca, llama2 or a Jinja file of your own",
-            )
-        return len(prompt)
-
-    def _close(self, text: str, end: int) -> int:
-        """Where the control token ends that closes the answer which ends there."""
-        close = self._split.search(text, end)
-        following = PLACEHOLDER.search(text, end)
-        if close is None or (following is not None and following.start() < close.start()):
-            raise DataError(
-                f"the template {self.name} writes no control token after an answer, so the model would never stop",
-                fix="put {{ eos_token }} after the assistant's message",
-            )
-        return close.end()
-
-    def _parts(self, text: str, trained: list[tuple[int, int]]) -> list[Part]:
-        cuts = {0, len(text), *(edge for span in trained for edge in span)}
-        for match in [*PLACEHOLDER.finditer(text), *self._split.finditer(text)]:
-            cuts |= {match.start(), match.end()}
-        edges = sorted(cuts)
-        parts = []
-        for start, end in itertools.pairwise(edges):
-            piece, learn = text[start:end], is_within(start, trained)
-            if slot := PLACEHOLDER.fullmatch(piece):
-                parts.append(Part("slot", learn, message=int(slot[1]), field=slot[2]))
-            elif piece in self._special:
-                parts.append(Part("special", learn, token_id=self._special[piece], text=piece))
-            else:
-                parts.append(Part("text", learn, text=piece))
-        return parts
+    def _skeleton(self, shape: Shape) -> list[Part]:
+        return self._cached_skeleton(shape) if len(shape) <= LONGEST_CACHED else self._finder.find(shape)
 
     def _fill(
         self, skeleton: list[Part], messages: Conversation, *, generation: bool = False, begun: bool = False
-    ) -> list[Run | Part]:
-        """Put the messages in, join what lies between control tokens, and hold the result against the template."""
-        runs: list[Run | Part] = []
+    ) -> list[TextRun | Part]:
+        """Put the messages in, join what lies between control tokens, and compare the result with the template."""
+        runs: list[TextRun | Part] = []
         text, boundary, whole = "", None, []
         for part in [*skeleton, Part("special", False)]:
             if part.kind == "special":
                 if text:
-                    runs.append(Run(text, len(text) if boundary is None else boundary))
+                    runs.append(TextRun(text, len(text) if boundary is None else boundary))
                 if part.token_id >= 0:
                     runs.append(part)
                 whole += [text, part.text]
@@ -282,7 +212,7 @@ def puts_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, option: str, form: str) -> Template:
-    """The template an option names; one that reads the clock is told today's date from now on.
+    """The template an option names; one that reads the clock gets today's date from now on.
 
     Args:
         option: auto, model, alpaca, llama2, plain, one of the model's own by its name, or a Jinja file. auto: the model's own
@@ -310,7 +240,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, option: str, form: str) 
             names = ", ".join(("auto", "model", *BUILT_IN, *sorted(named)))
             raise DataError(f"data.template={option} is neither a Jinja file nor one of {names}")
         check_length(file)
-        source = document(file)
+        source = read_text_file(file)
     day = today() if reads_clock(source) else None
     return Template(tokenizer, option, source, day=day)
 
@@ -342,13 +272,8 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return special
 
 
-def _shape(messages: Conversation) -> tuple[tuple[str, bool], ...]:
+def _shape(messages: Conversation) -> Shape:
     return tuple((message.role, bool(message.input)) for message in messages)
-
-
-def _placeholders(n: int, role: str, has_input: bool) -> dict[str, str]:
-    message = {"role": role, "content": f"{OPEN}{n}c{CLOSE}"}
-    return {**message, "input": f"{OPEN}{n}i{CLOSE}"} if has_input else message
 
 
 def _as_dict(message: Message) -> dict[str, str]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.rows.formats import Conversation
-from nybble.data.text.template import Part, Run, Template
+from nybble.data.text.skeleton import Part
+from nybble.data.text.template import Template, TextRun
 from nybble.errors import DataError, is_panic
 
 
@@ -82,16 +83,16 @@ def check_ids(ids: Sequence[int], rows: int, tokenizer: PreTrainedTokenizerBase)
     )
 
 
-def join(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Run | Part]]) -> list[Tokens]:
+def join(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[TextRun | Part]]) -> list[Tokens]:
     """Tokenise what `Template.runs` gave, many rows at once."""
-    runs = [item for row in rows for item in row if isinstance(item, Run)]
+    runs = [item for row in rows for item in row if isinstance(item, TextRun)]
     encoded = iter(_encode_runs(tokenizer, runs))
     joined = []
     for row in rows:
         ids: list[int] = []
         trained: list[bool] = []
         for item in row:
-            if isinstance(item, Run):
+            if isinstance(item, TextRun):
                 prompt, answer = next(encoded)
                 ids += prompt + answer
                 trained += [False] * len(prompt) + [True] * len(answer)
@@ -102,7 +103,7 @@ def join(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Run | Part]
     return joined
 
 
-def _encode_runs(tokenizer: PreTrainedTokenizerBase, runs: list[Run]) -> list[tuple[list[int], list[int]]]:
+def _encode_runs(tokenizer: PreTrainedTokenizerBase, runs: list[TextRun]) -> list[tuple[list[int], list[int]]]:
     """Each run as the ids of its prompt and of its answer."""
     whole = _ids(tokenizer, [run.text for run in runs])
     mixed = [n for n, run in enumerate(runs) if 0 < run.boundary < len(run.text)]

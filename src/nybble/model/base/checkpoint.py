@@ -14,10 +14,11 @@ from transformers import PretrainedConfig
 
 from nybble.errors import ModelError
 from nybble.files.reading import read_object
+from nybble.files.remembered import sha256_of
+from nybble.model.base.downloads import check_download
 from nybble.model.base.fields import check_fields, check_generation
 from nybble.model.base.files import FLOATS, WHOLE, check_whole, refuse_pointers, shapes, weight_files
 from nybble.model.base.headers import index_of
-from nybble.model.base.remembered import check_download, sha256_of
 from nybble.model.hub import fetch, few, missing_weights
 from nybble.run.folder import Run, open_run
 
@@ -129,11 +130,11 @@ def fingerprint(checkpoint: Checkpoint, cache: pathlib.Path, *, prove: bool = Fa
     files = weight_files(checkpoint.folder)
     if checkpoint.commit is not None:
         if prove:
-            for file, digest in zip(files, sha256_of(files, cache, prove=True), strict=True):
+            for file, digest in zip(files, sha256_of(files, cache / "digests", prove=True), strict=True):
                 check_download(file, digest)
         return f"{checkpoint.name}@{checkpoint.commit}"
     whole = hashlib.sha256((checkpoint.folder / "config.json").read_bytes())
-    for file, digest in zip(files, sha256_of(files, cache, prove=prove), strict=True):
+    for file, digest in zip(files, sha256_of(files, cache / "digests", prove=prove), strict=True):
         whole.update(f"{file.name}:{digest}".encode())
     return f"sha256:{whole.hexdigest()}"
 

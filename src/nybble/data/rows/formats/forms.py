@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from nybble.data.rows.formats.conversation import Conversation, EmptyAnswerError, Message, Rules
 from nybble.data.rows.formats.turns import history, listed, turns_of
 from nybble.data.rows.formats.unknown import preference, two_answers, unknown
-from nybble.data.rows.formats.values import Spot, answer_of, filled, no_tools, refuse_media, string
+from nybble.data.rows.formats.values import RowContext, answer_of, filled, no_tools, refuse_media, string
 from nybble.data.rows.readers import Row, Unreadable
 from nybble.errors import DataError
 
@@ -20,7 +20,7 @@ IN_TWO = "prompt and completion written as messages are read as turns"
 SPELLING = "columns are found whatever the capitals and spaces in their names"
 NO_TOOLS: tuple[object, ...] = (None, "", [], "[]")
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    # form: (required fields, optional fields); of forms that fit equally well the upper is meant
+    # form: (required fields, optional fields); of forms that fit equally well, the first is meant
     "messages": (("messages",), ("system", "tools")),
     "sharegpt": (("conversations",), ("system", "tools")),
     "alpaca": (("instruction", "output"), ("input", "system", "history")),
@@ -41,47 +41,47 @@ class Form:
         return all(self.columns[field] in row.values for field in FIELDS[self.name][0])
 
     def speaks(self, row: Row) -> bool:
-        """Whether more than the columns' names is there: data sets joined into one have nulls in each other's columns."""
+        """Whether its first column holds more than null: data sets joined into one have nulls in each other's columns."""
         return row.values[self.columns[FIELDS[self.name][0][0]]] is not None
 
-    def conversation(self, row: Row, spot: Spot) -> Conversation:
+    def conversation(self, row: Row, context: RowContext) -> Conversation:
         """The row as turns.
 
         Raises:
             DataError: what is wrong with the row, at its `file:line`.
         """
-        refuse_media(row.values, "the row", spot)
+        refuse_media(row.values, "the row", context)
         values = {field: row.values.get(column) for field, column in self.columns.items()}
         for field, value in values.items():
             if isinstance(value, Unreadable):
                 raise DataError(
                     f"{self.columns[field]!r} cannot be read: {value.why}",
-                    where=spot.origin,
+                    where=context.origin,
                     fix="write the column as text",
                 )
         if self.name == "text":
-            return (Message("text", filled(values["text"], self.columns["text"], spot)),)
-        system = string(values.get("system"), self.columns["system"], spot)
+            return (Message("text", filled(values["text"], self.columns["text"], context)),)
+        system = string(values.get("system"), self.columns["system"], context)
         opening = (Message("system", system),) if system.strip() else ()
-        if (turns := self._turns(values, spot)) is not None:
+        if (turns := self._turns(values, context)) is not None:
             return turns if turns[0].role == "system" else (*opening, *turns)
         question, answer = FIELDS[self.name][0]
         user = Message(
             "user",
-            filled(values[question], self.columns[question], spot),
-            input=string(values.get("input"), self.columns.get("input", ""), spot),
+            filled(values[question], self.columns[question], context),
+            input=string(values.get("input"), self.columns.get("input", ""), context),
         )
-        earlier = history(values.get("history"), self.columns.get("history", ""), spot)
-        said = answer_of(values[answer], self.columns[answer], spot)
+        earlier = history(values.get("history"), self.columns.get("history", ""), context)
+        said = answer_of(values[answer], self.columns[answer], context)
         return (*opening, *earlier, user, Message("assistant", said))
 
-    def _turns(self, values: Mapping[str, Any], spot: Spot) -> Conversation | None:
+    def _turns(self, values: Mapping[str, Any], context: RowContext) -> Conversation | None:
         """What is written as turns: a column of them, or as TRL has it, those of the prompt and then the completion's."""
         if self.name in ("messages", "sharegpt"):
             if values.get("tools") not in NO_TOOLS:
-                raise no_tools(f"the row names {self.columns['tools']!r}", spot)
+                raise no_tools(f"the row names {self.columns['tools']!r}", context)
             (field,) = FIELDS[self.name][0]
-            return tuple(turns_of(values[field], self.columns[field], spot))
+            return tuple(turns_of(values[field], self.columns[field], context))
         if self.name != "prompt":
             return None
         prompt, completion = values["prompt"], values["completion"]
@@ -89,10 +89,10 @@ class Form:
         are_lists = (isinstance(prompt, list) and asked) or (isinstance(completion, list) and said)
         if not are_lists and not (asked and said):  # one text alone that looks like turns is a text
             return None
-        spot.notes.add(IN_TWO)
+        context.notes.add(IN_TWO)
         turns = [*(asked or [{"role": "user", "content": prompt}])]
         turns += said or [{"role": "assistant", "content": completion}]
-        return tuple(turns_of(turns, self.columns["prompt"], spot))
+        return tuple(turns_of(turns, self.columns["prompt"], context))
 
 
 class Reading(NamedTuple):
@@ -106,7 +106,7 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Forms:
-    """The forms that rows may have, the likeliest first."""
+    """The forms that rows may have, the most common first."""
 
     forms: Sequence[Form]
     evidence: Mapping[str, int]
@@ -114,7 +114,7 @@ class Forms:
     rules: Rules = Rules.NOW
 
     @property
-    def likeliest(self) -> str:
+    def most_common(self) -> str:
         """The form of most rows."""
         return self.forms[0].name
 
@@ -126,33 +126,33 @@ class Forms:
         """
         if row.repeated is not None and self.rules == Rules.NOW:
             raise DataError(
-                f"the key {row.repeated!r:.60} stands twice in one object",
+                f"the key {row.repeated!r:.60} appears twice in one object",
                 where=row.origin,
-                fix="delete one of the two; which is meant cannot be known",
+                fix="delete one of them: nybble cannot know which is meant",
             )
-        own, row = row, self.named(row)
+        original, row = row, self.named(row)
         form = _form_of(row, self.forms)
         if form is None:
-            raise self._unknown(own, row)
+            raise self._unknown(original, row)
         if form.name == "prompt" and isinstance(row.values.get("label"), bool):
             why = "'label' says whether the completion is good"
             raise preference(row, why, "keep the rows whose label is true, without that column")
-        spot = Spot(row.origin, set() if row is own else {SPELLING}, self.rules)
+        context = RowContext(row.origin, set() if row is original else {SPELLING}, self.rules)
         try:
-            conversation = form.conversation(row, spot)
+            conversation = form.conversation(row, context)
         except EmptyAnswerError as error:
             is_mapped = "chosen" in form.columns.values()
             raise (None if is_mapped else two_answers(row)) or error from None
-        if self.rules == Rules.V0_5 and spot.notes:
-            raise DataError(f"{', '.join(sorted(spot.notes))}, but not when the run began", where=row.origin)
-        return Reading(form.name, conversation, frozenset(spot.notes))
+        if self.rules == Rules.V0_5 and context.notes:
+            raise DataError(f"{', '.join(sorted(context.notes))}, but not when the run began", where=row.origin)
+        return Reading(form.name, conversation, frozenset(context.notes))
 
-    def _unknown(self, own: Row, named: Row) -> DataError:
+    def _unknown(self, original: Row, named: Row) -> DataError:
         evident = [form for form in self.forms if self.evidence.get(form.name)]
         expected = [_required(form) for form in evident or self.forms]
         begun = [form for form in expected if evident and not named.values.keys().isdisjoint(form)]
         missing = [column for form in begun[:1] for column in form if column not in named.values]
-        return unknown(own, expected, missing)
+        return unknown(original, expected, missing)
 
     def named(self, row: Row) -> Row:
         """A row whose columns are called as the forms call them where only capitals or spaces differ: ' Output'."""

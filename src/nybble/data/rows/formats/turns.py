@@ -8,7 +8,7 @@ from typing import Any
 from nybble.data.rows.formats.conversation import EmptyAnswerError, Message, Role, ShownError
 from nybble.data.rows.formats.values import (
     TOOLS,
-    Spot,
+    RowContext,
     answer_of,
     filled,
     joined,
@@ -32,18 +32,18 @@ SPEAKER = ("role", "from")
 SPEECH = ("content", "value", "text")
 
 
-def history(value: Any, column: str, spot: Spot) -> Iterator[Message]:
+def history(value: Any, column: str, context: RowContext) -> Iterator[Message]:
     """The turns before an alpaca row's own, as LLaMA-Factory writes them.
 
     Raises:
         DataError: they are not pairs of texts.
     """
-    pairs = _unwritten(value, spot)
+    pairs = _unwritten(value, context)
     for pair in pairs if isinstance(pairs, list) else [pairs] if pairs else []:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise ShownError(f"{column!r} must be a list of [question, answer], found", value, where=spot.origin)
-        yield Message("user", filled(pair[0], f"question in {column}", spot))
-        yield Message("assistant", answer_of(pair[1], f"answer in {column}", spot))
+            raise ShownError(f"{column!r} must be a list of [question, answer], found", value, where=context.origin)
+        yield Message("user", filled(pair[0], f"question in {column}", context))
+        yield Message("assistant", answer_of(pair[1], f"answer in {column}", context))
 
 
 def is_turn(value: Any) -> bool:
@@ -51,12 +51,12 @@ def is_turn(value: Any) -> bool:
     return _key_of(value, SPEAKER) is not None and _key_of(value, SPEECH) is not None
 
 
-def _unwritten(value: Any, spot: Spot) -> Any:
+def _unwritten(value: Any, context: RowContext) -> Any:
     """A value, or what its text stands for as JSON or as Python prints it."""
     found = literal(value) if isinstance(value, str) else None
     if found is None:
         return value
-    spot.notes.add(WRITTEN)
+    context.notes.add(WRITTEN)
     return found
 
 
@@ -66,80 +66,82 @@ def listed(value: Any) -> list[Any] | None:
     return found if isinstance(found, list) and found and is_turn(found[0]) else None
 
 
-def turns_of(value: Any, column: str, spot: Spot) -> Iterator[Message]:
+def turns_of(value: Any, column: str, context: RowContext) -> Iterator[Message]:
     """Turns that alternate user and assistant after at most one system message, and end with an answer.
 
     Raises:
         DataError: what is wrong with which of them.
     """
-    turns = _unwritten(value, spot)
+    turns = _unwritten(value, context)
     if not isinstance(turns, list) or not turns:
         what = f"{column!r} must be a list of turns, {{role, content}} or {{from, value}}"
         if not isinstance(turns, str):
-            raise DataError(what, where=spot.origin)
+            raise DataError(what, where=context.origin)
         raise ShownError(
             f"{what}; its text is neither JSON nor a list as Python prints it",
             value,
-            where=spot.origin,
+            where=context.origin,
             fix="write the turns as JSON; from pandas: frame.to_json('rows.jsonl', orient='records', lines=True)",
         )
     if all(isinstance(turn, str) for turn in turns):
-        turns = _spelt_out(turns, spot)
+        turns = _spelt_out(turns, context)
     expected: Role = "user"
-    for place, turn in enumerate(turns, 1):
-        message = _turn(turn, place, spot)
-        if message.role == "system" and place == 1:
+    for number, turn in enumerate(turns, 1):
+        message = _turn(turn, number, context)
+        if message.role == "system" and number == 1:
             if message.content.strip():
                 yield message
             continue
         if message.role != expected:
             raise DataError(
-                f"message {place} is from {message.role}, expected {expected}: turns alternate", where=spot.origin,
+                f"message {number} is from {message.role}, expected {expected}: turns alternate", where=context.origin,
                 fix="merge consecutive messages of one speaker; a conversation begins with the user",
             )  # fmt: skip
         yield message
         expected = "assistant" if expected == "user" else "user"
     if expected == "assistant" or message.role == "system":
         raise EmptyAnswerError(
-            "a row without an answer: the conversation ends before the assistant speaks", where=spot.origin
+            "a row without an answer: the conversation ends before the assistant speaks", where=context.origin
         )
 
 
-def _turn(turn: Any, place: int, spot: Spot) -> Message:
+def _turn(turn: Any, number: int, context: RowContext) -> Message:
     speaker, speech = _key_of(turn, SPEAKER), _key_of(turn, SPEECH)
     if speaker is None or speech is None:
         raise ShownError(
-            f"message {place} must have role and content, or from and value; found", turn, where=spot.origin
+            f"message {number} must have role and content, or from and value; found", turn, where=context.origin
         )
     role = turn[speaker] if isinstance(turn[speaker], str) else repr(turn[speaker])
     if role.lower() in TOOLS or turn.get("tool_calls") or turn.get("function_call"):
-        raise no_tools(f"message {place} is from or for a tool", spot)
-    refuse_media(turn, f"message {place}", spot)
+        raise no_tools(f"message {number} is from or for a tool", context)
+    refuse_media(turn, f"message {number}", context)
     if role.lower() not in ROLES:
-        raise DataError(f"message {place}: {speaker} {role!r:.40} is not one of {', '.join(ROLES)}", where=spot.origin)
+        raise DataError(
+            f"message {number}: {speaker} {role!r:.40} is not one of {', '.join(ROLES)}", where=context.origin
+        )
     name = ROLES[role.lower()]
     for key, usual in (("weight", (None, 1)), ("train", (None, True))):
         if name == "assistant" and turn.get(key) not in usual:
             raise DataError(
-                f"message {place} has {key} {turn[key]!r:.20}; nybble gives every answer the same weight", where=spot.origin,
+                f"message {number} has {key} {turn[key]!r:.20}; nybble gives every answer the same weight", where=context.origin,
                 fix=f"delete the {key}, or set data.train_on=last where only the last answer should count",
             )  # fmt: skip
     read = answer_of if name == "assistant" else filled if name == "user" else string
-    column = f"{speech} of message {place}"
-    return Message(name, read(joined(turn[speech], column, spot), column, spot))
+    column = f"{speech} of message {number}"
+    return Message(name, read(joined(turn[speech], column, context), column, context))
 
 
-def _spelt_out(turns: list[str], spot: Spot) -> list[Any]:
-    """Turns that are texts: each is a turn as JSON, or what user and assistant say by turns."""
+def _spelt_out(turns: list[str], context: RowContext) -> list[Any]:
+    """Turns that are texts: each is a turn as JSON, or what user and assistant say in turn."""
     decoded = [literal(turn) for turn in turns]
     if all(isinstance(turn, dict) for turn in decoded):
-        spot.notes.add(WRITTEN)
+        context.notes.add(WRITTEN)
         return decoded
-    spot.notes.add(UNNAMED)
-    return [{"role": ("user", "assistant")[place % 2], "content": turn} for place, turn in enumerate(turns)]
+    context.notes.add(UNNAMED)
+    return [{"role": ("user", "assistant")[index % 2], "content": turn} for index, turn in enumerate(turns)]
 
 
 def _key_of(turn: Any, keys: Sequence[str]) -> str | None:
-    """Which of the keys a turn has, and rather one that is not null."""
+    """Which of the keys a turn has, preferably one that is not null."""
     present = [key for key in keys if isinstance(turn, dict) and key in turn]
     return next((key for key in present if turn[key] is not None), present[0] if present else None)

@@ -42,7 +42,7 @@ def unknown(row: Row, expected: Sequence[Sequence[str]], missing: Sequence[str])
         f"unknown fields: found {listing(map(repr, row.values)) or 'none'}; "
         f"expected {'; or '.join(', '.join(form) for form in expected)}",
         where=row.origin,
-        fix=f"add {' and '.join(map(repr, missing))}, or delete the row" if missing else _way_out(row),
+        fix=f"add {' and '.join(map(repr, missing))}, or delete the row" if missing else _suggestion(row),
     )
 
 
@@ -68,8 +68,8 @@ def preference(row: Row, why: str, fix: str) -> DataError:
     )
 
 
-def _way_out(row: Row) -> str:
-    """What makes the row readable: a map onto columns that hold turns or texts, and onto nothing else."""
+def _suggestion(row: Row) -> str:
+    """What would make the row readable: a map onto columns of turns or texts, and onto nothing else."""
     turns = next((name for name, value in row.values.items() if listed(value)), None)
     if turns is not None:
         return f"name the column, e.g. {_mapped({'messages': turns})}"
@@ -84,8 +84,8 @@ def _way_out(row: Row) -> str:
         return f"name the columns, e.g. {_mapped(in_order)}"
     if (inside := rows_inside(row.values)) is not None:
         file = pathlib.Path(row.origin.rpartition(":")[0])
-        way = one_a_line(file, f"{inside}[]") if kind_of(file) in JSON_KINDS else "write them out, one a line"
-        return f"if the rows are in {inside}: {way}"
+        command = one_a_line(file, f"{inside}[]") if kind_of(file) in JSON_KINDS else "write them out, one per line"
+        return f"if the rows are in {inside}: {command}"
     if len(rest) == 1 and _is_text(row.values[rest[0]]) and "prompt" not in found:
         return f"if {rest[0]!r} holds whole documents: {_mapped({'text': rest[0]})}"
     return f"name the columns of question and answer: {_mapped({**found, **dict.fromkeys(needed, 'COLUMN')})}"
@@ -109,7 +109,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _mapped(fields: dict[str, str]) -> str:
-    """data.map as a word for a shell."""
+    """data.map as one argument for a shell."""
     names = ", ".join(f"{field}: {_in_yaml(column)}" for field, column in fields.items())
     return shlex.quote(f"data.map={{{names}}}")
 

@@ -29,15 +29,15 @@ TOOLS = frozenset({"tool", "tool_call", "tool_calls", "tool_response", "tool_res
 
 
 @dataclass(frozen=True, slots=True)
-class Spot:
-    """Where values stand, and what the user should know of how they were read."""
+class RowContext:
+    """The row that values are from, and what the user should know of how it was read."""
 
     origin: str
     notes: set[str] = field(default_factory=set)
     rules: Rules = Rules.NOW
 
 
-def string(value: Any, column: str, spot: Spot) -> str:
+def string(value: Any, column: str, context: RowContext) -> str:
     """The text of a value; null is none.
 
     Raises:
@@ -46,47 +46,47 @@ def string(value: Any, column: str, spot: Spot) -> str:
     if value is None:
         return ""
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
-        spot.notes.add(NUMBERS)
+        context.notes.add(NUMBERS)
         return json.dumps(value)
     if not isinstance(value, str):
         kind = "NaN" if value != value else type(value).__name__
-        raise ShownError(f"{column!r} must be text, found {kind}", value, where=spot.origin)
+        raise ShownError(f"{column!r} must be text, found {kind}", value, where=context.origin)
     if "\0" in value:
-        raise DataError(f"{column!r} contains a null character", where=spot.origin, fix="delete it")
+        raise DataError(f"{column!r} contains a null character", where=context.origin, fix="delete it")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"{column!r} contains half a surrogate pair, which is not a character", where=spot.origin)
+        raise DataError(f"{column!r} contains half a surrogate pair, which is not a character", where=context.origin)
     return value
 
 
-def filled(value: Any, column: str, spot: Spot) -> str:
+def filled(value: Any, column: str, context: RowContext) -> str:
     """Text that is not empty.
 
     Raises:
         DataError: it is, or is not text.
     """
-    text = string(value, column, spot)
-    if not _says_something(text, spot):
-        raise DataError(f"an empty {column!r}", where=spot.origin, fix="delete the row or fill it in")
+    text = string(value, column, context)
+    if not _says_something(text, context):
+        raise DataError(f"an empty {column!r}", where=context.origin, fix="delete the row or fill it in")
     return text
 
 
-def answer_of(value: Any, column: str, spot: Spot) -> str:
+def answer_of(value: Any, column: str, context: RowContext) -> str:
     """An answer's text.
 
     Raises:
         DataError: it is empty, or not text.
     """
-    answer = string(value, column, spot)
-    if not _says_something(answer, spot):
+    answer = string(value, column, context)
+    if not _says_something(answer, context):
         raise EmptyAnswerError(
-            f"a row without an answer: {column!r} is empty", where=spot.origin, fix="delete the row or fill it in"
+            f"a row without an answer: {column!r} is empty", where=context.origin, fix="delete the row or fill it in"
         )
     return answer
 
 
-def _says_something(text: str, spot: Spot) -> bool:
+def _says_something(text: str, context: RowContext) -> bool:
     """Whether any character of a text can be seen; in earlier versions, whether any is not white space."""
-    if spot.rules < Rules.NOW:
+    if context.rules < Rules.NOW:
         return bool(text.strip())
     return any(
         not character.isspace() and unicodedata.category(character) not in INVISIBLE and character not in BLANK
@@ -94,7 +94,7 @@ def _says_something(text: str, spot: Spot) -> bool:
     )
 
 
-def joined(value: Any, column: str, spot: Spot) -> Any:
+def joined(value: Any, column: str, context: RowContext) -> Any:
     """A message's content: of a list of text parts, as OpenAI writes them, the text; anything else as it is.
 
     Raises:
@@ -106,25 +106,25 @@ def joined(value: Any, column: str, spot: Spot) -> Any:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind != "text":
             raise (
-                no_tools(f"{column!r} has a part of type {kind}", spot)
+                no_tools(f"{column!r} has a part of type {kind}", context)
                 if kind in TOOLS
-                else _text_only(f"{column!r} has a part of type {kind}", spot)
+                else _text_only(f"{column!r} has a part of type {kind}", context)
             )
         if kind is None or not isinstance(part.get("text"), str):
             return value
-    spot.notes.add(PARTS)
+    context.notes.add(PARTS)
     return "".join(part["text"] for part in value)
 
 
-def refuse_media(values: Mapping[str, Any], what: str, spot: Spot) -> None:
+def refuse_media(values: Mapping[str, Any], what: str, context: RowContext) -> None:
     """Refuse a row or turn that comes with pictures or sound: its text makes little sense without them.
 
     Raises:
         DataError: it does.
     """
     for name in MEDIA & values.keys():
-        if values[name] and spot.rules > Rules.V0_5:
-            raise _text_only(f"{what} has {name!r}", spot)
+        if values[name] and context.rules > Rules.V0_5:
+            raise _text_only(f"{what} has {name!r}", context)
 
 
 def literal(text: str) -> Any:
@@ -154,18 +154,18 @@ def _outside_strings(text: str) -> int:
     return len(STRING.sub("", text))
 
 
-def no_tools(what: str, spot: Spot) -> DataError:
+def no_tools(what: str, context: RowContext) -> DataError:
     """The fault of a call of a tool."""
     return DataError(
         f"{what}: nybble does not train tool calls",
-        where=spot.origin,
+        where=context.origin,
         fix="remove these rows, or write the calls as text",
     )
 
 
-def _text_only(what: str, spot: Spot) -> DataError:
+def _text_only(what: str, context: RowContext) -> DataError:
     return DataError(
         f"{what}: nybble trains on text only",
-        where=spot.origin,
+        where=context.origin,
         fix="remove these rows, or only that part where the text makes sense without it",
     )

@@ -4,9 +4,19 @@ A reader yields rows, and in place of a line it cannot read the fault; it raises
 No reader holds more of a file than a chunk or a row.
 """
 
-from nybble.data.rows.readers.files import JSON_KINDS, KINDS, read_file, refuse_special, refuse_stranger
+from nybble.data.rows.readers.files import (
+    JSON_KINDS,
+    KINDS,
+    opened,
+    read_file,
+    read_rows_of,
+    read_text_file,
+    refuse_special,
+    unreadable,
+)
+from nybble.data.rows.readers.kinds import kind_of
+from nybble.data.rows.readers.open_file import OpenFile
 from nybble.data.rows.readers.row import MAX_ROW, MB, Item, Notice, Row, TooLargeError, Unreadable, listing
-from nybble.data.rows.readers.text import document, kind_of
 
 __all__ = [
     "JSON_KINDS",
@@ -15,13 +25,16 @@ __all__ = [
     "MB",
     "Item",
     "Notice",
+    "OpenFile",
     "Row",
     "TooLargeError",
     "Unreadable",
-    "document",
     "kind_of",
     "listing",
+    "opened",
     "read_file",
+    "read_rows_of",
+    "read_text_file",
     "refuse_special",
-    "refuse_stranger",
+    "unreadable",
 ]

@@ -62,8 +62,8 @@ def _sizes(array: pyarrow.Array) -> numpy.ndarray:
         return _sizes(array.storage)
     if pyarrow.types.is_dictionary(kind):
         own = _sizes(array.dictionary)
-        places = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
-        return own[places] if len(own) else numpy.zeros(len(array), numpy.int64)
+        indices = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
+        return own[indices] if len(own) else numpy.zeros(len(array), numpy.int64)
     if pyarrow.types.is_struct(kind):
         return sum((_sizes(child) for child in array.flatten()), numpy.full(len(array), VALUE, numpy.int64))
     if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_map(kind):

@@ -1,23 +1,26 @@
-"""Which reader a file gets: by its ending, unless its first bytes say that it is something else."""
+"""Which reader a file gets: by its suffix, unless its first bytes show that it is something else."""
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import pathlib
 import shlex
 import stat
 from collections.abc import Callable, Iterator
 
 from nybble.data.rows.readers.json_rows import read_json
+from nybble.data.rows.readers.kinds import kind_of
+from nybble.data.rows.readers.lines import beginning, read_document
+from nybble.data.rows.readers.open_file import OpenFile
 from nybble.data.rows.readers.parquet import read_parquet
 from nybble.data.rows.readers.row import MAX_ROW, Item, Notice, Row, TooLargeError
 from nybble.data.rows.readers.tables import read_csv
-from nybble.data.rows.readers.text import beginning, document, is_packed, kind_of
 from nybble.errors import DataError
-from nybble.files.lfs import pointer_fault
+from nybble.files.lfs import LONGEST, pointer_in
 from nybble.files.reading import KINDS as SPECIAL_KINDS
 
-LOOKED_AT = 64  # bytes by which a stranger is told
+HEAD = 64  # bytes by which a file of another kind is known
 GZIP = b"\x1f\x8b"
 ARCHIVES = {  # first bytes: what such a file is, and what to do
     b"PK\x03\x04": ("a zip archive or an Excel workbook", "unpack it, or save the sheet as CSV"),
@@ -46,27 +49,49 @@ LARGE_TEXT = (
 PAGES = (b"<!doctype html", b"<html")
 
 
-def read_file(file: pathlib.Path, limit: int = MAX_ROW) -> Iterator[Item]:
+@contextlib.contextmanager
+def opened(path: pathlib.Path) -> Iterator[OpenFile]:
+    """A file to read rows or text from.
+
+    Raises:
+        DataError: it is special, a pointer to another file, not what its name says, or cannot be opened.
+    """
+    refuse_special(path)
+    try:
+        file = OpenFile(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    with file:
+        _refuse_other_kinds(file)
+        yield file
+
+
+def read_file(path: pathlib.Path, limit: int = MAX_ROW) -> Iterator[Item]:
+    """Open one file and read it with `read_rows_of`."""
+    with opened(path) as file:
+        yield from read_rows_of(file, limit)
+
+
+def read_rows_of(file: OpenFile, limit: int = MAX_ROW) -> Iterator[Item]:
     """Rows and faults of one file, in order.
 
     Args:
-        file: the file.
+        file: as `opened` gives it.
         limit: how large a row may be: characters of text, bytes of parquet.
 
     Raises:
-        DataError: the file is empty, special, of another kind or encoding, or its rest cannot be read.
+        DataError: the file is empty or of another kind or encoding, or its rest cannot be read.
     """
     some = False
-    refuse_stranger(file)
     try:
-        if not _first_bytes(file):
+        if not file.first(1):
             raise DataError("the file is empty", where=str(file), fix="remove it from the data, or fill it")
         _refuse_page(file)
-        for item in KINDS[kind_of(file)](file, limit):
+        for item in KINDS[kind_of(file.path)](file, limit):
             some = some or not isinstance(item, Notice)
             yield item
     except OSError as error:
-        raise _unreadable(file, error) from error
+        raise unreadable(file.path, error) from error
     if not some:
         raise DataError("there are no rows in the file", where=str(file), fix="remove it from the data, or fill it")
 
@@ -88,7 +113,7 @@ def refuse_special(file: pathlib.Path) -> None:
             fix="remove the link, or get the file that it points to",
         ) from error
     except OSError as error:
-        raise _unreadable(file, error) from error
+        raise unreadable(file, error) from error
     if (kind := SPECIAL_KINDS.get(stat.S_IFMT(mode))) is not None and not stat.S_ISDIR(mode):
         raise DataError(
             f"this is {kind}, not a file; data is read more than once",
@@ -97,35 +122,46 @@ def refuse_special(file: pathlib.Path) -> None:
         )
 
 
-def _unreadable(file: pathlib.Path, error: OSError) -> DataError:
+def unreadable(file: pathlib.Path, error: OSError) -> DataError:
+    """What the system says of a file that it does not read."""
     why = (error.strerror or str(error)).lower()
     return DataError(f"the file cannot be read: {why}", where=str(file), fix=f"ls -l {shlex.quote(str(file))}")
 
 
-def refuse_stranger(file: pathlib.Path) -> None:
-    """Refuse a file that stands for another one, or is not what its name says.
+def read_text_file(path: pathlib.Path, limit: int = MAX_ROW) -> str:
+    """All of a text file, with line feeds at the ends of its lines.
+
+    Raises:
+        DataError: as `opened`, or it is not UTF-8, or longer than `limit` characters.
+    """
+    with opened(path) as file:
+        return read_document(file, limit)
+
+
+def _refuse_other_kinds(file: OpenFile) -> None:
+    """Refuse a pointer to another file, and a file that is not what its name says.
 
     Raises:
         DataError: what it is instead.
     """
-    refuse_special(file)
     try:
-        pointer, start = pointer_fault(file), _first_bytes(file)
-        inside = beginning(file, LOOKED_AT) if is_packed(file) and start.startswith(GZIP) else b""
+        head = file.first(LONGEST)
+        pointer, start = pointer_in(head, file.path), head[:HEAD]
+        inside = beginning(file, HEAD) if file.is_packed and start.startswith(GZIP) else b""
     except OSError as error:
-        raise _unreadable(file, error) from error
+        raise unreadable(file.path, error) from error
     if pointer is not None:
         raise DataError(pointer[0], where=str(file), fix=pointer[1])
-    is_table = kind_of(file) == ".parquet"
+    is_table = kind_of(file.path) == ".parquet"
     for mark, (what, fix) in ARCHIVES.items():
-        if start.startswith(mark) and not (mark == b"PAR1" and is_table) and not (mark == GZIP and is_packed(file)):
+        if start.startswith(mark) and not (mark == b"PAR1" and is_table) and not (mark == GZIP and file.is_packed):
             raise DataError(f"the file is {what}, not what its name says", where=str(file), fix=fix)
         if inside.startswith(mark) and not (mark == b"PAR1" and is_table):
             what = "compressed with gzip twice" if mark == GZIP else f"{what}, compressed with gzip"
             raise DataError(
                 f"the file is {what}, not what its name says", where=str(file), fix="unpack it and see what it contains"
             )
-    if start and is_packed(file) and not start.startswith(GZIP):
+    if start and file.is_packed and not start.startswith(GZIP):
         raise DataError(
             "the file is not compressed with gzip, although its name says so",
             where=str(file),
@@ -133,8 +169,9 @@ def refuse_stranger(file: pathlib.Path) -> None:
         )
 
 
-def _refuse_page(file: pathlib.Path) -> None:
-    if kind_of(file) != ".txt" and _first_bytes(file).removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith(PAGES):
+def _refuse_page(file: OpenFile) -> None:
+    start = file.first(HEAD)
+    if kind_of(file.path) != ".txt" and start.removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith(PAGES):
         raise DataError(
             "the file is a web page, not data",
             where=str(file),
@@ -142,15 +179,10 @@ def _refuse_page(file: pathlib.Path) -> None:
         )
 
 
-def _first_bytes(file: pathlib.Path) -> bytes:
-    with file.open("rb") as stream:
-        return stream.read(LOOKED_AT)
-
-
-def _read_text(file: pathlib.Path, limit: int) -> Iterator[Item]:
+def _read_text(file: OpenFile, limit: int) -> Iterator[Item]:
     """A document, whole."""
     try:
-        text = document(file, limit)
+        text = read_document(file, limit)
     except TooLargeError as fault:
         raise TooLargeError(fault.what, fault.where, fault.option, LARGE_TEXT) from None
     if text.strip():
@@ -158,7 +190,7 @@ def _read_text(file: pathlib.Path, limit: int) -> Iterator[Item]:
 
 
 JSON_KINDS = (".jsonl", ".ndjson", ".json")
-KINDS: dict[str, Callable[[pathlib.Path, int], Iterator[Item]]] = {
+KINDS: dict[str, Callable[[OpenFile, int], Iterator[Item]]] = {
     **dict.fromkeys(JSON_KINDS, read_json),
     ".csv": read_csv,
     ".tsv": read_csv,

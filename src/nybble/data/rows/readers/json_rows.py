@@ -1,25 +1,25 @@
-"""JSON files, told by what they hold and not by their ending: an array of objects, an object a line, one around the rows."""
+"""JSON files, recognised by content and not by suffix: an array of objects, one object per line, or one object around rows."""
 
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from nybble.data.rows.readers.json_text import Decoder, NumberError, Text, no_number
+from nybble.data.rows.readers.json_text import Decoder, JsonText, NumberError, no_number
+from nybble.data.rows.readers.lines import beginning, checked, lines
+from nybble.data.rows.readers.open_file import OpenFile
 from nybble.data.rows.readers.row import Item, row_of
-from nybble.data.rows.readers.text import beginning, checked, lines
 from nybble.data.rows.readers.wrapped import Outline, outline_of, read_wrapped
 from nybble.errors import DataError
 from nybble.files.reading import json_fault
 
 
-def read_json(file: pathlib.Path, limit: int) -> Iterator[Item]:
+def read_json(file: OpenFile, limit: int) -> Iterator[Item]:
     """Rows and faults of a file.
 
     Args:
-        file: the file, perhaps packed.
+        file: perhaps packed.
         limit: characters that a row may have.
 
     Raises:
@@ -39,16 +39,16 @@ def read_json(file: pathlib.Path, limit: int) -> Iterator[Item]:
     yield from _read_lines(file, "" if "\r" in start and "\n" not in start else "\n", limit)
 
 
-def _read_lines(file: pathlib.Path, newline: str, limit: int) -> Iterator[Item]:
+def _read_lines(file: OpenFile, newline: str, limit: int) -> Iterator[Item]:
     decoder = Decoder()
     for number, line in lines(file, newline, limit):
         if isinstance(line, str) and line.isspace():
             continue
         origin = f"{file}:{number}"
         try:
-            yield row_of(_parse(checked(line, file, number), origin, decoder), origin, decoder.taken())
+            yield row_of(_parse(checked(line, file, number), origin, decoder), origin, decoder.repeated_key())
         except DataError as fault:
-            decoder.taken()  # it may have seen a key twice before it stopped
+            decoder.repeated_key()  # it may have seen a key twice before it stopped
             yield fault
 
 
@@ -67,12 +67,12 @@ def _parse(line: str, origin: str, decoder: Decoder) -> Any:
         raise DataError("JSON nested too deeply to be a row", where=origin) from error
 
 
-def _read_array(file: pathlib.Path, limit: int) -> Iterator[Item]:
-    text = Text(file, limit)
+def _read_array(file: OpenFile, limit: int) -> Iterator[Item]:
+    text = JsonText(file, limit)
     text.peek()
     for value, origin in text.elements():
         try:
-            yield row_of(value, origin, text.json.taken())
+            yield row_of(value, origin, text.json.repeated_key())
         except DataError as fault:
             yield fault
     if text.peek():
@@ -89,7 +89,7 @@ def _are_lists(start: str) -> bool:
     return rest.lstrip().startswith(("[", "{"))
 
 
-def _outline(file: pathlib.Path, start: str, limit: int) -> Outline | None:
+def _outline(file: OpenFile, start: str, limit: int) -> Outline | None:
     """The first object's members; None where it is not JSON on its own line already, as any bad line."""
     try:
         return outline_of(file, limit)

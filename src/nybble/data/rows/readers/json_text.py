@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import codecs
 import json
-import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from nybble.data.rows.readers.lines import as_utf8, pieces
+from nybble.data.rows.readers.open_file import CHUNK, OpenFile
 from nybble.data.rows.readers.row import MAX_ROW, too_large
-from nybble.data.rows.readers.text import CHUNK, as_utf8, pieces
 from nybble.errors import DataError
 from nybble.files.reading import json_fault
 
@@ -47,7 +47,7 @@ class Decoder(json.JSONDecoder):
             self._repeated = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         return values
 
-    def taken(self) -> str | None:
+    def repeated_key(self) -> str | None:
         """The first such key since this was last asked for."""
         name, self._repeated = self._repeated, None
         return name
@@ -58,31 +58,31 @@ def no_number(error: NumberError, origin: str) -> DataError:
     return DataError(str(error), where=origin, fix="write it as text, or null for nothing")
 
 
-class Text:
-    """A file's text from where the reader stands, as much of it as was asked for.
+class JsonText:
+    """A file's text from the reader's position on, as much of it as was asked for.
 
     Args:
-        file: the file, perhaps packed.
+        file: perhaps packed.
         limit: characters that a value may have.
     """
 
-    def __init__(self, file: pathlib.Path, limit: int = MAX_ROW) -> None:
+    def __init__(self, file: OpenFile, limit: int = MAX_ROW) -> None:
         self.limit = limit
         self.json = Decoder()
         self.chunks = pieces(file, CHUNK)
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.file = file
         self.text = ""
-        self.place = 0
+        self.position = 0
         self.line = 1
-        """Of `place`."""
-        self.taken = 0
+        """Of `position`."""
+        self.size = 0
         """Characters of the last value."""
         self.ended = False
 
     def more(self) -> None:
         """Read another chunk, or as much as there is already: a long row is not decoded again and again."""
-        parts, size, wanted = [self.text[self.place :]], 0, max(1, len(self.text) - self.place)
+        parts, size, wanted = [self.text[self.position :]], 0, max(1, len(self.text) - self.position)
         while size < wanted and not self.ended:
             chunk = next(self.chunks, b"")
             self.ended = not chunk
@@ -100,33 +100,33 @@ class Text:
                     fix=as_utf8(self.file, "WINDOWS-1252"),
                 ) from error
             size += len(parts[-1])
-        self.text, self.place = "".join(parts), 0
+        self.text, self.position = "".join(parts), 0
 
-    def move(self, place: int) -> None:
-        """Go on to a place of the text."""
-        self.line += self.text.count("\n", self.place, place)
-        self.place = place
+    def advance(self, position: int) -> None:
+        """Go on to a position in the text."""
+        self.line += self.text.count("\n", self.position, position)
+        self.position = position
 
     def peek(self) -> str:
         """Skip white space; the character that follows, or nothing at the end of the file."""
         while True:
-            self.move(BLANK.match(self.text, self.place).end())  # type: ignore[union-attr]
-            if self.place < len(self.text) or self.ended:
-                return self.text[self.place : self.place + 1]
+            self.advance(BLANK.match(self.text, self.position).end())  # type: ignore[union-attr]
+            if self.position < len(self.text) or self.ended:
+                return self.text[self.position : self.position + 1]
             self.more()
 
     def take(self) -> str:
         """As `peek`, and go on past it."""
         character = self.peek()
-        self.move(self.place + len(character))
+        self.advance(self.position + len(character))
         return character
 
     def value(self) -> Any:
         """Decode the value that begins here, reading on while it is incomplete."""
-        self.json.taken()  # of a value that was not complete yet
+        self.json.repeated_key()  # of a value that was not complete yet
         while True:
             try:
-                value, end = self.json.raw_decode(self.text, self.place)
+                value, end = self.json.raw_decode(self.text, self.position)
             except json.JSONDecodeError as error:
                 unfinished = "Unterminated" in error.msg or error.pos > len(self.text) - LONGEST_SIGN
                 if self.ended or not unfinished:
@@ -134,21 +134,21 @@ class Text:
             except NumberError as error:
                 raise no_number(error, f"{self.file}:{self.line}") from error
             except RecursionError as error:
-                raise self.fault("nested too deeply to be a row", self.place) from error
+                raise self.fault("nested too deeply to be a row", self.position) from error
             else:
                 may_go_on = isinstance(value, int | float) and end > len(self.text) - LONGEST_SIGN
                 if self.ended or not may_go_on:
-                    if end - self.place > self.limit:
-                        raise too_large("a row", self.limit, f"{self.file}:{self.line}", end - self.place)
-                    self.taken = end - self.place
-                    self.move(end)
+                    if end - self.position > self.limit:
+                        raise too_large("a row", self.limit, f"{self.file}:{self.line}", end - self.position)
+                    self.size = end - self.position
+                    self.advance(end)
                     return value
-            if len(self.text) - self.place > self.limit:
+            if len(self.text) - self.position > self.limit:
                 raise too_large("a row", self.limit, f"{self.file}:{self.line}")
             self.more()
 
     def elements(self) -> Iterator[tuple[Any, str]]:
-        """The elements of the array that begins here, each with its place: its line, and where that is not enough its number."""
+        """The elements of the array that begins here, each with its line, and where that is not enough its number."""
         self.take()
         closed = self.peek() == "]"
         if closed:
@@ -166,7 +166,7 @@ class Text:
             closed = after == "]"
 
     def members(self) -> Iterator[str]:
-        """The names of the object that begins here; whoever asks for the next one has read the value of the last."""
+        """The names of the object that begins here; read the value of each before asking for the next."""
         self.take()
         closed = self.peek() == "}"
         if closed:
@@ -183,9 +183,9 @@ class Text:
                 raise self.fault("Expecting ',' delimiter" if after else "the object is not closed")
             closed = after == "}"
 
-    def fault(self, what: str, place: int | None = None) -> DataError:
-        """A fault at a place of the text."""
-        line = self.line + (0 if place is None else self.text.count("\n", self.place, place))
+    def fault(self, what: str, position: int | None = None) -> DataError:
+        """A fault at a position in the text."""
+        line = self.line + (0 if position is None else self.text.count("\n", self.position, position))
         return DataError(
             f"not valid JSON: {what}",
             where=f"{self.file}:{line}",

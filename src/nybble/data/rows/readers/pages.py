@@ -1,7 +1,7 @@
-"""What a parquet file's pages unpack to, told by their headers before any is unpacked.
+"""What a parquet file's pages unpack to, read from their headers before any is unpacked.
 
-A header's sizes are what Arrow allocates, so they are held against a limit first: the file's own totals stand in another
-place and need not be true. Headers are in Thrift's compact protocol: fields by number, integers in seven bits a byte.
+A header's sizes are what Arrow allocates, so they are compared with a limit first: the file's own totals are in another
+offset and need not be true. Headers are in Thrift's compact protocol: fields by number, integers in seven bits a byte.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DATA, DICTIONARY, DATA_2 = (
     8,
 )  # numbers of the fields that describe a data page, a dictionary, a data page of version 2
 VALUES, ENCODING = 1, {DATA: 2, DATA_2: 4}  # numbers of their fields
-REFERRING = (2, 8)  # encodings of pages whose values stand in the dictionary
+REFERRING = (2, 8)  # encodings of pages whose values are in the dictionary
 CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "BROTLI": "brotli", "ZSTD": "zstd"}
 BOOLEANS, BYTE, INTEGERS, DOUBLE, BINARY, LISTS, STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 12
 DEEPEST = 8  # structs inside each other
@@ -37,9 +37,9 @@ class Page:
     values: int
     is_dictionary: bool
     refers: bool
-    """Whether the values stand in the dictionary."""
-    place: int
-    """Of its first byte behind the header."""
+    """Whether the values are in the dictionary."""
+    offset: int
+    """Of its first byte after the header."""
     packed: int
     """Bytes in the file."""
 
@@ -55,45 +55,45 @@ def pages(stream: IO[bytes], start: int, size: int) -> Iterator[Page]:
     Raises:
         ValueError: what is there is not a page.
     """
-    place = start
-    while place < start + size:
-        length, header = _header(stream, place)
+    offset = start
+    while offset < start + size:
+        length, header = _header(stream, offset)
         unpacked, packed = header.numbers.get(UNPACKED, -1), header.numbers.get(PACKED, -1)
         if unpacked < 0 or packed < 0:
-            raise ValueError(f"no page at byte {place}")
+            raise ValueError(f"no page at byte {offset}")
         kinds = {kind: header.structs[kind].numbers for kind in (DATA, DICTIONARY, DATA_2) if kind in header.structs}
         yield Page(
             unpacked,
             max((kind.get(VALUES, 0) for kind in kinds.values()), default=0),
             header.numbers.get(KIND) == OF_DICTIONARY,
             any(kinds[kind].get(encoding) in REFERRING for kind, encoding in ENCODING.items() if kind in kinds),
-            place + length,
+            offset + length,
             packed,
         )
-        place += length + packed
+        offset += length + packed
 
 
 def longest_text(stream: IO[bytes], dictionary: Page, compression: str) -> int:
-    """Bytes of the longest text in a dictionary; where that cannot be told, of the whole dictionary.
+    """Bytes of the longest text in a dictionary; of the whole dictionary if that cannot be known.
 
     Args:
         stream: the file.
         dictionary: not too large to be unpacked.
         compression: parquet's name for it.
     """
-    stream.seek(dictionary.place)
+    stream.seek(dictionary.offset)
     data = stream.read(min(dictionary.packed, 2 * dictionary.size + HEADERS[0]))
     try:
         if compression != "UNCOMPRESSED":
             data = pyarrow.Codec(CODECS[compression]).decompress(data, dictionary.size, asbytes=True)
     except (KeyError, OSError, pyarrow.ArrowException):  # Arrow finds out what is wrong with it
         return dictionary.size
-    longest = place = 0
-    while place < len(data):
-        length = int.from_bytes(data[place : place + 4], "little")
+    longest = offset = 0
+    while offset < len(data):
+        length = int.from_bytes(data[offset : offset + 4], "little")
         longest = max(longest, length)
-        place += 4 + length
-    return longest if place == len(data) == dictionary.size else dictionary.size
+        offset += 4 + length
+    return longest if offset == len(data) == dictionary.size else dictionary.size
 
 
 @dataclass
@@ -104,17 +104,17 @@ class _Fields:
     structs: dict[int, _Fields] = field(default_factory=dict)
 
 
-def _header(stream: IO[bytes], place: int) -> tuple[int, _Fields]:
-    """How long the header is that stands there, and its fields."""
+def _header(stream: IO[bytes], offset: int) -> tuple[int, _Fields]:
+    """Length and fields of the header at an offset."""
     for size in HEADERS:
-        stream.seek(place)
+        stream.seek(offset)
         header = _Header(io.BytesIO(stream.read(size)))
         try:
             found = header.struct()
         except EOFError:
             continue
         return header.stream.tell(), found
-    raise ValueError(f"the header of the page at byte {place} is cut off")
+    raise ValueError(f"the header of the page at byte {offset} is cut off")
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pathlib
 import shlex
 import tempfile
 import zlib
@@ -16,9 +15,9 @@ import pyarrow
 import pyarrow.parquet
 
 from nybble.data.rows.readers.cells import HELD, rows_of
+from nybble.data.rows.readers.open_file import CHUNK, OpenFile
 from nybble.data.rows.readers.pages import Page, longest_text, pages
 from nybble.data.rows.readers.row import MB, Item, Row, too_large
-from nybble.data.rows.readers.text import CHUNK, is_packed, opened
 from nybble.errors import DataError
 
 ROWS = 1024  # that are unpacked at a time, or fewer where they are large
@@ -31,7 +30,7 @@ TEXTS = ("NONE", "STRING", "JSON", "ENUM", "BSON")
 PREFIXED = "DELTA_BYTE_ARRAY"  # each value may take over all of the one before
 
 
-def read_parquet(file: pathlib.Path, limit: int) -> Iterator[Item]:
+def read_parquet(file: OpenFile, limit: int) -> Iterator[Item]:
     """Rows and faults of a parquet file.
 
     Args:
@@ -57,8 +56,8 @@ def read_parquet(file: pathlib.Path, limit: int) -> Iterator[Item]:
                 if not metadata.num_columns:  # there is nothing to read, and Arrow 22 ends the process over it
                     continue
                 _look_at_columns(readers[False], group)
-                way = _way(metadata.row_group(group), stream, limit, f"{file}:row {number + 1}")
-                batches = readers[way.by_reference].iter_batches(way.rows, row_groups=[group], use_threads=False)
+                plan = _plan(metadata.row_group(group), stream, limit, f"{file}:row {number + 1}")
+                batches = readers[plan.by_reference].iter_batches(plan.rows, row_groups=[group], use_threads=False)
                 for batch in batches:
                     for values in rows_of(batch, limit):
                         number += 1
@@ -72,13 +71,13 @@ def read_parquet(file: pathlib.Path, limit: int) -> Iterator[Item]:
         raise DataError(
             f"{'damaged' if number else 'not a parquet file'}: {str(error).strip()}"[:300],
             where=f"{file}:row {number + 1}" if number else str(file),
-            fix=f"copy or download {shlex.quote(file.name)} again",
+            fix=f"copy or download {shlex.quote(file.path.name)} again",
         ) from error
 
 
 @dataclass
-class _Way:
-    """How a group of rows is read."""
+class _Plan:
+    """How a row group is read."""
 
     rows: int = ROWS
     """How many are unpacked at a time."""
@@ -89,7 +88,7 @@ class _Way:
 def _reader(
     stream: IO[bytes], metadata: pyarrow.parquet.FileMetaData, by_reference: bool
 ) -> pyarrow.parquet.ParquetFile:
-    columns = [metadata.schema.column(place) for place in range(len(metadata.schema))]
+    columns = [metadata.schema.column(number) for number in range(len(metadata.schema))]
     texts = [
         column.path
         for column in columns
@@ -111,7 +110,7 @@ def _look_at_columns(reader: pyarrow.parquet.ParquetFile, group: int) -> None:
     next(reader.reader.iter_batches(0, [group], use_threads=False), None)
 
 
-def _way(group: pyarrow.parquet.RowGroupMetaData, stream: IO[bytes], limit: int, where: str) -> _Way:
+def _plan(group: pyarrow.parquet.RowGroupMetaData, stream: IO[bytes], limit: int, where: str) -> _Plan:
     """How a group can be read within these bounds.
 
     Raises:
@@ -122,7 +121,7 @@ def _way(group: pyarrow.parquet.RowGroupMetaData, stream: IO[bytes], limit: int,
     ]
     by_reference = any(column.has_large_dictionary for column in columns)
     heavy = max((column.own if by_reference else max(column.own, column.referred) for column in columns), default=1.0)
-    return _Way(max(1, min(ROWS, int(HELD / max(heavy, 1)))), by_reference)
+    return _Plan(max(1, min(ROWS, int(HELD / max(heavy, 1)))), by_reference)
 
 
 @dataclass
@@ -132,7 +131,7 @@ class _Weight:
     own: float = 0.0
     """Bytes of a row, at most where a page's rows are alike."""
     referred: int = 0
-    """Bytes of the longest text in its dictionary, which may stand in each row."""
+    """Bytes of the longest text in its dictionary, which each row may contain."""
     has_large_dictionary: bool = False
 
 
@@ -186,14 +185,14 @@ def _too_large_page(column: str, size: int, limit: int, where: str) -> DataError
 
 
 @contextlib.contextmanager
-def _seekable(file: pathlib.Path) -> Iterator[IO[bytes]]:
+def _seekable(file: OpenFile) -> Iterator[IO[bytes]]:
     """A file's bytes, those of a packed one in a temporary file: its end must be read first."""
-    if not is_packed(file):
-        with file.open("rb") as stream:
+    if not file.is_packed:
+        with file.stored() as stream:
             yield stream
         return
-    most = max(UNPACKED, GROWTH * file.stat().st_size)
-    with opened(file) as packed, tempfile.TemporaryFile() as stream:
+    most = max(UNPACKED, GROWTH * file.status.st_size)
+    with file.unpacked() as packed, tempfile.TemporaryFile() as stream:
         while piece := packed.read(CHUNK):
             try:
                 stream.write(piece)

@@ -1,4 +1,4 @@
-"""What a reader yields: rows, each with its place, and in place of a row that cannot be read the fault."""
+"""What a reader yields: rows, each with its `file:line`, and in place of a row that cannot be read the fault."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ MB = 1_000_000
 MAX_ROW = 16 * MB
 """The largest row that is read unless data.max_row_mb says otherwise: characters of text, bytes of a parquet file."""
 ADVICE = "split it; if it is meant to be this large, allow it with {}"
-NAMES_TOLD = 12
+NAMES_SHOWN = 12
 LONGEST_NAME = 60
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it stands in its file."""
+    """One row as it is in its file."""
 
     values: dict[str, Any]
     origin: str
@@ -89,5 +89,5 @@ def too_large(what: str, limit: int, where: str, size: int | None = None) -> Too
 def listing(names: Iterable[object]) -> str:
     """Names as a message shows them: the first ones, none of them at length."""
     shown = [(name if isinstance(name, str) and name.isprintable() else repr(name))[:LONGEST_NAME] for name in names]
-    more = len(shown) - NAMES_TOLD
-    return ", ".join(shown[:NAMES_TOLD]) + (f" and {more:,} more" if more > 0 else "")
+    more = len(shown) - NAMES_SHOWN
+    return ", ".join(shown[:NAMES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")

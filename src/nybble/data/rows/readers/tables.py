@@ -1,25 +1,26 @@
-"""CSV and TSV, as spreadsheets and programs write them: whatever parts the columns, whatever ends the lines."""
+"""CSV and TSV, as spreadsheets and programs write them: whatever separates the columns and ends the lines."""
 
 from __future__ import annotations
 
 import csv
 import io
 import itertools
-import pathlib
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nybble.data.rows.readers.kinds import kind_of
+from nybble.data.rows.readers.lines import START, beginning, checked, lines
+from nybble.data.rows.readers.open_file import OpenFile
 from nybble.data.rows.readers.row import MB, Item, Notice, Row, listing, too_large
-from nybble.data.rows.readers.text import START, beginning, checked, kind_of, lines
 from nybble.errors import DataError
 
-LOOKED_AT = 100  # lines by which a delimiter is told
+SAMPLED = 100  # lines by which the delimiter is found
 EMPTY_COLUMNS = "empty columns at the end are ignored"
 EMPTY_ROWS = "empty rows are ignored"
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-SAID = re.compile(r'"?sep=(\\t|[^\w\s"]|\t)"?[,;\t|]*', re.IGNORECASE)
+SEP_LINE = re.compile(r'"?sep=(\\t|[^\w\s"]|\t)"?[,;\t|]*', re.IGNORECASE)
 """Excel's own first line, which names the delimiter and is no row."""
 
 
@@ -43,7 +44,7 @@ class Record:
         dialect: how it is written.
     """
 
-    def __init__(self, file: pathlib.Path, limit: int, dialect: Dialect) -> None:
+    def __init__(self, file: OpenFile, limit: int, dialect: Dialect) -> None:
         self.file = file
         self.limit = limit
         self.dialect = dialect
@@ -67,7 +68,7 @@ class Record:
             yield text
 
     def end(self) -> str:
-        """Where the record that was read begins; the next one begins behind it."""
+        """Where the record that was read begins; the next one begins after it."""
         origin = f"{self.file}:{self.first}"
         self.first, self.size, self.opened = self.line, 0, None
         return origin
@@ -81,7 +82,7 @@ class Record:
         if is_long and opened is None:
             return too_large("a record", self.limit, where)
         if is_long:
-            what = f"no end within {self.limit / MB:,.0f} MB of the quotes that open here"
+            what = f"the quotes that open here are not closed within {self.limit / MB:,.0f} MB"
             fix += f"; if a field is meant to be this large, allow it with data.max_row_mb={2 * self.limit // MB}"
         else:
             what = str(error) + ("" if opened is None else " within the quotes that open here")
@@ -89,33 +90,33 @@ class Record:
 
     def _left_open(self) -> int | None:
         """The line on which the quotes open that are open after the newest line; None where none are."""
-        text, delimiter, place = self.newest, self.dialect.delimiter, 0
+        text, delimiter, position = self.newest, self.dialect.delimiter, 0
         is_quoted = self.opened is not None
         opened = self.opened
-        while is_quoted or place < len(text):
-            place += self.dialect.spaced and text[place : place + 1] == " "
-            if not is_quoted and text[place : place + 1] == '"':
-                is_quoted, opened, place = True, self.line - 1, place + 1
+        while is_quoted or position < len(text):
+            position += self.dialect.spaced and text[position : position + 1] == " "
+            if not is_quoted and text[position : position + 1] == '"':
+                is_quoted, opened, position = True, self.line - 1, position + 1
             if is_quoted:
-                place = _closing(text, place)
-                if place == 0:
+                position = _closing(text, position)
+                if position == 0:
                     return opened
             is_quoted = False
-            place = text.find(delimiter, place) + 1
-            if place == 0:
+            position = text.find(delimiter, position) + 1
+            if position == 0:
                 return None
         return None
 
 
-def _closing(text: str, place: int) -> int:
-    """Where a quoted field's text goes on behind its last quote; 0 where there is none. Doubled ones are part of it."""
-    place = text.find('"', place) + 1
-    while place and text[place : place + 1] == '"':
-        place = text.find('"', place + 1) + 1
-    return place
+def _closing(text: str, position: int) -> int:
+    """Where the text continues after a quoted field's last quote; 0 if there is none. Doubled quotes are part of the field."""
+    position = text.find('"', position) + 1
+    while position and text[position : position + 1] == '"':
+        position = text.find('"', position + 1) + 1
+    return position
 
 
-def read_csv(file: pathlib.Path, limit: int) -> Iterator[Item]:
+def read_csv(file: OpenFile, limit: int) -> Iterator[Item]:
     """Rows and faults of a table, and a notice where empty columns or rows of it are ignored.
 
     Args:
@@ -125,16 +126,16 @@ def read_csv(file: pathlib.Path, limit: int) -> Iterator[Item]:
     Raises:
         DataError: the header names a column twice, or a quote is not closed.
     """
-    told: set[Notice] = set()
+    given: set[Notice] = set()
     for item in _items(file, limit):
         if not isinstance(item, Notice):
             yield item
-        elif item not in told:
-            told.add(item)
+        elif item not in given:
+            given.add(item)
             yield item
 
 
-def _items(file: pathlib.Path, limit: int) -> Iterator[Item]:
+def _items(file: OpenFile, limit: int) -> Iterator[Item]:
     csv.field_size_limit(limit)  # its own default of 128 KiB is less than one long document
     dialect = _dialect(file)
     record = Record(file, limit, dialect)
@@ -148,7 +149,7 @@ def _items(file: pathlib.Path, limit: int) -> Iterator[Item]:
                 record.end()
         names = _named(header, f"{file}:{dialect.skipped + reader.line_num}")
         if len(names) < len(header):
-            yield Notice(f"{file.name}: {EMPTY_COLUMNS}")
+            yield Notice(f"{file.path.name}: {EMPTY_COLUMNS}")
         record.end()
         for fields in reader:
             origin = record.end()
@@ -156,12 +157,12 @@ def _items(file: pathlib.Path, limit: int) -> Iterator[Item]:
                 yield Row(dict(zip(names, fields, strict=True)), origin)
             elif not _is_filled(fields):
                 if fields:  # a blank line has none
-                    yield Notice(f"{file.name}: {EMPTY_ROWS}")
+                    yield Notice(f"{file.path.name}: {EMPTY_ROWS}")
             elif len(fields) < len(names) or _is_filled(fields[len(names) :]):
                 yield _uneven(fields, names, dialect, origin)
             else:
                 if len(fields) > len(names):
-                    yield Notice(f"{file.name}: {EMPTY_COLUMNS}")
+                    yield Notice(f"{file.path.name}: {EMPTY_COLUMNS}")
                 yield Row(dict(zip(names, fields, strict=False)), origin)
     except csv.Error as error:
         raise record.fault(error) from error
@@ -195,28 +196,28 @@ def _uneven(fields: list[str], names: list[str], dialect: Dialect, origin: str) 
     )
 
 
-def _dialect(file: pathlib.Path) -> Dialect:
+def _dialect(file: OpenFile) -> Dialect:
     """How a table is written, by its beginning."""
     start = beginning(file)
     sample = list(io.StringIO(start.decode("utf-8-sig", "replace"), newline=""))
     if len(start) == START and len(sample) > 1:
         del sample[-1]  # cut in the middle
     order = list(DELIMITERS)
-    if kind_of(file) == ".tsv":
+    if kind_of(file.path) == ".tsv":
         order.sort(key="\t".__ne__)
-    said = SAID.fullmatch(sample[0].strip("\r\n")) if sample else None
-    if said is not None:
-        delimiter = "\t" if said[1] == "\\t" else said[1]
+    named = SEP_LINE.fullmatch(sample[0].strip("\r\n")) if sample else None
+    if named is not None:
+        delimiter = "\t" if named[1] == "\\t" else named[1]
     else:
         delimiter = max(order, key=lambda delimiter: _fitting(sample, delimiter))  # of equals the first
-    skipped = int(said is not None)
+    skipped = int(named is not None)
     header, *_ = _records(sample[skipped:], delimiter) or [[]]
     spaced = delimiter != "\t" and len(header) > 1 and all(name.startswith(" ") for name in header[1:])
     return Dialect(delimiter, spaced, skipped)
 
 
 def _fitting(sample: list[str], delimiter: str) -> int:
-    """How many records have the header's number of fields; none where the delimiter does not part the header."""
+    """How many records have the header's number of fields; none where the delimiter does not divide the header."""
     records = _records(sample, delimiter)
     return sum(len(record) == len(records[0]) for record in records) if records and len(records[0]) > 1 else 0
 
@@ -224,7 +225,7 @@ def _fitting(sample: list[str], delimiter: str) -> int:
 def _records(sample: list[str], delimiter: str) -> list[list[str]]:
     records = []
     try:
-        for record in csv.reader(sample[:LOOKED_AT], delimiter=delimiter, strict=True):
+        for record in csv.reader(sample[:SAMPLED], delimiter=delimiter, strict=True):
             records += [record] if _is_filled(record) else []
     except csv.Error:  # another delimiter is meant, or the sample ends within quotes
         pass

@@ -1,4 +1,4 @@
-"""Rows that stand inside one object, as programs write them: named lists, the Hub viewer's rows, SQuAD's articles."""
+"""Rows inside one object, as programs write them: named lists, the Hub viewer's rows, SQuAD's articles."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nybble.data.rows.readers.json_text import Text
+from nybble.data.rows.readers.json_text import JsonText
+from nybble.data.rows.readers.lines import fed
+from nybble.data.rows.readers.open_file import OpenFile
 from nybble.data.rows.readers.row import Item, Notice, Row, listing, row_of, too_large
-from nybble.data.rows.readers.text import fed
 from nybble.errors import DataError
 
 HOLDERS = (
-    # names of lists that hold rows; of several the first is read, so that held-out rows are not trained on
+    # names of lists that hold rows; of several the first is read, so that size-out rows are not trained on
     "train", "training", "data", "rows", "examples", "instances", "items", "records", "samples", "entries", "dataset",
     "conversations", "validation", "valid", "dev", "eval", "test",
 )  # fmt: skip
@@ -57,7 +58,7 @@ class Outline:
         found = {member.name.lower(): member.name for member in self.members if member.holds_objects}
         return [found[name] for name in HOLDERS if name in found] if self.is_alone else []
 
-    def refuse_unread(self, file: pathlib.Path) -> None:
+    def refuse_unread(self, file: OpenFile) -> None:
         """Refuse an object that is no row on a line of its own.
 
         Raises:
@@ -73,68 +74,68 @@ class Outline:
             raise DataError(
                 "objects span several lines; each line must be one object",
                 where=f"{file}:1",
-                fix=one_a_line(file),
+                fix=one_a_line(file.path),
             )
         if self.lines > 1:
             inside = rows_inside({member.name: member.found for member in self.members})
             raise DataError(
                 "one object over several lines; rows must be an array of objects or one object per line",
                 where=f"{file}:1",
-                fix=f"if it is one row: {one_a_line(file)}"
+                fix=f"if it is one row: {one_a_line(file.path)}"
                 if inside is None
-                else f"if the rows are in {inside}: {one_a_line(file, f'{inside}[]')}",
+                else f"if the rows are in {inside}: {one_a_line(file.path, f'{inside}[]')}",
             )
 
     def _are_columns(self) -> bool:
-        """Whether this is how pandas writes a table unless it is told otherwise: columns, and in each the rows by number."""
+        """Whether this is how pandas writes a table by default: columns, each with its rows by number."""
         columns = [member.value for member in self.members]
         return bool(columns) and all(isinstance(column, dict) and "0" in column for column in columns)
 
 
-def one_a_line(file: pathlib.Path, rows: str = ".") -> str:
+def one_a_line(path: pathlib.Path, rows: str = ".") -> str:
     """The command that writes rows of a JSON file, which jq finds so, each on a line of its own."""
-    return fed(f"jq -c {shlex.quote(rows)}", file) + " > NEW.jsonl"
+    return fed(f"jq -c {shlex.quote(rows)}", path) + " > NEW.jsonl"
 
 
 def rows_inside(values: dict[str, Any]) -> str | None:
-    """Where in an object a list is that may be rows, as jq writes it: ."data"."train"; None where there is none."""
+    """The path in an object of a list that may be rows, as jq writes it: ."data"."train"; None where there is none."""
     lists = {f".{json.dumps(name, ensure_ascii=not name.isprintable())}": value for name, value in values.items()}
     inner = {
-        f"{place}.{json.dumps(name)}": within
-        for place, value in lists.items()
+        f"{path}.{json.dumps(name)}": within
+        for path, value in lists.items()
         if isinstance(value, dict)
         for name, within in value.items()
         if name.lower() in HOLDERS
     }
-    return next((place for place, value in {**lists, **inner}.items() if _may_be_rows(value)), None)
+    return next((path for path, value in {**lists, **inner}.items() if _may_be_rows(value)), None)
 
 
-def outline_of(file: pathlib.Path, limit: int) -> Outline:
+def outline_of(file: OpenFile, limit: int) -> Outline:
     """What a file's first object consists of, without holding it.
 
     Raises:
-        DataError: it is not JSON, or what stands in it besides lists is over the limit.
+        DataError: it is not JSON, or what it holds besides lists is over the limit.
     """
-    text = Text(file, limit)
+    text = JsonText(file, limit)
     text.peek()
-    first, members, held = text.line, [], 0
+    first, members, size = text.line, [], 0
     for name in text.members():
-        if held > limit:
+        if size > limit:
             raise too_large("an object", limit, f"{file}:{text.line}")
         if text.peek() == "[":
             value, length = None, 0
             for element, _ in text.elements():
                 value, length = element if length == 0 else value, length + 1
-                held += text.taken if length == 1 else 0
+                size += text.size if length == 1 else 0
             members.append(Member(name, value, length))
         else:
             members.append(Member(name, text.value()))
-            held += text.taken
-        held += len(name)
+            size += text.size
+        size += len(name)
     return Outline(tuple(members), text.line - first + 1, not text.peek())
 
 
-def read_wrapped(file: pathlib.Path, outline: Outline, limit: int) -> Iterator[Item]:
+def read_wrapped(file: OpenFile, outline: Outline, limit: int) -> Iterator[Item]:
     """Rows of the first of the lists that hold some, and a notice of which was read.
 
     Raises:
@@ -142,8 +143,8 @@ def read_wrapped(file: pathlib.Path, outline: Outline, limit: int) -> Iterator[I
     """
     chosen, *others = outline.holders
     left = f", not from {' or '.join(map(repr, others))}" if others else ""
-    yield Notice(f"{file.name}: rows are read from {chosen!r}{left}")
-    text = Text(file, limit)
+    yield Notice(f"{file.path.name}: rows are read from {chosen!r}{left}")
+    text = JsonText(file, limit)
     text.peek()
     for name in text.members():
         if text.peek() != "[":
@@ -151,7 +152,7 @@ def read_wrapped(file: pathlib.Path, outline: Outline, limit: int) -> Iterator[I
             continue
         for value, origin in text.elements():
             if name == chosen:
-                repeated = text.json.taken()
+                repeated = text.json.repeated_key()
                 yield from (
                     replace(item, repeated=repeated) if isinstance(item, Row) else item
                     for item in _rows(value, origin, file)
@@ -164,13 +165,13 @@ def _may_be_rows(value: Any) -> bool:
     return isinstance(first, dict) and not {"role", "from"} & first.keys()
 
 
-def _rows(value: Any, origin: str, file: pathlib.Path) -> Iterator[Item]:
+def _rows(value: Any, origin: str, file: OpenFile) -> Iterator[Item]:
     try:
         if isinstance(value, dict) and isinstance(value.get("row"), dict):
             yield _shown(value, origin)
         elif isinstance(value, dict) and isinstance(value.get("paragraphs"), list):
             yield Notice(
-                f"{file.name}: SQuAD's question, context and first answer are read as instruction, input, output"
+                f"{file.path.name}: SQuAD's question, context and first answer are read as instruction, input, output"
             )
             yield from _questions(value, origin)
         else:

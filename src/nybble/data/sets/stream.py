@@ -16,13 +16,13 @@ from nybble.data.packing import best_fit
 from nybble.data.rows.faults import Faults
 from nybble.data.rows.formats import Forms
 from nybble.data.rows.readers import Item, Row
-from nybble.data.rows.sources import Source, read_rows, row_limit
+from nybble.data.rows.sources import DataSource, read_rows, row_limit
 from nybble.data.text.template import Template
-from nybble.data.tokenise import Pass
+from nybble.data.text.tokenise import Pass
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
-TOLD = 1000  # different faults that the log names
+LOGGED = 1000  # different faults that the log names
 BUFFER = 1000  # samples that are shuffled and packed together: 99% full at instruction lengths
 log = logging.getLogger("nybble")
 
@@ -39,7 +39,7 @@ class StreamedRows(torch.utils.data.IterableDataset[Any]):
 
     def __init__(
         self,
-        sources: tuple[Source, ...],
+        sources: tuple[DataSource, ...],
         forms: Forms,
         template: Template,
         options: DataOptions,
@@ -57,12 +57,12 @@ class StreamedRows(torch.utils.data.IterableDataset[Any]):
         generator = numpy.random.default_rng(self.seed)
         samples = samples_of(self._mixed(generator), self.forms, self.template, self.options)
         while buffer := list(itertools.islice(samples, BUFFER)):
-            shuffled = [buffer[place] for place in generator.permutation(len(buffer))]
+            shuffled = [buffer[position] for position in generator.permutation(len(buffer))]
             if not self.options.packing:
                 yield from shuffled
                 continue
             rows = best_fit([len(sample["input_ids"]) for sample in shuffled], self.options.max_length)
-            yield from ([shuffled[place] for place in rows[n]] for n in generator.permutation(len(rows)))
+            yield from ([shuffled[position] for position in rows[n]] for n in generator.permutation(len(rows)))
 
     def _mixed(self, generator: numpy.random.Generator) -> Iterator[Row]:
         rows = [self._endless(number) for number in range(len(self.sources))]
@@ -73,11 +73,11 @@ class StreamedRows(torch.utils.data.IterableDataset[Any]):
 
     def _endless(self, number: int) -> Iterator[Row]:
         """A source over and over, without what is held out."""
-        told: set[str] = set()
+        logged: set[str] = set()
         limit = row_limit(self.options, self.forms.rules)
         while True:
             some = False
-            for row in _readable(read_rows(self.sources[number : number + 1], limit), told):
+            for row in _readable(read_rows(self.sources[number : number + 1], limit), logged):
                 if row.origin not in self.held_out:
                     some = True
                     yield replace(row, source=number)
@@ -91,10 +91,10 @@ class StreamedRows(torch.utils.data.IterableDataset[Any]):
 def samples_of(rows: Iterable[Row], forms: Forms, template: Template, options: DataOptions) -> Iterator[Sample]:
     """Rows as the collator takes them; faulty ones are named in the log."""
     reading = Pass(forms, template, options, keep_duplicates=True)
-    told: set[str] = set()
+    logged: set[str] = set()
     for sample in reading.samples(rows):
         for fault in reading.faults:
-            _tell_once(fault, told)
+            _log_once(fault, logged)
         reading.noted = Faults()
         tokens = sample.tokens
         yield {
@@ -105,18 +105,18 @@ def samples_of(rows: Iterable[Row], forms: Forms, template: Template, options: D
         }
 
 
-def _readable(items: Iterable[Item], told: set[str]) -> Iterator[Row]:
+def _readable(items: Iterable[Item], logged: set[str]) -> Iterator[Row]:
     for item in items:
         if isinstance(item, Row):
             yield item
         elif isinstance(item, DataError):
-            _tell_once(item, told)
+            _log_once(item, logged)
 
 
-def _tell_once(fault: DataError, told: set[str]) -> None:
-    """A source comes round again and again, and its faults with it; what is told of is remembered, so it is not endless."""
-    if str(fault) not in told and len(told) < TOLD:
-        told.add(str(fault))
+def _log_once(fault: DataError, logged: set[str]) -> None:
+    """A source is read again and again, and its faults come with it; each is logged once, and only so many are."""
+    if str(fault) not in logged and len(logged) < LOGGED:
+        logged.add(str(fault))
         log.warning("nybble: left out: %s", fault)
-        if len(told) == TOLD:
+        if len(logged) == LOGGED:
             log.warning("nybble: other rows that are left out are not named")

@@ -39,9 +39,9 @@ def last_answer(tokens: Tokens) -> Tokens:
     start = end
     while start and tokens.trained[start - 1]:
         start -= 1
-    return Tokens(tokens.ids, [start <= place <= end for place in range(len(tokens.ids))])
+    return Tokens(tokens.ids, [start <= position <= end for position in range(len(tokens.ids))])
 
 
 def last_trained(trained: list[bool]) -> int:
-    """The place of the last trained token."""
+    """The position of the last trained token."""
     return len(trained) - 1 - trained[::-1].index(True)

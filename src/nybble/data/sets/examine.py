@@ -1,41 +1,38 @@
-"""What data is before anything is done with it: its tokens, kept in a cache, and everything that was found on the way."""
+"""Rows read and tokenised, or taken from the cache, with everything that was found out about them on the way."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import itertools
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from nybble.data.cached_rows import rows_in
 from nybble.data.rows import faults
-from nybble.data.rows.formats import Forms, Rules, detect_forms
-from nybble.data.rows.readers import Item, Row
-from nybble.data.rows.sources import Source, find_sources, fingerprint, read_rows, row_limit
+from nybble.data.rows.formats import Forms, Rules
+from nybble.data.rows.reading import OpenRows
+from nybble.data.rows.sources import DataSource, row_limit
+from nybble.data.sets.cached_rows import rows_in
 from nybble.data.text.template import Template, choose_template
-from nybble.data.tokenise import Counts, Pass, Progress, Sample
+from nybble.data.text.tokenise import Counts, Pass, Progress, Sample
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
 CACHE_VERSION = 6  # raised when other things are found in the same input
 READING_VERSION = 3  # raised when the same input gives other tokens; runs hold the fingerprint that it is part of
 OVERLENGTH_SHARE = 0.01  # with overlength=error, up to this share of rows is dropped and counted
-HEAD = 10_000  # rows of a stream that are examined before training
-LOOKED_AT = 1000  # rows by which forms are told apart
 
 
 @dataclass(frozen=True)
 class Examined:
-    """Data as it is, fit or not."""
+    """Data as it was found, whether it can be trained on or not."""
 
     tokens: Dataset
     """The rows that can be trained on: input_ids, trained, length, is_piece, source and origin."""
-    sources: tuple[Source, ...]
+    sources: tuple[DataSource, ...]
     forms: Forms
     template: Template
     counts: Counts
@@ -68,23 +65,28 @@ def examine(
         DataError: there is nothing to read, or the template cannot be used at all.
         PlaceError: the cache does not keep what is written to it.
     """
-    sources = sources_of(options)
     rules = Rules.NOW if template is None else template.rules
-    limit = row_limit(options, rules)
-    forms = dataclasses.replace(forms_of(sources, options, rules), rules=rules)
-    template = template or choose_template(tokenizer, options.template, forms.likeliest)
-    assert template.ends, "a template that works at all"
-    key = _key(sources, forms, template, options)
-    places = repr([(source.name, [str(file) for file in source.files]) for source in sources])  # as rows and faults say
-    folder = (
-        cache / "tokens" / hashlib.sha256(f"{CACHE_VERSION} {rules.value} {limit} {key}{places}".encode()).hexdigest()
-    )
+    with OpenRows(options, rules, cache / "data-files") as rows:
+        sources, forms = rows.sources, rows.forms
+        template = template or choose_template(tokenizer, options.template, forms.most_common)
+        assert template.ends, "a template that works at all"
+        decisive = _decisive(forms, template, options)
+        # As rows and faults say where they are from.
+        places = repr([(source.name, [str(file) for file in source.files]) for source in sources])
+        variant = f"{CACHE_VERSION} {rules.value} {row_limit(options, rules)}"
 
-    def read() -> tuple[Pass, Iterator[Sample]]:
-        reading = Pass(forms, template, options, progress)
-        return reading, reading.samples(rows_of(sources, options, rules))
+        def name(is_read: bool) -> str | None:
+            content = rows.fingerprint(is_read=is_read)
+            if content is None:
+                return None
+            return hashlib.sha256(f"{variant} {_key(content, decisive)}{places}".encode()).hexdigest()
 
-    tokens, found, cached = rows_in(folder, read)
+        def read() -> tuple[Pass, Iterator[Sample]]:
+            reading = Pass(forms, template, options, progress)
+            return reading, reading.samples(rows.items())
+
+        tokens, found, cached = rows_in(cache / "tokens", name, read)
+        key = _key(str(rows.fingerprint(is_read=True)), decisive)
     found_faults = faults.from_json(found["faults"])
     lengths = {int(length): count for length, count in found["lengths"].items()}
     counts = Counts(**found["counts"])
@@ -93,44 +95,15 @@ def examine(
     return Examined(tokens, sources, forms, template, counts, found_faults, lengths, key, cached)
 
 
-def sources_of(options: DataOptions) -> tuple[Source, ...]:
-    """The recipe's sources."""
-    return find_sources(
-        options.path,
-        subset=options.subset,
-        split=options.split,
-        revision=options.revision,
-        streaming=options.streaming,
-    )
-
-
-def rows_of(sources: tuple[Source, ...], options: DataOptions, rules: Rules = Rules.NOW) -> Iterator[Item]:
-    """Their rows and faults, of a stream the first 10,000."""
-    return itertools.islice(read_rows(sources, row_limit(options, rules)), HEAD if options.streaming else None)
-
-
-def forms_of(sources: tuple[Source, ...], options: DataOptions, rules: Rules = Rules.NOW) -> Forms:
-    """The forms of their first rows."""
-    rows = (item for item in read_rows(sources, row_limit(options, rules)) if isinstance(item, Row))
-    head = itertools.islice(rows, LOOKED_AT)
-    return detect_forms(head, options.form, options.map)
-
-
-def refuse_unfit(examined: Examined, options: DataOptions) -> None:
-    """Raise the first of `unfit`."""
-    for fault in unfit(examined.counts, examined.faults, examined.lengths, options):
-        raise fault
-
-
 def unfit(
     counts: Counts, wrong: Sequence[DataError], lengths: Mapping[int, int], options: DataOptions
 ) -> Iterator[DataError]:
-    """Every reason for which data cannot be trained on as the options say."""
+    """Every reason why data cannot be trained on with these options."""
     is_refused = counts.faulty and (options.bad_rows == "error" or counts.faulty == counts.rows)
     if is_refused and counts.faulty == 1:
         yield wrong[0]
     elif is_refused:
-        shown = faults.told(wrong, counts.faulty)
+        shown = faults.fault_lines(wrong, counts.faulty)
         leave_out = "; data.bad_rows=drop leaves them out" if counts.faulty < counts.rows else ""
         yield DataError(
             "\n".join([f"{counts.faulty:,} of {counts.rows:,} rows cannot be trained on:", *shown]),
@@ -160,15 +133,18 @@ def unfit(
         )
 
 
-def _key(sources: tuple[Source, ...], forms: Forms, template: Template, options: DataOptions) -> str:
-    """A hash of everything that decides what the tokens are."""
+def _decisive(forms: Forms, template: Template, options: DataOptions) -> list[Any]:
+    """What decides, besides the sources' content, what the tokens are."""
     rules = options.model_dump(include={"max_length", "overlength", "train_on", "limit", "streaming"})
     if options.max_row_mb != DataOptions().max_row_mb:  # runs of before the option have the same fingerprint
         rules["max_row_mb"] = options.max_row_mb
     columns = [(form.name, sorted(form.columns.items())) for form in forms.forms]
-    parts = [READING_VERSION, fingerprint(sources), columns, rules]
-    parts += [template.fingerprint, tokenizer_fingerprint(template.tokenizer)]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    return [columns, rules, template.fingerprint, tokenizer_fingerprint(template.tokenizer)]
+
+
+def _key(content: str, decisive: list[Any]) -> str:
+    """A hash of everything that decides what the tokens are."""
+    return hashlib.sha256(repr([READING_VERSION, content, *decisive]).encode()).hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -11,13 +11,14 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.batches import IGNORED, Collator
-from nybble.data.examine import forms_of, rows_of, sources_of
+from nybble.data.rows.reading import OpenRows
 from nybble.data.text.template import choose_template
-from nybble.data.tokenise import Pass, Sample
+from nybble.data.text.tokenise import Pass, Sample
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 from nybble.terminal import tell
 
+READ_PER_ROW = 64  # rows that are read at most for each that is shown: the others cannot be trained on
 TRAINED, MASKED, SPECIAL = "bold green", "dim", "reverse"
 OPEN, CLOSE = "[[", "]]"  # around what is trained, where there is no colour
 
@@ -34,10 +35,10 @@ def preview(
     Raises:
         DataError: no row can be trained on; the first fault is raised.
     """
-    sources = sources_of(options)
-    forms = forms_of(sources, options)
-    reading = Pass(forms, choose_template(tokenizer, options.template, forms.likeliest), options)
-    samples = list(itertools.islice(reading.samples(itertools.islice(rows_of(sources, options), 64 * count)), count))
+    with OpenRows(options) as rows:
+        template = choose_template(tokenizer, options.template, rows.forms.most_common)
+        reading = Pass(rows.forms, template, options)
+        samples = list(itertools.islice(reading.samples(itertools.islice(rows.items(), READ_PER_ROW * count)), count))
     if not samples:
         raise reading.faults[0] if reading.faults else DataError("there is no row that fits data.max_length")
     plain = console.no_color or not console.is_terminal
@@ -81,13 +82,13 @@ def _pieces(
     """Text, whether it is trained, whether it is a control token; together the row, to the character."""
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     special |= set(tokenizer.all_special_ids)
-    place, told = 0, ""
-    while place < len(tokens):
-        end = place + 1
-        if tokens[place] not in special:
-            while end < len(tokens) and trained[end] == trained[place] and tokens[end] not in special:
+    start, shown = 0, ""
+    while start < len(tokens):
+        end = start + 1
+        if tokens[start] not in special:
+            while end < len(tokens) and trained[end] == trained[start] and tokens[end] not in special:
                 end += 1
         # By the difference to what came before: decoded alone, a piece loses the space it begins with.
         whole = tokenizer.decode(tokens[:end], clean_up_tokenization_spaces=False)
-        yield whole[len(told) :], trained[place], tokens[place] in special
-        place, told = end, whole
+        yield whole[len(shown) :], trained[start], tokens[start] in special
+        start, shown = end, whole

@@ -10,11 +10,12 @@ import shlex
 import zlib
 from collections.abc import Iterator
 
+from nybble.data.rows.readers.kinds import is_packed
+from nybble.data.rows.readers.open_file import CHUNK, OpenFile
 from nybble.data.rows.readers.row import MAX_ROW, too_large
 from nybble.errors import DataError
 
-CHUNK = 1 << 20  # bytes of a file read at a time where lines do not matter
-START = 1 << 16  # bytes by which the shape of a file is told
+START = 1 << 16  # bytes by which the layout of a file is recognised
 PACKING = (EOFError, zlib.error, gzip.BadGzipFile)  # what a damaged gzip file raises
 WIDE = {  # encodings of more than a byte a character, by their marks and by two characters of ASCII; the longer ones first
     re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff"): "UTF-32",
@@ -26,30 +27,14 @@ WIDE = {  # encodings of more than a byte a character, by their marks and by two
 }
 
 
-def is_packed(file: pathlib.Path) -> bool:
-    """Whether a file is gzip's, by its name."""
-    return file.suffix.lower() == ".gz"
-
-
-def kind_of(file: pathlib.Path) -> str:
-    """The suffix that says what a file holds, in small letters."""
-    suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() != ".gz"]
-    return suffixes[-1] if suffixes else ""
-
-
-def opened(file: pathlib.Path) -> io.BufferedReader | gzip.GzipFile:
-    """A file's bytes, unpacked."""
-    return gzip.open(file, "rb") if is_packed(file) else file.open("rb")
-
-
-def pieces(file: pathlib.Path, size: int) -> Iterator[bytes]:
+def pieces(file: OpenFile, size: int) -> Iterator[bytes]:
     """A file's bytes piece by piece, unpacked.
 
     Raises:
         DataError: the file cannot be unpacked, or is of an encoding that is not read in pieces.
     """
     line = 1
-    with opened(file) as stream:
+    with file.unpacked() as stream:
         while True:
             try:
                 piece = stream.read(size)
@@ -63,7 +48,7 @@ def pieces(file: pathlib.Path, size: int) -> Iterator[bytes]:
             yield piece
 
 
-def lines(file: pathlib.Path, newline: str = "\n", limit: int = MAX_ROW) -> Iterator[tuple[int, str | DataError]]:
+def lines(file: OpenFile, newline: str = "\n", limit: int = MAX_ROW) -> Iterator[tuple[int, str | DataError]]:
     """A file's lines with their numbers, not yet looked at: `checked` does that.
 
     Args:
@@ -76,7 +61,7 @@ def lines(file: pathlib.Path, newline: str = "\n", limit: int = MAX_ROW) -> Iter
     refuse_wide(beginning(file, 4), file)
     number = 0
     # Bytes that are not UTF-8 become surrogates here, so that one bad line does not take its neighbours along.
-    with opened(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline) as text:
+    with file.unpacked() as stream, io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline) as text:
         try:
             while line := text.readline(limit + 1):
                 number += 1
@@ -96,19 +81,19 @@ def _skip(text: io.TextIOWrapper, line: str) -> int:
     return size
 
 
-def beginning(file: pathlib.Path, size: int = START) -> bytes:
+def beginning(file: OpenFile, size: int = START) -> bytes:
     """A file's first bytes, unpacked, as many as there are and can be read."""
     start = bytearray()
-    with opened(file) as stream:
+    with file.unpacked() as stream:
         try:
             while len(start) < size and (piece := stream.read1(size - len(start))):
                 start += piece
-        except PACKING:  # whoever reads on meets it again, and knows the line
+        except PACKING:  # whoever reads on finds it again, with its line
             pass
     return bytes(start)
 
 
-def checked(line: str | DataError, file: pathlib.Path, number: int) -> str:
+def checked(line: str | DataError, file: OpenFile, number: int) -> str:
     """A line that is text.
 
     Raises:
@@ -124,16 +109,16 @@ def checked(line: str | DataError, file: pathlib.Path, number: int) -> str:
         try:
             line.encode()
         except UnicodeEncodeError as error:
-            byte, place = ord(line[error.start]) & 0xFF, len(line[: error.start].encode()) + 1
+            byte, position = ord(line[error.start]) & 0xFF, len(line[: error.start].encode()) + 1
             raise DataError(
-                f"not UTF-8: byte {byte:#04x} at position {place} of the line",
+                f"not UTF-8: byte {byte:#04x} at position {position} of the line",
                 where=f"{file}:{number}",
                 fix=as_utf8(file, "WINDOWS-1252"),
             ) from error
     return line
 
 
-def document(file: pathlib.Path, limit: int = MAX_ROW) -> str:
+def read_document(file: OpenFile, limit: int = MAX_ROW) -> str:
     """All of a file, with line feeds at the ends of its lines.
 
     Args:
@@ -155,7 +140,7 @@ def document(file: pathlib.Path, limit: int = MAX_ROW) -> str:
     return "".join(parts).replace("\r\n", "\n").replace("\r", "\n")
 
 
-def refuse_wide(start: bytes, file: pathlib.Path) -> None:
+def refuse_wide(start: bytes, file: OpenFile) -> None:
     """Refuse a file that says itself that it is of another encoding, or whose first characters show it.
 
     Raises:
@@ -166,19 +151,19 @@ def refuse_wide(start: bytes, file: pathlib.Path) -> None:
         raise DataError(f"the file is {name}, not UTF-8", where=f"{file}:1", fix=as_utf8(file, name))
 
 
-def fed(command: str, file: pathlib.Path) -> str:
+def fed(command: str, path: pathlib.Path) -> str:
     """A command with a file as its last word, or with what is in a packed one as its input."""
-    name = shlex.quote(str(file))
-    return f"gzip -dc {name} | {command}" if is_packed(file) else f"{command} {name}"
+    name = shlex.quote(str(path))
+    return f"gzip -dc {name} | {command}" if is_packed(path) else f"{command} {name}"
 
 
-def as_utf8(file: pathlib.Path, encoding: str) -> str:
+def as_utf8(file: OpenFile, encoding: str) -> str:
     """The command that makes a file UTF-8."""
-    command = fed(f"iconv -f {encoding} -t UTF-8", file) + " > NEW"
+    command = fed(f"iconv -f {encoding} -t UTF-8", file.path) + " > NEW"
     return command if encoding.startswith("UTF") else f"save it as UTF-8; if it comes from Windows: {command}"
 
 
-def _damaged(error: Exception, file: pathlib.Path, line: int) -> DataError:
+def _damaged(error: Exception, file: OpenFile, line: int) -> DataError:
     if isinstance(error, EOFError):
         return DataError("the gzip file is truncated", where=f"{file}:{line}", fix="copy or download it again")
     return DataError(

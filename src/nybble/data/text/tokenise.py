@@ -1,4 +1,4 @@
-"""One pass over rows: to conversations, without duplicates, to tokens that fit, with a count of everything met."""
+"""One pass over rows: to conversations, without duplicates, to tokens that fit, with a count of everything found."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from nybble.data.fit import cut_text, halve, last_answer, truncate
 from nybble.data.rows.faults import Faults
 from nybble.data.rows.formats import Conversation, EmptyAnswerError, Forms
 from nybble.data.rows.readers import Item, Notice, Row
+from nybble.data.text.fit import cut_text, halve, last_answer, truncate
 from nybble.data.text.meter import TemplateLimitError
-from nybble.data.text.template import Part, Run, Template
+from nybble.data.text.skeleton import Part
+from nybble.data.text.template import Template, TextRun
 from nybble.data.text.tokens import EncodingError, Tokens, encode, join
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
 BATCH = 512  # rows tokenised in one call: enough for the tokenizer's threads, little enough to hold
-NOTICES_TOLD = 10
+NOTICES_SHOWN = 10
 BATCH_SIZE = 16_000_000  # characters of them, or one row
 LONGEST_SYSTEM = 1 << 16  # characters of a system message that is counted
 SYSTEMS = 1000  # different system messages that are counted: one that most rows share is among the first
@@ -52,12 +53,12 @@ class Counts:
     system: str = ""
     """The system message that more than half of the distinct rows begin with; empty where there is no such one."""
 
-    def told(self) -> list[str]:
+    def notice_lines(self) -> list[str]:
         """The notices as lines, the first 10."""
         lines = [
             f"{what} ({count:,} row{'s' * (count != 1)})" if count else what for what, count in self.notices.items()
         ]
-        return lines[:NOTICES_TOLD] + [f"and {len(lines) - NOTICES_TOLD} more notices"] * (len(lines) > NOTICES_TOLD)
+        return lines[:NOTICES_SHOWN] + [f"and {len(lines) - NOTICES_SHOWN} more notices"] * (len(lines) > NOTICES_SHOWN)
 
     @property
     def distinct(self) -> int:
@@ -77,7 +78,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Read:
+class ReadRow:
     """A row as turns."""
 
     conversation: Conversation
@@ -112,7 +113,7 @@ class Pass:
         """The first different ones, each with all its lines."""
         return self.noted.listed()
 
-    def conversations(self, items: Iterable[Item]) -> Iterator[Read]:
+    def conversations(self, items: Iterable[Item]) -> Iterator[ReadRow]:
         """Every distinct row as turns; what is wrong with others is noted."""
         seen: set[bytes] = set()
         kept = 0
@@ -154,7 +155,7 @@ class Pass:
                 self.counts.highest_id = max(self.counts.highest_id, *sample.tokens.ids)
                 yield sample
 
-    def _read(self, item: Row | DataError) -> Read | None:
+    def _read(self, item: Row | DataError) -> ReadRow | None:
         try:
             if isinstance(item, DataError):
                 raise item
@@ -168,20 +169,20 @@ class Pass:
         self.counts.forms[form] = self.counts.forms.get(form, 0) + 1
         for note in notes:
             self.counts.notices[note] = self.counts.notices.get(note, 0) + 1
-        return Read(conversation, item.origin, item.source)
+        return ReadRow(conversation, item.origin, item.source)
 
     def _note(self, fault: DataError) -> None:
         self.counts.faulty += 1
         self.counts.empty_answers += isinstance(fault, EmptyAnswerError)
         self.noted.add(fault, self.counts.rows)
 
-    def _note_at(self, read: Read, fault: DataError) -> None:
+    def _note_at(self, read: ReadRow, fault: DataError) -> None:
         self._note(DataError(fault.what, where=read.origin, fix=fault.fix))
 
-    def _tokenised(self, batch: list[Read]) -> Iterator[Sample]:
+    def _tokenised(self, batch: list[ReadRow]) -> Iterator[Sample]:
         assert self.template is not None
-        runs: list[list[Run | Part]] = []
-        good: list[Read] = []
+        runs: list[list[TextRun | Part]] = []
+        good: list[ReadRow] = []
         for read in batch:
             try:
                 runs.append(self.template.runs(read.conversation))
@@ -199,7 +200,7 @@ class Pass:
             else:
                 yield from self._shortened(tokens, read)
 
-    def _encoded(self, runs: list[list[Run | Part]], reads: list[Read]) -> Iterator[tuple[Tokens, Read]]:
+    def _encoded(self, runs: list[list[TextRun | Part]], reads: list[ReadRow]) -> Iterator[tuple[Tokens, ReadRow]]:
         """The tokens of rows, all at once; where the tokenizer fails, one by one, to know on which."""
         assert self.template is not None
         try:
@@ -220,7 +221,7 @@ class Pass:
             return Tokens(tokens.ids, [True] * len(tokens.ids))
         return tokens
 
-    def _shortened(self, tokens: Tokens, read: Read) -> Iterator[Sample]:
+    def _shortened(self, tokens: Tokens, read: ReadRow) -> Iterator[Sample]:
         """What is made of a row over max_length; what is lost by it, or would be by truncating, is counted."""
         made = list(self._split(tokens, read) if self.options.overlength == "split" else self._truncated(tokens, read))
         self.counts.overlength += 1
@@ -232,7 +233,7 @@ class Pass:
         if self.options.overlength in ("truncate", "split"):
             yield from made
 
-    def _truncated(self, tokens: Tokens, read: Read) -> Iterator[Sample]:
+    def _truncated(self, tokens: Tokens, read: ReadRow) -> Iterator[Sample]:
         assert self.template is not None
         is_text = read.conversation[0].role == "text"
         end_id = self.template.tokenizer.eos_token_id if is_text else self.template.end_id
@@ -240,7 +241,7 @@ class Pass:
         if rest is not None:
             yield Sample(rest, read.origin, read.source)
 
-    def _split(self, tokens: Tokens, read: Read) -> Iterator[Sample]:
+    def _split(self, tokens: Tokens, read: ReadRow) -> Iterator[Sample]:
         if read.conversation[0].role == "text":
             *pieces, last = cut_text(tokens, self.options.max_length)
             yield from (Sample(piece, read.origin, read.source, is_piece=True) for piece in pieces)
@@ -259,9 +260,9 @@ class Pass:
                 yield from self._parted(half)
 
 
-def _batches(distinct: Iterable[Read]) -> Iterator[list[Read]]:
+def _batches(distinct: Iterable[ReadRow]) -> Iterator[list[ReadRow]]:
     """Rows in the batches that are tokenised together."""
-    batch: list[Read] = []
+    batch: list[ReadRow] = []
     size = 0
     for read in distinct:
         length = sum(len(message.content) + len(message.input) for message in read.conversation)

@@ -19,10 +19,10 @@ from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
 from nybble.data.rows import faults
-from nybble.data.tokenise import Pass, Sample
+from nybble.data.text.tokenise import Pass, Sample
 from nybble.errors import PlaceError
-from nybble.files import cache as kept
-from nybble.files.places import ANOTHER_CACHE
+from nybble.files import cache as entries
+from nybble.files.places import ANOTHER_CACHE, put_in_place
 
 TRIES = 4
 ROWS, FOUND = "tokens.arrow", "found.json"
@@ -39,11 +39,16 @@ FEATURES = Features(
 logger = logging.getLogger(__name__)
 
 
-def rows_in(folder: pathlib.Path, read: Callable[[], tuple[Pass, Iterable[Sample]]]) -> tuple[Dataset, Any, bool]:
+def rows_in(
+    room: pathlib.Path,
+    name: Callable[[bool], str | None],
+    read: Callable[[], tuple[Pass, Iterable[Sample]]],
+) -> tuple[Dataset, Any, bool]:
     """The rows of an entry of the cache with all that was found about them, and whether they were there already.
 
     Args:
-        folder: the entry.
+        room: folder of the entries.
+        name: of the entry, given whether the rows have been read; before that, None if only then it is known.
         read: begins the pass that makes them; called where the entry is missing or damaged.
 
     Raises:
@@ -51,19 +56,27 @@ def rows_in(folder: pathlib.Path, read: Callable[[], tuple[Pass, Iterable[Sample
     """
     made = False
     for _ in range(TRIES):
-        entry = kept.find(folder)
-        if not made:
-            for notice in entry.notices("the cached rows were", "are tokenised again"):
-                logger.warning("%s", notice)
-        if entry.facts is not None:
+        known = name(made)
+        entry = _find(room / known, made) if known is not None else None
+        if entry is not None and entry.facts is not None:
             with contextlib.suppress(FileNotFoundError):  # another process took it for damaged, and makes it again
                 found = json.loads((entry.place / FOUND).read_text(encoding="utf-8"))
                 return Dataset.from_file(str(entry.place / ROWS)), found, not made
-        with contextlib.suppress(FileExistsError), kept.making(entry.place) as temporary:
+        with contextlib.suppress(FileExistsError), entries.filling(room) as temporary:
             _write(temporary, *read())
-            kept.seal(temporary, entry.place, {})
+            entry = entry or _find(room / str(name(True)), made)
+            entries.seal(temporary, entry.place, {})
+            put_in_place(temporary, entry.place, entries.MANIFEST)
             made = True
-    raise PlaceError("tokenised rows do not stay as they are written", where=str(folder), fix=ANOTHER_CACHE)
+    raise PlaceError("tokenised rows do not stay as they are written", where=str(room), fix=ANOTHER_CACHE)
+
+
+def _find(folder: pathlib.Path, made: bool) -> entries.Entry:
+    entry = entries.find(folder)
+    if not made:
+        for notice in entry.notices("the cached rows were", "are tokenised again"):
+            logger.warning("%s", notice)
+    return entry
 
 
 def _write(folder: pathlib.Path, reading: Pass, samples: Iterable[Sample]) -> None:

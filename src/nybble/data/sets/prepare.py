@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.batches import PackedRows
-from nybble.data.examine import Examined, examine, refuse_unfit
 from nybble.data.packing import best_fit
-from nybble.data.stream import StreamedRows
+from nybble.data.sets.examine import Examined, examine, unfit
+from nybble.data.sets.stream import StreamedRows
 from nybble.data.text.template import Template
-from nybble.data.tokenise import Counts, Progress
-from nybble.errors import TooFewRowsError
+from nybble.data.text.tokenise import Counts, Progress
+from nybble.errors import DataError, NybbleError, TooFewRowsError
 from nybble.recipe import DataOptions
+
+Refuse = Callable[[NybbleError], None]
+"""Is given each reason for which data cannot be trained on: it raises it, or collects it so that all are found."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +68,68 @@ def prepare(
     Raises:
         DataError: with the `file:line` of what is wrong.
     """
+    examined = examine_rows(options, tokenizer, cache, progress=progress, template=template)
+    return sets_of(examined, examine_validation(options, examined.template, cache, progress=progress), options, seed)
+
+
+def raise_fault(fault: NybbleError) -> NoReturn:
+    """Stop at the first fault, as training does."""
+    raise fault
+
+
+def examine_rows(
+    options: DataOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: pathlib.Path,
+    refuse: Refuse = raise_fault,
+    progress: Progress = lambda _: None,
+    template: Template | None = None,
+) -> Examined:
+    """The rows that data.path names; raises as `examine`."""
     examined = examine(options, tokenizer, cache, progress, template)
-    refuse_unfit(examined, options)
-    key = examined.fingerprint
+    for fault in unfit(examined.counts, examined.faults, examined.lengths, options):
+        refuse(fault)
+    return examined
+
+
+def examine_validation(
+    options: DataOptions,
+    template: Template,
+    cache: pathlib.Path,
+    refuse: Refuse = raise_fault,
+    progress: Progress = lambda _: None,
+) -> Examined | None:
+    """The rows of the file that data.validation names, with the training rows' template; None where there is no such file."""
+    if not isinstance(options.validation, str):
+        return None
+    held_out = validation_options(options)
+    try:
+        return examine_rows(held_out, template.tokenizer, cache, refuse, progress, template)
+    except DataError as fault:
+        refuse(fault)
+        return None
+
+
+def sets_of(examined: Examined, held_out: Examined | None, options: DataOptions, seed: int) -> Prepared:
+    """Split, weigh and pack what was examined.
+
+    Args:
+        examined: the rows.
+        held_out: the rows of the file that data.validation names; None where it names none.
+        options: the recipe's data section.
+        seed: of the split, and of a weight's random part.
+
+    Raises:
+        TooFewRowsError: nothing is left to train on.
+    """
     validation: Dataset | None
     if isinstance(options.validation, str):
-        held_out = of_validation(options)
-        other = examine(held_out, tokenizer, cache, progress, examined.template)
-        refuse_unfit(other, held_out)
-        train, validation = examined.tokens, other.tokens
-        key = hashlib.sha256(f"{key}{other.fingerprint}".encode()).hexdigest()
+        train, validation = examined.tokens, held_out.tokens if held_out is not None else None
     else:
         train, validation = split(examined.tokens, options.validation, seed)
+    key = examined.fingerprint
+    if held_out is not None:
+        key = hashlib.sha256(f"{key}{held_out.fingerprint}".encode()).hexdigest()
     sample = arranged(train, examined, options, seed)
     return Prepared(
         train=_stream(examined, options, seed, validation) if options.streaming else sample,
@@ -89,8 +143,8 @@ def prepare(
     )
 
 
-def of_validation(options: DataOptions) -> DataOptions:
-    """How a file of validation rows is read: like the training rows; their template goes with them, whatever its own form is."""
+def validation_options(options: DataOptions) -> DataOptions:
+    """The options for the file of validation rows: those of the training rows, whose template is used too."""
     return options.model_copy(update={"path": options.validation, "streaming": False})
 
 
@@ -126,12 +180,12 @@ def arranged(train: Dataset, examined: Examined, options: DataOptions, seed: int
 def weighted(sources: numpy.ndarray, weights: Sequence[float], seed: int) -> numpy.ndarray:
     """Positions of rows, those of a source of weight 2.5 twice and a random half of them once more."""
     generator = numpy.random.default_rng(seed)
-    places: list[numpy.ndarray] = []
+    positions: list[numpy.ndarray] = []
     for source, weight in enumerate(weights):
-        own = numpy.flatnonzero(sources == source)
-        once_more = generator.permutation(own)[: round(weight % 1 * len(own))]
-        places += [*[own] * int(weight), once_more]
-    return numpy.sort(numpy.concatenate(places))
+        rows = numpy.flatnonzero(sources == source)
+        once_more = generator.permutation(rows)[: round(weight % 1 * len(rows))]
+        positions += [*[rows] * int(weight), once_more]
+    return numpy.sort(numpy.concatenate(positions))
 
 
 def column(rows: Dataset, name: str) -> numpy.ndarray:

@@ -1,0 +1,110 @@
+"""A recipe's rows, opened once: the first ones decide their forms, and reading goes on from there."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import decimal
+import itertools
+import pathlib
+import sys
+from collections.abc import Generator, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+from nybble.data.rows.digests import FileDigests
+from nybble.data.rows.formats import Rules, detect_forms
+from nybble.data.rows.readers import MB, Item, Row
+from nybble.data.rows.sources import fingerprint, read_rows, row_limit, sources_of
+from nybble.recipe import DataOptions
+
+STREAM_HEAD = 10_000  # rows of a stream that are examined before training
+FORM_ROWS = 1000  # rows by which forms are recognised
+BUFFER = 64 * MB  # of memory for those rows; of larger ones the files are opened a second time
+PLAIN = (str, bytes, int, float, type(None), datetime.date, datetime.time, datetime.timedelta, decimal.Decimal)
+
+
+class OpenRows:
+    """The rows that a recipe's data section names; the first ones are read to find their forms.
+
+    Args:
+        options: the data section.
+        rules: by which rows are read.
+        notes: folder where the files' digests are remembered; None where no digest is wanted.
+
+    Raises:
+        DataError: a file that is not there or of an unknown kind, a folder or pattern without files, a map without a form.
+    """
+
+    def __init__(self, options: DataOptions, rules: Rules = Rules.NOW, notes: pathlib.Path | None = None) -> None:
+        self.options = options
+        self.rules = rules
+        self.sources = sources_of(options)
+        files = [file for source in self.sources for file in source.files]
+        self._digests = FileDigests(files, notes) if notes is not None else None
+        self._unread = self._begin()
+        self._buffer: list[Item] | None = []
+        """What has been taken from `_unread` and not yet given to a reader of `items`; None if it was too much to hold."""
+        found = detect_forms(self._first_rows(), options.form, options.map)
+        self.forms = dataclasses.replace(found, rules=rules)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._unread.close()
+
+    def items(self) -> Iterator[Item]:
+        """Rows, faults and notices from the first on, of a stream the first 10,000."""
+        return itertools.islice(self._items(), STREAM_HEAD if self.options.streaming else None)
+
+    def fingerprint(self, *, is_read: bool) -> str | None:
+        """SHA-256 of all that the sources hold.
+
+        Args:
+            is_read: the rows have been read. Before that, None if it can only be known when they have been.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        assert self._digests is not None, "rows that were opened without a folder for digests"
+        digests = self._digests.all() if is_read else self._digests.found()
+        return None if digests is None else fingerprint(self.sources, digests)
+
+    def _begin(self) -> Generator[Item, None, None]:
+        return read_rows(self.sources, row_limit(self.options, self.rules), self._digests)
+
+    def _items(self) -> Iterator[Item]:
+        buffered, self._buffer = self._buffer, None
+        if buffered is None:
+            self._unread.close()
+            self._unread = self._begin()
+        # A chain, and not `yield from`, which would close the files when the reader of these items stops early.
+        return itertools.chain(buffered or (), self._unread)
+
+    def _first_rows(self) -> Iterator[Row]:
+        rows = size = 0
+        while rows < FORM_ROWS and (item := next(self._unread, None)) is not None:
+            if self._buffer is not None:
+                size += _size(item)
+                self._buffer.append(item)
+                if size > BUFFER:
+                    self._buffer = None
+            if isinstance(item, Row):
+                rows += 1
+                yield item
+
+
+def _size(item: Item) -> int:
+    """Bytes of memory that an item takes, about."""
+    total, waiting = 1000, [item.values] if isinstance(item, Row) else []
+    while waiting:
+        value: Any = waiting.pop()
+        total += sys.getsizeof(value) if isinstance(value, (*PLAIN, dict, list, tuple)) else MB  # a picture, perhaps
+        if isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            waiting += value
+    return total

@@ -1,0 +1,23 @@
+"""The recipe's section `engine`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from nybble.recipe.options.section import Options
+
+
+class EngineOptions(Options):
+    """How the decoder layers are computed."""
+
+    fused: bool = True
+    """Use nybble's own forward and backward; unsupported layers keep their original ones, and the run reports them."""
+    policy: Literal["auto", "keep-all", "drop-mlp", "drop-qkv", "layer-input", "host"] = "auto"
+    """What a layer keeps for backward, from fastest to leanest; auto picks the fastest that fits in memory."""
+    embedding: Literal["device", "host"] = "device"
+    """Where the token embedding is kept; host saves 0.26 GB of GPU memory on a 7B."""
+
+    @property
+    def is_shaped(self) -> bool:
+        """Whether more than the engine itself is asked for."""
+        return self.policy != "auto" or self.embedding != "device"

@@ -1,0 +1,115 @@
+"""All sections together, and what cannot be asked for at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from nybble.recipe.options.data import DataOptions
+from nybble.recipe.options.engine import EngineOptions
+from nybble.recipe.options.export import ExportOptions
+from nybble.recipe.options.lora import LoraOptions
+from nybble.recipe.options.model import ModelOptions
+from nybble.recipe.options.section import Options
+from nybble.recipe.options.tracker import TrackerOptions
+from nybble.recipe.options.train import TrainOptions
+
+
+class Recipe(Options):
+    """One training run."""
+
+    model: ModelOptions = Field(default_factory=ModelOptions)
+    """The base model."""
+    adapter: str | None = None
+    """PEFT adapter folder to continue training from, instead of a new LoRA."""
+    lora: LoraOptions = Field(default_factory=LoraOptions)
+    """The adapter."""
+    data: DataOptions = Field(default_factory=DataOptions)
+    """The data."""
+    train: TrainOptions = Field(default_factory=TrainOptions)
+    """The training."""
+    engine: EngineOptions = Field(default_factory=EngineOptions)
+    """The fused engine."""
+    tracker: TrackerOptions = Field(default_factory=TrackerOptions)
+    """Experiment tracking."""
+    export: ExportOptions = Field(default_factory=ExportOptions)
+    """Exports."""
+    out: str | None = None
+    """Run folder; default: runs/MODEL-DATA, numbered if that exists."""
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Self:
+        faults = [fault for holds, fault in _contradictions(self) if holds]
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+
+def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
+    lora, train, data = recipe.lora, recipe.train, recipe.data
+    yield (
+        recipe.adapter is not None and bool(lora.model_fields_set),
+        f"lora: {', '.join(sorted(lora.model_fields_set))} cannot be set with adapter={recipe.adapter}: "
+        "the adapter has its own",
+    )
+    no_validation = data.validation in (0, 0.0)
+    yield (
+        no_validation and train.early_stopping is not None,
+        "train.early_stopping: needs validation rows, but data.validation is 0",
+    )
+    yield (
+        no_validation and bool(train.eval_tasks),
+        "train.eval_tasks: scored when validation rows are, but data.validation is 0",
+    )
+    yield (
+        not no_validation
+        and train.keep_best
+        and None not in (train.save_every, train.evaluate_every)
+        and train.save_every != train.evaluate_every,
+        f"train.save_every: {train.save_every} differs from the {train.evaluate_every} steps between evaluations, so the best "
+        f"adapter might not be saved; train.save_every={train.evaluate_every}, or train.keep_best=false",
+    )
+    yield (
+        isinstance(data.validation, int | float) and data.validation < 0,
+        "data.validation: a share below 1, a number of rows, or a file; not negative",
+    )
+    yield (
+        isinstance(data.path, dict) and any(weight <= 0 for weight in data.path.values()),
+        "data.path: weights must be above 0; omit a source to leave it out",
+    )
+    endless = data.streaming and train.max_steps is None
+    yield endless, "data.streaming: the length of a stream is unknown; set train.max_steps"
+    yield (
+        data.streaming and data.limit is not None,
+        "data.limit: does not apply to a stream; set train.max_steps",
+    )
+    yield (
+        data.streaming and isinstance(data.validation, float) and 0 < data.validation < 1,
+        "data.validation: cannot hold out a share of a stream; set 0, a number of rows (its first), or a file",
+    )
+    yield (
+        recipe.engine.embedding == "host" and train.processes > 1,
+        "engine.embedding: host works with one process only; DDP needs all parameters on one device",
+    )
+    yield (
+        not recipe.engine.fused and recipe.engine.is_shaped,
+        "engine: policy and embedding have no effect, because engine.fused is false",
+    )
+    for name, text in (("model.path", recipe.model.path), ("adapter", recipe.adapter), ("out", recipe.out)):
+        yield (
+            any("\udc80" <= character <= "\udcff" for character in text or ""),
+            f"{name}: {text!r} is not UTF-8, and the libraries that read and write models accept no other names; rename it",
+        )
+    yield lora.targets == [], "lora.targets: an empty list trains nothing; name layers or use all-linear"
+
+
+def option_names(model: type[Options] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every option's dotted name."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Options):
+            yield from option_names(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name
