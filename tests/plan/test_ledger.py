@@ -11,7 +11,7 @@ from bitsandbytes.optim import AdamW8bit
 from safetensors.torch import load_file
 from transformers import DynamicCache, LlamaForCausalLM
 
-from nybble.export.formats import K_QUANTS, OWN_QUANTS
+from nybble.export.gguf.quants import K_QUANTS, OWN_QUANTS
 from nybble.model.adapter.lora import attach_adapter
 from nybble.model.base.checkpoint import find_checkpoint
 from nybble.model.base.load import load_base, measure

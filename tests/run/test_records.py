@@ -10,7 +10,7 @@ import re
 
 import pytest
 
-from nybble.data.tokenise import Counts
+from nybble.data.text.tokenise import Counts
 from nybble.errors import RunError
 from nybble.export.records import Parity
 from nybble.recipe import Recipe

@@ -20,7 +20,7 @@ COUPLINGS = (
     ),
     Coupling(
         "parameters asked past their classes", "torch",
-        ("torch._C:DisableTorchFunctionSubclass",), ("weights/watch.py",),
+        ("torch._C:DisableTorchFunctionSubclass",), ("weights/watched.py",),
         "bitsandbytes' parameters answer through a Python function, 2 us each", START,
     ),
     Coupling(
@@ -28,11 +28,11 @@ COUPLINGS = (
         tuple(f"torch.nn:Module#{name}" for name in (
             "_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
         )),
-        ("weights/watch.py", "weights/structure.py"),
+        ("weights/watched.py", "weights/structure.py"),
         "a changed adapter or a new hook would go unnoticed by the fused layers", "a KeyError when a model is fused",
     ),
     Coupling(
-        "version counters", "torch", ("torch:Tensor._version",), ("engine/passes.py", "engine/workspace.py"),
+        "version counters", "torch", ("torch:Tensor._version",), ("engine/layer_function.py", "engine/workspace.py"),
         "weights changed in place between forward and backward would go unnoticed", START,
     ),
     Coupling(
@@ -44,7 +44,7 @@ COUPLINGS = (
         "an embedding that was to stay on the host would move to the device", START, ("self", "fn", "recurse"),
     ),
     Coupling(
-        "copies made by DataParallel", "torch", ("torch.nn:Module#_is_replica",), ("engine/fusion.py",),
+        "copies made by DataParallel", "torch", ("torch.nn:Module#_is_replica",), ("engine/batch_plan.py",),
         "layers on several devices would share one workspace", "by tests/test_couplings.py alone",
     ),
     Coupling(
@@ -55,7 +55,7 @@ COUPLINGS = (
             "_flash_attention_forward", "_flash_attention_backward",
             "_efficient_attention_forward", "_efficient_attention_backward",
         )),
-        ("engine/attention.py",),
+        ("engine/attention/cuda.py", "engine/attention/plain.py"),
         "other arguments or results", f"{START}; on CUDA each is tried on a small batch, and left out if it fails",
     ),
     Coupling(
@@ -85,7 +85,7 @@ COUPLINGS = (
         "batches would be fetched while the device waits", START, ("self", "epoch_iterator", "num_batches", "device"),
     ),
     Coupling(
-        "GPUs of one process", "transformers", ("transformers:TrainingArguments#_n_gpu",), ("training/trainer.py",),
+        "GPUs of one process", "transformers", ("transformers:TrainingArguments#_n_gpu",), ("training/arguments.py",),
         "Trainer would wrap a 4-bit model in DataParallel", "the engine refuses DataParallel",
     ),
     Coupling(
@@ -108,13 +108,13 @@ COUPLINGS = (
     ),
     Coupling(
         "hooks that capture outputs", "transformers",
-        ("transformers.utils.output_capturing:install_output_capuring_hook",), ("weights/watch.py",),
+        ("transformers.utils.output_capturing:install_output_capuring_hook",), ("weights/watched.py",),
         "layers stay unfused once hidden states were asked for", "the run's report says that layers are not fused",
         written=("transformers.utils.output_capturing",),
     ),
     Coupling(
         "what a Llama backbone hands on to its layers", "transformers",
-        ("transformers.models.llama.modeling_llama:LlamaModel.forward",), ("engine/fusion.py",),
+        ("transformers.models.llama.modeling_llama:LlamaModel.forward",), ("engine/batch_plan.py",),
         "the plan of a batch does not reach the layers, which then keep their own forward", START,
         ("self", "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache"),
     ),
@@ -151,15 +151,20 @@ COUPLINGS = (
         "a config.json that names somebody's code as its attention would not be refused here", "Transformers' own error",
     ),
     Coupling(
-        "generation from token ids", "transformers", ("transformers:TextGenerationPipeline._forward",), ("chat/answerer.py",),
+        "generation from token ids", "transformers", ("transformers:TextGenerationPipeline.forward",), ("generate/pipeline.py",),
         "prompts would have to be tokenised once more, from text", "an error at the first answer", ("self", "model_inputs"),
+        written=("self.forward(",),
+    ),
+    Coupling(
+        "which parameters decay", "transformers", ("transformers.trainer_pt_utils:get_parameter_names",),
+        ("training/optimizer.py",), "older checkpoints would not fit the optimiser's groups", "an ImportError at start",
     ),
     Coupling(
         "results of continuous batching", "transformers",
         tuple(f"transformers.generation.continuous_batching.requests:GenerationOutput#{name}" for name in (
             "generated_tokens", "error",
         )),
-        ("serve/continuous.py",),
+        ("generate/continuous.py",),
         "answers of the engine continuous", "an error of its first request",
     ),
     # accelerate
@@ -208,7 +213,7 @@ COUPLINGS = (
     ),
     Coupling(
         "the mark of a repacked weight", "bitsandbytes",
-        ("bitsandbytes.functional:_convert_weight_packed_for_cpu",), ("weights/on_cpu.py", "weights/projections.py"),
+        ("bitsandbytes.functional:_convert_weight_packed_for_cpu",), ("weights/frozen.py",),
         "as above, if the first guard fails", "pytest: its warning is an error", written=("packing_format_for_cpu",),
     ),
     Coupling(
@@ -216,18 +221,17 @@ COUPLINGS = (
         tuple(f"bitsandbytes.functional:QuantState#{name}" for name in (
             "absmax", "code", "blocksize", "nested", "state2", "offset", "shape", "quant_type", "dtype",
         )),
-        ("weights/structure.py", "weights/projections.py", "export/merge/merge.py", "model/base/load.py",
-         "model/base/finite.py"),
+        ("weights/structure.py", "weights/frozen.py", "weights/stored.py"),
         "weights would be dequantised wrongly", "each weight's is looked at when it is read (`weights.structure`)",
     ),
     Coupling(
         "how a quantised weight is stored", "bitsandbytes",
         ("bitsandbytes.utils:unpack_tensor_to_dict", "bitsandbytes.functional:QuantState.from_dict"),
-        ("model/base/soundness.py", "export/merge/merge.py"),
+        ("weights/stored.py",),
         "sound checkpoints would be refused", "a copy is read back before it is kept", ("tensor_data",),
     ),
     Coupling(
-        "the scales of LLM.int8", "bitsandbytes", ("bitsandbytes.nn:Int8Params#SCB",), ("model/base/finite.py",),
+        "the scales of LLM.int8", "bitsandbytes", ("bitsandbytes.nn:Int8Params#SCB",), ("weights/frozen.py",),
         "damaged 8-bit weights would pass", "by tests/test_couplings.py alone",
     ),
     Coupling(
@@ -256,13 +260,13 @@ COUPLINGS = (
         "changed rows would be taken from the cache", "an AttributeError before any row is read", written=("._fingerprint",),
     ),
     Coupling(
-        "rows behind a selection", "datasets", ("datasets:Dataset#_indices", "datasets:Dataset.data"), ("data/prepare.py",),
+        "rows behind a selection", "datasets", ("datasets:Dataset#_indices", "datasets:Dataset.data"), ("data/sets/prepare.py",),
         "columns in the order of the file", "an AttributeError before training",
     ),
     Coupling(
         "rows written one by one", "datasets",
         ("datasets.arrow_writer:ArrowWriter", "datasets.arrow_writer:ArrowWriter.finalize"),
-        ("data/cached_rows.py",), "no rows in the cache", "rows are read back before they are used",
+        ("data/sets/cached_rows.py",), "no rows in the cache", "rows are read back before they are used",
         ("schema", "features", "path"),
     ),
     # huggingface_hub
@@ -273,7 +277,7 @@ COUPLINGS = (
     ),
     Coupling(
         "the layout of the Hub's cache", "huggingface-hub", ("huggingface_hub.constants:HF_HUB_CACHE",),
-        ("model/base/remembered.py", "model/hub.py"),
+        ("model/base/downloads.py", "model/hub.py"),
         "a digest in a file's name would not be compared; a folder's name is taken for the commit",
         "a test stands in for the Hub", written=('"blobs"', "folder.name"),
     ),
@@ -282,6 +286,11 @@ COUPLINGS = (
         "a benchmark's progress", "lm-eval",
         ("lm_eval.models.huggingface:HFLM._loglikelihood_tokens", "lm_eval.models.huggingface:HFLM._model_call"),
         ("evaluate/harness.py",), "no progress is shown", SUITE, ("self", "requests"),
+    ),
+    Coupling(
+        "a benchmark's requests", "lm-eval",
+        tuple(f"lm_eval.models.huggingface:HFLM.{name}" for name in ("loglikelihood", "loglikelihood_rolling", "generate_until")),
+        ("evaluate/harness.py",), "each process would answer all requests", SUITE, ("self", "requests"),
     ),
     Coupling(
         "the index of tasks", "lm-eval", ("lm_eval.tasks:TaskManager.task_index", "lm_eval.tasks:TaskManager.all_tasks"),
