@@ -62,7 +62,7 @@ def test_check_and_train_see_the_same(packing, validation, rows, tiny_llama, tmp
     run = train(recipe, console=Console(quiet=True), cache=cache)
     checked, trained = prepared
     assert trained.examined.cached
-    assert checked.data.fingerprint == trained.data.fingerprint == run.start()["data"]
+    assert checked.data.fingerprint == trained.data.fingerprint == run.start().data
     assert checked.schedule == trained.schedule
     assert checked.examined.counts == trained.examined.counts
     for name in ("sample", "validation"):
