@@ -70,7 +70,7 @@ def test_padded_rows_are_what_torch_gives_for_their_mask(rows, across, spans, he
     backend = Padded(rows(), across(), padding)
     out, saved = backend.forward(*parts, segments)
     ours = backend.backward(change, *parts, out, saved, segments)
-    for place in (padding.places, padding.late, ...):
+    for place in (padding.positions, padding.late, ...):
         if place is ... or len(place):
             difference = out[place].float() - wanted[place]
             assert difference.norm() <= 5e-3 * wanted[place].norm()
