@@ -1,3 +1,3 @@
 """The version: of the package, of what a run records, and of the newest entry in CHANGELOG.md."""
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
