@@ -109,6 +109,16 @@ def test_every_file_says_what_it_is_for():
         assert ast.get_docstring(ast.parse(file.read_text())), file.relative_to(ROOT)
 
 
+def test_no_class_name_stands_twice():
+    names = [
+        node.name
+        for file in SOURCE.rglob("*.py")
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert len(names) == len(set(names)), {name for name in names if names.count(name) > 1}
+
+
 def test_files_stay_small():
     for file in [*SOURCE.rglob("*.py")]:
         assert len(file.read_text().splitlines()) <= 400, file

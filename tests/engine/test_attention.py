@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nybble.engine.attention.backend import Segments
 from nybble.engine.attention.choice import choose
 from nybble.engine.attention.plain import FlashOnCpu, PlainAttention
-from nybble.engine.padding import Padded, separate, spans_of
+from nybble.engine.padding import PaddedAttention, separate, spans_of
 
 HEADS = [(4, 4, 16), (9, 3, 64), (8, 1, 20)]
 
@@ -82,7 +82,7 @@ def test_padded_rows_are_what_torch_gives_for_the_mask_of_transformers(heads, ke
     wanted = wanted.transpose(1, 2).flatten(0, 1)
     wanted.backward(change)
     detached = [part.detach() for part in parts]
-    padded = Padded(backend(), backend(), padding)
+    padded = PaddedAttention(backend(), backend(), padding)
     out, saved = padded.forward(*detached, segments)
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
     for ours, part in zip(padded.backward(change, *detached, out, saved, segments), parts, strict=True):

@@ -11,7 +11,7 @@ from nybble.engine.attention.backend import Segments
 from nybble.engine.attention.cuda import Cudnn, Efficient, Flash
 from nybble.engine.attention.plain import PlainAttention
 from nybble.engine.fuse import fuse, fusion
-from nybble.engine.padding import Padded, separate
+from nybble.engine.padding import PaddedAttention, separate
 from nybble.plan.ledger import kept_bytes
 from nybble.plan.policies import HOST, LADDER
 from tests.conftest import write_llama
@@ -67,7 +67,7 @@ def test_padded_rows_are_what_torch_gives_for_their_mask(rows, across, spans, he
         wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, allowed, enable_gqa=True)
     wanted = wanted.transpose(1, 2).flatten(0, 1)
     wanted.backward(change.float())
-    backend = Padded(rows(), across(), padding)
+    backend = PaddedAttention(rows(), across(), padding)
     out, saved = backend.forward(*parts, segments)
     ours = backend.backward(change, *parts, out, saved, segments)
     for place in (padding.positions, padding.late, ...):

@@ -615,7 +615,9 @@ def test_the_next_step_s_rows_are_laid_out_before_a_step_is_over(tiny_llama, row
     collate, clear = Collator.__call__, CurrentStep.clear
     words = ["train.max_steps=3", "data.validation=0", "train.micro_batch=2", "train.accumulation=1", "train.samples=0"]
     monkeypatch.setattr(Collator, "__call__", lambda self, rows: seen.append("rows") or collate(self, rows))
-    monkeypatch.setattr("nybble.preflight.preparation.inspect", lambda *args: None)  # the X-ray lays out rows of its own
+    monkeypatch.setattr(
+        "nybble.preflight.preparation.inspect", lambda *args: None
+    )  # the X-ray lays out rows of its own
     monkeypatch.setattr(CurrentStep, "clear", lambda self: seen.append("over") or clear(self))
     train(recipe_for(tiny_llama, rows, tmp_path / "run", *words), console=quiet, cache=cache)
     # Accelerate's loader reads one batch further than it gives: two for the first step, one for each of the others.

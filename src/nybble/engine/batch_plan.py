@@ -17,7 +17,7 @@ from nybble.engine.batch_layout import BatchLayout, UnsupportedBatch, layout_of,
 from nybble.engine.fusion import BatchReport, Fusion
 from nybble.engine.layer import BatchContext, FusedLayer, LayerCall, Shared, slots
 from nybble.engine.layer_forward import CALLS
-from nybble.engine.padding import Padded
+from nybble.engine.padding import PaddedAttention
 from nybble.engine.workspace import is_cacheable
 from nybble.errors import EngineError
 from nybble.plan.policies import LADDER
@@ -138,7 +138,7 @@ def _layout(backbone: LlamaModel, kwargs: Mapping[str, Any]) -> BatchLayout:
 
 def _backend(choice: AttentionChoice, layout: BatchLayout) -> Backend:
     rows = choice.of(layout.segments)
-    return rows if layout.padding is None else Padded(rows, choice.packed, layout.padding)
+    return rows if layout.padding is None else PaddedAttention(rows, choice.packed, layout.padding)
 
 
 def _take_over_checkpointing(fusion: Fusion, backbone: LlamaModel, plan: BatchPlan) -> None:
@@ -161,7 +161,7 @@ def _share_memory(
         return [fusion.policy] * len(layers), []
     shape = layers[0].shape(batch.dtype, residual)
     trained = [part for layer in layers for part in layer.parameters()]
-    beside = batch.attention.passing_bytes(shape) if isinstance(batch.attention, Padded) else 0
+    beside = batch.attention.passing_bytes(shape) if isinstance(batch.attention, PaddedAttention) else 0
     share = fusion.budget.share(shape, len(layers), batch.segments.tokens, trained, fusion.shared, beside)
     able = [layer for layer in layers if all(map(is_cacheable, layer.groups.values()))]
     return share.policies, able[: share.standing]

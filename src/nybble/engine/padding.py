@@ -80,7 +80,7 @@ def _positions(parts: Sequence[range], device: torch.device) -> torch.Tensor:
     return torch.cat([torch.arange(part.start, part.stop) for part in (*parts, range(0))]).to(device)
 
 
-class Padded:
+class PaddedAttention:
     """A backend for one padded batch: its rows by one backend, and what late padding sees by another."""
 
     def __init__(self, rows: Backend, across: Backend, padding: Padding) -> None:
