@@ -38,7 +38,8 @@ from nybble.errors import (
     RunError,
     TrainingError,
 )
-from nybble.plan.out_of_memory import leaner
+from nybble.plan.out_of_memory import explained_memory, leaner
+from nybble.plan.shapes import LLAMA_2_7B
 from nybble.recipe import Recipe, load_recipe
 from nybble.run.folder import Run, open_run
 from nybble.run.log import read_metrics
@@ -587,7 +588,7 @@ def test_what_does_not_fit_is_made_leaner_step_by_step():
     words = ["model.path=m", "data.path=d", "model.quantization=none", "engine.policy=keep-all", "train.micro_batch=2"]
     given = []
     for _ in range(6):
-        fix = leaner(load_recipe(None, words))
+        fix = leaner(load_recipe(None, words), tied=False)
         given.append(fix.split()[0])
         words += fix.partition(" (")[0].split()
     assert given == [
@@ -596,7 +597,18 @@ def test_what_does_not_fit_is_made_leaner_step_by_step():
     ]  # fmt: skip
     plain = load_recipe(None, ["model.path=m", "data.path=d", "engine.fused=false", "train.micro_batch=1",
                                "train.gradient_checkpointing=false"])  # fmt: skip
-    assert leaner(plain) == "train.gradient_checkpointing=true"
+    assert leaner(plain, tied=False) == "train.gradient_checkpointing=true"
+    last = load_recipe(None, ["model.path=m", "data.path=d", "engine.policy=host", "train.micro_batch=1"])
+    assert leaner(last, tied=True).startswith("data.max_length="), "a tied embedding stays on the device"
+
+
+def test_what_does_not_fit_says_what_the_run_takes():
+    recipe = load_recipe(None, ["model.path=m", "data.path=d", "lora.r=16"])
+    with pytest.raises(TrainingError) as caught, explained_memory(recipe, LLAMA_2_7B):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    print(caught.value)
+    assert "the base takes about 3.87 GB" in caught.value.what  # as measured: docs/benchmarks.md
+    assert "optimiser's state 0.40 GB" in caught.value.what  # 40 million parameters of 4 + 4 + 2 bytes
 
 
 def test_the_gradients_norm_is_the_same_however_the_optimiser_holds_them(tiny_llama, rows, cache, tmp_path, quiet):

@@ -16,7 +16,6 @@ from nybble.errors import ModelError, RecipeError, RunError
 from nybble.files.places import check_places, explained_disk, no_empty_folders, writing
 from nybble.model.base.bits import Trained, trained_on
 from nybble.model.base.checkpoint import Checkpoint, fingerprint
-from nybble.plan.out_of_memory import explained_memory
 from nybble.recipe import Recipe
 from nybble.run.folder import Run, check_room, create_run
 from nybble.run.identity import check_unchanged
@@ -27,14 +26,13 @@ from nybble.training.preparation import TrainingSetup
 
 @contextlib.contextmanager
 def run_guarded(recipe: Recipe, folder: pathlib.Path, cache: pathlib.Path) -> Iterator[contextlib.ExitStack]:
-    """Locations are tried before anything is loaded; what disk or GPU lack later is one message, and the process's environment is
+    """Locations are tried before anything is loaded; what the disk lacks later is one message, and the process's environment is
     afterwards what it was.
 
     What is entered into the stack, the run's lock, is held until the end.
     """
     check_places(folder, cache)
     with (
-        explained_memory(recipe),
         explained_disk(folder, cache),
         no_empty_folders(folder),
         environment_restored(),

@@ -18,6 +18,8 @@ from nybble.model.base.checkpoint import check_length, find_checkpoint
 from nybble.model.base.load import load_base, load_config, measure
 from nybble.model.device import choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer
+from nybble.plan.out_of_memory import explained_memory
+from nybble.plan.shapes import ModelShape
 from nybble.recipe import Recipe, absolute_paths
 from nybble.run.folder import Run, choose_folder, open_run, refuse_existing
 from nybble.run.identity import check_beginning
@@ -110,6 +112,7 @@ def _train(
     described = find_checkpoint(recipe.model.path, recipe.model.revision, weights=False)
     config = load_config(described, recipe.model.rope_scaling)
     check_length(config, recipe.data.max_length, recipe.model.rope_scaling)
+    stack.enter_context(explained_memory(recipe, ModelShape.from_config(config.to_dict())))
     tokenizer = load_tokenizer(described.folder)
     if preflight is not None:
         preflight(config, tokenizer, folder)
