@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from nybble.data.rows.readers import OpenFile
-from nybble.data.rows.reading import FORM_ROWS
+from nybble.data.rows.reading import FORM_ROWS, OpenRows
 from nybble.data.sets.prepare import prepare
 from nybble.data.sets.preview import preview
 from nybble.errors import DataError
@@ -179,6 +179,27 @@ def test_a_file_that_changes_while_it_is_read_is_not_taken_for_what_it_was(folde
     with pytest.raises(DataError, match="the file changed while it was being read"):
         prepare(options, tiny_tokenizer, 0, tmp_path / "cache", rewrite)
     assert prepare(options, tiny_tokenizer, 0, tmp_path / "cache").counts.rows > COUNT
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_a_file_that_changes_during_its_first_reading_is_refused(name, folder, tmp_path, tiny_tokenizer):
+    file = folder / name
+    file.write_bytes(KINDS[name])
+
+    def rewrite(rows: int) -> None:
+        os.utime(file, ns=(1, 1))
+
+    options = DataOptions(path=str(file), validation=0, train_on="all")
+    with pytest.raises(DataError, match="the file changed while it was being read"):
+        prepare(options, tiny_tokenizer, 0, tmp_path / "cache", rewrite)
+
+
+def test_bad_rows_in_the_buffer_hold_no_lines(folder):
+    (folder / "a.jsonl").write_bytes(b'{"prompt": ' + b"x" * 1000 + b"}\n" + LINES)
+    with OpenRows(DataOptions(path=str(folder / "a.jsonl"))) as rows:
+        fault = next(iter(rows.items()))
+    assert isinstance(fault, DataError)
+    assert fault.__cause__ is fault.__context__ is fault.__traceback__ is None
 
 
 def test_rows_too_large_to_hold_are_read_again(folder, tmp_path, tiny_tokenizer, monkeypatch):

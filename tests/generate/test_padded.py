@@ -213,6 +213,31 @@ def test_a_batch_too_large_for_the_memory_is_halved_and_one_row_too_large_fails(
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
 
 
+@pytest.mark.parametrize("adapters", [["run2", "default"], ["run2", None]])
+@pytest.mark.parametrize("prompts", [PROMPTS[:2], PROMPTS[2:4]])
+def test_a_mixed_batch_that_raises_midway_leaves_nothing_behind(model, adapters, prompts):
+    """Within the model, after some tokens: the halved retry and the next batch are answered by their own adapters."""
+    layer, calls = model.get_base_model().model.layers[-1], []
+
+    def full(*_):
+        calls.append(None)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = layer.register_forward_hook(full)
+    generator = Padded(model, 0)
+    try:
+        answers = complete(generator, [ask(*pair) for pair in zip(prompts, adapters, strict=True)])
+    finally:
+        handle.remove()
+    assert len(calls) > 3
+    assert [answer.ids for answer in answers] == [alone(model, *pair) for pair in zip(prompts, adapters, strict=True)]
+    for answer, prompt in zip(
+        complete(generator, [ask(prompt, "default") for prompt in prompts]), prompts, strict=True
+    ):
+        assert answer.ids == alone(model, prompt, "default")
+
+
 def test_logits_that_are_no_numbers_fail_their_row_only(model, monkeypatch):
     forward = model.get_base_model().forward
 

@@ -38,6 +38,13 @@ def merged(tuned_run, tiny_llama):
     return run
 
 
+def test_health_tells_when_the_manager_has_ended(merged, cache):
+    with serving(lambda metrics: load_continuous([merged], metrics, device="cpu", queue=8, cache=cache)) as server:
+        assert server.http.get(f"{server.url}/health").status_code == 200
+        server.engine.worker.generator.manager.stop(block=True)
+        assert server.http.get(f"{server.url}/health").status_code == 503
+
+
 def user(text):
     return [{"role": "user", "content": text}]
 

@@ -22,9 +22,7 @@ def test_samples_are_the_answers_of_the_run_row_by_row_and_one_that_cannot_be_ma
 
     def sampler(rows, count=4):
         dataset = Dataset.from_list(rows)
-        return SampleAnswers(
-            answerer.model, answerer.tokenizer, answerer.template.end_id, dataset, count, torch.float32
-        )
+        return SampleAnswers(answerer.model, answerer.tokenizer, answerer.template.ends, dataset, count, torch.float32)
 
     told: list[tuple[int, int]] = []
     records = sampler(rows)(lambda done, of: told.append((done, of)))

@@ -119,7 +119,7 @@ class Answerer:
 
     def stop_ids(self) -> frozenset[int]:
         """The tokens that end an answer."""
-        return frozenset({self.template.end_id, self.tokenizer.eos_token_id})
+        return self.template.ends
 
     @contextlib.contextmanager
     def as_base(self) -> Iterator[None]:
@@ -165,4 +165,6 @@ def explained_failures() -> Iterator[None]:
             raise DeviceError(
                 "the device does not have enough memory for this answer", fix="a shorter prompt, or --device cpu"
             ) from error
+        if error.__cause__ is not None:
+            raise error.__cause__ from None
         raise

@@ -1,4 +1,4 @@
-"""The command line: one function a command, each loads its room, calls it, and prints.
+"""The command line: one function per command; each imports what it needs, calls it, and prints.
 
 No torch before a command needs it: `nybble --help` answers at once.
 """

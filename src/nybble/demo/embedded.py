@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from nybble.errors import ModelError
-from nybble.files import cache as kept
+from nybble.files import cache as entries
 from nybble.files import digests
 from nybble.files.places import folder_beside, new_folder
 from nybble.installed import install_extra, pip
@@ -34,16 +34,16 @@ def embedded_model(cache: pathlib.Path) -> pathlib.Path:
         PlaceError: the cache does not keep it.
     """
     folder = cache / "embedded" / "smollm2-135m-instruct"
-    if (folder / "config.json").is_file() and not (folder / kept.MANIFEST).exists():
+    if (folder / "config.json").is_file() and not (folder / entries.MANIFEST).exists():
         _adopt(folder)
-    entry = kept.find(folder)
+    entry = entries.find(folder)
     for notice in entry.notices("the embedded model was", "is unpacked again"):
         logger.warning("%s", notice)
     if entry.facts is not None:
         return entry.place
-    with kept.making(entry.place) as temporary:
+    with entries.making(entry.place) as temporary:
         _write(temporary)
-        kept.seal(temporary, entry.place, {})
+        entries.seal(temporary, entry.place, {})
     return entry.place
 
 
@@ -57,7 +57,7 @@ def _adopt(folder: pathlib.Path) -> None:
             wanted["transformers_version"] = config["transformers_version"]
             same = all(digests.digest(folder / name) == digests.digest(fresh / name) for name in TELLING)
             if same and wanted.items() <= config.items():
-                kept.seal(folder, folder, {})
+                entries.seal(folder, folder, {})
 
 
 def unpack(folder: pathlib.Path) -> pathlib.Path:

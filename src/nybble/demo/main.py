@@ -20,7 +20,7 @@ from nybble.chat.loading import load_answerer
 from nybble.demo.embedded import embedded_model
 from nybble.demo.orders import SYSTEM, Order, asked, exact_match, test_orders, train_orders
 from nybble.evaluate.evaluation import Measures, evaluate
-from nybble.files import cache as kept
+from nybble.files import cache as entries
 from nybble.files.places import check_places, default_cache
 from nybble.files.writing import write_text
 from nybble.recipe import load_recipe
@@ -107,9 +107,9 @@ def _train(
     base: pathlib.Path, orders: Sequence[Order], seed: int, folder: pathlib.Path, console: Console, cache: pathlib.Path
 ) -> Run:
     data = cache / "demo" / f"orders-{seed}.jsonl"  # it stays: nybble eval reads it again
-    kept.make_room(data.parent)
+    entries.make_room(data.parent)
     if data.exists() and not data.is_file():
-        kept.discard(data)
+        entries.discard(data)
     write_text(data, "".join(json.dumps({"messages": _row(order)}) + "\n" for order in orders))
     options = [f"model.path={base}", f"data.path={data}", f"out={folder}", f"data.validation={HELD_OUT}"]
     options += [f"train.micro_batch={BATCH}", "train.accumulation=1", f"train.max_steps={STEPS}", f"train.seed={seed}"]

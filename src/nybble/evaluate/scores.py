@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from nybble.errors import EvaluationError
-from nybble.files import cache as kept
+from nybble.files import cache as entries
 
 logger = logging.getLogger(__name__)
 
@@ -86,11 +86,11 @@ class Store:
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         file = self.folder / f"{key}.json"
         try:
-            return Scored(**kept.read_note(file)["scored"]), True
+            return Scored(**entries.read_note(file)["scored"]), True
         except FileNotFoundError:
             pass
-        except kept.DamagedError as fault:
+        except entries.DamagedError as fault:
             logger.warning("the kept scores were damaged (%s) and are computed again", fault)
         scored = compute()
-        kept.write_note(file, {"facts": facts, "scored": dataclasses.asdict(scored)})
+        entries.write_note(file, {"facts": facts, "scored": dataclasses.asdict(scored)})
         return scored, False

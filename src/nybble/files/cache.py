@@ -209,9 +209,9 @@ def make_room(folder: pathlib.Path) -> None:
         folder.mkdir(exist_ok=True)
 
 
-def _sweep(room: pathlib.Path) -> None:
+def _sweep(parent: pathlib.Path) -> None:
     """Remove what killed processes of versions before 0.7 left half-written; `new_folder` removes what those of this one did."""
-    for folder in room.glob(".writing-*"):
+    for folder in parent.glob(".writing-*"):
         if is_forgotten(FORGOTTEN, folder):
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -176,7 +176,6 @@ class Scheduler:
             self.running = self._gather()
             self.waiting = deque(row for row in self.waiting if row not in self.running)
             self._report()
-            self.observer.batch_began(len(self.running))
             return GenerationBatch(self.running, self.patience, self._others_wait, self._joiners)
 
     def finish(self, batch: GenerationBatch, seconds: float) -> bool:

@@ -93,6 +93,10 @@ class Continuous:
         """Requests that are not answered yet."""
         return len(self.running)
 
+    def healthy(self) -> bool:
+        """Whether answers can be made."""
+        return not self.closed and bool(self.manager.is_running())
+
     def companions(self, *, idle: bool) -> tuple[int, float]:
         """None: a request joins at any token."""
         return 0, 0.0
@@ -163,6 +167,8 @@ class Continuous:
             return  # a token that was under way, or the manager's error for what was stopped
         new, running.seen = output.generated_tokens[running.seen :], len(output.generated_tokens)
         for token_id in new:
+            if running.name not in self.running:  # closed meanwhile
+                return
             running.sink.put(Token(token_id))
         if output.error is not None:
             log.error("an answer failed: %s", output.error)

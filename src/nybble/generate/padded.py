@@ -20,6 +20,7 @@ from nybble.generate.sampling import Draw, Steps
 from nybble.generate.seeds import fresh_seed
 
 log = logging.getLogger("nybble.generate")
+log.addHandler(logging.NullHandler())  # offline the error itself says it; a server has handlers of its own
 ROWS = 32  # in a batch; 4-bit weights are read once for all of them
 PATIENCE = 16  # tokens after which a batch gives way where others may come
 GATHER = 0.01  # seconds an idle generator waits for requests that come together
@@ -69,6 +70,10 @@ class Padded:
         """Requests in the queue."""
         return len(self.scheduler.waiting)
 
+    def healthy(self) -> bool:
+        """Whether answers can be made."""
+        return not self.scheduler.closed
+
     def companions(self, *, idle: bool) -> tuple[int, float]:
         """How many waiting requests the next step is better off with, and for how many seconds they are worth waiting for."""
         if idle:
@@ -98,6 +103,7 @@ class Padded:
             return False
         began, whole = time.perf_counter(), False
         try:
+            self.scheduler.observer.batch_began(len(batch.rows))
             self._run(batch)
             whole = True
         finally:
@@ -123,7 +129,8 @@ class Padded:
                     len(batch.rows), self.scheduler.space,
                 )  # fmt: skip
             else:
-                _fail(batch, "out of memory: the prompt is too long for this device", error)
+                # Its traceback would hold what the forward had allocated.
+                _fail(batch, "out of memory: the prompt is too long for this device", error.with_traceback(None))
         except (RuntimeError, ValueError, IndexError) as error:
             log.exception("a batch of %d failed", len(batch.rows))
             _fail(batch, "the model failed; the log says why", error)
@@ -136,8 +143,8 @@ class Padded:
         uniform = len(set(adapters)) == 1
         with self._answering(adapters[0]) if uniform else contextlib.nullcontext():
             self.pipeline.generate(
-                [row.prompt for row in rows], max(row.left for row in rows), _common_stops(rows), draw,
-                Steps(batch, draw), None if uniform else adapters,
+                [row.prompt for row in rows], max(row.left for row in rows), draw, Steps(batch, draw),
+                None if uniform else adapters,
             )  # fmt: skip
 
     @contextlib.contextmanager
@@ -152,12 +159,6 @@ class Padded:
             if self.model.active_adapter != adapter:
                 self.model.set_adapter(adapter, inference_mode=True)
             yield
-
-
-def _common_stops(rows: Sequence[ActiveRequest]) -> frozenset[int]:
-    """The tokens at which every row of the batch ends, where all have the same."""
-    stops = {row.request.stop_ids for row in rows}
-    return stops.pop() if len(stops) == 1 else frozenset()
 
 
 def _fail(batch: GenerationBatch, what: str, cause: Exception) -> None:

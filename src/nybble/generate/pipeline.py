@@ -5,10 +5,13 @@ The pipeline's own preprocess would tokenise a string, and its postprocess would
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import (
     DynamicCache,
     LogitsProcessor,
@@ -35,7 +38,6 @@ class TokenPipeline(TextGenerationPipeline):  # type: ignore[misc]
         self,
         prompts: Sequence[list[int]],
         longest: int,
-        stops: Collection[int],
         draw: LogitsProcessor,
         steps: StoppingCriteria,
         adapters: Sequence[str | None] | None = None,
@@ -45,23 +47,22 @@ class TokenPipeline(TextGenerationPipeline):  # type: ignore[misc]
 
         Args:
             longest: tokens of the longest answer.
-            stops: tokens at which a row ends.
             draw: leaves the chosen token the largest.
             adapters: one a prompt, None for the base; without any, the adapter that is active answers all.
         """
         shared = common_prefix(prompts) if len(prompts) > 1 else 0
         ids, mask = pad_after(prompts, shared, self.pad_id)
         names = None if adapters is None else [BASE if name is None else name for name in adapters]
-        # Without an eos_token_id generate takes the model's own, at which other rows would end: this token never comes.
-        ends = sorted(stops) or [int(self.model.config.vocab_size)]
+        # `steps` ends each row at its own stops; without an eos_token_id generate would take the model's. This one never comes.
         options = {
-            "do_sample": False, "max_new_tokens": longest, "eos_token_id": ends, "pad_token_id": self.pad_id,
-            "use_cache": True, "logits_processor": [draw], "stopping_criteria": [steps],
-        } | ({} if names is None else {"adapter_names": names})  # fmt: skip
+            "do_sample": False, "max_new_tokens": longest, "eos_token_id": int(self.model.config.vocab_size),
+            "pad_token_id": self.pad_id, "use_cache": True, "logits_processor": [draw], "stopping_criteria": [steps],
+        }  # fmt: skip
         with torch.no_grad():
             if shared:
                 options["past_key_values"] = self._prefill(ids[:1, :shared].to(self.device), len(prompts), names)
-            self.forward({"input_ids": ids, "attention_mask": mask, "prompt_text": ""}, **options)
+            with _adapter_per_row(self.model, names):
+                self.forward({"input_ids": ids, "attention_mask": mask, "prompt_text": ""}, **options)
 
     def _prefill(self, prefix: torch.Tensor, rows: int, names: list[str] | None) -> DynamicCache:
         """Keys and values of a prefix, (1, tokens), for so many rows."""
@@ -72,9 +73,32 @@ class TokenPipeline(TextGenerationPipeline):  # type: ignore[misc]
             cache.batch_repeat_interleave(rows)
         else:
             distinct = list(dict.fromkeys(names))
-            self.model(input_ids=prefix.expand(len(distinct), -1), adapter_names=distinct, **asked)
+            with _adapter_per_row(self.model, distinct):
+                self.model(input_ids=prefix.expand(len(distinct), -1), **asked)
             cache.batch_select_indices(torch.tensor([distinct.index(name) for name in names], device=self.device))
         return cache
+
+
+@contextlib.contextmanager
+def _adapter_per_row(model: PreTrainedModel | PeftModel, names: list[str] | None) -> Iterator[None]:
+    """Meanwhile each row is computed with its own adapter; without names, all with the active one.
+
+    PEFT 0.21 does the same for `adapter_names=`, and leaves its hooks behind where the model raises, so that later batches
+    fail or are answered by another adapter.
+    """
+
+    def give_names(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | {"adapter_names": names}
+
+    handles = []
+    try:
+        if names is not None:
+            layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+            handles += [layer.register_forward_pre_hook(give_names, with_kwargs=True) for layer in layers]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def common_prefix(rows: Sequence[list[int]]) -> int:

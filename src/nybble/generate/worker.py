@@ -18,6 +18,9 @@ class PacedGenerator(Generator, Protocol):
     def waiting(self) -> int:
         """Requests that a step would bring on."""
 
+    def healthy(self) -> bool:
+        """Whether answers can be made."""
+
     def companions(self, *, idle: bool) -> tuple[int, float]:
         """How many waiting requests the next step is better off with, and for how many seconds they are worth waiting for.
 
@@ -42,7 +45,7 @@ class Worker:
         Raises:
             BusyError, GenerationError: as `Generator.submit`, or the thread broke down.
         """
-        if not self.healthy() and not self.closing:
+        if not self.thread.is_alive() and not self.closing:
             raise GenerationError("the engine failed")
         handles = self.generator.submit(requests, sinks)
         with self.changed:
@@ -51,7 +54,7 @@ class Worker:
 
     def healthy(self) -> bool:
         """Whether answers are being made."""
-        return self.thread.is_alive()
+        return self.thread.is_alive() and self.generator.healthy()
 
     def close(self) -> None:
         """Break off everything; returns when the thread has ended."""

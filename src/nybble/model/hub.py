@@ -9,9 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_token, hf_hub_url, snapshot_download
-from huggingface_hub.errors import (
-    LocalEntryNotFoundError,
-)
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from nybble.errors import HubError, ModelError
 from nybble.model.base.headers import read_index

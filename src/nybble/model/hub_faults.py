@@ -34,9 +34,9 @@ from huggingface_hub.errors import (
 from nybble.errors import HubError
 
 # The base class of every fault of the HTTP client: httpx's under huggingface_hub 1, httpx2's under 2.
-_CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 # hf_xet, which moves the bytes of most repositories, reports a broken transfer as RuntimeError.
-FAULTS: tuple[type[Exception], ...] = (OSError, HFValidationError, _CLIENT_ERROR, RuntimeError)
+FAULTS: tuple[type[Exception], ...] = (OSError, HFValidationError, CLIENT_ERROR, RuntimeError)
 """What huggingface_hub raises where the Hub refuses or cannot be reached."""
 
 GO_ON = "run the command again: it resumes where it stopped"
@@ -75,7 +75,7 @@ def _explain(error: BaseException, repo_id: str | None, revision: str | None) ->
         )
     if isinstance(error, HfHubHTTPError):
         return _refused(error, repo_id, revision)
-    if isinstance(error, (_CLIENT_ERROR, LocalEntryNotFoundError)):
+    if isinstance(error, (CLIENT_ERROR, LocalEntryNotFoundError)):
         return UnreachableError(
             f"The Hub at {constants.ENDPOINT} cannot be reached: {_first_line(error)}.",
             fix="check the network and the proxy settings",

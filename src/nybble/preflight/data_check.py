@@ -152,8 +152,8 @@ def _tell_lengths(console: Console, examined: Examined, recipe: Recipe) -> None:
     share = f"{counts.trained_tokens / counts.tokens:.0%}" if counts.tokens else "none"
     _line(console, "tokens", f"{counts.tokens:,}, {counts.trained_tokens:,} of them trained ({share})")
     marks = [("median", 0.5), ("95% up to", 0.95), ("99% up to", 0.99)]
-    told = ", ".join(f"{name} {histogram.quantile(lengths, part):,}" for name, part in marks)
-    _line(console, "lengths", f"{min(lengths):,} to {max(lengths):,} tokens; {told}")
+    text = ", ".join(f"{name} {histogram.quantile(lengths, part):,}" for name, part in marks)
+    _line(console, "lengths", f"{min(lengths):,} to {max(lengths):,} tokens; {text}")
     block = "\u2588" if (console.encoding or "").lower().startswith("utf") else "#"
     for line, is_over in histogram.text(lengths, limit, block, console.width - LABEL):
         _line(console, "", line.rstrip(), "red" if is_over else "dim")
@@ -209,11 +209,11 @@ def _tell_steps(
 def _tell_time(console: Console, recipe: Recipe, tokens: float, config: PretrainedConfig) -> None:
     device = choose_device(recipe.model.device, 0)
     speed = estimate(config, device, choose_dtype(recipe.model.dtype, device)[0], recipe.train.processes)
-    told = f"roughly {_duration(tokens / speed.free)} on this machine's {device.type}"
+    text = f"roughly {_duration(tokens / speed.free)} on this machine's {device.type}"
     if speed.is_busy:
-        told += f" when idle, {_duration(tokens / speed.now)} under its current load"
-    told += f": {_rounded(speed.free)} tokens/s in training, estimated from matrix products; evaluations"
-    _line(console, "time", f"{told} are included, sample answers and benchmarks are not")
+        text += f" when idle, {_duration(tokens / speed.now)} under its current load"
+    text += f": {_rounded(speed.free)} tokens/s in training, estimated from matrix products; evaluations"
+    _line(console, "time", f"{text} are included, sample answers and benchmarks are not")
 
 
 def _rounded(number: float) -> str:

@@ -32,7 +32,7 @@ class ServedModel:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
-        return frozenset({self.template.end_id, self.template.tokenizer.eos_token_id})
+        return self.template.ends
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class SampleAnswers:
     Args:
         model: the one that trains; it is in evaluation mode afterwards.
         tokenizer: the run's.
-        end_id: the token that ends an answer.
+        stop_ids: tokens that end an answer.
         rows: validation rows, or a process's share of them.
         count: of them, at most.
         dtype: what training computes in.
@@ -39,7 +39,7 @@ class SampleAnswers:
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
-    end_id: int
+    stop_ids: frozenset[int]
     rows: Dataset
     count: int
     dtype: torch.dtype
@@ -62,9 +62,8 @@ class SampleAnswers:
 
     def _answer(self, row: dict[str, Any], answer: slice) -> dict[str, Any]:
         prompt, device = row["input_ids"][: answer.start], self.model.device.type
-        stop_ids = frozenset({self.end_id, self.tokenizer.eos_token_id})
         adapter = self.model.active_adapter
-        request = Request(prompt, NEW_TOKENS, adapter, stop_ids, deadline=time.monotonic() + SECONDS)
+        request = Request(prompt, NEW_TOKENS, adapter, self.stop_ids, deadline=time.monotonic() + SECONDS)
         record = {"prompt": self.tokenizer.decode(prompt), "answer": ""}
         self.model.eval()
         generator = Padded(self.model, self.tokenizer.pad_token_id)

@@ -24,7 +24,7 @@ class FileDigests:
         self._notes = notes
         self._earlier = {file: recall(file, notes) for file in files}
         self._known: dict[pathlib.Path, str] = {}
-        self._marks: dict[pathlib.Path, tuple[int, int, int]] = {}
+        self._marks: dict[pathlib.Path, tuple[int, int]] = {}
         """By which a file is known for the one whose digest was taken."""
         self._reading: OpenFile | None = None
 
@@ -53,10 +53,9 @@ class FileDigests:
             file.hash_as_read()
 
     def _end(self, file: OpenFile) -> None:
-        if file.path in self._known:
-            self._refuse_changed(file)
-        else:
+        if file.path not in self._known:
             self._hash(file)
+        self._refuse_changed(file)
 
     def _refuse_changed(self, file: OpenFile) -> None:
         """Refuse a file that is not as it was when its digest was taken: its rows may be others."""
@@ -119,5 +118,5 @@ class FileDigests:
         self._known[path], self._marks[path] = sha256, _mark(status)
 
 
-def _mark(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_ino, status.st_size, status.st_mtime_ns
+def _mark(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns  # some network mounts give another inode at each look

@@ -8,20 +8,23 @@ import decimal
 import itertools
 import pathlib
 import sys
+import uuid
 from collections.abc import Generator, Iterator
 from types import TracebackType
 from typing import Any, Self
 
 from nybble.data.rows.digests import FileDigests
 from nybble.data.rows.formats import Rules, detect_forms
-from nybble.data.rows.readers import MB, Item, Row
+from nybble.data.rows.readers import MB, Item, Row, Unreadable
 from nybble.data.rows.sources import fingerprint, read_rows, row_limit, sources_of
+from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
 STREAM_HEAD = 10_000  # rows of a stream that are examined before training
 FORM_ROWS = 1000  # rows by which forms are recognised
 BUFFER = 64 * MB  # of memory for those rows; of larger ones the files are opened a second time
-PLAIN = (str, bytes, int, float, type(None), datetime.date, datetime.time, datetime.timedelta, decimal.Decimal)
+DATES = (datetime.date, datetime.time, datetime.timedelta)
+PLAIN = (str, bytes, int, float, type(None), decimal.Decimal, uuid.UUID, Unreadable, *DATES)
 
 
 class OpenRows:
@@ -88,6 +91,8 @@ class OpenRows:
         rows = size = 0
         while rows < FORM_ROWS and (item := next(self._unread, None)) is not None:
             if self._buffer is not None:
+                if isinstance(item, DataError):  # cause and traceback hold the whole line: 6,000 of 40 KB took 480 MB
+                    item.__traceback__ = item.__cause__ = item.__context__ = None
                 size += _size(item)
                 self._buffer.append(item)
                 if size > BUFFER:

@@ -98,7 +98,7 @@ class Template:
 
     @functools.cached_property
     def ends(self) -> frozenset[int]:
-        """Tokens that end what is trained: `end_id` of answers, EOS of documents."""
+        """Tokens that end what is trained, and at which generation stops: `end_id` of answers, EOS of documents."""
         return frozenset({self.end_id, self.tokenizer.eos_token_id})
 
     @functools.cached_property

@@ -70,7 +70,7 @@ def store(model: PreTrainedModel, folder: pathlib.Path, size: int, made: dict[st
 
 
 def check_unchanged(now: Bits, mark: str, then: Trained | None, where: pathlib.Path) -> list[str]:
-    """Hold the bits of a base against those that a run was trained on; a notice where they were made in another way.
+    """Compare the bits of a base with those that a run was trained on; a notice where they were made in another way.
 
     Raises:
         ModelError: made in the same way, they differ.

@@ -122,7 +122,7 @@ def fingerprint(checkpoint: Checkpoint, cache: pathlib.Path, *, prove: bool = Fa
     Args:
         checkpoint: the base's files.
         cache: where digests are remembered, since SHA-256 of 13.5 GB takes ten seconds.
-        prove: read the weights although they seem to be unchanged; those of the Hub are held against its own digests.
+        prove: read the weights although they seem to be unchanged; those of the Hub are compared with its own digests.
 
     Raises:
         ModelError: a file from the Hub is damaged.

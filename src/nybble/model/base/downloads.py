@@ -1,4 +1,4 @@
-"""Files in the Hub's cache, held against the digests that the Hub gives them."""
+"""Files in the Hub's cache, compared with the digests that the Hub gives them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nybble.errors import ModelError
 
 
 def check_download(file: pathlib.Path, digest: str) -> None:
-    """Hold a file in the Hub's cache against its name there, which is its SHA-256 as the Hub says it.
+    """Compare a file in the Hub's cache with its name there, which is its SHA-256 as the Hub says it.
 
     Raises:
         ModelError: the file is damaged.

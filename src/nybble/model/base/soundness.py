@@ -1,4 +1,4 @@
-"""Whether weights are those of the model that config.json describes: every tensor, of its size and type, each number finite.
+"""Whether weights are those of the model that config.json describes: every tensor, of its size and type.
 
 Loading alone does not tell. Transformers draws a missing tensor at random, passes over one that has no place, takes integers for
 weights, and in 4 bits a tensor of any shape.

@@ -139,9 +139,9 @@ def literal(text: str) -> Any:
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of a backslash that begins no escape: a DeprecationWarning before Python 3.12
+            # Of a backslash that begins no escape: a DeprecationWarning before Python 3.12, a SyntaxWarning since.
+            for kind in (SyntaxWarning, DeprecationWarning):
+                warnings.simplefilter("ignore", kind)
             return ast.literal_eval(text.strip())
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None

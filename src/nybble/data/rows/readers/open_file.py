@@ -96,7 +96,7 @@ class OpenFile:
         return sha256.hexdigest(), xxh3.hexdigest()
 
     def read_at(self, offset: int, buffer: bytearray | memoryview) -> int:
-        """Fill a buffer from a offset in the file; how many bytes there were."""
+        """Fill a buffer from an offset in the file; how many bytes there were."""
         self._raw.seek(offset)
         count = self._raw.readinto(buffer) or 0
         if self._digests and offset <= self._hashed < offset + count:
@@ -108,7 +108,7 @@ class OpenFile:
 
 
 class _View(io.RawIOBase):
-    """The bytes of a file from a offset of its own."""
+    """The bytes of a file from an offset of its own."""
 
     def __init__(self, file: OpenFile) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """What a parquet file's pages unpack to, read from their headers before any is unpacked.
 
-A header's sizes are what Arrow allocates, so they are compared with a limit first: the file's own totals are in another
-offset and need not be true. Headers are in Thrift's compact protocol: fields by number, integers in seven bits a byte.
+A header's sizes are what Arrow allocates, so they are compared with a limit first: the file's own totals are
+elsewhere and need not be true. Headers are in Thrift's compact protocol: fields by number, integers in seven bits a byte.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from nybble.data.rows.readers.row import Item, Notice, Row, listing, row_of, too
 from nybble.errors import DataError
 
 HOLDERS = (
-    # names of lists that hold rows; of several the first is read, so that size-out rows are not trained on
+    # names of lists that hold rows; of several the first is read, so that held-out rows are not trained on
     "train", "training", "data", "rows", "examples", "instances", "items", "records", "samples", "entries", "dataset",
     "conversations", "validation", "valid", "dev", "eval", "test",
 )  # fmt: skip
