@@ -17,7 +17,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from nybble.couplings import check
+from nybble.couplings import check, table
 from nybble.couplings.check import is_tested, lacking, resolve, unmet
 from nybble.couplings.coupling import TESTED, Coupling
 from nybble.couplings.table import COUPLINGS
@@ -251,7 +251,7 @@ def class_of(base: ast.expr, homes: dict[str, str]) -> type | None:
 
 def test_an_unmet_coupling_stops_with_the_versions(monkeypatch):
     assert unmet("engine", "weights", "training", "model", "data", "serve") is None
-    gone = Coupling("a test", "torch", ("torch:Tensor._gone",), ("engine/x.py",), "numbers would be wrong", "this test")
+    gone = Coupling("a test", "torch", ("torch:Tensor._gone",), ("engine/x.py",), "numbers would be wrong", table.START)
     changed = dataclasses.replace(gone, symbols=("torch.nn:Module._apply",), parameters=("self", "recurse", "fn"))
     for coupling, lack in ((gone, "torch.Tensor._gone"), (changed, "torch.nn.Module._apply with fn")):
         monkeypatch.setattr(check, "COUPLINGS", (coupling,))
@@ -262,12 +262,18 @@ def test_an_unmet_coupling_stops_with_the_versions(monkeypatch):
         assert unmet("serve") is None
 
 
+def test_what_is_noticed_elsewhere_stops_no_one(monkeypatch):
+    elsewhere = Coupling("a test", "torch", ("torch:Tensor._gone",), ("engine/x.py",), "a tracker's key", table.SUITE)
+    monkeypatch.setattr(check, "COUPLINGS", (elsewhere,))
+    assert unmet("engine") is None
+
+
 @pytest.mark.parametrize("room, error", [
     ("engine", EngineError), ("model", ModelError), ("training", TrainingError), ("serve", ServeError),
 ])  # fmt: skip
 def test_a_command_says_what_to_install(room, error, monkeypatch, tiny_llama, rows, quiet, tmp_path):
     gone = Coupling(
-        "a test", "torch", ("torch:Tensor._gone",), (f"{room}/x.py",), "numbers would be wrong", "this test"
+        "a test", "torch", ("torch:Tensor._gone",), (f"{room}/x.py",), "numbers would be wrong", table.START
     )
     monkeypatch.setattr(check, "COUPLINGS", (gone,))
     with pytest.raises(error, match=r"has no torch\.Tensor\._gone") as caught:

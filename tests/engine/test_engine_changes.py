@@ -318,3 +318,22 @@ def test_loading_an_adapter_twice_finds_it_each_time(llama, tmp_path):
     again = PeftModel.from_pretrained(fuse(base_of(llama)), tmp_path / "adapter", is_trainable=True).train()
     assert_same(gradients(again, batch_of()), gradients(model, batch_of()))
     assert fusion(again).fallen_back == 0
+
+
+def test_a_weight_that_lost_its_state_keeps_its_layer_plain_and_the_others_fused(llama):
+    model = load(llama)
+    projection = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    projection.weight = torch.nn.Parameter(projection.weight.data.as_subclass(torch.Tensor), requires_grad=False)
+    fuse(model)
+    report = fusion(model).describe()
+    assert fusion(model).last.fused == len(model.get_base_model().model.layers) - 1, report
+    assert "not quantised yet" in report
+
+
+def test_a_library_that_is_built_differently_leaves_nothing_of_the_engine_behind(llama, monkeypatch):
+    model = load(llama)
+    monkeypatch.setattr("nybble.weights.structure.LORA_ATTRIBUTES", ("_moved_elsewhere",))
+    with pytest.raises(EngineError, match="has no _moved_elsewhere"):
+        fuse(model)
+    assert fusion(model) is None
+    assert not any("forward" in layer.__dict__ for layer in model.get_base_model().model.layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -15,6 +16,13 @@ from tests.training.test_train import losses
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture(autouse=True)
+def own_memory():
+    """What other tests of this process left with the allocator would count as reserved."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_a_run_on_the_gpu_lowers_the_loss(tiny_llama, rows, cache, tmp_path, quiet, dtype, packing):
@@ -23,6 +31,7 @@ def test_a_run_on_the_gpu_lowers_the_loss(tiny_llama, rows, cache, tmp_path, qui
     words += ["train.accumulation=2", "train.max_steps=24", "train.learning_rate=1e-2", "train.samples=1"]
     run = train(load_recipe(None, words), console=quiet, cache=cache)
     summary = json.loads((run.folder / "summary.json").read_text())
+    print(summary["validation_loss"], summary["peak_memory_gb"])
     assert summary["device"] == torch.cuda.get_device_name()
     assert summary["validation_loss"]["kept"] < summary["validation_loss"]["before"] - 0.2  # 0.24 packed, 0.31 not
     assert 0 < summary["peak_memory_gb"] < 1

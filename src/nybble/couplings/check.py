@@ -13,7 +13,7 @@ from typing import Any
 from packaging.version import Version
 
 from nybble.couplings.coupling import TESTED, Coupling
-from nybble.couplings.table import COUPLINGS
+from nybble.couplings.table import COUPLINGS, START
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,11 @@ class Misfit:
 def unmet(*rooms: str) -> Misfit | None:
     """The first coupling of these rooms that an installed library does not meet; None where all are met.
 
-    What is optional and not installed is passed over; so is what only instances have.
+    Those that something else notices in time (`Coupling.guard`) are left to it. What is optional and not installed is passed
+    over; so is what only instances have.
     """
     for coupling in COUPLINGS:
-        if any(file.split("/")[0] in rooms for file in coupling.files):
+        if coupling.guard == START and any(file.split("/")[0] in rooms for file in coupling.files):
             for lack in lacking(coupling):
                 return misfit(coupling, lack)
     return None

@@ -161,10 +161,10 @@ def _share_memory(
         return [fusion.policy] * len(layers), []
     shape = layers[0].shape(batch.dtype, residual)
     trained = [part for layer in layers for part in layer.parameters()]
-    beside = batch.attention.passing_bytes(shape) if isinstance(batch.attention, PaddedAttention) else 0
-    share = fusion.budget.share(shape, len(layers), batch.segments.tokens, trained, fusion.shared, beside)
+    extra = batch.attention.padding_bytes(shape) if isinstance(batch.attention, PaddedAttention) else 0
+    share = fusion.budget.share(shape, len(layers), batch.segments.tokens, trained, fusion.shared, extra)
     able = [layer for layer in layers if all(map(is_cacheable, layer.groups.values()))]
-    return share.policies, able[: share.standing]
+    return share.policies, able[: share.cached_layers]
 
 
 def _compute_type(layer: FusedLayer, residual: torch.dtype) -> torch.dtype:

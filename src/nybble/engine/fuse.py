@@ -67,7 +67,11 @@ def fuse(model: torch.nn.Module, policy: Policy = "auto", *, embedding: Literal[
     for layer in readers:
         layer.forward = types.MethodType(forward, layer)
     hooks.append(backbone.register_forward_pre_hook(begin_batch, with_kwargs=True))
-    found, refusals = result.read(list(readers))
+    try:
+        found, refusals = result.read(list(readers))
+    except EngineError:  # a library that is built differently: nothing of the engine stays behind
+        unfuse(model)
+        raise
     result.last = BatchReport(len(found), refusals)
     for refusal, count in Counter(refusals).items():
         result.warn_once(f"{count} of {len(readers)} decoder layers keep their original forward: {refusal}")

@@ -23,7 +23,7 @@ class Share:
 
     policies: tuple[str, ...]
     """Of each layer."""
-    standing: int
+    cached_layers: int
     """Layers whose weights may stay dequantised."""
 
 
@@ -36,7 +36,7 @@ class Budget:
         self.chunked_loss = False
         """Set by whoever computes the loss with `engine.loss`; otherwise memory is left for a whole batch's logits."""
         self._stepped = False
-        self._standing: int | None = None
+        self._most_cached: int | None = None
 
     def share(
         self,
@@ -77,24 +77,24 @@ class Budget:
         needed = peak + tokens * sum(ledger.kept_bytes(policy, shape) for policy in policies)
         # Activations are gone when the optimiser steps; an AdamW of torch that is not fused then copies all that is trained.
         spare = free - max(needed, ledger.MOMENTS * numbers)
-        return Share(policies, self._layers_standing(spare // ledger.dequantised_bytes(shape), policies))
+        return Share(policies, self._layers_cached(spare // ledger.dequantised_bytes(shape), policies))
 
-    def _layers_standing(self, fitting: int, policies: Sequence[str]) -> int:
+    def _layers_cached(self, fitting: int, policies: Sequence[str]) -> int:
         """How many layers' weights stay dequantised, of so many that fit; never more than in a batch before."""
         if not self._stepped:
             return 0
-        most = len(policies) if self._standing is None else self._standing
-        self._standing = max(0, min(most, fitting)) if set(policies) == {KEEP_ALL} else 0
-        return self._standing
+        most = len(policies) if self._most_cached is None else self._most_cached
+        self._most_cached = max(0, min(most, fitting)) if set(policies) == {KEEP_ALL} else 0
+        return self._most_cached
 
     def loss_bytes(self, tokens: int) -> int:
         """Of the loss at its peak, the gradient of its input included."""
         return ledger.loss_bytes(tokens, self.vocabulary, self.hidden, chunked=self.chunked_loss)
 
 
-def _free(device: torch.device, standing: int) -> int:
+def _free(device: torch.device, cached: int) -> int:
     """Bytes that a batch may use, those of the weights that stay dequantised now among them."""
     if device.type == "cuda":
-        return allocatable_bytes(device, SLACK) + standing
+        return allocatable_bytes(device, SLACK) + cached
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    return (host_memory().free + standing) // 2 // processes
+    return (host_memory().free + cached) // 2 // processes

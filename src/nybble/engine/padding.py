@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from nybble.engine.attention.backend import Backend, BackendState, Gradients, Segments
-from nybble.plan.ledger import padding_bytes
+from nybble.plan import ledger
 from nybble.plan.shapes import LayerShape
 
 Span = tuple[int, int]
@@ -126,9 +126,9 @@ class PaddedAttention:
                 whole.index_add_(0, padding.seen, part)
         return to_query, to_key, to_value
 
-    def passing_bytes(self, shape: LayerShape) -> int:
+    def padding_bytes(self, shape: LayerShape) -> int:
         """Device bytes for what padding on the right sees, in a layer's backward, beside those of unpadded rows."""
-        return padding_bytes(shape, len(self.padding.late), len(self.padding.seen))
+        return ledger.padding_bytes(shape, len(self.padding.late), len(self.padding.seen))
 
     def _parts(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Gradients:
         seen = self.padding.seen

@@ -18,6 +18,7 @@ from nybble.couplings.check import unmet
 from nybble.data.sets.prepare import Prepared
 from nybble.data.text.kept_template import read_template
 from nybble.distributed.group import in_group
+from nybble.distributed.launcher import world_size
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.fusion import Fusion
 from nybble.errors import DeviceError, EngineError, ModelError, TrainingError
@@ -54,7 +55,7 @@ class TrainingSetup:
 
 
 def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
-    """This process's place; the number of processes is held against what was asked for.
+    """This process's state and device; the number of processes must be the one that was asked for.
 
     Raises:
         DeviceError: more or fewer processes than asked for.
@@ -62,7 +63,7 @@ def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
     """
     if (misfit := unmet("training", "data", "model")) is not None:
         raise TrainingError(misfit.what, fix=f"{pip()} install {misfit.requirement}")
-    asked, running = recipe.train.processes, int(os.environ.get("WORLD_SIZE", "1"))
+    asked, running = recipe.train.processes, world_size()
     if asked != running:
         raise DeviceError(
             f"{asked} processes were requested, but {running} are running",

@@ -73,6 +73,8 @@ def read_frozen(watched: Watched, name: str, layer: Any) -> FrozenWeight:
 
 
 def _read_4bit(watched: Watched, name: str, layer: Linear4bit, weight: Any) -> FrozenWeight:
+    if type(weight) is not Params4bit:
+        raise Ineligible(f"{name} is not quantised yet: move the model to its device first")
     check_quantised(layer, weight)
     state = watched.attribute(weight, "quant_state")
     if state is None:
