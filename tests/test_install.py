@@ -335,7 +335,7 @@ def test_a_release_holds_what_it_should_and_nothing_else(dist):
     (sdist,) = dist.glob("*.tar.gz")
     own = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src").rglob("*") if path.is_file()}
     own = {name for name in own if "__pycache__" not in name}
-    assert {"nybble/py.typed", "nybble/serve/page/index.html", "nybble/data/templates/llama2.jinja"} <= own
+    assert {"nybble/py.typed", "nybble/serve/page/index.html", "nybble/data/text/templates/llama2.jinja"} <= own
     held = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in held if not name.startswith("nybble-")} == own
     with tarfile.open(sdist) as archive:
