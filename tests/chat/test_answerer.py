@@ -89,7 +89,7 @@ def test_what_is_streamed_is_the_text(parts):
     assert console.file.getvalue() == text + "\n"
 
 
-def test_ctrl_c_ends_an_answer_and_not_the_chat(answerer, monkeypatch):
+def test_ctrl_c_ends_an_answer_and_not_the_chat(answerer, monkeypatch, request):
     on_token, seen = AnswerPrinter.on_token, []
 
     def interrupted(self, number, token):
@@ -99,6 +99,9 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(answerer, monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(AnswerPrinter, "on_token", interrupted)
+    # A shell starts what it runs in the background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     lines = iter(["say one two 3", "say cat", "/exit"])
     console = Console(file=io.StringIO(), width=100)
     talk(answerer, Sampling(6), console, read=lambda _: next(lines))

@@ -436,7 +436,7 @@ def test_a_second_signal_cuts_off_with_an_answer_and_leaves_no_trace_in_the_log(
             "whole": long | {"n": 8},
             "stream": long | {"stream": True},
             "response": response(model=tiny_llama.name, max_output_tokens=400, stream=True, temperature=0),
-            "waiting": chat(max_tokens=400),
+            "waiting": long,
         }
         routes = {"response": RESPONSES}
         chunks: dict[str, list[str]] = {name: [] for name in answers}
