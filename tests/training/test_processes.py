@@ -41,8 +41,8 @@ def trained(forks, root, processes, *words):
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     return (
         samples,
-        [line for line in lines if "eval_loss" in line],
-        [line["loss"] for line in lines if "loss" in line],
+        [line for line in lines if line.eval_loss is not None],
+        [line.loss for line in lines if line.loss is not None],
     )
 
 
@@ -70,6 +70,6 @@ def test_benchmarks_are_spread_over_processes(forks, tiny_llama, rows, cache, tm
     words = ["--cache", cache, "train", tiny_llama, rows, "train.eval_tasks=[arc_easy]", f"train.eval_data={benches}"]
     one, two = (trained(forks, tmp_path / str(count), count, *words) for count in (1, 2))
     held_against(one, two)
-    scores = [line["task/arc_easy"] for line in one[1]]
+    scores = [line.scores["arc_easy"] for line in one[1]]
     assert len(scores) == 3
     assert any(0 < score < 1 for score in scores), "a score that a wrong order could not give"
