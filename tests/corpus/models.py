@@ -421,7 +421,7 @@ DESCRIPTIONS = [
     refused(
         "config-key-twice-otherwise",
         literal("vocab_size", '64, "vocab_size": 401'),
-        "400 x 64 in the file and 401 x 64",
+        "400 x 64 in the file, but 401 x 64",
     ),
     taken("config-key-unknown", literal("x", "[" * 300 + "]" * 300)),
     refused("config-nan-deep", literal("x", "[" * 300 + "NaN" + "]" * 300), "x is nan"),
@@ -450,7 +450,7 @@ FIELDS = [
         config(vocab_size=405),
         "lm_head.weight is 400 x 64 in the file, but 405 x 64 according to config.json",
     ),
-    refused("vocabulary-smaller", config(vocab_size=399), "400 x 64 in the file and 399 x 64"),
+    refused("vocabulary-smaller", config(vocab_size=399), "400 x 64 in the file, but 399 x 64"),
     refused("layers-none", config(num_hidden_layers=0), "num_hidden_layers is 0"),
     refused("layers-negative", config(num_hidden_layers=-1), "num_hidden_layers is -1"),
     refused("layers-absent", config(num_hidden_layers=...), "there is no model.layers.2."),
@@ -517,9 +517,9 @@ FIELDS = [
     refused(
         "quantization-left-over",
         config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        "left over",
+        "a leftover",
     ),
-    refused("quantization-empty", config(quantization_config={}), "left over"),
+    refused("quantization-empty", config(quantization_config={}), "a leftover"),
     refused("ties-text", config(tie_word_embeddings="yes"), "tie_word_embeddings"),
 ]
 
@@ -910,7 +910,7 @@ PICKLES = [
         "bin-with-somebodys-class",
         binary(lambda held: held | {"args": Settings()}),
         BIN,
-        "asks for corpus.models.Settings",
+        "asks for tests.corpus.models.Settings",
     ),
     refused("bin-plain-pickle", raw_binary(pickle.dumps({"a": [1, 2]})), BIN),
     refused(
@@ -997,7 +997,7 @@ QUANTISED = [
         "does not describe",
     ),
     refused(
-        "nf4-of-another-vocabulary", both(quantised(), config(vocab_size=401)), "400 x 64 in the file and 401 x 64"
+        "nf4-of-another-vocabulary", both(quantised(), config(vocab_size=401)), "400 x 64 in the file, but 401 x 64"
     ),
     refused(
         "nf4-without-its-entry",

@@ -173,7 +173,7 @@ def _single_faults() -> list[RunCase]:
         cases.append(resumed(f"no-{file}", at(place, removed), "checkpoint-2", f"checkpoint-3: there is no {file}"))
     newest = "checkpoints/checkpoint-3"
     cases += [
-        resumed("cut", at(f"{newest}/optimizer.pt", cut(0.5)), "checkpoint-2", "checkpoint-3: optimizer.pt has", "bytes, and"),
+        resumed("cut", at(f"{newest}/optimizer.pt", cut(0.5)), "checkpoint-2", "checkpoint-3: optimizer.pt has", "bytes, but"),
         resumed("empty", at(f"{newest}/scheduler.pt", rewritten(b"")), "checkpoint-2", "scheduler.pt has 0 bytes"),
         resumed("zeroed", at(f"{newest}/adapter_model.safetensors", zeroed), "checkpoint-2", "adapter_model.safetensors is not"),
         resumed("folder", at(f"{newest}/optimizer.pt", folder_instead), "checkpoint-2", "there is no optimizer.pt"),

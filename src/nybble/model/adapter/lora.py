@@ -203,7 +203,15 @@ def _read_stored(
             where=str(file),
             fix="copy both files of the adapter again",
         )
+    _drop_without_effect(config, model)
     return config, file, tensors
+
+
+def _drop_without_effect(config: LoraConfig, model: torch.nn.Module) -> None:
+    """Settings that mean nothing on this base, which PEFT warns about at every load or each time the adapter is off."""
+    config.fan_in_fan_out = False  # a layout of GPT-2's Conv1D; Linear weights have one alone
+    if not any(name.endswith(".bias") for name, _ in model.named_parameters()):
+        config.bias = "none"
 
 
 @contextlib.contextmanager

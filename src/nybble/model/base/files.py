@@ -7,6 +7,7 @@ import pickle
 import re
 import stat
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 
@@ -162,7 +163,9 @@ def open_tensors(file: pathlib.Path) -> tuple[Iterable[str], Callable[[str], tor
 def _unpickled(file: pathlib.Path) -> dict[str, torch.Tensor]:
     """The tensors of a file of torch.save, mapped and not read where its format allows; nothing in it is run."""
     try:
-        stored = torch.load(file, mmap=zipfile.is_zipfile(file), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of a pickle's protocol, also where the file is refused right after
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            stored = torch.load(file, mmap=zipfile.is_zipfile(file), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         what = f"asks for {asked[1]} when it is opened" if asked else "is not a pickle of tensors"
