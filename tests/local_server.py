@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from nybble.run.folder import Run, open_run
 from nybble.run.marks import COMPLETE
 from nybble.serve.app import Limits
-from nybble.serve.guard import Door
+from nybble.serve.guard import AccessRules
 from nybble.serve.metrics import Metrics
 from nybble.serve.server import Server, listen, make_server
 
@@ -61,7 +61,9 @@ def serving(make_engine, limits=None, key=None, origins=(), hosts=()) -> Iterato
     metrics = Metrics()
     engine = make_engine(metrics)
     listener = listen("127.0.0.1", 0)
-    server = make_server(engine, metrics, limits or Limits(timeout=60), Door(key, origins, hosts), Console(quiet=True))
+    server = make_server(
+        engine, metrics, limits or Limits(timeout=60), AccessRules(key, origins, hosts), Console(quiet=True)
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -1,4 +1,4 @@
-"""Text for people. Lines on a terminal: wrapped at words and hung under their beginning; in a pipe or a file each stays whole."""
+"""Text for people. On a terminal, long lines wrap at words with a hanging indent; in a pipe or a file they are not wrapped."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.text import Text
 
 LABEL = 10
-"""Characters before a line's text, which say what it is about."""
+"""Width of the label with which a line begins, in characters."""
 UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
-NARROW = 24  # with less room than this beside a label, lines hang by two characters only
+NARROW = 24  # if fewer columns than this remain beside a label, lines are indented by two characters only
 JOINT = "\ue0f3"  # of Unicode's private use area: stands for a space at which a line must not be broken
 COMMAND = re.compile(
     r"(?<![\w/.-])(nybble (chat|data|demo|doctor|eval|export|help|serve|train)|(uv pip|pip|hf|git|wandb) [\w-]+|python3? -\w+"
@@ -20,12 +20,12 @@ COMMAND = re.compile(
 
 
 def bytes_text(count: float, decimals: int = 2, unit: str | None = "GB") -> str:
-    """Bytes as people read them, in decimal units.
+    """Bytes in decimal units, for people.
 
     Args:
-        count: how many.
-        decimals: digits after the point.
-        unit: GB, MB or kB; None is the largest of them that is reached.
+        count: bytes.
+        decimals: digits after the decimal point.
+        unit: GB, MB or kB; None chooses the largest that is not more than `count`.
     """
     if unit is None:
         unit = next((name for name, size in UNITS.items() if count >= size), None)
@@ -36,9 +36,9 @@ def tell(console: Console, text: str | Text, style: str = "", *, hang: int = LAB
     """Print a line.
 
     Args:
-        text: as it is: brackets are no markup.
-        style: of what stands behind the first `hang` characters.
-        hang: by how many characters the lines after the first are indented.
+        text: printed as it is; brackets are not markup.
+        style: for everything after the first `hang` characters.
+        hang: characters by which the lines after the first are indented.
     """
     line = Text(text) if isinstance(text, str) else text.copy()
     if style:
@@ -47,7 +47,7 @@ def tell(console: Console, text: str | Text, style: str = "", *, hang: int = LAB
 
 
 def hung(console: Console, text: Text, hang: int) -> Text:
-    """A line as it fits the terminal; a command in it, which is copied whole, is never broken."""
+    """A line wrapped to the terminal's width. Commands in it are never broken, so that they can be copied."""
     if not console.is_terminal or text.cell_len <= console.width:
         return text
     if console.width - hang < NARROW:
@@ -60,24 +60,24 @@ def hung(console: Console, text: Text, hang: int) -> Text:
     return label + Text("\n" + " " * hang).join(lines)
 
 
-def _breaks(text: str, room: int) -> list[int]:
-    """Where lines of so many cells begin. Rich's own wrapping folds or cuts what is longer than a line."""
-    whole = COMMAND.sub(lambda found: found[0].rstrip().replace(" ", JOINT) + " " * found[0].endswith(" "), text)
-    places, filled = [], 0
+def _breaks(text: str, width: int) -> list[int]:
+    """Offsets at which lines of at most `width` cells begin. Rich's own wrapping folds or cuts words longer than a line."""
+    whole = COMMAND.sub(lambda match: match[0].rstrip().replace(" ", JOINT) + " " * match[0].endswith(" "), text)
+    offsets, filled = [], 0
     for word in re.finditer(r"^\s+|\S+\s*", whole):
-        if filled and filled + cell_len(word[0].rstrip()) > room:
-            places.append(word.start())
+        if filled and filled + cell_len(word[0].rstrip()) > width:
+            offsets.append(word.start())
             filled = 0
         filled += cell_len(word[0])
-    return places
+    return offsets
 
 
 def tell_error(console: Console, who: str, error: str) -> None:
-    """An error's lines, each hung under what it begins with."""
+    """Print an error; each line is indented to its own label (`where:`, `fix:`)."""
     first, *others = error.splitlines() or [""]
     opening = f"{who}error: "
     tell(console, Text.assemble((opening, "bold red"), first), hang=len(opening))
     for line in others:
-        begins = re.match(r"\s*(where:|fix:|-)?\s*", line)
-        assert begins is not None, "the pattern matches everything"
-        tell(console, line, hang=begins.end() + (0 if begins[1] else 2))
+        label = re.match(r"\s*(where:|fix:|-)?\s*", line)
+        assert label is not None, "the pattern matches everything"
+        tell(console, line, hang=label.end() + (0 if label[1] else 2))

@@ -369,7 +369,7 @@ def _types() -> list[Hostile]:
         Hostile("packed-br", post(CHAT, GOOD, Content_Encoding="br"), 415, None, "Content-Encoding is br"),
         Hostile("5-MB", post(CHAT, b'"' + b"x" * 5_000_000 + b'"'), 413, None, "4,194,304", ends=True),
         Hostile("5-MB-in-chunks", _chunked(b'"' + b"x" * 5_000_000 + b'"', 65536), 413, None, "4,194,304", ends=True),
-        Hostile("crumbs", _chunked(GOOD + b" " * 100_000, 1), 400, None, "too many small chunks", ends=True),
+        Hostile("tiny chunks", _chunked(GOOD + b" " * 100_000, 1), 400, None, "too many small chunks", ends=True),
         Hostile("65-MB-announced", head(Content_Type="application/json", Content_Length="65000000000") + b"\r\n", 413, ends=True),
         Hostile("5-MB-after-asking", head(Content_Type="application/json", Content_Length="5000000", Expect="100-continue")
                 + b"\r\n", 413, ends=True),

@@ -12,9 +12,9 @@ from nybble.demo import words
 from nybble.demo.orders import (
     SYSTEM,
     Order,
-    asked,
     exact_match,
     plural,
+    prompt_for,
     split,
     test_orders,
     train_orders,
@@ -129,11 +129,11 @@ def test_plural(name: str, many: str) -> None:
 
 def test_a_model_is_given_the_schema_the_examples_and_the_order() -> None:
     example, order = train_orders(2, 0)
-    system, question, answer, last = asked(order.text, [example])
+    system, question, answer, last = prompt_for(order.text, [example])
     assert [message.role for message in (system, question, answer, last)] == ["system", "user", "assistant", "user"]
     assert all(f'"{key}"' in system.content for key in json.loads(order.answer))
     assert (question.content, answer.content, last.content) == (example.text, example.answer, order.text)
-    assert asked(order.text) == (system, last)
+    assert prompt_for(order.text) == (system, last)
 
 
 @pytest.mark.parametrize(

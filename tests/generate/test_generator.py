@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 
@@ -25,11 +26,14 @@ def model(peaky_llama):
 
 @pytest.fixture(params=[Padded, Continuous])
 def make(request, model):
-    """Makes a generator of either kind; all are closed in the end."""
+    """Makes a generator of either kind; all are closed in the end.
+
+    Each gets a copy of the model: continuous batching switches it to paged attention for good, and `greedy` needs it as it was.
+    """
     made = []
 
     def build(**options):
-        made.append(request.param(model, 0, **options))
+        made.append(request.param(copy.deepcopy(model), 0, **options))
         return made[-1]
 
     yield build

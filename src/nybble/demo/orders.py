@@ -1,11 +1,11 @@
-"""The demo's skill: a customer's free-text order becomes strict JSON. The generator and the score.
+"""The demo's skill, turning a customer's free-text order into strict JSON: its generator and its score.
 
-A test order shares no sentence, no order of sentences, no name and no good with training (see `Stock`), so a
-right answer was understood and copied, not remembered. Only the words for quantities and days are shared:
-they are the rule to be learned.
+A test order shares no sentence, no order of sentences, no name and no goods with training (see `Stock`), so a
+right answer is not a memorised one. Only the words for quantities and days are shared:
+they are what is to be learned.
 
-A yes-or-no field is missing on purpose. Trained on 240 orders, `urgent` stayed a guess (37 of 100 wrong)
-while all that a word of the text tells came out right.
+There is no yes-or-no field, on purpose. After 240 training orders, `urgent` was still a guess (37 of 100 wrong),
+while every field that the text states in words was right.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from nybble.demo import words
 
 T = TypeVar("T")
 
-# Short, and in the place of the model's own system message: every token here is read again for each training example.
+# Short, since every training example repeats it. It replaces the system message of the model's chat template.
 SYSTEM = (
     'Write the order as JSON only: {"customer":str,"items":[{"name":lowercase singular,"quantity":int}],'
     '"delivery":"pickup|courier|post","day":"mon..sun"}'
 )
 
-# One entry in this many of each list is kept for the test.
+# One in this many entries of each list is reserved for the test.
 _TEST_SHARE = 4
 
 
-def asked(order_text: str, examples: Sequence[Order] = ()) -> Conversation:
-    """What a model is given, trained or not: the schema, examples with their answers, and the order."""
+def prompt_for(order_text: str, examples: Sequence[Order] = ()) -> Conversation:
+    """The messages that ask for an order's JSON: the schema, examples with their answers, and the order."""
     turns = [(Message("user", example.text), Message("assistant", example.answer)) for example in examples]
     return (Message("system", SYSTEM), *(message for turn in turns for message in turn), Message("user", order_text))
 
 
 @dataclass(frozen=True)
 class Order:
-    """One example: what a customer wrote, and the JSON that a person would make of it."""
+    """One example: what a customer wrote, and the correct JSON."""
 
     text: str
     answer: str
@@ -48,12 +48,12 @@ class Order:
     goods: tuple[str, ...]
     """Names of the items, as in the answer: lower case, singular."""
     patterns: tuple[str, ...]
-    """Order of the sentences, sentences and list style, with their slots unfilled."""
+    """Layout, sentences and list style before their slots are filled."""
 
 
 @dataclass(frozen=True)
 class Stock:
-    """The words and sentences one part (training or test) may use. The two parts of a seed share none."""
+    """The words and sentences that one split (training or test) may use. The two splits of a seed share none."""
 
     first_names: Sequence[str]
     last_names: Sequence[str]
@@ -168,7 +168,7 @@ def _goods(count: int, stock: Stock, random: Random) -> list[str]:
 
 
 def _quantity(random: Random) -> tuple[str, int]:
-    """How the order writes it, and the number: half in words, a third in digits, the rest like `3 x`."""
+    """A quantity as written in the order, and its value: half in words, a third in digits, the rest like `3 x`."""
     style = random.randrange(6)
     if style < 3:
         return random.choice(list(words.QUANTITIES.items()))
@@ -177,7 +177,7 @@ def _quantity(random: Random) -> tuple[str, int]:
 
 
 def _sentences(part: str, delivery: str, stock: Stock) -> Sequence[str]:
-    """The sentences that a letter of the layout may become, slots unfilled."""
+    """The sentences that a letter of the layout stands for, before their slots are filled."""
     return {
         "G": stock.greetings,
         "R": stock.requests,
@@ -205,7 +205,7 @@ def _listed(items: Sequence[tuple[tuple[str, int], str]], separators: tuple[str,
 
 
 def plural(name: str) -> str:
-    """The plural of a good: the rules of English spelling, and the few words of the stock that break them."""
+    """The plural of an item's name, by the rules of English spelling and the few exceptions in the word lists."""
     modifier, _, noun = name.rpartition(" ")
     if noun in words.IRREGULAR_PLURALS:
         noun = words.IRREGULAR_PLURALS[noun]
@@ -219,9 +219,9 @@ def plural(name: str) -> str:
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object, refused where it names a key twice: Python would silently keep the last."""
+    """A JSON object without duplicate keys, of which Python would silently use the last."""
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("duplicate key")
     return dict(pairs)
 
 

@@ -1,4 +1,4 @@
-"""The words orders are made of: names, goods, and the phrases of the sentences. Data only.
+"""The words that orders are made of: names, goods and phrases. Data only.
 
 Every list is split by seed into a training and a test part, so each must be long enough for both.
 
@@ -8,7 +8,7 @@ quote: `cheap stool`, which JSON breaks into other pieces than the order does, w
 
 
 def _words(text: str) -> list[str]:
-    """Word lists stand as text: one word a line would be 500 lines."""
+    """Word lists are written as text: one word per line would take 500 lines."""
     return text.split()
 
 
@@ -36,7 +36,7 @@ Watson Weaver Webb Weber Webster Weiss Wells Wheeler Williams Williamson Wilson 
 Zhang Zimmer
 """)
 
-# The first word of a good: neither another good's noun nor a word that says how many.
+# The first word of an item's name: never a noun from NOUNS nor a word for a quantity.
 MODIFIERS = _words("""
 amber basic big black blue bright brown classic clear custom dark deep digital double electric fine flat
 fresh glass gold green grey heavy iron large light local long magnetic manual metal mini mobile modern

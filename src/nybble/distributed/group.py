@@ -18,6 +18,11 @@ def in_group() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def group_size() -> int:
+    """How many processes train together; 1 for a process that is alone."""
+    return torch.distributed.get_world_size() if in_group() else 1
+
+
 def wait_for_all() -> None:
     """Go on once every process is here."""
     if in_group():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nybble.distributed.group import group_size
 from nybble.engine.layer import Shared
 from nybble.plan import ledger
 from nybble.plan.free_memory import allocatable_bytes, host_memory
@@ -96,5 +97,4 @@ def _free(device: torch.device, cached: int) -> int:
     """Bytes that a batch may use, those of the weights that stay dequantised now among them."""
     if device.type == "cuda":
         return allocatable_bytes(device, SLACK) + cached
-    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    return (host_memory().free + cached) // 2 // processes
+    return (host_memory().free + cached) // 2 // group_size()

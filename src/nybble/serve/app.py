@@ -21,7 +21,7 @@ from nybble.serve.bodies import CompletionReply, model_entry
 from nybble.serve.encoding import Encoder, too_long
 from nybble.serve.engine import Engine, ServedModel
 from nybble.serve.fields import RequestError
-from nybble.serve.guard import Door, Guard, open_to, read_body
+from nybble.serve.guard import AccessRules, Guard, open_to, read_body
 from nybble.serve.metrics import CONTENT_TYPE, Metrics
 from nybble.serve.protocol import ChatRequest, CompletionRequest, ParsedRequest, parse
 from nybble.serve.replies import LEFT, CutOff, EventStream, LeftError, failure, while_there, whole
@@ -216,7 +216,7 @@ def first_turn(asked: ChatRequest | ResponseRequest) -> str:
     return f"{asked.source}.{speakers[0]}" if asked.turns[speakers[0]].role == "assistant" else ""
 
 
-def make_app(engine: Engine, metrics: Metrics, limits: Limits, door: Door) -> tuple[ASGIApp, CutOff]:
+def make_app(engine: Engine, metrics: Metrics, limits: Limits, access: AccessRules) -> tuple[ASGIApp, CutOff]:
     """The whole server, as an ASGI application; and what breaks off all that is under way in it."""
     api = Api(engine, metrics, limits)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
@@ -256,4 +256,4 @@ def make_app(engine: Engine, metrics: Metrics, limits: Limits, door: Door) -> tu
     async def defect(request: Request, error: Exception) -> Response:
         return await refused(request, RequestError("a defect of the server; its log says more", status=500))
 
-    return WellFormed(open_to(door.origins, Guard(app, metrics, door)), metrics), api.cut_off
+    return WellFormed(open_to(access.origins, Guard(app, metrics, access)), metrics), api.cut_off

@@ -1,7 +1,7 @@
-"""One connection: uvicorn's HTTP/1.1, with an end to those who hold it without a whole request.
+"""One connection: uvicorn's HTTP/1.1 with deadlines for clients that never complete a request.
 
-uvicorn waits for a request's head and body as long as its sender likes, answers malformed HTTP in plain text, and counts
-connections only once they ask something.
+uvicorn itself waits for headers and body without limit, answers malformed HTTP in plain text, and counts
+connections only once they send a request.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from nybble.serve.wellformed import CLOSE, HEAD, send_error
 
 Stage = Literal["idle", "head", "body", "answer"]
 SECONDS: dict[Stage, float] = {"idle": 15, "head": 15, "body": 40}
-"""From a connection's beginning to its first byte, from a head's first byte to its last, and from there to the body's last."""
-TURNED_AWAY = 2.0  # seconds for a request on a connection that is one too many
-LINGER = 2.0  # seconds for which what still comes is read and dropped, so that its sender can read why it was refused
-MOST_CRUMBS, CRUMB = 5000, 64  # pieces of a body, after which they have to be of so many bytes on the average
-BYTES = re.compile(r"bytearray\((.*)\)")  # as h11 shows what it read
+"""Deadlines: from opening to the first byte, from it to the last byte of the headers, and from there to the body's last."""
+TURNED_AWAY = 2.0  # seconds for a request on a connection beyond the limit
+LINGER = 2.0  # seconds for which input is still read and dropped, so that the client can read why it was refused
+MOST_CHUNKS, CHUNK = 5000, 64  # beyond so many chunks of a body, they must have so many bytes on average
+BYTES = re.compile(r"bytearray\((.*)\)")  # how h11 prints the bytes it read
 FULL = RequestError(
     "too many connections are open; try again in 1 s",
     status=503,
@@ -38,31 +38,31 @@ FULL = RequestError(
 
 
 class Reader(h11.Connection):
-    """h11's reader, without bodies in crumbs: 256 kB of single bytes would hold everybody up for 0.5 s."""
+    """h11's reader; it refuses bodies in tiny chunks: 256 kB in single bytes would block all connections for 0.5 s."""
 
-    crumbs, size = 0, 0
+    chunks, size = 0, 0
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """What comes next.
+        """The next event of the protocol.
 
         Raises:
-            RemoteProtocolError: it is not HTTP, or a body in thousands of small pieces.
+            RemoteProtocolError: the input is not HTTP, or a body in thousands of small chunks.
         """
         event = super().next_event()
         if isinstance(event, h11.Request):
-            self.crumbs, self.size = 0, 0
+            self.chunks, self.size = 0, 0
         elif isinstance(event, h11.Data):
-            self.crumbs, self.size = self.crumbs + 1, self.size + len(event.data)
-            if self.crumbs > MOST_CRUMBS and self.size < CRUMB * self.crumbs:
+            self.chunks, self.size = self.chunks + 1, self.size + len(event.data)
+            if self.chunks > MOST_CHUNKS and self.size < CHUNK * self.chunks:
                 raise h11.RemoteProtocolError("the body comes in too many small chunks")
         return event
 
 
 class Connection(H11Protocol):
-    """uvicorn's protocol with deadlines, OpenAI's errors, and an answer where there are too many connections.
+    """uvicorn's protocol with deadlines, errors in OpenAI's format, and an answer when too many connections are open.
 
-    `limit_concurrency` of its configuration is the number of connections; those beyond get 503, those beyond twice as many
-    nothing.
+    The configuration's `limit_concurrency` is the number of connections; further ones get 503, and those beyond twice the limit
+    are closed at once.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class Connection(H11Protocol):
         super().__init__(config, server_state, app_state, _loop)
         assert config.limit_concurrency is not None, "a server has a limit"
         self.conn = Reader(h11.SERVER, HEAD)
-        self.most, self.limit_concurrency = config.limit_concurrency, None  # uvicorn's own would turn away everybody
+        self.most, self.limit_concurrency = config.limit_concurrency, None  # uvicorn's own limit would refuse everybody
         self.stage: Stage = "answer"
         self.timer: asyncio.TimerHandle | None = None
         self.seconds = SECONDS
         self.is_over = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """asyncio's call."""
+        """Called by asyncio."""
         super().connection_made(transport)
         if len(self.connections) > 2 * self.most:
             transport.abort()
@@ -92,24 +92,24 @@ class Connection(H11Protocol):
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """asyncio's call."""
+        """Called by asyncio."""
         if not self.is_over:
             super().data_received(data)
             self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """asyncio's call."""
+        """Called by asyncio."""
         if self.timer is not None:
             self.timer.cancel()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
-        """uvicorn's call."""
+        """Called by uvicorn."""
         super().on_response_complete()
         self._watch()
 
     def send_400_response(self, msg: str) -> None:
-        """uvicorn's call, while it handles h11's error."""
+        """Called by uvicorn while it handles an error of h11."""
         error = sys.exception()
         is_large = isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431
         if is_large:
@@ -119,10 +119,10 @@ class Connection(H11Protocol):
             self._refuse(f"this is not HTTP/1.1: {why[:200]}", 400, "invalid_http")
 
     def _unsupported_upgrade_warning(self) -> None:
-        """uvicorn's: it would fill the log with advice."""
+        """Called by uvicorn, whose own version fills the log with advice."""
 
     def _watch(self) -> None:
-        """Set the clock once a part of a request is begun; further bytes of it do not wind it up again."""
+        """Start the deadline when a part of a request begins; further bytes of that part do not extend it."""
         stage = self._find_stage()
         if stage == self.stage:
             return
@@ -133,7 +133,7 @@ class Connection(H11Protocol):
             self.timer = self.loop.call_later(self.seconds[stage], self._give_up)
 
     def _find_stage(self) -> Stage:
-        """Which part of a request is waited for. Between two requests uvicorn has a clock of its own."""
+        """Which part of a request is awaited. Between two requests, uvicorn's own keep-alive timeout applies."""
         if self.transport.is_closing() or self.is_over:
             return "answer"
         if self.conn.their_state is h11.SEND_BODY:
@@ -152,12 +152,12 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def _refuse(self, message: str, status: int, code: str) -> None:
-        """Answer what never became a request, and end the connection."""
+        """Answer input that never became a request, and close the connection."""
         self.is_over = True
         if self.timer is not None:
             self.timer.cancel()
         if self.cycle is not None:
-            self.cycle.disconnected = True  # its body broke off: nothing of it can be answered any more
+            self.cycle.disconnected = True  # its body broke off, so it cannot be answered any more
             self.cycle.message_event.set()
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer is under way, or was given
             self.transport.close()

@@ -1,4 +1,4 @@
-"""Who may ask: the key, the host that is spoken to, the size of what is sent."""
+"""Which requests are accepted: API key, Host header, origin, and size of the body."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from nybble.serve.metrics import Metrics
 from nybble.serve.wellformed import CLOSE, host_name, send_error
 
 BODY = 4 * 2**20  # bytes of a request; 128,000 tokens of English are half a megabyte
-DRAIN = 64 * 2**20  # bytes of one that is too large which are read and forgotten, so that its sender hears the answer
+DRAIN = (
+    64 * 2**20
+)  # bytes of a body that is too large which are read and dropped, so that its sender can read the answer
 PATIENCE = 30  # seconds for a request's body to arrive
-OPEN = {"/", "/health"}  # without a key: the page has no secret, and says nothing before it has one
+OPEN = {"/", "/health"}  # need no key: the page has no secrets and shows nothing until it is given a key
 ROUTES = {*OPEN, "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses"}
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@*]+")
 UTF_8 = re.compile(r'charset="?(utf-?8|us-ascii)"?')
@@ -31,10 +33,10 @@ KEY = "python -c 'import secrets; print(secrets.token_urlsafe())' > key.txt, the
 
 
 def addresses(host: str) -> list[str]:
-    """The addresses that a host's name stands for.
+    """The addresses that a host name resolves to.
 
     Raises:
-        ServeError: it stands for none.
+        ServeError: it does not resolve.
     """
     try:
         return sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
@@ -60,21 +62,21 @@ def check_open_to(host: str, key: str | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Door:
-    """Who is let in."""
+class AccessRules:
+    """Who may use the server."""
 
     key: str | None = None
     origins: tuple[str, ...] = ()
-    """Web pages that may ask, by scheme and host: https://app.example; * is any."""
+    """Origins of web pages that may send requests, such as https://app.example; * is any."""
     hosts: tuple[str, ...] = ()
-    """Names by which the server may be spoken to without a key, beside this machine's own."""
+    """Host names that requests without a key may use, besides this machine's own."""
 
 
-def make_door(key: str | None, origins: Sequence[str], hosts: Sequence[str]) -> Door:
-    """What the options say.
+def make_access_rules(key: str | None, origins: Sequence[str], hosts: Sequence[str]) -> AccessRules:
+    """The rules that the command line's options describe.
 
     Raises:
-        ServeError: an origin or a host is none, or every page is let in without a key.
+        ServeError: an origin or a host is malformed, or every page is allowed without a key.
     """
     cleaned = tuple(origin.rstrip("/").lower() for origin in origins)
     for origin, given in zip(cleaned, origins, strict=True):
@@ -94,13 +96,13 @@ def make_door(key: str | None, origins: Sequence[str], hosts: Sequence[str]) -> 
                 f"--allow-host {host} is not a host name: no scheme, no port, no path",
                 fix="--allow-host gpu.example",
             )
-    return Door(key, cleaned, tuple(host.lower() for host in hosts))
+    return AccessRules(key, cleaned, tuple(host.lower() for host in hosts))
 
 
 def open_to(origins: Sequence[str], app: ASGIApp) -> ASGIApp:
-    """The application, answering web pages of these origins too.
+    """The application with CORS for web pages of these origins.
 
-    It goes around the guard: a browser asks first whether it may send the key, and does so without it.
+    It wraps the guard, since a browser's preflight request comes without the key.
     """
     if not origins:
         return app
@@ -111,15 +113,15 @@ def open_to(origins: Sequence[str], app: ASGIApp) -> ASGIApp:
 
 
 class Guard:
-    """Before anything else looks at a request: counts it, and turns away who has no key.
+    """Middleware that sees each request first: it counts it, and refuses it if the key is wrong or missing.
 
-    Without a key the server answers this machine only, and then only under its own names and those that it was told: a page of
-    another site that has its name point to 127.0.0.1 (DNS rebinding) gets nothing.
+    Without a key, the server answers this machine only, and only under its own names and those allowed by --allow-host: a site
+    whose name resolves to 127.0.0.1 (DNS rebinding) is refused.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, door: Door) -> None:
-        self.app, self.metrics, self.hosts = app, metrics, door.hosts
-        self.key = door.key.encode() if door.key else None
+    def __init__(self, app: ASGIApp, metrics: Metrics, access: AccessRules) -> None:
+        self.app, self.metrics, self.hosts = app, metrics, access.hosts
+        self.key = access.key.encode() if access.key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -167,11 +169,11 @@ async def read_body(request: Request) -> bytes:
     """The body of a JSON request.
 
     Raises:
-        RequestError: of another type, too large, or too slow.
+        RequestError: it is not JSON, too large, or too slow.
     """
     _check_encoding(request)
     declared = int(request.headers.get("content-length", 0))  # h11 has read it already
-    asks_first = "expect" in request.headers  # its sender waits to hear whether it may send that
+    asks_first = "expect" in request.headers  # Expect: 100-continue, the client waits before it sends the body
     if declared > DRAIN or (declared > BODY and asks_first):
         raise _too_large()
     body, size = bytearray(), 0
@@ -193,11 +195,11 @@ async def read_body(request: Request) -> bytes:
 
 
 def _check_encoding(request: Request) -> None:
-    """Whether the body is JSON in UTF-8 as it stands."""
+    """Refuse a body that is not plain JSON in UTF-8, by its headers."""
     kind, *parameters = (part.strip().lower() for part in request.headers.get("content-type", "").split(";"))
     if kind != "application/json":  # a form on another site's page cannot send this
         raise RequestError(f"Content-Type is {kind[:100] or 'missing'}; send application/json", status=415)
-    odd = next((word for word in parameters if word.startswith("charset=") and not UTF_8.fullmatch(word)), "")
+    odd = next((part for part in parameters if part.startswith("charset=") and not UTF_8.fullmatch(part)), "")
     if odd:
         raise RequestError(f"Content-Type says {odd[:100]}; send JSON in UTF-8", status=415)
     packed = request.headers.get("content-encoding", "identity").strip().lower()
@@ -210,13 +212,13 @@ def _too_large() -> RequestError:
 
 
 def _token(authorization: bytes) -> bytes:
-    """What stands after Bearer, whichever way that is spelt; nothing where it does not stand there."""
+    """The token after Bearer, in any case; empty for other schemes."""
     scheme, _, token = authorization.partition(b" ")
     return token.strip() if scheme.lower() == b"bearer" else b""
 
 
 def _is_this_machine(name: str) -> bool:
-    """Whether this is a name of this machine that no one else can give it."""
+    """Whether the name is localhost or a loopback address, which nobody else can point to this machine."""
     if name == "localhost":
         return True
     try:

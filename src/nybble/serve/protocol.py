@@ -1,4 +1,4 @@
-"""OpenAI's requests, every field typed; what cannot be honoured is refused by name, never passed over in silence."""
+"""OpenAI's requests, every field typed. What cannot be honoured is refused with its name, never silently ignored."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from pydantic import (
 from nybble.data.rows.formats import Conversation, Message
 from nybble.serve.fields import FieldError, Neutral, Refused, RequestError, Strict, explain
 
-MOST_ANSWERS = 128  # n, as OpenAI has it; the queue may hold fewer
-MOST_STOPS, LONGEST_STOP = 64, 1000  # every token is held against them
+MOST_ANSWERS = 128  # n, the same limit as OpenAI's; the queue may be shorter
+MOST_STOPS, LONGEST_STOP = 64, 1000  # every token is compared with them
 COLDEST = 1e-5  # a temperature below it is greedy: logits divided by 1e-40 are infinite in float32
 MOST_MESSAGES = 512
-MOST_BRACKETS = 200_000  # in a body, those in texts included: a million empty lists hold everybody up for 2 s
+MOST_BRACKETS = (
+    200_000  # in a body, those inside strings included: a million empty lists would block all requests for 2 s
+)
 PARTS = ("text", "input_text", "output_text")  # of a message's content
 PROMPTS = "prompt is a text, a list of token ids, or a list of these"
 NO_TOOLS = "this server does not call tools; leave it out, or send tool_choice: none"
@@ -32,7 +34,7 @@ NO_PENALTY = "penalties and biases are not supported; leave it out"
 
 
 def _text(value: Any) -> Any:
-    """Content as one string: OpenAI also takes a list of parts."""
+    """Content as one string; OpenAI also accepts a list of parts."""
     if not isinstance(value, list):
         return value
     for part in value:
@@ -64,7 +66,7 @@ def _stops(value: Any) -> Any:
 
 
 def _are_ids(value: Any) -> bool:
-    """Whether this is a list of whole numbers; told without a step of Python's for each of what may be two millions."""
+    """Whether this is a list of integers, without a Python loop over what may be two million items."""
     return isinstance(value, list) and set(map(type, value)) == {int}
 
 
@@ -95,30 +97,30 @@ class Turn(Strict):
     content: Annotated[str, BeforeValidator(_text)]
 
     def message(self) -> Message:
-        """As templates take it."""
+        """In the form that chat templates take."""
         return Message("system" if self.role == "developer" else self.role, self.content)
 
 
 class StreamOptions(Strict):
-    """What a stream brings beside the answer."""
+    """What a stream sends besides the answer."""
 
     path = "stream_options."
     neutral: ClassVar[Neutral] = {"include_obfuscation": (False,)}
-    ignored = frozenset({"include_obfuscation"})  # characters that hide how long a piece is from who listens in
+    ignored = frozenset({"include_obfuscation"})  # padding that hides the length of each chunk from an eavesdropper
     include_usage: bool = False
 
 
 class ParsedRequest(Strict):
-    """What all requests for answers have in common."""
+    """The fields that all requests for answers share."""
 
     kind: ClassVar[str]
-    """What OpenAI calls the object that answers."""
+    """The type of the response object in OpenAI's API."""
     id_prefix: ClassVar[str]
     source: ClassVar[str]
     """The field that the prompt comes from."""
     limit_field: ClassVar[str] = "max_tokens"
     spelt: ClassVar[Mapping[str, str]] = {}
-    """What an engine's options are called here, where it is another name."""
+    """Names of the engine's options in this API, where they differ."""
     is_chat: ClassVar[bool] = True
     neutral: ClassVar[Neutral] = {
         "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},), "min_p": (0,),
@@ -159,39 +161,39 @@ class ParsedRequest(Strict):
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """Fields that were sent, and change nothing here."""
+        """Fields of the request that are ignored."""
         return self._unused
 
     @property
     def answers(self) -> int:
-        """How many answers a prompt gets."""
+        """Answers per prompt."""
         return 1
 
     @property
     @abc.abstractmethod
     def limit(self) -> int | None:
-        """Tokens that an answer may have; None: what the model has room for."""
+        """Tokens that an answer may have; None for as many as the context allows."""
 
     @property
     @abc.abstractmethod
     def likeliest(self) -> int | None:
-        """How many likeliest tokens are named; None: no log probabilities."""
+        """Top log probabilities per token; None for no log probabilities."""
 
     @property
     def begun(self) -> str:
-        """The beginning of the answer, where the request brings it along."""
+        """The beginning of the answer, if the request contains it."""
         return ""
 
 
 class Counted(ParsedRequest):
-    """What chat and plain completions have in common."""
+    """The fields that chat and plain completions share."""
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1
 
     @property
     def answers(self) -> int:
-        """How many answers a prompt gets."""
+        """Answers per prompt."""
         return self.n
 
 
@@ -213,16 +215,16 @@ class ChatRequest(Counted):
         if self.top_logprobs is not None and not self.logprobs:
             raise FieldError("top_logprobs", "only allowed with logprobs=true")
         check_last(self.source, self.messages)
-        goes_on = self.messages[-1].role == "assistant"
-        if self.continue_final_message not in (None, goes_on):
+        continues = self.messages[-1].role == "assistant"
+        if self.continue_final_message not in (None, continues):
             raise FieldError(
                 "continue_final_message",
-                f"the last message is from the {self.messages[-1].role}, so this can only be {_json(goes_on)}",
+                f"the last message is from the {self.messages[-1].role}, so this can only be {_json(continues)}",
             )
-        if self.add_generation_prompt not in (None, not goes_on):
+        if self.add_generation_prompt not in (None, not continues):
             raise FieldError(
                 "add_generation_prompt",
-                f"the last message is from the {self.messages[-1].role}, so this can only be {_json(not goes_on)}",
+                f"the last message is from the {self.messages[-1].role}, so this can only be {_json(not continues)}",
             )
         return self
 
@@ -232,7 +234,7 @@ class ChatRequest(Counted):
         return self.messages
 
     def conversation(self) -> Conversation:
-        """As templates take it."""
+        """In the form that chat templates take."""
         return tuple(turn.message() for turn in self.messages)
 
     @property
@@ -242,12 +244,12 @@ class ChatRequest(Counted):
 
     @property
     def likeliest(self) -> int | None:
-        """How many likeliest tokens are named; None: no log probabilities."""
+        """Top log probabilities per token; None for no log probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def begun(self) -> str:
-        """What the assistant said last, if nobody answered it."""
+        """The content of a last message from the assistant, which the answer continues."""
         return self.turns[-1].content if self.turns[-1].role == "assistant" else ""
 
 
@@ -258,7 +260,7 @@ class CompletionRequest(Counted):
     id_prefix = "cmpl-"
     source = "prompt"
     is_chat = False
-    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]  # which leaves pydantic nothing to look at
+    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]  # checked here once, not id by id
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
 
@@ -270,12 +272,12 @@ class CompletionRequest(Counted):
 
     @property
     def limit(self) -> int | None:
-        """Tokens that an answer may have: 16 unless asked otherwise, as OpenAI has it."""
+        """Tokens that an answer may have; 16 by default, as in OpenAI's API."""
         return self.max_tokens or 16
 
     @property
     def likeliest(self) -> int | None:
-        """How many likeliest tokens are named; None: no log probabilities."""
+        """Top log probabilities per token; None for no log probabilities."""
         return self.logprobs
 
 
@@ -283,10 +285,10 @@ Kind = TypeVar("Kind", bound=ParsedRequest)
 
 
 def check_last(field: str, turns: Sequence[Turn]) -> None:
-    """Whether the assistant can speak next, or go on.
+    """Check that the assistant can answer, or continue its last message.
 
     Raises:
-        FieldError: it was the system that spoke last, or the assistant goes on from a message that is nobody's answer.
+        FieldError: the last message is the system's, or the assistant's without a user's message before it.
     """
     last = len(turns) - 1
     if turns[last].role in ("system", "developer"):
@@ -302,17 +304,17 @@ def check_last(field: str, turns: Sequence[Turn]) -> None:
 
 
 def parse(kind: type[Kind], body: bytes) -> Kind:
-    """A request from its JSON.
+    """Parse a request from JSON.
 
     Raises:
-        RequestError: naming the field that is wrong, and what it should be.
+        RequestError: names the wrong field and what it should be.
     """
     unused: list[str] = []
     if body.count(b"[") + body.count(b"{") > MOST_BRACKETS:
         raise RequestError(f"the body has more than {MOST_BRACKETS:,} opening brackets", code="invalid_value")
     try:
-        asked = kind.model_validate_json(body, context=unused)
+        request = kind.model_validate_json(body, context=unused)
     except ValidationError as error:
-        raise explain(kind, error) from None  # the cause would carry the prompt into a log
-    asked._unused = tuple(dict.fromkeys(unused))
-    return asked
+        raise explain(kind, error) from None  # the cause would put the prompt into a log
+    request._unused = tuple(dict.fromkeys(unused))
+    return request

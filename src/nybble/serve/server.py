@@ -25,7 +25,7 @@ from nybble.run.folder import Run
 from nybble.serve.app import Limits, make_app
 from nybble.serve.connection import Connection
 from nybble.serve.engine import Engine
-from nybble.serve.guard import KEY, Door, check_open_to
+from nybble.serve.guard import KEY, AccessRules, check_open_to
 from nybble.serve.loading import load_continuous, load_pipeline
 from nybble.serve.metrics import Metrics
 from nybble.serve.vllm import become_vllm
@@ -48,7 +48,7 @@ class Address:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    door: Door = field(default_factory=Door)
+    access: AccessRules = field(default_factory=AccessRules)
 
 
 class Server(uvicorn.Server):
@@ -117,14 +117,14 @@ def serve(
     if engine not in ENGINES:
         raise ServeError(f"there is no engine {engine!r}", fix=f"--engine {', '.join(ENGINES)}")
     if engine == "vllm":
-        if limits != Limits() or device != "auto" or address.door.origins or address.door.hosts:
+        if limits != Limits() or device != "auto" or address.access.origins or address.access.hosts:
             raise ServeError(
                 "--queue, --timeout, --device, --log-prompts, --allow-origin and --allow-host are for nybble's own server; "
                 "vLLM has its own options",
                 fix="omit them, or --engine pipeline",
             )
-        become_vllm(runs, address.host, address.port, address.door.key)
-    local = check_open_to(address.host, address.door.key)  # 1. who may reach it
+        become_vllm(runs, address.host, address.port, address.access.key)
+    local = check_open_to(address.host, address.access.key)  # 1. who may reach it
     listener = listen(address.host, address.port)  # 2. the port, before minutes go into loading
     try:
         metrics = Metrics()
@@ -132,7 +132,7 @@ def serve(
             loaded = load_engine(engine, runs, metrics, device=device, queue=limits.queue, cache=cache)
         try:
             tell(console, loaded, address, listener, local)  # 4. what there is
-            run_server(loaded, metrics, limits, address.door, listener, console)  # 5. answers
+            run_server(loaded, metrics, limits, address.access, listener, console)  # 5. answers
         finally:
             loaded.close()
     finally:
@@ -193,7 +193,7 @@ def tell(console: Console, engine: Engine, address: Address, listener: socket.so
             f"adapter   {changes}" + (f" ({name})" if len(tuned) > 1 else "")
             for name, changes in engine.adapters.items()
         ),
-        f"address   http://{shown}:{port}/v1" + ("" if address.door.key else "   (no key needed)"),
+        f"address   http://{shown}:{port}/v1" + ("" if address.access.key else "   (no key needed)"),
         f"page      http://{shown}:{port}/",
         "access    accepts connections from this machine only"
         if local
@@ -204,19 +204,19 @@ def tell(console: Console, engine: Engine, address: Address, listener: socket.so
 
 
 def run_server(
-    engine: Engine, metrics: Metrics, limits: Limits, door: Door, listener: socket.socket, console: Console
+    engine: Engine, metrics: Metrics, limits: Limits, access: AccessRules, listener: socket.socket, console: Console
 ) -> None:
     """Serve on a socket until a signal; then let running answers finish."""
     _log_to_stderr()
     with short_turns():
-        make_server(engine, metrics, limits, door, console).run(sockets=[listener])
+        make_server(engine, metrics, limits, access, console).run(sockets=[listener])
 
 
-def make_server(engine: Engine, metrics: Metrics, limits: Limits, door: Door, console: Console) -> Server:
+def make_server(engine: Engine, metrics: Metrics, limits: Limits, access: AccessRules, console: Console) -> Server:
     """The server, which does not listen yet."""
     # uvicorn's warnings are about requests, each of which gets its answer
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-    app, cut_off = make_app(engine, metrics, limits, door)
+    app, cut_off = make_app(engine, metrics, limits, access)
     config = uvicorn.Config(
         app,
         http=Connection,

@@ -12,7 +12,7 @@ from nybble.cli.app import app
 from nybble.errors import ServeError
 from nybble.serve import server as serve_server
 from nybble.serve.app import Limits
-from nybble.serve.guard import make_door
+from nybble.serve.guard import make_access_rules
 from nybble.serve.loading import load_pipeline
 from nybble.serve.server import Address, serve
 from tests.local_server import serving
@@ -80,32 +80,32 @@ def test_a_host_that_is_allowed_is_answered_without_a_key(tuned_run, cache):
 
 
 def test_what_cannot_be_allowed_is_said():
-    assert make_door(None, ["http://LocalHost:3000/"], ["GPU.example"]).origins == ("http://localhost:3000",)
-    assert make_door(None, [], ["GPU.example"]).hosts == ("gpu.example",)
-    assert make_door("k", ["*"], []).origins == ("*",)
-    assert make_door(None, ["vscode-webview://1abc"], []).origins
+    assert make_access_rules(None, ["http://LocalHost:3000/"], ["GPU.example"]).origins == ("http://localhost:3000",)
+    assert make_access_rules(None, [], ["GPU.example"]).hosts == ("gpu.example",)
+    assert make_access_rules("k", ["*"], []).origins == ("*",)
+    assert make_access_rules(None, ["vscode-webview://1abc"], []).origins
     with pytest.raises(ServeError, match=r"--allow-origin '\*' without an API key[\s\S]*--api-key-file"):
-        make_door(None, ["*"], [])
+        make_access_rules(None, ["*"], [])
     for wrong in ("app.example", "https://app.example/page", "https://*.example", "https://", "null", ""):
         with pytest.raises(
             ServeError, match=r"is not the origin of a web page[\s\S]*--allow-origin https://app.example"
         ):
-            make_door("k", [wrong], [])
+            make_access_rules("k", [wrong], [])
     for wrong in ("http://gpu.example", "gpu.example:8000", "gpu.example/", "*", "", ".example"):
         with pytest.raises(ServeError, match=r"is not a host name[\s\S]*--allow-host gpu.example"):
-            make_door(None, [], [wrong])
+            make_access_rules(None, [], [wrong])
 
 
 def test_the_command_line_brings_both_to_the_server(tuned_run, monkeypatch, quiet):
     started = []
     monkeypatch.setattr(serve_server, "serve", lambda runs, place, *rest, **more: started.append(place))
     using.serve(typer.Context(get_command(app)), [tuned_run.folder], allow_origin=[PAGE], allow_host=["gpu.example"])
-    assert (started[0].door.origins, started[0].door.hosts) == ((PAGE,), ("gpu.example",))
+    assert (started[0].access.origins, started[0].access.hosts) == ((PAGE,), ("gpu.example",))
     monkeypatch.undo()
     with pytest.raises(ServeError, match=r"--allow-origin and --allow-host are for nybble's own server"):
         serve(
             [tuned_run],
-            Address(door=make_door(None, [PAGE], [])),
+            Address(access=make_access_rules(None, [PAGE], [])),
             quiet,
             engine="vllm",
             device="auto",
