@@ -44,7 +44,7 @@ from nybble.recipe import ModelOptions
 from nybble.run.folder import open_run
 from nybble.serve.app import Limits
 from nybble.serve.engine import Engine
-from nybble.serve.guard import Door
+from nybble.serve.guard import AccessRules
 from nybble.serve.loading import load_continuous, pipeline_engine
 from nybble.serve.metrics import Metrics
 from nybble.serve.server import listen, make_server, short_turns
@@ -78,7 +78,7 @@ def bare_adapter(base: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
 def served(engine: Engine, metrics: Metrics) -> Iterator[str]:
     """A server around an engine, on loopback."""
     listener = listen("127.0.0.1", 0)
-    server = make_server(engine, metrics, Limits(), Door(), Console(quiet=True))
+    server = make_server(engine, metrics, Limits(), AccessRules(), Console(quiet=True))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     while not server.started:
