@@ -98,6 +98,17 @@ def test_adapters(case, base, good, tmp_path, monkeypatch):
                 assert torch.equal(logits(one), logits(base)), "switched off, it must leave the base as it was"
 
 
+@pytest.mark.parametrize("name", ["fan in, fan out", "biases of a base without any"])
+def test_settings_without_effect_bring_no_warning(name, base, good, tmp_path):
+    """At loading and while the adapter is off, alone and beside another; warnings are errors here."""
+    folder = damaged(name, good, tmp_path / "adapter")
+    for first in (None, good):
+        outcome, model = opened(base, folder, first=first)
+        assert outcome.status == 0, outcome.text
+        with model.disable_adapter():
+            assert torch.equal(logits(model), logits(base))
+
+
 @pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 40))])
 def test_damage_anywhere_is_a_message_or_changes_numbers_only(seed, base, good, tmp_path):
     """Bytes changed, cut out or doubled at random places of each file; nothing but a NybbleError may come of it."""

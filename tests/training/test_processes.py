@@ -47,6 +47,7 @@ def trained(forks, root, processes, *words):
 
 
 def held_against(one, several) -> None:
+    assert all(one), "samples, evaluations and losses, none of them empty"
     assert several[0] == one[0], "the same answers, in the same order"
     assert [sample["step"] for sample in one[0]] == [2, 2, 4, 4]
     assert len({sample["prompt"] for sample in one[0]}) == 2

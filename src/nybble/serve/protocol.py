@@ -23,9 +23,7 @@ MOST_ANSWERS = 128  # n, the same limit as OpenAI's; the queue may be shorter
 MOST_STOPS, LONGEST_STOP = 64, 1000  # every token is compared with them
 COLDEST = 1e-5  # a temperature below it is greedy: logits divided by 1e-40 are infinite in float32
 MOST_MESSAGES = 512
-MOST_BRACKETS = (
-    200_000  # in a body, those inside strings included: a million empty lists would block all requests for 2 s
-)
+MOST_BRACKETS = 200_000  # in a body, strings included: a million empty lists would block all requests for 2 s
 PARTS = ("text", "input_text", "output_text")  # of a message's content
 PROMPTS = "prompt is a text, a list of token ids, or a list of these"
 NO_TOOLS = "this server does not call tools; leave it out, or send tool_choice: none"

@@ -210,7 +210,7 @@ def _read_stored(
 def _drop_without_effect(config: LoraConfig, model: torch.nn.Module) -> None:
     """Settings that mean nothing on this base, which PEFT warns about at every load or each time the adapter is off."""
     config.fan_in_fan_out = False  # a layout of GPT-2's Conv1D; Linear weights have one alone
-    if not any(name.endswith(".bias") for name, _ in model.named_parameters()):
+    if not any(name.endswith(".bias") and ".lora_B." not in name for name, _ in model.named_parameters()):
         config.bias = "none"
 
 
