@@ -33,7 +33,7 @@ from nybble.export.merge.shards import Spec, write_shards
 from nybble.files import digests
 from nybble.files.cache import Entry
 from nybble.model.base import bits
-from nybble.model.base.cached import find_kept
+from nybble.model.base.cached import find_copy
 from nybble.model.base.checkpoint import Checkpoint, find_checkpoint, fingerprint
 from nybble.model.base.load import load_base
 from nybble.model.device import choose_device, choose_dtype
@@ -87,10 +87,10 @@ def measure_model(folder: pathlib.Path, scratch: pathlib.Path) -> dict[str, obje
     first = seconds(lambda: fingerprint(checkpoint, cache))
     quantised = seconds(load)
     (entry,) = (cache / "base").iterdir()
-    facts = find_kept(entry).facts
+    facts = find_copy(entry).facts
 
     def without() -> object:
-        with mock.patch("nybble.model.base.load.find_kept", lambda folder: Entry(folder, facts)):
+        with mock.patch("nybble.model.base.load.find_copy", lambda folder: Entry(folder, facts)):
             return load()
 
     seconds(without)  # the first time loads and compiles what the others need
@@ -98,7 +98,7 @@ def measure_model(folder: pathlib.Path, scratch: pathlib.Path) -> dict[str, obje
     times = {"warm_checked_s": median(load), "warm_unchecked_s": median(without)}
     cold = lambda: forget(entry)  # noqa: E731
     times |= {"cold_checked_s": median(load, cold), "cold_unchecked_s": median(without, cold)}
-    check = median(lambda: find_kept(entry))
+    check = median(lambda: find_copy(entry))
     own = load_base(checkpoint, options, dtype, device, cache).bits
     return {
         "same_bits_again": load_base(checkpoint, options, dtype, device, scratch / "another").bits == own,
