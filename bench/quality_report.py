@@ -190,7 +190,7 @@ def _apart(results: Results, data: str, method: str) -> str:
 def _claim(results: Results) -> Iterator[str]:
     yield (
         f"Fixed beforehand: the held-out loss of QLoRA (NF4, all linear) is equivalent to 16-bit LoRA's within {MARGIN} nats "
-        f"a token (two one-sided t-tests at {LEVEL:.0%} on paired differences, over seeds and rows). Intervals are 90%."
+        f"per token (two one-sided t-tests at {LEVEL:.0%} on paired differences, over seeds and rows). Intervals are 90%."
     )
     yield ""
     verdicts = []
