@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from bench.train import build, options_of
+from bench.train import build
+from bench.train_rows import options_of
 
 WARM_UP, PROFILED = 4, 2
 KINDS = {

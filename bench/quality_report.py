@@ -13,7 +13,7 @@ import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.quality_run import METHODS, TASKS
+from bench.quality_setup import METHODS, TASKS
 
 MARGIN = 0.01  # nats per token, fixed before any result
 LEVEL = 0.05  # of each one-sided test
