@@ -22,14 +22,14 @@ from nybble.data.sets.prepare import prepare
 from nybble.errors import PlaceError
 from nybble.evaluate.scores import Scored, Store
 from nybble.files import cache as kept
-from nybble.files.places import HALF
+from nybble.files.atomic import HALF
 from nybble.model.base.checkpoint import find_checkpoint, fingerprint
 from nybble.model.base.load import load_base
 from nybble.recipe import DataOptions, ModelOptions
 from tests.conftest import WORDS, small_tokenizer, tuned, write_llama
 from tests.corpus.caches import CASES, MENDED, cut, entry, flipped, zeroed
 from tests.corpus.cases import Case, nybble, sampled
-from tests.files.test_places import read_only
+from tests.files.disks import read_only
 
 SCORED = Scored("t", "acc", True, "1", 0, 2, "Hub", [1.0, float("nan")], ["t", "t"], ["x", "y"])
 

@@ -14,25 +14,16 @@ import time
 import pytest
 
 from nybble.errors import ExportError, RunError
+from nybble.files.atomic import FORGOTTEN, HALF, LOCK, new_folder, refuse_busy, remove_half_made, replacing, writing
 from nybble.files.locks import Holder, hold, holder, kernel
-from nybble.files.places import (
-    FORGOTTEN,
-    HALF,
-    LOCK,
-    check_export,
-    new_folder,
-    refuse_busy,
-    remove_half_made,
-    replacing,
-    writing,
-)
+from nybble.files.outputs import check_export
 from nybble.files.writing import write_text
 from nybble.run.folder import open_run
-from tests.files.test_places import as_somebody_without_a_home, read_only
+from tests.files.disks import as_somebody_without_a_home, read_only
 
 LOCKED = """
 import pathlib, sys
-from nybble.files.places import new_folder, writing
+from nybble.files.atomic import new_folder, writing
 what, place = sys.argv[1], pathlib.Path(sys.argv[2])
 with writing(place, "trained") if what == "run" else new_folder(place) as folder:
     if folder:
@@ -269,7 +260,7 @@ def test_a_pipe_in_a_locks_place_says_nothing_of_its_holder(tmp_path):
 
 FORKED = """
 import os, pathlib, sys, time
-from nybble.files.places import writing
+from nybble.files.atomic import writing
 with writing(pathlib.Path(sys.argv[1]), "trained"):
     if not os.fork():
         print(os.getpid(), flush=True)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nybble.files.places import writing
+from nybble.files.atomic import writing
 from nybble.run.folder import open_run
 from nybble.run.log import read_metrics
 from tests.corpus.kills import COMMON, CONFIGURATIONS, NAMED, Elapsed, Kill, Moment, Sequence, sequences

@@ -12,7 +12,8 @@ from nybble.chat.answerer import Answerer
 from nybble.data.text.kept_template import read_template
 from nybble.data.text.template import Template, choose_template
 from nybble.errors import RunError
-from nybble.files.places import check_cache, default_cache, explained_disk
+from nybble.files.disk_errors import explained_disk
+from nybble.files.paths import check_cache, default_cache
 from nybble.model.adapter.lora import add_adapter, load_adapter
 from nybble.model.adapter.updates import updates_of
 from nybble.model.base.bits import trained_on

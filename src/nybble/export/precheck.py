@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.errors import ExportError
 from nybble.export.gguf.quants import GET_QUANTIZER, K_QUANTS, OWN_QUANTS, QUANTIZER, GgufConverter
-from nybble.files.places import check_disk
+from nybble.files.paths import check_disk
 from nybble.plan.ledger import export_bytes
 from nybble.plan.shapes import ModelShape
 

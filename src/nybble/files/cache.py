@@ -21,7 +21,8 @@ import xxhash
 
 from nybble.errors import PlaceError
 from nybble.files import digests
-from nybble.files.places import ANOTHER_CACHE, FORGOTTEN, HALF, folder_beside, is_forgotten, put_in_place, replacing
+from nybble.files.atomic import FORGOTTEN, HALF, folder_beside, is_forgotten, put_in_place, replacing
+from nybble.files.paths import ANOTHER_CACHE
 
 MANIFEST = "manifest.json"
 NAMES = 9  # names that an entry may have, in case what has the first ones can be neither used nor moved

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from nybble.files.places import replacing
+from nybble.files.atomic import replacing
 
 
 def write_text(file: pathlib.Path, text: str) -> None:

@@ -26,7 +26,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nybble.errors import ModelError, RecipeError, RunError
-from nybble.files.places import check_disk, new_folder, refuse_busy
+from nybble.files.atomic import new_folder, refuse_busy
+from nybble.files.paths import check_disk
 from nybble.files.reading import RESTORE, read_object
 from nybble.files.writing import write_text
 from nybble.plan.ledger import run_folder_bytes

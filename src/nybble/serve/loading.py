@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from nybble.chat.answerer import Answerer
 from nybble.chat.loading import load_answerers, load_template
 from nybble.errors import RunError, ServeError
-from nybble.files.places import default_cache
+from nybble.files.paths import default_cache
 from nybble.generate.continuous import Continuous
 from nybble.generate.padded import PATIENCE, Padded
 from nybble.generate.worker import Worker

@@ -13,7 +13,9 @@ from nybble.data.text.kept_template import save_template
 from nybble.distributed.environment import environment_restored
 from nybble.distributed.launcher import rank
 from nybble.errors import ModelError, RecipeError, RunError
-from nybble.files.places import check_places, explained_disk, no_empty_folders, writing
+from nybble.files.atomic import no_empty_folders, writing
+from nybble.files.disk_errors import explained_disk
+from nybble.files.outputs import check_places
 from nybble.model.base.bits import Trained, trained_on
 from nybble.model.base.checkpoint import Checkpoint, fingerprint
 from nybble.recipe import Recipe

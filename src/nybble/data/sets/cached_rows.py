@@ -22,7 +22,8 @@ from nybble.data.rows import faults
 from nybble.data.text.tokenise import Pass, Sample
 from nybble.errors import PlaceError
 from nybble.files import cache as entries
-from nybble.files.places import ANOTHER_CACHE, put_in_place
+from nybble.files.atomic import put_in_place
+from nybble.files.paths import ANOTHER_CACHE
 
 TRIES = 4
 ROWS, FOUND = "tokens.arrow", "found.json"

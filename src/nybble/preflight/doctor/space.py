@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nybble.errors import PlaceError
-from nybble.files.places import ANOTHER_CACHE, check_cache, check_writable, default_cache, nearest
+from nybble.files.paths import ANOTHER_CACHE, check_cache, check_writable, default_cache, nearest
 from nybble.plan.free_memory import Memory
 from nybble.plan.ledger import base_bytes, cached_copy_bytes, download_bytes, run_folder_bytes
 from nybble.plan.shapes import LLAMA_2_7B

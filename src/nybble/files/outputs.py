@@ -1,0 +1,56 @@
+"""Whether a run, a report or an export can be written, before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shlex
+
+from nybble.errors import ExportError
+from nybble.files.atomic import HALF, LOCK, refuse_busy
+from nybble.files.locks import holder, refuse_held
+from nybble.files.paths import check_cache, check_writable
+
+REPORT = "parity.json"  # in each export
+
+
+def check_places(run: pathlib.Path, cache: pathlib.Path) -> None:
+    """Refuse a run folder or a cache that cannot be written, before anything is loaded.
+
+    Raises:
+        PlaceError: with the reason.
+    """
+    check_writable(run, "the run", "out=FOLDER, in a writable location")
+    check_cache(cache)
+
+
+def check_report(run: pathlib.Path) -> None:
+    """Refuse a run into which `nybble eval` cannot write its report.
+
+    Raises:
+        PlaceError: with the reason.
+        RunError: another process writes it.
+    """
+    refuse_busy(run)
+    fix = f"evaluate a copy: cp -r {run} FOLDER, then nybble eval FOLDER"
+    check_writable(run, "the report, which is kept in the run,", fix)
+    if (run / "report").is_dir():
+        check_writable(run / "report", "the report's pictures", fix)
+
+
+def check_export(target: pathlib.Path) -> None:
+    """Refuse a path where an export cannot be made: something is there, or nothing can be written.
+
+    Raises:
+        ExportError: something is there, and an export is never overwritten.
+        PlaceError: nothing can be written, with the reason.
+        RunError: another process is about to put something there.
+    """
+    if os.path.lexists(target):
+        is_export = (target / REPORT).is_file()  # anything else may be a run or a base: nobody is told to remove it
+        remove = f", or remove the one that is there: rm -r {shlex.quote(str(target))}" if is_export else ""
+        raise ExportError(f"{target} exists already", fix=f"--out ANOTHER{remove}")
+    for lock in target.parent.glob(f"{HALF}*{LOCK}"):
+        if (held := holder(lock)) is not None and held.place == os.path.realpath(target):
+            refuse_held(lock, target)
+    check_writable(target, "the export", "--out FOLDER, in a writable location")

@@ -1,0 +1,132 @@
+"""Where nybble reads and writes: the cache, which folders are writable, how much disk is free."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pathlib
+import shutil
+import tempfile
+
+from nybble.errors import PlaceError, RunError
+from nybble.terminal import bytes_text
+
+ANOTHER_CACHE = "nybble --cache FOLDER COMMAND ..., or set XDG_CACHE_HOME to a writable folder"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+PROBE = 4096  # bytes: a file of none can be made on a full disk
+
+
+def default_cache() -> pathlib.Path:
+    """Where quantised bases, tokenised data, digests, scores and the embedded model are kept: $XDG_CACHE_HOME/nybble, or
+    ~/.cache/nybble.
+
+    Raises:
+        PlaceError: neither is set, and this user has no home folder.
+    """
+    asked = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(asked):  # the standard wants others to be ignored
+        return pathlib.Path(asked) / "nybble"
+    try:
+        return pathlib.Path.home() / ".cache" / "nybble"
+    except RuntimeError as error:
+        raise PlaceError("there is no home folder to keep the cache in: HOME is not set", fix=ANOTHER_CACHE) from error
+
+
+def lend_home(cache: pathlib.Path | None) -> None:
+    """Let libraries keep in the cache what they keep in a home folder, where this user has none: nltk fails to load without."""
+    if os.path.expanduser("~") == "~":
+        with contextlib.suppress(PlaceError):  # a command that needs a cache says so
+            os.environ["HOME"] = str(cache or default_cache())
+
+
+def nearest(folder: pathlib.Path) -> pathlib.Path:
+    """The folder itself, or the nearest above it that exists and may be looked at."""
+    return next(parent for parent in [folder.absolute(), *folder.absolute().parents] if os.path.exists(parent))
+
+
+def check_here() -> None:
+    """Refuse to begin in a folder that is gone, where no relative path means anything.
+
+    Raises:
+        PlaceError: it is gone.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise PlaceError("the current folder was removed or moved", fix='cd "$PWD", or cd to another folder') from error
+
+
+def check_cache(cache: pathlib.Path) -> None:
+    """Refuse a cache that cannot be written to, or that contains folders of another user.
+
+    Raises:
+        PlaceError: with the reason.
+    """
+    check_writable(cache, "the cache", ANOTHER_CACHE)
+    for folder in sorted(cache.iterdir()) if cache.is_dir() else ():
+        if folder.is_dir():
+            check_writable(folder, "the cache", ANOTHER_CACHE)
+
+
+def check_writable(folder: pathlib.Path, what: str, fix: str) -> None:
+    """Refuse a folder, which need not exist yet, that cannot be written to: a small file is tried.
+
+    Args:
+        folder: the folder.
+        what: what would be written there, as the message says it.
+        fix: how to have it somewhere else.
+
+    Raises:
+        PlaceError: with the reason.
+    """
+    path = nearest(folder)
+    try:
+        _refuse_odd(folder)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(bytes(PROBE))
+            probe.flush()
+    except OSError as error:
+        raise PlaceError(f"{what} cannot be written: {_why(error, path)}", where=str(folder), fix=fix) from error
+
+
+def _refuse_odd(folder: pathlib.Path) -> None:
+    """Raise OSError for a name that is too long, and for a link on the way that leads nowhere, as to a disk that is gone."""
+    for path in (folder.absolute(), *folder.absolute().parents):
+        if os.path.islink(path) and not os.path.exists(path):
+            raise OSError(errno.ENOENT, f"{path} is a link to {os.readlink(path)}, which does not exist")
+    longest = max(len(os.fsencode(part)) for part in (*folder.parts, "."))
+    if longest > (os.pathconf(nearest(folder), "PC_NAME_MAX") if hasattr(os, "pathconf") else 255):  # on Windows
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+
+
+def _why(error: OSError, path: pathlib.Path) -> str:
+    if error.errno == errno.ENOENT:
+        return str(error.strerror)
+    if error.errno == errno.ENAMETOOLONG:
+        return "its name is too long"
+    if error.errno == errno.ENOTDIR or not os.path.isdir(path):
+        return f"{path} is a file, not a folder"
+    if error.errno == errno.EROFS:
+        return f"{path} is read-only"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"this user may not write to {path}"
+    if error.errno in FULL:
+        return f"the disk that holds {path} is full"
+    return f"{path}: {error.strerror}"
+
+
+def check_disk(folder: pathlib.Path, size: int, what: str, fix: str) -> None:
+    """Refuse if the disk of a folder, which need not exist, does not have this many bytes free.
+
+    Raises:
+        RunError: with the bytes needed and free.
+    """
+    path = nearest(folder)
+    free = shutil.disk_usage(path).free
+    if free < size:
+        raise RunError(
+            f"{what} needs about {bytes_text(size)}, but only {bytes_text(free)} are free",
+            where=str(path),
+            fix=fix,
+        )
