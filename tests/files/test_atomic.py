@@ -63,7 +63,7 @@ def test_folders_are_there_whole_or_not_at_all(tmp_path):
     with no_empty_folders(target), new_folder(target) as folder:
         (folder / "whole").touch()
     assert [file.name for file in target.iterdir()] == ["whole"]
-    with new_folder(target, proof="whole"):  # another process made the same meanwhile
+    with new_folder(target, marker="whole"):  # another process made the same meanwhile
         pass
     with pytest.raises(FileExistsError), new_folder(target):
         pass
@@ -90,7 +90,7 @@ def hammer(cache: pathlib.Path, model: pathlib.Path, start, faults) -> None:
             fingerprint(checkpoint, cache / str(number))
             Store(cache / str(number)).scored({"n": 1}, lambda: scored)
             write_text(cache / str(number) / "orders.jsonl", "{}\n")
-            with new_folder(cache / str(number) / "model", proof="config.json") as folder:
+            with new_folder(cache / str(number) / "model", marker="config.json") as folder:
                 (folder / "config.json").write_text("{}")
         except (OSError, ValueError) as error:  # a name that is gone, a file that is half written
             faults.put(repr(error))

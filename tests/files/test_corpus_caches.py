@@ -22,7 +22,7 @@ from nybble.data.sets.prepare import prepare
 from nybble.errors import PlaceError
 from nybble.evaluate.scores import Scored, Store
 from nybble.files import cache as kept
-from nybble.files.atomic import HALF
+from nybble.files.atomic import UNFINISHED
 from nybble.model.base.checkpoint import find_checkpoint, fingerprint
 from nybble.model.base.load import load_base
 from nybble.recipe import DataOptions, ModelOptions
@@ -156,15 +156,15 @@ def test_an_entry_that_this_user_may_not_read_makes_way(tmp_path, closed) -> Non
         for word in ("first", "second"):
             found = kept.find(place)
             assert found.facts is None
-            with kept.making(found.place) as temporary:
+            with kept.new_entry(found.path) as temporary:
                 (temporary / "file").write_text(word)
-                kept.seal(temporary, found.place, {"word": word})
+                kept.seal(temporary, found.path, {"word": word})
             assert kept.find(place).facts == {"word": word}
             {"folder": place, "manifest": place / "manifest.json", "file": place / "file"}[closed].chmod(0)
         found = kept.find(place)
         print(found.fault)
         assert "cannot be read" in found.fault
-        assert found.place == place
+        assert found.path == place
         assert not place.exists()
 
 
@@ -243,13 +243,13 @@ def test_a_room_that_is_a_link_to_nowhere_is_named(filled, tmp_path) -> None:
 
 def test_what_killed_processes_left_is_removed_after_a_day(tmp_path) -> None:
     """Those of this version, which were removing an entry, and those of versions before 0.7."""
-    for name, age in ((".writing-a", 90_000), (f"{HALF}b", 90_000), (".writing-c", 3600), ("d", 90_000)):
+    for name, age in ((".writing-a", 90_000), (f"{UNFINISHED}b", 90_000), (".writing-c", 3600), ("d", 90_000)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
         for file in (tmp_path / name / "file", tmp_path / name):
             os.utime(file, (time.time() - age, time.time() - age))
     (tmp_path / ".writing-c" / "file").touch()
-    with kept.making(tmp_path / "entry") as folder:
+    with kept.new_entry(tmp_path / "entry") as folder:
         kept.seal(folder, tmp_path / "entry", {})
     assert sorted(os.listdir(tmp_path)) == [".writing-c", "d", "entry"]
 

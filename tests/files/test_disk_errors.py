@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models
 import nybble.training.beginning as beginning
 from nybble.errors import ExportError, NybbleError, PlaceError, RunError
 from nybble.export.export import Wanted, export
-from nybble.files.disk_errors import explained_disk
+from nybble.files.disk_errors import explained_disk_errors
 from nybble.files.writing import write_text
 from nybble.run.folder import open_run
 from nybble.training.train import resume, train
@@ -75,18 +75,18 @@ WRITERS = {
 def test_a_full_disk_is_told_of_every_writer(tmp_path):
     for name, write in WRITERS.items():
         with small_disk(tmp_path / "disk", "600k") as disk:
-            with pytest.raises(PlaceError) as caught, explained_disk(disk, tmp_path):
+            with pytest.raises(PlaceError) as caught, explained_disk_errors(disk, tmp_path):
                 write(disk)
             said = str(caught.value)
             assert said.startswith(f"the disk is full\n  where: {disk}, 0.00 GB free\n  fix:   free some space"), name
 
 
 def test_other_errors_go_through_as_they_are(tmp_path):
-    with pytest.raises(RuntimeError, match=r"^something else$"), explained_disk(tmp_path):
+    with pytest.raises(RuntimeError, match=r"^something else$"), explained_disk_errors(tmp_path):
         raise RuntimeError("something else")
-    with pytest.raises(RunError, match="no space of its own"), explained_disk(tmp_path):
+    with pytest.raises(RunError, match="no space of its own"), explained_disk_errors(tmp_path):
         raise RunError("no space of its own")
-    with explained_disk(tmp_path):
+    with explained_disk_errors(tmp_path):
         pass
 
 
@@ -95,14 +95,18 @@ def test_a_place_that_is_closed_later_is_one_message(tmp_path):
     file.touch()
     with (
         pytest.raises(PlaceError, match=r"/file/x cannot be opened: not a directory\n  fix:   nybble doctor"),
-        explained_disk(),
+        explained_disk_errors(),
     ):
         (file / "x").read_text()
-    with read_only(tmp_path / "closed"), pytest.raises(PlaceError, match="read-only file system"), explained_disk():
+    with (
+        read_only(tmp_path / "closed"),
+        pytest.raises(PlaceError, match="read-only file system"),
+        explained_disk_errors(),
+    ):
         (tmp_path / "closed" / "x").mkdir()
-    with pytest.raises(PlaceError, match="set TMPDIR"), explained_disk():
+    with pytest.raises(PlaceError, match="set TMPDIR"), explained_disk_errors():
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
-    with pytest.raises(FileNotFoundError), explained_disk():
+    with pytest.raises(FileNotFoundError), explained_disk_errors():
         (tmp_path / "none").read_text()
 
 

@@ -11,7 +11,7 @@ import pytest
 from nybble.errors import ExportError, PlaceError, RunError
 from nybble.export.export import Wanted, export
 from nybble.files.outputs import check_export
-from nybble.files.paths import ANOTHER_CACHE, check_cache, check_here, check_writable, default_cache
+from nybble.files.paths import ANOTHER_CACHE, check_cache, check_current_folder, check_writable, default_cache
 from nybble.preflight.data_check import check
 from nybble.preflight.doctor import space
 from nybble.run.folder import open_run, refuse_existing
@@ -135,7 +135,7 @@ def test_a_folder_that_is_gone_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(gone)
     gone.rmdir()
     with pytest.raises(PlaceError, match="the current folder was removed"):
-        check_here()
+        check_current_folder()
 
 
 def test_every_command_refuses_a_closed_place_in_one_message(tuned_run, tiny_llama, rows, tmp_path, here, monkeypatch):

@@ -12,7 +12,7 @@ from nybble.chat.answerer import Answerer
 from nybble.data.text.kept_template import read_template
 from nybble.data.text.template import Template, choose_template
 from nybble.errors import RunError
-from nybble.files.disk_errors import explained_disk
+from nybble.files.disk_errors import explained_disk_errors
 from nybble.files.paths import check_cache, default_cache
 from nybble.model.adapter.lora import add_adapter, load_adapter
 from nybble.model.adapter.updates import updates_of
@@ -66,7 +66,7 @@ def load_answerers(
     chosen = choose_device(device if device != "auto" else options.device)
     dtype, _ = choose_dtype(options.dtype, chosen)
     checkpoint = find_base(runs[0])
-    with explained_disk(cache):
+    with explained_disk_errors(cache):
         check_one_base(runs, cache)
         base = load_base(checkpoint, options, dtype, chosen, cache, trained_on(runs[0]))
     notices = list(base.notices)

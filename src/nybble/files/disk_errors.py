@@ -1,4 +1,4 @@
-"""Errors of full disks and closed paths as one message."""
+"""Errors of full disks and inaccessible paths, turned into one message."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import tempfile
 from collections.abc import Sequence
 
 from nybble.errors import NybbleError, PlaceError
-from nybble.files.paths import FULL, nearest
+from nybble.files.paths import DISK_FULL, nearest_existing
 from nybble.terminal import bytes_text
 
-CLOSED = {  # errors of a path, and what helps
+PATH_FIXES = {  # errors of a path, each with its fix
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EBUSY),
         "nybble doctor checks the folders that nybble writes to",
@@ -25,25 +25,25 @@ CLOSED = {  # errors of a path, and what helps
     errno.EIO: "check the disk: it failed to read or write",
     errno.ESTALE: "remount the network file system",
 }
-FULL_TEXTS = (
+DISK_FULL_TEXTS = (
     "os error 28",  # tokenizers, as a plain Exception; safetensors
     "os error 122",  # the same for a quota
     "Not enough free space",  # numpy, in an OSError without a number
-    "requested and",  # the same, of a file that was opened before
+    "requested and",  # numpy too, for a file that is already open
     "disk is full",  # sqlite
-    "iostream error",  # torch.save to a name
+    "iostream error",  # torch.save to a path
     "inline_container.cc",  # torch.save, at the end of a file that was cut off
 )
 
 
-def explained_disk(*paths: pathlib.Path) -> contextlib.ExitStack:
-    """Turn errors of a full disk or a closed path into one message that names the path.
+def explained_disk_errors(*paths: pathlib.Path) -> contextlib.ExitStack:
+    """Turn errors of a full disk or an inaccessible path into one message that names the path.
 
-    No error is caught: tokenizers raises a plain Exception, and errors with another cause must pass unchanged.
+    It catches nothing by type: tokenizers raises a plain Exception, and errors with another cause must pass unchanged.
 
     Args:
-        paths: what is written to inside, since the error of a full disk does not say which it was; by default the current
-            folder and that of temporary files.
+        paths: what is written to inside the block, since the error of a full disk does not name it; by default the current
+            folder and the folder of temporary files.
 
     Raises:
         PlaceError: instead of the library's error.
@@ -58,27 +58,27 @@ def _explain(paths: Sequence[pathlib.Path], kind: object, error: BaseException |
         return
     if _is_full(error):
         usual = (pathlib.Path(), pathlib.Path(tempfile.gettempdir()))
-        path = min(map(nearest, paths or usual), key=lambda path: shutil.disk_usage(path).free)
+        path = min(map(nearest_existing, paths or usual), key=lambda path: shutil.disk_usage(path).free)
         raise PlaceError(
             "the disk is full",
             where=f"{path}, {bytes_text(shutil.disk_usage(path).free)} free",
             fix="free some space there; then resume a run that has a checkpoint: nybble train --resume RUN",
         ) from error
-    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # tempfile found none to write to
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # from tempfile
         raise PlaceError(str(error.strerror), fix="set TMPDIR to a writable folder") from error
-    if isinstance(error, OSError) and error.errno in CLOSED and isinstance(error.filename, str | os.PathLike):
+    if isinstance(error, OSError) and error.errno in PATH_FIXES and isinstance(error.filename, str | os.PathLike):
         raise PlaceError(
             f"{os.fsdecode(error.filename)} cannot be opened: {str(error.strerror).lower()}",
-            fix=CLOSED[error.errno],
+            fix=PATH_FIXES[error.errno],
         ) from error
 
 
 def _is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that a disk is full."""
+    """Whether an error, or one of its causes, says that a disk is full."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             return True
-        if not isinstance(error, NybbleError) and any(text in str(error) for text in FULL_TEXTS):
+        if not isinstance(error, NybbleError) and any(text in str(error) for text in DISK_FULL_TEXTS):
             return True
         error = error.__cause__ or error.__context__
     return False

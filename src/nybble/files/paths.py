@@ -13,8 +13,8 @@ from nybble.errors import PlaceError, RunError
 from nybble.terminal import bytes_text
 
 ANOTHER_CACHE = "nybble --cache FOLDER COMMAND ..., or set XDG_CACHE_HOME to a writable folder"
-FULL = (errno.ENOSPC, errno.EDQUOT)
-PROBE = 4096  # bytes: a file of none can be made on a full disk
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+PROBE = 4096  # bytes: an empty file can be made even on a full disk
 
 
 def default_cache() -> pathlib.Path:
@@ -24,29 +24,29 @@ def default_cache() -> pathlib.Path:
     Raises:
         PlaceError: neither is set, and this user has no home folder.
     """
-    asked = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(asked):  # the standard wants others to be ignored
-        return pathlib.Path(asked) / "nybble"
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(xdg):  # the standard says to ignore relative paths
+        return pathlib.Path(xdg) / "nybble"
     try:
         return pathlib.Path.home() / ".cache" / "nybble"
     except RuntimeError as error:
         raise PlaceError("there is no home folder to keep the cache in: HOME is not set", fix=ANOTHER_CACHE) from error
 
 
-def lend_home(cache: pathlib.Path | None) -> None:
-    """Let libraries keep in the cache what they keep in a home folder, where this user has none: nltk fails to load without."""
+def provide_home(cache: pathlib.Path | None) -> None:
+    """Let libraries use the cache as the home folder where this user has none: nltk fails to load without one."""
     if os.path.expanduser("~") == "~":
-        with contextlib.suppress(PlaceError):  # a command that needs a cache says so
+        with contextlib.suppress(PlaceError):  # a command that needs a cache reports it
             os.environ["HOME"] = str(cache or default_cache())
 
 
-def nearest(folder: pathlib.Path) -> pathlib.Path:
-    """The folder itself, or the nearest above it that exists and may be looked at."""
+def nearest_existing(folder: pathlib.Path) -> pathlib.Path:
+    """The folder itself, or the nearest one above it that exists and may be looked at."""
     return next(parent for parent in [folder.absolute(), *folder.absolute().parents] if os.path.exists(parent))
 
 
-def check_here() -> None:
-    """Refuse to begin in a folder that is gone, where no relative path means anything.
+def check_current_folder() -> None:
+    """Refuse to start in a folder that is gone, where relative paths mean nothing.
 
     Raises:
         PlaceError: it is gone.
@@ -70,37 +70,39 @@ def check_cache(cache: pathlib.Path) -> None:
 
 
 def check_writable(folder: pathlib.Path, what: str, fix: str) -> None:
-    """Refuse a folder, which need not exist yet, that cannot be written to: a small file is tried.
+    """Refuse a folder that cannot be written to: it tries a small file. The folder need not exist yet.
 
     Args:
         folder: the folder.
-        what: what would be written there, as the message says it.
-        fix: how to have it somewhere else.
+        what: what would be written there, as the subject of the message.
+        fix: how to choose another folder.
 
     Raises:
         PlaceError: with the reason.
     """
-    path = nearest(folder)
+    path = nearest_existing(folder)
     try:
-        _refuse_odd(folder)
+        _check_names_and_links(folder)
         with tempfile.TemporaryFile(dir=path) as probe:
             probe.write(bytes(PROBE))
             probe.flush()
     except OSError as error:
-        raise PlaceError(f"{what} cannot be written: {_why(error, path)}", where=str(folder), fix=fix) from error
+        raise PlaceError(f"{what} cannot be written: {_reason(error, path)}", where=str(folder), fix=fix) from error
 
 
-def _refuse_odd(folder: pathlib.Path) -> None:
-    """Raise OSError for a name that is too long, and for a link on the way that leads nowhere, as to a disk that is gone."""
+def _check_names_and_links(folder: pathlib.Path) -> None:
+    """Raise OSError for a name that is too long, and for a dangling link in the path, such as one to a disk that is gone."""
     for path in (folder.absolute(), *folder.absolute().parents):
         if os.path.islink(path) and not os.path.exists(path):
             raise OSError(errno.ENOENT, f"{path} is a link to {os.readlink(path)}, which does not exist")
     longest = max(len(os.fsencode(part)) for part in (*folder.parts, "."))
-    if longest > (os.pathconf(nearest(folder), "PC_NAME_MAX") if hasattr(os, "pathconf") else 255):  # on Windows
+    if longest > (
+        os.pathconf(nearest_existing(folder), "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    ):  # on Windows
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
 
 
-def _why(error: OSError, path: pathlib.Path) -> str:
+def _reason(error: OSError, path: pathlib.Path) -> str:
     if error.errno == errno.ENOENT:
         return str(error.strerror)
     if error.errno == errno.ENAMETOOLONG:
@@ -111,18 +113,18 @@ def _why(error: OSError, path: pathlib.Path) -> str:
         return f"{path} is read-only"
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"this user may not write to {path}"
-    if error.errno in FULL:
+    if error.errno in DISK_FULL:
         return f"the disk that holds {path} is full"
     return f"{path}: {error.strerror}"
 
 
-def check_disk(folder: pathlib.Path, size: int, what: str, fix: str) -> None:
-    """Refuse if the disk of a folder, which need not exist, does not have this many bytes free.
+def check_free_space(folder: pathlib.Path, size: int, what: str, fix: str) -> None:
+    """Refuse if the disk of a folder does not have this many bytes free. The folder need not exist.
 
     Raises:
         RunError: with the bytes needed and free.
     """
-    path = nearest(folder)
+    path = nearest_existing(folder)
     free = shutil.disk_usage(path).free
     if free < size:
         raise RunError(

@@ -61,13 +61,13 @@ def rows_in(
         entry = _find(room / known, made) if known is not None else None
         if entry is not None and entry.facts is not None:
             with contextlib.suppress(FileNotFoundError):  # another process took it for damaged, and makes it again
-                found = json.loads((entry.place / FOUND).read_text(encoding="utf-8"))
-                return Dataset.from_file(str(entry.place / ROWS)), found, not made
-        with contextlib.suppress(FileExistsError), entries.filling(room) as temporary:
+                found = json.loads((entry.path / FOUND).read_text(encoding="utf-8"))
+                return Dataset.from_file(str(entry.path / ROWS)), found, not made
+        with contextlib.suppress(FileExistsError), entries.temporary_entry(room) as temporary:
             _write(temporary, *read())
             entry = entry or _find(room / str(name(True)), made)
-            entries.seal(temporary, entry.place, {})
-            put_in_place(temporary, entry.place, entries.MANIFEST)
+            entries.seal(temporary, entry.path, {})
+            put_in_place(temporary, entry.path, entries.MANIFEST)
             made = True
     raise PlaceError("tokenised rows do not stay as they are written", where=str(room), fix=ANOTHER_CACHE)
 
