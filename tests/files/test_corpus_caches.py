@@ -19,7 +19,7 @@ import torch
 from datasets.arrow_writer import ArrowWriter
 
 from nybble.data.sets.prepare import prepare
-from nybble.errors import PlaceError
+from nybble.errors import StorageError
 from nybble.evaluate.scores import Scored, Store
 from nybble.files import cache as kept
 from nybble.files.atomic import UNFINISHED
@@ -207,19 +207,19 @@ def test_rows_that_a_disk_does_not_keep_are_an_error(filled, tmp_path, monkeypat
     whole = Filled(filled / "model", filled / "rows.jsonl", tmp_path / "cache")
     with monkeypatch.context() as patch:
         patch.setattr("nybble.data.sets.cached_rows.ArrowWriter", Lossy)
-        with pytest.raises(PlaceError, match="tokenised rows are read back differently") as caught:
+        with pytest.raises(StorageError, match="tokenised rows are read back differently") as caught:
             whole.use("tokens")
     print(caught.value)
     assert not list((tmp_path / "cache" / "tokens").iterdir())
     monkeypatch.setattr("nybble.data.sets.cached_rows.TRIES", 1)
-    with pytest.raises(PlaceError, match="tokenised rows do not stay as they are written"):
+    with pytest.raises(StorageError, match="tokenised rows do not stay as they are written"):
         whole.use("tokens")  # made, and not found again
 
 
 def test_a_note_that_a_disk_does_not_keep_is_an_error(tmp_path, monkeypatch) -> None:
     write = pathlib.Path.write_text
     monkeypatch.setattr(pathlib.Path, "write_text", lambda self, text, **words: write(self, text[:-1], **words))
-    with pytest.raises(PlaceError, match=r"data written to the cache reads back differently \(note is garbled\)"):
+    with pytest.raises(StorageError, match=r"data written to the cache reads back differently \(note is garbled\)"):
         kept.write_note(tmp_path / "note", {"n": 1})
     assert not list(tmp_path.iterdir())
 
@@ -229,7 +229,7 @@ def test_a_cache_in_which_nothing_can_be_used_is_an_error(filled, tmp_path, monk
     place = entry(tmp_path, "tokens")
     (place / "manifest.json").unlink()
     monkeypatch.setattr(kept, "NAMES", 1)
-    with read_only(place), pytest.raises(PlaceError, match="can be neither used nor removed: there is no") as caught:
+    with read_only(place), pytest.raises(StorageError, match="can be neither used nor removed: there is no") as caught:
         Filled(filled / "model", filled / "rows.jsonl", tmp_path / "cache").use("tokens")
     assert caught.value.where == str(place)
 
@@ -237,7 +237,7 @@ def test_a_cache_in_which_nothing_can_be_used_is_an_error(filled, tmp_path, monk
 def test_a_room_that_is_a_link_to_nowhere_is_named(filled, tmp_path) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "tokens").symlink_to("/not/mounted")
-    with pytest.raises(PlaceError, match=r"tokens is a link to /not/mounted, which does not exist"):
+    with pytest.raises(StorageError, match=r"tokens is a link to /not/mounted, which does not exist"):
         Filled(filled / "model", filled / "rows.jsonl", tmp_path / "cache").use("tokens")
 
 

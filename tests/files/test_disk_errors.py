@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
 import nybble.training.beginning as beginning
-from nybble.errors import ExportError, NybbleError, PlaceError, RunError
+from nybble.errors import ExportError, NybbleError, RunError, StorageError
 from nybble.export.export import Wanted, export
 from nybble.files.disk_errors import explained_disk_errors
 from nybble.files.writing import write_text
@@ -75,7 +75,7 @@ WRITERS = {
 def test_a_full_disk_is_told_of_every_writer(tmp_path):
     for name, write in WRITERS.items():
         with small_disk(tmp_path / "disk", "600k") as disk:
-            with pytest.raises(PlaceError) as caught, explained_disk_errors(disk, tmp_path):
+            with pytest.raises(StorageError) as caught, explained_disk_errors(disk, tmp_path):
                 write(disk)
             said = str(caught.value)
             assert said.startswith(f"the disk is full\n  where: {disk}, 0.00 GB free\n  fix:   free some space"), name
@@ -94,17 +94,17 @@ def test_a_place_that_is_closed_later_is_one_message(tmp_path):
     file = tmp_path / "file"
     file.touch()
     with (
-        pytest.raises(PlaceError, match=r"/file/x cannot be opened: not a directory\n  fix:   nybble doctor"),
+        pytest.raises(StorageError, match=r"/file/x cannot be opened: not a directory\n  fix:   nybble doctor"),
         explained_disk_errors(),
     ):
         (file / "x").read_text()
     with (
         read_only(tmp_path / "closed"),
-        pytest.raises(PlaceError, match="read-only file system"),
+        pytest.raises(StorageError, match="read-only file system"),
         explained_disk_errors(),
     ):
         (tmp_path / "closed" / "x").mkdir()
-    with pytest.raises(PlaceError, match="set TMPDIR"), explained_disk_errors():
+    with pytest.raises(StorageError, match="set TMPDIR"), explained_disk_errors():
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
     with pytest.raises(FileNotFoundError), explained_disk_errors():
         (tmp_path / "none").read_text()
@@ -114,7 +114,7 @@ def stopped(work: Callable[[], object]) -> str | None:
     """What was said of a place, or None where nothing was wrong with it."""
     try:
         work()
-    except PlaceError as error:
+    except StorageError as error:
         return str(error)
     return None
 

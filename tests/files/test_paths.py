@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from nybble.errors import ExportError, PlaceError, RunError
+from nybble.errors import ExportError, RunError, StorageError
 from nybble.export.export import Wanted, export
 from nybble.files.outputs import check_export
 from nybble.files.paths import ANOTHER_CACHE, check_cache, check_current_folder, check_writable, default_cache
@@ -51,17 +51,17 @@ def test_a_user_without_a_place_gets_one_message_before_anything_is_loaded(envir
 def test_what_cannot_be_written_says_why(tmp_path):
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(PlaceError, match=r"the run cannot be written: .*/file is a file, not a folder"):
+    with pytest.raises(StorageError, match=r"the run cannot be written: .*/file is a file, not a folder"):
         check_writable(file / "runs" / "x", "the run", "out=FOLDER")
     check_writable(tmp_path / "not" / "yet", "the run", "out=FOLDER")
     assert os.listdir(tmp_path) == ["file"]
     closed = tmp_path / "closed"
-    with read_only(closed), pytest.raises(PlaceError, match="closed is read-only") as caught:
+    with read_only(closed), pytest.raises(StorageError, match="closed is read-only") as caught:
         check_writable(closed / "x", "the run", "out=FOLDER")
     assert str(caught.value).endswith(f"where: {closed / 'x'}\n  fix:   out=FOLDER")
     with small_disk(tmp_path / "full", "4k") as full:
         (full / "all").write_bytes(bytes(4096))
-        with pytest.raises(PlaceError, match="full is full"):
+        with pytest.raises(StorageError, match="full is full"):
             check_writable(full / "x", "the run", "out=FOLDER")
 
 
@@ -124,7 +124,7 @@ def test_what_is_no_export_or_no_run_is_not_told_to_be_one(tmp_path):
 def test_a_cache_with_a_folder_of_somebody_else_is_refused(tmp_path):
     (tmp_path / "tokens").mkdir()
     check_cache(tmp_path)
-    with read_only(tmp_path / "tokens"), pytest.raises(PlaceError, match="the cache cannot be written") as caught:
+    with read_only(tmp_path / "tokens"), pytest.raises(StorageError, match="the cache cannot be written") as caught:
         check_cache(tmp_path)
     assert "tokens" in str(caught.value)
 
@@ -134,7 +134,7 @@ def test_a_folder_that_is_gone_is_named(tmp_path, monkeypatch):
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    with pytest.raises(PlaceError, match="the current folder was removed"):
+    with pytest.raises(StorageError, match="the current folder was removed"):
         check_current_folder()
 
 
@@ -198,7 +198,7 @@ def test_check_looks_at_its_cache_and_its_picture(tiny_llama, rows, tmp_path, qu
     file = tmp_path / "file"
     file.touch()
     recipe = recipe_for(tiny_llama, rows, tmp_path / "out")
-    with pytest.raises(PlaceError, match="the cache cannot be written"):
+    with pytest.raises(StorageError, match="the cache cannot be written"):
         check(recipe, quiet, cache=file / "cache")
-    with pytest.raises(PlaceError, match="the picture cannot be written"):
+    with pytest.raises(StorageError, match="the picture cannot be written"):
         check(recipe, quiet, cache=tmp_path / "cache", picture=file / "lengths.png")

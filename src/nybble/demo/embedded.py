@@ -32,7 +32,7 @@ def embedded_model(cache: pathlib.Path) -> pathlib.Path:
 
     Raises:
         ModelError: the packages it needs are not installed.
-        PlaceError: the cache cannot be written.
+        StorageError: the cache cannot be written.
     """
     folder = cache / "embedded" / "smollm2-135m-instruct"
     if (folder / "config.json").is_file() and not (folder / entries.MANIFEST).exists():

@@ -62,7 +62,7 @@ def run_demo(seed: int, folder: pathlib.Path, console: Console, cache: pathlib.P
     Raises:
         ModelError: the embedded model is not installed.
         RunError: the folder exists.
-        PlaceError: the folder or the cache cannot be written.
+        StorageError: the folder or the cache cannot be written.
     """
     began, cache = time.perf_counter(), cache or default_cache()
     refuse_existing(folder)

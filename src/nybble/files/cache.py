@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from nybble.errors import PlaceError
+from nybble.errors import StorageError
 from nybble.files import digests
 from nybble.files.atomic import ABANDONED_AFTER, UNFINISHED, is_abandoned, put_in_place, replacing, temporary_folder
 from nybble.files.paths import ANOTHER_CACHE
@@ -67,7 +67,7 @@ def find(folder: pathlib.Path, check: Callable[[pathlib.Path, Facts], None] = la
         check: a further check of the folder and its facts; it raises DamagedError.
 
     Raises:
-        PlaceError: what is there can be neither used nor moved away.
+        StorageError: what is there can be neither used nor moved away.
     """
     fault = ""
     for path in (folder, *(folder.with_name(f"{folder.name}.{number}") for number in range(2, NAMES + 1))):
@@ -84,7 +84,7 @@ def find(folder: pathlib.Path, check: Callable[[pathlib.Path, Facts], None] = la
             return find(folder, check)
         if discard(path):
             return Entry(path, None, fault)
-    raise PlaceError(
+    raise StorageError(
         f"the cache contains an entry that can be neither used nor removed: {fault}",
         where=str(folder),
         fix=ANOTHER_CACHE,
@@ -147,7 +147,7 @@ def write_note(file: pathlib.Path, value: Any) -> None:
         try:
             _read(temporary, file.name)
         except DamagedError as error:
-            raise PlaceError(
+            raise StorageError(
                 f"data written to the cache reads back differently ({error})", where=str(file), fix=ANOTHER_CACHE
             ) from error
 
@@ -192,13 +192,13 @@ def make_folder(folder: pathlib.Path) -> None:
     """Make a folder of the cache; a file at its path may belong to the user, so it is renamed, not removed.
 
     Raises:
-        PlaceError: there is a dangling link at its path.
+        StorageError: there is a dangling link at its path.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         if folder.is_symlink():
-            raise PlaceError(
+            raise StorageError(
                 f"{folder} is a link to {os.readlink(folder)}, which does not exist", fix=ANOTHER_CACHE
             ) from error
         aside = folder.with_name(f"{folder.name}.moved-{secrets.token_hex(4)}")

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 
-from nybble.errors import NybbleError, PlaceError
+from nybble.errors import NybbleError, StorageError
 from nybble.files.paths import DISK_FULL, nearest_existing
 from nybble.terminal import bytes_text
 
@@ -46,7 +46,7 @@ def explained_disk_errors(*paths: pathlib.Path) -> contextlib.ExitStack:
             folder and the folder of temporary files.
 
     Raises:
-        PlaceError: instead of the library's error.
+        StorageError: instead of the library's error.
     """
     stack = contextlib.ExitStack()
     stack.push(functools.partial(_explain, paths))
@@ -59,15 +59,15 @@ def _explain(paths: Sequence[pathlib.Path], kind: object, error: BaseException |
     if _is_full(error):
         usual = (pathlib.Path(), pathlib.Path(tempfile.gettempdir()))
         path = min(map(nearest_existing, paths or usual), key=lambda path: shutil.disk_usage(path).free)
-        raise PlaceError(
+        raise StorageError(
             "the disk is full",
             where=f"{path}, {bytes_text(shutil.disk_usage(path).free)} free",
             fix="free some space there; then resume a run that has a checkpoint: nybble train --resume RUN",
         ) from error
     if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # from tempfile
-        raise PlaceError(str(error.strerror), fix="set TMPDIR to a writable folder") from error
+        raise StorageError(str(error.strerror), fix="set TMPDIR to a writable folder") from error
     if isinstance(error, OSError) and error.errno in PATH_FIXES and isinstance(error.filename, str | os.PathLike):
-        raise PlaceError(
+        raise StorageError(
             f"{os.fsdecode(error.filename)} cannot be opened: {str(error.strerror).lower()}",
             fix=PATH_FIXES[error.errno],
         ) from error

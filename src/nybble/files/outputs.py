@@ -18,7 +18,7 @@ def check_run_and_cache(run: pathlib.Path, cache: pathlib.Path) -> None:
     """Refuse a run folder or a cache that cannot be written, before anything is loaded.
 
     Raises:
-        PlaceError: with the reason.
+        StorageError: with the reason.
     """
     check_writable(run, "the run", "out=FOLDER, in a writable location")
     check_cache(cache)
@@ -28,7 +28,7 @@ def check_report(run: pathlib.Path) -> None:
     """Refuse a run into which `nybble eval` cannot write its report.
 
     Raises:
-        PlaceError: with the reason.
+        StorageError: with the reason.
         RunError: another process is writing to the run.
     """
     refuse_busy(run)
@@ -43,7 +43,7 @@ def check_export(target: pathlib.Path) -> None:
 
     Raises:
         ExportError: the path exists, and an export is never overwritten.
-        PlaceError: the path cannot be written, with the reason.
+        StorageError: the path cannot be written, with the reason.
         RunError: another process is writing an export to it.
     """
     if os.path.lexists(target):

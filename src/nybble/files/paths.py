@@ -9,7 +9,7 @@ import pathlib
 import shutil
 import tempfile
 
-from nybble.errors import PlaceError, RunError
+from nybble.errors import RunError, StorageError
 from nybble.terminal import bytes_text
 
 ANOTHER_CACHE = "nybble --cache FOLDER COMMAND ..., or set XDG_CACHE_HOME to a writable folder"
@@ -22,7 +22,7 @@ def default_cache() -> pathlib.Path:
     ~/.cache/nybble.
 
     Raises:
-        PlaceError: neither is set, and this user has no home folder.
+        StorageError: neither is set, and this user has no home folder.
     """
     xdg = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(xdg):  # the standard says to ignore relative paths
@@ -30,13 +30,15 @@ def default_cache() -> pathlib.Path:
     try:
         return pathlib.Path.home() / ".cache" / "nybble"
     except RuntimeError as error:
-        raise PlaceError("there is no home folder to keep the cache in: HOME is not set", fix=ANOTHER_CACHE) from error
+        raise StorageError(
+            "there is no home folder to keep the cache in: HOME is not set", fix=ANOTHER_CACHE
+        ) from error
 
 
 def provide_home(cache: pathlib.Path | None) -> None:
     """Let libraries use the cache as the home folder where this user has none: nltk fails to load without one."""
     if os.path.expanduser("~") == "~":
-        with contextlib.suppress(PlaceError):  # a command that needs a cache reports it
+        with contextlib.suppress(StorageError):  # a command that needs a cache reports it
             os.environ["HOME"] = str(cache or default_cache())
 
 
@@ -49,19 +51,21 @@ def check_current_folder() -> None:
     """Refuse to start in a folder that is gone, where relative paths mean nothing.
 
     Raises:
-        PlaceError: it is gone.
+        StorageError: it is gone.
     """
     try:
         os.getcwd()
     except FileNotFoundError as error:
-        raise PlaceError("the current folder was removed or moved", fix='cd "$PWD", or cd to another folder') from error
+        raise StorageError(
+            "the current folder was removed or moved", fix='cd "$PWD", or cd to another folder'
+        ) from error
 
 
 def check_cache(cache: pathlib.Path) -> None:
     """Refuse a cache that cannot be written to, or that contains folders of another user.
 
     Raises:
-        PlaceError: with the reason.
+        StorageError: with the reason.
     """
     check_writable(cache, "the cache", ANOTHER_CACHE)
     for folder in sorted(cache.iterdir()) if cache.is_dir() else ():
@@ -78,7 +82,7 @@ def check_writable(folder: pathlib.Path, what: str, fix: str) -> None:
         fix: how to choose another folder.
 
     Raises:
-        PlaceError: with the reason.
+        StorageError: with the reason.
     """
     path = nearest_existing(folder)
     try:
@@ -87,7 +91,7 @@ def check_writable(folder: pathlib.Path, what: str, fix: str) -> None:
             probe.write(bytes(PROBE))
             probe.flush()
     except OSError as error:
-        raise PlaceError(f"{what} cannot be written: {_reason(error, path)}", where=str(folder), fix=fix) from error
+        raise StorageError(f"{what} cannot be written: {_reason(error, path)}", where=str(folder), fix=fix) from error
 
 
 def _check_names_and_links(folder: pathlib.Path) -> None:

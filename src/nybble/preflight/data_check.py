@@ -51,7 +51,7 @@ def check(
 
     Raises:
         DataError: there is nothing to look at.
-        PlaceError: the cache or the picture cannot be written.
+        StorageError: the cache or the picture cannot be written.
     """
     recipe = absolute_paths(recipe)
     if recipe.model.path:

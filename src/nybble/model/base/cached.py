@@ -31,7 +31,7 @@ def find_copy(folder: pathlib.Path) -> entries.Entry:
     """The copy, verified; `fault` says what was wrong with one that has to be made again.
 
     Raises:
-        PlaceError: as `entries.find`.
+        StorageError: as `entries.find`.
     """
     return entries.find(folder, lambda path, facts: bits.check(path, facts["tensors"]))
 
