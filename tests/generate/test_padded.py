@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 
 from nybble.generate.padded import Padded
 from nybble.generate.request import GenerationError, Request, complete
+from nybble.generate.worker import Worker
 
 PROMPTS = [[1, 40, 50, 60], [1, 40, 50], [1, 40, 50, 60, 70, 80, 90], [5, 6], [1, 40, 50, 61, 62]]
 ADAPTERS = [None, "default", "run2"]
@@ -190,6 +191,60 @@ def test_a_batch_that_fails_fails_its_own_requests_only(model, monkeypatch):
         complete(generator, [ask(PROMPTS[0])] * 5)
     assert str(caught.value.__cause__) == "device-side assert"
     assert calls == [2, 2, 1]
+
+
+class Failures:
+    """A sink that remembers how its request ended."""
+
+    def __init__(self):
+        self.ends = []
+
+    def put(self, token):
+        pass
+
+    def end(self, finish):
+        self.ends.append(finish)
+
+    def fail(self, error):
+        self.ends.append(str(error))
+
+
+class BrokenObserver:
+    """A defect outside the batch's computation, when a batch has been put together or has ended."""
+
+    def __init__(self, moment):
+        self.moment, self.reports = moment, 0
+
+    def batch_began(self, rows):
+        assert self.moment != "started"
+
+    def load_changed(self, running, waiting):
+        self.reports += 1
+        assert self.moment != "gathered" or not running
+        assert self.moment != "finished" or self.reports != 3
+
+
+@pytest.mark.parametrize(
+    ("moment", "end"),
+    [("gathered", "generation was stopped"), ("started", "generation was stopped"), ("finished", "length")],
+)
+def test_a_step_that_fails_outside_the_computation_leaves_no_request_without_an_end(model, monkeypatch, moment, end):
+    sinks = [Failures(), Failures()]
+    generator = Padded(model, 0, observer=BrokenObserver(moment))
+    generator.submit([ask(PROMPTS[0], tokens=2)] * 2, sinks)
+    with pytest.raises(AssertionError):
+        generator.step()
+    assert [sink.ends for sink in sinks] == [[end]] * 2
+    assert not generator.step()
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    sinks = [Failures(), Failures()]
+    worker = Worker(Padded(model, 0, rows=1, observer=BrokenObserver(moment)))
+    worker.submit([ask(PROMPTS[0], tokens=2)] * 2, sinks)
+    worker.thread.join(60)
+    assert not worker.healthy()
+    assert [sink.ends for sink in sinks] == [[end], ["cancelled"]]
+    with pytest.raises(GenerationError, match="the engine failed"):
+        worker.submit([ask(PROMPTS[0])], [Failures()])
 
 
 def test_a_batch_too_large_for_the_memory_is_halved_and_one_row_too_large_fails(model, monkeypatch):

@@ -194,6 +194,15 @@ class Scheduler:
             self._report()
             return bool(self._drop_unwanted())
 
+    def fail_running(self, error: GenerationError) -> None:
+        """Fail the requests of a batch that will not be finished."""
+        with self.lock:
+            stopped, self.running = [row for row in self.running if not row.over], []
+            self.waiting = deque(row for row in self.waiting if row not in stopped)
+        for row in stopped:
+            row.fail(error)
+        self._report()
+
     def halve_space(self, batch: GenerationBatch) -> None:
         """A batch did not fit into memory."""
         self.space = _tokens(batch.rows) // 2

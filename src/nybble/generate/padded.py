@@ -98,20 +98,19 @@ class Padded:
 
     def step(self) -> bool:
         """Compute a batch, until it ends or gives way; False once nobody waits."""
-        batch = self.scheduler.next()
-        if batch is None:
-            return False
-        began, whole = time.perf_counter(), False
+        completed = False
         try:
-            self.scheduler.observer.batch_began(len(batch.rows))
-            self._run(batch)
-            whole = True
+            batch = self.scheduler.next()
+            if batch is not None:
+                start = time.perf_counter()
+                self.scheduler.observer.batch_began(len(batch.rows))
+                self._run(batch)
+                more = self.scheduler.finish(batch, time.perf_counter() - start)
+            completed = True
         finally:
-            if not whole:  # Ctrl-C, or a defect: nobody is left waiting
-                for row in batch.unfinished():
-                    row.fail(GenerationError("generation was stopped"))
-            more = self.scheduler.finish(batch, time.perf_counter() - began)
-        return more
+            if not completed:  # Ctrl-C, or a defect: no client is left waiting
+                self.scheduler.fail_running(GenerationError("generation was stopped"))
+        return batch is not None and more
 
     def close(self) -> None:
         """Cancel everything; from any thread."""
