@@ -151,7 +151,7 @@ def test_sampling_without_a_seed_differs_and_a_nucleus_of_nothing_is_greedy(gene
     ("request_", "why"),
     [
         (Request([], 3, None, NOTHING), "no tokens"),
-        (Request([1, 400], 3, None, NOTHING), "token 400, and the model's ids go from 0 to 399"),
+        (Request([1, 400], 3, None, NOTHING), "token 400, but the model's ids go from 0 to 399"),
         (Request([1, -1], 3, None, NOTHING), "token -1"),
         (Request([1], 0, None, NOTHING), "max_tokens is 0"),
         (Request([1], 3, "other", NOTHING), "no adapter 'other'"),

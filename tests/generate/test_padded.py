@@ -115,8 +115,8 @@ def test_where_peft_cannot_mix_adapters_they_take_turns(dora, peaky_llama, monke
 def test_a_merged_adapter_does_not_mix(peaky_llama):
     model = adapted(peaky_llama)
     model.merge_adapter(["default"])
-    assert not Padded(model, 0).scheduler.mixes
-    assert not Padded(model.get_base_model(), 0).scheduler.mixes
+    assert not Padded(model, 0).scheduler.mixes_adapters
+    assert not Padded(model.get_base_model(), 0).scheduler.mixes_adapters
 
 
 def test_log_probabilities_do_not_depend_on_the_rows_beside(model):
@@ -215,7 +215,7 @@ class BrokenObserver:
     def __init__(self, moment):
         self.moment, self.reports = moment, 0
 
-    def batch_began(self, rows):
+    def batch_started(self, rows):
         assert self.moment != "started"
 
     def load_changed(self, running, waiting):
@@ -325,7 +325,7 @@ def test_the_observer_hears_of_batches_and_of_load(model):
     told = []
 
     class Observer:
-        def batch_began(self, rows):
+        def batch_started(self, rows):
             told.append(rows)
 
         def load_changed(self, running, waiting):

@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from nybble.generate.batching import ActiveRequest
 from nybble.generate.request import Request
-from nybble.generate.sampling import Draw
+from nybble.generate.sampling import Sampler
 
 
 def row(seed=0, **sampling):
@@ -18,7 +18,7 @@ def row(seed=0, **sampling):
 
 
 def drawn(logits, rows):
-    return Draw(rows, logits.device)(None, logits).argmax(-1).tolist()
+    return Sampler(rows, logits.device)(None, logits).argmax(-1).tolist()
 
 
 @pytest.mark.parametrize(
@@ -61,12 +61,12 @@ def test_every_position_draws_anew_and_the_same_again():
     logits = torch.zeros(1, 1000)
 
     def several(rows, count=20):
-        draw = Draw(rows, logits.device)
+        draw = Sampler(rows, logits.device)
         return [int(draw(None, logits).argmax()) for _ in range(count)]
 
     first = several([row(9, temperature=1.0)])
     assert len(set(first)) > 15
     assert several([row(9, temperature=1.0)]) == first
     later = row(9, temperature=1.0)
-    later.ids = first[:8]
+    later.answer_ids = first[:8]
     assert several([later], 12) == first[8:]

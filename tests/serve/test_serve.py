@@ -461,12 +461,12 @@ def test_the_memory_that_is_free_bounds_a_batch(server):
     model = server.engine.worker.generator.model.get_base_model()
     assert cache_tokens(model) > 1000
     scheduler = server.engine.worker.generator.scheduler
-    scheduler.space, kept = 300, scheduler.space  # two rows of 97 + 30 tokens
+    scheduler.token_budget, kept = 300, scheduler.token_budget  # two rows of 97 + 30 tokens
     before = server.metric("nybble_batch_rows_count")
     try:
         server.chat("run", ASKED, max_tokens=12, n=4, temperature=0)
     finally:
-        scheduler.space = kept
+        scheduler.token_budget = kept
     assert server.metric("nybble_batch_rows_count") == before + 2
 
 

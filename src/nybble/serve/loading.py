@@ -51,7 +51,7 @@ def pipeline_engine(answerers: dict[str, Answerer], base: str, metrics: Metrics,
         for name, own in answerers.items()
     }
     models[base] = ServedModel(base, first.template, positions, None, rows)
-    together = "share batches" if padded.scheduler.mixes else "take turns"
+    together = "share batches" if padded.scheduler.mixes_adapters else "take turns"
     about = (
         "the default, on any device: the Transformers pipeline; requests are batched, "
         f"and different models ({', '.join(models)}) {together}"

@@ -35,7 +35,7 @@ class Metrics:
         self.running = Gauge("nybble_running", "Answers that are being made", registry=own)
         self.waiting = Gauge("nybble_waiting", "Answers that wait for their turn", registry=own)
 
-    def batch_began(self, rows: int) -> None:
+    def batch_started(self, rows: int) -> None:
         """Of a generator: a batch of so many requests is computed from here on."""
         self.batch_rows.observe(rows)
 
