@@ -120,7 +120,7 @@ def test_unknown_commands_are_refused_and_paths_are_messages(answerer, given):
 
 def test_a_cut_answer_is_marked(answerer):
     told = said(answerer, "say one", tokens=1)
-    assert "(cut off after 1 tokens; --max-new-tokens allows more)" in told
+    assert "(cut off after 1 token; --max-new-tokens allows more)" in told
     out, remarks = (Console(file=io.StringIO(), width=100) for _ in range(2))
     answer_once(answerer, {"tuned": (Message("user", "say one"),)}, Sampling(1), out, remarks)
     assert "cut off" not in out.file.getvalue()
