@@ -31,7 +31,7 @@ from nybble.run.folder import open_run
 from nybble.serve.app import Limits
 from nybble.serve.loading import load_pipeline, run_names
 from nybble.serve.metrics import Metrics
-from nybble.serve.server import Address, listen, read_key, serve, short_turns
+from nybble.serve.server import Address, listen, read_key, serve, short_switch_interval
 from tests.local_server import another_run, events, serving
 
 ASKED = "say one two 3"
@@ -314,7 +314,7 @@ def test_what_nobody_reads_is_given_up_at_the_time_limit(runs, cache, tiny_llama
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has it")
 def test_a_reader_that_never_reads_is_cut_off(monkeypatch):
-    monkeypatch.setattr("nybble.serve.server.SILENT", 1)
+    monkeypatch.setattr("nybble.serve.server.UNREAD_TIMEOUT", 1)
     with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
         accepted, _ = listener.accept()
         with accepted, pytest.raises(TimeoutError):
@@ -490,7 +490,7 @@ def test_who_sends_waits_only_a_moment_for_who_computes():
 
     before = sys.getswitchinterval()
     usual = seconds_of_thirty_turns()
-    with short_turns():
+    with short_switch_interval():
         short = min(seconds_of_thirty_turns() for _ in range(3))
     print(usual, short)
     assert short < usual / 3
@@ -500,7 +500,7 @@ def test_who_sends_waits_only_a_moment_for_who_computes():
 def test_what_keeps_a_server_from_starting_is_said(runs, quiet):
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ServeError, match=rf"port {port} of 127.0.0.1 is taken[\s\S]*--port {port + 1}"):
+        with pytest.raises(ServeError, match=rf"port {port} of 127.0.0.1 is already in use[\s\S]*--port {port + 1}"):
             listen("127.0.0.1", port)
     start = functools.partial(serve, runs[:1], console=quiet, device="cpu", limits=Limits())
     with pytest.raises(

@@ -49,7 +49,7 @@ def test_a_field_that_is_spelt_wrongly_is_guessed(server):
 def test_too_long_a_prompt_says_how_long_it_is(server):
     error = check_error(server.post(**chat(max_tokens=500)), 400)
     assert error["code"] == "context_length_exceeded"
-    assert "and max_tokens is 500; run knows 512 positions" in error["message"]
+    assert "and max_tokens is 500; the context length of run is 512 tokens" in error["message"]
 
 
 def test_what_means_nothing_is_taken(server):

@@ -86,8 +86,8 @@ def test_characters_that_cannot_fit_are_refused_before_they_are_tokenised(server
             error = answer.json()["error"]
             assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", field)
             assert error["message"] == (
-                f"the prompt has {len(text.strip()):,} characters; run knows 512 positions, which hold {most:,} characters "
-                "at most"
+                f"the prompt has {len(text.strip()):,} characters; the context length of run is 512 tokens, "
+                f"or at most {most:,} characters"
             )
     monkeypatch.undo()
     spaces = server.chat("run", "say one" + " " * most, max_tokens=2)  # the template takes these away
@@ -198,7 +198,8 @@ def test_a_long_prompt_is_counted_piece_by_piece(tiny_tokenizer, monkeypatch):
     counted.counted.clear()
     asyncio.run(counted.encode(Encoder(), "one" + " " * 200_000))
     assert not counted.counted  # a template takes these away
-    with pytest.raises(RequestError, match=r"^the prompt has more than 2\d,\d\d\d tokens; run knows 20,000 positions$"):
+    long = r"^the prompt has more than 2\d,\d\d\d tokens; the context length of run is 20,000 tokens$"
+    with pytest.raises(RequestError, match=long):
         asyncio.run(counted.encode(Encoder(), "xyz" * 50_000))
     assert sum(map(len, counted.counted)) < 50_000
 
@@ -475,7 +476,7 @@ def test_a_second_signal_cuts_off_with_an_answer_and_leaves_no_trace_in_the_log(
 
 
 def test_a_reader_that_reads_nothing_does_not_keep_the_server(tuned_run, cache, tiny_llama, monkeypatch, caplog):
-    monkeypatch.setattr(serve_server, "FAREWELL", 0.5)
+    monkeypatch.setattr(serve_server, "GRACE_PERIOD", 0.5)
     with serving(make(tuned_run, cache)) as server, socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.connect(address(server))

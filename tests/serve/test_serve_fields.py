@@ -163,7 +163,7 @@ def test_as_many_prompts_as_may_wait_are_answered_and_more_are_refused_for_good(
     assert len({choice.text for choice in answer.choices}) <= 2
     message = check_refused(server.post(PLAIN, **ask, prompt=["one"] * (QUEUE + 1)), "prompt")
     assert message == (
-        "this request asks for 65 answers, and at most 64 can wait in the queue; send fewer at once, or start the server with "
+        "this request asks for 65 answers, but at most 64 can wait in the queue; ask for fewer at once, or start the server with "
         "a larger --queue"
     )
     check_refused(server.post(PLAIN, **ask, prompt=["one"] * 33, n=2), "prompt")
