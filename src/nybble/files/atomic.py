@@ -17,9 +17,7 @@ from nybble.files.locks import hold, holder, holder_is_dead, refuse_held
 from nybble.files.paths import nearest_existing
 
 LOCK = ".lock"  # in a run while it is being written
-UNFINISHED = (
-    ".nybble-writing-"  # prefix of a folder being filled or removed; its writer's lock has the same name plus .lock
-)
+UNFINISHED = ".nybble-writing-"  # prefix of a folder being filled or removed; its lock has the same name plus .lock
 UNFINISHED_FILE = re.compile(r"\..+\.[0-9a-f]{8}\.writing(\.[^.]+)?")  # a file that is being written
 ABANDONED_AFTER = 24 * 3600  # seconds without a change after which a file counts as abandoned if its writer is unknown
 
@@ -130,7 +128,7 @@ def is_abandoned(age: float, *paths: pathlib.Path) -> bool:
 
 
 def put_in_place(folder: pathlib.Path, target: pathlib.Path, marker: str | None) -> None:
-    """Rename a filled folder to its target; arguments and errors as in `new_folder`."""
+    """Rename a filled folder to its target. Arguments and errors are those of `new_folder`."""
     try:
         folder.rename(target)
     except OSError as error:

@@ -100,9 +100,8 @@ def _check_names_and_links(folder: pathlib.Path) -> None:
         if os.path.islink(path) and not os.path.exists(path):
             raise OSError(errno.ENOENT, f"{path} is a link to {os.readlink(path)}, which does not exist")
     longest = max(len(os.fsencode(part)) for part in (*folder.parts, "."))
-    if longest > (
-        os.pathconf(nearest_existing(folder), "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
-    ):  # on Windows
+    on_windows = not hasattr(os, "pathconf")
+    if longest > (255 if on_windows else os.pathconf(nearest_existing(folder), "PC_NAME_MAX")):
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from nybble.generate.request import BusyError, Finish, GenerationError, Observer, Request, Sink, Token
 
-PROMPT_TOKENS_PER_STEP = 50  # a batch makes at least one token per row for so many tokens that it began with
+PROMPT_TOKENS_PER_STEP = 50  # before it gives way, a batch generates one token per row for every so many it began with
 
 
 @dataclass(eq=False)

@@ -140,14 +140,14 @@ class Padded:
         sampler = Sampler(rows, self.pipeline.device)
         adapters = [row.request.adapter for row in rows]
         uniform = len(set(adapters)) == 1
-        with self._active_adapter(adapters[0]) if uniform else contextlib.nullcontext():
+        with self._using_adapter(adapters[0]) if uniform else contextlib.nullcontext():
             self.pipeline.generate(
                 [row.sequence for row in rows], max(row.tokens_left for row in rows), sampler, TokenDelivery(batch, sampler),
                 None if uniform else adapters,
             )  # fmt: skip
 
     @contextlib.contextmanager
-    def _active_adapter(self, adapter: str | None) -> Iterator[None]:
+    def _using_adapter(self, adapter: str | None) -> Iterator[None]:
         """Activate one adapter, or the base."""
         if not isinstance(self.model, PeftModel):
             yield

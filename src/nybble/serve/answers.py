@@ -140,9 +140,9 @@ class Job:
 
     def _request(self, prompt: list[int], number: int) -> Request:
         parsed = self.parsed
-        room = self.model.positions - len(prompt)
-        limit = parsed.limit or min(DEFAULT_MAX_TOKENS, room)
-        if limit > room or room < 1:
+        available = self.model.positions - len(prompt)
+        limit = parsed.limit or min(DEFAULT_MAX_TOKENS, available)
+        if limit > available or available < 1:
             # The number may have 4,300 digits.
             requested = f"{max(limit, 1):,}" if limit < 10**12 else "longer than any answer"
             length = f"{len(prompt):,} tokens and {parsed.limit_field} is {requested}"
