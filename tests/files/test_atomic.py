@@ -21,7 +21,7 @@ from tests.training.test_train import recipe_for
 ROUNDS, PROCESSES = 150, 6
 
 
-def test_an_export_that_another_one_overtakes_leaves_nothing_and_says_so(
+def test_an_export_that_loses_a_race_for_its_target_leaves_nothing_and_says_so(
     tuned_run, cache, tmp_path, quiet, monkeypatch
 ):
     """The other began a moment before this one could see it."""
@@ -38,7 +38,7 @@ def test_an_export_that_another_one_overtakes_leaves_nothing_and_says_so(
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/theirs"]
 
 
-def test_folders_are_there_whole_or_not_at_all(tmp_path):
+def test_folders_are_complete_or_absent(tmp_path):
     target = tmp_path / "a" / "b" / "c"
 
     def cut_off() -> None:
@@ -96,7 +96,7 @@ def hammer(cache: pathlib.Path, model: pathlib.Path, start, faults) -> None:
             faults.put(repr(error))
 
 
-def test_processes_that_share_a_cache_do_not_meet(tiny_llama, tmp_path):
+def test_processes_that_share_a_cache_do_not_disturb_each_other(tiny_llama, tmp_path):
     processes = multiprocessing.get_context("fork")
     start, faults = processes.Barrier(PROCESSES), processes.Queue()
     words = (tmp_path, tiny_llama, start, faults)

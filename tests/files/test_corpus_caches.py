@@ -35,13 +35,13 @@ SCORED = Scored("t", "acc", True, "1", 0, 2, "Hub", [1.0, float("nan")], ["t", "
 
 
 class Filled:
-    """A cache with an entry in each room, and what its users give."""
+    """A cache with an entry in each of its folders, and what its users return."""
 
     def __init__(self, model: pathlib.Path, rows: pathlib.Path, cache: pathlib.Path) -> None:
         self.model, self.rows, self.cache = model, rows, cache
 
     def use(self, room: str) -> object:
-        """What comes out of a room's entry."""
+        """What the user of a cache folder returns."""
         checkpoint = find_checkpoint(str(self.model))
         if room == "digests":
             return fingerprint(checkpoint, self.cache)
@@ -85,7 +85,7 @@ def test_there_are_many() -> None:
 
 
 @pytest.mark.parametrize("case", sampled(CASES, 8))
-def test_a_damaged_cache_mends_itself(case: Case, filled, wanted, tmp_path, caplog) -> None:
+def test_a_damaged_cache_repairs_itself(case: Case, filled, wanted, tmp_path, caplog) -> None:
     for name in ("cache", "other"):
         shutil.copytree(filled / name, tmp_path / name)
     case.make(tmp_path)
@@ -104,7 +104,7 @@ def test_a_damaged_cache_mends_itself(case: Case, filled, wanted, tmp_path, capl
 
 
 @pytest.mark.parametrize("room", ["base", "tokens"])
-def test_what_is_no_damage_is_taken_for_none(room, filled, wanted, tmp_path, caplog) -> None:
+def test_what_is_not_damage_is_not_reported(room, filled, wanted, tmp_path, caplog) -> None:
     shutil.copytree(filled / "cache", tmp_path / "cache")  # other inodes and times
     (entry(tmp_path, room) / ".DS_Store").write_text("x")
     for file in entry(tmp_path, room).iterdir():
@@ -116,7 +116,7 @@ def test_what_is_no_damage_is_taken_for_none(room, filled, wanted, tmp_path, cap
 
 
 @pytest.mark.parametrize("room", ["base", "tokens"])
-def test_what_cannot_be_removed_is_passed_over(room, filled, wanted, tmp_path, caplog) -> None:
+def test_entries_that_cannot_be_removed_are_skipped(room, filled, wanted, tmp_path, caplog) -> None:
     shutil.copytree(filled / "cache", tmp_path / "cache")
     place = entry(tmp_path, room)
     (place / "manifest.json").unlink()
@@ -146,7 +146,7 @@ def another_user() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("closed", ["folder", "manifest", "file"])
-def test_an_entry_that_this_user_may_not_read_makes_way(tmp_path, closed) -> None:
+def test_an_entry_that_this_user_may_not_read_is_replaced(tmp_path, closed) -> None:
     tmp_path.chmod(0o777)
     for parent in tmp_path.parents:
         if parent.owner() == "root" and parent != pathlib.Path("/"):
@@ -179,7 +179,7 @@ def hammer(damaged: Filled, room: str, wanted: object, start, done) -> None:
 
 
 @pytest.mark.parametrize("room", ["tokens", "digests"])
-def test_processes_that_find_the_same_damage_do_not_meet(room, filled, wanted, tmp_path) -> None:
+def test_processes_that_find_the_same_damage_do_not_disturb_each_other(room, filled, wanted, tmp_path) -> None:
     for number in range(ROUNDS):
         shutil.copytree(filled / "cache", tmp_path / str(number))
         found = entry(tmp_path, room, str(number))
@@ -234,7 +234,7 @@ def test_a_cache_in_which_nothing_can_be_used_is_an_error(filled, tmp_path, monk
     assert caught.value.where == str(place)
 
 
-def test_a_room_that_is_a_link_to_nowhere_is_named(filled, tmp_path) -> None:
+def test_a_cache_folder_that_is_a_dangling_link_is_named(filled, tmp_path) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "tokens").symlink_to("/not/mounted")
     with pytest.raises(StorageError, match=r"tokens is a link to /not/mounted, which does not exist"):
@@ -254,7 +254,7 @@ def test_what_killed_processes_left_is_removed_after_a_day(tmp_path) -> None:
     assert sorted(os.listdir(tmp_path)) == [".writing-c", "d", "entry"]
 
 
-def test_a_note_whose_place_cannot_be_had_is_done_without(filled, wanted, tmp_path) -> None:
+def test_a_note_whose_path_cannot_be_written_is_skipped(filled, wanted, tmp_path) -> None:
     shutil.copytree(filled / "cache", tmp_path / "cache")
     place = entry(tmp_path, "digests")
     place.unlink()

@@ -72,7 +72,7 @@ WRITERS = {
 }
 
 
-def test_a_full_disk_is_told_of_every_writer(tmp_path):
+def test_a_full_disk_is_reported_whichever_library_writes(tmp_path):
     for name, write in WRITERS.items():
         with small_disk(tmp_path / "disk", "600k") as disk:
             with pytest.raises(StorageError) as caught, explained_disk_errors(disk, tmp_path):
@@ -81,7 +81,7 @@ def test_a_full_disk_is_told_of_every_writer(tmp_path):
             assert said.startswith(f"the disk is full\n  where: {disk}, 0.00 GB free\n  fix:   free some space"), name
 
 
-def test_other_errors_go_through_as_they_are(tmp_path):
+def test_other_errors_pass_unchanged(tmp_path):
     with pytest.raises(RuntimeError, match=r"^something else$"), explained_disk_errors(tmp_path):
         raise RuntimeError("something else")
     with pytest.raises(RunError, match="no space of its own"), explained_disk_errors(tmp_path):
@@ -90,7 +90,7 @@ def test_other_errors_go_through_as_they_are(tmp_path):
         pass
 
 
-def test_a_place_that_is_closed_later_is_one_message(tmp_path):
+def test_a_path_that_becomes_inaccessible_is_one_message(tmp_path):
     file = tmp_path / "file"
     file.touch()
     with (
@@ -111,7 +111,7 @@ def test_a_place_that_is_closed_later_is_one_message(tmp_path):
 
 
 def stopped(work: Callable[[], object]) -> str | None:
-    """What was said of a place, or None where nothing was wrong with it."""
+    """The message of a StorageError, or None if there was none."""
     try:
         work()
     except StorageError as error:

@@ -63,7 +63,7 @@ def age(*places: pathlib.Path) -> None:
             os.utime(path, (1e9, time.time() - ABANDONED_AFTER - 60))
 
 
-def test_a_run_that_is_written_is_refused_with_who_writes_it_and_one_whose_process_died_is_taken(tmp_path, here):
+def test_a_run_that_is_being_written_is_refused_with_the_writer_and_one_whose_writer_died_is_accepted(tmp_path, here):
     (tmp_path / "recipe.yaml").write_text("model:\n  path: m\ndata:\n  path: d\n")
     with another_process("run", tmp_path) as process:
         for words in (["train", "--resume", tmp_path], ["eval", tmp_path]):
@@ -85,7 +85,7 @@ def test_a_run_that_is_written_is_refused_with_who_writes_it_and_one_whose_proce
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
-def test_a_run_in_training_says_so_where_its_adapter_is_wanted(tuned_run, tmp_path, here, quiet, cache):
+def test_a_run_that_is_being_trained_says_so_when_its_adapter_is_needed(tuned_run, tmp_path, here, quiet, cache):
     """The reader says that it is trained, not that it should be resumed; afterwards that."""
     for name in ("recipe.yaml", "start.json", "template.json"):
         (tmp_path / name).write_bytes((tuned_run.folder / name).read_bytes())
@@ -115,7 +115,7 @@ def test_reading_a_finished_run_needs_no_lock_and_no_writable_folder(tuned_run, 
         assert done.returncode == 0, done.stderr
 
 
-def test_a_place_to_which_another_process_exports_is_refused_before_any_work(tuned_run, tmp_path, here):
+def test_a_path_to_which_another_process_exports_is_refused_before_any_work(tuned_run, tmp_path, here):
     target = tmp_path / "out"
     with another_process("folder", target) as process:
         done = here("export", tuned_run.folder, "--to", "merged", "--out", target)
@@ -130,7 +130,7 @@ def test_a_place_to_which_another_process_exports_is_refused_before_any_work(tun
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_of_two_that_make_one_folder_at_once_the_second_leaves_nothing(tmp_path):
+def test_when_two_processes_make_the_same_folder_the_second_leaves_nothing(tmp_path):
     def overtaken() -> None:
         with new_folder(tmp_path / "out") as first:
             (first / "a").touch()
@@ -167,7 +167,7 @@ def foreign(folder: pathlib.Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize("damage", ["another machine's", "not a holder", "empty", "no lock at all"])
-def test_whose_maker_cannot_be_asked_is_removed_only_when_nothing_changed_for_a_day(damage, tmp_path):
+def test_a_folder_of_an_unknown_writer_is_removed_only_after_a_day_without_changes(damage, tmp_path):
     foreign(tmp_path)
     lock = tmp_path / f"{UNFINISHED}x{LOCK}"
     if damage == "not a holder":
@@ -187,7 +187,7 @@ def test_whose_maker_cannot_be_asked_is_removed_only_when_nothing_changed_for_a_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_not_nybbles_stays_whatever_its_age(tmp_path):
+def test_files_that_are_not_nybbles_are_kept_whatever_their_age(tmp_path):
     for name in (".writing-abcdefgh", ".cache", "nybble-writing-x"):
         (tmp_path / name).mkdir()
     for name in (".a.writing", ".a.12345678.writing~", "a.12345678.writing.json", ".x.lock"):
@@ -204,7 +204,7 @@ def test_what_is_not_nybbles_stays_whatever_its_age(tmp_path):
     assert (outside / "kept").exists()
 
 
-def test_files_that_a_killed_process_left_half_written_go_with_the_next(tmp_path):
+def test_files_that_a_killed_process_left_unfinished_are_removed_by_the_next(tmp_path):
     for folder in (tmp_path, tmp_path / "checkpoints" / "checkpoint-2"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".state.0123abcd.writing.json").write_text("{")
@@ -218,7 +218,7 @@ def test_files_that_a_killed_process_left_half_written_go_with_the_next(tmp_path
     assert not list(tmp_path.rglob(".state.*"))
 
 
-def test_a_file_system_without_locks_is_written_without(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_written_to_without_them(tmp_path, monkeypatch):
     """As NFS without its lock daemon answers; there is none to be mounted here."""
 
     def no_locks(*_: object) -> None:
@@ -261,7 +261,7 @@ def test_the_lock_ends_with_an_error_and_with_a_signal(tmp_path):
         pass
 
 
-def test_a_pipe_in_a_locks_place_says_nothing_of_its_holder(tmp_path):
+def test_a_pipe_at_a_locks_path_names_no_holder(tmp_path):
     os.mkfifo(tmp_path / LOCK)
     with hold(tmp_path / LOCK, "trained", tmp_path):
         assert holder(tmp_path / LOCK).pid == 0
@@ -291,7 +291,7 @@ def test_a_child_that_a_writer_forked_does_not_keep_its_lock(tmp_path):
         os.kill(child, signal.SIGKILL)
 
 
-def test_a_run_that_is_exported_to_two_places_at_once(tuned_run, tmp_path):
+def test_a_run_can_be_exported_to_two_paths_at_once(tuned_run, tmp_path):
     """Different targets do not hinder each other."""
     with another_process("folder", tmp_path / "merged"):
         check_export(tmp_path / "gguf")

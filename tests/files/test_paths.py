@@ -38,7 +38,7 @@ def test_the_cache_follows_xdg_and_home(monkeypatch):
         ({"HOME": "/tmp"}, [], "the run cannot be written: this user may not write to /", "fix:   out=FOLDER"),
     ],
 )
-def test_a_user_without_a_place_gets_one_message_before_anything_is_loaded(environment, words, message, fix):
+def test_a_user_without_a_writable_folder_gets_one_message_before_anything_is_loaded(environment, words, message, fix):
     done = as_somebody_without_a_home("train", "m", "d.jsonl", *words, **environment)
     print(done.stderr)
     assert done.returncode == 1
@@ -91,7 +91,7 @@ LONG = "x" * 300
         (["demo", "--weights", LONG], "the model cannot be written: its name is too long", "--weights FOLDER"),
     ],
 )
-def test_names_and_links_that_lead_nowhere_are_one_message(words, message, fix, tuned_run, tmp_path, here, monkeypatch):
+def test_long_names_and_dangling_links_are_one_message(words, message, fix, tuned_run, tmp_path, here, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("gone").symlink_to("/nowhere")
     pathlib.Path("loop").symlink_to("loop")
@@ -104,7 +104,7 @@ def test_names_and_links_that_lead_nowhere_are_one_message(words, message, fix, 
     assert sorted(os.listdir()) == ["gone", "loop", "run"]
 
 
-def test_what_is_no_export_or_no_run_is_not_told_to_be_one(tmp_path):
+def test_only_an_export_is_suggested_for_removal_and_only_a_run_for_resuming(tmp_path):
     base, made = tmp_path / "base", tmp_path / "my export"
     for folder, file in ((base, "config.json"), (made, "parity.json")):
         folder.mkdir()
@@ -121,7 +121,7 @@ def test_what_is_no_export_or_no_run_is_not_told_to_be_one(tmp_path):
     assert "--resume" not in str(caught.value)
 
 
-def test_a_cache_with_a_folder_of_somebody_else_is_refused(tmp_path):
+def test_a_cache_with_a_folder_of_another_user_is_refused(tmp_path):
     (tmp_path / "tokens").mkdir()
     check_cache(tmp_path)
     with read_only(tmp_path / "tokens"), pytest.raises(StorageError, match="the cache cannot be written") as caught:
@@ -138,7 +138,9 @@ def test_a_folder_that_is_gone_is_named(tmp_path, monkeypatch):
         check_current_folder()
 
 
-def test_every_command_refuses_a_closed_place_in_one_message(tuned_run, tiny_llama, rows, tmp_path, here, monkeypatch):
+def test_every_command_refuses_an_unwritable_folder_in_one_message(
+    tuned_run, tiny_llama, rows, tmp_path, here, monkeypatch
+):
     closed, run = tmp_path / "closed", tmp_path / "run"
     shutil.copytree(tuned_run.folder, run)
     with read_only(closed), read_only(run):
@@ -174,7 +176,7 @@ def test_a_run_that_cannot_be_written_is_exported_elsewhere(tuned_run, cache, tm
     assert (made / "adapter_model.safetensors").is_file()
 
 
-def test_doctor_looks_at_the_places(tmp_path, monkeypatch):
+def test_doctor_checks_the_folders(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.touch()
     assert space.own_cache(tmp_path / "cache").verdict in ("ok", "warn")
@@ -194,7 +196,7 @@ def test_doctor_looks_at_the_places(tmp_path, monkeypatch):
     assert space.temporary().verdict == "ok"
 
 
-def test_check_looks_at_its_cache_and_its_picture(tiny_llama, rows, tmp_path, quiet):
+def test_data_check_checks_its_cache_and_its_picture(tiny_llama, rows, tmp_path, quiet):
     file = tmp_path / "file"
     file.touch()
     recipe = recipe_for(tiny_llama, rows, tmp_path / "out")

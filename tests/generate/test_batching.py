@@ -67,7 +67,7 @@ def test_a_batch_gives_way_the_sooner_the_more_could_join_it(running, joiners, t
 
 
 @pytest.mark.parametrize(("first", "budget", "tokens"), [(32, 10**6, 16), (1, 150, 16), (1, 10**6, 1)])
-def test_a_batch_does_not_give_way_for_those_who_find_no_room(first, budget, tokens):
+def test_a_batch_does_not_give_way_to_requests_that_would_not_fit(first, budget, tokens):
     """Full by its rows, full by its tokens, and not full; 15 come as it works."""
     own = scheduler(token_budget=budget)
     own.submit([row(prompt=10) for _ in range(first)])
@@ -87,7 +87,7 @@ def test_adapters_take_turns_where_they_cannot_be_mixed(mixes, sizes):
     assert found == sizes
 
 
-def test_who_gives_way_stands_behind_those_who_wait():
+def test_rows_of_a_batch_that_gave_way_queue_behind_the_waiting_ones():
     own = scheduler()
     ahead, behind = row(adapter="a"), row(adapter="b")
     own.submit([ahead])

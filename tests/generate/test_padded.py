@@ -84,7 +84,7 @@ def test_two_adapters_and_the_base_share_a_batch_and_answer_as_alone(model, monk
     assert seen == [(15, 3)]
 
 
-def test_a_beginning_that_all_share_is_computed_for_each_adapter(model):
+def test_a_common_prefix_is_computed_once_for_each_adapter(model):
     prefix = [1, *range(100, 140)]
     asked = [([*prefix, *rest], adapter) for rest in ([7], [8, 9], [7, 9, 11]) for adapter in ADAPTERS]
     answers = complete(Padded(model, 0), [ask(*each) for each in asked])
@@ -119,7 +119,7 @@ def test_a_merged_adapter_does_not_mix(peaky_llama):
     assert not Padded(model.get_base_model(), 0).scheduler.mixes_adapters
 
 
-def test_log_probabilities_do_not_depend_on_the_rows_beside(model):
+def test_log_probabilities_do_not_depend_on_the_other_rows(model):
     """Whatever stands beside it: other lengths, other adapters, a batch that gives way."""
     asked = [ask(prompt, adapter, logprobs=3) for prompt in PROMPTS for adapter in ADAPTERS]
     single = [complete(Padded(model, 0), [request])[0] for request in asked]
@@ -135,7 +135,7 @@ def test_log_probabilities_do_not_depend_on_the_rows_beside(model):
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(-(2**65), 2**65), st.integers(0, 4), st.integers(0, 14), st.sampled_from(ADAPTERS))
-def test_a_seeded_answer_is_its_own_whatever_stands_beside_it(model, seed, place, neighbours, adapter):
+def test_a_seeded_answer_does_not_depend_on_the_rest_of_the_batch(model, seed, place, neighbours, adapter):
     sampling = {"temperature": 1.5, "top_k": 40, "top_p": 0.95}
     mine = ask(PROMPTS[place], adapter, seed=seed, **sampling)
     (single,) = complete(Padded(model, 0), [mine])
@@ -293,7 +293,7 @@ def test_a_mixed_batch_that_raises_midway_leaves_nothing_behind(model, adapters,
         assert answer.ids == alone(model, prompt, "default")
 
 
-def test_logits_that_are_no_numbers_fail_their_row_only(model, monkeypatch):
+def test_logits_that_are_not_finite_fail_their_row_only(model, monkeypatch):
     forward = model.get_base_model().forward
 
     def overflowing(*args, **kwargs):
@@ -338,7 +338,7 @@ def test_the_observer_hears_of_batches_and_of_load(model):
     assert told[-1] == (0, 0)
 
 
-def test_it_may_be_asked_from_many_threads(model):
+def test_requests_may_be_submitted_from_many_threads(model):
     generator, ended = Padded(model, 0, rows=4, patience=1), []
 
     class Sink:

@@ -57,7 +57,7 @@ def test_rows_of_a_batch_are_drawn_as_alone_each_by_its_own_rules():
     assert together[1] in logits[1].topk(3).indices.tolist()
 
 
-def test_every_position_draws_anew_and_the_same_again():
+def test_each_position_has_its_own_number_and_always_the_same():
     logits = torch.zeros(1, 1000)
 
     def several(rows, count=20):

@@ -301,7 +301,7 @@ def test_a_reader_that_reads_slowly_holds_nobody_up(server, tiny_llama):
 
 
 @pytest.mark.slow
-def test_what_nobody_reads_is_given_up_at_the_time_limit(runs, cache, tiny_llama):
+def test_an_answer_that_is_not_read_is_cancelled_at_the_time_limit(runs, cache, tiny_llama):
     make = lambda metrics: load_pipeline(runs[:1], metrics, device="cpu", queue=64, cache=cache)  # noqa: E731
     with serving(make, Limits(timeout=1)) as server:
         body = long_answer(tiny_llama.name, n=16, logprobs=True, top_logprobs=20)  # 6 MB, more than the kernel holds
@@ -321,7 +321,7 @@ def test_a_reader_that_never_reads_is_cut_off(monkeypatch):
             accepted.sendall(bytes(50_000_000))
 
 
-def test_what_takes_too_long_is_given_up(runs, cache, tiny_llama):
+def test_an_answer_that_takes_too_long_is_cancelled(runs, cache, tiny_llama):
     make = lambda metrics: load_pipeline(runs[:1], metrics, device="cpu", queue=64, cache=cache)  # noqa: E731
     with serving(make, Limits(timeout=0.3)) as server:
         late = server.post(**(long_answer(tiny_llama.name, n=16) | {"stream": False}))
@@ -470,7 +470,7 @@ def test_the_memory_that_is_free_bounds_a_batch(server):
     assert server.metric("nybble_batch_rows_count") == before + 2
 
 
-def test_who_sends_waits_only_a_moment_for_who_computes():
+def test_a_thread_that_sends_waits_only_briefly_for_one_that_computes():
     def seconds_of_thirty_turns():
         over = threading.Event()
 
@@ -497,7 +497,7 @@ def test_who_sends_waits_only_a_moment_for_who_computes():
     assert sys.getswitchinterval() == before
 
 
-def test_what_keeps_a_server_from_starting_is_said(runs, quiet):
+def test_what_keeps_a_server_from_starting_is_reported(runs, quiet):
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ServeError, match=rf"port {port} of 127.0.0.1 is already in use[\s\S]*--port {port + 1}"):

@@ -125,7 +125,7 @@ def test_511_messages_are_read_at_once(server, roomy):
     assert time.perf_counter() - began < 2
 
 
-def test_who_leaves_while_a_prompt_is_tokenised_is_forgotten(server, roomy):
+def test_a_client_that_leaves_while_its_prompt_is_tokenised_is_dropped(server, roomy):
     text = "The quick brown fox, 123 apples. " * 60_000
     batches = server.metric("nybble_batch_rows_count")
     for stream in (False, True):
@@ -143,7 +143,7 @@ def test_who_leaves_while_a_prompt_is_tokenised_is_forgotten(server, roomy):
     assert server.metric("nybble_batch_rows_count") == batches + 1
 
 
-def test_who_leaves_while_waiting_gets_no_token(server, monkeypatch):
+def test_a_client_that_leaves_while_waiting_gets_no_token(server, monkeypatch):
     padded, gate = server.engine.worker.generator, threading.Event()
     compute = padded._compute
     monkeypatch.setattr(padded, "_compute", lambda batch: gate.wait(20) and compute(batch))
@@ -385,7 +385,7 @@ def test_too_many_connections_get_503_and_those_before_them_are_answered(tuned_r
      (["Bearer S3CRET"], 401), (["Bearer \xe9"], 401), (["Bearer s3cre\xff"], 401), (["Bearer s3cret", "Bearer s3cret"], 401),
      (["Bearer wrong", "Bearer s3cret"], 401), (["Bearer Bearer s3cret"], 401)],
 )  # fmt: skip
-def test_a_key_stands_after_bearer_however_that_is_spelt(keyed, lines, status):
+def test_a_key_follows_bearer_in_any_case(keyed, lines, status):
     authorization = "".join(f"Authorization: {line}\r\n" for line in lines).encode("latin-1")
     assert ask(address(keyed), head("GET", "/v1/models") + authorization + b"\r\n").status == status
 

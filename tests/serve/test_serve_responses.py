@@ -168,7 +168,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("more", "param"), REFUSED, ids=[f"{param}-{n}" for n, (_, param) in enumerate(REFUSED)])
-def test_what_is_not_taken_is_refused_by_name(server, more, param):
+def test_what_is_not_supported_is_refused_by_name(server, more, param):
     refused = server.post("/v1/responses", **{"model": "run", "input": ASKED, **more})
     assert refused.status_code == 400, refused.text
     error = refused.json()["error"]
