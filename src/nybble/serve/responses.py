@@ -23,7 +23,7 @@ NOT_STORED = "this server stores nothing; send the whole conversation as input"
 def _items(value: Any) -> Any:
     """Input as a list of messages."""
     if not isinstance(value, (str, list)):
-        raise ValueError("input is a string or a list of messages")
+        raise ValueError("must be a string or a list of messages")
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 

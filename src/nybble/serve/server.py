@@ -29,13 +29,11 @@ from nybble.serve.guard import KEY, AccessRules, check_open_to
 from nybble.serve.loading import load_continuous, load_pipeline
 from nybble.serve.metrics import Metrics
 from nybble.serve.vllm import become_vllm
-from nybble.terminal import tell as print_line
+from nybble.terminal import tell
 
 CONNECTIONS = 384  # open at once, besides one for each answer that may wait
 GRACE_PERIOD = 3.0  # seconds for clients whose answers were cut off to read why
-UNREAD_TIMEOUT = (
-    120  # seconds after which the kernel closes a connection whose client reads nothing of what is sent (Linux)
-)
+UNREAD_TIMEOUT = 120  # seconds after which the kernel closes a connection whose client does not read (Linux)
 MAX_KEY_BYTES = 65536  # read of a key file, even if it has no line break
 ENGINES = ("pipeline", "continuous", "vllm")
 SWITCH_INTERVAL = 0.0002
@@ -73,7 +71,7 @@ class Server(uvicorn.Server):
         again = "running answers are cut off"
         first = "no new requests; running answers finish (Ctrl-C again cuts them off)"
         if not self.is_urgent:
-            print_line(self.console, Text(again if self.should_exit else first, "dim"), hang=2)
+            tell(self.console, Text(again if self.should_exit else first, "dim"), hang=2)
         self.is_urgent = self.should_exit
         self._captured_signals.append(sig)
         self.should_exit = True
@@ -205,7 +203,7 @@ def print_summary(console: Console, engine: Engine, address: Address, listener: 
         else "access    accepts connections from other machines, with the API key",
     ]
     for line in lines:
-        print_line(console, line)
+        tell(console, line)
 
 
 def run_server(
