@@ -53,7 +53,8 @@ def server(runs, cache):
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def user(text):
@@ -329,7 +330,7 @@ def test_an_answer_that_takes_too_long_is_cancelled(runs, cache, tiny_llama):
         assert late.json()["error"]["code"] == "timeout"
         assert late.headers["x-should-retry"] == "false"
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
-        with pytest.raises(openai.APIError, match=r"not done within 0\.3 s"):
+        with client, pytest.raises(openai.APIError, match=r"not done within 0\.3 s"):
             list(client.chat.completions.create(**long_answer(tiny_llama.name, n=16)))
         server.wait_for("nybble_running", 0, 5)
         ends = f'nybble_answers_total{{finish="timeout",model="{tiny_llama.name}"}} 32.0'
@@ -416,10 +417,11 @@ def test_a_key_is_asked_for_and_the_page_needs_none(runs, cache):
                 refused = server.http.get(server.url + route, headers=headers)
                 assert refused.status_code == 401
                 assert refused.json()["error"]["code"] == "invalid_api_key"
-        good = openai.OpenAI(base_url=f"{server.url}/v1", api_key="s3cret")
-        assert good.chat.completions.create(model="run", messages=user(ASKED), max_tokens=2).choices
-        with pytest.raises(openai.AuthenticationError, match="wrong or missing API key"):
-            openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong").models.list()
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="s3cret") as good:
+            assert good.chat.completions.create(model="run", messages=user(ASKED), max_tokens=2).choices
+        bad = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong")
+        with bad, pytest.raises(openai.AuthenticationError, match="wrong or missing API key"):
+            bad.models.list()
 
 
 @pytest.mark.parametrize(
