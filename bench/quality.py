@@ -77,7 +77,7 @@ from bench.quality_report import draw, report
 from bench.quality_run import one_run
 from bench.quality_setup import METHODS, TASKS, Run, Setup, tokens_of, write_splits
 from nybble.errors import NybbleError
-from nybble.files.places import default_cache
+from nybble.files.paths import default_cache
 from nybble.model.device import grow_segments
 from nybble.model.tokenizer.load import load_tokenizer
 
