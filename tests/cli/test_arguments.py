@@ -106,7 +106,10 @@ WRONG = {
     "epoch=2": ("epoch: unknown option; did you mean train.epochs=2?", ""),
     "model.path=b": ("MODEL was given twice: m and model.path=b", ""),
     "more.jsonl": ("unexpected 'more.jsonl': expected at most MODEL and DATA, then key=value", "train.epochs=2"),
-    "data.map={prompt: question": ("does not close its brackets", "data.map=prompt:question,completion:answer"),
+    "data.map={prompt: question": (
+        "brackets or quotes in '{prompt: question' are not closed",
+        "data.map=prompt:question,completion:answer",
+    ),
     "train.save_every=3 train.evaluate_every=2": ("train.save_every: 3 differs from the 2 steps", "train.save_every=2"),
 }
 

@@ -45,7 +45,7 @@ def test_all_faults_are_listed_together_with_their_lines(tmp_path):
         (["train.epochs"], "options are written key=value"),
         (["train=3"], "train: input should be a valid dictionary"),
         (["train.seed=3", "train.seed.x=3"], "train.seed.x: seed is not a section"),
-        (["data.map={a"], "data.map: '{a' does not close its brackets or quotes; e.g. data.map=prompt:question,"),
+        (["data.map={a"], "data.map: brackets or quotes in '{a' are not closed; e.g. data.map=prompt:question,"),
         (["train.save_every=20", "train.evaluate_every=10"], "train.save_every: 20 differs from the 10 steps between"),
         (["train.epochs="], "train.epochs: the value is missing; e.g. train.epochs=1"),
         (["model.revision="], "e.g. model.revision=main, or model.revision=null for none"),
