@@ -84,8 +84,8 @@ def test_the_speed_of_a_machine_is_measured_at_several_moments(tiny_llama):
     assert len(found) == BURSTS
     assert all(1e8 < rate < 1e14 for rate in found), found
     one, two = (estimate(config, device, torch.float32, processes) for processes in (1, 2))
-    assert 0 < one.now <= one.free
-    assert two.free < 1.8 * one.free, "processes share a CPU"
+    assert 0 < one.current <= one.idle
+    assert two.idle < 1.8 * one.idle, "processes share a CPU"
 
 
 def test_a_warm_up_that_covers_the_run_is_told(rows, tiny_llama, cache):

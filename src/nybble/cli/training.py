@@ -91,9 +91,9 @@ def preview(
         )
     silence_libraries()
     from nybble.data.sets.preview import preview as print_preview
-    from nybble.preflight.data_check import describe
+    from nybble.preflight.data_check import load_tokenizer_and_config
 
-    print_preview(recipe.data, describe(recipe)[0], count, Console(), ids=ids)
+    print_preview(recipe.data, load_tokenizer_and_config(recipe)[0], count, Console(), ids=ids)
 
 
 @app.command(cls=Documented, context_settings=TAKES_RECIPE_OPTIONS)
