@@ -81,7 +81,8 @@ def test_the_longest_text_of_a_dictionary_is_known_before_it_is_read(tmp_path, c
         first, *others = pages(stream, column.dictionary_page_offset, column.total_compressed_size)
         longest = longest_text(stream, first, column.compression)
     assert longest == (first.size if compression == "lz4" else 5 * 299)
-    assert (first.refers, others[0].refers, others[-1].refers) == (False, True, False)  # the dictionary was full
+    # In the last page the dictionary was full.
+    assert [page.uses_dictionary for page in (first, others[0], others[-1])] == [False, True, False]
     assert sum(page.values for page in others) == 12_000
 
 
@@ -154,7 +155,7 @@ def test_a_packed_parquet_file_without_room_to_unpack_it_says_so(tmp_path, monke
     ).make(tmp_path)
     with small_disk(tmp_path / "disk", "16k") as disk:
         monkeypatch.setattr(tempfile, "tempdir", str(disk))
-        with pytest.raises(DataError, match=r"no room to unpack the file in .*: No space left"):
+        with pytest.raises(DataError, match=r"the file cannot be unpacked in .*: No space left"):
             list(read_file(path))
 
 

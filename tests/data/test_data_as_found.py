@@ -258,7 +258,7 @@ REFUSED = {
     "cut-by-viewer.json": (
         json.dumps({"rows": [{"row": NAMED[0], "truncated_cells": ["output"]}]}), "viewer has truncated output", "from the Hub",
     ),
-    "squad-broken.json": (json.dumps({"data": [{"paragraphs": [{"qas": [{}]}]}]}), "not an article of SQuAD's form", ""),
+    "squad-broken.json": (json.dumps({"data": [{"paragraphs": [{"qas": [{}]}]}]}), "not an article in SQuAD's format", ""),
     "squad-silent.json": (
         json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "answers": []}]}]}]}),
         "a row without an answer", "",

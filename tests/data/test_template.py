@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 
 from nybble.data.rows.formats import Message, Rules
 from nybble.data.text.fit import cut_text, halve, last_answer
-from nybble.data.text.kept_template import read_template, save_template
+from nybble.data.text.saved_template import read_template, save_template
 from nybble.data.text.template import CONTROL_WORD, Template, choose_template
-from nybble.data.text.tokens import Tokens, encode, encode_begun, encode_prompt, encode_text
+from nybble.data.text.tokens import Tokens, encode, encode_continuation, encode_prompt, encode_text
 from nybble.errors import DataError
 from nybble.files.writing import write_json
 from nybble.model.tokenizer.load import load_tokenizer
@@ -117,7 +117,7 @@ def test_the_models_own_template_is_taken_and_its_end_of_turn_trained():
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "writes no control token after an answer"),
         (
             "{% for m in messages %}{{ m['content'] | replace('red', 'pink') }}</s>{% endfor %}",
-            "rewrites what messages say",
+            "rewrites the text of messages",
         ),
         ("{{ messages[0]['content'] }}</s>", "leaves out or rewrites what the assistant says"),
         (
@@ -195,26 +195,28 @@ def test_an_answer_goes_on_from_the_ids_that_training_has_for_its_beginning(name
     conversation = turns(*said[: len(said) // 2 * 2], system=system)
     template = choose_template(small_tokenizer(), name, "messages")
     (tokens,) = encode(template, [conversation])
-    begun = encode_begun(template, conversation)
+    begun = encode_continuation(template, conversation)
     assert tokens.ids[: len(begun)] == begun
     rest = template.tokenizer.decode(tokens.ids[len(begun) :])
     assert rest == (" </s>" if name == "llama2" else "</s>"), "only what ends the answer is left out"
     prompt = encode_prompt(template, conversation[:-1])
     assert begun[: len(prompt)] == prompt
     empty = (*conversation[:-1], Message("assistant", " " if name != "plain" else ""))
-    assert encode_begun(template, empty) == prompt, "an answer without a beginning is just asked for"
+    assert encode_continuation(template, empty) == prompt, "an answer without a beginning is just asked for"
 
 
 def test_an_answer_goes_on_in_sentencepiece_and_in_chatml_as_trained(llama2_like):
     piece = sentencepiece.SentencePieceProcessor(str(SHARED / "llama2-tokenizer" / "tokenizer.model"))
     template = choose_template(load_tokenizer(llama2_like), "llama2", "messages")
-    assert encode_begun(template, turns("2+2?", "It is ")) == [1, *piece.encode("[INST] 2+2? [/INST] It is")]
+    assert encode_continuation(template, turns("2+2?", "It is ")) == [1, *piece.encode("[INST] 2+2? [/INST] It is")]
     whole = piece.encode("[INST] 2+2? [/INST] It is four")
     assert whole[: len(piece.encode("[INST] 2+2? [/INST] It is"))] == piece.encode("[INST] 2+2? [/INST] It is")
     tokenizer = small_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
-    begun = encode_begun(choose_template(tokenizer, "model", "messages"), turns("red", "blue", "cat", "dog <|im_end|>"))
+    begun = encode_continuation(
+        choose_template(tokenizer, "model", "messages"), turns("red", "blue", "cat", "dog <|im_end|>")
+    )
     assert tokenizer.decode(begun).endswith("<|im_start|>assistant\ndog <|im_end|>")
     assert begun.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3, "what was said is no control token"
 

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.couplings.check import unmet
 from nybble.data.sets.prepare import Prepared
-from nybble.data.text.kept_template import read_template
+from nybble.data.text.saved_template import read_template
 from nybble.distributed.group import in_group
 from nybble.distributed.launcher import world_size
 from nybble.engine.fuse import fuse, fusion, unfuse
