@@ -98,7 +98,7 @@ def test_train_stops_at_the_first_fault_that_check_lists(word, content, rows, ti
     recipe = recipe_of(tiny_llama, file, *word.split())
     tokenizer, config = data_check.load_tokenizer_and_config(recipe)
     faults = []
-    prepare_run(recipe, tokenizer, config, tmp_path / "cache", refuse=faults.append)
+    prepare_run(recipe, tokenizer, config, tmp_path / "cache", on_fault=faults.append)
     assert faults
     with pytest.raises(type(faults[0])) as caught:
         prepare_run(recipe, tokenizer, config, tmp_path / "cache")
