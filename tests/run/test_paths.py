@@ -19,7 +19,7 @@ from nybble.errors import DataError, ModelError, RecipeError, RunError
 from nybble.evaluate.rows import rows_of, with_rows
 from nybble.preflight.data_check import check
 from nybble.recipe import Recipe, absolute_paths, load_recipe
-from nybble.recipe.paths import absolute_tree, here
+from nybble.recipe.paths import absolute_path, absolute_tree
 from nybble.run.folder import open_run
 from nybble.run.marks import COMPLETE
 from nybble.training.train import resume, train
@@ -102,8 +102,8 @@ def test_a_link_on_the_way_is_not_cut_short(tmp_path, monkeypatch):
     (tmp_path / "far" / "rows").touch()
     (tmp_path / "link").symlink_to(tmp_path / "far" / "deep")
     monkeypatch.chdir(tmp_path)
-    assert pathlib.Path(here("link/../rows")).exists()
-    assert here("link") == str(tmp_path / "link")
+    assert pathlib.Path(absolute_path("link/../rows")).exists()
+    assert absolute_path("link") == str(tmp_path / "link")
 
 
 def test_a_run_works_from_any_folder(project, tmp_path, cache, quiet, monkeypatch):
@@ -153,7 +153,7 @@ def test_a_base_that_is_gone_is_not_looked_for_on_the_hub(project, tmp_path, cac
         ["export", run.folder, "--to", "merged"],
         ["serve", run.folder],
     ):
-        done = here("--cache", cache, *words)
+        done = absolute_path("--cache", cache, *words)
         assert (done.returncode, "--base FOLDER" in done.stderr) == (1, True), done.stderr
     answerer = load_answerer(open_run(run.folder, "models/now"), cache)
     assert answerer.answer([(Message("user", "say one"),)], Sampling(max_new_tokens=2))
@@ -204,13 +204,13 @@ def test_rows_that_moved_are_named_and_held_against_the_record(project, cache, q
     run = train(recipe_of("out=run"), console=quiet, cache=cache)
     tokenizer = load_answerer(run, cache).tokenizer
     moved = (project / "data" / "rows.jsonl").rename(project / "elsewhere.jsonl")
-    done = here("--cache", cache, "eval", "run", "--tasks", "none", "--answers", "0")
+    done = absolute_path("--cache", cache, "eval", "run", "--tasks", "none", "--answers", "0")
     print(done.stdout)
     assert done.returncode == 0, done.stderr
     assert "nybble eval run --data FILE" in " ".join(done.stdout.split())
     found, why = rows_of(with_rows(open_run("run"), ["elsewhere.jsonl"]), tokenizer, cache)
     assert found is not None, why
-    done = here("--cache", cache, "eval", "run", "--tasks", "none", "--answers", "0", "--data", "elsewhere.jsonl")
+    done = absolute_path("--cache", cache, "eval", "run", "--tasks", "none", "--answers", "0", "--data", "elsewhere.jsonl")
     assert done.returncode == 0, done.stderr
     assert "held_out" in json.loads((project / "run" / "evaluation.json").read_text())
     moved.write_text(moved.read_text().replace("say", "tell", 1))

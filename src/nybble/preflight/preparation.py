@@ -61,7 +61,7 @@ def prepare_run(
 
     Raises:
         DataError: there is no data to examine.
-        PlaceError: the cache does not keep what is written to it.
+        StorageError: the cache does not keep what is written to it.
     """
     rows_are_faulty = False
 
