@@ -153,7 +153,7 @@ def test_a_base_that_is_gone_is_not_looked_for_on_the_hub(project, tmp_path, cac
         ["export", run.folder, "--to", "merged"],
         ["serve", run.folder],
     ):
-        done = absolute_path("--cache", cache, *words)
+        done = here("--cache", cache, *words)
         assert (done.returncode, "--base FOLDER" in done.stderr) == (1, True), done.stderr
     answerer = load_answerer(open_run(run.folder, "models/now"), cache)
     assert answerer.answer([(Message("user", "say one"),)], Sampling(max_new_tokens=2))
@@ -204,13 +204,13 @@ def test_rows_that_moved_are_named_and_held_against_the_record(project, cache, q
     run = train(recipe_of("out=run"), console=quiet, cache=cache)
     tokenizer = load_answerer(run, cache).tokenizer
     moved = (project / "data" / "rows.jsonl").rename(project / "elsewhere.jsonl")
-    done = absolute_path("--cache", cache, "eval", "run", "--tasks", "none", "--answers", "0")
+    done = here("--cache", cache, "eval", "run", "--tasks", "none", "--answers", "0")
     print(done.stdout)
     assert done.returncode == 0, done.stderr
     assert "nybble eval run --data FILE" in " ".join(done.stdout.split())
     found, why = rows_of(with_rows(open_run("run"), ["elsewhere.jsonl"]), tokenizer, cache)
     assert found is not None, why
-    done = absolute_path("--cache", cache, "eval", "run", "--tasks", "none", "--answers", "0", "--data", "elsewhere.jsonl")
+    done = here("--cache", cache, "eval", "run", "--tasks", "none", "--answers", "0", "--data", "elsewhere.jsonl")
     assert done.returncode == 0, done.stderr
     assert "held_out" in json.loads((project / "run" / "evaluation.json").read_text())
     moved.write_text(moved.read_text().replace("say", "tell", 1))
