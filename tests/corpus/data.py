@@ -87,7 +87,7 @@ LINES = [
     answer("-1e999", "found float: -inf", title="minus-1e999"),
     unused("1e999", "rows 3: 3 alpaca", title="1e999"),
     unused("9" * 400, "rows 3: 3 alpaca", title="400-digits"),
-    line('{"instruction": "a", "output": ' + "9" * 400 + "}", "are read as their text (1 row)", title="400-digits", status=0),
+    line('{"instruction": "a", "output": ' + "9" * 400 + "}", "are read as text (1 row)", title="400-digits", status=0),
     answer("NaN", "NaN is not JSON", title="nan"),
     answer("Infinity", "Infinity is not JSON", title="infinity"),
     answer("-Infinity", "-Infinity is not JSON", title="minus-infinity"),

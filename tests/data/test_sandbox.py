@@ -1,4 +1,4 @@
-"""Chat templates within limits: rendered as Transformers renders them, and stopped where they would not end."""
+"""Chat templates within limits: rendered as Transformers renders them, and stopped if they would not end."""
 
 # ruff: noqa: E501 - a template or a case is easier to read on one line
 
@@ -133,7 +133,7 @@ def test_a_modelfile_says_that_a_hostile_template_has_no_form_in_go(tiny_tokeniz
     assert "cannot be expressed in Go's templates" in text
 
 
-def test_of_many_turns_the_first_are_told(tiny_tokenizer):
+def test_the_first_of_many_turns_are_named(tiny_tokenizer):
     with pytest.raises(DataError, match=r"fails on turns of user, .*, user and 992 more: 'a' is undefined"):
         render(tiny_tokenizer, "mine", "{{ a.b }}", ASKED * 1000, False)
 

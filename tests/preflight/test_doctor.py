@@ -243,7 +243,7 @@ def test_wrong_or_broken_4bit_layers_are_caught(monkeypatch: pytest.MonkeyPatch)
     assert "pip install --force-reinstall" in (finding.fix or "")
 
 
-def test_little_room_is_a_warning(tmp_path: Path) -> None:
+def test_little_free_space_is_a_warning(tmp_path: Path) -> None:
     assert memory(Memory(4 * GIB, 16 * GIB)).verdict == "warn"
     assert memory(Memory(12 * GIB, 16 * GIB)).verdict == "ok"
     assert disk("here", tmp_path / "not" / "yet", 1, "a fix").verdict == "ok"

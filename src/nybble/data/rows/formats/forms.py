@@ -17,7 +17,7 @@ from nybble.errors import DataError
 
 MAX_CACHED_COLUMNS = 100
 SPLIT_TURNS = "prompt and completion written as messages are read as turns"
-SPELLING = "columns are found whatever the capitals and spaces in their names"
+SPELLING = "column names are matched without regard to case and spaces"
 NO_TOOLS: tuple[object, ...] = (None, "", [], "[]")
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # form: (required fields, optional fields); if several forms fit equally well, the first one counts
