@@ -11,9 +11,7 @@ from datasets import Dataset
 from nybble.data.batches import PackedRows
 from nybble.data.sets.prepare import column
 
-SORTED_STEPS = (
-    50  # steps whose rows are sorted by length together: enough for little padding, few enough to stay random
-)
+SORTED_STEPS = 50  # their rows are sorted by length together: enough for little padding, few enough to stay random
 
 
 class GroupedByLength(torch.utils.data.Sampler[int]):

@@ -91,9 +91,8 @@ class OpenRows:
         rows = size = 0
         while rows < FORM_ROWS and (item := next(self._unread, None)) is not None:
             if self._buffer is not None:
-                if isinstance(
-                    item, DataError
-                ):  # cause and traceback keep the whole line alive: 6,000 of 40 KB took 480 MB
+                # Cause and traceback keep the whole line in memory: 6,000 of 40 KB took 480 MB.
+                if isinstance(item, DataError):
                     item.__traceback__ = item.__cause__ = item.__context__ = None
                 size += _size(item)
                 self._buffer.append(item)
@@ -109,9 +108,8 @@ def _size(item: Item) -> int:
     total, waiting = 1000, [item.values] if isinstance(item, Row) else []
     while waiting:
         value: Any = waiting.pop()
-        total += (
-            sys.getsizeof(value) if isinstance(value, (*SIZED_TYPES, dict, list, tuple)) else MB
-        )  # perhaps an image
+        is_known = isinstance(value, (*SIZED_TYPES, dict, list, tuple))
+        total += sys.getsizeof(value) if is_known else MB  # perhaps an image
         if isinstance(value, dict):
             waiting += [*value.keys(), *value.values()]
         elif isinstance(value, list | tuple):

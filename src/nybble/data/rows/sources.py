@@ -141,9 +141,8 @@ def _read(source: DataSource, limit: int, digests: FileDigests | None) -> Iterat
 def _read_file(file: OpenFile, limit: int) -> Iterator[Item]:
     try:
         for item in read_rows_of(file, limit):
-            if (
-                isinstance(item, Row) and not item.origin.isascii()
-            ):  # copying a row takes longer than reading a short one
+            # Only then: copying a row takes longer than reading a short one.
+            if isinstance(item, Row) and not item.origin.isascii():
                 item = replace(item, origin=_printable(item.origin))
             yield item
     except DataError as error:

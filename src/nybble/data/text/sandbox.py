@@ -138,9 +138,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return result
 
     def _metered(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        skipped = int(
-            hasattr(function, "jinja_pass_arg")
-        )  # such a filter's first argument is Jinja's, not the template's
+        skipped = int(hasattr(function, "jinja_pass_arg"))  # its first argument comes from Jinja, not the template
 
         @functools.wraps(function)
         def filtered(*args: Any, **kwargs: Any) -> Any:

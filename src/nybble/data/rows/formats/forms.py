@@ -15,7 +15,7 @@ from nybble.data.rows.formats.values import RowContext, answer_of, nonempty, ref
 from nybble.data.rows.readers import Row, Unreadable
 from nybble.errors import DataError
 
-MAX_CACHED_COLUMNS = 100
+MAX_CACHED_COLUMNS = 100  # the renaming of columns is cached for rows with at most this many
 SPLIT_TURNS = "prompt and completion written as messages are read as turns"
 SPELLING = "column names are matched without regard to case and spaces"
 NO_TOOLS: tuple[object, ...] = (None, "", [], "[]")

@@ -24,9 +24,8 @@ USUAL_NAMES = {
 }
 ID_COLUMNS = frozenset({"", "id", "_id", "uid", "uuid", "idx", "index", "row_idx"})
 BARE = re.compile(r"[A-Za-z_]\w*")
-YAML_WORDS = frozenset(
-    {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
-)  # YAML reads these as something else than text
+# YAML does not read these as text.
+YAML_WORDS = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n"})
 
 
 def unknown_form(row: Row, expected: Sequence[Sequence[str]], missing: Sequence[str]) -> DataError:
