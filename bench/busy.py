@@ -22,7 +22,7 @@ import time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nybble.cli.app import quiet
+from nybble.cli.app import silence_libraries
 from nybble.engine.fuse import fuse
 from nybble.model.adapter.lora import attach_adapter
 from nybble.model.base.checkpoint import find_checkpoint
@@ -38,7 +38,7 @@ TOKENS, LAYERS, BACKWARD = 256, 30, 1.5  # a backward pass costs about one and a
 
 def train(folder: str) -> None:
     """Train for as many seconds as each line of standard input says, and answer each with tokens/s."""
-    quiet()
+    silence_libraries()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model_folder = pathlib.Path(folder) / "model"
     if not model_folder.exists():

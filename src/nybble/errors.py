@@ -30,7 +30,7 @@ class NybbleError(Exception):
 
 
 class RecipeError(NybbleError):
-    """Options that are unknown, of the wrong type, or that contradict each other."""
+    """Options that are unknown, have the wrong type, or contradict each other."""
 
     exit_code = 2
 
@@ -40,15 +40,15 @@ class DataError(NybbleError):
 
 
 class TooFewRowsError(DataError):
-    """Nothing is wrong with the rows, but there are not enough to train on as the options say."""
+    """The rows are sound, but there are too few of them for the options."""
 
 
 class ModelError(NybbleError):
-    """A base model or adapter that is missing, of another kind, or does not fit its options."""
+    """A base model or adapter that is missing, of an unsupported kind, or that does not fit the options."""
 
 
 class HubError(ModelError):
-    """The Hugging Face Hub refused or could not be reached; the message says which of these."""
+    """The Hugging Face Hub refused a request or could not be reached; the message says which."""
 
 
 class DeviceError(NybbleError):
@@ -84,5 +84,5 @@ class ServeError(NybbleError):
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether an error is a panic in a library's Rust: a BaseException, of a class that cannot be imported."""
+    """Whether an error is a panic in a library's Rust code: a BaseException whose class cannot be imported."""
     return type(error).__name__ == "PanicException"

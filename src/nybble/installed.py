@@ -1,4 +1,4 @@
-"""How nybble is installed, and so which commands add an optional part to it or start another process of it."""
+"""How nybble is installed: the commands that add an optional part to it or start another process of it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 def install_extra(extra: str) -> str:
     """The command that installs an optional part, such as 'serve', to this installation of nybble.
 
-    A checkout is not on the package index under its name, and a `pip` found by name may belong to another Python.
+    A checkout cannot be installed from the package index by its name, and the `pip` on PATH may belong to another Python.
     """
     if (CHECKOUT / "install.py").exists():
-        target = f"{_shown(CHECKOUT)}[{extra}]"
+        target = f"{_relative(CHECKOUT)}[{extra}]"
         return f"{pip()} install -e {shlex.quote(target)}"
     return f"{pip()} install 'nybble[{extra}]'"
 
@@ -24,8 +24,8 @@ def install_extra(extra: str) -> str:
 def module_command(name: str, *arguments: str) -> list[str]:
     """The command that starts another process of this nybble: `python -m NAME ARGUMENTS`, ignoring modules in the current folder.
 
-    With `-m` Python searches that folder first, so a typer.py or json.py in it would run. It stays only if nybble itself is
-    imported from it.
+    With `-m`, Python searches that folder first, so a typer.py or json.py in it would be imported. The folder is searched only if
+    nybble itself is imported from it.
 
     Args:
         name: a module of nybble that can be run.
@@ -36,17 +36,17 @@ def module_command(name: str, *arguments: str) -> list[str]:
 
 
 def pip() -> str:
-    """This Python's pip as one can type it: by name if the shell finds that one, else by path."""
-    own = pathlib.Path(sys.prefix) / "bin" / "pip"
-    if not own.exists():
+    """This Python's pip as it can be typed: `pip` if the shell finds this one by that name, else its path."""
+    path = pathlib.Path(sys.prefix) / "bin" / "pip"
+    if not path.exists():
         return f"{shlex.quote(sys.executable)} -m pip"
-    found = shutil.which("pip")
-    if found and pathlib.Path(found) == own:
+    on_path = shutil.which("pip")
+    if on_path and pathlib.Path(on_path) == path:
         return "pip"
-    return shlex.quote(_shown(own))
+    return shlex.quote(_relative(path))
 
 
-def _shown(path: pathlib.Path) -> str:
-    """A path from here, where it is below this folder; else the whole."""
-    here = pathlib.Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+def _relative(path: pathlib.Path) -> str:
+    """A path relative to the current folder if it is inside it, else unchanged."""
+    current = pathlib.Path.cwd()
+    return str(path.relative_to(current)) if path.is_relative_to(current) else str(path)

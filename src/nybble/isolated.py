@@ -1,7 +1,7 @@
-"""Code that cannot be interrupted once it runs, tried first in a process that can be killed: regular expressions, tokenizers.
+"""Tries code that cannot be interrupted, such as regular expressions and tokenizers, in a process that can be killed.
 
-The program reads its job as JSON from standard input, writes what is wrong as JSON to standard output, and has limits of time
-and memory.
+The process reads its job as JSON from standard input, writes the fault that it found as JSON to standard output, and has limits
+of time and memory.
 """
 
 from __future__ import annotations
@@ -19,54 +19,56 @@ try:
 except ModuleNotFoundError:  # on Windows
     resource = None  # type: ignore[assignment]
 
-# Without the current folder (-P). The same nybble is found however its importer found it: its folder goes after the standard
-# library and before installed packages.
+# It starts without the current folder in sys.path (-P). To import the same nybble as its parent, however that found it, nybble's
+# folder is inserted after the standard library and before installed packages.
 START = """
 import runpy, sys
-place = next((n for n, entry in enumerate(sys.path) if entry.endswith("-packages")), len(sys.path))
-sys.path.insert(place, sys.argv.pop(1))
+position = next((n for n, entry in enumerate(sys.path) if entry.endswith("-packages")), len(sys.path))
+sys.path.insert(position, sys.argv.pop(1))
 runpy.run_module(sys.argv.pop(1), run_name="__main__")
 """
 
 
 def attempt(module: str, job: Any, *, seconds: float, memory: int) -> str | None:
-    """Run a program of nybble on a job; returns what is wrong, or None.
+    """Run one of nybble's modules on a job in a process of its own; returns the fault that it found, as a clause, or None.
 
     Args:
-        module: that calls `answer`.
-        job: what it is given, as JSON can hold it.
-        seconds: after which it is killed.
+        module: a module that calls `run_job`.
+        job: its input, as values that JSON can represent.
+        seconds: time limit, after which the process is killed.
         memory: limit in bytes.
     """
-    own = pathlib.Path(__file__).resolve().parents[1]
-    words = [sys.executable, "-P", "-c", START, str(own), module, str(memory)]
+    folder = pathlib.Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-P", "-c", START, str(folder), module, str(memory)]
     try:
-        done = subprocess.run(words, input=json.dumps(job).encode(), capture_output=True, timeout=seconds, check=False)
+        process = subprocess.run(
+            command, input=json.dumps(job).encode(), capture_output=True, timeout=seconds, check=False
+        )
     except subprocess.TimeoutExpired:
         return f"it is still running after {seconds:.0f} seconds"
-    if done.returncode == 0:
-        found = json.loads(done.stdout)
-        return None if found is None else str(found)
-    if done.returncode < 0:
-        return f"it crashes the process with signal {-done.returncode}"
-    said = done.stderr.decode(errors="replace").strip().splitlines()
-    return said[-1][:200] if said else f"it ends the process with status {done.returncode}"
+    if process.returncode == 0:
+        fault = json.loads(process.stdout)
+        return None if fault is None else str(fault)
+    if process.returncode < 0:
+        return f"it crashes the process with signal {-process.returncode}"
+    errors = process.stderr.decode(errors="replace").strip().splitlines()
+    return errors[-1][:200] if errors else f"it ends the process with status {process.returncode}"
 
 
-def answer(examine: Callable[[Any], str | None]) -> None:
-    """The other side: read the job, examine it within the memory limit, write the result."""
-    most = int(sys.argv[1])
-    _limit_memory(most)
+def run_job(find_fault: Callable[[Any], str | None]) -> None:
+    """In the new process: read the job, examine it within the memory limit, and write the result."""
+    limit = int(sys.argv[1])
+    _limit_memory(limit)
     try:
-        found = examine(json.load(sys.stdin))
+        fault = find_fault(json.load(sys.stdin))
     except MemoryError:
-        found = f"it needs more than {most / 1e9:.0f} GB of memory"
-    json.dump(found, sys.stdout)
+        fault = f"it needs more than {limit / 1e9:.0f} GB of memory"
+    json.dump(fault, sys.stdout)
 
 
-def _limit_memory(most: int) -> None:
-    """Where the system can do that: Windows cannot, and macOS refuses it."""
+def _limit_memory(limit: int) -> None:
+    """Limit this process's memory if the system can: Windows cannot, and macOS refuses to."""
     if sys.platform != "win32":
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        hard_limit = resource.getrlimit(resource.RLIMIT_AS)[1]
         with contextlib.suppress(ValueError):
-            resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+            resource.setrlimit(resource.RLIMIT_AS, (limit, hard_limit))

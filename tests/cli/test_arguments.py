@@ -1,4 +1,4 @@
-"""Arguments of the command line: what is a path, what is an option, and which line is shown where one is wrong."""
+"""Command-line arguments: what is a path, what is an option, and which line is shown if one is wrong."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ RIGHT = {
 
 
 @pytest.mark.parametrize("typed", RIGHT)
-def test_what_other_programs_are_typed_to_is_understood(typed, place, here):
+def test_the_options_of_other_programs_are_understood(typed, place, here):
     said = here("train", "m", "rows.jsonl", *typed.split(), "--print-config")
     assert said.returncode == 0, said.stderr
     key, value = RIGHT[typed]
@@ -106,13 +106,16 @@ WRONG = {
     "epoch=2": ("epoch: unknown option; did you mean train.epochs=2?", ""),
     "model.path=b": ("MODEL was given twice: m and model.path=b", ""),
     "more.jsonl": ("unexpected 'more.jsonl': expected at most MODEL and DATA, then key=value", "train.epochs=2"),
-    "data.map={prompt: question": ("does not close its brackets", "data.map=prompt:question,completion:answer"),
+    "data.map={prompt: question": (
+        "brackets or quotes in '{prompt: question' are not closed",
+        "data.map=prompt:question,completion:answer",
+    ),
     "train.save_every=3 train.evaluate_every=2": ("train.save_every: 3 differs from the 2 steps", "train.save_every=2"),
 }
 
 
 @pytest.mark.parametrize("typed", WRONG)
-def test_a_wrong_word_shows_the_line_to_type(typed, place, here):
+def test_a_wrong_argument_shows_the_line_to_type(typed, place, here):
     said = here("train", "m", "rows.jsonl", *typed.split())
     print(said.stderr)
     assert said.returncode == 2
@@ -151,7 +154,7 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def test_wrong_paths_and_faults_of_the_recipe_are_said_before_torch_is_imported(place):
+def test_wrong_paths_and_faults_of_the_recipe_are_reported_before_torch_is_imported(place):
     words = json.dumps([words for words, _ in MISSING])
     said = subprocess.run([sys.executable, "-c", PROBE, words], capture_output=True, text=True, cwd=place, check=True)
     print(said.stderr)

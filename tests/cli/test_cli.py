@@ -1,4 +1,4 @@
-"""The command line as a person uses it: real processes."""
+"""The command line as users run it, in real processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def nybble(*words: object, launcher=("-m", "nybble"), home=None, timeout=300, **
 
 
 def working_time() -> float:
-    """Seconds that this process's children have computed: on a busy machine the clock would tell of the others."""
+    """Processor seconds of this process's children: on a busy machine, the clock would count other programs too."""
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     return spent.ru_utime + spent.ru_stime
 
@@ -53,7 +53,7 @@ def test_help_answers_at_once_and_without_torch():
     [({}, WAITING.get("GOMP_SPINCOUNT", "0")), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "active"}, None)],
 )
 def test_threads_that_wait_leave_the_cores_to_others(own, spins):
-    """What torch's OpenMP says that it has read, in a process that the command line began; what a person has set stays."""
+    """The settings that torch's OpenMP reports in a process started by the command line; what the user has set stays."""
     probe = (
         "import sys, contextlib; sys.argv[1:] = ['--version']\n"
         "from nybble.cli import main\n"
@@ -105,7 +105,7 @@ def test_print_config_prints_a_recipe_that_train_reads(tmp_path):
         (["serve", "/nowhere"], 1, "there is no folder /nowhere"),
     ],
 )
-def test_bad_words_get_one_message_and_a_status(words, status, message, here):
+def test_bad_arguments_get_one_message_and_a_status(words, status, message, here):
     result = here(*words)
     print(result.stderr)
     assert result.returncode == status
@@ -165,7 +165,7 @@ LAUNCH = ("-m", "accelerate.commands.launch")
 
 
 @pytest.mark.slow
-def test_accelerate_launch_runs_two_processes_and_one_where_two_were_asked_is_an_error(tiny_llama, rows, tmp_path):
+def test_accelerate_launch_runs_two_processes_and_a_wrong_number_is_an_error(tiny_llama, rows, tmp_path):
     parts = [tiny_llama, rows, *FAST, "train.max_steps=2", "train.processes=2"]
     both = ("--multi_gpu", "--num_processes", "2", "-m", "nybble", "train", *parts, f"out={tmp_path / 'both'}")
     result = nybble(*both, launcher=LAUNCH, home=tmp_path, ACCELERATE_USE_CPU="true")
@@ -221,7 +221,7 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed(tiny_llama, rows, tmp_path):
     assert open_run(out).latest_checkpoint() is not None
 
 
-def test_the_cache_lies_where_it_is_told(tiny_llama, rows, tmp_path, here, monkeypatch):
+def test_the_cache_is_in_the_given_folder(tiny_llama, rows, tmp_path, here, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     for words, place in ((("--cache", tmp_path / "named"), tmp_path / "named"), ((), tmp_path / "xdg" / "nybble")):
         assert here(*words, "data", "check", rows, tiny_llama, "data.max_length=256").returncode == 0

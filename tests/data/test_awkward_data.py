@@ -1,4 +1,4 @@
-"""Data that looks odd and is right: read to the letter."""
+"""Data that looks odd but is valid: it is read exactly as written."""
 
 from __future__ import annotations
 
@@ -161,8 +161,8 @@ def test_awkward_data_is_read_to_the_letter(tmp_path, name):
     assert list(conversations(DataOptions(path=str(file)))) == expected
 
 
-def test_a_json_array_is_read_in_pieces_wherever_they_are_cut(tmp_path, monkeypatch):
-    """Every size of piece, so that each kind of token is cut in each of its places."""
+def test_a_json_array_is_read_in_chunks_of_any_size(tmp_path, monkeypatch):
+    """With chunks of every size, so that each kind of token is cut at each position."""
     rows = [
         {"prompt": f'\\ " {EMOJI} {n}', "completion": "x", "n": -1.5e-7, "is": [True, None, {"a": []}]}
         for n in range(3)
@@ -184,13 +184,13 @@ def test_two_forms_in_one_file_are_counted(tmp_path, tiny_tokenizer, cache):
     assert data.counts.duplicates == 2, "a row said in two forms is the same row"
 
 
-def test_parquet_holds_turns(tmp_path):
+def test_parquet_may_contain_turns(tmp_path):
     rows = [{"conversations": turns(("human", "a"), ("gpt", "b"))}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert list(conversations(DataOptions(path=str(tmp_path / "a.parquet")))) == [AB]
 
 
-def test_preferences_are_taken_where_the_map_says_which_answer(tmp_path):
+def test_preference_rows_are_read_if_the_map_names_the_answer(tmp_path):
     chosen = openai(("user", "a"), ("assistant", "b"))
     (tmp_path / "a.jsonl").write_text(line(chosen=chosen, rejected=chosen))
     assert list(conversations(DataOptions(path=str(tmp_path / "a.jsonl"), map={"messages": "chosen"}))) == [AB]

@@ -1,4 +1,4 @@
-"""Data that cannot be trained on: each fault with its place and its reason, in one message."""
+"""Data that cannot be trained on: each fault with its file, line and reason, in one message."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def written(folder, name: str, content: str | bytes):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_data_gets_one_message_with_its_place(tmp_path, tiny_tokenizer, cache, name):
+def test_bad_data_gets_one_message_with_file_and_line(tmp_path, tiny_tokenizer, cache, name):
     content, reason, place = BAD[name]
     file = written(tmp_path, name, content)
     with pytest.raises(DataError) as caught:
@@ -236,7 +236,7 @@ def test_equal_faults_are_one_line(tmp_path, tiny_tokenizer, cache):
         assert len(told) == 5
 
 
-def test_faults_that_differ_in_what_stands_in_the_row_are_one_line(tmp_path, tiny_tokenizer, cache):
+def test_faults_that_differ_only_in_the_rows_value_are_one_line(tmp_path, tiny_tokenizer, cache):
     (tmp_path / "a.jsonl").write_text("".join(alpaca({"n": n}) for n in range(30)))
     (tmp_path / "b.jsonl").write_text("".join(row(messages=f"text {n}") for n in range(30)))
     (tmp_path / "c.jsonl").write_text("".join(row(messages=[{"n": n}]) for n in range(30)))

@@ -1,4 +1,4 @@
-"""Damaged data files: each ends in one message that names the place, or is read as it must be, in bounded memory."""
+"""Damaged data files: each gives one message that names file and line, or is read correctly, in bounded memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ QUICK = ("array-gz", "wrapped-gz", "parquet-shared-lists")
 
 
 def checked(folder: pathlib.Path, case: Case) -> Outcome:
-    """What `nybble data check` says of a case's data, without a model."""
+    """The outcome of `nybble data check` for a case's data, without a model."""
     made = case.make(folder)
     path, *words = made if isinstance(made, list) else [made]
     size = int(words[0].rpartition("=")[2]) if words else 16
@@ -59,7 +59,7 @@ def test_a_damaged_file_is_one_message(tmp_path, case):
 @pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.name, marks=() if case.name in QUICK else pytest.mark.slow) for case in BOMBS]
 )
-def test_a_file_that_holds_more_than_memory_is_read_in_bounded_memory(tmp_path, case):
+def test_a_file_larger_than_memory_is_read_in_bounded_memory(tmp_path, case):
     found = exploded(case.make(tmp_path), ROWS_OF_PARQUET if "parquet" in case.name else 2 * ROWS)
     print(case.name, f"{found.peak / 1e6:,.0f} MB")
     assert found.peak < ROOM
@@ -71,7 +71,7 @@ def test_a_file_that_holds_more_than_memory_is_read_in_bounded_memory(tmp_path, 
 @pytest.mark.parametrize("compression", ["none", "snappy", "gzip", "brotli", "zstd", "lz4"])
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 def test_the_longest_text_of_a_dictionary_is_known_before_it_is_read(tmp_path, compression, version):
-    """So that usual files are read as texts: references to a dictionary take several times as long."""
+    """Ordinary files are then read as texts: references to a dictionary take several times as long."""
     path = tmp_path / "a.parquet"
     chats = [[{"role": "user", "content": f"{n} " * (n % 300)}] * 3 for n in range(4000)]
     path.write_bytes(parquet({"messages": chats}, compression=compression, data_page_version=version))
@@ -81,12 +81,13 @@ def test_the_longest_text_of_a_dictionary_is_known_before_it_is_read(tmp_path, c
         first, *others = pages(stream, column.dictionary_page_offset, column.total_compressed_size)
         longest = longest_text(stream, first, column.compression)
     assert longest == (first.size if compression == "lz4" else 5 * 299)
-    assert (first.refers, others[0].refers, others[-1].refers) == (False, True, False)  # the dictionary was full
+    # In the last page the dictionary was full.
+    assert [page.uses_dictionary for page in (first, others[0], others[-1])] == [False, True, False]
     assert sum(page.values for page in others) == 12_000
 
 
 def test_an_end_at_which_arrow_would_end_the_process_is_a_message(tmp_path):
-    """Where lengths of a column's histograms are wrong, Arrow 25 raises what its own caller does not catch."""
+    """If the lengths of a column's histograms are wrong, Arrow 25 raises an error that its own caller does not catch."""
     whole = parquet({"text": [["a"], ["b"]]}, compression="none")
     told = []
     for place in (place for place in range(len(whole)) if whole[place] == 0x46):  # lists of four numbers
@@ -103,7 +104,7 @@ def test_an_end_at_which_arrow_would_end_the_process_is_a_message(tmp_path):
 
 
 class Unsaid:
-    """A column of which the file's end does not say that it has a dictionary, as old writers leave it."""
+    """A column whose dictionary is not mentioned in the metadata, as in files of old writers."""
 
     has_dictionary_page = False
 
@@ -115,7 +116,7 @@ class Unsaid:
         return getattr(self.column, name)
 
 
-def test_a_dictionary_is_found_where_the_end_of_the_file_does_not_tell_of_it(tmp_path):
+def test_a_dictionary_that_the_metadata_does_not_mention_is_found(tmp_path):
     path = table({"text": shared(2000, 900_000)})(tmp_path)
     with path.open("rb") as stream:
         group = read_metadata(stream).row_group(0)
@@ -138,7 +139,7 @@ def test_the_command_line_says_the_same(tmp_path, cache, case, monkeypatch):
 
 
 def test_a_larger_row_is_read_where_the_option_allows_it(tmp_path, tiny_llama, cache):
-    """What a small limit left out is not left out of the cache for good."""
+    """Rows that a small limit left out are read again with a larger limit, in spite of the cache."""
     path = file("a.jsonl", GOOD + json.dumps({**ROW, "output": "c", "note": "b" * 1_200_000}) + "\n", 0).make(tmp_path)
     words = ["data", "check", path, tiny_llama, "data.bad_rows=drop", "data.validation=0"]
     small, large = (nybble(*words, f"data.max_row_mb={size}", cache=cache).text for size in (1, 2))
@@ -147,20 +148,20 @@ def test_a_larger_row_is_read_where_the_option_allows_it(tmp_path, tiny_llama, c
     assert "bad rows   0" in large
 
 
-def test_a_packed_parquet_file_without_room_to_unpack_it_says_so(tmp_path, monkeypatch):
+def test_a_gzipped_parquet_file_without_space_to_unpack_it_is_a_clear_error(tmp_path, monkeypatch):
     texts = [f"{n:03} " * 300 for n in range(300)]
     path = file(
         "a.parquet.gz", gzip.compress(parquet({"text": texts}, compression="none", use_dictionary=False)), 1
     ).make(tmp_path)
     with small_disk(tmp_path / "disk", "16k") as disk:
         monkeypatch.setattr(tempfile, "tempdir", str(disk))
-        with pytest.raises(DataError, match=r"no room to unpack the file in .*: No space left"):
+        with pytest.raises(DataError, match=r"the file cannot be unpacked in .*: No space left"):
             list(read_file(path))
 
 
 @pytest.mark.parametrize("rules", [Rules.V0_5, Rules.V0_6])
 def test_a_run_of_an_earlier_version_finds_the_rows_that_it_was_trained_on(rules):
-    """Keys that stand twice and answers that cannot be seen were read, and rows of any size."""
+    """Objects with repeated keys, invisible answers and rows of any size were read."""
     row = Row({"instruction": "a", "output": "\u200b"}, "a.jsonl:1", repeated="output")
     forms = detect_forms([row], "auto", {})
     with pytest.raises(DataError, match="the key 'output' appears twice"):
@@ -215,7 +216,7 @@ def changed(content: bytes, changes: list[tuple[str, float, bytes]]) -> bytes:
 
 
 def read_all(name: str, content: bytes) -> None:
-    """Read a file twice, as check does; whatever it holds, there are rows and faults and nothing else."""
+    """Read a file twice, as check does; whatever it contains, the result is rows and faults, and no exception."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / name
         path.write_bytes(content)

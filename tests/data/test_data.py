@@ -38,7 +38,7 @@ def loaded(file, tokenizer, cache, **options):
     return prepare(DataOptions(path=str(file), **{"validation": 0, **options}), tokenizer, 0, cache)
 
 
-def test_every_kind_of_file_gives_the_same_rows_with_their_places(tmp_path):
+def test_every_kind_of_file_gives_the_same_rows_with_file_and_line(tmp_path):
     lines = "".join(json.dumps(row) + "\n" for row in ROWS)
     csv = "prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in ROWS)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "d.parquet")
@@ -61,7 +61,7 @@ def test_every_kind_of_file_gives_the_same_rows_with_their_places(tmp_path):
         assert [row.origin for row in rows] == [f"{tmp_path / name}:{place}" for place in places]
 
 
-def test_csv_fields_may_hold_line_breaks(tmp_path):
+def test_csv_fields_may_contain_line_breaks(tmp_path):
     file = written(tmp_path, "a.csv", 'prompt,completion\n"two\nlines",x\n\n\ny,z\n')
     assert [(row.values["prompt"], row.origin) for row in read_rows(find_sources(str(file)))] == [
         ("two\nlines", f"{file}:2"),
@@ -84,7 +84,7 @@ def test_many_bad_rows_are_counted_and_the_first_shown(tmp_path, tiny_tokenizer,
         loaded(file, tiny_tokenizer, cache)
 
 
-def test_bad_rows_are_left_out_where_that_is_asked_for(tmp_path, tiny_tokenizer, cache):
+def test_bad_rows_are_left_out_if_the_option_says_so(tmp_path, tiny_tokenizer, cache):
     file = written(tmp_path, "a.jsonl", GOOD + '{"instruction": "a", "output": ""}\n' + "{\n")
     data = loaded(file, tiny_tokenizer, cache, bad_rows="drop")
     assert (data.counts.faulty, data.counts.kept) == (2, 1)

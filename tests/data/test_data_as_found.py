@@ -1,4 +1,4 @@
-"""Files as spreadsheets, libraries and web pages leave them: read as they were meant, or refused with a way out."""
+"""Files as written by spreadsheets, libraries and web pages: they are read as intended, or refused with a fix."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ OPENAI = [{"role": "user", "content": "Name a bird"}, {"role": "assistant", "con
 BIRD = {"instruction": "Name a bird", "output": "\u00e9"}
 NEEDS_JQ = pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
 NAMED = [{"instruction": "Name a bird", "output": "an owl, or a jay"}]
-NUMBERS = "numbers and true or false are read as their text"
-SPELLING = "columns are found whatever the capitals and spaces in their names"
+NUMBERS = "numbers, true and false are read as text"
+SPELLING = "column names are matched without regard to case and spaces"
 UNNAMED = "messages without roles are read as user and assistant, alternating"
 PARTS, WRITTEN = "content in text parts is joined (1 row)", "turns written as text are read as turns (1 row)"
 IN_TWO = "prompt and completion written as messages are read as turns (1 row)"
@@ -220,8 +220,8 @@ def test_a_file_is_read_as_it_was_meant(tmp_path, name):
     assert sorted(told) == sorted(notices)
 
 
-def test_every_row_has_a_place_of_its_own(tmp_path):
-    """Held-out rows are known by their places, and a fault in a file of one line is found by the row's number."""
+def test_every_row_has_its_own_origin(tmp_path):
+    """Held-out rows are identified by their origins, and a fault in a file of one line is found by the row's number."""
     for name, content, places in (
         ("sep.csv", "sep=;\n\ninstruction;output\na;\"b\nc\"\nd;e\n", [":4", ":6"]),
         ("mac.csv", "instruction,output\ra,b\rc,d", [":2", ":3"]),
@@ -258,7 +258,7 @@ REFUSED = {
     "cut-by-viewer.json": (
         json.dumps({"rows": [{"row": NAMED[0], "truncated_cells": ["output"]}]}), "viewer has truncated output", "from the Hub",
     ),
-    "squad-broken.json": (json.dumps({"data": [{"paragraphs": [{"qas": [{}]}]}]}), "not an article of SQuAD's form", ""),
+    "squad-broken.json": (json.dumps({"data": [{"paragraphs": [{"qas": [{}]}]}]}), "not an article in SQuAD's format", ""),
     "squad-silent.json": (
         json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "answers": []}]}]}]}),
         "a row without an answer", "",
@@ -305,7 +305,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_read_is_one_fault_with_a_way_out(tmp_path, name):
+def test_what_cannot_be_read_is_one_fault_with_a_fix(tmp_path, name):
     content, reason, fix = REFUSED[name]
     file = written(tmp_path, name, content)
     found, reading = read(DataOptions(path=str(file)))
@@ -318,7 +318,7 @@ def test_what_cannot_be_read_is_one_fault_with_a_way_out(tmp_path, name):
 
 
 def pasted(reading, folder) -> None:
-    """Run the command that a fix names, in a folder of its own."""
+    """Run the command that a fix names, in its own folder."""
     (fault,) = reading.faults
     command = re.search(r"(gzip|jq|iconv|python) -.*", fault.fix)[0].replace("python -c", f"{sys.executable} -c")
     subprocess.run(["bash", "-ec", f"set -o pipefail; {command}"], cwd=folder, check=True)
@@ -384,7 +384,7 @@ def test_a_map_that_is_offered_can_be_pasted_and_reads_the_row(tmp_path, values,
         {},
     ],
 )
-def test_no_map_is_offered_onto_what_holds_no_turns(tmp_path, values):
+def test_no_map_is_suggested_for_columns_without_turns(tmp_path, values):
     _, reading = read(DataOptions(path=str(written(tmp_path, "a.jsonl", line(**values) * 2))))
     fix = reading.faults[0].fix
     print(reading.faults[0])
@@ -408,7 +408,7 @@ def test_a_mapped_name_is_found_whatever_its_capitals_and_spaces(tmp_path):
     assert not reading.counts.missing_columns
 
 
-def test_parquet_holds_numbers_parts_and_names_in_capitals(tmp_path):
+def test_parquet_may_contain_numbers_parts_and_names_in_capitals(tmp_path):
     rows = [
         {"Prompt": "a", "Completion": 1.5},
         {"Prompt": "b", "Completion": None},
@@ -431,7 +431,7 @@ def test_a_folder_takes_files_whose_endings_are_in_capitals(tmp_path):
     assert len(read(DataOptions(path=str(tmp_path)))[0]) == 2
 
 
-def test_a_large_object_around_the_rows_is_not_held_and_is_read_wherever_it_is_cut(tmp_path, monkeypatch):
+def test_a_large_object_around_the_rows_is_read_in_chunks_of_any_size_in_little_memory(tmp_path, monkeypatch):
     inside = [{"prompt": f'\u00e9 " {n}', "completion": "x" * (n + 1)} for n in range(40)]
     whole = {"n": 12345.678, "none": None, "other": [1, 2.5, "a", [], {}], "train": inside, "after": {"b": [True]}}
     for text in (json.dumps(whole), json.dumps(whole, indent=1)):

@@ -1,4 +1,4 @@
-"""A run opens each of its data files once, and asks the Hub once what a data set is."""
+"""A run opens each of its data files once, and looks up a data set on the Hub once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ sys.addaudithook(watch)
 
 
 def opened_in(folder: pathlib.Path) -> list[str]:
-    """Names of the files in a folder that were opened since this was last asked, each as often as it was."""
+    """Names of the files in a folder that were opened since the last call, once for each time."""
     names = [pathlib.Path(name).name for name in opened if pathlib.Path(name).parent == folder]
     opened.clear()
     return names
@@ -88,7 +88,7 @@ def test_a_file_is_opened_once_whatever_its_kind(name, folder, tmp_path, tiny_to
 
 
 def test_the_fingerprint_is_of_the_files_bytes(folder, tmp_path, tiny_tokenizer):
-    """As it was when files were read once more for it: a run of an earlier version knows its data again."""
+    """It is the same as when files were read a second time for it, so that a run of an earlier version recognises its data."""
     from nybble.data.rows.reading import OpenRows
 
     for name in ("a.jsonl", "a.parquet", "a.jsonl.gz", "a.csv"):
@@ -166,7 +166,7 @@ def test_a_file_that_was_only_touched_or_copied_over_is_known_by_its_bytes(folde
     assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 2, "what was tokenised once more is the same entry"
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_taken_for_what_it_was(folder, tmp_path, tiny_tokenizer):
+def test_a_file_that_changes_while_it_is_read_is_refused(folder, tmp_path, tiny_tokenizer):
     file = folder / "a.jsonl"
     file.write_bytes(LINES)
     prepared(file, tiny_tokenizer, tmp_path)
@@ -194,7 +194,7 @@ def test_a_file_that_changes_during_its_first_reading_is_refused(name, folder, t
         prepare(options, tiny_tokenizer, 0, tmp_path / "cache", rewrite)
 
 
-def test_bad_rows_in_the_buffer_hold_no_lines(folder):
+def test_bad_rows_in_the_buffer_do_not_keep_their_lines_in_memory(folder):
     (folder / "a.jsonl").write_bytes(b'{"prompt": ' + b"x" * 1000 + b"}\n" + LINES)
     with OpenRows(DataOptions(path=str(folder / "a.jsonl"))) as rows:
         fault = next(iter(rows.items()))
@@ -202,7 +202,7 @@ def test_bad_rows_in_the_buffer_hold_no_lines(folder):
     assert fault.__cause__ is fault.__context__ is fault.__traceback__ is None
 
 
-def test_rows_too_large_to_hold_are_read_again(folder, tmp_path, tiny_tokenizer, monkeypatch):
+def test_rows_too_large_for_the_buffer_are_read_again(folder, tmp_path, tiny_tokenizer, monkeypatch):
     (folder / "a.jsonl").write_bytes(LINES)
     whole = prepared(folder / "a.jsonl", tiny_tokenizer, tmp_path / "whole")
     monkeypatch.setattr("nybble.data.rows.reading.BUFFER", 5000)
@@ -246,7 +246,7 @@ print(sum(1 for _ in rows))
 
 @pytest.mark.parametrize("how", ["whole", "stream"])
 def test_a_data_set_on_the_hub_is_looked_up_once(how, folder, tmp_path):
-    """Forms, fingerprint, licence and rows take one question for the commit, and what Datasets asks for one loading."""
+    """Forms, fingerprint, licence and rows take one request for the commit, and those that Datasets needs to load once."""
     (folder / "train.jsonl").write_bytes(LINES)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     asked = {}

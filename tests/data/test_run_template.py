@@ -1,4 +1,4 @@
-"""The template of a run: one, whatever the model brings; with the day on which the run began, whatever day it is."""
+"""A run has one template, however many the model has, with the day on which the run began, whatever day it is."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def on_day(monkeypatch):
     return set_day
 
 
-def test_a_run_with_one_of_several_templates_has_that_one_only(tiny_llama, rows, cache, tmp_path, quiet, monkeypatch):
+def test_a_run_with_one_of_several_templates_has_only_that_one(tiny_llama, rows, cache, tmp_path, quiet, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "turns").mkdir()  # another thing of that name
     base = with_templates(tiny_llama, tmp_path / "base", {"default": DATED, "turns": TURNS})
@@ -75,9 +75,7 @@ def test_a_run_with_one_of_several_templates_has_that_one_only(tiny_llama, rows,
     assert AutoTokenizer.from_pretrained(artefact).chat_template == TURNS
 
 
-def test_a_run_keeps_its_day_when_it_goes_on_and_ever_after(
-    tiny_llama, rows, cache, tmp_path, quiet, monkeypatch, on_day
-):
+def test_a_resumed_run_keeps_its_day(tiny_llama, rows, cache, tmp_path, quiet, monkeypatch, on_day):
     base = with_templates(tiny_llama, tmp_path / "base", DATED)
     recipe = recipe_for(base, rows, tmp_path / "run", "train.max_steps=6", "train.evaluate_every=2", "train.samples=0")
     on_day(3, 1)
@@ -99,7 +97,7 @@ def test_a_run_keeps_its_day_when_it_goes_on_and_ever_after(
 
 
 def test_a_run_of_0_5_1_opens_with_the_day_of_its_training(tiny_llama, rows, cache, tmp_path, quiet, on_day):
-    """Its template.json knows no day, and its tokenizer still reads the clock."""
+    """Its template.json has no day, and its tokenizer still reads the clock."""
     base = with_templates(tiny_llama, tmp_path / "base", DATED)
     recipe = recipe_for(base, rows, tmp_path / "run", "train.max_steps=2", "train.samples=0")
     run = train(recipe, console=quiet, cache=cache)

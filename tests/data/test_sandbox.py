@@ -1,4 +1,4 @@
-"""Chat templates within limits: rendered as Transformers renders them, and stopped where they would not end."""
+"""Chat templates within limits: rendered as Transformers renders them, and stopped if they would not end."""
 
 # ruff: noqa: E501 - a template or a case is easier to read on one line
 
@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from nybble.data.rows.formats import Message
 from nybble.data.text.meter import TemplateLimitError
 from nybble.data.text.rendering import check_length, render
-from nybble.data.text.sandbox import SOURCE
+from nybble.data.text.sandbox import MAX_SOURCE
 from nybble.data.text.template import BUILT_IN, Template, choose_template
 from nybble.errors import DataError
 from nybble.export.gguf.modelfile import write_modelfile
@@ -90,7 +90,7 @@ def test_each_thread_has_its_own_limits(tiny_tokenizer):
     refused = []
 
     def hostile() -> None:
-        with pytest.raises(TemplateLimitError, match="still at work after 5 seconds"):
+        with pytest.raises(TemplateLimitError, match="still running after 5 seconds"):
             render(tiny_tokenizer, "hostile", endless, ASKED, False)
         refused.append(True)
 
@@ -122,7 +122,7 @@ def test_a_file_that_is_too_long_is_not_read(tiny_tokenizer, tmp_path):
     file = tmp_path / "long.jinja"
     with file.open("wb") as stream:
         stream.truncate(1 << 34)
-    with pytest.raises(TemplateLimitError, match=rf"17,179,869,184 bytes, and {SOURCE:,} characters are allowed"):
+    with pytest.raises(TemplateLimitError, match=rf"17,179,869,184 bytes, and {MAX_SOURCE:,} characters are allowed"):
         choose_template(tiny_tokenizer, str(file), "messages")
     file.write_text("short")
     check_length(file)
@@ -133,7 +133,7 @@ def test_a_modelfile_says_that_a_hostile_template_has_no_form_in_go(tiny_tokeniz
     assert "cannot be expressed in Go's templates" in text
 
 
-def test_of_many_turns_the_first_are_told(tiny_tokenizer):
+def test_the_first_of_many_turns_are_named(tiny_tokenizer):
     with pytest.raises(DataError, match=r"fails on turns of user, .*, user and 992 more: 'a' is undefined"):
         render(tiny_tokenizer, "mine", "{{ a.b }}", ASKED * 1000, False)
 

@@ -126,7 +126,7 @@ def test_a_bad_row_far_into_a_stream_is_left_out_and_named(tmp_path, tiny_tokeni
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_training_on_a_stream_goes_on_where_it_was(tiny_llama, tmp_path, cache, quiet, packing, monkeypatch):
+def test_training_on_a_stream_resumes_where_it_stopped(tiny_llama, tmp_path, cache, quiet, packing, monkeypatch):
     file = write(tmp_path / "a.jsonl", 60, "red")
     words = [
         f"model.path={tiny_llama}",
@@ -175,7 +175,7 @@ def test_every_row_comes_once_an_epoch_and_the_longest_in_the_first_step(lengths
     assert places == list(order)
 
 
-def test_rows_of_like_length_share_a_step_and_epochs_differ(rows, tiny_tokenizer, cache):
+def test_rows_of_similar_length_share_a_step_and_epochs_differ(rows, tiny_tokenizer, cache):
     data = prepared(str(rows), tiny_tokenizer, cache)
     lengths = lengths_of(data.train)
     order = GroupedByLength(lengths, 8, seed=1)
@@ -193,7 +193,7 @@ def test_rows_of_like_length_share_a_step_and_epochs_differ(rows, tiny_tokenizer
     assert lengths_of(packed.train).tolist() == [sum(len(s["input_ids"]) for s in row) for row in packed.train]
 
 
-def test_a_run_of_several_epochs_goes_on_in_the_middle_of_one(tiny_llama, rows, tmp_path, cache, quiet, monkeypatch):
+def test_a_run_of_several_epochs_resumes_in_the_middle_of_one(tiny_llama, rows, tmp_path, cache, quiet, monkeypatch):
     from tests.training.test_train import interrupted, read_metrics_but_time
 
     words = [

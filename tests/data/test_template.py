@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 
 from nybble.data.rows.formats import Message, Rules
 from nybble.data.text.fit import cut_text, halve, last_answer
-from nybble.data.text.kept_template import read_template, save_template
+from nybble.data.text.saved_template import read_template, save_template
 from nybble.data.text.template import CONTROL_WORD, Template, choose_template
-from nybble.data.text.tokens import Tokens, encode, encode_begun, encode_prompt, encode_text
+from nybble.data.text.tokens import Tokens, encode, encode_continuation, encode_prompt, encode_text
 from nybble.errors import DataError
 from nybble.files.writing import write_json
 from nybble.model.tokenizer.load import load_tokenizer
@@ -41,7 +41,7 @@ def trained_text(tokenizer, tokens) -> str:
 
 
 def test_llama2_chat_equals_the_reference_tokenizer(llama2_like):
-    """Token for token what sentencepiece gives for Meta's chat format, whichever class the folder declares."""
+    """The tokens are those of sentencepiece for Meta's chat format, whichever class the folder declares."""
     tokenizer = AutoTokenizer.from_pretrained(llama2_like)
     piece = sentencepiece.SentencePieceProcessor(str(SHARED / "llama2-tokenizer" / "tokenizer.model"))
     conversation = turns("Hi <s> there", "Hello!", "2+2?", "4 </s>", system="Be brief.")
@@ -99,7 +99,7 @@ def test_alpaca_puts_bos_once_and_answers_go_on_from_the_prompt(llama2_like):
     assert "### Input:\nto Bob\n\n### Response:\nHello" in tokenizer.decode(tokens.ids)
 
 
-def test_the_models_own_template_is_taken_and_its_end_of_turn_trained():
+def test_the_models_own_template_is_used_and_its_end_of_turn_trained():
     tokenizer = small_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
@@ -117,7 +117,7 @@ def test_the_models_own_template_is_taken_and_its_end_of_turn_trained():
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "writes no control token after an answer"),
         (
             "{% for m in messages %}{{ m['content'] | replace('red', 'pink') }}</s>{% endfor %}",
-            "rewrites what messages say",
+            "rewrites the text of messages",
         ),
         ("{{ messages[0]['content'] }}</s>", "leaves out or rewrites what the assistant says"),
         (
@@ -157,7 +157,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Co"]), mi
 @pytest.mark.parametrize("name", ["alpaca", "llama2", "plain"])
 @given(said=st.lists(TEXT | st.sampled_from(["</s>", "<s> x", "[inst]"]), min_size=2, max_size=6))
 def test_every_training_prompt_is_a_chat_prompt_and_every_answer_ends(name, said):
-    """Whatever people write: the ids before each answer are those chat would send, and EOS closes each answer."""
+    """For any text, the ids before each answer are those that chat would send, and EOS ends each answer."""
     said = said[: len(said) // 2 * 2]
     template = choose_template(small_tokenizer(), name, "messages")
     (tokens,) = encode(template, [turns(*said)])
@@ -175,7 +175,7 @@ def test_every_training_prompt_is_a_chat_prompt_and_every_answer_ends(name, said
 @pytest.mark.parametrize("name", ["alpaca", "llama2", "plain"])
 @given(said=st.lists(TEXT, min_size=2, max_size=8), system=st.none() | TEXT, context=TEXT)
 def test_decoding_what_is_trained_gives_back_the_answers(name, said, system, context):
-    """To the letter, after the template's own trimming; LLaMA 2 puts a space on either side of an answer."""
+    """Exactly, after the template's own trimming; Llama 2 puts a space on either side of an answer."""
     said = said[: len(said) // 2 * 2]
     tokenizer = small_tokenizer()
     template = choose_template(tokenizer, name, "messages")
@@ -191,30 +191,32 @@ def test_decoding_what_is_trained_gives_back_the_answers(name, said, system, con
 
 @pytest.mark.parametrize("name", ["alpaca", "llama2", "plain"])
 @given(said=st.lists(TEXT | st.sampled_from(["</s>", "<s> x"]), min_size=2, max_size=6), system=st.none() | TEXT)
-def test_an_answer_goes_on_from_the_ids_that_training_has_for_its_beginning(name, said, system):
+def test_an_answer_is_continued_from_the_ids_that_training_has_for_its_beginning(name, said, system):
     conversation = turns(*said[: len(said) // 2 * 2], system=system)
     template = choose_template(small_tokenizer(), name, "messages")
     (tokens,) = encode(template, [conversation])
-    begun = encode_begun(template, conversation)
+    begun = encode_continuation(template, conversation)
     assert tokens.ids[: len(begun)] == begun
     rest = template.tokenizer.decode(tokens.ids[len(begun) :])
     assert rest == (" </s>" if name == "llama2" else "</s>"), "only what ends the answer is left out"
     prompt = encode_prompt(template, conversation[:-1])
     assert begun[: len(prompt)] == prompt
     empty = (*conversation[:-1], Message("assistant", " " if name != "plain" else ""))
-    assert encode_begun(template, empty) == prompt, "an answer without a beginning is just asked for"
+    assert encode_continuation(template, empty) == prompt, "an answer without a beginning is just asked for"
 
 
-def test_an_answer_goes_on_in_sentencepiece_and_in_chatml_as_trained(llama2_tokenizer):
+def test_an_answer_is_continued_as_trained_in_sentencepiece_and_in_chatml(llama2_tokenizer):
     piece = sentencepiece.SentencePieceProcessor(str(SHARED / "llama2-tokenizer" / "tokenizer.model"))
     template = choose_template(llama2_tokenizer, "llama2", "messages")
-    assert encode_begun(template, turns("2+2?", "It is ")) == [1, *piece.encode("[INST] 2+2? [/INST] It is")]
+    assert encode_continuation(template, turns("2+2?", "It is ")) == [1, *piece.encode("[INST] 2+2? [/INST] It is")]
     whole = piece.encode("[INST] 2+2? [/INST] It is four")
     assert whole[: len(piece.encode("[INST] 2+2? [/INST] It is"))] == piece.encode("[INST] 2+2? [/INST] It is")
     tokenizer = small_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
-    begun = encode_begun(choose_template(tokenizer, "model", "messages"), turns("red", "blue", "cat", "dog <|im_end|>"))
+    begun = encode_continuation(
+        choose_template(tokenizer, "model", "messages"), turns("red", "blue", "cat", "dog <|im_end|>")
+    )
     assert tokenizer.decode(begun).endswith("<|im_start|>assistant\ndog <|im_end|>")
     assert begun.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3, "what was said is no control token"
 
@@ -282,8 +284,8 @@ SHOUT = CHATML.replace("user", "USER").replace("<|im_end|>", "</s>").replace("<|
 TURN = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
 
 
-def test_of_several_templates_the_default_is_taken_and_another_by_its_name(tiny_tokenizer, tmp_path):
-    """As tokenizer_config.json lists them, and as files of their own."""
+def test_of_several_templates_the_default_is_used_and_others_by_name(tiny_tokenizer, tmp_path):
+    """As listed in tokenizer_config.json, and in separate files."""
     listed, filed = tmp_path / "listed", tmp_path / "filed"
     own = {"default": SHOUT, "rag": TURN}
     named(tiny_tokenizer, own).save_pretrained(filed)
@@ -305,7 +307,7 @@ def test_of_several_templates_the_default_is_taken_and_another_by_its_name(tiny_
             choose_template(tokenizer, "rags", "alpaca")
 
 
-def test_without_a_default_the_names_are_told(tiny_tokenizer):
+def test_without_a_default_the_names_are_listed(tiny_tokenizer):
     assert choose_template(named(tiny_tokenizer, {"rag": TURN}), "auto", "alpaca").source == TURN
     with pytest.raises(DataError) as caught:
         choose_template(named(tiny_tokenizer, {"tool_use": SHOUT, "rag": TURN}), "auto", "alpaca")
@@ -358,14 +360,14 @@ def test_a_template_that_reads_the_clock_keeps_its_day(tiny_tokenizer, tmp_path,
     assert choose_template(other, "auto", "messages").source == template.source, "what is stopped is not stopped again"
 
 
-def test_the_day_is_part_of_what_the_cache_goes_by(tiny_tokenizer, tmp_path):
+def test_the_day_is_part_of_the_caches_key(tiny_tokenizer, tmp_path):
     marks = {Template(tiny_tokenizer, "model", CLOCK, day=datetime.date(2026, 2, day)).fingerprint for day in (3, 3, 4)}
     assert len(marks) == 2
     assert Template(tiny_tokenizer, "model", TURN, day=datetime.date(2026, 2, 3)).source == TURN, "no clock, no day"
 
 
-def test_a_run_of_an_earlier_version_is_told_the_day_on_which_it_began(tiny_tokenizer, tmp_path):
-    """Its rows keep their key, so what it was trained and validated on is found again."""
+def test_a_run_of_an_earlier_version_gets_the_day_on_which_it_began(tiny_tokenizer, tmp_path):
+    """Its rows keep their key, so the rows that it was trained and validated on are found again."""
     write_json(tmp_path / "template.json", {"name": "model", "source": CLOCK, "verbatim": False})
     write_json(tmp_path / "start.json", {})
     began = datetime.datetime(2025, 7, 9, 12).timestamp()
@@ -380,7 +382,7 @@ def test_a_run_of_an_earlier_version_is_told_the_day_on_which_it_began(tiny_toke
 
 
 def test_a_document_and_a_plain_prompt_begin_as_the_tokenizer_begins_a_text(llama2_tokenizer, tiny_tokenizer):
-    """Llama 2's puts BOS there, others put none: what any program that reads the tokenizer does."""
+    """Llama 2's tokenizer adds BOS, others do not: as in any program that uses the tokenizer."""
     for tokenizer, begins in ((llama2_tokenizer, True), (tiny_tokenizer, False)):
         template = choose_template(tokenizer, "alpaca", "text")
         for text in ("red cat", " two\n\nlines", "1"):

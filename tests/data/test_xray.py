@@ -1,4 +1,4 @@
-"""The X-ray looks at what the collator really gives: whatever is altered there, it finds."""
+"""The X-ray inspects the collator's real batches: it finds whatever is altered there."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_tokens_that_are_hidden_and_padding_that_is_trained_are_found(rows, tiny
         ),
     ],
 )
-def test_bos_stands_where_the_template_owns_it(tmp_path, tiny_tokenizer, cache, source, message):
+def test_bos_is_checked_where_the_template_writes_it(tmp_path, tiny_tokenizer, cache, source, message):
     turns = [{"role": "user" if n % 2 == 0 else "assistant", "content": f"red {n}"} for n in range(4)]
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"messages": turns}))
@@ -176,7 +176,7 @@ def test_every_way_to_prepare_rows_passes(tmp_path, tiny_tokenizer, cache, train
             inspect(data.train, Collator(0, flatten), Expected(data.template, train_on))
 
 
-def test_training_is_refused_by_the_same_look(tiny_llama, rows, cache, tmp_path, monkeypatch):
+def test_training_is_refused_by_the_same_check(tiny_llama, rows, cache, tmp_path, monkeypatch):
     whole = Collator.__call__
 
     def altered(self, samples):

@@ -179,8 +179,8 @@ def test_a_run_that_cannot_be_written_is_exported_elsewhere(tuned_run, cache, tm
 def test_doctor_checks_the_folders(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.touch()
-    assert space.own_cache(tmp_path / "cache").verdict in ("ok", "warn")
-    refused = space.own_cache(file / "cache")
+    assert space.nybble_cache(tmp_path / "cache").verdict in ("ok", "warn")
+    refused = space.nybble_cache(file / "cache")
     assert (refused.verdict, refused.fix) == ("fail", ANOTHER_CACHE)
     assert "is a file, not a folder" in refused.detail
     hub = space.hub_cache(file / "hub")
@@ -188,7 +188,7 @@ def test_doctor_checks_the_folders(tmp_path, monkeypatch):
     assert "set HOME" in space.hub_cache(pathlib.Path("~/.cache/huggingface/hub")).fix
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(file))
-    assert space.own_cache(None).verdict == "fail"
+    assert space.nybble_cache(None).verdict == "fail"
     with small_disk(tmp_path / "full", "4k") as full:
         (full / "all").write_bytes(bytes(4096))
         found = space.disk("here", full, 1, "a fix")

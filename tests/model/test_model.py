@@ -29,7 +29,7 @@ from nybble.model.base.load import load_base, load_config, measure
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer
 from nybble.plan.free_memory import Memory
-from nybble.preflight.data_check import describe
+from nybble.preflight.data_check import load_tokenizer_and_config
 from nybble.preflight.doctor.access import base_model
 from nybble.recipe import LoraOptions, ModelOptions, load_recipe
 from nybble.run.folder import open_run
@@ -405,7 +405,7 @@ def test_an_adapter_or_a_run_is_no_base_and_doctor_says_so_in_the_same_words(tun
         assert caught.value.what == f"{folder} is {kind}, not a base model; its base is {tiny_llama}"
         assert caught.value.fix.endswith(f"nybble train {tiny_llama} DATA adapter={tuned_run.adapter}")
         with pytest.raises(ModelError, match="not a base model"):  # nybble data check DATA FOLDER
-            describe(load_recipe(None, [f"model.path={folder}"]))
+            load_tokenizer_and_config(load_recipe(None, [f"model.path={folder}"]))
         finding = base_model(str(folder))
         assert (finding.verdict, finding.detail, finding.fix) == ("fail", caught.value.what, caught.value.fix)
 

@@ -70,7 +70,7 @@ def test_a_fit_set_is_reported_with_all_its_numbers(rows, tiny_llama, cache, tmp
         ([2e8, 1e9, 3e8, 2e8, 2e8, 2e8], r"roughly [\d.]+ \w+ on .* cpu when idle, [\d.]+ \w+ under its current load"),
     ],
 )  # fmt: skip
-def test_the_time_is_told_for_a_free_machine_and_for_a_busy_one(rates, told, rows, tiny_llama, cache, monkeypatch):
+def test_the_time_is_estimated_for_an_idle_and_for_a_busy_machine(rates, told, rows, tiny_llama, cache, monkeypatch):
     monkeypatch.setattr("nybble.plan.speed.product_rates", lambda *machine: rates)
     words = ["data.max_length=256", "train.micro_batch=1", "train.max_steps=1000"]
     _, said = looked(rows, tiny_llama, *words, cache=cache)
@@ -84,11 +84,11 @@ def test_the_speed_of_a_machine_is_measured_at_several_moments(tiny_llama):
     assert len(found) == BURSTS
     assert all(1e8 < rate < 1e14 for rate in found), found
     one, two = (estimate(config, device, torch.float32, processes) for processes in (1, 2))
-    assert 0 < one.now <= one.free
-    assert two.free < 1.8 * one.free, "processes share a CPU"
+    assert 0 < one.current <= one.idle
+    assert two.idle < 1.8 * one.idle, "processes share a CPU"
 
 
-def test_a_warm_up_that_covers_the_run_is_told(rows, tiny_llama, cache):
+def test_a_warm_up_that_covers_the_run_is_reported(rows, tiny_llama, cache):
     _, told = looked(rows, tiny_llama, "data.max_length=256", "train.max_steps=20", "train.warmup=50", cache=cache)
     assert "train.warmup=50 covers all 20 steps: the warm-up is shortened to 2 steps" in told
 
@@ -144,13 +144,13 @@ def test_a_file_of_validation_rows_is_looked_at_too(rows, tiny_llama, tiny_token
         ("train.micro_batch=100", "one step takes 400"),
     ],
 )
-def test_what_train_would_refuse_is_unfit(rows, tiny_llama, cache, word, message):
+def test_what_train_would_refuse_is_not_ready(rows, tiny_llama, cache, word, message):
     fit, told = looked(rows, tiny_llama, "data.max_length=256", word, cache=cache)
     assert not fit
     assert message in told
 
 
-def test_what_splitting_loses_is_told(tmp_path, tiny_llama, cache):
+def test_what_splitting_loses_is_reported(tmp_path, tiny_llama, cache):
     turns = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "one two " * 6}] * 4
     rows = [{"messages": turns}, {"prompt": "red", "completion": "one " * 200}, {"prompt": "red", "completion": "two"}]
     file = tmp_path / "a.jsonl"
@@ -161,7 +161,7 @@ def test_what_splitting_loses_is_told(tmp_path, tiny_llama, cache):
     assert lost[1] == "401", "the long answer with its EOS, and nothing of the chat"
 
 
-def test_how_rows_were_read_is_told(tmp_path, tiny_llama, tiny_tokenizer, cache):
+def test_how_rows_were_read_is_reported(tmp_path, tiny_llama, tiny_tokenizer, cache):
     file = tmp_path / "a.csv"
     file.write_text("sep=;\nInstruction;output;\n" + "".join(f"{n};{n};\n" for n in range(40)) + ";;\n")
     for model in ("", tiny_llama):
@@ -213,7 +213,7 @@ def test_of_a_stream_the_beginning_is_looked_at(rows, tiny_llama, cache, monkeyp
 
 
 @pytest.mark.parametrize("name", ["*.jsonl", "[ab].jsonl", "my: rows.jsonl", "2024-01-01", "007", "a #1.jsonl"])
-def test_a_name_on_the_command_line_is_taken_to_the_letter(name):
+def test_a_name_on_the_command_line_is_used_literally(name):
     recipe = data_recipe([name, "my/*", "data.max_length=64"], None)
     assert (recipe.data.path, recipe.model.path, recipe.data.max_length) == (name, "my/*", 64)
     if not name.startswith("["):  # which begins a list

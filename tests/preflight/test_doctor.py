@@ -20,7 +20,7 @@ from nybble.preflight.doctor.access import base_model, wandb_login
 from nybble.preflight.doctor.examine import examine
 from nybble.preflight.doctor.finding import Finding
 from nybble.preflight.doctor.four_bit import nf4
-from nybble.preflight.doctor.gpu import judge_driver, nvidia_driver, units
+from nybble.preflight.doctor.gpu import judge_driver, number_formats, nvidia_driver
 from nybble.preflight.doctor.report import exit_status, render
 from nybble.preflight.doctor.space import GIB, disk, download_of_7b, hub_cache, memory, quantised_7b, run_of_7b
 from nybble.preflight.doctor.versions import declared, packages
@@ -215,7 +215,7 @@ def test_the_driver_is_asked_for_its_version(
 
 def test_number_formats_follow_compute_capability() -> None:
     capabilities = ((6, 1), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0))
-    assert [units(capability) for capability in capabilities] == [
+    assert [number_formats(capability) for capability in capabilities] == [
         "fp32 only",
         "fp16",
         "fp16, bf16",
@@ -243,7 +243,7 @@ def test_wrong_or_broken_4bit_layers_are_caught(monkeypatch: pytest.MonkeyPatch)
     assert "pip install --force-reinstall" in (finding.fix or "")
 
 
-def test_little_room_is_a_warning(tmp_path: Path) -> None:
+def test_little_free_space_is_a_warning(tmp_path: Path) -> None:
     assert memory(Memory(4 * GIB, 16 * GIB)).verdict == "warn"
     assert memory(Memory(12 * GIB, 16 * GIB)).verdict == "ok"
     assert disk("here", tmp_path / "not" / "yet", 1, "a fix").verdict == "ok"

@@ -96,9 +96,9 @@ def test_train_stops_at_the_first_fault_that_check_lists(word, content, rows, ti
         file = tmp_path / "a.jsonl"
         file.write_text(content + rows.read_text())
     recipe = recipe_of(tiny_llama, file, *word.split())
-    tokenizer, config = data_check.describe(recipe)
+    tokenizer, config = data_check.load_tokenizer_and_config(recipe)
     faults = []
-    prepare_run(recipe, tokenizer, config, tmp_path / "cache", refuse=faults.append)
+    prepare_run(recipe, tokenizer, config, tmp_path / "cache", on_fault=faults.append)
     assert faults
     with pytest.raises(type(faults[0])) as caught:
         prepare_run(recipe, tokenizer, config, tmp_path / "cache")
@@ -108,7 +108,7 @@ def test_train_stops_at_the_first_fault_that_check_lists(word, content, rows, ti
 def test_a_preparation_that_refuses_nothing_is_whole(rows, tiny_llama, tmp_path):
     seen: list[tuple[str, int]] = []
     recipe = recipe_of(tiny_llama, rows)
-    tokenizer = data_check.describe(recipe)[0]
+    tokenizer = data_check.load_tokenizer_and_config(recipe)[0]
     found = prepare_run(recipe, tokenizer, None, tmp_path, progress=lambda stage, count: seen.append((stage, count)))
     assert found.data is not None
     assert found.schedule.steps == 1
@@ -124,6 +124,6 @@ def test_rows_that_the_x_ray_refuses_are_not_given_out(rows, tiny_llama, tmp_pat
     monkeypatch.setattr(preparation, "inspect", damaged)
     faults = []
     recipe = recipe_of(tiny_llama, rows)
-    found = prepare_run(recipe, data_check.describe(recipe)[0], None, tmp_path, refuse=faults.append)
+    found = prepare_run(recipe, data_check.load_tokenizer_and_config(recipe)[0], None, tmp_path, on_fault=faults.append)
     assert (found.data, found.schedule, len(faults)) == (None, None, 1)
     assert found.examined.counts.kept == 80

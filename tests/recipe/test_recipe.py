@@ -45,7 +45,7 @@ def test_all_faults_are_listed_together_with_their_lines(tmp_path):
         (["train.epochs"], "options are written key=value"),
         (["train=3"], "train: input should be a valid dictionary"),
         (["train.seed=3", "train.seed.x=3"], "train.seed.x: seed is not a section"),
-        (["data.map={a"], "data.map: '{a' does not close its brackets or quotes; e.g. data.map=prompt:question,"),
+        (["data.map={a"], "data.map: brackets or quotes in '{a' are not closed; e.g. data.map=prompt:question,"),
         (["train.save_every=20", "train.evaluate_every=10"], "train.save_every: 20 differs from the 10 steps between"),
         (["train.epochs="], "train.epochs: the value is missing; e.g. train.epochs=1"),
         (["model.revision="], "e.g. model.revision=main, or model.revision=null for none"),
@@ -63,7 +63,7 @@ def test_all_faults_are_listed_together_with_their_lines(tmp_path):
         (["model.path=caf\udce9"], "model.path: 'caf\\udce9' is not UTF-8"),
     ],
 )
-def test_contradictions_and_malformed_words_are_refused(words, message):
+def test_contradictions_and_malformed_arguments_are_refused(words, message):
     with pytest.raises(RecipeError) as caught:
         load_recipe(None, words)
     print(caught.value)
@@ -139,7 +139,7 @@ def test_a_file_is_read_by_the_same_types(tmp_path):
     assert load_recipe(file, ["data.map=input:context"]).data.map == {"input": "context"}, "a word replaces the file's"
 
 
-def test_what_a_shell_makes_of_braces_adds_up():
+def test_arguments_that_a_shell_makes_from_braces_are_merged():
     words = ["data.map=prompt:question", "data.map=completion:answer", "lora.targets=q_proj", "lora.targets=v_proj"]
     recipe = load_recipe(None, [*words, "data.path=a.jsonl", "data.path=b.jsonl", "train.epochs=2", "train.epochs=3"])
     assert recipe.data.map == {"prompt": "question", "completion": "answer"}
@@ -151,7 +151,7 @@ def test_what_a_shell_makes_of_braces_adds_up():
 
 
 @pytest.mark.parametrize("key", list(option_names()))
-def test_the_example_of_every_option_is_right(key, tmp_path):
+def test_the_example_of_every_option_is_valid(key, tmp_path):
     sections = key.split(".")[:-1]
     beside = ["train.max_steps=9", "data.validation=3"] if key == "data.streaming" else []
     (word,) = shlex.split(example(key))
@@ -176,7 +176,7 @@ def test_a_recipe_in_latin_1_and_one_with_control_characters_get_a_message_with_
         load_recipe(tmp_path)
 
 
-def test_a_name_of_other_bytes_survives_a_round_trip(tmp_path):
+def test_a_name_that_is_not_utf_8_survives_a_round_trip(tmp_path):
     recipe = load_recipe(None, ["model.path=m", "data.path=caf\udce9.jsonl"])
     (tmp_path / "again.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     assert load_recipe(tmp_path / "again.yaml") == recipe
@@ -234,7 +234,7 @@ def test_a_damaged_recipe_is_one_message(name, tmp_path):
         ("data.map={[a]: b}", "data.map: '{[a]: b}' cannot be read; e.g. data.map="),
     ],
 )
-def test_a_word_that_yaml_cannot_read_is_one_fault(word, what):
+def test_an_argument_that_yaml_cannot_read_is_one_fault(word, what):
     with pytest.raises(RecipeError) as caught:
         load_recipe(None, [word])
     print(caught.value)
@@ -243,7 +243,7 @@ def test_a_word_that_yaml_cannot_read_is_one_fault(word, what):
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
-def test_what_is_no_file_is_no_recipe(kind, tmp_path):
+def test_a_recipe_must_be_a_regular_file(kind, tmp_path):
     place = tmp_path / "recipe.yaml"
     place.mkdir() if kind == "folder" else os.mkfifo(place)
     with pytest.raises(RecipeError, match=f"recipe.yaml is a {kind}, not a file") as caught:
@@ -290,7 +290,7 @@ def test_every_option_is_documented_in_the_printed_recipe():
 
 
 @given(st.sampled_from([name for name in option_names() if name.startswith("train.")]), st.integers(-5, 10**6))
-def test_any_number_for_any_option_is_taken_or_refused_by_name(name, value):
+def test_any_number_for_any_option_is_accepted_or_refused_with_its_name(name, value):
     try:
         recipe = load_recipe(None, [f"{name}={value}"])
     except RecipeError as error:

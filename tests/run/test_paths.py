@@ -19,7 +19,7 @@ from nybble.errors import DataError, ModelError, RecipeError, RunError
 from nybble.evaluate.rows import rows_of, with_rows
 from nybble.preflight.data_check import check
 from nybble.recipe import Recipe, absolute_paths, load_recipe
-from nybble.recipe.paths import absolute_tree, here
+from nybble.recipe.paths import absolute_path, absolute_tree
 from nybble.run.folder import open_run
 from nybble.run.marks import COMPLETE
 from nybble.training.train import resume, train
@@ -102,8 +102,8 @@ def test_a_link_on_the_way_is_not_cut_short(tmp_path, monkeypatch):
     (tmp_path / "far" / "rows").touch()
     (tmp_path / "link").symlink_to(tmp_path / "far" / "deep")
     monkeypatch.chdir(tmp_path)
-    assert pathlib.Path(here("link/../rows")).exists()
-    assert here("link") == str(tmp_path / "link")
+    assert pathlib.Path(absolute_path("link/../rows")).exists()
+    assert absolute_path("link") == str(tmp_path / "link")
 
 
 def test_a_run_works_from_any_folder(project, tmp_path, cache, quiet, monkeypatch):

@@ -38,7 +38,7 @@ from nybble.errors import (
     StorageError,
     TrainingError,
 )
-from nybble.plan.out_of_memory import explained_memory, leaner
+from nybble.plan.out_of_memory import explained_memory, memory_saving_change
 from nybble.plan.shapes import LLAMA_2_7B
 from nybble.recipe import Recipe, load_recipe
 from nybble.run.folder import Run, open_run
@@ -593,7 +593,7 @@ def test_what_does_not_fit_is_made_leaner_step_by_step():
     words = ["model.path=m", "data.path=d", "model.quantization=none", "engine.policy=keep-all", "train.micro_batch=2"]
     given = []
     for _ in range(6):
-        fix = leaner(load_recipe(None, words), tied=False)
+        fix = memory_saving_change(load_recipe(None, words), tied=False)
         given.append(fix.split()[0])
         words += fix.partition(" (")[0].split()
     assert given == [
@@ -602,9 +602,9 @@ def test_what_does_not_fit_is_made_leaner_step_by_step():
     ]  # fmt: skip
     plain = load_recipe(None, ["model.path=m", "data.path=d", "engine.fused=false", "train.micro_batch=1",
                                "train.gradient_checkpointing=false"])  # fmt: skip
-    assert leaner(plain, tied=False) == "train.gradient_checkpointing=true"
+    assert memory_saving_change(plain, tied=False) == "train.gradient_checkpointing=true"
     last = load_recipe(None, ["model.path=m", "data.path=d", "engine.policy=host", "train.micro_batch=1"])
-    assert leaner(last, tied=True).startswith("data.max_length="), "a tied embedding stays on the device"
+    assert memory_saving_change(last, tied=True).startswith("data.max_length="), "a tied embedding stays on the device"
 
 
 def test_what_does_not_fit_says_what_the_run_takes():

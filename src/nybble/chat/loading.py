@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from nybble.chat.answerer import Answerer
-from nybble.data.text.kept_template import read_template
+from nybble.data.text.saved_template import read_template
 from nybble.data.text.template import Template, choose_template
 from nybble.errors import RunError
 from nybble.files.disk_errors import explained_disk_errors

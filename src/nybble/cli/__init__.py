@@ -1,6 +1,6 @@
-"""The command line: one function per command; each imports what it needs, calls it, and prints.
+"""The command line: one function per command; each imports what it needs, calls it, and prints the result.
 
-No torch before a command needs it: `nybble --help` answers at once.
+Torch is imported only when a command needs it, so that `nybble --help` answers at once.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ __all__ = ["main", "training", "using"]
 
 
 def main() -> None:
-    """Run the command line; an error is one message and an exit status; a defect leaves its traceback in a file."""
+    """Run the command line: an error gives one message and an exit status; a defect also leaves its traceback in a file."""
     wait_without_spinning()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # rows may hold what a terminal cannot show
+            stream.reconfigure(errors="replace")  # rows may contain characters that a terminal cannot show
     try:
         with explained_disk_errors():
             check_current_folder()
             app()
     except NybbleError as error:
-        _complain(str(error))
+        _print_error(str(error))
         sys.exit(error.exit_code)
-    except BaseException as error:  # the last line of defence: whatever comes, one message
+    except BaseException as error:  # the last line of defence: any other error is one message too
         if not isinstance(error, Exception) and not is_panic(error):
             raise
-        _complain(report(error, sys.argv[1:]))
+        _print_error(report(error, sys.argv[1:]))
         sys.exit(STATUS)
 
 
-def _complain(text: str) -> None:
+def _print_error(text: str) -> None:
     tell_error(Console(stderr=True), f"process {rank()}: " if rank() else "", text)

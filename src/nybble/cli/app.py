@@ -1,4 +1,4 @@
-"""The program, and what its commands have in common."""
+"""The Typer application, its global options, and what its commands share."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from nybble.version import __version__
 
 
 class Program(TyperGroup):
-    """All commands; the options of the program itself go before them."""
+    """The group of all commands; the program's own options go before the command."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command; returns its name, itself and its arguments.
+        """Find the command; returns its name, the command and its arguments.
 
         Raises:
-            RecipeError: one of the program's options is among these, with the line to type.
+            RecipeError: one of the program's options is among the arguments; the fix is the line to type.
         """
         name, command, arguments = super().resolve_command(ctx, args)
         flags = {option: parameter for parameter in self.params for option in parameter.opts}
@@ -47,14 +47,14 @@ Folder = Annotated[pathlib.Path, typer.Argument(help="A run folder, or a PEFT ad
 
 
 class Documented(TyperCommand):
-    """A command whose options are the recipe's: its help ends with examples and with the keys that are used most."""
+    """A command whose options are the recipe's: its help ends with examples and the most used options."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""
         super().format_help(ctx, formatter)
-        from nybble.cli.keys import tell_keys
+        from nybble.cli.keys import print_keys
 
-        tell_keys(Console())
+        print_keys(Console())
 
 
 @app.callback(invoke_without_command=True)
@@ -72,18 +72,18 @@ def options(
         typer.echo(f"nybble {__version__}")
         raise typer.Exit
     context.obj = cache
-    provide_home(asked_cache(context))
+    provide_home(cache_option(context))
 
 
-def asked_cache(context: typer.Context) -> pathlib.Path | None:
-    """What `--cache` names."""
-    asked: pathlib.Path | None = context.find_root().obj
-    return asked.absolute() if asked is not None else None
+def cache_option(context: typer.Context) -> pathlib.Path | None:
+    """The folder given by `--cache`, made absolute; None if the option was not given."""
+    folder: pathlib.Path | None = context.find_root().obj
+    return folder.absolute() if folder is not None else None
 
 
 def cache_folder(context: typer.Context) -> pathlib.Path:
-    """What `--cache` names, or this user's own."""
-    return asked_cache(context) or default_cache()
+    """The folder given by `--cache`, or this user's default cache."""
+    return cache_option(context) or default_cache()
 
 
 @app.command("help")
@@ -92,20 +92,19 @@ def show_help(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]", help="Command to explain.")] = None,
 ) -> None:
     """Show this help, or a command's: nybble help train."""
-    here = context.parent
-    assert here is not None, "a command of the program"
+    current = context.parent
+    assert current is not None, "a command of the program"
     for argument in arguments or []:
-        command = getattr(here.command, "commands", {}).get(argument)
-        if command is None:
-            there = ", ".join(getattr(here.command, "commands", {}))
-            known = f"; the commands are {there}" if there else ""
+        commands = getattr(current.command, "commands", {})
+        if argument not in commands:
+            known = f"; the commands are {', '.join(commands)}" if commands else ""
             raise RecipeError(f"there is no command {' '.join(arguments or [])}{known}", fix="nybble help")
-        here = typer.Context(command, parent=here, info_name=argument)
-    typer.echo(here.get_help())
+        current = typer.Context(commands[argument], parent=current, info_name=argument)
+    typer.echo(current.get_help())
 
 
-def quiet() -> None:
-    """Libraries talk about themselves; what a person needs to know is said by nybble."""
+def silence_libraries() -> None:
+    """Turn off the libraries' own warnings, logs and progress bars: nybble reports what the user needs to know."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in (
         "bitsandbytes.backends.cpu.ops",

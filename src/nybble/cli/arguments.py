@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nybble.recipe import Recipe
 
 Config = Annotated[pathlib.Path | None, typer.Option("-c", "--config", help="A recipe; KEY=VALUE overrides it.")]
-LOOSE = {"ignore_unknown_options": True}  # `--epochs 2` is read as train.epochs=2
+TAKES_RECIPE_OPTIONS = {"ignore_unknown_options": True}  # `--epochs 2` is read as train.epochs=2
 
 
 def train_recipe(
@@ -25,7 +25,7 @@ def train_recipe(
     processes: int | None,
     command_options: Sequence[str] = (),
 ) -> Recipe:
-    """What to train: the resumed run's own, or MODEL, DATA and KEY=VALUE over a file."""
+    """The recipe to train: the resumed run's own, or a file overridden by MODEL, DATA and KEY=VALUE."""
     if resume is not None:
         if arguments or config is not None or processes is not None:
             raise RecipeError(
@@ -35,12 +35,12 @@ def train_recipe(
         from nybble.run.folder import open_run
 
         return open_run(resume).recipe
-    more = [f"train.processes={processes}"] if processes is not None else []
-    return _recipe(arguments, config, ("model.path", "data.path"), command_options, more)
+    extra = [f"train.processes={processes}"] if processes is not None else []
+    return _recipe(arguments, config, ("model.path", "data.path"), command_options, extra)
 
 
 def data_recipe(arguments: list[str], config: pathlib.Path | None, command_options: Sequence[str] = ()) -> Recipe:
-    """What to look at: DATA, MODEL and KEY=VALUE over a file."""
+    """The recipe whose data is examined: a file overridden by DATA, MODEL and KEY=VALUE."""
     recipe = _recipe(arguments, config, ("data.path", "model.path"), command_options)
     if not recipe.data.path:
         raise RecipeError(
@@ -49,13 +49,13 @@ def data_recipe(arguments: list[str], config: pathlib.Path | None, command_optio
     return recipe
 
 
-def own_options(context: typer.Context) -> list[str]:
-    """A command's own options, such as --config."""
+def long_options(context: typer.Context) -> list[str]:
+    """The names of a command's own options, such as --config."""
     return [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
 
 
 def complete_argument(incomplete: str) -> list[str]:
-    """What a partly typed argument may become: KEY= of an option, KEY=VALUE, a file or a folder."""
+    """The completions of a partly typed argument: KEY= of an option, KEY=VALUE, a file or a folder."""
     from nybble.recipe import option_names
     from nybble.recipe.values import choices, example, kinds_of
 
@@ -90,14 +90,14 @@ def refuse_missing(recipe: Recipe) -> None:
         ModelError, DataError: what is missing.
     """
     model, data = recipe.model.path, recipe.data
-    if model and not os.path.exists(model) and (_can_be_only_a_path(model) or "/" not in model):
+    if model and not os.path.exists(model) and (_must_be_path(model) or "/" not in model):
         raise _missing(ModelError, f"there is no folder {model}, and it is not a Hub id (owner/name)", model)
     if recipe.adapter is not None and not os.path.exists(recipe.adapter):
         raise _missing(ModelError, f"there is no adapter in {recipe.adapter}: no such folder", recipe.adapter)
     rows = [*data.names, *([data.validation] if isinstance(data.validation, str) else [])]
     for name in rows:
         path = os.path.expanduser(name)
-        is_file = _can_be_only_a_path(name) or pathlib.Path(name.removesuffix(".gz")).suffix.lower() in SUFFIXES
+        is_file = _must_be_path(name) or pathlib.Path(name.removesuffix(".gz")).suffix.lower() in SUFFIXES
         if is_file and not set(name) & set("*?[") and not os.path.lexists(path):
             raise _missing(DataError, f"there is no file {path}", path)
     if data.template.endswith(".jinja") and not os.path.exists(os.path.expanduser(data.template)):
@@ -107,7 +107,7 @@ def refuse_missing(recipe: Recipe) -> None:
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 
 
-def _can_be_only_a_path(name: str) -> bool:
+def _must_be_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
@@ -120,10 +120,10 @@ def _recipe(
     config: pathlib.Path | None,
     targets: tuple[str, str],
     command_options: Sequence[str],
-    more: Sequence[str] = (),
+    extra: Sequence[str] = (),
 ) -> Recipe:
     from nybble.cli.flags import sort_arguments
     from nybble.recipe import load_recipe
 
     texts, options = sort_arguments(arguments, targets, command_options)
-    return load_recipe(config, [*options, *more], texts=texts)
+    return load_recipe(config, [*options, *extra], texts=texts)

@@ -1,4 +1,4 @@
-"""The last line of defence: an error that nobody foresaw is one message, and its traceback a file."""
+"""The last line of defence: an unexpected error becomes one message, and its traceback a file."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ STATUS = 70  # EX_SOFTWARE of sysexits.h: an internal software error
 
 
 def report(error: BaseException, arguments: Sequence[str]) -> str:
-    """Write the traceback into the run that the command line names, else into the cache, and say where it is.
+    """Write the traceback into the run that the command line names, else into the cache; returns the message to print.
 
     Args:
-        error: what was raised.
-        arguments: of the command line, the program's name left out.
+        error: the exception.
+        arguments: the command line without the program's name.
     """
     name = type(error).__name__
     text = "".join(traceback.format_exception(error))
@@ -43,14 +43,14 @@ def _write(text: str, arguments: Sequence[str]) -> pathlib.Path | None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8", errors="backslashreplace")
-        except (OSError, ValueError):  # an argument may hold a zero byte
+        except (OSError, ValueError):  # an argument may contain a null byte
             continue
         return file
     return None
 
 
 def _command_line(arguments: Sequence[str]) -> str:
-    """The command line without its key: the file is made to be sent to others."""
+    """The command line without its API key: the file is meant to be sent to others."""
     hidden = [re.sub(r"^--api-key=.*", "--api-key=...", argument, flags=re.DOTALL) for argument in arguments]
     return " ".join(
         "..." if before == "--api-key" else argument for before, argument in itertools.pairwise(("", *hidden))
@@ -58,7 +58,7 @@ def _command_line(arguments: Sequence[str]) -> str:
 
 
 def _cache(arguments: Sequence[str]) -> pathlib.Path:
-    """The cache that the command line names, whatever else is wrong with it."""
+    """The cache that the command line names, even if the rest of it is wrong."""
     for argument, following in itertools.pairwise((*arguments, "")):
         if argument == "--cache" and following:
             return pathlib.Path(following)
@@ -68,15 +68,15 @@ def _cache(arguments: Sequence[str]) -> pathlib.Path:
 
 
 def _runs(arguments: Sequence[str]) -> list[pathlib.Path]:
-    """Run folders among the arguments; an argument may be anything, so one that is no path is passed over."""
-    found = []
+    """Run folders among the arguments; an argument may be anything, so one that is not a path is skipped."""
+    runs = []
     for argument in arguments:
         try:
             if (pathlib.Path(argument) / "recipe.yaml").is_file():
-                found.append(pathlib.Path(argument))
-        except (OSError, ValueError):  # too long for a name, or with a zero byte
+                runs.append(pathlib.Path(argument))
+        except (OSError, ValueError):  # too long for a name, or with a null byte
             continue
-    return found
+    return runs
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""What needs an optional package; the error says how to get it."""
+"""Objects that need an optional package; if it is missing, the error says how to install it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def make_harness(names: list[str], data: pathlib.Path | None, limit: int | None, batch: int | None = None) -> Harness:
-    """What runs benchmarks, which exist: lm-eval is an optional package."""
+    """The harness that runs these benchmarks, once their rows have been found; it needs lm-eval, an optional package."""
     try:
         from nybble.evaluate.harness import Harness
     except ModuleNotFoundError as error:
@@ -33,7 +33,7 @@ def make_harness(names: list[str], data: pathlib.Path | None, limit: int | None,
 
 
 def make_converter() -> Converter:
-    """What writes GGUF files: gguf is an optional package."""
+    """The writer of GGUF files; it needs gguf, an optional package."""
     try:
         from nybble.export.gguf.writer import Converter
     except ModuleNotFoundError as error:
@@ -45,7 +45,7 @@ def make_converter() -> Converter:
 
 
 def make_preflight(targets: Sequence[str]) -> Preflight:
-    """What checks before training that export.to can work."""
+    """The check, before training, that the exports in export.to are possible."""
     converter = make_converter() if "gguf" in targets else None
     from nybble.export.gguf.quants import QUANTS
     from nybble.export.precheck import Preflight

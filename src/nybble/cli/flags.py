@@ -1,4 +1,4 @@
-"""Sorts command-line arguments: MODEL and DATA, key=value, and `--key value` as other programs take it."""
+"""Sorts command-line arguments: MODEL and DATA, key=value, and the `--key value` of other programs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nybble.recipe.values import example, kinds_of
 KEY = re.compile(r"[\w-]+(\.[\w-]+)*=")
 BOOLEANS = ("true", "false", "yes", "no", "on", "off")
 ALIASES = {
-    # what Transformers, PEFT and other trainers call the same option
+    # names of the same option in Transformers, PEFT and other trainers
     "lr": "train.learning_rate",
     "num_train_epochs": "train.epochs",
     "num_epochs": "train.epochs",
@@ -43,17 +43,17 @@ ALIASES = {
 def sort_arguments(
     arguments: Sequence[str], targets: tuple[str, str], command_options: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Arguments without a key by the option they are for, and options as `key=value`.
+    """Positional arguments by the option that each sets, and the other arguments as `key=value`.
 
     Args:
         arguments: as typed.
-        targets: the options that the first two arguments without a key are for.
+        targets: the options that the first two positional arguments set.
         command_options: options of the command itself, such as --config.
 
     Raises:
-        RecipeError: with the line to type.
+        RecipeError: an argument is wrong; the fix is what to type.
     """
-    named: list[str] = []
+    positional: list[str] = []
     options: list[str] = []
     rest = deque(arguments)
     while rest:
@@ -64,54 +64,54 @@ def sort_arguments(
             key, _, value = argument.partition("=")
             if not value and rest and not KEY.match(rest[0]) and not rest[0].startswith("-"):
                 _refuse_spaces(key, rest[0])
-            options.append(f"{(_options_of(key) or [key])[0]}={_closed(value, rest)}")
+            options.append(f"{(_options_of(key) or [key])[0]}={_with_brackets_closed(value, rest)}")
         elif argument in option_names() and not os.path.exists(argument):
             _refuse_spaces(argument, next((text.removeprefix("=") for text in rest if text != "="), ""))
         else:
-            named.append(argument)
+            positional.append(argument)
     names = " and ".join(target.split(".")[0].upper() for target in targets)
-    if len(named) > 2:
+    if len(positional) > 2:
         raise RecipeError(
-            f"unexpected {named[2]!r}: expected at most {names}, then key=value",
+            f"unexpected {positional[2]!r}: expected at most {names}, then key=value",
             fix="options are written key=value: train.epochs=2",
         )
-    texts = dict(zip(targets, named, strict=False))
+    texts = dict(zip(targets, positional, strict=False))
     for key, text in texts.items():
-        if twice := next((argument for argument in options if argument.startswith(key + "=")), None):
+        if repeated := next((argument for argument in options if argument.startswith(key + "=")), None):
             raise RecipeError(
-                f"{key.split('.')[0].upper()} was given twice: {text} and {twice}", fix="keep one of them"
+                f"{key.split('.')[0].upper()} was given twice: {text} and {repeated}", fix="keep one of them"
             )
     return texts, options
 
 
 def _is_path(argument: str) -> bool:
-    """Whether an argument with an equals sign is a file, folder or pattern; an option's name takes precedence."""
+    """Whether an argument with an equals sign is a file, folder or pattern and not the name of an option."""
     if kinds_of(argument.partition("=")[0]) is not None:
         return False
     return os.path.exists(argument) or any(True for _ in pathlib.Path().glob(argument) if set(argument) & set("*?["))
 
 
 def _flag(argument: str, rest: deque[str], command_options: Sequence[str]) -> str:
-    """`--key value` or `--key=value` as key=value; the next argument, in `rest`, may be taken as its value."""
+    """`--key value` or `--key=value` as key=value; its value may be the first argument in `rest`, which is then removed."""
     name, equals, value = argument.lstrip("-").partition("=")
     name = name.replace("-", "_")
-    found, denied = _options_of(name), _options_of(name.removeprefix("no_"))
-    if not found and _is_boolean(denied):
-        return f"{denied[0]}=false"
-    if len(found) != 1:
-        raise _no_such(argument.partition("=")[0], value or (rest[0] if rest else ""), found, command_options)
-    (key,) = found
+    matches, negated = _options_of(name), _options_of(name.removeprefix("no_"))
+    if not matches and _is_boolean(negated):
+        return f"{negated[0]}=false"
+    if len(matches) != 1:
+        raise _unknown_option(argument.partition("=")[0], value or (rest[0] if rest else ""), matches, command_options)
+    (key,) = matches
     if not equals:
-        if _is_boolean(found) and (not rest or rest[0].lower() not in BOOLEANS):
+        if _is_boolean(matches) and (not rest or rest[0].lower() not in BOOLEANS):
             return f"{key}=true"
         if not rest or KEY.match(rest[0]) or rest[0].startswith("--"):
             raise RecipeError(f"{argument}: the value is missing", fix=example(key))
         value = rest.popleft()
-    return f"{key}={_closed(value, rest)}"
+    return f"{key}={_with_brackets_closed(value, rest)}"
 
 
 def _options_of(name: str) -> list[str]:
-    """The options that a name may mean: a whole name, one that other programs have, the last part, or the parts with `_`."""
+    """The options that a name may mean: a full name, another program's name, the last part, or the parts joined with `_`."""
     known = list(option_names())
     if name in known or kinds_of(name) is not None:
         return [name]
@@ -125,8 +125,8 @@ def _is_boolean(options: Sequence[str]) -> bool:
     return len(options) == 1 and bool in (kinds_of(options[0]) or ())
 
 
-def _closed(value: str, rest: deque[str]) -> str:
-    """A value in brackets that the shell split at its spaces, joined again."""
+def _with_brackets_closed(value: str, rest: deque[str]) -> str:
+    """A value; one in brackets that the shell split at its spaces is joined with what follows, up to the closing bracket."""
     if value.startswith(("[", "{")):
         while rest and _depth(value) > 0:
             value += f" {rest.popleft()}"
@@ -143,14 +143,16 @@ def _refuse_spaces(key: str, value: str) -> None:
     raise RecipeError(f"{key}: options are written key=value, without spaces", fix=line)
 
 
-def _no_such(flag: str, value: str, found: Sequence[str], command_options: Sequence[str]) -> RecipeError:
-    if found:
+def _unknown_option(flag: str, value: str, matches: Sequence[str], command_options: Sequence[str]) -> RecipeError:
+    """The fault of a flag that matches none of the recipe's options, or several."""
+    if matches:
         return RecipeError(
-            f"{flag} is ambiguous: it may be {' or '.join(found)}", fix=" or ".join(f"{key}={value}" for key in found)
+            f"{flag} is ambiguous: it may be {' or '.join(matches)}",
+            fix=" or ".join(f"{key}={value}" for key in matches),
         )
-    near = difflib.get_close_matches(flag, command_options, n=1, cutoff=0.75)
+    similar = difflib.get_close_matches(flag, command_options, n=1, cutoff=0.75)
     option = nearest_option(flag.lstrip("-").replace("-", "_"))
     line = f"{option}={value}" if option and value else example(option) if option else None
     return RecipeError(
-        f"there is no option {flag}", fix=near[0] if near else line or "every option: nybble train --print-config"
+        f"there is no option {flag}", fix=similar[0] if similar else line or "every option: nybble train --print-config"
     )

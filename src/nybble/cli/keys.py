@@ -1,4 +1,4 @@
-"""The end of `nybble train --help`: examples, and the most used options with their meaning from the recipe."""
+"""The end of `nybble train --help`: examples, and the most used options with their documentation from the recipe."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ KEYS = (
 )
 
 
-def tell_keys(console: Console) -> None:
-    """Print them."""
+def print_keys(console: Console) -> None:
+    """Print the examples and the table of options."""
     console.print(" Examples", style="bold")
-    for line, what in EXAMPLES:  # soft_wrap: a command must stay on one line to be copied
-        console.print(f"   {line}", soft_wrap=True, highlight=False)
-        console.print(f"     {what}", style="dim", highlight=False)
+    for command, meaning in EXAMPLES:  # soft_wrap: a command must stay on one line to be copied
+        console.print(f"   {command}", soft_wrap=True, highlight=False)
+        console.print(f"     {meaning}", style="dim", highlight=False)
     table = Table("Key", "Default", "Meaning", box=None, padding=(0, 2, 0, 0), header_style="bold")
     for key in KEYS:
         default, meaning = _described(key)

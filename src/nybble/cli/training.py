@@ -1,4 +1,4 @@
-"""Commands up to a run: doctor, data check, data preview, train, demo."""
+"""The commands up to a run: doctor, data check, data preview, train, demo."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from nybble.cli.app import Documented, app, asked_cache, cache_folder, quiet
+from nybble.cli.app import Documented, app, cache_folder, cache_option, silence_libraries
 from nybble.cli.arguments import (
-    LOOSE,
+    TAKES_RECIPE_OPTIONS,
     Config,
     complete_argument,
     data_recipe,
-    own_options,
+    long_options,
     refuse_missing,
     train_recipe,
 )
@@ -44,16 +44,16 @@ def doctor(
     model: Annotated[str | None, typer.Argument(help="Also check access to this Hub id or folder.")] = None,
 ) -> None:
     """Check this machine; each problem comes with its fix."""
-    quiet()
+    silence_libraries()
     from nybble.preflight.doctor.examine import examine
     from nybble.preflight.doctor.report import exit_status, render
 
-    findings = examine(model, asked_cache(context))
+    findings = examine(model, cache_option(context))
     render(findings, Console())
     raise typer.Exit(exit_status(findings))
 
 
-@data.command(context_settings=LOOSE)
+@data.command(context_settings=TAKES_RECIPE_OPTIONS)
 def check(
     context: typer.Context,
     arguments: Arguments = None,
@@ -61,20 +61,20 @@ def check(
     png: Annotated[pathlib.Path | None, typer.Option(help="Write a plot of the row lengths to this file.")] = None,
 ) -> None:
     """Check data: rows, formats, faults with file:line; with MODEL also tokens, masks, lengths, steps and time."""
-    recipe = data_recipe(arguments or [], config, own_options(context))
+    recipe = data_recipe(arguments or [], config, long_options(context))
     refuse_missing(recipe)
     if recipe.model.path:
         from nybble.files.paths import check_cache
 
         check_cache(cache_folder(context))
-    quiet()
-    from nybble.preflight.data_check import check as look
+    silence_libraries()
+    from nybble.preflight.data_check import check as check_data
 
-    if not look(recipe, Console(), picture=png, cache=asked_cache(context)):
+    if not check_data(recipe, Console(), picture=png, cache=cache_option(context)):
         raise typer.Exit(1)
 
 
-@data.command(context_settings=LOOSE)
+@data.command(context_settings=TAKES_RECIPE_OPTIONS)
 def preview(
     context: typer.Context,
     arguments: Arguments = None,
@@ -83,20 +83,20 @@ def preview(
     ids: Annotated[bool, typer.Option("--ids", help="Show token ids too.")] = False,
 ) -> None:
     """Show the exact text the model reads, with trained tokens coloured and control tokens visible."""
-    recipe = data_recipe(arguments or [], config, own_options(context))
+    recipe = data_recipe(arguments or [], config, long_options(context))
     refuse_missing(recipe)
     if not recipe.model.path:
         raise RecipeError(
             "MODEL is missing", fix="nybble data preview DATA MODEL; a folder with its tokenizer is enough"
         )
-    quiet()
-    from nybble.data.sets.preview import preview as show
-    from nybble.preflight.data_check import describe
+    silence_libraries()
+    from nybble.data.sets.preview import preview as print_preview
+    from nybble.preflight.data_check import load_tokenizer_and_config
 
-    show(recipe.data, describe(recipe)[0], count, Console(), ids=ids)
+    print_preview(recipe.data, load_tokenizer_and_config(recipe)[0], count, Console(), ids=ids)
 
 
-@app.command(cls=Documented, context_settings=LOOSE)
+@app.command(cls=Documented, context_settings=TAKES_RECIPE_OPTIONS)
 def train(
     context: typer.Context,
     arguments: Annotated[
@@ -113,17 +113,17 @@ def train(
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the complete recipe and exit.")] = False,
 ) -> None:
     """Train an adapter: nybble train MODEL DATA key=value ..., or -c recipe.yaml, or both. Writes runs/NAME."""
-    recipe = train_recipe(arguments or [], config, resume, processes, own_options(context))
+    recipe = train_recipe(arguments or [], config, resume, processes, long_options(context))
     if print_config:
         from nybble.recipe import dump_recipe
 
         typer.echo(dump_recipe(recipe), nl=False)
         return
-    for name, what in (("MODEL", recipe.model.path), ("DATA", recipe.data.path)):
-        if not what:
+    for name, path in (("MODEL", recipe.model.path), ("DATA", recipe.data.path)):
+        if not path:
             raise RecipeError(f"{name} is missing", fix="nybble train MODEL DATA, or -c recipe.yaml")
     cache = cache_folder(context)
-    _check_places(recipe, resume, cache)
+    _check_writable_folders(recipe, resume, cache)
     if resume is None:
         refuse_missing(recipe)
     if recipe.train.processes > 1 and world_size() != recipe.train.processes:
@@ -131,11 +131,11 @@ def train(
         from nybble.distributed.spawn import run_processes
 
         raise typer.Exit(run_processes(recipe.train.processes, sys.argv[1:]))
-    quiet()
+    silence_libraries()
     from nybble.training.interrupt import Stopped
     from nybble.training.preparation import leave_processes
-    from nybble.training.train import resume as go_on
-    from nybble.training.train import train as begin
+    from nybble.training.train import resume as resume_run
+    from nybble.training.train import train as start_run
 
     console = Console()
     tasks, rows = recipe.train.eval_tasks, recipe.train.eval_data
@@ -145,10 +145,10 @@ def train(
     preflight = make_preflight(targets) if targets else None
     try:
         if resume is not None:
-            run = go_on(resume, console=console, cache=cache, benchmarks=harness, preflight=preflight)
+            run = resume_run(resume, console=console, cache=cache, benchmarks=harness, preflight=preflight)
         else:
-            run = begin(recipe, console=console, cache=cache, benchmarks=harness, preflight=preflight)
-    except Stopped as stop:  # train has said what is left
+            run = start_run(recipe, console=console, cache=cache, benchmarks=harness, preflight=preflight)
+    except Stopped as stop:  # train has printed how to go on
         leave_processes()
         raise typer.Exit(128 + stop.number) from None
     except KeyboardInterrupt:
@@ -156,13 +156,13 @@ def train(
     leave_processes()
     for target in targets if rank() == 0 else ():
         from nybble.export.export import Wanted
-        from nybble.export.export import export as make
+        from nybble.export.export import export as make_export
 
-        make(run, Wanted(target), console, cache, converter=make_converter() if target == "gguf" else None)
+        make_export(run, Wanted(target), console, cache, converter=make_converter() if target == "gguf" else None)
 
 
-def _check_places(recipe: Recipe, resumed: pathlib.Path | None, cache: pathlib.Path) -> None:
-    """Before torch is loaded, which takes seconds: a run that is there already or busy, folders that cannot be written to."""
+def _check_writable_folders(recipe: Recipe, resumed: pathlib.Path | None, cache: pathlib.Path) -> None:
+    """Refuse a run that exists or is busy, and folders that cannot be written to, before torch is loaded, which takes seconds."""
     from nybble.files.atomic import refuse_busy
     from nybble.files.outputs import check_run_and_cache
     from nybble.run.folder import choose_folder, refuse_existing
@@ -170,7 +170,7 @@ def _check_places(recipe: Recipe, resumed: pathlib.Path | None, cache: pathlib.P
     folder = resumed or choose_folder(recipe)
     if resumed is None:
         refuse_existing(folder)
-    elif not rank():  # the others may come when the first is at work
+    elif not rank():  # the other processes may get here when the first already writes
         refuse_busy(folder)
     check_run_and_cache(folder, cache)
 
@@ -190,7 +190,7 @@ def demo(
 
     if weights is not None:
         check_writable(weights, "the model", "--weights FOLDER, in a writable location")
-        quiet()
+        silence_libraries()
         from nybble.demo.embedded import unpack
 
         with (
@@ -206,7 +206,7 @@ def demo(
     cache = cache_folder(context)
     refuse_existing(out)
     check_run_and_cache(out, cache)
-    quiet()
+    silence_libraries()
     from nybble.demo.main import run_demo
 
     with explained_disk_errors(out, cache):

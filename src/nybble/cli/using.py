@@ -1,4 +1,4 @@
-"""Commands that take a run: chat, eval, export, serve."""
+"""The commands that take a run: chat, eval, export, serve."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from nybble.cli.app import Folder, app, cache_folder, quiet
+from nybble.cli.app import Folder, app, cache_folder, silence_libraries
 from nybble.cli.extras import make_converter, make_harness
 from nybble.errors import ServeError
 from nybble.installed import install_extra
@@ -17,8 +17,8 @@ from nybble.terminal import tell
 
 Target = Literal["adapter", "merged", "gguf"]
 MergeBase = Literal["auto", "original", "dequantised"]
-COLDEST = 1e-5  # logits that are divided by less overflow; the likeliest token is all that is left anyway
-Stored = Literal["auto", "bfloat16", "float16"]
+MIN_TEMPERATURE = 1e-5  # logits divided by less would overflow; only the likeliest token would be left anyway
+WeightType = Literal["auto", "bfloat16", "float16"]
 
 
 @app.command()
@@ -43,7 +43,7 @@ def chat(
 
     opened, cache = open_run(run, base), cache_folder(context)
     check_cache(cache)
-    quiet()
+    silence_libraries()
     from nybble.chat.answerer import Sampling
     from nybble.chat.loading import load_answerer
     from nybble.chat.terminal import answer_once, opening, sides, talk
@@ -53,16 +53,15 @@ def chat(
     with console.status("loading"):
         answerer = load_answerer(opened, cache, device=device, dequantise=True)
     odd = answerer.updates.is_odd
-    if prompt is None or odd:  # a script that asks one thing is told of what is odd only
-        to = console if prompt is None else Console(stderr=True)
-        tell(to, f"adapter   {answerer.updates}", "yellow" if odd else "dim")
-    sharp = temperature if temperature >= COLDEST else 0.0
-    sampling = Sampling(max_new_tokens, sharp, top_p, seed)
+    if prompt is None or odd:  # with --prompt, which scripts use, only what is odd is reported
+        output = console if prompt is None else Console(stderr=True)
+        tell(output, f"adapter   {answerer.updates}", "yellow" if odd else "dim")
+    sampling = Sampling(max_new_tokens, temperature if temperature >= MIN_TEMPERATURE else 0.0, top_p, seed)
     if prompt is None:
         talk(answerer, sampling, console, system=system, compare=compare)
         return
-    asked = (*opening(answerer, system), Message("user", prompt))
-    answer_once(answerer, dict.fromkeys(sides(compare), asked), sampling, console, Console(stderr=True))
+    messages = (*opening(answerer, system), Message("user", prompt))
+    answer_once(answerer, dict.fromkeys(sides(compare), messages), sampling, console, Console(stderr=True))
 
 
 @app.command("eval")
@@ -97,18 +96,18 @@ def evaluate(
     names = [] if tasks == "none" else list(dict.fromkeys(name for name in tasks.split(",") if name))
     from nybble.evaluate.texts import read_texts
 
-    read_texts(text or ())  # what is wrong with one is said before torch is loaded
-    quiet()
+    read_texts(text or ())  # a fault in one is reported before torch is loaded
+    silence_libraries()
     harness = make_harness(names, data_dir, limit or None) if names else None
     from nybble.evaluate.console import tell_results
     from nybble.evaluate.evaluation import Measures
-    from nybble.evaluate.evaluation import evaluate as measure
+    from nybble.evaluate.evaluation import evaluate as run_evaluation
     from nybble.evaluate.rows import with_rows
     from nybble.training.trackers import log_evaluation
 
     console = Console()
     opened = with_rows(opened, data) if data else opened
-    results = measure(opened, Measures(names, text or (), answers), harness, console, cache)
+    results = run_evaluation(opened, Measures(names, text or (), answers), harness, console, cache)
     tell_results(results, opened.folder, console)
     if notice := log_evaluation(opened.recipe.tracker, opened.folder, results):
         tell(console, Text(notice, "dim"), hang=2)
@@ -124,7 +123,9 @@ def export(
     merge_base: Annotated[
         MergeBase, typer.Option(help="Base to merge into; auto takes the one closer to the run.")
     ] = "auto",
-    dtype: Annotated[Stored, typer.Option(help="Type of merged weights; auto is the base's own 16-bit type.")] = "auto",
+    dtype: Annotated[
+        WeightType, typer.Option(help="Type of merged weights; auto is the base's own 16-bit type.")
+    ] = "auto",
     quant: Annotated[
         str, typer.Option(help="GGUF types, comma-separated: F16, Q8_0, Q4_0, Q4_K_M and other K-quants.")
     ] = "Q8_0",
@@ -139,15 +140,15 @@ def export(
     check_export(out or run / "export" / to)
     check_cache(cache)
     quants = list(dict.fromkeys(name.upper() for name in quant.split(",") if name))
-    quiet()
+    silence_libraries()
     converter = make_converter() if to == "gguf" else None
     from nybble.export.export import Wanted
-    from nybble.export.export import export as make
+    from nybble.export.export import export as make_export
     from nybble.export.precheck import check_quants
 
     if to == "gguf":
         check_quants(quants)
-    make(opened, Wanted(to, out, merge_base, dtype, quants, push), Console(), cache, converter=converter)
+    make_export(opened, Wanted(to, out, merge_base, dtype, quants, push), Console(), cache, converter=converter)
 
 
 @app.command()
@@ -186,12 +187,12 @@ def serve(
 
     opened, cache = [open_run(run, base) for run in runs], cache_folder(context)
     check_cache(cache)
-    quiet()
+    silence_libraries()
     try:
         from nybble.serve.app import Limits
         from nybble.serve.guard import make_access_rules
         from nybble.serve.server import Address, read_key
-        from nybble.serve.server import serve as listen
+        from nybble.serve.server import serve as start_server
     except ModuleNotFoundError as error:
         raise ServeError(
             f"the server needs packages that are not installed ({error})", fix=install_extra("serve")
@@ -199,6 +200,6 @@ def serve(
     access = make_access_rules(read_key(api_key, api_key_file), allow_origin or (), allow_host or ())
     address, limits = Address(host, port, access), Limits(timeout, log_prompts, queue)
     try:
-        listen(opened, address, Console(), engine=engine, device=device, limits=limits, cache=cache)
+        start_server(opened, address, Console(), engine=engine, device=device, limits=limits, cache=cache)
     except KeyboardInterrupt:  # uvicorn raises it again once everything has finished
         return

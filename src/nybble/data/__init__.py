@@ -1,1 +1,1 @@
-"""Rows to conversations to token ids with a loss mask to batches."""
+"""From rows to conversations, to token ids with a loss mask, to batches."""

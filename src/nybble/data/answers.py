@@ -6,10 +6,10 @@ from typing import Any
 
 
 def first_answer(row: dict[str, Any]) -> slice | None:
-    """The positions of a tokenised row's first answer; None for a row without a prompt before it, or without an answer.
+    """The positions of a tokenised row's first answer; None if the row has no answer, or no prompt before it.
 
     Args:
-        row: `input_ids` and `trained`, of equal length.
+        row: with `input_ids` and `trained`, of equal length.
     """
     if row["trained"][0] or True not in row["trained"]:
         return None

@@ -1,4 +1,4 @@
-"""Lengths of rows, as numbers and as a picture."""
+"""The distribution of row lengths, as numbers and as a plot."""
 
 from __future__ import annotations
 
@@ -12,46 +12,46 @@ from nybble.files.atomic import replacing
 
 BINS = 12
 BAR = 40  # characters of the longest bar
-STEPS = (1, 2, 4, 5, 8)  # times a power of ten: widths that read well
+STEPS = (1, 2, 4, 5, 8)  # bin widths are one of these times a power of ten
 
 
 def quantile(lengths: Mapping[int, int], share: float) -> int:
     """The length that `share` of the rows do not exceed."""
-    wanted, seen = share * sum(lengths.values()), 0
+    target, total = share * sum(lengths.values()), 0
     for length in sorted(lengths):
-        seen += lengths[length]
-        if seen >= wanted:
+        total += lengths[length]
+        if total >= target:
             return length
     return 0
 
 
 def bins(lengths: Mapping[int, int]) -> list[tuple[int, int, int]]:
-    """(first length, last length, rows) of about a dozen bins; the last holds the longest percent, however long."""
-    most = max(quantile(lengths, 0.99), 1)
-    power = 10 ** math.floor(math.log10(max(most / BINS, 1)))
-    width = next((step * power for step in STEPS if step * power * BINS >= most), 10 * power)
-    count = most // width + 1
-    found = [0] * (count + 1)
+    """(first length, last length, rows) of about a dozen bins; the last one has the longest 1%, however long they are."""
+    upper = max(quantile(lengths, 0.99), 1)
+    power = 10 ** math.floor(math.log10(max(upper / BINS, 1)))
+    width = next((step * power for step in STEPS if step * power * BINS >= upper), 10 * power)
+    count = upper // width + 1
+    counts = [0] * (count + 1)
     for length, rows in lengths.items():
-        found[min(length // width, count)] += rows
+        counts[min(length // width, count)] += rows
     first = min(min(lengths) // width, count - 1)
-    edges = [(n * width, (n + 1) * width - 1, found[n]) for n in range(first, count)]
-    return [*edges, (count * width, max(lengths), found[count])] if found[count] else edges
+    regular = [(n * width, (n + 1) * width - 1, counts[n]) for n in range(first, count)]
+    return [*regular, (count * width, max(lengths), counts[count])] if counts[count] else regular
 
 
 def text(lengths: Mapping[int, int], limit: int, block: str, columns: int = 80) -> Iterator[tuple[str, bool]]:
-    """A line a bin of at most `columns` characters, and whether its rows are over `limit` tokens."""
-    found = bins(lengths)
-    most = max(rows for *_, rows in found)
-    width = len(f"{found[-1][1]:,}")
+    """One line per bin, of at most `columns` characters, and whether its rows are over `limit` tokens."""
+    all_bins = bins(lengths)
+    most_rows = max(rows for *_, rows in all_bins)
+    width = len(f"{all_bins[-1][1]:,}")
     longest = max(1, min(BAR, columns - 2 * width - 15))
-    for first, last, rows in found:
-        bar = block * math.ceil(longest * rows / most)
+    for first, last, rows in all_bins:
+        bar = block * math.ceil(longest * rows / most_rows)
         yield f"{first:>{width},} - {last:>{width},}  {bar:<{longest}} {rows:>9,}", first > limit
 
 
 def draw(lengths: Mapping[int, int], limit: int, file: pathlib.Path) -> None:
-    """The same as PNG, with a line where rows get too long."""
+    """Write a histogram as PNG, with a line at the limit of tokens."""
     figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     edge = max(quantile(lengths, 0.995), limit if limit < 2 * max(lengths) else 0, 1)

@@ -1,4 +1,4 @@
-"""The order in which rows are trained on, and the batches in which they are looked at."""
+"""The order in which rows are trained on, and the batches in which they are evaluated."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from datasets import Dataset
 from nybble.data.batches import PackedRows
 from nybble.data.sets.prepare import column
 
-MEGA = 50  # steps whose rows are sorted together: enough to pad little, few enough to stay random
+SORTED_STEPS = 50  # their rows are sorted by length together: enough for little padding, few enough to stay random
 
 
 class GroupedByLength(torch.utils.data.Sampler[int]):
-    """A random order in which rows of similar length share a step, the longest step comes first, and its longest rows in it.
+    """A random order in which rows of similar length share a step; the step with the longest row comes first, longest rows first.
 
-    Padding to the longest wastes little then, and what does not fit into memory fails at once and not late. The order
-    depends on seed, epoch and the rows of a step alone: an interrupted run continues where it was, and a step holds the same
-    rows however it is split into micro batches and processes.
+    Padding then wastes little, and a run that does not fit in memory fails at once. The order depends only on the seed, the epoch
+    and the number of rows in a step: an interrupted run continues where it stopped, and a step has the same rows however it is
+    split into micro batches and processes.
 
     Args:
         lengths: tokens of each row.
         step: rows of one optimiser step.
+        seed: of the order.
     """
 
     def __init__(self, lengths: numpy.ndarray, step: int, seed: int) -> None:
@@ -33,7 +34,7 @@ class GroupedByLength(torch.utils.data.Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Accelerate says so before an epoch begins."""
+        """Set the epoch; Accelerate calls this before each one."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -42,15 +43,15 @@ class GroupedByLength(torch.utils.data.Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = numpy.random.default_rng((self.seed, self.epoch))
         order = generator.permutation(len(self.lengths))
-        mega = MEGA * self.step
-        together = [order[start:][:mega] for start in range(0, len(order), mega)]
-        order = numpy.concatenate([part[numpy.argsort(-self.lengths[part], kind="stable")] for part in together])
-        whole = len(order) // self.step * self.step
-        steps = generator.permutation(order[:whole].reshape(-1, self.step))
+        size = SORTED_STEPS * self.step
+        groups = [order[start:][:size] for start in range(0, len(order), size)]
+        order = numpy.concatenate([group[numpy.argsort(-self.lengths[group], kind="stable")] for group in groups])
+        full = len(order) // self.step * self.step
+        steps = generator.permutation(order[:full].reshape(-1, self.step))
         if len(steps):
             longest = int(self.lengths[steps].max(axis=1).argmax())
             steps[[0, longest]] = steps[[longest, 0]]
-        yield from numpy.concatenate([steps.flatten(), order[whole:]]).tolist()
+        yield from numpy.concatenate([steps.flatten(), order[full:]]).tolist()
 
 
 def lengths_of(rows: Dataset | PackedRows) -> numpy.ndarray:
@@ -62,7 +63,7 @@ def lengths_of(rows: Dataset | PackedRows) -> numpy.ndarray:
 
 
 def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Positions of rows of similar length together, the longest first: as many as fit into `tokens` padded ones, at least one."""
+    """Positions of rows in batches of similar length, longest first: as many as fit in `tokens` padded ones, at least one."""
     ordered = sorted(range(len(lengths)), key=lambda position: -lengths[position])
     while ordered:
         size = max(tokens // lengths[ordered[0]], 1)

@@ -7,44 +7,42 @@ from collections.abc import Iterator, Sequence
 
 import numpy
 
-CHUNK = (
-    65_536  # samples taken from the arrays at once: as Python's numbers, all of a large set would take 70 bytes each
-)
+CHUNK = 65_536  # samples converted to Python's numbers at once: they take 70 bytes each
 
 
 def best_fit(lengths: Sequence[int] | numpy.ndarray, capacity: int) -> list[numpy.ndarray]:
-    """Best-fit decreasing (Johnson 1974): each sample goes where it leaves the least space.
+    """Best-fit decreasing (Johnson 1974): each sample goes into the row in which it leaves the least space.
 
     Args:
         lengths: tokens of each sample, at most `capacity`.
         capacity: tokens of a packed row.
 
     Returns:
-        For each packed row, the positions in `lengths` it holds. Every position is in exactly one row.
+        For each packed row, the positions in `lengths` of its samples. Every position is in exactly one row.
     """
     sizes = numpy.asarray(lengths, dtype=numpy.int64)
     assert (sizes <= capacity).all(), "a sample longer than a packed row"
     order = numpy.argsort(-sizes, kind="stable")
-    owners = numpy.empty(len(sizes), dtype=numpy.int64)
+    row_of_sample = numpy.empty(len(sizes), dtype=numpy.int64)
     open_rows: dict[int, list[int]] = {}  # space left -> rows that have it
     spaces: list[int] = []  # the keys of open_rows, sorted: at most `capacity` of them, however many rows there are
     count = 0
-    for position, length in _in_turn(sizes[order]):
-        found = bisect.bisect_left(spaces, length)
-        if found == len(spaces):
+    for position, length in _enumerated(sizes[order]):
+        index = bisect.bisect_left(spaces, length)
+        if index == len(spaces):
             row, space, count = count, capacity, count + 1
         else:
-            space = spaces[found]
+            space = spaces[index]
             row = open_rows[space].pop()
             if not open_rows[space]:
-                del open_rows[space], spaces[found]
-        owners[position] = row
+                del open_rows[space], spaces[index]
+        row_of_sample[position] = row
         _open(open_rows, spaces, row, space - length)
-    members = order[numpy.argsort(owners, kind="stable")]
-    return numpy.split(members, numpy.cumsum(numpy.bincount(owners, minlength=count))[:-1]) if count else []
+    members = order[numpy.argsort(row_of_sample, kind="stable")]
+    return numpy.split(members, numpy.cumsum(numpy.bincount(row_of_sample, minlength=count))[:-1]) if count else []
 
 
-def _in_turn(sizes: numpy.ndarray) -> Iterator[tuple[int, int]]:
+def _enumerated(sizes: numpy.ndarray) -> Iterator[tuple[int, int]]:
     for first in range(0, len(sizes), CHUNK):
         yield from enumerate(sizes[first : first + CHUNK].tolist(), first)
 

@@ -1,6 +1,6 @@
-"""What the model will really be given: the collator's batches, compared with what was tokenised and what must be trained.
+"""Checks the batches that the model will really get: they are compared with the tokenised rows and with what must be trained.
 
-A mask that misses EOS, a doubled BOS or an answer nobody learns from shows only after hours of training, if at all; here it
+A mask without EOS, a doubled BOS or an answer that is not trained would show only after hours of training, if at all; here it
 stops the run before the first step.
 """
 
@@ -20,8 +20,8 @@ from nybble.data.text.template import Template
 from nybble.data.text.tokenise import Progress
 from nybble.errors import DataError
 
-ROWS = 64  # in one look
-SHOWN = 5
+ROWS = 64  # per batch
+SHOWN = 5  # faulty rows that the error names
 DEFECT = "the fault is not in the data but in your own template or in nybble; please report it with this message"
 
 
@@ -32,12 +32,12 @@ class BatchedSample:
     ids: numpy.ndarray
     labels: numpy.ndarray
     counted: numpy.ndarray
-    """How often the loss asks for each of its tokens."""
-    behind: numpy.ndarray
+    """How often the loss counts each of its tokens."""
+    padding_labels: numpy.ndarray
     """Labels of the padding after it."""
-    apart: bool
+    is_isolated: bool
     """Whether attention and positions begin and end with it."""
-    whole: bool
+    is_fully_attended: bool
     """Whether attention sees all of it."""
 
 
@@ -46,21 +46,21 @@ class Expected:
     """What must hold for every sample.
 
     Args:
-        template: whose tokens begin and end turns.
+        template: its tokens begin and end turns.
         train_on: answers, last or all, as in the recipe.
     """
 
     template: Template
     train_on: str
 
-    def faults(self, sample: Sample, given: BatchedSample) -> Iterator[str]:
-        """What is wrong with a sample as the collator gives it."""
-        ids, labels = given.ids, given.labels
-        if not given.apart:
+    def faults(self, sample: Sample, batched: BatchedSample) -> Iterator[str]:
+        """What is wrong with a sample as it is in its batch."""
+        ids, labels = batched.ids, batched.labels
+        if not batched.is_isolated:
             yield "it can attend to other rows, or they to it"
-        if not given.whole:
+        if not batched.is_fully_attended:
             yield "attention leaves out some of its tokens"
-        if (given.behind != IGNORED).any():
+        if (batched.padding_labels != IGNORED).any():
             yield "padding is trained"
         if not numpy.array_equal(ids, sample["input_ids"]):
             yield "the batch's tokens differ from the row's"
@@ -73,7 +73,7 @@ class Expected:
             yield "a label differs from its token"
         if not numpy.array_equal(trained[1:], numpy.asarray(sample["trained"], dtype=bool)[1:]):
             yield "the trained tokens are not those of the answers"
-        elif not numpy.array_equal(given.counted, trained):
+        elif not numpy.array_equal(batched.counted, trained):
             yield "the tokens that the loss counts are not those with a label"
         last = numpy.flatnonzero(trained & ~numpy.append(trained[1:], False))
         yield from self._ends(sample, ids, trained, last)
@@ -98,7 +98,7 @@ class Expected:
             yield "two BOS tokens in a row"
         first, more = self.template.bos_of_turns
         if first > 1 or self.train_on != "answers" or sample.get("is_piece", False) or trained[1:].all():
-            return  # BOS marks every speaker, or turns cannot be recognised by their answers, or there are none
+            return  # BOS begins every turn, or turns cannot be recognised by their answers, or there are no turns
         expected = first + (answers - 1) * more
         if is_bos.sum() != expected or (first and not is_bos[0]):
             yield f"{is_bos.sum()} BOS tokens, where the template {self.template.name} has {expected}"
@@ -110,68 +110,70 @@ def inspect(
     expected: Expected,
     progress: Progress = lambda _: None,
 ) -> None:
-    """Look at every batch that training would see.
+    """Check every row in batches as training would see it.
 
     Args:
-        rows: of the training or validation set.
+        rows: the training or validation set.
         collate: the collator that training uses.
         expected: what must hold.
-        progress: called with the number of rows looked at.
+        progress: called with the number of rows checked so far.
 
     Raises:
-        DataError: with the rows in which something does not hold, and what.
+        DataError: something does not hold; it names the rows and what is wrong with them.
     """
-    found: list[str] = []
+    lines: list[str] = []
     count = 0
     for start in range(0, len(rows), ROWS):
-        for sample, given in _given(collate(group := _fetched(rows, start)), group):
-            wrong = list(expected.faults(sample, given))
-            count += bool(wrong)
-            if wrong and len(found) < SHOWN:
-                found.append(f"  {sample.get('origin', 'a row')}: {'; '.join(wrong)}")
+        for sample, batched in _batched_samples(collate(group := _fetched(rows, start)), group):
+            faults = list(expected.faults(sample, batched))
+            count += bool(faults)
+            if faults and len(lines) < SHOWN:
+                lines.append(f"  {sample.get('origin', 'a row')}: {'; '.join(faults)}")
         progress(min(start + ROWS, len(rows)))
-    if found:
-        more = [f"  and {count - len(found):,} more"] if count > len(found) else []
-        raise DataError("\n".join(["these rows would not be trained as they should be:", *found, *more]), fix=DEFECT)
+    if lines:
+        more = [f"  and {count - len(lines):,} more"] if count > len(lines) else []
+        raise DataError("\n".join(["these rows would not be trained as they should be:", *lines, *more]), fix=DEFECT)
 
 
 def _fetched(rows: Any, start: int) -> list[Any]:
     positions = range(start, min(start + ROWS, len(rows)))
-    if isinstance(rows, Dataset):  # in one go: row by row takes five times as long
+    if isinstance(rows, Dataset):  # all at once: row by row takes five times as long
         columns = rows[start : positions.stop]
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return [rows[position] for position in positions]
 
 
-def _given(batch: dict[str, Any], group: Sequence[Any]) -> Iterator[tuple[Sample, BatchedSample]]:
-    """Each sample of the rows with what the batch holds for it."""
+def _batched_samples(batch: dict[str, Any], group: Sequence[Any]) -> Iterator[tuple[Sample, BatchedSample]]:
+    """Each sample of the rows, and the same sample in the batch."""
     arrays = {name: tensor.numpy() for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)}
     ids, labels, counted = arrays["input_ids"], arrays["labels"], _counted(arrays)
     mask, positions = arrays.get("attention_mask"), arrays.get("position_ids")
     rows = [row if isinstance(row, list) else [row] for row in group]
     if len(ids) == 1:
-        rows = [list(itertools.chain.from_iterable(rows))]  # all in one, without padding
+        rows = [list(itertools.chain.from_iterable(rows))]  # all samples are in one row, without padding
     bounds = set(arrays["cu_seq_lens_q"].tolist()) if "cu_seq_lens_q" in arrays else set()
     for number, samples in enumerate(rows):
         begin = 0
         for sample in samples:
             end = begin + len(sample["input_ids"])
             first = number * ids.shape[1] + begin
-            alone = not bounds and len(samples) == 1
-            apart = alone or (first in bounds and number * ids.shape[1] + end in bounds)
-            apart &= positions is None or numpy.array_equal(positions[number, begin:end], numpy.arange(end - begin))
-            whole = mask is None or bool(mask[number, begin:end].all())
-            behind = labels[number, end:] if sample is samples[-1] else labels[number, end:end]
-            own = slice(begin, end)
+            is_alone = not bounds and len(samples) == 1
+            isolated = is_alone or (first in bounds and number * ids.shape[1] + end in bounds)
+            isolated &= positions is None or numpy.array_equal(positions[number, begin:end], numpy.arange(end - begin))
+            attended = mask is None or bool(mask[number, begin:end].all())
+            padding = labels[number, end:] if sample is samples[-1] else labels[number, end:end]
+            part = slice(begin, end)
             yield (
                 sample,
-                BatchedSample(ids[number, own], labels[number, own], counted[number, own], behind, apart, whole),
+                BatchedSample(
+                    ids[number, part], labels[number, part], counted[number, part], padding, isolated, attended
+                ),
             )
             begin = end
 
 
 def _counted(arrays: dict[str, numpy.ndarray]) -> numpy.ndarray:
-    """How often the loss asks for each token: it is predicted at the position before it."""
+    """How often the loss counts each token: a token is predicted at the position before it."""
     shape = arrays["input_ids"].shape
     counts = numpy.bincount(arrays["predicting"], minlength=shape[0] * shape[1]).reshape(shape)
     return numpy.roll(counts, 1, axis=1)

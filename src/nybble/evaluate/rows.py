@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nybble.data.rows.sources import find_sources, sources_of
 from nybble.data.sets.prepare import Prepared, prepare
-from nybble.data.text.kept_template import read_template
+from nybble.data.text.saved_template import read_template
 from nybble.errors import DataError, RecipeError
 from nybble.recipe import absolute_paths
 from nybble.run.folder import Run

@@ -1,1 +1,1 @@
-"""Memory and time of a run, reckoned from sizes."""
+"""A run's memory and time, computed from sizes."""

@@ -1,4 +1,4 @@
-"""Free memory of this machine and its GPUs, as it is now."""
+"""The memory of this machine and its GPUs that is free now."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ class Memory:
 
 
 def host_memory(cgroup: pathlib.Path = CGROUP) -> Memory:
-    """The machine's, or what its container may use where that is less.
+    """The machine's memory, or what its container may use if that is less.
 
-    Files that the kernel caches for a container count as used by it; what it would drop for the asking counts as free here,
-    as it does on a machine.
+    The kernel counts cached files as used by a container; those that it would drop on demand count as free here, as they do on a
+    machine.
     """
     machine = psutil.virtual_memory()
-    limit, used, details = (cgroup / f"memory.{name}" for name in ("max", "current", "stat"))
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdigit():
-        total = min(int(most), machine.total)
-        taken = int(used.read_text()) - _inactive_files(details)
-        return Memory(max(0, min(total - taken, machine.available)), total)
+    limit_file, usage_file, details = (cgroup / f"memory.{name}" for name in ("max", "current", "stat"))
+    if limit_file.is_file() and usage_file.is_file() and (limit := limit_file.read_text().strip()).isdigit():
+        total = min(int(limit), machine.total)
+        used = int(usage_file.read_text()) - _inactive_files(details)
+        return Memory(max(0, min(total - used, machine.available)), total)
     return Memory(machine.available, machine.total)
 
 
 def device_memory(device: torch.device | str) -> Memory:
-    """A GPU's, to any process; the host's for a CPU."""
+    """A GPU's memory, free to any process; the host's for a CPU."""
     device = torch.device(device)
     return Memory(*torch.cuda.mem_get_info(device)) if device.type == "cuda" else host_memory()
 
 
 def allocatable_bytes(device: torch.device, slack: float = 0.0) -> int:
-    """What this process may still allocate on a GPU, up to its limit; blocks that its allocator has at hand included.
+    """Bytes that this process may still allocate on a GPU, up to its limit, including blocks that its allocator has reserved.
 
     Args:
         device: the GPU.
-        slack: share of the limit that is left alone.
+        slack: share of the limit to leave unused.
     """
     memory = device_memory(device)
     limit = int(memory.total * torch.cuda.get_per_process_memory_fraction(device))
@@ -54,6 +54,6 @@ def allocatable_bytes(device: torch.device, slack: float = 0.0) -> int:
 
 
 def _inactive_files(details: pathlib.Path) -> int:
-    """Bytes of cached files that nobody has used for a while."""
+    """Bytes of cached files that have not been used for a while."""
     lines = details.read_text().splitlines() if details.is_file() else []
     return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)

@@ -1,7 +1,7 @@
-"""How many bytes everything takes: weights, adapters, a training step, generation, files. Nothing else in nybble reckons them.
+"""How many bytes everything takes: weights, adapters, a training step, generation, files. They are computed nowhere else.
 
-All of it follows from sizes (`nybble.plan.shapes`); nothing is measured and torch is not loaded. What a tensor takes is exact
-to the byte; blocks that an allocator rounds up, and CUDA's own memory, come on top.
+Everything follows from sizes (`nybble.plan.shapes`): nothing is measured, and torch is not loaded. A tensor's size is exact to
+the byte; the allocator's rounding and CUDA's own memory come on top.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from nybble.plan.shapes import LayerShape, ModelShape, Projection
 
 BLOCK = 64  # weights with one absmax (Dettmers et al. 2023; bitsandbytes' default)
 ABSMAX_BLOCK = 256  # 8-bit absmax values with one of the second level
-CODES = 4 * 16  # bytes of the table of 4-bit values, float32, which each weight has
-NESTED_CODES = 4 * 256 + 4  # of the table of 8-bit values and the mean that was subtracted
+CODES = 4 * 16  # bytes of each weight's table of 4-bit values, in float32
+NESTED_CODES = 4 * 256 + 4  # bytes of the table of 8-bit values and of the mean that was subtracted
 
 
 class StoredWeight(NamedTuple):
@@ -27,18 +27,18 @@ class StoredWeight(NamedTuple):
     codes: int
     """The numbers themselves, however many bits each."""
     absmax: int
-    """Their scales, on both levels where these are quantised too."""
+    """Their scales; both levels, if the scales are quantised too."""
     tables: int
-    """What the codes stand for."""
+    """The values that the codes stand for."""
 
 
 def stored_weight(projection: Projection, quantization: str, double_quantization: bool, element: int) -> StoredWeight:
-    """A weight as bitsandbytes lays it out, or as it is.
+    """A weight as bitsandbytes stores it, or unquantised.
 
     Args:
         projection: its sizes.
         quantization: nf4, fp4, int8 or none.
-        double_quantization: whether the absmax values of 4-bit weights are quantised once more.
+        double_quantization: whether the absmax values of 4-bit weights are quantised too.
         element: bytes of a number that is not quantised.
     """
     numbers = projection.parameters
@@ -46,15 +46,15 @@ def stored_weight(projection: Projection, quantization: str, double_quantization
         return StoredWeight(numbers * element, 0, 0)
     if quantization == "int8":
         return StoredWeight(numbers, 4 * projection.outputs, 0)
-    codes, blocks = _ceil(numbers, 2), _ceil(numbers, BLOCK)
+    codes, blocks = _ceil_div(numbers, 2), _ceil_div(numbers, BLOCK)
     if not double_quantization:
         return StoredWeight(codes, 4 * blocks, CODES)
-    return StoredWeight(codes, blocks + 4 * _ceil(blocks, ABSMAX_BLOCK), CODES + NESTED_CODES)
+    return StoredWeight(codes, blocks + 4 * _ceil_div(blocks, ABSMAX_BLOCK), CODES + NESTED_CODES)
 
 
 @dataclass(frozen=True)
 class BaseBytes:
-    """A frozen base in memory, item by item."""
+    """The bytes of a frozen base in memory, by item."""
 
     codes: int
     absmax: int
@@ -63,17 +63,20 @@ class BaseBytes:
     norms: int
     embedding: int
     head: int
-    """0 where the embedding is the head too."""
+    """0 if the head is tied to the embedding."""
 
     @property
     def total(self) -> int:
-        """All items."""
+        """The sum of all items."""
         return sum(getattr(self, item.name) for item in fields(self))
 
 
 def base_bytes(shape: ModelShape, quantization: str, double_quantization: bool, element: int) -> BaseBytes:
-    """A base in memory; the arguments as of `stored_weight`. Only the decoder layers' projections are quantised."""
-    weights = [stored_weight(one, quantization, double_quantization, element) for one in shape.projections.values()]
+    """A base in memory; arguments as for `stored_weight`. Only the decoder layers' projections are quantised."""
+    weights = [
+        stored_weight(projection, quantization, double_quantization, element)
+        for projection in shape.projections.values()
+    ]
     codes, absmax, tables = (shape.layers * sum(part) for part in zip(*weights, strict=True))
     counts = shape.parameters
     others = (counts.biases, counts.norms, counts.embedding, counts.head)
@@ -87,7 +90,7 @@ GRADIENT = 4
 MOMENTS = 8  # AdamW's two, in float32
 STATE_BLOCK = 256  # 8-bit state values with one absmax, float32
 SMALL_STATE, UNPAGED = 4096, 100_000
-"""Numbers of a tensor below which bitsandbytes keeps its state in float32, and below which it does not page it."""
+"""Tensors with fewer numbers than these have their state in float32, and unpaged, respectively (bitsandbytes)."""
 
 
 class StateBytes(NamedTuple):
@@ -96,11 +99,11 @@ class StateBytes(NamedTuple):
     resident: int
     """Always on the device."""
     paged: int
-    """Moved to host memory where the device has none left."""
+    """Moved to host memory when the device has none left."""
 
     @property
     def total(self) -> int:
-        """Both."""
+        """The sum of both."""
         return self.resident + self.paged
 
 
@@ -108,15 +111,15 @@ def optimizer_state(sizes: Sequence[int], optimizer: str) -> StateBytes:
     """AdamW's state after its first step.
 
     Args:
-        sizes: numbers of each tensor that the optimiser has: adapters may be flattened into a few.
+        sizes: numbers in each of the optimiser's tensors; adapters may be flattened into a few of them.
         optimizer: adamw (torch's), adamw_8bit or paged_adamw_8bit (bitsandbytes').
     """
     if optimizer == "adamw":
-        return StateBytes(sum(MOMENTS * size + 4 for size in sizes), 0)  # torch counts the steps of each tensor
+        return StateBytes(sum(MOMENTS * size + 4 for size in sizes), 0)  # torch has a step counter for each tensor
     resident = paged = 0
     for size in sizes:
         moments = MOMENTS * size if size < SMALL_STATE else 2 * size
-        resident += 0 if size < SMALL_STATE else 2 * 4 * _ceil(size, STATE_BLOCK)
+        resident += 0 if size < SMALL_STATE else 2 * 4 * _ceil_div(size, STATE_BLOCK)
         if optimizer == "paged_adamw_8bit" and size >= UNPAGED:
             paged += moments
         else:
@@ -131,7 +134,7 @@ QKV, OUT, GATE_UP, DOWN = range(4)  # groups of projections with one input
 
 
 def kept_bytes(policy: str, shape: LayerShape) -> int:
-    """Device bytes a token and layer that a policy keeps from forward to backward."""
+    """Device bytes per token and layer that a policy keeps from forward to backward."""
     rung = LADDER.index(policy)
     total = 0
     if rung >= LADDER.index(LAYER_INPUT):
@@ -148,7 +151,7 @@ def kept_bytes(policy: str, shape: LayerShape) -> int:
 
 
 def _group_numbers(shape: LayerShape) -> tuple[int, int, int, int]:
-    """Numbers of each group's weights in the type of the activations, with the adapters around them."""
+    """How many numbers each group's weights have, with the adapters around them, in the activations' type."""
     sizes = ((shape.hidden, shape.qkv), (shape.query, shape.hidden), (shape.hidden, 2 * shape.intermediate),
              (shape.intermediate, shape.hidden))  # fmt: skip
     qkv, out, gate_up, down = ((n + r) * (m + r) for (m, n), r in zip(sizes, shape.ranks, strict=True))
@@ -156,16 +159,16 @@ def _group_numbers(shape: LayerShape) -> tuple[int, int, int, int]:
 
 
 def dequantised_bytes(shape: LayerShape) -> int:
-    """Device bytes of a layer's weights in the type of its activations, with the adapters around them."""
+    """Device bytes of a layer's dequantised weights, with the adapters around them."""
     return sum(_group_numbers(shape)) * shape.element
 
 
 def workspace_bytes(shape: LayerShape, tiles: int) -> int:
-    """Device bytes that all layers share for their dequantised weights.
+    """Device bytes of the workspace for dequantised weights that all layers share.
 
     Args:
         shape: a layer's sizes.
-        tiles: in which a batch is computed. With several, groups are needed side by side; only q-k-v and gate-up never are.
+        tiles: how many tiles a batch is computed in. With several, groups are needed at the same time, except q-k-v and gate-up.
     """
     qkv, out, gate_up, down = _group_numbers(shape)
     numbers = max(qkv, gate_up) + out + down if tiles > 1 else max(qkv, out, gate_up, down)
@@ -173,10 +176,10 @@ def workspace_bytes(shape: LayerShape, tiles: int) -> int:
 
 
 def working_set_bytes(shape: LayerShape, tokens: int, policy: str) -> int:
-    """Device bytes that one layer's backward needs at its peak, for a batch of so many tokens.
+    """Device bytes that one layer's backward needs at its peak, for a batch of this many tokens.
 
-    The larger of two moments: the MLP of one tile (gate, up and their gradients in place, the activation, the norm) beside
-    what the layer keeps of all tokens; and attention's backward with its inputs, its output and their gradients.
+    The peak is the larger of two moments: the MLP of one tile (gate, up and their gradients in place, the activation, the norm)
+    together with what the layer keeps of all tokens; and attention's backward with its inputs, its output and their gradients.
     """
     hidden, rows = shape.hidden * shape.residual, min(tokens, tile(policy, tokens))
     recomputed = shape.hidden * shape.residual + (shape.qkv + shape.query) * shape.element + 4 * shape.heads
@@ -193,24 +196,24 @@ def padding_bytes(shape: LayerShape, late: int, seen: int) -> int:
 
     Args:
         shape: the layer's sizes.
-        late: tokens of padding behind the last real token of their row.
-        seen: real tokens that these see.
+        late: number of padding tokens after the last real token of their row.
+        seen: number of real tokens that these attend to.
     """
-    of_late = 4 * shape.query * shape.element + 4 * shape.query  # flash sums the query's gradient in float32
-    return late * of_late + seen * 2 * (shape.qkv - shape.query) * shape.element
+    per_late = 4 * shape.query * shape.element + 4 * shape.query  # flash sums the query's gradient in float32
+    return late * per_late + seen * 2 * (shape.qkv - shape.query) * shape.element
 
 
 def loss_bytes(tokens: int, vocabulary: int, hidden: int, *, chunked: bool) -> int:
-    """Device bytes of the loss at its peak, the gradient of its input included; 16-bit logits.
+    """Device bytes of the loss at its peak, including the gradient of its input; the logits have 16 bits.
 
     Args:
-        tokens: of the batch.
+        tokens: in the batch.
         vocabulary: columns of the head.
-        hidden: its rows.
-        chunked: whether `nybble.engine.loss` computes it; else a whole batch's logits are there.
+        hidden: rows of the head.
+        chunked: whether `nybble.engine.loss` computes it in chunks; else the logits of the whole batch exist at once.
     """
     if chunked:
-        rows = _ceil(tokens, LOSS_MULTIPLE) * LOSS_MULTIPLE
+        rows = _ceil_div(tokens, LOSS_MULTIPLE) * LOSS_MULTIPLE
         return min(LOSS_CHUNK, rows) * vocabulary * 2 + rows * hidden * 4
     # Transformers: 16-bit logits, their float32 copy, its logarithms and their gradient
     return tokens * vocabulary * 14
@@ -231,69 +234,69 @@ def kv_cache_bytes_per_token(shape: ModelShape, element: int) -> int:
 
 # Files
 
-SPARE = 1.02  # of an export: headers, tokenizer, card and report come on top
-CACHE_SPARE = 1.1  # of a quantised copy: what else is written there meanwhile
+EXPORT_MARGIN = 1.02  # factor for an export: headers, tokenizer, card and report come on top
+CACHE_MARGIN = 1.1  # factor for a quantised copy: other files may be written at the same time
 GGUF_BITS: Mapping[str, float] = {"F16": 16.0, "Q8_0": 8.5, "Q4_0": 4.5}
 """Bits per weight of the GGUF types that the gguf package writes."""
 GGUF_K_BITS: Mapping[str, float] = {
     "Q2_K": 3.2, "Q3_K_S": 3.6, "Q3_K_M": 4.0, "Q3_K_L": 4.3, "Q4_K_S": 4.7, "Q4_K_M": 4.9, "Q5_K_S": 5.6, "Q5_K_M": 5.7,
     "Q6_K": 6.6,
 }  # fmt: skip
-"""Of those that llama.cpp's own tool makes of an F16, about: as llama.cpp lists them for Llama 2 7B."""
+"""Approximate bits per weight of the types that llama.cpp's own tool makes from an F16 file, as it lists them for Llama 2 7B."""
 
 
 def download_bytes(shape: ModelShape) -> int:
-    """A base's weights as the Hub has them, in 16 bits."""
+    """A base's weights on the Hub, in 16 bits."""
     return 2 * shape.parameters.total
 
 
 def cached_copy_bytes(size: int) -> int:
-    """Disk that must be free for a quantised copy of so many bytes."""
-    return int(CACHE_SPARE * size)
+    """Disk space that must be free for a quantised copy of this size."""
+    return int(CACHE_MARGIN * size)
 
 
 def adapter_file_bytes(trained: int) -> int:
-    """The saved adapter.
+    """A saved adapter.
 
     Args:
-        trained: its parameters.
+        trained: number of its parameters.
     """
     return trained * ADAPTER
 
 
 def checkpoint_bytes(trained: int) -> int:
-    """A checkpoint at most: the adapter, and AdamW's moments in float32."""
+    """The largest checkpoint: the adapter, and AdamW's moments in float32."""
     return trained * (ADAPTER + MOMENTS)
 
 
 def run_folder_bytes(trained: int, keep: int) -> int:
-    """What a run writes: the checkpoints that are kept, the best, the one being written, and the adapter.
+    """All that a run writes: the checkpoints that it keeps, the best one, the one being written, and the adapter.
 
     Args:
-        trained: trained parameters.
-        keep: checkpoints kept beside the best.
+        trained: number of trained parameters.
+        keep: checkpoints kept besides the best.
     """
     return (keep + 2) * checkpoint_bytes(trained) + adapter_file_bytes(trained)
 
 
 def export_bytes(to: str, parameters: int, quants: Sequence[str] = (), adapter: int = 0) -> int:
-    """An export, with the files that are there only while it is written.
+    """An export, including the temporary files that exist only while it is written.
 
     Args:
         to: adapter, merged or gguf.
-        parameters: of the whole model.
+        parameters: number of the whole model's parameters.
         quants: GGUF types.
         adapter: bytes of the adapter.
     """
     if to == "adapter":
-        return int(adapter * SPARE)
+        return int(adapter * EXPORT_MARGIN)
     if to == "merged":
-        return int(2 * parameters * SPARE)
+        return int(2 * parameters * EXPORT_MARGIN)
     bits = sum({**GGUF_BITS, **GGUF_K_BITS}[quant] for quant in quants)
-    bits += GGUF_BITS["F16"] if set(quants) & set(GGUF_K_BITS) else 0.0  # what the K types are made of
-    return int(parameters * bits / 8 * SPARE)
+    bits += GGUF_BITS["F16"] if set(quants) & set(GGUF_K_BITS) else 0.0  # the K types are made from it
+    return int(parameters * bits / 8 * EXPORT_MARGIN)
 
 
-def _ceil(count: int, size: int) -> int:
-    """How many parts of a size hold so many."""
+def _ceil_div(count: int, size: int) -> int:
+    """The quotient rounded up: how many blocks of a size are needed for a count."""
     return -(-count // size)

@@ -16,27 +16,27 @@ from nybble.terminal import bytes_text
 
 @contextlib.contextmanager
 def explained_memory(recipe: Recipe, shape: ModelShape) -> Iterator[None]:
-    """Turn running out of memory into an error that says what takes it, and names the cheapest change that may help.
+    """Turn running out of memory into an error that says what takes the memory, and names the cheapest change that may help.
 
     Args:
-        recipe: of the run.
-        shape: of its base.
+        recipe: the run's recipe.
+        shape: sizes of its base.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"the GPU does not have enough memory: {str(error).splitlines()[0]} {_needs(recipe, shape)}",
-            fix=leaner(recipe, tied=shape.tied),
+            fix=memory_saving_change(recipe, tied=shape.tied),
         ) from error
 
 
 def _needs(recipe: Recipe, shape: ModelShape) -> str:
-    """What a run takes before its first activation."""
+    """The memory that a run takes before its first activation, as a sentence."""
     model, lora = recipe.model, recipe.lora
     base = base_bytes(shape, model.quantization, model.double_quantization, element=2).total
     text = f"Before any activations the base takes about {bytes_text(base)}"
-    if recipe.adapter:  # whose rank and targets are its own
+    if recipe.adapter:  # its rank and targets are not in the recipe
         return text
     targets = shape.projections if lora.targets == "all-linear" else shape.projections.keys() & set(lora.targets)
     trained = shape.adapter_parameters(lora.r, targets, dora=lora.dora)
@@ -45,12 +45,12 @@ def _needs(recipe: Recipe, shape: ModelShape) -> str:
     return f"{text}, and the adapter with its gradients and its optimiser's state {bytes_text(adapter)}"
 
 
-def leaner(recipe: Recipe, *, tied: bool) -> str:
+def memory_saving_change(recipe: Recipe, *, tied: bool) -> str:
     """The cheapest change that saves memory and has not been made yet.
 
     Args:
-        recipe: of the run.
-        tied: whether the model's embedding is its head too, and cannot be moved to the host.
+        recipe: the run's recipe.
+        tied: whether the model's head is tied to its embedding, which then cannot be moved to the host.
     """
     train, engine = recipe.train, recipe.engine
     halved = f"train.micro_batch={train.micro_batch // 2} train.accumulation={train.accumulation * 2} (the same step)"
@@ -63,4 +63,4 @@ def leaner(recipe: Recipe, *, tied: bool) -> str:
         (engine.fused and engine.policy != "host", "engine.policy=host (the same step, slower)"),
         (movable, "engine.embedding=host"),
     ]
-    return next((fix for holds, fix in steps if holds), f"data.max_length={recipe.data.max_length // 2}")
+    return next((fix for applies, fix in steps if applies), f"data.max_length={recipe.data.max_length // 2}")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from nybble.errors import RecipeError, TooFewRowsError
 from nybble.recipe import TrainOptions
 
-EVALUATIONS = 5  # over a run, where the recipe does not say: enough for a curve
-SHORTENED = 10  # of a warm-up that would cover a whole run, a tenth of the steps is left
+EVALUATIONS = 5  # over a run, unless the recipe says otherwise: enough for a curve
+SHORTENED = 10  # a warm-up that would cover the whole run is shortened to a tenth of the steps
 
 
 @dataclass(frozen=True)
@@ -20,21 +20,21 @@ class Schedule:
     evaluate_every: int
     save_every: int
     warmup: int
-    """Steps before the learning rate reaches its peak; in the first of them it is 0."""
+    """Steps before the learning rate reaches its peak; in the first step it is 0."""
     notice: str = ""
-    """What in the recipe could not be applied as written."""
+    """Says what in the recipe could not be applied as written; empty if nothing."""
 
     def evaluations_after(self, step: int) -> int:
-        """Evaluations left after a step and its own; the last step always has one."""
-        return _occasions(self.evaluate_every, self.steps, step)
+        """Evaluations that follow those of a step; there is always one at the last step."""
+        return _remaining(self.evaluate_every, self.steps, step)
 
     def saves_after(self, step: int) -> int:
-        """Checkpoints left after a step and its own; the last step always has one."""
-        return _occasions(self.save_every, self.steps, step)
+        """Checkpoints that follow that of a step; there is always one at the last step."""
+        return _remaining(self.save_every, self.steps, step)
 
 
 def steps_text(steps: int, train: TrainOptions) -> str:
-    """A number of steps and what each takes, for people to read."""
+    """The number of steps and the size of each, as text."""
     rows = train.micro_batch * train.accumulation * train.processes
     processes = f", {train.processes} processes" if train.processes > 1 else ""
     return (
@@ -43,22 +43,22 @@ def steps_text(steps: int, train: TrainOptions) -> str:
     )
 
 
-def _occasions(every: int, steps: int, step: int) -> int:
-    """How often something that happens every so many steps, and at the last, still happens after a step."""
+def _remaining(every: int, steps: int, step: int) -> int:
+    """How often an event that happens every `every` steps, and at the last step, still happens after a step."""
     return math.ceil(steps / every) - step // every if step < steps else 0
 
 
 def plan_steps(train: TrainOptions, rows: int | None, has_validation: bool) -> Schedule:
-    """Count steps as Trainer does.
+    """Count the steps as Transformers' Trainer does.
 
     Args:
         train: the recipe's train section.
-        rows: rows of the training set (packed rows where it is packed); None of a stream, which has no end.
-        has_validation: whether there is anything to evaluate on.
+        rows: rows of the training set (packed rows if it is packed); None for a stream, which has no end.
+        has_validation: whether there are validation rows.
 
     Raises:
-        TooFewRowsError: fewer rows than one step takes.
-        RecipeError: checkpoints that would not coincide with the evaluations, of which the best is to be kept.
+        TooFewRowsError: there are fewer rows than one step takes.
+        RecipeError: the best adapter is to be kept, but checkpoints would not coincide with evaluations.
     """
     batch = train.micro_batch * train.accumulation * train.processes
     if rows is None:
@@ -83,17 +83,17 @@ def plan_steps(train: TrainOptions, rows: int | None, has_validation: bool) -> S
     return Schedule(steps, evaluate_every, save_every, *plan_warmup(train.warmup, steps))
 
 
-def plan_warmup(asked: float, steps: int) -> tuple[int, str]:
-    """Steps of warm-up, and a notice where those asked for would be the whole run, so that the peak rate would never be reached.
+def plan_warmup(requested: float, steps: int) -> tuple[int, str]:
+    """Steps of warm-up, and a notice if the requested ones would cover the run, so that the peak rate would never be reached.
 
     Args:
-        asked: train.warmup, a share of the steps (below 1) or a number of steps.
+        requested: train.warmup, a share of the steps (below 1) or a number of steps.
         steps: of the run.
     """
-    warmup = int(asked) if asked >= 1 else math.ceil(steps * asked)
+    warmup = int(requested) if requested >= 1 else math.ceil(steps * requested)
     if warmup < steps:
         return warmup, ""
     shorter = steps // SHORTENED
     covers = "the only step, whose learning rate would be 0" if steps == 1 else f"all {steps:,} steps"
-    what = f"shortened to {shorter} step{'s' * (shorter > 1)}" if shorter else "left out"
-    return shorter, f"train.warmup={asked:g} covers {covers}: the warm-up is {what}"
+    change = f"shortened to {shorter} step{'s' * (shorter > 1)}" if shorter else "left out"
+    return shorter, f"train.warmup={requested:g} covers {covers}: the warm-up is {change}"

@@ -1,4 +1,4 @@
-"""Sizes of a Llama-architecture model, from its config.json alone; neither torch nor Transformers is loaded for them."""
+"""Sizes of a Llama-architecture model, read from its config.json alone, without loading torch or Transformers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from nybble.errors import ModelError
 
 REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-POSITIONS = 2048  # where config.json does not say, as in Transformers
+POSITIONS = 2048  # the default if config.json does not say, as in Transformers
 
 
 class Projection(NamedTuple):
@@ -20,7 +20,7 @@ class Projection(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """Of its weight, without a bias."""
+        """Parameters of its weight, without a bias."""
         return self.inputs * self.outputs
 
 
@@ -29,21 +29,21 @@ class Parameters:
     """A model's parameters, counted by kind."""
 
     linears: int
-    """Weights of the decoder layers' projections: what is quantised."""
+    """Weights of the decoder layers' projections, which are quantised."""
     biases: int
     norms: int
     embedding: int
     head: int
-    """0 where the embedding is the head too."""
+    """0 if the head is tied to the embedding."""
 
     @property
     def total(self) -> int:
-        """All of them; tied weights count once."""
+        """The sum of all; tied weights count once."""
         return self.linears + self.biases + self.norms + self.embedding + self.head
 
 
 def head_size(config: Mapping[str, Any]) -> int:
-    """Numbers of an attention head: `head_dim`, or `hidden_size // num_attention_heads` where that is missing or null."""
+    """Size of an attention head: `head_dim`, or `hidden_size // num_attention_heads` if that is missing or null."""
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
@@ -60,16 +60,16 @@ class ModelShape:
     vocabulary: int
     positions: int
     tied: bool = False
-    """Whether the embedding is the head too."""
+    """Whether the head is tied to the embedding."""
     attention_bias: bool = False
     mlp_bias: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
-        """Read a config.json, or `PretrainedConfig.to_dict()`; that its values make a model is `model.base.fields`' to check.
+        """Read a config.json or `PretrainedConfig.to_dict()`; `model.base.fields` checks that the values make a valid model.
 
         Raises:
-            ModelError: naming the fields that are missing.
+            ModelError: fields are missing.
         """
         if missing := [name for name in REQUIRED if config.get(name) is None]:
             raise ModelError(
@@ -92,7 +92,7 @@ class ModelShape:
 
     @property
     def projections(self) -> Mapping[str, Projection]:
-        """The linear layers of one decoder layer by name."""
+        """The linear layers of one decoder layer, by name."""
         queries, keys = self.heads * self.head_size, self.key_value_heads * self.head_size
         return {
             "q_proj": Projection(self.hidden, queries),
@@ -106,7 +106,7 @@ class ModelShape:
 
     @property
     def parameters(self) -> Parameters:
-        """The whole model's parameters by kind."""
+        """The whole model's parameters, by kind."""
         projections = self.projections
         embedding = self.vocabulary * self.hidden
         return Parameters(
@@ -128,7 +128,7 @@ class ModelShape:
         Args:
             r: its rank.
             targets: names of `projections`.
-            dora: whether each target has DoRA's magnitudes too, one an output.
+            dora: whether each target has DoRA's magnitudes too, one per output.
         """
         targeted = [self.projections[name] for name in targets]
         layer = sum(r * (inputs + outputs) + dora * outputs for inputs, outputs in targeted)
@@ -149,7 +149,7 @@ class LayerShape:
     element: int
     """Bytes of a number: 2 for bfloat16 and float16."""
     residual: int
-    """Bytes of a number of the residual stream; 4 where norms and embedding were made float32."""
+    """Bytes of a number of the residual stream; 4 if norms and embedding were converted to float32."""
 
     @property
     def query(self) -> int:

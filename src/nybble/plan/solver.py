@@ -1,4 +1,4 @@
-"""Which mix of save policies fits into the memory there is."""
+"""Chooses the mix of policies that fits in the available memory."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from nybble.plan.shapes import LayerShape
 
 
 def mix(shape: LayerShape, layers: int, tokens: int, budget: int) -> tuple[str, ...]:
-    """The fastest mix of policies whose kept activations fit: the highest rung that fits all layers, and as many layers
-    as still fit one rung higher, the last ones first (they are the first whose memory comes free).
+    """The fastest mix of policies whose kept activations fit: the highest rung of the ladder that fits for all layers, and one
+    rung higher for as many layers as still fit, the last ones first (their memory is freed first).
 
     Args:
         shape: a layer's sizes.
-        layers: how many there are.
-        tokens: of a batch.
-        budget: bytes for what is kept by all layers; what does not even fit `host` gets `host`.
+        layers: number of layers.
+        tokens: tokens of a batch.
+        budget: bytes for what all layers keep; if not even `host` fits, all layers get `host`.
     """
     lower = 0
     while lower + 1 < len(LADDER) and layers * tokens * kept_bytes(LADDER[lower + 1], shape) <= budget:

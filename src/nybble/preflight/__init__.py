@@ -1,1 +1,1 @@
-"""What is known before a run."""
+"""What can be checked before a run: the machine and the data."""

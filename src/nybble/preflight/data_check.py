@@ -1,4 +1,4 @@
-"""`nybble data check`: everything that can be known of data before a GPU hour is spent on it."""
+"""`nybble data check`: everything that can be known about data before a GPU hour is spent on it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nybble.data.order import lengths_of
 from nybble.data.rows.licences import licences
 from nybble.data.rows.reading import OpenRows
 from nybble.data.rows.sources import DataSource
-from nybble.data.sets.examine import Examined, unfit
+from nybble.data.sets.examine import Examined, faults_of_data
 from nybble.data.sets.prepare import Prepared
 from nybble.data.text.template import Template
 from nybble.data.text.tokenise import Counts, Pass
@@ -28,29 +28,29 @@ from nybble.model.base.load import read_config
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer
 from nybble.plan.schedule import Schedule, steps_text
-from nybble.plan.speed import PRODUCTS, estimate
+from nybble.plan.speed import PASSES, estimate
 from nybble.preflight.preparation import Stage, prepare_run
 from nybble.recipe import Recipe, absolute_paths
 from nybble.terminal import tell
 
-LABEL = 11  # characters before a line's text
+LABEL = 11  # width of the labels, in characters
 
 
 def check(
     recipe: Recipe, console: Console, *, picture: pathlib.Path | None = None, cache: pathlib.Path | None = None
 ) -> bool:
-    """Report on the data a recipe names; without a model, on its rows alone.
+    """Report on the data that a recipe names; without a model, on its rows alone.
 
     Args:
-        recipe: of which data, model.path and train are looked at.
-        picture: PNG to draw the lengths of rows to.
-        cache: folder of tokenised data; None is this user's own.
+        recipe: its sections data, model, train and engine are used.
+        picture: PNG file in which to plot the row lengths.
+        cache: folder for tokenised data; None for this user's default cache.
 
     Returns:
-        Whether `train` would take it.
+        Whether `train` would accept the data.
 
     Raises:
-        DataError: there is nothing to look at.
+        DataError: there is no data to check.
         StorageError: the cache or the picture cannot be written.
     """
     recipe = absolute_paths(recipe)
@@ -86,39 +86,39 @@ def _check_rows(recipe: Recipe, console: Console) -> list[NybbleError]:
         for _ in reading.conversations(rows.items()):
             pass
     _tell_rows(console, reading.counts, rows.sources, recipe.data.streaming)
-    return list(unfit(reading.counts, reading.faults, {}, recipe.data))
+    return list(faults_of_data(reading.counts, reading.faults, {}, recipe.data))
 
 
 def _check_tokens(
     recipe: Recipe, console: Console, picture: pathlib.Path | None, cache: pathlib.Path
 ) -> list[NybbleError]:
-    tokenizer, config = describe(recipe)
+    tokenizer, config = load_tokenizer_and_config(recipe)
     faults: list[NybbleError] = []
     with _progress(console, "reading") as (progress, task):
 
         def show(stage: Stage, rows: int) -> None:
             progress.update(task, description=stage, completed=rows)
 
-        found = prepare_run(recipe, tokenizer, config, cache, refuse=faults.append, progress=show)
-    _tell_rows(console, found.examined.counts, found.examined.sources, recipe.data.streaming)
-    if found.held_out is not None:
-        counts = found.held_out.counts
+        run = prepare_run(recipe, tokenizer, config, cache, on_fault=faults.append, progress=show)
+    _tell_rows(console, run.examined.counts, run.examined.sources, recipe.data.streaming)
+    if run.held_out is not None:
+        counts = run.held_out.counts
         _line(console, "validation", f"{_plural(counts.rows, 'row')} of {recipe.data.validation}, {counts.kept:,} used")
-    if not found.examined.lengths:
+    if not run.examined.lengths:
         return faults
-    _tell_lengths(console, found.examined, recipe)
+    _tell_lengths(console, run.examined, recipe)
     if picture is not None:
-        histogram.draw(found.examined.lengths, recipe.data.max_length, picture)
+        histogram.draw(run.examined.lengths, recipe.data.max_length, picture)
         _line(console, "picture", str(picture))
-    if found.data is not None:
-        _tell_batches(console, found.data, recipe)
-        if found.schedule is not None:
-            _tell_steps(console, found.data, found.schedule, recipe, config)
+    if run.data is not None:
+        _tell_batches(console, run.data, recipe)
+        if run.schedule is not None:
+            _tell_steps(console, run.data, run.schedule, recipe, config)
     return faults
 
 
-def describe(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PretrainedConfig | None]:
-    """Tokenizer and configuration of the model; a folder may hold the tokenizer alone."""
+def load_tokenizer_and_config(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PretrainedConfig | None]:
+    """The model's tokenizer and configuration; None for the configuration of a folder with only a tokenizer."""
     folder = pathlib.Path(recipe.model.path)
     if not folder.is_dir():
         folder = find_checkpoint(recipe.model.path, recipe.model.revision, weights=False).folder
@@ -133,9 +133,9 @@ def describe(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PretrainedConfig 
 
 def _tell_rows(console: Console, counts: Counts, sources: tuple[DataSource, ...], streaming: bool) -> None:
     forms = ", ".join(f"{count:,} {form}" for form, count in sorted(counts.forms.items(), key=lambda item: -item[1]))
-    where = f" in {len(sources)} sources" if len(sources) > 1 else ""
-    where += ", the first of a stream" if streaming else ""
-    _line(console, "rows", f"{counts.rows:,}{where}: {forms or 'none that can be read'}")
+    scope = f" in {len(sources)} sources" if len(sources) > 1 else ""
+    scope += ", the first of a stream" if streaming else ""
+    _line(console, "rows", f"{counts.rows:,}{scope}: {forms or 'none that can be read'}")
     for line in licences(sources):
         _line(console, "licence", line)
     _line(console, "duplicates", f"{counts.duplicates:,}" + (", each row used once" if counts.duplicates else ""))
@@ -148,28 +148,29 @@ def _tell_rows(console: Console, counts: Counts, sources: tuple[DataSource, ...]
 
 def _tell_lengths(console: Console, examined: Examined, recipe: Recipe) -> None:
     counts, lengths, limit = examined.counts, examined.lengths, recipe.data.max_length
-    _line(console, "template", f"{examined.template.label}{_bos(examined.template)}")
+    _line(console, "template", f"{examined.template.label}{_bos_text(examined.template)}")
     share = f"{counts.trained_tokens / counts.tokens:.0%}" if counts.tokens else "none"
     _line(console, "tokens", f"{counts.tokens:,}, {counts.trained_tokens:,} of them trained ({share})")
-    marks = [("median", 0.5), ("95% up to", 0.95), ("99% up to", 0.99)]
-    text = ", ".join(f"{name} {histogram.quantile(lengths, part):,}" for name, part in marks)
+    quantiles = [("median", 0.5), ("95% up to", 0.95), ("99% up to", 0.99)]
+    text = ", ".join(f"{name} {histogram.quantile(lengths, part):,}" for name, part in quantiles)
     _line(console, "lengths", f"{min(lengths):,} to {max(lengths):,} tokens; {text}")
     block = "\u2588" if (console.encoding or "").lower().startswith("utf") else "#"
     for line, is_over in histogram.text(lengths, limit, block, console.width - LABEL):
         _line(console, "", line.rstrip(), "red" if is_over else "dim")
     if counts.overlength:
         lost = f", with {_plural(counts.lost_rows, 'row')} left without an answer" if counts.lost_rows else ""
-        way = "splitting" if recipe.data.overlength == "split" else "truncating"
+        method = "splitting" if recipe.data.overlength == "split" else "truncating"
         _line(
             console,
             "too long",
-            f"{_plural(counts.overlength, 'row')} over data.max_length={limit}; {way} loses "
+            f"{_plural(counts.overlength, 'row')} over data.max_length={limit}; {method} loses "
             f"{counts.lost_answer_tokens:,} answer tokens{lost}",
             "yellow",
         )
 
 
-def _bos(template: Template) -> str:
+def _bos_text(template: Template) -> str:
+    """Where the template writes BOS, as an addition to its name; empty if it writes none."""
     first, more = template.bos_of_turns
     if template.tokenizer.bos_token is None or not first or first > 1:
         return ""
@@ -177,8 +178,8 @@ def _bos(template: Template) -> str:
 
 
 def _tell_batches(console: Console, data: Prepared, recipe: Recipe) -> None:
-    """What the collator makes of the rows."""
-    bos = ", BOS is in place" if _bos(data.template) else ""
+    """Report on the collator's batches."""
+    bos = ", BOS is in place" if _bos_text(data.template) else ""
     ends = data.template.tokenizer.convert_ids_to_tokens(sorted(data.template.ends))
     _line(console, "batches", f"checked as in training: every answer ends with a trained {' or '.join(ends)}{bos}")
     if isinstance(rows := data.sample, PackedRows):
@@ -192,7 +193,7 @@ def _tell_batches(console: Console, data: Prepared, recipe: Recipe) -> None:
 def _tell_steps(
     console: Console, data: Prepared, schedule: Schedule, recipe: Recipe, config: PretrainedConfig | None
 ) -> None:
-    """What training takes."""
+    """Report how many steps, tokens and how much time training takes."""
     train = recipe.train
     batch = train.micro_batch * train.accumulation * train.processes
     tokens = schedule.steps * batch * float(lengths_of(data.sample).mean())
@@ -201,23 +202,23 @@ def _tell_steps(
         _line(console, "", schedule.notice, "yellow")
     if config is not None:
         held_out = 0.0 if data.validation is None else float(lengths_of(data.validation).sum())
-        # Before the first step too; an evaluation goes forward only.
-        tokens += held_out * (schedule.evaluations_after(0) + 1) / PRODUCTS
+        # There is one evaluation before the first step too; an evaluation is a forward pass only.
+        tokens += held_out * (schedule.evaluations_after(0) + 1) / PASSES
         _tell_time(console, recipe, tokens, config)
 
 
 def _tell_time(console: Console, recipe: Recipe, tokens: float, config: PretrainedConfig) -> None:
     device = choose_device(recipe.model.device, 0)
     speed = estimate(config, device, choose_dtype(recipe.model.dtype, device)[0], recipe.train.processes)
-    text = f"roughly {_duration(tokens / speed.free)} on this machine's {device.type}"
+    text = f"roughly {_duration(tokens / speed.idle)} on this machine's {device.type}"
     if speed.is_busy:
-        text += f" when idle, {_duration(tokens / speed.now)} under its current load"
-    text += f": {_rounded(speed.free)} tokens/s in training, estimated from matrix products; evaluations"
+        text += f" when idle, {_duration(tokens / speed.current)} under its current load"
+    text += f": {_rounded(speed.idle)} tokens/s in training, estimated from matrix products; evaluations"
     _line(console, "time", f"{text} are included, sample answers and benchmarks are not")
 
 
 def _rounded(number: float) -> str:
-    """Two digits that count: more would claim what is not known."""
+    """A number with two significant digits: more would suggest a precision that an estimate does not have."""
     digits = max(len(str(int(number))) - 2, 0)
     return f"{round(number, -digits):,.0f}"
 

@@ -1,4 +1,4 @@
-"""All that is known of a run before its base is loaded: `nybble data check` reports it, and `nybble train` goes on from it."""
+"""All that is known of a run before its base is loaded: `nybble data check` reports it, and `nybble train` continues from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.data.batches import Collator
 from nybble.data.sets.examine import Examined
-from nybble.data.sets.prepare import Prepared, Refuse, examine_rows, examine_validation, raise_fault, sets_of
+from nybble.data.sets.prepare import OnFault, Prepared, examine_rows, examine_validation, make_sets, raise_fault
 from nybble.data.text.template import Template
 from nybble.data.text.tokenise import Progress
 from nybble.data.xray import Expected, inspect
@@ -26,15 +26,16 @@ Stage = Literal["reading", "reading validation", "checking"]
 
 @dataclass(frozen=True)
 class Preparation:
-    """A run before its base is loaded; what is None was refused."""
+    """A run before its base is loaded."""
 
     examined: Examined
     """The data, whether it can be trained on or not."""
     held_out: Examined | None
-    """The rows of the file that data.validation names."""
+    """The rows of the file that data.validation names; None if it names none, or if the file was refused."""
     data: Prepared | None
-    """Training and validation rows, whose batches have been looked at."""
+    """Training and validation rows, whose batches have been inspected; None if they were refused."""
     schedule: Schedule | None
+    """None if the data or the schedule was refused."""
 
 
 def prepare_run(
@@ -43,79 +44,79 @@ def prepare_run(
     config: PretrainedConfig | None,
     cache: pathlib.Path,
     *,
-    refuse: Refuse = raise_fault,
+    on_fault: OnFault = raise_fault,
     progress: Callable[[Stage, int], None] = lambda *_: None,
     template: Template | None = None,
 ) -> Preparation:
     """Read, tokenise, check, split, arrange and inspect the data, and plan the steps.
 
     Args:
-        recipe: of which data, model, train and engine are looked at.
-        tokenizer: of the base model.
-        config: of the base model; None where only its tokenizer is there.
+        recipe: its sections data, model, train and engine are used.
+        tokenizer: the base model's.
+        config: the base model's; None if only the tokenizer is available.
         cache: folder for tokenised data.
-        refuse: is given every fault, in the order in which training would find them.
-        progress: called with what is being done and the number of rows so far.
-        template: of a run that is resumed; else the recipe chooses it.
+        on_fault: called with every fault, in the order in which training would find them.
+        progress: called with the current stage and the number of rows so far.
+        template: that of the run being resumed; else the recipe chooses it.
 
     Raises:
-        DataError: there is nothing to look at.
+        DataError: there is no data to examine.
         StorageError: the cache does not keep what is written to it.
     """
-    are_unfit = False
+    rows_are_faulty = False
 
-    def refuse_rows(fault: NybbleError) -> None:
-        nonlocal are_unfit
-        are_unfit = True
-        refuse(fault)
+    def on_row_fault(fault: NybbleError) -> None:
+        nonlocal rows_are_faulty
+        rows_are_faulty = True
+        on_fault(fault)
 
-    def refuse_sets(fault: NybbleError) -> None:
-        # Once the unfit rows are corrected they count again: that the others are too few is not a fault of its own.
-        if not (are_unfit and isinstance(fault, TooFewRowsError)):
-            refuse(fault)
+    def on_set_fault(fault: NybbleError) -> None:
+        # Faulty rows count again once they are corrected, so it is not a separate fault that the others are too few.
+        if not (rows_are_faulty and isinstance(fault, TooFewRowsError)):
+            on_fault(fault)
 
-    examined = examine_rows(recipe.data, tokenizer, cache, refuse_rows, partial(progress, "reading"), template)
+    examined = examine_rows(recipe.data, tokenizer, cache, on_row_fault, partial(progress, "reading"), template)
     if config is not None:
-        _check_length(recipe, config, refuse)
+        _check_length(recipe, config, on_fault)
     held_out = examine_validation(
-        recipe.data, examined.template, cache, refuse, partial(progress, "reading validation")
+        recipe.data, examined.template, cache, on_fault, partial(progress, "reading validation")
     )
     data = schedule = None
     if examined.counts.kept:
-        data = _inspected_sets(recipe, examined, held_out, refuse_sets, partial(progress, "checking"))
+        data = _inspected_sets(recipe, examined, held_out, on_set_fault, partial(progress, "checking"))
     if data is not None:
-        schedule = _schedule(recipe, data, refuse_sets)
+        schedule = _schedule(recipe, data, on_set_fault)
     return Preparation(examined, held_out, data, schedule)
 
 
-def _check_length(recipe: Recipe, config: PretrainedConfig, refuse: Refuse) -> None:
+def _check_length(recipe: Recipe, config: PretrainedConfig, on_fault: OnFault) -> None:
     try:
         check_length(config, recipe.data.max_length, recipe.model.rope_scaling)
     except ModelError as fault:
-        refuse(fault)
+        on_fault(fault)
 
 
 def _inspected_sets(
-    recipe: Recipe, examined: Examined, held_out: Examined | None, refuse: Refuse, progress: Progress
+    recipe: Recipe, examined: Examined, held_out: Examined | None, on_fault: OnFault, progress: Progress
 ) -> Prepared | None:
-    """Training and validation rows, whose batches are as they should be."""
+    """Training and validation rows whose batches have passed inspection; None if they have not."""
     tokenizer = examined.template.tokenizer
     collate = Collator(tokenizer.pad_token_id, recipe.engine.fused)
     expected = Expected(examined.template, recipe.data.train_on)
     try:
-        data = sets_of(examined, held_out, recipe.data, recipe.train.seed)
+        data = make_sets(examined, held_out, recipe.data, recipe.train.seed)
         for rows in (data.sample, data.validation):
             if rows is not None:
                 inspect(rows, collate, expected, progress)
     except DataError as fault:
-        refuse(fault)
+        on_fault(fault)
         return None
     return data
 
 
-def _schedule(recipe: Recipe, data: Prepared, refuse: Refuse) -> Schedule | None:
+def _schedule(recipe: Recipe, data: Prepared, on_fault: OnFault) -> Schedule | None:
     try:
         return plan_steps(recipe.train, data.rows, data.validation is not None)
     except (DataError, RecipeError) as fault:
-        refuse(fault)
+        on_fault(fault)
         return None

@@ -14,10 +14,10 @@ from nybble.recipe.options import (
     TrainOptions,
     option_names,
 )
-from nybble.recipe.paths import PLACES, absolute_paths, absolute_tree, here
+from nybble.recipe.paths import PATH_OPTIONS, absolute_path, absolute_paths, absolute_tree
 
 __all__ = [
-    "PLACES",
+    "PATH_OPTIONS",
     "DataOptions",
     "EngineOptions",
     "ExportOptions",
@@ -27,10 +27,10 @@ __all__ = [
     "Recipe",
     "TrackerOptions",
     "TrainOptions",
+    "absolute_path",
     "absolute_paths",
     "absolute_tree",
     "dump_recipe",
-    "here",
     "load_recipe",
     "option_names",
 ]

@@ -1,4 +1,4 @@
-"""A recipe as YAML, each option's meaning above it."""
+"""A recipe as YAML, with each option's meaning above it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nybble.recipe.options import LoraOptions, Options, Recipe
 
 
 def dump_recipe(recipe: Recipe, *, documented: bool = True) -> str:
-    """The whole recipe as YAML that `load_recipe` reads back; each option's meaning stands above it as a comment."""
+    """The whole recipe as YAML that `load_recipe` reads back; a comment above each option gives its meaning."""
     return "\n".join(_dump(recipe, "", documented)) + "\n"
 
 
@@ -18,7 +18,7 @@ def _dump(section: Options, indent: str, documented: bool) -> Iterator[str]:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, LoraOptions) and isinstance(section, Recipe) and section.adapter is not None:
-            continue  # an adapter that is trained on brings its own
+            continue  # when training continues from an adapter, the adapter has its own
         if isinstance(value, Options):
             if documented:
                 yield f"{indent}# {type(value).__doc__}"

@@ -1,4 +1,4 @@
-"""A recipe from YAML, from `key=value` arguments, or both; all its faults are raised together."""
+"""Reads a recipe from YAML, from `key=value` arguments, or from both, and reports all its faults together."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ def load_recipe(
 
     Args:
         file: YAML with the sections of `Recipe`.
-        words: `section.key=value`, read by the option's type: text as it stands, lists as `a,b` or `[a, b]`, mappings as
-            `a:b,c:d` or `{a: b, c: d}`. Several for one list or mapping are joined: a shell makes that of `{a,b}` without quotes.
+        words: `section.key=value`, read by the option's type: text unchanged, lists as `a,b` or `[a, b]`, mappings as
+            `a:b,c:d` or `{a: b, c: d}`. Several arguments for one list or mapping are merged: a shell expands an unquoted `{a,b}`
+            into that.
         texts: options whose value is the text itself, whatever it looks like; `words` override them.
 
     Raises:
-        RecipeError: with every fault at once; for a key of the file with its `file:line`.
+        RecipeError: lists all faults; those of keys in the file come with `file:line`.
     """
     tree, lines = _read_yaml(pathlib.Path(file)) if file is not None else ({}, {})
     faults = [fault for key, text in (texts or {}).items() for fault in _set(tree, lines, key, text)]
-    given: set[str] = set()
-    faults += [fault for word in words for fault in _override(tree, lines, word, given)]
+    already_set: set[str] = set()
+    faults += [fault for argument in words for fault in _override(tree, lines, argument, already_set)]
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -82,7 +83,7 @@ def _read_yaml(file: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _lines(node: yaml.Node | None, prefix: str, seen: set[int]) -> Iterator[tuple[str, int]]:
-    """Each key with its line; a mapping that aliases repeat is walked once, or a few lines would be billions."""
+    """Each key with its line; a mapping repeated by aliases is walked once, or a few lines could expand into billions."""
     if isinstance(node, yaml.MappingNode) and id(node) not in seen:
         seen.add(id(node))
         for key, value in node.value:
@@ -91,16 +92,16 @@ def _lines(node: yaml.Node | None, prefix: str, seen: set[int]) -> Iterator[tupl
             yield from _lines(value, name + ".", seen)
 
 
-def _override(tree: dict[str, Any], lines: dict[str, str], argument: str, given: set[str]) -> Iterator[str]:
-    """Set one `key=value` in the tree; yields what is wrong with it."""
+def _override(tree: dict[str, Any], lines: dict[str, str], argument: str, already_set: set[str]) -> Iterator[str]:
+    """Set one `key=value` in the tree; yields what is wrong with it, and adds its key to `already_set`."""
     key, equals, text = argument.partition("=")
     kinds = kinds_of(key)
     if not equals or not key:
         yield f"{argument!r}: options are written key=value, e.g. {example(key) if kinds else 'train.epochs=2'}"
         return
     if kinds and not text.strip():
-        none = f", or {key}=null for none" if type(None) in kinds else ""
-        yield f"{key}: the value is missing; e.g. {example(key)}{none}"
+        or_null = f", or {key}=null for none" if type(None) in kinds else ""
+        yield f"{key}: the value is missing; e.g. {example(key)}{or_null}"
         return
     try:
         value = read_argument(text, kinds)
@@ -108,11 +109,11 @@ def _override(tree: dict[str, Any], lines: dict[str, str], argument: str, given:
         yield f"{key}: {brief(text)} cannot be read" + (f"; e.g. {example(key)}" if kinds else "")
         return
     except yaml.YAMLError:
-        yield f"{key}: {text!r} does not close its brackets or quotes" + (f"; e.g. {example(key)}" if kinds else "")
+        yield f"{key}: brackets or quotes in {text!r} are not closed" + (f"; e.g. {example(key)}" if kinds else "")
         return
-    if key in given and any(get_origin(kind) in (list, dict) for kind in kinds or ()):
-        value = _joined(_get(tree, key), value)
-    given.add(key)
+    if key in already_set and any(get_origin(kind) in (list, dict) for kind in kinds or ()):
+        value = _merged(_get(tree, key), value)
+    already_set.add(key)
     yield from _set(tree, lines, key, value)
 
 
@@ -135,8 +136,8 @@ def _get(tree: Mapping[str, Any], key: str) -> Any:
     return tree
 
 
-def _joined(before: Any, value: Any) -> Any:
-    """The values of two arguments for one list or mapping: what a shell makes of braces without quotes."""
+def _merged(before: Any, value: Any) -> Any:
+    """The values of two arguments for one list or mapping, such as a shell makes from unquoted braces."""
     if isinstance(before, dict) and isinstance(value, dict):
         return before | value
     if isinstance(before, dict) or isinstance(value, dict):
@@ -145,28 +146,28 @@ def _joined(before: Any, value: Any) -> Any:
 
 
 def _explain(detail: ErrorDetails, lines: Mapping[str, str]) -> Iterator[str]:
-    """A pydantic error as a user would put it, with a line that would be right."""
+    """A pydantic error in the user's terms, with an example that would be valid."""
     parts = [str(part) for part in detail["loc"]]
-    whole = parts[: next((n for n in range(1, len(parts)) if ".".join(parts[:n]) in set(option_names())), len(parts))]
-    key = ".".join(whole)  # what follows an option's name, union members and positions, is pydantic's
+    length = next((n for n in range(1, len(parts)) if ".".join(parts[:n]) in set(option_names())), len(parts))
+    key = ".".join(parts[:length])  # the parts after an option's name are pydantic's: union members and indices
     location = f" ({lines[key]})" if key in lines else ""
     if detail["type"] == "extra_forbidden":
         value = detail["input"]
-        # An argument for a section that does not exist comes as a mapping.
-        inside = (
+        # An argument for a section that does not exist arrives as a mapping.
+        unknown = (
             {f"{key}.{name}": inner for name, inner in value.items()}
             if isinstance(value, dict) and not location
             else {}
         )
-        for name, inner in (inside or {key: None if location else value}).items():
+        for name, inner in (unknown or {key: None if location else value}).items():
             yield f"{name}: unknown option{location}{_did_you_mean(name, inner)}"
     elif detail["type"] == "value_error" and not key:
         yield from str(detail["ctx"]["error"]).splitlines()
     else:
         given, kinds = detail["input"], kinds_of(key)
-        inner = [name for name in option_names() if name.startswith(key + ".")]  # of a section that was given a value
+        inner = [name for name in option_names() if name.startswith(key + ".")]  # for a section that was given a value
         shown = (
-            f"; e.g. {example(key if kinds else inner[0], near=_as_text(given), in_file=bool(location))}"
+            f"; e.g. {example(key if kinds else inner[0], similar_to=_as_text(given), in_file=bool(location))}"
             if kinds or inner
             else ""
         )
@@ -175,7 +176,7 @@ def _explain(detail: ErrorDetails, lines: Mapping[str, str]) -> Iterator[str]:
 
 
 def _as_text(value: object) -> str:
-    return "" if isinstance(value, list | dict) else str(value)  # which aliases may have made endless
+    return "" if isinstance(value, list | dict) else str(value)  # aliases may have made a list or mapping endless
 
 
 def _lower(message: str) -> str:
@@ -190,11 +191,11 @@ def _did_you_mean(key: str, value: Any) -> str:
 
 
 def nearest_option(key: str) -> str | None:
-    """The option whose name, or the last part of it, looks most like this one."""
+    """The option whose name, or whose name's last part, is most similar to this one."""
     known = list(option_names())
     key = key.lower()
     leaf = key.rsplit(".", 1)[-1]
     by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    near = near or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
-    return near[0] if near else None
+    matches = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    matches = matches or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
+    return matches[0] if matches else None

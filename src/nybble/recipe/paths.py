@@ -1,4 +1,4 @@
-"""Paths in a recipe, made independent of the current folder."""
+"""Makes the paths in a recipe independent of the current folder."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import Any
 from nybble.recipe.options import Recipe
 
 PATTERN = frozenset("*?[")
-PLACES = ("model.path", "adapter", "data.path", "data.template", "data.validation", "train.eval_data", "out")
+PATH_OPTIONS = ("model.path", "adapter", "data.path", "data.template", "data.validation", "train.eval_data", "out")
 
 
 def absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe with every local path in it absolute; what does not exist, such as a Hub id, stays as it is."""
     tree = {name: getattr(recipe, name) for name in type(recipe).model_fields}
     sections: dict[str, dict[str, Any]] = {}
-    for option in PLACES:
+    for option in PATH_OPTIONS:
         *section, name = option.split(".")
         holder = tree[section[0]] if section else recipe
         sections.setdefault("".join(section), {})[name] = _absolute(option, getattr(holder, name))
-    own = sections.pop("")
+    top_level = sections.pop("")
     copies = {name: tree[name].model_copy(update=values) for name, values in sections.items()}
-    return recipe.model_copy(update={**own, **copies})
+    return recipe.model_copy(update={**top_level, **copies})
 
 
 def absolute_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for a recipe as nested mappings, such as start.json keeps."""
+    """As `absolute_paths`, for a recipe as nested mappings, as stored in start.json."""
     changed = copy.deepcopy(dict(tree))
-    for option in PLACES:
+    for option in PATH_OPTIONS:
         *section, name = option.split(".")
         holder = changed.get(section[0], {}) if section else changed
         if name in holder:
@@ -38,15 +38,15 @@ def absolute_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def here(name: str) -> str:
-    """A path from the root. Links stay as they are named, and `..` is removed where that leads to the same file."""
+def absolute_path(name: str) -> str:
+    """A path from the root. Links are not resolved, and `..` is removed if the result is the same file."""
     path = os.path.expanduser(name)
     short = os.path.abspath(path)
     return short if os.path.realpath(short) == os.path.realpath(path) else os.path.join(os.getcwd(), path)
 
 
 def _is_template_name(template: str) -> bool:
-    """Whether it names a template of nybble's or of the model's, and not a file: that has a suffix or a folder before it."""
+    """Whether this names one of nybble's or the model's templates; a file would have a suffix or a folder."""
     return os.sep not in template and not os.path.splitext(template)[1]
 
 
@@ -58,8 +58,8 @@ def _absolute(option: str, value: Any) -> Any:
     if not isinstance(value, str) or not value or (option == "data.template" and _is_template_name(value)):
         return value
     if option == "out" or os.path.exists(os.path.expanduser(value)):
-        return here(value)
+        return absolute_path(value)
     if option.startswith("data.") and option != "data.template" and PATTERN & set(value):
-        path = os.path.expanduser(value)  # the folders above it are no pattern, whatever they are called
+        path = os.path.expanduser(value)  # the current folder's name is not a pattern, whatever characters it has
         return path if os.path.isabs(path) else os.path.normpath(os.path.join(glob.escape(os.getcwd()), path))
     return value

@@ -1,6 +1,6 @@
-"""A value as a person types it, read by the type of its option: an option that is text takes the text as it stands.
+"""Reads a value as a user types it, by the type of its option: a text option takes the text unchanged.
 
-YAML alone would read a revision of 123456 as a number, 2024-01-01 as a date and `on` as a boolean.
+YAML alone would read the revision 123456 as a number, 2024-01-01 as a date and `on` as a boolean.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nybble.recipe.options import Options, Recipe
 NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
 PERCENT = re.compile(r"(\d+\.?\d*|\.\d+) ?%")
 EXAMPLES = {
-    # where neither the default nor the type gives one
+    # for options whose default and type give none
     "model.path": "meta-llama/Llama-2-7b-hf",
     "model.revision": "main",
     "model.rope_scaling": "{rope_type: linear, factor: 2.0}",
@@ -37,7 +37,7 @@ EXAMPLES = {
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML without dates: no option is one."""
+    """YAML without dates, since no option is a date."""
 
 
 RecipeLoader.yaml_implicit_resolvers = {
@@ -47,7 +47,7 @@ RecipeLoader.yaml_implicit_resolvers = {
 
 
 def kinds_of(key: str) -> tuple[Any, ...] | None:
-    """The types that an option takes, by its dotted name; None where there is no such option."""
+    """The types that an option accepts, by its dotted name; None if there is no such option."""
     section: type[Options] = Recipe
     *path, leaf = key.split(".")
     for name in path:
@@ -68,10 +68,10 @@ def read_argument(text: str, kinds: tuple[Any, ...] | None) -> Any:
 
     Args:
         text: what follows the equals sign.
-        kinds: the types of its option; None where there is no such option, or it is a section.
+        kinds: the types of the option; None if there is no such option, or if it is a section.
 
     Raises:
-        yaml.YAMLError: brackets or quotes that do not close, or a value that its tag does not allow.
+        yaml.YAMLError: brackets or quotes are not closed, or the value does not fit its tag.
     """
     if kinds is None:
         return read_node(yaml.compose(text, RecipeLoader), None)
@@ -84,7 +84,7 @@ def read_argument(text: str, kinds: tuple[Any, ...] | None) -> Any:
 
 
 def read_node(node: yaml.Node | None, kinds: tuple[Any, ...] | None) -> Any:
-    """A value of a YAML file, as `read_argument` reads one."""
+    """A value in a YAML file, read as `read_argument` reads one."""
     if node is None:
         return None
     if kinds is None or Any in kinds:
@@ -121,21 +121,22 @@ def read_section(node: yaml.Node, section: type[Options] = Recipe) -> Any:
     return values
 
 
-def example(key: str, *, near: str = "", in_file: bool = False) -> str:
-    """A line that sets an option, as the command line or a recipe takes it.
+def example(key: str, *, similar_to: str = "", in_file: bool = False) -> str:
+    """An example that sets an option, in the syntax of the command line or of a recipe.
 
     Args:
         key: its dotted name.
-        near: what was given: of an option that takes some words only, the one that looks most like it is shown.
-        in_file: as a recipe has it.
+        similar_to: the value that was given: if the option has a fixed set of values, the one most like it is shown.
+        in_file: in the syntax of a recipe.
     """
     kinds = kinds_of(key)
     assert kinds is not None, key
-    words = choices(kinds)
+    allowed = choices(kinds)
     if key in EXAMPLES:
         value = EXAMPLES[key]
-    elif words:
-        value = next((word for word in words if near and word.startswith(near[:3].lower())), words[0])
+    elif allowed:
+        prefix = similar_to[:3].lower()
+        value = next((choice for choice in allowed if prefix and choice.startswith(prefix)), allowed[0])
     elif bool in kinds:
         value = "true"
     else:
@@ -177,7 +178,7 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
 
 
 def _read_text(text: str, kinds: tuple[Any, ...]) -> Any:
-    """What bare text means where these types are taken; what it cannot mean is left for validation to refuse."""
+    """The meaning of unquoted text for an option of these types; text that fits none is left for validation to refuse."""
     is_text = str in kinds
     if type(None) in kinds and text.lower() in (("null", "~") if is_text else ("null", "~", "none")):
         return None
@@ -186,7 +187,7 @@ def _read_text(text: str, kinds: tuple[Any, ...]) -> Any:
     if is_text or bool in kinds or text in choices(kinds):
         return text
     number = _number(text)
-    if number is not None:  # alone, in place of a list or mapping, no number is meant
+    if number is not None:  # a lone number is not a list or mapping: validation refuses it
         return number
     if any(get_origin(kind) is list for kind in kinds):
         return [part.strip() for part in text.split(",") if part.strip()]
@@ -199,13 +200,13 @@ def _read_text(text: str, kinds: tuple[Any, ...]) -> Any:
 def _number(text: str, *, percent: bool = False) -> int | float | None:
     if percent and (share := PERCENT.fullmatch(text)):
         return float(share[1]) / 100
-    if not NUMBER.fullmatch(text) or len(text) > sys.get_int_max_str_digits():  # which Python does not read
+    if not NUMBER.fullmatch(text) or len(text) > sys.get_int_max_str_digits():  # Python refuses to parse more digits
         return None
     return int(text) if re.fullmatch(r"[+-]?\d[\d_]*", text) and not text.endswith("_") else float(text)
 
 
 def _pair(key: yaml.Node, child: yaml.Node) -> tuple[str, yaml.Node]:
-    """A key and its value; YAML takes `{prompt:question}`, without a space, as a key alone."""
+    """A key and its value; YAML reads `{prompt:question}`, without a space, as a key without a value."""
     name = _name(key)
     left, colon, right = name.partition(":")
     if colon and right and isinstance(child, yaml.ScalarNode) and child.value == "" and child.style is None:
@@ -223,14 +224,14 @@ def _constructed(node: yaml.Node) -> Any:
     loader = RecipeLoader("")
     try:
         return loader.construct_document(node)
-    except (ValueError, LookupError, AttributeError) as error:  # PyYAML's: `!!int x`, `!!bool x`, `!!timestamp x`
+    except (ValueError, LookupError, AttributeError) as error:  # from PyYAML: `!!int x`, `!!bool x`, `!!timestamp x`
         raise ConstructorError(None, None, "a value that cannot be read", node.start_mark) from error
     finally:
         loader.dispose()
 
 
 def _flatten(node: yaml.MappingNode) -> None:
-    """Merge keys (`<<: *other`) become keys."""
+    """Replace merge keys (`<<: *other`) by the keys they stand for."""
     loader = RecipeLoader("")
     try:
         loader.flatten_mapping(node)

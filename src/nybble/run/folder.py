@@ -31,7 +31,7 @@ from nybble.files.paths import check_free_space
 from nybble.files.reading import RESTORE, read_object
 from nybble.files.writing import write_text
 from nybble.plan.ledger import run_folder_bytes
-from nybble.recipe import Recipe, absolute_paths, dump_recipe, here, load_recipe
+from nybble.recipe import Recipe, absolute_path, absolute_paths, dump_recipe, load_recipe
 from nybble.run.evaluation import Evaluation
 from nybble.run.marks import COMPLETE, check_adapter, described
 from nybble.run.records import read_record
@@ -192,7 +192,7 @@ def open_run(path: str | pathlib.Path, base: str | None = None) -> Run:
     if (folder / "recipe.yaml").exists():
         recipe = _recorded_recipe(folder)
         if recorded_folder(folder):
-            recipe = _on_base(recipe, here(recipe.model.path))
+            recipe = _on_base(recipe, absolute_path(recipe.model.path))
     elif (folder / "adapter_config.json").exists():
         recipe = Recipe() if base is not None else _on_base(Recipe(), _base_of_adapter(folder))
     else:
@@ -238,8 +238,8 @@ def _base_of_adapter(folder: pathlib.Path) -> str:
         )
     paths = [pathlib.Path(name), folder / name] if name else []
     if base := next((path for path in paths if path.is_dir()), None):
-        return here(str(base))
-    return here(name) if name and recorded_folder(folder.absolute().parent) else name
+        return absolute_path(str(base))
+    return absolute_path(name) if name and recorded_folder(folder.absolute().parent) else name
 
 
 def choose_folder(recipe: Recipe) -> pathlib.Path:

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from nybble.errors import RunError
 from nybble.files.reading import RESTORE, as_shape
 from nybble.files.writing import write_json
-from nybble.recipe import PLACES, Recipe
+from nybble.recipe import PATH_OPTIONS, Recipe
 from nybble.run.records import AnyText, FileEntry, FrozenShape, RunRecord, read_known
 from nybble.run.versions import versions
 
@@ -164,7 +164,7 @@ def check_recipe(recipe: Recipe, file: pathlib.Path) -> None:
     now = json.loads(json.dumps(recipe.model_dump(include=set(DECIDING))))
     recorded = with_defaults(read_start(record).recipe.as_json())
     then = {name: recorded[name] for name in now}
-    for path in (*PLACES, "model.device"):
+    for path in (*PATH_OPTIONS, "model.device"):
         *section, name = path.split(".")
         before, after = (tree[section[0]] if section else tree for tree in (then, now))
         if after.get(name) and type(after[name]) is type(before.get(name)):

@@ -13,7 +13,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from nybble.data.text.tokens import check_ids, encode_begun, encode_prompt, encode_text
+from nybble.data.text.tokens import check_ids, encode_continuation, encode_prompt, encode_text
 from nybble.errors import DataError
 from nybble.generate.request import BusyError, GenerationError
 from nybble.serve.answers import Job
@@ -149,7 +149,7 @@ class Api:
     async def _encode_conversation(self, parsed: ChatRequest | ResponseRequest, model: ServedModel) -> list[list[int]]:
         """Token ids of a conversation, as the only prompt."""
         conversation = parsed.conversation()
-        encode = encode_begun if conversation[-1].role == "assistant" else encode_prompt
+        encode = encode_continuation if conversation[-1].role == "assistant" else encode_prompt
         work = functools.partial(encode, model.template, conversation)
         texts = [message.content for message in conversation]
         return [await self._encode(parsed.source, model, texts, work, refused=first_turn(parsed))]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from accelerate import PartialState
 
-from nybble.data.text.kept_template import save_template
+from nybble.data.text.saved_template import save_template
 from nybble.distributed.environment import environment_restored
 from nybble.distributed.launcher import rank
 from nybble.errors import ModelError, RecipeError, RunError

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.couplings.check import unmet
 from nybble.data.sets.prepare import Prepared
-from nybble.data.text.kept_template import read_template
+from nybble.data.text.saved_template import read_template
 from nybble.distributed.group import in_group
 from nybble.distributed.launcher import world_size
 from nybble.engine.fuse import fuse, fusion, unfuse
@@ -134,7 +134,7 @@ def fuse_layers(model: PeftModel, recipe: Recipe, console: Console) -> Fusion | 
     try:
         fuse(model, recipe.engine.policy, embedding=recipe.engine.embedding)
     except EngineError as error:
-        if recipe.engine.is_shaped:
+        if recipe.engine.is_customised:
             raise
         print_engine(console, None, error.what)
         return None
@@ -143,7 +143,7 @@ def fuse_layers(model: PeftModel, recipe: Recipe, console: Console) -> Fusion | 
     if not result.fused:
         why = result.last.refusals[0]
         unfuse(model)
-        if recipe.engine.is_shaped:
+        if recipe.engine.is_customised:
             raise EngineError(
                 f"none of {result.fallen_back} decoder layers can be fused: {why}",
                 fix="leave engine.policy and engine.embedding out: the layers are then computed by Transformers",

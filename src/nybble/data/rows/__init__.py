@@ -1,1 +1,1 @@
-"""Files and Hub data sets to rows."""
+"""From files and Hub data sets to rows."""

@@ -1,4 +1,4 @@
-"""SHA-256 of data files: remembered from an earlier run, or taken of the bytes while their rows are read."""
+"""SHA-256 digests of data files: remembered from an earlier run, or computed from the bytes while rows are read."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from nybble.files.cached_digests import is_unchanged, recall, remember
 
 
 class FileDigests:
-    """The digests of all files that a recipe's data consist of.
+    """The digests of all of a recipe's data files.
 
     Args:
-        files: all of them.
+        files: the files.
         notes: folder in the cache where digests are remembered.
     """
 
@@ -24,16 +24,16 @@ class FileDigests:
         self._notes = notes
         self._earlier = {file: recall(file, notes) for file in files}
         self._known: dict[pathlib.Path, str] = {}
-        self._marks: dict[pathlib.Path, tuple[int, int]] = {}
-        """By which a file is known for the one whose digest was taken."""
+        self._stamps: dict[pathlib.Path, tuple[int, int]] = {}
+        """Each file's size and time of change when its digest was computed."""
         self._reading: OpenFile | None = None
 
     @contextlib.contextmanager
     def reading(self, file: OpenFile) -> Iterator[None]:
-        """While all rows of a file are read: its bytes are hashed as they pass, unless it is as it was in an earlier run.
+        """A context for reading all rows of a file: its bytes are hashed on the way, unless it is unchanged since an earlier run.
 
         Raises:
-            DataError: the file cannot be read, or its rows may not be those of its digest.
+            DataError: the file cannot be read, or it changed, so that its rows may not match its digest.
         """
         self._begin(file)
         try:
@@ -48,7 +48,7 @@ class FileDigests:
         if file.path in self._known:
             self._refuse_changed(file)
         elif earlier is not None and is_unchanged(earlier, file.status):
-            self._know(file.path, earlier["sha256"], file.status)
+            self._store(file.path, earlier["sha256"], file.status)
         else:
             file.hash_as_read()
 
@@ -58,18 +58,18 @@ class FileDigests:
         self._refuse_changed(file)
 
     def _refuse_changed(self, file: OpenFile) -> None:
-        """Refuse a file that is not as it was when its digest was taken: its rows may be others."""
-        if file.has_changed or _mark(file.status) != self._marks[file.path]:
+        """Refuse a file that has changed since its digest was computed: its rows may have changed too."""
+        if file.has_changed or _stamp(file.status) != self._stamps[file.path]:
             raise DataError(
                 "the file changed while it was being read",
                 where=str(file),
                 fix="run the command again when nothing writes to the file",
             )
 
-    def found(self) -> dict[pathlib.Path, str] | None:
-        """The digests before all rows have been read: None if one of the files was never read before.
+    def before_reading(self) -> dict[pathlib.Path, str] | None:
+        """The digests, before all rows have been read; None if one of the files was never read before.
 
-        Nothing can be in the cache for such a file, so there is no use in reading it only for its digest.
+        The cache cannot have rows of such a file, so it would be useless to read it only for its digest.
 
         Raises:
             DataError: a file cannot be read.
@@ -79,17 +79,17 @@ class FileDigests:
         return self.all()
 
     def all(self) -> dict[pathlib.Path, str]:
-        """The digest of every file; what is not known yet is read now.
+        """The digest of every file; files whose digest is not known yet are read now.
 
         Raises:
             DataError: a file cannot be read.
         """
         for file in self._earlier:
             if file not in self._known:
-                self._find(file)
+                self._compute(file)
         return self._known
 
-    def _find(self, path: pathlib.Path) -> None:
+    def _compute(self, path: pathlib.Path) -> None:
         if self._reading is not None and self._reading.path == path:
             self._hash(self._reading)
             return
@@ -97,7 +97,7 @@ class FileDigests:
         try:
             earlier, status = self._earlier[path], path.stat()
             if earlier is not None and is_unchanged(earlier, status):
-                self._know(path, earlier["sha256"], status)
+                self._store(path, earlier["sha256"], status)
                 return
             file = OpenFile(path)
         except OSError as error:
@@ -110,13 +110,13 @@ class FileDigests:
             sha256, xxh3 = file.digests()
         except OSError as error:
             raise unreadable(file.path, error) from error
-        self._know(file.path, sha256, file.status)
+        self._store(file.path, sha256, file.status)
         if not file.has_changed:
             remember(file.path, self._notes, file.status, sha256, xxh3)
 
-    def _know(self, path: pathlib.Path, sha256: str, status: os.stat_result) -> None:
-        self._known[path], self._marks[path] = sha256, _mark(status)
+    def _store(self, path: pathlib.Path, sha256: str, status: os.stat_result) -> None:
+        self._known[path], self._stamps[path] = sha256, _stamp(status)
 
 
-def _mark(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns  # some network mounts give another inode at each look
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns  # no inode: some network mounts give another one each time

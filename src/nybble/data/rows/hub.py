@@ -18,33 +18,33 @@ from nybble.data.rows.readers import Row
 from nybble.data.rows.readers.cells import UNREADABLE
 from nybble.errors import DataError
 
-# The base class of every fault of the HTTP client: httpx's under huggingface_hub 1, httpx2's under 2.
+# The base class of the HTTP client's errors: httpx's with huggingface_hub 1, httpx2's with 2.
 CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
-# What ends a stream before its end: the network, a file that cannot be unpacked (zlib.error) or parsed, a cell without a value.
-BROKEN_OFF = (OSError, *UNREADABLE, zlib.error, DatasetsError, CLIENT_ERROR)
+# Errors that interrupt a stream: of the network, of a file that cannot be unpacked (zlib.error) or parsed, of an unreadable cell.
+STREAM_ERRORS = (OSError, *UNREADABLE, zlib.error, DatasetsError, CLIENT_ERROR)
 
 
 @dataclass(frozen=True)
 class HubSplit:
-    """One split of a data set, looked up and opened once: licence, fingerprint and rows are of the same commit."""
+    """One split of a data set, looked up and opened once, so that licence, fingerprint and rows are of the same commit."""
 
     id: str
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
     streaming: bool = False
-    """Read over the network as rows are asked for, for data larger than the disk."""
+    """Read rows over the network when they are needed, for data larger than the disk."""
 
     def rows(self) -> Iterator[Row]:
-        """Its rows in order."""
-        rows = iter(self._opened)
+        """The split's rows, in order."""
+        rows = iter(self._dataset)
         for number in itertools.count(1):
             origin = f"{self.id}[{self.split}]:row {number}"
             try:
                 values = next(rows)
             except StopIteration:
                 return
-            except BROKEN_OFF as error:
+            except STREAM_ERRORS as error:
                 raise DataError(
                     f"reading stopped: {error}",
                     where=origin,
@@ -54,41 +54,41 @@ class HubSplit:
 
     @property
     def fingerprint(self) -> str:
-        """What Datasets knows of the files and their commit."""
+        """Datasets' fingerprint of the files, or in a stream their commit."""
         if self.streaming:
             return f"{self.id} {self.subset} {self.split} {self._commit}"
-        found: str = self._opened._fingerprint
-        return found
+        fingerprint: str = self._dataset._fingerprint
+        return fingerprint
 
     @property
     def licence(self) -> str | None:
-        """The licence its card names, where the Hub answers."""
-        card = self._found.card_data if isinstance(self._found, DatasetInfo) else None
-        named: Any = getattr(card, "license", None)
-        return ", ".join(named) if isinstance(named, list) else named
+        """The licence that its card names; None if it names none or the Hub does not answer."""
+        card = self._info.card_data if isinstance(self._info, DatasetInfo) else None
+        licence: Any = getattr(card, "license", None)
+        return ", ".join(licence) if isinstance(licence, list) else licence
 
     @property
     def _commit(self) -> str | None:
-        """The commit that its revision means now; the revision as given if the Hub does not answer.
+        """The commit that the revision names now; the revision itself if the Hub does not answer.
 
-        Given a name, Datasets 5.2 may take another revision's rows from its cache when the Hub stumbles, and only warns.
+        If it is given a name, Datasets 5.2 may use another revision's rows from its cache when the Hub fails, and only warns.
         """
-        if isinstance(self._found, RevisionNotFoundError):
+        if isinstance(self._info, RevisionNotFoundError):
             raise DataError(
                 f"{self.id} has no revision {self.revision}", fix="set data.revision to one of its branches or tags"
-            ) from self._found
-        return self._found.sha if isinstance(self._found, DatasetInfo) else self.revision
+            ) from self._info
+        return self._info.sha if isinstance(self._info, DatasetInfo) else self.revision
 
     @functools.cached_property
-    def _found(self) -> DatasetInfo | Exception:
-        """What the Hub says of it, or why it says nothing."""
+    def _info(self) -> DatasetInfo | Exception:
+        """The Hub's information about the data set, or the error of the request."""
         try:
             return HfApi().dataset_info(self.id, revision=self.revision)
         except (OSError, CLIENT_ERROR) as error:
             return error
 
     @functools.cached_property
-    def _opened(self) -> Dataset | IterableDataset:
+    def _dataset(self) -> Dataset | IterableDataset:
         commit = self._commit
         try:
             return load_dataset(self.id, self.subset, split=self.split, revision=commit, streaming=self.streaming)
@@ -104,7 +104,7 @@ class HubSplit:
                 fix="check the network, or the path if a file or folder was meant",
             ) from error
         except (DatasetsError, RuntimeError) as error:  # no data files, files that cannot be parsed, a loading script
-            why = error.__cause__ or error  # DatasetGenerationError says no more than its name
+            why = error.__cause__ or error  # a DatasetGenerationError has no useful message
             raise DataError(f"{self.id} cannot be read: {why}", fix="use a data set of plain files") from error
         except ValueError as error:  # an unknown split or subset: the message lists those that exist
             raise DataError(f"{self.id}: {error}", fix="set data.split and data.subset") from error

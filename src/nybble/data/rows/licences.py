@@ -1,4 +1,4 @@
-"""Licences of data sets that many people train on, by the names under which they are known."""
+"""The licences of popular data sets, by Hub id or file name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nybble.data.rows.sources import DataSource
 
 NON_COMMERCIAL = "CC BY-NC 4.0: not for commercial use"
 KNOWN = {
-    # Hub id or file name: licence, as the data set's own page or repository states it
+    # Hub id or file name: licence, as stated on the data set's own page or repository
     "tatsu-lab/alpaca": NON_COMMERCIAL,
     "alpaca_data.json": f"{NON_COMMERCIAL} (Stanford Alpaca)",
     "yahma/alpaca-cleaned": "CC BY 4.0, over text made with OpenAI's models and Alpaca's non-commercial terms",
@@ -30,11 +30,11 @@ KNOWN = {
 
 
 def licences(sources: Iterable[DataSource]) -> list[str]:
-    """A line for each source whose licence is known, or which its card on the Hub names."""
+    """One line for each data set on the Hub, and for each file whose licence is known."""
     lines = []
     for source in sources:
         if source.hub is not None:
-            named = KNOWN.get(source.hub.id) or source.hub.licence
-            lines += [f"{source.name}: {named}"] if named else [f"{source.name}: its card names none"]
+            licence = KNOWN.get(source.hub.id) or source.hub.licence
+            lines += [f"{source.name}: {licence}"] if licence else [f"{source.name}: its card names none"]
         lines += [f"{file.name}: {KNOWN[file.name]}" for file in source.files if file.name in KNOWN]
     return lines

@@ -1,4 +1,4 @@
-"""A recipe's rows, opened once: the first ones decide their forms, and reading goes on from there."""
+"""A recipe's rows, opened once: their forms are detected from the first ones, and reading continues from there."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
 STREAM_HEAD = 10_000  # rows of a stream that are examined before training
-FORM_ROWS = 1000  # rows by which forms are recognised
-BUFFER = 64 * MB  # of memory for those rows; of larger ones the files are opened a second time
+FORM_ROWS = 1000  # rows from which forms are detected
+BUFFER = 64 * MB  # of memory for those rows; if they are larger, the files are opened a second time
 DATES = (datetime.date, datetime.time, datetime.timedelta)
-PLAIN = (str, bytes, int, float, type(None), decimal.Decimal, uuid.UUID, Unreadable, *DATES)
+SIZED_TYPES = (str, bytes, int, float, type(None), decimal.Decimal, uuid.UUID, Unreadable, *DATES)
 
 
 class OpenRows:
-    """The rows that a recipe's data section names; the first ones are read to find their forms.
+    """The rows that a recipe's data section names; the first ones are read to detect their forms.
 
     Args:
         options: the data section.
-        rules: by which rows are read.
-        notes: folder where the files' digests are remembered; None where no digest is wanted.
+        rules: the version's rules by which rows are read.
+        notes: folder where the files' digests are remembered; None if no digest is needed.
 
     Raises:
-        DataError: a file that is not there or of an unknown kind, a folder or pattern without files, a map without a form.
+        DataError: a file is missing or of an unknown kind, a folder or pattern has no files, or data.map fits no form.
     """
 
     def __init__(self, options: DataOptions, rules: Rules = Rules.NOW, notes: pathlib.Path | None = None) -> None:
@@ -47,9 +47,9 @@ class OpenRows:
         self._digests = FileDigests(files, notes) if notes is not None else None
         self._unread = self._begin()
         self._buffer: list[Item] | None = []
-        """What has been taken from `_unread` and not yet given to a reader of `items`; None if it was too much to hold."""
-        found = detect_forms(self._first_rows(), options.form, options.map)
-        self.forms = dataclasses.replace(found, rules=rules)
+        """The items taken from `_unread` that `items` has not returned yet; None if they did not fit."""
+        forms = detect_forms(self._first_rows(), options.form, options.map)
+        self.forms = dataclasses.replace(forms, rules=rules)
 
     def __enter__(self) -> Self:
         return self
@@ -60,20 +60,20 @@ class OpenRows:
         self._unread.close()
 
     def items(self) -> Iterator[Item]:
-        """Rows, faults and notices from the first on, of a stream the first 10,000."""
+        """All rows, faults and notices; of a stream, the first 10,000."""
         return itertools.islice(self._items(), STREAM_HEAD if self.options.streaming else None)
 
     def fingerprint(self, *, is_read: bool) -> str | None:
-        """SHA-256 of all that the sources hold.
+        """SHA-256 of the content of all sources; None if it can be known only when the rows have been read.
 
         Args:
-            is_read: the rows have been read. Before that, None if it can only be known when they have been.
+            is_read: whether the rows have been read.
 
         Raises:
             DataError: a file cannot be read.
         """
         assert self._digests is not None, "rows that were opened without a folder for digests"
-        digests = self._digests.all() if is_read else self._digests.found()
+        digests = self._digests.all() if is_read else self._digests.before_reading()
         return None if digests is None else fingerprint(self.sources, digests)
 
     def _begin(self) -> Generator[Item, None, None]:
@@ -84,14 +84,15 @@ class OpenRows:
         if buffered is None:
             self._unread.close()
             self._unread = self._begin()
-        # A chain, and not `yield from`, which would close the files when the reader of these items stops early.
+        # A chain, because `yield from` would close the files when the consumer of these items stops early.
         return itertools.chain(buffered or (), self._unread)
 
     def _first_rows(self) -> Iterator[Row]:
         rows = size = 0
         while rows < FORM_ROWS and (item := next(self._unread, None)) is not None:
             if self._buffer is not None:
-                if isinstance(item, DataError):  # cause and traceback hold the whole line: 6,000 of 40 KB took 480 MB
+                # Cause and traceback keep the whole line in memory: 6,000 of 40 KB took 480 MB.
+                if isinstance(item, DataError):
                     item.__traceback__ = item.__cause__ = item.__context__ = None
                 size += _size(item)
                 self._buffer.append(item)
@@ -103,11 +104,12 @@ class OpenRows:
 
 
 def _size(item: Item) -> int:
-    """Bytes of memory that an item takes, about."""
+    """The approximate bytes of memory that an item takes."""
     total, waiting = 1000, [item.values] if isinstance(item, Row) else []
     while waiting:
         value: Any = waiting.pop()
-        total += sys.getsizeof(value) if isinstance(value, (*PLAIN, dict, list, tuple)) else MB  # a picture, perhaps
+        is_known = isinstance(value, (*SIZED_TYPES, dict, list, tuple))
+        total += sys.getsizeof(value) if is_known else MB  # perhaps an image
         if isinstance(value, dict):
             waiting += [*value.keys(), *value.values()]
         elif isinstance(value, list | tuple):

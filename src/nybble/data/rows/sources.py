@@ -1,6 +1,6 @@
-"""Where rows come from: files, folders, patterns and data sets on the Hub, one or several.
+"""The sources of rows: files, folders, patterns and data sets on the Hub, one or several.
 
-Everything that looks at data, training and checking alike, reads through `read_rows`.
+Training and checking both read through `read_rows`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from nybble.data.rows.readers import (
     OpenFile,
     Row,
     kind_of,
-    opened,
+    open_data_file,
     read_rows_of,
     refuse_special,
 )
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
-LARGEST_BEFORE = 2000 * MB  # versions up to 0.6.0 had no limit on rows
+OLD_LIMIT = 2000 * MB  # versions up to 0.6.0 had no limit on rows
 UNPACKERS = {
     ".bz2": "bunzip2 --keep",
     ".xz": "unxz --keep",
@@ -47,13 +47,13 @@ Paths = str | Sequence[str] | Mapping[str, float]
 
 @dataclass(frozen=True)
 class DataSource:
-    """One of the names in a recipe: the files it means, or one split of a data set on the Hub."""
+    """One of the sources that a recipe names: its files, or one split of a data set on the Hub."""
 
     name: str
     files: tuple[pathlib.Path, ...] = ()
     hub: HubSplit | None = None
     weight: float = 1.0
-    """How often each of its rows is used in an epoch; in a stream, at which relative rate rows are drawn."""
+    """How often each of its rows is used in an epoch; in a stream, the relative rate at which its rows are drawn."""
 
 
 def find_sources(
@@ -64,25 +64,27 @@ def find_sources(
     revision: str | None = None,
     streaming: bool = False,
 ) -> tuple[DataSource, ...]:
-    """Tell files, folders and patterns from Hub ids.
+    """Find the files that names stand for, or the data sets on the Hub.
 
     Args:
-        paths: a name, several, or names with their weights.
-        streaming: data sets on the Hub are read as they come, and not downloaded first.
+        paths: one name, several, or names with weights.
+        subset: configuration of a data set on the Hub.
+        split: of a data set on the Hub.
+        revision: of a data set on the Hub.
+        streaming: whether rows from the Hub are read when they are needed, instead of downloaded first.
 
     Raises:
-        DataError: a file that is not there or of an unknown kind, a folder or pattern without files.
+        DataError: a file is missing or of an unknown kind, or a folder or pattern has no files.
     """
     weights = paths if isinstance(paths, Mapping) else dict.fromkeys([paths] if isinstance(paths, str) else paths, 1.0)
     if not weights or not all(weights):
         raise DataError("no data was given", fix="nybble train MODEL DATA, where DATA is a file or a Hub id")
-    found = []
+    sources = []
     for name, weight in weights.items():
         files = _files(name)
-        found.append(
-            DataSource(name, files, None if files else HubSplit(name, subset, split, revision, streaming), weight)
-        )
-    return tuple(found)
+        hub = None if files else HubSplit(name, subset, split, revision, streaming)
+        sources.append(DataSource(name, files, hub, weight))
+    return tuple(sources)
 
 
 def sources_of(options: DataOptions) -> tuple[DataSource, ...]:
@@ -97,24 +99,24 @@ def sources_of(options: DataOptions) -> tuple[DataSource, ...]:
 
 
 def row_limit(options: DataOptions, rules: Rules) -> int:
-    """How large a row may be: characters of text, bytes of parquet.
+    """The maximum size of a row: characters of text, bytes of parquet.
 
     Args:
         options: the recipe's data section.
-        rules: by which they are read.
+        rules: the version's rules by which rows are read.
     """
-    return LARGEST_BEFORE if rules < Rules.NOW else options.max_row_mb * MB
+    return OLD_LIMIT if rules < Rules.NOW else options.max_row_mb * MB
 
 
 def read_rows(
     sources: Sequence[DataSource], limit: int = MAX_ROW, digests: FileDigests | None = None
 ) -> Generator[Item, None, None]:
-    """Rows in the order of the sources, in place of each that cannot be read what is wrong with it, and notices.
+    """Rows in the order of their sources, notices, and a fault in place of each row that cannot be read.
 
     Args:
-        sources: where they come from.
-        limit: of `row_limit`.
-        digests: takes the files' digests on the way.
+        sources: of the rows.
+        limit: the maximum size of a row, from `row_limit`.
+        digests: computes the files' digests on the way.
     """
     for number, source in enumerate(sources):
         for item in _read(source, limit, digests):
@@ -127,7 +129,7 @@ def _read(source: DataSource, limit: int, digests: FileDigests | None) -> Iterat
     for path in source.files:
         with contextlib.ExitStack() as stack:
             try:
-                file = stack.enter_context(opened(path))
+                file = stack.enter_context(open_data_file(path))
             except DataError as error:
                 yield error
                 continue
@@ -139,7 +141,8 @@ def _read(source: DataSource, limit: int, digests: FileDigests | None) -> Iterat
 def _read_file(file: OpenFile, limit: int) -> Iterator[Item]:
     try:
         for item in read_rows_of(file, limit):
-            if isinstance(item, Row) and not item.origin.isascii():  # a copy takes longer than reading a short row
+            # Only then: copying a row takes longer than reading a short one.
+            if isinstance(item, Row) and not item.origin.isascii():
                 item = replace(item, origin=_printable(item.origin))
             yield item
     except DataError as error:
@@ -147,33 +150,33 @@ def _read_file(file: OpenFile, limit: int) -> Iterator[Item]:
 
 
 def _printable(origin: str) -> str:
-    """A place as it can be written: a file's name need not be UTF-8."""
+    """An origin that can be encoded: a file's name need not be UTF-8."""
     return origin.encode(errors="replace").decode()
 
 
 def fingerprint(sources: Sequence[DataSource], digests: Mapping[pathlib.Path, str]) -> str:
-    """SHA-256 of what the sources hold: the files' bytes, or what Datasets knows of the Hub's files and their commit.
+    """SHA-256 of the sources' content: of the files' bytes, or of Datasets' fingerprint of the Hub's files.
 
     Args:
-        sources: where rows come from.
+        sources: of the rows.
         digests: SHA-256 of each of their files.
     """
-    whole = hashlib.sha256()
+    total = hashlib.sha256()
     for source in sources:
         if source.hub is not None:
-            whole.update(source.hub.fingerprint.encode())
+            total.update(source.hub.fingerprint.encode())
         for file in source.files:
-            whole.update(bytes.fromhex(digests[file]))
-    return whole.hexdigest()
+            total.update(bytes.fromhex(digests[file]))
+    return total.hexdigest()
 
 
 def _files(name: str) -> tuple[pathlib.Path, ...]:
-    """The files that a name means; none if it can only be a Hub id."""
+    """The files that a name stands for; none if it can only be a Hub id."""
     if name == "-":
         raise DataError("nybble does not read data from standard input", fix="write it to a file, such as rows.jsonl")
     path = pathlib.Path(name).expanduser()
-    if _is_there(path, name) and path.is_dir():
-        _refuse_saved(path)
+    if _exists(path, name) and path.is_dir():
+        _refuse_save_to_disk(path)
         inside = sorted(file for file in path.rglob("*") if _is_data(file.relative_to(path)) and not file.is_dir())
         if not inside:
             raise DataError(f"the folder {path} contains no file that nybble reads", fix=_kinds_fix(path))
@@ -200,11 +203,11 @@ def _files(name: str) -> tuple[pathlib.Path, ...]:
     return ()
 
 
-def _is_there(path: pathlib.Path, name: str) -> bool:
-    """Whether a path exists, or only its name does, as of a broken link.
+def _exists(path: pathlib.Path, name: str) -> bool:
+    """Whether there is something at a path, even a broken link.
 
     Raises:
-        DataError: it cannot be a path of this machine, or may not be looked at.
+        DataError: it is not a valid path on this machine, or it may not be accessed.
     """
     try:
         path.lstat()
@@ -217,12 +220,12 @@ def _is_there(path: pathlib.Path, name: str) -> bool:
 
 
 def _is_data(file: pathlib.Path) -> bool:
-    """Whether a file in a folder is meant: what tools leave there, .ipynb_checkpoints and ._rows.jsonl, is hidden."""
+    """Whether a file in a folder is data; what tools leave there, such as .ipynb_checkpoints and ._rows.jsonl, is hidden."""
     return kind_of(file) in KINDS and not any(part.startswith(".") for part in file.parts)
 
 
-def _refuse_saved(folder: pathlib.Path) -> None:
-    """Datasets' own folders hold arrow files, and descriptions in JSON that are no rows."""
+def _refuse_save_to_disk(folder: pathlib.Path) -> None:
+    """Refuse a folder written by Datasets' save_to_disk: it has arrow files, and JSON files that are not rows."""
     has_splits = (folder / "dataset_dict.json").exists()
     if has_splits or (folder / "state.json").exists():
         split = '["train"]' if has_splits else ""

@@ -1,1 +1,1 @@
-"""From a recipe's sources to training and validation sets, tokenised once and kept in the cache."""
+"""From a recipe's sources to training and validation sets, tokenised once and stored in the cache."""

@@ -1,4 +1,4 @@
-"""From a recipe's data section to training and validation sets: examine, refuse what is unfit, split, weigh, pack."""
+"""From a recipe's data section to training and validation sets: examine the rows, refuse faulty data, split, weight, pack."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from nybble.data.batches import PackedRows
 from nybble.data.packing import best_fit
-from nybble.data.sets.examine import Examined, examine, unfit
+from nybble.data.sets.examine import Examined, examine, faults_of_data
 from nybble.data.sets.stream import StreamedRows
 from nybble.data.text.template import Template
 from nybble.data.text.tokenise import Counts, Progress
 from nybble.errors import DataError, NybbleError, TooFewRowsError
 from nybble.recipe import DataOptions
 
-Refuse = Callable[[NybbleError], None]
-"""Is given each reason for which data cannot be trained on: it raises it, or collects it so that all are found."""
+OnFault = Callable[[NybbleError], None]
+"""Called with each reason why data cannot be trained on: it raises the fault, or collects it so that all are found."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,16 @@ class Prepared:
     template: Template
     counts: Counts
     fingerprint: str
-    """SHA-256 over the source, tokenizer, template and lengths: equal means equal tokens."""
+    """SHA-256 of sources, tokenizer, template and length limits: equal fingerprints mean equal tokens."""
     cached: bool
     sample: Dataset | PackedRows
-    """What of `train` can be looked at beforehand: all of it, or the examined beginning of a stream."""
+    """The part of `train` that can be inspected beforehand: all of it, or the examined beginning of a stream."""
     train_samples: int
-    """Distinct conversations in `train`, however they are packed and weighted; of a stream those that were examined."""
+    """Distinct conversations in `train`, however they are packed and weighted; for a stream, those that were examined."""
 
     @property
     def rows(self) -> int | None:
-        """Rows of an epoch; None of a stream."""
+        """Rows per epoch; None for a stream."""
         return None if isinstance(self.train, StreamedRows) else len(self.train)
 
 
@@ -55,25 +55,25 @@ def prepare(
     progress: Progress = lambda _: None,
     template: Template | None = None,
 ) -> Prepared:
-    """Turn the data a recipe names into token rows.
+    """Turn the data that a recipe names into tokenised rows.
 
     Args:
         options: the recipe's data section.
-        tokenizer: of the base model; its chat template is a candidate for the template.
+        tokenizer: the base model's; its chat template is a candidate for the template.
         seed: of the split into training and validation rows.
         cache: folder for tokenised data.
         progress: called with the number of rows read so far.
-        template: of a run whose rows are read again; else the options choose it.
+        template: that of the run whose rows are read again; else the options choose it.
 
     Raises:
-        DataError: with the `file:line` of what is wrong.
+        DataError: the data cannot be trained on; faults of rows come with their `file:line`.
     """
     examined = examine_rows(options, tokenizer, cache, progress=progress, template=template)
-    return sets_of(examined, examine_validation(options, examined.template, cache, progress=progress), options, seed)
+    return make_sets(examined, examine_validation(options, examined.template, cache, progress=progress), options, seed)
 
 
 def raise_fault(fault: NybbleError) -> NoReturn:
-    """Stop at the first fault, as training does."""
+    """Raise the first fault, as training does."""
     raise fault
 
 
@@ -81,14 +81,14 @@ def examine_rows(
     options: DataOptions,
     tokenizer: PreTrainedTokenizerBase,
     cache: pathlib.Path,
-    refuse: Refuse = raise_fault,
+    on_fault: OnFault = raise_fault,
     progress: Progress = lambda _: None,
     template: Template | None = None,
 ) -> Examined:
     """The rows that data.path names; raises as `examine`."""
     examined = examine(options, tokenizer, cache, progress, template)
-    for fault in unfit(examined.counts, examined.faults, examined.lengths, options):
-        refuse(fault)
+    for fault in faults_of_data(examined.counts, examined.faults, examined.lengths, options):
+        on_fault(fault)
     return examined
 
 
@@ -96,31 +96,31 @@ def examine_validation(
     options: DataOptions,
     template: Template,
     cache: pathlib.Path,
-    refuse: Refuse = raise_fault,
+    on_fault: OnFault = raise_fault,
     progress: Progress = lambda _: None,
 ) -> Examined | None:
-    """The rows of the file that data.validation names, with the training rows' template; None where there is no such file."""
+    """The rows of the file that data.validation names, with the training rows' template; None if it names none."""
     if not isinstance(options.validation, str):
         return None
     held_out = validation_options(options)
     try:
-        return examine_rows(held_out, template.tokenizer, cache, refuse, progress, template)
+        return examine_rows(held_out, template.tokenizer, cache, on_fault, progress, template)
     except DataError as fault:
-        refuse(fault)
+        on_fault(fault)
         return None
 
 
-def sets_of(examined: Examined, held_out: Examined | None, options: DataOptions, seed: int) -> Prepared:
-    """Split, weigh and pack what was examined.
+def make_sets(examined: Examined, held_out: Examined | None, options: DataOptions, seed: int) -> Prepared:
+    """Split, weight and pack the examined rows.
 
     Args:
         examined: the rows.
-        held_out: the rows of the file that data.validation names; None where it names none.
+        held_out: the rows of the file that data.validation names; None if it names none.
         options: the recipe's data section.
-        seed: of the split, and of a weight's random part.
+        seed: of the split, and of the random choice that a fractional weight needs.
 
     Raises:
-        TooFewRowsError: nothing is left to train on.
+        TooFewRowsError: no rows are left to train on.
     """
     validation: Dataset | None
     if isinstance(options.validation, str):
@@ -144,7 +144,7 @@ def sets_of(examined: Examined, held_out: Examined | None, options: DataOptions,
 
 
 def validation_options(options: DataOptions) -> DataOptions:
-    """The options for the file of validation rows: those of the training rows, whose template is used too."""
+    """The options for the file of validation rows: those of the training rows, with another path."""
     return options.model_copy(update={"path": options.validation, "streaming": False})
 
 
@@ -154,7 +154,7 @@ def _stream(examined: Examined, options: DataOptions, seed: int, validation: Dat
 
 
 def split(tokens: Dataset, validation: float, seed: int) -> tuple[Dataset, Dataset | None]:
-    """Rows in random order; a share or a number of them held out."""
+    """Training and validation rows: a random share or number of the rows is held out."""
     held_out = round(validation) if validation >= 1 else round(validation * len(tokens))
     if 0 < validation < 1:
         held_out = max(1, held_out)
@@ -170,7 +170,7 @@ def split(tokens: Dataset, validation: float, seed: int) -> tuple[Dataset, Datas
 
 
 def arranged(train: Dataset, examined: Examined, options: DataOptions, seed: int) -> Dataset | PackedRows:
-    """Training rows as often as their source's weight says, packed where that is asked for."""
+    """Training rows, repeated according to their source's weight, and packed if the recipe says so."""
     weights = [source.weight for source in examined.sources]
     if set(weights) != {1.0}:
         train = train.select(weighted(column(train, "source"), weights, seed))
@@ -178,7 +178,7 @@ def arranged(train: Dataset, examined: Examined, options: DataOptions, seed: int
 
 
 def weighted(sources: numpy.ndarray, weights: Sequence[float], seed: int) -> numpy.ndarray:
-    """Positions of rows, those of a source of weight 2.5 twice and a random half of them once more."""
+    """Positions of rows, repeated by weight: with weight 2.5, a source's rows come twice, and a random half of them once more."""
     generator = numpy.random.default_rng(seed)
     positions: list[numpy.ndarray] = []
     for source, weight in enumerate(weights):
@@ -189,9 +189,9 @@ def weighted(sources: numpy.ndarray, weights: Sequence[float], seed: int) -> num
 
 
 def column(rows: Dataset, name: str) -> numpy.ndarray:
-    """A column of numbers; the others are not read.
+    """A column of numbers; other columns are not read.
 
-    Datasets' own way through a selection is a slice a row: 600,000 rows took 5 s and 500 MB.
+    Datasets itself reads a selection one row at a time: 600,000 rows took 5 s and 500 MB.
     """
     numbers: numpy.ndarray = rows.data.column(name).to_numpy()
     return numbers if rows._indices is None else numbers[rows._indices.column(0).to_numpy()]

@@ -1,4 +1,4 @@
-"""Rows as the model reads them: the text after the template, what is trained and what is not, control tokens visible."""
+"""Shows rows as the model reads them: the text after the template, what is trained and what is not, and the control tokens."""
 
 from __future__ import annotations
 
@@ -18,22 +18,25 @@ from nybble.errors import DataError
 from nybble.recipe import DataOptions
 from nybble.terminal import tell
 
-READ_PER_ROW = 64  # rows that are read at most for each that is shown: the others cannot be trained on
+READ_PER_ROW = 64  # rows to read at most for each row shown, in case most cannot be trained on
 TRAINED, MASKED, SPECIAL = "bold green", "dim", "reverse"
-OPEN, CLOSE = "[[", "]]"  # around what is trained, where there is no colour
+OPEN, CLOSE = "[[", "]]"  # around trained text if there is no colour
 
 
 def preview(
     options: DataOptions, tokenizer: PreTrainedTokenizerBase, count: int, console: Console, *, ids: bool = False
 ) -> None:
-    """Print the first rows that can be trained on, as the collator gives them.
+    """Print the first rows that can be trained on, as the collator returns them.
 
     Args:
-        count: how many rows.
-        ids: the tokens' ids too, each with its text.
+        options: the recipe's data section.
+        tokenizer: the base model's.
+        count: number of rows.
+        console: where to print.
+        ids: print the token ids too, each with its text.
 
     Raises:
-        DataError: no row can be trained on; the first fault is raised.
+        DataError: no row can be trained on; this is the first fault.
     """
     with OpenRows(options) as rows:
         template = choose_template(tokenizer, options.template, rows.forms.most_common)
@@ -42,8 +45,10 @@ def preview(
     if not samples:
         raise reading.faults[0] if reading.faults else DataError("there is no row that fits data.max_length")
     plain = console.no_color or not console.is_terminal
-    key = f"{OPEN}trained{CLOSE}, not trained" if plain else Text.assemble(("trained", TRAINED), ", ", ("not", MASKED))
-    console.print(key, highlight=False, markup=False)
+    legend = (
+        f"{OPEN}trained{CLOSE}, not trained" if plain else Text.assemble(("trained", TRAINED), ", ", ("not", MASKED))
+    )
+    console.print(legend, highlight=False, markup=False)
     for sample in samples:
         _print(sample, tokenizer, console, plain, ids)
     if reading.counts.faulty:
@@ -67,19 +72,19 @@ def _print(sample: Sample, tokenizer: PreTrainedTokenizerBase, console: Console,
     console.print(text, soft_wrap=True, highlight=False)
     if ids:
         shown = zip(tokens, tokenizer.convert_ids_to_tokens(tokens), trained, strict=True)
-        words = [
+        token_texts = [
             f"{OPEN}{token} {name}{CLOSE}" if plain and learnt else f"{token} {name}" for token, name, learnt in shown
         ]
         listed = Text()
-        for word, learnt in zip(words, trained, strict=True):
-            listed.append(word + "  ", style="" if plain else TRAINED if learnt else MASKED)
+        for token_text, learnt in zip(token_texts, trained, strict=True):
+            listed.append(token_text + "  ", style="" if plain else TRAINED if learnt else MASKED)
         console.print(listed, highlight=False)
 
 
 def _pieces(
     tokenizer: PreTrainedTokenizerBase, tokens: list[int], trained: list[bool]
 ) -> Iterator[tuple[str, bool, bool]]:
-    """Text, whether it is trained, whether it is a control token; together the row, to the character."""
+    """Pieces of the row's text, each with whether it is trained and whether it is a control token; together they are the row."""
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     special |= set(tokenizer.all_special_ids)
     start, shown = 0, ""
@@ -88,7 +93,7 @@ def _pieces(
         if tokens[start] not in special:
             while end < len(tokens) and trained[end] == trained[start] and tokens[end] not in special:
                 end += 1
-        # By the difference to what came before: decoded alone, a piece loses the space it begins with.
+        # A piece is the difference from the text before it: decoded alone, it would lose a leading space.
         whole = tokenizer.decode(tokens[:end], clean_up_tokenization_spaces=False)
         yield whole[len(shown) :], trained[start], tokens[start] in special
         start, shown = end, whole

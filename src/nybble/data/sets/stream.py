@@ -1,4 +1,4 @@
-"""Rows tokenised as training asks for them, for data larger than the disk."""
+"""Tokenises rows when training needs them, for data larger than the disk."""
 
 from __future__ import annotations
 
@@ -22,19 +22,24 @@ from nybble.data.text.tokenise import Pass
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
-LOGGED = 1000  # different faults that the log names
-BUFFER = 1000  # samples that are shuffled and packed together: 99% full at instruction lengths
+MAX_LOGGED = 1000  # distinct faults that are logged
+BUFFER = 1000  # samples that are shuffled and packed together; rows of instructions are then 99% full
 log = logging.getLogger("nybble")
 
 
 class StreamedRows(torch.utils.data.IterableDataset[Any]):
-    """An endless stream of samples, or of packed rows: sources over and over, mixed by weight, shuffled in a buffer.
+    """An endless stream of samples, or of packed rows: the sources are repeated, mixed by weight, and shuffled in a buffer.
 
-    The stream depends on the seed alone, so a resumed run that skips what it had is where it was. Rows that cannot be
-    trained on are left out and named in the log; the first ones are examined before training begins.
+    The stream depends on the seed alone, so a resumed run skips the rows that it has had and continues where it stopped. Rows
+    that cannot be trained on are left out and logged; the first rows are examined before training begins.
 
     Args:
-        held_out: origins of rows that are not to be trained on.
+        sources: of the rows.
+        forms: how rows are read.
+        template: how conversations become tokens.
+        options: the recipe's data section.
+        seed: of the mixture and the shuffling.
+        held_out: origins of the validation rows, which are not trained on.
     """
 
     def __init__(
@@ -72,16 +77,16 @@ class StreamedRows(torch.utils.data.IterableDataset[Any]):
                 yield next(rows[number])
 
     def _endless(self, number: int) -> Iterator[Row]:
-        """A source over and over, without what is held out."""
+        """A source's rows, repeated endlessly, without those held out."""
         logged: set[str] = set()
         limit = row_limit(self.options, self.forms.rules)
         while True:
-            some = False
+            has_rows = False
             for row in _readable(read_rows(self.sources[number : number + 1], limit), logged):
                 if row.origin not in self.held_out:
-                    some = True
+                    has_rows = True
                     yield replace(row, source=number)
-            if not some:
+            if not has_rows:
                 raise DataError(
                     f"{self.sources[number].name} has no rows besides the {len(self.held_out)} held out",
                     fix="a smaller data.validation, or a file",
@@ -89,13 +94,13 @@ class StreamedRows(torch.utils.data.IterableDataset[Any]):
 
 
 def samples_of(rows: Iterable[Row], forms: Forms, template: Template, options: DataOptions) -> Iterator[Sample]:
-    """Rows as the collator takes them; faulty ones are named in the log."""
+    """Rows as samples for the collator; faulty ones are logged."""
     reading = Pass(forms, template, options, keep_duplicates=True)
     logged: set[str] = set()
     for sample in reading.samples(rows):
         for fault in reading.faults:
             _log_once(fault, logged)
-        reading.noted = Faults()
+        reading.row_faults = Faults()
         tokens = sample.tokens
         yield {
             "input_ids": tokens.ids,
@@ -114,9 +119,9 @@ def _readable(items: Iterable[Item], logged: set[str]) -> Iterator[Row]:
 
 
 def _log_once(fault: DataError, logged: set[str]) -> None:
-    """A source is read again and again, and its faults come with it; each is logged once, and only so many are."""
-    if str(fault) not in logged and len(logged) < LOGGED:
+    """Log a fault once, although its source is read repeatedly, and no more than `MAX_LOGGED` faults."""
+    if str(fault) not in logged and len(logged) < MAX_LOGGED:
         logged.add(str(fault))
         log.warning("nybble: left out: %s", fault)
-        if len(logged) == LOGGED:
-            log.warning("nybble: other rows that are left out are not named")
+        if len(logged) == MAX_LOGGED:
+            log.warning("nybble: further rows that are left out are not logged")

@@ -1,1 +1,1 @@
-"""Conversations to text and token ids."""
+"""From conversations to text and token ids."""

@@ -1,6 +1,6 @@
-"""What one rendering of a chat template may take, and how much a method or filter would make, known before it runs.
+"""Limits on one rendering of a chat template, and estimates, before it runs, of how much a method or filter would build.
 
-The estimates are upper bounds, roughly: a template that honest people write stays below the limits by a factor of a thousand.
+The estimates are rough upper bounds: an ordinary template stays below the limits by a factor of a thousand.
 """
 
 from __future__ import annotations
@@ -14,60 +14,60 @@ from jinja2.utils import Namespace
 
 from nybble.errors import DataError
 
-SECONDS = 5.0  # of processor time for one rendering; a usual one takes less than 0.001
-VALUE = 4_000_000  # characters of one value, and eight for each that the messages have
-COPIES = 64  # of such a value, made one after another
-NODE = 16  # what an item of a list counts beside its text
-DIGITS = 4300  # of a number; Python writes none longer
-WIDTH = re.compile(r"%[^%A-Za-z]*|\{[^{}]*")  # where a format says how wide a value becomes
-WIDTH_GIVEN = re.compile(r"\*|\{[^{}]*\{")  # where it leaves that to the values
+SECONDS = 5.0  # of processor time for one rendering; an ordinary one takes less than 0.001
+VALUE_SIZE = 4_000_000  # characters that a value may have, plus eight for each character of the messages
+COPIES = 64  # values of that size that may be built one after another
+ITEM_SIZE = 16  # characters that an item of a list counts for, besides its text
+MAX_DIGITS = 4300  # digits of a number; Python writes no longer ones
+WIDTH = re.compile(r"%[^%A-Za-z]*|\{[^{}]*")  # a part of a format that may set a value's width
+WIDTH_FROM_VALUES = re.compile(r"\*|\{[^{}]*\{")  # a format whose width comes from the values
 
 
 class TemplateLimitError(DataError):
-    """A template that runs too long or builds too much, whatever the row: no row can be rendered with it."""
+    """A template that runs too long or builds too much; it is not the row's fault, so no row can be rendered with it."""
 
 
 class Meter:
-    """What one rendering has used up.
+    """Counts what one rendering uses, and stops it at the limits.
 
     Args:
-        given: characters that its messages have.
+        message_size: characters of its messages.
     """
 
-    def __init__(self, given: int) -> None:
-        self.largest = VALUE + 8 * given
+    def __init__(self, message_size: int) -> None:
+        self.largest = VALUE_SIZE + 8 * message_size
         self.left = COPIES * self.largest
         self._wall = time.monotonic() + SECONDS
         self._processor = time.thread_time() + SECONDS
 
     def step(self, written: int = 0) -> None:
-        """Before each turn of a loop, each call and each operator that walks over values.
+        """Call this before each iteration of a loop, each call and each operator that iterates over values.
 
         Args:
-            written: characters of the template's own that this puts out.
+            written: characters of the template's own text that the step writes.
 
         Raises:
-            TemplateLimitError: the time is up, or all that may be written is.
+            TemplateLimitError: the time or the number of characters is used up.
         """
         self.left -= written
         now = time.monotonic()
         if now > self._wall:
             remaining = self._processor - time.thread_time()
             if remaining <= 0:
-                raise TemplateLimitError(f"it is still at work after {SECONDS:.0f} seconds")
-            self._wall = now + remaining  # a machine that was busy or asleep is no fault of the template
+                raise TemplateLimitError(f"it is still running after {SECONDS:.0f} seconds")
+            self._wall = now + remaining  # it is not the template's fault that the machine was busy or asleep
         if self.left < 0:
             raise TemplateLimitError(f"it writes more than {COPIES * self.largest:,} characters")
 
     def make(self, size: float, new: float | None = None) -> None:
-        """Before, or after, a value of so many characters is made.
+        """Call this before or after a value of this many characters is built.
 
         Args:
-            size: written out.
-            new: what it takes beside the values that it holds; None: all of it.
+            size: characters of the value written out.
+            new: characters that it takes besides the values that it contains; None if all are new.
 
         Raises:
-            TemplateLimitError: it is too large, or so are all of them together.
+            TemplateLimitError: the value is too large, or all values together are.
         """
         if size > self.largest:
             raise TemplateLimitError(f"it builds a value of more than {self.largest:,} characters")
@@ -76,46 +76,48 @@ class Meter:
             self.step()
 
     def number(self, bits: int) -> None:
-        """Before a whole number of so many bits is made.
+        """Call this before an integer of this many bits is computed.
 
         Raises:
-            TemplateLimitError: it is too long.
+            TemplateLimitError: it has too many digits.
         """
-        if bits * 0.30103 > DIGITS:
-            raise TemplateLimitError(f"it computes a number of more than {DIGITS:,} digits")
+        if bits * 0.30103 > MAX_DIGITS:
+            raise TemplateLimitError(f"it computes a number of more than {MAX_DIGITS:,} digits")
 
     def size(self, value: Any) -> int:
-        """Characters of a value written out, roughly; counted no further than needed to know that it is too large."""
-        if type(value) is str:  # nearly always, and this is called for all that a template writes
+        """Approximate characters of a value written out; counting stops once it is known to be too large."""
+        if type(value) is str:  # nearly always the case, and this is called for everything that a template writes
             return len(value)
         total, waiting = 0, [value]
         while waiting and total <= self.largest:
             item = waiting.pop()
-            total += NODE
+            total += ITEM_SIZE
             if isinstance(item, Namespace):
                 item = object.__getattribute__(item, "_Namespace__attrs")
             if isinstance(item, str | bytes):
                 total += len(item)
             elif isinstance(item, Mapping):
-                total += 2 * NODE * len(item)
+                total += 2 * ITEM_SIZE * len(item)
                 waiting += [*item.keys(), *item.values()]
             elif isinstance(item, list | tuple | set | frozenset):
-                total += NODE * len(item)
+                total += ITEM_SIZE * len(item)
                 waiting += item
             elif isinstance(item, int):
                 total += item.bit_length() // 3
         return total
 
 
-def expected(meter: Meter, name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Refuse what a method or filter would make too much of; returns its arguments, an iterator among them as a list."""
+def check_call(
+    meter: Meter, name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """Refuse a call of a method or filter that would build too much; returns its arguments, with iterators as lists."""
     args = tuple(list(item) if isinstance(item, Iterator) else item for item in args)
-    given = [*args, *kwargs.values()]
-    number = max((abs(item) for item in given if isinstance(item, int)), default=0)
-    text = max((meter.size(item) for item in given), default=0)
+    arguments = [*args, *kwargs.values()]
+    number = max((abs(item) for item in arguments if isinstance(item, int)), default=0)
+    text = max((meter.size(item) for item in arguments), default=0)
     size = meter.size(value)
     if name in {"format", "format_map"}:
-        meter.make(formatted(meter, value, given))
+        meter.make(formatted_size(meter, value, arguments))
     elif name == "replace":
         pieces = size + 1
         if pieces * text > meter.largest and args and isinstance(value, str) and isinstance(args[0], str):
@@ -129,22 +131,22 @@ def expected(meter: Meter, name: str, value: Any, args: tuple[Any, ...], kwargs:
     elif name in {"wordwrap", "urlize", "translate", "xmlattr"}:
         meter.make(size * (1 + text))
     elif name == "tojson":
-        meter.make(size + size // NODE * (number * (_depth(value) if number else 0) + text))
-    elif name == "sum" and not all(isinstance(item, int | float) for item in (value if number or given else ())):
-        raise TemplateLimitError("it adds up what is not numbers")
+        meter.make(size + size // ITEM_SIZE * (number * (_depth(value) if number else 0) + text))
+    elif name == "sum" and not all(isinstance(item, int | float) for item in (value if number or arguments else ())):
+        raise TemplateLimitError("it adds up values that are not numbers")
     elif number > meter.largest:
         raise TemplateLimitError(f"it calls {name} with the number {number if number < 10**20 else 'of many digits'}")
     return args
 
 
-def formatted(meter: Meter, pattern: str | bytes, values: Any) -> float:
-    """Characters that a format makes of values at most: its own, its widths, and every value wherever it may appear."""
+def formatted_size(meter: Meter, pattern: str | bytes, values: Any) -> float:
+    """The most characters that a format can produce: its own, its widths, and all values in each of its fields."""
     text = pattern if isinstance(pattern, str) else pattern.decode("latin-1")
-    places = WIDTH.findall(text)
-    widths = sum(int(digits[:12]) for place in places for digits in re.findall(r"\d+", place))
-    if WIDTH_GIVEN.search(text):
-        widths += _largest_number(values) * len(places)
-    return len(text) + widths + len(places) * meter.size(values)
+    fields = WIDTH.findall(text)
+    widths = sum(int(digits[:12]) for field in fields for digits in re.findall(r"\d+", field))
+    if WIDTH_FROM_VALUES.search(text):
+        widths += _largest_number(values) * len(fields)
+    return len(text) + widths + len(fields) * meter.size(values)
 
 
 def _largest_number(values: Any) -> int:
@@ -159,7 +161,7 @@ def _largest_number(values: Any) -> int:
 
 
 def _depth(value: Any) -> int:
-    """Levels of lists within lists."""
+    """The number of levels of nested lists and mappings."""
     levels, level = 0, [value]
     while level:
         levels += 1

@@ -1,4 +1,4 @@
-"""A conversation rendered by a chat template, as Transformers' apply_chat_template renders it, within the sandbox's limits."""
+"""Renders a conversation with a chat template as Transformers' apply_chat_template does, within the sandbox's limits."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jinja2 import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.text.meter import TemplateLimitError
-from nybble.data.text.sandbox import SOURCE, Sandbox
+from nybble.data.text.sandbox import MAX_SOURCE, Sandbox
 from nybble.errors import DataError
 
-TURNS_TOLD = 8  # in a message
-# What Python raises where a template is wrong: deep nesting ends in RecursionError, SyntaxError or MemoryError of its compiler.
+ROLES_SHOWN = 8  # in a message
+# What a faulty template can raise; deep nesting ends in the compiler's RecursionError, SyntaxError or MemoryError.
 FAULTS = (
     JinjaError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError, AssertionError, SyntaxError,
     MemoryError,
@@ -32,27 +32,29 @@ def render(
     """The text of a conversation.
 
     Args:
-        tokenizer: whose control tokens the template may name.
-        name: of the template, for messages.
+        tokenizer: the template may use its control tokens.
+        name: the template's name, for error messages.
         source: its Jinja text.
-        messages: with role, content and maybe input.
-        generation: end where an answer begins.
+        messages: with role, content and perhaps input.
+        generation: whether to end where an answer begins.
 
     Raises:
-        TemplateLimitError: it runs too long or builds too much.
-        DataError: it fails on these turns, or is no template.
+        TemplateLimitError: the template runs too long or builds too much.
+        DataError: it fails on these turns, or is not a valid template.
     """
-    given = sum(len(text) for message in messages for text in message.values())
-    own = {key: value if isinstance(value, list) else str(value) for key, value in tokenizer.special_tokens_map.items()}
+    message_size = sum(len(text) for message in messages for text in message.values())
+    special = {
+        key: value if isinstance(value, list) else str(value) for key, value in tokenizer.special_tokens_map.items()
+    }
     variables = {
         "messages": list(messages),
         "tools": None,
         "documents": None,
         "add_generation_prompt": generation,
-        **own,
+        **special,
     }
     try:
-        return _sandbox().rendered(_compiled(source), given, variables)
+        return _sandbox().rendered(_compiled(source), message_size, variables)
     except TemplateLimitError as limit:
         raise TemplateLimitError(
             f"the template {name} is refused: {limit.what}",
@@ -61,8 +63,8 @@ def render(
     except TemplateSyntaxError as error:
         raise DataError(f"the template {name} is not valid Jinja: line {error.lineno}: {error.message}") from error
     except FAULTS as error:
-        roles = ", ".join(message["role"] for message in messages[:TURNS_TOLD])
-        more = f" and {len(messages) - TURNS_TOLD:,} more" if len(messages) > TURNS_TOLD else ""
+        roles = ", ".join(message["role"] for message in messages[:ROLES_SHOWN])
+        more = f" and {len(messages) - ROLES_SHOWN:,} more" if len(messages) > ROLES_SHOWN else ""
         raise DataError(f"the template {name} fails on turns of {roles}{more}: {_reason(error)}") from error
 
 
@@ -70,11 +72,11 @@ def check_length(file: pathlib.Path) -> None:
     """Refuse a file that is too long for a template, before it is read.
 
     Raises:
-        TemplateLimitError: it is.
+        TemplateLimitError: it is too long.
     """
-    if (size := file.stat().st_size) > 4 * SOURCE:  # bytes of a character
+    if (size := file.stat().st_size) > 4 * MAX_SOURCE:  # a character has at most 4 bytes
         raise TemplateLimitError(
-            f"the template has {size:,} bytes, and {SOURCE:,} characters are allowed",
+            f"the template has {size:,} bytes, and {MAX_SOURCE:,} characters are allowed",
             where=str(file),
             fix="shorten it, or name another: data.template=FILE",
         )
@@ -82,7 +84,7 @@ def check_length(file: pathlib.Path) -> None:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, RecursionError):
-        return "it is nested too deeply, or calls itself without end"
+        return "it is nested too deeply, or calls itself endlessly"
     plain = isinstance(error, JinjaError | TypeError | ValueError | RuntimeError)
     return str(error) if plain and str(error) else f"{type(error).__name__}: {error}"
 

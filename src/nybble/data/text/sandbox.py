@@ -1,7 +1,7 @@
-"""Chat templates rendered within limits: one comes with a model from anywhere, and could loop or build text without end.
+"""Renders chat templates within limits: a template comes with a model from anywhere, and could loop or build text endlessly.
 
-The environment is Transformers' own, sandbox and all, so a template renders as it does there. Beyond that each loop, call, filter
-and operator is metered before it runs (`nybble.data.text.meter`).
+The environment is Transformers' own, including its sandbox, so that a template renders as it does there. In addition, each loop,
+call, filter and operator is metered before it runs (`nybble.data.text.meter`).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from nybble.data.text.meter import NODE, Meter, TemplateLimitError, expected, formatted
+from nybble.data.text.meter import ITEM_SIZE, Meter, TemplateLimitError, check_call, formatted_size
 
-SOURCE = 200_000  # characters of a template; the longest that models come with have 20,000
-ESTIMATED = frozenset({"indent", "tojson", "sum"})  # filters that may make much of a text alone
-FREE = frozenset({"length", "count", "default", "d", "first", "last"})  # filters that make nothing
+MAX_SOURCE = 200_000  # characters of a template; the longest that come with models have 20,000
+ESTIMATED = frozenset({"indent", "tojson", "sum"})  # filters that may build much even without arguments
+FREE = frozenset({"length", "count", "default", "d", "first", "last"})  # filters that build nothing
 TESTS = ("in", "eq", "ne", "lt", "le", "gt", "ge", "==", "!=", "<", "<=", ">", ">=", "equalto", "lessthan",
          "greaterthan")  # fmt: skip
-# Filters of the sandbox's own; their names have spaces, so no template can write them.
-COUNTED, JOINED, MADE = "counted items", "joined text", "made value"
+# The sandbox's own filters; their names contain spaces, so that no template can use them.
+COUNTED, JOINED, MEASURED = "counted items", "joined text", "measured value"
 STEPPED, COMPARED = "one step", "compared values"
 
 
@@ -38,19 +38,19 @@ class Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
     def __init__(self) -> None:
-        own = _compile_jinja_template("").environment
+        original = _compile_jinja_template("").environment
         super().__init__(
-            trim_blocks=own.trim_blocks,
-            lstrip_blocks=own.lstrip_blocks,
-            extensions=[type(extension) for extension in own.extensions.values()],
+            trim_blocks=original.trim_blocks,
+            lstrip_blocks=original.lstrip_blocks,
+            extensions=[type(extension) for extension in original.extensions.values()],
         )
         self.code_generator_class = _Generator
         # lipsum makes any number of random words
-        self.globals = {name: value for name, value in own.globals.items() if name != "lipsum"}
+        self.globals = {name: value for name, value in original.globals.items() if name != "lipsum"}
         self.filters = {
-            name: value if name in FREE else self._metered(name, value) for name, value in own.filters.items()
+            name: value if name in FREE else self._metered(name, value) for name, value in original.filters.items()
         }
-        self.filters |= {COUNTED: _counted, JOINED: self._joined, MADE: self._weighed, STEPPED: _stepped}
+        self.filters |= {COUNTED: _counted, JOINED: self._joined, MEASURED: self._measured, STEPPED: _stepped}
         self.filters[COMPARED] = self._compared
         self.tests |= {name: self._tested(self.tests[name]) for name in TESTS}
         self.finalize = self._written
@@ -58,7 +58,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     @property
     def meter(self) -> Meter:
-        """What the rendering that this thread is at has used up."""
+        """The meter of this thread's current rendering."""
         meter: Meter = self._local.meter
         return meter
 
@@ -68,51 +68,51 @@ class Sandbox(ImmutableSandboxedEnvironment):
         Raises:
             TemplateLimitError: it is too long.
         """
-        if len(source) > SOURCE:
-            raise TemplateLimitError(f"it has {len(source):,} characters, and a template may have {SOURCE:,}")
+        if len(source) > MAX_SOURCE:
+            raise TemplateLimitError(f"it has {len(source):,} characters, and a template may have {MAX_SOURCE:,}")
         self._local.meter = Meter(0)
         return self.from_string(source)
 
-    def rendered(self, template: Template, given: int, variables: Mapping[str, Any]) -> str:
-        """What a template makes of variables, of which the messages have `given` characters.
+    def rendered(self, template: Template, message_size: int, variables: Mapping[str, Any]) -> str:
+        """The text that a template renders from variables, whose messages have `message_size` characters.
 
         Raises:
             TemplateLimitError: it takes too long or builds too much.
         """
-        self._local.meter = Meter(given)
+        self._local.meter = Meter(message_size)
         return template.render(variables)
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """A function, method or macro of the template, which may have arguments of these names."""
+        """Call a function, method or macro for the template; it may have keyword arguments called `context` and `obj`."""
         meter: Meter = self._local.meter
         meter.step()
         owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # the sandbox wraps str.format
         if isinstance(owner, str | bytes | int):
-            args = expected(meter, obj.__name__, owner, args, kwargs)
-        return self._weighed(super().call(context, obj, *args, **kwargs))
+            args = check_call(meter, obj.__name__, owner, args, kwargs)
+        return self._measured(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """An operator between two values."""
+        """Apply an operator to two values."""
         meter: Meter = self._local.meter
         if type(left) is type(right) is str and operator == "+":
             meter.make(len(left) + len(right))
             return left + right
         meter.step()
         if isinstance(left, int) and isinstance(right, int):
-            own, other = left.bit_length(), right.bit_length()
-            meter.number(own * max(right, 0) if operator == "**" else own + other)
+            bits, other_bits = left.bit_length(), right.bit_length()
+            meter.number(bits * max(right, 0) if operator == "**" else bits + other_bits)
         elif operator == "*" and isinstance(left, int) ^ isinstance(right, int):
             times, value = (left, right) if isinstance(left, int) else (right, left)
             meter.make(meter.size(value) * max(times, 0))
         elif operator == "+":
             lists = isinstance(left, list | tuple) and isinstance(right, list | tuple)
-            meter.make(meter.size(left) + meter.size(right), NODE * (len(left) + len(right)) if lists else None)
+            meter.make(meter.size(left) + meter.size(right), ITEM_SIZE * (len(left) + len(right)) if lists else None)
         elif operator == "%" and isinstance(left, str | bytes):
-            meter.make(formatted(meter, left, right))
+            meter.make(formatted_size(meter, left, right))
         return super().call_binop(context, operator, left, right)
 
     def _written(self, value: Any) -> Any:
-        """What a template puts out, before it is text."""
+        """Measure a value that the template writes, before it is converted to text."""
         meter: Meter = self._local.meter
         meter.make(len(value) if type(value) is str else meter.size(value))
         return value
@@ -123,22 +123,22 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return "".join(map(str, parts))
 
     def _compared(self, value: Any) -> Any:
-        """Of a comparison, which may have walked over much."""
+        """Count the step of a comparison, which may have iterated over large values."""
         self._local.meter.step()
         return value
 
-    def _weighed(self, result: Any) -> Any:
+    def _measured(self, result: Any) -> Any:
         meter: Meter = self._local.meter
         if isinstance(result, int):
             meter.number(result.bit_length())
         elif isinstance(result, str | bytes):
             meter.make(len(result))
         elif isinstance(result, Collection | Namespace):
-            meter.make(meter.size(result), NODE * len(result) if isinstance(result, Collection) else None)
+            meter.make(meter.size(result), ITEM_SIZE * len(result) if isinstance(result, Collection) else None)
         return result
 
     def _metered(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        skipped = int(hasattr(function, "jinja_pass_arg"))  # its first argument is then Jinja's, not the template's
+        skipped = int(hasattr(function, "jinja_pass_arg"))  # its first argument comes from Jinja, not the template
 
         @functools.wraps(function)
         def filtered(*args: Any, **kwargs: Any) -> Any:
@@ -146,11 +146,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
             meter.step()
             value, rest = args[skipped], args[skipped + 1 :]
             if type(value) is str and not rest and not kwargs and name not in ESTIMATED:
-                return self._weighed(function(*args))
+                return self._measured(function(*args))
             if name in {"join", "sum"} and isinstance(value, Iterator):
                 value = list(value)
-            rest = expected(meter, name, value, rest, kwargs)
-            return self._weighed(function(*args[:skipped], value, *rest, **kwargs))
+            rest = check_call(meter, name, value, rest, kwargs)
+            return self._measured(function(*args[:skipped], value, *rest, **kwargs))
 
         return filtered
 
@@ -164,7 +164,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Generator(CodeGenerator):
-    """Jinja's, from templates with steps in them."""
+    """Jinja's code generator, which adds the steps to a template first."""
 
     def visit_Template(self, node: nodes.Template, frame: Any = None) -> None:  # noqa: N802 - Jinja's name
         stepped = _Stepped().visit(node)
@@ -173,10 +173,10 @@ class _Generator(CodeGenerator):
 
 
 class _Stepped(NodeTransformer):
-    """Puts a step into each loop, macro and block, and what must be measured through a filter of the sandbox's own."""
+    """Adds a step to each loop, macro and block, and passes what must be measured through one of the sandbox's own filters."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
-        if node.test is not None:  # items that it leaves out never reach the body
+        if node.test is not None:  # items that the test leaves out never reach the body
             node.iter = _through(node.iter, COUNTED)
         return self._body(node)
 
@@ -198,13 +198,13 @@ class _Stepped(NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        return _through(node, MADE) if isinstance(node.arg, nodes.Slice) and node.ctx == "load" else node
+        return _through(node, MEASURED) if isinstance(node.arg, nodes.Slice) and node.ctx == "load" else node
 
     def _literal(self, node: nodes.List | nodes.Tuple | nodes.Dict) -> nodes.Node:
         self.generic_visit(node)
         plain = all(isinstance(part, nodes.Const) for part in node.iter_child_nodes())
         stored = isinstance(node, nodes.Tuple) and node.ctx != "load"
-        return node if plain or stored else _through(node, MADE)
+        return node if plain or stored else _through(node, MEASURED)
 
     visit_List = visit_Tuple = visit_Dict = _literal  # noqa: N815
 

@@ -1,4 +1,4 @@
-"""What a template writes around messages: rendered once with placeholders, whose positions are the structure."""
+"""What a template writes around messages: it is rendered once with placeholders, whose positions give the structure."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from nybble.errors import DataError
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
 PLACEHOLDER = re.compile(f"{OPEN}(\\d+)(c|i){CLOSE}")
 Shape = tuple[tuple[str, bool], ...]
-"""Of each message its role, and whether it has an `input`."""
+"""Each message's role, and whether it has an `input`."""
 Render = Callable[[list[dict[str, str]], bool], str]
-"""The text of messages, and whether it ends where an answer begins."""
+"""Renders messages as text; the second argument is whether to end where an answer begins."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a rendered conversation, taken from one place."""
+    """A part of a rendered conversation that has a single origin."""
 
     kind: str
-    """special (a control token the template wrote), text (the template's words) or slot (a message's words)."""
+    """special (a control token written by the template), text (the template's own text) or slot (a message's text)."""
     trained: bool
     token_id: int = -1
     text: str = ""
@@ -34,12 +34,12 @@ class Part:
 
 
 class SkeletonFinder:
-    """Takes one template apart.
+    """Finds the structure of one template.
 
     Args:
-        name: of the template, for messages.
+        name: of the template, for error messages.
         special: the tokenizer's control tokens with their ids.
-        render: renders messages by the template.
+        render: renders messages with the template.
     """
 
     def __init__(self, name: str, special: Mapping[str, int], render: Render) -> None:
@@ -49,10 +49,10 @@ class SkeletonFinder:
         self._split = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
 
     def find(self, shape: Shape) -> list[Part]:
-        """The parts of a conversation of these roles, from one rendering with placeholders.
+        """The parts of a conversation with these roles, from one rendering with placeholders.
 
         Raises:
-            DataError: the template leaves out or rewrites what is said, or cannot be split into a prompt and its answer.
+            DataError: the template leaves out or rewrites messages, or its text cannot be split into a prompt and its answer.
         """
         messages = [_placeholders(n, role, has_input) for n, (role, has_input) in enumerate(shape)]
         text = self._render(messages, False)
@@ -68,8 +68,8 @@ class SkeletonFinder:
         return list(self._parts(text, trained))
 
     def _prompt_length(self, text: str, messages: list[dict[str, str]], n: int) -> int:
-        """Characters of the prompt of answer `n`, with which the whole has to begin."""
-        # a greeting has no prompt: nothing asks for it, and templates render nothing without messages
+        """Characters in the prompt of answer `n`; the whole text has to begin with this prompt."""
+        # An answer without a question, a greeting, has no prompt: templates render nothing without messages.
         greeting = text[: text.index(messages[0]["content"])]
         prompt = self._render(messages[:n], True) if n else greeting
         if not text.startswith(prompt):
@@ -81,7 +81,7 @@ class SkeletonFinder:
         return len(prompt)
 
     def _close(self, text: str, end: int) -> int:
-        """Where the control token ends that closes the answer which ends there."""
+        """The end of the control token that closes the answer ending at `end`."""
         close = self._split.search(text, end)
         following = PLACEHOLDER.search(text, end)
         if close is None or (following is not None and following.start() < close.start()):

@@ -1,4 +1,4 @@
-"""One pass over rows: to conversations, without duplicates, to tokens that fit, with a count of everything found."""
+"""One pass over rows: to conversations, without duplicates, to tokens that fit, while everything is counted."""
 
 from __future__ import annotations
 
@@ -18,43 +18,43 @@ from nybble.data.text.tokens import EncodingError, Tokens, encode, join
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 
-BATCH = 512  # rows tokenised in one call: enough for the tokenizer's threads, little enough to hold
+BATCH = 512  # rows tokenised in one call: enough for the tokenizer's threads, few enough for memory
 NOTICES_SHOWN = 10
-BATCH_SIZE = 16_000_000  # characters of them, or one row
-LONGEST_SYSTEM = 1 << 16  # characters of a system message that is counted
-SYSTEMS = 1000  # different system messages that are counted: one that most rows share is among the first
+BATCH_SIZE = 16_000_000  # characters of a batch of several rows
+LONGEST_SYSTEM = 1 << 16  # characters of a system message; longer ones are not counted
+MAX_SYSTEMS = 1000  # distinct system messages that are counted: one that most rows share is among the first
 Progress = Callable[[int], None]
 
 
 @dataclass
 class Counts:
-    """What became of the rows."""
+    """The results of a pass over rows, counted."""
 
     rows: int = 0
     forms: dict[str, int] = field(default_factory=dict)
     faulty: int = 0
-    """Rows that cannot be trained on, those without an answer among them."""
+    """Rows that cannot be trained on, including those without an answer."""
     empty_answers: int = 0
     duplicates: int = 0
     overlength: int = 0
-    """Rows over max_length: dropped, truncated or split."""
+    """Rows over max_length, which are dropped, truncated or split."""
     lost_rows: int = 0
-    """Rows of which truncating, or splitting where that is asked for, leaves no answer."""
+    """Rows in which truncating (or splitting, with overlength=split) leaves no answer."""
     lost_answer_tokens: int = 0
-    """Trained tokens that it takes away."""
+    """Trained tokens lost by truncating (or splitting)."""
     kept: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     highest_id: int = 0
     missing_columns: list[str] = field(default_factory=list)
-    """What data.map names and no row has."""
+    """Columns that data.map names and no row has."""
     notices: dict[str, int] = field(default_factory=dict)
-    """What the user should know of how rows were read, and of how many; 0 where it is about a file."""
+    """Notices about how rows were read, each with the number of rows; 0 for a notice about a file."""
     system: str = ""
-    """The system message that more than half of the distinct rows begin with; empty where there is no such one."""
+    """The system message with which more than half of the distinct rows begin; empty if there is none."""
 
     def notice_lines(self) -> list[str]:
-        """The notices as lines, the first 10."""
+        """The first 10 notices as lines, and how many more there are."""
         lines = [
             f"{what} ({count:,} row{'s' * (count != 1)})" if count else what for what, count in self.notices.items()
         ]
@@ -62,7 +62,7 @@ class Counts:
 
     @property
     def distinct(self) -> int:
-        """Rows that could be read, each once."""
+        """The number of distinct rows that could be read."""
         return self.rows - self.faulty - self.duplicates
 
 
@@ -74,12 +74,12 @@ class Sample:
     origin: str
     source: int
     is_piece: bool = False
-    """The beginning or middle of a document, which EOS does not end."""
+    """Whether it is the beginning or middle of a document, and so does not end with EOS."""
 
 
 @dataclass(frozen=True)
 class ReadRow:
-    """A row as turns."""
+    """A row as a conversation."""
 
     conversation: Conversation
     origin: str
@@ -88,11 +88,11 @@ class ReadRow:
 
 @dataclass
 class Pass:
-    """One pass over rows, in the order they come.
+    """One pass over rows, in their order.
 
     Args:
         forms: how rows are read.
-        template: how conversations become tokens.
+        template: how conversations become tokens; None if they need not.
         options: what is done with duplicates, long rows and prompts.
         progress: called with the number of rows read so far.
     """
@@ -103,18 +103,18 @@ class Pass:
     progress: Progress = lambda _: None
     keep_duplicates: bool = False
     counts: Counts = field(default_factory=Counts)
-    noted: Faults = field(default_factory=Faults)
-    """What is wrong with rows; `counts.faulty` says with how many."""
+    row_faults: Faults = field(default_factory=Faults)
+    """The faults of rows; `counts.faulty` is the number of faulty rows."""
     lengths: dict[int, int] = field(default_factory=dict)
-    """How many rows have so many tokens, before any is cut."""
+    """The number of rows of each length in tokens, before any is shortened."""
 
     @property
     def faults(self) -> list[DataError]:
-        """The first different ones, each with all its lines."""
-        return self.noted.listed()
+        """The first distinct faults, each with all its lines."""
+        return self.row_faults.listed()
 
     def conversations(self, items: Iterable[Item]) -> Iterator[ReadRow]:
-        """Every distinct row as turns; what is wrong with others is noted."""
+        """Every distinct row as a conversation; the faults of other rows are noted."""
         seen: set[bytes] = set()
         kept = 0
         systems: Counter[str] = Counter()
@@ -144,7 +144,7 @@ class Pass:
         self.progress(self.counts.rows)
 
     def samples(self, items: Iterable[Item]) -> Iterator[Sample]:
-        """Tokens of every distinct row that fits or is made to fit."""
+        """The tokens of every distinct row that fits or is shortened to fit."""
         assert self.template is not None
         distinct = self.conversations(items)
         for batch in _batches(distinct):
@@ -160,7 +160,7 @@ class Pass:
             if isinstance(item, DataError):
                 raise item
             if self.counts.missing_columns:
-                present = self.forms.named(item).values
+                present = self.forms.with_form_names(item).values
                 self.counts.missing_columns = [name for name in self.counts.missing_columns if name not in present]
             form, conversation, notes = self.forms.read(item)
         except DataError as fault:
@@ -174,7 +174,7 @@ class Pass:
     def _note(self, fault: DataError) -> None:
         self.counts.faulty += 1
         self.counts.empty_answers += isinstance(fault, EmptyAnswerError)
-        self.noted.add(fault, self.counts.rows)
+        self.row_faults.add(fault, self.counts.rows)
 
     def _note_at(self, read: ReadRow, fault: DataError) -> None:
         self._note(DataError(fault.what, where=read.origin, fix=fault.fix))
@@ -188,7 +188,7 @@ class Pass:
                 runs.append(self.template.runs(read.conversation))
                 good.append(read)
             except TemplateLimitError:
-                raise  # it is no fault of this row
+                raise  # it is not this row's fault
             except DataError as fault:
                 self._note_at(read, fault)
         for tokens, read in self._encoded(runs, good):
@@ -201,10 +201,10 @@ class Pass:
                 yield from self._shortened(tokens, read)
 
     def _encoded(self, runs: list[list[TextRun | Part]], reads: list[ReadRow]) -> Iterator[tuple[Tokens, ReadRow]]:
-        """The tokens of rows, all at once; where the tokenizer fails, one by one, to know on which."""
+        """The tokens of rows, computed all at once or, if the tokenizer fails, one by one, to find the row that it fails on."""
         assert self.template is not None
         try:
-            whole = join(self.template.tokenizer, runs)
+            tokens = join(self.template.tokenizer, runs)
         except EncodingError as fault:
             if len(reads) == 1:
                 self._note_at(reads[0], fault)
@@ -212,7 +212,7 @@ class Pass:
             for row, read in zip(runs, reads, strict=True):
                 yield from self._encoded([row], [read])
         else:
-            yield from zip(whole, reads, strict=True)
+            yield from zip(tokens, reads, strict=True)
 
     def _masked(self, tokens: Tokens) -> Tokens:
         if self.options.train_on == "last":
@@ -222,24 +222,24 @@ class Pass:
         return tokens
 
     def _shortened(self, tokens: Tokens, read: ReadRow) -> Iterator[Sample]:
-        """What is made of a row over max_length; what is lost by it, or would be by truncating, is counted."""
-        made = list(self._split(tokens, read) if self.options.overlength == "split" else self._truncated(tokens, read))
+        """The samples made from a row over max_length; what is lost by that, or would be lost by truncating, is counted."""
+        split = self.options.overlength == "split"
+        samples = list(self._split(tokens, read) if split else self._truncated(tokens, read))
         self.counts.overlength += 1
-        self.counts.lost_rows += not made
-        trained = sum(
-            sum(sample.tokens.trained) for sample in made
-        )  # more than before where a split part has its own last
+        self.counts.lost_rows += not samples
+        # With train_on=last each part of a split chat has its own last answer, so more may be trained than before.
+        trained = sum(sum(sample.tokens.trained) for sample in samples)
         self.counts.lost_answer_tokens += max(sum(tokens.trained) - trained, 0)
         if self.options.overlength in ("truncate", "split"):
-            yield from made
+            yield from samples
 
     def _truncated(self, tokens: Tokens, read: ReadRow) -> Iterator[Sample]:
         assert self.template is not None
         is_text = read.conversation[0].role == "text"
         end_id = self.template.tokenizer.eos_token_id if is_text else self.template.end_id
-        rest = truncate(tokens, self.options.max_length, end_id)
-        if rest is not None:
-            yield Sample(rest, read.origin, read.source)
+        truncated = truncate(tokens, self.options.max_length, end_id)
+        if truncated is not None:
+            yield Sample(truncated, read.origin, read.source)
 
     def _split(self, tokens: Tokens, read: ReadRow) -> Iterator[Sample]:
         if read.conversation[0].role == "text":
@@ -247,17 +247,17 @@ class Pass:
             yield from (Sample(piece, read.origin, read.source, is_piece=True) for piece in pieces)
             yield Sample(last, read.origin, read.source)
         else:
-            yield from (Sample(piece, read.origin, read.source) for piece in self._parted(read.conversation))
+            yield from (Sample(piece, read.origin, read.source) for piece in self._split_chat(read.conversation))
 
-    def _parted(self, conversation: Conversation) -> Iterator[Tokens]:
-        """A chat in parts that fit; a question whose own answer does not fit is left out."""
+    def _split_chat(self, conversation: Conversation) -> Iterator[Tokens]:
+        """A chat in parts that fit; a single question and answer that do not fit are left out."""
         assert self.template is not None
         for half in halve(conversation) or ():
             (tokens,) = encode(self.template, [half])
             if len(tokens.ids) <= self.options.max_length:
                 yield self._masked(tokens)
             else:
-                yield from self._parted(half)
+                yield from self._split_chat(half)
 
 
 def _batches(distinct: Iterable[ReadRow]) -> Iterator[list[ReadRow]]:
@@ -279,5 +279,5 @@ def _count_system(conversation: Conversation, systems: Counter[str]) -> None:
     first = conversation[0]
     if first.role != "system" or len(first.content) > LONGEST_SYSTEM:
         return
-    if first.content in systems or len(systems) < SYSTEMS:
+    if first.content in systems or len(systems) < MAX_SYSTEMS:
         systems[first.content] += 1

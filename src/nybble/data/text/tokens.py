@@ -1,4 +1,4 @@
-"""The one function that turns a conversation into token ids and a mask."""
+"""Turns conversations into token ids with a loss mask; nothing else in nybble does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nybble.errors import DataError, is_panic
 
 
 class EncodingError(DataError):
-    """A text that the tokenizer fails on."""
+    """A text on which the tokenizer fails."""
 
 
 @dataclass(frozen=True)
@@ -23,34 +23,34 @@ class Tokens:
 
     ids: list[int]
     trained: list[bool]
-    """Which of `ids` the loss counts: answers and the token that ends them."""
+    """Which of `ids` the loss counts: answers and the tokens that end them."""
 
 
 def encode(template: Template, conversations: Sequence[Conversation]) -> list[Tokens]:
     """Tokenise whole conversations, many at once.
 
-    An answer is tokenised together with the prompt it follows, and the prompt's ids are always those the prompt has on
-    its own: what is trained is what is asked later.
+    An answer is tokenised together with its prompt, and the prompt's ids are always those that it has on its own, so that
+    training and inference see the same prompts.
     """
     return join(template.tokenizer, [template.runs(conversation) for conversation in conversations])
 
 
 def encode_prompt(template: Template, conversation: Conversation) -> list[int]:
-    """Token ids of a conversation that ends with the user, up to where the assistant begins."""
+    """Token ids of a conversation that ends with a user message, up to where the assistant's answer begins."""
     (tokens,) = join(template.tokenizer, [template.prompt_runs(conversation)])
     return tokens.ids
 
 
-def encode_begun(template: Template, conversation: Conversation) -> list[int]:
-    """Token ids of a conversation that ends in the middle of an answer: those of training, without what ends the answer."""
-    (tokens,) = join(template.tokenizer, [template.begun_runs(conversation)])
+def encode_continuation(template: Template, conversation: Conversation) -> list[int]:
+    """Token ids of a conversation that ends in the middle of an answer: as in training, without the end of the answer."""
+    (tokens,) = join(template.tokenizer, [template.continuation_runs(conversation)])
     return tokens.ids
 
 
 def encode_text(template: Template, text: str) -> list[int]:
-    """Token ids of the beginning of a document, which a model goes on with: with BOS where the tokenizer puts one.
+    """Token ids of the beginning of a document, which the model continues; they begin with BOS if the tokenizer adds one.
 
-    So does every program that reads the run's tokenizer or an artefact.
+    Every program that reads the run's tokenizer or an artefact does the same.
     """
     begin = [template.tokenizer.bos_token_id] if template.puts_bos else []
     return begin + _ids(template.tokenizer, [text])[0]
@@ -62,29 +62,29 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 
 
 def check_ids(ids: Sequence[int], rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse token ids without an embedding: torch would raise an IndexError, and CUDA stop with an assert.
+    """Refuse token ids without an embedding: torch would raise an IndexError, and CUDA would stop with an assertion.
 
     Args:
         ids: of a prompt or a row.
-        rows: of the model's embedding.
-        tokenizer: that names the token.
+        rows: number of rows in the model's embedding.
+        tokenizer: gives the token's text for the error.
 
     Raises:
-        DataError: naming the first such id.
+        DataError: there is such an id; it names the first one.
     """
-    odd = next((token_id for token_id in ids if not 0 <= token_id < rows), None)
-    if odd is None:
+    invalid = next((token_id for token_id in ids if not 0 <= token_id < rows), None)
+    if invalid is None:
         return
-    token = f" ({tokenizer.convert_ids_to_tokens(odd)})" if 0 <= odd < len(tokenizer) else ""
+    token = f" ({tokenizer.convert_ids_to_tokens(invalid)})" if 0 <= invalid < len(tokenizer) else ""
     raise DataError(
-        f"the model has no token {odd}{token}: its embeddings are for ids 0 to {rows - 1:,}",
+        f"the model has no token {invalid}{token}: its embeddings are for ids 0 to {rows - 1:,}",
         fix="use the tokenizer that came with the weights; an adapter trained with added tokens needs the base that has "
         "them: --base PATH",
     )
 
 
 def join(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[TextRun | Part]]) -> list[Tokens]:
-    """Tokenise what `Template.runs` gave, many rows at once."""
+    """Tokenise the results of `Template.runs`, many rows at once."""
     runs = [item for row in rows for item in row if isinstance(item, TextRun)]
     encoded = iter(_encode_runs(tokenizer, runs))
     joined = []
@@ -105,21 +105,21 @@ def join(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[TextRun | P
 
 def _encode_runs(tokenizer: PreTrainedTokenizerBase, runs: list[TextRun]) -> list[tuple[list[int], list[int]]]:
     """Each run as the ids of its prompt and of its answer."""
-    whole = _ids(tokenizer, [run.text for run in runs])
+    all_ids = _ids(tokenizer, [run.text for run in runs])
     mixed = [n for n, run in enumerate(runs) if 0 < run.boundary < len(run.text)]
     prompts = dict(zip(mixed, _ids(tokenizer, [runs[n].text[: runs[n].boundary] for n in mixed]), strict=True))
     pairs = []
-    for n, (run, ids) in enumerate(zip(runs, whole, strict=True)):
+    for n, (run, ids) in enumerate(zip(runs, all_ids, strict=True)):
         prompt = prompts.get(n, ids if run.boundary else [])
         if ids[: len(prompt)] == prompt:
             pairs.append((prompt, ids[len(prompt) :]))
-        else:  # a token would span prompt and answer: the prompt keeps its own ids, the answer goes on from there
+        else:  # a token would span prompt and answer: the prompt keeps its own ids, and the answer continues after them
             pairs.append((prompt, _continuation(tokenizer, run.text[run.boundary :])))
     return pairs
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of text that goes on after other text: without the space SentencePiece puts before a beginning."""
+    """Ids of text that continues other text: without the space that SentencePiece adds at the beginning of a text."""
     before, both = _ids(tokenizer, ["\n", "\n" + text])
     return both[len(before) :] if both[: len(before)] == before else _ids(tokenizer, [text])[0]
 
@@ -139,7 +139,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
 
 
 def _fault(error: BaseException, texts: list[str]) -> EncodingError | None:
-    """What tokenizers' error says of these texts: it raises bare Exceptions, and a panic of its Rust is not even one."""
+    """The fault that an error of the tokenizers library stands for; it raises bare Exceptions, and Rust panics that are not even
+    that."""
     if isinstance(error, TypeError) and any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
         return EncodingError(
             "the text contains half a surrogate pair, which is not a character", fix="write the text in UTF-8"

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from nybble.errors import ModelError
-from nybble.isolated import answer, attempt
+from nybble.isolated import attempt, run_job
 
 SECONDS = 5.0  # for all expressions of an adapter on all names of a model; an honest one takes 0.01
 MEMORY = 1_000_000_000
@@ -98,4 +98,4 @@ def _late(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    answer(_examine)
+    run_job(_examine)

@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from nybble.errors import ModelError
-from nybble.isolated import answer, attempt
+from nybble.isolated import attempt, run_job
 
 SECONDS = 20.0  # to read a large tokenizer and encode 100 texts: an honest one takes 2
 MEMORY = 8_000_000_000  # bytes of address space, of which a large tokenizer uses a fifth
@@ -103,4 +103,4 @@ def _examine(job: tuple[str, list[str]]) -> str | None:
 
 
 if __name__ == "__main__":
-    answer(_examine)
+    run_job(_examine)

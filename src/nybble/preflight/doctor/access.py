@@ -14,7 +14,7 @@ from nybble.preflight.doctor.finding import Finding
 
 
 def hub_login() -> Finding:
-    """Who is logged in to the Hub here."""
+    """Whether a user is logged in to the Hub on this machine."""
     try:
         account = hub.whoami()
     except ModelError as error:
@@ -26,12 +26,12 @@ def hub_login() -> Finding:
 
 
 def base_model(model: str) -> Finding:
-    """Whether a model in a folder or on the Hub can be read from here."""
+    """Whether a model in a folder or on the Hub can be read from this machine."""
     folder = Path(model).expanduser()
     try:
         if folder.exists() or model.startswith((".", "/", "~", "\\")) or model.count("/") > 1:
             if folder.is_dir():
-                find_checkpoint(str(folder))  # what train asks of it, in the same words
+                find_checkpoint(str(folder))  # the checks that train makes, with the same messages
             hub.check_folder(folder)
             return Finding("model", "ok", f"{folder} contains a model that Transformers can load")
         return Finding("model", "ok", f"{model} can be read, commit {hub.check_access(model, None)[:12]}")
@@ -40,7 +40,7 @@ def base_model(model: str) -> Finding:
 
 
 def wandb_login() -> Finding:
-    """Whether Weights & Biases finds a key where it looks for one; neither the user nor a server is asked."""
+    """Whether Weights & Biases has a key in one of the places where it looks; neither the user nor a server is asked."""
     name, mode = "wandb login", os.environ.get("WANDB_MODE", "")
     if mode in ("offline", "disabled", "dryrun"):
         return Finding(name, "ok", f"WANDB_MODE is {mode}")
@@ -50,10 +50,10 @@ def wandb_login() -> Finding:
     files = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
     for path in (Path(file).expanduser() for file in files if file):
         try:
-            found = netrc.netrc(path).authenticators(host)
+            login = netrc.netrc(path).authenticators(host)
         except (OSError, netrc.NetrcParseError):
             continue
-        if found and found[2]:
+        if login and login[2]:
             return Finding(name, "ok", f"key in {path}")
     fix = "`wandb login`, or upload runs later with `wandb sync`"
     return Finding(name, "warn", "no key: runs are logged offline", fix)

@@ -1,18 +1,18 @@
-"""What a check found."""
+"""The result of one check."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-Outcome = Literal["ok", "warn", "fail"]
+Verdict = Literal["ok", "warn", "fail"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: what was checked, the verdict, what was found, and the command that fixes it."""
+    """One line of the report: the name of the check, its verdict, the details, and the command that fixes the problem."""
 
     name: str
-    verdict: Outcome
+    verdict: Verdict
     detail: str
     fix: str | None = None

@@ -1,22 +1,22 @@
-"""4-bit layers: do they run here, and are their results right?"""
+"""4-bit layers: whether they run on this machine, and whether their results are right."""
 
 from __future__ import annotations
 
 import bitsandbytes as bnb
 import torch
 
-from nybble.preflight.doctor.finding import Finding, Outcome
+from nybble.preflight.doctor.finding import Finding, Verdict
 from nybble.preflight.doctor.versions import pin
 from nybble.weights.frozen import dequantised
 
-# Relative (Frobenius) errors of a 4-bit layer; seen: products in bf16 0.0024, Gaussian weights in NF4 0.092.
+# Limits for the relative (Frobenius) errors of a 4-bit layer; measured: products in bf16 0.0024, Gaussian weights in NF4 0.092.
 PRODUCT_TOLERANCE, QUANTISATION_TOLERANCE = 0.01, 0.12
 
 
 def nf4(device: torch.device, needed: bool = True) -> Finding:
     """Quantise a small layer to NF4 on the device and compare its products with plain ones."""
     name = f"nf4, {device}"
-    fault: Outcome = "fail" if needed else "warn"
+    fault: Verdict = "fail" if needed else "warn"
     fix = f"`python -m bitsandbytes` says more; reinstall: pip install --force-reinstall {pin('bitsandbytes')}"
     try:
         quantised, forward, gradient = nf4_errors(device)
@@ -36,27 +36,31 @@ def nf4_errors(device: torch.device) -> tuple[float, float, float]:
     """Relative errors of an NF4 layer with double quantisation on the device.
 
     Returns:
-        Of its weights, compared with those it was made from; of its forward products (several rows, as in training,
-        and one, as in generation) and of its input gradient, compared with plain ones of its dequantised weights.
+        The errors of its weights, compared with those before quantisation; of its forward products (several rows, as in
+        training, and one, as in generation); and of its input gradient. Products are compared with plain ones of the dequantised
+        weights.
     """
     generator = torch.Generator().manual_seed(0)
-    weight, rows, pushed = (torch.randn(*shape, generator=generator) for shape in ((128, 256), (16, 256), (16, 128)))
+    weight, rows, output_gradient = (
+        torch.randn(*shape, generator=generator) for shape in ((128, 256), (16, 256), (16, 128))
+    )
     half = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
     dtype = torch.float16 if half else torch.bfloat16
     layer = bnb.nn.Linear4bit(256, 128, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
     layer.load_state_dict({"weight": weight})
     layer = layer.to(device)
-    # As nybble trains: bitsandbytes would repack the weights for AVX512 in eval mode, for good.
+    # As in nybble's training; otherwise bitsandbytes repacks the weights for AVX512 in eval mode, permanently.
     layer.support_avx512bf16_for_cpu = False
     x = rows.to(device, dtype).requires_grad_()
     out = layer(x)
-    out.backward(pushed.to(device, dtype))
+    out.backward(output_gradient.to(device, dtype))
     with torch.no_grad():
         one = layer(x[:1])
     plain = dequantised(layer).float()
     expected = x.detach().float() @ plain.T
     forward = max(_relative_error(out, expected), _relative_error(one, expected[:1]))
-    gradient = float("inf") if x.grad is None else _relative_error(x.grad, pushed.to(device, dtype).float() @ plain)
+    expected_gradient = output_gradient.to(device, dtype).float() @ plain
+    gradient = float("inf") if x.grad is None else _relative_error(x.grad, expected_gradient)
     return _relative_error(plain, weight.to(device)), forward, gradient
 
 

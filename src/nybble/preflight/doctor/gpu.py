@@ -12,8 +12,8 @@ from nybble.preflight.doctor.finding import Finding
 from nybble.preflight.doctor.space import GIB
 from nybble.preflight.doctor.versions import pin
 
-VRAM_7B = 6 * GIB  # 4-bit weights and the leanest training beside what CUDA takes
-# CUDA builds of torch 2.11 to 2.13 (pytorch/pytorch#190385), the oldest driver for each (CUDA release notes).
+VRAM_7B = 6 * GIB  # 4-bit weights, the leanest training, and CUDA itself
+# CUDA builds of torch 2.11 to 2.13 (pytorch/pytorch#190385), each with the oldest driver that runs it (CUDA release notes).
 WHEELS = (("cu130", 580), ("cu126", 525))
 
 
@@ -32,10 +32,10 @@ def judge_driver(driver: str | None, built_for: str | None, fault: str | None, d
     """Whether driver and torch build fit each other and the machine's GPUs.
 
     Args:
-        driver: the NVIDIA driver's version; None where there is none, "" where it does not answer.
-        built_for: the CUDA version torch was built for; None is a CPU build.
-        fault: what torch reported when it could not start CUDA.
-        devices: how many GPUs torch sees.
+        driver: the NVIDIA driver's version; None if there is none, "" if it does not answer.
+        built_for: the CUDA version torch was built for; None for a CPU build.
+        fault: torch's error if it could not start CUDA.
+        devices: the number of GPUs that torch sees.
     """
     if devices:
         return Finding("cuda", "ok", f"driver {driver or 'unknown'}, torch built for CUDA {built_for}")
@@ -63,7 +63,7 @@ def judge_driver(driver: str | None, built_for: str | None, fault: str | None, d
 
 
 def nvidia_driver() -> str | None:
-    """The NVIDIA driver's version; None where there is none, "" where it does not answer."""
+    """The NVIDIA driver's version; None if there is none, "" if it does not answer."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
@@ -79,12 +79,12 @@ def nvidia_driver() -> str | None:
 
 
 def devices() -> list[Finding]:
-    """Each GPU: what it is, and its free memory."""
+    """Each GPU: its model, compute capability and free memory."""
     findings = []
     for name in cuda_names():
         memory = device_memory(name)
         major, minor = torch.cuda.get_device_capability(name)
-        detail = f"{torch.cuda.get_device_name(name)}, compute {major}.{minor} ({units((major, minor))})"
+        detail = f"{torch.cuda.get_device_name(name)}, compute {major}.{minor} ({number_formats((major, minor))})"
         detail += f", {memory.free / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
         if memory.free < VRAM_7B:
             fix = "see `nvidia-smi` for what else uses it, or choose a smaller model"
@@ -94,12 +94,12 @@ def devices() -> list[Finding]:
     return findings
 
 
-def units(capability: tuple[int, int]) -> str:
-    """The formats that a GPU of this compute capability multiplies in hardware (CUDA programming guide)."""
+def number_formats(capability: tuple[int, int]) -> str:
+    """The number formats that a GPU of this compute capability multiplies in hardware (CUDA programming guide)."""
     formats = {"fp16": (7, 0), "bf16": (8, 0), "fp8": (8, 9)}
     return ", ".join(name for name, since in formats.items() if capability >= since) or "fp32 only"
 
 
 def cuda_names() -> list[str]:
-    """The GPUs as torch names them."""
+    """The names of the GPUs in torch."""
     return [f"cuda:{index}" for index in range(torch.cuda.device_count())]

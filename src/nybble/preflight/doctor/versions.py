@@ -1,4 +1,4 @@
-"""Python and the packages, against the versions that nybble was tested with."""
+"""The versions of Python and of the packages, compared with those that nybble was tested with."""
 
 from __future__ import annotations
 
@@ -13,55 +13,55 @@ from nybble.preflight.doctor.finding import Finding
 
 
 def python() -> Finding:
-    """Its version, against the one that nybble declares."""
+    """Python's version, compared with those that nybble declares."""
     version = platform.python_version()
-    window = metadata.metadata("nybble").json.get("requires_python") if installed_version("nybble") else None
-    if window and not SpecifierSet(str(window)).contains(version, prereleases=True):
-        return Finding("python", "fail", f"{version}, outside {window}", "create an environment with Python 3.12")
+    supported = metadata.metadata("nybble").json.get("requires_python") if installed_version("nybble") else None
+    if supported and not SpecifierSet(str(supported)).contains(version, prereleases=True):
+        return Finding("python", "fail", f"{version}, outside {supported}", "create an environment with Python 3.12")
     return Finding("python", "ok", version)
 
 
 def packages(requirements: list[str], installed: Callable[[str], str | None]) -> list[Finding]:
-    """Compare what is installed with what nybble declares.
+    """Compare the installed packages with those that nybble declares.
 
     Args:
-        requirements: as package metadata states them; those of extras are left out.
-        installed: the version of a package, None where it is missing.
+        requirements: in the syntax of package metadata; those of extras are left out.
+        installed: gives the version of a package, None if it is missing.
     """
     if not requirements:
         fix = "install nybble with pip, not through PYTHONPATH alone"
         return [Finding("packages", "warn", "nybble's metadata is missing: the tested versions are unknown", fix)]
-    wanted = [Requirement(text) for text in requirements]
-    core = [need for need in wanted if need.marker is None or need.marker.evaluate({"extra": ""})]
-    return [_package(need, installed(need.name)) for need in core]
+    parsed = [Requirement(text) for text in requirements]
+    core = [package for package in parsed if package.marker is None or package.marker.evaluate({"extra": ""})]
+    return [_package(package, installed(package.name)) for package in core]
 
 
-def _package(need: Requirement, version: str | None) -> Finding:
-    fix = f"pip install {_quoted(need)}"
+def _package(package: Requirement, version: str | None) -> Finding:
+    fix = f"pip install {_quoted(package)}"
     if version is None:
-        return Finding(need.name, "fail", "not installed", fix)
-    if not need.specifier.contains(version, prereleases=True):
-        return Finding(need.name, "fail", f"{version} is outside the tested versions", fix)
-    return Finding(need.name, "ok", version)
+        return Finding(package.name, "fail", "not installed", fix)
+    if not package.specifier.contains(version, prereleases=True):
+        return Finding(package.name, "fail", f"{version} is outside the tested versions", fix)
+    return Finding(package.name, "ok", version)
 
 
-def _quoted(need: Requirement) -> str:
-    """The requirement as pip takes it in a shell, lower bound first."""
-    return f'"{need.name}{",".join(sorted(map(str, need.specifier), reverse=True))}"'
+def _quoted(package: Requirement) -> str:
+    """The requirement as an argument of pip in a shell, lower bound first."""
+    return f'"{package.name}{",".join(sorted(map(str, package.specifier), reverse=True))}"'
 
 
 def pin(name: str) -> str:
-    """A package with its tested versions, as pip takes it; the name alone where nybble is not installed."""
-    return next((_quoted(need) for need in map(Requirement, declared()) if need.name == name), name)
+    """A package with its tested versions, as an argument of pip; the name alone if nybble is not installed."""
+    return next((_quoted(package) for package in map(Requirement, declared()) if package.name == name), name)
 
 
 def declared() -> list[str]:
-    """What nybble declares; nothing where it is not installed."""
+    """The requirements that nybble declares; none if it is not installed."""
     return (metadata.requires("nybble") or []) if installed_version("nybble") else []
 
 
 def installed_version(name: str) -> str | None:
-    """A package's version, None where it is missing."""
+    """A package's version, None if it is missing."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Every option of a training run: once, typed, documented beneath; a file per section."""
+"""Every option of a training run: defined once, typed, with its documentation below it; one file per section."""
 
 from nybble.recipe.options.data import DataOptions
 from nybble.recipe.options.engine import EngineOptions

@@ -18,6 +18,6 @@ class EngineOptions(Options):
     """Where the token embedding is kept; host saves 0.26 GB of GPU memory on a 7B."""
 
     @property
-    def is_shaped(self) -> bool:
-        """Whether more than the engine itself is asked for."""
+    def is_customised(self) -> bool:
+        """Whether an option besides `fused` differs from its default."""
         return self.policy != "auto" or self.embedding != "device"

@@ -1,4 +1,4 @@
-"""All sections together, and what cannot be asked for at the same time."""
+"""All sections together, and the options that contradict each other."""
 
 from __future__ import annotations
 
@@ -41,13 +41,14 @@ class Recipe(Options):
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Self:
-        faults = [fault for holds, fault in _contradictions(self) if holds]
+        faults = [fault for applies, fault in _contradictions(self) if applies]
         if faults:
             raise ValueError("\n".join(faults))
         return self
 
 
 def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
+    """Each possible contradiction: whether it applies to this recipe, and its message."""
     lora, train, data = recipe.lora, recipe.train, recipe.data
     yield (
         recipe.adapter is not None and bool(lora.model_fields_set),
@@ -79,8 +80,10 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         isinstance(data.path, dict) and any(weight <= 0 for weight in data.path.values()),
         "data.path: weights must be above 0; omit a source to leave it out",
     )
-    endless = data.streaming and train.max_steps is None
-    yield endless, "data.streaming: the length of a stream is unknown; set train.max_steps"
+    yield (
+        data.streaming and train.max_steps is None,
+        "data.streaming: the length of a stream is unknown; set train.max_steps",
+    )
     yield (
         data.streaming and data.limit is not None,
         "data.limit: does not apply to a stream; set train.max_steps",
@@ -94,7 +97,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         "engine.embedding: host works with one process only; DDP needs all parameters on one device",
     )
     yield (
-        not recipe.engine.fused and recipe.engine.is_shaped,
+        not recipe.engine.fused and recipe.engine.is_customised,
         "engine: policy and embedding have no effect, because engine.fused is false",
     )
     for name, text in (("model.path", recipe.model.path), ("adapter", recipe.adapter), ("out", recipe.out)):

@@ -1,4 +1,4 @@
-"""What every section of the recipe is."""
+"""The base class of the recipe's sections."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Options(BaseModel):
-    """A section of the recipe: unknown keys are refused, values are checked when set."""
+    """A section of the recipe: unknown keys are refused, and values are checked when they are set."""
 
     model_config = ConfigDict(
         extra="forbid",

@@ -1,4 +1,4 @@
-"""Rows of every form to conversations."""
+"""From rows of every form to conversations."""
 
 from nybble.data.rows.formats.conversation import Conversation, EmptyAnswerError, Message, Rules
 from nybble.data.rows.formats.forms import Forms, detect_forms

@@ -1,4 +1,4 @@
-"""What every form of row becomes."""
+"""Conversations, which rows of every form become, and the errors of reading them."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ Role = Literal["system", "user", "assistant", "text"]
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; a document stands alone, with the role text."""
+    """One turn of a conversation; a document is a single message with the role text."""
 
     role: Role
     content: str
     input: str = ""
-    """Alpaca's second field, which its template sets apart from the instruction; other templates append it."""
+    """Alpaca's second field: its template separates it from the instruction, and other templates append it."""
 
 
 Conversation = tuple[Message, ...]
 
 
 class Rules(enum.IntEnum):
-    """By which version's rules rows are read: a run's rows stay what they were when it began."""
+    """The version whose rules rows are read by: a run's rows stay as they were when it began."""
 
     V0_5 = 5
-    """Of 0.5.1, which refused what is now read with a note, and took pictures and sound."""
+    """Version 0.5.1 refused what is now read with a notice, and accepted images and audio."""
     V0_6 = 6
-    """Of 0.6.0, for which, as for 0.5.1, the last of two keys counted, any character was an answer, and rows had no limit."""
+    """Version 0.6.0: as in 0.5.1, the last of two equal keys counted, any character was an answer, and rows had no size limit."""
     NOW = 7
 
 
 class EmptyAnswerError(DataError):
-    """A row that would teach to say nothing."""
+    """A row without an answer: the model would learn to say nothing."""
 
 
-class ShownError(DataError):
-    """A fault that shows what stands in the row; it is the same as another row's where all but that is.
+class BadValueError(DataError):
+    """A fault that shows the row's value; faults of several rows that differ only in the value are reported as one.
 
     Args:
-        alike: what is wrong.
-        value: what stands in the row.
+        message: what is wrong, without the value.
+        value: the row's value.
     """
 
-    def __init__(self, alike: str, value: Any, *, where: str | None = None, fix: str | None = None) -> None:
-        super().__init__(f"{alike}: {_shown(value)}", where=where, fix=fix)
-        self.alike = alike
+    def __init__(self, message: str, value: Any, *, where: str | None = None, fix: str | None = None) -> None:
+        super().__init__(f"{message}: {_shown(value)}", where=where, fix=fix)
+        self.message = message
 
 
 def _shown(value: Any) -> str:
     try:
         return f"{value!r:.60}"
     except RecursionError:
-        return "lists or objects within each other, too many to show"
+        return "lists or objects nested too deeply to show"

@@ -1,4 +1,4 @@
-"""Rows of every form to conversations."""
+"""The forms of rows, how they are detected, and how their rows become conversations."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from nybble.data.rows.formats.conversation import Conversation, EmptyAnswerError, Message, Rules
-from nybble.data.rows.formats.turns import history, listed, turns_of
-from nybble.data.rows.formats.unknown import preference, two_answers, unknown
-from nybble.data.rows.formats.values import RowContext, answer_of, filled, no_tools, refuse_media, string
+from nybble.data.rows.formats.turns import history, turn_list, turns_of
+from nybble.data.rows.formats.unknown import preference, two_answers, unknown_form
+from nybble.data.rows.formats.values import RowContext, answer_of, nonempty, refuse_media, string, tool_fault
 from nybble.data.rows.readers import Row, Unreadable
 from nybble.errors import DataError
 
-USUAL_COLUMNS = 100
-IN_TWO = "prompt and completion written as messages are read as turns"
-SPELLING = "columns are found whatever the capitals and spaces in their names"
+MAX_CACHED_COLUMNS = 100  # the renaming of columns is cached for rows with at most this many
+SPLIT_TURNS = "prompt and completion written as messages are read as turns"
+SPELLING = "column names are matched without regard to case and spaces"
 NO_TOOLS: tuple[object, ...] = (None, "", [], "[]")
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    # form: (required fields, optional fields); of forms that fit equally well, the first is meant
+    # form: (required fields, optional fields); if several forms fit equally well, the first one counts
     "messages": (("messages",), ("system", "tools")),
     "sharegpt": (("conversations",), ("system", "tools")),
     "alpaca": (("instruction", "output"), ("input", "system", "history")),
@@ -31,7 +31,7 @@ FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Form:
-    """A form of rows, with the column each of its fields is read from."""
+    """A form of rows, with the column from which each of its fields is read."""
 
     name: str
     columns: Mapping[str, str]
@@ -40,15 +40,15 @@ class Form:
         """Whether a row has the columns that this form needs."""
         return all(self.columns[field] in row.values for field in FIELDS[self.name][0])
 
-    def speaks(self, row: Row) -> bool:
-        """Whether its first column holds more than null: data sets joined into one have nulls in each other's columns."""
+    def has_value(self, row: Row) -> bool:
+        """Whether the form's first column is not null: data sets merged into one have nulls in each other's columns."""
         return row.values[self.columns[FIELDS[self.name][0][0]]] is not None
 
     def conversation(self, row: Row, context: RowContext) -> Conversation:
-        """The row as turns.
+        """The row as a conversation.
 
         Raises:
-            DataError: what is wrong with the row, at its `file:line`.
+            DataError: the row is faulty; it names the `file:line`.
         """
         refuse_media(row.values, "the row", context)
         values = {field: row.values.get(column) for field, column in self.columns.items()}
@@ -60,7 +60,7 @@ class Form:
                     fix="write the column as text",
                 )
         if self.name == "text":
-            return (Message("text", filled(values["text"], self.columns["text"], context)),)
+            return (Message("text", nonempty(values["text"], self.columns["text"], context)),)
         system = string(values.get("system"), self.columns["system"], context)
         opening = (Message("system", system),) if system.strip() else ()
         if (turns := self._turns(values, context)) is not None:
@@ -68,49 +68,49 @@ class Form:
         question, answer = FIELDS[self.name][0]
         user = Message(
             "user",
-            filled(values[question], self.columns[question], context),
+            nonempty(values[question], self.columns[question], context),
             input=string(values.get("input"), self.columns.get("input", ""), context),
         )
         earlier = history(values.get("history"), self.columns.get("history", ""), context)
-        said = answer_of(values[answer], self.columns[answer], context)
-        return (*opening, *earlier, user, Message("assistant", said))
+        content = answer_of(values[answer], self.columns[answer], context)
+        return (*opening, *earlier, user, Message("assistant", content))
 
     def _turns(self, values: Mapping[str, Any], context: RowContext) -> Conversation | None:
-        """What is written as turns: a column of them, or as TRL has it, those of the prompt and then the completion's."""
+        """The turns of a row that has turns: in one column, or in TRL's style in prompt and completion; None for other rows."""
         if self.name in ("messages", "sharegpt"):
             if values.get("tools") not in NO_TOOLS:
-                raise no_tools(f"the row names {self.columns['tools']!r}", context)
+                raise tool_fault(f"the row names {self.columns['tools']!r}", context)
             (field,) = FIELDS[self.name][0]
             return tuple(turns_of(values[field], self.columns[field], context))
         if self.name != "prompt":
             return None
         prompt, completion = values["prompt"], values["completion"]
-        asked, said = listed(prompt), listed(completion)
-        are_lists = (isinstance(prompt, list) and asked) or (isinstance(completion, list) and said)
-        if not are_lists and not (asked and said):  # one text alone that looks like turns is a text
+        prompt_turns, completion_turns = turn_list(prompt), turn_list(completion)
+        has_list = (isinstance(prompt, list) and prompt_turns) or (isinstance(completion, list) and completion_turns)
+        if not has_list and not (prompt_turns and completion_turns):  # a single text that looks like turns is a text
             return None
-        context.notes.add(IN_TWO)
-        turns = [*(asked or [{"role": "user", "content": prompt}])]
-        turns += said or [{"role": "assistant", "content": completion}]
+        context.notes.add(SPLIT_TURNS)
+        turns = [*(prompt_turns or [{"role": "user", "content": prompt}])]
+        turns += completion_turns or [{"role": "assistant", "content": completion}]
         return tuple(turns_of(turns, self.columns["prompt"], context))
 
 
-class Reading(NamedTuple):
-    """A row, read."""
+class ParsedRow(NamedTuple):
+    """A row that has been read as a conversation."""
 
     form: str
     conversation: Conversation
     notes: frozenset[str]
-    """What the user should know of how it was read."""
+    """What the user should know about how it was read."""
 
 
 @dataclass(frozen=True)
 class Forms:
-    """The forms that rows may have, the most common first."""
+    """The forms that rows may have, the most common one first."""
 
     forms: Sequence[Form]
     evidence: Mapping[str, int]
-    """How many of the first rows fit each form."""
+    """The number of the first rows that fit each form."""
     rules: Rules = Rules.NOW
 
     @property
@@ -118,11 +118,11 @@ class Forms:
         """The form of most rows."""
         return self.forms[0].name
 
-    def read(self, row: Row) -> Reading:
-        """A row's form, and the row as turns.
+    def read(self, row: Row) -> ParsedRow:
+        """A row's form, and the row as a conversation.
 
         Raises:
-            DataError: what is wrong with the row, at its `file:line`.
+            DataError: the row is faulty; it names the `file:line`.
         """
         if row.repeated is not None and self.rules == Rules.NOW:
             raise DataError(
@@ -130,7 +130,7 @@ class Forms:
                 where=row.origin,
                 fix="delete one of them: nybble cannot know which is meant",
             )
-        original, row = row, self.named(row)
+        original, row = row, self.with_form_names(row)
         form = _form_of(row, self.forms)
         if form is None:
             raise self._unknown(original, row)
@@ -145,20 +145,20 @@ class Forms:
             raise (None if is_mapped else two_answers(row)) or error from None
         if self.rules == Rules.V0_5 and context.notes:
             raise DataError(f"{', '.join(sorted(context.notes))}, but not when the run began", where=row.origin)
-        return Reading(form.name, conversation, frozenset(context.notes))
+        return ParsedRow(form.name, conversation, frozenset(context.notes))
 
     def _unknown(self, original: Row, named: Row) -> DataError:
-        evident = [form for form in self.forms if self.evidence.get(form.name)]
-        expected = [_required(form) for form in evident or self.forms]
-        begun = [form for form in expected if evident and not named.values.keys().isdisjoint(form)]
-        missing = [column for form in begun[:1] for column in form if column not in named.values]
-        return unknown(original, expected, missing)
+        seen = [form for form in self.forms if self.evidence.get(form.name)]
+        expected = [_required(form) for form in seen or self.forms]
+        partial = [form for form in expected if seen and not named.values.keys().isdisjoint(form)]
+        missing = [column for form in partial[:1] for column in form if column not in named.values]
+        return unknown_form(original, expected, missing)
 
-    def named(self, row: Row) -> Row:
-        """A row whose columns are called as the forms call them where only capitals or spaces differ: ' Output'."""
+    def with_form_names(self, row: Row) -> Row:
+        """The row with its columns named as in the forms, if the names differ only in case or spaces, such as ' Output'."""
         names = tuple(row.values)
-        # A row may have a million columns; those are not remembered.
-        find = _renamed if len(names) <= USUAL_COLUMNS else _renamed.__wrapped__
+        # The names of rows with very many columns, perhaps a million, are not cached.
+        find = _renamed if len(names) <= MAX_CACHED_COLUMNS else _renamed.__wrapped__
         renamed = find(names, self.columns)
         if not renamed:
             return row
@@ -174,37 +174,37 @@ def detect_forms(rows: Iterable[Row], form: str, mapping: Mapping[str, str]) -> 
     """Find the forms of rows from their columns.
 
     Args:
-        rows: the first ones, as many as should be looked at.
+        rows: the first rows, as many as should be examined.
         form: a form's name, or auto.
-        mapping: column of a field, where it carries another name; only forms that have all these fields are meant.
+        mapping: the columns of fields that have other names; only forms that have all these fields are considered.
 
     Raises:
         DataError: the mapping names fields that no form has.
     """
-    asked = [name for name in FIELDS if form in ("auto", name)]
-    names = [name for name in asked if mapping.keys() <= {*FIELDS[name][0], *FIELDS[name][1]}]
+    candidates = [name for name in FIELDS if form in ("auto", name)]
+    names = [name for name in candidates if mapping.keys() <= {*FIELDS[name][0], *FIELDS[name][1]}]
     if not names:
         raise DataError(
             f"no form has all fields that data.map names: {', '.join(mapping)}",
             fix="data.map={field: your column}, with the fields of one form: "
-            + "; ".join(f"{', '.join([*FIELDS[name][0], *FIELDS[name][1]])} ({name})" for name in asked),
+            + "; ".join(f"{', '.join([*FIELDS[name][0], *FIELDS[name][1]])} ({name})" for name in candidates),
         )
     forms = [Form(name, {field: mapping.get(field, field) for field in sum(FIELDS[name], ())}) for name in names]
     evidence: Counter[str] = Counter()
     unsorted = Forms(forms, evidence)
     for row in rows:
-        found = _form_of(unsorted.named(row), forms)
-        evidence.update([found.name if found is not None else ""])
+        row_form = _form_of(unsorted.with_form_names(row), forms)
+        evidence.update([row_form.name if row_form is not None else ""])
     return Forms(sorted(forms, key=lambda form: -evidence[form.name]), evidence)
 
 
 @functools.lru_cache(maxsize=256)
 def _renamed(names: tuple[str, ...], columns: frozenset[str]) -> dict[str, str]:
-    """Which names mean a column that is not there in its own spelling."""
-    wanted = {column.strip().lower(): column for column in columns if column not in names}
-    meant = {name: wanted.get(name.strip().lower()) for name in names if name not in columns}
-    counts = Counter(meant.values())
-    return {name: column for name, column in meant.items() if column is not None and counts[column] == 1}
+    """The names that stand for a missing column in another spelling, each with that column."""
+    missing = {column.strip().lower(): column for column in columns if column not in names}
+    renamed = {name: missing.get(name.strip().lower()) for name in names if name not in columns}
+    counts = Counter(renamed.values())
+    return {name: column for name, column in renamed.items() if column is not None and counts[column] == 1}
 
 
 def _required(form: Form) -> list[str]:
@@ -212,6 +212,6 @@ def _required(form: Form) -> list[str]:
 
 
 def _form_of(row: Row, forms: Sequence[Form]) -> Form | None:
-    """The first form that fits, of those that do one that is not null."""
+    """The first form that fits, preferably one whose first column is not null."""
     fitting = [form for form in forms if form.fits(row)]
-    return next((form for form in fitting if form.speaks(row)), fitting[0] if fitting else None)
+    return next((form for form in fitting if form.has_value(row)), fitting[0] if fitting else None)

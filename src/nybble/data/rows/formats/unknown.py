@@ -1,4 +1,4 @@
-"""Rows of no known form, and what would make them one."""
+"""Rows of no known form, with suggestions how to make them readable."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from nybble.data.rows.formats.turns import listed
+from nybble.data.rows.formats.turns import turn_list
 from nybble.data.rows.readers import JSON_KINDS, Row, kind_of, listing
-from nybble.data.rows.readers.wrapped import one_a_line, rows_inside
+from nybble.data.rows.readers.wrapped import jq_command, rows_inside
 from nybble.errors import DataError
 
 PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
-USUAL = {
-    # field: names under which data sets often have it
+USUAL_NAMES = {
+    # field: names that data sets often give it
     "system": ("system_prompt", "system_message"),
     "prompt": ("question", "query", "prompt", "instruction", "problem", "input"),
     "input": ("context",),
     "completion": ("response", "answer", "output", "completion", "reply", "solution", "target", "summary"),
 }
-NUMBERING = frozenset({"", "id", "_id", "uid", "uuid", "idx", "index", "row_idx"})
+ID_COLUMNS = frozenset({"", "id", "_id", "uid", "uuid", "idx", "index", "row_idx"})
 BARE = re.compile(r"[A-Za-z_]\w*")
-NOT_NAMES = frozenset(
-    {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
-)  # what YAML takes for something else
+# YAML does not read these as text.
+YAML_WORDS = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n"})
 
 
-def unknown(row: Row, expected: Sequence[Sequence[str]], missing: Sequence[str]) -> DataError:
+def unknown_form(row: Row, expected: Sequence[Sequence[str]], missing: Sequence[str]) -> DataError:
     """The fault of a row that has no form's columns.
 
     Args:
+        row: the row.
         expected: the columns that each form needs.
-        missing: what this row lacks of a form that other rows have, where it has a part of it.
+        missing: the columns that this row lacks if it has some of those of a form that other rows have.
     """
     if (two := two_answers(row)) is not None:
         return two
@@ -47,61 +47,61 @@ def unknown(row: Row, expected: Sequence[Sequence[str]], missing: Sequence[str])
 
 
 def two_answers(row: Row) -> DataError | None:
-    """The fault of a row that says which of two answers is better; None for any other row."""
+    """The fault of a row with a preferred and a rejected answer; None for any other row."""
     names = next((pair for pair in PREFERENCES if row.values.keys() >= {*pair}), None)
     if names is None:
         return None
     chosen = row.values[names[0]]
     if isinstance(chosen, list) and len(chosen) > 1:
         fix = f"{_mapped({'messages': names[0]})} trains on the preferred answer"
-    elif "prompt" in row.values and (isinstance(chosen, str) or listed(chosen)):
+    elif "prompt" in row.values and (isinstance(chosen, str) or turn_list(chosen)):
         fix = f"{_mapped({'completion': names[0]})} trains on the preferred answer"
     else:
-        fix = "put the preferred answer where other rows have it: after the last message, or in output"
+        fix = "put the preferred answer where other rows have theirs: after the last message, or in output"
     return preference(row, f"two answers, {names[0]!r} and {names[1]!r}", fix)
 
 
 def preference(row: Row, why: str, fix: str) -> DataError:
-    """The fault of a row that says how good an answer is."""
+    """The fault of a row that rates an answer."""
     return DataError(
         f"a preference row ({why}): nybble trains on one answer per row, not on preferences", where=row.origin, fix=fix
     )
 
 
 def _suggestion(row: Row) -> str:
-    """What would make the row readable: a map onto columns of turns or texts, and onto nothing else."""
-    turns = next((name for name, value in row.values.items() if listed(value)), None)
+    """What would make the row readable; data.map is suggested only for columns of turns or text."""
+    turns = next((name for name, value in row.values.items() if turn_list(value)), None)
     if turns is not None:
         return f"name the column, e.g. {_mapped({'messages': turns})}"
-    found, rest = _usual(row)
+    found, rest = _by_usual_names(row)
     needed = [field for field in ("prompt", "completion") if field not in found]
     if len(rest) == len(needed) and all(_is_text(row.values[name]) for name in rest):
         found.update(zip(needed, rest, strict=True))
         needed = []
     if not needed:
         renamed = {"prompt": "instruction", "completion": "output"} if "input" in found else {}
-        in_order = {renamed.get(field, field): found[field] for field in USUAL if field in found}
+        in_order = {renamed.get(field, field): found[field] for field in USUAL_NAMES if field in found}
         return f"name the columns, e.g. {_mapped(in_order)}"
     if (inside := rows_inside(row.values)) is not None:
         file = pathlib.Path(row.origin.rpartition(":")[0])
-        command = one_a_line(file, f"{inside}[]") if kind_of(file) in JSON_KINDS else "write them out, one per line"
+        command = jq_command(file, f"{inside}[]") if kind_of(file) in JSON_KINDS else "write them out, one per line"
         return f"if the rows are in {inside}: {command}"
     if len(rest) == 1 and _is_text(row.values[rest[0]]) and "prompt" not in found:
         return f"if {rest[0]!r} holds whole documents: {_mapped({'text': rest[0]})}"
     return f"name the columns of question and answer: {_mapped({**found, **dict.fromkeys(needed, 'COLUMN')})}"
 
 
-def _usual(row: Row) -> tuple[dict[str, str], list[str]]:
-    """Fields found by the names that columns usually have, and the columns that are left."""
+def _by_usual_names(row: Row) -> tuple[dict[str, str], list[str]]:
+    """The columns of fields, found by their usual names, and the columns that are left."""
     texts = {name.lower(): name for name, value in row.values.items() if _is_text(value)}
     found = {
         field: texts[name]
-        for field, names in USUAL.items()
+        for field, names in USUAL_NAMES.items()
         for name in [next((name for name in names if name in texts), "")]
         if name
     }
-    taken = {*found.values()}
-    return found, [name for name in row.values if name not in taken and name.strip().lower() not in NUMBERING]
+    used = {*found.values()}
+    return found, [name for name in row.values if name not in used and name.strip().lower() not in ID_COLUMNS]
 
 
 def _is_text(value: Any) -> bool:
@@ -109,11 +109,11 @@ def _is_text(value: Any) -> bool:
 
 
 def _mapped(fields: dict[str, str]) -> str:
-    """data.map as one argument for a shell."""
+    """data.map as one quoted argument for a shell."""
     names = ", ".join(f"{field}: {_in_yaml(column)}" for field, column in fields.items())
     return shlex.quote(f"data.map={{{names}}}")
 
 
 def _in_yaml(name: str) -> str:
-    is_bare = BARE.fullmatch(name) and name.isascii() and name.lower() not in NOT_NAMES
+    is_bare = BARE.fullmatch(name) and name.isascii() and name.lower() not in YAML_WORDS
     return name if is_bare else json.dumps(name, ensure_ascii=not name.isprintable())

@@ -1,13 +1,13 @@
-"""Files to rows, each with its `file:line`.
+"""From files to rows, each with its `file:line`.
 
-A reader yields rows, and in place of a line it cannot read the fault; it raises where the rest of the file is lost too.
-No reader holds more of a file than a chunk or a row.
+A reader yields rows, and in place of a row that it cannot read, its fault; it raises a fault if the rest of the file cannot be
+read either. No reader has more of a file in memory than a chunk or a row.
 """
 
 from nybble.data.rows.readers.files import (
     JSON_KINDS,
     KINDS,
-    opened,
+    open_data_file,
     read_file,
     read_rows_of,
     read_text_file,
@@ -31,7 +31,7 @@ __all__ = [
     "Unreadable",
     "kind_of",
     "listing",
-    "opened",
+    "open_data_file",
     "read_file",
     "read_rows_of",
     "read_text_file",

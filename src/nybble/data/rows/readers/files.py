@@ -1,4 +1,4 @@
-"""Which reader a file gets: by its suffix, unless its first bytes show that it is something else."""
+"""Opens files and chooses their readers: by suffix, unless the first bytes show that a file is something else."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from nybble.errors import DataError
 from nybble.files.lfs import LONGEST, pointer_in
 from nybble.files.reading import KINDS as SPECIAL_KINDS
 
-HEAD = 64  # bytes by which a file of another kind is known
+HEAD_BYTES = 64  # first bytes that show what kind of file it is
 GZIP = b"\x1f\x8b"
-ARCHIVES = {  # first bytes: what such a file is, and what to do
+SIGNATURES = {  # first bytes: what the file is, and what to do
     b"PK\x03\x04": ("a zip archive or an Excel workbook", "unpack it, or save the sheet as CSV"),
     GZIP: ("compressed with gzip", "add .gz to its name"),
     b"PAR1": ("a parquet file", "rename it to .parquet"),
@@ -43,18 +43,18 @@ ARCHIVES = {  # first bytes: what such a file is, and what to do
     b"\x80\x04\x95": ("a pickle, which nybble does not load", "write its rows as JSON lines"),
 }
 LARGE_TEXT = (
-    "a .txt file is one document: {} data.overlength=split trains on all of it; if there are several documents in it, "
+    "a .txt file is one document: {} data.overlength=split trains on all of it; if it contains several documents, "
     'write each as a line of a .jsonl file: {"text": "..."}'
 )
-PAGES = (b"<!doctype html", b"<html")
+HTML_STARTS = (b"<!doctype html", b"<html")
 
 
 @contextlib.contextmanager
-def opened(path: pathlib.Path) -> Iterator[OpenFile]:
-    """A file to read rows or text from.
+def open_data_file(path: pathlib.Path) -> Iterator[OpenFile]:
+    """Open a file from which rows or text are read.
 
     Raises:
-        DataError: it is special, a pointer to another file, not what its name says, or cannot be opened.
+        DataError: it is a special file, a pointer to another file, not what its name says, or cannot be opened.
     """
     refuse_special(path)
     try:
@@ -68,7 +68,7 @@ def opened(path: pathlib.Path) -> Iterator[OpenFile]:
 
 def read_file(path: pathlib.Path, limit: int = MAX_ROW) -> Iterator[Item]:
     """Open one file and read it with `read_rows_of`."""
-    with opened(path) as file:
+    with open_data_file(path) as file:
         yield from read_rows_of(file, limit)
 
 
@@ -76,31 +76,31 @@ def read_rows_of(file: OpenFile, limit: int = MAX_ROW) -> Iterator[Item]:
     """Rows and faults of one file, in order.
 
     Args:
-        file: as `opened` gives it.
-        limit: how large a row may be: characters of text, bytes of parquet.
+        file: from `open_data_file`.
+        limit: the maximum size of a row: characters of text, bytes of parquet.
 
     Raises:
-        DataError: the file is empty or of another kind or encoding, or its rest cannot be read.
+        DataError: the file is empty or of another kind or encoding, or the rest of it cannot be read.
     """
-    some = False
+    has_rows = False
     try:
         if not file.first(1):
             raise DataError("the file is empty", where=str(file), fix="remove it from the data, or fill it")
         _refuse_page(file)
         for item in KINDS[kind_of(file.path)](file, limit):
-            some = some or not isinstance(item, Notice)
+            has_rows = has_rows or not isinstance(item, Notice)
             yield item
     except OSError as error:
         raise unreadable(file.path, error) from error
-    if not some:
+    if not has_rows:
         raise DataError("there are no rows in the file", where=str(file), fix="remove it from the data, or fill it")
 
 
 def refuse_special(file: pathlib.Path) -> None:
-    """Refuse what is not a file, before it is opened: a pipe would wait for a writer, a device may have no end.
+    """Refuse what is not a regular file, before it is opened: a pipe would wait for a writer, a device may have no end.
 
     Raises:
-        DataError: what it is, or that there is none, or that it cannot be reached.
+        DataError: it is something else, does not exist, or cannot be accessed.
     """
     try:
         mode = file.stat().st_mode
@@ -118,23 +118,23 @@ def refuse_special(file: pathlib.Path) -> None:
         raise DataError(
             f"this is {kind}, not a file; data is read more than once",
             where=str(file),
-            fix="write what it gives to a file first",
+            fix="write its data to a file first",
         )
 
 
 def unreadable(file: pathlib.Path, error: OSError) -> DataError:
-    """What the system says of a file that it does not read."""
-    why = (error.strerror or str(error)).lower()
-    return DataError(f"the file cannot be read: {why}", where=str(file), fix=f"ls -l {shlex.quote(str(file))}")
+    """The fault of a file that the operating system cannot read."""
+    reason = (error.strerror or str(error)).lower()
+    return DataError(f"the file cannot be read: {reason}", where=str(file), fix=f"ls -l {shlex.quote(str(file))}")
 
 
 def read_text_file(path: pathlib.Path, limit: int = MAX_ROW) -> str:
-    """All of a text file, with line feeds at the ends of its lines.
+    """A whole text file, with line feeds at the ends of its lines.
 
     Raises:
-        DataError: as `opened`, or it is not UTF-8, or longer than `limit` characters.
+        DataError: as for `open_data_file`, or the file is not UTF-8, or longer than `limit` characters.
     """
-    with opened(path) as file:
+    with open_data_file(path) as file:
         return read_document(file, limit)
 
 
@@ -142,26 +142,26 @@ def _refuse_other_kinds(file: OpenFile) -> None:
     """Refuse a pointer to another file, and a file that is not what its name says.
 
     Raises:
-        DataError: what it is instead.
+        DataError: it is one of these; the message says what it is.
     """
     try:
         head = file.first(LONGEST)
-        pointer, start = pointer_in(head, file.path), head[:HEAD]
-        inside = beginning(file, HEAD) if file.is_packed and start.startswith(GZIP) else b""
+        pointer, start = pointer_in(head, file.path), head[:HEAD_BYTES]
+        inside = beginning(file, HEAD_BYTES) if file.is_gzipped and start.startswith(GZIP) else b""
     except OSError as error:
         raise unreadable(file.path, error) from error
     if pointer is not None:
         raise DataError(pointer[0], where=str(file), fix=pointer[1])
     is_table = kind_of(file.path) == ".parquet"
-    for mark, (what, fix) in ARCHIVES.items():
-        if start.startswith(mark) and not (mark == b"PAR1" and is_table) and not (mark == GZIP and file.is_packed):
+    for mark, (what, fix) in SIGNATURES.items():
+        if start.startswith(mark) and not (mark == b"PAR1" and is_table) and not (mark == GZIP and file.is_gzipped):
             raise DataError(f"the file is {what}, not what its name says", where=str(file), fix=fix)
         if inside.startswith(mark) and not (mark == b"PAR1" and is_table):
             what = "compressed with gzip twice" if mark == GZIP else f"{what}, compressed with gzip"
             raise DataError(
                 f"the file is {what}, not what its name says", where=str(file), fix="unpack it and see what it contains"
             )
-    if start and file.is_packed and not start.startswith(GZIP):
+    if start and file.is_gzipped and not start.startswith(GZIP):
         raise DataError(
             "the file is not compressed with gzip, although its name says so",
             where=str(file),
@@ -170,8 +170,8 @@ def _refuse_other_kinds(file: OpenFile) -> None:
 
 
 def _refuse_page(file: OpenFile) -> None:
-    start = file.first(HEAD)
-    if kind_of(file.path) != ".txt" and start.removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith(PAGES):
+    start = file.first(HEAD_BYTES)
+    if kind_of(file.path) != ".txt" and start.removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith(HTML_STARTS):
         raise DataError(
             "the file is a web page, not data",
             where=str(file),
@@ -180,7 +180,7 @@ def _refuse_page(file: OpenFile) -> None:
 
 
 def _read_text(file: OpenFile, limit: int) -> Iterator[Item]:
-    """A document, whole."""
+    """A whole file as one document."""
     try:
         text = read_document(file, limit)
     except TooLargeError as fault:

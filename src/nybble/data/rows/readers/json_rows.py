@@ -1,4 +1,4 @@
-"""JSON files, recognised by content and not by suffix: an array of objects, one object per line, or one object around rows."""
+"""Reads JSON, whatever the suffix: an array of objects, one object per line, or one object that contains the rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from nybble.data.rows.readers.json_text import Decoder, JsonText, NumberError, no_number
+from nybble.data.rows.readers.json_text import Decoder, JsonText, NumberError, number_fault
 from nybble.data.rows.readers.lines import beginning, checked, lines
 from nybble.data.rows.readers.open_file import OpenFile
 from nybble.data.rows.readers.row import Item, row_of
@@ -19,11 +19,11 @@ def read_json(file: OpenFile, limit: int) -> Iterator[Item]:
     """Rows and faults of a file.
 
     Args:
-        file: perhaps packed.
+        file: perhaps gzipped.
         limit: characters that a row may have.
 
     Raises:
-        DataError: an object is spread over several lines, or the rest of an array cannot be read.
+        DataError: an object spans several lines, or the rest of an array cannot be read.
     """
     start = beginning(file).decode("utf-8-sig", "ignore")
     head = start.lstrip()
@@ -31,7 +31,7 @@ def read_json(file: OpenFile, limit: int) -> Iterator[Item]:
         yield from _read_array(file, limit)
         return
     outline = _outline(file, start, limit) if head.startswith("{") else None
-    if outline is not None and outline.holders:
+    if outline is not None and outline.row_lists:
         yield from read_wrapped(file, outline, limit)
         return
     if outline is not None:
@@ -48,7 +48,7 @@ def _read_lines(file: OpenFile, newline: str, limit: int) -> Iterator[Item]:
         try:
             yield row_of(_parse(checked(line, file, number), origin, decoder), origin, decoder.repeated_key())
         except DataError as fault:
-            decoder.repeated_key()  # it may have seen a key twice before it stopped
+            decoder.repeated_key()  # forget a repeated key that it saw before it failed
             yield fault
 
 
@@ -62,7 +62,7 @@ def _parse(line: str, origin: str, decoder: Decoder) -> Any:
             fix="one JSON object per line; fix or delete this line",
         ) from error
     except NumberError as error:
-        raise no_number(error, origin) from error
+        raise number_fault(error, origin) from error
     except RecursionError as error:
         raise DataError("JSON nested too deeply to be a row", where=origin) from error
 
@@ -80,7 +80,7 @@ def _read_array(file: OpenFile, limit: int) -> Iterator[Item]:
 
 
 def _are_lists(start: str) -> bool:
-    """Whether a file has a list on each line, so that it is no array of rows."""
+    """Whether a file has one list per line, so that it is not an array of rows."""
     first, _, rest = start.partition("\n")
     try:
         json.loads(first)
@@ -90,7 +90,7 @@ def _are_lists(start: str) -> bool:
 
 
 def _outline(file: OpenFile, start: str, limit: int) -> Outline | None:
-    """The first object's members; None where it is not JSON on its own line already, as any bad line."""
+    """The outline of the first object; None if its own line is not valid JSON, which is reported like any other bad line."""
     try:
         return outline_of(file, limit)
     except DataError as fault:

@@ -1,4 +1,4 @@
-"""A JSON file's text, walked through in pieces: values, and the members of objects and arrays too large to hold."""
+"""Reads a JSON file in chunks: values, and the members of objects and arrays that are too large for memory."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from nybble.data.rows.readers.lines import as_utf8, pieces
+from nybble.data.rows.readers.lines import pieces, utf8_fix
 from nybble.data.rows.readers.open_file import CHUNK, OpenFile
 from nybble.data.rows.readers.row import MAX_ROW, too_large
 from nybble.errors import DataError
 from nybble.files.reading import json_fault
 
-LONGEST_NUMBER = 4300  # digits of an integer: more are read in quadratic time, so Python refuses them
-LONGEST_SIGN = 16  # characters: longer than -Infinity, half of a surrogate pair, or what follows a number's digits
-BLANK = re.compile(r"[ \t\r\n]*")
+LONGEST_NUMBER = 4300  # digits of an integer: Python refuses more, since reading them takes quadratic time
+LONGEST_TOKEN = 16  # characters: more than -Infinity, half of a surrogate pair, or the end of a number after its digits
+WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class NumberError(ValueError):
-    """What Python's json reads or writes as a number and a row cannot have; the message is the fault."""
+    """A number that Python's json accepts but a row cannot contain; the message is the fault."""
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -34,7 +34,7 @@ def _integer(digits: str) -> int:
 
 
 class Decoder(json.JSONDecoder):
-    """JSON's own, which also says which key the objects of a value have twice."""
+    """The standard decoder, which also reports a key that appears twice in an object."""
 
     def __init__(self) -> None:
         self._repeated: str | None = None
@@ -48,21 +48,21 @@ class Decoder(json.JSONDecoder):
         return values
 
     def repeated_key(self) -> str | None:
-        """The first such key since this was last asked for."""
+        """The first repeated key since the last call."""
         name, self._repeated = self._repeated, None
         return name
 
 
-def no_number(error: NumberError, origin: str) -> DataError:
-    """The fault of a number that a row cannot have."""
+def number_fault(error: NumberError, origin: str) -> DataError:
+    """The fault of a number that a row cannot contain."""
     return DataError(str(error), where=origin, fix="write it as text, or null for nothing")
 
 
 class JsonText:
-    """A file's text from the reader's position on, as much of it as was asked for.
+    """A file's text from the current position on, as much of it as has been read.
 
     Args:
-        file: perhaps packed.
+        file: perhaps gzipped.
         limit: characters that a value may have.
     """
 
@@ -75,69 +75,69 @@ class JsonText:
         self.text = ""
         self.position = 0
         self.line = 1
-        """Of `position`."""
+        """The line of `position`."""
         self.size = 0
-        """Characters of the last value."""
-        self.ended = False
+        """The characters of the last value."""
+        self.at_end = False
 
-    def more(self) -> None:
-        """Read another chunk, or as much as there is already: a long row is not decoded again and again."""
+    def read_more(self) -> None:
+        """Read another chunk, or as much as there is already, so that a long row is not decoded many times."""
         parts, size, wanted = [self.text[self.position :]], 0, max(1, len(self.text) - self.position)
-        while size < wanted and not self.ended:
+        while size < wanted and not self.at_end:
             chunk = next(self.chunks, b"")
-            self.ended = not chunk
+            self.at_end = not chunk
             line = self.line + sum(part.count("\n") for part in parts)
             if b"\0" in chunk:
                 line += chunk.count(b"\n", 0, chunk.index(b"\0"))
                 raise DataError("a null byte", where=f"{self.file}:{line}", fix="save the file as UTF-8")
             try:
-                parts.append(self.decoder.decode(chunk, self.ended))
+                parts.append(self.decoder.decode(chunk, self.at_end))
             except UnicodeDecodeError as error:
                 line += error.object.count(b"\n", 0, error.start)
                 raise DataError(
                     f"not UTF-8: byte {error.object[error.start]:#04x}",
                     where=f"{self.file}:{line}",
-                    fix=as_utf8(self.file, "WINDOWS-1252"),
+                    fix=utf8_fix(self.file, "WINDOWS-1252"),
                 ) from error
             size += len(parts[-1])
         self.text, self.position = "".join(parts), 0
 
     def advance(self, position: int) -> None:
-        """Go on to a position in the text."""
+        """Move to a position in the text."""
         self.line += self.text.count("\n", self.position, position)
         self.position = position
 
     def peek(self) -> str:
-        """Skip white space; the character that follows, or nothing at the end of the file."""
+        """Skip white space; returns the next character, or "" at the end of the file."""
         while True:
-            self.advance(BLANK.match(self.text, self.position).end())  # type: ignore[union-attr]
-            if self.position < len(self.text) or self.ended:
+            self.advance(WHITE_SPACE.match(self.text, self.position).end())  # type: ignore[union-attr]
+            if self.position < len(self.text) or self.at_end:
                 return self.text[self.position : self.position + 1]
-            self.more()
+            self.read_more()
 
     def take(self) -> str:
-        """As `peek`, and go on past it."""
+        """As `peek`, but move past the character."""
         character = self.peek()
         self.advance(self.position + len(character))
         return character
 
     def value(self) -> Any:
-        """Decode the value that begins here, reading on while it is incomplete."""
-        self.json.repeated_key()  # of a value that was not complete yet
+        """Decode the value at the current position, reading further while it is incomplete."""
+        self.json.repeated_key()  # forget that of a value that was incomplete
         while True:
             try:
                 value, end = self.json.raw_decode(self.text, self.position)
             except json.JSONDecodeError as error:
-                unfinished = "Unterminated" in error.msg or error.pos > len(self.text) - LONGEST_SIGN
-                if self.ended or not unfinished:
+                unfinished = "Unterminated" in error.msg or error.pos > len(self.text) - LONGEST_TOKEN
+                if self.at_end or not unfinished:
                     raise self.fault(json_fault(error), error.pos) from error
             except NumberError as error:
-                raise no_number(error, f"{self.file}:{self.line}") from error
+                raise number_fault(error, f"{self.file}:{self.line}") from error
             except RecursionError as error:
                 raise self.fault("nested too deeply to be a row", self.position) from error
             else:
-                may_go_on = isinstance(value, int | float) and end > len(self.text) - LONGEST_SIGN
-                if self.ended or not may_go_on:
+                may_continue = isinstance(value, int | float) and end > len(self.text) - LONGEST_TOKEN
+                if self.at_end or not may_continue:
                     if end - self.position > self.limit:
                         raise too_large("a row", self.limit, f"{self.file}:{self.line}", end - self.position)
                     self.size = end - self.position
@@ -145,10 +145,10 @@ class JsonText:
                     return value
             if len(self.text) - self.position > self.limit:
                 raise too_large("a row", self.limit, f"{self.file}:{self.line}")
-            self.more()
+            self.read_more()
 
     def elements(self) -> Iterator[tuple[Any, str]]:
-        """The elements of the array that begins here, each with its line, and where that is not enough its number."""
+        """The elements of the array at the current position, each with its line and, if several share a line, its number."""
         self.take()
         closed = self.peek() == "]"
         if closed:
@@ -166,7 +166,7 @@ class JsonText:
             closed = after == "]"
 
     def members(self) -> Iterator[str]:
-        """The names of the object that begins here; read the value of each before asking for the next."""
+        """The names in the object at the current position; the value of each must be read before the next name."""
         self.take()
         closed = self.peek() == "}"
         if closed:

@@ -1,4 +1,4 @@
-"""A data file, opened once: every look at it is a view of one descriptor, and its digest is taken of the bytes as they pass."""
+"""A data file that is opened once: all reads use one descriptor, and its digest is computed from the bytes as they are read."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any, Self
 
 import xxhash
 
-from nybble.data.rows.readers.kinds import is_packed
+from nybble.data.rows.readers.kinds import is_gzipped
 
-BUFFER = 1 << 18  # bytes that a view reads at a time where a reader asks for less
-CHUNK = 1 << 20  # bytes that are hashed at a time where no reader has asked for them
+BUFFER = 1 << 18  # bytes read at a time if a reader asks for less
+CHUNK = 1 << 20  # bytes hashed at a time if no reader has asked for them
 
 
 class OpenFile:
-    """A file that is read from its beginning as often as a reader needs, without being opened again.
+    """A file that can be read from its beginning repeatedly without being opened again.
 
-    Opening twice would read a slow disk twice, and could find two different files.
+    Opening it twice would read a slow disk twice, and could give two different files.
 
     Args:
-        path: a regular file; `refuse_special` says so beforehand.
+        path: a regular file, as checked by `refuse_special`.
 
     Raises:
         OSError: it cannot be opened.
@@ -35,7 +35,7 @@ class OpenFile:
         self._raw = io.FileIO(path)
         self._status = os.fstat(self._raw.fileno())
         self._hashed = 0
-        """Bytes from the beginning that `_digests` are of."""
+        """The number of bytes, from the beginning, that `_digests` cover."""
         self._digests: tuple[Any, ...] = ()
 
     def __str__(self) -> str:
@@ -55,9 +55,9 @@ class OpenFile:
         return self._status
 
     @property
-    def is_packed(self) -> bool:
-        """Whether it is gzip's, by its name."""
-        return is_packed(self.path)
+    def is_gzipped(self) -> bool:
+        """Whether it is gzipped, by its name."""
+        return is_gzipped(self.path)
 
     @property
     def has_changed(self) -> bool:
@@ -66,24 +66,24 @@ class OpenFile:
         return (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns)
 
     def first(self, size: int) -> bytes:
-        """The first bytes as they are in the file."""
+        """The first bytes of the file, not unpacked."""
         with self.stored() as stream:
             return stream.read(size)
 
     def stored(self) -> io.BufferedReader:
-        """The bytes of the file, from the beginning."""
+        """The bytes of the file from the beginning, not unpacked."""
         return io.BufferedReader(_View(self), BUFFER)
 
     def unpacked(self) -> io.BufferedReader | gzip.GzipFile:
-        """The bytes of the file, those of a packed one unpacked, from the beginning."""
-        return gzip.GzipFile(fileobj=self.stored(), mode="rb") if self.is_packed else self.stored()
+        """The bytes of the file from the beginning, unpacked if it is gzipped."""
+        return gzip.GzipFile(fileobj=self.stored(), mode="rb") if self.is_gzipped else self.stored()
 
     def hash_as_read(self) -> None:
-        """From now on take the digests of the bytes that pass; those that have passed already are read again at the end."""
+        """Compute the digests from the bytes read from now on; those that were read before are read again at the end."""
         self._digests = self._digests or (hashlib.sha256(), xxhash.xxh3_128())
 
     def digests(self) -> tuple[str, str]:
-        """SHA-256 and XXH3 of the file; what no reader has asked for is read now.
+        """SHA-256 and XXH3 of the file; bytes that no reader has asked for are read now.
 
         Raises:
             OSError: it cannot be read.
@@ -96,7 +96,7 @@ class OpenFile:
         return sha256.hexdigest(), xxh3.hexdigest()
 
     def read_at(self, offset: int, buffer: bytearray | memoryview) -> int:
-        """Fill a buffer from an offset in the file; how many bytes there were."""
+        """Fill a buffer from an offset in the file; returns the number of bytes."""
         self._raw.seek(offset)
         count = self._raw.readinto(buffer) or 0
         if self._digests and offset <= self._hashed < offset + count:
@@ -108,7 +108,7 @@ class OpenFile:
 
 
 class _View(io.RawIOBase):
-    """The bytes of a file from an offset of its own."""
+    """A stream of a file's bytes with its own offset."""
 
     def __init__(self, file: OpenFile) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""What a parquet file's pages unpack to, read from their headers before any is unpacked.
+"""The uncompressed sizes of a parquet file's pages, read from their headers before any page is uncompressed.
 
-A header's sizes are what Arrow allocates, so they are compared with a limit first: the file's own totals are
-elsewhere and need not be true. Headers are in Thrift's compact protocol: fields by number, integers in seven bits a byte.
+Arrow allocates the sizes in the headers, so these are compared with a limit first; the file's totals are stored elsewhere and may
+be wrong. Headers use Thrift's compact protocol: fields by number, integers with seven bits per byte.
 """
 
 from __future__ import annotations
@@ -13,80 +13,81 @@ from typing import IO
 
 import pyarrow
 
-HEADERS = (1 << 12, 1 << 24)  # bytes that are read for one: nearly always enough, and Arrow's own limit
-KIND, UNPACKED, PACKED = 1, 2, 3  # numbers of a page header's fields
-OF_DICTIONARY = 2  # the kind
-DATA, DICTIONARY, DATA_2 = (
-    5,
-    7,
-    8,
-)  # numbers of the fields that describe a data page, a dictionary, a data page of version 2
+HEADERS = (1 << 12, 1 << 24)  # bytes to read for a header: nearly always enough, and Arrow's own limit
+PAGE_TYPE, UNCOMPRESSED_SIZE, COMPRESSED_SIZE = 1, 2, 3  # numbers of a page header's fields
+DICTIONARY_PAGE = 2  # a page type
+DATA, DICTIONARY, DATA_2 = 5, 7, 8  # fields that describe a data page, a dictionary, a data page of version 2
 VALUES, ENCODING = 1, {DATA: 2, DATA_2: 4}  # numbers of their fields
-REFERRING = (2, 8)  # encodings of pages whose values are in the dictionary
+DICTIONARY_ENCODINGS = (2, 8)  # encodings of pages whose values are in the dictionary
 CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "BROTLI": "brotli", "ZSTD": "zstd"}
 BOOLEANS, BYTE, INTEGERS, DOUBLE, BINARY, LISTS, STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 12
-DEEPEST = 8  # structs inside each other
+MAX_DEPTH = 8  # structs inside each other
 
 
 @dataclass(frozen=True)
 class Page:
-    """One page of a column: its own values, or the dictionary that others refer to."""
+    """One page of a column: values, or the dictionary that other pages refer to."""
 
     size: int
-    """Bytes, unpacked."""
+    """Bytes when uncompressed."""
     values: int
     is_dictionary: bool
-    refers: bool
+    uses_dictionary: bool
     """Whether the values are in the dictionary."""
     offset: int
-    """Of its first byte after the header."""
-    packed: int
+    """The offset of the first byte after its header."""
+    compressed: int
     """Bytes in the file."""
 
 
 def pages(stream: IO[bytes], start: int, size: int) -> Iterator[Page]:
-    """The pages of a part of a column.
+    """The pages of a column chunk.
 
     Args:
         stream: the file.
-        start: where the first one begins.
-        size: bytes of all of them, with their headers.
+        start: offset of the first page.
+        size: bytes of all pages with their headers.
 
     Raises:
-        ValueError: what is there is not a page.
+        ValueError: what is found is not a page.
     """
     offset = start
     while offset < start + size:
         length, header = _header(stream, offset)
-        unpacked, packed = header.numbers.get(UNPACKED, -1), header.numbers.get(PACKED, -1)
-        if unpacked < 0 or packed < 0:
+        size_in_memory = header.numbers.get(UNCOMPRESSED_SIZE, -1)
+        compressed = header.numbers.get(COMPRESSED_SIZE, -1)
+        if size_in_memory < 0 or compressed < 0:
             raise ValueError(f"no page at byte {offset}")
         kinds = {kind: header.structs[kind].numbers for kind in (DATA, DICTIONARY, DATA_2) if kind in header.structs}
         yield Page(
-            unpacked,
+            size_in_memory,
             max((kind.get(VALUES, 0) for kind in kinds.values()), default=0),
-            header.numbers.get(KIND) == OF_DICTIONARY,
-            any(kinds[kind].get(encoding) in REFERRING for kind, encoding in ENCODING.items() if kind in kinds),
+            header.numbers.get(PAGE_TYPE) == DICTIONARY_PAGE,
+            any(
+                kinds[kind].get(encoding) in DICTIONARY_ENCODINGS
+                for kind, encoding in ENCODING.items()
+                if kind in kinds
+            ),
             offset + length,
-            packed,
+            compressed,
         )
-        offset += length + packed
+        offset += length + compressed
 
 
 def longest_text(stream: IO[bytes], dictionary: Page, compression: str) -> int:
-    """Bytes of the longest text in a dictionary; of the whole dictionary if that cannot be known.
+    """Bytes of the longest text in a dictionary; of the whole dictionary if that is unknown.
 
     Args:
         stream: the file.
-        dictionary: not too large to be unpacked.
-        compression: parquet's name for it.
+        dictionary: a page that is small enough to be uncompressed.
+        compression: parquet's name of its compression.
     """
     stream.seek(dictionary.offset)
-    data = stream.read(min(dictionary.packed, 2 * dictionary.size + HEADERS[0]))
+    data = stream.read(min(dictionary.compressed, 2 * dictionary.size + HEADERS[0]))
     try:
         if compression != "UNCOMPRESSED":
             data = pyarrow.Codec(CODECS[compression]).decompress(data, dictionary.size, asbytes=True)
-    except (KeyError, OSError, pyarrow.ArrowException):  # Arrow finds out what is wrong with it
+    except (KeyError, OSError, pyarrow.ArrowException):  # Arrow will report what is wrong with it
         return dictionary.size
     longest = offset = 0
     while offset < len(data):
@@ -105,15 +106,15 @@ class _Fields:
 
 
 def _header(stream: IO[bytes], offset: int) -> tuple[int, _Fields]:
-    """Length and fields of the header at an offset."""
+    """The length and the fields of the header at an offset."""
     for size in HEADERS:
         stream.seek(offset)
         header = _Header(io.BytesIO(stream.read(size)))
         try:
-            found = header.struct()
+            fields = header.struct()
         except EOFError:
             continue
-        return header.stream.tell(), found
+        return header.stream.tell(), fields
     raise ValueError(f"the header of the page at byte {offset} is cut off")
 
 
@@ -122,18 +123,18 @@ class _Header:
     stream: io.BytesIO
 
     def struct(self, depth: int = 0) -> _Fields:
-        if depth > DEEPEST:
+        if depth > MAX_DEPTH:
             raise ValueError("a page's header is nested too deeply")
-        found = _Fields()
+        fields = _Fields()
         number = 0
         while (byte := self._byte()) != 0:
             kind = byte & 15
             number = number + (byte >> 4) if byte >> 4 else self._signed()
             if kind == STRUCT:
-                found.structs[number] = self.struct(depth + 1)
+                fields.structs[number] = self.struct(depth + 1)
             elif kind not in BOOLEANS:
-                found.numbers[number] = self._value(kind, depth)
-        return found
+                fields.numbers[number] = self._value(kind, depth)
+        return fields
 
     def _value(self, kind: int, depth: int) -> int:
         if kind in INTEGERS:

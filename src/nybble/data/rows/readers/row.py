@@ -1,4 +1,4 @@
-"""What a reader yields: rows, each with its `file:line`, and in place of a row that cannot be read the fault."""
+"""What a reader yields: rows with their `file:line`, notices, and a fault in place of each row that cannot be read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nybble.errors import DataError
 
 MB = 1_000_000
 MAX_ROW = 16 * MB
-"""The largest row that is read unless data.max_row_mb says otherwise: characters of text, bytes of a parquet file."""
+"""The default of data.max_row_mb as a number: characters of text, bytes of a parquet file."""
 ADVICE = "split it; if it is meant to be this large, allow it with {}"
 NAMES_SHOWN = 12
 LONGEST_NAME = 60
@@ -22,23 +22,23 @@ class Row:
 
     values: dict[str, Any]
     origin: str
-    """`file:line`, of rows that share a line with the number of the row (for parquet and the Hub, that number alone)."""
+    """`file:line`, with the row's number if rows share a line; for parquet and the Hub, `file:row number`."""
     source: int = 0
-    """Which of the recipe's sources it comes from."""
+    """The number of the recipe's source that it comes from."""
     repeated: str | None = None
-    """A key that one of its objects has twice; `values` holds what the last one says."""
+    """A key that one of its objects has twice; `values` has the last of the two values."""
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands for a cell that is there but cannot be read: whether that matters depends on whether the column is used."""
+    """Stands for a cell that exists but cannot be read, which matters only if its column is used."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class Notice:
-    """What the user should know of how a file was read, though nothing is wrong with it."""
+    """What the user should know about how a file was read, although nothing is wrong with it."""
 
     what: str
 
@@ -50,7 +50,7 @@ def row_of(value: Any, origin: str, repeated: str | None = None) -> Row:
     """A decoded value as a row.
 
     Raises:
-        DataError: it has no named fields.
+        DataError: it is not an object with named fields.
     """
     if not isinstance(value, dict):
         name = "null" if value is None else type(value).__name__
@@ -62,8 +62,10 @@ class TooLargeError(DataError):
     """A row or a file over the limit.
 
     Args:
-        option: what allows it.
-        advice: what to do, with {} for the option.
+        what: what is wrong.
+        where: its `file:line`.
+        option: the option that allows it, with its value.
+        advice: what to do, with {} in place of the option.
     """
 
     def __init__(self, what: str, where: str | None, option: str, advice: str = ADVICE) -> None:
@@ -75,10 +77,10 @@ def too_large(what: str, limit: int, where: str, size: int | None = None) -> Too
     """The fault of a row, or a part of one, over the limit.
 
     Args:
-        what: which part.
-        limit: how large it may be.
+        what: the part, such as "a row".
+        limit: its maximum size.
         where: its `file:line`.
-        size: how large it is; None where that is not known without reading all of it.
+        size: its size; None if that is unknown without reading all of it.
     """
     shown = f"of {size / MB:,.1f} MB" if size is not None else f"of more than {limit / MB:,.0f} MB"
     over = f", over the limit of {limit / MB:,.0f} MB" if size is not None else ""
@@ -87,7 +89,7 @@ def too_large(what: str, limit: int, where: str, size: int | None = None) -> Too
 
 
 def listing(names: Iterable[object]) -> str:
-    """Names as a message shows them: the first ones, none of them at length."""
+    """Names for a message: the first ones, shortened if they are long."""
     shown = [(name if isinstance(name, str) and name.isprintable() else repr(name))[:LONGEST_NAME] for name in names]
     more = len(shown) - NAMES_SHOWN
     return ", ".join(shown[:NAMES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")

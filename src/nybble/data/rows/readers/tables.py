@@ -1,4 +1,4 @@
-"""CSV and TSV, as spreadsheets and programs write them: whatever separates the columns and ends the lines."""
+"""Reads CSV and TSV as spreadsheets and programs write them, with any of the usual delimiters and line ends."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from nybble.data.rows.readers.open_file import OpenFile
 from nybble.data.rows.readers.row import MB, Item, Notice, Row, listing, too_large
 from nybble.errors import DataError
 
-SAMPLED = 100  # lines by which the delimiter is found
+SAMPLE_LINES = 100  # lines from which the delimiter is detected
 EMPTY_COLUMNS = "empty columns at the end are ignored"
 EMPTY_ROWS = "empty rows are ignored"
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 SEP_LINE = re.compile(r'"?sep=(\\t|[^\w\s"]|\t)"?[,;\t|]*', re.IGNORECASE)
-"""Excel's own first line, which names the delimiter and is no row."""
+"""A first line written by Excel, which names the delimiter and is not a row."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,18 @@ class Dialect:
 
     delimiter: str
     spaced: bool
-    """A space follows each delimiter and belongs to no field."""
+    """Whether a space, which does not belong to a field, follows each delimiter."""
     skipped: int
-    """Lines above the header."""
+    """The number of lines above the header."""
 
 
 class Record:
-    """The lines of one record, as the csv module asks for them; it joins those that a quoted field spans.
+    """Supplies the csv module with lines, and keeps track of the lines of the current record: a quoted field may span several.
 
     Args:
-        file: the table, perhaps packed.
+        file: the table, perhaps gzipped.
         limit: characters that a record may have.
-        dialect: how it is written.
+        dialect: of the table.
     """
 
     def __init__(self, file: OpenFile, limit: int, dialect: Dialect) -> None:
@@ -50,12 +50,12 @@ class Record:
         self.dialect = dialect
         self.unread = itertools.islice(lines(file, "", limit), dialect.skipped, None)
         self.first = self.line = dialect.skipped + 1
-        """Lines: on which the record begins, and which is read next; quoted fields may hold line breaks."""
+        """The line on which the record begins, and the line to read next; they differ if quoted fields contain line breaks."""
         self.size = 0
         self.newest = ""
         """The line that was read last."""
         self.opened: int | None = None
-        """Line on which the quotes open that are open before the newest line."""
+        """The line with the opening quote of a field that is still open before the newest line; None if there is none."""
 
     def __iter__(self) -> Iterator[str]:
         for number, line in self.unread:
@@ -68,13 +68,13 @@ class Record:
             yield text
 
     def end(self) -> str:
-        """Where the record that was read begins; the next one begins after it."""
+        """End the record; returns where it began."""
         origin = f"{self.file}:{self.first}"
         self.first, self.size, self.opened = self.line, 0, None
         return origin
 
     def fault(self, error: csv.Error) -> DataError:
-        """What is wrong where csv went no further: where the quotes open that do not end, if it is that."""
+        """The fault for an error of csv; if a quote is not closed, it is reported where that opens."""
         opened = self._left_open()
         where = f"{self.file}:{self.first if opened is None else opened}"
         fix = "close every quote, and double those inside"
@@ -89,7 +89,7 @@ class Record:
         return DataError(f"not valid CSV: {what}", where=where, fix=fix)
 
     def _left_open(self) -> int | None:
-        """The line on which the quotes open that are open after the newest line; None where none are."""
+        """The line with the opening quote of a field that is still open after the newest line; None if there is none."""
         text, delimiter, position = self.newest, self.dialect.delimiter, 0
         is_quoted = self.opened is not None
         opened = self.opened
@@ -109,7 +109,7 @@ class Record:
 
 
 def _closing(text: str, position: int) -> int:
-    """Where the text continues after a quoted field's last quote; 0 if there is none. Doubled quotes are part of the field."""
+    """The position after a quoted field's closing quote; 0 if there is none. Doubled quotes are part of the field."""
     position = text.find('"', position) + 1
     while position and text[position : position + 1] == '"':
         position = text.find('"', position + 1) + 1
@@ -117,26 +117,26 @@ def _closing(text: str, position: int) -> int:
 
 
 def read_csv(file: OpenFile, limit: int) -> Iterator[Item]:
-    """Rows and faults of a table, and a notice where empty columns or rows of it are ignored.
+    """Rows and faults of a table, and a notice if empty columns or rows are ignored.
 
     Args:
-        file: the table, perhaps packed.
+        file: the table, perhaps gzipped.
         limit: characters that a row may have.
 
     Raises:
         DataError: the header names a column twice, or a quote is not closed.
     """
-    given: set[Notice] = set()
+    notices: set[Notice] = set()
     for item in _items(file, limit):
         if not isinstance(item, Notice):
             yield item
-        elif item not in given:
-            given.add(item)
+        elif item not in notices:
+            notices.add(item)
             yield item
 
 
 def _items(file: OpenFile, limit: int) -> Iterator[Item]:
-    csv.field_size_limit(limit)  # its own default of 128 KiB is less than one long document
+    csv.field_size_limit(limit)  # csv's default of 128 KiB is less than one long document
     dialect = _dialect(file)
     record = Record(file, limit, dialect)
     reader = csv.reader(iter(record), delimiter=dialect.delimiter, skipinitialspace=dialect.spaced, strict=True)
@@ -147,7 +147,7 @@ def _items(file: OpenFile, limit: int) -> Iterator[Item]:
                 header = fields
             else:
                 record.end()
-        names = _named(header, f"{file}:{dialect.skipped + reader.line_num}")
+        names = _column_names(header, f"{file}:{dialect.skipped + reader.line_num}")
         if len(names) < len(header):
             yield Notice(f"{file.path.name}: {EMPTY_COLUMNS}")
         record.end()
@@ -159,7 +159,7 @@ def _items(file: OpenFile, limit: int) -> Iterator[Item]:
                 if fields:  # a blank line has none
                     yield Notice(f"{file.path.name}: {EMPTY_ROWS}")
             elif len(fields) < len(names) or _is_filled(fields[len(names) :]):
-                yield _uneven(fields, names, dialect, origin)
+                yield _field_count_fault(fields, names, dialect, origin)
             else:
                 if len(fields) > len(names):
                     yield Notice(f"{file.path.name}: {EMPTY_COLUMNS}")
@@ -172,22 +172,22 @@ def _is_filled(fields: list[str]) -> bool:
     return any(map(str.strip, fields))
 
 
-def _named(header: list[str], where: str) -> list[str]:
-    """The header without the unnamed columns at its end."""
+def _column_names(header: list[str], where: str) -> list[str]:
+    """The names in the header, without the unnamed columns at its end."""
     width = len(header)
     while width and not header[width - 1].strip():
         width -= 1
     counts = Counter(name for name in header[:width] if name.strip())
-    if twice := [name for name, count in counts.items() if count > 1]:
+    if repeated := [name for name, count in counts.items() if count > 1]:
         raise DataError(
-            f"two columns of the header have the same name: {twice[0]!r:.60}",
+            f"two columns of the header have the same name: {repeated[0]!r:.60}",
             where=where,
             fix="give each column a different name",
         )
     return header[:width]
 
 
-def _uneven(fields: list[str], names: list[str], dialect: Dialect, origin: str) -> DataError:
+def _field_count_fault(fields: list[str], names: list[str], dialect: Dialect, origin: str) -> DataError:
     delimiters = DELIMITERS.get(dialect.delimiter, repr(dialect.delimiter))
     return DataError(
         f"{len(fields)} field{'s' * (len(fields) != 1)}, but the header has {len(names)} ({listing(names)})",
@@ -197,11 +197,11 @@ def _uneven(fields: list[str], names: list[str], dialect: Dialect, origin: str) 
 
 
 def _dialect(file: OpenFile) -> Dialect:
-    """How a table is written, by its beginning."""
+    """The dialect of a table, detected from its beginning."""
     start = beginning(file)
     sample = list(io.StringIO(start.decode("utf-8-sig", "replace"), newline=""))
     if len(start) == START and len(sample) > 1:
-        del sample[-1]  # cut in the middle
+        del sample[-1]  # it is cut off in the middle
     order = list(DELIMITERS)
     if kind_of(file.path) == ".tsv":
         order.sort(key="\t".__ne__)
@@ -209,15 +209,15 @@ def _dialect(file: OpenFile) -> Dialect:
     if named is not None:
         delimiter = "\t" if named[1] == "\\t" else named[1]
     else:
-        delimiter = max(order, key=lambda delimiter: _fitting(sample, delimiter))  # of equals the first
+        delimiter = max(order, key=lambda delimiter: _matching_records(sample, delimiter))  # the first of equals
     skipped = int(named is not None)
     header, *_ = _records(sample[skipped:], delimiter) or [[]]
     spaced = delimiter != "\t" and len(header) > 1 and all(name.startswith(" ") for name in header[1:])
     return Dialect(delimiter, spaced, skipped)
 
 
-def _fitting(sample: list[str], delimiter: str) -> int:
-    """How many records have the header's number of fields; none where the delimiter does not divide the header."""
+def _matching_records(sample: list[str], delimiter: str) -> int:
+    """How many records have as many fields as the header; 0 if the header has only one."""
     records = _records(sample, delimiter)
     return sum(len(record) == len(records[0]) for record in records) if records and len(records[0]) > 1 else 0
 
@@ -225,7 +225,7 @@ def _fitting(sample: list[str], delimiter: str) -> int:
 def _records(sample: list[str], delimiter: str) -> list[list[str]]:
     records = []
     try:
-        for record in csv.reader(sample[:SAMPLED], delimiter=delimiter, strict=True):
+        for record in csv.reader(sample[:SAMPLE_LINES], delimiter=delimiter, strict=True):
             records += [record] if _is_filled(record) else []
     except csv.Error:  # another delimiter is meant, or the sample ends within quotes
         pass

@@ -1,4 +1,4 @@
-"""Rows inside one object, as programs write them: named lists, the Hub viewer's rows, SQuAD's articles."""
+"""Reads rows inside one object, as programs write them: named lists, the Hub viewer's rows, SQuAD's articles."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nybble.data.rows.readers.json_text import JsonText
-from nybble.data.rows.readers.lines import fed
+from nybble.data.rows.readers.lines import command_on
 from nybble.data.rows.readers.open_file import OpenFile
 from nybble.data.rows.readers.row import Item, Notice, Row, listing, row_of, too_large
 from nybble.errors import DataError
 
-HOLDERS = (
-    # names of lists that hold rows; of several the first is read, so that held-out rows are not trained on
+ROW_LISTS = (
+    # names of lists of rows; if there are several, the first is read, so that held-out rows are not trained on
     "train", "training", "data", "rows", "examples", "instances", "items", "records", "samples", "entries", "dataset",
     "conversations", "validation", "valid", "dev", "eval", "test",
 )  # fmt: skip
@@ -25,44 +25,46 @@ COLUMNS = "import pandas; pandas.read_json({0!r}).to_json('NEW.jsonl', orient='r
 
 @dataclass(frozen=True)
 class Member:
-    """A member of an object; of a list its first element and its length."""
+    """A member of an object."""
 
     name: str
     value: Any
+    """Its value; if that is a list, the list's first element."""
     length: int | None = None
+    """The length of a list; None for other values."""
 
     @property
-    def found(self) -> Any:
-        """The value; of a list no more than its first element."""
+    def preview(self) -> Any:
+        """The value; a list is cut after its first element."""
         return self.value if self.length is None else [self.value][: self.length]
 
     @property
     def holds_objects(self) -> bool:
-        """Whether this is a list of objects that are not turns: rows, perhaps."""
-        return _may_be_rows(self.found)
+        """Whether this is a list of objects that are not turns, and so perhaps of rows."""
+        return _may_be_rows(self.preview)
 
 
 @dataclass(frozen=True)
 class Outline:
-    """A file's first object."""
+    """The outline of a file's first object."""
 
     members: tuple[Member, ...]
     lines: int
-    """How many it takes."""
+    """The number of lines that it spans."""
     is_alone: bool
-    """Nothing follows it."""
+    """Whether nothing follows it."""
 
     @property
-    def holders(self) -> list[str]:
-        """The lists that hold rows, the one to read first."""
-        found = {member.name.lower(): member.name for member in self.members if member.holds_objects}
-        return [found[name] for name in HOLDERS if name in found] if self.is_alone else []
+    def row_lists(self) -> list[str]:
+        """The names of the lists of rows; the first of them is the one to read."""
+        names = {member.name.lower(): member.name for member in self.members if member.holds_objects}
+        return [names[name] for name in ROW_LISTS if name in names] if self.is_alone else []
 
     def refuse_unread(self, file: OpenFile) -> None:
-        """Refuse an object that is no row on a line of its own.
+        """Refuse an object that is not a row on its own line.
 
         Raises:
-            DataError: it is spread over several lines, or holds columns.
+            DataError: it spans several lines, or contains columns.
         """
         if self.is_alone and self._are_columns():
             raise DataError(
@@ -74,47 +76,47 @@ class Outline:
             raise DataError(
                 "objects span several lines; each line must be one object",
                 where=f"{file}:1",
-                fix=one_a_line(file.path),
+                fix=jq_command(file.path),
             )
         if self.lines > 1:
-            inside = rows_inside({member.name: member.found for member in self.members})
+            inside = rows_inside({member.name: member.preview for member in self.members})
             raise DataError(
                 "one object over several lines; rows must be an array of objects or one object per line",
                 where=f"{file}:1",
-                fix=f"if it is one row: {one_a_line(file.path)}"
+                fix=f"if it is one row: {jq_command(file.path)}"
                 if inside is None
-                else f"if the rows are in {inside}: {one_a_line(file.path, f'{inside}[]')}",
+                else f"if the rows are in {inside}: {jq_command(file.path, f'{inside}[]')}",
             )
 
     def _are_columns(self) -> bool:
-        """Whether this is how pandas writes a table by default: columns, each with its rows by number."""
+        """Whether this is a table as pandas writes it by default: columns, each with its rows by number."""
         columns = [member.value for member in self.members]
         return bool(columns) and all(isinstance(column, dict) and "0" in column for column in columns)
 
 
-def one_a_line(path: pathlib.Path, rows: str = ".") -> str:
-    """The command that writes rows of a JSON file, which jq finds so, each on a line of its own."""
-    return fed(f"jq -c {shlex.quote(rows)}", path) + " > NEW.jsonl"
+def jq_command(path: pathlib.Path, rows: str = ".") -> str:
+    """The command that writes the rows that a jq expression finds in a JSON file, one per line."""
+    return command_on(f"jq -c {shlex.quote(rows)}", path) + " > NEW.jsonl"
 
 
 def rows_inside(values: dict[str, Any]) -> str | None:
-    """The path in an object of a list that may be rows, as jq writes it: ."data"."train"; None where there is none."""
+    """The jq path of a list in an object that may be rows, such as ."data"."train"; None if there is none."""
     lists = {f".{json.dumps(name, ensure_ascii=not name.isprintable())}": value for name, value in values.items()}
     inner = {
         f"{path}.{json.dumps(name)}": within
         for path, value in lists.items()
         if isinstance(value, dict)
         for name, within in value.items()
-        if name.lower() in HOLDERS
+        if name.lower() in ROW_LISTS
     }
     return next((path for path, value in {**lists, **inner}.items() if _may_be_rows(value)), None)
 
 
 def outline_of(file: OpenFile, limit: int) -> Outline:
-    """What a file's first object consists of, without holding it.
+    """The outline of a file's first object, found without reading all of it into memory.
 
     Raises:
-        DataError: it is not JSON, or what it holds besides lists is over the limit.
+        DataError: it is not JSON, or the part of it that is not in lists is over the limit.
     """
     text = JsonText(file, limit)
     text.peek()
@@ -136,14 +138,14 @@ def outline_of(file: OpenFile, limit: int) -> Outline:
 
 
 def read_wrapped(file: OpenFile, outline: Outline, limit: int) -> Iterator[Item]:
-    """Rows of the first of the lists that hold some, and a notice of which was read.
+    """The rows of the first list of rows, and a notice that names it.
 
     Raises:
         DataError: the rest of the file cannot be read.
     """
-    chosen, *others = outline.holders
-    left = f", not from {' or '.join(map(repr, others))}" if others else ""
-    yield Notice(f"{file.path.name}: rows are read from {chosen!r}{left}")
+    chosen, *others = outline.row_lists
+    ignored = f", not from {' or '.join(map(repr, others))}" if others else ""
+    yield Notice(f"{file.path.name}: rows are read from {chosen!r}{ignored}")
     text = JsonText(file, limit)
     text.peek()
     for name in text.members():
@@ -168,7 +170,7 @@ def _may_be_rows(value: Any) -> bool:
 def _rows(value: Any, origin: str, file: OpenFile) -> Iterator[Item]:
     try:
         if isinstance(value, dict) and isinstance(value.get("row"), dict):
-            yield _shown(value, origin)
+            yield _viewer_row(value, origin)
         elif isinstance(value, dict) and isinstance(value.get("paragraphs"), list):
             yield Notice(
                 f"{file.path.name}: SQuAD's question, context and first answer are read as instruction, input, output"
@@ -180,11 +182,11 @@ def _rows(value: Any, origin: str, file: OpenFile) -> Iterator[Item]:
         yield fault
 
 
-def _shown(value: dict[str, Any], origin: str) -> Row:
-    """A row as the Hub's viewer gives it."""
-    if cut := value.get("truncated_cells"):
+def _viewer_row(value: dict[str, Any], origin: str) -> Row:
+    """The row in an object of the Hub's viewer."""
+    if truncated := value.get("truncated_cells"):
         raise DataError(
-            f"the Hub's viewer has truncated {listing(cut) if isinstance(cut, list) else 'cells'}",
+            f"the Hub's viewer has truncated {listing(truncated) if isinstance(truncated, list) else 'cells'}",
             where=origin,
             fix="read the whole data set from the Hub: nybble train MODEL owner/name",
         )
@@ -192,14 +194,14 @@ def _shown(value: dict[str, Any], origin: str) -> Row:
 
 
 def _questions(article: dict[str, Any], origin: str) -> Iterator[Row]:
-    """The questions of one of SQuAD's articles."""
+    """One row for each question of one of SQuAD's articles."""
     number = 0
     try:
         for paragraph in article["paragraphs"]:
-            for asked in paragraph["qas"]:
+            for item in paragraph["qas"]:
                 number += 1
-                answers = asked.get("answers") or [{"text": None}]
-                values = {"instruction": asked["question"], "input": paragraph["context"], "output": answers[0]["text"]}
+                answers = item.get("answers") or [{"text": None}]
+                values = {"instruction": item["question"], "input": paragraph["context"], "output": answers[0]["text"]}
                 yield Row(values, f"{origin}, question {number}")
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"not an article of SQuAD's form: {error!r}", where=origin) from error
+        raise DataError(f"not an article in SQuAD's format: {error!r}", where=origin) from error

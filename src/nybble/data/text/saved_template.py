@@ -1,4 +1,4 @@
-"""The template that a run keeps: written when it begins, and read by everything that takes the run."""
+"""The template saved with a run: written when the run begins, and read by everything that uses the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nybble.run.template import RecordedTemplate
 
 
 def save_template(template: Template, file: pathlib.Path) -> None:
-    """Keep a template with its run; its Jinja text goes into the tokenizer as well, for other programs."""
+    """Save a template with its run."""
     day = None if template.day is None else template.day.isoformat()
     facts = {
         "name": template.name,
@@ -32,27 +32,27 @@ def save_template(template: Template, file: pathlib.Path) -> None:
 
 
 def read_template(tokenizer: PreTrainedTokenizerBase, file: pathlib.Path) -> Template:
-    """The template of a run; one of 0.5.1 that reads the clock gets the day on which the run began."""
-    kept = read_shape(file, RecordedTemplate, RunError, RESTORE)
-    if kept.bos is not None:
+    """The template of a run; one saved by 0.5.1 that reads the clock gets the day on which the run began."""
+    saved = read_shape(file, RecordedTemplate, RunError, RESTORE)
+    if saved.bos is not None:
         return Template(
             tokenizer,
-            kept.name,
-            kept.source,
-            verbatim=kept.verbatim,
-            day=kept.day,
-            bos=kept.bos,
-            rules=Rules(kept.rules),
+            saved.name,
+            saved.source,
+            verbatim=saved.verbatim,
+            day=saved.day,
+            bos=saved.bos,
+            rules=Rules(saved.rules),
         )
-    began = _day_of(file.parent) if reads_clock(kept.source) else None
+    day = _first_day(file.parent) if reads_clock(saved.source) else None
     return Template(
-        tokenizer, kept.name, kept.source, verbatim=kept.verbatim, day=began, bos=True, known_as=kept.source,
+        tokenizer, saved.name, saved.source, verbatim=saved.verbatim, day=day, bos=True, fingerprint_source=saved.source,
         rules=Rules.V0_5,
     )  # fmt: skip
 
 
-def _day_of(run: pathlib.Path) -> datetime.date:
-    """The day on which a run of 0.5.1 began: its summary tells it, and until there is one, the time of start.json."""
+def _first_day(run: pathlib.Path) -> datetime.date:
+    """The day on which a run of 0.5.1 began, from its summary or, if it has none yet, from the time of start.json."""
     if not (run / "summary.json").exists():
         return datetime.date.fromtimestamp((run / "start.json").stat().st_mtime)
     summary = read_record(run / "summary.json", Ended)
