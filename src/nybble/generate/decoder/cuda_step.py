@@ -18,6 +18,7 @@ from nybble.kernels.cuda.kernels import (
     RowAdapters,
     Squares,
 )
+from nybble.weights.watched import Ineligible
 
 Product = tuple[ProductOutput, RowAdapters | None]
 

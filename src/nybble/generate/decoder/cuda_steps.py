@@ -65,28 +65,47 @@ class CudaSteps:
         pages, shared = found
         return PagedSlot(pages, torch.tensor(pages, device=self.model.device), adapter, shared * PAGE)
 
-    def prefill(self, slot: CacheSlot, ids: Sequence[int]) -> torch.Tensor:
+    def prefill(self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `Steps.prefill`."""
-        assert isinstance(slot, PagedSlot)
-        start, end = slot.length, slot.length + len(ids)
-        positions = torch.arange(start, end, device=self.model.device)
-        pages, offsets = slot.on_device[positions // PAGE], positions % PAGE
-        held = slot.on_device[: -(-end // PAGE)]
+        own = [slot for slot in slots if isinstance(slot, PagedSlot)]
+        spans = [(slot.length, slot.length + len(part)) for slot, part in zip(own, parts, strict=True)]
+        lengths = [len(part) for part in parts]
+        positions = self._tensor([place for span in spans for place in range(*span)])
+        pages = torch.cat([
+            slot.on_device[start // PAGE : (end - 1) // PAGE + 1].repeat_interleave(PAGE)[start % PAGE :][: end - start]
+            for slot, (start, end) in zip(own, spans, strict=True)
+        ])  # fmt: skip
+        offsets = positions % PAGE
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             keys, values = self._cache[layer]
             keys[pages, :, offsets], values[pages, :, offsets] = k, v
-            if start == 0:
-                return attend_to(q, k.transpose(0, 1), v.transpose(0, 1))
-            whole = (states[held].transpose(0, 1).flatten(1, 2)[:, :end] for states in (keys, values))
-            return attend_to(q, *whole)
+            split = (each.split(lengths) for each in (q, k, v))
+            outs = [
+                self._attend(layer, slot, span, *states) for slot, span, *states in zip(own, spans, *split, strict=True)
+            ]
+            return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-        rotary = self._rotary[0][start:end].unsqueeze(1), self._rotary[1][start:end].unsqueeze(1)
-        residual = self._layers.run(
-            torch.tensor(ids, device=self.model.device), rotary, tokens_of([slot.adapter]), attend
-        )
-        slot.length = end
-        return self._layers.logits(residual[-1:])[0]
+        adapters = tokens_of([slot.adapter for slot, count in zip(own, lengths, strict=True) for _ in range(count)])
+        ids = self._tensor([token for part in parts for token in part])
+        residual = self._layers.run(ids, self._layers.rotary(positions), adapters, attend)
+        for slot, (_, end) in zip(own, spans, strict=True):
+            slot.length = end
+        return self._layers.logits(residual[self._tensor(lengths).cumsum(0) - 1])
+
+    def _attend(
+        self, layer: int, slot: PagedSlot, span: tuple[int, int], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """One sequence's: to its own tokens alone where it begins here, else to its pages."""
+        start, end = span
+        if start == 0:
+            return attend_to(q, k.transpose(0, 1), v.transpose(0, 1))
+        held = slot.on_device[: -(-end // PAGE)]
+        whole = (states[held].transpose(0, 1).flatten(1, 2)[:, :end] for states in self._cache[layer])
+        return attend_to(q, *whole)
+
+    def _tensor(self, numbers: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(numbers, device=self.model.device)
 
     def decode(self, slots: Sequence[CacheSlot], ids: Sequence[int]) -> torch.Tensor:
         """See `Steps.decode`."""

@@ -150,31 +150,37 @@ class Decoder:
         self._waiting = deque(active for active in self._waiting if not active.over)
 
     def _prefill(self) -> None:
-        """Some tokens of the prompts, the oldest first; whose prompt is done gets its first token."""
+        """Some tokens of the prompts, the oldest first, in one pass; whose prompt is done gets its first token."""
         budget = self.steps.chunk
+        rows: list[DecodedRow] = []
+        parts: list[list[int]] = []
         for row in self._rows:
             row.active.end_unwanted()
             ids = row.to_compute
-            if row.active.over or len(ids) <= 1 or budget <= 0:
-                continue
-            part = ids[:budget]
-            budget -= len(part)
-            self._try([row], part)
+            if not row.active.over and len(ids) > 1 and budget > 0:
+                rows.append(row)
+                parts.append(ids[:budget])
+                budget -= len(parts[-1])
+        if rows:
+            self._prefill_parts(rows, parts)
 
-    def _try(self, rows: Sequence[DecodedRow], part: Sequence[int]) -> None:
-        """Compute a part of one prompt; what fails takes its own request along, and nothing else."""
-        (row,) = rows
-        last = len(part) == len(row.to_compute)
+    def _prefill_parts(self, rows: Sequence[DecodedRow], parts: Sequence[list[int]]) -> None:
+        """One pass; where it runs out of memory each prompt is tried alone, so that one takes no other along."""
         try:
-            logits = self.steps.prefill(row.slot, part)
+            logits = self.steps.prefill([row.slot for row in rows], parts)
         except torch.OutOfMemoryError as error:
-            _fail(rows, "out of memory: the prompt is too long for this device", error)
+            if len(rows) == 1:
+                _fail(rows, "out of memory: the prompt is too long for this device", error)
+                return
+            for row, part in zip(rows, parts, strict=True):
+                self._prefill_parts([row], [part])
         except (RuntimeError, ValueError, IndexError) as error:
             log.exception("a prompt failed")
             _fail(rows, "the model failed; the log says why", error)
         else:
-            if last:
-                self._hand_over(rows, logits.unsqueeze(0))
+            done = [n for n, row in enumerate(rows) if not row.to_compute]
+            if done:
+                self._hand_over([rows[n] for n in done], logits[done])
 
     def _decode(self) -> None:
         rows = [row for row in self._rows if not row.active.over and len(row.to_compute) == 1]

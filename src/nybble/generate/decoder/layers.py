@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.nn.functional import linear, rms_norm, silu
@@ -14,7 +15,65 @@ from nybble.weights.projections import ActiveAdapter, ProjectionGroup
 from nybble.weights.store import dequantise
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""A layer's number, q (tokens, heads, size), k and v (tokens, kv heads, size), rotated, to (tokens, heads, size)."""
+"""A layer's number, q (tokens, heads, size), k and v (tokens, kv heads, size), q and k rotated, to (tokens, heads, size)."""
+Rotary = tuple[torch.Tensor, torch.Tensor]
+"""Cosine and sine of each token's position, (tokens, size) float32."""
+
+
+class Elementwise(Protocol):
+    """What stands between products and attention."""
+
+    def norm(self, residual: torch.Tensor, weight_h: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+        """The norm of each row, in a type."""
+
+    def rotate(self, qkv: torch.Tensor, rotary: Rotary, rotated_heads: int, head_size: int) -> None:
+        """Rotary positions of q and k, the first heads of each row, in place."""
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) x up."""
+
+
+class TorchElementwise:
+    """In torch's own functions: fewer calls than the reference of the kernels, for CPUs."""
+
+    def norm(self, residual: torch.Tensor, weight_h: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+        """See `Elementwise.norm`."""
+        return rms_norm(residual, weight_h.shape, weight_h, eps).to(dtype)
+
+    def rotate(self, qkv: torch.Tensor, rotary: Rotary, rotated_heads: int, head_size: int) -> None:
+        """See `Elementwise.rotate`."""
+        cosine, sine = (table.unsqueeze(1) for table in rotary)
+        x = qkv[:, : rotated_heads * head_size].view(len(qkv), rotated_heads, head_size)
+        turned = x.roll(head_size // 2, -1)  # the sign of its first half is in the table of sines
+        x.copy_(torch.addcmul(x * cosine, turned, sine))
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See `Elementwise.swiglu`."""
+        gate, up = gate_up.chunk(2, 1)
+        return silu(gate).mul_(up)
+
+
+class FusedElementwise:
+    """In the engine's fused operations."""
+
+    def __init__(self, fused: operations.Operations) -> None:
+        self._fused = fused
+
+    def norm(self, residual: torch.Tensor, weight_h: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+        """See `Elementwise.norm`."""
+        out = torch.empty_like(residual, dtype=dtype)
+        self._fused.rms_norm(residual, weight_h, eps, out)
+        return out
+
+    def rotate(self, qkv: torch.Tensor, rotary: Rotary, rotated_heads: int, head_size: int) -> None:
+        """See `Elementwise.rotate`."""
+        self._fused.rope(qkv, *rotary, rotated_heads, head_size, 0)
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See `Elementwise.swiglu`."""
+        out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+        self._fused.swiglu(gate_up, out)
+        return out
 
 
 @dataclass(frozen=True)
@@ -60,44 +119,50 @@ class PlainLayers:
             for layer in model.layers
         ]
         self._operations = operations.choose(model.device).operations
+        fused = self._operations is not operations.reference
+        self._elementwise: Elementwise = FusedElementwise(self._operations) if fused else TorchElementwise()
+        self._tables = self._make_tables(model, fused)
         self._buffer = torch.empty(0, dtype=self.dtype, device=model.device)
 
+    def rotary(self, positions: torch.Tensor | slice) -> Rotary:
+        """Of tokens at these positions."""
+        return self._tables[0][positions], self._tables[1][positions]
+
     def run(
-        self,
-        ids: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        adapters: Mapping[str | None, torch.Tensor | slice],
-        attend: Attend,
+        self, ids: torch.Tensor, rotary: Rotary, adapters: Mapping[str | None, torch.Tensor | slice], attend: Attend
     ) -> torch.Tensor:
         """The residual stream after all layers, (tokens, h) float32.
 
         Args:
             ids: (tokens,)
-            rotary: cosine and sine of the tokens' positions, (tokens, 1, size / 2) each.
+            rotary: of the tokens' positions.
             adapters: which tokens are computed with which adapter.
             attend: stores keys and values and attends.
         """
-        model, tokens = self.model, len(ids)
+        model, between, size = self.model, self._elementwise, self.model.head_size
         residual = model.embedding.index_select(0, ids).float()
         split = [model.heads, model.kv_heads, model.kv_heads]
         for index, layer in enumerate(model.layers):
-            x = self._norm(residual, layer.norms[0], layer.eps[0])
-            q, k, v = self._product(index, "qkv", x, adapters).view(tokens, -1, model.head_size).split(split, 1)
-            attended = attend(index, rotate(q, *rotary), rotate(k, *rotary), v)
-            residual += self._product(index, "o", attended.reshape(tokens, -1), adapters)
-            x = self._norm(residual, layer.norms[1], layer.eps[1])
-            gate, up = self._product(index, "gate_up", x, adapters).chunk(2, 1)
-            residual += self._product(index, "down", silu(gate).mul_(up), adapters)
+            x = between.norm(residual, layer.norms[0], layer.eps[0], self.dtype)
+            qkv = self._product(index, "qkv", x, adapters)
+            between.rotate(qkv, rotary, model.heads + model.kv_heads, size)
+            attended = attend(index, *qkv.view(len(ids), -1, size).split(split, 1))
+            residual += self._product(index, "o", attended.reshape(len(ids), -1), adapters)
+            x = between.norm(residual, layer.norms[1], layer.eps[1], self.dtype)
+            activated = between.swiglu(self._product(index, "gate_up", x, adapters))
+            residual += self._product(index, "down", activated, adapters)
         return residual
 
     def logits(self, residual: torch.Tensor) -> torch.Tensor:
         """(tokens, vocabulary) float32."""
-        return linear(
-            self._norm(residual, self.model.norm, self.model.eps).to(self.model.head.dtype), self.model.head
-        ).float()
+        model = self.model
+        return linear(self._elementwise.norm(residual, model.norm, model.eps, model.head.dtype), model.head).float()
 
-    def _norm(self, residual: torch.Tensor, weight_h: torch.Tensor, eps: float) -> torch.Tensor:
-        return rms_norm(residual, weight_h.shape, weight_h, eps).to(self.dtype)
+    @staticmethod
+    def _make_tables(model: DecoderModel, fused: bool) -> Rotary:
+        """Cosine and sine of all positions, (positions, size) float32; for torch's functions the first half's sign is in the sine."""
+        cosine, sine = model.rotary_tables(model.positions)
+        return torch.cat((cosine, cosine), 1), torch.cat((sine if fused else -sine, sine), 1)
 
     def _product(
         self, index: int, name: str, x_mk: torch.Tensor, adapters: Mapping[str | None, torch.Tensor | slice]
@@ -132,12 +197,6 @@ class PlainLayers:
             dequantise(self._operations, weight, whole[row : row + weight.outputs])
             row += weight.outputs
         return whole
-
-
-def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (Su et al. 2021) of (tokens, heads, size), in float32."""
-    first, second = x.float().chunk(2, -1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1).to(x.dtype)
 
 
 def attend_to(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

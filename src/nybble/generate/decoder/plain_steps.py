@@ -44,7 +44,6 @@ class PlainSteps:
         self.layers = PlainLayers(model)
         self._used = 0
         self._finished: list[tuple[Sequence[int], PlainSlot]] = []
-        self._cosine, self._sine = (table.unsqueeze(1) for table in model.rotary_tables(model.positions))
 
     def reserve(self, prompt: Sequence[int], adapter: str | None, tokens: int) -> PlainSlot | None:
         """See `Steps.reserve`."""
@@ -62,44 +61,37 @@ class PlainSteps:
             slot.length = shared
         return slot
 
-    def prefill(self, slot: CacheSlot, ids: Sequence[int]) -> torch.Tensor:
+    def prefill(self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `Steps.prefill`."""
-        assert isinstance(slot, PlainSlot)
-        start, end = slot.length, slot.length + len(ids)
-
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            keys, values = slot.states[layer]
-            keys[:, start:end], values[:, start:end] = k.transpose(0, 1), v.transpose(0, 1)
-            return attend_to(q, keys[:, :end], values[:, :end])
-
-        rotary = self._cosine[start:end], self._sine[start:end]
-        residual = self.layers.run(self._tensor(ids), rotary, tokens_of([slot.adapter]), attend)
-        slot.length = end
-        return self.layers.logits(residual[-1:])[0]
-
-    def decode(self, slots: Sequence[CacheSlot], ids: Sequence[int]) -> torch.Tensor:
-        """See `Steps.decode`."""
-        places = [slot.length for slot in slots]
+        spans = [(slot.length, slot.length + len(part)) for slot, part in zip(slots, parts, strict=True)]
+        lengths = [len(part) for part in parts]
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             outs = []
-            for row, (slot, place) in enumerate(zip(slots, places, strict=True)):
+            split = (each.split(lengths) for each in (q, k, v))
+            for slot, (start, end), own_q, own_k, own_v in zip(slots, spans, *split, strict=True):
                 assert isinstance(slot, PlainSlot)
                 keys, values = slot.states[layer]
-                keys[:, place], values[:, place] = k[row], v[row]
-                outs.append(attend_to(q[row : row + 1], keys[:, : place + 1], values[:, : place + 1]))
+                keys[:, start:end], values[:, start:end] = own_k.transpose(0, 1), own_v.transpose(0, 1)
+                outs.append(attend_to(own_q, keys[:, :end], values[:, :end]))
             return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-        where = self._tensor(places)
-        rotary = self._cosine[where], self._sine[where]
-        residual = self.layers.run(self._tensor(ids), rotary, tokens_of([slot.adapter for slot in slots]), attend)
-        for slot in slots:
-            slot.length += 1
-        return self.layers.logits(residual)
+        one = slice(*spans[0])
+        where = one if len(spans) == 1 else self._tensor([place for span in spans for place in range(*span)])
+        adapters = tokens_of([slot.adapter for slot, count in zip(slots, lengths, strict=True) for _ in range(count)])
+        ids = self._tensor([token for part in parts for token in part])
+        residual = self.layers.run(ids, self.layers.rotary(where), adapters, attend)
+        for slot, (_, end) in zip(slots, spans, strict=True):
+            slot.length = end
+        return self.layers.logits(residual[self._tensor(lengths).cumsum(0) - 1])
+
+    def decode(self, slots: Sequence[CacheSlot], ids: Sequence[int]) -> torch.Tensor:
+        """See `Steps.decode`."""
+        return self.prefill(slots, [[token] for token in ids])
 
     def release(self, slot: CacheSlot, ids: Sequence[int]) -> None:
         """See `Steps.release`."""
-        assert isinstance(slot, PlainSlot) and len(ids) == slot.length
+        assert isinstance(slot, PlainSlot)
         self._finished.append((ids, slot))
         if len(self._finished) > KEPT:
             self._used -= self._finished.pop(0)[1].capacity

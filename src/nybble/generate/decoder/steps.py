@@ -39,8 +39,8 @@ class Steps(Protocol):
             None where there is no room now.
         """
 
-    def prefill(self, slot: CacheSlot, ids: Sequence[int]) -> torch.Tensor:
-        """Append tokens of a prompt to its slot; logits after the last, (vocabulary,) float32."""
+    def prefill(self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Append tokens of prompts to their slots; logits after the last of each, (slots, vocabulary) float32."""
 
     def decode(self, slots: Sequence[CacheSlot], ids: Sequence[int]) -> torch.Tensor:
         """Append one token to each slot; logits after them, (rows, vocabulary) float32, good until the next call."""
