@@ -72,7 +72,7 @@ from datasets.utils.logging import disable_progress_bar
 from bench.quality_report import draw, report
 from bench.quality_run import METHODS, TASKS, Run, Setup, one_run, tokens_of, write_splits
 from nybble.errors import NybbleError
-from nybble.files.places import default_cache
+from nybble.files.paths import default_cache
 from nybble.model.device import grow_segments
 from nybble.model.tokenizer.load import load_tokenizer
 

@@ -47,7 +47,7 @@ from nybble.serve.engine import Engine
 from nybble.serve.guard import AccessRules
 from nybble.serve.loading import load_continuous, pipeline_engine
 from nybble.serve.metrics import Metrics
-from nybble.serve.server import listen, make_server, short_turns
+from nybble.serve.server import listen, make_server, short_switch_interval
 
 
 def bare_adapter(base: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
@@ -84,7 +84,7 @@ def served(engine: Engine, metrics: Metrics) -> Iterator[str]:
     while not server.started:
         time.sleep(0.01)
     try:
-        with short_turns():
+        with short_switch_interval():
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True

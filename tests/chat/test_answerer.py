@@ -55,7 +55,7 @@ def test_a_seeded_answer_does_not_depend_on_its_neighbours(answerer):
     assert answerer.complete(prompts, Sampling(12, temperature=1.5, top_p=0.95, seed=8))[0].ids != together[0]
 
 
-def test_a_seeded_answer_goes_on_from_its_own_beginning(answerer):
+def test_a_seeded_answer_can_be_continued_from_its_own_beginning(answerer):
     (prompt,) = [encode_prompt(answerer.template, ASKED[0])]
     (whole,) = answerer.complete([prompt], WARM)
     begin = whole.ids[:4]
@@ -64,7 +64,7 @@ def test_a_seeded_answer_goes_on_from_its_own_beginning(answerer):
     assert begin + rest.ids == whole.ids
 
 
-def test_logits_that_are_no_numbers_are_an_error(tuned_run, cache):
+def test_logits_that_are_not_finite_are_an_error(tuned_run, cache):
     broken = load_answerer(tuned_run, cache)
     with torch.no_grad():
         broken.model.get_base_model().model.norm.weight.fill_(torch.nan)

@@ -73,7 +73,7 @@ def given(monkeypatch):
     return seen
 
 
-def test_the_system_message_of_most_rows_is_recorded_and_taken(taught, answerer, given):
+def test_the_system_message_of_most_rows_is_recorded_and_used(taught, answerer, given):
     assert open_run(taught.folder).system == answerer.system == SYSTEM
     told = said(answerer, "say one", "/system off", "say one", "/system Be brief.", "say one", "/system")
     print(told)
@@ -100,7 +100,7 @@ def test_a_run_without_a_record_of_it_has_none(taught, tmp_path):
     assert open_run(folder).system == ""
 
 
-def test_each_speaker_goes_on_from_its_own_answers(answerer, given):
+def test_each_model_continues_from_its_own_answers(answerer, given):
     said(answerer, "say one", "say two", compare=True)
     assert [who for who, _, _ in given] == ["base", "tuned"] * 2
     for who in ("base", "tuned"):
@@ -120,14 +120,14 @@ def test_unknown_commands_are_refused_and_paths_are_messages(answerer, given):
 
 def test_a_cut_answer_is_marked(answerer):
     told = said(answerer, "say one", tokens=1)
-    assert "(cut off after 1 tokens; --max-new-tokens allows more)" in told
+    assert "(cut off after 1 token; --max-new-tokens allows more)" in told
     out, remarks = (Console(file=io.StringIO(), width=100) for _ in range(2))
     answer_once(answerer, {"tuned": (Message("user", "say one"),)}, Sampling(1), out, remarks)
     assert "cut off" not in out.file.getvalue()
     assert "cut off" in remarks.file.getvalue()
 
 
-def test_a_modelfile_and_the_list_of_models_say_it(answerer):
+def test_a_modelfile_and_the_list_of_models_have_the_system_message(answerer):
     text = write_modelfile("./m.gguf", answerer.tokenizer, answerer.template.source, "</s>", SYSTEM)
     assert f'\nSYSTEM """{SYSTEM}"""\n' in text
     assert "SYSTEM" not in write_modelfile("./m.gguf", answerer.tokenizer, answerer.template.source, "</s>")

@@ -34,7 +34,7 @@ def test_pieces_make_the_text_and_no_character_is_cut(text):
 
 
 @given(TEXTS, st.lists(TEXTS.filter(bool), max_size=3), st.booleans())
-def test_a_stop_string_never_shows_wherever_tokens_end(text, stops, strip):
+def test_a_stop_string_is_never_shown_wherever_tokens_end(text, stops, strip):
     stream = TextStream(TOKENIZER, stops, strip=strip)
     said = "".join(pieces(stream, ids_of(text)))
     places = [(place + len(stop), place) for stop in stops if (place := text.find(stop)) >= 0]
@@ -45,16 +45,16 @@ def test_a_stop_string_never_shows_wherever_tokens_end(text, stops, strip):
 
 @settings(max_examples=200)
 @given(st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=30))
-def test_bytes_that_are_no_text_make_some(ids):
+def test_bytes_that_are_not_text_become_replacement_characters(ids):
     assert "".join(pieces(TextStream(TOKENIZER, strip=False), ids)) == TOKENIZER.backend_tokenizer.decode(ids)
 
 
-def test_a_character_that_was_not_finished_shows_as_one(tiny_tokenizer):
+def test_an_incomplete_character_is_shown_as_one(tiny_tokenizer):
     (*begun, _) = ids_of("🙂", tiny_tokenizer)
     assert pieces(TextStream(tiny_tokenizer, strip=False), begun)[-1] == "\ufffd"
 
 
-def test_sentencepiece_keeps_the_space_of_a_word_that_goes_on(tmp_path):
+def test_sentencepiece_keeps_the_space_before_a_continuation(tmp_path):
     if not SHARED.exists():
         pytest.skip("needs the real Llama 2 tokenizer files")
     shutil.copytree(SHARED / "llama2-tokenizer", tmp_path / "llama2")
@@ -67,7 +67,7 @@ def test_sentencepiece_keeps_the_space_of_a_word_that_goes_on(tmp_path):
         assert raw.decode().removeprefix(" ").replace(" ", "") == text.replace("▁", " ").replace(" ", "")
 
 
-def test_a_token_is_spelt_in_bytes(tiny_tokenizer):
+def test_a_token_is_spelled_in_bytes(tiny_tokenizer):
     text = f"{' '.join(WORDS)} 🙂 é\n"
     spelt = [spelling(tiny_tokenizer, token_id) for token_id in ids_of(text, tiny_tokenizer)]
     assert b"".join(bytes(raw) for _, raw in spelt).decode() == text

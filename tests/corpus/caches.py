@@ -21,7 +21,7 @@ Edit = Callable[[pathlib.Path], object]
 MENDED = {
     "base": "the cached copy of the quantised base was damaged",
     "tokens": "the cached rows were damaged",
-    "digests": "what was remembered of",
+    "digests": "the cached digests of",
     "evaluations": "the kept scores were damaged",
 }
 

@@ -436,10 +436,10 @@ def _framing() -> list[Hostile]:
         return Hostile(f"http-{name}", sent, status, None, says, ends)
 
     return [
-        case("cl-and-te", start + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks, says="in doubt"),
-        case("te-and-cl", start + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n" + chunks, says="in doubt"),
+        case("cl-and-te", start + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks, says="ambiguous"),
+        case("te-and-cl", start + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n" + chunks, says="ambiguous"),
         case("cl-and-te-smuggles", start + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + second),
-        case("te-in-1.0", start.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n" + chunks, says="in doubt"),
+        case("te-in-1.0", start.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n" + chunks, says="ambiguous"),
         case("two-lengths", start + b"Content-Length: 5\r\nContent-Length: " + size + b"\r\n\r\n" + GOOD, says="Content-Length"),
         case("a-list-of-lengths", start + b"Content-Length: 5, 6\r\n\r\n" + GOOD, says="Content-Length"),
         case("length-negative", start + b"Content-Length: -5\r\n\r\n" + GOOD, says="Content-Length"),

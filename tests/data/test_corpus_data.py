@@ -30,7 +30,7 @@ from tests.corpus.bombs import BOMBS, ROOM, exploded, shared, table
 from tests.corpus.cases import Case, Outcome, held, nybble, sampled
 from tests.corpus.data import GOOD, HEAD, ROW, file, parquet
 from tests.corpus.data_files import CASES, PLAIN
-from tests.files.test_places import small_disk
+from tests.files.disks import small_disk
 
 ROWS = 100_000  # of a bomb that are read; of one that is a parquet file, where each row is large
 ROWS_OF_PARQUET = 1000

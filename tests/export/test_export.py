@@ -18,7 +18,7 @@ from nybble.chat.answerer import Answerer, Sampling
 from nybble.chat.loading import load_answerer
 from nybble.data.text.template import choose_template
 from nybble.engine.loss import last_hidden
-from nybble.errors import ExportError, HubError, ModelError, PlaceError, RunError
+from nybble.errors import ExportError, HubError, ModelError, RunError, StorageError
 from nybble.export import export as module
 from nybble.export import targets
 from nybble.export.artefacts import generation_settings
@@ -294,7 +294,7 @@ def test_nothing_of_an_export_that_is_stopped_stays(run, measured, cache, tmp_pa
 
     for error in (full, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)):
         monkeypatch.setattr(targets, "write_merged", error)
-        with pytest.raises((PlaceError, KeyboardInterrupt)):
+        with pytest.raises((StorageError, KeyboardInterrupt)):
             export(run, Wanted("merged", tmp_path / "out"), quiet, cache)
         assert list(tmp_path.iterdir()) == []
 
@@ -350,7 +350,7 @@ def test_every_bad_input_is_a_clear_error_and_leaves_what_was_there(
             if folder != run.folder:
                 assert not (folder / "export").exists()
     with pytest.raises(
-        PlaceError, match=r"the export cannot be written: .*model.safetensors is a file, not a folder"
+        StorageError, match=r"the export cannot be written: .*model.safetensors is a file, not a folder"
     ) as caught:
         export(run, Wanted("merged", file / "out"), quiet, cache)
     assert "--out" in caught.value.fix

@@ -19,29 +19,29 @@ import torch
 from datasets.arrow_writer import ArrowWriter
 
 from nybble.data.sets.prepare import prepare
-from nybble.errors import PlaceError
+from nybble.errors import StorageError
 from nybble.evaluate.scores import Scored, Store
 from nybble.files import cache as kept
-from nybble.files.places import HALF
+from nybble.files.atomic import UNFINISHED
 from nybble.model.base.checkpoint import find_checkpoint, fingerprint
 from nybble.model.base.load import load_base
 from nybble.recipe import DataOptions, ModelOptions
 from tests.conftest import WORDS, small_tokenizer, tuned, write_llama
 from tests.corpus.caches import CASES, MENDED, cut, entry, flipped, zeroed
 from tests.corpus.cases import Case, nybble, sampled
-from tests.files.test_places import read_only
+from tests.files.disks import read_only
 
 SCORED = Scored("t", "acc", True, "1", 0, 2, "Hub", [1.0, float("nan")], ["t", "t"], ["x", "y"])
 
 
 class Filled:
-    """A cache with an entry in each room, and what its users give."""
+    """A cache with an entry in each of its folders, and what its users return."""
 
     def __init__(self, model: pathlib.Path, rows: pathlib.Path, cache: pathlib.Path) -> None:
         self.model, self.rows, self.cache = model, rows, cache
 
     def use(self, room: str) -> object:
-        """What comes out of a room's entry."""
+        """What the user of a cache folder returns."""
         checkpoint = find_checkpoint(str(self.model))
         if room == "digests":
             return fingerprint(checkpoint, self.cache)
@@ -85,7 +85,7 @@ def test_there_are_many() -> None:
 
 
 @pytest.mark.parametrize("case", sampled(CASES, 8))
-def test_a_damaged_cache_mends_itself(case: Case, filled, wanted, tmp_path, caplog) -> None:
+def test_a_damaged_cache_repairs_itself(case: Case, filled, wanted, tmp_path, caplog) -> None:
     for name in ("cache", "other"):
         shutil.copytree(filled / name, tmp_path / name)
     case.make(tmp_path)
@@ -104,7 +104,7 @@ def test_a_damaged_cache_mends_itself(case: Case, filled, wanted, tmp_path, capl
 
 
 @pytest.mark.parametrize("room", ["base", "tokens"])
-def test_what_is_no_damage_is_taken_for_none(room, filled, wanted, tmp_path, caplog) -> None:
+def test_what_is_not_damage_is_not_reported(room, filled, wanted, tmp_path, caplog) -> None:
     shutil.copytree(filled / "cache", tmp_path / "cache")  # other inodes and times
     (entry(tmp_path, room) / ".DS_Store").write_text("x")
     for file in entry(tmp_path, room).iterdir():
@@ -116,7 +116,7 @@ def test_what_is_no_damage_is_taken_for_none(room, filled, wanted, tmp_path, cap
 
 
 @pytest.mark.parametrize("room", ["base", "tokens"])
-def test_what_cannot_be_removed_is_passed_over(room, filled, wanted, tmp_path, caplog) -> None:
+def test_entries_that_cannot_be_removed_are_skipped(room, filled, wanted, tmp_path, caplog) -> None:
     shutil.copytree(filled / "cache", tmp_path / "cache")
     place = entry(tmp_path, room)
     (place / "manifest.json").unlink()
@@ -146,7 +146,7 @@ def another_user() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("closed", ["folder", "manifest", "file"])
-def test_an_entry_that_this_user_may_not_read_makes_way(tmp_path, closed) -> None:
+def test_an_entry_that_this_user_may_not_read_is_replaced(tmp_path, closed) -> None:
     tmp_path.chmod(0o777)
     for parent in tmp_path.parents:
         if parent.owner() == "root" and parent != pathlib.Path("/"):
@@ -156,15 +156,15 @@ def test_an_entry_that_this_user_may_not_read_makes_way(tmp_path, closed) -> Non
         for word in ("first", "second"):
             found = kept.find(place)
             assert found.facts is None
-            with kept.making(found.place) as temporary:
+            with kept.new_entry(found.path) as temporary:
                 (temporary / "file").write_text(word)
-                kept.seal(temporary, found.place, {"word": word})
+                kept.seal(temporary, found.path, {"word": word})
             assert kept.find(place).facts == {"word": word}
             {"folder": place, "manifest": place / "manifest.json", "file": place / "file"}[closed].chmod(0)
         found = kept.find(place)
         print(found.fault)
         assert "cannot be read" in found.fault
-        assert found.place == place
+        assert found.path == place
         assert not place.exists()
 
 
@@ -179,7 +179,7 @@ def hammer(damaged: Filled, room: str, wanted: object, start, done) -> None:
 
 
 @pytest.mark.parametrize("room", ["tokens", "digests"])
-def test_processes_that_find_the_same_damage_do_not_meet(room, filled, wanted, tmp_path) -> None:
+def test_processes_that_find_the_same_damage_do_not_disturb_each_other(room, filled, wanted, tmp_path) -> None:
     for number in range(ROUNDS):
         shutil.copytree(filled / "cache", tmp_path / str(number))
         found = entry(tmp_path, room, str(number))
@@ -207,19 +207,19 @@ def test_rows_that_a_disk_does_not_keep_are_an_error(filled, tmp_path, monkeypat
     whole = Filled(filled / "model", filled / "rows.jsonl", tmp_path / "cache")
     with monkeypatch.context() as patch:
         patch.setattr("nybble.data.sets.cached_rows.ArrowWriter", Lossy)
-        with pytest.raises(PlaceError, match="tokenised rows are read back differently") as caught:
+        with pytest.raises(StorageError, match="tokenised rows are read back differently") as caught:
             whole.use("tokens")
     print(caught.value)
     assert not list((tmp_path / "cache" / "tokens").iterdir())
     monkeypatch.setattr("nybble.data.sets.cached_rows.TRIES", 1)
-    with pytest.raises(PlaceError, match="tokenised rows do not stay as they are written"):
+    with pytest.raises(StorageError, match="tokenised rows do not stay as they are written"):
         whole.use("tokens")  # made, and not found again
 
 
 def test_a_note_that_a_disk_does_not_keep_is_an_error(tmp_path, monkeypatch) -> None:
     write = pathlib.Path.write_text
     monkeypatch.setattr(pathlib.Path, "write_text", lambda self, text, **words: write(self, text[:-1], **words))
-    with pytest.raises(PlaceError, match=r"data written to the cache reads back differently \(note is garbled\)"):
+    with pytest.raises(StorageError, match=r"data written to the cache reads back differently \(note is garbled\)"):
         kept.write_note(tmp_path / "note", {"n": 1})
     assert not list(tmp_path.iterdir())
 
@@ -229,32 +229,32 @@ def test_a_cache_in_which_nothing_can_be_used_is_an_error(filled, tmp_path, monk
     place = entry(tmp_path, "tokens")
     (place / "manifest.json").unlink()
     monkeypatch.setattr(kept, "NAMES", 1)
-    with read_only(place), pytest.raises(PlaceError, match="can be neither used nor removed: there is no") as caught:
+    with read_only(place), pytest.raises(StorageError, match="can be neither used nor removed: there is no") as caught:
         Filled(filled / "model", filled / "rows.jsonl", tmp_path / "cache").use("tokens")
     assert caught.value.where == str(place)
 
 
-def test_a_room_that_is_a_link_to_nowhere_is_named(filled, tmp_path) -> None:
+def test_a_cache_folder_that_is_a_dangling_link_is_named(filled, tmp_path) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "tokens").symlink_to("/not/mounted")
-    with pytest.raises(PlaceError, match=r"tokens is a link to /not/mounted, which does not exist"):
+    with pytest.raises(StorageError, match=r"tokens is a link to /not/mounted, which does not exist"):
         Filled(filled / "model", filled / "rows.jsonl", tmp_path / "cache").use("tokens")
 
 
 def test_what_killed_processes_left_is_removed_after_a_day(tmp_path) -> None:
     """Those of this version, which were removing an entry, and those of versions before 0.7."""
-    for name, age in ((".writing-a", 90_000), (f"{HALF}b", 90_000), (".writing-c", 3600), ("d", 90_000)):
+    for name, age in ((".writing-a", 90_000), (f"{UNFINISHED}b", 90_000), (".writing-c", 3600), ("d", 90_000)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
         for file in (tmp_path / name / "file", tmp_path / name):
             os.utime(file, (time.time() - age, time.time() - age))
     (tmp_path / ".writing-c" / "file").touch()
-    with kept.making(tmp_path / "entry") as folder:
+    with kept.new_entry(tmp_path / "entry") as folder:
         kept.seal(folder, tmp_path / "entry", {})
     assert sorted(os.listdir(tmp_path)) == [".writing-c", "d", "entry"]
 
 
-def test_a_note_whose_place_cannot_be_had_is_done_without(filled, wanted, tmp_path) -> None:
+def test_a_note_whose_path_cannot_be_written_is_skipped(filled, wanted, tmp_path) -> None:
     shutil.copytree(filled / "cache", tmp_path / "cache")
     place = entry(tmp_path, "digests")
     place.unlink()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from nybble.files.digests import describe, faults
 
 
-def test_a_file_that_a_disk_cannot_read_is_a_fault_and_not_the_end_of_the_process(tmp_path):
+def test_a_file_that_the_disk_cannot_read_is_a_fault_and_does_not_kill_the_process(tmp_path):
     """The first page of a process's memory is never there: to read it is the error of a failing disk."""
     for name in ("whole", "changed", "bad"):
         (tmp_path / name).write_text(name)

@@ -22,7 +22,7 @@ def test_a_pointer_is_named_with_the_size_of_its_file_and_the_command(tmp_path, 
 
 
 @pytest.mark.parametrize("content", [b"", b"version 2", b"\x00\x01" * 2000, b'{"text": "version https://git-lfs"}'])
-def test_anything_else_is_no_pointer(tmp_path, content):
+def test_other_files_are_not_pointers(tmp_path, content):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(content)
     assert pointer_fault(file) is None

@@ -14,27 +14,27 @@ import time
 import pytest
 
 from nybble.errors import ExportError, RunError
-from nybble.files.locks import Holder, hold, holder, kernel
-from nybble.files.places import (
-    FORGOTTEN,
-    HALF,
+from nybble.files.atomic import (
+    ABANDONED_AFTER,
     LOCK,
-    check_export,
+    UNFINISHED,
     new_folder,
     refuse_busy,
-    remove_half_made,
+    remove_unfinished_folders,
     replacing,
-    writing,
+    run_lock,
 )
+from nybble.files.locks import Holder, hold, holder, kernel
+from nybble.files.outputs import check_export
 from nybble.files.writing import write_text
 from nybble.run.folder import open_run
-from tests.files.test_places import as_somebody_without_a_home, read_only
+from tests.files.disks import as_somebody_without_a_home, read_only
 
 LOCKED = """
 import pathlib, sys
-from nybble.files.places import new_folder, writing
+from nybble.files.atomic import new_folder, run_lock
 what, place = sys.argv[1], pathlib.Path(sys.argv[2])
-with writing(place, "trained") if what == "run" else new_folder(place) as folder:
+with run_lock(place, "trained") if what == "run" else new_folder(place) as folder:
     if folder:
         (folder / "half").write_bytes(bytes(1000))
     print("locked", flush=True)
@@ -60,10 +60,10 @@ def age(*places: pathlib.Path) -> None:
     """As if nothing had changed for longer than anything is waited for."""
     for place in places:
         for path in (place, *place.rglob("*")):
-            os.utime(path, (1e9, time.time() - FORGOTTEN - 60))
+            os.utime(path, (1e9, time.time() - ABANDONED_AFTER - 60))
 
 
-def test_a_run_that_is_written_is_refused_with_who_writes_it_and_one_whose_process_died_is_taken(tmp_path, here):
+def test_a_run_that_is_being_written_is_refused_with_the_writer_and_one_whose_writer_died_is_accepted(tmp_path, here):
     (tmp_path / "recipe.yaml").write_text("model:\n  path: m\ndata:\n  path: d\n")
     with another_process("run", tmp_path) as process:
         for words in (["train", "--resume", tmp_path], ["eval", tmp_path]):
@@ -73,19 +73,19 @@ def test_a_run_that_is_written_is_refused_with_who_writes_it_and_one_whose_proce
             assert done.stderr.startswith(f"error: {tmp_path} is being trained by process {process.pid} on ")
             assert f"kill -INT {process.pid}" in done.stderr.split("fix:")[1]
         with pytest.raises(RunError, match=f"is being trained by process {process.pid} on .*, since 2"):  # noqa: SIM117
-            with writing(tmp_path, "evaluated"):
+            with run_lock(tmp_path, "evaluated"):
                 pass
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == process.pid
         process.kill()
         process.wait()
     assert (tmp_path / LOCK).exists(), "what a killed process leaves"
     refuse_busy(tmp_path)
-    with writing(tmp_path, "evaluated"):
+    with run_lock(tmp_path, "evaluated"):
         assert holder(tmp_path / LOCK).pid == os.getpid()
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
-def test_a_run_in_training_says_so_where_its_adapter_is_wanted(tuned_run, tmp_path, here, quiet, cache):
+def test_a_run_that_is_being_trained_says_so_when_its_adapter_is_needed(tuned_run, tmp_path, here, quiet, cache):
     """The reader says that it is trained, not that it should be resumed; afterwards that."""
     for name in ("recipe.yaml", "start.json", "template.json"):
         (tmp_path / name).write_bytes((tuned_run.folder / name).read_bytes())
@@ -115,7 +115,7 @@ def test_reading_a_finished_run_needs_no_lock_and_no_writable_folder(tuned_run, 
         assert done.returncode == 0, done.stderr
 
 
-def test_a_place_to_which_another_process_exports_is_refused_before_any_work(tuned_run, tmp_path, here):
+def test_a_path_to_which_another_process_exports_is_refused_before_any_work(tuned_run, tmp_path, here):
     target = tmp_path / "out"
     with another_process("folder", target) as process:
         done = here("export", tuned_run.folder, "--to", "merged", "--out", target)
@@ -130,7 +130,7 @@ def test_a_place_to_which_another_process_exports_is_refused_before_any_work(tun
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_of_two_that_make_one_folder_at_once_the_second_leaves_nothing(tmp_path):
+def test_when_two_processes_make_the_same_folder_the_second_leaves_nothing(tmp_path):
     def overtaken() -> None:
         with new_folder(tmp_path / "out") as first:
             (first / "a").touch()
@@ -160,34 +160,34 @@ def test_folders_of_killed_processes_are_removed_and_those_of_others_stay(tmp_pa
 
 def foreign(folder: pathlib.Path, **changes: object) -> None:
     """What another process of another kind has there."""
-    (folder / f"{HALF}x").mkdir(parents=True)
-    (folder / f"{HALF}x" / "half").touch()
+    (folder / f"{UNFINISHED}x").mkdir(parents=True)
+    (folder / f"{UNFINISHED}x" / "half").touch()
     held = Holder(1, "node7", "another-kernel", "written", str(folder / "x"), "2026-01-01 00:00:00")
-    (folder / f"{HALF}x{LOCK}").write_text(json.dumps({**held.__dict__, **changes}))
+    (folder / f"{UNFINISHED}x{LOCK}").write_text(json.dumps({**held.__dict__, **changes}))
 
 
 @pytest.mark.parametrize("damage", ["another machine's", "not a holder", "empty", "no lock at all"])
-def test_whose_maker_cannot_be_asked_is_removed_only_when_nothing_changed_for_a_day(damage, tmp_path):
+def test_a_folder_of_an_unknown_writer_is_removed_only_after_a_day_without_changes(damage, tmp_path):
     foreign(tmp_path)
-    lock = tmp_path / f"{HALF}x{LOCK}"
+    lock = tmp_path / f"{UNFINISHED}x{LOCK}"
     if damage == "not a holder":
         lock.write_text('{"pid": 1}')
     elif damage == "empty":
         lock.write_text("")
     elif damage == "no lock at all":
         lock.unlink()
-    remove_half_made(tmp_path)
-    assert (tmp_path / f"{HALF}x").exists()
+    remove_unfinished_folders(tmp_path)
+    assert (tmp_path / f"{UNFINISHED}x").exists()
     age(tmp_path)
-    (tmp_path / f"{HALF}x" / "half").touch()  # somebody goes on writing into it
-    remove_half_made(tmp_path)
-    assert (tmp_path / f"{HALF}x").exists()
+    (tmp_path / f"{UNFINISHED}x" / "half").touch()  # somebody goes on writing into it
+    remove_unfinished_folders(tmp_path)
+    assert (tmp_path / f"{UNFINISHED}x").exists()
     age(tmp_path)
-    remove_half_made(tmp_path)
+    remove_unfinished_folders(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_not_nybbles_stays_whatever_its_age(tmp_path):
+def test_files_that_are_not_nybbles_are_kept_whatever_their_age(tmp_path):
     for name in (".writing-abcdefgh", ".cache", "nybble-writing-x"):
         (tmp_path / name).mkdir()
     for name in (".a.writing", ".a.12345678.writing~", "a.12345678.writing.json", ".x.lock"):
@@ -195,7 +195,7 @@ def test_what_is_not_nybbles_stays_whatever_its_age(tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "kept").touch()
-    (tmp_path / f"{HALF}link").symlink_to(outside)
+    (tmp_path / f"{UNFINISHED}link").symlink_to(outside)
     before = sorted(path.name for path in tmp_path.iterdir())
     age(tmp_path)
     with new_folder(tmp_path / "new"), replacing(tmp_path / "file") as file:
@@ -204,13 +204,13 @@ def test_what_is_not_nybbles_stays_whatever_its_age(tmp_path):
     assert (outside / "kept").exists()
 
 
-def test_files_that_a_killed_process_left_half_written_go_with_the_next(tmp_path):
+def test_files_that_a_killed_process_left_unfinished_are_removed_by_the_next(tmp_path):
     for folder in (tmp_path, tmp_path / "checkpoints" / "checkpoint-2"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".state.0123abcd.writing.json").write_text("{")
     write_text(tmp_path / "state.json", "{}")
     assert (tmp_path / ".state.0123abcd.writing.json").exists(), "somebody may be writing it"
-    with writing(tmp_path, "resumed"):  # nobody may
+    with run_lock(tmp_path, "resumed"):  # nobody may
         assert not list(tmp_path.rglob(".state.*"))
     (tmp_path / ".state.0123abcd.writing.json").write_text("{")
     age(tmp_path)
@@ -218,21 +218,21 @@ def test_files_that_a_killed_process_left_half_written_go_with_the_next(tmp_path
     assert not list(tmp_path.rglob(".state.*"))
 
 
-def test_a_file_system_without_locks_is_written_without(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_written_to_without_them(tmp_path, monkeypatch):
     """As NFS without its lock daemon answers; there is none to be mounted here."""
 
     def no_locks(*_: object) -> None:
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    with writing(tmp_path, "trained"), writing(tmp_path, "evaluated"):
+    with run_lock(tmp_path, "trained"), run_lock(tmp_path, "evaluated"):
         refuse_busy(tmp_path)
     with new_folder(tmp_path / "new") as folder:
         (folder / "a").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     foreign(tmp_path, kernel=kernel())
-    remove_half_made(tmp_path)
-    assert (tmp_path / f"{HALF}x").exists(), "that its maker is dead cannot be known"
+    remove_unfinished_folders(tmp_path)
+    assert (tmp_path / f"{UNFINISHED}x").exists(), "that its maker is dead cannot be known"
 
 
 def test_a_lock_of_another_user_is_seen_though_its_file_cannot_be_written(tmp_path):
@@ -261,7 +261,7 @@ def test_the_lock_ends_with_an_error_and_with_a_signal(tmp_path):
         pass
 
 
-def test_a_pipe_in_a_locks_place_says_nothing_of_its_holder(tmp_path):
+def test_a_pipe_at_a_locks_path_names_no_holder(tmp_path):
     os.mkfifo(tmp_path / LOCK)
     with hold(tmp_path / LOCK, "trained", tmp_path):
         assert holder(tmp_path / LOCK).pid == 0
@@ -269,8 +269,8 @@ def test_a_pipe_in_a_locks_place_says_nothing_of_its_holder(tmp_path):
 
 FORKED = """
 import os, pathlib, sys, time
-from nybble.files.places import writing
-with writing(pathlib.Path(sys.argv[1]), "trained"):
+from nybble.files.atomic import run_lock
+with run_lock(pathlib.Path(sys.argv[1]), "trained"):
     if not os.fork():
         print(os.getpid(), flush=True)
     time.sleep(100)
@@ -291,7 +291,7 @@ def test_a_child_that_a_writer_forked_does_not_keep_its_lock(tmp_path):
         os.kill(child, signal.SIGKILL)
 
 
-def test_a_run_that_is_exported_to_two_places_at_once(tuned_run, tmp_path):
+def test_a_run_can_be_exported_to_two_paths_at_once(tuned_run, tmp_path):
     """Different targets do not hinder each other."""
     with another_process("folder", tmp_path / "merged"):
         check_export(tmp_path / "gguf")

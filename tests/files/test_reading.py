@@ -44,7 +44,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_damaged_object_is_one_sentence_with_its_place(name, tmp_path):
+def test_a_damaged_object_is_one_sentence_with_its_location(name, tmp_path):
     content, what, line = FAULTS[name]
     file = tmp_path / "x.json"
     file.write_bytes(content)
@@ -57,7 +57,7 @@ def test_a_damaged_object_is_one_sentence_with_its_place(name, tmp_path):
     assert caught.value.fix
 
 
-def test_what_is_no_file_is_refused_and_nothing_waits_for_it(tmp_path):
+def test_what_is_not_a_regular_file_is_refused_without_waiting(tmp_path):
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
@@ -82,7 +82,7 @@ def test_what_is_no_file_is_refused_and_nothing_waits_for_it(tmp_path):
             assert what in caught.value.what
 
 
-def test_what_is_whole_is_read_as_it_stands(tmp_path):
+def test_undamaged_files_are_read(tmp_path):
     file = tmp_path / "x.json"
     file.write_text('{"step": 1, "loss": 2, "more": {"a": NaN}}')
     assert read_object(file)["more"].keys() == {"a"}

@@ -6,7 +6,7 @@ import pytest
 
 from nybble.generate.batching import ActiveRequest, GenerationBatch, Scheduler
 from nybble.generate.padded import PATIENCE
-from nybble.generate.request import Request, Token, Unobserved
+from nybble.generate.request import NullObserver, Request, Token
 
 
 class Nowhere:
@@ -25,8 +25,15 @@ def row(tokens=99, prompt=1, adapter=None):
 
 
 def scheduler(**options):
-    settings = {"rows": 32, "queue": 200, "patience": PATIENCE, "space": 10**6, "mixes": False, "rows_are_free": True}
-    return Scheduler(**settings | options, observer=Unobserved())
+    settings = {
+        "rows": 32,
+        "queue": 200,
+        "patience": PATIENCE,
+        "token_budget": 10**6,
+        "mixes_adapters": False,
+        "rows_are_free": True,
+    }
+    return Scheduler(**settings | options, observer=NullObserver())
 
 
 def steps_until_it_gives_way(batch):
@@ -59,10 +66,10 @@ def test_a_batch_gives_way_the_sooner_the_more_could_join_it(running, joiners, t
     assert steps_until_it_gives_way(batch) == tokens
 
 
-@pytest.mark.parametrize(("first", "space", "tokens"), [(32, 10**6, 16), (1, 150, 16), (1, 10**6, 1)])
-def test_a_batch_does_not_give_way_for_those_who_find_no_space(first, space, tokens):
+@pytest.mark.parametrize(("first", "budget", "tokens"), [(32, 10**6, 16), (1, 150, 16), (1, 10**6, 1)])
+def test_a_batch_does_not_give_way_to_requests_that_would_not_fit(first, budget, tokens):
     """Full by its rows, full by its tokens, and not full; 15 come as it works."""
-    own = scheduler(space=space)
+    own = scheduler(token_budget=budget)
     own.submit([row(prompt=10) for _ in range(first)])
     batch = own.next()
     own.submit([row(prompt=10) for _ in range(15)])
@@ -72,7 +79,7 @@ def test_a_batch_does_not_give_way_for_those_who_find_no_space(first, space, tok
 
 @pytest.mark.parametrize(("mixes", "sizes"), [(False, [5, 5, 5]), (True, [15])])
 def test_adapters_take_turns_where_they_cannot_be_mixed(mixes, sizes):
-    own = scheduler(mixes=mixes)
+    own = scheduler(mixes_adapters=mixes)
     own.submit([row(adapter=adapter) for _ in range(5) for adapter in ("a", None, "b")])
     found = []
     while (batch := own.next()) is not None:
@@ -80,7 +87,7 @@ def test_adapters_take_turns_where_they_cannot_be_mixed(mixes, sizes):
     assert found == sizes
 
 
-def test_who_gives_way_stands_behind_those_who_wait():
+def test_rows_of_a_batch_that_gave_way_queue_behind_the_waiting_ones():
     own = scheduler()
     ahead, behind = row(adapter="a"), row(adapter="b")
     own.submit([ahead])

@@ -96,7 +96,7 @@ def test_requests_of_one_batch_end_each_at_their_own_stop_and_length(generator, 
     assert [answer.finish for answer in answers] == ["length", "stop", "length", "stop"]
 
 
-def test_the_models_own_end_ends_nothing(generator, model):
+def test_the_models_own_eos_token_ends_nothing(generator, model):
     """Only a request's stop ids do: the tiny model's configuration says 2."""
     end = greedy(model, PROMPTS[0])[2]
     before, model.generation_config.eos_token_id = model.generation_config.eos_token_id, end
@@ -107,7 +107,7 @@ def test_the_models_own_end_ends_nothing(generator, model):
     assert len(answer.ids) == 12
 
 
-def test_tokens_are_told_as_they_come_with_the_number_of_their_request(generator):
+def test_on_token_gets_each_token_with_the_number_of_its_request(generator):
     told = []
     answers = complete(generator, [ask(prompt, 5) for prompt in PROMPTS], lambda n, token: told.append((n, token.id)))
     for number, answer in enumerate(answers):
@@ -151,13 +151,13 @@ def test_sampling_without_a_seed_differs_and_a_nucleus_of_nothing_is_greedy(gene
     ("request_", "why"),
     [
         (Request([], 3, None, NOTHING), "no tokens"),
-        (Request([1, 400], 3, None, NOTHING), "token 400, and the model's ids go from 0 to 399"),
+        (Request([1, 400], 3, None, NOTHING), "token 400, but the model's ids go from 0 to 399"),
         (Request([1, -1], 3, None, NOTHING), "token -1"),
         (Request([1], 0, None, NOTHING), "max_tokens is 0"),
         (Request([1], 3, "other", NOTHING), "no adapter 'other'"),
     ],
 )
-def test_what_cannot_be_answered_is_refused_with_everything_beside_it(generator, request_, why):
+def test_an_invalid_request_is_refused_together_with_the_others_submitted_with_it(generator, request_, why):
     sink = Heard()
     with pytest.raises(GenerationError, match=why):
         generator.submit([ask(PROMPTS[0]), request_], [sink, Heard()])

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 
 from nybble.generate.padded import Padded
 from nybble.generate.request import GenerationError, Request, complete
+from nybble.generate.worker import Worker
 
 PROMPTS = [[1, 40, 50, 60], [1, 40, 50], [1, 40, 50, 60, 70, 80, 90], [5, 6], [1, 40, 50, 61, 62]]
 ADAPTERS = [None, "default", "run2"]
@@ -83,7 +84,7 @@ def test_two_adapters_and_the_base_share_a_batch_and_answer_as_alone(model, monk
     assert seen == [(15, 3)]
 
 
-def test_a_beginning_that_all_share_is_computed_for_each_adapter(model):
+def test_a_common_prefix_is_computed_once_for_each_adapter(model):
     prefix = [1, *range(100, 140)]
     asked = [([*prefix, *rest], adapter) for rest in ([7], [8, 9], [7, 9, 11]) for adapter in ADAPTERS]
     answers = complete(Padded(model, 0), [ask(*each) for each in asked])
@@ -114,11 +115,11 @@ def test_where_peft_cannot_mix_adapters_they_take_turns(dora, peaky_llama, monke
 def test_a_merged_adapter_does_not_mix(peaky_llama):
     model = adapted(peaky_llama)
     model.merge_adapter(["default"])
-    assert not Padded(model, 0).scheduler.mixes
-    assert not Padded(model.get_base_model(), 0).scheduler.mixes
+    assert not Padded(model, 0).scheduler.mixes_adapters
+    assert not Padded(model.get_base_model(), 0).scheduler.mixes_adapters
 
 
-def test_log_probabilities_do_not_depend_on_the_rows_beside(model):
+def test_log_probabilities_do_not_depend_on_the_other_rows(model):
     """Whatever stands beside it: other lengths, other adapters, a batch that gives way."""
     asked = [ask(prompt, adapter, logprobs=3) for prompt in PROMPTS for adapter in ADAPTERS]
     single = [complete(Padded(model, 0), [request])[0] for request in asked]
@@ -134,7 +135,7 @@ def test_log_probabilities_do_not_depend_on_the_rows_beside(model):
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(-(2**65), 2**65), st.integers(0, 4), st.integers(0, 14), st.sampled_from(ADAPTERS))
-def test_a_seeded_answer_is_its_own_whatever_stands_beside_it(model, seed, place, neighbours, adapter):
+def test_a_seeded_answer_does_not_depend_on_the_rest_of_the_batch(model, seed, place, neighbours, adapter):
     sampling = {"temperature": 1.5, "top_k": 40, "top_p": 0.95}
     mine = ask(PROMPTS[place], adapter, seed=seed, **sampling)
     (single,) = complete(Padded(model, 0), [mine])
@@ -192,6 +193,60 @@ def test_a_batch_that_fails_fails_its_own_requests_only(model, monkeypatch):
     assert calls == [2, 2, 1]
 
 
+class Failures:
+    """A sink that remembers how its request ended."""
+
+    def __init__(self):
+        self.ends = []
+
+    def put(self, token):
+        pass
+
+    def end(self, finish):
+        self.ends.append(finish)
+
+    def fail(self, error):
+        self.ends.append(str(error))
+
+
+class BrokenObserver:
+    """A defect outside the batch's computation, when a batch has been put together or has ended."""
+
+    def __init__(self, moment):
+        self.moment, self.reports = moment, 0
+
+    def batch_started(self, rows):
+        assert self.moment != "started"
+
+    def load_changed(self, running, waiting):
+        self.reports += 1
+        assert self.moment != "gathered" or not running
+        assert self.moment != "finished" or self.reports != 3
+
+
+@pytest.mark.parametrize(
+    ("moment", "end"),
+    [("gathered", "generation was stopped"), ("started", "generation was stopped"), ("finished", "length")],
+)
+def test_a_step_that_fails_outside_the_computation_leaves_no_request_without_an_end(model, monkeypatch, moment, end):
+    sinks = [Failures(), Failures()]
+    generator = Padded(model, 0, observer=BrokenObserver(moment))
+    generator.submit([ask(PROMPTS[0], tokens=2)] * 2, sinks)
+    with pytest.raises(AssertionError):
+        generator.step()
+    assert [sink.ends for sink in sinks] == [[end]] * 2
+    assert not generator.step()
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    sinks = [Failures(), Failures()]
+    worker = Worker(Padded(model, 0, rows=1, observer=BrokenObserver(moment)))
+    worker.submit([ask(PROMPTS[0], tokens=2)] * 2, sinks)
+    worker.thread.join(60)
+    assert not worker.healthy()
+    assert [sink.ends for sink in sinks] == [[end], ["cancelled"]]
+    with pytest.raises(GenerationError, match="the engine failed"):
+        worker.submit([ask(PROMPTS[0])], [Failures()])
+
+
 def test_a_batch_too_large_for_the_memory_is_halved_and_one_row_too_large_fails(model, monkeypatch):
     generator = Padded(model, 0)
     compute, calls, most = generator._compute, [], 3
@@ -238,7 +293,7 @@ def test_a_mixed_batch_that_raises_midway_leaves_nothing_behind(model, adapters,
         assert answer.ids == alone(model, prompt, "default")
 
 
-def test_logits_that_are_no_numbers_fail_their_row_only(model, monkeypatch):
+def test_logits_that_are_not_finite_fail_their_row_only(model, monkeypatch):
     forward = model.get_base_model().forward
 
     def overflowing(*args, **kwargs):
@@ -270,7 +325,7 @@ def test_the_observer_hears_of_batches_and_of_load(model):
     told = []
 
     class Observer:
-        def batch_began(self, rows):
+        def batch_started(self, rows):
             told.append(rows)
 
         def load_changed(self, running, waiting):
@@ -283,7 +338,7 @@ def test_the_observer_hears_of_batches_and_of_load(model):
     assert told[-1] == (0, 0)
 
 
-def test_it_may_be_asked_from_many_threads(model):
+def test_requests_may_be_submitted_from_many_threads(model):
     generator, ended = Padded(model, 0, rows=4, patience=1), []
 
     class Sink:

@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from nybble.generate.batching import ActiveRequest
 from nybble.generate.request import Request
-from nybble.generate.sampling import Draw
+from nybble.generate.sampling import Sampler
 
 
 def row(seed=0, **sampling):
@@ -18,7 +18,7 @@ def row(seed=0, **sampling):
 
 
 def drawn(logits, rows):
-    return Draw(rows, logits.device)(None, logits).argmax(-1).tolist()
+    return Sampler(rows, logits.device)(None, logits).argmax(-1).tolist()
 
 
 @pytest.mark.parametrize(
@@ -57,16 +57,16 @@ def test_rows_of_a_batch_are_drawn_as_alone_each_by_its_own_rules():
     assert together[1] in logits[1].topk(3).indices.tolist()
 
 
-def test_every_position_draws_anew_and_the_same_again():
+def test_each_position_has_its_own_number_and_always_the_same():
     logits = torch.zeros(1, 1000)
 
     def several(rows, count=20):
-        draw = Draw(rows, logits.device)
+        draw = Sampler(rows, logits.device)
         return [int(draw(None, logits).argmax()) for _ in range(count)]
 
     first = several([row(9, temperature=1.0)])
     assert len(set(first)) > 15
     assert several([row(9, temperature=1.0)]) == first
     later = row(9, temperature=1.0)
-    later.ids = first[:8]
+    later.answer_ids = first[:8]
     assert several([later], 12) == first[8:]

@@ -36,7 +36,7 @@ def test_philox_gives_the_published_words(counter, key, expected):
 
 
 @given(st.lists(st.tuples(SEEDS, st.integers(0, 2**40)), min_size=1, max_size=8))
-def test_a_draw_is_a_function_of_seed_and_position_whatever_stands_beside_it(asked):
+def test_a_number_is_a_function_of_seed_and_position_alone(asked):
     seeds, positions = zip(*asked, strict=True)
     together = uniforms(seed_tensor(seeds, CPU), torch.tensor(positions))
     assert together.dtype == torch.float64

@@ -228,7 +228,7 @@ def test_a_base_that_changed_with_its_size_and_time_kept_is_another_one(tiny_lla
     changed(file)
     now = fingerprint(checkpoint, cache)
     assert now != whole
-    assert f"{file} changed, although its size and its time did not" in caplog.text
+    assert f"{file} changed, although its size and modification time did not" in caplog.text
     changed(file)
     assert fingerprint(checkpoint, cache) == whole
     changed(file)

@@ -69,7 +69,7 @@ def test_a_hostile_request_gets_its_answer(case: Hostile, server, good, caplog):
 
 
 @pytest.mark.parametrize("sent", [pytest.param(sent, id=name) for name, sent in ODD_AND_RIGHT])
-def test_what_is_odd_and_right_is_answered(sent, server):
+def test_unusual_but_valid_requests_are_answered(sent, server):
     reply = ask(address(server), sent)
     assert reply.status == 200, reply.body
     assert json.loads(reply.body)["choices"]

@@ -31,7 +31,7 @@ from nybble.run.folder import open_run
 from nybble.serve.app import Limits
 from nybble.serve.loading import load_pipeline, run_names
 from nybble.serve.metrics import Metrics
-from nybble.serve.server import Address, listen, read_key, serve, short_turns
+from nybble.serve.server import Address, listen, read_key, serve, short_switch_interval
 from tests.local_server import another_run, events, serving
 
 ASKED = "say one two 3"
@@ -53,7 +53,8 @@ def server(runs, cache):
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def user(text):
@@ -301,7 +302,7 @@ def test_a_reader_that_reads_slowly_holds_nobody_up(server, tiny_llama):
 
 
 @pytest.mark.slow
-def test_what_nobody_reads_is_given_up_at_the_time_limit(runs, cache, tiny_llama):
+def test_an_answer_that_is_not_read_is_cancelled_at_the_time_limit(runs, cache, tiny_llama):
     make = lambda metrics: load_pipeline(runs[:1], metrics, device="cpu", queue=64, cache=cache)  # noqa: E731
     with serving(make, Limits(timeout=1)) as server:
         body = long_answer(tiny_llama.name, n=16, logprobs=True, top_logprobs=20)  # 6 MB, more than the kernel holds
@@ -314,14 +315,14 @@ def test_what_nobody_reads_is_given_up_at_the_time_limit(runs, cache, tiny_llama
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has it")
 def test_a_reader_that_never_reads_is_cut_off(monkeypatch):
-    monkeypatch.setattr("nybble.serve.server.SILENT", 1)
+    monkeypatch.setattr("nybble.serve.server.UNREAD_TIMEOUT", 1)
     with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
         accepted, _ = listener.accept()
         with accepted, pytest.raises(TimeoutError):
             accepted.sendall(bytes(50_000_000))
 
 
-def test_what_takes_too_long_is_given_up(runs, cache, tiny_llama):
+def test_an_answer_that_takes_too_long_is_cancelled(runs, cache, tiny_llama):
     make = lambda metrics: load_pipeline(runs[:1], metrics, device="cpu", queue=64, cache=cache)  # noqa: E731
     with serving(make, Limits(timeout=0.3)) as server:
         late = server.post(**(long_answer(tiny_llama.name, n=16) | {"stream": False}))
@@ -329,7 +330,7 @@ def test_what_takes_too_long_is_given_up(runs, cache, tiny_llama):
         assert late.json()["error"]["code"] == "timeout"
         assert late.headers["x-should-retry"] == "false"
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
-        with pytest.raises(openai.APIError, match=r"not done within 0\.3 s"):
+        with client, pytest.raises(openai.APIError, match=r"not done within 0\.3 s"):
             list(client.chat.completions.create(**long_answer(tiny_llama.name, n=16)))
         server.wait_for("nybble_running", 0, 5)
         ends = f'nybble_answers_total{{finish="timeout",model="{tiny_llama.name}"}} 32.0'
@@ -416,10 +417,11 @@ def test_a_key_is_asked_for_and_the_page_needs_none(runs, cache):
                 refused = server.http.get(server.url + route, headers=headers)
                 assert refused.status_code == 401
                 assert refused.json()["error"]["code"] == "invalid_api_key"
-        good = openai.OpenAI(base_url=f"{server.url}/v1", api_key="s3cret")
-        assert good.chat.completions.create(model="run", messages=user(ASKED), max_tokens=2).choices
-        with pytest.raises(openai.AuthenticationError, match="wrong or missing API key"):
-            openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong").models.list()
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="s3cret") as good:
+            assert good.chat.completions.create(model="run", messages=user(ASKED), max_tokens=2).choices
+        bad = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong")
+        with bad, pytest.raises(openai.AuthenticationError, match="wrong or missing API key"):
+            bad.models.list()
 
 
 @pytest.mark.parametrize(
@@ -461,16 +463,16 @@ def test_the_memory_that_is_free_bounds_a_batch(server):
     model = server.engine.worker.generator.model.get_base_model()
     assert cache_tokens(model) > 1000
     scheduler = server.engine.worker.generator.scheduler
-    scheduler.space, kept = 300, scheduler.space  # two rows of 97 + 30 tokens
+    scheduler.token_budget, kept = 300, scheduler.token_budget  # two rows of 97 + 30 tokens
     before = server.metric("nybble_batch_rows_count")
     try:
         server.chat("run", ASKED, max_tokens=12, n=4, temperature=0)
     finally:
-        scheduler.space = kept
+        scheduler.token_budget = kept
     assert server.metric("nybble_batch_rows_count") == before + 2
 
 
-def test_who_sends_waits_only_a_moment_for_who_computes():
+def test_a_thread_that_sends_waits_only_briefly_for_one_that_computes():
     def seconds_of_thirty_turns():
         over = threading.Event()
 
@@ -490,17 +492,17 @@ def test_who_sends_waits_only_a_moment_for_who_computes():
 
     before = sys.getswitchinterval()
     usual = seconds_of_thirty_turns()
-    with short_turns():
+    with short_switch_interval():
         short = min(seconds_of_thirty_turns() for _ in range(3))
     print(usual, short)
     assert short < usual / 3
     assert sys.getswitchinterval() == before
 
 
-def test_what_keeps_a_server_from_starting_is_said(runs, quiet):
+def test_what_keeps_a_server_from_starting_is_reported(runs, quiet):
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ServeError, match=rf"port {port} of 127.0.0.1 is taken[\s\S]*--port {port + 1}"):
+        with pytest.raises(ServeError, match=rf"port {port} of 127.0.0.1 is already in use[\s\S]*--port {port + 1}"):
             listen("127.0.0.1", port)
     start = functools.partial(serve, runs[:1], console=quiet, device="cpu", limits=Limits())
     with pytest.raises(

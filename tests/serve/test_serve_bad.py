@@ -40,7 +40,7 @@ def check_error(response, status, param=None):
     return error
 
 
-def test_a_field_that_is_spelt_wrongly_is_guessed(server):
+def test_a_misspelled_field_gets_a_suggestion(server):
     error = check_error(server.post(**chat(temprature=0.5)), 400, "temprature")
     assert error["message"] == "there is no field temprature; did you mean temperature?"
     assert error["code"] == "unknown_parameter"
@@ -49,10 +49,10 @@ def test_a_field_that_is_spelt_wrongly_is_guessed(server):
 def test_too_long_a_prompt_says_how_long_it_is(server):
     error = check_error(server.post(**chat(max_tokens=500)), 400)
     assert error["code"] == "context_length_exceeded"
-    assert "and max_tokens is 500; run knows 512 positions" in error["message"]
+    assert "and max_tokens is 500; the context length of run is 512 tokens" in error["message"]
 
 
-def test_what_means_nothing_is_taken(server):
+def test_values_that_change_nothing_are_accepted(server):
     harmless = {
         "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "tools": [], "tool_choice": "auto", "user": "me",
         "response_format": {"type": "text"}, "stop": None, "seed": None, "metadata": {"a": 1}, "store": False, "logprobs": None,

@@ -86,8 +86,8 @@ def test_characters_that_cannot_fit_are_refused_before_they_are_tokenised(server
             error = answer.json()["error"]
             assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", field)
             assert error["message"] == (
-                f"the prompt has {len(text.strip()):,} characters; run knows 512 positions, which hold {most:,} characters "
-                "at most"
+                f"the prompt has {len(text.strip()):,} characters; the context length of run is 512 tokens, "
+                f"or at most {most:,} characters"
             )
     monkeypatch.undo()
     spaces = server.chat("run", "say one" + " " * most, max_tokens=2)  # the template takes these away
@@ -125,7 +125,7 @@ def test_511_messages_are_read_at_once(server, roomy):
     assert time.perf_counter() - began < 2
 
 
-def test_who_leaves_while_a_prompt_is_tokenised_is_forgotten(server, roomy):
+def test_a_client_that_leaves_while_its_prompt_is_tokenised_is_dropped(server, roomy):
     text = "The quick brown fox, 123 apples. " * 60_000
     batches = server.metric("nybble_batch_rows_count")
     for stream in (False, True):
@@ -143,7 +143,7 @@ def test_who_leaves_while_a_prompt_is_tokenised_is_forgotten(server, roomy):
     assert server.metric("nybble_batch_rows_count") == batches + 1
 
 
-def test_who_leaves_while_waiting_gets_no_token(server, monkeypatch):
+def test_a_client_that_leaves_while_waiting_gets_no_token(server, monkeypatch):
     padded, gate = server.engine.worker.generator, threading.Event()
     compute = padded._compute
     monkeypatch.setattr(padded, "_compute", lambda batch: gate.wait(20) and compute(batch))
@@ -198,7 +198,8 @@ def test_a_long_prompt_is_counted_piece_by_piece(tiny_tokenizer, monkeypatch):
     counted.counted.clear()
     asyncio.run(counted.encode(Encoder(), "one" + " " * 200_000))
     assert not counted.counted  # a template takes these away
-    with pytest.raises(RequestError, match=r"^the prompt has more than 2\d,\d\d\d tokens; run knows 20,000 positions$"):
+    long = r"^the prompt has more than 2\d,\d\d\d tokens; the context length of run is 20,000 tokens$"
+    with pytest.raises(RequestError, match=long):
         asyncio.run(counted.encode(Encoder(), "xyz" * 50_000))
     assert sum(map(len, counted.counted)) < 50_000
 
@@ -384,7 +385,7 @@ def test_too_many_connections_get_503_and_those_before_them_are_answered(tuned_r
      (["Bearer S3CRET"], 401), (["Bearer \xe9"], 401), (["Bearer s3cre\xff"], 401), (["Bearer s3cret", "Bearer s3cret"], 401),
      (["Bearer wrong", "Bearer s3cret"], 401), (["Bearer Bearer s3cret"], 401)],
 )  # fmt: skip
-def test_a_key_stands_after_bearer_however_that_is_spelt(keyed, lines, status):
+def test_a_key_follows_bearer_in_any_case(keyed, lines, status):
     authorization = "".join(f"Authorization: {line}\r\n" for line in lines).encode("latin-1")
     assert ask(address(keyed), head("GET", "/v1/models") + authorization + b"\r\n").status == status
 
@@ -475,7 +476,7 @@ def test_a_second_signal_cuts_off_with_an_answer_and_leaves_no_trace_in_the_log(
 
 
 def test_a_reader_that_reads_nothing_does_not_keep_the_server(tuned_run, cache, tiny_llama, monkeypatch, caplog):
-    monkeypatch.setattr(serve_server, "FAREWELL", 0.5)
+    monkeypatch.setattr(serve_server, "GRACE_PERIOD", 0.5)
     with serving(make(tuned_run, cache)) as server, socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.connect(address(server))

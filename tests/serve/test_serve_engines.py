@@ -104,7 +104,7 @@ def test_continuous_batching_answers_each_as_generate_does(merged, cache):
 
 
 def test_a_run_that_was_not_merged_says_how(tuned_run, cache):
-    with pytest.raises(ServeError, match=r"takes a merged model[\s\S]*nybble export .*run --to merged"):
+    with pytest.raises(ServeError, match=r"needs a merged model[\s\S]*nybble export .*run --to merged"):
         load_continuous([tuned_run], Metrics(), device="cpu", queue=1, cache=cache)
     with pytest.raises(ServeError, match="serves one merged run"):
         load_continuous([tuned_run, tuned_run], Metrics(), device="cpu", queue=1, cache=cache)
@@ -140,7 +140,9 @@ def start(run, quiet, *, limits=Limits(), device="auto", **place):  # noqa: B008
 
 def test_where_vllm_is_missing_it_says_how_to_install_it(tuned_run, quiet, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ServeError, match=r"vLLM is not installed; it would run: vllm serve [\s\S]*pip install vllm"):
+    with pytest.raises(
+        ServeError, match=r"vLLM is not installed; the command would be: vllm serve [\s\S]*pip install vllm"
+    ):
         start(tuned_run, quiet)
     with pytest.raises(ServeError, match="there is no API key"):
         start(tuned_run, quiet, host="0.0.0.0")

@@ -22,7 +22,7 @@ from nybble.data.text.template import Template
 from nybble.data.text.tokens import encode
 from nybble.generate.batching import ActiveRequest
 from nybble.generate.request import Request
-from nybble.generate.sampling import Draw
+from nybble.generate.sampling import Sampler
 from nybble.serve.fields import RequestError
 from nybble.serve.loading import load_pipeline
 from nybble.serve.protocol import ChatRequest, CompletionRequest, parse
@@ -43,7 +43,8 @@ def server(tuned_run, cache):
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def said(answer):
@@ -163,7 +164,7 @@ def test_as_many_prompts_as_may_wait_are_answered_and_more_are_refused_for_good(
     assert len({choice.text for choice in answer.choices}) <= 2
     message = check_refused(server.post(PLAIN, **ask, prompt=["one"] * (QUEUE + 1)), "prompt")
     assert message == (
-        "this request asks for 65 answers, and at most 64 can wait in the queue; send fewer at once, or start the server with "
+        "this request asks for 65 answers, but at most 64 can wait in the queue; ask for fewer at once, or start the server with "
         "a larger --queue"
     )
     check_refused(server.post(PLAIN, **ask, prompt=["one"] * 33, n=2), "prompt")
@@ -305,4 +306,4 @@ def test_whatever_sampling_is_asked_for_a_likely_token_is_drawn(temperature, top
     else:
         sampling = {"temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p}
         row = ActiveRequest(Request([1], 8, None, frozenset(), **sampling), None, 0)
-        assert int(Draw([row], logits.device)(None, logits).argmax()) in (1, 2)
+        assert int(Sampler([row], logits.device)(None, logits).argmax()) in (1, 2)

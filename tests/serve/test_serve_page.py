@@ -66,7 +66,7 @@ def test_a_chat_by_keyboard_streams_side_by_side(server, tmp_path):
         assert page.run("document.querySelector('.asked').textContent") == "say <b>one</b>\ntwo 3"
         speeds = page.run("[...document.querySelectorAll('.speed')].map(e => e.textContent)")
         assert re.fullmatch(
-            r"60 tokens · [\d.]+ tokens/s · first after [\d.]+ s · cut off at the longest answer", speeds[0]
+            r"60 tokens · [\d.]+ tokens/s · first after [\d.]+ s · cut off at the token limit", speeds[0]
         )
         for width, height in ((1280, 800), (400, 800)):
             for scheme in ("light", "dark"):
@@ -124,7 +124,9 @@ def test_escape_stops_an_answer_and_an_error_is_shown(server, tmp_path):
         assert page.run("document.getElementById('message').value") == ""
         page.type("again")
         page.key("Enter", "\r")
-        page.wait_for("document.querySelector('.answer .failed')?.textContent.includes('knows 512 positions')")
+        page.wait_for(
+            "document.querySelector('.answer .failed')?.textContent.includes('context length of run is 512 tokens')"
+        )
         assert page.run("document.getElementById('message').value") == "again"  # to be sent once more
         page.screenshot(tmp_path / "error.png")
         page.run("document.getElementById('max_tokens').value = 300")

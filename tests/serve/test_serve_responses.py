@@ -28,7 +28,8 @@ def server(tuned_run, cache):
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def sent(server, **body):
@@ -168,7 +169,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("more", "param"), REFUSED, ids=[f"{param}-{n}" for n, (_, param) in enumerate(REFUSED)])
-def test_what_is_not_taken_is_refused_by_name(server, more, param):
+def test_what_is_not_supported_is_refused_by_name(server, more, param):
     refused = server.post("/v1/responses", **{"model": "run", "input": ASKED, **more})
     assert refused.status_code == 400, refused.text
     error = refused.json()["error"]

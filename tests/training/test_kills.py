@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nybble.files.places import writing
+from nybble.files.atomic import run_lock
 from nybble.run.folder import open_run
 from nybble.run.log import read_metrics
 from tests.corpus.kills import COMMON, CONFIGURATIONS, NAMED, Elapsed, Kill, Moment, Sequence, sequences
@@ -100,7 +100,7 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
     assert kills, "nothing was killed"
     assert (run / "adapter").exists()
     held_against(whole.folder, run, exact=processes == 1)
-    with writing(run, "evaluated"):  # the next that writes removes what the last kill left
+    with run_lock(run, "evaluated"):  # the next that writes removes what the last kill left
         pass
     assert names(run) == names(whole.folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "said.txt"]

@@ -33,9 +33,9 @@ from nybble.errors import (
     EngineError,
     ModelError,
     NybbleError,
-    PlaceError,
     RecipeError,
     RunError,
+    StorageError,
     TrainingError,
 )
 from nybble.plan.out_of_memory import explained_memory, leaner
@@ -337,7 +337,7 @@ def test_a_run_that_failed_after_its_last_step_takes_no_other(
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(training, "save_adapter", full_disk)
-        with pytest.raises(PlaceError, match="the disk is full"):
+        with pytest.raises(StorageError, match="the disk is full"):
             train(recipe_for(tiny_llama, rows, "cut", *words), console=quiet, cache=cache)
     cut = open_run((tmp_path / "cut").rename(tmp_path / "moved"))
     resume(cut.folder, console=quiet, cache=cache)

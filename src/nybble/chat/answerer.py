@@ -1,6 +1,6 @@
-"""Messages in, text out: a run with its tokenizer and its template, on the generation seam.
+"""Messages in, text out: a run with its tokenizer and its template, on top of `nybble.generate`.
 
-A prompt has the token ids of the function that training calls; nothing tokenises a rendered string anew.
+The function that training calls makes a prompt's token ids; a rendered string is never tokenised again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nybble.model.base.bits import Bits
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. Temperature 0 is greedy."""
+    """How the next token is sampled. Temperature 0 is greedy."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0
@@ -45,7 +45,7 @@ class Continuation:
     Attributes:
         ids: its token ids, without the one that ends it.
         text: the same as text, without white space around it.
-        ended: whether it stopped by itself, and not at the longest answer allowed.
+        ended: whether the model ended it; false if it reached `max_new_tokens`.
     """
 
     ids: list[int]
@@ -67,9 +67,9 @@ class Answerer:
     adapter: str = "default"
     """PEFT's name of the run's adapter: several runs of one base share `model`."""
     system: str = ""
-    """The system message that most training rows begin with, to be the first message of a conversation."""
+    """The system message of most training rows, to be the first message of a conversation."""
     bits: Bits | None = None
-    """Of the base, where nybble quantised it."""
+    """Those of the base, if nybble quantised it."""
 
     def answer(
         self, conversations: Sequence[Conversation], sampling: Sampling = GREEDY, *, base: bool = False
@@ -100,14 +100,14 @@ class Answerer:
 
         Args:
             prompts: token ids.
-            sampling: with a seed, the prompts' answers are drawn with that seed and the ones after it, one for each.
+            sampling: with a seed, each prompt has its own: that seed for the first, and the following numbers for the others.
             base: the base answers, without the adapter.
-            on_token: is told each token as it comes, with the number of its prompt.
+            on_token: called for each token as it is generated, with the number of its prompt.
 
         Raises:
             DataError: a token id without an embedding.
-            ModelError: the model computes no finite numbers.
-            DeviceError: the memory does not hold one answer.
+            ModelError: the model's logits are infinite or NaN.
+            DeviceError: one answer does not fit into memory.
         """
         for prompt in prompts:
             check_ids(prompt, self.model.config.vocab_size, self.tokenizer)
@@ -123,12 +123,12 @@ class Answerer:
 
     @contextlib.contextmanager
     def as_base(self) -> Iterator[None]:
-        """The base in place of the tuned model, for everybody who runs `model`: the adapter is switched off meanwhile."""
+        """Turn the adapter off inside the block: whoever runs `model` runs the base."""
         with self.model.disable_adapter():
             yield
 
     def as_tuned(self, tuned: bool) -> AbstractContextManager[None]:
-        """The tuned model, or the base, for everybody who runs `model`."""
+        """Make `model` the tuned model or the base inside the block, for whoever runs it."""
         if not tuned:
             return self.as_base()
         if self.model.active_adapter != self.adapter:
@@ -136,7 +136,7 @@ class Answerer:
         return contextlib.nullcontext()
 
     def _is_base(self) -> bool:
-        """Whether this is within `as_base`."""
+        """Whether the adapter is off, as inside `as_base`."""
         layers = (module for module in self.model.modules() if isinstance(module, BaseTunerLayer))
         return any(layer.disable_adapters for layer in layers)
 
@@ -155,7 +155,7 @@ class Answerer:
 
 @contextlib.contextmanager
 def explained_failures() -> Iterator[None]:
-    """A generator's failures as errors with a fix; a defect stays what it is."""
+    """Turn a generator's failures into errors with a fix; a defect passes unchanged."""
     try:
         yield
     except NonFiniteLogitsError as error:

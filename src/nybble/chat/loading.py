@@ -12,7 +12,8 @@ from nybble.chat.answerer import Answerer
 from nybble.data.text.kept_template import read_template
 from nybble.data.text.template import Template, choose_template
 from nybble.errors import RunError
-from nybble.files.places import check_cache, default_cache, explained_disk
+from nybble.files.disk_errors import explained_disk_errors
+from nybble.files.paths import check_cache, default_cache
 from nybble.model.adapter.lora import add_adapter, load_adapter
 from nybble.model.adapter.updates import updates_of
 from nybble.model.base.bits import trained_on
@@ -31,18 +32,18 @@ logger = logging.getLogger(__name__)
 def load_answerer(
     run: Run | str | pathlib.Path, cache: pathlib.Path | None = None, device: str = "auto", *, dequantise: bool = False
 ) -> Answerer:
-    """Load a run to answer with: base as in training, adapter, tokenizer and template of the run.
+    """Load a run to answer with: the base as in training, with the run's adapter, tokenizer and template.
 
     Args:
         run: the run, or the path of its folder.
-        cache: where quantised bases are kept; None is this user's own cache.
+        cache: where quantised bases are cached; None for the user's own cache.
         device: auto, cuda or cpu.
-        dequantise: on a CPU whose memory suffices, keep the base's weights dequantised: the same answers, sooner.
+        dequantise: on a CPU with enough memory, keep the base's weights dequantised: the same answers, sooner.
 
     Raises:
         RunError: there is no run.
-        ModelError: the base is gone, not the one the adapter fits, or not the one that the run was trained on;
-            `open_run(path, base)` says where it is.
+        ModelError: the base is gone, does not fit the adapter, or is not the one that the run was trained on;
+            `open_run(path, base)` sets another path.
     """
     (answerer,) = load_answerers([run if isinstance(run, Run) else open_run(run)], cache, device, dequantise=dequantise)
     return answerer
@@ -51,36 +52,36 @@ def load_answerer(
 def load_answerers(
     runs: Sequence[Run], cache: pathlib.Path | None = None, device: str = "auto", *, dequantise: bool = False
 ) -> list[Answerer]:
-    """Several runs of one base, which is in memory once; each answers with its own adapter. The rest as `load_answerer`.
+    """Load several runs of one base, which is in memory once; each answers with its own adapter. Arguments as `load_answerer`.
 
     Raises:
         ModelError: as `load_answerer`.
-        RunError: the runs are of different bases, or the training of one has not ended.
+        RunError: the runs have different bases, or the training of one has not ended.
     """
     for run in runs:
-        if not run.adapter.exists():  # a damaged one is named when it is read
+        if not run.adapter.exists():  # a damaged adapter is reported when it is read
             refuse_unfinished(run)
     options, cache = runs[0].recipe.model, cache or default_cache()
     check_cache(cache)
-    chosen = choose_device(device if device != "auto" else options.device)
-    dtype, _ = choose_dtype(options.dtype, chosen)
+    torch_device = choose_device(device if device != "auto" else options.device)
+    dtype, _ = choose_dtype(options.dtype, torch_device)
     checkpoint = find_base(runs[0])
-    with explained_disk(cache):
+    with explained_disk_errors(cache):
         check_one_base(runs, cache)
-        base = load_base(checkpoint, options, dtype, chosen, cache, trained_on(runs[0]))
+        base = load_base(checkpoint, options, dtype, torch_device, cache, trained_on(runs[0]))
     notices = list(base.notices)
     for run in runs[1:]:
         if base.bits is not None:
             notices += check_unchanged(base.bits, base.fingerprint, trained_on(run), run.folder)
     for notice in dict.fromkeys(notices):
         logger.warning("%s", notice)
-    names = ["default", *(f"run{number}" for number in range(2, len(runs) + 1))]  # PEFT takes no dots in a name
+    names = ["default", *(f"run{number}" for number in range(2, len(runs) + 1))]  # PEFT allows no dots in a name
     model = load_adapter(base.model, runs[0].adapter)
     for run, name in zip(runs[1:], names[1:], strict=True):
         add_adapter(model, run.adapter, name)
     updates = [updates_of(model, name, run.adapter) for run, name in zip(runs, names, strict=True)]
     for name, parameter in model.named_parameters():
-        if "lora_" in name:  # stored in float32; training computed with it in this type
+        if "lora_" in name:  # saved in float32; training computed with this type
             parameter.data = parameter.data.to(dtype)
     model.eval()
     if dequantise:
@@ -93,7 +94,7 @@ def load_answerers(
 
 
 def load_template(run: Run, base: pathlib.Path) -> tuple[PreTrainedTokenizerBase, Template]:
-    """Tokenizer and template of a run, checked; of a bare adapter, its own tokenizer or that of the base's folder."""
+    """Tokenizer and template of a run, checked; for a bare adapter, its own tokenizer or that of the base's folder."""
     if run.is_bare_adapter:
         tokenizer = load_tokenizer(run.folder if (run.folder / "tokenizer_config.json").exists() else base, base)
         return tokenizer, choose_template(tokenizer, "auto", "alpaca")
@@ -104,10 +105,10 @@ def load_template(run: Run, base: pathlib.Path) -> tuple[PreTrainedTokenizerBase
 
 
 def check_one_base(runs: Sequence[Run], cache: pathlib.Path | None = None) -> None:
-    """Runs that share a base must have the same weights, quantised in the same way.
+    """Refuse runs whose bases differ in their weights or in how they are quantised.
 
     Raises:
-        RunError: naming the base of each.
+        RunError: it names the base of each.
     """
     by_base: dict[tuple[object, ...], list[str]] = {}
     for run in runs:
@@ -119,5 +120,5 @@ def check_one_base(runs: Sequence[Run], cache: pathlib.Path | None = None) -> No
         listed = "\n".join(f"  - {line}" for lines in by_base.values() for line in lines)
         raise RunError(
             f"the runs have {len(by_base)} different bases, but a server loads only one:\n{listed}",
-            fix="one server per base, each on its own --port",
+            fix="start one server per base, each on its own --port",
         )

@@ -57,7 +57,7 @@ def answer_once(
 
     Args:
         conversations: by the model that answers: tuned, and base before it where they are compared.
-        remarks: where it is said that an answer was cut off; None for the console.
+        remarks: where to print that an answer was cut off; None for the console.
 
     Returns:
         The answers, by model.
@@ -68,7 +68,8 @@ def answer_once(
             console.print(side, style=STYLES[side])
         continuation = _answer(answerer, side, conversation, sampling, console)
         if not continuation.ended:
-            line = f"(cut off after {sampling.max_new_tokens} tokens; --max-new-tokens allows more)"
+            limit = sampling.max_new_tokens
+            line = f"(cut off after {limit} {'token' if limit == 1 else 'tokens'}; --max-new-tokens allows more)"
             tell(remarks or console, Text(line, "dim"), hang=1)
         answers[side] = continuation.text
     return answers
@@ -81,7 +82,7 @@ def opening(answerer: Answerer, system: str | None) -> Conversation:
 
 
 def sides(compare: bool) -> tuple[Side, ...]:
-    """Which models answer."""
+    """The models that answer."""
     return ("base", "tuned") if compare else ("tuned",)
 
 
@@ -155,9 +156,9 @@ class _Chat:
             tell(self.console, Text("no system message", "dim"))
             return
         text = self.opening[0].content
-        of = "the training rows'" if text == self.answerer.system else "your"
+        whose = "the training rows'" if text == self.answerer.system else "your"
         shown = text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
-        tell(self.console, Text(f"{of} system message: {shown}", "dim"), hang=2)
+        tell(self.console, Text(f"{whose} system message: {shown}", "dim"), hang=2)
 
     def ask(self, message: str) -> None:
         question = Message("user", message)

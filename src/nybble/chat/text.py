@@ -1,4 +1,4 @@
-"""Tokens to text, piece by piece: no character is cut, no stop string shows, and text that was handed out stays as it is."""
+"""Tokens to text, piece by piece: no character is split, no stop string is shown, and text that was returned never changes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from transformers import PreTrainedTokenizerBase
 
 from nybble.generate.request import Token
 
-LONGEST_CHARACTER = 8  # tokens; four bytes and some that belong to none
-BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's spelling of a byte that is no character
+LONGEST_CHARACTER = 8  # tokens; four bytes, and some that belong to no character
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece spells a byte that is not a character
 
 
 class TextStream:
     """The text of one answer.
 
     Args:
-        stops: strings that end it; none of them is shown.
-        before: the last tokens of a prompt that the text continues: SentencePiece drops the space before a first word.
-        strip: leave out white space around the whole answer.
+        stops: strings that end the text; they are not part of it.
+        before: the last tokens of a prompt that the text continues, as SentencePiece drops the space before a first word.
+        strip: remove white space around the whole answer.
         continues: the text continues other text, so white space at its beginning belongs to it.
     """
 
@@ -37,11 +37,11 @@ class TextStream:
         self._stops, self._strip = [stop for stop in stops if stop], strip
         self._ids = list(before)
         self._decoded = len(before)
-        """How many of `_ids` have become text."""
+        """How many of `_ids` have been decoded."""
         self._pending = ""
-        """Text that may yet turn out to be a stop string, or white space at the end."""
+        """Text that may turn out to be a stop string, or white space at the end."""
         self._started = continues
-        """Whether there is text before what comes next."""
+        """Whether there is text before the next piece."""
         self.stopped = False
         """Whether a stop string ended the text."""
 
@@ -51,14 +51,14 @@ class TextStream:
         return self._release(self._decode(last=False), last=False)
 
     def end(self) -> str:
-        """The text that was not certain until now; nothing comes after."""
+        """The rest of the text, after the last token."""
         return self._release(self._decode(last=True), last=True)
 
     def _decode(self, *, last: bool) -> str:
-        """The text of the tokens since the last whole character, once they make one.
+        """The text of the tokens since the last complete character, once they form one.
 
-        They are decoded together with the tokens before them, as their spaces depend on these. (tokenizers' DecodeStream does
-        this too, and raises on byte sequences that are no text, which a model may make: 3 of 3,000 random ones of Llama 2's.)
+        They are decoded together with the tokens before them, as their spaces depend on these. (tokenizers' DecodeStream also
+        does this, but raises on byte sequences that are not text, as a model may generate: 3 of 3,000 random ones of Llama 2's.)
         """
         backend = self._tokenizer.backend_tokenizer
         text = backend.decode(self._ids, skip_special_tokens=True)
@@ -71,12 +71,12 @@ class TextStream:
         return str(text[len(before) :])
 
     def _release(self, piece: str, *, last: bool) -> str:
-        """What is certain of the pending text and one more piece."""
+        """The part that is certain of the pending text and one more piece."""
         if self.stopped:
             return ""
         text = self._pending + piece
         matches = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
-        if matches:  # the one that is complete first, wherever tokens end
+        if matches:  # the stop string that is complete first, wherever tokens end
             text, self.stopped = text[: min(matches)[1]], True
         certain = len(text) if last or self.stopped else len(text) - self._begins_stop(text)
         if self._strip:
@@ -87,7 +87,7 @@ class TextStream:
         return released
 
     def _begins_stop(self, text: str) -> int:
-        """Length of the longest end of the text with which a stop string begins."""
+        """Length of the longest suffix of the text that is a prefix of a stop string."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         return next(
             (size for size in range(min(longest, len(text)), 0, -1)
@@ -98,8 +98,8 @@ class TextStream:
 
 @functools.lru_cache(maxsize=100_000)
 def spelling(tokenizer: PreTrainedTokenizerBase, token_id: int) -> tuple[str, tuple[int, ...]]:
-    """A token as text and as UTF-8 bytes, for log probabilities; half a character shows as U+FFFD, its bytes are right."""
-    # Some models have more rows than their tokenizer has tokens.
+    """A token as text and as UTF-8 bytes, for log probabilities; half a character is shown as U+FFFD, but its bytes are right."""
+    # Some models have more embedding rows than their tokenizer has tokens.
     written = tokenizer.convert_ids_to_tokens(token_id) or ""
     table = _byte_of() if "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder) else {}
     if byte := BYTE.fullmatch(written):

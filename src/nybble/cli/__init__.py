@@ -15,7 +15,8 @@ from nybble.cli.app import app
 from nybble.cli.defects import STATUS, report
 from nybble.distributed.launcher import rank, wait_without_spinning
 from nybble.errors import NybbleError, is_panic
-from nybble.files.places import check_here, explained_disk
+from nybble.files.disk_errors import explained_disk_errors
+from nybble.files.paths import check_current_folder
 from nybble.terminal import tell_error
 
 __all__ = ["main", "training", "using"]
@@ -28,8 +29,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # rows may hold what a terminal cannot show
     try:
-        with explained_disk():
-            check_here()
+        with explained_disk_errors():
+            check_current_folder()
             app()
     except NybbleError as error:
         _complain(str(error))

@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from nybble.errors import RecipeError
-from nybble.files.places import default_cache, lend_home
+from nybble.files.paths import default_cache, provide_home
 from nybble.version import __version__
 
 
@@ -72,7 +72,7 @@ def options(
         typer.echo(f"nybble {__version__}")
         raise typer.Exit
     context.obj = cache
-    lend_home(asked_cache(context))
+    provide_home(asked_cache(context))
 
 
 def asked_cache(context: typer.Context) -> pathlib.Path | None:

@@ -12,7 +12,7 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 
-from nybble.files.places import default_cache
+from nybble.files.paths import default_cache
 from nybble.version import __version__
 
 STATUS = 70  # EX_SOFTWARE of sysexits.h: an internal software error

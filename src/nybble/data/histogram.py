@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from matplotlib.figure import Figure
 
-from nybble.files.places import replacing
+from nybble.files.atomic import replacing
 
 BINS = 12
 BAR = 40  # characters of the longest bar

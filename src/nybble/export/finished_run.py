@@ -128,7 +128,7 @@ def bases_of(source: FinishedRun, cache: pathlib.Path) -> dict[str, Weights]:
         raise ExportError(
             "the quantised base is not cached: the disk is too full", where=str(cache), fix="free some space there"
         )
-    return {"original": Original(folder), "dequantised": Dequantised(kept.place)}
+    return {"original": Original(folder), "dequantised": Dequantised(kept.path)}
 
 
 def merges_of(

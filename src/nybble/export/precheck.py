@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.errors import ExportError
 from nybble.export.gguf.quants import GET_QUANTIZER, K_QUANTS, OWN_QUANTS, QUANTIZER, GgufConverter
-from nybble.files.places import check_disk
+from nybble.files.paths import check_free_space
 from nybble.plan.ledger import export_bytes
 from nybble.plan.shapes import ModelShape
 
@@ -49,7 +49,9 @@ class Preflight:
             check_quants(self.quants)
         parameters = ModelShape.from_config(config.to_dict()).parameters.total
         size = sum(export_bytes(to, parameters, self.quants) for to in self.targets)
-        check_disk(folder, size, f"export.to={list(self.targets)}", "free some space, or out=FOLDER on another disk")
+        check_free_space(
+            folder, size, f"export.to={list(self.targets)}", "free some space, or out=FOLDER on another disk"
+        )
 
 
 def check_quants(quants: Sequence[str]) -> None:

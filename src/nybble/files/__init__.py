@@ -1,1 +1,1 @@
-"""What is read from the disk and written to it."""
+"""Reading and writing files: paths, atomic writes, locks, digests, the cache."""

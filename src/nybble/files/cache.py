@@ -1,7 +1,7 @@
-"""Entries of the cache: each is verified when it is read, and one that fails is made again.
+"""Entries of the cache: each is verified when it is read, and made again if that fails.
 
-An entry is a folder with a manifest (sizes and digests of its files, and facts that its maker wants back), or a note, which is
-a single JSON file. Both carry a digest of their content. An entry is written under another name, read back, and renamed.
+An entry is a folder with a manifest (sizes and digests of its files, and facts for its maker), or a note, which is a single
+JSON file. Both contain a digest of their content. An entry is written under another name, read back, and renamed.
 """
 
 from __future__ import annotations
@@ -19,71 +19,72 @@ from typing import Any
 
 import xxhash
 
-from nybble.errors import PlaceError
+from nybble.errors import StorageError
 from nybble.files import digests
-from nybble.files.places import ANOTHER_CACHE, FORGOTTEN, HALF, folder_beside, is_forgotten, put_in_place, replacing
+from nybble.files.atomic import ABANDONED_AFTER, UNFINISHED, is_abandoned, put_in_place, replacing, temporary_folder
+from nybble.files.paths import ANOTHER_CACHE
 
 MANIFEST = "manifest.json"
-NAMES = 9  # names that an entry may have, in case what has the first ones can be neither used nor moved
+NAMES = 9  # names that an entry may have, in case what is at the first ones can be neither used nor moved
 logger = logging.getLogger(__name__)
 Facts = dict[str, Any]
 
 
 class DamagedError(Exception):
-    """An entry is not as it was written; the message says what is wrong with it, as a clause."""
+    """An entry is not as it was written; the message is a clause that says what is wrong with it."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry that was looked for."""
+    """The result of a look-up."""
 
-    place: pathlib.Path
-    """Where it is, or where it can be made."""
+    path: pathlib.Path
+    """Where the entry is, or where it can be made."""
     facts: Facts | None
     """What its maker recorded; None if it has to be made."""
     fault: str = ""
-    """What is wrong with the one that was there, as a clause."""
+    """What is wrong with the entry that was there, as a clause."""
 
     def notices(self, what: str, again: str) -> list[str]:
-        """What the user should be told of a fault.
+        """The message for the user about a fault, if there is one.
 
         Args:
             what: the entry and its verb: the cached rows were.
-            again: what is done about it: are tokenised again.
+            again: what happens next: are tokenised again.
         """
         if not self.fault:
             return []
         if self.facts is None:
             return [f"{what} damaged ({self.fault}) and {again}"]
-        return [f"{what} damaged ({self.fault}) and cannot be removed: {self.place} is used instead"]
+        return [f"{what} damaged ({self.fault}) and cannot be removed: {self.path} is used instead"]
 
 
 def find(folder: pathlib.Path, check: Callable[[pathlib.Path, Facts], None] = lambda *_: None) -> Entry:
-    """Look for an entry and verify it; a damaged one is removed or, if that is impossible, passed over.
+    """Look up an entry and verify it; a damaged one is removed or, if that is impossible, skipped.
 
     Args:
-        folder: its path.
+        folder: the entry's path.
         check: a further check of the folder and its facts; it raises DamagedError.
 
     Raises:
-        PlaceError: what is there can be neither used nor moved away.
+        StorageError: what is there can be neither used nor moved away.
     """
     fault = ""
     for path in (folder, *(folder.with_name(f"{folder.name}.{number}") for number in range(2, NAMES + 1))):
-        stood = _identity(path)
-        if stood is None:
+        identity = _identity(path)
+        if identity is None:
             return Entry(path, None, fault)
         try:
-            facts = _proven(path)
+            facts = _verified_facts(path)
             check(path, facts)
             return Entry(path, facts, fault)
         except DamagedError as error:
             fault = fault or str(error)
-        if _identity(path) != stood:  # another process has replaced it meanwhile
+        if _identity(path) != identity:  # another process has replaced it in the meantime
             return find(folder, check)
         if discard(path):
             return Entry(path, None, fault)
-    raise PlaceError(
+    raise StorageError(
         f"the cache contains an entry that can be neither used nor removed: {fault}",
         where=str(folder),
         fix=ANOTHER_CACHE,
@@ -91,38 +92,38 @@ def find(folder: pathlib.Path, check: Callable[[pathlib.Path, Facts], None] = la
 
 
 @contextlib.contextmanager
-def making(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to fill and to `seal`, which then becomes the entry; if another process made it meanwhile, that one stays.
+def new_entry(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to fill and to `seal`, which then becomes the entry, unless another process has made the entry by then.
 
     Raises:
         FileExistsError: something else is there by now.
     """
-    with filling(path.parent) as temporary:
+    with temporary_entry(path.parent) as temporary:
         yield temporary
-        put_in_place(temporary, path, proof=MANIFEST)
+        put_in_place(temporary, path, marker=MANIFEST)
 
 
 @contextlib.contextmanager
-def filling(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to fill within one of the cache's, gone afterwards: for an entry whose name is known only once it is full.
+def temporary_entry(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to fill inside a folder of the cache, removed afterwards: for an entry whose name depends on its content.
 
-    `seal` it then, and `put_in_place`.
+    Once it is full, `seal` it and `put_in_place`.
     """
-    make_room(folder)
-    _sweep(folder)
-    with folder_beside(folder / "entry") as temporary:
-        temporary.chmod(0o700)  # rows are their user's own
+    make_folder(folder)
+    _remove_old_leftovers(folder)
+    with temporary_folder(folder / "entry") as temporary:
+        temporary.chmod(0o700)  # training rows are private to their user
         yield temporary
 
 
 def seal(
     folder: pathlib.Path, path: pathlib.Path, facts: Mapping[str, Any], apart: frozenset[str] = frozenset()
 ) -> None:
-    """Write the manifest of a folder's files as they read back now.
+    """Write the manifest of a folder's files from what they contain when read back.
 
     Args:
-        folder: the files, and no folders.
-        path: of the entry that it becomes.
+        folder: it contains files only, no folders.
+        path: the path of the entry that it becomes.
         facts: what its maker wants back, as JSON.
         apart: names of files that `facts` verify by other means.
     """
@@ -136,26 +137,26 @@ def seal(
 
 
 def write_note(file: pathlib.Path, value: Any) -> None:
-    """Write a note; nothing is kept if something else is at its path that cannot be replaced."""
-    make_room(file.parent)
+    """Write a note; nothing is written if its path is occupied by something that cannot be replaced."""
+    make_folder(file.parent)
     if _identity(file) is not None and not file.is_file() and not discard(file):
         return
-    said = [file.name, json.loads(json.dumps(value))]  # as it will be read: keys are text
+    content = [file.name, json.loads(json.dumps(value))]  # as it will be read: with text as keys
     with contextlib.suppress(PermissionError), replacing(file) as temporary:
-        temporary.write_text(json.dumps({"digest": _digest(said), "said": said}), encoding="utf-8")
+        temporary.write_text(json.dumps({"digest": _digest(content), "said": content}), encoding="utf-8")
         try:
             _read(temporary, file.name)
         except DamagedError as error:
-            raise PlaceError(
+            raise StorageError(
                 f"data written to the cache reads back differently ({error})", where=str(file), fix=ANOTHER_CACHE
             ) from error
 
 
 def read_note(file: pathlib.Path) -> Any:
-    """What a note says.
+    """The value of a note.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no note.
         DamagedError: it is not what was written.
     """
     try:
@@ -170,9 +171,8 @@ def read_note(file: pathlib.Path) -> Any:
 
 def discard(path: pathlib.Path) -> bool:
     """Remove whatever is at an entry's path, or else move it aside. False if neither works."""
-    aside = path.with_name(
-        f"{HALF}{secrets.token_hex(8)}"
-    )  # where a kill leaves a part of it, that is removed in its turn
+    # If the process is killed here, the folder is removed later like any other unfinished one.
+    aside = path.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")
     try:
         if path.is_symlink() or not path.is_dir():
             path.unlink()
@@ -180,7 +180,7 @@ def discard(path: pathlib.Path) -> bool:
         path.rename(aside)
     except FileNotFoundError:
         return True
-    except OSError:  # a mount, or somebody else's in a sticky folder
+    except OSError:  # a mount point, or another user's entry in a sticky folder
         return False
     with contextlib.suppress(OSError):
         aside.chmod(0o700)
@@ -188,17 +188,17 @@ def discard(path: pathlib.Path) -> bool:
     return True
 
 
-def make_room(folder: pathlib.Path) -> None:
-    """Make a folder of the cache; a file at its path may be the user's, so it is renamed and stays.
+def make_folder(folder: pathlib.Path) -> None:
+    """Make a folder of the cache; a file at its path may belong to the user, so it is renamed, not removed.
 
     Raises:
-        PlaceError: there is a dangling link at its path.
+        StorageError: there is a dangling link at its path.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         if folder.is_symlink():
-            raise PlaceError(
+            raise StorageError(
                 f"{folder} is a link to {os.readlink(folder)}, which does not exist", fix=ANOTHER_CACHE
             ) from error
         aside = folder.with_name(f"{folder.name}.moved-{secrets.token_hex(4)}")
@@ -209,20 +209,20 @@ def make_room(folder: pathlib.Path) -> None:
         folder.mkdir(exist_ok=True)
 
 
-def _sweep(parent: pathlib.Path) -> None:
-    """Remove what killed processes of versions before 0.7 left half-written; `new_folder` removes what those of this one did."""
+def _remove_old_leftovers(parent: pathlib.Path) -> None:
+    """Remove what killed processes of versions before 0.7 left unfinished; `new_folder` does so for this version."""
     for folder in parent.glob(".writing-*"):
-        if is_forgotten(FORGOTTEN, folder):
+        if is_abandoned(ABANDONED_AFTER, folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read(file: pathlib.Path, name: str) -> Any:
-    """What a note says that was written under a name."""
+    """The value of a note that was written under a name."""
     try:
         note = json.loads(file.read_text(encoding="utf-8"))
-        digest, said = note["digest"], note["said"]
-        own, value = said
-        if digest == _digest(said) and own == name:
+        digest, content = note["digest"], note["said"]
+        written_name, value = content
+        if digest == _digest(content) and written_name == name:
             return value
     except OSError as error:
         raise DamagedError(f"{name} cannot be read: {error.strerror}") from error
@@ -231,7 +231,7 @@ def _read(file: pathlib.Path, name: str) -> Any:
     raise DamagedError(f"{name} is not what was written")
 
 
-def _proven(folder: pathlib.Path) -> Facts:
+def _verified_facts(folder: pathlib.Path) -> Facts:
     """The facts of a folder whose files are as they were written.
 
     Raises:
@@ -242,9 +242,9 @@ def _proven(folder: pathlib.Path) -> Facts:
     try:
         manifest = read_note(folder / MANIFEST)
         sizes = (digests.size_fault(folder / name, name, size) for name, size in manifest["apart"].items())
-        found = [fault for fault in sizes if fault] or digests.faults(folder, manifest["files"])
+        faults = [fault for fault in sizes if fault] or digests.faults(folder, manifest["files"])
         facts, entry = manifest["facts"], manifest["entry"]
-    except (LookupError, TypeError, AttributeError) as error:  # of another version of nybble
+    except (LookupError, TypeError, AttributeError) as error:  # another version of nybble wrote it
         raise DamagedError(f"{MANIFEST} has another layout") from error
     except FileNotFoundError as error:
         raise DamagedError(f"there is no {MANIFEST}, which versions before 0.7 did not write") from error
@@ -252,13 +252,13 @@ def _proven(folder: pathlib.Path) -> Facts:
         raise DamagedError(digests.unreadable(error)) from error
     if entry != _key(folder):
         raise DamagedError("it is a copy of another entry")
-    if found:
-        raise DamagedError(found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else ""))
+    if faults:
+        raise DamagedError(faults[0] + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""))
     return dict(facts)
 
 
 def _key(path: pathlib.Path) -> str:
-    """An entry's name, whichever of its paths it has."""
+    """An entry's name, whichever of its possible paths it is at."""
     return path.name.partition(".")[0]
 
 
@@ -267,7 +267,7 @@ def _digest(value: Any) -> str:
 
 
 def _identity(path: pathlib.Path) -> tuple[int, int, int] | None:
-    """What tells an entry from the one that replaces it; None if there is none."""
+    """What distinguishes an entry from one that replaces it; None if there is no entry."""
     try:
         status = path.lstat()
     except (FileNotFoundError, NotADirectoryError):

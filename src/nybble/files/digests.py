@@ -1,7 +1,7 @@
-"""Sizes and digests of files when they were written, and what is wrong with the files now.
+"""Sizes and digests of files as they were written, and what is wrong with the files now.
 
-XXH3 of 128 bits (Yann Collet, xxhash.com): 8 GB/s on one core where SHA-256 makes 1.4. It tells damage, not an attacker: who may
-write to a folder can write its digests too.
+XXH3 of 128 bits (Yann Collet, xxhash.com): 8 GB/s on one core, where SHA-256 reaches 1.4. It detects damage, not attackers:
+whoever may write to a folder can write its digests too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Entries = Mapping[str, Mapping[str, Any]]
 def digest(file: pathlib.Path) -> str:
     """The digest of a file's bytes as 32 hexadecimal digits.
 
-    The file is read in pieces and not mapped: where a disk fails, reading is an OSError, and a mapping ends the process.
+    The file is read in pieces and not mapped: if the disk fails, a read raises OSError, but a mapping kills the process.
     """
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
@@ -35,9 +35,9 @@ def describe(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def faults(folder: pathlib.Path, entries: Entries) -> list[str]:
-    """What is wrong with a folder's files, a sentence each; files that `entries` does not name are passed over.
+    """What is wrong with a folder's files, one sentence each; files that `entries` does not name are ignored.
 
-    A missing file and one of another size are found before anything is read.
+    Missing files and files of another size are found before anything is read.
     """
     found = [fault for name, entry in entries.items() if (fault := size_fault(folder / name, name, entry["size"]))]
     return found or [
@@ -46,7 +46,7 @@ def faults(folder: pathlib.Path, entries: Entries) -> list[str]:
 
 
 def size_fault(file: pathlib.Path, name: str, size: int) -> str:
-    """That a file is missing or has another size than was written; empty where it has that size."""
+    """What is wrong with a file's size: it is missing, or has another size than was written; empty if it has that size."""
     try:
         if not file.is_file():
             return f"there is no {name}"
@@ -57,7 +57,7 @@ def size_fault(file: pathlib.Path, name: str, size: int) -> str:
 
 
 def unreadable(error: OSError, name: str = "") -> str:
-    """What an error says of a file, which it names itself where `name` is not given."""
+    """The error of a file that cannot be read, as a sentence; without `name`, the file is the one that the error names."""
     name = name or pathlib.Path(str(error.filename)).name
     return f"{name} cannot be read: {str(error.strerror).lower()}"
 

@@ -1,4 +1,4 @@
-"""git-lfs pointers: the few lines that a clone made without git-lfs has instead of each large file."""
+"""git-lfs pointers: the few lines that a clone made without git-lfs has in place of each large file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shlex
 
 from nybble.terminal import bytes_text
 
-LONGEST = 1024  # bytes of a pointer, by git-lfs's specification
+LONGEST = 1024  # bytes of a pointer, according to git-lfs's specification
 POINTER = re.compile(
     rb"version https://(?:git-lfs|hawser)\.github\.com/spec/.*^size (\d+)\r?$", re.DOTALL | re.MULTILINE
 )
@@ -25,7 +25,7 @@ def pointer_fault(file: pathlib.Path) -> tuple[str, str] | None:
 
 
 def pointer_in(head: bytes, file: pathlib.Path) -> tuple[str, str] | None:
-    """As `pointer_fault`, of a file whose first `LONGEST` bytes are read already."""
+    """Like `pointer_fault`, for a file whose first `LONGEST` bytes have already been read."""
     pointer = POINTER.match(head)
     if pointer is None:
         return None

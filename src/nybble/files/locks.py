@@ -1,6 +1,6 @@
-"""Locks that the kernel holds for a process, so they end with it however it ends; a file says who holds one.
+"""Locks that the kernel holds for a process and releases when it ends, however it ends; the lock file names the holder.
 
-A file that a dead process left behind is locked by nobody: the next one takes it without a word.
+A lock file that a dead process left behind is not locked: the next process takes it without a message.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from filelock import FileLock, Timeout, lock_descriptor
 
 from nybble.errors import RunError
 
-PATIENCE = 1.0  # seconds: a process that only looks whether a lock is held has it for a moment
+PATIENCE = 1.0  # seconds: a process that only checks whether a lock is held has it for a moment
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)  # from flock, by file system
-# No link is followed and no pipe waited for; Windows has neither flag.
+# Follow no link and wait for no pipe; Windows has neither flag.
 OPEN_FLAGS: int = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who holds a lock."""
+    """The process that holds a lock; its fields are the JSON keys of the lock file."""
 
     pid: int
     host: str
@@ -38,7 +38,7 @@ class Holder:
     doing: str
     """What it does, as in "is being ...": trained, evaluated."""
     place: str
-    """What it does that to: an absolute path without links."""
+    """The path that it does that to, absolute and without links."""
     since: str
     """Local time."""
 
@@ -47,18 +47,18 @@ class Holder:
 
 
 def kernel() -> str:
-    """This boot of this machine's kernel; another system than Linux is known by its name on the network."""
+    """An id of this boot of this machine's kernel; on systems other than Linux, the machine's network name."""
     return BOOT.read_text(encoding="ascii").strip() if BOOT.exists() else platform.node()
 
 
 @contextlib.contextmanager
-def hold(file: pathlib.Path, doing: str, place: pathlib.Path) -> Iterator[None]:
-    """Hold a lock; its file is gone afterwards. On a file system that has no locks nothing is held.
+def hold(file: pathlib.Path, doing: str, path: pathlib.Path) -> Iterator[None]:
+    """Hold a lock and remove its file afterwards. On a file system without locks nothing is held.
 
     Args:
-        file: the lock's.
-        doing: what is done meanwhile, as in "is being ...".
-        place: what it is done to.
+        file: the lock file.
+        doing: what is done in the meantime, as in "is being ...".
+        path: what it is done to.
 
     Raises:
         RunError: another process holds it; the message says which.
@@ -67,77 +67,77 @@ def hold(file: pathlib.Path, doing: str, place: pathlib.Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise _busy(file, holder(file) or _unknown(doing, place), place) from None
+        raise _held_error(file, holder(file) or _unknown_holder(doing, path), path) from None
     except OSError as error:
-        if (held := holder(file)) is not None:  # by another user, whose file this one may not write to
-            raise _busy(file, held, place) from None
+        if (held_by := holder(file)) is not None:  # another user, whose file this one may not write to
+            raise _held_error(file, held_by, path) from None
         if error.errno not in (*WITHOUT_LOCKS, errno.EACCES, errno.EPERM):
             raise
     try:
         if lock.is_locked:
-            _say_who(file, _this_process(doing, place))
+            _write_holder(file, _this_process(doing, path))
         yield
     finally:
-        with contextlib.suppress(OSError):  # a folder that was made read-only or removed meanwhile
+        with contextlib.suppress(OSError):  # the folder was made read-only or removed in the meantime
             file.unlink()
         lock.release()
 
 
-def _say_who(file: pathlib.Path, held: Holder) -> None:
+def _write_holder(file: pathlib.Path, held_by: Holder) -> None:
     try:
-        file.write_text(json.dumps(dataclasses.asdict(held)), encoding="utf-8")
+        file.write_text(json.dumps(dataclasses.asdict(held_by)), encoding="utf-8")
     except PermissionError:
-        if sys.platform != "win32":  # where a locked file can be written by nobody: it then says no name
+        if sys.platform != "win32":  # there nobody can write to a locked file, so it names no holder
             raise
 
 
-def refuse_held(file: pathlib.Path, place: pathlib.Path) -> None:
-    """Raise RunError where another process holds a lock."""
-    held = holder(file)
-    if held is not None and (held.pid, held.kernel) != (os.getpid(), kernel()):
-        raise _busy(file, held, place)
+def refuse_held(file: pathlib.Path, path: pathlib.Path) -> None:
+    """Raise RunError if another process holds a lock."""
+    held_by = holder(file)
+    if held_by is not None and (held_by.pid, held_by.kernel) != (os.getpid(), kernel()):
+        raise _held_error(file, held_by, path)
 
 
 def holder(file: pathlib.Path) -> Holder | None:
-    """Who holds a lock now; None where nobody does, there is none, or the file system has no locks."""
-    with _opened(file) as stream:
-        if stream is None or _lock(stream) is not False:
+    """The process that holds a lock now; None if nobody does, there is no lock, or the file system has no locks."""
+    with _opened(file) as descriptor:
+        if descriptor is None or _lock(descriptor) is not False:
             return None
-        return _read(stream) or _unknown("used", file)
+        return _read(descriptor) or _unknown_holder("used", file)
 
 
 @contextlib.contextmanager
-def of_the_dead(file: pathlib.Path) -> Iterator[bool]:
-    """Whether a lock's holder is surely dead; while the block runs, nobody else finds the same.
+def holder_is_dead(file: pathlib.Path) -> Iterator[bool]:
+    """Whether a lock's holder is certainly dead; while the block runs, no other process finds the same.
 
-    It is where the holder ran on this kernel, said so in the file while it held the lock, and holds it no more. Of another
-    machine's process this cannot be told: some file systems do not show its locks here.
+    It is dead if it ran on this kernel, wrote that to the file while it held the lock, and no longer holds it. For a process of
+    another machine this cannot be known: some file systems do not show its locks here.
     """
-    with _opened(file) as stream:
-        held = _read(stream) if stream is not None else None
-        if stream is None or held is None or held.kernel != kernel():
+    with _opened(file) as descriptor:
+        last_holder = _read(descriptor) if descriptor is not None else None
+        if descriptor is None or last_holder is None or last_holder.kernel != kernel():
             yield False
-        else:  # a file without a name was removed by its holder just now, which is at work yet
-            yield _lock(stream) is True and os.fstat(stream).st_nlink > 0
+        else:  # if the file has no name any more, its holder has just removed it and is still running
+            yield _lock(descriptor) is True and os.fstat(descriptor).st_nlink > 0
 
 
 @contextlib.contextmanager
 def _opened(file: pathlib.Path) -> Iterator[int | None]:
-    """A descriptor of a file that exists: locks on NFS want one that can write, another user's file can only be read."""
-    number = None
+    """A descriptor of a file that exists: locks on NFS need one that can write, but another user's file can only be read."""
+    descriptor = None
     for mode in (os.O_RDWR, os.O_RDONLY):
         with contextlib.suppress(OSError):
-            number = os.open(file, mode | OPEN_FLAGS)
+            descriptor = os.open(file, mode | OPEN_FLAGS)
             break
     try:
-        yield number
+        yield descriptor
     finally:
-        if number is not None:
-            os.close(number)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Take a descriptor's lock until that is closed: whether it was free; None on a file system that has no locks."""
+    """Lock a descriptor until it is closed. Whether the lock was free; None on a file system without locks."""
     try:
         return lock_descriptor(descriptor, blocking=False)
     except OSError:
@@ -152,16 +152,17 @@ def _read(descriptor: int) -> Holder | None:
         return None
 
 
-def _this_process(doing: str, place: pathlib.Path) -> Holder:
+def _this_process(doing: str, path: pathlib.Path) -> Holder:
     now = datetime.datetime.now().isoformat(" ", "seconds")
-    return Holder(os.getpid(), platform.node(), kernel(), doing, os.path.realpath(place), now)
+    return Holder(os.getpid(), platform.node(), kernel(), doing, os.path.realpath(path), now)
 
 
-def _unknown(doing: str, place: pathlib.Path) -> Holder:
-    return Holder(0, "", "", doing, str(place), "")
+def _unknown_holder(doing: str, path: pathlib.Path) -> Holder:
+    return Holder(0, "", "", doing, str(path), "")
 
 
-def _busy(file: pathlib.Path, held: Holder, place: pathlib.Path) -> RunError:
-    stop = f", or stop it: kill -INT {held.pid}" if held.pid else ""
-    there = f" on {held.host}" if held.pid and held.host != platform.node() else ""
-    return RunError(f"{place} is being {held.doing} by {held}", where=str(file), fix=f"wait until it ends{stop}{there}")
+def _held_error(file: pathlib.Path, held_by: Holder, path: pathlib.Path) -> RunError:
+    stop = f", or stop it: kill -INT {held_by.pid}" if held_by.pid else ""
+    on_host = f" on {held_by.host}" if held_by.pid and held_by.host != platform.node() else ""
+    what = f"{path} is being {held_by.doing} by {held_by}"
+    return RunError(what, where=str(file), fix=f"wait until it ends{stop}{on_host}")

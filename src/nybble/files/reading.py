@@ -1,4 +1,4 @@
-"""Text and JSON from a disk: whatever is wrong with a file, one sentence says what and where."""
+"""Text and JSON from a disk; whatever is wrong with a file, one sentence says what and where."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KINDS = {
 
 
 class Shape(BaseModel):
-    """What must be in an object, by name and type; what else is there is nobody's fault."""
+    """The fields that an object must have, with their types; further fields are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -39,10 +39,10 @@ S = TypeVar("S", bound=Shape)
 
 
 def check_regular(file: pathlib.Path, kind: type[NybbleError], fix: str) -> None:
-    """Refuse what is no file: a folder, or a pipe or a device, which would be read forever.
+    """Refuse what is not a regular file: a folder, or a pipe or a device, which could be read forever.
 
     Raises:
-        NybbleError: of the kind that was asked for.
+        NybbleError: of this kind.
     """
     try:
         mode = file.stat().st_mode
@@ -66,8 +66,8 @@ def read_text(
         largest: bytes that it may have at most, None for any number.
 
     Raises:
-        NybbleError: of the kind: there is none, it is no file, it is too large or a git-lfs pointer, it cannot be read, or it
-            is not UTF-8.
+        NybbleError: of this kind: there is no such file, it is not a regular file, it is too large or a git-lfs pointer, it
+            cannot be read, or it is not UTF-8.
     """
     content = _read_bytes(file, kind, fix, largest)
     try:
@@ -107,7 +107,7 @@ def read_object(
         largest: bytes that it may have at most, None for any number.
 
     Raises:
-        NybbleError: of the kind: the file cannot be read, or it contains no object.
+        NybbleError: of this kind: the file cannot be read, or it contains no object.
     """
     text = read_text(file, kind, fix, largest)
     if not text.strip("\0 \r\n\t"):
@@ -121,38 +121,38 @@ def read_object(
 def read_shape(
     file: pathlib.Path, shape: type[S], kind: type[NybbleError], fix: str, largest: int | None = LARGEST
 ) -> S:
-    """The object in a JSON file, by the fields that it must have.
+    """The object in a JSON file, validated against the fields that it must have.
 
     Args:
         file: the file.
-        shape: what must be in the object.
+        shape: the fields that the object must have.
         kind: of the error.
         fix: what to do where the file is damaged.
         largest: bytes that it may have at most, None for any number.
 
     Raises:
-        NybbleError: of the kind: the file cannot be read, or contains no object, or not this one.
+        NybbleError: of this kind: the file cannot be read, contains no object, or the object does not have these fields.
     """
     return as_shape(read_object(file, kind, fix, largest), file, shape, kind, fix)
 
 
 def as_shape(value: Mapping[str, Any], file: pathlib.Path, shape: type[S], kind: type[NybbleError], fix: str) -> S:
-    """The object that was read of a file, by the fields that it must have.
+    """An object that was read from a file, validated against the fields that it must have.
 
     Raises:
-        NybbleError: of the kind: a field is missing, or of another type.
+        NybbleError: of this kind: a field is missing, or of another type.
     """
     try:
-        return _fitted(value, file.name, shape)
+        return _validated(value, file.name, shape)
     except _JsonError as error:
         raise kind(error.what, where=str(file), fix=fix) from error
 
 
 def read_lines(file: pathlib.Path, shape: type[S], kind: type[NybbleError]) -> Iterator[S | NybbleError]:
-    """The objects of a file that has one per line, and an error for each line without one; a missing file has none.
+    """The objects of a file that has one per line, and an error for each line without one; nothing if the file is missing.
 
     Raises:
-        NybbleError: of the kind: the file as a whole cannot be read.
+        NybbleError: of this kind: the file as a whole cannot be read.
     """
     if not file.exists():
         return
@@ -160,7 +160,7 @@ def read_lines(file: pathlib.Path, shape: type[S], kind: type[NybbleError]) -> I
         what = ""
         try:
             if line.strip():
-                yield _fitted(_parse_object(line.decode("utf-8"), file.name), file.name, shape)
+                yield _validated(_parse_object(line.decode("utf-8"), file.name), file.name, shape)
         except UnicodeDecodeError as error:
             what = f"{file.name} is not UTF-8: {_byte(error)}"
         except _JsonError as error:
@@ -171,7 +171,7 @@ def read_lines(file: pathlib.Path, shape: type[S], kind: type[NybbleError]) -> I
 
 
 class _JsonError(ValueError):
-    """What is wrong with a text, and its line, 0 where none is to blame."""
+    """What is wrong with a text, and in which line; 0 if it is not one line."""
 
     def __init__(self, what: str, line: int = 0) -> None:
         super().__init__(what)
@@ -184,10 +184,10 @@ def _parse_object(text: str, name: str) -> dict[str, Any]:
 
     Args:
         text: JSON.
-        name: of what holds it, for the sentence.
+        name: the name of its file, for the message.
 
     Raises:
-        ValueError: whose text says what is wrong.
+        _JsonError: its text says what is wrong.
     """
     try:
         value = json.loads(text)
@@ -195,7 +195,7 @@ def _parse_object(text: str, name: str) -> dict[str, Any]:
         raise _JsonError(f"{name} is not valid JSON: {json_fault(error)}", error.lineno) from error
     except RecursionError as error:
         raise _JsonError(f"{name} is nested too deeply") from error
-    except ValueError as error:  # Python reads no integers of more digits
+    except ValueError as error:  # Python refuses integers with more digits
         most = sys.get_int_max_str_digits()
         long = re.search(rf"\d{{{most + 1},}}", text)
         line = text[: long.start()].count("\n") + 1 if long else 0
@@ -205,19 +205,19 @@ def _parse_object(text: str, name: str) -> dict[str, Any]:
     return value
 
 
-def _fitted(value: Mapping[str, Any], name: str, shape: type[S]) -> S:
+def _validated(value: Mapping[str, Any], name: str, shape: type[S]) -> S:
     try:
         return shape.model_validate(value)
     except ValidationError as error:
-        raise _JsonError(_misfit(error, name)) from error
+        raise _JsonError(_mismatch(error, name)) from error
 
 
 def json_fault(error: json.JSONDecodeError) -> str:
-    """What Python says of a text that is not JSON, without the words with which it leads over to the place."""
+    """Python's message about text that is not JSON, without the preposition that introduces the position."""
     return error.msg.removesuffix(" at").removesuffix(" starting")
 
 
-def _misfit(error: ValidationError, name: str) -> str:
+def _mismatch(error: ValidationError, name: str) -> str:
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
@@ -226,7 +226,7 @@ def _misfit(error: ValidationError, name: str) -> str:
 
 
 def brief(value: object) -> str:
-    """A value as Python writes it, cut where it is long: of what aliases repeat, a few lines would be gigabytes."""
+    """A value as Python writes it, shortened: with YAML aliases, a few lines can expand to gigabytes."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 200
     short.maxlist = short.maxdict = short.maxlevel = 6

@@ -1,4 +1,4 @@
-"""Files that are there whole or as they were before: text, JSON, and one JSON object per line."""
+"""Atomic writes of text and JSON, and appends to files of one JSON object per line."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from nybble.files.places import replacing
+from nybble.files.atomic import replacing
 
 
 def write_text(file: pathlib.Path, text: str) -> None:
-    """Write a file so that it is there whole or as it was before."""
+    """Write a file atomically: after a crash it is either complete or as it was before."""
     with replacing(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
@@ -31,7 +31,7 @@ def append_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:
 
 
 def _as_json(value: Any, indent: int | None = None) -> str:
-    """JSON as people read it best; a file name that is not UTF-8 can only be written with escapes."""
+    """JSON without escapes, for people to read; only a file name that is not UTF-8 needs them."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     is_utf8 = text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
     return text if is_utf8 else json.dumps(value, indent=indent)

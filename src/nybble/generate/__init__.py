@@ -1,1 +1,1 @@
-"""The seam for making tokens: token ids in, tokens out through a sink. No text, no template, no event loop, no HTTP."""
+"""Token generation: token ids in, tokens out through a sink. No text, no template, no event loop, no HTTP."""

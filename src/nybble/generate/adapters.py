@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 def can_mix(model: PreTrainedModel | PeftModel) -> bool:
     """Whether PEFT can tell rows of one batch apart by their adapter (its mixed-adapter batches, `adapter_names`).
 
-    PEFT 0.21 raises for DoRA and for merged layers, and where one adapter brings its own copy of a module or rows of an
-    embedding, rows of another one pass it or not by which of them is active. Such adapters take turns.
+    PEFT 0.21 raises for DoRA and for merged layers. If an adapter has its own copy of a module or of embedding rows, it depends
+    on the active adapter whether rows of another adapter go through that copy. Such adapters take turns.
     """
     if not isinstance(model, PeftModel):
         return False

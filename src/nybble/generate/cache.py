@@ -8,7 +8,7 @@ from nybble.plan.free_memory import device_memory
 from nybble.plan.ledger import kv_cache_bytes_per_token
 from nybble.plan.shapes import ModelShape
 
-SHARE = 0.4  # of the free memory for a batch's keys and values: growing by a token, a layer's are there twice
+SHARE = 0.4  # of the free memory, for a batch's keys and values: each layer's exist twice while they grow by a token
 
 
 def cache_tokens(model: PreTrainedModel) -> int:

@@ -15,33 +15,33 @@ from nybble.generate.adapters import can_mix
 from nybble.generate.batching import ActiveRequest, GenerationBatch, Scheduler
 from nybble.generate.cache import cache_tokens
 from nybble.generate.pipeline import TokenPipeline
-from nybble.generate.request import GenerationError, Handle, Observer, Request, Sink, Unobserved, check_request
-from nybble.generate.sampling import Draw, Steps
+from nybble.generate.request import GenerationError, Handle, NullObserver, Observer, Request, Sink, check_request
+from nybble.generate.sampling import Sampler, TokenDelivery
 from nybble.generate.seeds import fresh_seed
 
 log = logging.getLogger("nybble.generate")
-log.addHandler(logging.NullHandler())  # offline the error itself says it; a server has handlers of its own
+log.addHandler(logging.NullHandler())  # outside a server the error itself says why; a server adds its own handlers
 ROWS = 32  # in a batch; 4-bit weights are read once for all of them
-PATIENCE = 16  # tokens after which a batch gives way where others may come
-GATHER = 0.01  # seconds an idle generator waits for requests that come together
-# Seconds that a busy one waits, at most, for clients that were just answered to ask again: a token's time. Without it 16
-# clients fall into two groups that take turns in batches of 8 (SmolLM2 on two cores: a mean of 7.8 rows).
+PATIENCE = 16  # tokens after which a batch gives way to waiting requests
+GATHER = 0.01  # seconds that an idle generator waits for requests that arrive together
+# At most so many seconds, or the time of one token, does a busy generator wait for clients that were just answered to ask again.
+# Without it 16 clients fall into two groups that take turns in batches of 8 (SmolLM2 on two cores: a mean of 7.8 rows).
 RETURN = 0.3
 
 
 class Padded:
-    """A base and its adapters; one `step` computes one batch.
+    """A generator for a base and its adapters; one `step` computes one batch.
 
     Args:
-        model: in eval mode; adapters are named as PEFT names them. `step` switches gradients off, and the caller may do more
+        model: in eval mode; adapters have PEFT's names. `step` turns gradients off, and the caller may do more
             (torch.inference_mode, autocast).
         pad_id: any token of the vocabulary; nothing attends to it.
-        rows: in a batch, at most.
-        queue: requests that may wait; None for any number.
-        patience: as `Scheduler`, and the memory that is free bounds a batch. Without it batches are made by `rows` alone and run
-            to their end, so that the same requests make the same batches, and the same rounding, each time; one that runs out of
+        rows: the most rows of a batch.
+        queue: how many requests may wait; None for any number.
+        patience: as in `Scheduler`; with it, free memory also limits a batch. Without it only `rows` does, and batches run to
+            their end, so that the same requests always make the same batches, and the same rounding; a batch that runs out of
             memory is halved.
-        observer: of how busy it is.
+        observer: is notified of the load.
     """
 
     def __init__(
@@ -61,25 +61,25 @@ class Padded:
         self.pipeline = TokenPipeline(model, pad_id)
         self.scheduler = Scheduler(
             rows=rows, queue=queue, patience=patience,
-            space=None if patience is None else cache_tokens(base), mixes=can_mix(model),
-            rows_are_free=base.device.type != "cpu", observer=observer or Unobserved(),
+            token_budget=None if patience is None else cache_tokens(base), mixes_adapters=can_mix(model),
+            rows_are_free=base.device.type != "cpu", observer=observer or NullObserver(),
         )  # fmt: skip
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
+        """How many requests are in the queue."""
         return len(self.scheduler.waiting)
 
     def healthy(self) -> bool:
-        """Whether answers can be made."""
+        """Whether it can answer requests."""
         return not self.scheduler.closed
 
-    def companions(self, *, idle: bool) -> tuple[int, float]:
-        """How many waiting requests the next step is better off with, and for how many seconds they are worth waiting for."""
+    def worth_waiting_for(self, *, idle: bool) -> tuple[int, float]:
+        """How many requests the next step should have, and for how many seconds it is worth waiting for them."""
         if idle:
             return self.scheduler.rows, GATHER
         expected = min(self.scheduler.rows, self.waiting + self.scheduler.answered)
-        return expected, min(RETURN, self.scheduler.seconds_a_token)
+        return expected, min(RETURN, self.scheduler.seconds_per_token)
 
     def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> list[Handle]:
         """Queue all of these, or none; from any thread.
@@ -97,59 +97,58 @@ class Padded:
         return list[Handle](rows)
 
     def step(self) -> bool:
-        """Compute a batch, until it ends or gives way; False once nobody waits."""
-        batch = self.scheduler.next()
-        if batch is None:
-            return False
-        began, whole = time.perf_counter(), False
+        """Compute a batch until it ends or gives way; False once no request waits."""
+        completed = False
         try:
-            self.scheduler.observer.batch_began(len(batch.rows))
-            self._run(batch)
-            whole = True
+            batch = self.scheduler.next()
+            if batch is not None:
+                start = time.perf_counter()
+                self.scheduler.observer.batch_started(len(batch.rows))
+                self._run(batch)
+                more = self.scheduler.finish(batch, time.perf_counter() - start)
+            completed = True
         finally:
-            if not whole:  # Ctrl-C, or a defect: nobody is left waiting
-                for row in batch.unfinished():
-                    row.fail(GenerationError("generation was stopped"))
-            more = self.scheduler.finish(batch, time.perf_counter() - began)
-        return more
+            if not completed:  # Ctrl-C, or a defect: no client is left waiting
+                self.scheduler.fail_running(GenerationError("generation was stopped"))
+        return batch is not None and more
 
     def close(self) -> None:
         """Cancel everything; from any thread."""
         self.scheduler.close()
 
     def _run(self, batch: GenerationBatch) -> None:
-        """One batch; one that fails takes its own requests along, and nothing else."""
+        """Compute one batch; if it fails, only its own requests fail."""
         try:
             self._compute(batch)
         except torch.OutOfMemoryError as error:
             if len(batch.rows) > 1:
-                self.scheduler.halve_space(batch)
+                self.scheduler.halve_budget(batch)
                 log.warning(
-                    "out of memory with %d answers; a batch now has space for %d tokens",
-                    len(batch.rows), self.scheduler.space,
+                    "out of memory with %d answers; a batch now has at most %d tokens",
+                    len(batch.rows), self.scheduler.token_budget,
                 )  # fmt: skip
             else:
-                # Its traceback would hold what the forward had allocated.
+                # Its traceback would keep what the forward pass had allocated.
                 _fail(batch, "out of memory: the prompt is too long for this device", error.with_traceback(None))
         except (RuntimeError, ValueError, IndexError) as error:
             log.exception("a batch of %d failed", len(batch.rows))
             _fail(batch, "the model failed; the log says why", error)
 
     def _compute(self, batch: GenerationBatch) -> None:
-        assert not self.model.training, "dropout would be at work in the answers"
+        assert not self.model.training, "the model is in training mode, so dropout would change the answers"
         rows = batch.rows
-        draw = Draw(rows, self.pipeline.device)
+        sampler = Sampler(rows, self.pipeline.device)
         adapters = [row.request.adapter for row in rows]
         uniform = len(set(adapters)) == 1
-        with self._answering(adapters[0]) if uniform else contextlib.nullcontext():
+        with self._using_adapter(adapters[0]) if uniform else contextlib.nullcontext():
             self.pipeline.generate(
-                [row.prompt for row in rows], max(row.left for row in rows), draw, Steps(batch, draw),
+                [row.sequence for row in rows], max(row.tokens_left for row in rows), sampler, TokenDelivery(batch, sampler),
                 None if uniform else adapters,
             )  # fmt: skip
 
     @contextlib.contextmanager
-    def _answering(self, adapter: str | None) -> Iterator[None]:
-        """Meanwhile one adapter answers, or the base."""
+    def _using_adapter(self, adapter: str | None) -> Iterator[None]:
+        """Activate one adapter, or the base."""
         if not isinstance(self.model, PeftModel):
             yield
         elif adapter is None:

@@ -1,6 +1,6 @@
 """The Transformers text-generation pipeline, from token ids to token ids.
 
-The pipeline's own preprocess would tokenise a string, and its postprocess would make one: both are passed over.
+The pipeline's own preprocess would tokenise a string, and its postprocess would make one: both are skipped.
 """
 
 from __future__ import annotations
@@ -28,35 +28,39 @@ class TokenPipeline(TextGenerationPipeline):  # type: ignore[misc]
 
     def __init__(self, model: PreTrainedModel | PeftModel, pad_id: int) -> None:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        # The pipeline would move the model to the first GPU otherwise; one that Accelerate placed says itself where it is.
-        where = None if getattr(base, "hf_device_map", None) is not None else base.device
-        super().__init__(model=base, device=where)
-        self.model = model  # its class is not among those that the pipeline knows, and its generate takes adapter names
+        # Without a device the pipeline would move the model to the first GPU, unless Accelerate has placed it.
+        device = None if getattr(base, "hf_device_map", None) is not None else base.device
+        super().__init__(model=base, device=device)
+        self.model = (
+            model  # set afterwards: the pipeline does not accept PEFT's class, whose generate takes adapter names
+        )
         self.pad_id = pad_id
 
     def generate(
         self,
         prompts: Sequence[list[int]],
-        longest: int,
-        draw: LogitsProcessor,
-        steps: StoppingCriteria,
+        max_tokens: int,
+        sampler: LogitsProcessor,
+        delivery: StoppingCriteria,
         adapters: Sequence[str | None] | None = None,
     ) -> None:
-        """Generate for all prompts in one padded batch, greedily; `steps` gets the tokens. What all prompts begin with is
-        computed once, or once for each adapter.
+        """Generate for all prompts in one padded batch, greedily. A common prefix of all prompts is computed once, or once for
+        each adapter.
 
         Args:
-            longest: tokens of the longest answer.
-            draw: leaves the chosen token the largest.
-            adapters: one a prompt, None for the base; without any, the adapter that is active answers all.
+            prompts: token ids.
+            max_tokens: the maximum length of the longest answer.
+            sampler: gives the chosen token the largest score.
+            delivery: receives the tokens, and says which rows are done.
+            adapters: one per prompt, None for the base; without it, the active adapter answers all.
         """
         shared = common_prefix(prompts) if len(prompts) > 1 else 0
         ids, mask = pad_after(prompts, shared, self.pad_id)
         names = None if adapters is None else [BASE if name is None else name for name in adapters]
-        # `steps` ends each row at its own stops; without an eos_token_id generate would take the model's. This one never comes.
+        # `delivery` ends each row at its own stops. Without an eos_token_id generate would use the model's; no token has this id.
         options = {
-            "do_sample": False, "max_new_tokens": longest, "eos_token_id": int(self.model.config.vocab_size),
-            "pad_token_id": self.pad_id, "use_cache": True, "logits_processor": [draw], "stopping_criteria": [steps],
+            "do_sample": False, "max_new_tokens": max_tokens, "eos_token_id": int(self.model.config.vocab_size),
+            "pad_token_id": self.pad_id, "use_cache": True, "logits_processor": [sampler], "stopping_criteria": [delivery],
         }  # fmt: skip
         with torch.no_grad():
             if shared:
@@ -65,36 +69,36 @@ class TokenPipeline(TextGenerationPipeline):  # type: ignore[misc]
                 self.forward({"input_ids": ids, "attention_mask": mask, "prompt_text": ""}, **options)
 
     def _prefill(self, prefix: torch.Tensor, rows: int, names: list[str] | None) -> DynamicCache:
-        """Keys and values of a prefix, (1, tokens), for so many rows."""
+        """Keys and values of a prefix, (1, tokens), repeated for so many rows."""
         cache = DynamicCache(config=self.model.config)
-        asked = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         if names is None:
-            self.model(input_ids=prefix, **asked)
+            self.model(input_ids=prefix, **options)
             cache.batch_repeat_interleave(rows)
         else:
             distinct = list(dict.fromkeys(names))
             with _adapter_per_row(self.model, distinct):
-                self.model(input_ids=prefix.expand(len(distinct), -1), **asked)
+                self.model(input_ids=prefix.expand(len(distinct), -1), **options)
             cache.batch_select_indices(torch.tensor([distinct.index(name) for name in names], device=self.device))
         return cache
 
 
 @contextlib.contextmanager
 def _adapter_per_row(model: PreTrainedModel | PeftModel, names: list[str] | None) -> Iterator[None]:
-    """Meanwhile each row is computed with its own adapter; without names, all with the active one.
+    """Compute each row with its own adapter; without names, all rows with the active one.
 
-    PEFT 0.21 does the same for `adapter_names=`, and leaves its hooks behind where the model raises, so that later batches
-    fail or are answered by another adapter.
+    PEFT 0.21 does the same for `adapter_names=`, but leaves its hooks behind if the model raises, so that later batches fail or
+    are answered by another adapter.
     """
 
-    def give_names(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def add_names(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, kwargs | {"adapter_names": names}
 
     handles = []
     try:
         if names is not None:
             layers = (module for module in model.modules() if isinstance(module, LoraLayer))
-            handles += [layer.register_forward_pre_hook(give_names, with_kwargs=True) for layer in layers]
+            handles += [layer.register_forward_pre_hook(add_names, with_kwargs=True) for layer in layers]
         yield
     finally:
         for handle in handles:
@@ -102,14 +106,14 @@ def _adapter_per_row(model: PreTrainedModel | PeftModel, names: list[str] | None
 
 
 def common_prefix(rows: Sequence[list[int]]) -> int:
-    """How many tokens all rows begin with, one left over in each to go on from."""
-    first, last = min(rows), max(rows)  # what these two share, all between them share
+    """How many tokens all rows begin with; at least one token of each row is left to generate from."""
+    first, last = min(rows), max(rows)  # in sorted order, all rows between these share what these two share
     limit = min(map(len, rows)) - 1
     return next((n for n in range(limit) if first[n] != last[n]), limit)
 
 
 def pad_after(rows: Sequence[list[int]], shared: int, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, (rows, longest): the shared beginning, then padding, so that all rows end together."""
+    """Ids and mask, (rows, longest): the shared prefix, then padding, so that all rows end together."""
     longest = max(map(len, rows))
     gaps = [longest - len(row) for row in rows]
     ids = [[*row[:shared], *[pad_id] * gap, *row[shared:]] for row, gap in zip(rows, gaps, strict=True)]

@@ -1,4 +1,4 @@
-"""A thread that computes what is submitted, for a server; who waits for whole answers calls `complete` and needs none."""
+"""A thread that computes submitted requests, for a server; `complete` needs none."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from nybble.generate.request import GenerationError, Generator, Handle, Request,
 
 
 class PacedGenerator(Generator, Protocol):
-    """A generator that says when a step is worth its while."""
+    """A generator that says when it is worth calling `step`."""
 
     @property
     def waiting(self) -> int:
-        """Requests that a step would bring on."""
+        """How many requests a step could work on."""
 
     def healthy(self) -> bool:
-        """Whether answers can be made."""
+        """Whether it can answer requests."""
 
-    def companions(self, *, idle: bool) -> tuple[int, float]:
-        """How many waiting requests the next step is better off with, and for how many seconds they are worth waiting for.
+    def worth_waiting_for(self, *, idle: bool) -> tuple[int, float]:
+        """How many requests the next step should have, and for how many seconds it is worth waiting for them.
 
         Args:
             idle: whether the last step left nothing to do.
@@ -30,7 +30,7 @@ class PacedGenerator(Generator, Protocol):
 
 
 class Worker:
-    """Calls a generator's `step`, in a thread of its own, as long as there is something to do."""
+    """Calls a generator's `step` in its own thread, as long as there is something to do."""
 
     def __init__(self, generator: PacedGenerator) -> None:
         self.generator = generator
@@ -43,7 +43,7 @@ class Worker:
         """Queue all of these, or none.
 
         Raises:
-            BusyError, GenerationError: as `Generator.submit`, or the thread broke down.
+            BusyError, GenerationError: as `Generator.submit`, or the thread has failed.
         """
         if not self.thread.is_alive() and not self.closing:
             raise GenerationError("the engine failed")
@@ -53,11 +53,11 @@ class Worker:
         return handles
 
     def healthy(self) -> bool:
-        """Whether answers are being made."""
+        """Whether it can answer requests."""
         return self.thread.is_alive() and self.generator.healthy()
 
     def close(self) -> None:
-        """Break off everything; returns when the thread has ended."""
+        """Cancel everything; returns when the thread has ended."""
         with self.changed:
             self.closing = True
             self.changed.notify()
@@ -67,16 +67,16 @@ class Worker:
     def _work(self) -> None:
         try:
             idle = True
-            with torch.inference_mode():  # no one trains with what is computed here
+            with torch.inference_mode():
                 while self._wait(idle=idle):
                     idle = not self.generator.step()
-        finally:  # whatever happened, nobody is left waiting
+        finally:  # whatever happened, no client is left waiting
             self.generator.close()
 
     def _wait(self, *, idle: bool) -> bool:
-        """Wait for work, and a moment longer for what comes together with it; False when closing."""
+        """Wait for a request, and briefly for others that arrive together with it; False when closing."""
         with self.changed:
             self.changed.wait_for(lambda: self.closing or self.generator.waiting)
-            count, seconds = self.generator.companions(idle=idle)
+            count, seconds = self.generator.worth_waiting_for(idle=idle)
             self.changed.wait_for(lambda: self.closing or self.generator.waiting >= count, timeout=seconds)
             return not self.closing

@@ -22,7 +22,7 @@ from nybble.data.sets.prepare import Prepared
 from nybble.data.text.template import Template
 from nybble.data.text.tokenise import Counts, Pass
 from nybble.errors import DataError, NybbleError
-from nybble.files.places import check_cache, check_writable, default_cache
+from nybble.files.paths import check_cache, check_writable, default_cache
 from nybble.model.base.checkpoint import find_checkpoint, read_description, refuse_adapter
 from nybble.model.base.load import read_config
 from nybble.model.device import choose_device, choose_dtype
@@ -51,7 +51,7 @@ def check(
 
     Raises:
         DataError: there is nothing to look at.
-        PlaceError: the cache or the picture cannot be written.
+        StorageError: the cache or the picture cannot be written.
     """
     recipe = absolute_paths(recipe)
     if recipe.model.path:

@@ -60,7 +60,7 @@ def prepare_run(
 
     Raises:
         DataError: there is nothing to look at.
-        PlaceError: the cache does not keep what is written to it.
+        StorageError: the cache does not keep what is written to it.
     """
     are_unfit = False
 

@@ -26,7 +26,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nybble.errors import ModelError, RecipeError, RunError
-from nybble.files.places import check_disk, new_folder, refuse_busy
+from nybble.files.atomic import new_folder, refuse_busy
+from nybble.files.paths import check_free_space
 from nybble.files.reading import RESTORE, read_object
 from nybble.files.writing import write_text
 from nybble.plan.ledger import run_folder_bytes
@@ -167,7 +168,7 @@ def check_room(folder: pathlib.Path, trained: int, keep: int) -> None:
     Raises:
         RunError: they do not, with what is needed and what is free.
     """
-    check_disk(
+    check_free_space(
         folder, run_folder_bytes(trained, keep), "the run's folder", "free some space, or out=FOLDER on another disk"
     )
 

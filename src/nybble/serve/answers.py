@@ -1,4 +1,4 @@
-"""One request on its way: prompts to the engine, tokens back as pieces of text, counted and logged."""
+"""The answers to one request: prompts go to the engine, tokens come back as pieces of text, and both are counted and logged."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from nybble.serve.metrics import Metrics
 from nybble.serve.protocol import ParsedRequest
 
 log = logging.getLogger("nybble.serve")
-MOST_KEPT = 2**24  # top_k: more than any vocabulary has, and exact in float32
-LONGEST_ANSWER = 1024  # tokens, of a chat that names no limit
-BEFORE = 8  # tokens of a text that its continuation is decoded after
+MAX_TOP_K = 2**24  # top_k: more than any vocabulary has, and exact in float32
+DEFAULT_MAX_TOKENS = 1024  # of an answer in a chat without a limit
+CONTEXT_TOKENS = 8  # the last tokens of a prompt, with which the text that continues it is decoded
 
 
 @dataclass
@@ -38,14 +38,14 @@ class Choice:
     finish: str | None = None
     text: str = ""
     generated: int = 0
-    """Tokens made, the one that ends it included."""
+    """Tokens generated, including the one that ends the answer."""
     shown: list[Token] = field(default_factory=list)
-    """The same without the one that ends it, for log probabilities."""
+    """The tokens without the one that ends the answer, for log probabilities."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What is new of an answer."""
+    """The new part of an answer."""
 
     choice: Choice
     text: str
@@ -56,17 +56,18 @@ class Job:
     """The answers to one request.
 
     Args:
-        prompts: token ids, one list a prompt; each is answered `asked.answers` times.
-        timeout: seconds until it is given up.
+        parsed: the request.
+        prompts: token ids, one list per prompt; each is answered `parsed.answers` times.
+        timeout: seconds until the job is cancelled.
 
     Raises:
-        RequestError: too long for the model, or not for this engine.
-        BusyError: no room in the queue.
+        RequestError: it is too long for the model, or has an option that this engine does not support.
+        BusyError: the queue is full.
     """
 
     def __init__(
         self,
-        asked: ParsedRequest,
+        parsed: ParsedRequest,
         model: ServedModel,
         prompts: Sequence[list[int]],
         engine: Engine,
@@ -75,20 +76,20 @@ class Job:
         timeout: float,
         log_prompts: bool = False,
     ) -> None:
-        self.asked, self.model, self.metrics, self.log_prompts = asked, model, metrics, log_prompts
-        self.id = f"{asked.id_prefix}{secrets.token_hex(12)}"
+        self.parsed, self.model, self.metrics, self.log_prompts = parsed, model, metrics, log_prompts
+        self.id = f"{parsed.id_prefix}{secrets.token_hex(12)}"
         self.created = int(time.time())
-        self.timeout, self.began, self.first = timeout, time.perf_counter(), 0.0
+        self.timeout, self.started, self.first_token_seconds = timeout, time.perf_counter(), 0.0
         self.deadline = asyncio.get_running_loop().time() + timeout
         self.prompt_tokens, self.stop_ids = sum(map(len, prompts)), model.stop_ids
-        requests = [self._request(prompt, number) for prompt in prompts for number in range(asked.answers)]
+        requests = [self._request(prompt, number) for prompt in prompts for number in range(parsed.answers)]
         self.mailbox = Mailbox()
         try:
             answers = engine.submit(requests, self.mailbox)
         except UnsupportedError as error:
             raise RequestError(
-                f"{error}; start the server with --engine pipeline for that",
-                param=asked.spelt.get(error.option, error.option),
+                f"{error}; start the server with --engine pipeline to use it",
+                param=parsed.option_names.get(error.option, error.option),
                 code="unsupported_parameter",
             ) from None
         self.tokenizer: PreTrainedTokenizerBase = model.template.tokenizer
@@ -99,11 +100,11 @@ class Job:
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens made for all answers."""
+        """Tokens generated for all answers."""
         return sum(choice.generated for choice in self.choices)
 
     def cancel(self, why: str = "cancelled") -> None:
-        """Stop whatever still goes on; nobody reads it. `why` is for the metrics."""
+        """Cancel the unfinished answers. `why` is for the metrics."""
         for choice in self.choices:
             if choice.finish is None:
                 choice.answer.cancel()
@@ -111,10 +112,10 @@ class Job:
                 choice.finish = why
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Text as it becomes certain, and the end of each answer; answers that are left over are cancelled.
+        """Text as it becomes certain, and the end of each answer. If the caller stops early, unfinished answers are cancelled.
 
         Raises:
-            GenerationError: the engine failed, or the server goes down.
+            GenerationError: the engine failed, or the server is shutting down.
             TimeoutError: the request took longer than `timeout`.
         """
         by_answer = {id(choice.answer): choice for choice in self.choices}
@@ -123,8 +124,8 @@ class Job:
                 answer, token = await self.mailbox.take(self.deadline)
                 choice = by_answer[id(answer)]
                 if choice.finish is not None:
-                    continue  # a token that was under way when a stop string ended the answer
-                piece = self._more(choice, token) if token is not None else self._last(choice)
+                    continue  # a token that arrived after a stop string had ended the answer
+                piece = self._add_token(choice, token) if token is not None else self._end_choice(choice)
                 if piece.text or piece.tokens or choice.finish:
                     yield piece
             self._report()
@@ -138,46 +139,47 @@ class Job:
             self.cancel()
 
     def _request(self, prompt: list[int], number: int) -> Request:
-        asked = self.asked
-        room = self.model.positions - len(prompt)
-        limit = asked.limit or min(LONGEST_ANSWER, room)
-        if limit > room or room < 1:
-            wanted = f"{max(limit, 1):,}" if limit < 10**12 else "longer than any answer"  # it may have 4,300 digits
-            length = f"{len(prompt):,} tokens and {asked.limit_field} is {wanted}"
-            raise too_long(asked.source, self.model, length)
-        seed = None if asked.seed is None else (asked.seed + number) % 2**64
-        greedy = asked.top_p == 0  # of the likeliest tokens that make up nothing, the first is left
-        temperature, top_p = (0.0, 1.0) if greedy else (asked.temperature, asked.top_p)
-        top_k = min(max(asked.top_k, 0), MOST_KEPT)
+        parsed = self.parsed
+        available = self.model.positions - len(prompt)
+        limit = parsed.limit or min(DEFAULT_MAX_TOKENS, available)
+        if limit > available or available < 1:
+            # The number may have 4,300 digits.
+            requested = f"{max(limit, 1):,}" if limit < 10**12 else "longer than any answer"
+            length = f"{len(prompt):,} tokens and {parsed.limit_field} is {requested}"
+            raise too_long(parsed.source, self.model, length)
+        seed = None if parsed.seed is None else (parsed.seed + number) % 2**64
+        greedy = parsed.top_p == 0  # only the likeliest token remains
+        temperature, top_p = (0.0, 1.0) if greedy else (parsed.temperature, parsed.top_p)
+        top_k = min(max(parsed.top_k, 0), MAX_TOP_K)
         return Request(
-            prompt, limit, self.model.adapter, self.stop_ids, temperature, top_p, top_k, seed, asked.likeliest
+            prompt, limit, self.model.adapter, self.stop_ids, temperature, top_p, top_k, seed, parsed.likeliest
         )
 
     def _stream(self, prompt: list[int]) -> TextStream:
-        template, chat, said = self.model.template, self.asked.is_chat, self.asked.begun
-        kept = said if template.verbatim else said.strip()
-        before = prompt[-BEFORE:] if kept or not chat else []
-        # white space that the template took from the end of what was said is not to come back with the rest
-        begun = bool(kept) and said.endswith(kept)
-        return TextStream(template.tokenizer, self.asked.stop, before, strip=chat, continues=begun)
+        template, chat, prefix = self.model.template, self.parsed.is_chat, self.parsed.answer_prefix
+        rendered = prefix if template.verbatim else prefix.strip()
+        before = prompt[-CONTEXT_TOKENS:] if rendered or not chat else []
+        # If the template stripped white space from the end of the prefix, the answer must not begin with it.
+        continues = bool(rendered) and prefix.endswith(rendered)
+        return TextStream(template.tokenizer, self.parsed.stop, before, strip=chat, continues=continues)
 
-    def _more(self, choice: Choice, token: Token) -> Piece:
-        if not self.first:
-            self.first = time.perf_counter() - self.began
-            self.metrics.first.labels(self.model.name).observe(self.first)
+    def _add_token(self, choice: Choice, token: Token) -> Piece:
+        if not self.first_token_seconds:
+            self.first_token_seconds = time.perf_counter() - self.started
+            self.metrics.first_token.labels(self.model.name).observe(self.first_token_seconds)
             self.metrics.tokens.labels(self.model.name, "prompt").inc(self.prompt_tokens)
         self.metrics.tokens.labels(self.model.name, "answer").inc()
         choice.generated += 1
         text = choice.stream.push(token)
-        tokens = [] if token.id in self.stop_ids or self.asked.likeliest is None else [token]
+        tokens = [] if token.id in self.stop_ids or self.parsed.likeliest is None else [token]
         if choice.stream.stopped:
             choice.answer.cancel()
             self._finish(choice, "stop")
         return self._piece(choice, text, tokens)
 
-    def _last(self, choice: Choice) -> Piece:
+    def _end_choice(self, choice: Choice) -> Piece:
         text = choice.stream.end()
-        if choice.answer.finish == "cancelled":  # by no reader: the engine was closed
+        if choice.answer.finish == "cancelled":  # not by the client: the engine was closed
             raise GenerationError("the engine stopped")
         self._finish(choice, "stop" if choice.stream.stopped else str(choice.answer.finish))
         return self._piece(choice, text, [])
@@ -190,19 +192,19 @@ class Job:
     def _finish(self, choice: Choice, finish: str) -> None:
         choice.finish = finish
         self.metrics.answers.labels(self.model.name, finish).inc()
-        self.metrics.seconds.labels(self.model.name).observe(time.perf_counter() - self.began)
+        self.metrics.seconds.labels(self.model.name).observe(time.perf_counter() - self.started)
 
     def _report(self) -> None:
-        """A line in the log, with what was said only where that was asked for."""
-        seconds = time.perf_counter() - self.began
+        """Write a line to the log, and prompts and answers only with --log-prompts."""
+        seconds = time.perf_counter() - self.started
         ends = ", ".join(str(choice.finish) for choice in self.choices)
         log.info(
-            "%s: %d + %d tokens, the first after %.2f s, all in %.2f s (%.1f a second); %s%s",
-            self.model.name, self.prompt_tokens, self.completion_tokens, self.first, seconds,
+            "%s: %d + %d tokens, the first after %.2f s, all in %.2f s (%.1f per second); %s%s",
+            self.model.name, self.prompt_tokens, self.completion_tokens, self.first_token_seconds, seconds,
             self.completion_tokens / seconds, ends,
-            f"; ignored {', '.join(self.asked.unused)}" if self.asked.unused else "",
+            f"; ignored {', '.join(self.parsed.unused)}" if self.parsed.unused else "",
         )  # fmt: skip
         if self.log_prompts:
             for choice in self.choices:
-                said = {"prompt": self.tokenizer.decode(choice.prompt), "answer": choice.text}
-                log.info("%s: %s", self.model.name, json.dumps(said, ensure_ascii=False))
+                texts = {"prompt": self.tokenizer.decode(choice.prompt), "answer": choice.text}
+                log.info("%s: %s", self.model.name, json.dumps(texts, ensure_ascii=False))

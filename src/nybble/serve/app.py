@@ -24,17 +24,25 @@ from nybble.serve.fields import RequestError
 from nybble.serve.guard import AccessRules, Guard, open_to, read_body
 from nybble.serve.metrics import CONTENT_TYPE, Metrics
 from nybble.serve.protocol import ChatRequest, CompletionRequest, ParsedRequest, parse
-from nybble.serve.replies import LEFT, CutOff, EventStream, LeftError, failure, while_there, whole
+from nybble.serve.replies import (
+    CLIENT_CLOSED_REQUEST,
+    Abort,
+    ClientDisconnectedError,
+    EventStream,
+    failure,
+    full_response,
+    unless_disconnected,
+)
 from nybble.serve.responses import ResponseRequest, TextResponse
 from nybble.serve.wellformed import WellFormed
 
-ABSENT = {
-    # OpenAI's other routes, and what there is instead
+UNSUPPORTED_ROUTES = {
+    # OpenAI's other routes, each with what to use instead or why it is missing
     "/v1/embeddings": "the models here generate text; they make no embeddings",
     "/v1/images": "the models here generate text; they make no images",
     "/v1/audio": "the models here generate text; they have no audio",
     "/v1/moderations": "the models here generate text; they do not moderate it",
-    "/v1/responses/input_tokens": "tokens are not counted beforehand; each answer's usage tells how many there were",
+    "/v1/responses/input_tokens": "tokens are not counted in advance; each answer's usage says how many there were",
     "/v1/responses/compact": "conversations are not shortened",
     "/v1/responses/": "responses are not stored, so they cannot be retrieved, cancelled or deleted",
     "/v1/chat/completions/": "answers are not stored, so they cannot be retrieved or deleted",
@@ -47,8 +55,8 @@ ABSENT = {
     "/v1/vector_stores": "nothing is stored",
     "/api/": "Ollama's own routes are not supported; its OpenAI address, /v1, is",
 }
-SAFE = {
-    # the page loads nothing, and nothing may frame it
+PAGE_HEADERS = {
+    # the page loads nothing, and no other page may frame it
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -58,45 +66,45 @@ SAFE = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What requests may take."""
+    """Limits on requests, and what is logged of them."""
 
     timeout: float = 600.0
     """Seconds from request to last token."""
     log_prompts: bool = False
     queue: int = 128
-    """Answers that may wait; more are sent away."""
+    """How many answers may wait; more are refused."""
 
 
 class Api:
-    """The handlers, around one engine."""
+    """The route handlers of one engine."""
 
     def __init__(self, engine: Engine, metrics: Metrics, limits: Limits) -> None:
         self.engine, self.metrics, self.limits = engine, metrics, limits
         self.started = int(time.time())
-        self.encoder, self.cut_off = Encoder(), CutOff()
+        self.encoder, self.abort = Encoder(), Abort()
         self.page = resources.files("nybble.serve").joinpath("page/index.html").read_text(encoding="utf-8")
 
     async def index(self) -> Response:
-        """The page."""
-        return HTMLResponse(self.page, headers=SAFE)
+        """The chat page."""
+        return HTMLResponse(self.page, headers=PAGE_HEADERS)
 
     async def health(self) -> Response:
-        """Whether answers can be made."""
-        good = self.engine.healthy()
-        body = {"status": "ok" if good else "failed", "engine": self.engine.name}
-        return JSONResponse(body, status_code=200 if good else 503)
+        """Whether the engine can answer requests."""
+        healthy = self.engine.healthy()
+        body = {"status": "ok" if healthy else "failed", "engine": self.engine.name}
+        return JSONResponse(body, status_code=200 if healthy else 503)
 
     async def read_metrics(self) -> Response:
-        """For Prometheus."""
+        """Metrics for Prometheus."""
         return Response(self.metrics.text(), media_type=CONTENT_TYPE)
 
     async def models(self) -> Response:
-        """What the model field may say."""
+        """The models that requests can choose."""
         data = [model_entry(model, self.started) for model in self.engine.models.values()]
         return JSONResponse({"object": "list", "data": data})
 
     async def model(self, name: str) -> Response:
-        """One of them."""
+        """One model."""
         return JSONResponse(model_entry(self._model(name), self.started))
 
     async def chat(self, request: Request) -> Response:
@@ -104,60 +112,64 @@ class Api:
         return await self._serve(request, ChatRequest)
 
     async def respond(self, request: Request) -> Response:
-        """The same by the Responses API."""
+        """The assistant's next message, in the Responses API."""
         return await self._serve(request, ResponseRequest)
 
     async def complete(self, request: Request) -> Response:
-        """What follows a text."""
+        """The continuation of a text."""
         return await self._serve(request, CompletionRequest)
 
     async def _serve(self, request: Request, kind: type[ChatRequest | ResponseRequest | CompletionRequest]) -> Response:
-        asked = parse(kind, await while_there(None, self.cut_off, read_body(request)))
-        model = self._model(asked.model)
-        self._check_number(asked, len(asked.prompt) if isinstance(asked, CompletionRequest) else 1)
-        work = self._given(asked, model) if isinstance(asked, CompletionRequest) else self._said(asked, model)
-        prompts = await while_there(request, self.cut_off, work)
-        return await self._answer(request, asked, model, prompts)
+        parsed = parse(kind, await unless_disconnected(None, self.abort, read_body(request)))
+        model = self._model(parsed.model)
+        if isinstance(parsed, CompletionRequest):
+            self._check_answer_count(parsed, len(parsed.prompt))
+            encoding = self._encode_prompts(parsed, model)
+        else:
+            self._check_answer_count(parsed, 1)
+            encoding = self._encode_conversation(parsed, model)
+        prompts = await unless_disconnected(request, self.abort, encoding)
+        return await self._answer(request, parsed, model, prompts)
 
-    async def _given(self, asked: CompletionRequest, model: ServedModel) -> list[list[int]]:
-        """The prompts of plain completions."""
-        for prompt in asked.prompt:
+    async def _encode_prompts(self, parsed: CompletionRequest, model: ServedModel) -> list[list[int]]:
+        """Token ids of the prompts of a plain completion."""
+        for prompt in parsed.prompt:
             if len(prompt) > model.positions and isinstance(prompt, list):
                 raise too_long("prompt", model, f"{len(prompt):,} tokens")
         prompts = [
             prompt
             if isinstance(prompt, list)
             else await self._encode("prompt", model, [prompt], functools.partial(encode_text, model.template, prompt))
-            for prompt in asked.prompt
+            for prompt in parsed.prompt
         ]
         if not all(prompts):
             raise RequestError("the prompt is empty", param="prompt", code="invalid_value")
         return prompts
 
-    async def _said(self, asked: ChatRequest | ResponseRequest, model: ServedModel) -> list[list[int]]:
-        """The prompt of a conversation."""
-        conversation = asked.conversation()
+    async def _encode_conversation(self, parsed: ChatRequest | ResponseRequest, model: ServedModel) -> list[list[int]]:
+        """Token ids of a conversation, as the only prompt."""
+        conversation = parsed.conversation()
         encode = encode_begun if conversation[-1].role == "assistant" else encode_prompt
         work = functools.partial(encode, model.template, conversation)
         texts = [message.content for message in conversation]
-        return [await self._encode(asked.source, model, texts, work, refused=first_turn(asked))]
+        return [await self._encode(parsed.source, model, texts, work, refused=first_turn(parsed))]
 
-    def _check_number(self, asked: ParsedRequest, prompts: int) -> None:
-        """More answers than may ever wait would be sent away with 429 for ever."""
-        if asked.answers * prompts <= self.engine.queue:
+    def _check_answer_count(self, parsed: ParsedRequest, prompts: int) -> None:
+        """Refuse more answers than the queue can ever hold, which would get 429 every time."""
+        if parsed.answers * prompts <= self.engine.queue:
             return
         raise RequestError(
-            f"this request asks for {asked.answers * prompts:,} answers, and at most {self.engine.queue:,} can wait in the "
-            "queue; send fewer at once, or start the server with a larger --queue",
-            param="n" if prompts == 1 else asked.source,
+            f"this request asks for {parsed.answers * prompts:,} answers, but at most {self.engine.queue:,} can wait in the "
+            "queue; ask for fewer at once, or start the server with a larger --queue",
+            param="n" if prompts == 1 else parsed.source,
             code="too_many_answers",
         )
 
     def _model(self, name: str) -> ServedModel:
         if name not in self.engine.models:
-            there = ", ".join(self.engine.models)
+            names = ", ".join(self.engine.models)
             raise RequestError(
-                f"there is no model {name[:100]!r}; the models are {there}",
+                f"there is no model {name[:100]!r}; the models are {names}",
                 status=404,
                 param="model",
                 code="model_not_found",
@@ -167,28 +179,32 @@ class Api:
     async def _encode(
         self, field: str, model: ServedModel, texts: Sequence[str], encode: Callable[[], list[int]], refused: str = ""
     ) -> list[int]:
-        """Token ids of what was sent.
+        """Token ids of a prompt.
 
         Args:
-            refused: the field to name where it is the template that raises.
+            field: the request's field that it comes from.
+            model: the model that will answer.
+            texts: the prompt's texts, without the template's own.
+            encode: returns the ids.
+            refused: the field to name in the error if it is the template that raises.
         """
         try:
             return await self.encoder.encode(field, model, texts, encode)
-        except DataError as error:  # a control word, or turns that the template cannot say
+        except DataError as error:  # a control token in the text, or messages that the template cannot express
             param = refused if refused and error.__cause__ is not None else field
             raise RequestError(error.what, param=param, code="invalid_value") from None
 
     async def _answer(
-        self, request: Request, asked: ParsedRequest, model: ServedModel, prompts: list[list[int]]
+        self, request: Request, parsed: ParsedRequest, model: ServedModel, prompts: list[list[int]]
     ) -> Response:
-        for prompt in prompts:  # ids that were sent, or of tokens that were added to the tokenizer alone
+        for prompt in prompts:  # an id may come from the request, or be of a token that only the tokenizer has
             try:
                 check_ids(prompt, model.rows, model.template.tokenizer)
             except DataError as error:
-                raise RequestError(error.what, param=asked.source, code="invalid_value") from None
+                raise RequestError(error.what, param=parsed.source, code="invalid_value") from None
         try:
             job = Job(
-                asked, model, prompts, self.engine, self.metrics,
+                parsed, model, prompts, self.engine, self.metrics,
                 timeout=self.limits.timeout, log_prompts=self.limits.log_prompts,
             )  # fmt: skip
         except BusyError as busy:
@@ -200,24 +216,24 @@ class Api:
             ) from None
         except GenerationError as error:
             raise failure(error) from None
-        self.cut_off.watch(job)
-        shape = TextResponse(job, asked) if isinstance(asked, ResponseRequest) else CompletionReply(job)
-        headers = {"x-nybble-ignored": ", ".join(asked.unused)} if asked.unused else {}
-        if asked.stream:
-            return EventStream(job, shape, headers)
-        response = await while_there(request, self.cut_off, whole(job, shape))
+        self.abort.watch(job)
+        reply = TextResponse(job, parsed) if isinstance(parsed, ResponseRequest) else CompletionReply(job)
+        headers = {"x-nybble-ignored": ", ".join(parsed.unused)} if parsed.unused else {}
+        if parsed.stream:
+            return EventStream(job, reply, headers)
+        response = await unless_disconnected(request, self.abort, full_response(job, reply))
         response.headers.update(headers)
         return response
 
 
-def first_turn(asked: ChatRequest | ResponseRequest) -> str:
-    """The first message that is not the system's, where it is the assistant's: many templates refuse that."""
-    speakers = [n for n, turn in enumerate(asked.turns) if turn.role in ("user", "assistant")]
-    return f"{asked.source}.{speakers[0]}" if asked.turns[speakers[0]].role == "assistant" else ""
+def first_turn(parsed: ChatRequest | ResponseRequest) -> str:
+    """The field of the first message after the system's if it is the assistant's, which many templates refuse; else empty."""
+    speakers = [n for n, turn in enumerate(parsed.turns) if turn.role in ("user", "assistant")]
+    return f"{parsed.source}.{speakers[0]}" if parsed.turns[speakers[0]].role == "assistant" else ""
 
 
-def make_app(engine: Engine, metrics: Metrics, limits: Limits, access: AccessRules) -> tuple[ASGIApp, CutOff]:
-    """The whole server, as an ASGI application; and what breaks off all that is under way in it."""
+def make_app(engine: Engine, metrics: Metrics, limits: Limits, access: AccessRules) -> tuple[ASGIApp, Abort]:
+    """The whole server as an ASGI application, and what aborts all running requests in it."""
     api = Api(engine, metrics, limits)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.add_api_route("/", api.index)
@@ -233,15 +249,15 @@ def make_app(engine: Engine, metrics: Metrics, limits: Limits, access: AccessRul
     async def refused(request: Request, error: RequestError) -> Response:
         return JSONResponse(error.body(), error.status, error.headers)
 
-    @app.exception_handler(LeftError)
-    async def left(request: Request, error: LeftError) -> Response:
-        return Response(status_code=LEFT)
+    @app.exception_handler(ClientDisconnectedError)
+    async def disconnected(request: Request, error: ClientDisconnectedError) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
         path = request.url.path
         what = "there is no route" if error.status_code == 404 else f"{error.detail}:"
-        why = next((f": {why}" for route, why in ABSENT.items() if path.startswith(route)), "")
+        why = next((f": {why}" for route, why in UNSUPPORTED_ROUTES.items() if path.startswith(route)), "")
         return await refused(
             request,
             RequestError(
@@ -254,6 +270,6 @@ def make_app(engine: Engine, metrics: Metrics, limits: Limits, access: AccessRul
 
     @app.exception_handler(Exception)
     async def defect(request: Request, error: Exception) -> Response:
-        return await refused(request, RequestError("a defect of the server; its log says more", status=500))
+        return await refused(request, RequestError("internal server error; the log has the details", status=500))
 
-    return WellFormed(open_to(access.origins, Guard(app, metrics, access)), metrics), api.cut_off
+    return WellFormed(open_to(access.origins, Guard(app, metrics, access)), metrics), api.abort

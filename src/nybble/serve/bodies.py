@@ -1,4 +1,4 @@
-"""Answers of chat and plain completions in OpenAI's shapes, whole and in chunks."""
+"""Answers of chat and plain completions in OpenAI's formats, whole and in chunks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ DONE = b"data: [DONE]\n\n"
 
 
 class ReplyFormat(Protocol):
-    """What an API makes of a job."""
+    """How an API formats the answers of a job."""
 
-    def whole(self) -> dict[str, Any]:
+    def full_body(self) -> dict[str, Any]:
         """The answer to a request that is not streamed."""
 
     def opening(self) -> list[bytes]:
@@ -31,7 +31,7 @@ class ReplyFormat(Protocol):
         """The events that a stream ends with."""
 
     def failure(self, error: RequestError) -> list[bytes]:
-        """The events that a stream ends with where no answer could be made."""
+        """The events that a stream ends with if the answer failed."""
 
 
 class CompletionReply:
@@ -40,28 +40,28 @@ class CompletionReply:
     def __init__(self, job: Job) -> None:
         self.job = job
 
-    def whole(self) -> dict[str, Any]:
+    def full_body(self) -> dict[str, Any]:
         """The answer to a request that is not streamed."""
         choices = [_whole_choice(self.job, choice) for choice in self.job.choices]
-        return {**_head(self.job, self.job.asked.kind), "choices": choices, "usage": usage(self.job)}
+        return {**_head(self.job, self.job.parsed.kind), "choices": choices, "usage": usage(self.job)}
 
     def opening(self) -> list[bytes]:
-        """What a stream begins with: in a chat, who speaks."""
-        if not self.job.asked.is_chat:
+        """The first chunk of each answer: in a chat, the role."""
+        if not self.job.parsed.is_chat:
             return []
-        said = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-        return [event(_chunk(self.job, [{"index": choice.index, **said}])) for choice in self.job.choices]
+        role = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        return [event(_chunk(self.job, [{"index": choice.index, **role}])) for choice in self.job.choices]
 
     def piece(self, piece: Piece) -> list[bytes]:
-        """A piece of an answer, and its end."""
+        """The chunks of a piece of an answer, and of its end."""
         return [event(chunk) for chunk in _chunks(self.job, piece)]
 
     def closing(self) -> list[bytes]:
-        """What a stream ends with: the count of tokens, where it was asked for."""
-        return [*([event({**_chunk(self.job, []), "usage": usage(self.job)})] if _counts(self.job) else []), DONE]
+        """The end of the stream, after the token counts if they were requested."""
+        return [*([event({**_chunk(self.job, []), "usage": usage(self.job)})] if _wants_usage(self.job) else []), DONE]
 
     def failure(self, error: RequestError) -> list[bytes]:
-        """An error in place of a chunk."""
+        """An error instead of a chunk."""
         return [event(error.body())]
 
 
@@ -72,7 +72,7 @@ def event(body: dict[str, Any], name: str = "") -> bytes:
 
 
 def model_entry(model: ServedModel, created: int) -> dict[str, Any]:
-    """One of /v1/models."""
+    """An entry of /v1/models."""
     return {
         "id": model.name, "object": "model", "created": created, "owned_by": "nybble", "parent": model.parent,
         "max_model_len": model.positions, "system": model.system,
@@ -80,15 +80,15 @@ def model_entry(model: ServedModel, created: int) -> dict[str, Any]:
 
 
 def usage(job: Job) -> dict[str, int]:
-    """Tokens read and made."""
-    made = job.completion_tokens
-    return {"prompt_tokens": job.prompt_tokens, "completion_tokens": made, "total_tokens": job.prompt_tokens + made}
+    """Tokens of the prompts and of the answers."""
+    prompt, completion = job.prompt_tokens, job.completion_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def _chunks(job: Job, piece: Piece) -> list[dict[str, Any]]:
     choice = piece.choice
     end = choice.finish
-    if job.asked.is_chat:
+    if job.parsed.is_chat:
         logprobs = chat_logprobs(job, piece.tokens) if piece.tokens else None
         parts: list[dict[str, Any]] = [{"delta": {"content": piece.text}, "logprobs": logprobs, "finish_reason": None}]
         parts = parts if piece.text or piece.tokens else []
@@ -100,8 +100,8 @@ def _chunks(job: Job, piece: Piece) -> list[dict[str, Any]]:
     return [_chunk(job, [{"index": choice.index, **part}]) for part in parts]
 
 
-def _counts(job: Job) -> bool:
-    return job.asked.stream_options is not None and job.asked.stream_options.include_usage
+def _wants_usage(job: Job) -> bool:
+    return job.parsed.stream_options is not None and job.parsed.stream_options.include_usage
 
 
 def _head(job: Job, kind: str) -> dict[str, Any]:
@@ -109,23 +109,23 @@ def _head(job: Job, kind: str) -> dict[str, Any]:
 
 
 def _chunk(job: Job, choices: list[dict[str, Any]]) -> dict[str, Any]:
-    kind = "chat.completion.chunk" if job.asked.is_chat else "text_completion"
-    return {**_head(job, kind), "choices": choices, **({"usage": None} if _counts(job) else {})}
+    kind = "chat.completion.chunk" if job.parsed.is_chat else "text_completion"
+    return {**_head(job, kind), "choices": choices, **({"usage": None} if _wants_usage(job) else {})}
 
 
 def _whole_choice(job: Job, choice: Choice) -> dict[str, Any]:
-    asked = job.asked.likeliest is not None
-    if job.asked.is_chat:
-        said: dict[str, Any] = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-        logprobs = chat_logprobs(job, choice.shown) if asked else None
+    wants_logprobs = job.parsed.likeliest is not None
+    if job.parsed.is_chat:
+        answer: dict[str, Any] = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+        logprobs = chat_logprobs(job, choice.shown) if wants_logprobs else None
     else:
-        said = {"text": choice.text}
-        logprobs = _plain_logprobs(job, choice.shown, 0) if asked else None
-    return {"index": choice.index, **said, "logprobs": logprobs, "finish_reason": choice.finish}
+        answer = {"text": choice.text}
+        logprobs = _plain_logprobs(job, choice.shown, 0) if wants_logprobs else None
+    return {"index": choice.index, **answer, "logprobs": logprobs, "finish_reason": choice.finish}
 
 
 def chat_logprobs(job: Job, tokens: Sequence[Token]) -> dict[str, Any]:
-    """Tokens with their own log probabilities and those of the likeliest."""
+    """Tokens with their log probabilities, each with those of the likeliest tokens."""
 
     def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
         text, raw = spelling(job.tokenizer, token_id)
@@ -144,6 +144,6 @@ def _plain_logprobs(job: Job, tokens: Sequence[Token], offset: int) -> dict[str,
     return {
         "tokens": texts,
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": top if job.asked.likeliest else None,
+        "top_logprobs": top if job.parsed.likeliest else None,
         "text_offset": offsets,
     }

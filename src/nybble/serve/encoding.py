@@ -1,4 +1,4 @@
-"""From what was said to token ids, off the event loop; what cannot fit is refused before it is tokenised."""
+"""Prompts to token ids, off the event loop; what cannot fit is refused before it is tokenised."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from nybble.data.text.tokens import count_tokens
 from nybble.serve.engine import ServedModel
 from nybble.serve.fields import RequestError
 
-LONG = 2**16  # characters of a prompt that is counted piece by piece first: 40 ms of SmolLM2's tokenizer
-PIECE = 2**15  # characters after which others have their turn
-SLACK = 16  # tokens by which a piece may have more alone than in its text
+LONG = 2**16  # characters from which a prompt's tokens are first counted in pieces: 40 ms of SmolLM2's tokenizer
+PIECE = 2**15  # characters of a piece; between pieces, other prompts get their turn
+SLACK = 16  # how many more tokens a piece may have alone than within its text
 Made = TypeVar("Made")
 
 
 class Encoder:
-    """One thread that tokenises: a fast tokenizer is not safe in several.
+    """Tokenises in one thread, as a fast tokenizer is not thread-safe.
 
-    Rust lets other threads work meanwhile. A prompt that is waited for no longer is dropped where it stands in the queue, and
-    a long one after the piece that is at work.
+    The tokenizer, in Rust, lets other threads run meanwhile. A prompt whose client has left is dropped from the queue; a long
+    one that is being tokenised, after its current piece.
     """
 
     def __init__(self) -> None:
@@ -37,13 +37,14 @@ class Encoder:
         """Token ids of a prompt.
 
         Args:
-            field: the field that it came in.
-            texts: what it consists of, beside the template's own words.
-            encode: makes the ids.
+            field: the request's field that it comes from.
+            model: the model that will answer.
+            texts: the prompt's texts, without the template's own.
+            encode: returns the ids.
 
         Raises:
-            RequestError: it has more characters than the model's positions can hold, or more tokens.
-            DataError: the template cannot say it.
+            RequestError: it has more characters or tokens than fit into the model's context.
+            DataError: the template cannot express it.
         """
         texts = [text.strip() for text in texts]  # as most templates do
         check_characters(field, model, texts)
@@ -66,21 +67,21 @@ class Encoder:
 
 
 def check_characters(field: str, model: ServedModel, texts: Sequence[str]) -> None:
-    """Whether so many characters can be a prompt at all.
+    """Refuse a prompt that is too long even if each of its tokens were the longest of the vocabulary.
 
     Raises:
-        RequestError: they cannot, even if each token were the longest that there is.
+        RequestError: it is.
     """
     characters = sum(map(len, texts))
     most = model.positions * longest_token(model.template.tokenizer)
     if characters > most:
-        raise too_long(field, model, f"{characters:,} characters", f", which hold {most:,} characters at most")
+        raise too_long(field, model, f"{characters:,} characters", f", or at most {most:,} characters")
 
 
 def too_long(field: str, model: ServedModel, length: str, bound: str = "") -> RequestError:
-    """A prompt that has no room."""
+    """The error for a prompt that does not fit into the model's context."""
     return RequestError(
-        f"the prompt has {length}; {model.name} knows {model.positions:,} positions{bound}",
+        f"the prompt has {length}; the context length of {model.name} is {model.positions:,} tokens{bound}",
         param=field,
         code="context_length_exceeded",
     )
@@ -88,18 +89,18 @@ def too_long(field: str, model: ServedModel, length: str, bound: str = "") -> Re
 
 @functools.lru_cache(maxsize=16)
 def longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Characters of the longest token. Byte-level vocabularies spell each byte as a character, so there it is bytes, or more."""
+    """Characters of the longest token. Byte-level vocabularies spell each byte as a character, so it counts their bytes."""
     return max(map(len, tokenizer.get_vocab()))
 
 
 def pieces(texts: Sequence[str]) -> Iterator[str]:
-    """The texts in stretches of no more than PIECE characters, cut before white space where there is some."""
+    """The texts in pieces of at most PIECE characters, cut before white space if possible."""
     for text in texts:
-        begin = 0
-        while begin < len(text):
-            end = begin + PIECE
+        start = 0
+        while start < len(text):
+            end = start + PIECE
             if end < len(text):
-                space = max(text.rfind(" ", begin + PIECE // 2, end), text.rfind("\n", begin + PIECE // 2, end))
-                end = space if space > begin else end
-            yield text[begin:end]
-            begin = end
+                space = max(text.rfind(" ", start + PIECE // 2, end), text.rfind("\n", start + PIECE // 2, end))
+                end = space if space > start else end
+            yield text[start:end]
+            start = end

@@ -1,4 +1,4 @@
-"""What the API serves: models by name, each with its template, and the thread that makes their tokens."""
+"""What the API serves: models by name, each with its template, and the thread that generates for them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from nybble.serve.mailbox import AnswerSink, Mailbox
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One value of the API's model field."""
+    """A model that requests can choose with the field `model`."""
 
     name: str
     template: Template
-    """With the tokenizer, as the run was trained with it."""
+    """With its tokenizer, as in training."""
     positions: int
-    """Tokens of prompt and answer together."""
+    """The context length: tokens of prompt and answer together."""
     parent: str | None
     """The base that a run was tuned from; None for the base itself."""
     rows: int
-    """Of the embedding: token ids go from 0 to one less."""
+    """The number of embedding rows: token ids are below it."""
     adapter: str | None = None
-    """Which of the generator's adapters answers; None for its model as it is."""
+    """The generator's adapter that answers; None for the model without one."""
     system: str = ""
-    """The system message that most training rows begin with."""
+    """The system message of most training rows."""
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -37,26 +37,26 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Engine:
-    """Models and what generates for them."""
+    """Models and the worker that generates for them."""
 
     name: str
     about: str
-    """Why this one, and what it does not batch together: a line for the terminal."""
+    """A line for the terminal: what the engine is, and how it batches."""
     models: dict[str, ServedModel]
-    """By the name that requests choose them by."""
+    """By the name with which requests choose them."""
     adapters: Mapping[str, str]
     """What each run's adapter changes, by the run's name."""
     queue: int
-    """Answers that may wait: no request can ask for more."""
+    """How many answers may wait: no request can ask for more."""
     worker: Worker
 
     def submit(self, requests: Sequence[Request], mailbox: Mailbox) -> list[AnswerSink]:
-        """Take all of these, or none; their tokens come to the mailbox.
+        """Submit all of these, or none; their tokens are posted to the mailbox.
 
         Raises:
-            BusyError: there is no room for them.
-            UnsupportedError: an option that this engine cannot honour.
-            GenerationError: the engine is closed, or broke down.
+            BusyError: the queue is too full for them.
+            UnsupportedError: an option that this engine does not support.
+            GenerationError: the engine is closed, or has failed.
         """
         answers = [AnswerSink(mailbox) for _ in requests]
         for answer, handle in zip(answers, self.worker.submit(requests, answers), strict=True):
@@ -64,9 +64,9 @@ class Engine:
         return answers
 
     def healthy(self) -> bool:
-        """Whether answers can be made."""
+        """Whether it can answer requests."""
         return self.worker.healthy()
 
     def close(self) -> None:
-        """Break off what runs, and end the thread."""
+        """Cancel what is running, and end the thread."""
         self.worker.close()

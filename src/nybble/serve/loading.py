@@ -1,4 +1,4 @@
-"""From runs to an engine: models with their names, and the generator that answers for them."""
+"""Loads runs into an engine: models with their names, and the generator that answers for them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from nybble.chat.answerer import Answerer
 from nybble.chat.loading import load_answerers, load_template
 from nybble.errors import RunError, ServeError
-from nybble.files.places import default_cache
+from nybble.files.paths import default_cache
 from nybble.generate.continuous import Continuous
 from nybble.generate.padded import PATIENCE, Padded
 from nybble.generate.worker import Worker
@@ -27,8 +27,8 @@ def load_pipeline(
     """Load the runs' base with an adapter for each.
 
     Raises:
-        RunError: two runs of one name, or of different bases.
-        ModelError: the base is gone or not the one that the adapters fit.
+        RunError: two runs have the same name, or different bases.
+        ModelError: the base is gone, or does not fit the adapters.
     """
     names = run_names(runs)
     answerers = dict(zip(names, load_answerers(runs, cache, device, dequantise=True), strict=True))
@@ -36,27 +36,28 @@ def load_pipeline(
 
 
 def pipeline_engine(answerers: dict[str, Answerer], base: str, metrics: Metrics, *, queue: int) -> Engine:
-    """The default engine: several runs of one base, and the base itself, from one base in memory.
+    """The default engine: several runs of one base, and the base itself, which is in memory once.
 
     Args:
-        answerers: by the name that the API knows them by; all on one model.
-        base: the name of the base.
-        queue: answers that may wait.
+        answerers: by their names in the API; all share one model.
+        base: the base's name in the API.
+        metrics: observe the generator.
+        queue: how many answers may wait.
     """
     first = next(iter(answerers.values()))
     padded = Padded(first.model, first.tokenizer.pad_token_id, queue=queue, patience=PATIENCE, observer=metrics)
     positions, rows = padded.positions, padded.vocabulary
     models = {
-        name: ServedModel(name, own.template, positions, base, rows, own.adapter, own.system)
-        for name, own in answerers.items()
+        name: ServedModel(name, answerer.template, positions, base, rows, answerer.adapter, answerer.system)
+        for name, answerer in answerers.items()
     }
     models[base] = ServedModel(base, first.template, positions, None, rows)
-    together = "share batches" if padded.scheduler.mixes else "take turns"
+    together = "share batches" if padded.scheduler.mixes_adapters else "take turns"
     about = (
         "the default, on any device: the Transformers pipeline; requests are batched, "
         f"and different models ({', '.join(models)}) {together}"
     )
-    adapters = {name: str(own.updates) for name, own in answerers.items()}
+    adapters = {name: str(answerer.updates) for name, answerer in answerers.items()}
     return Engine("pipeline", about, models, adapters, queue, Worker(padded))
 
 
@@ -66,7 +67,7 @@ def load_continuous(
     """Load a merged run.
 
     Raises:
-        ServeError: several runs, or one that was not merged.
+        ServeError: there are several runs, or the run was not merged.
     """
     if len(runs) > 1:
         raise ServeError(
@@ -75,29 +76,29 @@ def load_continuous(
         )
     run = runs[0]
     folder = merged_folder(run, "continuous")
-    where = choose_device(device if device != "auto" else run.recipe.model.device)
-    dtype, _ = choose_dtype(run.recipe.model.dtype, where)
+    torch_device = choose_device(device if device != "auto" else run.recipe.model.device)
+    dtype, _ = choose_dtype(run.recipe.model.dtype, torch_device)
     base = load_base(
-        find_checkpoint(str(folder)), ModelOptions(quantization="none"), dtype, where, cache or default_cache()
+        find_checkpoint(str(folder)), ModelOptions(quantization="none"), dtype, torch_device, cache or default_cache()
     )
     tokenizer, template = load_template(run, folder)
     generator = Continuous(base.model.eval(), tokenizer.pad_token_id, queue=queue, observer=metrics)
     name = run.folder.resolve().name
-    served = ServedModel(name, template, generator.positions, None, generator.vocabulary, system=run.system)
+    model = ServedModel(name, template, generator.positions, None, generator.vocabulary, system=run.system)
     about = "Transformers' continuous batching on the merged run; each request joins the running batch"
-    return Engine("continuous", about, {name: served}, {}, queue, Worker(generator))
+    return Engine("continuous", about, {name: model}, {}, queue, Worker(generator))
 
 
 def merged_folder(run: Run, engine: str) -> pathlib.Path:
     """The folder of a run's merged model.
 
     Raises:
-        ServeError: the run was not merged yet.
+        ServeError: the run has not been merged.
     """
     folder = run.folder / "export" / "merged"
     if not (folder / "config.json").exists():
         raise ServeError(
-            f"the engine {engine} takes a merged model, and {run.folder} has none",
+            f"the engine {engine} needs a merged model, but {run.folder} has none",
             where=str(folder),
             fix=f"nybble export {run.folder} --to merged",
         )
@@ -105,20 +106,20 @@ def merged_folder(run: Run, engine: str) -> pathlib.Path:
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
-    """What the API calls the runs: their folders' names."""
+    """The runs' names in the API: those of their folders."""
     folders = {run.folder.resolve().name: run.folder for run in runs}
     if len(folders) < len(runs):
-        twice = next(run for run in runs if folders[run.folder.resolve().name] is not run.folder)
-        name = twice.folder.resolve().name
+        duplicate = next(run for run in runs if folders[run.folder.resolve().name] is not run.folder)
+        name = duplicate.folder.resolve().name
         raise RunError(
-            f"two runs have the name {name}, and requests choose by name: {twice.folder} and {folders[name]}",
+            f"two runs have the name {name}, but requests choose by name: {duplicate.folder} and {folders[name]}",
             fix="rename one of the folders; a run can be moved",
         )
     return list(folders)
 
 
 def base_name(run: Run, taken: Sequence[str]) -> str:
-    """What the API calls the base: its Hub id, or its folder's name; never a path."""
+    """The base's name in the API: its Hub id, or its folder's name; never a path."""
     path = run.recipe.model.path
     name = pathlib.Path(path).resolve().name if pathlib.Path(path).exists() else path
     return f"{name}-base" if name in taken else name

@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus to read at /metrics."""
+"""The server's metrics, which Prometheus reads at /metrics."""
 
 from __future__ import annotations
 
@@ -11,39 +11,41 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 
 
 class Metrics:
-    """Counters of one server, in a registry of their own: two servers in a process do not add up. It observes the generator."""
+    """The metrics of one server, and its generator's observer. Their registry is their own, so that two servers in one process
+    are counted separately."""
 
     def __init__(self) -> None:
-        own = CollectorRegistry()
-        self.registry = own
+        self.registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "nybble_requests", "Requests by route and HTTP status", ["route", "status"], registry=own
+            "nybble_requests", "Requests by route and HTTP status", ["route", "status"], registry=registry
         )
         self.answers = Counter(
-            "nybble_answers", "Answers by model and why they ended", ["model", "finish"], registry=own
+            "nybble_answers", "Answers by model and why they ended", ["model", "finish"], registry=registry
         )
         self.tokens = Counter(
-            "nybble_tokens", "Tokens read (prompt) and made (answer)", ["model", "kind"], registry=own
+            "nybble_tokens", "Tokens read (prompt) and made (answer)", ["model", "kind"], registry=registry
         )
-        self.first = Histogram(
-            "nybble_first_token_seconds", "From request to first token", ["model"], buckets=SECONDS, registry=own
+        self.first_token = Histogram(
+            "nybble_first_token_seconds", "From request to first token", ["model"], buckets=SECONDS, registry=registry
         )
         self.seconds = Histogram(
-            "nybble_answer_seconds", "From request to last token", ["model"], buckets=SECONDS, registry=own
+            "nybble_answer_seconds", "From request to last token", ["model"], buckets=SECONDS, registry=registry
         )
-        self.batch_rows = Histogram("nybble_batch_rows", "Answers a batch began with", buckets=BATCHES, registry=own)
-        self.running = Gauge("nybble_running", "Answers that are being made", registry=own)
-        self.waiting = Gauge("nybble_waiting", "Answers that wait for their turn", registry=own)
+        self.batch_rows = Histogram(
+            "nybble_batch_rows", "Answers a batch began with", buckets=BATCHES, registry=registry
+        )
+        self.running = Gauge("nybble_running", "Answers that are being made", registry=registry)
+        self.waiting = Gauge("nybble_waiting", "Answers that wait for their turn", registry=registry)
 
-    def batch_began(self, rows: int) -> None:
-        """Of a generator: a batch of so many requests is computed from here on."""
+    def batch_started(self, rows: int) -> None:
+        """The generator has started a batch of so many requests."""
         self.batch_rows.observe(rows)
 
     def load_changed(self, running: int, waiting: int) -> None:
-        """Of a generator: so many requests are being answered, and so many wait."""
+        """So many of the generator's requests are running, and so many wait."""
         self.running.set(running)
         self.waiting.set(waiting)
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text form."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)

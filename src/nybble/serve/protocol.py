@@ -117,7 +117,7 @@ class ParsedRequest(Strict):
     source: ClassVar[str]
     """The field that the prompt comes from."""
     limit_field: ClassVar[str] = "max_tokens"
-    spelt: ClassVar[Mapping[str, str]] = {}
+    option_names: ClassVar[Mapping[str, str]] = {}
     """Names of the engine's options in this API, where they differ."""
     is_chat: ClassVar[bool] = True
     neutral: ClassVar[Neutral] = {
@@ -178,7 +178,7 @@ class ParsedRequest(Strict):
         """Top log probabilities per token; None for no log probabilities."""
 
     @property
-    def begun(self) -> str:
+    def answer_prefix(self) -> str:
         """The beginning of the answer, if the request contains it."""
         return ""
 
@@ -246,7 +246,7 @@ class ChatRequest(Counted):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
-    def begun(self) -> str:
+    def answer_prefix(self) -> str:
         """The content of a last message from the assistant, which the answer continues."""
         return self.turns[-1].content if self.turns[-1].role == "assistant" else ""
 

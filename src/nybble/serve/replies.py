@@ -1,4 +1,4 @@
-"""How an answer goes out, whole or in pieces; and how its reader's leaving, or the server's end, ends it."""
+"""Sends an answer, whole or as a stream, and ends it early if its client disconnects or the server shuts down."""
 
 from __future__ import annotations
 
@@ -17,73 +17,75 @@ from nybble.serve.bodies import ReplyFormat
 from nybble.serve.fields import RequestError
 from nybble.serve.mailbox import Mailbox, ShuttingDownError
 
-NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients would ask again, and wait as long again
-LEFT = 499  # nobody reads it; it stands in the metrics
+NO_RETRY = {"x-should-retry": "false"}  # otherwise OpenAI's clients would retry, and wait as long again
+CLIENT_CLOSED_REQUEST = 499  # for the metrics only, as the client is gone
 Made = TypeVar("Made")
 
 
-class LeftError(Exception):
-    """The sender is gone before there was an answer."""
+class ClientDisconnectedError(Exception):
+    """The client disconnected before there was an answer."""
 
 
-class CutOff:
-    """The moment at which all that is under way is broken off: its senders get 503, or an error as the last of their events."""
+class Abort:
+    """Aborts all running requests: their clients get 503, or an error as the last event of their stream."""
 
     def __init__(self) -> None:
-        self.come = asyncio.Event()
+        self.called = asyncio.Event()
         self.mailboxes: weakref.WeakSet[Mailbox] = weakref.WeakSet()
 
     def watch(self, job: Job) -> None:
-        """Break this off too, when it comes to that."""
+        """Abort this job too, now or later."""
         self.mailboxes.add(job.mailbox)
-        if self.come.is_set():
-            job.mailbox.break_off(ShuttingDownError())
+        if self.called.is_set():
+            job.mailbox.abort(ShuttingDownError())
 
     def __call__(self) -> None:
-        """Now."""
-        self.come.set()
+        """Abort everything."""
+        self.called.set()
         for mailbox in self.mailboxes:
-            mailbox.break_off(ShuttingDownError())
+            mailbox.abort(ShuttingDownError())
 
 
-async def while_there(request: Request | None, cut_off: CutOff, work: Coroutine[Any, Any, Made]) -> Made:
-    """The result of some work, unless its sender leaves before.
+async def unless_disconnected(request: Request | None, abort: Abort, work: Coroutine[Any, Any, Made]) -> Made:
+    """The result of some work, unless the client disconnects first.
 
     Args:
-        request: its body has been read; None where it is still being read, which tells when its sender leaves.
+        request: its body has been read. None while the body is still being read, which itself notices a disconnect.
+        abort: aborts the work when the server shuts down.
+        work: what to wait for.
 
     Raises:
-        LeftError: the sender is gone; the work is cancelled.
-        RequestError: the server ends.
+        ClientDisconnectedError: the client has disconnected; the work is cancelled.
+        RequestError: the server is shutting down.
     """
     task = asyncio.ensure_future(work)
-    over = asyncio.ensure_future(cut_off.come.wait())
-    gone = None if request is None else asyncio.ensure_future(_gone(request))
-    everything: set[asyncio.Future[Any]] = {task, over} | ({gone} if gone else set())
+    aborted = asyncio.ensure_future(abort.called.wait())
+    disconnected = None if request is None else asyncio.ensure_future(_disconnect(request))
+    futures: set[asyncio.Future[Any]] = {task, aborted} | ({disconnected} if disconnected else set())
     try:
-        await asyncio.wait(everything, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        if gone is not None and gone.done():
-            raise LeftError
+        if disconnected is not None and disconnected.done():
+            raise ClientDisconnectedError
         raise failure(ShuttingDownError())
     finally:
-        for each in everything:
-            each.cancel()
-        await asyncio.wait(everything)
+        for future in futures:
+            future.cancel()
+        await asyncio.wait(futures)
 
 
-async def _gone(request: Request) -> None:
+async def _disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of one job: whatever ends it, a reader that is gone or too slow included, ends the job."""
+    """Server-sent events of one job. Whatever ends the stream, such as a client that left or is too slow, also ends the job."""
 
-    def __init__(self, job: Job, shape: ReplyFormat, headers: dict[str, str]) -> None:
-        own = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would hold the pieces back
-        super().__init__(_events(job, shape), media_type="text/event-stream", headers=own | headers)
+    def __init__(self, job: Job, reply: ReplyFormat, headers: dict[str, str]) -> None:
+        stream_headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would buffer the pieces
+        super().__init__(_events(job, reply), media_type="text/event-stream", headers=stream_headers | headers)
         self.job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,42 +94,42 @@ class EventStream(StreamingResponse):
             async with asyncio.timeout(self.job.timeout + 5):
                 await super().__call__(scope, receive, send)
         except TimeoutError:
-            self.job.cancel("timeout")  # the reader does not read: the connection is closed without an end
+            self.job.cancel("timeout")  # the client does not read, so the connection is closed without a last event
         finally:
             self.job.cancel()
 
 
-async def whole(job: Job, shape: ReplyFormat) -> Response:
-    """The answer once it is made.
+async def full_response(job: Job, reply: ReplyFormat) -> Response:
+    """The response once all answers are complete.
 
     Raises:
-        RequestError: it could not be made, or not in time.
+        RequestError: the job failed, or timed out.
     """
     try:
         async for _ in job.pieces():
             pass
     except (TimeoutError, GenerationError) as error:
         raise failure(error, job.timeout) from None
-    return JSONResponse(shape.whole())
+    return JSONResponse(reply.full_body())
 
 
-async def _events(job: Job, shape: ReplyFormat) -> AsyncIterator[bytes]:
-    for event in shape.opening():
+async def _events(job: Job, reply: ReplyFormat) -> AsyncIterator[bytes]:
+    for event in reply.opening():
         yield event
     try:
         async for piece in job.pieces():
-            for event in shape.piece(piece):
+            for event in reply.piece(piece):
                 yield event
     except (TimeoutError, GenerationError) as error:
-        last = shape.failure(failure(error, job.timeout))
+        last = reply.failure(failure(error, job.timeout))
     else:
-        last = shape.closing()
+        last = reply.closing()
     for event in last:
         yield event
 
 
 def failure(error: TimeoutError | GenerationError, timeout: float = 0.0) -> RequestError:
-    """Why there is no answer; `timeout` is the time that it had."""
+    """The client's error for a failed answer; `timeout` is the time that it had."""
     if isinstance(error, TimeoutError):
         return RequestError(
             f"not done within {timeout:g} s; ask for fewer tokens, or start the server with a longer --timeout",

@@ -1,4 +1,4 @@
-"""OpenAI's Responses API in its plain text form: a conversation in, one message out; nothing is stored and no tool is called."""
+"""OpenAI's Responses API for plain text: a conversation in, one message out; nothing is stored and no tool is called."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from nybble.serve.bodies import chat_logprobs, event
 from nybble.serve.fields import FieldError, Neutral, Refused, RequestError, Strict, note
 from nybble.serve.protocol import MOST_MESSAGES, NO_TOOLS, ParsedRequest, Turn, check_last
 
-LOGPROBS = "message.output_text.logprobs"  # of include; its other values belong to tools and to reasoning
-STORED = "nothing is stored here; send the whole conversation as input"
+LOGPROBS = "message.output_text.logprobs"  # the supported value of include; the others are for tools and reasoning
+NOT_STORED = "this server stores nothing; send the whole conversation as input"
 
 
 def _items(value: Any) -> Any:
     """Input as a list of messages."""
     if not isinstance(value, (str, list)):
-        raise ValueError("it is a text or a list of messages")
+        raise ValueError("must be a string or a list of messages")
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
@@ -34,12 +34,12 @@ def _include(value: Any, info: ValidationInfo) -> Any:
 
 
 class Item(Turn):
-    """One message of the input, as a person wrote it or as an earlier response had it."""
+    """One message of the input, in the short form or as in an earlier response."""
 
     path = "input[]."
     refused: ClassVar[Refused] = {
         **Turn.refused,
-        "type": "only messages are read here: nothing is stored, and no tools are called",
+        "type": "only messages are supported: this server stores nothing and calls no tools",
     }
     neutral: ClassVar[Neutral] = {
         **Turn.neutral, "type": ("message",), "status": ("completed", "incomplete", "in_progress"),
@@ -49,7 +49,7 @@ class Item(Turn):
 
 
 class TextOptions(Strict):
-    """How the text should be."""
+    """The request's options for the text."""
 
     path = "text."
     neutral: ClassVar[Neutral] = {"format": ({"type": "text"},)}
@@ -64,7 +64,7 @@ class ResponseRequest(ParsedRequest):
     id_prefix = "resp_"
     source = "input"
     limit_field = "max_output_tokens"
-    spelt: ClassVar[Mapping[str, str]] = {"logprobs": "include"}
+    option_names: ClassVar[Mapping[str, str]] = {"logprobs": "include"}
     neutral: ClassVar[Neutral] = {
         "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "store": (False,),
         "background": (False,), "context_management": ([],), "truncation": ("disabled",),
@@ -75,7 +75,7 @@ class ResponseRequest(ParsedRequest):
     })  # fmt: skip
     refused: ClassVar[Refused] = {
         "tools": NO_TOOLS, "tool_choice": NO_TOOLS, "parallel_tool_calls": "it must be true or false",
-        "previous_response_id": STORED, "conversation": STORED, "prompt": "no prompts are stored here; send input",
+        "previous_response_id": NOT_STORED, "conversation": NOT_STORED, "prompt": "this server stores no prompts; send input",
         "background": "not supported; use stream", "moderation": "this server has no moderation",
         "context_management": "this server does not shorten conversations",
     }  # fmt: skip
@@ -100,12 +100,12 @@ class ResponseRequest(ParsedRequest):
         return self.input
 
     def conversation(self) -> Conversation:
-        """As templates take it: the instructions stand before what else the system says."""
-        turns = [item.message() for item in self.input]
+        """In the form that chat templates take; the instructions precede the system message."""
+        messages = [item.message() for item in self.input]
         if self.instructions:
-            also = [turns.pop(0).content] if turns[0].role == "system" else []
-            turns.insert(0, Message("system", "\n\n".join([self.instructions, *also])))
-        return tuple(turns)
+            system = [messages.pop(0).content] if messages[0].role == "system" else []
+            messages.insert(0, Message("system", "\n\n".join([self.instructions, *system])))
+        return tuple(messages)
 
     @property
     def limit(self) -> int | None:
@@ -114,47 +114,47 @@ class ResponseRequest(ParsedRequest):
 
     @property
     def likeliest(self) -> int | None:
-        """How many likeliest tokens are named; None: no log probabilities."""
+        """Top log probabilities per token; None for no log probabilities."""
         return (self.top_logprobs or 0) if LOGPROBS in self.include else None
 
     @property
-    def begun(self) -> str:
-        """What the assistant said last, if nobody answered it."""
+    def answer_prefix(self) -> str:
+        """The content of a last message from the assistant, which the answer continues."""
         return self.turns[-1].content if self.turns[-1].role == "assistant" else ""
 
 
 class TextResponse:
-    """A job as a response, and as the events in which it comes about."""
+    """Formats a job as a response, or as the events of a stream."""
 
-    def __init__(self, job: Job, asked: ResponseRequest) -> None:
-        self.job, self.asked = job, asked
+    def __init__(self, job: Job, parsed: ResponseRequest) -> None:
+        self.job, self.parsed = job, parsed
         (self.choice,) = job.choices
         self.message = f"msg_{secrets.token_hex(12)}"
         self.sent = 0
 
-    def whole(self) -> dict[str, Any]:
+    def full_body(self) -> dict[str, Any]:
         """The answer to a request that is not streamed."""
         return self._response(self._status(), [self._item(self._status(), [self._part()])])
 
     def opening(self) -> list[bytes]:
-        """A response that is under way, with an empty message."""
-        begun = self._response("in_progress", [])
+        """The events of a response in progress, with an empty message."""
+        created = self._response("in_progress", [])
         return [
-            self._event("response.created", response=begun),
-            self._event("response.in_progress", response=begun),
+            self._event("response.created", response=created),
+            self._event("response.in_progress", response=created),
             self._event("response.output_item.added", output_index=0, item=self._item("in_progress", [])),
             self._event("response.content_part.added", **self._where(), part=self._part(empty=True)),
         ]
 
     def piece(self, piece: Piece) -> list[bytes]:
-        """More of the text."""
+        """The event of a piece of text."""
         if not piece.text and not piece.tokens:
             return []
         logprobs = self._logprobs(piece.tokens)
         return [self._event("response.output_text.delta", **self._where(), delta=piece.text, logprobs=logprobs)]
 
     def closing(self) -> list[bytes]:
-        """The text, the message and the response, each once more as a whole."""
+        """The events with the complete text, message and response."""
         part, status = self._part(), self._status()
         item = self._item(status, [part])
         return [
@@ -165,7 +165,7 @@ class TextResponse:
         ]
 
     def failure(self, error: RequestError) -> list[bytes]:
-        """A response that failed, with what it had so far."""
+        """The event of a failed response, with the text so far."""
         item = self._item("incomplete", [self._part()])
         failed = self._response("failed", [item], error={"code": "server_error", "message": error.message})
         return [self._event("response.failed", response=failed)]
@@ -193,19 +193,19 @@ class TextResponse:
         return {"id": self.message, "type": "message", "role": "assistant", "status": status, "content": content}
 
     def _response(self, status: str, output: list[dict[str, Any]], error: Any = None) -> dict[str, Any]:
-        asked, made, ended = self.asked, self.job.completion_tokens, status != "in_progress"
-        used = {
+        parsed, completion_tokens, ended = self.parsed, self.job.completion_tokens, status != "in_progress"
+        usage = {
             "input_tokens": self.job.prompt_tokens, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-            "output_tokens": made, "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": self.job.prompt_tokens + made,
+            "output_tokens": completion_tokens, "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": self.job.prompt_tokens + completion_tokens,
         }  # fmt: skip
         return {
             "id": self.job.id, "object": "response", "created_at": self.job.created, "status": status,
             "completed_at": int(time.time()) if status == "completed" else None, "background": False, "error": error,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "instructions": asked.instructions, "max_output_tokens": asked.max_output_tokens, "metadata": asked.metadata,
+            "instructions": parsed.instructions, "max_output_tokens": parsed.max_output_tokens, "metadata": parsed.metadata,
             "model": self.job.model.name, "output": output, "parallel_tool_calls": False, "previous_response_id": None,
-            "store": False, "temperature": asked.temperature, "text": {"format": {"type": "text"}}, "tool_choice": "none",
-            "tools": [], "top_logprobs": asked.top_logprobs or 0, "top_p": asked.top_p, "truncation": "disabled",
-            "usage": used if ended else None,
+            "store": False, "temperature": parsed.temperature, "text": {"format": {"type": "text"}}, "tool_choice": "none",
+            "tools": [], "top_logprobs": parsed.top_logprobs or 0, "top_p": parsed.top_p, "truncation": "disabled",
+            "usage": usage if ended else None,
         }  # fmt: skip

@@ -1,4 +1,4 @@
-"""From runs to a server that listens, as numbered steps; and its end, which lets running answers finish."""
+"""Starts a server for runs, in numbered steps, and shuts it down after running answers have finished."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from nybble.serve.guard import KEY, AccessRules, check_open_to
 from nybble.serve.loading import load_continuous, load_pipeline
 from nybble.serve.metrics import Metrics
 from nybble.serve.vllm import become_vllm
-from nybble.terminal import tell as tell_line
+from nybble.terminal import tell
 
-CONNECTIONS = 384  # open at once, beside one for each answer that may wait
-FAREWELL = 3.0  # seconds for those cut off to read why
-SILENT = 120  # seconds after which the kernel ends a connection whose reader takes nothing of what is sent (Linux)
-LONGEST = 65536  # bytes of a key, even in a file without a line's end
+CONNECTIONS = 384  # open at once, besides one for each answer that may wait
+GRACE_PERIOD = 3.0  # seconds for clients whose answers were cut off to read why
+UNREAD_TIMEOUT = 120  # seconds after which the kernel closes a connection whose client does not read (Linux)
+MAX_KEY_BYTES = 65536  # read of a key file, even if it has no line break
 ENGINES = ("pipeline", "continuous", "vllm")
-TURN = 0.0002
-"""Seconds for which a thread keeps the interpreter from another that waits for it; CPython's own is 5 ms. Generation is Python
-between one small kernel and the next, and who sends a token waits for it. On an H200 a served token took 4 to 13 ms more than one
-of generate alone, whichever model and engine (docs/benchmarks.md)."""
+SWITCH_INTERVAL = 0.0002
+"""Seconds for which a thread may keep the interpreter while another waits for it; CPython's default is 5 ms. Generation runs
+Python between small kernels, and the thread that sends tokens waits for it. On an H200 a served token took 4 to 13 ms longer than
+one of generate alone, whichever model and engine (docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where the server listens, and for whom."""
+    """Where the server listens, and who may use it."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -52,52 +52,55 @@ class Address:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, whose first signal lets running answers finish and whose second one cuts them off.
+    """uvicorn's server. At the first signal it lets running answers finish; at the second it cuts them off.
 
     Args:
-        cut_off: breaks off what is under way, each with an answer that says so.
-        limit: seconds for which running answers may go on after the first signal.
+        config: uvicorn's configuration.
+        console: where messages about the shutdown are printed.
+        abort: ends all running requests, each with an error that says so.
+        limit: seconds for which running answers may continue after the first signal.
     """
 
-    def __init__(self, config: uvicorn.Config, console: Console, cut_off: Callable[[], None], limit: float) -> None:
+    def __init__(self, config: uvicorn.Config, console: Console, abort: Callable[[], None], limit: float) -> None:
         super().__init__(config)
-        self.console, self.cut_off, self.limit = console, cut_off, limit
+        self.console, self.abort, self.limit = console, abort, limit
         self.is_urgent = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take a signal, Ctrl-C or SIGTERM."""
+        """Handle a signal: Ctrl-C or SIGTERM."""
         again = "running answers are cut off"
         first = "no new requests; running answers finish (Ctrl-C again cuts them off)"
         if not self.is_urgent:
-            tell_line(self.console, Text(again if self.should_exit else first, "dim"), hang=2)
+            tell(self.console, Text(again if self.should_exit else first, "dim"), hang=2)
         self.is_urgent = self.should_exit
         self._captured_signals.append(sig)
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wait for running answers, as long as that is wished.
+        """Wait for running answers, until a second signal or the limit.
 
-        uvicorn's own way to cut them off cancels their tasks, which gives their readers nothing and the log a traceback for each.
+        uvicorn would cut them off by cancelling their tasks, without a response to their clients and with a traceback for each in
+        the log.
         """
-        urgent = asyncio.ensure_future(self._cut_off_when_urgent())
+        urgent = asyncio.ensure_future(self._abort_when_urgent())
         try:
             await super().shutdown(sockets)
         finally:
             urgent.cancel()
             await asyncio.wait([urgent])
 
-    async def _cut_off_when_urgent(self) -> None:
+    async def _abort_when_urgent(self) -> None:
         await _until(lambda: self.is_urgent, self.limit)
-        self.cut_off()
-        await _until(lambda: not self.server_state.connections, FAREWELL)
-        for connection in list(self.server_state.connections):  # who does not read what it is told
+        self.abort()
+        await _until(lambda: not self.server_state.connections, GRACE_PERIOD)
+        for connection in list(self.server_state.connections):  # their clients do not read the error
             connection.transport.abort()
-        await _until(lambda: not self.server_state.tasks, FAREWELL)
+        await _until(lambda: not self.server_state.tasks, GRACE_PERIOD)
         self.force_exit = True
 
 
 async def _until(reached: Callable[[], bool], seconds: float) -> None:
-    """Wait for a condition, no longer than that."""
+    """Wait for a condition, at most so many seconds."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             while not reached():
@@ -108,7 +111,7 @@ def serve(
     runs: Sequence[Run], address: Address, console: Console, *, engine: str, device: str, limits: Limits,
     cache: pathlib.Path | None = None,
 ) -> None:  # fmt: skip
-    """Listen until interrupted; with vllm, become vLLM's server.
+    """Serve until interrupted; with the engine vllm, this process becomes vLLM's server.
 
     Raises:
         ServeError: the port is taken, others could reach the server without a key, or the engine cannot take these runs.
@@ -131,7 +134,7 @@ def serve(
         with console.status("loading"):  # 3. the model
             loaded = load_engine(engine, runs, metrics, device=device, queue=limits.queue, cache=cache)
         try:
-            tell(console, loaded, address, listener, local)  # 4. what there is
+            print_summary(console, loaded, address, listener, local)  # 4. what is served, and where
             run_server(loaded, metrics, limits, address.access, listener, console)  # 5. answers
         finally:
             loaded.close()
@@ -142,11 +145,11 @@ def serve(
 def load_engine(
     name: str, runs: Sequence[Run], metrics: Metrics, *, device: str, queue: int, cache: pathlib.Path | None = None
 ) -> Engine:
-    """The engine of that name.
+    """Load runs into the engine of that name.
 
     Raises:
-        ServeError: a library without what the server relies upon.
-        RunError, ModelError: as the engine's.
+        ServeError: a library lacks something that the server relies on.
+        RunError, ModelError: the runs cannot be loaded.
     """
     if (misfit := unmet("serve")) is not None:
         raise ServeError(misfit.what, fix=f"{pip()} install {misfit.requirement}")
@@ -156,16 +159,16 @@ def load_engine(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket.
+    """A listening socket.
 
     Raises:
-        ServeError: the port is taken or may not be taken.
+        ServeError: the port is in use, or this user may not use it.
     """
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT * 1000)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_TIMEOUT * 1000)
     try:
         listener.bind((host, port))
         listener.listen(128)
@@ -173,15 +176,15 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         if error.errno == errno.EADDRINUSE:
             raise ServeError(
-                f"port {port} of {host} is taken by another program",
+                f"port {port} of {host} is already in use by another program",
                 fix=f"--port {port + 1}, or stop the other program",
             ) from error
         raise ServeError(f"cannot listen on {host}, port {port}: {error.strerror}", fix="--port 8000") from error
     return listener
 
 
-def tell(console: Console, engine: Engine, address: Address, listener: socket.socket, local: bool) -> None:
-    """Engine and why, models, address, page."""
+def print_summary(console: Console, engine: Engine, address: Address, listener: socket.socket, local: bool) -> None:
+    """Print the engine, its models and adapters, the addresses of the API and the page, and who may connect."""
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     tuned = [model.name for model in engine.models.values() if model.parent is not None]
@@ -200,7 +203,7 @@ def tell(console: Console, engine: Engine, address: Address, listener: socket.so
         else "access    accepts connections from other machines, with the API key",
     ]
     for line in lines:
-        tell_line(console, line)
+        tell(console, line)
 
 
 def run_server(
@@ -208,34 +211,34 @@ def run_server(
 ) -> None:
     """Serve on a socket until a signal; then let running answers finish."""
     _log_to_stderr()
-    with short_turns():
+    with short_switch_interval():
         make_server(engine, metrics, limits, access, console).run(sockets=[listener])
 
 
 def make_server(engine: Engine, metrics: Metrics, limits: Limits, access: AccessRules, console: Console) -> Server:
-    """The server, which does not listen yet."""
-    # uvicorn's warnings are about requests, each of which gets its answer
+    """The server, before it runs."""
+    # uvicorn's warnings are about requests, and each request gets a response anyway
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-    app, cut_off = make_app(engine, metrics, limits, access)
+    app, abort = make_app(engine, metrics, limits, access)
     config = uvicorn.Config(
         app,
         http=Connection,
         log_config=None,
-        access_log=False,  # nybble writes a line an answer
+        access_log=False,  # nybble logs one line per request
         lifespan="off",
         ws="none",
         server_header=False,
         proxy_headers=False,
         limit_concurrency=limits.queue + CONNECTIONS,
     )
-    return Server(config, console, cut_off, limits.timeout + 10)
+    return Server(config, console, abort, limits.timeout + 10)
 
 
 @contextlib.contextmanager
-def short_turns() -> Iterator[None]:
-    """Meanwhile threads give way to each other after TURN."""
+def short_switch_interval() -> Iterator[None]:
+    """Set the interpreter's thread switch interval to SWITCH_INTERVAL."""
     before = sys.getswitchinterval()
-    sys.setswitchinterval(TURN)
+    sys.setswitchinterval(SWITCH_INTERVAL)
     try:
         yield
     finally:
@@ -243,35 +246,35 @@ def short_turns() -> Iterator[None]:
 
 
 def read_key(key: str | None, file: pathlib.Path | None) -> str | None:
-    """The API key: given, or the first line of a file, or of standard input where the file is `-`.
+    """The API key: either `key`, or the first line of a file, or of standard input if the file is `-`.
 
     Raises:
-        ServeError: both are given, the file is missing or of another encoding, or the key is empty or holds what a header cannot.
+        ServeError: both are given, the file is missing or has another encoding, or the key is empty or not valid in a header.
     """
     source = None if file is None else "standard input" if str(file) == "-" else str(file)
     if file is not None:
         if key is not None:
-            raise ServeError("--api-key and --api-key-file were both given", fix="one of them")
+            raise ServeError("--api-key and --api-key-file were both given", fix="give one of them")
         try:
-            text = sys.stdin.readline(LONGEST) if str(file) == "-" else _decoded(_beginning(file))
+            text = sys.stdin.readline(MAX_KEY_BYTES) if str(file) == "-" else _decoded(_read_start(file))
         except OSError as error:
             raise ServeError(f"the API key cannot be read: {error.strerror}", where=source) from error
         except UnicodeDecodeError as error:
-            raise ServeError("the API key cannot be read: it is no UTF-8 text", where=source, fix=KEY) from error
+            raise ServeError("the API key cannot be read: it is not UTF-8 text", where=source, fix=KEY) from error
         key = next(iter(text.splitlines()), "").strip()
     if key is not None and (not key or not key.isascii() or not key.isprintable() or " " in key):
         raise ServeError("the API key must be printable ASCII without spaces, and not empty", where=source, fix=KEY)
     return key
 
 
-def _beginning(file: pathlib.Path) -> bytes:
-    """As much of a file as a key can have: what a shell hands over is a pipe, and a device may have no end."""
+def _read_start(file: pathlib.Path) -> bytes:
+    """The first bytes of a file, as many as a key can have: it may be a pipe from a shell, or a device without an end."""
     with file.open("rb") as stream:
-        return stream.read(LONGEST)
+        return stream.read(MAX_KEY_BYTES)
 
 
 def _decoded(raw: bytes) -> str:
-    """A file's text; PowerShell's `>` writes UTF-16, and Windows' editors mark UTF-8."""
+    """A file's text; PowerShell's `>` writes UTF-16, and Windows editors put a byte order mark before UTF-8."""
     is_wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return raw.decode("utf-16" if is_wide else "utf-8-sig")
 

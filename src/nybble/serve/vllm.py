@@ -1,6 +1,6 @@
-"""For more than one machine's worth of requests: vLLM's own server on what a run left.
+"""Serves a run with vLLM's own server, for more requests than one machine can answer.
 
-Nothing of vLLM is imported: its command is put together and takes this process's place.
+Nothing of vLLM is imported: this process is replaced by vLLM's command.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from nybble.serve.loading import run_names
 
 
 def command(runs: Sequence[Run], host: str, port: int) -> list[str]:
-    """What would be typed: the merged model where one run was merged, else the base with an adapter for each run.
+    """vLLM's command: the merged model if there is one run that was merged, else the base with an adapter for each run.
 
-    The API key is not among it, since other users see a command line: `environment` has it.
+    It does not contain the API key, since other users can see a command line: `environment` does.
     """
     names = run_names(runs)
     merged = runs[0].folder / "export" / "merged"
-    reach = ["--host", host, "--port", str(port)]
+    address = ["--host", host, "--port", str(port)]
     if len(runs) == 1 and (merged / "config.json").exists():
-        return ["vllm", "serve", str(merged), "--served-model-name", names[0], *reach]
+        return ["vllm", "serve", str(merged), "--served-model-name", names[0], *address]
     check_one_base(runs)
     options = runs[0].recipe.model
     for run in runs:
@@ -41,33 +41,33 @@ def command(runs: Sequence[Run], host: str, port: int) -> list[str]:
     revision = ["--revision", options.revision] if options.revision else []
     return [
         "vllm", "serve", options.path, *revision, *tokenizer, *four_bit, "--enable-lora", "--max-lora-rank",
-        str(_rank(max(ranks))), "--lora-modules", *modules, *reach,
+        str(_rank(max(ranks))), "--lora-modules", *modules, *address,
     ]  # fmt: skip
 
 
 def environment(key: str | None) -> dict[str, str]:
-    """The variables that vLLM reads its key from."""
+    """The environment for vLLM, which reads the key from it."""
     return {**os.environ, **({"VLLM_API_KEY": key} if key else {})}
 
 
 def become_vllm(runs: Sequence[Run], host: str, port: int, key: str | None) -> None:
-    """Replace this process by vLLM's server; does not return.
+    """Replace this process with vLLM's server; it does not return.
 
     Raises:
         ServeError: vLLM is not installed, or others could reach it without a key.
     """
     check_open_to(host, key)
-    words = command(runs, host, port)
+    arguments = command(runs, host, port)
     program = shutil.which("vllm")
     if program is None:
         raise ServeError(
-            f"vLLM is not installed; it would run: {' '.join(words)}",
+            f"vLLM is not installed; the command would be: {' '.join(arguments)}",
             fix="python -m venv vllm && vllm/bin/pip install vllm, in its own environment, as it pins torch; then "
             "PATH=$PWD/vllm/bin:$PATH nybble serve ... --engine vllm",
         )
-    os.execve(program, words, environment(key))
+    os.execve(program, arguments, environment(key))
 
 
 def _rank(largest: int) -> int:
-    """vLLM takes these ranks only."""
+    """The smallest rank that vLLM supports and that is large enough."""
     return next((rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= largest), largest)

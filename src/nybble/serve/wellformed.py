@@ -1,7 +1,7 @@
-"""HTTP as it must be before anything else looks at a request: one way to read where it ends, one host, one path.
+"""Checks a request's HTTP before anything else does: its length must be unambiguous, and it must have one host and one path.
 
-Programs between client and server that read a request differently than this one could be made to pass another one along with it,
-so what can be read in two ways is refused, and its connection ends.
+A proxy that reads a request differently from this server could be tricked into passing on a second one hidden in it (request
+smuggling), so ambiguous requests are refused, and their connection is closed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HOST = re.compile(rb"(?P<name>[A-Za-z0-9._-]*|\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\])(
 
 
 class WellFormed:
-    """Refuses requests whose framing, target or host is in doubt."""
+    """Middleware that refuses requests whose length, path or host is ambiguous."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
@@ -39,7 +39,7 @@ class WellFormed:
 
 
 async def send_error(error: RequestError, send: Send) -> None:
-    """An error as a whole response."""
+    """Send an error as a complete response."""
     body = json.dumps(error.body()).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
@@ -48,7 +48,7 @@ async def send_error(error: RequestError, send: Send) -> None:
 
 
 def host_name(host: bytes) -> str | None:
-    """The name in a Host header, without its port and in small letters; None where it is no name of a host."""
+    """The name in a Host header, in lower case and without the port; None if it is not a host name."""
     match = HOST.fullmatch(host)
     if match is None or int(match["port"] or 0) > 65535:
         return None
@@ -69,7 +69,7 @@ def _fault(scope: Scope) -> RequestError | None:
             "the request line names no path on this server: send the path alone, as in POST /v1/completions"
         )
     if b"transfer-encoding" in values and (b"content-length" in values or scope["http_version"] == "1.0"):
-        return _refusal("the length of the body is in doubt: send Content-Length or Transfer-Encoding, not both")
+        return _refusal("the length of the body is ambiguous: send Content-Length or Transfer-Encoding, not both")
     if host_name(values.get(b"host", b"")) is None:
         return _refusal(f"the header Host is not a host name with or without a port: {values[b'host'][:100]!r}")
     return None

@@ -13,7 +13,9 @@ from nybble.data.text.kept_template import save_template
 from nybble.distributed.environment import environment_restored
 from nybble.distributed.launcher import rank
 from nybble.errors import ModelError, RecipeError, RunError
-from nybble.files.places import check_places, explained_disk, no_empty_folders, writing
+from nybble.files.atomic import no_empty_folders, run_lock
+from nybble.files.disk_errors import explained_disk_errors
+from nybble.files.outputs import check_run_and_cache
 from nybble.model.base.bits import Trained, trained_on
 from nybble.model.base.checkpoint import Checkpoint, fingerprint
 from nybble.recipe import Recipe
@@ -31,9 +33,9 @@ def run_guarded(recipe: Recipe, folder: pathlib.Path, cache: pathlib.Path) -> It
 
     What is entered into the stack, the run's lock, is held until the end.
     """
-    check_places(folder, cache)
+    check_run_and_cache(folder, cache)
     with (
-        explained_disk(folder, cache),
+        explained_disk_errors(folder, cache),
         no_empty_folders(folder),
         environment_restored(),
         contextlib.ExitStack() as stack,
@@ -44,7 +46,7 @@ def run_guarded(recipe: Recipe, folder: pathlib.Path, cache: pathlib.Path) -> It
 def lock_run(stack: contextlib.ExitStack, run: Run, doing: str) -> None:
     """Hold the lock of a run, of several processes in the first."""
     if not rank():
-        stack.enter_context(writing(run.folder, doing))
+        stack.enter_context(run_lock(run.folder, doing))
 
 
 def refuse_finished(run: Run) -> None:

@@ -8,7 +8,7 @@ import shlex
 
 from matplotlib.figure import Figure
 
-from nybble.files.places import replacing
+from nybble.files.atomic import replacing
 from nybble.files.writing import write_text
 from nybble.markdown import code, escaped, fence, front_matter, storable
 from nybble.run.folder import Run

@@ -15,7 +15,7 @@ from peft import PeftModel
 from rich.console import Console
 
 from nybble.errors import TrainingError
-from nybble.files.places import new_folder
+from nybble.files.atomic import new_folder
 from nybble.files.writing import write_json
 from nybble.model.adapter.lora import check_saved
 from nybble.model.adapter.updates import is_untrained, targets_of

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.evaluate.scores import Benchmarks
-from nybble.files.places import default_cache
+from nybble.files.paths import default_cache
 from nybble.model.adapter.lora import attach_adapter, check_stored, resume_adapter
 from nybble.model.base.checkpoint import check_length, find_checkpoint
 from nybble.model.base.load import load_base, load_config, measure

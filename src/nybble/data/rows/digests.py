@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from nybble.data.rows.readers import OpenFile, refuse_special, unreadable
 from nybble.errors import DataError
-from nybble.files.remembered import is_unchanged, recall, remember
+from nybble.files.cached_digests import is_unchanged, recall, remember
 
 
 class FileDigests:

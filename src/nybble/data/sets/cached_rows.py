@@ -20,9 +20,10 @@ from datasets.arrow_writer import ArrowWriter
 
 from nybble.data.rows import faults
 from nybble.data.text.tokenise import Pass, Sample
-from nybble.errors import PlaceError
+from nybble.errors import StorageError
 from nybble.files import cache as entries
-from nybble.files.places import ANOTHER_CACHE, put_in_place
+from nybble.files.atomic import put_in_place
+from nybble.files.paths import ANOTHER_CACHE
 
 TRIES = 4
 ROWS, FOUND = "tokens.arrow", "found.json"
@@ -52,7 +53,7 @@ def rows_in(
         read: begins the pass that makes them; called where the entry is missing or damaged.
 
     Raises:
-        PlaceError: the cache does not keep what is written to it.
+        StorageError: the cache does not keep what is written to it.
     """
     made = False
     for _ in range(TRIES):
@@ -60,15 +61,15 @@ def rows_in(
         entry = _find(room / known, made) if known is not None else None
         if entry is not None and entry.facts is not None:
             with contextlib.suppress(FileNotFoundError):  # another process took it for damaged, and makes it again
-                found = json.loads((entry.place / FOUND).read_text(encoding="utf-8"))
-                return Dataset.from_file(str(entry.place / ROWS)), found, not made
-        with contextlib.suppress(FileExistsError), entries.filling(room) as temporary:
+                found = json.loads((entry.path / FOUND).read_text(encoding="utf-8"))
+                return Dataset.from_file(str(entry.path / ROWS)), found, not made
+        with contextlib.suppress(FileExistsError), entries.temporary_entry(room) as temporary:
             _write(temporary, *read())
             entry = entry or _find(room / str(name(True)), made)
-            entries.seal(temporary, entry.place, {})
-            put_in_place(temporary, entry.place, entries.MANIFEST)
+            entries.seal(temporary, entry.path, {})
+            put_in_place(temporary, entry.path, entries.MANIFEST)
             made = True
-    raise PlaceError("tokenised rows do not stay as they are written", where=str(room), fix=ANOTHER_CACHE)
+    raise StorageError("tokenised rows do not stay as they are written", where=str(room), fix=ANOTHER_CACHE)
 
 
 def _find(folder: pathlib.Path, made: bool) -> entries.Entry:
@@ -103,7 +104,7 @@ def _write(folder: pathlib.Path, reading: Pass, samples: Iterable[Sample]) -> No
     text = json.dumps(found)
     (folder / FOUND).write_text(text, encoding="utf-8")
     if written.value() != _read_back(folder / ROWS) or (folder / FOUND).read_text(encoding="utf-8") != text:
-        raise PlaceError("tokenised rows are read back differently", where=str(folder.parent), fix=ANOTHER_CACHE)
+        raise StorageError("tokenised rows are read back differently", where=str(folder.parent), fix=ANOTHER_CACHE)
 
 
 @dataclass

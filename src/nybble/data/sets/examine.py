@@ -63,7 +63,7 @@ def examine(
 
     Raises:
         DataError: there is nothing to read, or the template cannot be used at all.
-        PlaceError: the cache does not keep what is written to it.
+        StorageError: the cache does not keep what is written to it.
     """
     rules = Rules.NOW if template is None else template.rules
     with OpenRows(options, rules, cache / "data-files") as rows:

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from nybble.data.histogram import quantile
 from nybble.evaluate.report.wording import by_verdict, scale
-from nybble.files.places import replacing
+from nybble.files.atomic import replacing
 from nybble.run.evaluation import ScoreEntry, TaskEntry
 from nybble.run.log import MetricsLine
 

@@ -31,7 +31,7 @@ def find_copy(folder: pathlib.Path) -> entries.Entry:
     """The copy, verified; `fault` says what was wrong with one that has to be made again.
 
     Raises:
-        PlaceError: as `entries.find`.
+        StorageError: as `entries.find`.
     """
     return entries.find(folder, lambda path, facts: bits.check(path, facts["tensors"]))
 
@@ -50,14 +50,14 @@ def store(model: PreTrainedModel, folder: pathlib.Path, size: int, made: dict[st
         size: its bytes.
         made: how it was quantised.
     """
-    entries.make_room(folder.parent)
+    entries.make_folder(folder.parent)
     free = shutil.disk_usage(folder.parent).free
     if free < cached_copy_bytes(size):
         where = f"only {bytes_text(free, 1)} are free in {folder.parent}"
         notice = f"the quantised base ({bytes_text(size, 1)}) is not cached: {where}"
         return Bits(bits.combined(bits.of_model(model)), made), [notice]
     try:
-        with entries.making(folder) as temporary:
+        with entries.new_entry(folder) as temporary:
             model.save_pretrained(temporary)
             if fault := differs(model, temporary):
                 raise entries.DamagedError(fault)

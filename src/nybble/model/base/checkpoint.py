@@ -13,8 +13,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from nybble.errors import ModelError
+from nybble.files.cached_digests import sha256_of
 from nybble.files.reading import read_object
-from nybble.files.remembered import sha256_of
 from nybble.model.base.downloads import check_download
 from nybble.model.base.fields import check_fields, check_generation
 from nybble.model.base.files import FLOATS, WHOLE, check_whole, refuse_pointers, shapes, weight_files

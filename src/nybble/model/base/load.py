@@ -237,10 +237,10 @@ def _quantised(
         try:
             if then is not None and then.contradicts(bits, mark):
                 raise ModelError("it is not the one that the run was trained on")
-            model = _read(entry.place, _as_kept(config, entry.place), None, dtype, device)
+            model = _read(entry.path, _as_kept(config, entry.path), None, dtype, device)
             return Base(model, checkpoint, mark, options.quantization, True, tuple(notices), bits)
         except ModelError as fault:
-            if not entries.discard(entry.place):
+            if not entries.discard(entry.path):
                 raise
             notices = [f"{COPY} damaged ({fault.what}) and {REBUILT}"]
     if fingerprint(checkpoint, cache, prove=True) != mark:  # what was remembered of the weights was wrong
@@ -249,7 +249,7 @@ def _quantised(
     plan = quantization_plan(options.quantization, options.double_quantization, dtype)
     model = _read(checkpoint.folder, config, plan, dtype, device)
     _plain_generation(model)
-    bits, more = store(model, entry.place, measure(model).bytes, making_on(device, dtype))
+    bits, more = store(model, entry.path, measure(model).bytes, making_on(device, dtype))
     return Base(model, checkpoint, mark, options.quantization, False, (*notices, *more), bits)
 
 

@@ -7,8 +7,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from nybble.errors import PlaceError
-from nybble.files.places import ANOTHER_CACHE, check_cache, check_writable, default_cache, nearest
+from nybble.errors import StorageError
+from nybble.files.paths import ANOTHER_CACHE, check_cache, check_writable, default_cache, nearest_existing
 from nybble.plan.free_memory import Memory
 from nybble.plan.ledger import base_bytes, cached_copy_bytes, download_bytes, run_folder_bytes
 from nybble.plan.shapes import LLAMA_2_7B
@@ -52,7 +52,7 @@ def own_cache(cache: Path | None) -> Finding:
     try:
         folder = cache or default_cache()
         check_cache(folder)
-    except PlaceError as error:
+    except StorageError as error:
         return Finding("cache", "fail", error.what, error.fix)
     return disk("cache", folder, quantised_7b(), f"free space there; or {ANOTHER_CACHE}")
 
@@ -72,9 +72,9 @@ def disk(name: str, folder: Path, needed: float, cure: str) -> Finding:
     """Whether a folder, which need not exist yet, is writable, and the free space on its disk."""
     try:
         check_writable(folder, str(folder), cure)
-    except PlaceError as error:
+    except StorageError as error:
         return Finding(name, "fail", error.what, cure)
-    free = shutil.disk_usage(nearest(folder)).free
+    free = shutil.disk_usage(nearest_existing(folder)).free
     detail = f"{bytes_text(free, 1)} free at {folder}"
     if free < needed:
         return Finding(name, "warn", f"{detail}; a 7B needs {bytes_text(needed, 1)}", cure)

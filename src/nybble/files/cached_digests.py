@@ -1,4 +1,4 @@
-"""SHA-256 of large files, remembered in the cache with an XXH3 digest, which verifies the bytes in a tenth of the time."""
+"""SHA-256 of large files, cached with an XXH3 digest, which verifies the bytes in a tenth of the time."""
 
 from __future__ import annotations
 
@@ -14,47 +14,46 @@ import xxhash
 
 from nybble.files import cache as entries
 
-VERSION = 2  # before, a note was the bare digest, believed by size and time of change
+VERSION = 2  # in version 1 a note was the digest alone, and it was trusted if size and mtime were the same
 CHUNK = 1 << 24  # bytes read at once
 THREADS = 4  # files read at once
 logger = logging.getLogger(__name__)
 
 
 def sha256_of(files: Sequence[pathlib.Path], notes: pathlib.Path, *, prove: bool) -> list[str]:
-    """SHA-256 of each file, from notes where these can be believed.
+    """SHA-256 of each file, from the cache's notes where these can be trusted.
 
-    A note is believed of a file whose size, inode, time of change and time of status are as they were: the last, ctime, moves
-    with every write and cannot be set back as the time of change can. Otherwise the bytes are compared with the note's XXH3,
-    and are hashed anew only if that differs.
+    A note is trusted if the file's size, inode, mtime and ctime are the same: ctime changes with every write and, unlike mtime,
+    cannot be set back. Otherwise the bytes are compared with the note's XXH3 digest; SHA-256 is computed only if that differs.
 
     Args:
         files: the files.
         notes: folder of the notes.
-        prove: believe no note.
+        prove: trust no note without reading the file.
     """
     with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
         return list(threads.map(lambda file: _sha256(file, notes, prove), files))
 
 
 def recall(file: pathlib.Path, notes: pathlib.Path) -> dict[str, Any] | None:
-    """What is remembered of a file under its name, as it was then: its status and its digests; None where nothing is."""
+    """The note of a file, by its path: the file's status at that time and its digests; None if there is no note."""
     try:
         known: dict[str, Any] = entries.read_note(_note(file, notes))
     except FileNotFoundError:
         return None
     except entries.DamagedError as fault:
-        logger.warning("what was remembered of %s was damaged (%s): it is read again", file.resolve(), fault)
+        logger.warning("the cached digests of %s were damaged (%s): the file is read again", file.resolve(), fault)
         return None
     return known
 
 
 def remember(file: pathlib.Path, notes: pathlib.Path, status: os.stat_result, sha256: str, xxh3: str) -> None:
-    """Keep the digests of a file, which had this status before it was read and after."""
+    """Save the digests of a file that had this status both before and after it was read."""
     entries.write_note(_note(file, notes), {**_facts(status), "sha256": sha256, "xxh3": xxh3})
 
 
 def is_unchanged(known: dict[str, Any], status: os.stat_result) -> bool:
-    """Whether a file that has this status is as it was when it was remembered."""
+    """Whether a file with this status is the same as when its note was written."""
     return _facts(status).items() <= known.items()
 
 
@@ -68,7 +67,7 @@ def _sha256(file: pathlib.Path, notes: pathlib.Path, prove: bool) -> str:
                 remember(file, notes, now, known["sha256"], known["xxh3"])
             return str(known["sha256"])
         if known["mtime"] == now.st_mtime_ns:
-            logger.warning("%s changed, although its size and its time did not", file)
+            logger.warning("%s changed, although its size and modification time did not", file)
     sha256, xxh3 = _hashed(file, hashlib.sha256(), xxhash.xxh3_128())
     remember(file, notes, now, sha256, xxh3)
     return sha256
@@ -83,7 +82,7 @@ def _facts(status: os.stat_result) -> dict[str, int]:
 
 
 def _hashed(file: pathlib.Path, *kinds: hashlib._Hash | xxhash.xxh3_128) -> list[str]:
-    """Digests of a file in one reading, which lets other threads run."""
+    """Digests of a file, read once; other threads can run meanwhile."""
     buffer = memoryview(bytearray(CHUNK))
     with file.open("rb", buffering=0) as stream:
         while count := stream.readinto(buffer):
