@@ -95,13 +95,46 @@ def _read_adapter(watched: Watched, name: str, module: Any, base: Any, output: i
         return None
     named = watched.attribute(module, "_active_adapter")
     keys = (named,) if isinstance(named, str) else watched.sequence(named)
-    downs, ups = watched.module(module, "lora_A"), watched.module(module, "lora_B")
+    downs = watched.module(module, "lora_A")
     active = [key for key in keys if watched.module(downs, key) is not None]
     if not active:
         return None
     if len(active) > 1:
         raise Ineligible(f"{name} has {len(active)} active adapters")
-    key = active[0]
+    return _read_named(watched, name, module, base, active[0], output, rank)
+
+
+def read_named_adapters(parent: Any, names: Sequence[str], adapter: str) -> tuple[ActiveAdapter, ...]:
+    """One adapter of the projections of these names in a module, whether or not it is active.
+
+    Args:
+        parent: the module.
+        names: of its projections.
+        adapter: as PEFT names it.
+
+    Raises:
+        Ineligible: something the fused product does not know, or adapters merged into their weights.
+    """
+    watched, found, output, rank = Watched(), [], 0, 0
+    for name in names:
+        module = watched.module(parent, name)
+        base = module.base_layer if isinstance(module, LoraLayer) else module
+        if isinstance(module, LoraLayer):
+            check_lora(module)
+            check_unhooked(watched, name, module)
+            if module.merged_adapters:
+                raise Ineligible(f"{name} has a merged adapter")
+            if adapter in module.lora_A:
+                found.append(_read_named(watched, name, module, base, adapter, output, rank))
+                rank = found[-1].ranks.stop
+        output += base.out_features
+    return tuple(found)
+
+
+def _read_named(
+    watched: Watched, name: str, module: Any, base: Any, key: str, output: int, rank: int
+) -> ActiveAdapter:
+    downs, ups = watched.module(module, "lora_A"), watched.module(module, "lora_B")
     variant = watched.item(module.lora_variant, key)
     if variant is not None:
         raise Ineligible(f"{name} has the LoRA variant {type(variant).__name__.removesuffix('LinearVariant')}")

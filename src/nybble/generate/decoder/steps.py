@@ -1,0 +1,54 @@
+"""What the decoder asks of whoever computes: room for a sequence, its prompt, and one token for each of many rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+
+class CacheSlot(Protocol):
+    """One sequence's keys and values."""
+
+    length: int
+    """Tokens that are in it."""
+    adapter: str | None
+    """Which adapter it is computed with; None for the base itself."""
+
+
+class Steps(Protocol):
+    """A model, its cache, and how both are computed with; for one thread."""
+
+    rows: int
+    """That one call of `decode` takes, at most."""
+    chunk: int
+    """Tokens of a prompt that are computed between two steps, at most."""
+    tokens: int
+    """That the whole cache holds."""
+
+    def reserve(self, prompt: Sequence[int], adapter: str | None, tokens: int) -> CacheSlot | None:
+        """Room for a sequence, with what others have computed of its beginning; its last token is never among that.
+
+        Args:
+            prompt: its tokens.
+            adapter: its adapter.
+            tokens: of prompt and answer.
+
+        Returns:
+            None where there is no room now.
+        """
+
+    def prefill(self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Append tokens of prompts to their slots; logits after the last of each, (slots, vocabulary) float32."""
+
+    def decode(self, slots: Sequence[CacheSlot], ids: Sequence[int]) -> torch.Tensor:
+        """Append one token to each slot; logits after them, (rows, vocabulary) float32, good until the next call."""
+
+    def release(self, slot: CacheSlot, ids: Sequence[int]) -> None:
+        """Give a slot back, and keep its keys and values for sequences that begin alike while nobody needs the room.
+
+        Args:
+            slot: of `reserve`.
+            ids: the tokens in it, `slot.length` of them.
+        """

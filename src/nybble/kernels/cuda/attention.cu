@@ -1,0 +1,267 @@
+// One token for each row: rotate q and k, append k and v to the cache, attend over the row's pages; the last block of a head merges.
+//
+// A block attends with the GROUP query heads of one key-value head to one share of the pages, so keys and values are read once
+// for the group. Pages of 64 tokens: each warp takes 16 positions of a page, LANES lanes to a position, WIDTH numbers to a lane.
+// Shares depend on the row's length alone, and are merged in their order: two runs give the same bits, whatever the neighbours.
+//
+// Compiled with HEAD (size of a head, a multiple of 16), GROUP (query heads of a block) and SUBGROUPS (blocks that share a
+// key-value head: more than four query heads do not fit into a thread's registers) and ADAPTERS (common.cuh).
+
+constexpr int PAGE = 64;
+constexpr int THREADS = 128, WARPS = 4;
+constexpr int WIDTH = HEAD <= 64 && HEAD % 8 == 0 && (HEAD & (HEAD - 1)) == 0 ? HEAD / 8 : 16;
+constexpr int LANES = HEAD / WIDTH <= 8 ? 8 : 16;
+constexpr int AT_ONCE = 32 / LANES;       // positions of a warp's load
+constexpr int TURNS = PAGE / WARPS / AT_ONCE;
+constexpr int UNITS = WIDTH / 8;          // 16-byte loads of a lane
+constexpr int HALF = HEAD / 2;
+constexpr float NEVER = -1e30f;
+
+struct Attention {
+  Parts parts;              // q, k, v of the product
+  Parts ranks;              // T of all three
+  const int* positions;     // (m,) of the token; -1 for a row that stands idle
+  const int* pages;         // (m, max_pages)
+  u16* keys;                // (pages, kv_heads, 64, HEAD) bf16
+  u16* values;
+  const float* cosine;      // (positions, HEAD / 2)
+  const float* sine;
+  u16* out;                 // (m, heads * HEAD) bf16
+  float* partial;           // (m, heads, shares, HEAD + 2): sums, their maximum, their total
+  int* counts;              // (m, kv_heads * SUBGROUPS), zero between launches
+  int max_pages, kv_heads;
+  float scale;              // of the scores, times log2(e)
+  int unused;
+  Adapters<3> adapters;     // of q, k and v
+};
+
+__device__ __forceinline__ float power2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+extern "C" __global__ __launch_bounds__(THREADS, GROUP == 1 && HEAD <= 128 ? 4 : 1) void attention(const __grid_constant__ Attention a) {
+  __shared__ __align__(16) float ranks[3][MAX_RANK];
+  __shared__ __align__(16) float raw[(GROUP + 2) * HEAD];   // q heads, k, v before rotation
+  __shared__ __align__(16) float query[GROUP * HEAD];
+  __shared__ float cosine[HALF], sine[HALF];
+  __shared__ __align__(16) u16 new_key[HEAD], new_value[HEAD];
+  __shared__ float warp_out[WARPS][HEAD], warp_max[WARPS][GROUP], warp_sum[WARPS][GROUP];
+  __shared__ bool is_last;
+  const int share = blockIdx.x, shares = gridDim.x, kv_head = blockIdx.y / SUBGROUPS, row = blockIdx.z;
+  const int first_head = blockIdx.y * GROUP, heads = a.kv_heads * SUBGROUPS * GROUP;
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+  const int from = (lane % LANES) * WIDTH, which = lane / LANES;
+  const bool in_head = from < HEAD;
+  allow_next();
+  const int own = a.adapters.of(row);
+  const int position = a.positions[row];
+  const int used = position < 0 ? 0 : position / PAGE + 1;
+  const int per_share = (used + shares - 1) / shares;
+  const int active = per_share > 0 ? (used + per_share - 1) / per_share : 0;
+  if (share >= active) {
+    wait_for_previous();
+    return;
+  }
+  const int first = share * per_share, end = min(used, first + per_share);
+  const bool is_owner = end == used;
+
+  uint4 key[TURNS][UNITS], value[TURNS][UNITS];
+  auto load = [&](int page) {
+    const u64 base = ((u64)a.pages[row * a.max_pages + page] * a.kv_heads + kv_head) * PAGE * HEAD + from;
+#pragma unroll
+    for (int i = 0; i < TURNS; i++) {
+      const int slot = warp * (PAGE / WARPS) + i * AT_ONCE + which;
+      const bool there = in_head && page * PAGE + slot < position;
+#pragma unroll
+      for (int u = 0; u < UNITS; u++) {
+        key[i][u] = there ? *(const uint4*)(a.keys + base + slot * HEAD + u * 8) : make_uint4(0, 0, 0, 0);
+        value[i][u] = there ? *(const uint4*)(a.values + base + slot * HEAD + u * 8) : make_uint4(0, 0, 0, 0);
+      }
+    }
+  };
+  load(first);  // what this step appends is not among it
+  constexpr int ITEMS = ((GROUP + 2) * HEAD + THREADS - 1) / THREADS;  // outputs of a thread: q of the group, k, v
+  const int needed = (is_owner ? GROUP + 2 : GROUP) * HEAD;            // k and v only where the new token's page is here
+  RowsOfB<ITEMS> b;
+  auto kind_of = [&](int e) { return e < GROUP * HEAD ? 0 : (e < (GROUP + 1) * HEAD ? 1 : 2); };
+  auto output_of = [&](int e) { return e < GROUP * HEAD ? first_head * HEAD + e : kv_head * HEAD + e % HEAD; };
+  if (ADAPTERS > 0)
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+      const int e = thread + i * THREADS;
+      b.load(a.adapters.guess(own, kind_of(e)), i, output_of(e), e < needed);
+    }
+  for (int pair = thread; pair < HALF; pair += THREADS) {
+    cosine[pair] = __ldg(a.cosine + (u64)position * HALF + pair);
+    sine[pair] = __ldg(a.sine + (u64)position * HALF + pair);
+  }
+  wait_for_previous();
+
+  Chunks<float> chunks[ITEMS];
+  auto column_of = [&](int e) { return output_of(e) + (kind_of(e) == 0 ? 0 : (heads + (kind_of(e) - 1) * a.kv_heads) * HEAD); };
+#pragma unroll
+  for (int i = 0; i < ITEMS; i++) chunks[i].load(a.parts, row, column_of(thread + i * THREADS), thread + i * THREADS < needed);
+  if (ADAPTERS > 0) {
+    Ranks t[3];
+#pragma unroll
+    for (int p = 0; p < 3; p++) t[p].load(a.ranks, row, a.adapters.guess(own, p));
+#pragma unroll
+    for (int p = 0; p < 3; p++) t[p].store(a.ranks, row, a.adapters.guess(own, p), ranks[p]);
+    __syncthreads();
+  }
+#pragma unroll
+  for (int i = 0; i < ITEMS; i++) {
+    const int e = thread + i * THREADS;
+    if (e < needed) {
+      float number = chunks[i].sum(a.parts, row, column_of(e), true);
+      const Adapter& adapter = a.adapters.guess(own, kind_of(e));
+      if (ADAPTERS > 0 && own >= 0 && adapter.rank > 0) number += b.dot(adapter, i, output_of(e), ranks[kind_of(e)]);
+      raw[e] = number;
+    }
+  }
+  __syncthreads();
+  for (int e = thread; e < (is_owner ? GROUP + 1 : GROUP) * HEAD; e += THREADS) {
+    const int d = e % HEAD, pair = d < HALF ? d : d - HALF;
+    const float c = cosine[pair], s = sine[pair];
+    const float rotated = d < HALF ? raw[e] * c - raw[e + HALF] * s : raw[e] * c + raw[e - HALF] * s;
+    if (e < GROUP * HEAD) query[e] = rotated * a.scale;
+    else new_key[d] = to_bf16(rotated);
+  }
+  if (is_owner)
+    for (int d = thread; d < HEAD; d += THREADS) new_value[d] = to_bf16(raw[(GROUP + 1) * HEAD + d]);
+  __syncthreads();
+  if (is_owner && blockIdx.y % SUBGROUPS == 0) {
+    const u64 at = (((u64)a.pages[row * a.max_pages + used - 1] * a.kv_heads + kv_head) * PAGE + position % PAGE) * HEAD;
+    for (int d = thread; d < HEAD; d += THREADS) {
+      a.keys[at + d] = new_key[d];
+      a.values[at + d] = new_value[d];
+    }
+  }
+
+  float out[GROUP][WIDTH], maximum[GROUP], total[GROUP];
+#pragma unroll
+  for (int h = 0; h < GROUP; h++) {
+    maximum[h] = NEVER;
+    total[h] = 0.f;
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) out[h][e] = 0.f;
+  }
+  for (int page = first; page < end; page++) {
+    if (page > first) load(page);
+    bool seen[TURNS];
+#pragma unroll
+    for (int i = 0; i < TURNS; i++) {
+      const int at = page * PAGE + warp * (PAGE / WARPS) + i * AT_ONCE + which;
+      seen[i] = at <= position;
+      if (at == position && in_head)
+#pragma unroll
+        for (int u = 0; u < UNITS; u++) {
+          key[i][u] = *(const uint4*)(new_key + from + u * 8);
+          value[i][u] = *(const uint4*)(new_value + from + u * 8);
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < GROUP; h++) {
+      float q[WIDTH];
+#pragma unroll
+      for (int e = 0; e < WIDTH; e += 4) *(float4*)(q + e) = in_head ? *(const float4*)(query + h * HEAD + from + e) : make_float4(0, 0, 0, 0);
+      float score[TURNS], highest = maximum[h];
+#pragma unroll
+      for (int i = 0; i < TURNS; i++) {
+        const u32* pairs = (const u32*)key[i];
+        float dot = 0.f;
+#pragma unroll
+        for (int e = 0; e < WIDTH / 2; e++) dot += q[2 * e] * low_bf16(pairs[e]) + q[2 * e + 1] * high_bf16(pairs[e]);
+#pragma unroll
+        for (int d = 1; d < LANES; d <<= 1) dot += __shfl_xor_sync(ALL_LANES, dot, d);
+        score[i] = seen[i] ? dot : NEVER;
+        highest = fmaxf(highest, score[i]);
+      }
+#pragma unroll
+      for (int d = LANES; d < 32; d <<= 1) highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, d));
+      const float shrink = power2(maximum[h] - highest);
+      maximum[h] = highest;
+      total[h] *= shrink;
+#pragma unroll
+      for (int e = 0; e < WIDTH; e++) out[h][e] *= shrink;
+#pragma unroll
+      for (int i = 0; i < TURNS; i++) {
+        const float weight = seen[i] ? power2(score[i] - highest) : 0.f;
+        const u32* pairs = (const u32*)value[i];
+        total[h] += weight;
+#pragma unroll
+        for (int e = 0; e < WIDTH / 2; e++) {
+          out[h][2 * e] += weight * low_bf16(pairs[e]);
+          out[h][2 * e + 1] += weight * high_bf16(pairs[e]);
+        }
+      }
+    }
+  }
+
+  // Positions of a warp, then the warps, then the shares.
+#pragma unroll
+  for (int h = 0; h < GROUP; h++) {
+#pragma unroll
+    for (int d = LANES; d < 32; d <<= 1) {
+      total[h] += __shfl_xor_sync(ALL_LANES, total[h], d);
+#pragma unroll
+      for (int e = 0; e < WIDTH; e++) out[h][e] += __shfl_xor_sync(ALL_LANES, out[h][e], d);
+    }
+    if (lane == 0) {
+      warp_max[warp][h] = maximum[h];
+      warp_sum[warp][h] = total[h];
+    }
+  }
+  const u64 head = (u64)row * heads + first_head;
+#pragma unroll
+  for (int h = 0; h < GROUP; h++) {
+    __syncthreads();
+    if (which == 0 && in_head)
+#pragma unroll
+      for (int e = 0; e < WIDTH; e++) warp_out[warp][from + e] = out[h][e];
+    __syncthreads();
+    float highest = NEVER, sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, warp_max[w][h]);
+    float shrink[WARPS];
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+      shrink[w] = power2(warp_max[w][h] - highest);
+      sum += shrink[w] * warp_sum[w][h];
+    }
+    for (int d = thread; d < HEAD; d += THREADS) {
+      float merged = 0.f;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) merged += shrink[w] * warp_out[w][d];
+      if (active == 1) a.out[(head + h) * HEAD + d] = to_bf16(merged / sum);
+      else a.partial[((head + h) * shares + share) * (HEAD + 2) + d] = merged;
+    }
+    if (active > 1 && thread == 0) {
+      a.partial[((head + h) * shares + share) * (HEAD + 2) + HEAD] = highest;
+      a.partial[((head + h) * shares + share) * (HEAD + 2) + HEAD + 1] = sum;
+    }
+  }
+  if (active == 1) return;
+  __threadfence();
+  __syncthreads();
+  if (thread == 0) {
+    is_last = atomicAdd(a.counts + row * gridDim.y + blockIdx.y, 1) == active - 1;
+    if (is_last) a.counts[row * gridDim.y + blockIdx.y] = 0;
+  }
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+  for (int h = 0; h < GROUP; h++) {
+    const volatile float* own = a.partial + (head + h) * shares * (HEAD + 2);
+    float highest = NEVER, sum = 0.f;
+    for (int s = 0; s < active; s++) highest = fmaxf(highest, own[s * (HEAD + 2) + HEAD]);
+    for (int s = 0; s < active; s++) sum += power2(own[s * (HEAD + 2) + HEAD] - highest) * own[s * (HEAD + 2) + HEAD + 1];
+    for (int d = thread; d < HEAD; d += THREADS) {
+      float merged = 0.f;
+      for (int s = 0; s < active; s++) merged += power2(own[s * (HEAD + 2) + HEAD] - highest) * own[s * (HEAD + 2) + d];
+      a.out[(head + h) * HEAD + d] = to_bf16(merged / sum);
+    }
+  }
+}

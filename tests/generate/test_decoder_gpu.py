@@ -1,0 +1,166 @@
+"""The decoder's CUDA step against the plain path of bitsandbytes and PEFT, on the shapes that models have and on odd ones."""
+
+from __future__ import annotations
+
+import contextlib
+
+import bitsandbytes
+import pytest
+import torch
+from peft import PeftModel
+
+from tests.generate.quantised import ALL, Shape, prefix_cache, quantised_llama, with_adapters
+
+pytestmark = pytest.mark.gpu
+SHAPES = {
+    "llama 2 7B": Shape(4096, 32, 32, 128, 11008),
+    "llama 3 8B": Shape(4096, 32, 8, 128, 14336),
+    "tinyllama": Shape(2048, 32, 4, 64, 5632),
+    "smollm2": Shape(576, 9, 3, 64, 1536),
+    "odd blocks": Shape(320, 5, 5, 64, 448),
+    "head 96": Shape(768, 8, 2, 96, 2112),
+    "head 256": Shape(512, 2, 1, 256, 704),
+    "seven to one": Shape(896, 14, 2, 64, 4864),
+}
+ADAPTERS = {"one": (16, ALL), "two": (5, ["q_proj", "v_proj"]), "three": (256, ["o_proj", "up_proj", "down_proj"])}
+
+
+@contextlib.contextmanager
+def answering(model, adapter):
+    if not isinstance(model, PeftModel):
+        yield
+    elif adapter is None:
+        with model.disable_adapter():
+            yield
+    else:
+        model.set_adapter(adapter, inference_mode=True)
+        yield
+
+
+def step_of(model, rows, lengths, adapters):
+    """A step after prompts of these lengths, its input, and the plain path's logits of the same token."""
+    from nybble.generate.decoder.cuda_step import CudaStep, StepInput, pack_model
+    from nybble.generate.decoder.model import read_model
+    from nybble.kernels.cuda.kernels import Kernels
+
+    read = read_model(model)
+    packed = pack_model(read)
+    most = max(lengths) // 64 + 1
+    cache = torch.zeros(
+        len(read.layers), 2, rows * most, read.kv_heads, 64, read.head_size, device="cuda", dtype=torch.bfloat16
+    )
+    order = torch.randperm(rows * most, generator=torch.Generator().manual_seed(1)).view(rows, most)
+    names = list(read.adapters)
+    wanted = []
+    torch.manual_seed(2)
+    tokens = torch.randint(0, read.vocabulary, (rows, max(lengths) + 1), device="cuda")
+    for row, (length, adapter) in enumerate(zip(lengths, adapters, strict=True)):
+        with answering(model, adapter), torch.inference_mode():
+            past = prefix_cache(model, tokens[row : row + 1, :length])
+            for index, layer in enumerate(past.layers):
+                for which, states in enumerate((layer.keys, layer.values)):
+                    padded = torch.nn.functional.pad(states[0], (0, 0, 0, most * 64 - length))
+                    pages = padded.unflatten(1, (most, 64)).transpose(0, 1)
+                    cache[index, which, order[row].cuda()] = pages
+            whole = model(input_ids=tokens[row : row + 1, : length + 1], use_cache=False).logits[0, -1]
+            wanted.append(whole.float())
+    inputs = StepInput(
+        torch.stack([tokens[row, length] for row, length in enumerate(lengths)]),
+        torch.tensor(lengths, dtype=torch.int32, device="cuda"), order.int().cuda(),
+        torch.tensor([-1 if name is None else names.index(name) for name in adapters], dtype=torch.int32, device="cuda"),
+    )  # fmt: skip
+    step = CudaStep(packed, Kernels(torch.device("cuda"), None), inputs, cache, read.rotary_tables(4096))
+    return step, torch.stack(wanted), exact_logits(model, tokens, lengths, adapters)
+
+
+def exact_logits(model, tokens, lengths, adapters):
+    """The same in float32 throughout; the model is left so."""
+    model.float()
+    for layer in model.modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            layer.compute_dtype = layer.weight.quant_state.dtype = torch.float32
+    exact = []
+    for row, (length, adapter) in enumerate(zip(lengths, adapters, strict=True)):
+        with answering(model, adapter), torch.inference_mode():
+            exact.append(model(input_ids=tokens[row : row + 1, : length + 1], use_cache=False).logits[0, -1])
+    return torch.stack(exact)
+
+
+def check(logits, plain, exact):
+    """As near to exact logits as the plain path is; both round to bf16, at different places."""
+    ours, theirs = (1 - torch.cosine_similarity(each.double(), exact.double(), dim=-1) for each in (logits, plain))
+    apart = 1 - torch.cosine_similarity(logits.double(), plain.double(), dim=-1)
+    print(f"ours {ours.max():.2e}, plain {theirs.max():.2e} from exact; {apart.max():.2e} apart")
+    assert ours.max() < 1.1 * theirs.max() + 1e-6
+    assert (logits.norm(dim=-1) / exact.norm(dim=-1) - 1).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 16, 24, 32, 48, 64])
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_are_those_of_the_plain_path(name, rows):
+    model = with_adapters(quantised_llama(SHAPES[name]), ADAPTERS)
+    lengths = [(37 * row) % 300 + 1 for row in range(rows)]
+    adapters = [(None, *ADAPTERS)[row % 4] for row in range(rows)]
+    step, plain, exact = step_of(model, rows, lengths, adapters)
+    with torch.inference_mode():
+        logits = step.run().clone()
+        again = step.run().clone()
+    check(logits, plain, exact)
+    assert torch.equal(logits, again)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_scales_may_be_quantised_or_not_and_a_base_may_stand_alone(nested):
+    model = quantised_llama(SHAPES["smollm2"], nested=nested)
+    step, plain, exact = step_of(model, 5, [1, 63, 64, 65, 1000], [None] * 5)
+    with torch.inference_mode():
+        check(step.run(), plain, exact)
+
+
+@pytest.mark.parametrize("rows, length", [(1, 4000), (2, 1500), (20, 700)])
+def test_long_caches_are_shared_out_and_merged(rows, length):
+    model = with_adapters(quantised_llama(SHAPES["tinyllama"]), {"one": (8, ALL)})
+    step, plain, exact = step_of(model, rows, [length - row for row in range(rows)], ["one"] * rows)
+    with torch.inference_mode():
+        check(step.run(), plain, exact)
+
+
+def test_idle_rows_change_nothing():
+    model = with_adapters(quantised_llama(SHAPES["smollm2"]), {"one": (8, ALL)})
+    step, _, _ = step_of(model, 4, [100, 5, 70, 9], ["one"] * 4)
+    with torch.inference_mode():
+        before = step.run().clone()
+        step.inputs.positions[1] = -1
+        after = step.run()
+    assert torch.equal(before[[0, 2, 3]], after[[0, 2, 3]])
+    assert after[1].isfinite().all()
+
+
+def test_a_graph_replays_the_step():
+    model = with_adapters(quantised_llama(SHAPES["llama 2 7B"]), {"one": (16, ALL)})
+    step, _, _ = step_of(model, 2, [200, 77], ["one"] * 2)
+    with torch.inference_mode():
+        eager = step.run().clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step.run()
+        step.logits.zero_()
+        graph.replay()
+    assert torch.equal(step.logits, eager)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
+def test_every_kernel_compiles_for_every_card(architecture):
+    from nybble.kernels.cuda.compile import cubin
+    from nybble.kernels.cuda.layout import product_layout
+
+    limit = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_120": 99}.get(architecture, 227) * 1024
+    assert cubin("elementwise", architecture, {"ADAPTERS": 2}, None)
+    assert cubin("attention", architecture, {"HEAD": 128, "GROUP": 1, "SUBGROUPS": 1, "ADAPTERS": 1}, None)
+    for rows in (1, 16, 32, 64):
+        assert cubin(
+            "product",
+            architecture,
+            product_layout(rows, 64, limit).defines | {"WEIGHTS": 3, "EXACT": 0, "NESTED": 1, "ADAPTERS": 0},
+            None,
+        )
