@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from nybble.generate.continuous import Continuous
+from nybble.generate.decoder.choice import make_decoder
 from nybble.generate.padded import Padded
 from nybble.generate.request import BusyError, GenerationError, Request, complete
 from nybble.generate.worker import Worker
@@ -24,7 +25,11 @@ def model(peaky_llama):
     return LlamaForCausalLM.from_pretrained(peaky_llama, dtype=torch.float32).eval()
 
 
-@pytest.fixture(params=[Padded, Continuous])
+def decoder(model, pad_id, **options):
+    return make_decoder(model, **options)
+
+
+@pytest.fixture(params=[Padded, Continuous, decoder])
 def make(request, model):
     """Makes a generator of either kind; all are closed in the end.
 

@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from nybble.generate.batching import ActiveRequest
 from nybble.generate.request import Request
-from nybble.generate.sampling import Sampler
+from nybble.generate.sampling import BatchSampler
 
 
 def row(seed=0, **sampling):
@@ -18,7 +18,7 @@ def row(seed=0, **sampling):
 
 
 def drawn(logits, rows):
-    return Sampler(rows, logits.device)(None, logits).argmax(-1).tolist()
+    return BatchSampler(rows, logits.device)(None, logits).argmax(-1).tolist()
 
 
 @pytest.mark.parametrize(
@@ -60,13 +60,15 @@ def test_rows_of_a_batch_are_drawn_as_alone_each_by_its_own_rules():
 def test_each_position_has_its_own_number_and_always_the_same():
     logits = torch.zeros(1, 1000)
 
-    def several(rows, count=20):
-        draw = Sampler(rows, logits.device)
-        return [int(draw(None, logits).argmax()) for _ in range(count)]
+    def several(own, count=20):
+        draw, before = BatchSampler([own], logits.device), len(own.answer_ids)
+        for _ in range(count):
+            own.answer_ids.append(int(draw(None, logits).argmax()))
+        return own.answer_ids[before:]
 
-    first = several([row(9, temperature=1.0)])
+    first = several(row(9, temperature=1.0))
     assert len(set(first)) > 15
-    assert several([row(9, temperature=1.0)]) == first
+    assert several(row(9, temperature=1.0)) == first
     later = row(9, temperature=1.0)
     later.answer_ids = first[:8]
-    assert several([later], 12) == first[8:]
+    assert several(later, 12) == first[8:]

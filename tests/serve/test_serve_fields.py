@@ -22,7 +22,7 @@ from nybble.data.text.template import Template
 from nybble.data.text.tokens import encode
 from nybble.generate.batching import ActiveRequest
 from nybble.generate.request import Request
-from nybble.generate.sampling import Sampler
+from nybble.generate.sampling import BatchSampler
 from nybble.serve.fields import RequestError
 from nybble.serve.loading import load_pipeline
 from nybble.serve.protocol import ChatRequest, CompletionRequest, parse
@@ -306,4 +306,4 @@ def test_whatever_sampling_is_asked_for_a_likely_token_is_drawn(temperature, top
     else:
         sampling = {"temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p}
         row = ActiveRequest(Request([1], 8, None, frozenset(), **sampling), None, 0)
-        assert int(Sampler([row], logits.device)(None, logits).argmax()) in (1, 2)
+        assert int(BatchSampler([row], logits.device)(None, logits).argmax()) in (1, 2)

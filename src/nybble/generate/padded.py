@@ -16,7 +16,7 @@ from nybble.generate.batching import ActiveRequest, GenerationBatch, Scheduler
 from nybble.generate.cache import cache_tokens
 from nybble.generate.pipeline import TokenPipeline
 from nybble.generate.request import GenerationError, Handle, NullObserver, Observer, Request, Sink, check_request
-from nybble.generate.sampling import Sampler, TokenDelivery
+from nybble.generate.sampling import BatchSampler, TokenDelivery
 from nybble.generate.seeds import fresh_seed
 
 log = logging.getLogger("nybble.generate")
@@ -137,7 +137,7 @@ class Padded:
     def _compute(self, batch: GenerationBatch) -> None:
         assert not self.model.training, "the model is in training mode, so dropout would change the answers"
         rows = batch.rows
-        sampler = Sampler(rows, self.pipeline.device)
+        sampler = BatchSampler(rows, self.pipeline.device)
         adapters = [row.request.adapter for row in rows]
         uniform = len(set(adapters)) == 1
         with self._using_adapter(adapters[0]) if uniform else contextlib.nullcontext():

@@ -12,67 +12,85 @@ from nybble.generate.request import NonFiniteLogitsError, Token
 from nybble.generate.seeds import seed_tensor, uniforms
 
 
-class Sampler(LogitsProcessor):  # type: ignore[misc]
-    """Samples for the rows that are not greedy, so that generate's argmax picks the sampled token; keeps the log probabilities
-    for the rows that want them.
+class RowSampler:
+    """Samples one token for each row; the rows' options are copied to the device only when the rows change."""
 
-    The options of the rows are copied to the device once per batch, so no token needs a copy to it.
-    """
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._rows: list[ActiveRequest] = []
+        self._sampled: list[int] = []
+
+    def next_tokens(self, rows: Sequence[ActiveRequest], logits: torch.Tensor) -> list[Token]:
+        """The next token of each row, with log probabilities for the rows that want them.
+
+        A row whose logits are not finite fails; its token means nothing. So does that of a row that has ended.
+
+        Args:
+            rows: the requests; the token comes after their sequences.
+            logits: (rows, vocabulary).
+        """
+        if list(rows) != self._rows:
+            self._read_options(rows)
+        chosen = logits.argmax(-1)
+        if self._sampled:
+            positions = [len(rows[n].request.prompt) + len(rows[n].answer_ids) for n in self._sampled]
+            uniform = uniforms(self._seeds, torch.tensor(positions, device=self.device))
+            chosen[self._indices] = sample(logits[self._indices], self._temperature, uniform, self._filters)
+        # One copy from the device: the tokens, and whether the largest logit is finite (amax returns NaN where there is one).
+        ids, finite = torch.stack((chosen, logits.amax(-1).isfinite().to(chosen.dtype))).tolist()
+        for row, is_finite in zip(rows, finite, strict=True):
+            if not is_finite and not row.ended:
+                row.fail(NonFiniteLogitsError())
+        wanted = any(row.request.logprobs is not None for row in rows if not row.ended)
+        logprobs = logits.log_softmax(-1) if wanted else None
+        return [_token(row, ids[n], None if logprobs is None else logprobs[n]) for n, row in enumerate(rows)]
+
+    def _read_options(self, rows: Sequence[ActiveRequest]) -> None:
+        self._rows = list(rows)
+        self._sampled = [n for n, row in enumerate(rows) if row.request.temperature > 0]
+        requests = [rows[n].request for n in self._sampled]
+        self._indices = torch.tensor(self._sampled, device=self.device, dtype=torch.long)
+        self._temperature = torch.tensor([request.temperature for request in requests], device=self.device)
+        self._seeds = seed_tensor([rows[n].seed for n in self._sampled], self.device)
+        self._filters = None
+        if any(request.top_k or request.top_p < 1 for request in requests):
+            top_k = torch.tensor([min(request.top_k, 2**31) for request in requests], device=self.device)
+            self._filters = top_k, torch.tensor([request.top_p for request in requests], device=self.device)
+
+
+def _token(row: ActiveRequest, chosen: int, logprobs: torch.Tensor | None) -> Token:
+    count = row.request.logprobs
+    if count is None or logprobs is None or row.ended:
+        return Token(chosen)
+    best = logprobs.topk(count) if count else None
+    top = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Token(chosen, float(logprobs[chosen]), top)
+
+
+class BatchSampler(LogitsProcessor):  # type: ignore[misc]
+    """Samples inside generate, so that its argmax picks the sampled token."""
 
     def __init__(self, rows: Sequence[ActiveRequest], device: torch.device) -> None:
-        self.rows = rows
-        self.logprobs: torch.Tensor | None = None
-        sampled = [n for n, row in enumerate(rows) if row.request.temperature > 0]
-        requests = [rows[n].request for n in sampled]
-        self.sampled = torch.tensor(sampled, device=device)
-        self.temperature = torch.tensor([request.temperature for request in requests], device=device)
-        self.top_k = torch.tensor([min(request.top_k, 2**31) for request in requests], device=device)
-        self.top_p = torch.tensor([request.top_p for request in requests], device=device)
-        self.filters = any(request.top_k or request.top_p < 1 for request in requests)
-        self.seeds = seed_tensor([rows[n].seed for n in sampled], device)
-        self.positions = torch.tensor([len(rows[n].sequence) for n in sampled], device=device)
+        self.rows, self.tokens = rows, list[Token]()
+        self._sampler = RowSampler(device)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores (rows, vocabulary) in which the sampled token has the largest."""
-        for n in scores.amax(-1).isfinite().logical_not().nonzero().flatten().tolist():
-            if not self.rows[n].ended:
-                self.rows[n].fail(NonFiniteLogitsError())
-        wanted = any(row.request.logprobs is not None for row in self.rows if not row.ended)
-        self.logprobs = scores.log_softmax(-1) if wanted else None
-        if len(self.sampled):
-            uniform = uniforms(self.seeds, self.positions)
-            filters = (self.top_k, self.top_p) if self.filters else None
-            chosen = sample(scores[self.sampled], self.temperature, uniform, filters)
-            scores = scores.clone()
-            scores[self.sampled, chosen] = torch.inf
-            self.positions = self.positions + 1
-        return scores
-
-    def tokens(self, ids: Sequence[int]) -> list[Token]:
-        """The chosen tokens, with log probabilities for the rows that want them."""
-        return [self._token(n, row, chosen) for n, (row, chosen) in enumerate(zip(self.rows, ids, strict=True))]
-
-    def _token(self, n: int, row: ActiveRequest, chosen: int) -> Token:
-        count = row.request.logprobs
-        if count is None or self.logprobs is None or row.ended:
-            return Token(chosen)
-        logprobs = self.logprobs[n]
-        best = logprobs.topk(count) if count else None
-        top = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return Token(chosen, float(logprobs[chosen]), top)
+        self.tokens = self._sampler.next_tokens(self.rows, scores)
+        chosen = torch.tensor([token.id for token in self.tokens], device=scores.device)
+        return scores.scatter(1, chosen.unsqueeze(1), torch.inf)
 
 
 class TokenDelivery(StoppingCriteria):  # type: ignore[misc]
     """Passes every new token to its row, and tells generate which rows are done."""
 
-    def __init__(self, batch: GenerationBatch, sampler: Sampler) -> None:
+    def __init__(self, batch: GenerationBatch, sampler: BatchSampler) -> None:
         self.batch = batch
         self.sampler = sampler
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         """For each row of input_ids (rows, tokens), whether it is done."""
-        done = self.batch.step(self.sampler.tokens(input_ids[:, -1].tolist()))
-        return torch.tensor(done, device=input_ids.device)
+        return torch.tensor(self.batch.step(self.sampler.tokens), device=input_ids.device)
 
 
 def sample(

@@ -10,6 +10,7 @@ from nybble.chat.loading import load_answerers, load_template
 from nybble.errors import RunError, ServeError
 from nybble.files.paths import default_cache
 from nybble.generate.continuous import Continuous
+from nybble.generate.decoder.choice import make_decoder
 from nybble.generate.padded import PATIENCE, Padded
 from nybble.generate.worker import Worker
 from nybble.model.base.checkpoint import find_checkpoint
@@ -19,6 +20,7 @@ from nybble.recipe import ModelOptions
 from nybble.run.folder import Run
 from nybble.serve.engine import Engine, ServedModel
 from nybble.serve.metrics import Metrics
+from nybble.weights.watched import Ineligible
 
 
 def load_pipeline(
@@ -46,19 +48,54 @@ def pipeline_engine(answerers: dict[str, Answerer], base: str, metrics: Metrics,
     """
     first = next(iter(answerers.values()))
     padded = Padded(first.model, first.tokenizer.pad_token_id, queue=queue, patience=PATIENCE, observer=metrics)
-    positions, rows = padded.positions, padded.vocabulary
-    models = {
-        name: ServedModel(name, answerer.template, positions, base, rows, answerer.adapter, answerer.system)
-        for name, answerer in answerers.items()
-    }
-    models[base] = ServedModel(base, first.template, positions, None, rows)
     together = "share batches" if padded.scheduler.mixes_adapters else "take turns"
     about = (
         "the default, on any device: the Transformers pipeline; requests are batched, "
-        f"and different models ({', '.join(models)}) {together}"
+        f"and different models ({', '.join([*answerers, base])}) {together}"
     )
-    adapters = {name: str(answerer.updates) for name, answerer in answerers.items()}
-    return Engine("pipeline", about, models, adapters, queue, Worker(padded))
+    models = _served_models(answerers, base, padded.positions, padded.vocabulary)
+    return Engine("pipeline", about, models, _changes(answerers), queue, Worker(padded))
+
+
+def load_decoder(
+    runs: Sequence[Run], metrics: Metrics, *, device: str, queue: int, cache: pathlib.Path | None = None
+) -> Engine:
+    """Load the runs' base with an adapter for each, for nybble's own decoder.
+
+    Raises:
+        ServeError: the decoder cannot answer for this model.
+        RunError, ModelError: as `load_pipeline`.
+    """
+    names = run_names(runs)
+    answerers = dict(zip(names, load_answerers(runs, cache, device, dequantise=True), strict=True))
+    first, base = next(iter(answerers.values())), base_name(runs[0], names)
+    kernels = (cache or default_cache()) / "kernels"
+    try:
+        decoder = make_decoder(first.model, queue=queue, observer=metrics, folder=kernels)
+    except Ineligible as why:
+        raise ServeError(f"the engine decoder cannot serve this model: {why}", fix="--engine pipeline") from None
+    about = (
+        f"nybble's own decoder in {decoder.steps.about}; requests join and leave at every token, whichever model they name; "
+        f"the cache holds {decoder.steps.tokens:,} tokens"
+    )
+    models = _served_models(answerers, base, decoder.positions, decoder.vocabulary)
+    return Engine("decoder", about, models, _changes(answerers), queue, Worker(decoder))
+
+
+def _served_models(
+    answerers: dict[str, Answerer], base: str, positions: int, vocabulary: int
+) -> dict[str, ServedModel]:
+    """The runs and their base, by the names that requests choose them by."""
+    first = next(iter(answerers.values()))
+    models = {
+        name: ServedModel(name, own.template, positions, base, vocabulary, own.adapter, own.system)
+        for name, own in answerers.items()
+    }
+    return models | {base: ServedModel(base, first.template, positions, None, vocabulary)}
+
+
+def _changes(answerers: dict[str, Answerer]) -> dict[str, str]:
+    return {name: str(own.updates) for name, own in answerers.items()}
 
 
 def load_continuous(

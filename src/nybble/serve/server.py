@@ -26,7 +26,7 @@ from nybble.serve.app import Limits, make_app
 from nybble.serve.connection import Connection
 from nybble.serve.engine import Engine
 from nybble.serve.guard import KEY, AccessRules, check_open_to
-from nybble.serve.loading import load_continuous, load_pipeline
+from nybble.serve.loading import load_continuous, load_decoder, load_pipeline
 from nybble.serve.metrics import Metrics
 from nybble.serve.vllm import become_vllm
 from nybble.terminal import tell
@@ -35,7 +35,7 @@ CONNECTIONS = 384  # open at once, besides one for each answer that may wait
 GRACE_PERIOD = 3.0  # seconds for clients whose answers were cut off to read why
 UNREAD_TIMEOUT = 120  # seconds after which the kernel closes a connection whose client does not read (Linux)
 MAX_KEY_BYTES = 65536  # read of a key file, even if it has no line break
-ENGINES = ("pipeline", "continuous", "vllm")
+ENGINES = ("pipeline", "decoder", "continuous", "vllm")
 SWITCH_INTERVAL = 0.0002
 """Seconds for which a thread may keep the interpreter while another waits for it; CPython's default is 5 ms. Generation runs
 Python between small kernels, and the thread that sends tokens waits for it. On an H200 a served token took 4 to 13 ms longer than
@@ -153,9 +153,8 @@ def load_engine(
     """
     if (misfit := unmet("serve")) is not None:
         raise ServeError(misfit.what, fix=f"{pip()} install {misfit.requirement}")
-    if name == "continuous":
-        return load_continuous(runs, metrics, device=device, queue=queue, cache=cache)
-    return load_pipeline(runs, metrics, device=device, queue=queue, cache=cache)
+    load = {"pipeline": load_pipeline, "decoder": load_decoder, "continuous": load_continuous}[name]
+    return load(runs, metrics, device=device, queue=queue, cache=cache)
 
 
 def listen(host: str, port: int) -> socket.socket:

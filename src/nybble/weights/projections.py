@@ -131,9 +131,7 @@ def read_named_adapters(parent: Any, names: Sequence[str], adapter: str) -> tupl
     return tuple(found)
 
 
-def _read_named(
-    watched: Watched, name: str, module: Any, base: Any, key: str, output: int, rank: int
-) -> ActiveAdapter:
+def _read_named(watched: Watched, name: str, module: Any, base: Any, key: str, output: int, rank: int) -> ActiveAdapter:
     downs, ups = watched.module(module, "lora_A"), watched.module(module, "lora_B")
     variant = watched.item(module.lora_variant, key)
     if variant is not None:

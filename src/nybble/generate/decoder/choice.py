@@ -18,6 +18,13 @@ from nybble.plan.ledger import kv_cache_bytes_per_token
 from nybble.plan.shapes import ModelShape
 from nybble.weights.watched import Ineligible
 
+try:
+    from nybble.generate.decoder.cuda_steps import SIZES, CudaSteps
+
+    MISSING = ""
+except ImportError as error:  # torch for CPUs does not bring it, and does not need it
+    MISSING = str(error)
+
 SHARE = 0.6  # of the memory that is free, for keys and values
 OLDEST = (8, 0)  # compute capability: bf16 tensor cores and copies beside the computation
 
@@ -53,9 +60,7 @@ def _choose_steps(read: DecoderModel, model: PreTrainedModel | PeftModel, folder
         return PlainSteps(read, tokens)
     if torch.cuda.get_device_capability(read.device) < OLDEST:
         raise Ineligible("the decoder's kernels need a card of compute capability 8.0 or later")
-    try:
-        from nybble.generate.decoder.cuda_steps import SIZES, CudaSteps
-    except ImportError as error:
-        raise Ineligible(f"{error}; pip install cuda-bindings") from error
+    if MISSING:
+        raise Ineligible(f"{MISSING}; pip install cuda-bindings")
     tokens = int(SHARE * device_memory(read.device).free / kv_cache_bytes_per_token(shape, torch.bfloat16.itemsize))
     return CudaSteps(read, min(tokens, SIZES[-1] * read.positions), folder)

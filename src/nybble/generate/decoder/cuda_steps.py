@@ -44,6 +44,8 @@ class CudaSteps:
         Ineligible: something the kernels do not take.
     """
 
+    about = "CUDA kernels, a graph for each number of rows"
+
     def __init__(self, model: DecoderModel, tokens: int, folder: pathlib.Path | None) -> None:
         self.model = model
         self._packed = pack_model(model)

@@ -13,18 +13,18 @@ import torch
 
 from nybble.generate.batching import ActiveRequest
 from nybble.generate.decoder.model import DecoderModel
-from nybble.generate.decoder.sampler import Sampler
 from nybble.generate.decoder.steps import CacheSlot, Steps
 from nybble.generate.request import (
     BusyError,
     GenerationError,
     Handle,
+    NullObserver,
     Observer,
     Request,
     Sink,
-    Unobserved,
     check_request,
 )
+from nybble.generate.sampling import RowSampler
 from nybble.generate.seeds import fresh_seed
 
 log = logging.getLogger("nybble.generate")
@@ -40,7 +40,7 @@ class DecodedRow:
     @property
     def to_compute(self) -> list[int]:
         """Its tokens that are not in the cache yet; one, once the prompt is computed."""
-        return self.active.prompt[self.slot.length :]
+        return self.active.sequence[self.slot.length :]
 
 
 class Decoder:
@@ -58,8 +58,8 @@ class Decoder:
     ) -> None:
         self.vocabulary, self.positions = model.vocabulary, model.positions
         self.adapters = frozenset(model.adapters)
-        self.steps, self.queue, self.observer = steps, queue, observer or Unobserved()
-        self._sampler = Sampler(model.device)
+        self.steps, self.queue, self.observer = steps, queue, observer or NullObserver()
+        self._sampler = RowSampler(model.device)
         self._waiting: deque[ActiveRequest] = deque()
         self._rows: list[DecodedRow] = []
         self._closed = False
@@ -75,7 +75,7 @@ class Decoder:
         """Whether answers can be made."""
         return not self._closed
 
-    def companions(self, *, idle: bool) -> tuple[int, float]:
+    def worth_waiting_for(self, *, idle: bool) -> tuple[int, float]:
         """None: a request joins at any token."""
         return 0, 0.0
 
@@ -118,7 +118,7 @@ class Decoder:
         finally:
             if not whole:  # Ctrl-C, or a defect: nobody is left waiting
                 for row in self._rows:
-                    if not row.active.over:
+                    if not row.active.ended:
                         row.active.fail(GenerationError("generation was stopped"))
             self._leave(time.perf_counter() - began)
         return bool(self.waiting)
@@ -146,8 +146,8 @@ class Decoder:
 
     def _drop_unwanted(self) -> None:
         for active in self._waiting:
-            active.end_unwanted()
-        self._waiting = deque(active for active in self._waiting if not active.over)
+            active.end_if_unwanted()
+        self._waiting = deque(active for active in self._waiting if not active.ended)
 
     def _prefill(self) -> None:
         """Some tokens of the prompts, the oldest first, in one pass; whose prompt is done gets its first token."""
@@ -155,9 +155,9 @@ class Decoder:
         rows: list[DecodedRow] = []
         parts: list[list[int]] = []
         for row in self._rows:
-            row.active.end_unwanted()
+            row.active.end_if_unwanted()
             ids = row.to_compute
-            if not row.active.over and len(ids) > 1 and budget > 0:
+            if not row.active.ended and len(ids) > 1 and budget > 0:
                 rows.append(row)
                 parts.append(ids[:budget])
                 budget -= len(parts[-1])
@@ -183,10 +183,10 @@ class Decoder:
                 self._hand_over([rows[n] for n in done], logits[done])
 
     def _decode(self) -> None:
-        rows = [row for row in self._rows if not row.active.over and len(row.to_compute) == 1]
+        rows = [row for row in self._rows if not row.active.ended and len(row.to_compute) == 1]
         if not rows:
             return
-        self.observer.batch_began(len(rows))
+        self.observer.batch_started(len(rows))
         try:
             logits = self.steps.decode([row.slot for row in rows], [row.to_compute[0] for row in rows])
         except (RuntimeError, ValueError, IndexError) as error:  # torch.OutOfMemoryError is one of the first
@@ -197,18 +197,18 @@ class Decoder:
 
     def _hand_over(self, rows: Sequence[DecodedRow], logits: torch.Tensor) -> None:
         actives = [row.active for row in rows]
-        for active, token in zip(actives, self._sampler.sample(actives, logits), strict=True):
-            if not active.over:
-                active.take(token)
+        for active, token in zip(actives, self._sampler.next_tokens(actives, logits), strict=True):
+            if not active.ended:
+                active.add_token(token)
 
     def _leave(self, seconds: float) -> None:
         """Give back the places of rows that are over."""
-        over = [row for row in self._rows if row.active.over]
+        over = [row for row in self._rows if row.active.ended]
         for row in over:
-            self.steps.release(row.slot, row.active.prompt[: row.slot.length])
+            self.steps.release(row.slot, row.active.sequence[: row.slot.length])
         if over:
             with self._lock:
-                self._rows = [row for row in self._rows if not row.active.over]
+                self._rows = [row for row in self._rows if not row.active.ended]
             self._seconds_a_request = 0.7 * self._seconds_a_request + 0.3 * seconds * len(self._rows or over)
             self._report()
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import linear, rms_norm, silu
 
 from nybble.generate.decoder.model import DecoderModel
-from nybble.kernels import operations
+from nybble.kernels import operations, reference
 from nybble.weights.projections import ActiveAdapter, ProjectionGroup
 from nybble.weights.store import dequantise
 
@@ -119,7 +119,7 @@ class PlainLayers:
             for layer in model.layers
         ]
         self._operations = operations.choose(model.device).operations
-        fused = self._operations is not operations.reference
+        fused = self._operations is not reference
         self._elementwise: Elementwise = FusedElementwise(self._operations) if fused else TorchElementwise()
         self._tables = self._make_tables(model, fused)
         self._buffer = torch.empty(0, dtype=self.dtype, device=model.device)
@@ -160,7 +160,7 @@ class PlainLayers:
 
     @staticmethod
     def _make_tables(model: DecoderModel, fused: bool) -> Rotary:
-        """Cosine and sine of all positions, (positions, size) float32; for torch's functions the first half's sign is in the sine."""
+        """Of all positions, (positions, size) float32; for `TorchElementwise` the first half's sine is negative."""
         cosine, sine = model.rotary_tables(model.positions)
         return torch.cat((cosine, cosine), 1), torch.cat((sine if fused else -sine, sine), 1)
 

@@ -77,6 +77,13 @@ class DecoderModel:
         return cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()
 
 
+class _Reading(Watched):
+    """Reads modules for answers, to which it does not matter what is being trained."""
+
+    def is_trained(self, parameter: torch.nn.Parameter) -> bool:
+        return False
+
+
 def read_model(model: PreTrainedModel | PeftModel) -> DecoderModel:
     """The model with all of its adapters, as they are now.
 
@@ -89,7 +96,7 @@ def read_model(model: PreTrainedModel | PeftModel) -> DecoderModel:
     inner, config = base.model, base.config
     names = tuple(model.peft_config) if isinstance(model, PeftModel) else ()
     _check_outside(base)
-    plain = [describe(layer, Watched()) for layer in inner.layers]
+    plain = [describe(layer, _Reading()) for layer in inner.layers]
     layers = [
         DecoderLayer(
             fused.groups, _read_adapters(layer, names),

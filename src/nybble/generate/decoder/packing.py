@@ -75,7 +75,7 @@ def check_group(group: ProjectionGroup, adapters: Mapping[str, Sequence[ActiveAd
             raise Ineligible(f"weights are quantised in blocks of {weight.blocksize}, not {BLOCK}")
         if weight.outputs % 4:
             raise Ineligible(f"a projection has {weight.outputs} outputs, not a multiple of 4")
-        if not torch.equal(weight.code, first.code):
+        if first.code is None or not torch.equal(weight.code, first.code):
             raise Ineligible("projections of one layer are quantised to different values")
         if (weight.nested is None) != (first.nested is None):
             raise Ineligible("the scales of some projections are quantised, of others not")

@@ -39,6 +39,8 @@ class PlainSteps:
         tokens: that all sequences together may have in the cache.
     """
 
+    about = "plain torch"
+
     def __init__(self, model: DecoderModel, tokens: int) -> None:
         self.model, self.tokens, self.rows, self.chunk = model, tokens, ROWS, CHUNK
         self.layers = PlainLayers(model)

@@ -20,6 +20,8 @@ class CacheSlot(Protocol):
 class Steps(Protocol):
     """A model, its cache, and how both are computed with; for one thread."""
 
+    about: str
+    """What computes, in a few words."""
     rows: int
     """That one call of `decode` takes, at most."""
     chunk: int

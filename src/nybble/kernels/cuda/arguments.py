@@ -18,7 +18,8 @@ class Adapter(ctypes.Structure):
     """common.cuh: one adapter of one projection."""
 
     _fields_ = (
-        ("b", Pointer), ("column", ctypes.c_int), ("rank", ctypes.c_int), ("scale", ctypes.c_float), ("unused", ctypes.c_int),
+        ("b", Pointer), ("column", ctypes.c_int), ("rank", ctypes.c_int), ("scale", ctypes.c_float),
+        ("unused", ctypes.c_int),
     )  # fmt: skip
 
 
@@ -26,23 +27,9 @@ class Parts(ctypes.Structure):
     """common.cuh: the output of a product."""
 
     _fields_ = (
-        ("data", Pointer),
-        ("chunks", ctypes.c_int),
-        ("columns", ctypes.c_int),
-        ("chunk_stride", ctypes.c_uint64),
-    )
-
-
-MAX_ADAPTERS = 16
-
-
-def adapters_of(projections: int) -> type[ctypes.Structure]:
-    """common.cuh: adapters of a group of projections, those of one adapter side by side, and each row's."""
-
-    class Adapters(ctypes.Structure):
-        _fields_ = (
-            ("table", Adapter * (MAX_ADAPTERS * projections)), ("rows", Pointer), ("unused", ctypes.c_uint64),
-        )  # fmt: skip
+        ("data", Pointer), ("chunks", ctypes.c_int), ("columns", ctypes.c_int), ("chunk_stride", ctypes.c_uint64),
+        ("table", Adapter * (MAX_ADAPTERS * projections)), ("rows", Pointer), ("unused", ctypes.c_uint64),
+    )  # fmt: skip
 
     return Adapters
 
@@ -51,8 +38,8 @@ class Weight(ctypes.Structure):
     """product.cu: one projection."""
 
     _fields_ = (
-        ("codes", Pointer), ("scales", Pointer), ("scales2", Pointer), ("offset", Pointer),
-        ("rows", ctypes.c_int), ("first_slab", ctypes.c_int), ("column", ctypes.c_int), ("unused", ctypes.c_int),
+        ("codes", Pointer), ("scales", Pointer), ("scales2", Pointer), ("offset", Pointer), ("rows", ctypes.c_int),
+        ("first_slab", ctypes.c_int), ("column", ctypes.c_int), ("unused", ctypes.c_int),
     )  # fmt: skip
 
 
@@ -60,9 +47,9 @@ class Product(ctypes.Structure):
     """product.cu."""
 
     _fields_ = (
-        ("weights", Weight * 3), ("code", Pointer), ("code2", Pointer), ("below", Pointer), ("x", Pointer), ("squares", Pointer),
-        ("y", Pointer), ("t", Pointer), ("next", Pointer), ("chunk_stride", ctypes.c_uint64), ("quantised_slabs", ctypes.c_int), ("below_slabs", ctypes.c_int),
-        ("m", ctypes.c_int), ("blocks", ctypes.c_int),
+        ("weights", Weight * 3), ("code", Pointer), ("code2", Pointer), ("below", Pointer), ("x", Pointer),
+        ("squares", Pointer), ("y", Pointer), ("t", Pointer), ("next", Pointer), ("chunk_stride", ctypes.c_uint64),
+        ("quantised_slabs", ctypes.c_int), ("below_slabs", ctypes.c_int), ("m", ctypes.c_int), ("blocks", ctypes.c_int),
         ("chunks", ctypes.c_int), ("chunk_blocks", ctypes.c_int), ("columns", ctypes.c_int), ("square_parts", ctypes.c_int),
         ("eps", ctypes.c_float), ("next_lines", ctypes.c_int),
     )  # fmt: skip
@@ -72,8 +59,8 @@ class AddNorm(ctypes.Structure):
     """elementwise.cu."""
 
     _fields_ = (
-        ("residual", Pointer), ("parts", Parts), ("ranks", Parts), ("weight", Pointer), ("out", Pointer), ("squares", Pointer), ("h", ctypes.c_int),
-        ("m", ctypes.c_int), ("adapters", adapters_of(1)),
+        ("residual", Pointer), ("parts", Parts), ("ranks", Parts), ("weight", Pointer), ("out", Pointer),
+        ("squares", Pointer), ("h", ctypes.c_int), ("m", ctypes.c_int), ("adapters", adapters_of(1)),
     )  # fmt: skip
 
 
@@ -81,7 +68,8 @@ class SwiGlu(ctypes.Structure):
     """elementwise.cu."""
 
     _fields_ = (
-        ("parts", Parts), ("ranks", Parts), ("out", Pointer), ("width", ctypes.c_int), ("m", ctypes.c_int), ("adapters", adapters_of(2)),
+        ("parts", Parts), ("ranks", Parts), ("out", Pointer), ("width", ctypes.c_int), ("m", ctypes.c_int),
+        ("adapters", adapters_of(2)),
     )  # fmt: skip
 
 
@@ -89,7 +77,8 @@ class Attention(ctypes.Structure):
     """attention.cu."""
 
     _fields_ = (
-        ("parts", Parts), ("ranks", Parts), ("positions", Pointer), ("pages", Pointer), ("keys", Pointer), ("values", Pointer), ("cosine", Pointer),
-        ("sine", Pointer), ("out", Pointer), ("partial", Pointer), ("counts", Pointer), ("max_pages", ctypes.c_int),
-        ("kv_heads", ctypes.c_int), ("scale", ctypes.c_float), ("unused", ctypes.c_int), ("adapters", adapters_of(3)),
+        ("parts", Parts), ("ranks", Parts), ("positions", Pointer), ("pages", Pointer), ("keys", Pointer),
+        ("values", Pointer), ("cosine", Pointer), ("sine", Pointer), ("out", Pointer), ("partial", Pointer),
+        ("counts", Pointer), ("max_pages", ctypes.c_int), ("kv_heads", ctypes.c_int), ("scale", ctypes.c_float),
+        ("unused", ctypes.c_int), ("adapters", adapters_of(3)),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 
 from cuda.bindings import nvrtc
 
-from nybble.files.places import replacing
+from nybble.files.atomic import replacing
 
 log = logging.getLogger("nybble.kernels")
 OPTIONS = ("--std=c++17", "-default-device", "-diag-suppress=177")  # 177: a constant that one of the files does not use

@@ -13,7 +13,7 @@ import torch
 from nybble.kernels.cuda import arguments
 from nybble.kernels.cuda.arguments import address
 from nybble.kernels.cuda.compile import cubin
-from nybble.kernels.cuda.launch import DEPENDENT_FROM, CudaKernel
+from nybble.kernels.cuda.launch import DEPENDENT_FROM, CudaKernel, shared_limit
 from nybble.kernels.cuda.layout import SLAB, attention_groups, attention_shares, product_layout
 from nybble.kernels.reference import Nested
 
@@ -102,7 +102,7 @@ class Kernels:
         facts = torch.cuda.get_device_properties(device)
         self.device, self.folder = device, folder
         self.multiprocessors = facts.multi_processor_count
-        self.shared_limit = int(facts.shared_memory_per_block_optin)
+        self.shared_limit = shared_limit(device)
         self.architecture = f"sm_{facts.major}{facts.minor}"
         self._dependent = 10 * facts.major + facts.minor >= DEPENDENT_FROM
         self._kernels: dict[tuple[str, str, tuple[tuple[str, int], ...]], CudaKernel] = {}

@@ -57,6 +57,13 @@ class CudaKernel:
         _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
 
 
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block may ask for."""
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(_checked(driver.cuDeviceGetAttribute(attribute, _checked(driver.cuDeviceGet(index)))))
+
+
 def _checked(answer: tuple[Any, ...]) -> Any:
     status, *values = answer
     if status != driver.CUresult.CUDA_SUCCESS:
