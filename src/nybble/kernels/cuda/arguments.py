@@ -28,8 +28,19 @@ class Parts(ctypes.Structure):
 
     _fields_ = (
         ("data", Pointer), ("chunks", ctypes.c_int), ("columns", ctypes.c_int), ("chunk_stride", ctypes.c_uint64),
-        ("table", Adapter * (MAX_ADAPTERS * projections)), ("rows", Pointer), ("unused", ctypes.c_uint64),
     )  # fmt: skip
+
+
+MAX_ADAPTERS = 16
+
+
+def adapters_of(projections: int) -> type[ctypes.Structure]:
+    """common.cuh: adapters of a group of projections, those of one adapter side by side, and each row's."""
+
+    class Adapters(ctypes.Structure):
+        _fields_ = (
+            ("table", Adapter * (MAX_ADAPTERS * projections)), ("rows", Pointer), ("unused", ctypes.c_uint64),
+        )  # fmt: skip
 
     return Adapters
 
