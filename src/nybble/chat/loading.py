@@ -24,7 +24,7 @@ from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer, read_tokenizer
 from nybble.run.folder import Run, open_run, refuse_unfinished
 from nybble.run.identity import check_beginning
-from nybble.weights.on_cpu import dequantise_where_room
+from nybble.weights.on_cpu import dequantise_if_it_fits
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def load_answerers(
             parameter.data = parameter.data.to(dtype)
     model.eval()
     if dequantise:
-        dequantise_where_room(model)
+        dequantise_if_it_fits(model)
     answerers = []
     for run, name, changes in zip(runs, names, updates, strict=True):
         tokenizer, template = load_template(run, checkpoint.folder)
