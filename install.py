@@ -1,7 +1,7 @@
 """Installs this checkout into .venv: python3 install.py [EXTRA ...]. The Makefile calls it too.
 
-Where there is no NVIDIA driver it installs PyTorch's CPU build, which saves gigabytes of CUDA packages. Only the standard
-library is used, and no syntax newer than Python 3.6: a Python that is too old must get as far as being refused.
+Where there is no NVIDIA driver, it installs PyTorch's CPU build, which saves gigabytes of CUDA packages. It uses only the
+standard library and no syntax newer than Python 3.6, so that a Python that is too old gets the message that refuses it.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ def main(extras):
     check_python()
     make_venv()
     install_torch()
-    say("Installing into .venv: a few minutes, in which nothing is shown.")
+    say("Installing into .venv. This takes a few minutes and shows no progress.")
     run([*PIP, *PINS, "-e", f".[{','.join(extras)}]" if extras else "."])
 
 
@@ -35,27 +35,29 @@ def check_python():
         version = "{}.{}.{}".format(*sys.version_info[:3])
         stop(
             f"nybble needs Python {window}; this is Python {version} ({sys.executable})",
-            "use another one: make demo PYTHON=python3.13, or python3.13 install.py",
+            "use another Python: make demo PYTHON=python3.13, or python3.13 install.py",
         )
 
 
 def make_venv():
-    """Make .venv, or keep the one that this version of Python made."""
+    """Make .venv, or keep one that this version of Python made."""
     version = "{}.{}".format(*sys.version_info[:2])
     if PYTHON.is_symlink() or PYTHON.exists():
-        made_by = answer("import sys; print('{}.{}'.format(*sys.version_info[:2]))") or "that is gone"
-        if made_by != version:
-            stop(f".venv was made by a Python {made_by}; this is Python {version}", "rm -rf .venv, then again")
-    if not answer("import pip; print('here')"):
+        made_by = (
+            output_of("import sys; print('Python {}.{}'.format(*sys.version_info[:2]))") or "a Python that is gone"
+        )
+        if made_by != f"Python {version}":
+            stop(f".venv was made by {made_by}; this is Python {version}", "rm -rf .venv, then the same command again")
+    if not output_of("import pip; print('found')"):
         run([sys.executable, "-m", "venv", str(HERE / ".venv")])
 
 
 def install_torch():
-    """Install torch's CPU build where CUDA cannot be used. Elsewhere torch comes with the other packages."""
+    """Install torch's CPU build where CUDA cannot be used. Elsewhere torch is installed with the other packages."""
     pin = re.search(r"^torch==(\S+)", (HERE / "constraints.txt").read_text(), re.MULTILINE).group(1)
-    if answer("import importlib.metadata as m; print(m.version('torch'))").split("+")[0] == pin:
+    if output_of("import importlib.metadata as m; print(m.version('torch'))").split("+")[0] == pin:
         return
-    if platform.system() != "Linux":  # there the package index has no CUDA build
+    if platform.system() != "Linux":  # for which the package index has no CUDA build
         say(f"Installing PyTorch: up to {CPU_GB} GB to download.")
     elif has_nvidia_driver():
         say(f"NVIDIA driver found: installing PyTorch with CUDA, {CUDA_GB} GB to download.")
@@ -63,7 +65,7 @@ def install_torch():
         say(f"No NVIDIA driver: installing PyTorch's CPU build, up to {CPU_GB} GB to download.")
         if not install_cpu_build(f"torch=={pin}+cpu"):
             say("PyTorch's CPU build cannot be reached from here. Installing the default build instead, which includes")
-            say(f"CUDA and also runs without a GPU: {CUDA_GB} GB to download. Ctrl-C stops.")
+            say(f"CUDA and also runs without a GPU: {CUDA_GB} GB to download. Ctrl-C cancels.")
 
 
 def has_nvidia_driver():
@@ -75,14 +77,14 @@ def has_nvidia_driver():
 
 
 def install_cpu_build(build):
-    """Take it from where pip is configured to look, else from PyTorch's own index, which uv knows; False if neither works."""
+    """Take it from where pip is configured to look, else from PyTorch's own index, which uv knows. False if both fail."""
     if succeeds([*PIP, "--no-deps", build]):
         return True
     return succeeds([*PIP, *PINS, "uv"]) and succeeds([*UV, "--no-deps", "--torch-backend", "cpu", build])
 
 
-def answer(code):
-    """What .venv's Python prints; nothing if it fails."""
+def output_of(code):
+    """What .venv's Python prints when it runs this code; empty if it fails."""
     if not PYTHON.exists():
         return ""
     return subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True, check=False).stdout.strip()
@@ -94,7 +96,9 @@ def succeeds(command):
 
 def run(command):
     if subprocess.run(command, cwd=str(HERE), check=False).returncode:
-        stop(f"this command failed, for the reason above: {' '.join(command)}", "once that is solved, the same again")
+        stop(
+            f"this command failed, for the reason above: {' '.join(command)}", "solve that, then the same command again"
+        )
 
 
 def say(line):

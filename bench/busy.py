@@ -1,10 +1,11 @@
-"""What threads cost that wait: training alone and beside busy processes, with each way to wait, in turns on the same cores.
+"""What waiting threads cost: training alone and next to busy processes, with each way to wait, in turns on the same cores.
 
     PYTHONPATH=src python -m bench.busy [--cores 0,1] [--busy 2] [--seconds 5] [--rounds 3]
 
-The model has SmolLM2-135M's shape, random weights in NF4 and nybble's fused layers; a step is 256 tokens. A process a way
-stays loaded and works only while it is measured. Speed is counted in passes through layers, so that a step which takes
-minutes need not end. Prints medians, as tokens/s and as shares: of the library's default alone, and of the same way alone.
+The model has SmolLM2-135M's shape, random weights in NF4 and nybble's fused layers; a step is 256 tokens. There is one
+process for each way to wait; it stays loaded and works only while it is measured. Speed is counted in passes through
+layers, so that a step that takes minutes need not end. Prints medians, as tokens/s and as shares of the library's default
+alone and of the same way alone.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from nybble.recipe import LoraOptions, ModelOptions
 WAYS: dict[str, dict[str, str]] = {"default": {}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}} | {
     f"spin {count:,}": {"GOMP_SPINCOUNT": str(count)} for count in (1_000, 10_000, 30_000, 100_000)
 }
-TOKENS, LAYERS, BACKWARD = 256, 30, 1.5  # a pass backward costs about one and a half forward
+TOKENS, LAYERS, BACKWARD = 256, 30, 1.5  # a backward pass costs about one and a half forward passes
 
 
 def train(folder: str) -> None:
-    """A process that trains for as many seconds as each line of its input says, and answers with tokens/s."""
+    """Train for as many seconds as each line of standard input says, and answer each with tokens/s."""
     silence_libraries()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model_folder = pathlib.Path(folder) / "model"
@@ -53,15 +54,15 @@ def train(folder: str) -> None:
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], 1e-4, fused=True)
     done, deadline = 0.0, float("inf")
 
-    def passed(share: float) -> None:
+    def count(passes: float) -> None:
         nonlocal done
-        done += share
+        done += passes
         if time.perf_counter() > deadline:
             raise TimeoutError
 
     def went_forward(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
-        passed(1)
-        output.register_hook(lambda gradient: passed(BACKWARD))
+        count(1)
+        output.register_hook(lambda gradient: count(BACKWARD))
 
     for layer in model.base_model.model.model.layers:
         layer.register_forward_hook(went_forward)
@@ -87,7 +88,7 @@ def train(folder: str) -> None:
 
 
 def main() -> None:
-    """All ways, loaded one after another, then measured in turns."""
+    """Load a process for each way to wait, one after another, then measure them in turns."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--cores", type=lambda text: {int(core) for core in text.split(",")})
     parser.add_argument("--busy", type=int, default=2)
@@ -102,13 +103,13 @@ def main() -> None:
     loops: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for way, words in WAYS.items():
+            for way, variables in WAYS.items():
                 command = [sys.executable, "-c", "import sys; from bench.busy import train; train(sys.argv[1])", folder]
                 workers[way] = subprocess.Popen(
-                    command, env={**clean, **words}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                    command, env={**clean, **variables}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
                 )
                 if ask(workers[way]) != "ready":
-                    sys.exit(f"the process of {way} failed; see above")
+                    sys.exit(f"the process for {way} failed; see above")
             for _ in range(options.rounds):
                 for busy in (False, True):
                     if busy:
@@ -122,29 +123,29 @@ def main() -> None:
             for process in [*workers.values(), *loops]:
                 end(process)
     cores = sorted(os.sched_getaffinity(0))
-    print(f"{options.rounds} rounds of {options.seconds:g} s on cores {cores}, beside {options.busy} busy processes")
     print(
-        f"{'':14}{'alone':>8}{'of default':>12}{'beside':>10}{'of alone':>10}   tokens/s of each round, alone | beside"
+        f"{options.rounds} rounds of {options.seconds:g} s on cores {cores}; busy: next to {options.busy} busy processes"
     )
-    median = {key: statistics.median(found) for key, found in rates.items()}
+    print(f"{'':14}{'alone':>8}{'of default':>12}{'busy':>10}{'of alone':>10}   tokens/s of each round, alone | busy")
+    median = {key: statistics.median(measured) for key, measured in rates.items()}
     for way in WAYS:
-        alone, beside = median[way, False], median[way, True]
+        alone, beside_busy = median[way, False], median[way, True]
         each = " | ".join(" ".join(f"{rate:.1f}" for rate in rates[way, busy]) for busy in (False, True))
         share = alone / median["default", False]
-        print(f"{way:14}{alone:8.1f}{share:12.1%}{beside:10.1f}{beside / alone:10.1%}   {each}")
+        print(f"{way:14}{alone:8.1f}{share:12.1%}{beside_busy:10.1f}{beside_busy / alone:10.1%}   {each}")
 
 
-def ask(worker: subprocess.Popen[str], words: str = "") -> str:
-    """A line to a worker, and its answer."""
+def ask(worker: subprocess.Popen[str], line: str = "") -> str:
+    """Send a line to a worker and return its answer."""
     assert worker.stdin is not None
     assert worker.stdout is not None
-    worker.stdin.write(words)
+    worker.stdin.write(line)
     worker.stdin.flush()
     return worker.stdout.readline().strip()
 
 
 def end(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
-    """End a process and wait for that."""
+    """Kill a process and wait until it has ended."""
     process.kill()
     process.wait()
 

@@ -1,9 +1,9 @@
-"""Two hundred steps on real weights and rows: the fused path's losses beside the plain path's, and beside another seed's.
+"""Two hundred steps on real weights and rows: the losses of the fused path compared with the plain path's and another seed's.
 
     python -m bench.curve MODEL DATA FOLDER [option=value ...]
 
-Prints, in nats a token: the mean and the largest difference of the training loss between the two paths step by step, the
-same between two seeds (initialisation and order of the rows differ), and the held-out losses of all three.
+Prints, in nats per token: the mean and the largest difference of the training loss between the two paths, step by step; the
+same between two seeds, whose initialisation and order of rows differ; and the held-out losses of all three runs.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from nybble.run.log import read_metrics
 from nybble.training.train import train
 
 
-def losses(folder: pathlib.Path, words: list[str]) -> tuple[list[float], float]:
-    """Training losses by step and the last held-out loss of a run."""
-    run = train(load_recipe(None, [*words, f"out={folder}"]), console=Console(stderr=True))
+def losses(folder: pathlib.Path, options: list[str]) -> tuple[list[float], float]:
+    """Train. Returns the training losses by step and the last held-out loss."""
+    run = train(load_recipe(None, [*options, f"out={folder}"]), console=Console(stderr=True))
     lines = read_metrics(run)
     held_out = [line.eval_loss for line in lines if line.eval_loss is not None]
     return [line.loss for line in lines if line.loss is not None], held_out[-1]
 
 
 def main() -> None:
-    """Three runs, one comparison."""
+    """Train three runs and print the comparison."""
     model, data, folder, *options = sys.argv[1:]
     common = [
         f"model.path={model}", f"data.path={data}", "train.max_steps=200", "train.evaluate_every=200", "train.samples=0",
@@ -39,22 +39,22 @@ def main() -> None:
         "plain": ["engine.fused=false", "train.seed=1"],
         "another seed": ["engine.fused=true", "train.seed=2"],
     }
-    found = {
-        name: losses(pathlib.Path(folder) / name.replace(" ", "-"), [*common, *words]) for name, words in runs.items()
+    results = {
+        name: losses(pathlib.Path(folder) / name.replace(" ", "-"), [*common, *own]) for name, own in runs.items()
     }
 
-    def apart(name: str) -> dict[str, float]:
-        differences = [abs(a - b) for a, b in zip(found["fused"][0], found[name][0], strict=True)]
+    def difference(name: str) -> dict[str, float]:
+        differences = [abs(a - b) for a, b in zip(results["fused"][0], results[name][0], strict=True)]
         return {"mean": round(sum(differences) / len(differences), 5), "largest": round(max(differences), 5)}
 
     print(
         json.dumps(
             {
-                "steps": len(found["fused"][0]),
-                "fused to plain": apart("plain"),
-                "seed to seed": apart("another seed"),
-                "held out": {name: round(own[1], 5) for name, own in found.items()},
-                "first and last loss": [round(found["fused"][0][0], 4), round(found["fused"][0][-1], 4)],
+                "steps": len(results["fused"][0]),
+                "fused to plain": difference("plain"),
+                "seed to seed": difference("another seed"),
+                "held out": {name: round(result[1], 5) for name, result in results.items()},
+                "first and last loss": [round(results["fused"][0][0], 4), round(results["fused"][0][-1], 4)],
             }
         )
     )

@@ -1,4 +1,4 @@
-"""Each kernel beside the same operation compiled by torch, at Llama 2 7B's shapes: time on the device and to launch.
+"""Each kernel compared with the same operation compiled by torch, at Llama 2 7B's shapes: time on the device and to launch.
 
     python -m bench.kernels [tokens ...]
 
@@ -25,12 +25,12 @@ HIDDEN, WIDTH, HEADS, SIZE, VOCABULARY, RANK = 4096, 11008, 32, 128, 32000, 16
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Random ones on the device."""
+    """Random numbers on the device."""
     return torch.randn(shape, device="cuda", dtype=dtype)
 
 
 def operations(tokens: int) -> dict[str, tuple[str, tuple[Any, ...]]]:
-    """Name shown, operation and arguments."""
+    """For each name to show: the operation's name and its arguments."""
     weight = numbers(WIDTH, HIDDEN) * 0.02
     packed, state = bitsandbytes.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     nested = Nested(state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
@@ -47,9 +47,9 @@ def operations(tokens: int) -> dict[str, tuple[str, tuple[Any, ...]]]:
     logits = numbers(1024, VOCABULARY)
     targets = torch.randint(VOCABULARY, (1024,), device="cuda")
     losses = numbers(1024, dtype=torch.float32)
-    room = numbers(WIDTH, HIDDEN + 32)[:, :HIDDEN]
+    buffer = numbers(WIDTH, HIDDEN + 32)[:, :HIDDEN]
     return {
-        "dequantize 11008 x 4096": ("dequantize", (packed, state.absmax, state.code, 64, nested, room)),
+        "dequantize 11008 x 4096": ("dequantize", (packed, state.absmax, state.code, 64, nested, buffer)),
         "pack_adapters q, k, v": ("pack_adapters", (adapters, matrix, 3 * HIDDEN, HIDDEN)),
         "rms_norm": ("rms_norm", (x, norm, 1e-5, wide)),
         "add_rms_norm": ("add_rms_norm", (x, update, norm, 1e-5, total, wide)),
@@ -62,9 +62,9 @@ def operations(tokens: int) -> dict[str, tuple[str, tuple[Any, ...]]]:
     }
 
 
-def timed(function: Callable[..., None], words: tuple[Any, ...]) -> tuple[float, float]:
-    """Microseconds on the device, and of the host for one launch."""
-    call = functools.partial(function, *words)
+def timed(function: Callable[..., None], arguments: tuple[Any, ...]) -> tuple[float, float]:
+    """Microseconds on the device, and on the host for one launch."""
+    call = functools.partial(function, *arguments)
     call()
     device = 1e3 * do_bench(call, warmup=5, rep=30, return_mode="median")
     torch.cuda.synchronize()
@@ -79,9 +79,9 @@ def main() -> None:
     for tokens in [int(word) for word in sys.argv[1:]] or [8192]:
         print(f"{tokens} tokens: {torch.cuda.get_device_name()}, torch {torch.__version__}")
         print(f"{'':28}{'kernel us':>10}{'compiled us':>12}{'ratio':>7}   launch us: kernel, compiled")
-        for shown, (name, words) in operations(tokens).items():
-            ours, our_host = timed(getattr(kernels, name), words)
-            theirs, their_host = timed(torch.compile(getattr(reference, name), dynamic=False), words)
+        for shown, (name, arguments) in operations(tokens).items():
+            ours, our_host = timed(getattr(kernels, name), arguments)
+            theirs, their_host = timed(torch.compile(getattr(reference, name), dynamic=False), arguments)
             print(
                 f"{shown:28}{ours:10.1f}{theirs:12.1f}{theirs / ours:7.2f}{our_host:15.0f}{their_host:8.0f}", flush=True
             )

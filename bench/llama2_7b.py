@@ -3,10 +3,10 @@
     python -m bench.llama2_7b prepare DIR TOKENIZER_DIR        random weights (bfloat16, 13.5 GB) with Llama 2's tokenizer
     python -m bench.llama2_7b train DIR DATA [limit_gb=12] [option=value ...]
 
-`train` runs nybble.train on recipes/llama2-7b-alpaca.yaml with DIR and DATA in place of the Hub's, any option of the
-recipe overridden, and prints one JSON line. Speed and memory do not depend on the values of the weights. limit_gb is
+`train` runs nybble.train on recipes/llama2-7b-alpaca.yaml with DIR and DATA in place of the Hub's. Any option of the recipe
+can be overridden. It prints one JSON line. Speed and memory do not depend on the values of the weights. limit_gb is
 enforced by torch.cuda.set_per_process_memory_fraction: what does not fit fails. The peak is torch.cuda's
-max_memory_reserved in 1e9 bytes, over training, the loaded base included.
+max_memory_reserved in 1e9 bytes over training, including the loaded base.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WARM_UP = 3  # steps left out of the speed: compilation and the allocator's grow
 
 
 def prepare(folder: pathlib.Path, tokenizer: pathlib.Path) -> None:
-    """Write the model unless it is there."""
+    """Write the model unless it exists."""
     if (folder / "config.json").exists():
         return
     config = LlamaConfig(rms_norm_eps=1e-5, max_position_embeddings=4096, pad_token_id=None, dtype=torch.bfloat16)
@@ -49,11 +49,11 @@ def measure(folder: pathlib.Path, data: pathlib.Path, limit_gb: float | None, op
     if limit_gb is not None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(limit_gb * 1e9 / total)
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as scratch:
         fixed = [
             f"model.path={folder}",
             f"data.path={data}",
-            f"out={place}/run",
+            f"out={scratch}/run",
             "data.validation=0",
             "train.max_steps=12",
         ]
@@ -80,16 +80,16 @@ def measure(folder: pathlib.Path, data: pathlib.Path, limit_gb: float | None, op
     }
 
 
-def main(words: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Parse and print."""
-    if not words or words[0] not in ("prepare", "train"):
+    if not arguments or arguments[0] not in ("prepare", "train"):
         sys.exit(__doc__)
-    first, second, *rest = words[1:]
-    if words[0] == "prepare":
+    first, second, *rest = arguments[1:]
+    if arguments[0] == "prepare":
         prepare(pathlib.Path(first), pathlib.Path(second))
         return
-    limits = [float(word.partition("=")[2]) for word in rest if word.startswith("limit_gb=")]
-    options = [word for word in rest if not word.startswith("limit_gb=")]
+    limits = [float(option.partition("=")[2]) for option in rest if option.startswith("limit_gb=")]
+    options = [option for option in rest if not option.startswith("limit_gb=")]
     print(json.dumps(measure(pathlib.Path(first), pathlib.Path(second), limits[0] if limits else None, options)))
 
 

@@ -2,9 +2,10 @@
 
     python -m bench.load URL MODEL [--requests 500] [--at-once 16] [--max-tokens 16] [--alone | --stream]
 
-Asks as so many clients at once, greedily. With --alone each prompt is asked alone first, and every answer is held against
-that: where the two part, the distance between the two likeliest tokens there is measured; `widest_gap` is the largest of these.
-With --stream answers are streamed, and the time to the first token is measured: of one client alone, and the median of all.
+Sends greedy requests from --at-once clients. With --alone, each prompt is first sent alone, and every answer is compared
+with that one: where the two differ, the gap between the two likeliest tokens is measured; `widest_gap` is the largest of
+these. With --stream, answers are streamed, and the time to the first token is measured: for one client alone, and the
+median of all.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 try:
     import httpx
-except ModuleNotFoundError:  # huggingface_hub 2 brings its successor
+except ModuleNotFoundError:  # huggingface_hub 2 installs its successor
     import httpx2 as httpx
 
 PROMPTS = [
@@ -44,12 +45,12 @@ CLIENTS = 16
 
 @functools.cache
 def http() -> httpx.Client:
-    """One client for all: each of httpx.post's own costs 50 ms to make."""
+    """One HTTP client for all requests: httpx.post would make one each time, which takes 50 ms."""
     return httpx.Client(timeout=600, limits=httpx.Limits(max_connections=None))
 
 
 def ask(url: str, model: str, prompt: str, tokens: int, **more: Any) -> dict[str, Any]:
-    """One request; the answer with what it took."""
+    """Send one request. Returns status, seconds and body."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
@@ -63,7 +64,7 @@ def ask(url: str, model: str, prompt: str, tokens: int, **more: Any) -> dict[str
 
 
 def stream(url: str, model: str, prompt: str, tokens: int) -> tuple[float, float, int]:
-    """Seconds to the first token, seconds in all, tokens."""
+    """Send one streaming request. Returns seconds to the first token, seconds in all, and tokens."""
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True,
             "stream_options": {"include_usage": True}}  # fmt: skip
     began, first, made = time.perf_counter(), 0.0, 0
@@ -83,8 +84,8 @@ def metric(url: str, name: str) -> float:
     return sum(float(value) for value in re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE))
 
 
-def parting(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float | None:
-    """Nats between the two likeliest tokens where two answers part; None where they are the same."""
+def gap_at_difference(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float | None:
+    """Nats between the two likeliest tokens where two answers first differ; None if they are the same."""
     for mine, its in zip(one, other, strict=False):
         if mine["bytes"] != its["bytes"]:
             first, second = mine["top_logprobs"][:2]
@@ -93,7 +94,7 @@ def parting(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float | N
 
 
 def load(url: str, model: str, requests: int, at_once: int, max_tokens: int, alone: bool) -> dict[str, Any]:
-    """Ask a server as many clients at once."""
+    """Send requests from several clients at once."""
     detail = {"logprobs": True, "top_logprobs": 2}
 
     def content(answer: dict[str, Any]) -> list[dict[str, Any]]:
@@ -111,7 +112,9 @@ def load(url: str, model: str, requests: int, at_once: int, max_tokens: int, alo
     gaps = [
         gap
         for prompt, answer in zip(asked, answers, strict=True)
-        if alone and answer["status"] == 200 and (gap := parting(content(answer), singles[prompt])) is not None
+        if alone
+        and answer["status"] == 200
+        and (gap := gap_at_difference(content(answer), singles[prompt])) is not None
     ]
     took = sorted(answer["seconds"] for answer in answers)
     return {
@@ -126,8 +129,8 @@ def load(url: str, model: str, requests: int, at_once: int, max_tokens: int, alo
 
 
 def load_streams(url: str, model: str, requests: int, at_once: int, max_tokens: int) -> dict[str, Any]:
-    """Ask a server as many clients at once for streams."""
-    stream(url, model, PROMPTS[0], 8)  # what is loaded at the first request
+    """Send streaming requests from several clients at once."""
+    stream(url, model, PROMPTS[0], 8)  # the first request loads what the others need
     alone = stream(url, model, PROMPTS[0], 8)[0]
     asked = [PROMPTS[number * 7 % len(PROMPTS)] for number in range(requests)]
     began = time.perf_counter()
@@ -151,9 +154,10 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--alone", action="store_true")
     parser.add_argument("--stream", action="store_true")
-    words = parser.parse_args()
-    asked = (words.url, words.model, words.requests, words.at_once, words.max_tokens)
-    print(json.dumps(load_streams(*asked) if words.stream else load(*asked, words.alone), indent=1))
+    given = parser.parse_args()
+    load_options = (given.url, given.model, given.requests, given.at_once, given.max_tokens)
+    result = load_streams(*load_options) if given.stream else load(*load_options, given.alone)
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

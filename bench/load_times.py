@@ -1,14 +1,14 @@
-"""Seconds to load a base from the cache, with its digests checked and without, and what the checks take by themselves.
+"""Seconds to load a base from the cache, with and without checking its digests, and for the checks alone.
 
     python -m bench.load_times model FOLDER [SCRATCH]     a base of your own
     python -m bench.load_times 7b SCRATCH                 random weights of the Llama-2-7B shape; 17.5 GB, and a GPU to make them
     python -m bench.load_times file SCRATCH [GB]          a file of 4 GB in tensors of 20 MB: the check alone
 
-Prints one JSON line. The base is quantised once into a cache in SCRATCH (else in a temporary folder), which is deleted at the
-end; then it is loaded from there with and without the check, three times each (median): `warm` with its file in memory, `cold`
-after the kernel was asked to forget it (posix_fadvise). `check_s` is the digest of every tensor of the copy,
-`remembered_s` a fingerprint of the 16-bit weights from its note, `proven_s` the same with every byte read and held against the
-note's XXH3, `first_s` without a note: SHA-256 and XXH3.
+Prints one JSON line. The base is quantised once into a cache in SCRATCH (default: a temporary folder), which is deleted at
+the end. Then it is loaded from there with and without the check, three times each (median): `warm` with its file in memory,
+`cold` after asking the kernel to drop it from memory (posix_fadvise). `check_s` is the time for the digest of every tensor
+of the copy. The others are for the fingerprint of the 16-bit weights: `first_s` computes SHA-256 and XXH3, `remembered_s`
+uses the digest remembered in the cache, `proven_s` reads every byte and compares it with the remembered XXH3.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from nybble.export.merge.shards import Spec, write_shards
 from nybble.files import digests
 from nybble.files.cache import Entry
 from nybble.model.base import bits
-from nybble.model.base.cached import find_kept
+from nybble.model.base.cached import find_copy
 from nybble.model.base.checkpoint import Checkpoint, find_checkpoint, fingerprint
 from nybble.model.base.load import load_base
 from nybble.model.device import choose_device, choose_dtype
@@ -45,7 +45,7 @@ ROW = 1 << 20  # numbers in a row of the file's tensors, in bytes
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long something takes, the device's queue included; its result is freed before."""
+    """How long something takes, including the device's queue. The previous result is freed before."""
     gc.collect()
     began = time.perf_counter()
     result = work()
@@ -57,7 +57,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def median(work: Callable[[], object], before: Callable[[], None] = lambda: None) -> float:
-    """Of three times."""
+    """The median of three times."""
     times = []
     for _ in range(ROUNDS):
         before()
@@ -76,7 +76,7 @@ def forget(folder: pathlib.Path) -> None:
 
 
 def measure_model(folder: pathlib.Path, scratch: pathlib.Path) -> dict[str, object]:
-    """A base's times."""
+    """Measure a base."""
     device = choose_device("auto")
     dtype, _ = choose_dtype("auto", device)
     checkpoint, options, cache = find_checkpoint(str(folder)), ModelOptions(path=str(folder)), scratch / "cache"
@@ -87,18 +87,18 @@ def measure_model(folder: pathlib.Path, scratch: pathlib.Path) -> dict[str, obje
     first = seconds(lambda: fingerprint(checkpoint, cache))
     quantised = seconds(load)
     (entry,) = (cache / "base").iterdir()
-    facts = find_kept(entry).facts
+    facts = find_copy(entry).facts
 
     def without() -> object:
-        with mock.patch("nybble.model.base.load.find_kept", lambda place: Entry(place, facts)):
+        with mock.patch("nybble.model.base.load.find_copy", lambda folder: Entry(folder, facts)):
             return load()
 
-    seconds(without)  # what is loaded and compiled the first time
+    seconds(without)  # the first time loads and compiles what the others need
     size = sum(file.stat().st_size for file in entry.iterdir())
     times = {"warm_checked_s": median(load), "warm_unchecked_s": median(without)}
     cold = lambda: forget(entry)  # noqa: E731
     times |= {"cold_checked_s": median(load, cold), "cold_unchecked_s": median(without, cold)}
-    check = median(lambda: find_kept(entry))
+    check = median(lambda: find_copy(entry))
     own = load_base(checkpoint, options, dtype, device, cache).bits
     return {
         "same_bits_again": load_base(checkpoint, options, dtype, device, scratch / "another").bits == own,
@@ -108,7 +108,7 @@ def measure_model(folder: pathlib.Path, scratch: pathlib.Path) -> dict[str, obje
 
 
 def fingerprints(checkpoint: Checkpoint, cache: pathlib.Path, first: float) -> dict[str, float]:
-    """Times of the 16-bit weights' digests."""
+    """Measure the digests of the 16-bit weights."""
     size = sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors"))
     return {
         "weights_gb": round(size / 1e9, 3),
@@ -119,7 +119,7 @@ def fingerprints(checkpoint: Checkpoint, cache: pathlib.Path, first: float) -> d
 
 
 def measure_file(scratch: pathlib.Path, size: float) -> dict[str, object]:
-    """The check of a file without a model around it."""
+    """Measure the check of a file that belongs to no model."""
     count = round(size * 1e9 / (20 * ROW))
     specs = [Spec(f"tensor.{number}", (20, ROW), torch.uint8) for number in range(count)]
     block = torch.randint(0, 256, (20, ROW), dtype=torch.uint8)
@@ -139,30 +139,30 @@ def measure_file(scratch: pathlib.Path, size: float) -> dict[str, object]:
     }  # fmt: skip
 
 
-def main(words: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Parse and print."""
-    if len(words) < 2 or words[0] not in ("model", "7b", "file"):
+    if len(arguments) < 2 or arguments[0] not in ("model", "7b", "file"):
         sys.exit(__doc__)
-    kind, place, *rest = words
-    under = rest[0] if kind == "model" and rest else None if kind == "model" else place
-    if under is not None:
-        pathlib.Path(under).mkdir(parents=True, exist_ok=True)
-    scratch = pathlib.Path(tempfile.mkdtemp(prefix="load-times-", dir=under))
+    kind, folder, *rest = arguments
+    parent = rest[0] if kind == "model" and rest else None if kind == "model" else folder
+    if parent is not None:
+        pathlib.Path(parent).mkdir(parents=True, exist_ok=True)
+    scratch = pathlib.Path(tempfile.mkdtemp(prefix="load-times-", dir=parent))
     try:
         if kind == "file":
-            found = measure_file(scratch, float(rest[0]) if rest else 4.0)
+            result = measure_file(scratch, float(rest[0]) if rest else 4.0)
         elif kind == "7b":
             (scratch / "no-tokenizer").mkdir()
             prepare(scratch / "model", scratch / "no-tokenizer")
-            found = measure_model(scratch / "model", scratch)
+            result = measure_model(scratch / "model", scratch)
         else:
-            found = measure_model(pathlib.Path(place), scratch)
+            result = measure_model(pathlib.Path(folder), scratch)
     finally:
         shutil.rmtree(scratch)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     about = {"kind": kind, "device": device, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    print(json.dumps({**about, **found, "versions": versions(), "date": now}))
+    print(json.dumps({**about, **result, "versions": versions(), "date": now}))
 
 
 if __name__ == "__main__":

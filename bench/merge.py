@@ -2,11 +2,11 @@
 
     python -m bench.merge FOLDER [key=value ...]
 
-makes in FOLDER a random 16-bit checkpoint in shards of 5 GB, its NF4 copy with double quantisation as bitsandbytes saves it, and
-a random adapter of rank 16 on all linear layers (18 GB in all; /dev/shm will do); merges both bases one after the other, each in
-a process of its own, deletes what it wrote, and prints one JSON line. key=value changes the shape: num_hidden_layers=80. Peaks
-are RssAnon of /proc/self/status, sampled every 5 ms while merging: memory that no file stands behind. Values repeat from layer to
-layer, which neither memory nor time depends on.
+This makes in FOLDER a random 16-bit checkpoint in shards of 5 GB, its NF4 copy with double quantisation as bitsandbytes
+saves it, and a random adapter of rank 16 on all linear layers (18 GB in all; /dev/shm is fine). It merges both bases one
+after the other, each in a process of its own, deletes the merged models, and prints one JSON line. key=value changes the
+shape, for example num_hidden_layers=80. Peaks are RssAnon of /proc/self/status, memory without a file behind it, sampled
+every 5 ms while merging. The values repeat from layer to layer; memory and time do not depend on them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ INTERVAL = 0.005  # seconds between samples
 
 
 class PeakAnon:
-    """The most anonymous memory of this process between `with` and its end, and what it had before, in bytes."""
+    """The largest anonymous memory of this process within a `with` block, and the memory before it, in bytes."""
 
     def __enter__(self) -> Self:
         self.before = self.bytes = anonymous()
@@ -144,7 +144,7 @@ def merge_one(folder: pathlib.Path, base: str) -> dict[str, Any]:
 
 
 def measure(folder: pathlib.Path, shape: Mapping[str, int]) -> dict[str, Any]:
-    """Make the checkpoint unless it is there, and merge it twice."""
+    """Make the checkpoint unless it exists, and merge it twice."""
     if not (folder / "adapter" / "adapter_model.safetensors").exists():
         make_checkpoint(folder, shape)
     rows = [_child(folder, base) for base in ("original", "dequantised")]
@@ -161,16 +161,16 @@ def measure(folder: pathlib.Path, shape: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _child(folder: pathlib.Path, base: str) -> dict[str, Any]:
-    words = [sys.executable, "-m", "bench.merge", str(folder), f"merge={base}"]
-    found: dict[str, Any] = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
-    return found
+    command = [sys.executable, "-m", "bench.merge", str(folder), f"merge={base}"]
+    result: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return result
 
 
-def main(words: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Parse and print."""
-    if not words or "=" in words[0]:
+    if not arguments or "=" in arguments[0]:
         sys.exit(__doc__)
-    folder, options = pathlib.Path(words[0]), dict(_pairs(words[1:]))
+    folder, options = pathlib.Path(arguments[0]), dict(_pairs(arguments[1:]))
     if base := options.pop("merge", None):
         print(json.dumps(merge_one(folder, base)))
         return
@@ -178,11 +178,11 @@ def main(words: list[str]) -> None:
     print(json.dumps(measure(folder, shape)))
 
 
-def _pairs(words: list[str]) -> Iterator[tuple[str, str]]:
-    for word in words:
-        key, equals, value = word.partition("=")
+def _pairs(options: list[str]) -> Iterator[tuple[str, str]]:
+    for option in options:
+        key, equals, value = option.partition("=")
         if not equals or key not in (*LLAMA2_7B, "merge"):
-            sys.exit(f"{word!r}: a shape is one of {', '.join(LLAMA2_7B)}, as key=value")
+            sys.exit(f"{option!r}: the options of the shape are {', '.join(LLAMA2_7B)}, as key=value")
         yield key, value
 
 

@@ -1,8 +1,8 @@
-"""Seconds to make a prompt of a conversation of many one-letter messages, with a model's own template.
+"""Seconds to make the prompt of a conversation of many one-letter messages, with a model's own template.
 
     python -m bench.messages MODEL_FOLDER
 
-Prints a line for each number of messages: the median of five, each with a template that has kept nothing.
+Prints one line per number of messages: the median of five times, each with a new template that has cached nothing.
 """
 
 from __future__ import annotations

@@ -4,48 +4,52 @@
     python -m bench.quality run MODEL DATA_DIR RESULTS.jsonl [--minutes 9] [--side-by-side 6] [--cache DIR]
     python -m bench.quality report RESULTS.jsonl [--picture FILE.png]
 
-`run` does as much as fits into its minutes and says what is left; called again, it goes on. RESULTS.jsonl has a line for each
-finished run; a run that was cut off is done anew. `report` prints the tables and the verdict in Markdown.
+`run` finishes as many runs as it can in its minutes and says what is left; called again, it continues. RESULTS.jsonl has
+one line per finished run; a run that was cut off is done again. `report` prints the tables and the verdict in Markdown.
 
 Methods: LoRA (r 16, alpha 32) on a bfloat16 base, all linear layers; QLoRA NF4 (double quantisation), all linear layers;
-QLoRA NF4, q_proj and v_proj; full fine-tuning in bf16 mixed precision, as Trainer's bf16=True has it: float32 master
-weights, bfloat16 autocast, measured with the weights rounded to bfloat16. One optimiser for all, torch's AdamW with
-float32 states, no weight decay; cosine schedule, 3% warm-up, 300 steps of 16 rows, rows up to 512 tokens, not packed
-and no gradient checkpointing. LoRA and QLoRA run through the fused engine, full fine-tuning through Transformers' own forward.
+QLoRA NF4, q_proj and v_proj; full fine-tuning in bf16 mixed precision, like Trainer's bf16=True: float32 master weights and
+bfloat16 autocast, measured with the weights rounded to bfloat16. All use one optimiser, torch's AdamW with float32 states
+and no weight decay, with a cosine schedule, 3% warm-up, and 300 steps of 16 rows. Rows have up to 512 tokens and are not
+packed; there is no gradient checkpointing. LoRA and QLoRA run through the fused engine, full fine-tuning through
+Transformers' own forward.
 
-Pairs: for a seed all methods see the same rows in the same order, and an adapter of a module begins with the same numbers
-in every method that has it. Each result carries digests of both, and `report` refuses results whose digests differ.
+Pairs: with the same seed, all methods see the same rows in the same order, and the adapter of a module starts with the same
+numbers in every method that has it. Each result carries digests of both, and `report` refuses results whose digests differ.
 
-Rates: on a ladder of 1 and 3 times powers of ten, on seed 0, by the loss on the development split; four rates at first,
-then the best one's neighbours until both were tried. Seeds 1 to 5 then train at that rate and are measured on the
-test split, which no choice has seen. GSM8K: its test file, and 500 of its training rows for development. instruct_mix: 600
-and 300 of its rows. No prompt stands in two splits.
+Rates: candidates are 1 and 3 times powers of ten, tried with seed 0 by the loss on the development split; four rates at
+first, then the neighbours of the best one until both were tried. Seeds 1 to 5 then train at that rate and are measured on
+the test split, which no choice has seen. For GSM8K these are its test file, and 500 of its training rows for development;
+for instruct_mix, 600 and 300 of its rows. No prompt occurs in two splits.
 
 The claim, fixed before any result: the held-out loss of QLoRA (NF4, all linear) is equivalent to 16-bit LoRA's within
-MARGIN = 0.01 nats a token, on both data sets (no correction: both must hold). The test: the loss of a method is the sum of
-its nats over all trained tokens of the test split, and over all seeds, divided by their number; D is QLoRA's minus LoRA's.
-With S seeds and N rows, d[s,i] the paired difference in nats of row i under seed s and t[i] its tokens, T their sum:
+MARGIN = 0.01 nats per token, on both data sets (without correction: both must hold). The test: the loss of a method is the
+sum of its nats over all trained tokens of the test split and over all seeds, divided by the number of these tokens; D is
+QLoRA's minus LoRA's. With S seeds and N rows, d[s,i] is the paired difference in nats of row i under seed s, t[i] its
+tokens, and T their sum:
 
     D[s] = sum_i d[s,i] / T         D = mean_s D[s]         e[i] = (mean_s d[s,i] - D t[i]) N / T
     v_seeds = variance_s(D[s]) / S          v_rows = variance_i(e[i]) / N         se = sqrt(v_seeds + v_rows)
     df = (v_seeds + v_rows)^2 / (v_seeds^2 / (S - 1) + v_rows^2 / (N - 1))         (Satterthwaite)
 
-Seeds and rows are both random, so the claim is for other seeds and other rows of the kind (v_seeds + v_rows counts their
-interaction twice, which errs on the careful side). Two one-sided t-tests at 5% each, H0: D <= -MARGIN and H0: D >= MARGIN;
-equivalent where both are rejected, that is where the 90% interval D +- t(0.95, df) se lies inside (-MARGIN, MARGIN).
-Shown to differ where it lies outside altogether, else open. Whatever comes out is shown at 135M parameters, not at 7B.
+Seeds and rows are both random, so the claim is about other seeds and other rows of the same kind (v_seeds + v_rows counts
+their interaction twice, which errs on the careful side). There are two one-sided t-tests at 5% each, H0: D <= -MARGIN and
+H0: D >= MARGIN. The verdict is "equivalent" if both are rejected, that is, if the 90% interval D +- t(0.95, df) se lies
+inside (-MARGIN, MARGIN). It is "different" if the interval lies entirely outside, and "open" otherwise. Every verdict is
+about 135M parameters, not about 7B.
 
-The weights come from a GGUF file in Q4_1, so the 16-bit base is one that was rounded to 4 bits once already (in blocks of 32,
-levels evenly spaced); NF4 rounds it again. That may make NF4's error smaller or larger than on weights never rounded.
+The weights come from a GGUF file in Q4_1, so the 16-bit base was already rounded to 4 bits once (in blocks of 32, with
+evenly spaced levels); NF4 rounds it again. That may make NF4's error smaller or larger than on weights that were never
+rounded.
 
-How long it takes: 2 data sets x 4 methods x (4 to 6 rates + 5 seeds) = 72 to 88 runs, and 4 untrained ones. A step is 16 rows,
-3,500 tokens of GSM8K: 2.8 TFLOP, about 20 ms of an H200's kernels at this width, but over 3,000 launches, for which the
-host needs 60 to 100 ms (docs/benchmarks.md: 3,127 launches for 32 layers; the plain path with checkpointing and 4-bit
-weights took 161 s for 150 such steps and all around them). So a run of 300 steps is 20 to 30 s, and with loading, held-out
-loss and 500 answers (256 tokens at 40 ms) up to 45 s alone. As the host is what is waited for, several runs share the card:
-six side by side take 120 ms of kernels for a step of each, and finish 88 runs of 45 s in 17 minutes if sharing gains
-a factor of 4, in 25 if it gains 2.7. Peak memory is a process's own. Seconds are told, but compare nothing: runs share
-card and host.
+Time: 2 data sets x 4 methods x (4 to 6 rates + 5 seeds) = 72 to 88 runs, and 4 untrained ones. A step is 16 rows, 3,500
+tokens of GSM8K: 2.8 TFLOP, about 20 ms of an H200's kernels at this width, but over 3,000 launches, for which the host
+needs 60 to 100 ms (docs/benchmarks.md: 3,128 launches for 32 layers; the plain path with checkpointing and 4-bit weights
+took 161 s for 150 such steps and everything around them). So a run of 300 steps is 20 to 30 s, and with loading, held-out
+loss and 500 answers (256 tokens at 40 ms) up to 45 s alone. Since the host is the bottleneck, several runs share the card:
+six side by side take 120 ms of kernels for a step of each, and finish 88 runs of 45 s in 17 minutes if sharing gains a
+factor of 4, in 25 if it gains 2.7. Peak memory is that of each process. Seconds are printed, but are no basis for a
+comparison, since runs share card and host.
 """
 
 from __future__ import annotations
@@ -70,29 +74,28 @@ import transformers
 from datasets.utils.logging import disable_progress_bar
 
 from bench.quality_report import draw, report
-from bench.quality_run import METHODS, TASKS, Run, Setup, one_run, tokens_of, write_splits
+from bench.quality_run import one_run
+from bench.quality_setup import METHODS, TASKS, Run, Setup, tokens_of, write_splits
 from nybble.errors import NybbleError
 from nybble.files.paths import default_cache
 from nybble.model.device import grow_segments
 from nybble.model.tokenizer.load import load_tokenizer
 
 FIRST = {"full": range(-10, -6), "lora": range(-7, -3), "qlora": range(-7, -3), "qlora-qv": range(-7, -3)}
-"""Steps of the ladder that are tried first: 1e-5 to 3e-4, and 3e-4 to 1e-2."""
-TUNED_ON = 0  # the seed; the others are reported
-GUESS = 90.0  # seconds of a run before one was seen
-LONGER, RECENT = (
-    1.3,
-    8,
-)  # a run may take so many times the longest of the last ones of its kind: the first compile kernels
+"""Steps of the ladder of rates that are tried first: 1e-5 to 3e-4, and 3e-4 to 1e-2."""
+TUNED_ON = 0  # the seed for tuning; the others are reported
+GUESS = 90.0  # seconds of a run before the first one was measured
+# A run is expected to take at most LONGER times the longest of the RECENT last ones of its kind: the first ones compile kernels.
+LONGER, RECENT = 1.3, 8
 
 
 def rate_of(step: int) -> float:
-    """The ladder: 0 is 1, -1 is 0.3, -2 is 0.1 and so on, written as their decimals."""
+    """The rate at a step of the ladder: 0 is 1, -1 is 0.3, -2 is 0.1 and so on."""
     return float(f"{(1, 3)[step % 2]}e{step // 2}")
 
 
 def next_rates(losses: dict[int, float], first: Sequence[int]) -> list[int]:
-    """Steps of the ladder still to be tried: the first ones, then the best one's neighbours; none when both were."""
+    """Steps of the ladder still to be tried: the first ones, then the neighbours of the best one; none once both were tried."""
     missing = [step for step in first if step not in losses]
     if missing:
         return missing
@@ -101,7 +104,7 @@ def next_rates(losses: dict[int, float], first: Sequence[int]) -> list[int]:
 
 
 def best_rate(losses: dict[int, float]) -> int:
-    """The step with the least loss; of equal ones the lower."""
+    """The step with the lowest loss; of equal ones the lower step."""
     return min(sorted(losses), key=lambda step: losses[step])
 
 
@@ -116,7 +119,7 @@ def tuning_losses(results: list[dict[str, Any]], data: str, method: str) -> dict
 
 
 def pending(results: list[dict[str, Any]], setup: Setup) -> tuple[list[Run], int]:
-    """Runs that can be started now, and how many more will follow them at least: what is tuned decides what comes next."""
+    """Runs that can start now, and the least number of runs that will follow: tuning decides which."""
     done = {Run(*(row[field.name] for field in dataclasses.fields(Run))) for row in results}
     tuning, testing, later = [], [], 0
     for data in TASKS:
@@ -143,23 +146,23 @@ class Worker:
     started: float = field(default_factory=time.monotonic)
 
     def give(self, run: Run) -> None:
-        """Its next run."""
+        """Give the worker its next run."""
         self.run, self.started = run, time.monotonic()
         self.pipe.send(run)
 
 
 def start_worker(setup: Setup, model: pathlib.Path, folder: pathlib.Path) -> Worker:
-    """In a fresh interpreter: a card's state does not survive a fork."""
+    """Start a worker in a new interpreter, since CUDA's state does not survive a fork."""
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, setup, model, folder), daemon=True)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, setup, model, folder), daemon=True)
     process.start()
-    there.close()
-    return Worker(process, here)
+    theirs.close()
+    return Worker(process, ours)
 
 
 def serve(pipe: Connection, setup: Setup, model: pathlib.Path, folder: pathlib.Path) -> None:
-    """A worker's life: a run comes, its result goes, until the pipe closes."""
+    """A worker's loop: receive a run, send its result, until the pipe closes."""
     quiet()
     if torch.cuda.is_available():
         grow_segments()
@@ -172,18 +175,18 @@ def serve(pipe: Connection, setup: Setup, model: pathlib.Path, folder: pathlib.P
             pipe.send(one_run(run, setup, model, folder))
         except (NybbleError, RuntimeError, AssertionError, OSError):
             traceback.print_exc()
-            return  # and with it the pipe: the run has failed
+            return  # closes the pipe, which tells the parent that the run failed
 
 
 def quiet() -> None:
-    """No progress bars of six processes at once."""
+    """Switch off progress bars, since several processes share the terminal."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     disable_progress_bar()
 
 
-class Sitting:
-    """One call of `run`: workers, what is done, and the time there is."""
+class Session:
+    """One call of `run`: its workers, results and deadline."""
 
     def __init__(
         self,
@@ -203,17 +206,17 @@ class Sitting:
         self.start = lambda: start_worker(setup, model, folder)
 
     def work(self) -> None:
-        """Until nothing is left or the time is over."""
+        """Run until nothing is left or the time is over."""
         try:
-            while self.hand_out() and (left := self.deadline - time.monotonic()) > 0:
+            while self.assign() and (left := self.deadline - time.monotonic()) > 0:
                 for pipe in wait([worker.pipe for worker in self.workers if worker.run], timeout=left):
                     self.take(next(worker for worker in self.workers if worker.pipe is pipe))
         finally:
             for worker in self.workers:
                 worker.process.kill()
 
-    def hand_out(self) -> bool:
-        """Give runs to whoever is idle; whether anybody is at work."""
+    def assign(self) -> bool:
+        """Give runs to idle workers. Returns whether any worker is busy."""
         busy = {worker.run for worker in self.workers if worker.run}
         runs, _ = pending(self.results, self.setup)
         fitting = [run for run in runs if run not in busy | self.failed and self.fits(run)]
@@ -225,12 +228,12 @@ class Sitting:
         return any(worker.run for worker in self.workers)
 
     def fits(self, run: Run) -> bool:
-        """Whether a run would end in time, as far as one can see."""
+        """Whether a run is expected to end before the deadline."""
         alike = [row["seconds"] for row in self.results if (row["data"], row["stage"]) == (run.data, run.stage)]
         return time.monotonic() + LONGER * max(alike[-RECENT:], default=GUESS) < self.deadline
 
     def take(self, worker: Worker) -> None:
-        """A result, written at once; or a worker that is gone, and its run with it."""
+        """Receive a result and write it at once. If the worker has died, its run has failed."""
         run = worker.run
         assert run is not None
         try:
@@ -245,19 +248,19 @@ class Sitting:
         with self.file.open("a") as out:
             out.write(json.dumps(line) + "\n")
         self.results.append(line)
-        say(f"{time.monotonic() - self.began:5.0f} s  {told(line)}; {self.left()}")
+        say(f"{time.monotonic() - self.began:5.0f} s  {described(line)}; {self.left()}")
 
     def left(self) -> str:
-        """Runs and minutes."""
+        """How many runs and minutes are left."""
         runs, later = pending(self.results, self.setup)
         count = len(runs) + later
         seconds = [row["seconds"] for row in self.results] or [GUESS]
         minutes = count * sum(seconds) / len(seconds) / self.side_by_side / 60
-        return f"{count} runs left{' at least' if later else ''}, about {minutes:.0f} minutes"
+        return f"{'at least ' if later else ''}{count} runs left, about {minutes:.0f} minutes"
 
 
-def told(row: dict[str, Any]) -> str:
-    """A result in a line."""
+def described(row: dict[str, Any]) -> str:
+    """A result in one line."""
     right = f", {sum(row['right'])} of {len(row['right'])} right" if "right" in row else ""
     loss = "diverged" if row["loss"] is None else f"{row['loss']:.4f}"
     memory = f", {row['peak_GB']:.2f} GB" if row.get("peak_GB") else ""
@@ -266,12 +269,12 @@ def told(row: dict[str, Any]) -> str:
 
 
 def say(text: str) -> None:
-    """At once, also into a file."""
+    """Print at once, also when the output goes into a file."""
     print(text, flush=True)
 
 
 def read_results(file: pathlib.Path, setup: Setup | None) -> list[dict[str, Any]]:
-    """Finished runs; half a line at the end, from a call that was killed while writing, is cut away."""
+    """Finished runs. An incomplete last line, from a call that was killed while writing, is removed from the file."""
     if not file.exists():
         return []
     text = file.read_text()
@@ -281,24 +284,24 @@ def read_results(file: pathlib.Path, setup: Setup | None) -> list[dict[str, Any]
     results = [json.loads(line) for line in whole.splitlines()]
     others = [row for row in results if setup is not None and row["setup"] != asdict(setup)]
     if others:
-        sys.exit(f"{file} holds runs of another setup: {others[0]['setup']}, not {asdict(setup)}")  # type: ignore[arg-type]
+        sys.exit(f"{file} contains runs of another setup: {others[0]['setup']}, not {asdict(setup)}")  # type: ignore[arg-type]
     return results
 
 
 def prepare_all(setup: Setup, model: pathlib.Path, data: pathlib.Path, folder: pathlib.Path) -> Iterator[str]:
-    """Write the splits and tokenise them once, before the workers ask for them; what each holds."""
+    """Write the splits and tokenise them once, before the workers need them. Yields a description of each."""
     write_splits(data, folder)
     tokenizer = load_tokenizer(model)
     for name in TASKS:
         for split in ("train", "development", "test"):
             rows = tokens_of(name, split, setup, tokenizer, folder)
             lengths = rows.train["length"]
-            yield f"{name} {split}: {len(lengths)} rows, {sum(lengths) / len(lengths):.0f} tokens each"
+            yield f"{name} {split}: {len(lengths)} rows, {sum(lengths) / len(lengths):.0f} tokens each on average"
 
 
-def setup_of(words: list[str]) -> Setup:
-    """The setup with changes, name=number each: for trials."""
-    return Setup(**{name: int(value) for name, value in (word.split("=", 1) for word in words)})
+def setup_of(changes: list[str]) -> Setup:
+    """The setup with changes, each as name=number, for trials."""
+    return Setup(**{name: int(value) for name, value in (change.split("=", 1) for change in changes)})
 
 
 def main() -> None:
@@ -326,14 +329,14 @@ def main() -> None:
         return
     quiet()
     setup = setup_of(given.set)
-    sitting = Sitting(setup, given.model, given.cache, given.results, given.minutes, given.side_by_side)
+    session = Session(setup, given.model, given.cache, given.results, given.minutes, given.side_by_side)
     try:
         for line in prepare_all(setup, given.model, given.data, given.cache):
             say(line)
     except NybbleError as error:
         sys.exit(str(error))
-    sitting.work()
-    say(f"{len(sitting.results)} runs done, {len(sitting.failed)} failed; {sitting.left()}")
+    session.work()
+    say(f"{len(session.results)} runs done, {len(session.failed)} failed; {session.left()}")
 
 
 if __name__ == "__main__":

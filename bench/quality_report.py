@@ -1,4 +1,4 @@
-"""Tables, verdict and picture of bench/quality.py; its docstring states the test."""
+"""Tables, verdict and picture of bench/quality.py, whose docstring defines the test."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.quality_run import METHODS, TASKS
+from bench.quality_setup import METHODS, TASKS
 
-MARGIN = 0.01  # nats a token, fixed before any result
+MARGIN = 0.01  # nats per token, fixed before any result
 LEVEL = 0.05  # of each one-sided test
 REFERENCE, CLAIMED = "lora", "qlora"
 COLOURS = {"lora": "#1d5b79", "qlora": "#d1603d", "qlora-qv": "#8a6fb0", "full": "#5f6b73"}
@@ -26,7 +26,7 @@ Results = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean paired difference of held-out losses in nats a token, over seeds and rows."""
+    """Mean paired difference of held-out losses in nats per token, over seeds and rows."""
 
     mean: float
     error: float
@@ -35,12 +35,12 @@ class Difference:
 
     @property
     def half_width(self) -> float:
-        """Of the interval of two one-sided tests."""
+        """Half the width of the interval of the two one-sided tests."""
         return 0.0 if self.error == 0 else t_quantile(1 - LEVEL, self.freedom) * self.error
 
     @property
     def interval(self) -> tuple[float, float]:
-        """At 1 - 2 LEVEL."""
+        """The interval at confidence 1 - 2 LEVEL."""
         return self.mean - self.half_width, self.mean + self.half_width
 
     @property
@@ -58,11 +58,11 @@ class Difference:
 
 
 def paired(mine: numpy.ndarray, other: numpy.ndarray, tokens: numpy.ndarray) -> Difference:
-    """The test that bench/quality.py states.
+    """The test that bench/quality.py defines.
 
     Args:
         mine, other: nats, (seeds, rows).
-        tokens: trained ones of each row.
+        tokens: number of trained tokens of each row.
     """
     d_si, rows, total = mine - other, len(tokens), tokens.sum()
     by_seed = d_si.sum(axis=1) / total
@@ -87,7 +87,7 @@ def t_share(t: float, freedom: float) -> float:
 
 
 def t_quantile(share: float, freedom: float) -> float:
-    """Of Student's distribution, by halving."""
+    """Quantile of Student's distribution, by bisection."""
     low, high = 0.0, 1e3
     while high - low > 1e-6:
         middle = (low + high) / 2
@@ -96,13 +96,13 @@ def t_quantile(share: float, freedom: float) -> float:
 
 
 def chosen(results: Results, stage: str, data: str, method: str) -> list[dict[str, Any]]:
-    """Runs of a cell, by seed and rate."""
-    own = [row for row in results if (row["stage"], row["data"], row["method"]) == (stage, data, method)]
-    return sorted(own, key=lambda row: (row["seed"], row["rate"]))
+    """Runs of one stage, data set and method, sorted by seed and rate."""
+    matching = [row for row in results if (row["stage"], row["data"], row["method"]) == (stage, data, method)]
+    return sorted(matching, key=lambda row: (row["seed"], row["rate"]))
 
 
 def difference(results: Results, data: str, mine: str, other: str) -> Difference | None:
-    """Of two methods over the seeds that both have; None of fewer than two."""
+    """The difference of two methods over the seeds that both have; None if these are fewer than two."""
     left = {row["seed"]: row for row in chosen(results, "test", data, mine) if row["loss"] is not None}
     right = {row["seed"]: row for row in chosen(results, "test", data, other) if row["loss"] is not None}
     seeds = sorted(left.keys() & right.keys())
@@ -115,19 +115,19 @@ def difference(results: Results, data: str, mine: str, other: str) -> Difference
 
 
 def check_pair(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Two methods of a seed had the same rows in the same order, the same start, and were measured on the same rows."""
+    """Check that two methods with one seed had the same rows in the same order, the same initialisation and test rows."""
     where = f"{one['data']} seed {one['seed']}: {one['method']} and {other['method']}"
     assert one["setup"] == other["setup"], f"{where} differ in their setup"
-    assert one["order"] == other["order"], f"{where} were trained on other rows or in another order"
-    assert one["tokens"] == other["tokens"], f"{where} were measured on other rows"
+    assert one["order"] == other["order"], f"{where} were trained on different rows or in a different order"
+    assert one["tokens"] == other["tokens"], f"{where} were measured on different rows"
     methods = {one["method"], other["method"]}
     if "full" not in methods:
         key = "init_qv" if "qlora-qv" in methods else "init"
-        assert one[key] == other[key], f"{where} began with other adapters"
+        assert one[key] == other[key], f"{where} began with different adapters"
 
 
 def report(results: Results) -> str:
-    """All in Markdown: what was run, a table for each data set, the verdict, the rates that were tried."""
+    """The report in Markdown: what was run, a table for each data set, the verdict, the rates that were tried."""
     lines = [*_heading(results)]
     for data in TASKS:
         lines += ["", f"### {TASKS[data].title}", "", *_table(results, data)]
@@ -149,7 +149,7 @@ def _heading(results: Results) -> Iterator[str]:
 def _table(results: Results, data: str) -> Iterator[str]:
     asks = TASKS[data].asks
     score = " exact match, % |" if asks else ""
-    yield f"| method | rate | seeds | held-out loss, nats a token |{score} reserved GB | s a run | loss minus 16-bit LoRA's |"
+    yield f"| method | rate | seeds | held-out loss, nats per token |{score} reserved GB | s per run | loss minus 16-bit LoRA's |"
     yield "| --- " * (8 if asks else 7) + "|"
     for method, title in (("lora", "untrained, 16-bit"), ("qlora", "untrained, NF4")):
         for row in chosen(results, "before", data, method):
@@ -190,7 +190,7 @@ def _apart(results: Results, data: str, method: str) -> str:
 def _claim(results: Results) -> Iterator[str]:
     yield (
         f"Fixed beforehand: the held-out loss of QLoRA (NF4, all linear) is equivalent to 16-bit LoRA's within {MARGIN} nats "
-        f"a token (two one-sided t-tests at {LEVEL:.0%} on paired differences, over seeds and rows). Intervals are 90%."
+        f"per token (two one-sided t-tests at {LEVEL:.0%} on paired differences, over seeds and rows). Intervals are 90%."
     )
     yield ""
     verdicts = []
@@ -216,7 +216,7 @@ def _claim(results: Results) -> Iterator[str]:
 
 
 def _rates(results: Results) -> Iterator[str]:
-    yield "Development loss on the seed that rates are chosen on; * is taken."
+    yield "Development loss on the seed with which rates are chosen; * marks the chosen rate."
     yield ""
     yield "| data | method | rate: loss |"
     yield "| --- | --- | --- |"
@@ -233,7 +233,7 @@ def _rates(results: Results) -> Iterator[str]:
 
 
 def draw(results: Results, file: pathlib.Path) -> None:
-    """Held-out losses by method, the paired difference beside its margin, and the rates that were tried."""
+    """Draw held-out losses by method, the paired difference with its margin, and the rates that were tried."""
     figure = Figure(figsize=(11, 10), dpi=120, layout="constrained")
     grid = figure.add_gridspec(3, 2, height_ratios=[1.15, 0.8, 1])
     for column, data in enumerate(TASKS):
@@ -255,42 +255,42 @@ def _plain(axes: Axes, title: str) -> None:
 
 
 def _draw_losses(axes: Axes, results: Results, data: str) -> None:
-    for place, method in enumerate(METHODS):
+    for position, method in enumerate(METHODS):
         rows = [row for row in chosen(results, "test", data, method) if row["loss"] is not None]
         if not rows:
             continue
         losses = [row["loss"] for row in rows]
-        across = place + numpy.linspace(-0.12, 0.12, len(losses)) if len(losses) > 1 else [place]
-        axes.plot([place - 0.25, place + 0.25], [numpy.mean(losses)] * 2, color=COLOURS[method], linewidth=2)
+        across = position + numpy.linspace(-0.12, 0.12, len(losses)) if len(losses) > 1 else [position]
+        axes.plot([position - 0.25, position + 0.25], [numpy.mean(losses)] * 2, color=COLOURS[method], linewidth=2)
         axes.scatter(across, losses, color=COLOURS[method], s=30, alpha=0.75)
-        axes.annotate(f"{numpy.mean(losses):.4f}", (place + 0.27, numpy.mean(losses)), va="center", fontsize=9)
+        axes.annotate(f"{numpy.mean(losses):.4f}", (position + 0.27, numpy.mean(losses)), va="center", fontsize=9)
     axes.set_xticks(range(len(METHODS)), [SHORT[method] for method in METHODS], fontsize=9)
     axes.set_xlim(-0.5, len(METHODS) - 0.1)
-    axes.set_ylabel("nats a token")
-    _plain(axes, f"{TASKS[data].title}: held-out loss, a dot a seed, their mean")
+    axes.set_ylabel("nats per token")
+    _plain(axes, f"{TASKS[data].title}: held-out loss; one dot per seed, line: mean")
 
 
 def _draw_claim(axes: Axes, results: Results) -> None:
     axes.axvspan(-MARGIN, MARGIN, color="#dcebe2", label=f"margin: ±{MARGIN} nats, fixed beforehand")
     axes.axvline(0, color="#888888", linewidth=1)
-    for place, data in enumerate(TASKS):
+    for position, data in enumerate(TASKS):
         found = difference(results, data, CLAIMED, REFERENCE)
         if found is None:
             continue
         axes.errorbar(
-            found.mean, place, xerr=found.half_width, color=COLOURS[CLAIMED], fmt="D", capsize=5, linewidth=2,
-            label="mean and 90% interval" if not place else None,
+            found.mean, position, xerr=found.half_width, color=COLOURS[CLAIMED], fmt="D", capsize=5, linewidth=2,
+            label="mean and 90% interval" if not position else None,
         )  # fmt: skip
         axes.scatter(
-            found.by_seed, [place - 0.25] * len(found.by_seed), color=COLOURS[CLAIMED], s=22, alpha=0.5,
-            label="each seed" if not place else None,
+            found.by_seed, [position - 0.25] * len(found.by_seed), color=COLOURS[CLAIMED], s=22, alpha=0.5,
+            label="each seed" if not position else None,
         )  # fmt: skip
-        axes.annotate(found.verdict, (found.mean, place + 0.14), ha="center", va="bottom", fontsize=10)
+        axes.annotate(found.verdict, (found.mean, position + 0.14), ha="center", va="bottom", fontsize=10)
     axes.set_yticks(range(len(TASKS)), [task.title for task in TASKS.values()])
     axes.set_ylim(-0.6, len(TASKS) - 0.4)
     edge = max(1.3 * MARGIN, *(abs(bound) for bound in axes.get_xlim()))
     axes.set_xlim(-edge, edge)
-    axes.set_xlabel("nats a token; above 0: QLoRA is worse")
+    axes.set_xlabel("nats per token; above 0: QLoRA is worse")
     axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3)
     _plain(axes, "QLoRA NF4 minus 16-bit LoRA")
 
@@ -307,8 +307,8 @@ def _draw_rates(axes: Axes, results: Results, data: str) -> None:
         axes.plot(*zip(*points, strict=True), color=COLOURS[method], marker="o", markersize=4, label=about.title)
         axes.plot(best["rate"], best["loss"], color=COLOURS[method], marker="*", markersize=13)
     axes.set_xscale("log")
-    axes.set(xlabel="learning rate", ylabel="nats a token")
-    if bests:  # what diverged would flatten the rest
+    axes.set(xlabel="learning rate", ylabel="nats per token")
+    if bests:  # runs that diverged would flatten the rest
         axes.set_ylim(min(bests) - 0.03, max(bests) + 0.15)
     axes.legend(frameon=False, fontsize=8)
-    _plain(axes, f"{TASKS[data].title}: rates tried, development split; a star is taken")
+    _plain(axes, f"{TASKS[data].title}: rates tried, development split; star: chosen")

@@ -1,11 +1,10 @@
-"""One run of bench/quality.py: its rows, its model, 300 steps, and what is measured afterwards."""
+"""One run of bench/quality.py: its rows, its model, its training, and the measurements afterwards."""
 
 from __future__ import annotations
 
 import datetime
 import gc
 import hashlib
-import json
 import math
 import pathlib
 import re
@@ -13,7 +12,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import bitsandbytes
@@ -26,8 +25,8 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
+from bench.quality_setup import METHODS, TASKS, Run, Setup, tokens_of
 from nybble.data.batches import Collator, Sample, next_labels
-from nybble.data.sets.prepare import Prepared, prepare
 from nybble.engine.fuse import fuse, fusion
 from nybble.engine.loss import last_hidden
 from nybble.model.adapter.lora import attach_adapter
@@ -42,131 +41,12 @@ from nybble.training.arguments import training_arguments
 from nybble.training.optimizer import make_optimizer
 from nybble.training.trainer import QLoraTrainer
 
-MEASURED_TOGETHER = 16  # rows: 2 GB of float32 logits and their logarithms with SmolLM2's vocabulary
+MEASURED_TOGETHER = 16  # rows, with 2 GB of float32 logits and their logarithms for SmolLM2's vocabulary
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What all runs have in common; results of another setup are not mixed with these."""
-
-    steps: int = 300
-    rows: int = 16
-    """Of a step, in one micro batch: GSM8K's are 3,500 tokens a step."""
-    length: int = 512
-    """Longest row in tokens; longer ones are dropped from every split. Rows are not packed: each keeps its own loss."""
-    seeds: int = 5
-    held_out: int = 1319
-    """At most so many rows of a development or test split are measured."""
-    questions: int = 500
-    """Test questions that are answered, the first of the file."""
-    new_tokens: int = 256
-    """Of an answer, at most."""
-    r: int = 16
-    alpha: int = 32
-
-
-@dataclass(frozen=True)
-class Run:
-    """What tells one run from another."""
-
-    stage: str
-    """tune (measured on the development split), test, or before (untrained, on the test split)."""
-    data: str
-    method: str
-    seed: int
-    rate: float
-
-
-@dataclass(frozen=True)
-class Method:
-    """What is trained and how its base is stored."""
-
-    title: str
-    quantization: str
-    targets: str
-    """Empty: no adapter, all weights are trained."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A data set and its splits."""
-
-    title: str
-    train: str
-    test: str | int
-    """A file, or so many rows that are held out of `train`."""
-    development: int
-    """Rows held out of `train`."""
-    map: str
-    prompt: tuple[str, ...]
-    """Columns; no prompt stands in two splits."""
-    asks: bool
-    """Whether answers are scored."""
-
-
-METHODS = {
-    "lora": Method("LoRA, 16-bit base, all linear", "none", "all-linear"),
-    "qlora": Method("QLoRA NF4, all linear", "nf4", "all-linear"),
-    "qlora-qv": Method("QLoRA NF4, q_proj and v_proj", "nf4", "[q_proj, v_proj]"),
-    "full": Method("full fine-tuning, bf16", "none", ""),
-}
-TASKS = {
-    "gsm8k": Task(
-        "GSM8K", "gsm8k_train.jsonl", "gsm8k_test.jsonl", 500, "{prompt: question, completion: answer}", ("question",), True
-    ),
-    "instruct_mix": Task("instruct_mix", "instruct_mix.jsonl", 600, 300, "{}", ("instruction", "input"), False),
-}  # fmt: skip
-
-
-def write_splits(source: pathlib.Path, folder: pathlib.Path) -> None:
-    """TASK-train.jsonl, TASK-development.jsonl and TASK-test.jsonl; the same rows at every call."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, task in TASKS.items():
-        parts = split_rows(task, source)
-        prompts = [_prompt(task, row) for rows in parts.values() for row in rows]
-        assert len(prompts) == len(set(prompts)), "no prompt stands twice"
-        for split, rows in parts.items():
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            file = folder / f"{name}-{split}.jsonl"
-            if not file.exists() or file.read_text() != text:
-                file.write_text(text)
-
-
-def split_rows(task: Task, source: pathlib.Path) -> dict[str, list[dict[str, str]]]:
-    """Rows of each split, each prompt once; held-out rows are drawn at random, by a generator of their own."""
-    rows = list({_prompt(task, row): row for row in _read(source / task.train)}.values())
-    rows = [rows[int(n)] for n in numpy.random.default_rng(0).permutation(len(rows))]
-    if isinstance(task.test, int):
-        test, rows = rows[: task.test], rows[task.test :]
-    else:
-        test = list({_prompt(task, row): row for row in _read(source / task.test)}.values())
-        asked = {_prompt(task, row) for row in test}
-        rows = [row for row in rows if _prompt(task, row) not in asked]
-    return {"train": rows[task.development :], "development": rows[: task.development], "test": test}
-
-
-def _read(file: pathlib.Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def _prompt(task: Task, row: dict[str, str]) -> tuple[str, ...]:
-    return tuple(" ".join(row[column].split()) for column in task.prompt)
-
-
-def tokens_of(
-    data: str, split: str, setup: Setup, tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path
-) -> Prepared:
-    """A split as token rows, from the cache where it was seen before."""
-    recipe = load_recipe(None, [
-        f"data.path={folder}/{data}-{split}.jsonl", f"data.map={TASKS[data].map}", "data.validation=0",
-        f"data.max_length={setup.length}", "data.overlength=drop",
-    ])  # fmt: skip
-    return prepare(recipe.data, tokenizer, 0, folder / "cache", lambda _: None)
-
-
 def recipe_of(run: Run, setup: Setup, model: pathlib.Path) -> Recipe:
-    """A run in nybble's own terms; one optimiser for all methods, AdamW with 32-bit states."""
+    """The recipe of a run; all methods use one optimiser, AdamW with 32-bit states."""
     method = METHODS[run.method]
     adapter = [f"lora.targets={method.targets}"] if method.targets else []
     return load_recipe(None, [
@@ -179,17 +59,17 @@ def recipe_of(run: Run, setup: Setup, model: pathlib.Path) -> Recipe:
 
 
 def compute_type(device: torch.device) -> torch.dtype:
-    """bfloat16 on a card; a trial on a processor without it takes float32, which is many times as fast there."""
+    """bfloat16 on a GPU; float32 on a processor without bfloat16, for trials, where it is many times as fast."""
     return choose_dtype("auto", device)[0]
 
 
 def computing(device: torch.device) -> torch.autocast:
-    """Layers in the compute type, whatever their parameters' is."""
+    """Compute layers in the compute type, whatever the type of their parameters."""
     return torch.autocast(device.type, torch.bfloat16, enabled=compute_type(device) == torch.bfloat16)
 
 
 def load(recipe: Recipe, device: torch.device, whole: bool, cache: pathlib.Path) -> Any:
-    """The model to train: a fused one with an adapter, or all of it with its weights as float32 masters."""
+    """The model to train: fused with an adapter, or whole with float32 master weights."""
     checkpoint = find_checkpoint(recipe.model.path)
     dtype = torch.float32 if whole else compute_type(device)
     model = load_base(checkpoint, recipe.model, dtype, device, cache).model
@@ -199,16 +79,16 @@ def load(recipe: Recipe, device: torch.device, whole: bool, cache: pathlib.Path)
     adapted = attach_adapter(model, recipe.lora)
     begin_alike(adapted, recipe.train.seed)
     fuse(adapted)
-    found = fusion(adapted)
-    assert found is not None
-    assert not found.fallen_back, "all layers are fused"
-    found.budget.chunked_loss = True
+    engine = fusion(adapted)
+    assert engine is not None
+    assert not engine.fallen_back, "all layers are fused"
+    engine.budget.chunked_loss = True
     return adapted
 
 
 @torch.no_grad()
 def begin_alike(model: PeftModel, seed: int) -> None:
-    """Draw each A anew as PEFT does, but from seed and name alone: the same for a module whichever others have adapters."""
+    """Draw each A again as PEFT does, but from seed and name alone, whichever other modules have adapters."""
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
@@ -216,17 +96,17 @@ def begin_alike(model: PeftModel, seed: int) -> None:
             parameter.copy_(torch.nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator))
 
 
-def adapter_digest(model: torch.nn.Module, words: Sequence[str]) -> str:
-    """Of all adapter parameters as they are, of modules whose names hold one of the words."""
+def adapter_digest(model: torch.nn.Module, names: Sequence[str]) -> str:
+    """Digest of the adapter parameters of all modules whose names contain one of `names`."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        if "lora_" in name and any(word in name for word in words):
+        if "lora_" in name and any(part in name for part in names):
             digest.update(name.encode() + parameter.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 class Witness:
-    """A collator that remembers which rows it was given, and in which order."""
+    """A collator that takes a digest of the rows it is given and of their order."""
 
     def __init__(self, collate: Collator) -> None:
         self.collate = collate
@@ -239,7 +119,7 @@ class Witness:
 
 
 def train(model: Any, recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase, flat: bool) -> dict[str, Any]:
-    """All steps; what the run was fed, how its loss ended, what it took."""
+    """Train all steps. Returns the digest of the rows, the loss curve, peak memory and seconds."""
     device = model.device
     witness = Witness(Collator(tokenizer.pad_token_id, flatten=flat))
     steps = recipe.train.max_steps
@@ -270,7 +150,7 @@ def train(model: Any, recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokeni
         began = time.perf_counter()
         trainer.train()
     engine = fusion(model)
-    assert engine is None or not engine.fallen_back, "a batch went past the fused engine"
+    assert engine is None or not engine.fallen_back, "a batch was not computed by the fused engine"
     curve = [[line["step"], round(line["loss"], 4)] for line in trainer.state.log_history if "loss" in line]
     return {
         "order": witness.digest.hexdigest()[:16],
@@ -281,15 +161,15 @@ def train(model: Any, recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokeni
 
 
 class _Forgetful(list[Any]):
-    """Keeps no batches: nobody guards these runs, a loss that is not finite counts as infinite."""
+    """A list that keeps no batches. These runs have no guards; a loss that is not finite counts as infinite."""
 
     def append(self, _: Any) -> None:
-        """Let it go."""
+        """Drop the item."""
 
 
 @torch.no_grad()
 def row_losses(model: Any, rows: Dataset, pad_id: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Nats of each row summed over its trained tokens, and how many these are; bfloat16 layers, float32 logits."""
+    """Nats of each row, summed over its trained tokens, and their number; bfloat16 layers, float32 logits."""
     bare, device, collate = _bare(model), model.device, Collator(pad_id)
     head = bare.get_output_embeddings().weight.float()
     samples = rows.to_list()
@@ -298,12 +178,12 @@ def row_losses(model: Any, rows: Dataset, pad_id: int) -> tuple[numpy.ndarray, n
     for start in range(0, len(order), MEASURED_TOGETHER):
         picked = order[start : start + MEASURED_TOGETHER]
         batch = {name: value.to(device) for name, value in collate([samples[n] for n in picked]).items()}  # type: ignore[union-attr]
-        labels, places = batch.pop("labels"), batch.pop("predicting")
+        labels, positions = batch.pop("labels"), batch.pop("predicting")
         with computing(device):
             hidden = last_hidden(model, bare.get_decoder(), batch)
-        logits = hidden.flatten(0, 1)[places].float() @ head.t()
-        losses = torch.nn.functional.cross_entropy(logits, next_labels(labels).flatten()[places], reduction="none")
-        owners = places // labels.shape[1]
+        logits = hidden.flatten(0, 1)[positions].float() @ head.t()
+        losses = torch.nn.functional.cross_entropy(logits, next_labels(labels).flatten()[positions], reduction="none")
+        owners = positions // labels.shape[1]
         zeros = torch.zeros(len(picked), dtype=torch.float64, device=device)
         nats[picked] = zeros.index_add(0, owners, losses.double()).cpu()
         counts[picked] = torch.bincount(owners, minlength=len(picked)).cpu()
@@ -318,7 +198,7 @@ def _bare(model: Any) -> PreTrainedModel:
 def right_answers(
     model: Any, rows: Dataset, tokenizer: PreTrainedTokenizerBase, end_id: int, new_tokens: int
 ) -> list[int]:
-    """1 where the last number of a greedy answer is that of the expected one; all rows in one batch, padded on the left."""
+    """1 for each greedy answer whose last number is the expected one, else 0. All rows are one batch, padded on the left."""
     samples = rows.to_list()
     starts = [sample["trained"].index(True) for sample in samples]
     longest = max(starts)
@@ -340,14 +220,14 @@ def right_answers(
 
 
 def last_number(text: str) -> float:
-    """Thousands may be parted by commas; not a number, and so equal to nothing, where there is none."""
-    found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else math.nan
+    """The last number of a text, in which commas may separate thousands; NaN, which equals nothing, if there is none."""
+    numbers = NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "")) if numbers else math.nan
 
 
 def one_run(run: Run, setup: Setup, model_folder: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
-    """Train, measure; a line of the results."""
-    gc.collect()  # of the run before this one, in the same process
+    """Train and measure. Returns a line of the results."""
+    gc.collect()  # frees what the previous run left in this process
     began = time.perf_counter()
     # 1. Rows.
     task, whole = TASKS[run.data], not METHODS[run.method].targets
@@ -359,27 +239,27 @@ def one_run(run: Run, setup: Setup, model_folder: pathlib.Path, folder: pathlib.
     device = choose_device("auto")
     recipe = recipe_of(run, setup, model_folder)
     model = load(recipe, device, whole, folder / "cache")
-    found = {"init": adapter_digest(model, [""]), "init_qv": adapter_digest(model, ["q_proj", "v_proj"])}
-    # 3. Train. What all of fine-tuning comes to is measured as it would be used, in bfloat16.
+    result = {"init": adapter_digest(model, [""]), "init_qv": adapter_digest(model, ["q_proj", "v_proj"])}
+    # 3. Train. A fully fine-tuned model is measured as it would be used, in bfloat16.
     if run.stage != "before":
-        found |= train(model, recipe, rows.train, tokenizer, flat=not whole)
+        result |= train(model, recipe, rows.train, tokenizer, flat=not whole)
     if whole:
         model.to(compute_type(device))
     model.eval()
     # 4. Held-out loss, answers.
     nats, counts = row_losses(model, held_out.select(range(min(setup.held_out, len(held_out)))), tokenizer.pad_token_id)
     loss = float(nats.sum() / counts.sum())
-    found["loss"] = round(loss, 6) if math.isfinite(loss) else None
+    result["loss"] = round(loss, 6) if math.isfinite(loss) else None
     if split == "test":
-        found |= {"nats": numpy.round(nats, 3).tolist(), "tokens": counts.tolist()}
+        result |= {"nats": numpy.round(nats, 3).tolist(), "tokens": counts.tolist()}
     if split == "test" and task.asks:
         asked = held_out.select(range(min(setup.questions, len(held_out))))
-        found["right"] = right_answers(model, asked, tokenizer, rows.template.end_id, setup.new_tokens)
-    return {**asdict(run), **found, **about(device), "seconds": round(time.perf_counter() - began, 1)}
+        result["right"] = right_answers(model, asked, tokenizer, rows.template.end_id, setup.new_tokens)
+    return {**asdict(run), **result, **about(device), "seconds": round(time.perf_counter() - began, 1)}
 
 
 def about(device: torch.device) -> dict[str, Any]:
-    """When, where and with what a run was made."""
+    """Date, device and versions of a run."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "dtype": str(compute_type(device)).removeprefix("torch."),

@@ -1,14 +1,14 @@
-"""Serving speed on a GPU: how a model is held, how it is asked, which cache.
+"""Serving speed on a GPU, by type of weights, way of asking and cache.
 
-    python -m bench.serve DIR [--tokens 64] [--rows WORD ...] [--json FILE]
+    python -m bench.serve DIR [--tokens 64] [--rows TEXT ...] [--json FILE]
 
-Takes what `python -m bench.train prepare DIR TOKENIZER` wrote (random weights of Llama 2 7B's shape, in 16 bits and in NF4), puts
-a random adapter on it, and measures base + adapter in NF4, the same in 16 bits, the adapter merged in 16 bits, and what is
-merged with continuous batching:
+Uses what `python -m bench.train prepare DIR TOKENIZER` wrote (random weights of Llama 2 7B's shape, in 16 bits and in NF4),
+adds a random adapter, and measures base + adapter in NF4, the same in 16 bits, the adapter merged in 16 bits, and the
+merged model with continuous batching. --rows selects the rows whose names contain one of the texts. Columns:
 
     sequential         four prompts one after another through the pipeline, without a server
     served             16 clients at once through the server with streaming; the median time to their first token
-    dynamic, static    a batch of 16 through generate with a growing cache, and with a static one and compiled steps
+    dynamic, static    a batch of 16 through generate, with a growing cache, and with a static one and compiled steps
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from nybble.serve.server import listen, make_server, short_switch_interval
 
 
 def bare_adapter(base: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
-    """A random LoRA adapter of rank 16 on all linear layers, with a tokenizer whose template nybble can take apart."""
+    """Write a random LoRA adapter of rank 16 on all linear layers, with a tokenizer that has no template of its own."""
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(base)
         if hasattr(config, "quantization_config"):
@@ -69,14 +69,14 @@ def bare_adapter(base: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     adapted.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token
-    tokenizer.chat_template = None  # the template of a bare adapter is then Alpaca's
+    tokenizer.chat_template = None  # a bare adapter then gets Alpaca's template
     tokenizer.save_pretrained(folder)
     return folder
 
 
 @contextlib.contextmanager
 def served(engine: Engine, metrics: Metrics) -> Iterator[str]:
-    """A server around an engine, on loopback."""
+    """Run a server around an engine, on the loopback address."""
     listener = listen("127.0.0.1", 0)
     server = make_server(engine, metrics, Limits(), AccessRules(), Console(quiet=True))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -95,7 +95,7 @@ def served(engine: Engine, metrics: Metrics) -> Iterator[str]:
 def measure(
     adapter: pathlib.Path, base: pathlib.Path, tokens: int, *, quantization: str, merged: bool
 ) -> dict[str, Any]:
-    """One way to hold a model: sequential, served, and the two caches."""
+    """Measure one type of weights: sequential, served, and the two caches."""
     run = open_run(adapter, str(base))
     options = ModelOptions(path=str(base), quantization=quantization)
     run = type(run)(run.folder, run.recipe.model_copy(update={"model": options}))
@@ -106,7 +106,7 @@ def measure(
     generator = Padded(answerer.model, answerer.tokenizer.pad_token_id)
     stops = answerer.stop_ids()
     with torch.inference_mode():
-        complete(generator, [Request(prompts[0], 8, answerer.adapter, stops)])  # kernels are loaded
+        complete(generator, [Request(prompts[0], 8, answerer.adapter, stops)])  # loads the kernels
         began = time.perf_counter()
         made = sum(
             len(complete(generator, [Request(prompt, tokens, answerer.adapter, stops)])[0].ids)
@@ -121,7 +121,7 @@ def measure(
 
 
 def measure_continuous(adapter: pathlib.Path, base: pathlib.Path, tokens: int) -> dict[str, Any]:
-    """Continuous batching; the base takes the place of the merged model, which is as fast."""
+    """Measure continuous batching, with the base in place of the merged model, which is as fast."""
     merged = adapter / "export" / "merged"
     merged.parent.mkdir(exist_ok=True)
     if not merged.exists():
@@ -132,17 +132,18 @@ def measure_continuous(adapter: pathlib.Path, base: pathlib.Path, tokens: int) -
 
 
 def ask_all(engine: Engine, metrics: Metrics, name: str, tokens: int) -> dict[str, Any]:
-    """One client, then all of them at once, from a process of their own."""
+    """Measure one client, then all of them at once, from a process of their own."""
     with served(engine, metrics) as url:
-        words = f"--stream --requests {CLIENTS} --at-once {CLIENTS} --max-tokens {tokens}".split()
-        words = [url, name, *words]
-        done = subprocess.run([sys.executable, "-m", "bench.load", *words], capture_output=True, text=True, check=True)
+        options = f"--stream --requests {CLIENTS} --at-once {CLIENTS} --max-tokens {tokens}".split()
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.load", url, name, *options], capture_output=True, text=True, check=True
+        )
     row: dict[str, Any] = json.loads(done.stdout)
     return row
 
 
 def batch_speed(answerer: Any, prompts: list[list[int]], tokens: int, cache: str) -> float | str:
-    """Tokens/s of a batch of 16 through generate, after a first one that compiles; or why there are none."""
+    """Tokens/s of a batch of 16 through generate, after a first one that compiles; or why it failed."""
     model, tokenizer = answerer.model.get_base_model(), answerer.tokenizer
     longest = max(map(len, prompts))
     pad = tokenizer.pad_token_id
@@ -178,8 +179,8 @@ ROWS: dict[str, tuple[str, Callable[[pathlib.Path, pathlib.Path, int], dict[str,
 COLUMNS = ["sequential_tok_s", "served_tok_s", "alone_first_token_s", "first_token_s", "dynamic_tok_s", "static_tok_s"]
 
 
-def table(folder: pathlib.Path, tokens: int, words: list[str], file: pathlib.Path | None) -> None:
-    """All rows, then the table."""
+def table(folder: pathlib.Path, tokens: int, selected: list[str], file: pathlib.Path | None) -> None:
+    """Measure the rows, then print the table."""
     about: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "tokens": tokens, "clients": CLIENTS,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -187,7 +188,7 @@ def table(folder: pathlib.Path, tokens: int, words: list[str], file: pathlib.Pat
     }  # fmt: skip
     done: list[dict[str, Any]] = []
     for name, (kind, work) in ROWS.items():
-        if words and not any(word in name for word in words):
+        if selected and not any(text in name for text in selected):
             continue
         base, adapter = folder / kind, folder / f"serve-adapter-{kind}"
         if not (adapter / "adapter_config.json").exists():
@@ -215,8 +216,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rows", nargs="*", default=[])
     parser.add_argument("--json", type=pathlib.Path)
-    words = parser.parse_args()
-    table(words.folder, words.tokens, words.rows, words.json)
+    given = parser.parse_args()
+    table(given.folder, given.tokens, given.rows, given.json)
 
 
 if __name__ == "__main__":

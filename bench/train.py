@@ -1,17 +1,17 @@
-"""Training speed and memory beside the peers: every row in a process of its own on one card, one table at the end.
+"""Training speed and memory, compared with other tools: every row in a process of its own on one card, one table at the end.
 
     python -m bench.train prepare DIR TOKENIZER_DIR
-    python -m bench.train table DIR --data instruct_mix.jsonl [--peers peers.py] [--rows WORD ...] [--json FILE]
+    python -m bench.train table DIR --data instruct_mix.jsonl [--peers peers.py] [--rows TEXT ...] [--json FILE]
         [--side-by-side 6] [--steps 10]
     python -m bench.train row DIR --data FILE option=value ...        one row, as a JSON line
 
 `prepare` writes a random model of Llama 2 7B's shape in NF4 with double quantisation: speed and memory do not depend on
-values. Rows are processes of their own; several load side by side, and one trains at a time. A row trains LoRA on all
-linear layers with 8-bit AdamW through nybble's own trainer, whole optimiser steps, and leaves the first three out of the
-speed. Tokens are counted without padding. "reserved" is max_memory_reserved in 1e9 bytes, the base included. A row in
-which a layer fell back is printed apart: it says nothing about the engine.
+the values. Several rows load side by side, and one trains at a time. A row trains LoRA on all linear layers with 8-bit AdamW
+through nybble's own trainer, in whole optimiser steps. The first three steps are left out of the speed. Tokens are counted
+without padding. "reserved" is max_memory_reserved in 1e9 bytes, the base included. A row in which a layer fell back is marked:
+it says nothing about the engine. `--rows` selects the rows whose names contain one of the texts.
 
-`--peers` is a script that measures others on the same work (one JSON line after RESULT a run). Options of a row:
+`--peers` is a script that measures other tools on the same work; each run prints one line, RESULT and JSON. Options of a row:
 
     work=dense|packed|padded  batch=4  length=2048  policy=auto|...|plain|compiled  r=16  dtype=bfloat16|float16
     embedding=device|host  limit=GB  steps=10
@@ -46,6 +46,7 @@ from transformers import (
 )
 
 from bench.gate import Row
+from bench.train_rows import DEFAULTS, PEERS, ROWS, options_of
 from nybble.data.batches import Collator
 from nybble.data.sets.prepare import prepare as prepare_data
 from nybble.engine.fuse import fuse, fusion
@@ -67,57 +68,12 @@ LAUNCHES = {
     "cudaMemcpyAsync",
     "cudaMemsetAsync",
 }
-WARM_UP = 3  # steps: kernels are compiled and the allocator grows
-GIVEN_UP = 900  # seconds after which a row has failed
-DEFAULTS = {
-    "work": "dense", "batch": 4, "length": 2048, "policy": "auto", "r": 16, "dtype": "bfloat16", "embedding": "device",
-    "limit": 0.0, "steps": 10,
-}  # fmt: skip
-ROWS = [
-    ("4 x 2048, memory free", {}),
-    ("4 x 2048, auto in 36.9 GB", {"limit": 36.9}),
-    ("4 x 2048, keep-all", {"policy": "keep-all"}),
-    ("4 x 2048, drop-mlp", {"policy": "drop-mlp"}),
-    ("4 x 2048, drop-qkv", {"policy": "drop-qkv"}),
-    ("4 x 2048, layer-input", {"policy": "layer-input"}),
-    ("4 x 2048, host", {"policy": "host"}),
-    ("4 x 2048, plain path", {"policy": "plain"}),
-    ("4 x 2048, plain path, torch.compile", {"policy": "compiled"}),
-    ("1 x 2048, memory free", {"batch": 1}),
-    ("1 x 2048, layer-input", {"batch": 1, "policy": "layer-input"}),
-    ("1 x 2048, host, embedding on the host", {"batch": 1, "policy": "host", "embedding": "host"}),
-    ("1 x 2048, auto in 4.95 GB, embedding on the host", {"batch": 1, "limit": 4.95, "embedding": "host"}),
-    ("1 x 2048, auto in 5.15 GB, embedding on the host", {"batch": 1, "limit": 5.15, "embedding": "host"}),
-    ("8 x 2048, memory free", {"batch": 8}),
-    ("8 x 2048, host", {"batch": 8, "policy": "host"}),
-    ("4 x 2048, r 64, memory free", {"r": 64}),
-    ("4 x 2048, r 64, auto in 37.8 GB", {"r": 64, "limit": 37.8}),
-    ("4 x 2048, r 64, host", {"r": 64, "policy": "host"}),
-    ("4 x 2048, float16", {"dtype": "float16"}),
-    ("instruct_mix packed to 2048, memory free", {"work": "packed", "steps": 40}),
-    ("instruct_mix packed to 2048, host", {"work": "packed", "policy": "host", "steps": 40}),
-    ("instruct_mix unpacked, 16 rows", {"work": "padded", "batch": 16}),
-    ("20,000 tokens in 8 GB", {"batch": 1, "length": 20000, "policy": "host", "limit": 8.0, "steps": 3}),
-    ("120,000 tokens in 24 GB", {"batch": 1, "length": 120000, "policy": "host", "limit": 24.0, "steps": 2}),
-]
-PEERS = [
-    ("Unsloth 4 x 2048, no checkpointing", "unsloth full ckpt=0"),
-    ("Unsloth 4 x 2048, offloaded", "unsloth full ckpt=u"),
-    ("Unsloth 1 x 2048, offloaded", "unsloth full ckpt=u bs=1"),
-    ("Unsloth 1 x 2048, no checkpointing", "unsloth full ckpt=0 bs=1"),
-    ("Unsloth 8 x 2048, offloaded", "unsloth full ckpt=u bs=8"),
-    ("Unsloth 8 x 2048, no checkpointing", "unsloth full ckpt=0 bs=8"),
-    ("Unsloth 4 x 2048, r 64, no checkpointing", "unsloth full ckpt=0 r=64"),
-    ("Unsloth 4 x 2048, r 64, offloaded", "unsloth full ckpt=u r=64"),
-    ("transformers + PEFT 4 x 2048, checkpointing", "hf full"),
-    ("transformers + PEFT + Liger 4 x 2048, checkpointing", "hf-liger full"),
-    ("Unsloth instruct_mix unpacked, 16 rows", "unsloth instruct ckpt=u bs=16 seq=1024"),
-    ("Unsloth instruct_mix, packing=1", "unsloth instruct ckpt=u packing=1"),
-]
+WARM_UP = 3  # steps, in which kernels are compiled and the allocator grows
+TIMEOUT = 900  # seconds after which a row has failed
 
 
 def prepare(folder: pathlib.Path, tokenizer: pathlib.Path) -> None:
-    """Write the model in 16 bits and in NF4, unless they are there."""
+    """Write the model in 16 bits and in NF4, unless they exist."""
     if (folder / "nf4" / "config.json").exists():
         return
     config = LlamaConfig(rms_norm_eps=1e-5, max_position_embeddings=4096, pad_token_id=None, dtype=torch.bfloat16)
@@ -126,8 +82,8 @@ def prepare(folder: pathlib.Path, tokenizer: pathlib.Path) -> None:
     with torch.device("cuda"):
         model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
-    names = AutoTokenizer.from_pretrained(tokenizer)
-    names.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    loaded_tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     model.save_pretrained(folder / "bf16")
     del model
     torch.cuda.empty_cache()
@@ -140,14 +96,14 @@ def prepare(folder: pathlib.Path, tokenizer: pathlib.Path) -> None:
     )
     model.save_pretrained(folder / "nf4")
     for kind in ("bf16", "nf4"):
-        names.save_pretrained(folder / kind)
+        loaded_tokenizer.save_pretrained(folder / kind)
 
 
 def dense(tokenizer: Any, data: pathlib.Path, length: int, count: int) -> Dataset:
-    """Blocks of one length out of real text, every token trained."""
-    texts = [json.loads(line) for line in data.open()]
-    words = [f"{row['instruction']}\n{row['input']}\n{row['output']}</s>" for row in texts]
-    ids = list(itertools.chain.from_iterable(tokenizer(words, add_special_tokens=False)["input_ids"]))
+    """Blocks of one length from real text, every token trained."""
+    rows = [json.loads(line) for line in data.open()]
+    texts = [f"{row['instruction']}\n{row['input']}\n{row['output']}</s>" for row in rows]
+    ids = list(itertools.chain.from_iterable(tokenizer(texts, add_special_tokens=False)["input_ids"]))
     ids *= -(-length // len(ids))
     blocks = len(ids) // length
     return Dataset.from_list([
@@ -157,7 +113,7 @@ def dense(tokenizer: Any, data: pathlib.Path, length: int, count: int) -> Datase
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
-    """When each step ended, and how many kernels the last one launched."""
+    """Records when each step ended, and how many kernels the last one launched."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -166,13 +122,13 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         self.profiler: torch.profiler.profile | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The last step is not timed but looked at, except in rows that only have to fit."""
+        """Profile the last step instead of timing it, except in rows with a memory limit."""
         if state.global_step == self.steps:
             self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
             self.profiler.__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Wait for the device."""
+        """Wait for the device and record the time."""
         torch.cuda.synchronize()
         self.marks.append(time.perf_counter())
         if self.profiler is not None:
@@ -180,19 +136,10 @@ class Clock(TrainerCallback):  # type: ignore[misc]
             self.launches = sum(event.count for event in self.profiler.key_averages() if event.key in LAUNCHES)
 
 
-def options_of(words: list[str]) -> dict[str, Any]:
-    """A row's options, from option=value words."""
-    changes = dict(word.split("=", 1) for word in words)
-    unknown = changes.keys() - DEFAULTS.keys()
-    if unknown:
-        sys.exit(f"unknown options {', '.join(unknown)}; there are {', '.join(DEFAULTS)}")
-    return {key: type(value)(changes.get(key, value)) for key, value in DEFAULTS.items()}
-
-
 def build(
     folder: pathlib.Path, data: pathlib.Path, options: dict[str, Any], callbacks: list[TrainerCallback]
 ) -> tuple[QLoraTrainer, list[int]]:
-    """A row's trainer, and the tokens of each step as they come."""
+    """A row's trainer, and a list that grows by the number of tokens of each step."""
     grow_segments()
     if options["limit"]:
         total = torch.cuda.get_device_properties(0).total_memory
@@ -237,35 +184,35 @@ def build(
         model=model, args=arguments, train_dataset=rows, data_collator=Collator(0, flatten=not plain),
         processing_class=tokenizer, callbacks=callbacks,
     )  # fmt: skip
-    real: list[int] = []
+    tokens: list[int] = []
     inner = trainer.training_step
 
-    def counted(model: Any, inputs: Any, *words: Any) -> Any:
+    def counted(model: Any, inputs: Any, *rest: Any) -> Any:
         mask = inputs.get("attention_mask")
-        real.append(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
+        tokens.append(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
         trainer.current_step.clear()
-        return inner(model, inputs, *words)
+        return inner(model, inputs, *rest)
 
     trainer.training_step = counted
-    return trainer, real
+    return trainer, tokens
 
 
 def measure(folder: pathlib.Path, data: pathlib.Path, options: dict[str, Any]) -> dict[str, Any]:
-    """One row."""
+    """Train one row and return its result."""
     steps = options["steps"]
     clock = Clock(steps)
-    trainer, real = build(folder, data, options, [clock])
+    trainer, tokens = build(folder, data, options, [clock])
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
     first = min(WARM_UP, steps - 1)
     seconds = clock.marks[steps - 1] - clock.marks[first - 1]
-    counted_steps = real[first:steps]
+    timed = tokens[first:steps]
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     done = fusion(trainer.model)
     return {
         **options,
-        "tok_s": round(sum(counted_steps) / seconds),
-        "step_s": round(seconds / len(counted_steps), 4),
+        "tok_s": round(sum(timed) / seconds),
+        "step_s": round(seconds / len(timed), 4),
         "step_ms": [round(1e3 * (after - before), 1) for before, after in itertools.pairwise(clock.marks[:steps])],
         "reserved_GB": round(torch.cuda.max_memory_reserved() / 1e9, 2),
         "allocated_GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
@@ -280,42 +227,42 @@ def measure(folder: pathlib.Path, data: pathlib.Path, options: dict[str, Any]) -
 
 
 def run(wave: list[Row]) -> Iterator[dict[str, Any]]:
-    """Rows that load side by side and train one after another; what fails is a row with its last line."""
+    """Load rows side by side and train them one after another. A row that fails is recorded with its last line of output."""
     for row in wave:
         row.start()
     for row in wave:
         row.read("READY")
     for row in wave:
-        found, said = row.train(), row.said()
+        result, errors = row.train(), row.error_output()
         yield {
             "name": row.name,
-            **(json.loads(found) if found else {"failed": said.strip().splitlines()[-1:], "log": said}),
+            **(json.loads(result) if result else {"failed": errors.strip().splitlines()[-1:], "log": errors}),
         }
 
 
 def rows_of(
-    folder: pathlib.Path, data: pathlib.Path, peers: pathlib.Path | None, words: list[str], steps: int
+    folder: pathlib.Path, data: pathlib.Path, peers: pathlib.Path | None, selected: list[str], steps: int
 ) -> list[Row]:
-    """nybble's rows and the peers', those whose names hold one of the words; so many steps where a row does not say."""
+    """The rows of nybble and of other tools whose names contain one of the texts; `steps` is for rows that set none."""
     common = ["row", str(folder), "--data", str(data)]
     rows = [
         Row(
             f"nybble {name}",
             [__file__, *common, *(f"{key}={value}" for key, value in {"steps": steps, **own}.items())],
-            GIVEN_UP,
+            TIMEOUT,
         )
         for name, own in ROWS
     ]
     if peers is not None:
         rows += [
-            Row(name, [str(peers), "train", *own.split(), f"steps={steps}", f"dir={folder}"], GIVEN_UP)
+            Row(name, [str(peers), "train", *own.split(), f"steps={steps}", f"dir={folder}"], TIMEOUT)
             for name, own in PEERS
         ]
-    return [row for row in rows if not words or any(word in row.name for word in words)]
+    return [row for row in rows if not selected or any(text in row.name for text in selected)]
 
 
 def table(rows: list[Row], side_by_side: int, file: pathlib.Path | None) -> None:
-    """All rows, then the table."""
+    """Run the rows, then print the table."""
     about = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(),
@@ -343,22 +290,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["prepare", "table", "row"])
     parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("words", nargs="*")
+    parser.add_argument("arguments", nargs="*")
     parser.add_argument("--data", type=pathlib.Path)
     parser.add_argument("--peers", type=pathlib.Path)
     parser.add_argument("--rows", nargs="*", default=[])
     parser.add_argument("--json", type=pathlib.Path)
-    parser.add_argument("--side-by-side", type=int, default=6, help="rows that load at once (they train alone)")
-    parser.add_argument("--steps", type=int, default=DEFAULTS["steps"], help="optimiser steps of a row")
+    parser.add_argument("--side-by-side", type=int, default=6, help="rows that load at once; they train one at a time")
+    parser.add_argument("--steps", type=int, default=DEFAULTS["steps"], help="optimiser steps per row")
     given = parser.parse_intermixed_args()
     if given.command == "prepare":
-        prepare(given.folder, pathlib.Path(given.words[0]))
+        prepare(given.folder, pathlib.Path(given.arguments[0]))
     elif given.command == "table":
         rows = rows_of(given.folder, given.data, given.peers, given.rows, given.steps)
         table(rows, given.side_by_side, given.json)
     else:
         try:
-            print("RESULT " + json.dumps(measure(given.folder, given.data, options_of(given.words))), flush=True)
+            print("RESULT " + json.dumps(measure(given.folder, given.data, options_of(given.arguments))), flush=True)
         except NybbleError as error:
             sys.exit(str(error))
 

@@ -1,8 +1,8 @@
-"""Somebody's own transformers.Trainer script, with one line of nybble.
+"""A plain transformers.Trainer script with one added line, nybble.fuse(model).
 
     python examples/plain_trainer.py MODEL ROWS.jsonl [steps]
 
-ROWS.jsonl has a column `text`. The line may as well stand after the Trainer is built.
+ROWS.jsonl has a column `text`. The line also works after the Trainer is built.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Somebody's own TRL script, with one line of nybble.
+"""A plain TRL script with one added line, nybble.fuse(trainer.model).
 
     python examples/trl_sft.py MODEL ROWS.jsonl [steps]
 
-ROWS.jsonl has a column `text`. TRL switches gradient checkpointing on; the fused layers recompute by their own policy
-instead, and say so.
+ROWS.jsonl has a column `text`. TRL switches gradient checkpointing on. The fused layers recompute by their own policy
+instead, and a warning says so.
 """
 
 from __future__ import annotations

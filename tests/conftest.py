@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pathlib
@@ -48,6 +49,17 @@ WORDS = [
     "fish",
     "horse",
 ]
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries and the tests' modules hold stays: each collection, 0.6 s, would look through all of it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Or what was left out is not there to be taken apart in the end, and Triton's binding complains of leaks."""
+    gc.unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
@@ -148,6 +160,14 @@ def llama2_like(request, tmp_path_factory) -> pathlib.Path:
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "temperature": 0.6, "top_p": 0.9}
     (folder / "generation_config.json").write_text(json.dumps({**generation, "do_sample": False, "max_length": 4096}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def llama2_tokenizer(llama2_like):
+    """Its tokenizer, which takes half a second to load; for tests that do not change it."""
+    from nybble.model.tokenizer.load import load_tokenizer
+
+    return load_tokenizer(llama2_like)
 
 
 @pytest.fixture(scope="session")

@@ -191,20 +191,20 @@ def test_a_python_outside_the_window_is_refused_before_anything_is_made(version,
     print(done.stderr)
     assert done.returncode != 0
     assert f"error: nybble needs Python 3.11 to 3.14; this is Python {version.replace(', ', '.')}.0 (" in done.stderr
-    assert "fix:   use another one: make demo PYTHON=python3.13, or python3.13 install.py" in done.stderr
+    assert "fix:   use another Python: make demo PYTHON=python3.13, or python3.13 install.py" in done.stderr
     assert {path.name for path in checkout.iterdir()} == before
 
 
 def test_an_environment_of_another_python_is_not_built_upon(checkout):
     python = checkout / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text("#!/bin/sh\necho 3.9\n")
+    python.write_text("#!/bin/sh\necho Python 3.9\n")
     python.chmod(0o755)
     done = subprocess.run([sys.executable, "install.py"], cwd=checkout, capture_output=True, text=True, check=False)
     here = "{}.{}".format(*sys.version_info[:2])
     assert (
         done.stderr
-        == f"error: .venv was made by a Python 3.9; this is Python {here}\n  fix:   rm -rf .venv, then again\n"
+        == f"error: .venv was made by Python 3.9; this is Python {here}\n  fix:   rm -rf .venv, then the same command again\n"
     )
     python.unlink()
     python.symlink_to(checkout / "removed")
@@ -240,7 +240,7 @@ def test_without_a_cpu_build_the_download_is_announced(offline):
     assert done.stdout.splitlines() == [
         "No NVIDIA driver: installing PyTorch's CPU build, up to 0.9 GB to download.",
         "PyTorch's CPU build cannot be reached from here. Installing the default build instead, which includes",
-        "CUDA and also runs without a GPU: 3.2 GB to download. Ctrl-C stops.",
+        "CUDA and also runs without a GPU: 3.2 GB to download. Ctrl-C cancels.",
     ], done.stderr
 
 
@@ -282,7 +282,7 @@ def test_a_failed_step_names_its_command(words, wanted, offline):
     error, fix = done.stderr.splitlines()[-2:]
     assert error.startswith("error: this command failed, for the reason above: ")
     assert error.endswith(f" install --quiet -c constraints.txt -e {wanted}")
-    assert fix == "  fix:   once that is solved, the same again"
+    assert fix == "  fix:   solve that, then the same command again"
 
 
 def test_what_the_readme_does_on_a_cpu_is_installed_by_make_demo():

@@ -47,6 +47,9 @@ def check(folder, rows, cache, out, monkeypatch, *, begins):
         assert (served.prompt[0] == own.bos_token_id) == begins
 
 
+@pytest.mark.parametrize(
+    "llama2_like", ["fast-safetensors", pytest.param("llama-bin", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_base_whose_tokenizer_puts_bos_keeps_it(llama2_like, rows, cache, tmp_path, monkeypatch):
     check(llama2_like, rows, cache, tmp_path, monkeypatch, begins=True)
 

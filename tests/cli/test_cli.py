@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -112,7 +113,7 @@ def test_bad_arguments_get_one_message_and_a_status(words, status, message, here
     assert "Traceback" not in result.stderr
 
 
-def test_a_person_trains_and_chats(tiny_llama, rows, tmp_path):
+def test_a_person_trains_and_chats(tiny_llama, rows, tmp_path, here, monkeypatch):
     out = tmp_path / "run"
     trained = nybble("train", tiny_llama, rows, f"out={out}", *FAST, "train.max_steps=3", home=tmp_path)
     print(trained.stdout, trained.stderr)
@@ -134,14 +135,8 @@ def test_a_person_trains_and_chats(tiny_llama, rows, tmp_path):
     assert "tuned" in chat.stdout
     cut = "(cut off after 5 tokens; --max-new-tokens allows more)\n"
     assert chat.stderr == cut * chat.stderr.count(cut), "libraries talk"
-    talk = subprocess.run(
-        [sys.executable, "-m", "nybble", "chat", str(out), "--max-new-tokens", "4"],
-        input="say one\n\n/new\nsay two\n/exit\n",
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HOME": str(tmp_path)},
-        check=False,
-    )
+    monkeypatch.setattr(sys, "stdin", io.StringIO("say one\n\n/new\nsay two\n/exit\n"))
+    talk = here("--cache", tmp_path / ".cache" / "nybble", "chat", out, "--max-new-tokens", "4")
     assert talk.returncode == 0
     assert talk.stdout.count("you> ") == 5
 
@@ -250,7 +245,7 @@ def test_the_program_s_own_options_go_before_the_command(typed, right, here):
 
 
 def test_data_is_checked_and_previewed_from_the_command_line(tiny_llama, rows, tmp_path, here):
-    fit = nybble("data", "check", rows, tiny_llama, "data.max_length=256", home=tmp_path)
+    fit = here("--cache", tmp_path / "cache", "data", "check", rows, tiny_llama, "data.max_length=256")
     assert fit.returncode == 0, fit.stderr
     assert fit.stdout.rstrip().endswith("\nready to train")
     bad = tmp_path / "bad.jsonl"

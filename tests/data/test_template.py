@@ -79,9 +79,9 @@ def as_meta_encodes(piece, system: str | None, said: tuple[str, ...]) -> list[in
 
 
 @pytest.mark.parametrize(("system", "said"), PUBLISHED)
-def test_prompts_are_those_of_metas_code(llama2_like, system, said):
+def test_prompts_are_those_of_metas_code(llama2_tokenizer, system, said):
     piece = sentencepiece.SentencePieceProcessor(str(SHARED / "llama2-tokenizer" / "tokenizer.model"))
-    template = choose_template(load_tokenizer(llama2_like), "auto", "messages")
+    template = choose_template(llama2_tokenizer, "auto", "messages")
     assert encode_prompt(template, turns(*said, system=system)) == as_meta_encodes(piece, system, said)
     (tokens,) = encode(template, [turns(*said, "Oui  !", system=system)])
     assert tokens.ids == as_meta_encodes(piece, system, (*said, "Oui  !"))
@@ -205,9 +205,9 @@ def test_an_answer_is_continued_from_the_ids_that_training_has_for_its_beginning
     assert encode_continuation(template, empty) == prompt, "an answer without a beginning is just asked for"
 
 
-def test_an_answer_is_continued_as_trained_in_sentencepiece_and_in_chatml(llama2_like):
+def test_an_answer_is_continued_as_trained_in_sentencepiece_and_in_chatml(llama2_tokenizer):
     piece = sentencepiece.SentencePieceProcessor(str(SHARED / "llama2-tokenizer" / "tokenizer.model"))
-    template = choose_template(load_tokenizer(llama2_like), "llama2", "messages")
+    template = choose_template(llama2_tokenizer, "llama2", "messages")
     assert encode_continuation(template, turns("2+2?", "It is ")) == [1, *piece.encode("[INST] 2+2? [/INST] It is")]
     whole = piece.encode("[INST] 2+2? [/INST] It is four")
     assert whole[: len(piece.encode("[INST] 2+2? [/INST] It is"))] == piece.encode("[INST] 2+2? [/INST] It is")
@@ -381,9 +381,9 @@ def test_a_run_of_an_earlier_version_gets_the_day_on_which_it_began(tiny_tokeniz
     assert read_template(tiny_tokenizer, tmp_path / "template.json").day == datetime.date(2025, 7, 1)
 
 
-def test_a_document_and_a_plain_prompt_begin_as_the_tokenizer_begins_a_text(llama2_like, tiny_tokenizer):
+def test_a_document_and_a_plain_prompt_begin_as_the_tokenizer_begins_a_text(llama2_tokenizer, tiny_tokenizer):
     """Llama 2's tokenizer adds BOS, others do not: as in any program that uses the tokenizer."""
-    for tokenizer, begins in ((load_tokenizer(llama2_like), True), (tiny_tokenizer, False)):
+    for tokenizer, begins in ((llama2_tokenizer, True), (tiny_tokenizer, False)):
         template = choose_template(tokenizer, "alpaca", "text")
         for text in ("red cat", " two\n\nlines", "1"):
             ids = tokenizer(text)["input_ids"]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import pathlib
 import shutil
 import subprocess
 import sys
 
+import lm_eval.tasks
 import pytest
 import torch
 import wandb
@@ -21,7 +23,6 @@ from nybble.evaluate.evaluation import Measures, evaluate
 from nybble.evaluate.harness import Harness, _spread
 from nybble.evaluate.perplexity import row_losses, text_windows
 from nybble.evaluate.texts import read_texts
-from nybble.model.tokenizer.load import load_tokenizer
 from nybble.recipe import TrackerOptions, load_recipe
 from nybble.run.folder import Run, open_run
 from nybble.run.log import read_metrics
@@ -43,6 +44,17 @@ MMLU = [
 
 def write_rows(file, rows):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_tasks():
+    """Three of lm-eval's benchmarks: to read all of its 14,000 files, as test_processes.py does, takes 7 seconds."""
+    tasks = pathlib.Path(lm_eval.tasks.__file__).parent
+    folders = [tasks / "arc", tasks / "mmlu" / "default", tasks / "piqa"]
+    manager = lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nybble.evaluate.harness._manager", lambda: manager)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +134,7 @@ def test_what_was_measured_before_is_kept_and_an_evaluation_goes_on(
     run, benches, cache, results, tmp_path, monkeypatch
 ):
     asked = []
+    monkeypatch.setattr("nybble.evaluate.evaluation.write_report", lambda *given: None)  # which takes a second
     harness = Harness(benches, 8)
     score = harness.score
     monkeypatch.setattr(
@@ -343,8 +356,8 @@ def test_a_text_is_read_in_windows_without_a_token_lost(tiny_tokenizer):
     assert max(len(window["input_ids"]) for window in windows) == 32
 
 
-def test_each_window_begins_with_bos_where_the_tokenizer_puts_one(llama2_like):
-    windows = text_windows("Hello world. " * 40, load_tokenizer(llama2_like), 16)
+def test_each_window_begins_with_bos_where_the_tokenizer_puts_one(llama2_tokenizer):
+    windows = text_windows("Hello world. " * 40, llama2_tokenizer, 16)
     assert len(windows) > 5
     assert all(window["input_ids"][0] == 1 and 1 not in window["input_ids"][1:] for window in windows)
 

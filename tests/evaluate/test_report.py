@@ -92,6 +92,13 @@ def write(folder, results=FULL, metrics=METRICS):
     return (folder / "report.html").read_text(encoding="utf-8"), (folder / "report.md").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Where the report of FULL lies and where that of what is harsh, with both pages of each: for tests that only read."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("full", "harsh")}
+    return {name: (folder, *write(folder, FULL if name == "full" else harsh())) for name, folder in folders.items()}
+
+
 def said(results):
     return [(line.kind, line.label + line.text) for line in headline(record({**BARE, **results}))]
 
@@ -173,8 +180,8 @@ def test_a_skill_is_told_as_counted_and_claims_no_verdict():
 
 
 @pytest.mark.parametrize("form", ["html", "md"])
-def test_every_number_stands_in_the_report(tmp_path, form):
-    html, markdown = write(tmp_path)
+def test_every_number_stands_in_the_report(written, form):
+    _, html, markdown = written["full"]
     text = html if form == "html" else markdown.replace("\\", "")
     numbers = (
         "74.0% 79.1% +5.1 [69.0,79.0] [74.1,84.1] [+3.8,+6.4] 0.043 3.1_points 4.4_points of_10,042 57.0% 57.8% "  # tasks
@@ -189,8 +196,8 @@ def test_every_number_stands_in_the_report(tmp_path, form):
     assert re.search(r"Worse \(forgetting\)(</b>|\*\*) on 1 of 4 benchmarks", text)
 
 
-def test_sections_without_results_are_left_out(tmp_path):
-    full = "".join(write(tmp_path))
+def test_sections_without_results_are_left_out(written, tmp_path):
+    full = "".join(written["full"][1:])
     named = {"tasks": "Benchmarks", "generation": "Answers", "samples": "Samples", "training": "Cost of training",
              "missing": "Not measured", "skill": "Skill:", "recipe": "ecipe", "lengths": "Lengths"}  # fmt: skip
     for key, title in named.items():
@@ -211,8 +218,8 @@ def test_what_the_demo_gives_is_enough(tmp_path):
     assert re.findall(r"<h2>(.*?)</h2>", html) == ["Skill: orders as JSON", "Plots", "Held-out loss", "Samples"]
 
 
-def test_text_from_data_stays_text(tmp_path):
-    html, markdown = write(tmp_path, harsh())
+def test_text_from_data_stays_text(written):
+    _, html, markdown = written["harsh"]
     assert "<script" not in html
     assert html.count("&lt;script&gt;") > 20
     assert "{{ 7*7 }}" in html
@@ -243,8 +250,8 @@ def test_the_page_loads_nothing_and_is_small(tmp_path, results):
     assert list(tmp_path.rglob("*.writing*")) == []
 
 
-def test_ids_of_plots_are_their_own_and_found(tmp_path):
-    html, _ = write(tmp_path)
+def test_ids_of_plots_are_their_own_and_found(written):
+    _, html, _ = written["full"]
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids))
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', html))
@@ -253,9 +260,9 @@ def test_ids_of_plots_are_their_own_and_found(tmp_path):
     assert not re.search(r"(?:fill|stroke): #", html.split("</style>", 1)[1]), "a colour that dark mode cannot change"
 
 
-@pytest.mark.parametrize("results", [FULL, harsh()], ids=["full", "harsh"])
-def test_tables_of_markdown_are_whole_and_pictures_stand_beside(tmp_path, results):
-    _, markdown = write(tmp_path, results)
+@pytest.mark.parametrize("name", ["full", "harsh"])
+def test_tables_of_markdown_are_whole_and_pictures_stand_beside(written, name):
+    folder, _, markdown = written[name]
     tables = table_rows(markdown)
     assert len(tables) == 6
     for rows in tables:
@@ -264,7 +271,7 @@ def test_tables_of_markdown_are_whole_and_pictures_stand_beside(tmp_path, result
         assert set("".join(rows[1])) <= set("- ")
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", markdown)
     assert len(pictures) == 4
-    assert all((tmp_path / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert all((folder / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
 def test_benchmarks_without_spread_are_drawn_and_told(tmp_path):

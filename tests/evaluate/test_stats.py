@@ -67,7 +67,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+def sampled() -> list:
+    """The fast suite takes one of bits, one of measures and one of clusters."""
+    quick = ("bits, 50 items", "skewed, 20 items", "57 subjects, over subjects")
+    return [pytest.param(case, marks=() if case in quick else pytest.mark.slow) for case in CASES]
+
+
+@pytest.mark.parametrize("case", sampled())
 def test_without_a_difference_better_is_seldom_claimed_and_intervals_cover(case):
     draw, options = CASES[case]
     better, worse, covered = judged(draw, **options)

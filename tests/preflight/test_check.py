@@ -222,7 +222,13 @@ def test_a_name_on_the_command_line_is_used_literally(name):
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the real data")
 @pytest.mark.parametrize(
-    "name", ["alpaca_en_demo.json", "dolly_open_qa.jsonl", "instruct_mix.jsonl", "oasst_en_chats.jsonl"]
+    "name",
+    [
+        "alpaca_en_demo.json",
+        "oasst_en_chats.jsonl",
+        pytest.param("dolly_open_qa.jsonl", marks=pytest.mark.slow),  # test_data.py packs it in the fast suite
+        pytest.param("instruct_mix.jsonl", marks=pytest.mark.slow),
+    ],
 )
 def test_real_sets_are_fit_and_pack_nearly_full(name, cache):
     file, tokenizer = SHARED / "train" / name, SHARED / "llama2-tokenizer"

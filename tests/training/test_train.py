@@ -59,6 +59,10 @@ FAST = [
 ]
 
 
+UNASKED = "train.samples=0"
+"""For what has nothing to do with samples: those of one evaluation take as long as ten steps."""
+
+
 def recipe_for(model, data, out, *words: str) -> Recipe:
     return load_recipe(None, [f"model.path={model}", f"data.path={data}", f"out={out}", *FAST, *words])
 
@@ -151,8 +155,8 @@ def test_accumulation_is_normalised_by_trained_tokens(tiny_llama, rows, cache, t
             cache=cache,
         )
         for name, words in {
-            "wide": ["train.micro_batch=8", "train.accumulation=1"],
-            "deep": ["train.micro_batch=1", "train.accumulation=8"],
+            "wide": ["train.micro_batch=8", "train.accumulation=1", UNASKED],
+            "deep": ["train.micro_batch=1", "train.accumulation=8", UNASKED],
         }.items()
     ]
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), abs=1e-5)
@@ -186,7 +190,7 @@ def test_the_run_says_how_its_layers_are_computed(tiny_llama, rows, cache, tmp_p
         "plain": ["engine.fused=false"],
         "DoRA": ["lora.dora=true"],
     }.items():
-        train(recipe_for(tiny_llama, rows, tmp_path / name, *words, "train.max_steps=2"), cache=cache)
+        train(recipe_for(tiny_llama, rows, tmp_path / name, *words, "train.max_steps=2", UNASKED), cache=cache)
         told[name] = capsys.readouterr().out
     assert "engine    2 of 2 decoder layers fused; plain torch: Triton's kernels do not run on cpu" in told["fused"]
     assert "engine    Transformers computes the layers: engine.fused=false" in told["plain"]
@@ -204,7 +208,7 @@ def test_an_engine_that_is_asked_for_and_cannot_be_had_is_refused(tiny_llama, ro
 
 
 def test_training_goes_on_from_an_adapter(finished, tiny_llama, rows, cache, tmp_path, quiet):
-    words = [f"adapter={finished.adapter}", "train.max_steps=2", "train.learning_rate=1e-9"]
+    words = [f"adapter={finished.adapter}", "train.max_steps=2", "train.learning_rate=1e-9", UNASKED]
     run = train(recipe_for(tiny_llama, rows, tmp_path / "more", *words), console=quiet, cache=cache)
     before = json.loads((run.folder / "summary.json").read_text())["validation_loss"]["before"]
     best = json.loads((finished.folder / "summary.json").read_text())["validation_loss"]["kept"]
@@ -214,6 +218,7 @@ def test_training_goes_on_from_an_adapter(finished, tiny_llama, rows, cache, tmp
 def test_early_stopping_stops(tiny_llama, rows, cache, tmp_path, quiet):
     words = ["train.early_stopping=1", "train.evaluate_every=1", "train.learning_rate=10", "train.max_steps=20"]
     words.append("train.warmup=0")  # or the best is the first step's adapter, which has learnt nothing
+    words.append(UNASKED)
     run = train(recipe_for(tiny_llama, rows, tmp_path / "run", *words), console=quiet, cache=cache)
     assert len(losses(run)) < 20
     assert json.loads((run.folder / "summary.json").read_text())["steps"] == len(losses(run))
@@ -332,7 +337,7 @@ def test_a_run_that_failed_after_its_last_step_takes_no_other(
     words, tiny_llama, rows, cache, tmp_path, quiet, monkeypatch
 ):
     """Its adapter is that of the best step, which is not the last, wherever the run is by now."""
-    words = [*words, "train.evaluate_every=2", "train.learning_rate=0.1", "train.scheduler=constant"]
+    words = [*words, "train.evaluate_every=2", "train.learning_rate=0.1", "train.scheduler=constant", UNASKED]
     whole = train(recipe_for(tiny_llama, rows, tmp_path / "whole", *words), console=quiet, cache=cache)
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
@@ -358,7 +363,7 @@ def read_metrics_but_time(run: Run) -> list[dict]:
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_gone_on_from(
     tiny_llama, rows, cache, tmp_path, quiet, monkeypatch
 ):
-    recipe = recipe_for(tiny_llama, rows, tmp_path / "run", "train.max_steps=6", "train.evaluate_every=2")
+    recipe = recipe_for(tiny_llama, rows, tmp_path / "run", "train.max_steps=6", "train.evaluate_every=2", UNASKED)
     interrupted(monkeypatch, 5, recipe, quiet, cache)
     (open_run(tmp_path / "run").latest_checkpoint() / "optimizer.pt").unlink()
     console = Console(file=io.StringIO(), width=200)
@@ -490,7 +495,7 @@ def test_a_base_that_came_quantised_is_named_so_in_its_run(tiny_llama, rows, tmp
 )  # fmt: skip
 def test_a_warm_up_that_would_be_the_whole_run_is_shortened(words, notice, tiny_llama, rows, cache, tmp_path):
     console = Console(file=io.StringIO(), width=200)
-    run = train(recipe_for(tiny_llama, rows, tmp_path / "run", *words), console=console, cache=cache)
+    run = train(recipe_for(tiny_llama, rows, tmp_path / "run", *words, UNASKED), console=console, cache=cache)
     print(console.file.getvalue())
     assert notice in console.file.getvalue()
     assert all(tensor.any() for name, tensor in adapter_of(run).items() if "lora_B" in name)
@@ -509,7 +514,7 @@ def test_a_warm_up_that_would_be_the_whole_run_is_shortened(words, notice, tiny_
     ],
 )  # fmt: skip
 def test_a_run_that_has_learnt_nothing_is_an_error(words, why, tiny_llama, rows, cache, tmp_path, quiet):
-    recipe = recipe_for(tiny_llama, rows, tmp_path / "run", *words)
+    recipe = recipe_for(tiny_llama, rows, tmp_path / "run", *words, UNASKED)
     with pytest.raises(TrainingError) as caught:
         train(recipe, console=quiet, cache=cache)
     print(caught.value)
@@ -574,7 +579,7 @@ def test_a_resumed_run_counts_all_its_legs(tiny_llama, rows, cache, tmp_path, qu
 
 
 def test_the_loss_that_is_told_is_that_of_the_adapter_that_is_kept(tiny_llama, rows, cache, tmp_path, quiet):
-    words = ["train.max_steps=6", "train.evaluate_every=2", "train.learning_rate=3"]
+    words = ["train.max_steps=6", "train.evaluate_every=2", "train.learning_rate=3", UNASKED]
     for keep in ("true", "false"):
         recipe = recipe_for(tiny_llama, rows, tmp_path / keep, *words, f"train.keep_best={keep}")
         run = train(recipe, console=quiet, cache=cache)
@@ -615,6 +620,7 @@ def test_the_gradients_norm_is_the_same_however_the_optimiser_holds_them(tiny_ll
     norms = {}
     for optimizer in ("adamw", "adamw_8bit"):
         words = ["train.max_steps=3", f"train.optimizer={optimizer}", "train.max_grad_norm=0.1", "train.warmup=0"]
+        words.append(UNASKED)
         run = train(recipe_for(tiny_llama, rows, tmp_path / optimizer, *words), console=quiet, cache=cache)
         norms[optimizer] = [line.grad_norm for line in read_metrics(run) if line.grad_norm is not None]
     assert norms["adamw"][0] == pytest.approx(norms["adamw_8bit"][0], rel=1e-5)

@@ -96,5 +96,8 @@ def _as_in_its_file(tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path) ->
 
 def _rules(backend: Tokenizer | None) -> list[object] | None:
     """What cuts a text into pieces before the vocabulary is asked."""
-    described = json.loads(backend.to_str()) if backend is not None else None
-    return None if described is None else [described["normalizer"], described["pre_tokenizer"]]
+    if backend is None:
+        return None
+    # Each alone: `to_str` writes the vocabulary too, and reading that again takes 0.15 s with 32,000 tokens.
+    parts = (backend.normalizer, backend.pre_tokenizer)
+    return [json.loads(part.__getstate__()) if part is not None else None for part in parts]
