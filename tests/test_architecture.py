@@ -15,7 +15,7 @@ PUBLIC = SOURCE / "__init__.py"  # it names everything, for type checkers, and i
 RANK = {
     "__main__": 13, "cli": 12, "demo": 11, "export": 11, "training": 10, "preflight": 9, "evaluate": 8, "serve": 8,
     "chat": 7, "objective": 6, "generate": 6, "data": 5, "model": 5, "engine": 5, "weights": 4, "run": 4, "plan": 3, "recipe": 2,
-    "kernels": 1, "distributed": 1, "files": 1, "errors": 0, "couplings": 0, "isolated": 0,
+    "kernels": 2, "distributed": 1, "files": 1, "errors": 0, "couplings": 0, "isolated": 0,
     "installed": 0, "markdown": 0, "terminal": 0,
     "version": 0, "__init__": 0,
 }  # fmt: skip

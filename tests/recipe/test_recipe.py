@@ -34,7 +34,7 @@ def test_all_faults_are_listed_together_with_their_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["adapter=a", "lora.r=4"], "lora: r cannot be set with adapter=a"),
         (["data.validation=0", "train.early_stopping=2"], "train.early_stopping: needs validation rows"),
@@ -63,9 +63,9 @@ def test_all_faults_are_listed_together_with_their_lines(tmp_path):
         (["model.path=caf\udce9"], "model.path: 'caf\\udce9' is not UTF-8"),
     ],
 )
-def test_contradictions_and_malformed_arguments_are_refused(words, message):
+def test_contradictions_and_malformed_arguments_are_refused(arguments, message):
     with pytest.raises(RecipeError) as caught:
-        load_recipe(None, words)
+        load_recipe(None, arguments)
     print(caught.value)
     assert message in str(caught.value)
 
@@ -116,12 +116,12 @@ def value_of(recipe, key):
     return recipe
 
 
-@pytest.mark.parametrize("word", VALUES)
-def test_a_value_is_read_by_the_type_of_its_option(word):
-    key = word.partition("=")[0]
-    found = value_of(load_recipe(None, [word]), key)
-    assert found == VALUES[word]
-    assert type(found) is type(VALUES[word])
+@pytest.mark.parametrize("argument", VALUES)
+def test_a_value_is_read_by_the_type_of_its_option(argument):
+    key = argument.partition("=")[0]
+    found = value_of(load_recipe(None, [argument]), key)
+    assert found == VALUES[argument]
+    assert type(found) is type(VALUES[argument])
 
 
 def test_a_file_is_read_by_the_same_types(tmp_path):
@@ -136,12 +136,16 @@ def test_a_file_is_read_by_the_same_types(tmp_path):
     assert (recipe.data.validation, recipe.data.map) == (0.1, {"prompt": "on", "completion": "2024-13-45"})
     assert (recipe.lora.targets, recipe.train.epochs, recipe.train.max_steps) == (["q_proj", "v_proj"], 2.0, None)
     assert recipe.out == "7"
-    assert load_recipe(file, ["data.map=input:context"]).data.map == {"input": "context"}, "a word replaces the file's"
+    assert load_recipe(file, ["data.map=input:context"]).data.map == {"input": "context"}, (
+        "an argument replaces the file's"
+    )
 
 
 def test_arguments_that_a_shell_makes_from_braces_are_merged():
-    words = ["data.map=prompt:question", "data.map=completion:answer", "lora.targets=q_proj", "lora.targets=v_proj"]
-    recipe = load_recipe(None, [*words, "data.path=a.jsonl", "data.path=b.jsonl", "train.epochs=2", "train.epochs=3"])
+    arguments = ["data.map=prompt:question", "data.map=completion:answer", "lora.targets=q_proj", "lora.targets=v_proj"]
+    recipe = load_recipe(
+        None, [*arguments, "data.path=a.jsonl", "data.path=b.jsonl", "train.epochs=2", "train.epochs=3"]
+    )
     assert recipe.data.map == {"prompt": "question", "completion": "answer"}
     assert (recipe.lora.targets, recipe.data.path, recipe.train.epochs) == (
         ["q_proj", "v_proj"],
@@ -154,8 +158,8 @@ def test_arguments_that_a_shell_makes_from_braces_are_merged():
 def test_the_example_of_every_option_is_valid(key, tmp_path):
     sections = key.split(".")[:-1]
     beside = ["train.max_steps=9", "data.validation=3"] if key == "data.streaming" else []
-    (word,) = shlex.split(example(key))
-    recipe = load_recipe(None, [*beside, word])
+    (argument,) = shlex.split(example(key))
+    recipe = load_recipe(None, [*beside, argument])
     file = tmp_path / "recipe.yaml"
     file.write_text("".join(f"{name}:\n  " for name in sections) + example(key, in_file=True))
     assert value_of(load_recipe(file, beside), key) == value_of(recipe, key)
@@ -224,7 +228,7 @@ def test_a_damaged_recipe_is_one_message(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "word, what",
+    "argument, what",
     [
         ("train.max_steps=" + "9" * 5000, "train.max_steps: unable to parse"),
         ("datum=" + "9" * 5000, "datum: '999"),
@@ -234,9 +238,9 @@ def test_a_damaged_recipe_is_one_message(name, tmp_path):
         ("data.map={[a]: b}", "data.map: '{[a]: b}' cannot be read; e.g. data.map="),
     ],
 )
-def test_an_argument_that_yaml_cannot_read_is_one_fault(word, what):
+def test_an_argument_that_yaml_cannot_read_is_one_fault(argument, what):
     with pytest.raises(RecipeError) as caught:
-        load_recipe(None, [word])
+        load_recipe(None, [argument])
     print(caught.value)
     assert what in str(caught.value)
     assert len(str(caught.value)) < 1000

@@ -1,7 +1,8 @@
-"""The other engines: Transformers' continuous batching on a merged run, and the command that starts vLLM."""
+"""The other engines: nybble's decoder, Transformers' continuous batching on a merged run, and the command that starts vLLM."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import shutil
 import stat
@@ -20,10 +21,11 @@ from nybble.data.text.tokens import encode_prompt
 from nybble.errors import RunError, ServeError
 from nybble.run.folder import open_run
 from nybble.serve.app import Limits
-from nybble.serve.loading import load_continuous
+from nybble.serve.loading import load_continuous, load_decoder, load_pipeline
 from nybble.serve.metrics import Metrics
 from nybble.serve.server import Address, serve
 from nybble.serve.vllm import command, environment
+from nybble.weights.watched import Ineligible
 from tests.local_server import another_run, serving
 
 
@@ -47,6 +49,41 @@ def test_health_tells_when_the_manager_has_ended(merged, cache):
 
 def user(text):
     return [{"role": "user", "content": text}]
+
+
+def test_the_decoder_answers_as_the_pipeline_does(tuned_run, tmp_path, cache):
+    runs = [tuned_run, another_run(tuned_run, "second", 3.0)]
+    said = {}
+    for load in (load_pipeline, load_decoder):
+        with serving(lambda metrics, load=load: load(runs, metrics, device="cpu", queue=64, cache=cache)) as server:
+            client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+            models = [model.id for model in client.models.list()]
+            with concurrent.futures.ThreadPoolExecutor(6) as threads:
+                answers = [
+                    threads.submit(
+                        client.chat.completions.create, model=model, messages=user(text), max_tokens=8, seed=3,
+                        temperature=temperature, logprobs=True,
+                    )
+                    for model in models for text in ("say one two", "go on") for temperature in (0, 0.9)
+                ]  # fmt: skip
+                said[load] = [answer.result().choices[0].message.content for answer in answers]
+            assert server.http.get(f"{server.url}/health").status_code == 200
+            client.close()
+    assert said[load_decoder] == said[load_pipeline]
+    assert len(set(said[load_decoder])) > 3
+
+
+def test_what_the_decoder_cannot_serve_says_why(tuned_run, cache, monkeypatch, capsys):
+    def refuse(*args, **options):
+        raise Ineligible("q_proj has the LoRA variant Dora")
+
+    monkeypatch.setattr("nybble.serve.loading.make_decoder", refuse)
+    with pytest.raises(ServeError) as refused:
+        load_decoder([tuned_run], Metrics(), device="cpu", queue=16, cache=cache)
+    print(refused.value, refused.value.fix)
+    shown = capsys.readouterr().out
+    assert "the engine decoder cannot serve this model: q_proj has the LoRA variant Dora" in shown
+    assert "--engine pipeline" in shown
 
 
 def test_continuous_batching_answers_each_as_generate_does(merged, cache):

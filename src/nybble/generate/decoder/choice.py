@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from nybble.generate.decoder.decoder import Decoder
+from nybble.generate.decoder.decoder import RowDecoder
 from nybble.generate.decoder.model import DecoderModel, read_model
 from nybble.generate.decoder.plain_steps import PlainSteps
 from nybble.generate.decoder.steps import Steps
@@ -35,7 +35,7 @@ def make_decoder(
     queue: int | None = None,
     observer: Observer | None = None,
     folder: pathlib.Path | None = None,
-) -> Decoder:
+) -> RowDecoder:
     """A decoder for a model with all of its adapters, as they are now.
 
     Args:
@@ -48,7 +48,7 @@ def make_decoder(
         Ineligible: the first reason why the decoder cannot answer for it.
     """
     read = read_model(model)
-    return Decoder(read, _choose_steps(read, model, folder), queue=queue, observer=observer)
+    return RowDecoder(read, _choose_steps(read, model, folder), queue=queue, observer=observer)
 
 
 def _choose_steps(read: DecoderModel, model: PreTrainedModel | PeftModel, folder: pathlib.Path | None) -> Steps:

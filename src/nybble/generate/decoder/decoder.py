@@ -43,7 +43,7 @@ class DecodedRow:
         return self.active.sequence[self.slot.length :]
 
 
-class Decoder:
+class RowDecoder:
     """See `nybble.generate.request.Generator`; one `step` computes a part of the prompts and then a token for each row.
 
     Args:

@@ -54,7 +54,7 @@ class Weight(ctypes.Structure):
     )  # fmt: skip
 
 
-class Product(ctypes.Structure):
+class ProductArguments(ctypes.Structure):
     """product.cu."""
 
     _fields_ = (
@@ -66,7 +66,7 @@ class Product(ctypes.Structure):
     )  # fmt: skip
 
 
-class AddNorm(ctypes.Structure):
+class AddNormArguments(ctypes.Structure):
     """elementwise.cu."""
 
     _fields_ = (
@@ -75,7 +75,7 @@ class AddNorm(ctypes.Structure):
     )  # fmt: skip
 
 
-class SwiGlu(ctypes.Structure):
+class SwiGluArguments(ctypes.Structure):
     """elementwise.cu."""
 
     _fields_ = (
@@ -84,7 +84,7 @@ class SwiGlu(ctypes.Structure):
     )  # fmt: skip
 
 
-class Attention(ctypes.Structure):
+class AttentionArguments(ctypes.Structure):
     """attention.cu."""
 
     _fields_ = (

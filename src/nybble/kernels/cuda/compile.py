@@ -46,7 +46,7 @@ def cubin(name: str, architecture: str, defines: Mapping[str, int], folder: path
     options = (f"-arch={architecture}", *OPTIONS, *(f"-D{key}={value}" for key, value in sorted(defines.items())))
     if folder is None:
         return _compile(name, source, options)
-    key = hashlib.sha256(repr((source, options, _version())).encode()).hexdigest()
+    key = hashlib.sha256(repr((source, options, _nvrtc_release())).encode()).hexdigest()
     file = folder / f"{name}-{architecture}-{key[:32]}.cubin"
     try:
         return file.read_bytes()
@@ -58,7 +58,7 @@ def cubin(name: str, architecture: str, defines: Mapping[str, int], folder: path
     return code
 
 
-def _version() -> tuple[int, int]:
+def _nvrtc_release() -> tuple[int, int]:
     major, minor = _checked(nvrtc.nvrtcVersion())
     return major, minor
 

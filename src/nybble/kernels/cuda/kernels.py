@@ -54,7 +54,7 @@ class ProductWeights:
         self.ranks = 0 if below is None else len(below)
         self._kept = (weights, below, next_read)  # the structure has addresses only
         first = weights[0]
-        fields = arguments.Product(
+        fields = arguments.ProductArguments(
             code=address(first.code), code2=address(first.nested.code if first.nested else None), below=address(below),
             below_slabs=0 if below is None else len(below) // SLAB, blocks=self.blocks,
         )  # fmt: skip
@@ -125,7 +125,7 @@ class Kernels:
         """
         rows = len(x_mk)
         layout = product_layout(rows, weights.blocks, self.shared_limit)
-        fields = arguments.Product.from_buffer_copy(weights.fields)
+        fields = arguments.ProductArguments.from_buffer_copy(weights.fields)
         fields.x, fields.y, fields.m, fields.columns = address(x_mk), address(out.parts), rows, out.parts.shape[2]
         fields.chunk_stride, fields.chunks, fields.chunk_blocks = (
             out.parts.stride(0),
@@ -167,7 +167,7 @@ class Kernels:
             squares: (ceil(h / 512), m) float32, the residual's.
         """
         rows, hidden = residual_mh.shape
-        fields = arguments.AddNorm(
+        fields = arguments.AddNormArguments(
             address(residual_mh), *_parts(output), address(weight_h), address(out_mh), address(squares), hidden, rows,
         )  # fmt: skip
         _set_adapters(fields.adapters, adapters)
@@ -184,7 +184,7 @@ class Kernels:
             out_mi: bf16.
         """
         rows, width = out_mi.shape
-        fields = arguments.SwiGlu(*_parts(output), address(out_mi), width, rows)
+        fields = arguments.SwiGluArguments(*_parts(output), address(out_mi), width, rows)
         _set_adapters(fields.adapters, adapters)
         self._kernel("elementwise", "swiglu", _adapter_define(adapters))(
             (-(-width // ELEMENTWISE_COLUMNS), rows, 1), 128, fields
@@ -212,7 +212,7 @@ class Kernels:
         kv_heads, head_size = cache.keys.shape[1], cache.keys.shape[3]
         group = out_mn.shape[1] // head_size // kv_heads
         together, apart = attention_groups(head_size, group)
-        fields = arguments.Attention(
+        fields = arguments.AttentionArguments(
             *_parts(output), address(cache.positions), address(cache.pages),
             address(cache.keys), address(cache.values), address(rotary[0]), address(rotary[1]), address(out_mn),
             address(work.partial), address(work.counts), cache.pages.shape[1], kv_heads,

@@ -1,0 +1,226 @@
+"""The decoder in plain torch: adapters side by side, beginnings shared, rows that come and go, and what fails alone."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
+
+from nybble.generate.decoder.choice import make_decoder
+from nybble.generate.decoder.decoder import RowDecoder
+from nybble.generate.decoder.model import read_model
+from nybble.generate.decoder.plain_steps import PlainSteps
+from nybble.generate.padded import Padded
+from nybble.generate.request import GenerationError, NonFiniteLogitsError, complete
+from nybble.weights.watched import Ineligible
+from tests.generate.test_padded import ADAPTERS, CLOSE, PROMPTS, adapted, alone, ask
+
+
+@pytest.fixture(scope="module")
+def model(peaky_llama):
+    return adapted(peaky_llama, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"])
+
+
+def decoder(model, tokens=4000):
+    read = read_model(model)
+    return RowDecoder(read, PlainSteps(read, tokens))
+
+
+def test_two_adapters_and_the_base_answer_together_as_alone(model):
+    asked = [(prompt, adapter) for prompt in PROMPTS for adapter in ADAPTERS] * 2  # more than rows at once
+    answers = complete(decoder(model), [ask(*each) for each in asked])
+    assert [answer.ids for answer in answers] == [alone(model, *each) for each in asked]
+
+
+def test_seeded_answers_and_log_probabilities_are_those_of_padded_batches(model):
+    requests = [
+        ask(prompt, adapter, seed=n, temperature=1.5, top_k=40, top_p=0.95, logprobs=2)
+        for n, (prompt, adapter) in enumerate([(prompt, adapter) for prompt in PROMPTS for adapter in ADAPTERS])
+    ]
+    for ours, theirs in zip(complete(decoder(model), requests), complete(Padded(model, 0), requests), strict=True):
+        assert ours.ids == theirs.ids
+        mine, other = ([token.logprob for token in answer.tokens] for answer in (ours, theirs))
+        assert mine == pytest.approx(other, abs=CLOSE)
+        assert [[i for i, _ in token.top] for token in ours.tokens] == [
+            [i for i, _ in token.top] for token in theirs.tokens
+        ]
+
+
+def test_a_long_prompt_is_computed_in_parts_between_the_others_tokens(model, monkeypatch):
+    generator = decoder(model)
+    generator.steps.chunk = 16
+    parts, prefill = [], generator.steps.prefill
+    monkeypatch.setattr(
+        generator.steps, "prefill", lambda slots, chunks: parts.append([*map(len, chunks)]) or prefill(slots, chunks)
+    )
+    long = [1, *range(100, 150)]
+    answers = complete(generator, [ask(PROMPTS[0], None, 8), ask(long, "run2", 4)])
+    assert [answer.ids for answer in answers] == [alone(model, PROMPTS[0], None, 8), alone(model, long, "run2", 4)]
+    assert [part for part in parts if part != [1]][:2] == [[4, 12], [16]]
+    assert max(map(sum, parts)) <= 16
+
+
+def test_beginnings_are_computed_once_for_each_adapter(model, monkeypatch):
+    generator = decoder(model)
+    computed, prefill = [], generator.steps.prefill
+    monkeypatch.setattr(
+        generator.steps, "prefill", lambda slots, chunks: computed.extend(map(len, chunks)) or prefill(slots, chunks)
+    )
+    prefix = [1, *range(100, 140)]
+    for adapter in ADAPTERS:
+        (first,) = complete(generator, [ask([*prefix, 7], adapter, 4)])
+        whole = [*prefix, 7, *first.ids, 9, 11]
+        computed.clear()
+        (second,) = complete(generator, [ask(whole, adapter, 4)])
+        assert second.ids == alone(model, whole, adapter, 4)
+        assert computed[0] == 3, "the last token of the answer, and the two that are new"
+
+
+def test_where_the_cache_is_full_the_oldest_wait_and_nothing_is_lost(model):
+    generator = decoder(model, tokens=40)
+    answers = complete(generator, [ask(prompt, None, 12) for prompt in PROMPTS * 4])
+    assert [answer.ids for answer in answers] == [alone(model, prompt, None) for prompt in PROMPTS * 4]
+
+
+def test_a_request_beyond_the_whole_cache_is_refused_before_it_starts(model, capsys):
+    generator = decoder(model, tokens=40)
+    with pytest.raises(GenerationError) as refused:
+        generator.submit([ask(PROMPTS[0], None, 37)], [None])
+    print(refused.value)
+    assert "needs 41 tokens (prompt 4, answer up to 37), and there is memory for 40" in capsys.readouterr().out
+
+
+def test_a_row_joins_while_others_are_under_way(model):
+    generator = decoder(model)
+    later = []
+
+    def join(number, token):
+        if number == 0 and not later:
+            later.append(generator.submit([ask(PROMPTS[2], "default")], [sink])[0])
+
+    sink = Collected()
+    (first,) = complete(generator, [ask(PROMPTS[0], None, 30)], join)
+    assert first.ids == alone(model, PROMPTS[0], None, 30)
+    assert sink.ids == alone(model, PROMPTS[2], "default")
+    assert sink.finish == "length"
+
+
+class Collected:
+    """A sink."""
+
+    def __init__(self):
+        self.ids, self.finish, self.error = [], None, None
+
+    def put(self, token):
+        self.ids.append(token.id)
+
+    def end(self, finish):
+        self.finish = finish
+
+    def fail(self, error):
+        self.error = error
+
+
+def test_a_row_without_finite_logits_fails_alone(model):
+    broken = decoder(model)
+    prefill = broken.steps.prefill
+
+    def spoil(slots, chunks):
+        logits = prefill(slots, chunks)
+        for row, slot in enumerate(slots):
+            if slot.adapter == "run2":
+                logits[row, 3] = torch.nan
+        return logits
+
+    broken.steps.prefill = spoil
+    sinks = [Collected(), Collected()]
+    broken.submit([ask(PROMPTS[0]), ask(PROMPTS[0], "run2")], sinks)
+    while broken.step():
+        pass
+    assert sinks[0].ids == alone(model, PROMPTS[0], None)
+    assert isinstance(sinks[1].error, NonFiniteLogitsError)
+    assert sinks[1].ids == []
+
+
+def test_prompts_that_do_not_fit_together_are_tried_alone(model):
+    generator = decoder(model)
+    prefill = generator.steps.prefill
+
+    def limited(slots, chunks):
+        if sum(map(len, chunks)) > 6:
+            raise torch.OutOfMemoryError("no")
+        return prefill(slots, chunks)
+
+    generator.steps.prefill = limited
+    sinks = [Collected() for _ in range(3)]
+    generator.submit([ask(PROMPTS[0]), ask(PROMPTS[2]), ask(PROMPTS[1])], sinks)
+    while generator.step():
+        pass
+    assert "the prompt is too long for this device" in str(sinks[1].error)
+    assert isinstance(sinks[1].error.__cause__, torch.OutOfMemoryError)
+    assert [sinks[0].ids, sinks[2].ids] == [alone(model, PROMPTS[0], None), alone(model, PROMPTS[1], None)]
+
+
+def test_a_step_that_fails_ends_its_rows_and_the_next_request_is_answered(model, caplog):
+    generator = decoder(model)
+    decode = generator.steps.decode
+
+    def failing(slots, ids):
+        raise RuntimeError("a kernel failed")
+
+    generator.steps.decode = failing
+    with caplog.at_level(logging.ERROR, "nybble.generate"), pytest.raises(GenerationError, match="the model failed"):
+        complete(generator, [ask(PROMPTS[0])])
+    assert "a kernel failed" in caplog.text
+    generator.steps.decode = decode
+    (answer,) = complete(generator, [ask(PROMPTS[0])])
+    assert answer.ids == alone(model, PROMPTS[0], None)
+
+
+def test_requests_from_many_threads_are_all_answered(model):
+    generator = decoder(model)
+    sinks = [Collected() for _ in range(24)]
+    threads = [
+        threading.Thread(target=generator.submit, args=([ask(PROMPTS[n % 5], ADAPTERS[n % 3], 6)], [sinks[n]]))
+        for n in range(24)
+    ]
+    for thread in threads:
+        thread.start()
+    with torch.inference_mode():
+        while generator.step() or any(thread.is_alive() for thread in threads):
+            pass
+    expected = [alone(model, PROMPTS[n % 5], ADAPTERS[n % 3], 6) for n in range(24)]
+    assert [sink.ids for sink in sinks] == expected
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"use_dora": True}, "the LoRA variant Dora"),
+        ({"modules_to_save": ["lm_head"]}, "found ModulesToSaveWrapper where Linear was expected (lm_head)"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "(embed_tokens)"),
+    ],
+)
+def test_what_the_decoder_cannot_compute_is_named(peaky_llama, change, why, capsys):
+    base = LlamaForCausalLM.from_pretrained(peaky_llama, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(**{"r": 4, "target_modules": ["q_proj"]} | change))
+    with pytest.raises(Ineligible) as refused:
+        make_decoder(model)
+    print(refused.value)
+    assert why in capsys.readouterr().out
+
+
+def test_a_merged_adapter_and_positions_that_change_with_the_length_are_named(peaky_llama):
+    model = adapted(peaky_llama, target_modules=["q_proj"])
+    model.merge_adapter(["default"])
+    with pytest.raises(Ineligible, match="q_proj has a merged adapter"):
+        make_decoder(model)
+    dynamic = LlamaForCausalLM.from_pretrained(
+        peaky_llama, dtype=torch.float32, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    )
+    with pytest.raises(Ineligible, match="of the type dynamic"):
+        make_decoder(dynamic)
