@@ -16,7 +16,7 @@ from nybble.files.disk_errors import explained_disk_errors
 from nybble.files.paths import check_cache, default_cache
 from nybble.model.adapter.lora import add_adapter, load_adapter
 from nybble.model.adapter.updates import updates_of
-from nybble.model.base.bits import trained_on
+from nybble.model.base.bits import trained_base
 from nybble.model.base.cached import check_unchanged
 from nybble.model.base.checkpoint import find_base, fingerprint
 from nybble.model.base.load import load_base
@@ -68,11 +68,11 @@ def load_answerers(
     checkpoint = find_base(runs[0])
     with explained_disk_errors(cache):
         check_one_base(runs, cache)
-        base = load_base(checkpoint, options, dtype, torch_device, cache, trained_on(runs[0]))
+        base = load_base(checkpoint, options, dtype, torch_device, cache, trained_base(runs[0]))
     notices = list(base.notices)
     for run in runs[1:]:
         if base.bits is not None:
-            notices += check_unchanged(base.bits, base.fingerprint, trained_on(run), run.folder)
+            notices += check_unchanged(base.bits, base.fingerprint, trained_base(run), run.folder)
     for notice in dict.fromkeys(notices):
         logger.warning("%s", notice)
     names = ["default", *(f"run{number}" for number in range(2, len(runs) + 1))]  # PEFT allows no dots in a name
