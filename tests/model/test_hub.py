@@ -15,7 +15,7 @@ import pytest
 
 from nybble.errors import ModelError
 from nybble.model import hub
-from nybble.model.base.checkpoint import DESCRIPTION
+from nybble.model.base.checkpoint import DESCRIPTION_PATTERNS
 from tests.standin_hub import Account, Repo, StandinHub, commit_of
 
 # Answers a list of [token, function, arguments] with [kind, text, fix] each.
@@ -374,4 +374,4 @@ def test_an_adapter_beside_the_weights_is_not_fetched_and_named_templates_are() 
     names += ["chat_template.jinja", "additional_chat_templates/rag.jinja", "additional_chat_templates/notes.md"]
     base = ["adapter_config.json", "additional_chat_templates/rag.jinja", "chat_template.jinja", "config.json"]
     assert hub._wanted(names, None) == [*base, "pytorch_model.bin"]
-    assert hub._wanted(names, DESCRIPTION) == base
+    assert hub._wanted(names, DESCRIPTION_PATTERNS) == base
