@@ -50,7 +50,11 @@ def test_help_answers_at_once_and_without_torch():
 
 @pytest.mark.parametrize(
     ("own", "spins"),
-    [({}, SPIN_SETTINGS.get("GOMP_SPINCOUNT", "0")), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    [
+        ({}, SPIN_SETTINGS.get("GOMP_SPINCOUNT", "0")),
+        ({"GOMP_SPINCOUNT": "77"}, "77"),
+        ({"OMP_WAIT_POLICY": "active"}, None),
+    ],
 )
 def test_threads_that_wait_leave_the_cores_to_others(own, spins):
     """The settings that torch's OpenMP reports in a process started by the command line; what the user has set stays."""

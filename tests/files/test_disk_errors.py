@@ -123,7 +123,7 @@ def test_a_disk_that_fills_up_leaves_nothing_or_what_can_be_resumed(
     tiny_llama, rows, cache, tmp_path, quiet, monkeypatch
 ):
     """From a disk with no room for the tokenizer to one on which only the last file has none."""
-    monkeypatch.setattr(beginning, "check_room", lambda *sizes: None)  # another program fills the disk after it
+    monkeypatch.setattr(beginning, "check_disk_space", lambda *sizes: None)  # another program fills the disk after it
     words = ["train.max_steps=2", "train.save_every=1", "train.evaluate_every=1", "lora.r=4", "train.samples=0"]
     ends = set()
     for size in ("24k", "64k", "180k", "300k", "480k", "600k", "740k"):

@@ -23,7 +23,7 @@ from nybble.model.base.load import load_base
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer, read_tokenizer
 from nybble.run.folder import Run, open_run, refuse_unfinished
-from nybble.run.identity import check_beginning
+from nybble.run.identity import check_template_and_tokenizer
 from nybble.weights.on_cpu import dequantise_if_it_fits
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def load_template(run: Run, base: pathlib.Path) -> tuple[PreTrainedTokenizerBase
         return tokenizer, choose_template(tokenizer, "auto", "alpaca")
     tokenizer = read_tokenizer(run.folder / "tokenizer")
     template = read_template(tokenizer, run.folder / "template.json")
-    check_beginning(run)  # last: the readers above say more about a file that cannot be read
+    check_template_and_tokenizer(run)  # last: the readers above say more about a file that cannot be read
     return tokenizer, template
 
 

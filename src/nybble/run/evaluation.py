@@ -1,6 +1,6 @@
-"""evaluation.json: what `nybble eval` measured of base and tuned model, and how they compare.
+"""evaluation.json: what `nybble eval` measured for the base and the tuned model, and how they compare.
 
-Of older versions, and of files that people wrote, only the date and the tasks are required; what is missing is left out of the
+Files of older versions, and files written by hand, need only the date and the tasks; what is missing is left out of the
 report. Scores of benchmarks and answers are means over items; losses are in nats per token.
 """
 
@@ -22,7 +22,7 @@ class ScoreEntry(FrozenShape):
 
 
 class SubjectsEntry(FrozenShape):
-    """A benchmark by its subjects: the mean of their means."""
+    """A benchmark's mean over its subjects: the mean of their means."""
 
     subjects: int
     base: ScoreEntry
@@ -50,13 +50,13 @@ class TaskEntry(FrozenShape):
     metric: AnyText | None = None
     higher_is_better: bool = True
     version: AnyText | None = None
-    """Of the task, in lm-eval."""
+    """The task's version in lm-eval."""
     fewshot: int | None = None
     """Examples before each question."""
     rows: int | None = None
-    """Items that were used."""
+    """Number of items used."""
     of: int | None = None
-    """Items that the benchmark has."""
+    """Number of items of the benchmark."""
     data: AnyText | None = None
     """The file that they came from, or the Hub."""
     template: bool | None = None
@@ -67,16 +67,16 @@ class TaskEntry(FrozenShape):
     """Tuned - base."""
     p: float | None = None
     p_adjusted: float | None = None
-    """Over all benchmarks (Holm 1979)."""
+    """Adjusted over all benchmarks (Holm 1979)."""
     verdict: AnyText | None = None
     detectable: float | None = None
-    """The smallest true difference that so many items show in 4 of 5 evaluations."""
+    """The smallest true difference that this many items show in 4 of 5 evaluations."""
     over_subjects: SubjectsEntry | None = None
     contamination: ContaminationEntry | None = None
 
     @property
     def measure(self) -> str:
-        """What the scores are scores of."""
+        """What the scores measure."""
         return self.metric or self.name
 
 
@@ -87,7 +87,7 @@ class MetricEntry(FrozenShape):
     base: ScoreEntry
     tuned: ScoreEntry
     difference: ScoreEntry | None = None
-    """None for a single number of all answers, which has no interval."""
+    """None for a metric that is one number for all answers, without an interval."""
     p: float | None = None
     p_adjusted: float | None = None
     verdict: AnyText | None = None
@@ -95,12 +95,12 @@ class MetricEntry(FrozenShape):
 
     @property
     def measure(self) -> str:
-        """What the scores are scores of."""
+        """What the scores measure."""
         return self.name
 
 
 class LossEntry(FrozenShape):
-    """Of a model on a text."""
+    """The loss of a model on a text."""
 
     loss: float
     perplexity: float | None = None
@@ -122,7 +122,7 @@ class HeldOutEntry(FrozenShape):
 
 
 class TextEntry(FrozenShape):
-    """A text whose perplexity was asked for."""
+    """A text whose perplexity was requested."""
 
     name: AnyText
     tokens: int
@@ -139,7 +139,7 @@ class GenerationEntry(FrozenShape):
 
 
 class MissingEntry(FrozenShape):
-    """What was asked for and not measured."""
+    """A task that was requested but not measured."""
 
     task: AnyText
     why: AnyText
@@ -155,7 +155,7 @@ class SampleEntry(FrozenShape):
 
 
 class SkillEntry(FrozenShape):
-    """What somebody else measured: in the file, `what` and the score of each way to ask are keys of one object."""
+    """Scores measured elsewhere; in the file, `what` and the score of each way to ask are keys of one object."""
 
     what: AnyText
     ways: dict[AnyText, AnyText]
@@ -176,7 +176,7 @@ class SkillEntry(FrozenShape):
 
 
 class EvaluatedBase(FrozenShape):
-    """The base model, which tuned model and base have in common."""
+    """The base model, which base and tuned model share."""
 
     name: AnyText | None = None
     fingerprint: AnyText | None = None
@@ -197,7 +197,7 @@ class TrainingCost(FrozenShape):
 
 
 class Evaluation(RunRecord):
-    """Base against tuned."""
+    """The comparison of base and tuned model."""
 
     run: AnyText = ""
     """Name of the run's folder."""
@@ -205,12 +205,12 @@ class Evaluation(RunRecord):
     versions: dict[AnyText, AnyText] | None = None
     base: EvaluatedBase | None = None
     adapter: AnyText | None = None
-    """SHA-256 of its weights."""
+    """SHA-256 of the adapter's weights."""
     dtype: AnyText | None = None
-    """The type in which both were computed."""
+    """The type in which both models were computed."""
     device: AnyText | None = None
     limit: int | None = None
-    """Rows per benchmark at most; None for all."""
+    """The largest number of rows per benchmark; None for all."""
     seconds: float | None = None
     tasks: list[TaskEntry]
     missing: list[MissingEntry] = Field(default_factory=list)
@@ -219,7 +219,7 @@ class Evaluation(RunRecord):
     samples: list[SampleEntry] = Field(default_factory=list)
     generation: GenerationEntry | None = None
     lengths: dict[AnyText, int] = Field(default_factory=dict)
-    """How many training rows have so many tokens."""
+    """Number of training rows by their number of tokens."""
     max_length: int | None = None
     training: TrainingCost | None = None
     recipe: AnyText | None = None
@@ -227,5 +227,5 @@ class Evaluation(RunRecord):
 
     @property
     def answers(self) -> list[MetricEntry]:
-        """The metrics of the answers; none where no prompts were asked."""
+        """The metrics of the answers; none if no prompts were answered."""
         return self.generation.metrics if self.generation is not None else []

@@ -1,19 +1,19 @@
-"""The run folder: its layout, how it is made, and how it is opened again.
+"""The run folder: its layout, how it is created, and how it is opened again.
 
 RUN/recipe.yaml       every option, documented
-RUN/start.json        fingerprints of recipe, data, base, its quantised bits and versions, and digests of the two that follow,
+RUN/start.json        recipe, versions, fingerprints of data and base, the base's quantised bits, and digests of the next two;
                       written before the first step (`nybble.run.start`)
 RUN/template.json     the chat template by name and text
 RUN/tokenizer/        tokenizer with that template
-RUN/checkpoints/      checkpoint-N, each whole once it holds a file COMPLETE (`nybble.training.checkpoints`)
+RUN/checkpoints/      checkpoint-N, each complete once it contains a file COMPLETE (`nybble.training.checkpoints`)
 RUN/metrics.jsonl     one line per step, and one per evaluation (`nybble.run.log`)
 RUN/samples.jsonl     answers to validation prompts at each evaluation
-RUN/adapter/          the PEFT adapter, with a COMPLETE of its own: its appearance means that training has ended
+RUN/adapter/          the PEFT adapter, with its own COMPLETE: once it exists, training has ended
 RUN/summary.json      results, sizes, speed, versions (`nybble.run.summary`)
 RUN/loss.png          the loss curve
 RUN/README.md         model card
 RUN/evaluation.json   what nybble eval measured (`nybble.run.evaluation`); RUN/report.html, report.md and report/ show it
-RUN/export/           what nybble export made: adapter, merged, gguf, each a folder of its own
+RUN/export/           what nybble export wrote: adapter, merged and gguf, each in its own folder
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def is_bare_adapter(self) -> bool:
-        """Whether this is an adapter folder without a run around it."""
+        """Whether this is an adapter folder without a run."""
         return not (self.folder / "recipe.yaml").exists()
 
     @property
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def metrics(self) -> pathlib.Path:
-        """One JSON object per line: a step, and what was measured there."""
+        """One JSON object per line: a step, and what was measured at it."""
         return self.folder / "metrics.jsonl"
 
     @property
@@ -95,8 +95,8 @@ class Run:
             RunError: it is damaged.
         """
         file = self.folder / "evaluation.json"
-        again = f"write it again: nybble eval {self.folder}; or do without: rm {shlex.quote(str(file))}"
-        return read_record(file, Evaluation, again) if file.exists() else None
+        fix = f"write it again: nybble eval {self.folder}; or do without it: rm {shlex.quote(str(file))}"
+        return read_record(file, Evaluation, fix) if file.exists() else None
 
     def start(self) -> Start:
         """The content of start.json.
@@ -106,20 +106,20 @@ class Run:
         """
         return read_start(self.folder / "start.json")
 
-    def numbered(self) -> list[pathlib.Path]:
-        """The folders with names of checkpoints, the newest first, whole or not."""
+    def numbered_checkpoints(self) -> list[pathlib.Path]:
+        """The folders named like checkpoints, the newest first, complete or not."""
         paths = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
         folders = [path for path in paths if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
         return sorted(folders, key=step_of, reverse=True)
 
     def latest_checkpoint(self) -> pathlib.Path | None:
-        """The newest checkpoint that is marked as whole; `nybble.training.checkpoints` checks whether it still is."""
-        return next((folder for folder in self.numbered() if (folder / COMPLETE).exists()), None)
+        """The newest checkpoint that is marked as complete; `nybble.training.checkpoints` checks whether it still is."""
+        return next((folder for folder in self.numbered_checkpoints() if (folder / COMPLETE).exists()), None)
 
 
 @contextlib.contextmanager
 def create_run(folder: pathlib.Path, recipe: Recipe, start: Start) -> Iterator[pathlib.Path]:
-    """Make a run folder, complete or not at all; the caller writes tokenizer and template to the path that is yielded.
+    """Create a run folder, completely or not at all; the caller writes tokenizer and template to the yielded path.
 
     Raises:
         RunError: the folder exists.
@@ -137,7 +137,7 @@ def create_run(folder: pathlib.Path, recipe: Recipe, start: Start) -> Iterator[p
 
 
 def refuse_existing(folder: pathlib.Path) -> None:
-    """Raise RunError where there is a folder already."""
+    """Raise RunError where the folder exists already."""
     if folder.exists():
         is_run = (folder / "recipe.yaml").is_file()
         resume = f"to resume it: nybble train --resume {folder}; for a new run: " if is_run else ""
@@ -148,7 +148,7 @@ def refuse_existing(folder: pathlib.Path) -> None:
 
 
 def refuse_unfinished(run: Run) -> None:
-    """Raise RunError where a run has no adapter: another process is training it, or its training was interrupted."""
+    """Raise RunError where a run has no adapter: it is being trained, or its training was interrupted."""
     if not (run.adapter / "adapter_config.json").is_file():
         refuse_busy(run.folder)
         raise RunError(
@@ -157,16 +157,16 @@ def refuse_unfinished(run: Run) -> None:
         )
 
 
-def check_room(folder: pathlib.Path, trained: int, keep: int) -> None:
+def check_disk_space(folder: pathlib.Path, trained: int, keep: int) -> None:
     """Check that the kept checkpoints, the best, the one being written and the adapter fit on the disk.
 
     Args:
         folder: the run folder, which need not exist yet.
-        trained: trained parameters.
+        trained: number of trained parameters.
         keep: checkpoints kept besides the best.
 
     Raises:
-        RunError: they do not, with what is needed and what is free.
+        RunError: they do not fit; with the space that is needed and the space that is free.
     """
     check_free_space(
         folder, run_folder_bytes(trained, keep), "the run's folder", "free some space, or out=FOLDER on another disk"
@@ -176,37 +176,37 @@ def check_room(folder: pathlib.Path, trained: int, keep: int) -> None:
 def open_run(path: str | pathlib.Path, base: str | None = None) -> Run:
     """Open a run, or a PEFT adapter folder.
 
-    Local paths in its recipe are absolute. Runs before 0.6 recorded them as they were typed: these are taken from the current
-    folder. A base that was a folder is a folder even where it is gone: the Hub is not asked for it.
+    Local paths in its recipe become absolute. Runs before 0.6 recorded them as they were typed: these are relative to the current
+    folder. A base that was a folder is never looked up on the Hub, even if the folder is gone.
 
     Args:
         path: the folder.
-        base: where the base model is now, if it moved.
+        base: the new path of the base model, if it moved.
 
     Raises:
         RecipeError: a recipe.yaml that cannot be read.
-        RunError: there is no run, or its recipe or its adapter is not what training wrote.
+        RunError: there is no run, or its recipe or adapter is not what training wrote.
         ModelError: an adapter whose configuration cannot be read.
     """
     folder = pathlib.Path(path)
     if (folder / "recipe.yaml").exists():
         recipe = _recorded_recipe(folder)
-        if recorded_folder(folder):
-            recipe = _on_base(recipe, absolute_path(recipe.model.path))
+        if is_base_a_folder(folder):
+            recipe = _with_base(recipe, absolute_path(recipe.model.path))
     elif (folder / "adapter_config.json").exists():
-        recipe = Recipe() if base is not None else _on_base(Recipe(), _base_of_adapter(folder))
+        recipe = Recipe() if base is not None else _with_base(Recipe(), _base_of_adapter(folder))
     else:
         what = f"there is no folder {folder}" if not folder.exists() else f"{folder} is neither a run nor an adapter"
         raise RunError(f"{what} (no recipe.yaml, no adapter_config.json)", fix="ls runs/")
     if base is not None:
-        recipe = absolute_paths(_on_base(recipe, base, revision=None))
+        recipe = absolute_paths(_with_base(recipe, base, revision=None))
     run = Run(folder, recipe)
     check_adapter(run.adapter)
     return run
 
 
 def _recorded_recipe(run: pathlib.Path) -> Recipe:
-    """A run's recipe.yaml with absolute paths, compared with the record of how it began."""
+    """A run's recipe.yaml with absolute paths, compared with start.json."""
     file = run / "recipe.yaml"
     try:
         recipe = absolute_paths(load_recipe(file))
@@ -216,11 +216,11 @@ def _recorded_recipe(run: pathlib.Path) -> Recipe:
     return recipe
 
 
-def _on_base(recipe: Recipe, base: str, **changes: str | None) -> Recipe:
+def _with_base(recipe: Recipe, base: str, **changes: str | None) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": base, **changes})})
 
 
-def recorded_folder(run: pathlib.Path) -> bool:
+def is_base_a_folder(run: pathlib.Path) -> bool:
     """Whether a run's record says that its base was a folder, not a commit of the Hub."""
     file = run / "start.json"
     is_run = file.exists() and (run / "recipe.yaml").exists()  # the folder above a bare adapter may be anything
@@ -228,7 +228,7 @@ def recorded_folder(run: pathlib.Path) -> bool:
 
 
 def _base_of_adapter(folder: pathlib.Path) -> str:
-    """The base that PEFT recorded. A relative path is taken from the current folder, or else from the adapter's."""
+    """The base that PEFT recorded. A relative path is relative to the current folder, or else to the adapter's."""
     name = read_object(folder / "adapter_config.json").get("base_model_name_or_path") or ""
     if not isinstance(name, str):
         raise ModelError(
@@ -239,11 +239,11 @@ def _base_of_adapter(folder: pathlib.Path) -> str:
     paths = [pathlib.Path(name), folder / name] if name else []
     if base := next((path for path in paths if path.is_dir()), None):
         return absolute_path(str(base))
-    return absolute_path(name) if name and recorded_folder(folder.absolute().parent) else name
+    return absolute_path(name) if name and is_base_a_folder(folder.absolute().parent) else name
 
 
 def choose_folder(recipe: Recipe) -> pathlib.Path:
-    """The folder that the recipe names, or runs/MODEL-DATA, with a number where that exists."""
+    """The folder that the recipe names, or runs/MODEL-DATA, with a number if that exists."""
     if recipe.out is not None:
         return pathlib.Path(recipe.out)
     stems = [pathlib.Path(part).name.split(".")[0] for part in (recipe.model.path, recipe.data.names[0])]

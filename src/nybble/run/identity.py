@@ -1,4 +1,4 @@
-"""Whether a run is still what it was when it began: its tokenizer and template, its recipe, data, base and versions."""
+"""Checks that a run is unchanged since it started: tokenizer and template, recipe, data, base and versions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from nybble.run.folder import Run
 from nybble.run.start import FILES, Start, differences, with_defaults
 
 
-def check_beginning(run: Run) -> None:
-    """Compare tokenizer and template with what they were when the run began; versions before 0.7 did not record that.
+def check_template_and_tokenizer(run: Run) -> None:
+    """Compare tokenizer and template with their digests in start.json, which versions before 0.7 did not record.
 
     Raises:
         RunError: naming the file, or the record is damaged.
@@ -30,14 +30,14 @@ def check_beginning(run: Run) -> None:
 
 
 def check_unchanged(run: Run, now: Start) -> None:
-    """Compare a run that is resumed with how it began, by whichever version of nybble.
+    """Compare a run that is resumed with its start.json, written by any version of nybble.
 
     Raises:
         RunError: listing what changed, from what to what.
     """
     if changes := differences(_compared(run.start()), _compared(now)):
         raise RunError(
-            "the run cannot be resumed, because these changed since it began:\n"
+            "the run cannot be resumed, because these changed since it was started:\n"
             + "\n".join(f"  - {change}" for change in changes),
             where=str(run.folder / "start.json"),
             fix="undo these changes, or start a new run: nybble train -c RUN/recipe.yaml out=ANOTHER",
@@ -45,7 +45,7 @@ def check_unchanged(run: Run, now: Start) -> None:
 
 
 def _compared(start: Start) -> dict[str, object]:
-    """What must be equal. Tokenizer, template and the quantised base have checks of their own; nybble itself may be newer."""
+    """What must be equal. Tokenizer, template and the quantised base are checked separately; nybble itself may be newer."""
     recipe = with_defaults(absolute_tree(start.recipe.as_json()))  # before 0.6 paths were recorded as typed
     packages = {name: version for name, version in start.versions.items() if name != "nybble"}
     return {

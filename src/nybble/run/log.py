@@ -14,13 +14,13 @@ from nybble.files.writing import append_json, write_text
 from nybble.run.folder import Run
 from nybble.run.records import AnyText, FrozenShape
 
-TASK = "task/"  # before the name of a benchmark, as a key of a line
+TASK = "task/"  # prefix of a benchmark's name in the keys of a line
 
 
 class MetricsLine(FrozenShape):
-    """What was measured at a step, or by the evaluation after it; what was not measured is None.
+    """What was measured at a step, or by the evaluation after it; None for what was not.
 
-    Further keys are what the objective measures besides the loss.
+    Other keys are what the objective measures besides the loss.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -31,13 +31,13 @@ class MetricsLine(FrozenShape):
     grad_norm: float | None = None
     learning_rate: float | None = None
     tokens: int | None = None
-    """Of all processes, padding not counted."""
+    """In all processes, without padding."""
     seconds: float | None = None
-    """The step took."""
+    """How long the step took."""
     eval_loss: float | None = None
-    """On the validation rows, in nats per token."""
+    """Loss on the validation rows, in nats per token."""
     scores: dict[AnyText, float] = Field(default_factory=dict)
-    """By benchmark; in the file each has a key of its own."""
+    """Scores by benchmark; in the file each is a key of the line."""
 
     @model_validator(mode="before")
     @classmethod
@@ -70,7 +70,7 @@ L = TypeVar("L", MetricsLine, SampleLine)
 
 
 def read_metrics(run: Run) -> list[MetricsLine]:
-    """Every line of metrics.jsonl, but the last one where a crash cut it off.
+    """Every line of metrics.jsonl, except a last line that a crash cut off.
 
     Raises:
         RunError: naming the first line that is damaged.
@@ -78,38 +78,38 @@ def read_metrics(run: Run) -> list[MetricsLine]:
     lines = list(read_lines(run.metrics, MetricsLine, RunError))
     if lines and isinstance(lines[-1], NybbleError):
         lines.pop()
-    return _whole(lines)
+    return _undamaged(lines)
 
 
 def check_logs(run: Run, step: int) -> None:
-    """Read what was logged up to a step, from which a resumed run goes on; -1 for nothing.
+    """Check the lines up to the step from which a run resumes; -1 for none.
 
     Raises:
-        RunError: naming the first line that is damaged; later ones do not matter.
+        RunError: naming the first damaged line; lines of later steps do not matter.
     """
     _read_until(run.metrics, MetricsLine, step)
     _read_until(run.samples, SampleLine, step)
 
 
 def cut_logs(run: Run, step: int) -> list[MetricsLine]:
-    """Remove what was logged after a step; the lines before stay as they are.
+    """Remove the lines after a step; the earlier lines stay as they are.
 
     Returns:
-        Those of metrics.jsonl.
+        The remaining lines of metrics.jsonl.
 
     Raises:
-        RunError: naming the first line up to the step that is damaged.
+        RunError: naming the first damaged line up to the step.
     """
     metrics, samples = _read_until(run.metrics, MetricsLine, step), _read_until(run.samples, SampleLine, step)
-    for file, kept in ((run.metrics, metrics), (run.samples, samples)):
+    for file, lines in ((run.metrics, metrics), (run.samples, samples)):
         if file.exists():
             contents = [content for content in file.read_bytes().split(b"\n") if content.strip()]
-            write_text(file, "".join(f"{contents[index].decode('utf-8')}\n" for index in kept))
+            write_text(file, "".join(f"{contents[index].decode('utf-8')}\n" for index in lines))
     return list(metrics.values())
 
 
 def append_line(file: pathlib.Path, line: MetricsLine | SampleLine) -> None:
-    """Add a line; one that a crash cut off is dropped when the run is resumed."""
+    """Append a line; a line that a crash cuts off is dropped when the run is resumed."""
     append_json(file, line.as_json())
 
 
@@ -117,15 +117,15 @@ def _read_until(file: pathlib.Path, shape: type[L], step: int) -> dict[int, L]:
     """The lines up to a step, by their index among those that are not blank."""
     lines = list(read_lines(file, shape, RunError))
     early = [index for index, line in enumerate(lines) if not isinstance(line, NybbleError) and line.step <= step]
-    before = _whole(lines[: max(early, default=-1) + 1])
+    before = _undamaged(lines[: max(early, default=-1) + 1])
     return {index: before[index] for index in early}
 
 
-def _whole(lines: Sequence[L | NybbleError]) -> list[L]:
-    """The lines, all of them whole.
+def _undamaged(lines: Sequence[L | NybbleError]) -> list[L]:
+    """The lines, if none is damaged.
 
     Raises:
-        NybbleError: of the first that is not.
+        NybbleError: the fault of the first damaged one.
     """
     if damaged := next((line for line in lines if isinstance(line, NybbleError)), None):
         raise damaged

@@ -1,6 +1,6 @@
-"""COMPLETE marks a folder of the run as whole: it is written last, with sizes and digests of the folder's other files.
+"""COMPLETE marks a folder of the run as complete: it is written last, with sizes and digests of the folder's other files.
 
-That of a checkpoint also has the time and memory that the run had taken until then.
+In a checkpoint it also has the time and memory that the run had used until then.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ COMPLETE = "COMPLETE"
 
 
 class Mark(FrozenShape):
-    """What COMPLETE holds."""
+    """The content of COMPLETE."""
 
     seconds: float = 0.0
-    """The run's time until then."""
+    """The run's time until the checkpoint."""
     peak_memory: int = 0
-    """Until then, in bytes."""
+    """The run's peak memory until the checkpoint, in bytes."""
     files: dict[AnyText, FileEntry] | None = None
     """None before 0.7."""
 
 
 def read_mark(folder: pathlib.Path) -> dict[str, Any]:
-    """The content of COMPLETE in a checkpoint or an adapter: 0.5.1 left it empty, and 0.6.0 named no files.
+    """The content of COMPLETE in a checkpoint or an adapter; 0.5.1 left it empty, and 0.6.0 listed no files.
 
     Raises:
         RunError: it is damaged.
@@ -41,12 +41,12 @@ def read_mark(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def described(folder: pathlib.Path, ignored: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-    """Sizes and digests of a folder's files, without those that are ignored and without COMPLETE."""
+    """Sizes and digests of a folder's files, except COMPLETE and the ignored ones."""
     return {name: entry for name, entry in describe(folder).items() if name not in {COMPLETE, *ignored}}
 
 
 def check_adapter(folder: pathlib.Path) -> None:
-    """Compare an adapter with what its training wrote, where it has a COMPLETE: older versions wrote none.
+    """Compare an adapter with its COMPLETE; older versions wrote none.
 
     Raises:
         RunError: naming the file, and how to get the adapter back.
@@ -54,8 +54,10 @@ def check_adapter(folder: pathlib.Path) -> None:
     if not (folder / COMPLETE).exists():
         return
     files = read_mark(folder).get("files") or {}
-    is_runs = (folder.parent / "recipe.yaml").is_file()  # a checkpoint may be an older version's, whose marks name none
-    wrong = faults(folder, files) if files or not is_runs else [f"{COMPLETE} names no files"]
+    is_in_run = (
+        folder.parent / "recipe.yaml"
+    ).is_file()  # a checkpoint's COMPLETE may be an older version's, without files
+    wrong = faults(folder, files) if files or not is_in_run else [f"{COMPLETE} lists no files"]
     if wrong:
         name, again = shlex.quote(str(folder)), ""
         if any((folder.parent / "checkpoints").glob(f"checkpoint-*/{COMPLETE}")):

@@ -1,7 +1,7 @@
-"""What every record of a run has in common: frozen fields with types, a format version, one way to be read and written.
+"""What all records of a run have in common: frozen typed fields, a format version, and how they are read and written.
 
-A record keeps its keys from version to version. One without a number is of version 1: nybble up to 0.7.0 wrote none. Fields that
-an older version did not write have defaults here, and keys that this version does not know are ignored.
+A record keeps its keys from version to version. A record without a version number has version 1: nybble up to 0.7.0 wrote none.
+Fields that an older version did not write have defaults, and keys that this version does not know are ignored.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ Day = Annotated[datetime.date, PlainValidator(_day)]
 
 
 class FrozenShape(Shape):
-    """Fields that belong together in a record; they do not change."""
+    """Fields that belong together in a record; they cannot be changed."""
 
     model_config = ConfigDict(frozen=True)
 
     def as_json(self) -> dict[str, Any]:
-        """The keys that are in the file: those that were given, also where the value is the default."""
+        """The keys for the file: those that were set, even if the value is the default."""
         return self.model_dump(exclude_unset=True)
 
 
@@ -63,17 +63,17 @@ class RunRecord(FrozenShape):
     """A JSON file of a run."""
 
     VERSION: ClassVar[int] = 1
-    """The format that this program writes, and the newest that it reads."""
+    """The format version that this program writes, and the newest that it reads."""
 
     version: int = 1
-    """Of the file."""
+    """The format version of the file."""
 
 
 R = TypeVar("R", bound=RunRecord)
 
 
 class FileEntry(FrozenShape):
-    """A file as it was written."""
+    """Size and digest of a file when it was written."""
 
     size: int
     digest: AnyText
@@ -84,27 +84,27 @@ def read_record(file: pathlib.Path, record: type[R], fix: str = RESTORE) -> R:
 
     Args:
         file: the file.
-        record: its class.
-        fix: what to do where the file is damaged.
+        record: the record's class.
+        fix: what to do if the file is damaged.
 
     Raises:
         RunError: it is missing or damaged, or a newer nybble wrote it.
     """
-    return as_shape(read_known(file, record, fix), file, record, RunError, fix)
+    return as_shape(read_versioned(file, record, fix), file, record, RunError, fix)
 
 
-def read_known(file: pathlib.Path, record: type[RunRecord], fix: str = RESTORE) -> dict[str, Any]:
-    """The object in a record's file, of a version that this program knows; nothing else of it is checked.
+def read_versioned(file: pathlib.Path, record: type[RunRecord], fix: str = RESTORE) -> dict[str, Any]:
+    """The object in a record's file; only its version is checked.
 
     Raises:
-        RunError: it is missing or no object, or a newer nybble wrote it.
+        RunError: it is missing or not an object, or a newer nybble wrote it.
     """
     stored = read_object(file, RunError, fix)
     version = stored.get("version", 1)
     if type(version) is int and version > record.VERSION:
-        known = f"this nybble reads up to version {record.VERSION}"
+        supported = f"this nybble reads up to version {record.VERSION}"
         raise RunError(
-            f"a newer nybble wrote {file.name}: its format is version {version}, and {known}",
+            f"a newer nybble wrote {file.name}: its format is version {version}, and {supported}",
             where=str(file),
             fix="pip install -U nybble",
         )

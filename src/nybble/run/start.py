@@ -1,7 +1,7 @@
-"""start.json: how a run began. What resumes or uses the run is compared with it.
+"""start.json: how a run started. It is compared with the present state when the run is resumed or used.
 
 Recipe, fingerprints and versions are compared when a run is resumed (`nybble.run.identity`), digests of tokenizer and template
-whenever it is used, the bits of the quantised base when the base is loaded (`nybble.model.base.bits`).
+whenever it is used, and the bits of the quantised base when the base is loaded (`nybble.model.base.cached`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from nybble.errors import RunError
 from nybble.files.reading import RESTORE, as_shape
 from nybble.files.writing import write_json
 from nybble.recipe import PATH_OPTIONS, Recipe
-from nybble.run.records import AnyText, FileEntry, FrozenShape, RunRecord, read_known
+from nybble.run.records import AnyText, FileEntry, FrozenShape, RunRecord, read_versioned
 from nybble.run.versions import versions
 
 FILES = "files"
 QUANTIZED = "quantized_base"
-DECIDING = ("model", "adapter", "lora", "data", "train")  # sections whose options decide a run's numbers
+DECIDING = ("model", "adapter", "lora", "data", "train")  # sections whose options affect a run's numbers
 
 
 class MadeBy(FrozenShape):
@@ -46,7 +46,7 @@ class QuantizedBase(FrozenShape):
 
 
 class RecordedRecipe(FrozenShape):
-    """A recipe by its sections; their options are compared, not used."""
+    """A recipe's sections; their options are compared, not used."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -61,32 +61,32 @@ class RecordedRecipe(FrozenShape):
 
 
 class Start(RunRecord):
-    """What a resumed run must find unchanged.
+    """What must be unchanged when a run is resumed.
 
-    It is written without its version: 0.7.0 compares every key of it when it resumes a run, and would refuse one it does not
-    know. From version 2 on the number must be written.
+    It is written without its version: 0.7.0 compares every key when it resumes a run, and would refuse a key that it does not
+    know. From version 2 on, the number must be written.
     """
 
     recipe: RecordedRecipe
-    """With absolute paths; before 0.6 as they were typed."""
+    """With absolute paths; before 0.6, with paths as they were typed."""
     data: AnyText
     """Fingerprint of the rows."""
     base: AnyText
-    """Fingerprint of the weights: sha256:... of a folder, owner/name@commit of the Hub."""
+    """Fingerprint of the weights: sha256:... for a folder, owner/name@commit for the Hub."""
     versions: dict[AnyText, AnyText]
     quantized_base: QuantizedBase | None = None
     """None where nybble did not quantise the base, and before 0.7."""
     files: dict[AnyText, FileEntry] | None = None
-    """Tokenizer and template; None before 0.7."""
+    """Files of tokenizer and template; None before 0.7."""
 
     @property
     def is_base_a_folder(self) -> bool:
-        """Whether the base was a folder, and not a commit of the Hub."""
+        """Whether the base was a folder, not a commit of the Hub."""
         return self.base.startswith("sha256:")
 
 
 def start_record(recipe: Recipe, data: str, base: str, quantized: QuantizedBase | None) -> Start:
-    """How a run begins now.
+    """The record of a run that starts now.
 
     Args:
         recipe: with absolute paths.
@@ -109,13 +109,13 @@ def read_start(file: pathlib.Path) -> Start:
     Raises:
         RunError: it is missing or damaged, or a newer nybble wrote it.
     """
-    stored = read_known(file, Start)
+    stored = read_versioned(file, Start)
     _check_quantized(file, stored.get(QUANTIZED))
     return as_shape(stored, file, Start, RunError, RESTORE)
 
 
 def _check_quantized(file: pathlib.Path, stored: object) -> None:
-    """A run can do without this part of its record."""
+    """Report a damaged record of the quantised base separately: a run can be used without it."""
     try:
         if stored is not None:
             QuantizedBase.model_validate(stored)
@@ -128,12 +128,12 @@ def _check_quantized(file: pathlib.Path, stored: object) -> None:
 
 
 def write_start(file: pathlib.Path, start: Start, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the record, with sizes and digests of tokenizer and template."""
+    """Write the record, with the sizes and digests of tokenizer and template."""
     write_json(file, {**start.as_json(), FILES: {name: dict(entry) for name, entry in files.items()}})
 
 
 def with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded recipe with the options that its version did not have."""
+    """A recorded recipe, with the defaults of options that its version did not have."""
     sections = Recipe().model_dump(exclude={"out"})
     return {
         name: {**default, **recipe.get(name, {})} if isinstance(default, dict) else recipe.get(name, default)
@@ -142,7 +142,7 @@ def with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(then: Any, now: Any, path: str = "") -> list[str]:
-    """What differs between two trees of options, one line each: its path, what it was, what it is."""
+    """The differences between two trees of options, one per line: path, old value, new value."""
     if isinstance(then, dict) and isinstance(now, dict):
         keys = sorted(then.keys() | now.keys())
         return [d for key in keys for d in differences(then.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
@@ -150,12 +150,12 @@ def differences(then: Any, now: Any, path: str = "") -> list[str]:
 
 
 def check_recipe(recipe: Recipe, file: pathlib.Path) -> None:
-    """Compare a run's recipe.yaml with the record beside it: a file that lost its end is good YAML with other options.
+    """Compare a run's recipe.yaml with start.json: a file that lost its end is still valid YAML, with other options.
 
-    Paths may have changed since, and so may options that decide none of the run's numbers.
+    Paths may have changed since, and so may options that do not affect the run's numbers.
 
     Args:
-        recipe: what the file says, with absolute paths.
+        recipe: the content of the file, with absolute paths.
         file: recipe.yaml.
 
     Raises:
@@ -174,7 +174,7 @@ def check_recipe(recipe: Recipe, file: pathlib.Path) -> None:
             after[name] = before[name]
     if changes := differences(then, now):
         raise RunError(
-            "recipe.yaml is not the recipe that this run began with:\n"
+            "recipe.yaml is not the recipe that this run was started with:\n"
             + "\n".join(f"  - {change}" for change in changes),
             where=f"{file}, compared with start.json",
             fix=f"{RESTORE}, or undo these changes; for another recipe start a new run: nybble train -c {file} out=ANOTHER",

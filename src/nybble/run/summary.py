@@ -1,4 +1,4 @@
-"""summary.json: what a finished run was, how it went, and what it cost."""
+"""summary.json: a finished run: what was trained on what, its results, and its cost."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class BaseSummary(FrozenShape):
     name: AnyText
     """A folder, or owner/name on the Hub."""
     commit: AnyText | None = None
-    """Of the Hub; None of a folder."""
+    """The Hub commit; None for a folder."""
     fingerprint: AnyText
     quantization: AnyText
     quantized: QuantizedBase | None = None
-    """Which bits it was quantised to; None where nybble did not quantise it, and before 0.7."""
+    """The quantised bits; None where nybble did not quantise it, and before 0.7."""
     parameters: int
     bytes: int = 0
-    """Of its weights in memory."""
+    """Size of its weights in memory."""
 
 
 class DataSummary(FrozenShape):
-    """The rows, and what became of them."""
+    """The rows, and what was done with them."""
 
     path: AnyText | list[Any] | dict[str, Any]
     """As in the recipe's data.path."""
@@ -37,7 +37,7 @@ class DataSummary(FrozenShape):
     forms: dict[AnyText, int] = Field(default_factory=dict)
     """Rows by their form."""
     faulty: int = 0
-    """Rows that cannot be trained on, those without an answer among them."""
+    """Rows that cannot be trained on, including those without an answer."""
     empty_answers: int = 0
     duplicates: int = 0
     overlength: int = 0
@@ -50,9 +50,9 @@ class DataSummary(FrozenShape):
     trained_tokens: int = 0
     highest_id: int = 0
     missing_columns: list[AnyText] = Field(default_factory=list)
-    """What data.map names and no row has."""
+    """Columns that data.map names and no row has."""
     notices: dict[AnyText, int] = Field(default_factory=dict)
-    """How rows were read, and how many; 0 where the notice is about a file."""
+    """Notices about how rows were read, and the number of rows; 0 if a notice is about a file."""
     system: AnyText = ""
     """The system message of most rows; empty where there is none, and before 0.6."""
 
@@ -75,7 +75,7 @@ class LossSummary(FrozenShape):
 
 
 class Ended(RunRecord):
-    """When a run ended, and how long it took: all that is needed of a summary to know the day on which it began."""
+    """When a run ended, and how long it took: the part of a summary that tells on which day it was started."""
 
     date: Moment
     seconds: float
@@ -89,24 +89,24 @@ class Summary(RunRecord):
     versions: dict[AnyText, AnyText]
     device: AnyText
     dtype: ComputeType
-    """The type in which it computed."""
+    """The compute type."""
     base: BaseSummary
     data: DataSummary
     adapter: AdapterSummary
     steps: int
     processes: int = 1
     train_loss: float | None = None
-    """Of the last step, in nats per token."""
+    """Loss of the last step, in nats per token."""
     validation_loss: LossSummary | None
     """None where no rows were held out."""
     kept_step: int = 0
     """The step whose adapter was kept."""
     tokens: int
     tokens_per_second: float
-    """In training steps; evaluations and saving are not counted."""
+    """In training steps, without evaluations and saving."""
     seconds_in_steps: float | None = None
-    """The steps alone; None before 0.6."""
+    """Time of the steps alone; None before 0.6."""
     peak_memory_gb: float
     """In units of 10^9 bytes."""
     seconds: float
-    """In all, evaluations included."""
+    """Total time, including evaluations."""

@@ -8,7 +8,7 @@ from nybble.run.records import AnyText, Day, FrozenShape
 
 
 class RecordedTemplate(FrozenShape):
-    """A template by name and text; versions before 0.6 wrote the first three fields only."""
+    """A template by name and text; versions before 0.6 wrote only the first three fields."""
 
     name: AnyText
     source: AnyText
@@ -17,6 +17,6 @@ class RecordedTemplate(FrozenShape):
     bos: bool | None = None
     """Whether a document begins with the tokenizer's BOS; None before 0.6."""
     day: Day | None = None
-    """The date that a template which reads the clock is given."""
+    """The date that a template which reads the clock gets."""
     rules: Literal[6, 7] = 6
-    """By which rules rows are read: those of 0.6, or of 0.7."""
+    """The rules by which rows are read: those of 0.6 or of 0.7."""

@@ -1,4 +1,4 @@
-"""The versions of everything that decides a run's numbers."""
+"""The versions of everything that affects a run's numbers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "data
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, nybble and the packages that decide a number."""
+    """Versions of Python, nybble and the packages that affect the numbers."""
     installed = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"python": platform.python_version(), "nybble": __version__, **installed}

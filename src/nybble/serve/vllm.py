@@ -14,7 +14,7 @@ from nybble.errors import ServeError
 from nybble.model.adapter.config import read_adapter_config
 from nybble.model.adapter.lora import check_stored
 from nybble.run.folder import Run
-from nybble.run.identity import check_beginning
+from nybble.run.identity import check_template_and_tokenizer
 from nybble.serve.guard import check_open_to
 from nybble.serve.loading import run_names
 
@@ -33,7 +33,7 @@ def command(runs: Sequence[Run], host: str, port: int) -> list[str]:
     options = runs[0].recipe.model
     for run in runs:
         check_stored(run.adapter)
-        check_beginning(run)
+        check_template_and_tokenizer(run)
     ranks = [read_adapter_config(run.adapter).r for run in runs]
     modules = [f"{name}={run.adapter}" for name, run in zip(names, runs, strict=True)]
     tokenizer = [] if runs[0].is_bare_adapter else ["--tokenizer", str(runs[0].folder / "tokenizer")]

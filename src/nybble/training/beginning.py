@@ -19,7 +19,7 @@ from nybble.files.outputs import check_run_and_cache
 from nybble.model.base.bits import TrainedBase, trained_base
 from nybble.model.base.checkpoint import Checkpoint, fingerprint
 from nybble.recipe import Recipe
-from nybble.run.folder import Run, check_room, create_run
+from nybble.run.folder import Run, check_disk_space, create_run
 from nybble.run.identity import check_unchanged
 from nybble.run.start import start_record
 from nybble.training.checkpoints import Resumption
@@ -88,7 +88,7 @@ def base_of_resumed(resumed: Resumption | None, checkpoint: Checkpoint, cache: p
 def open_run_folder(folder: pathlib.Path, setup: TrainingSetup, resumed: Resumption | None, state: PartialState) -> Run:
     """Make the folder of a new run, or check that nothing changed since the run that is resumed was started."""
     start = start_record(setup.recipe, setup.data.fingerprint, setup.base.fingerprint, setup.base.bits)
-    check_room(folder, setup.trained_parameters, setup.recipe.train.keep_checkpoints)
+    check_disk_space(folder, setup.trained_parameters, setup.recipe.train.keep_checkpoints)
     if resumed is not None:
         check_unchanged(resumed.run, start)
     elif state.is_main_process:

@@ -73,7 +73,7 @@ def resumption(run: Run) -> Resumption:
         fix = f"copy the folder there; or move this away, and the run starts over: mv {path} ELSEWHERE"
         raise RunError("checkpoints is not a folder", where=str(run.checkpoints), fix=fix)
     passed: dict[pathlib.Path, str] = {}
-    for folder in run.numbered():
+    for folder in run.numbered_checkpoints():
         if _is_unfinished(folder):
             continue
         wrong = faults_of(folder) or _faults_of_best(run, folder)
@@ -237,7 +237,7 @@ def rotate(run: Run, best: str | None) -> None:
         run: the run.
         best: the path of the best one, wherever it was when that was recorded.
     """
-    whole = [folder for folder in run.numbered() if (folder / COMPLETE).exists()]
+    whole = [folder for folder in run.numbered_checkpoints() if (folder / COMPLETE).exists()]
     kept = pathlib.PurePath(best).name if best else None
     for folder in whole[run.recipe.train.keep_checkpoints :]:
         if folder.name != kept and _is_own(folder):
@@ -258,7 +258,7 @@ def remove_unfinished(run: Run) -> None:
     One that was killed between its two marks is complete; it loses the first, so that it is not taken for unfinished if a copy
     ever loses the second.
     """
-    for folder in run.numbered():
+    for folder in run.numbered_checkpoints():
         if _is_unfinished(folder):
             _remove(folder)
         elif (folder / WRITING).exists():

@@ -22,7 +22,7 @@ from nybble.plan.out_of_memory import explained_memory
 from nybble.plan.shapes import ModelShape
 from nybble.recipe import Recipe, absolute_paths
 from nybble.run.folder import Run, choose_folder, open_run, refuse_existing
-from nybble.run.identity import check_beginning
+from nybble.run.identity import check_template_and_tokenizer
 from nybble.run.marks import check_adapter, read_mark
 from nybble.run.records import write_record
 from nybble.terminal import tell
@@ -87,7 +87,7 @@ def resume(
     with run_guarded(run.recipe, run.folder, cache) as stack:
         lock_run(stack, run, "resumed")
         refuse_finished(run)  # by a process that held the lock until now
-        check_beginning(run)
+        check_template_and_tokenizer(run)
         resumed = resumption(run)
         return _train(run.recipe, run.folder, resumed, console or Console(), cache, benchmarks, preflight, stack)
 
