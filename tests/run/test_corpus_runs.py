@@ -108,7 +108,7 @@ def found(folder: pathlib.Path) -> Outcome:
         resumed = resumption(open_run(folder))
     except NybbleError as error:
         return Outcome(error.exit_code, str(error))
-    told = "".join(f"{place.name}: {wrong}\n" for place, wrong in resumed.passed.items())
+    told = "".join(f"{place.name}: {wrong}\n" for place, wrong in resumed.skipped.items())
     return Outcome(0, f"{told}resuming from {resumed.checkpoint.name if resumed.checkpoint else 'the beginning'}")
 
 
@@ -122,7 +122,7 @@ def test_a_run_that_goes_on_past_damage_ends_as_if_there_had_been_none(name, run
     shutil.copytree(runs.cut, folder)
     case.make(folder)
     resumed = resumption(open_run(folder))
-    before = {place.name: describe(place) for place in resumed.passed}
+    before = {place.name: describe(place) for place in resumed.skipped}
     others = {"checkpoint-best", "checkpoint-foo", "checkpoint-3-old", "checkpoint-03"}
     foreign = {place.name: describe(place) for place in (folder / "checkpoints").glob("*") if place.name in others}
     outcome = nybble("train", "--resume", folder, cache=runs.cache)

@@ -21,7 +21,15 @@ from nybble.files.digests import describe
 from nybble.recipe import Recipe
 from nybble.run.folder import Run, open_run
 from nybble.run.marks import check_adapter, read_mark
-from nybble.training.checkpoints import begin, clear_the_way, faults_of, mark, remove_unfinished, resumption, rotate
+from nybble.training.checkpoints import (
+    faults_of,
+    mark_complete,
+    prepare_resumption,
+    remove_old,
+    remove_unfinished,
+    resumption,
+    start_checkpoint,
+)
 from nybble.training.train import resume, train
 from nybble.training.trainer import QLoraTrainer
 from tests.training.test_train import Interrupt, adapter_of, interrupted, read_metrics_but_time, recipe_for
@@ -43,12 +51,12 @@ class Killed(BaseException):
 def saved(run: Run, step: int, *, whole: bool = True) -> pathlib.Path:
     """A checkpoint by its files' names."""
     folder = run.checkpoints / f"checkpoint-{step}"
-    begin(folder)
+    start_checkpoint(folder)
     for name in FILES:
         (folder / name).write_text(f"{name} of {step}")
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": []}))
     if whole:
-        mark(folder, {"seconds": 1.0, "peak_memory": 1})
+        mark_complete(folder, {"seconds": 1.0, "peak_memory": 1})
     return folder
 
 
@@ -76,13 +84,13 @@ def test_the_newest_and_the_best_stay_and_nobody_else_s_folder_goes(run, tmp_pat
     for age, step in enumerate((10, 8, 4, 2)):  # a copy has other times
         os.utime(run.checkpoints / f"checkpoint-{step}", (age, age))
     before = {name: describe(run.checkpoints / name) for name in names(run)}
-    rotate(run, "/where/it/was/checkpoint-4")
+    remove_old(run, "/where/it/was/checkpoint-4")
     kept = {"checkpoint-10", "checkpoint-8", "checkpoint-4", "checkpoint-2", "checkpoint-6", "checkpoint-1", *others}
     assert names(run) == kept
-    rotate(run, None)
+    remove_old(run, None)
     assert names(run) == kept - {"checkpoint-4"}
     (run.checkpoints / "checkpoint-2" / "COMPLETE").write_text("{")
-    rotate(run, None)
+    remove_old(run, None)
     (run.checkpoints / "checkpoint-2" / "COMPLETE").unlink()
     remove_unfinished(run)
     assert names(run) == kept - {"checkpoint-4"}
@@ -100,8 +108,8 @@ def test_what_a_kill_cut_off_is_removed_and_what_is_only_unmarked_is_not(run):
     (run.checkpoints / "checkpoint-6" / "adapter_model.safetensors").write_text("the only copy")
     found = resumption(run)
     assert found.checkpoint.name == "checkpoint-2"
-    assert {place.name for place in found.passed} == {"checkpoint-6"}
-    notices = clear_the_way(found)
+    assert {place.name for place in found.skipped} == {"checkpoint-6"}
+    notices = prepare_resumption(found)
     print(notices)
     lacking = "COMPLETE, optimizer.pt, scheduler.pt, trainer_state.json, rng_state*.pth"
     told = f"checkpoint-6: it is not marked as complete (there is no {lacking}); it is now set-aside-checkpoint-6"
@@ -109,7 +117,7 @@ def test_what_a_kill_cut_off_is_removed_and_what_is_only_unmarked_is_not(run):
     assert "metrics.jsonl has no line for 2 of 2 steps" in notices[-1]
     assert names(run) == {"checkpoint-2", "set-aside-checkpoint-6"}
     (run.checkpoints / "checkpoint-6").mkdir()
-    clear_the_way(resumption(run))
+    prepare_resumption(resumption(run))
     assert names(run) == {"checkpoint-2", "set-aside-checkpoint-6", "set-aside-checkpoint-6-2"}
     assert (run.checkpoints / "set-aside-checkpoint-6" / "adapter_model.safetensors").read_text() == "the only copy"
 
@@ -120,7 +128,7 @@ def test_a_kill_between_the_two_marks_leaves_a_checkpoint_whole(run):
     (folder / "WRITING").write_text("")
     found = resumption(run)
     assert found.checkpoint == folder
-    clear_the_way(found)
+    prepare_resumption(found)
     assert not (folder / "WRITING").exists()
     (folder / "COMPLETE").unlink()
     remove_unfinished(run)
@@ -206,7 +214,9 @@ def test_a_stop_before_the_first_checkpoint_keeps_what_is_not_the_run_s(tiny_lla
     told = stopped(monkeypatch, Copied(1), lambda console: train(
         recipe_for(tiny_llama, rows, tmp_path / "run", *WORDS), console=console, cache=cache,
     ))  # fmt: skip
-    assert f"{tmp_path / 'run'} stays, since it holds checkpoints/checkpoint-best, which is not part of the run" in told
+    assert (
+        f"{tmp_path / 'run'} stays, since it contains checkpoints/checkpoint-best, which is not part of the run" in told
+    )
     assert mine.read_text() == "mine"
     shutil.rmtree(mine.parent)
     told = stopped(monkeypatch, Interrupt(1), lambda console: resume(tmp_path / "run", console=console, cache=cache))

@@ -24,7 +24,7 @@ SHAPES = [
 @pytest.fixture(params=[2**25, 7200], ids=["together", "two shares"], autouse=True)
 def shares(request, monkeypatch):
     """How many tensors the parameters become: the last is larger than the smaller limit."""
-    monkeypatch.setattr("nybble.training.optimizer.LARGEST", request.param)
+    monkeypatch.setattr("nybble.training.optimizer.MAX_NUMBERS", request.param)
     return 1 if request.param == 2**25 else 2
 
 

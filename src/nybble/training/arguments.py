@@ -1,4 +1,4 @@
-"""A recipe in the terms of Trainer's arguments."""
+"""Trainer's arguments for a recipe."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from transformers import TrainingArguments
 from nybble.plan.schedule import Schedule
 from nybble.recipe import Recipe, TrainOptions
 
-# Transformers 5.23 has another name for it, and warns of the old one.
+# Transformers 5.23 renamed the option and warns about the old name.
 NAMES = {field.name for field in dataclasses.fields(TrainingArguments)}
-RECOMPUTING = "activation" if "activation_checkpointing" in NAMES else "gradient"
+CHECKPOINTING = "activation" if "activation_checkpointing" in NAMES else "gradient"
 
 
 def training_arguments(
@@ -26,16 +26,16 @@ def training_arguments(
     has_validation: bool,
     checkpointing: bool,
 ) -> TrainingArguments:
-    """The recipe in Trainer's terms; the optimiser is made by `nybble.training.optimizer`.
+    """Trainer's arguments for a recipe; `nybble.training.optimizer` makes the optimiser.
 
     Args:
         recipe: all options.
         folder: the run folder; checkpoints go below it.
-        schedule: steps, and when a run evaluates and saves.
-        device: on which it computes.
-        dtype: in which it computes.
-        has_validation: whether there is anything to evaluate on.
-        checkpointing: whether Transformers recomputes activations; the fused layers do so by themselves.
+        schedule: steps, and when the run evaluates and saves.
+        device: the device that computes.
+        dtype: the compute type.
+        has_validation: whether there are validation rows.
+        checkpointing: whether Transformers recomputes activations; the fused layers do so themselves.
     """
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
@@ -45,18 +45,19 @@ def training_arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        log_level_replica="passive",  # else every process but the first says what was silenced
+        log_level_replica="passive",  # otherwise every process but the first logs what was silenced
         **_steps(recipe.train, schedule),
         **_evaluation(schedule, has_validation, recipe.train.keep_best),
         **_computation(device, dtype, recipe.train.processes, checkpointing),
         **_rows(recipe.train, device),
     )
-    arguments._n_gpu = min(arguments._n_gpu, 1)  # else Trainer wraps the model in DataParallel, which 4-bit cannot do
+    # Otherwise Trainer wraps the model in DataParallel, which does not work in 4 bits.
+    arguments._n_gpu = min(arguments._n_gpu, 1)
     return arguments
 
 
 def _steps(train: TrainOptions, schedule: Schedule) -> dict[str, Any]:
-    """How many there are, and what one does."""
+    """The number of steps, and what a step does."""
     scheduler: str = train.scheduler
     if scheduler == "constant" and schedule.warmup:
         scheduler = "constant_with_warmup"
@@ -81,8 +82,8 @@ def _evaluation(schedule: Schedule, has_validation: bool, keep_best: bool) -> di
         "eval_on_start": has_validation,
         "save_strategy": "steps",
         "save_steps": schedule.save_every,
-        # `checkpoints.rotate` takes its place: Trainer removes older ones before the new one is proven, goes by the time of
-        # folders, which a copy changes, and takes checkpoint-1-of-mine for its own.
+        # `checkpoints.remove_old` replaces it: Trainer removes older ones before the new one is verified, sorts by the time of
+        # folders, which a copy changes, and mistakes checkpoint-1-of-mine for its own.
         "save_total_limit": None,
         "load_best_model_at_end": has_validation and keep_best,
         "metric_for_best_model": "eval_loss",
@@ -98,8 +99,8 @@ def _computation(device: torch.device, dtype: torch.dtype, processes: int, check
         "use_cpu": device.type == "cpu",
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
-        f"{RECOMPUTING}_checkpointing": checkpointing,
-        f"{RECOMPUTING}_checkpointing_kwargs": {"use_reentrant": False},
+        f"{CHECKPOINTING}_checkpointing": checkpointing,
+        f"{CHECKPOINTING}_checkpointing_kwargs": {"use_reentrant": False},
         "ddp_backend": "gloo" if device.type == "cpu" and processes > 1 else None,
         "ddp_find_unused_parameters": False,
     }
@@ -115,7 +116,7 @@ def _rows(train: TrainOptions, device: torch.device) -> dict[str, Any]:
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "dataloader_pin_memory": on_cuda,
-        # Packed rows cannot be cut like a batch. A batch that is waited for costs the host its lead over the device: an H200
-        # then stood still for 8 ms between 4 x 2,048 tokens' backward and the optimiser (docs/benchmarks.md).
+        # Packed rows cannot be split like a batch. If the host waits for a batch, it loses its lead over the device: an H200
+        # was then idle for 8 ms between the backward of 4 x 2,048 tokens and the optimiser (docs/benchmarks.md).
         "accelerator_config": {"dispatch_batches": False, "non_blocking": on_cuda},
     }

@@ -1,4 +1,4 @@
-"""What comes before a run trains, and holds until it ends: locations that can be written, the lock, its folder."""
+"""What is done before a run trains, and holds until it ends: paths that can be written, the lock, the run folder."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ from nybble.training.preparation import TrainingSetup
 
 @contextlib.contextmanager
 def run_guarded(recipe: Recipe, folder: pathlib.Path, cache: pathlib.Path) -> Iterator[contextlib.ExitStack]:
-    """Locations are tried before anything is loaded; what the disk lacks later is one message, and the process's environment is
-    afterwards what it was.
+    """Check the paths before anything is loaded, turn later disk errors into one message, and restore the environment at the end.
 
-    What is entered into the stack, the run's lock, is held until the end.
+    The contexts entered into the stack, such as the run's lock, last until the end.
     """
     check_run_and_cache(folder, cache)
     with (
@@ -44,13 +43,13 @@ def run_guarded(recipe: Recipe, folder: pathlib.Path, cache: pathlib.Path) -> It
 
 
 def lock_run(stack: contextlib.ExitStack, run: Run, doing: str) -> None:
-    """Hold the lock of a run, of several processes in the first."""
+    """Hold the lock of a run; of several processes the first one holds it."""
     if not rank():
         stack.enter_context(run_lock(run.folder, doing))
 
 
 def refuse_finished(run: Run) -> None:
-    """Raise RunError where there is nothing to resume."""
+    """Raise RunError if there is nothing to resume."""
     if run.is_bare_adapter or run.adapter.exists():
         raise RunError(
             f"{run.folder} is finished: there is nothing to resume",
@@ -59,17 +58,17 @@ def refuse_finished(run: Run) -> None:
 
 
 def refuse_moved_base(run: Run) -> None:
-    """Raise ModelError where the folder with the base of a run to be resumed is gone."""
+    """Raise ModelError if the folder of the base of a run to be resumed is gone."""
     base = run.recipe.model.path
     if os.path.isabs(base) and not os.path.exists(base):
         raise ModelError(
             f"the base of {run.folder} is missing: there is no folder {base}",
-            fix="move it back, or put a link there, ln -s NEW OLD: a run can be resumed only with its own base",
+            fix="move it back, or make a link, ln -s NEW OLD: a run can be resumed only with its own base",
         )
 
 
 def refuse_missing_benchmarks(recipe: Recipe) -> None:
-    """Raise RecipeError where the recipe names benchmarks that nothing can run."""
+    """Raise RecipeError if the recipe names benchmarks but there is nothing to run them."""
     if recipe.train.eval_tasks:
         raise RecipeError(
             f"train.eval_tasks={recipe.train.eval_tasks}: there is no benchmark harness to run them",
@@ -86,16 +85,16 @@ def base_of_resumed(resumed: Resumption | None, checkpoint: Checkpoint, cache: p
 
 
 def open_run_folder(folder: pathlib.Path, setup: TrainingSetup, resumed: Resumption | None, state: PartialState) -> Run:
-    """Make the folder of a new run, or check that nothing changed since the run that is resumed was started."""
+    """Create the folder of a new run, or check that nothing has changed since the resumed run was started."""
     start = start_record(setup.recipe, setup.data.fingerprint, setup.base.fingerprint, setup.base.bits)
     check_disk_space(folder, setup.trained_parameters, setup.recipe.train.keep_checkpoints)
     if resumed is not None:
         check_unchanged(resumed.run, start)
     elif state.is_main_process:
-        with create_run(folder, setup.recipe, start) as beginning:
-            own, setup.tokenizer.chat_template = setup.tokenizer.chat_template, setup.data.template.source
-            setup.tokenizer.save_pretrained(beginning / "tokenizer")
-            setup.tokenizer.chat_template = own
-            save_template(setup.data.template, beginning / "template.json")
+        with create_run(folder, setup.recipe, start) as temporary:
+            original, setup.tokenizer.chat_template = setup.tokenizer.chat_template, setup.data.template.source
+            setup.tokenizer.save_pretrained(temporary / "tokenizer")
+            setup.tokenizer.chat_template = original
+            save_template(setup.data.template, temporary / "template.json")
     state.wait_for_everyone()
     return Run(folder, setup.recipe)

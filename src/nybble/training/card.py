@@ -1,4 +1,4 @@
-"""What a finished run leaves for people: summary, loss curve, model card."""
+"""The loss curve and the model card of a finished run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nybble.run.folder import Run
 from nybble.run.log import read_metrics
 from nybble.run.summary import Summary
 
-SMOOTHING = 0.9  # of the drawn loss: each point keeps nine tenths of the line before it
+SMOOTHING = 0.9  # of the drawn loss: the weight of the earlier values in each point
 
 
 def draw_loss(run: Run, file: pathlib.Path) -> None:
@@ -25,7 +25,7 @@ def draw_loss(run: Run, file: pathlib.Path) -> None:
     validation = [(line.step, line.eval_loss) for line in lines if line.eval_loss is not None]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    if steps:  # a resumed run's metrics.jsonl may have been lost
+    if steps:  # the metrics.jsonl of a resumed run may have been lost
         axes.plot(*zip(*steps, strict=True), color="#9db4c0", linewidth=0.8, label="training, each step")
         axes.plot(*zip(*_smooth(steps), strict=True), color="#1d5b79", linewidth=1.8, label="training, smoothed")
     if validation:
@@ -33,7 +33,7 @@ def draw_loss(run: Run, file: pathlib.Path) -> None:
         step, loss = min(validation, key=lambda point: point[1])
         axes.annotate(f"best {loss:.3f}", (step, loss), xytext=(0, 10), textcoords="offset points", ha="right")
     axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.set_title(storable(run.folder.name), parse_math=False)  # a $ in it is no formula
+    axes.set_title(storable(run.folder.name), parse_math=False)  # a $ in it does not start a formula
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6")
@@ -44,7 +44,7 @@ def draw_loss(run: Run, file: pathlib.Path) -> None:
 
 
 def write_card(run: Run, summary: Summary) -> None:
-    """The model card: what it is, what it was trained on, how well it did, how to load it."""
+    """Write the model card: what the adapter is, what it was trained on, its results, and how to load it."""
     recipe = run.recipe
     lora = recipe.lora
     validation = summary.validation_loss
@@ -95,7 +95,7 @@ or, from this folder, without nybble:
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Exponential mean, divided by the weights it has so far, so that it does not lag behind at the start."""
+    """Exponential mean, divided by the sum of its weights so far, so that it does not lag at the start."""
     smoothed, level, weight = [], 0.0, 0.0
     for step, loss in points:
         level = SMOOTHING * level + (1 - SMOOTHING) * loss

@@ -1,9 +1,9 @@
-"""A run's checkpoints: written beside a mark, checked before they are trusted, and never removed where they may be the only copy.
+"""A run's checkpoints: marked while they are written, verified before use, and never removed if they may be the only copy.
 
-checkpoint-N/WRITING     while it is being saved: without COMPLETE, a kill interrupted that, and it may be removed
-checkpoint-N/COMPLETE    from then on, with the digest of each of its files (`nybble.run.marks`)
-set-aside-checkpoint-N   one that was damaged or not marked when an older one was resumed from
-.unfinished-...          one that is being made or removed, for a moment
+checkpoint-N/WRITING     exists while the checkpoint is saved: without COMPLETE, that was interrupted, and it may be removed
+checkpoint-N/COMPLETE    exists from then on, with the digest of each file (`nybble.run.marks`)
+set-aside-checkpoint-N   was damaged or not marked when the run was resumed from an older one
+.unfinished-...          exists for a moment, while a checkpoint is created or removed
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from nybble.run.marks import COMPLETE, described, read_mark
 
 WRITING = "WRITING"
 ASIDE, HIDDEN = "set-aside-", ".unfinished-"
-# What Trainer resumes from; of several processes each has its own state of random numbers.
+# What Trainer resumes from; each of several processes has its own state of random numbers.
 NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state*.pth")
 LOADED = (".safetensors", ".pt", ".pth", ".bin", ".json")  # endings of files that Trainer and PEFT look for
 ZIP_FAULTS = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError, struct.error)
 
 
 class SavedState(Shape):
-    """What is read of trainer_state.json."""
+    """The fields of trainer_state.json that are read."""
 
     global_step: int
     best_global_step: int | None = None
@@ -47,17 +47,17 @@ class SavedState(Shape):
 
 @dataclass(frozen=True)
 class Resumption:
-    """An interrupted run, and where it is resumed."""
+    """An interrupted run, and the checkpoint from which it is resumed."""
 
     run: Run
     checkpoint: pathlib.Path | None
-    """None where it starts over."""
-    passed: Mapping[pathlib.Path, str]
+    """None if the run starts over."""
+    skipped: Mapping[pathlib.Path, str]
     """Newer checkpoints, and what is wrong with each."""
 
     @property
     def step(self) -> int:
-        """The last step that is done; -1 where not even the evaluation before the first is."""
+        """The last step that is done; -1 if not even the evaluation before the first step is."""
         return step_of(self.checkpoint) if self.checkpoint is not None else -1
 
 
@@ -65,33 +65,33 @@ def resumption(run: Run) -> Resumption:
     """Find the newest complete checkpoint whose best checkpoint is complete too; nothing is changed.
 
     Raises:
-        RunError: there are checkpoints, and none is complete; their folder's path is taken by something else; or the record
-            of the steps before is damaged.
+        RunError: there are checkpoints but none is complete; the path of their folder is not a folder; or the log of the
+            steps before is damaged.
     """
     if os.path.lexists(run.checkpoints) and not run.checkpoints.is_dir():
         path = shlex.quote(str(run.checkpoints))
         fix = f"copy the folder there; or move this away, and the run starts over: mv {path} ELSEWHERE"
         raise RunError("checkpoints is not a folder", where=str(run.checkpoints), fix=fix)
-    passed: dict[pathlib.Path, str] = {}
+    skipped: dict[pathlib.Path, str] = {}
     for folder in run.numbered_checkpoints():
         if _is_unfinished(folder):
             continue
         wrong = faults_of(folder) or _faults_of_best(run, folder)
         if not wrong:
-            found = Resumption(run, folder, passed)
-            check_logs(run, found.step)
-            return found
-        passed[folder] = wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
-    if passed:
-        raise _none_whole(run, passed)
-    return Resumption(run, None, passed)
+            result = Resumption(run, folder, skipped)
+            check_logs(run, result.step)
+            return result
+        skipped[folder] = wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
+    if skipped:
+        raise _no_checkpoint(run, skipped)
+    return Resumption(run, None, skipped)
 
 
-def _none_whole(run: Run, passed: Mapping[pathlib.Path, str]) -> RunError:
-    listed = "\n".join(f"  - {folder.name}: {wrong}" for folder, wrong in passed.items())
+def _no_checkpoint(run: Run, skipped: Mapping[pathlib.Path, str]) -> RunError:
+    listed = "\n".join(f"  - {folder.name}: {wrong}" for folder, wrong in skipped.items())
     path = shlex.quote(str(run.checkpoints))
     fix = f"copy a complete checkpoint into {path}; or move them away, and the run starts over: mv {path} ELSEWHERE"
-    unmarked = next((folder for folder in passed if not (folder / COMPLETE).exists() and not _lacking(folder)), None)
+    unmarked = next((folder for folder in skipped if not (folder / COMPLETE).exists() and not _missing(folder)), None)
     if unmarked is not None:  # 0.5.1 left COMPLETE empty
         mark = shlex.quote(str(unmarked / COMPLETE))
         fix += f"; or, if its files are complete and a copy only lost the empty {COMPLETE}: touch {mark}"
@@ -99,17 +99,19 @@ def _none_whole(run: Run, passed: Mapping[pathlib.Path, str]) -> RunError:
 
 
 def faults_of(checkpoint: pathlib.Path) -> list[str]:
-    """What is wrong with a checkpoint, a sentence each: compared with its COMPLETE, or, where that names no files, by what the
-    formats of its files show."""
+    """What is wrong with a checkpoint, one sentence per fault.
+
+    It is compared with its COMPLETE; if that lists no files, the formats of its files are checked.
+    """
     try:
         if not (checkpoint / COMPLETE).exists():
-            lacking = ", ".join([COMPLETE, *_lacking(checkpoint)])
+            lacking = ", ".join([COMPLETE, *_missing(checkpoint)])
             return [f"it is not marked as complete (there is no {lacking})"]
         files = read_mark(checkpoint).get("files")
         wrong = _changed(checkpoint, files) if files is not None else []
-        wrong = wrong or [f"there is no {pattern}" for pattern in _lacking(checkpoint)]
-        wrong = wrong or (_broken(checkpoint) if files is None else [])
-        return wrong or _other_step(checkpoint)
+        wrong = wrong or [f"there is no {pattern}" for pattern in _missing(checkpoint)]
+        wrong = wrong or (_corrupt(checkpoint) if files is None else [])
+        return wrong or _wrong_step(checkpoint)
     except RunError as error:
         return [error.what]
     except OSError as error:
@@ -127,17 +129,17 @@ def _foreign(checkpoint: pathlib.Path, files: Mapping[str, Any]) -> list[str]:
     return sorted(set(present) - {COMPLETE, WRITING, *files})
 
 
-def _lacking(checkpoint: pathlib.Path) -> list[str]:
+def _missing(checkpoint: pathlib.Path) -> list[str]:
     return [pattern for pattern in NEEDED if not any(checkpoint.glob(pattern))]
 
 
-def _broken(checkpoint: pathlib.Path) -> list[str]:
+def _corrupt(checkpoint: pathlib.Path) -> list[str]:
     files = sorted(file for pattern in NEEDED for file in checkpoint.glob(pattern))
     return [f"{file.name} is cut off or garbled" for file in files if not _is_whole(file)]
 
 
 def _is_whole(file: pathlib.Path) -> bool:
-    """Whether a file of an older version's checkpoint is what its format says; torch's hold a checksum of each part."""
+    """Whether a file of an older version's checkpoint is valid for its format; torch's files have a checksum of each part."""
     try:
         if not file.is_file():
             return False
@@ -157,13 +159,13 @@ def _state(checkpoint: pathlib.Path) -> SavedState:
     return read_shape(checkpoint / "trainer_state.json", SavedState, RunError, RESTORE, largest=None)
 
 
-def _other_step(checkpoint: pathlib.Path) -> list[str]:
+def _wrong_step(checkpoint: pathlib.Path) -> list[str]:
     step = _state(checkpoint).global_step
     return [] if step == step_of(checkpoint) else [f"it is of step {step}, whatever its name says"]
 
 
 def _faults_of_best(run: Run, checkpoint: pathlib.Path) -> list[str]:
-    """What is wrong with the checkpoint whose adapter the run ends with, unless a later one is better."""
+    """What is wrong with the best checkpoint so far, whose adapter the run will end with unless a later one is better."""
     best = _state(checkpoint).best_global_step
     if not run.recipe.train.keep_best or not best or best == step_of(checkpoint):
         return []
@@ -187,16 +189,16 @@ def check_best(checkpoint: pathlib.Path) -> None:
         )
 
 
-def clear_the_way(resumed: Resumption) -> list[str]:
-    """Before a run is resumed: drop the lines of later steps, remove what a kill interrupted, and set aside what is damaged.
+def prepare_resumption(resumed: Resumption) -> list[str]:
+    """Before a run is resumed, drop the lines of later steps, remove unfinished checkpoints, and set damaged ones aside.
 
     Returns:
-        What the user should know.
+        Notices for the user.
     """
     run = resumed.run
     remove_unfinished(run)
     notices = [
-        f"{folder.name}: {wrong}; it is now {_set_aside(folder).name}" for folder, wrong in resumed.passed.items()
+        f"{folder.name}: {wrong}; it is now {_set_aside(folder).name}" for folder, wrong in resumed.skipped.items()
     ]
     logged = {line.step for line in cut_logs(run, resumed.step) if line.tokens is not None}
     lost = max(resumed.step, 0) - len(logged)
@@ -208,55 +210,55 @@ def clear_the_way(resumed: Resumption) -> list[str]:
     return notices
 
 
-def begin(checkpoint: pathlib.Path) -> None:
-    """Make a checkpoint's folder; whatever is there already is set aside."""
+def start_checkpoint(checkpoint: pathlib.Path) -> None:
+    """Create a checkpoint's folder; an existing one is set aside."""
     if os.path.lexists(checkpoint):
         _set_aside(checkpoint)
-    hidden = _free(checkpoint.with_name(HIDDEN + checkpoint.name))  # it is never there without its mark
+    hidden = _unused(checkpoint.with_name(HIDDEN + checkpoint.name))  # the checkpoint never exists without its mark
     hidden.mkdir(parents=True)
     (hidden / WRITING).write_text(f"This checkpoint is being written. It is complete once {COMPLETE} is here.\n")
     hidden.rename(checkpoint)
 
 
-def mark(checkpoint: pathlib.Path, used: Mapping[str, float]) -> None:
+def mark_complete(checkpoint: pathlib.Path, used: Mapping[str, float]) -> None:
     """Mark a checkpoint as complete, once all of its files are written.
 
     Args:
         checkpoint: its folder.
-        used: what the run has taken until now: `seconds`, and `peak_memory` in bytes.
+        used: what the run has used so far: `seconds`, and `peak_memory` in bytes.
     """
     write_json(checkpoint / COMPLETE, {**used, "files": described(checkpoint, {WRITING})})
     (checkpoint / WRITING).unlink(missing_ok=True)
 
 
-def rotate(run: Run, best: str | None) -> None:
-    """Remove all complete checkpoints but the newest, as many as the recipe keeps, and the best; one that also holds other
-    files stays.
+def remove_old(run: Run, best: str | None) -> None:
+    """Remove the complete checkpoints except the newest, as many as the recipe keeps, and the best; one that also contains
+    other files stays.
 
     Args:
         run: the run.
-        best: the path of the best one, wherever it was when that was recorded.
+        best: the path of the best one when it was recorded; only its name counts.
     """
     whole = [folder for folder in run.numbered_checkpoints() if (folder / COMPLETE).exists()]
-    kept = pathlib.PurePath(best).name if best else None
+    best_name = pathlib.PurePath(best).name if best else None
     for folder in whole[run.recipe.train.keep_checkpoints :]:
-        if folder.name != kept and _is_own(folder):
+        if folder.name != best_name and _is_own(folder):
             _remove(folder)
 
 
 def _is_own(checkpoint: pathlib.Path) -> bool:
     try:
         files = read_mark(checkpoint).get("files")
-    except RunError:  # nobody knows what was written
+    except RunError:  # it is unknown what was written
         return False
     return files is None or not _foreign(checkpoint, files)
 
 
 def remove_unfinished(run: Run) -> None:
-    """Remove what was being written or removed at a kill: it cannot be resumed from, and takes disk space.
+    """Remove checkpoints whose writing or removal was interrupted: the run cannot resume from them, and they take disk space.
 
-    One that was killed between its two marks is complete; it loses the first, so that it is not taken for unfinished if a copy
-    ever loses the second.
+    A checkpoint interrupted between its two marks is complete; its first mark is removed, so that it does not seem unfinished
+    if a copy ever loses the second.
     """
     for folder in run.numbered_checkpoints():
         if _is_unfinished(folder):
@@ -273,17 +275,18 @@ def _is_unfinished(folder: pathlib.Path) -> bool:
 
 
 def _remove(folder: pathlib.Path) -> None:
-    """Rename it first, so that a kill leaves no half of a checkpoint; what a link points to is not the run's."""
+    """Rename it first, so that a kill leaves no partial checkpoint; a link is left alone, since its target is not the run's."""
     if not folder.is_symlink():
-        hidden = _free(folder.with_name(HIDDEN + folder.name))
-        with contextlib.suppress(OSError):  # what cannot be removed takes disk space, and does no other harm
+        hidden = _unused(folder.with_name(HIDDEN + folder.name))
+        with contextlib.suppress(OSError):  # what cannot be removed only takes disk space
             shutil.rmtree(folder.rename(hidden))
 
 
 def _set_aside(folder: pathlib.Path) -> pathlib.Path:
-    return folder.rename(_free(folder.with_name(ASIDE + folder.name)))
+    return folder.rename(_unused(folder.with_name(ASIDE + folder.name)))
 
 
-def _free(path: pathlib.Path) -> pathlib.Path:
+def _unused(path: pathlib.Path) -> pathlib.Path:
+    """The path, with a number if it exists."""
     names: Iterator[pathlib.Path] = (path.with_name(f"{path.name}-{number}") for number in range(2, 1_000_000))
     return path if not os.path.lexists(path) else next(name for name in names if not os.path.lexists(name))

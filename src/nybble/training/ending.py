@@ -1,4 +1,4 @@
-"""What stays of a run: its adapter and its summary, or, where it failed, what can be resumed."""
+"""The end of a run: its adapter and summary, or, if it failed, what can be resumed."""
 
 from __future__ import annotations
 
@@ -30,36 +30,36 @@ from nybble.training.preparation import TrainingSetup
 from nybble.training.recorder import Recorder
 from nybble.training.resource_use import ResourceUse
 
-# What training writes into a run folder before its first checkpoint, and its end before the adapter.
-TRAINED = {
+# What is written into a run folder between its creation and the adapter, besides checkpoints.
+WRITTEN_BY_TRAINING = {
     *("metrics.jsonl", "samples.jsonl", "summary.json", "loss.png", "README.md"),
     *("wandb", "tensorboard", "trackio", "mlflow.db", "mlruns"),
 }
 
 
 @contextlib.contextmanager
-def nothing_half_done(
+def cleanup_on_failure(
     run: Run, state: PartialState, console: Console, made: Collection[pathlib.Path] | None
 ) -> Iterator[None]:
-    """A failure before the first complete checkpoint leaves no run folder, unless it holds evidence of what happened, or files
-    that are not the run's; one after it leaves what can be resumed.
+    """After a failure before the first complete checkpoint, remove the run folder, unless it contains evidence of what happened
+    or files that are not the run's; after a later failure, leave what can be resumed.
 
     Args:
         run: the run.
-        state: of the processes.
-        console: where it says what is left.
-        made: what this run made in its folder before it trained; None where it did not make the folder.
+        state: the state of the processes.
+        console: prints what is left.
+        made: the paths in the folder before training; None if this process did not create the folder.
     """
     completed = False
     try:
         yield
         completed = True
-    finally:  # whatever it was: tokenizers raises a plain Exception where a disk is full
+    finally:  # after any exception: tokenizers raises a plain Exception if a disk is full
         if not completed:
-            _tidy(run, state, console, made)
+            _clean_up(run, state, console, made)
 
 
-def _tidy(run: Run, state: PartialState, console: Console, made: Collection[pathlib.Path] | None) -> None:
+def _clean_up(run: Run, state: PartialState, console: Console, made: Collection[pathlib.Path] | None) -> None:
     checkpoint, evidence = run.latest_checkpoint(), any(run.folder.glob("nonfinite-*"))
     if state.is_main_process:
         remove_unfinished(run)
@@ -72,14 +72,14 @@ def _tidy(run: Run, state: PartialState, console: Console, made: Collection[path
             shutil.rmtree(run.folder, ignore_errors=True)
             tell(console, "stopped   before the first checkpoint: nothing of this run was kept")
         else:
-            why = f", since it holds {others[0]}, which is not part of the run" if others else ""
+            why = f", since it contains {others[0]}, which is not part of the run" if others else ""
             tell(
                 console, f"stopped   before the first checkpoint; {run.folder} stays{why}; start it over with: {again}"
             )
 
 
 def refuse_untrained(run: Run, model: PeftModel, recorder: Recorder) -> None:
-    """Raise TrainingError where the adapter that would be kept answers like the base, on all processes."""
+    """Raise TrainingError, in all processes, if the adapter that would be saved changes nothing."""
     if not is_untrained(model):
         return
     rate = run.recipe.train.learning_rate
@@ -100,7 +100,7 @@ def save_adapter(run: Run, model: PeftModel) -> None:
     with new_folder(run.adapter) as temporary:
         model.save_pretrained(temporary)
         check_saved(model, temporary)
-        files = described(temporary, {"README.md"})  # which people may edit
+        files = described(temporary, {"README.md"})  # README.md, which may be edited
         write_json(temporary / COMPLETE, {"files": files})
 
 
@@ -145,17 +145,17 @@ def summarise(setup: TrainingSetup, recorder: Recorder, used: ResourceUse) -> Su
     )
 
 
-def made_by_now(folder: pathlib.Path) -> frozenset[pathlib.Path]:
-    """Everything in a run folder, by its path relative to it."""
+def paths_in(folder: pathlib.Path) -> frozenset[pathlib.Path]:
+    """All paths in a folder, relative to it."""
     return frozenset(path.relative_to(folder) for path in folder.rglob("*"))
 
 
 def foreign_files(run: Run, made: Collection[pathlib.Path]) -> list[pathlib.Path]:
-    """What a run folder holds that was neither there before the run trained nor written by its training.
+    """Paths in a run folder that neither existed before training nor were written by it.
 
     Args:
-        run: without a checkpoint.
-        made: what was there before.
+        run: a run without a checkpoint.
+        made: the paths before training.
     """
-    found = made_by_now(run.folder) - set(made)
-    return sorted(path for path in found if path.parts[0] not in TRAINED and not path.name.startswith("."))
+    new = paths_in(run.folder) - set(made)
+    return sorted(path for path in new if path.parts[0] not in WRITTEN_BY_TRAINING and not path.name.startswith("."))

@@ -1,4 +1,4 @@
-"""The training of a run that is set up: objective, optimiser, trainer and what watches it, from the first step to the last."""
+"""The training of a prepared run, from the first step to the last: objective, optimiser, trainer and callbacks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nybble.objective.supervised import Supervised
 from nybble.run.folder import Run
 from nybble.terminal import tell
 from nybble.training.arguments import training_arguments
-from nybble.training.checkpoints import Resumption, clear_the_way
+from nybble.training.checkpoints import Resumption, prepare_resumption
 from nybble.training.guards import Guards
 from nybble.training.interrupt import Interruption
 from nybble.training.optimizer import make_optimizer
@@ -35,11 +35,11 @@ def run_trainer(
     run: Run, setup: TrainingSetup, resumed: Resumption | None, console: Console, benchmarks: Benchmarks | None,
     interruption: Interruption, used: ResourceUse,
 ) -> Recorder:  # fmt: skip
-    """Train to the end of the schedule; returns what was recorded.
+    """Train to the end of the schedule; returns the recorder.
 
     Raises:
         Stopped: a signal ended it, and a checkpoint was saved.
-        TrainingError: a loss or a gradient is not what it must be.
+        TrainingError: a loss or a gradient is wrong.
     """
     recipe = setup.recipe
     fused = setup.fusion is not None and not setup.fusion.fallen_back
@@ -48,12 +48,12 @@ def run_trainer(
         checkpointing=recipe.train.gradient_checkpointing and not fused,
     )  # fmt: skip
     checkpoint = _resume_from(resumed, arguments, console)
-    in_first = arguments.should_save  # only the first process reports to the tracker
-    with tracking(recipe.tracker, run.folder, recipe.model_dump()) if in_first else contextlib.nullcontext() as notice:
+    is_first = arguments.should_save  # only the first process reports to the tracker
+    with tracking(recipe.tracker, run.folder, recipe.model_dump()) if is_first else contextlib.nullcontext() as notice:
         if notice:
             tell(console, f"tracker   {notice}")
         trainer = _make_trainer(setup, arguments, fused, benchmarks)
-        recorder = _watch(trainer, run, setup, console, interruption, used)
+        recorder = _add_callbacks(trainer, run, setup, console, interruption, used)
         if setup.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(setup.device)
         try:
@@ -68,12 +68,12 @@ def run_trainer(
 
 
 def _resume_from(resumed: Resumption | None, arguments: TrainingArguments, console: Console) -> pathlib.Path | None:
-    """The checkpoint to load; what a killed run left behind it is cleared away."""
+    """The checkpoint to load; first removes what a killed run left after it."""
     if resumed is None:
         return None
     checkpoint = resumed.checkpoint
     arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
-    for notice in clear_the_way(resumed) if arguments.should_save else ():
+    for notice in prepare_resumption(resumed) if arguments.should_save else ():
         tell(console, f"          {notice}", hang=10)
     tell(console, f"          resuming from {checkpoint.name if checkpoint else 'the beginning'}")
     return checkpoint
@@ -93,7 +93,7 @@ def _make_trainer(
         data_collator=Collator(setup.tokenizer.pad_token_id, flatten=fused),
         processing_class=setup.tokenizer,
     )
-    if is_plain(bare(setup.model).get_output_embeddings()):  # short rows fill a batch, as they do for `nybble eval`
+    if is_plain(bare(setup.model).get_output_embeddings()):  # many short rows share a batch, as in `nybble eval`
         trainer.eval_tokens = min(train.micro_batch * recipe.data.max_length, MEASURED_TOKENS)
     if benchmarks is not None and train.eval_tasks:
         trainer.task_scores = TaskScores(benchmarks, train.eval_tasks, setup.model, setup.tokenizer, setup.dtype)
@@ -101,7 +101,7 @@ def _make_trainer(
     return trainer
 
 
-def _watch(
+def _add_callbacks(
     trainer: QLoraTrainer, run: Run, setup: TrainingSetup, console: Console, interruption: Interruption,
     used: ResourceUse,
 ) -> Recorder:  # fmt: skip
@@ -120,12 +120,12 @@ def _watch(
     trainer.add_callback(Guards(run, step, used))
     if train.early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(train.early_stopping))
-    trainer.add_callback(interruption)  # the last: what ends a run by itself goes before it
+    trainer.add_callback(interruption)  # last, after the callbacks that end a run normally
     return recorder
 
 
 def _answers(setup: TrainingSetup) -> SampleAnswering | None:
-    """What answers this process's share of the sample prompts."""
+    """Answers this process's share of the sample prompts; None if no process has any."""
     rows = setup.data.validation
     count = min(setup.recipe.train.samples, len(rows)) if rows is not None else 0
     if rows is None or not count:

@@ -1,4 +1,4 @@
-"""What a run prints on the terminal; a label before each line says what it is about."""
+"""What a run prints on the terminal; each line starts with a label of its subject."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nybble.terminal import bytes_text, tell
 
 
 def print_data(console: Console, data: Prepared, options: DataOptions, seconds: float) -> None:
-    """Rows, template, tokens, and what was left out."""
+    """Print rows, template, tokens, and what was dropped."""
     counts = data.counts
     forms = ", ".join(f"{count:,} {form}" if len(counts.forms) > 1 else form for form, count in counts.forms.items())
     how = "from the cache" if data.cached else f"tokenised in {seconds:.1f} s"
@@ -48,7 +48,7 @@ def print_data(console: Console, data: Prepared, options: DataOptions, seconds: 
 
 
 def print_base(base: Base, size: Footprint, console: Console) -> None:
-    """Name, size and storage of the base."""
+    """Print name, size and storage of the base."""
     for notice in base.notices:
         tell(console, f"base      {notice}")
     cached = ", from the cache" if base.from_cache else ""
@@ -61,7 +61,7 @@ def print_base(base: Base, size: Footprint, console: Console) -> None:
 
 
 def print_adapter(model: PeftModel, size: Footprint, console: Console, stored: str | None = None) -> int:
-    """What is trained, and the stored adapter that it starts from; returns the number of trained parameters."""
+    """Print what is trained, and the stored adapter that it starts from; returns the number of trained parameters."""
     config = model.peft_config["default"]
     trained: int = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     tell(
@@ -76,21 +76,21 @@ def print_adapter(model: PeftModel, size: Footprint, console: Console, stored: s
 
 
 def print_engine(console: Console, fusion: Fusion | None, reason: str) -> None:
-    """Which layers are fused, where, and why others are not."""
+    """Print which layers are fused, with which kernels, and why others are not."""
     lines = fusion.describe().splitlines() if fusion is not None else [f"Transformers computes the layers: {reason}"]
     for index, line in enumerate(lines):
         tell(console, f"{'engine' if index == 0 else '':<10}{line}")
 
 
 def print_plan(run: Run, schedule: Schedule, console: Console) -> None:
-    """Where the run goes and how long it is."""
+    """Print the run folder and the number of steps."""
     tell(console, f"run       {run.folder}: {steps_text(schedule.steps, run.recipe.train)}")
     if schedule.notice:
         tell(console, f"          {schedule.notice}")
 
 
 def print_result(run: Run, summary: Summary, console: Console) -> None:
-    """Loss, speed, memory, and what comes next."""
+    """Print loss, speed, memory, and the next command."""
     if validation := summary.validation_loss:
         tell(console, f"result    validation loss {validation.before:.4f} -> {validation.kept:.4f}")
     tell(

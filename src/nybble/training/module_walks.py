@@ -13,9 +13,12 @@ import torch
 
 @contextlib.contextmanager
 def without_module_walks(model: torch.nn.Module) -> Iterator[None]:
-    """Trainer calls train() and zero_grad() at every step. A 7B with LoRA is 2,665 modules, and to walk them takes 18 ms,
-    in which the device has nothing to do: as long as a tenth of a step of 1 x 2,048 tokens on an H200."""
-    model.train()  # all of it once: what from_pretrained loaded is in evaluation mode below a new PeftModel that is not
+    """Replace train() and zero_grad(), which Trainer calls at every step, by versions that do not visit every module.
+
+    A 7B with LoRA has 2,665 modules. Visiting them takes 18 ms, in which the device is idle: a tenth of the time of a step of
+    1 x 2,048 tokens on an H200.
+    """
+    model.train()  # once for all modules: those of from_pretrained are in evaluation mode, a new PeftModel is not
     model.nybble_modules = _Modules(  # type: ignore[assignment]
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         [module for name, module in model.named_modules() if name.count(".") <= len(["base_model", "model", "layers", "0"])],
@@ -30,11 +33,11 @@ def without_module_walks(model: torch.nn.Module) -> Iterator[None]:
 
 @dataclass
 class _Modules:
-    """What train() and zero_grad() look at instead of every module."""
+    """The parameters and modules that the replacements visit."""
 
     trained: list[torch.nn.Parameter]
     upper: list[torch.nn.Module]
-    """Down to the decoder layers: whoever changes the mode of a part starts at one of them."""
+    """Modules down to the decoder layers: a change of mode starts at one of them."""
 
 
 def _train(self: Any, mode: bool = True) -> Any:

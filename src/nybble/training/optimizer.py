@@ -1,4 +1,4 @@
-"""The optimiser of a run; 8-bit AdamW over all adapters as a few tensors."""
+"""The optimiser of a run; 8-bit AdamW with all adapters in a few flat tensors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from bitsandbytes.optim import AdamW8bit
 from transformers.trainer_pt_utils import get_parameter_names
 
-LARGEST = 2**25
-"""Numbers of a flat tensor, 128 MB: gathering their gradients takes as much again until their own are freed. As one tensor the
-160 M of rank 64 on a 7B took 640 MB, which a fragmented allocator had to ask the device for."""
-BETAS, EPSILON = (0.9, 0.999), 1e-8  # of every AdamW here
-UNDECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-"""Parameters that Trainer gives no weight decay, by name. Checkpoints hold one group with and one without, even where the
-second is empty."""
+MAX_NUMBERS = 2**25
+"""The largest flat tensor, 128 MB: gathering its gradients takes the same memory again until the originals are freed. As one
+tensor, the 160 M numbers of rank 64 on a 7B took 640 MB, which a fragmented allocator had to request from the device."""
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # for every AdamW
+WITHOUT_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+"""Names of parameters without weight decay in Trainer. Checkpoints have one group with and one without, even if the second is
+empty."""
 
 
 def make_optimizer(
@@ -25,11 +25,11 @@ def make_optimizer(
     """AdamW over everything that is trained.
 
     Args:
-        model: with its parameters on the device that trains them.
+        model: the model, with its parameters on the device that trains them.
         name: `train.optimizer`: adamw, adamw_8bit, paged_adamw_8bit; auto is the last on CUDA and adamw elsewhere.
-        dtype: of the run's computation.
-        learning_rate: at the peak; a scheduler moves it.
-        weight_decay: of every step, relative to the learning rate.
+        dtype: the run's compute type.
+        learning_rate: the peak; a scheduler changes it.
+        weight_decay: the decay per step, relative to the learning rate.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if name == "auto":
@@ -43,52 +43,52 @@ def make_optimizer(
             weight_decay=weight_decay,
             is_paged=name.startswith("paged"),
         )
-    decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], UNDECAYED))
+    decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], WITHOUT_DECAY))
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for name, parameter in named if name in decayed], "weight_decay": weight_decay},
         {"params": [parameter for name, parameter in named if name not in decayed], "weight_decay": 0.0},
     ]
-    # In float16 a fused one leaves out the step of an overflow by itself, and Accelerate moves the rate on.
+    # In float16 a fused AdamW skips the step of an overflow itself, and Accelerate still advances the learning rate.
     fused = True if dtype != torch.float16 else None
     return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, eps=EPSILON, fused=fused)
 
 
 def flat_gradients(optimizer: Any) -> list[torch.nn.Parameter] | None:
-    """The few tensors that hold all parameters and gradients; None where the optimiser has none, or a gradient is missing.
+    """The flat tensors of all parameters and gradients; None if the optimiser has none, or a gradient is missing.
 
     Args:
-        optimizer: perhaps wrapped by Accelerate.
+        optimizer: the optimiser, possibly wrapped by Accelerate.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     return inner.gather() if isinstance(inner, FlatAdamW8bit) and not inner.missing() else None
 
 
 class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
-    """bitsandbytes' AdamW with 8-bit state (Dettmers et al. 2022), in a launch for LARGEST numbers instead of one a tensor.
+    """bitsandbytes' AdamW with 8-bit state (Dettmers et al. 2022), with one launch per MAX_NUMBERS numbers, not per tensor.
 
-    A LoRA on all linear layers of a 7B is 448 tensors. Their launches keep an H200's host busy for 30 ms a step while the
-    device waits; the update itself takes 3 (docs/benchmarks.md). The parameters become views of a few tensors, and so do
-    their gradients when they are gathered, at the latest in each step. The state's blocks of 256 numbers do not begin anew
-    at each parameter.
+    A LoRA on all linear layers of a 7B has 448 tensors. Their launches keep an H200's host busy for 30 ms per step while the
+    device waits; the update itself takes 3 (docs/benchmarks.md). The parameters become views of a few flat tensors, and so do
+    their gradients when they are gathered, which each step does at the latest. The state's blocks of 256 numbers do not start
+    anew at each parameter.
 
     Args:
-        parameters: all of one device and type; they stay the same objects, their data moves.
-        settings: bitsandbytes' own.
+        parameters: all on one device and of one type; they stay the same objects, but their data moves.
+        settings: bitsandbytes' own arguments.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], **settings: Any) -> None:
         self.parts = list(parameters)
         kinds = {(part.dtype, part.device) for part in self.parts}
         assert len(kinds) == 1, f"parameters of one type and device, not {kinds}"
-        self.shares = _shares(self.parts)
-        super().__init__([_flat(share) for share in self.shares], **settings)
+        self.buckets = _buckets(self.parts)
+        super().__init__([_flat(bucket) for bucket in self.buckets], **settings)
 
     @property
     def flat_parameters(self) -> list[torch.nn.Parameter]:
-        """The flat parameters, one a share."""
-        found: list[torch.nn.Parameter] = self.param_groups[0]["params"]
-        return found
+        """The flat parameters, one per bucket."""
+        parameters: list[torch.nn.Parameter] = self.param_groups[0]["params"]
+        return parameters
 
     def missing(self) -> int:
         """How many parameters have no gradient."""
@@ -96,22 +96,22 @@ class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
 
     @torch.no_grad()
     def gather(self) -> list[torch.nn.Parameter]:
-        """The flat parameters, their gradients those of all: what is done to them is done to each part's."""
-        for flat, share in zip(self.flat_parameters, self.shares, strict=True):
-            first = share[0].grad
+        """The flat parameters, with all gradients in theirs: a change to them changes the gradient of each parameter."""
+        for flat, bucket in zip(self.flat_parameters, self.buckets, strict=True):
+            first = bucket[0].grad
             if flat.grad is None or first is None or first._base is not flat.grad:  # a step may have been skipped
                 assert not self.missing(), f"{self.missing()} parameters have no gradient"
-                _gather(flat, share)  # the share's own are freed before the next takes memory
+                _gather(flat, bucket)  # the originals of a bucket are freed before the next is allocated
         return self.flat_parameters
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Update all parameters."""
-        for flat, share in zip(self.flat_parameters, self.shares, strict=True):
-            offsets = itertools.accumulate((part.numel() for part in share), initial=0)
+        for flat, bucket in zip(self.flat_parameters, self.buckets, strict=True):
+            offsets = itertools.accumulate((part.numel() for part in bucket), initial=0)
             assert all(
                 part.data_ptr() == flat.data_ptr() + offset * flat.element_size()
-                for part, offset in zip(share, offsets, strict=False)
+                for part, offset in zip(bucket, offsets, strict=False)
             ), "a parameter's data was replaced"
         self.gather()
         result = None
@@ -124,41 +124,41 @@ class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
         return result
 
     def _update(self) -> None:
-        """bitsandbytes' loop, which waits for the device after each tensor, without the waiting: only paged states need it."""
+        """bitsandbytes' loop without its wait for the device after each tensor, which only paged states need."""
         for group_index, group in enumerate(self.param_groups):
             for index, flat in enumerate(group["params"]):
                 self.update_step(group, flat, group_index, index)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         for part in self.parts:
             part.grad = None
 
 
-def _shares(parts: Sequence[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
-    """Neighbours, as many as make LARGEST numbers; what is larger stays whole."""
-    shares: list[list[torch.nn.Parameter]] = []
-    taken = 0
+def _buckets(parts: Sequence[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
+    """Consecutive parameters, up to MAX_NUMBERS numbers in each bucket; a larger parameter has its own."""
+    buckets: list[list[torch.nn.Parameter]] = []
+    size = 0
     for part in parts:
-        if not shares or taken + part.numel() > LARGEST:
-            shares.append([])
-            taken = 0
-        shares[-1].append(part)
-        taken += part.numel()
-    return shares
+        if not buckets or size + part.numel() > MAX_NUMBERS:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(part)
+        size += part.numel()
+    return buckets
 
 
-def _flat(share: Sequence[torch.nn.Parameter]) -> torch.nn.Parameter:
-    """One tensor of all data, which the parameters become views of."""
-    flat = torch.cat([part.detach().flatten() for part in share])
-    for part, own in zip(share, flat.split([part.numel() for part in share]), strict=True):
+def _flat(bucket: Sequence[torch.nn.Parameter]) -> torch.nn.Parameter:
+    """One tensor with the data of all parameters, which become views of it."""
+    flat = torch.cat([part.detach().flatten() for part in bucket])
+    for part, own in zip(bucket, flat.split([part.numel() for part in bucket]), strict=True):
         part.data = own.view_as(part)
     return torch.nn.Parameter(flat)
 
 
-def _gather(flat: torch.nn.Parameter, share: Sequence[torch.nn.Parameter]) -> None:
-    """One tensor of all gradients, which the parameters' become views of."""
-    flat.grad = None  # of a step that was skipped: its memory first
-    flat.grad = torch.cat([part.grad.flatten() for part in share])  # type: ignore[union-attr]
-    for part, own in zip(share, flat.grad.split([part.numel() for part in share]), strict=True):
+def _gather(flat: torch.nn.Parameter, bucket: Sequence[torch.nn.Parameter]) -> None:
+    """One tensor with all gradients, which become views of it."""
+    flat.grad = None  # free the gradients of a skipped step first
+    flat.grad = torch.cat([part.grad.flatten() for part in bucket])  # type: ignore[union-attr]
+    for part, own in zip(bucket, flat.grad.split([part.numel() for part in bucket]), strict=True):
         part.grad = own.view_as(part)

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: processes, data, a vocabulary that fits, fused layers."""
+"""What a run needs before its first step: processes, data, a matching vocabulary, fused layers."""
 
 from __future__ import annotations
 
@@ -55,30 +55,32 @@ class TrainingSetup:
 
 
 def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
-    """This process's state and device; the number of processes must be the one that was asked for.
+    """This process's state and device.
 
     Raises:
-        DeviceError: more or fewer processes than asked for.
-        TrainingError: a library without what training relies upon.
+        DeviceError: there are more or fewer processes than requested.
+        TrainingError: a library lacks something that training needs.
     """
     if (misfit := unmet("training", "data", "model")) is not None:
         raise TrainingError(misfit.what, fix=f"{pip()} install {misfit.requirement}")
-    asked, running = recipe.train.processes, world_size()
-    if asked != running:
+    requested, running = recipe.train.processes, world_size()
+    if requested != running:
         raise DeviceError(
-            f"{asked} processes were requested, but {running} are running",
-            where=f"train.processes={asked}",
-            fix=f"nybble train --processes {asked}, or accelerate launch --multi_gpu --num_processes {asked} "
-            f"-m nybble train ... train.processes={asked}",
+            f"{requested} processes were requested, but {running} are running",
+            where=f"train.processes={requested}",
+            fix=f"nybble train --processes {requested}, or accelerate launch --multi_gpu --num_processes {requested} "
+            f"-m nybble train ... train.processes={requested}",
         )
     device = choose_device(recipe.model.device, int(os.environ.get("LOCAL_RANK", "0")))
     on_cpu = device.type == "cpu"
-    # The others wait while the first downloads, quantises and tokenises: NCCL's own 10 minutes are too few for that.
-    waiting = {"timeout": datetime.timedelta(hours=6), **({"backend": "gloo"} if on_cpu else {})} if asked > 1 else {}
+    # The others wait while the first downloads, quantises and tokenises: NCCL's default of 10 minutes is too short for that.
+    settings = (
+        {"timeout": datetime.timedelta(hours=6), **({"backend": "gloo"} if on_cpu else {})} if requested > 1 else {}
+    )
     if not on_cpu:
         grow_segments()
-    state = PartialState(cpu=on_cpu, **waiting)
-    assert state.num_processes == asked, "Accelerate sees another number of processes"
+    state = PartialState(cpu=on_cpu, **settings)
+    assert state.num_processes == requested, "Accelerate sees another number of processes"
     return state, device
 
 
@@ -96,23 +98,23 @@ def prepare_data(
     cache: pathlib.Path,
     folder: pathlib.Path,
 ) -> tuple[Prepared, Schedule]:
-    """The rows and the steps; those of a run in `folder` that is resumed, with its template: it holds the day the run began."""
-    began, file = time.perf_counter(), folder / "template.json"
+    """The rows and the steps; a resumed run in `folder` uses its saved template, with the day on which the run was started."""
+    started, file = time.perf_counter(), folder / "template.json"
     template = read_template(tokenizer, file) if file.exists() else None
     with console.status("reading the data") as status:
 
         def show(stage: Stage, rows: int) -> None:
             status.update(f"{STAGES[stage]}: {rows:,} rows")
 
-        found = prepare_run(recipe, tokenizer, config, cache, progress=show, template=template)
-    assert found.data is not None, "what is missing was refused"
-    assert found.schedule is not None, "what is missing was refused"
-    print_data(console, found.data, recipe.data, time.perf_counter() - began)
-    return found.data, found.schedule
+        prepared = prepare_run(recipe, tokenizer, config, cache, progress=show, template=template)
+    assert prepared.data is not None, "faults were raised"
+    assert prepared.schedule is not None, "faults were raised"
+    print_data(console, prepared.data, recipe.data, time.perf_counter() - started)
+    return prepared.data, prepared.schedule
 
 
 def check_vocabulary(data: Prepared, base: Base) -> None:
-    """Raise ModelError where the data has a token id without an embedding."""
+    """Raise ModelError if the data has a token id without an embedding."""
     rows = base.model.get_input_embeddings().num_embeddings
     if data.counts.highest_id >= rows:
         raise ModelError(
@@ -123,10 +125,10 @@ def check_vocabulary(data: Prepared, base: Base) -> None:
 
 
 def fuse_layers(model: PeftModel, recipe: Recipe, console: Console) -> Fusion | None:
-    """Hand the layers to the engine; a model or adapter that it does not support is computed by Transformers.
+    """Fuse the layers; Transformers computes a model or adapter that the engine does not support.
 
     Raises:
-        EngineError: the recipe asks for a way of working that the engine does not offer here.
+        EngineError: the recipe sets engine options that are not possible for this model.
     """
     if not recipe.engine.fused:
         print_engine(console, None, "engine.fused=false")

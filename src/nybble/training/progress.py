@@ -1,4 +1,4 @@
-"""What a run is doing now, how far it is, and how long until its end."""
+"""What a run is doing, how far it is, and how long it will take."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from nybble.terminal import tell
 
 TRAINING, EVALUATING, SCORING = "training", "evaluating", "scoring benchmarks"
 SAMPLING, SAVING = "answering samples", "saving"
-RECENT = 20  # steps from whose time that of the rest is predicted: a machine may become busy, or free
-
+RECENT = 20  # steps from whose time the rest is predicted: a machine may become busy, or idle
 
 SHORT, LONG = 8, 20  # cells of the bar
-GAP = 2  # cells between the parts of its line
+GAP = 2  # cells between the parts of the bar's line
 
 
 class _Line(ProgressColumn):
-    """The whole line of the bar: on a narrow terminal the parts that matter least are left out, and none is cut."""
+    """The bar's line; on a narrow terminal the least important parts are left out, and none is truncated."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -34,7 +33,7 @@ class _Line(ProgressColumn):
     def render(self, task: Task) -> Table:
         steps = f"{task.completed:>{len(str(task.total))}.0f}/{task.total}"
         numbers = enumerate(filter(None, task.fields["text"].split("  ")))
-        # Each with its rank; the highest is left out first.
+        # Each part has a rank; the highest is left out first.
         bar = ProgressBar(task.total, task.completed, width=SHORT)
         parts: list[tuple[int, str | ProgressBar, str]] = [
             (0, task.fields["what"], ""),
@@ -62,10 +61,10 @@ def _width(part: str | ProgressBar) -> int:
 
 
 class RunProgress:
-    """The bar of a run; where there is no terminal, what goes into its lines."""
+    """The progress bar of a run; without a terminal, lines of text."""
 
     def __init__(self, console: Console, schedule: Schedule, activities: frozenset[str]) -> None:
-        """`activities`: which of EVALUATING, SCORING and SAMPLING each evaluation brings."""
+        """`activities`: which of EVALUATING, SCORING and SAMPLING are part of each evaluation."""
         self._console = console
         self.schedule = schedule
         self.activities = activities
@@ -78,17 +77,17 @@ class RunProgress:
         self._task = self._bar.add_task(TRAINING, total=schedule.steps, what=TRAINING, text="", left="")
 
     def start(self, step: int) -> None:
-        """Show the bar, at the step a resumed run starts with."""
+        """Show the bar, at the step from which a resumed run starts."""
         self._step = step
         self._bar.start()
         self._bar.update(self._task, completed=step)
 
     def stop(self) -> None:
-        """Take the bar down."""
+        """Remove the bar."""
         self._bar.stop()
 
     def activity(self, what: str, done: int = 0, total: int = 0) -> None:
-        """Show what is going on, and how many parts of it are done; the activity before it is timed."""
+        """Show the current activity, and how many parts of it are done; records the time of the previous one."""
         now, is_new = time.perf_counter(), what != self._what
         if is_new:
             self._seconds[self._what] = now - self._started
@@ -99,15 +98,15 @@ class RunProgress:
         self._bar.update(self._task, what=f"{what}{parts}", left=self.left(), refresh=is_new)
 
     def step_done(self, step: int, seconds: float, text: str) -> None:
-        """Count a step and how long it took, in seconds."""
+        """Record a step and how long it took, in seconds."""
         self._step = step
         self._steps.append(seconds)
         self._bar.update(self._task, completed=step, text=text, left=self.left())
 
     def left(self) -> str:
-        """Time until the end, evaluations, sample answers and checkpoints included; "" before anything is known.
+        """Time until the end, including evaluations, sample answers and checkpoints; "" before any step is done.
 
-        It is a lower bound while the run has not yet done once everything that is still to come.
+        It is a lower bound until each activity that is still to come has happened once.
         """
         if not self._steps:
             return ""

@@ -1,4 +1,4 @@
-"""What a run records while it trains: metrics.jsonl, samples.jsonl, the progress line, tables of a tracker."""
+"""What a run records during training: metrics.jsonl, samples.jsonl, the progress line, a tracker's tables."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from nybble.training.trackers import log_samples
 from nybble.training.trainer import CurrentStep
 
 SampleAnswering = Callable[[Callable[[int, int], None]], list[dict[str, Any]]]
-"""Answers this process's share of the sample prompts, a record each; it is given a function that shows how many are done."""
+"""Answers this process's share of the sample prompts, one record each; its argument shows how many are done."""
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]
     """Write metrics.jsonl, count tokens, show progress and answer the sample prompts.
 
     Args:
-        run: whose folder is written.
+        run: the run whose folder is written.
         current_step: the step in progress.
-        metrics: what the objective measures beside the loss.
-        console: for lines where there is no progress bar.
+        metrics: what the objective measures besides the loss.
+        console: for lines if there is no progress bar.
         progress: the bar.
-        answers: this process's share of the samples; None where no process has any.
+        answers: answers this process's share of the samples; None if no process has any.
         tracker: `tracker.to` of the recipe.
     """
 
@@ -51,7 +51,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self.steps = 0
         self.kept_step = 0
         self.history: list[dict[str, Any]] = []
-        """What Trainer has logged since the run started, which its checkpoints keep."""
+        """What Trainer has logged since the start of the run; its checkpoints save it."""
         self._tokens: list[torch.Tensor] = []
         self._measured: list[MetricMeans] = []
         self._started = time.perf_counter()
@@ -59,7 +59,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show the bar, at the step a resumed run starts with."""
+        """Show the bar, at the step from which a resumed run starts."""
         self.progress.start(state.global_step)
 
     def on_step_begin(
@@ -78,19 +78,18 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
     ) -> None:
-        """A step's or an evaluation's numbers, as a line of metrics.jsonl and on the terminal."""
+        """Write the numbers of a step or an evaluation to metrics.jsonl and to the terminal."""
         if "loss" in logs:
             self._log_step(args, state, logs)
         elif "eval_loss" in logs:
             self._log_evaluation(state, logs)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Answer a few validation prompts, each process its share; on a CPU, where that takes longer than steps, not before
-        something is learnt."""
+        """Answer a few validation prompts, each process its share. On a CPU this is slower than a step, so not before the first."""
         too_early = state.global_step == 0 and args.device.type == "cpu"
         if self.answers is not None and not too_early:
-            own = self.answers(lambda done, total: self.progress.activity(SAMPLING, done, total))
-            samples = [{"step": state.global_step, **sample} for sample in all_gather(own)]
+            answered = self.answers(lambda done, total: self.progress.activity(SAMPLING, done, total))
+            samples = [{"step": state.global_step, **sample} for sample in all_gather(answered)]
             if state.is_world_process_zero:
                 for sample in samples:
                     append_line(self.run.samples, SampleLine(**sample))
@@ -100,7 +99,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the bar down."""
+        """Remove the bar."""
         self.progress.stop()
 
     def _log_evaluation(self, state: TrainerState, logs: dict[str, Any]) -> None:
@@ -136,7 +135,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
 
 
 def _real_tokens(batch: dict[str, Any]) -> torch.Tensor:
-    """Tokens that are not padding; in packed rows, the padding behind the last sample is counted too (under 1%)."""
+    """Tokens that are not padding; in packed rows, the padding after the last sample is counted too (under 1%)."""
     if "attention_mask" in batch:
         count: torch.Tensor = batch["attention_mask"].sum()
         return count

@@ -1,4 +1,4 @@
-"""Time and memory that a run has taken."""
+"""Time and memory that a run has used."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ except ModuleNotFoundError:  # on Windows
 
 @dataclass(frozen=True)
 class ResourceUse:
-    """What a run has taken, including what it took before it was resumed."""
+    """What a run has used, including before it was resumed."""
 
     started: float
-    """When this process started on it, seconds since 1970."""
+    """When this process started the run or resumed it, in seconds since 1970."""
     earlier: Mapping[str, Any]
-    """What it took before, as the checkpoint that it resumes from says; empty for a new run."""
+    """What it had used before, from the checkpoint that it resumes from; empty for a new run."""
 
     def so_far(self, device: torch.device) -> dict[str, float]:
         """`seconds`, and `peak_memory` in bytes."""
@@ -33,7 +33,7 @@ class ResourceUse:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: what torch has reserved on CUDA at most, or the process's largest resident size on a CPU."""
+    """Peak memory in bytes: what torch has reserved on CUDA, or the process's resident size on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     if sys.platform == "win32":

@@ -21,20 +21,20 @@ from nybble.generate.request import Request, complete
 from nybble.weights.on_cpu import temporarily_dequantised
 
 NEW_TOKENS = 64  # enough to see style and whether an answer ends; each costs a forward pass
-SECONDS = 20.0  # that an answer may take: training waits for it
+SECONDS = 20.0  # the longest that an answer may take, since training waits for it
 
 
 @dataclass(frozen=True)
 class SampleAnswers:
-    """Greedy answers to the prompts before the first answers of the first `count` rows; nothing in it waits for other processes.
+    """Greedy answers to the first prompts of the first `count` rows; never waits for other processes.
 
     Args:
-        model: the one that trains; it is in evaluation mode afterwards.
-        tokenizer: the run's.
+        model: the model in training; it is in evaluation mode afterwards.
+        tokenizer: the run's tokenizer.
         stop_ids: tokens that end an answer.
         rows: validation rows, or a process's share of them.
-        count: of them, at most.
-        dtype: what training computes in.
+        count: the largest number of rows.
+        dtype: the compute type of training.
     """
 
     model: PeftModel
@@ -45,11 +45,11 @@ class SampleAnswers:
     dtype: torch.dtype
 
     def __call__(self, progress: Callable[[int, int], None]) -> list[dict[str, Any]]:
-        """One record per prompt: prompt, answer, expected, and error where it could not be answered; rows that are trained as a
-        whole have no prompt.
+        """One record per prompt: prompt, answer, expected, and error if there is no answer; rows that are trained as a whole have
+        no prompt.
 
         Args:
-            progress: is told before each answer how many there are, and how many there will be.
+            progress: called before each answer with the number done and the total.
         """
         rows = self.rows.select(range(min(self.count, len(self.rows))))
         prompts = [(row, answer) for row in rows if (answer := first_answer(row)) is not None]

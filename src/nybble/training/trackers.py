@@ -1,4 +1,4 @@
-"""A tracker writes into the run folder, never asks, and leaves the environment as it was."""
+"""Experiment trackers: they write into the run folder, never prompt the user, and leave the environment unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nybble.run.evaluation import Evaluation, MetricEntry, TaskEntry
 def tracking(options: TrackerOptions, folder: pathlib.Path, recipe: Mapping[str, Any]) -> Iterator[str | None]:
     """Prepare the tracker that Trainer's own callback reports to, and close it afterwards.
 
-    Trackers other than wandb take their folder from the environment only; `environment_restored` belongs around this.
+    Trackers other than wandb read their folder only from the environment; use this inside `environment_restored`.
 
     Args:
         options: the recipe's tracker section.
@@ -46,7 +46,7 @@ def tracking(options: TrackerOptions, folder: pathlib.Path, recipe: Mapping[str,
 
 
 def _variables(options: TrackerOptions, folder: pathlib.Path) -> dict[str, str]:
-    """What tells a tracker where to write."""
+    """The environment variables that set where a tracker writes."""
     if options.to == "tensorboard":
         return {"TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard")}
     if options.to == "mlflow":
@@ -58,7 +58,7 @@ def _variables(options: TrackerOptions, folder: pathlib.Path) -> dict[str, str]:
 
 
 def log_evaluation(options: TrackerOptions, folder: pathlib.Path, results: Evaluation) -> str | None:
-    """The numbers of an evaluation as a run of their own in wandb, beside the training's; other trackers have none.
+    """Log the numbers of an evaluation as a separate run in wandb, beside that of the training; not for other trackers.
 
     Returns:
         A line for the user, or None.
@@ -93,12 +93,12 @@ def _start_wandb(options: TrackerOptions, folder: pathlib.Path, name: str, confi
 
 
 def wandb_key_present() -> bool:
-    """Whether wandb finds a key in its settings or ~/.netrc; asks nobody and opens no connection."""
+    """Whether wandb finds a key in its settings or ~/.netrc; without a prompt or a connection."""
     return bool(wandb.api.api_key)
 
 
 def log_samples(tracker: str, step: int, samples: list[dict[str, Any]]) -> None:
-    """Sample answers as a table in wandb; the other trackers have samples.jsonl."""
+    """Log sample answers as a table in wandb; for other trackers, samples.jsonl has them."""
     if tracker == "wandb" and wandb.run is not None:
         columns = ["step", "prompt", "answer", "expected"]
         wandb.log(

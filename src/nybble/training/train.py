@@ -37,7 +37,7 @@ from nybble.training.beginning import (
 )
 from nybble.training.card import draw_loss, write_card
 from nybble.training.checkpoints import Resumption, resumption
-from nybble.training.ending import made_by_now, nothing_half_done, refuse_untrained, save_adapter, summarise
+from nybble.training.ending import cleanup_on_failure, paths_in, refuse_untrained, save_adapter, summarise
 from nybble.training.interrupt import Interruption
 from nybble.training.loop import run_trainer
 from nybble.training.messages import print_adapter, print_base, print_plan, print_result
@@ -45,7 +45,7 @@ from nybble.training.preparation import TrainingSetup, check_vocabulary, fuse_la
 from nybble.training.resource_use import ResourceUse
 
 PreflightCheck = Callable[[PretrainedConfig, PreTrainedTokenizerBase, pathlib.Path], None]
-"""Whether export.to can work, of a configuration, a tokenizer and the run folder: raises where it cannot."""
+"""Checks whether export.to can work with a configuration, a tokenizer and the run folder; raises if it cannot."""
 
 
 def train(
@@ -57,13 +57,13 @@ def train(
     Args:
         recipe: all options.
         console: where progress is shown.
-        cache: folder of quantised bases and tokenised data; None is this user's own.
-        benchmarks: what runs train.eval_tasks, `nybble.evaluate.harness.Harness`; None where there are none.
-        preflight: checks whether export.to can work; None where nothing is exported.
+        cache: folder of quantised bases and tokenised data; None for the user's default.
+        benchmarks: runs train.eval_tasks, `nybble.evaluate.harness.Harness`; None if there are none.
+        preflight: checks whether export.to can work; None if nothing is exported.
 
     Raises:
-        NybbleError: whatever is wrong with recipe, data, model or machine; no half-written run stays behind.
-        KeyboardInterrupt: at Ctrl-C or SIGTERM, once the step in progress is done and saved; at a second one at once.
+        NybbleError: something is wrong with recipe, data, model or machine; no partial run folder is left behind.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the step in progress is done and saved; after a second one at once.
     """
     folder, cache = choose_folder(recipe), cache or default_cache()
     refuse_existing(folder)
@@ -75,7 +75,7 @@ def resume(
     folder: str | pathlib.Path, *, console: Console | None = None, cache: pathlib.Path | None = None,
     benchmarks: Benchmarks | None = None, preflight: PreflightCheck | None = None,
 ) -> Run:  # fmt: skip
-    """Resume an interrupted run from its newest complete checkpoint, exactly as it would have gone on.
+    """Resume an interrupted run from its newest complete checkpoint, exactly as it would have continued.
 
     Raises:
         RunError: the run is finished or damaged, another process is writing it, or recipe, data, base or versions changed
@@ -86,7 +86,7 @@ def resume(
     refuse_moved_base(run)
     with run_guarded(run.recipe, run.folder, cache) as stack:
         lock_run(stack, run, "resumed")
-        refuse_finished(run)  # by a process that held the lock until now
+        refuse_finished(run)  # a process that held the lock until now may have finished it
         check_template_and_tokenizer(run)
         resumed = resumption(run)
         return _train(run.recipe, run.folder, resumed, console or Console(), cache, benchmarks, preflight, stack)
@@ -99,18 +99,19 @@ def _train(
     started = time.time()
     if benchmarks is None:
         refuse_missing_benchmarks(recipe)
-    # 1. Where: device, compute type, this process among how many.
+    # 1. Device, compute type and processes.
     state, device = join_processes(recipe)
     if not state.is_main_process:
         console = Console(quiet=True)
     dtype, reason = choose_dtype(recipe.model.dtype, device)
     tell(console, f"device    {device}, {str(dtype).removeprefix('torch.')}: {reason}")
-    # 2. Adapter and data, checked before any weights are fetched.
+    # 2. Adapter and data, checked before any weights are downloaded.
     if recipe.adapter:
         check_adapter(pathlib.Path(recipe.adapter))
         check_stored(recipe.adapter)
     described = find_checkpoint(recipe.model.path, recipe.model.revision, weights=False)
     config = load_config(described, recipe.model.rope_scaling)
+    # `prepare_run` checks this too, for `nybble data check`, but only after it has read and tokenised all rows.
     check_length(config, recipe.data.max_length, recipe.model.rope_scaling)
     stack.enter_context(explained_memory(recipe, ModelShape.from_config(config.to_dict())))
     tokenizer = load_tokenizer(described.folder)
@@ -123,7 +124,9 @@ def _train(
         checkpoint = find_checkpoint(recipe.model.path, recipe.model.revision)
         recorded = base_of_resumed(resumed, checkpoint, cache)
         base = load_base(checkpoint, recipe.model, dtype, device, cache, recorded)
-    stored = recipe.model.model_copy(update={"quantization": base.quantization})  # it may have come quantised
+    stored = recipe.model.model_copy(
+        update={"quantization": base.quantization}
+    )  # the checkpoint may have come quantised
     recipe, footprint = recipe.model_copy(update={"model": stored}), measure(base.model)
     print_base(base, footprint, console)
     check_vocabulary(data, base)
@@ -137,17 +140,17 @@ def _train(
     run = open_run_folder(folder, setup, resumed, state)
     if resumed is None:
         lock_run(stack, run, "trained")
-    made = made_by_now(folder) if resumed is None else None
+    made = paths_in(folder) if resumed is None else None
     # 6. Train.
     print_plan(run, schedule, console)
     earlier = read_mark(resumed.checkpoint) if resumed is not None and resumed.checkpoint is not None else {}
     interruption, used = Interruption(console), ResourceUse(started, earlier)
-    with interruption.listening(), nothing_half_done(run, state, console, made):
+    with interruption.listening(), cleanup_on_failure(run, state, console, made):
         recorder = run_trainer(run, setup, resumed, console, benchmarks, interruption, used)
     refuse_untrained(run, model, recorder)
-    # 7. What stays: summary, curve and card; last the adapter, whose folder says that the run is finished.
+    # 7. Summary, loss curve and card; the adapter comes last, since its folder marks the run as finished.
     if state.is_main_process:
-        with nothing_half_done(run, state, console, made):
+        with cleanup_on_failure(run, state, console, made):
             summary = summarise(setup, recorder, used)
             write_record(folder / "summary.json", summary)
             draw_loss(run, folder / "loss.png")

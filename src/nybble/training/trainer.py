@@ -1,5 +1,5 @@
-"""transformers.Trainer with the loop it brings: order and batches, look-ahead, the hooks around checkpoints. What is trained
-towards is an objective, how parameters move is an optimiser, and both are passed in."""
+"""transformers.Trainer with changes to its loop: the order of rows, prefetched batches, evaluation, and hooks around checkpoints.
+Objective and optimiser are passed in."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from transformers.trainer_utils import EvalLoopOutput
 from nybble.data.order import GroupedByLength, batches, lengths_of
 from nybble.distributed.group import all_reduce
 from nybble.objective.objective import MetricMeans, MetricSums, Objective
-from nybble.training.checkpoints import begin, check_best
+from nybble.training.checkpoints import check_best, start_checkpoint
 from nybble.training.module_walks import without_module_walks
 from nybble.training.optimizer import flat_gradients
 from nybble.training.progress import EVALUATING, SAVING, SCORING, TRAINING
 
 
 class PendingScalar:
-    """A number on its way to the host: reading it waits for what was queued before it, and for nothing after."""
+    """A number that is being copied to the host: reading it waits for what was queued before it, but for nothing after."""
 
     def __init__(self, number: torch.Tensor) -> None:
         self._arrived: torch.cuda.Event | None = None
@@ -44,7 +44,7 @@ class PendingScalar:
 
 @dataclass
 class CurrentStep:
-    """The micro batches of the step in progress, with their losses and what was measured beside them."""
+    """The micro batches of the step in progress, with their losses and what else was measured."""
 
     batches: list[dict[str, Any]] = field(default_factory=list)
     losses: list[PendingScalar] = field(default_factory=list)
@@ -59,7 +59,7 @@ class CurrentStep:
 
 @dataclass
 class Prefetch:
-    """Where the batches of a step come from, and those of the next step once they were fetched."""
+    """The source of the batches of a step, and the next step's batches once they are fetched."""
 
     source: Iterator[Any]
     count: int
@@ -67,12 +67,12 @@ class Prefetch:
 
 
 class QLoraTrainer(Trainer):  # type: ignore[misc]
-    """Trainer for any `Objective`: each of its terms counts once, in training and evaluation, on any number of processes.
+    """Trainer for any `Objective`: each of its terms counts once, in training and evaluation, with any number of processes.
 
     Args:
-        objective: gives the loss of a batch.
-        optimizer: over the parameters that are trained; None for a trainer that only evaluates.
-        settings: Trainer's own.
+        objective: computes the loss of a batch.
+        optimizer: updates the trained parameters; None for a trainer that only evaluates.
+        settings: Trainer's own arguments.
     """
 
     def __init__(self, *, objective: Objective, optimizer: torch.optim.Optimizer | None, **settings: Any) -> None:
@@ -80,24 +80,24 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         self.objective = objective
         self.current_step = CurrentStep()
         self.eval_tokens = 0
-        """Tokens up to which validation rows share a batch; `per_device_eval_batch_size` of the longest do in any case."""
+        """The largest number of tokens in a batch of validation rows; `per_device_eval_batch_size` of the longest always fit."""
         self.task_scores: Callable[[], dict[str, float]] | None = None
-        """Benchmarks that are run at each evaluation, on all processes together."""
+        """Runs the benchmarks at each evaluation, in all processes together."""
         self.show_activity: Callable[[str, int, int], None] = lambda what, done, total: None
-        """Is called with what goes on beside the steps, how many parts of it are done, and of how many."""
+        """Called with the current activity, how many parts of it are done, and the total."""
         self._prefetch: Prefetch | None = None
         self._order: GroupedByLength | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's loop, without its walks over all modules at every step."""
+        """Trainer's loop, without visiting all modules at every step."""
         with without_module_walks(self.model):
             return super().train(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer checks for the end only after a step; a run that resumes from its last step has none left to make.
+        """Stop at once if a run is resumed at its end: Trainer would check for the end only after another step.
 
-        And a run that resumes within an epoch skips its first batches by a sampler around the others, through which Accelerate
-        does not reach the order of several processes: it would be that of the first epoch.
+        The order is set here because a run that resumes within an epoch skips its first batches through a wrapper around the
+        sampler. With several processes Accelerate does not set the epoch through it: the order would be that of the first epoch.
         """
         if self._order is not None:
             self._order.set_epoch(kwargs["epoch"])
@@ -120,45 +120,44 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """One forward and backward; batch and loss stay in `current_step` for the guards until the optimiser has stepped."""
+        """One forward and backward; batch and loss stay in `current_step` for the guards until the optimiser steps."""
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.current_step.batches.append(inputs)
-        more = self.state.global_step + 1 < self.state.max_steps
-        if more and self._prefetch is not None and self.accelerator.sync_gradients:
+        has_next = self.state.global_step + 1 < self.state.max_steps
+        if has_next and self._prefetch is not None and self.accelerator.sync_gradients:
             self._prefetch.fetched = self._fetch(self._prefetch.source, self._prefetch.count)
         return loss
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor]:
-        """A step's batches, fetched while the device was at work on the step before, and how many terms their loss has.
+        """A step's batches, fetched while the device was computing the step before, and the number of terms in their loss.
 
-        Between two steps an H200 waited 8 ms for 4 x 2,048 tokens to be laid out, 17 ms for packed rows (docs/benchmarks.md).
+        Between two steps an H200 waited 8 ms for 4 x 2,048 tokens to be collated, 17 ms for packed rows (docs/benchmarks.md).
         """
-        before, self._prefetch = self._prefetch, Prefetch(epoch_iterator, num_batches)
-        if before is not None and before.source is epoch_iterator and before.fetched is not None:
-            return before.fetched
+        previous, self._prefetch = self._prefetch, Prefetch(epoch_iterator, num_batches)
+        if previous is not None and previous.source is epoch_iterator and previous.fetched is not None:
+            return previous.fetched
         return self._fetch(epoch_iterator, num_batches)
 
     def _fetch(self, source: Iterator[Any], count: int) -> tuple[list[dict[str, Any]], torch.Tensor]:
-        found = list(itertools.islice(source, count))
-        terms = sum(self.objective.count(batch) for batch in found)
-        return found, all_reduce(
-            torch.full((), terms, device=self.args.device)
-        )  # a tensor from the host would be waited for
+        fetched = list(itertools.islice(source, count))
+        terms = sum(self.objective.count(batch) for batch in fetched)
+        # Made on the device: copying a tensor from the host would wait for the device.
+        return fetched, all_reduce(torch.full((), terms, device=self.args.device))
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
-        """The norm of all gradients before they are clipped; where the optimiser holds them as a few tensors in a
-        few launches, without one a tensor and a walk over all modules."""
+        """Clip the gradients and return their norm before; with an optimiser of flat tensors this takes a few launches, instead
+        of one per tensor and a visit to all modules."""
         flat = flat_gradients(self.optimizer)
-        if flat is None:  # of a gradient that is missing the guards tell
+        if flat is None:  # the guards report a missing gradient
             norm: torch.Tensor = super()._clip_grad_norm(model)
             return norm
         self.accelerator.unscale_gradients()
         return torch.nn.utils.clip_grad_norm_(flat, self.args.max_grad_norm)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Trainer's estimate walks all modules at every step, 20 ms for a 7B, for a number that nobody reads here."""
+        """0: Trainer's estimate visits all modules at every step, 20 ms for a 7B, and is not used."""
         return 0
 
     def compute_loss(
@@ -171,15 +170,14 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         """The objective's loss of this micro batch, as its share of the whole step's."""
         assert num_items_in_batch is not None, "`get_batch_samples` counts the terms of a step"
         # DDP averages the gradients of all processes, and each has divided by the terms of all.
-        found = self.objective.loss(model, inputs, num_items_in_batch / self.accelerator.num_processes)
-        self.current_step.losses.append(
-            PendingScalar(found.loss)
-        )  # before backward, which the guards need not wait for
-        self.current_step.metrics.append(found.metrics)
-        return found.loss
+        result = self.objective.loss(model, inputs, num_items_in_batch / self.accelerator.num_processes)
+        # Queued before backward, so that the guards need not wait for that.
+        self.current_step.losses.append(PendingScalar(result.loss))
+        self.current_step.metrics.append(result.metrics)
+        return result.loss
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """This process's share of the validation rows, each row in exactly one share, those of like length together."""
+        """This process's share of the validation rows, batched by similar length; each row is in exactly one share."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         share = range(self.args.process_index, len(rows), self.args.world_size)
         lengths = lengths_of(rows)[share.start :: share.step]
@@ -193,8 +191,8 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.show_activity(SAVING, 0, 0)
         if self.args.should_save:
-            begin(pathlib.Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
-        self.accelerator.wait_for_everyone()  # before another process makes the folder
+            start_checkpoint(pathlib.Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        self.accelerator.wait_for_everyone()  # before another process creates the folder
         super()._save_checkpoint(*args, **kwargs)
         self.show_activity(TRAINING, 0, 0)
 
