@@ -22,7 +22,7 @@ MENDED = {
     "base": "the cached copy of the quantised base was damaged",
     "tokens": "the cached rows were damaged",
     "digests": "the cached digests of",
-    "evaluations": "the kept scores were damaged",
+    "evaluations": "the cached scores were damaged",
 }
 
 

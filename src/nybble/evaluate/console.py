@@ -22,7 +22,7 @@ ORDER = {verdict: rank for rank, verdict in enumerate(COLOURS)}
 
 @dataclass(frozen=True)
 class Compared:
-    """A line of the table."""
+    """A row of the table."""
 
     name: str
     items: int
@@ -35,7 +35,7 @@ class Compared:
 
 @contextlib.contextmanager
 def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar that disappears when it is full; yields what is called with how much is done."""
+    """A bar that disappears at the end; yields a function that sets how much is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total)
@@ -43,7 +43,7 @@ def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[
 
 
 def tell_results(evaluation: Evaluation, folder: pathlib.Path, console: Console) -> None:
-    """A table of what was compared, worse first, and where the report is; it fits 80 columns."""
+    """Print a table of the comparisons, worse first, and the path of the report; it fits 80 columns."""
     rows = _rows(evaluation)
     table = Table("", "items", "base", "tuned", "difference (95%)", "", box=None, padding=(0, 2, 0, 0))
     for column in table.columns[1:4]:

@@ -11,7 +11,7 @@ import numpy
 WORD = re.compile(r"[^\W_]+")
 GRAM = 13
 SHORTEST = 8
-BATCH = 2**18  # words looked up at once: some 10 MB
+BATCH = 2**18  # words looked up at once: about 10 MB
 UNKNOWN = 0  # a word that no item has, or the end of a text
 FACTOR = 0x9E3779B97F4A7C15
 
@@ -21,24 +21,24 @@ Hashes = numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.uint64]]
 
 @dataclass(frozen=True)
 class _Grams:
-    """All items' grams of one length."""
+    """The n-grams of one length of all items."""
 
-    hashes: Hashes  # sorted, each once
+    hashes: Hashes  # sorted, without duplicates
     owners: Whole  # the item of each gram
-    indices: Whole  # of each gram in `hashes`
+    indices: Whole  # the index of each gram in `hashes`
     seen: numpy.ndarray  # which of `hashes` the training rows contain
 
 
 def flag(training: Iterable[str], items: Mapping[str, Sequence[str]]) -> dict[str, list[bool]]:
     """Which items share 13 words in a row with a training row; words are lower-cased runs of letters and digits.
 
-    An item of 8 to 12 words is flagged where a row contains all of it. GPT-3 went down to 8 words too: below, a match is more
-    often a phrase that anyone writes ("How do you make a paper plane?") than a copy, so shorter items are never flagged.
-    Give an item as the question followed by its right answer: of piqa's goals alone 56% have less than 8 words; and
+    An item of 8 to 12 words is flagged if a row contains all of it. GPT-3 also went down to 8 words: below that, a match is more
+    often a common phrase ("How do you make a paper plane?") than a copy, so shorter items are never flagged.
+    Pass an item as the question followed by its right answer, since 56% of piqa's goals alone have fewer than 8 words, and
     winogrande's sentence with its blank filled, since a row that gives the sentence away has it filled.
 
     Args:
-        training: the rows as text, read once; only the items are held in memory.
+        training: the rows as text, read once; only the items are kept in memory.
         items: for each task, one text per item.
 
     Returns:
@@ -67,7 +67,7 @@ def words(text: str) -> list[str]:
 
 def _index(texts: Sequence[Sequence[int]]) -> dict[int, _Grams]:
     sizes = numpy.array([len(ids) for ids in texts], dtype=numpy.int64)
-    lengths = numpy.where(sizes < SHORTEST, 0, numpy.minimum(sizes, GRAM))  # of each item's grams
+    lengths = numpy.where(sizes < SHORTEST, 0, numpy.minimum(sizes, GRAM))  # the length of each item's grams
     owners = numpy.repeat(numpy.arange(len(texts)), sizes + 1)
     ids = numpy.array([word for ids in texts for word in (*ids, UNKNOWN)], dtype=numpy.int64)
     index = {}
@@ -79,7 +79,7 @@ def _index(texts: Sequence[Sequence[int]]) -> dict[int, _Grams]:
 
 
 def _batches(training: Iterable[str], vocabulary: Mapping[str, int]) -> Iterator[Whole]:
-    """The rows' words as ids, UNKNOWN after each row."""
+    """The words of the rows as ids, with UNKNOWN after each row."""
     ids: list[int] = []
     for text in training:
         ids += [vocabulary.get(word, UNKNOWN) for word in words(text)]
@@ -92,9 +92,9 @@ def _batches(training: Iterable[str], vocabulary: Mapping[str, int]) -> Iterator
 
 
 def _windows(ids: Whole, lengths: Iterable[int]) -> Iterator[tuple[int, Whole, Hashes]]:
-    """For each length, where its windows of known words start, and their 64-bit hashes.
+    """For each length, the starts of its windows of known words, and their 64-bit hashes.
 
-    A million of the items' grams against a billion of the training's collide once in 20,000 runs.
+    A million grams of items and a billion grams of training rows collide once in 20,000 runs.
     """
     mixed = _mixed(ids.astype(numpy.uint64))
     unknown = numpy.concatenate([[0], numpy.cumsum(ids == UNKNOWN)])

@@ -15,7 +15,7 @@ from nybble.weights.on_cpu import temporarily_dequantised
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Scores of the model as it is now; of several processes all have to ask, since each answers a share of every benchmark."""
+    """Scores of the current model; all processes must call it, since each answers a share of every benchmark."""
 
     benchmarks: Benchmarks
     tasks: Sequence[str]

@@ -1,4 +1,4 @@
-"""Base against tuned, as numbered steps: benchmarks, held-out loss, texts, answers; then the comparison and its report."""
+"""The evaluation of base and tuned model in numbered steps: benchmarks, held-out loss, texts, answers, then the report."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Measures:
     """What an evaluation measures.
 
     Attributes:
-        tasks: benchmarks by lm-eval's names.
-        texts: files whose perplexity is wanted.
+        tasks: benchmarks, by their names in lm-eval.
+        texts: files whose perplexity is measured.
         answers: how many held-out prompts are answered.
-        skill: what the caller measured, for the report.
-        samples: answers that are shown, where the caller has them; otherwise the models are asked.
+        skill: scores measured by the caller, for the report.
+        samples: answers for the report, if the caller has them; otherwise the models generate them.
     """
 
     tasks: Sequence[str] = ()
@@ -50,19 +50,19 @@ def evaluate(
     run: Run, measures: Measures, benchmarks: Benchmarks | None, console: Console, cache: pathlib.Path | None = None,
     answerer: Answerer | None = None,
 ) -> Evaluation:  # fmt: skip
-    """Measure a run against its base; writes evaluation.json, report.html and report.md into it.
+    """Compare a run with its base; writes evaluation.json, report.html and report.md into its folder.
 
     Args:
         run: a finished run, or an adapter folder.
         measures: what to measure.
-        benchmarks: runs them; None where there are none.
+        benchmarks: runs benchmarks; None if there are none.
         console: progress and results.
-        cache: where scores are kept, so that an evaluation that was cut off goes on; None is the user's default cache.
-        answerer: the run, where the caller has loaded it already.
+        cache: folder of cached scores, so that an interrupted evaluation can continue; None for the user's default cache.
+        answerer: the run, if the caller has loaded it already.
 
     Raises:
-        NybbleError: the run, its base, a task or its rows cannot be read, or the run cannot be written, also because
-            another process writes it.
+        NybbleError: the run, its base, a task or its rows cannot be read, or the run cannot be written, for example because
+            another process is writing it.
     """
     cache = cache or default_cache()
     check_report(run.folder)
@@ -79,8 +79,8 @@ def _evaluate(
     cache: pathlib.Path,
     answerer: Answerer | None,
 ) -> Evaluation:
-    began = time.time()
-    # 1. The texts, before anything is loaded; then the model, once: the base is the same with the adapter switched off.
+    started = time.time()
+    # 1. The texts, before anything is loaded; then the model, once: the base is the same model with the adapter disabled.
     texts, metrics = read_texts(measures.texts), read_metrics(run)
     if answerer is None:
         with console.status("loading"):
@@ -101,7 +101,7 @@ def _evaluate(
     else:
         findings.samples = list(measures.samples)
     # 5. Compare and write.
-    evaluation = findings.evaluation(benchmarks.limit if benchmarks else None, measures.skill, time.time() - began)
+    evaluation = findings.evaluation(benchmarks.limit if benchmarks else None, measures.skill, time.time() - started)
     write_record(run.folder / "evaluation.json", evaluation)
     write_report(run.folder, evaluation, metrics)
     return evaluation

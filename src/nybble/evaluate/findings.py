@@ -1,4 +1,4 @@
-"""What an evaluation measures of base and tuned model, one measurement at a time, and the record it becomes."""
+"""The measurements of an evaluation, one method each, and the record of their results."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ from nybble.run.summary import Summary
 from nybble.run.versions import versions
 from nybble.terminal import tell
 
-WHO = ("base", "tuned")
-TEXT_WINDOW = 2048  # tokens of a text that are read at once, the model's positions permitting
+MODELS = ("base", "tuned")
+TEXT_WINDOW = 2048  # tokens of a text that are read at once, if the model has as many positions
 SAMPLES = 4  # held-out prompts shown in the report, besides the fixed ones
 
 
 class Findings:
-    """What was measured so far."""
+    """What has been measured so far."""
 
     def __init__(self, run: Run, answerer: Answerer, console: Console, cache: pathlib.Path) -> None:
         self.run = run
@@ -60,7 +60,7 @@ class Findings:
         self.cache = cache
         self.adapter = _digest(weights_file(run.adapter))
         self.adapter_config = _digest(run.adapter / CONFIG)
-        self.scored: dict[str, list[Scored]] = {who: [] for who in WHO}
+        self.scored: dict[str, list[Scored]] = {model: [] for model in MODELS}
         self.missing: list[MissingEntry] = []
         self.held_out: HeldOutEntry | None = None
         self.texts: list[TextEntry] = []
@@ -69,7 +69,7 @@ class Findings:
         self.trained, self.validation = self._rows()
 
     def _rows(self) -> tuple[Dataset | None, Dataset | None]:
-        """Training and validation rows as the run saw them."""
+        """Training and validation rows, as the run tokenised them."""
         if self.run.is_bare_adapter:
             return None, None
         with self.console.status("reading the run's data"):
@@ -83,39 +83,39 @@ class Findings:
         return rows.samples if isinstance(rows, PackedRows) else rows, prepared.validation
 
     def measure_benchmark(self, benchmarks: Benchmarks, name: str) -> None:
-        """Base and tuned model on one benchmark; scores in the cache are not computed again."""
+        """Score base and tuned model on one benchmark; cached scores are not computed again."""
         try:
             with benchmarks.benchmark(name) as benchmark:
-                for who in WHO:
-                    self.scored[who].append(self._score(benchmarks, benchmark, who))
+                for model in MODELS:
+                    self.scored[model].append(self._score(benchmarks, benchmark, model))
         except MissingRowsError as error:
             self.missing.append(MissingEntry(task=name, why=error.what))
             tell(self.console, f"{name:<16} {error.what}", "yellow", hang=HANG)
 
-    def _score(self, benchmarks: Benchmarks, benchmark: Benchmark, who: str) -> Scored:
+    def _score(self, benchmarks: Benchmarks, benchmark: Benchmark, model: str) -> Scored:
         items = sum(map(len, benchmark.rows.values()))
         with (
-            self.answerer.as_tuned(who == "tuned"),
-            progress_bar(self.console, f"{benchmark.name}: {who}", items) as show,
+            self.answerer.as_tuned(model == "tuned"),
+            progress_bar(self.console, f"{benchmark.name}: {model}", items) as show,
         ):
             compute = functools.partial(
                 benchmarks.score, benchmark, self.answerer.model, self.answerer.tokenizer,
                 lambda share: show(round(share * items)),
             )  # fmt: skip
-            scored, kept = self.store.scored(self._facts(benchmarks, benchmark, who), compute)
-        mean, note = sum(scored.values) / items, " (kept from before)" if kept else ""
-        line = f"{benchmark.name:<16} {who:<6} {scored.metric} {mean:.3f} of {items:,} items{note}"
+            scored, is_cached = self.store.scored(self._facts(benchmarks, benchmark, model), compute)
+        mean, note = sum(scored.values) / items, " (from the cache)" if is_cached else ""
+        line = f"{benchmark.name:<16} {model:<6} {scored.metric} {mean:.3f} of {items:,} items{note}"
         tell(self.console, line, hang=HANG)
         return scored
 
-    def _facts(self, benchmarks: Benchmarks, benchmark: Benchmark, who: str) -> dict[str, Any]:
-        """All that a score depends on."""
+    def _facts(self, benchmarks: Benchmarks, benchmark: Benchmark, model: str) -> dict[str, Any]:
+        """Everything that a score depends on."""
         recipe = self.run.recipe.model
         return {
             "base": self.answerer.fingerprint,
             "bits": self.answerer.bits.digest if self.answerer.bits is not None else None,
-            "adapter": self.adapter if who == "tuned" else None,
-            **({"adapter_config": self.adapter_config} if who == "tuned" else {}),  # alpha is there
+            "adapter": self.adapter if model == "tuned" else None,
+            **({"adapter_config": self.adapter_config} if model == "tuned" else {}),  # it contains alpha
             "quantization": [recipe.quantization, recipe.double_quantization],
             "dtype": str(self.answerer.model.dtype),
             "device": self.answerer.model.device.type,
@@ -131,7 +131,7 @@ class Findings:
         }
 
     def measure_held_out(self) -> None:
-        """Loss on the run's validation rows, row by row."""
+        """Measure the loss of each of the run's validation rows."""
         if self.validation is None:
             return
         rows = self.validation.select_columns(["input_ids", "trained"])[:]
@@ -143,7 +143,7 @@ class Findings:
         self.held_out = held_out_entry(base, tuned)
 
     def measure_text(self, text: TextFile) -> None:
-        """Perplexity of a text."""
+        """Measure the perplexity of a text."""
         length = min(TEXT_WINDOW, self.answerer.model.config.max_position_embeddings)
         windows = text_windows(text.text, self.answerer.tokenizer, length)
         if not windows:
@@ -156,44 +156,46 @@ class Findings:
         )
 
     def _losses(self, samples: list[dict[str, Any]], what: str) -> tuple[Losses, Losses]:
-        """Of base and tuned model."""
+        """The losses of base and tuned model."""
         pad = self.answerer.tokenizer.pad_token_id
         measured = []
-        for who in WHO:
+        for model in MODELS:
             with (
-                self.answerer.as_tuned(who == "tuned"),
-                progress_bar(self.console, f"{what}: {who}", len(samples)) as show,
+                self.answerer.as_tuned(model == "tuned"),
+                progress_bar(self.console, f"{what}: {model}", len(samples)) as show,
             ):
                 losses = row_losses(self.answerer.model, samples, pad, show)
-            line = f"{what:<16} {who:<6} {losses.mean:.4f} nats, perplexity {losses.perplexity:.2f}"
+            line = f"{what:<16} {model:<6} {losses.mean:.4f} nats, perplexity {losses.perplexity:.2f}"
             tell(self.console, line, hang=HANG)
             measured.append(losses)
         return measured[0], measured[1]
 
     def measure_answers(self, count: int) -> None:
-        """Greedy answers to held-out prompts, scored, and to the fixed ones, shown."""
+        """Generate greedy answers to held-out prompts, which are scored, and to the fixed prompts, which are only shown."""
         held_out = held_out_prompts(self.validation, self.answerer.tokenizer, count) if self.validation else []
         fixed = fixed_prompts(self.answerer)
         prompts, answers = [*held_out, *fixed], {}
-        for who in WHO:
-            with self.console.status(f"{who} answers {len(prompts)} prompts"):
-                answers[who] = answer(self.answerer, prompts, base=who == "base")
+        for model in MODELS:
+            with self.console.status(f"{model} answers {len(prompts)} prompts"):
+                answers[model] = answer(self.answerer, prompts, base=model == "base")
         pairs = [SampleEntry(**pair) for pair in side_by_side(prompts, answers["base"], answers["tuned"])]
         self.samples = [*pairs[: len(held_out)][:SAMPLES], *pairs[len(held_out) :]]
         if not held_out:
             return
-        base, tuned = (item_scores(held_out, answers[who][: len(held_out)]) for who in WHO)
+        base, tuned = (item_scores(held_out, answers[model][: len(held_out)]) for model in MODELS)
         metrics = [metric_entry(name, base[name], tuned[name]) for name in base]
-        metrics.append(metric_entry("distinct answers", *(distinct(answers[who][: len(held_out)]) for who in WHO)))
+        metrics.append(
+            metric_entry("distinct answers", *(distinct(answers[model][: len(held_out)]) for model in MODELS))
+        )
         self.generation = GenerationEntry(rows=len(held_out), metrics=metrics)
 
     def evaluation(self, limit: int | None, skill: SkillEntry | None, seconds: float) -> Evaluation:
-        """All of it, compared, as it is written to evaluation.json.
+        """The record for evaluation.json, with all comparisons.
 
         Args:
-            limit: items per benchmark at most; None for all.
-            skill: what the caller measured.
-            seconds: that the evaluation took.
+            limit: the largest number of items per benchmark; None for all.
+            skill: scores measured by the caller.
+            seconds: how long the evaluation took.
         """
         recipe, device, summary = self.run.recipe, self.answerer.model.device, self.run.summary()
         evaluation = Evaluation(
@@ -224,7 +226,7 @@ class Findings:
         return evaluation.model_copy(update={name: part for name, part in measured.items() if part is not None})
 
     def _lengths(self) -> dict[str, int]:
-        """How many training rows have so many tokens."""
+        """The number of training rows by their number of tokens."""
         counts = Counter(lengths_of(self.trained).tolist()) if self.trained is not None else {}
         return {str(length): count for length, count in sorted(counts.items())}
 

@@ -1,4 +1,4 @@
-"""Answers to held-out prompts: how close they are to the expected ones, how varied they are, whether they end."""
+"""Answers to held-out prompts: how close they are to the expected ones, how varied they are, and whether they end."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from nybble.data.answers import first_answer
 from nybble.data.rows.formats import Message
 from nybble.data.text.tokens import encode_prompt
 
-AT_ONCE = 64  # prompts in a batch: a token of 4-bit weights takes as long for one as for many
-MARGIN = 1.5  # the limit of an answer, in lengths of the longest expected one
-LOWEST_LIMIT, HIGHEST_LIMIT = 96, 128  # tokens; the limit is in between, whatever was expected
+BATCH = 64  # prompts: with 4-bit weights a token takes as long for one prompt as for many
+MARGIN = 1.5  # the limit of an answer, relative to the longest expected one
+LOWEST_LIMIT, HIGHEST_LIMIT = 96, 128  # tokens; the limit is always between these
 ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 FIXED = (
     "Explain in two sentences why the sky is blue.",
     "Write a short, polite e-mail that moves a meeting from Monday to Wednesday.",
     "What is 17 times 6? Answer with the number only.",
 )
-"""Asked of every model, so that runs on different data can be looked at side by side."""
+"""Prompts for every model, so that runs on different data can be compared."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and the answer that the data have for it.
+    """A prompt, and its answer in the data.
 
     Attributes:
         ids: token ids.
-        text: as the report shows it.
-        expected: the data's answer; empty where there is none.
+        text: the prompt as the report shows it.
+        expected: the answer in the data; empty if there is none.
     """
 
     ids: list[int]
@@ -43,7 +43,7 @@ class Prompt:
 
 
 def held_out_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Prompt]:
-    """The prompts before the first answers of the first rows; rows that are trained as a whole have none."""
+    """The prompts of the first answers of the first rows; rows that are trained as a whole have none."""
     prompts: list[Prompt] = []
     for row in rows:
         if len(prompts) == count:
@@ -58,7 +58,7 @@ def held_out_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, count: i
 
 
 def fixed_prompts(answerer: Answerer) -> list[Prompt]:
-    """The prompts that every model is asked, in the run's template."""
+    """The fixed prompts, in the run's template."""
     return [Prompt(encode_prompt(answerer.template, (Message("user", text),)), text, "") for text in FIXED]
 
 
@@ -67,35 +67,35 @@ def answer(answerer: Answerer, prompts: Sequence[Prompt], *, base: bool) -> list
 
     Args:
         answerer: the run.
-        prompts: in any order.
-        base: the base answers, without the adapter.
+        prompts: prompts in any order.
+        base: whether the base answers, without the adapter.
     """
     longest = max((len(answerer.tokenizer(prompt.expected)["input_ids"]) for prompt in prompts), default=0)
     sampling = Sampling(max_new_tokens=min(max(int(MARGIN * longest), LOWEST_LIMIT), HIGHEST_LIMIT))
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n].ids))
     answers: dict[int, Continuation] = {}
-    for first in range(0, len(order), AT_ONCE):
-        batch = order[first : first + AT_ONCE]
+    for first in range(0, len(order), BATCH):
+        batch = order[first : first + BATCH]
         continuations = answerer.complete([prompts[n].ids for n in batch], sampling, base=base)
         answers |= dict(zip(batch, continuations, strict=True))
     return [answers[n] for n in range(len(prompts))]
 
 
 def item_scores(prompts: Sequence[Prompt], answers: Sequence[Continuation]) -> dict[str, list[float]]:
-    """Scores of single answers, by metric: exact match, ROUGE (Lin 2004, F1, stemmed), and whether it ended by itself."""
+    """The scores of each answer, by metric: exact match, ROUGE (Lin 2004, F1, stemmed), and whether it ended by itself."""
     scorer = RougeScorer(list(ROUGE), use_stemmer=True)
     scores: dict[str, list[float]] = {name: [] for name in ("exact match", *ROUGE.values(), "ends by itself")}
-    for prompt, given in zip(prompts, answers, strict=True):
-        scores["exact match"].append(float(given.text == prompt.expected))
+    for prompt, continuation in zip(prompts, answers, strict=True):
+        scores["exact match"].append(float(continuation.text == prompt.expected))
         for name, title in ROUGE.items():
-            scores[title].append(scorer.score(prompt.expected, given.text)[name].fmeasure)
-        scores["ends by itself"].append(float(given.ended))
+            scores[title].append(scorer.score(prompt.expected, continuation.text)[name].fmeasure)
+        scores["ends by itself"].append(float(continuation.ended))
     return scores
 
 
 def distinct(answers: Sequence[Continuation]) -> float:
-    """Share of the answers that occur only once; one answer to everything gives 0."""
-    texts = [given.text for given in answers]
+    """Share of the answers that occur only once; the same answer to everything gives 0."""
+    texts = [continuation.text for continuation in answers]
     return sum(texts.count(text) == 1 for text in texts) / max(len(texts), 1)
 
 

@@ -1,4 +1,4 @@
-"""Benchmarks by EleutherAI's lm-eval in this process, their prompts and metrics unchanged."""
+"""Benchmarks of EleutherAI's lm-eval, run in this process with unchanged prompts and metrics."""
 
 from __future__ import annotations
 
@@ -30,21 +30,24 @@ from nybble.evaluate.local_rows import check_files, local_tasks
 from nybble.evaluate.scores import Benchmark, Scored
 
 FEWSHOT = {"mmlu": 5}
-"""Examples before each question where that is how a benchmark is reported; the others as their task says."""
+"""Number of few-shot examples for benchmarks that are usually reported with them; others use their task's own setting."""
 METRIC_SCRIPTS = ("accuracy", "bertscore", "bleu", "bleurt", "code_eval", "f1", "rouge", "squad_v2")
-"""What lm-eval's tasks ask of the package evaluate, which runs NAME/NAME.py of the current folder where there is one."""
-CPU_BATCH = 8  # more padding than speed beyond it; on CUDA lm-eval tries what fits
+"""Metrics that lm-eval's tasks load with the package evaluate, which runs NAME/NAME.py of the current folder if it exists."""
+CPU_BATCH = 8  # beyond it padding costs more than batching saves; on CUDA lm-eval tries what fits
 
 
 @functools.cache
 def _manager() -> TaskManager:
-    """lm-eval's tasks; to read their 14,000 files takes seconds."""
+    """lm-eval's tasks; reading their 14,000 files takes seconds."""
     return TaskManager()
 
 
 class _SharedModel(HFLM):  # type: ignore[misc]
-    """lm-eval's own model, which shows how far it is. Of several processes each answers its share of the requests and has all
-    answers: lm-eval works in each as if it were alone, so prompts, few-shot examples and scores are those of one process."""
+    """lm-eval's own model, with progress, and with its requests shared out over the processes.
+
+    Each process answers its share of the requests and gets all answers. In each, lm-eval runs as if it were the only process, so
+    prompts, few-shot examples and scores are those of one process.
+    """
 
     def __init__(self, show: Callable[[float], None], **settings: Any) -> None:
         super().__init__(**settings)
@@ -62,8 +65,8 @@ class _SharedModel(HFLM):  # type: ignore[misc]
     def _shared(
         self, answer: Callable[..., list[Any]], requests: Sequence[Any], settings: Mapping[str, Any]
     ) -> list[Any]:
-        own = [requests[index] for index in share_of(len(requests))]
-        return all_gather(answer(own, **settings) if own else [])
+        share = [requests[index] for index in share_of(len(requests))]
+        return all_gather(answer(share, **settings) if share else [])
 
     def _loglikelihood_tokens(self, requests: list[Any], **settings: Any) -> Any:
         self._done, self._all = 0, max(len(requests), 1)
@@ -81,12 +84,14 @@ class Harness:
 
     Args:
         data: a folder of local files, or None for the Hub.
-        limit: items per benchmark, spread over the parts of a group; None for all.
-        batch: requests in a batch; None for what fits.
+        limit: items per benchmark, divided among the parts of a group; None for all.
+        batch: requests in a batch; None for as many as fit.
     """
 
     def __init__(self, data: pathlib.Path | None, limit: int | None, batch: int | None = None) -> None:
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that the model is loaded, as intended
+        logging.getLogger("lm_eval").setLevel(
+            logging.ERROR
+        )  # it warns about a model that is already loaded, which is intended
         self.data = data
         self.limit = limit
         self.batch = batch
@@ -125,14 +130,14 @@ class Harness:
 
     @contextlib.contextmanager
     def benchmark(self, name: str) -> Iterator[Benchmark]:
-        """A benchmark with its rows read; what it needs on the disk is gone afterwards.
+        """A benchmark with its rows read; its temporary files are removed afterwards.
 
         Raises:
             EvaluationError: there is no such task, or its rows cannot be read.
         """
         _refuse_scripts()
         parts = self.parts(name)
-        with tempfile.TemporaryDirectory(prefix="nybble-") as scratch, _quiet():
+        with tempfile.TemporaryDirectory(prefix="nybble-") as scratch, _without_progress_bars():
             specs, data = parts, "Hub"
             if self.data is not None:
                 specs, data = local_tasks(self.data, name, parts, self.manager.task_index, pathlib.Path(scratch))
@@ -145,8 +150,8 @@ class Harness:
                 ) from error
             items = {part: task.eval_docs for part, task in tasks.items()}
             rows = _spread({part: len(docs) for part, docs in items.items()}, self.limit)
-            asked = [items[part][index] for part in rows for index in rows[part]]
-            digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+            chosen = [items[part][index] for part in rows for index in rows[part]]
+            digest = hashlib.sha256(json.dumps(chosen, sort_keys=True, default=str).encode()).hexdigest()
             yield Benchmark(name, tasks, rows, sum(map(len, items.values())), data, digest)
 
     def score(
@@ -156,26 +161,26 @@ class Harness:
         tokenizer: PreTrainedTokenizerBase,
         show: Callable[[float], None] = lambda _: None,
     ) -> Scored:
-        """A model's score on every item. Processes that belong together all call this, and share the work.
+        """A model's score on every item. All processes of a group must call this; they share the work.
 
         Args:
-            benchmark: with its rows.
-            model: on its device, in evaluation mode.
-            tokenizer: the model's.
+            benchmark: the benchmark, with its rows.
+            model: the model, on its device and in evaluation mode.
+            tokenizer: the model's tokenizer.
             show: called with the share that is done.
 
         Raises:
             EvaluationError: the task's metric is not one of single items.
         """
         batch = self.batch or ("auto" if model.device.type == "cuda" else CPU_BATCH)
-        with _silenced(), _randomness_kept():  # lm-eval seeds every generator that training goes on with
-            found = lm_eval.simple_evaluate(
+        with _silenced(), _random_state_restored():  # lm-eval seeds every generator that training uses
+            results = lm_eval.simple_evaluate(
                 model=_SharedModel(show, pretrained=model, tokenizer=tokenizer, batch_size=batch),
                 tasks=list(benchmark.tasks.values()), samples=benchmark.rows,
                 num_fewshot=FEWSHOT.get(benchmark.name), bootstrap_iters=0, task_manager=self.manager,
             )  # fmt: skip
-        # Of several processes lm-eval gives the results to the first only.
-        scored = broadcast(scores_of(benchmark, found) if found is not None else None)
+        # With several processes lm-eval returns the results only in the first.
+        scored = broadcast(scores_of(benchmark, results) if results is not None else None)
         assert scored is not None, "the first process has results"
         return scored
 
@@ -185,14 +190,14 @@ def _refuse_scripts() -> None:
         script = pathlib.Path(name, f"{name}.py")
         if script.is_file():
             raise EvaluationError(
-                f"the current folder has {script}, which would be run in place of the metric {name}",
+                f"the current folder has {script}, which would be run instead of the metric {name}",
                 where=str(script.absolute()),
                 fix="start nybble in another folder, or rename it",
             )
 
 
 def _spread(counts: Mapping[str, int], limit: int | None) -> dict[str, list[int]]:
-    """Which items are asked: the first of each part, as many of each as it can give, until there are `limit` in all."""
+    """Which items are used: the first of each part, evenly from all parts that have more, until there are `limit` in total."""
     taken = dict.fromkeys(counts, 0)
     left = sum(counts.values()) if limit is None else min(limit, sum(counts.values()))
     while left:
@@ -204,20 +209,20 @@ def _spread(counts: Mapping[str, int], limit: int | None) -> dict[str, list[int]
 
 @contextlib.contextmanager
 def _silenced() -> Iterator[None]:
-    """Nothing on stderr: lm-eval shows a bar for each of 57 subjects, and asks git for a commit even outside a repository."""
-    kept = os.dup(2)
+    """Silence stderr: lm-eval shows a bar for each of 57 subjects, and asks git for a commit even outside a repository."""
+    stderr = os.dup(2)
     with pathlib.Path(os.devnull).open("w") as nothing, contextlib.redirect_stderr(nothing):
         os.dup2(nothing.fileno(), 2)
         try:
             yield
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 @contextlib.contextmanager
-def _randomness_kept() -> Iterator[None]:
-    """Python's, numpy's and torch's generators as they were."""
+def _random_state_restored() -> Iterator[None]:
+    """Restore the state of Python's, numpy's and torch's random generators afterwards."""
     python, arrays = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng():
         yield
@@ -226,12 +231,12 @@ def _randomness_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Datasets' bars; many small files are read."""
-    shown = datasets.are_progress_bars_disabled()
+def _without_progress_bars() -> Iterator[None]:
+    """Disable the progress bars of Datasets, which reads many small files."""
+    were_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if not shown:
+        if not were_disabled:
             datasets.enable_progress_bars()

@@ -1,4 +1,4 @@
-"""Scores of single items, from what lm-eval logs of each."""
+"""Scores of single items, from lm-eval's log of each."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from nybble.errors import EvaluationError
 from nybble.evaluate.scores import Benchmark, Scored
 
 METRICS = ("acc_norm", "exact_match", "acc")
-"""Which metric of a task counts, the first it has; otherwise the first that it lists."""
+"""The metric that counts is the first of these that a task has, or else the first that it lists."""
 
 
-def scores_of(benchmark: Benchmark, found: Mapping[str, Any]) -> Scored:
+def scores_of(benchmark: Benchmark, results: Mapping[str, Any]) -> Scored:
     """The scores of a benchmark.
 
     Args:
-        benchmark: what was run.
-        found: what lm-eval's simple_evaluate returned, with its log of every item.
+        benchmark: the benchmark that was run.
+        results: the result of lm-eval's simple_evaluate, with its log of every item.
 
     Raises:
         EvaluationError: the task's metric is not one of single items.
     """
     metric, values, subjects, texts = "", [], [], []
     for part in benchmark.rows:
-        logged = found["samples"][part]
+        logged = results["samples"][part]
         one_filter = [entry for entry in logged if entry["filter"] == logged[0]["filter"]]
         metric = metric or next(
             (name for name in METRICS if name in one_filter[0]["metrics"]), one_filter[0]["metrics"][0]
@@ -39,15 +39,15 @@ def scores_of(benchmark: Benchmark, found: Mapping[str, Any]) -> Scored:
             texts.append(_text_of(entry))
     first = next(iter(benchmark.rows))
     return Scored(
-        benchmark.name, metric, found["higher_is_better"][first].get(metric, True), str(found["versions"].get(first)),
-        found["n-shot"][first], benchmark.of, benchmark.data, values, subjects, texts,
+        benchmark.name, metric, results["higher_is_better"][first].get(metric, True), str(results["versions"].get(first)),
+        results["n-shot"][first], benchmark.of, benchmark.data, values, subjects, texts,
     )  # fmt: skip
 
 
 def _text_of(entry: Mapping[str, Any]) -> str:
-    """All that an item says, and its question followed by the right answer where lm-eval asked for just that."""
-    target, asked = entry["target"], entry["arguments"]
-    right = asked[target] if isinstance(target, int) and 0 <= target < len(asked) else ()
+    """All texts of an item, and its question followed by the right answer if that was one of lm-eval's requests."""
+    target, requests = entry["target"], entry["arguments"]
+    right = requests[target] if isinstance(target, int) and 0 <= target < len(requests) else ()
     return "\n".join([*_strings(entry["doc"]), "".join(part for part in right if isinstance(part, str))])
 
 

@@ -1,8 +1,8 @@
 """lm-eval's tasks on local files of rows.
 
-Files are named TASK.SPLIT.jsonl or .jsonl.gz, after lm-eval's name of the task, of its data set's configuration
-(winogrande_xl) or of its group (mmlu, whose rows name their `subject`). A task is then lm-eval's own YAML with another
-data set: `include` keeps everything else.
+Files are named TASK.SPLIT.jsonl or .jsonl.gz, where TASK is lm-eval's name of the task, of its data set's configuration
+(winogrande_xl) or of its group (mmlu, whose rows name their `subject`). The task is then lm-eval's own YAML with another
+data set; `include` keeps everything else.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 @dataclass(frozen=True)
 class RowsFile:
-    """Rows on the disk, and the name of the file that they came from."""
+    """A file of rows, and the name of the file from which they were taken."""
 
     path: pathlib.Path
     origin: str
 
 
 def check_files(folder: pathlib.Path, name: str, parts: Sequence[str], index: Mapping[str, Any]) -> None:
-    """Read the local files of a benchmark.
+    """Check that the local files of a benchmark can be read.
 
     Args:
-        folder: where they are.
-        name: of the benchmark.
+        folder: the folder of the files.
+        name: the benchmark's name.
         parts: its tasks.
         index: lm-eval's tasks by name.
 
@@ -55,8 +55,8 @@ def local_tasks(
     """lm-eval's own tasks on local files.
 
     Args:
-        folder: of the local files.
-        name: of the benchmark.
+        folder: the folder of the local files.
+        name: the benchmark's name.
         parts: its tasks.
         index: lm-eval's tasks by name.
         scratch: an empty folder.
@@ -65,15 +65,15 @@ def local_tasks(
         YAML files, one per task that has rows, and the name of the first file with items.
 
     Raises:
-        MissingRowsError: none has rows.
+        MissingRowsError: no task has rows.
     """
     specs, data = [], ""
     for part in parts:
         entry = index[part]
         config: Mapping[str, Any] = entry.cfg or {}
         files = _files(folder, name, part, config, scratch)
-        given = {key: config[key] if config.get(key) in files else None for key in SPLITS if key in config}
-        items = given.get("test_split") or given.get("validation_split")
+        splits = {key: config[key] if config.get(key) in files else None for key in SPLITS if key in config}
+        items = splits.get("test_split") or splits.get("validation_split")
         if items is None:
             continue
         data = data or files[items].origin
@@ -83,7 +83,7 @@ def local_tasks(
                 "data_files": {split: str(file.path) for split, file in files.items()},
                 "cache_dir": str(scratch / "cache"),
             },
-            **given,
+            **splits,
         }  # fmt: skip
         file = scratch / f"{part}.yaml"
         file.write_text(yaml.safe_dump(task), encoding="utf-8")
@@ -98,7 +98,7 @@ def local_tasks(
 def _files(
     folder: pathlib.Path, name: str, part: str, config: Mapping[str, Any], scratch: pathlib.Path
 ) -> dict[str, RowsFile]:
-    """A task's files by split; of a group's, the rows of the task's subject."""
+    """A task's files by split; from files of its group, only the rows of the task's subject."""
     for stem in filter(None, (part, config.get("dataset_name"), name)):
         named = _named(folder, stem)
         if named and stem == name != part:
@@ -110,13 +110,13 @@ def _files(
 
 
 def _named(folder: pathlib.Path, stem: str) -> dict[str, pathlib.Path]:
-    """The files STEM.SPLIT.jsonl, packed or not, by split."""
+    """The files STEM.SPLIT.jsonl, compressed or not, by split."""
     files = [file for file in sorted(folder.glob(f"{stem}.*")) if kind_of(file) == ".jsonl"]
     return {file.name.removeprefix(f"{stem}.").split(".")[0]: file for file in files}
 
 
 def _check(file: pathlib.Path) -> None:
-    """Refuse a file of rows that cannot be read, where Datasets names neither the line nor the way out.
+    """Refuse a file of rows that cannot be read; Datasets' own error names neither the line nor a fix.
 
     Raises:
         EvaluationError: the first of its faults.
@@ -126,14 +126,13 @@ def _check(file: pathlib.Path) -> None:
             if isinstance(item, DataError):
                 raise item
     except DataError as fault:
-        fix = (
-            "shorten the row, or remove it" if isinstance(fault, TooLargeError) else fault.fix
-        )  # no option raises it here
+        # No option raises the limit of a row here.
+        fix = "shorten the row, or remove it" if isinstance(fault, TooLargeError) else fault.fix
         raise EvaluationError(f"a benchmark's rows cannot be read: {fault.what}", where=fault.where, fix=fix) from fault
 
 
 def _of_subject(file: pathlib.Path, subject: str, scratch: pathlib.Path) -> pathlib.Path | None:
-    """The rows of one subject, in a file of their own; None where there are none."""
+    """A new file with the rows of one subject; None if there are none."""
     opened = gzip.open if file.suffix == ".gz" else open
     with opened(file, "rt", encoding="utf-8-sig") as stream:
         lines = [line for line in stream if line.strip() and json.loads(line).get("subject") == subject]

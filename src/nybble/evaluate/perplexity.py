@@ -1,4 +1,4 @@
-"""Loss in nats per token and perplexity, of rows one by one and of whole texts."""
+"""Loss in nats per token and perplexity, of single rows and of whole texts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Losses:
     """Cross-entropy of rows.
 
     Attributes:
-        sums: (rows,) nats, over each row's trained tokens.
-        tokens: (rows,) how many those are.
+        sums: (rows,) nats, summed over each row's trained tokens.
+        tokens: (rows,) the number of trained tokens.
     """
 
     sums: numpy.ndarray
@@ -45,10 +45,10 @@ def row_losses(
     pad_id: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Losses:
-    """The loss of each sample by itself, whatever is batched with it.
+    """The loss of each sample, independent of its batch.
 
     Args:
-        model: on its device, in evaluation mode.
+        model: the model, on its device and in evaluation mode.
         samples: tokenised rows: input_ids and trained.
         pad_id: any id; nothing attends to it.
         progress: called with the number of rows done.
@@ -78,9 +78,9 @@ def row_losses(
 
 
 def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Sample]:
-    """A text as consecutive rows of `length` tokens; each begins with BOS where the tokenizer puts one.
+    """A text as consecutive rows of `length` tokens; each starts with BOS if the tokenizer adds one.
 
-    The usual perplexity of a document: every token of a window but its first is predicted.
+    This is the usual perplexity of a document: every token of a window except its first is predicted.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     start = [tokenizer.bos_token_id] if puts_bos(tokenizer) else []

@@ -23,7 +23,7 @@ from nybble.run.evaluation import (
 
 
 class Tested(TypedDict):
-    """The fields of a difference, which every entry has."""
+    """The fields of a tested difference, which every entry has."""
 
     difference: ScoreEntry
     p: float
@@ -38,8 +38,8 @@ def task_entries(
     """One entry per benchmark; p-values are adjusted over all of them (Holm 1979).
 
     Args:
-        base: the base model's scores by task.
-        tuned: the tuned model's, in the same order.
+        base: the base model's scores on each task.
+        tuned: the tuned model's scores, in the same order.
         flagged: for each task, which of its items the training rows contain.
     """
     comparisons = [_compare(before, after) for before, after in zip(base, tuned, strict=True)]
@@ -66,7 +66,7 @@ def task_entries(
 
 
 def held_out_entry(base: Losses, tuned: Losses) -> HeldOutEntry:
-    """Loss per token. Whole rows are drawn: the tokens of a row go together."""
+    """Loss per token. The bootstrap draws whole rows, since the tokens of a row are not independent."""
     rows = numpy.repeat(numpy.arange(len(base.sums)), base.tokens.astype(int))
     comparison = compare(
         *(numpy.repeat(losses.sums / losses.tokens, losses.tokens.astype(int)) for losses in (base, tuned)),
@@ -88,7 +88,7 @@ def loss_entry(losses: Losses) -> LossEntry:
 
 
 def metric_entry(name: str, base: Sequence[float] | float, tuned: Sequence[float] | float) -> MetricEntry:
-    """A metric of answers: a score for each answer, or one number for all of them, which has no interval."""
+    """A metric of answers: one score per answer, or one number for all answers, which has no interval."""
     if isinstance(base, float) or isinstance(tuned, float):
         assert isinstance(base, float), "both models have one number"
         assert isinstance(tuned, float), "both models have one number"
@@ -103,7 +103,7 @@ def metric_entry(name: str, base: Sequence[float] | float, tuned: Sequence[float
 
 
 def _compare(base: Scored, tuned: Scored) -> PairedComparison:
-    """Over items; where a benchmark has subjects, whole subjects are drawn."""
+    """Compare over items; if a benchmark has subjects, the bootstrap draws whole subjects."""
     clusters = base.subjects if len(set(base.subjects)) > 1 else None
     return compare(numpy.asarray(base.values), numpy.asarray(tuned.values), clusters=clusters)
 
@@ -142,10 +142,10 @@ def _tested(comparison: PairedComparison, p_adjusted: float, higher_is_better: b
 
 def _score(estimate: Estimate) -> ScoreEntry:
     low, high = estimate.interval
-    known = math.isfinite(low) and math.isfinite(high)
-    return ScoreEntry(mean=estimate.mean, stderr=_finite(estimate.stderr), interval=[low, high] if known else None)
+    is_finite = math.isfinite(low) and math.isfinite(high)
+    return ScoreEntry(mean=estimate.mean, stderr=_finite(estimate.stderr), interval=[low, high] if is_finite else None)
 
 
 def _finite(value: float) -> float | None:
-    """None where too few items leave it unknown: JSON has no infinity."""
+    """The value, or None if it is not finite because there are too few items: JSON has no infinity."""
     return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""The rows that a run was trained and validated on, as it saw them."""
+"""The rows that a run was trained and validated on, as it tokenised them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from nybble.run.folder import Run
 
 
 def with_rows(run: Run, paths: Sequence[str]) -> Run:
-    """The run with its rows in another location.
+    """The run, with new paths of its rows.
 
     Args:
         run: the run.
-        paths: of its sources in their order, then of its validation file if it has one.
+        paths: the paths of its sources in their order, then of its validation file if it has one.
 
     Raises:
-        RecipeError: there are more or fewer than the run has.
-        DataError: one does not exist.
+        RecipeError: there are more or fewer paths than the run has.
+        DataError: a path does not exist.
     """
     data = run.recipe.data
     if run.is_bare_adapter:
@@ -52,7 +52,7 @@ def with_rows(run: Run, paths: Sequence[str]) -> Run:
 
 
 def rows_of(run: Run, tokenizer: PreTrainedTokenizerBase, cache: pathlib.Path) -> tuple[Prepared | None, str]:
-    """The run's data read again, or None and why it cannot be read."""
+    """The run's data, read again, or None and the reason why it cannot be read."""
     try:
         template = read_template(tokenizer, run.folder / "template.json")
         prepared = prepare(run.recipe.data, tokenizer, run.recipe.train.seed, cache, template=template)

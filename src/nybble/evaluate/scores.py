@@ -1,4 +1,4 @@
-"""Benchmarks and their scores, item by item, and the cache that keeps scores between evaluations."""
+"""Benchmarks, their scores for each item, and the cache of scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class MissingRowsError(EvaluationError):
-    """The folder has no rows of a benchmark: the evaluation leaves it out, and says so."""
+    """The folder has no rows of a benchmark: the evaluation leaves it out and reports it."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class Scored:
     version: str
     fewshot: int
     of: int
-    """Items that the benchmark has."""
+    """Number of items of the benchmark."""
     data: str
-    """Where its rows came from: a file's name, or the Hub."""
+    """The source of its rows: a file's name, or the Hub."""
     values: list[float]
-    """Of each item."""
+    """The score of each item."""
     subjects: list[str]
-    """Which part of the benchmark each item belongs to; all the same where it has no parts."""
+    """The part of the benchmark that each item belongs to; all the same if it has no parts."""
     texts: list[str]
-    """What each item says, for the search of the training rows."""
+    """The text of each item, to search for in the training rows."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ class Benchmark:
     tasks: dict[str, Any]
     """lm-eval's tasks by name."""
     rows: dict[str, list[int]]
-    """Which items of each."""
+    """The indices of the items used of each task."""
     of: int
-    """How many items there are in all."""
+    """Number of items of all tasks."""
     data: str
-    """Where they came from."""
+    """The source of the items."""
     digest: str
-    """Of the items that are asked: equal means equal items."""
+    """Digest of the items used: equal digests mean equal items."""
 
 
 class Benchmarks(Protocol):
-    """What runs benchmarks: `nybble.evaluate.harness.Harness`. lm-eval is optional, so only the harness imports it."""
+    """Runs benchmarks: `nybble.evaluate.harness.Harness`. lm-eval is optional, so only the harness imports it."""
 
     version: str
     limit: int | None
@@ -77,12 +77,12 @@ class Benchmarks(Protocol):
 
 @dataclass(frozen=True)
 class Store:
-    """Scores on disk, by everything that they depend on."""
+    """The cache of scores, keyed by everything that they depend on."""
 
     folder: pathlib.Path
 
     def scored(self, facts: dict[str, Any], compute: Callable[[], Scored]) -> tuple[Scored, bool]:
-        """Scores from the cache, or else new ones, which are cached; and whether they were there. Damaged ones are replaced."""
+        """Scores, and whether they came from the cache; new ones are cached, damaged ones replaced."""
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         file = self.folder / f"{key}.json"
         try:
@@ -90,7 +90,7 @@ class Store:
         except FileNotFoundError:
             pass
         except entries.DamagedError as fault:
-            logger.warning("the kept scores were damaged (%s) and are computed again", fault)
+            logger.warning("the cached scores were damaged (%s) and are computed again", fault)
         scored = compute()
         entries.write_note(file, {"facts": facts, "scored": dataclasses.asdict(scored)})
         return scored, False

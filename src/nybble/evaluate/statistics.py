@@ -1,13 +1,13 @@
-"""How sure a score is, and whether two models' scores on the same items differ.
+"""How certain a score is, and whether two models' scores on the same items differ.
 
 The difference is tested by the paired bootstrap-t (Efron & Tibshirani 1993, chapter 12.5): items, or whole clusters of them,
 are drawn with replacement, and each draw's difference is divided by that draw's own standard error, so that few items and
-skewed scores widen the interval as they should; percentile intervals are too narrow there. Two bounds keep it honest where a
-bootstrap knows too little:
+skewed scores widen the interval as they should; percentile intervals are too narrow there. Two bounds apply where the data are
+too few for a bootstrap:
 
-- It is never narrower than Student's t: draws from a handful of items are too alike.
-- p is at least 2^(1-k), where k items (clusters) differ at all: no test by signs alone can give less. Fewer than six show
-  nothing.
+- The interval is never narrower than Student's t: draws from a handful of items are too similar.
+- p is at least 2^(1-k), where k items (clusters) differ at all: no test by signs alone can give less. With fewer than six
+  no difference can be shown.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ LEVEL = 0.05
 NORMAL = NormalDist().inv_cdf(1 - LEVEL / 2)
 POWER = NormalDist().inv_cdf(0.8)
 LEAST = 6  # units that differ: the first k with 2^(1-k) under LEVEL
-LEAST_EXPECTED = 7.91  # so many must be expected for at least LEAST in 4 of 5 samples (Poisson)
+LEAST_EXPECTED = 7.91  # the expected number that gives at least LEAST in 4 of 5 samples (Poisson)
 BLOCK = 2**18  # numbers drawn at once: 2 MB, which stay in a core's cache
-DRAW_COST = 8  # drawing how often one kind of item occurs costs as much as drawing so many items
+DRAW_COST = 8  # drawing how often one kind of item occurs costs as much as drawing this many items
 
 Floats = numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.float64]]
 Verdict = Literal["better", "worse", "no difference shown"]
@@ -34,7 +34,7 @@ Verdict = Literal["better", "worse", "no difference shown"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, its standard error (inf where one item or cluster is all there is), and its 95% interval."""
+    """A mean, its standard error (inf if there is only one item or cluster), and its 95% interval."""
 
     mean: float
     stderr: float
@@ -46,8 +46,8 @@ class PairedComparison:
     """Base against tuned on the same items.
 
     Args:
-        difference: tuned - base. Its interval holds zero exactly where p is over 0.05.
-        p: two-sided, that there is no difference.
+        difference: tuned - base. Its interval contains zero exactly if p is over 0.05.
+        p: two-sided p-value for no difference.
         detectable: the smallest true difference that this many items show with 80% power at the 5% level: from the difference
             to the farther end of its interval, + 0.84 standard errors of the paired differences. That is 2.8 standard errors
             where there are many (Miller 2024, Adding Error Bars to Evals). For scores of 0 and 1 at least 7.91 / items: six
@@ -64,7 +64,7 @@ class PairedComparison:
 
 @dataclass(frozen=True)
 class _Units:
-    """What is drawn: items or clusters. A mean is the sum of `sums` over the sum of `sizes`."""
+    """The units that are drawn: items or clusters. A mean is the sum of `base` or `tuned` over the sum of `sizes`."""
 
     sizes: Floats
     base: Floats
@@ -100,7 +100,7 @@ def compare(
 
     Means of 0 and 1 get Wilson's interval, with clusters at the number of independent items that has their standard error;
     other means get the bootstrap's. The difference of 0/1 scores is studentised as if one item more differed (Agresti & Min
-    2005): where no item, or one, differs there would be no spread to measure by.
+    2005): if no item or only one differs, there would be no spread to divide by.
 
     Args:
         base: one score per item, shape (items,).
@@ -130,7 +130,7 @@ def compare(
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's (1979) adjusted p-values: among all tasks together a false claim is as rare as in one."""
+    """Holm's (1979) adjusted p-values: a false claim is as rare over all tasks together as for one."""
     adjusted, largest = [0.0] * len(p), 0.0
     for rank, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
         largest = max(largest, min(1.0, (len(p) - rank) * p[index]))
@@ -139,7 +139,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def verdict(difference: float, p_adjusted: float, higher_is_better: bool = True, level: float = LEVEL) -> Verdict:
-    """What a report may claim of a task."""
+    """What a report may claim about a task."""
     if p_adjusted > level or difference == 0:
         return "no difference shown"
     return "better" if (difference > 0) == higher_is_better else "worse"
@@ -165,8 +165,8 @@ def _mean(sums: Floats, sizes: Floats) -> _Mean:
     residuals = sums - mean * sizes
     if len(sizes) == 1:
         return _Mean(mean, residuals, 0.0)
-    # What the mean loses with a unit (Efron & Tibshirani 1993, chapter 11): with units of one size the plain sum of squares.
-    # With half of the items in 1 of 10 clusters a plain sum gave 9.5% false claims.
+    # How the mean changes without each unit (Efron & Tibshirani 1993, chapter 11); for units of equal size, the plain sum of
+    # squares. With half of the items in 1 of 10 clusters a plain sum gave 9.5% false claims.
     without = residuals * (1 - 1 / len(sizes)) / (1 - sizes / sizes.sum())
     return _Mean(mean, residuals, float(without @ without))
 

@@ -1,4 +1,4 @@
-"""Texts whose perplexity is wanted, read before anything large is loaded."""
+"""Texts whose perplexity is measured, read before anything large is loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from nybble.data.rows.readers import MB, TooLargeError, read_text_file
 from nybble.errors import DataError, EvaluationError
 
-LONGEST = 256 * MB  # characters: a text is in memory as a whole
+MAX_LENGTH = 256 * MB  # characters: a whole text is in memory
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class TextFile:
 
 
 def read_texts(files: Sequence[pathlib.Path]) -> list[TextFile]:
-    """Read all of them.
+    """Read all texts.
 
     Raises:
         EvaluationError: one is missing, empty, a folder, or not UTF-8 text.
@@ -35,7 +35,7 @@ def _read(file: pathlib.Path) -> TextFile:
     if not file.exists():
         raise EvaluationError(f"there is no file {file}", fix=f"ls {file.parent}; nybble eval RUN --text FILE.txt")
     try:
-        text = read_text_file(file, LONGEST)
+        text = read_text_file(file, MAX_LENGTH)
     except TooLargeError as error:
         raise EvaluationError(
             f"the text cannot be read: {error.what}", where=error.where, fix="give --text a part of it"

@@ -85,7 +85,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             self._log_evaluation(state, logs)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Answer a few validation prompts, each process its share. On a CPU this is slower than a step, so not before the first."""
+        """Answer a few validation prompts, each process its share. On a CPU, which is slow at this, not before the first step."""
         too_early = state.global_step == 0 and args.device.type == "cpu"
         if self.answers is not None and not too_early:
             answered = self.answers(lambda done, total: self.progress.activity(SAMPLING, done, total))

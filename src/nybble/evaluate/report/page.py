@@ -20,13 +20,13 @@ from nybble.markdown import code, escaped, fence, storable
 from nybble.run.evaluation import Evaluation, SampleEntry, SkillEntry, TrainingCost
 from nybble.run.log import MetricsLine
 
-LONG, LONG_LINES = 700, 12  # characters and lines from which a text of a sample is folded
-TEASER = 240  # characters of a folded text that are shown
+LONG, LONG_LINES = 700, 12  # characters and lines from which a text of a sample is collapsed
+TEASER = 240  # characters of a collapsed text that are shown
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture of the report."""
+    """A plot of the report."""
 
     name: str
     title: str
@@ -34,25 +34,25 @@ class Plot:
 
     @property
     def wide(self) -> Markup:
-        """For a wide window."""
+        """The SVG for a wide window."""
         return Markup(plots.svg(self.draw, plots.WIDE, f"{self.name}-wide"))  # escaped by matplotlib
 
     @property
     def narrow(self) -> Markup:
-        """For a phone: less wide, with text of the same size."""
+        """The SVG for a phone: narrower, with text of the same size."""
         return Markup(plots.svg(self.draw, plots.NARROW, f"{self.name}-narrow"))
 
 
 @dataclass(frozen=True)
 class Passage:
-    """What a model was asked, or what it said."""
+    """A prompt or an answer."""
 
     who: str
     text: str
 
     @property
     def teaser(self) -> str:
-        """The beginning of a long one, or nothing."""
+        """The beginning of a long text; empty for others."""
         if len(self.text) <= LONG and self.text.count("\n") < LONG_LINES:
             return ""
         return "\n".join(self.text[:TEASER].split("\n")[:4]) + " …"
@@ -60,20 +60,20 @@ class Passage:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to ask for the skill: its score as it was given, and as a share where it is one."""
+    """One way to ask for the skill, with its score as text, and as a share if it is one."""
 
     name: str
     score: str
 
     @property
     def share(self) -> float | None:
-        """Of 93 of 100, 0.93."""
+        """0.93 for `93 of 100`; None for other scores."""
         counts = re.fullmatch(r"(\d+) of (\d+)", self.score)
         return int(counts[1]) / max(int(counts[2]), 1) if counts else None
 
 
 def write_report(folder: pathlib.Path, results: Evaluation, metrics: Sequence[MetricsLine]) -> pathlib.Path:
-    """Write report.html, report.md and its pictures; sections without results are left out.
+    """Write report.html, report.md and its plots; sections without results are left out.
 
     Args:
         folder: the run folder.
@@ -96,7 +96,7 @@ def write_report(folder: pathlib.Path, results: Evaluation, metrics: Sequence[Me
 
 
 def _environment(name: str) -> Environment:
-    """Everything that comes from data is escaped, in HTML and in Markdown, unless a template says otherwise."""
+    """Jinja environment that escapes everything from data, in HTML and in Markdown, unless a template says otherwise."""
     markdown = name.endswith(".md")
     environment = Environment(
         loader=FunctionLoader(lambda file: (resources.files(__package__) / file).read_text(encoding="utf-8")),
@@ -109,7 +109,7 @@ def _environment(name: str) -> Environment:
 
 
 def _view(results: Evaluation, pictures: Sequence[Plot]) -> dict[str, Any]:
-    """Everything that the templates show, as text."""
+    """All values for the templates, as text."""
     held_out, texts = results.held_out, results.texts
     undecided = undecided_text(results)
     head = headline(results)
@@ -179,7 +179,7 @@ def _skill(skill: SkillEntry | None) -> dict[str, Any] | None:
 
 
 def _sample(sample: SampleEntry) -> dict[str, Any]:
-    """The prompt, and beneath it what was expected, if known, and what each model said."""
+    """The prompt, the expected answer if known, and the answer of each model."""
     expected = [Passage("expected", sample.expected)] if sample.expected else []
     said = [*expected, Passage("base", sample.base or ""), Passage("tuned", sample.tuned or "")]
     return {"prompt": Passage("prompt", sample.prompt or ""), "said": said}
@@ -202,7 +202,7 @@ def _date(text: str) -> str:
 
 
 def _markdown(value: Any) -> Any:
-    """Text that Markdown shows as it is, on one line: it may be in a table."""
+    """Escaped text on one line, since it may be in a table."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     return escaped(value)

@@ -1,4 +1,4 @@
-"""A report's plots: drawn once, as SVG in the page's colours or as PNG."""
+"""The plots of a report, as SVG in the page's colours or as PNG."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nybble.run.evaluation import ScoreEntry, TaskEntry
 from nybble.run.log import MetricsLine
 
 WIDE, NARROW = 8.6, 3.7  # inches of 100 pixels: the widths that fit pages of 1280 and 400 pixels
-DRAWN = 400  # points of a curve: a page has no more pixels to show them
+MAX_POINTS = 400  # of a curve: a page has no more pixels to show them
 BASE, TUNED, ACCENT, INK, MUTED, GRID = "#7b8a9a", "#1d5b79", "#c8552f", "#1c2430", "#5b6776", "#e3e7eb"
 CURVES = (TUNED, ACCENT, "#5f7d3a", "#86588f", "#9a7416")
 NAMES = dict(zip((BASE, TUNED, ACCENT, INK, MUTED, GRID, *CURVES[2:]), (
@@ -40,7 +40,7 @@ Point = tuple[float, float]
 
 
 def benchmark_plot(tasks: Sequence[TaskEntry]) -> Draw | None:
-    """Base and tuned with their intervals, one line per benchmark; None where none is a share."""
+    """Base and tuned with their intervals, one line per benchmark; None if no score is a share."""
     drawn = [task for task in by_verdict(tasks) if scale(task).percent]
 
     def draw(width: float) -> Figure:
@@ -92,7 +92,7 @@ def loss_plot(metrics: Sequence[MetricsLine]) -> Draw | None:
 
 
 def score_plot(metrics: Sequence[MetricsLine]) -> Draw | None:
-    """Scores of the tasks that were run while training."""
+    """Scores of the tasks that were run during training."""
     names = sorted({name for line in metrics for name in line.scores})
     series = {name: _finite((line.step, line.scores.get(name)) for line in metrics) for name in names}
     curves = {name: points for name, points in series.items() if len(points) > 1}
@@ -114,7 +114,7 @@ def score_plot(metrics: Sequence[MetricsLine]) -> Draw | None:
 
 
 def length_plot(lengths: Mapping[int, int], limit: int | None) -> Draw | None:
-    """Tokens of the training rows, and the limit where it is near."""
+    """Lengths of the training rows, with the limit if it is near."""
     longest = max(lengths, default=0)
     near = limit if limit is not None and limit < 2 * longest else None
 
@@ -137,7 +137,7 @@ def length_plot(lengths: Mapping[int, int], limit: int | None) -> Draw | None:
 
 
 def svg(draw: Draw, width: float, prefix: str) -> str:
-    """A plot as SVG for a page: its colours are the page's, its ids begin with `prefix`."""
+    """A plot as SVG for a page: it uses the page's colours, and its ids start with `prefix`."""
     stream = io.StringIO()
     with _style():
         draw(width).savefig(stream, format="svg", transparent=True, metadata={"Date": None})
@@ -158,7 +158,7 @@ def png(draw: Draw, file: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _style() -> Iterator[None]:
-    """The report's look; a name in a script that matplotlib has no font for is no news to the terminal."""
+    """The style of the report; warnings about letters without a font are suppressed."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
@@ -186,12 +186,12 @@ def _short(name: str, most: int = 22) -> str:
 
 
 def _finite(points: Iterable[tuple[int, float | str | None]]) -> list[Point]:
-    """The points that can be drawn; a loss that is not finite is recorded as text."""
+    """The finite points; a loss that is not finite is recorded as text."""
     return [(step, value) for step, value in points if isinstance(value, float) and math.isfinite(value)]
 
 
 def _running_mean(points: Sequence[Point]) -> list[Point]:
-    """The mean of each point and its neighbours, 1/20 of the curve in all, fewer at the ends."""
+    """The mean of each point and its neighbours, 1/20 of the curve in total, fewer at the ends."""
     reach = max(len(points) // 40, 1)
     sums = [0.0]
     for _, value in points:
@@ -204,12 +204,12 @@ def _running_mean(points: Sequence[Point]) -> list[Point]:
 
 
 def _thinned(points: Sequence[Point]) -> list[Point]:
-    """Of a long curve the least and the greatest of each stretch, so that no peak is lost."""
-    stretch = math.ceil(2 * len(points) / DRAWN)
+    """A long curve reduced to the least and the greatest point of each stretch, so that no peak is lost."""
+    stretch = math.ceil(2 * len(points) / MAX_POINTS)
     if stretch <= 2:
         return list(points)
-    kept = []
+    thinned = []
     for first in range(0, len(points), stretch):
         part = points[first : first + stretch]
-        kept += sorted({min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])})
-    return kept
+        thinned += sorted({min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])})
+    return thinned

@@ -19,7 +19,7 @@ from nybble.run.evaluation import (
 
 @dataclass(frozen=True)
 class Cell:
-    """Its text, smaller text beneath it, and the verdict that colours it."""
+    """A cell: text, smaller text beneath it, and the verdict that colours it."""
 
     text: str
     small: str = ""
@@ -28,7 +28,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A cell for each column; a sub row says more about the row before it."""
+    """A row: one cell per column; a sub-row gives details of the row before it."""
 
     cells: Sequence[Cell]
     sub: bool = False
@@ -36,7 +36,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class ReportTable:
-    """Columns, the first of which names the row."""
+    """A table; its first column names the row."""
 
     columns: Sequence[str]
     rows: Sequence[TableRow]
@@ -46,7 +46,7 @@ COMPARED = ("Base", "Tuned", "Difference, 95%", "Verdict", "p", "Detectable")
 
 
 def benchmarks(tasks: Sequence[TaskEntry]) -> ReportTable:
-    """One row per benchmark, worse first; beneath it the mean over subjects where there are any."""
+    """One row per benchmark, worse first, with the mean over subjects beneath it if there are any."""
     rows = []
     for task in by_verdict(tasks):
         how = scale(task)
@@ -92,7 +92,7 @@ def generation(metrics: Sequence[MetricEntry]) -> ReportTable:
 
 
 def missing(lines: Sequence[MissingEntry]) -> ReportTable:
-    """What was asked for and not measured."""
+    """Tasks that were requested but not measured."""
     return ReportTable(["Task", "Why"], [TableRow([Cell(line.task), Cell(line.why)]) for line in lines])
 
 
@@ -131,7 +131,7 @@ def _tested(
 
 
 def _items(task: TaskEntry) -> list[Cell]:
-    """Rows used of how many, whether the template was applied, and how many of them the training rows contain."""
+    """The number of rows used, whether the template was applied, and how many rows the training data contain."""
     rows = Cell(NONE)
     if task.rows is not None:
         rows = Cell(f"{task.rows:,}", f"of {task.of:,}" if task.of is not None else "")

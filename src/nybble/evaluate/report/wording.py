@@ -1,4 +1,4 @@
-"""Numbers as text, and the sentences that a report begins with: what got worse first."""
+"""Numbers as text, and the first sentences of a report: what got worse comes first."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Literal, TypeGuard, TypeVar
 from nybble.run.evaluation import Evaluation, HeldOutEntry, MetricEntry, ScoreEntry, TaskEntry
 
 NONE = "–"
-NAMED = 4  # benchmarks named with their numbers in a sentence; of more, the names
+NAMED = 4  # benchmarks that a sentence gives with numbers; the others are only named
 SHARES = ("acc", "exact", "em", "f1", "mc", "pass", "ends by itself", "distinct")  # metrics between 0 and 1
-MINOR = ("ROUGE-1", "ROUGE-2")  # ROUGE-L speaks for them in a sentence
+MINOR = ("ROUGE-1", "ROUGE-2")  # not in a sentence, which has ROUGE-L
 UNDECIDED = "no difference shown"
 
 Entry = TaskEntry | MetricEntry
@@ -22,7 +22,7 @@ Kind = Literal["worse", "better", "plain"]
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence at the head of the page; it begins with the label."""
+    """A sentence at the top of the page; it starts with the label."""
 
     kind: Kind
     label: str
@@ -31,7 +31,7 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Scale:
-    """How a metric's values are written: as percent and points, or as they are."""
+    """How a metric's values are written: as percent and points, or unchanged."""
 
     percent: bool
     unit: str = ""
@@ -69,13 +69,13 @@ def scale(entry: Entry) -> Scale:
 
 
 def scale_of(measure: str, base: ScoreEntry, tuned: ScoreEntry) -> Scale:
-    """Shares as percent: they are known by the metric's name, and none is over 1."""
+    """Percent for shares, which are recognised by the metric's name and by scores of at most 1."""
     small = all(abs(score.mean or 0) <= 1 for score in (base, tuned))
     return Scale(percent=True, unit=" points") if small and measure.lower().startswith(SHARES) else Scale(percent=False)
 
 
 def number_text(number: float | None, digits: int, factor: float = 1, sign: bool = False) -> str:
-    """A number with a real minus and groups of thousands; a dash for none."""
+    """A number with a minus sign and groups of thousands; a dash for None and NaN."""
     if number is None or math.isnan(number):
         return NONE
     if math.isinf(number):
@@ -93,7 +93,7 @@ def p_text(p: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds in the unit that people would use."""
+    """Seconds as text, in a suitable unit."""
     if seconds is None:
         return NONE
     if seconds < 120:
@@ -109,7 +109,7 @@ def by_verdict(entries: Sequence[E]) -> list[E]:
 
 
 def headline(results: Evaluation) -> list[Sentence]:
-    """The sentences at the head of a report: worse first, then better; with fewer than two, also what was not shown."""
+    """The sentences at the top of a report: worse first, then better; if these are fewer than two, also what was not shown."""
     worse, better, measured = _decided(results, "worse"), _decided(results, "better"), _untested(results)
     dropped = any(task.verdict == "worse" for task in results.tasks)
     lines = []
@@ -138,15 +138,15 @@ def undecided_text(results: Evaluation) -> str:
 
 
 def _detectable(undecided: Sequence[tuple[str, float | None, Scale]]) -> str:
-    """The smallest detectable differences: of those in points the least and the most, and each of the rest."""
-    known = [(name, size, how) for name, size, how in undecided if _finite(size)]
-    if not known:
+    """The smallest detectable differences: the range of those in points, and each of the others."""
+    finite = [(name, size, how) for name, size, how in undecided if _finite(size)]
+    if not finite:
         return "With this few items no difference could have been detected."
-    points = sorted((size, name) for name, size, how in known if how.percent)
+    points = sorted((size, name) for name, size, how in finite if how.percent)
     shown = [(f"{number_text(size, 1, 100)} points", name) for size, name in points]
     differ = shown and shown[0][0] != shown[-1][0]
     ends = [f"{size} ({name})" for size, name in (shown[0], shown[-1])] if differ else [size for size, _ in shown[:1]]
-    rest = [f"{how.size(size)} ({name})" for name, size, how in known if not how.percent]
+    rest = [f"{how.size(size)} ({name})" for name, size, how in finite if not how.percent]
     return f"Smallest detectable difference: {_join([*filter(None, [' to '.join(ends)]), *rest])}."
 
 
@@ -165,7 +165,7 @@ def _decided(results: Evaluation, verdict: str) -> str:
 
 
 def _size(task: TaskEntry) -> float:
-    """Of its difference; 1 in a metric that is no share counts as a point."""
+    """The size of its difference, for sorting; 1 in a metric that is not a share counts as one point."""
     change = task.difference.mean if task.difference is not None else None
     return abs(change or 0.0) / (1 if scale(task).percent else 100)
 
