@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from nybble.export.export import Wanted, export
+from nybble.export.export import ExportRequest, export
 from nybble.export.gguf.vocabulary import read_vocabulary
 from nybble.serve.loading import load_pipeline
 from tests.conftest import tuned, write_llama
@@ -30,7 +30,7 @@ def smollm2_like(smollm2, tmp_path_factory):
 def check(folder, rows, cache, out, monkeypatch, *, begins):
     """Train, export and serve on a base whose tokenizer begins a text with BOS, or does not."""
     run = tuned(folder, rows, out / "run", 3, cache)
-    merged = AutoTokenizer.from_pretrained(export(run, Wanted("merged"), Console(quiet=True), cache))
+    merged = AutoTokenizer.from_pretrained(export(run, ExportRequest("merged"), Console(quiet=True), cache))
     own = AutoTokenizer.from_pretrained(run.folder / "tokenizer")
     assert merged.bos_token_id is not None
     assert read_vocabulary(own, len(own)).add_bos == begins, "what a GGUF file says of it"

@@ -17,7 +17,7 @@ from nybble.data.text.tokens import encode_prompt
 from nybble.errors import DataError, ModelError
 from nybble.evaluate.evaluation import Measures, evaluate
 from nybble.evaluate.rows import rows_of
-from nybble.export.export import Wanted, export
+from nybble.export.export import ExportRequest, export
 from nybble.model.tokenizer.load import load_tokenizer
 from nybble.run.folder import open_run
 from nybble.training.train import resume, train
@@ -71,7 +71,7 @@ def test_a_run_with_one_of_several_templates_has_only_that_one(tiny_llama, rows,
     assert (answerer.template.name, answerer.template.source) == ("turns", TURNS)
     prepared, why = rows_of(run, answerer.tokenizer, cache)
     assert (why, prepared.cached) == ("", True), "its rows are found again although its tokenizer has no such name"
-    artefact = export(run, Wanted("adapter"), quiet, cache)
+    artefact = export(run, ExportRequest("adapter"), quiet, cache)
     assert AutoTokenizer.from_pretrained(artefact).chat_template == TURNS
 
 
@@ -90,7 +90,7 @@ def test_a_resumed_run_keeps_its_day(tiny_llama, rows, cache, tmp_path, quiet, m
     prepared, why = rows_of(run, answerer.tokenizer, cache)
     assert (why, prepared.cached) == ("", True)
     assert said.split("user")[0] in answerer.tokenizer.decode(prepared.validation[0]["input_ids"])
-    artefact = export(run, Wanted("adapter"), quiet, cache)
+    artefact = export(run, ExportRequest("adapter"), quiet, cache)
     messages = [{"role": "user", "content": "red"}]
     other = AutoTokenizer.from_pretrained(artefact)
     assert other.decode(other.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]) == said
@@ -139,4 +139,4 @@ def test_tokens_beyond_the_embeddings_are_a_message_wherever_they_come_from(tune
     print(caught.value)
     assert "the tokenizer gives token id 401, and the model has embeddings for ids 0 to 399" in str(caught.value)
     with pytest.raises(DataError, match="the model has no token 401"):
-        export(run, Wanted("adapter", tmp_path / "out"), quiet, cache)
+        export(run, ExportRequest("adapter", tmp_path / "out"), quiet, cache)

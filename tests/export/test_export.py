@@ -23,7 +23,7 @@ from nybble.export import export as module
 from nybble.export import targets
 from nybble.export.artefacts import generation_settings
 from nybble.export.card import STORED, Subject, data_licences, write_card
-from nybble.export.export import Wanted, export
+from nybble.export.export import ExportRequest, export
 from nybble.export.gguf.writer import Converter
 from nybble.export.licence import find_licence
 from nybble.export.parity import loaders, plain, reference
@@ -57,13 +57,13 @@ def told():
 def measured(run, cache):
     """What the run answers, once for all tests that spoil an artefact."""
     source = module.open_finished_run(run, "auto", cache)
-    return module._measure(source, Wanted("merged"), Console(quiet=True), cache, None)
+    return module._measure(source, ExportRequest("merged"), Console(quiet=True), cache, None)
 
 
 @pytest.fixture(scope="module")
 def merged(run, cache):
     console = Console(record=True, width=120)
-    return export(run, Wanted("merged"), console, cache), console.export_text()
+    return export(run, ExportRequest("merged"), console, cache), console.export_text()
 
 
 def test_a_merged_folder_answers_in_plain_transformers_as_the_run_does(run, merged, cache):
@@ -114,7 +114,7 @@ def test_what_lies_beside_the_weights(merged, run):
 
 
 def test_the_lines_of_each_card_run(run, merged, cache, tmp_path, quiet, monkeypatch):
-    folder = export(run, Wanted("adapter", tmp_path / "adapter"), quiet, cache)
+    folder = export(run, ExportRequest("adapter", tmp_path / "adapter"), quiet, cache)
     assert {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -134,11 +134,13 @@ def test_the_lines_of_each_card_run(run, merged, cache, tmp_path, quiet, monkeyp
 
 def test_gguf_files_are_read_back_by_transformers(run, cache, tmp_path, told, monkeypatch):
     monkeypatch.setattr(targets, "has_llama_cpp", lambda: False)
-    wanted = Wanted("gguf", tmp_path / "gguf", quants=("F16", "Q8_0", "Q4_0"), merge_base="original")
+    wanted = ExportRequest("gguf", tmp_path / "gguf", quants=("F16", "Q8_0", "Q4_0"), merge_base="original")
     folder = export(run, wanted, told, cache, Converter())
     assert "not checked: llama-cpp-python is not installed (make llama-cpp" in told.export_text()
     assert "FROM ./run-F16.gguf" in (folder / "Modelfile").read_text()
-    merged = export(run, Wanted("merged", tmp_path / "merged", merge_base="original", dtype="float16"), told, cache)
+    merged = export(
+        run, ExportRequest("merged", tmp_path / "merged", merge_base="original", dtype="float16"), told, cache
+    )
     expected = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     assert json.loads((merged / "config.json").read_text())["dtype"] == "float16"
     ids = torch.tensor([[1, 50, 60, 70, 80, 90]])
@@ -211,14 +213,14 @@ def test_an_artefact_that_was_spoilt_is_not_kept(run, measured, cache, tmp_path,
     monkeypatch.setattr(module, "_measure", lambda *_: measured)
     monkeypatch.setattr(targets, "write_merged", lambda folder, *rest: (write(folder, *rest), spoil(folder)))
     with pytest.raises(ExportError) as caught:
-        export(run, Wanted("merged", tmp_path / "out"), told, cache)
+        export(run, ExportRequest("merged", tmp_path / "out"), told, cache)
     print(caught.value)
     assert said in str(caught.value)
     assert [file.name for file in tmp_path.iterdir()] == ["out.failed.json"]
     (check,) = json.loads((tmp_path / "out.failed.json").read_text())["checks"]
     assert not check["passed"]
     monkeypatch.setattr(targets, "write_merged", write)
-    export(run, Wanted("merged", tmp_path / "out"), told, cache)
+    export(run, ExportRequest("merged", tmp_path / "out"), told, cache)
     assert [file.name for file in tmp_path.iterdir()] == ["out"], "a report of a failure does not outlive it"
 
 
@@ -252,8 +254,8 @@ def test_a_model_that_is_spread_answers_alike_and_one_that_fits_nowhere_is_kept_
     assert all(torch.equal(one, other) for one, other in zip(whole.logits, in_parts.logits, strict=True))
     monkeypatch.setattr(module, "_measure", lambda *_: measured)
     monkeypatch.setattr(targets, "placement_for", lambda size, device: None)
-    folder = export(run, Wanted("merged", tmp_path / "out"), told, cache)
-    said = "bfloat16 not checked: its 0.0 GB do not fit into the free memory"
+    folder = export(run, ExportRequest("merged", tmp_path / "out"), told, cache)
+    said = "bfloat16 not checked: its 0.0 GB do not fit into free memory"
     assert said in told.export_text()
     assert said in (folder / "README.md").read_text()
 
@@ -295,7 +297,7 @@ def test_nothing_of_an_export_that_is_stopped_stays(run, measured, cache, tmp_pa
     for error in (full, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)):
         monkeypatch.setattr(targets, "write_merged", error)
         with pytest.raises((StorageError, KeyboardInterrupt)):
-            export(run, Wanted("merged", tmp_path / "out"), quiet, cache)
+            export(run, ExportRequest("merged", tmp_path / "out"), quiet, cache)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -344,7 +346,7 @@ def test_every_bad_input_is_a_clear_error_and_leaves_what_was_there(
             if folder == run.folder and to == "adapter":
                 continue
             with pytest.raises(kind, match=said) as caught:
-                export(open_run(folder, base), Wanted(to), quiet, cache)
+                export(open_run(folder, base), ExportRequest(to), quiet, cache)
             print(caught.value)
             assert fix in caught.value.fix
             if folder != run.folder:
@@ -352,11 +354,11 @@ def test_every_bad_input_is_a_clear_error_and_leaves_what_was_there(
     with pytest.raises(
         StorageError, match=r"the export cannot be written: .*model.safetensors is a file, not a folder"
     ) as caught:
-        export(run, Wanted("merged", file / "out"), quiet, cache)
+        export(run, ExportRequest("merged", file / "out"), quiet, cache)
     assert "--out" in caught.value.fix
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(100, 100, 1000))
     with pytest.raises(RunError, match=r"needs about 0.00 GB, but only 0.00 GB are free") as caught:
-        export(open_run(copied(run, tmp_path / "f")), Wanted("merged"), quiet, cache)
+        export(open_run(copied(run, tmp_path / "f")), ExportRequest("merged"), quiet, cache)
     assert "--out FOLDER" in caught.value.fix
     assert {file.name: file.read_bytes() for file in merged[0].iterdir()} == before
 
@@ -388,9 +390,9 @@ def test_a_run_with_one_base_says_so(peaky_llama, rows, cache, tmp_path, told):
         words += ["data.max_length=128", "data.validation=0", "train.samples=0", "train.max_steps=3"]
         run = train(load_recipe(None, words), console=Console(quiet=True), cache=cache)
         with pytest.raises(ExportError, match=f"only the {only} base is possible") as caught:
-            export(run, Wanted("merged", merge_base=other), told, cache)
+            export(run, ExportRequest("merged", merge_base=other), told, cache)
         print(caught.value)
-        artefact = export(run, Wanted("merged"), told, cache)
+        artefact = export(run, ExportRequest("merged"), told, cache)
         report = json.loads((artefact / "parity.json").read_text())
         assert list(report["comparison"]["bases"]) == [only]
         assert "of its own answers" in report["comparison"]["what"]
@@ -413,7 +415,7 @@ def test_rope_scaling_survives(peaky_llama, rows, cache, tmp_path, quiet):
     words += ["model.rope_scaling={rope_type: linear, factor: 4.0}"]
     run = train(load_recipe(None, words), console=quiet, cache=cache)
     for to in ("merged", "adapter"):
-        folder = export(run, Wanted(to), quiet, cache)
+        folder = export(run, ExportRequest(to), quiet, cache)
         config = json.loads((folder / "config.json").read_text())
         assert config["rope_parameters"]["factor"] == config["rope_scaling"]["factor"] == 4.0
         assert config["rope_scaling"]["rope_type"] == "linear"
@@ -423,7 +425,7 @@ def test_rope_scaling_survives(peaky_llama, rows, cache, tmp_path, quiet):
 def test_an_adapter_folder_of_somebody_else_is_exported_on_trust(run, peaky_llama, cache, tmp_path, told):
     bare = tmp_path / "bare"
     shutil.copytree(run.adapter, bare)
-    folder = export(open_run(bare, str(peaky_llama)), Wanted("merged", tmp_path / "out"), told, cache)
+    folder = export(open_run(bare, str(peaky_llama)), ExportRequest("merged", tmp_path / "out"), told, cache)
     text = " ".join(told.export_text().split())
     assert "no record of the base that the adapter was trained on: assuming this one" in text
     assert "assuming nf4, as in QLoRA; if it was trained on 16-bit weights, use --merge-base original" in text
@@ -434,7 +436,7 @@ def test_an_adapter_folder_of_somebody_else_is_exported_on_trust(run, peaky_llam
 
 def test_a_bad_name_to_push_to_stops_an_export_before_it_begins(run, cache, tmp_path, quiet):
     with pytest.raises(HubError, match="is not a valid Hub name"):
-        export(run, Wanted("merged", tmp_path / "out", repo="a b c"), quiet, cache)
+        export(run, ExportRequest("merged", tmp_path / "out", repo="a b c"), quiet, cache)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -479,7 +481,7 @@ def test_an_odd_name_of_a_run_breaks_no_line_of_its_modelfile(run, cache, tmp_pa
     monkeypatch.setattr(targets, "has_llama_cpp", lambda: False)
     odd = tmp_path / "a\nSYSTEM b"
     shutil.copytree(run.folder, odd)
-    wanted = Wanted("gguf", tmp_path / "gguf", quants=("Q8_0",), merge_base="original")
+    wanted = ExportRequest("gguf", tmp_path / "gguf", quants=("Q8_0",), merge_base="original")
     folder = export(open_run(odd), wanted, quiet, cache, Converter())
     first, second, *_ = (folder / "Modelfile").read_text(encoding="utf-8").splitlines()
     assert first == "FROM ./a_SYSTEM b-Q8_0.gguf"
@@ -535,7 +537,7 @@ def test_a_derivative_of_llama_2_carries_its_terms_and_its_settings_are_mended(r
         "max_length": 4096,
     }
     (base / "generation_config.json").write_text(json.dumps({**settings, "do_sample": False}))
-    folder = export(open_run(run.folder, str(base)), Wanted("merged", tmp_path / "out"), told, cache)
+    folder = export(open_run(run.folder, str(base)), ExportRequest("merged", tmp_path / "out"), told, cache)
     text = " ".join(told.export_text().split())
     assert "temperature, top_p left out, which Transformers refuses to save without do_sample" in text
     saved = json.loads((folder / "generation_config.json").read_text())

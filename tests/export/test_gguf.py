@@ -19,7 +19,7 @@ from nybble.data.text.template import choose_template
 from nybble.data.text.tokens import encode_prompt
 from nybble.errors import ExportError
 from nybble.export import export as module
-from nybble.export.export import Wanted, export
+from nybble.export.export import ExportRequest, export
 from nybble.export.gguf import writer as writer
 from nybble.export.gguf.modelfile import go_template, write_modelfile
 from nybble.export.gguf.vocabulary import BYTE, CONTROL, UNKNOWN, read_vocabulary
@@ -137,7 +137,7 @@ def test_logits_in_llama_cpp_are_those_of_transformers(changes, tmp_path):
 @pytest.mark.slow
 @llama_cpp_here
 def test_all_types_pass_the_gate_in_llama_cpp(peaky_run, cache, tmp_path, quiet):
-    wanted = Wanted("gguf", tmp_path / "out", quants=("F16", "Q8_0", "Q4_0"))
+    wanted = ExportRequest("gguf", tmp_path / "out", quants=("F16", "Q8_0", "Q4_0"))
     folder = export(peaky_run, wanted, quiet, cache, Converter())
     checks = json.loads((folder / "parity.json").read_text())["checks"]
     assert [check["kind"] for check in checks] == ["F16", "Q8_0", "Q4_0"]
@@ -199,12 +199,12 @@ def tokenizer(monkeypatch):
 )
 def test_a_spoilt_file_is_caught_by_llama_cpp(spoil, said, peaky_run, cache, tmp_path, quiet, monkeypatch):
     measured, merges = module._measure(
-        module.open_finished_run(peaky_run, "auto", cache), Wanted("gguf"), quiet, cache, Converter()
+        module.open_finished_run(peaky_run, "auto", cache), ExportRequest("gguf"), quiet, cache, Converter()
     )
     monkeypatch.setattr(module, "_measure", lambda *_: (measured, merges))
     spoil(monkeypatch)
     with pytest.raises(ExportError) as caught:
-        export(peaky_run, Wanted("gguf", tmp_path / "out"), quiet, cache, Converter())
+        export(peaky_run, ExportRequest("gguf", tmp_path / "out"), quiet, cache, Converter())
     print(caught.value)
     assert said in str(caught.value)
     assert [file.name for file in tmp_path.iterdir()] == ["out.failed.json"]

@@ -213,7 +213,7 @@ def test_what_is_wrong_with_an_adapter_is_said(tiny_llama, tmp_path):
     odd = {**tensors, "base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2, 2)}
     nan = {name: tensor * (float("nan") if "layers.1" in name else 1) for name, tensor in tensors.items()}
     changes = [
-        (half, "one half of"),
+        (half, "only one half of"),
         (zero, "every B"),
         (nan, r"layers.1.* contains NaN or infinity"),
         (odd, "not part of LoRA on a linear layer"),

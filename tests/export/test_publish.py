@@ -93,5 +93,5 @@ def test_nothing_is_uploaded_where_the_hub_makes_a_new_repository_public(artefac
     with StandinHub([], {"hf_writes": Account("ada", writes=True)}) as hub:
         hub.uploads, hub.opens = tmp_path / "hub", True
         (answer,) = ask(hub, artefact, tmp_path / "home", ["hf_writes", "ada/model"])
-        assert "public although private was asked for" in answer[1]
+        assert "public although private was requested" in answer[1]
         assert list((tmp_path / "hub" / "ada" / "model").iterdir()) == []

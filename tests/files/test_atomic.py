@@ -10,7 +10,7 @@ import pytest
 import nybble.export.export as exporting
 from nybble.errors import ExportError, RunError
 from nybble.evaluate.scores import Scored, Store
-from nybble.export.export import Wanted, export
+from nybble.export.export import ExportRequest, export
 from nybble.files.atomic import new_folder, no_empty_folders, replacing
 from nybble.files.writing import write_text
 from nybble.model.base.checkpoint import find_checkpoint, fingerprint
@@ -34,7 +34,7 @@ def test_an_export_that_loses_a_race_for_its_target_leaves_nothing_and_says_so(
 
     monkeypatch.setattr(exporting, "write_card", overtaken)
     with pytest.raises(ExportError, match="out exists already"):
-        export(tuned_run, Wanted("adapter", target), quiet, cache)
+        export(tuned_run, ExportRequest("adapter", target), quiet, cache)
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/theirs"]
 
 

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models
 
 import nybble.training.beginning as beginning
 from nybble.errors import ExportError, NybbleError, RunError, StorageError
-from nybble.export.export import Wanted, export
+from nybble.export.export import ExportRequest, export
 from nybble.files.disk_errors import explained_disk_errors
 from nybble.files.writing import write_text
 from nybble.run.folder import open_run
@@ -151,9 +151,9 @@ def test_a_disk_that_fills_up_leaves_nothing_or_what_can_be_resumed(
 def test_an_export_that_fails_leaves_nothing(tuned_run, cache, tmp_path, quiet):
     with small_disk(tmp_path / "disk", "64k") as disk:
         with pytest.raises(NybbleError):
-            export(tuned_run, Wanted("merged", disk / "a" / "b"), quiet, cache)
+            export(tuned_run, ExportRequest("merged", disk / "a" / "b"), quiet, cache)
         assert list(disk.iterdir()) == []
     taken = tmp_path / "taken"
     taken.symlink_to("nowhere")  # exists() says no, and a rename would fail at the very end
     with pytest.raises(ExportError, match="exists already"):
-        export(tuned_run, Wanted("adapter", taken), quiet, cache)
+        export(tuned_run, ExportRequest("adapter", taken), quiet, cache)

@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from nybble.errors import ExportError, RunError, StorageError
-from nybble.export.export import Wanted, export
+from nybble.export.export import ExportRequest, export
 from nybble.files.outputs import check_export
 from nybble.files.paths import ANOTHER_CACHE, check_cache, check_current_folder, check_writable, default_cache
 from nybble.preflight.data_check import check
@@ -172,7 +172,7 @@ def test_a_run_that_cannot_be_written_is_exported_elsewhere(tuned_run, cache, tm
     run = tmp_path / "run"
     shutil.copytree(tuned_run.folder, run)
     with read_only(run):
-        made = export(open_run(run), Wanted("adapter", tmp_path / "out"), quiet, cache)
+        made = export(open_run(run), ExportRequest("adapter", tmp_path / "out"), quiet, cache)
     assert (made / "adapter_model.safetensors").is_file()
 
 

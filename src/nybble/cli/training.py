@@ -155,10 +155,12 @@ def train(
         raise typer.Exit(130) from None
     leave_processes()
     for target in targets if rank() == 0 else ():
-        from nybble.export.export import Wanted
+        from nybble.export.export import ExportRequest
         from nybble.export.export import export as make_export
 
-        make_export(run, Wanted(target), console, cache, converter=make_converter() if target == "gguf" else None)
+        make_export(
+            run, ExportRequest(target), console, cache, converter=make_converter() if target == "gguf" else None
+        )
 
 
 def _check_writable_folders(recipe: Recipe, resumed: pathlib.Path | None, cache: pathlib.Path) -> None:

@@ -142,13 +142,13 @@ def export(
     quants = list(dict.fromkeys(name.upper() for name in quant.split(",") if name))
     silence_libraries()
     converter = make_converter() if to == "gguf" else None
-    from nybble.export.export import Wanted
+    from nybble.export.export import ExportRequest
     from nybble.export.export import export as make_export
     from nybble.export.precheck import check_quants
 
     if to == "gguf":
         check_quants(quants)
-    make_export(opened, Wanted(to, out, merge_base, dtype, quants, push), Console(), cache, converter=converter)
+    make_export(opened, ExportRequest(to, out, merge_base, dtype, quants, push), Console(), cache, converter=converter)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The files of each kind of artefact, written into a folder."""
+"""Writing the files of each kind of artefact into a folder."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ IGNORED_WHEN_GREEDY = ("temperature", "top_p", "top_k", "min_p", "typical_p", "e
 
 @dataclass(frozen=True)
 class Contents:
-    """What every artefact is made of.
+    """What every artefact contains.
 
     Attributes:
         run: the run.
-        config: of the model, with the run's RoPE scaling.
-        tokenizer: of the run.
-        template: its chat template.
-        generation: settings that can be saved, with every token that ends an answer.
-        licence: of the base.
+        config: the model's configuration, with the run's RoPE scaling.
+        tokenizer: the run's tokenizer.
+        template: the run's chat template.
+        generation: generation settings that can be saved, with every token that ends an answer.
+        licence: the base's licence.
     """
 
     run: Run
@@ -50,11 +50,8 @@ class Contents:
 
 
 def write_adapter(folder: pathlib.Path, contents: Contents) -> None:
-    """PEFT's files, the tokenizer with its template, the stops; the configuration where the run scaled RoPE."""
-    for file in (
-        contents.run.adapter / CONFIG,
-        weights_file(contents.run.adapter),
-    ):  # what was read and checked, no more
+    """Write PEFT's files, the tokenizer with its template, the stop tokens, and the configuration if the run scaled RoPE."""
+    for file in (contents.run.adapter / CONFIG, weights_file(contents.run.adapter)):  # only files that were checked
         shutil.copyfile(file, folder / file.name)
     _write_tokenizer(folder, contents)
     if contents.run.recipe.model.rope_scaling is not None:
@@ -62,10 +59,10 @@ def write_adapter(folder: pathlib.Path, contents: Contents) -> None:
 
 
 def write_merged(folder: pathlib.Path, contents: Contents, merge: Merge, done: Callable[[int], None]) -> None:
-    """A plain Transformers folder.
+    """Write a plain Transformers folder.
 
     Args:
-        folder: where; it exists.
+        folder: an existing folder.
         contents: what goes with the weights.
         merge: the weights.
         done: called with the bytes written so far.
@@ -83,18 +80,18 @@ def write_merged(folder: pathlib.Path, contents: Contents, merge: Merge, done: C
 
 
 def write_gguf_companions(folder: pathlib.Path, contents: Contents, file: str) -> None:
-    """What goes beside GGUF files, which contain tokenizer and template themselves."""
+    """Write what goes with GGUF files, which contain tokenizer and template themselves."""
     text = write_modelfile(f"./{file}", contents.tokenizer, contents.template.source, contents.end, contents.run.system)
     write_text(folder / "Modelfile", text)
-    _write_terms(folder, contents.licence)
+    _write_licence(folder, contents.licence)
 
 
 def generation_settings(
     base: pathlib.Path, tokenizer: PreTrainedTokenizerBase, template: Template
 ) -> tuple[GenerationConfig, str | None]:
-    """The base's generation settings with the run's stops, corrected where Transformers would refuse to save them.
+    """The base's generation settings with the run's stop tokens, corrected if Transformers would refuse to save them.
 
-    Llama 2's name a temperature and no sampling. Without sampling they have no effect, so they are left out.
+    Llama 2's set a temperature without sampling. Such settings have no effect, so they are left out.
     """
     settings, notice = GenerationConfig(), None
     if (base / "generation_config.json").exists():
@@ -121,7 +118,7 @@ def generation_settings(
         return settings, what
     return GenerationConfig(
         **tokens
-    ), "generation_config.json left out, which Transformers refuses to save: stops are kept"
+    ), "generation_config.json left out, which Transformers refuses to save; the stop tokens are kept"
 
 
 def _can_be_saved(settings: GenerationConfig) -> bool:
@@ -133,16 +130,16 @@ def _can_be_saved(settings: GenerationConfig) -> bool:
 
 
 def _write_tokenizer(folder: pathlib.Path, contents: Contents) -> None:
-    """Tokenizer, template, stops and terms."""
+    """Write tokenizer, template, stop tokens and licence."""
     before, contents.tokenizer.chat_template = contents.tokenizer.chat_template, contents.template.source
     contents.tokenizer.save_pretrained(folder)
     contents.tokenizer.chat_template = before
     contents.generation.save_pretrained(folder)
-    _write_terms(folder, contents.licence)
+    _write_licence(folder, contents.licence)
 
 
 def _write_config(folder: pathlib.Path, config: PretrainedConfig) -> None:
-    """config.json with RoPE under the names of transformers 5 and, for older programs, of 4 too."""
+    """Write config.json, with RoPE under the names of transformers 5 and, for older programs, also of 4."""
     config.save_pretrained(folder)
     file = folder / "config.json"
     written = json.loads(file.read_text(encoding="utf-8"))
@@ -152,7 +149,7 @@ def _write_config(folder: pathlib.Path, config: PretrainedConfig) -> None:
     write_json(file, written)
 
 
-def _write_terms(folder: pathlib.Path, licence: Licence) -> None:
+def _write_licence(folder: pathlib.Path, licence: Licence) -> None:
     for file in licence.files:
         shutil.copyfile(file, folder / file.name)
     if licence.notice is not None:

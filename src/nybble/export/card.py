@@ -1,4 +1,4 @@
-"""The model card of an artefact: what it is, its terms, how well it does, how it is loaded."""
+"""The model card of an artefact: what it is, its licence, its results, and how to load it."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ STORED = {"nf4": "4-bit", "fp4": "4-bit", "int8": "8-bit", "none": "unquantised"
 
 @dataclass(frozen=True)
 class Subject:
-    """What a card is about.
+    """The subject of a card.
 
     Attributes:
         run: the run.
         to: adapter, merged or gguf.
-        kind: what it is, in a few words.
+        kind: what the artefact is, in a few words.
         loading: the Python code that loads it.
         usage: further sentences on its use.
-        base: which base was merged, None for an adapter.
-        base_id: the base on the Hub, where it is known.
-        licence: of the base.
-        comparison: of the bases, where there were any.
-        checks: of the parity gate; text says what was not checked.
+        base: which base was merged; None for an adapter.
+        base_id: the base's Hub id, if it is known.
+        licence: the base's licence.
+        comparison: the comparison of the bases, if there are any.
+        checks: the checks of the parity gate; text says what was not checked.
     """
 
     run: Run
@@ -91,7 +91,7 @@ def _origin(run: Run) -> str:
 
 
 def _front(subject: Subject) -> dict[str, Any]:
-    """The Hub's metadata. It refuses a base_model that is not of the form owner/name."""
+    """The Hub's metadata. The Hub refuses a base_model that is not of the form owner/name."""
     library = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}[subject.to]
     front: dict[str, Any] = {}
     if subject.licence.name is not None:
@@ -131,7 +131,7 @@ def _facts(run: Run, summary: Summary | None, evaluation: Evaluation | None) -> 
 
 
 def _results(summary: Summary | None, evaluation: Evaluation | None) -> dict[str, Any] | None:
-    """Base against tuned: what nybble eval measured, or else the losses seen in training."""
+    """Base against tuned: the results of nybble eval, or else the validation losses in training."""
     if evaluation is not None:
         return {
             "what": "Base and tuned model, the base stored as in training; measured by `nybble eval`.",
@@ -194,11 +194,11 @@ def _licence_lines(subject: Subject) -> list[str]:
 
 
 def data_licences(run: Run) -> list[str]:
-    """Licences of the run's data, as far as they are known."""
+    """The known licences of the run's data."""
     data = run.recipe.data
     if run.is_bare_adapter:
         return []
     try:
         return licences(find_sources(data.path, subset=data.subset, split=data.split, revision=data.revision))
-    except DataError:  # the files are not here any more
+    except DataError:  # the files no longer exist
         return []

@@ -1,4 +1,4 @@
-"""From a run to an artefact, as numbered steps. An artefact that does not answer like the run is not kept."""
+"""From a run to an artefact in numbered steps. An artefact that does not answer like the run is not kept."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ from nybble.terminal import bytes_text, tell
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is asked for.
+class ExportRequest:
+    """Which artefact to make.
 
     Attributes:
         to: adapter, merged or gguf.
-        out: the folder; None is RUN/export/TO.
+        out: the folder; None for RUN/export/TO.
         merge_base: auto, original or dequantised.
-        dtype: of merged weights: auto, bfloat16 or float16.
+        dtype: the type of merged weights: auto, bfloat16 or float16.
         quants: GGUF types.
-        repo: on the Hub, to push to.
+        repo: the Hub repository to push to.
     """
 
     to: str
@@ -66,7 +66,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of the run before it was freed."""
+    """What was measured on the run before its model was freed."""
 
     reference: Reference
     comparison: Comparison | None
@@ -76,7 +76,7 @@ class Measured:
 
 def export(
     run: Run,
-    wanted: Wanted,
+    request: ExportRequest,
     console: Console,
     cache: pathlib.Path | None = None,
     converter: GgufConverter | None = None,
@@ -85,72 +85,71 @@ def export(
 
     Args:
         run: a finished run, or an adapter folder.
-        wanted: which artefact.
+        request: which artefact.
         console: progress and results.
-        cache: where quantised bases, tokenised data and digests are kept; None is the user's default cache.
-        converter: what writes GGUF; None where none is wanted.
+        cache: folder of quantised bases, tokenised data and digests; None for the user's default cache.
+        converter: writes GGUF; None if none is requested.
 
     Raises:
-        NybbleError: whatever is wrong with run, base, disk or Hub, or how the artefact differs; nothing half-written is left.
+        NybbleError: something is wrong with run, base, disk or Hub, or the artefact differs; no partial artefact is left behind.
     """
-    target, cache = wanted.out or run.folder / "export" / wanted.to, cache or default_cache()
+    target, cache = request.out or run.folder / "export" / request.to, cache or default_cache()
     check_export(target)
     check_cache(cache)
-    if wanted.repo is not None:
-        check_push(wanted.repo)
+    if request.repo is not None:
+        check_push(request.repo)
     with explained_disk_errors(target, cache), no_empty_folders(target):
         try:
-            with new_folder(target) as folder:  # from the start: another process that wants to write there is refused
-                _export(run, wanted, target, folder, console, cache, converter)
+            with new_folder(target) as folder:  # created first, so that another process that writes there is refused
+                _export(run, request, target, folder, console, cache, converter)
         except FileExistsError:
             check_export(target)  # another process was faster
             raise
-    _failed(target).unlink(missing_ok=True)
+    _failure_report(target).unlink(missing_ok=True)
     size = sum(file.stat().st_size for file in target.iterdir())
     tell(console, f"done      {target}, {bytes_text(size)}; its README.md says how to load it")
     # 5. To the Hub.
-    if wanted.repo is not None:
-        with console.status(f"uploading to {wanted.repo}"):
-            page = push(
-                target, wanted.repo, withheld=PARITY_REPORT
-            )  # it shows validation rows, which are the user's own
+    if request.repo is not None:
+        with console.status(f"uploading to {request.repo}"):
+            # The parity report shows validation rows, which are the user's own.
+            page = push(target, request.repo, withheld=PARITY_REPORT)
         tell(console, f"pushed    {page}")
     return target
 
 
 def _export(
-    run: Run, wanted: Wanted, target: pathlib.Path, folder: pathlib.Path, console: Console, cache: pathlib.Path,
+    run: Run, request: ExportRequest, target: pathlib.Path, folder: pathlib.Path, console: Console, cache: pathlib.Path,
     converter: GgufConverter | None,
 ) -> None:  # fmt: skip
     # 1. Run and base.
-    source = open_finished_run(run, wanted.dtype, cache)
+    source = open_finished_run(run, request.dtype, cache)
     tell_notices(source.notices, console)
     adapter = sum(file.stat().st_size for file in source.run.adapter.glob("adapter_*"))
     parameters = ModelShape.from_config(source.config.to_dict()).parameters.total
-    size = export_bytes(wanted.to, parameters, wanted.quants, adapter)
+    size = export_bytes(request.to, parameters, request.quants, adapter)
     check_free_space(target, size, str(target), "free some space, or --out FOLDER on another disk")
-    # 2. What the run answers, and how far each merge would be from it; then the run is freed.
-    measured, merges = _measure(source, wanted, console, cache, converter)
-    base = _choose(measured, merges, wanted, console)
+    # 2. The run's answers, and how far each merge would be from them; then the run's model is freed.
+    measured, merges = _measure(source, request, console, cache, converter)
+    base = _choose(measured, merges, request, console)
     # 3. The artefact, in a temporary folder.
     licence = find_licence(source.checkpoint)
     generation, notice = generation_settings(source.checkpoint.folder, measured.tokenizer, measured.template)
     tell_notices([notice] if notice else [], console)
     contents = Contents(source.run, source.config, measured.tokenizer, measured.template, generation, licence)
-    artefact = _artefact(source, wanted, merges, base, converter)
+    artefact = _artefact(source, request, merges, base, converter)
     artefact.write(folder, contents, console)
-    # 4. Its answers through its user's program; the caller moves it to its final location.
+    # 4. Its answers in the program that its users run; the caller moves it to its final location.
     with console.status("checking the artefact against the run"):
         verdicts = artefact.check(folder, measured.reference, contents)
     parity = parity_record(base, measured.comparison, verdicts)
     tell_checks(parity.checks, console)
     if parity.failed:
-        write_parity(_failed(target), parity)
-    refuse_failed(parity, str(target), _failed(target))
+        write_parity(_failure_report(target), parity)
+    refuse_failed(parity, str(target), _failure_report(target))
     write_parity(folder / PARITY_REPORT, parity)
     subject = Subject(
         source.run,
-        wanted.to,
+        request.to,
         *artefact.describe(),
         base,
         hub_id(source.checkpoint),
@@ -161,16 +160,16 @@ def _export(
     write_text(folder / "README.md", write_card(subject))
 
 
-def _failed(target: pathlib.Path) -> pathlib.Path:
-    """Where the report of an artefact is kept that does not answer like the run."""
+def _failure_report(target: pathlib.Path) -> pathlib.Path:
+    """The path of the report on an artefact that does not answer like the run."""
     return target.with_name(f"{target.name}.failed.json")
 
 
 def _measure(
-    source: FinishedRun, wanted: Wanted, console: Console, cache: pathlib.Path, converter: GgufConverter | None
+    source: FinishedRun, request: ExportRequest, console: Console, cache: pathlib.Path, converter: GgufConverter | None
 ) -> tuple[Measured, dict[str, Merge]]:
-    """Ask the run, and measure each base against it; the live model is freed on return."""
-    is_adapter = wanted.to == "adapter"
+    """Get the run's answers, and compare each base with the run; the live model is freed on return."""
+    is_adapter = request.to == "adapter"
     updates = {} if is_adapter else read_updates(source.run.adapter)
     if is_adapter:
         check_stored(source.run.adapter)
@@ -182,7 +181,7 @@ def _measure(
         converter.check(source.config, answerer.tokenizer)
     merges: dict[str, Merge] = {}
     if not is_adapter:
-        merges, notice = merges_of(source, updates, wanted.merge_base, cache)
+        merges, notice = merges_of(source, updates, request.merge_base, cache)
         tell_notices([notice] if notice else [], console)
     validation = None
     if not source.run.is_bare_adapter:
@@ -201,7 +200,7 @@ def _measure(
 
 
 def _compared_rows(validation: Dataset | None, reference: Reference) -> tuple[list[dict[str, Any]], str]:
-    """Validation rows; where there are none, the prompts and what the run answered."""
+    """Validation rows, or, if there are none, the prompts with the run's answers."""
     if validation is not None:
         rows = validation.select(range(min(ROWS, len(validation))))
         return [{"input_ids": row["input_ids"], "trained": row["trained"]} for row in rows], "validation rows"
@@ -209,28 +208,32 @@ def _compared_rows(validation: Dataset | None, reference: Reference) -> tuple[li
 
 
 def _free_memory() -> None:
-    """Free what a training, an export or a model before this left on the GPU: a Trainer is in a cycle of references."""
+    """Free what an earlier training, export or model left on the GPU: a Trainer is in a cycle of references."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def _choose(measured: Measured, merges: Mapping[str, Merge], wanted: Wanted, console: Console) -> str | None:
-    """The base that was asked for, or the closest; None for an adapter."""
+def _choose(measured: Measured, merges: Mapping[str, Merge], request: ExportRequest, console: Console) -> str | None:
+    """The requested base, or the closest one; None for an adapter."""
     _free_memory()
     if measured.comparison is None:
         return None
-    base = wanted.merge_base if wanted.merge_base in merges else measured.comparison.closest
+    base = request.merge_base if request.merge_base in merges else measured.comparison.closest
     tell_comparison(measured.comparison, base, console)
     return base
 
 
 def _artefact(
-    source: FinishedRun, wanted: Wanted, merges: Mapping[str, Merge], base: str | None, converter: GgufConverter | None
+    source: FinishedRun,
+    request: ExportRequest,
+    merges: Mapping[str, Merge],
+    base: str | None,
+    converter: GgufConverter | None,
 ) -> Target:
     if base is None:
         return AdapterTarget(source)
-    if wanted.to == "merged":
+    if request.to == "merged":
         return MergedTarget(source, merges[base], base)
-    assert converter is not None, "GGUF was asked for without a converter"
-    return GgufTarget(source, merges[base], base, wanted.quants, converter)
+    assert converter is not None, "GGUF was requested without a converter"
+    return GgufTarget(source, merges[base], base, request.quants, converter)

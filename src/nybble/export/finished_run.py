@@ -1,4 +1,4 @@
-"""The run that is exported: its base, compared with that of the training, and the bases that the adapter may be merged into."""
+"""The run that is exported: its base, compared with that of the training, and the bases that its adapter can be merged into."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class FinishedRun:
     """A finished run and its base.
 
     Attributes:
-        run: with the device and type of this export in its recipe.
+        run: the run, with the device and type of this export in its recipe.
         checkpoint: the base.
-        config: the base's, with the run's RoPE scaling.
-        fingerprint: of the base's weights.
-        computed: the type in which the run computed.
+        config: the base's configuration, with the run's RoPE scaling.
+        fingerprint: the fingerprint of the base's weights.
+        computed: the compute type of the run.
         stored: the type in which merged weights are stored.
         notices: lines for the user.
     """
@@ -58,7 +58,7 @@ def open_finished_run(run: Run, dtype: str, cache: pathlib.Path) -> FinishedRun:
     Args:
         run: the run, or an adapter folder.
         dtype: auto (the checkpoint's 16-bit type, else bfloat16), bfloat16 or float16.
-        cache: where digests and quantised bases are kept.
+        cache: folder of digests and quantised bases.
 
     Raises:
         RunError: the training has not ended, or another process is training the run.
@@ -69,7 +69,7 @@ def open_finished_run(run: Run, dtype: str, cache: pathlib.Path) -> FinishedRun:
     checkpoint = find_base(run)
     now = fingerprint(checkpoint, cache, prove=True)
     record = run.summary()
-    run.evaluation()  # the card will show it: if it is damaged, say so before the work
+    run.evaluation()  # the card will show it, so report damage before the work
     notices = _compare_base(checkpoint, now, _recorded_base(run))
     if run.is_bare_adapter and checkpoint.quantized_as is None:
         notices += (
@@ -79,7 +79,7 @@ def open_finished_run(run: Run, dtype: str, cache: pathlib.Path) -> FinishedRun:
     device = torch.device("cpu") if not torch.cuda.is_available() else choose_device(model.device)
     then = record.dtype if record is not None else model.dtype
     if device.type == "cpu" and then == "float16":
-        then = "float32"  # a CPU has no float16 to train with; what is quantised from it is the same
+        then = "float32"  # a CPU cannot train in float16; the quantised weights are the same
     computed, _ = choose_dtype(then, device)
     options = model.model_copy(update={"dtype": str(computed).removeprefix("torch."), "device": device.type})
     run = replace(run, recipe=run.recipe.model_copy(update={"model": options}))
@@ -90,7 +90,7 @@ def open_finished_run(run: Run, dtype: str, cache: pathlib.Path) -> FinishedRun:
 
 
 def _recorded_base(run: Run) -> str | None:
-    """The fingerprint of the base that a run was trained on; None where nothing records it."""
+    """The fingerprint of the base that a run was trained on; None if it was not recorded."""
     if (record := run.summary()) is not None:
         return record.base.fingerprint
     is_recorded = not run.is_bare_adapter and (run.folder / "start.json").exists()
@@ -112,7 +112,7 @@ def _compare_base(checkpoint: Checkpoint, now: str, then: str | None) -> tuple[s
 
 
 def bases_of(source: FinishedRun, cache: pathlib.Path) -> dict[str, Weights]:
-    """The weights that an adapter can be merged into; the quantised ones as training cached them, checked again.
+    """The weights that an adapter can be merged into; the quantised ones are training's cached copy, verified again.
 
     Raises:
         ExportError: the disk is too full for the quantised base.
@@ -123,27 +123,27 @@ def bases_of(source: FinishedRun, cache: pathlib.Path) -> dict[str, Weights]:
     if not source.quantizes:
         return {"original": Original(folder)}
     double = source.run.recipe.model.double_quantization
-    kept = find_copy(copy_path(source.fingerprint, quantization, double, source.computed, cache))
-    if kept.facts is None:
+    cached = find_copy(copy_path(source.fingerprint, quantization, double, source.computed, cache))
+    if cached.facts is None:
         raise ExportError(
             "the quantised base is not cached: the disk is too full", where=str(cache), fix="free some space there"
         )
-    return {"original": Original(folder), "dequantised": Dequantised(kept.path)}
+    return {"original": Original(folder), "dequantised": Dequantised(cached.path)}
 
 
 def merges_of(
-    source: FinishedRun, updates: Mapping[str, Update], asked: str, cache: pathlib.Path
+    source: FinishedRun, updates: Mapping[str, Update], requested: str, cache: pathlib.Path
 ) -> tuple[dict[str, Merge], str | None]:
-    """Each possible base with the updates, and a line for the user where there is only one.
+    """Each possible base with the updates, and a line for the user if there is only one.
 
     Args:
-        run: the run.
-        updates: of its adapter.
-        asked: auto, original or dequantised.
-        cache: where the quantised base is.
+        source: the run.
+        updates: the updates of its adapter.
+        requested: auto, original or dequantised.
+        cache: the cache with the quantised base.
 
     Raises:
-        ExportError: the base that was asked for is not possible.
+        ExportError: the requested base is not possible.
         ModelError: the adapter does not fit.
     """
     bases = bases_of(source, cache)
@@ -156,8 +156,8 @@ def merges_of(
             else "the run trained on weights that were not quantised"
         )
         notice = f"only the {only} base is possible: {why}"
-        if asked not in ("auto", only):
-            raise ExportError(f"--merge-base {asked}: {notice}", fix=f"--merge-base {only}, or omit it")
+        if requested not in ("auto", only):
+            raise ExportError(f"--merge-base {requested}: {notice}", fix=f"--merge-base {only}, or omit it")
     tied = bool(source.config.tie_word_embeddings)
     merges = {name: Merge(weights, updates, tied, source.stored) for name, weights in bases.items()}
     for merge in merges.values():

@@ -1,4 +1,4 @@
-"""The terms under which an artefact may be passed on: those of the base, of which it is a derivative."""
+"""The licence of an artefact: that of the base, of which it is a derivative."""
 
 from __future__ import annotations
 
@@ -13,21 +13,16 @@ from nybble.model.base.checkpoint import Checkpoint
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LLAMA2_NAME = re.compile(r"llama-?2-\d+b", re.IGNORECASE)
 TEXTS = ("LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*", "Notice*")
-NO_YAML = (
-    yaml.YAMLError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    RecursionError,
-)  # a date of month 13 is a ValueError
+# For example, a date with month 13 is a ValueError.
+YAML_FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 LONGEST = 65536  # bytes of a model card's front matter
 BY_TEXT = {
-    # How a licence file begins: the Hub's short name
+    # the beginning of a licence file: the Hub's short name
     "LLAMA 2 COMMUNITY LICENSE": "llama2",
     "Apache License": "apache-2.0",
     "MIT License": "mit",
 }
-# Section 1.b.iii of the Llama 2 Community License Agreement wants this sentence in a file "Notice" with every copy.
+# Section 1.b.iii of the Llama 2 Community License Agreement requires this sentence in a file "Notice" with every copy.
 LLAMA2_NOTICE = (
     "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved."
 )
@@ -37,14 +32,14 @@ LLAMA2_POLICY = "https://ai.meta.com/llama/use-policy/"
 
 @dataclass(frozen=True)
 class Licence:
-    """The base's terms.
+    """The base's licence.
 
     Attributes:
-        name: by the Hub's short name, such as llama2 or apache-2.0; None where nothing names one.
-        link: to its text.
-        policy: to the use policy that goes with it.
-        notice: a sentence that every copy must carry.
-        files: its texts beside the base's weights.
+        name: the Hub's short name, such as llama2 or apache-2.0; None if it is unknown.
+        link: a link to its text.
+        policy: a link to its use policy.
+        notice: a sentence that every copy must contain.
+        files: licence files in the base's folder.
     """
 
     name: str | None
@@ -55,7 +50,7 @@ class Licence:
 
 
 def find_licence(checkpoint: Checkpoint) -> Licence:
-    """The licence by the base's card, or else by its licence file, or else for Llama 2 by the base's name."""
+    """The licence according to the base's card, or else its licence file, or else, for Llama 2, the base's name."""
     files = tuple(sorted({file for pattern in TEXTS for file in checkpoint.folder.glob(pattern) if file.is_file()}))
     name = _of_card(checkpoint.folder) or _of_texts(files)
     if name is None and LLAMA2_NAME.search(pathlib.Path(checkpoint.name).name):
@@ -66,7 +61,7 @@ def find_licence(checkpoint: Checkpoint) -> Licence:
 
 
 def hub_id(checkpoint: Checkpoint) -> str | None:
-    """The base's name on the Hub; of a folder it is known for Llama 2 only."""
+    """The base's Hub id; for a folder it is known only for Llama 2."""
     if checkpoint.commit is not None:
         return checkpoint.name
     folder = pathlib.Path(checkpoint.name).name
@@ -77,7 +72,7 @@ def _of_card(folder: pathlib.Path) -> str | None:
     front = re.match(r"---\n(.*?)\n---", _beginning(folder / "README.md"), re.DOTALL)
     try:
         fields = yaml.safe_load(front[1]) if front else None
-    except NO_YAML:
+    except YAML_FAULTS:
         return None
     name = fields.get("license") if isinstance(fields, dict) else None
     return name if isinstance(name, str) and name != "other" else None
@@ -93,7 +88,7 @@ def _of_texts(files: tuple[pathlib.Path, ...]) -> str | None:
 
 
 def _beginning(file: pathlib.Path) -> str:
-    """The first 64 KiB of a text; none where there is no file that can be read."""
+    """The first 64 KiB of a text file; empty if it cannot be read."""
     if not file.is_file():
         return ""
     try:

@@ -1,4 +1,4 @@
-"""The code that loads an artefact, as its card shows it."""
+"""The code that loads an artefact, for its card."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CHAT = '[{"role": "user", "content": "Hello"}]'
 
 
 def adapter_lines(source: FinishedRun) -> str:
-    """PEFT's adapter on its base, stored as in training."""
+    """The code for a PEFT adapter on its base, stored as in training."""
     base, kind = json.dumps(source.checkpoint.name), str(source.computed).removeprefix("torch.")
     scaled = ', config=AutoConfig.from_pretrained(".")' if source.run.recipe.model.rope_scaling is not None else ""
     plan = ", quantization_config=plan" if source.quantizes else ""
@@ -42,7 +42,7 @@ def _plan(source: FinishedRun) -> str:
 
 
 def merged_lines() -> str:
-    """A plain Transformers folder."""
+    """The code for a plain Transformers folder."""
     return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = AutoModelForCausalLM.from_pretrained(".", dtype="auto"), AutoTokenizer.from_pretrained(".")
 prompt = tokenizer.apply_chat_template({CHAT}, add_generation_prompt=True, return_tensors="pt")
@@ -50,7 +50,7 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=256)[0]))"""
 
 
 def gguf_lines(file: str) -> str:
-    """A GGUF file, in llama.cpp through its Python package."""
+    """The code for a GGUF file, with llama.cpp's Python package."""
     return f"""from llama_cpp import Llama
 model = Llama({json.dumps(file)}, n_ctx=4096)
 answer = model.create_chat_completion({CHAT}, temperature=0)

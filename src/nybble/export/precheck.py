@@ -18,12 +18,12 @@ from nybble.plan.shapes import ModelShape
 
 @dataclass(frozen=True)
 class Preflight:
-    """What `train` calls before its first step; made by the command line.
+    """Checks the exports of a run; `train` calls it before its first step.
 
     Attributes:
         targets: adapter, merged, gguf.
         quants: GGUF types.
-        converter: what writes GGUF; None where no GGUF is asked for.
+        converter: writes GGUF; None if no GGUF is requested.
     """
 
     targets: Sequence[str]
@@ -31,20 +31,20 @@ class Preflight:
     converter: GgufConverter | None
 
     def __call__(self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path) -> None:
-        """Raise where an export of this model could not work.
+        """Raise if an export of this model could not work.
 
         Args:
-            config: of the base, with the run's RoPE scaling.
-            tokenizer: of the base.
-            folder: of the run, which need not exist.
+            config: the base's configuration, with the run's RoPE scaling.
+            tokenizer: the base's tokenizer.
+            folder: the run folder, which need not exist.
 
         Raises:
-            ModelError: a tokenizer that llama.cpp has no name for.
-            ExportError: a RoPE scaling that it does not know, a missing program.
-            RunError: too little space on the disk.
+            ModelError: llama.cpp has no name for the tokenizer.
+            ExportError: llama.cpp does not support the RoPE scaling, or a program is missing.
+            RunError: there is too little space on the disk.
         """
         if "gguf" in self.targets:
-            assert self.converter is not None, "GGUF was asked for without a converter"
+            assert self.converter is not None, "GGUF was requested without a converter"
             self.converter.check(config, tokenizer)
             check_quants(self.quants)
         parameters = ModelShape.from_config(config.to_dict()).parameters.total
@@ -58,7 +58,7 @@ def check_quants(quants: Sequence[str]) -> None:
     """Refuse types that cannot be written on this machine.
 
     Raises:
-        ExportError: no name, an unknown one, or a K-quant without llama-quantize.
+        ExportError: there is no type, an unknown one, or a K-quant without llama-quantize.
     """
     if not quants:
         raise ExportError("--quant names no type", fix=f"one of {', '.join((*OWN_QUANTS, *K_QUANTS))}, comma-separated")

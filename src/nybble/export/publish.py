@@ -15,17 +15,15 @@ from nybble.model.hub_faults import FAULTS
 
 LOGIN = "hf auth login, with a token with write access (https://huggingface.co/settings/tokens)"
 
-UPLOAD_FAULTS: tuple[type[Exception], ...] = (
-    *FAULTS,
-    ValueError,
-)  # ValueError: the Hub finds the card's front matter wrong
+# ValueError: the Hub rejects the card's front matter.
+UPLOAD_FAULTS: tuple[type[Exception], ...] = (*FAULTS, ValueError)
 
 
 def check_push(repo: str) -> None:
-    """Check before any work that the Hub accepts the name, and the token.
+    """Check before any work that the Hub accepts the name and the token.
 
     Raises:
-        HubError: which of these is wrong.
+        HubError: one of them is wrong.
     """
     try:
         validate_repo_id(repo)
@@ -37,7 +35,7 @@ def check_push(repo: str) -> None:
 
 
 def push(folder: pathlib.Path, repo: str, withheld: str) -> str:
-    """Upload a folder as a model; a repository that is new is private, one that exists stays as it is.
+    """Upload a folder as a model; a new repository is private, an existing one stays as it is.
 
     Args:
         folder: the artefact.
@@ -45,7 +43,7 @@ def push(folder: pathlib.Path, repo: str, withheld: str) -> str:
         withheld: a file that is not uploaded.
 
     Returns:
-        Its page, and whether it is private.
+        Its page, with whether it is private.
 
     Raises:
         HubError: the Hub refuses, or cannot be reached; the folder is untouched.
@@ -57,7 +55,7 @@ def push(folder: pathlib.Path, repo: str, withheld: str) -> str:
         created = api.create_repo(repo, private=True, exist_ok=True).repo_id
         info: Any = api.model_info(created)
         if is_new and not info.private:
-            raise HubError(f"the Hub made {created!r} public although private was asked for: nothing was uploaded")
+            raise HubError(f"the Hub made {created!r} public although private was requested: nothing was uploaded")
         api.upload_folder(
             repo_id=created, folder_path=folder, commit_message="Export by nybble", ignore_patterns=[withheld]
         )

@@ -1,4 +1,4 @@
-"""parity.json: how an exported model was compared with the run; beside it, or as NAME.failed.json where it was not kept."""
+"""parity.json: the comparison of an exported model with the run. If the model was not kept, it is NAME.failed.json."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class ComparisonEntry(FrozenShape):
     rows: int
     tokens: int
     what: AnyText
-    """Which rows."""
+    """What kind of rows."""
     perplexity: float
-    """Of the run."""
+    """The perplexity of the run."""
     bases: dict[AnyText, DivergenceEntry]
 
 
@@ -42,38 +42,38 @@ class Distances(FrozenShape):
 
     tokens: int
     kl: float
-    """Mean, in nats per token."""
+    """The mean, in nats per token."""
     kl_worst: float
     difference_mean: float
-    """Of the log-probabilities of the run's 10 likeliest tokens."""
+    """The mean difference of the log-probabilities of the run's 10 likeliest tokens."""
     difference_worst: float
     equal_likeliest: float
     """Share of the tokens whose likeliest successor is the same."""
     expected_kl: float
-    """Of the merged weights, computed as the run computes."""
+    """The divergence of the merged weights, computed in the same way as the run."""
     kl_limit: float
     questions: int
     equal_answers: int
-    """Equal token by token."""
+    """Answers that are equal token by token."""
     run_ended: int
     """Answers of the run that end by themselves."""
     artefact_ended: int
 
 
 class ComparedAnswer(FrozenShape):
-    """What run and exported model answered to one prompt."""
+    """The answers of run and exported model to one prompt."""
 
     prompt: AnyText
     run: AnyText
     artefact: AnyText
     first_difference: int | None
-    """The first token that differs; None where the answers are equal."""
+    """The index of the first token that differs; None if the answers are equal."""
     run_ended: bool
     artefact_ended: bool
 
 
 class Check(FrozenShape):
-    """One file or type of an export, through the program of its user."""
+    """The check of one file or type of an export, in the program that its users run."""
 
     passed: bool
     kind: AnyText
@@ -86,7 +86,7 @@ class Check(FrozenShape):
 
 
 class Parity(RunRecord):
-    """All that was measured of an export."""
+    """Everything that was measured on an export."""
 
     date: AnyText
     versions: dict[AnyText, AnyText]
@@ -103,12 +103,12 @@ class Parity(RunRecord):
 
 
 def parity_record(base: str | None, comparison: Comparison | None, verdicts: Sequence[Verdict | str]) -> Parity:
-    """What was measured, as its record.
+    """The record of what was measured.
 
     Args:
         base: which base was merged; None for an adapter.
-        comparison: of the bases, where there were any.
-        verdicts: of the gate, or what was not checked.
+        comparison: the comparison of the bases, if there are any.
+        verdicts: the verdicts of the gate; text says what was not checked.
     """
     return Parity(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -1,4 +1,4 @@
-"""The three artefacts: how each is written, how its user loads it, what its card says."""
+"""The three kinds of artefact: how each is written, how its users load it, and what its card says."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class Target(Protocol):
     """A kind of artefact: how it is written, checked and described."""
 
     def write(self, folder: pathlib.Path, contents: Contents, console: Console) -> None:
-        """Its files."""
+        """Write its files."""
 
     def check(self, folder: pathlib.Path, reference: Reference, contents: Contents) -> list[Verdict | str]:
-        """Its answers in its user's program against those of the run; text says what could not be checked, and why."""
+        """Compare its answers, in the program that its users run, with those of the run; text says what was not checked."""
 
     def describe(self) -> tuple[str, str, list[str]]:
-        """For the card: what it is, the code that loads it, further sentences on its use."""
+        """For the card: what it is, the code that loads it, and further sentences on its use."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class AdapterTarget:
     source: FinishedRun
 
     def write(self, folder: pathlib.Path, contents: Contents, console: Console) -> None:
-        """Copies of the run's files."""
+        """Copy the run's files."""
         write_adapter(folder, contents)
 
     def check(self, folder: pathlib.Path, reference: Reference, contents: Contents) -> list[Verdict | str]:
-        """Through PEFT, on the base, quantised again."""
+        """Check it with PEFT, on the base, which is quantised again."""
         source, plan = self.source, None
         if source.quantizes:
             double = source.run.recipe.model.double_quantization
@@ -81,16 +81,16 @@ class MergedTarget:
     base: str
 
     def write(self, folder: pathlib.Path, contents: Contents, console: Console) -> None:
-        """Weights in shards, and the files that go with them."""
+        """Write the weights in shards, and the files that go with them."""
         with progress_bar(console, "merging", sum(spec.bytes for spec in self.merge.specs())) as show:
             write_merged(folder, contents, self.merge, show)
 
     def check(self, folder: pathlib.Path, reference: Reference, contents: Contents) -> list[Verdict | str]:
-        """Through Transformers alone, where it fits into memory."""
+        """Check it with Transformers alone, if it fits into memory."""
         size = sum(spec.bytes for spec in self.merge.specs())
         placement = placement_for(size, choose_device(self.source.run.recipe.model.device))
         if placement is None:
-            return [f"{self._stored} not checked: its {bytes_text(size, 1)} do not fit into the free memory"]
+            return [f"{self._stored} not checked: its {bytes_text(size, 1)} do not fit into free memory"]
         observed = through_transformers(folder, reference, placement)
         return [judge(self._stored, reference, observed, self.base, contents.tokenizer)]
 
@@ -119,7 +119,7 @@ class GgufTarget:
     converter: GgufConverter
 
     def write(self, folder: pathlib.Path, contents: Contents, console: Console) -> None:
-        """The files, and a Modelfile for the first."""
+        """Write the files, and a Modelfile for the first."""
         licence, template = contents.licence, contents.template
         model = MergedModel(
             self._name, self.merge, self.source.config, contents.tokenizer, template.source, template.end_id,
@@ -132,7 +132,7 @@ class GgufTarget:
         write_gguf_companions(folder, contents, self._file(self.quants[0]))
 
     def check(self, folder: pathlib.Path, reference: Reference, contents: Contents) -> list[Verdict | str]:
-        """Through llama.cpp, where it is installed."""
+        """Check it with llama.cpp, if that is installed."""
         if not has_llama_cpp():
             return [f"{', '.join(self.quants)} not checked: llama-cpp-python is not installed ({GET_LLAMA_CPP})"]
         verdicts: list[Verdict | str] = []
@@ -152,7 +152,7 @@ class GgufTarget:
 
     @property
     def _name(self) -> str:
-        """Of the run, on one line: a line break in a folder's name would break the Modelfile."""
+        """The run's name on one line: a line break in a folder's name would break the Modelfile."""
         return "".join(c if c.isprintable() else "_" for c in self.source.run.folder.resolve().name)
 
     def _file(self, quant: str) -> str:

@@ -16,7 +16,7 @@ import numpy
 
 
 class PromptSeen(Exception):  # noqa: N818
-    """In place of an answer: the tokens of a conversation's prompt."""
+    """Raised instead of an answer, with the tokens of a conversation's prompt."""
 
     def __init__(self, ids: list[int]) -> None:
         super().__init__()
@@ -24,10 +24,10 @@ class PromptSeen(Exception):  # noqa: N818
 
 
 class PromptReader(llama_cpp.Llama):  # type: ignore[misc]
-    """A model whose create_chat_completion gives the prompt, not an answer; for some templates it is a special function."""
+    """A model that returns the prompt of create_chat_completion, not an answer; some templates have a special function for it."""
 
     def create_completion(self, *_: Any, prompt: list[int], **__: Any) -> Any:
-        """What create_chat_completion calls once it has tokenised."""
+        """Called by create_chat_completion after tokenising."""
         raise PromptSeen(prompt)
 
     def prompt_of(self, messages: Any) -> list[int]:
@@ -40,11 +40,11 @@ class PromptReader(llama_cpp.Llama):  # type: ignore[misc]
 
 
 def main(job: pathlib.Path) -> None:
-    """Answer a job: a file, and questions as loaders.py writes them."""
-    asked = json.loads(job.read_text(encoding="utf-8"))
-    questions = asked["questions"]
-    longest = max(len(question["row"]) + asked["new_tokens"] for question in questions)
-    model = PromptReader(asked["file"], n_ctx=longest, n_batch=512, logits_all=True, verbose=False, seed=0)
+    """Run a job: a GGUF file, and questions in the form that loaders.py writes."""
+    task = json.loads(job.read_text(encoding="utf-8"))
+    questions = task["questions"]
+    longest = max(len(question["row"]) + task["new_tokens"] for question in questions)
+    model = PromptReader(task["file"], n_ctx=longest, n_batch=512, logits_all=True, verbose=False, seed=0)
     has_template = "tokenizer.chat_template" in model.metadata
     stops = [token for token in range(model.n_vocab()) if llama_cpp.llama_vocab_is_eog(_vocabulary(model), token)]
     arrays: dict[str, Any] = {}
@@ -55,15 +55,15 @@ def main(job: pathlib.Path) -> None:
         model.reset()
         model.eval(question["row"])
         arrays[f"logits{number}"] = numpy.array(model.scores[start - 1 : len(question["row"]) - 1], dtype=numpy.float32)
-        answers.append(_greedy(model, question["prompt"], set(stops), asked["new_tokens"]))
-    told = {
+        answers.append(_greedy(model, question["prompt"], set(stops), task["new_tokens"]))
+    report = {
         "by": f"llama-cpp-python {llama_cpp.__version__}",
         "template": has_template,
         "prompts": prompts,
         "answers": answers,
         "stops": stops,
     }
-    numpy.savez(asked["result"], told=numpy.array(json.dumps(told)), **arrays)
+    numpy.savez(task["result"], report=numpy.array(json.dumps(report)), **arrays)
 
 
 def _vocabulary(model: llama_cpp.Llama) -> Any:

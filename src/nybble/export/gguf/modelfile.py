@@ -1,7 +1,7 @@
 """Ollama's Modelfile, with the chat template in Go's template language.
 
-The template is not translated: it is rendered with marks in place of the messages, and Go writes the text between the marks. A
-template whose turns do not all look alike cannot be expressed like this, and the Modelfile says so.
+The template is not translated: it is rendered with markers instead of the messages, and the Go template writes the text between
+the markers. A template whose turns differ in form cannot be expressed like this; the Modelfile then says so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nybble.data.text.template import puts_bos
 from nybble.errors import DataError
 
 UNQUOTABLE = "# The run's system message contains quotes that a Modelfile cannot express: send it with each request."
-MARK = "\ue0f2"  # of Unicode's private use area: no template has a use for it
+MARK = "\ue0f2"  # from Unicode's private use area, so that no template uses it
 IRREGULAR = (
     "# The run's chat template cannot be expressed in Go's templates: put one here, or use the file with llama.cpp."
 )
@@ -26,9 +26,9 @@ def write_modelfile(source: str, tokenizer: PreTrainedTokenizerBase, template: s
     """The text of a Modelfile.
 
     Args:
-        source: what it is made from: ./FILE.gguf, or . for a folder of safetensors.
-        tokenizer: of the run.
-        template: its chat template, Jinja.
+        source: the model: ./FILE.gguf, or . for a folder of safetensors.
+        tokenizer: the run's tokenizer.
+        template: the run's chat template, Jinja.
         end: the token that ends an answer.
         system: the system message that the run was trained with.
     """
@@ -40,7 +40,7 @@ def write_modelfile(source: str, tokenizer: PreTrainedTokenizerBase, template: s
 
 
 def go_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
-    """The chat template for Go's text/template over Ollama's .Messages, or None where it cannot be expressed."""
+    """The chat template for Go's text/template over Ollama's .Messages, or None if it cannot be expressed."""
     one = between(tokenizer, template, ["user"])
     two = between(tokenizer, template, ["user", "assistant", "user"])
     if one is None or two is None or [two[0], two[3]] != one or not two[1].startswith(one[1]):
@@ -48,7 +48,7 @@ def go_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None
     begin, close = one
     gap = two[1].removeprefix(close)  # text before an answer that is not part of its prompt: Llama 2's space
     system = between(tokenizer, template, ["system", "user"])
-    # Ollama puts BOS before a prompt where the tokenizer does, so there the template must not.
+    # Ollama puts BOS before a prompt if the tokenizer does, so then the template must not.
     bos = tokenizer.bos_token or ""
     skipped = len(bos) if puts_bos(tokenizer) and begin.startswith(bos) else 0
     lines = ['{{- $before := "" -}}', "{{- range .Messages -}}"]
@@ -76,12 +76,12 @@ def go_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None
 
 
 def _literal(text: str) -> str:
-    """Text as a literal of Go, with its white space."""
+    """Text as a Go literal, including white space."""
     return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
 
 def between(tokenizer: PreTrainedTokenizerBase, template: str, roles: Sequence[str]) -> list[str] | None:
-    """What a template writes before, between and after the messages; None where it refuses these roles."""
+    """What a template writes before, between and after the messages; None if it refuses these roles."""
     messages = [{"role": role, "content": MARK} for role in roles]
     try:
         text = render(tokenizer, "of the run", template, messages, generation=True)

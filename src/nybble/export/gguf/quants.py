@@ -1,4 +1,4 @@
-"""The GGUF types that can be exported, and what writes them."""
+"""The GGUF types that can be exported, and the interface of their writer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nybble.export.merge.merge import MergedModel
 from nybble.plan.ledger import GGUF_BITS, GGUF_K_BITS
 
 QUANTS = ("Q8_0",)
-"""GGUF types where none are named."""
+"""The default GGUF types."""
 OWN_QUANTS = tuple(GGUF_BITS)
 """GGUF types that the gguf package writes."""
 K_QUANTS = tuple(GGUF_K_BITS)
@@ -21,12 +21,12 @@ QUANTIZER = "llama-quantize"
 GET_QUANTIZER = (
     "brew install llama.cpp, or build it: "
     "git clone https://github.com/ggml-org/llama.cpp && cmake -S llama.cpp -B build && cmake --build build -t llama-quantize; "
-    "or take --quant Q8_0 or Q4_0"
+    "or use --quant Q8_0 or Q4_0"
 )
 
 
 class GgufConverter(Protocol):
-    """Writes GGUF files: `nybble.export.gguf.writer.Converter`, where the gguf package is installed."""
+    """Writes GGUF files: `nybble.export.gguf.writer.Converter`, if the gguf package is installed."""
 
     def check(self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a model that could not be written."""

@@ -1,7 +1,7 @@
 """A tokenizer in llama.cpp's terms: tokens, scores, types, merges, and the name of its rules.
 
-Everything is read from tokenizer.json, with which the run was trained. llama.cpp knows rules for splitting words only
-by name, so rules without a known name are refused: with other rules the model would read other tokens.
+Everything is read from tokenizer.json, with which the run was trained. llama.cpp has rules for splitting words only
+by name, so rules without a known name are refused: with other rules the model would get other tokens.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Vocabulary:
     Attributes:
         model: gpt2 (byte-level BPE) or llama (SentencePiece).
         pre: llama.cpp's name of the rules that split words; default for SentencePiece.
-        tokens: by id; as many as the embedding has rows.
-        types: llama.cpp's type of each.
-        scores: of each, for SentencePiece; the higher is merged first.
+        tokens: the tokens by id; as many as the embedding has rows.
+        types: llama.cpp's type of each token.
+        scores: the score of each token, for SentencePiece; the highest is merged first.
         merges: pairs in order, for BPE.
         space_prefix: whether a space is put before a text.
         add_bos: whether the tokenizer itself puts BOS before a text.
@@ -51,22 +51,22 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary
     """The vocabulary of a fast tokenizer.
 
     Args:
-        tokenizer: of the run.
-        rows: of the model's embedding.
+        tokenizer: the run's tokenizer.
+        rows: number of rows of the model's embedding.
 
     Raises:
-        ModelError: the rules have no name in llama.cpp that is known here, or there are more tokens than the embedding has rows.
+        ModelError: llama.cpp's name of the rules is unknown, or there are more tokens than the embedding has rows.
     """
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     model, pre = kind_of(described)
-    known = described["model"]["vocab"]
+    vocabulary = described["model"]["vocab"]
     added = {entry["id"]: entry for entry in described["added_tokens"]}
-    by_id = {number: text for text, number in known.items()} | {
+    by_id = {number: text for text, number in vocabulary.items()} | {
         number: entry["content"] for number, entry in added.items()
     }
     if max(by_id) >= rows:
         raise ModelError(
-            f"the tokenizer has a token {max(by_id)}, and the model has embeddings for {rows} only",
+            f"the tokenizer has a token {max(by_id)}, but the model has only {rows} embeddings",
             fix="use the tokenizer that came with the weights",
         )
     pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in described["model"]["merges"]]
@@ -85,10 +85,10 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary
 
 
 def kind_of(described: Mapping[str, Any]) -> tuple[str, str]:
-    """llama.cpp's names of a tokenizer.json: the model, and its rules.
+    """llama.cpp's names for a tokenizer.json: the model, and its rules.
 
     Raises:
-        ModelError: it has none that is known here.
+        ModelError: there is no known name.
     """
     steps = _steps(described["pre_tokenizer"], "pretokenizers")
     if described["model"]["type"] != "BPE":
@@ -113,20 +113,20 @@ def kind_of(described: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _steps(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
-    """A normaliser or pre-tokeniser as the list of what it does."""
+    """The steps of a normaliser or pre-tokeniser."""
     if part is None:
         return []
     return list(part[inner]) if part["type"] == "Sequence" else [part]
 
 
 def _prepends(described: Mapping[str, Any]) -> bool:
-    """Whether a text gets a space before it, as a normaliser or as Metaspace's scheme."""
+    """Whether a space is put before a text, by the normaliser or by Metaspace."""
     steps = [*_steps(described["normalizer"], "normalizers"), *_steps(described["pre_tokenizer"], "pretokenizers")]
     return any(step["type"] == "Prepend" or step.get("prepend_scheme") in ("always", "first") for step in steps)
 
 
 def _scores(pairs: Sequence[Sequence[str]], by_id: Mapping[int, str], rows: int) -> list[float]:
-    """SentencePiece merges the pair whose result has the highest score; here the pairs are in that order."""
+    """The score of each token: SentencePiece first merges the pair with the highest score, and the pairs are in that order."""
     first: dict[str, int] = {}
     for rank, pair in enumerate(pairs):
         first.setdefault("".join(pair), rank)

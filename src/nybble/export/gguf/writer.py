@@ -1,4 +1,4 @@
-"""A merged model as GGUF, llama.cpp's format, for the Llama architecture. The one module that knows the gguf package."""
+"""A merged model as GGUF, llama.cpp's format, for the Llama architecture. The only module that imports the gguf package."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ YARN = {
     "mscale_all_dim": None,
     "truncate": True,
 }
-"""Numbers of YaRN (Peng et al. 2023) that llama.cpp takes where a file names none."""
+"""The parameters of YaRN (Peng et al. 2023) that llama.cpp uses by default."""
 
 
 class Converter:
-    """Writes GGUF files; made by the command line where the gguf package is installed."""
+    """Writes GGUF files; the command line creates it if the gguf package is installed."""
 
     def check(self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a model that could not be written, before any work is done.
 
         Raises:
             ModelError: llama.cpp has no name for the tokenizer.
-            ExportError: it does not know the RoPE scaling.
+            ExportError: llama.cpp does not support the RoPE scaling.
         """
         read_vocabulary(tokenizer, config.vocab_size)
         _check_rope(config)
@@ -60,8 +60,8 @@ class Converter:
         """Write one file.
 
         Args:
-            file: it does not exist yet.
-            model: what is written.
+            file: a file that does not exist yet.
+            model: the model.
             quant: F16, Q8_0, Q4_0, or one of the K-quants, which llama-quantize makes from an F16 that is deleted afterwards.
             done: called with the number of parameters written so far.
 
@@ -109,7 +109,7 @@ def _write(file: pathlib.Path, model: MergedModel, quant: str, done: Callable[[i
             for part in rows():
                 data = gguf.quants.quantize(part, kind)
                 if kind == Type.F16 and not numpy.isfinite(data).all():
-                    raise ExportError(f"{name} holds a number that is not finite in float16", fix="--quant Q8_0")
+                    raise ExportError(f"{name} contains a number that is not finite in float16", fix="--quant Q8_0")
                 stream.write(numpy.ascontiguousarray(data).data)
                 written += part.size
                 done(written)
@@ -124,7 +124,7 @@ Rows = Callable[[], Iterator[numpy.ndarray]]
 
 
 def _plan(model: MergedModel, quant: str) -> Iterator[tuple[str, tuple[int, ...], Type, Rows]]:
-    """Each tensor: its name in GGUF, its shape, the type in which it is stored, what gives its rows."""
+    """For each tensor: its name in GGUF, its shape, its storage type, and a function that returns its rows."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     factors = rope_factors(model.config)
     if factors is not None:
@@ -162,7 +162,7 @@ def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _type_of(name: str, shape: tuple[int, ...], quant: str) -> Type:
-    """Norms stay float32; in Q4_0 embedding and head are Q8_0, as 4 bits cost most there."""
+    """The storage type: norms stay float32; in Q4_0, embedding and head are Q8_0, since 4 bits cost most there."""
     if len(shape) == 1:
         return Type.F32
     if quant == "F16" or shape[-1] % BLOCK:
@@ -229,7 +229,7 @@ def _check_rope(config: PretrainedConfig) -> None:
 
 
 def rope_factors(config: PretrainedConfig) -> torch.Tensor | None:
-    """Llama 3's scaling as what each frequency is divided by, (head size / 2,) float32; None for other kinds."""
+    """Llama 3's scaling as the divisor of each frequency, (head size / 2,) float32; None for other kinds."""
     if config.rope_parameters["rope_type"] != "llama3":
         return None
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
@@ -259,7 +259,7 @@ def _describe_tokens(writer: gguf.GGUFWriter, vocabulary: Vocabulary, model: Mer
     for add, number in named:
         if number is not None:
             add(number)
-    # Servers put BOS before a prompt where the file says so. A template that has none of its own was trained without.
+    # Servers put BOS before a prompt if the file says so. A template without BOS was trained without it.
     begins = between(tokenizer, model.template, ["user"])
     writer.add_add_bos_token(vocabulary.add_bos and (begins is None or begins[0].startswith(tokenizer.bos_token)))
     writer.add_add_eos_token(False)

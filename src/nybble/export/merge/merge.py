@@ -1,7 +1,7 @@
-"""A base with an adapter added to it, a slice of rows at a time.
+"""Merging an adapter into a base, one slice of rows at a time.
 
-QLoRA trains an adapter on the 4-bit base, so it can be merged into two: the original 16-bit weights, or the values that the 4-bit
-weights represent. `nybble.export.parity.compare` measures which is closer to the model that was trained.
+QLoRA trains an adapter on the 4-bit base, so there are two bases to merge into: the original 16-bit weights, or the values that
+the 4-bit weights represent. `nybble.export.parity.compare` measures which is closer to the model that was trained.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Weights(Protocol):
         """Its tensors, in the order of its files."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, rows first."""
+        """The shape of a tensor."""
 
     def slices(self, name: str, device: torch.device = CPU) -> Iterator[torch.Tensor]:
-        """A tensor's rows on a device, in slices one after another."""
+        """A tensor's rows on a device, in consecutive slices."""
 
 
 class Original:
@@ -44,22 +44,22 @@ class Original:
         self._tensors = Tensors(weight_files(folder))
 
     def names(self) -> list[str]:
-        """Its tensors; buffers that old checkpoints carry are left out."""
+        """Its tensors, without the buffers of old checkpoints."""
         return [name for name in self._tensors if not name.endswith(BUFFER)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor."""
+        """The shape of a tensor."""
         return tuple(self._tensors[name].shape)
 
     def slices(self, name: str, device: torch.device = CPU) -> Iterator[torch.Tensor]:
-        """A tensor's rows as they are."""
+        """A tensor's rows, unchanged."""
         tensor = self._tensors[name]
         rows, columns = tensor.shape if tensor.dim() == 2 else (len(tensor), 1)
         return (tensor[part].to(device) for part in slices_of(rows, columns))
 
 
 class Dequantised:
-    """The values that a checkpoint in bitsandbytes' format represents, by the arithmetic of the training."""
+    """The values that a checkpoint in bitsandbytes' format represents, computed as in training."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._tensors = Tensors(weight_files(folder))
@@ -70,7 +70,7 @@ class Dequantised:
         return [name for name in self._plain.names() if not name.endswith(BESIDE)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor once it is dequantised."""
+        """The shape of a tensor after dequantisation."""
         state = read_state(name, self._tensors)
         return tuple(self._tensors[name].shape) if state is None else tuple(state.shape)
 
@@ -93,9 +93,9 @@ class Merge:
 
     Attributes:
         base: the weights that the updates are added to.
-        updates: by tensor.
+        updates: the update of each tensor, by name.
         tied: whether the model's head is its embedding.
-        dtype: in which the result is stored.
+        dtype: the type in which the result is stored.
     """
 
     base: Weights
@@ -105,7 +105,7 @@ class Merge:
 
     @property
     def unties(self) -> bool:
-        """Whether head and embedding must be untied, because the adapter changes the head only."""
+        """Whether head and embedding must be untied, because the adapter changes only the head."""
         return self.tied and HEAD in self.updates
 
     def specs(self) -> list[Spec]:
@@ -130,7 +130,7 @@ class Merge:
         return specs
 
     def slices(self, name: str, device: torch.device = CPU) -> Iterator[torch.Tensor]:
-        """Rows of a merged tensor in float32, one slice after another, merged on a device."""
+        """Rows of a merged tensor in float32, in consecutive slices, merged on a device."""
         update, first = self.updates.get(name), 0
         source = EMBEDDING if name == HEAD and self.tied else name
         for rows in self.base.slices(source, device):
@@ -139,16 +139,16 @@ class Merge:
             first += len(rows)
 
     def stored(self, name: str, device: torch.device = CPU) -> Iterator[torch.Tensor]:
-        """The same in the type in which they are stored.
+        """The same in the storage type.
 
         Raises:
-            ModelError: a number that the type cannot represent.
+            ModelError: the type cannot represent a number.
         """
         for rows in self.slices(name, device):
             narrow = rows.to(self.dtype)
             if not narrow.isfinite().all():
                 raise ModelError(
-                    f"{name} holds a number that is not finite in {str(self.dtype).removeprefix('torch.')}",
+                    f"{name} contains a number that is not finite in {str(self.dtype).removeprefix('torch.')}",
                     fix="--dtype bfloat16" if rows.isfinite().all() else "copy the base again: its weights are damaged",
                 )
             yield narrow
@@ -156,18 +156,18 @@ class Merge:
 
 @dataclass(frozen=True)
 class MergedModel:
-    """A merged model with all that a single file needs.
+    """A merged model with everything that a single file needs.
 
     Attributes:
-        name: of the run.
+        name: the run's name.
         merge: the weights.
-        config: with the run's RoPE scaling.
-        tokenizer: of the run.
-        template: Jinja, as the run was trained with it.
+        config: the configuration, with the run's RoPE scaling.
+        tokenizer: the run's tokenizer.
+        template: the run's chat template, Jinja.
         end_id: the token that ends an answer.
         base: the base's name.
-        licence: of the base, by the Hub's short name.
-        licence_link: to its text.
+        licence: the base's licence, by the Hub's short name.
+        licence_link: a link to its text.
     """
 
     name: str

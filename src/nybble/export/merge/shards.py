@@ -1,7 +1,7 @@
-"""Checkpoints read and written a slice of rows at a time, so that memory does not grow with the model.
+"""Reading and writing checkpoints one slice of rows at a time, so that memory does not grow with the model.
 
-Files are mapped, so the system may drop what was read; only the slice that is worked on is a copy. safetensors'
-`save_file` wants all tensors of a file in memory, so the format is written here: 8 bytes of length, a JSON header, the tensors.
+Files are mapped, so the system may drop pages that were read; only the current slice is a copy. safetensors'
+`save_file` needs all tensors of a file in memory, so the format is written here: 8 bytes of length, a JSON header, the tensors.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 
 from nybble.model.base.files import open_tensors
 
-SHARD = 5_000_000_000  # bytes of a file at most, as the Hub recommends
-SLICE = 1 << 24  # numbers worked on at once: 64 MB in float32
+SHARD = 5_000_000_000  # the largest file in bytes, as the Hub recommends
+SLICE = 1 << 24  # numbers processed at once: 64 MB in float32
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8"}
 
 
 class Tensors:
-    """The tensors of a checkpoint's files by name, each mapped from its file when it is asked for.
+    """The tensors of a checkpoint's files by name, each mapped from its file when it is read.
 
     Raises:
         ModelError: a file is cut off, or not what its name says.
@@ -63,7 +63,7 @@ Slices = Callable[[str], Iterator[torch.Tensor]]
 
 
 def slices_of(rows: int, columns: int, multiple: int = 64) -> Iterator[slice]:
-    """Slices of at most `SLICE` numbers, each but the last of a multiple of so many rows."""
+    """Slices of at most `SLICE` numbers; the rows of each, except the last, are a multiple of `multiple`."""
     step = max(SLICE // max(columns, 1) // multiple, 1) * multiple
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
@@ -71,14 +71,14 @@ def slices_of(rows: int, columns: int, multiple: int = 64) -> Iterator[slice]:
 def write_shards(
     folder: pathlib.Path, specs: Sequence[Spec], produce: Slices, done: Callable[[int], None], shard: int = SHARD
 ) -> None:
-    """Write model.safetensors, or shards with their index where they are more than one.
+    """Write model.safetensors, or several shards with an index.
 
     Args:
-        folder: where; it exists.
-        specs: in the order in which they are written.
-        produce: a tensor's rows, already of its dtype.
+        folder: an existing folder.
+        specs: the tensors, in the order in which they are written.
+        produce: returns a tensor's rows, already in its dtype.
         done: called with the bytes written so far.
-        shard: bytes per file at most; a larger tensor gets a separate file.
+        shard: the largest file in bytes; a larger tensor gets a separate file.
     """
     parts = _parts(specs, shard)
     names = [f"model-{n + 1:05}-of-{len(parts):05}.safetensors" for n in range(len(parts))]

@@ -1,4 +1,4 @@
-"""What an adapter adds to each weight, read from PEFT's files; adapters that cannot be merged this way are refused by name."""
+"""What an adapter adds to each weight, read from PEFT's files; adapters that cannot be merged this way are refused."""
 
 from __future__ import annotations
 
@@ -70,13 +70,12 @@ def read_updates(folder: pathlib.Path) -> dict[str, Update]:
     config = read_adapter_config(folder)
     file, tensors = read_tensors(folder)
     ends = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
-    names = [
-        name for name in tensors if not name.endswith(".base_layer.weight")
-    ]  # PEFT copies a head that has an adapter
+    # PEFT also saves a copy of a head that has an adapter.
+    names = [name for name in tensors if not name.endswith(".base_layer.weight")]
     odd = [name for name in names if not name.startswith(PREFIX) or not name.endswith(ends)]
     if odd:
         raise ModelError(
-            f"the adapter holds {odd[0]}, which is not part of LoRA on a linear layer", where=str(file), fix=BY_PEFT
+            f"the adapter contains {odd[0]}, which is not part of LoRA on a linear layer", where=str(file), fix=BY_PEFT
         )
     modules = list(dict.fromkeys(name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in names))
     check_patterns(config, modules, str(folder))
@@ -91,7 +90,7 @@ def _update(tensors: Mapping[str, torch.Tensor], config: LoraConfig, module: str
     missing = [name for name in names if name not in tensors]
     if missing:
         raise ModelError(
-            f"the adapter has one half of {module} only: there is no {missing[0]}",
+            f"the adapter has only one half of {module}: there is no {missing[0]}",
             where=str(file),
             fix="copy it again",
         )

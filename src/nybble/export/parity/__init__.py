@@ -1,1 +1,1 @@
-"""The gate: an artefact compared with the run it was made from."""
+"""The parity gate: an artefact is compared with the run it was made from."""

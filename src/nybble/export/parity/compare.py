@@ -1,8 +1,8 @@
-"""How far a merged model is from the run it came from, before anything is written.
+"""How far a merged model is from its run, measured before anything is written.
 
-The live model answers twice: with its 4-bit weights and the adapter beside them, and with each linear layer's weight
-replaced, for the moment of its product, by the merged one. So two bases can be measured on a card, or in a memory, that holds
-the 4-bit model only. Weights are merged on the device of the model: a 7B takes minutes a pass on a few CPU cores.
+The live model computes twice: with its 4-bit weights and the separate adapter, and with each linear layer's weight
+replaced by the merged one while the layer computes. So two bases can be measured in memory that fits only the 4-bit model.
+Weights are merged on the device of the model: a 7B takes minutes per pass on a few CPU cores.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from nybble.objective.likelihood import bare
 from nybble.weights.frozen import is_quantised
 
 ROWS = 64  # validation rows that are compared
-BATCH_TOKENS = 16_384  # of padded rows: each batch merges all weights anew
-POSITIONS_AT_ONCE = 256  # whose logits are in memory together: 33 MB of Llama 2's, for each model
+BATCH_TOKENS = 16_384  # of padded rows: each batch merges all weights again
+POSITIONS_AT_ONCE = 256  # with logits in memory at once: 33 MB for Llama 2, for each model
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A merged model against the run, over the tokens that training counts.
+    """A merged model compared with the run, over the trained tokens.
 
     Attributes:
         kl: mean of KL(run || merged) over the next token's distribution, in nats per token.
-        error: the standard error of that mean over rows' tokens.
-        perplexity: of the merged model.
+        error: the standard error of that mean.
+        perplexity: the perplexity of the merged model.
         agreement: share of the tokens whose likeliest successor is the same.
     """
 
@@ -50,14 +50,14 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every base against the run, on the same rows."""
+    """Every base compared with the run, on the same rows."""
 
     rows: int
     tokens: int
     what: str
-    """Which rows: validation rows, or the run's own answers where it has none."""
+    """What kind of rows: validation rows, or the run's own answers if it has none."""
     perplexity: float
-    """Of the run itself."""
+    """The perplexity of the run itself."""
     bases: Mapping[str, Divergence]
 
     @property
@@ -66,7 +66,7 @@ class Comparison:
         return min(self.bases, key=lambda name: self.bases[name].kl)
 
 
-class Swapped:
+class SwappedWeights:
     """A live model whose linear layers compute with a merge's weights while one is set."""
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -75,7 +75,7 @@ class Swapped:
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """Shadow the layers' forward on the instances; they are as before afterwards."""
+        """Shadow the layers' forward on the instances, and restore it afterwards."""
         layers = list(_linears(self._model))
         try:
             for name, layer in layers:
@@ -87,7 +87,7 @@ class Swapped:
 
     @contextlib.contextmanager
     def using(self, merge: Merge) -> Iterator[None]:
-        """The merged model's answers."""
+        """Compute with the merged weights."""
         self._merge = merge
         try:
             yield
@@ -123,17 +123,17 @@ def compare(
     what: str,
     done: Callable[[int], None] = lambda _: None,
 ) -> Comparison:
-    """Measure each merge against the live model.
+    """Compare each merge with the live model.
 
     Args:
         answerer: the run.
-        merges: by the name of their base.
-        samples: tokenised rows with what is trained in them.
-        what: says which rows they are.
+        merges: the merges by the name of their base.
+        samples: tokenised rows, with the tokens that are trained.
+        what: what kind of rows they are.
         done: called with the number of rows done.
     """
     model = bare(answerer.model)
-    swapped = Swapped(model)
+    swapped = SwappedWeights(model)
     measured: dict[str, list[torch.Tensor]] = {name: [] for name in ("run", *merges)}
     finished = 0
     with swapped.ready(), torch.inference_mode():
@@ -158,9 +158,9 @@ def compare(
 
 
 def _measure(
-    model: PreTrainedModel, swapped: Swapped, merges: Mapping[str, Merge], batch: Mapping[str, Any]
+    model: PreTrainedModel, swapped: SwappedWeights, merges: Mapping[str, Merge], batch: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """For the run and each merge (positions, 3): divergence from the run, cross-entropy, whether the likeliest token is equal."""
+    """For the run and each merge, (positions, 3): divergence from the run, cross-entropy, same likeliest token."""
     device = next(model.parameters()).device
     inputs = {
         key: value.to(device) for key, value in batch.items() if key in ("input_ids", "attention_mask", "position_ids")
@@ -187,11 +187,11 @@ def _measure(
 
 
 def divergences(run: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Position by position (n, 3): KL(run || other) in nats, the other's cross-entropy of the targets, equal likeliest tokens.
+    """For each position, (n, 3): KL(run || other) in nats, the other's cross-entropy of the target, same likeliest token.
 
     Args:
         run: (n, vocabulary) log-probabilities.
-        other: the same of the other model.
+        other: the same for the other model.
         targets: (n,) token ids.
     """
     kl = (run.exp() * (run - other)).sum(-1)

@@ -1,4 +1,4 @@
-"""Artefacts loaded as their users load them, and asked what the run was asked."""
+"""Loading artefacts as their users do, and asking them the same questions as the run."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from nybble.plan.free_memory import device_memory, host_memory
 from nybble.weights.on_cpu import stay_unpacked
 
 LLAMA_CPP = "nybble.export.gguf.llama"
-"""Run as a process of its own: a build of llama.cpp that does not suit the processor ends with a signal, not an exception."""
-BESIDE = 3_000_000_000  # bytes beside a model's weights on a GPU: keys and values, activations, CUDA's own
+"""Run in a separate process: a build of llama.cpp that does not suit the processor ends with a signal, not an exception."""
+OVERHEAD = 3_000_000_000  # bytes besides a model's weights on a GPU: keys and values, activations, CUDA's own
 GET_LLAMA_CPP = "make llama-cpp, or pip install llama-cpp-python"
 
 
 def placement_for(size: int, device: torch.device) -> dict[str, Any] | None:
-    """Keyword arguments of `from_pretrained` for so many bytes: the device, GPU and CPU together, or None where they fit nowhere.
+    """Keyword arguments of `from_pretrained` for a model of this size: on the device, on GPU and CPU, or None if it does not fit.
 
-    A 7B that was trained in 4 bits on a card of 12 GB is 13.5 GB when it is merged.
+    A 7B that was trained in 4 bits on a card with 12 GB takes 13.5 GB after merging.
     """
     available = host_memory().free
     if device.type != "cuda":
         return {"device_map": {"": device}} if size < available else None
-    free = device_memory(device).free - BESIDE
+    free = device_memory(device).free - OVERHEAD
     if size < free:
         return {"device_map": {"": device}}
     if size > max(free, 0) + available:
@@ -57,11 +57,11 @@ def placement_for(size: int, device: torch.device) -> dict[str, Any] | None:
 
 
 def through_transformers(folder: pathlib.Path, reference: Reference, placement: Mapping[str, Any]) -> Observed:
-    """A merged folder, through AutoModelForCausalLM and AutoTokenizer.
+    """Observe a merged folder with AutoModelForCausalLM and AutoTokenizer.
 
     Args:
         folder: the artefact.
-        reference: the run's side.
+        reference: the run's answers.
         placement: keyword arguments of `from_pretrained`.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -73,14 +73,14 @@ def through_peft(
     folder: pathlib.Path, base: pathlib.Path, plan: BitsAndBytesConfig | None, dtype: torch.dtype, reference: Reference,
     device: torch.device,
 ) -> Observed:  # fmt: skip
-    """An adapter folder, through PeftModel on its base, quantised as the card says."""
+    """Observe an adapter folder with PeftModel on its base, quantised as the card says."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     extra = {} if plan is None else {"quantization_config": plan}
     if (folder / "config.json").exists():  # the run scaled RoPE
         extra["config"] = AutoConfig.from_pretrained(folder)
     with weights_alone(base) as weights:
         loaded = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, device_map={"": device}, **extra)
-    stay_unpacked(loaded)  # else bitsandbytes repacks the weights on a CPU, and asks the Hub for a kernel where it may
+    stay_unpacked(loaded)  # otherwise bitsandbytes repacks the weights on a CPU, and may download a kernel from the Hub
     model = PeftModel.from_pretrained(loaded, folder).eval().get_base_model()
     settings = transformers.GenerationConfig.from_pretrained(folder)
     model.generation_config = settings
@@ -109,15 +109,15 @@ def _templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, 
 
 
 def has_llama_cpp() -> bool:
-    """Whether llama-cpp-python is installed; it is not loaded to find out."""
+    """Whether llama-cpp-python is installed; it is not imported for this."""
     return importlib.util.find_spec("llama_cpp") is not None
 
 
 def through_llama_cpp(file: pathlib.Path, reference: Reference, new_tokens: int) -> Observed:
-    """A GGUF file, through llama-cpp-python in a child process.
+    """Observe a GGUF file with llama-cpp-python in a child process.
 
     Raises:
-        ExportError: the child ended otherwise than by itself, with its last words.
+        ExportError: the child failed; with its last line of output.
     """
     with tempfile.TemporaryDirectory() as folder:
         job, result = pathlib.Path(folder) / "job.json", pathlib.Path(folder) / "result.npz"
@@ -136,7 +136,7 @@ def through_llama_cpp(file: pathlib.Path, reference: Reference, new_tokens: int)
                 fix="if it is a signal, build llama-cpp-python for this processor: make llama-cpp",
             )
         with numpy.load(result) as arrays:
-            told = json.loads(str(arrays["told"]))
+            report = json.loads(str(arrays["report"]))
             logits = [torch.from_numpy(arrays[f"logits{n}"].astype(numpy.float32)) for n in range(len(questions))]
-    answers = [GreedyAnswer(ids, ended) for ids, ended in told["answers"]]
-    return Observed(told["by"], told["template"], told["prompts"], answers, logits, frozenset(told["stops"]))
+    answers = [GreedyAnswer(ids, ended) for ids, ended in report["answers"]]
+    return Observed(report["by"], report["template"], report["prompts"], answers, logits, frozenset(report["stops"]))

@@ -1,4 +1,4 @@
-"""A Transformers model asked without nybble's generator: by its own generate, as its users ask it, and for logits."""
+"""Answers and logits of a Transformers model without nybble's generator: by its own `generate`, as its users call it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from transformers import PreTrainedModel
 from nybble.data.order import batches
 from nybble.engine.loss import last_hidden
 
-NEW_TOKENS = 48  # of an answer: enough for most to end or to go astray
-BATCH_TOKENS = 4096  # of padded prompts and answers: 2 GB of Llama 2 7B's keys and values, beside its weights
+NEW_TOKENS = 48  # per answer: enough for most to end or to go wrong
+BATCH_TOKENS = 4096  # of padded prompts and answers: 2 GB of keys and values for Llama 2 7B, besides its weights
 
 
 @dataclass(frozen=True)
 class GreedyAnswer:
-    """What a model answers to a question.
+    """A model's greedy answer to a question.
 
     Attributes:
-        ids: greedy, without what ends it.
+        ids: token ids, without the token that ends it.
         ended: whether it stopped by itself.
     """
 
@@ -29,7 +29,7 @@ class GreedyAnswer:
 
 
 def generated(model: PreTrainedModel, prompts: Sequence[list[int]], pad_id: int) -> list[GreedyAnswer]:
-    """Greedy answers that the model's generation settings end; prompts of similar length in one batch, padded on the left."""
+    """Greedy answers with the stop tokens of the model's settings, in batches of similar length, padded on the left."""
     stops = own_stops(model)
     answers: dict[int, GreedyAnswer] = {}
     for batch in batches([len(prompt) + NEW_TOKENS for prompt in prompts], BATCH_TOKENS):
@@ -46,13 +46,13 @@ def generated(model: PreTrainedModel, prompts: Sequence[list[int]], pad_id: int)
                 use_cache=True,
                 pad_token_id=pad_id,
             )
-        made = output[:, longest:].tolist()
-        answers |= {n: _until(row, stops) for n, row in zip(batch, made, strict=True)}
+        new = output[:, longest:].tolist()
+        answers |= {n: _until(row, stops) for n, row in zip(batch, new, strict=True)}
     return [answers[n] for n in range(len(prompts))]
 
 
 def own_stops(model: PreTrainedModel) -> set[int]:
-    """The tokens at which a model's generation settings stop."""
+    """The stop tokens of a model's generation settings."""
     end = model.generation_config.eos_token_id
     return set() if end is None else {end} if isinstance(end, int) else set(end)
 
@@ -63,7 +63,7 @@ def _until(row: list[int], stops: set[int]) -> GreedyAnswer:
 
 
 def next_logits(model: PreTrainedModel, rows: Sequence[list[int]], starts: Sequence[int]) -> list[torch.Tensor]:
-    """What follows each row's prompt: (len(row) - start, vocabulary) float32 logits on the CPU."""
+    """Logits of the tokens after each row's prompt: (len(row) - start, vocabulary), float32, on the CPU."""
     head = model.get_output_embeddings()
     logits: dict[int, torch.Tensor] = {}
     for batch in batches([len(row) for row in rows], BATCH_TOKENS):

@@ -1,4 +1,4 @@
-"""What an artefact and its run are asked: conversations that tokenizers and templates differ in, and held-out prompts."""
+"""Questions for an artefact and its run: conversations that tokenizers and templates treat differently, held-out prompts."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from nybble.data.text.tokens import encode_prompt
 from nybble.errors import DataError
 from nybble.evaluate.generation import FIXED, held_out_prompts
 
-HELD_OUT = 4  # prompts of validation rows, beside the conversations below
+HELD_OUT = 4  # prompts of validation rows, besides the conversations below
 CONVERSATIONS: tuple[Conversation, ...] = (
     *((Message("user", text),) for text in FIXED),
     (Message("user", "Name a fruit."), Message("assistant", "An apple."), Message("user", "And another one?")),
     (Message("system", "Answer in one word."), Message("user", "Which animal barks?")),
     (Message("user", "Zähle auf: 1234567, 3.14,  zwei  Leerzeichen\n\n\tx = [a, b]; 你好 🙂 naïve"),),
 )
-"""Turns, a system message, and what tokenizers differ in: digits, repeated spaces, tabs, other scripts."""
+"""Several turns, a system message, and text that tokenizers treat differently: digits, repeated spaces, tabs, other scripts."""
 PLAIN = CONVERSATIONS[-1][0].content
-"""A text without turns, which programs begin as the tokenizer begins a text."""
+"""A text without turns, to compare how programs tokenise plain text."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt as token ids; `messages` where a user would ask it as a conversation."""
+    """A prompt as token ids; with `messages` if users would send it as a conversation."""
 
     prompt: list[int]
     messages: tuple[dict[str, str], ...] | None = None
@@ -39,7 +39,7 @@ def questions_for(answerer: Answerer, validation: Dataset | None) -> list[Questi
 
 
 def _conversations(answerer: Answerer) -> list[Question]:
-    """Those that the template can express: some have no system message, some no second turn."""
+    """The conversations that the template can express: some have no system message, some no second turn."""
     questions = []
     for conversation in CONVERSATIONS:
         try:

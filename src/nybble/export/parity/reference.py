@@ -1,4 +1,4 @@
-"""The run's side of the gate: its answers, its distributions, and how far each merge of it should be from them."""
+"""The run's side of the gate: its answers, its distributions, and how far each merge is expected to be from them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from nybble.objective.likelihood import bare
 
 @dataclass(frozen=True)
 class Reference:
-    """What the run answers.
+    """The run's answers.
 
     Attributes:
-        questions: what is asked.
-        answers: of the run, one per question.
-        rows: prompt and answer with its end, one per question: what `scores` were computed on.
+        questions: the questions.
+        answers: the run's answers, one per question.
+        rows: prompt and answer with its end, one per question, on which `scores` were computed.
         scores: (answer, vocabulary) log-probabilities of each token of an answer and its end.
-        expected: by base, the mean divergence of its merged weights, computed as the run computes.
+        expected: by base, the mean divergence of its merged weights, computed in the same way as the run.
         end_id: the token that ends an answer.
-        template: Jinja.
-        plain: ids of the text PLAIN.
+        template: the chat template, Jinja.
+        plain: token ids of the text PLAIN.
     """
 
     questions: Sequence[Question]
@@ -45,7 +45,7 @@ class Reference:
 
     @property
     def samples(self) -> list[Sample]:
-        """The rows as they are compared: the answers count, and rows without one are left out."""
+        """The rows for a comparison, in which the answers count; rows without an answer are left out."""
         return [
             {"input_ids": row, "trained": [position >= len(question.prompt) for position in range(len(row))]}
             for question, row in zip(self.questions, self.rows, strict=True)
@@ -54,12 +54,12 @@ class Reference:
 
 
 def ask_run(answerer: Answerer, validation: Dataset | None, merges: Mapping[str, Merge]) -> Reference:
-    """The run's answers and distributions, and what each merge should give.
+    """The run's answers and distributions, and the expected divergence of each merge.
 
     Args:
         answerer: the run.
         validation: its validation rows.
-        merges: by base.
+        merges: the merges by base.
 
     Raises:
         DataError: a token id without an embedding.
@@ -80,7 +80,7 @@ def ask_run(answerer: Answerer, validation: Dataset | None, merges: Mapping[str,
 
 
 def _answers(answerer: Answerer, prompts: Sequence[list[int]]) -> list[GreedyAnswer]:
-    """The run's answers, prompts of similar length in one batch."""
+    """The run's answers, in batches of prompts of similar length."""
     answers: dict[int, GreedyAnswer] = {}
     for batch in batches([len(prompt) + NEW_TOKENS for prompt in prompts], BATCH_TOKENS):
         made = answerer.complete([prompts[n] for n in batch], Sampling(max_new_tokens=NEW_TOKENS))

@@ -1,4 +1,4 @@
-"""An exported model that does not answer like the run is refused."""
+"""The error for an exported model that does not answer like the run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from nybble.export.records import Parity
 
 
 def refuse_failed(parity: Parity, what: str, report: pathlib.Path) -> None:
-    """Raise where an artefact does not answer like the run.
+    """Raise if an artefact does not answer like the run.
 
     Args:
         parity: what was measured.
         what: the artefact.
-        report: where the record of it is.
+        report: the path of its record.
 
     Raises:
         ExportError: with every reason.

@@ -1,8 +1,8 @@
-"""The gate: an artefact answers like the run it was made from, or it is not kept.
+"""The verdict of the gate: an artefact that does not answer like its run is not kept.
 
-The run is asked some prompts (`reference`). The artefact, loaded by another program as its user would load it, is asked the same
-(`loaders`). The ids of the prompts must be equal and the artefact must stop where an answer ends; how far its next-token
-distributions are from the run's is compared with a limit that depends on the type.
+The run answers some prompts (`reference`). The artefact, loaded by another program as its users would load it, answers the same
+(`loaders`). The token ids of the prompts must be equal, and the artefact must stop where an answer ends; the distance of its
+next-token distributions from the run's is compared with a limit that depends on the type.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nybble.export.parity.prompts import PLAIN, Question
 from nybble.export.parity.reference import Reference
 
 FACTOR = 1.5
-"""The artefact's divergence may be so many times that of its weights computed as the run computes."""
+"""The artefact's divergence may be this many times that of its merged weights computed in the same way as the run."""
 ALLOWED = {
     "adapter": 0.01,
     "bfloat16": 0.01,
@@ -31,22 +31,22 @@ ALLOWED = {
     "Q5_K": 0.1,
     "Q4_K": 0.3,
 }
-"""And so much more, in nats per token, for what the type costs: 4 to 10 times what docs/benchmarks.md has for a model of 135M."""
-ALLOWED_OTHERWISE = 1.0  # Q4_0, Q3_K and Q2_K: at 135M they ramble
+"""Divergence in nats per token allowed on top for each type: 4 to 10 times what docs/benchmarks.md has for a model of 135M."""
+ALLOWED_OTHERWISE = 1.0  # Q4_0, Q3_K and Q2_K, whose answers at 135M are poor
 
 
 @dataclass(frozen=True)
 class Observed:
-    """The artefact's side: what the program that loaded it observed.
+    """The artefact's side: what was observed in the program that loaded it.
 
     Attributes:
         by: the program and its version.
         template: whether it found a chat template.
-        prompts: ids of each question that has messages, through its own template and tokenizer; else None.
-        answers: greedy, with what the artefact itself takes for an end.
-        logits: (answer, vocabulary) of each of the reference's rows.
-        stops: tokens at which it stops.
-        plain: ids of the text PLAIN; None where they are not asked for.
+        prompts: token ids of each question with messages, by its own template and tokenizer; None for other questions.
+        answers: greedy answers, ended by the artefact's own stop tokens.
+        logits: (answer, vocabulary) for each of the reference's rows.
+        stops: its stop tokens.
+        plain: token ids of the text PLAIN; None if they are not compared.
     """
 
     by: str
@@ -70,11 +70,11 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """No failure was found."""
+        """Whether there are no failures."""
         return not self.failures
 
     def as_dict(self) -> dict[str, Any]:
-        """For the report."""
+        """The verdict for the report."""
         return {"passed": self.passed, **asdict(self)}
 
 
@@ -87,8 +87,8 @@ def judge(
         kind: adapter, the dtype of a merged model, or a GGUF type.
         reference: the run's side.
         observed: the artefact's side.
-        base: which base it was merged into; None for an adapter, which should give what the run gives.
-        tokenizer: of the run, to show what differs.
+        base: which base the adapter was merged into; None for an adapter, which should answer exactly like the run.
+        tokenizer: the run's tokenizer, to show differences.
     """
     numbers = _distances(reference, observed)
     expected = 0.0 if base is None else reference.expected[base]
@@ -122,16 +122,16 @@ def judge(
 
 
 def allowed(kind: str) -> float:
-    """Nats per token that a type may cost."""
+    """The divergence allowed for a type, in nats per token."""
     return next((value for name, value in ALLOWED.items() if kind.startswith(name)), ALLOWED_OTHERWISE)
 
 
 def _template_failures(reference: Reference, observed: Observed, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     if not observed.template:
         return ["the chat template is lost"]
-    asked = [question.messages[-1]["content"] if question.messages else "" for question in reference.questions]
+    texts = [question.messages[-1]["content"] if question.messages else "" for question in reference.questions]
     prompts = [question.prompt for question in reference.questions]
-    pairs = [*zip(asked, prompts, observed.prompts, strict=True), (PLAIN, reference.plain, observed.plain)]
+    pairs = [*zip(texts, prompts, observed.prompts, strict=True), (PLAIN, reference.plain, observed.plain)]
     for text, run, ids in pairs:
         if ids is None or list(ids) == list(run):
             continue
@@ -142,7 +142,7 @@ def _template_failures(reference: Reference, observed: Observed, tokenizer: PreT
 
 
 def _distances(reference: Reference, observed: Observed) -> dict[str, float | int]:
-    """Of all tokens of the run's answers: divergence, logits' differences, equal likeliest tokens."""
+    """Over all tokens of the run's answers: divergence, differences of log-probabilities, share of equal likeliest tokens."""
     kls, differences, equal = [], [], []
     for row, question, run, logits in zip(
         reference.rows, reference.questions, reference.scores, observed.logits, strict=True
