@@ -131,8 +131,8 @@ def measure_file(scratch: pathlib.Path, size: float) -> dict[str, object]:
     write_shards(scratch, specs, rows, lambda _: None, shard=1 << 40)
     (file,) = scratch.glob("*.safetensors")
     size = file.stat().st_size / 1e9
-    by_tensor, by_file = median(lambda: bits.of_files(scratch)), median(lambda: digests.digest(file))
-    cold = median(lambda: bits.of_files(scratch), lambda: forget(scratch))
+    by_tensor, by_file = median(lambda: bits.digests_of_files(scratch)), median(lambda: digests.digest(file))
+    cold = median(lambda: bits.digests_of_files(scratch), lambda: forget(scratch))
     return {
         "gb": round(size, 3), "check_s": by_tensor, "check_gb_s": round(size / by_tensor, 1), "one_thread_s": by_file,
         "one_thread_gb_s": round(size / by_file, 1), "cold_check_s": cold,

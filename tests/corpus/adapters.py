@@ -223,7 +223,7 @@ KINDS = [
             ("lora_ga", "LoRA-GA"),
         )
     ),
-    refused("start unknown", config(init_lora_weights="magic"), "magic", "does not know"),
+    refused("start unknown", config(init_lora_weights="magic"), "magic", "does not support"),
     refused("start a list", config(init_lora_weights=["pissa"]), "init_lora_weights"),
     refused("layers repeated", config(layer_replication=[[0, 2], [1, 2]]), "layer_replication"),
     refused("aLoRA", config(alora_invocation_tokens=[5, 6]), "alora_invocation_tokens"),

@@ -11,29 +11,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nybble.distributed import group
-from nybble.distributed.group import add_up, add_up_number, from_first, gathered, in_group, share_of, wait_for_all
+from nybble.distributed.group import all_gather, all_reduce, all_reduce_number, barrier, broadcast, in_group, share_of
 from nybble.objective.objective import Mean, MetricSums
 
 THREE = """
 import json, os, sys
 import torch
 import torch.distributed
-from nybble.distributed.group import add_up, add_up_number, from_first, gathered, in_group, share_of, wait_for_all
+from nybble.distributed.group import all_reduce, all_reduce_number, broadcast, all_gather, in_group, share_of, barrier
 from nybble.objective.objective import Mean, MetricSums
 
 def work(rank):
     torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meet", rank=rank, world_size=3)
-    wait_for_all()
+    barrier()
     sums = MetricSums(["loss", "margin"], torch.device("cpu"))
     if rank:  # the first has no batch
         sums.add({"loss": Mean(torch.tensor(float(rank)), rank), "margin": Mean(torch.tensor(6.0 * rank), torch.tensor(2))})
     found = {
         "in group": in_group(),
         "shares": [list(share_of(count)) for count in (0, 2, 7)],
-        "gathered": [gathered([f"item {n}" for n in share_of(count)]) for count in (0, 2, 7)],
-        "first": from_first({"rank": rank}),
-        "sum": add_up(torch.tensor([rank, 10])).tolist(),
-        "number": add_up_number(rank, torch.device("cpu")),
+        "gathered": [all_gather([f"item {n}" for n in share_of(count)]) for count in (0, 2, 7)],
+        "first": broadcast({"rank": rank}),
+        "sum": all_reduce(torch.tensor([rank, 10])).tolist(),
+        "number": all_reduce_number(rank, torch.device("cpu")),
         "means": sums.means(),
     }
     with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
@@ -73,13 +73,13 @@ def test_three_processes_divide_work_and_share_results(tmp_path):
 
 def test_a_process_that_is_alone_does_all_of_it(monkeypatch):
     assert not in_group()
-    wait_for_all()
+    barrier()
     assert share_of(5) == range(5)
-    assert gathered([1, 2]) == [1, 2]
-    assert from_first("mine") == "mine"
-    assert add_up(torch.tensor([2])).tolist() == [2]
-    monkeypatch.setattr(group, "add_up", lambda _: 1 / 0)  # a tensor on the device would have to be waited for
-    assert add_up_number(4, torch.device("cpu")) == 4
+    assert all_gather([1, 2]) == [1, 2]
+    assert broadcast("mine") == "mine"
+    assert all_reduce(torch.tensor([2])).tolist() == [2]
+    monkeypatch.setattr(group, "all_reduce", lambda _: 1 / 0)  # a tensor on the device would have to be waited for
+    assert all_reduce_number(4, torch.device("cpu")) == 4
 
 
 @given(st.lists(st.tuples(st.floats(-100, 100), st.integers(1, 50)), max_size=10))

@@ -570,7 +570,7 @@ def test_products_of_the_loss_know_few_numbers_of_rows(rows, dtype, skip, monkey
     places = torch.randperm(rows, device=DEVICE) if skip else None
     found = []
     for devices in ((), (DEVICE,)):
-        monkeypatch.setattr("nybble.engine.loss.FILLED", devices)
+        monkeypatch.setattr("nybble.engine.loss.PADDED_DEVICES", devices)
         with Rows() as met:
             loss = summed_cross_entropy(hidden, head, targets, places)
             (gradient,) = torch.autograd.grad(loss, hidden)

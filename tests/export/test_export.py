@@ -261,7 +261,7 @@ def test_a_model_that_is_spread_answers_alike_and_one_that_fits_nowhere_is_kept_
 def test_long_prompts_are_answered_a_few_at_a_time_and_alike(run, measured, merged, monkeypatch):
     whole = loaders.through_transformers(merged[0], measured[0].reference, {"device_map": {"": "cpu"}})
     seen = []
-    monkeypatch.setattr(plain, "TOKENS_AT_ONCE", 250)
+    monkeypatch.setattr(plain, "BATCH_TOKENS", 250)
     monkeypatch.setattr(plain, "last_hidden", lambda *words: seen.append(words[2]) or last_hidden(*words))
     parts = loaders.through_transformers(merged[0], measured[0].reference, {"device_map": {"": "cpu"}})
     assert len(seen) > 1
@@ -278,7 +278,7 @@ def test_the_run_answers_long_prompts_a_few_at_a_time_and_alike(run, cache, monk
     )
     whole = reference.ask_run(answerer, None, {})
     assert len(batches) == 1
-    monkeypatch.setattr(reference, "TOKENS_AT_ONCE", 250)
+    monkeypatch.setattr(reference, "BATCH_TOKENS", 250)
     parts = reference.ask_run(answerer, None, {})
     assert len(batches) > 2
     for prompts in batches[1:]:

@@ -62,7 +62,7 @@ def test_the_choice_says_what_and_why(monkeypatch):
     assert str(on_cpu) == "plain torch: Triton's kernels do not run on cpu"
     on_cuda = ops.choose(torch.device("cuda"))
     assert (on_cuda.operations, str(on_cuda)) == (kernels, "Triton kernels")
-    monkeypatch.setattr(ops, "MISSING", "No module named 'triton'")
+    monkeypatch.setattr(ops, "TRITON_MISSING", "No module named 'triton'")
     assert ops.choose(torch.device("cuda")).operations is reference
     assert str(ops.choose(torch.device("cuda"))) == "plain torch: No module named 'triton'; pip install triton"
 

@@ -86,7 +86,7 @@ def test_a_base_has_the_same_digest_however_it_was_come_by(tiny_llama, tmp_path,
     assert "is not cached" in bases[2].notices[0]
     assert [base.from_cache for base in bases] == [False, True, False]
     assert len({base.bits.digest for base in bases}) == 1
-    assert bases[0].bits.made == bits.making_on(CPU, dtype)
+    assert bases[0].bits.made == bits.made_by(CPU, dtype)
     other = write_llama(tmp_path / "other", initializer_range=0.1)
     assert load_base(find_checkpoint(str(other)), options, dtype, CPU, tmp_path).bits.digest != bases[0].bits.digest
 
@@ -95,14 +95,14 @@ def test_a_run_records_the_bits_of_its_base(trained) -> None:
     start = json.loads((trained / "run" / "start.json").read_text())["quantized_base"]
     assert start == json.loads((trained / "run" / "summary.json").read_text())["base"]["quantized"]
     assert start == load_answerer(trained / "run", trained / "cache").bits.as_json()
-    assert start["made"] == bits.making_on(CPU, torch.float32)
+    assert start["made"] == bits.made_by(CPU, torch.float32).as_json()
 
 
 def resealed(place: pathlib.Path) -> None:
     """Other weights in the cache, with digests that fit them: only the run knows better."""
     entry = entry_of(place)
     zeroed("down_proj.weight")(entry / "model.safetensors")
-    facts = {**kept.read_note(entry / kept.MANIFEST)["facts"], "tensors": bits.of_files(entry)}
+    facts = {**kept.read_note(entry / kept.MANIFEST)["facts"], "tensors": bits.digests_of_files(entry)}
     (entry / kept.MANIFEST).unlink()
     kept.seal(entry, entry, facts, frozenset({"model.safetensors"}))
 

@@ -34,7 +34,7 @@ from nybble.preflight.doctor.access import base_model
 from nybble.recipe import LoraOptions, ModelOptions, load_recipe
 from nybble.run.folder import open_run
 from nybble.weights.frozen import linear4bits
-from nybble.weights.on_cpu import dequantise_where_room
+from nybble.weights.on_cpu import dequantise_if_it_fits
 from tests.conftest import SHARED, small_tokenizer, write_llama
 
 CPU = torch.device("cpu")
@@ -582,10 +582,10 @@ def test_dequantised_layers_answer_to_the_bit_as_4_bit_ones_do(tiny_llama, tmp_p
 
     before = logits()
     assert not torch.equal(*before)
-    assert dequantise_where_room(model)
+    assert dequantise_if_it_fits(model)
     assert not list(linear4bits(model))
     assert all(map(torch.equal, logits(), before))
-    assert not dequantise_where_room(model), "there is nothing left to do"
+    assert not dequantise_if_it_fits(model), "there is nothing left to do"
 
 
 def test_4_bit_layers_that_compute_in_another_type_stay(tiny_llama, tmp_path):
@@ -599,14 +599,14 @@ def test_4_bit_layers_that_compute_in_another_type_stay(tiny_llama, tmp_path):
     )
     model = base_of(tmp_path / "stored", tmp_path / "cache").model.eval()
     assert {layer.compute_dtype for layer in linear4bits(model)} == {torch.bfloat16}
-    assert not dequantise_where_room(model)
+    assert not dequantise_if_it_fits(model)
     assert loss_of(model).isfinite()
 
 
 def test_without_room_layers_stay_in_4_bits(tiny_llama, tmp_path, monkeypatch):
     model = base_of(tiny_llama, tmp_path).model
     monkeypatch.setattr("nybble.weights.on_cpu.host_memory", lambda: Memory(10_000, 20_000))
-    assert not dequantise_where_room(model)
+    assert not dequantise_if_it_fits(model)
     assert list(linear4bits(model))
 
 

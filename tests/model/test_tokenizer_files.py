@@ -191,9 +191,9 @@ def soon(monkeypatch):
         ("layers_pattern", [r"(\w+\.?)+!"], "still running after "),
         ("rank_pattern", {r"(\w+\.?)+!": 4}, "still running after "),
         ("alpha_pattern", {"q_proj": 2, ".*": 3, r"(\w+\.?)+!": 4}, "still running after "),
-        ("target_modules", "(", "it is no expression: missing )"),
-        ("rank_pattern", {"(?i)Q_PROJ": 2}, "it is no expression: global flags not at the start"),
-        ("target_modules", "a{99999999999}", "it is no expression"),
+        ("target_modules", "(", "it is not a valid expression: missing )"),
+        ("rank_pattern", {"(?i)Q_PROJ": 2}, "it is not a valid expression: global flags not at the start"),
+        ("target_modules", "a{99999999999}", "it is not a valid expression"),
         ("target_modules", "x" * 20_000 + "*", "it has 20,001 characters"),
     ],
 )

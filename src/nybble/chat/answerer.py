@@ -22,7 +22,7 @@ from nybble.errors import DeviceError, ModelError
 from nybble.generate.padded import Padded
 from nybble.generate.request import Completed, GenerationError, NonFiniteLogitsError, Request, Token, complete
 from nybble.model.adapter.updates import Updates
-from nybble.model.base.bits import Bits
+from nybble.run.start import QuantizedBase
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Answerer:
     """PEFT's name of the run's adapter: several runs of one base share `model`."""
     system: str = ""
     """The system message of most training rows, to be the first message of a conversation."""
-    bits: Bits | None = None
+    bits: QuantizedBase | None = None
     """Those of the base, if nybble quantised it."""
 
     def answer(

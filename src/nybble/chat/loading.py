@@ -16,7 +16,7 @@ from nybble.files.disk_errors import explained_disk_errors
 from nybble.files.paths import check_cache, default_cache
 from nybble.model.adapter.lora import add_adapter, load_adapter
 from nybble.model.adapter.updates import updates_of
-from nybble.model.base.bits import trained_on
+from nybble.model.base.bits import trained_base
 from nybble.model.base.cached import check_unchanged
 from nybble.model.base.checkpoint import find_base, fingerprint
 from nybble.model.base.load import load_base
@@ -24,7 +24,7 @@ from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer, read_tokenizer
 from nybble.run.folder import Run, open_run, refuse_unfinished
 from nybble.run.identity import check_beginning
-from nybble.weights.on_cpu import dequantise_where_room
+from nybble.weights.on_cpu import dequantise_if_it_fits
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +68,11 @@ def load_answerers(
     checkpoint = find_base(runs[0])
     with explained_disk_errors(cache):
         check_one_base(runs, cache)
-        base = load_base(checkpoint, options, dtype, torch_device, cache, trained_on(runs[0]))
+        base = load_base(checkpoint, options, dtype, torch_device, cache, trained_base(runs[0]))
     notices = list(base.notices)
     for run in runs[1:]:
         if base.bits is not None:
-            notices += check_unchanged(base.bits, base.fingerprint, trained_on(run), run.folder)
+            notices += check_unchanged(base.bits, base.fingerprint, trained_base(run), run.folder)
     for notice in dict.fromkeys(notices):
         logger.warning("%s", notice)
     names = ["default", *(f"run{number}" for number in range(2, len(runs) + 1))]  # PEFT allows no dots in a name
@@ -85,7 +85,7 @@ def load_answerers(
             parameter.data = parameter.data.to(dtype)
     model.eval()
     if dequantise:
-        dequantise_where_room(model)
+        dequantise_if_it_fits(model)
     answerers = []
     for run, name, changes in zip(runs, names, updates, strict=True):
         tokenizer, template = load_template(run, checkpoint.folder)

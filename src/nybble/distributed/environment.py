@@ -1,4 +1,4 @@
-"""The environment variables of this process, which are everybody's."""
+"""The environment variables of this process, which libraries change."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def environment_restored() -> Iterator[None]:
-    """os.environ is afterwards what it was before: trackers, Transformers and Accelerate all set variables in it."""
+    """Restore os.environ afterwards: trackers, Transformers and Accelerate all set variables in it."""
     before = dict(os.environ)
     try:
         yield

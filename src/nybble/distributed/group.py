@@ -1,6 +1,6 @@
-"""What the processes of a run do together; every function here also works in a process that is alone.
+"""What the processes of a run do together; every function also works in a single process.
 
-All processes have to call the same function at the same point: one that is left out is waited for.
+All processes must call the same function at the same point: the others wait for one that does not.
 """
 
 from __future__ import annotations
@@ -14,52 +14,52 @@ Item = TypeVar("Item")
 
 
 def in_group() -> bool:
-    """Whether this process has joined others."""
+    """Whether this process has joined a process group."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def group_size() -> int:
-    """How many processes train together; 1 for a process that is alone."""
+    """How many processes train together; 1 for a single process."""
     return torch.distributed.get_world_size() if in_group() else 1
 
 
-def wait_for_all() -> None:
-    """Go on once every process is here."""
+def barrier() -> None:
+    """Wait until every process has called this."""
     if in_group():
         torch.distributed.barrier()
 
 
-def add_up(numbers: torch.Tensor) -> torch.Tensor:
-    """The sum over processes; the tensor that is given holds it afterwards."""
+def all_reduce(numbers: torch.Tensor) -> torch.Tensor:
+    """The sum over processes, which is also written into the tensor itself."""
     if in_group():
         torch.distributed.all_reduce(numbers)
     return numbers
 
 
-def add_up_number(number: int, device: torch.device) -> int:
-    """The sum over processes; a process that is alone does not wait for its device."""
-    return int(add_up(torch.tensor(number, device=device))) if in_group() else number
+def all_reduce_number(number: int, device: torch.device) -> int:
+    """The sum over processes; a single process does not wait for its device."""
+    return int(all_reduce(torch.tensor(number, device=device))) if in_group() else number
 
 
 def share_of(count: int) -> range:
-    """Which of so many items are this process's: neighbours, and as many as any other process has, or one more or fewer."""
+    """The indices of this process's share of so many items: contiguous, and in size at most one apart from any other share."""
     if not in_group():
         return range(count)
-    number, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return range(count * number // processes, count * (number + 1) // processes)
+    rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return range(count * rank // processes, count * (rank + 1) // processes)
 
 
-def gathered(own: list[Item]) -> list[Item]:
-    """The items of all processes, the first process's first; those of `share_of` come in their old order."""
+def all_gather(items: list[Item]) -> list[Item]:
+    """The items of all processes, in the order of their ranks; shares by `share_of` are in their original order again."""
     if not in_group():
-        return own
+        return items
     parts: list[list[Item]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(parts, own)
+    torch.distributed.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 
 
-def from_first(item: Item) -> Item:
-    """What the first process has; what the others pass is ignored."""
+def broadcast(item: Item) -> Item:
+    """The item of the first process; what the others pass is ignored."""
     if not in_group():
         return item
     box = [item]

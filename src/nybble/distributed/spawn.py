@@ -19,7 +19,7 @@ from nybble.installed import module_command
 
 
 def run_processes(count: int, arguments: Sequence[str]) -> int:
-    """Run `nybble ARGUMENTS` in `count` processes on this machine; when one fails, all end.
+    """Run `nybble ARGUMENTS` in `count` processes on this machine; when one fails, all are ended.
 
     Returns:
         The exit status: that of the first process that failed, 130 after Ctrl-C, 143 after SIGTERM.
@@ -30,21 +30,20 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=count,
-        run_id=uuid.uuid4().hex,  # else torch makes one, and warns
+        run_id=uuid.uuid4().hex,  # otherwise torch makes one, and warns
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.2,
-        signals_to_handle="SIGHUP,SIGQUIT",  # at the others the launcher would give the processes 30 seconds
+        signals_to_handle="SIGHUP,SIGQUIT",  # on the others the launcher would end the processes after 30 seconds
     )
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, relay)
     python, *command = module_command("nybble", *arguments)
     try:
         with environment_restored():
-            os.environ.setdefault(
-                "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))
-            )  # or they fight for cores
+            # Otherwise the processes would compete for cores.
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
             elastic_launch(config, python)(*command)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
@@ -56,15 +55,15 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
 
 class _Relay:
     """Passes the first signal on to the processes, which finish their step and save it, however long that takes
-    (`nybble.training.interrupt`); at the second signal the launcher ends them."""
+    (`nybble.training.interrupt`); on the second signal the launcher ends them."""
 
     def __init__(self) -> None:
         self.status = 0
-        """The exit status once the first signal came."""
+        """The exit status after the first signal; 0 before it."""
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.status:
             raise SignalException("a second signal", signal.SIGINT)
         self.status = 128 + number
         for child in psutil.Process().children():
-            child.send_signal(signal.SIGINT)  # SIGTERM is what the launcher sends when another process has failed
+            child.send_signal(signal.SIGINT)  # the launcher sends SIGTERM when another process has failed

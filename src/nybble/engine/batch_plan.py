@@ -27,30 +27,30 @@ NAMES = tuple(inspect.signature(LlamaModel.forward).parameters)[1:]
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What every layer does with one batch; those without a call fall back to their original forward."""
+    """What every layer does with one batch; a layer without a call falls back to its original forward."""
 
     calls: Mapping[LlamaDecoderLayer, LayerCall]
     report: BatchReport
 
 
 def begin_batch(backbone: LlamaModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Hook before the backbone runs: plan this batch for all layers, or leave it to them."""
+    """Hook before the backbone runs: plan this batch for all layers, or leave it to their original forward."""
     fusion: Fusion = backbone.nybble_fusion
     if getattr(backbone, "_is_replica", False):
         raise EngineError(
             "torch.nn.DataParallel copies the layers to several devices, but the fused engine uses one",
-            fix="CUDA_VISIBLE_DEVICES=0, or start one process a device: accelerate launch, torchrun",
+            fix="CUDA_VISIBLE_DEVICES=0, or start one process per device: accelerate launch, torchrun",
         )
     kwargs = {**dict(zip(NAMES, args, strict=False)), **kwargs}
     layers = list(backbone.layers)[: backbone.config.num_hidden_layers]
-    with fusion.shared.turn():
+    with fusion.shared.exclusive():
         plan = _plan_and_report(fusion, backbone, layers, kwargs)
     kwargs[CALLS] = plan.calls
     if plan.calls:
         kwargs["use_cache"] = False
     if len(plan.calls) == len(layers):
-        # No layer reads the mask. Transformers takes one of four dimensions as it is, and so builds none of
-        # length x length for packed rows: 14 GB at 120,000 tokens.
+        # No layer reads the mask. Transformers uses a mask of four dimensions as it is, so this one keeps it from
+        # building a mask of length x length for packed rows: 14 GB at 120,000 tokens.
         kwargs["attention_mask"] = torch.empty(0, 0, 0, 0, device=tokens_of(kwargs).device)
     return (), kwargs
 
@@ -58,8 +58,8 @@ def begin_batch(backbone: LlamaModel, args: tuple[Any, ...], kwargs: dict[str, A
 def _plan_and_report(
     fusion: Fusion, backbone: LlamaModel, layers: Sequence[LlamaDecoderLayer], kwargs: Mapping[str, Any]
 ) -> BatchPlan:
-    """Plan a batch, remember how it is computed, and warn of what is not fused."""
-    if not torch.is_grad_enabled():  # evaluation and generation have other uses for the memory
+    """Plan a batch, record how it is computed, and warn about layers that are not fused."""
+    if not torch.is_grad_enabled():  # evaluation and generation need the memory for other things
         fusion.shared.workspace.release()
     plan = plan_batch(fusion, backbone, layers, kwargs)
     has_trained = torch.is_grad_enabled()
@@ -78,23 +78,23 @@ def plan_batch(
     """What every layer does with this batch.
 
     Args:
-        fusion: of the backbone.
-        backbone: that is about to run.
+        fusion: the backbone's.
+        backbone: the one that is about to run.
         layers: those of its layers that it will call.
-        kwargs: all that it is called with.
+        kwargs: all arguments that it is called with.
     """
     try:
         layout = _layout(backbone, kwargs)
     except UnsupportedBatch as why:
         fusion.shared.workspace.release()
         return BatchPlan({}, BatchReport(refusals=[str(why)] * len(layers)))
-    found, refusals = fusion.read(layers)
-    if not found:
+    fused, refusals = fusion.read(layers)
+    if not fused:
         fusion.shared.workspace.release()
         return BatchPlan({}, BatchReport(refusals=refusals))
     embedded = kwargs.get("inputs_embeds")
     residual = backbone.embed_tokens.weight.dtype if embedded is None else embedded.dtype
-    first = next(iter(found.values()))
+    first = next(iter(fused.values()))
     device, sizes = first.norms[0].device, first.sizes
     if fusion.shared.device != device:  # fused before the model was moved
         fusion.shared, fusion.choices = Shared(device), {}
@@ -102,34 +102,34 @@ def plan_batch(
     if dtype not in fusion.choices:
         fusion.choices[dtype] = choose(device, dtype, sizes.heads, sizes.key_heads, sizes.head_size)
     batch = BatchContext(layout.segments, _backend(fusion.choices[dtype], layout), dtype, fusion.shared)
-    policies, cached = _share_memory(fusion, list(found.values()), batch, residual)
+    policies, cached = _share_memory(fusion, list(fused.values()), batch, residual)
     tiles = {policy: batch.tiles(policy or LADDER[0]) for policy in set(policies)}
     fusion.shared.workspace.cache([group for layer in cached for group in layer.groups.values()], dtype)
-    _reserve(fusion.shared, list(found.values()), max(map(len, tiles.values())), dtype)
-    seed = _seed(found.values())
+    _reserve(fusion.shared, list(fused.values()), max(map(len, tiles.values())), dtype)
+    seed = _seed(fused.values())
     calls = {
-        layer: LayerCall(found[layer], batch, tiles[policy], policy, seed + 2**40 * index)
-        for index, (layer, policy) in enumerate(zip(found, policies, strict=True))
+        layer: LayerCall(fused[layer], batch, tiles[policy], policy, seed + 2**40 * index)
+        for index, (layer, policy) in enumerate(zip(fused, policies, strict=True))
     }
     saved = [policy for policy in policies if policy is not None]
     return BatchPlan(calls, BatchReport(len(calls), refusals, saved, fusion.choices[dtype].reason, len(cached)))
 
 
 def _layout(backbone: LlamaModel, kwargs: Mapping[str, Any]) -> BatchLayout:
-    """What a batch looks like.
+    """The layout of a batch.
 
     Raises:
-        UnsupportedBatch: it is not for the fused layers, which build no key-value cache. In training one is asked for by
-            use_cache=True only: config.use_cache is on wherever nobody thought of it.
+        UnsupportedBatch: the fused layers cannot compute it; they build no key-value cache. In training, only the argument
+            use_cache=True counts as a request for one: config.use_cache is on by default, so it says nothing.
     """
-    config, asked = backbone.config, kwargs.get("use_cache")
-    wanted = config.use_cache if asked is None else asked
-    builds = wanted and not (backbone.training and backbone.gradient_checkpointing)  # Transformers' own rule
-    if builds and not (asked is None and backbone.training and torch.is_grad_enabled()):
+    config, requested = backbone.config, kwargs.get("use_cache")
+    use_cache = config.use_cache if requested is None else requested
+    builds_cache = use_cache and not (backbone.training and backbone.gradient_checkpointing)  # Transformers' own rule
+    if builds_cache and not (requested is None and backbone.training and torch.is_grad_enabled()):
         raise UnsupportedBatch("a key-value cache is built; pass use_cache=False to stay fused")
     switches = {"output_attentions": config.output_attentions, "is_causal": getattr(config, "is_causal", None)}
     layout = layout_of({**switches, **{name: value for name, value in kwargs.items() if value is not None}})
-    if builds and layout.is_packed:
+    if builds_cache and layout.is_packed:
         raise UnsupportedBatch(
             "rows are packed, which Transformers does not see while config.use_cache is on; pass use_cache=False"
         )
@@ -142,9 +142,11 @@ def _backend(choice: AttentionChoice, layout: BatchLayout) -> Backend:
 
 
 def _take_over_checkpointing(fusion: Fusion, backbone: LlamaModel, plan: BatchPlan) -> None:
-    """Fused layers recompute by their policy; a checkpoint around them would compute everything twice. Layers that fall
-    back get the checkpointing back that somebody wanted."""
-    fusion.see_checkpointing(backbone)
+    """Switch gradient checkpointing off for the fused layers, and on again for those that fall back.
+
+    Fused layers recompute by their policy; a checkpoint around them would compute everything twice.
+    """
+    fusion.note_checkpointing(backbone)
     for layer in fusion.taken_over:
         layer.gradient_checkpointing = layer not in plan.calls
     if fusion.taken_over and plan.calls:
@@ -154,7 +156,7 @@ def _take_over_checkpointing(fusion: Fusion, backbone: LlamaModel, plan: BatchPl
 def _share_memory(
     fusion: Fusion, layers: Sequence[FusedLayer], batch: BatchContext, residual: torch.dtype
 ) -> tuple[Sequence[str | None], Sequence[FusedLayer]]:
-    """The layers' policies, and those whose weights stay dequantised."""
+    """The layers' policies, and the layers whose weights stay dequantised."""
     if not torch.is_grad_enabled():
         return [None] * len(layers), []
     if fusion.policy != "auto":
@@ -163,12 +165,12 @@ def _share_memory(
     trained = [part for layer in layers for part in layer.parameters()]
     extra = batch.attention.padding_bytes(shape) if isinstance(batch.attention, PaddedAttention) else 0
     share = fusion.budget.share(shape, len(layers), batch.segments.tokens, trained, fusion.shared, extra)
-    able = [layer for layer in layers if all(map(is_cacheable, layer.groups.values()))]
-    return share.policies, able[: share.cached_layers]
+    cacheable = [layer for layer in layers if all(map(is_cacheable, layer.groups.values()))]
+    return share.policies, cacheable[: share.cached_layers]
 
 
 def _compute_type(layer: FusedLayer, residual: torch.dtype) -> torch.dtype:
-    """16 bits where the model is held in them; where somebody made its norms float32, as autocast or the 4-bit layers say."""
+    """The type of the residual stream; where that is float32, autocast's type or the compute type of the 4-bit layers."""
     if residual != torch.float32:
         return residual
     device = layer.norms[0].device.type
@@ -178,7 +180,7 @@ def _compute_type(layer: FusedLayer, residual: torch.dtype) -> torch.dtype:
 
 
 def _reserve(shared: Shared, layers: Sequence[FusedLayer], tiles: int, dtype: torch.dtype) -> None:
-    """Allocate for the largest group of each slot; where some layers have several tiles, others may have one."""
+    """Allocate for the largest group of each slot. Where some layers have several tiles, others may have only one."""
     sizes: Counter[str] = Counter()
     for layer in layers:
         for name, group in layer.groups.items():
@@ -190,6 +192,6 @@ def _reserve(shared: Shared, layers: Sequence[FusedLayer], tiles: int, dtype: to
 
 
 def _seed(layers: Iterable[FusedLayer]) -> int:
-    """A new one for each batch whose inputs are dropped; none is drawn where torch's own forward would draw none."""
+    """A new seed for each batch with dropout; without dropout none is drawn, as in torch's own forward."""
     dropping = any(group.has_dropout for layer in layers for group in layer.groups.values())
     return int(torch.randint(2**62, ()).item()) if dropping else 0

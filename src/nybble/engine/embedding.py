@@ -1,4 +1,4 @@
-"""The frozen token embedding on the host: a batch needs some thousand of its rows."""
+"""The frozen token embedding on the host: a batch needs only a few thousand of its rows."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class EmbeddingOnHost:
         embedding: Any = backbone.embed_tokens
         self.embedding: Any = embedding
         self.device = device
-        known: bool = type(embedding) is torch.nn.Embedding
-        if not known or embedding.weight.requires_grad:
+        is_plain: bool = type(embedding) is torch.nn.Embedding
+        if not is_plain or embedding.weight.requires_grad:
             raise EngineError("the embedding is trained and cannot stay on the host", fix='embedding="device"')
         if backbone.config.tie_word_embeddings:
             raise EngineError("the embedding is also the head, which is needed on the device", fix='embedding="device"')
@@ -30,10 +30,10 @@ class EmbeddingOnHost:
         embedding.weight.data = weight.pin_memory() if device.type == "cuda" else weight
         embedding.nybble_device = device
         embedding.forward = types.MethodType(_look_up, embedding)
-        embedding._apply = types.MethodType(_stay, embedding)
+        embedding._apply = types.MethodType(_stay_on_host, embedding)
 
     def remove(self) -> None:
-        """Bring it back."""
+        """Move the embedding back to its device."""
         del self.embedding.forward, self.embedding._apply, self.embedding.nybble_device
         self.embedding.weight.data = self.embedding.weight.data.to(self.device)
 
@@ -44,6 +44,6 @@ def _look_up(self: Any, ids: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _stay(self: torch.nn.Embedding, function: Any, recurse: bool = True) -> torch.nn.Embedding:
-    """Accelerate moves a whole model to its device before training."""
+def _stay_on_host(self: torch.nn.Embedding, function: Any, recurse: bool = True) -> torch.nn.Embedding:
+    """Ignore a move of the whole model: Accelerate moves it to its device before training."""
     return self

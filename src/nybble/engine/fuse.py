@@ -1,7 +1,7 @@
-"""The one seam: `fuse` gives the decoder layers of a model a faster forward and backward, `unfuse` takes them away.
+"""The only entry: `fuse` gives the decoder layers of a model a faster forward and backward, `unfuse` removes them.
 
-Only the layers' `forward` is shadowed, on these instances, and a hook before the backbone (LlamaModel) reads once for all
-layers what a batch looks like. Modules, parameters, state dicts and adapters stay as they are.
+Only the layers' `forward` is shadowed, on these instances, and a hook before the backbone (LlamaModel) reads a batch's layout
+once for all layers. Modules, parameters, state dicts and adapters stay as they are.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ def fuse(model: torch.nn.Module, policy: Policy = "auto", *, embedding: Literal[
     Args:
         model: a PEFT model with LoRA, or what a trainer wraps it in, or a base that gets its adapter later. The base is of
             the Llama architecture, in NF4, FP4 or 16 bits. Adapters stay PEFT's: saved, loaded, switched and disabled
-            as before. A layer with something that the engine does not know falls back to its original forward, and a
-            warning and `fusion(model).describe()` say what it is (docs/engine.md lists all of it). Several threads may call the
-            model; they take turns layer by layer.
-        policy: what each layer keeps for backward: auto picks the fastest mix that fits into free memory, and keeps weights
-            dequantised where memory is left, until a forward without gradients or `unfuse`;
+            as before. A layer with something that the engine does not support falls back to its original forward, and a
+            warning and `fusion(model).describe()` say what it is (docs/engine.md has the full list). Several threads may
+            call the model; they take turns layer by layer.
+        policy: what each layer keeps for backward. auto picks the fastest mix that fits into free memory, and keeps weights
+            dequantised where memory is left, until a forward without gradients or `unfuse`.
             keep-all, drop-mlp, drop-qkv, layer-input and host go from the fastest to the leanest.
-        embedding: where the token embedding's frozen weight is; host saves its memory on the device (0.26 GB for
+        embedding: where the token embedding's frozen weight is stored; host saves its memory on the device (0.26 GB for
             Llama 2) and costs a small copy per batch.
 
     Returns:
         The same model. `fusion(model).describe()` says what was done.
 
     Raises:
-        EngineError: no Llama backbone or two, layers spread over devices, an unknown policy, an embedding that
-            cannot lie on the host, or a library without what the engine relies upon.
+        EngineError: no Llama backbone or several, layers spread over devices, an unknown policy, an embedding that
+            cannot stay on the host, or a library that lacks something that the engine needs.
     """
     if (misfit := unmet("engine", "weights")) is not None:
         raise EngineError(misfit.what, fix=f"{pip()} install {misfit.requirement}")
     if policy != "auto" and policy not in LADDER:
         raise EngineError(f"there is no policy {policy!r}", fix=f"one of auto, {', '.join(reversed(LADDER))}")
     backbone = _backbone(model)
-    _refuse_spread(backbone)
+    _check_single_device(backbone)
     unfuse(model)
     device = next(backbone.layers[0].parameters()).device
     if device.type == "cpu":
@@ -68,24 +68,24 @@ def fuse(model: torch.nn.Module, policy: Policy = "auto", *, embedding: Literal[
         layer.forward = types.MethodType(forward, layer)
     hooks.append(backbone.register_forward_pre_hook(begin_batch, with_kwargs=True))
     try:
-        found, refusals = result.read(list(readers))
-    except EngineError:  # a library that is built differently: nothing of the engine stays behind
+        fused, refusals = result.read(list(readers))
+    except EngineError:  # a library differs from what the engine expects: undo everything
         unfuse(model)
         raise
-    result.last = BatchReport(len(found), refusals)
+    result.last = BatchReport(len(fused), refusals)
     for refusal, count in Counter(refusals).items():
         result.warn_once(f"{count} of {len(readers)} decoder layers keep their original forward: {refusal}")
     return model
 
 
 def unfuse(model: torch.nn.Module) -> Any:
-    """Give a model's layers their original forward back, and the checkpointing that had been taken over; returns the model."""
+    """Restore the layers' original forward and the checkpointing that `fuse` replaced; returns the model."""
     backbone = _backbone(model)
     result: Fusion | None = backbone.__dict__.pop("nybble_fusion", None)
     if result is not None:
         for hook in result.hooks:
             hook.remove()
-        result.see_checkpointing(backbone)
+        result.note_checkpointing(backbone)
         for layer in result.readers:
             if has_fused_forward(layer):
                 del layer.forward
@@ -96,23 +96,23 @@ def unfuse(model: torch.nn.Module) -> Any:
 
 def fusion(model: torch.nn.Module) -> Fusion | None:
     """What `fuse` did to a model, or None."""
-    found: Fusion | None = _backbone(model).__dict__.get("nybble_fusion")
-    return found
+    result: Fusion | None = _backbone(model).__dict__.get("nybble_fusion")
+    return result
 
 
 def _backbone(model: torch.nn.Module) -> LlamaModel:
-    found = [module for module in model.modules() if isinstance(module, LlamaModel)]
-    if len(found) == 1:
-        return found[0]
+    backbones = [module for module in model.modules() if isinstance(module, LlamaModel)]
+    if len(backbones) == 1:
+        return backbones[0]
     raise EngineError(
-        f"there are {len(found)} Llama backbones in {type(model).__name__}" if found else
+        f"there are {len(backbones)} Llama backbones in {type(model).__name__}" if backbones else
         f"there is no Llama backbone in {type(model).__name__}",
-        fix="fuse each model separately" if found else
+        fix="fuse each model separately" if backbones else
         "nybble.fuse supports models of the Llama architecture (transformers' LlamaModel)",
     )  # fmt: skip
 
 
-def _refuse_spread(backbone: LlamaModel) -> None:
+def _check_single_device(backbone: LlamaModel) -> None:
     for name, module in backbone.named_modules():
         if hasattr(module, "_hf_hook"):
             raise EngineError(

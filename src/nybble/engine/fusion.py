@@ -1,4 +1,4 @@
-"""A fused model's state: what was asked for, what its layers share, and what the last batch was computed with."""
+"""The state of a fused model: the requested policy, what its layers share, and how the last batch was computed."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ class BatchReport:
 
     fused: int = 0
     refusals: Sequence[str] = ()
-    """Of each layer that fell back to its original forward, why."""
+    """The reason for each layer that fell back to its original forward."""
     policies: Sequence[str] = ()
     """What each fused layer saved for backward."""
     attention: str = ""
     cached_layers: int = 0
-    """Layers whose weights stayed dequantised."""
+    """How many layers' weights stayed dequantised."""
 
 
 @dataclass
 class Fusion:
-    """A model's engine: what was asked for, what all layers share, and how the last batch was computed."""
+    """A model's engine: the requested policy, what all layers share, and how the last batch was computed."""
 
     policy: Policy
     readers: dict[LlamaDecoderLayer, LayerReader]
     budget: Budget
     shared: Shared
     last: BatchReport = field(default_factory=BatchReport)
-    """Of the last batch that was trained on; of the last one before any was."""
+    """The last batch that was trained on; before the first of those, simply the last batch."""
     has_trained: bool = False
     choices: dict[torch.dtype, AttentionChoice] = field(default_factory=dict)
-    """Attention's backends by compute type."""
+    """The attention backends of each compute type."""
     notices: list[str] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
     taken_over: set[LlamaDecoderLayer] = field(default_factory=set)
-    """Layers whose checkpointing somebody had switched on."""
+    """Layers for which somebody else had switched gradient checkpointing on."""
     checkpointed: bool = False
-    """Whether it was on for the whole backbone when last seen."""
+    """Whether checkpointing was on for the whole backbone at the last batch."""
 
     @property
     def fused(self) -> int:
@@ -68,7 +68,7 @@ class Fusion:
         return len(self.last.refusals)
 
     def describe(self) -> str:
-        """Layers, operations, attention, policies and refusals, a line each."""
+        """Layers, operations, attention, policies and refusals, one per line."""
         total = self.fused + self.fallen_back
         lines = [f"{self.fused} of {total} decoder layers fused; {self.shared.reason}"]
         if self.last.attention:
@@ -85,15 +85,15 @@ class Fusion:
         return ", ".join(f"{counts[name]} x {name}" for name in LADDER if counts[name])
 
     def read(self, layers: Sequence[LlamaDecoderLayer]) -> tuple[dict[LlamaDecoderLayer, FusedLayer], list[str]]:
-        """The layers as they are now, and of those that cannot be fused why."""
-        found: dict[LlamaDecoderLayer, FusedLayer] = {}
+        """The layers as they are now, and why the others cannot be fused."""
+        fused: dict[LlamaDecoderLayer, FusedLayer] = {}
         refusals: list[str] = []
         for layer in layers:
             try:
-                found[layer] = self._read(layer)
+                fused[layer] = self._read(layer)
             except Ineligible as why:
                 refusals.append(str(why))
-        return found, refusals
+        return fused, refusals
 
     def _read(self, layer: LlamaDecoderLayer) -> FusedLayer:
         reader = self.readers.get(layer)
@@ -107,10 +107,10 @@ class Fusion:
             self.notices.append(notice)
             log.warning("nybble: %s", notice)
 
-    def see_checkpointing(self, backbone: LlamaModel) -> None:
-        """Learn what somebody switched on or off since the last batch."""
-        whole = bool(getattr(backbone, "gradient_checkpointing", False))
-        if self.checkpointed and not whole:
+    def note_checkpointing(self, backbone: LlamaModel) -> None:
+        """Record the gradient checkpointing that was switched on or off since the last batch."""
+        is_on = bool(getattr(backbone, "gradient_checkpointing", False))
+        if self.checkpointed and not is_on:
             self.taken_over.clear()
-        self.checkpointed = whole
+        self.checkpointed = is_on
         self.taken_over |= {layer for layer in self.readers if getattr(layer, "gradient_checkpointing", False)}

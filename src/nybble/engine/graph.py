@@ -1,4 +1,4 @@
-"""What the backward that runs now is asked for: whether its graph is kept, and derivatives that nobody here computes."""
+"""What the running backward was called with: whether its graph is retained, and second derivatives, which are refused."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import torch
 
 from nybble.errors import EngineError
 
-FREED = "backward a second time through {}: the first has freed what it needs; call the first with retain_graph=True"
+FREED_MESSAGE = (
+    "backward a second time through {}: the first has freed what it needs; call the first with retain_graph=True"
+)
 
 
-def is_kept() -> bool:
-    """Whether there may be another backward through the same graph (retain_graph=True); asked within a backward."""
-    kept: bool = torch._C._autograd._get_current_graph_task_keep_graph()
-    return kept
+def is_retained() -> bool:
+    """Within a backward: whether there may be another one through the same graph (retain_graph=True)."""
+    is_kept: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+    return is_kept
 
 
 def refuse_second_derivatives() -> None:
-    """Within a backward: gradients come out as plain numbers here, so what is built on them would silently lack a part.
+    """Within a backward: gradients have no graph of their own here, so second derivatives would silently lack a part.
 
     Raises:
         EngineError: the backward was called with create_graph=True.

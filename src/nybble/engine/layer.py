@@ -27,19 +27,19 @@ from nybble.weights.projections import ProjectionGroup
 from nybble.weights.store import ResidentStore
 
 GROUPS = ("qkv", "o", "gate_up", "down")
-# Several tiles go back and forth between groups, which then need a slot each; q-k-v is never needed together with gate-up.
+# Several tiles alternate between the groups, which then need separate slots; qkv is never needed together with gate_up.
 SIDE_BY_SIDE = {"qkv": "wide", "o": "o", "gate_up": "wide", "down": "down"}
 ONE_AFTER_ANOTHER = dict.fromkeys(GROUPS, "wide")
 
 
 def slots(tiles: int) -> Mapping[str, str]:
-    """Which part of the workspace each group is in."""
+    """The slot of the workspace for each group."""
     return SIDE_BY_SIDE if tiles > 1 else ONE_AFTER_ANOTHER
 
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Of a layer's attention and norms."""
+    """The sizes of a layer's attention, MLP and norms."""
 
     heads: int
     key_heads: int
@@ -77,10 +77,10 @@ class Shared:
 
     Attributes:
         operations: the kernels or their reference.
-        reason: why those.
+        reason: why these operations were chosen.
         workspace: where weights are dequantised.
         offload: layer inputs on the host.
-        has_seen_backward: whether any layer has.
+        has_seen_backward: whether any layer has run backward.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -94,8 +94,8 @@ class Shared:
         self._stream: torch.cuda.Stream | None = None
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """One thread at a time: what is shared is filled and used within a turn, and nothing in it is good after.
+    def exclusive(self) -> Iterator[None]:
+        """One thread at a time: shared buffers are filled and used within this context, and not valid after it.
 
         Threads on streams of their own wait for one another on the device.
         """
@@ -109,7 +109,7 @@ class Shared:
             yield
 
     def __reduce__(self) -> Any:
-        """A copy of a model has buffers and streams of its own."""
+        """A copy of a model gets its own buffers and streams."""
         return Shared, (self.device,)
 
 
@@ -120,7 +120,7 @@ class BatchContext:
     segments: Segments
     attention: Backend
     dtype: torch.dtype
-    """Of weights and activations; the residual stream keeps its own."""
+    """The type of weights and activations; the residual stream keeps its own."""
     shared: Shared
     has_positions: bool = False
     cosine: torch.Tensor = field(init=False)
@@ -128,13 +128,13 @@ class BatchContext:
     sine: torch.Tensor = field(init=False)
 
     def set_positions(self, cosine: torch.Tensor, sine: torch.Tensor) -> None:
-        """The rotary table, (1 or batch, length, head size), which the backbone hands to every layer: the first one sets it."""
+        """Set the rotary table, (1 or batch, length, head size). The backbone passes it to every layer; the first one sets it."""
         if not self.has_positions:
             self.cosine, self.sine = cosine.flatten(0, 1).contiguous(), sine.flatten(0, 1).contiguous()
             self.has_positions = True
 
     def tiles(self, policy: str) -> list[slice]:
-        """Rows of tokens, in equal parts."""
+        """The tokens' rows in parts of nearly equal length."""
         tokens, largest = self.segments.tokens, tile(policy, self.segments.tokens)
         step = -(-tokens // -(-tokens // largest))
         return [slice(first, min(first + step, tokens)) for first in range(0, tokens, step)]
@@ -150,7 +150,7 @@ class LayerCall:
     policy: str | None
     """None where there will be no backward."""
     seed: int
-    """From which every dropout mask of this call follows."""
+    """Determines every dropout mask of this call."""
 
     @property
     def operations(self) -> Operations:
@@ -158,7 +158,7 @@ class LayerCall:
 
     @functools.cached_property
     def products(self) -> Mapping[str, Product[Any]]:
-        """What multiplies for each group."""
+        """The product of each group."""
         batch, slot_of = self.batch, slots(len(self.tiles))
         return {
             name: AugmentedProduct(
@@ -174,21 +174,21 @@ class LayerCall:
 
 @dataclass
 class SavedActivations:
-    """Activations between forward and backward; what is None is computed again."""
+    """Activations between forward and backward; those that are None are recomputed."""
 
     x_mh: torch.Tensor | OffloadedTensor | None = None
     qkv: torch.Tensor | None = None
     """(m, q + k + v), rotated"""
     attended: torch.Tensor | None = None
-    """Attention's result, (m, heads, head size)"""
+    """The output of attention, (m, heads, head size)"""
     attention_state: BackendState = ()
-    """What attention's backward needs beside it."""
+    """What else the backward of attention needs."""
     sum_mh: torch.Tensor | None = None
     """The residual stream after attention."""
     gate_up: Any = None
-    """gate and up, (m, 2 i), in the gradient buffer of their product, where backward overwrites them with their gradients."""
+    """gate and up, (m, 2 i), in the gradient buffer of their product; backward overwrites them with their gradients."""
     ranks: SavedRanks = field(default_factory=dict)
 
     def for_one_backward(self) -> SavedActivations:
-        """What a backward may use up while this stays for another: gate and up, which become gradients, are computed again."""
+        """A copy that one backward may use up. It lacks gate and up, which backward overwrites, so they are recomputed."""
         return dataclasses.replace(self, gate_up=None, ranks=dict(self.ranks))

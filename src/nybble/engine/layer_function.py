@@ -2,9 +2,9 @@
 
 The layer is computed in two parts around attention: [norm, q, k, v, rotary positions] and [o, residual, norm, gate, up,
 SwiGLU, down, residual]. Nothing in them looks at neighbouring tokens, so they run over tiles of tokens, and temporary
-buffers do not grow with the batch. What is saved for backward is the policy's choice (`nybble.plan.policies`); the rest is
-computed again, except down_proj, whose result backward does not need. The order of operations is here; products are computed by
-`nybble.engine.product`.
+buffers do not grow with the batch. The policy decides what is saved for backward (`nybble.plan.policies`); the rest is
+recomputed, except down_proj, whose result backward does not need. This file orders the operations; `nybble.engine.product`
+computes the products.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, call: LayerCall, *parameters: torch.Tensor) -> torch.Tensor:
-        """See `run`; `parameters` are `call.layer.parameters()`, there so that autograd knows of them."""
+        """See `run`; `parameters` are `call.layer.parameters()`, passed so that autograd tracks them."""
         policy = call.policy if any(ctx.needs_input_grad) else None
         x_mh = x.detach().contiguous().flatten(0, 1)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # no view: a hook may change it in place
-        with _alone(x, call.batch.shared):
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # not a view: a hook may change it in place
+        with _exclusive(x, call.batch.shared):
             saved = run(call, x_mh, y.flatten(0, 1), policy)
             if policy is not None:
                 saved.x_mh = call.batch.shared.offload.put(x_mh) if policy == HOST and x.is_cuda else x_mh
@@ -46,36 +46,35 @@ class LayerFunction(torch.autograd.Function):
         graph.refuse_second_derivatives()
         call, saved = ctx.call, ctx.saved
         if saved is None:
-            raise RuntimeError(graph.FREED.format("a fused layer"))
+            raise RuntimeError(graph.FREED_MESSAGE.format("a fused layer"))
         if ctx.versions != [parameter._version for parameter in call.layer.parameters()]:
             raise RuntimeError(
                 "an adapter's weights were changed in place between a fused layer's forward and its backward, which needs "
                 "them as they were: step the optimiser after the last backward"
             )
-        is_kept = graph.is_kept()
-        ctx.saved = saved if is_kept else None
+        is_retained = graph.is_retained()
+        ctx.saved = saved if is_retained else None
         to_y = gradient.contiguous().flatten(0, 1)
-        with _alone(gradient, call.batch.shared):
+        with _exclusive(gradient, call.batch.shared):
             call.batch.shared.has_seen_backward = True
-            x_mh, used = saved.x_mh, saved.for_one_backward() if is_kept else saved
+            x_mh, used = saved.x_mh, saved.for_one_backward() if is_retained else saved
             if isinstance(x_mh, OffloadedTensor):
-                x_mh = call.batch.shared.offload.take(x_mh, again=is_kept)
+                x_mh = call.batch.shared.offload.take(x_mh, again=is_retained)
             to_x, sums = run_backward(call, used, x_mh, to_y, input_needed=ctx.needs_input_grad[0])
         parts = [part for name in GROUPS for part in sums.of(call.layer.groups[name].adapters)]
         return None if to_x is None else to_x.view_as(gradient), None, *parts
 
 
 @contextlib.contextmanager
-def _alone(x: torch.Tensor, shared: Shared) -> Iterator[None]:
-    """No other thread meanwhile; types are chosen here and not by somebody's autocast; kernels are launched on the tensors'
-    device."""
-    with shared.turn(), torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+def _exclusive(x: torch.Tensor, shared: Shared) -> Iterator[None]:
+    """One thread at a time, without the caller's autocast, which would change types, and on the tensors' device."""
+    with shared.exclusive(), torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         yield
 
 
 def run(call: LayerCall, x_mh: torch.Tensor, y_mh: torch.Tensor, policy: str | None) -> SavedActivations:
-    """The layer's output into `y_mh`; returns what its policy keeps beside the input, without a policy nothing."""
-    call.batch.shared.workspace.forget()
+    """Write the layer's output into `y_mh`; returns what its policy keeps beside the input, or nothing without a policy."""
+    call.batch.shared.workspace.invalidate()
     saved = SavedActivations()
     ranks = saved.ranks if policy in (KEEP_ALL, DROP_MLP, DROP_QKV) else None
     qkv = _project(call, x_mh, ranks)
@@ -99,9 +98,9 @@ def run(call: LayerCall, x_mh: torch.Tensor, y_mh: torch.Tensor, policy: str | N
 def run_backward(
     call: LayerCall, saved: SavedActivations, x_mh: torch.Tensor, to_y: torch.Tensor, *, input_needed: bool
 ) -> tuple[torch.Tensor | None, AdapterGradients]:
-    """Gradients of the layer's input x, (m, h), and of its adapters; what is saved is used up."""
+    """Gradients of the layer's input x, (m, h), and of its adapters; consumes the saved activations."""
     layer, sums = call.layer, AdapterGradients(call.operations)
-    call.batch.shared.workspace.forget()
+    call.batch.shared.workspace.invalidate()
     if saved.qkv is None:
         saved.qkv = _project(call, x_mh, saved.ranks)
     if saved.attended is None:
@@ -112,7 +111,7 @@ def run_backward(
     to_attended: torch.Tensor | None = None
     for rows in call.tiles:
         _mlp_backward(call, saved, x_mh[rows], to_y[rows], to_sum[rows], rows, sums)
-        if to_attended is None:  # not before the first tile's MLP is over: that is the peak of a batch of one tile
+        if to_attended is None:  # only after the first tile's MLP, the peak of a batch of one tile
             to_attended = call.empty(slice(0, len(x_mh)), layer.groups["o"].inputs)
         _o_backward(call, saved, to_sum[rows], to_attended[rows], rows, sums)
     assert to_attended is not None
@@ -160,7 +159,7 @@ def _after_attention(
     rows: slice,
     ranks: SavedRanks | None,
 ) -> Any:
-    """o and the residual, into `sum_mh`, and its norm in an input buffer of gate and up."""
+    """Write o plus the residual into `sum_mh`; returns its norm in an input buffer of gate and up."""
     layer, product, following = call.layer, call.products["o"], call.products["gate_up"]
     operand = product.input_from(attended.flatten(1))
     update = call.empty(rows, layer.sizes.hidden)
@@ -172,7 +171,7 @@ def _after_attention(
 
 
 def _gate_up(call: LayerCall, normed: Any, rows: slice, ranks: SavedRanks | None, saved: Any) -> Any:
-    """gate and up side by side, (m, 2 i), in their gradient buffer: of all rows where it is saved, else of these."""
+    """gate and up side by side, (m, 2 i), in their gradient buffer: the saved one of all rows, or a new one for these rows."""
     product = call.products["gate_up"]
     result = product.gradient_buffer(rows.stop - rows.start) if saved is None else saved[rows]
     product.forward(normed, rows, product.gradient_view(result), ranks)
@@ -182,7 +181,7 @@ def _gate_up(call: LayerCall, normed: Any, rows: slice, ranks: SavedRanks | None
 def _down(
     call: LayerCall, gate_up: Any, sum_mh: torch.Tensor, y_mh: torch.Tensor, rows: slice, ranks: SavedRanks | None
 ) -> None:
-    """SwiGLU, down and the residual, into `y_mh`."""
+    """Write SwiGLU, down and the residual into `y_mh`."""
     product = call.products["down"]
     active = product.input_buffer(rows.stop - rows.start)
     call.operations.swiglu(call.products["gate_up"].gradient_view(gate_up), product.input_view(active))
@@ -198,7 +197,7 @@ def _mlp_backward(
     rows: slice,
     sums: AdapterGradients,
 ) -> None:
-    """From the gradient of a tile of the layer's output to that of the residual stream after attention, in `to_sum`."""
+    """From the gradient of a tile of the layer's output to that of the residual stream after attention, written into `to_sum`."""
     norm, eps, sizes = call.layer.norms[1], call.layer.sizes.eps[1], call.layer.sizes
     product, down = call.products["gate_up"], call.products["down"]
     assert saved.attended is not None
@@ -232,7 +231,7 @@ def _o_backward(
     rows: slice,
     sums: AdapterGradients,
 ) -> None:
-    """From the gradient of the residual stream after attention to that of attention's result."""
+    """From the gradient of the residual stream after attention to that of the attention output."""
     assert saved.attended is not None
     product = call.products["o"]
     product.input_gradient(to_sum, rows, to_attended)
@@ -249,7 +248,7 @@ def _qkv_backward(
     rows: slice,
     sums: AdapterGradients,
 ) -> None:
-    """From the gradients of a tile's rotated query, key and value to that of the layer's input, in `to_x`."""
+    """From the gradients of a tile's rotated query, key and value to that of the layer's input, written into `to_x`."""
     norm, eps, sizes = call.layer.norms[0], call.layer.sizes.eps[0], call.layer.sizes
     product = call.products["qkv"]
     to_qkv = product.gradient_buffer(rows.stop - rows.start)

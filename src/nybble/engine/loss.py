@@ -1,7 +1,7 @@
 """Cross-entropy over a large vocabulary without a batch's logits: the head is applied to chunks of rows.
 
-The head is frozen, so nothing but the gradient of its input is wanted, and that is computed in the same pass: a chunk's
-logits become their gradients in place and are multiplied back at once (after Hsu et al. 2024, Liger Kernel, section 3).
+The head is frozen, so only the gradient of its input is needed, and that is computed in the same pass: a chunk's
+logits become their gradients in place and are multiplied by the head at once (after Hsu et al. 2024, Liger Kernel, section 3).
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from nybble.engine import graph
 from nybble.kernels import operations as ops
 from nybble.plan.policies import LOSS_CHUNK, LOSS_MULTIPLE
 
-FILLED = ("cuda",)
-"""Devices where the rows of a chunk are filled up to LOSS_MULTIPLE. On a CPU a row more is a row more to compute."""
+PADDED_DEVICES = ("cuda",)
+"""Devices where the rows of a chunk are padded to LOSS_MULTIPLE. On a CPU each row more has to be computed."""
 
 
 def summed_cross_entropy(
     hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Sum of the cross-entropy in nats, a float32 scalar that can be differentiated for `hidden`.
+    """Sum of the cross-entropy in nats, a float32 scalar that can be differentiated with respect to `hidden`.
 
     Args:
         hidden: (..., h) what the head is applied to.
         head: (vocabulary, h), frozen.
-        targets: (...) int64, what each row predicts; negative where nothing is.
-        rows: which rows have a target, counted over the flattened ones; without them all are computed. Given from the
-            host, so that it need not wait for the device.
+        targets: (...) int64, the token that each row predicts; negative where it predicts none.
+        rows: indices of the flattened rows that have a target; without them all rows are computed. The host passes them, so
+            that it need not wait for the device.
     """
     assert not head.requires_grad, "the head is frozen here"
     hidden_mh, targets_m = hidden.flatten(0, -2), targets.flatten()
@@ -54,29 +54,29 @@ def last_hidden(model: torch.nn.Module, backbone: torch.nn.Module, inputs: Mappi
     return found[0]
 
 
-def _filled(rows: int, device: torch.device) -> int:
-    """How many rows are computed for so many."""
-    return -(-rows // LOSS_MULTIPLE) * LOSS_MULTIPLE if device.type in FILLED else rows
+def _padded_count(rows: int, device: torch.device) -> int:
+    """How many rows are computed for this many rows, padding included."""
+    return -(-rows // LOSS_MULTIPLE) * LOSS_MULTIPLE if device.type in PADDED_DEVICES else rows
 
 
-def _fill(found: torch.Tensor, part: slice, value: int) -> torch.Tensor:
-    """The rows that were found of a part, and as many of a value as are missing."""
-    missing = part.stop - part.start - len(found)
-    return torch.cat((found, found.new_full((missing, *found.shape[1:]), value))) if missing else found
+def _pad(rows: torch.Tensor, part: slice, value: int) -> torch.Tensor:
+    """The rows, padded with a value to the length of a part."""
+    missing = part.stop - part.start - len(rows)
+    return torch.cat((rows, rows.new_full((missing, *rows.shape[1:]), value))) if missing else rows
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_mh: torch.Tensor, head: torch.Tensor, targets_m: torch.Tensor) -> torch.Tensor:
         operations = ops.choose(hidden_mh.device).operations
-        count, filled = len(hidden_mh), _filled(len(hidden_mh), hidden_mh.device)
-        gradient_mh = hidden_mh.new_empty(filled, head.shape[1]) if ctx.needs_input_grad[0] else None
-        losses = torch.empty(filled, dtype=torch.float32, device=hidden_mh.device)
+        count, padded = len(hidden_mh), _padded_count(len(hidden_mh), hidden_mh.device)
+        gradient_mh = hidden_mh.new_empty(padded, head.shape[1]) if ctx.needs_input_grad[0] else None
+        losses = torch.empty(padded, dtype=torch.float32, device=hidden_mh.device)
         with torch.autocast(hidden_mh.device.type, enabled=False), torch.cuda.device_of(hidden_mh):
-            for first in range(0, filled, LOSS_CHUNK):
-                part = slice(first, min(first + LOSS_CHUNK, filled))
-                logits = _fill(hidden_mh[part].to(head.dtype), part, 0) @ head.t()
-                operations.cross_entropy(logits, _fill(targets_m[part], part, -100), losses[part])
+            for first in range(0, padded, LOSS_CHUNK):
+                part = slice(first, min(first + LOSS_CHUNK, padded))
+                logits = _pad(hidden_mh[part].to(head.dtype), part, 0) @ head.t()
+                operations.cross_entropy(logits, _pad(targets_m[part], part, -100), losses[part])
                 if gradient_mh is not None and gradient_mh.dtype == head.dtype:
                     torch.mm(logits, head, out=gradient_mh[part])
                 elif gradient_mh is not None:
@@ -89,8 +89,8 @@ class _ChunkedLoss(torch.autograd.Function):
         graph.refuse_second_derivatives()
         result = ctx.gradient_mh
         if result is None:
-            raise RuntimeError(graph.FREED.format("the chunked loss"))
-        if graph.is_kept():
+            raise RuntimeError(graph.FREED_MESSAGE.format("the chunked loss"))
+        if graph.is_retained():
             return result * gradient, None, None
         ctx.gradient_mh = None
         return result.mul_(gradient), None, None

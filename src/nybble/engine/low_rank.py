@@ -1,4 +1,4 @@
-"""LoRA's part of the products of a group of projections, whatever the frozen weights are multiplied in.
+"""LoRA's part of the products of a group of projections, independent of how the frozen weights are multiplied.
 
 m rows, k inputs, n outputs, r ranks of one adapter, R those of all adapters of the group.
 """
@@ -16,13 +16,13 @@ from nybble.weights.projections import ActiveAdapter, ProjectionGroup
 def ranks_forward(
     x_mk: torch.Tensor, a_kr: torch.Tensor, group: ProjectionGroup, seed: int, out_mr: torch.Tensor
 ) -> None:
-    """T = dropout(x) A^T of all adapters into a view.
+    """Write T = dropout(x) A^T of all adapters into a view.
 
     Args:
         x_mk: the projections' input.
         a_kr: A^T of all adapters, (k, R), in the type of x.
-        group: whose adapters they are.
-        seed: from which the dropout masks follow, one each.
+        group: the group of the adapters.
+        seed: determines the dropout masks, one for each adapter.
         out_mr: (m, R) view.
     """
     if not group.has_dropout:
@@ -37,7 +37,7 @@ def ranks_forward(
 def add_input_gradient(
     to_ranks_mr: torch.Tensor, a_rk: torch.Tensor, group: ProjectionGroup, seed: int, out_mk: torch.Tensor
 ) -> None:
-    """Add dropout(dT A), the adapters' part of the input's gradient, where they drop inputs."""
+    """Add dropout(dT A), the adapters' part of the input's gradient, where they have dropout."""
     for index, adapter in enumerate(group.adapters):
         out_mk += dropout(to_ranks_mr[:, adapter.ranks] @ a_rk[adapter.ranks], adapter, seed + index)
 
@@ -58,15 +58,15 @@ class AdapterGradients:
         ranks_mr: torch.Tensor,
         seed: int,
     ) -> None:
-        """Add those of a group on one tile: dA = dT^T dropout(x), d(sB) = dY^T T.
+        """Add the gradients of one group and tile: dA = dT^T dropout(x), d(sB) = dY^T T.
 
         Args:
-            group: with the adapters of the forward.
+            group: the group, with the adapters of the forward.
             gradient_mn: dY.
             to_ranks_mr: dT = dY s B.
             x_mk: the projections' input.
             ranks_mr: T of the forward.
-            seed: the forward's, for the same dropout.
+            seed: the forward's, for the same dropout masks.
         """
         product = self._operations.product
         to_all_a = None if group.has_dropout else product(to_ranks_mr.t(), x_mk)
@@ -87,7 +87,7 @@ class AdapterGradients:
             before[1].add_(to_b)
 
     def of(self, adapters: Sequence[ActiveAdapter]) -> list[torch.Tensor]:
-        """A's and B's gradient of each adapter in turn, in the parameters' types."""
+        """The gradients of A and B of each adapter in turn, in the parameters' types."""
         result: list[torch.Tensor] = []
         for adapter in adapters:
             to_a, to_b = self._sums[id(adapter.a)]
@@ -98,9 +98,9 @@ class AdapterGradients:
 
 
 def dropout(x_mk: torch.Tensor, adapter: ActiveAdapter, seed: int) -> torch.Tensor:
-    """Inverted dropout whose mask follows from the seed, so that backward draws the same one."""
+    """Inverted dropout with a mask that the seed determines, so that backward draws the same one."""
     if not adapter.dropout:
         return x_mk
     generator = torch.Generator(x_mk.device).manual_seed(seed)
-    kept = torch.empty(x_mk.shape, dtype=x_mk.dtype, device=x_mk.device)
-    return kept.bernoulli_(1 - adapter.dropout, generator=generator).mul_(x_mk).div_(1 - adapter.dropout)
+    mask = torch.empty(x_mk.shape, dtype=x_mk.dtype, device=x_mk.device)
+    return mask.bernoulli_(1 - adapter.dropout, generator=generator).mul_(x_mk).div_(1 - adapter.dropout)

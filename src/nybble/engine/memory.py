@@ -1,4 +1,4 @@
-"""How many bytes a batch's activations may take, and how many layers' weights may stay dequantised; measured as it begins."""
+"""How many bytes a batch's activations may take, and how many layers' weights may stay dequantised; measured when it starts."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from nybble.plan.policies import KEEP_ALL, LAYER_INPUT, tile
 from nybble.plan.shapes import LayerShape
 from nybble.plan.solver import mix
 
-SLACK = 0.05  # of the limit: what an allocator of blocks loses between them
+SLACK = 0.05  # of the limit: what the allocator loses to fragmentation
 
 
 @dataclass(frozen=True)
 class Share:
-    """What a batch may use."""
+    """The memory that a batch may use."""
 
     policies: tuple[str, ...]
-    """Of each layer."""
+    """The policy of each layer."""
     cached_layers: int
     """Layers whose weights may stay dequantised."""
 
 
 class Budget:
-    """How the memory of one model's device is shared out."""
+    """How the memory of a model's device is divided."""
 
     def __init__(self, vocabulary: int, hidden: int) -> None:
         self.vocabulary = vocabulary
         self.hidden = hidden
         self.chunked_loss = False
-        """Set by whoever computes the loss with `engine.loss`; otherwise memory is left for a whole batch's logits."""
+        """Set by the caller that computes the loss with `engine.loss`; otherwise memory is left for all logits of a batch."""
         self._stepped = False
         self._most_cached: int | None = None
 
@@ -48,26 +48,26 @@ class Budget:
         shared: Shared,
         extra: int = 0,
     ) -> Share:
-        """The fastest mix for the memory that is free when a batch begins.
+        """The fastest mix of policies for the memory that is free when a batch starts.
 
-        Weights stay dequantised once every layer keeps everything and the optimiser has its state: both directions of a
-        step go without dequantising them then, 11 ms of an H200's 450 for 4 x 2,048 tokens and 448 launches, which a small
-        batch waits for. A batch that needs their memory takes it for good: to fill it again and again gains nothing.
+        Weights stay dequantised once every layer keeps everything and the optimiser has its state. Forward and backward then
+        need not dequantise them, which saves 11 of 450 ms on an H200 for 4 x 2,048 tokens, and 448 launches, which a small
+        batch waits for. A batch that needs this memory takes it for good: filling it again and again gains nothing.
 
         Args:
-            shape: a layer's sizes.
-            layers: how many there are.
-            tokens: of the batch.
+            shape: the sizes of a layer.
+            layers: number of layers.
+            tokens: number of tokens in the batch.
             trained: the parameters that will get gradients.
             shared: the device, and whether there was a backward.
-            extra: bytes that a layer's backward needs for this batch beyond those of its shape.
+            extra: bytes that a layer's backward needs for this batch beyond what its shape implies.
         """
         numbers = sum(part.numel() for part in trained)
         pending = sum(ledger.GRADIENT * part.numel() for part in trained if part.grad is None)
-        # Gradients were there and are gone: the optimiser has stepped, and its state exists.
+        # There were gradients and now there are none: the optimiser has stepped, and its state exists.
         self._stepped = self._stepped or (shared.has_seen_backward and bool(pending))
         if not self._stepped:
-            pending += ledger.MOMENTS * numbers  # AdamW's in float32 at most
+            pending += ledger.MOMENTS * numbers  # at most AdamW's moments in float32
         free = _free(shared.device, shared.workspace.cached_bytes) - pending
         for tiled_like in (KEEP_ALL, LAYER_INPUT):  # wide tiles where memory allows, narrow ones where it does not
             working = ledger.working_set_bytes(shape, tokens, tiled_like) + extra
@@ -76,12 +76,12 @@ class Budget:
             if tile(policies[0], tokens) == tile(tiled_like, tokens):
                 break
         needed = peak + tokens * sum(ledger.kept_bytes(policy, shape) for policy in policies)
-        # Activations are gone when the optimiser steps; an AdamW of torch that is not fused then copies all that is trained.
+        # Activations are freed before the optimiser steps; torch's AdamW, if it is not fused, then copies everything trained.
         spare = free - max(needed, ledger.MOMENTS * numbers)
         return Share(policies, self._layers_cached(spare // ledger.dequantised_bytes(shape), policies))
 
     def _layers_cached(self, fitting: int, policies: Sequence[str]) -> int:
-        """How many layers' weights stay dequantised, of so many that fit; never more than in a batch before."""
+        """How many layers' weights stay dequantised, of the number that fit; never more than in an earlier batch."""
         if not self._stepped:
             return 0
         most = len(policies) if self._most_cached is None else self._most_cached
@@ -89,12 +89,12 @@ class Budget:
         return self._most_cached
 
     def loss_bytes(self, tokens: int) -> int:
-        """Of the loss at its peak, the gradient of its input included."""
+        """Bytes of the loss at its peak, the gradient of its input included."""
         return ledger.loss_bytes(tokens, self.vocabulary, self.hidden, chunked=self.chunked_loss)
 
 
 def _free(device: torch.device, cached: int) -> int:
-    """Bytes that a batch may use, those of the weights that stay dequantised now among them."""
+    """Bytes that a batch may use, including those of the weights that stay dequantised now."""
     if device.type == "cuda":
         return allocatable_bytes(device, SLACK) + cached
     return (host_memory().free + cached) // 2 // group_size()

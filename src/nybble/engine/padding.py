@@ -1,8 +1,8 @@
-"""Rows with padding: the real tokens among themselves, and at the padding what Transformers' masks give there.
+"""Attention over rows with padding. Padded positions get the same result as with Transformers' masks.
 
-A token sees the real ones before it. So padding on the right sees the real tokens of its row and no padding, and padding on
-the left sees nothing, where torch's attention gives zeros. Mostly nobody looks there, but its labels may be trained, and
-generation without a cache asks for the last position of each row.
+A token sees the real tokens before it. So padding on the right sees the real tokens of its row and no padding, and padding on
+the left sees nothing, for which torch's attention returns zeros. These results are rarely used, but the labels of padding may
+be trained, and generation without a cache reads the last position of each row.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ from nybble.plan import ledger
 from nybble.plan.shapes import LayerShape
 
 Span = tuple[int, int]
-"""Where the real tokens of a row begin and end; (length, length) where there are none."""
+"""Start and end of the real tokens of a row; (length, length) where there are none."""
 
 
 @dataclass(frozen=True)
 class Padding:
-    """The positions of a batch that are padding, counted over all its rows."""
+    """The padded positions of a batch, counted over all its rows."""
 
     positions: torch.Tensor
-    """All of them."""
+    """All padded positions."""
     blind: torch.Tensor
-    """Those before the first real token of their row, which see nothing."""
+    """Padding before the first real token of its row, which sees nothing."""
     late: torch.Tensor
-    """Those behind the last real token."""
+    """Padding after the last real token of its row."""
     seen: torch.Tensor
-    """The real tokens that the late ones see."""
+    """The real tokens that the late padding sees."""
     across: Segments
-    """The late ones as queries, and the seen ones as keys."""
+    """The late padding as queries, with the seen tokens as keys."""
 
 
 def spans_of(mask: torch.Tensor) -> list[Span] | None:
     """The real tokens of each row of a mask (batch, length), or None where a row has holes between them."""
     real, length = mask.bool(), mask.shape[1]
     first, last = real.int().argmax(dim=1), length - real.flip(1).int().argmax(dim=1)
-    found = torch.stack((first, last, real.sum(dim=1)), dim=1).tolist()
-    if any(count not in (0, end - begin) for begin, end, count in found):
+    rows = torch.stack((first, last, real.sum(dim=1)), dim=1).tolist()
+    if any(count not in (0, end - begin) for begin, end, count in rows):
         return None
-    return [(begin, end) if count else (length, length) for begin, end, count in found]
+    return [(begin, end) if count else (length, length) for begin, end, count in rows]
 
 
 def separate(spans: Sequence[Span], length: int, device: torch.device) -> tuple[Segments, Padding | None]:
-    """How padded rows fall into sequences, and where the padding is.
+    """How padded rows are divided into sequences, and where the padding is.
 
-    Padding on the left is a sequence of its own. Padding on the right stays where it is: no real token looks at it.
+    Padding on the left is a sequence of its own. Padding on the right stays in its row: no real token sees it.
     """
     if all(span == (0, length) for span in spans):
         return Segments(len(spans), length), None
@@ -81,7 +81,7 @@ def _positions(parts: Sequence[range], device: torch.device) -> torch.Tensor:
 
 
 class PaddedAttention:
-    """A backend for one padded batch: its rows by one backend, and what late padding sees by another."""
+    """A backend for one padded batch: one backend computes its rows, another one what late padding sees."""
 
     def __init__(self, rows: Backend, across: Backend, padding: Padding) -> None:
         self.name = rows.name
@@ -95,12 +95,12 @@ class PaddedAttention:
         padding = self.padding
         out, saved = self.rows.forward(query, key, value, segments)
         out.index_fill_(0, padding.blind, 0)
-        more: BackendState = ()
+        late_state: BackendState = ()
         if len(padding.late):
             late, seen_key, seen_value = self._parts(query, key, value)
-            result, more = self.across.forward(late, seen_key, seen_value, padding.across)
+            result, late_state = self.across.forward(late, seen_key, seen_value, padding.across)
             out.index_copy_(0, padding.late, result)
-        return out, (saved, more)
+        return out, (saved, late_state)
 
     def backward(
         self,
@@ -112,22 +112,24 @@ class PaddedAttention:
         saved: BackendState,
         segments: Segments,
     ) -> Gradients:
-        """As of every backend; `gradient` is zeroed where padding is."""
-        padding, (of_rows, more) = self.padding, saved
+        """See `Backend.backward`; `gradient` is zeroed at the padding."""
+        padding, (rows_state, late_state) = self.padding, saved
         late = gradient.index_select(0, padding.late)
-        # A query whose result has no gradient gives none to what it saw.
+        # A query whose result has no gradient passes none on to what it saw.
         gradient.index_fill_(0, padding.positions, 0)
-        to_query, to_key, to_value = self.rows.backward(gradient, query, key, value, out, of_rows, segments)
+        to_query, to_key, to_value = self.rows.backward(gradient, query, key, value, out, rows_state, segments)
         if len(padding.late):
             parts, result = self._parts(query, key, value), out.index_select(0, padding.late)
-            to_late, *to_seen = self.across.backward(late, *parts, out=result, saved=more, segments=padding.across)
+            to_late, *to_seen = self.across.backward(
+                late, *parts, out=result, saved=late_state, segments=padding.across
+            )
             to_query.index_copy_(0, padding.late, to_late)
             for whole, part in zip((to_key, to_value), to_seen, strict=True):
                 whole.index_add_(0, padding.seen, part)
         return to_query, to_key, to_value
 
     def padding_bytes(self, shape: LayerShape) -> int:
-        """Device bytes for what padding on the right sees, in a layer's backward, beside those of unpadded rows."""
+        """Device bytes that a layer's backward needs for padding on the right, beside those for unpadded rows."""
         return ledger.padding_bytes(shape, len(self.padding.late), len(self.padding.seen))
 
     def _parts(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Gradients:

@@ -1,7 +1,7 @@
 """The product seam: what is multiplied for a group of projections, forward and backward, and in which buffers.
 
-The layer function says what follows what and never multiplies. What an operand looks like (how wide, in which types, whether x
-and T = x A^T lie side by side) is known here only. m rows, k inputs, n outputs, R ranks of all adapters of the group.
+The layer function orders the operations and never multiplies. Only this file knows the form of an operand: its width, its types,
+and whether x and T = x A^T are side by side. m rows, k inputs, n outputs, R ranks of all adapters of the group.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from nybble.engine.workspace import AugmentedMatrix, Workspace
 from nybble.weights.projections import ProjectionGroup
 
 SavedRanks = dict[tuple[int, int], torch.Tensor]
-"""T, (m, R), kept for backward: by group and first row of the tile."""
+"""T, (m, R), saved for backward, by group and first row of the tile."""
 Buffer = TypeVar("Buffer")
 
 
 class Product(Protocol[Buffer]):
     """The products of one group in one use of its layer, y = W x + s B A dropout(x), tile by tile.
 
-    A buffer is opaque: it is made here, filled through its view by the kernel that computes its content, cut into tiles by
-    `buffer[rows]`, and handed back. `rows` are the tile's rows in the batch: dropout masks and what is saved depend on them.
+    A buffer is opaque: it is allocated here, filled through its view by the kernel that computes its content, cut into tiles by
+    `buffer[rows]`, and passed back. `rows` are the tile's rows in the batch: dropout masks and saved ranks depend on them.
     """
 
     group: ProjectionGroup
 
     def input_buffer(self, length: int) -> Buffer:
-        """For the input x of so many rows."""
+        """A buffer for the input x of this many rows."""
 
     def input_view(self, buffer: Buffer) -> torch.Tensor:
-        """(m, k), into which the producing kernel writes x, and where the adapters' gradients read it."""
+        """The (m, k) view into which the producing kernel writes x, and from which the adapters' gradients read it."""
 
     def input_from(self, x_mk: torch.Tensor) -> Buffer:
-        """An input buffer with an x that exists already: itself where nothing belongs beside it, else a copy."""
+        """An input buffer for an existing x: x itself where nothing has to be beside it, otherwise a copy."""
 
     def gradient_buffer(self, length: int) -> Buffer:
-        """For the outputs' gradient dY of so many rows; until that is known, for the outputs themselves."""
+        """A buffer for the outputs' gradient dY of this many rows; until that is known, for the outputs themselves."""
 
     def gradient_view(self, buffer: Buffer) -> torch.Tensor:
-        """(m, n), into which the producing kernel writes the outputs or dY."""
+        """The (m, n) view into which the producing kernel writes the outputs or dY."""
 
     def gradient_from(self, gradient_mn: torch.Tensor) -> Buffer:
         """As `input_from`, for dY."""
@@ -57,18 +57,18 @@ class Product(Protocol[Buffer]):
         """The outputs of a tile.
 
         Args:
-            buffer: from `input_buffer`, x filled in, or `input_from`.
+            buffer: from `input_buffer`, with x filled in, or from `input_from`.
             rows: the tile's.
             out_mn: view for y; where something is added it may be float32.
-            saved: T is taken from here, or computed and put here; None where there is no backward.
-            add_mn: added to y, in the type of `out_mn`, and may be `out_mn` itself.
+            saved: holds T, or receives it once it is computed; None where there is no backward.
+            add_mn: is added to y, has the type of `out_mn`, and may be `out_mn` itself.
         """
 
     def input_gradient(self, buffer: Buffer, rows: slice, out_mk: torch.Tensor | None) -> None:
         """The gradient dX of a tile's input, and what the adapters' gradients need of dY.
 
         Args:
-            buffer: from `gradient_buffer`, dY filled in, or `gradient_from`.
+            buffer: from `gradient_buffer`, with dY filled in, or from `gradient_from`.
             rows: the tile's.
             out_mk: (m, k), or None where nothing before this layer is trained.
         """
@@ -76,14 +76,14 @@ class Product(Protocol[Buffer]):
     def adapter_gradients(
         self, buffer: Buffer, rows: slice, x_mk: torch.Tensor, saved: SavedRanks, sums: AdapterGradients
     ) -> None:
-        """Add the gradients of A and B of a tile to `sums`; T is taken out of `saved`, or computed again.
+        """Add the gradients of A and B of a tile to `sums`; T is removed from `saved`, or recomputed.
 
         Args:
-            buffer: as `input_gradient` left it, which comes first.
+            buffer: as `input_gradient` left it; call that first.
             rows: the tile's.
             x_mk: the forward's input.
-            saved: of the forward.
-            sums: over the tiles of a batch.
+            saved: the forward's.
+            sums: the sums over the tiles of a batch.
         """
 
 
@@ -103,10 +103,10 @@ class AugmentedProduct:
         Args:
             group: frozen weights and adapters.
             workspace: where the group's matrix is.
-            slot: the workspace's, for this group.
-            dtype: of weights, inputs and outputs.
-            index: of the group in its layer, of which there are four at most.
-            seed: of this use of the layer; every dropout mask follows from it.
+            slot: the workspace's slot for this group.
+            dtype: the type of weights, inputs and outputs.
+            index: the group's number in its layer, which has four at most.
+            seed: the seed of this use of the layer; it determines every dropout mask.
         """
         self.group = group
         self._workspace = workspace
@@ -178,11 +178,11 @@ class AugmentedProduct:
         sums.add(group, buffer[:, : group.outputs], buffer[:, group.outputs :], x_mk, ranks, seed)
 
     def _matrix(self) -> AugmentedMatrix:
-        """As it is in the workspace, which other groups may have filled since."""
+        """The group's matrix, written into the workspace again if another group has used the slot since."""
         return self._workspace.matrix(self.group, self._slot, self._dtype)
 
     def _fill_ranks(self, buffer: torch.Tensor, rows: slice, matrix: AugmentedMatrix, saved: SavedRanks | None) -> None:
-        """T into the last columns of [x | .]."""
+        """Write T into the last columns of [x | .]."""
         key, ranks = (self._index, rows.start), buffer[:, matrix.inputs :]
         if saved is not None and key in saved:
             ranks.copy_(saved[key])
@@ -196,7 +196,7 @@ class AugmentedProduct:
         return self._seed + 16 * first
 
     def _beside_ranks(self, matrix: torch.Tensor) -> torch.Tensor:
-        """A matrix with room for the ranks to the right of it."""
+        """A copy of a matrix with space for the ranks to its right; the matrix itself where there are none."""
         width, ranks = matrix.shape[1], self.group.ranks
         if not ranks and matrix.dtype == self._dtype:
             return matrix
@@ -209,20 +209,20 @@ class AugmentedProduct:
 
 
 def copy_rows(source: torch.Tensor, target: torch.Tensor) -> None:
-    """A matrix into a view of its shape, bit for bit where they are of one type.
+    """Copy a matrix into a view of its shape, bit for bit where both have the same type.
 
-    Between rows that lie differently far apart a GPU copies number by number: (8,192, 4,096) of 2 bytes took 97 us on an
-    H200, whose bandwidth needs 31. So the rows go as complex numbers of 16 bytes, which torch only moves.
+    Between matrices with different row strides a GPU copies number by number: (8,192, 4,096) of 2 bytes took 97 us on an
+    H200, whose bandwidth needs 31. So the rows are copied as complex numbers of 16 bytes, which torch only moves.
     """
-    if source.dtype == target.dtype and _is_in_sixteens(source) and _is_in_sixteens(target):
+    if source.dtype == target.dtype and _is_aligned(source) and _is_aligned(target):
         source, target = source.view(torch.complex128), target.view(torch.complex128)
     target.copy_(source)
 
 
-def _is_in_sixteens(matrix: torch.Tensor) -> bool:
-    """Whether every row begins and ends at a multiple of 16 bytes, on a device that has numbers of so many."""
+def _is_aligned(matrix: torch.Tensor) -> bool:
+    """Whether every row starts and ends at a multiple of 16 bytes, on a device with numbers of 16 bytes."""
     between, within = matrix.stride()
     numbers = matrix.shape[1] | between | int(matrix.storage_offset())
-    # Somebody's buffer may begin anywhere.
+    # The buffer of a caller may start at any address.
     aligned = (numbers * matrix.element_size() | matrix.data_ptr()) % 16 == 0
     return within == 1 and aligned and (matrix.is_cuda or matrix.is_cpu)

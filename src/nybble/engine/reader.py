@@ -1,4 +1,4 @@
-"""What the engine needs to know of a decoder layer, read from the live modules whenever they have changed."""
+"""What the engine needs to know about a decoder layer, read from the live modules whenever they have changed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from nybble.engine.layer import FusedLayer, LayerSizes
 from nybble.weights.projections import read_group
 from nybble.weights.watched import Ineligible, Watched, check_unhooked
 
-REMEMBERED = 2  # states of a layer: DPO goes back and forth between the adapter and the base at every step
+CACHED_STATES = 2  # of a layer: DPO alternates between the adapter and the base at every step
 
 
 class LayerReader:
-    """One decoder layer."""
+    """Reads one decoder layer, and caches what it read."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         self.layer = layer
-        self._known: list[tuple[Watched, FusedLayer | Ineligible]] = []
+        self._cache: list[tuple[Watched, FusedLayer | Ineligible]] = []
 
     def read(self) -> FusedLayer:
         """The layer as it is now.
@@ -27,23 +27,22 @@ class LayerReader:
         Raises:
             Ineligible: the first reason why it falls back to its original forward.
         """
-        found = next((found for watched, found in self._known if watched.is_unchanged()), None) or self._describe()
-        if isinstance(found, Ineligible):
-            raise Ineligible(str(found))
-        return found
+        result = next((result for watched, result in self._cache if watched.is_unchanged()), None) or self._describe()
+        if isinstance(result, Ineligible):
+            raise Ineligible(str(result))
+        return result
 
     def _describe(self) -> FusedLayer | Ineligible:
         watched = Watched()
-        found: FusedLayer | Ineligible
+        result: FusedLayer | Ineligible
         try:
-            found = describe(self.layer, watched)
+            result = describe(self.layer, watched)
         except Ineligible as why:
-            found = why.with_traceback(None)
-        known = [
-            pair for pair in self._known if pair[0].are_weights_in_place()
-        ]  # else replaced weights would not be freed
-        self._known = [(watched, found), *known][:REMEMBERED]
-        return found
+            result = why.with_traceback(None)
+        # A state whose weights have moved is dropped, or replaced weights would not be freed.
+        valid = [entry for entry in self._cache if entry[0].are_weights_in_place()]
+        self._cache = [(watched, result), *valid][:CACHED_STATES]
+        return result
 
     def __reduce__(self) -> Any:
         """A copy reads its own modules."""
@@ -51,7 +50,7 @@ class LayerReader:
 
 
 def describe(layer: Any, watched: Watched) -> FusedLayer:
-    """A layer as it is now, every fact of it watched.
+    """A layer as it is now; `watched` records every fact that was read.
 
     Raises:
         Ineligible: with the first reason why the layer falls back to its original forward.

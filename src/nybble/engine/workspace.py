@@ -1,13 +1,13 @@
 """Weights and adapters of a group of projections as one matrix.
 
-The weights of a group (query, key and value; output; gate and up; down) are dequantised into a workspace and the adapters
-laid around them:
+The weights of a group (query, key and value; output; gate and up; down) are dequantised into a workspace, and the adapters
+are placed around them:
 
     [ W | s B ]      n outputs        so that  y  = [x | T] [W | s B]^T,   T  = x A^T
     [ A |  .  ]      R ranks                   dx = [dy | dT] [W ; A],     dT = dy s B
 
-One product computes base and adapter, where adding s B T afterwards would read and write the output again: 8 to 17% of
-the product's time on an H200, against 1% for the added columns (docs/benchmarks.md).
+One product computes base and adapter. Adding s B T afterwards would read and write the output again: 8 to 17% of the
+product's time on an H200, against 1% for the added columns (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nybble.weights.store import WeightStore
 
 
 class AugmentedMatrix:
-    """A group's weights with the adapters around them, in the workspace; good until the workspace is filled anew.
+    """A group's weights with the adapters around them, in the workspace; valid until the workspace is filled again.
 
     Attributes:
         forward: [W | s B] transposed, (inputs + ranks, outputs)
@@ -56,21 +56,21 @@ class CachedMatrix:
             whole = torch.empty(_shape(group), dtype=dtype, device=device)
         self.matrix = AugmentedMatrix(whole, group.outputs, group.inputs)
         self.versions: list[int] = []
-        """Of the weights as they were dequantised: load_state_dict writes into them. What is written through `.data` no
-        counter tells; `nybble.fuse` again reads everything anew."""
+        """Version counters of the weights when they were dequantised: load_state_dict writes into them. No counter shows
+        what is written through `.data`; calling `nybble.fuse` again reads everything again."""
         self.has_weights = self.has_adapters = False
 
     def check(self) -> None:
-        """A batch begins: the adapters may be others, and weights that were written into are to be dequantised again."""
+        """A batch starts: the adapters may have changed, and weights that were written into must be dequantised again."""
         before, self.versions = self.versions, [tensor._version for tensor in self.group.stored()]
         self.has_weights = self.has_weights and self.versions == before
         self.has_adapters = False
 
 
 class Workspace:
-    """Buffers that all layers share, one after another, and weights that stay dequantised where memory is left.
+    """Buffers that all layers use in turn, and weights that stay dequantised where memory is left.
 
-    Groups that are needed at once get a slot each; where they follow one another they may share one.
+    Groups that are needed at the same time have separate slots; groups that follow one another may share one.
     """
 
     def __init__(self, store: WeightStore, operations: Operations, device: torch.device) -> None:
@@ -82,35 +82,35 @@ class Workspace:
         self._current: dict[str, tuple[ProjectionGroup, AugmentedMatrix]] = {}
         self._cached: dict[tuple[int, torch.dtype], CachedMatrix] = {}
 
-    def forget(self) -> None:
-        """A layer begins: what is in the slots is another's, or from before the optimiser's step."""
+    def invalidate(self) -> None:
+        """A layer starts: the slots contain another layer's weights, or adapters from before the optimiser's step."""
         self._current.clear()
 
     def cache(self, groups: Sequence[ProjectionGroup], dtype: torch.dtype) -> None:
-        """A batch begins: let the weights of these groups stay dequantised, and of no others."""
+        """A batch starts: let the weights of these groups stay dequantised, and no others."""
         wanted = {(id(group), dtype): group for group in groups}
-        self._cached = {key: cached for key, cached in self._cached.items() if key in wanted}  # memory first
+        self._cached = {key: cached for key, cached in self._cached.items() if key in wanted}  # frees memory first
         for key, group in wanted.items():
             if key not in self._cached:
                 self._cached[key] = CachedMatrix(group, dtype, self.device)
             self._cached[key].check()
 
     def release(self) -> None:
-        """Let no weights stay dequantised."""
+        """Free the weights that stay dequantised."""
         self._cached = {}
 
     @property
     def cached_bytes(self) -> int:
-        """Of the weights that stay dequantised."""
+        """Bytes of the weights that stay dequantised."""
         return sum(cached.matrix.whole.nbytes for cached in self._cached.values())
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Another stream uses what is here now: memory that is let go goes to nobody else before that is over."""
+        """Another stream uses these buffers now: freed memory is not reused before that stream is done with it."""
         for tensor in [*self._buffers.values(), *(cached.matrix.whole for cached in self._cached.values())]:
             tensor.record_stream(stream)
 
     def reserve(self, slot: str, numbers: int, dtype: torch.dtype) -> None:
-        """Allocate a slot before its first use, so that it never grows and leaves a hole behind."""
+        """Allocate a slot before its first use, so that it never grows, which would fragment memory."""
         buffer = self._buffers.get((slot, dtype))
         if buffer is None or buffer.numel() < numbers:
             self._current.clear()
@@ -120,7 +120,7 @@ class Workspace:
                 self._buffers[slot, dtype] = torch.empty(numbers, dtype=dtype, device=self.device)
 
     def matrix(self, group: ProjectionGroup, slot: str, dtype: torch.dtype) -> AugmentedMatrix:
-        """The group's matrix: as it is cached, or in its slot, which was reserved; filled where it is not yet."""
+        """The group's matrix: the cached one, or the one in its reserved slot; filled if necessary."""
         if self._cached:
             cached = self._cached.get((id(group), dtype))
             if cached is not None:
@@ -129,7 +129,7 @@ class Workspace:
         if current is not None and current[0] is group:
             return current[1]
         key = (slot, dtype, group.outputs, group.inputs, group.ranks)
-        result = self._matrices.get(key)  # layers are alike, and so are their matrices
+        result = self._matrices.get(key)  # layers have the same shapes, so their matrices are views of the same buffers
         if result is None:
             rows, columns = _shape(group)
             whole = self._buffers[slot, dtype][: rows * columns].view(rows, columns)
@@ -160,7 +160,8 @@ class Workspace:
 
 
 def is_cacheable(group: ProjectionGroup) -> bool:
-    """Whether its weights are 4-bit ones: copies of others would be no faster, and these nobody computes with in place."""
+    """Whether its weights may stay dequantised: they are all in 4 bits (copies of others would be no faster), and not inference
+    tensors, which have no version counters."""
     return all(weight.is_quantised for weight in group.frozen) and not any(
         tensor.is_inference() for tensor in group.stored()
     )

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nybble.evaluate.scores import Benchmarks
-from nybble.weights.on_cpu import dequantised_meanwhile
+from nybble.weights.on_cpu import temporarily_dequantised
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TaskScores:
         means = {}
         for name in self.tasks:
             with (
-                dequantised_meanwhile(self.model),
+                temporarily_dequantised(self.model),
                 self.benchmarks.benchmark(name) as benchmark,
                 torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32),
             ):

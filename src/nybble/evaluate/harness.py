@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nybble.distributed.group import from_first, gathered, share_of
+from nybble.distributed.group import all_gather, broadcast, share_of
 from nybble.errors import EvaluationError
 from nybble.evaluate.items import scores_of
 from nybble.evaluate.local_rows import check_files, local_tasks
@@ -63,7 +63,7 @@ class _SharedModel(HFLM):  # type: ignore[misc]
         self, answer: Callable[..., list[Any]], requests: Sequence[Any], settings: Mapping[str, Any]
     ) -> list[Any]:
         own = [requests[index] for index in share_of(len(requests))]
-        return gathered(answer(own, **settings) if own else [])
+        return all_gather(answer(own, **settings) if own else [])
 
     def _loglikelihood_tokens(self, requests: list[Any], **settings: Any) -> Any:
         self._done, self._all = 0, max(len(requests), 1)
@@ -175,7 +175,7 @@ class Harness:
                 num_fewshot=FEWSHOT.get(benchmark.name), bootstrap_iters=0, task_manager=self.manager,
             )  # fmt: skip
         # Of several processes lm-eval gives the results to the first only.
-        scored = from_first(scores_of(benchmark, found) if found is not None else None)
+        scored = broadcast(scores_of(benchmark, found) if found is not None else None)
         assert scored is not None, "the first process has results"
         return scored
 

@@ -13,7 +13,7 @@ from nybble.data.batches import Collator, Sample
 from nybble.data.order import batches
 from nybble.data.text.template import puts_bos
 from nybble.errors import ModelError
-from nybble.objective.likelihood import TOKENS_AT_ONCE, bare, token_losses
+from nybble.objective.likelihood import MEASURED_TOKENS, bare, token_losses
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def row_losses(
     sums, tokens = numpy.zeros(len(samples)), numpy.zeros(len(samples))
     device = next(model.parameters()).device
     done = 0
-    for members in batches([len(sample["input_ids"]) for sample in samples], TOKENS_AT_ONCE):
+    for members in batches([len(sample["input_ids"]) for sample in samples], MEASURED_TOKENS):
         batch = Collator(pad_id)([samples[member] for member in members])
         moved = {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in batch.items()}
         losses = token_losses(model, moved)

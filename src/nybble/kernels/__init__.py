@@ -1,1 +1,1 @@
-"""Every fused operation by name: its reference in plain torch, its kernels, the choice between them."""
+"""The fused operations: their reference in plain torch, their kernels, and the choice between them."""

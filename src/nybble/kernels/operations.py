@@ -1,7 +1,7 @@
 """The fused operations by name and signature, and which implementation a device gets, with the reason.
 
-An implementation is a module with these functions: `reference` in plain torch, `triton` for CUDA. Another kind of kernels is
-another package beside `triton`, and may hand on what it has no faster form of.
+An implementation is a module with these functions: `reference` in plain torch, `triton` for CUDA. Another kind of kernels
+would be another package beside `triton`, and may fall back on these for what it does not make faster.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from nybble.kernels.reference import LowRank, Nested
 try:
     from nybble.kernels import triton as kernels
 
-    MISSING = ""
-except ImportError as error:  # torch for CPUs brings no Triton, and needs none
-    MISSING = str(error)
+    TRITON_MISSING = ""
+except ImportError as error:  # torch for CPUs comes without Triton, and needs none
+    TRITON_MISSING = str(error)
 
 
 class Operations(Protocol):
-    """The functions of `nybble.kernels.reference`, which specifies each, wherever they are computed."""
+    """The functions of `nybble.kernels.reference`, which specifies each of them."""
 
     def dequantize(
         self,
@@ -38,7 +38,7 @@ class Operations(Protocol):
         """4-bit codes to numbers: `reference.dequantize`."""
 
     def pack_adapters(self, adapters: Sequence[LowRank], matrix: torch.Tensor, outputs: int, inputs: int) -> None:
-        """Adapters around their weights: `reference.pack_adapters`."""
+        """Adapters written around the weights: `reference.pack_adapters`."""
 
     def rms_norm(self, x_mh: torch.Tensor, weight_h: torch.Tensor, eps: float, out_mh: torch.Tensor) -> None:
         """Norm of each row: `reference.rms_norm`."""
@@ -63,7 +63,7 @@ class Operations(Protocol):
         residual_mh: torch.Tensor,
         out_mh: torch.Tensor,
     ) -> None:
-        """Gradient through the norm, the residual's added: `reference.rms_norm_backward`."""
+        """Gradient through the norm, plus the residual's: `reference.rms_norm_backward`."""
 
     def rope(
         self,
@@ -102,7 +102,7 @@ class Operations(Protocol):
 
 @dataclass(frozen=True)
 class OperationsChoice:
-    """What a device computes the fused operations with, and why."""
+    """Which implementation of the fused operations a device uses, and why."""
 
     operations: Operations
     name: str
@@ -116,6 +116,6 @@ def choose(device: torch.device) -> OperationsChoice:
     """The operations for tensors on a device."""
     if device.type != "cuda":
         return OperationsChoice(reference, "plain torch", f"Triton's kernels do not run on {device.type}")
-    if MISSING:
-        return OperationsChoice(reference, "plain torch", f"{MISSING}; pip install triton")
+    if TRITON_MISSING:
+        return OperationsChoice(reference, "plain torch", f"{TRITON_MISSING}; pip install triton")
     return OperationsChoice(kernels, "Triton kernels", "")

@@ -1,8 +1,8 @@
-"""Every fused operation in plain torch: the specification, the CPU's path and the oracle of the kernels' tests.
+"""Every fused operation in plain torch: the specification, what CPUs run, and the oracle of the kernels' tests.
 
 `nybble.kernels.triton` has the same names and signatures. Shape suffixes: m rows (tokens), h hidden, n outputs,
-k inputs, i intermediate, v vocabulary, d head size. "View" means rows may be further apart than they are long.
-Arithmetic is float32 whatever the tensors' type, rounded once at the end.
+k inputs, i intermediate, v vocabulary, d head size. "View" means that the row stride
+may exceed the row length. Arithmetic is float32 whatever the tensors' type, rounded once at the end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Nested:
     """Double quantisation (Dettmers et al. 2023, section 3): block scales stored in 8 bits with scales of their own."""
 
     code: torch.Tensor
-    """(256,) float32: what a stored byte stands for."""
+    """(256,) float32: the value of each stored byte."""
     absmax: torch.Tensor
     """(super-blocks,) float32."""
     offset: torch.Tensor
@@ -28,7 +28,7 @@ class Nested:
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """One adapter inside a group of projections: which outputs it adds to, and which ranks of the group it has."""
+    """One adapter of a group of projections: which outputs it adds to, and which of the group's ranks it has."""
 
     a: torch.Tensor
     """(r, k)"""
@@ -47,14 +47,14 @@ def dequantize(
     nested: Nested | None,
     out: torch.Tensor,
 ) -> None:
-    """4-bit codes to numbers, equal to bitsandbytes' own to the bit.
+    """4-bit codes to numbers, bit for bit equal to bitsandbytes'.
 
     Args:
         packed: bytes of two codes each, the high nibble first, row by row; any shape.
-        absmax: (blocks,) block scales: float32, or uint8 where `nested` says how to read them.
-        code: (16,) float32, what a code stands for (NF4's or FP4's table).
-        blocksize: weights to a block; the row length is a multiple of it.
-        nested: the scales' own quantisation.
+        absmax: (blocks,) block scales: float32, or uint8 where `nested` describes them.
+        code: (16,) float32, the value of each code (NF4's or FP4's table).
+        blocksize: weights per block; the row length is a multiple of it.
+        nested: how the scales themselves are quantised.
         out: (n, k) view to fill.
     """
     rows, columns = out.shape
@@ -63,18 +63,18 @@ def dequantize(
         # Rounded before the offset is added, as bitsandbytes does: a fused multiply-add would differ in the last bit.
         wide = nested.absmax.repeat_interleave(nested.blocksize)[: absmax.numel()]
         scales = nested.code[absmax.int()] * wide + nested.offset
-    pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1)  # of each byte
+    pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1)  # the two values of each byte
     values = torch.nn.functional.embedding(packed.flatten().int(), pairs).view(-1, blocksize)
     out.copy_((values * scales[:, None]).view(rows, columns))
 
 
 def pack_adapters(adapters: Sequence[LowRank], matrix: torch.Tensor, outputs: int, inputs: int) -> None:
-    """Lay adapters around their weights: [W | s B; A | .], so that one product computes W x + s B (A x).
+    """Write adapters around the weights: [W | s B; A | .], so that one product computes W x + s B (A x).
 
     Args:
         adapters: at most three, their ranks side by side.
         matrix: (outputs + R, inputs + R), R the sum of ranks rounded up; B goes to the right of W, A below it, and the
-            gaps are zeroed. The corner right of A is left alone: no product reads it.
+            gaps are zeroed. The corner to the right of A is not written: no product reads it.
         outputs: rows of W.
         inputs: columns of W.
     """
@@ -88,7 +88,7 @@ def pack_adapters(adapters: Sequence[LowRank], matrix: torch.Tensor, outputs: in
 
 
 def rms_norm(x_mh: torch.Tensor, weight_h: torch.Tensor, eps: float, out_mh: torch.Tensor) -> None:
-    """Root mean square norm (Zhang and Sennrich 2019) of each row, into a view."""
+    """Root mean square norm (Zhang and Sennrich 2019) of each row, written into a view."""
     x = x_mh.float()
     out_mh.copy_(x * _inverse_rms(x, eps) * weight_h.float())
 
@@ -101,7 +101,7 @@ def add_rms_norm(
     sum_mh: torch.Tensor,
     out_mh: torch.Tensor,
 ) -> None:
-    """The residual stream plus an update into `sum_mh`, and its norm into `out_mh`."""
+    """Write the residual stream plus an update into `sum_mh`, and its norm into `out_mh`."""
     torch.add(x_mh, update_mh, out=sum_mh)
     rms_norm(sum_mh, weight_h, eps, out_mh)
 
@@ -114,7 +114,7 @@ def rms_norm_backward(
     residual_mh: torch.Tensor,
     out_mh: torch.Tensor,
 ) -> None:
-    """Gradient of the norm's input plus the residual's own gradient, into a view; the weight is frozen."""
+    """Gradient of the norm's input plus the residual's own gradient, written into a view; the weight is frozen."""
     x = x_mh.float()
     inverse = _inverse_rms(x, eps)
     normed, inner = x * inverse, gradient_mh.float() * weight_h.float()
@@ -130,7 +130,7 @@ def rope(
     Args:
         qkv_mn: rows of heads, the rotated ones (query and key) first; a view.
         cosine_pd: (positions, head size) table; row `first + m` modulo its length belongs to row m.
-        sine_pd: the like.
+        sine_pd: the same for the sine.
         rotated_heads: how many heads to rotate.
         head_size: even.
         first: index of the first row in the batch.
@@ -148,28 +148,28 @@ def rope_backward(
     first: int,
     out_mn: torch.Tensor,
 ) -> None:
-    """Gradients of query, key and value, each (m, heads x head size), rotated back and laid side by side in a view."""
+    """Gradients of query, key and value, each (m, heads x head size), rotated back and written side by side into a view."""
     query, key, value = gradients
-    turned = torch.cat((query, key), dim=1)
-    rows, width = turned.shape
-    heads = turned.view(rows, width // head_size, head_size).float()
+    rotated = torch.cat((query, key), dim=1)
+    rows, width = rotated.shape
+    heads = rotated.view(rows, width // head_size, head_size).float()
     back = _rotate(heads, *_positions(cosine_pd, sine_pd, first, rows), transpose=True)
     out_mn[:, :width] = back.view(rows, width)
     out_mn[:, width:] = value
 
 
 def swiglu(gate_up_mi: torch.Tensor, out_mi: torch.Tensor) -> None:
-    """silu(gate) x up (Shazeer 2020) into a view; gate and up are side by side in each row."""
+    """Write silu(gate) x up (Shazeer 2020) into a view; gate and up are side by side in each row."""
     gate, up = gate_up_mi.float().chunk(2, dim=-1)
     out_mi.copy_(torch.nn.functional.silu(gate) * up)
 
 
 def swiglu_backward(gradient_mi: torch.Tensor, gate_up_mi: torch.Tensor) -> None:
-    """In place: gate and up become their gradients, and the gradient becomes silu(gate) x up, computed again."""
+    """In place: gate and up become their gradients, and the gradient becomes silu(gate) x up, recomputed."""
     gate, up = gate_up_mi.float().chunk(2, dim=-1)
     gradient, sigmoid = gradient_mi.float(), torch.sigmoid(gate)
     silu = gate * sigmoid
-    activation = silu * up  # before its inputs are overwritten
+    activation = silu * up  # before gate and up are overwritten
     to_gate, to_up = gradient * up * sigmoid * (1 + gate * (1 - sigmoid)), gradient * silu
     gate_up_mi.copy_(torch.cat((to_gate, to_up), dim=-1))
     gradient_mi.copy_(activation)
@@ -180,7 +180,7 @@ def cross_entropy(logits_mv: torch.Tensor, targets_m: torch.Tensor, losses_m: to
 
     Args:
         logits_mv: overwritten.
-        targets_m: int64; a negative one is not counted: its loss and its gradients are zero.
+        targets_m: int64; a row with a negative target is not counted: its loss and its gradients are zero.
         losses_m: float32, filled.
     """
     logits, counted = logits_mv.float(), targets_m >= 0
@@ -193,7 +193,7 @@ def cross_entropy(logits_mv: torch.Tensor, targets_m: torch.Tensor, losses_m: to
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Matrix product of 16-bit tensors in float32, for gradients that are summed."""
+    """Matrix product of 16-bit tensors with a float32 result, for gradients that are summed."""
     return torch.mm(left.float(), right.float())
 
 

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: fetch a base model; `nybble.model.hub_faults` explains what prevents it."""
+"""The Hugging Face Hub: fetch a base model; `nybble.model.hub_faults` explains failures."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from nybble.errors import HubError, ModelError
 from nybble.model.base.headers import read_index
-from nybble.model.hub_faults import GO_ON, UnreachableError, in_plain_words, page_of
+from nybble.model.hub_faults import RETRY, UnreachableError, explained_hub_faults, page_of
 
 logger = logging.getLogger(__name__)
 
 _SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
 _WEIGHTS = ["*.safetensors", "pytorch_model*.bin"]
-# Subfolders hold other formats' copies; consolidated* repeats the weights in Meta's and Mistral's own layout; an adapter beside
-# the weights is no part of the base.
+# Subfolders contain copies in other formats; consolidated* repeats the weights in Meta's and Mistral's own layout; an adapter
+# beside the weights is not part of the base.
 _OTHER_FORMATS = ("pth", "pt", "onnx", "gguf", "ggml", "h5", "msgpack", "ot")
 _NEVER = ["*/*", "consolidated*", "adapter_model*", *(f"*.{end}" for end in _OTHER_FORMATS)]
-_TEMPLATES = [
-    "additional_chat_templates/*.jinja"
-]  # the one subfolder that belongs to a model: its named chat templates
+# The one subfolder that belongs to a model: its named chat templates.
+_TEMPLATES = ["additional_chat_templates/*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -41,44 +40,44 @@ class Listing:
 
 
 def fetch(repo_id: str, revision: str | None, allow_patterns: list[str] | None = None) -> tuple[Path, str]:
-    """Download a model's configuration, tokenizer and weights, or use a whole cached copy if the Hub is away.
+    """Download a model's configuration, tokenizer and weights, or use a complete cached copy if the Hub cannot be reached.
 
     Args:
         repo_id: the name on the Hub, `owner/model`.
         revision: a branch, tag or commit; None is the default branch.
-        allow_patterns: fetch only files whose names match one of these; None takes what a base model needs:
-            safetensors alone where the repository has them, never *.pth, *.gguf, *.onnx or a second copy.
+        allow_patterns: fetch only files whose names match one of these; None fetches what a base model needs:
+            safetensors only if the repository has them, never *.pth, *.gguf, *.onnx or a second copy.
 
     Returns:
         The local folder and its commit.
     """
     try:
-        listing = look(repo_id, revision, allow_patterns)
+        listing = list_files(repo_id, revision, allow_patterns)
     except UnreachableError as error:
         folder = _cached_or_raise(error, repo_id, revision, allow_patterns)
         logger.warning("%s Using the copy in the cache, commit %s.", error.what, folder.name[:12])
         return folder, folder.name
     names = [name.replace("[", "[[]") for name in listing.sizes]
     try:
-        with in_plain_words(repo_id, revision):
-            # By the name of the revision, not the commit: only so can the cache be asked for that name later.
+        with explained_hub_faults(repo_id, revision):
+            # By the name of the revision, not the commit, so that the cache can be searched for that name later.
             folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=names))
     except UnreachableError as error:
-        raise HubError(f"The download of {repo_id!r} was cut off. {error.what}", fix=GO_ON) from error
+        raise HubError(f"The download of {repo_id!r} was cut off. {error.what}", fix=RETRY) from error
     return folder, folder.name
 
 
 def check_access(repo_id: str, revision: str | None) -> str:
-    """The commit that `fetch` would give, without downloading weights; HubError says why there is none."""
+    """The commit that `fetch` would return, without downloading weights; HubError says why there is none."""
     try:
-        return look(repo_id, revision).commit
+        return list_files(repo_id, revision).commit
     except UnreachableError as error:
         return _cached_or_raise(error, repo_id, revision, None).name
 
 
-def look(repo_id: str, revision: str | None, allow_patterns: list[str] | None = None) -> Listing:
-    """Ask the Hub itself which files `fetch` would take, and whether this machine may read them."""
-    with in_plain_words(repo_id, revision):
+def list_files(repo_id: str, revision: str | None, allow_patterns: list[str] | None = None) -> Listing:
+    """Ask the Hub which files `fetch` would download, and whether this machine may read them."""
+    with explained_hub_faults(repo_id, revision):
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
     if info.sha is None:
         raise HubError(f"The Hub gives no commit for {repo_id!r}.", fix=f"look at {page_of(repo_id)}")
@@ -92,16 +91,16 @@ def look(repo_id: str, revision: str | None, allow_patterns: list[str] | None = 
             fix=f"its files are listed at {page_of(repo_id)}/tree/main",
         )
     probe = "config.json" if "config.json" in names else names[0]
-    with in_plain_words(repo_id, revision):
+    with explained_hub_faults(repo_id, revision):
         get_hf_file_metadata(hf_hub_url(repo_id, probe, revision=info.sha))
     return Listing(info.sha, {name: sizes[name] for name in names})
 
 
 def whoami() -> str | None:
-    """The account of this machine's token; None without a token, HubError where the Hub does not say."""
+    """The account of this machine's token; None without a token, HubError if the Hub does not answer."""
     if get_token() is None:
         return None
-    with in_plain_words(None, None):
+    with explained_hub_faults(None, None):
         return str(HfApi().whoami()["name"])
 
 
@@ -117,7 +116,7 @@ def check_folder(folder: Path) -> None:
         raise ModelError(f"The folder {str(folder)!r} {fault[0]}", fix=fault[1])
     if missing := missing_weights(folder, set(names)):
         raise ModelError(
-            f"The folder {str(folder)!r} is missing {few(missing)}.",
+            f"The folder {str(folder)!r} is missing {first_three(missing)}.",
             fix="finish the download, or copy what is missing",
         )
 
@@ -125,8 +124,8 @@ def check_folder(folder: Path) -> None:
 def _wanted(names: Iterable[str], allow_patterns: list[str] | None) -> list[str]:
     allow = _SMALL + _WEIGHTS if allow_patterns is None else allow_patterns
     never = _NEVER + (["*.bin", "*.bin.index.json"] if any(_is_safetensors(name) for name in names) else [])
-    kept = [name for name in names if not _matches(name, never) or _matches(name, _TEMPLATES)]
-    return sorted(name for name in kept if _matches(name, allow))
+    allowed = [name for name in names if not _matches(name, never) or _matches(name, _TEMPLATES)]
+    return sorted(name for name in allowed if _matches(name, allow))
 
 
 def _matches(name: str, patterns: list[str]) -> bool:
@@ -138,7 +137,7 @@ def _is_safetensors(name: str) -> bool:
 
 
 def _not_loadable(names: Iterable[str]) -> tuple[str, str] | None:
-    """Why files of these names are no model in Transformers' format, and the cure; None where they are."""
+    """Why files with these names are not a model in Transformers' format, and the fix; None if they are."""
     names = list(names)
     if "config.json" in names and any(
         _is_safetensors(name) or _matches(name, ["pytorch_model*.bin"]) for name in names
@@ -191,23 +190,23 @@ def _cached_or_raise(
 def _cached(repo_id: str, revision: str | None, allow_patterns: list[str] | None) -> Path | None:
     """The folder of a complete cached copy, or None.
 
-    huggingface_hub knows what is missing only from a listing that an earlier snapshot_download kept, and that
-    listing would ask for *.bin beside safetensors; so the weights are checked here, against their own index.
+    huggingface_hub can tell what is missing only from a listing that an earlier snapshot_download saved, and that
+    listing would include *.bin besides safetensors; so the weights are checked here, against their own index.
     """
     small = _SMALL if allow_patterns is None else allow_patterns
     try:
-        found = snapshot_download(
+        cached = snapshot_download(
             repo_id, revision=revision, allow_patterns=small, ignore_patterns=_NEVER, local_files_only=True
         )
     except LocalEntryNotFoundError:
         return None
-    folder = Path(found)
+    folder = Path(cached)
     names = [path.name for path in folder.iterdir()]
     if allow_patterns is not None:
         return folder if _wanted(names, allow_patterns) else None
     return None if _not_loadable(names) or missing_weights(folder, set(names)) else folder
 
 
-def few(names: list[str]) -> str:
+def first_three(names: list[str]) -> str:
     """The first three of several names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,17 +1,17 @@
-"""The Hugging Face Hub's refusals and absences in plain words.
+"""Explanations of refusals by the Hugging Face Hub, and of failures to reach it.
 
-The Hub names a fault with a status, the header X-Error-Code and the sentence in X-Error-Message. What each
-means was taken from huggingface_hub's hf_raise_for_status, from people's reports of the sentences, and from
+The Hub reports a fault with a status, the header X-Error-Code and a sentence in X-Error-Message. Their
+meaning was taken from huggingface_hub's hf_raise_for_status, from users' reports of the sentences, and from
 https://huggingface.co/docs/hub/models-gated:
 
     401, GatedRepo                      gated, and no token was sent (or it was not accepted)
-    401, no code, no token sent         no such name, or private: to a stranger the Hub tells no difference
+    401, no code, no token sent         no such name, or private: without a login the Hub does not say which
     403, GatedRepo                      "not in the authorized list", "awaiting a review" or "rejected"
-    403, no code, "fine-grained token"  the token's scope leaves gated repositories out
+    403, no code, "fine-grained token"  the token's scope excludes gated repositories
     404, RepoNotFound                   no such name, or private and not shared with this account
-    404, RevisionNotFound               the model is there, the branch, tag or commit is not
+    404, RevisionNotFound               the model exists, the branch, tag or commit does not
 
-A gated repository's listing is public, its files are not; so access is asked of a file, as a download would.
+The listing of a gated repository is public, its files are not; so access is checked with a file, as in a download.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from huggingface_hub.errors import (
 
 from nybble.errors import HubError
 
-# The base class of every fault of the HTTP client: httpx's under huggingface_hub 1, httpx2's under 2.
+# The base class of every error of the HTTP client: httpx's under huggingface_hub 1, httpx2's under 2.
 CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 # hf_xet, which moves the bytes of most repositories, reports a broken transfer as RuntimeError.
 FAULTS: tuple[type[Exception], ...] = (OSError, HFValidationError, CLIENT_ERROR, RuntimeError)
 """What huggingface_hub raises where the Hub refuses or cannot be reached."""
 
-GO_ON = "run the command again: it resumes where it stopped"
+RETRY = "run the command again: it resumes where it stopped"
 _TOKENS = "https://huggingface.co/settings/tokens"
 
 
 class UnreachableError(HubError):
-    """Nothing was refused: the Hub could not be asked, so a cached copy may be used."""
+    """The Hub could not be reached, and so refused nothing: a cached copy may be used."""
 
 
 @contextmanager
-def in_plain_words(repo_id: str | None, revision: str | None) -> Iterator[None]:
-    """What the Hub refuses, or hinders a request to it, as an error that says what to do.
+def explained_hub_faults(repo_id: str | None, revision: str | None) -> Iterator[None]:
+    """Turn a refusal by the Hub, or a failed request, into an error that says what to do.
 
     Raises:
-        HubError: in place of one of FAULTS.
+        HubError: instead of one of FAULTS.
     """
     try:
         yield
@@ -70,7 +70,7 @@ def _explain(error: BaseException, repo_id: str | None, revision: str | None) ->
         )
     if isinstance(error, OfflineModeIsEnabled):
         return UnreachableError(
-            "HF_HUB_OFFLINE is set, so the Hub is not asked.",
+            "HF_HUB_OFFLINE is set, so the Hub is not contacted.",
             fix="unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE",
         )
     if isinstance(error, HfHubHTTPError):
@@ -92,22 +92,22 @@ def _explain(error: BaseException, repo_id: str | None, revision: str | None) ->
         )
     return HubError(
         f"The download of {repo_id!r} was cut off: {_first_line(error)}.",
-        fix=GO_ON,
+        fix=RETRY,
     )
 
 
 def _refused(error: HfHubHTTPError, repo_id: str | None, revision: str | None) -> HubError:
-    """The Hub answered, with a refusal; which one is in status, code and sentence (see this file's top)."""
+    """The Hub refused; status, code and sentence say why (see the top of this file)."""
     status = error.response.status_code
-    said = (error.server_message or error.response.headers.get("x-error-message") or "").strip()
-    stranger = "authorization" not in error.response.request.headers
+    message = (error.server_message or error.response.headers.get("x-error-message") or "").strip()
+    anonymous = "authorization" not in error.response.request.headers
     if status == 429 or status >= 500:
         return UnreachableError(
             f"The Hub at {constants.ENDPOINT} answers {status} at the moment.",
             fix="wait a few minutes"
-            + ("; the Hub allows more requests after `hf auth login`" * (status == 429 and stranger)),
+            + ("; the Hub allows more requests after `hf auth login`" * (status == 429 and anonymous)),
         )
-    if status == 401 and not stranger:
+    if status == 401 and not anonymous:
         return HubError(
             "The Hub does not accept this machine's token: it is wrong, revoked or expired.",
             fix=f"create one at {_TOKENS}, then `hf auth login --force`; renew HF_TOKEN too where it is set",
@@ -117,34 +117,34 @@ def _refused(error: HfHubHTTPError, repo_id: str | None, revision: str | None) -
             f"{repo_id!r} is on the Hub, but has no branch, tag or commit {revision!r}.",
             fix=f"choose one from {page_of(repo_id)}/commits/main, or leave the revision out",
         )
-    if isinstance(error, GatedRepoError) or "fine-grained" in said:
-        return _gated(repo_id, said, stranger)
-    # huggingface_hub itself takes a stranger's 401 for "not found" only from addresses that begin with https.
+    if isinstance(error, GatedRepoError) or "fine-grained" in message:
+        return _gated(repo_id, message, anonymous)
+    # huggingface_hub itself treats a 401 without a token as "not found" only for addresses that start with https.
     if isinstance(error, RepositoryNotFoundError) or status == 401:
-        return _not_found(repo_id, stranger)
+        return _not_found(repo_id, anonymous)
     return HubError(
-        f"The Hub refused {repo_id!r} with status {status}: {said.rstrip('.') or _first_line(error)}.",
+        f"The Hub refused {repo_id!r} with status {status}: {message.rstrip('.') or _first_line(error)}.",
         fix=f"look at {page_of(repo_id)}",
     )
 
 
-def _gated(repo_id: str | None, said: str, stranger: bool) -> HubError:
-    if stranger:
+def _gated(repo_id: str | None, message: str, anonymous: bool) -> HubError:
+    if anonymous:
         return HubError(
             f"{repo_id!r} is gated, and this machine is not logged in to the Hub.",
             fix=f"accept the licence at {page_of(repo_id)}, then `hf auth login`",
         )
-    if "fine-grained" in said:
+    if "fine-grained" in message:
         return HubError(
             f"{repo_id!r} is gated, and this machine's fine-grained token may not read gated repositories.",
             fix=f"at {_TOKENS} give it 'Read access to contents of all public gated repos you can access'",
         )
-    if "awaiting a review" in said:
+    if "awaiting a review" in message:
         return HubError(
             f"{repo_id!r} is gated; your request was sent and is awaiting its authors' review.",
             fix=f"wait for their answer; {constants.ENDPOINT}/settings/gated-repos shows your requests",
         )
-    if "rejected" in said:
+    if "rejected" in message:
         return HubError(
             f"{repo_id!r} is gated, and its authors rejected your request.",
             fix="use a model that you have access to: the Hub accepts no second request",
@@ -155,10 +155,10 @@ def _gated(repo_id: str | None, said: str, stranger: bool) -> HubError:
     )
 
 
-def _not_found(repo_id: str | None, stranger: bool) -> HubError:
+def _not_found(repo_id: str | None, anonymous: bool) -> HubError:
     short = "" if repo_id is None or "/" in repo_id else " The full form is owner/model."
     spelling = f"check the spelling at {constants.ENDPOINT}/models"
-    if stranger:
+    if anonymous:
         return HubError(
             f"The Hub shows no model {repo_id!r} to a machine that is not logged in: it is misspelt, or"
             f" private (the Hub does not say which).{short}",

@@ -1,1 +1,1 @@
-"""What is trained towards, and measured."""
+"""Objectives: the loss that is minimised, and what else is measured."""

@@ -13,15 +13,15 @@ from nybble.engine.loss import last_hidden, summed_cross_entropy
 from nybble.objective.objective import MicroBatch
 from nybble.plan.policies import LOSS_CHUNK
 
-TOKENS_AT_ONCE = 4096  # of padded rows in a batch that is only measured: 35 MB of hidden states for a 7B
+MEASURED_TOKENS = 4096  # of the padded rows in a batch that is only measured: 35 MB of hidden states for a 7B
 
 
 def summed_loss(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Cross-entropy summed over a batch's trained tokens, a scalar in nats that can be differentiated.
 
     Args:
-        model: a causal language model, perhaps wrapped by PEFT and DistributedDataParallel.
-        batch: as `nybble.data.batches.Collator` makes it, on the model's device.
+        model: a causal language model, possibly wrapped by PEFT and DistributedDataParallel.
+        batch: from `nybble.data.batches.Collator`, on the model's device.
     """
     inputs, targets, rows = _split(batch)
     head = bare(model).get_output_embeddings()
@@ -37,10 +37,10 @@ def token_losses(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     head = bare(model).get_output_embeddings()
     with torch.inference_mode():
         hidden = last_hidden(model, bare(model).get_decoder(), inputs).flatten(0, 1)[rows]
-        wanted = targets.flatten()[rows]
+        row_targets = targets.flatten()[rows]
         parts = [
             torch.nn.functional.cross_entropy(
-                head(hidden[n : n + LOSS_CHUNK]).float(), wanted[n : n + LOSS_CHUNK], reduction="none"
+                head(hidden[n : n + LOSS_CHUNK]).float(), row_targets[n : n + LOSS_CHUNK], reduction="none"
             )
             for n in range(0, len(rows), LOSS_CHUNK)
         ]
@@ -48,16 +48,16 @@ def token_losses(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
 
 
 def bare(model: torch.nn.Module) -> PreTrainedModel:
-    """The Transformers model inside what PEFT and DistributedDataParallel wrap around it."""
+    """The Transformers model without the wrappers of PEFT and DistributedDataParallel."""
     inner = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
     found: PreTrainedModel = inner.get_base_model() if isinstance(inner, PeftModel) else inner
     return found
 
 
 def is_plain(head: Any) -> bool:
-    """Whether a head is a frozen matrix, whose loss is computed in chunks; others make the logits of a whole batch."""
-    known: bool = type(head) is torch.nn.Linear  # not a quantised one, which is derived from it
-    return known and head.bias is None and not head.weight.requires_grad
+    """Whether a head is a frozen matrix, whose loss is computed in chunks; others compute the logits of a whole batch."""
+    is_linear: bool = type(head) is torch.nn.Linear  # not a subclass, such as a quantised one
+    return is_linear and head.bias is None and not head.weight.requires_grad
 
 
 def _split(batch: MicroBatch) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What an objective is: a loss over batches, how its mean is taken over a step, and what else it measures."""
+"""An objective: a loss over batches, how its mean over a step is taken, and what else it measures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from nybble.distributed.group import add_up
+from nybble.distributed.group import all_reduce
 
 MicroBatch = dict[str, Any]
 """What the collator returns, on the device."""
@@ -16,7 +16,7 @@ MicroBatch = dict[str, Any]
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean that is not divided yet: batches and processes are added up first, and each term counts once."""
+    """A mean before the division: batches and processes are summed first, so that each term counts once."""
 
     total: torch.Tensor
     """Sum of the terms, a scalar."""
@@ -34,37 +34,37 @@ class StepLoss:
     loss: torch.Tensor
     """Scalar to differentiate: the micro batch's share of the step's mean loss."""
     metrics: MetricMeans = field(default_factory=dict)
-    """What was measured beside it, without gradients; the names are those of `Objective.metrics`."""
+    """What else was measured, without gradients; the names are those of `Objective.metrics`."""
 
 
 class Objective(Protocol):
     """What a model is trained towards. The training loop knows nothing else about it.
 
-    One that needs a reference computes it inside `loss` and `measure`, for instance with the adapter switched off.
+    An objective that needs a reference model computes it inside `loss` and `measure`, for example with the adapter disabled.
     """
 
     @property
     def metrics(self) -> Sequence[str]:
-        """Names of what is measured beside the loss; the same on every process and in every batch."""
+        """Names of what is measured besides the loss; the same in every process and for every batch."""
         ...
 
     def count(self, batch: MicroBatch) -> int:
-        """Terms that a batch contributes to the mean loss of its step: trained tokens, or pairs. The host knows it."""
+        """Terms that a batch contributes to the mean loss of its step, such as trained tokens or pairs; known on the host."""
         ...
 
     def loss(self, model: torch.nn.Module, batch: MicroBatch, count: torch.Tensor) -> StepLoss:
         """The sum of a micro batch's loss terms, divided by `count`.
 
         Args:
-            model: in training mode, perhaps wrapped in DistributedDataParallel.
+            model: in training mode, possibly wrapped in DistributedDataParallel.
             batch: a micro batch.
             count: scalar, the terms of the whole step divided by the number of processes: DistributedDataParallel averages
-                gradients over processes, and the mean over all terms is wanted.
+                gradients over processes, and the result must be the mean over all terms.
         """
         ...
 
     def measure(self, model: torch.nn.Module, batch: MicroBatch) -> MetricMeans:
-        """The mean loss of validation rows, as `loss`, and every one of `metrics`; called without gradients."""
+        """The mean loss of validation rows, under the name `loss`, and all `metrics`; called without gradients."""
         ...
 
 
@@ -72,8 +72,8 @@ class MetricSums:
     """Means over batches and processes.
 
     Args:
-        names: what is measured, in the same order on every process; a process without a batch takes part too.
-        device: where batches are.
+        names: what is measured, in the same order in every process; a process without a batch takes part too.
+        device: the device of the batches.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
@@ -87,8 +87,8 @@ class MetricSums:
             self._sums[index, 1] += metrics[name].count
 
     def means(self) -> dict[str, float]:
-        """Each mean over everything that was added on any process; NaN where that is nothing."""
-        sums = add_up(self._sums).tolist()
+        """Each mean over everything that was added in any process; NaN where nothing was."""
+        sums = all_reduce(self._sums).tolist()
         return {
             name: total / count if count else float("nan")
             for name, (total, count) in zip(self._names, sums, strict=True)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: mean cross-entropy over trained tokens, each of which counts the same."""
+"""Supervised fine-tuning: mean cross-entropy over the trained tokens, which all count the same."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from nybble.objective.objective import Mean, MetricMeans, MicroBatch, StepLoss
 
 
 class Supervised:
-    """Cross-entropy in nats per trained token, over the whole step: how rows are split into micro batches and processes does
-    not change it."""
+    """Cross-entropy in nats per trained token of the whole step, however it is split into micro batches and processes."""
 
     metrics: Sequence[str] = ()
 

@@ -18,7 +18,33 @@ from nybble.plan.shapes import LayerShape, ModelShape, Projection
 BLOCK = 64  # weights with one absmax (Dettmers et al. 2023; bitsandbytes' default)
 ABSMAX_BLOCK = 256  # 8-bit absmax values with one of the second level
 CODES = 4 * 16  # bytes of each weight's table of 4-bit values, in float32
-NESTED_CODES = 4 * 256 + 4  # bytes of the table of 8-bit values and of the mean that was subtracted
+NESTED_CODES = 4 * 256  # bytes of the table of 8-bit values
+OFFSET = 4  # bytes of the mean that was subtracted from the absmax values; a file has it in the weight's description
+
+
+class PackedWeight(NamedTuple):
+    """Bytes of the tensors of a 4-bit weight."""
+
+    codes: int
+    absmax: int
+    table: int
+    """The values that the codes stand for."""
+    nested_absmax: int = 0
+    nested_table: int = 0
+
+
+def packed_weight(numbers: int, block: int = BLOCK, nested_block: int = 0) -> PackedWeight:
+    """A weight in 4 bits as bitsandbytes stores it.
+
+    Args:
+        numbers: how many numbers it has.
+        block: numbers with one absmax.
+        nested_block: absmax values with one of the second level; 0 if they are not quantised.
+    """
+    codes, blocks = _ceil_div(numbers, 2), _ceil_div(numbers, block)
+    if not nested_block:
+        return PackedWeight(codes, 4 * blocks, CODES)
+    return PackedWeight(codes, blocks, CODES, 4 * _ceil_div(blocks, nested_block), NESTED_CODES)
 
 
 class StoredWeight(NamedTuple):
@@ -46,10 +72,9 @@ def stored_weight(projection: Projection, quantization: str, double_quantization
         return StoredWeight(numbers * element, 0, 0)
     if quantization == "int8":
         return StoredWeight(numbers, 4 * projection.outputs, 0)
-    codes, blocks = _ceil_div(numbers, 2), _ceil_div(numbers, BLOCK)
-    if not double_quantization:
-        return StoredWeight(codes, 4 * blocks, CODES)
-    return StoredWeight(codes, blocks + 4 * _ceil_div(blocks, ABSMAX_BLOCK), CODES + NESTED_CODES)
+    packed = packed_weight(numbers, nested_block=ABSMAX_BLOCK if double_quantization else 0)
+    tables = packed.table + packed.nested_table + (OFFSET if double_quantization else 0)
+    return StoredWeight(packed.codes, packed.absmax + packed.nested_absmax, tables)
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,15 @@ class MadeBy(FrozenShape):
     bitsandbytes: AnyText
     torch: AnyText
 
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self.as_json().items())
+
 
 class QuantizedBase(FrozenShape):
     """The bits of a base that nybble quantised."""
 
     digest: AnyText
-    """XXH3 of 128 bits over all tensors."""
+    """XXH3 of 128 bits over name, type, shape and bytes of each tensor, including the scales."""
     made: MadeBy
 
 
@@ -82,21 +85,21 @@ class Start(RunRecord):
         return self.base.startswith("sha256:")
 
 
-def start_record(recipe: Recipe, data: str, base: str, quantized: Mapping[str, Any] | None) -> Start:
+def start_record(recipe: Recipe, data: str, base: str, quantized: QuantizedBase | None) -> Start:
     """How a run begins now.
 
     Args:
         recipe: with absolute paths.
         data: fingerprint of the rows.
         base: fingerprint of the weights.
-        quantized: the bits of the base, as `QuantizedBase`; None where nybble did not quantise it.
+        quantized: the bits of the base; None where nybble did not quantise it.
     """
     return Start(
         recipe=RecordedRecipe.model_validate(recipe.model_dump(exclude={"out"})),
         data=data,
         base=base,
         versions=versions(),
-        quantized_base=None if quantized is None else QuantizedBase.model_validate(quantized),
+        quantized_base=quantized,
     )
 
 

@@ -16,7 +16,7 @@ from nybble.errors import ModelError, RecipeError, RunError
 from nybble.files.atomic import no_empty_folders, run_lock
 from nybble.files.disk_errors import explained_disk_errors
 from nybble.files.outputs import check_run_and_cache
-from nybble.model.base.bits import Trained, trained_on
+from nybble.model.base.bits import TrainedBase, trained_base
 from nybble.model.base.checkpoint import Checkpoint, fingerprint
 from nybble.recipe import Recipe
 from nybble.run.folder import Run, check_room, create_run
@@ -77,18 +77,17 @@ def refuse_missing_benchmarks(recipe: Recipe) -> None:
         )
 
 
-def trained_before_on(resumed: Resumption | None, checkpoint: Checkpoint, cache: pathlib.Path) -> Trained | None:
-    """What a resumed run was trained on; None where these are other weights, which `check_unchanged` reports with all else."""
+def base_of_resumed(resumed: Resumption | None, checkpoint: Checkpoint, cache: pathlib.Path) -> TrainedBase | None:
+    """The base in the record of a resumed run; None if the weights have changed, which `check_unchanged` reports later."""
     if resumed is None:
         return None
-    mark, then = fingerprint(checkpoint, cache, prove=True), trained_on(resumed.run)
-    return then if then is not None and then.fingerprint == mark else None
+    now, trained = fingerprint(checkpoint, cache, prove=True), trained_base(resumed.run)
+    return trained if trained is not None and trained.fingerprint == now else None
 
 
 def open_run_folder(folder: pathlib.Path, setup: TrainingSetup, resumed: Resumption | None, state: PartialState) -> Run:
     """Make the folder of a new run, or check that nothing changed since the run that is resumed was started."""
-    bits = setup.base.bits.as_json() if setup.base.bits is not None else None
-    start = start_record(setup.recipe, setup.data.fingerprint, setup.base.fingerprint, bits)
+    start = start_record(setup.recipe, setup.data.fingerprint, setup.base.fingerprint, setup.base.bits)
     check_room(folder, setup.trained_parameters, setup.recipe.train.keep_checkpoints)
     if resumed is not None:
         check_unchanged(resumed.run, start)

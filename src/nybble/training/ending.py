@@ -22,7 +22,6 @@ from nybble.model.adapter.updates import is_untrained, targets_of
 from nybble.run.folder import Run
 from nybble.run.log import read_metrics
 from nybble.run.marks import COMPLETE, described
-from nybble.run.start import QuantizedBase
 from nybble.run.summary import AdapterSummary, BaseSummary, DataSummary, LossSummary, Summary
 from nybble.run.versions import versions
 from nybble.terminal import tell
@@ -112,7 +111,6 @@ def summarise(setup: TrainingSetup, recorder: Recorder, used: ResourceUse) -> Su
     losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     steps = [line for line in read_metrics(recorder.run) if line.tokens is not None]
     tokens, seconds = sum(line.tokens or 0 for line in steps), sum(line.seconds or 0.0 for line in steps)
-    bits = base.bits.as_json() if base.bits is not None else None
     return Summary(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions=versions(),
@@ -123,7 +121,7 @@ def summarise(setup: TrainingSetup, recorder: Recorder, used: ResourceUse) -> Su
             commit=base.checkpoint.commit,
             fingerprint=base.fingerprint,
             quantization=base.quantization,
-            quantized=QuantizedBase.model_validate(bits) if bits is not None else None,
+            quantized=base.bits,
             parameters=setup.footprint.parameters,
             bytes=setup.footprint.bytes,
         ),

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from nybble.distributed.group import add_up_number, wait_for_all
+from nybble.distributed.group import all_reduce_number, barrier
 from nybble.distributed.launcher import rank
 from nybble.errors import TrainingError
 from nybble.model.adapter.lora import check_gradients, check_saved
@@ -62,7 +62,7 @@ class Guards(TrainerCallback):  # type: ignore[misc]
         """Once every process has written its part, read the checkpoint's adapter back and mark the checkpoint as complete; only
         then may older ones go."""
         folder = pathlib.Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        wait_for_all()
+        barrier()
         if args.should_save:
             model = kwargs["model"]
             adapted = model if isinstance(model, PeftModel) else model.module
@@ -74,7 +74,7 @@ class Guards(TrainerCallback):  # type: ignore[misc]
     def _check_losses(self, step: int, device: torch.device) -> None:
         losses = [loss.read() for loss in self.current_step.losses]
         broken = sum(not math.isfinite(loss) for loss in losses)
-        if not add_up_number(broken, device):  # all processes stop together
+        if not all_reduce_number(broken, device):  # all processes stop together
             return
         file = self.run.folder / f"nonfinite-step-{step}{f'-process-{rank()}' if rank() else ''}.pt"
         bad = [batch for batch, loss in zip(self.current_step.batches, losses, strict=True) if not math.isfinite(loss)]
@@ -82,7 +82,7 @@ class Guards(TrainerCallback):  # type: ignore[misc]
             torch.save({"step": step, "losses": torch.tensor(losses), "batches": bad}, file)
         if not rank():
             append_line(self.run.metrics, MetricsLine(step=step, loss=str(sum(losses))))
-        wait_for_all()  # before the first process tidies up, every batch is saved
+        barrier()  # before the first process tidies up, every batch is saved
         raise TrainingError(
             f"the loss of step {step} is not finite ({losses}); this step did not change the adapter",
             where=f"{file} (the batch)",

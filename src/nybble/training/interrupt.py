@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from nybble.distributed.group import add_up_number, in_group, wait_for_all
+from nybble.distributed.group import all_reduce_number, barrier, in_group
 from nybble.terminal import tell
 
 
@@ -67,7 +67,7 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
             Stopped: it did.
         """
         if self._stopping:
-            wait_for_all()
+            barrier()
             raise Stopped(self._asked or signal.SIGINT)
 
     def on_pre_optimizer_step(
@@ -96,7 +96,7 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
         threading.Thread(target=tell, args=(self.console, text), daemon=True).start()
 
     def _agree(self, device: torch.device) -> None:
-        self._agreed = add_up_number(int(self._asked is not None), device) > 0
+        self._agreed = all_reduce_number(int(self._asked is not None), device) > 0
 
     def _stop(self, control: TrainerControl) -> None:
         if not in_group():

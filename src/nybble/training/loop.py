@@ -13,7 +13,7 @@ from nybble.data.batches import Collator
 from nybble.distributed.group import share_of
 from nybble.evaluate.curve import TaskScores
 from nybble.evaluate.scores import Benchmarks
-from nybble.objective.likelihood import TOKENS_AT_ONCE, bare, is_plain
+from nybble.objective.likelihood import MEASURED_TOKENS, bare, is_plain
 from nybble.objective.supervised import Supervised
 from nybble.run.folder import Run
 from nybble.terminal import tell
@@ -94,7 +94,7 @@ def _make_trainer(
         processing_class=setup.tokenizer,
     )
     if is_plain(bare(setup.model).get_output_embeddings()):  # short rows fill a batch, as they do for `nybble eval`
-        trainer.eval_tokens = min(train.micro_batch * recipe.data.max_length, TOKENS_AT_ONCE)
+        trainer.eval_tokens = min(train.micro_batch * recipe.data.max_length, MEASURED_TOKENS)
     if benchmarks is not None and train.eval_tasks:
         trainer.task_scores = TaskScores(benchmarks, train.eval_tasks, setup.model, setup.tokenizer, setup.dtype)
     trainer.remove_callback(PrinterCallback)

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from nybble.distributed.group import gathered
+from nybble.distributed.group import all_gather
 from nybble.objective.objective import MetricMeans, MetricSums
 from nybble.run.folder import Run
 from nybble.run.log import MetricsLine, SampleLine, append_line
@@ -90,7 +90,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         too_early = state.global_step == 0 and args.device.type == "cpu"
         if self.answers is not None and not too_early:
             own = self.answers(lambda done, total: self.progress.activity(SAMPLING, done, total))
-            samples = [{"step": state.global_step, **sample} for sample in gathered(own)]
+            samples = [{"step": state.global_step, **sample} for sample in all_gather(own)]
             if state.is_world_process_zero:
                 for sample in samples:
                     append_line(self.run.samples, SampleLine(**sample))

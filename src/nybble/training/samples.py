@@ -18,7 +18,7 @@ from nybble.data.answers import first_answer
 from nybble.errors import DeviceError, ModelError
 from nybble.generate.padded import Padded
 from nybble.generate.request import Request, complete
-from nybble.weights.on_cpu import dequantised_meanwhile
+from nybble.weights.on_cpu import temporarily_dequantised
 
 NEW_TOKENS = 64  # enough to see style and whether an answer ends; each costs a forward pass
 SECONDS = 20.0  # that an answer may take: training waits for it
@@ -54,7 +54,7 @@ class SampleAnswers:
         rows = self.rows.select(range(min(self.count, len(self.rows))))
         prompts = [(row, answer) for row in rows if (answer := first_answer(row)) is not None]
         records: list[dict[str, Any]] = []
-        with dequantised_meanwhile(self.model):
+        with temporarily_dequantised(self.model):
             for row, answer in prompts:
                 progress(len(records), len(prompts))
                 records.append(self._answer(row, answer))

@@ -27,13 +27,13 @@ from nybble.run.marks import check_adapter, read_mark
 from nybble.run.records import write_record
 from nybble.terminal import tell
 from nybble.training.beginning import (
+    base_of_resumed,
     lock_run,
     open_run_folder,
     refuse_finished,
     refuse_missing_benchmarks,
     refuse_moved_base,
     run_guarded,
-    trained_before_on,
 )
 from nybble.training.card import draw_loss, write_card
 from nybble.training.checkpoints import Resumption, resumption
@@ -121,8 +121,8 @@ def _train(
     # 3. The base, frozen in 4 bits.
     with state.main_process_first(), console.status("loading the base"):
         checkpoint = find_checkpoint(recipe.model.path, recipe.model.revision)
-        then = trained_before_on(resumed, checkpoint, cache)
-        base = load_base(checkpoint, recipe.model, dtype, device, cache, then)
+        recorded = base_of_resumed(resumed, checkpoint, cache)
+        base = load_base(checkpoint, recipe.model, dtype, device, cache, recorded)
     stored = recipe.model.model_copy(update={"quantization": base.quantization})  # it may have come quantised
     recipe, footprint = recipe.model_copy(update={"model": stored}), measure(base.model)
     print_base(base, footprint, console)

@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from nybble.data.order import GroupedByLength, batches, lengths_of
-from nybble.distributed.group import add_up
+from nybble.distributed.group import all_reduce
 from nybble.objective.objective import MetricMeans, MetricSums, Objective
 from nybble.training.checkpoints import begin, check_best
 from nybble.training.module_walks import without_module_walks
@@ -143,7 +143,7 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
     def _fetch(self, source: Iterator[Any], count: int) -> tuple[list[dict[str, Any]], torch.Tensor]:
         found = list(itertools.islice(source, count))
         terms = sum(self.objective.count(batch) for batch in found)
-        return found, add_up(
+        return found, all_reduce(
             torch.full((), terms, device=self.args.device)
         )  # a tensor from the host would be waited for
 

@@ -1,4 +1,4 @@
-"""What a frozen weight in 4, 8 or 16 bits is, read from bitsandbytes' layers in memory; `stored.py` reads its files."""
+"""Frozen weights in 4, 8 or 16 bits, read from bitsandbytes' layers in memory; `stored.py` reads them from files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nybble.weights.watched import Ineligible, Watched, check_unhooked
 
 @dataclass(frozen=True)
 class FrozenWeight:
-    """A frozen weight as plain tensors: what bitsandbytes wraps them in costs 2 us a use."""
+    """A frozen weight as plain tensors: bitsandbytes' wrapper costs 2 us per use."""
 
     outputs: int
     stored: torch.Tensor
@@ -25,33 +25,33 @@ class FrozenWeight:
     absmax: torch.Tensor
     """(blocks,) scales; `stored` itself where the weight is not quantised."""
     code: torch.Tensor | None
-    """What each code stands for (NF4's or FP4's table); None where the weight is not quantised."""
+    """The value of each code (NF4's or FP4's table); None where the weight is not quantised."""
     blocksize: int
     nested: Nested | None
-    """How the scales are quantised, where they are."""
+    """How the scales are quantised; None where they are not."""
 
     @property
     def is_quantised(self) -> bool:
-        """Whether it is one of 4 bits."""
+        """Whether it is stored in 4 bits."""
         return self.code is not None
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """What its numbers are made from."""
+        """The tensors that its values are computed from."""
         yield from (self.stored, self.absmax)
         if self.nested is not None:
             yield self.nested.absmax
 
 
 def read_frozen(watched: Watched, name: str, layer: Any) -> FrozenWeight:
-    """A linear layer's weight in 4 or 16 bits, every fact of it watched.
+    """A linear layer's weight in 4 or 16 bits.
 
     Args:
-        watched: remembers what was read.
-        name: of the layer, for refusals.
-        layer: the layer itself, not what PEFT wraps it in.
+        watched: records every fact that is read.
+        name: the layer's name, for refusals.
+        layer: the layer itself, not PEFT's wrapper.
 
     Raises:
-        Ineligible: something that the fused product does not know.
+        Ineligible: something that the fused product does not support.
     """
     if type(layer) not in (Linear4bit, torch.nn.Linear):
         raise Ineligible(f"{name} is built on a {type(layer).__qualname__}")
@@ -95,7 +95,7 @@ def _read_4bit(watched: Watched, name: str, layer: Linear4bit, weight: Any) -> F
 
 
 def is_quantised(module: torch.nn.Module) -> bool:
-    """Whether a module is one of bitsandbytes' linear layers, of 4 or of 8 bits."""
+    """Whether a module is one of bitsandbytes' linear layers, in 4 or 8 bits."""
     return isinstance(module, Linear4bit | Linear8bitLt)
 
 
@@ -110,18 +110,18 @@ def is_repacked(weight: torch.Tensor) -> bool:
 
 
 def dequantised(layer: Linear4bit) -> torch.Tensor:
-    """The numbers that a 4-bit layer computes with, (outputs, inputs), in the type it was quantised from."""
+    """The weight that a 4-bit layer computes with, (outputs, inputs), in the type it was quantised from."""
     weight: torch.Tensor = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     return weight
 
 
 def scale_bytes(weight: torch.Tensor) -> int:
-    """Bytes of a 4-bit weight's scales and of the scales of those; none of another's."""
+    """Bytes of a 4-bit weight's scales, nested ones included; 0 for other weights."""
     return sum(state.absmax.numel() * state.absmax.element_size() for state in _states(weight))
 
 
 def float_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What says of each parameter whether its numbers are finite: itself, or its scales where it is quantised."""
+    """For each parameter, the tensors that show whether it is finite: the parameter itself, or its scales if it is quantised."""
     for name, module in model.named_modules():
         if isinstance(module, Linear8bitLt):
             scales = module.state.SCB if module.state.SCB is not None else getattr(module.weight, "SCB", None)
@@ -136,7 +136,7 @@ def float_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _states(weight: torch.Tensor) -> Iterator[Any]:
-    """How bitsandbytes describes a 4-bit weight: its scales, and the scales of the scales."""
+    """bitsandbytes' states of a 4-bit weight: that of its scales, and that of the scales' own scales."""
     state = getattr(weight, "quant_state", None)
     while state is not None:
         yield state

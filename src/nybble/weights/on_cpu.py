@@ -1,4 +1,4 @@
-"""What bitsandbytes' 4-bit layers need on a CPU: weights that stay as they are, and plain layers for answers."""
+"""4-bit layers on a CPU: weights that must not be repacked, and plain layers for generation."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from transformers import PreTrainedModel
 
 from nybble.plan.free_memory import host_memory
 from nybble.weights.frozen import dequantised, is_repacked, linear4bits
-from nybble.weights.structure import check_switch
+from nybble.weights.structure import check_repacking_switch
 
-SHARE = 0.25  # of the memory that is available, for weights that could be without it
+SHARE = 0.25  # of the available memory, for weights that could also stay quantised
 
 
 def stay_unpacked(model: torch.nn.Module) -> None:
     """Keep 4-bit weights as they are on a CPU.
 
     On processors with AVX512-BF16 bitsandbytes repacks a weight at the first forward in eval mode. After that the
-    backward pass and dequantise_4bit read it wrongly and nothing says so (0.50.2: gradients at a cosine of 0.07).
+    backward pass and dequantize_4bit silently read it wrongly (0.50.2: gradients at a cosine of 0.07).
 
     Raises:
-        EngineError: the installed bitsandbytes has no such switch.
+        EngineError: the installed bitsandbytes has no such setting.
     """
     for module in linear4bits(model):
-        check_switch(module)
+        check_repacking_switch(module)
         module.support_avx512bf16_for_cpu = False
 
 
@@ -37,19 +37,19 @@ def assert_unpacked(model: torch.nn.Module) -> None:
         assert not is_repacked(module.weight), "a 4-bit weight was repacked for inference"
 
 
-def dequantise_where_room(model: PreTrainedModel | PeftModel) -> bool:
-    """On a CPU with room for it, plain layers with the very numbers that the 4-bit ones would compute with, in their place.
+def dequantise_if_it_fits(model: PreTrainedModel | PeftModel) -> bool:
+    """On a CPU with enough memory, replace the 4-bit layers by plain ones with the same dequantised weights.
 
-    bitsandbytes dequantises a weight at each use there (docs/benchmarks.md: what that costs SmolLM2). For answers only: what
-    trains, merges or exports wants the 4-bit layers. Returns whether it was done.
+    On a CPU bitsandbytes dequantises a weight at each use (docs/benchmarks.md has the cost for SmolLM2). For generation only:
+    training, merging and exporting need the 4-bit layers. Returns whether it was done.
     """
-    return bool(_replace_where_room(model))
+    return bool(_replace_if_it_fits(model))
 
 
 @contextlib.contextmanager
-def dequantised_meanwhile(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """As `dequantise_where_room`, and then the 4-bit layers again, the very ones."""
-    replaced = _replace_where_room(model)
+def temporarily_dequantised(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """As `dequantise_if_it_fits`, and put the same 4-bit layers back afterwards."""
+    replaced = _replace_if_it_fits(model)
     try:
         yield
     finally:
@@ -57,18 +57,17 @@ def dequantised_meanwhile(model: PreTrainedModel | PeftModel) -> Iterator[None]:
             setattr(parent, name, layer)
 
 
-def _replace_where_room(model: PreTrainedModel | PeftModel) -> list[tuple[torch.nn.Module, str, Linear4bit]]:
-    """Plain layers for 4-bit ones; returns these with parent and name, none where that cannot or should not be done."""
+def _replace_if_it_fits(model: PreTrainedModel | PeftModel) -> list[tuple[torch.nn.Module, str, Linear4bit]]:
+    """Replace 4-bit layers by plain ones; returns the 4-bit ones with parent and name, none if nothing was replaced."""
     layers = list(linear4bits(model))
     if not layers or any(layer.weight.device.type != "cpu" for layer in layers):
         return []
-    computing = model.get_input_embeddings().weight.dtype
-    if any(
-        layer.compute_dtype != computing for layer in layers
-    ):  # stored by somebody else: a 4-bit layer casts in and out
+    dtype = model.get_input_embeddings().weight.dtype
+    # In a checkpoint that came quantised, 4-bit layers may cast to another type and back.
+    if any(layer.compute_dtype != dtype for layer in layers):
         return []
     numbers = sum(layer.in_features * layer.out_features for layer in layers)
-    if numbers * computing.itemsize > SHARE * host_memory().free:
+    if numbers * dtype.itemsize > SHARE * host_memory().free:
         return []
     replaced = []
     for parent in list(model.modules()):

@@ -16,7 +16,7 @@ from nybble.weights.frozen import FrozenWeight, read_frozen
 from nybble.weights.structure import check_lora
 from nybble.weights.watched import Ineligible, Watched, check_unhooked
 
-ALIGNMENT = 8  # numbers: rows of the workspace begin at multiples of 16 bytes, as tensor cores want them
+ALIGNMENT = 8  # numbers: rows of the workspace start at multiples of 16 bytes, as tensor cores need them
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class ActiveAdapter:
     outputs: slice
     """Which of the group's outputs it adds to."""
     ranks: slice
-    """Which of the group's ranks are its own."""
+    """Which of the group's ranks it has."""
 
 
 @dataclass(frozen=True)
 class ProjectionGroup:
-    """Frozen projections with one input, and their adapters; none of those where PEFT has them disabled or merged."""
+    """Frozen projections that share an input, and their adapters; no adapters while PEFT has them disabled or merged."""
 
     frozen: tuple[FrozenWeight, ...]
     adapters: tuple[ActiveAdapter, ...]
@@ -46,21 +46,21 @@ class ProjectionGroup:
     ranks: int
     """Columns that the adapters take, rounded up to ALIGNMENT."""
     has_dropout: bool
-    """Whether any adapter drops inputs."""
+    """Whether any adapter has dropout."""
     compute_dtype: torch.dtype | None
-    """In which 4-bit layers say they compute."""
+    """The compute type of the 4-bit layers; None for others."""
 
     def stored(self) -> Iterator[torch.Tensor]:
-        """What its weights are dequantised from."""
+        """The tensors that its weights are dequantised from."""
         for weight in self.frozen:
             yield from weight.tensors()
 
 
 def read_group(watched: Watched, parent: torch.nn.Module, names: Sequence[str]) -> ProjectionGroup:
-    """The projections of these names in a module, as they are now.
+    """The projections with these names in a module, as they are now.
 
     Raises:
-        Ineligible: something the fused product does not know.
+        Ineligible: something that the fused product does not support.
     """
     frozen: list[FrozenWeight] = []
     adapters: list[ActiveAdapter] = []

@@ -1,4 +1,4 @@
-"""Where a model's frozen weights are, and how they come into the buffers that are computed with."""
+"""Where a model's frozen weights are stored, and how they are written into the buffers that are computed with."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from nybble.weights.projections import ProjectionGroup
 
 
 class WeightStore(Protocol):
-    """Fills buffers of the device with weights; the engine's workspace knows no other source of them."""
+    """Writes weights into buffers on the device; the engine's workspace gets them nowhere else."""
 
     def write(self, group: ProjectionGroup, out_nk: torch.Tensor) -> None:
-        """The weights of a group, dequantised, one projection below the other.
+        """Write the weights of a group, dequantised, one projection below the other.
 
         Args:
-            group: of one layer.
-            out_nk: (outputs, inputs) view on the device, in whose type the weights are written.
+            group: a group of one layer.
+            out_nk: (outputs, inputs) view on the device; the weights are written in its type.
         """
 
 
 class ResidentStore:
-    """Weights that are on the device for good, in the bytes that bitsandbytes holds."""
+    """Weights that stay on the device, in the form that bitsandbytes stores them."""
 
     def __init__(self, operations: Operations) -> None:
         self._operations = operations
 
     def write(self, group: ProjectionGroup, out_nk: torch.Tensor) -> None:
-        """See `WeightStore.write`; one launch for each projection."""
+        """See `WeightStore.write`; one kernel launch per projection."""
         row = 0
         for weight in group.frozen:
             dequantise(self._operations, weight, out_nk[row : row + weight.outputs])
@@ -38,7 +38,7 @@ class ResidentStore:
 
 
 def dequantise(operations: Operations, weight: FrozenWeight, out_nk: torch.Tensor) -> None:
-    """One weight's numbers, (outputs, inputs), into a view; one that is not quantised is copied."""
+    """Write a weight, (outputs, inputs), into a view; one that is not quantised is copied."""
     if weight.code is None:
         out_nk.copy_(weight.stored)
     else:

@@ -1,4 +1,4 @@
-"""What bitsandbytes writes beside a quantised weight in a model's files, and the numbers that such a weight stands for."""
+"""Quantised weights in a model's files: the tensors that bitsandbytes stores with each, and how to dequantise it."""
 
 from __future__ import annotations
 
@@ -11,67 +11,68 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 from bitsandbytes.utils import unpack_tensor_to_dict
 
+from nybble.plan.ledger import packed_weight
+
 STATE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
 PACKED = tuple(f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
 BESIDE = (*STATE, *PACKED)
-"""How the names of tensors end that describe a quantised weight; before that they are the weight's own name."""
+"""Suffixes of the tensors that describe a quantised weight; the name before them is the weight's own."""
 QUANTISED = (*PACKED, ".SCB")
-"""Those that a quantised weight always has one of."""
-INT8 = 127  # LLM.int8 stores a row as integers up to this, and the row's largest number beside it
+"""Suffixes of which every quantised weight has one."""
+INT8 = 127  # LLM.int8 stores a row as integers up to this, and the row's largest number as its scale
 
 
 class TensorNames(Protocol):
-    """The names of the tensors of a model's files."""
+    """The names of the tensors in a model's files."""
 
     def __contains__(self, name: str, /) -> bool: ...
 
 
 class StoredTensors(TensorNames, Protocol):
-    """The tensors of a model's files by name."""
+    """The tensors in a model's files by name."""
 
     def __getitem__(self, name: str, /) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
 class Packed4bit:
-    """A 4-bit weight as its description in the file says."""
+    """A 4-bit weight as the file describes it."""
 
     shape: list[int]
-    """(outputs, inputs) of the numbers that it stands for."""
+    """(outputs, inputs) of the dequantised weight."""
     blocksize: int
     nested_blocksize: int
-    """Of the scales' own quantisation; 0 without one."""
+    """Block size of the scales' own quantisation; 0 if they are not quantised."""
 
     def part_bytes(self, name: str) -> Mapping[str, int]:
-        """Every tensor of the weight of this name with the bytes that it must have."""
-        count = math.prod(self.shape)
-        blocks, nested = -(-count // self.blocksize), self.nested_blocksize
-        sizes = {name: -(-count // 2), f"{name}.absmax": blocks * (1 if nested else 4), f"{name}.quant_map": 16 * 4}
-        if nested:
-            sizes |= {f"{name}.nested_absmax": -(-blocks // nested) * 4, f"{name}.nested_quant_map": 256 * 4}
+        """Every tensor of the weight with this name, and the bytes that it must have."""
+        size = packed_weight(math.prod(self.shape), self.blocksize, self.nested_blocksize)
+        sizes = {name: size.codes, f"{name}.absmax": size.absmax, f"{name}.quant_map": size.table}
+        if self.nested_blocksize:
+            sizes |= {f"{name}.nested_absmax": size.nested_absmax, f"{name}.nested_quant_map": size.nested_table}
         return sizes
 
 
 def description_name(name: str, stored: TensorNames) -> str | None:
-    """The tensor that describes a 4-bit weight, or None where the weight is none."""
+    """The tensor that describes a weight, if that is stored in 4 bits, or None."""
     return next((name + end for end in PACKED if name + end in stored), None)
 
 
 def int8_scales_name(name: str) -> str:
-    """The scales of a weight's rows in LLM.int8."""
+    """The tensor with the scales of a weight's rows in LLM.int8."""
     return f"{name.removesuffix('.weight')}.SCB"
 
 
 def described_name(name: str) -> str:
-    """The weight that a tensor describes, or its own name; of LLM.int8's scales the layer."""
+    """The weight that a tensor describes, or its own name; for LLM.int8's scales, the layer."""
     return next((name.removesuffix(end) for end in BESIDE if name.endswith(end)), name)
 
 
 def read_description(name: str, described: torch.Tensor) -> Packed4bit:
-    """What the describing tensor of this name says.
+    """The 4-bit weight that the describing tensor with this name describes.
 
     Raises:
-        ValueError: why it cannot be a 4-bit weight's.
+        ValueError: it describes none, and why.
     """
     try:
         state = unpack_tensor_to_dict(described)
@@ -85,7 +86,7 @@ def read_description(name: str, described: torch.Tensor) -> Packed4bit:
 
 
 def read_state(name: str, tensors: StoredTensors) -> QuantState | None:
-    """How a weight of the files is quantised in 4 bits, or None where it is not."""
+    """The quantisation state of a 4-bit weight in the files; None for other weights."""
     described = description_name(name, tensors)
     if described is None:
         return None
@@ -101,8 +102,8 @@ def dequantise_rows(
     Args:
         packed: the stored bytes.
         state: from `read_state`.
-        parts: of the rows; each begins where a block of numbers with a scale of its own does.
-        device: on which to compute.
+        parts: slices of the rows; each starts where a block of numbers with one scale starts.
+        device: the device to compute on.
     """
     scales = state.absmax
     if state.nested:
@@ -110,7 +111,7 @@ def dequantise_rows(
     _, columns = state.shape
     for part in parts:
         first, last = part.start * columns, part.stop * columns
-        own = QuantState(
+        part_state = QuantState(
             absmax=scales[first // state.blocksize : -(-last // state.blocksize)].float().to(device),
             shape=torch.Size((part.stop - part.start, columns)),
             code=state.code.to(device),
@@ -118,11 +119,11 @@ def dequantise_rows(
             quant_type=state.quant_type,
             dtype=state.dtype,
         )
-        yield dequantize_4bit(packed.flatten()[first // 2 : last // 2].unsqueeze(1).to(device), own)
+        yield dequantize_4bit(packed.flatten()[first // 2 : last // 2].unsqueeze(1).to(device), part_state)
 
 
 def dequantise_int8_rows(rows: Iterable[torch.Tensor], scales: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Consecutive rows of an 8-bit weight by its scales, (outputs,) on the rows' device, in float32."""
+    """Dequantise consecutive rows of an 8-bit weight to float32; its scales, (outputs,), are on the rows' device."""
     limits, first = scales.float() / INT8, 0
     for part in rows:
         yield part * limits[first : first + len(part), None]

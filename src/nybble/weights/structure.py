@@ -1,4 +1,4 @@
-"""Layers of PEFT and bitsandbytes as the engine reads them: what is missing is an error, never a guess."""
+"""The attributes of PEFT's and bitsandbytes' layers that the engine reads: a missing one is an error, never a guess."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STATE_ATTRIBUTES = ("absmax", "code", "blocksize", "nested", "state2", "offset",
 
 
 def check_lora(module: Any) -> None:
-    """A LoRA layer says whether it is switched off, merged or varied: without that it would be computed as a plain one.
+    """Check that a LoRA layer says whether it is disabled, merged or a variant: else it would be computed as a plain one.
 
     Raises:
         EngineError: the installed PEFT stores it elsewhere.
@@ -34,18 +34,20 @@ def check_lora(module: Any) -> None:
 
 
 def check_quantised(layer: Any, weight: Any) -> None:
-    """A 4-bit layer says in which type it computes, and its weight has a state, None before it is quantised.
+    """Check that a 4-bit layer has its compute type, and its weight a state, which is None before it is quantised.
 
     Raises:
         EngineError: the installed bitsandbytes stores them elsewhere.
     """
-    missing = [name for name, own in (("compute_dtype", layer), ("quant_state", weight)) if name not in own.__dict__]
+    missing = [
+        name for name, owner in (("compute_dtype", layer), ("quant_state", weight)) if name not in owner.__dict__
+    ]
     if missing:
         raise _unknown("bitsandbytes", "4-bit layer", missing)
 
 
 def check_state(state: Any) -> None:
-    """A quantised weight's scales are where they are read.
+    """Check that the state of a quantised weight has the attributes that are read.
 
     Raises:
         EngineError: the installed bitsandbytes stores them elsewhere.
@@ -55,11 +57,11 @@ def check_state(state: Any) -> None:
         raise _unknown("bitsandbytes", "quantised weight", missing)
 
 
-def check_switch(layer: Any) -> None:
-    """A 4-bit layer has the switch that keeps its weight from being repacked on a CPU (`on_cpu.stay_unpacked`).
+def check_repacking_switch(layer: Any) -> None:
+    """Check that a 4-bit layer has the setting that keeps its weight from being repacked on a CPU (`on_cpu.stay_unpacked`).
 
     Raises:
-        EngineError: the installed bitsandbytes has none of that name, so that setting it would do nothing.
+        EngineError: the installed bitsandbytes has none of that name, so changing it would have no effect.
     """
     if "support_avx512bf16_for_cpu" not in layer.__dict__:
         raise _unknown("bitsandbytes", "4-bit layer", ["support_avx512bf16_for_cpu"])

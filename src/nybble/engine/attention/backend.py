@@ -1,7 +1,7 @@
-"""Causal attention, forward and backward apart, so that a layer may keep its result and recompute its inputs.
+"""Causal attention with separate forward and backward, so that a layer may keep its result and recompute its inputs.
 
 Every backend takes rows of tokens: query (tokens, heads, head size), key and value (tokens, key-value heads, head size),
-strided as they come out of the fused projection, and gives out (tokens, heads, head size).
+strided as they come out of the fused projection, and returns (tokens, heads, head size).
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from typing import Any, Protocol
 import torch
 
 BackendState = tuple[Any, ...]
-"""What a backend's backward needs beside inputs and result."""
+"""What a backend's backward needs beside inputs and output."""
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Of query, key and value."""
+"""Gradients of query, key and value."""
 
 
 @dataclass(frozen=True)
 class Segments:
-    """How the rows of a batch fall into sequences that do not see each other."""
+    """How the rows of a batch are divided into sequences that do not see each other."""
 
     batch: int
     length: int
     bounds: torch.Tensor | None = None
-    """(sequences + 1,) int32 where each begins and the last ends, for packed rows; without it, `batch` equal ones."""
+    """(sequences + 1,) int32, for packed rows: the start of each sequence and the end of the last; else `batch` equal ones."""
     longest: int = 0
-    """Tokens of the longest, for packed rows."""
+    """Length of the longest sequence of packed rows."""
     seen: Segments | None = None
-    """Sequences of keys that those of queries see whole, one each, both packed; without it a token sees those before it."""
+    """The sequences of keys, both packed: each sequence of queries sees all of one. Without it a token sees those before it."""
 
     @property
     def keys(self) -> Segments:
-        """How the keys fall into sequences."""
+        """How the keys are divided into sequences."""
         return self.seen or self
 
     @property
@@ -48,7 +48,7 @@ class Backend(Protocol):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
     ) -> tuple[torch.Tensor, BackendState]:
-        """The result, and what backward needs beside it (the log of the softmax's sum; random states)."""
+        """The output, and what else backward needs (the log of the softmax's sum; random states)."""
 
     def backward(
         self,
@@ -60,7 +60,7 @@ class Backend(Protocol):
         saved: BackendState,
         segments: Segments,
     ) -> Gradients:
-        """Gradients of query, key and value, in their shapes."""
+        """Gradients of query, key and value, each in its shape."""
 
 
 def repeated(query: torch.Tensor, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -69,7 +69,7 @@ def repeated(query: torch.Tensor, *parts: torch.Tensor) -> tuple[torch.Tensor, .
 
 
 def narrowed(gradient: torch.Tensor, heads: int) -> torch.Tensor:
-    """The gradient of so many heads: the sum over the query heads that share each."""
+    """The gradient of this many heads: the sum over the query heads that share each."""
     if gradient.shape[1] == heads:
         return gradient
     narrowed: torch.Tensor = gradient.unflatten(1, (heads, -1)).sum(dim=2)

@@ -1,4 +1,4 @@
-"""Which backends a device gets, and why."""
+"""Which attention backends are chosen for a device, and why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nybble.engine.attention.plain import FlashOnCpu, PlainAttention
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """The backends of a model, and why."""
+    """The backends of a model, and the reason."""
 
     equal: Backend
     packed: Backend

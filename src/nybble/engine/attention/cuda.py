@@ -1,4 +1,4 @@
-"""Attention on CUDA devices by what torch brings: cuDNN, FlashAttention 2, the memory-efficient kernels."""
+"""Attention on CUDA devices with the kernels that come with torch: cuDNN, FlashAttention 2, memory-efficient."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Cudnn:
 
 
 class Flash:
-    """FlashAttention 2 (Dao 2023) as torch brings it; packed sequences without padding."""
+    """torch's FlashAttention 2 (Dao 2023); packed sequences without padding."""
 
     name = "flash"
 
@@ -72,7 +72,7 @@ class Flash:
 
 
 class Efficient:
-    """The memory-efficient kernels, for cards before Ampere (T4, RTX 20), which flash does not know."""
+    """The memory-efficient kernels, for cards before Ampere (T4, RTX 20), which flash does not support."""
 
     name = "memory-efficient"
 
@@ -110,12 +110,12 @@ class Efficient:
 
 
 def _batched(part: torch.Tensor, segments: Segments) -> torch.Tensor:
-    """Rows as (batch, length, heads, head size), or as they are where they are packed."""
+    """Rows as (batch, length, heads, head size); packed rows stay as they are."""
     return part if segments.bounds is not None else part.unflatten(0, (segments.batch, segments.length))
 
 
 def _bounds(segments: Segments) -> tuple[torch.Tensor | None, torch.Tensor | None, int, int]:
-    """Of queries and keys, and the longest of each."""
+    """The bounds of queries and keys, and the longest sequence of each."""
     keys = segments.keys
     if segments.bounds is None:
         return None, None, segments.length, keys.length

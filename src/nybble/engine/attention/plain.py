@@ -60,7 +60,7 @@ class PlainAttention:
 class FlashOnCpu:
     """torch's flash attention for CPUs: 0.5 to 0.7 of plain torch's time at 140 tokens, a fifth at 1,024.
 
-    In float32 whatever comes: on a processor without bfloat16 instructions its backward took 4 to 6 times as long in bfloat16.
+    Always in float32: on a processor without bfloat16 instructions its backward took 4 to 6 times as long in bfloat16.
     """
 
     name = "flash on a CPU"
@@ -101,7 +101,7 @@ class FlashOnCpu:
 
 
 def _sequences(segments: Segments) -> Iterator[tuple[slice, slice, int]]:
-    """Rows of queries and keys that can be computed at once, and how many sequences of equal length they hold."""
+    """Rows of queries and keys that can be computed at once, and how many sequences of equal length they contain."""
     if segments.bounds is None:
         everything = slice(0, segments.tokens)
         yield everything, everything, segments.batch

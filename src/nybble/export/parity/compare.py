@@ -27,7 +27,7 @@ from nybble.objective.likelihood import bare
 from nybble.weights.frozen import is_quantised
 
 ROWS = 64  # validation rows that are compared
-TOKENS_AT_ONCE = 16_384  # of padded rows: each batch merges all weights anew
+BATCH_TOKENS = 16_384  # of padded rows: each batch merges all weights anew
 POSITIONS_AT_ONCE = 256  # whose logits are in memory together: 33 MB of Llama 2's, for each model
 
 
@@ -137,7 +137,7 @@ def compare(
     measured: dict[str, list[torch.Tensor]] = {name: [] for name in ("run", *merges)}
     finished = 0
     with swapped.ready(), torch.inference_mode():
-        for chosen in batches([len(sample["input_ids"]) for sample in samples], TOKENS_AT_ONCE):
+        for chosen in batches([len(sample["input_ids"]) for sample in samples], BATCH_TOKENS):
             batch = Collator(answerer.tokenizer.pad_token_id)([samples[n] for n in chosen])
             for name, rows in _measure(model, swapped, merges, batch).items():
                 measured[name].append(rows)

@@ -12,7 +12,7 @@ from nybble.data.order import batches
 from nybble.engine.loss import last_hidden
 
 NEW_TOKENS = 48  # of an answer: enough for most to end or to go astray
-TOKENS_AT_ONCE = 4096  # of padded prompts and answers: 2 GB of Llama 2 7B's keys and values, beside its weights
+BATCH_TOKENS = 4096  # of padded prompts and answers: 2 GB of Llama 2 7B's keys and values, beside its weights
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def generated(model: PreTrainedModel, prompts: Sequence[list[int]], pad_id: int)
     """Greedy answers that the model's generation settings end; prompts of similar length in one batch, padded on the left."""
     stops = own_stops(model)
     answers: dict[int, GreedyAnswer] = {}
-    for batch in batches([len(prompt) + NEW_TOKENS for prompt in prompts], TOKENS_AT_ONCE):
+    for batch in batches([len(prompt) + NEW_TOKENS for prompt in prompts], BATCH_TOKENS):
         longest = max(len(prompts[n]) for n in batch)
         gaps = [longest - len(prompts[n]) for n in batch]
         ids = [[pad_id] * gap + prompts[n] for n, gap in zip(batch, gaps, strict=True)]
@@ -66,7 +66,7 @@ def next_logits(model: PreTrainedModel, rows: Sequence[list[int]], starts: Seque
     """What follows each row's prompt: (len(row) - start, vocabulary) float32 logits on the CPU."""
     head = model.get_output_embeddings()
     logits: dict[int, torch.Tensor] = {}
-    for batch in batches([len(row) for row in rows], TOKENS_AT_ONCE):
+    for batch in batches([len(row) for row in rows], BATCH_TOKENS):
         longest = len(rows[batch[0]])
         ids = torch.tensor([rows[n] + [0] * (longest - len(rows[n])) for n in batch], device=model.device)
         mask = torch.tensor([[1] * len(rows[n]) + [0] * (longest - len(rows[n])) for n in batch], device=model.device)

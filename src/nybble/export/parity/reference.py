@@ -14,7 +14,7 @@ from nybble.data.order import batches
 from nybble.data.text.tokens import encode_text
 from nybble.export.merge.merge import Merge
 from nybble.export.parity.compare import compare
-from nybble.export.parity.plain import NEW_TOKENS, TOKENS_AT_ONCE, GreedyAnswer, next_logits
+from nybble.export.parity.plain import BATCH_TOKENS, NEW_TOKENS, GreedyAnswer, next_logits
 from nybble.export.parity.prompts import PLAIN, Question, questions_for
 from nybble.objective.likelihood import bare
 
@@ -82,7 +82,7 @@ def ask_run(answerer: Answerer, validation: Dataset | None, merges: Mapping[str,
 def _answers(answerer: Answerer, prompts: Sequence[list[int]]) -> list[GreedyAnswer]:
     """The run's answers, prompts of similar length in one batch."""
     answers: dict[int, GreedyAnswer] = {}
-    for batch in batches([len(prompt) + NEW_TOKENS for prompt in prompts], TOKENS_AT_ONCE):
+    for batch in batches([len(prompt) + NEW_TOKENS for prompt in prompts], BATCH_TOKENS):
         made = answerer.complete([prompts[n] for n in batch], Sampling(max_new_tokens=NEW_TOKENS))
         answers |= {n: GreedyAnswer(answer.ids, answer.ended) for n, answer in zip(batch, made, strict=True)}
     return [answers[n] for n in range(len(prompts))]

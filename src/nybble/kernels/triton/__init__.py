@@ -27,7 +27,7 @@ __all__ = [
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """See `reference.product`; cuBLAS sums in float32 and need not round."""
+    """See `reference.product`; cuBLAS accumulates in float32, so its result need not be rounded."""
     if left.dtype == torch.float32:
         return torch.mm(left, right)
     return torch.mm(left, right, out_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Adapters laid around the weights of a group of projections, cast and scaled on the way, in one launch."""
+"""Adapters written around the weights of a group of projections, cast and scaled, in one launch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of a chunk of logits, which become their own gradients."""
+"""Cross-entropy of a chunk of logits, which are overwritten by their gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""4-bit codes to 16-bit numbers in one pass: nested scales decoded on the way."""
+"""4-bit codes to 16-bit numbers in one pass, which also decodes nested scales."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton.language as tl
 from nybble.kernels.reference import Nested
 from nybble.kernels.triton.launch import Launcher, blocks_of
 
-BLOCKS = 64  # quantisation blocks a program; on an H200 64 and 128 read 3.3 TB/s, 16 only 2.6
+BLOCKS = 64  # quantisation blocks per program; on an H200 64 and 128 read 3.3 TB/s, 16 only 2.6
 
 
 @triton.jit

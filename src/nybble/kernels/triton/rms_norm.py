@@ -39,15 +39,15 @@ def _backward(
     value = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     inner = tl.load(gradient + row * gradient_stride + column, mask=inside, other=0.0).to(tl.float32)
     inner *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    kept = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+    residual_gradient = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(value * value) / hidden + eps)
     normed = value * inverse
     mean = tl.sum(inner * normed) / hidden
-    result = kept + inverse * (inner - normed * mean)
+    result = residual_gradient + inverse * (inner - normed * mean)
     tl.store(out + row * out_stride + column, result.to(out.dtype.element_ty), mask=inside)
 
 
-# 16 numbers a thread: two loads of 16 bytes
+# 16 numbers per thread: two loads of 16 bytes
 _forwards = {warps: Launcher(_forward, num_warps=warps) for warps in (1, 2, 4, 8, 16)}
 _backwards = {warps: Launcher(_backward, num_warps=warps) for warps in (1, 2, 4, 8, 16)}
 

@@ -1,4 +1,4 @@
-"""Rotary positions in place, and back again while query, key and value gradients are laid side by side."""
+"""Rotary positions in place, and the backward, which also writes the gradients of query, key and value side by side."""
 
 from __future__ import annotations
 
@@ -103,4 +103,4 @@ def rope_backward(
 
 
 def _heads(half: int) -> int:
-    return max(1, 2048 // half)  # 16 pairs a thread
+    return max(1, 2048 // half)  # 16 pairs per thread

@@ -1,4 +1,4 @@
-"""SwiGLU, and its backward in place with the activation computed again."""
+"""SwiGLU, and its backward in place, which recomputes the activation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""adapter_config.json, field by field: PEFT takes what it is given, and fails or computes something else with it."""
+"""Checks of adapter_config.json, field by field: with wrong values PEFT fails, or computes something else."""
 
 from __future__ import annotations
 
@@ -36,16 +36,11 @@ MERGEABLE = frozenset(
 """Options under which an adapter is W + s B A, or DoRA's form of it."""
 LOADABLE = MERGEABLE | {
     *("modules_to_save", "trainable_token_indices", "ensure_weight_tying", "bias", "lora_bias", "fan_in_fan_out"),
-    *(
-        "qalora_group_size",
-        "loftq_config",
-        "corda_config",
-        "lora_ga_config",
-    ),  # of variants that are refused by other fields
+    *("qalora_group_size", "loftq_config", "corda_config", "lora_ga_config"),  # of variants that other fields refuse
 }
-"""Options of adapters that answer here as PEFT has them answer, and leave the base to answer as itself when switched off."""
+"""Options of adapters that compute the same as with PEFT, and that leave the base unchanged when they are disabled."""
 UNALTERED = (True, False, "gaussian", "orthogonal", "eva", "mica")
-"""Ways to start A and B that leave the base's weights as they were."""
+"""Initialisations of A and B that do not change the base's weights."""
 ALTERING = {
     "pissa": "PiSSA",
     "loftq": "LoftQ",
@@ -53,8 +48,8 @@ ALTERING = {
     "corda": "CorDA",
     "lora_ga": "LoRA-GA",
 }
-"""Ways that do not, by the beginning of their names."""
-LARGEST = 1_000_000  # of ranks and alphas: beyond it is a typing error, or a try to fill the memory
+"""Initialisations that change them, by the beginning of their names."""
+LARGEST = 1_000_000  # rank or alpha: a larger one is a typing error, or an attempt to fill the memory
 EMPTY: tuple[Any, ...] = (None, {}, [], False, "none", "", 0)
 
 
@@ -86,7 +81,7 @@ def read_adapter_config(path: str | pathlib.Path) -> LoraConfig:
 
 
 def read_content(folder: pathlib.Path) -> dict[str, Any]:
-    """adapter_config.json as it is: PEFT itself fails on some of those that are refused here, LoftQ's without scipy.
+    """The content of adapter_config.json, not read by PEFT, which fails on some that are refused here (LoftQ's without scipy).
 
     Raises:
         ModelError: there is none, or it is not a JSON object.
@@ -102,7 +97,7 @@ def read_content(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def refuse_other_kinds(content: Mapping[str, Any], file: str, fix: str) -> None:
-    """Raise ModelError for what is not a LoRA adapter of a model that answers."""
+    """Raise ModelError for anything but a LoRA adapter of a causal language model."""
     kind = content.get("peft_type")
     if kind is None:
         raise ModelError(f"{CONFIG} does not say which kind of adapter it is (no peft_type)", where=file, fix=AGAIN)
@@ -118,14 +113,14 @@ def refuse_other_kinds(content: Mapping[str, Any], file: str, fix: str) -> None:
 
 
 def refuse_altered(content: Mapping[str, Any], file: str) -> None:
-    """Raise for an adapter that is not one on the base as it was.
+    """Refuse an adapter whose initialisation changed the base.
 
-    PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ start from a base that they alter: their A and B belong to its residual. Added to the
-    base itself they give another model, and PEFT alters the base anew, or fails, wherever they are loaded on a quantised one:
-    with the adapter switched off, it would not be the base that answers.
+    PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ start by changing the base: their A and B belong to its residual. Added to the original
+    base they give a different model. Where they are loaded on a quantised base, PEFT changes it again, or fails: with the adapter
+    disabled, the model would not answer like its base.
 
     Raises:
-        ModelError: by the start's name.
+        ModelError: naming the initialisation.
     """
     start = content.get("init_lora_weights", True)
     if start in UNALTERED or start is None:
@@ -133,7 +128,7 @@ def refuse_altered(content: Mapping[str, Any], file: str) -> None:
     known = next((name for key, name in ALTERING.items() if str(start).lower().startswith(key)), None)
     if known is None:
         raise ModelError(
-            f"the adapter was initialised by {_shown(start)} (init_lora_weights), which nybble does not know: "
+            f"the adapter was initialised by {_shown(start)} (init_lora_weights), which nybble does not support: "
             "the base may have been changed",
             where=file,
             fix="convert it to plain LoRA where it was trained",
@@ -149,7 +144,7 @@ def refuse_altered(content: Mapping[str, Any], file: str) -> None:
 
 
 def set_options(content: Mapping[str, Any], understood: frozenset[str]) -> Iterator[str]:
-    """Options of PEFT's beyond those understood that differ from their defaults, as they would be typed."""
+    """PEFT's options outside `understood` that differ from their defaults, as name=value."""
     plain: dict[str, Any] = LoraConfig().to_dict()
     for name, value in content.items():
         if name in _known() - understood and value != plain.get(name) and value not in EMPTY:
@@ -159,7 +154,7 @@ def set_options(content: Mapping[str, Any], understood: frozenset[str]) -> Itera
 
 
 def unknown_options(content: Mapping[str, Any]) -> list[str]:
-    """Fields that are set and that this PEFT does not know: those of a later version, which it passes over."""
+    """Fields that are set but that this PEFT does not know, which it ignores: they are from a later version."""
     return sorted(name for name, value in content.items() if name not in _known() and value not in EMPTY)
 
 
@@ -190,7 +185,7 @@ def _check_fields(content: Mapping[str, Any], file: str) -> None:
 
 
 def _known_as(value: object) -> str:
-    """A kind that PEFT has a word for by that word, anything else as it is in the file."""
+    """A kind by its name in PEFT, anything else as it is in the file."""
     return value if isinstance(value, str) and value.isidentifier() else _shown(value)
 
 

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 from nybble.errors import ModelError, TrainingError
 from nybble.model.adapter.config import CONFIG, read_adapter_config
 from nybble.model.adapter.patterns import check_patterns
-from nybble.model.adapter.placement import ADDED_TOKENS, fill, trained_on
+from nybble.model.adapter.placement import ADDED_TOKENS, base_hint, load_tensors
 from nybble.model.adapter.tensors import read_tensors
-from nybble.model.base.files import LOADING_FAULTS, reason, some
+from nybble.model.base.files import LOADING_FAULTS, first_of, reason
 from nybble.recipe import LoraOptions
 
-# PEFT's orthogonal start fails on 4-bit layers (0.21), PiSSA and LoftQ alter the base: none of these is offered.
+# Not offered: PEFT's orthogonal initialisation, which fails on 4-bit layers (0.21), and PiSSA and LoftQ, which change the base.
 INIT: dict[str, bool | str] = {"default": True, "gaussian": "gaussian"}
 
 
@@ -29,7 +29,7 @@ def attach_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
     """A new adapter on a frozen base; its parameters are float32, the base's stay as they are.
 
     Raises:
-        ModelError: a target that no linear layer carries, with the names that exist.
+        ModelError: no linear layer has the name of a target; with the names that exist.
     """
     targets: str | list[str] = options.targets
     if not isinstance(targets, str):
@@ -50,26 +50,26 @@ def attach_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
 
 
 def check_stored(path: str | pathlib.Path) -> None:
-    """Check whatever can be wrong with an adapter on any base, before one is loaded.
+    """Check an adapter for everything that does not depend on the base, before that is loaded.
 
     Raises:
-        ModelError: no adapter there, one of another kind, or a damaged one.
+        ModelError: there is no adapter, it is of another kind, or it is damaged.
     """
     read_adapter_config(path)
     read_tensors(pathlib.Path(path))
 
 
 def resume_adapter(model: PreTrainedModel, path: str) -> PeftModel:
-    """An adapter that is there already, to be trained on.
+    """Load an existing adapter to continue its training.
 
     Raises:
-        ModelError: no adapter there, a damaged one, or one that does not fit this base.
+        ModelError: there is no adapter, it is damaged, or it does not fit this base.
     """
     return _attach_stored(model, path, trainable=True)
 
 
 def load_adapter(model: PreTrainedModel, path: str | pathlib.Path) -> PeftModel:
-    """An adapter to answer with; its parameters are frozen.
+    """Load an adapter for generation; its parameters are frozen.
 
     Raises:
         ModelError: as `resume_adapter`.
@@ -78,18 +78,18 @@ def load_adapter(model: PreTrainedModel, path: str | pathlib.Path) -> PeftModel:
 
 
 def add_adapter(model: PeftModel, path: str | pathlib.Path, name: str) -> None:
-    """Another adapter on the same base, chosen by `set_adapter(name)`.
+    """Load another adapter on the same base; `set_adapter(name)` selects it.
 
     Raises:
         ModelError: as `resume_adapter`, or it would change the base for the others.
     """
     config, file, tensors = _read_stored(model.get_base_model(), path)
-    with _built(config, trainable=False), _explained(config, path):
+    with _without_initialising(config, trainable=False), _explained(config, path):
         model.add_adapter(name, config, low_cpu_mem_usage=not config.use_dora)
-    changed = fill(model, name, file, tensors)
+    changed = load_tensors(model, name, file, tensors)
     if changed:
         raise ModelError(
-            f"the adapter brings its own {some(changed)}, but adapters that share a base in memory share its embeddings",
+            f"the adapter brings its own {first_of(changed)}, but adapters that share a base in memory share its embeddings",
             where=str(file),
             fix="load it alone: one server per such adapter, each on its own --port",
         )
@@ -97,10 +97,10 @@ def add_adapter(model: PeftModel, path: str | pathlib.Path, name: str) -> None:
 
 
 def check_gradients(model: torch.nn.Module, *, first: bool, scaled: bool = False) -> None:
-    """After a backward pass every adapter tensor has a finite gradient.
+    """Check after a backward pass that every adapter tensor has a finite gradient.
 
     Args:
-        first: at the first step B is zero and so is A's gradient; B's must not be.
+        first: whether this is the first step, at which B and so A's gradient are zero; B's must not be.
         scaled: float16 with loss scaling, where a step that overflows is skipped by the scaler.
 
     Raises:
@@ -119,14 +119,14 @@ def check_gradients(model: torch.nn.Module, *, first: bool, scaled: bool = False
             "a gradient is not finite although the loss is; this step did not change the adapter",
             fix="a lower train.learning_rate, or model.dtype=bfloat16",
         )
-    dead = [
+    zeros = [
         name
         for (name, _), norm in zip(named, norms, strict=True)
         if norm == 0 and ("lora_B" in name or not first) and "magnitude" not in name
     ]
-    if len(dead) == len(norms) or (first and dead):
+    if len(zeros) == len(norms) or (first and zeros):
         raise TrainingError(
-            f"{len(dead)} of {len(named)} adapter tensors have a zero gradient, the first {dead[:1]}",
+            f"{len(zeros)} of {len(named)} adapter tensors have a zero gradient, the first {zeros[:1]}",
             fix="check lora.targets and that the data has answers to train on",
         )
 
@@ -172,16 +172,16 @@ def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
 
 def _attach_stored(model: PreTrainedModel, path: str | pathlib.Path, *, trainable: bool) -> PeftModel:
     config, file, tensors = _read_stored(model, path)
-    with _built(config, trainable=trainable), _explained(config, path):
+    with _without_initialising(config, trainable=trainable), _explained(config, path):
         adapted: PeftModel = PeftModelForCausalLM(model, config, low_cpu_mem_usage=not config.use_dora)
-    fill(adapted, "default", file, tensors)
+    load_tensors(adapted, "default", file, tensors)
     return adapted if trainable else adapted.eval()
 
 
 def _read_stored(
     model: PreTrainedModel, path: str | pathlib.Path
 ) -> tuple[LoraConfig, pathlib.Path, dict[str, torch.Tensor]]:
-    """Configuration, file and tensors; refused where rows of the embedding were trained that this base does not have."""
+    """Configuration, file and tensors; an adapter that trained embeddings this base does not have is refused."""
     config = read_adapter_config(path)
     check_patterns(config, (name for name, _ in model.named_modules()), str(path))
     rows = model.get_input_embeddings().weight.shape[0]
@@ -197,7 +197,7 @@ def _read_stored(
         )
     file, tensors = read_tensors(pathlib.Path(path))
     claimed = max([config.r, *(config.rank_pattern or {}).values()])
-    if claimed > max(max(tensor.shape, default=1) for tensor in tensors.values()):  # PEFT would make room for it
+    if claimed > max(max(tensor.shape, default=1) for tensor in tensors.values()):  # PEFT would allocate memory for it
         raise ModelError(
             f"{CONFIG} says rank {claimed:,}, but no tensor in {file.name} is that large",
             where=str(file),
@@ -208,17 +208,17 @@ def _read_stored(
 
 
 def _drop_without_effect(config: LoraConfig, model: torch.nn.Module) -> None:
-    """Settings that mean nothing on this base, which PEFT warns about at every load or each time the adapter is off."""
-    config.fan_in_fan_out = False  # a layout of GPT-2's Conv1D; Linear weights have one alone
+    """Drop settings without effect on this base, about which PEFT warns at every load or whenever the adapter is disabled."""
+    config.fan_in_fan_out = False  # the layout of GPT-2's Conv1D; Linear weights have only one layout
     if not any(name.endswith(".bias") and ".lora_B." not in name for name, _ in model.named_parameters()):
         config.bias = "none"
 
 
 @contextlib.contextmanager
-def _built(config: LoraConfig, *, trainable: bool) -> Iterator[None]:
-    """An adapter is built without its numbers, which the file has: how they would start need not be computed.
+def _without_initialising(config: LoraConfig, *, trainable: bool) -> Iterator[None]:
+    """Build an adapter without initialising its numbers, which come from the file.
 
-    DoRA alone is built with them: PEFT 0.21 dequantises the base for it, and would lose an 8-bit one.
+    Only DoRA is initialised: PEFT 0.21 dequantises the base for it, and would lose an 8-bit one.
     """
     start, config.init_lora_weights, config.inference_mode = config.init_lora_weights, True, not trainable
     try:
@@ -229,10 +229,10 @@ def _built(config: LoraConfig, *, trainable: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained(config: LoraConfig, path: str | pathlib.Path) -> Iterator[None]:
-    """What PEFT finds wrong with a configuration on this base, as a ModelError."""
+    """Turn PEFT's errors about a configuration on this base into a ModelError."""
     try:
         yield
     except LOADING_FAULTS as error:
         raise ModelError(
-            f"the adapter does not fit this base: {reason(error)}", where=str(path), fix=trained_on(config)
+            f"the adapter does not fit this base: {reason(error)}", where=str(path), fix=base_hint(config)
         ) from error

@@ -1,7 +1,7 @@
-"""Regular expressions that an adapter brings, tried on a model's names before PEFT matches them.
+"""An adapter's regular expressions, tried on a model's names before PEFT matches them.
 
-`(a+)+$` doubles its time with each letter, and only a signal to the main thread interrupts a match. So they are tried in a
-process of their own.
+The time of `(a+)+$` doubles with each letter, and only a signal to the main thread interrupts a match. So they are tried in a
+separate process.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 from nybble.errors import ModelError
 from nybble.isolated import attempt, run_job
 
-SECONDS = 5.0  # for all expressions of an adapter on all names of a model; an honest one takes 0.01
+SECONDS = 5.0  # for all expressions of an adapter on all names of a model; ordinary ones take 0.01
 MEMORY = 1_000_000_000
 LONGEST = 10_000  # characters of an expression
-PLAIN = re.compile(r"[\w.-]*")  # a name, in which only dots are special
-# How PEFT 0.21 builds an expression from a field. Names in a list of target_modules or exclude_modules are not expressions.
+PLAIN = re.compile(r"[\w.-]*")  # a name, in which only the dots are special
+# How PEFT 0.21 builds an expression from each field. Names in a list of target_modules or exclude_modules are not expressions.
 FORMS = {
     "target_modules": "{}",
     "exclude_modules": "{}",
@@ -32,11 +32,11 @@ FORMS = {
 
 
 def check_patterns(config: Any, names: Iterable[str], where: str) -> None:
-    """Refuse an adapter with an expression that is none, or whose expressions take too long on these names.
+    """Refuse an adapter with an invalid expression, or with expressions that take too long on these names.
 
     Args:
         config: PEFT's configuration of the adapter.
-        names: of the model's modules.
+        names: the names of the model's modules.
         where: the adapter's folder.
 
     Raises:
@@ -50,7 +50,7 @@ def check_patterns(config: Any, names: Iterable[str], where: str) -> None:
         return
     job = [[FORMS[field].format(text) for field, text in found], sorted(set(names)), SECONDS]
     if (fault := attempt(__name__, job, seconds=2 * SECONDS, memory=MEMORY)) is not None:
-        number, _, why = fault.partition(":")  # there is none of a process that was ended
+        number, _, why = fault.partition(":")  # there is no number if the process was ended
         position, why = (int(number), why) if number.isdecimal() else (0, fault)
         raise _refused(*found[position], why, where)
 
@@ -65,7 +65,7 @@ def _refused(field: str, text: str, why: str, where: str) -> ModelError:
 
 
 def _texts(field: str, value: Any) -> Iterator[str]:
-    """Every text in a field that is more than a name."""
+    """Every text in a field that is not just a name."""
     is_list = not isinstance(value, str | None)
     if is_list and FORMS[field] == "{}":
         return
@@ -75,10 +75,12 @@ def _texts(field: str, value: Any) -> Iterator[str]:
 
 
 def _examine(job: tuple[list[str], list[str], float]) -> str | None:
-    """The first expression that is none, or at which the time for all of them is up: its number, and what is wrong with it."""
+    """The number of the first expression that is invalid, or at which the time for all is up, and what is wrong with it."""
     expressions, names, seconds = job
-    if sys.platform != "win32":  # there the whole process is ended, at twice the time, and no expression is named
-        signal.signal(signal.SIGALRM, _late)
+    if (
+        sys.platform != "win32"
+    ):  # on Windows the whole process is ended, after twice the time, and no expression is named
+        signal.signal(signal.SIGALRM, _time_out)
         signal.setitimer(signal.ITIMER_REAL, seconds)
     for number, expression in enumerate(expressions):
         try:
@@ -87,13 +89,13 @@ def _examine(job: tuple[list[str], list[str], float]) -> str | None:
                 compiled.match(name)
                 compiled.fullmatch(name)
         except (re.error, OverflowError, RecursionError) as error:
-            return f"{number}:it is no expression: {error}"
+            return f"{number}:it is not a valid expression: {error}"
         except TimeoutError:
             return f"{number}:it is still running after {seconds:g} seconds"
     return None
 
 
-def _late(number: int, frame: FrameType | None) -> None:
+def _time_out(number: int, frame: FrameType | None) -> None:
     raise TimeoutError
 
 

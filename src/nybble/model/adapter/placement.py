@@ -12,9 +12,9 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 
 from nybble.errors import ModelError
 from nybble.model.adapter.config import CONFIG
-from nybble.model.base.files import by, some
+from nybble.model.base.files import first_of, shape_text
 
-# Copies of the base's own, which PEFT saves beside an adapter.
+# Copies of the base's own weights, which PEFT saves with an adapter.
 COPY = re.compile(r"(embed_tokens|lm_head)(\.base_layer)?\.weight$")
 RANK_AXES = {"A": 0, "B": 1, "embedding_A": 0, "embedding_B": 1}
 ADDED_TOKENS = (
@@ -23,11 +23,11 @@ ADDED_TOKENS = (
 )
 
 
-def fill(model: PeftModel, name: str, file: pathlib.Path, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Load an adapter's tensors into their parameters, each into its own and none left over.
+def load_tensors(model: PeftModel, name: str, file: pathlib.Path, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Load each of an adapter's tensors into its parameter; none may be left over on either side.
 
     Returns:
-        Embeddings and heads of the base that the file contains too, with other values.
+        The base's embeddings and heads of which the file contains copies with other values.
 
     Raises:
         ModelError: naming tensors that are missing, have no parameter, or are of another shape.
@@ -39,7 +39,7 @@ def fill(model: PeftModel, name: str, file: pathlib.Path, tensors: Mapping[str, 
     names = {id(tensor): key for key, tensor in live.items()}  # PEFT leaves out the adapter's name in a file
     built = {}
     for key, parameter in parameters.items():
-        if parameter.is_meta:  # a copy in any case, since the file's own pages change with the file
+        if parameter.is_meta:  # always a copy, since mapped pages change with the file
             built[names[id(parameter)]] = tensors[key].to(model.device, parameter.dtype, copy=True)
         else:  # what PEFT copied from the base, and may have tied
             parameter.copy_(tensors[key])
@@ -73,27 +73,27 @@ def _check_fit(
         if key in tensors and parameter.shape != tensors[key].shape
     }
     if sizes:
-        raise _misfit(config, file, sizes)
+        raise _shape_error(config, file, sizes)
     missing = [_plain(key) for key in parameters if key not in tensors]
     foreign = [_plain(key) for key in tensors if key not in parameters and key not in copies]
     if not missing and not foreign:
         return
-    faults = [f"is missing {some(missing)}"] if missing else []
-    faults += [f"contains {some(foreign)}, for which this base with this {CONFIG} has no place"] if foreign else []
+    faults = [f"is missing {first_of(missing)}"] if missing else []
+    faults += [f"contains {first_of(foreign)}, for which this base with this {CONFIG} has no place"] if foreign else []
     raise ModelError(
         f"{file.name} {', and '.join(faults)}",
         where=str(file),
-        fix=f"copy both files of the adapter again; if the base is another one: {trained_on(config)}",
+        fix=f"copy both files of the adapter again; if the base is another one: {base_hint(config)}",
     )
 
 
-def trained_on(config: LoraConfig) -> str:
-    """Where an adapter that does not fit belongs, as a command."""
+def base_hint(config: LoraConfig) -> str:
+    """How to give the base of an adapter that does not fit this one."""
     named = config.base_model_name_or_path
     return f"it was trained on {named}; give it with --base PATH" if named else "give its base with --base PATH"
 
 
-def _misfit(
+def _shape_error(
     config: LoraConfig, file: pathlib.Path, sizes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 ) -> ModelError:
     """Why an adapter does not fit, with the sizes."""
@@ -105,22 +105,22 @@ def _misfit(
         and own[1 - axis] == wanted[1 - axis]
     ]
     if len(ranks) == len(sizes):
-        return ModelError(some(ranks), where=str(file), fix="copy both files of the adapter again")
-    told = [
-        f"{_plain(key)} is {by(own)} in the adapter, but {by(wanted)} in the base"
+        return ModelError(first_of(ranks), where=str(file), fix="copy both files of the adapter again")
+    misfits = [
+        f"{_plain(key)} is {shape_text(own)} in the adapter, but {shape_text(wanted)} in the base"
         for key, (own, wanted) in sizes.items()
     ]
-    # A vocabulary of another length, and the rest as it should be: tokens were added.
+    # Only the size of the vocabulary differs: tokens were added.
     added = all(
         re.search(r"embed_tokens|lm_head", key) and own[1:] == wanted[1:] for key, (own, wanted) in sizes.items()
     )
     return ModelError(
-        f"the adapter does not fit this base: {some(told)}",
+        f"the adapter does not fit this base: {first_of(misfits)}",
         where=str(file),
-        fix=ADDED_TOKENS if added else trained_on(config),
+        fix=ADDED_TOKENS if added else base_hint(config),
     )
 
 
 def _plain(name: str) -> str:
-    """A tensor's name as the base has it, without what PEFT puts around it."""
+    """A tensor's name in the base, without PEFT's prefix."""
     return name.removeprefix("base_model.model.")

@@ -1,4 +1,4 @@
-"""The tensors of an adapter's file: read once, and nothing in them but finite floating-point numbers."""
+"""The tensors of an adapter's file, which must be finite floating-point numbers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import pathlib
 import torch
 
 from nybble.errors import ModelError
-from nybble.model.base.files import FLOATS, check_whole, open_tensors, refuse_pointers, some
+from nybble.model.base.files import FLOATS, check_whole, first_of, open_tensors, refuse_pointers
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-"""PEFT's names; where both are there, PEFT takes the first and so do we."""
+"""PEFT's names; if both exist, PEFT and nybble use the first."""
 AGAIN = "copy the adapter again"
 
 
@@ -18,7 +18,7 @@ def weights_file(folder: pathlib.Path) -> pathlib.Path:
     """The file with an adapter's tensors.
 
     Raises:
-        ModelError: there is none, or it is no file that can be read to its end.
+        ModelError: there is none, it is not a file, or it is empty.
     """
     files = [folder / name for name in WEIGHTS]
     file = next((file for file in files if file.exists() or file.is_symlink()), None)
@@ -34,7 +34,7 @@ def read_tensors(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, torch.Te
     """An adapter's file and its tensors by name, on the CPU, mapped from the file.
 
     Raises:
-        ModelError: naming the file, or the first tensor that cannot be one of an adapter.
+        ModelError: naming the file, or the first tensor that an adapter cannot have.
     """
     file = weights_file(folder)
     check_whole(file)
@@ -53,7 +53,7 @@ def read_tensors(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, torch.Te
     broken = [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]
     if broken:
         raise ModelError(
-            f"{some(broken)} contains NaN or infinity: training diverged, or the file is damaged",
+            f"{first_of(broken)} contains NaN or infinity: training diverged, or the file is damaged",
             where=str(file),
             fix="train again with a lower learning rate, or copy the adapter again",
         )

@@ -1,4 +1,4 @@
-"""What an adapter in memory changes: counted, and put into one line."""
+"""What an adapter in memory changes: counts, and one line of text."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Updates:
     """What an adapter in memory changes.
 
     Attributes:
-        count: modules with an A and a B of their own.
-        zero: of these, those whose A or B is zero, or whose scaling is: they change nothing.
-        negative: of these, those that are subtracted: their alpha is negative.
-        whole: what is trained beside them: names of modules, or embeddings of single tokens.
-        unknown: fields of its configuration that this PEFT does not know.
+        count: modules with an A and a B.
+        zero: how many of them change nothing, because A, B or the scaling is zero.
+        negative: how many of them are subtracted, because alpha is negative.
+        whole: what else is trained: names of modules, or embeddings of single tokens.
+        unknown: fields of the configuration that this PEFT does not know.
     """
 
     count: int
@@ -32,12 +32,12 @@ class Updates:
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether the model answers as its base does."""
+        """Whether the model answers like its base."""
         return self.zero == self.count and not self.whole
 
     @property
     def is_odd(self) -> bool:
-        """Whether it is not as training leaves an adapter."""
+        """Whether training would not normally leave an adapter like this."""
         return bool(self.zero or self.negative or self.unknown)
 
     def __str__(self) -> str:
@@ -57,12 +57,12 @@ class Updates:
 
 
 def updates_of(model: PeftModel, name: str = "default", folder: str | pathlib.Path | None = None) -> Updates:
-    """Count the updates of an adapter: a pass over its numbers, on their device.
+    """Count the updates of an adapter, in one pass over its numbers on their device.
 
     Args:
         model: the model.
         name: PEFT's name of the adapter.
-        folder: where it was loaded from.
+        folder: the folder it was loaded from.
     """
     zero, scalings = 0, []
     for module in model.modules():
@@ -77,7 +77,7 @@ def updates_of(model: PeftModel, name: str = "default", folder: str | pathlib.Pa
 
 
 def _changes(layer: LoraLayer, name: str) -> bool:
-    """Whether B A, or B's bias, is not zero for sure."""
+    """Whether the update may change anything: A and B, or B's bias, are not zero."""
     if name in layer.lora_embedding_A:
         parts = [layer.lora_embedding_A[name], layer.lora_embedding_B[name]]
         return all(bool(part.any()) for part in parts)
@@ -88,11 +88,11 @@ def _changes(layer: LoraLayer, name: str) -> bool:
 
 
 def is_untrained(model: PeftModel) -> bool:
-    """Whether every update of the adapter is zero, as at the start: it then changes nothing."""
+    """Whether every update of the adapter is zero, as before training, so that it changes nothing."""
     updates = updates_of(model)
     return updates.count > 0 and updates.zero == updates.count
 
 
 def targets_of(model: PeftModel) -> list[str]:
-    """Names of the layers that carry the adapter, without their paths; PEFT's configuration may have a regular expression."""
+    """Names of the adapted layers, without their paths; PEFT's configuration may have a regular expression instead."""
     return sorted({name.rpartition(".")[2] for name in model.targeted_module_names})

@@ -1,1 +1,1 @@
-"""Base models: found, checked, loaded, quantised, kept."""
+"""Base models: found, checked, loaded, quantised, cached."""

@@ -1,7 +1,7 @@
-"""Which bits a quantised base consists of, by a digest of its tensors, and how they were made.
+"""The bits of a quantised base: a digest of its tensors, and how they were made.
 
-The digest is the same whether the base was quantised just now, read from the cache or held in memory only. Equal weights need not
-give equal bits: a double-quantised weight subtracts the mean of its scales, whose last bit depends on the order of summation,
+The digest is the same whether the base was quantised just now, read from the cache or never written to a file. Equal weights need
+not give equal bits: a double-quantised weight subtracts the mean of its scales, whose last bit depends on the order of summation,
 and so on the device and on the number of threads.
 """
 
@@ -13,7 +13,6 @@ import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import bitsandbytes
 import torch
@@ -22,65 +21,36 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from nybble.files.cache import DamagedError
-from nybble.model.base.files import some, weight_files
+from nybble.model.base.files import first_of, weight_files
 from nybble.run.folder import Run
-from nybble.run.start import QuantizedBase
+from nybble.run.start import MadeBy, QuantizedBase
 
-MADE = ("device", "dtype", "bitsandbytes", "torch")
-SMALL = 1 << 18  # bytes of a tensor that takes no thread
+SMALL = 1 << 18  # bytes of a tensor that is not worth a thread
 THREADS = 8  # XXH3 makes 8 to 11 GB/s on a core and lets other threads run: memory is the limit
 
 
 @dataclass(frozen=True)
-class Bits:
-    """The bits of a quantised base."""
-
-    digest: str
-    """XXH3 of 128 bits over name, type, shape and bytes of each tensor, the scales among them."""
-    made: Mapping[str, str]
-    """What the bits depend on beside the weights: device, type, bitsandbytes and torch."""
-
-    def as_json(self) -> dict[str, Any]:
-        """As a run records it."""
-        return {"digest": self.digest, "made": dict(self.made)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Bits:
-        """From the cache's record; LookupError or TypeError where it is none."""
-        return cls(str(value["digest"]), {name: str(value["made"][name]) for name in MADE})
-
-    @classmethod
-    def of_record(cls, base: QuantizedBase) -> Bits:
-        """From a run's record."""
-        return cls(base.digest, dict(base.made))
-
-    def made_by(self) -> str:
-        """How they were made, as people read it."""
-        return ", ".join(f"{name} {self.made[name]}" for name in MADE)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a run was trained on, by its record."""
+class TrainedBase:
+    """The base that a run was trained on, according to its record."""
 
     fingerprint: str
-    bits: Bits
+    bits: QuantizedBase
 
-    def is_another(self, fingerprint: str) -> bool:
-        """Whether a base's weights are certainly others; a folder cannot be compared with a commit of the Hub."""
+    def differs_from(self, fingerprint: str) -> bool:
+        """Whether the weights certainly differ; a folder cannot be compared with a commit of the Hub."""
         return (
             fingerprint.startswith("sha256:") == self.fingerprint.startswith("sha256:")
             and fingerprint != self.fingerprint
         )
 
-    def contradicts(self, bits: Bits, fingerprint: str) -> bool:
-        """Whether bits that were made of the same weights in the same way are others."""
-        return bits.made == self.bits.made and bits.digest != self.bits.digest and not self.is_another(fingerprint)
+    def contradicts(self, bits: QuantizedBase, fingerprint: str) -> bool:
+        """Whether bits that were made from the same weights in the same way differ."""
+        return bits.made == self.bits.made and bits.digest != self.bits.digest and not self.differs_from(fingerprint)
 
 
-def trained_on(run: Run) -> Trained | None:
-    """What a run's record says of its base; None of an adapter without a run, of a base that nybble did not quantise, and of
-    runs before 0.7.
+def trained_base(run: Run) -> TrainedBase | None:
+    """The base in a run's record; None for an adapter without a run, for a base that nybble did not quantise, and for runs
+    before 0.7.
 
     Raises:
         RunError: the record is damaged.
@@ -91,21 +61,21 @@ def trained_on(run: Run) -> Trained | None:
     start = run.start()
     if start.quantized_base is None:
         return None
-    return Trained(start.base, Bits.of_record(start.quantized_base))
+    return TrainedBase(start.base, start.quantized_base)
 
 
-def making_on(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """What bits depend on that are made on a device now, of weights in that type."""
+def made_by(device: torch.device, dtype: torch.dtype) -> MadeBy:
+    """What the bits depend on if weights of this type are quantised on this device now."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         name = f"cpu {torch.backends.cpu.get_cpu_capability()}, threads {torch.get_num_threads()}"
-    own = {"device": name, "dtype": str(dtype).removeprefix("torch.")}
-    return {**own, "bitsandbytes": bitsandbytes.__version__, "torch": torch.__version__}
+    kind = str(dtype).removeprefix("torch.")
+    return MadeBy(device=name, dtype=kind, bitsandbytes=bitsandbytes.__version__, torch=str(torch.__version__))
 
 
-def of_files(folder: pathlib.Path) -> dict[str, str]:
-    """Type, shape and digest of each tensor in a folder's safetensors files, a line each, by name.
+def digests_of_files(folder: pathlib.Path) -> dict[str, str]:
+    """Type, shape and digest of each tensor in a folder's safetensors files, as one line per tensor, by name.
 
     The files are mapped, as they are when the model is loaded from them.
 
@@ -116,13 +86,13 @@ def of_files(folder: pathlib.Path) -> dict[str, str]:
     try:
         with contextlib.ExitStack() as stack:
             opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
-            return _lines((name, one.get_tensor(name)) for one in opened for name in one.keys())  # noqa: SIM118
+            return _lines((name, file.get_tensor(name)) for file in opened for name in file.keys())  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise DamagedError(f"the weights cannot be read: {error}") from error
 
 
-def of_model(model: PreTrainedModel) -> dict[str, str]:
-    """The same of a model in memory, without tied tensors, which are stored once."""
+def digests_of_model(model: PreTrainedModel) -> dict[str, str]:
+    """The same for a model in memory, without tied tensors, which are stored once."""
     tied = model.all_tied_weights_keys
     return _lines((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
 
@@ -133,21 +103,21 @@ def combined(tensors: Mapping[str, str]) -> str:
 
 
 def check(folder: pathlib.Path, tensors: Mapping[str, str]) -> None:
-    """Hold a folder's tensors against what they were.
+    """Compare a folder's tensors with the digests recorded when they were written.
 
     Raises:
         DamagedError: naming the first that differs.
     """
-    now = of_files(folder)
+    now = digests_of_files(folder)
     odd = sorted(name for name in tensors.keys() | now.keys() if now.get(name) != tensors.get(name))
     if odd:
-        raise DamagedError(f"{some(odd)} is not what was written")
+        raise DamagedError(f"{first_of(odd)} is not what was written")
 
 
 def _lines(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
     with concurrent.futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as threads:
         lines: dict[str, str | concurrent.futures.Future[str]] = {}
-        for name, tensor in tensors:  # most are scales, for which a thread is not worth its while
+        for name, tensor in tensors:  # most are scales, which are not worth a thread
             lines[name] = threads.submit(_line, tensor) if tensor.nbytes > SMALL else _line(tensor)
         return {name: line if isinstance(line, str) else line.result() for name, line in lines.items()}
 

@@ -1,4 +1,4 @@
-"""Find a base model's files, and say which they are."""
+"""Find the files of a base model, check them, and identify its weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nybble.model.base.downloads import check_download
 from nybble.model.base.fields import check_fields, check_generation
 from nybble.model.base.files import FLOATS, WHOLE, check_whole, refuse_pointers, shapes, weight_files
 from nybble.model.base.headers import index_of
-from nybble.model.hub import fetch, few, missing_weights
+from nybble.model.hub import fetch, first_three, missing_weights
 from nybble.run.folder import Run, open_run
 
 # The last release whose package carries Meta's converter (4.57 and 5.x do not).
@@ -28,42 +28,48 @@ CONVERT = (
     "convert/bin/python -m transformers.models.llama.convert_llama_weights_to_hf "
     "--input_dir {folder} --model_size 7B --output_dir {folder}-hf"
 )
-DESCRIPTION = ["*.json", "*.model", "*.jinja", "*.txt"]
-SMALL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-STORED = ("nf4", "fp4", "int8")
-ADAPTERS = ("adapter_config.json", "recipe.yaml")
-"""Files by which a folder is known as an adapter, or as a run with one."""
+DESCRIPTION_PATTERNS = ["*.json", "*.model", "*.jinja", "*.txt"]
+DESCRIPTION_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+STORAGES = ("nf4", "fp4", "int8")
+ADAPTER_FILES = ("adapter_config.json", "recipe.yaml")
+"""Files that show that a folder is an adapter, or a run with one."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A base model on this disk."""
+    """A base model on disk."""
 
     name: str
-    """As the user wrote it: a Hub id or a folder. PEFT records it in the adapter."""
+    """A Hub id or a folder, as the user typed it. PEFT records it in the adapter."""
     folder: pathlib.Path
     commit: str | None
     """The Hub commit, None for a local folder."""
     config: dict[str, Any]
-    """config.json as it is."""
+    """The content of config.json."""
 
     @property
     def quantized_as(self) -> str | None:
-        """How a checkpoint that is already quantised by bitsandbytes is stored: nf4, fp4 or int8."""
+        """How a checkpoint that came quantised by bitsandbytes is stored: nf4, fp4 or int8; None for others."""
         stored = self.config.get("quantization_config")
         return None if stored is None else storage_of(stored)
 
 
 def storage_of(stored: Mapping[str, Any]) -> str:
-    """How a quantization_config of bitsandbytes says that weights are stored."""
+    """How weights are stored according to a quantization_config of bitsandbytes."""
     return str(stored.get("bnb_4bit_quant_type", "fp4")) if stored.get("load_in_4bit") else "int8"
 
 
 def find_checkpoint(path: str, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
-    """A folder as it is, or a Hub id downloaded; without `weights`, configuration and tokenizer only.
+    """A model in a folder, or downloaded by its Hub id; without `weights`, configuration and tokenizer only.
 
     Raises:
-        ModelError: nothing there, no weights, an adapter, another architecture, Meta's own format, or another quantisation.
+        ModelError: there is nothing, no weights, an adapter, another architecture, Meta's own format, or another quantisation.
         HubError: the Hub refuses, and why.
     """
     if not path:
@@ -72,12 +78,12 @@ def find_checkpoint(path: str, revision: str | None = None, *, weights: bool = T
             fix="nybble train MODEL DATA, where MODEL is a folder or a Hub id; for an adapter that names none: --base MODEL",
         )
     folder, commit = pathlib.Path(path), None
-    if not _is_here(folder):
+    if not _exists(folder):
         if path.count("/") != 1 or path.startswith((".", "/", "~")):
             raise ModelError(
                 f"there is no folder {path}, and it is not a Hub id (owner/name)", fix=f"ls {folder.parent}"
             )
-        folder, commit = fetch(path, revision, None if weights else DESCRIPTION)
+        folder, commit = fetch(path, revision, None if weights else DESCRIPTION_PATTERNS)
     config = read_description(folder)
     if weights or commit is None:
         _check_weights(folder)
@@ -87,12 +93,12 @@ def find_checkpoint(path: str, revision: str | None = None, *, weights: bool = T
 
 
 def read_description(folder: pathlib.Path) -> dict[str, Any]:
-    """config.json of a model that can be built; its weights are not looked at.
+    """config.json of a model that can be built; its weights are not read.
 
     Raises:
-        ModelError: there is none, or it or generation_config.json describes no model that nybble takes; which field it is.
+        ModelError: there is none, or a field of it or of generation_config.json rules out a model that nybble supports.
     """
-    refuse_pointers(folder / name for name in SMALL)
+    refuse_pointers(folder / name for name in DESCRIPTION_FILES)
     config = _read_config(folder)
     check_generation(folder / "generation_config.json")
     _check_architecture(folder, config)
@@ -102,7 +108,7 @@ def read_description(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def find_base(run: Run) -> Checkpoint:
-    """The base that a run was trained on; one that was a folder is never asked of the Hub.
+    """The base that a run was trained on; a base that was a folder is never looked up on the Hub.
 
     Raises:
         ModelError: it is gone, or as `find_checkpoint`.
@@ -111,18 +117,18 @@ def find_base(run: Run) -> Checkpoint:
     if os.path.isabs(model.path) and not os.path.exists(model.path):
         raise ModelError(
             f"the base of {run.folder} is missing: there is no folder {model.path}",
-            fix=f"say where it is now: nybble chat {run.folder} --base FOLDER (eval, export and serve take --base too)",
+            fix=f"give its new path: nybble chat {run.folder} --base FOLDER (eval, export and serve take --base too)",
         )
     return find_checkpoint(model.path, model.revision)
 
 
 def fingerprint(checkpoint: Checkpoint, cache: pathlib.Path, *, prove: bool = False) -> str:
-    """Which weights these are: the Hub commit, or SHA-256 over the folder's configuration and weight files.
+    """Identifies the weights: the Hub commit, or SHA-256 over the folder's configuration and weight files.
 
     Args:
         checkpoint: the base's files.
-        cache: where digests are remembered, since SHA-256 of 13.5 GB takes ten seconds.
-        prove: read the weights although they seem to be unchanged; those of the Hub are compared with its own digests.
+        cache: where digests are cached, since SHA-256 of 13.5 GB takes ten seconds.
+        prove: read the weights even if they seem unchanged; downloaded ones are compared with the Hub's digests.
 
     Raises:
         ModelError: a file from the Hub is damaged.
@@ -139,11 +145,11 @@ def fingerprint(checkpoint: Checkpoint, cache: pathlib.Path, *, prove: bool = Fa
     return f"sha256:{whole.hexdigest()}"
 
 
-def _is_here(folder: pathlib.Path) -> bool:
-    """Whether there is anything of that name.
+def _exists(folder: pathlib.Path) -> bool:
+    """Whether a path exists.
 
     Raises:
-        ModelError: there is, and it may not be looked at.
+        ModelError: it exists but cannot be read.
     """
     try:
         if folder.is_dir():
@@ -204,9 +210,9 @@ def _check_storage(folder: pathlib.Path, config: dict[str, Any]) -> None:
             f"the checkpoint is quantised by {stored['quant_method']}, which nybble cannot train adapters on",
             fix="use the 16-bit checkpoint it was made from",
         )
-    if stored is not None and (kind := storage_of(stored)) not in STORED:
+    if stored is not None and (kind := storage_of(stored)) not in STORAGES:
         raise ModelError(
-            f"quantization_config stores weights as {kind}, which nybble does not know ({', '.join(STORED)})",
+            f"quantization_config stores weights as {kind}, which nybble does not support ({', '.join(STORAGES)})",
             where=str(folder / "config.json"),
             fix="use the 16-bit checkpoint it was made from",
         )
@@ -217,24 +223,26 @@ def _check_weights(folder: pathlib.Path) -> None:
     if not files:
         refuse_adapter(folder)  # one that scaled RoPE has a config.json too
         others = sorted(file.name for end in ("safetensors", "bin") for file in folder.glob(f"*.{end}"))
-        beside = f"; {few(others)} can only be read with their index ({index_of(WHOLE[0])})" if others else ""
+        unindexed = (
+            f"; {first_three(others)} can only be read with their index ({index_of(WHOLE[0])})" if others else ""
+        )
         raise ModelError(
-            f"{folder} contains no weights ({' or '.join(WHOLE)}, whole or as an index with its shards){beside}",
+            f"{folder} contains no weights ({' or '.join(WHOLE)}, whole or as an index with its shards){unindexed}",
             fix=f"ls {folder}",
         )
     for file in files:
         check_whole(file)
     if missing := missing_weights(folder, {file.name for file in folder.iterdir()}):
         raise ModelError(
-            f"{folder} is missing {few(missing)}, which its index names",
+            f"{folder} is missing {first_three(missing)}, which its index names",
             fix="finish the download, or copy what is missing",
         )
 
 
 def _check_leftover(folder: pathlib.Path, config: dict[str, Any], hub_id: str | None) -> None:
-    """Refuse plain weights that config.json calls quantised: somebody dequantised them and kept the entry.
+    """Refuse unquantised weights that config.json calls quantised: they were dequantised and the entry was left.
 
-    Transformers would quantise them once more as the entry says, whatever the recipe says.
+    Transformers would quantise them again as the entry says, whatever the recipe says.
     """
     if config.get("quantization_config") is None:
         return
@@ -254,7 +262,7 @@ def _check_leftover(folder: pathlib.Path, config: dict[str, Any], hub_id: str | 
 
 
 def _check_pad(folder: pathlib.Path, config: dict[str, Any]) -> None:
-    """Refuse a pad token without an embedding, for which torch can make no embedding at all."""
+    """Refuse a pad token without an embedding, with which torch cannot build the embedding layer."""
     pad, size = config.get("pad_token_id"), config.get("vocab_size")
     if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
         raise ModelError(
@@ -265,12 +273,12 @@ def _check_pad(folder: pathlib.Path, config: dict[str, Any]) -> None:
 
 
 def refuse_adapter(folder: pathlib.Path) -> None:
-    """Refuse an adapter, or a run, that was named where a base model is wanted.
+    """Refuse an adapter, or a run, given as a base model.
 
     Raises:
-        ModelError: with the base that the adapter was trained on, and how to train on from it.
+        ModelError: with the base that the adapter was trained on, and how to continue training from it.
     """
-    if not any((folder / name).exists() for name in ADAPTERS):
+    if not any((folder / name).exists() for name in ADAPTER_FILES):
         return
     run = open_run(folder)
     base = run.recipe.model.path
@@ -284,10 +292,10 @@ def refuse_adapter(folder: pathlib.Path) -> None:
 
 
 def check_length(config: PretrainedConfig, max_length: int, rope_scaling: dict[str, object] | None) -> None:
-    """Refuse rows longer than the positions the model knows, unless rope scaling is set.
+    """Refuse rows longer than the model's positions, unless rope scaling is set.
 
     Raises:
-        ModelError: with the factor that would do.
+        ModelError: with the factor that would be enough.
     """
     positions = config.max_position_embeddings
     if max_length > positions and rope_scaling is None:

@@ -1,4 +1,4 @@
-"""Files in the Hub's cache, compared with the digests that the Hub gives them."""
+"""Comparison of files in the Hub's cache with the Hub's digests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nybble.errors import ModelError
 
 
 def check_download(file: pathlib.Path, digest: str) -> None:
-    """Compare a file in the Hub's cache with its name there, which is its SHA-256 as the Hub says it.
+    """Compare a file's digest with its name in the Hub's cache, which is the SHA-256 that the Hub gave for it.
 
     Raises:
         ModelError: the file is damaged.

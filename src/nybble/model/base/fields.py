@@ -1,7 +1,7 @@
-"""The fields of config.json and generation_config.json, before anything is built from them.
+"""Checks of config.json and generation_config.json, before anything is built from them.
 
-Types are Transformers' to check; what it takes is refused here where torch then fails on it or computes nothing but NaN, where
-it would fill memory or time, and where code would be fetched.
+Transformers checks the types. Refused here are values that it accepts but with which torch fails or computes nothing but NaN,
+that would take endless memory or time, or for which code would be fetched.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from transformers import GenerationConfig
 
 from nybble.errors import ModelError
 from nybble.files.reading import read_object
-from nybble.model.base.files import LOADING_FAULTS, reason, some
+from nybble.model.base.files import LOADING_FAULTS, first_of, reason
 from nybble.plan.shapes import head_size
 
-MOST: Mapping[str, int] = {
+LIMITS: Mapping[str, int] = {
     "hidden_size": 1 << 17,
     "intermediate_size": 1 << 20,
     "num_hidden_layers": 1000,
@@ -28,7 +28,8 @@ MOST: Mapping[str, int] = {
     "vocab_size": 10_000_000,
     "max_position_embeddings": 1 << 30,
 }
-"""Eight times Llama 3.1 405B and more. A model is built without memory before its weights are read, a layer in 5 ms."""
+"""At least eight times the sizes of Llama 3.1 405B. Before its weights are read, a model is built without memory, in 5 ms per
+layer."""
 ROPE = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "attention_factor",
         "beta_fast", "beta_slow")  # fmt: skip
 ATTENTION = frozenset(
@@ -39,13 +40,13 @@ FIX = "compare it with config.json on the model's page"
 
 
 def check_fields(file: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Refuse a configuration of which no model can be made that computes, or only in endless memory, or with somebody's code.
+    """Refuse a configuration of a model that cannot compute, would take endless memory, or would run code of its own.
 
     Raises:
         ModelError: naming the first field and its value.
     """
     _refuse_code(file, config)
-    for name, most in MOST.items():
+    for name, most in LIMITS.items():
         value = config.get(name)
         if isinstance(value, int | float) and value > most:
             shown = f"{value:,}" if value < 10**18 else "a number of many digits"
@@ -53,14 +54,14 @@ def check_fields(file: pathlib.Path, config: Mapping[str, Any]) -> None:
     odd = [*_odd_sizes(config), *_odd_numbers(config)]
     if odd:
         raise ModelError(
-            f"config.json does not describe a working model: {some(odd)}",
+            f"config.json does not describe a working model: {first_of(odd)}",
             where=str(file),
             fix=FIX,
         )
 
 
 def check_generation(file: pathlib.Path) -> None:
-    """Refuse generation settings that Transformers does not take, and ends of an answer that are no token ids.
+    """Refuse generation settings that Transformers does not accept, and control tokens that are not token ids.
 
     Raises:
         ModelError: naming the field.
@@ -86,17 +87,17 @@ def _refuse_code(file: pathlib.Path, config: Mapping[str, Any]) -> None:
         value = config.get(name)
         if value is not None and not (isinstance(value, str) and value in ATTENTION):
             raise ModelError(
-                f"{name} is {value!r:.60}: Transformers would fetch code of that name, and nybble runs none that a model names",
+                f"{name} is {value!r:.60}: Transformers would fetch code of that name, and nybble runs no such code",
                 where=str(file),
                 fix=f'delete "{name}" there: nybble chooses the attention itself',
             )
 
 
 def _odd_sizes(config: Mapping[str, Any]) -> list[str]:
-    sizes = {name: config[name] for name in MOST if isinstance(config.get(name), int)}
+    sizes = {name: config[name] for name in LIMITS if isinstance(config.get(name), int)}
     odd = [f"{name} is {value!r:.40}" for name, value in sizes.items() if value < 1 or value is True]
     heads, groups, hidden = (sizes.get(name) for name in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
-    if odd or not heads or not hidden or hidden % heads:  # the last is Transformers' to say
+    if odd or not heads or not hidden or hidden % heads:  # Transformers reports the last
         return odd
     width = head_size(sizes)
     if groups and heads % groups:
@@ -115,10 +116,10 @@ def _odd_numbers(config: Mapping[str, Any]) -> list[str]:
     if not isinstance(dtype, str | None):
         odd.append(f"dtype is {dtype!r:.40}")
     for part in (config, config.get("rope_parameters"), config.get("rope_scaling")):
-        turns = {name: part[name] for name in ROPE if part.get(name) is not None} if isinstance(part, Mapping) else {}
+        values = {name: part[name] for name in ROPE if part.get(name) is not None} if isinstance(part, Mapping) else {}
         odd += [
             f"{name} is {value!r:.40}"
-            for name, value in turns.items()
+            for name, value in values.items()
             if not isinstance(value, int | float) or value <= 0
         ]
     return odd

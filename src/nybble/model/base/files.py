@@ -1,4 +1,4 @@
-"""Weight files: which ones a folder has, what their headers say, and whether a saved model equals the one in memory."""
+"""Weight files: which ones a folder has, what they contain, and whether a saved model equals the one in memory."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from nybble.errors import ModelError
 from nybble.files.lfs import pointer_fault
 from nybble.files.reading import KINDS
 from nybble.model.base.headers import index_of, read_header, read_index
-from nybble.model.hub import few
+from nybble.model.hub import first_three
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
-"""Weights in one file, in Transformers' order: the first is taken, or the index beside its place, before the second."""
+"""Weights in one file, in Transformers' order: the first one or its index is used before the second."""
 FLOATS = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
-AGAIN = "save the model's tensors alone, by model.save_pretrained(FOLDER) where it was trained; or use its safetensors"
-# What Transformers raises where a configuration or a weight file is wrong: checks of its own and of huggingface_hub, asserts of
-# torch, and whatever its code runs into that takes a field for granted (KeyError, ZeroDivisionError, AttributeError).
+SAVE_AGAIN = (
+    "save the model's tensors alone, by model.save_pretrained(FOLDER) where it was trained; or use its safetensors"
+)
+# What Transformers raises where a configuration or a weight file is wrong: its own checks and huggingface_hub's, torch's asserts,
+# and errors of code that assumes that a field exists or is sound (KeyError, ZeroDivisionError, AttributeError).
 LOADING_FAULTS: tuple[type[Exception], ...] = (
     OSError, RuntimeError, ValueError, AssertionError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError,
     EOFError, StrictDataclassError, SafetensorError, pickle.UnpicklingError, struct.error,
@@ -45,15 +47,15 @@ def reason(error: Exception) -> str:
 
 
 def refuse_pointers(files: Iterable[pathlib.Path]) -> None:
-    """Refuse what is there instead of files of a model: git-lfs pointers, links to nothing, and folders, pipes, sockets and
-    devices, which may never end. Files that do not exist are passed over.
+    """Refuse what is not a file of a model: git-lfs pointers, broken links, folders, and pipes, sockets and devices, which may
+    never end. Files that do not exist are ignored.
 
     Raises:
         ModelError: naming the first, with the command that fetches the files.
     """
     for file in files:
         try:
-            fault = _stand_in(file)
+            fault = _non_file(file)
         except OSError as error:
             fix = (
                 "copy or download it again"
@@ -65,11 +67,11 @@ def refuse_pointers(files: Iterable[pathlib.Path]) -> None:
             raise ModelError(fault[0], where=str(file), fix=fault[1])
 
 
-def _stand_in(file: pathlib.Path) -> tuple[str, str] | None:
-    """What is there instead of a file, and what fixes it; None where the file itself is, or nothing.
+def _non_file(file: pathlib.Path) -> tuple[str, str] | None:
+    """What a path is, if it is not a regular file, and what fixes it; None for a file, or where nothing exists.
 
     Raises:
-        OSError: it may not be looked at.
+        OSError: it cannot be examined.
     """
     if not file.exists():
         again = "copy or download the file again"
@@ -77,7 +79,7 @@ def _stand_in(file: pathlib.Path) -> tuple[str, str] | None:
             (f"{file.name} is a link to {file.readlink()}, which does not exist", again) if file.is_symlink() else None
         )
     if (kind := KINDS.get(stat.S_IFMT(file.stat().st_mode))) is not None:
-        return f"{file.name} is {kind}, not a file", f"put the real {file.name} in its place"
+        return f"{file.name} is {kind}, not a file", f"replace it with the real {file.name}"
     return pointer_fault(file)
 
 
@@ -85,10 +87,10 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The files that Transformers loads from a folder, and so the ones that are hashed, checked and merged; empty where there
     are none.
 
-    A name must lie in the folder itself. What a link of that name leads to may lie elsewhere, as in the Hub's cache.
+    Each must be in the folder itself, but may be a link to another folder, as in the Hub's cache.
 
     Raises:
-        ModelError: one of them is no file, or an index that is damaged, lacks a file or names one elsewhere.
+        ModelError: one of them is not a file, or an index is damaged, lacks a file or names one in another folder.
     """
     for name in WHOLE:
         whole, index = folder / name, folder / index_of(name)
@@ -101,7 +103,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
             refuse_pointers(files)
             if missing := [file.name for file in files if not file.is_file()]:
                 raise ModelError(
-                    f"{folder} is missing {few(missing)}, which its index names",
+                    f"{folder} is missing {first_three(missing)}, which its index names",
                     where=str(index),
                     fix="finish the download, or copy what is missing",
                 )
@@ -110,10 +112,10 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def check_whole(file: pathlib.Path) -> None:
-    """Refuse a weight file that is a pointer, is of another kind, is cut off, or contains anything but tensors.
+    """Refuse a weight file that is a pointer, has another format, is cut off, or contains anything but tensors.
 
     Raises:
-        ModelError: which of these.
+        ModelError: it is one of these.
     """
     refuse_pointers([file])
     if file.suffix == ".safetensors":
@@ -122,12 +124,12 @@ def check_whole(file: pathlib.Path) -> None:
     with file.open("rb") as stream:
         head = stream.read(4)
     if head == b"PK\3\4":
-        if not zipfile.is_zipfile(file):  # the list of what an archive holds is at its end
+        if not zipfile.is_zipfile(file):  # the table of contents of an archive is at its end
             raise ModelError(
                 "the file is cut off: the end of the archive is missing", where=str(file), fix="copy it again"
             )
         _unpickled(file)
-    elif head[:1] != b"\x80":  # what torch.save wrote before 1.6 can only be read whole, as loading does
+    elif head[:1] != b"\x80":  # files of torch before 1.6 can only be checked by loading them
         raise ModelError("the file was not written by torch.save", where=str(file), fix="download it again")
 
 
@@ -145,7 +147,7 @@ def shapes(file: pathlib.Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def open_tensors(file: pathlib.Path) -> tuple[Iterable[str], Callable[[str], torch.Tensor]]:
-    """The names in a weight file and what gets one of them, on the CPU.
+    """The names in a weight file, and a function that returns the tensor of a name, on the CPU.
 
     Raises:
         ModelError: the file cannot be read as weights.
@@ -161,18 +163,18 @@ def open_tensors(file: pathlib.Path) -> tuple[Iterable[str], Callable[[str], tor
 
 
 def _unpickled(file: pathlib.Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file of torch.save, mapped and not read where its format allows; nothing in it is run."""
+    """The tensors of a file of torch.save, mapped instead of read if its format allows; no code in it is run."""
     try:
-        with warnings.catch_warnings():  # of a pickle's protocol, also where the file is refused right after
+        with warnings.catch_warnings():  # about a pickle's protocol, even for a file that is then refused
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             stored = torch.load(file, mmap=zipfile.is_zipfile(file), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"asks for {asked[1]} when it is opened" if asked else "is not a pickle of tensors"
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"asks for {wanted[1]} when it is opened" if wanted else "is not a pickle of tensors"
         raise ModelError(
             f"{file.name} is refused: it {what}, and a weight file may contain only tensors",
             where=str(file),
-            fix=AGAIN,
+            fix=SAVE_AGAIN,
         ) from error
     except LOADING_FAULTS as error:
         raise ModelError(
@@ -181,14 +183,16 @@ def _unpickled(file: pathlib.Path) -> dict[str, torch.Tensor]:
             fix="copy or download the file again",
         ) from error
     if not isinstance(stored, dict):
-        raise ModelError(f"{file.name} contains {type(stored).__name__}, not named tensors", where=str(file), fix=AGAIN)
+        raise ModelError(
+            f"{file.name} contains {type(stored).__name__}, not named tensors", where=str(file), fix=SAVE_AGAIN
+        )
     for name, value in stored.items():
-        if (odd := _no_tensor(name, value)) is not None:
-            raise ModelError(f"{file.name} contains {odd} under {name!r:.80}", where=str(file), fix=AGAIN)
+        if (odd := _non_tensor(name, value)) is not None:
+            raise ModelError(f"{file.name} contains {odd} under {name!r:.80}", where=str(file), fix=SAVE_AGAIN)
     return {name: tensor.detach() for name, tensor in stored.items()}
 
 
-def skeleton(config: PretrainedConfig, folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: PretrainedConfig, folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of the model that a configuration describes.
 
     Args:
@@ -196,18 +200,18 @@ def skeleton(config: PretrainedConfig, folder: pathlib.Path) -> dict[str, tuple[
         folder: where its config.json is.
 
     Raises:
-        ModelError: it describes none that Transformers can build, or one that would compute nothing but NaN.
+        ModelError: Transformers cannot build the model, or it would compute nothing but NaN.
     """
     where, fix = str(folder / "config.json"), "compare it with config.json on the model's page"
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        turns = type(model.model.rotary_emb)(config).inv_freq
+        frequencies = type(model.model.rotary_emb)(config).inv_freq
     except LOADING_FAULTS as error:
         raise ModelError(
             f"config.json describes a model that Transformers cannot build: {reason(error)}", where=where, fix=fix
         ) from error
-    if not turns.isfinite().all():
+    if not frequencies.isfinite().all():
         raise ModelError(
             f"the frequencies of RoPE are not finite with rope_parameters {config.rope_parameters}",
             where=where,
@@ -216,10 +220,10 @@ def skeleton(config: PretrainedConfig, folder: pathlib.Path) -> dict[str, tuple[
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def differs(model: torch.nn.Module, folder: pathlib.Path) -> str | None:
-    """Read back what a model was saved as; what is not as it is in memory, or None where all is.
+def saving_fault(model: torch.nn.Module, folder: pathlib.Path) -> str | None:
+    """Read a saved model back; the first difference from the model in memory, or None.
 
-    A tensor at a time, so memory is that of the largest.
+    One tensor is read at a time, so the largest one decides how much memory this needs.
     """
     live = model.state_dict()
     seen: set[str] = set()
@@ -236,8 +240,8 @@ def differs(model: torch.nn.Module, folder: pathlib.Path) -> str | None:
     return None if (folder / "config.json").is_file() else "config.json was not saved"
 
 
-def _no_tensor(name: object, value: object) -> str | None:
-    """What is there instead of a tensor's name and numbers; None where both are."""
+def _non_tensor(name: object, value: object) -> str | None:
+    """What an entry is, if it is not a named tensor with numbers; None if it is."""
     if not isinstance(value, torch.Tensor):
         return f"{type(value).__name__}, not a tensor,"
     if value.is_meta:
@@ -247,13 +251,13 @@ def _no_tensor(name: object, value: object) -> str | None:
     return None if isinstance(name, str) else "a tensor without a name"
 
 
-def by(shape: tuple[int, ...]) -> str:
-    """A shape as people write it: 32000 x 4096."""
+def shape_text(shape: tuple[int, ...]) -> str:
+    """A shape in the form 32000 x 4096."""
     if len(shape) > 8:
         return f"of {len(shape):,} dimensions"
     return " x ".join(map(str, shape)) or "a single number"
 
 
-def some(words: list[str]) -> str:
-    """The first of several, and how many more there are."""
-    return words[0] + (f" (and {len(words) - 1} more)" if len(words) > 1 else "")
+def first_of(items: list[str]) -> str:
+    """The first of several items, and how many more there are."""
+    return items[0] + (f" (and {len(items) - 1} more)" if len(items) > 1 else "")

@@ -1,4 +1,4 @@
-"""Numbers that are NaN or infinite, looked for in the files of a model and in a model as it was loaded."""
+"""Checks for NaN and infinity in the files of a model, and in a loaded model."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Iterable
 import torch
 
 from nybble.errors import ModelError
-from nybble.model.base.files import open_tensors, some, weight_files
+from nybble.model.base.files import first_of, open_tensors, weight_files
 from nybble.model.base.soundness import BUFFER
 from nybble.weights.frozen import float_tensors
 
 
 def check_files(folder: pathlib.Path) -> list[str]:
-    """Look for numbers that are not finite in the files of a model that is about to be quantised, which spreads them.
+    """Look for numbers that are not finite in the files of a model that is about to be quantised, which would spread them.
 
-    The bytes are read from the disk once, since loading finds them in memory: 2 GB a second on one core.
+    The bytes are read from disk only once, since loading then finds them in memory: 2 GB per second on one core.
 
     Returns:
         A notice where a weight is all zeros.
@@ -25,21 +25,21 @@ def check_files(folder: pathlib.Path) -> list[str]:
     Raises:
         ModelError: with the tensors, and how many of their numbers are not finite.
     """
-    empty = []
+    zeros = []
     for file in weight_files(folder):
         names, get = open_tensors(file)
         tensors = ((name, get(name)) for name in names if not name.endswith(BUFFER))
-        empty += _check_numbers(tensors, str(file), "copy or download the file again")
-    return _notice(empty)
+        zeros += _check_numbers(tensors, str(file), "copy or download the file again")
+    return _notice(zeros)
 
 
 def check_loaded(model: torch.nn.Module, where: pathlib.Path, dtype: torch.dtype) -> list[str]:
-    """Look for numbers that are not finite in a model as it was loaded; of quantised weights in their scales.
+    """Look for numbers that are not finite in a loaded model; in quantised weights, in their scales.
 
     Args:
         model: the base.
         where: its folder.
-        dtype: in which it computes: float16 cannot hold every number of a bfloat16 checkpoint.
+        dtype: the type in which it computes; float16 cannot represent every number of a bfloat16 checkpoint.
 
     Returns:
         A notice where a weight is all zeros.
@@ -56,7 +56,7 @@ def check_loaded(model: torch.nn.Module, where: pathlib.Path, dtype: torch.dtype
 def _check_numbers(tensors: Iterable[tuple[str, torch.Tensor]], where: str, fix: str) -> list[str]:
     """The weights that are all zeros."""
     odd: dict[str, str] = {}
-    empty = []
+    zeros = []
     for name, tensor in tensors:
         if not tensor.is_floating_point() or not tensor.numel():
             continue
@@ -65,13 +65,15 @@ def _check_numbers(tensors: Iterable[tuple[str, torch.Tensor]], where: str, fix:
             count = int((~torch.isfinite(tensor)).sum())
             odd.setdefault(name, f"{name} ({count:,} of {tensor.numel():,})")
         elif least == greatest == 0 and name.endswith(".weight"):
-            empty.append(name)
+            zeros.append(name)
     if odd:
         raise ModelError(
-            f"the weights contain numbers that are NaN or infinite: {some(list(odd.values()))}", where=where, fix=fix
+            f"the weights contain numbers that are NaN or infinite: {first_of(list(odd.values()))}",
+            where=where,
+            fix=fix,
         )
-    return empty
+    return zeros
 
 
-def _notice(empty: list[str]) -> list[str]:
-    return [f"{some(empty)} is all zeros in the base: were its weights lost?"] if empty else []
+def _notice(zeros: list[str]) -> list[str]:
+    return [f"{first_of(zeros)} is all zeros in the base: were its weights lost?"] if zeros else []

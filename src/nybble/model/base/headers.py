@@ -1,7 +1,7 @@
-"""What weight files say of themselves: the index of a sharded model, and the header of a safetensors file.
+"""The index of a sharded model, and the header of a safetensors file.
 
-That is 8 bytes of length, JSON with type, shape and position of each tensor, then their bytes. What is refused here is what the
-format forbids (huggingface.co/docs/safetensors), with the tensor's name, which the library's own errors leave out.
+A safetensors file has 8 bytes with the length of the header, JSON with type, shape and position of each tensor, then their bytes.
+What the format forbids (huggingface.co/docs/safetensors) is refused with the tensor's name, which the library's errors leave out.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
-LONGEST = 100_000_000  # bytes of a header, by the format
-DIMENSIONS = 64  # of a tensor, by torch; the product of a million numbers takes hours
+MAX_HEADER = 100_000_000  # bytes, by the format
+MAX_DIMENSIONS = 64  # torch's limit; the product of a million numbers takes hours
 
 
-def shown(name: str) -> str:
-    """A name from a file as it may be printed: in one line, without control characters, not endless."""
+def printable(name: str) -> str:
+    """A name from a file, made safe to print: on one line, without control characters, not too long."""
     plain = name if name.isprintable() else ascii(name)[1:-1]
     return plain if len(plain) <= 120 else f"{plain[:119]}…"
 
 
 def index_of(name: str) -> str:
-    """The name of the index of weights in several files: of model.safetensors or of pytorch_model.bin."""
+    """The name of the index for weights in several files, for model.safetensors or pytorch_model.bin."""
     return f"{name}.index.json"
 
 
 def read_index(index: pathlib.Path) -> dict[str, str]:
-    """The file of each tensor by the index of a sharded model.
+    """The file of each tensor, according to the index of a sharded model.
 
     Raises:
-        ModelError: it cannot be read, or names what is no weight file in its own folder.
+        ModelError: it cannot be read, or names something other than a weight file in its own folder.
     """
     described = read_object(index)
     files, end = described.get("weight_map"), index.name.removesuffix(".index.json").rpartition(".")[2]
@@ -51,7 +51,7 @@ def read_index(index: pathlib.Path) -> dict[str, str]:
     for tensor, name in files.items():
         if not isinstance(name, str) or not re.fullmatch(rf"[^/\\\0]+\.{end}", name):
             raise ModelError(
-                f"{index.name} says that {shown(tensor)} is in {name!r:.200}, which is not a .{end} file in this folder",
+                f"{index.name} says that {printable(tensor)} is in {name!r:.200}, which is not a .{end} file in this folder",
                 where=str(index),
                 fix=fix,
             )
@@ -69,11 +69,11 @@ def read_header(file: pathlib.Path) -> dict[str, dict[str, Any]]:
         head = stream.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         start = stream.read(1)
-        text = start + stream.read(length - 1) if 0 < length <= min(size - 8, LONGEST) else b""
+        text = start + stream.read(length - 1) if 0 < length <= min(size - 8, MAX_HEADER) else b""
     if start not in (b"{", b""):
         raise ModelError("the file is not a safetensors file", where=str(file), fix="download it again")
-    if length > LONGEST:
-        raise _damaged(file, f"it claims to be {length:,} bytes long, and the format allows {LONGEST:,}")
+    if length > MAX_HEADER:
+        raise _damaged(file, f"it claims to be {length:,} bytes long, and the format allows {MAX_HEADER:,}")
     if not text:
         raise _cut(file)
     entries = _parse(file, text)
@@ -87,7 +87,7 @@ def read_header(file: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 def _parse(file: pathlib.Path, text: bytes) -> dict[str, dict[str, Any]]:
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise _damaged(file, f"byte {error.start + 8:,} of the file is not UTF-8") from error
     except RecursionError as error:
@@ -106,23 +106,23 @@ def _parse(file: pathlib.Path, text: bytes) -> dict[str, dict[str, Any]]:
     return dict(entries)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        again = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"it names {shown(again)} twice")
-    return found
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"it names {printable(repeated)} twice")
+    return entries
 
 
 def _check_entry(file: pathlib.Path, name: str, entry: Any) -> None:
-    """Refuse what does not describe a tensor."""
-    name = shown(name)
+    """Refuse an entry that does not describe a tensor."""
+    name = printable(name)
     if not isinstance(entry, dict):
         raise _damaged(file, f"{name} is not described by an object")
     kind, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(kind, str) or kind not in BITS:
-        raise _damaged(file, f"{name} has the type {kind!r:.40}, which safetensors does not know")
-    if not _are_sizes(shape) or len(shape) > DIMENSIONS:
+        raise _damaged(file, f"{name} has the type {kind!r:.40}, which is not a type of safetensors")
+    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         raise _damaged(file, f"the shape of {name} is {shape!r:.60}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _damaged(file, f"the data_offsets of {name} are {offsets!r:.60}")
@@ -139,12 +139,12 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
 
 
 def _check_offsets(file: pathlib.Path, entries: dict[str, dict[str, Any]]) -> int:
-    """The length of all tensors, which must lie one after another."""
+    """The total length of the tensors, which must follow one another without gaps."""
     end = 0
     for first, last, name in sorted((*entry["data_offsets"], name) for name, entry in entries.items()):
         if first != end:
             raise _damaged(
-                file, f"{shown(name)} {'overlaps the tensor before it' if first < end else 'begins after a gap'}"
+                file, f"{printable(name)} {'overlaps the tensor before it' if first < end else 'begins after a gap'}"
             )
         end = last
     return end

@@ -24,13 +24,14 @@ from nybble.couplings.check import unmet
 from nybble.errors import ModelError
 from nybble.files import cache as entries
 from nybble.installed import pip
-from nybble.model.base.bits import Bits, Trained, making_on
+from nybble.model.base.bits import TrainedBase, made_by
 from nybble.model.base.cached import bits_of, check_unchanged, copy_path, find_copy, store
 from nybble.model.base.checkpoint import Checkpoint, fingerprint
-from nybble.model.base.files import LOADING_FAULTS, reason, skeleton
+from nybble.model.base.files import LOADING_FAULTS, expected_shapes, reason
 from nybble.model.base.finite import check_files, check_loaded
 from nybble.model.base.soundness import check_report, check_tensors
 from nybble.recipe import ModelOptions
+from nybble.run.start import QuantizedBase
 from nybble.weights.frozen import is_quantised, scale_bytes
 from nybble.weights.on_cpu import stay_unpacked
 
@@ -40,17 +41,17 @@ COPY, REBUILT = "the cached copy of the quantised base was", "will be rebuilt"
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base model and what is worth telling of it."""
+    """A loaded base model, and notices about it."""
 
     model: PreTrainedModel
     checkpoint: Checkpoint
     fingerprint: str
     quantization: str
-    """As it is stored: the option's, or the checkpoint's own where it came quantised."""
+    """How it is stored: as the recipe says, or as the checkpoint does if it came quantised."""
     from_cache: bool
     notices: tuple[str, ...] = ()
-    bits: Bits | None = None
-    """Of what was quantised here; a base stored in another way is known by its fingerprint."""
+    bits: QuantizedBase | None = None
+    """The bits of a base that was quantised here; any other base is identified by its fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,11 @@ class Footprint:
     quantized: int
     """Parameters stored in 4 or 8 bits."""
     bytes: int
-    """As in memory, including the scales of quantised weights."""
+    """In memory, including the scales of quantised weights."""
 
 
 def load_config(checkpoint: Checkpoint, rope_scaling: dict[str, object] | None) -> PretrainedConfig:
-    """The model's configuration, with rope scaling laid over its own.
+    """The model's configuration, with the recipe's rope scaling over its own.
 
     Raises:
         ModelError: Transformers cannot read it, or cannot build a model from it.
@@ -74,30 +75,30 @@ def load_config(checkpoint: Checkpoint, rope_scaling: dict[str, object] | None) 
     if rope_scaling is not None:
         config.rope_parameters = {**(config.rope_parameters or {}), **rope_scaling}
         config.standardize_rope_params()
-    skeleton(config, checkpoint.folder)
+    expected_shapes(config, checkpoint.folder)
     return config
 
 
 def load_base(
     checkpoint: Checkpoint, options: ModelOptions, dtype: torch.dtype, device: torch.device, cache: pathlib.Path,
-    then: Trained | None = None,
+    trained: TrainedBase | None = None,
 ) -> Base:  # fmt: skip
-    """Load a base for training: quantised as asked, on one device, its parameters frozen.
+    """Load a base for training: quantised as requested, on one device, with frozen parameters.
 
-    A checkpoint that is quantised already is taken as it is. What is quantised here is kept under `cache`, so that the
-    next run reads 4 GB for a 7B and not 13.5. What is read is proven: the copy by its digests, the weights by theirs.
+    A checkpoint that came quantised is used unchanged. A base that is quantised here is cached, so that the next run
+    reads 4 GB for a 7B and not 13.5. Everything that is read is verified by its digests, both the copy and the original weights.
 
     Args:
         checkpoint: the base's files.
-        options: how it is stored.
-        dtype: in which it computes.
-        device: where to.
-        cache: where quantised copies and digests are kept.
-        then: what a run that goes on or answers was trained on; a copy that contradicts it is made again once.
+        options: how it is to be stored.
+        dtype: the type in which it computes.
+        device: the device to load it on.
+        cache: folder of quantised copies and digests.
+        trained: the base that the resumed or opened run was trained on; a copy that contradicts it is made again, once.
 
     Raises:
-        ModelError: weights that do not fit the configuration, or are not what the run was trained on; a library without what
-            loading relies upon.
+        ModelError: the weights do not fit the configuration, or are not what the run was trained on; or a library lacks
+            something that loading needs.
     """
     if (misfit := unmet("model")) is not None:
         raise ModelError(misfit.what, fix=f"{pip()} install {misfit.requirement}")
@@ -105,17 +106,17 @@ def load_base(
     config = load_config(checkpoint, options.rope_scaling)
     check_tensors(checkpoint.folder, config, is_quantized=checkpoint.quantized_as is not None)
     if checkpoint.quantized_as is not None or quantization == "none":
-        mark = fingerprint(checkpoint, cache, prove=True)
-        base = Base(_read(checkpoint.folder, config, None, dtype, device), checkpoint, mark, quantization, False)
+        digest = fingerprint(checkpoint, cache, prove=True)
+        base = Base(_read(checkpoint.folder, config, None, dtype, device), checkpoint, digest, quantization, False)
     else:
-        base = _quantised(checkpoint, options, config, dtype, device, cache, then)
+        base = _quantised(checkpoint, options, config, dtype, device, cache, trained)
     notices += base.notices
     if base.bits is not None:
-        notices += check_unchanged(base.bits, base.fingerprint, then, checkpoint.folder)
+        notices += check_unchanged(base.bits, base.fingerprint, trained, checkpoint.folder)
     loaded = check_loaded(base.model, checkpoint.folder, dtype)
-    notices += loaded if base.bits is None or base.from_cache else []  # else the files told it
+    notices += loaded if base.bits is None or base.from_cache else []  # otherwise `check_files` reported the same
     model = base.model
-    _plain_generation(model)
+    _keep_control_tokens_only(model)
     model.name_or_path = checkpoint.name  # what PEFT writes into the adapter as its base
     model.config.use_cache = False  # a key-value cache hides packed samples from Transformers' mask
     model.requires_grad_(False)
@@ -136,7 +137,7 @@ def quantization_plan(quantization: str, double_quantization: bool, dtype: torch
 
 
 def measure(model: torch.nn.Module) -> Footprint:
-    """Count a base's parameters and bytes; a 4-bit weight stores two parameters a byte beside its scales."""
+    """Count a base's parameters and bytes; a 4-bit weight stores two parameters per byte, besides its scales."""
     parameters = quantized = size = 0
     layers = {id(module.weight): module for module in model.modules() if is_quantised(module)}
     for parameter in model.parameters():
@@ -152,7 +153,7 @@ def read_config(folder: pathlib.Path) -> PretrainedConfig:
     """config.json as Transformers reads it.
 
     Raises:
-        ModelError: it cannot.
+        ModelError: Transformers cannot read it.
     """
     try:
         return AutoConfig.from_pretrained(folder)
@@ -166,10 +167,10 @@ def read_config(folder: pathlib.Path) -> PretrainedConfig:
 
 @contextlib.contextmanager
 def weights_alone(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A base's folder as Transformers should see it: without an adapter in it, which it would load on top of the weights.
+    """A base's folder without an adapter in it, which Transformers would load on top of the weights.
 
-    Links to the other files, since no argument of `from_pretrained` says so in every version: 5.17 looks for the adapter in the
-    folder itself, 5.23 in a subfolder that may be named.
+    A folder of links to the other files, since no argument of `from_pretrained` does this in every version: 5.17 looks for the
+    adapter in the folder itself, 5.23 in a subfolder that may be given.
     """
     if not (folder / ADAPTER_CONFIG).exists():
         yield folder
@@ -188,12 +189,12 @@ def _read(
     dtype: torch.dtype,
     device: torch.device,
 ) -> PreTrainedModel:
-    """The weights of a folder and nothing else; all of them, each of the size that the configuration says."""
+    """The weights of a folder and nothing else; none is missing, and each has the shape that the configuration says."""
     extra = {} if plan is None else {"quantization_config": plan}
     try:
         model: PreTrainedModel
         with weights_alone(folder) as weights:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(
                 weights, config=config, dtype=dtype, device_map={"": device},
                 output_loading_info=True, ignore_mismatched_sizes=True, **extra,
             )  # fmt: skip
@@ -203,7 +204,7 @@ def _read(
         raise ModelError(
             f"the weights cannot be loaded: {reason(error)}", where=str(folder), fix="copy or download the model again"
         ) from error
-    check_report(found, config, folder)
+    check_report(report, config, folder)
     return model
 
 
@@ -211,14 +212,14 @@ def _storage(checkpoint: Checkpoint, options: ModelOptions) -> tuple[str, list[s
     """How the base will be stored, with a notice where the checkpoint decides it.
 
     Raises:
-        ModelError: the checkpoint is quantised in another way than was asked for.
+        ModelError: the checkpoint is quantised in another way than the one requested.
     """
-    stored, asked = checkpoint.quantized_as, options.quantization
-    if stored is None or stored == asked:
-        return asked, []
+    stored, requested = checkpoint.quantized_as, options.quantization
+    if stored is None or stored == requested:
+        return requested, []
     if "quantization" in options.model_fields_set:
         raise ModelError(
-            f"the checkpoint is already quantised as {stored} and cannot become {asked}",
+            f"the checkpoint is already quantised as {stored} and cannot become {requested}",
             fix=f"model.quantization={stored}, or start from the 16-bit checkpoint",
         )
     return stored, [f"the checkpoint is already quantised as {stored} and is used unchanged"]
@@ -226,34 +227,34 @@ def _storage(checkpoint: Checkpoint, options: ModelOptions) -> tuple[str, list[s
 
 def _quantised(
     checkpoint: Checkpoint, options: ModelOptions, config: PretrainedConfig, dtype: torch.dtype, device: torch.device,
-    cache: pathlib.Path, then: Trained | None,
+    cache: pathlib.Path, trained: TrainedBase | None,
 ) -> Base:  # fmt: skip
     """A base from the cache, or quantised now and cached."""
-    mark = fingerprint(checkpoint, cache)
-    entry = find_copy(copy_path(mark, options.quantization, options.double_quantization, dtype, cache))
+    digest = fingerprint(checkpoint, cache)
+    entry = find_copy(copy_path(digest, options.quantization, options.double_quantization, dtype, cache))
     notices = entry.notices(COPY, REBUILT)
     if entry.facts is not None:
         bits = bits_of(entry.facts)
         try:
-            if then is not None and then.contradicts(bits, mark):
+            if trained is not None and trained.contradicts(bits, digest):
                 raise ModelError("it is not the one that the run was trained on")
-            model = _read(entry.path, _as_kept(config, entry.path), None, dtype, device)
-            return Base(model, checkpoint, mark, options.quantization, True, tuple(notices), bits)
+            model = _read(entry.path, _as_cached(config, entry.path), None, dtype, device)
+            return Base(model, checkpoint, digest, options.quantization, True, tuple(notices), bits)
         except ModelError as fault:
             if not entries.discard(entry.path):
                 raise
             notices = [f"{COPY} damaged ({fault.what}) and {REBUILT}"]
-    if fingerprint(checkpoint, cache, prove=True) != mark:  # what was remembered of the weights was wrong
-        return _quantised(checkpoint, options, config, dtype, device, cache, then)
+    if fingerprint(checkpoint, cache, prove=True) != digest:  # the cached digests of the weights were wrong
+        return _quantised(checkpoint, options, config, dtype, device, cache, trained)
     notices += check_files(checkpoint.folder)
     plan = quantization_plan(options.quantization, options.double_quantization, dtype)
     model = _read(checkpoint.folder, config, plan, dtype, device)
-    _plain_generation(model)
-    bits, more = store(model, entry.path, measure(model).bytes, making_on(device, dtype))
-    return Base(model, checkpoint, mark, options.quantization, False, (*notices, *more), bits)
+    _keep_control_tokens_only(model)
+    bits, more = store(model, entry.path, measure(model).bytes, made_by(device, dtype))
+    return Base(model, checkpoint, digest, options.quantization, False, (*notices, *more), bits)
 
 
-def _as_kept(config: PretrainedConfig, folder: pathlib.Path) -> PretrainedConfig:
+def _as_cached(config: PretrainedConfig, folder: pathlib.Path) -> PretrainedConfig:
     """The configuration with the cached copy's own quantisation.
 
     Raises:
@@ -267,12 +268,12 @@ def _as_kept(config: PretrainedConfig, folder: pathlib.Path) -> PretrainedConfig
     return quantised
 
 
-def _plain_generation(model: PreTrainedModel) -> None:
-    """Leave only the control tokens of the model's generation settings: sampling is the caller's, and the settings that
-    come with Llama 2 (a temperature without sampling) cannot be saved.
+def _keep_control_tokens_only(model: PreTrainedModel) -> None:
+    """Keep only the control tokens of the model's generation settings: the caller chooses how to sample, and the settings
+    that come with Llama 2 (a temperature without sampling) cannot be saved.
     """
-    own = model.generation_config
-    if own is not None:
+    settings = model.generation_config
+    if settings is not None:
         model.generation_config = GenerationConfig(
-            bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+            bos_token_id=settings.bos_token_id, eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id
         )

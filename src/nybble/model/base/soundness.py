@@ -1,7 +1,7 @@
-"""Whether weights are those of the model that config.json describes: every tensor, of its size and type.
+"""Checks that the weights are those of the model that config.json describes: every tensor, with its shape and type.
 
-Loading alone does not tell. Transformers draws a missing tensor at random, passes over one that has no place, takes integers for
-weights, and in 4 bits a tensor of any shape.
+Loading alone does not show it. Transformers initialises a missing tensor at random, ignores an unexpected one, accepts integers
+as weights, and in 4 bits accepts a tensor of any shape.
 """
 
 from __future__ import annotations
@@ -17,9 +17,18 @@ from transformers import PretrainedConfig
 
 from nybble.errors import ModelError
 from nybble.files.reading import read_object
-from nybble.model.base.files import FLOATS, WHOLE, by, open_tensors, shapes, skeleton, some, weight_files
-from nybble.model.base.headers import BITS, index_of, read_index, shown
-from nybble.model.hub import few
+from nybble.model.base.files import (
+    FLOATS,
+    WHOLE,
+    expected_shapes,
+    first_of,
+    open_tensors,
+    shape_text,
+    shapes,
+    weight_files,
+)
+from nybble.model.base.headers import BITS, index_of, printable, read_index
+from nybble.model.hub import first_three
 from nybble.weights.stored import (
     BESIDE,
     QUANTISED,
@@ -30,8 +39,8 @@ from nybble.weights.stored import (
 )
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-BUFFER = "rotary_emb.inv_freq"  # old checkpoints hold what is computed now
-SAME = "use config.json and weights from the same copy of the model"
+BUFFER = "rotary_emb.inv_freq"  # old checkpoints contain what is computed today
+SAME_COPY = "use config.json and weights from the same copy of the model"
 
 
 @dataclass(frozen=True)
@@ -56,16 +65,16 @@ def check_tensors(folder: pathlib.Path, config: PretrainedConfig, *, is_quantize
     """Compare every tensor of a model's files with its configuration, by the files' headers alone.
 
     Args:
-        folder: the model's.
-        config: as it is loaded.
+        folder: the model's folder.
+        config: the configuration with which it is loaded.
         is_quantized: whether the files came quantised by bitsandbytes.
 
     Raises:
-        ModelError: tensors that are missing, unknown, duplicated, or of another shape or type; an index that says otherwise
-            than its files; a head that is tied to the embeddings and yet different.
+        ModelError: tensors that are missing, unknown, duplicated, or of another shape or type; an index that
+            contradicts its files; a head that is tied to the embeddings but differs from them.
     """
     stored = _stored(folder)
-    expected = skeleton(config, folder)
+    expected = expected_shapes(config, folder)
     tied = bool(config.tie_word_embeddings)
     if prefix := _wrapped(stored, expected):
         raise ModelError(prefix, where=str(folder), fix="save the model itself: model.save_pretrained(FOLDER)")
@@ -78,7 +87,7 @@ def check_tensors(folder: pathlib.Path, config: PretrainedConfig, *, is_quantize
     packed = {name for name in expected if is_quantized and description_name(name, stored)}
     scaled = {name for name in expected if is_quantized and int8_scales_name(name) in stored}
     odd = [
-        f"{name} is {by(entry.shape)} in the file, but {by(expected[name])} according to config.json"
+        f"{name} is {shape_text(entry.shape)} in the file, but {shape_text(expected[name])} according to config.json"
         for name, entry in stored.items()
         if name in expected and name not in packed and entry.shape != expected[name]
     ]
@@ -96,24 +105,24 @@ def check_tensors(folder: pathlib.Path, config: PretrainedConfig, *, is_quantize
     for name in scaled:
         if stored[int8_scales_name(name)].shape != expected[name][:1]:
             raise _odd_state(
-                int8_scales_name(name), stored, f"{by(expected[name][:1])} scales belong to the rows of {name}"
+                int8_scales_name(name), stored, f"{shape_text(expected[name][:1])} scales belong to the rows of {name}"
             )
     if tied and HEAD in stored:
         _check_head(stored)
 
 
-def check_report(found: Mapping[str, Any], config: PretrainedConfig, where: pathlib.Path) -> None:
-    """Check Transformers' own report of a loading in the same way: it saw the model as it was built.
+def check_report(report: Mapping[str, Any], config: PretrainedConfig, where: pathlib.Path) -> None:
+    """Check Transformers' report on loading in the same way: it compares with the model that was built.
 
     Raises:
         ModelError: something is missing, unknown, or of another shape.
     """
     odd = [
-        f"{name} is {by(own)} in the file, but {by(wanted)} according to config.json"
-        for name, own, wanted in found["mismatched_keys"]
+        f"{name} is {shape_text(own)} in the file, but {shape_text(wanted)} according to config.json"
+        for name, own, wanted in report["mismatched_keys"]
     ]
-    missing = [name for name in found["missing_keys"] if not (config.tie_word_embeddings and name == HEAD)]
-    foreign = [name for name in found["unexpected_keys"] if not name.endswith((BUFFER, *BESIDE))]
+    missing = [name for name in report["missing_keys"] if not (config.tie_word_embeddings and name == HEAD)]
+    foreign = [name for name in report["unexpected_keys"] if not name.endswith((BUFFER, *BESIDE))]
     _refuse(where, sorted(odd), sorted(missing), sorted(foreign), [])
 
 
@@ -121,26 +130,26 @@ def _stored(folder: pathlib.Path) -> dict[str, Stored]:
     """Every tensor of a folder's weights.
 
     Raises:
-        ModelError: two files have the same one, with different numbers; Transformers would take the last.
+        ModelError: two files contain the same tensor with different numbers; Transformers would use the last.
     """
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for file in weight_files(folder):
         for name, (kind, shape) in shapes(file).items():
-            entry, first = Stored(kind, shape, file), found.get(name)
+            entry, first = Stored(kind, shape, file), tensors.get(name)
             if first is not None:
                 entry = replace(entry, copies=first.copies | {first.file.name})
             if first is not None and not _is_equal((name, entry), (name, first)):
                 raise ModelError(
-                    f"{shown(name)} is in {first.file.name} and in {file.name}, with different numbers",
+                    f"{printable(name)} is in {first.file.name} and in {file.name}, with different numbers",
                     where=str(file),
                     fix="remove the files of other copies of the model, or download all of them again",
                 )
-            found[name] = entry
-    return found
+            tensors[name] = entry
+    return tensors
 
 
 def _is_equal(one: tuple[str, Stored], other: tuple[str, Stored]) -> bool:
-    """Whether two tensors that are named are the same numbers."""
+    """Whether two named tensors contain the same numbers."""
     if (one[1].kind, one[1].shape) != (other[1].kind, other[1].shape):
         return False
     return torch.equal(*(open_tensors(entry.file)[1](name) for name, entry in (one, other)))
@@ -157,20 +166,20 @@ def _check_head(stored: Mapping[str, Stored]) -> None:
 
 
 def _check_index(folder: pathlib.Path, stored: Mapping[str, Stored]) -> None:
-    """Compare an index with the headers of its files: Transformers loads what the files contain, whatever the index says."""
+    """Compare an index with the headers of its files. Transformers loads what the files contain, whatever the index says."""
     files = {entry.file.name for entry in stored.values()}
     index = next((folder / index_of(name) for name in WHOLE if (folder / index_of(name)).is_file()), None)
     if index is None or files <= set(WHOLE):
         return
     listed = read_index(index)
-    if not isinstance(read_object(index).get("metadata"), dict):  # Transformers takes it for granted
+    if not isinstance(read_object(index).get("metadata"), dict):  # Transformers requires it
         raise ModelError(
             f"{index.name} has no metadata, without which Transformers does not read it",
             where=str(index),
             fix='add "metadata": {"total_size": 0} to it',
         )
     odd = [
-        f"{shown(name)} is said to be in {listed.get(name, 'no file')} and is in "
+        f"{printable(name)} is said to be in {listed.get(name, 'no file')} and is in "
         f"{stored[name].file.name if name in stored else 'none'}"
         for name in sorted(listed.keys() | stored.keys())
         if not name.endswith(BUFFER)
@@ -178,30 +187,30 @@ def _check_index(folder: pathlib.Path, stored: Mapping[str, Stored]) -> None:
     ]
     if odd:
         raise ModelError(
-            f"{index.name} does not match its files: {some(odd)}",
+            f"{index.name} does not match its files: {first_of(odd)}",
             where=str(index),
             fix="copy or download the index and its files from the same source",
         )
 
 
 def _refuse(where: pathlib.Path, odd: list[str], missing: list[str], foreign: list[str], wrong: list[str]) -> None:
-    faults = [some(odd)] if odd else []
-    faults += [f"there is no {few(missing)}"] if missing else []
+    faults = [first_of(odd)] if odd else []
+    faults += [f"there is no {first_three(missing)}"] if missing else []
     if foreign:
-        names = few([shown(name) for name in foreign])
+        names = first_three([printable(name) for name in foreign])
         faults.append(f"the files contain {names}, which the model of config.json does not have")
-    faults += [some(wrong)] if wrong else []
+    faults += [first_of(wrong)] if wrong else []
     if faults:
         only = wrong and len(faults) == 1
         raise ModelError(
             f"the weights do not match config.json: {'; '.join(faults)}",
             where=str(where),
-            fix="use a 16-bit checkpoint of the model" if only else SAME,
+            fix="use a 16-bit checkpoint of the model" if only else SAME_COPY,
         )
 
 
 def _wrapped(stored: Mapping[str, Stored], expected: Mapping[str, object]) -> str | None:
-    """Whether all names have a prefix too much, or lack one: the model was saved from within, or with what wrapped it."""
+    """What is wrong with all names: an extra prefix of a wrapper, or a missing one if only the inner model was saved."""
     if expected.keys() & stored.keys() - {HEAD}:
         return None
     for name in stored:
@@ -209,12 +218,12 @@ def _wrapped(stored: Mapping[str, Stored], expected: Mapping[str, object]) -> st
             return f"the names of the tensors lack 'model.': {name} is model.{name} in a model with its head"
         start = name.removesuffix(EMBEDDING)
         if start and start != name:
-            return f"the names of the tensors begin with {start!r}, left over from a wrapper around the model: {shown(name)}"
+            return f"the names of the tensors begin with {start!r}, left over from a wrapper around the model: {printable(name)}"
     return None
 
 
 def _is_beside(name: str, expected: Mapping[str, object], is_quantized: bool) -> bool:
-    """Whether a tensor is no weight and may be there: an old buffer, or what bitsandbytes stores beside a weight."""
+    """Whether a tensor that is not a weight is expected: an old buffer, or what bitsandbytes stores with a weight."""
     if name.endswith(BUFFER):
         return name.startswith("model.")
     if not is_quantized:
@@ -233,7 +242,9 @@ def _check_packed(name: str, shape: tuple[int, ...], stored: Mapping[str, Stored
     except ValueError as error:
         raise _odd_state(described, stored, str(error)) from error
     if packed.shape != list(shape):
-        raise _odd_state(described, stored, f"it is {packed.shape} there, but {by(shape)} according to config.json")
+        raise _odd_state(
+            described, stored, f"it is {packed.shape} there, but {shape_text(shape)} according to config.json"
+        )
     for part, size in packed.part_bytes(name).items():
         if part not in stored:
             raise _odd_state(part, stored, "it is missing")

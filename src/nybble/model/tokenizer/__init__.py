@@ -1,1 +1,1 @@
-"""Tokenizers, as their own files say."""
+"""Tokenizers, loaded as their own files describe them."""

@@ -1,6 +1,6 @@
-"""Regular expressions in a tokenizer, tried on long texts before they meet a row: they run in Rust and cannot be interrupted.
+"""A tokenizer's regular expressions, tried on long texts before any row: they run in Rust and cannot be interrupted.
 
-Those of the well-known models are not tried, for that takes a process and a second or two.
+Those of well-known models are not tried, since that takes a process and a second or two.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from tokenizers import Tokenizer
 from nybble.errors import ModelError
 from nybble.isolated import attempt, run_job
 
-SECONDS = 20.0  # to read a large tokenizer and encode 100 texts: an honest one takes 2
+SECONDS = 20.0  # to read a large tokenizer and encode 100 texts: an ordinary one takes 2
 MEMORY = 8_000_000_000  # bytes of address space, of which a large tokenizer uses a fifth
 LONGEST = 10_000  # characters of an expression; Llama 3's has 120
-TEXT = 4000  # characters of a text that is tried: one that takes 2 ** n steps never ends, one that takes n * n hardly shows
+TEXT = 4000  # characters of a text that is tried: 2 ** n steps never end, n * n steps are hardly noticeable
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 KNOWN = frozenset(
@@ -39,10 +39,10 @@ KNOWN = frozenset(
 
 
 def try_expressions(described: Mapping[str, Any], file: pathlib.Path, fix: str) -> None:
-    """Refuse a tokenizer that does not get past a few thousand characters.
+    """Refuse a tokenizer that cannot process a few thousand characters.
 
     Args:
-        described: what tokenizer.json holds.
+        described: the content of tokenizer.json.
         file: tokenizer.json.
         fix: what to do.
 
@@ -74,7 +74,7 @@ def _expressions(part: Any) -> Iterator[str]:
 
 
 def _texts(expressions: list[str]) -> Iterator[str]:
-    """Long runs of what the expressions name, and of what is in every text, each with an end that does not fit."""
+    """Long runs of the letters in the expressions, and of common ones, each with an end that does not match."""
     named = sorted({letter for text in expressions for letter in text if letter.isalnum()})[:24]
     units = [
         *named,
@@ -97,7 +97,7 @@ def _examine(job: tuple[str, list[str]]) -> str | None:
         for text in texts:
             ids = tokenizer.encode(text, add_special_tokens=False).ids
             tokenizer.decode(ids[:TEXT])
-    except BaseException as error:  # noqa: BLE001 - tokenizers raises bare Exceptions, and panics that are none
+    except BaseException as error:  # noqa: BLE001 - tokenizers raises bare Exceptions, and its panics are BaseExceptions
         return (str(error).splitlines() or [type(error).__name__])[0]
     return None
 

@@ -1,4 +1,4 @@
-"""A tokenizer's files, checked before a library reads them; what the library then finds is one sentence."""
+"""Checks of a tokenizer's files before a library reads them; the library's own errors become one sentence."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ TEMPLATE = 1 << 20  # bytes of a chat template
 IDS = 10_000_000  # the largest vocabularies have 256 thousand tokens
 ID = f"a whole number from 0 to {IDS - 1:,}"
 CONTENT = 1000  # characters of an added token
-GROWTH = 16  # how much longer a text may become before it is cut into tokens; Llama's become no longer
+GROWTH = 16  # how many times as long a text may become before it is cut into tokens; Llama's does not make it longer
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 SHOWN = 60  # characters of a value in a message
 
 
 def check_files(folder: pathlib.Path) -> None:
-    """Refuse a folder whose tokenizer cannot be right, or would take all memory or time.
+    """Refuse a folder whose tokenizer is invalid, or would take endless memory or time.
 
-    Files that do not exist are passed over.
+    Files that do not exist are ignored.
 
     Raises:
-        ModelError: naming the file, and the field where it is one.
+        ModelError: naming the file, and the field if one is wrong.
     """
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ModelError(
             f"{folder} has no tokenizer (no tokenizer.json)",
             fix="put tokenizer.json and tokenizer_config.json next to the weights",
         )
-    found = {name: read_object(folder / name, ModelError, AGAIN) for name in OBJECTS if (folder / name).exists()}
+    objects = {name: read_object(folder / name, ModelError, AGAIN) for name in OBJECTS if (folder / name).exists()}
     for name in OTHERS:
         file = folder / name
         if file.exists() and (size := file.stat().st_size) > LARGEST:
@@ -51,18 +51,18 @@ def check_files(folder: pathlib.Path) -> None:
         if file.exists():
             read_text(file, ModelError, AGAIN, TEMPLATE)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        _check_fields(found.get(name, {}), folder / name)
-    for token, number in found.get("added_tokens.json", {}).items():
+        _check_fields(objects.get(name, {}), folder / name)
+    for token, number in objects.get("added_tokens.json", {}).items():
         _check_id(token, number, folder / "added_tokens.json")
-    if "tokenizer.json" in found:
-        _check_tokenizer(found["tokenizer.json"], folder / "tokenizer.json")
+    if "tokenizer.json" in objects:
+        _check_tokenizer(objects["tokenizer.json"], folder / "tokenizer.json")
 
 
 @contextlib.contextmanager
 def explained(folder: pathlib.Path) -> Iterator[None]:
-    """Whatever Transformers or tokenizers find wrong with a tokenizer, as a ModelError.
+    """Turn errors of Transformers or tokenizers about a tokenizer into a ModelError.
 
-    tokenizers raises bare Exceptions, and a panic of its Rust is a BaseException.
+    tokenizers raises bare Exceptions, and a panic of its Rust code is a BaseException.
     """
     try:
         yield
@@ -139,7 +139,7 @@ def _check_tokenizer(described: Mapping[str, Any], file: pathlib.Path) -> None:
 
 
 def _check_processor(processor: Any, file: pathlib.Path) -> None:
-    """What is put around every text: a few tokens."""
+    """Check what is added to every text: it may be only a few tokens."""
     for part in _parts(processor):
         for name in ("single", "pair", "tokens", "ids"):
             if isinstance(part.get(name), list) and len(part[name]) > 100:
@@ -154,7 +154,7 @@ def _check_processor(processor: Any, file: pathlib.Path) -> None:
 
 
 def _growth(part: Any) -> float:
-    """How many times as long a text becomes, at most and roughly."""
+    """How many times as long a text may become, roughly."""
     growth = 1.0
     for inner in _parts(part):
         content, pattern = inner.get("content"), inner.get("pattern")
@@ -167,7 +167,7 @@ def _growth(part: Any) -> float:
 
 
 def _parts(value: Any) -> Iterator[dict[str, Any]]:
-    """Every object in a description, the outer ones first; it is not deep, or it could not have been read."""
+    """Every object in a description, the outer ones first; it is not nested deeply, or it could not have been read."""
     if isinstance(value, dict):
         yield value
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():

@@ -1,4 +1,4 @@
-"""A model's tokenizer, as the model knew it when it was trained."""
+"""A model's tokenizer, with the token ids that the model was trained on."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ log = logging.getLogger("nybble")
 
 
 def load_tokenizer(folder: pathlib.Path, base: pathlib.Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer with a pad token that is never an EOS where that can be: `<unk>` for LLaMA 2, which has none.
+    """The tokenizer with a pad token, which is not EOS if that can be avoided: `<unk>` for Llama 2, which has no pad token.
 
     Args:
-        folder: with the tokenizer's files.
-        base: with the config.json that says how many embeddings there are; None: the same folder.
+        folder: the folder of the tokenizer's files.
+        base: the folder with the config.json that says how many embeddings there are; None for the same folder.
 
     Raises:
-        ModelError: the folder has no tokenizer, or none that gives the ids the model was trained on.
+        ModelError: the folder has no tokenizer, or not one that gives the ids the model was trained on.
     """
     tokenizer = read_tokenizer(folder)
     with explained(folder):
-        tokenizer = _as_in_its_file(tokenizer, folder)
+        tokenizer = _following_its_file(tokenizer, folder)
         if tokenizer.pad_token is None or _lacks_an_embedding(tokenizer, folder, base or folder):
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
 
 
 def read_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder as Transformers reads it: no code from the folder, and nobody is asked whether to run some.
+    """The tokenizer of a folder as Transformers reads it; no code from the folder is run, and the user is not asked to allow it.
 
     Raises:
-        ModelError: there is none, one of its files is not what it must be, or it gives other ids than the model was trained on.
+        ModelError: there is none, one of its files is invalid, or it gives other ids than the model was trained on.
     """
     refuse_pointers(folder / name for name in FILES)
     if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
@@ -52,12 +52,12 @@ def read_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerBase:
     check_files(folder)
     with explained(folder):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer("A text.\n1")  # some faults show with the first text only
+        tokenizer("A text.\n1")  # some faults show only with the first text
     return tokenizer
 
 
 def _lacks_an_embedding(tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path, base: pathlib.Path) -> bool:
-    """Whether the pad token was added without a row of the embedding, as far as there is a config.json."""
+    """Whether the pad token was added without an embedding; False if there is no config.json."""
     file = base / "config.json"
     rows = read_object(file).get("vocab_size") if file.exists() else None
     if not isinstance(rows, int) or tokenizer.pad_token_id < rows:
@@ -72,11 +72,11 @@ def _lacks_an_embedding(tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path
     return True
 
 
-def _as_in_its_file(tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that tokenizer.json describes, where the class that the folder declares is another.
+def _following_its_file(tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that tokenizer.json describes, even if the class that the folder declares differs from it.
 
-    Meta's repository declares LlamaTokenizer, of which transformers 5 makes one that begins `[INST]` with `[` where
-    sentencepiece, and the model, have `▁[`; it also splits repeated spaces otherwise.
+    Meta's repository declares LlamaTokenizer. That of transformers 5 begins `[INST]` with `[`, where sentencepiece and the
+    model have `▁[`; it also splits repeated spaces differently.
     """
     file = folder / "tokenizer.json"
     if not file.exists():
@@ -95,7 +95,7 @@ def _as_in_its_file(tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path) ->
 
 
 def _rules(backend: Tokenizer | None) -> list[object] | None:
-    """What cuts a text into pieces before the vocabulary is asked."""
+    """The rules that split a text into pieces before the vocabulary is applied."""
     if backend is None:
         return None
     # Each alone: `to_str` writes the vocabulary too, and reading that again takes 0.15 s with 32,000 tokens.
