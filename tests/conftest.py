@@ -21,10 +21,14 @@ if not torch.cuda.is_available():
         "1"  # Triton reads it when a kernel is defined: before anything of nybble is imported
     )
 
+from hypothesis import settings
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+# What an example takes depends on what else the machine does: a limit of time for each fails at random.
+settings.register_profile("nybble", deadline=None)
+settings.load_profile("nybble")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # real public data, not part of the project
 WORDS = [

@@ -72,7 +72,7 @@ def test_logits_that_are_not_finite_are_an_error(tuned_run, cache):
         broken.answer(ASKED, Sampling(4))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.sampled_from([*"ab \n", "🙂", "日", "é", "one ", ":smile:", "[red]", "\n\n", "x" * 90]), max_size=12)
 )

@@ -236,7 +236,7 @@ def read_all(name: str, content: bytes) -> None:
 
 
 def any_change(examples: int):
-    return settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    return settings(max_examples=examples, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @any_change(60)

@@ -244,7 +244,7 @@ print(sum(1 for _ in rows))
 """
 
 
-@pytest.mark.parametrize("how", ["whole", "stream"])
+@pytest.mark.parametrize("how", ["whole", pytest.param("stream", marks=pytest.mark.slow)])
 def test_a_data_set_on_the_hub_is_looked_up_once(how, folder, tmp_path):
     """Forms, fingerprint, licence and rows take one request for the commit, and those that Datasets needs to load once."""
     (folder / "train.jsonl").write_bytes(LINES)

@@ -589,7 +589,7 @@ def test_bytes_a_token_are_those_of_the_engine_s_plan():
     assert [round(kept_bytes(policy, LLAMA2) / 1024) for policy in LADDER] == [0, 8, 24, 48, 91]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 40), st.integers(1, 20000), st.integers(0, 40 * 10**9))
 def test_a_mix_fits_and_would_not_fit_with_more(layers, tokens, budget):
     chosen = mix(LLAMA2, layers, tokens, budget)

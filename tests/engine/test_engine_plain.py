@@ -79,7 +79,7 @@ def test_padding_is_as_plain_where_its_labels_are_trained(plain, kind, policy):
     torch.testing.assert_close(model(**batch).logits, plain(**batch).logits, rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.tuples(st.integers(0, LENGTH), st.integers(0, LENGTH)).map(sorted), min_size=1, max_size=5))
 def test_padding_of_any_rows(plain, fused, spans):
     batch = padded(spans)

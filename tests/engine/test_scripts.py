@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -118,7 +119,17 @@ def test_grpo_s_batches_with_padding_on_both_sides_are_fused(peaky_llama, tiny_t
     assert nybble.fusion(model).fallen_back == 0, nybble.fusion(model).describe()
 
 
-@pytest.mark.parametrize("script", ["plain_trainer.py", pytest.param("trl_sft.py", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # a Trainer's default, on a CPU
+def test_an_example_runs_in_this_process(tiny_llama, texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plain_trainer.py", str(tiny_llama), str(texts), "2"])
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "examples" / "plain_trainer.py"), run_name="__main__")
+    assert "2 of 2 decoder layers fused" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["plain_trainer.py", "trl_sft.py"])
 def test_the_examples_run(script, tiny_llama, texts, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(

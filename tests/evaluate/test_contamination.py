@@ -86,7 +86,7 @@ def by_hand(rows: list[str], item: str) -> bool:
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(TEXT, max_size=4), st.lists(TEXT, max_size=4), st.data())
 def test_flags_are_those_of_the_definition(rows, items, data):
     rows = rows + [f"c {data.draw(TEXT)} {item} {data.draw(TEXT)}" for item in items if data.draw(st.booleans())]

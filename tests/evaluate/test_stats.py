@@ -256,7 +256,7 @@ def near(one, two):
     return one == pytest.approx(two, abs=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(PAIRS, st.booleans())
 def test_swapped_models_give_the_opposite_difference(pairs, clustered):
     base, tuned = numpy.array(pairs).T
@@ -271,7 +271,7 @@ def test_swapped_models_give_the_opposite_difference(pairs, clustered):
     assert (low <= 0 <= high) == (one.p > 0.05)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(PAIRS, st.integers(5, 9))
 def test_a_constant_moves_the_means_and_nothing_else(pairs, constant):
     base, tuned = numpy.array(pairs).T + 10  # no 0/1 scores, which are read as shares
@@ -282,7 +282,7 @@ def test_a_constant_moves_the_means_and_nothing_else(pairs, constant):
     assert near(compare(base, tuned + constant, draws=200).difference.mean, one.difference.mean + constant)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(PAIRS, st.randoms(use_true_random=False))
 def test_the_order_of_items_does_not_matter(pairs, random):
     mixed = random.sample(pairs, len(pairs))

@@ -258,7 +258,7 @@ def test_numbers_that_the_type_cannot_hold_are_refused(tmp_path):
 shapes = st.one_of(st.tuples(st.integers(1, 300)), st.tuples(st.integers(1, 300), st.integers(1, 40)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     tensors=st.lists(
         st.tuples(shapes, st.sampled_from([torch.bfloat16, torch.float16, torch.float32])), min_size=1, max_size=8
@@ -293,7 +293,6 @@ def test_any_tensors_in_shards_of_any_size_are_read_back_by_safetensors(tmp_path
     assert set(Tensors(files)) == set(values)
 
 
-@settings(deadline=None)
 @given(rows=st.integers(1, 10_000), columns=st.integers(1, 100_000), multiple=st.sampled_from([1, 64, 128]))
 def test_slices_cover_all_rows_and_stay_small(rows, columns, multiple):
     parts = list(slices_of(rows, columns, multiple))

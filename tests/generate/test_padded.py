@@ -133,7 +133,7 @@ def test_log_probabilities_do_not_depend_on_the_other_rows(model):
             assert all(token.top[0][1] == token.logprob for token in one.tokens)  # greedy: the likeliest
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(-(2**65), 2**65), st.integers(0, 4), st.integers(0, 14), st.sampled_from(ADAPTERS))
 def test_a_seeded_answer_does_not_depend_on_the_rest_of_the_batch(model, seed, place, neighbours, adapter):
     sampling = {"temperature": 1.5, "top_k": 40, "top_p": 0.95}

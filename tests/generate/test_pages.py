@@ -41,7 +41,7 @@ class Ledger:
         self.pool.release(pages, ids[:computed], adapter)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.integers(4, 12),
     st.lists(st.tuples(WORDS, st.sampled_from([None, "one"]), st.booleans(), st.integers(0, 20)), max_size=40),

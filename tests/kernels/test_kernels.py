@@ -221,7 +221,7 @@ def test_cross_entropy_and_its_gradient(rows, vocabulary, dtype):
         assert (gradients.double() - leaf.grad).abs().max() <= bound  # gradients lie between -1 and 1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 40), st.integers(1, 90), st.sampled_from(DTYPES))
 def test_norm_of_any_shape(rows, hidden, dtype):
     x, weight = numbers(rows, hidden, dtype=dtype), numbers(hidden)

@@ -493,7 +493,7 @@ def test_a_gpu_that_is_not_there_is_an_error():
         choose_dtype("float16", CPU)
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+@pytest.mark.parametrize("targets", [pytest.param(["q_proj", "v_proj"], marks=pytest.mark.slow), "all-linear"])
 def test_an_evaluation_changes_neither_gradients_nor_a_merge(smollm2, cache, targets):
     """bitsandbytes repacks 4-bit weights at the first forward in eval mode on some processors; here it may not."""
     dtype, _ = choose_dtype("auto", CPU)

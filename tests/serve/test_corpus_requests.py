@@ -108,7 +108,7 @@ FIELDS = st.sampled_from([
     "model", "messages", "max_tokens", "temperature", "top_p", "top_k", "n", "stop", "seed", "stream", "tools", "prompt", "input",
     "stream_options", "logprobs", "top_logprobs", "metadata", "instructions", "include", "text", "logit_bias", "response_format",
 ])  # fmt: skip
-SETTINGS = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SETTINGS = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @SETTINGS

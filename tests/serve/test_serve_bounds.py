@@ -226,7 +226,7 @@ def test_a_long_prompt_that_is_given_up_stops_and_lets_others_in(tiny_tokenizer,
     assert len(counted.counted) - given_up <= 1 + 14  # the piece at work, and those of the next prompt
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(
         st.text(max_size=40) | st.sampled_from(["one two ", "three", " ", "\n\n", "xyz" * 30, "é" * 20, "好" * 30]),

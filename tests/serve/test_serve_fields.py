@@ -253,7 +253,7 @@ GOOD = {
 }  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     route=st.sampled_from([(CHAT, "messages"), (PLAIN, "prompt"), (RESPONSES, "input")]),
     good=st.sets(st.sampled_from(sorted(GOOD)), max_size=5),

@@ -311,7 +311,7 @@ def interrupted(monkeypatch, step: int, recipe: Recipe, quiet, cache) -> None:
             train(recipe, console=quiet, cache=cache)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "adamw_8bit"])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     optimizer, tiny_llama, rows, cache, tmp_path, quiet, monkeypatch
 ):

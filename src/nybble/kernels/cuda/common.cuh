@@ -116,8 +116,8 @@ template <int OUTPUTS> struct RowsOfB {
   }
 };
 
-// t of one adapter, scaled, in shared memory, with zeros up to AHEAD. Eight threads sum a rank's parts, at most 32: T is cut finer
-// than the rest of the output (product.cu).
+// t of one adapter, scaled, in shared memory, with zeros up to AHEAD. Eight threads sum a rank's parts, which are four times as
+// many as those of the rest of the output (product.cu); the first 32 are loaded by `load`.
 struct Ranks {
   float own[4];
   __device__ __forceinline__ void load(const Parts& parts, int row, const Adapter& adapter, int first = 0) {
@@ -130,9 +130,13 @@ struct Ranks {
     for (int first = 0; first < max(adapter.rank, AHEAD); first += blockDim.x / 8) {
       if (first > 0) load(parts, row, adapter, first);
       float total = (own[0] + own[1]) + (own[2] + own[3]);
+      const int r = first + threadIdx.x / 8;
+      if (r < adapter.rank)
+        for (int part = 32 + threadIdx.x % 8; part < parts.chunks; part += 8)
+          total += parts.data[part * parts.chunk_stride + (u64)row * parts.columns + adapter.column + r];
 #pragma unroll
       for (int d = 1; d < 8; d <<= 1) total += __shfl_xor_sync(ALL_LANES, total, d);
-      if (threadIdx.x % 8 == 0) ranks[first + threadIdx.x / 8] = adapter.scale * total;
+      if (threadIdx.x % 8 == 0) ranks[r] = adapter.scale * total;
     }
   }
 };
