@@ -17,9 +17,9 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from nybble.couplings import check, table
+from nybble.couplings import check
 from nybble.couplings.check import is_tested, lacking, resolve, unmet
-from nybble.couplings.coupling import TESTED, Coupling
+from nybble.couplings.coupling import AT_START, BY_TESTS, TESTED, Coupling
 from nybble.couplings.table import COUPLINGS
 from nybble.errors import EngineError, ModelError, ServeError, TrainingError
 from tests.conftest import ROOT
@@ -144,7 +144,7 @@ def test_nothing_private_is_used_without_an_entry():
             found.add(name)
             if name not in known | FIELDS_OF_ROWS:
                 missing.append(f"src/nybble/{path}:{line} uses {name}")
-    assert not missing, "enter these in nybble/couplings/table.py:\n" + "\n".join(missing)
+    assert not missing, "enter these in a table of nybble/couplings:\n" + "\n".join(missing)
     assert {"_version", "_run_epoch", "_prepare_inputs", "_compile_jinja_template", "_active_adapter"} <= found
 
 
@@ -251,7 +251,7 @@ def class_of(base: ast.expr, homes: dict[str, str]) -> type | None:
 
 def test_an_unmet_coupling_stops_with_the_versions(monkeypatch):
     assert unmet("engine", "weights", "training", "model", "data", "serve") is None
-    gone = Coupling("a test", "torch", ("torch:Tensor._gone",), ("engine/x.py",), "numbers would be wrong", table.START)
+    gone = Coupling("a test", "torch", ("torch:Tensor._gone",), ("engine/x.py",), "numbers would be wrong", AT_START)
     changed = dataclasses.replace(gone, symbols=("torch.nn:Module._apply",), parameters=("self", "recurse", "fn"))
     for coupling, lack in ((gone, "torch.Tensor._gone"), (changed, "torch.nn.Module._apply with fn")):
         monkeypatch.setattr(check, "COUPLINGS", (coupling,))
@@ -263,7 +263,7 @@ def test_an_unmet_coupling_stops_with_the_versions(monkeypatch):
 
 
 def test_what_is_noticed_elsewhere_stops_no_one(monkeypatch):
-    elsewhere = Coupling("a test", "torch", ("torch:Tensor._gone",), ("engine/x.py",), "a tracker's key", table.SUITE)
+    elsewhere = Coupling("a test", "torch", ("torch:Tensor._gone",), ("engine/x.py",), "a tracker's key", BY_TESTS)
     monkeypatch.setattr(check, "COUPLINGS", (elsewhere,))
     assert unmet("engine") is None
 
@@ -272,9 +272,7 @@ def test_what_is_noticed_elsewhere_stops_no_one(monkeypatch):
     ("engine", EngineError), ("model", ModelError), ("training", TrainingError), ("serve", ServeError),
 ])  # fmt: skip
 def test_a_command_says_what_to_install(room, error, monkeypatch, tiny_llama, rows, quiet, tmp_path):
-    gone = Coupling(
-        "a test", "torch", ("torch:Tensor._gone",), (f"{room}/x.py",), "numbers would be wrong", table.START
-    )
+    gone = Coupling("a test", "torch", ("torch:Tensor._gone",), (f"{room}/x.py",), "numbers would be wrong", AT_START)
     monkeypatch.setattr(check, "COUPLINGS", (gone,))
     with pytest.raises(error, match=r"has no torch\.Tensor\._gone") as caught:
         START[room](tiny_llama, rows, quiet, tmp_path)

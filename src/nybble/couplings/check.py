@@ -12,8 +12,8 @@ from typing import Any
 
 from packaging.version import Version
 
-from nybble.couplings.coupling import TESTED, Coupling
-from nybble.couplings.table import COUPLINGS, START
+from nybble.couplings.coupling import AT_START, TESTED, Coupling
+from nybble.couplings.table import COUPLINGS
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def unmet(*rooms: str) -> Misfit | None:
     over; so is what only instances have.
     """
     for coupling in COUPLINGS:
-        if coupling.guard == START and any(file.split("/")[0] in rooms for file in coupling.files):
+        if coupling.guard == AT_START and any(file.split("/")[0] in rooms for file in coupling.files):
             for lack in lacking(coupling):
                 return misfit(coupling, lack)
     return None

@@ -24,6 +24,10 @@ TESTED = {
 """The lower end of each library's window in pyproject.toml, and its upper end in constraints.txt."""
 
 
+AT_START = "checked before work begins (`unmet`)"
+BY_TESTS = "by tests/test_couplings.py alone: what is done without it is slower, or an error of Python that names it"
+
+
 @dataclass(frozen=True)
 class Coupling:
     """One reliance on what a library does not promise."""
