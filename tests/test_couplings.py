@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from nybble.couplings import check
-from nybble.couplings.check import is_tested, lacking, resolve, unmet
+from nybble.couplings.check import first_incompatibility, is_tested, missing_symbols, resolve
 from nybble.couplings.coupling import AT_START, BY_TESTS, TESTED, Coupling
 from nybble.couplings.table import COUPLINGS
 from nybble.errors import EngineError, ModelError, ServeError, TrainingError
@@ -50,7 +50,7 @@ def is_there(coupling: Coupling) -> bool:
 def test_what_is_relied_upon_is_there(coupling):
     if not is_there(coupling):
         pytest.skip(f"{coupling.library} is not installed")
-    assert not list(lacking(coupling))
+    assert not list(missing_symbols(coupling))
     for symbol in coupling.symbols:
         if "#" in symbol:
             owner, _, attribute = symbol.partition("#")
@@ -250,22 +250,22 @@ def class_of(base: ast.expr, homes: dict[str, str]) -> type | None:
 
 
 def test_an_unmet_coupling_stops_with_the_versions(monkeypatch):
-    assert unmet("engine", "weights", "training", "model", "data", "serve") is None
+    assert first_incompatibility("engine", "weights", "training", "model", "data", "serve") is None
     gone = Coupling("a test", "torch", ("torch:Tensor._gone",), ("engine/x.py",), "numbers would be wrong", AT_START)
     changed = dataclasses.replace(gone, symbols=("torch.nn:Module._apply",), parameters=("self", "recurse", "fn"))
     for coupling, lack in ((gone, "torch.Tensor._gone"), (changed, "torch.nn.Module._apply with fn")):
         monkeypatch.setattr(check, "COUPLINGS", (coupling,))
-        found = unmet("engine")
+        found = first_incompatibility("engine")
         assert found is not None
         assert f"has no {lack}, which nybble uses (tested with 2.11 to 2.13.0): numbers would be wrong" in found.what
         assert found.requirement == "'torch>=2.11,<=2.13.0'"
-        assert unmet("serve") is None
+        assert first_incompatibility("serve") is None
 
 
 def test_what_is_noticed_elsewhere_stops_no_one(monkeypatch):
     elsewhere = Coupling("a test", "torch", ("torch:Tensor._gone",), ("engine/x.py",), "a tracker's key", BY_TESTS)
     monkeypatch.setattr(check, "COUPLINGS", (elsewhere,))
-    assert unmet("engine") is None
+    assert first_incompatibility("engine") is None
 
 
 @pytest.mark.parametrize("room, error", [

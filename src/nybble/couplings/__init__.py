@@ -1,1 +1,1 @@
-"""Every reliance on a private part, or on undocumented behaviour, of a library: what, where, what breaks, what notices."""
+"""The register of every reliance on private parts or undocumented behaviour of libraries: what breaks, and what notices."""

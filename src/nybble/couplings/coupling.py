@@ -1,4 +1,4 @@
-"""What an entry of the register says."""
+"""An entry of the register of couplings."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ TESTED = {
     "uvicorn": ("0.40", "0.54.0"),
     "wandb": ("0.26", "0.31.0"),
 }
-"""The lower end of each library's window in pyproject.toml, and its upper end in constraints.txt."""
+"""The tested window of each library: its lower end is in pyproject.toml, its upper end in constraints.txt."""
 
 
-AT_START = "checked before work begins (`unmet`)"
-BY_TESTS = "by tests/test_couplings.py alone: what is done without it is slower, or an error of Python that names it"
+AT_START = "checked before work starts (`first_incompatibility`)"
+BY_TESTS = "only by tests/test_couplings.py: without it, something is slower, or Python raises an error that names it"
 
 
 @dataclass(frozen=True)
 class Coupling:
-    """One reliance on what a library does not promise."""
+    """One reliance on something that a library does not promise."""
 
     name: str
     library: str
-    """Its distribution, a key of TESTED."""
+    """The library's distribution, a key of TESTED."""
     symbols: tuple[str, ...]
-    """`module:name.attribute` of what must be there; `module:Class#attribute` of what its instances set for themselves."""
+    """What must exist: `module:name.attribute`, or `module:Class#attribute` for what instances set themselves."""
     files: tuple[str, ...]
-    """Where it is relied upon, below src/nybble."""
+    """The files that rely on it, below src/nybble."""
     breaks: str
     """What goes wrong when the library changes it."""
     guard: str
-    """What notices, before the wrong thing is done."""
+    """What notices the change before it does harm."""
     parameters: tuple[str, ...] = ()
-    """Parameters that the first symbol must take, in this order."""
+    """Parameters that the first symbol must have, in this order."""
     written: tuple[str, ...] = ()
-    """How the files mention it, where they do not write the last name of a symbol."""
+    """How the files mention it, if they do not use the last name of a symbol."""
 
     @property
     def seen(self) -> tuple[str, str]:
-        """The oldest and the newest version it was seen with."""
+        """The oldest and the newest version that it was tested with."""
         return TESTED[self.library]

@@ -1,7 +1,7 @@
-"""The register. A library's new version is held against it first: `tests/test_couplings.py` walks it.
+"""The register. `tests/test_couplings.py` checks it, for example with a new version of a library.
 
-Each symbol is there in the installed version with the parameters that are relied upon, each file mentions it, and nothing private
-is used in `src` without an entry.
+Each symbol must exist in the installed version with the parameters that nybble relies on, each file must mention it, and nothing
+private may be used in `src` without an entry.
 """
 
 from __future__ import annotations

@@ -7,12 +7,12 @@ from nybble.couplings.coupling import AT_START, Coupling
 TORCH = (
     # torch
     Coupling(
-        "whether a backward's graph is kept", "torch",
+        "whether a backward's graph is retained", "torch",
         ("torch._C._autograd:_get_current_graph_task_keep_graph",), ("engine/graph.py",),
         "buffers that a second backward needs would be used up by the first", AT_START,
     ),
     Coupling(
-        "parameters asked past their classes", "torch",
+        "reading parameters past their classes", "torch",
         ("torch._C:DisableTorchFunctionSubclass",), ("weights/watched.py",),
         "bitsandbytes' parameters answer through a Python function, 2 us each", AT_START,
     ),
@@ -29,19 +29,19 @@ TORCH = (
         "weights changed in place between forward and backward would go unnoticed", AT_START,
     ),
     Coupling(
-        "the tensor that a view shows", "torch", ("torch:Tensor._base",), ("training/optimizer.py",),
-        "gradients would be gathered at every look", AT_START,
+        "the base tensor of a view", "torch", ("torch:Tensor._base",), ("training/optimizer.py",),
+        "gradients would be gathered at every access", AT_START,
     ),
     Coupling(
         "what moves a module", "torch", ("torch.nn:Module._apply",), ("engine/embedding.py",),
-        "an embedding that was to stay on the host would move to the device", AT_START, ("self", "fn", "recurse"),
+        "an embedding that should stay on the host would move to the device", AT_START, ("self", "fn", "recurse"),
     ),
     Coupling(
         "copies made by DataParallel", "torch", ("torch.nn:Module#_is_replica",), ("engine/batch_plan.py",),
-        "layers on several devices would share one workspace", "by tests/test_couplings.py alone",
+        "layers on several devices would share one workspace", "only by tests/test_couplings.py",
     ),
     Coupling(
-        "attention's kernels, forward and backward apart", "torch",
+        "attention kernels with separate forward and backward", "torch",
         tuple(f"torch.ops.aten:{name}" for name in (
             "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
             "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward",
@@ -65,6 +65,6 @@ TORCH = (
         ("triton.runtime.jit:JITFunction.run", "triton.compiler.compiler:CompiledKernel#packed_metadata",
          "triton.compiler.compiler:CompiledKernel#function", "triton.compiler.compiler:CompiledKernel.run"),
         ("kernels/triton/launch.py",),
-        "a kernel that is given other pointers than it reads", "outside these versions kernels are launched in Triton's own way",
+        "a kernel would get other pointers than it reads", "outside these versions kernels are launched in Triton's own way",
     ),
 )  # fmt: skip

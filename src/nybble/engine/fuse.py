@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from nybble.couplings.check import unmet
+from nybble.couplings.check import first_incompatibility
 from nybble.engine.batch_plan import begin_batch
 from nybble.engine.embedding import EmbeddingOnHost
 from nybble.engine.fusion import BatchReport, Fusion, Policy
@@ -49,8 +49,8 @@ def fuse(model: torch.nn.Module, policy: Policy = "auto", *, embedding: Literal[
         EngineError: no Llama backbone or several, layers spread over devices, an unknown policy, an embedding that
             cannot stay on the host, or a library that lacks something that the engine needs.
     """
-    if (misfit := unmet("engine", "weights")) is not None:
-        raise EngineError(misfit.what, fix=f"{pip()} install {misfit.requirement}")
+    if (problem := first_incompatibility("engine", "weights")) is not None:
+        raise EngineError(problem.what, fix=f"{pip()} install {problem.requirement}")
     if policy != "auto" and policy not in LADDER:
         raise EngineError(f"there is no policy {policy!r}", fix=f"one of auto, {', '.join(reversed(LADDER))}")
     backbone = _backbone(model)

@@ -18,7 +18,7 @@ import uvicorn
 from rich.console import Console
 from rich.text import Text
 
-from nybble.couplings.check import unmet
+from nybble.couplings.check import first_incompatibility
 from nybble.errors import ServeError
 from nybble.installed import pip
 from nybble.run.folder import Run
@@ -151,8 +151,8 @@ def load_engine(
         ServeError: a library lacks something that the server relies on.
         RunError, ModelError: the runs cannot be loaded.
     """
-    if (misfit := unmet("serve")) is not None:
-        raise ServeError(misfit.what, fix=f"{pip()} install {misfit.requirement}")
+    if (problem := first_incompatibility("serve")) is not None:
+        raise ServeError(problem.what, fix=f"{pip()} install {problem.requirement}")
     load = {"pipeline": load_pipeline, "decoder": load_decoder, "continuous": load_continuous}[name]
     return load(runs, metrics, device=device, queue=queue, cache=cache)
 

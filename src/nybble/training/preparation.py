@@ -14,7 +14,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from nybble.couplings.check import unmet
+from nybble.couplings.check import first_incompatibility
 from nybble.data.sets.prepare import Prepared
 from nybble.data.text.saved_template import read_template
 from nybble.distributed.group import in_group
@@ -61,8 +61,8 @@ def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
         DeviceError: there are more or fewer processes than requested.
         TrainingError: a library lacks something that training needs.
     """
-    if (misfit := unmet("training", "data", "model")) is not None:
-        raise TrainingError(misfit.what, fix=f"{pip()} install {misfit.requirement}")
+    if (problem := first_incompatibility("training", "data", "model")) is not None:
+        raise TrainingError(problem.what, fix=f"{pip()} install {problem.requirement}")
     requested, running = recipe.train.processes, world_size()
     if requested != running:
         raise DeviceError(

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from nybble.couplings.check import unmet
+from nybble.couplings.check import first_incompatibility
 from nybble.errors import ModelError
 from nybble.files import cache as entries
 from nybble.installed import pip
@@ -100,8 +100,8 @@ def load_base(
         ModelError: the weights do not fit the configuration, or are not what the run was trained on; or a library lacks
             something that loading needs.
     """
-    if (misfit := unmet("model")) is not None:
-        raise ModelError(misfit.what, fix=f"{pip()} install {misfit.requirement}")
+    if (problem := first_incompatibility("model")) is not None:
+        raise ModelError(problem.what, fix=f"{pip()} install {problem.requirement}")
     quantization, notices = _storage(checkpoint, options)
     config = load_config(checkpoint, options.rope_scaling)
     check_tensors(checkpoint.folder, config, is_quantized=checkpoint.quantized_as is not None)
