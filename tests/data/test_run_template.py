@@ -137,6 +137,6 @@ def test_tokens_beyond_the_embeddings_are_a_message_wherever_they_come_from(tune
     with pytest.raises(ModelError) as caught:
         evaluate(run, Measures(texts=[text], answers=0), None, quiet, cache, answerer)
     print(caught.value)
-    assert "the tokenizer gives token id 401, and the model has embeddings for ids 0 to 399" in str(caught.value)
+    assert "the tokenizer gives token id 401, but the model has embeddings for ids 0 to 399" in str(caught.value)
     with pytest.raises(DataError, match="the model has no token 401"):
         export(run, ExportRequest("adapter", tmp_path / "out"), quiet, cache)

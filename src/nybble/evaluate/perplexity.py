@@ -59,7 +59,7 @@ def row_losses(
     highest, rows = max((max(sample["input_ids"]) for sample in samples), default=0), bare(model).config.vocab_size
     if highest >= rows:
         raise ModelError(
-            f"the tokenizer gives token id {highest}, and the model has embeddings for ids 0 to {rows - 1:,}",
+            f"the tokenizer gives token id {highest}, but the model has embeddings for ids 0 to {rows - 1:,}",
             fix="use the tokenizer that came with the weights",
         )
     sums, tokens = numpy.zeros(len(samples)), numpy.zeros(len(samples))

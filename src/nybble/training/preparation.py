@@ -118,7 +118,7 @@ def check_vocabulary(data: Prepared, base: Base) -> None:
     rows = base.model.get_input_embeddings().num_embeddings
     if data.counts.highest_id >= rows:
         raise ModelError(
-            f"the tokenizer gives token id {data.counts.highest_id}, and the model has embeddings for {rows} only",
+            f"the tokenizer gives token id {data.counts.highest_id}, but the model has embeddings for ids 0 to {rows - 1:,}",
             where=str(base.checkpoint.folder),
             fix="use the tokenizer that came with the weights",
         )

@@ -66,7 +66,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary
     }
     if max(by_id) >= rows:
         raise ModelError(
-            f"the tokenizer has a token {max(by_id)}, but the model has only {rows} embeddings",
+            f"the tokenizer has token id {max(by_id)}, but the model has embeddings for ids 0 to {rows - 1:,}",
             fix="use the tokenizer that came with the weights",
         )
     pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in described["model"]["merges"]]
