@@ -197,6 +197,27 @@ def test_requests_from_many_threads_are_all_answered(model):
     assert [sink.ids for sink in sinks] == expected
 
 
+def test_closing_between_two_steps_ends_what_is_under_way(model):
+    generator, sink = decoder(model), Collected()
+    generator.submit([ask(PROMPTS[0], None, 100)], [sink])
+    with torch.inference_mode():
+        generator.step()
+    generator.close()
+    assert sink.finish == "cancelled"
+    assert generator.step() is False
+
+
+def test_closing_during_a_step_ends_its_rows_with_it(model):
+    generator = decoder(model)
+    sinks = [Collected(), Collected()]
+    sinks[1].put = lambda token: generator.close()
+    generator.submit([ask(prompt, None, 100) for prompt in PROMPTS[:2]], sinks)
+    with torch.inference_mode():
+        generator.step()
+    assert [sink.finish for sink in sinks] == ["cancelled", "cancelled"]
+    assert generator.step() is False
+
+
 @pytest.mark.parametrize(
     "change, why",
     [

@@ -62,7 +62,7 @@ class RowDecoder:
         self._sampler = RowSampler(model.device)
         self._waiting: deque[ActiveRequest] = deque()
         self._rows: list[DecodedRow] = []
-        self._closed = False
+        self._closed = self._in_step = False
         self._lock = threading.Lock()
         self._seconds_a_request = 1.0
 
@@ -110,6 +110,8 @@ class RowDecoder:
         """A token for each row; False once nothing is left to do."""
         began = time.perf_counter()
         whole = False
+        with self._lock:
+            self._in_step = True
         try:
             self._admit()
             self._prefill()
@@ -121,15 +123,27 @@ class RowDecoder:
                     if not row.active.ended:
                         row.active.fail(GenerationError("generation was stopped"))
             self._leave(time.perf_counter() - began)
+            with self._lock:
+                self._in_step = False
+                if self._closed:
+                    self._end_cancelled()
         return bool(self.waiting)
 
     def close(self) -> None:
-        """Cancel everything, from any thread; rows under way end with their next token."""
+        """Cancel everything, from any thread; what a step computes just now ends with it."""
         with self._lock:
             self._closed = True
             for active in [*self._waiting, *(row.active for row in self._rows)]:
                 active.cancel()
             self._drop_unwanted()
+            if not self._in_step:  # perhaps none will come
+                self._end_cancelled()
+
+    def _end_cancelled(self) -> None:
+        for row in self._rows:
+            if not row.active.ended:
+                row.active.end_if_unwanted()
+        self._rows = []
 
     def _admit(self) -> None:
         """Give those that wait a place, the oldest first; where it has no room yet the others wait behind it."""
