@@ -296,3 +296,19 @@ def test_a_run_can_be_exported_to_two_paths_at_once(tuned_run, tmp_path):
     with another_process("folder", tmp_path / "merged"):
         check_export(tmp_path / "gguf")
         assert open_run(tuned_run.folder).adapter.exists()
+
+
+def test_a_folder_that_is_finished_while_its_age_is_read_disturbs_nobody(tmp_path, monkeypatch):
+    unfinished = tmp_path / ".nybble-writing-1"
+    (unfinished / "inner").mkdir(parents=True)
+    (unfinished / "inner" / "file").touch()
+    scan = os.scandir
+
+    def finished_before(path="."):
+        if pathlib.Path(path) == unfinished and unfinished.exists():
+            unfinished.rename(tmp_path / "entry")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", finished_before)
+    remove_unfinished_folders(tmp_path)
+    assert (tmp_path / "entry" / "inner" / "file").exists()

@@ -117,7 +117,7 @@ def _lock_of(folder: pathlib.Path) -> pathlib.Path:
 def is_abandoned(age: float, *paths: pathlib.Path) -> bool:
     """Whether some files, and everything inside some folders, are unchanged for `age` seconds."""
     changes = [0.0]
-    for path in itertools.chain(paths, *(path.rglob("*") for path in paths)):
+    for path in itertools.chain(paths, *map(_inside, paths)):
         try:
             changes.append(path.lstat().st_mtime)
         except FileNotFoundError:
@@ -125,6 +125,12 @@ def is_abandoned(age: float, *paths: pathlib.Path) -> bool:
         except OSError:  # it belongs to another user, so its age is unknown
             return False
     return max(changes) <= time.time() - age
+
+
+def _inside(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Everything inside a folder. What another process renames or removes meanwhile is passed over, where rglob raises."""
+    for parent, folders, files in os.walk(folder):
+        yield from (pathlib.Path(parent, name) for name in (*folders, *files))
 
 
 def put_in_place(folder: pathlib.Path, target: pathlib.Path, marker: str | None) -> None:
