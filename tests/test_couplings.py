@@ -47,7 +47,7 @@ def is_there(coupling: Coupling) -> bool:
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS, ids=named)
-def test_what_is_relied_upon_is_there(coupling):
+def test_every_symbol_of_the_register_exists(coupling):
     if not is_there(coupling):
         pytest.skip(f"{coupling.library} is not installed")
     assert not list(missing_symbols(coupling))
@@ -116,7 +116,7 @@ def test_the_versions_are_those_that_are_declared_and_pinned():
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS, ids=named)
-def test_each_file_mentions_it(coupling):
+def test_each_file_mentions_its_symbols(coupling):
     texts = coupling.written or tuple(re.split(r"[:.#]", symbol)[-1] for symbol in coupling.symbols)
     contents = {file: (SOURCE / file).read_text() for file in coupling.files}
     for file, content in contents.items():
@@ -249,7 +249,7 @@ def class_of(base: ast.expr, homes: dict[str, str]) -> type | None:
 # The guards.
 
 
-def test_an_unmet_coupling_stops_with_the_versions(monkeypatch):
+def test_a_missing_symbol_stops_with_the_versions(monkeypatch):
     assert first_incompatibility("engine", "weights", "training", "model", "data", "serve") is None
     gone = Coupling("a test", "torch", ("torch:Tensor._gone",), ("engine/x.py",), "numbers would be wrong", AT_START)
     changed = dataclasses.replace(gone, symbols=("torch.nn:Module._apply",), parameters=("self", "recurse", "fn"))
@@ -262,7 +262,7 @@ def test_an_unmet_coupling_stops_with_the_versions(monkeypatch):
         assert first_incompatibility("serve") is None
 
 
-def test_what_is_noticed_elsewhere_stops_no_one(monkeypatch):
+def test_couplings_with_other_guards_do_not_stop(monkeypatch):
     elsewhere = Coupling("a test", "torch", ("torch:Tensor._gone",), ("engine/x.py",), "a tracker's key", BY_TESTS)
     monkeypatch.setattr(check, "COUPLINGS", (elsewhere,))
     assert first_incompatibility("engine") is None
@@ -329,7 +329,7 @@ def test_which_versions_are_tested(installed, expected, monkeypatch):
 
 
 @pytest.mark.parametrize("tested", [True, False])
-def test_triton_launches_in_its_own_way_where_its_version_is_not_tested(tested, monkeypatch):
+def test_an_untested_version_of_triton_launches_kernels_in_the_ordinary_way(tested, monkeypatch):
     launch = pytest.importorskip("nybble.kernels.triton.launch")
     ran = []
 
@@ -369,7 +369,7 @@ def quantised():
 
 
 @pytest.mark.parametrize("name", ["_disable_adapters", "merged_adapters", "lora_variant", "lora_B"])
-def test_a_lora_layer_of_another_build_is_an_error(name, quantised):
+def test_a_lora_layer_without_an_attribute_is_an_error(name, quantised):
     from nybble.weights.structure import check_lora
 
     check_lora(quantised)
@@ -379,7 +379,7 @@ def test_a_lora_layer_of_another_build_is_an_error(name, quantised):
     assert "install 'peft>=0.21,<=0.21.2'" in str(caught.value)
 
 
-def test_a_quantised_weight_of_another_build_is_an_error(quantised):
+def test_a_quantised_weight_without_an_attribute_is_an_error(quantised):
     from nybble.weights.structure import check_state
 
     state = quantised.base_layer.weight.quant_state
@@ -390,7 +390,7 @@ def test_a_quantised_weight_of_another_build_is_an_error(quantised):
 
 
 @pytest.mark.parametrize("name", ["compute_dtype", "quant_state"])
-def test_a_4_bit_layer_of_another_build_is_an_error(name, quantised):
+def test_a_4_bit_layer_without_an_attribute_is_an_error(name, quantised):
     from nybble.weights.structure import check_quantised
 
     layer = quantised.base_layer
@@ -400,7 +400,7 @@ def test_a_4_bit_layer_of_another_build_is_an_error(name, quantised):
         check_quantised(layer, layer.weight)
 
 
-def test_the_switch_against_repacking_must_be_there(quantised):
+def test_the_setting_against_repacking_must_exist(quantised):
     from nybble.weights.on_cpu import stay_unpacked
 
     stay_unpacked(quantised)
@@ -409,7 +409,7 @@ def test_the_switch_against_repacking_must_be_there(quantised):
         stay_unpacked(quantised)
 
 
-def test_an_engine_that_reads_a_layer_of_another_build_stops():
+def test_the_engine_stops_at_a_layer_without_an_attribute():
     """Through `nybble.fuse`: not a notice that a layer is passed over, and not an AttributeError."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM

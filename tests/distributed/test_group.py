@@ -71,7 +71,7 @@ def test_three_processes_divide_work_and_share_results(tmp_path):
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_a_process_that_is_alone_does_all_of_it(monkeypatch):
+def test_a_single_process_does_all_of_it(monkeypatch):
     assert not in_group()
     barrier()
     assert share_of(5) == range(5)

@@ -57,7 +57,7 @@ def test_sixteen_bits_are_computed_in_float32_and_rounded_once():
     assert max(compare(segments, 9, 3, 64, torch.bfloat16)) <= 2**-5  # a last place of the largest gradient
 
 
-def test_a_cpu_takes_it():
+def test_a_cpu_uses_it():
     choice = choose(torch.device("cpu"), torch.float32, 9, 3, 64)
     assert choice.reason == "flash on a CPU"
     assert choice.of(Segments(2, 8)).name == choice.of(Segments(1, 8, torch.tensor([0, 3, 8]), 5)).name == choice.reason

@@ -49,7 +49,7 @@ def dequantised(model, work):
     return len(count)
 
 
-def test_what_stays_is_not_dequantised_again_and_changes_nothing(model):
+def test_cached_weights_are_not_dequantised_again_and_change_nothing(model):
     assert dequantised(model, lambda: gradients(model, batch_of())) == 0
     found = gradients(model, batch_of())
     assert_same(found, unfused(model))
@@ -58,13 +58,13 @@ def test_what_stays_is_not_dequantised_again_and_changes_nothing(model):
     assert f"spare memory keeps the weights of {LAYERS} layers dequantised" in fusion(model).describe()
 
 
-def test_a_layer_s_bytes_are_as_planned(model):
+def test_the_bytes_of_a_layer_are_as_planned(model):
     workspace = fusion(model).shared.workspace
     layer, *_ = fusion(model).read(list(fusion(model).readers))[0].values()
     assert workspace.cached_bytes == LAYERS * dequantised_bytes(layer.shape(torch.float32, torch.float32))
 
 
-def test_adapters_are_laid_around_anew_after_a_step(model):
+def test_adapters_are_written_again_after_a_step(model):
     trained = [part for part in model.parameters() if part.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.5)
     optimizer.step()
@@ -72,7 +72,7 @@ def test_adapters_are_laid_around_anew_after_a_step(model):
     assert_same(gradients(model, batch_of()), unfused(model))
 
 
-def test_weights_that_somebody_writes_into_are_read_again(model):
+def test_weights_that_were_written_into_are_read_again(model):
     before = gradients(model, batch_of())
     state = model.state_dict()
     name = next(name for name in state if "layers.1" in name and name.endswith("down_proj.base_layer.weight"))
@@ -82,7 +82,7 @@ def test_weights_that_somebody_writes_into_are_read_again(model):
     assert_same(after, unfused(model))
 
 
-def test_scales_that_somebody_writes_into_are_read_again(model):
+def test_scales_that_were_written_into_are_read_again(model):
     before = gradients(model, batch_of())
     with torch.no_grad():
         model.get_base_model().model.layers[2].mlp.up_proj.base_layer.weight.quant_state.absmax.add_(9)
@@ -91,7 +91,7 @@ def test_scales_that_somebody_writes_into_are_read_again(model):
     assert_same(after, unfused(model))
 
 
-def test_a_batch_that_goes_past_the_engine_has_the_memory_to_itself(model):
+def test_a_batch_that_is_not_fused_frees_the_cached_weights(model):
     model.eval()
     model.get_base_model().model(input_ids=batch_of()["input_ids"], use_cache=True)
     assert fusion(model).fused == 0
@@ -105,7 +105,7 @@ def test_an_adapter_that_was_switched_off_and_on(model):
     assert_same(gradients(model, batch_of()), before, 1e-6)
 
 
-def test_evaluation_has_the_memory_to_itself(model):
+def test_evaluation_frees_the_cached_weights(model):
     before = gradients(model, batch_of())
     workspace = fusion(model).shared.workspace
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_a_batch_that_needs_the_memory_takes_it_for_good(model, monkeypatch):
     assert share(Budget(512, 64), least + 9 * each).cached_layers == LAYERS
 
 
-def test_the_optimiser_finds_the_memory_that_it_had(model, monkeypatch):
+def test_memory_for_the_optimiser_s_copies_stays_free(model, monkeypatch):
     """Between two batches torch's AdamW copies what is trained; there are no activations then, but weights that stay are."""
     layer, *_ = fusion(model).read(list(fusion(model).readers))[0].values()
     shape = layer.shape(torch.float32, torch.float32)
@@ -150,7 +150,7 @@ def test_the_optimiser_finds_the_memory_that_it_had(model, monkeypatch):
 
 
 @pytest.mark.parametrize("quant, policy", [("none", "auto"), ("nf4", "keep-all"), ("nf4", "layer-input")])
-def test_none_stay_of_sixteen_bits_or_where_a_policy_was_asked_for(llama, quant, policy):
+def test_nothing_is_cached_in_sixteen_bits_or_with_an_explicit_policy(llama, quant, policy):
     model = fuse(load(llama, quant), policy)
     for _ in range(3):
         gradients(model, batch_of())

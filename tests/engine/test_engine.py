@@ -158,7 +158,7 @@ def test_policies_may_differ_from_layer_to_layer(llama, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("policy", ["keep-all", "layer-input"])
-def test_a_layer_in_sixteen_bits_points_where_float32_does(tmp_path, dtype, policy):
+def test_gradients_in_sixteen_bits_point_in_the_direction_of_float32(tmp_path, dtype, policy):
     """The bound of the plan: cosine above 0.9995 for every adapter of a layer, its input and its output's gradient given."""
     if dtype == torch.float16 and DEVICE == "cpu":
         pytest.skip("float16 is for GPUs")
@@ -181,7 +181,7 @@ def test_a_layer_in_sixteen_bits_points_where_float32_does(tmp_path, dtype, poli
     assert cosine(*found) > 0.9995
 
 
-def test_sixteen_bits_stray_no_further_than_on_the_plain_path(llama):
+def test_sixteen_bits_deviate_no_more_than_without_fusing(llama):
     model, exact = load(llama, "none", torch.bfloat16), load(llama, "none")
     for ours, theirs in zip(model.parameters(), exact.parameters(), strict=True):
         if not theirs.requires_grad and theirs.is_floating_point():
@@ -225,7 +225,7 @@ def test_padding_on_either_side_is_fused(llama):
         assert fusion(model).fallen_back == 0
 
 
-def test_every_call_honours_peft(llama, tmp_path):
+def test_every_call_follows_peft_s_state(llama, tmp_path):
     model = load(llama)
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
     batch = batch_of()
@@ -349,7 +349,7 @@ def test_two_forwards_before_their_backwards(llama):
                 torch.testing.assert_close(parameter.grad, first[name] + second[name], rtol=1e-3, atol=1e-5)
 
 
-def test_generation_goes_the_layers_own_way(llama):
+def test_generation_uses_the_original_forward(llama):
     model = load(llama).eval()
     ids = batch_of(1, 9)["input_ids"]
     words = {"max_new_tokens": 8, "do_sample": False, "use_cache": True, "pad_token_id": 0}
@@ -367,7 +367,7 @@ FALLBACKS = {
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 @pytest.mark.parametrize("kind", FALLBACKS)
-def test_what_is_not_known_keeps_its_own_forward_and_is_named(llama, kind, caplog):
+def test_an_unsupported_layer_keeps_its_original_forward_and_is_named(llama, kind, caplog):
     words, reason = FALLBACKS[kind]
     model = load(llama, "none", **words)
     expected = gradients(model, batch_of())
@@ -404,7 +404,7 @@ def test_one_odd_layer_falls_back_alone(llama):
     assert_same(ours, gradients(model, batch_of(), position_ids=positions))
 
 
-def test_checkpointing_of_somebody_else_is_taken_over_and_given_back(llama, caplog):
+def test_gradient_checkpointing_is_taken_over_and_given_back(llama, caplog):
     model = load(llama)
     expected = gradients(model, batch_of())
     fuse(model, "drop-mlp")
@@ -417,7 +417,7 @@ def test_checkpointing_of_somebody_else_is_taken_over_and_given_back(llama, capl
     assert all(layer.gradient_checkpointing for layer in layers)
 
 
-def test_layers_spread_over_devices_are_refused_by_name(llama):
+def test_layers_spread_over_devices_are_refused(llama):
     model = load(llama, "none")
     add_hook_to_module(model.get_base_model().model.layers[2].mlp, ModelHook())
     with pytest.raises(EngineError) as caught:
@@ -442,7 +442,7 @@ def test_other_architectures_and_policies_are_refused():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_embedding_may_lie_on_the_host(tmp_path, tied):
+def test_the_embedding_may_stay_on_the_host(tmp_path, tied):
     model = load(write_llama(tmp_path / "llama", tie_word_embeddings=tied))
     expected = gradients(model, batch_of())
     if tied:
@@ -502,7 +502,7 @@ def test_rows_are_copied_to_the_bit_and_by_sixteen_bytes_where_they_allow_it(dty
     assert copies.met == [WHOLE if whole else (dtype, dtype)]
 
 
-def test_rows_of_another_type_or_out_of_line_are_copied_too():
+def test_rows_of_another_type_or_alignment_are_copied_too():
     numbers = torch.randn(5, 64, device=DEVICE)
     target = torch.zeros(5, 72, dtype=torch.bfloat16, device=DEVICE)
     copy_rows(numbers, target[:, :64])
@@ -561,7 +561,7 @@ class Rows(TorchDispatchMode):
 @pytest.mark.parametrize("rows", [0, 1, 255, 256, 257, LOSS_CHUNK - 1, LOSS_CHUNK, LOSS_CHUNK + 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("skip", [False, True])
-def test_products_of_the_loss_know_few_numbers_of_rows(rows, dtype, skip, monkeypatch):
+def test_products_of_the_loss_have_few_different_numbers_of_rows(rows, dtype, skip, monkeypatch):
     """The residual stream is float32 in both cases: gradients go into place and by way of another type."""
     torch.manual_seed(0)
     hidden = torch.randn(rows + 50, 32, device=DEVICE, requires_grad=True)

@@ -61,7 +61,7 @@ def test_a_merged_model_may_be_adapted_again(llama):
 
 
 @pytest.mark.parametrize("what", ["input_layernorm.weight", "q_proj.base_layer.weight"])
-def test_what_is_unfrozen_later_gets_its_gradient(llama, what, caplog):
+def test_parameters_unfrozen_later_get_gradients(llama, what, caplog):
     model = fuse(load(llama, "none"))
     gradients(model, batch_of())
     for name, parameter in model.named_parameters():
@@ -128,7 +128,7 @@ def test_a_hook_may_change_a_layer_s_output_in_place(llama):
     assert fusion(model).fallen_back == 0
 
 
-def test_sixteen_bits_by_autocast_stray_no_further_than_on_the_plain_path(llama):
+def test_sixteen_bits_by_autocast_deviate_no_more_than_without_fusing(llama):
     model = load(llama, "none")
     for name, parameter in model.named_parameters():
         if "q_proj.base" in name or "k_proj.base" in name:
@@ -243,7 +243,7 @@ def test_checkpointing_switched_off_again_stays_off(llama):
     assert not any(layer.gradient_checkpointing for layer in model.get_base_model().model.layers)
 
 
-def test_a_weight_of_a_kind_that_shards_is_named(llama):
+def test_a_sharded_kind_of_weight_is_named(llama):
     class Shard(torch.nn.Parameter):
         pass
 
@@ -257,7 +257,7 @@ def test_a_weight_of_a_kind_that_shards_is_named(llama):
     assert "q_proj's weight of shape (3, 64) is only a part of it" in fusion(fuse(model)).describe()
 
 
-def test_data_parallel_and_two_backbones_are_refused_by_name(llama):
+def test_data_parallel_and_two_backbones_are_refused(llama):
     model = fuse(load(llama, "none"))
     model.get_base_model().model._is_replica = True  # as torch.nn.DataParallel marks its copies
     with pytest.raises(EngineError) as caught:
@@ -298,7 +298,7 @@ def test_steps_without_walks_leave_copies_and_parts_alone(llama):
     assert not {"train", "zero_grad", "nybble_modules"} & model.__dict__.keys()
 
 
-def test_unchanged_layers_are_read_past_what_bitsandbytes_does_at_each_access(llama, monkeypatch):
+def test_unchanged_layers_are_checked_without_bitsandbytes_cost_per_access(llama, monkeypatch):
     model = fuse(load(llama))
     gradients(model, batch_of())
     layers, seen = list(model.get_base_model().model.layers), []
@@ -330,7 +330,7 @@ def test_a_weight_that_lost_its_state_keeps_its_layer_plain_and_the_others_fused
     assert "not quantised yet" in report
 
 
-def test_a_library_that_is_built_differently_leaves_nothing_of_the_engine_behind(llama, monkeypatch):
+def test_an_incompatible_library_leaves_nothing_of_the_engine_behind(llama, monkeypatch):
     model = load(llama)
     monkeypatch.setattr("nybble.weights.structure.LORA_ATTRIBUTES", ("_moved_elsewhere",))
     with pytest.raises(EngineError, match="has no _moved_elsewhere"):

@@ -147,7 +147,7 @@ SPANS = {"right": [(0, 200), (0, 90), (0, 3)], "left": [(0, 200), (77, 200), (19
 
 
 @pytest.mark.parametrize("kind", SPANS)
-def test_padding_strays_no_further_than_real_tokens(middling, kind):
+def test_padding_deviates_no_more_than_real_tokens(middling, kind):
     """Logits in bfloat16 against the plain path's: at padding behind real tokens, whose labels somebody may train, as everywhere.
 
     Padding before them sees nothing, and what torch's kernels for CUDA give there is not the zeros of the others.

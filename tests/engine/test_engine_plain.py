@@ -112,7 +112,7 @@ def test_padding_does_not_hide_positions(plain, fused):
 
 
 @pytest.mark.parametrize("embedded", [False, True])
-def test_masks_with_holes_and_masks_of_four_dimensions_fall_back_by_name(plain, fused, embedded):
+def test_masks_with_holes_and_masks_of_four_dimensions_fall_back_with_a_reason(plain, fused, embedded):
     batch = padded(SPANS["right"])
     if embedded:
         batch["inputs_embeds"] = plain.get_input_embeddings()(batch.pop("input_ids")).detach()
@@ -300,7 +300,7 @@ def test_backward_twice_with_dropout_drops_the_same(llama):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_backward_twice_without_retain_graph_says_what_to_do(plain, fused):
+def test_backward_twice_without_retain_graph_names_the_fix(plain, fused):
     for model in (plain, fused):
         loss = (
             model(**batch_of(), output_hidden_states=True).hidden_states[2].sum()
@@ -315,7 +315,7 @@ def test_backward_twice_without_retain_graph_says_what_to_do(plain, fused):
     )
 
 
-def test_second_derivatives_are_refused_by_name(fused):
+def test_second_derivatives_are_refused(fused):
     loss = fused(**batch_of()).loss
     with pytest.raises(EngineError) as caught:
         torch.autograd.grad(loss, adapters(fused), create_graph=True)
@@ -338,7 +338,7 @@ def test_a_step_between_forward_and_backward_is_refused_as_plain_torch_refuses_i
     )
 
 
-def test_the_chunked_loss_goes_back_as_often_as_its_graph_is_kept():
+def test_backward_of_the_chunked_loss_works_while_its_graph_is_retained():
     hidden, head = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8)
     loss = summed_cross_entropy(hidden, head, torch.arange(5))
     (first,) = torch.autograd.grad(3 * loss, hidden, retain_graph=True)
@@ -364,14 +364,14 @@ def cached(plain, fused, *, train, **words):
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_a_cache_that_is_asked_for_is_built(plain, fused, train):
+def test_a_requested_cache_is_built(plain, fused, train):
     theirs, ours, done = cached(plain, fused, train=train, use_cache=True)
     assert theirs is ours is DynamicCache
     print(done.describe())
     assert "3 not fused: a key-value cache is built; pass use_cache=False to stay fused" in done.describe()
 
 
-def test_training_builds_none_where_none_is_asked_for(plain, fused):
+def test_training_builds_no_cache_without_a_request(plain, fused):
     theirs, ours, done = cached(plain, fused, train=True)
     assert (theirs, ours, done.fused) == (DynamicCache, type(None), 3)
     theirs, ours, done = cached(plain, fused, train=False)
@@ -391,7 +391,7 @@ def test_checkpointing_keeps_transformers_from_a_cache(plain, fused):
     assert done.fused == 3
 
 
-def test_packed_rows_while_a_cache_hides_them_are_as_plain_and_named(plain, fused, caplog):
+def test_packed_rows_that_a_cache_hides_fall_back_with_a_reason(plain, fused, caplog):
     positions = torch.cat([torch.arange(11), torch.arange(9)]).repeat(2, 1).to(DEVICE)
     *_, done = cached(plain, fused, train=True, position_ids=positions)
     print(done.describe())
@@ -401,7 +401,7 @@ def test_packed_rows_while_a_cache_hides_them_are_as_plain_and_named(plain, fuse
     assert done.fused == 3
 
 
-def test_attention_that_is_not_causal_falls_back_by_name(plain, fused):
+def test_attention_that_is_not_causal_falls_back_with_a_reason(plain, fused):
     assert_same(gradients(fused, batch_of(), is_causal=False), gradients(plain, batch_of(), is_causal=False))
     print(fusion(fused).describe())
     assert "3 not fused: attention is not causal (is_causal=False)" in fusion(fused).describe()

@@ -130,9 +130,7 @@ def test_everything_is_measured_and_written(run, results):
     assert sum(results["lengths"].values()) == 80 - 12, "the training rows, not those held out"
 
 
-def test_what_was_measured_before_is_kept_and_an_evaluation_goes_on(
-    run, benches, cache, results, tmp_path, monkeypatch
-):
+def test_scores_are_cached_and_an_evaluation_is_resumed(run, benches, cache, results, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("nybble.evaluate.evaluation.write_report", lambda *given: None)  # which takes a second
     harness = Harness(benches, 8)
@@ -186,9 +184,7 @@ def test_scores_are_those_of_lm_eval_s_own_command(tiny_llama, tiny_tokenizer, b
     assert sum(ours.values) / 10 == json.loads(summary.read_text())["results"]["arc_easy"]["acc_norm,none"]
 
 
-def test_benchmarks_become_curves_while_training_goes_on_and_change_nothing(
-    tiny_llama, rows, benches, cache, tmp_path, quiet
-):
+def test_benchmarks_during_training_become_curves_and_change_nothing(tiny_llama, rows, benches, cache, tmp_path, quiet):
     runs = []
     for tasks in ("[]", "[arc_easy]"):
         words = [f"model.path={tiny_llama}", f"data.path={rows}", f"out={tmp_path / tasks}", "model.device=cpu"]
@@ -230,7 +226,7 @@ def test_the_command_line_shows_the_table_and_names_what_is_wrong(run, benches, 
     assert "Traceback" not in done.stderr
 
 
-def test_a_folder_of_rows_that_is_not_there_is_named(tmp_path):
+def test_a_missing_folder_of_rows_is_named(tmp_path):
     with pytest.raises(EvaluationError, match="there is no folder"):
         make_harness(["arc_easy"], tmp_path / "nowhere", 1)
 
@@ -264,7 +260,7 @@ def test_rows_of_a_benchmark_that_cannot_be_read_are_named_before_a_model_is_loa
     assert "data.max_row_mb" not in str(caught.value), "it is for rows that are trained on"
 
 
-def test_rows_may_have_a_mark_and_blank_lines_and_lie_beside_copies(tmp_path):
+def test_files_of_rows_may_have_a_bom_blank_lines_and_copies_beside_them(tmp_path):
     rows = "".join(f"{json.dumps(row)}\n\n" for row in MMLU)
     for name in ("mmlu.test.jsonl", "mmlu.dev.jsonl"):
         (tmp_path / name).write_text(f"\ufeff{rows}", encoding="utf-8")
@@ -337,7 +333,7 @@ finally:
         evaluate(run, Measures((), [file], 0), None, quiet, cache)
 
 
-def test_the_loss_of_a_row_is_its_own_whatever_stands_beside_it(tiny_llama):
+def test_the_loss_of_a_row_does_not_depend_on_its_batch(tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     samples = [{"input_ids": list(range(3, 3 + n)), "trained": [False, *[True] * (n - 1)]} for n in (5, 60, 9, 33)]
     together = row_losses(model, samples, 0)

@@ -128,7 +128,7 @@ def table_rows(markdown):
     return [[re.split(r"(?<!\\)\|", line.strip())[1:-1] for line in one.splitlines() if line.strip()] for one in tables]
 
 
-def test_what_got_worse_is_said_first_with_its_numbers():
+def test_what_got_worse_comes_first_with_its_numbers():
     lines = said({"tasks": FULL["tasks"], "held_out": held_out()})
     assert [kind for kind, _ in lines] == ["worse", "better"]
     worse = "Worse (forgetting) on 1 of 4 benchmarks: mmlu 45.8% to 42.1% (−3.7 points, 95% [−5.0, −2.4])."
@@ -140,7 +140,7 @@ def test_what_got_worse_is_said_first_with_its_numbers():
     assert "perplexity 18.4 to 9.0" in lines[1][1]
 
 
-def test_of_many_that_dropped_the_largest_come_with_numbers_and_none_is_left_out():
+def test_of_many_worse_benchmarks_the_largest_have_numbers_and_all_are_named():
     tasks = [task(f"task{number}", 0.8, 0.79 - number / 100, "worse") for number in range(9)]
     ((_, text), *_) = said({"tasks": tasks})
     assert text.startswith("Worse (forgetting) on all 9 benchmarks: task8 80.0% to 71.0%")
@@ -148,13 +148,13 @@ def test_of_many_that_dropped_the_largest_come_with_numbers_and_none_is_left_out
     assert text.count("points") == 4
 
 
-def test_a_worse_loss_is_no_forgetting_and_stands_first():
+def test_a_worse_loss_comes_first_and_is_not_called_forgetting():
     lines = said({"tasks": [task("piqa", 0.5, 0.6, "better")], "held_out": held_out("worse", tuned=3.5)})
     assert lines[0][1].startswith("Worse: held-out loss 2.910 to 3.500 (+0.590 nats")
     assert lines[1][1].startswith("Better on the one benchmark: piqa")
 
 
-def test_where_nothing_was_shown_the_smallest_detectable_difference_is_said():
+def test_if_nothing_was_shown_the_smallest_detectable_difference_is_given():
     tasks = [task("a", 0.5, 0.51, UNDECIDED, detectable=0.0213), task("b", 0.5, 0.49, UNDECIDED, detectable=0.05)]
     ((kind, text),) = said({"tasks": tasks, "held_out": held_out(UNDECIDED)})
     assert kind == "plain"
@@ -168,7 +168,7 @@ def test_where_nothing_was_shown_the_smallest_detectable_difference_is_said():
     )
 
 
-def test_a_skill_is_told_as_counted_and_claims_no_verdict():
+def test_a_skill_is_reported_as_counts_without_a_verdict():
     lines = said({"skill": SKILL, "held_out": held_out()})
     assert lines[0] == ("plain", "Measured: orders as JSON: base 0 of 100; base, 5 examples 1 of 100; tuned 93 of 100.")
     assert lines[1][0] == "better"
@@ -180,7 +180,7 @@ def test_a_skill_is_told_as_counted_and_claims_no_verdict():
 
 
 @pytest.mark.parametrize("form", ["html", "md"])
-def test_every_number_stands_in_the_report(written, form):
+def test_every_number_is_in_the_report(written, form):
     _, html, markdown = written["full"]
     text = html if form == "html" else markdown.replace("\\", "")
     numbers = (
@@ -229,7 +229,7 @@ def test_text_from_data_stays_text(written):
     assert not re.search(r"^# h", outside, re.MULTILINE)
 
 
-def test_whitespace_of_samples_is_kept_and_long_ones_fold(tmp_path):
+def test_whitespace_of_samples_is_kept_and_long_ones_are_collapsed(tmp_path):
     sample = {"prompt": "\n  two\n\tthree", "expected": "", "base": "long " * 400, "tuned": " \n"}
     html, markdown = write(tmp_path, {**BARE, "samples": [sample]}, [])
     assert '<pre dir="auto">\n\n  two\n\tthree</pre>' in html  # HTML drops the first line break of a pre
@@ -261,7 +261,7 @@ def test_ids_of_plots_are_their_own_and_found(written):
 
 
 @pytest.mark.parametrize("name", ["full", "harsh"])
-def test_tables_of_markdown_are_whole_and_pictures_stand_beside(written, name):
+def test_markdown_tables_are_complete_and_plots_are_beside_them(written, name):
     folder, _, markdown = written[name]
     tables = table_rows(markdown)
     assert len(tables) == 6
@@ -274,7 +274,7 @@ def test_tables_of_markdown_are_whole_and_pictures_stand_beside(written, name):
     assert all((folder / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
-def test_benchmarks_without_spread_are_drawn_and_told(tmp_path):
+def test_benchmarks_without_spread_are_drawn_and_described(tmp_path):
     bare = {"mean": 0.5, "stderr": None, "interval": None}
     spreadless = {"base": bare, "tuned": bare, "difference": {**bare, "mean": 0.0}, "detectable": None}
     lone = {**task("tiny", 0.5, 0.5, UNDECIDED), **spreadless}

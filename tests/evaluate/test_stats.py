@@ -240,7 +240,7 @@ def test_holm_lies_between_no_correction_and_bonferroni_and_keeps_the_order(p):
         assert (x <= y) if a <= b else (x >= y)
 
 
-def test_a_verdict_knows_which_way_is_better():
+def test_a_verdict_depends_on_which_direction_is_better():
     assert verdict(0.1, 0.01) == "better"
     assert verdict(-0.1, 0.01) == "worse"
     assert verdict(-0.1, 0.01, higher_is_better=False) == "better"

@@ -208,7 +208,7 @@ SPOILT = [
 
 
 @pytest.mark.parametrize(("spoil", "said"), SPOILT, ids=[spoil.__name__ for spoil, _ in SPOILT])
-def test_an_artefact_that_was_spoilt_is_not_kept(run, measured, cache, tmp_path, told, monkeypatch, spoil, said):
+def test_a_damaged_artefact_is_not_kept(run, measured, cache, tmp_path, told, monkeypatch, spoil, said):
     write = targets.write_merged
     monkeypatch.setattr(module, "_measure", lambda *_: measured)
     monkeypatch.setattr(targets, "write_merged", lambda folder, *rest: (write(folder, *rest), spoil(folder)))
@@ -241,7 +241,7 @@ def test_a_model_is_loaded_where_it_fits(monkeypatch):
     assert placed(13.5, cpu, 24, 2) is None
 
 
-def test_a_model_that_is_spread_answers_alike_and_one_that_fits_nowhere_is_kept_unchecked(
+def test_a_spread_model_answers_the_same_and_one_that_fits_nowhere_is_kept_unchecked(
     run, measured, merged, cache, tmp_path, told, monkeypatch
 ):
     parts = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
@@ -260,7 +260,7 @@ def test_a_model_that_is_spread_answers_alike_and_one_that_fits_nowhere_is_kept_
     assert said in (folder / "README.md").read_text()
 
 
-def test_long_prompts_are_answered_a_few_at_a_time_and_alike(run, measured, merged, monkeypatch):
+def test_long_prompts_are_answered_in_small_batches_with_the_same_result(run, measured, merged, monkeypatch):
     whole = loaders.through_transformers(merged[0], measured[0].reference, {"device_map": {"": "cpu"}})
     seen = []
     monkeypatch.setattr(plain, "BATCH_TOKENS", 250)
@@ -273,7 +273,7 @@ def test_long_prompts_are_answered_a_few_at_a_time_and_alike(run, measured, merg
         torch.testing.assert_close(one, other, rtol=0.1, atol=0.3)  # bfloat16
 
 
-def test_the_run_answers_long_prompts_a_few_at_a_time_and_alike(run, cache, monkeypatch):
+def test_the_run_answers_long_prompts_in_small_batches_with_the_same_result(run, cache, monkeypatch):
     answerer, complete, batches = load_answerer(run, cache), Answerer.complete, []
     monkeypatch.setattr(
         Answerer, "complete", lambda self, prompts, *more: batches.append(prompts) or complete(self, prompts, *more)
@@ -422,7 +422,7 @@ def test_rope_scaling_survives(peaky_llama, rows, cache, tmp_path, quiet):
     assert 'config=AutoConfig.from_pretrained(".")' in (folder / "README.md").read_text()
 
 
-def test_an_adapter_folder_of_somebody_else_is_exported_on_trust(run, peaky_llama, cache, tmp_path, told):
+def test_an_adapter_folder_without_a_run_is_exported_with_assumptions(run, peaky_llama, cache, tmp_path, told):
     bare = tmp_path / "bare"
     shutil.copytree(run.adapter, bare)
     folder = export(open_run(bare, str(peaky_llama)), ExportRequest("merged", tmp_path / "out"), told, cache)
@@ -489,7 +489,7 @@ def test_an_odd_name_of_a_run_breaks_no_line_of_its_modelfile(run, cache, tmp_pa
     assert (folder / first.removeprefix("FROM ")).is_file()
 
 
-def test_a_run_that_goes_on_is_looked_ahead_of_too(run, cache, quiet, tmp_path):
+def test_batches_of_a_resumed_run_are_prefetched_too(run, cache, quiet, tmp_path):
     begun = copied(run, tmp_path)
     shutil.rmtree(begun / "adapter")
     with pytest.raises(ExportError, match="no such type"):
@@ -497,7 +497,7 @@ def test_a_run_that_goes_on_is_looked_ahead_of_too(run, cache, quiet, tmp_path):
 
 
 @pytest.mark.slow
-def test_train_looks_ahead_and_exports_at_its_end(peaky_llama, rows, tmp_path):
+def test_train_checks_the_export_first_and_exports_at_the_end(peaky_llama, rows, tmp_path):
     words = [
         peaky_llama,
         rows,
@@ -523,7 +523,7 @@ def test_train_looks_ahead_and_exports_at_its_end(peaky_llama, rows, tmp_path):
     assert "exists already" in again.stderr
 
 
-def test_a_derivative_of_llama_2_carries_its_terms_and_its_settings_are_mended(run, peaky_llama, cache, tmp_path, told):
+def test_a_derivative_of_llama_2_has_its_licence_and_corrected_settings(run, peaky_llama, cache, tmp_path, told):
     base = tmp_path / "Llama-2-7b-hf"
     shutil.copytree(peaky_llama, base)
     (base / "LICENSE.txt").write_text("LLAMA 2 COMMUNITY LICENSE AGREEMENT\n")
@@ -566,7 +566,7 @@ def test_a_derivative_of_llama_2_carries_its_terms_and_its_settings_are_mended(r
     ],
     ids=["good", "greedy", "beams", "unreadable"],
 )
-def test_settings_that_transformers_refuses_are_mended(peaky_llama, tmp_path, own, said):
+def test_settings_that_transformers_refuses_are_corrected(peaky_llama, tmp_path, own, said):
     (tmp_path / "generation_config.json").write_text(json.dumps({**own, "eos_token_id": [7]}))
     tokenizer = load_tokenizer(peaky_llama)
     settings, notice = generation_settings(tmp_path, tokenizer, choose_template(tokenizer, "auto", "alpaca"))
@@ -604,7 +604,7 @@ def test_the_bases_licence_is_found(tmp_path, peaky_llama, name, files, found):
 @pytest.mark.parametrize(
     ("held", "said"), [("none", "a LoRA run on"), ("int8", "a QLoRA run on"), ("nf4", "a QLoRA run on")]
 )
-def test_a_card_says_how_the_base_was_held(run, held, said):
+def test_a_card_says_how_the_base_was_stored(run, held, said):
     model = run.recipe.model.model_copy(update={"quantization": held})
     own = Run(run.folder, run.recipe.model_copy(update={"model": model}))
     comparison = Comparison(1, 2, "validation rows", 3.0, {"original": Divergence(0.1, 0.01, 3.1, 0.9)})
@@ -615,7 +615,7 @@ def test_a_card_says_how_the_base_was_held(run, held, said):
     assert ("qlora" in yaml.safe_load(card.split("---")[1])["tags"]) == (held != "none")
 
 
-def test_the_datas_licence_stands_in_the_card(run, tmp_path):
+def test_the_card_has_the_licence_of_the_data(run, tmp_path):
     (tmp_path / "alpaca_data.json").write_text("[]")
     data = run.recipe.data.model_copy(update={"path": str(tmp_path / "alpaca_data.json")})
     (line,) = data_licences(Run(run.folder, run.recipe.model_copy(update={"data": data})))

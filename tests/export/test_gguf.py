@@ -197,7 +197,7 @@ def tokenizer(monkeypatch):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_spoilt_file_is_caught_by_llama_cpp(spoil, said, peaky_run, cache, tmp_path, quiet, monkeypatch):
+def test_a_damaged_file_is_noticed_in_llama_cpp(spoil, said, peaky_run, cache, tmp_path, quiet, monkeypatch):
     measured, merges = module._measure(
         module.open_finished_run(peaky_run, "auto", cache), ExportRequest("gguf"), quiet, cache, Converter()
     )
@@ -245,7 +245,7 @@ def test_k_quants_go_through_llama_quantize(tiny_llama, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_a_file_says_of_itself(llama2_like, tmp_path):
+def test_metadata_of_a_gguf_file(llama2_like, tmp_path):
     model, _ = model_of(llama2_like)
     Converter().write(tmp_path / "m.gguf", model, "Q4_0", lambda done: None)
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
@@ -324,7 +324,7 @@ def test_rope_factors_are_of_llama3_only():
     assert factors[-1] == pytest.approx(8)
 
 
-def test_a_modelfile_says_the_template_in_go(llama2_like, tiny_llama):
+def test_a_modelfile_has_the_template_in_go(llama2_like, tiny_llama):
     tokenizer = load_tokenizer(llama2_like)
     source = choose_template(tokenizer, "llama2", "messages").source
     said = go_template(tokenizer, source)

@@ -99,7 +99,7 @@ def test_a_dequantised_base_is_what_bitsandbytes_makes_of_it(tiny_llama, tmp_pat
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_weights_are_merged_on_the_device_that_asks(tiny_llama, tmp_path, cache, small_slices, dora):
+def test_weights_are_merged_on_the_requested_device(tiny_llama, tmp_path, cache, small_slices, dora):
     """The device meta computes nothing and refuses tensors that are elsewhere; with a GPU the numbers are held, too."""
     adapter_of(tiny_llama, tmp_path / "adapter", target_modules="all-linear", use_dora=dora)
     updates = read_updates(tmp_path / "adapter")
@@ -130,7 +130,7 @@ def test_old_checkpoints_in_bin_files_are_merged_too(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`")
-def test_a_head_that_the_adapter_changes_parts_from_the_embedding(tmp_path):
+def test_a_head_that_the_adapter_changes_is_untied_from_the_embedding(tmp_path):
     tied = write_llama(tmp_path / "tied", tie_word_embeddings=True)
     adapted = adapter_of(tied, tmp_path / "adapter", target_modules=["lm_head"])
     merge = Merge(Original(tied), read_updates(tmp_path / "adapter"), True, torch.float32)
@@ -159,7 +159,7 @@ def test_a_head_that_the_adapter_changes_parts_from_the_embedding(tmp_path):
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value.values())) if isinstance(value, dict) else "",
 )
-def test_adapters_that_change_the_base_or_are_no_lora_are_refused_by_name(tiny_llama, tmp_path, change, said):
+def test_adapters_that_change_the_base_or_are_not_lora_are_refused(tiny_llama, tmp_path, change, said):
     adapter_of(tiny_llama, tmp_path, target_modules=["q_proj"])
     file = tmp_path / "adapter_config.json"
     config = json.loads(file.read_text()) | change
@@ -198,7 +198,7 @@ def test_eva_leaves_the_base_as_it_was_and_is_merged(tiny_llama, tmp_path):
     assert len(read_updates(tmp_path)) == 2
 
 
-def test_what_is_wrong_with_an_adapter_is_said(tiny_llama, tmp_path):
+def test_faults_of_an_adapter_are_reported(tiny_llama, tmp_path):
     adapter_of(tiny_llama, tmp_path, target_modules=["q_proj"])
     file = tmp_path / "adapter_model.safetensors"
     whole, tensors = file.read_bytes(), load_file(file)
@@ -238,7 +238,7 @@ def test_what_is_wrong_with_an_adapter_is_said(tiny_llama, tmp_path):
         read_updates(tmp_path)
 
 
-def test_numbers_that_the_type_cannot_hold_are_refused(tmp_path):
+def test_numbers_that_the_type_cannot_represent_are_refused(tmp_path):
     base = write_llama(tmp_path / "base")
     adapter_of(base, tmp_path / "adapter", target_modules=["q_proj"])
     updates = read_updates(tmp_path / "adapter")
@@ -340,7 +340,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         assert peak < 1e9
 
 
-def test_a_damaged_merge_is_far_from_the_run_and_the_two_bases_are_told_apart(peaky_run, peaky_llama, cache):
+def test_a_damaged_merge_is_far_from_the_run_and_the_two_bases_differ(peaky_run, peaky_llama, cache):
     from nybble.chat.loading import load_answerer
     from nybble.evaluate.rows import rows_of
     from nybble.export.finished_run import bases_of, open_finished_run

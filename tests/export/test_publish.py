@@ -80,7 +80,7 @@ def test_an_artefact_is_uploaded_privately_and_refusals_are_explained(artefact, 
         assert "answers 503" in answer[1]
 
 
-def test_what_the_hub_finds_wrong_in_a_card_is_said(artefact, tmp_path):
+def test_faults_that_the_hub_finds_in_a_card_are_reported(artefact, tmp_path):
     (artefact / "README.md").write_text(CARD.replace("meta-llama/Llama-2-7b-hf", "/home/me/llama"))
     with StandinHub([], {"hf_writes": Account("ada", writes=True)}) as hub:
         hub.uploads = tmp_path / "hub"

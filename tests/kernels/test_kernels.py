@@ -85,7 +85,7 @@ def test_dequantise_is_bitsandbytes_to_the_bit(rows, columns, kind, double, dtyp
 
 
 @pytest.mark.parametrize("ranks, outputs", [([3], [42]), ([16, 16, 16], [42, 6, 6]), ([8, 2], [31, 31]), ([4], [0])])
-def test_adapters_are_laid_around_the_weights(ranks, outputs):
+def test_adapters_are_written_around_the_weights(ranks, outputs):
     inputs, total = 123, sum(outputs) + 5
     adapters, output, rank = [], 0, 0
     for r, n in zip(ranks, outputs, strict=True):

@@ -71,7 +71,9 @@ def answer_of(place: pathlib.Path, *words: object) -> str:
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
-def test_a_base_has_the_same_digest_however_it_was_come_by(tiny_llama, tmp_path, quantization, monkeypatch) -> None:
+def test_a_base_has_the_same_digest_quantised_cached_or_not_cached(
+    tiny_llama, tmp_path, quantization, monkeypatch
+) -> None:
     dtype = torch.bfloat16 if quantization == "int8" else torch.float32
     options = ModelOptions(path=str(tiny_llama), quantization=quantization)
     checkpoint = find_checkpoint(str(tiny_llama))
@@ -107,7 +109,7 @@ def resealed(place: pathlib.Path) -> None:
     kept.seal(entry, entry, facts, frozenset({"model.safetensors"}))
 
 
-def test_a_copy_that_is_not_the_runs_is_made_again(trained, place, caplog) -> None:
+def test_a_copy_that_differs_from_the_runs_base_is_rebuilt(trained, place, caplog) -> None:
     whole = answer_of(trained)
     resealed(place)
     assert answer_of(place) == whole
@@ -119,7 +121,7 @@ def test_a_copy_that_is_not_the_runs_is_made_again(trained, place, caplog) -> No
     assert not caplog.records
 
 
-def test_bits_that_cannot_be_had_again_are_an_error(place) -> None:
+def test_bits_that_cannot_be_reproduced_are_an_error(place) -> None:
     record(place, digest="0" * 32)
     export = ("export", place / "run", "--to", "merged")
     for words in (("chat", place / "run", "--prompt", "x"), ("eval", place / "run", "--tasks", "none"), export):
@@ -133,7 +135,7 @@ def test_bits_that_cannot_be_had_again_are_an_error(place) -> None:
     assert not (place / "run" / "export").exists()
 
 
-def test_bits_that_were_made_in_another_way_are_told(trained, place, caplog) -> None:
+def test_bits_that_were_made_in_another_way_give_a_notice(trained, place, caplog) -> None:
     whole = answer_of(trained)
     record(place, digest="0" * 32, made={**MADE, "device": "NVIDIA H100"})
     assert answer_of(place) == whole
@@ -143,7 +145,7 @@ def test_bits_that_were_made_in_another_way_are_told(trained, place, caplog) -> 
     assert f"in training, where it was made with {then}; this one was made with device cpu" in told
 
 
-def test_a_run_without_a_record_is_not_held_to_one(trained, place, caplog) -> None:
+def test_a_run_without_a_record_is_not_compared_with_one(trained, place, caplog) -> None:
     file = place / "run" / "start.json"
     start = json.loads(file.read_text())
     del start["quantized_base"]
@@ -189,7 +191,7 @@ def write_again(folder: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
     return target
 
 
-def test_a_resumed_run_is_held_to_its_bits(tiny_llama, rows, tmp_path, quiet, monkeypatch) -> None:
+def test_the_bits_of_a_resumed_runs_base_are_checked(tiny_llama, rows, tmp_path, quiet, monkeypatch) -> None:
     recipe = recipe_for(tiny_llama, rows, tmp_path / "run", "train.max_steps=6", "train.evaluate_every=2")
     with monkeypatch.context() as patch:
         interrupted(patch, 3, recipe, quiet, tmp_path / "cache")
@@ -214,7 +216,7 @@ def believed(file: pathlib.Path, cache: pathlib.Path) -> None:
     kept.write_note(note, {**kept.read_note(note), **now})
 
 
-def test_a_base_that_changed_with_its_size_and_time_kept_is_another_one(tiny_llama, tmp_path, caplog) -> None:
+def test_a_base_that_changed_with_the_same_size_and_time_is_noticed(tiny_llama, tmp_path, caplog) -> None:
     folder, cache = tmp_path / "base", tmp_path / "cache"
     shutil.copytree(tiny_llama, folder)
     checkpoint, file = find_checkpoint(str(folder)), folder / "model.safetensors"
@@ -239,7 +241,7 @@ def test_a_base_that_changed_with_its_size_and_time_kept_is_another_one(tiny_lla
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_weights_that_are_read_are_proven_and_not_believed(tiny_llama, tmp_path, quantization) -> None:
+def test_weights_are_verified_when_they_are_read(tiny_llama, tmp_path, quantization) -> None:
     folder, cache = tmp_path / "base", tmp_path / "cache"
     shutil.copytree(tiny_llama, folder)
     options = ModelOptions(path=str(folder), quantization=quantization)
@@ -274,7 +276,7 @@ def test_export_and_resume_refuse_a_base_whose_bytes_changed(place, rots) -> Non
     assert "base: 'sha256:" in " ".join(said.text.split())
 
 
-def test_a_file_of_the_hub_is_held_against_its_name(tiny_llama, tmp_path) -> None:
+def test_a_file_of_the_hub_is_compared_with_the_digest_in_its_name(tiny_llama, tmp_path) -> None:
     blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / "1"
     shutil.copytree(tiny_llama, folder)
     blobs.mkdir()

@@ -99,7 +99,7 @@ def test_adapters(case, base, good, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["fan in, fan out", "biases of a base without any"])
-def test_settings_without_effect_bring_no_warning(name, base, good, tmp_path):
+def test_settings_without_effect_give_no_warning(name, base, good, tmp_path):
     """At loading and while the adapter is off, alone and beside another; warnings are errors here."""
     folder = damaged(name, good, tmp_path / "adapter")
     for first in (None, good):
@@ -110,7 +110,7 @@ def test_settings_without_effect_bring_no_warning(name, base, good, tmp_path):
 
 
 @pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 40))])
-def test_damage_anywhere_is_a_message_or_changes_numbers_only(seed, base, good, tmp_path):
+def test_damage_anywhere_gives_a_message_or_changes_only_numbers(seed, base, good, tmp_path):
     """Bytes changed, cut out or doubled at random places of each file; nothing but a NybbleError may come of it."""
     draw = random.Random(seed)
     torch.save(load_file(good / TENSORS), tmp_path / PICKLE)
@@ -208,7 +208,7 @@ def test_a_run_with_a_damaged_adapter_is_not_measured_nor_exported_nor_trained_o
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_an_adapter_and_says_from_what(tuned_run, tiny_llama, rows, cache, tmp_path):
+def test_training_continues_from_an_adapter_and_names_it(tuned_run, tiny_llama, rows, cache, tmp_path):
     new = tmp_path / "new"
     words = (
         f"adapter={tuned_run.adapter}",

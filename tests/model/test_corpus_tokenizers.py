@@ -26,7 +26,7 @@ def test_a_hostile_folder_is_refused_in_one_sentence(case, tiny_llama, tmp_path)
     ["tokenizer-cut-tokenizer.json", "tokenizer-pipe-tokenizer_config.json", "tokenizer-id-4e9", "template-times",
      "template-syntax", "config-layers", "config-kernel"],
 )  # fmt: skip
-def test_the_command_line_says_so_too(name, tiny_llama, rows, cache, tmp_path):
+def test_the_command_line_reports_it_too(name, tiny_llama, rows, cache, tmp_path):
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
     case = next(case for case in CASES if case.name == name)
     case.make(folder)

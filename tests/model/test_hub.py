@@ -195,7 +195,7 @@ def refusals(world: tuple[StandinHub, Path]) -> dict[str, list[tuple[str, Any, s
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_a_refusal_is_told_in_plain_words(name: str, refusals: dict[str, Any]) -> None:
+def test_a_refusal_of_the_hub_is_explained(name: str, refusals: dict[str, Any]) -> None:
     _, repo, _, words, cure = REFUSALS[name]
     for kind, message, fix in refusals[name]:
         print(message)
@@ -249,7 +249,7 @@ def test_check_access_downloads_nothing(world: tuple[StandinHub, Path]) -> None:
     assert not list(root.glob("looked/hub/*/blobs/*"))
 
 
-def test_without_the_hub_the_cache_serves_or_the_reason_is_told(
+def test_without_the_hub_the_cache_is_used_or_the_reason_given(
     world: tuple[StandinHub, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, root = world
@@ -290,7 +290,7 @@ def test_without_the_hub_the_cache_serves_or_the_reason_is_told(
     assert "is not fully in the cache" in message
 
 
-def test_a_broken_download_says_that_it_can_go_on(
+def test_a_broken_download_says_that_it_can_be_resumed(
     world: tuple[StandinHub, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, root = world
@@ -349,7 +349,7 @@ def test_datasets_stream_through_the_standin(world: tuple[StandinHub, Path], tin
         (("adapter_config.json", "adapter_model.safetensors"), "is a LoRA adapter, not a base model"),
     ],
 )
-def test_a_folder_that_is_no_model_is_refused(names: tuple[str, ...] | None, words: str, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_model_is_refused(names: tuple[str, ...] | None, words: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     if names is not None:
         write(folder, names)

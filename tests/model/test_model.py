@@ -88,7 +88,7 @@ def test_every_kind_of_adapter_leaves_the_base_as_it_was_at_first(tiny_llama, ca
     torch.testing.assert_close(loss_of(model), before, rtol=1e-4, atol=1e-4)
 
 
-def test_a_float16_llama2_comes_in_the_type_asked_for(llama2_like, tmp_path):
+def test_a_float16_llama2_is_loaded_in_the_requested_type(llama2_like, tmp_path):
     """Both tokenizer classes, .bin and safetensors, and a generation_config that cannot be saved as it is."""
     tokenizer = load_tokenizer(llama2_like)
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<unk>", 0)
@@ -100,7 +100,7 @@ def test_a_float16_llama2_comes_in_the_type_asked_for(llama2_like, tmp_path):
     assert base.model.generation_config.eos_token_id == 2
 
 
-def test_a_quantised_checkpoint_is_taken_as_it_is(tiny_llama, tmp_path):
+def test_a_quantised_checkpoint_is_used_unchanged(tiny_llama, tmp_path):
     base_of(tiny_llama, tmp_path)
     (stored,) = (tmp_path / "base").iterdir()
     base = base_of(stored, tmp_path / "other", double_quantization=False)
@@ -191,7 +191,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_what_cannot_be_a_base_is_refused_by_name(tiny_llama, tmp_path, kind):
+def test_what_cannot_be_a_base_is_refused_with_the_reason(tiny_llama, tmp_path, kind):
     change, message = BROKEN[kind]
     with pytest.raises(ModelError) as caught:
         find_checkpoint(str(broken(tmp_path / "model", tiny_llama, change)))
@@ -199,7 +199,7 @@ def test_what_cannot_be_a_base_is_refused_by_name(tiny_llama, tmp_path, kind):
     assert message in str(caught.value)
 
 
-def test_an_adapter_beside_the_weights_is_not_loaded_and_spoils_no_cache(tiny_llama, tmp_path):
+def test_an_adapter_beside_the_weights_is_neither_loaded_nor_cached(tiny_llama, tmp_path):
     """PEFT's adapter in the base's own folder, as trainers leave it: Transformers would load it with the weights."""
     folder, cache = tmp_path / "model", tmp_path / "cache"
     shutil.copytree(tiny_llama, folder)
@@ -283,7 +283,7 @@ def test_what_cannot_be_read_back_is_not_kept(tiny_llama, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_every_kept_copy_is_proven(tmp_path, quantization, tied):
+def test_every_cached_copy_is_verified(tmp_path, quantization, tied):
     folder = write_llama(tmp_path / "model", tie_word_embeddings=tied)
     first, second = (base_of(folder, tmp_path, torch.bfloat16, quantization=quantization) for _ in range(2))
     assert (first.notices, second.notices, second.from_cache) == ((), (), True)
@@ -334,7 +334,7 @@ def test_layers_that_the_configuration_leaves_out_are_refused(tiny_llama, tmp_pa
     assert "and 6 more, which the model of config.json does not have" in caught.value.what
 
 
-def test_a_pointer_in_place_of_a_tokenizer_model_is_named(tiny_llama, tmp_path):
+def test_a_pointer_instead_of_a_tokenizer_model_is_named(tiny_llama, tmp_path):
     for name in ("tokenizer.model", "merges.txt"):
         folder = broken(tmp_path / name, tiny_llama, lambda folder: (folder / name).write_text(POINTER))  # noqa: B023
         (folder / "tokenizer.json").unlink()
@@ -343,7 +343,7 @@ def test_a_pointer_in_place_of_a_tokenizer_model_is_named(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_pointer_in_place_of_the_tokenizer_is_named(tiny_llama, tmp_path, name):
+def test_a_pointer_instead_of_the_tokenizer_is_named(tiny_llama, tmp_path, name):
     folder = broken(tmp_path / "model", tiny_llama, lambda folder: (folder / name).write_text(POINTER))
     for look in (load_tokenizer, lambda folder: find_checkpoint(str(folder))):
         with pytest.raises(ModelError) as caught:
@@ -361,7 +361,7 @@ def test_a_pointer_in_place_of_the_tokenizer_is_named(tiny_llama, tmp_path, name
         ("tokenizer_config.json", '{"chat_template": [{}]}', "chat_template in tokenizer_config.json is"),
     ],
 )
-def test_a_damaged_tokenizer_is_a_message(tiny_llama, tmp_path, name, content, message):
+def test_a_damaged_tokenizer_gives_a_message(tiny_llama, tmp_path, name, content, message):
     folder = broken(tmp_path / "model", tiny_llama, lambda folder: (folder / name).write_text(content))
     with pytest.raises(ModelError) as caught:
         load_tokenizer(folder)
@@ -376,7 +376,7 @@ def test_a_leftover_quantization_on_bin_weights_is_named(tmp_path):
         find_checkpoint(str(folder))
 
 
-def test_an_adapter_with_a_configuration_is_no_base_either(tuned_run, tiny_llama, tmp_path):
+def test_an_adapter_with_a_config_json_is_not_a_base_either(tuned_run, tiny_llama, tmp_path):
     """As one whose run scaled RoPE is exported."""
     shutil.copytree(tuned_run.adapter, tmp_path / "adapter")
     shutil.copy(tiny_llama / "config.json", tmp_path / "adapter")
@@ -384,7 +384,7 @@ def test_an_adapter_with_a_configuration_is_no_base_either(tuned_run, tiny_llama
         find_checkpoint(str(tmp_path / "adapter"))
 
 
-def test_a_run_named_as_the_adapter_is_told_where_its_adapter_is(tuned_run):
+def test_for_a_run_given_as_an_adapter_the_message_names_its_adapter(tuned_run):
     with pytest.raises(ModelError) as caught:
         read_adapter_config(tuned_run.folder)
     assert caught.value.fix == f"adapter={tuned_run.adapter}"
@@ -397,7 +397,7 @@ def test_a_pointer_in_a_run_that_was_cloned_is_named(tuned_run, tmp_path, cache)
         load_answerer(open_run(tmp_path / "run"), cache)
 
 
-def test_an_adapter_or_a_run_is_no_base_and_doctor_says_so_in_the_same_words(tuned_run, tiny_llama):
+def test_an_adapter_or_a_run_is_not_a_base_and_doctor_gives_the_same_message(tuned_run, tiny_llama):
     for folder, kind in ((tuned_run.adapter, "a LoRA adapter"), (tuned_run.folder, "a nybble run")):
         with pytest.raises(ModelError) as caught:
             find_checkpoint(str(folder))
@@ -484,7 +484,7 @@ def test_rows_longer_than_the_models_positions_need_rope_scaling(tiny_llama):
     assert config.rope_parameters["rope_theta"] == 10000.0
 
 
-def test_a_gpu_that_is_not_there_is_an_error():
+def test_a_missing_gpu_is_an_error():
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(DeviceError, match="finds no CUDA device"):
@@ -603,14 +603,14 @@ def test_4_bit_layers_that_compute_in_another_type_stay(tiny_llama, tmp_path):
     assert loss_of(model).isfinite()
 
 
-def test_without_room_layers_stay_in_4_bits(tiny_llama, tmp_path, monkeypatch):
+def test_without_enough_memory_layers_stay_in_4_bits(tiny_llama, tmp_path, monkeypatch):
     model = base_of(tiny_llama, tmp_path).model
     monkeypatch.setattr("nybble.weights.on_cpu.host_memory", lambda: Memory(10_000, 20_000))
     assert not dequantise_if_it_fits(model)
     assert list(linear4bits(model))
 
 
-def test_what_is_loaded_to_be_worked_on_stays_in_4_bits(tuned_run, cache):
+def test_models_stay_in_4_bits_unless_dequantising_is_requested(tuned_run, cache):
     assert list(linear4bits(load_answerer(tuned_run, cache).model))
     assert not list(linear4bits(load_answerer(tuned_run, cache, dequantise=True).model))
 
@@ -673,7 +673,7 @@ def test_an_adapter_of_another_width_shows_both_sizes(tiny_llama, cache, tmp_pat
         ("adapter_model.safetensors", "{", "the file is cut off"),
     ],
 )
-def test_a_damaged_adapter_is_a_message(tiny_llama, cache, tmp_path, name, content, message):
+def test_a_damaged_adapter_gives_a_message(tiny_llama, cache, tmp_path, name, content, message):
     attach_adapter(base_of(tiny_llama, cache).model, LoraOptions(r=8)).save_pretrained(tmp_path)
     (tmp_path / name).write_text(content)
     with pytest.raises(ModelError) as caught:

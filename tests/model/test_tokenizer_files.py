@@ -77,7 +77,7 @@ def test_a_sentencepiece_file_beside_tokenizer_json_is_not_read(tiny_llama, tmp_
         assert ids(folder) == ids(tiny_llama)
 
 
-def test_code_that_a_tokenizer_names_is_not_run_and_nobody_is_asked(tiny_llama, tmp_path, monkeypatch):
+def test_code_that_a_tokenizer_names_is_not_run_and_the_user_is_not_asked(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
     names = {
         "AutoTokenizer": ["tokenization_own.Own", None],
@@ -158,7 +158,7 @@ def test_expressions_of_known_models_are_not_tried(smollm2):
         assert set(_expressions([described["normalizer"], described["pre_tokenizer"], described["decoder"]])) <= KNOWN
 
 
-def test_an_unknown_expression_that_is_harmless_is_taken(tiny_llama, tmp_path):
+def test_an_unknown_harmless_expression_is_accepted(tiny_llama, tmp_path):
     split = {"type": "Split", "pattern": {"Regex": r"[a-z]{1,7}|\s"}, "behavior": "Isolated", "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     parts = {"type": "Sequence", "pretokenizers": [split, level]}
@@ -218,7 +218,7 @@ def test_many_expressions_have_one_deadline(soon, names):
     assert time.monotonic() - began < 8
 
 
-def test_honest_expressions_are_taken(names):
+def test_ordinary_expressions_are_accepted(names):
     config = LoraConfig(
         target_modules=r".*\.(q|v)_proj", exclude_modules=r".*\.0\..*", rank_pattern={r"layers\.1\..*q_proj": 4}
     )

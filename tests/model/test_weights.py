@@ -143,7 +143,7 @@ def test_transformers_own_report_is_read_whole(folder, change, message):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kind", ["pipe", "folder", "socket", "device", "link to nothing"])
-def test_a_special_file_in_place_of_a_tokenizers_is_refused(folder, name, kind):
+def test_a_special_file_instead_of_a_tokenizer_is_refused(folder, name, kind):
     """A pipe would be waited for without end."""
     file = folder / name
     file.unlink(missing_ok=True)
@@ -162,7 +162,7 @@ def test_a_special_file_in_place_of_a_tokenizers_is_refused(folder, name, kind):
     assert caught.value.fix
 
 
-def test_what_may_not_be_read_is_named(tiny_llama):
+def test_what_cannot_be_read_is_named(tiny_llama):
     with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to others
         pathlib.Path(place).chmod(0o755)
         folder = shutil.copytree(tiny_llama, pathlib.Path(place) / "model")
@@ -180,12 +180,12 @@ def test_what_may_not_be_read_is_named(tiny_llama):
             assert caught.value.where == str(closed)
 
 
-def test_a_name_that_no_file_can_have_is_a_message():
+def test_an_impossible_file_name_gives_a_message():
     with pytest.raises(ModelError, match="the model's folder cannot be read: File name too long"):
         find_checkpoint("a" * 300)
 
 
-def test_bits_of_a_weight_in_16_bits_are_told_in_either_format(tmp_path):
+def test_an_integer_weight_is_reported_in_either_format(tmp_path):
     """torch's names and safetensors' of the same types."""
     folder = write_llama(tmp_path / "model", dtype=torch.bfloat16, safe=False)
     state = torch.load(folder / BIN)

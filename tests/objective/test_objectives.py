@@ -91,7 +91,7 @@ def adapted(folder):
     return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
 
 
-def test_the_loop_trains_towards_preference_as_it_is(tiny_llama, tmp_path, quiet):
+def test_the_unchanged_loop_trains_a_preference_objective(tiny_llama, tmp_path, quiet):
     """Counted in pairs, measured beside its loss, with a reference pass: nothing of the trainer knows about it."""
     recipe = load_recipe(None, [
         f"model.path={tiny_llama}", "data.path=d", "train.micro_batch=4", "train.accumulation=2", "train.learning_rate=1e-2",

@@ -64,7 +64,7 @@ def test_there_are_enough_of_them():
 
 
 @pytest.mark.parametrize("case", sampled(CASES, every=12))
-def test_a_damaged_run_is_told_in_a_sentence(case: RunCase, runs, tmp_path):
+def test_a_damaged_run_is_reported_in_one_sentence(case: RunCase, runs, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(runs.cut if case.command == "resume" else runs.whole.folder, folder)
     case.make(folder)
@@ -77,7 +77,7 @@ def test_a_damaged_run_is_told_in_a_sentence(case: RunCase, runs, tmp_path):
         assert kept(folder) == before, "something was changed"
 
 
-def test_a_run_does_not_go_on_with_another_template(runs, tmp_path):
+def test_a_run_is_not_resumed_with_another_template(runs, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(runs.cut, folder)
     exchanged(b"ent", b"tne")(folder / "template.json")
@@ -115,7 +115,7 @@ def found(folder: pathlib.Path) -> Outcome:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if place == 0 else pytest.mark.slow) for place, name in enumerate(REAL)]
 )
-def test_a_run_that_goes_on_past_damage_ends_as_if_there_had_been_none(name, runs, tmp_path):
+def test_a_run_resumed_after_damage_ends_like_an_undamaged_one(name, runs, tmp_path):
     """By the command line; and nothing that was damaged or not the run's is lost."""
     case = next(case for case in CASES if case.name == f"checkpoint-{name}")
     folder = tmp_path / "run"

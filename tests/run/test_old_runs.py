@@ -96,7 +96,7 @@ def project(tiny_llama, tmp_path, monkeypatch) -> Iterator[pathlib.Path]:
     time.tzset()
 
 
-def test_it_goes_on_as_if_nothing_had_happened(project, made, cache, here):
+def test_it_resumes_as_if_nothing_had_happened(project, made, cache, here):
     whole, cut = made
     run = old(cut, "cut")
     shutil.copy(cut.metrics, run.metrics)

@@ -48,7 +48,7 @@ def recipe_of(*words: str, model="models/l2", data="data/rows.jsonl") -> Recipe:
     return load_recipe(None, [f"model.path={model}", f"data.path={data}", *FAST, *WORDS, *words])
 
 
-def test_local_places_become_absolute_and_everything_else_stays(tmp_path, monkeypatch):
+def test_local_paths_become_absolute_and_everything_else_stays(tmp_path, monkeypatch):
     folder = tmp_path / "[old] work"
     for name in ("models/l2", "adapter", "data", "tasks"):
         (folder / name).mkdir(parents=True)
@@ -97,7 +97,7 @@ def test_local_places_become_absolute_and_everything_else_stays(tmp_path, monkey
     assert [file.name for file in find_sources(pattern)[0].files] == ["a.jsonl", "b.jsonl"]
 
 
-def test_a_link_on_the_way_is_not_cut_short(tmp_path, monkeypatch):
+def test_a_link_in_a_path_is_kept(tmp_path, monkeypatch):
     (tmp_path / "far" / "deep").mkdir(parents=True)
     (tmp_path / "far" / "rows").touch()
     (tmp_path / "link").symlink_to(tmp_path / "far" / "deep")
@@ -139,7 +139,7 @@ def test_check_keeps_what_train_finds_again(project, cache, quiet):
     assert len(list((project / "cache" / "tokens").iterdir())) == 1
 
 
-def test_a_base_that_is_gone_is_not_looked_for_on_the_hub(project, tmp_path, cache, quiet, monkeypatch, here):
+def test_a_missing_base_folder_is_not_looked_up_on_the_hub(project, tmp_path, cache, quiet, monkeypatch, here):
     run = train(recipe_of(), console=quiet, cache=cache)
     (project / "models" / "l2").rename(project / "models" / "now")
     for folder in (run.folder, run.adapter):
@@ -172,7 +172,7 @@ def as_of_0_5_1(run: pathlib.Path, project: pathlib.Path) -> None:
     (run / "start.json").write_text(json.dumps(start))
 
 
-def test_a_run_of_the_last_release_goes_on_and_answers(project, tmp_path, cache, quiet, monkeypatch):
+def test_a_run_of_the_last_release_resumes_and_answers(project, tmp_path, cache, quiet, monkeypatch):
     words = ["train.max_steps=6", "train.evaluate_every=2", "train.samples=2", "out=cut"]  # samples: the default
     interrupted(monkeypatch, 3, recipe_of(*words), quiet, cache)
     as_of_0_5_1(project / "cut", project)
@@ -200,7 +200,7 @@ def test_what_changed_is_still_refused_after_a_move(project, cache, quiet, monke
         resume("cut", console=quiet, cache=cache)
 
 
-def test_rows_that_moved_are_named_and_held_against_the_record(project, cache, quiet, here):
+def test_moved_rows_are_named_and_compared_with_the_record(project, cache, quiet, here):
     run = train(recipe_of("out=run"), console=quiet, cache=cache)
     tokenizer = load_answerer(run, cache).tokenizer
     moved = (project / "data" / "rows.jsonl").rename(project / "elsewhere.jsonl")
@@ -218,7 +218,7 @@ def test_rows_that_moved_are_named_and_held_against_the_record(project, cache, q
     assert (found, why) == (None, "the data changed since the run was trained")
 
 
-def test_as_many_places_as_the_run_has_rows_from(project, tuned_run):
+def test_paths_replace_the_sources_of_a_run_in_order(project, tuned_run):
     def of(path: object, validation: object, *places: str) -> tuple[object, object]:
         data = tuned_run.recipe.data.model_copy(update={"path": path, "validation": validation})
         recipe = tuned_run.recipe.model_copy(update={"data": data})
@@ -243,7 +243,9 @@ def test_as_many_places_as_the_run_has_rows_from(project, tuned_run):
         with_rows(open_run(bare), ["x"])
 
 
-def test_the_base_of_a_bare_adapter_is_looked_for_here_and_beside_it(project, tuned_run, monkeypatch, tmp_path):
+def test_the_base_of_a_bare_adapter_is_searched_in_the_current_folder_and_beside_it(
+    project, tuned_run, monkeypatch, tmp_path
+):
     bare = project / "adapters" / "bare"
     shutil.copytree(tuned_run.adapter, bare, ignore=shutil.ignore_patterns(COMPLETE))
     config = json.loads((bare / "adapter_config.json").read_text())
@@ -259,7 +261,7 @@ def test_the_base_of_a_bare_adapter_is_looked_for_here_and_beside_it(project, tu
     assert opened("") == ""
 
 
-def test_rows_that_are_said_to_be_elsewhere_and_are_not_stop_the_evaluation(tuned_run, tmp_path):
+def test_a_wrong_new_path_of_rows_stops_the_evaluation(tuned_run, tmp_path):
     with pytest.raises(DataError, match="there is no file") as caught:
         with_rows(open_run(tuned_run.folder), [str(tmp_path / "nowhere.jsonl")])
     print(caught.value)

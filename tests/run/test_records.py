@@ -215,6 +215,6 @@ def test_records_are_read_through_their_models_only():
                 )
 
 
-def test_open_run_reads_the_record_of_a_run_in_place(tmp_path):
+def test_open_run_reads_the_record_of_a_run(tmp_path):
     """recipe.yaml and start.json of 0.5.1 agree."""
     assert open_run(OLD).start().data.startswith("06a1")

@@ -70,7 +70,7 @@ def names(run: Run) -> set[str]:
     return {path.name for path in run.checkpoints.iterdir()}
 
 
-def test_the_newest_and_the_best_stay_and_nobody_else_s_folder_goes(run, tmp_path):
+def test_the_newest_and_the_best_stay_and_other_folders_are_not_removed(run, tmp_path):
     for step in (2, 4, 6, 8, 10):
         saved(run, step)
     (run.checkpoints / "checkpoint-2" / "notes.txt").write_text("mine")
@@ -99,7 +99,7 @@ def test_the_newest_and_the_best_stay_and_nobody_else_s_folder_goes(run, tmp_pat
     assert (elsewhere / "optimizer.pt").is_file()
 
 
-def test_what_a_kill_cut_off_is_removed_and_what_is_only_unmarked_is_not(run):
+def test_unfinished_checkpoints_are_removed_and_unmarked_ones_are_not(run):
     saved(run, 2)
     saved(run, 4, whole=False)
     half_removed = run.checkpoints / ".unfinished-checkpoint-1"
@@ -135,7 +135,7 @@ def test_a_kill_between_the_two_marks_leaves_a_checkpoint_whole(run):
     assert (folder / "optimizer.pt").exists()
 
 
-def test_what_stands_in_a_checkpoint_s_place_is_set_aside(run):
+def test_anything_at_a_checkpoint_s_path_is_set_aside(run):
     (run.checkpoints / "checkpoint-2").write_text("a file of mine")
     (run.checkpoints / "checkpoint-4").symlink_to("nowhere")
     for step in (2, 4, 6):
@@ -159,7 +159,7 @@ def test_only_cut_off_checkpoints_let_a_run_start_over_and_only_unmarked_ones_do
     assert f"mv {run.checkpoints} ELSEWHERE" in caught.value.fix
 
 
-def test_a_first_checkpoint_that_an_older_version_did_not_finish_is_told_with_what_it_lacks(run):
+def test_an_unfinished_first_checkpoint_of_an_older_version_is_reported_with_what_is_missing(run):
     """0.6.0 wrote no WRITING: what a kill cut off looks like a copy that lost its mark."""
     (saved(run, 2) / "COMPLETE").unlink()
     (run.checkpoints / "checkpoint-2" / "trainer_state.json").unlink()
@@ -203,7 +203,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed(cut, tmp_path):
     assert unseen["optimizer.pt"] + unseen["rng_state.pth"] < 8, "torch's files hold checksums of their parts"
 
 
-def test_a_stop_before_the_first_checkpoint_keeps_what_is_not_the_run_s(tiny_llama, rows, cache, tmp_path, monkeypatch):
+def test_a_stop_before_the_first_checkpoint_keeps_files_of_others(tiny_llama, rows, cache, tmp_path, monkeypatch):
     mine = tmp_path / "run" / "checkpoints" / "checkpoint-best" / "mine.txt"
 
     class Copied(Interrupt):
@@ -298,7 +298,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_adapter_ends_with_the_
     assert ends["tokens"] == sum(line.get("tokens", 0) for line in read_metrics_but_time(whole))
 
 
-def test_the_best_checkpoint_is_proven_before_its_adapter_is_kept(
+def test_the_best_checkpoint_is_verified_before_its_adapter_is_kept(
     tiny_llama, rows, cache, tmp_path, quiet, monkeypatch
 ):
     """Damaged while the run went on; the run then resumes from before it, and ends as it would have."""
@@ -328,7 +328,7 @@ def test_the_best_checkpoint_is_proven_before_its_adapter_is_kept(
     assert found.step < best if found.checkpoint else best == 1
 
 
-def test_a_damaged_adapter_is_made_again_from_the_checkpoints(cut, cache, tmp_path, quiet):
+def test_a_damaged_adapter_is_rebuilt_from_the_checkpoints(cut, cache, tmp_path, quiet):
     shutil.copytree(cut, tmp_path / "run")
     run = resume(tmp_path / "run", console=quiet, cache=cache)
     file = run.adapter / "adapter_model.safetensors"
@@ -347,7 +347,7 @@ def test_a_damaged_adapter_is_made_again_from_the_checkpoints(cut, cache, tmp_pa
     assert (again.adapter / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_training_does_not_go_on_from_a_damaged_adapter(cut, tiny_llama, rows, cache, tmp_path, quiet):
+def test_training_does_not_continue_from_a_damaged_adapter(cut, tiny_llama, rows, cache, tmp_path, quiet):
     folder = tmp_path / "adapter"
     shutil.copytree(cut / "checkpoints" / "checkpoint-2", folder)
     (folder / "adapter_config.json").write_text("{}")

@@ -20,7 +20,7 @@ def change(*, fails: bool) -> None:
         raise ValueError
 
 
-def test_what_was_set_removed_and_changed_is_as_before(monkeypatch):
+def test_variables_that_were_set_removed_or_changed_are_restored(monkeypatch):
     monkeypatch.setenv("KEPT", "old")
     monkeypatch.setenv("REMOVED", "old")
     before = dict(os.environ)
@@ -40,7 +40,7 @@ def test_what_was_set_removed_and_changed_is_as_before(monkeypatch):
         ("trackio", "TRACKIO_DIR", "{run}/trackio"),
     ],
 )
-def test_each_tracker_is_told_to_write_into_the_run(tracker, variable, value, tmp_path, monkeypatch):
+def test_each_tracker_writes_into_the_run(tracker, variable, value, tmp_path, monkeypatch):
     """Also those that are not installed here: what they read is an environment variable."""
     monkeypatch.setattr(trackers, "find_spec", lambda name: object())
     before = dict(os.environ)

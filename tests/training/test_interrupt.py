@@ -84,7 +84,7 @@ def whole(tiny_llama, rows, cache, tmp_path_factory):
     ("step", "number", "during"),
     [(1, signal.SIGTERM, ""), (2, signal.SIGINT, ""), (6, signal.SIGINT, ""), (4, signal.SIGINT, "evaluation")],
 )
-def test_the_step_is_done_and_saved_and_the_run_goes_on_as_if_nothing_had_happened(
+def test_the_step_is_finished_and_saved_and_the_run_resumes_as_if_nothing_had_happened(
     step, number, during, whole, tiny_llama, rows, cache, tmp_path, quiet, monkeypatch
 ):
     recipe = recipe_for(tiny_llama, rows, tmp_path / "run", *WORDS)
@@ -124,7 +124,7 @@ def test_a_signal_in_the_last_step_changes_nothing(whole, tiny_llama, rows, cach
     assert read_metrics_but_time(run) == read_metrics_but_time(whole)
 
 
-def test_what_is_ignored_stays_ignored_and_somebodys_own_handler_stays(quiet):
+def test_ignored_signals_stay_ignored_and_other_handlers_stay(quiet):
     own = signal.signal(signal.SIGTERM, lambda *words: None)
     mine = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # nohup, or a shell's background job

@@ -83,7 +83,7 @@ def sampled() -> list[Any]:
 
 
 @pytest.mark.parametrize("sequence", sampled())
-def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
+def test_a_run_that_is_killed_and_resumed_ends_like_an_uninterrupted_one(
     sequence: Sequence, forks, wholes, tiny_llama, rows, cache, tmp_path
 ):
     whole, processes, run = wholes(sequence.configuration), count(sequence.configuration), tmp_path / "run"
@@ -171,7 +171,7 @@ def test_what_a_killed_export_left_is_removed_by_the_next(killed, forks, wholes,
 
 
 @pytest.mark.slow
-def test_of_two_processes_both_pass_over_a_damaged_checkpoint(forks, wholes, tiny_llama, rows, cache, tmp_path):
+def test_both_of_two_processes_skip_a_damaged_checkpoint(forks, wholes, tiny_llama, rows, cache, tmp_path):
     """Each looks for itself where the run goes on, and the first sets aside what both have passed over."""
     whole, run = wholes("two processes"), tmp_path / "run"
     killed = dataclasses.asdict(NAMED["before the adapter is there"])
@@ -195,7 +195,7 @@ LONG = [*COMMON, *CONFIGURATIONS["two processes"], "train.max_steps=60", "train.
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", ["all of them", "the launcher", "the second process"])
-def test_what_a_launcher_started_is_killed_and_goes_on(killed, forks, tiny_llama, rows, cache, tmp_path):
+def test_a_run_under_a_launcher_is_killed_and_resumes(killed, forks, tiny_llama, rows, cache, tmp_path):
     """By real interpreters. Processes whose launcher is killed live on: nobody else may write their run meanwhile."""
     words = ["--cache", cache, "train", tiny_llama, rows, *LONG]
     whole = tmp_path / "whole"

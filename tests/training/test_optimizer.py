@@ -43,7 +43,7 @@ def descend(optimizer: torch.optim.Optimizer, parts: list[torch.nn.Parameter], s
         optimizer.step()
 
 
-def test_it_walks_where_float32_adamw_walks_as_closely_as_bitsandbytes_own():
+def test_it_follows_float32_adamw_as_closely_as_bitsandbytes_own():
     found = {}
     for name, kind in {"exact": torch.optim.AdamW, "flat": FlatAdamW8bit, "apart": AdamW8bit}.items():
         parts = parameters()
@@ -57,7 +57,7 @@ def test_it_walks_where_float32_adamw_walks_as_closely_as_bitsandbytes_own():
     assert off["flat"] < 1.2 * off["apart"]
 
 
-def test_saved_and_loaded_it_goes_on_to_the_last_digit():
+def test_after_saving_and_loading_it_continues_bit_for_bit():
     parts = parameters()
     optimizer = FlatAdamW8bit(parts, **SETTINGS)
     descend(optimizer, parts, range(5))
@@ -71,7 +71,7 @@ def test_saved_and_loaded_it_goes_on_to_the_last_digit():
         assert torch.equal(mine, theirs)
 
 
-def test_it_says_what_it_cannot_step_on():
+def test_it_reports_parameters_that_it_cannot_update():
     parts = parameters()
     optimizer = FlatAdamW8bit(parts, **SETTINGS)
     descend(optimizer, parts, range(1))
@@ -125,7 +125,7 @@ def test_no_share_is_larger_than_the_limit_and_no_parameter_is_split(shares):
 
 
 @pytest.mark.parametrize("dtype, fused", [("float32", True), ("bfloat16", True), ("float16", None)])
-def test_a_fused_optimiser_is_not_taken_where_steps_may_be_left_out(dtype, fused):
+def test_a_fused_optimiser_is_not_used_where_steps_may_be_skipped(dtype, fused):
     """GradScaler calls a fused one at an overflow too, and Accelerate then takes the step for made."""
     found = make_optimizer(torch.nn.Linear(2, 2), "adamw", getattr(torch, dtype), 1e-4, 0.0)
     assert found.defaults["fused"] is fused

@@ -15,7 +15,7 @@ from nybble.training.progress import EVALUATING, SAMPLING, SAVING, SCORING, TRAI
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 50), st.integers(0, 40))
-def test_what_is_to_come_is_counted(steps, evaluate_every, save_every, step):
+def test_remaining_evaluations_and_saves_are_counted(steps, evaluate_every, save_every, step):
     schedule = Schedule(steps, evaluate_every, save_every, 0)
     for every, counted in (
         (evaluate_every, schedule.evaluations_after(step)),

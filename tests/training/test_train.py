@@ -85,7 +85,7 @@ def finished(tiny_llama, rows, cache, tmp_path_factory) -> Run:
     return train(recipe, console=Console(quiet=True), cache=cache)
 
 
-def test_a_run_leaves_what_it_promises(finished):
+def test_a_run_writes_all_its_files(finished):
     names = {path.name for path in finished.folder.iterdir()}
     assert names == {
         *("recipe.yaml", "start.json", "template.json", "tokenizer", "checkpoints", "metrics.jsonl", "samples.jsonl"),
@@ -118,7 +118,7 @@ def test_the_adapter_loads_with_plain_peft(finished, tiny_llama):
     assert all(torch.equal(live[name], tensor) for name, tensor in saved.items())
 
 
-def test_the_best_adapter_is_kept_and_every_checkpoint_is_whole(finished):
+def test_the_best_adapter_is_kept_and_every_checkpoint_is_complete(finished):
     checkpoints = sorted(path.name for path in finished.checkpoints.iterdir())
     assert all((finished.checkpoints / name / "COMPLETE").exists() for name in checkpoints)
     evaluations = {line.step: line.eval_loss for line in read_metrics(finished) if line.eval_loss}
@@ -197,7 +197,7 @@ def test_the_run_says_how_its_layers_are_computed(tiny_llama, rows, cache, tmp_p
     assert "q_proj has the LoRA variant Dora" in told["DoRA"]
 
 
-def test_an_engine_that_is_asked_for_and_cannot_be_had_is_refused(tiny_llama, rows, cache, tmp_path, quiet):
+def test_a_requested_engine_that_is_not_possible_is_refused(tiny_llama, rows, cache, tmp_path, quiet):
     words = ["model.quantization=int8", "engine.policy=host", "train.max_steps=2"]
     with pytest.raises(EngineError) as caught:
         train(recipe_for(tiny_llama, rows, tmp_path / "run", *words), console=quiet, cache=cache)
@@ -207,7 +207,7 @@ def test_an_engine_that_is_asked_for_and_cannot_be_had_is_refused(tiny_llama, ro
     assert not (tmp_path / "run").exists()
 
 
-def test_training_goes_on_from_an_adapter(finished, tiny_llama, rows, cache, tmp_path, quiet):
+def test_training_continues_from_an_adapter(finished, tiny_llama, rows, cache, tmp_path, quiet):
     words = [f"adapter={finished.adapter}", "train.max_steps=2", "train.learning_rate=1e-9", UNASKED]
     run = train(recipe_for(tiny_llama, rows, tmp_path / "more", *words), console=quiet, cache=cache)
     before = json.loads((run.folder / "summary.json").read_text())["validation_loss"]["before"]
@@ -312,7 +312,7 @@ def interrupted(monkeypatch, step: int, recipe: Recipe, quiet, cache) -> None:
 
 
 @pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "adamw_8bit"])
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
+def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
     optimizer, tiny_llama, rows, cache, tmp_path, quiet, monkeypatch
 ):
     words = ["train.max_steps=10", "train.evaluate_every=3", "lora.dropout=0.2", "train.learning_rate=1e-3"]
@@ -333,7 +333,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
 
 
 @pytest.mark.parametrize("words", [["train.max_steps=8"], ["train.max_steps=20", "train.early_stopping=1"]])
-def test_a_run_that_failed_after_its_last_step_takes_no_other(
+def test_a_run_that_failed_after_its_last_step_does_no_other_step(
     words, tiny_llama, rows, cache, tmp_path, quiet, monkeypatch
 ):
     """Its adapter is that of the best step, which is not the last, wherever the run is by now."""
@@ -360,7 +360,7 @@ def read_metrics_but_time(run: Run) -> list[dict]:
     return [line.model_dump(exclude_unset=True, exclude={"seconds"}) for line in read_metrics(run)]
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_gone_on_from(
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_resumed(
     tiny_llama, rows, cache, tmp_path, quiet, monkeypatch
 ):
     recipe = recipe_for(tiny_llama, rows, tmp_path / "run", "train.max_steps=6", "train.evaluate_every=2", UNASKED)
@@ -432,7 +432,7 @@ def test_what_is_neither_run_nor_adapter_is_named(tmp_path):
         open_run(tmp_path / "none")
 
 
-def test_somebody_elses_adapter_answers_and_a_moved_base_is_found(finished, tiny_llama, cache, tmp_path):
+def test_an_adapter_without_a_run_answers_and_its_moved_base_is_found(finished, tiny_llama, cache, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(finished.adapter, bare, ignore=shutil.ignore_patterns("COMPLETE"))  # somebody else writes none
     moved = tmp_path / "moved"
@@ -447,7 +447,7 @@ def test_somebody_elses_adapter_answers_and_a_moved_base_is_found(finished, tiny
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
-def test_trackers_write_into_the_run_never_ask_and_leave_the_environment_alone(
+def test_trackers_write_into_the_run_without_prompts_and_leave_the_environment_unchanged(
     tracker, tiny_llama, rows, cache, tmp_path, quiet, monkeypatch
 ):
     if tracker == "tensorboard":
@@ -469,7 +469,7 @@ def test_trackers_write_into_the_run_never_ask_and_leave_the_environment_alone(
     assert not [path for path in tmp_path.iterdir() if path.name in ("wandb", "mlruns", "mlflow.db")]
 
 
-def test_a_base_that_came_quantised_is_named_so_in_its_run(tiny_llama, rows, tmp_path, quiet):
+def test_the_recipe_of_a_run_records_that_its_base_came_quantised(tiny_llama, rows, tmp_path, quiet):
     """The recipe of the run says how the base is stored, so that chat and resume load it again."""
     first = train(
         recipe_for(tiny_llama, rows, tmp_path / "a", "model.quantization=fp4", "train.max_steps=2"),
@@ -558,7 +558,7 @@ def test_samples_are_answered_from_dequantised_weights_and_the_4_bit_ones_come_b
     ]  # fmt: skip
 
 
-def test_a_resumed_run_counts_all_its_legs(tiny_llama, rows, cache, tmp_path, quiet, monkeypatch):
+def test_a_resumed_run_counts_its_time_before_the_resumption(tiny_llama, rows, cache, tmp_path, quiet, monkeypatch):
     words = ["train.max_steps=6", "train.evaluate_every=2", "train.samples=0"]
     whole = train(recipe_for(tiny_llama, rows, tmp_path / "whole", *words), console=quiet, cache=cache)
     interrupted(monkeypatch, 5, recipe_for(tiny_llama, rows, tmp_path / "cut", *words), quiet, cache)
@@ -578,7 +578,7 @@ def test_a_resumed_run_counts_all_its_legs(tiny_llama, rows, cache, tmp_path, qu
     assert "| speed in training |" in (cut.folder / "README.md").read_text()
 
 
-def test_the_loss_that_is_told_is_that_of_the_adapter_that_is_kept(tiny_llama, rows, cache, tmp_path, quiet):
+def test_the_reported_loss_is_that_of_the_saved_adapter(tiny_llama, rows, cache, tmp_path, quiet):
     words = ["train.max_steps=6", "train.evaluate_every=2", "train.learning_rate=3", UNASKED]
     for keep in ("true", "false"):
         recipe = recipe_for(tiny_llama, rows, tmp_path / keep, *words, f"train.keep_best={keep}")
@@ -589,7 +589,7 @@ def test_the_loss_that_is_told_is_that_of_the_adapter_that_is_kept(tiny_llama, r
         assert (summary["kept_step"] == 6) == (keep == "false" or told[6] == min(told[2], told[4], told[6]))
 
 
-def test_what_does_not_fit_is_made_leaner_step_by_step():
+def test_memory_saving_changes_are_suggested_step_by_step():
     words = ["model.path=m", "data.path=d", "model.quantization=none", "engine.policy=keep-all", "train.micro_batch=2"]
     given = []
     for _ in range(6):
@@ -627,7 +627,7 @@ def test_the_gradients_norm_is_the_same_however_the_optimiser_holds_them(tiny_ll
     assert norms["adamw"] == pytest.approx(norms["adamw_8bit"], rel=0.05)  # 8-bit steps end elsewhere, but not far away
 
 
-def test_the_next_step_s_rows_are_laid_out_before_a_step_is_over(tiny_llama, rows, cache, tmp_path, quiet, monkeypatch):
+def test_the_next_step_s_batches_are_collated_before_a_step_ends(tiny_llama, rows, cache, tmp_path, quiet, monkeypatch):
     """While the device still works; and no step beyond the last is read."""
     seen: list[str] = []
     collate, clear = Collator.__call__, CurrentStep.clear

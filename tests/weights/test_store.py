@@ -89,7 +89,7 @@ def test_writing_into_a_stored_weight_shows_in_the_versions():
 
 
 @pytest.mark.parametrize("kind, double", KINDS[:3])
-def test_a_stored_weight_stands_for_the_numbers_of_the_loaded_one(kind, double):
+def test_a_stored_weight_dequantises_like_the_loaded_one(kind, double):
     layer = Projections(kind, double, torch.bfloat16).to(DEVICE).second
     tensors = {f"second.{name}": tensor.cpu() for name, tensor in layer.state_dict().items()}
     described = description_name("second.weight", tensors)

@@ -25,14 +25,14 @@ class Incompatibility:
     """What to install, as an argument of pip."""
 
 
-def first_incompatibility(*rooms: str) -> Incompatibility | None:
+def first_incompatibility(*packages: str) -> Incompatibility | None:
     """The first coupling of these packages that an installed library does not fulfil; None if all are fulfilled.
 
     Only couplings that nothing else notices in time are checked (`Coupling.guard`). Optional libraries that are not installed and
     attributes that only instances have are skipped.
     """
     for coupling in COUPLINGS:
-        if coupling.guard == AT_START and any(file.split("/")[0] in rooms for file in coupling.files):
+        if coupling.guard == AT_START and any(file.split("/")[0] in packages for file in coupling.files):
             for symbol in missing_symbols(coupling):
                 return incompatibility(coupling, symbol)
     return None

@@ -105,8 +105,8 @@ def faults_of(checkpoint: pathlib.Path) -> list[str]:
     """
     try:
         if not (checkpoint / COMPLETE).exists():
-            lacking = ", ".join([COMPLETE, *_missing(checkpoint)])
-            return [f"it is not marked as complete (there is no {lacking})"]
+            missing = ", ".join([COMPLETE, *_missing(checkpoint)])
+            return [f"it is not marked as complete (there is no {missing})"]
         files = read_mark(checkpoint).get("files")
         wrong = _changed(checkpoint, files) if files is not None else []
         wrong = wrong or [f"there is no {pattern}" for pattern in _missing(checkpoint)]
