@@ -136,7 +136,7 @@ def test_a_request_that_is_cancelled_stops_and_the_others_do_not(generator, mode
 def test_a_deadline_ends_an_answer_with_what_it_has(generator):
     now = time.monotonic()
     late, soon, never = complete(
-        generator, [ask(PROMPTS[0], deadline=now - 1), ask(PROMPTS[0], 400, deadline=now + 0.3), ask(PROMPTS[0])]
+        generator, [ask(PROMPTS[0], deadline=now - 1), ask(PROMPTS[0], 400, deadline=now + 0.05), ask(PROMPTS[0])]
     )
     assert (late.ids, late.finish) == ([], "deadline")
     assert soon.finish == "deadline"
