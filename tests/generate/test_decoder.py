@@ -94,6 +94,16 @@ def test_a_request_beyond_the_whole_cache_is_refused_before_it_starts(model, cap
     assert "needs 41 tokens (prompt 4, answer up to 37), and there is memory for 40" in capsys.readouterr().out
 
 
+def test_a_request_beyond_the_context_length_is_refused_before_it_starts(model, capsys):
+    with pytest.raises(GenerationError) as refused:
+        decoder(model).submit([ask(PROMPTS[0], None, 509)], [None])
+    print(refused.value)
+    assert (
+        "needs 513 tokens (prompt 4, answer up to 509), and the context length of the model is 512"
+        in capsys.readouterr().out
+    )
+
+
 def test_a_row_joins_while_others_are_under_way(model):
     generator = decoder(model)
     later = []

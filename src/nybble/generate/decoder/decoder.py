@@ -83,11 +83,16 @@ class RowDecoder:
         """Queue all of these, or none; from any thread.
 
         Raises:
-            BusyError, GenerationError: as `Generator.submit`; also for a request that the whole cache has no room for.
+            BusyError, GenerationError: as `Generator.submit`; also for a request beyond the context length or the whole cache.
         """
         for request in requests:
             check_request(request, self.vocabulary, self.adapters)
             asked = len(request.prompt) + request.max_tokens
+            if asked > self.positions:
+                raise GenerationError(
+                    f"the request needs {asked:,} tokens (prompt {len(request.prompt):,}, answer up to "
+                    f"{request.max_tokens:,}), and the context length of the model is {self.positions:,}"
+                )
             if asked > self.steps.tokens:
                 raise GenerationError(
                     f"the request needs {asked:,} tokens (prompt {len(request.prompt):,}, answer up to "

@@ -31,6 +31,8 @@ class PackedGroup:
     weights: ProductWeights
     adapters: Sequence[Sequence[Adapter]]
     """For each adapter, its part in each projection; none at all where no adapter changes the group."""
+    above: torch.Tensor | None
+    """B of every adapter, to which their parts point."""
 
 
 def pack_group(group: ProjectionGroup, adapters: Mapping[str, Sequence[ActiveAdapter]]) -> PackedGroup:
@@ -42,7 +44,9 @@ def pack_group(group: ProjectionGroup, adapters: Mapping[str, Sequence[ActiveAda
     check_group(group, adapters)
     named = [(name, each) for name, projections in adapters.items() for each in projections]
     if not named:
-        return PackedGroup(ProductWeights([_quantised(weight) for weight in group.frozen], None, group.inputs), ())
+        return PackedGroup(
+            ProductWeights([_quantised(weight) for weight in group.frozen], None, group.inputs), (), None
+        )
     ranks = [-(-each.a.shape[0] // RANK_STEP) * RANK_STEP for _, each in named]
     below = torch.cat([_padded(each.a.detach(), rank, 0) for (_, each), rank in zip(named, ranks, strict=True)])
     ups = [_padded(each.b.detach(), rank, 1).flatten() for (_, each), rank in zip(named, ranks, strict=True)]
@@ -57,8 +61,8 @@ def pack_group(group: ProjectionGroup, adapters: Mapping[str, Sequence[ActiveAda
             address, columns[index], ranks[index], each.scaling, 0
         )
     below = _padded(below, -(-len(below) // SLAB) * SLAB, 0)
-    weights = ProductWeights([_quantised(weight) for weight in group.frozen], below, group.inputs, above)
-    return PackedGroup(weights, tuple(entries.values()))
+    weights = ProductWeights([_quantised(weight) for weight in group.frozen], below, group.inputs)
+    return PackedGroup(weights, tuple(entries.values()), above)
 
 
 def check_group(group: ProjectionGroup, adapters: Mapping[str, Sequence[ActiveAdapter]]) -> None:

@@ -59,10 +59,10 @@ class ProductArguments(ctypes.Structure):
 
     _fields_ = (
         ("weights", Weight * 3), ("code", Pointer), ("code2", Pointer), ("below", Pointer), ("x", Pointer),
-        ("squares", Pointer), ("y", Pointer), ("t", Pointer), ("next", Pointer), ("chunk_stride", ctypes.c_uint64),
+        ("squares", Pointer), ("y", Pointer), ("t", Pointer), ("chunk_stride", ctypes.c_uint64),
         ("quantised_slabs", ctypes.c_int), ("below_slabs", ctypes.c_int), ("m", ctypes.c_int), ("blocks", ctypes.c_int),
         ("chunks", ctypes.c_int), ("chunk_blocks", ctypes.c_int), ("columns", ctypes.c_int), ("square_parts", ctypes.c_int),
-        ("eps", ctypes.c_float), ("next_lines", ctypes.c_int),
+        ("eps", ctypes.c_float), ("unused", ctypes.c_int),
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 //
 // A block attends with the GROUP query heads of one key-value head to one share of the pages, so keys and values are read once
 // for the group. Pages of 64 tokens: each warp takes 16 positions of a page, LANES lanes to a position, WIDTH numbers to a lane.
-// Shares depend on the row's length alone, and are merged in their order: two runs give the same bits, whatever the neighbours.
+// Shares are merged in their order: two runs of one batch give the same bits. How many there are depends on the number of rows.
 //
 // Compiled with HEAD (size of a head, a multiple of 16), GROUP (query heads of a block) and SUBGROUPS (blocks that share a
 // key-value head: more than four query heads do not fit into a thread's registers) and ADAPTERS (common.cuh).

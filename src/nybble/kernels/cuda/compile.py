@@ -20,7 +20,7 @@ log = logging.getLogger("nybble.kernels")
 OPTIONS = ("--std=c++17", "-default-device", "-diag-suppress=177")  # 177: a constant that one of the files does not use
 
 
-class CompileError(Exception):
+class CompileError(RuntimeError):
     """A kernel that could not be compiled; the message has NVRTC's own words."""
 
 

@@ -17,7 +17,6 @@ from nybble.kernels.cuda.launch import DEPENDENT_FROM, CudaKernel, shared_limit
 from nybble.kernels.cuda.layout import SLAB, attention_groups, attention_shares, product_layout
 from nybble.kernels.reference import Nested
 
-PREFETCHED = 1 << 22  # bytes at most, of an L2 cache of 40 MB and more
 ELEMENTWISE_COLUMNS = 512  # of a block: 128 threads of four
 
 
@@ -39,20 +38,13 @@ class ProductWeights:
         weights: at most three, of one table of codes and one of scales.
         below: (16 x n, inputs) bf16, or None.
         inputs: a multiple of 64.
-        next_read: what the kernel after the product reads first (the adapters' B).
     """
 
-    def __init__(
-        self,
-        weights: Sequence[QuantisedWeight],
-        below: torch.Tensor | None,
-        inputs: int,
-        next_read: torch.Tensor | None = None,
-    ) -> None:
+    def __init__(self, weights: Sequence[QuantisedWeight], below: torch.Tensor | None, inputs: int) -> None:
         self.blocks = inputs // 64
         self.outputs = sum(weight.rows for weight in weights)
         self.ranks = 0 if below is None else len(below)
-        self._kept = (weights, below, next_read)  # the structure has addresses only
+        self._kept = (weights, below)  # the structure has addresses only
         first = weights[0]
         fields = arguments.ProductArguments(
             code=address(first.code), code2=address(first.nested.code if first.nested else None), below=address(below),

@@ -35,12 +35,11 @@ struct Product {
   const float* squares;     // (square_parts, m), sums of squares whose root divides the result; null for none
   float* y;                 // (chunks, m, columns)
   float* t;                 // (chunks * KI, m, 16 * below_slabs)
-  const u8* next;           // what the next kernel reads first, the adapters' B: asked into the L2 cache meanwhile
   u64 chunk_stride;
   int quantised_slabs, below_slabs;
   int m, blocks, chunks, chunk_blocks, columns, square_parts;
   float eps;
-  int next_lines;           // of 128 bytes
+  int unused;
 };
 
 __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -153,8 +152,6 @@ extern "C" __global__ __launch_bounds__(THREADS, MIN_BLOCKS) void product(const 
 #pragma unroll
   for (int s = 0; s < STAGES; s++) fetch(first + s * stride, s);
   load_scales(first);
-  for (int line = blockIdx.x * THREADS + thread; line < a.next_lines; line += gridDim.x * THREADS)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(a.next + (u64)line * 128));
   for (int e = thread; e < 2048; e += THREADS) {
     const int byte = e >> 3;
     const u32 pair = pack_bf16(__ldg(a.code + (byte >> 4)), __ldg(a.code + (byte & 15)));
