@@ -19,7 +19,8 @@ from nybble.plan.shapes import ModelShape
 from nybble.weights.watched import Ineligible
 
 try:
-    from nybble.generate.decoder.cuda_steps import SIZES, CudaSteps
+    from nybble.generate.decoder.cuda_steps import CudaSteps
+    from nybble.generate.decoder.step_graphs import SIZES
 
     MISSING = ""
 except ImportError as error:  # torch for CPUs does not bring it, and does not need it

@@ -40,6 +40,7 @@ class PlainSteps:
     """
 
     about = "plain torch"
+    asynchronous = False
 
     def __init__(self, model: DecoderModel, tokens: int) -> None:
         self.model, self.tokens, self.rows, self.chunk = model, tokens, ROWS, CHUNK
@@ -87,9 +88,9 @@ class PlainSteps:
             slot.length = end
         return self.layers.logits(residual[self._tensor(lengths).cumsum(0) - 1])
 
-    def decode(self, slots: Sequence[CacheSlot], ids: Sequence[int]) -> torch.Tensor:
+    def decode(self, slots: Sequence[CacheSlot], ids: torch.Tensor) -> torch.Tensor:
         """See `Steps.decode`."""
-        return self.prefill(slots, [[token] for token in ids])
+        return self.prefill(slots, [[token] for token in ids.tolist()])
 
     def release(self, slot: CacheSlot, ids: Sequence[int]) -> None:
         """See `Steps.release`."""
