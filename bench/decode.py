@@ -82,7 +82,7 @@ def answers(prompt: int, answer: int, padded: bool) -> Iterator[dict[str, object
     """Answers by rows: the second time each, when all is compiled and captured."""
     model = with_adapters(quantised_llama(LLAMA_2_7B), {"one": (16, ALL)})
     with tempfile.TemporaryDirectory() as folder:
-        generator = Padded(model, 0) if padded else make_decoder(model, folder=pathlib.Path(folder))
+        generator = Padded(model, 0) if padded else make_decoder(model, cache=pathlib.Path(folder))
         for rows in (1, 16) if padded else ROWS:
             measure_answers(generator, model, rows, prompt, answer)
             figures = measure_answers(generator, model, rows, prompt, answer)

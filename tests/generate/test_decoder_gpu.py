@@ -118,6 +118,16 @@ def test_scales_may_be_quantised_or_not_and_a_base_may_stand_alone(nested):
         check(step.run(), plain, exact)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize("name", ["smollm2", "llama 3 8B", "head 96"])
+def test_a_base_in_16_bits_answers_with_its_adapters(name, rows):
+    model = with_adapters(quantised_llama(SHAPES[name], quantised=False), ADAPTERS)
+    adapters = [(None, *ADAPTERS)[row % 4] for row in range(rows)]
+    step, plain, exact = step_of(model, rows, [(37 * row) % 300 + 1 for row in range(rows)], adapters)
+    with torch.inference_mode():
+        check(step.run(), plain, exact)
+
+
 @pytest.mark.parametrize("rows, length", [(1, 4000), (2, 1500), (20, 700)])
 def test_long_caches_are_shared_out_and_merged(rows, length):
     model = with_adapters(quantised_llama(SHAPES["tinyllama"]), {"one": (8, ALL)})
@@ -135,6 +145,98 @@ def test_idle_rows_change_nothing():
         after = step.run()
     assert torch.equal(before[[0, 2, 3]], after[[0, 2, 3]])
     assert after[1].isfinite().all()
+
+
+def request(prompt, adapter, tokens, **options):
+    from nybble.generate.request import Request
+
+    return Request(prompt, tokens, adapter, frozenset(), **options)
+
+
+@pytest.fixture(scope="module")
+def answering_model():
+    return with_adapters(quantised_llama(SHAPES["smollm2"]), ADAPTERS)
+
+
+def test_answers_are_the_same_alone_and_among_others_whatever_their_options(answering_model):
+    """float32 logits of random weights have no near-ties that rounding decides."""
+    from nybble.generate.decoder.choice import make_decoder
+    from nybble.generate.request import complete
+
+    options = [
+        {}, {"temperature": 0.8, "top_p": 0.9, "seed": 5}, {"frequency_penalty": 1.0, "presence_penalty": 0.5},
+        {"repetition_penalty": 1.3, "temperature": 0.7, "min_p": 0.05, "seed": 6}, {"logit_bias": ((7, 3.0),), "logprobs": 3},
+    ]  # fmt: skip
+    torch.manual_seed(4)
+    requests = [
+        request(
+            torch.randint(3, 500, (5 + 31 * n % 200,)).tolist(), (None, *ADAPTERS)[n % 4], 20 + n % 30, **options[n % 5]
+        )
+        for n in range(90)  # more than rows at once
+    ]
+    with torch.inference_mode():
+        generator = make_decoder(answering_model)
+        assert generator.steps.asynchronous
+        together = complete(generator, requests)
+        same = [
+            complete(generator, [each])[0].ids == answer.ids for each, answer in zip(requests, together, strict=True)
+        ]
+    assert [len(answer.ids) for answer in together] == [each.max_tokens for each in requests]
+    assert sum(same) >= 85, "the number of rows decides how K is cut, so a near-tie may fall the other way"
+
+
+def test_prompt_parts_and_shared_beginnings_change_no_answer(answering_model):
+    from nybble.generate.decoder.choice import make_decoder
+    from nybble.generate.request import complete
+
+    torch.manual_seed(5)
+    prompts = [torch.randint(3, 500, (700,)).tolist() for _ in range(3)]
+    requests = [request(prompt, "one", 24) for prompt in prompts]
+    with torch.inference_mode():
+        whole = [answer.ids for answer in complete(make_decoder(answering_model), requests)]
+        generator = make_decoder(answering_model)
+        generator.steps.chunk = 150
+        parts = [answer.ids for answer in complete(generator, requests)]
+        again = [answer.ids for answer in complete(generator, requests)]
+    assert parts == whole
+    assert again == whole
+
+
+def test_a_graph_that_cannot_be_captured_is_launched_kernel_by_kernel_and_the_log_says_so(
+    answering_model, monkeypatch, caplog
+):
+    from nybble.generate.decoder.choice import make_decoder
+    from nybble.generate.request import complete
+
+    requests = [request([5, 6, 7], "one", 12), request([9, 8], None, 12)]
+    with torch.inference_mode():
+        expected = [answer.ids for answer in complete(make_decoder(answering_model), requests)]
+
+        def refuse(graph):
+            raise RuntimeError("capture is not possible")
+
+        monkeypatch.setattr(torch.cuda, "graph", refuse)
+        found = [answer.ids for answer in complete(make_decoder(answering_model), requests)]
+    print(caplog.text)
+    assert (
+        "the step of 2 rows cannot be captured in a CUDA graph and will be slower: capture is not possible"
+        in caplog.text
+    )
+    assert found == expected
+
+
+def test_kernels_that_do_not_compile_are_a_reason_to_answer_otherwise(answering_model, monkeypatch):
+    from nybble.generate.decoder.choice import make_decoder
+    from nybble.kernels.cuda import kernels
+    from nybble.kernels.cuda.compile import CompileError
+    from nybble.weights.watched import Ineligible
+
+    def refuse(*given):
+        raise CompileError("product.cu does not compile for sm_90: no")
+
+    monkeypatch.setattr(kernels, "cubin", refuse)
+    with pytest.raises(Ineligible, match=r"product\.cu does not compile"):
+        make_decoder(answering_model)
 
 
 def test_a_graph_replays_the_step():

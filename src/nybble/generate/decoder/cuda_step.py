@@ -9,6 +9,7 @@ import torch
 
 from nybble.generate.decoder.model import DecoderModel
 from nybble.generate.decoder.packing import PackedGroup, pack_group
+from nybble.generate.decoder.plain_weights import PlainWeights
 from nybble.kernels.cuda.kernels import (
     ELEMENTWISE_COLUMNS,
     CacheView,
@@ -86,12 +87,12 @@ class CudaStep:
         model, rows = packed.model, len(inputs.tokens)
         self.packed, self.kernels, self.inputs, self.cache, self.rotary = packed, kernels, inputs, cache, rotary
         first = packed.layers[0]
-        self.outputs: dict[tuple[str, int], ProductOutput] = {}
+        self.outputs: dict[tuple[str, type, int], ProductOutput] = {}
         device, hidden = model.device, model.hidden
         self.residual = torch.zeros(rows, hidden, device=device)
         self.normed = torch.zeros(rows, hidden, device=device, dtype=torch.bfloat16)
         self.attended = torch.zeros(rows, model.heads * model.head_size, device=device, dtype=torch.bfloat16)
-        self.activated = torch.zeros(rows, first["down"].weights.blocks * 64, device=device, dtype=torch.bfloat16)
+        self.activated = torch.zeros(rows, first["down"].weights.inputs, device=device, dtype=torch.bfloat16)
         self.squares = torch.zeros(-(-hidden // ELEMENTWISE_COLUMNS), rows, device=device)
         self.work = kernels.attention_work(rows, model.heads, model.kv_heads, model.head_size)
         self.logits = torch.zeros(rows, len(model.head), device=device)
@@ -105,8 +106,7 @@ class CudaStep:
             product = self._layer(index, layer, product)
         self._add_norm(product, model.norm)
         torch.mm(self.normed, model.head.t(), out=self.logits, out_dtype=torch.float32)
-        mean = self.squares.sum(0).unsqueeze(1) / model.hidden
-        return self.logits.mul_(torch.rsqrt(mean + model.eps))
+        return self.logits.mul_(Squares(self.squares, model.eps).factor(model.hidden))
 
     def _layer(self, index: int, layer: Mapping[str, PackedGroup], before: Product | None) -> Product:
         """One layer; gives the output of its last product, which is still to be added to the residual stream."""
@@ -125,14 +125,20 @@ class CudaStep:
     ) -> Product:
         group = layer[name]
         output = self._output(name, group.weights)
-        self.kernels.product(x_mk, group.weights, squares, output)
+        if isinstance(group.weights, PlainWeights):
+            group.weights.product(x_mk, squares, output)
+        else:
+            self.kernels.product(x_mk, group.weights, squares, output)
         return output, RowAdapters(group.adapters, self.inputs.adapters) if group.adapters else None
 
-    def _output(self, name: str, weights: ProductWeights) -> ProductOutput:
-        """The buffers that all layers' groups of this name share, if their adapters' ranks are as many."""
-        key = name, weights.ranks
+    def _output(self, name: str, weights: ProductWeights | PlainWeights) -> ProductOutput:
+        """The buffers that the groups of this name share, if they are of one kind and their adapters' ranks are as many."""
+        key, rows = (name, type(weights), weights.ranks), len(self.inputs.tokens)
         if key not in self.outputs:
-            self.outputs[key] = self.kernels.output(len(self.inputs.tokens), weights)
+            if isinstance(weights, PlainWeights):
+                self.outputs[key] = weights.output(rows)
+            else:
+                self.outputs[key] = self.kernels.output(rows, weights)
         return self.outputs[key]
 
     def _add_norm(self, product: Product | None, weight_h: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nybble.generate.decoder.plain_weights import PlainWeights
 from nybble.kernels.cuda.arguments import MAX_ADAPTERS, Adapter
 from nybble.kernels.cuda.kernels import ProductWeights, QuantisedWeight
 from nybble.kernels.cuda.layout import BLOCK, SLAB
@@ -28,7 +29,7 @@ NESTED_BLOCK = 256  # scales with one scale
 class PackedGroup:
     """One group of one layer."""
 
-    weights: ProductWeights
+    weights: ProductWeights | PlainWeights
     adapters: Sequence[Sequence[Adapter]]
     """For each adapter, its part in each projection; none at all where no adapter changes the group."""
     above: torch.Tensor | None
@@ -44,9 +45,7 @@ def pack_group(group: ProjectionGroup, adapters: Mapping[str, Sequence[ActiveAda
     check_group(group, adapters)
     named = [(name, each) for name, projections in adapters.items() for each in projections]
     if not named:
-        return PackedGroup(
-            ProductWeights([_quantised(weight) for weight in group.frozen], None, group.inputs), (), None
-        )
+        return PackedGroup(_weights(group, None), (), None)
     ranks = [-(-each.a.shape[0] // RANK_STEP) * RANK_STEP for _, each in named]
     below = torch.cat([_padded(each.a.detach(), rank, 0) for (_, each), rank in zip(named, ranks, strict=True)])
     ups = [_padded(each.b.detach(), rank, 1).flatten() for (_, each), rank in zip(named, ranks, strict=True)]
@@ -61,8 +60,7 @@ def pack_group(group: ProjectionGroup, adapters: Mapping[str, Sequence[ActiveAda
             address, columns[index], ranks[index], each.scaling, 0
         )
     below = _padded(below, -(-len(below) // SLAB) * SLAB, 0)
-    weights = ProductWeights([_quantised(weight) for weight in group.frozen], below, group.inputs)
-    return PackedGroup(weights, tuple(entries.values()), above)
+    return PackedGroup(_weights(group, below), tuple(entries.values()), above)
 
 
 def check_group(group: ProjectionGroup, adapters: Mapping[str, Sequence[ActiveAdapter]]) -> None:
@@ -71,15 +69,33 @@ def check_group(group: ProjectionGroup, adapters: Mapping[str, Sequence[ActiveAd
     Raises:
         Ineligible: the first reason why they do not.
     """
-    first = group.frozen[0]
+    if len({weight.is_quantised for weight in group.frozen}) > 1:
+        raise Ineligible("some projections of one layer are quantised, others not")
     for weight in group.frozen:
-        if weight.code is None:
-            raise Ineligible("a weight is not quantised in 4 bits")
-        if weight.blocksize != BLOCK:
-            raise Ineligible(f"weights are quantised in blocks of {weight.blocksize}, not {BLOCK}")
         if weight.outputs % 4:
             raise Ineligible(f"a projection has {weight.outputs} outputs, not a multiple of 4")
-        if first.code is None or not torch.equal(weight.code, first.code):
+        if not weight.is_quantised and weight.stored.dtype != torch.bfloat16:
+            raise Ineligible(f"a weight is in {str(weight.stored.dtype).removeprefix('torch.')}, not bfloat16")
+    if group.frozen[0].code is not None:
+        _check_quantised(group)
+    if len(adapters) > MAX_ADAPTERS:
+        raise Ineligible(f"there are {len(adapters)} adapters, more than {MAX_ADAPTERS}")
+    ranks = [each.a.shape[0] for projections in adapters.values() for each in projections]
+    if max(ranks, default=0) > MAX_RANK:
+        raise Ineligible(f"an adapter has rank {max(ranks)}, above {MAX_RANK}")
+
+
+def _check_quantised(group: ProjectionGroup) -> None:
+    """Whether all weights of a group are quantised alike, in blocks that the kernels know.
+
+    Raises:
+        Ineligible: they are not.
+    """
+    first = group.frozen[0]
+    for weight in group.frozen:
+        if weight.blocksize != BLOCK:
+            raise Ineligible(f"weights are quantised in blocks of {weight.blocksize}, not {BLOCK}")
+        if weight.code is None or first.code is None or not torch.equal(weight.code, first.code):
             raise Ineligible("projections of one layer are quantised to different values")
         if (weight.nested is None) != (first.nested is None):
             raise Ineligible("the scales of some projections are quantised, of others not")
@@ -88,11 +104,12 @@ def check_group(group: ProjectionGroup, adapters: Mapping[str, Sequence[ActiveAd
                 raise Ineligible(f"scales are quantised in blocks of {weight.nested.blocksize}, not {NESTED_BLOCK}")
             if not torch.equal(weight.nested.code, first.nested.code):
                 raise Ineligible("scales of one layer are quantised to different values")
-    if len(adapters) > MAX_ADAPTERS:
-        raise Ineligible(f"there are {len(adapters)} adapters, more than {MAX_ADAPTERS}")
-    ranks = [each.a.shape[0] for projections in adapters.values() for each in projections]
-    if max(ranks, default=0) > MAX_RANK:
-        raise Ineligible(f"an adapter has rank {max(ranks)}, above {MAX_RANK}")
+
+
+def _weights(group: ProjectionGroup, below: torch.Tensor | None) -> ProductWeights | PlainWeights:
+    if not group.frozen[0].is_quantised:
+        return PlainWeights([weight.stored for weight in group.frozen], below)
+    return ProductWeights([_quantised(weight) for weight in group.frozen], below, group.inputs)
 
 
 def _padded(matrix: torch.Tensor, size: int, dimension: int) -> torch.Tensor:

@@ -41,7 +41,7 @@ class ProductWeights:
     """
 
     def __init__(self, weights: Sequence[QuantisedWeight], below: torch.Tensor | None, inputs: int) -> None:
-        self.blocks = inputs // 64
+        self.inputs, self.blocks = inputs, inputs // 64
         self.outputs = sum(weight.rows for weight in weights)
         self.ranks = 0 if below is None else len(below)
         self._kept = (weights, below)  # the structure has addresses only
@@ -70,6 +70,10 @@ class Squares:
     sums: torch.Tensor
     """(parts, m) float32"""
     eps: float
+
+    def factor(self, width: int) -> torch.Tensor:
+        """One over the root of each row's mean square, (m, 1)."""
+        return torch.rsqrt(self.sums.sum(0).unsqueeze(1) / width + self.eps)
 
 
 @dataclass(frozen=True)
