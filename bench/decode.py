@@ -28,6 +28,7 @@ from nybble.generate.decoder.model import read_model
 from nybble.generate.decoder.pages import PAGE
 from nybble.generate.padded import Padded
 from nybble.generate.request import Generator, Request, Token, complete
+from nybble.kernels.cuda.buffers import SharedBuffers
 from nybble.kernels.cuda.kernels import Kernels
 
 LLAMA_2_7B = Shape(4096, 32, 32, 128, 11008, layers=32, vocabulary=32000)
@@ -60,7 +61,7 @@ def step_time(packed: PackedModel, kernels: Kernels, rows: int, cached: int) -> 
         torch.arange(rows * pages, device="cuda", dtype=torch.int32).view(rows, pages),
         torch.zeros(rows, device="cuda", dtype=torch.int32),
     )
-    step = CudaStep(packed, kernels, inputs, cache, model.rotary_tables(4096))
+    step = CudaStep(packed, kernels, inputs, cache, model.rotary_tables(4096), SharedBuffers(model.device))
     step.run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -25,7 +25,7 @@ TORCH = (
         "a changed adapter or a new hook would go unnoticed by the fused layers", "a KeyError when a model is fused",
     ),
     Coupling(
-        "version counters", "torch", ("torch:Tensor._version",), 
+        "version counters", "torch", ("torch:Tensor._version",),
         ("engine/layer_function.py", "engine/workspace.py", "generate/kept.py"),
         "weights changed in place between forward and backward, or between two answers, would go unnoticed", AT_START,
     ),
@@ -49,7 +49,7 @@ TORCH = (
             "_flash_attention_forward", "_flash_attention_backward",
             "_efficient_attention_forward", "_efficient_attention_backward",
         )),
-        ("engine/attention/cuda.py", "engine/attention/plain.py"),
+        ("engine/attention/cuda.py", "engine/attention/plain.py", "generate/decoder/prompt_pass.py"),
         "other arguments or results", f"{AT_START}; on CUDA each is tried on a small batch, and left out if it fails",
     ),
     Coupling(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
@@ -12,7 +13,7 @@ from nybble.generate.batching import ActiveRequest, GenerationBatch
 from nybble.generate.draw import Distribution
 from nybble.generate.penalties import LogitChanges, changes_logits
 from nybble.generate.request import Token
-from nybble.generate.seeds import seed_tensor, uniforms
+from nybble.generate.seeds import uniforms
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class RowSampler:
         changed = logits if self._changes is None else self._changes.apply(logits)
         chosen = changed.argmax(-1)
         if self._sampled:
-            uniform = uniforms(self._seeds, to_device([positions[n] for n in self._sampled], self.device))
+            numbers = uniforms([rows[n].seed for n in self._sampled], [positions[n] for n in self._sampled])
+            uniform = to_device(numbers, self.device, torch.float64)
             chosen[self._indices] = self._distribution.draw(changed[self._indices], uniform)
         if self._changes is not None:
             self._changes.add(chosen)
@@ -106,7 +108,6 @@ class RowSampler:
         self._counts = [row.request.logprobs for row in rows]
         self._sampled = [n for n, row in enumerate(rows) if row.request.temperature > 0]
         self._indices = to_device(self._sampled, self.device)
-        self._seeds = seed_tensor([rows[n].seed for n in self._sampled], self.device)
         self._distribution = Distribution.of([rows[n].request for n in self._sampled], self.device)
         self._changes = None
         if any(changes_logits(row.request) for row in rows):
@@ -140,9 +141,11 @@ class TokenDelivery(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor(self.batch.step(self.sampler.tokens), device=input_ids.device)
 
 
-def to_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Integers as a tensor, (numbers,) int64, without waiting for what the device is computing."""
-    return torch.tensor(numbers, dtype=torch.long, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+def to_device(
+    numbers: Sequence[int] | numpy.ndarray, device: torch.device, dtype: torch.dtype = torch.long
+) -> torch.Tensor:
+    """Numbers as a tensor, (numbers,), without waiting for what the device is computing."""
+    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from nybble.generate.decoder.cuda_step import pack_model
-from nybble.generate.decoder.layers import PlainLayers, attend_to, tokens_of
+from nybble.generate.decoder.layers import PlainLayers, tokens_of
 from nybble.generate.decoder.model import DecoderModel
 from nybble.generate.decoder.pages import PAGE, PagePool
+from nybble.generate.decoder.prompt_pass import PromptPass
 from nybble.generate.decoder.step_graphs import SIZES, PagedSlot, StepGraphs
 from nybble.generate.decoder.steps import CacheSlot
 from nybble.generate.sampling import to_device
@@ -39,7 +40,9 @@ class CudaSteps:
     def __init__(self, model: DecoderModel, tokens: int, folder: pathlib.Path | None) -> None:
         self.model = model
         packed = pack_model(model)
-        self._layers = PlainLayers(model)
+        self._layers = PlainLayers(model, [
+            {name: group.named for name, group in layer.items()} for layer in packed.layers
+        ])  # fmt: skip
         self._pool = PagePool(max(1, tokens // PAGE))
         self.rows, self.chunk, self.tokens = SIZES[-1], CHUNK, self._pool.count * PAGE
         shape = (len(model.layers), 2, self._pool.count, model.kv_heads, PAGE, model.head_size)
@@ -62,42 +65,13 @@ class CudaSteps:
 
     def prefill(self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `Steps.prefill`."""
-        own = _paged(slots)
-        spans = [(slot.length, slot.length + len(part)) for slot, part in zip(own, parts, strict=True)]
-        lengths = [len(part) for part in parts]
-        positions = to_device([place for span in spans for place in range(*span)], self.model.device)
-        pages = torch.cat([
-            slot.on_device[start // PAGE : (end - 1) // PAGE + 1].repeat_interleave(PAGE)[start % PAGE :][: end - start]
-            for slot, (start, end) in zip(own, spans, strict=True)
-        ])  # fmt: skip
-        offsets = positions % PAGE
-
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            keys, values = self._cache[layer]
-            keys[pages, :, offsets], values[pages, :, offsets] = k, v
-            split = (each.split(lengths) for each in (q, k, v))
-            outs = [
-                self._attend(layer, slot, span, *states) for slot, span, *states in zip(own, spans, *split, strict=True)
-            ]
-            return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-        adapters = tokens_of([slot.adapter for slot, count in zip(own, lengths, strict=True) for _ in range(count)])
-        ids = to_device([token for part in parts for token in part], self.model.device)
-        residual = self._layers.run(ids, self._layers.rotary(positions), adapters, attend)
-        for slot, (_, end) in zip(own, spans, strict=True):
-            slot.length = end
-        return self._layers.logits(residual[to_device(lengths, self.model.device).cumsum(0) - 1])
-
-    def _attend(
-        self, layer: int, slot: PagedSlot, span: tuple[int, int], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
-        """One sequence's: to its own tokens alone where it begins here, else to its pages."""
-        start, end = span
-        if start == 0:
-            return attend_to(q, k.transpose(0, 1), v.transpose(0, 1))
-        held = slot.on_device[: -(-end // PAGE)]
-        whole = (states[held].transpose(0, 1).flatten(1, 2)[:, :end] for states in self._cache[layer])
-        return attend_to(q, *whole)
+        prompts = PromptPass(_paged(slots), parts, self._cache)
+        names = [slot.adapter for slot, part in zip(slots, parts, strict=True) for _ in part]
+        adapters = tokens_of(names, self.model.device)
+        residual = self._layers.run(prompts.ids, self._layers.rotary(prompts.positions), adapters, prompts.attend)
+        for slot, part in zip(slots, parts, strict=True):
+            slot.length += len(part)
+        return self._layers.logits(residual[prompts.last])
 
     def decode(self, slots: Sequence[CacheSlot], ids: torch.Tensor) -> torch.Tensor:
         """See `Steps.decode`."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from nybble.generate.decoder.layers import PackedAdapter
 from nybble.generate.decoder.plain_weights import PlainWeights
 from nybble.kernels.cuda.arguments import MAX_ADAPTERS, Adapter
 from nybble.kernels.cuda.kernels import ProductWeights, QuantisedWeight
@@ -34,6 +36,8 @@ class PackedGroup:
     """For each adapter, its part in each projection; none at all where no adapter changes the group."""
     above: torch.Tensor | None
     """B of every adapter, to which their parts point."""
+    named: Mapping[str, PackedAdapter | None]
+    """The same adapters as `PlainLayers` takes them: views, no copies."""
 
 
 def pack_group(group: ProjectionGroup, adapters: Mapping[str, Sequence[ActiveAdapter]]) -> PackedGroup:
@@ -45,7 +49,7 @@ def pack_group(group: ProjectionGroup, adapters: Mapping[str, Sequence[ActiveAda
     check_group(group, adapters)
     named = [(name, each) for name, projections in adapters.items() for each in projections]
     if not named:
-        return PackedGroup(_weights(group, None), (), None)
+        return PackedGroup(_weights(group, None), (), None, dict.fromkeys(adapters))
     ranks = [-(-each.a.shape[0] // RANK_STEP) * RANK_STEP for _, each in named]
     below = torch.cat([_padded(each.a.detach(), rank, 0) for (_, each), rank in zip(named, ranks, strict=True)])
     ups = [_padded(each.b.detach(), rank, 1).flatten() for (_, each), rank in zip(named, ranks, strict=True)]
@@ -60,7 +64,35 @@ def pack_group(group: ProjectionGroup, adapters: Mapping[str, Sequence[ActiveAda
             address, columns[index], ranks[index], each.scaling, 0
         )
     below = _padded(below, -(-len(below) // SLAB) * SLAB, 0)
-    return PackedGroup(_weights(group, below), tuple(entries.values()), above)
+    matrices = [above[start:end] for start, end in itertools.pairwise(starts)]
+    parts = [
+        _Part(name, each, slice(*span), matrix.view(-1, rank).t())
+        for (name, each), span, rank, matrix in zip(named, itertools.pairwise(columns), ranks, matrices, strict=True)
+    ]
+    views = {name: _view([part for part in parts if part.adapter == name], below) for name in adapters}
+    return PackedGroup(_weights(group, below), tuple(entries.values()), above, views)
+
+
+class _Part(NamedTuple):
+    """One adapter of one projection."""
+
+    adapter: str
+    active: ActiveAdapter
+    rows: slice
+    """Of A, among those of all adapters."""
+    up: torch.Tensor
+    """B transposed, (rank, outputs)"""
+
+
+def _view(parts: Sequence[_Part], below: torch.Tensor) -> PackedAdapter | None:
+    """One adapter of a group, whose parts stand one after another; None where it does not change the group."""
+    if not parts:
+        return None
+    first, last = parts[0].rows.start, parts[-1].rows.stop
+    ups = [
+        (each.outputs, slice(rows.start - first, rows.stop - first), up, each.scaling) for _, each, rows, up in parts
+    ]
+    return PackedAdapter(below[first:last], ups)
 
 
 def check_group(group: ProjectionGroup, adapters: Mapping[str, Sequence[ActiveAdapter]]) -> None:

@@ -81,7 +81,9 @@ class PlainSteps:
 
         one = slice(*spans[0])
         where = one if len(spans) == 1 else self._tensor([place for span in spans for place in range(*span)])
-        adapters = tokens_of([slot.adapter for slot, count in zip(slots, lengths, strict=True) for _ in range(count)])
+        adapters = tokens_of(
+            [slot.adapter for slot, count in zip(slots, lengths, strict=True) for _ in range(count)], self.model.device
+        )
         ids = self._tensor([token for part in parts for token in part])
         residual = self.layers.run(ids, self.layers.rotary(where), adapters, attend)
         for slot, (_, end) in zip(slots, spans, strict=True):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from nybble.kernels.cuda.buffers import SharedBuffers
 from nybble.kernels.cuda.kernels import ProductOutput, Squares
 
 
@@ -23,11 +24,10 @@ class PlainWeights:
         self.outputs = sum(len(weight) for weight in weights)
         self.ranks = 0 if below is None else len(below)
 
-    def output(self, rows: int) -> ProductOutput:
+    def output(self, name: str, rows: int, buffers: SharedBuffers) -> ProductOutput:
         """Buffers for a product's output."""
-        device = self._weights[0].device
-        parts = torch.zeros(1, rows, self.outputs, device=device)
-        return ProductOutput(parts, torch.zeros(1, rows, self.ranks, device=device))
+        parts = buffers.take(f"{name} parts", 1, rows, self.outputs)
+        return ProductOutput(parts, buffers.take(f"{name} ranks", 1, rows, self.ranks))
 
     def product(self, x_mk: torch.Tensor, squares: Squares | None, out: ProductOutput) -> None:
         """x W^T, and x A^T; as `Kernels.product`."""

@@ -10,6 +10,7 @@ import torch
 
 from nybble.generate.decoder.cuda_step import CudaStep, PackedModel, StepInput
 from nybble.generate.sampling import to_device
+from nybble.kernels.cuda.buffers import SharedBuffers
 from nybble.kernels.cuda.kernels import Kernels
 
 log = logging.getLogger("nybble.generate")
@@ -59,6 +60,9 @@ class StepGraphs:
         self._lengths: list[int] = []
         """Tokens of each known slot, as the device has them."""
         self._captured: dict[int, CapturedStep] = {}
+        self._buffers = SharedBuffers(model.device)
+        self._step(rows)  # takes the largest buffers
+        self._graph_memory = torch.cuda.graph_pool_handle()  # nothing in it outlives a replay
 
     def prepare(self, size: int) -> CapturedStep:
         """Capture the step of so many rows, unless it is; one that cannot be captured will be launched kernel by kernel."""
@@ -66,8 +70,7 @@ class StepGraphs:
         if captured is None:
             self._known = []
             self._facts[0], self._facts[2] = -1, 0  # nothing in the cache is touched meanwhile
-            inputs = StepInput(self._tokens[:size], self._facts[0, :size], self._pages[:size], self._facts[1, :size])
-            step = CudaStep(self._packed, self._kernels, inputs, self._cache, self._rotary)
+            step = self._step(size)
             self._launch(step)  # compiles, and allocates what stays
             captured = self._captured[size] = CapturedStep(step, self._capture(step))
         return captured
@@ -88,6 +91,10 @@ class StepGraphs:
         self._known, self._lengths = list(slots), [length + 1 for length in lengths]
         return captured.step.logits[:rows]
 
+    def _step(self, size: int) -> CudaStep:
+        inputs = StepInput(self._tokens[:size], self._facts[0, :size], self._pages[:size], self._facts[1, :size])
+        return CudaStep(self._packed, self._kernels, inputs, self._cache, self._rotary, self._buffers)
+
     def _launch(self, step: CudaStep) -> None:
         step.run()
         step.inputs.positions.add_(self._facts[2, : len(step.inputs.tokens)])
@@ -95,7 +102,7 @@ class StepGraphs:
     def _capture(self, step: CudaStep) -> torch.cuda.CUDAGraph | None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self._graph_memory):
                 self._launch(step)
         except RuntimeError as error:
             rows = len(step.inputs.tokens)
