@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
@@ -92,7 +91,7 @@ class RowSampler:
         chosen = changed.argmax(-1)
         if self._sampled:
             numbers = uniforms([rows[n].seed for n in self._sampled], [positions[n] for n in self._sampled])
-            uniform = to_device(numbers, self.device, torch.float64)
+            uniform = to_device(numbers.tolist(), self.device, torch.float64)
             chosen[self._indices] = self._distribution.draw(changed[self._indices], uniform)
         if self._changes is not None:
             self._changes.add(chosen)
@@ -141,9 +140,7 @@ class TokenDelivery(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor(self.batch.step(self.sampler.tokens), device=input_ids.device)
 
 
-def to_device(
-    numbers: Sequence[int] | numpy.ndarray, device: torch.device, dtype: torch.dtype = torch.long
-) -> torch.Tensor:
+def to_device(numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.long) -> torch.Tensor:
     """Numbers as a tensor, (numbers,), without waiting for what the device is computing."""
     return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
