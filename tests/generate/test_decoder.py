@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
+import nybble
 from nybble.generate.decoder.choice import make_decoder
 from nybble.generate.decoder.decoder import RowDecoder
 from nybble.generate.decoder.model import read_model
@@ -314,3 +315,27 @@ def test_a_merged_adapter_and_positions_that_change_with_the_length_are_named(pe
     )
     with pytest.raises(Ineligible, match="of the type dynamic"):
         make_decoder(dynamic)
+
+
+def test_a_model_in_training_answers_as_it_is(peaky_llama):
+    """Gradient checkpointing hooks the embedding, and the engine replaces the layers' forward."""
+    base = LlamaForCausalLM.from_pretrained(peaky_llama, dtype=torch.float32)
+    base.gradient_checkpointing_enable()
+    base.enable_input_require_grads()
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    expected = complete(make_decoder(model), [ask(PROMPTS[0], "default")])[0].ids
+    nybble.fuse(model)
+    model.train()
+    loss = model(input_ids=torch.tensor([PROMPTS[2]]), labels=torch.tensor([PROMPTS[2]])).loss
+    loss.backward()
+    assert complete(make_decoder(model), [ask(PROMPTS[0], "default")])[0].ids == expected
+    assert model.training
+    assert expected == alone(model.eval(), PROMPTS[0], "default")
+
+
+def test_a_caller_in_mixed_precision_changes_no_answer(model):
+    request = ask(PROMPTS[1], "run2")
+    with torch.autocast("cpu", torch.bfloat16):
+        (answer,) = complete(decoder(model), [request])
+    assert answer.ids == alone(model, PROMPTS[1], "run2")
+    assert torch.is_grad_enabled()

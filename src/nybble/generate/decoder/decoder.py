@@ -136,9 +136,11 @@ class RowDecoder:
         with self._lock:
             self._in_step = True
         try:
-            self._admit()
-            self._prefill()
-            self._decode()
+            # Computed in the types of the weights, whatever the caller's.
+            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+                self._admit()
+                self._prefill()
+                self._decode()
             completed = True
         except torch.AcceleratorError as error:
             completed = True
