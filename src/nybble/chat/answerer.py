@@ -6,6 +6,7 @@ The function that training calls makes a prompt's token ids; a rendered string i
 from __future__ import annotations
 
 import contextlib
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ class Answerer:
     template: Template
     fingerprint: str
     """Of the base's weights."""
+    folder: pathlib.Path
+    """Of the base."""
     updates: Updates
     """What the run's adapter changes."""
     adapter: str = "default"
