@@ -84,6 +84,7 @@ class Job:
         self.tokenizer: PreTrainedTokenizerBase = model.template.tokenizer
         self.mailbox = Mailbox(self.deadline)
         self.choices: list[Choice] = []
+        self.made = metrics.tokens.labels(model.name, "answer")  # to look it up takes longer than to count
 
     async def submit(self, engine: Engine) -> None:
         """Have the engine make the answers.
@@ -183,7 +184,7 @@ class Job:
             self.first_token_seconds = time.perf_counter() - self.started
             self.metrics.first_token.labels(self.model.name).observe(self.first_token_seconds)
             self.metrics.tokens.labels(self.model.name, "prompt").inc(self.prompt_tokens)
-        self.metrics.tokens.labels(self.model.name, "answer").inc()
+        self.made.inc()
         choice.generated += 1
         text = choice.stream.push(token)
         tokens = [] if token.id in self.stop_ids or self.parsed.likeliest is None else [token]

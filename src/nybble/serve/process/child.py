@@ -21,9 +21,9 @@ from nybble.serve.engine import Engine
 from nybble.serve.process.messages import (
     Cancellation,
     EngineFacts,
+    FirstMessage,
     LoadingJob,
     ModelFacts,
-    Start,
     Submission,
     Unpacker,
     receive,
@@ -87,7 +87,7 @@ class Child:
         if self.is_orphan:
             raise SystemExit(1)  # through what is being loaded, so that no half of a file stays in the cache
 
-    def _load(self, start: Start) -> None:
+    def _load(self, start: FirstMessage) -> None:
         sys.path[:] = start.path
         job: LoadingJob = pickle.loads(start.job)
         if job.prepare:

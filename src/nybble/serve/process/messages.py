@@ -35,7 +35,7 @@ class LoadingJob:
 
 
 @dataclass(frozen=True)
-class Start:
+class FirstMessage:
     """The first message to the process."""
 
     path: list[str]

@@ -1,0 +1,32 @@
+"""What tests have the generator's process load; light, since it starts anew each time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pathlib
+import signal
+import time
+
+
+def die_while_loading(observer):
+    """In the generator's process: what the system does when memory runs out, after a record for the log."""
+    logging.getLogger("nybble.chat").warning("loading %d", 7)
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def load_gated(observer, *, gate: pathlib.Path, **arguments):
+    """In the generator's process: the pipeline, which starts no batch while there is a file `gate`."""
+    from nybble.serve.loading import load_pipeline
+
+    engine = load_pipeline(observer=observer, **arguments)
+    compute = engine.worker.generator._compute
+
+    def wait(batch):
+        while gate.exists():
+            time.sleep(0.005)
+        compute(batch)
+
+    engine.worker.generator._compute = wait
+    return engine
