@@ -8,6 +8,8 @@ import pathlib
 import signal
 import time
 
+from bench.stub import load_stub
+
 
 def die_while_loading(observer):
     """In the generator's process: what the system does when memory runs out, after a record for the log."""
@@ -30,3 +32,19 @@ def load_gated(observer, *, gate: pathlib.Path, **arguments):
 
     engine.worker.generator._compute = wait
     return engine
+
+
+def load_broken(observer, *, folder):
+    """In the generator's process: a stub that fails at its first step."""
+    engine = load_stub(observer, folder=folder, pause=0)
+    engine.worker.generator.step = lambda: 1 / 0
+    return engine
+
+
+def load_forever(observer, *, mark: pathlib.Path):
+    """In the generator's process: a minute of loading, which leaves `tidy` in a file however it ends."""
+    mark.write_text("loading")
+    try:
+        time.sleep(60)
+    finally:
+        mark.write_text("tidy")

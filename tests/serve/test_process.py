@@ -17,13 +17,25 @@ import time
 import httpx
 import psutil
 import pytest
+import torch
 
 from nybble.errors import ServeError
+from nybble.generate.lost import why_card_is_lost
 from nybble.generate.request import BusyError, GenerationError, NonFiniteLogitsError, Request, Token, UnsupportedError
+from nybble.installed import module_command
 from nybble.serve.loading import load_pipeline
 from nybble.serve.metrics import Metrics
 from nybble.serve.process.child import portable
-from nybble.serve.process.messages import Cancellation, LoadingJob, Report, Submission, Unpacker, pack, receive
+from nybble.serve.process.messages import (
+    Cancellation,
+    FirstMessage,
+    LoadingJob,
+    Report,
+    Submission,
+    Unpacker,
+    pack,
+    receive,
+)
 from nybble.serve.process.remote import RemoteWorker, how_it_ended
 from nybble.serve.process.start import start_process
 from nybble.serve.server import load_engine
@@ -168,6 +180,66 @@ def test_a_process_that_is_killed_while_loading_says_so(caplog):
     assert [(record.name, record.getMessage()) for record in caplog.records] == [("nybble.chat", "loading 7")]
 
 
+def test_a_defect_of_the_generator_is_told_once_and_ends_the_process(caplog, tiny_llama):
+    logging.getLogger("nybble.serve").propagate = True
+
+    async def work():
+        sink = Recorder()
+        await worker.start()
+        await worker.submit([REQUEST], [sink])
+        while worker.healthy():
+            await asyncio.sleep(0.01)
+        with pytest.raises(GenerationError, match="the engine failed"):
+            await worker.submit([REQUEST], [Recorder()])
+        await worker.stop()
+        return sink.items
+
+    worker, _ = start_process(LoadingJob("tests.serve.loaders:load_broken", {"folder": tiny_llama}), Metrics())
+    try:
+        assert asyncio.run(work()) == ["cancelled"]
+    finally:
+        worker.close()
+    assert worker.process.returncode == 1
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "the engine failed because of an unexpected error; restart the server\nTraceback"
+    )
+    assert record.getMessage().endswith("ZeroDivisionError: division by zero")
+
+
+def test_a_process_whose_server_ends_while_it_loads_tidies_up(tmp_path):
+    ours, its = socket.socketpair()
+    with its:
+        command = module_command("nybble.serve.process", str(its.fileno()))
+        process = subprocess.Popen(command, pass_fds=[its.fileno()], stderr=subprocess.PIPE, text=True)
+    job = LoadingJob("tests.serve.loaders:load_forever", {"mark": tmp_path / "mark"})
+    with ours:
+        ours.sendall(pack(FirstMessage(sys.path, pickle.dumps(job))))
+        until = time.monotonic() + 60
+        while not (tmp_path / "mark").exists():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)  # which alone does not end it
+        time.sleep(0.1)
+        assert (tmp_path / "mark").read_text() == "loading"
+    _, said = process.communicate(timeout=10)
+    assert (process.returncode, said) == (1, "")
+    assert (tmp_path / "mark").read_text() == "tidy"
+
+
+def test_a_card_is_lost_if_nothing_can_be_computed_on_it_any_more(monkeypatch):
+    error = torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel errors might be ...")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert why_card_is_lost(error) is None
+
+    def raise_again():
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", raise_again)
+    assert why_card_is_lost(error) == "CUDA error: unspecified launch failure"
+    assert why_card_is_lost(RuntimeError("shapes")) is why_card_is_lost(None) is None
+
+
 @pytest.fixture
 def program(tiny_llama):
     """A server with a stub, as a program in a process group of its own; its url and the id of its generator's process."""
@@ -278,7 +350,7 @@ def test_requests_whose_client_leaves_while_they_are_queued_are_cancelled():
     with_worker(work)
 
 
-def test_a_refusal_is_raised_and_a_defect_is_told_once(caplog):
+def test_a_refusal_is_raised_and_the_reason_of_an_end_is_told_once(caplog):
     logging.getLogger("nybble.serve").propagate = True
 
     async def work(worker, its):
@@ -298,7 +370,7 @@ def test_a_refusal_is_raised_and_a_defect_is_told_once(caplog):
             await asyncio.sleep(0.01)
         running, queued = Recorder(), asyncio.ensure_future(worker.submit([REQUEST], [Recorder()]))
         task = asyncio.ensure_future(worker.submit([REQUEST], [running]))
-        await loop.sock_sendall(its, pack(Report(replies=[(5, None)], defect="Traceback\nZeroDivisionError\n")))
+        await loop.sock_sendall(its, pack(Report(replies=[(5, None)], why_ended="because of X")))
         await task
         its.shutdown(socket.SHUT_RDWR)
         with pytest.raises(GenerationError, match="the engine failed"):
@@ -308,9 +380,7 @@ def test_a_refusal_is_raised_and_a_defect_is_told_once(caplog):
             await worker.submit([REQUEST], [Recorder()])
 
     with_worker(work)
-    assert [record.getMessage() for record in caplog.records] == [
-        "the engine failed because of an unexpected error; restart the server\nTraceback\nZeroDivisionError"
-    ]
+    assert [record.getMessage() for record in caplog.records] == ["the engine failed because of X"]
 
 
 @pytest.mark.parametrize(

@@ -75,10 +75,10 @@ class Outbox:
             self._report.loaded = facts
             self._notify()
 
-    def end(self, *, not_loaded: BaseException | None = None, defect: str = "") -> None:
+    def end(self, *, not_loaded: BaseException | None = None, why: str = "") -> None:
         """The last report, sent at once: why the process ends."""
         with self._changed:
-            self._report.not_loaded, self._report.defect = not_loaded, defect
+            self._report.not_loaded, self._report.why_ended = not_loaded, why
         self._send()
 
     def _notify(self) -> None:
@@ -118,8 +118,10 @@ class Outbox:
 class RemoteSink:
     """One answer's sink in the generator's process."""
 
-    def __init__(self, number: int, outbox: Outbox, ended: Callable[[int], object]) -> None:
-        self._number, self._outbox, self._ended = number, outbox, ended
+    def __init__(
+        self, number: int, outbox: Outbox, ended: Callable[[int], object], failed: Callable[[GenerationError], object]
+    ) -> None:
+        self._number, self._outbox, self._ended, self._failed = number, outbox, ended, failed
         self.handle: Handle | None = None
         """For cancelling; set once the request was submitted."""
 
@@ -137,3 +139,4 @@ class RemoteSink:
         """Send why the answer failed; its cause stays here, as the log has it."""
         self._ended(self._number)
         self._outbox.item(self._number, error)
+        self._failed(error)

@@ -54,8 +54,8 @@ def _wait_until_loaded(connection: socket.socket, process: subprocess.Popen[byte
             handle_records(report.records)
             if report.not_loaded is not None:
                 raise report.not_loaded
-            if report.defect:
-                raise RuntimeError(f"the generator's process ended:\n{report.defect}")
+            if report.why_ended:
+                raise RuntimeError(f"the generator's process ended {report.why_ended}")
             if report.loaded is not None:
                 return report.loaded
     raise ServeError(
