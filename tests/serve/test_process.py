@@ -28,6 +28,7 @@ from nybble.serve.metrics import Metrics
 from nybble.serve.process.child import portable
 from nybble.serve.process.messages import (
     Cancellation,
+    EngineFacts,
     FirstMessage,
     LoadingJob,
     Report,
@@ -36,6 +37,7 @@ from nybble.serve.process.messages import (
     pack,
     receive,
 )
+from nybble.serve.process.outbox import Outbox, RemoteSink
 from nybble.serve.process.remote import RemoteWorker, how_it_ended
 from nybble.serve.process.start import start_process
 from nybble.serve.server import load_engine
@@ -381,6 +383,35 @@ def test_a_refusal_is_raised_and_the_reason_of_an_end_is_told_once(caplog):
 
     with_worker(work)
     assert [record.getMessage() for record in caplog.records] == ["the engine failed because of X"]
+
+
+def test_the_tokens_of_a_step_leave_together_and_a_generator_that_fails_while_idle_is_noticed():
+    ours, its = socket.socketpair()
+    healthy, unpacker, outbox = [True], Unpacker(), Outbox(its)
+    with ours, its:
+        facts = EngineFacts("stub", "", [], {}, ROOT)
+        outbox.loaded(facts, lambda: healthy[0])
+        assert receive(ours, unpacker) == [Report(loaded=facts)]
+        sinks = [RemoteSink(number, outbox, lambda number: None, lambda error: None) for number in range(64)]
+        reports = []
+        for step in range(20):
+            tokens = [Token(step, -0.5) if step % 2 else Token(step)] * 64
+            outbox.batch_started(64)
+            for sink, token in zip(sinks, tokens, strict=True):
+                sink.put(token)
+            items = []
+            while len(items) < 64:
+                reports += receive(ours, unpacker)
+                items += reports[-1].items
+            assert items == [(number, tokens[0] if step % 2 else step) for number in range(64)]
+        assert [rows for report in reports for rows in report.batches] == [64] * 20
+        assert len(reports) < 40  # one for each step, unless the machine held it up in the middle
+        healthy[0] = False
+        assert receive(ours, unpacker) == [Report(healthy=False)]
+        ours.close()
+        outbox.load_changed(0, 0)  # nobody reads it; the thread ends without a word
+        outbox._thread.join(5)
+        assert not outbox._thread.is_alive()
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,8 @@ class Job:
         return sum(choice.generated for choice in self.choices)
 
     def cancel(self, why: str = "cancelled") -> None:
-        """Cancel the unfinished answers. `why` is for the metrics."""
+        """Cancel the unfinished answers; nobody reads them any more. `why` is for the metrics."""
+        self.mailbox.close()
         for choice in self.choices:
             if choice.finish is None:
                 choice.answer.cancel()
@@ -152,7 +153,6 @@ class Job:
             raise
         finally:
             self.cancel()
-            self.mailbox.close()
 
     def _request(self, prompt: list[int], number: int) -> Request:
         parsed = self.parsed
