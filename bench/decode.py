@@ -28,6 +28,7 @@ from nybble.generate.decoder.model import read_model
 from nybble.generate.decoder.pages import PAGE
 from nybble.generate.padded import Padded
 from nybble.generate.request import Generator, Request, Token, complete
+from nybble.kernels.cuda.buffers import SharedBuffers
 from nybble.kernels.cuda.kernels import Kernels
 
 LLAMA_2_7B = Shape(4096, 32, 32, 128, 11008, layers=32, vocabulary=32000)
@@ -60,7 +61,7 @@ def step_time(packed: PackedModel, kernels: Kernels, rows: int, cached: int) -> 
         torch.arange(rows * pages, device="cuda", dtype=torch.int32).view(rows, pages),
         torch.zeros(rows, device="cuda", dtype=torch.int32),
     )
-    step = CudaStep(packed, kernels, inputs, cache, model.rotary_tables(4096))
+    step = CudaStep(packed, kernels, inputs, cache, model.rotary_tables(4096), SharedBuffers(model.device))
     step.run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -82,7 +83,7 @@ def answers(prompt: int, answer: int, padded: bool) -> Iterator[dict[str, object
     """Answers by rows: the second time each, when all is compiled and captured."""
     model = with_adapters(quantised_llama(LLAMA_2_7B), {"one": (16, ALL)})
     with tempfile.TemporaryDirectory() as folder:
-        generator = Padded(model, 0) if padded else make_decoder(model, folder=pathlib.Path(folder))
+        generator = Padded(model, 0) if padded else make_decoder(model, cache=pathlib.Path(folder))
         for rows in (1, 16) if padded else ROWS:
             measure_answers(generator, model, rows, prompt, answer)
             figures = measure_answers(generator, model, rows, prompt, answer)

@@ -25,8 +25,8 @@ class Shape:
     vocabulary: int = 512
 
 
-def quantised_llama(shape: Shape, *, nested: bool = True, seed: int = 0) -> LlamaForCausalLM:
-    """A random model in NF4, its embedding, norms and head in bf16."""
+def quantised_llama(shape: Shape, *, nested: bool = True, seed: int = 0, quantised: bool = True) -> LlamaForCausalLM:
+    """A random model in NF4, its embedding, norms and head in bf16; all of it in bf16 where it is not quantised."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=shape.hidden, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
@@ -45,7 +45,7 @@ def quantised_llama(shape: Shape, *, nested: bool = True, seed: int = 0) -> Llam
             norm.weight.data.uniform_(0.5, 1.5)
         for parent in (layer.self_attn, layer.mlp):
             for name, child in list(parent.named_children()):
-                if isinstance(child, torch.nn.Linear):
+                if quantised and isinstance(child, torch.nn.Linear):
                     setattr(parent, name, _quantised(child, nested))
     return model.requires_grad_(False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 
@@ -10,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
+import nybble
 from nybble.generate.decoder.choice import make_decoder
 from nybble.generate.decoder.decoder import RowDecoder
 from nybble.generate.decoder.model import read_model
@@ -25,14 +27,18 @@ def model(peaky_llama):
     return adapted(peaky_llama, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"])
 
 
-def decoder(model, tokens=4000):
+def decoder(model, tokens=4000, asynchronous=False):
+    """With `asynchronous` it is a step ahead of its device, as on a GPU."""
     read = read_model(model)
-    return RowDecoder(read, PlainSteps(read, tokens))
+    generator = RowDecoder(read, PlainSteps(read, tokens))
+    generator.steps.asynchronous = asynchronous
+    return generator
 
 
-def test_two_adapters_and_the_base_answer_together_as_alone(model):
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_two_adapters_and_the_base_answer_together_as_alone(model, asynchronous):
     asked = [(prompt, adapter) for prompt in PROMPTS for adapter in ADAPTERS] * 2  # more than rows at once
-    answers = complete(decoder(model), [ask(*each) for each in asked])
+    answers = complete(decoder(model, asynchronous=asynchronous), [ask(*each) for each in asked])
     assert [answer.ids for answer in answers] == [alone(model, *each) for each in asked]
 
 
@@ -48,6 +54,60 @@ def test_seeded_answers_and_log_probabilities_are_those_of_padded_batches(model)
         assert [[i for i, _ in token.top] for token in ours.tokens] == [
             [i for i, _ in token.top] for token in theirs.tokens
         ]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_each_row_has_its_own_penalties_whenever_it_joins(model, asynchronous):
+    options = [
+        {}, {"frequency_penalty": 1.5}, {"presence_penalty": 2.0, "temperature": 0.8, "seed": 3},
+        {"repetition_penalty": 1.8, "logit_bias": ((7, 1.0),)}, {"min_p": 0.2, "temperature": 1.5, "seed": 4},
+    ]  # fmt: skip
+    requests = [ask(PROMPTS[n % 5], ADAPTERS[n % 3], 10, **options[n % 5]) for n in range(20)]  # more than rows at once
+    together = complete(decoder(model, asynchronous=asynchronous), requests)
+    assert [answer.ids for answer in together] == [complete(Padded(model, 0), [each])[0].ids for each in requests]
+
+
+def test_the_host_hands_over_a_step_while_the_next_is_computed(model):
+    generator = decoder(model, asynchronous=True)
+    events, decode = [], generator.steps.decode
+    generator.steps.decode = lambda *given: events.append("step") or decode(*given)
+    complete(generator, [ask(PROMPTS[0], None, 4)], lambda number, token: events.append("token"))
+    assert events == ["step", "token", "step", "token", "step", "token", "token"]
+
+
+def test_a_stop_token_drops_what_was_computed_beyond_it(model):
+    generator = decoder(model, asynchronous=True)
+    whole = alone(model, PROMPTS[0], None)
+    stop = whole[4]
+    length = whole.index(stop) + 1
+    requests = [dataclasses.replace(ask(PROMPTS[0]), stop_ids=frozenset({stop})), ask(PROMPTS[1])]
+    answers = complete(generator, requests)
+    assert [answer.ids for answer in answers] == [whole[:length], alone(model, PROMPTS[1], None)]
+    follow = [*PROMPTS[0], *whole[:length], 9, 11]
+    (answer,) = complete(generator, [ask(follow)])  # shares what the first left in the cache
+    assert answer.ids == alone(model, follow, None)
+
+
+@pytest.mark.parametrize("during", ["prefill", "decode"])
+def test_a_device_that_is_lost_ends_everything_with_one_message(model, during, caplog, capsys):
+    generator = decoder(model)
+
+    def lost(slots, ids):
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nmore about it")
+
+    setattr(generator.steps, during, lost)
+    sinks = [Collected() for _ in range(20)]  # more than rows at once
+    generator.submit([ask(PROMPTS[0])] * 20, sinks)
+    with caplog.at_level(logging.ERROR, "nybble.generate"):
+        assert generator.step() is False
+    print(sinks[0].error)
+    (record,) = caplog.records
+    assert "the device failed and answers nothing any more; restart nybble" in capsys.readouterr().out
+    assert record.getMessage().endswith("restart nybble: CUDA error: unspecified launch failure")
+    assert len({str(sink.error) for sink in sinks}) == 1
+    assert not generator.healthy()
+    with pytest.raises(GenerationError, match="the device failed and answers nothing any more"):
+        generator.submit([ask(PROMPTS[0])], [Collected()])
 
 
 def test_a_long_prompt_is_computed_in_parts_between_the_others_tokens(model, monkeypatch):
@@ -255,3 +315,27 @@ def test_a_merged_adapter_and_positions_that_change_with_the_length_are_named(pe
     )
     with pytest.raises(Ineligible, match="of the type dynamic"):
         make_decoder(dynamic)
+
+
+def test_a_model_in_training_answers_as_it_is(peaky_llama):
+    """Gradient checkpointing hooks the embedding, and the engine replaces the layers' forward."""
+    base = LlamaForCausalLM.from_pretrained(peaky_llama, dtype=torch.float32)
+    base.gradient_checkpointing_enable()
+    base.enable_input_require_grads()
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    expected = complete(make_decoder(model), [ask(PROMPTS[0], "default")])[0].ids
+    nybble.fuse(model)
+    model.train()
+    loss = model(input_ids=torch.tensor([PROMPTS[2]]), labels=torch.tensor([PROMPTS[2]])).loss
+    loss.backward()
+    assert complete(make_decoder(model), [ask(PROMPTS[0], "default")])[0].ids == expected
+    assert model.training
+    assert expected == alone(model.eval(), PROMPTS[0], "default")
+
+
+def test_a_caller_in_mixed_precision_changes_no_answer(model):
+    request = ask(PROMPTS[1], "run2")
+    with torch.autocast("cpu", torch.bfloat16):
+        (answer,) = complete(decoder(model), [request])
+    assert answer.ids == alone(model, PROMPTS[1], "run2")
+    assert torch.is_grad_enabled()

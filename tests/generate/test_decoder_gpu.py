@@ -42,6 +42,7 @@ def step_of(model, rows, lengths, adapters):
     """A step after prompts of these lengths, its input, and the plain path's logits of the same token."""
     from nybble.generate.decoder.cuda_step import CudaStep, StepInput, pack_model
     from nybble.generate.decoder.model import read_model
+    from nybble.kernels.cuda.buffers import SharedBuffers
     from nybble.kernels.cuda.kernels import Kernels
 
     read = read_model(model)
@@ -70,7 +71,9 @@ def step_of(model, rows, lengths, adapters):
         torch.tensor(lengths, dtype=torch.int32, device="cuda"), order.int().cuda(),
         torch.tensor([-1 if name is None else names.index(name) for name in adapters], dtype=torch.int32, device="cuda"),
     )  # fmt: skip
-    step = CudaStep(packed, Kernels(torch.device("cuda"), None), inputs, cache, read.rotary_tables(4096))
+    step = CudaStep(
+        packed, Kernels(torch.device("cuda"), None), inputs, cache, read.rotary_tables(4096), SharedBuffers(read.device)
+    )
     return step, torch.stack(wanted), exact_logits(model, tokens, lengths, adapters)
 
 
@@ -118,6 +121,16 @@ def test_scales_may_be_quantised_or_not_and_a_base_may_stand_alone(nested):
         check(step.run(), plain, exact)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize("name", ["smollm2", "llama 3 8B", "head 96"])
+def test_a_base_in_16_bits_answers_with_its_adapters(name, rows):
+    model = with_adapters(quantised_llama(SHAPES[name], quantised=False), ADAPTERS)
+    adapters = [(None, *ADAPTERS)[row % 4] for row in range(rows)]
+    step, plain, exact = step_of(model, rows, [(37 * row) % 300 + 1 for row in range(rows)], adapters)
+    with torch.inference_mode():
+        check(step.run(), plain, exact)
+
+
 @pytest.mark.parametrize("rows, length", [(1, 4000), (2, 1500), (20, 700)])
 def test_long_caches_are_shared_out_and_merged(rows, length):
     model = with_adapters(quantised_llama(SHAPES["tinyllama"]), {"one": (8, ALL)})
@@ -135,6 +148,122 @@ def test_idle_rows_change_nothing():
         after = step.run()
     assert torch.equal(before[[0, 2, 3]], after[[0, 2, 3]])
     assert after[1].isfinite().all()
+
+
+def request(prompt, adapter, tokens, **options):
+    from nybble.generate.request import Request
+
+    return Request(prompt, tokens, adapter, frozenset(), **options)
+
+
+@pytest.fixture(scope="module")
+def answering_model():
+    return with_adapters(quantised_llama(SHAPES["smollm2"]), ADAPTERS)
+
+
+OPTIONS = [
+    {}, {"temperature": 0.8, "top_p": 0.9, "seed": 5}, {"frequency_penalty": 1.0, "presence_penalty": 0.5},
+    {"repetition_penalty": 1.3, "temperature": 0.7, "min_p": 0.05, "seed": 6}, {"logit_bias": ((7, 3.0),), "logprobs": 3},
+]  # fmt: skip
+
+
+def random_requests(seed, count, tokens, options):
+    torch.manual_seed(seed)
+    return [
+        request(torch.randint(3, 500, (70,)).tolist(), (None, *ADAPTERS)[n % 4], tokens, **options[n % len(options)])
+        for n in range(count)
+    ]
+
+
+def test_an_answer_does_not_depend_on_who_its_neighbours_are(answering_model):
+    """In a batch of as many rows every bit is the same, so every answer is, whatever its options."""
+    from nybble.generate.decoder.choice import make_decoder
+    from nybble.generate.request import complete
+
+    mine, others = random_requests(4, 24, 40, OPTIONS), [random_requests(seed, 24, 40, OPTIONS) for seed in (5, 6)]
+    with torch.inference_mode():
+        generator = make_decoder(answering_model)
+        assert generator.steps.asynchronous
+        first, second = (complete(generator, [*mine, *them])[:24] for them in others)
+    assert [answer.ids for answer in first] == [answer.ids for answer in second]
+    assert {len(answer.ids) for answer in first} == {40}
+
+
+def test_an_answer_parts_from_the_same_one_alone_only_at_near_ties(answering_model):
+    """In a batch of another size K is cut elsewhere, so sums are rounded otherwise."""
+    from nybble.generate.decoder.choice import make_decoder
+    from nybble.generate.request import complete
+
+    requests = random_requests(7, 90, 40, [{"logprobs": 2}])  # more than rows at once
+    with torch.inference_mode():
+        generator = make_decoder(answering_model)
+        together = complete(generator, requests)
+        alone = [complete(generator, [each])[0] for each in requests]
+    parted = 0
+    for one, other in zip(together, alone, strict=True):
+        assert len(one.tokens) == len(other.tokens) == 40
+        for mine, theirs in zip(one.tokens, other.tokens, strict=True):
+            if mine.id != theirs.id:
+                gaps = [token.top[0][1] - token.top[1][1] for token in (mine, theirs)]
+                print(f"parted at gaps of {gaps}")
+                assert max(gaps) < 0.05, "in nats"
+                parted += 1
+                break
+    assert parted < 30
+
+
+def test_prompt_parts_and_shared_beginnings_change_no_answer(answering_model):
+    from nybble.generate.decoder.choice import make_decoder
+    from nybble.generate.request import complete
+
+    torch.manual_seed(5)
+    prompts = [torch.randint(3, 500, (700,)).tolist() for _ in range(3)]
+    requests = [request(prompt, "one", 24) for prompt in prompts]
+    with torch.inference_mode():
+        whole = [answer.ids for answer in complete(make_decoder(answering_model), requests)]
+        generator = make_decoder(answering_model)
+        generator.steps.chunk = 150
+        parts = [answer.ids for answer in complete(generator, requests)]
+        again = [answer.ids for answer in complete(generator, requests)]
+    assert parts == whole
+    assert again == whole
+
+
+def test_a_graph_that_cannot_be_captured_is_launched_kernel_by_kernel_and_the_log_says_so(
+    answering_model, monkeypatch, caplog
+):
+    from nybble.generate.decoder.choice import make_decoder
+    from nybble.generate.request import complete
+
+    requests = [request([5, 6, 7], "one", 12), request([9, 8], None, 12)]
+    with torch.inference_mode():
+        expected = [answer.ids for answer in complete(make_decoder(answering_model), requests)]
+
+        def refuse(graph, pool):
+            raise RuntimeError("capture is not possible")
+
+        monkeypatch.setattr(torch.cuda, "graph", refuse)
+        found = [answer.ids for answer in complete(make_decoder(answering_model), requests)]
+    print(caplog.text)
+    assert (
+        "the step of 2 rows cannot be captured in a CUDA graph and will be slower: capture is not possible"
+        in caplog.text
+    )
+    assert found == expected
+
+
+def test_kernels_that_do_not_compile_are_a_reason_to_answer_otherwise(answering_model, monkeypatch):
+    from nybble.generate.decoder.choice import make_decoder
+    from nybble.kernels.cuda import kernels
+    from nybble.kernels.cuda.compile import CompileError
+    from nybble.weights.watched import Ineligible
+
+    def refuse(*given):
+        raise CompileError("product.cu does not compile for sm_90: no")
+
+    monkeypatch.setattr(kernels, "cubin", refuse)
+    with pytest.raises(Ineligible, match=r"product\.cu does not compile"):
+        make_decoder(answering_model)
 
 
 def test_a_graph_replays_the_step():

@@ -6,6 +6,7 @@ The function that training calls makes a prompt's token ids; a rendered string i
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -20,7 +21,7 @@ from nybble.data.rows.formats import Conversation
 from nybble.data.text.template import Template
 from nybble.data.text.tokens import check_ids, encode_prompt
 from nybble.errors import DeviceError, ModelError
-from nybble.generate.padded import Padded
+from nybble.generate.kept import KeptGenerator
 from nybble.generate.request import Completed, GenerationError, NonFiniteLogitsError, Request, Token, complete
 from nybble.model.adapter.updates import Updates
 from nybble.run.start import QuantizedBase
@@ -73,6 +74,8 @@ class Answerer:
     """The system message of most training rows, to be the first message of a conversation."""
     bits: QuantizedBase | None = None
     """Those of the base, if nybble quantised it."""
+    cache: pathlib.Path | None = None
+    """The cache folder; None for the user's own."""
 
     def answer(
         self, conversations: Sequence[Conversation], sampling: Sampling = GREEDY, *, base: bool = False
@@ -116,9 +119,13 @@ class Answerer:
             check_ids(prompt, self.model.config.vocab_size, self.tokenizer)
         adapter = None if base or self._is_base() else self.adapter
         requests = [self._request(prompt, number, sampling, adapter) for number, prompt in enumerate(prompts)]
-        generator = Padded(self.model, self.tokenizer.pad_token_id, rows=max(1, len(requests)))
-        with explained_failures(), contextlib.closing(generator), torch.inference_mode():
+        with explained_failures(), torch.inference_mode():
+            generator = self._generator.get(requests)
             return [self._continuation(completed) for completed in complete(generator, requests, on_token)]
+
+    @functools.cached_property
+    def _generator(self) -> KeptGenerator:
+        return KeptGenerator(self.model, self.tokenizer.pad_token_id, self.cache)
 
     def stop_ids(self) -> frozenset[int]:
         """The tokens that end an answer."""

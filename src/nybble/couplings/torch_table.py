@@ -13,7 +13,7 @@ TORCH = (
     ),
     Coupling(
         "reading parameters past their classes", "torch",
-        ("torch._C:DisableTorchFunctionSubclass",), ("weights/watched.py",),
+        ("torch._C:DisableTorchFunctionSubclass",), ("generate/kept.py", "weights/watched.py"),
         "bitsandbytes' parameters answer through a Python function, 2 us each", AT_START,
     ),
     Coupling(
@@ -25,8 +25,9 @@ TORCH = (
         "a changed adapter or a new hook would go unnoticed by the fused layers", "a KeyError when a model is fused",
     ),
     Coupling(
-        "version counters", "torch", ("torch:Tensor._version",), ("engine/layer_function.py", "engine/workspace.py"),
-        "weights changed in place between forward and backward would go unnoticed", AT_START,
+        "version counters", "torch", ("torch:Tensor._version",),
+        ("engine/layer_function.py", "engine/workspace.py", "generate/kept.py"),
+        "weights changed in place between forward and backward, or between two answers, would go unnoticed", AT_START,
     ),
     Coupling(
         "the base tensor of a view", "torch", ("torch:Tensor._base",), ("training/optimizer.py",),
@@ -48,7 +49,7 @@ TORCH = (
             "_flash_attention_forward", "_flash_attention_backward",
             "_efficient_attention_forward", "_efficient_attention_backward",
         )),
-        ("engine/attention/cuda.py", "engine/attention/plain.py"),
+        ("engine/attention/cuda.py", "engine/attention/plain.py", "generate/decoder/prompt_pass.py"),
         "other arguments or results", f"{AT_START}; on CUDA each is tried on a small batch, and left out if it fails",
     ),
     Coupling(

@@ -16,7 +16,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from nybble.generate.request import BusyError, Finish, GenerationError, Observer, Request, Sink, Token
+from nybble.generate.request import (
+    BusyError,
+    Finish,
+    GenerationError,
+    NonFiniteLogitsError,
+    Observer,
+    Request,
+    Sink,
+    Token,
+)
 
 PROMPT_TOKENS_PER_STEP = 50  # before it gives way, a batch generates one token per row for every so many it began with
 
@@ -63,6 +72,15 @@ class ActiveRequest:
         else:
             self.end_if_unwanted()
 
+    def receive(self, token: Token | None) -> None:
+        """Add a token, or fail for want of one: the model's logits were not finite. Nothing where the answer has ended."""
+        if self.ended:
+            return
+        if token is None:
+            self.fail(NonFiniteLogitsError())
+        else:
+            self.add_token(token)
+
     def end_if_unwanted(self) -> None:
         """End it if it was cancelled or its deadline has passed."""
         if self.cancelled:
@@ -96,12 +114,11 @@ class GenerationBatch:
         if self.patience is not None:
             self.patience = max(self.patience, sum(len(row.sequence) for row in self.rows) // PROMPT_TOKENS_PER_STEP)
 
-    def step(self, tokens: Sequence[Token]) -> list[bool]:
+    def step(self, tokens: Sequence[Token | None]) -> list[bool]:
         """Add one token to each unfinished row. Returns for each row whether the batch is done with it."""
         self.steps += 1
         for row, token in zip(self.rows, tokens, strict=True):
-            if not row.ended:
-                row.add_token(token)
+            row.receive(token)
         ended = [row.ended for row in self.rows]
         if self.patience is None:
             return ended

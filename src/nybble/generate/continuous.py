@@ -213,9 +213,13 @@ def _check_options(request: Request) -> None:
     """Refuse options that the manager does not have: it samples for all requests from one random generator.
 
     Raises:
-        UnsupportedError: a seed, or log probabilities.
+        UnsupportedError: a seed, log probabilities, min_p, a penalty or a bias.
     """
     if request.seed is not None:
         raise UnsupportedError("seed", "continuous batching cannot seed one request")
     if request.logprobs is not None:
         raise UnsupportedError("logprobs", "continuous batching gives no log probabilities")
+    neutral = Request((), 0, None, frozenset())
+    for option in ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"):
+        if getattr(request, option) != getattr(neutral, option):
+            raise UnsupportedError(option, f"continuous batching has no {option}")

@@ -20,7 +20,10 @@ Finish = Literal["stop", "length", "cancelled", "deadline"]
 
 @dataclass(frozen=True)
 class Request:
-    """A request for one answer. Temperature 0 is greedy; top_k 0 and top_p 1 filter nothing."""
+    """A request for one answer. Temperature 0 is greedy; top_k 0 and top_p 1 filter nothing.
+
+    Biases and penalties come first, then temperature, then the filters.
+    """
 
     prompt: Sequence[int]
     max_tokens: int
@@ -31,6 +34,16 @@ class Request:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    """The least probability of a token, as a share of the likeliest token's (Nguyen et al. 2024); 0 filters nothing."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits, and multiplies the negative ones, of tokens in prompt or answer; 1 changes nothing."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens in the answer."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit as often as the token is in the answer."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids, and what is added to their logits."""
     seed: int | None = None
     """None for a fresh random seed."""
     logprobs: int | None = None
@@ -41,7 +54,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Token:
-    """One token of an answer. Log probabilities are the model's own: of the logits before temperature, top_k and top_p."""
+    """One token of an answer. Log probabilities are the model's own: of its logits, before anything that a request changes."""
 
     id: int
     logprob: float | None = None
@@ -156,7 +169,8 @@ def check_request(request: Request, vocabulary: int, adapters: Container[str]) -
     """Refuse a request that would make its whole batch fail.
 
     Raises:
-        GenerationError: an empty prompt, an id beyond the vocabulary, max_tokens below one, or an unknown adapter.
+        GenerationError: an empty prompt, an id beyond the vocabulary in prompt or logit_bias, max_tokens below one, or an unknown
+            adapter.
     """
     if not request.prompt:
         raise GenerationError("the prompt has no tokens")
@@ -165,6 +179,9 @@ def check_request(request: Request, vocabulary: int, adapters: Container[str]) -
     invalid = next((token_id for token_id in request.prompt if not 0 <= token_id < vocabulary), None)
     if invalid is not None:
         raise GenerationError(f"the prompt has token {invalid}, but the model's ids go from 0 to {vocabulary - 1:,}")
+    unknown = next((token_id for token_id, _ in request.logit_bias if not 0 <= token_id < vocabulary), None)
+    if unknown is not None:
+        raise GenerationError(f"logit_bias names token {unknown}, but the model's ids go from 0 to {vocabulary - 1:,}")
     if request.adapter is not None and request.adapter not in adapters:
         raise GenerationError(f"there is no adapter {request.adapter!r}")
 

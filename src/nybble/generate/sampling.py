@@ -1,15 +1,69 @@
-"""Samples the next token of every row by its own request's options, which may differ within a batch."""
+"""Samples the next token of every row by its own request's options, which may differ within a batch; all of it on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
 from nybble.generate.batching import ActiveRequest, GenerationBatch
-from nybble.generate.request import NonFiniteLogitsError, Token
-from nybble.generate.seeds import seed_tensor, uniforms
+from nybble.generate.draw import Distribution
+from nybble.generate.penalties import LogitChanges, changes_logits
+from nybble.generate.request import Token
+from nybble.generate.seeds import uniforms
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """The tokens that a batch's rows were given, which the device may still be computing."""
+
+    ids: torch.Tensor
+    """(rows,) int64, on the device"""
+    _facts: torch.Tensor
+    """On the host, (2, rows): ids, and whether the row's logits are finite."""
+    _logprobs: LogProbabilities | None
+    _ready: torch.cuda.Event | None
+    """Recorded behind the copies to the host; None on a CPU."""
+
+    def read(self) -> list[Token | None]:
+        """The tokens, None where the model's logits are not finite; waits for the device."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        ids, finite = self._facts.tolist()
+        tokens = [Token(token) for token in ids] if self._logprobs is None else self._logprobs.tokens(ids)
+        return [token if good else None for token, good in zip(tokens, finite, strict=True)]
+
+
+@dataclass(frozen=True)
+class LogProbabilities:
+    """Log probabilities of chosen and of the likeliest tokens, on the host."""
+
+    counts: Sequence[int | None]
+    """How many of the likeliest each row wants; None for no log probability at all."""
+    chosen: torch.Tensor
+    """(rows,)"""
+    top: tuple[torch.Tensor, torch.Tensor]
+    """(rows, most wanted): values and ids"""
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, ids: torch.Tensor, counts: Sequence[int | None]) -> LogProbabilities:
+        """Of logits (rows, vocabulary) and chosen ids (rows,); their copies to the host may still be under way."""
+        logprobs = logits.log_softmax(-1)
+        best = logprobs.topk(max(count or 0 for count in counts))
+        chosen = logprobs.gather(1, ids.unsqueeze(1)).squeeze(1)
+        return cls(counts, to_host(chosen), (to_host(best.values), to_host(best.indices)))
+
+    def tokens(self, ids: Sequence[int]) -> list[Token]:
+        """The chosen tokens."""
+        chosen, values, indices = (each.tolist() for each in (self.chosen, *self.top))
+        return [
+            Token(token)
+            if count is None
+            else Token(token, chosen[n], tuple(zip(indices[n][:count], values[n][:count], strict=True)))
+            for n, (token, count) in enumerate(zip(ids, self.counts, strict=True))
+        ]
 
 
 class RowSampler:
@@ -19,66 +73,59 @@ class RowSampler:
         self.device = device
         self._rows: list[ActiveRequest] = []
         self._sampled: list[int] = []
+        self._changes: LogitChanges | None = None
+        self._counts: list[int | None] = []
 
-    def next_tokens(self, rows: Sequence[ActiveRequest], logits: torch.Tensor) -> list[Token]:
+    def sample(self, rows: Sequence[ActiveRequest], positions: Sequence[int], logits: torch.Tensor) -> SampledTokens:
         """The next token of each row, with log probabilities for the rows that want them.
 
-        A row whose logits are not finite fails; its token means nothing. So does that of a row that has ended.
-
         Args:
-            rows: the requests; the token comes after their sequences.
+            rows: the requests. Where one has penalties and the rows are other than those of the call before, all of its tokens so
+                far are known.
+            positions: of the new tokens in their sequences.
             logits: (rows, vocabulary).
         """
         if list(rows) != self._rows:
-            self._read_options(rows)
-        chosen = logits.argmax(-1)
+            self._read_options(rows, logits.shape[1])
+        changed = logits if self._changes is None else self._changes.apply(logits)
+        chosen = changed.argmax(-1)
         if self._sampled:
-            positions = [len(rows[n].request.prompt) + len(rows[n].answer_ids) for n in self._sampled]
-            uniform = uniforms(self._seeds, torch.tensor(positions, device=self.device))
-            chosen[self._indices] = sample(logits[self._indices], self._temperature, uniform, self._filters)
-        # One copy from the device: the tokens, and whether the largest logit is finite (amax returns NaN where there is one).
-        ids, finite = torch.stack((chosen, logits.amax(-1).isfinite().to(chosen.dtype))).tolist()
-        for row, is_finite in zip(rows, finite, strict=True):
-            if not is_finite and not row.ended:
-                row.fail(NonFiniteLogitsError())
-        wanted = any(row.request.logprobs is not None for row in rows if not row.ended)
-        logprobs = logits.log_softmax(-1) if wanted else None
-        return [_token(row, ids[n], None if logprobs is None else logprobs[n]) for n, row in enumerate(rows)]
+            numbers = uniforms([rows[n].seed for n in self._sampled], [positions[n] for n in self._sampled])
+            uniform = to_device(numbers.tolist(), self.device, torch.float64)
+            chosen[self._indices] = self._distribution.draw(changed[self._indices], uniform)
+        if self._changes is not None:
+            self._changes.add(chosen)
+        # amax returns NaN where there is one.
+        facts = to_host(torch.stack((chosen, logits.amax(-1).isfinite().to(chosen.dtype))))
+        logprobs = None
+        if any(count is not None for count in self._counts):
+            logprobs = LogProbabilities.of(logits, chosen, self._counts)
+        return SampledTokens(chosen, facts, logprobs, _recorded_event(self.device))
 
-    def _read_options(self, rows: Sequence[ActiveRequest]) -> None:
+    def _read_options(self, rows: Sequence[ActiveRequest], vocabulary: int) -> None:
         self._rows = list(rows)
+        self._counts = [row.request.logprobs for row in rows]
         self._sampled = [n for n, row in enumerate(rows) if row.request.temperature > 0]
-        requests = [rows[n].request for n in self._sampled]
-        self._indices = torch.tensor(self._sampled, device=self.device, dtype=torch.long)
-        self._temperature = torch.tensor([request.temperature for request in requests], device=self.device)
-        self._seeds = seed_tensor([rows[n].seed for n in self._sampled], self.device)
-        self._filters = None
-        if any(request.top_k or request.top_p < 1 for request in requests):
-            top_k = torch.tensor([min(request.top_k, 2**31) for request in requests], device=self.device)
-            self._filters = top_k, torch.tensor([request.top_p for request in requests], device=self.device)
-
-
-def _token(row: ActiveRequest, chosen: int, logprobs: torch.Tensor | None) -> Token:
-    count = row.request.logprobs
-    if count is None or logprobs is None or row.ended:
-        return Token(chosen)
-    best = logprobs.topk(count) if count else None
-    top = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return Token(chosen, float(logprobs[chosen]), top)
+        self._indices = to_device(self._sampled, self.device)
+        self._distribution = Distribution.of([rows[n].request for n in self._sampled], self.device)
+        self._changes = None
+        if any(changes_logits(row.request) for row in rows):
+            self._changes = LogitChanges(rows, vocabulary, self.device)
 
 
 class BatchSampler(LogitsProcessor):  # type: ignore[misc]
     """Samples inside generate, so that its argmax picks the sampled token."""
 
     def __init__(self, rows: Sequence[ActiveRequest], device: torch.device) -> None:
-        self.rows, self.tokens = rows, list[Token]()
+        self.rows, self.tokens = rows, list[Token | None]()
         self._sampler = RowSampler(device)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores (rows, vocabulary) in which the sampled token has the largest."""
-        self.tokens = self._sampler.next_tokens(self.rows, scores)
-        chosen = torch.tensor([token.id for token in self.tokens], device=scores.device)
-        return scores.scatter(1, chosen.unsqueeze(1), torch.inf)
+        positions = [len(row.request.prompt) + len(row.answer_ids) for row in self.rows]
+        sampled = self._sampler.sample(self.rows, positions, scores)
+        self.tokens = sampled.read()
+        return scores.scatter(1, sampled.ids.unsqueeze(1), torch.inf)
 
 
 class TokenDelivery(StoppingCriteria):  # type: ignore[misc]
@@ -93,35 +140,19 @@ class TokenDelivery(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor(self.batch.step(self.sampler.tokens), device=input_ids.device)
 
 
-def sample(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    uniform: torch.Tensor,
-    filters: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """One token per row, (rows,): where the cumulative probability passes the row's uniform number (inverse transform sampling).
+def to_device(numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.long) -> torch.Tensor:
+    """Numbers as a tensor, (numbers,), without waiting for what the device is computing."""
+    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
-    The probabilities are added in vocabulary order, so that rounding, which differs between batches, only moves the boundaries
-    between tokens and never swaps tokens.
 
-    Args:
-        logits: (rows, vocabulary).
-        temperature: (rows,), above zero.
-        uniform: (rows,) float64 in [0, 1).
-        filters: top_k (rows,), 0 for all, then top_p (rows,), 1 for all (Holtzman et al. 2020).
-    """
-    logits = logits / temperature.to(logits.dtype).unsqueeze(1)
-    vocabulary = logits.shape[1]
-    if filters is not None:
-        top_k, top_p = (column.unsqueeze(1) for column in filters)
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        rank = torch.arange(vocabulary, device=logits.device).expand_as(ordered)
-        out = rank >= torch.where(top_k == 0, vocabulary, top_k)
-        ordered = ordered.masked_fill(out, -torch.inf)
-        share = ordered.softmax(-1)
-        before = share.cumsum(-1) - share  # the probability of all likelier tokens; the first token always stays
-        out = out | ((before >= top_p) & (top_p < 1) & (rank > 0))
-        logits = logits.masked_fill(out.gather(1, order.argsort(-1)), -torch.inf)
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    chosen = torch.searchsorted(cumulative, uniform.unsqueeze(1) * cumulative[:, -1:], right=True).squeeze(1)
-    return chosen.clamp(max=vocabulary - 1)
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the host, in pinned memory; one that comes from a GPU is complete only when its stream has got there."""
+    return tensor.to("cpu", non_blocking=True)
+
+
+def _recorded_event(device: torch.device) -> torch.cuda.Event | None:
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event

@@ -168,7 +168,15 @@ class Job:
         temperature, top_p = (0.0, 1.0) if greedy else (parsed.temperature, parsed.top_p)
         top_k = min(max(parsed.top_k, 0), MAX_TOP_K)
         return Request(
-            prompt, limit, self.model.adapter, self.stop_ids, temperature, top_p, top_k, seed, parsed.likeliest
+            prompt,
+            limit,
+            self.model.adapter,
+            self.stop_ids,
+            temperature,
+            top_p,
+            top_k,
+            seed=seed,
+            logprobs=parsed.likeliest,
         )
 
     def _stream(self, prompt: list[int]) -> TextStream:

@@ -79,9 +79,8 @@ def load_decoder(
     names = run_names(runs)
     answerers = dict(zip(names, load_answerers(runs, cache, device, dequantise=True), strict=True))
     first, base = next(iter(answerers.values())), base_name(runs[0], names)
-    kernels = (cache or default_cache()) / "kernels"
     try:
-        decoder = make_decoder(first.model, queue=queue, observer=observer, folder=kernels)
+        decoder = make_decoder(first.model, queue=queue, observer=observer, cache=cache)
     except Ineligible as why:
         raise ServeError(f"the engine decoder cannot serve this model: {why}", fix="--engine pipeline") from None
     about = (

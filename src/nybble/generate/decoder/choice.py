@@ -8,24 +8,28 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from nybble.files.paths import default_cache
 from nybble.generate.decoder.decoder import RowDecoder
 from nybble.generate.decoder.model import DecoderModel, read_model
+from nybble.generate.decoder.pages import PAGE
 from nybble.generate.decoder.plain_steps import PlainSteps
 from nybble.generate.decoder.steps import Steps
 from nybble.generate.request import Observer
-from nybble.plan.free_memory import device_memory
-from nybble.plan.ledger import kv_cache_bytes_per_token
+from nybble.plan.free_memory import allocatable_bytes, host_memory
+from nybble.plan.ledger import decoder_workspace_bytes, kv_cache_bytes_per_token
 from nybble.plan.shapes import ModelShape
 from nybble.weights.watched import Ineligible
 
 try:
-    from nybble.generate.decoder.cuda_steps import SIZES, CudaSteps
+    from nybble.generate.decoder.cuda_steps import CHUNK, CudaSteps
+    from nybble.generate.decoder.step_graphs import SIZES
 
     MISSING = ""
 except ImportError as error:  # torch for CPUs does not bring it, and does not need it
     MISSING = str(error)
 
-SHARE = 0.6  # of the memory that is free, for keys and values
+SHARE = 0.9  # of the memory that a GPU has left, for cache and buffers
+CPU_SHARE = 0.6  # of the memory that is free, for keys and values
 OLDEST = (8, 0)  # compute capability: bf16 tensor cores and copies beside the computation
 
 
@@ -34,33 +38,43 @@ def make_decoder(
     *,
     queue: int | None = None,
     observer: Observer | None = None,
-    folder: pathlib.Path | None = None,
+    tokens: int | None = None,
+    cache: pathlib.Path | None = None,
 ) -> RowDecoder:
     """A decoder for a model with all of its adapters, as they are now.
 
     Args:
         model: in eval mode.
         queue: requests that may wait; None for any number.
-        observer: of how busy it is.
-        folder: where compiled kernels are kept.
+        observer: is notified of the load.
+        tokens: that its cache shall hold, if they fit into its share of the free memory; None for all of that share.
+        cache: the cache folder, where compiled kernels are kept; None for the user's own.
 
     Raises:
         Ineligible: the first reason why the decoder cannot answer for it.
     """
     read = read_model(model)
-    return RowDecoder(read, _choose_steps(read, model, folder), queue=queue, observer=observer)
+    try:
+        steps = _choose_steps(read, model, tokens, cache)
+    except torch.OutOfMemoryError:
+        raise Ineligible("there is not enough memory for its cache and buffers") from None
+    return RowDecoder(read, steps, queue=queue, observer=observer)
 
 
-def _choose_steps(read: DecoderModel, model: PreTrainedModel | PeftModel, folder: pathlib.Path | None) -> Steps:
+def _choose_steps(
+    read: DecoderModel, model: PreTrainedModel | PeftModel, tokens: int | None, cache: pathlib.Path | None
+) -> Steps:
     shape = ModelShape.from_config(model.config.to_dict())
     if read.device.type != "cuda":
-        tokens = int(
-            SHARE * device_memory(read.device).free / kv_cache_bytes_per_token(shape, read.embedding.dtype.itemsize)
-        )
-        return PlainSteps(read, tokens)
+        fitting = int(CPU_SHARE * host_memory().free / kv_cache_bytes_per_token(shape, read.embedding.dtype.itemsize))
+        return PlainSteps(read, fitting if tokens is None else min(fitting, tokens))
     if torch.cuda.get_device_capability(read.device) < OLDEST:
-        raise Ineligible("the decoder's kernels need a card of compute capability 8.0 or later")
+        raise Ineligible("the decoder's kernels need a GPU of compute capability 8.0 or later")
     if MISSING:
         raise Ineligible(f"{MISSING}; pip install cuda-bindings")
-    tokens = int(SHARE * device_memory(read.device).free / kv_cache_bytes_per_token(shape, torch.bfloat16.itemsize))
-    return CudaSteps(read, min(tokens, SIZES[-1] * read.positions), folder)
+    free = SHARE * allocatable_bytes(read.device) - decoder_workspace_bytes(shape, SIZES[-1], CHUNK)
+    fitting = int(free / kv_cache_bytes_per_token(shape, torch.bfloat16.itemsize))
+    if fitting < PAGE:
+        raise Ineligible("there is not enough memory for its cache and buffers")
+    most = min(fitting, SIZES[-1] * read.positions)
+    return CudaSteps(read, most if tokens is None else min(most, tokens), (cache or default_cache()) / "kernels")

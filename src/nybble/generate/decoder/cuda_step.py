@@ -9,6 +9,8 @@ import torch
 
 from nybble.generate.decoder.model import DecoderModel
 from nybble.generate.decoder.packing import PackedGroup, pack_group
+from nybble.generate.decoder.plain_weights import PlainWeights
+from nybble.kernels.cuda.buffers import SharedBuffers
 from nybble.kernels.cuda.kernels import (
     ELEMENTWISE_COLUMNS,
     CacheView,
@@ -73,6 +75,7 @@ class CudaStep:
         inputs: buffers.
         cache: (layers, 2, pages, kv heads, 64, head size) bf16.
         rotary: cosine and sine, (positions, head size / 2) float32.
+        buffers: shared with the steps of other sizes.
     """
 
     def __init__(
@@ -82,19 +85,25 @@ class CudaStep:
         inputs: StepInput,
         cache: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
+        buffers: SharedBuffers,
     ) -> None:
         model, rows = packed.model, len(inputs.tokens)
         self.packed, self.kernels, self.inputs, self.cache, self.rotary = packed, kernels, inputs, cache, rotary
         first = packed.layers[0]
-        self.outputs: dict[tuple[str, int], ProductOutput] = {}
-        device, hidden = model.device, model.hidden
-        self.residual = torch.zeros(rows, hidden, device=device)
-        self.normed = torch.zeros(rows, hidden, device=device, dtype=torch.bfloat16)
-        self.attended = torch.zeros(rows, model.heads * model.head_size, device=device, dtype=torch.bfloat16)
-        self.activated = torch.zeros(rows, first["down"].weights.blocks * 64, device=device, dtype=torch.bfloat16)
-        self.squares = torch.zeros(-(-hidden // ELEMENTWISE_COLUMNS), rows, device=device)
-        self.work = kernels.attention_work(rows, model.heads, model.kv_heads, model.head_size)
-        self.logits = torch.zeros(rows, len(model.head), device=device)
+        hidden, bf16 = model.hidden, torch.bfloat16
+        self.residual = buffers.take("residual", rows, hidden)
+        self.normed = buffers.take("normed", rows, hidden, dtype=bf16)
+        self.attended = buffers.take("attended", rows, model.heads * model.head_size, dtype=bf16)
+        self.activated = buffers.take("activated", rows, first["down"].weights.inputs, dtype=bf16)
+        self.squares = buffers.take("squares", -(-hidden // ELEMENTWISE_COLUMNS), rows)
+        self.work = kernels.attention_work(rows, model.heads, model.kv_heads, model.head_size, buffers)
+        self.logits = buffers.take("logits", rows, len(model.head))
+        self.outputs: dict[tuple[str, type, int], ProductOutput] = {}
+        for layer in packed.layers:
+            for name, group in layer.items():
+                key = _kind(name, group.weights)
+                if key not in self.outputs:
+                    self.outputs[key] = self._output(name, group.weights, buffers)
 
     def run(self) -> torch.Tensor:
         """Logits, (m, vocabulary) float32, the same buffer each time."""
@@ -105,8 +114,7 @@ class CudaStep:
             product = self._layer(index, layer, product)
         self._add_norm(product, model.norm)
         torch.mm(self.normed, model.head.t(), out=self.logits, out_dtype=torch.float32)
-        mean = self.squares.sum(0).unsqueeze(1) / model.hidden
-        return self.logits.mul_(torch.rsqrt(mean + model.eps))
+        return self.logits.mul_(Squares(self.squares, model.eps).factor(model.hidden))
 
     def _layer(self, index: int, layer: Mapping[str, PackedGroup], before: Product | None) -> Product:
         """One layer; gives the output of its last product, which is still to be added to the residual stream."""
@@ -124,17 +132,24 @@ class CudaStep:
         self, layer: Mapping[str, PackedGroup], name: str, x_mk: torch.Tensor, squares: Squares | None
     ) -> Product:
         group = layer[name]
-        output = self._output(name, group.weights)
-        self.kernels.product(x_mk, group.weights, squares, output)
+        output = self.outputs[_kind(name, group.weights)]
+        if isinstance(group.weights, PlainWeights):
+            group.weights.product(x_mk, squares, output)
+        else:
+            self.kernels.product(x_mk, group.weights, squares, output)
         return output, RowAdapters(group.adapters, self.inputs.adapters) if group.adapters else None
 
-    def _output(self, name: str, weights: ProductWeights) -> ProductOutput:
-        """The buffers that all layers' groups of this name share, if their adapters' ranks are as many."""
-        key = name, weights.ranks
-        if key not in self.outputs:
-            self.outputs[key] = self.kernels.output(len(self.inputs.tokens), weights)
-        return self.outputs[key]
+    def _output(self, name: str, weights: ProductWeights | PlainWeights, buffers: SharedBuffers) -> ProductOutput:
+        rows = len(self.inputs.tokens)
+        if isinstance(weights, PlainWeights):
+            return weights.output(name, rows, buffers)
+        return self.kernels.output(name, rows, weights, buffers)
 
     def _add_norm(self, product: Product | None, weight_h: torch.Tensor) -> None:
         output, adapters = product or (None, None)
         self.kernels.add_norm(self.residual, output, adapters, weight_h, self.normed, self.squares)
+
+
+def _kind(name: str, weights: ProductWeights | PlainWeights) -> tuple[str, type, int]:
+    """What layers' groups must have in common to share an output."""
+    return name, type(weights), weights.ranks

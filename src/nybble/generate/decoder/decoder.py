@@ -1,4 +1,4 @@
-"""The decoder: rows come and go at every token, each with its own adapter, over a cache that remembers beginnings."""
+"""The decoder: rows join and leave at every token, each with its own adapter, over a cache that remembers how sequences began."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from nybble.generate.batching import ActiveRequest
 from nybble.generate.decoder.model import DecoderModel
 from nybble.generate.decoder.steps import CacheSlot, Steps
+from nybble.generate.penalties import has_penalty
 from nybble.generate.request import (
     BusyError,
     GenerationError,
@@ -24,7 +25,7 @@ from nybble.generate.request import (
     Sink,
     check_request,
 )
-from nybble.generate.sampling import RowSampler
+from nybble.generate.sampling import RowSampler, SampledTokens, to_device
 from nybble.generate.seeds import fresh_seed
 
 log = logging.getLogger("nybble.generate")
@@ -32,25 +33,45 @@ log = logging.getLogger("nybble.generate")
 
 @dataclass(eq=False)
 class DecodedRow:
-    """A request under way: what it asks for, and its place in the cache."""
+    """A request being answered: its slot in the cache, and its entry in the table of last tokens."""
 
     active: ActiveRequest
     slot: CacheSlot
+    entry: int
 
     @property
-    def to_compute(self) -> list[int]:
-        """Its tokens that are not in the cache yet; one, once the prompt is computed."""
-        return self.active.sequence[self.slot.length :]
+    def rest_of_prompt(self) -> Sequence[int]:
+        """Tokens of the prompt that are still to be computed."""
+        return self.active.request.prompt[self.slot.length :]
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether its prompt is computed, and its answer may have more tokens than those that were computed."""
+        request = self.active.request
+        answer = self.slot.length - len(request.prompt) + 1
+        return not self.active.ended and 1 <= answer < request.max_tokens
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Tokens that the device was asked for, and the rows that they belong to."""
+
+    rows: Sequence[DecodedRow]
+    sampled: SampledTokens
 
 
 class RowDecoder:
     """See `nybble.generate.request.Generator`; one `step` computes a part of the prompts and then a token for each row.
 
+    Where the device computes on its own, the host is one step ahead: it hands over a step's tokens while the device computes the
+    next step, which takes its input from the device. An answer that ends with a stop token has been computed one token too far by
+    then; that token is dropped.
+
     Args:
         model: what `steps` computes.
-        steps: where the rows are.
+        steps: the computation, and the cache.
         queue: requests that may wait; None for any number.
-        observer: of how busy it is.
+        observer: is notified of the load.
     """
 
     def __init__(
@@ -59,24 +80,31 @@ class RowDecoder:
         self.vocabulary, self.positions = model.vocabulary, model.positions
         self.adapters = frozenset(model.adapters)
         self.steps, self.queue, self.observer = steps, queue, observer or NullObserver()
+        self._device = model.device
         self._sampler = RowSampler(model.device)
         self._waiting: deque[ActiveRequest] = deque()
         self._rows: list[DecodedRow] = []
-        self._closed = self._in_step = False
+        self._entries = list(range(steps.rows))
+        self._last = torch.zeros(steps.rows, dtype=torch.long, device=model.device)
+        self._decoded: list[DecodedRow] = []
+        self._unread: deque[Unread] = deque()
+        self._refusal = ""
+        """Why nothing is answered any more."""
+        self._in_step = False
         self._lock = threading.Lock()
-        self._seconds_a_request = 1.0
+        self._seconds_per_answer = 1.0
 
     @property
     def waiting(self) -> int:
-        """Requests that a step would bring on."""
+        """How many requests a step could work on."""
         return len(self._waiting) + len(self._rows)
 
     def healthy(self) -> bool:
-        """Whether answers can be made."""
-        return not self._closed
+        """Whether it can answer requests."""
+        return not self._refusal
 
     def worth_waiting_for(self, *, idle: bool) -> tuple[int, float]:
-        """None: a request joins at any token."""
+        """No requests: one can join at any token."""
         return 0, 0.0
 
     def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> list[Handle]:
@@ -87,26 +115,16 @@ class RowDecoder:
         """
         for request in requests:
             check_request(request, self.vocabulary, self.adapters)
-            asked = len(request.prompt) + request.max_tokens
-            if asked > self.positions:
-                raise GenerationError(
-                    f"the request needs {asked:,} tokens (prompt {len(request.prompt):,}, answer up to "
-                    f"{request.max_tokens:,}), and the context length of the model is {self.positions:,}"
-                )
-            if asked > self.steps.tokens:
-                raise GenerationError(
-                    f"the request needs {asked:,} tokens (prompt {len(request.prompt):,}, answer up to "
-                    f"{request.max_tokens:,}), and there is memory for {self.steps.tokens:,}"
-                )
+            self._check_length(request)
         new = [
             ActiveRequest(request, sink, fresh_seed() if request.seed is None else request.seed)
             for request, sink in zip(requests, sinks, strict=True)
         ]
         with self._lock:
-            if self._closed:
-                raise GenerationError("the generator was closed")
+            if self._refusal:
+                raise GenerationError(self._refusal)
             if self.queue is not None and len(self._waiting) + len(new) > self.queue:
-                raise BusyError(max(1, round(len(self._waiting) * self._seconds_a_request)))
+                raise BusyError(max(1, round(len(self._waiting) * self._seconds_per_answer)))
             self._waiting.extend(new)
         self._report()
         return list[Handle](new)
@@ -114,53 +132,63 @@ class RowDecoder:
     def step(self) -> bool:
         """A token for each row; False once nothing is left to do."""
         began = time.perf_counter()
-        whole = False
+        completed = False
         with self._lock:
             self._in_step = True
         try:
-            self._admit()
-            self._prefill()
-            self._decode()
-            whole = True
+            # Computed in the types of the weights, whatever the caller's.
+            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+                self._admit()
+                self._prefill()
+                self._decode()
+            completed = True
+        except torch.AcceleratorError as error:
+            completed = True
+            self._lose_device(error)
         finally:
-            if not whole:  # Ctrl-C, or a defect: nobody is left waiting
-                for row in self._rows:
-                    if not row.active.ended:
-                        row.active.fail(GenerationError("generation was stopped"))
-            self._leave(time.perf_counter() - began)
+            if not completed:  # Ctrl-C, or a defect: no client is left waiting
+                self._abandon("generation was stopped")
+            self._remove_ended(time.perf_counter() - began)
             with self._lock:
                 self._in_step = False
-                if self._closed:
+                if self._refusal:
                     self._end_cancelled()
         return bool(self.waiting)
 
     def close(self) -> None:
-        """Cancel everything, from any thread; what a step computes just now ends with it."""
+        """Cancel everything, from any thread; what a step is computing ends with it."""
         with self._lock:
-            self._closed = True
+            self._refusal = self._refusal or "the generator was closed"
             for active in [*self._waiting, *(row.active for row in self._rows)]:
                 active.cancel()
             self._drop_unwanted()
-            if not self._in_step:  # perhaps none will come
+            if not self._in_step:  # perhaps there will be no other step
                 self._end_cancelled()
 
-    def _end_cancelled(self) -> None:
-        for row in self._rows:
-            if not row.active.ended:
-                row.active.end_if_unwanted()
-        self._rows = []
+    def _check_length(self, request: Request) -> None:
+        """Refuse a request that can never be completed.
+
+        Raises:
+            GenerationError: it is beyond the context length, or the whole cache.
+        """
+        needed = len(request.prompt) + request.max_tokens
+        about = f"the request needs {needed:,} tokens (prompt {len(request.prompt):,}, answer up to {request.max_tokens:,}), and"
+        if needed > self.positions:
+            raise GenerationError(f"{about} the context length of the model is {self.positions:,}")
+        if needed > self.steps.tokens:
+            raise GenerationError(f"{about} there is memory for {self.steps.tokens:,}")
 
     def _admit(self) -> None:
-        """Give those that wait a place, the oldest first; where it has no room yet the others wait behind it."""
+        """Give waiting requests a slot, the oldest first; where the cache has no room yet, the others wait behind it."""
         with self._lock:
             self._drop_unwanted()
-            while self._waiting and len(self._rows) < self.steps.rows:
+            while self._waiting and self._entries:
                 active = self._waiting[0]
                 request = active.request
                 slot = self.steps.reserve(request.prompt, request.adapter, len(request.prompt) + request.max_tokens)
                 if slot is None:
                     break
-                self._rows.append(DecodedRow(self._waiting.popleft(), slot))
+                self._rows.append(DecodedRow(self._waiting.popleft(), slot, self._entries.pop()))
         self._report()
 
     def _drop_unwanted(self) -> None:
@@ -169,24 +197,27 @@ class RowDecoder:
         self._waiting = deque(active for active in self._waiting if not active.ended)
 
     def _prefill(self) -> None:
-        """Some tokens of the prompts, the oldest first, in one pass; whose prompt is done gets its first token."""
+        """Compute some tokens of the prompts, the oldest first, in one pass; completed prompts get their first token."""
         budget = self.steps.chunk
         rows: list[DecodedRow] = []
-        parts: list[list[int]] = []
+        parts: list[Sequence[int]] = []
         for row in self._rows:
             row.active.end_if_unwanted()
-            ids = row.to_compute
-            if not row.active.ended and len(ids) > 1 and budget > 0:
+            rest = row.rest_of_prompt
+            if not row.active.ended and rest and budget > 0:
                 rows.append(row)
-                parts.append(ids[:budget])
+                parts.append(rest[:budget])
                 budget -= len(parts[-1])
         if rows:
             self._prefill_parts(rows, parts)
 
-    def _prefill_parts(self, rows: Sequence[DecodedRow], parts: Sequence[list[int]]) -> None:
-        """One pass; where it runs out of memory each prompt is tried alone, so that one takes no other along."""
+    def _prefill_parts(self, rows: Sequence[DecodedRow], parts: Sequence[Sequence[int]]) -> None:
+        """One pass; if it runs out of memory, each prompt is tried alone, so that only those that do not fit fail."""
         try:
             logits = self.steps.prefill([row.slot for row in rows], parts)
+            done = [n for n, row in enumerate(rows) if not row.rest_of_prompt]
+            if done:
+                self._sample([rows[n] for n in done], logits if len(done) == len(rows) else logits[done])
         except torch.OutOfMemoryError as error:
             if len(rows) == 1:
                 _fail(rows, "out of memory: the prompt is too long for this device", error)
@@ -194,49 +225,107 @@ class RowDecoder:
             for row, part in zip(rows, parts, strict=True):
                 self._prefill_parts([row], [part])
         except (RuntimeError, ValueError, IndexError) as error:
-            log.exception("a prompt failed")
-            _fail(rows, "the model failed; the log says why", error)
-        else:
-            done = [n for n, row in enumerate(rows) if not row.to_compute]
-            if done:
-                self._hand_over([rows[n] for n in done], logits[done])
+            _fail_unless_lost(rows, error)
 
     def _decode(self) -> None:
-        rows = [row for row in self._rows if not row.active.ended and len(row.to_compute) == 1]
+        """Start a step of all rows that have a token to come, then hand over the tokens of the step before."""
+        rows = self._decodable()
+        if rows != self._decoded and any(has_penalty(row.active.request) for row in rows):
+            self._deliver()  # as the sampler then needs to know all tokens
+            rows = self._decodable()
         if not rows:
+            self._deliver()
             return
+        if rows != self._decoded:
+            self._decoded, self._table = rows, to_device([row.entry for row in rows], self._device)
         self.observer.batch_started(len(rows))
         try:
-            logits = self.steps.decode([row.slot for row in rows], [row.to_compute[0] for row in rows])
-        except (RuntimeError, ValueError, IndexError) as error:  # torch.OutOfMemoryError is one of the first
-            log.exception("a step failed")
-            _fail(rows, "the model failed; the log says why", error)
-        else:
-            self._hand_over(rows, logits)
+            self._sample(rows, self.steps.decode([row.slot for row in rows], self._last[self._table]))
+        except (RuntimeError, ValueError, IndexError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            _fail_unless_lost(rows, error)
+        self._deliver(but=1 if self.steps.asynchronous else 0)
 
-    def _hand_over(self, rows: Sequence[DecodedRow], logits: torch.Tensor) -> None:
-        actives = [row.active for row in rows]
-        for active, token in zip(actives, self._sampler.next_tokens(actives, logits), strict=True):
-            if not active.ended:
-                active.add_token(token)
+    def _decodable(self) -> list[DecodedRow]:
+        return [row for row in self._rows if row.is_decoding]
 
-    def _leave(self, seconds: float) -> None:
-        """Give back the places of rows that are over."""
-        over = [row for row in self._rows if row.active.ended]
-        for row in over:
+    def _sample(self, rows: Sequence[DecodedRow], logits: torch.Tensor) -> None:
+        positions = [row.slot.length for row in rows]
+        sampled = self._sampler.sample([row.active for row in rows], positions, logits)
+        entries = self._table if rows is self._decoded else to_device([row.entry for row in rows], self._device)
+        self._last[entries] = sampled.ids
+        self._unread.append(Unread(rows, sampled))
+
+    def _deliver(self, but: int = 0) -> None:
+        """Hand over computed tokens, except those of the latest steps."""
+        while len(self._unread) > but:
+            unread = self._unread.popleft()
+            if all(row.active.ended for row in unread.rows):
+                continue
+            try:
+                tokens = unread.sampled.read()
+            except RuntimeError as error:
+                _fail_unless_lost(unread.rows, error)
+                continue
+            for row, token in zip(unread.rows, tokens, strict=True):
+                row.active.receive(token)
+
+    def _remove_ended(self, seconds: float) -> None:
+        """Free the slots of rows that have ended."""
+        ended = [row for row in self._rows if row.active.ended]
+        for row in ended:
             self.steps.release(row.slot, row.active.sequence[: row.slot.length])
-        if over:
+            self._entries.append(row.entry)
+        if ended:
             with self._lock:
                 self._rows = [row for row in self._rows if not row.active.ended]
-            self._seconds_a_request = 0.7 * self._seconds_a_request + 0.3 * seconds * len(self._rows or over)
+            self._seconds_per_answer = 0.7 * self._seconds_per_answer + 0.3 * seconds * len(self._rows or ended)
             self._report()
+
+    def _abandon(self, why: str) -> None:
+        """Fail all rows."""
+        self._unread.clear()
+        for row in self._rows:
+            if not row.active.ended:
+                row.active.fail(GenerationError(why))
+
+    def _lose_device(self, error: Exception) -> None:
+        """The device cannot be used any more: fail everything, and refuse what comes."""
+        why = "the device failed and answers nothing any more; restart nybble"
+        log.error("%s: %s", why, str(error).splitlines()[0])
+        with self._lock:
+            self._refusal, waiting = why, self._waiting
+            self._waiting = deque()
+        for active in waiting:
+            active.fail(GenerationError(why))
+        self._abandon(why)
+
+    def _end_cancelled(self) -> None:
+        self._unread.clear()
+        for row in self._rows:
+            if not row.active.ended:
+                row.active.end_if_unwanted()
+        self._rows = []
 
     def _report(self) -> None:
         self.observer.load_changed(len(self._rows), len(self._waiting))
 
 
+def _fail_unless_lost(rows: Sequence[DecodedRow], error: Exception) -> None:
+    """Fail rows whose computation failed; an error that leaves the device unusable goes on.
+
+    Raises:
+        AcceleratorError: of torch: CUDA answers every later call with the same error.
+    """
+    if isinstance(error, torch.AcceleratorError):
+        raise error
+    log.error("the model failed for %d rows", len(rows), exc_info=error)
+    _fail(rows, "the model failed; the log says why", error)
+
+
 def _fail(rows: Sequence[DecodedRow], what: str, cause: Exception) -> None:
     for row in rows:
+        if row.active.ended:
+            continue
         error = GenerationError(what)
-        error.__cause__ = cause.with_traceback(None)  # which would hold what the forward had allocated
+        error.__cause__ = cause.with_traceback(None)  # which would keep what the forward pass had allocated
         row.active.fail(error)

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import linear, rms_norm, silu
 
 from nybble.generate.decoder.model import DecoderModel
+from nybble.generate.sampling import to_device
 from nybble.kernels import operations, reference
 from nybble.weights.projections import ActiveAdapter, ProjectionGroup
 from nybble.weights.store import dequantise
@@ -107,11 +108,16 @@ class PlainLayers:
 
     Args:
         model: whose own weights are used; 4-bit ones are dequantised at each use, into one buffer.
+        adapters: of each layer and group, by name; None to pack them here.
     """
 
-    def __init__(self, model: DecoderModel) -> None:
+    def __init__(
+        self,
+        model: DecoderModel,
+        adapters: Sequence[Mapping[str, Mapping[str, PackedAdapter | None]]] | None = None,
+    ) -> None:
         self.model, self.dtype = model, model.embedding.dtype
-        self.adapters = [
+        self.adapters = adapters or [
             {
                 group: {name: pack_adapter(projections, self.dtype) for name, projections in named.items()}
                 for group, named in layer.adapters.items()
@@ -226,9 +232,9 @@ def attend_to(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torc
     return out.squeeze(0).transpose(0, 1)
 
 
-def tokens_of(adapters: Sequence[str | None]) -> Mapping[str | None, torch.Tensor | slice]:
+def tokens_of(adapters: Sequence[str | None], device: torch.device) -> Mapping[str | None, torch.Tensor | slice]:
     """Which rows have which adapter: all of them as a slice where they agree."""
     distinct = dict.fromkeys(adapters)
     if len(distinct) == 1:
         return dict.fromkeys(distinct, slice(None))
-    return {name: torch.tensor([row for row, own in enumerate(adapters) if own == name]) for name in distinct}
+    return {name: to_device([row for row, own in enumerate(adapters) if own == name], device) for name in distinct}

@@ -9,9 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from nybble.generate.decoder.layers import PackedAdapter
+from nybble.generate.decoder.plain_weights import PlainWeights
 from nybble.kernels.cuda.arguments import MAX_ADAPTERS, Adapter
 from nybble.kernels.cuda.kernels import ProductWeights, QuantisedWeight
 from nybble.kernels.cuda.layout import BLOCK, SLAB
@@ -28,11 +31,13 @@ NESTED_BLOCK = 256  # scales with one scale
 class PackedGroup:
     """One group of one layer."""
 
-    weights: ProductWeights
+    weights: ProductWeights | PlainWeights
     adapters: Sequence[Sequence[Adapter]]
     """For each adapter, its part in each projection; none at all where no adapter changes the group."""
     above: torch.Tensor | None
     """B of every adapter, to which their parts point."""
+    named: Mapping[str, PackedAdapter | None]
+    """The same adapters as `PlainLayers` takes them: views, no copies."""
 
 
 def pack_group(group: ProjectionGroup, adapters: Mapping[str, Sequence[ActiveAdapter]]) -> PackedGroup:
@@ -44,9 +49,7 @@ def pack_group(group: ProjectionGroup, adapters: Mapping[str, Sequence[ActiveAda
     check_group(group, adapters)
     named = [(name, each) for name, projections in adapters.items() for each in projections]
     if not named:
-        return PackedGroup(
-            ProductWeights([_quantised(weight) for weight in group.frozen], None, group.inputs), (), None
-        )
+        return PackedGroup(_weights(group, None), (), None, dict.fromkeys(adapters))
     ranks = [-(-each.a.shape[0] // RANK_STEP) * RANK_STEP for _, each in named]
     below = torch.cat([_padded(each.a.detach(), rank, 0) for (_, each), rank in zip(named, ranks, strict=True)])
     ups = [_padded(each.b.detach(), rank, 1).flatten() for (_, each), rank in zip(named, ranks, strict=True)]
@@ -61,8 +64,35 @@ def pack_group(group: ProjectionGroup, adapters: Mapping[str, Sequence[ActiveAda
             address, columns[index], ranks[index], each.scaling, 0
         )
     below = _padded(below, -(-len(below) // SLAB) * SLAB, 0)
-    weights = ProductWeights([_quantised(weight) for weight in group.frozen], below, group.inputs)
-    return PackedGroup(weights, tuple(entries.values()), above)
+    matrices = [above[start:end] for start, end in itertools.pairwise(starts)]
+    parts = [
+        _Part(name, each, slice(*span), matrix.view(-1, rank).t())
+        for (name, each), span, rank, matrix in zip(named, itertools.pairwise(columns), ranks, matrices, strict=True)
+    ]
+    views = {name: _view([part for part in parts if part.adapter == name], below) for name in adapters}
+    return PackedGroup(_weights(group, below), tuple(entries.values()), above, views)
+
+
+class _Part(NamedTuple):
+    """One adapter of one projection."""
+
+    adapter: str
+    active: ActiveAdapter
+    rows: slice
+    """Of A, among those of all adapters."""
+    up: torch.Tensor
+    """B transposed, (rank, outputs)"""
+
+
+def _view(parts: Sequence[_Part], below: torch.Tensor) -> PackedAdapter | None:
+    """One adapter of a group, whose parts stand one after another; None where it does not change the group."""
+    if not parts:
+        return None
+    first, last = parts[0].rows.start, parts[-1].rows.stop
+    ups = [
+        (each.outputs, slice(rows.start - first, rows.stop - first), up, each.scaling) for _, each, rows, up in parts
+    ]
+    return PackedAdapter(below[first:last], ups)
 
 
 def check_group(group: ProjectionGroup, adapters: Mapping[str, Sequence[ActiveAdapter]]) -> None:
@@ -71,15 +101,33 @@ def check_group(group: ProjectionGroup, adapters: Mapping[str, Sequence[ActiveAd
     Raises:
         Ineligible: the first reason why they do not.
     """
-    first = group.frozen[0]
+    if len({weight.is_quantised for weight in group.frozen}) > 1:
+        raise Ineligible("some projections of one layer are quantised, others not")
     for weight in group.frozen:
-        if weight.code is None:
-            raise Ineligible("a weight is not quantised in 4 bits")
-        if weight.blocksize != BLOCK:
-            raise Ineligible(f"weights are quantised in blocks of {weight.blocksize}, not {BLOCK}")
         if weight.outputs % 4:
             raise Ineligible(f"a projection has {weight.outputs} outputs, not a multiple of 4")
-        if first.code is None or not torch.equal(weight.code, first.code):
+        if not weight.is_quantised and weight.stored.dtype != torch.bfloat16:
+            raise Ineligible(f"a weight is in {str(weight.stored.dtype).removeprefix('torch.')}, not bfloat16")
+    if group.frozen[0].code is not None:
+        _check_quantised(group)
+    if len(adapters) > MAX_ADAPTERS:
+        raise Ineligible(f"there are {len(adapters)} adapters, more than {MAX_ADAPTERS}")
+    ranks = [each.a.shape[0] for projections in adapters.values() for each in projections]
+    if max(ranks, default=0) > MAX_RANK:
+        raise Ineligible(f"an adapter has rank {max(ranks)}, above {MAX_RANK}")
+
+
+def _check_quantised(group: ProjectionGroup) -> None:
+    """Whether all weights of a group are quantised alike, in blocks that the kernels know.
+
+    Raises:
+        Ineligible: they are not.
+    """
+    first = group.frozen[0]
+    for weight in group.frozen:
+        if weight.blocksize != BLOCK:
+            raise Ineligible(f"weights are quantised in blocks of {weight.blocksize}, not {BLOCK}")
+        if weight.code is None or first.code is None or not torch.equal(weight.code, first.code):
             raise Ineligible("projections of one layer are quantised to different values")
         if (weight.nested is None) != (first.nested is None):
             raise Ineligible("the scales of some projections are quantised, of others not")
@@ -88,11 +136,12 @@ def check_group(group: ProjectionGroup, adapters: Mapping[str, Sequence[ActiveAd
                 raise Ineligible(f"scales are quantised in blocks of {weight.nested.blocksize}, not {NESTED_BLOCK}")
             if not torch.equal(weight.nested.code, first.nested.code):
                 raise Ineligible("scales of one layer are quantised to different values")
-    if len(adapters) > MAX_ADAPTERS:
-        raise Ineligible(f"there are {len(adapters)} adapters, more than {MAX_ADAPTERS}")
-    ranks = [each.a.shape[0] for projections in adapters.values() for each in projections]
-    if max(ranks, default=0) > MAX_RANK:
-        raise Ineligible(f"an adapter has rank {max(ranks)}, above {MAX_RANK}")
+
+
+def _weights(group: ProjectionGroup, below: torch.Tensor | None) -> ProductWeights | PlainWeights:
+    if not group.frozen[0].is_quantised:
+        return PlainWeights([weight.stored for weight in group.frozen], below)
+    return ProductWeights([_quantised(weight) for weight in group.frozen], below, group.inputs)
 
 
 def _padded(matrix: torch.Tensor, size: int, dimension: int) -> torch.Tensor:

@@ -40,6 +40,7 @@ class PlainSteps:
     """
 
     about = "plain torch"
+    asynchronous = False
 
     def __init__(self, model: DecoderModel, tokens: int) -> None:
         self.model, self.tokens, self.rows, self.chunk = model, tokens, ROWS, CHUNK
@@ -80,16 +81,18 @@ class PlainSteps:
 
         one = slice(*spans[0])
         where = one if len(spans) == 1 else self._tensor([place for span in spans for place in range(*span)])
-        adapters = tokens_of([slot.adapter for slot, count in zip(slots, lengths, strict=True) for _ in range(count)])
+        adapters = tokens_of(
+            [slot.adapter for slot, count in zip(slots, lengths, strict=True) for _ in range(count)], self.model.device
+        )
         ids = self._tensor([token for part in parts for token in part])
         residual = self.layers.run(ids, self.layers.rotary(where), adapters, attend)
         for slot, (_, end) in zip(slots, spans, strict=True):
             slot.length = end
         return self.layers.logits(residual[self._tensor(lengths).cumsum(0) - 1])
 
-    def decode(self, slots: Sequence[CacheSlot], ids: Sequence[int]) -> torch.Tensor:
+    def decode(self, slots: Sequence[CacheSlot], ids: torch.Tensor) -> torch.Tensor:
         """See `Steps.decode`."""
-        return self.prefill(slots, [[token] for token in ids])
+        return self.prefill(slots, [[token] for token in ids.tolist()])
 
     def release(self, slot: CacheSlot, ids: Sequence[int]) -> None:
         """See `Steps.release`."""

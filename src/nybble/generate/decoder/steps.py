@@ -28,6 +28,8 @@ class Steps(Protocol):
     """Tokens of a prompt that are computed between two steps, at most."""
     tokens: int
     """That the whole cache holds."""
+    asynchronous: bool
+    """Whether the calls return before the device has computed what they return."""
 
     def reserve(self, prompt: Sequence[int], adapter: str | None, tokens: int) -> CacheSlot | None:
         """Room for a sequence, with what others have computed of its beginning; its last token is never among that.
@@ -44,13 +46,18 @@ class Steps(Protocol):
     def prefill(self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Append tokens of prompts to their slots; logits after the last of each, (slots, vocabulary) float32."""
 
-    def decode(self, slots: Sequence[CacheSlot], ids: Sequence[int]) -> torch.Tensor:
-        """Append one token to each slot; logits after them, (rows, vocabulary) float32, good until the next call."""
+    def decode(self, slots: Sequence[CacheSlot], ids: torch.Tensor) -> torch.Tensor:
+        """Append one token to each slot; logits after them, (rows, vocabulary) float32, valid until the next call.
+
+        Args:
+            slots: the same objects in the same order as in the call before are computed soonest.
+            ids: (rows,) int64, on the device.
+        """
 
     def release(self, slot: CacheSlot, ids: Sequence[int]) -> None:
         """Give a slot back, and keep its keys and values for sequences that begin alike while nobody needs the room.
 
         Args:
             slot: of `reserve`.
-            ids: the tokens in it, `slot.length` of them.
+            ids: the tokens in it that are known, at most `slot.length` of them, from the first on.
         """

@@ -12,6 +12,7 @@ import torch
 
 from nybble.kernels.cuda import arguments
 from nybble.kernels.cuda.arguments import address
+from nybble.kernels.cuda.buffers import SharedBuffers
 from nybble.kernels.cuda.compile import cubin
 from nybble.kernels.cuda.launch import DEPENDENT_FROM, CudaKernel, shared_limit
 from nybble.kernels.cuda.layout import SLAB, attention_groups, attention_shares, product_layout
@@ -41,7 +42,7 @@ class ProductWeights:
     """
 
     def __init__(self, weights: Sequence[QuantisedWeight], below: torch.Tensor | None, inputs: int) -> None:
-        self.blocks = inputs // 64
+        self.inputs, self.blocks = inputs, inputs // 64
         self.outputs = sum(weight.rows for weight in weights)
         self.ranks = 0 if below is None else len(below)
         self._kept = (weights, below)  # the structure has addresses only
@@ -71,6 +72,10 @@ class Squares:
     """(parts, m) float32"""
     eps: float
 
+    def factor(self, width: int) -> torch.Tensor:
+        """One over the root of each row's mean square, (m, 1)."""
+        return torch.rsqrt(self.sums.sum(0).unsqueeze(1) / width + self.eps)
+
 
 @dataclass(frozen=True)
 class RowAdapters:
@@ -99,12 +104,12 @@ class Kernels:
         self._dependent = 10 * facts.major + facts.minor >= DEPENDENT_FROM
         self._kernels: dict[tuple[str, str, tuple[tuple[str, int], ...]], CudaKernel] = {}
 
-    def output(self, rows: int, weights: ProductWeights) -> ProductOutput:
+    def output(self, name: str, rows: int, weights: ProductWeights, buffers: SharedBuffers) -> ProductOutput:
         """Buffers for a product's output."""
         layout = product_layout(rows, weights.blocks, self.shared_limit)
-        parts = torch.zeros(layout.chunks, rows, weights.outputs, device=self.device)
-        ranks = torch.zeros(layout.chunks * layout.warp_blocks, rows, weights.ranks, device=self.device)
-        return ProductOutput(parts, ranks)
+        parts = buffers.take(f"{name} parts", layout.chunks, rows, weights.outputs)
+        finer = layout.chunks * layout.warp_blocks
+        return ProductOutput(parts, buffers.take(f"{name} ranks", finer, rows, weights.ranks))
 
     def product(self, x_mk: torch.Tensor, weights: ProductWeights, squares: Squares | None, out: ProductOutput) -> None:
         """x W^T in chunks of K.
@@ -215,14 +220,16 @@ class Kernels:
         kernel = self._kernel("attention", "attention", defines)
         kernel((work.shares, kv_heads * apart, len(out_mn)), 128, fields)
 
-    def attention_work(self, rows: int, heads: int, kv_heads: int, head_size: int) -> AttentionWork:
+    def attention_work(
+        self, rows: int, heads: int, kv_heads: int, head_size: int, buffers: SharedBuffers
+    ) -> AttentionWork:
         """Buffers of `attention`, which the layers may share."""
         _, apart = attention_groups(head_size, heads // kv_heads)
         shares = attention_shares(rows, kv_heads * apart, self.multiprocessors)
         return AttentionWork(
             shares,
-            torch.zeros(rows, heads, shares, head_size + 2, device=self.device),
-            torch.zeros(rows, kv_heads * apart, device=self.device, dtype=torch.int32),
+            buffers.take("attention", rows, heads, shares, head_size + 2),
+            buffers.take("attention counts", rows, kv_heads * apart, dtype=torch.int32),
         )
 
     def _kernel(self, file: str, name: str, defines: Mapping[str, int], shared_bytes: int = 0) -> CudaKernel:
