@@ -182,7 +182,12 @@ def test_a_process_that_is_killed_while_loading_says_so(caplog):
     assert [(record.name, record.getMessage()) for record in caplog.records] == [("nybble.chat", "loading 7")]
 
 
-def test_a_defect_of_the_generator_is_told_once_and_ends_the_process(caplog, tiny_llama):
+@pytest.mark.parametrize(
+    ("loader", "begin", "end"),
+    [("load_broken", "because of an unexpected error; restart the server\nTraceback", "ZeroDivisionError: division by zero"),
+     ("load_lost", "because the GPU is lost (CUDA error: unspecified launch failure); ", "restart the server")],
+)  # fmt: skip
+def test_what_ends_the_generator_is_told_once_and_ends_the_process(loader, begin, end, caplog, tiny_llama):
     logging.getLogger("nybble.serve").propagate = True
 
     async def work():
@@ -196,17 +201,15 @@ def test_a_defect_of_the_generator_is_told_once_and_ends_the_process(caplog, tin
         await worker.stop()
         return sink.items
 
-    worker, _ = start_process(LoadingJob("tests.serve.loaders:load_broken", {"folder": tiny_llama}), Metrics())
+    worker, _ = start_process(LoadingJob(f"tests.serve.loaders:{loader}", {"folder": tiny_llama}), Metrics())
     try:
         assert asyncio.run(work()) == ["cancelled"]
     finally:
         worker.close()
     assert worker.process.returncode == 1
     (record,) = caplog.records
-    assert record.getMessage().startswith(
-        "the engine failed because of an unexpected error; restart the server\nTraceback"
-    )
-    assert record.getMessage().endswith("ZeroDivisionError: division by zero")
+    assert record.getMessage().startswith(f"the engine failed {begin}")
+    assert record.getMessage().endswith(end)
 
 
 def test_a_process_whose_server_ends_while_it_loads_tidies_up(tmp_path):
