@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from nybble.generate.batching import ActiveRequest
-from nybble.generate.decoder.lookup import PromptLookup
+from nybble.generate.decoder.lookup import SPECULATING_ROWS, VERIFIED_TOKENS, PromptLookup
 from nybble.generate.decoder.model import DecoderModel
 from nybble.generate.decoder.rows import DecodedRow, Unread, fail, fail_unless_lost
 from nybble.generate.decoder.steps import Steps
@@ -32,8 +32,6 @@ from nybble.generate.sampling import RowSampler, to_device
 from nybble.generate.seeds import fresh_seed
 
 log = logging.getLogger("nybble.generate")
-SPECULATING_ROWS = 4  # at most: with more, a step of their drafts costs more than the drafts save
-VERIFIED_TOKENS = 8  # of one step, which takes up to eight rows in one tile
 
 
 class RowDecoder:
