@@ -253,6 +253,28 @@ def test_tokens_of_one_sequence_see_those_before_them(name):
                 row += 1
 
 
+def test_short_prompts_through_the_steps_kernels_are_those_of_the_plain_pass(answering_model, monkeypatch):
+    from nybble.generate.decoder import cuda_steps
+    from nybble.generate.decoder.model import read_model
+
+    torch.manual_seed(9)
+    prompts = [torch.randint(3, 500, (length,)).tolist() for length in (1, 64, 65, 20, 30)]
+    adapters = [None, *ADAPTERS, "one"]
+
+    def first_logits(short):
+        monkeypatch.setattr(cuda_steps, "SHORT", short)
+        steps = cuda_steps.CudaSteps(read_model(answering_model), 4096, None)
+        slots = [steps.reserve(prompt, adapter, 200) for prompt, adapter in zip(prompts, adapters, strict=True)]
+        logits = steps.prefill(slots, prompts)
+        assert [slot.length for slot in slots] == [len(prompt) for prompt in prompts]
+        following = steps.decode(slots, torch.arange(5, 10, device="cuda"))
+        return torch.cat([logits, following]).double()
+
+    with torch.inference_mode():
+        mine, plain = first_logits(192), first_logits(0)
+    assert (1 - torch.cosine_similarity(mine, plain, dim=-1)).max() < 3e-4
+
+
 def test_drafts_change_no_answer(answering_model):
     from nybble.generate.decoder.choice import make_decoder
     from nybble.generate.request import complete

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from collections.abc import Sequence
 
@@ -9,19 +10,20 @@ import torch
 
 from nybble.generate.decoder.cuda_step import pack_model
 from nybble.generate.decoder.layers import PlainLayers, tokens_of
-from nybble.generate.decoder.lookup import VERIFIED_TOKENS
 from nybble.generate.decoder.model import DecoderModel
 from nybble.generate.decoder.pages import PAGE, PagePool
 from nybble.generate.decoder.prompt_pass import PromptPass
-from nybble.generate.decoder.step_graphs import SIZES, PagedSlot, StepGraphs
+from nybble.generate.decoder.step_graphs import SIZES, PagedSlot, StepGraphs, StepRow
 from nybble.generate.decoder.steps import CacheSlot
 from nybble.generate.sampling import to_device
 from nybble.kernels.cuda.compile import CompileError
 from nybble.kernels.cuda.kernels import Kernels
 from nybble.weights.watched import Ineligible
 
-CHUNK = 1024  # tokens of a prompt between two steps: about 40 ms of a 7B on an H100
-VERIFYING = tuple(size for size in SIZES if 1 < size <= VERIFIED_TOKENS)
+CHUNK = 1024  # tokens of a prompt between two steps: 35 ms of a 7B on an H100
+# So many tokens of prompts go through the steps' kernels, 64 at a time: 6 ms each of a 7B on an H100. A pass in plain torch takes
+# the host 25 ms however short it is, and 45 ms on a slower host.
+SHORT = 192
 WARM_UP_LENGTHS = (
     16,
     21,
@@ -65,7 +67,6 @@ class CudaSteps:
         """See `Steps.warm_up`: kernels are compiled, steps captured, and prompts of a few lengths computed."""
         for size in SIZES:
             self._graphs.prepare(size)
-        for size in VERIFYING:
             self._graphs.prepare(size, together=True)
         for length in WARM_UP_LENGTHS:
             slot = self.reserve([0] * length, None, length)
@@ -84,6 +85,8 @@ class CudaSteps:
 
     def prefill(self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `Steps.prefill`."""
+        if sum(map(len, parts)) <= SHORT:
+            return self._prefill_by_steps(slots, parts)
         prompts = PromptPass(_paged(slots), parts, self._cache)
         names = [slot.adapter for slot, part in zip(slots, parts, strict=True) for _ in part]
         adapters = tokens_of(names, self.model.device)
@@ -91,6 +94,17 @@ class CudaSteps:
         for slot, part in zip(slots, parts, strict=True):
             slot.length += len(part)
         return self._layers.logits(residual[prompts.last])
+
+    def _prefill_by_steps(self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
+        rows, ends = _rows(slots, parts), list(itertools.accumulate(map(len, parts)))
+        logits = []
+        for first in range(0, len(rows), SIZES[-1]):
+            step = self._graphs.run_together(rows[first : first + SIZES[-1]])
+            last = [end - 1 - first for end in ends if first < end <= first + len(step)]
+            logits.append(step[to_device(last, self.model.device)])
+        for slot, part in zip(slots, parts, strict=True):
+            slot.length += len(part)
+        return torch.cat(logits)
 
     def decode(self, slots: Sequence[CacheSlot], ids: torch.Tensor) -> torch.Tensor:
         """See `Steps.decode`."""
@@ -101,7 +115,7 @@ class CudaSteps:
 
     def verify(self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `Steps.verify`."""
-        return self._graphs.run_together(_paged(slots), parts)
+        return self._graphs.run_together(_rows(slots, parts))
 
     def release(self, slot: CacheSlot, ids: Sequence[int]) -> None:
         """See `Steps.release`."""
@@ -111,3 +125,12 @@ class CudaSteps:
 
 def _paged(slots: Sequence[CacheSlot]) -> list[PagedSlot]:
     return [slot for slot in slots if isinstance(slot, PagedSlot)]
+
+
+def _rows(slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]]) -> list[StepRow]:
+    """Tokens behind what is in their slots."""
+    return [
+        StepRow(slot, slot.length + n, token)
+        for slot, part in zip(_paged(slots), parts, strict=True)
+        for n, token in enumerate(part)
+    ]
