@@ -64,6 +64,8 @@ class Answerer:
     template: Template
     fingerprint: str
     """Of the base's weights."""
+    folder: pathlib.Path
+    """Of the base."""
     updates: Updates
     """What the run's adapter changes."""
     adapter: str = "default"

@@ -6,11 +6,8 @@ import logging
 import pathlib
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
-
 from nybble.chat.answerer import Answerer
-from nybble.data.text.saved_template import read_template
-from nybble.data.text.template import Template, choose_template
+from nybble.chat.templates import load_template
 from nybble.errors import RunError
 from nybble.files.disk_errors import explained_disk_errors
 from nybble.files.paths import check_cache, default_cache
@@ -21,9 +18,7 @@ from nybble.model.base.cached import check_unchanged
 from nybble.model.base.checkpoint import find_base, fingerprint
 from nybble.model.base.load import load_base
 from nybble.model.device import choose_device, choose_dtype
-from nybble.model.tokenizer.load import load_tokenizer, read_tokenizer
 from nybble.run.folder import Run, open_run, refuse_unfinished
-from nybble.run.identity import check_template_and_tokenizer
 from nybble.weights.on_cpu import dequantise_if_it_fits
 
 logger = logging.getLogger(__name__)
@@ -90,20 +85,20 @@ def load_answerers(
     for run, name, changes in zip(runs, names, updates, strict=True):
         tokenizer, template = load_template(run, checkpoint.folder)
         answerers.append(
-            Answerer(model, tokenizer, template, base.fingerprint, changes, name, run.system, base.bits, cache)
+            Answerer(
+                model,
+                tokenizer,
+                template,
+                base.fingerprint,
+                checkpoint.folder,
+                changes,
+                name,
+                run.system,
+                base.bits,
+                cache,
+            )
         )
     return answerers
-
-
-def load_template(run: Run, base: pathlib.Path) -> tuple[PreTrainedTokenizerBase, Template]:
-    """Tokenizer and template of a run, checked; for a bare adapter, its own tokenizer or that of the base's folder."""
-    if run.is_bare_adapter:
-        tokenizer = load_tokenizer(run.folder if (run.folder / "tokenizer_config.json").exists() else base, base)
-        return tokenizer, choose_template(tokenizer, "auto", "alpaca")
-    tokenizer = read_tokenizer(run.folder / "tokenizer")
-    template = read_template(tokenizer, run.folder / "template.json")
-    check_template_and_tokenizer(run)  # last: the readers above say more about a file that cannot be read
-    return tokenizer, template
 
 
 def check_one_base(runs: Sequence[Run], cache: pathlib.Path | None = None) -> None:

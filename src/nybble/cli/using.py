@@ -200,6 +200,9 @@ def serve(
     access = make_access_rules(read_key(api_key, api_key_file), allow_origin or (), allow_host or ())
     address, limits = Address(host, port, access), Limits(timeout, log_prompts, queue)
     try:
-        start_server(opened, address, Console(), engine=engine, device=device, limits=limits, cache=cache)
+        start_server(
+            opened, address, Console(), engine=engine, device=device, limits=limits, cache=cache,
+            prepare="nybble.cli.app:silence_libraries",
+        )  # fmt: skip
     except KeyboardInterrupt:  # uvicorn raises it again once everything has finished
         return

@@ -71,6 +71,10 @@ class NonFiniteLogitsError(GenerationError):
     def __init__(self) -> None:
         super().__init__("the model's logits are infinite or NaN; float16 overflows where bfloat16 does not")
 
+    def __reduce__(self) -> tuple[type[NonFiniteLogitsError], tuple[()]]:
+        """For pickle: errors cross processes."""
+        return NonFiniteLogitsError, ()
+
 
 class UnsupportedError(GenerationError):
     """A request that this generator cannot honour; `option` is the field of `Request`."""
@@ -79,6 +83,10 @@ class UnsupportedError(GenerationError):
         super().__init__(why)
         self.option = option
 
+    def __reduce__(self) -> tuple[type[UnsupportedError], tuple[str, str]]:
+        """For pickle: errors cross processes."""
+        return UnsupportedError, (self.option, str(self))
+
 
 class BusyError(Exception):
     """The queue is full; `seconds` is an estimate of how long it will be."""
@@ -86,6 +94,10 @@ class BusyError(Exception):
     def __init__(self, seconds: int) -> None:
         super().__init__(f"the queue is full; try again in about {seconds} s")
         self.seconds = seconds
+
+    def __reduce__(self) -> tuple[type[BusyError], tuple[int]]:
+        """For pickle: errors cross processes."""
+        return BusyError, (self.seconds,)
 
 
 class Sink(Protocol):

@@ -53,7 +53,7 @@ class Piece:
 
 
 class Job:
-    """The answers to one request.
+    """The answers to one request; `submit` begins them.
 
     Args:
         parsed: the request.
@@ -61,8 +61,7 @@ class Job:
         timeout: seconds until the job is cancelled.
 
     Raises:
-        RequestError: it is too long for the model, or has an option that this engine does not support.
-        BusyError: the queue is full.
+        RequestError: it is too long for the model.
     """
 
     def __init__(
@@ -70,7 +69,6 @@ class Job:
         parsed: ParsedRequest,
         model: ServedModel,
         prompts: Sequence[list[int]],
-        engine: Engine,
         metrics: Metrics,
         *,
         timeout: float,
@@ -82,20 +80,36 @@ class Job:
         self.timeout, self.started, self.first_token_seconds = timeout, time.perf_counter(), 0.0
         self.deadline = asyncio.get_running_loop().time() + timeout
         self.prompt_tokens, self.stop_ids = sum(map(len, prompts)), model.stop_ids
-        requests = [self._request(prompt, number) for prompt in prompts for number in range(parsed.answers)]
-        self.mailbox = Mailbox()
+        self.requests = [self._request(prompt, number) for prompt in prompts for number in range(parsed.answers)]
+        self.tokenizer: PreTrainedTokenizerBase = model.template.tokenizer
+        self.mailbox = Mailbox(self.deadline)
+        self.choices: list[Choice] = []
+
+    async def submit(self, engine: Engine) -> None:
+        """Have the engine make the answers.
+
+        Raises:
+            RequestError: an option that this engine does not support.
+            BusyError: the queue is full.
+            GenerationError: the engine is closed, or has failed.
+            TimeoutError: the engine did not reply in time.
+        """
+        answers: list[AnswerSink] = []
         try:
-            answers = engine.submit(requests, self.mailbox)
+            async with asyncio.timeout_at(self.deadline):
+                answers = await engine.submit(self.requests, self.mailbox)
         except UnsupportedError as error:
             raise RequestError(
                 f"{error}; start the server with --engine pipeline to use it",
-                param=parsed.option_names.get(error.option, error.option),
+                param=self.parsed.option_names.get(error.option, error.option),
                 code="unsupported_parameter",
             ) from None
-        self.tokenizer: PreTrainedTokenizerBase = model.template.tokenizer
+        finally:
+            if not answers:
+                self.mailbox.close()
         self.choices = [
             Choice(index, answer, self._stream(list(request.prompt)), list(request.prompt))
-            for index, (request, answer) in enumerate(zip(requests, answers, strict=True))
+            for index, (request, answer) in enumerate(zip(self.requests, answers, strict=True))
         ]
 
     @property
@@ -121,7 +135,7 @@ class Job:
         by_answer = {id(choice.answer): choice for choice in self.choices}
         try:
             while any(choice.finish is None for choice in self.choices):
-                answer, token = await self.mailbox.take(self.deadline)
+                answer, token = await self.mailbox.take()
                 choice = by_answer[id(answer)]
                 if choice.finish is not None:
                     continue  # a token that arrived after a stop string had ended the answer
@@ -137,6 +151,7 @@ class Job:
             raise
         finally:
             self.cancel()
+            self.mailbox.close()
 
     def _request(self, prompt: list[int], number: int) -> Request:
         parsed = self.parsed

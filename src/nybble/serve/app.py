@@ -122,14 +122,9 @@ class Api:
     async def _serve(self, request: Request, kind: type[ChatRequest | ResponseRequest | CompletionRequest]) -> Response:
         parsed = parse(kind, await unless_disconnected(None, self.abort, read_body(request)))
         model = self._model(parsed.model)
-        if isinstance(parsed, CompletionRequest):
-            self._check_answer_count(parsed, len(parsed.prompt))
-            encoding = self._encode_prompts(parsed, model)
-        else:
-            self._check_answer_count(parsed, 1)
-            encoding = self._encode_conversation(parsed, model)
-        prompts = await unless_disconnected(request, self.abort, encoding)
-        return await self._answer(request, parsed, model, prompts)
+        self._check_answer_count(parsed, len(parsed.prompt) if isinstance(parsed, CompletionRequest) else 1)
+        job = await unless_disconnected(request, self.abort, self._begin(parsed, model))
+        return await self._answer(request, parsed, job)
 
     async def _encode_prompts(self, parsed: CompletionRequest, model: ServedModel) -> list[list[int]]:
         """Token ids of the prompts of a plain completion."""
@@ -194,19 +189,21 @@ class Api:
             param = refused if refused and error.__cause__ is not None else field
             raise RequestError(error.what, param=param, code="invalid_value") from None
 
-    async def _answer(
-        self, request: Request, parsed: ParsedRequest, model: ServedModel, prompts: list[list[int]]
-    ) -> Response:
+    async def _begin(self, parsed: ChatRequest | ResponseRequest | CompletionRequest, model: ServedModel) -> Job:
+        """A job that the engine has accepted."""
+        if isinstance(parsed, CompletionRequest):
+            prompts = await self._encode_prompts(parsed, model)
+        else:
+            prompts = await self._encode_conversation(parsed, model)
         for prompt in prompts:  # an id may come from the request, or be of a token that only the tokenizer has
             try:
                 check_ids(prompt, model.rows, model.template.tokenizer)
             except DataError as error:
                 raise RequestError(error.what, param=parsed.source, code="invalid_value") from None
+        timeout = self.limits.timeout
+        job = Job(parsed, model, prompts, self.metrics, timeout=timeout, log_prompts=self.limits.log_prompts)
         try:
-            job = Job(
-                parsed, model, prompts, self.engine, self.metrics,
-                timeout=self.limits.timeout, log_prompts=self.limits.log_prompts,
-            )  # fmt: skip
+            await job.submit(self.engine)
         except BusyError as busy:
             raise RequestError(
                 f"too many requests are waiting; try again in {busy.seconds} s",
@@ -214,8 +211,11 @@ class Api:
                 code="queue_full",
                 headers={"Retry-After": str(busy.seconds)},
             ) from None
-        except GenerationError as error:
-            raise failure(error) from None
+        except (TimeoutError, GenerationError) as error:
+            raise failure(error, timeout) from None
+        return job
+
+    async def _answer(self, request: Request, parsed: ParsedRequest, job: Job) -> Response:
         self.abort.watch(job)
         reply = TextResponse(job, parsed) if isinstance(parsed, ResponseRequest) else CompletionReply(job)
         headers = {"x-nybble-ignored": ", ".join(parsed.unused)} if parsed.unused else {}

@@ -1,13 +1,14 @@
-"""What the API serves: models by name, each with its template, and the thread that generates for them."""
+"""What the API serves: models by name, each with its template, and the worker that generates for them."""
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from nybble.data.text.template import Template
-from nybble.generate.request import Request
-from nybble.generate.worker import Worker
+from nybble.generate.request import Handle, Request, Sink
 from nybble.serve.mailbox import AnswerSink, Mailbox
 
 
@@ -35,6 +36,31 @@ class ServedModel:
         return self.template.ends
 
 
+class AnswerWorker(Protocol):
+    """Generates, in a thread of this process (`InThread`) or in a process of its own (`RemoteWorker`)."""
+
+    async def start(self) -> None:
+        """Called once, in the event loop that will submit."""
+
+    async def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> list[Handle]:
+        """Queue all of these, or none; if this is cancelled, so are they.
+
+        Raises:
+            BusyError: the queue is too full for them.
+            UnsupportedError: an option that this engine does not support.
+            GenerationError: the engine is closed, or has failed.
+        """
+
+    def healthy(self) -> bool:
+        """Whether it can answer requests."""
+
+    async def stop(self) -> None:
+        """Called once in the event loop, after the last answer."""
+
+    def close(self) -> None:
+        """Cancel what is running, and wait for the end; also if it was never started, but never before `stop`."""
+
+
 @dataclass(frozen=True)
 class Engine:
     """Models and the worker that generates for them."""
@@ -48,18 +74,18 @@ class Engine:
     """What each run's adapter changes, by the run's name."""
     queue: int
     """How many answers may wait: no request can ask for more."""
-    worker: Worker
+    worker: AnswerWorker
+    folder: pathlib.Path
+    """Of the base, whose tokenizer adapters without one of their own have."""
 
-    def submit(self, requests: Sequence[Request], mailbox: Mailbox) -> list[AnswerSink]:
+    async def submit(self, requests: Sequence[Request], mailbox: Mailbox) -> list[AnswerSink]:
         """Submit all of these, or none; their tokens are posted to the mailbox.
 
         Raises:
-            BusyError: the queue is too full for them.
-            UnsupportedError: an option that this engine does not support.
-            GenerationError: the engine is closed, or has failed.
+            BusyError, UnsupportedError, GenerationError: as `AnswerWorker.submit`.
         """
         answers = [AnswerSink(mailbox) for _ in requests]
-        for answer, handle in zip(answers, self.worker.submit(requests, answers), strict=True):
+        for answer, handle in zip(answers, await self.worker.submit(requests, answers), strict=True):
             answer.handle = handle
         return answers
 
@@ -68,5 +94,5 @@ class Engine:
         return self.worker.healthy()
 
     def close(self) -> None:
-        """Cancel what is running, and end the thread."""
+        """Cancel what is running, and wait for the end."""
         self.worker.close()

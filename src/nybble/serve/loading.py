@@ -6,25 +6,35 @@ import pathlib
 from collections.abc import Sequence
 
 from nybble.chat.answerer import Answerer
-from nybble.chat.loading import load_answerers, load_template
-from nybble.errors import RunError, ServeError
+from nybble.chat.loading import load_answerers
+from nybble.chat.templates import load_template
+from nybble.errors import ServeError
 from nybble.files.paths import default_cache
 from nybble.generate.continuous import Continuous
 from nybble.generate.decoder.choice import make_decoder
 from nybble.generate.padded import PATIENCE, Padded
-from nybble.generate.worker import Worker
+from nybble.generate.request import Observer
 from nybble.model.base.checkpoint import find_checkpoint
 from nybble.model.base.load import load_base
 from nybble.model.device import choose_device, choose_dtype
 from nybble.recipe import ModelOptions
 from nybble.run.folder import Run
 from nybble.serve.engine import Engine, ServedModel
-from nybble.serve.metrics import Metrics
+from nybble.serve.names import base_name, merged_folder, run_names
+from nybble.serve.threaded import InThread
 from nybble.weights.watched import Ineligible
 
 
+def load_named(
+    observer: Observer, *, engine: str, runs: Sequence[Run], device: str, queue: int, cache: pathlib.Path | None
+) -> Engine:
+    """Load runs into the engine of that name: pipeline, decoder or continuous. Raises what its own loader does."""
+    load = {"pipeline": load_pipeline, "decoder": load_decoder, "continuous": load_continuous}[engine]
+    return load(runs, observer, device=device, queue=queue, cache=cache)
+
+
 def load_pipeline(
-    runs: Sequence[Run], metrics: Metrics, *, device: str, queue: int, cache: pathlib.Path | None = None
+    runs: Sequence[Run], observer: Observer, *, device: str, queue: int, cache: pathlib.Path | None = None
 ) -> Engine:
     """Load the runs' base with an adapter for each.
 
@@ -34,31 +44,31 @@ def load_pipeline(
     """
     names = run_names(runs)
     answerers = dict(zip(names, load_answerers(runs, cache, device, dequantise=True), strict=True))
-    return pipeline_engine(answerers, base_name(runs[0], names), metrics, queue=queue)
+    return pipeline_engine(answerers, base_name(runs[0], names), observer, queue=queue)
 
 
-def pipeline_engine(answerers: dict[str, Answerer], base: str, metrics: Metrics, *, queue: int) -> Engine:
+def pipeline_engine(answerers: dict[str, Answerer], base: str, observer: Observer, *, queue: int) -> Engine:
     """The default engine: several runs of one base, and the base itself, which is in memory once.
 
     Args:
         answerers: by their names in the API; all share one model.
         base: the base's name in the API.
-        metrics: observe the generator.
+        observer: is notified of the generator's load.
         queue: how many answers may wait.
     """
     first = next(iter(answerers.values()))
-    padded = Padded(first.model, first.tokenizer.pad_token_id, queue=queue, patience=PATIENCE, observer=metrics)
+    padded = Padded(first.model, first.tokenizer.pad_token_id, queue=queue, patience=PATIENCE, observer=observer)
     together = "share batches" if padded.scheduler.mixes_adapters else "take turns"
     about = (
         "the default, on any device: the Transformers pipeline; requests are batched, "
         f"and different models ({', '.join([*answerers, base])}) {together}"
     )
     models = _served_models(answerers, base, padded.positions, padded.vocabulary)
-    return Engine("pipeline", about, models, _changes(answerers), queue, Worker(padded))
+    return Engine("pipeline", about, models, _changes(answerers), queue, InThread(padded), first.folder)
 
 
 def load_decoder(
-    runs: Sequence[Run], metrics: Metrics, *, device: str, queue: int, cache: pathlib.Path | None = None
+    runs: Sequence[Run], observer: Observer, *, device: str, queue: int, cache: pathlib.Path | None = None
 ) -> Engine:
     """Load the runs' base with an adapter for each, for nybble's own decoder.
 
@@ -70,7 +80,7 @@ def load_decoder(
     answerers = dict(zip(names, load_answerers(runs, cache, device, dequantise=True), strict=True))
     first, base = next(iter(answerers.values())), base_name(runs[0], names)
     try:
-        decoder = make_decoder(first.model, queue=queue, observer=metrics, cache=cache)
+        decoder = make_decoder(first.model, queue=queue, observer=observer, cache=cache)
     except Ineligible as why:
         raise ServeError(f"the engine decoder cannot serve this model: {why}", fix="--engine pipeline") from None
     about = (
@@ -78,7 +88,7 @@ def load_decoder(
         f"the cache holds {decoder.steps.tokens:,} tokens"
     )
     models = _served_models(answerers, base, decoder.positions, decoder.vocabulary)
-    return Engine("decoder", about, models, _changes(answerers), queue, Worker(decoder))
+    return Engine("decoder", about, models, _changes(answerers), queue, InThread(decoder), first.folder)
 
 
 def _served_models(
@@ -98,7 +108,7 @@ def _changes(answerers: dict[str, Answerer]) -> dict[str, str]:
 
 
 def load_continuous(
-    runs: Sequence[Run], metrics: Metrics, *, device: str, queue: int, cache: pathlib.Path | None = None
+    runs: Sequence[Run], observer: Observer, *, device: str, queue: int, cache: pathlib.Path | None = None
 ) -> Engine:
     """Load a merged run.
 
@@ -118,44 +128,8 @@ def load_continuous(
         find_checkpoint(str(folder)), ModelOptions(quantization="none"), dtype, torch_device, cache or default_cache()
     )
     tokenizer, template = load_template(run, folder)
-    generator = Continuous(base.model.eval(), tokenizer.pad_token_id, queue=queue, observer=metrics)
+    generator = Continuous(base.model.eval(), tokenizer.pad_token_id, queue=queue, observer=observer)
     name = run.folder.resolve().name
     model = ServedModel(name, template, generator.positions, None, generator.vocabulary, system=run.system)
     about = "Transformers' continuous batching on the merged run; each request joins the running batch"
-    return Engine("continuous", about, {name: model}, {}, queue, Worker(generator))
-
-
-def merged_folder(run: Run, engine: str) -> pathlib.Path:
-    """The folder of a run's merged model.
-
-    Raises:
-        ServeError: the run has not been merged.
-    """
-    folder = run.folder / "export" / "merged"
-    if not (folder / "config.json").exists():
-        raise ServeError(
-            f"the engine {engine} needs a merged model, but {run.folder} has none",
-            where=str(folder),
-            fix=f"nybble export {run.folder} --to merged",
-        )
-    return folder
-
-
-def run_names(runs: Sequence[Run]) -> list[str]:
-    """The runs' names in the API: those of their folders."""
-    folders = {run.folder.resolve().name: run.folder for run in runs}
-    if len(folders) < len(runs):
-        duplicate = next(run for run in runs if folders[run.folder.resolve().name] is not run.folder)
-        name = duplicate.folder.resolve().name
-        raise RunError(
-            f"two runs have the name {name}, but requests choose by name: {duplicate.folder} and {folders[name]}",
-            fix="rename one of the folders; a run can be moved",
-        )
-    return list(folders)
-
-
-def base_name(run: Run, taken: Sequence[str]) -> str:
-    """The base's name in the API: its Hub id, or its folder's name; never a path."""
-    path = run.recipe.model.path
-    name = pathlib.Path(path).resolve().name if pathlib.Path(path).exists() else path
-    return f"{name}-base" if name in taken else name
+    return Engine("continuous", about, {name: model}, {}, queue, InThread(generator), folder)

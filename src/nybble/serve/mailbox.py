@@ -1,9 +1,11 @@
-"""Passes tokens from the generator's thread to the event loop: the sinks of a request's answers, and the mailbox they post to."""
+"""Passes tokens from the generator to the event loop: the sinks of a request's answers, and the mailbox they post to."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
+from collections import deque
 
 from nybble.generate.request import Finish, GenerationError, Handle, Token
 
@@ -16,7 +18,7 @@ class ShuttingDownError(GenerationError):
 
 
 class AnswerSink:
-    """One answer's sink: the generator calls it from its thread, and the request's job reads from the mailbox."""
+    """One answer's sink: tokens come from the generator's thread or the event loop, and its job reads from the mailbox."""
 
     def __init__(self, mailbox: Mailbox) -> None:
         self._mailbox = mailbox
@@ -46,34 +48,63 @@ class AnswerSink:
 
 
 class Mailbox:
-    """Receives the tokens of one request's answers, in the event loop in which it was created."""
+    """Receives the tokens of one request's answers, in the event loop in which it was created.
 
-    def __init__(self) -> None:
+    Args:
+        deadline: in the event loop's time, after which its reader gets a TimeoutError.
+    """
+
+    def __init__(self, deadline: float) -> None:
         self._loop = asyncio.get_running_loop()
-        self._items: asyncio.Queue[tuple[AnswerSink, Token | None] | GenerationError] = asyncio.Queue()
+        self._thread = threading.get_ident()
+        self._items: deque[tuple[AnswerSink, Token | None] | GenerationError] = deque()
+        self._arrival: asyncio.Future[None] | None = None
+        self._is_late = False
+        # One timer for all tokens: asyncio.timeout around each would cost as much as everything else here.
+        self._timer = self._loop.call_at(deadline, self._expire)
 
     def send(self, answer: AnswerSink, item: Token | GenerationError | None) -> None:
         """Post an item, from any thread."""
+        posted = item if isinstance(item, GenerationError) else (answer, item)
+        if threading.get_ident() == self._thread:
+            self._post(posted)
+            return
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended, and nobody waits
-            posted = item if isinstance(item, GenerationError) else (answer, item)
-            self._loop.call_soon_threadsafe(self._items.put_nowait, posted)
+            self._loop.call_soon_threadsafe(self._post, posted)
 
     def abort(self, error: GenerationError) -> None:
         """Make the reader fail after it has read what was already posted; from the event loop."""
-        self._items.put_nowait(error)
+        self._post(error)
 
-    async def take(self, deadline: float) -> tuple[AnswerSink, Token | None]:
-        """The next token of any answer, or None if that answer has ended.
+    def close(self) -> None:
+        """Nobody reads any more; from the event loop."""
+        self._timer.cancel()
 
-        Args:
-            deadline: in the event loop's time.
+    async def take(self) -> tuple[AnswerSink, Token | None]:
+        """The next token of any answer, or None if that answer has ended. One reader at a time.
 
         Raises:
             GenerationError: the generator failed.
             TimeoutError: the deadline has passed.
         """
-        async with asyncio.timeout_at(deadline):
-            item = await self._items.get()
+        while not self._items and not self._is_late:
+            self._arrival = self._loop.create_future()
+            await self._arrival
+        if self._is_late:
+            raise TimeoutError
+        item = self._items.popleft()
         if isinstance(item, GenerationError):
             raise item
         return item
+
+    def _post(self, item: tuple[AnswerSink, Token | None] | GenerationError) -> None:
+        self._items.append(item)
+        self._wake()
+
+    def _expire(self) -> None:
+        self._is_late = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._arrival is not None and not self._arrival.done() and not self._loop.is_closed():
+            self._arrival.set_result(None)

@@ -10,7 +10,7 @@ import logging
 import pathlib
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -18,16 +18,21 @@ import uvicorn
 from rich.console import Console
 from rich.text import Text
 
+from nybble.chat.templates import load_template
 from nybble.couplings.check import first_incompatibility
+from nybble.data.text.template import Template
 from nybble.errors import ServeError
 from nybble.installed import pip
 from nybble.run.folder import Run
 from nybble.serve.app import Limits, make_app
 from nybble.serve.connection import Connection
-from nybble.serve.engine import Engine
+from nybble.serve.engine import Engine, ServedModel
 from nybble.serve.guard import KEY, AccessRules, check_open_to
-from nybble.serve.loading import load_continuous, load_decoder, load_pipeline
 from nybble.serve.metrics import Metrics
+from nybble.serve.names import run_names
+from nybble.serve.process.messages import EngineFacts, LoadingJob
+from nybble.serve.process.start import start_process
+from nybble.serve.switching import short_switch_interval
 from nybble.serve.vllm import become_vllm
 from nybble.terminal import tell
 
@@ -36,10 +41,6 @@ GRACE_PERIOD = 3.0  # seconds for clients whose answers were cut off to read why
 UNREAD_TIMEOUT = 120  # seconds after which the kernel closes a connection whose client does not read (Linux)
 MAX_KEY_BYTES = 65536  # read of a key file, even if it has no line break
 ENGINES = ("pipeline", "decoder", "continuous", "vllm")
-SWITCH_INTERVAL = 0.0002
-"""Seconds for which a thread may keep the interpreter while another waits for it; CPython's default is 5 ms. Generation runs
-Python between small kernels, and the thread that sends tokens waits for it. On an H200 a served token took 4 to 13 ms longer than
-one of generate alone, whichever model and engine (docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,17 @@ class Server(uvicorn.Server):
 
     Args:
         config: uvicorn's configuration.
+        engine: is started and stopped in the server's event loop.
         console: where messages about the shutdown are printed.
         abort: ends all running requests, each with an error that says so.
         limit: seconds for which running answers may continue after the first signal.
     """
 
-    def __init__(self, config: uvicorn.Config, console: Console, abort: Callable[[], None], limit: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, engine: Engine, console: Console, abort: Callable[[], None], limit: float
+    ) -> None:
         super().__init__(config)
+        self.engine = engine
         self.console, self.abort, self.limit = console, abort, limit
         self.is_urgent = False
 
@@ -76,6 +81,11 @@ class Server(uvicorn.Server):
         self._captured_signals.append(sig)
         self.should_exit = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the engine's worker, then accept connections."""
+        await self.engine.worker.start()
+        await super().startup(sockets)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for running answers, until a second signal or the limit.
 
@@ -88,6 +98,7 @@ class Server(uvicorn.Server):
         finally:
             urgent.cancel()
             await asyncio.wait([urgent])
+            await self.engine.worker.stop()
 
     async def _abort_when_urgent(self) -> None:
         await _until(lambda: self.is_urgent, self.limit)
@@ -109,9 +120,12 @@ async def _until(reached: Callable[[], bool], seconds: float) -> None:
 
 def serve(
     runs: Sequence[Run], address: Address, console: Console, *, engine: str, device: str, limits: Limits,
-    cache: pathlib.Path | None = None,
+    cache: pathlib.Path | None = None, prepare: str = "",
 ) -> None:  # fmt: skip
     """Serve until interrupted; with the engine vllm, this process becomes vLLM's server.
+
+    Args:
+        prepare: a function, as `module:function`, that the generator's process calls before it imports anything else.
 
     Raises:
         ServeError: the port is taken, others could reach the server without a key, or the engine cannot take these runs.
@@ -132,7 +146,7 @@ def serve(
     try:
         metrics = Metrics()
         with console.status("loading"):  # 3. the model
-            loaded = load_engine(engine, runs, metrics, device=device, queue=limits.queue, cache=cache)
+            loaded = load_engine(engine, runs, metrics, device=device, queue=limits.queue, cache=cache, prepare=prepare)
         try:
             print_summary(console, loaded, address, listener, local)  # 4. what is served, and where
             run_server(loaded, metrics, limits, address.access, listener, console)  # 5. answers
@@ -143,9 +157,10 @@ def serve(
 
 
 def load_engine(
-    name: str, runs: Sequence[Run], metrics: Metrics, *, device: str, queue: int, cache: pathlib.Path | None = None
-) -> Engine:
-    """Load runs into the engine of that name.
+    name: str, runs: Sequence[Run], metrics: Metrics, *, device: str, queue: int, cache: pathlib.Path | None = None,
+    prepare: str = "",
+) -> Engine:  # fmt: skip
+    """Load runs into the engine of that name, in a process of its own.
 
     Raises:
         ServeError: a library lacks something that the server relies on.
@@ -153,8 +168,34 @@ def load_engine(
     """
     if (problem := first_incompatibility("serve")) is not None:
         raise ServeError(problem.what, fix=f"{pip()} install {problem.requirement}")
-    load = {"pipeline": load_pipeline, "decoder": load_decoder, "continuous": load_continuous}[name]
-    return load(runs, metrics, device=device, queue=queue, cache=cache)
+    names = run_names(runs)
+    arguments = {"engine": name, "runs": list(runs), "device": device, "queue": queue, "cache": cache}
+    worker, facts = start_process(LoadingJob("nybble.serve.loading:load_named", arguments, prepare), metrics)
+    try:
+        templates = {name: load_template(run, facts.folder)[1] for name, run in zip(names, runs, strict=True)}
+    except BaseException:
+        worker.close()
+        raise
+    return Engine(
+        facts.name, facts.about, _with_templates(facts, templates), facts.adapters, queue, worker, facts.folder
+    )
+
+
+def _with_templates(facts: EngineFacts, templates: dict[str, Template]) -> dict[str, ServedModel]:
+    """The models of a process; the base has the first run's template."""
+    first = next(iter(templates.values()))
+    return {
+        model.name: ServedModel(
+            model.name,
+            templates.get(model.name, first),
+            model.positions,
+            model.parent,
+            model.rows,
+            model.adapter,
+            model.system,
+        )
+        for model in facts.models
+    }
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -230,18 +271,7 @@ def make_server(engine: Engine, metrics: Metrics, limits: Limits, access: Access
         proxy_headers=False,
         limit_concurrency=limits.queue + CONNECTIONS,
     )
-    return Server(config, console, abort, limits.timeout + 10)
-
-
-@contextlib.contextmanager
-def short_switch_interval() -> Iterator[None]:
-    """Set the interpreter's thread switch interval to SWITCH_INTERVAL."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_INTERVAL)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
+    return Server(config, engine, console, abort, limits.timeout + 10)
 
 
 def read_key(key: str | None, file: pathlib.Path | None) -> str | None:

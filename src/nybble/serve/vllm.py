@@ -16,7 +16,7 @@ from nybble.model.adapter.lora import check_stored
 from nybble.run.folder import Run
 from nybble.run.identity import check_template_and_tokenizer
 from nybble.serve.guard import check_open_to
-from nybble.serve.loading import run_names
+from nybble.serve.names import run_names
 
 
 def command(runs: Sequence[Run], host: str, port: int) -> list[str]:
