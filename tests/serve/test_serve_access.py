@@ -14,7 +14,8 @@ from nybble.serve import server as serve_server
 from nybble.serve.app import Limits
 from nybble.serve.guard import make_access_rules
 from nybble.serve.loading import load_pipeline
-from nybble.serve.server import Address, serve
+from nybble.serve.server import Address
+from nybble.serve.vllm import serve_with_vllm
 from tests.local_server import serving
 
 PAGE = "https://app.example"
@@ -96,20 +97,15 @@ def test_what_cannot_be_allowed_is_said():
             make_access_rules(None, [], [wrong])
 
 
-def test_the_command_line_brings_both_to_the_server(tuned_run, monkeypatch, quiet):
+def test_the_command_line_brings_both_to_the_server(tuned_run, monkeypatch):
     started = []
     monkeypatch.setattr(serve_server, "serve", lambda runs, place, *rest, **more: started.append(place))
     using.serve(typer.Context(get_command(app)), [tuned_run.folder], allow_origin=[PAGE], allow_host=["gpu.example"])
     assert (started[0].access.origins, started[0].access.hosts) == ((PAGE,), ("gpu.example",))
     monkeypatch.undo()
     with pytest.raises(ServeError, match=r"--allow-origin and --allow-host are for nybble's own server"):
-        serve(
-            [tuned_run],
-            Address(access=make_access_rules(None, [PAGE], [])),
-            quiet,
-            engine="vllm",
-            device="auto",
-            limits=Limits(),
+        serve_with_vllm(
+            [tuned_run], Address(access=make_access_rules(None, [PAGE], [])), device="auto", limits=Limits()
         )
 
 

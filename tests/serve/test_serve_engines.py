@@ -23,8 +23,8 @@ from nybble.run.folder import open_run
 from nybble.serve.app import Limits
 from nybble.serve.loading import load_continuous, load_decoder, load_pipeline
 from nybble.serve.metrics import Metrics
-from nybble.serve.server import Address, serve
-from nybble.serve.vllm import command, environment
+from nybble.serve.server import Address
+from nybble.serve.vllm import command, environment, serve_with_vllm
 from nybble.weights.watched import Ineligible
 from tests.local_server import another_run, serving
 
@@ -171,21 +171,21 @@ def test_the_key_goes_to_vllm_where_no_other_user_sees_it(tuned_run):
     assert not any("s3cret" in word for word in command([tuned_run], "0.0.0.0", 8000))
 
 
-def start(run, quiet, *, limits=Limits(), device="auto", **place):  # noqa: B008
-    serve([run], Address(**place), quiet, engine="vllm", device=device, limits=limits)
+def start(run, *, limits=Limits(), device="auto", **place):  # noqa: B008
+    serve_with_vllm([run], Address(**place), device=device, limits=limits)
 
 
-def test_where_vllm_is_missing_it_says_how_to_install_it(tuned_run, quiet, monkeypatch, tmp_path):
+def test_where_vllm_is_missing_it_says_how_to_install_it(tuned_run, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(
         ServeError, match=r"vLLM is not installed; the command would be: vllm serve [\s\S]*pip install vllm"
     ):
-        start(tuned_run, quiet)
+        start(tuned_run)
     with pytest.raises(ServeError, match="there is no API key"):
-        start(tuned_run, quiet, host="0.0.0.0")
+        start(tuned_run, host="0.0.0.0")
     for odd in ({"limits": Limits(timeout=5)}, {"limits": Limits(queue=20)}, {"device": "cpu"}):
         with pytest.raises(ServeError, match="are for nybble's own server"):
-            start(tuned_run, quiet, **odd)
+            start(tuned_run, **odd)
 
 
 @pytest.mark.slow

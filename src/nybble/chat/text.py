@@ -88,7 +88,9 @@ class TextStream:
 
     def _begins_stop(self, text: str) -> int:
         """Length of the longest suffix of the text that is a prefix of a stop string."""
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        if not self._stops:
+            return 0
+        longest = max(map(len, self._stops)) - 1
         return next(
             (size for size in range(min(longest, len(text)), 0, -1)
              if any(stop.startswith(text[-size:]) for stop in self._stops)),

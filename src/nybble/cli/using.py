@@ -199,6 +199,11 @@ def serve(
         ) from error
     access = make_access_rules(read_key(api_key, api_key_file), allow_origin or (), allow_host or ())
     address, limits = Address(host, port, access), Limits(timeout, log_prompts, queue)
+    if engine == "vllm":
+        from nybble.serve.vllm import serve_with_vllm
+
+        serve_with_vllm(opened, address, device=device, limits=limits)
+        return
     try:
         start_server(
             opened, address, Console(), engine=engine, device=device, limits=limits, cache=cache,

@@ -84,6 +84,7 @@ class Job:
         self.tokenizer: PreTrainedTokenizerBase = model.template.tokenizer
         self.mailbox = Mailbox(self.deadline)
         self.choices: list[Choice] = []
+        self.made = metrics.tokens.labels(model.name, "answer")  # to look it up takes longer than to count
 
     async def submit(self, engine: Engine) -> None:
         """Have the engine make the answers.
@@ -118,7 +119,8 @@ class Job:
         return sum(choice.generated for choice in self.choices)
 
     def cancel(self, why: str = "cancelled") -> None:
-        """Cancel the unfinished answers. `why` is for the metrics."""
+        """Cancel the unfinished answers; nobody reads them any more. `why` is for the metrics."""
+        self.mailbox.close()
         for choice in self.choices:
             if choice.finish is None:
                 choice.answer.cancel()
@@ -151,7 +153,6 @@ class Job:
             raise
         finally:
             self.cancel()
-            self.mailbox.close()
 
     def _request(self, prompt: list[int], number: int) -> Request:
         parsed = self.parsed
@@ -191,7 +192,7 @@ class Job:
             self.first_token_seconds = time.perf_counter() - self.started
             self.metrics.first_token.labels(self.model.name).observe(self.first_token_seconds)
             self.metrics.tokens.labels(self.model.name, "prompt").inc(self.prompt_tokens)
-        self.metrics.tokens.labels(self.model.name, "answer").inc()
+        self.made.inc()
         choice.generated += 1
         text = choice.stream.push(token)
         tokens = [] if token.id in self.stop_ids or self.parsed.likeliest is None else [token]

@@ -33,14 +33,13 @@ from nybble.serve.names import run_names
 from nybble.serve.process.messages import EngineFacts, LoadingJob
 from nybble.serve.process.start import start_process
 from nybble.serve.switching import short_switch_interval
-from nybble.serve.vllm import become_vllm
 from nybble.terminal import tell
 
 CONNECTIONS = 384  # open at once, besides one for each answer that may wait
 GRACE_PERIOD = 3.0  # seconds for clients whose answers were cut off to read why
 UNREAD_TIMEOUT = 120  # seconds after which the kernel closes a connection whose client does not read (Linux)
 MAX_KEY_BYTES = 65536  # read of a key file, even if it has no line break
-ENGINES = ("pipeline", "decoder", "continuous", "vllm")
+ENGINES = ("pipeline", "decoder", "continuous")
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def serve(
     runs: Sequence[Run], address: Address, console: Console, *, engine: str, device: str, limits: Limits,
     cache: pathlib.Path | None = None, prepare: str = "",
 ) -> None:  # fmt: skip
-    """Serve until interrupted; with the engine vllm, this process becomes vLLM's server.
+    """Serve until interrupted. The engine vllm is `nybble.serve.vllm`'s.
 
     Args:
         prepare: a function, as `module:function`, that the generator's process calls before it imports anything else.
@@ -132,15 +131,7 @@ def serve(
         RunError, ModelError: the runs cannot be loaded, or not together.
     """
     if engine not in ENGINES:
-        raise ServeError(f"there is no engine {engine!r}", fix=f"--engine {', '.join(ENGINES)}")
-    if engine == "vllm":
-        if limits != Limits() or device != "auto" or address.access.origins or address.access.hosts:
-            raise ServeError(
-                "--queue, --timeout, --device, --log-prompts, --allow-origin and --allow-host are for nybble's own server; "
-                "vLLM has its own options",
-                fix="omit them, or --engine pipeline",
-            )
-        become_vllm(runs, address.host, address.port, address.access.key)
+        raise ServeError(f"there is no engine {engine!r}", fix=f"--engine {', '.join(ENGINES)}, vllm")
     local = check_open_to(address.host, address.access.key)  # 1. who may reach it
     listener = listen(address.host, address.port)  # 2. the port, before minutes go into loading
     try:

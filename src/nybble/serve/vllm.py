@@ -15,8 +15,10 @@ from nybble.model.adapter.config import read_adapter_config
 from nybble.model.adapter.lora import check_stored
 from nybble.run.folder import Run
 from nybble.run.identity import check_template_and_tokenizer
+from nybble.serve.app import Limits
 from nybble.serve.guard import check_open_to
 from nybble.serve.names import run_names
+from nybble.serve.server import Address
 
 
 def command(runs: Sequence[Run], host: str, port: int) -> list[str]:
@@ -48,6 +50,21 @@ def command(runs: Sequence[Run], host: str, port: int) -> list[str]:
 def environment(key: str | None) -> dict[str, str]:
     """The environment for vLLM, which reads the key from it."""
     return {**os.environ, **({"VLLM_API_KEY": key} if key else {})}
+
+
+def serve_with_vllm(runs: Sequence[Run], address: Address, *, device: str, limits: Limits) -> None:
+    """Serve with vLLM: this process becomes vLLM's server.
+
+    Raises:
+        ServeError: options that only nybble's own server has, or as `become_vllm`.
+    """
+    if limits != Limits() or device != "auto" or address.access.origins or address.access.hosts:
+        raise ServeError(
+            "--queue, --timeout, --device, --log-prompts, --allow-origin and --allow-host are for nybble's own server; "
+            "vLLM has its own options",
+            fix="omit them, or --engine pipeline",
+        )
+    become_vllm(runs, address.host, address.port, address.access.key)
 
 
 def become_vllm(runs: Sequence[Run], host: str, port: int, key: str | None) -> None:

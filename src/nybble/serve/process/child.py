@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import logging
 import os
 import pickle
@@ -16,14 +15,15 @@ from logging.handlers import QueueHandler
 from types import FrameType
 from typing import Any
 
+from nybble.generate.lost import why_card_is_lost
 from nybble.generate.request import BusyError, GenerationError
 from nybble.serve.engine import Engine
 from nybble.serve.process.messages import (
     Cancellation,
     EngineFacts,
+    FirstMessage,
     LoadingJob,
     ModelFacts,
-    Start,
     Submission,
     Unpacker,
     receive,
@@ -87,7 +87,7 @@ class Child:
         if self.is_orphan:
             raise SystemExit(1)  # through what is being loaded, so that no half of a file stays in the cache
 
-    def _load(self, start: Start) -> None:
+    def _load(self, start: FirstMessage) -> None:
         sys.path[:] = start.path
         job: LoadingJob = pickle.loads(start.job)
         if job.prepare:
@@ -104,7 +104,7 @@ class Child:
         self.is_orphan = True
         if self.engine is not None:  # every answer has ended, or nobody is there to read it
             os._exit(0)
-        _thread.interrupt_main(signal.SIGTERM)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def _obey(self, message: Any) -> None:
         if isinstance(message, Submission):
@@ -117,7 +117,7 @@ class Child:
     def _submit(self, submission: Submission) -> None:
         assert self.engine is not None, "the server submits once the engine is loaded"
         assert isinstance(self.engine.worker, InThread), "checked when it was loaded"
-        sinks = [RemoteSink(number, self.outbox, self._forget) for number, _ in submission.requests]
+        sinks = [RemoteSink(number, self.outbox, self._forget, self._check_card) for number, _ in submission.requests]
         self.sinks |= {number: sink for (number, _), sink in zip(submission.requests, sinks, strict=True)}
         requests = [request for _, request in submission.requests]
         refusal: Exception | None = None
@@ -139,7 +139,15 @@ class Child:
         """End the process after an unexpected error in one of its threads; the generator has ended its answers."""
         error = arguments.exc_value
         text = "".join(traceback.format_exception(error)) if error is not None else str(arguments.exc_type)
-        self.outbox.end(defect=text)
+        self._end(f"because of an unexpected error; restart the server\n{text.rstrip()}")
+
+    def _check_card(self, error: GenerationError) -> None:
+        """End the process if an answer failed because the card is lost: every later one would fail, each with a traceback."""
+        if (why := why_card_is_lost(error.__cause__)) is not None:
+            self._end(f"because the GPU is lost ({why}); restart the server")
+
+    def _end(self, why: str) -> None:
+        self.outbox.end(why=why)
         os._exit(1)
 
 

@@ -35,7 +35,7 @@ class LoadingJob:
 
 
 @dataclass(frozen=True)
-class Start:
+class FirstMessage:
     """The first message to the process."""
 
     path: list[str]
@@ -102,8 +102,8 @@ class Report:
     """Why the engine could not be loaded; the process ends."""
     healthy: bool | None = None
     """Whether the generator can answer, if this has changed."""
-    defect: str = ""
-    """The traceback of an unexpected error; the process ends."""
+    why_ended: str = ""
+    """Why the process ends although the server goes on, as the rest of a sentence and perhaps a traceback."""
 
 
 def pack(message: Any) -> bytes:

@@ -148,9 +148,9 @@ class RemoteWorker(asyncio.Protocol):
                     sink.end(item)
         if report.healthy is not None:
             self._healthy = report.healthy
-        if report.defect:
+        if report.why_ended:
             self._told = True
-            log.error("%s because of an unexpected error; restart the server\n%s", FAILED, report.defect.rstrip())
+            log.error("%s %s", FAILED, report.why_ended)
 
     def _answer_submission(self, submission: int, refusal: Exception | None) -> None:
         queued, answers = self._submissions.pop(submission)

@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from nybble.errors import ServeError
 from nybble.generate.request import Observer
 from nybble.installed import module_command
-from nybble.serve.process.messages import EngineFacts, LoadingJob, Report, Start, Unpacker, pack, receive
+from nybble.serve.process.messages import EngineFacts, FirstMessage, LoadingJob, Report, Unpacker, pack, receive
 from nybble.serve.process.remote import RemoteWorker, handle_records, how_it_ended
 
 log = logging.getLogger("nybble.serve")
 
 
 def start_process(job: LoadingJob, observer: Observer) -> tuple[RemoteWorker, EngineFacts]:
-    """Start a process that loads an engine; returns once it is loaded.
+    """FirstMessage a process that loads an engine; returns once it is loaded.
 
     Args:
         job: what the process loads.
@@ -38,7 +38,7 @@ def start_process(job: LoadingJob, observer: Observer) -> tuple[RemoteWorker, En
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[its.fileno()])
     worker = RemoteWorker(process, ours, observer)
     try:
-        ours.sendall(pack(Start(sys.path, pickle.dumps(job))))
+        ours.sendall(pack(FirstMessage(sys.path, pickle.dumps(job))))
         facts = _wait_until_loaded(ours, process)
     except BaseException:
         worker.close()
@@ -54,8 +54,8 @@ def _wait_until_loaded(connection: socket.socket, process: subprocess.Popen[byte
             handle_records(report.records)
             if report.not_loaded is not None:
                 raise report.not_loaded
-            if report.defect:
-                raise RuntimeError(f"the generator's process ended:\n{report.defect}")
+            if report.why_ended:
+                raise RuntimeError(f"the generator's process ended {report.why_ended}")
             if report.loaded is not None:
                 return report.loaded
     raise ServeError(
