@@ -129,7 +129,10 @@ def test_continuous_batching_answers_each_as_generate_does(merged, cache):
         ).output_text
         asked = {"model": "merged-run", "input": "x", "include": ["message.output_text.logprobs"]}
         assert server.post("/v1/responses", **asked).json()["error"]["param"] == "include"
-        for refused, field in (({"seed": 1}, "seed"), ({"logprobs": True}, "logprobs")):
+        for refused, field in (
+            ({"seed": 1}, "seed"), ({"logprobs": True}, "logprobs"), ({"min_p": 0.1}, "min_p"),
+            ({"presence_penalty": 1}, "presence_penalty"), ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ):  # fmt: skip
             answer = server.post(model="merged-run", messages=user("x"), **refused)
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
             assert "--engine pipeline" in answer.json()["error"]["message"]

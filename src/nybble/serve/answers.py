@@ -177,6 +177,7 @@ class Job:
             top_k,
             seed=seed,
             logprobs=parsed.likeliest,
+            **parsed.logit_changes,
         )
 
     def _stream(self, prompt: list[int]) -> TextStream:

@@ -200,6 +200,7 @@ class Api:
                 check_ids(prompt, model.rows, model.template.tokenizer)
             except DataError as error:
                 raise RequestError(error.what, param=parsed.source, code="invalid_value") from None
+        check_biases(parsed, model)
         timeout = self.limits.timeout
         job = Job(parsed, model, prompts, self.metrics, timeout=timeout, log_prompts=self.limits.log_prompts)
         try:
@@ -224,6 +225,21 @@ class Api:
         response = await unless_disconnected(request, self.abort, full_response(job, reply))
         response.headers.update(headers)
         return response
+
+
+def check_biases(parsed: ParsedRequest, model: ServedModel) -> None:
+    """Refuse a bias for a token that the model does not have.
+
+    Raises:
+        RequestError: there is one; it names the token.
+    """
+    for token, _ in parsed.logit_changes.get("logit_bias", ()):
+        if token >= model.rows:
+            raise RequestError(
+                f"logit_bias names token {token}, but the ids of {model.name} go from 0 to {model.rows - 1:,}",
+                param="logit_bias",
+                code="invalid_value",
+            )
 
 
 def first_turn(parsed: ChatRequest | ResponseRequest) -> str:

@@ -18,17 +18,18 @@ from pydantic import (
 
 from nybble.data.rows.formats import Conversation, Message
 from nybble.serve.fields import FieldError, Neutral, Refused, RequestError, Strict, explain
+from nybble.serve.logit_fields import LogitBias, MinP, Penalty, RepetitionPenalty
 
 MOST_ANSWERS = 128  # n, the same limit as OpenAI's; the queue may be shorter
 MOST_STOPS, LONGEST_STOP = 64, 1000  # every token is compared with them
 COLDEST = 1e-5  # a temperature below it is greedy: logits divided by 1e-40 are infinite in float32
 MOST_MESSAGES = 512
 MOST_BRACKETS = 200_000  # in a body, strings included: a million empty lists would block all requests for 2 s
+LOGIT_CHANGES = {"min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"}
 PARTS = ("text", "input_text", "output_text")  # of a message's content
 PROMPTS = "prompt is a text, a list of token ids, or a list of these"
 NO_TOOLS = "this server does not call tools; leave it out, or send tool_choice: none"
 NO_FUNCTIONS = "this server does not call functions; leave it out, or send function_call: none"
-NO_PENALTY = "penalties and biases are not supported; leave it out"
 
 
 def _text(value: Any) -> Any:
@@ -121,7 +122,6 @@ class ParsedRequest(Strict):
     """Names of the engine's options in this API, where they differ."""
     is_chat: ClassVar[bool] = True
     neutral: ClassVar[Neutral] = {
-        "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},), "min_p": (0,),
         "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
         "parallel_tool_calls": (True, False), "response_format": ({"type": "text"},), "modalities": (["text"],),
         "store": (False,), "suffix": ("",), "echo": (False,),
@@ -131,8 +131,6 @@ class ParsedRequest(Strict):
         "prompt_cache_retention", "prediction", "reasoning_effort", "verbosity",
     })  # fmt: skip
     refused: ClassVar[Refused] = {
-        "frequency_penalty": NO_PENALTY, "presence_penalty": NO_PENALTY, "repetition_penalty": NO_PENALTY,
-        "logit_bias": NO_PENALTY, "min_p": "not supported; top_p and top_k are",
         "tools": NO_TOOLS, "tool_choice": NO_TOOLS, "functions": NO_FUNCTIONS, "function_call": NO_FUNCTIONS,
         "parallel_tool_calls": "it must be true or false",
         "response_format": "answers are plain text; JSON mode and schemas are not supported",
@@ -182,17 +180,32 @@ class ParsedRequest(Strict):
         """The beginning of the answer, if the request contains it."""
         return ""
 
+    @property
+    def logit_changes(self) -> dict[str, Any]:
+        """What changes the logits, by the names of `nybble.generate.request.Request`."""
+        return {}
+
 
 class Counted(ParsedRequest):
     """The fields that chat and plain completions share."""
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1
+    min_p: MinP = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: LogitBias = ()
 
     @property
     def answers(self) -> int:
         """Answers per prompt."""
         return self.n
+
+    @property
+    def logit_changes(self) -> dict[str, Any]:
+        """What changes the logits, by the names of `nybble.generate.request.Request`."""
+        return self.model_dump(include=LOGIT_CHANGES)
 
 
 class ChatRequest(Counted):
