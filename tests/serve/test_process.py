@@ -291,6 +291,9 @@ class Recorder:
     def __init__(self):
         self.items = []
 
+    def begin(self, cached, prompt):
+        self.items.append((cached, len(prompt)))
+
     def put(self, token):
         self.items.append(token)
 

@@ -41,6 +41,8 @@ class ActiveRequest:
     answer_ids: list[int] = field(default_factory=list)
     """Token ids of the answer so far."""
     cancelled: bool = False
+    begun: bool = False
+    """Whether its sink has been notified that its prompt is computed."""
     ended: bool = False
     """Whether its sink has been notified of its end or failure."""
 
@@ -57,6 +59,15 @@ class ActiveRequest:
     def cancel(self) -> None:
         """Stop as soon as possible; from any thread."""
         self.cancelled = True
+
+    def begin(self, cached: int, prompt: Sequence[Token]) -> None:
+        """Notify the sink that the prompt is computed, and end a request that wants no more than that. See `Sink.begin`."""
+        if self.begun or self.ended:
+            return
+        self.begun = True
+        self.sink.begin(cached, prompt)
+        if self.tokens_left == 0:
+            self.end("length")
 
     def add_token(self, token: Token) -> None:
         """Add a token to the answer, and end the answer if it is the last."""

@@ -15,7 +15,18 @@ from nybble.generate.adapters import can_mix
 from nybble.generate.batching import ActiveRequest, GenerationBatch, Scheduler
 from nybble.generate.cache import cache_tokens
 from nybble.generate.pipeline import TokenPipeline
-from nybble.generate.request import GenerationError, Handle, NullObserver, Observer, Request, Sink, check_request
+from nybble.generate.prompt_scores import score_tokens
+from nybble.generate.request import (
+    GenerationError,
+    Handle,
+    NonFiniteLogitsError,
+    NullObserver,
+    Observer,
+    Request,
+    Sink,
+    Token,
+    check_request,
+)
 from nybble.generate.sampling import BatchSampler, TokenDelivery
 from nybble.generate.seeds import fresh_seed
 
@@ -136,7 +147,11 @@ class Padded:
 
     def _compute(self, batch: GenerationBatch) -> None:
         assert not self.model.training, "the model is in training mode, so dropout would change the answers"
-        rows = batch.rows
+        for row in batch.rows:
+            self._begin(row)
+        batch.rows = rows = batch.unfinished()
+        if not rows:
+            return
         sampler = BatchSampler(rows, self.pipeline.device)
         adapters = [row.request.adapter for row in rows]
         uniform = len(set(adapters)) == 1
@@ -145,6 +160,22 @@ class Padded:
                 [row.sequence for row in rows], max(row.tokens_left for row in rows), sampler, TokenDelivery(batch, sampler),
                 None if uniform else adapters,
             )  # fmt: skip
+
+    def _begin(self, row: ActiveRequest) -> None:
+        """Score a prompt that is asked for, in a pass of its own, and tell the sink."""
+        request = row.request
+        prompt: list[Token] = []
+        if request.prompt_logprobs is not None and not row.begun:
+            base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            with self._using_adapter(request.adapter), torch.no_grad():
+                ids = torch.tensor([list(request.prompt)], device=self.pipeline.device)
+                states = base.model(input_ids=ids, use_cache=False).last_hidden_state[0]
+                scores = score_tokens(states, base.lm_head, request.prompt[1:], request.prompt_logprobs)
+            if scores is None:
+                row.fail(NonFiniteLogitsError())
+                return
+            prompt = [Token(request.prompt[0]), *scores]
+        row.begin(0, prompt)
 
     @contextlib.contextmanager
     def _using_adapter(self, adapter: str | None) -> Iterator[None]:

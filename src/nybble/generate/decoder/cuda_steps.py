@@ -13,7 +13,7 @@ from nybble.generate.decoder.model import DecoderModel
 from nybble.generate.decoder.pages import PAGE, PagePool
 from nybble.generate.decoder.prompt_pass import PromptPass
 from nybble.generate.decoder.step_graphs import SIZES, PagedSlot, StepGraphs
-from nybble.generate.decoder.steps import CacheSlot
+from nybble.generate.decoder.steps import CacheSlot, Visit
 from nybble.generate.sampling import to_device
 from nybble.kernels.cuda.compile import CompileError
 from nybble.kernels.cuda.kernels import Kernels
@@ -63,15 +63,20 @@ class CudaSteps:
         on_device = to_device([*pages, *[0] * (self._most_pages - len(pages))], self.model.device)
         return PagedSlot(pages, on_device, adapter, shared * PAGE)
 
-    def prefill(self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def prefill(
+        self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]], visit: Visit | None = None
+    ) -> torch.Tensor:
         """See `Steps.prefill`."""
         prompts = PromptPass(_paged(slots), parts, self._cache)
         names = [slot.adapter for slot, part in zip(slots, parts, strict=True) for _ in part]
         adapters = tokens_of(names, self.model.device)
         residual = self._layers.run(prompts.ids, self._layers.rotary(prompts.positions), adapters, prompts.attend)
+        if visit is not None:
+            visit(residual, self._layers.logits)
+        logits = self._layers.logits(residual[prompts.last])
         for slot, part in zip(slots, parts, strict=True):
             slot.length += len(part)
-        return self._layers.logits(residual[prompts.last])
+        return logits
 
     def decode(self, slots: Sequence[CacheSlot], ids: torch.Tensor) -> torch.Tensor:
         """See `Steps.decode`."""

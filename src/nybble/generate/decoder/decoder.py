@@ -7,22 +7,25 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from nybble.generate.batching import ActiveRequest
 from nybble.generate.decoder.model import DecoderModel
+from nybble.generate.decoder.part_scores import PartScores
 from nybble.generate.decoder.steps import CacheSlot, Steps
 from nybble.generate.penalties import has_penalty
 from nybble.generate.request import (
     BusyError,
     GenerationError,
     Handle,
+    NonFiniteLogitsError,
     NullObserver,
     Observer,
     Request,
     Sink,
+    Token,
     check_request,
 )
 from nybble.generate.sampling import RowSampler, SampledTokens, to_device
@@ -38,6 +41,10 @@ class DecodedRow:
     active: ActiveRequest
     slot: CacheSlot
     entry: int
+    cached: int
+    """Tokens of the prompt that the slot had from the beginning."""
+    prompt: list[Token] = field(default_factory=list)
+    """The tokens of the prompt that have been computed, if the request asks for them."""
 
     @property
     def rest_of_prompt(self) -> Sequence[int]:
@@ -183,10 +190,12 @@ class RowDecoder:
             while self._waiting and self._entries:
                 active = self._waiting[0]
                 request = active.request
-                slot = self.steps.reserve(request.prompt, request.adapter, len(request.prompt) + request.max_tokens)
+                # What others have computed comes without logits.
+                known = request.prompt if request.prompt_logprobs is None else ()
+                slot = self.steps.reserve(known, request.adapter, len(request.prompt) + request.max_tokens)
                 if slot is None:
                     break
-                self._rows.append(DecodedRow(self._waiting.popleft(), slot, self._entries.pop()))
+                self._rows.append(DecodedRow(self._waiting.popleft(), slot, self._entries.pop(), slot.length))
         self._report()
 
     def _drop_unwanted(self) -> None:
@@ -211,11 +220,9 @@ class RowDecoder:
 
     def _prefill_parts(self, rows: Sequence[DecodedRow], parts: Sequence[Sequence[int]]) -> None:
         """One pass; if it runs out of memory, each prompt is tried alone, so that only those that do not fit fail."""
+        scores = PartScores([row.active.request for row in rows], [row.slot.length for row in rows], parts)
         try:
-            logits = self.steps.prefill([row.slot for row in rows], parts)
-            done = [n for n, row in enumerate(rows) if not row.rest_of_prompt]
-            if done:
-                self._sample([rows[n] for n in done], logits if len(done) == len(rows) else logits[done])
+            logits = self.steps.prefill([row.slot for row in rows], parts, scores)
         except torch.OutOfMemoryError as error:
             if len(rows) == 1:
                 _fail(rows, "out of memory: the prompt is too long for this device", error)
@@ -224,6 +231,23 @@ class RowDecoder:
                 self._prefill_parts([row], [part])
         except (RuntimeError, ValueError, IndexError) as error:
             _fail_unless_lost(rows, error)
+        else:
+            _add_scores(rows, scores)
+            self._begin(rows, logits)
+
+    def _begin(self, rows: Sequence[DecodedRow], logits: torch.Tensor) -> None:
+        """Give the rows whose prompt is computed their first token."""
+        done = [n for n, row in enumerate(rows) if not row.rest_of_prompt]
+        for n in done:
+            rows[n].active.begin(rows[n].cached, rows[n].prompt)
+        wanted = [n for n in done if not rows[n].active.ended]
+        if not wanted:
+            return
+        own = [rows[n] for n in wanted]
+        try:
+            self._sample(own, logits if len(wanted) == len(rows) else logits[wanted])
+        except (RuntimeError, ValueError, IndexError) as error:
+            _fail_unless_lost(own, error)
 
     def _decode(self) -> None:
         """Start a step of all rows that have a token to come, then hand over the tokens of the step before."""
@@ -306,6 +330,16 @@ class RowDecoder:
 
     def _report(self) -> None:
         self.observer.load_changed(len(self._rows), len(self._waiting))
+
+
+def _add_scores(rows: Sequence[DecodedRow], scores: PartScores) -> None:
+    """Add what was computed of prompts that are asked for; one without finite logits fails."""
+    for row, tokens in zip(rows, scores.tokens, strict=True):
+        request = row.active.request
+        if tokens is None:
+            row.active.fail(NonFiniteLogitsError())
+        elif request.prompt_logprobs is not None:
+            row.prompt += tokens if row.prompt else [Token(request.prompt[0]), *tokens]
 
 
 def _fail_unless_lost(rows: Sequence[DecodedRow], error: Exception) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from nybble.generate.decoder.layers import PlainLayers, attend_to, tokens_of
 from nybble.generate.decoder.model import DecoderModel
-from nybble.generate.decoder.steps import CacheSlot
+from nybble.generate.decoder.steps import CacheSlot, Visit
 
 ROWS = 16  # of a step on two cores, where SmolLM2's tokens/s grow little beyond
 CHUNK = 256  # tokens of a prompt between two steps
@@ -64,7 +64,9 @@ class PlainSteps:
             slot.length = shared
         return slot
 
-    def prefill(self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def prefill(
+        self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]], visit: Visit | None = None
+    ) -> torch.Tensor:
         """See `Steps.prefill`."""
         spans = [(slot.length, slot.length + len(part)) for slot, part in zip(slots, parts, strict=True)]
         lengths = [len(part) for part in parts]
@@ -86,9 +88,12 @@ class PlainSteps:
         )
         ids = self._tensor([token for part in parts for token in part])
         residual = self.layers.run(ids, self.layers.rotary(where), adapters, attend)
+        if visit is not None:
+            visit(residual, self.layers.logits)
+        logits = self.layers.logits(residual[self._tensor(lengths).cumsum(0) - 1])
         for slot, (_, end) in zip(slots, spans, strict=True):
             slot.length = end
-        return self.layers.logits(residual[self._tensor(lengths).cumsum(0) - 1])
+        return logits
 
     def decode(self, slots: Sequence[CacheSlot], ids: torch.Tensor) -> torch.Tensor:
         """See `Steps.decode`."""
