@@ -124,7 +124,7 @@ class ParsedRequest(Strict):
     neutral: ClassVar[Neutral] = {
         "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
         "parallel_tool_calls": (True, False), "response_format": ({"type": "text"},), "modalities": (["text"],),
-        "store": (False,), "suffix": ("",), "echo": (False,),
+        "store": (False,), "suffix": ("",),
     }  # fmt: skip
     ignored = frozenset({
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
@@ -136,7 +136,7 @@ class ParsedRequest(Strict):
         "response_format": "answers are plain text; JSON mode and schemas are not supported",
         "modalities": "answers are text only", "audio": "answers are text only",
         "web_search_options": "this server does not search the web", "moderation": "this server has no moderation",
-        "suffix": "this server does not fill in the middle of a text", "echo": "this server does not send the prompt back",
+        "suffix": "this server does not fill in the middle of a text",
     }  # fmt: skip
     _unused: tuple[str, ...] = PrivateAttr(())
 
@@ -174,6 +174,11 @@ class ParsedRequest(Strict):
     @abc.abstractmethod
     def likeliest(self) -> int | None:
         """Top log probabilities per token; None for no log probabilities."""
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the answer begins with the prompt."""
+        return False
 
     @property
     def answer_prefix(self) -> str:
@@ -214,6 +219,8 @@ class ChatRequest(Counted):
     kind = "chat.completion"
     id_prefix = "chatcmpl-"
     source = "messages"
+    neutral: ClassVar[Neutral] = {**ParsedRequest.neutral, "echo": (False,)}
+    refused: ClassVar[Refused] = {**ParsedRequest.refused, "echo": "only for /v1/completions"}
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
@@ -271,12 +278,17 @@ class CompletionRequest(Counted):
     id_prefix = "cmpl-"
     source = "prompt"
     is_chat = False
+    option_names: ClassVar[Mapping[str, str]] = {"prompt_logprobs": "echo"}
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]  # checked here once, not id by id
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    echo: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise FieldError("max_tokens", "0 is only allowed with echo=true, which sends the prompt back")
         if self.best_of not in (None, self.n):
             raise FieldError("best_of", "not supported; ask for n answers instead")
         return self
@@ -284,7 +296,12 @@ class CompletionRequest(Counted):
     @property
     def limit(self) -> int | None:
         """Tokens that an answer may have; 16 by default, as in OpenAI's API."""
-        return self.max_tokens or 16
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the answer begins with the prompt."""
+        return self.echo
 
     @property
     def likeliest(self) -> int | None:

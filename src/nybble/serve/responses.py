@@ -195,7 +195,8 @@ class TextResponse:
     def _response(self, status: str, output: list[dict[str, Any]], error: Any = None) -> dict[str, Any]:
         parsed, completion_tokens, ended = self.parsed, self.job.completion_tokens, status != "in_progress"
         usage = {
-            "input_tokens": self.job.prompt_tokens, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "input_tokens": self.job.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": self.job.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": completion_tokens, "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": self.job.prompt_tokens + completion_tokens,
         }  # fmt: skip
