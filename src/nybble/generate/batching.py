@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from nybble.generate.constraint import Constrain, Constraint, GrammarError
 from nybble.generate.request import (
     BusyError,
     Finish,
@@ -25,7 +26,9 @@ from nybble.generate.request import (
     Request,
     Sink,
     Token,
+    UnsupportedError,
 )
+from nybble.generate.seeds import fresh_seed
 
 PROMPT_TOKENS_PER_STEP = 50  # before it gives way, a batch generates one token per row for every so many it began with
 
@@ -38,6 +41,8 @@ class ActiveRequest:
     sink: Sink
     seed: int
     """The request's seed, or a fresh one."""
+    constraint: Constraint | None = None
+    """The state of the request's grammar."""
     answer_ids: list[int] = field(default_factory=list)
     """Token ids of the answer so far."""
     cancelled: bool = False
@@ -74,6 +79,12 @@ class ActiveRequest:
         if self.cancelled:
             self.end("cancelled")
             return
+        if self.constraint is not None:
+            if token.id not in self.request.stop_ids:
+                self.constraint.take(token.id)
+            if self.constraint.error:
+                self.fail(GrammarError(self.constraint.error))
+                return
         self.answer_ids.append(token.id)
         self.sink.put(token)
         if token.id in self.request.stop_ids:
@@ -108,6 +119,32 @@ class ActiveRequest:
         """Notify the sink that the answer failed."""
         self.ended = True
         self.sink.fail(error)
+
+
+def activate(
+    requests: Sequence[Request], sinks: Sequence[Sink], constrain: Constrain | None = None
+) -> list[ActiveRequest]:
+    """Requests with the states that they are answered from.
+
+    Raises:
+        GenerationError: a grammar cannot be followed.
+        UnsupportedError: one has a grammar, and there are no constraints.
+    """
+    return [
+        ActiveRequest(
+            request,
+            sink,
+            fresh_seed() if request.seed is None else request.seed,
+            None if request.grammar is None else _constraint(request, constrain),
+        )
+        for request, sink in zip(requests, sinks, strict=True)
+    ]
+
+
+def _constraint(request: Request, constrain: Constrain | None) -> Constraint:
+    if constrain is None:
+        raise UnsupportedError("grammar", "this generator has no grammars")
+    return constrain(request)
 
 
 @dataclass

@@ -225,6 +225,7 @@ def _check_options(request: Request) -> None:
         raise UnsupportedError("logprobs", "continuous batching gives no log probabilities")
     neutral = Request((), 0, None, frozenset())
     for option in (
+        "grammar",
         "prompt_logprobs",
         "min_p",
         "repetition_penalty",

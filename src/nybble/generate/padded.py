@@ -12,8 +12,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from nybble.generate.adapters import can_mix
-from nybble.generate.batching import ActiveRequest, GenerationBatch, Scheduler
+from nybble.generate.batching import ActiveRequest, GenerationBatch, Scheduler, activate
 from nybble.generate.cache import cache_tokens
+from nybble.generate.constraint import Constrain
 from nybble.generate.pipeline import TokenPipeline
 from nybble.generate.prompt_scores import score_tokens
 from nybble.generate.request import (
@@ -28,7 +29,6 @@ from nybble.generate.request import (
     check_request,
 )
 from nybble.generate.sampling import BatchSampler, TokenDelivery
-from nybble.generate.seeds import fresh_seed
 
 log = logging.getLogger("nybble.generate")
 log.addHandler(logging.NullHandler())  # outside a server the error itself says why; a server adds its own handlers
@@ -52,6 +52,7 @@ class Padded:
         patience: as in `Scheduler`; with it, free memory also limits a batch. Without it only `rows` does, and batches run to
             their end, so that the same requests always make the same batches, and the same rounding; a batch that runs out of
             memory is halved.
+        constrain: makes the constraints of requests with a grammar; None where there are none.
         observer: is notified of the load.
     """
 
@@ -63,10 +64,11 @@ class Padded:
         rows: int = ROWS,
         queue: int | None = None,
         patience: int | None = None,
+        constrain: Constrain | None = None,
         observer: Observer | None = None,
     ) -> None:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.model, self.pad_id = model, pad_id
+        self.model, self.pad_id, self.constrain = model, pad_id, constrain
         self.adapters = frozenset(model.peft_config) if isinstance(model, PeftModel) else frozenset()
         self.vocabulary, self.positions = int(base.config.vocab_size), int(base.config.max_position_embeddings)
         self.pipeline = TokenPipeline(model, pad_id)
@@ -100,10 +102,7 @@ class Padded:
         """
         for request in requests:
             check_request(request, self.vocabulary, self.adapters)
-        rows = [
-            ActiveRequest(request, sink, fresh_seed() if request.seed is None else request.seed)
-            for request, sink in zip(requests, sinks, strict=True)
-        ]
+        rows = activate(requests, sinks, self.constrain)
         self.scheduler.submit(rows)
         return list[Handle](rows)
 

@@ -45,6 +45,8 @@ class Request:
     """Subtracted from a token's logit as often as the token is in the answer."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Token ids, and what is added to their logits."""
+    grammar: str | None = None
+    """What the answer must follow, in the form that the generator's constraints are made from; None for anything."""
     seed: int | None = None
     """None for a fresh random seed."""
     logprobs: int | None = None

@@ -63,6 +63,7 @@ class Job:
     Args:
         parsed: the request.
         prompts: token ids, one list per prompt; each is answered `parsed.answers` times.
+        grammar: that the answers follow; None for any text.
         timeout: seconds until the job is cancelled.
 
     Raises:
@@ -77,9 +78,11 @@ class Job:
         metrics: Metrics,
         *,
         timeout: float,
+        grammar: str | None = None,
         log_prompts: bool = False,
     ) -> None:
         self.parsed, self.model, self.metrics, self.log_prompts = parsed, model, metrics, log_prompts
+        self.grammar = grammar
         self.id = f"{parsed.id_prefix}{secrets.token_hex(12)}"
         self.created = int(time.time())
         self.timeout, self.started, self.first_token_seconds = timeout, time.perf_counter(), 0.0
@@ -188,6 +191,7 @@ class Job:
             temperature,
             top_p,
             top_k,
+            grammar=self.grammar,
             seed=seed,
             logprobs=parsed.likeliest,
             prompt_logprobs=parsed.likeliest if parsed.echoes else None,

@@ -201,8 +201,11 @@ class Api:
             except DataError as error:
                 raise RequestError(error.what, param=parsed.source, code="invalid_value") from None
         check_biases(parsed, model)
-        timeout = self.limits.timeout
-        job = Job(parsed, model, prompts, self.metrics, timeout=timeout, log_prompts=self.limits.log_prompts)
+        grammar = None
+        if parsed.schema_wanted is not None:
+            grammar = await self.encoder.grammar(parsed.option_names["grammar"], parsed.schema_wanted)
+        timeout, log_prompts = self.limits.timeout, self.limits.log_prompts
+        job = Job(parsed, model, prompts, self.metrics, timeout=timeout, grammar=grammar, log_prompts=log_prompts)
         try:
             await job.submit(self.engine)
         except BusyError as busy:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
+from transformers import PreTrainedTokenizerBase
+
 from nybble.chat.answerer import Answerer
 from nybble.chat.loading import load_answerers
 from nybble.chat.templates import load_template
 from nybble.errors import ServeError
 from nybble.files.paths import default_cache
+from nybble.generate.constraint import Constrain
 from nybble.generate.continuous import Continuous
 from nybble.generate.decoder.choice import make_decoder
 from nybble.generate.padded import PATIENCE, Padded
@@ -20,6 +23,7 @@ from nybble.model.device import choose_device, choose_dtype
 from nybble.recipe import ModelOptions
 from nybble.run.folder import Run
 from nybble.serve.engine import Engine, ServedModel
+from nybble.serve.grammar import make_constrain
 from nybble.serve.names import base_name, merged_folder, run_names
 from nybble.serve.threaded import InThread
 from nybble.weights.watched import Ineligible
@@ -57,7 +61,10 @@ def pipeline_engine(answerers: dict[str, Answerer], base: str, observer: Observe
         queue: how many answers may wait.
     """
     first = next(iter(answerers.values()))
-    padded = Padded(first.model, first.tokenizer.pad_token_id, queue=queue, patience=PATIENCE, observer=observer)
+    padded = Padded(
+        first.model, first.tokenizer.pad_token_id, queue=queue, patience=PATIENCE, constrain=_constrain(answerers),
+        observer=observer,
+    )  # fmt: skip
     together = "share batches" if padded.scheduler.mixes_adapters else "take turns"
     about = (
         "the default, on any device: the Transformers pipeline; requests are batched, "
@@ -80,7 +87,9 @@ def load_decoder(
     answerers = dict(zip(names, load_answerers(runs, cache, device, dequantise=True), strict=True))
     first, base = next(iter(answerers.values())), base_name(runs[0], names)
     try:
-        decoder = make_decoder(first.model, queue=queue, observer=observer, cache=cache)
+        decoder = make_decoder(
+            first.model, queue=queue, observer=observer, cache=cache, constrain=_constrain(answerers)
+        )
     except Ineligible as why:
         raise ServeError(f"the engine decoder cannot serve this model: {why}", fix="--engine pipeline") from None
     about = (
@@ -101,6 +110,14 @@ def _served_models(
         for name, own in answerers.items()
     }
     return models | {base: ServedModel(base, first.template, positions, None, vocabulary)}
+
+
+def _constrain(answerers: dict[str, Answerer]) -> Constrain | None:
+    """What makes the generator follow grammars, in the tokens of each adapter; the base has those of the first."""
+    first = next(iter(answerers.values()))
+    tokenizers: dict[str | None, PreTrainedTokenizerBase] = {None: first.tokenizer}
+    tokenizers |= {own.adapter: own.tokenizer for own in answerers.values()}
+    return make_constrain(tokenizers, first.model.config.vocab_size)
 
 
 def _changes(answerers: dict[str, Answerer]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from pydantic import (
 from nybble.data.rows.formats import Conversation, Message
 from nybble.serve.fields import FieldError, Neutral, Refused, RequestError, Strict, explain
 from nybble.serve.logit_fields import LogitBias, MinP, Penalty, RepetitionPenalty
+from nybble.serve.output_format import ChatFormat, Schema
 
 MOST_ANSWERS = 128  # n, the same limit as OpenAI's; the queue may be shorter
 MOST_STOPS, LONGEST_STOP = 64, 1000  # every token is compared with them
@@ -28,6 +29,7 @@ MOST_BRACKETS = 200_000  # in a body, strings included: a million empty lists wo
 LOGIT_CHANGES = {"min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"}
 PARTS = ("text", "input_text", "output_text")  # of a message's content
 PROMPTS = "prompt is a text, a list of token ids, or a list of these"
+CONTINUES = "not together with a last message from the assistant: the answer is a whole JSON text"
 NO_TOOLS = "this server does not call tools; leave it out, or send tool_choice: none"
 NO_FUNCTIONS = "this server does not call functions; leave it out, or send function_call: none"
 
@@ -123,7 +125,7 @@ class ParsedRequest(Strict):
     is_chat: ClassVar[bool] = True
     neutral: ClassVar[Neutral] = {
         "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
-        "parallel_tool_calls": (True, False), "response_format": ({"type": "text"},), "modalities": (["text"],),
+        "parallel_tool_calls": (True, False), "modalities": (["text"],),
         "store": (False,), "suffix": ("",),
     }  # fmt: skip
     ignored = frozenset({
@@ -133,7 +135,6 @@ class ParsedRequest(Strict):
     refused: ClassVar[Refused] = {
         "tools": NO_TOOLS, "tool_choice": NO_TOOLS, "functions": NO_FUNCTIONS, "function_call": NO_FUNCTIONS,
         "parallel_tool_calls": "it must be true or false",
-        "response_format": "answers are plain text; JSON mode and schemas are not supported",
         "modalities": "answers are text only", "audio": "answers are text only",
         "web_search_options": "this server does not search the web", "moderation": "this server has no moderation",
         "suffix": "this server does not fill in the middle of a text",
@@ -186,6 +187,11 @@ class ParsedRequest(Strict):
         return ""
 
     @property
+    def schema_wanted(self) -> Schema | None:
+        """The JSON schema that the answer must fit; None for any text."""
+        return None
+
+    @property
     def logit_changes(self) -> dict[str, Any]:
         """What changes the logits, by the names of `nybble.generate.request.Request`."""
         return {}
@@ -219,12 +225,14 @@ class ChatRequest(Counted):
     kind = "chat.completion"
     id_prefix = "chatcmpl-"
     source = "messages"
+    option_names: ClassVar[Mapping[str, str]] = {"grammar": "response_format"}
     neutral: ClassVar[Neutral] = {**ParsedRequest.neutral, "echo": (False,)}
     refused: ClassVar[Refused] = {**ParsedRequest.refused, "echo": "only for /v1/completions"}
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ChatFormat | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
 
@@ -233,6 +241,8 @@ class ChatRequest(Counted):
         if self.top_logprobs is not None and not self.logprobs:
             raise FieldError("top_logprobs", "only allowed with logprobs=true")
         check_last(self.source, self.messages)
+        if self.schema_wanted is not None and self.messages[-1].role == "assistant":
+            raise FieldError("response_format", CONTINUES)
         continues = self.messages[-1].role == "assistant"
         if self.continue_final_message not in (None, continues):
             raise FieldError(
@@ -261,6 +271,11 @@ class ChatRequest(Counted):
         return self.max_completion_tokens or self.max_tokens
 
     @property
+    def schema_wanted(self) -> Schema | None:
+        """The JSON schema that the answer must fit; None for any text."""
+        return None if self.response_format is None else self.response_format.schema
+
+    @property
     def likeliest(self) -> int | None:
         """Top log probabilities per token; None for no log probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -278,6 +293,8 @@ class CompletionRequest(Counted):
     id_prefix = "cmpl-"
     source = "prompt"
     is_chat = False
+    neutral: ClassVar[Neutral] = {**ParsedRequest.neutral, "response_format": ({"type": "text"},)}
+    refused: ClassVar[Refused] = {**ParsedRequest.refused, "response_format": "only for chats and responses"}
     option_names: ClassVar[Mapping[str, str]] = {"prompt_logprobs": "echo"}
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]  # checked here once, not id by id
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from nybble.files.paths import default_cache
+from nybble.generate.constraint import Constrain
 from nybble.generate.decoder.decoder import RowDecoder
 from nybble.generate.decoder.model import DecoderModel, read_model
 from nybble.generate.decoder.pages import PAGE
@@ -40,6 +41,7 @@ def make_decoder(
     observer: Observer | None = None,
     tokens: int | None = None,
     cache: pathlib.Path | None = None,
+    constrain: Constrain | None = None,
 ) -> RowDecoder:
     """A decoder for a model with all of its adapters, as they are now.
 
@@ -49,6 +51,7 @@ def make_decoder(
         observer: is notified of the load.
         tokens: that its cache shall hold, if they fit into its share of the free memory; None for all of that share.
         cache: the cache folder, where compiled kernels are kept; None for the user's own.
+        constrain: makes the constraints of requests with a grammar; None where there are none.
 
     Raises:
         Ineligible: the first reason why the decoder cannot answer for it.
@@ -58,7 +61,7 @@ def make_decoder(
         steps = _choose_steps(read, model, tokens, cache)
     except torch.OutOfMemoryError:
         raise Ineligible("there is not enough memory for its cache and buffers") from None
-    return RowDecoder(read, steps, queue=queue, observer=observer)
+    return RowDecoder(read, steps, queue=queue, constrain=constrain, observer=observer)
 
 
 def _choose_steps(

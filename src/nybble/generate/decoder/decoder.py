@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nybble.generate.batching import ActiveRequest
+from nybble.generate.batching import ActiveRequest, activate
+from nybble.generate.constraint import Constrain
 from nybble.generate.decoder.model import DecoderModel
 from nybble.generate.decoder.part_scores import PartScores
 from nybble.generate.decoder.steps import CacheSlot, Steps
@@ -29,7 +30,6 @@ from nybble.generate.request import (
     check_request,
 )
 from nybble.generate.sampling import RowSampler, SampledTokens, to_device
-from nybble.generate.seeds import fresh_seed
 
 log = logging.getLogger("nybble.generate")
 
@@ -78,16 +78,18 @@ class RowDecoder:
         model: what `steps` computes.
         steps: the computation, and the cache.
         queue: requests that may wait; None for any number.
+        constrain: makes the constraints of requests with a grammar; None where there are none.
         observer: is notified of the load.
     """
 
     def __init__(
-        self, model: DecoderModel, steps: Steps, *, queue: int | None = None, observer: Observer | None = None
-    ) -> None:
+        self, model: DecoderModel, steps: Steps, *, queue: int | None = None, constrain: Constrain | None = None,
+        observer: Observer | None = None,
+    ) -> None:  # fmt: skip
         self.vocabulary, self.positions = model.vocabulary, model.positions
         self.adapters = frozenset(model.adapters)
         self.steps, self.queue, self.observer = steps, queue, observer or NullObserver()
-        self._device = model.device
+        self._device, self._constrain = model.device, constrain
         self._sampler = RowSampler(model.device)
         self._waiting: deque[ActiveRequest] = deque()
         self._rows: list[DecodedRow] = []
@@ -123,10 +125,7 @@ class RowDecoder:
         for request in requests:
             check_request(request, self.vocabulary, self.adapters)
             self._check_length(request)
-        new = [
-            ActiveRequest(request, sink, fresh_seed() if request.seed is None else request.seed)
-            for request, sink in zip(requests, sinks, strict=True)
-        ]
+        new = activate(requests, sinks, self._constrain)
         with self._lock:
             if self._refusal:
                 raise GenerationError(self._refusal)
@@ -252,7 +251,8 @@ class RowDecoder:
     def _decode(self) -> None:
         """Start a step of all rows that have a token to come, then hand over the tokens of the step before."""
         rows = self._decodable()
-        if rows != self._decoded and any(has_penalty(row.active.request) for row in rows):
+        has_grammar = any(row.active.constraint is not None for row in rows)
+        if has_grammar or (rows != self._decoded and any(has_penalty(row.active.request) for row in rows)):
             self._deliver()  # as the sampler then needs to know all tokens
             rows = self._decodable()
         if not rows:

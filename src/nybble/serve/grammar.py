@@ -1,0 +1,117 @@
+"""Grammars by llguidance, an optional package: from JSON schemas, and which tokens they let come next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from nybble.generate.constraint import Constrain, GrammarError
+from nybble.generate.request import Request
+
+try:
+    from llguidance import LLMatcher, LLTokenizer
+    from llguidance.hf import from_tokenizer
+
+    INSTALLED = True
+except ImportError:  # the extra `structured`
+    INSTALLED = False
+
+# White space between two parts of a JSON text: any amount would let a model write nothing else until its limit.
+OPTIONS: Any = {"whitespace_pattern": r"[ \n\r\t]{0,20}"}
+
+
+class SchemaError(ValueError):
+    """A JSON schema that cannot be followed; the message says why."""
+
+
+def json_grammar(schema: Mapping[str, Any] | bool) -> str:
+    """The grammar of the JSON texts that a schema allows, in llguidance's own form.
+
+    Raises:
+        SchemaError: it is no schema, no text fits it, or it is too large or uses what llguidance does not support.
+    """
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=OPTIONS)
+    except ValueError as error:  # NaN, which JSON does not have
+        raise SchemaError(str(error)[:300]) from None
+    matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0)
+    matcher.compute_bitmask()
+    matcher.consume_tokens(matcher.compute_ff_tokens())  # such as {, behind which some are found to be too large
+    matcher.compute_bitmask()
+    if matcher.is_error():
+        raise SchemaError(" ".join(matcher.get_error().split())[:300])
+    return grammar
+
+
+class GrammarState:
+    """See `nybble.generate.constraint.Constraint`.
+
+    Args:
+        tokenizer: of the model.
+        grammar: of `json_grammar`.
+        stop_ids: tokens that end the answer; they may come exactly where the grammar may end.
+
+    Raises:
+        GrammarError: the grammar cannot be followed.
+    """
+
+    def __init__(self, tokenizer: LLTokenizer, grammar: str, stop_ids: frozenset[int]) -> None:
+        self._matcher = LLMatcher(tokenizer, grammar, log_level=0)
+        self._words = -(-tokenizer.vocab_size // 32)
+        self._stop_ids = sorted(stop_ids)
+        self.error = ""
+        self._note_error()
+        if self.error:
+            raise GrammarError(self.error)
+
+    def fill(self, mask: torch.Tensor) -> None:
+        """See `Constraint.fill`."""
+        own = torch.zeros(self._words, dtype=torch.int32)
+        if not self.error and not self._matcher.is_stopped():
+            self._matcher.unsafe_compute_mask_ptr(own.data_ptr(), own.numel() * own.element_size())
+            self._note_error()
+        if self.error:
+            mask.fill_(-1)
+            return
+        mask.copy_(own[: len(mask)])
+        words = mask.numpy().view("uint32")
+        for token_id in self._stop_ids:
+            words[token_id // 32] &= ~(1 << token_id % 32) & 0xFFFFFFFF
+            words[token_id // 32] |= int(self._matcher.is_accepting()) << token_id % 32
+        if not words.any():
+            self.error = "no token of the model can continue what the grammar asks for"
+
+    def take(self, token_id: int) -> None:
+        """See `Constraint.take`."""
+        self._matcher.consume_token(token_id)
+        self._note_error()
+
+    def _note_error(self) -> None:
+        if self._matcher.is_error():
+            self.error = f"the grammar cannot be followed: {' '.join(self._matcher.get_error().split())[:300]}"
+
+
+def make_constrain(tokenizers: Mapping[str | None, PreTrainedTokenizerBase], vocabulary: int) -> Constrain | None:
+    """What makes the constraints of a generator; None where llguidance is not installed.
+
+    Args:
+        tokenizers: by adapter, None for the base.
+        vocabulary: logits of a row.
+    """
+    if not INSTALLED:
+        return None
+    known: dict[int, LLTokenizer] = {}
+    for tokenizer in tokenizers.values():
+        if id(tokenizer) not in known:
+            size = max(vocabulary, len(tokenizer))
+            known[id(tokenizer)] = from_tokenizer(tokenizer, n_vocab=size, eos_token=tokenizer.eos_token_id)
+
+    def constrain(request: Request) -> GrammarState:
+        assert request.grammar is not None, "only requests with a grammar are constrained"
+        return GrammarState(known[id(tokenizers[request.adapter])], request.grammar, request.stop_ids)
+
+    return constrain
