@@ -114,9 +114,8 @@ def main() -> None:
     with served(given.tokenizer, given.pause / 1000, given.profile) as (port, generator):
         options = [str(given.tokenizer), "--as-client", str(port), "--clients", str(given.clients)]
         command = [sys.executable, "-m", "bench.serve_rate", *options]
-        subprocess.run(
-            [*command, "--tokens", "8"], check=True, capture_output=True
-        )  # the first requests load what others need
+        # the first requests load what the others need
+        subprocess.run([*command, "--tokens", "8"], check=True, capture_output=True)
         before = cpu_seconds(os.getpid()), cpu_seconds(generator)
         done = subprocess.run([*command, "--tokens", str(given.tokens)], check=True, capture_output=True, text=True)
         row = json.loads(done.stdout)
@@ -125,11 +124,8 @@ def main() -> None:
             ("generator", cpu_seconds(generator) - before[1]),
         ):
             row[f"{name}_us_per_token"] = 1e6 * spent / (given.clients * given.tokens)
-    print(
-        json.dumps(
-            {"clients": given.clients, "tokens": given.tokens} | {name: round(value, 2) for name, value in row.items()}
-        )
-    )
+    figures = {name: round(value, 2) for name, value in row.items()}
+    print(json.dumps({"clients": given.clients, "tokens": given.tokens, **figures}))
 
 
 if __name__ == "__main__":

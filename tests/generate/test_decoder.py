@@ -8,13 +8,17 @@ import threading
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
+import nybble
 from nybble.generate.decoder.choice import make_decoder
 from nybble.generate.decoder.decoder import RowDecoder
 from nybble.generate.decoder.model import read_model
 from nybble.generate.decoder.plain_steps import PlainSteps
+from nybble.generate.decoder.rows import DecodedRow
 from nybble.generate.padded import Padded
 from nybble.generate.request import GenerationError, NonFiniteLogitsError, complete
 from nybble.weights.watched import Ineligible
@@ -107,6 +111,66 @@ def test_a_device_that_is_lost_ends_everything_with_one_message(model, during, c
     assert not generator.healthy()
     with pytest.raises(GenerationError, match="the device failed and answers nothing any more"):
         generator.submit([ask(PROMPTS[0])], [Collected()])
+
+
+REPEATING = [
+    [1, *[50, 60, 70, 80] * 6],
+    [1, *[90, 91, 92] * 5, 7],
+    [1, *range(100, 130), 9, *range(100, 108)],
+    [1, 40, 50, 60],
+]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_drafts_from_the_prompt_change_no_answer(model, asynchronous, rows):
+    options = [{}, {"temperature": 0.9, "seed": 3}, {"logprobs": 2}, {"frequency_penalty": 0.5}]
+    requests = [ask(REPEATING[n % 4], ADAPTERS[n % 3], 40, **options[n % 4]) for n in range(8)]
+    speculating, plain = decoder(model, asynchronous=asynchronous), decoder(model)
+    plain.speculates = False
+    verified, verify = [], speculating.steps.verify
+    speculating.steps.verify = lambda slots, parts: verified.append([*map(len, parts)]) or verify(slots, parts)
+    for first in range(0, 8, rows):
+        batch = requests[first : first + rows]
+        found, expected = complete(speculating, batch), complete(plain, batch)
+        assert [answer.ids for answer in found] == [answer.ids for answer in expected]
+        for mine, theirs in zip(found, expected, strict=True):
+            probabilities = ([token.logprob for token in answer.tokens] for answer in (mine, theirs))
+            assert next(probabilities) == pytest.approx(next(probabilities), abs=CLOSE)
+    assert verified, "nothing was drafted"
+    assert max(map(sum, verified)) <= 8
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_whatever_is_drafted_the_answer_is_the_models(model, data):
+    """Right, wrong and partly right drafts of any length, until the last token and beyond a stop."""
+    whole = {adapter: alone(model, PROMPTS[0], adapter, 16) for adapter in ADAPTERS}
+    generator = decoder(model, asynchronous=data.draw(st.booleans()))
+
+    def draft(row, most):
+        if most <= 0:
+            return []
+        done, right = len(row.active.answer_ids), whole[row.active.request.adapter]
+        length = data.draw(st.integers(0, most))
+        wrong = data.draw(st.integers(0, length))
+        return [*right[done : done + wrong], *[data.draw(st.integers(3, 390)) for _ in range(length - wrong)]][:length]
+
+    adapters = data.draw(st.lists(st.sampled_from(ADAPTERS), min_size=1, max_size=4))
+    stop = data.draw(st.sampled_from(whole[adapters[0]]))
+    requests = [
+        dataclasses.replace(ask(PROMPTS[0], adapter, 16), stop_ids=frozenset({stop} if n == 0 else ()))
+        for n, adapter in enumerate(adapters)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecodedRow, "draft", lambda row, most: draft(row, min(most, row.active.tokens_left - 1)))
+        answers = complete(generator, requests)
+    first = whole[adapters[0]]
+    assert answers[0].ids == first[: first.index(stop) + 1]
+    assert [answer.ids for answer in answers[1:]] == [whole[adapter] for adapter in adapters[1:]]
+    follow = [*PROMPTS[0], *first[: first.index(stop) + 1], 9, 11]
+    (after,) = complete(generator, [ask(follow, adapters[0], 6)])
+    assert after.ids == alone(model, follow, adapters[0], 6), "what drafts left in the cache was shared"
 
 
 def test_a_long_prompt_is_computed_in_parts_between_the_others_tokens(model, monkeypatch):
@@ -321,3 +385,27 @@ def test_a_merged_adapter_and_positions_that_change_with_the_length_are_named(pe
     )
     with pytest.raises(Ineligible, match="of the type dynamic"):
         make_decoder(dynamic)
+
+
+def test_a_model_in_training_answers_as_it_is(peaky_llama):
+    """Gradient checkpointing hooks the embedding, and the engine replaces the layers' forward."""
+    base = LlamaForCausalLM.from_pretrained(peaky_llama, dtype=torch.float32)
+    base.gradient_checkpointing_enable()
+    base.enable_input_require_grads()
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    expected = complete(make_decoder(model), [ask(PROMPTS[0], "default")])[0].ids
+    nybble.fuse(model)
+    model.train()
+    loss = model(input_ids=torch.tensor([PROMPTS[2]]), labels=torch.tensor([PROMPTS[2]])).loss
+    loss.backward()
+    assert complete(make_decoder(model), [ask(PROMPTS[0], "default")])[0].ids == expected
+    assert model.training
+    assert expected == alone(model.eval(), PROMPTS[0], "default")
+
+
+def test_a_caller_in_mixed_precision_changes_no_answer(model):
+    request = ask(PROMPTS[1], "run2")
+    with torch.autocast("cpu", torch.bfloat16):
+        (answer,) = complete(decoder(model), [request])
+    assert answer.ids == alone(model, PROMPTS[1], "run2")
+    assert torch.is_grad_enabled()

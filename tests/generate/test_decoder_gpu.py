@@ -229,6 +229,55 @@ def test_prompt_parts_and_shared_beginnings_change_no_answer(answering_model):
     assert again == whole
 
 
+@pytest.mark.parametrize("name", ["smollm2", "llama 2 7B", "head 256"])
+def test_tokens_of_one_sequence_see_those_before_them(name):
+    from nybble.generate.decoder.cuda_steps import CudaSteps
+    from nybble.generate.decoder.model import read_model
+
+    model = with_adapters(quantised_llama(SHAPES[name]), ADAPTERS)
+    torch.manual_seed(6)
+    prompts, adapters = [torch.randint(3, 500, (length,)).tolist() for length in (60, 9, 200)], ["one", None, "three"]
+    parts = [torch.randint(3, 500, (count,)).tolist() for count in (8, 1, 4)]
+    with torch.inference_mode():
+        steps = CudaSteps(read_model(model), 4096, None)
+        slots = [steps.reserve(prompt, adapter, 256) for prompt, adapter in zip(prompts, adapters, strict=True)]
+        steps.prefill(slots, prompts)
+        together = steps.verify(slots, parts).clone()
+        assert [slot.length for slot in slots] == [60, 9, 200]
+        assert torch.equal(steps.verify(slots, parts), together)
+        row = 0
+        for slot, part in zip(slots, parts, strict=True):
+            for token in part:
+                one = steps.decode([slot], torch.tensor([token], device="cuda"))[0]
+                apart = 1 - torch.cosine_similarity(together[row].double(), one.double(), dim=0)
+                assert apart < 1e-4, (row, float(apart))
+                row += 1
+
+
+def test_drafts_change_no_answer(answering_model):
+    from nybble.generate.decoder.choice import make_decoder
+    from nybble.generate.request import complete
+
+    torch.manual_seed(8)
+    passage = torch.randint(3, 500, (40,)).tolist()
+    with torch.inference_mode():
+        speculating, plain = make_decoder(answering_model), make_decoder(answering_model)
+        plain.speculates = False
+        verified, verify = [], speculating.steps.verify
+        speculating.steps.verify = lambda slots, parts: verified.append(parts) or verify(slots, parts)
+        parted = 0
+        for adapter in (None, *ADAPTERS):
+            batch = [request([*passage, *passage[: 20 + n]], adapter, 60, logprobs=2) for n in range(3)]
+            for mine, theirs in zip(complete(speculating, batch), complete(plain, batch), strict=True):
+                for one, other in zip(mine.tokens, theirs.tokens, strict=True):
+                    if one.id != other.id:
+                        assert max(token.top[0][1] - token.top[1][1] for token in (one, other)) < 0.05, "in nats"
+                        parted += 1
+                        break
+    assert verified, "nothing was drafted"
+    assert parted < 6
+
+
 def test_a_graph_that_cannot_be_captured_is_launched_kernel_by_kernel_and_the_log_says_so(
     answering_model, monkeypatch, caplog
 ):

@@ -54,9 +54,8 @@ def test_it_follows_a_model_that_changes(model, change):
         assert (after == before) == (change == "add")
 
 
-def test_a_longer_request_gets_a_larger_cache(model, monkeypatch):
-    monkeypatch.setattr("nybble.generate.kept.LEAST_TOKENS", 30)
-    kept = KeptGenerator(model, 0)
+def test_a_longer_request_gets_a_larger_cache(model):
+    kept = KeptGenerator(model, 0, least_tokens=30)
     first = kept.get([ask(PROMPTS[0], None, 20)])
     assert kept.get([ask(PROMPTS[0], None, 26)]) is first
     second = kept.get([ask(PROMPTS[0], None, 40)])

@@ -58,7 +58,7 @@ def test_a_prompts_log_probabilities_are_the_models(generator, model, monkeypatc
     for answer, request, bare in zip(complete(generator, requests), requests, plain, strict=True):
         logprobs = expected(model, request.prompt, request.adapter)
         assert answer.ids == bare.ids
-        assert bare.prompt == ()
+        assert not bare.prompt
         assert (answer.cached, answer.prompt[0]) == (0, Token(request.prompt[0]))
         assert [token.id for token in answer.prompt] == list(request.prompt)
         own = logprobs.gather(1, torch.tensor(request.prompt[1:]).unsqueeze(1)).squeeze(1).tolist()

@@ -8,6 +8,8 @@ import pathlib
 import signal
 import time
 
+import torch
+
 from bench.stub import load_stub
 
 
@@ -48,3 +50,16 @@ def load_forever(observer, *, mark: pathlib.Path):
         time.sleep(60)
     finally:
         mark.write_text("tidy")
+
+
+def load_lost(observer, *, folder):
+    """In the generator's process: a stub whose card is lost at its first step, and answers with the same error ever after."""
+
+    def fail(*ignored):
+        raise torch.AcceleratorError(
+            "CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later"
+        )
+
+    engine = load_stub(observer, folder=folder, pause=0)
+    engine.worker.generator.step = torch.cuda.synchronize = fail
+    return engine

@@ -101,6 +101,21 @@ def test_answers_are_those_of_a_thread_in_this_process(server, tuned_run, tiny_l
     assert server.http.get(f"{server.url}/health").status_code == 200
 
 
+def test_what_is_told_of_a_prompt_and_grammars_cross_the_processes(server, tuned_run, cache):
+    shape = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["red", "blue"]}}}
+    echo = {"model": "run", "prompt": "say one two 3", "max_tokens": 0, "echo": True, "logprobs": 2}
+
+    def answers(server):
+        bodies = [server.post(**ask(response_format=shape)), server.post("/v1/completions", **echo)]
+        return [body.json()["choices"] for body in bodies]
+
+    with serving(lambda metrics: load_pipeline([tuned_run], metrics, device="cpu", queue=64, cache=cache)) as other:
+        (named,), (echoed,) = answers(server)
+        assert answers(other) == [[named], [echoed]]
+    assert json.loads(named["message"]["content"]) in ("red", "blue")
+    assert len(echoed["logprobs"]["token_logprobs"]) > 3
+
+
 def test_too_many_answers_are_refused_at_once_and_those_that_leave_make_room(server, gate):
     gate.touch()
     try:
@@ -182,7 +197,12 @@ def test_a_process_that_is_killed_while_loading_says_so(caplog):
     assert [(record.name, record.getMessage()) for record in caplog.records] == [("nybble.chat", "loading 7")]
 
 
-def test_a_defect_of_the_generator_is_told_once_and_ends_the_process(caplog, tiny_llama):
+@pytest.mark.parametrize(
+    ("loader", "begin", "end"),
+    [("load_broken", "because of an unexpected error; restart the server\nTraceback", "ZeroDivisionError: division by zero"),
+     ("load_lost", "because the GPU is lost (CUDA error: unspecified launch failure); ", "restart the server")],
+)  # fmt: skip
+def test_what_ends_the_generator_is_told_once_and_ends_the_process(loader, begin, end, caplog, tiny_llama):
     logging.getLogger("nybble.serve").propagate = True
 
     async def work():
@@ -196,17 +216,15 @@ def test_a_defect_of_the_generator_is_told_once_and_ends_the_process(caplog, tin
         await worker.stop()
         return sink.items
 
-    worker, _ = start_process(LoadingJob("tests.serve.loaders:load_broken", {"folder": tiny_llama}), Metrics())
+    worker, _ = start_process(LoadingJob(f"tests.serve.loaders:{loader}", {"folder": tiny_llama}), Metrics())
     try:
         assert asyncio.run(work()) == ["cancelled"]
     finally:
         worker.close()
     assert worker.process.returncode == 1
     (record,) = caplog.records
-    assert record.getMessage().startswith(
-        "the engine failed because of an unexpected error; restart the server\nTraceback"
-    )
-    assert record.getMessage().endswith("ZeroDivisionError: division by zero")
+    assert record.getMessage().startswith(f"the engine failed {begin}")
+    assert record.getMessage().endswith(end)
 
 
 def test_a_process_whose_server_ends_while_it_loads_tidies_up(tmp_path):

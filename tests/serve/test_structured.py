@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 
+import numpy
 import openai
 import pydantic
 import pytest
@@ -166,7 +167,7 @@ def test_the_tokens_that_end_an_answer_may_come_exactly_where_the_grammar_may_en
     )
 
     def allowed():
-        mask = torch.zeros(mask_words(size), dtype=torch.int32)
+        mask = numpy.zeros(mask_words(size), dtype=numpy.uint32)
         state.fill(mask)
         return {n for n in range(size) if int(mask[n // 32]) >> n % 32 & 1}
 

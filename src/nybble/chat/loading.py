@@ -84,20 +84,9 @@ def load_answerers(
     answerers = []
     for run, name, changes in zip(runs, names, updates, strict=True):
         tokenizer, template = load_template(run, checkpoint.folder)
-        answerers.append(
-            Answerer(
-                model,
-                tokenizer,
-                template,
-                base.fingerprint,
-                checkpoint.folder,
-                changes,
-                name,
-                run.system,
-                base.bits,
-                cache,
-            )
-        )
+        answerers.append(Answerer(
+            model, tokenizer, template, base.fingerprint, checkpoint.folder, changes, name, run.system, base.bits, cache,
+        ))  # fmt: skip
     return answerers
 
 

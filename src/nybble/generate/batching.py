@@ -41,8 +41,6 @@ class ActiveRequest:
     sink: Sink
     seed: int
     """The request's seed, or a fresh one."""
-    constraint: Constraint | None = None
-    """The state of the request's grammar."""
     answer_ids: list[int] = field(default_factory=list)
     """Token ids of the answer so far."""
     cancelled: bool = False
@@ -50,6 +48,8 @@ class ActiveRequest:
     """Whether its sink has been notified that its prompt is computed."""
     ended: bool = False
     """Whether its sink has been notified of its end or failure."""
+    constraint: Constraint | None = None
+    """The state of the request's grammar."""
 
     @property
     def sequence(self) -> list[int]:
@@ -135,7 +135,7 @@ def activate(
             request,
             sink,
             fresh_seed() if request.seed is None else request.seed,
-            None if request.grammar is None else _constraint(request, constrain),
+            constraint=None if request.grammar is None else _constraint(request, constrain),
         )
         for request, sink in zip(requests, sinks, strict=True)
     ]

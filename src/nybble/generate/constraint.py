@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy
+import numpy.typing
 import torch
 
 from nybble.generate.request import GenerationError, Request
 
 WORD = 32  # bits of a mask's words
+Mask = numpy.typing.NDArray[numpy.uint32]
+"""(words,)"""
 
 
 class Constraint(Protocol):
@@ -18,11 +22,11 @@ class Constraint(Protocol):
     error: str
     """Why it cannot go on; empty while it can."""
 
-    def fill(self, mask: torch.Tensor) -> None:
+    def fill(self, mask: Mask) -> None:
         """Write which tokens may come next; after an error, any.
 
         Args:
-            mask: (words,) int32 on the host, a bit for each token; the first is the lowest of the first word.
+            mask: a bit for each token; the first is the lowest of the first word.
         """
 
     def take(self, token_id: int) -> None:
@@ -65,7 +69,7 @@ class ConstrainedRows:
         masks = torch.zeros(
             len(self._constraints), mask_words(vocabulary), dtype=torch.int32, pin_memory=logits.is_cuda
         )
-        for constraint, mask in zip(self._constraints, masks, strict=True):
+        for constraint, mask in zip(self._constraints, masks.numpy().view(numpy.uint32), strict=True):
             constraint.fill(mask)
         words = masks.to(logits.device, non_blocking=True).unsqueeze(2)
         allowed = ((words >> self._bits) & 1).flatten(1)[:, :vocabulary].bool()

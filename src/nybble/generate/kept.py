@@ -18,7 +18,7 @@ from nybble.generate.request import Generator, Request
 from nybble.weights.watched import Ineligible
 
 log = logging.getLogger("nybble.generate")
-LEAST_TOKENS = 4096  # of the decoder's cache where memory allows: a conversation grows without a new decoder
+LEAST_TOKENS = 4096  # a conversation grows to this length without a new decoder: 2 GB on Llama 2 7B
 Fact = tuple[object, ...]
 
 
@@ -29,10 +29,18 @@ class KeptGenerator:
         model: in eval mode whenever a generator is asked for.
         pad_id: any token of the vocabulary.
         cache: the cache folder, where compiled kernels are kept; None for the user's own.
+        least_tokens: of the decoder's cache, where memory allows, even if the requests need fewer.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, pad_id: int, cache: pathlib.Path | None = None) -> None:
-        self._model, self._pad_id, self._cache = model, pad_id, cache
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        pad_id: int,
+        cache: pathlib.Path | None = None,
+        *,
+        least_tokens: int = LEAST_TOKENS,
+    ) -> None:
+        self._model, self._pad_id, self._cache, self._least_tokens = model, pad_id, cache, least_tokens
         self._decoder: RowDecoder | None = None
         self._facts: list[Fact] = []
 
@@ -48,7 +56,7 @@ class KeptGenerator:
     def _make(self, requests: Sequence[Request]) -> RowDecoder | None:
         needed = sum(len(request.prompt) + request.max_tokens for request in requests)
         try:
-            decoder = make_decoder(self._model, tokens=max(needed, LEAST_TOKENS), cache=self._cache)
+            decoder = make_decoder(self._model, tokens=max(needed, self._least_tokens), cache=self._cache)
         except Ineligible as why:
             log.info("answering in padded batches: %s", why)
             return None

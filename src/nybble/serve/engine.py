@@ -58,7 +58,7 @@ class AnswerWorker(Protocol):
         """Called once in the event loop, after the last answer."""
 
     def close(self) -> None:
-        """Cancel what is running, and wait for the end; also if it was never started, but never before `stop`."""
+        """Cancel what is running, and wait for the end; after `stop` if it was started."""
 
 
 @dataclass(frozen=True)

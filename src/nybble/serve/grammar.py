@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import torch
+import numpy
 from transformers import PreTrainedTokenizerBase
 
-from nybble.generate.constraint import Constrain, GrammarError
+from nybble.generate.constraint import WORD, Constrain, GrammarError, Mask, mask_words
 from nybble.generate.request import Request
 
 try:
@@ -20,6 +20,7 @@ try:
 except ImportError:  # the extra `structured`
     INSTALLED = False
 
+ANY = numpy.uint32(0xFFFFFFFF)  # 32 tokens that may all come next
 # White space between two parts of a JSON text: any amount would let a model write nothing else until its limit.
 OPTIONS: Any = {"whitespace_pattern": r"[ \n\r\t]{0,20}"}
 
@@ -61,29 +62,31 @@ class GrammarState:
 
     def __init__(self, tokenizer: LLTokenizer, grammar: str, stop_ids: frozenset[int]) -> None:
         self._matcher = LLMatcher(tokenizer, grammar, log_level=0)
-        self._words = -(-tokenizer.vocab_size // 32)
+        self._words = mask_words(tokenizer.vocab_size)
         self._stop_ids = sorted(stop_ids)
         self.error = ""
         self._note_error()
         if self.error:
             raise GrammarError(self.error)
 
-    def fill(self, mask: torch.Tensor) -> None:
+    def fill(self, mask: Mask) -> None:
         """See `Constraint.fill`."""
-        own = torch.zeros(self._words, dtype=torch.int32)
+        own = numpy.zeros(self._words, dtype=numpy.uint32)
         if not self.error and not self._matcher.is_stopped():
-            self._matcher.unsafe_compute_mask_ptr(own.data_ptr(), own.numel() * own.element_size())
+            self._matcher.unsafe_compute_mask_ptr(own.ctypes.data, own.nbytes)
             self._note_error()
         if self.error:
-            mask.fill_(-1)
+            mask.fill(ANY)
             return
-        mask.copy_(own[: len(mask)])
-        words = mask.numpy().view("uint32")
+        mask[:] = own[: len(mask)]
+        may_end = self._matcher.is_accepting()
         for token_id in self._stop_ids:
-            words[token_id // 32] &= ~(1 << token_id % 32) & 0xFFFFFFFF
-            words[token_id // 32] |= int(self._matcher.is_accepting()) << token_id % 32
-        if not words.any():
+            bit = numpy.uint32(1 << token_id % WORD)
+            mask[token_id // WORD] &= ANY ^ bit
+            mask[token_id // WORD] |= bit if may_end else numpy.uint32(0)
+        if not mask.any():
             self.error = "no token of the model can continue what the grammar asks for"
+            mask.fill(ANY)
 
     def take(self, token_id: int) -> None:
         """See `Constraint.take`."""

@@ -134,5 +134,5 @@ def _answers(setup: TrainingSetup) -> SampleAnswering | None:
     if not share:  # more processes than prompts
         return lambda show: []
     return SampleAnswers(
-        setup.model, setup.tokenizer, setup.data.template.ends, rows.select(share), len(share), setup.dtype
+        setup.model, setup.tokenizer, setup.data.template.ends, rows.select(share), len(share), setup.dtype, setup.cache
     )

@@ -52,6 +52,7 @@ class TrainingSetup:
     model: PeftModel
     trained_parameters: int
     fusion: Fusion | None
+    cache: pathlib.Path
 
 
 def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:

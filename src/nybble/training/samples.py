@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import pathlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from nybble.chat.answerer import explained_failures
 from nybble.data.answers import first_answer
 from nybble.errors import DeviceError, ModelError
-from nybble.generate.padded import Padded
+from nybble.generate.kept import KeptGenerator
 from nybble.generate.request import Request, complete
 from nybble.weights.on_cpu import temporarily_dequantised
 
@@ -35,6 +35,7 @@ class SampleAnswers:
         rows: validation rows, or a process's share of them.
         count: the largest number of rows.
         dtype: the compute type of training.
+        cache: the cache folder; None for the user's own.
     """
 
     model: PeftModel
@@ -43,6 +44,7 @@ class SampleAnswers:
     rows: Dataset
     count: int
     dtype: torch.dtype
+    cache: pathlib.Path | None = None
 
     def __call__(self, progress: Callable[[int, int], None]) -> list[dict[str, Any]]:
         """One record per prompt: prompt, answer, expected, and error if there is no answer; rows that are trained as a whole have
@@ -54,26 +56,23 @@ class SampleAnswers:
         rows = self.rows.select(range(min(self.count, len(self.rows))))
         prompts = [(row, answer) for row in rows if (answer := first_answer(row)) is not None]
         records: list[dict[str, Any]] = []
+        self.model.eval()
         with temporarily_dequantised(self.model):
+            # No larger than one answer: training's own memory comes first.
+            kept = KeptGenerator(self.model, self.tokenizer.pad_token_id, self.cache, least_tokens=0)
             for row, answer in prompts:
                 progress(len(records), len(prompts))
-                records.append(self._answer(row, answer))
+                records.append(self._answer(kept, row, answer))
         return records
 
-    def _answer(self, row: dict[str, Any], answer: slice) -> dict[str, Any]:
+    def _answer(self, kept: KeptGenerator, row: dict[str, Any], answer: slice) -> dict[str, Any]:
         prompt, device = row["input_ids"][: answer.start], self.model.device.type
         adapter = self.model.active_adapter
         request = Request(prompt, NEW_TOKENS, adapter, self.stop_ids, deadline=time.monotonic() + SECONDS)
         record = {"prompt": self.tokenizer.decode(prompt), "answer": ""}
-        self.model.eval()
-        generator = Padded(self.model, self.tokenizer.pad_token_id)
         try:
-            with (
-                explained_failures(),
-                contextlib.closing(generator),
-                torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32),
-            ):
-                (completed,) = complete(generator, [request])
+            with explained_failures(), torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+                (completed,) = complete(kept.get([request]), [request])
             record["answer"] = self.tokenizer.decode(completed.ids)
         except (DeviceError, ModelError) as error:  # training can go on without this answer
             record["error"] = error.what

@@ -135,7 +135,9 @@ def _train(
     model = resume_adapter(base.model, recipe.adapter) if recipe.adapter else attach_adapter(base.model, recipe.lora)
     trained = print_adapter(model, footprint, console, recipe.adapter)
     fused = fuse_layers(model, recipe, console)
-    setup = TrainingSetup(recipe, device, dtype, tokenizer, data, schedule, base, footprint, model, trained, fused)
+    setup = TrainingSetup(
+        recipe, device, dtype, tokenizer, data, schedule, base, footprint, model, trained, fused, cache
+    )
     # 5. The run folder.
     run = open_run_folder(folder, setup, resumed, state)
     if resumed is None:

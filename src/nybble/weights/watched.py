@@ -111,3 +111,10 @@ def check_unhooked(watched: Watched, name: str, module: Any) -> None:
     """
     if watched.is_hooked(module):
         raise Ineligible(f"{name} has other hooks")
+
+
+def only_requires_gradients(module: torch.nn.Module) -> bool:
+    """Whether its only hooks are those of Transformers' gradient checkpointing, which change no number."""
+    hooks = module._forward_hooks.values()
+    before = module._forward_pre_hooks
+    return not before and all(getattr(hook, "__name__", "") == "make_inputs_require_grads" for hook in hooks)

@@ -76,6 +76,7 @@ class CudaStep:
         cache: (layers, 2, pages, kv heads, 64, head size) bf16.
         rotary: cosine and sine, (positions, head size / 2) float32.
         buffers: shared with the steps of other sizes.
+        together: rows may be tokens of one sequence.
     """
 
     def __init__(
@@ -86,9 +87,12 @@ class CudaStep:
         cache: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
         buffers: SharedBuffers,
+        *,
+        together: bool = False,
     ) -> None:
         model, rows = packed.model, len(inputs.tokens)
         self.packed, self.kernels, self.inputs, self.cache, self.rotary = packed, kernels, inputs, cache, rotary
+        self.together = together
         first = packed.layers[0]
         hidden, bf16 = model.hidden, torch.bfloat16
         self.residual = buffers.take("residual", rows, hidden)
@@ -122,7 +126,7 @@ class CudaStep:
         self._add_norm(before, facts.norms[0])
         qkv = self._product(layer, "qkv", self.normed, Squares(self.squares, facts.eps[0]))
         view = CacheView(self.cache[index, 0], self.cache[index, 1], self.inputs.pages, self.inputs.positions)
-        kernels.attention(*qkv, view, self.rotary, self.work, self.attended)
+        kernels.attention(*qkv, view, self.rotary, self.work, self.attended, together=self.together)
         self._add_norm(self._product(layer, "o", self.attended, None), facts.norms[1])
         gate_up = self._product(layer, "gate_up", self.normed, Squares(self.squares, facts.eps[1]))
         kernels.swiglu(*gate_up, self.activated)

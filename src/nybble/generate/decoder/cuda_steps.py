@@ -85,6 +85,10 @@ class CudaSteps:
             slot.length += 1
         return logits
 
+    def verify(self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """See `Steps.verify`."""
+        return self._graphs.run_together(_paged(slots), parts)
+
     def release(self, slot: CacheSlot, ids: Sequence[int]) -> None:
         """See `Steps.release`."""
         assert isinstance(slot, PagedSlot)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 
 from nybble.generate.batching import ActiveRequest, activate
 from nybble.generate.constraint import Constrain
+from nybble.generate.decoder.lookup import PromptLookup
 from nybble.generate.decoder.model import DecoderModel
 from nybble.generate.decoder.part_scores import PartScores
-from nybble.generate.decoder.steps import CacheSlot, Steps
+from nybble.generate.decoder.rows import DecodedRow, Unread, add_scores, fail, fail_unless_lost
+from nybble.generate.decoder.steps import Steps
 from nybble.generate.penalties import has_penalty
 from nybble.generate.request import (
     BusyError,
     GenerationError,
     Handle,
-    NonFiniteLogitsError,
     NullObserver,
     Observer,
     Request,
@@ -29,42 +30,11 @@ from nybble.generate.request import (
     Token,
     check_request,
 )
-from nybble.generate.sampling import RowSampler, SampledTokens, to_device
+from nybble.generate.sampling import RowSampler, to_device
 
 log = logging.getLogger("nybble.generate")
-
-
-@dataclass(eq=False)
-class DecodedRow:
-    """A request being answered: its slot in the cache, and its entry in the table of last tokens."""
-
-    active: ActiveRequest
-    slot: CacheSlot
-    entry: int
-    cached: int
-    """Tokens of the prompt that the slot had from the beginning."""
-    prompt: list[Token] = field(default_factory=list)
-    """The tokens of the prompt that have been computed, if the request asks for them."""
-
-    @property
-    def rest_of_prompt(self) -> Sequence[int]:
-        """Tokens of the prompt that are still to be computed."""
-        return self.active.request.prompt[self.slot.length :]
-
-    @property
-    def is_decoding(self) -> bool:
-        """Whether its prompt is computed, and its answer may have more tokens than those that were computed."""
-        request = self.active.request
-        answer = self.slot.length - len(request.prompt) + 1
-        return not self.active.ended and 1 <= answer < request.max_tokens
-
-
-@dataclass(frozen=True)
-class Unread:
-    """Tokens that the device was asked for, and the rows that they belong to."""
-
-    rows: Sequence[DecodedRow]
-    sampled: SampledTokens
+SPECULATING_ROWS = 4  # at most: with more, a step of their drafts costs more than the drafts save
+VERIFIED_TOKENS = 8  # of one step, which takes up to eight rows in one tile
 
 
 class RowDecoder:
@@ -101,6 +71,8 @@ class RowDecoder:
         """Why nothing is answered any more."""
         self._in_step = False
         self._lock = threading.Lock()
+        self.speculates = True
+        """Whether repeated passages are drafted (`lookup.py`)."""
         self._seconds_per_answer = 1.0
 
     @property
@@ -142,9 +114,11 @@ class RowDecoder:
         with self._lock:
             self._in_step = True
         try:
-            self._admit()
-            self._prefill()
-            self._decode()
+            # Computed in the types of the weights, whatever the caller's.
+            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+                self._admit()
+                self._prefill()
+                self._decode()
             completed = True
         except torch.AcceleratorError as error:
             completed = True
@@ -194,7 +168,9 @@ class RowDecoder:
                 slot = self.steps.reserve(known, request.adapter, len(request.prompt) + request.max_tokens)
                 if slot is None:
                     break
-                self._rows.append(DecodedRow(self._waiting.popleft(), slot, self._entries.pop(), slot.length))
+                drafts = self.speculates and not has_penalty(request) and request.grammar is None
+                lookup = PromptLookup(request.prompt) if drafts else None
+                self._rows.append(DecodedRow(self._waiting.popleft(), slot, self._entries.pop(), slot.length, lookup))
         self._report()
 
     def _drop_unwanted(self) -> None:
@@ -224,14 +200,14 @@ class RowDecoder:
             logits = self.steps.prefill([row.slot for row in rows], parts, scores)
         except torch.OutOfMemoryError as error:
             if len(rows) == 1:
-                _fail(rows, "out of memory: the prompt is too long for this device", error)
+                fail(rows, "out of memory: the prompt is too long for this device", error)
                 return
             for row, part in zip(rows, parts, strict=True):
                 self._prefill_parts([row], [part])
         except (RuntimeError, ValueError, IndexError) as error:
-            _fail_unless_lost(rows, error)
+            fail_unless_lost(rows, error)
         else:
-            _add_scores(rows, scores)
+            add_scores(rows, scores)
             self._begin(rows, logits)
 
     def _begin(self, rows: Sequence[DecodedRow], logits: torch.Tensor) -> None:
@@ -246,7 +222,7 @@ class RowDecoder:
         try:
             self._sample(own, logits if len(wanted) == len(rows) else logits[wanted])
         except (RuntimeError, ValueError, IndexError) as error:
-            _fail_unless_lost(own, error)
+            fail_unless_lost(own, error)
 
     def _decode(self) -> None:
         """Start a step of all rows that have a token to come, then hand over the tokens of the step before."""
@@ -255,6 +231,8 @@ class RowDecoder:
         if has_grammar or (rows != self._decoded and any(has_penalty(row.active.request) for row in rows)):
             self._deliver()  # as the sampler then needs to know all tokens
             rows = self._decodable()
+        if self._speculate(rows):
+            return
         if not rows:
             self._deliver()
             return
@@ -264,8 +242,49 @@ class RowDecoder:
         try:
             self._sample(rows, self.steps.decode([row.slot for row in rows], self._last[self._table]))
         except (RuntimeError, ValueError, IndexError) as error:  # torch.OutOfMemoryError is a RuntimeError
-            _fail_unless_lost(rows, error)
+            fail_unless_lost(rows, error)
         self._deliver(but=1 if self.steps.asynchronous else 0)
+
+    def _speculate(self, rows: Sequence[DecodedRow]) -> bool:
+        """Where few rows are decoded and one of them repeats itself, verify drafts instead of starting a step."""
+        if len(rows) > SPECULATING_ROWS or not any(row.draft(1) for row in rows):
+            return False
+        self._deliver()  # a draft begins behind tokens that are known
+        rows = self._decodable()
+        most = VERIFIED_TOKENS // max(1, len(rows)) - 1
+        drafts = [row.draft(most) for row in rows]
+        if not any(drafts):
+            return False
+        self.observer.batch_started(len(rows))
+        try:
+            self._verify(rows, drafts)
+        except (RuntimeError, ValueError, IndexError) as error:
+            fail_unless_lost(rows, error)
+        return True
+
+    def _verify(self, rows: Sequence[DecodedRow], drafts: Sequence[list[int]]) -> None:
+        parts = [[row.active.answer_ids[-1], *draft] for row, draft in zip(rows, drafts, strict=True)]
+        logits = self.steps.verify([row.slot for row in rows], parts)
+        spread = [row for row, part in zip(rows, parts, strict=True) for _ in part]
+        positions = [row.slot.length + n + 1 for row, part in zip(rows, parts, strict=True) for n in range(len(part))]
+        tokens = iter(self._sampler.sample([row.active for row in spread], positions, logits).read())
+        for row, draft in zip(rows, drafts, strict=True):
+            self._accept(row, draft, list(itertools.islice(tokens, len(draft) + 1)))
+        entries = to_device([row.entry for row in rows], self._device)
+        self._last[entries] = to_device([row.active.sequence[-1] for row in rows], self._device)
+
+    def _accept(self, row: DecodedRow, draft: Sequence[int], tokens: Sequence[Token | None]) -> None:
+        """Hand over what the model chose, up to the first token that was drafted otherwise."""
+        accepted = next(
+            (n for n, (guess, token) in enumerate(zip(draft, tokens, strict=False)) if not token or token.id != guess),
+            len(draft),
+        )
+        for token in tokens[: accepted + 1]:
+            if not row.active.ended:
+                row.slot.length += 1
+                row.receive(token)
+        if row.lookup is not None and draft:
+            row.lookup.learn(len(draft), accepted)
 
     def _decodable(self) -> list[DecodedRow]:
         return [row for row in self._rows if row.is_decoding]
@@ -286,10 +305,10 @@ class RowDecoder:
             try:
                 tokens = unread.sampled.read()
             except RuntimeError as error:
-                _fail_unless_lost(unread.rows, error)
+                fail_unless_lost(unread.rows, error)
                 continue
             for row, token in zip(unread.rows, tokens, strict=True):
-                row.active.receive(token)
+                row.receive(token)
 
     def _remove_ended(self, seconds: float) -> None:
         """Free the slots of rows that have ended."""
@@ -330,34 +349,3 @@ class RowDecoder:
 
     def _report(self) -> None:
         self.observer.load_changed(len(self._rows), len(self._waiting))
-
-
-def _add_scores(rows: Sequence[DecodedRow], scores: PartScores) -> None:
-    """Add what was computed of prompts that are asked for; one without finite logits fails."""
-    for row, tokens in zip(rows, scores.tokens, strict=True):
-        request = row.active.request
-        if tokens is None:
-            row.active.fail(NonFiniteLogitsError())
-        elif request.prompt_logprobs is not None:
-            row.prompt += tokens if row.prompt else [Token(request.prompt[0]), *tokens]
-
-
-def _fail_unless_lost(rows: Sequence[DecodedRow], error: Exception) -> None:
-    """Fail rows whose computation failed; an error that leaves the device unusable goes on.
-
-    Raises:
-        AcceleratorError: of torch: CUDA answers every later call with the same error.
-    """
-    if isinstance(error, torch.AcceleratorError):
-        raise error
-    log.error("the model failed for %d rows", len(rows), exc_info=error)
-    _fail(rows, "the model failed; the log says why", error)
-
-
-def _fail(rows: Sequence[DecodedRow], what: str, cause: Exception) -> None:
-    for row in rows:
-        if row.active.ended:
-            continue
-        error = GenerationError(what)
-        error.__cause__ = cause.with_traceback(None)  # which would keep what the forward pass had allocated
-        row.active.fail(error)

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRMSN
 from nybble.engine.layer import GROUPS
 from nybble.engine.reader import describe
 from nybble.weights.projections import ActiveAdapter, ProjectionGroup, read_named_adapters
-from nybble.weights.watched import Ineligible, Watched, check_unhooked
+from nybble.weights.watched import Ineligible, Watched, check_unhooked, only_requires_gradients
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others' frequencies change with the length
 PROJECTIONS = {
@@ -134,7 +134,8 @@ def _check_outside(base: Any) -> None:
     ):
         if type(module) is not expected:
             raise Ineligible(f"found {type(module).__name__} where {expected.__name__} was expected ({name})")
-        check_unhooked(watched, name, module)
+        if not only_requires_gradients(module):
+            check_unhooked(watched, name, module)
     if base.lm_head.bias is not None:
         raise Ineligible("lm_head has a bias")
     kind = base.model.rotary_emb.rope_type

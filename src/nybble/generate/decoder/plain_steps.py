@@ -68,6 +68,20 @@ class PlainSteps:
         self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]], visit: Visit | None = None
     ) -> torch.Tensor:
         """See `Steps.prefill`."""
+        residual = self._compute(slots, parts)
+        if visit is not None:
+            visit(residual, self.layers.logits)
+        logits = self.layers.logits(residual[self._tensor([len(part) for part in parts]).cumsum(0) - 1])
+        for slot, part in zip(slots, parts, strict=True):
+            slot.length += len(part)
+        return logits
+
+    def verify(self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """See `Steps.verify`."""
+        return self.layers.logits(self._compute(slots, parts))
+
+    def _compute(self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Store keys and values of tokens behind what is in the slots; the residual stream after all layers."""
         spans = [(slot.length, slot.length + len(part)) for slot, part in zip(slots, parts, strict=True)]
         lengths = [len(part) for part in parts]
 
@@ -87,13 +101,7 @@ class PlainSteps:
             [slot.adapter for slot, count in zip(slots, lengths, strict=True) for _ in range(count)], self.model.device
         )
         ids = self._tensor([token for part in parts for token in part])
-        residual = self.layers.run(ids, self.layers.rotary(where), adapters, attend)
-        if visit is not None:
-            visit(residual, self.layers.logits)
-        logits = self.layers.logits(residual[self._tensor(lengths).cumsum(0) - 1])
-        for slot, (_, end) in zip(slots, spans, strict=True):
-            slot.length = end
-        return logits
+        return self.layers.run(ids, self.layers.rotary(where), adapters, attend)
 
     def decode(self, slots: Sequence[CacheSlot], ids: torch.Tensor) -> torch.Tensor:
         """See `Steps.decode`."""

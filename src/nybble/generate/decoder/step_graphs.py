@@ -59,41 +59,59 @@ class StepGraphs:
         self._known: list[PagedSlot] = []
         self._lengths: list[int] = []
         """Tokens of each known slot, as the device has them."""
-        self._captured: dict[int, CapturedStep] = {}
+        self._captured: dict[tuple[int, bool], CapturedStep] = {}
         self._buffers = SharedBuffers(model.device)
-        self._step(rows)  # takes the largest buffers
+        self._step(rows, together=False)  # takes the largest buffers
         self._graph_memory = torch.cuda.graph_pool_handle()  # nothing in it outlives a replay
 
-    def prepare(self, size: int) -> CapturedStep:
-        """Capture the step of so many rows, unless it is; one that cannot be captured will be launched kernel by kernel."""
-        captured = self._captured.get(size)
+    def prepare(self, size: int, *, together: bool = False) -> CapturedStep:
+        """Capture the step of so many rows, unless it is; one that cannot be captured will be launched kernel by kernel.
+
+        Args:
+            size: one of `SIZES`.
+            together: rows may be tokens of one sequence.
+        """
+        captured = self._captured.get((size, together))
         if captured is None:
             self._known = []
             self._facts[0], self._facts[2] = -1, 0  # nothing in the cache is touched meanwhile
-            step = self._step(size)
+            step = self._step(size, together=together)
             self._launch(step)  # compiles, and allocates what stays
-            captured = self._captured[size] = CapturedStep(step, self._capture(step))
+            captured = self._captured[size, together] = CapturedStep(step, self._capture(step))
         return captured
 
     def run(self, slots: Sequence[PagedSlot], ids: torch.Tensor) -> torch.Tensor:
-        """Logits of the rows, (rows, vocabulary) float32, valid until the next call."""
-        rows = len(slots)
-        size = next(size for size in SIZES if size >= rows)
-        captured = self.prepare(size)
+        """A token for each row: logits, (rows, vocabulary) float32, valid until the next call."""
         lengths = [slot.length for slot in slots]
+        captured = self.prepare(_size(len(slots)))
         if slots != self._known or lengths != self._lengths:
-            self._upload(slots, size)
-        self._tokens[:rows].copy_(ids)
+            self._upload(slots, lengths, captured)
+        logits = self._compute(captured, ids)
+        self._known, self._lengths = list(slots), [length + 1 for length in lengths]
+        return logits
+
+    def run_together(self, slots: Sequence[PagedSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Some tokens for each sequence: logits after each token, (tokens, vocabulary) float32, valid until the next call."""
+        rows = [slot for slot, part in zip(slots, parts, strict=True) for _ in part]
+        positions = [slot.length + n for slot, part in zip(slots, parts, strict=True) for n in range(len(part))]
+        captured = self.prepare(_size(len(rows)), together=True)
+        self._upload(rows, positions, captured)
+        self._known = []
+        return self._compute(captured, to_device([token for part in parts for token in part], self._tokens.device))
+
+    def _compute(self, captured: CapturedStep, ids: torch.Tensor) -> torch.Tensor:
+        self._tokens[: len(ids)].copy_(ids)
         if captured.graph is None:
             self._launch(captured.step)
         else:
             captured.graph.replay()
-        self._known, self._lengths = list(slots), [length + 1 for length in lengths]
-        return captured.step.logits[:rows]
+        return captured.step.logits[: len(ids)]
 
-    def _step(self, size: int) -> CudaStep:
+    def _step(self, size: int, *, together: bool) -> CudaStep:
         inputs = StepInput(self._tokens[:size], self._facts[0, :size], self._pages[:size], self._facts[1, :size])
-        return CudaStep(self._packed, self._kernels, inputs, self._cache, self._rotary, self._buffers)
+        return CudaStep(
+            self._packed, self._kernels, inputs, self._cache, self._rotary, self._buffers, together=together
+        )
 
     def _launch(self, step: CudaStep) -> None:
         step.run()
@@ -110,11 +128,14 @@ class StepGraphs:
             return None
         return graph
 
-    def _upload(self, slots: Sequence[PagedSlot], size: int) -> None:
+    def _upload(self, slots: Sequence[PagedSlot], positions: Sequence[int], captured: CapturedStep) -> None:
+        size = len(captured.step.inputs.tokens)
         idle = size - len(slots)
-        positions = [*(slot.length for slot in slots), *[-1] * idle]
-        adapters = [*(-1 if slot.adapter is None else self._adapters[slot.adapter] for slot in slots), *[-1] * idle]
-        advances = [*[1] * len(slots), *[0] * idle]
-        facts = to_device([*positions, *adapters, *advances], self._facts.device)
-        self._facts[:, :size].copy_(facts.view(3, size))
+        adapters = [-1 if slot.adapter is None else self._adapters[slot.adapter] for slot in slots]
+        columns = [*positions, *[-1] * idle, *adapters, *[-1] * idle, *[1] * len(slots), *[0] * idle]
+        self._facts[:, :size].copy_(to_device(columns, self._facts.device).view(3, size))
         self._pages[: len(slots)].copy_(torch.stack([slot.on_device for slot in slots]))
+
+
+def _size(rows: int) -> int:
+    return next(size for size in SIZES if size >= rows)

@@ -67,6 +67,17 @@ class Steps(Protocol):
             ids: (rows,) int64, on the device.
         """
 
+    def verify(self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Logits after each of some tokens that follow what is in the slots; their lengths stay as they are.
+
+        Args:
+            slots: of sequences whose prompts are computed.
+            parts: tokens for each, `rows` together at most.
+
+        Returns:
+            (tokens, vocabulary) float32, valid until the next call.
+        """
+
     def release(self, slot: CacheSlot, ids: Sequence[int]) -> None:
         """Give a slot back, and keep its keys and values for sequences that begin alike while nobody needs the room.
 

@@ -4,8 +4,11 @@
 // for the group. Pages of 64 tokens: each warp takes 16 positions of a page, LANES lanes to a position, WIDTH numbers to a lane.
 // Shares are merged in their order: two runs of one batch give the same bits. How many there are depends on the number of rows.
 //
+// Where several rows are tokens of one sequence, each must see those before it: `append` stores all keys and values first, and
+// `attention`, compiled with APPENDED, finds its own among them.
+//
 // Compiled with HEAD (size of a head, a multiple of 16), GROUP (query heads of a block) and SUBGROUPS (blocks that share a
-// key-value head: more than four query heads do not fit into a thread's registers) and ADAPTERS (common.cuh).
+// key-value head: more than four query heads do not fit into a thread's registers), APPENDED and ADAPTERS (common.cuh).
 
 constexpr int PAGE = 64;
 constexpr int THREADS = 128, WARPS = 4;
@@ -41,6 +44,49 @@ __device__ __forceinline__ float power2(float x) {
   return y;
 }
 
+// Rotate k, and append k and v to the cache: one block for each row and key-value head.
+extern "C" __global__ __launch_bounds__(THREADS) void append(const __grid_constant__ Attention a) {
+  __shared__ __align__(16) float ranks[2][MAX_RANK];
+  __shared__ float raw[2 * HEAD];
+  const int kv_head = blockIdx.x, row = blockIdx.y, thread = threadIdx.x;
+  const int first = a.kv_heads * SUBGROUPS * GROUP * HEAD;  // column of k
+  allow_next();
+  const int own = a.adapters.of(row);
+  const int position = a.positions[row];
+  wait_for_previous();
+  if (position < 0) return;
+  if (ADAPTERS > 0) {
+    Ranks t[2];
+#pragma unroll
+    for (int p = 0; p < 2; p++) t[p].load(a.ranks, row, a.adapters.guess(own, p + 1));
+#pragma unroll
+    for (int p = 0; p < 2; p++) t[p].store(a.ranks, row, a.adapters.guess(own, p + 1), ranks[p]);
+    __syncthreads();
+  }
+  for (int e = thread; e < 2 * HEAD; e += THREADS) {
+    const int which = e / HEAD, output = kv_head * HEAD + e % HEAD, column = first + which * a.kv_heads * HEAD + output;
+    Chunks<float> chunks;
+    chunks.load(a.parts, row, column, true);
+    float number = chunks.sum(a.parts, row, column, true);
+    const Adapter& adapter = a.adapters.guess(own, which + 1);
+    RowsOfB<1> b;
+    if (ADAPTERS > 0 && own >= 0 && adapter.rank > 0) {
+      b.load(adapter, 0, output, true);
+      number += b.dot(adapter, 0, output, ranks[which]);
+    }
+    raw[e] = number;
+  }
+  __syncthreads();
+  const int page = a.pages[row * a.max_pages + position / PAGE];
+  const u64 at = (((u64)page * a.kv_heads + kv_head) * PAGE + position % PAGE) * HEAD;
+  for (int d = thread; d < HEAD; d += THREADS) {
+    const u64 pair = (u64)position * HALF + (d < HALF ? d : d - HALF);
+    const float c = __ldg(a.cosine + pair), s = __ldg(a.sine + pair);
+    a.keys[at + d] = to_bf16(d < HALF ? raw[d] * c - raw[d + HALF] * s : raw[d] * c + raw[d - HALF] * s);
+    a.values[at + d] = to_bf16(raw[HEAD + d]);
+  }
+}
+
 extern "C" __global__ __launch_bounds__(THREADS, GROUP == 1 && HEAD <= 128 ? 4 : 1) void attention(const __grid_constant__ Attention a) {
   __shared__ __align__(16) float ranks[3][MAX_RANK];
   __shared__ __align__(16) float raw[(GROUP + 2) * HEAD];   // q heads, k, v before rotation
@@ -65,7 +111,7 @@ extern "C" __global__ __launch_bounds__(THREADS, GROUP == 1 && HEAD <= 128 ? 4 :
     return;
   }
   const int first = share * per_share, end = min(used, first + per_share);
-  const bool is_owner = end == used;
+  const bool is_owner = !APPENDED && end == used;
 
   uint4 key[TURNS][UNITS], value[TURNS][UNITS];
   auto load = [&](int page) {
@@ -73,7 +119,7 @@ extern "C" __global__ __launch_bounds__(THREADS, GROUP == 1 && HEAD <= 128 ? 4 :
 #pragma unroll
     for (int i = 0; i < TURNS; i++) {
       const int slot = warp * (PAGE / WARPS) + i * AT_ONCE + which;
-      const bool there = in_head && page * PAGE + slot < position;
+      const bool there = in_head && page * PAGE + slot < position + APPENDED;
 #pragma unroll
       for (int u = 0; u < UNITS; u++) {
         key[i][u] = there ? *(const uint4*)(a.keys + base + slot * HEAD + u * 8) : make_uint4(0, 0, 0, 0);
@@ -81,7 +127,7 @@ extern "C" __global__ __launch_bounds__(THREADS, GROUP == 1 && HEAD <= 128 ? 4 :
       }
     }
   };
-  load(first);  // what this step appends is not among it
+  if (!APPENDED) load(first);  // what this step appends is not among it
   constexpr int ITEMS = ((GROUP + 2) * HEAD + THREADS - 1) / THREADS;  // outputs of a thread: q of the group, k, v
   const int needed = (is_owner ? GROUP + 2 : GROUP) * HEAD;            // k and v only where the new token's page is here
   RowsOfB<ITEMS> b;
@@ -98,6 +144,7 @@ extern "C" __global__ __launch_bounds__(THREADS, GROUP == 1 && HEAD <= 128 ? 4 :
     sine[pair] = __ldg(a.sine + (u64)position * HALF + pair);
   }
   wait_for_previous();
+  if (APPENDED) load(first);
 
   Chunks<float> chunks[ITEMS];
   auto column_of = [&](int e) { return output_of(e) + (kind_of(e) == 0 ? 0 : (heads + (kind_of(e) - 1) * a.kv_heads) * HEAD); };
@@ -155,7 +202,7 @@ extern "C" __global__ __launch_bounds__(THREADS, GROUP == 1 && HEAD <= 128 ? 4 :
     for (int i = 0; i < TURNS; i++) {
       const int at = page * PAGE + warp * (PAGE / WARPS) + i * AT_ONCE + which;
       seen[i] = at <= position;
-      if (at == position && in_head)
+      if (!APPENDED && at == position && in_head)
 #pragma unroll
         for (int u = 0; u < UNITS; u++) {
           key[i][u] = *(const uint4*)(new_key + from + u * 8);

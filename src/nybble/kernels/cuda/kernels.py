@@ -195,6 +195,8 @@ class Kernels:
         rotary: tuple[torch.Tensor, torch.Tensor],
         work: AttentionWork,
         out_mn: torch.Tensor,
+        *,
+        together: bool = False,
     ) -> None:
         """Rotate, append to the cache, attend; one token a row.
 
@@ -205,10 +207,11 @@ class Kernels:
             rotary: cosine and sine, (positions, head size / 2) float32.
             work: of `attention_work`.
             out_mn: (m, heads x head size) bf16.
+            together: rows may be tokens of one sequence, which see those before them.
         """
         kv_heads, head_size = cache.keys.shape[1], cache.keys.shape[3]
         group = out_mn.shape[1] // head_size // kv_heads
-        together, apart = attention_groups(head_size, group)
+        in_block, blocks = attention_groups(head_size, group)
         fields = arguments.AttentionArguments(
             *_parts(output), address(cache.positions), address(cache.pages),
             address(cache.keys), address(cache.values), address(rotary[0]), address(rotary[1]), address(out_mn),
@@ -216,9 +219,13 @@ class Kernels:
             head_size**-0.5 * math.log2(math.e),
         )  # fmt: skip
         _set_adapters(fields.adapters, adapters)
-        defines = {"HEAD": head_size, "GROUP": together, "SUBGROUPS": apart, **_adapter_define(adapters)}
+        defines = {
+            "HEAD": head_size, "GROUP": in_block, "SUBGROUPS": blocks, "APPENDED": int(together), **_adapter_define(adapters),
+        }  # fmt: skip
+        if together:
+            self._kernel("attention", "append", defines)((kv_heads, len(out_mn), 1), 128, fields)
         kernel = self._kernel("attention", "attention", defines)
-        kernel((work.shares, kv_heads * apart, len(out_mn)), 128, fields)
+        kernel((work.shares, kv_heads * blocks, len(out_mn)), 128, fields)
 
     def attention_work(
         self, rows: int, heads: int, kv_heads: int, head_size: int, buffers: SharedBuffers

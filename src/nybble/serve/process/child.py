@@ -138,12 +138,16 @@ class Child:
     def _end_with_defect(self, arguments: threading.ExceptHookArgs) -> None:
         """End the process after an unexpected error in one of its threads; the generator has ended its answers."""
         error = arguments.exc_value
+        self._end_if_card_is_lost(error)
         text = "".join(traceback.format_exception(error)) if error is not None else str(arguments.exc_type)
         self._end(f"because of an unexpected error; restart the server\n{text.rstrip()}")
 
-    def _check_card(self, error: GenerationError) -> None:
-        """End the process if an answer failed because the card is lost: every later one would fail, each with a traceback."""
-        if (why := why_card_is_lost(error.__cause__)) is not None:
+    def _check_card(self, failure: GenerationError) -> None:
+        self._end_if_card_is_lost(failure.__cause__)
+
+    def _end_if_card_is_lost(self, error: BaseException | None) -> None:
+        """End the process if this error has left the card unusable: every later answer would fail, each with a traceback."""
+        if (why := why_card_is_lost(error)) is not None:
             self._end(f"because the GPU is lost ({why}); restart the server")
 
     def _end(self, why: str) -> None:

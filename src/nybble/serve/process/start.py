@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import pickle
 import signal
 import socket
@@ -17,11 +16,9 @@ from nybble.installed import module_command
 from nybble.serve.process.messages import EngineFacts, FirstMessage, LoadingJob, Report, Unpacker, pack, receive
 from nybble.serve.process.remote import RemoteWorker, handle_records, how_it_ended
 
-log = logging.getLogger("nybble.serve")
-
 
 def start_process(job: LoadingJob, observer: Observer) -> tuple[RemoteWorker, EngineFacts]:
-    """FirstMessage a process that loads an engine; returns once it is loaded.
+    """Start a process that loads an engine; returns once it is loaded.
 
     Args:
         job: what the process loads.
@@ -38,7 +35,8 @@ def start_process(job: LoadingJob, observer: Observer) -> tuple[RemoteWorker, En
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[its.fileno()])
     worker = RemoteWorker(process, ours, observer)
     try:
-        ours.sendall(pack(FirstMessage(sys.path, pickle.dumps(job))))
+        with contextlib.suppress(ConnectionError):  # it has ended already, which the next line tells
+            ours.sendall(pack(FirstMessage(sys.path, pickle.dumps(job))))
         facts = _wait_until_loaded(ours, process)
     except BaseException:
         worker.close()

@@ -1,0 +1,53 @@
+"""Prompt lookup: an answer that repeats a passage of its prompt, or its own, probably goes on as the passage does.
+
+The drafted tokens are verified by one step, which costs little more than a step of one token; those that the model would have
+chosen anyway are kept, so no answer changes (Leviathan et al. 2023; drafts from n-grams: Saxena 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+NGRAM = 3  # tokens that must be the same; two match by chance several times as often
+SHORT, LONG = 3, 7  # tokens of a draft: at first, and once a whole draft was right
+FIRST_PAUSE, LONGEST_PAUSE = 4, 64  # tokens without a draft after one that was wrong from its first token on
+
+
+class PromptLookup:
+    """Drafts for one sequence.
+
+    Args:
+        prompt: its tokens.
+    """
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self._tokens: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}
+        """Where the tokens begin that followed each n-gram the last time, the latest n-gram left out."""
+        self._length = SHORT
+        self._pause = self._silent = 0
+        for token in prompt:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        """The next token of the sequence."""
+        if len(self._tokens) >= NGRAM:
+            self._after[tuple(self._tokens[-NGRAM:])] = len(self._tokens)
+        self._tokens.append(token)
+        self._silent = max(0, self._silent - 1)
+
+    def draft(self, most: int) -> list[int]:
+        """Tokens that may come next, at most so many; none where nothing like it was there before."""
+        if self._silent:
+            return []
+        start = self._after.get(tuple(self._tokens[-NGRAM:]))
+        return [] if start is None else self._tokens[start : start + min(most, self._length)]
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        """How many tokens of the last draft were right."""
+        self._length = LONG if accepted == drafted else SHORT
+        if accepted:
+            self._pause = 0
+        else:
+            self._pause = min(LONGEST_PAUSE, 2 * self._pause or FIRST_PAUSE)
+            self._silent = self._pause
