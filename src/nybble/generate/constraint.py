@@ -47,32 +47,28 @@ def mask_words(vocabulary: int) -> int:
 
 
 class ConstrainedRows:
-    """The rows of a batch that follow a grammar.
+    """A batch of which some rows follow a grammar.
 
     Args:
-        constraints: of all rows of the batch; None for those without.
-        device: of the logits.
+        constraints: of all rows; None for those without.
     """
 
-    def __init__(self, constraints: Sequence[Constraint | None], device: torch.device) -> None:
-        own = [(n, each) for n, each in enumerate(constraints) if each is not None]
-        self._constraints = [each for _, each in own]
-        self._rows = torch.tensor([n for n, _ in own], device=device)
-        self._bits = torch.arange(WORD, device=device, dtype=torch.int32)
+    def __init__(self, constraints: Sequence[Constraint | None]) -> None:
+        self._constraints = [(n, each) for n, each in enumerate(constraints) if each is not None]
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits, (rows, vocabulary), with -inf for what may not come next; the given ones stay as they are.
 
         The masks are computed while a GPU still computes the logits.
         """
-        vocabulary = logits.shape[1]
-        masks = torch.zeros(
-            len(self._constraints), mask_words(vocabulary), dtype=torch.int32, pin_memory=logits.is_cuda
-        )
-        for constraint, mask in zip(self._constraints, masks.numpy().view(numpy.uint32), strict=True):
-            constraint.fill(mask)
-        words = masks.to(logits.device, non_blocking=True).unsqueeze(2)
-        allowed = ((words >> self._bits) & 1).flatten(1)[:, :vocabulary].bool()
-        changed = logits.clone()
-        changed[self._rows] = changed[self._rows].masked_fill(~allowed, -torch.inf)
-        return changed
+        rows, vocabulary = logits.shape
+        masks = torch.full((rows, mask_words(vocabulary)), -1, dtype=torch.int32, pin_memory=logits.is_cuda)
+        words = masks.numpy().view(numpy.uint32)
+        for n, constraint in self._constraints:
+            constraint.fill(words[n])
+        if logits.is_cuda:
+            bits = torch.arange(WORD, device=logits.device, dtype=torch.int32)
+            allowed = ((masks.to(logits.device, non_blocking=True).unsqueeze(2) >> bits) & 1).flatten(1).bool()
+        else:  # on a CPU the shifts of one row of 49,152 tokens take 0.6 ms, and this 0.2
+            allowed = torch.from_numpy(numpy.unpackbits(words.view(numpy.uint8), axis=1, bitorder="little")).bool()
+        return logits.masked_fill(~allowed[:, :vocabulary], -torch.inf)

@@ -117,7 +117,7 @@ class RowSampler:
             self._changes = LogitChanges(rows, vocabulary, self.device)
         self._constrained = None
         if any(row.constraint is not None for row in rows):
-            self._constrained = ConstrainedRows([row.constraint for row in rows], self.device)
+            self._constrained = ConstrainedRows([row.constraint for row in rows])
 
 
 class BatchSampler(LogitsProcessor):  # type: ignore[misc]

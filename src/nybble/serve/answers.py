@@ -260,5 +260,8 @@ class Job:
         )  # fmt: skip
         if self.log_prompts:
             for choice in self.choices:
-                texts = {"prompt": self.tokenizer.decode(choice.prompt), "answer": choice.text}
+                texts = {
+                    "prompt": self.tokenizer.decode(choice.prompt),
+                    "answer": choice.text.removeprefix(choice.echo or ""),
+                }
                 log.info("%s: %s", self.model.name, json.dumps(texts, ensure_ascii=False))
