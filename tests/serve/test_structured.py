@@ -135,6 +135,7 @@ def test_a_schema_that_cannot_be_followed_says_why(server):
     for schema, why in (
         ({"type": "strng"}, "Invalid type: strng"), ({"not": {"type": "string"}}, 'Unimplemented keys: ["not"]'),
         ({"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(2000)}}, "max is 2000"),
+            ({"enum": ["x" * 70_000]}, "has 70,014 characters, more than 65,536"),
     ):  # fmt: skip
         answer = server.post(model="run", messages=ASK, response_format=asked(schema))
         assert answer.status_code == 400
