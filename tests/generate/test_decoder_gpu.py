@@ -182,9 +182,8 @@ def test_an_answer_does_not_depend_on_who_its_neighbours_are(answering_model):
 
     mine, others = random_requests(4, 24, 40, OPTIONS), [random_requests(seed, 24, 40, OPTIONS) for seed in (5, 6)]
     with torch.inference_mode():
-        generator = make_decoder(answering_model)
-        assert generator.steps.asynchronous
-        first, second = (complete(generator, [*mine, *them])[:24] for them in others)
+        # A decoder each: beginnings that the first has in its cache would be computed otherwise by the second.
+        first, second = (complete(make_decoder(answering_model), [*mine, *them])[:24] for them in others)
     assert [answer.ids for answer in first] == [answer.ids for answer in second]
     assert {len(answer.ids) for answer in first} == {40}
 
@@ -267,7 +266,7 @@ def test_drafts_change_no_answer(answering_model):
         speculating.steps.verify = lambda slots, parts: verified.append(parts) or verify(slots, parts)
         parted = 0
         for adapter in (None, *ADAPTERS):
-            batch = [request([*passage, *passage[: 20 + n]], adapter, 60, logprobs=2) for n in range(3)]
+            batch = [request([*passage, *passage[: 20 + n]], adapter, 60, logprobs=2) for n in range(2)]
             for mine, theirs in zip(complete(speculating, batch), complete(plain, batch), strict=True):
                 for one, other in zip(mine.tokens, theirs.tokens, strict=True):
                     if one.id != other.id:

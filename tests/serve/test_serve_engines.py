@@ -21,7 +21,7 @@ from nybble.data.text.tokens import encode_prompt
 from nybble.errors import RunError, ServeError
 from nybble.run.folder import open_run
 from nybble.serve.app import Limits
-from nybble.serve.loading import load_continuous, load_decoder, load_pipeline
+from nybble.serve.loading import load_auto, load_continuous, load_decoder, load_pipeline
 from nybble.serve.metrics import Metrics
 from nybble.serve.server import Address
 from nybble.serve.vllm import command, environment, serve_with_vllm
@@ -82,8 +82,23 @@ def test_what_the_decoder_cannot_serve_says_why(tuned_run, cache, monkeypatch, c
         load_decoder([tuned_run], Metrics(), device="cpu", queue=16, cache=cache)
     print(refused.value, refused.value.fix)
     shown = capsys.readouterr().out
-    assert "the engine decoder cannot serve this model: q_proj has the LoRA variant Dora" in shown
+    assert "the decoder cannot compute this model: q_proj has the LoRA variant Dora" in shown
     assert "--engine pipeline" in shown
+
+
+def test_by_default_the_decoder_serves_what_it_can_and_the_pipeline_the_rest_and_says_why(
+    tuned_run, cache, monkeypatch
+):
+    engine = load_auto([tuned_run], Metrics(), device="cpu", queue=16, cache=cache)
+    assert (engine.name, engine.about.split(";")[0]) == ("decoder", "nybble's own loop in plain torch")
+
+    def refuse(*args, **options):
+        raise Ineligible("q_proj has the LoRA variant Dora")
+
+    monkeypatch.setattr("nybble.serve.loading.make_decoder", refuse)
+    engine = load_auto([tuned_run], Metrics(), device="cpu", queue=16, cache=cache)
+    assert engine.name == "pipeline"
+    assert engine.about.endswith("(the faster decoder cannot compute this model: q_proj has the LoRA variant Dora)")
 
 
 def test_continuous_batching_answers_each_as_generate_does(merged, cache):

@@ -57,7 +57,7 @@ def server(adapter):
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert "engine    pipeline" in said
+    assert "engine    decoder" in said
     assert "models    smol-run; the base as smollm2-135m-instruct" in said
     assert "running answers finish" in said
 

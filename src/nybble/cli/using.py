@@ -172,7 +172,12 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option(help="Host name accepted without a key, besides localhost; repeatable.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="pipeline, decoder, continuous (one merged run) or vllm.")] = "pipeline",
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="auto (decoder where it can, else pipeline), decoder, pipeline, continuous (one merged run) or vllm."
+        ),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     base: Annotated[str | None, typer.Option(help="New location of the base model, if it moved.")] = None,
     queue: Annotated[

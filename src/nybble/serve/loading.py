@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -32,9 +33,27 @@ from nybble.weights.watched import Ineligible
 def load_named(
     observer: Observer, *, engine: str, runs: Sequence[Run], device: str, queue: int, cache: pathlib.Path | None
 ) -> Engine:
-    """Load runs into the engine of that name: pipeline, decoder or continuous. Raises what its own loader does."""
-    load = {"pipeline": load_pipeline, "decoder": load_decoder, "continuous": load_continuous}[engine]
+    """Load runs into the engine of that name: auto, pipeline, decoder or continuous. Raises what its own loader does."""
+    load = {"auto": load_auto, "pipeline": load_pipeline, "decoder": load_decoder, "continuous": load_continuous}[
+        engine
+    ]
     return load(runs, observer, device=device, queue=queue, cache=cache)
+
+
+def load_auto(
+    runs: Sequence[Run], observer: Observer, *, device: str, queue: int, cache: pathlib.Path | None = None
+) -> Engine:
+    """Load the runs' base with an adapter for each into the decoder, or into the pipeline if the decoder cannot compute them.
+
+    Raises:
+        RunError, ModelError: as `load_pipeline`.
+    """
+    answerers, base = _load_answerers(runs, device, cache)
+    try:
+        return decoder_engine(answerers, base, observer, queue=queue, cache=cache)
+    except Ineligible as why:
+        engine = pipeline_engine(answerers, base, observer, queue=queue)
+        return replace(engine, about=f"{engine.about} (the faster decoder cannot compute this model: {why})")
 
 
 def load_pipeline(
@@ -46,13 +65,12 @@ def load_pipeline(
         RunError: two runs have the same name, or different bases.
         ModelError: the base is gone, or does not fit the adapters.
     """
-    names = run_names(runs)
-    answerers = dict(zip(names, load_answerers(runs, cache, device, dequantise=True), strict=True))
-    return pipeline_engine(answerers, base_name(runs[0], names), observer, queue=queue)
+    answerers, base = _load_answerers(runs, device, cache)
+    return pipeline_engine(answerers, base, observer, queue=queue)
 
 
 def pipeline_engine(answerers: dict[str, Answerer], base: str, observer: Observer, *, queue: int) -> Engine:
-    """The default engine: several runs of one base, and the base itself, which is in memory once.
+    """Several runs of one base, and the base itself, which is in memory once, in padded batches.
 
     Args:
         answerers: by their names in the API; all share one model.
@@ -67,7 +85,7 @@ def pipeline_engine(answerers: dict[str, Answerer], base: str, observer: Observe
     )  # fmt: skip
     together = "share batches" if padded.scheduler.mixes_adapters else "take turns"
     about = (
-        "the default, on any device: the Transformers pipeline; requests are batched, "
+        "the Transformers pipeline; requests are batched, "
         f"and different models ({', '.join([*answerers, base])}) {together}"
     )
     models = _served_models(answerers, base, padded.positions, padded.vocabulary)
@@ -80,24 +98,41 @@ def load_decoder(
     """Load the runs' base with an adapter for each, for nybble's own decoder.
 
     Raises:
-        ServeError: the decoder cannot answer for this model.
+        ServeError: the decoder cannot compute this model.
         RunError, ModelError: as `load_pipeline`.
     """
-    names = run_names(runs)
-    answerers = dict(zip(names, load_answerers(runs, cache, device, dequantise=True), strict=True))
-    first, base = next(iter(answerers.values())), base_name(runs[0], names)
+    answerers, base = _load_answerers(runs, device, cache)
     try:
-        decoder = make_decoder(
-            first.model, queue=queue, observer=observer, cache=cache, constrain=_constrain(answerers)
-        )
+        return decoder_engine(answerers, base, observer, queue=queue, cache=cache)
     except Ineligible as why:
-        raise ServeError(f"the engine decoder cannot serve this model: {why}", fix="--engine pipeline") from None
+        raise ServeError(f"the decoder cannot compute this model: {why}", fix="--engine pipeline") from None
+
+
+def decoder_engine(
+    answerers: dict[str, Answerer], base: str, observer: Observer, *, queue: int, cache: pathlib.Path | None = None
+) -> Engine:
+    """As `pipeline_engine`, with nybble's own decoder.
+
+    Raises:
+        Ineligible: the decoder cannot compute this model.
+    """
+    first = next(iter(answerers.values()))
+    constrain = _constrain(answerers)
+    decoder = make_decoder(first.model, queue=queue, observer=observer, cache=cache, constrain=constrain)
+    decoder.steps.warm_up()
     about = (
-        f"nybble's own decoder in {decoder.steps.about}; requests join and leave at every token, whichever model they name; "
+        f"nybble's own loop in {decoder.steps.about}; requests join and leave at every token, whichever model they name; "
         f"the cache holds {decoder.steps.tokens:,} tokens"
     )
     models = _served_models(answerers, base, decoder.positions, decoder.vocabulary)
     return Engine("decoder", about, models, _changes(answerers), queue, InThread(decoder), first.folder)
+
+
+def _load_answerers(runs: Sequence[Run], device: str, cache: pathlib.Path | None) -> tuple[dict[str, Answerer], str]:
+    """The runs by their names in the API, and their base's name."""
+    names = run_names(runs)
+    answerers = dict(zip(names, load_answerers(runs, cache, device, dequantise=True), strict=True))
+    return answerers, base_name(runs[0], names)
 
 
 def _served_models(

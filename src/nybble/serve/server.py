@@ -39,7 +39,7 @@ CONNECTIONS = 384  # open at once, besides one for each answer that may wait
 GRACE_PERIOD = 3.0  # seconds for clients whose answers were cut off to read why
 UNREAD_TIMEOUT = 120  # seconds after which the kernel closes a connection whose client does not read (Linux)
 MAX_KEY_BYTES = 65536  # read of a key file, even if it has no line break
-ENGINES = ("pipeline", "decoder", "continuous")
+ENGINES = ("auto", "decoder", "pipeline", "continuous")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 
 from nybble.generate.decoder.cuda_step import pack_model
 from nybble.generate.decoder.layers import PlainLayers, tokens_of
+from nybble.generate.decoder.lookup import VERIFIED_TOKENS
 from nybble.generate.decoder.model import DecoderModel
 from nybble.generate.decoder.pages import PAGE, PagePool
 from nybble.generate.decoder.prompt_pass import PromptPass
@@ -20,6 +21,12 @@ from nybble.kernels.cuda.kernels import Kernels
 from nybble.weights.watched import Ineligible
 
 CHUNK = 1024  # tokens of a prompt between two steps: about 40 ms of a 7B on an H100
+VERIFYING = tuple(size for size in SIZES if 1 < size <= VERIFIED_TOKENS)
+WARM_UP_LENGTHS = (
+    16,
+    21,
+    CHUNK,
+)  # Triton compiles anew for a number of tokens that is a multiple of 16, and for one that is not
 
 
 class CudaSteps:
@@ -53,6 +60,18 @@ class CudaSteps:
             self._graphs.prepare(SIZES[0])
         except CompileError as error:
             raise Ineligible(str(error)) from error
+
+    def warm_up(self) -> None:
+        """See `Steps.warm_up`: kernels are compiled, steps captured, and prompts of a few lengths computed."""
+        for size in SIZES:
+            self._graphs.prepare(size)
+        for size in VERIFYING:
+            self._graphs.prepare(size, together=True)
+        for length in WARM_UP_LENGTHS:
+            slot = self.reserve([0] * length, None, length)
+            if slot is not None:
+                self.prefill([slot], [[0] * length])
+                self.release(slot, [])
 
     def reserve(self, prompt: Sequence[int], adapter: str | None, tokens: int) -> PagedSlot | None:
         """See `Steps.reserve`."""

@@ -13,7 +13,7 @@ import torch
 
 from nybble.generate.batching import ActiveRequest, activate
 from nybble.generate.constraint import Constrain
-from nybble.generate.decoder.lookup import PromptLookup
+from nybble.generate.decoder.lookup import SPECULATING_ROWS, VERIFIED_TOKENS, PromptLookup
 from nybble.generate.decoder.model import DecoderModel
 from nybble.generate.decoder.part_scores import PartScores
 from nybble.generate.decoder.rows import DecodedRow, Unread, add_scores, fail, fail_unless_lost
@@ -33,8 +33,6 @@ from nybble.generate.request import (
 from nybble.generate.sampling import RowSampler, to_device
 
 log = logging.getLogger("nybble.generate")
-SPECULATING_ROWS = 4  # at most: with more, a step of their drafts costs more than the drafts save
-VERIFIED_TOKENS = 8  # of one step, which takes up to eight rows in one tile
 
 
 class RowDecoder:

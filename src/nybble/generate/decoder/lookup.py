@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+SPECULATING_ROWS = 2  # at most: with four, chats lose 4% of their speed (docs/experiments.md)
+VERIFIED_TOKENS = 8  # of one step, which takes up to eight rows in one tile
 NGRAM = 3  # tokens that must be the same; two match by chance several times as often
 SHORT, LONG = 3, 7  # tokens of a draft: at first, and once a whole draft was right
 FIRST_PAUSE, LONGEST_PAUSE = 4, 64  # tokens without a draft after one that was wrong from its first token on

@@ -48,6 +48,9 @@ class PlainSteps:
         self._used = 0
         self._finished: list[tuple[Sequence[int], PlainSlot]] = []
 
+    def warm_up(self) -> None:
+        """See `Steps.warm_up`; there is nothing to prepare."""
+
     def reserve(self, prompt: Sequence[int], adapter: str | None, tokens: int) -> PlainSlot | None:
         """See `Steps.reserve`."""
         model = self.model

@@ -34,6 +34,9 @@ class Steps(Protocol):
     asynchronous: bool
     """Whether the calls return before the device has computed what they return."""
 
+    def warm_up(self) -> None:
+        """Prepare what the first answers would otherwise wait for."""
+
     def reserve(self, prompt: Sequence[int], adapter: str | None, tokens: int) -> CacheSlot | None:
         """Room for a sequence, with what others have computed of its beginning; its last token is never among that.
 
