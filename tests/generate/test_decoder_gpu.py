@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import bitsandbytes
 import pytest
@@ -226,6 +227,45 @@ def test_prompt_parts_and_shared_beginnings_change_no_answer(answering_model):
         again = [answer.ids for answer in complete(generator, requests)]
     assert parts == whole
     assert again == whole
+
+
+def test_a_prompts_log_probabilities_are_those_of_the_plain_path(answering_model):
+    from nybble.generate.decoder.choice import make_decoder
+    from nybble.generate.request import complete
+
+    torch.manual_seed(6)
+    prompts = [torch.randint(3, 500, (length,)).tolist() for length in (5, 300)]
+    requests = [request(prompt, name, 1, prompt_logprobs=1) for prompt in prompts for name in (None, *ADAPTERS)]
+    with torch.inference_mode():
+        generator = make_decoder(answering_model)
+        generator.steps.chunk = 150
+        for asked, answer in zip(requests, complete(generator, requests), strict=True):
+            with answering(answering_model, asked.adapter):
+                logits = answering_model(torch.tensor([asked.prompt], device="cuda")).logits[0, :-1].float()
+            ids = torch.tensor(asked.prompt[1:], device="cuda").unsqueeze(1)
+            expected = logits.log_softmax(-1).gather(1, ids).squeeze(1)
+            found = torch.tensor([token.logprob for token in answer.prompt[1:]], device="cuda")
+            difference = (found - expected).abs().mean().item()
+            print(f"{len(asked.prompt)} tokens, {asked.adapter}: {difference:.4f} nats on average")
+            assert difference < 0.05
+            assert len(answer.ids) == 1
+
+
+def test_rows_that_follow_a_grammar_answer_beside_free_ones(answering_model):
+    from nybble.generate.decoder.choice import make_decoder
+    from nybble.generate.request import complete
+    from tests.generate.test_constraint import STOP, Ascending
+
+    requests = [
+        dataclasses.replace(each, grammar="10" if n % 3 == 0 else None, stop_ids=frozenset({STOP}))
+        for n, each in enumerate(random_requests(8, 24, 12, OPTIONS))
+    ]
+    with torch.inference_mode():
+        answers = complete(make_decoder(answering_model, constrain=Ascending), requests)
+    for answer in answers[::3]:
+        own = [token for token in answer.ids if token != STOP]
+        assert own == sorted(set(own))
+        assert 10 < own[0] <= 34
 
 
 @pytest.mark.parametrize("name", ["smollm2", "llama 2 7B", "head 256"])
