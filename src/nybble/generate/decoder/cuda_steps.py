@@ -14,7 +14,7 @@ from nybble.generate.decoder.model import DecoderModel
 from nybble.generate.decoder.pages import PAGE, PagePool
 from nybble.generate.decoder.prompt_pass import PromptPass
 from nybble.generate.decoder.step_graphs import SIZES, PagedSlot, StepGraphs, StepRow
-from nybble.generate.decoder.steps import CacheSlot
+from nybble.generate.decoder.steps import CacheSlot, Visit
 from nybble.generate.sampling import to_device
 from nybble.kernels.cuda.compile import CompileError
 from nybble.kernels.cuda.kernels import Kernels
@@ -38,6 +38,7 @@ class CudaSteps:
         model: on a CUDA device.
         tokens: that the cache is made for.
         folder: where compiled kernels are kept.
+        dtype: of keys and values: bfloat16 or float8_e4m3fn.
 
     Raises:
         Ineligible: something the kernels do not take, or they do not compile.
@@ -46,7 +47,9 @@ class CudaSteps:
     about = "CUDA kernels, a graph for each number of rows"
     asynchronous = True
 
-    def __init__(self, model: DecoderModel, tokens: int, folder: pathlib.Path | None) -> None:
+    def __init__(
+        self, model: DecoderModel, tokens: int, folder: pathlib.Path | None, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         self.model = model
         packed = pack_model(model)
         self._layers = PlainLayers(model, [
@@ -55,7 +58,7 @@ class CudaSteps:
         self._pool = PagePool(max(1, tokens // PAGE))
         self.rows, self.chunk, self.tokens = SIZES[-1], CHUNK, self._pool.count * PAGE
         shape = (len(model.layers), 2, self._pool.count, model.kv_heads, PAGE, model.head_size)
-        self._cache = torch.zeros(shape, dtype=torch.bfloat16, device=model.device)
+        self._cache = torch.zeros(shape, dtype=dtype, device=model.device)
         self._most_pages = min(self._pool.count, -(-model.positions // PAGE))
         try:
             self._graphs = StepGraphs(packed, Kernels(model.device, folder), self._cache, self._most_pages)
@@ -83,17 +86,22 @@ class CudaSteps:
         on_device = to_device([*pages, *[0] * (self._most_pages - len(pages))], self.model.device)
         return PagedSlot(pages, on_device, adapter, shared * PAGE)
 
-    def prefill(self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def prefill(
+        self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]], visit: Visit | None = None
+    ) -> torch.Tensor:
         """See `Steps.prefill`."""
-        if sum(map(len, parts)) <= SHORT:
+        if visit is None and sum(map(len, parts)) <= SHORT:
             return self._prefill_by_steps(slots, parts)
         prompts = PromptPass(_paged(slots), parts, self._cache)
         names = [slot.adapter for slot, part in zip(slots, parts, strict=True) for _ in part]
         adapters = tokens_of(names, self.model.device)
         residual = self._layers.run(prompts.ids, self._layers.rotary(prompts.positions), adapters, prompts.attend)
+        if visit is not None:
+            visit(residual, self._layers.logits)
+        logits = self._layers.logits(residual[prompts.last])
         for slot, part in zip(slots, parts, strict=True):
             slot.length += len(part)
-        return self._layers.logits(residual[prompts.last])
+        return logits
 
     def _prefill_by_steps(self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
         rows, ends = _rows(slots, parts), list(itertools.accumulate(map(len, parts)))
