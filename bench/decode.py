@@ -2,7 +2,7 @@
 
     python -m bench.decode steps [512]              one step by rows, so many tokens cached: base alone, and with its adapter
     python -m bench.decode answers [512 64] [SHAPE] prompts and answers of so many tokens, by rows: the whole way from ids to ids;
-                                                    llama-2-7b, llama-2-13b or llama-3-8b
+                                                    llama-2-7b, llama-2-13b or llama-3-8b; with "fp8" that kind of cache
     python -m bench.decode answers 512 32 padded    the same by the pipeline in padded batches, one row and sixteen
 
 Speed does not depend on the weights' values. One JSON line for each row; times are medians, memory is torch's
@@ -86,11 +86,13 @@ def step_time(packed: PackedModel, kernels: Kernels, rows: int, cached: int) -> 
     return statistics.median(times)
 
 
-def answers(shape: str, prompt: int, answer: int, padded: bool) -> Iterator[dict[str, object]]:
+def answers(shape: str, prompt: int, answer: int, padded: bool, fp8: bool) -> Iterator[dict[str, object]]:
     """Answers by rows: the second time each, when all is compiled and captured."""
     model = with_adapters(quantised_llama(SHAPES[shape]), {"one": (16, ALL)})
     with tempfile.TemporaryDirectory() as folder:
-        generator = Padded(model, 0) if padded else make_decoder(model, cache=pathlib.Path(folder))
+        generator = Padded(model, 0) if padded else make_decoder(
+            model, tokens=ROWS[-1] * (prompt + answer + 64), cache=pathlib.Path(folder), fp8_cache=fp8
+        )  # fmt: skip
         for rows in (1, 16) if padded else ROWS:
             measure_answers(generator, model, rows, prompt, answer)
             figures = measure_answers(generator, model, rows, prompt, answer)
@@ -138,7 +140,7 @@ def main(arguments: list[str]) -> None:
             rows = steps(*(numbers or [512]))
         elif what == "answers":
             shape = next((each for each in arguments if each in SHAPES), "llama-2-7b")
-            rows = answers(shape, *(numbers or [512, 64]), padded="padded" in arguments)
+            rows = answers(shape, *(numbers or [512, 64]), padded="padded" in arguments, fp8="fp8" in arguments)
         else:
             sys.exit(__doc__)
         print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__}))
