@@ -1,7 +1,8 @@
 """How fast the decoder answers: a random Llama-2-7B in NF4 with an adapter, beside the padded batches of the pipeline.
 
     python -m bench.decode steps [512]              one step by rows, so many tokens cached: base alone, and with its adapter
-    python -m bench.decode answers [512 64]         prompts and answers of so many tokens, by rows: the whole way from ids to ids
+    python -m bench.decode answers [512 64] [SHAPE] prompts and answers of so many tokens, by rows: the whole way from ids to ids;
+                                                    llama-2-7b, llama-2-13b or llama-3-8b; with "fp8" that kind of cache
     python -m bench.decode answers 512 32 padded    the same by the pipeline in padded batches, one row and sixteen
 
 Speed does not depend on the weights' values. One JSON line for each row; times are medians, memory is torch's
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 
 import torch
 from peft import PeftModel
+from transformers import LlamaForCausalLM
 
 from bench.quantised_llama import ALL, Shape, quantised_llama, with_adapters
 from nybble.generate.decoder.choice import make_decoder
@@ -32,6 +34,11 @@ from nybble.kernels.cuda.buffers import SharedBuffers
 from nybble.kernels.cuda.kernels import Kernels
 
 LLAMA_2_7B = Shape(4096, 32, 32, 128, 11008, layers=32, vocabulary=32000)
+SHAPES = {
+    "llama-2-7b": LLAMA_2_7B,
+    "llama-2-13b": Shape(5120, 40, 40, 128, 13824, layers=40, vocabulary=32000),
+    "llama-3-8b": Shape(4096, 32, 8, 128, 14336, layers=32, vocabulary=128256),
+}
 ROWS = (1, 4, 8, 16, 24, 32, 48, 64)
 REPLAYS = 50
 
@@ -79,15 +86,18 @@ def step_time(packed: PackedModel, kernels: Kernels, rows: int, cached: int) -> 
     return statistics.median(times)
 
 
-def answers(prompt: int, answer: int, padded: bool) -> Iterator[dict[str, object]]:
+def answers(shape: str, prompt: int, answer: int, padded: bool, fp8: bool) -> Iterator[dict[str, object]]:
     """Answers by rows: the second time each, when all is compiled and captured."""
-    model = with_adapters(quantised_llama(LLAMA_2_7B), {"one": (16, ALL)})
+    model = with_adapters(quantised_llama(SHAPES[shape]), {"one": (16, ALL)})
     with tempfile.TemporaryDirectory() as folder:
-        generator = Padded(model, 0) if padded else make_decoder(model, cache=pathlib.Path(folder))
+        generator = Padded(model, 0) if padded else make_decoder(
+            model, tokens=ROWS[-1] * (prompt + answer + 64), cache=pathlib.Path(folder), fp8_cache=fp8
+        )  # fmt: skip
         for rows in (1, 16) if padded else ROWS:
             measure_answers(generator, model, rows, prompt, answer)
             figures = measure_answers(generator, model, rows, prompt, answer)
             yield {
+                "model": shape,
                 "generator": "pipeline" if padded else "decoder",
                 "rows": rows,
                 "prompt": prompt,
@@ -95,10 +105,13 @@ def answers(prompt: int, answer: int, padded: bool) -> Iterator[dict[str, object
             } | figures
 
 
-def measure_answers(generator: Generator, model: PeftModel, rows: int, prompt: int, answer: int) -> dict[str, float]:
+def measure_answers(
+    generator: Generator, model: PeftModel | LlamaForCausalLM, rows: int, prompt: int, answer: int,
+    adapter: str | None = "one",
+) -> dict[str, float]:  # fmt: skip
     """Tokens/s over everything, and from the moment at which every row has its first token."""
     ids = torch.randint(3, model.config.vocab_size, (rows, prompt)).tolist()
-    requests = [Request(each, answer, "one", frozenset()) for each in ids]
+    requests = [Request(each, answer, adapter, frozenset()) for each in ids]
     firsts: dict[int, float] = {}
     stamps: list[float] = []
 
@@ -126,7 +139,8 @@ def main(arguments: list[str]) -> None:
         if what == "steps":
             rows = steps(*(numbers or [512]))
         elif what == "answers":
-            rows = answers(*(numbers or [512, 64]), padded="padded" in arguments)
+            shape = next((each for each in arguments if each in SHAPES), "llama-2-7b")
+            rows = answers(shape, *(numbers or [512, 64]), padded="padded" in arguments, fp8="fp8" in arguments)
         else:
             sys.exit(__doc__)
         print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__}))

@@ -72,6 +72,8 @@ class Stub:
             rows = list(self.rows)
         self.observer.batch_started(len(rows))
         for row in rows:
+            if not row.made:
+                row.sink.begin(0, ())
             row.sink.put(Token(self.ids[row.made % len(self.ids)]))
             row.made += 1
         over = [row for row in rows if row.cancelled or row.made == row.request.max_tokens]

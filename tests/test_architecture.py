@@ -21,7 +21,7 @@ RANK = {
 }  # fmt: skip
 OPTIONAL = {
     "gguf", "tensorboard", "mlflow", "trackio", "lm_eval", "fastapi", "starlette", "uvicorn", "prometheus_client",
-    "vllm", "llama_cpp",
+    "vllm", "llama_cpp", "llguidance",
 }  # fmt: skip
 
 
@@ -77,6 +77,7 @@ def test_an_optional_package_has_one_home_which_only_cli_knows():
         "nybble.export.gguf.llama": {"llama_cpp"},
         "nybble.serve.app": {"fastapi", "starlette"},
         "nybble.serve.connection": {"h11", "starlette", "uvicorn"},
+        "nybble.serve.grammar": {"llguidance"},
         "nybble.serve.guard": {"starlette"},
         "nybble.serve.metrics": {"prometheus_client"},
         "nybble.serve.replies": {"fastapi", "starlette"},

@@ -62,6 +62,19 @@ def said(content: Any, **more: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content, **more}]
 
 
+def named(name: str, schema: Any, **more: Any) -> dict[str, Any]:
+    """The value of response_format that asks for a schema."""
+    return {"type": "json_schema", "json_schema": {"name": name, "schema": schema, **more}}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """The schema of a list in a list in a list."""
+    schema: dict[str, Any] = {"type": "array"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
 def head(
     method: str = "POST", path: str = CHAT, version: str = "HTTP/1.1", host: bytes | None = HOST, **headers: str
 ) -> bytes:
@@ -204,19 +217,40 @@ WRONG_FIELDS: list[tuple[str, dict[str, Any], int, str | None]] = [
     (CHAT, chat(top_logprobs=2), 400, "top_logprobs"),
     (CHAT, chat(logprobs=True, top_logprobs=21), 400, "top_logprobs"),
     (CHAT, chat(logprobs=True, top_logprobs=-1), 400, "top_logprobs"),
-    (CHAT, chat(logit_bias={"5": -100}), 400, "logit_bias"),
+    (CHAT, chat(logit_bias={"5": -101}), 400, "logit_bias"),
+    (CHAT, chat(logit_bias={"400": 1}), 400, "logit_bias"),
+    (CHAT, chat(logit_bias={"9" * 5000: 1}), 400, "logit_bias"),
+    (CHAT, chat(logit_bias={str(n): 1 for n in range(100_000)}), 400, "logit_bias"),
     (CHAT, chat(logit_bias=[1]), 400, "logit_bias"),
-    (CHAT, chat(frequency_penalty=1), 400, "frequency_penalty"),
+    (CHAT, chat(frequency_penalty=2.5), 400, "frequency_penalty"),
     (CHAT, chat(presence_penalty="x"), 400, "presence_penalty"),
-    (CHAT, chat(repetition_penalty=1.1), 400, "repetition_penalty"),
-    (CHAT, chat(min_p=0.1), 400, "min_p"),
+    (CHAT, chat(repetition_penalty=0), 400, "repetition_penalty"),
+    (CHAT, chat(repetition_penalty=10**400), 400, "repetition_penalty"),
+    (CHAT, chat(min_p=-0.1), 400, "min_p"),
     (CHAT, chat(tools=[{"type": "function"}]), 400, "tools"),
     (CHAT, chat(tools={}), 400, "tools"),
     (CHAT, chat(tool_choice="required"), 400, "tool_choice"),
     (CHAT, chat(tool_choice={"type": "function"}), 400, "tool_choice"),
     (CHAT, chat(functions=[{}]), 400, "functions"),
     (CHAT, chat(parallel_tool_calls="x"), 400, "parallel_tool_calls"),
-    (CHAT, chat(response_format={"type": "json_object"}), 400, "response_format"),
+    (CHAT, chat(response_format={"type": "xml"}), 400, "response_format.type"),
+    (CHAT, chat(response_format={"type": "json_object", "schema": {}}), 400, "response_format.schema"),
+    (CHAT, chat(response_format={"type": "json_schema"}), 400, "response_format.json_schema"),
+    (CHAT, chat(response_format=named("a b", {})), 400, "response_format.json_schema.name"),
+    (CHAT, chat(response_format=named("a", 5)), 400, "response_format.json_schema.schema"),
+    (CHAT, chat(response_format=named("a", {}, strict="x")), 400, "response_format.json_schema.strict"),
+    (CHAT, chat(response_format=named("a", {}, more=1)), 400, "response_format.json_schema.more"),
+    (CHAT, chat(response_format=named("a", {"type": "strng"})), 400, "response_format"),
+    (CHAT, chat(response_format=named("a", False)), 400, "response_format"),
+    (CHAT, chat(response_format=named("a", {"not": {}})), 400, "response_format"),
+    (CHAT, chat(response_format=named("a", {"$ref": "http://localhost/x"})), 400, "response_format"),
+    (CHAT, chat(response_format=named("a", {"$ref": "file:///etc/passwd"})), 400, "response_format"),
+    (CHAT, chat(response_format=named("a", {"pattern": "(", "type": "string"})), 400, "response_format"),
+    (CHAT, chat(response_format=named("a", {"properties": {f"p{n}": {} for n in range(9000)}})), 400, "response_format"),
+    (CHAT, chat(response_format=named("a", nested(150))), 400, "response_format"),
+    (CHAT, chat(response_format={"type": "json_object"}, messages=[*ASK, {"role": "assistant", "content": "{"}]), 400,
+     "response_format"),
+    (PLAIN, plain(response_format={"type": "json_object"}), 400, "response_format"),
     (CHAT, chat(response_format="json"), 400, "response_format"),
     (CHAT, chat(modalities=["audio"]), 400, "modalities"),
     (CHAT, chat(web_search_options={}), 400, "web_search_options"),
@@ -255,7 +289,11 @@ WRONG_FIELDS: list[tuple[str, dict[str, Any], int, str | None]] = [
     (PLAIN, plain(logprobs=6), 400, "logprobs"),
     (PLAIN, plain(logprobs=True), 400, "logprobs"),
     (PLAIN, plain(best_of=3), 400, "best_of"),
-    (PLAIN, plain(echo=True), 400, "echo"),
+    (PLAIN, plain(echo=1), 400, "echo"),
+    (PLAIN, plain(max_tokens=0), 400, "max_tokens"),
+    (PLAIN, plain(max_tokens=-1, echo=True), 400, "max_tokens"),
+    (PLAIN, plain(prompt=[1] * 513, max_tokens=0, echo=True), 400, "prompt"),
+    (CHAT, chat(echo=True), 400, "echo"),
     (PLAIN, plain(suffix="x"), 400, "suffix"),
     (PLAIN, plain(messages=ASK), 400, "messages"),
     (RESPONSES, response(input=DROP), 400, "input"),
@@ -273,7 +311,8 @@ WRONG_FIELDS: list[tuple[str, dict[str, Any], int, str | None]] = [
     (RESPONSES, response(metadata={"a": 1}), 400, "metadata.a"),
     (RESPONSES, response(metadata={"x" * 1_000_000: 1}), 400, None),
     (RESPONSES, response(metadata={str(n): n for n in range(100_000)}), 400, "metadata.0"),
-    (RESPONSES, response(text={"format": {"type": "json_schema"}}), 400, "text.format"),
+    (RESPONSES, response(text={"format": {"type": "json_schema"}}), 400, "text.format.name"),
+    (RESPONSES, response(text={"format": {"type": "json_schema", "name": "a", "schema": {"type": 5}}}), 400, "text.format"),
     (RESPONSES, response(include="x"), 400, "include"),
     (RESPONSES, response(include=[5]), 400, "include.0"),
     (RESPONSES, response(previous_response_id="resp_1"), 400, "previous_response_id"),

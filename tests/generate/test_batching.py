@@ -10,6 +10,9 @@ from nybble.generate.request import NullObserver, Request, Token
 
 
 class Nowhere:
+    def begin(self, cached, prompt):
+        pass
+
     def put(self, token):
         pass
 

@@ -95,7 +95,7 @@ def test_a_stop_token_drops_what_was_computed_beyond_it(model):
 def test_a_device_that_is_lost_ends_everything_with_one_message(model, during, caplog, capsys):
     generator = decoder(model)
 
-    def lost(slots, ids):
+    def lost(*given):
         raise torch.AcceleratorError("CUDA error: unspecified launch failure\nmore about it")
 
     setattr(generator.steps, during, lost)
@@ -178,7 +178,9 @@ def test_a_long_prompt_is_computed_in_parts_between_the_others_tokens(model, mon
     generator.steps.chunk = 16
     parts, prefill = [], generator.steps.prefill
     monkeypatch.setattr(
-        generator.steps, "prefill", lambda slots, chunks: parts.append([*map(len, chunks)]) or prefill(slots, chunks)
+        generator.steps,
+        "prefill",
+        lambda slots, chunks, visit=None: parts.append([*map(len, chunks)]) or prefill(slots, chunks, visit),
     )
     long = [1, *range(100, 150)]
     answers = complete(generator, [ask(PROMPTS[0], None, 8), ask(long, "run2", 4)])
@@ -191,7 +193,9 @@ def test_beginnings_are_computed_once_for_each_adapter(model, monkeypatch):
     generator = decoder(model)
     computed, prefill = [], generator.steps.prefill
     monkeypatch.setattr(
-        generator.steps, "prefill", lambda slots, chunks: computed.extend(map(len, chunks)) or prefill(slots, chunks)
+        generator.steps,
+        "prefill",
+        lambda slots, chunks, visit=None: computed.extend(map(len, chunks)) or prefill(slots, chunks, visit),
     )
     prefix = [1, *range(100, 140)]
     for adapter in ADAPTERS:
@@ -248,6 +252,9 @@ class Collected:
     def __init__(self):
         self.ids, self.finish, self.error = [], None, None
 
+    def begin(self, cached, prompt):
+        pass
+
     def put(self, token):
         self.ids.append(token.id)
 
@@ -262,8 +269,8 @@ def test_a_row_without_finite_logits_fails_alone(model):
     broken = decoder(model)
     prefill = broken.steps.prefill
 
-    def spoil(slots, chunks):
-        logits = prefill(slots, chunks)
+    def spoil(slots, chunks, visit=None):
+        logits = prefill(slots, chunks, visit)
         for row, slot in enumerate(slots):
             if slot.adapter == "run2":
                 logits[row, 3] = torch.nan
@@ -283,10 +290,10 @@ def test_prompts_that_do_not_fit_together_are_tried_alone(model):
     generator = decoder(model)
     prefill = generator.steps.prefill
 
-    def limited(slots, chunks):
+    def limited(slots, chunks, visit=None):
         if sum(map(len, chunks)) > 6:
             raise torch.OutOfMemoryError("no")
-        return prefill(slots, chunks)
+        return prefill(slots, chunks, visit)
 
     generator.steps.prefill = limited
     sinks = [Collected() for _ in range(3)]

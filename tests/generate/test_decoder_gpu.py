@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import bitsandbytes
 import pytest
@@ -228,6 +229,45 @@ def test_prompt_parts_and_shared_beginnings_change_no_answer(answering_model):
     assert again == whole
 
 
+def test_a_prompts_log_probabilities_are_those_of_the_plain_path(answering_model):
+    from nybble.generate.decoder.choice import make_decoder
+    from nybble.generate.request import complete
+
+    torch.manual_seed(6)
+    prompts = [torch.randint(3, 500, (length,)).tolist() for length in (5, 300)]
+    requests = [request(prompt, name, 1, prompt_logprobs=1) for prompt in prompts for name in (None, *ADAPTERS)]
+    with torch.inference_mode():
+        generator = make_decoder(answering_model)
+        generator.steps.chunk = 150
+        for asked, answer in zip(requests, complete(generator, requests), strict=True):
+            with answering(answering_model, asked.adapter):
+                logits = answering_model(torch.tensor([asked.prompt], device="cuda")).logits[0, :-1].float()
+            ids = torch.tensor(asked.prompt[1:], device="cuda").unsqueeze(1)
+            expected = logits.log_softmax(-1).gather(1, ids).squeeze(1)
+            found = torch.tensor([token.logprob for token in answer.prompt[1:]], device="cuda")
+            difference = (found - expected).abs().mean().item()
+            print(f"{len(asked.prompt)} tokens, {asked.adapter}: {difference:.4f} nats on average")
+            assert difference < 0.05
+            assert len(answer.ids) == 1
+
+
+def test_rows_that_follow_a_grammar_answer_beside_free_ones(answering_model):
+    from nybble.generate.decoder.choice import make_decoder
+    from nybble.generate.request import complete
+    from tests.generate.test_constraint import STOP, Ascending
+
+    requests = [
+        dataclasses.replace(each, grammar="10" if n % 3 == 0 else None, stop_ids=frozenset({STOP}))
+        for n, each in enumerate(random_requests(8, 24, 12, OPTIONS))
+    ]
+    with torch.inference_mode():
+        answers = complete(make_decoder(answering_model, constrain=Ascending), requests)
+    for answer in answers[::3]:
+        own = [token for token in answer.ids if token != STOP]
+        assert own == sorted(set(own))
+        assert 10 < own[0] <= 34
+
+
 @pytest.mark.parametrize("name", ["smollm2", "llama 2 7B", "head 256"])
 def test_tokens_of_one_sequence_see_those_before_them(name):
     from nybble.generate.decoder.cuda_steps import CudaSteps
@@ -251,6 +291,59 @@ def test_tokens_of_one_sequence_see_those_before_them(name):
                 apart = 1 - torch.cosine_similarity(together[row].double(), one.double(), dim=0)
                 assert apart < 1e-4, (row, float(apart))
                 row += 1
+
+
+def test_short_prompts_through_the_steps_kernels_are_those_of_the_plain_pass(answering_model, monkeypatch):
+    from nybble.generate.decoder import cuda_steps
+    from nybble.generate.decoder.model import read_model
+
+    torch.manual_seed(9)
+    prompts = [torch.randint(3, 500, (length,)).tolist() for length in (1, 64, 65, 20, 30)]
+    adapters = [None, *ADAPTERS, "one"]
+
+    def first_logits(short):
+        monkeypatch.setattr(cuda_steps, "SHORT", short)
+        steps = cuda_steps.CudaSteps(read_model(answering_model), 4096, None)
+        slots = [steps.reserve(prompt, adapter, 200) for prompt, adapter in zip(prompts, adapters, strict=True)]
+        logits = steps.prefill(slots, prompts)
+        assert [slot.length for slot in slots] == [len(prompt) for prompt in prompts]
+        following = steps.decode(slots, torch.arange(5, 10, device="cuda"))
+        return torch.cat([logits, following]).double()
+
+    with torch.inference_mode():
+        mine, plain = first_logits(192), first_logits(0)
+    assert (1 - torch.cosine_similarity(mine, plain, dim=-1)).max() < 3e-4
+
+
+@pytest.mark.parametrize("name", ["smollm2", "llama 2 7B", "llama 3 8B", "head 96", "head 256"])
+def test_a_cache_in_fp8_rounds_as_torch_does(name):
+    """Each step against the plain pass, which attends in torch to what was stored."""
+    from nybble.generate.decoder.cuda_steps import CudaSteps
+    from nybble.generate.decoder.model import read_model
+
+    model = with_adapters(quantised_llama(SHAPES[name]), {"one": (8, ALL)})
+    torch.manual_seed(10)
+    prompts = [torch.randint(3, 500, (length,)).tolist() for length in (300, 5, 130)]
+    with torch.inference_mode():
+        steps = CudaSteps(read_model(model), 4096, None, torch.float8_e4m3fn)
+        slots = [steps.reserve(prompt, "one", 400) for prompt in prompts]
+        steps.prefill(slots, prompts)
+        token = torch.tensor([7, 8, 9], device="cuda")
+        decoded = steps.decode(slots, token).clone()
+        together = steps.verify(slots, [[4, 5]] * 3)[1::2].clone()
+        steps.prefill(slots, [[4, 5, *range(6, 206)]] * 3)  # long enough for the plain pass
+        others = [steps.reserve([*prompt, 7 + n], "one", 400) for n, prompt in enumerate(prompts)]
+        for slot in others:
+            slot.length = 0
+        plain = steps.prefill(others, [[*prompt, 7 + n] for n, prompt in enumerate(prompts)])
+        third = [[*prompt, 7 + n, 4, 5] for n, prompt in enumerate(prompts)]
+        for slot in others:
+            slot.length = 0
+        plain_together = steps.prefill(others, third)
+    assert steps._cache.dtype == torch.float8_e4m3fn
+    for mine, expected in ((decoded, plain), (together, plain_together)):
+        apart = 1 - torch.cosine_similarity(mine.double(), expected.double(), dim=-1)
+        assert apart.max() < 3e-3, apart
 
 
 def test_drafts_change_no_answer(answering_model):

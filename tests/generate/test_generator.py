@@ -70,6 +70,9 @@ class Heard:
         self.ids, self.finish, self.error, self.threads = [], [], [], set()
         self.on_token = on_token
 
+    def begin(self, cached, prompt):
+        pass
+
     def put(self, token):
         self.ids.append(token.id)
         self.threads.add(threading.current_thread())
@@ -158,7 +161,7 @@ def test_sampling_without_a_seed_differs_and_a_nucleus_of_nothing_is_greedy(gene
         (Request([], 3, None, NOTHING), "no tokens"),
         (Request([1, 400], 3, None, NOTHING), "token 400, but the model's ids go from 0 to 399"),
         (Request([1, -1], 3, None, NOTHING), "token -1"),
-        (Request([1], 0, None, NOTHING), "max_tokens is 0"),
+        (Request([1], -1, None, NOTHING), "max_tokens is -1"),
         (Request([1], 3, "other", NOTHING), "no adapter 'other'"),
     ],
 )

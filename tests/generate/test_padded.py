@@ -199,6 +199,9 @@ class Failures:
     def __init__(self):
         self.ends = []
 
+    def begin(self, cached, prompt):
+        pass
+
     def put(self, token):
         pass
 
@@ -305,6 +308,9 @@ def test_logits_that_are_not_finite_fail_their_row_only(model, monkeypatch):
     ended = []
 
     class Sink:
+        def begin(self, cached, prompt):
+            pass
+
         def put(self, token):
             pass
 
@@ -342,6 +348,9 @@ def test_requests_may_be_submitted_from_many_threads(model):
     generator, ended = Padded(model, 0, rows=4, patience=1), []
 
     class Sink:
+        def begin(self, cached, prompt):
+            pass
+
         def put(self, token):
             pass
 

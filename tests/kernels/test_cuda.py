@@ -29,7 +29,14 @@ def compile_all(architecture, rows, heads):
     for head, group in heads:
         together, apart = layout.attention_groups(head, group)
         for appended in (0, 1):
-            sizes = {"HEAD": head, "GROUP": together, "SUBGROUPS": apart, "APPENDED": appended, "ADAPTERS": 1}
+            sizes = {
+                "HEAD": head,
+                "GROUP": together,
+                "SUBGROUPS": apart,
+                "APPENDED": appended,
+                "ADAPTERS": 1,
+                "FP8": appended,
+            }
             assert compiling.cubin("attention", architecture, sizes, None)
     for count in rows:
         assert compiling.cubin("product", architecture, defines(count, 64, architecture), None)
@@ -87,7 +94,7 @@ def test_a_structure_is_the_same_in_both_languages(structure, file, own):
     check = f'{source}\nstatic_assert(sizeof({structure}) == {ctypes.sizeof(own)}, "another size");'
     options = ("-arch=sm_90", *compiling.OPTIONS)
     product = "\n".join(f"#define {key} {value}" for key, value in defines(1, 64, "sm_90").items() if key != "ADAPTERS")
-    constants = {"HEAD": 128, "GROUP": 1, "SUBGROUPS": 1, "APPENDED": 0, "ADAPTERS": 2}
+    constants = {"HEAD": 128, "GROUP": 1, "SUBGROUPS": 1, "APPENDED": 0, "ADAPTERS": 2, "FP8": 0}
     check = f"{product}\n{check}" if file in ("common", "product") else check
     assert compiling._compile(file, check, options + tuple(f"-D{key}={value}" for key, value in constants.items()))
 

@@ -101,6 +101,21 @@ def test_answers_are_those_of_a_thread_in_this_process(server, tuned_run, tiny_l
     assert server.http.get(f"{server.url}/health").status_code == 200
 
 
+def test_what_is_told_of_a_prompt_and_grammars_cross_the_processes(server, tuned_run, cache):
+    shape = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["red", "blue"]}}}
+    echo = {"model": "run", "prompt": "say one two 3", "max_tokens": 0, "echo": True, "logprobs": 2}
+
+    def answers(server):
+        bodies = [server.post(**ask(response_format=shape)), server.post("/v1/completions", **echo)]
+        return [body.json()["choices"] for body in bodies]
+
+    with serving(lambda metrics: load_pipeline([tuned_run], metrics, device="cpu", queue=64, cache=cache)) as other:
+        (named,), (echoed,) = answers(server)
+        assert answers(other) == [[named], [echoed]]
+    assert json.loads(named["message"]["content"]) in ("red", "blue")
+    assert len(echoed["logprobs"]["token_logprobs"]) > 3
+
+
 def test_too_many_answers_are_refused_at_once_and_those_that_leave_make_room(server, gate):
     gate.touch()
     try:
@@ -293,6 +308,9 @@ class Recorder:
 
     def __init__(self):
         self.items = []
+
+    def begin(self, cached, prompt):
+        self.items.append((cached, len(prompt)))
 
     def put(self, token):
         self.items.append(token)

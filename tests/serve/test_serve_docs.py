@@ -36,7 +36,7 @@ def test_the_examples_answer(server):
             assert events(result.stdout.splitlines())[-1]["choices"][0]["finish_reason"]
         else:
             assert json.loads(result.stdout)["choices"][0]["message"]["role"] == "assistant"
-    assert kinds == ["bash", "python", "bash", "python"]
+    assert kinds == ["bash", "python", "bash", "python", "python"]
 
 
 def test_what_a_person_sees_is_what_the_docs_show():

@@ -21,7 +21,7 @@ from nybble.data.text.tokens import encode_prompt
 from nybble.errors import RunError, ServeError
 from nybble.run.folder import open_run
 from nybble.serve.app import Limits
-from nybble.serve.loading import load_auto, load_continuous, load_decoder, load_pipeline
+from nybble.serve.loading import load_auto, load_continuous, load_decoder, load_named, load_pipeline
 from nybble.serve.metrics import Metrics
 from nybble.serve.server import Address
 from nybble.serve.vllm import command, environment, serve_with_vllm
@@ -101,6 +101,20 @@ def test_by_default_the_decoder_serves_what_it_can_and_the_pipeline_the_rest_and
     assert engine.about.endswith("(the faster decoder cannot compute this model: q_proj has the LoRA variant Dora)")
 
 
+@pytest.mark.parametrize(
+    "engine, why, fix",
+    [("decoder", "keys and values in fp8 need a GPU", "--engine pipeline"), ("auto", "need a GPU", "--engine pipeline"),
+     ("pipeline", "the engine pipeline has no cache in fp8", "--engine decoder, or --kv-cache bf16")],
+)  # fmt: skip
+def test_a_cache_in_fp8_is_refused_where_there_is_none(tuned_run, cache, engine, why, fix, capsys):
+    with pytest.raises(ServeError) as refused:
+        load_named(Metrics(), engine=engine, runs=[tuned_run], device="cpu", queue=16, cache=cache, fp8_cache=True)
+    print(refused.value, refused.value.fix)
+    shown = capsys.readouterr().out
+    assert why in shown
+    assert fix in shown
+
+
 def test_continuous_batching_answers_each_as_generate_does(merged, cache):
     with serving(lambda metrics: load_continuous([merged], metrics, device="cpu", queue=64, cache=cache)) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
@@ -144,7 +158,10 @@ def test_continuous_batching_answers_each_as_generate_does(merged, cache):
         ).output_text
         asked = {"model": "merged-run", "input": "x", "include": ["message.output_text.logprobs"]}
         assert server.post("/v1/responses", **asked).json()["error"]["param"] == "include"
-        for refused, field in (({"seed": 1}, "seed"), ({"logprobs": True}, "logprobs")):
+        for refused, field in (
+            ({"seed": 1}, "seed"), ({"logprobs": True}, "logprobs"), ({"min_p": 0.1}, "min_p"),
+            ({"presence_penalty": 1}, "presence_penalty"), ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ):  # fmt: skip
             answer = server.post(model="merged-run", messages=user("x"), **refused)
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
             assert "--engine pipeline" in answer.json()["error"]["message"]

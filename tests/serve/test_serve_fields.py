@@ -131,12 +131,71 @@ def test_tools_may_be_sent_where_none_is_to_be_called(server, client):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("frequency_penalty", 0.5), ("presence_penalty", 1), ("logit_bias", {"5": 1}), ("response_format", {"type": "json_schema"}),
-     ("modalities", ["text", "audio"]), ("audio", {"voice": "x"}), ("web_search_options", {}), ("moderation", {"model": "x"}),
-     ("min_p", 0.1), ("repetition_penalty", 1.1)],
+    [("modalities", ["text", "audio"]), ("audio", {"voice": "x"}),
+     ("web_search_options", {}), ("moderation", {"model": "x"})],
 )  # fmt: skip
 def test_what_would_change_the_answer_is_refused_by_name(server, field, value):
     check_refused(server.post(model="run", messages=ASK, **{field: value}), field)
+
+
+def ids_of(answer):
+    """Which tokens an answer has, by their bytes."""
+    return [tuple(token["bytes"]) for token in answer.json()["choices"][0]["logprobs"]["content"]]
+
+
+def test_biases_forbid_and_force_tokens(server):
+    ask = {"model": "run", "messages": ASK, "max_tokens": 6, "temperature": 0}
+    (free,) = said(server.post(**ask))
+    tokenizer = server.engine.models["run"].template.tokenizer
+    first = tokenizer(free, add_special_tokens=False)["input_ids"][0]
+    (without,) = said(server.post(**ask, logit_bias={str(first): -100}))
+    assert not without.startswith(tokenizer.decode([first]).strip())
+    (forced,) = said(server.post(**ask, logit_bias={"50": 100}))
+    assert forced == tokenizer.decode([50] * 6).strip()
+    plain = server.post(PLAIN, model="run", prompt="say", max_tokens=3, temperature=0, logit_bias={"50": 100, "51": 0})
+    assert plain.json()["choices"][0]["text"].strip() == tokenizer.decode([50] * 3).strip()
+    rows = server.engine.models["run"].rows
+    message = check_refused(server.post(**ask, logit_bias={"5": 1, str(rows): 1}), "logit_bias")
+    assert message == f"logit_bias names token {rows}, but the ids of run go from 0 to {rows - 1:,}"
+
+
+def test_penalties_keep_tokens_from_coming_again(server):
+    ask = {"model": "run", "messages": ASK, "max_tokens": 12, "temperature": 0, "logprobs": True}
+    loop = {**ask, "logit_bias": {"50": 1}}
+    free = ids_of(server.post(**loop))
+    assert len(set(free)) < len(free), "without a penalty something repeats itself"
+    for penalty in ({"frequency_penalty": 2}, {"presence_penalty": 2}):
+        assert ids_of(server.post(**loop, **penalty)) != free, penalty
+    once = ids_of(server.post(**ask, repetition_penalty=100))
+    assert len(set(once)) == len(once)
+    neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "repetition_penalty": 1, "min_p": 0, "logit_bias": {}}
+    assert ids_of(server.post(**ask, **neutral)) == ids_of(server.post(**ask))
+
+
+def test_min_p_1_leaves_the_likeliest_token_only(server):
+    ask = {"model": "run", "messages": ASK, "max_tokens": 20}
+    assert said(server.post(**ask, temperature=2, seed=4, min_p=1)) == said(server.post(**ask, temperature=0))
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [("frequency_penalty", (-2.1, 2.1, "1", True)), ("presence_penalty", (-3, 3, [1])), ("min_p", (-0.1, 1.1)),
+     ("repetition_penalty", (0, -1, 101)),
+     ("logit_bias", ([1], "x", {"a": 1}, {"-1": 1}, {"05": 1}, {" 5": 1}, {"٥": 1}, {"1" * 30: 1}, {"5": 101}, {"5": -100.5},
+                     {"5": "1"}, {"5": None}, {"5": True}, {str(n): 1 for n in range(1025)}))],
+)  # fmt: skip
+def test_values_out_of_range_are_refused_by_name(server, field, values):
+    for value in values:
+        check_refused(server.post(model="run", messages=ASK, **{field: value}), field)
+        check_refused(server.post(PLAIN, model="run", prompt="x", **{field: value}), field)
+
+
+@given(st.dictionaries(st.integers(0, 400), st.floats(-100, 100) | st.integers(-100, 100), max_size=8))
+def test_biases_are_read_as_they_were_meant(biases):
+    body = {"model": "m", "prompt": "x", "logit_bias": {str(token): bias for token, bias in biases.items()}}
+    asked = parse(CompletionRequest, json.dumps(body).encode())
+    assert dict(asked.logit_bias) == {token: bias for token, bias in biases.items() if bias}
+    assert asked.logit_changes["logit_bias"] == asked.logit_bias
 
 
 def test_top_p_0_leaves_the_likeliest_token_only(server):
@@ -248,7 +307,9 @@ GOOD = {
     "tools": [{"type": "function"}],
     "messages": [*ASK, {"role": "assistant", "content": "one"}], "prompt": ["one", [5, 6]], "store": True, "metadata": {"a": "b"},
     "input": [{"role": "user", "content": [{"type": "input_text", "text": "x"}]}], "instructions": "be brief",
-    "max_output_tokens": 1, "top_logprobs": 2, "include": ["message.output_text.logprobs"], "text": {"verbosity": "low"},
+    "max_output_tokens": 1, "top_logprobs": 2, "min_p": 0.5, "repetition_penalty": 1.2, "presence_penalty": -2,
+    "frequency_penalty": 1.5, "response_format": {"type": "text"}, "logit_bias": {"5": -100, "6": 1.5},
+    "include": ["message.output_text.logprobs"], "text": {"verbosity": "low"},
     "truncation": "auto", "logprobs": 1, "best_of": 2, "echo": False, "parallel_tool_calls": True,
 }  # fmt: skip
 

@@ -148,7 +148,7 @@ REFUSED = [
     ({"tools": [{"type": "web_search"}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"prompt": {"id": "p"}}, "prompt"),
-    ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}}, "text.format"),
+    ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}}, "text.format"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"n": 2}, "n"),
     ({"max_tokens": 5}, "max_tokens"),

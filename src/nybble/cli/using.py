@@ -179,6 +179,10 @@ def serve(
         ),
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    kv_cache: Annotated[
+        str,
+        typer.Option(help="Keys and values of the decoder: bf16, or fp8 (on a GPU), which holds twice as many tokens."),
+    ] = "bf16",
     base: Annotated[str | None, typer.Option(help="New location of the base model, if it moved.")] = None,
     queue: Annotated[
         int, typer.Option(min=16, help="Answers that may wait; beyond that, requests get status 429.")
@@ -190,6 +194,8 @@ def serve(
     from nybble.files.paths import check_cache
     from nybble.run.folder import open_run
 
+    if kv_cache not in ("bf16", "fp8"):
+        raise ServeError(f"there is no cache in {kv_cache}", fix="--kv-cache bf16, or --kv-cache fp8")
     opened, cache = [open_run(run, base) for run in runs], cache_folder(context)
     check_cache(cache)
     silence_libraries()
@@ -212,7 +218,7 @@ def serve(
     try:
         start_server(
             opened, address, Console(), engine=engine, device=device, limits=limits, cache=cache,
-            prepare="nybble.cli.app:silence_libraries",
+            fp8_cache=kv_cache == "fp8", prepare="nybble.cli.app:silence_libraries",
         )  # fmt: skip
     except KeyboardInterrupt:  # uvicorn raises it again once everything has finished
         return

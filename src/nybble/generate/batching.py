@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from nybble.generate.constraint import Constrain, Constraint, GrammarError
 from nybble.generate.request import (
     BusyError,
     Finish,
@@ -25,7 +26,9 @@ from nybble.generate.request import (
     Request,
     Sink,
     Token,
+    UnsupportedError,
 )
+from nybble.generate.seeds import fresh_seed
 
 PROMPT_TOKENS_PER_STEP = 50  # before it gives way, a batch generates one token per row for every so many it began with
 
@@ -41,8 +44,12 @@ class ActiveRequest:
     answer_ids: list[int] = field(default_factory=list)
     """Token ids of the answer so far."""
     cancelled: bool = False
+    begun: bool = False
+    """Whether its sink has been notified that its prompt is computed."""
     ended: bool = False
     """Whether its sink has been notified of its end or failure."""
+    constraint: Constraint | None = None
+    """The state of the request's grammar."""
 
     @property
     def sequence(self) -> list[int]:
@@ -58,11 +65,26 @@ class ActiveRequest:
         """Stop as soon as possible; from any thread."""
         self.cancelled = True
 
+    def begin(self, cached: int, prompt: Sequence[Token]) -> None:
+        """Notify the sink that the prompt is computed, and end a request that wants no more than that. See `Sink.begin`."""
+        if self.begun or self.ended:
+            return
+        self.begun = True
+        self.sink.begin(cached, prompt)
+        if self.tokens_left == 0:
+            self.end("length")
+
     def add_token(self, token: Token) -> None:
         """Add a token to the answer, and end the answer if it is the last."""
         if self.cancelled:
             self.end("cancelled")
             return
+        if self.constraint is not None:
+            if token.id not in self.request.stop_ids:
+                self.constraint.take(token.id)
+            if self.constraint.error:
+                self.fail(GrammarError(self.constraint.error))
+                return
         self.answer_ids.append(token.id)
         self.sink.put(token)
         if token.id in self.request.stop_ids:
@@ -97,6 +119,32 @@ class ActiveRequest:
         """Notify the sink that the answer failed."""
         self.ended = True
         self.sink.fail(error)
+
+
+def activate(
+    requests: Sequence[Request], sinks: Sequence[Sink], constrain: Constrain | None = None
+) -> list[ActiveRequest]:
+    """Requests with the states that they are answered from.
+
+    Raises:
+        GenerationError: a grammar cannot be followed.
+        UnsupportedError: one has a grammar, and there are no constraints.
+    """
+    return [
+        ActiveRequest(
+            request,
+            sink,
+            fresh_seed() if request.seed is None else request.seed,
+            constraint=None if request.grammar is None else _constraint(request, constrain),
+        )
+        for request, sink in zip(requests, sinks, strict=True)
+    ]
+
+
+def _constraint(request: Request, constrain: Constrain | None) -> Constraint:
+    if constrain is None:
+        raise UnsupportedError("grammar", "this generator has no grammars")
+    return constrain(request)
 
 
 @dataclass

@@ -166,6 +166,8 @@ class Continuous:
         running = self.running.get(output.request_id)
         if running is None or running.cancelled or self.closed:
             return  # a late token, or the manager's error for a request that was stopped
+        if not running.seen and output.generated_tokens:
+            running.sink.begin(0, ())
         new, running.seen = output.generated_tokens[running.seen :], len(output.generated_tokens)
         for token_id in new:
             if running.name not in self.running:  # closed in the meantime
@@ -213,13 +215,23 @@ def _check_options(request: Request) -> None:
     """Refuse options that the manager does not have: it samples for all requests from one random generator.
 
     Raises:
-        UnsupportedError: a seed, log probabilities, min_p, a penalty or a bias.
+        UnsupportedError: a seed, log probabilities, min_p, a penalty or a bias; or no token at all.
     """
+    if request.max_tokens == 0:
+        raise UnsupportedError("max_tokens", "continuous batching generates at least one token")
     if request.seed is not None:
         raise UnsupportedError("seed", "continuous batching cannot seed one request")
     if request.logprobs is not None:
         raise UnsupportedError("logprobs", "continuous batching gives no log probabilities")
     neutral = Request((), 0, None, frozenset())
-    for option in ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"):
+    for option in (
+        "grammar",
+        "prompt_logprobs",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
+    ):
         if getattr(request, option) != getattr(neutral, option):
             raise UnsupportedError(option, f"continuous batching has no {option}")

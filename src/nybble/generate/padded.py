@@ -12,12 +12,23 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from nybble.generate.adapters import can_mix
-from nybble.generate.batching import ActiveRequest, GenerationBatch, Scheduler
+from nybble.generate.batching import ActiveRequest, GenerationBatch, Scheduler, activate
 from nybble.generate.cache import cache_tokens
+from nybble.generate.constraint import Constrain
 from nybble.generate.pipeline import TokenPipeline
-from nybble.generate.request import GenerationError, Handle, NullObserver, Observer, Request, Sink, check_request
+from nybble.generate.prompt_scores import score_tokens
+from nybble.generate.request import (
+    GenerationError,
+    Handle,
+    NonFiniteLogitsError,
+    NullObserver,
+    Observer,
+    Request,
+    Sink,
+    Token,
+    check_request,
+)
 from nybble.generate.sampling import BatchSampler, TokenDelivery
-from nybble.generate.seeds import fresh_seed
 
 log = logging.getLogger("nybble.generate")
 log.addHandler(logging.NullHandler())  # outside a server the error itself says why; a server adds its own handlers
@@ -41,6 +52,7 @@ class Padded:
         patience: as in `Scheduler`; with it, free memory also limits a batch. Without it only `rows` does, and batches run to
             their end, so that the same requests always make the same batches, and the same rounding; a batch that runs out of
             memory is halved.
+        constrain: makes the constraints of requests with a grammar; None where there are none.
         observer: is notified of the load.
     """
 
@@ -52,10 +64,11 @@ class Padded:
         rows: int = ROWS,
         queue: int | None = None,
         patience: int | None = None,
+        constrain: Constrain | None = None,
         observer: Observer | None = None,
     ) -> None:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.model, self.pad_id = model, pad_id
+        self.model, self.pad_id, self.constrain = model, pad_id, constrain
         self.adapters = frozenset(model.peft_config) if isinstance(model, PeftModel) else frozenset()
         self.vocabulary, self.positions = int(base.config.vocab_size), int(base.config.max_position_embeddings)
         self.pipeline = TokenPipeline(model, pad_id)
@@ -89,10 +102,7 @@ class Padded:
         """
         for request in requests:
             check_request(request, self.vocabulary, self.adapters)
-        rows = [
-            ActiveRequest(request, sink, fresh_seed() if request.seed is None else request.seed)
-            for request, sink in zip(requests, sinks, strict=True)
-        ]
+        rows = activate(requests, sinks, self.constrain)
         self.scheduler.submit(rows)
         return list[Handle](rows)
 
@@ -136,7 +146,11 @@ class Padded:
 
     def _compute(self, batch: GenerationBatch) -> None:
         assert not self.model.training, "the model is in training mode, so dropout would change the answers"
-        rows = batch.rows
+        for row in batch.rows:
+            self._begin(row)
+        batch.rows = rows = batch.unfinished()
+        if not rows:
+            return
         sampler = BatchSampler(rows, self.pipeline.device)
         adapters = [row.request.adapter for row in rows]
         uniform = len(set(adapters)) == 1
@@ -145,6 +159,22 @@ class Padded:
                 [row.sequence for row in rows], max(row.tokens_left for row in rows), sampler, TokenDelivery(batch, sampler),
                 None if uniform else adapters,
             )  # fmt: skip
+
+    def _begin(self, row: ActiveRequest) -> None:
+        """Score a prompt that is asked for, in a pass of its own, and tell the sink."""
+        request = row.request
+        prompt: list[Token] = []
+        if request.prompt_logprobs is not None and not row.begun:
+            base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            with self._using_adapter(request.adapter), torch.no_grad():
+                ids = torch.tensor([list(request.prompt)], device=self.pipeline.device)
+                states = base.model(input_ids=ids, use_cache=False).last_hidden_state[0]
+                scores = score_tokens(states, base.lm_head, request.prompt[1:], request.prompt_logprobs)
+            if scores is None:
+                row.fail(NonFiniteLogitsError())
+                return
+            prompt = [Token(request.prompt[0]), *scores]
+        row.begin(0, prompt)
 
     @contextlib.contextmanager
     def _using_adapter(self, adapter: str | None) -> Iterator[None]:

@@ -27,6 +27,7 @@ class Request:
 
     prompt: Sequence[int]
     max_tokens: int
+    """0 computes the prompt only."""
     adapter: str | None
     """The generator's name of the adapter that answers; None for the base. Requests of one batch may name different ones."""
     stop_ids: frozenset[int]
@@ -44,10 +45,14 @@ class Request:
     """Subtracted from a token's logit as often as the token is in the answer."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Token ids, and what is added to their logits."""
+    grammar: str | None = None
+    """What the answer must follow, in the form that the generator's constraints are made from; None for anything."""
     seed: int | None = None
     """None for a fresh random seed."""
     logprobs: int | None = None
     """How many of the likeliest tokens to return with each token; None for no log probabilities at all."""
+    prompt_logprobs: int | None = None
+    """How many of the likeliest tokens to return with each token of the prompt; None for nothing about the prompt."""
     deadline: float | None = None
     """When to stop, however long the answer is by then, in the time of `time.monotonic`."""
 
@@ -102,6 +107,14 @@ class BusyError(Exception):
 
 class Sink(Protocol):
     """Receives the tokens of one request. Called from the generator's thread; must not block."""
+
+    def begin(self, cached: int, prompt: Sequence[Token]) -> None:
+        """The prompt is computed; called once before the first token, or before `end` if `max_tokens` is 0.
+
+        Args:
+            cached: how many of its tokens did not have to be computed, as a sequence before it began alike.
+            prompt: its tokens if `prompt_logprobs` asks for them, the first without a log probability; else empty.
+        """
 
     def put(self, token: Token) -> None:
         """Receive the next token."""
@@ -169,13 +182,13 @@ def check_request(request: Request, vocabulary: int, adapters: Container[str]) -
     """Refuse a request that would make its whole batch fail.
 
     Raises:
-        GenerationError: an empty prompt, an id beyond the vocabulary in prompt or logit_bias, max_tokens below one, or an unknown
-            adapter.
+        GenerationError: an empty prompt, an id beyond the vocabulary in prompt or logit_bias, max_tokens below zero, or an
+            unknown adapter.
     """
     if not request.prompt:
         raise GenerationError("the prompt has no tokens")
-    if request.max_tokens < 1:
-        raise GenerationError(f"max_tokens is {request.max_tokens}; an answer has at least one token")
+    if request.max_tokens < 0:
+        raise GenerationError(f"max_tokens is {request.max_tokens}; it is a number of tokens")
     invalid = next((token_id for token_id in request.prompt if not 0 <= token_id < vocabulary), None)
     if invalid is not None:
         raise GenerationError(f"the prompt has token {invalid}, but the model's ids go from 0 to {vocabulary - 1:,}")
@@ -192,6 +205,10 @@ class Completed:
 
     tokens: list[Token] = field(default_factory=list)
     finish: Finish | None = None
+    cached: int = 0
+    """How many tokens of the prompt did not have to be computed."""
+    prompt: Sequence[Token] = ()
+    """The prompt's tokens, if the request asks for them."""
 
     @property
     def ids(self) -> list[int]:
@@ -207,6 +224,9 @@ class _Collector:
     on_token: Callable[[int, Token], None] | None
     completed: Completed = field(default_factory=Completed)
     error: GenerationError | None = None
+
+    def begin(self, cached: int, prompt: Sequence[Token]) -> None:
+        self.completed.cached, self.completed.prompt = cached, prompt
 
     def put(self, token: Token) -> None:
         self.completed.tokens.append(token)

@@ -9,6 +9,7 @@ import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
 from nybble.generate.batching import ActiveRequest, GenerationBatch
+from nybble.generate.constraint import ConstrainedRows
 from nybble.generate.draw import Distribution
 from nybble.generate.penalties import LogitChanges, changes_logits
 from nybble.generate.request import Token
@@ -74,20 +75,23 @@ class RowSampler:
         self._rows: list[ActiveRequest] = []
         self._sampled: list[int] = []
         self._changes: LogitChanges | None = None
+        self._constrained: ConstrainedRows | None = None
         self._counts: list[int | None] = []
 
     def sample(self, rows: Sequence[ActiveRequest], positions: Sequence[int], logits: torch.Tensor) -> SampledTokens:
         """The next token of each row, with log probabilities for the rows that want them.
 
         Args:
-            rows: the requests. Where one has penalties and the rows are other than those of the call before, all of its tokens so
-                far are known.
+            rows: the requests. Where one has a grammar, all of its tokens so far are known; where one has penalties, they are
+                known if the rows are other than those of the call before.
             positions: of the new tokens in their sequences.
             logits: (rows, vocabulary).
         """
         if list(rows) != self._rows:
             self._read_options(rows, logits.shape[1])
         changed = logits if self._changes is None else self._changes.apply(logits)
+        if self._constrained is not None:
+            changed = self._constrained.apply(changed)
         chosen = changed.argmax(-1)
         if self._sampled:
             numbers = uniforms([rows[n].seed for n in self._sampled], [positions[n] for n in self._sampled])
@@ -111,6 +115,9 @@ class RowSampler:
         self._changes = None
         if any(changes_logits(row.request) for row in rows):
             self._changes = LogitChanges(rows, vocabulary, self.device)
+        self._constrained = None
+        if any(row.constraint is not None for row in rows):
+            self._constrained = ConstrainedRows([row.constraint for row in rows])
 
 
 class BatchSampler(LogitsProcessor):  # type: ignore[misc]

@@ -40,7 +40,10 @@ class Choice:
     generated: int = 0
     """Tokens generated, including the one that ends the answer."""
     shown: list[Token] = field(default_factory=list)
-    """The tokens without the one that ends the answer, for log probabilities."""
+    """The tokens for log probabilities: those of a prompt that is sent back, then the answer's, without the one that ends it
+    unless the prompt is sent back."""
+    echo: str | None = None
+    """The prompt that was sent back."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Piece:
     choice: Choice
     text: str
     tokens: Sequence[Token]
+    is_prompt: bool = False
+    """Whether it is the prompt that is sent back."""
 
 
 class Job:
@@ -58,6 +63,7 @@ class Job:
     Args:
         parsed: the request.
         prompts: token ids, one list per prompt; each is answered `parsed.answers` times.
+        grammar: that the answers follow; None for any text.
         timeout: seconds until the job is cancelled.
 
     Raises:
@@ -72,9 +78,11 @@ class Job:
         metrics: Metrics,
         *,
         timeout: float,
+        grammar: str | None = None,
         log_prompts: bool = False,
     ) -> None:
         self.parsed, self.model, self.metrics, self.log_prompts = parsed, model, metrics, log_prompts
+        self.grammar = grammar
         self.id = f"{parsed.id_prefix}{secrets.token_hex(12)}"
         self.created = int(time.time())
         self.timeout, self.started, self.first_token_seconds = timeout, time.perf_counter(), 0.0
@@ -114,6 +122,12 @@ class Job:
         ]
 
     @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompts that did not have to be computed; of several answers to one prompt, the least."""
+        cached, n = [choice.answer.cached for choice in self.choices], self.parsed.answers
+        return sum(min(cached[start : start + n]) for start in range(0, len(cached), n))
+
+    @property
     def completion_tokens(self) -> int:
         """Tokens generated for all answers."""
         return sum(choice.generated for choice in self.choices)
@@ -141,6 +155,8 @@ class Job:
                 choice = by_answer[id(answer)]
                 if choice.finish is not None:
                     continue  # a token that arrived after a stop string had ended the answer
+                if self.parsed.echoes and choice.echo is None:
+                    yield self._echo(choice)
                 piece = self._add_token(choice, token) if token is not None else self._end_choice(choice)
                 if piece.text or piece.tokens or choice.finish:
                     yield piece
@@ -157,8 +173,8 @@ class Job:
     def _request(self, prompt: list[int], number: int) -> Request:
         parsed = self.parsed
         available = self.model.positions - len(prompt)
-        limit = parsed.limit or min(DEFAULT_MAX_TOKENS, available)
-        if limit > available or available < 1:
+        limit = min(DEFAULT_MAX_TOKENS, available) if parsed.limit is None else parsed.limit
+        if limit > available or (parsed.limit is None and available < 1):
             # The number may have 4,300 digits.
             requested = f"{max(limit, 1):,}" if limit < 10**12 else "longer than any answer"
             length = f"{len(prompt):,} tokens and {parsed.limit_field} is {requested}"
@@ -175,8 +191,11 @@ class Job:
             temperature,
             top_p,
             top_k,
+            grammar=self.grammar,
             seed=seed,
             logprobs=parsed.likeliest,
+            prompt_logprobs=parsed.likeliest if parsed.echoes else None,
+            **parsed.logit_changes,
         )
 
     def _stream(self, prompt: list[int]) -> TextStream:
@@ -187,15 +206,26 @@ class Job:
         continues = bool(rendered) and prefix.endswith(rendered)
         return TextStream(template.tokenizer, self.parsed.stop, before, strip=chat, continues=continues)
 
-    def _add_token(self, choice: Choice, token: Token) -> Piece:
+    def _echo(self, choice: Choice) -> Piece:
+        """The prompt as text. Its tokens are known by now, if they were asked for."""
+        self._note_first()
+        choice.text = choice.echo = self.tokenizer.decode(choice.prompt, skip_special_tokens=True)
+        choice.shown += choice.answer.prompt
+        return Piece(choice, choice.text, choice.answer.prompt, is_prompt=True)
+
+    def _note_first(self) -> None:
         if not self.first_token_seconds:
             self.first_token_seconds = time.perf_counter() - self.started
             self.metrics.first_token.labels(self.model.name).observe(self.first_token_seconds)
             self.metrics.tokens.labels(self.model.name, "prompt").inc(self.prompt_tokens)
+
+    def _add_token(self, choice: Choice, token: Token) -> Piece:
+        self._note_first()
         self.made.inc()
         choice.generated += 1
         text = choice.stream.push(token)
-        tokens = [] if token.id in self.stop_ids or self.parsed.likeliest is None else [token]
+        is_hidden = token.id in self.stop_ids and not self.parsed.echoes
+        tokens = [] if is_hidden or self.parsed.likeliest is None else [token]
         if choice.stream.stopped:
             choice.answer.cancel()
             self._finish(choice, "stop")
@@ -230,5 +260,8 @@ class Job:
         )  # fmt: skip
         if self.log_prompts:
             for choice in self.choices:
-                texts = {"prompt": self.tokenizer.decode(choice.prompt), "answer": choice.text}
+                texts = {
+                    "prompt": self.tokenizer.decode(choice.prompt),
+                    "answer": choice.text.removeprefix(choice.echo or ""),
+                }
                 log.info("%s: %s", self.model.name, json.dumps(texts, ensure_ascii=False))

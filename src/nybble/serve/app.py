@@ -200,8 +200,12 @@ class Api:
                 check_ids(prompt, model.rows, model.template.tokenizer)
             except DataError as error:
                 raise RequestError(error.what, param=parsed.source, code="invalid_value") from None
-        timeout = self.limits.timeout
-        job = Job(parsed, model, prompts, self.metrics, timeout=timeout, log_prompts=self.limits.log_prompts)
+        check_biases(parsed, model)
+        grammar = None
+        if parsed.schema_wanted is not None:
+            grammar = await self.encoder.grammar(parsed.option_names["grammar"], parsed.schema_wanted)
+        timeout, log_prompts = self.limits.timeout, self.limits.log_prompts
+        job = Job(parsed, model, prompts, self.metrics, timeout=timeout, grammar=grammar, log_prompts=log_prompts)
         try:
             await job.submit(self.engine)
         except BusyError as busy:
@@ -224,6 +228,21 @@ class Api:
         response = await unless_disconnected(request, self.abort, full_response(job, reply))
         response.headers.update(headers)
         return response
+
+
+def check_biases(parsed: ParsedRequest, model: ServedModel) -> None:
+    """Refuse a bias for a token that the model does not have.
+
+    Raises:
+        RequestError: there is one; it names the token.
+    """
+    for token, _ in parsed.logit_changes.get("logit_bias", ()):
+        if token >= model.rows:
+            raise RequestError(
+                f"logit_bias names token {token}, but the ids of {model.name} go from 0 to {model.rows - 1:,}",
+                param="logit_bias",
+                code="invalid_value",
+            )
 
 
 def first_turn(parsed: ChatRequest | ResponseRequest) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
 
 from nybble.chat.text import spelling
 from nybble.generate.request import Token
@@ -93,10 +97,13 @@ def model_entry(model: ServedModel, created: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def usage(job: Job) -> dict[str, int]:
+def usage(job: Job) -> dict[str, Any]:
     """Tokens of the prompts and of the answers."""
     prompt, completion = job.prompt_tokens, job.completion_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": job.cached_tokens},
+    }  # fmt: skip
 
 
 def _chunks(job: Job, piece: Piece) -> list[dict[str, Any]]:
@@ -108,8 +115,9 @@ def _chunks(job: Job, piece: Piece) -> list[dict[str, Any]]:
         parts = parts if piece.text or piece.tokens else []
         parts += [{"delta": {}, "logprobs": None, "finish_reason": end}] if end else []
     else:
-        offset = len(choice.text) - len(piece.text)
-        logprobs = _plain_logprobs(job, piece.tokens, offset) if piece.tokens else None
+        begin = len(choice.text) - len(piece.text)
+        offsets = _offsets(job, piece.tokens, begin, len(choice.text) if piece.is_prompt else None)
+        logprobs = _plain_logprobs(job, piece.tokens, offsets) if piece.tokens else None
         parts = [{"text": piece.text, "logprobs": logprobs, "finish_reason": end}]
     return [_chunk(job, [{"index": choice.index, **part}]) for part in parts]
 
@@ -134,7 +142,7 @@ def _whole_choice(job: Job, choice: Choice) -> dict[str, Any]:
         logprobs = chat_logprobs(job, choice.shown) if wants_logprobs else None
     else:
         answer = {"text": choice.text}
-        logprobs = _plain_logprobs(job, choice.shown, 0) if wants_logprobs else None
+        logprobs = _plain_logprobs(job, choice.shown, _all_offsets(job, choice)) if wants_logprobs else None
     return {"index": choice.index, **answer, "logprobs": logprobs, "finish_reason": choice.finish}
 
 
@@ -151,12 +159,46 @@ def chat_logprobs(job: Job, tokens: Sequence[Token]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def _plain_logprobs(job: Job, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
-    texts = [spelling(job.tokenizer, token.id)[0] for token in tokens]
-    offsets = [offset + sum(map(len, texts[:n])) for n in range(len(texts))]
-    top = [{spelling(job.tokenizer, likely)[0]: value for likely, value in token.top} for token in tokens]
+def _all_offsets(job: Job, choice: Choice) -> list[int]:
+    """Where each token of an answer begins, those of the prompt included if it is sent back."""
+    of_prompt, begin = (len(choice.answer.prompt), len(choice.echo)) if choice.echo is not None else (0, 0)
+    prompt, answer = choice.shown[:of_prompt], choice.shown[of_prompt:]
+    return _offsets(job, prompt, 0, begin) + _offsets(job, answer, begin)
+
+
+def _offsets(job: Job, tokens: Sequence[Token], begin: int, end: int | None = None) -> list[int]:
+    """Where each token begins in the text.
+
+    Args:
+        job: whose tokens these are.
+        tokens: one after another.
+        begin: where the text of the first begins.
+        end: where the text of the last ends, if it is known: a text may lack the space that its first token begins with.
+    """
+    if not tokens:
+        return []
+    lengths = [_length(job, token.id) for token in tokens]
+    surplus = begin + sum(lengths) - end if end is not None else 0
+    return [max(begin, offset - surplus) for offset in itertools.accumulate(lengths[:-1], initial=begin)]
+
+
+def _length(job: Job, token_id: int) -> int:
+    """Characters that a token adds to a text: its bytes without those that continue a character."""
+    if token_id in _special_ids(job.tokenizer):
+        return 0
+    return sum(byte & 0xC0 != 0x80 for byte in spelling(job.tokenizer, token_id)[1])
+
+
+@functools.lru_cache(maxsize=16)
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that a text does not show."""
+    return frozenset(token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
+
+
+def _plain_logprobs(job: Job, tokens: Sequence[Token], offsets: list[int]) -> dict[str, Any]:
+    top = [{spelling(job.tokenizer, likely)[0]: value for likely, value in token.top} or None for token in tokens]
     return {
-        "tokens": texts,
+        "tokens": [spelling(job.tokenizer, token.id)[0] for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": top if job.parsed.likeliest else None,
         "text_offset": offsets,

@@ -6,11 +6,14 @@ import pathlib
 from collections.abc import Sequence
 from dataclasses import replace
 
+from transformers import PreTrainedTokenizerBase
+
 from nybble.chat.answerer import Answerer
 from nybble.chat.loading import load_answerers
 from nybble.chat.templates import load_template
 from nybble.errors import ServeError
 from nybble.files.paths import default_cache
+from nybble.generate.constraint import Constrain
 from nybble.generate.continuous import Continuous
 from nybble.generate.decoder.choice import make_decoder
 from nybble.generate.padded import PATIENCE, Padded
@@ -21,15 +24,25 @@ from nybble.model.device import choose_device, choose_dtype
 from nybble.recipe import ModelOptions
 from nybble.run.folder import Run
 from nybble.serve.engine import Engine, ServedModel
+from nybble.serve.grammar import make_constrain
 from nybble.serve.names import base_name, merged_folder, run_names
 from nybble.serve.threaded import InThread
 from nybble.weights.watched import Ineligible
 
 
 def load_named(
-    observer: Observer, *, engine: str, runs: Sequence[Run], device: str, queue: int, cache: pathlib.Path | None
-) -> Engine:
-    """Load runs into the engine of that name: auto, pipeline, decoder or continuous. Raises what its own loader does."""
+    observer: Observer, *, engine: str, runs: Sequence[Run], device: str, queue: int, cache: pathlib.Path | None,
+    fp8_cache: bool,
+) -> Engine:  # fmt: skip
+    """Load runs into the engine of that name: auto, pipeline, decoder or continuous. Raises what its own loader does.
+
+    Raises:
+        ServeError: the cache is to be in fp8, and the engine is not the decoder.
+    """
+    if fp8_cache:
+        if engine not in ("auto", "decoder"):
+            raise ServeError(f"the engine {engine} has no cache in fp8", fix="--engine decoder, or --kv-cache bf16")
+        return load_decoder(runs, observer, device=device, queue=queue, cache=cache, fp8_cache=True)
     load = {"auto": load_auto, "pipeline": load_pipeline, "decoder": load_decoder, "continuous": load_continuous}[
         engine
     ]
@@ -75,7 +88,10 @@ def pipeline_engine(answerers: dict[str, Answerer], base: str, observer: Observe
         queue: how many answers may wait.
     """
     first = next(iter(answerers.values()))
-    padded = Padded(first.model, first.tokenizer.pad_token_id, queue=queue, patience=PATIENCE, observer=observer)
+    padded = Padded(
+        first.model, first.tokenizer.pad_token_id, queue=queue, patience=PATIENCE, constrain=_constrain(answerers),
+        observer=observer,
+    )  # fmt: skip
     together = "share batches" if padded.scheduler.mixes_adapters else "take turns"
     about = (
         "the Transformers pipeline; requests are batched, "
@@ -86,8 +102,9 @@ def pipeline_engine(answerers: dict[str, Answerer], base: str, observer: Observe
 
 
 def load_decoder(
-    runs: Sequence[Run], observer: Observer, *, device: str, queue: int, cache: pathlib.Path | None = None
-) -> Engine:
+    runs: Sequence[Run], observer: Observer, *, device: str, queue: int, cache: pathlib.Path | None = None,
+    fp8_cache: bool = False,
+) -> Engine:  # fmt: skip
     """Load the runs' base with an adapter for each, for nybble's own decoder.
 
     Raises:
@@ -96,25 +113,29 @@ def load_decoder(
     """
     answerers, base = _load_answerers(runs, device, cache)
     try:
-        return decoder_engine(answerers, base, observer, queue=queue, cache=cache)
+        return decoder_engine(answerers, base, observer, queue=queue, cache=cache, fp8_cache=fp8_cache)
     except Ineligible as why:
         raise ServeError(f"the decoder cannot compute this model: {why}", fix="--engine pipeline") from None
 
 
 def decoder_engine(
-    answerers: dict[str, Answerer], base: str, observer: Observer, *, queue: int, cache: pathlib.Path | None = None
-) -> Engine:
+    answerers: dict[str, Answerer], base: str, observer: Observer, *, queue: int, cache: pathlib.Path | None = None,
+    fp8_cache: bool = False,
+) -> Engine:  # fmt: skip
     """As `pipeline_engine`, with nybble's own decoder.
 
     Raises:
         Ineligible: the decoder cannot compute this model.
     """
     first = next(iter(answerers.values()))
-    decoder = make_decoder(first.model, queue=queue, observer=observer, cache=cache)
+    constrain = _constrain(answerers)
+    decoder = make_decoder(
+        first.model, queue=queue, observer=observer, cache=cache, constrain=constrain, fp8_cache=fp8_cache
+    )
     decoder.steps.warm_up()
     about = (
         f"nybble's own loop in {decoder.steps.about}; requests join and leave at every token, whichever model they name; "
-        f"the cache holds {decoder.steps.tokens:,} tokens"
+        f"the cache holds {decoder.steps.tokens:,} tokens{' in fp8' if fp8_cache else ''}"
     )
     models = _served_models(answerers, base, decoder.positions, decoder.vocabulary)
     return Engine("decoder", about, models, _changes(answerers), queue, InThread(decoder), first.folder)
@@ -137,6 +158,14 @@ def _served_models(
         for name, own in answerers.items()
     }
     return models | {base: ServedModel(base, first.template, positions, None, vocabulary)}
+
+
+def _constrain(answerers: dict[str, Answerer]) -> Constrain | None:
+    """What makes the generator follow grammars, in the tokens of each adapter; the base has those of the first."""
+    first = next(iter(answerers.values()))
+    tokenizers: dict[str | None, PreTrainedTokenizerBase] = {None: first.tokenizer}
+    tokenizers |= {own.adapter: own.tokenizer for own in answerers.values()}
+    return make_constrain(tokenizers, first.model.config.vocab_size)
 
 
 def _changes(answerers: dict[str, Answerer]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
+from collections.abc import Sequence
 
 from nybble.generate.request import Finish, GenerationError, Handle, Token
 
@@ -26,6 +27,14 @@ class AnswerSink:
         """For cancelling; set once the request was submitted."""
         self.finish: Finish | None = None
         """Why the answer ended; None until it does."""
+        self.cached = 0
+        """How many tokens of the prompt did not have to be computed; known once there is a token."""
+        self.prompt: Sequence[Token] = ()
+        """The prompt's tokens with log probabilities, if they were asked for; known once there is a token or the end."""
+
+    def begin(self, cached: int, prompt: Sequence[Token]) -> None:
+        """Keep what there is to say of the prompt."""
+        self.cached, self.prompt = cached, prompt
 
     def put(self, token: Token) -> None:
         """Post a token."""

@@ -18,17 +18,20 @@ from pydantic import (
 
 from nybble.data.rows.formats import Conversation, Message
 from nybble.serve.fields import FieldError, Neutral, Refused, RequestError, Strict, explain
+from nybble.serve.logit_fields import LogitBias, MinP, Penalty, RepetitionPenalty
+from nybble.serve.output_format import ChatFormat, Schema
 
 MOST_ANSWERS = 128  # n, the same limit as OpenAI's; the queue may be shorter
 MOST_STOPS, LONGEST_STOP = 64, 1000  # every token is compared with them
 COLDEST = 1e-5  # a temperature below it is greedy: logits divided by 1e-40 are infinite in float32
 MOST_MESSAGES = 512
 MOST_BRACKETS = 200_000  # in a body, strings included: a million empty lists would block all requests for 2 s
+LOGIT_CHANGES = {"min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"}
 PARTS = ("text", "input_text", "output_text")  # of a message's content
 PROMPTS = "prompt is a text, a list of token ids, or a list of these"
+CONTINUES = "not together with a last message from the assistant: the answer is a whole JSON text"
 NO_TOOLS = "this server does not call tools; leave it out, or send tool_choice: none"
 NO_FUNCTIONS = "this server does not call functions; leave it out, or send function_call: none"
-NO_PENALTY = "penalties and biases are not supported; leave it out"
 
 
 def _text(value: Any) -> Any:
@@ -121,24 +124,20 @@ class ParsedRequest(Strict):
     """Names of the engine's options in this API, where they differ."""
     is_chat: ClassVar[bool] = True
     neutral: ClassVar[Neutral] = {
-        "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},), "min_p": (0,),
         "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
-        "parallel_tool_calls": (True, False), "response_format": ({"type": "text"},), "modalities": (["text"],),
-        "store": (False,), "suffix": ("",), "echo": (False,),
+        "parallel_tool_calls": (True, False), "modalities": (["text"],),
+        "store": (False,), "suffix": ("",),
     }  # fmt: skip
     ignored = frozenset({
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
         "prompt_cache_retention", "prediction", "reasoning_effort", "verbosity",
     })  # fmt: skip
     refused: ClassVar[Refused] = {
-        "frequency_penalty": NO_PENALTY, "presence_penalty": NO_PENALTY, "repetition_penalty": NO_PENALTY,
-        "logit_bias": NO_PENALTY, "min_p": "not supported; top_p and top_k are",
         "tools": NO_TOOLS, "tool_choice": NO_TOOLS, "functions": NO_FUNCTIONS, "function_call": NO_FUNCTIONS,
         "parallel_tool_calls": "it must be true or false",
-        "response_format": "answers are plain text; JSON mode and schemas are not supported",
         "modalities": "answers are text only", "audio": "answers are text only",
         "web_search_options": "this server does not search the web", "moderation": "this server has no moderation",
-        "suffix": "this server does not fill in the middle of a text", "echo": "this server does not send the prompt back",
+        "suffix": "this server does not fill in the middle of a text",
     }  # fmt: skip
     _unused: tuple[str, ...] = PrivateAttr(())
 
@@ -178,9 +177,24 @@ class ParsedRequest(Strict):
         """Top log probabilities per token; None for no log probabilities."""
 
     @property
+    def echoes(self) -> bool:
+        """Whether the answer begins with the prompt."""
+        return False
+
+    @property
     def answer_prefix(self) -> str:
         """The beginning of the answer, if the request contains it."""
         return ""
+
+    @property
+    def schema_wanted(self) -> Schema | None:
+        """The JSON schema that the answer must fit; None for any text."""
+        return None
+
+    @property
+    def logit_changes(self) -> dict[str, Any]:
+        """What changes the logits, by the names of `nybble.generate.request.Request`."""
+        return {}
 
 
 class Counted(ParsedRequest):
@@ -188,11 +202,21 @@ class Counted(ParsedRequest):
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1
+    min_p: MinP = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: LogitBias = ()
 
     @property
     def answers(self) -> int:
         """Answers per prompt."""
         return self.n
+
+    @property
+    def logit_changes(self) -> dict[str, Any]:
+        """What changes the logits, by the names of `nybble.generate.request.Request`."""
+        return self.model_dump(include=LOGIT_CHANGES)
 
 
 class ChatRequest(Counted):
@@ -201,10 +225,14 @@ class ChatRequest(Counted):
     kind = "chat.completion"
     id_prefix = "chatcmpl-"
     source = "messages"
+    option_names: ClassVar[Mapping[str, str]] = {"grammar": "response_format"}
+    neutral: ClassVar[Neutral] = {**ParsedRequest.neutral, "echo": (False,)}
+    refused: ClassVar[Refused] = {**ParsedRequest.refused, "echo": "only for /v1/completions"}
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ChatFormat | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
 
@@ -213,6 +241,8 @@ class ChatRequest(Counted):
         if self.top_logprobs is not None and not self.logprobs:
             raise FieldError("top_logprobs", "only allowed with logprobs=true")
         check_last(self.source, self.messages)
+        if self.schema_wanted is not None and self.messages[-1].role == "assistant":
+            raise FieldError("response_format", CONTINUES)
         continues = self.messages[-1].role == "assistant"
         if self.continue_final_message not in (None, continues):
             raise FieldError(
@@ -241,6 +271,11 @@ class ChatRequest(Counted):
         return self.max_completion_tokens or self.max_tokens
 
     @property
+    def schema_wanted(self) -> Schema | None:
+        """The JSON schema that the answer must fit; None for any text."""
+        return None if self.response_format is None else self.response_format.schema
+
+    @property
     def likeliest(self) -> int | None:
         """Top log probabilities per token; None for no log probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -258,12 +293,19 @@ class CompletionRequest(Counted):
     id_prefix = "cmpl-"
     source = "prompt"
     is_chat = False
+    neutral: ClassVar[Neutral] = {**ParsedRequest.neutral, "response_format": ({"type": "text"},)}
+    refused: ClassVar[Refused] = {**ParsedRequest.refused, "response_format": "only for chats and responses"}
+    option_names: ClassVar[Mapping[str, str]] = {"prompt_logprobs": "echo"}
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]  # checked here once, not id by id
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    echo: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise FieldError("max_tokens", "0 is only allowed with echo=true, which sends the prompt back")
         if self.best_of not in (None, self.n):
             raise FieldError("best_of", "not supported; ask for n answers instead")
         return self
@@ -271,7 +313,12 @@ class CompletionRequest(Counted):
     @property
     def limit(self) -> int | None:
         """Tokens that an answer may have; 16 by default, as in OpenAI's API."""
-        return self.max_tokens or 16
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the answer begins with the prompt."""
+        return self.echo
 
     @property
     def likeliest(self) -> int | None:

@@ -11,6 +11,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from nybble.generate.constraint import GrammarError
 from nybble.generate.request import GenerationError
 from nybble.serve.answers import Job
 from nybble.serve.bodies import ReplyFormat
@@ -137,5 +138,7 @@ def failure(error: TimeoutError | GenerationError, timeout: float = 0.0) -> Requ
             code="timeout",
             headers=NO_RETRY,
         )
+    if isinstance(error, GrammarError):  # found only while it was followed
+        return RequestError(str(error), code="invalid_value")
     code = "shutting_down" if isinstance(error, ShuttingDownError) else "engine_failed"
     return RequestError(str(error), status=503, code=code, headers=NO_RETRY)

@@ -14,7 +14,8 @@ from nybble.generate.request import Token
 from nybble.serve.answers import Job, Piece
 from nybble.serve.bodies import chat_logprobs, event
 from nybble.serve.fields import FieldError, Neutral, Refused, RequestError, Strict, note
-from nybble.serve.protocol import MOST_MESSAGES, NO_TOOLS, ParsedRequest, Turn, check_last
+from nybble.serve.output_format import Schema, TextFormat
+from nybble.serve.protocol import CONTINUES, MOST_MESSAGES, NO_TOOLS, ParsedRequest, Turn, check_last
 
 LOGPROBS = "message.output_text.logprobs"  # the supported value of include; the others are for tools and reasoning
 NOT_STORED = "this server stores nothing; send the whole conversation as input"
@@ -52,9 +53,8 @@ class TextOptions(Strict):
     """The request's options for the text."""
 
     path = "text."
-    neutral: ClassVar[Neutral] = {"format": ({"type": "text"},)}
     ignored = frozenset({"verbosity"})
-    refused: ClassVar[Refused] = {"format": "answers are plain text; JSON mode and schemas are not supported"}
+    format: TextFormat | None = None
 
 
 class ResponseRequest(ParsedRequest):
@@ -64,7 +64,7 @@ class ResponseRequest(ParsedRequest):
     id_prefix = "resp_"
     source = "input"
     limit_field = "max_output_tokens"
-    option_names: ClassVar[Mapping[str, str]] = {"logprobs": "include"}
+    option_names: ClassVar[Mapping[str, str]] = {"logprobs": "include", "grammar": "text.format"}
     neutral: ClassVar[Neutral] = {
         "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "store": (False,),
         "background": (False,), "context_management": ([],), "truncation": ("disabled",),
@@ -92,7 +92,14 @@ class ResponseRequest(ParsedRequest):
         if self.top_logprobs and LOGPROBS not in self.include:
             raise FieldError("top_logprobs", f"only allowed with include=[{LOGPROBS!r}]")
         check_last(self.source, self.input)
+        if self.schema_wanted is not None and self.input[-1].role == "assistant":
+            raise FieldError("text.format", CONTINUES)
         return self
+
+    @property
+    def schema_wanted(self) -> Schema | None:
+        """The JSON schema that the answer must fit; None for any text."""
+        return None if self.text is None or self.text.format is None else self.text.format.schema
 
     @property
     def turns(self) -> Sequence[Turn]:
@@ -192,10 +199,15 @@ class TextResponse:
     def _item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.message, "type": "message", "role": "assistant", "status": status, "content": content}
 
+    def _format(self) -> Mapping[str, Any]:
+        text = self.parsed.text
+        return {"type": "text"} if text is None or text.format is None else text.format.given
+
     def _response(self, status: str, output: list[dict[str, Any]], error: Any = None) -> dict[str, Any]:
         parsed, completion_tokens, ended = self.parsed, self.job.completion_tokens, status != "in_progress"
         usage = {
-            "input_tokens": self.job.prompt_tokens, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "input_tokens": self.job.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": self.job.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": completion_tokens, "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": self.job.prompt_tokens + completion_tokens,
         }  # fmt: skip
@@ -205,7 +217,7 @@ class TextResponse:
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": parsed.instructions, "max_output_tokens": parsed.max_output_tokens, "metadata": parsed.metadata,
             "model": self.job.model.name, "output": output, "parallel_tool_calls": False, "previous_response_id": None,
-            "store": False, "temperature": parsed.temperature, "text": {"format": {"type": "text"}}, "tool_choice": "none",
+            "store": False, "temperature": parsed.temperature, "text": {"format": self._format()}, "tool_choice": "none",
             "tools": [], "top_logprobs": parsed.top_logprobs or 0, "top_p": parsed.top_p, "truncation": "disabled",
             "usage": usage if ended else None,
         }  # fmt: skip

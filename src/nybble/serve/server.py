@@ -119,11 +119,12 @@ async def _until(reached: Callable[[], bool], seconds: float) -> None:
 
 def serve(
     runs: Sequence[Run], address: Address, console: Console, *, engine: str, device: str, limits: Limits,
-    cache: pathlib.Path | None = None, prepare: str = "",
+    cache: pathlib.Path | None = None, fp8_cache: bool = False, prepare: str = "",
 ) -> None:  # fmt: skip
     """Serve until interrupted. The engine vllm is `nybble.serve.vllm`'s.
 
     Args:
+        fp8_cache: keys and values in fp8; the decoder on a GPU.
         prepare: a function, as `module:function`, that the generator's process calls before it imports anything else.
 
     Raises:
@@ -137,7 +138,16 @@ def serve(
     try:
         metrics = Metrics()
         with console.status("loading"):  # 3. the model
-            loaded = load_engine(engine, runs, metrics, device=device, queue=limits.queue, cache=cache, prepare=prepare)
+            loaded = load_engine(
+                engine,
+                runs,
+                metrics,
+                device=device,
+                queue=limits.queue,
+                cache=cache,
+                fp8_cache=fp8_cache,
+                prepare=prepare,
+            )
         try:
             print_summary(console, loaded, address, listener, local)  # 4. what is served, and where
             run_server(loaded, metrics, limits, address.access, listener, console)  # 5. answers
@@ -149,7 +159,7 @@ def serve(
 
 def load_engine(
     name: str, runs: Sequence[Run], metrics: Metrics, *, device: str, queue: int, cache: pathlib.Path | None = None,
-    prepare: str = "",
+    fp8_cache: bool = False, prepare: str = "",
 ) -> Engine:  # fmt: skip
     """Load runs into the engine of that name, in a process of its own.
 
@@ -160,7 +170,14 @@ def load_engine(
     if (problem := first_incompatibility("serve")) is not None:
         raise ServeError(problem.what, fix=f"{pip()} install {problem.requirement}")
     names = run_names(runs)
-    arguments = {"engine": name, "runs": list(runs), "device": device, "queue": queue, "cache": cache}
+    arguments = {
+        "engine": name,
+        "runs": list(runs),
+        "device": device,
+        "queue": queue,
+        "cache": cache,
+        "fp8_cache": fp8_cache,
+    }
     worker, facts = start_process(LoadingJob("nybble.serve.loading:load_named", arguments, prepare), metrics)
     try:
         templates = {name: load_template(run, facts.folder)[1] for name, run in zip(names, runs, strict=True)}

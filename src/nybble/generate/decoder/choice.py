@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from nybble.files.paths import default_cache
+from nybble.generate.constraint import Constrain
 from nybble.generate.decoder.decoder import RowDecoder
 from nybble.generate.decoder.model import DecoderModel, read_model
 from nybble.generate.decoder.pages import PAGE
@@ -40,6 +41,8 @@ def make_decoder(
     observer: Observer | None = None,
     tokens: int | None = None,
     cache: pathlib.Path | None = None,
+    constrain: Constrain | None = None,
+    fp8_cache: bool = False,
 ) -> RowDecoder:
     """A decoder for a model with all of its adapters, as they are now.
 
@@ -49,23 +52,31 @@ def make_decoder(
         observer: is notified of the load.
         tokens: that its cache shall hold, if they fit into its share of the free memory; None for all of that share.
         cache: the cache folder, where compiled kernels are kept; None for the user's own.
+        constrain: makes the constraints of requests with a grammar; None where there are none.
+        fp8_cache: keys and values in e4m3, on a GPU: twice as many tokens in the same memory.
 
     Raises:
         Ineligible: the first reason why the decoder cannot answer for it.
     """
     read = read_model(model)
     try:
-        steps = _choose_steps(read, model, tokens, cache)
+        steps = _choose_steps(read, model, tokens, cache, fp8_cache)
     except torch.OutOfMemoryError:
         raise Ineligible("there is not enough memory for its cache and buffers") from None
-    return RowDecoder(read, steps, queue=queue, observer=observer)
+    return RowDecoder(read, steps, queue=queue, constrain=constrain, observer=observer)
 
 
 def _choose_steps(
-    read: DecoderModel, model: PreTrainedModel | PeftModel, tokens: int | None, cache: pathlib.Path | None
+    read: DecoderModel,
+    model: PreTrainedModel | PeftModel,
+    tokens: int | None,
+    cache: pathlib.Path | None,
+    fp8_cache: bool,
 ) -> Steps:
     shape = ModelShape.from_config(model.config.to_dict())
     if read.device.type != "cuda":
+        if fp8_cache:
+            raise Ineligible("keys and values in fp8 need a GPU")
         fitting = int(CPU_SHARE * host_memory().free / kv_cache_bytes_per_token(shape, read.embedding.dtype.itemsize))
         return PlainSteps(read, fitting if tokens is None else min(fitting, tokens))
     if torch.cuda.get_device_capability(read.device) < OLDEST:
@@ -73,8 +84,9 @@ def _choose_steps(
     if MISSING:
         raise Ineligible(f"{MISSING}; pip install cuda-bindings")
     free = SHARE * allocatable_bytes(read.device) - decoder_workspace_bytes(shape, SIZES[-1], CHUNK)
-    fitting = int(free / kv_cache_bytes_per_token(shape, torch.bfloat16.itemsize))
+    dtype = torch.float8_e4m3fn if fp8_cache else torch.bfloat16
+    fitting = int(free / kv_cache_bytes_per_token(shape, dtype.itemsize))
     if fitting < PAGE:
         raise Ineligible("there is not enough memory for its cache and buffers")
     most = min(fitting, SIZES[-1] * read.positions)
-    return CudaSteps(read, most if tokens is None else min(most, tokens), (cache or default_cache()) / "kernels")
+    return CudaSteps(read, most if tokens is None else min(most, tokens), (cache or default_cache()) / "kernels", dtype)

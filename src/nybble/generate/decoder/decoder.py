@@ -11,10 +11,12 @@ from collections.abc import Sequence
 
 import torch
 
-from nybble.generate.batching import ActiveRequest
+from nybble.generate.batching import ActiveRequest, activate
+from nybble.generate.constraint import Constrain
 from nybble.generate.decoder.lookup import SPECULATING_ROWS, VERIFIED_TOKENS, PromptLookup
 from nybble.generate.decoder.model import DecoderModel
-from nybble.generate.decoder.rows import DecodedRow, Unread, fail, fail_unless_lost
+from nybble.generate.decoder.part_scores import PartScores
+from nybble.generate.decoder.rows import DecodedRow, Unread, add_scores, fail, fail_unless_lost
 from nybble.generate.decoder.steps import Steps
 from nybble.generate.penalties import has_penalty
 from nybble.generate.request import (
@@ -29,7 +31,6 @@ from nybble.generate.request import (
     check_request,
 )
 from nybble.generate.sampling import RowSampler, to_device
-from nybble.generate.seeds import fresh_seed
 
 log = logging.getLogger("nybble.generate")
 
@@ -45,16 +46,18 @@ class RowDecoder:
         model: what `steps` computes.
         steps: the computation, and the cache.
         queue: requests that may wait; None for any number.
+        constrain: makes the constraints of requests with a grammar; None where there are none.
         observer: is notified of the load.
     """
 
     def __init__(
-        self, model: DecoderModel, steps: Steps, *, queue: int | None = None, observer: Observer | None = None
-    ) -> None:
+        self, model: DecoderModel, steps: Steps, *, queue: int | None = None, constrain: Constrain | None = None,
+        observer: Observer | None = None,
+    ) -> None:  # fmt: skip
         self.vocabulary, self.positions = model.vocabulary, model.positions
         self.adapters = frozenset(model.adapters)
         self.steps, self.queue, self.observer = steps, queue, observer or NullObserver()
-        self._device = model.device
+        self._device, self._constrain = model.device, constrain
         self._sampler = RowSampler(model.device)
         self._waiting: deque[ActiveRequest] = deque()
         self._rows: list[DecodedRow] = []
@@ -92,10 +95,7 @@ class RowDecoder:
         for request in requests:
             check_request(request, self.vocabulary, self.adapters)
             self._check_length(request)
-        new = [
-            ActiveRequest(request, sink, fresh_seed() if request.seed is None else request.seed)
-            for request, sink in zip(requests, sinks, strict=True)
-        ]
+        new = activate(requests, sinks, self._constrain)
         with self._lock:
             if self._refusal:
                 raise GenerationError(self._refusal)
@@ -161,11 +161,14 @@ class RowDecoder:
             while self._waiting and self._entries:
                 active = self._waiting[0]
                 request = active.request
-                slot = self.steps.reserve(request.prompt, request.adapter, len(request.prompt) + request.max_tokens)
+                # What others have computed comes without logits.
+                known = request.prompt if request.prompt_logprobs is None else ()
+                slot = self.steps.reserve(known, request.adapter, len(request.prompt) + request.max_tokens)
                 if slot is None:
                     break
-                lookup = PromptLookup(request.prompt) if self.speculates and not has_penalty(request) else None
-                self._rows.append(DecodedRow(self._waiting.popleft(), slot, self._entries.pop(), lookup))
+                drafts = self.speculates and not has_penalty(request) and request.grammar is None
+                lookup = PromptLookup(request.prompt) if drafts else None
+                self._rows.append(DecodedRow(self._waiting.popleft(), slot, self._entries.pop(), slot.length, lookup))
         self._report()
 
     def _drop_unwanted(self) -> None:
@@ -190,11 +193,9 @@ class RowDecoder:
 
     def _prefill_parts(self, rows: Sequence[DecodedRow], parts: Sequence[Sequence[int]]) -> None:
         """One pass; if it runs out of memory, each prompt is tried alone, so that only those that do not fit fail."""
+        scores = PartScores([row.active.request for row in rows], [row.slot.length for row in rows], parts)
         try:
-            logits = self.steps.prefill([row.slot for row in rows], parts)
-            done = [n for n, row in enumerate(rows) if not row.rest_of_prompt]
-            if done:
-                self._sample([rows[n] for n in done], logits if len(done) == len(rows) else logits[done])
+            logits = self.steps.prefill([row.slot for row in rows], parts, scores)
         except torch.OutOfMemoryError as error:
             if len(rows) == 1:
                 fail(rows, "out of memory: the prompt is too long for this device", error)
@@ -203,11 +204,29 @@ class RowDecoder:
                 self._prefill_parts([row], [part])
         except (RuntimeError, ValueError, IndexError) as error:
             fail_unless_lost(rows, error)
+        else:
+            add_scores(rows, scores)
+            self._begin(rows, logits)
+
+    def _begin(self, rows: Sequence[DecodedRow], logits: torch.Tensor) -> None:
+        """Give the rows whose prompt is computed their first token."""
+        done = [n for n, row in enumerate(rows) if not row.rest_of_prompt]
+        for n in done:
+            rows[n].active.begin(rows[n].cached, rows[n].prompt)
+        wanted = [n for n in done if not rows[n].active.ended]
+        if not wanted:
+            return
+        own = [rows[n] for n in wanted]
+        try:
+            self._sample(own, logits if len(wanted) == len(rows) else logits[wanted])
+        except (RuntimeError, ValueError, IndexError) as error:
+            fail_unless_lost(own, error)
 
     def _decode(self) -> None:
         """Start a step of all rows that have a token to come, then hand over the tokens of the step before."""
         rows = self._decodable()
-        if rows != self._decoded and any(has_penalty(row.active.request) for row in rows):
+        has_grammar = any(row.active.constraint is not None for row in rows)
+        if has_grammar or (rows != self._decoded and any(has_penalty(row.active.request) for row in rows)):
             self._deliver()  # as the sampler then needs to know all tokens
             rows = self._decodable()
         if self._speculate(rows):

@@ -9,7 +9,7 @@ import torch
 
 from nybble.generate.decoder.layers import PlainLayers, attend_to, tokens_of
 from nybble.generate.decoder.model import DecoderModel
-from nybble.generate.decoder.steps import CacheSlot
+from nybble.generate.decoder.steps import CacheSlot, Visit
 
 ROWS = 16  # of a step on two cores, where SmolLM2's tokens/s grow little beyond
 CHUNK = 256  # tokens of a prompt between two steps
@@ -67,12 +67,17 @@ class PlainSteps:
             slot.length = shared
         return slot
 
-    def prefill(self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def prefill(
+        self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]], visit: Visit | None = None
+    ) -> torch.Tensor:
         """See `Steps.prefill`."""
         residual = self._compute(slots, parts)
+        if visit is not None:
+            visit(residual, self.layers.logits)
+        logits = self.layers.logits(residual[self._tensor([len(part) for part in parts]).cumsum(0) - 1])
         for slot, part in zip(slots, parts, strict=True):
             slot.length += len(part)
-        return self.layers.logits(residual[self._tensor([len(part) for part in parts]).cumsum(0) - 1])
+        return logits
 
     def verify(self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `Steps.verify`."""

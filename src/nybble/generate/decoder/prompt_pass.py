@@ -51,14 +51,26 @@ class PromptPass:
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Store keys and values, and attend; see `layers.Attend`."""
-        keys, values = self._cache[layer]
-        keys[self._pages, :, self._offsets], values[self._pages, :, self._offsets] = k, v
-        if self._all is not None:
-            pages, offsets = self._all
-            k, v = keys[pages, :, offsets], values[pages, :, offsets]
+        k, v = self._append(layer, 0, k), self._append(layer, 1, v)
         bounds, longest = zip(self._queries, self._keys, strict=True)
         out: torch.Tensor = aten._flash_attention_forward(q, k, v, *bounds, *longest, 0.0, True, False)[0]
         return out
+
+    def _append(self, layer: int, which: int, states: torch.Tensor) -> torch.Tensor:
+        """Store keys or values; those of all positions of the sequences, as the cache holds them."""
+        cache, dtype = self._cache[layer, which], states.dtype
+        if cache.dtype == torch.float8_e4m3fn:
+            largest = torch.finfo(cache.dtype).max  # beyond it torch would write NaN
+            states = states.clamp(-largest, largest).to(cache.dtype)
+            bits = cache.view(torch.uint8)  # indexing knows no float8
+            bits[self._pages, :, self._offsets] = states.view(torch.uint8)
+        else:
+            bits = cache
+            cache[self._pages, :, self._offsets] = states
+        if self._all is not None:
+            pages, offsets = self._all
+            states = bits[pages, :, offsets].view(cache.dtype)
+        return states.to(dtype)
 
 
 def _pages(slots: Sequence[PagedSlot], places: Sequence[range]) -> list[int]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from nybble.generate.batching import ActiveRequest
 from nybble.generate.decoder.lookup import PromptLookup
+from nybble.generate.decoder.part_scores import PartScores
 from nybble.generate.decoder.steps import CacheSlot
-from nybble.generate.request import GenerationError, Token
+from nybble.generate.request import GenerationError, NonFiniteLogitsError, Token
 from nybble.generate.sampling import SampledTokens
 
 log = logging.getLogger("nybble.generate")
@@ -24,8 +25,12 @@ class DecodedRow:
     active: ActiveRequest
     slot: CacheSlot
     entry: int
+    cached: int
+    """Tokens of the prompt that the slot had from the beginning."""
     lookup: PromptLookup | None = None
     """None where drafts are not wanted, or the sampler must know each token before the next."""
+    prompt: list[Token] = field(default_factory=list)
+    """The tokens of the prompt that have been computed, if the request asks for them."""
 
     @property
     def rest_of_prompt(self) -> Sequence[int]:
@@ -56,6 +61,16 @@ class Unread:
 
     rows: Sequence[DecodedRow]
     sampled: SampledTokens
+
+
+def add_scores(rows: Sequence[DecodedRow], scores: PartScores) -> None:
+    """Add what was computed of prompts that are asked for; one without finite logits fails."""
+    for row, tokens in zip(rows, scores.tokens, strict=True):
+        request = row.active.request
+        if tokens is None:
+            row.active.fail(NonFiniteLogitsError())
+        elif request.prompt_logprobs is not None:
+            row.prompt += tokens if row.prompt else [Token(request.prompt[0]), *tokens]
 
 
 def fail_unless_lost(rows: Sequence[DecodedRow], error: Exception) -> None:

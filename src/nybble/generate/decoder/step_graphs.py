@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -26,6 +27,14 @@ class PagedSlot:
     """(most pages of a row,) int64; zeros behind its pages"""
     adapter: str | None
     length: int
+
+
+class StepRow(NamedTuple):
+    """One token of a step."""
+
+    slot: PagedSlot
+    position: int
+    token: int
 
 
 @dataclass(frozen=True)
@@ -90,14 +99,12 @@ class StepGraphs:
         self._known, self._lengths = list(slots), [length + 1 for length in lengths]
         return logits
 
-    def run_together(self, slots: Sequence[PagedSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Some tokens for each sequence: logits after each token, (tokens, vocabulary) float32, valid until the next call."""
-        rows = [slot for slot, part in zip(slots, parts, strict=True) for _ in part]
-        positions = [slot.length + n for slot, part in zip(slots, parts, strict=True) for n in range(len(part))]
+    def run_together(self, rows: Sequence[StepRow]) -> torch.Tensor:
+        """Tokens of which several may be of one sequence: logits after each, (rows, vocabulary), valid until the next call."""
         captured = self.prepare(_size(len(rows)), together=True)
-        self._upload(rows, positions, captured)
+        self._upload([row.slot for row in rows], [row.position for row in rows], captured)
         self._known = []
-        return self._compute(captured, to_device([token for part in parts for token in part], self._tokens.device))
+        return self._compute(captured, to_device([row.token for row in rows], self._tokens.device))
 
     def _compute(self, captured: CapturedStep, ids: torch.Tensor) -> torch.Tensor:
         self._tokens[: len(ids)].copy_(ids)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+
+Visit = Callable[[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], None]
+"""Called with the last layer's output, (tokens of all parts, hidden), and with what makes logits, (tokens, vocabulary), of it."""
 
 
 class CacheSlot(Protocol):
@@ -38,7 +41,7 @@ class Steps(Protocol):
         """Room for a sequence, with what others have computed of its beginning; its last token is never among that.
 
         Args:
-            prompt: its tokens.
+            prompt: its tokens, as far as others may have computed them.
             adapter: its adapter.
             tokens: of prompt and answer.
 
@@ -46,8 +49,18 @@ class Steps(Protocol):
             None where there is no room now.
         """
 
-    def prefill(self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Append tokens of prompts to their slots; logits after the last of each, (slots, vocabulary) float32."""
+    def prefill(
+        self, slots: Sequence[CacheSlot], parts: Sequence[Sequence[int]], visit: Visit | None = None
+    ) -> torch.Tensor:
+        """Append tokens of prompts to their slots; logits after the last of each, (slots, vocabulary) float32.
+
+        Nothing is appended if it raises.
+
+        Args:
+            slots: of `reserve`.
+            parts: the tokens to append to each.
+            visit: is called once, before anything is appended.
+        """
 
     def decode(self, slots: Sequence[CacheSlot], ids: torch.Tensor) -> torch.Tensor:
         """Append one token to each slot; logits after them, (rows, vocabulary) float32, valid until the next call.

@@ -8,7 +8,8 @@
 // `attention`, compiled with APPENDED, finds its own among them.
 //
 // Compiled with HEAD (size of a head, a multiple of 16), GROUP (query heads of a block) and SUBGROUPS (blocks that share a
-// key-value head: more than four query heads do not fit into a thread's registers), APPENDED and ADAPTERS (common.cuh).
+// key-value head: more than four query heads do not fit into a thread's registers), APPENDED, ADAPTERS (common.cuh) and FP8
+// (whether the cache is in e4m3, which cards before 8.9 have no instructions for: bits are moved instead).
 
 constexpr int PAGE = 64;
 constexpr int THREADS = 128, WARPS = 4;
@@ -20,13 +21,50 @@ constexpr int UNITS = WIDTH / 8;          // 16-byte loads of a lane
 constexpr int HALF = HEAD / 2;
 constexpr float NEVER = -1e30f;
 
+#if FP8
+typedef u8 Cached;
+typedef uint2 Unit;  // eight numbers
+#else
+typedef u16 Cached;
+typedef uint4 Unit;
+#endif
+
+// As the cache holds a number: bf16, or e4m3 rounded to nearest even and cut off at 448.
+__device__ __forceinline__ Cached to_cached(float value) {
+#if FP8
+  const u32 sign = __float_as_uint(value) >> 24 & 0x80u;
+  const float size = fminf(fabsf(value), 448.f);
+  if (!(size >= 0.015625f)) return (u8)(sign | (u32)rintf(size * 512.f));  // below 2^-6 in steps of 2^-9
+  const u32 bits = __float_as_uint(size);
+  return (u8)(sign | (((bits + 0x7ffffu + (bits >> 20 & 1u)) >> 20) - (120u << 3)));
+#else
+  return to_bf16(value);
+#endif
+}
+// Eight numbers as four pairs of bf16, the first in the low half.
+__device__ __forceinline__ void to_pairs(const Unit& unit, u32* pairs) {
+#if FP8
+  const u32 words[2] = {unit.x, unit.y};
+#pragma unroll
+  for (int w = 0; w < 2; w++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const u32 spread = __byte_perm(words[w], 0, half ? 0x4342 : 0x4140);  // a byte in each half of a word
+      const u32 tiny = (spread & 0x00800080u) << 8 | (spread & 0x007f007fu) << 4;  // the number times 2^-120
+      asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pairs[2 * w + half]) : "r"(tiny), "r"(0x7b807b80u), "r"(0x80008000u));
+    }
+#else
+  pairs[0] = unit.x; pairs[1] = unit.y; pairs[2] = unit.z; pairs[3] = unit.w;
+#endif
+}
+
 struct Attention {
   Parts parts;              // q, k, v of the product
   Parts ranks;              // T of all three
   const int* positions;     // (m,) of the token; -1 for a row that stands idle
   const int* pages;         // (m, max_pages)
-  u16* keys;                // (pages, kv_heads, 64, HEAD) bf16
-  u16* values;
+  Cached* keys;             // (pages, kv_heads, 64, HEAD)
+  Cached* values;
   const float* cosine;      // (positions, HEAD / 2)
   const float* sine;
   u16* out;                 // (m, heads * HEAD) bf16
@@ -82,8 +120,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void append(const __grid_consta
   for (int d = thread; d < HEAD; d += THREADS) {
     const u64 pair = (u64)position * HALF + (d < HALF ? d : d - HALF);
     const float c = __ldg(a.cosine + pair), s = __ldg(a.sine + pair);
-    a.keys[at + d] = to_bf16(d < HALF ? raw[d] * c - raw[d + HALF] * s : raw[d] * c + raw[d - HALF] * s);
-    a.values[at + d] = to_bf16(raw[HEAD + d]);
+    a.keys[at + d] = to_cached(d < HALF ? raw[d] * c - raw[d + HALF] * s : raw[d] * c + raw[d - HALF] * s);
+    a.values[at + d] = to_cached(raw[HEAD + d]);
   }
 }
 
@@ -92,7 +130,7 @@ extern "C" __global__ __launch_bounds__(THREADS, GROUP == 1 && HEAD <= 128 ? 4 :
   __shared__ __align__(16) float raw[(GROUP + 2) * HEAD];   // q heads, k, v before rotation
   __shared__ __align__(16) float query[GROUP * HEAD];
   __shared__ float cosine[HALF], sine[HALF];
-  __shared__ __align__(16) u16 new_key[HEAD], new_value[HEAD];
+  __shared__ __align__(16) Cached new_key[HEAD], new_value[HEAD];
   __shared__ float warp_out[WARPS][HEAD], warp_max[WARPS][GROUP], warp_sum[WARPS][GROUP];
   __shared__ bool is_last;
   const int share = blockIdx.x, shares = gridDim.x, kv_head = blockIdx.y / SUBGROUPS, row = blockIdx.z;
@@ -113,7 +151,7 @@ extern "C" __global__ __launch_bounds__(THREADS, GROUP == 1 && HEAD <= 128 ? 4 :
   const int first = share * per_share, end = min(used, first + per_share);
   const bool is_owner = !APPENDED && end == used;
 
-  uint4 key[TURNS][UNITS], value[TURNS][UNITS];
+  Unit key[TURNS][UNITS], value[TURNS][UNITS];
   auto load = [&](int page) {
     const u64 base = ((u64)a.pages[row * a.max_pages + page] * a.kv_heads + kv_head) * PAGE * HEAD + from;
 #pragma unroll
@@ -122,8 +160,8 @@ extern "C" __global__ __launch_bounds__(THREADS, GROUP == 1 && HEAD <= 128 ? 4 :
       const bool there = in_head && page * PAGE + slot < position + APPENDED;
 #pragma unroll
       for (int u = 0; u < UNITS; u++) {
-        key[i][u] = there ? *(const uint4*)(a.keys + base + slot * HEAD + u * 8) : make_uint4(0, 0, 0, 0);
-        value[i][u] = there ? *(const uint4*)(a.values + base + slot * HEAD + u * 8) : make_uint4(0, 0, 0, 0);
+        key[i][u] = there ? *(const Unit*)(a.keys + base + slot * HEAD + u * 8) : Unit();
+        value[i][u] = there ? *(const Unit*)(a.values + base + slot * HEAD + u * 8) : Unit();
       }
     }
   };
@@ -174,10 +212,10 @@ extern "C" __global__ __launch_bounds__(THREADS, GROUP == 1 && HEAD <= 128 ? 4 :
     const float c = cosine[pair], s = sine[pair];
     const float rotated = d < HALF ? raw[e] * c - raw[e + HALF] * s : raw[e] * c + raw[e - HALF] * s;
     if (e < GROUP * HEAD) query[e] = rotated * a.scale;
-    else new_key[d] = to_bf16(rotated);
+    else new_key[d] = to_cached(rotated);
   }
   if (is_owner)
-    for (int d = thread; d < HEAD; d += THREADS) new_value[d] = to_bf16(raw[(GROUP + 1) * HEAD + d]);
+    for (int d = thread; d < HEAD; d += THREADS) new_value[d] = to_cached(raw[(GROUP + 1) * HEAD + d]);
   __syncthreads();
   if (is_owner && blockIdx.y % SUBGROUPS == 0) {
     const u64 at = (((u64)a.pages[row * a.max_pages + used - 1] * a.kv_heads + kv_head) * PAGE + position % PAGE) * HEAD;
@@ -205,8 +243,8 @@ extern "C" __global__ __launch_bounds__(THREADS, GROUP == 1 && HEAD <= 128 ? 4 :
       if (!APPENDED && at == position && in_head)
 #pragma unroll
         for (int u = 0; u < UNITS; u++) {
-          key[i][u] = *(const uint4*)(new_key + from + u * 8);
-          value[i][u] = *(const uint4*)(new_value + from + u * 8);
+          key[i][u] = *(const Unit*)(new_key + from + u * 8);
+          value[i][u] = *(const Unit*)(new_value + from + u * 8);
         }
     }
 #pragma unroll
@@ -217,7 +255,9 @@ extern "C" __global__ __launch_bounds__(THREADS, GROUP == 1 && HEAD <= 128 ? 4 :
       float score[TURNS], highest = maximum[h];
 #pragma unroll
       for (int i = 0; i < TURNS; i++) {
-        const u32* pairs = (const u32*)key[i];
+        u32 pairs[WIDTH / 2];
+#pragma unroll
+        for (int u = 0; u < UNITS; u++) to_pairs(key[i][u], pairs + 4 * u);
         float dot = 0.f;
 #pragma unroll
         for (int e = 0; e < WIDTH / 2; e++) dot += q[2 * e] * low_bf16(pairs[e]) + q[2 * e + 1] * high_bf16(pairs[e]);
@@ -236,7 +276,9 @@ extern "C" __global__ __launch_bounds__(THREADS, GROUP == 1 && HEAD <= 128 ? 4 :
 #pragma unroll
       for (int i = 0; i < TURNS; i++) {
         const float weight = seen[i] ? power2(score[i] - highest) : 0.f;
-        const u32* pairs = (const u32*)value[i];
+        u32 pairs[WIDTH / 2];
+#pragma unroll
+        for (int u = 0; u < UNITS; u++) to_pairs(value[i][u], pairs + 4 * u);
         total[h] += weight;
 #pragma unroll
         for (int e = 0; e < WIDTH / 2; e++) {

@@ -220,7 +220,8 @@ class Kernels:
         )  # fmt: skip
         _set_adapters(fields.adapters, adapters)
         defines = {
-            "HEAD": head_size, "GROUP": in_block, "SUBGROUPS": blocks, "APPENDED": int(together), **_adapter_define(adapters),
+            "HEAD": head_size, "GROUP": in_block, "SUBGROUPS": blocks, "APPENDED": int(together),
+            "FP8": int(cache.keys.dtype == torch.float8_e4m3fn), **_adapter_define(adapters),
         }  # fmt: skip
         if together:
             self._kernel("attention", "append", defines)((kv_heads, len(out_mn), 1), 128, fields)
@@ -264,7 +265,7 @@ class CacheView:
     """One layer's pages, and the rows' share of them."""
 
     keys: torch.Tensor
-    """(pages, kv heads, 64, head size) bf16"""
+    """(pages, kv heads, 64, head size) bf16 or e4m3"""
     values: torch.Tensor
     pages: torch.Tensor
     """(m, most pages of a row) int32"""

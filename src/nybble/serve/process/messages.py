@@ -10,7 +10,7 @@ import pathlib
 import pickle
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,18 @@ from nybble.generate.request import Finish, GenerationError, Request, Token
 LENGTH = struct.Struct("!Q")
 READ = 2**18  # bytes taken from the connection at once, as asyncio does
 
-Item = int | Token | Finish | GenerationError
-"""The id of a token without log probabilities, a token with them, why an answer ended, or why it failed."""
+
+@dataclass(frozen=True)
+class PromptFacts:
+    """What a sink's `begin` is called with."""
+
+    cached: int
+    prompt: Sequence[Token]
+
+
+Item = PromptFacts | int | Token | Finish | GenerationError
+"""That a prompt is computed, the id of a token without log probabilities, a token with them, why an answer ended, or why it
+failed."""
 
 
 @dataclass(frozen=True)

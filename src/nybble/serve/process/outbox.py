@@ -6,10 +6,10 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from nybble.generate.request import Finish, GenerationError, Handle, Token
-from nybble.serve.process.messages import EngineFacts, Item, Report, pack
+from nybble.serve.process.messages import EngineFacts, Item, PromptFacts, Report, pack
 
 GATHER = (
     0.0005  # seconds from the first token of a step until it is sent, with the others: 64 are handed over in 0.2 ms
@@ -124,6 +124,10 @@ class RemoteSink:
         self._number, self._outbox, self._ended, self._failed = number, outbox, ended, failed
         self.handle: Handle | None = None
         """For cancelling; set once the request was submitted."""
+
+    def begin(self, cached: int, prompt: Sequence[Token]) -> None:
+        """Send what there is to say of the prompt."""
+        self._outbox.item(self._number, PromptFacts(cached, prompt))
 
     def put(self, token: Token) -> None:
         """Send a token."""

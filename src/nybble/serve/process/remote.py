@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Sequence
 
 from nybble.generate.request import GenerationError, Handle, Observer, Request, Sink, Token
-from nybble.serve.process.messages import Cancellation, Report, Submission, Unpacker, pack
+from nybble.serve.process.messages import Cancellation, PromptFacts, Report, Submission, Unpacker, pack
 
 log = logging.getLogger("nybble.serve")
 ENDING = 10.0  # seconds that the process has to end once its server has closed the connection
@@ -140,6 +140,8 @@ class RemoteWorker(asyncio.Protocol):
                 sink.put(Token(item))
             elif isinstance(item, Token):
                 sink.put(item)
+            elif isinstance(item, PromptFacts):
+                sink.begin(item.cached, item.prompt)
             else:
                 del self._answers[number]
                 if isinstance(item, GenerationError):
