@@ -1,7 +1,7 @@
 """How fast the decoder answers on a CPU, in turns with the pipeline's padded batches: SmolLM2-135M-Instruct as it is served.
 
     python -m bench.decode_cpu products [1 2]        the floor: one step's matrix products alone, by rows
-    python -m bench.decode_cpu answers [1 2] [5]     tokens/s of both, with so many threads, medians of so many turns
+    python -m bench.decode_cpu answers [1 2] [5]     tokens/s of both and of the products, medians of so many turns
     python -m bench.decode_cpu profile [1] [16]      the operators of the decoder's steps, with so many threads and rows
 
 NF4 weights that were dequantised where they fit, in the type that `auto` chooses, with an adapter of rank 16 on all linear
@@ -64,25 +64,31 @@ def served_model(cache: pathlib.Path) -> PeftModel:
 
 
 def products(model: PeftModel, threads: Sequence[int]) -> Iterator[dict[str, object]]:
-    """Milliseconds of all matrix products of one step, adapters apart, and what that allows."""
-    read = read_model(model)
-    weights = [part.stored for layer in read.layers for group in layer.groups.values() for part in group.frozen]
-    weights.append(read.head)
+    """All matrix products of one step, adapters apart: no decoder that reads these weights is faster."""
     for count in threads:
         torch.set_num_threads(count)
         for rows in (1, 2, 4, 8, 16):
-            inputs = {size: torch.randn(rows, size, dtype=read.head.dtype) for size in {w.shape[1] for w in weights}}
-            seconds = []
-            for _ in range(REPEATS):
-                began = time.perf_counter()
-                for weight in weights:
-                    linear(inputs[weight.shape[1]], weight)
-                seconds.append(time.perf_counter() - began)
-            median = statistics.median(seconds)
+            seconds = statistics.median(product_times(model, rows))
             yield {
-                "threads": count, "rows": rows, "milliseconds": round(1000 * median, 1),
-                "tokens_per_second": round(rows / median, 1),
+                "threads": count, "rows": rows, "milliseconds": round(1000 * seconds, 1),
+                "tokens_per_second": round(rows / seconds, 1),
             }  # fmt: skip
+
+
+def product_times(model: PeftModel, rows: int) -> list[float]:
+    """Seconds of each of some repeats."""
+    read = read_model(model)
+    weights = [part.stored for layer in read.layers for group in layer.groups.values() for part in group.frozen]
+    weights.append(read.head)
+    inputs = {size: torch.randn(rows, size, dtype=read.head.dtype) for size in {w.shape[1] for w in weights}}
+    seconds = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        with torch.inference_mode():
+            for weight in weights:
+                linear(inputs[weight.shape[1]], weight)
+        seconds.append(time.perf_counter() - began)
+    return seconds
 
 
 def answers(model: PeftModel, threads: Sequence[int], turns: int) -> Iterator[dict[str, object]]:
@@ -92,17 +98,21 @@ def answers(model: PeftModel, threads: Sequence[int], turns: int) -> Iterator[di
         torch.set_num_threads(count)
         for rows in ROWS:
             taken: dict[str, list[dict[str, float]]] = {name: [] for name in generators}
+            floor: list[float] = []
             for turn in range(turns + 1):
                 asked = requests(rows, turn)
                 for name, generator in generators.items():
                     figures = measure(generator, asked)
                     if turn:
                         taken[name].append(figures)
+                        floor += product_times(model, rows)
             medians = {
                 name: {key: statistics.median(each[key] for each in figures) for key in figures[0]}
                 for name, figures in taken.items()
             }
-            row: dict[str, object] = {"threads": count, "rows": rows, "turns": turns}
+            row: dict[str, object] = {
+                "threads": count, "rows": rows, "turns": turns, "products' tokens/s": round(rows / statistics.median(floor), 1),
+            }  # fmt: skip
             for name, figures in medians.items():
                 row |= {f"{name} {key}": round(value, 1) for key, value in figures.items()}
             for key in medians["decoder"]:

@@ -16,11 +16,13 @@ from transformers import LlamaForCausalLM
 import nybble
 from nybble.generate.decoder.choice import make_decoder
 from nybble.generate.decoder.decoder import RowDecoder
+from nybble.generate.decoder.layers import pack_adapter
 from nybble.generate.decoder.model import read_model
 from nybble.generate.decoder.plain_steps import PlainSteps
 from nybble.generate.decoder.rows import DecodedRow
 from nybble.generate.padded import Padded
 from nybble.generate.request import GenerationError, NonFiniteLogitsError, complete
+from nybble.weights.projections import ActiveAdapter
 from nybble.weights.watched import Ineligible
 from tests.generate.test_padded import ADAPTERS, CLOSE, PROMPTS, adapted, alone, ask
 
@@ -409,3 +411,50 @@ def test_a_caller_in_mixed_precision_changes_no_answer(model):
         (answer,) = complete(decoder(model), [request])
     assert answer.ids == alone(model, PROMPTS[1], "run2")
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    "scalings, rank, joined", [((2.0, 2.0), 4, True), ((2.0, 0.5), 4, False), ((2.0, 2.0), 40, False)]
+)
+def test_an_adapter_of_a_group_adds_to_the_outputs_of_its_own_projections(scalings, rank, joined):
+    """q and v as in a group of q, k and v: k's outputs stay as they are."""
+    torch.manual_seed(0)
+    projections = [
+        ActiveAdapter(
+            torch.nn.Parameter(torch.randn(rank, 6)), torch.nn.Parameter(torch.randn(3, rank)), scaling, 0.0,
+            slice(first, first + 3), slice(n * rank, (n + 1) * rank),
+        )
+        for n, (first, scaling) in enumerate(zip((0, 5), scalings, strict=True))
+    ]  # fmt: skip
+    packed = pack_adapter(projections, torch.float32)
+    assert (len(packed.ups) == 1) is joined
+    x, out = torch.randn(2, 6), torch.ones(2, 8)
+    expected = torch.ones(2, 8)
+    for each in projections:
+        expected[:, each.outputs] += each.scaling * x @ each.a.T @ each.b.T
+    packed.add(x, out)
+    torch.testing.assert_close(out, expected.detach())
+    assert out[:, 3:5].eq(1).all()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_the_step_of_a_token_computes_what_a_prompt_of_it_would(peaky_llama, dtype, tolerance):
+    model = adapted(peaky_llama, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"]).to(dtype)
+    steps = PlainSteps(read_model(model), 4000)
+    prompts, tokens = [[1, 5, 9, 30], [1, 7, 8]], [11, 12]
+    both = []
+    for _ in range(2):
+        slots = [steps.reserve(prompt, name, 20) for prompt, name in zip(prompts, (None, ADAPTERS[0]), strict=True)]
+        steps.prefill(slots, prompts)
+        both.append(slots)
+    by_step = steps.decode(both[0], torch.tensor(tokens)).clone()
+    by_prompt = steps.prefill(both[1], [[token] for token in tokens])
+    torch.testing.assert_close(by_step, by_prompt, rtol=0, atol=tolerance * float(by_prompt.abs().max()))
+    for stepped, prompted in zip(*both, strict=True):
+        assert stepped.length == prompted.length
+        torch.testing.assert_close(
+            stepped.states[..., : stepped.length, :],
+            prompted.states[..., : stepped.length, :],
+            rtol=0,
+            atol=10 * tolerance,
+        )
