@@ -9,6 +9,7 @@ import torch
 
 from nybble.generate.decoder.layers import PlainLayers, attend_to, tokens_of
 from nybble.generate.decoder.model import DecoderModel
+from nybble.generate.decoder.plain_step import PlainStep
 from nybble.generate.decoder.steps import CacheSlot, Visit
 
 ROWS = 16  # of a step on two cores, where SmolLM2's tokens/s grow little beyond
@@ -45,6 +46,7 @@ class PlainSteps:
     def __init__(self, model: DecoderModel, tokens: int) -> None:
         self.model, self.tokens, self.rows, self.chunk = model, tokens, ROWS, CHUNK
         self.layers = PlainLayers(model)
+        self._step: PlainStep | None = None
         self._used = 0
         self._finished: list[tuple[Sequence[int], PlainSlot]] = []
 
@@ -108,7 +110,15 @@ class PlainSteps:
 
     def decode(self, slots: Sequence[CacheSlot], ids: torch.Tensor) -> torch.Tensor:
         """See `Steps.decode`."""
-        return self.prefill(slots, [[token] for token in ids.tolist()])
+        if self._step is None or self._step.rows != len(slots):
+            self._step = PlainStep(self.layers, len(slots))
+        states = [slot.states for slot in slots if isinstance(slot, PlainSlot)]
+        adapters = tokens_of([slot.adapter for slot in slots], self.model.device)
+        with torch.inference_mode():
+            logits = self._step.run(ids, states, [slot.length for slot in slots], adapters)
+        for slot in slots:
+            slot.length += 1
+        return logits
 
     def release(self, slot: CacheSlot, ids: Sequence[int]) -> None:
         """See `Steps.release`."""
