@@ -331,7 +331,6 @@ def test_a_cache_in_fp8_rounds_as_torch_does(name):
         token = torch.tensor([7, 8, 9], device="cuda")
         decoded = steps.decode(slots, token).clone()
         together = steps.verify(slots, [[4, 5]] * 3)[1::2].clone()
-        steps.prefill(slots, [[4, 5, *range(6, 206)]] * 3)  # long enough for the plain pass
         others = [steps.reserve([*prompt, 7 + n], "one", 400) for n, prompt in enumerate(prompts)]
         for slot in others:
             slot.length = 0
@@ -344,6 +343,21 @@ def test_a_cache_in_fp8_rounds_as_torch_does(name):
     for mine, expected in ((decoded, plain), (together, plain_together)):
         apart = 1 - torch.cosine_similarity(mine.double(), expected.double(), dim=-1)
         assert apart.max() < 3e-3, apart
+
+
+def test_a_short_prompt_does_not_take_the_long_way(answering_model, monkeypatch):
+    from nybble.generate.decoder import cuda_steps
+    from nybble.generate.decoder.choice import make_decoder
+    from nybble.generate.request import complete
+
+    def refuse(*given):
+        raise AssertionError("a pass in plain torch")
+
+    with torch.inference_mode():
+        generator = make_decoder(answering_model)
+        monkeypatch.setattr(cuda_steps, "PromptPass", refuse)
+        (answer,) = complete(generator, [request([*range(5, 105)], "one", 4)])
+    assert len(answer.ids) == 4
 
 
 def test_drafts_change_no_answer(answering_model):

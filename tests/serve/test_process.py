@@ -471,3 +471,12 @@ def test_the_end_of_a_process_is_described():
     assert how_it_ended(1) == "ended with status 1"
     assert how_it_ended(-signal.SIGSEGV) == "was killed (SIGSEGV)"
     assert how_it_ended(-99) == "was killed (signal 99)"
+
+
+def test_windows_is_told_what_to_do(monkeypatch, capsys):
+    monkeypatch.setattr("nybble.serve.process.start.os.name", "nt")
+    with pytest.raises(ServeError) as refused:
+        start_process(LoadingJob("nothing:nothing", {}), Metrics())
+    monkeypatch.undo()
+    print(refused.value, refused.value.fix)
+    assert "nybble serve needs Linux or macOS" in capsys.readouterr().out

@@ -25,6 +25,10 @@ TORCH = (
         "a changed adapter or a new hook would go unnoticed by the fused layers", "a KeyError when a model is fused",
     ),
     Coupling(
+        "copies of several tensors at once", "torch", ("torch:_foreach_copy_",), ("generate/decoder/plain_step.py",),
+        "answers on a CPU would be slower", AT_START,
+    ),
+    Coupling(
         "version counters", "torch", ("torch:Tensor._version",),
         ("engine/layer_function.py", "engine/workspace.py", "generate/kept.py"),
         "weights changed in place between forward and backward, or between two answers, would go unnoticed", AT_START,

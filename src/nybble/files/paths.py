@@ -7,6 +7,7 @@ import errno
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 
 from nybble.errors import RunError, StorageError
@@ -100,8 +101,11 @@ def _check_names_and_links(folder: pathlib.Path) -> None:
         if os.path.islink(path) and not os.path.exists(path):
             raise OSError(errno.ENOENT, f"{path} is a link to {os.readlink(path)}, which does not exist")
     longest = max(len(os.fsencode(part)) for part in (*folder.parts, "."))
-    on_windows = not hasattr(os, "pathconf")
-    if longest > (255 if on_windows else os.pathconf(nearest_existing(folder), "PC_NAME_MAX")):
+    if sys.platform == "win32":
+        most = 255
+    else:
+        most = os.pathconf(nearest_existing(folder), "PC_NAME_MAX")
+    if longest > most:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
 
 

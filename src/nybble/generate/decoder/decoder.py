@@ -193,9 +193,11 @@ class RowDecoder:
 
     def _prefill_parts(self, rows: Sequence[DecodedRow], parts: Sequence[Sequence[int]]) -> None:
         """One pass; if it runs out of memory, each prompt is tried alone, so that only those that do not fit fail."""
-        scores = PartScores([row.active.request for row in rows], [row.slot.length for row in rows], parts)
+        requests = [row.active.request for row in rows]
+        scores = PartScores(requests, [row.slot.length for row in rows], parts)
+        visit = scores if any(request.prompt_logprobs is not None for request in requests) else None
         try:
-            logits = self.steps.prefill([row.slot for row in rows], parts, scores)
+            logits = self.steps.prefill([row.slot for row in rows], parts, visit)
         except torch.OutOfMemoryError as error:
             if len(rows) == 1:
                 fail(rows, "out of memory: the prompt is too long for this device", error)

@@ -213,8 +213,9 @@ class PlainLayers:
         return out
 
     def _base_product(self, group: ProjectionGroup, x_mk: torch.Tensor, out_mn: torch.Tensor | None) -> torch.Tensor:
-        quantised = group.frozen[0].is_quantised
-        weights = [self._dequantised(group)] if quantised else [weight.stored for weight in group.frozen]
+        weights = (
+            [self._dequantised(group)] if group.frozen[0].is_quantised else [weight.stored for weight in group.frozen]
+        )
         if out_mn is None:
             outs = [linear(x_mk, weight) for weight in weights]
             return outs[0] if len(outs) == 1 else torch.cat(outs, 1)

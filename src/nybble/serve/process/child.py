@@ -79,9 +79,8 @@ class Child:
         """Ctrl-C and SIGTERM may reach both processes, and running answers are to be finished: the server's end is the signal."""
         signal.signal(signal.SIGTERM, self._end_if_orphan)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.pthread_sigmask(
-            signal.SIG_UNBLOCK, [signal.SIGINT]
-        )  # the server has blocked it before it could be ignored
+        if sys.platform != "win32":  # the server has blocked it before it could be ignored
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
     def _end_if_orphan(self, number: int, frame: FrameType | None) -> None:
         if self.is_orphan:
@@ -104,7 +103,8 @@ class Child:
         self.is_orphan = True
         if self.engine is not None:  # every answer has ended, or nobody is there to read it
             os._exit(0)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        if sys.platform != "win32":
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def _obey(self, message: Any) -> None:
         if isinstance(message, Submission):

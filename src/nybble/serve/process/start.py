@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import signal
 import socket
@@ -25,9 +26,11 @@ def start_process(job: LoadingJob, observer: Observer) -> tuple[RemoteWorker, En
         observer: is notified of the generator's load here, in the event loop.
 
     Raises:
-        ServeError: the process ended before the engine was loaded.
+        ServeError: this is Windows, or the process ended before the engine was loaded.
         Exception: whatever the job raised.
     """
+    if os.name == "nt":  # which hands no socket and no blocked signal to a process
+        raise ServeError("nybble serve needs Linux or macOS", fix="nybble serve in the Windows Subsystem for Linux")
     ours, its = socket.socketpair()
     with its:
         command = module_command("nybble.serve.process", str(its.fileno()))
@@ -65,8 +68,11 @@ def _wait_until_loaded(connection: socket.socket, process: subprocess.Popen[byte
 @contextlib.contextmanager
 def _interrupts_blocked() -> Iterator[None]:
     """Block Ctrl-C: a process that is started meanwhile begins with it blocked, so that it cannot end before it ignores it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
+    if sys.platform != "win32":
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    else:
         yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
