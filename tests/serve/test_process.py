@@ -69,6 +69,7 @@ def gated_job(gate):
     def job(load, arguments, prepare):
         assert load == "nybble.serve.loading:load_named"
         assert arguments.pop("engine") == "pipeline"
+        assert arguments.pop("fp8_cache") is False
         return LoadingJob("tests.serve.loaders:load_gated", {**arguments, "gate": gate}, prepare)
 
     return job

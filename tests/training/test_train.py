@@ -529,9 +529,9 @@ def test_samples_are_answered_from_dequantised_weights_and_the_4_bit_ones_come_b
 ):
     answer, before, during = SampleAnswers._answer, [], []
 
-    def watched(self, row, place):
+    def watched(self, kept, row, place):
         during.append(len(list(linear4bits(self.model))))
-        return answer(self, row, place)
+        return answer(self, kept, row, place)
 
     def fused(model, *words, **more):
         before[:] = linear4bits(model)
