@@ -233,6 +233,7 @@ class RowDecoder:
             rows = self._decodable()
         if self._speculate(rows):
             return
+        rows = self._decodable()
         if not rows:
             self._deliver()
             return

@@ -23,18 +23,16 @@ class PromptLookup:
     """
 
     def __init__(self, prompt: Sequence[int]) -> None:
-        self._tokens: list[int] = []
+        self._tokens = list(prompt)
         self._after: dict[tuple[int, ...], int] = {}
         """Where the tokens begin that followed each n-gram the last time, the latest n-gram left out."""
+        self._indexed = NGRAM
+        """From which token on `_after` knows nothing; a busy decoder never asks, and nothing is indexed for it."""
         self._length = SHORT
         self._pause = self._silent = 0
-        for token in prompt:
-            self.add(token)
 
     def add(self, token: int) -> None:
         """The next token of the sequence."""
-        if len(self._tokens) >= NGRAM:
-            self._after[tuple(self._tokens[-NGRAM:])] = len(self._tokens)
         self._tokens.append(token)
         self._silent = max(0, self._silent - 1)
 
@@ -42,6 +40,9 @@ class PromptLookup:
         """Tokens that may come next, at most so many; none where nothing like it was there before."""
         if self._silent:
             return []
+        for place in range(self._indexed, len(self._tokens)):
+            self._after[tuple(self._tokens[place - NGRAM : place])] = place
+        self._indexed = max(self._indexed, len(self._tokens))
         start = self._after.get(tuple(self._tokens[-NGRAM:]))
         return [] if start is None else self._tokens[start : start + min(most, self._length)]
 
