@@ -86,6 +86,12 @@ def requirements(wanted: list[str]) -> Iterator[str]:
             yield word
 
 
+def oldest_glibc(wanted: list[str]) -> int:
+    """The minor version of the oldest one that an install line is for: torch's, 28, or where the extra `structured` is asked for 31,
+    llguidance's."""
+    return 31 if any("structured" in word for word in wanted) else 28
+
+
 def resolve(wanted: list[str], python: str, *options: str, lock: pathlib.Path = ROOT / "constraints.txt") -> str:
     """What the plain index gives for it on Linux, as uv prints it; uv reads no configuration of pip's."""
     command = [
@@ -100,7 +106,8 @@ def resolve(wanted: list[str], python: str, *options: str, lock: pathlib.Path = 
         "--python-version",
         python,
     ]
-    command += ["--python-platform", "x86_64-manylinux_2_28", "--only-binary", ":all:", "-c", str(lock), *options]
+    platform = f"x86_64-manylinux_2_{oldest_glibc(wanted)}"
+    command += ["--python-platform", platform, "--only-binary", ":all:", "-c", str(lock), *options]
     command += [option for name in SOURCES for option in ("--no-binary", name)]
     command += ["--no-deps"] * ("--no-deps" in wanted)
     needs = "\n".join(requirements(wanted))
@@ -130,7 +137,9 @@ def test_every_install_line_resolves_on_a_machine_with_nothing_but_the_index(pyt
 
 def downloaded(wanted: list[str], python: tuple[int, int]) -> dict[str, float]:
     """GB of each package's file for Linux on x86-64."""
-    platforms = [f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)] + ["manylinux2014_x86_64"]
+    platforms = [f"manylinux_2_{minor}_x86_64" for minor in range(oldest_glibc(wanted), 4, -1)] + [
+        "manylinux2014_x86_64"
+    ]
     tags = [*cpython_tags(python, platforms=platforms), *compatible_tags(python, "cp{}{}".format(*python), platforms)]
     sizes = {}
     for package in tomllib.loads(resolve(wanted, "{}.{}".format(*python), "--format", "pylock.toml"))["packages"]:

@@ -16,7 +16,7 @@ from nybble.chat.loading import load_answerer
 from nybble.chat.terminal import AnswerPrinter, talk
 from nybble.data.rows.formats import Message
 from nybble.data.text.tokens import encode_prompt
-from nybble.errors import ModelError
+from nybble.errors import DataError, ModelError
 from nybble.generate.request import Token
 from tests.conftest import small_tokenizer
 
@@ -110,3 +110,15 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(answerer, monkeypatch, request):
     (answer,) = answerer.complete([encode_prompt(answerer.template, ASKED[1])], Sampling(6))
     assert seen[2 : 2 + len(answer.ids)] == answer.ids, "the second message is answered as if it were the first"
     assert shown.index("(stopped)") < shown.rindex(answer.text)
+
+
+def test_an_answer_ends_with_the_context_and_a_prompt_beyond_it_is_refused(answerer, capsys):
+    positions = answerer.model.config.max_position_embeddings
+    (continuation,) = answerer.complete([[5] * (positions - 4)], Sampling(512))
+    assert 1 <= len(continuation.ids) <= 4
+    with pytest.raises(DataError) as refused:
+        answerer.complete([[5] * 3, [5] * positions])
+    print(refused.value, refused.value.fix)
+    shown = capsys.readouterr().out
+    assert f"a prompt of {positions:,} tokens leaves no room for an answer: the context length of the model is" in shown
+    assert "a shorter prompt" in shown

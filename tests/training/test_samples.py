@@ -39,3 +39,17 @@ def test_samples_are_the_answers_of_the_run_row_by_row_and_one_that_cannot_be_ma
     records = sampler(rows)(lambda *_: None)
     assert [record["answer"] for record in records] == [""] * 3
     assert all("infinite or NaN" in record["error"] for record in records)
+
+
+def test_an_answer_ends_with_the_context_and_a_prompt_that_fills_it_has_none(tuned_run, cache):
+    answerer = load_answerer(tuned_run, cache)
+    positions = answerer.model.config.max_position_embeddings
+    rows = [
+        {"input_ids": [*[5] * count, 6], "trained": [False] * count + [True]} for count in (positions - 3, positions)
+    ]
+    ask = SampleAnswers(
+        answerer.model, answerer.tokenizer, frozenset(), Dataset.from_list(rows), 2, torch.float32, cache
+    )
+    first, second = ask(lambda *_: None)
+    assert "error" not in first
+    assert second["error"] == "the prompt fills the model's context"

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from nybble.data.rows.formats import Conversation
 from nybble.data.text.template import Template
 from nybble.data.text.tokens import check_ids, encode_prompt
-from nybble.errors import DeviceError, ModelError
+from nybble.errors import DataError, DeviceError, ModelError
 from nybble.generate.kept import KeptGenerator
 from nybble.generate.request import Completed, GenerationError, NonFiniteLogitsError, Request, Token, complete
 from nybble.model.adapter.updates import Updates
@@ -111,12 +111,19 @@ class Answerer:
             on_token: called for each token as it is generated, with the number of its prompt.
 
         Raises:
-            DataError: a token id without an embedding.
+            DataError: a token id without an embedding, or a prompt that leaves no room for an answer.
             ModelError: the model's logits are infinite or NaN.
             DeviceError: one answer does not fit into memory.
         """
+        positions = context_length(self.model)
         for prompt in prompts:
             check_ids(prompt, self.model.config.vocab_size, self.tokenizer)
+            if len(prompt) >= positions:
+                raise DataError(
+                    f"a prompt of {len(prompt):,} tokens leaves no room for an answer: the context length of the model is "
+                    f"{positions:,}",
+                    fix="a shorter prompt",
+                )
         adapter = None if base or self._is_base() else self.adapter
         requests = [self._request(prompt, number, sampling, adapter) for number, prompt in enumerate(prompts)]
         with explained_failures(), torch.inference_mode():
@@ -152,15 +159,19 @@ class Answerer:
 
     def _request(self, prompt: Sequence[int], number: int, sampling: Sampling, adapter: str | None) -> Request:
         seed = None if sampling.seed is None else (sampling.seed + number) % 2**64
-        return Request(
-            prompt, sampling.max_new_tokens, adapter, self.stop_ids(), sampling.temperature, sampling.top_p, seed=seed
-        )
+        limit = min(sampling.max_new_tokens, context_length(self.model) - len(prompt))
+        return Request(prompt, limit, adapter, self.stop_ids(), sampling.temperature, sampling.top_p, seed=seed)
 
     def _continuation(self, completed: Completed) -> Continuation:
         ended = completed.finish == "stop"
         ids = completed.ids[:-1] if ended else completed.ids
         text = self.tokenizer.decode(completed.ids, skip_special_tokens=True).strip()
         return Continuation(ids, text, ended)
+
+
+def context_length(model: PeftModel) -> int:
+    """The most tokens of prompt and answer together."""
+    return int(model.get_base_model().config.max_position_embeddings)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from nybble.chat.answerer import explained_failures
+from nybble.chat.answerer import context_length, explained_failures
 from nybble.data.answers import first_answer
 from nybble.errors import DeviceError, ModelError
 from nybble.generate.kept import KeptGenerator
@@ -68,12 +68,16 @@ class SampleAnswers:
     def _answer(self, kept: KeptGenerator, row: dict[str, Any], answer: slice) -> dict[str, Any]:
         prompt, device = row["input_ids"][: answer.start], self.model.device.type
         adapter = self.model.active_adapter
-        request = Request(prompt, NEW_TOKENS, adapter, self.stop_ids, deadline=time.monotonic() + SECONDS)
+        limit = min(NEW_TOKENS, context_length(self.model) - len(prompt))
         record = {"prompt": self.tokenizer.decode(prompt), "answer": ""}
+        expected = self.tokenizer.decode(row["input_ids"][answer])
+        if limit < 1:
+            return {**record, "error": "the prompt fills the model's context", "expected": expected}
+        request = Request(prompt, limit, adapter, self.stop_ids, deadline=time.monotonic() + SECONDS)
         try:
             with explained_failures(), torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
                 (completed,) = complete(kept.get([request]), [request])
             record["answer"] = self.tokenizer.decode(completed.ids)
         except (DeviceError, ModelError) as error:  # training can go on without this answer
             record["error"] = error.what
-        return {**record, "expected": self.tokenizer.decode(row["input_ids"][answer])}
+        return {**record, "expected": expected}
