@@ -87,8 +87,7 @@ def requirements(wanted: list[str]) -> Iterator[str]:
 
 
 def oldest_glibc(wanted: list[str]) -> int:
-    """The minor version of the oldest one that an install line is for: torch's, 28, or where the extra `structured` is asked for 31,
-    llguidance's."""
+    """The minor version of the oldest one that an install line is for: torch's 28, or 31, llguidance's, with `structured`."""
     return 31 if any("structured" in word for word in wanted) else 28
 
 
