@@ -29,7 +29,8 @@ from nybble.generate.batching import ActiveRequest
 from nybble.generate.decoder.choice import make_decoder
 from nybble.generate.decoder.decoder import RowDecoder
 from nybble.generate.request import Request, complete
-from nybble.generate.sampling import RowSampler, SampledTokens, to_device
+from nybble.generate.sampling import RowSampler, SampledTokens
+from nybble.generate.transfers import to_device
 
 SHAPE = Shape(4096, 32, 32, 128, 11008, layers=32, vocabulary=49152)
 SUMMARISE = "Summarise the following text in a few sentences.\n\n"

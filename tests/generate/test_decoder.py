@@ -94,13 +94,14 @@ def test_a_stop_token_drops_what_was_computed_beyond_it(model):
 
 
 @pytest.mark.parametrize("during", ["prefill", "decode"])
-def test_a_device_that_is_lost_ends_everything_with_one_message(model, during, caplog, capsys):
+def test_a_device_that_is_lost_ends_everything_with_one_message(model, during, caplog, capsys, monkeypatch):
     generator = decoder(model)
 
     def lost(*given):
         raise torch.AcceleratorError("CUDA error: unspecified launch failure\nmore about it")
 
     setattr(generator.steps, during, lost)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
     sinks = [Collected() for _ in range(20)]  # more than rows at once
     generator.submit([ask(PROMPTS[0])] * 20, sinks)
     with caplog.at_level(logging.ERROR, "nybble.generate"):
@@ -121,6 +122,46 @@ REPEATING = [
     [1, *range(100, 130), 9, *range(100, 108)],
     [1, 40, 50, 60],
 ]
+
+
+def test_an_error_that_leaves_the_device_usable_fails_its_own_rows_only(model, monkeypatch):
+    generator = decoder(model)
+    decode = generator.steps.decode
+
+    def failing(*given):
+        raise torch.AcceleratorError("CUDA error: invalid configuration argument")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    generator.steps.decode = failing
+    with pytest.raises(GenerationError, match="the model failed"):
+        complete(generator, [ask(PROMPTS[0])])
+    generator.steps.decode = decode
+    assert complete(generator, [ask(PROMPTS[0])])[0].ids == alone(model, PROMPTS[0], None)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_an_answer_that_is_cancelled_in_any_phase_ends_and_the_others_do_not(model, data):
+    """While it waits, between two parts of its prompt, at its first token, at a later one, or behind drafts."""
+    generator = decoder(model, tokens=data.draw(st.sampled_from([60, 4000])), asynchronous=data.draw(st.booleans()))
+    generator.steps.chunk = data.draw(st.sampled_from([2, 256]))
+    prompts = [data.draw(st.sampled_from([*PROMPTS, REPEATING[0]])) for _ in range(3)]
+    sinks = [Collected() for _ in prompts]
+    handles = generator.submit([ask(prompt, None, 14) for prompt in prompts], sinks)
+    victim, after = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 20))
+    more, steps = True, 0
+    while more:
+        if steps == after:
+            handles[victim].cancel()
+        more, steps = generator.step(), steps + 1
+    for number, (prompt, sink) in enumerate(zip(prompts, sinks, strict=True)):
+        whole = alone(model, prompt, None, 14)
+        if number == victim and sink.finish == "cancelled":
+            assert sink.ids == whole[: len(sink.ids)]
+        else:
+            assert (sink.finish, sink.ids) == ("length", whole)
+    assert generator.steps._used <= generator.steps.tokens
+    assert len(generator._entries) == generator.steps.rows
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

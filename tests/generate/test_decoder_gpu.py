@@ -345,6 +345,16 @@ def test_a_cache_in_fp8_rounds_as_torch_does(name):
         assert apart.max() < 3e-3, apart
 
 
+def test_a_cache_for_one_request_has_room_for_it(answering_model):
+    from nybble.generate.decoder.choice import make_decoder
+    from nybble.generate.request import complete
+
+    with torch.inference_mode():
+        generator = make_decoder(answering_model, tokens=100, longest=100)
+        (answer,) = complete(generator, [request([*range(5, 41)], "one", 64)])
+    assert len(answer.ids) == 64
+
+
 def test_a_short_prompt_does_not_take_the_long_way(answering_model, monkeypatch):
     from nybble.generate.decoder import cuda_steps
     from nybble.generate.decoder.choice import make_decoder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nybble.generate.decoder.pages import PAGE, PagePool
+from nybble.generate.decoder.pages import PAGE, PagePool, pages_of
 
 WORDS = st.lists(st.sampled_from([0, 1]), min_size=1, max_size=4)  # of 64 tokens each: many sequences begin alike
 
@@ -90,3 +90,8 @@ def test_the_beginning_used_longest_ago_makes_room():
     assert ledger.open[-1][3] == 1
     ledger.start([2], None, 2)
     assert ledger.open[-1][3] == 0
+
+
+@given(st.integers(0, 10**6))
+def test_pages_hold_what_they_were_counted_for_and_no_page_more(tokens):
+    assert tokens <= pages_of(tokens) * PAGE < tokens + PAGE

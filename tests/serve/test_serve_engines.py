@@ -164,7 +164,7 @@ def test_continuous_batching_answers_each_as_generate_does(merged, cache):
         ):  # fmt: skip
             answer = server.post(model="merged-run", messages=user("x"), **refused)
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
-            assert "--engine pipeline" in answer.json()["error"]["message"]
+            assert "--engine auto" in answer.json()["error"]["message"]
         with pytest.raises(openai.APITimeoutError):
             client.with_options(timeout=0.3).chat.completions.create(
                 model="merged-run", messages=user("go on"), max_tokens=400, temperature=2, n=16

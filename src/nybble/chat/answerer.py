@@ -126,8 +126,7 @@ class Answerer:
                 )
         adapter = None if base or self._is_base() else self.adapter
         requests = [self._request(prompt, number, sampling, adapter) for number, prompt in enumerate(prompts)]
-        with explained_failures(), torch.inference_mode():
-            generator = self._generator.get(requests)
+        with explained_failures(), torch.inference_mode(), self._generator.using(requests) as generator:
             return [self._continuation(completed) for completed in complete(generator, requests, on_token)]
 
     @functools.cached_property

@@ -1,7 +1,9 @@
-"""The generator of one model, kept between answers: making one costs seconds on a GPU, and its cache remembers conversations."""
+"""The generator of one model, kept between answers: its cache remembers conversations, and making one takes 0.2 s on a GPU (5 s
+where kernels are still to be compiled)."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -43,20 +45,36 @@ class KeptGenerator:
         self._model, self._pad_id, self._cache, self._least_tokens = model, pad_id, cache, least_tokens
         self._decoder: RowDecoder | None = None
         self._facts: list[Fact] = []
+        self._refused = 0
+        """The longest request, in tokens, when there was no decoder for it."""
 
-    def get(self, requests: Sequence[Request]) -> Generator:
-        """A generator that can answer these requests: the decoder, or where that cannot compute the model, padded batches."""
+    @contextlib.contextmanager
+    def using(self, requests: Sequence[Request]) -> Iterator[Generator]:
+        """A generator that can answer these requests: the decoder, or where that cannot compute them, padded batches.
+
+        A decoder whose cache is larger than what is kept is freed afterwards: whoever evaluates needs the memory.
+        """
+        try:
+            yield self._get(requests)
+        finally:
+            if self._decoder is not None and self._decoder.steps.tokens > self._least_tokens:
+                self._decoder, self._facts = None, []
+
+    def _get(self, requests: Sequence[Request]) -> Generator:
         facts = list(_facts(self._model))
-        needed = max((len(request.prompt) + request.max_tokens for request in requests), default=1)
-        if facts != self._facts or (self._decoder is not None and needed > self._decoder.steps.tokens):
+        needs = [len(request.prompt) + request.max_tokens for request in requests]
+        longest = max(needs, default=1)
+        known = self._refused <= longest if self._decoder is None else longest <= self._decoder.steps.tokens
+        if facts != self._facts or not known:
             self._decoder = None  # its memory is free before another takes some
-            self._decoder, self._facts = self._make(requests), facts
+            self._decoder, self._facts = self._make(sum(needs), longest), facts
+            self._refused = longest if self._decoder is None else 0
         return self._decoder or Padded(self._model, self._pad_id, rows=max(1, len(requests)))
 
-    def _make(self, requests: Sequence[Request]) -> RowDecoder | None:
-        needed = sum(len(request.prompt) + request.max_tokens for request in requests)
+    def _make(self, tokens: int, longest: int) -> RowDecoder | None:
+        tokens = max(tokens, self._least_tokens)
         try:
-            decoder = make_decoder(self._model, tokens=max(needed, self._least_tokens), cache=self._cache)
+            decoder = make_decoder(self._model, tokens=tokens, longest=longest, cache=self._cache)
         except Ineligible as why:
             log.info("answering in padded batches: %s", why)
             return None

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from nybble.generate.request import Token
-from nybble.generate.sampling import LogProbabilities, to_device
+from nybble.generate.sampling import LogProbabilities
+from nybble.generate.transfers import to_device
 
 ROWS = 64  # positions whose logits exist at once, as many as the decoder's largest step has: with 128,256 tokens 33 MB
 

@@ -14,6 +14,7 @@ from nybble.generate.draw import Distribution
 from nybble.generate.penalties import LogitChanges, changes_logits
 from nybble.generate.request import Token
 from nybble.generate.seeds import uniforms
+from nybble.generate.transfers import to_device, to_host
 
 
 @dataclass(frozen=True)
@@ -145,16 +146,6 @@ class TokenDelivery(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         """For each row of input_ids (rows, tokens), whether it is done."""
         return torch.tensor(self.batch.step(self.sampler.tokens), device=input_ids.device)
-
-
-def to_device(numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.long) -> torch.Tensor:
-    """Numbers as a tensor, (numbers,), without waiting for what the device is computing."""
-    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-
-
-def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the host, in pinned memory; one that comes from a GPU is complete only when its stream has got there."""
-    return tensor.to("cpu", non_blocking=True)
 
 
 def _recorded_event(device: torch.device) -> torch.cuda.Event | None:

@@ -109,7 +109,7 @@ class Job:
                 answers = await engine.submit(self.requests, self.mailbox)
         except UnsupportedError as error:
             raise RequestError(
-                f"{error}; start the server with --engine pipeline to use it",
+                f"{error}; start the server with --engine auto to use it",
                 param=self.parsed.option_names.get(error.option, error.option),
                 code="unsupported_parameter",
             ) from None

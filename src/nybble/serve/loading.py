@@ -182,8 +182,8 @@ def load_continuous(
     """
     if len(runs) > 1:
         raise ServeError(
-            "the engine continuous serves one merged run; several adapters on one base need the engine pipeline",
-            fix=f"nybble serve {runs[0].folder} --engine continuous, or several runs with --engine pipeline",
+            "the engine continuous serves one merged run; several adapters on one base need another",
+            fix=f"nybble serve {runs[0].folder} --engine continuous, or several runs with --engine auto",
         )
     run = runs[0]
     folder = merged_folder(run, "continuous")

@@ -62,7 +62,7 @@ def serve_with_vllm(runs: Sequence[Run], address: Address, *, device: str, limit
         raise ServeError(
             "--queue, --timeout, --device, --log-prompts, --allow-origin and --allow-host are for nybble's own server; "
             "vLLM has its own options",
-            fix="omit them, or --engine pipeline",
+            fix="omit them, or --engine auto",
         )
     become_vllm(runs, address.host, address.port, address.access.key)
 

@@ -58,8 +58,9 @@ class SampleAnswers:
         records: list[dict[str, Any]] = []
         self.model.eval()
         with temporarily_dequantised(self.model):
-            # No larger than one answer: training's own memory comes first.
-            kept = KeptGenerator(self.model, self.tokenizer.pad_token_id, self.cache, least_tokens=0)
+            # No larger than the longest answer: training's own memory comes first.
+            longest = max((answer.start + NEW_TOKENS for _, answer in prompts), default=0)
+            kept = KeptGenerator(self.model, self.tokenizer.pad_token_id, self.cache, least_tokens=longest)
             for row, answer in prompts:
                 progress(len(records), len(prompts))
                 records.append(self._answer(kept, row, answer))
@@ -75,8 +76,12 @@ class SampleAnswers:
             return {**record, "error": "the prompt fills the model's context", "expected": expected}
         request = Request(prompt, limit, adapter, self.stop_ids, deadline=time.monotonic() + SECONDS)
         try:
-            with explained_failures(), torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
-                (completed,) = complete(kept.get([request]), [request])
+            with (
+                explained_failures(),
+                torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32),
+                kept.using([request]) as generator,
+            ):
+                (completed,) = complete(generator, [request])
             record["answer"] = self.tokenizer.decode(completed.ids)
         except (DeviceError, ModelError) as error:  # training can go on without this answer
             record["error"] = error.what

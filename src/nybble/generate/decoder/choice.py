@@ -40,6 +40,7 @@ def make_decoder(
     queue: int | None = None,
     observer: Observer | None = None,
     tokens: int | None = None,
+    longest: int = 1,
     cache: pathlib.Path | None = None,
     constrain: Constrain | None = None,
     fp8_cache: bool = False,
@@ -51,6 +52,7 @@ def make_decoder(
         queue: requests that may wait; None for any number.
         observer: is notified of the load.
         tokens: that its cache shall hold, if they fit into its share of the free memory; None for all of that share.
+        longest: tokens of a request, prompt and answer, for which there must be memory.
         cache: the cache folder, where compiled kernels are kept; None for the user's own.
         constrain: makes the constraints of requests with a grammar; None where there are none.
         fp8_cache: keys and values in e4m3, on a GPU: twice as many tokens in the same memory.
@@ -60,7 +62,7 @@ def make_decoder(
     """
     read = read_model(model)
     try:
-        steps = _choose_steps(read, model, tokens, cache, fp8_cache)
+        steps = _choose_steps(read, model, tokens, longest, cache, fp8_cache)
     except torch.OutOfMemoryError:
         raise Ineligible("there is not enough memory for its cache and buffers") from None
     return RowDecoder(read, steps, queue=queue, constrain=constrain, observer=observer)
@@ -70,6 +72,7 @@ def _choose_steps(
     read: DecoderModel,
     model: PreTrainedModel | PeftModel,
     tokens: int | None,
+    longest: int,
     cache: pathlib.Path | None,
     fp8_cache: bool,
 ) -> Steps:
@@ -78,6 +81,7 @@ def _choose_steps(
         if fp8_cache:
             raise Ineligible("keys and values in fp8 need a GPU")
         fitting = int(CPU_SHARE * host_memory().free / kv_cache_bytes_per_token(shape, read.embedding.dtype.itemsize))
+        _check_memory(fitting, longest)
         return PlainSteps(read, fitting if tokens is None else min(fitting, tokens))
     if torch.cuda.get_device_capability(read.device) < OLDEST:
         raise Ineligible("the decoder's kernels need a GPU of compute capability 8.0 or later")
@@ -86,7 +90,16 @@ def _choose_steps(
     free = SHARE * allocatable_bytes(read.device) - decoder_workspace_bytes(shape, SIZES[-1], CHUNK)
     dtype = torch.float8_e4m3fn if fp8_cache else torch.bfloat16
     fitting = int(free / kv_cache_bytes_per_token(shape, dtype.itemsize))
-    if fitting < PAGE:
-        raise Ineligible("there is not enough memory for its cache and buffers")
+    _check_memory(fitting, max(longest, PAGE))
     most = min(fitting, SIZES[-1] * read.positions)
     return CudaSteps(read, most if tokens is None else min(most, tokens), (cache or default_cache()) / "kernels", dtype)
+
+
+def _check_memory(fitting: int, needed: int) -> None:
+    """Whether a cache of so many tokens is large enough.
+
+    Raises:
+        Ineligible: it is not.
+    """
+    if fitting < needed:
+        raise Ineligible(f"there is memory for {max(0, fitting):,} tokens in its cache, and {needed:,} are needed")

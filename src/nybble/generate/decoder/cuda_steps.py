@@ -11,18 +11,18 @@ import torch
 from nybble.generate.decoder.cuda_step import pack_model
 from nybble.generate.decoder.layers import PlainLayers, tokens_of
 from nybble.generate.decoder.model import DecoderModel
-from nybble.generate.decoder.pages import PAGE, PagePool
+from nybble.generate.decoder.pages import PAGE, PagePool, pages_of
 from nybble.generate.decoder.prompt_pass import PromptPass
 from nybble.generate.decoder.step_graphs import SIZES, PagedSlot, StepGraphs, StepRow
 from nybble.generate.decoder.steps import CacheSlot, Visit
-from nybble.generate.sampling import to_device
+from nybble.generate.transfers import to_device
 from nybble.kernels.cuda.compile import CompileError
 from nybble.kernels.cuda.kernels import Kernels
 from nybble.weights.watched import Ineligible
 
 CHUNK = 1024  # tokens of a prompt between two steps: 35 ms of a 7B on an H100
-# So many tokens of prompts go through the steps' kernels, 64 at a time: 6 ms each of a 7B on an H100. A pass in plain torch takes
-# the host 25 ms however short it is, and 45 ms on a slower host.
+# So many tokens of prompts go through the steps' kernels, 64 at a time, whose products take 6 ms of a 7B on an H100. A pass in
+# plain torch takes the host 25 ms however short it is.
 SHORT = 192
 WARM_UP_LENGTHS = (
     16,
@@ -55,11 +55,11 @@ class CudaSteps:
         self._layers = PlainLayers(model, [
             {name: group.named for name, group in layer.items()} for layer in packed.layers
         ])  # fmt: skip
-        self._pool = PagePool(max(1, tokens // PAGE))
+        self._pool = PagePool(pages_of(tokens))
         self.rows, self.chunk, self.tokens = SIZES[-1], CHUNK, self._pool.count * PAGE
         shape = (len(model.layers), 2, self._pool.count, model.kv_heads, PAGE, model.head_size)
         self._cache = torch.zeros(shape, dtype=dtype, device=model.device)
-        self._most_pages = min(self._pool.count, -(-model.positions // PAGE))
+        self._most_pages = min(self._pool.count, pages_of(model.positions))
         try:
             self._graphs = StepGraphs(packed, Kernels(model.device, folder), self._cache, self._most_pages)
             self._graphs.prepare(SIZES[0])
@@ -79,7 +79,7 @@ class CudaSteps:
 
     def reserve(self, prompt: Sequence[int], adapter: str | None, tokens: int) -> PagedSlot | None:
         """See `Steps.reserve`."""
-        found = self._pool.reserve(prompt, adapter, -(-tokens // PAGE))
+        found = self._pool.reserve(prompt, adapter, pages_of(tokens))
         if found is None:
             return None
         pages, shared = found

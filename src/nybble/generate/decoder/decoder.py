@@ -30,7 +30,8 @@ from nybble.generate.request import (
     Token,
     check_request,
 )
-from nybble.generate.sampling import RowSampler, to_device
+from nybble.generate.sampling import RowSampler
+from nybble.generate.transfers import to_device
 
 log = logging.getLogger("nybble.generate")
 

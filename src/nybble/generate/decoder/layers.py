@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import linear, rms_norm, silu
 
 from nybble.generate.decoder.model import DecoderModel
-from nybble.generate.sampling import to_device
+from nybble.generate.transfers import to_device
 from nybble.kernels import operations, reference
 from nybble.weights.projections import ActiveAdapter, ProjectionGroup
 from nybble.weights.store import dequantise

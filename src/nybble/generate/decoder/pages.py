@@ -10,6 +10,11 @@ from dataclasses import dataclass
 PAGE = 64  # tokens
 
 
+def pages_of(tokens: int) -> int:
+    """Pages that so many tokens need."""
+    return -(-tokens // PAGE)
+
+
 @dataclass(eq=False)
 class CachedPage:
     """A full page whose keys and values a later sequence may share."""

@@ -9,7 +9,7 @@ import torch
 
 from nybble.generate.decoder.pages import PAGE
 from nybble.generate.decoder.step_graphs import PagedSlot
-from nybble.generate.sampling import to_device
+from nybble.generate.transfers import to_device
 
 aten = torch.ops.aten
 

@@ -6,12 +6,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from nybble.generate.batching import ActiveRequest
 from nybble.generate.decoder.lookup import PromptLookup
 from nybble.generate.decoder.part_scores import PartScores
 from nybble.generate.decoder.steps import CacheSlot
+from nybble.generate.lost import why_card_is_lost
 from nybble.generate.request import GenerationError, NonFiniteLogitsError, Token
 from nybble.generate.sampling import SampledTokens
 
@@ -79,7 +78,7 @@ def fail_unless_lost(rows: Sequence[DecodedRow], error: Exception) -> None:
     Raises:
         AcceleratorError: of torch: CUDA answers every later call with the same error.
     """
-    if isinstance(error, torch.AcceleratorError):
+    if why_card_is_lost(error) is not None:
         raise error
     log.error("the model failed for %d rows", len(rows), exc_info=error)
     fail(rows, "the model failed; the log says why", error)

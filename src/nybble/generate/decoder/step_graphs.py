@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from nybble.generate.decoder.cuda_step import CudaStep, PackedModel, StepInput
-from nybble.generate.sampling import to_device
+from nybble.generate.transfers import to_device
 from nybble.kernels.cuda.buffers import SharedBuffers
 from nybble.kernels.cuda.kernels import Kernels
 
