@@ -103,7 +103,7 @@ def test_by_default_the_decoder_serves_what_it_can_and_the_pipeline_the_rest_and
 
 @pytest.mark.parametrize(
     "engine, why, fix",
-    [("decoder", "keys and values in fp8 need a GPU", "--engine pipeline"), ("auto", "need a GPU", "--engine pipeline"),
+    [("decoder", "keys and values in fp8 need a GPU", "--kv-cache bf16"), ("auto", "need a GPU", "--kv-cache bf16"),
      ("pipeline", "the engine pipeline has no cache in fp8", "--engine decoder, or --kv-cache bf16")],
 )  # fmt: skip
 def test_a_cache_in_fp8_is_refused_where_there_is_none(tuned_run, cache, engine, why, fix, capsys):

@@ -263,7 +263,10 @@ def kv_cache_bytes_per_token(shape: ModelShape, element: int) -> int:
 
 
 def decoder_workspace_bytes(shape: ModelShape, rows: int, chunk: int) -> int:
-    """What the decoder takes on a GPU beside weights and cache, most of it the largest group of projections in 16 bits.
+    """About what the decoder takes on a GPU beside weights and cache, most of it the largest group of projections in 16 bits.
+
+    0.51 GB on Llama 2 7B, where 0.67 were reserved with an adapter of rank 16, whose copies (80 MB) are not in it: whoever relies
+    on it leaves a tenth of the memory free.
 
     Args:
         shape: the model's sizes.

@@ -115,7 +115,8 @@ def load_decoder(
     try:
         return decoder_engine(answerers, base, observer, queue=queue, cache=cache, fp8_cache=fp8_cache)
     except Ineligible as why:
-        raise ServeError(f"the decoder cannot compute this model: {why}", fix="--engine pipeline") from None
+        fix = "--kv-cache bf16" if fp8_cache else "--engine pipeline"
+        raise ServeError(f"the decoder cannot compute this model: {why}", fix=fix) from None
 
 
 def decoder_engine(
