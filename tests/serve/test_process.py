@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 
-from nybble.errors import ServeError
+from nybble.errors import RunError, ServeError
 from nybble.generate.lost import why_card_is_lost
 from nybble.generate.request import BusyError, GenerationError, NonFiniteLogitsError, Request, Token, UnsupportedError
 from nybble.installed import module_command
@@ -190,6 +190,27 @@ def test_an_error_while_loading_is_raised_here_as_it_was_there(tuned_run, cache)
     assert raised.value.where.endswith("export/merged")
     assert raised.value.fix == f"nybble export {tuned_run.folder} --to merged"
     assert "in the generator's process:\nTraceback" in raised.value.__notes__[0]
+
+
+def test_a_template_that_is_gone_once_the_model_is_loaded_ends_the_process(tuned_run, cache, monkeypatch, capsys):
+    started = []
+
+    def start(job, observer):
+        arguments = {"folder": tuned_run.folder / "tokenizer", "pause": 0}
+        started.append(start_process(LoadingJob("bench.stub:load_stub", arguments), observer))
+        return started[-1]
+
+    def refuse(run, base):
+        raise RunError("the template is gone")
+
+    monkeypatch.setattr("nybble.serve.server.start_process", start)
+    monkeypatch.setattr("nybble.serve.server.load_template", refuse)
+    with pytest.raises(RunError) as refused:
+        load_engine("pipeline", [tuned_run], Metrics(), device="cpu", queue=QUEUE, cache=cache)
+    print(refused.value)
+    assert "the template is gone" in capsys.readouterr().out
+    ((worker, _),) = started
+    assert worker.process.wait(10) is not None
 
 
 def test_a_process_that_is_killed_while_loading_says_so(caplog):

@@ -179,11 +179,10 @@ def load_engine(
         "fp8_cache": fp8_cache,
     }
     worker, facts = start_process(LoadingJob("nybble.serve.loading:load_named", arguments, prepare), metrics)
-    try:
+    with contextlib.ExitStack() as unless_loaded:
+        unless_loaded.callback(worker.close)
         templates = {name: load_template(run, facts.folder)[1] for name, run in zip(names, runs, strict=True)}
-    except BaseException:
-        worker.close()
-        raise
+        unless_loaded.pop_all()
     return Engine(
         facts.name, facts.about, _with_templates(facts, templates), facts.adapters, queue, worker, facts.folder
     )

@@ -37,13 +37,12 @@ def start_process(job: LoadingJob, observer: Observer) -> tuple[RemoteWorker, En
         with _interrupts_blocked():
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[its.fileno()])
     worker = RemoteWorker(process, ours, observer)
-    try:
+    with contextlib.ExitStack() as unless_loaded:
+        unless_loaded.callback(worker.close)
         with contextlib.suppress(ConnectionError):  # it has ended already, which the next line tells
             ours.sendall(pack(FirstMessage(sys.path, pickle.dumps(job))))
         facts = _wait_until_loaded(ours, process)
-    except BaseException:
-        worker.close()
-        raise
+        unless_loaded.pop_all()
     return worker, facts
 
 
