@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+from filelock import FileLock
 
 from nybble.errors import ExportError, RunError
 from nybble.files.atomic import (
@@ -24,7 +25,7 @@ from nybble.files.atomic import (
     replacing,
     run_lock,
 )
-from nybble.files.locks import Holder, hold, holder, kernel
+from nybble.files.locks import PATIENCE, Holder, hold, holder, kernel
 from nybble.files.outputs import check_export
 from nybble.files.writing import write_text
 from nybble.run.folder import open_run
@@ -185,6 +186,26 @@ def test_a_folder_of_an_unknown_writer_is_removed_only_after_a_day_without_chang
     age(tmp_path)
     remove_unfinished_folders(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_of_a_writer_killed_before_it_wrote_its_name_is_removed_after_a_moment(tmp_path):
+    lock = tmp_path / f"{UNFINISHED}x{LOCK}"
+    lock.touch()
+    remove_unfinished_folders(tmp_path)
+    assert lock.exists(), "its writer may be about to write"
+    with FileLock(lock, fallback_to_soft=False):
+        a_second_old(lock)
+        remove_unfinished_folders(tmp_path)
+        assert lock.exists(), "it is held"
+    lock.touch()  # a release may remove it
+    a_second_old(lock)
+    remove_unfinished_folders(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def a_second_old(file):
+    before = time.time() - PATIENCE
+    os.utime(file, (before, before))
 
 
 def test_files_that_are_not_nybbles_are_kept_whatever_their_age(tmp_path):

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator
 
-from nybble.files.locks import hold, holder, holder_is_dead, refuse_held
+from nybble.files.locks import PATIENCE, hold, holder, holder_is_dead, names_nobody, refuse_held
 from nybble.files.paths import nearest_existing
 
 LOCK = ".lock"  # in a run while it is being written
@@ -92,8 +92,10 @@ def remove_unfinished_folders(parent: pathlib.Path) -> None:
     """Remove the folders inside `parent` that `new_folder` did not finish because its process was killed."""
     for lock in parent.glob(f"{UNFINISHED}*{LOCK}"):
         folder = lock.with_suffix("")
+        # A holder writes its name before it makes the folder: without either it was killed at once, or is about to go on.
+        age = PATIENCE if names_nobody(lock) and not folder.exists() else ABANDONED_AFTER
         with holder_is_dead(lock) as is_dead:
-            if is_dead or (holder(lock) is None and is_abandoned(ABANDONED_AFTER, lock, folder)):
+            if is_dead or (holder(lock) is None and is_abandoned(age, lock, folder)):
                 shutil.rmtree(folder, ignore_errors=True)
                 with contextlib.suppress(OSError):  # it belongs to another user
                     lock.unlink()

@@ -121,6 +121,12 @@ def holder_is_dead(file: pathlib.Path) -> Iterator[bool]:
             yield _lock(descriptor) is True and os.fstat(descriptor).st_nlink > 0
 
 
+def names_nobody(file: pathlib.Path) -> bool:
+    """Whether no holder stands in a lock file: a process was killed between making it and writing who it is, or it is damaged."""
+    with _opened(file) as descriptor:
+        return descriptor is not None and _read(descriptor) is None
+
+
 @contextlib.contextmanager
 def _opened(file: pathlib.Path) -> Iterator[int | None]:
     """A descriptor of a file that exists: locks on NFS need one that can write, but another user's file can only be read."""
