@@ -231,6 +231,14 @@ def tuned_run(tiny_llama, rows, cache, tmp_path_factory):
     return tuned(tiny_llama, rows, tmp_path_factory.mktemp("runs") / "run", 20, cache)
 
 
+@pytest.fixture(scope="session")
+def long_run(rows, cache, tmp_path_factory):
+    """As `tuned_run`, with 4,096 positions: functions in a prompt take more than 512 of its tokens, which are characters."""
+    base = write_llama(tmp_path_factory.mktemp("models") / "long-llama", max_position_embeddings=4096)
+    small_tokenizer().save_pretrained(base)
+    return tuned(base, rows, tmp_path_factory.mktemp("runs") / "run", 20, cache)
+
+
 @pytest.fixture
 def here(monkeypatch, capsys):
     """The command line in this process: another one loads libraries for ten seconds. Its cache is this user's own."""

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from nybble.serve.answers import Choice, Piece
-from nybble.serve.bodies import CompletionReply, _chunks, event
-from nybble.serve.protocol import ChatRequest, CompletionRequest, parse
+from nybble.serve.bodies import CompletionReply, event
+from nybble.serve.chat_request import ChatRequest
+from nybble.serve.completion_request import CompletionRequest
+from nybble.serve.protocol import parse
 
 TEXTS = ["a", ' "quoted"\\', "line\nline\t\x00", "\ue000", '"\ue000"', "\u2028 \u00e9 \u597d \U0001f600", "\u007f"]
 
@@ -28,7 +30,7 @@ def test_a_chunk_around_text_is_the_one_that_json_makes(kind, usage, name):
             choice = Choice(index, None, None, [])
             choice.text += text
             piece = Piece(choice, text, ())
-            assert reply.piece(piece) == [event(chunk) for chunk in _chunks(job, piece)]
+            assert reply.piece(piece) == [event(chunk) for chunk in reply._chunks(piece)]
             choice.finish = "stop"
-            assert reply.piece(piece) == [event(chunk) for chunk in _chunks(job, piece)]
+            assert reply.piece(piece) == [event(chunk) for chunk in reply._chunks(piece)]
             assert all(b'"stop"' in sent for sent in reply.piece(piece)[-1:])

@@ -17,8 +17,8 @@ EXAMPLES = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs" / "serving.m
 
 
 @pytest.fixture(scope="module")
-def server(tuned_run, cache):
-    with serving(lambda metrics: load_pipeline([tuned_run], metrics, device="cpu", queue=64, cache=cache)) as server:
+def server(long_run, cache):
+    with serving(lambda metrics: load_pipeline([long_run], metrics, device="cpu", queue=64, cache=cache)) as server:
         yield server
 
 
@@ -36,7 +36,7 @@ def test_the_examples_answer(server):
             assert events(result.stdout.splitlines())[-1]["choices"][0]["finish_reason"]
         else:
             assert json.loads(result.stdout)["choices"][0]["message"]["role"] == "assistant"
-    assert kinds == ["bash", "python", "bash", "python", "python"]
+    assert kinds == ["bash", "python", "bash", "python", "python", "python"]
 
 
 def test_what_a_person_sees_is_what_the_docs_show():

@@ -23,9 +23,11 @@ from nybble.data.text.tokens import encode
 from nybble.generate.batching import ActiveRequest
 from nybble.generate.request import Request
 from nybble.generate.sampling import BatchSampler
+from nybble.serve.chat_request import ChatRequest
+from nybble.serve.completion_request import CompletionRequest
 from nybble.serve.fields import RequestError
 from nybble.serve.loading import load_pipeline
-from nybble.serve.protocol import ChatRequest, CompletionRequest, parse
+from nybble.serve.protocol import parse
 from nybble.serve.responses import ResponseRequest
 from tests.data.test_template import NEEDS_A_USER
 from tests.local_server import events, serving
@@ -121,12 +123,14 @@ def test_tools_may_be_sent_where_none_is_to_be_called(server, client):
     assert said(with_none) == said(server.post(**ask, tool_choice="none")) == bare
     assert said(server.post(**ask, tools=[], tool_choice="auto")) == bare
     assert said(server.post(**ask, functions=[{"name": "f"}], function_call="none")) == bare
-    for more in ({}, {"tool_choice": "auto"}):
-        assert "send tool_choice: none" in check_refused(server.post(**ask, tools=tools, **more), "tools")
-    check_refused(server.post(**ask, tool_choice="required"), "tool_choice")
     check_refused(server.post(**ask, functions=[{"name": "f"}]), "functions")
-    with pytest.raises(openai.BadRequestError, match="this server does not call tools"):
-        client.chat.completions.create(**ask, tools=tools)
+    for route, prompt in (("/v1/completions", {"prompt": "x"}), ("/v1/responses", {"input": "x"})):
+        for more in ({}, {"tool_choice": "auto"}):
+            refused = server.post(route, model="run", **prompt, tools=tools, **more)
+            assert "send tool_choice: none" in check_refused(refused, "tools")
+        check_refused(server.post(route, model="run", **prompt, tool_choice="required"), "tool_choice")
+    with pytest.raises(openai.BadRequestError, match="only /v1/chat/completions calls functions"):
+        client.completions.create(model="run", prompt="x", extra_body={"tools": tools})
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -107,3 +108,30 @@ def test_the_base_answers_like_the_chat_model_it_is(server):
     text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
     print(text)
     assert "sea" in text.lower() or "ocean" in text.lower()
+
+
+@pytest.mark.slow
+def test_the_base_calls_a_function_with_what_it_was_asked(server):
+    url, _ = server
+    city = {"type": "string", "maxLength": 20}
+    parameters = {"type": "object", "properties": {"city": city}, "required": ["city"], "additionalProperties": False}
+    tools = [
+        {"type": "function", "function": {"name": "forecast", "description": "The weather", "parameters": parameters}}
+    ]
+    question = [{"role": "user", "content": "Will it rain in Rome tomorrow?"}]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        ask = {"model": "smollm2-135m-instruct", "messages": question, "tools": tools, "temperature": 0}
+        ask |= {
+            "max_tokens": 100,
+            "parallel_tool_calls": False,
+        }  # asked for several, this small model calls until the limit
+        for choice in ("required", "auto"):
+            answer = client.chat.completions.create(**ask, tool_choice=choice).choices[0]
+            print(answer.finish_reason, answer.message.content, answer.message.tool_calls)
+            with client.chat.completions.stream(**ask, tool_choice=choice) as stream:
+                streamed = stream.get_final_completion().choices[0]
+            assert streamed.message.content == answer.message.content
+            calls, same = ([call.function for call in each.message.tool_calls or ()] for each in (answer, streamed))
+            assert [(call.name, call.arguments) for call in calls] == [(call.name, call.arguments) for call in same]
+            assert calls or choice == "auto"
+            assert all("Rome" in json.loads(call.arguments)["city"] for call in calls)

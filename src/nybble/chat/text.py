@@ -78,7 +78,7 @@ class TextStream:
         matches = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
         if matches:  # the stop string that is complete first, wherever tokens end
             text, self.stopped = text[: min(matches)[1]], True
-        certain = len(text) if last or self.stopped else len(text) - self._begins_stop(text)
+        certain = len(text) if last or self.stopped else len(text) - suffix_that_begins(text, self._stops)
         if self._strip:
             certain = len(text[:certain].rstrip())
         self._pending = "" if last or self.stopped else text[certain:]
@@ -86,16 +86,15 @@ class TextStream:
         self._started = self._started or bool(released)
         return released
 
-    def _begins_stop(self, text: str) -> int:
-        """Length of the longest suffix of the text that is a prefix of a stop string."""
-        if not self._stops:
-            return 0
-        longest = max(map(len, self._stops)) - 1
-        return next(
-            (size for size in range(min(longest, len(text)), 0, -1)
-             if any(stop.startswith(text[-size:]) for stop in self._stops)),
-            0,
-        )  # fmt: skip
+
+def suffix_that_begins(text: str, sought: Sequence[str]) -> int:
+    """Length of the longest suffix of a text with which one of the sought strings begins, without being complete."""
+    longest = max(map(len, sought), default=1) - 1
+    return next(
+        (size for size in range(min(longest, len(text)), 0, -1)
+         if any(each.startswith(text[-size:]) for each in sought)),
+        0,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=100_000)

@@ -110,7 +110,7 @@ class Job:
         except UnsupportedError as error:
             raise RequestError(
                 f"{error}; start the server with --engine auto to use it",
-                param=self.parsed.option_names.get(error.option, error.option),
+                param=self.parsed.field_of(error.option),
                 code="unsupported_parameter",
             ) from None
         finally:

@@ -17,13 +17,16 @@ from nybble.data.text.tokens import check_ids, encode_continuation, encode_promp
 from nybble.errors import DataError
 from nybble.generate.request import BusyError, GenerationError
 from nybble.serve.answers import Job
-from nybble.serve.bodies import CompletionReply, model_entry
+from nybble.serve.bodies import CompletionReply, ReplyFormat, model_entry
+from nybble.serve.chat_request import ChatRequest
+from nybble.serve.completion_request import CompletionRequest
 from nybble.serve.encoding import Encoder, too_long
 from nybble.serve.engine import Engine, ServedModel
 from nybble.serve.fields import RequestError
+from nybble.serve.grammar import json_grammar
 from nybble.serve.guard import AccessRules, Guard, open_to, read_body
 from nybble.serve.metrics import CONTENT_TYPE, Metrics
-from nybble.serve.protocol import ChatRequest, CompletionRequest, ParsedRequest, parse
+from nybble.serve.protocol import ParsedRequest, parse
 from nybble.serve.replies import (
     CLIENT_CLOSED_REQUEST,
     Abort,
@@ -34,6 +37,10 @@ from nybble.serve.replies import (
     unless_disconnected,
 )
 from nybble.serve.responses import ResponseRequest, TextResponse
+from nybble.serve.tools.form import call_form
+from nybble.serve.tools.grammar import tool_grammar
+from nybble.serve.tools.prompt import encode_tool_prompt, texts_of
+from nybble.serve.tools.reply import ToolReply
 from nybble.serve.wellformed import WellFormed
 
 UNSUPPORTED_ROUTES = {
@@ -143,6 +150,10 @@ class Api:
 
     async def _encode_conversation(self, parsed: ChatRequest | ResponseRequest, model: ServedModel) -> list[list[int]]:
         """Token ids of a conversation, as the only prompt."""
+        if isinstance(parsed, ChatRequest) and parsed.knows_calls:
+            turns, functions = parsed.tool_turns(), parsed.functions
+            work = functools.partial(encode_tool_prompt, model.template, turns, functions)
+            return [await self._encode(parsed.source, model, texts_of(turns, functions), work)]
         conversation = parsed.conversation()
         encode = encode_continuation if conversation[-1].role == "assistant" else encode_prompt
         work = functools.partial(encode, model.template, conversation)
@@ -201,9 +212,7 @@ class Api:
             except DataError as error:
                 raise RequestError(error.what, param=parsed.source, code="invalid_value") from None
         check_biases(parsed, model)
-        grammar = None
-        if parsed.schema_wanted is not None:
-            grammar = await self.encoder.grammar(parsed.option_names["grammar"], parsed.schema_wanted)
+        grammar = await self._grammar(parsed, model)
         timeout, log_prompts = self.limits.timeout, self.limits.log_prompts
         job = Job(parsed, model, prompts, self.metrics, timeout=timeout, grammar=grammar, log_prompts=log_prompts)
         try:
@@ -219,15 +228,38 @@ class Api:
             raise failure(error, timeout) from None
         return job
 
+    async def _grammar(self, parsed: ParsedRequest, model: ServedModel) -> str | None:
+        """What the answer has to follow; None for any text."""
+        if isinstance(parsed, ChatRequest) and parsed.functions:
+            make = functools.partial(
+                tool_grammar,
+                call_form(model.template),
+                parsed.functions,
+                must_call=parsed.tool_choice.must_call,
+                several=parsed.parallel_tool_calls and not parsed.tool_choice.only,
+            )
+        elif parsed.schema_wanted is not None:
+            make = functools.partial(json_grammar, parsed.schema_wanted)
+        else:
+            return None
+        return await self.encoder.grammar(parsed.field_of("grammar"), make)
+
     async def _answer(self, request: Request, parsed: ParsedRequest, job: Job) -> Response:
         self.abort.watch(job)
-        reply = TextResponse(job, parsed) if isinstance(parsed, ResponseRequest) else CompletionReply(job)
+        reply = make_reply(job, parsed)
         headers = {"x-nybble-ignored": ", ".join(parsed.unused)} if parsed.unused else {}
         if parsed.stream:
             return EventStream(job, reply, headers)
         response = await unless_disconnected(request, self.abort, full_response(job, reply))
         response.headers.update(headers)
         return response
+
+
+def make_reply(job: Job, parsed: ParsedRequest) -> ReplyFormat:
+    """How the answers of a job are sent."""
+    if isinstance(parsed, ResponseRequest):
+        return TextResponse(job, parsed)
+    return ToolReply(job, call_form(job.model.template)) if parsed.functions else CompletionReply(job)
 
 
 def check_biases(parsed: ParsedRequest, model: ServedModel) -> None:

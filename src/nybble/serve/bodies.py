@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -43,20 +43,23 @@ class ReplyFormat(Protocol):
 class CompletionReply:
     """Chat and plain completions."""
 
+    content_at_first: ClassVar[str | None] = ""
+
     def __init__(self, job: Job) -> None:
         self.job = job
         self._around_text: dict[int, tuple[bytes, bytes]] = {}
 
     def full_body(self) -> dict[str, Any]:
         """The answer to a request that is not streamed."""
-        choices = [_whole_choice(self.job, choice) for choice in self.job.choices]
+        choices = [self._whole_choice(choice) for choice in self.job.choices]
         return {**_head(self.job, self.job.parsed.kind), "choices": choices, "usage": usage(self.job)}
 
     def opening(self) -> list[bytes]:
         """The first chunk of each answer: in a chat, the role."""
         if not self.job.parsed.is_chat:
             return []
-        role = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        delta = {"role": "assistant", "content": self.content_at_first}
+        role = {"delta": delta, "logprobs": None, "finish_reason": None}
         return [event(_chunk(self.job, [{"index": choice.index, **role}])) for choice in self.job.choices]
 
     def piece(self, piece: Piece) -> list[bytes]:
@@ -64,12 +67,12 @@ class CompletionReply:
         if piece.text and not piece.tokens and piece.choice.finish is None:
             before, after = self._around(piece.choice)
             return [before + JSON.encode(piece.text).encode() + after]
-        return [event(chunk) for chunk in _chunks(self.job, piece)]
+        return [event(chunk) for chunk in self._chunks(piece)]
 
     def _around(self, choice: Choice) -> tuple[bytes, bytes]:
         """What stands before and after the text in an answer's chunks: encoded once, since there is one for each token."""
         if choice.index not in self._around_text:
-            (chunk,) = _chunks(self.job, Piece(choice, TEXT, ()))
+            (chunk,) = self._chunks(Piece(choice, TEXT, ()))
             before, _, after = event(chunk).rpartition(JSON.encode(TEXT).encode())
             self._around_text[choice.index] = (before, after)
         return self._around_text[choice.index]
@@ -81,6 +84,46 @@ class CompletionReply:
     def failure(self, error: RequestError) -> list[bytes]:
         """An error instead of a chunk."""
         return [event(error.body())]
+
+    def _message(self, choice: Choice) -> dict[str, Any]:
+        """The assistant's message, whole."""
+        return {"role": "assistant", "content": choice.text, "refusal": None}
+
+    def _deltas(self, piece: Piece) -> list[dict[str, Any]]:
+        """What a piece adds to the assistant's message."""
+        return [{"content": piece.text}] if piece.text or piece.tokens else []
+
+    def _finish(self, choice: Choice) -> str | None:
+        """Why an answer ended, in the API's words."""
+        return choice.finish
+
+    def _chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        job, choice = self.job, piece.choice
+        if job.parsed.is_chat:
+            logprobs = chat_logprobs(job, piece.tokens) if piece.tokens else None
+            parts: list[dict[str, Any]] = [
+                {"delta": delta, "logprobs": None if n else logprobs, "finish_reason": None}
+                for n, delta in enumerate(self._deltas(piece))
+            ]
+            end = self._finish(choice)  # after the deltas, from which it may follow
+            parts += [{"delta": {}, "logprobs": None, "finish_reason": end}] if end else []
+        else:
+            begin = len(choice.text) - len(piece.text)
+            offsets = _offsets(job, piece.tokens, begin, len(choice.text) if piece.is_prompt else None)
+            plain_logprobs = _plain_logprobs(job, piece.tokens, offsets) if piece.tokens else None
+            parts = [{"text": piece.text, "logprobs": plain_logprobs, "finish_reason": choice.finish}]
+        return [_chunk(job, [{"index": choice.index, **part}]) for part in parts]
+
+    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
+        job = self.job
+        wants_logprobs = job.parsed.likeliest is not None
+        if job.parsed.is_chat:
+            answer: dict[str, Any] = {"message": self._message(choice)}
+            logprobs = chat_logprobs(job, choice.shown) if wants_logprobs else None
+        else:
+            answer = {"text": choice.text}
+            logprobs = _plain_logprobs(job, choice.shown, _all_offsets(job, choice)) if wants_logprobs else None
+        return {"index": choice.index, **answer, "logprobs": logprobs, "finish_reason": self._finish(choice)}
 
 
 def event(body: dict[str, Any], name: str = "") -> bytes:
@@ -106,22 +149,6 @@ def usage(job: Job) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _chunks(job: Job, piece: Piece) -> list[dict[str, Any]]:
-    choice = piece.choice
-    end = choice.finish
-    if job.parsed.is_chat:
-        logprobs = chat_logprobs(job, piece.tokens) if piece.tokens else None
-        parts: list[dict[str, Any]] = [{"delta": {"content": piece.text}, "logprobs": logprobs, "finish_reason": None}]
-        parts = parts if piece.text or piece.tokens else []
-        parts += [{"delta": {}, "logprobs": None, "finish_reason": end}] if end else []
-    else:
-        begin = len(choice.text) - len(piece.text)
-        offsets = _offsets(job, piece.tokens, begin, len(choice.text) if piece.is_prompt else None)
-        logprobs = _plain_logprobs(job, piece.tokens, offsets) if piece.tokens else None
-        parts = [{"text": piece.text, "logprobs": logprobs, "finish_reason": end}]
-    return [_chunk(job, [{"index": choice.index, **part}]) for part in parts]
-
-
 def _wants_usage(job: Job) -> bool:
     return job.parsed.stream_options is not None and job.parsed.stream_options.include_usage
 
@@ -133,17 +160,6 @@ def _head(job: Job, kind: str) -> dict[str, Any]:
 def _chunk(job: Job, choices: list[dict[str, Any]]) -> dict[str, Any]:
     kind = "chat.completion.chunk" if job.parsed.is_chat else "text_completion"
     return {**_head(job, kind), "choices": choices, **({"usage": None} if _wants_usage(job) else {})}
-
-
-def _whole_choice(job: Job, choice: Choice) -> dict[str, Any]:
-    wants_logprobs = job.parsed.likeliest is not None
-    if job.parsed.is_chat:
-        answer: dict[str, Any] = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-        logprobs = chat_logprobs(job, choice.shown) if wants_logprobs else None
-    else:
-        answer = {"text": choice.text}
-        logprobs = _plain_logprobs(job, choice.shown, _all_offsets(job, choice)) if wants_logprobs else None
-    return {"index": choice.index, **answer, "logprobs": logprobs, "finish_reason": choice.finish}
 
 
 def chat_logprobs(job: Job, tokens: Sequence[Token]) -> dict[str, Any]:

@@ -14,8 +14,7 @@ from nybble.data.text.tokens import count_tokens
 from nybble.installed import install_extra
 from nybble.serve.engine import ServedModel
 from nybble.serve.fields import RequestError
-from nybble.serve.grammar import INSTALLED, SchemaError, json_grammar
-from nybble.serve.output_format import Schema
+from nybble.serve.grammar import INSTALLED, SchemaError
 
 LONG = 2**16  # characters from which a prompt's tokens are first counted in pieces: 40 ms of SmolLM2's tokenizer
 PIECE = 2**15  # characters of a piece; between pieces, other prompts get their turn
@@ -57,26 +56,27 @@ class Encoder:
             await self._check_tokens(field, model, texts)
             return await self._in_thread(encode)
 
-    async def grammar(self, field: str, schema: Schema) -> str:
-        """The grammar of a JSON schema.
+    async def grammar(self, field: str, make: Callable[[], str]) -> str:
+        """The grammar that an answer has to follow.
 
         Args:
             field: the request's field that it comes from.
-            schema: the schema.
+            make: returns it, or raises a SchemaError.
 
         Raises:
             RequestError: it cannot be followed, or what that needs is not installed.
         """
         if not INSTALLED:
             raise RequestError(
-                f"answers by a schema need the package llguidance where the server runs: {install_extra('structured')}",
+                "answers by a schema and calls of functions need the package llguidance where the server runs: "
+                f"{install_extra('structured')}",
                 status=501,
                 param=field,
                 code="not_installed",
                 headers={"x-should-retry": "false"},
             )
         try:
-            return await self._in_thread(functools.partial(json_grammar, schema))
+            return await self._in_thread(make)
         except SchemaError as error:
             raise RequestError(f"{field}: {error}", param=field, code="invalid_value") from None
 

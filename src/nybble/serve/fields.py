@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, mod
 
 Neutral = Mapping[str, tuple[Any, ...]]
 Refused = Mapping[str, str]
-UNKNOWN = "unknown_parameter"
+UNKNOWN, MISSING = "unknown_parameter", "missing_required_parameter"
 SHOWN = 200  # characters of a field's name
 # Tools are ignored where their switch says that none is called.
 SWITCHES = {"tools": "tool_choice", "functions": "function_call"}
@@ -106,7 +106,7 @@ def explain(kind: type[Strict], error: ValidationError) -> RequestError:
         near = [] if first["loc"] else difflib.get_close_matches(path, kind.model_fields, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return RequestError(f"there is no field {path or repr(path)}{hint}", param=path, code=UNKNOWN)
-    if first["type"] == "missing":
-        return RequestError(f"{path} is missing", param=path, code="missing_required_parameter")
+    if first["type"] == "missing" or (fault is not None and fault.code == MISSING):
+        return RequestError(f"{path} is missing", param=path, code=MISSING)
     code = fault.code if fault else "invalid_value"
     return RequestError(f"{path}: {message}" if path else message, param=path or None, code=code)

@@ -38,13 +38,31 @@ def json_grammar(schema: Mapping[str, Any] | bool) -> str:
     Raises:
         SchemaError: it is no schema, no text fits it, or it is too large or uses what llguidance does not support.
     """
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(schema_text(schema), overrides=OPTIONS)
+    except ValueError as error:  # NaN, which JSON does not have
+        raise SchemaError(str(error)[:300]) from None
+    return checked(grammar)
+
+
+def schema_text(schema: Mapping[str, Any] | bool) -> str:
+    """A schema as JSON.
+
+    Raises:
+        SchemaError: it is too long.
+    """
     text = json.dumps(schema)
     if len(text) > MOST_CHARACTERS:
         raise SchemaError(f"the schema has {len(text):,} characters, more than {MOST_CHARACTERS:,}")
-    try:
-        grammar = LLMatcher.grammar_from_json_schema(text, overrides=OPTIONS)
-    except ValueError as error:  # NaN, which JSON does not have
-        raise SchemaError(str(error)[:300]) from None
+    return text
+
+
+def checked(grammar: str) -> str:
+    """A grammar that llguidance can follow, unchanged.
+
+    Raises:
+        SchemaError: it cannot.
+    """
     matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0)
     matcher.compute_bitmask()
     matcher.consume_tokens(matcher.compute_ff_tokens())  # such as {, behind which some are found to be too large

@@ -10,16 +10,16 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
-    PlainValidator,
     PrivateAttr,
     ValidationError,
     model_validator,
 )
 
-from nybble.data.rows.formats import Conversation, Message
+from nybble.data.rows.formats import Message
 from nybble.serve.fields import FieldError, Neutral, Refused, RequestError, Strict, explain
 from nybble.serve.logit_fields import LogitBias, MinP, Penalty, RepetitionPenalty
-from nybble.serve.output_format import ChatFormat, Schema
+from nybble.serve.output_format import Schema
+from nybble.serve.tools.calls import Function
 
 MOST_ANSWERS = 128  # n, the same limit as OpenAI's; the queue may be shorter
 MOST_STOPS, LONGEST_STOP = 64, 1000  # every token is compared with them
@@ -28,13 +28,12 @@ MOST_MESSAGES = 512
 MOST_BRACKETS = 200_000  # in a body, strings included: a million empty lists would block all requests for 2 s
 LOGIT_CHANGES = {"min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"}
 PARTS = ("text", "input_text", "output_text")  # of a message's content
-PROMPTS = "prompt is a text, a list of token ids, or a list of these"
 CONTINUES = "not together with a last message from the assistant: the answer is a whole JSON text"
-NO_TOOLS = "this server does not call tools; leave it out, or send tool_choice: none"
-NO_FUNCTIONS = "this server does not call functions; leave it out, or send function_call: none"
+NO_TOOLS = "only /v1/chat/completions calls functions; leave it out, or send tool_choice: none"
+NO_FUNCTIONS = "only /v1/chat/completions calls functions, named in tools; leave it out, or send function_call: none"
 
 
-def _text(value: Any) -> Any:
+def joined_text(value: Any) -> Any:
     """Content as one string; OpenAI also accepts a list of parts."""
     if not isinstance(value, list):
         return value
@@ -46,10 +45,6 @@ def _text(value: Any) -> Any:
 
 def _greedy_if_cold(temperature: float) -> float:
     return temperature if temperature >= COLDEST else 0.0
-
-
-def _json(switch: bool) -> str:
-    return "true" if switch else "false"
 
 
 def _stops(value: Any) -> Any:
@@ -66,21 +61,6 @@ def _stops(value: Any) -> Any:
     return stops
 
 
-def _are_ids(value: Any) -> bool:
-    """Whether this is a list of integers, without a Python loop over what may be two million items."""
-    return isinstance(value, list) and set(map(type, value)) == {int}
-
-
-def _prompts(value: Any) -> Any:
-    """Prompts as a list of texts or of lists of token ids."""
-    prompts = [value] if isinstance(value, str) or _are_ids(value) else value
-    if not isinstance(prompts, list) or not prompts:
-        raise ValueError(PROMPTS)
-    if not all(prompt is value or isinstance(prompt, str) or _are_ids(prompt) for prompt in prompts):
-        raise ValueError(PROMPTS)
-    return prompts
-
-
 class Turn(Strict):
     """One message of a conversation."""
 
@@ -95,7 +75,7 @@ class Turn(Strict):
         "audio": "this model reads text only",
     }
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_text)]
+    content: Annotated[str, BeforeValidator(joined_text)]
 
     def message(self) -> Message:
         """In the form that chat templates take."""
@@ -192,6 +172,15 @@ class ParsedRequest(Strict):
         return None
 
     @property
+    def functions(self) -> tuple[Function, ...]:
+        """The functions that the model may call."""
+        return ()
+
+    def field_of(self, option: str) -> str:
+        """The field that an option of the engine comes from."""
+        return self.option_names.get(option, option)
+
+    @property
     def logit_changes(self) -> dict[str, Any]:
         """What changes the logits, by the names of `nybble.generate.request.Request`."""
         return {}
@@ -217,113 +206,6 @@ class Counted(ParsedRequest):
     def logit_changes(self) -> dict[str, Any]:
         """What changes the logits, by the names of `nybble.generate.request.Request`."""
         return self.model_dump(include=LOGIT_CHANGES)
-
-
-class ChatRequest(Counted):
-    """POST /v1/chat/completions."""
-
-    kind = "chat.completion"
-    id_prefix = "chatcmpl-"
-    source = "messages"
-    option_names: ClassVar[Mapping[str, str]] = {"grammar": "response_format"}
-    neutral: ClassVar[Neutral] = {**ParsedRequest.neutral, "echo": (False,)}
-    refused: ClassVar[Refused] = {**ParsedRequest.refused, "echo": "only for /v1/completions"}
-    messages: Annotated[list[Turn], Field(min_length=1, max_length=MOST_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ChatFormat | None = None
-    continue_final_message: bool | None = None
-    add_generation_prompt: bool | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise FieldError("top_logprobs", "only allowed with logprobs=true")
-        check_last(self.source, self.messages)
-        if self.schema_wanted is not None and self.messages[-1].role == "assistant":
-            raise FieldError("response_format", CONTINUES)
-        continues = self.messages[-1].role == "assistant"
-        if self.continue_final_message not in (None, continues):
-            raise FieldError(
-                "continue_final_message",
-                f"the last message is from the {self.messages[-1].role}, so this can only be {_json(continues)}",
-            )
-        if self.add_generation_prompt not in (None, not continues):
-            raise FieldError(
-                "add_generation_prompt",
-                f"the last message is from the {self.messages[-1].role}, so this can only be {_json(not continues)}",
-            )
-        return self
-
-    @property
-    def turns(self) -> Sequence[Turn]:
-        """The messages."""
-        return self.messages
-
-    def conversation(self) -> Conversation:
-        """In the form that chat templates take."""
-        return tuple(turn.message() for turn in self.messages)
-
-    @property
-    def limit(self) -> int | None:
-        """Tokens that an answer may have."""
-        return self.max_completion_tokens or self.max_tokens
-
-    @property
-    def schema_wanted(self) -> Schema | None:
-        """The JSON schema that the answer must fit; None for any text."""
-        return None if self.response_format is None else self.response_format.schema
-
-    @property
-    def likeliest(self) -> int | None:
-        """Top log probabilities per token; None for no log probabilities."""
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
-    def answer_prefix(self) -> str:
-        """The content of a last message from the assistant, which the answer continues."""
-        return self.turns[-1].content if self.turns[-1].role == "assistant" else ""
-
-
-class CompletionRequest(Counted):
-    """POST /v1/completions."""
-
-    kind = "text_completion"
-    id_prefix = "cmpl-"
-    source = "prompt"
-    is_chat = False
-    neutral: ClassVar[Neutral] = {**ParsedRequest.neutral, "response_format": ({"type": "text"},)}
-    refused: ClassVar[Refused] = {**ParsedRequest.refused, "response_format": "only for chats and responses"}
-    option_names: ClassVar[Mapping[str, str]] = {"prompt_logprobs": "echo"}
-    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]  # checked here once, not id by id
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    best_of: Annotated[int, Field(ge=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
-    echo: bool = False
-
-    @model_validator(mode="after")
-    def _consistent(self) -> CompletionRequest:
-        if self.max_tokens == 0 and not self.echo:
-            raise FieldError("max_tokens", "0 is only allowed with echo=true, which sends the prompt back")
-        if self.best_of not in (None, self.n):
-            raise FieldError("best_of", "not supported; ask for n answers instead")
-        return self
-
-    @property
-    def limit(self) -> int | None:
-        """Tokens that an answer may have; 16 by default, as in OpenAI's API."""
-        return 16 if self.max_tokens is None else self.max_tokens
-
-    @property
-    def echoes(self) -> bool:
-        """Whether the answer begins with the prompt."""
-        return self.echo
-
-    @property
-    def likeliest(self) -> int | None:
-        """Top log probabilities per token; None for no log probabilities."""
-        return self.logprobs
 
 
 Kind = TypeVar("Kind", bound=ParsedRequest)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jinja2 import Template, TemplateSyntaxError
 from jinja2 import TemplateError as JinjaError
@@ -26,8 +27,9 @@ def render(
     tokenizer: PreTrainedTokenizerBase,
     name: str,
     source: str,
-    messages: Sequence[dict[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     generation: bool,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """The text of a conversation.
 
@@ -35,20 +37,21 @@ def render(
         tokenizer: the template may use its control tokens.
         name: the template's name, for error messages.
         source: its Jinja text.
-        messages: with role, content and perhaps input.
+        messages: with role, content and perhaps input or calls of functions.
         generation: whether to end where an answer begins.
+        tools: functions that the model may call, as OpenAI's API describes them.
 
     Raises:
         TemplateLimitError: the template runs too long or builds too much.
         DataError: it fails on these turns, or is not a valid template.
     """
-    message_size = sum(len(text) for message in messages for text in message.values())
+    message_size = _size([*messages, *(tools or ())])
     special = {
         key: value if isinstance(value, list) else str(value) for key, value in tokenizer.special_tokens_map.items()
     }
     variables = {
         "messages": list(messages),
-        "tools": None,
+        "tools": None if tools is None else list(tools),
         "documents": None,
         "add_generation_prompt": generation,
         **special,
@@ -66,6 +69,15 @@ def render(
         roles = ", ".join(message["role"] for message in messages[:ROLES_SHOWN])
         more = f" and {len(messages) - ROLES_SHOWN:,} more" if len(messages) > ROLES_SHOWN else ""
         raise DataError(f"the template {name} fails on turns of {roles}{more}: {_reason(error)}") from error
+
+
+def _size(value: Any) -> int:
+    """Characters of all texts in lists and objects; a number or a switch counts as ten."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(_size(key) + _size(each) for key, each in value.items())
+    return sum(map(_size, value)) if isinstance(value, Sequence) else 10
 
 
 def check_length(file: pathlib.Path) -> None:

@@ -72,10 +72,11 @@ class Template:
         self._fingerprint_source = fingerprint_source or self.source
         self.rules = rules
         self.takes_input = "message.input" in source
-        self._special = _special_tokens(tokenizer)
-        control_words = sorted(set(CONTROL_WORD.findall(source)) - self._special.keys())
+        self.control_tokens = _control_tokens(tokenizer)
+        """With their ids; those that the tokenizer calls special."""
+        control_words = sorted(set(CONTROL_WORD.findall(source)) - self.control_tokens.keys())
         self._control_words = re.compile("|".join(map(re.escape, control_words)) or r"(?!)")
-        self._finder = SkeletonFinder(name, self._special, self._render)
+        self._finder = SkeletonFinder(name, self.control_tokens, self._render)
         self._cached_skeleton = functools.lru_cache(maxsize=4096)(self._finder.find)
 
     @property
@@ -149,8 +150,8 @@ class Template:
     def _document(self, text: str) -> list[TextRun | Part]:
         """A text without turns, all of it trained: BOS if documents begin with it, the text, and EOS."""
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
-        begin = [Part("special", False, token_id=self._special[bos], text=bos)] if self.document_bos else []
-        return [*begin, TextRun(text, 0), Part("special", True, token_id=self._special[eos], text=eos)]
+        begin = [Part("special", False, token_id=self.control_tokens[bos], text=bos)] if self.document_bos else []
+        return [*begin, TextRun(text, 0), Part("special", True, token_id=self.control_tokens[eos], text=eos)]
 
     def _messages(self, conversation: Conversation) -> Conversation:
         """The turns as this template needs them: stripped, and with `input` appended if it has no such field."""
@@ -263,7 +264,7 @@ def _default_of_model(templates: str | dict[str, str] | None) -> str:
     return templates
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     added = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     named = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
     special = {**added, **named}

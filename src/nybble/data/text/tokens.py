@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,6 +55,28 @@ def encode_text(template: Template, text: str) -> list[int]:
     """
     begin = [template.tokenizer.bos_token_id] if template.puts_bos else []
     return begin + _ids(template.tokenizer, [text])[0]
+
+
+def encode_rendered(template: Template, text: str, texts: Sequence[str]) -> list[int]:
+    """Token ids of what a template rendered for messages that `Template` does not know, such as calls of functions.
+
+    Args:
+        template: that rendered it.
+        text: what it rendered; its control tokens become single tokens.
+        texts: of the messages.
+
+    Raises:
+        DataError: one of the messages contains a control token, which could not be told from the template's own.
+    """
+    tokens = template.control_tokens
+    written = next((token for token in tokens if any(token in each for each in texts)), None)
+    if written is not None:
+        raise DataError(f"a message or a function contains {written}, a control token of the template {template.name}")
+    pieces = re.split(f"({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})", text)
+    encoded = iter(_ids(template.tokenizer, [piece for piece in pieces if piece and piece not in tokens]))
+    return [
+        token_id for piece in pieces if piece for token_id in ([tokens[piece]] if piece in tokens else next(encoded))
+    ]
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:

@@ -1,0 +1,58 @@
+"""The grammar of answers that may call functions: text, calls, or both, each call's arguments by the schema of its function."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from nybble.serve.grammar import OPTIONS, checked, schema_text
+from nybble.serve.tools.calls import CallForm, Function
+
+ANYTHING = "(?s:.*)"
+
+
+def tool_grammar(form: CallForm, functions: Sequence[Function], *, must_call: bool, several: bool) -> str:
+    """A grammar in llguidance's dialect of Lark.
+
+    Args:
+        form: how the model writes calls.
+        functions: that it may call.
+        must_call: whether the answer has to be a call; otherwise it may be any text, and may go on to a call.
+        several: whether it may call more than once, if the form has a way to write that.
+
+    Raises:
+        SchemaError: llguidance cannot follow the schema of a function.
+    """
+    marker = form.marker
+    rest = form.opening.partition(marker)[2] if marker else form.opening
+    white = form.opening.partition(marker)[0] if marker else ""
+    more = f" ({_quoted(form.separator + white + marker)} call)*" if several and form.separator is not None else ""
+    names = [f"call{n}" for n in range(len(functions))]
+    rules = [f"call: {' | '.join(names)}"]
+    for n, function in enumerate(functions):
+        schema = schema_text({**function.schema, "x-guidance": OPTIONS})
+        checked(f"start: %json {schema}")  # alone, so that the error names the function
+        rules.append(
+            f"call{n}: {_quoted(rest + function.name + form.between)} args{n} {_quoted(form.closing)}\nargs{n}: %json {schema}"
+        )
+    if must_call:
+        before = f"{_quoted(white)}? " if white else ""  # a prompt may end in it, or an answer begin with it
+        start = [f"start: {before}{_quoted(marker)} call{more}" if marker else f"start: call{more}"]
+    elif marker:
+        # A text must not contain the marker, or a wrong call could be taken for text; `suffix` ends it there.
+        start = [
+            f'start: "" | TEXT | head call{more}',
+            f"TEXT: /(?s:.+)/ & ~/{ANYTHING}{_escaped(marker)}{ANYTHING}/",
+            f"head[suffix={_quoted(marker)}]: /{ANYTHING}/",
+        ]
+    else:
+        start = [f'start: "" | TEXT | call{more}', rf"TEXT: /\s*[^{{\s]{ANYTHING}/"]
+    return checked("\n".join([*start, *rules]))
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _escaped(text: str) -> str:
+    return "".join(f"\\x{{{ord(character):x}}}" for character in text)
