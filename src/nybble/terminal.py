@@ -32,6 +32,11 @@ def bytes_text(count: float, decimals: int = 2, unit: str | None = "GB") -> str:
     return f"{count / UNITS[unit]:.{decimals}f} {unit}" if unit else f"{count} bytes"
 
 
+def first_of(items: list[str]) -> str:
+    """The first of several items, and how many more there are."""
+    return items[0] + (f" (and {len(items) - 1} more)" if len(items) > 1 else "")
+
+
 def tell(console: Console, text: str | Text, style: str = "", *, hang: int = LABEL) -> None:
     """Print a line.
 

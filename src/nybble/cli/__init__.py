@@ -10,7 +10,7 @@ import sys
 
 from rich.console import Console
 
-from nybble.cli import training, using
+from nybble.cli import planning, training, using
 from nybble.cli.app import app
 from nybble.cli.defects import STATUS, report
 from nybble.distributed.launcher import rank, wait_without_spinning
@@ -19,7 +19,7 @@ from nybble.files.disk_errors import explained_disk_errors
 from nybble.files.paths import check_current_folder
 from nybble.terminal import tell_error
 
-__all__ = ["main", "training", "using"]
+__all__ = ["main", "planning", "training", "using"]
 
 
 def main() -> None:

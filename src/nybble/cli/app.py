@@ -16,9 +16,16 @@ from nybble.errors import RecipeError
 from nybble.files.paths import default_cache, provide_home
 from nybble.version import __version__
 
+# The order in which a person needs them, which is that of the help.
+JOURNEY = ("doctor", "data", "plan", "train", "eval", "chat", "export", "serve", "demo", "help")
+
 
 class Program(TyperGroup):
     """The group of all commands; the program's own options go before the command."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The commands in the order of the journey."""
+        return sorted(super().list_commands(ctx), key=JOURNEY.index)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command; returns its name, the command and its arguments.

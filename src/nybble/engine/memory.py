@@ -11,11 +11,9 @@ from nybble.distributed.group import group_size
 from nybble.engine.layer import Shared
 from nybble.plan import ledger
 from nybble.plan.free_memory import allocatable_bytes, host_memory
-from nybble.plan.policies import KEEP_ALL, LAYER_INPUT, tile
+from nybble.plan.policies import KEEP_ALL
 from nybble.plan.shapes import LayerShape
-from nybble.plan.solver import mix
-
-SLACK = 0.05  # of the limit: what the allocator loses to fragmentation
+from nybble.plan.solver import SLACK, divide
 
 
 @dataclass(frozen=True)
@@ -69,13 +67,7 @@ class Budget:
         if not self._stepped:
             pending += ledger.MOMENTS * numbers  # at most AdamW's moments in float32
         free = _free(shared.device, shared.workspace.cached_bytes) - pending
-        for tiled_like in (KEEP_ALL, LAYER_INPUT):  # wide tiles where memory allows, narrow ones where it does not
-            working = ledger.working_set_bytes(shape, tokens, tiled_like) + extra
-            peak = max(working, self.loss_bytes(tokens))
-            policies = mix(shape, layers, tokens, free - peak)
-            if tile(policies[0], tokens) == tile(tiled_like, tokens):
-                break
-        needed = peak + tokens * sum(ledger.kept_bytes(policy, shape) for policy in policies)
+        policies, needed = divide(shape, layers, tokens, free, self.loss_bytes(tokens), extra)
         # Activations are freed before the optimiser steps; torch's AdamW, if it is not fused, then copies everything trained.
         spare = free - max(needed, ledger.MOMENTS * numbers)
         return Share(policies, self._layers_cached(spare // ledger.dequantised_bytes(shape), policies))

@@ -162,4 +162,36 @@ class LayerShape:
         return (self.heads + 2 * self.key_heads) * self.head_size
 
 
+ALIGNMENT = (
+    8  # adapter columns of a group: rows of the workspace start at multiples of 16 bytes, as tensor cores need them
+)
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Projections with one input, which are computed together."""
+
+
+def layer_shape(
+    shape: ModelShape, r: int, targets: Collection[str], *, element: int = 2, residual: int = 2
+) -> LayerShape:
+    """A decoder layer of a model with LoRA.
+
+    Args:
+        shape: the model's sizes.
+        r: rank of the adapters.
+        targets: names of the projections that have one.
+        element: bytes of a number.
+        residual: bytes of a number of the residual stream.
+    """
+    q, o, g, d = (-(-r * len([name for name in group if name in targets]) // ALIGNMENT) * ALIGNMENT for group in GROUPS)
+    return LayerShape(
+        shape.hidden,
+        shape.intermediate,
+        shape.heads,
+        shape.key_value_heads,
+        shape.head_size,
+        (q, o, g, d),
+        element,
+        residual,
+    )
+
+
 LLAMA_2_7B = ModelShape(4096, 11008, 32, 32, 32, 128, 32000, 4096)

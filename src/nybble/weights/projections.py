@@ -12,11 +12,10 @@ from peft.tuners.lora import Linear4bit as LoraLinear4bit
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 
+from nybble.plan.shapes import ALIGNMENT
 from nybble.weights.frozen import FrozenWeight, read_frozen
 from nybble.weights.structure import check_lora
 from nybble.weights.watched import Ineligible, Watched, check_unhooked
-
-ALIGNMENT = 8  # numbers: rows of the workspace start at multiples of 16 bytes, as tensor cores need them
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from nybble.model.adapter.config import CONFIG, read_adapter_config
 from nybble.model.adapter.patterns import check_patterns
 from nybble.model.adapter.placement import ADDED_TOKENS, base_hint, load_tensors
 from nybble.model.adapter.tensors import read_tensors
-from nybble.model.base.files import LOADING_FAULTS, first_of, reason
+from nybble.model.base.files import LOADING_FAULTS, reason
 from nybble.recipe import LoraOptions
+from nybble.terminal import first_of
 
 # Not offered: PEFT's orthogonal initialisation, which fails on 4-bit layers (0.21), and PiSSA and LoftQ, which change the base.
 INIT: dict[str, bool | str] = {"default": True, "gaussian": "gaussian"}

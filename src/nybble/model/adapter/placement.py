@@ -12,7 +12,8 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 
 from nybble.errors import ModelError
 from nybble.model.adapter.config import CONFIG
-from nybble.model.base.files import first_of, shape_text
+from nybble.model.base.files import shape_text
+from nybble.terminal import first_of
 
 # Copies of the base's own weights, which PEFT saves with an adapter.
 COPY = re.compile(r"(embed_tokens|lm_head)(\.base_layer)?\.weight$")

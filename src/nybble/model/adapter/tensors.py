@@ -7,7 +7,8 @@ import pathlib
 import torch
 
 from nybble.errors import ModelError
-from nybble.model.base.files import FLOATS, check_whole, first_of, open_tensors, refuse_pointers
+from nybble.model.base.files import FLOATS, check_whole, open_tensors, refuse_pointers
+from nybble.terminal import first_of
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """PEFT's names; if both exist, PEFT and nybble use the first."""

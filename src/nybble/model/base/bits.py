@@ -21,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from nybble.files.cache import DamagedError
-from nybble.model.base.files import first_of, weight_files
+from nybble.model.base.files import weight_files
 from nybble.run.folder import Run
 from nybble.run.start import MadeBy, QuantizedBase
+from nybble.terminal import first_of
 
 SMALL = 1 << 18  # bytes of a tensor that is not worth a thread
 THREADS = 8  # XXH3 makes 8 to 11 GB/s on a core and lets other threads run: memory is the limit

@@ -16,8 +16,9 @@ from nybble.errors import ModelError
 from nybble.files.cached_digests import sha256_of
 from nybble.files.reading import read_object
 from nybble.model.base.downloads import check_download
-from nybble.model.base.fields import check_fields, check_generation
+from nybble.model.base.fields import check_architecture, check_fields
 from nybble.model.base.files import FLOATS, WHOLE, check_whole, refuse_pointers, shapes, weight_files
+from nybble.model.base.generation import check_generation
 from nybble.model.base.headers import index_of
 from nybble.model.hub import fetch, first_three, missing_weights
 from nybble.run.folder import Run, open_run
@@ -101,7 +102,7 @@ def read_description(folder: pathlib.Path) -> dict[str, Any]:
     refuse_pointers(folder / name for name in DESCRIPTION_FILES)
     config = _read_config(folder)
     check_generation(folder / "generation_config.json")
-    _check_architecture(folder, config)
+    check_architecture(folder / "config.json", config)
     check_fields(folder / "config.json", config)
     _check_pad(folder, config)
     return config
@@ -190,17 +191,6 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
             fix='delete "transformers_weights" there, and give the weights that name',
         )
     return config
-
-
-def _check_architecture(folder: pathlib.Path, config: dict[str, Any]) -> None:
-    kind = config.get("model_type")
-    if kind != "llama":
-        raise ModelError(
-            f"the architecture is {kind!r}; nybble trains Llama-architecture models (model_type llama: Llama 2, "
-            "Llama 3, CodeLlama, Vicuna, TinyLlama, SmolLM2, ...)",
-            where=str(folder / "config.json"),
-            fix='use a model whose config.json says "model_type": "llama"',
-        )
 
 
 def _check_storage(folder: pathlib.Path, config: dict[str, Any]) -> None:

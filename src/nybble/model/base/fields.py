@@ -1,4 +1,4 @@
-"""Checks of config.json and generation_config.json, before anything is built from them.
+"""Checks of config.json, before anything is built from it; without torch, since a plan takes no longer than a second.
 
 Transformers checks the types. Refused here are values that it accepts but with which torch fails or computes nothing but NaN,
 that would take endless memory or time, or for which code would be fetched.
@@ -11,12 +11,9 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import GenerationConfig
-
 from nybble.errors import ModelError
-from nybble.files.reading import read_object
-from nybble.model.base.files import LOADING_FAULTS, first_of, reason
 from nybble.plan.shapes import head_size
+from nybble.terminal import first_of
 
 LIMITS: Mapping[str, int] = {
     "hidden_size": 1 << 17,
@@ -60,26 +57,20 @@ def check_fields(file: pathlib.Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def check_generation(file: pathlib.Path) -> None:
-    """Refuse generation settings that Transformers does not accept, and control tokens that are not token ids.
+def check_architecture(file: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Refuse a model that is not of the Llama architecture.
 
     Raises:
-        ModelError: naming the field.
+        ModelError: it says which it is.
     """
-    if not file.is_file():
-        return
-    settings, fix = read_object(file), "compare it with generation_config.json on the model's page, or remove it"
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = settings.get(name)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token) is int for token in ids):
-            raise ModelError(f"{name} is {value!r:.60}, which is not a token id", where=str(file), fix=fix)
-    try:
-        GenerationConfig.from_pretrained(file.parent)
-    except LOADING_FAULTS as error:
+    kind = config.get("model_type")
+    if kind != "llama":
         raise ModelError(
-            f"Transformers cannot read generation_config.json: {reason(error)}", where=str(file), fix=fix
-        ) from error
+            f"the architecture is {kind!r}; nybble trains Llama-architecture models (model_type llama: Llama 2, "
+            "Llama 3, CodeLlama, Vicuna, TinyLlama, SmolLM2, ...)",
+            where=str(file),
+            fix='use a model whose config.json says "model_type": "llama"',
+        )
 
 
 def _refuse_code(file: pathlib.Path, config: Mapping[str, Any]) -> None:

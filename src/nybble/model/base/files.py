@@ -256,8 +256,3 @@ def shape_text(shape: tuple[int, ...]) -> str:
     if len(shape) > 8:
         return f"of {len(shape):,} dimensions"
     return " x ".join(map(str, shape)) or "a single number"
-
-
-def first_of(items: list[str]) -> str:
-    """The first of several items, and how many more there are."""
-    return items[0] + (f" (and {len(items) - 1} more)" if len(items) > 1 else "")

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 import torch
 
 from nybble.errors import ModelError
-from nybble.model.base.files import first_of, open_tensors, weight_files
+from nybble.model.base.files import open_tensors, weight_files
 from nybble.model.base.soundness import BUFFER
+from nybble.terminal import first_of
 from nybble.weights.frozen import float_tensors
 
 

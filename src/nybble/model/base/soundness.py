@@ -21,7 +21,6 @@ from nybble.model.base.files import (
     FLOATS,
     WHOLE,
     expected_shapes,
-    first_of,
     open_tensors,
     shape_text,
     shapes,
@@ -29,6 +28,7 @@ from nybble.model.base.files import (
 )
 from nybble.model.base.headers import BITS, index_of, printable, read_index
 from nybble.model.hub import first_three
+from nybble.terminal import first_of
 from nybble.weights.stored import (
     BESIDE,
     QUANTISED,

@@ -1,0 +1,135 @@
+"""Makes a recipe fit into a limit of memory: the fastest way that does, or what would have to change."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from nybble.plan import ledger
+from nybble.plan.pace import products_per_token
+from nybble.plan.policies import KEEP_ALL
+from nybble.plan.shapes import ModelShape
+from nybble.plan.solver import SLACK, divide
+from nybble.plan.step import Placement, Prediction, Work, held, loss_peak, predict, work_of
+from nybble.recipe import Recipe
+
+SHORTEST = 128  # tokens of a row, below which nobody trains to save memory
+SMALL_BATCH = 4096
+"""Tokens of a micro batch below which launches cost time: on an H100 1 x 2,048 reached 0.75 of the rate of 4 x 2,048."""
+SMALL_BATCH_COST, HOST_EMBEDDING_COST = 1 / 3, 0.01  # in shares of the time of a step
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run a recipe."""
+
+    changes: dict[str, str]
+    """Options of the recipe that differ, with their values."""
+    work: Work
+    placement: Placement
+    prediction: Prediction
+
+    @property
+    def cost(self) -> float:
+        """The time of a token, to compare the options of one recipe; no unit."""
+        time = products_per_token(self.work.layer, self.work.shape, self.placement.policies)
+        if self.work.tokens < SMALL_BATCH:
+            time *= 1 + SMALL_BATCH_COST * (1 - self.work.tokens / SMALL_BATCH) * 2
+        return time * (1 + HOST_EMBEDDING_COST * self.work.embedding_on_host)
+
+
+def place(work: Work, policy: str, limit: int | None) -> Placement:
+    """What the layers keep.
+
+    Args:
+        work: what is trained.
+        policy: the recipe's engine.policy.
+        limit: bytes that torch may reserve; None if there is no limit, where auto keeps everything.
+    """
+    layers = work.shape.layers
+    if policy != "auto" or limit is None:
+        return Placement((KEEP_ALL if policy == "auto" else policy,) * layers)
+    # As the engine reckons it once the optimiser has its state.
+    state = ledger.optimizer_state([work.trained], work.optimizer).total
+    free = int((1 - SLACK) * limit) - sum(held(work).values()) - state - ledger.GRADIENT * work.trained
+    policies, needed = divide(work.layer, layers, work.tokens, free, loss_peak(work))
+    spare = free - max(needed, ledger.MOMENTS * work.trained)
+    keeps_all = set(policies) == {KEEP_ALL}
+    cached = min(layers, spare // ledger.dequantised_bytes(work.layer)) if keeps_all else 0
+    return Placement(policies, max(0, cached))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that a recipe trains on, as far as they are known."""
+
+    longest: int | None = None
+    """Tokens of the longest; None for data.max_length."""
+    largest: Callable[[int], int] | None = None
+    """Tokens of the largest micro batch of so many rows; None where each row may be the longest."""
+
+
+def as_written(recipe: Recipe, shape: ModelShape, limit: int | None, rows: Rows) -> Option:
+    """A recipe as it is."""
+    return _option(recipe, shape, limit, rows, {})
+
+
+def fastest(recipe: Recipe, shape: ModelShape, limit: int, rows: Rows) -> Option | None:
+    """The fastest way to take the same steps within a limit; None if there is none.
+
+    Micro batches may get smaller, with as many rows in a step; the embedding may move to the host; layers may keep less.
+    """
+    fitting = [option for option in _same_steps(recipe, shape, limit, rows) if option.prediction.peak.total <= limit]
+    return min(fitting, key=lambda option: (option.cost, len(option.changes)), default=None)
+
+
+def changes_that_fit(recipe: Recipe, shape: ModelShape, limit: int, rows: Rows) -> Option | None:
+    """The way with the longest rows that fits, if rows may get shorter too; None if none does, however short they are."""
+    lengths = range(SHORTEST, rows.longest or recipe.data.max_length, SHORTEST)
+    shorter = functools.partial(_shortened, recipe, shape, limit)
+    fitting = bisect.bisect_left(lengths, True, key=lambda length: shorter(length) is None)  # a longer row takes more
+    if not fitting:
+        return None
+    length = lengths[fitting - 1]
+    found = shorter(length)
+    assert found is not None, "it was found to fit"
+    return replace(found, changes={"data.max_length": str(length), **found.changes})
+
+
+def _shortened(recipe: Recipe, shape: ModelShape, limit: int, length: int) -> Option | None:
+    return fastest(changed(recipe, {"data.max_length": str(length)}), shape, limit, Rows())
+
+
+def _same_steps(recipe: Recipe, shape: ModelShape, limit: int, rows: Rows) -> Iterator[Option]:
+    train, engine = recipe.train, recipe.engine
+    whole = train.micro_batch * train.accumulation
+    sizes = [size for size in range(train.micro_batch, 0, -1) if whole % size == 0]
+    movable = engine.embedding == "device" and train.processes == 1 and not shape.tied
+    for size in sizes:
+        batch = {} if size == train.micro_batch else {
+            "train.micro_batch": str(size), "train.accumulation": str(whole // size),
+        }  # fmt: skip
+        policy = {} if engine.policy == "auto" else {"engine.policy": "auto"}
+        for embedding in ({}, *([{"engine.embedding": "host"}] if movable else [])):
+            for changes in ({**batch, **embedding}, *([{**batch, **embedding, **policy}] if policy else [])):
+                yield _option(recipe, shape, limit, rows, changes)
+
+
+def _option(recipe: Recipe, shape: ModelShape, limit: int | None, rows: Rows, changes: dict[str, str]) -> Option:
+    recipe = changed(recipe, changes)
+    tokens = None if rows.largest is None else rows.largest(recipe.train.micro_batch)
+    work = work_of(recipe, shape, rows.longest, tokens)
+    placement = place(work, recipe.engine.policy, limit)
+    return Option(changes, work, placement, predict(work, placement))
+
+
+def changed(recipe: Recipe, changes: dict[str, str]) -> Recipe:
+    """A recipe with options changed, each named by section and option."""
+    for name, value in changes.items():
+        section, _, option = name.partition(".")
+        before = getattr(recipe, section)
+        typed = type(getattr(before, option))(value)
+        recipe = recipe.model_copy(update={section: before.model_copy(update={option: typed})})
+    return recipe

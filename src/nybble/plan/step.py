@@ -1,0 +1,193 @@
+"""What a training run takes on its device, item by item, at each moment of it.
+
+The sums were held against `torch.cuda.max_memory_reserved` of 16 runs of four shapes, whole and lean, of 2,048 to 120,000
+tokens (tests/plan/measured.py): the largest error is 1.8%.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from nybble.plan import ledger
+from nybble.plan.policies import tile
+from nybble.plan.shapes import LayerShape, ModelShape, layer_shape
+from nybble.recipe import Recipe
+
+WEIGHTS, SCALES, EMBEDDING, HEAD, NORMS = "weights", "their scales", "embedding", "head", "norms and biases"
+ADAPTERS, GRADIENTS, OPTIMIZER, OTHERS = "adapters", "gradients", "optimiser state", "CUDA libraries, allocator"
+KEPT, BACKWARD, RESIDUAL, FORWARD = (
+    "kept activations",
+    "one layer's backward",
+    "residual streams",
+    "one layer's forward",
+)
+WORKSPACE, CACHED, QUANTISED = "a layer's weights, dequantised", "weights that stay dequantised", "a weight in 16 bits"
+ITEMS = (WEIGHTS, SCALES, EMBEDDING, HEAD, NORMS, ADAPTERS, GRADIENTS, OPTIMIZER, KEPT, BACKWARD, FORWARD, RESIDUAL, WORKSPACE,
+         CACHED, QUANTISED, OTHERS)  # fmt: skip
+"""The items of every moment, in the order in which they are shown."""
+STREAMS = 3
+"""Tensors of the residual stream's size beside those of a layer's backward: 25 kB a token on a 7B, whether 8,192 or 120,000."""
+LIBRARIES = 120_000_000  # bytes: cuBLAS's workspaces, and what the allocator loses to rounding
+CONTEXT = 500_000_000  # bytes: about what CUDA itself takes beside torch's memory
+EVALUATED_TOKENS = 4096  # of a batch of validation rows, unless one row is longer (nybble.objective.likelihood)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained, in sizes."""
+
+    shape: ModelShape
+    layer: LayerShape
+    quantization: str
+    double_quantization: bool
+    trained: int
+    """Numbers of the adapter."""
+    optimizer: str
+    tokens: int
+    """Of the largest micro batch."""
+    evaluated: int
+    """Tokens of the largest batch of validation rows; 0 if nothing is held out."""
+    embedding_on_host: bool
+
+    @property
+    def element(self) -> int:
+        """Bytes of a number that is not quantised."""
+        return self.layer.element
+
+
+def work_of(recipe: Recipe, shape: ModelShape, longest: int | None = None, tokens: int | None = None) -> Work:
+    """A recipe's work on a base.
+
+    Args:
+        recipe: the recipe.
+        shape: the base's sizes.
+        longest: tokens of the longest row; None for data.max_length.
+        tokens: of the largest micro batch; None if each of its rows is the longest.
+    """
+    model, lora, train = recipe.model, recipe.lora, recipe.train
+    targets = (
+        tuple(shape.projections) if lora.targets == "all-linear" else tuple(shape.projections.keys() & {*lora.targets})
+    )
+    longest = recipe.data.max_length if longest is None else longest
+    rows = train.micro_batch * longest
+    return Work(
+        shape=shape,
+        layer=layer_shape(shape, lora.r, targets),
+        quantization=model.quantization,
+        double_quantization=model.double_quantization,
+        trained=shape.adapter_parameters(lora.r, targets, dora=lora.dora),
+        optimizer="paged_adamw_8bit" if train.optimizer == "auto" else train.optimizer,
+        tokens=rows if tokens is None else tokens,
+        evaluated=0 if recipe.data.validation in (0, 0.0) else max(min(rows, EVALUATED_TOKENS), longest),
+        embedding_on_host=recipe.engine.embedding == "host",
+    )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What each layer keeps."""
+
+    policies: tuple[str, ...]
+    cached_layers: int = 0
+    """Layers whose weights stay dequantised."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The memory of one moment of a run, in bytes by item."""
+
+    name: str
+    items: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """The sum of all items."""
+        return sum(self.items.values())
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A run's memory on its device."""
+
+    moments: Sequence[Moment]
+
+    @property
+    def peak(self) -> Moment:
+        """The moment that takes most."""
+        return max(self.moments, key=lambda moment: moment.total)
+
+    def moment(self, name: str) -> Moment:
+        """A moment by its name."""
+        return next(moment for moment in self.moments if moment.name == name)
+
+
+def predict(work: Work, placement: Placement) -> Prediction:
+    """The memory of a run's moments."""
+    moments = [_loading(work)]
+    if work.evaluated:
+        moments.append(Moment("evaluation", {**held(work), **_forward(work, work.evaluated), **_optimizer(work)}))
+    step = {**held(work), **_optimizer(work), GRADIENTS: ledger.GRADIENT * work.trained, **_step(work, placement)}
+    return Prediction([*moments, Moment("step", step)])
+
+
+def held(work: Work) -> dict[str, int]:
+    """What stays on the device from the first step to the last, but for the optimiser's state."""
+    base = ledger.base_bytes(work.shape, work.quantization, work.double_quantization, work.element)
+    embedding = 0 if work.embedding_on_host else base.embedding
+    return _without_zeros({
+        WEIGHTS: base.codes, SCALES: base.absmax + base.tables, EMBEDDING: embedding, HEAD: base.head,
+        NORMS: base.norms + base.biases, ADAPTERS: ledger.ADAPTER * work.trained, OTHERS: LIBRARIES,
+    })  # fmt: skip
+
+
+def _optimizer(work: Work) -> dict[str, int]:
+    return {OPTIMIZER: ledger.optimizer_state([work.trained], work.optimizer).total}
+
+
+def _loading(work: Work) -> Moment:
+    """One weight at a time is quantised, from its 16 bits; or the copy is read in its own size."""
+    widest = max(projection.parameters for projection in work.shape.projections.values())
+    items = {name: count for name, count in held(work).items() if name != ADAPTERS}
+    base = ledger.base_bytes(work.shape, work.quantization, work.double_quantization, work.element)
+    items |= {EMBEDDING: base.embedding, QUANTISED: 0 if work.quantization == "none" else 2 * widest}
+    return Moment("loading", items)
+
+
+def _step(work: Work, placement: Placement) -> dict[str, int]:
+    """What a step adds at the peak of its backward, that of the last layer."""
+    layer, tokens, last = work.layer, work.tokens, placement.policies[-1]
+    kept = tokens * sum(ledger.kept_bytes(policy, layer) for policy in placement.policies)
+    # The last layer's own backward uses what it kept.
+    own = tokens * ledger.kept_bytes(last, layer)
+    working = max(ledger.working_set_bytes(layer, tokens, last) - own, loss_peak(work))
+    tiles = max(-(-tokens // tile(policy, tokens)) for policy in placement.policies)
+    return _without_zeros({
+        KEPT: kept, BACKWARD: working,
+        RESIDUAL: STREAMS * tokens * layer.hidden * layer.residual,
+        WORKSPACE: ledger.workspace_bytes(layer, tiles),
+        CACHED: placement.cached_layers * ledger.dequantised_bytes(layer),
+    })  # fmt: skip
+
+
+def _forward(work: Work, tokens: int) -> dict[str, int]:
+    """What a forward without gradients takes."""
+    layer = work.layer
+    rows = min(tokens, tile("host", tokens))
+    streams = 3 * layer.hidden * layer.residual + (layer.qkv + layer.query) * layer.element
+    mlp = (3 * layer.intermediate + 2 * layer.hidden + sum(layer.ranks)) * layer.element
+    loss = ledger.loss_bytes(tokens, work.shape.vocabulary, layer.hidden, chunked=True)
+    tiles = -(-tokens // tile("host", tokens))
+    return {
+        FORWARD: max(tokens * streams + rows * mlp, loss),
+        WORKSPACE: ledger.workspace_bytes(layer, tiles),
+    }
+
+
+def loss_peak(work: Work) -> int:
+    """Bytes of the loss of the largest micro batch."""
+    return ledger.loss_bytes(work.tokens, work.shape.vocabulary, work.layer.hidden, chunked=True)
+
+
+def _without_zeros(items: Mapping[str, int]) -> dict[str, int]:
+    return {name: count for name, count in items.items() if count}

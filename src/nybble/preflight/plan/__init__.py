@@ -1,0 +1,1 @@
+"""`nybble plan`: what a recipe takes, told before anything is downloaded."""

@@ -1,0 +1,129 @@
+"""Makes the plan of a recipe: memory, disk and time, and what would have to change to fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from nybble.errors import RecipeError
+from nybble.plan import ledger
+from nybble.plan.pace import Pace, pace
+from nybble.plan.placing import SHORTEST, Option, Rows, as_written, changed, changes_that_fit, fastest
+from nybble.plan.policies import LADDER
+from nybble.plan.shapes import ModelShape
+from nybble.preflight.plan.card import Card
+from nybble.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that a run writes."""
+
+    download: int
+    """The base's weights in 16 bits."""
+    copy: int
+    """Its quantised copy in the cache."""
+    run: int
+    """The run folder."""
+
+
+@dataclass(frozen=True)
+class RowFacts:
+    """The rows that a recipe trains on."""
+
+    rows: Rows
+    count: int
+    """Rows of the training set; packed ones if it is packed."""
+    steps: int
+    tokens_of_run: int
+    """In all steps, prompts included."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a recipe takes."""
+
+    recipe: Recipe
+    """As it would run: with the option's changes."""
+    shape: ModelShape
+    sizes_from: str
+    limit: int | None
+    """Bytes that torch may reserve; None if nothing is known of the card."""
+    facts: RowFacts | None
+    option: Option
+    ladder: tuple[Option, ...]
+    """The recipe with each policy, from the leanest; only without a limit."""
+    verdict: str
+    """fits, shorter (only with shorter rows) or too large."""
+    disk: Disk
+    pace: Pace | None
+    seconds: float | None
+    """Of training, without evaluations; None if the rows or the card are not known."""
+
+
+def make_plan(
+    recipe: Recipe, shape: ModelShape, sizes_from: str, *, limit: int | None, card: Card | None,
+    facts: RowFacts | None = None,
+) -> RunPlan:  # fmt: skip
+    """The plan of a recipe.
+
+    Args:
+        recipe: the recipe.
+        shape: the base's sizes.
+        sizes_from: where they are from.
+        limit: bytes that torch may reserve; None for no limit.
+        card: whose speed is estimated.
+        facts: the rows; None if the data was not read.
+
+    Raises:
+        RecipeError: the plan does not know what the recipe asks for.
+    """
+    _refuse_unplanned(recipe)
+    rows = facts.rows if facts is not None else Rows()
+    option, verdict = _choose(recipe, shape, limit, rows)
+    recipe = changed(recipe, option.changes)
+    work = option.work
+    speed = (
+        pace(work.layer, shape, option.placement.policies, rows.longest or recipe.data.max_length, card.name)
+        if card
+        else None
+    )
+    base = ledger.base_bytes(shape, recipe.model.quantization, recipe.model.double_quantization, work.element).total
+    copy = 0 if recipe.model.quantization == "none" else ledger.cached_copy_bytes(base)
+    disk = Disk(
+        ledger.download_bytes(shape), copy, ledger.run_folder_bytes(work.trained, recipe.train.keep_checkpoints)
+    )
+    ladder = () if limit is not None else tuple(
+        as_written(changed(recipe, {"engine.policy": policy}), shape, None, rows) for policy in LADDER
+    )  # fmt: skip
+    seconds = facts.tokens_of_run / speed.tokens_per_second if facts is not None and speed is not None else None
+    return RunPlan(recipe, shape, sizes_from, limit, facts, option, ladder, verdict, disk, speed, seconds)
+
+
+def _refuse_unplanned(recipe: Recipe) -> None:
+    for applies, what in ((not recipe.engine.fused, "engine.fused=false"), (recipe.lora.dora, "lora.dora=true")):
+        if applies:
+            raise RecipeError(
+                f"{what}: layers are then computed by Transformers, whose memory is not planned yet",
+                fix=f"leave {what} out, or read the peak that nybble train prints",
+            )
+
+
+def _choose(recipe: Recipe, shape: ModelShape, limit: int | None, rows: Rows) -> tuple[Option, str]:
+    written = as_written(recipe, shape, limit, rows)
+    if limit is None:
+        return written, "fits"
+    found = fastest(recipe, shape, limit, rows)
+    if found is not None:
+        return found, "fits"
+    shorter = changes_that_fit(recipe, shape, limit, rows)
+    return (shorter, "shorter") if shorter is not None else (_leanest(recipe, shape, limit), "too large")
+
+
+def _leanest(recipe: Recipe, shape: ModelShape, limit: int) -> Option:
+    train = recipe.train
+    changes = {
+        "data.max_length": str(SHORTEST), "train.micro_batch": "1",
+        "train.accumulation": str(train.micro_batch * train.accumulation),
+        **({} if shape.tied else {"engine.embedding": "host"}), "engine.policy": "host",
+    }  # fmt: skip
+    return replace(as_written(changed(recipe, changes), shape, limit, Rows()), changes=changes)

@@ -1,0 +1,52 @@
+"""What the data says of a run's memory and time: its rows' lengths, tokens and steps."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+
+import numpy
+
+from nybble.data.order import GroupedByLength, lengths_of
+from nybble.errors import ModelError
+from nybble.model.base.checkpoint import find_checkpoint
+from nybble.model.base.load import load_config
+from nybble.model.tokenizer.load import load_tokenizer
+from nybble.plan.known_models import KNOWN
+from nybble.plan.placing import Rows
+from nybble.preflight.plan.make import RowFacts
+from nybble.preflight.preparation import prepare_run
+from nybble.recipe import Recipe
+
+
+def read_rows(recipe: Recipe, cache: pathlib.Path) -> RowFacts:
+    """Read and tokenise the data as `nybble train` will; the result is cached for it.
+
+    Raises:
+        ModelError: the base has no tokenizer here.
+        DataError: the data cannot be trained on.
+    """
+    if recipe.model.path.lower() in KNOWN and not pathlib.Path(recipe.model.path).exists():
+        raise ModelError(
+            f"{recipe.model.path} names sizes that are built in, but DATA is counted in tokens of the base's own tokenizer",
+            fix="name the base by its folder or Hub id, or leave DATA out",
+        )
+    checkpoint = find_checkpoint(recipe.model.path, recipe.model.revision, weights=False)
+    config = load_config(checkpoint, recipe.model.rope_scaling)
+    prepared = prepare_run(recipe, load_tokenizer(checkpoint.folder), config, cache)
+    assert prepared.data is not None, "faults were raised"
+    assert prepared.schedule is not None, "faults were raised"
+    train = recipe.train
+    lengths = lengths_of(prepared.data.train)
+    step = train.micro_batch * train.accumulation * train.processes
+    order = list(GroupedByLength(lengths, step, train.seed))
+    ordered = lengths[order]
+
+    @functools.cache
+    def largest(size: int) -> int:
+        whole = numpy.concatenate([ordered, numpy.zeros(-len(ordered) % size, ordered.dtype)])
+        return int(whole.reshape(-1, size).sum(axis=1).max(initial=0))
+
+    rows = Rows(int(lengths.max(initial=0)), largest)
+    steps = prepared.schedule.steps
+    return RowFacts(rows, len(lengths), steps, int(lengths.mean() * min(step, len(lengths)) * steps))

@@ -1,0 +1,200 @@
+"""`nybble plan`, as a person types it."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nybble.errors import RecipeError
+from nybble.preflight.plan import card
+from nybble.preflight.plan.card import Card, limit_bytes, parse_card
+from tests.conftest import write_llama
+from tests.standin_hub import Repo, StandinHub
+
+CARD = Card("NVIDIA GeForce RTX 4090", 24_564 << 20, 23_000 << 20)
+TIMED = """
+import sys
+from nybble.cli import main
+sys.argv = ["nybble", *sys.argv[1:]]
+try:
+    main()
+finally:
+    print([name for name in ("torch", "transformers", "datasets", "numpy") if name in sys.modules], file=sys.stderr)
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_card(monkeypatch):
+    """As on a machine without a GPU, also on one with."""
+    monkeypatch.setattr(card, "QUERY", ("nvidia-smi-that-is-not-there",))
+
+
+def test_a_plan_takes_under_two_seconds_and_no_torch():
+    started = time.perf_counter()
+    words = [sys.executable, "-c", TIMED, "plan", "llama-2-7b", "--vram", "12GB"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    seconds = time.perf_counter() - started
+    assert done.stderr.strip() == "[]"
+    assert "11.63 GB of 12.00 GB in the step" in done.stdout
+    assert seconds < 2 * 2  # twice the time on an idle machine: other tests run beside this one
+
+
+def test_what_a_person_sees(here):
+    done = here("plan", "llama-2-7b", "--vram", "12GB", "data.max_length=2048")
+    print(done.stdout)
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert lines[0] == "model     llama-2-7b: 6.7 B parameters in nf4 (sizes built in)"
+    assert lines[1].startswith(
+        "step      16 rows, 2 at a time: 4,096 tokens; LoRA r 16 on all linear layers, 40.0 M trained"
+    )
+    assert lines[2] == "layers    32 drop-mlp (engine.policy)"
+    assert next(line for line in lines if line.startswith("kept activations")).split()[:3] == [
+        "kept",
+        "activations",
+        "6.49",
+    ]
+    assert "█" in done.stdout
+    assert lines[-1] == (
+        "run       nybble train meta-llama/Llama-2-7b-hf DATA data.max_length=2048 train.micro_batch=2 train.accumulation=8"
+    )
+
+
+def test_without_a_card_every_policy_is_told(here):
+    done = here("plan", "llama-2-7b")
+    assert "5.3 GB host (1.00 x), 6.3 GB layer-input" in done.stdout
+    assert "17.2 GB keep-all (1.38 x)" in done.stdout
+    assert "--vram 12GB" in done.stdout
+    assert "and about 0.5 GB for CUDA itself" in done.stdout
+
+
+def test_json_has_the_same_numbers(here):
+    plan = json.loads(here("plan", "llama-3-8b", "--vram", "24GB", "--json").stdout)
+    assert plan["verdict"] == "fits"
+    assert plan["peak"]["bytes"] == sum(plan["moments"][plan["peak"]["moment"]].values()) <= plan["limit"] == 24 * 10**9
+    assert plan["parameters"] == 8_030_261_248
+    assert len(plan["policies"]) == 32
+    assert plan["tokens_per_second"] is None
+
+
+def test_what_does_not_fit_says_what_would(here):
+    shorter = here("plan", "llama-3-8b", "--vram", "6GB", "data.max_length=8192")
+    assert shorter.returncode == 1
+    assert "with shorter rows: as written it does not fit" in shorter.stdout
+    assert "data.max_length=" in shorter.stdout.splitlines()[-1]
+    never = here("plan", "llama-2-70b", "--vram", "24GB")
+    assert never.returncode == 1
+    assert "it does not fit, however lean; take a smaller model" in never.stdout
+    assert "run       " not in never.stdout
+
+
+def test_a_folder_and_the_hub_are_read_by_their_config_alone(here, tmp_path):
+    folder = write_llama(tmp_path / "tiny")
+    (folder / "model.safetensors").unlink()
+    done = here("plan", folder, "--vram", "1GB")
+    assert done.returncode == 0
+    assert f"{folder}: " in done.stdout
+    assert "(its config.json)" in done.stdout
+    with StandinHub([Repo("org/tiny", folder)]) as hub:
+        environment = hub.environment(tmp_path / "home")
+        words = [sys.executable, "-c", TIMED, "plan", "org/tiny", "--json"]
+        found = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+        assert json.loads(found.stdout)["sizes_from"].startswith("config.json on the Hub, commit ")
+        assert found.stderr.strip() == "[]"
+        assert all("safetensors" not in request for request in hub.requests)
+
+
+def test_with_data_the_rows_count(here, tiny_llama, rows):
+    done = here("plan", tiny_llama, rows, "--vram", "2GB", "--json", "train.epochs=2", "data.max_length=256")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["steps"] > 0
+    assert plan["tokens_of_micro_batch"] < 4 * 256, "the rows are shorter"
+    named = here("plan", "llama-2-7b", rows)
+    assert named.returncode != 0
+    assert "tokens of the base's own tokenizer" in named.stderr
+
+
+def test_the_speed_is_that_of_this_machines_card(here, monkeypatch, tmp_path):
+    shown = tmp_path / "nvidia-smi"
+    shown.write_text("#!/bin/sh\necho 'NVIDIA GeForce RTX 4090, 24564, 23000'\n")
+    shown.chmod(0o755)
+    monkeypatch.setattr(card, "QUERY", (str(shown),))
+    done = here("plan", "llama-2-7b")
+    assert "of 24.12 GB in the step" in done.stdout
+    assert "speed     about " in done.stdout
+    assert "165.2 TFLOP/s of the NVIDIA GeForce RTX 4090's data sheet" in done.stdout
+    shown.write_text("#!/bin/sh\nexit 9\n")
+    assert "memory    by engine.policy" in here("plan", "llama-2-7b").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "MODEL is missing"),
+        (("nope",), "there is no model nope: it is neither a folder, nor a Hub id"),
+        (("./nope",), "there is no model ./nope"),
+        (("llama-2-7b", "--vram", "lots"), "this is not a size of memory"),
+        (("llama-2-7b", "--vram", "12MB"), "12,000,000 bytes hold no model"),
+        (("llama-2-7b", "--vram", "auto"), "this machine has no GPU"),
+        (("llama-2-7b", "engine.fused=false"), "whose memory is not planned yet"),
+        (("llama-2-7b", "lora.dora=true"), "whose memory is not planned yet"),
+    ],
+)
+def test_bad_input(here, words, says):
+    done = here("plan", *words)
+    print(done.stderr)
+    assert done.returncode not in (0, None)
+    assert says in done.stderr
+    assert "fix:" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"model_type": "mistral"}, "the architecture is 'mistral'"),
+        ({"model_type": "llama"}, "config.json has no hidden_size"),
+        ({"model_type": "llama", "hidden_size": -1, "intermediate_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1,
+          "vocab_size": 1}, "hidden_size is -1"),
+        ({"model_type": "llama", "hidden_size": "x", "intermediate_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1,
+          "vocab_size": 1}, "hidden_size is 'x'"),
+        ("[", "config.json"),
+        (None, "it has no config.json"),
+    ],
+)  # fmt: skip
+def test_a_config_that_is_none(here, tmp_path, config, says):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    done = here("plan", tmp_path)
+    print(done.stderr)
+    assert done.returncode not in (0, None)
+    assert says in done.stderr
+    assert "unexpected" not in done.stderr
+
+
+def test_limits_as_people_write_them():
+    assert limit_bytes("12GB", None) == limit_bytes("12", None) == limit_bytes("12 GB", None) == 12 * 10**9
+    assert limit_bytes("11.5GiB", None) == int(11.5 * 2**30)
+    assert limit_bytes("auto", CARD) == CARD.free
+    with pytest.raises(RecipeError, match=r"the NVIDIA GeForce RTX 4090 of this machine has 25.76 GB"):
+        limit_bytes("32GB", CARD)
+
+
+def test_what_a_driver_shows():
+    assert parse_card("NVIDIA GeForce RTX 4090, 24564, 23000\nNVIDIA L4, 1, 1\n") == CARD
+    for shown in ("", "No devices were found\n", "a, b, c", "NVIDIA L4, [N/A], 5"):
+        assert parse_card(shown) is None
+
+
+def test_a_driver_that_does_not_answer_is_no_card(monkeypatch, tmp_path: pathlib.Path):
+    stuck = tmp_path / "nvidia-smi"
+    stuck.write_text("#!/bin/sh\nexec sleep 60\n")
+    stuck.chmod(0o755)
+    monkeypatch.setattr(card, "QUERY", (str(stuck),))
+    monkeypatch.setattr(card, "SECONDS", 0.1)
+    assert card.find_card() is None
