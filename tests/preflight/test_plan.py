@@ -61,7 +61,8 @@ def test_what_a_person_sees(here):
     ]
     assert "█" in done.stdout
     assert lines[-1] == (
-        "run       nybble train meta-llama/Llama-2-7b-hf DATA data.max_length=2048 train.micro_batch=2 train.accumulation=8"
+        "run       nybble train meta-llama/Llama-2-7b-hf DATA data.max_length=2048 train.micro_batch=2 train.accumulation=8 "
+        "train.vram=12GB"
     )
 
 
@@ -139,8 +140,8 @@ def test_the_speed_is_that_of_this_machines_card(here, monkeypatch, tmp_path):
         ((), "MODEL is missing"),
         (("nope",), "there is no model nope: it is neither a folder, nor a Hub id"),
         (("./nope",), "there is no model ./nope"),
-        (("llama-2-7b", "--vram", "lots"), "this is not a size of memory"),
-        (("llama-2-7b", "--vram", "12MB"), "12,000,000 bytes hold no model"),
+        (("llama-2-7b", "--vram", "lots"), "'lots' is not a size of memory"),
+        (("llama-2-7b", "--vram", "12MB"), "12MB is 12,000,000 bytes, which hold no model"),
         (("llama-2-7b", "--vram", "auto"), "this machine has no GPU"),
         (("llama-2-7b", "engine.fused=false"), "whose memory is not planned yet"),
         (("llama-2-7b", "lora.dora=true"), "whose memory is not planned yet"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,12 +22,21 @@ def train_recipe(
     arguments: list[str],
     config: pathlib.Path | None,
     resume: pathlib.Path | None,
-    processes: int | None,
+    given: Mapping[str, object],
     command_options: Sequence[str] = (),
 ) -> Recipe:
-    """The recipe to train: the resumed run's own, or a file overridden by MODEL, DATA and KEY=VALUE."""
+    """The recipe to train: the resumed run's own, or a file overridden by MODEL, DATA and KEY=VALUE.
+
+    Args:
+        arguments: MODEL, DATA and KEY=VALUE.
+        config: the file.
+        resume: the run to be resumed.
+        given: options of the recipe that the command has under names of its own; None where one was not given.
+        command_options: the names of the command's own options.
+    """
+    extra = [f"{name}={value}" for name, value in given.items() if value is not None]
     if resume is not None:
-        if arguments or config is not None or processes is not None:
+        if arguments or config is not None or extra:
             raise RecipeError(
                 "--resume uses the run's own recipe and takes no other options",
                 fix=f"nybble train --resume {resume}",
@@ -35,7 +44,6 @@ def train_recipe(
         from nybble.run.folder import open_run
 
         return open_run(resume).recipe
-    extra = [f"train.processes={processes}"] if processes is not None else []
     return _recipe(arguments, config, ("model.path", "data.path"), command_options, extra)
 
 

@@ -38,7 +38,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Say what a run will take, before anything is downloaded: memory by item, disk, time, and what fits a card."""
-    recipe = train_recipe(arguments or [], config, None, None, long_options(context))
+    recipe = train_recipe(arguments or [], config, None, {"train.vram": vram}, long_options(context))
     if not recipe.model.path:
         raise ModelError("MODEL is missing", fix="nybble plan llama-2-7b, a folder, or a Hub id")
     from nybble.preflight.plan.card import find_card, limit_bytes
@@ -50,7 +50,9 @@ def plan(
     base = recipe.model.model_copy(update={"path": ""})  # `sizes_of` knows more names of bases
     refuse_missing(recipe.model_copy(update={"model": base}))
     card = find_card()
-    limit = limit_bytes(vram, card) if vram is not None else card.free if card is not None else None
+    limit = card.free if card is not None else None
+    if recipe.train.vram is not None:
+        limit = limit_bytes(recipe.train.vram, card)
     shape, sizes_from = sizes_of(recipe.model.path, recipe.model.revision)
     facts = None
     if recipe.data.path:

@@ -110,10 +110,15 @@ def train(
     config: Config = None,
     resume: Annotated[pathlib.Path | None, typer.Option(help="Resume an interrupted run.")] = None,
     processes: Annotated[int | None, typer.Option(help="Data-parallel processes, one per GPU.", min=1)] = None,
+    vram: Annotated[
+        str | None,
+        typer.Option(help="Memory of the GPU to train in, as in 12GB; auto: what is free. The run is made to fit."),
+    ] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the complete recipe and exit.")] = False,
 ) -> None:
     """Train an adapter: nybble train MODEL DATA key=value ..., or -c recipe.yaml, or both. Writes runs/NAME."""
-    recipe = train_recipe(arguments or [], config, resume, processes, long_options(context))
+    given = {"train.processes": processes, "train.vram": vram}
+    recipe = train_recipe(arguments or [], config, resume, given, long_options(context))
     if print_config:
         from nybble.recipe import dump_recipe
 

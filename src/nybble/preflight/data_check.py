@@ -28,7 +28,12 @@ from nybble.model.base.load import read_config
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer
 from nybble.plan.schedule import Schedule, steps_text
+from nybble.plan.shapes import ModelShape
 from nybble.plan.speed import PASSES, estimate
+from nybble.preflight.plan.card import find_card
+from nybble.preflight.plan.make import RowFacts, make_plan, unplanned
+from nybble.preflight.plan.report import one_line
+from nybble.preflight.plan.rows import row_facts
 from nybble.preflight.preparation import Stage, prepare_run
 from nybble.recipe import Recipe, absolute_paths
 from nybble.terminal import tell
@@ -114,6 +119,8 @@ def _check_tokens(
         _tell_batches(console, run.data, recipe)
         if run.schedule is not None:
             _tell_steps(console, run.data, run.schedule, recipe, config)
+            if config is not None and unplanned(recipe) is None:
+                _tell_memory(console, recipe, config, row_facts(recipe, run.data, run.schedule))
     return faults
 
 
@@ -215,6 +222,13 @@ def _tell_time(console: Console, recipe: Recipe, tokens: float, config: Pretrain
         text += f" when idle, {_duration(tokens / speed.current)} under its current load"
     text += f": {_rounded(speed.idle)} tokens/s in training, estimated from matrix products; evaluations"
     _line(console, "time", f"{text} are included, sample answers and benchmarks are not")
+
+
+def _tell_memory(console: Console, recipe: Recipe, config: PretrainedConfig, facts: RowFacts) -> None:
+    card = find_card()
+    limit = None if card is None else card.free
+    plan = make_plan(recipe, ModelShape.from_config(config.to_dict()), "", limit=limit, card=card, facts=facts)
+    _line(console, "memory", one_line(plan), "" if plan.verdict == "fits" else "yellow")
 
 
 def _rounded(number: float) -> str:

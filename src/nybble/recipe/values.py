@@ -31,6 +31,7 @@ EXAMPLES = {
     "data.map": "prompt:question,completion:answer",
     "train.neftune_alpha": "5",
     "train.eval_tasks": "arc_easy,piqa",
+    "train.vram": "12GB",
     "export.to": "merged,gguf",
     "out": "runs/NAME",
 }

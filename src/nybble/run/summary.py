@@ -74,6 +74,17 @@ class LossSummary(FrozenShape):
     """At the step whose adapter was kept."""
 
 
+class MemorySummary(FrozenShape):
+    """The memory that was planned and that was reserved on the GPU, in units of 10^9 bytes."""
+
+    predicted_gb: float
+    measured_gb: float
+    moment: AnyText
+    """When the plan expected most."""
+    exceeded_by: AnyText = ""
+    """The item that most likely took more, where over 5% more was reserved; else empty."""
+
+
 class Ended(RunRecord):
     """When a run ended, and how long it took: the part of a summary that tells on which day it was started."""
 
@@ -108,5 +119,7 @@ class Summary(RunRecord):
     """Time of the steps alone; None before 0.6."""
     peak_memory_gb: float
     """In units of 10^9 bytes."""
+    memory: MemorySummary | None = None
+    """None on a CPU, where Transformers computed the layers, and before 0.8."""
     seconds: float
     """Total time, including evaluations."""

@@ -1,21 +1,18 @@
-"""The GPU of this machine as its driver describes it, and limits of memory as people write them."""
+"""The GPU of this machine as its driver describes it, and the limit of memory that a recipe names."""
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 
 from nybble.errors import RecipeError
+from nybble.recipe.options.memory import memory_bytes
 from nybble.terminal import bytes_text
 
 QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits")
 SECONDS = 10.0  # until a driver counts as stuck
 MIB = 1 << 20
-SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(GB|GiB|MB|MiB)?")
-UNITS = {None: 10**9, "GB": 10**9, "GiB": 1 << 30, "MB": 10**6, "MiB": MIB}
-LEAST = 100_000_000  # bytes: a limit below it is a slip, such as 12 MB for 12 GB
 
 
 @dataclass(frozen=True)
@@ -52,27 +49,20 @@ def limit_bytes(text: str, card: Card | None) -> int:
     """A limit of GPU memory in bytes.
 
     Args:
-        text: as in 12GB, 11.5 GiB, 12 (GB), or auto: the memory that is free.
+        text: the recipe's train.vram.
         card: this machine's.
 
     Raises:
-        RecipeError: it is not a size, is more than the card has, or auto without a card.
+        RecipeError: it is more than the card has, or auto without a card.
     """
-    if text == "auto":
+    size = memory_bytes(text)
+    if size is None:
         if card is None:
-            raise RecipeError(
-                "--vram auto: this machine has no GPU whose memory is free", fix="name the memory: --vram 12GB"
-            )
+            raise RecipeError("train.vram=auto: this machine has no GPU whose memory is free", fix="train.vram=12GB")
         return card.free
-    match = SIZE.fullmatch(text.strip())
-    if match is None:
-        raise RecipeError(f"--vram {text}: this is not a size of memory", fix="--vram 12GB, 11.5GiB or auto")
-    size = int(float(match[1]) * UNITS[match[2]])
-    if size < LEAST:
-        raise RecipeError(f"--vram {text}: {size:,} bytes hold no model", fix="--vram 12GB")
     if card is not None and size > card.total:
         raise RecipeError(
-            f"--vram {text}: the {card.name} of this machine has {bytes_text(card.total)}",
-            fix="a smaller limit, or --vram auto",
+            f"train.vram={text}: the {card.name} of this machine has {bytes_text(card.total)}",
+            fix="a smaller limit, or train.vram=auto",
         )
     return size

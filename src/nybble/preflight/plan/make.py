@@ -53,7 +53,7 @@ class RunPlan:
     ladder: tuple[Option, ...]
     """The recipe with each policy, from the leanest; only without a limit."""
     verdict: str
-    """fits, shorter (only with shorter rows) or too large."""
+    """fits, over (as written, which may not change), shorter (only with shorter rows) or too large."""
     disk: Disk
     pace: Pace | None
     seconds: float | None
@@ -62,7 +62,7 @@ class RunPlan:
 
 def make_plan(
     recipe: Recipe, shape: ModelShape, sizes_from: str, *, limit: int | None, card: Card | None,
-    facts: RowFacts | None = None,
+    facts: RowFacts | None = None, adapt: bool = True,
 ) -> RunPlan:  # fmt: skip
     """The plan of a recipe.
 
@@ -73,13 +73,18 @@ def make_plan(
         limit: bytes that torch may reserve; None for no limit.
         card: whose speed is estimated.
         facts: the rows; None if the data was not read.
+        adapt: whether the recipe may change to fit.
 
     Raises:
         RecipeError: the plan does not know what the recipe asks for.
     """
-    _refuse_unplanned(recipe)
+    if (what := unplanned(recipe)) is not None:
+        raise RecipeError(
+            f"{what}: layers are then computed by Transformers, whose memory is not planned yet",
+            fix=f"leave {what} out, or read the peak that nybble train prints",
+        )
     rows = facts.rows if facts is not None else Rows()
-    option, verdict = _choose(recipe, shape, limit, rows)
+    option, verdict = _choose(recipe, shape, limit, rows, adapt=adapt)
     recipe = changed(recipe, option.changes)
     work = option.work
     speed = (
@@ -99,19 +104,18 @@ def make_plan(
     return RunPlan(recipe, shape, sizes_from, limit, facts, option, ladder, verdict, disk, speed, seconds)
 
 
-def _refuse_unplanned(recipe: Recipe) -> None:
-    for applies, what in ((not recipe.engine.fused, "engine.fused=false"), (recipe.lora.dora, "lora.dora=true")):
-        if applies:
-            raise RecipeError(
-                f"{what}: layers are then computed by Transformers, whose memory is not planned yet",
-                fix=f"leave {what} out, or read the peak that nybble train prints",
-            )
+def unplanned(recipe: Recipe) -> str | None:
+    """What in a recipe has Transformers compute the layers, whose memory is not planned; None if nothing has."""
+    cases = ((not recipe.engine.fused, "engine.fused=false"), (recipe.lora.dora, "lora.dora=true"))
+    return next((what for applies, what in cases if applies), None)
 
 
-def _choose(recipe: Recipe, shape: ModelShape, limit: int | None, rows: Rows) -> tuple[Option, str]:
+def _choose(recipe: Recipe, shape: ModelShape, limit: int | None, rows: Rows, *, adapt: bool) -> tuple[Option, str]:
     written = as_written(recipe, shape, limit, rows)
-    if limit is None:
+    if limit is None or (not adapt and written.prediction.peak.total <= limit):
         return written, "fits"
+    if not adapt:
+        return written, "over"
     found = fastest(recipe, shape, limit, rows)
     if found is not None:
         return found, "fits"

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from nybble.plan.known_models import known_model
 from nybble.plan.placing import Option
-from nybble.plan.step import CONTEXT, ITEMS
+from nybble.plan.step import CONTEXT, ITEMS, Moment
 from nybble.preflight.plan.make import RunPlan
 from nybble.recipe import Recipe
 from nybble.recipe.options.section import Options
@@ -38,6 +38,26 @@ def render(plan: RunPlan, console: Console) -> None:
     _ladder(plan, console)
     _disk_and_time(plan, console)
     _verdict(plan, console)
+
+
+def one_line(plan: RunPlan) -> str:
+    """The plan's memory in one line, for other commands."""
+    if plan.limit is None:
+        lean, full = (bytes_text(plan.ladder[rung].prediction.peak.total, 1) for rung in (0, -1))
+        return f"on a GPU {lean} with engine.policy=host, {full} with keep-all, the fastest; auto mixes them to what is free"
+    peak = plan.option.prediction.peak
+    of = f"{bytes_text(peak.total)} of {bytes_text(plan.limit)} on the GPU, most of it {_largest(peak)}"
+    changes = " ".join(f"{name}={value}" for name, value in plan.option.changes.items())
+    if plan.verdict == "over":
+        return f"{of}: it may not fit; train.vram=auto finds a way that does"
+    if plan.verdict == "too large":
+        return f"{of}: it does not fit, however lean; take a smaller model"
+    return f"{of}, with {changes}" if changes else f"{of}; {placement_text(plan.option)}"
+
+
+def _largest(moment: Moment) -> str:
+    name = max(moment.items, key=lambda item: moment.items[item])
+    return f"{name} ({bytes_text(moment.items[name])})"
 
 
 def as_json(plan: RunPlan) -> str:

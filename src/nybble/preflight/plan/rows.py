@@ -8,12 +8,14 @@ import pathlib
 import numpy
 
 from nybble.data.order import GroupedByLength, lengths_of
+from nybble.data.sets.prepare import Prepared
 from nybble.errors import ModelError
 from nybble.model.base.checkpoint import find_checkpoint
 from nybble.model.base.load import load_config
 from nybble.model.tokenizer.load import load_tokenizer
 from nybble.plan.known_models import KNOWN
 from nybble.plan.placing import Rows
+from nybble.plan.schedule import Schedule
 from nybble.preflight.plan.make import RowFacts
 from nybble.preflight.preparation import prepare_run
 from nybble.recipe import Recipe
@@ -36,17 +38,21 @@ def read_rows(recipe: Recipe, cache: pathlib.Path) -> RowFacts:
     prepared = prepare_run(recipe, load_tokenizer(checkpoint.folder), config, cache)
     assert prepared.data is not None, "faults were raised"
     assert prepared.schedule is not None, "faults were raised"
-    train = recipe.train
-    lengths = lengths_of(prepared.data.train)
+    return row_facts(recipe, prepared.data, prepared.schedule)
+
+
+def row_facts(recipe: Recipe, data: Prepared, schedule: Schedule) -> RowFacts:
+    """What prepared data says; of a stream, its first rows say how many tokens there are, but not how long one may be."""
+    train, lengths = recipe.train, lengths_of(data.sample)
     step = train.micro_batch * train.accumulation * train.processes
-    order = list(GroupedByLength(lengths, step, train.seed))
-    ordered = lengths[order]
+    tokens = int(lengths.mean() * step * schedule.steps)
+    if recipe.data.streaming:
+        return RowFacts(Rows(), step * schedule.steps, schedule.steps, tokens)
+    ordered = lengths[list(GroupedByLength(lengths, step, train.seed))]
 
     @functools.cache
     def largest(size: int) -> int:
         whole = numpy.concatenate([ordered, numpy.zeros(-len(ordered) % size, ordered.dtype)])
         return int(whole.reshape(-1, size).sum(axis=1).max(initial=0))
 
-    rows = Rows(int(lengths.max(initial=0)), largest)
-    steps = prepared.schedule.steps
-    return RowFacts(rows, len(lengths), steps, int(lengths.mean() * min(step, len(lengths)) * steps))
+    return RowFacts(Rows(int(lengths.max()), largest), len(lengths), schedule.steps, tokens)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from nybble.recipe.options.memory import MemorySize
 from nybble.recipe.options.section import Options
 
 
@@ -54,6 +55,8 @@ class TrainOptions(Options):
     """Items per benchmark of eval_tasks."""
     eval_data: str | None = None
     """Folder with the benchmarks' rows, TASK.SPLIT.jsonl; default: the Hub."""
+    vram: MemorySize | None = None
+    """GPU memory to train in, as in 12GB; auto: what is free. The run is made to fit, and the limit is enforced."""
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Random seed of split, order, initialisation and dropout."""
     processes: int = Field(default=1, ge=1)

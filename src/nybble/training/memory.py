@@ -1,0 +1,110 @@
+"""The memory plan of a run on a GPU: made before the base is loaded, kept to while it trains, and compared with what was used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nybble.errors import RecipeError, TrainingError
+from nybble.plan.free_memory import Memory, device_memory
+from nybble.plan.shapes import ModelShape
+from nybble.plan.step import BACKWARD, KEPT
+from nybble.preflight.plan.card import Card, limit_bytes
+from nybble.preflight.plan.make import RowFacts, RunPlan, make_plan, unplanned
+from nybble.preflight.plan.report import command, one_line
+from nybble.recipe import Recipe
+from nybble.run.summary import MemorySummary
+from nybble.terminal import bytes_text
+
+WRONG = 0.05  # a plan that was exceeded by more is called wrong
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run is expected to reserve on its GPU."""
+
+    plan: RunPlan
+    total: int
+    """Bytes of the GPU."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe as it runs."""
+        return self.plan.recipe
+
+    @property
+    def line(self) -> str:
+        """The plan in a line."""
+        return one_line(self.plan)
+
+    def enforce(self, device: torch.device) -> None:
+        """Keep torch to the recipe's limit, if it names one."""
+        limit = self.plan.limit
+        if self.recipe.train.vram is not None and limit is not None:
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / self.total), device)
+
+    def compare(self, measured: int) -> tuple[MemorySummary, str]:
+        """The plan beside what was reserved, for the summary and as a line.
+
+        Args:
+            measured: bytes, torch.cuda.max_memory_reserved.
+        """
+        peak = self.plan.option.prediction.peak
+        error = measured / peak.total - 1
+        # Everything else is known to the byte.
+        inexact = {name: peak.items[name] for name in (KEPT, BACKWARD) if name in peak.items}
+        item = max(inexact, key=lambda name: inexact[name], default="")
+        wrong = item if error > WRONG else ""
+        summary = MemorySummary(
+            predicted_gb=round(peak.total / 1e9, 3),
+            measured_gb=round(measured / 1e9, 3),
+            moment=peak.name,
+            exceeded_by=wrong,
+        )
+        line = f"{bytes_text(measured)} reserved, {bytes_text(peak.total)} planned ({error:+.1%})"
+        return summary, f"{line}; more than planned, most likely in {wrong}: please report this line" if wrong else line
+
+
+def plan_memory(recipe: Recipe, shape: ModelShape, facts: RowFacts, device: torch.device) -> MemoryPlan | None:
+    """The plan of a run; None on a CPU, and where Transformers computes the layers.
+
+    Raises:
+        RecipeError: the recipe limits a GPU's memory, but there is none, or the plan does not know it.
+        TrainingError: nothing fits into the limit; it names what would.
+    """
+    what = "model.device=cpu" if device.type != "cuda" else unplanned(recipe)
+    if what is None:
+        return plan_within(recipe, shape, facts, device_memory(device), torch.cuda.get_device_name(device))
+    if recipe.train.vram is not None:
+        raise RecipeError(
+            f"train.vram={recipe.train.vram} limits the memory of a GPU that nybble plans, but this run has {what}",
+            fix="leave train.vram out",
+        )
+    return None
+
+
+def plan_within(recipe: Recipe, shape: ModelShape, facts: RowFacts, memory: Memory, name: str) -> MemoryPlan:
+    """The plan of a run on a GPU.
+
+    Args:
+        recipe: the recipe; without train.vram it stays as it is.
+        shape: the base's sizes.
+        facts: the rows.
+        memory: of the GPU.
+        name: of the GPU.
+
+    Raises:
+        TrainingError: nothing fits into the limit; it names what would.
+    """
+    card = Card(name, memory.total, memory.free)
+    vram = recipe.train.vram
+    limit = memory.free if vram is None else limit_bytes(vram, card)
+    plan = make_plan(recipe, shape, "", limit=limit, card=card, facts=facts, adapt=vram is not None)
+    if vram is not None and plan.verdict != "fits":
+        shorter = plan.verdict == "shorter"
+        raise TrainingError(
+            f"train.vram={vram}: as written the run does not fit into {bytes_text(limit)}",
+            fix=command(plan) if shorter else "a smaller model: this one does not fit, however lean",
+        )
+    return MemoryPlan(plan, memory.total)

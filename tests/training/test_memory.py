@@ -1,0 +1,91 @@
+"""The memory plan of a run; what needs a GPU is in tests/training/test_gpu.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nybble.errors import RecipeError, TrainingError
+from nybble.plan.free_memory import Memory
+from nybble.plan.known_models import KNOWN
+from nybble.plan.placing import Rows
+from nybble.preflight.plan.make import RowFacts
+from nybble.recipe import load_recipe
+from nybble.training.memory import plan_memory, plan_within
+
+SHAPE = KNOWN["llama-2-7b"].shape
+FACTS = RowFacts(Rows(2048, lambda rows: 2048 * rows), 1000, 62, 2_000_000)
+CARD = Memory(free=23_000_000_000, total=25_000_000_000)
+WORDS = ("model.path=meta-llama/Llama-2-7b-hf", "data.path=my.jsonl", "data.max_length=2048")
+
+
+def planned(*words: str, memory: Memory = CARD):
+    return plan_within(load_recipe(None, [*WORDS, *words]), SHAPE, FACTS, memory, "NVIDIA Test")
+
+
+def test_without_a_limit_the_recipe_stays_as_it_is():
+    memory = planned("train.micro_batch=8")
+    assert memory.recipe == load_recipe(None, [*WORDS, "train.micro_batch=8"])
+    print(memory.line)
+    assert "of 23.00 GB on the GPU, most of it kept activations (" in memory.line
+
+
+def test_a_recipe_that_may_not_fit_is_told_what_finds_a_way():
+    memory = planned("train.micro_batch=16", "engine.policy=keep-all")
+    print(memory.line)
+    assert memory.recipe.train.micro_batch == 16
+    assert "it may not fit; train.vram=auto finds a way that does" in memory.line
+
+
+def test_with_a_limit_the_recipe_is_made_to_fit():
+    memory = planned("train.micro_batch=16", "train.vram=8GB")
+    print(memory.line)
+    train = memory.recipe.train
+    assert train.micro_batch * train.accumulation == 16 * 4
+    assert train.micro_batch < 16
+    assert memory.plan.option.prediction.peak.total <= 8e9
+    assert f"with train.micro_batch={train.micro_batch} train.accumulation={train.accumulation}" in memory.line
+    auto = planned("train.micro_batch=16", "train.vram=auto", memory=Memory(9_000_000_000, 25_000_000_000))
+    assert auto.plan.limit == 9_000_000_000
+
+
+def test_what_does_not_fit_ends_before_anything_is_loaded():
+    with pytest.raises(TrainingError) as error:
+        planned("train.vram=4.6GB")
+    print(error.value)
+    assert "as written the run does not fit into 4.60 GB" in str(error.value)
+    assert "nybble train meta-llama/Llama-2-7b-hf my.jsonl data.max_length=1536" in str(error.value)
+    assert "train.vram=4.6GB" in str(error.value)
+    with pytest.raises(TrainingError, match="a smaller model"):
+        planned("train.vram=3GB")
+    with pytest.raises(RecipeError, match=r"this machine has 25\.00 GB"):
+        planned("train.vram=40GB")
+
+
+def test_a_limit_is_refused_where_there_is_nothing_to_limit():
+    recipe = load_recipe(None, [*WORDS, "train.vram=8GB"])
+    with pytest.raises(RecipeError, match=r"this run has model\.device=cpu"):
+        plan_memory(recipe, SHAPE, FACTS, torch.device("cpu"))
+    plain = load_recipe(None, [*WORDS, "train.vram=8GB", "engine.fused=false"])
+    with pytest.raises(RecipeError, match=r"this run has engine\.fused=false"):
+        plan_memory(plain, SHAPE, FACTS, torch.device("cuda"))
+    assert plan_memory(load_recipe(None, list(WORDS)), SHAPE, FACTS, torch.device("cpu")) is None
+
+
+def test_the_plan_is_compared_with_what_was_reserved():
+    memory = planned("engine.policy=host")
+    peak = memory.plan.option.prediction.peak.total
+    summary, line = memory.compare(int(peak * 1.013))
+    assert line.endswith("planned (+1.3%)")
+    assert summary.exceeded_by == ""
+    summary, line = memory.compare(int(peak * 1.08))
+    print(line)
+    assert "(+8.0%); more than planned, most likely in one layer's backward: please report this line" in line
+    assert (summary.exceeded_by, summary.moment) == ("one layer's backward", "step")
+    assert memory.compare(int(peak * 0.5))[0].exceeded_by == ""
+
+
+@pytest.mark.parametrize("value", ["lots", "12TB", "50MB", "-3GB", ""])
+def test_a_limit_that_is_no_size(value):
+    with pytest.raises(RecipeError, match=r"train\.vram"):
+        load_recipe(None, [*WORDS, f"train.vram={value}"])
