@@ -22,6 +22,7 @@ from nybble.model.adapter.updates import is_untrained, targets_of
 from nybble.run.folder import Run
 from nybble.run.log import read_metrics
 from nybble.run.marks import COMPLETE, described
+from nybble.run.start import halved_from
 from nybble.run.summary import AdapterSummary, BaseSummary, DataSummary, LossSummary, Summary
 from nybble.run.versions import versions
 from nybble.terminal import tell
@@ -134,6 +135,8 @@ def summarise(setup: TrainingSetup, recorder: Recorder, used: ResourceUse) -> Su
         adapter=AdapterSummary(targets=targets_of(setup.model), trainable_parameters=setup.trained_parameters),
         steps=recorder.steps,
         processes=recipe.train.processes,
+        micro_batch=recipe.train.micro_batch,
+        halved_from=halved_from(recorder.run.start(), recipe),
         train_loss=next(entry["loss"] for entry in reversed(history) if "loss" in entry),
         validation_loss=LossSummary(before=losses[0], kept=losses[recorder.kept_step]) if losses else None,
         kept_step=recorder.kept_step,

@@ -178,15 +178,31 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """This process's share of the validation rows, batched by similar length; each row is in exactly one share."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows, positions = self._evaluated(self.eval_dataset if eval_dataset is None else eval_dataset)
+        return DataLoader(rows, batch_sampler=positions, collate_fn=self.data_collator)
+
+    def _evaluated(self, rows: Any) -> tuple[torch.utils.data.Subset[Any], list[list[int]]]:
+        """This process's share of some rows, and the positions in it of each batch, the longest first."""
         share = range(self.args.process_index, len(rows), self.args.world_size)
         lengths = lengths_of(rows)[share.start :: share.step]
         tokens = max(self.eval_tokens, self.args.per_device_eval_batch_size * int(lengths.max(initial=0)))
-        return DataLoader(
-            torch.utils.data.Subset(rows, share),
-            batch_sampler=list(batches(lengths.tolist(), tokens)),
-            collate_fn=self.data_collator,
-        )
+        return torch.utils.data.Subset(rows, share), list(batches(lengths.tolist(), tokens))
+
+    def try_evaluation(self) -> None:
+        """Evaluate this process's longest batch of validation rows, which takes the most memory, and drop the result.
+
+        No DataLoader is iterated: it would draw a seed from torch's generator, and later dropout would differ.
+        """
+        rows, positions = self._evaluated(self.eval_dataset)
+        if not positions:  # more processes than rows
+            return
+        self.model.eval()
+        batch = self.data_collator([rows[position] for position in positions[0]])
+        self._measured(batch)["loss"].total.item()  # wait until the device has computed it
+
+    def _measured(self, batch: dict[str, Any]) -> MetricMeans:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.objective.measure(self.model, self._prepare_inputs(batch))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.show_activity(SAVING, 0, 0)
@@ -208,8 +224,7 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         sums = MetricSums(["loss", *self.objective.metrics], self.args.device)
         for done, batch in enumerate(dataloader):
             self.show_activity(EVALUATING, done, len(dataloader))
-            with torch.no_grad(), self.compute_loss_context_manager():
-                sums.add(self.objective.measure(self.model, self._prepare_inputs(batch)))
+            sums.add(self._measured(batch))
         metrics = sums.means()
         if self.task_scores is not None:
             self.show_activity(SCORING, 0, 0)
