@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import weakref
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from rich.console import Console
 from transformers.models.llama.modeling_llama import LlamaModel
 
 import nybble.training.guards as guards
+import nybble.training.halving as halving
 import nybble.training.rehearsal as rehearsal
 from nybble.errors import RunError, TrainingError
+from nybble.objective.supervised import Supervised
 from nybble.plan.out_of_memory import memory_table
 from nybble.plan.schedule import smaller_micro_batch
 from nybble.run.folder import open_run
@@ -140,6 +143,31 @@ def test_a_save_that_does_not_fit_is_halved_too(small, tiny_llama, rows, cache, 
     assert all(torch.equal(tensor, adapter_of(small)[name]) for name, tensor in adapter_of(run).items())
 
 
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_nothing_of_the_failed_attempt_is_left_in_memory(when, tiny_llama, rows, cache, tmp_path, monkeypatch, quiet):
+    """Before the base is loaded again: neither the model nor a tensor of the step that failed."""
+    seen: list[weakref.ref] = []
+    left: list[int] = []
+    loss, free = Supervised.loss, halving._free_memory
+
+    def watched(self, model, batch, count):
+        seen.extend(weakref.ref(each) for each in (model, batch["input_ids"], *model.parameters()))
+        result = loss(self, model, batch, count)
+        seen.append(weakref.ref(result.loss))
+        return result
+
+    def freed():
+        free()
+        left.append(sum(each() is not None for each in seen))
+
+    monkeypatch.setattr(Supervised, "loss", watched)
+    monkeypatch.setattr(halving, "_free_memory", freed)
+    SmallDevice(monkeypatch, 2, when, after=3)
+    train(recipe_for(tiny_llama, rows, tmp_path / "run", *WORDS), console=quiet, cache=cache)
+    assert len(seen) > 50
+    assert left == [0]
+
+
 def test_the_second_time_ends_with_what_takes_the_memory(tiny_llama, rows, cache, tmp_path, monkeypatch, console):
     device = SmallDevice(monkeypatch, 1)
     with pytest.raises(TrainingError) as caught:
@@ -151,7 +179,7 @@ def test_the_second_time_ends_with_what_takes_the_memory(tiny_llama, rows, cache
     assert "See documentation" not in said
     assert "predicted without activations" in said
     assert "where: micro batch 2, rows of up to 256 tokens" in said
-    assert caught.value.fix == "the same command with train.micro_batch=1 train.accumulation=8; the same step"
+    assert caught.value.fix == "the same command with train.micro_batch=1 train.accumulation=8 (the same step)"
     assert not (tmp_path / "run").exists(), "as after any failure before the first checkpoint"
     assert "nothing of this run was kept" in console.file.getvalue()
 
@@ -164,7 +192,7 @@ def test_a_micro_batch_of_one_ends_at_once(tiny_llama, rows, cache, tmp_path, mo
     print(caught.value)
     assert device.failures == 1
     assert "did not fit" not in console.file.getvalue()
-    assert caught.value.fix == "the same command with engine.policy=host; the same step, slower"
+    assert caught.value.fix == "the same command with engine.policy=host (the same step, slower)"
     assert not (tmp_path / "run").exists()
 
 

@@ -67,14 +67,13 @@ def _predicted(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
 
 def _command(run: pathlib.Path, change: str) -> str:
     """The command that trains with a change: in place if only the split of its steps changes, else as another run."""
-    words, _, note = change.partition(" (")
-    note = f"; {note.removesuffix(')')}" if note else ""
     if not (run / "recipe.yaml").exists():
-        return f"the same command with {words}{note}"
+        return f"the same command with {change}"
     folder = shlex.quote(str(run))
+    words, _, note = change.partition(" (")
     if words.startswith("train.micro_batch="):
         return f"in {folder}/recipe.yaml set {change}, then: nybble train --resume {folder}"
-    return f"nybble train -c {folder}/recipe.yaml out=ANOTHER {words}{note}"
+    return f"nybble train -c {folder}/recipe.yaml out=ANOTHER {words}" + (f"; {note.removesuffix(')')}" if note else "")
 
 
 def memory_saving_change(recipe: Recipe, *, tied: bool) -> str:

@@ -15,7 +15,6 @@ from nybble.evaluate.scores import Benchmarks
 from nybble.plan.schedule import smaller_micro_batch
 from nybble.recipe import Recipe
 from nybble.run.folder import Run, change_recipe
-from nybble.run.start import halved_from
 from nybble.terminal import tell
 from nybble.training.checkpoints import Resumption, resumption
 
@@ -56,15 +55,21 @@ def train_or_halve(attempt: Attempt, recipe: Recipe, resumed: Resumption | None,
     return result
 
 
-def halve(run: Run, made: frozenset[pathlib.Path] | None, console: Console) -> Halved | None:
+def halve(run: Run, made: frozenset[pathlib.Path] | None, first: int | None, console: Console) -> Halved | None:
     """Record a smaller micro batch in a run that ran out of memory, and say so.
 
     None if there is no smaller one, or the run has had a smaller one before; and with several processes: one that has run out of
     memory cannot tell the others, which wait for it in the middle of an exchange.
+
+    Args:
+        run: the run.
+        made: as `Halved.made`.
+        first: the larger micro batch that the run was started with; None if it still has its first.
+        console: prints the notice.
     """
     train = run.recipe.train
     smaller = smaller_micro_batch(train.micro_batch, train.accumulation)
-    if smaller is None or group_size() > 1 or halved_from(run.start(), run.recipe) is not None:
+    if smaller is None or group_size() > 1 or first is not None:
         return None
     micro_batch, accumulation = smaller
     tell(

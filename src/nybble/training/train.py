@@ -27,6 +27,7 @@ from nybble.run.folder import Run, choose_folder, open_run, refuse_existing
 from nybble.run.identity import check_template_and_tokenizer
 from nybble.run.marks import check_adapter, read_mark
 from nybble.run.records import write_record
+from nybble.run.start import halved_from
 from nybble.terminal import tell
 from nybble.training.beginning import (
     base_of_resumed,
@@ -154,6 +155,7 @@ def _train(
     if resumed is None:
         lock_run(stack, run, "trained")
         made = paths_in(folder)
+    first = halved_from(run.start(), run.recipe)
     # 6. Train.
     print_plan(run, schedule, console)
     earlier = read_mark(resumed.checkpoint) if resumed is not None and resumed.checkpoint is not None else {}
@@ -162,14 +164,14 @@ def _train(
         try:
             recorder = run_trainer(run, setup, resumed, console, benchmarks, interruption, used)
         except torch.OutOfMemoryError:
-            if (halved := halve(run, made, console)) is None:
+            if (halved := halve(run, made, first, console)) is None:
                 raise
             return halved
     refuse_untrained(run, model, recorder)
     # 7. Summary, loss curve and card; the adapter comes last, since its folder marks the run as finished.
     if state.is_main_process:
         with cleanup_on_failure(run, state, console, made):
-            summary = summarise(setup, recorder, used)
+            summary = summarise(setup, recorder, used, first)
             write_record(folder / "summary.json", summary)
             draw_loss(run, folder / "loss.png")
             write_card(run, summary)
