@@ -19,7 +19,7 @@ from nybble.run.folder import Run, open_run
 from nybble.run.identity import check_unchanged
 from nybble.run.log import MetricsLine, SampleLine, append_line, check_logs, cut_logs, read_metrics
 from nybble.run.records import read_record, write_record
-from nybble.run.start import RecordedRecipe, read_start, start_record, write_start
+from nybble.run.start import RecordedRecipe, check_recipe, halved_from, read_start, start_record, write_start
 from nybble.run.summary import DataSummary, Summary
 from tests.conftest import ROOT
 
@@ -105,6 +105,41 @@ def test_a_recipes_sections_are_all_recorded(tmp_path):
         check_unchanged(Run(tmp_path, Recipe()), other)
     assert "train.seed: 42 -> 7" in caught.value.what
     assert "data: '1' -> '2'" in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("now", "differing"),
+    [
+        ({"micro_batch": 2, "accumulation": 8}, []),
+        ({"micro_batch": 2, "accumulation": 4}, ["train.micro_batch: 4 -> 2"]),
+        ({"micro_batch": 2, "accumulation": 8, "seed": 7}, ["train.seed: 42 -> 7"]),
+    ],
+)
+def test_a_step_may_be_split_otherwise_as_long_as_it_has_the_same_rows(tmp_path, now, differing):
+    start = start_record(Recipe(), "1", "sha256:1", None)
+    write_start(tmp_path / "start.json", start, {})
+    recipe = Recipe.model_validate({"train": now})
+    for check in (
+        lambda: check_unchanged(Run(tmp_path, recipe), start_record(recipe, "1", "sha256:1", None)),
+        lambda: check_recipe(recipe, tmp_path / "recipe.yaml"),
+    ):
+        if not differing:
+            check()
+            continue
+        with pytest.raises(RunError) as caught:
+            check()
+        print(caught.value)
+        assert [line[4:] for line in caught.value.what.splitlines()[1:]] == differing
+    assert halved_from(start, recipe) == 4
+    assert halved_from(start, Recipe()) is None
+
+
+def test_a_recorded_micro_batch_that_is_not_a_number_is_a_difference(tmp_path):
+    start = start_record(Recipe(), "1", "sha256:1", None)
+    start.recipe.train["micro_batch"] = "four"
+    write_start(tmp_path / "start.json", start, {})
+    with pytest.raises(RunError, match=r"train\.micro_batch: 'four' -> 4"):
+        check_recipe(Recipe(), tmp_path / "recipe.yaml")
 
 
 @pytest.mark.parametrize("name", ["summary.json", "start.json", "evaluation.json"])

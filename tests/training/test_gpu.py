@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 
 from nybble.recipe import load_recipe
+from nybble.run.folder import open_run
 from nybble.training.train import train
 from tests.cli.test_cli import nybble
+from tests.conftest import small_tokenizer, write_llama
 from tests.training.test_train import losses
 
 pytestmark = pytest.mark.gpu
@@ -58,6 +62,37 @@ def test_what_does_not_fit_is_one_message_with_the_cheapest_fix(tiny_llama, rows
     assert "train.micro_batch=2 train.accumulation=8" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_micro_batch_that_does_not_fit_is_halved(rows, cache, tmp_path):
+    """On a device that has as much memory as lies between the peaks of both."""
+    model = write_llama(tmp_path / "model", hidden_size=1024, intermediate_size=4096, num_attention_heads=16)
+    small_tokenizer().save_pretrained(model)
+    words = [f"model.path={model}", f"data.path={rows}", "data.max_length=256", "data.validation=8", "train.samples=0"]
+    words += ["train.max_steps=4", "train.evaluate_every=2", "engine.policy=keep-all"]
+    sizes = {32: ["train.micro_batch=32", "train.accumulation=1"], 16: ["train.micro_batch=16", "train.accumulation=2"]}
+    peaks = {}
+    for size, split in sizes.items():
+        run = train(
+            load_recipe(None, [*words, *split, f"out={tmp_path / str(size)}"]), console=Console(quiet=True), cache=cache
+        )
+        peaks[size] = json.loads((run.folder / "summary.json").read_text())["peak_memory_gb"] * 1e9
+        gc.collect()
+        torch.cuda.empty_cache()
+    limit = sum(peaks.values()) / 2
+    print(peaks, limit)
+    assert peaks[32] > 1.2 * peaks[16]
+    console = Console(file=io.StringIO(), width=200)
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
+    try:
+        run = train(load_recipe(None, [*words, *sizes[32], f"out={tmp_path / 'run'}"]), console=console, cache=cache)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    print(console.file.getvalue())
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert (summary["micro_batch"], summary["halved_from"]) == (16, 32)
+    assert summary["peak_memory_gb"] * 1e9 < limit
+    assert losses(run) == pytest.approx(losses(open_run(tmp_path / "16")), rel=1e-3)
 
 
 def test_more_processes_than_gpus_is_one_message(tiny_llama, rows, tmp_path):

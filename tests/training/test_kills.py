@@ -106,6 +106,21 @@ def test_a_run_that_is_killed_and_resumed_ends_like_an_uninterrupted_one(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "said.txt"]
 
 
+def test_a_run_that_is_killed_while_it_tries_a_save_leaves_nothing_of_it(
+    forks, wholes, tiny_llama, rows, cache, tmp_path
+):
+    whole, run = wholes("packed"), tmp_path / "run"
+    killed = dataclasses.asdict(Moment("shutil.rmtree", r"/\.unfinished-trial$"))
+    words = begun(tmp_path, "packed", tiny_llama, rows, cache)
+    assert forks.run(tmp_path, words, killed)["status"] < 0
+    assert (run / "checkpoints" / ".unfinished-trial" / "optimizer.pt").exists()
+    ended = forks.run(tmp_path, ["--cache", cache, "train", "--resume", run])
+    print((tmp_path / "said.txt").read_text())
+    assert ended["status"] == 0
+    held_against(whole.folder, run, exact=True)
+    assert names(run) == names(whole.folder)
+
+
 def held_against(whole: pathlib.Path, run: pathlib.Path, *, exact: bool) -> None:
     """Equal to the last bit; of two processes to the last digit, for gradients are added in either order."""
     lines = [[without_time(line.as_json()) for line in read_metrics(open_run(folder))] for folder in (run, whole)]

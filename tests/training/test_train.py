@@ -607,13 +607,40 @@ def test_memory_saving_changes_are_suggested_step_by_step():
     assert memory_saving_change(last, tied=True).startswith("data.max_length="), "a tied embedding stays on the device"
 
 
-def test_what_does_not_fit_says_what_the_run_takes():
+def test_what_does_not_fit_says_what_the_run_takes(tmp_path):
     recipe = load_recipe(None, ["model.path=m", "data.path=d", "lora.r=16"])
-    with pytest.raises(TrainingError) as caught, explained_memory(recipe, LLAMA_2_7B):
+    with pytest.raises(TrainingError) as caught, explained_memory(recipe, LLAMA_2_7B, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
     print(caught.value)
-    assert "the base takes about 3.87 GB" in caught.value.what  # as measured: docs/benchmarks.md
-    assert "optimiser's state 0.40 GB" in caught.value.what  # 40 million parameters of 4 + 4 + 2 bytes
+    taken = {line[:-10].strip(): line.split()[-2] for line in caught.value.what.splitlines()[1:]}
+    assert taken["base (nf4)"] == "3.87"  # as measured: docs/benchmarks.md
+    assert taken["adapter"] == taken["gradients"] == "0.16"  # 40 million parameters of 4 bytes
+    assert taken["optimiser's state"] == "0.08"
+    assert taken["predicted without activations"] == "4.27"
+    assert caught.value.fix == "the same command with train.micro_batch=2 train.accumulation=8 (the same step)"
+
+
+SPLIT = "in {run}/recipe.yaml set train.micro_batch=4 train.accumulation=8 (the same step), then: nybble train --resume {run}"
+ANOTHER = "nybble train -c {run}/recipe.yaml out=ANOTHER "
+ON_HOST = ["engine.policy=host", "engine.embedding=host"]
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["train.micro_batch=8"], SPLIT),
+        (["train.micro_batch=1"], ANOTHER + "engine.policy=host; the same step, slower"),
+        (["train.micro_batch=1", *ON_HOST], ANOTHER + "data.max_length=512"),
+    ],
+    ids=["split", "policy", "length"],
+)
+def test_a_run_that_has_a_folder_is_told_the_whole_command(words, fix, tmp_path):
+    (tmp_path / "recipe.yaml").touch()
+    recipe = load_recipe(None, ["model.path=m", "data.path=d", *words])
+    with pytest.raises(TrainingError) as caught, explained_memory(recipe, LLAMA_2_7B, tmp_path):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    print(caught.value)
+    assert caught.value.fix == fix.format(run=tmp_path)
 
 
 def test_the_gradients_norm_is_the_same_however_the_optimiser_holds_them(tiny_llama, rows, cache, tmp_path, quiet):

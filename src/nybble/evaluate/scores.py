@@ -65,6 +65,8 @@ class Benchmarks(Protocol):
 
     version: str
     limit: int | None
+    batch: int | None
+    """Requests in a batch; None for as many as fit."""
 
     def benchmark(self, name: str) -> AbstractContextManager[Benchmark]:
         """A benchmark with its rows read."""

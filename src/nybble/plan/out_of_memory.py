@@ -3,46 +3,77 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import pathlib
+import shlex
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from nybble.errors import TrainingError
 from nybble.plan.ledger import ADAPTER, GRADIENT, base_bytes, optimizer_state
+from nybble.plan.schedule import smaller_micro_batch
 from nybble.plan.shapes import ModelShape
 from nybble.recipe import Recipe
 from nybble.terminal import bytes_text
 
 
 @contextlib.contextmanager
-def explained_memory(recipe: Recipe, shape: ModelShape) -> Iterator[None]:
+def explained_memory(recipe: Recipe, shape: ModelShape, run: pathlib.Path) -> Iterator[None]:
     """Turn running out of memory into an error that says what takes the memory, and names the cheapest change that may help.
 
     Args:
         recipe: the run's recipe.
         shape: sizes of its base.
+        run: the run's folder, which may not exist.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
+        measured = torch.cuda.max_memory_reserved() if torch.cuda.is_initialized() else None
         raise TrainingError(
-            f"the GPU does not have enough memory: {str(error).splitlines()[0]} {_needs(recipe, shape)}",
-            fix=memory_saving_change(recipe, tied=shape.tied),
+            f"the GPU does not have enough memory: {str(error).splitlines()[0]}\n"
+            + memory_table(_predicted(recipe, shape), measured),
+            where=f"micro batch {recipe.train.micro_batch}, rows of up to {recipe.data.max_length} tokens",
+            fix=_command(run, memory_saving_change(recipe, tied=shape.tied)),
         ) from error
 
 
-def _needs(recipe: Recipe, shape: ModelShape) -> str:
-    """The memory that a run takes before its first activation, as a sentence."""
+def memory_table(predicted: Mapping[str, int], measured: int | None) -> str:
+    """What was predicted to take memory beside what was reserved, one item per line.
+
+    Args:
+        predicted: bytes by item.
+        measured: the largest number of bytes that torch has reserved; None without a GPU.
+    """
+    lines = {**predicted, "predicted without activations": sum(predicted.values())}
+    if measured is not None:
+        lines["measured peak"] = measured
+    width = max(map(len, lines))
+    return "\n".join(f"  {name:<{width}} {bytes_text(count):>10}" for name, count in lines.items())
+
+
+def _predicted(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
+    """Bytes that a run takes before its first activation, by item."""
     model, lora = recipe.model, recipe.lora
-    base = base_bytes(shape, model.quantization, model.double_quantization, element=2).total
-    text = f"Before any activations the base takes about {bytes_text(base)}"
+    base = {f"base ({model.quantization})": base_bytes(shape, model.quantization, model.double_quantization, 2).total}
     if recipe.adapter:  # its rank and targets are not in the recipe
-        return text
+        return base
     targets = shape.projections if lora.targets == "all-linear" else shape.projections.keys() & set(lora.targets)
     trained = shape.adapter_parameters(lora.r, targets, dora=lora.dora)
     name = "paged_adamw_8bit" if recipe.train.optimizer == "auto" else recipe.train.optimizer
-    adapter = (ADAPTER + GRADIENT) * trained + optimizer_state([trained], name).total
-    return f"{text}, and the adapter with its gradients and its optimiser's state {bytes_text(adapter)}"
+    state = optimizer_state([trained], name).total
+    return {**base, "adapter": ADAPTER * trained, "gradients": GRADIENT * trained, "optimiser's state": state}
+
+
+def _command(run: pathlib.Path, change: str) -> str:
+    """The command that trains with a change: in place if only the split of its steps changes, else as another run."""
+    if not (run / "recipe.yaml").exists():
+        return f"the same command with {change}"
+    folder = shlex.quote(str(run))
+    words, _, note = change.partition(" (")
+    if words.startswith("train.micro_batch="):
+        return f"in {folder}/recipe.yaml set {change}, then: nybble train --resume {folder}"
+    return f"nybble train -c {folder}/recipe.yaml out=ANOTHER {words}" + (f"; {note.removesuffix(')')}" if note else "")
 
 
 def memory_saving_change(recipe: Recipe, *, tied: bool) -> str:
@@ -53,12 +84,13 @@ def memory_saving_change(recipe: Recipe, *, tied: bool) -> str:
         tied: whether the model's head is tied to its embedding, which then cannot be moved to the host.
     """
     train, engine = recipe.train, recipe.engine
-    halved = f"train.micro_batch={train.micro_batch // 2} train.accumulation={train.accumulation * 2} (the same step)"
+    smaller = smaller_micro_batch(train.micro_batch, train.accumulation)
+    halved = "train.micro_batch={} train.accumulation={} (the same step)".format(*smaller) if smaller else ""
     movable = engine.fused and engine.embedding == "device" and train.processes == 1 and not tied
     steps = [
         (recipe.model.quantization == "none", "model.quantization=nf4"),
         (engine.fused and engine.policy not in ("auto", "host"), "engine.policy=auto (the same step, slower)"),
-        (train.micro_batch > 1, halved),
+        (smaller is not None, halved),
         (not engine.fused and not train.gradient_checkpointing, "train.gradient_checkpointing=true"),
         (engine.fused and engine.policy != "host", "engine.policy=host (the same step, slower)"),
         (movable, "engine.embedding=host"),

@@ -43,6 +43,13 @@ def steps_text(steps: int, train: TrainOptions) -> str:
     )
 
 
+def smaller_micro_batch(micro_batch: int, accumulation: int) -> tuple[int, int] | None:
+    """The largest micro batch of at most half the rows that gives the same step, with its accumulation; None if there is none."""
+    step = micro_batch * accumulation
+    sizes = [size for size in range(1, micro_batch // 2 + 1) if step % size == 0]
+    return (sizes[-1], step // sizes[-1]) if sizes else None
+
+
 def _remaining(every: int, steps: int, step: int) -> int:
     """How often an event that happens every `every` steps, and at the last step, still happens after a step."""
     return math.ceil(steps / every) - step // every if step < steps else 0

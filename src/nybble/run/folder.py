@@ -1,6 +1,6 @@
 """The run folder: its layout, how it is created, and how it is opened again.
 
-RUN/recipe.yaml       every option, documented
+RUN/recipe.yaml       every option, documented; its micro batch is smaller than in start.json if that did not fit in memory
 RUN/start.json        recipe, versions, fingerprints of data and base, the base's quantised bits, and digests of the next two;
                       written before the first step (`nybble.run.start`)
 RUN/template.json     the chat template by name and text
@@ -134,6 +134,12 @@ def create_run(folder: pathlib.Path, recipe: Recipe, start: Start) -> Iterator[p
     except FileExistsError:
         refuse_existing(folder)
         raise
+
+
+def change_recipe(run: Run, recipe: Recipe) -> Run:
+    """Record a recipe that is another split of the run's steps into micro batches; start.json keeps the first one."""
+    write_text(run.folder / "recipe.yaml", dump_recipe(recipe))
+    return Run(run.folder, recipe)
 
 
 def refuse_existing(folder: pathlib.Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from nybble.errors import RunError
 from nybble.files.digests import faults
 from nybble.files.reading import RESTORE
 from nybble.recipe import absolute_tree
 from nybble.run.folder import Run
-from nybble.run.start import FILES, Start, differences, with_defaults
+from nybble.run.start import FILES, Start, differences, ignore_split, with_defaults
 
 
 def check_template_and_tokenizer(run: Run) -> None:
@@ -35,7 +36,9 @@ def check_unchanged(run: Run, now: Start) -> None:
     Raises:
         RunError: listing what changed, from what to what.
     """
-    if changes := differences(_compared(run.start()), _compared(now)):
+    before, after = _compared(run.start()), _compared(now)
+    ignore_split(before["recipe"], after["recipe"])
+    if changes := differences(before, after):
         raise RunError(
             "the run cannot be resumed, because these changed since it was started:\n"
             + "\n".join(f"  - {change}" for change in changes),
@@ -44,7 +47,7 @@ def check_unchanged(run: Run, now: Start) -> None:
         )
 
 
-def _compared(start: Start) -> dict[str, object]:
+def _compared(start: Start) -> dict[str, Any]:
     """What must be equal. Tokenizer, template and the quantised base are checked separately; nybble itself may be newer."""
     recipe = with_defaults(absolute_tree(start.recipe.as_json()))  # before 0.6 paths were recorded as typed
     packages = {name: version for name, version in start.versions.items() if name != "nybble"}

@@ -22,6 +22,7 @@ from nybble.run.versions import versions
 
 FILES = "files"
 QUANTIZED = "quantized_base"
+MICRO_BATCH, ACCUMULATION = "micro_batch", "accumulation"
 DECIDING = ("model", "adapter", "lora", "data", "train")  # sections whose options affect a run's numbers
 
 
@@ -149,10 +150,33 @@ def differences(then: Any, now: Any, path: str = "") -> list[str]:
     return [] if then == now else [f"{path.removeprefix('recipe.')}: {then!r} -> {now!r}"]
 
 
+def ignore_split(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Where two recipes have steps of the same rows, differently split into micro batches, write the split of `now` into `then`.
+
+    A run changes its split if a micro batch does not fit in memory (`nybble.training.halving`). A step has the same rows however
+    it is split (`nybble.data.order`), so its loss and gradient are the same up to rounding, without dropout.
+    """
+    train, other = then["train"], now["train"]
+    steps = [section[MICRO_BATCH] * section[ACCUMULATION] for section in (train, other) if _is_split(section)]
+    if len(steps) == 2 and steps[0] == steps[1]:
+        train[MICRO_BATCH], train[ACCUMULATION] = other[MICRO_BATCH], other[ACCUMULATION]
+
+
+def _is_split(train: Mapping[str, Any]) -> bool:
+    return all(isinstance(train.get(name), int) for name in (MICRO_BATCH, ACCUMULATION))
+
+
+def halved_from(start: Start, recipe: Recipe) -> int | None:
+    """The micro batch that a run was started with, if its recipe has a smaller one by now."""
+    first = start.recipe.train.get(MICRO_BATCH)
+    return first if isinstance(first, int) and first > recipe.train.micro_batch else None
+
+
 def check_recipe(recipe: Recipe, file: pathlib.Path) -> None:
     """Compare a run's recipe.yaml with start.json: a file that lost its end is still valid YAML, with other options.
 
-    Paths may have changed since, and so may options that do not affect the run's numbers.
+    Paths may have changed since, and so may options that do not affect the run's numbers, and the split of steps into micro
+    batches.
 
     Args:
         recipe: the content of the file, with absolute paths.
@@ -172,6 +196,7 @@ def check_recipe(recipe: Recipe, file: pathlib.Path) -> None:
         before, after = (tree[section[0]] if section else tree for tree in (then, now))
         if after.get(name) and type(after[name]) is type(before.get(name)):
             after[name] = before[name]
+    ignore_split(then, now)
     if changes := differences(then, now):
         raise RunError(
             "recipe.yaml is not the recipe that this run was started with:\n"

@@ -106,6 +106,10 @@ class Summary(RunRecord):
     adapter: AdapterSummary
     steps: int
     processes: int = 1
+    micro_batch: int | None = None
+    """Rows per forward and backward pass at the end; None before 0.9."""
+    halved_from: int | None = None
+    """The micro batch that the run was started with, if it did not fit in memory."""
     train_loss: float | None = None
     """Loss of the last step, in nats per token."""
     validation_loss: LossSummary | None

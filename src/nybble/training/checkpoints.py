@@ -3,7 +3,7 @@
 checkpoint-N/WRITING     exists while the checkpoint is saved: without COMPLETE, that was interrupted, and it may be removed
 checkpoint-N/COMPLETE    exists from then on, with the digest of each file (`nybble.run.marks`)
 set-aside-checkpoint-N   was damaged or not marked when the run was resumed from an older one
-.unfinished-...          exists for a moment, while a checkpoint is created or removed
+.unfinished-...          exists for a moment, while a checkpoint is created, tried or removed
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nybble.run.log import check_logs, cut_logs
 from nybble.run.marks import COMPLETE, described, read_mark
 
 WRITING = "WRITING"
-ASIDE, HIDDEN = "set-aside-", ".unfinished-"
+ASIDE, HIDDEN, TRIED = "set-aside-", ".unfinished-", ".unfinished-trial"
 # What Trainer resumes from; each of several processes has its own state of random numbers.
 NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state*.pth")
 LOADED = (".safetensors", ".pt", ".pth", ".bin", ".json")  # endings of files that Trainer and PEFT look for
@@ -266,7 +266,19 @@ def remove_unfinished(run: Run) -> None:
         elif (folder / WRITING).exists():
             with contextlib.suppress(OSError):
                 (folder / WRITING).unlink()
-    for folder in run.checkpoints.glob(f"{HIDDEN}checkpoint-*"):
+    for pattern in (f"{HIDDEN}checkpoint-*", TRIED):
+        for folder in run.checkpoints.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def discarded_folder(checkpoints: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder beside the checkpoints to try a save in; it is removed afterwards, or by `remove_unfinished` after a kill."""
+    folder = checkpoints / TRIED
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -104,8 +104,8 @@ def save_adapter(run: Run, model: PeftModel) -> None:
         write_json(temporary / COMPLETE, {"files": files})
 
 
-def summarise(setup: TrainingSetup, recorder: Recorder, used: ResourceUse) -> Summary:
-    """The whole run in numbers, however often it was resumed."""
+def summarise(setup: TrainingSetup, recorder: Recorder, used: ResourceUse, first: int | None) -> Summary:
+    """The whole run in numbers, however often it was resumed; `first`: as `Summary.halved_from`."""
     recipe, data, base = setup.recipe, setup.data, setup.base
     taken, history = used.so_far(setup.device), recorder.history
     losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
@@ -134,6 +134,8 @@ def summarise(setup: TrainingSetup, recorder: Recorder, used: ResourceUse) -> Su
         adapter=AdapterSummary(targets=targets_of(setup.model), trainable_parameters=setup.trained_parameters),
         steps=recorder.steps,
         processes=recipe.train.processes,
+        micro_batch=recipe.train.micro_batch,
+        halved_from=first,
         train_loss=next(entry["loss"] for entry in reversed(history) if "loss" in entry),
         validation_loss=LossSummary(before=losses[0], kept=losses[recorder.kept_step]) if losses else None,
         kept_step=recorder.kept_step,

@@ -25,6 +25,7 @@ from nybble.training.optimizer import make_optimizer
 from nybble.training.preparation import TrainingSetup
 from nybble.training.progress import EVALUATING, SAMPLING, SCORING, RunProgress
 from nybble.training.recorder import Recorder, SampleAnswering
+from nybble.training.rehearsal import Rehearsal
 from nybble.training.resource_use import ResourceUse
 from nybble.training.samples import SampleAnswers
 from nybble.training.trackers import tracking
@@ -116,6 +117,8 @@ def _add_callbacks(
     trainer.show_activity = progress.activity
     step, metrics = trainer.current_step, trainer.objective.metrics
     recorder = Recorder(run, step, metrics, console, progress, answers, setup.recipe.tracker.to)
+    evaluate = trainer.try_evaluation if setup.data.validation is not None else None
+    trainer.add_callback(Rehearsal(evaluate, progress.activity))  # before the recorder starts to time the second step
     trainer.add_callback(recorder)
     trainer.add_callback(Guards(run, step, used))
     if train.early_stopping is not None:

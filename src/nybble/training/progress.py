@@ -16,7 +16,7 @@ from nybble.plan.schedule import Schedule
 from nybble.terminal import tell
 
 TRAINING, EVALUATING, SCORING = "training", "evaluating", "scoring benchmarks"
-SAMPLING, SAVING = "answering samples", "saving"
+SAMPLING, SAVING, REHEARSING = "answering samples", "saving", "trying an evaluation and a save"
 RECENT = 20  # steps from whose time the rest is predicted: a machine may become busy, or idle
 
 SHORT, LONG = 8, 20  # cells of the bar

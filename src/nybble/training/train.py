@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
 import time
 from collections.abc import Callable
 
+import torch
 from accelerate.utils import set_seed
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -25,6 +27,7 @@ from nybble.run.folder import Run, choose_folder, open_run, refuse_existing
 from nybble.run.identity import check_template_and_tokenizer
 from nybble.run.marks import check_adapter, read_mark
 from nybble.run.records import write_record
+from nybble.run.start import halved_from
 from nybble.terminal import tell
 from nybble.training.beginning import (
     base_of_resumed,
@@ -38,6 +41,7 @@ from nybble.training.beginning import (
 from nybble.training.card import draw_loss, write_card
 from nybble.training.checkpoints import Resumption, resumption
 from nybble.training.ending import cleanup_on_failure, paths_in, refuse_untrained, save_adapter, summarise
+from nybble.training.halving import Halved, halve, train_or_halve
 from nybble.training.interrupt import Interruption
 from nybble.training.loop import run_trainer
 from nybble.training.messages import print_adapter, print_base, print_plan, print_result
@@ -68,7 +72,11 @@ def train(
     folder, cache = choose_folder(recipe), cache or default_cache()
     refuse_existing(folder)
     with run_guarded(recipe, folder, cache) as stack:
-        return _train(absolute_paths(recipe), folder, None, console or Console(), cache, benchmarks, preflight, stack)
+        attempt = functools.partial(
+            _train, folder=folder, console=console or Console(), cache=cache, benchmarks=benchmarks,
+            preflight=preflight, stack=stack,
+        )  # fmt: skip
+        return train_or_halve(attempt, absolute_paths(recipe), None, benchmarks)
 
 
 def resume(
@@ -88,14 +96,18 @@ def resume(
         lock_run(stack, run, "resumed")
         refuse_finished(run)  # a process that held the lock until now may have finished it
         check_template_and_tokenizer(run)
-        resumed = resumption(run)
-        return _train(run.recipe, run.folder, resumed, console or Console(), cache, benchmarks, preflight, stack)
+        attempt = functools.partial(
+            _train, folder=run.folder, console=console or Console(), cache=cache, benchmarks=benchmarks,
+            preflight=preflight, stack=stack,
+        )  # fmt: skip
+        return train_or_halve(attempt, run.recipe, resumption(run), benchmarks)
 
 
 def _train(
-    recipe: Recipe, folder: pathlib.Path, resumed: Resumption | None, console: Console, cache: pathlib.Path,
-    benchmarks: Benchmarks | None, preflight: PreflightCheck | None, stack: contextlib.ExitStack,
-) -> Run:  # fmt: skip
+    recipe: Recipe, resumed: Resumption | None, made: frozenset[pathlib.Path] | None, *, folder: pathlib.Path,
+    console: Console, cache: pathlib.Path, benchmarks: Benchmarks | None, preflight: PreflightCheck | None,
+    stack: contextlib.ExitStack,
+) -> Run | Halved:  # fmt: skip
     started = time.time()
     if benchmarks is None:
         refuse_missing_benchmarks(recipe)
@@ -113,7 +125,7 @@ def _train(
     config = load_config(described, recipe.model.rope_scaling)
     # `prepare_run` checks this too, for `nybble data check`, but only after it has read and tokenised all rows.
     check_length(config, recipe.data.max_length, recipe.model.rope_scaling)
-    stack.enter_context(explained_memory(recipe, ModelShape.from_config(config.to_dict())))
+    stack.enter_context(explained_memory(recipe, ModelShape.from_config(config.to_dict()), folder))
     tokenizer = load_tokenizer(described.folder)
     if preflight is not None:
         preflight(config, tokenizer, folder)
@@ -142,18 +154,24 @@ def _train(
     run = open_run_folder(folder, setup, resumed, state)
     if resumed is None:
         lock_run(stack, run, "trained")
-    made = paths_in(folder) if resumed is None else None
+        made = paths_in(folder)
+    first = halved_from(run.start(), run.recipe)
     # 6. Train.
     print_plan(run, schedule, console)
     earlier = read_mark(resumed.checkpoint) if resumed is not None and resumed.checkpoint is not None else {}
     interruption, used = Interruption(console), ResourceUse(started, earlier)
     with interruption.listening(), cleanup_on_failure(run, state, console, made):
-        recorder = run_trainer(run, setup, resumed, console, benchmarks, interruption, used)
+        try:
+            recorder = run_trainer(run, setup, resumed, console, benchmarks, interruption, used)
+        except torch.OutOfMemoryError:
+            if (halved := halve(run, made, first, console)) is None:
+                raise
+            return halved
     refuse_untrained(run, model, recorder)
     # 7. Summary, loss curve and card; the adapter comes last, since its folder marks the run as finished.
     if state.is_main_process:
         with cleanup_on_failure(run, state, console, made):
-            summary = summarise(setup, recorder, used)
+            summary = summarise(setup, recorder, used, first)
             write_record(folder / "summary.json", summary)
             draw_loss(run, folder / "loss.png")
             write_card(run, summary)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from nybble.data.order import GroupedByLength, batches, lengths_of
@@ -178,15 +178,26 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """This process's share of the validation rows, batched by similar length; each row is in exactly one share."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        share = range(self.args.process_index, len(rows), self.args.world_size)
-        lengths = lengths_of(rows)[share.start :: share.step]
-        tokens = max(self.eval_tokens, self.args.per_device_eval_batch_size * int(lengths.max(initial=0)))
-        return DataLoader(
-            torch.utils.data.Subset(rows, share),
-            batch_sampler=list(batches(lengths.tolist(), tokens)),
-            collate_fn=self.data_collator,
+        rows, positions = _batched_share(
+            self.eval_dataset if eval_dataset is None else eval_dataset, self.args, self.eval_tokens
         )
+        return DataLoader(rows, batch_sampler=positions, collate_fn=self.data_collator)
+
+    def try_evaluation(self) -> None:
+        """Evaluate this process's longest batch of validation rows, which takes the most memory, and drop the result.
+
+        No DataLoader is iterated: it would draw a seed from torch's generator, and later dropout would differ.
+        """
+        rows, positions = _batched_share(self.eval_dataset, self.args, self.eval_tokens)
+        if not positions:  # more processes than rows
+            return
+        self.model.eval()
+        batch = self.data_collator([rows[position] for position in positions[0]])
+        self._measured(batch)["loss"].total.item()  # wait until the device has computed it
+
+    def _measured(self, batch: dict[str, Any]) -> MetricMeans:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.objective.measure(self.model, self._prepare_inputs(batch))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.show_activity(SAVING, 0, 0)
@@ -208,8 +219,7 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         sums = MetricSums(["loss", *self.objective.metrics], self.args.device)
         for done, batch in enumerate(dataloader):
             self.show_activity(EVALUATING, done, len(dataloader))
-            with torch.no_grad(), self.compute_loss_context_manager():
-                sums.add(self.objective.measure(self.model, self._prepare_inputs(batch)))
+            sums.add(self._measured(batch))
         metrics = sums.means()
         if self.task_scores is not None:
             self.show_activity(SCORING, 0, 0)
@@ -220,3 +230,19 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
             metrics={f"{metric_key_prefix}_{name}": number for name, number in metrics.items()},
             num_samples=len(self.eval_dataset),
         )
+
+
+def _batched_share(
+    rows: Any, arguments: TrainingArguments, tokens: int
+) -> tuple[torch.utils.data.Subset[Any], list[list[int]]]:
+    """This process's share of the validation rows, and the positions in it of each batch's rows, the longest first.
+
+    Args:
+        rows: all validation rows.
+        arguments: of the run.
+        tokens: as `QLoraTrainer.eval_tokens`.
+    """
+    share = range(arguments.process_index, len(rows), arguments.world_size)
+    lengths = lengths_of(rows)[share.start :: share.step]
+    tokens = max(tokens, arguments.per_device_eval_batch_size * int(lengths.max(initial=0)))
+    return torch.utils.data.Subset(rows, share), list(batches(lengths.tolist(), tokens))
