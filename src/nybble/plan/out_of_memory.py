@@ -11,8 +11,10 @@ import torch
 
 from nybble.errors import TrainingError
 from nybble.plan.ledger import ADAPTER, GRADIENT, base_bytes, optimizer_state
+from nybble.plan.placing import Rows, as_written
 from nybble.plan.schedule import smaller_micro_batch
 from nybble.plan.shapes import ModelShape
+from nybble.plan.step import ADAPTERS, GRADIENTS, OPTIMIZER, unplanned, work_of
 from nybble.recipe import Recipe
 from nybble.terminal import bytes_text
 
@@ -39,30 +41,32 @@ def explained_memory(recipe: Recipe, shape: ModelShape, run: pathlib.Path) -> It
 
 
 def memory_table(predicted: Mapping[str, int], measured: int | None) -> str:
-    """What was predicted to take memory beside what was reserved, one item per line.
+    """What was planned beside what was reserved, one item per line.
 
     Args:
         predicted: bytes by item.
         measured: the largest number of bytes that torch has reserved; None without a GPU.
     """
-    lines = {**predicted, "predicted without activations": sum(predicted.values())}
+    lines = {**predicted, "planned, in total": sum(predicted.values())}
     if measured is not None:
-        lines["measured peak"] = measured
+        lines["reserved at most"] = measured
     width = max(map(len, lines))
     return "\n".join(f"  {name:<{width}} {bytes_text(count):>10}" for name, count in lines.items())
 
 
 def _predicted(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
-    """Bytes that a run takes before its first activation, by item."""
-    model, lora = recipe.model, recipe.lora
+    """Bytes of a training step by item: with the longest rows that the recipe allows, or before the first activation where that
+    is not planned."""
+    if unplanned(recipe) is None:
+        limit = torch.cuda.mem_get_info()[1] if torch.cuda.is_initialized() else None
+        return dict(as_written(recipe, shape, limit, Rows()).prediction.moment("step").items)
+    model = recipe.model
     base = {f"base ({model.quantization})": base_bytes(shape, model.quantization, model.double_quantization, 2).total}
     if recipe.adapter:  # its rank and targets are not in the recipe
         return base
-    targets = shape.projections if lora.targets == "all-linear" else shape.projections.keys() & set(lora.targets)
-    trained = shape.adapter_parameters(lora.r, targets, dora=lora.dora)
-    name = "paged_adamw_8bit" if recipe.train.optimizer == "auto" else recipe.train.optimizer
-    state = optimizer_state([trained], name).total
-    return {**base, "adapter": ADAPTER * trained, "gradients": GRADIENT * trained, "optimiser's state": state}
+    work = work_of(recipe, shape)
+    state = optimizer_state([work.trained], work.optimizer).total
+    return {**base, ADAPTERS: ADAPTER * work.trained, GRADIENTS: GRADIENT * work.trained, OPTIMIZER: state}
 
 
 def _command(run: pathlib.Path, change: str) -> str:

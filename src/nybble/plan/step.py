@@ -70,10 +70,10 @@ def work_of(recipe: Recipe, shape: ModelShape, longest: int | None = None, token
         tuple(shape.projections) if lora.targets == "all-linear" else tuple(shape.projections.keys() & {*lora.targets})
     )
     longest = recipe.data.max_length if longest is None else longest
-    rows = train.micro_batch * longest
+    rows, element = train.micro_batch * longest, 4 if model.dtype == "float32" else 2
     return Work(
         shape=shape,
-        layer=layer_shape(shape, lora.r, targets),
+        layer=layer_shape(shape, lora.r, targets, element=element, residual=element),
         quantization=model.quantization,
         double_quantization=model.double_quantization,
         trained=shape.adapter_parameters(lora.r, targets, dora=lora.dora),
@@ -82,6 +82,16 @@ def work_of(recipe: Recipe, shape: ModelShape, longest: int | None = None, token
         evaluated=0 if recipe.data.validation in (0, 0.0) else max(min(rows, EVALUATED_TOKENS), longest),
         embedding_on_host=recipe.engine.embedding == "host",
     )
+
+
+def unplanned(recipe: Recipe) -> str | None:
+    """What in a recipe has no plan yet, with the reason; None if it has one."""
+    cases = (
+        (not recipe.engine.fused, "engine.fused=false: Transformers computes the layers"),
+        (recipe.lora.dora, "lora.dora=true: Transformers computes the layers"),
+        (recipe.adapter is not None, f"adapter={recipe.adapter}: its rank and targets are not in the recipe"),
+    )
+    return next((what for applies, what in cases if applies), None)
 
 
 @dataclass(frozen=True)

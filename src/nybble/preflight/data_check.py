@@ -30,8 +30,9 @@ from nybble.model.tokenizer.load import load_tokenizer
 from nybble.plan.schedule import Schedule, steps_text
 from nybble.plan.shapes import ModelShape
 from nybble.plan.speed import PASSES, estimate
+from nybble.plan.step import unplanned
 from nybble.preflight.plan.card import find_card
-from nybble.preflight.plan.make import RowFacts, make_plan, unplanned
+from nybble.preflight.plan.make import RowFacts, make_plan
 from nybble.preflight.plan.report import one_line
 from nybble.preflight.plan.rows import row_facts
 from nybble.preflight.preparation import Stage, prepare_run

@@ -143,6 +143,7 @@ def summarise(setup: TrainingSetup, recorder: Recorder, used: ResourceUse, first
         tokens_per_second=round(tokens / seconds, 1) if seconds else 0.0,
         seconds_in_steps=round(seconds, 1),
         peak_memory_gb=round(taken["peak_memory"] / 1e9, 3),
+        memory=None if setup.memory is None else setup.memory.compare(int(taken["peak_memory"])),
         seconds=taken["seconds"],
     )
 

@@ -8,16 +8,17 @@ import torch
 
 from nybble.errors import RecipeError, TrainingError
 from nybble.plan.free_memory import Memory, device_memory
+from nybble.plan.placing import changed
 from nybble.plan.shapes import ModelShape
-from nybble.plan.step import BACKWARD, KEPT
+from nybble.plan.step import BACKWARD, KEPT, unplanned
 from nybble.preflight.plan.card import Card, limit_bytes
-from nybble.preflight.plan.make import RowFacts, RunPlan, make_plan, unplanned
+from nybble.preflight.plan.make import RowFacts, RunPlan, make_plan
 from nybble.preflight.plan.report import command, one_line
 from nybble.recipe import Recipe
 from nybble.run.summary import MemorySummary
 from nybble.terminal import bytes_text
 
-WRONG = 0.05  # a plan that was exceeded by more is called wrong
+WRONG = 0.05  # share by which a plan may be exceeded before it is called wrong
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,9 @@ class MemoryPlan:
     total: int
     """Bytes of the GPU."""
 
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe as it runs."""
-        return self.plan.recipe
+    def fitted(self, recipe: Recipe) -> Recipe:
+        """The recipe that was planned, with what the plan changes to make it fit."""
+        return changed(recipe, self.plan.option.changes)
 
     @property
     def line(self) -> str:
@@ -41,33 +41,38 @@ class MemoryPlan:
     def enforce(self, device: torch.device) -> None:
         """Keep torch to the recipe's limit, if it names one."""
         limit = self.plan.limit
-        if self.recipe.train.vram is not None and limit is not None:
+        if self.plan.recipe.train.vram is not None and limit is not None:
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit / self.total), device)
 
-    def compare(self, measured: int) -> tuple[MemorySummary, str]:
-        """The plan beside what was reserved, for the summary and as a line.
+    def compare(self, measured: int) -> MemorySummary:
+        """The plan beside what was reserved.
 
         Args:
             measured: bytes, torch.cuda.max_memory_reserved.
         """
         peak = self.plan.option.prediction.peak
-        error = measured / peak.total - 1
         # Everything else is known to the byte.
         inexact = {name: peak.items[name] for name in (KEPT, BACKWARD) if name in peak.items}
-        item = max(inexact, key=lambda name: inexact[name], default="")
-        wrong = item if error > WRONG else ""
-        summary = MemorySummary(
+        item = max(inexact, key=lambda name: inexact[name], default="") if measured > (1 + WRONG) * peak.total else ""
+        return MemorySummary(
             predicted_gb=round(peak.total / 1e9, 3),
             measured_gb=round(measured / 1e9, 3),
             moment=peak.name,
-            exceeded_by=wrong,
+            exceeded_by=item,
         )
-        line = f"{bytes_text(measured)} reserved, {bytes_text(peak.total)} planned ({error:+.1%})"
-        return summary, f"{line}; more than planned, most likely in {wrong}: please report this line" if wrong else line
 
 
-def plan_memory(recipe: Recipe, shape: ModelShape, facts: RowFacts, device: torch.device) -> MemoryPlan | None:
-    """The plan of a run; None on a CPU, and where Transformers computes the layers.
+def plan_memory(
+    recipe: Recipe, shape: ModelShape, facts: RowFacts, device: torch.device, stored: str | None = None
+) -> MemoryPlan | None:
+    """The plan of a run; None on a CPU, and for what is not planned.
+
+    Args:
+        recipe: the recipe.
+        shape: the base's sizes.
+        facts: the rows.
+        device: where it trains.
+        stored: how the checkpoint came quantised; None if it did not.
 
     Raises:
         RecipeError: the recipe limits a GPU's memory, but there is none, or the plan does not know it.
@@ -75,6 +80,8 @@ def plan_memory(recipe: Recipe, shape: ModelShape, facts: RowFacts, device: torc
     """
     what = "model.device=cpu" if device.type != "cuda" else unplanned(recipe)
     if what is None:
+        if stored is not None:
+            recipe = changed(recipe, {"model.quantization": stored})
         return plan_within(recipe, shape, facts, device_memory(device), torch.cuda.get_device_name(device))
     if recipe.train.vram is not None:
         raise RecipeError(

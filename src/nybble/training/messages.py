@@ -13,7 +13,7 @@ from nybble.model.base.load import Base, Footprint
 from nybble.plan.schedule import Schedule, steps_text
 from nybble.recipe import DataOptions
 from nybble.run.folder import Run
-from nybble.run.summary import Summary
+from nybble.run.summary import MemorySummary, Summary
 from nybble.terminal import bytes_text, tell
 
 
@@ -98,4 +98,15 @@ def print_result(run: Run, summary: Summary, console: Console) -> None:
         f"          {summary.tokens_per_second:,.0f} tokens/s in training, peak memory {summary.peak_memory_gb:.2f} GB, "
         f"{summary.seconds:,.0f} s in total",
     )
+    if summary.memory is not None:
+        tell(console, f"          {memory_text(summary.memory)}")
     tell(console, f"done      {run.folder}; talk to it: nybble chat {run.folder}")
+
+
+def memory_text(memory: MemorySummary) -> str:
+    """What was reserved on the GPU beside what was planned."""
+    error = memory.measured_gb / memory.predicted_gb - 1
+    text = f"memory: {memory.measured_gb:.2f} GB reserved, {memory.predicted_gb:.2f} GB planned ({error:+.1%})"
+    if memory.exceeded_by:
+        return f"{text}; more than planned, most likely in {memory.exceeded_by}: please report this line"
+    return text

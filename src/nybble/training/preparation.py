@@ -28,6 +28,7 @@ from nybble.model.device import choose_device, grow_segments
 from nybble.plan.schedule import Schedule
 from nybble.preflight.preparation import Stage, prepare_run
 from nybble.recipe import Recipe
+from nybble.training.memory import MemoryPlan
 from nybble.training.messages import print_data, print_engine
 
 STAGES: dict[Stage, str] = {
@@ -53,6 +54,8 @@ class TrainingSetup:
     trained_parameters: int
     fusion: Fusion | None
     cache: pathlib.Path
+    memory: MemoryPlan | None
+    """None where none was made: on a CPU, and where Transformers computes the layers."""
 
 
 def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:

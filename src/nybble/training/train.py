@@ -22,6 +22,7 @@ from nybble.model.device import choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer
 from nybble.plan.out_of_memory import explained_memory
 from nybble.plan.shapes import ModelShape
+from nybble.preflight.plan.rows import row_facts
 from nybble.recipe import Recipe, absolute_paths
 from nybble.run.folder import Run, choose_folder, open_run, refuse_existing
 from nybble.run.identity import check_template_and_tokenizer
@@ -44,6 +45,7 @@ from nybble.training.ending import cleanup_on_failure, paths_in, refuse_untraine
 from nybble.training.halving import Halved, halve, train_or_halve
 from nybble.training.interrupt import Interruption
 from nybble.training.loop import run_trainer
+from nybble.training.memory import plan_memory
 from nybble.training.messages import print_adapter, print_base, print_plan, print_result
 from nybble.training.preparation import TrainingSetup, check_vocabulary, fuse_layers, join_processes, prepare_data
 from nybble.training.resource_use import ResourceUse
@@ -125,12 +127,18 @@ def _train(
     config = load_config(described, recipe.model.rope_scaling)
     # `prepare_run` checks this too, for `nybble data check`, but only after it has read and tokenised all rows.
     check_length(config, recipe.data.max_length, recipe.model.rope_scaling)
-    stack.enter_context(explained_memory(recipe, ModelShape.from_config(config.to_dict()), folder))
+    shape = ModelShape.from_config(config.to_dict())
+    stack.enter_context(explained_memory(recipe, shape, folder))
     tokenizer = load_tokenizer(described.folder)
     if preflight is not None:
         preflight(config, tokenizer, folder)
     with state.main_process_first():
         data, schedule = prepare_data(recipe, tokenizer, config, console, cache, folder)
+    memory = plan_memory(recipe, shape, row_facts(recipe, data, schedule), device, described.quantized_as)
+    if memory is not None:
+        tell(console, f"memory    {memory.line}")
+        memory.enforce(device)
+        recipe = memory.fitted(recipe)
     # 3. The base, frozen in 4 bits.
     with state.main_process_first(), console.status("loading the base"):
         checkpoint = find_checkpoint(recipe.model.path, recipe.model.revision)
@@ -148,7 +156,7 @@ def _train(
     trained = print_adapter(model, footprint, console, recipe.adapter)
     fused = fuse_layers(model, recipe, console)
     setup = TrainingSetup(
-        recipe, device, dtype, tokenizer, data, schedule, base, footprint, model, trained, fused, cache
+        recipe, device, dtype, tokenizer, data, schedule, base, footprint, model, trained, fused, cache, memory
     )
     # 5. The run folder.
     run = open_run_folder(folder, setup, resumed, state)

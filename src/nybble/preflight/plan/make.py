@@ -10,6 +10,7 @@ from nybble.plan.pace import Pace, pace
 from nybble.plan.placing import SHORTEST, Option, Rows, as_written, changed, changes_that_fit, fastest
 from nybble.plan.policies import LADDER
 from nybble.plan.shapes import ModelShape
+from nybble.plan.step import unplanned
 from nybble.preflight.plan.card import Card
 from nybble.recipe import Recipe
 
@@ -80,8 +81,7 @@ def make_plan(
     """
     if (what := unplanned(recipe)) is not None:
         raise RecipeError(
-            f"{what}: layers are then computed by Transformers, whose memory is not planned yet",
-            fix=f"leave {what} out, or read the peak that nybble train prints",
+            f"{what}, whose memory is not planned yet", fix="leave it out, or read the peak that nybble train prints"
         )
     rows = facts.rows if facts is not None else Rows()
     option, verdict = _choose(recipe, shape, limit, rows, adapt=adapt)
@@ -102,12 +102,6 @@ def make_plan(
     )  # fmt: skip
     seconds = facts.tokens_of_run / speed.tokens_per_second if facts is not None and speed is not None else None
     return RunPlan(recipe, shape, sizes_from, limit, facts, option, ladder, verdict, disk, speed, seconds)
-
-
-def unplanned(recipe: Recipe) -> str | None:
-    """What in a recipe has Transformers compute the layers, whose memory is not planned; None if nothing has."""
-    cases = ((not recipe.engine.fused, "engine.fused=false"), (recipe.lora.dora, "lora.dora=true"))
-    return next((what for applies, what in cases if applies), None)
 
 
 def _choose(recipe: Recipe, shape: ModelShape, limit: int | None, rows: Rows, *, adapt: bool) -> tuple[Option, str]:
