@@ -177,7 +177,7 @@ def test_the_second_time_ends_with_what_takes_the_memory(tiny_llama, rows, cache
     said = str(caught.value)
     assert said.startswith("the GPU does not have enough memory: CUDA out of memory. Tried to allocate 2.00 GiB.")
     assert "See documentation" not in said
-    assert "predicted without activations" in said
+    assert "\n  planned, in total " in said
     assert "where: micro batch 2, rows of up to 256 tokens" in said
     assert caught.value.fix == "the same command with train.micro_batch=1 train.accumulation=8 (the same step)"
     assert not (tmp_path / "run").exists(), "as after any failure before the first checkpoint"
@@ -250,12 +250,12 @@ def test_the_table_has_the_measured_peak_where_there_is_one():
     predicted = {"base (nf4)": 3_870_000_000, "adapter": 160_000_000}
     print(memory_table(predicted, 9_900_000_000))
     assert memory_table(predicted, 9_900_000_000).splitlines() == [
-        "  base (nf4)                       3.87 GB",
-        "  adapter                          0.16 GB",
-        "  predicted without activations    4.03 GB",
-        "  measured peak                    9.90 GB",
+        "  base (nf4)           3.87 GB",
+        "  adapter              0.16 GB",
+        "  planned, in total    4.03 GB",
+        "  reserved at most     9.90 GB",
     ]
-    assert "measured" not in memory_table(predicted, None)
+    assert "reserved" not in memory_table(predicted, None)
 
 
 def test_several_processes_are_not_halved(tiny_llama, rows, cache, tmp_path, monkeypatch, console):

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from nybble.errors import TrainingError
+from nybble.plan.free_memory import device_memory
 from nybble.plan.ledger import ADAPTER, GRADIENT, base_bytes, optimizer_state
 from nybble.plan.placing import Rows, as_written
 from nybble.plan.schedule import smaller_micro_batch
@@ -58,7 +59,7 @@ def _predicted(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
     """Bytes of a training step by item: with the longest rows that the recipe allows, or before the first activation where that
     is not planned."""
     if unplanned(recipe) is None:
-        limit = torch.cuda.mem_get_info()[1] if torch.cuda.is_initialized() else None
+        limit = device_memory("cuda").total if torch.cuda.is_initialized() else None
         return dict(as_written(recipe, shape, limit, Rows()).prediction.moment("step").items)
     model = recipe.model
     base = {f"base ({model.quantization})": base_bytes(shape, model.quantization, model.double_quantization, 2).total}
