@@ -18,7 +18,6 @@ from nybble.engine.fusion import BatchReport, Fusion
 from nybble.engine.layer import BatchContext, FusedLayer, LayerCall, Shared, slots
 from nybble.engine.layer_forward import CALLS
 from nybble.engine.padding import PaddedAttention
-from nybble.engine.workspace import is_cacheable
 from nybble.errors import EngineError
 from nybble.plan.policies import LADDER
 
@@ -58,10 +57,20 @@ def begin_batch(backbone: LlamaModel, args: tuple[Any, ...], kwargs: dict[str, A
 def _plan_and_report(
     fusion: Fusion, backbone: LlamaModel, layers: Sequence[LlamaDecoderLayer], kwargs: Mapping[str, Any]
 ) -> BatchPlan:
-    """Plan a batch, record how it is computed, and warn about layers that are not fused."""
+    """Plan a batch, record how it is computed, and warn about layers that are not fused.
+
+    Raises:
+        EngineError: a layer would fall back, and the weights are on the host.
+    """
     if not torch.is_grad_enabled():  # evaluation and generation need the memory for other things
         fusion.shared.workspace.release()
     plan = plan_batch(fusion, backbone, layers, kwargs)
+    if fusion.shared.streamed is not None and plan.report.refusals:
+        raise EngineError(
+            f"the original forward of the decoder layers needs their weights on the device, but they are on the host; "
+            f"the fused engine cannot compute this batch: {plan.report.refusals[0]}",
+            fix='nybble.fuse(model, weights="device"), or a batch that it can compute (docs/engine.md)',
+        )
     has_trained = torch.is_grad_enabled()
     if has_trained:
         for why in dict.fromkeys(plan.report.refusals):
@@ -97,6 +106,11 @@ def plan_batch(
     first = next(iter(fused.values()))
     device, sizes = first.norms[0].device, first.sizes
     if fusion.shared.device != device:  # fused before the model was moved
+        if fusion.shared.streamed is not None:
+            raise EngineError(
+                f"the model was moved to {device} while its weights were on the host for {fusion.shared.device}",
+                fix="nybble.unfuse(model) before it is moved, and nybble.fuse afterwards",
+            )
         fusion.shared, fusion.choices = Shared(device), {}
     dtype = _compute_type(first, residual)
     if dtype not in fusion.choices:
@@ -107,8 +121,9 @@ def plan_batch(
     fusion.shared.workspace.cache([group for layer in cached for group in layer.groups.values()], dtype)
     _reserve(fusion.shared, list(fused.values()), max(map(len, tiles.values())), dtype)
     seed = _seed(fused.values())
+    numbers = {layer: number for number, layer in enumerate(layers)}
     calls = {
-        layer: LayerCall(fused[layer], batch, tiles[policy], policy, seed + 2**40 * index)
+        layer: LayerCall(fused[layer], numbers[layer], batch, tiles[policy], policy, seed + 2**40 * index)
         for index, (layer, policy) in enumerate(zip(fused, policies, strict=True))
     }
     saved = [policy for policy in policies if policy is not None]
@@ -165,6 +180,7 @@ def _share_memory(
     trained = [part for layer in layers for part in layer.parameters()]
     extra = batch.attention.padding_bytes(shape) if isinstance(batch.attention, PaddedAttention) else 0
     share = fusion.budget.share(shape, len(layers), batch.segments.tokens, trained, fusion.shared, extra)
+    is_cacheable = fusion.shared.workspace.is_cacheable
     cacheable = [layer for layer in layers if all(map(is_cacheable, layer.groups.values()))]
     return share.policies, cacheable[: share.cached_layers]
 

@@ -77,6 +77,8 @@ class Fusion:
             lines.append(f"kept for backward: {self.policy_counts()}")
         if self.last.cached_layers:
             lines.append(f"spare memory keeps the weights of {self.last.cached_layers} layers dequantised")
+        if (streamed := self.shared.streamed) is not None:
+            lines.append(f"the weights of {streamed.streamed_layers} layers are on the host and streamed to the device")
         return "\n".join([*lines, *(f"{n} not fused: {why}" for why, n in Counter(self.last.refusals).items())])
 
     def policy_counts(self) -> str:

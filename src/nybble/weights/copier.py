@@ -1,0 +1,63 @@
+"""Copies from the host to a device beside the computation: what runs them, and what orders the two."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+Mark = Any
+"""A point in the order of the device's work; an event on a GPU."""
+
+
+class Copier(Protocol):
+    """Queues copies. Copies and computation wait for each other's marks on the device; the host never waits."""
+
+    device: torch.device
+
+    def host_buffer(self, size: int) -> torch.Tensor:
+        """(size,) uint8 on the host, from which copies can be queued."""
+
+    def device_buffer(self, size: int) -> torch.Tensor:
+        """(size,) uint8 on the device, into which copies can be queued."""
+
+    def mark(self) -> Mark:
+        """The end of the computation that is queued now."""
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor, after: Mark) -> Mark:
+        """Queue a copy that starts once the computation has reached a mark; returns the copy's end."""
+
+    def wait(self, copied: Mark, target: torch.Tensor) -> None:
+        """Whatever is computed from now on waits for the end of a copy into this buffer."""
+
+
+class CudaCopier:
+    """Copies from pinned memory on a stream of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def host_buffer(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def device_buffer(self, size: int) -> torch.Tensor:
+        buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
+        buffer.record_stream(self._stream)  # once it is freed, its memory is not reused while a copy still writes to it
+        return buffer
+
+    def mark(self) -> torch.cuda.Event:
+        event: torch.cuda.Event = torch.cuda.current_stream(self.device).record_event()
+        return event
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
+        self._stream.wait_event(after)
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        copied: torch.cuda.Event = self._stream.record_event()
+        return copied
+
+    def wait(self, copied: torch.cuda.Event, target: torch.Tensor) -> None:
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(copied)
+        target.record_stream(current)  # threads may have streams of their own

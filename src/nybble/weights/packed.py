@@ -1,0 +1,100 @@
+"""The frozen weights of one decoder layer in one buffer on the host: one copy brings them all to the device.
+
+The layers' own parameters and bitsandbytes' states become views of that buffer, so nothing of them is left on the device, while
+state dicts, saving and whatever else reads the model find every number in its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+
+from nybble.kernels.reference import Nested
+from nybble.plan.ledger import aligned
+from nybble.weights.frozen import FrozenWeight, states
+
+
+class PackedLayer:
+    """Moves the weights of linear layers into one buffer on the host.
+
+    Args:
+        modules: the linear layers, in 4 or 16 bits; not PEFT's wrappers.
+        allocate: makes a buffer of bytes on the host.
+
+    Attributes:
+        buffer: the bytes of all weights.
+        starts: where each tensor starts in it, by address.
+    """
+
+    def __init__(self, modules: Sequence[torch.nn.Module], allocate: Callable[[int], torch.Tensor]) -> None:
+        self.modules = tuple(modules)
+        places = [place for module in modules for place in _places(module)]
+        tensors = [getattr(owner, name) for owner, name in places]
+        with torch.inference_mode(False), torch.no_grad():  # training may follow
+            self.buffer = allocate(packed_bytes(modules))
+            self.starts: dict[int, int] = {}
+            start = 0
+            for (owner, name), tensor in zip(places, tensors, strict=True):
+                view = _view(self.buffer, start, tensor)
+                view.copy_(tensor)
+                setattr(owner, name, view)
+                self.starts[view.data_ptr()] = start
+                start += aligned(tensor.nbytes)
+        for module in modules:
+            module._apply = types.MethodType(_stay_on_host, module)  # type: ignore[method-assign]
+
+    def to_device(self, device: torch.device) -> None:
+        """Move the weights to a device, each into memory of its own; the buffer is not used any more."""
+        for module in self.modules:
+            del module._apply
+            for owner, name in _places(module):
+                setattr(owner, name, getattr(owner, name).to(device, copy=True))
+
+    def versions(self) -> tuple[int, ...]:
+        """Version counters that show what was written into the weights (load_state_dict does)."""
+        with torch._C.DisableTorchFunctionSubclass():
+            weights: list[Any] = [module._parameters["weight"] for module in self.modules]
+            return (self.buffer._version, *(0 if part.is_inference() else part._version for part in weights))
+
+    def copied(self, weight: FrozenWeight, copy: torch.Tensor) -> FrozenWeight:
+        """A weight whose tensors are all in the buffer, as it is in a copy of the buffer."""
+
+        def find(tensor: torch.Tensor) -> torch.Tensor:
+            return _view(copy, self.starts[tensor.data_ptr()], tensor)
+
+        nested = weight.nested
+        return dataclasses.replace(
+            weight,
+            stored=find(weight.stored),
+            absmax=find(weight.absmax),
+            code=None if weight.code is None else find(weight.code),
+            nested=nested and Nested(find(nested.code), find(nested.absmax), find(nested.offset), nested.blocksize),
+        )
+
+
+def packed_bytes(modules: Sequence[torch.nn.Module]) -> int:
+    """Bytes of the buffer for the weights of linear layers."""
+    return sum(aligned(getattr(owner, name).nbytes) for module in modules for owner, name in _places(module))
+
+
+def _places(module: torch.nn.Module) -> Iterator[tuple[Any, str]]:
+    """Where a linear layer's weight has its tensors: owner and attribute."""
+    yield module.weight, "data"
+    if isinstance(module, Linear4bit):
+        for state in states(module.weight):
+            yield from ((state, name) for name in ("absmax", "code", "offset") if getattr(state, name) is not None)
+
+
+def _view(buffer: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
+    """The part of a buffer of bytes that has the size, type and shape of a tensor."""
+    return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+
+def _stay_on_host(self: torch.nn.Module, function: Any, recurse: bool = True) -> torch.nn.Module:
+    """Ignore a move of the whole model: Accelerate moves it to its device before training."""
+    return self
