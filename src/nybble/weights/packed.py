@@ -34,17 +34,20 @@ class PackedLayer:
     def __init__(self, modules: Sequence[torch.nn.Module], allocate: Callable[[int], torch.Tensor]) -> None:
         self.modules = tuple(modules)
         places = [place for module in modules for place in _places(module)]
-        tensors = [getattr(owner, name) for owner, name in places]
+        self._watched: list[torch.Tensor] = []
+        self.starts: dict[int, int] = {}
         with torch.inference_mode(False), torch.no_grad():  # training may follow
             self.buffer = allocate(packed_bytes(modules))
-            self.starts: dict[int, int] = {}
             start = 0
-            for (owner, name), tensor in zip(places, tensors, strict=True):
-                view = _view(self.buffer, start, tensor)
-                view.copy_(tensor)
-                setattr(owner, name, view)
-                self.starts[view.data_ptr()] = start
-                start += aligned(tensor.nbytes)
+            for owner, name in places:
+                tensor = getattr(owner, name)
+                part = _part_of_its_own(self.buffer, start, tensor)
+                part.copy_(tensor)
+                setattr(owner, name, part)
+                if name in ("data", "absmax"):
+                    self._watched.append(owner if name == "data" else part)
+                self.starts[part.data_ptr()] = start
+                start += aligned(part.nbytes)
         for module in modules:
             module._apply = types.MethodType(_stay_on_host, module)  # type: ignore[method-assign]
 
@@ -58,8 +61,7 @@ class PackedLayer:
     def versions(self) -> tuple[int, ...]:
         """Version counters that show what was written into the weights (load_state_dict does)."""
         with torch._C.DisableTorchFunctionSubclass():
-            weights: list[Any] = [module._parameters["weight"] for module in self.modules]
-            return (self.buffer._version, *(0 if part.is_inference() else part._version for part in weights))
+            return tuple(0 if tensor.is_inference() else tensor._version for tensor in self._watched)
 
     def copied(self, weight: FrozenWeight, copy: torch.Tensor) -> FrozenWeight:
         """A weight whose tensors are all in the buffer, as it is in a copy of the buffer."""
@@ -93,6 +95,13 @@ def _places(module: torch.nn.Module) -> Iterator[tuple[Any, str]]:
 def _view(buffer: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
     """The part of a buffer of bytes that has the size, type and shape of a tensor."""
     return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+
+def _part_of_its_own(buffer: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
+    """As `_view`, with a storage of its own over the same memory: torch and safetensors refuse to save tensors of different types
+    that share one."""
+    part = torch.from_numpy(buffer.numpy()[start : start + like.nbytes])
+    return part.view(like.dtype).view(like.shape)
 
 
 def _stay_on_host(self: torch.nn.Module, function: Any, recurse: bool = True) -> torch.nn.Module:

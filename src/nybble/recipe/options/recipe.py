@@ -102,8 +102,8 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     )
     yield (
         recipe.engine.weights == "host" and bool(train.eval_tasks),
-        "train.eval_tasks: lm-eval builds a key-value cache, which engine.weights=host cannot; leave them out, and let nybble eval "
-        "score the finished run",
+        "train.eval_tasks: lm-eval builds a key-value cache, which engine.weights=host cannot; leave them out, and score the "
+        "finished run with nybble eval",
     )
     yield (
         not recipe.engine.fused and recipe.engine.is_customised,
