@@ -12,8 +12,8 @@ class SynchronousCopier:
         self.device = torch.device(device)
         self.copies = 0
 
-    def host_buffer(self, size):
-        return torch.empty(size, dtype=torch.uint8)
+    def host_buffers(self, sizes):
+        return (torch.empty(size, dtype=torch.uint8) for size in sizes)
 
     def device_buffer(self, size):
         return torch.full((size,), 255, dtype=torch.uint8, device=self.device)

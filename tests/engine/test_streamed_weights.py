@@ -21,7 +21,7 @@ from nybble.weights.streamed import Streaming
 from tests.conftest import write_llama
 from tests.engine.streaming import LateCopier, SynchronousCopier
 from tests.engine.test_engine import DEVICE, assert_same, batch_of, gradients, load
-from tests.engine.test_engine_plain import adapters, answer
+from tests.engine.test_engine_plain import adapters, answer, padded, slopes, together
 
 LAYERS = 5
 POLICIES = ["auto", *LADDER]
@@ -324,6 +324,36 @@ def test_a_weight_that_left_its_place(llama):
     layer.weight = torch.nn.Parameter(layer.weight.detach().to("meta"), requires_grad=False)
     with pytest.raises(EngineError, match=r"moved to the host or replaced after nybble\.fuse"):
         gradients(model, batch_of())
+
+
+def test_an_adapter_that_peft_put_on_the_host_is_refused(llama):
+    model = load(llama)
+    stream(model)
+    layer = model.get_base_model().model.layers[2].mlp.up_proj
+    layer.lora_B["default"].to("meta")
+    with pytest.raises(
+        EngineError, match="an adapter that was added while the weights were on the host is on meta"
+    ) as caught:
+        gradients(model, batch_of())
+    assert str(caught.value.fix).startswith('model.to("')
+
+
+@pytest.mark.parametrize("kind", COPIERS)
+def test_threads_take_turns(llama, kind):
+    model = load(llama)
+    fuse(model, "drop-qkv")
+    batch = padded([(0, 30), (5, 30)], 30)
+    expected, asked = slopes(model, batch), answer(model, batch_of())
+    stream(model, "drop-qkv", kind())
+
+    def train():
+        for ours, theirs in zip(slopes(model, batch), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+    def ask():
+        assert torch.equal(answer(model, batch_of()), asked)
+
+    together(train, train, ask, rounds=4)
 
 
 def test_a_copy_of_the_whole_model_is_refused(llama, tmp_path):

@@ -13,7 +13,7 @@ TORCH = (
     ),
     Coupling(
         "reading parameters past their classes", "torch",
-        ("torch._C:DisableTorchFunctionSubclass",), ("generate/kept.py", "weights/watched.py"),
+        ("torch._C:DisableTorchFunctionSubclass",), ("generate/kept.py", "weights/packed.py", "weights/watched.py"),
         "bitsandbytes' parameters answer through a Python function, 2 us each", AT_START,
     ),
     Coupling(

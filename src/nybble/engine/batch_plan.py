@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,8 @@ def plan_batch(
                 fix="nybble.unfuse(model) before it is moved, and nybble.fuse afterwards",
             )
         fusion.shared, fusion.choices = Shared(device), {}
+    if fusion.shared.streamed is not None:
+        _check_adapters(fused.values(), device)
     dtype = _compute_type(first, residual)
     if dtype not in fusion.choices:
         fusion.choices[dtype] = choose(device, dtype, sizes.heads, sizes.key_heads, sizes.head_size)
@@ -149,6 +152,20 @@ def _layout(backbone: LlamaModel, kwargs: Mapping[str, Any]) -> BatchLayout:
             "rows are packed, which Transformers does not see while config.use_cache is on; pass use_cache=False"
         )
     return layout
+
+
+def _check_adapters(layers: Iterable[FusedLayer], device: torch.device) -> None:
+    """PEFT puts a new adapter beside its base layer's weight, so on the host.
+
+    Raises:
+        EngineError: an adapter is not on the device.
+    """
+    for part in itertools.chain.from_iterable(layer.parameters() for layer in layers):
+        if part.device != device:
+            raise EngineError(
+                f"an adapter that was added while the weights were on the host is on {part.device}, not on {device}",
+                fix=f'model.to("{device}"); the weights stay on the host',
+            )
 
 
 def _backend(choice: AttentionChoice, layout: BatchLayout) -> Backend:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +17,8 @@ class Copier(Protocol):
 
     device: torch.device
 
-    def host_buffer(self, size: int) -> torch.Tensor:
-        """(size,) uint8 on the host, from which copies can be queued."""
+    def host_buffers(self, sizes: Sequence[int]) -> Iterator[torch.Tensor]:
+        """A buffer (size,) uint8 on the host for each size, from which copies can be queued."""
 
     def device_buffer(self, size: int) -> torch.Tensor:
         """(size,) uint8 on the device, into which copies can be queued."""
@@ -38,8 +40,9 @@ class CudaCopier:
         self.device = device
         self._stream = torch.cuda.Stream(device)
 
-    def host_buffer(self, size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    def host_buffers(self, sizes: Sequence[int]) -> Iterator[torch.Tensor]:
+        for block in blocks_of(sizes):
+            yield from torch.empty(sum(block), dtype=torch.uint8, pin_memory=True).split(block)
 
     def device_buffer(self, size: int) -> torch.Tensor:
         buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -61,3 +64,21 @@ class CudaCopier:
         current = torch.cuda.current_stream(self.device)
         current.wait_event(copied)
         target.record_stream(current)  # threads may have streams of their own
+
+
+def blocks_of(sizes: Sequence[int]) -> list[list[int]]:
+    """Buffers, in their order, in blocks that are allocated at once and nearly fill a power of two.
+
+    Torch rounds pinned memory up to a power of two: layer by layer, Llama 2 13B's 163 MB would take 268 MB each.
+
+    Args:
+        sizes: of the buffers, in bytes.
+    """
+    blocks: list[list[int]] = []
+    left = list(sizes)
+    while left:
+        most = 1 << (sum(left).bit_length() - 1)
+        fitting = sum(total <= most for total in itertools.accumulate(left))
+        blocks.append(left[: max(1, fitting)])
+        left = left[len(blocks[-1]) :]
+    return blocks

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,20 +24,20 @@ class PackedLayer:
 
     Args:
         modules: the linear layers, in 4 or 16 bits; not PEFT's wrappers.
-        allocate: makes a buffer of bytes on the host.
+        buffer: (`packed_bytes(modules)`,) uint8 on the host.
 
     Attributes:
         buffer: the bytes of all weights.
         starts: where each tensor starts in it, by address.
     """
 
-    def __init__(self, modules: Sequence[torch.nn.Module], allocate: Callable[[int], torch.Tensor]) -> None:
+    def __init__(self, modules: Sequence[torch.nn.Module], buffer: torch.Tensor) -> None:
         self.modules = tuple(modules)
+        self.buffer = buffer
         places = [place for module in modules for place in _places(module)]
         self._watched: list[torch.Tensor] = []
         self.starts: dict[int, int] = {}
         with torch.inference_mode(False), torch.no_grad():  # training may follow
-            self.buffer = allocate(packed_bytes(modules))
             start = 0
             for owner, name in places:
                 tensor = getattr(owner, name)

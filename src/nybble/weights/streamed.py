@@ -48,8 +48,14 @@ class StreamedStore:
         self.layers = [list(modules) for modules in layers]
         self.resident_layers = streaming.resident_layers
         numbers = streamed_numbers(len(layers), streaming.resident_layers)
-        _check_host_memory(sum(packed_bytes(self.layers[number]) for number in numbers))
-        self._packed = {number: PackedLayer(self.layers[number], streaming.copier.host_buffer) for number in numbers}
+        sizes = [packed_bytes(self.layers[number]) for number in numbers]
+        _check_host_memory(sum(sizes))
+        with torch.inference_mode(False):  # training may follow
+            buffers = streaming.copier.host_buffers(sizes)
+            self._packed = {
+                number: PackedLayer(self.layers[number], buffer)
+                for number, buffer in zip(numbers, buffers, strict=True)
+            }
         self._addresses = {address for packed in self._packed.values() for address in packed.starts}
         self._staging = Staging(self._packed, len(layers), streaming.copier)
         self._current: tuple[PackedLayer, torch.Tensor] | None = None
