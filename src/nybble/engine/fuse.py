@@ -71,7 +71,9 @@ def fuse(
             'weights="host" streams weights to a GPU, but the model is on a CPU: its weights are on the host already',
             fix='weights="device" (in a recipe: engine.weights=device)',
         )
-    return attach(model, policy, embedding, Streaming(CudaCopier(device)))
+    attach(model, policy, embedding, Streaming(CudaCopier(device)))
+    torch.cuda.empty_cache()  # otherwise the allocator keeps what the weights took, in blocks that activations do not fill
+    return model
 
 
 def attach(

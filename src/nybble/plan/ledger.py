@@ -87,10 +87,15 @@ def aligned(size: int) -> int:
 
 
 def streamed_layer_bytes(shape: ModelShape, quantization: str, double_quantization: bool, element: int) -> int:
-    """A decoder layer's weights in one buffer, which is copied to the device at once; arguments as for `stored_weight`.
+    """A decoder layer's weights in one buffer, which is copied to the device at once: 104 MB on Llama 2 7B in NF4.
 
-    104 MB on Llama 2 7B in NF4.
+    Args:
+        shape: the model's sizes.
+        quantization: nf4, fp4 or none; layers in int8 are not fused.
+        double_quantization: as for `stored_weight`.
+        element: bytes of a number that is not quantised.
     """
+    assert quantization != "int8", "8-bit weights are not streamed"
     total = 0
     for projection in shape.projections.values():
         if quantization == "none":

@@ -60,33 +60,35 @@ class Staging:
         Returns:
             The layer's weights on the device, valid until the next layer starts; None for a layer that is not on the host.
         """
-        order = order_of_use(layer, self._count, passing)
-        wanted = list(itertools.islice(dict.fromkeys(n for n in order if n in self._layers), len(self._buffers)))
-        for number in wanted:
-            if self._find(number) is None:
-                self._fill(next(buffer for buffer in self._buffers if self._is_free(buffer, wanted)), number)
-        current = self._find(layer)
-        if current is None:
-            return None
-        self._copier.wait(current.copied, current.bytes)
-        return current.bytes
-
-    def _find(self, number: int) -> _Buffer | None:
-        """The buffer with a layer's weights as they are now."""
         for buffer in self._buffers:
-            if buffer.layer == number and buffer.versions == self._layers[number].versions():
-                return buffer
+            if buffer.layer is not None and buffer.versions != self._layers[buffer.layer].versions():
+                buffer.layer = None  # what it has a copy of was written into since
+        wanted = self._next(layer, passing)
+        for number in wanted:
+            if all(buffer.layer != number for buffer in self._buffers):
+                self._fill(next(buffer for buffer in self._buffers if buffer.layer not in wanted), number)
+        for buffer in self._buffers:
+            if buffer.layer == layer:
+                self._copier.wait(buffer.copied, buffer.bytes)
+                return buffer.bytes
         return None
 
-    def _is_free(self, buffer: _Buffer, wanted: list[int]) -> bool:
-        return buffer.layer not in wanted or self._find(buffer.layer) is not buffer
+    def _next(self, layer: int, passing: Pass) -> list[int]:
+        """The layers that should be in the buffers, in the order of use."""
+        wanted: list[int] = []
+        for number in order_of_use(layer, self._count, passing):
+            if len(wanted) == len(self._buffers):
+                break
+            if number in self._layers and number not in wanted:
+                wanted.append(number)
+        return wanted
 
     def _fill(self, buffer: _Buffer, number: int) -> None:
         """Queue the copy of a layer's weights; it waits until everything queued so far, which may read the buffer, is done."""
-        layer = self._layers[number]
-        buffer.layer, buffer.versions = number, layer.versions()
-        size = layer.buffer.nbytes
-        buffer.copied = self._copier.copy(layer.buffer, buffer.bytes[:size], self._copier.mark())
+        source, buffer.layer = self._layers[number].buffer, None
+        buffer.versions = self._layers[number].versions()
+        buffer.copied = self._copier.copy(source, buffer.bytes[: source.nbytes], self._copier.mark())
+        buffer.layer = number
 
 
 def order_of_use(layer: int, count: int, passing: Pass) -> Iterator[int]:
