@@ -16,7 +16,7 @@ from nybble.plan.ledger import streamed_bytes, streamed_layer_bytes
 from nybble.plan.policies import LADDER
 from nybble.plan.shapes import ModelShape
 from nybble.weights import streamed
-from nybble.weights.copier import CudaCopier
+from nybble.weights.copier import CudaCopier, pinned_buffers
 from nybble.weights.streamed import Streaming
 from tests.conftest import write_llama
 from tests.engine.streaming import LateCopier, SynchronousCopier
@@ -203,6 +203,29 @@ def test_the_state_dict_stays_and_unfuse_brings_the_weights_back(llama, quant, t
     assert next(moved.parameters()).dtype == torch.float64, "a move reaches the layers again"
 
 
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+def test_a_base_that_was_loaded_in_inference_mode(llama, quant):
+    with torch.inference_mode():
+        model = load(llama, quant)
+    expected = answer(fuse(model), batch_of())
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            stream(model)
+            assert torch.equal(answer(model, batch_of()), expected)
+            unfuse(model)
+            assert torch.equal(answer(fuse(model), batch_of()), expected)
+
+
+def test_a_model_fused_in_inference_mode_can_be_trained(llama):
+    model = load(llama)
+    fuse(model, "drop-qkv")
+    expected = gradients(model, batch_of())
+    with torch.inference_mode():
+        stream(model, "drop-qkv")
+        answer(model, batch_of())
+    assert_identical(gradients(model, batch_of()), expected)
+
+
 def test_a_loaded_adapter_is_used(llama, tmp_path):
     model = load(llama)
     stream(model)
@@ -375,6 +398,24 @@ def test_too_little_host_memory_is_refused_before_anything_is_moved(llama, monke
     assert fusion(model) is None
     assert_same(gradients(model, batch_of()), expected)
     stream(model, resident=LAYERS)  # needs none
+
+
+def test_memory_that_cannot_be_pinned_is_refused_and_what_was_moved_comes_back(llama):
+    class Short(SynchronousCopier):
+        def host_buffers(self, sizes):
+            yield from super().host_buffers(sizes[:2])
+            yield from pinned_buffers([2**60])
+
+    model = load(llama)
+    expected, before = gradients(model, batch_of()), model.state_dict()
+    with pytest.raises(EngineError, match="GB of pinned host memory cannot be allocated") as caught:
+        stream(model, copier=Short(DEVICE))
+    print(caught.value)
+    assert fusion(model) is None
+    assert all("_apply" not in vars(module) for module in model.modules())
+    assert all(part.device.type == DEVICE for part in model.state_dict().values())
+    assert model.state_dict().keys() == before.keys()
+    assert_same(gradients(model, batch_of()), expected)
 
 
 def test_a_model_that_was_moved_meanwhile_is_refused(llama):

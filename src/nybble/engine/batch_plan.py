@@ -68,7 +68,7 @@ def _plan_and_report(
     plan = plan_batch(fusion, backbone, layers, kwargs)
     if fusion.shared.streamed is not None and plan.report.refusals:
         raise EngineError(
-            f"the original forward of the decoder layers needs their weights on the device, but they are on the host; "
+            "the original forward of the decoder layers needs their weights on the device, but they are on the host; "
             f"the fused engine cannot compute this batch: {plan.report.refusals[0]}",
             fix='nybble.fuse(model, weights="device"), or a batch that it can compute (docs/engine.md)',
         )

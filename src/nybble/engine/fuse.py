@@ -159,7 +159,9 @@ def _kept_store(backbone: LlamaModel, streaming: Streaming | None) -> list[Strea
     """The store of an earlier `fuse`, if it can serve: the device may not have the memory to take all weights back first."""
     previous: Fusion | None = backbone.__dict__.get("nybble_fusion")
     store = None if previous is None else previous.shared.streamed
-    if previous is None or store is None or streaming is None or store.resident_layers != streaming.resident_layers:
+    if previous is None or store is None or streaming is None:
+        return []
+    if (store.device, store.resident_layers) != (streaming.copier.device, streaming.resident_layers):
         return []
     previous.hooks.remove(store)
     return [store]

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from nybble.errors import EngineError
+
 Mark = Any
 """A point in the order of the device's work; an event on a GPU."""
 
@@ -41,8 +43,7 @@ class CudaCopier:
         self._stream = torch.cuda.Stream(device)
 
     def host_buffers(self, sizes: Sequence[int]) -> Iterator[torch.Tensor]:
-        for block in blocks_of(sizes):
-            yield from torch.empty(sum(block), dtype=torch.uint8, pin_memory=True).split(block)
+        return pinned_buffers(sizes)
 
     def device_buffer(self, size: int) -> torch.Tensor:
         buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -64,6 +65,23 @@ class CudaCopier:
         current = torch.cuda.current_stream(self.device)
         current.wait_event(copied)
         target.record_stream(current)  # threads may have streams of their own
+
+
+def pinned_buffers(sizes: Sequence[int]) -> Iterator[torch.Tensor]:
+    """A buffer (size,) uint8 of pinned memory for each size.
+
+    Raises:
+        EngineError: it cannot be allocated.
+    """
+    for block in blocks_of(sizes):
+        try:
+            whole = torch.empty(sum(block), dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            raise EngineError(
+                f"{sum(block) / 1e9:.2f} GB of pinned host memory cannot be allocated: {str(error).splitlines()[0]}",
+                fix='leave the weights on the device (weights="device", engine.weights=device), or free host memory',
+            ) from error
+        yield from whole.split(block)
 
 
 def blocks_of(sizes: Sequence[int]) -> list[list[int]]:

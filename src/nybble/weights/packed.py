@@ -6,6 +6,7 @@ state dicts, saving and whatever else reads the model find every number in its p
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 from collections.abc import Iterator, Sequence
@@ -37,17 +38,17 @@ class PackedLayer:
         places = [place for module in modules for place in _places(module)]
         self._watched: list[torch.Tensor] = []
         self.starts: dict[int, int] = {}
-        with torch.inference_mode(False), torch.no_grad():  # training may follow
-            start = 0
-            for owner, name in places:
-                tensor = getattr(owner, name)
+        start = 0
+        for owner, name in places:
+            tensor = getattr(owner, name)
+            with _mode_of(owner, name):
                 part = _part_of_its_own(self.buffer, start, tensor)
                 part.copy_(tensor)
                 setattr(owner, name, part)
-                if name in ("data", "absmax"):
-                    self._watched.append(owner if name == "data" else part)
-                self.starts[part.data_ptr()] = start
-                start += aligned(part.nbytes)
+            if name in ("data", "absmax"):
+                self._watched.append(owner if name == "data" else part)
+            self.starts[part.data_ptr()] = start
+            start += aligned(part.nbytes)
         for module in modules:
             module._apply = types.MethodType(_stay_on_host, module)  # type: ignore[method-assign]
 
@@ -55,8 +56,7 @@ class PackedLayer:
         """Move the weights to a device, each into memory of its own; the buffer is not used any more."""
         for module in self.modules:
             del module._apply
-            for owner, name in _places(module):
-                setattr(owner, name, getattr(owner, name).to(device, copy=True))
+        move_weights(self.modules, device, copy=True)
 
     def versions(self) -> tuple[int, ...]:
         """Version counters that show what was written into the weights (load_state_dict does)."""
@@ -77,6 +77,22 @@ class PackedLayer:
             code=None if weight.code is None else find(weight.code),
             nested=nested and Nested(find(nested.code), find(nested.absmax), find(nested.offset), nested.blocksize),
         )
+
+
+def move_weights(modules: Sequence[torch.nn.Module], device: torch.device, *, copy: bool = False) -> None:
+    """Move the weights of linear layers to a device, even if they are there already where a copy is asked for."""
+    for module in modules:
+        for owner, name in _places(module):
+            with _mode_of(owner, name):
+                setattr(owner, name, getattr(owner, name).to(device, copy=copy))
+
+
+@contextlib.contextmanager
+def _mode_of(owner: Any, name: str) -> Iterator[None]:
+    """The mode in which a tensor was made: one of torch.inference_mode stays one, or its parameter could not be read any more."""
+    tensor = owner if name == "data" else getattr(owner, name)
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        yield
 
 
 def packed_bytes(modules: Sequence[torch.nn.Module]) -> int:

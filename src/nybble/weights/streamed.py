@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from nybble.kernels.operations import Operations
 from nybble.plan.free_memory import host_memory
 from nybble.weights.copier import Copier
 from nybble.weights.frozen import FrozenWeight
-from nybble.weights.packed import PackedLayer, packed_bytes
+from nybble.weights.packed import PackedLayer, move_weights, packed_bytes
 from nybble.weights.projections import ProjectionGroup
 from nybble.weights.staging import Staging
 from nybble.weights.store import Pass, dequantise
@@ -37,27 +38,29 @@ class StreamedStore:
         streaming: what copies, and how many layers stay on the device.
 
     Raises:
-        EngineError: the host does not have enough memory; nothing was moved.
+        EngineError: the host does not have enough memory, or it cannot be pinned; what was moved is moved back.
     """
 
     def __init__(
         self, operations: Operations, layers: Sequence[Sequence[torch.nn.Module]], streaming: Streaming
     ) -> None:
         self._operations = operations
-        self._device = streaming.copier.device
+        self.device = streaming.copier.device
         self.layers = [list(modules) for modules in layers]
         self.resident_layers = streaming.resident_layers
         numbers = streamed_numbers(len(layers), streaming.resident_layers)
         sizes = [packed_bytes(self.layers[number]) for number in numbers]
         _check_host_memory(sum(sizes))
-        with torch.inference_mode(False):  # training may follow
-            buffers = streaming.copier.host_buffers(sizes)
-            self._packed = {
-                number: PackedLayer(self.layers[number], buffer)
-                for number, buffer in zip(numbers, buffers, strict=True)
-            }
+        self._packed: dict[int, PackedLayer] = {}
+        with contextlib.ExitStack() as undo, torch.inference_mode(False):  # training may follow
+            undo.callback(self.remove)
+            for number, buffer in zip(numbers, streaming.copier.host_buffers(sizes), strict=True):
+                self._packed[number] = PackedLayer(self.layers[number], buffer)
+            for number in set(range(len(layers))) - set(numbers):
+                move_weights(self.layers[number], self.device)
+            self._staging = Staging(self._packed, len(layers), streaming.copier)
+            undo.pop_all()
         self._addresses = {address for packed in self._packed.values() for address in packed.starts}
-        self._staging = Staging(self._packed, len(layers), streaming.copier)
         self._current: tuple[PackedLayer, torch.Tensor] | None = None
         self._copied: dict[tuple[int, ...], FrozenWeight] = {}
 
@@ -94,7 +97,7 @@ class StreamedStore:
     def remove(self) -> None:
         """Move all weights back to the device."""
         for packed in self._packed.values():
-            packed.to_device(self._device)
+            packed.to_device(self.device)
         self._packed.clear()
 
     def _on_device(self, weight: FrozenWeight) -> FrozenWeight:
@@ -107,7 +110,7 @@ class StreamedStore:
                 self._copied[key] = packed.copied(weight, staged)
             if key in self._copied:
                 return self._copied[key]
-        if weight.stored.device != self._device:
+        if weight.stored.device != self.device:
             raise EngineError(
                 "a decoder layer's weight was moved to the host or replaced after nybble.fuse",
                 fix='call nybble.fuse(model, weights="host") again',
