@@ -7,7 +7,7 @@ from typing import Any
 
 DEFAULTS = {
     "work": "dense", "batch": 4, "length": 2048, "policy": "auto", "r": 16, "dtype": "bfloat16", "embedding": "device",
-    "limit": 0.0, "steps": 10,
+    "weights": "device", "limit": 0.0, "steps": 10,
 }  # fmt: skip
 ROWS = [
     ("4 x 2048, memory free", {}),
@@ -24,6 +24,16 @@ ROWS = [
     ("1 x 2048, host, embedding on the host", {"batch": 1, "policy": "host", "embedding": "host"}),
     ("1 x 2048, auto in 4.95 GB, embedding on the host", {"batch": 1, "limit": 4.95, "embedding": "host"}),
     ("1 x 2048, auto in 5.15 GB, embedding on the host", {"batch": 1, "limit": 5.15, "embedding": "host"}),
+    (
+        "1 x 2048, host, embedding and weights on the host",
+        {"batch": 1, "policy": "host", "embedding": "host", "weights": "host"},
+    ),
+    ("1 x 2048, auto, weights on the host", {"batch": 1, "weights": "host"}),
+    ("4 x 2048, auto, weights on the host", {"weights": "host"}),
+    (
+        "1 x 2048, auto in 3.0 GB, embedding and weights on the host",
+        {"batch": 1, "limit": 3.0, "embedding": "host", "weights": "host"},
+    ),
     ("8 x 2048, memory free", {"batch": 8}),
     ("8 x 2048, host", {"batch": 8, "policy": "host"}),
     ("4 x 2048, r 64, memory free", {"r": 64}),

@@ -10,10 +10,14 @@ import torch
 from nybble.engine.attention.backend import Segments
 from nybble.engine.attention.cuda import Cudnn, Efficient, Flash
 from nybble.engine.attention.plain import PlainAttention
-from nybble.engine.fuse import fuse, fusion
+from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.padding import PaddedAttention, separate
-from nybble.plan.ledger import kept_bytes
+from nybble.generate.kept import KeptGenerator
+from nybble.generate.padded import Padded
+from nybble.generate.request import Request, complete
+from nybble.plan.ledger import kept_bytes, streamed_bytes, streamed_layer_bytes
 from nybble.plan.policies import HOST, LADDER
+from nybble.plan.shapes import ModelShape
 from tests.conftest import write_llama
 from tests.engine.test_engine import cosine, gradients, load
 from tests.engine.test_engine_plain import adapters, answer, padded, slopes, together
@@ -200,6 +204,94 @@ def test_threads_on_one_stream_and_on_their_own(middling, policy, streams):
     tasks = [train(*pair) for pair in zip(batches, alone, strict=True)]
     together(*(in_a_stream(work) for work in [*tasks, ask, ask]), rounds=10)
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("policy", [*LADDER, "auto"])
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+def test_weights_on_the_host_change_no_bit(middling, quant, policy, dtype):
+    """The device lags behind: a copy that does not wait for its event would overwrite what is still to be read."""
+    model = load(middling, quant, dtype=dtype, r=16)
+    batches = [padded([(0, 100)] * 2, 100), padded([(0, 60), (20, 60)], 60)]
+
+    def work():
+        torch.cuda._sleep(200_000_000)
+        model.zero_grad()
+        found = [answer(model, batches[1])]
+        for batch in batches:
+            model(**batch).loss.backward()
+            found.append(answer(model, batches[0]))
+        return found + [part.grad.clone() for part in adapters(model)]
+
+    fuse(model, policy)
+    resident = [work() for _ in range(3)]
+    fuse(model, policy, weights="host")
+    weight = model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight
+    model.to("cuda")
+    assert weight.device.type == "cpu"
+    assert weight.data.is_pinned()
+    for expected in resident:
+        for ours, theirs in zip(work(), expected, strict=True):
+            assert torch.equal(ours, theirs)
+    unfuse(model)
+    assert weight.device.type == "cuda"
+
+
+def test_the_memory_of_weights_on_the_host_is_that_of_two_layers(middling):
+    """Within what the allocator rounds up."""
+    model = load(middling, dtype=torch.bfloat16, r=16)
+    shape = ModelShape.from_config(model.config.to_dict())
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    fuse(model, "host", weights="host")
+    layer, buffers = streamed_layer_bytes(shape, "nf4", True, 2), streamed_bytes(shape, "nf4", True, 2)
+    freed = before - torch.cuda.memory_allocated()
+    print(freed, 6 * layer - buffers)
+    assert freed == pytest.approx(6 * layer - buffers, rel=0.01)
+    gradients(model, padded([(0, 100)], 100))
+    model.zero_grad()
+    unfuse(model)
+    gc.collect()
+    assert torch.cuda.memory_allocated() == pytest.approx(before, rel=0.2)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_threads_with_weights_on_the_host(middling, streams):
+    model = fuse(load(middling, dtype=torch.bfloat16, r=16), "drop-qkv", weights="host")
+    batch, other = padded([(0, 100)] * 2, 100), padded([(0, 60), (20, 60)], 60)
+    expected, asked = slopes(model, batch), answer(model, other)
+    torch.cuda.synchronize()
+
+    def task(work):
+        stream = torch.cuda.Stream() if streams else torch.cuda.current_stream()
+
+        def go():
+            with torch.cuda.stream(stream):
+                work()
+                stream.synchronize()
+
+        return go
+
+    def train():
+        for ours, theirs in zip(slopes(model, batch), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+    def ask():
+        assert torch.equal(answer(model, other), asked)
+
+    together(task(train), task(train), task(ask), rounds=10)
+
+
+def test_samples_with_embedding_and_weights_on_the_host(middling):
+    model = load(middling, dtype=torch.bfloat16, r=16).eval()
+    ids = [5, 6, 7, 8]
+    logits = answer(model, {"input_ids": torch.tensor([ids], device="cuda")})[0, -1].float()
+    fuse(model, embedding="host", weights="host")
+    with KeptGenerator(model, 0).using([]) as generator:
+        assert isinstance(generator, Padded)
+        (found,) = complete(generator, [Request(ids, 8, "default", frozenset())])
+    assert len(found.ids) == 8
+    assert logits[found.ids[0]] >= logits.max() - 0.05 * logits.std(), "the likeliest token, up to rounding"
 
 
 @pytest.mark.parametrize("policy", [*LADDER, "auto"])

@@ -603,6 +603,13 @@ def test_4_bit_layers_that_compute_in_another_type_stay(tiny_llama, tmp_path):
     assert loss_of(model).isfinite()
 
 
+def test_layers_of_a_gpu_s_model_whose_weights_are_on_the_host_stay(tiny_llama, tmp_path):
+    model = base_of(tiny_llama, tmp_path).model
+    model.model.norm.to("meta")
+    assert not dequantise_if_it_fits(model)
+    assert list(linear4bits(model))
+
+
 def test_without_enough_memory_layers_stay_in_4_bits(tiny_llama, tmp_path, monkeypatch):
     model = base_of(tiny_llama, tmp_path).model
     monkeypatch.setattr("nybble.weights.on_cpu.host_memory", lambda: Memory(10_000, 20_000))

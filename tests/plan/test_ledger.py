@@ -152,3 +152,16 @@ def test_nobody_else_asks_for_memory_or_derives_a_head_s_size(pattern: str) -> N
         file.relative_to(source).as_posix() for file in source.rglob("*.py") if re.search(pattern, file.read_text())
     }
     assert files == ONE_PLACE[pattern]
+
+
+def test_the_buffers_of_streamed_weights():
+    """tests/engine/test_streamed_weights.py compares them with what is allocated."""
+    layer = ledger.streamed_layer_bytes(LLAMA_2_7B, "nf4", True, 2)
+    assert layer == pytest.approx(104.4e6, rel=1e-3)
+    assert ledger.streamed_layer_bytes(LLAMA_2_7B, "nf4", False, 2) == pytest.approx(113.8e6, rel=1e-2)
+    assert ledger.streamed_layer_bytes(LLAMA_2_7B, "none", False, 2) == 2 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    buffers = [ledger.streamed_bytes(LLAMA_2_7B, "nf4", True, 2, resident) for resident in (0, 30, 31, 32)]
+    assert buffers == [2 * layer, 2 * layer, layer, 0]
+    assert [ledger.aligned(size) for size in (0, 1, 256, 257)] == [0, 256, 256, 512]
+    with pytest.raises(AssertionError, match="8-bit weights are not streamed"):
+        ledger.streamed_layer_bytes(LLAMA_2_7B, "int8", False, 2)

@@ -203,7 +203,15 @@ def test_a_requested_engine_that_is_not_possible_is_refused(tiny_llama, rows, ca
         train(recipe_for(tiny_llama, rows, tmp_path / "run", *words), console=quiet, cache=cache)
     print(caught.value)
     assert "none of 2 decoder layers can be fused: q_proj is a" in str(caught.value)
-    assert "leave engine.policy and engine.embedding out" in str(caught.value.fix)
+    assert "leave engine.policy, engine.embedding and engine.weights out" in str(caught.value.fix)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a run on a CPU")
+def test_weights_on_the_host_of_a_cpu_are_refused(tiny_llama, rows, cache, tmp_path, quiet):
+    with pytest.raises(EngineError, match="the model is on a CPU: its weights are on the host already") as caught:
+        train(recipe_for(tiny_llama, rows, tmp_path / "run", "engine.weights=host"), console=quiet, cache=cache)
+    assert "engine.weights=device" in str(caught.value.fix)
     assert not (tmp_path / "run").exists()
 
 

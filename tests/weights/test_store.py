@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from nybble.kernels.operations import choose
 from nybble.weights.frozen import dequantised, float_tensors, is_quantised, scale_bytes
+from nybble.weights.packed import move_weights
 from nybble.weights.projections import read_group
 from nybble.weights.store import ResidentStore
 from nybble.weights.stored import (
@@ -104,6 +105,21 @@ def test_a_stored_weight_dequantises_like_the_loaded_one(kind, double):
     rows = dequantise_rows(tensors["second.weight"], state, [slice(0, 64), slice(64, 123)], DEVICE)
     assert torch.equal(torch.cat(list(rows)), dequantised(layer))
     assert read_state("first.weight", tensors) is None
+
+
+@pytest.mark.parametrize("kind, double", KINDS)
+def test_all_tensors_of_a_weight_move_together(kind, double):
+    module = Projections(kind, double, torch.bfloat16).to(DEVICE)
+    before = [tensor for weight in read_group(Watched(), module, NAMES).frozen for tensor in weight.every_tensor()]
+    assert len(before) == 2 * (2 if kind == "none" else 6 if double else 3)
+    for copy in (False, True):
+        move_weights([module.first, module.second], DEVICE, copy=copy)
+        after = [tensor for weight in read_group(Watched(), module, NAMES).frozen for tensor in weight.every_tensor()]
+        assert all(map(torch.equal, before, after))
+        places = [{tensor.data_ptr() for tensor in tensors} for tensors in (before, after)]
+        assert places[0].isdisjoint(places[1]) == copy
+    move_weights([module.first, module.second], torch.device("cpu"))
+    assert {part.device.type for part in module.state_dict().values()} == {"cpu"}
 
 
 def test_a_damaged_description_is_refused_with_the_reason():

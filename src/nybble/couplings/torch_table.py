@@ -13,7 +13,7 @@ TORCH = (
     ),
     Coupling(
         "reading parameters past their classes", "torch",
-        ("torch._C:DisableTorchFunctionSubclass",), ("generate/kept.py", "weights/watched.py"),
+        ("torch._C:DisableTorchFunctionSubclass",), ("generate/kept.py", "weights/packed.py", "weights/watched.py"),
         "bitsandbytes' parameters answer through a Python function, 2 us each", AT_START,
     ),
     Coupling(
@@ -30,7 +30,7 @@ TORCH = (
     ),
     Coupling(
         "version counters", "torch", ("torch:Tensor._version",),
-        ("engine/layer_function.py", "engine/workspace.py", "generate/kept.py"),
+        ("engine/layer_function.py", "engine/workspace.py", "generate/kept.py", "weights/packed.py"),
         "weights changed in place between forward and backward, or between two answers, would go unnoticed", AT_START,
     ),
     Coupling(
@@ -38,8 +38,8 @@ TORCH = (
         "gradients would be gathered at every access", AT_START,
     ),
     Coupling(
-        "what moves a module", "torch", ("torch.nn:Module._apply",), ("engine/embedding.py",),
-        "an embedding that should stay on the host would move to the device", AT_START, ("self", "fn", "recurse"),
+        "what moves a module", "torch", ("torch.nn:Module._apply",), ("engine/embedding.py", "weights/packed.py"),
+        "weights that should stay on the host would move to the device", AT_START, ("self", "fn", "recurse"),
     ),
     Coupling(
         "copies made by DataParallel", "torch", ("torch.nn:Module#_is_replica",), ("engine/batch_plan.py",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from nybble.engine.fusion import BatchReport, Fusion
 from nybble.engine.layer import BatchContext, FusedLayer, LayerCall, Shared, slots
 from nybble.engine.layer_forward import CALLS
 from nybble.engine.padding import PaddedAttention
-from nybble.engine.workspace import is_cacheable
 from nybble.errors import EngineError
 from nybble.plan.policies import LADDER
 
@@ -58,10 +58,20 @@ def begin_batch(backbone: LlamaModel, args: tuple[Any, ...], kwargs: dict[str, A
 def _plan_and_report(
     fusion: Fusion, backbone: LlamaModel, layers: Sequence[LlamaDecoderLayer], kwargs: Mapping[str, Any]
 ) -> BatchPlan:
-    """Plan a batch, record how it is computed, and warn about layers that are not fused."""
+    """Plan a batch, record how it is computed, and warn about layers that are not fused.
+
+    Raises:
+        EngineError: a layer would fall back, and the weights are on the host.
+    """
     if not torch.is_grad_enabled():  # evaluation and generation need the memory for other things
         fusion.shared.workspace.release()
     plan = plan_batch(fusion, backbone, layers, kwargs)
+    if fusion.shared.streamed is not None and plan.report.refusals:
+        raise EngineError(
+            "the original forward of the decoder layers needs their weights on the device, but they are on the host; "
+            f"the fused engine cannot compute this batch: {plan.report.refusals[0]}",
+            fix='nybble.fuse(model, weights="device"), or a batch that it can compute (docs/engine.md)',
+        )
     has_trained = torch.is_grad_enabled()
     if has_trained:
         for why in dict.fromkeys(plan.report.refusals):
@@ -97,7 +107,14 @@ def plan_batch(
     first = next(iter(fused.values()))
     device, sizes = first.norms[0].device, first.sizes
     if fusion.shared.device != device:  # fused before the model was moved
+        if fusion.shared.streamed is not None:
+            raise EngineError(
+                f"the model was moved to {device} while its weights were on the host for {fusion.shared.device}",
+                fix="nybble.unfuse(model) before it is moved, and nybble.fuse afterwards",
+            )
         fusion.shared, fusion.choices = Shared(device), {}
+    if fusion.shared.streamed is not None:
+        _check_adapters(fused.values(), device)
     dtype = _compute_type(first, residual)
     if dtype not in fusion.choices:
         fusion.choices[dtype] = choose(device, dtype, sizes.heads, sizes.key_heads, sizes.head_size)
@@ -107,8 +124,9 @@ def plan_batch(
     fusion.shared.workspace.cache([group for layer in cached for group in layer.groups.values()], dtype)
     _reserve(fusion.shared, list(fused.values()), max(map(len, tiles.values())), dtype)
     seed = _seed(fused.values())
+    numbers = {layer: number for number, layer in enumerate(layers)}
     calls = {
-        layer: LayerCall(fused[layer], batch, tiles[policy], policy, seed + 2**40 * index)
+        layer: LayerCall(fused[layer], numbers[layer], batch, tiles[policy], policy, seed + 2**40 * index)
         for index, (layer, policy) in enumerate(zip(fused, policies, strict=True))
     }
     saved = [policy for policy in policies if policy is not None]
@@ -134,6 +152,20 @@ def _layout(backbone: LlamaModel, kwargs: Mapping[str, Any]) -> BatchLayout:
             "rows are packed, which Transformers does not see while config.use_cache is on; pass use_cache=False"
         )
     return layout
+
+
+def _check_adapters(layers: Iterable[FusedLayer], device: torch.device) -> None:
+    """PEFT puts a new adapter beside its base layer's weight, so on the host.
+
+    Raises:
+        EngineError: an adapter is not on the device.
+    """
+    for part in itertools.chain.from_iterable(layer.parameters() for layer in layers):
+        if part.device != device:
+            raise EngineError(
+                f"an adapter that was added while the weights were on the host is on {part.device}, not on {device}",
+                fix=f'model.to("{device}"); the weights stay on the host',
+            )
 
 
 def _backend(choice: AttentionChoice, layout: BatchLayout) -> Backend:
@@ -165,6 +197,7 @@ def _share_memory(
     trained = [part for layer in layers for part in layer.parameters()]
     extra = batch.attention.padding_bytes(shape) if isinstance(batch.attention, PaddedAttention) else 0
     share = fusion.budget.share(shape, len(layers), batch.segments.tokens, trained, fusion.shared, extra)
+    is_cacheable = fusion.shared.workspace.is_cacheable
     cacheable = [layer for layer in layers if all(map(is_cacheable, layer.groups.values()))]
     return share.policies, cacheable[: share.cached_layers]
 

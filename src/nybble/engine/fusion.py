@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,6 +35,25 @@ class BatchReport:
     attention: str = ""
     cached_layers: int = 0
     """How many layers' weights stayed dequantised."""
+
+
+def compute_device(model: torch.nn.Module) -> torch.device:
+    """The device that a model's layers are computed on; Transformers' `device` is that of the embedding, which may be on the
+    host."""
+    for found in _fusions(model):
+        return found.shared.device
+    return next(model.parameters()).device
+
+
+def streams_weights(model: torch.nn.Module) -> bool:
+    """Whether a model's weights are on the host, so that only the fused engine can compute its layers."""
+    return any(found.shared.streamed is not None for found in _fusions(model))
+
+
+def _fusions(model: torch.nn.Module) -> Iterator[Fusion]:
+    for module in model.modules():
+        if isinstance(module, LlamaModel) and "nybble_fusion" in module.__dict__:
+            yield module.nybble_fusion
 
 
 @dataclass
@@ -77,6 +96,8 @@ class Fusion:
             lines.append(f"kept for backward: {self.policy_counts()}")
         if self.last.cached_layers:
             lines.append(f"spare memory keeps the weights of {self.last.cached_layers} layers dequantised")
+        if (streamed := self.shared.streamed) is not None:
+            lines.append(f"the weights of {streamed.streamed_layers} layers are on the host and streamed to the device")
         return "\n".join([*lines, *(f"{n} not fused: {why}" for why, n in Counter(self.last.refusals).items())])
 
     def policy_counts(self) -> str:

@@ -25,6 +25,7 @@ from nybble.plan.policies import tile
 from nybble.plan.shapes import LayerShape
 from nybble.weights.projections import ProjectionGroup
 from nybble.weights.store import ResidentStore
+from nybble.weights.streamed import StreamedStore
 
 GROUPS = ("qkv", "o", "gate_up", "down")
 # Several tiles alternate between the groups, which then need separate slots; qkv is never needed together with gate_up.
@@ -79,15 +80,22 @@ class Shared:
         operations: the kernels or their reference.
         reason: why these operations were chosen.
         workspace: where weights are dequantised.
+        streamed: the store of weights that are on the host, if any.
         offload: layer inputs on the host.
         has_seen_backward: whether any layer has run backward.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, streamed: StreamedStore | None = None) -> None:
+        """
+        Args:
+            device: where the layers are computed.
+            streamed: the store of weights that are on the host; without it they are on the device.
+        """
         self.device = device
         choice = ops.choose(device)
         self.operations, self.reason = choice.operations, str(choice)
-        self.workspace = Workspace(ResidentStore(self.operations), self.operations, device)
+        self.streamed = streamed
+        self.workspace = Workspace(streamed or ResidentStore(self.operations), self.operations, device)
         self.offload = ActivationOffload(device)
         self.has_seen_backward = False
         self._lock = threading.Lock()
@@ -109,8 +117,8 @@ class Shared:
             yield
 
     def __reduce__(self) -> Any:
-        """A copy of a model gets its own buffers and streams."""
-        return Shared, (self.device,)
+        """A copy of a model gets its own buffers and streams; with weights on the host it cannot be copied."""
+        return Shared, (self.device, self.streamed)
 
 
 @dataclass
@@ -145,6 +153,8 @@ class LayerCall:
     """One use of a layer."""
 
     layer: FusedLayer
+    number: int
+    """The layer's, in the backbone."""
     batch: BatchContext
     tiles: Sequence[slice]
     policy: str | None

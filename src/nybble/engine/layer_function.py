@@ -74,7 +74,7 @@ def _exclusive(x: torch.Tensor, shared: Shared) -> Iterator[None]:
 
 def run(call: LayerCall, x_mh: torch.Tensor, y_mh: torch.Tensor, policy: str | None) -> SavedActivations:
     """Write the layer's output into `y_mh`; returns what its policy keeps beside the input, or nothing without a policy."""
-    call.batch.shared.workspace.invalidate()
+    call.batch.shared.workspace.begin_layer(call.number, "inference" if policy is None else "forward")
     saved = SavedActivations()
     ranks = saved.ranks if policy in (KEEP_ALL, DROP_MLP, DROP_QKV) else None
     qkv = _project(call, x_mh, ranks)
@@ -100,7 +100,7 @@ def run_backward(
 ) -> tuple[torch.Tensor | None, AdapterGradients]:
     """Gradients of the layer's input x, (m, h), and of its adapters; consumes the saved activations."""
     layer, sums = call.layer, AdapterGradients(call.operations)
-    call.batch.shared.workspace.invalidate()
+    call.batch.shared.workspace.begin_layer(call.number, "backward")
     if saved.qkv is None:
         saved.qkv = _project(call, x_mh, saved.ranks)
     if saved.attended is None:

@@ -86,7 +86,10 @@ class Budget:
 
 
 def _free(device: torch.device, cached: int) -> int:
-    """Bytes that a batch may use, including those of the weights that stay dequantised now."""
+    """Bytes that a batch may use, including those of the weights that stay dequantised now.
+
+    Buffers for streamed weights are allocated when a model is fused, so they are not among them (`ledger.streamed_bytes`).
+    """
     if device.type == "cuda":
         return allocatable_bytes(device, SLACK) + cached
     return (host_memory().free + cached) // 2 // group_size()

@@ -8,9 +8,14 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from nybble.engine.layer import FusedLayer, LayerSizes
-from nybble.weights.projections import read_group
+from nybble.weights.projections import read_group, unwrapped
 from nybble.weights.watched import Ineligible, Watched, check_unhooked
 
+PROJECTIONS = {
+    "qkv": ("self_attn", ("q_proj", "k_proj", "v_proj")), "o": ("self_attn", ("o_proj",)),
+    "gate_up": ("mlp", ("gate_proj", "up_proj")), "down": ("mlp", ("down_proj",)),
+}  # fmt: skip
+"""Of each group: the module, and its projections in it."""
 CACHED_STATES = 2  # of a layer: DPO alternates between the adapter and the base at every step
 
 
@@ -74,18 +79,20 @@ def describe(layer: Any, watched: Watched) -> FusedLayer:
     weights = [watched.parameter(norm, "weight") for norm in norms]
     if any(watched.is_trained(weight) for weight in weights):
         raise Ineligible("its norms are trained")
-    groups = {
-        "qkv": read_group(watched, attention, ("q_proj", "k_proj", "v_proj")),
-        "o": read_group(watched, attention, ("o_proj",)),
-        "gate_up": read_group(watched, mlp, ("gate_proj", "up_proj")),
-        "down": read_group(watched, mlp, ("down_proj",)),
-    }
+    parents = {"self_attn": attention, "mlp": mlp}
+    groups = {group: read_group(watched, parents[parent], names) for group, (parent, names) in PROJECTIONS.items()}
     config, (first, second) = attention.config, norms
     sizes = LayerSizes(
         config.num_attention_heads, config.num_key_value_heads, attention.head_dim, groups["qkv"].inputs,
         groups["down"].inputs, (first.variance_epsilon, second.variance_epsilon),
     )  # fmt: skip
     return FusedLayer(groups, (weights[0], weights[1]), sizes)
+
+
+def base_layers(layer: torch.nn.Module) -> list[torch.nn.Module]:
+    """The linear layers of a decoder layer that `describe` accepts, without PEFT's wrappers."""
+    found = [layer.get_submodule(f"{parent}.{name}") for parent, names in PROJECTIONS.values() for name in names]
+    return [unwrapped(module) for module in found]
 
 
 def _check_attention(attention: Any, watched: Watched) -> None:

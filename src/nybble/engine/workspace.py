@@ -19,7 +19,7 @@ import torch
 from nybble.kernels.operations import Operations
 from nybble.kernels.reference import LowRank
 from nybble.weights.projections import ProjectionGroup
-from nybble.weights.store import WeightStore
+from nybble.weights.store import Pass, WeightStore
 
 
 class AugmentedMatrix:
@@ -82,9 +82,15 @@ class Workspace:
         self._current: dict[str, tuple[ProjectionGroup, AugmentedMatrix]] = {}
         self._cached: dict[tuple[int, torch.dtype], CachedMatrix] = {}
 
-    def invalidate(self) -> None:
-        """A layer starts: the slots contain another layer's weights, or adapters from before the optimiser's step."""
+    def begin_layer(self, number: int, passing: Pass) -> None:
+        """A layer starts: the slots contain another layer's weights, or adapters from before the optimiser's step.
+
+        Args:
+            number: the layer's, in the backbone.
+            passing: what it is used for.
+        """
         self._current.clear()
+        self._store.begin_layer(number, passing)
 
     def cache(self, groups: Sequence[ProjectionGroup], dtype: torch.dtype) -> None:
         """A batch starts: let the weights of these groups stay dequantised, and no others."""
@@ -94,6 +100,15 @@ class Workspace:
             if key not in self._cached:
                 self._cached[key] = CachedMatrix(group, dtype, self.device)
             self._cached[key].check()
+
+    def is_cacheable(self, group: ProjectionGroup) -> bool:
+        """Whether its weights may stay dequantised: they are all in 4 bits (copies of others would be no faster), on the device
+        (memory that is left should first hold them there), and not inference tensors, which have no version counters."""
+        return (
+            all(weight.is_quantised for weight in group.frozen)
+            and self._store.is_resident(group)
+            and not any(tensor.is_inference() for tensor in group.stored())
+        )
 
     def release(self) -> None:
         """Free the weights that stay dequantised."""
@@ -157,14 +172,6 @@ class Workspace:
                 for adapter in group.adapters
             ]
             self._operations.pack_adapters(low_rank, whole, group.outputs, group.inputs)
-
-
-def is_cacheable(group: ProjectionGroup) -> bool:
-    """Whether its weights may stay dequantised: they are all in 4 bits (copies of others would be no faster), and not inference
-    tensors, which have no version counters."""
-    return all(weight.is_quantised for weight in group.frozen) and not any(
-        tensor.is_inference() for tensor in group.stored()
-    )
 
 
 def _shape(group: ProjectionGroup) -> tuple[int, int]:

@@ -20,6 +20,8 @@ from transformers import (
     TextGenerationPipeline,
 )
 
+from nybble.engine.fusion import compute_device, streams_weights
+
 BASE = "__base__"  # PEFT's name, in a mixed batch, of rows without an adapter
 
 
@@ -29,12 +31,15 @@ class TokenPipeline(TextGenerationPipeline):  # type: ignore[misc]
     def __init__(self, model: PreTrainedModel | PeftModel, pad_id: int) -> None:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         # Without a device the pipeline would move the model to the first GPU, unless Accelerate has placed it.
-        device = None if getattr(base, "hf_device_map", None) is not None else base.device
+        device = None if getattr(base, "hf_device_map", None) is not None else compute_device(base)
         super().__init__(model=base, device=device)
         self.model = (
             model  # set afterwards: the pipeline does not accept PEFT's class, whose generate takes adapter names
         )
         self.pad_id = pad_id
+        self.has_cache = not streams_weights(base)
+        """Whether keys and values are kept from token to token. Without them each token computes its whole row again: the fused
+        layers build no cache, and others cannot compute while the weights are on the host."""
 
     def generate(
         self,
@@ -45,7 +50,7 @@ class TokenPipeline(TextGenerationPipeline):  # type: ignore[misc]
         adapters: Sequence[str | None] | None = None,
     ) -> None:
         """Generate for all prompts in one padded batch, greedily. A common prefix of all prompts is computed once, or once for
-        each adapter.
+        each adapter; without a cache nothing is shared.
 
         Args:
             prompts: token ids.
@@ -54,13 +59,14 @@ class TokenPipeline(TextGenerationPipeline):  # type: ignore[misc]
             delivery: receives the tokens, and says which rows are done.
             adapters: one per prompt, None for the base; without it, the active adapter answers all.
         """
-        shared = common_prefix(prompts) if len(prompts) > 1 else 0
+        shared = common_prefix(prompts) if len(prompts) > 1 and self.has_cache else 0
         ids, mask = pad_after(prompts, shared, self.pad_id)
         names = None if adapters is None else [BASE if name is None else name for name in adapters]
         # `delivery` ends each row at its own stops. Without an eos_token_id generate would use the model's; no token has this id.
         options = {
             "do_sample": False, "max_new_tokens": max_tokens, "eos_token_id": int(self.model.config.vocab_size),
-            "pad_token_id": self.pad_id, "use_cache": True, "logits_processor": [sampler], "stopping_criteria": [delivery],
+            "pad_token_id": self.pad_id, "use_cache": self.has_cache,
+            "logits_processor": [sampler], "stopping_criteria": [delivery],
         }  # fmt: skip
         with torch.no_grad():
             if shared:

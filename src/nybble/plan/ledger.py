@@ -77,6 +77,47 @@ def stored_weight(projection: Projection, quantization: str, double_quantization
     return StoredWeight(packed.codes, packed.absmax + packed.nested_absmax, tables)
 
 
+STAGING_BUFFERS = 2  # on the device, with one layer's weights each: one is read while the other is filled
+STAGING_ALIGNMENT = 256  # bytes: where each tensor starts in such a buffer
+
+
+def aligned(size: int) -> int:
+    """Bytes of a tensor with the gap to the next one, where weights are streamed."""
+    return _ceil_div(size, STAGING_ALIGNMENT) * STAGING_ALIGNMENT
+
+
+def streamed_layer_bytes(shape: ModelShape, quantization: str, double_quantization: bool, element: int) -> int:
+    """A decoder layer's weights in one buffer, which is copied to the device at once: 104 MB on Llama 2 7B in NF4.
+
+    Args:
+        shape: the model's sizes.
+        quantization: nf4, fp4 or none; layers in int8 are not fused.
+        double_quantization: as for `stored_weight`.
+        element: bytes of a number that is not quantised.
+    """
+    assert quantization != "int8", "8-bit weights are not streamed"
+    total = 0
+    for projection in shape.projections.values():
+        if quantization == "none":
+            total += aligned(projection.parameters * element)
+            continue
+        packed = packed_weight(projection.parameters, nested_block=ABSMAX_BLOCK if double_quantization else 0)
+        total += sum(map(aligned, packed)) + (aligned(OFFSET) if double_quantization else 0)
+    return total
+
+
+def streamed_bytes(
+    shape: ModelShape, quantization: str, double_quantization: bool, element: int, resident_layers: int = 0
+) -> int:
+    """Device bytes of the buffers for weights that are on the host; other arguments as for `stored_weight`.
+
+    Args:
+        resident_layers: how many layers' weights stay on the device; they come on top.
+    """
+    buffers = min(STAGING_BUFFERS, shape.layers - resident_layers)
+    return buffers * streamed_layer_bytes(shape, quantization, double_quantization, element)
+
+
 @dataclass(frozen=True)
 class BaseBytes:
     """The bytes of a frozen base in memory, by item."""

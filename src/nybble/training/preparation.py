@@ -138,7 +138,7 @@ def fuse_layers(model: PeftModel, recipe: Recipe, console: Console) -> Fusion | 
         print_engine(console, None, "engine.fused=false")
         return None
     try:
-        fuse(model, recipe.engine.policy, embedding=recipe.engine.embedding)
+        fuse(model, recipe.engine.policy, embedding=recipe.engine.embedding, weights=recipe.engine.weights)
     except EngineError as error:
         if recipe.engine.is_customised:
             raise
@@ -152,7 +152,7 @@ def fuse_layers(model: PeftModel, recipe: Recipe, console: Console) -> Fusion | 
         if recipe.engine.is_customised:
             raise EngineError(
                 f"none of {result.fallen_back} decoder layers can be fused: {why}",
-                fix="leave engine.policy and engine.embedding out: the layers are then computed by Transformers",
+                fix="leave engine.policy, engine.embedding and engine.weights out: the layers are then computed by Transformers",
             )
         print_engine(console, None, why)
         return None

@@ -41,6 +41,14 @@ class FrozenWeight:
         if self.nested is not None:
             yield self.nested.absmax
 
+    def every_tensor(self) -> Iterator[torch.Tensor]:
+        """As `tensors`, and the tables that are the same for all weights."""
+        yield from self.tensors()
+        if self.code is not None:
+            yield self.code
+        if self.nested is not None:
+            yield from (self.nested.code, self.nested.offset)
+
 
 def read_frozen(watched: Watched, name: str, layer: Any) -> FrozenWeight:
     """A linear layer's weight in 4 or 16 bits.
@@ -117,7 +125,7 @@ def dequantised(layer: Linear4bit) -> torch.Tensor:
 
 def scale_bytes(weight: torch.Tensor) -> int:
     """Bytes of a 4-bit weight's scales, nested ones included; 0 for other weights."""
-    return sum(state.absmax.numel() * state.absmax.element_size() for state in _states(weight))
+    return sum(state.absmax.numel() * state.absmax.element_size() for state in states(weight))
 
 
 def float_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -128,14 +136,14 @@ def float_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             if scales is not None:
                 yield f"{name}.weight", scales
     for name, parameter in model.named_parameters():
-        states = list(_states(parameter))
-        if not states:
+        quantised = list(states(parameter))
+        if not quantised:
             yield name, parameter.detach()
-        for state in states:
+        for state in quantised:
             yield from ((name, part) for part in (state.absmax, state.offset) if part is not None)
 
 
-def _states(weight: torch.Tensor) -> Iterator[Any]:
+def states(weight: torch.Tensor) -> Iterator[Any]:
     """bitsandbytes' states of a 4-bit weight: that of its scales, and that of the scales' own scales."""
     state = getattr(weight, "quant_state", None)
     while state is not None:

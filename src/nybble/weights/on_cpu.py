@@ -60,7 +60,7 @@ def temporarily_dequantised(model: PreTrainedModel | PeftModel) -> Iterator[None
 def _replace_if_it_fits(model: PreTrainedModel | PeftModel) -> list[tuple[torch.nn.Module, str, Linear4bit]]:
     """Replace 4-bit layers by plain ones; returns the 4-bit ones with parent and name, none if nothing was replaced."""
     layers = list(linear4bits(model))
-    if not layers or any(layer.weight.device.type != "cpu" for layer in layers):
+    if not layers or any(part.device.type != "cpu" for part in model.parameters()):  # those of a GPU may be on the host
         return []
     dtype = model.get_input_embeddings().weight.dtype
     # In a checkpoint that came quantised, 4-bit layers may cast to another type and back.

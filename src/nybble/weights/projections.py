@@ -83,6 +83,11 @@ def read_group(watched: Watched, parent: torch.nn.Module, names: Sequence[str]) 
     )  # fmt: skip
 
 
+def unwrapped(module: Any) -> Any:
+    """A linear layer without PEFT's wrapper."""
+    return module.base_layer if isinstance(module, LoraLayer) else module
+
+
 def _read_adapter(watched: Watched, name: str, module: Any, base: Any, output: int, rank: int) -> ActiveAdapter | None:
     check_unhooked(watched, name, module)
     merged = watched.sequence(watched.attribute(module, "merged_adapters"))
@@ -117,7 +122,7 @@ def read_named_adapters(parent: Any, names: Sequence[str], adapter: str) -> tupl
     watched, found, output, rank = Watched(), [], 0, 0
     for name in names:
         module = watched.module(parent, name)
-        base = module.base_layer if isinstance(module, LoraLayer) else module
+        base = unwrapped(module)
         if isinstance(module, LoraLayer):
             check_lora(module)
             check_unhooked(watched, name, module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -10,9 +10,23 @@ from nybble.kernels.operations import Operations
 from nybble.weights.frozen import FrozenWeight
 from nybble.weights.projections import ProjectionGroup
 
+Pass = Literal["forward", "backward", "inference"]
+"""What a layer is used for: a forward that its backward follows, that backward, or a forward that no backward follows."""
+
 
 class WeightStore(Protocol):
     """Writes weights into buffers on the device; the engine's workspace gets them nowhere else."""
+
+    def begin_layer(self, number: int, passing: Pass) -> None:
+        """A layer starts; until the next one does, only its groups are written.
+
+        Args:
+            number: the layer's, in the backbone.
+            passing: what it is used for; with the number it tells which layers are next.
+        """
+
+    def is_resident(self, group: ProjectionGroup) -> bool:
+        """Whether all of the group's weights are on the device."""
 
     def write(self, group: ProjectionGroup, out_nk: torch.Tensor) -> None:
         """Write the weights of a group, dequantised, one projection below the other.
@@ -28,6 +42,13 @@ class ResidentStore:
 
     def __init__(self, operations: Operations) -> None:
         self._operations = operations
+
+    def begin_layer(self, number: int, passing: Pass) -> None:
+        """See `WeightStore.begin_layer`; there is nothing to do."""
+
+    def is_resident(self, group: ProjectionGroup) -> bool:
+        """See `WeightStore.is_resident`."""
+        return True
 
     def write(self, group: ProjectionGroup, out_nk: torch.Tensor) -> None:
         """See `WeightStore.write`; one kernel launch per projection."""

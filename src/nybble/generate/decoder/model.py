@@ -11,15 +11,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRMSNorm
 
-from nybble.engine.layer import GROUPS
-from nybble.engine.reader import describe
+from nybble.engine.fusion import streams_weights
+from nybble.engine.reader import PROJECTIONS, describe
 from nybble.weights.projections import ActiveAdapter, ProjectionGroup, read_named_adapters
 from nybble.weights.watched import Ineligible, Watched, check_unhooked, only_requires_gradients
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others' frequencies change with the length
-PROJECTIONS = {
-    "qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",),
-}  # fmt: skip
 NamedAdapters = Mapping[str, tuple[ActiveAdapter, ...]]
 
 
@@ -94,6 +91,10 @@ def read_model(model: PreTrainedModel | PeftModel) -> DecoderModel:
     if type(base) is not LlamaForCausalLM:
         raise Ineligible(f"the model is a {type(base).__name__}, not a LlamaForCausalLM")
     inner, config = base.model, base.config
+    if streams_weights(base):
+        raise Ineligible("its weights are on the host")
+    if inner.embed_tokens.weight.device != inner.norm.weight.device:
+        raise Ineligible("its embedding is on the host")
     names = tuple(model.peft_config) if isinstance(model, PeftModel) else ()
     _check_outside(base)
     plain = [describe(layer, _Reading()) for layer in inner.layers]
@@ -113,10 +114,9 @@ def read_model(model: PreTrainedModel | PeftModel) -> DecoderModel:
 
 
 def _read_adapters(layer: Any, names: Sequence[str]) -> Mapping[str, NamedAdapters]:
-    parents = {"qkv": layer.self_attn, "o": layer.self_attn, "gate_up": layer.mlp, "down": layer.mlp}
     return {
-        group: {name: read_named_adapters(parents[group], PROJECTIONS[group], name) for name in names}
-        for group in GROUPS
+        group: {name: read_named_adapters(layer.get_submodule(parent), projections, name) for name in names}
+        for group, (parent, projections) in PROJECTIONS.items()
     }
 
 

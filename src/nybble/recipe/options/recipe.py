@@ -97,8 +97,17 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         "engine.embedding: host works with one process only; DDP needs all parameters on one device",
     )
     yield (
+        recipe.engine.weights == "host" and train.processes > 1,
+        "engine.weights: host works with one process only; DDP needs all parameters on one device",
+    )
+    yield (
+        recipe.engine.weights == "host" and bool(train.eval_tasks),
+        "train.eval_tasks: lm-eval builds a key-value cache, which engine.weights=host cannot; leave them out, and score the "
+        "finished run with nybble eval",
+    )
+    yield (
         not recipe.engine.fused and recipe.engine.is_customised,
-        "engine: policy and embedding have no effect, because engine.fused is false",
+        "engine: policy, embedding and weights have no effect, because engine.fused is false",
     )
     for name, text in (("model.path", recipe.model.path), ("adapter", recipe.adapter), ("out", recipe.out)):
         yield (
