@@ -84,14 +84,23 @@ def test_json_has_the_same_numbers(here):
 
 
 def test_what_does_not_fit_says_what_would(here):
-    shorter = here("plan", "llama-3-8b", "--vram", "6GB", "data.max_length=8192")
+    shorter = here("plan", "llama-3-8b", "--vram", "6GB", "data.max_length=8192", "train.eval_tasks=arc_easy")
     assert shorter.returncode == 1
     assert "with shorter rows: as written it does not fit" in shorter.stdout
     assert "data.max_length=" in shorter.stdout.splitlines()[-1]
     never = here("plan", "llama-2-70b", "--vram", "24GB")
     assert never.returncode == 1
-    assert "it does not fit, however lean; take a smaller model" in never.stdout
+    assert (
+        "it does not fit while it is loaded, before its weights move to the host; take a smaller model" in never.stdout
+    )
     assert "run       " not in never.stdout
+
+
+def test_weights_on_the_host_are_planned_as_the_ledger_has_them(here):
+    plan = json.loads(here("plan", "llama-2-7b", "--json", "engine.weights=host", "engine.policy=host").stdout)
+    assert plan["moments"]["step"]["two layers' weights, from the host"] == 2 * 104_409_856
+    assert "weights" not in plan["moments"]["step"]
+    assert plan["moments"]["loading"]["weights"] > 3e9
 
 
 def test_a_folder_and_the_hub_are_read_by_their_config_alone(here, tmp_path):

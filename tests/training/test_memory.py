@@ -53,7 +53,7 @@ def test_with_a_limit_the_recipe_is_made_to_fit():
 
 def test_what_does_not_fit_ends_before_anything_is_loaded():
     with pytest.raises(TrainingError) as error:
-        planned("train.vram=4.6GB")
+        planned("train.vram=4.6GB", "train.eval_tasks=arc_easy")  # with which weights cannot be streamed
     print(error.value)
     assert "as written the run does not fit into 4.60 GB" in str(error.value)
     assert "nybble train meta-llama/Llama-2-7b-hf my.jsonl data.max_length=1536" in str(error.value)
@@ -62,6 +62,13 @@ def test_what_does_not_fit_ends_before_anything_is_loaded():
         planned("train.vram=3GB")
     with pytest.raises(RecipeError, match=r"this machine has 25\.00 GB"):
         planned("train.vram=40GB")
+
+
+def test_weights_move_to_the_host_where_nothing_else_fits():
+    assert planned("train.vram=5GB").plan.recipe.engine.weights == "device"
+    memory = planned("train.vram=4.5GB")
+    assert memory.plan.recipe.engine.weights == "host"
+    assert "engine.weights=host" in memory.line
 
 
 def test_a_limit_is_refused_where_there_is_nothing_to_limit():

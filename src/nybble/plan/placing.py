@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,9 @@ SHORTEST = 128  # tokens of a row, below which nobody trains to save memory
 SMALL_BATCH = 4096
 """Tokens of a micro batch below which launches cost time: on an H100 1 x 2,048 reached 0.75 of the rate of 4 x 2,048."""
 SMALL_BATCH_COST, HOST_EMBEDDING_COST = 1 / 3, 0.01  # in shares of the time of a step
+STREAMED_OPERATIONS = 20_000
+"""Operations that a GPU computes while a byte comes from the host: 500 TFLOP/s over 25 GB/s, a fast card on a common link. With
+slower cards the copies are hidden sooner."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,15 @@ class Option:
         time = products_per_token(self.work.layer, self.work.shape, self.placement.policies)
         if self.work.tokens < SMALL_BATCH:
             time *= 1 + SMALL_BATCH_COST * (1 - self.work.tokens / SMALL_BATCH) * 2
-        return time * (1 + HOST_EMBEDDING_COST * self.work.embedding_on_host)
+        time *= 1 + HOST_EMBEDDING_COST * self.work.embedding_on_host
+        return max(time, self._copies) if self.work.weights_on_host else time
+
+    @property
+    def _copies(self) -> float:
+        """The time of the copies of a micro batch, by token: each layer's weights come twice, for forward and for backward."""
+        work = self.work
+        layer = ledger.streamed_layer_bytes(work.shape, work.quantization, work.double_quantization, work.element)
+        return 2 * work.shape.layers * layer * STREAMED_OPERATIONS / work.tokens
 
 
 def place(work: Work, policy: str, limit: int | None) -> Placement:
@@ -57,7 +69,8 @@ def place(work: Work, policy: str, limit: int | None) -> Placement:
     policies, needed = divide(work.layer, layers, work.tokens, free, loss_peak(work))
     spare = free - max(needed, ledger.MOMENTS * work.trained)
     keeps_all = set(policies) == {KEEP_ALL}
-    cached = min(layers, spare // ledger.dequantised_bytes(work.layer)) if keeps_all else 0
+    may_cache = keeps_all and not work.weights_on_host
+    cached = min(layers, spare // ledger.dequantised_bytes(work.layer)) if may_cache else 0
     return Placement(policies, max(0, cached))
 
 
@@ -79,10 +92,15 @@ def as_written(recipe: Recipe, shape: ModelShape, limit: int | None, rows: Rows)
 def fastest(recipe: Recipe, shape: ModelShape, limit: int, rows: Rows) -> Option | None:
     """The fastest way to take the same steps within a limit; None if there is none.
 
-    Micro batches may get smaller, with as many rows in a step; the embedding may move to the host; layers may keep less.
+    Micro batches may get smaller, with as many rows in a step; the embedding may move to the host; layers may keep less. Weights
+    move to the host only where nothing else fits: what streaming costs has not been measured yet.
     """
-    fitting = [option for option in _same_steps(recipe, shape, limit, rows) if option.prediction.peak.total <= limit]
-    return min(fitting, key=lambda option: (option.cost, len(option.changes)), default=None)
+    for weights in dict.fromkeys((recipe.engine.weights, "host")):
+        options = _same_steps(recipe, shape, limit, rows, weights)
+        fitting = [option for option in options if option.prediction.peak.total <= limit]
+        if fitting:
+            return min(fitting, key=lambda option: (option.cost, len(option.changes)))
+    return None
 
 
 def changes_that_fit(recipe: Recipe, shape: ModelShape, limit: int, rows: Rows) -> Option | None:
@@ -102,19 +120,23 @@ def _shortened(recipe: Recipe, shape: ModelShape, limit: int, length: int) -> Op
     return fastest(changed(recipe, {"data.max_length": str(length)}), shape, limit, Rows())
 
 
-def _same_steps(recipe: Recipe, shape: ModelShape, limit: int, rows: Rows) -> Iterator[Option]:
+def _same_steps(recipe: Recipe, shape: ModelShape, limit: int, rows: Rows, weights: str) -> Iterator[Option]:
     train, engine = recipe.train, recipe.engine
     whole = train.micro_batch * train.accumulation
     sizes = [size for size in range(train.micro_batch, 0, -1) if whole % size == 0]
-    movable = engine.embedding == "device" and train.processes == 1 and not shape.tied
+    alone = train.processes == 1
+    movable = engine.embedding == "device" and alone and not shape.tied
+    if weights == "host" and not (alone and not train.eval_tasks):
+        return
+    place = {} if weights == engine.weights else {"engine.weights": weights}
     for size in sizes:
         batch = {} if size == train.micro_batch else {
             "train.micro_batch": str(size), "train.accumulation": str(whole // size),
         }  # fmt: skip
         policy = {} if engine.policy == "auto" else {"engine.policy": "auto"}
-        for embedding in ({}, *([{"engine.embedding": "host"}] if movable else [])):
-            for changes in ({**batch, **embedding}, *([{**batch, **embedding, **policy}] if policy else [])):
-                yield _option(recipe, shape, limit, rows, changes)
+        embeddings = [{}, {"engine.embedding": "host"}] if movable else [{}]
+        for embedding, kept in itertools.product(embeddings, [{}, policy] if policy else [{}]):
+            yield _option(recipe, shape, limit, rows, batch | place | embedding | kept)
 
 
 def _option(recipe: Recipe, shape: ModelShape, limit: int | None, rows: Rows, changes: dict[str, str]) -> Option:

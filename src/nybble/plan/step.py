@@ -7,7 +7,7 @@ tokens (tests/plan/measured.py): the largest error is 1.8%.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nybble.plan import ledger
 from nybble.plan.policies import tile
@@ -23,9 +23,11 @@ KEPT, BACKWARD, RESIDUAL, FORWARD = (
     "one layer's forward",
 )
 WORKSPACE, CACHED, QUANTISED = "a layer's weights, dequantised", "weights that stay dequantised", "a weight in 16 bits"
-ITEMS = (WEIGHTS, SCALES, EMBEDDING, HEAD, NORMS, ADAPTERS, GRADIENTS, OPTIMIZER, KEPT, BACKWARD, FORWARD, RESIDUAL, WORKSPACE,
-         CACHED, QUANTISED, OTHERS)  # fmt: skip
+STAGING = "two layers' weights, from the host"
+ITEMS = (WEIGHTS, SCALES, STAGING, EMBEDDING, HEAD, NORMS, ADAPTERS, GRADIENTS, OPTIMIZER, KEPT, BACKWARD, FORWARD, RESIDUAL,
+         WORKSPACE, CACHED, QUANTISED, OTHERS)  # fmt: skip
 """The items of every moment, in the order in which they are shown."""
+LOADING = "loading"
 STREAMS = 3
 """Tensors of the residual stream's size beside those of a layer's backward: 25 kB a token on a 7B, whether 8,192 or 120,000."""
 LIBRARIES = 120_000_000  # bytes: cuBLAS's workspaces, and what the allocator loses to rounding
@@ -49,6 +51,7 @@ class Work:
     evaluated: int
     """Tokens of the largest batch of validation rows; 0 if nothing is held out."""
     embedding_on_host: bool
+    weights_on_host: bool
 
     @property
     def element(self) -> int:
@@ -81,6 +84,7 @@ def work_of(recipe: Recipe, shape: ModelShape, longest: int | None = None, token
         tokens=rows if tokens is None else tokens,
         evaluated=0 if recipe.data.validation in (0, 0.0) else max(min(rows, EVALUATED_TOKENS), longest),
         embedding_on_host=recipe.engine.embedding == "host",
+        weights_on_host=recipe.engine.weights == "host",
     )
 
 
@@ -88,6 +92,7 @@ def unplanned(recipe: Recipe) -> str | None:
     """What in a recipe has no plan yet, with the reason; None if it has one."""
     cases = (
         (not recipe.engine.fused, "engine.fused=false: Transformers computes the layers"),
+        (recipe.model.quantization == "int8", "model.quantization=int8: Transformers computes the layers"),
         (recipe.lora.dora, "lora.dora=true: Transformers computes the layers"),
         (recipe.adapter is not None, f"adapter={recipe.adapter}: its rank and targets are not in the recipe"),
     )
@@ -145,8 +150,12 @@ def held(work: Work) -> dict[str, int]:
     """What stays on the device from the first step to the last, but for the optimiser's state."""
     base = ledger.base_bytes(work.shape, work.quantization, work.double_quantization, work.element)
     embedding = 0 if work.embedding_on_host else base.embedding
+    codes, scales, staged = base.codes, base.absmax + base.tables, 0
+    if work.weights_on_host:
+        staged = ledger.streamed_bytes(work.shape, work.quantization, work.double_quantization, work.element)
+        codes = scales = 0
     return _without_zeros({
-        WEIGHTS: base.codes, SCALES: base.absmax + base.tables, EMBEDDING: embedding, HEAD: base.head,
+        WEIGHTS: codes, SCALES: scales, STAGING: staged, EMBEDDING: embedding, HEAD: base.head,
         NORMS: base.norms + base.biases, ADAPTERS: ledger.ADAPTER * work.trained, OTHERS: LIBRARIES,
     })  # fmt: skip
 
@@ -158,10 +167,10 @@ def _optimizer(work: Work) -> dict[str, int]:
 def _loading(work: Work) -> Moment:
     """One weight at a time is quantised, from its 16 bits; or the copy is read in its own size."""
     widest = max(projection.parameters for projection in work.shape.projections.values())
-    items = {name: count for name, count in held(work).items() if name != ADAPTERS}
-    base = ledger.base_bytes(work.shape, work.quantization, work.double_quantization, work.element)
-    items |= {EMBEDDING: base.embedding, QUANTISED: 0 if work.quantization == "none" else 2 * widest}
-    return Moment("loading", items)
+    # Weights and embedding move to the host only once all is loaded.
+    loaded = held(replace(work, embedding_on_host=False, weights_on_host=False))
+    items = {name: count for name, count in loaded.items() if name != ADAPTERS}
+    return Moment(LOADING, {**items, **_without_zeros({QUANTISED: 0 if work.quantization == "none" else 2 * widest})})
 
 
 def _step(work: Work, placement: Placement) -> dict[str, int]:

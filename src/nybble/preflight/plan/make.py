@@ -122,6 +122,6 @@ def _leanest(recipe: Recipe, shape: ModelShape, limit: int) -> Option:
     changes = {
         "data.max_length": str(SHORTEST), "train.micro_batch": "1",
         "train.accumulation": str(train.micro_batch * train.accumulation),
-        **({} if shape.tied else {"engine.embedding": "host"}), "engine.policy": "host",
+        **({} if shape.tied else {"engine.embedding": "host"}), "engine.weights": "host", "engine.policy": "host",
     }  # fmt: skip
     return replace(as_written(changed(recipe, changes), shape, limit, Rows()), changes=changes)
