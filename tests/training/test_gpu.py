@@ -104,3 +104,25 @@ def test_more_processes_than_gpus_is_one_message(tiny_llama, rows, tmp_path):
     assert "has no GPU of its own" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("words", [(), ("engine.policy=host",), ("engine.weights=host",), ("train.vram=1GB",)], ids=str)
+def test_the_plan_is_kept_with_what_was_reserved(tiny_llama, rows, tmp_path, words):
+    """In a process of its own: what other tests left with the allocator would count."""
+    options = [
+        tiny_llama,
+        rows,
+        f"out={tmp_path / 'run'}",
+        "data.max_length=128",
+        "train.max_steps=4",
+        "train.samples=0",
+        *words,
+    ]
+    result = nybble("train", *options, home=tmp_path)
+    print(result.stdout, result.stderr)
+    assert result.returncode == 0
+    assert "\nmemory    " in result.stdout
+    assert " GB planned (" in result.stdout
+    memory = json.loads((tmp_path / "run" / "summary.json").read_text())["memory"]
+    assert memory["measured_gb"] < 1
+    assert memory["predicted_gb"] < 1, "the model is tiny; how right plans are is measured by larger ones"

@@ -11,7 +11,7 @@ from nybble.plan.known_models import KNOWN
 from nybble.plan.placing import Rows
 from nybble.preflight.plan.make import RowFacts
 from nybble.recipe import load_recipe
-from nybble.training.memory import plan_memory, plan_within
+from nybble.training.memory import check_limit, plan_memory, plan_within
 from nybble.training.messages import memory_text
 
 SHAPE = KNOWN["llama-2-7b"].shape
@@ -74,11 +74,12 @@ def test_weights_move_to_the_host_where_nothing_else_fits():
 def test_a_limit_is_refused_where_there_is_nothing_to_limit():
     recipe = load_recipe(None, [*WORDS, "train.vram=8GB"])
     with pytest.raises(RecipeError, match=r"this run has model\.device=cpu"):
-        plan_memory(recipe, SHAPE, FACTS, torch.device("cpu"))
+        check_limit(recipe, torch.device("cpu"))
     plain = load_recipe(None, [*WORDS, "train.vram=8GB", "engine.fused=false"])
     with pytest.raises(RecipeError, match="Transformers computes the layers"):
-        plan_memory(plain, SHAPE, FACTS, torch.device("cuda"))
-    assert plan_memory(load_recipe(None, list(WORDS)), SHAPE, FACTS, torch.device("cpu")) is None
+        check_limit(plain, torch.device("cuda"))
+    assert plan_memory(plain, SHAPE, None, None, torch.device("cuda"), None) is None
+    assert plan_memory(load_recipe(None, list(WORDS)), SHAPE, None, None, torch.device("cpu"), None) is None
 
 
 def test_the_plan_is_compared_with_what_was_reserved():

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 
 import torch
 
+from nybble.data.sets.prepare import Prepared
 from nybble.errors import RecipeError, TrainingError
 from nybble.plan.free_memory import Memory, device_memory
 from nybble.plan.placing import changed
+from nybble.plan.schedule import Schedule
 from nybble.plan.shapes import ModelShape
 from nybble.plan.step import BACKWARD, KEPT, unplanned
 from nybble.preflight.plan.card import Card, limit_bytes
 from nybble.preflight.plan.make import RowFacts, RunPlan, make_plan
 from nybble.preflight.plan.report import command, one_line
+from nybble.preflight.plan.rows import row_facts
 from nybble.recipe import Recipe
 from nybble.run.summary import MemorySummary
 from nybble.terminal import bytes_text
@@ -62,33 +65,47 @@ class MemoryPlan:
         )
 
 
-def plan_memory(
-    recipe: Recipe, shape: ModelShape, facts: RowFacts, device: torch.device, stored: str | None = None
-) -> MemoryPlan | None:
-    """The plan of a run; None on a CPU, and for what is not planned.
-
-    Args:
-        recipe: the recipe.
-        shape: the base's sizes.
-        facts: the rows.
-        device: where it trains.
-        stored: how the checkpoint came quantised; None if it did not.
+def check_limit(recipe: Recipe, device: torch.device) -> None:
+    """Refuse a limit that cannot be kept to, before anything is read.
 
     Raises:
-        RecipeError: the recipe limits a GPU's memory, but there is none, or the plan does not know it.
-        TrainingError: nothing fits into the limit; it names what would.
+        RecipeError: the recipe limits a GPU's memory, but there is none, or what it asks for has no plan.
     """
-    what = "model.device=cpu" if device.type != "cuda" else unplanned(recipe)
-    if what is None:
-        if stored is not None:
-            recipe = changed(recipe, {"model.quantization": stored})
-        return plan_within(recipe, shape, facts, device_memory(device), torch.cuda.get_device_name(device))
-    if recipe.train.vram is not None:
+    what = _unplanned_on(recipe, device)
+    if what is not None and recipe.train.vram is not None:
         raise RecipeError(
             f"train.vram={recipe.train.vram} limits the memory of a GPU that nybble plans, but this run has {what}",
             fix="leave train.vram out",
         )
-    return None
+
+
+def plan_memory(
+    recipe: Recipe, shape: ModelShape, data: Prepared, schedule: Schedule, device: torch.device, stored: str | None
+) -> MemoryPlan | None:
+    """The plan of a run; None on a CPU, and for what has no plan.
+
+    Args:
+        recipe: the recipe.
+        shape: the base's sizes.
+        data: the rows.
+        schedule: the steps.
+        device: where it trains.
+        stored: how the checkpoint came quantised; None if it did not.
+
+    Raises:
+        RecipeError: the limit is more than the GPU has.
+        TrainingError: nothing fits into the limit; it names what would.
+    """
+    if _unplanned_on(recipe, device) is not None:
+        return None
+    if stored is not None:
+        recipe = changed(recipe, {"model.quantization": stored})
+    facts = row_facts(recipe, data, schedule)
+    return plan_within(recipe, shape, facts, device_memory(device), torch.cuda.get_device_name(device))
+
+
+def _unplanned_on(recipe: Recipe, device: torch.device) -> str | None:
+    return "model.device=cpu" if device.type != "cuda" else unplanned(recipe)
 
 
 def plan_within(recipe: Recipe, shape: ModelShape, facts: RowFacts, memory: Memory, name: str) -> MemoryPlan:

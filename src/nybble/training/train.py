@@ -22,7 +22,6 @@ from nybble.model.device import choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer
 from nybble.plan.out_of_memory import explained_memory
 from nybble.plan.shapes import ModelShape
-from nybble.preflight.plan.rows import row_facts
 from nybble.recipe import Recipe, absolute_paths
 from nybble.run.folder import Run, choose_folder, open_run, refuse_existing
 from nybble.run.identity import check_template_and_tokenizer
@@ -45,7 +44,7 @@ from nybble.training.ending import cleanup_on_failure, paths_in, refuse_untraine
 from nybble.training.halving import Halved, halve, train_or_halve
 from nybble.training.interrupt import Interruption
 from nybble.training.loop import run_trainer
-from nybble.training.memory import plan_memory
+from nybble.training.memory import check_limit, plan_memory
 from nybble.training.messages import print_adapter, print_base, print_plan, print_result
 from nybble.training.preparation import TrainingSetup, check_vocabulary, fuse_layers, join_processes, prepare_data
 from nybble.training.resource_use import ResourceUse
@@ -119,6 +118,7 @@ def _train(
         console = Console(quiet=True)
     dtype, reason = choose_dtype(recipe.model.dtype, device)
     tell(console, f"device    {device}, {str(dtype).removeprefix('torch.')}: {reason}")
+    check_limit(recipe, device)
     # 2. Adapter and data, checked before any weights are downloaded.
     if recipe.adapter:
         check_adapter(pathlib.Path(recipe.adapter))
@@ -134,7 +134,7 @@ def _train(
         preflight(config, tokenizer, folder)
     with state.main_process_first():
         data, schedule = prepare_data(recipe, tokenizer, config, console, cache, folder)
-    memory = plan_memory(recipe, shape, row_facts(recipe, data, schedule), device, described.quantized_as)
+    memory = plan_memory(recipe, shape, data, schedule, device, described.quantized_as)
     if memory is not None:
         tell(console, f"memory    {memory.line}")
         memory.enforce(device)
