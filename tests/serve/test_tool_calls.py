@@ -130,6 +130,59 @@ def test_what_a_function_returned_is_answered(server, client):
     assert none.usage.prompt_tokens == without.usage.prompt_tokens
 
 
+def test_messages_that_openais_client_made_are_read_again(client):
+    ask = {
+        "model": "run",
+        "messages": ASK,
+        "max_tokens": 300,
+        "tools": [openai.pydantic_function_tool(Days)],
+        "temperature": 0,
+    }
+    ask |= {"tool_choice": "required", "parallel_tool_calls": False}
+    with client.chat.completions.stream(**ask) as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    parsed = client.chat.completions.parse(**ask).choices[0].message
+    tokens = set()
+    for message in (streamed, streamed.model_dump(), parsed, parsed.model_dump()):
+        calls = (
+            message["tool_calls"] if isinstance(message, dict) else [call.model_dump() for call in message.tool_calls]
+        )
+        history = [*ASK, message, {"role": "tool", "tool_call_id": calls[0]["id"], "content": "17"}]
+        answer = client.chat.completions.create(model="run", messages=history, max_tokens=1)
+        tokens.add(answer.usage.prompt_tokens)
+    assert len(tokens) == 1
+
+
+def test_a_stop_string_within_a_call_leaves_no_call_to_be_made(server):
+    ask = {
+        "model": "run",
+        "messages": ASK,
+        "max_tokens": 300,
+        "tools": [WEATHER],
+        "tool_choice": "required",
+        "temperature": 0,
+    }
+    (choice,) = server.post(**ask, stop='"days"').json()["choices"]
+    assert choice["finish_reason"] == "stop"
+    chunks = events(server.post(**ask, stop='"days"', stream=True).text.splitlines())
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] == "stop"
+
+
+def test_the_last_step_of_an_agent_may_ask_for_json(server):
+    history = [*ASK, {"role": "assistant", "tool_calls": [CALL]}, RESULT]
+    answer = server.post(model="run", messages=history, max_tokens=200, response_format={"type": "json_object"})
+    assert answer.status_code == 200, answer.text
+
+
+def test_tools_of_any_kind_may_be_sent_where_none_is_to_be_called(server):
+    custom = [{"type": "custom", "custom": {"name": "x"}}]
+    assert server.post(model="run", messages=ASK, max_tokens=2, tools=custom, tool_choice="none").status_code == 200
+
+
+class Days(pydantic.BaseModel):
+    days: int = pydantic.Field(ge=0, le=9)
+
+
 def test_openais_client_makes_functions_of_models(client):
     class Weather(pydantic.BaseModel):
         days: int = pydantic.Field(ge=0, le=9)
@@ -141,6 +194,7 @@ def test_openais_client_makes_functions_of_models(client):
     assert all(isinstance(call.function.parsed_arguments, Weather) for call in answer.choices[0].message.tool_calls)
 
 
+RESULT = {"role": "tool", "tool_call_id": "a", "content": "x"}
 CALL = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
 
 
@@ -160,13 +214,16 @@ CALL = {"id": "a", "type": "function", "function": {"name": "weather", "argument
          "tools", "Unimplemented"),
         ({"tools": [NOW] * 129}, "tools", "at most 128"),
         ({"tools": [WEATHER], "response_format": {"type": "json_object"}}, "tools", "response_format"),
-        ({"tools": [WEATHER], "messages": [*ASK, {"role": "assistant", "content": "It"}]}, "tools", "last message"),
+        ({"tools": [WEATHER], "messages": [*ASK, {"role": "assistant", "content": "It"}]}, "messages.1.role", "continued"),
         ({"functions": [{"name": "f"}]}, "functions", "name functions in tools"),
         ({"messages": [*ASK, {"role": "assistant"}]}, "messages.1.content", "is missing"),
-        ({"messages": [*ASK, {"role": "assistant", "tool_calls": [CALL]}]}, "messages.1.tool_calls", "must follow"),
+        ({"messages": [*ASK, {"role": "assistant", "tool_calls": [CALL]}]}, "messages.1", "must follow"),
+        ({"messages": [*ASK, {"role": "assistant", "tool_calls": [CALL]}, *ASK]}, "messages.2.role", "must come first"),
+        ({"messages": [*ASK, {"role": "assistant", "tool_calls": [CALL]}, RESULT, RESULT]},
+         "messages.3.tool_call_id", "no open call"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages.0.tool_calls", "only a message from"),
         ({"messages": [*ASK, {"role": "tool", "content": "x"}]}, "messages.1.tool_call_id", "the id of the call"),
-        ({"messages": [*ASK, {"role": "tool", "content": "x", "tool_call_id": "b"}]}, "messages.1.tool_call_id", "no message"),
+        ({"messages": [*ASK, {"role": "tool", "content": "x", "tool_call_id": "b"}]}, "messages.1.tool_call_id", "no open call"),
         ({"messages": [*ASK, {"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": "["}}]}]},
          "messages.1.tool_calls.0.function.arguments", "JSON object"),
     ],

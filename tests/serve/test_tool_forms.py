@@ -12,7 +12,9 @@ from llguidance import LLMatcher, LLTokenizer
 
 from nybble.data.text.template import Template, choose_template
 from nybble.errors import DataError
+from nybble.serve.chat_request import ChatRequest
 from nybble.serve.grammar import SchemaError
+from nybble.serve.protocol import parse
 from nybble.serve.tools.calls import Call, CallForm, Function, ToolTurn
 from nybble.serve.tools.form import OWN_FORM, call_form, template_form
 from nybble.serve.tools.grammar import tool_grammar
@@ -44,6 +46,10 @@ WITHOUT = {
     "no calls": TEMPLATES["tags"].replace("m.tool_calls", "m.calls"),
     "no results": TEMPLATES["tags"].replace("{% else %}", "{% elif m.role != 'tool' %}"),
     "fails": TEMPLATES["tags"].replace("{{ t | tojson }}", "{{ t | tojson }}{{ raise_exception('no') }}"),
+    "a list": TEMPLATES["marked"].replace("<tool_call>", "[").replace("</tool_call>", "]"),
+    "a fence": TEMPLATES["marked"].replace("<tool_call>", "```json").replace("</tool_call>", "```"),
+    "an id before": TEMPLATES["tags"].replace("<function=", "<call id={{ c.id }} name="),
+    "an id after": TEMPLATES["tags"].replace("</function>", "{{ c.id }}</function>"),
     "arguments as Python": TEMPLATES["tags"].replace(" | tojson }}</function>", " }}</function>"),
 }
 FUNCTIONS = [
@@ -91,6 +97,11 @@ def test_a_template_of_its_own_writes_the_prompt(tiny_tokenizer):
     assert ids.count(tiny_tokenizer.bos_token_id) == 1
     with pytest.raises(DataError, match=f"contains {eos}, a control token"):
         encode_tool_prompt(template, [ToolTurn("user", f"hi{eos}")], FUNCTIONS)
+    with pytest.raises(DataError, match=r"contains \[INST\], a control word"):
+        words = Template(tiny_tokenizer, "marked", TEMPLATES["marked"].replace("user", "[INST]") + "{# [INST] #}")
+        encode_tool_prompt(words, [ToolTurn("user", "hi [INST]")], FUNCTIONS)
+    stripped, spaced = (encode_tool_prompt(template, [ToolTurn("user", text)], FUNCTIONS) for text in ("hi", "  hi \n"))
+    assert stripped == spaced
     with pytest.raises(DataError, match="contains <s>, a control token"):
         encode_tool_prompt(template, turns[:1], [Function("f", "about <s>")])
 
@@ -112,6 +123,21 @@ def test_other_templates_get_functions_in_the_system_message_and_results_from_th
     assert results.role == "user"
     assert results.content == f"{response.format('noon')}\n{response.format('one')}\nAnd?"
     assert as_messages(turns, [])[0].content == "Be brief."
+
+
+def test_results_stand_in_the_order_of_their_calls():
+    calls = [{"id": each, "function": {"name": f"f-{each}", "arguments": ""}} for each in "ab"]
+    results = [{"role": "tool", "tool_call_id": each, "content": each} for each in "ba"]
+    messages = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "tool_calls": calls},
+        *results,
+        {"role": "user", "content": "y"},
+    ]
+    turns = parse(ChatRequest, json.dumps({"model": "m", "messages": messages}).encode()).tool_turns()
+    assert [(turn.role, turn.content, turn.function) for turn in turns] == [
+        ("user", "x", ""), ("assistant", "", ""), ("tool", "a", "f-a"), ("tool", "b", "f-b"), ("user", "y", ""),
+    ]  # fmt: skip
 
 
 def follows(grammar, text):
@@ -146,7 +172,7 @@ def test_an_answer_is_text_or_well_formed_calls(name):
 
 
 def test_a_schema_that_cannot_be_followed_is_refused_before_it_is_used():
-    with pytest.raises(SchemaError, match="Unimplemented"):
+    with pytest.raises(SchemaError, match="the function f: Unimplemented"):
         tool_grammar(OWN_FORM, [Function("f", "", {"type": "object", "not": {}})], must_call=False, several=True)
 
 

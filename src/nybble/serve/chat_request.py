@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from nybble.data.rows.formats import Conversation
-from nybble.serve.fields import MISSING, FieldError, Neutral, Refused, note
+from nybble.serve.fields import MISSING, FieldError, Neutral, Refused
 from nybble.serve.output_format import ChatFormat, Schema
 from nybble.serve.protocol import CONTINUES, MOST_MESSAGES, Counted, ParsedRequest, Turn, check_last, joined_text
 from nybble.serve.tools.calls import Function, ToolTurn
@@ -16,7 +16,8 @@ from nybble.serve.tools.fields import MOST_TOOLS, CallField, ChoiceField, Tool, 
 
 ROLES = Literal["system", "developer", "user", "assistant", "tool"]
 NO_FUNCTIONS = "name functions in tools, and choose among them with tool_choice"
-WITH_CALLS = "not together with a last message from the assistant, or with response_format"
+CONTINUES_CALLS = "a last message from the assistant cannot be continued where functions may be called, or were"
+CALLS_OR_FORMAT = "not together with response_format: an answer is either a call or JSON of that schema"
 TOOL_FIELDS = {"tools", "tool_choice", "parallel_tool_calls"}
 
 
@@ -24,6 +25,7 @@ class ChatTurn(Turn):
     """One message, which may call functions or be what one returned."""
 
     neutral: ClassVar[Neutral] = {"annotations": ([],), "refusal": ("",)}
+    ignored = Turn.ignored | {"parsed"}
     refused: ClassVar[Refused] = {
         **{name: why for name, why in Turn.refused.items() if name not in ("tool_calls", "tool_call_id")},
         "function_call": "send tool_calls",
@@ -74,20 +76,39 @@ class ChatRequest(Counted):
     parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
-    def _calls_are_consistent(self, info: ValidationInfo) -> ChatRequest:
+    def _calls_are_consistent(self) -> ChatRequest:
         check_tools(self.tools, self.tool_choice)
-        known: set[str] = set()
-        for n, turn in enumerate(self.messages):
-            if turn.role == "tool" and turn.tool_call_id not in known:
-                raise FieldError(f"messages.{n}.tool_call_id", "no message before it makes a call with this id")
-            known |= {call.id for call in turn.tool_calls}
-        if self.messages[-1].tool_calls:
-            raise FieldError(f"messages.{len(self.messages) - 1}.tool_calls", "what they returned must follow")
-        if self.knows_calls and (self.messages[-1].role == "assistant" or self.schema_wanted is not None):
-            raise FieldError("tools" if self.functions else "messages", WITH_CALLS)
-        if self.tools and not self.functions:
-            note(info, "tools")
+        self._check_results()
+        if self.functions and self.schema_wanted is not None:
+            raise FieldError("tools", CALLS_OR_FORMAT)
+        if self.knows_calls and self.messages[-1].role == "assistant":
+            raise FieldError(f"messages.{len(self.messages) - 1}.role", CONTINUES_CALLS)
         return self
+
+    def _check_results(self) -> None:
+        """Check that the messages after one with calls are their results, one for each.
+
+        Raises:
+            FieldError: one is missing, or answers no call.
+        """
+        open_calls: list[str] = []
+        for n, turn in enumerate(self.messages):
+            if turn.role == "tool":
+                if turn.tool_call_id not in open_calls:
+                    raise FieldError(
+                        f"messages.{n}.tool_call_id", "the message with calls before it has no open call of this id"
+                    )
+                open_calls.remove(turn.tool_call_id)
+            elif open_calls:
+                raise FieldError(
+                    f"messages.{n}.role",
+                    f"the result of the call {open_calls[0]!r:.60} must come first, with the role tool",
+                )
+            open_calls += [call.id for call in turn.tool_calls]
+        if open_calls:
+            raise FieldError(
+                f"messages.{len(self.messages) - 1}", f"the result of the call {open_calls[0]!r:.60} must follow"
+            )
 
     @property
     def functions(self) -> tuple[Function, ...]:
@@ -131,16 +152,20 @@ class ChatRequest(Counted):
         return tuple(turn.message() for turn in self.messages)
 
     def tool_turns(self) -> list[ToolTurn]:
-        """The conversation with its calls."""
-        called: dict[str, str] = {}
-        turns = []
-        for turn in self.messages:
+        """The conversation with its calls. Results stand in the order of their calls: templates write no ids."""
+        placed: list[tuple[tuple[int, int], ToolTurn]] = []
+        caller, order = 0, {}
+        for n, turn in enumerate(self.messages):
             calls = tuple(call.call() for call in turn.tool_calls)
-            called |= {call.id: call.name for call in calls}
+            if calls:
+                caller, order = n, {call.id: (place, call.name) for place, call in enumerate(calls)}
             role = "system" if turn.role == "developer" else turn.role
-            function = called.get(turn.tool_call_id, "")
-            turns.append(ToolTurn(role, turn.content, calls, turn.tool_call_id, function))
-        return turns
+            if role == "tool":
+                place, function = order[turn.tool_call_id]
+                placed.append(((caller, 1 + place), ToolTurn(role, turn.content, (), turn.tool_call_id, function)))
+            else:
+                placed.append(((n, 0), ToolTurn(role, turn.content, calls)))
+        return [turn for _, turn in sorted(placed, key=lambda each: each[0])]
 
     def field_of(self, option: str) -> str:
         """The field that an option of the engine comes from."""

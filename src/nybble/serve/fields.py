@@ -74,7 +74,7 @@ class Strict(BaseModel):
         for name, value in fields.items():
             if value is None or (name not in cls.model_fields and value in cls.neutral.get(name, ())):
                 continue
-            if name in cls.ignored or (name in cls.refused and fields.get(SWITCHES.get(name, "")) == "none"):
+            if name in cls.ignored or (name in SWITCHES and fields.get(SWITCHES[name]) == "none"):
                 note(info, f"{cls.path}{name}")
             elif name in cls.refused:
                 raise FieldError(name, cls.refused[name], "unsupported_parameter")

@@ -68,7 +68,8 @@ def checked(grammar: str) -> str:
     matcher.consume_tokens(matcher.compute_ff_tokens())  # such as {, behind which some are found to be too large
     matcher.compute_bitmask()
     if matcher.is_error():
-        raise SchemaError(" ".join(matcher.get_error().split())[:300])
+        told, panicked, _ = matcher.get_error().partition("<backtrace>")
+        raise SchemaError("it is too large for llguidance" if panicked else " ".join(told.split())[:300])
     return grammar
 
 

@@ -161,14 +161,26 @@ class Template:
         content, extra = message.content, message.input
         if not self.verbatim:
             content, extra = content.strip(), extra.strip()
-        if control_word := self._control_words.search(f"{content}\0{extra}"):
-            raise DataError(
-                f"the {message.role}'s text contains {control_word[0]}, a control word of the template {self.name}",
-                fix=f"write it differently, [ INST ] for [INST], or use a template other than {self.name}",
-            )
+        self.check_words(f"{content}\0{extra}", f"the {message.role}'s text")
         if extra and not self.takes_input:
             content, extra = f"{content}\n\n{extra}", ""
         return Message(message.role, content, extra)
+
+    def check_words(self, text: str, what: str) -> None:
+        """Refuse a text that contains a word by which the template controls the model, such as [INST].
+
+        Args:
+            text: the text.
+            what: it is, for the message.
+
+        Raises:
+            DataError: it does.
+        """
+        if control_word := self._control_words.search(text):
+            raise DataError(
+                f"{what} contains {control_word[0]}, a control word of the template {self.name}",
+                fix=f"write it differently, [ INST ] for [INST], or use a template other than {self.name}",
+            )
 
     def _render(self, messages: Sequence[dict[str, str]], generation: bool = False) -> str:
         return render(self.tokenizer, self.name, self.source, messages, generation)

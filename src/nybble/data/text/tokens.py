@@ -66,8 +66,10 @@ def encode_rendered(template: Template, text: str, texts: Sequence[str]) -> list
         texts: of the messages.
 
     Raises:
-        DataError: one of the messages contains a control token, which could not be told from the template's own.
+        DataError: one of the messages contains a control token or word, which could not be told from the template's own.
     """
+    for each in texts:
+        template.check_words(each, "a message or a function")
     tokens = template.control_tokens
     written = next((token for token in tokens if any(token in each for each in texts)), None)
     if written is not None:

@@ -81,6 +81,8 @@ ChoiceField = Annotated[ToolChoice, PlainValidator(_choice)]
 class CalledFunction(Strict):
     """The function of an earlier call."""
 
+    path = "messages[].tool_calls[].function."
+    ignored = frozenset({"parsed_arguments"})  # what OpenAI's client adds when it parses
     name: FunctionName
     arguments: str
 
@@ -88,6 +90,8 @@ class CalledFunction(Strict):
 class CallField(Strict):
     """A call that the assistant made earlier."""
 
+    path = "messages[].tool_calls[]."
+    ignored = frozenset({"index"})  # of a call that was added up from a stream
     id: Annotated[str, Field(min_length=1, max_length=256)]
     type: Literal["function"] = "function"
     function: CalledFunction

@@ -17,6 +17,7 @@ from nybble.serve.tools.calls import Call, CallForm, Function, ToolTurn
 OWN_FORM = CallForm('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n")
 # Words that no template writes by itself. Some templates demand ids of nine letters and digits.
 NAME, KEY, VALUE, RESULT, IDS = "zqfunction", "zqkey", "zqvalue", "zqresult", ("zqcall001", "zqcall002")
+MARKER = re.compile(r"^(?!```).*[^\W\d_]{2}")
 ARGUMENTS = re.compile(rf'\{{\s*"{KEY}"\s*:\s*"{VALUE}"\s*\}}')
 
 
@@ -33,7 +34,14 @@ def template_form(template: Template) -> CallForm | None:
     opening, between = one[:name], one[name + len(NAME) : arguments.start()]
     closing = _before_control_token(template, one[arguments.end() :]).rstrip()
     form = CallForm(opening, between, closing, _separator(two, one, opening, closing))
-    return form if opening and between and closing and not _has_control_token(template, opening + between) else None
+    usable = opening and between and closing and not _has_control_token(template, opening + between) and _is_fixed(form)
+    return form if usable else None
+
+
+def _is_fixed(form: CallForm) -> bool:
+    """Whether a form is the same for every call, and its marker stands in no ordinary text: [ and ``` do."""
+    probed = any(word in part for word in (*IDS, KEY, VALUE) for part in (form.opening, form.between, form.closing))
+    return not probed and (not form.marker or MARKER.search(form.marker) is not None)
 
 
 def call_form(template: Template) -> CallForm:

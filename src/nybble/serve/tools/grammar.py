@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 
-from nybble.serve.grammar import OPTIONS, checked, schema_text
+from nybble.serve.grammar import KEPT, MOST_CHARACTERS, OPTIONS, SchemaError, checked
 from nybble.serve.tools.calls import CallForm, Function
 
 ANYTHING = "(?s:.*)"
@@ -21,20 +22,25 @@ def tool_grammar(form: CallForm, functions: Sequence[Function], *, must_call: bo
         several: whether it may call more than once, if the form has a way to write that.
 
     Raises:
-        SchemaError: llguidance cannot follow the schema of a function.
+        SchemaError: llguidance cannot follow the schema of a function, or they are too long together.
     """
+    schemas = [json.dumps({**function.schema, "x-guidance": OPTIONS}) for function in functions]
+    if (characters := sum(map(len, schemas))) > MOST_CHARACTERS:
+        raise SchemaError(f"the schemas have {characters:,} characters together, more than {MOST_CHARACTERS:,}")
+    names = [function.name for function in functions]
+    return _tool_grammar(form, tuple(zip(names, schemas, strict=True)), must_call, several)
+
+
+@functools.lru_cache(maxsize=KEPT)  # an agent's requests all have the same functions; 20 of them take 80 ms
+def _tool_grammar(form: CallForm, functions: tuple[tuple[str, str], ...], must_call: bool, several: bool) -> str:
     marker = form.marker
     rest = form.opening.partition(marker)[2] if marker else form.opening
     white = form.opening.partition(marker)[0] if marker else ""
     more = f" ({_quoted(form.separator + white + marker)} call)*" if several and form.separator is not None else ""
-    names = [f"call{n}" for n in range(len(functions))]
-    rules = [f"call: {' | '.join(names)}"]
-    for n, function in enumerate(functions):
-        schema = schema_text({**function.schema, "x-guidance": OPTIONS})
-        checked(f"start: %json {schema}")  # alone, so that the error names the function
-        rules.append(
-            f"call{n}: {_quoted(rest + function.name + form.between)} args{n} {_quoted(form.closing)}\nargs{n}: %json {schema}"
-        )
+    rules = [f"call: {' | '.join(f'call{n}' for n in range(len(functions)))}"]
+    for n, (name, schema) in enumerate(functions):
+        written = _quoted(rest + name + form.between)
+        rules.append(f"call{n}: {written} args{n} {_quoted(form.closing)}\nargs{n}: %json {schema}")
     if must_call:
         before = f"{_quoted(white)}? " if white else ""  # a prompt may end in it, or an answer begin with it
         start = [f"start: {before}{_quoted(marker)} call{more}" if marker else f"start: call{more}"]
@@ -47,7 +53,17 @@ def tool_grammar(form: CallForm, functions: Sequence[Function], *, must_call: bo
         ]
     else:
         start = [f'start: "" | TEXT | call{more}', rf"TEXT: /\s*[^{{\s]{ANYTHING}/"]
+    for name, schema in functions:  # behind the beginning of an answer, only use would find a schema to be too large
+        _check_alone(name, schema)
     return checked("\n".join([*start, *rules]))
+
+
+def _check_alone(name: str, schema: str) -> None:
+    """Have the error name the function whose schema is at fault."""
+    try:
+        checked(f"start: %json {schema}")
+    except SchemaError as error:
+        raise SchemaError(f"the function {name}: {error}") from None
 
 
 def _quoted(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 from nybble.data.rows.formats import Conversation, Message, Role
 from nybble.data.text.template import Template
@@ -26,6 +27,8 @@ def encode_tool_prompt(template: Template, turns: Sequence[ToolTurn], functions:
     call_form(template)
     if template_form(template) is None:
         return encode_prompt(template, as_messages(turns, functions))
+    if not template.verbatim:  # as in training
+        turns = [replace(turn, content=turn.content.strip()) for turn in turns]
     text = rendered(template, turns, functions, prompt=True)
     return encode_rendered(template, text, texts_of(turns, functions))
 

@@ -64,6 +64,11 @@ class CallReader:
         self.calls: list[ReadCall] = []
         self.text = ""
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether there are calls, and the last one has all its arguments."""
+        return bool(self.calls) and self._end is None
+
     def push(self, piece: str, *, last: bool = False) -> tuple[str, list[dict[str, Any]]]:
         """Take the next piece of the answer.
 

@@ -44,5 +44,6 @@ class ToolReply(CompletionReply):
         return deltas or ([{"content": ""}] if piece.tokens else [])
 
     def _finish(self, choice: Choice) -> str | None:
-        called = choice.finish == "stop" and self._readers[choice.index].calls
+        # A stop string may have cut the last call: then its arguments are not whole, and nobody should make it.
+        called = choice.finish == "stop" and self._readers[choice.index].is_complete
         return "tool_calls" if called else choice.finish
