@@ -97,8 +97,8 @@ def test_a_template_of_its_own_writes_the_prompt(tiny_tokenizer):
     assert ids.count(tiny_tokenizer.bos_token_id) == 1
     with pytest.raises(DataError, match=f"contains {eos}, a control token"):
         encode_tool_prompt(template, [ToolTurn("user", f"hi{eos}")], FUNCTIONS)
+    words = Template(tiny_tokenizer, "marked", TEMPLATES["marked"] + "{# [INST] #}")
     with pytest.raises(DataError, match=r"contains \[INST\], a control word"):
-        words = Template(tiny_tokenizer, "marked", TEMPLATES["marked"].replace("user", "[INST]") + "{# [INST] #}")
         encode_tool_prompt(words, [ToolTurn("user", "hi [INST]")], FUNCTIONS)
     stripped, spaced = (encode_tool_prompt(template, [ToolTurn("user", text)], FUNCTIONS) for text in ("hi", "  hi \n"))
     assert stripped == spaced
@@ -169,6 +169,12 @@ def test_an_answer_is_text_or_well_formed_calls(name):
         assert follows(free, text)[0]
         assert not follows(bound, text)[0]
     assert not follows(bound, form.written([Call("", "sub", {})]).lstrip())[0]
+
+
+def test_schemas_that_are_too_large_together_are_refused():
+    long = {"type": "object", "properties": {"a" * 9_000: {"type": "string"}}}
+    with pytest.raises(SchemaError, match="characters together, more than 65,536"):
+        tool_grammar(OWN_FORM, [Function(f"f{n}", "", long) for n in range(8)], must_call=False, several=True)
 
 
 def test_a_schema_that_cannot_be_followed_is_refused_before_it_is_used():

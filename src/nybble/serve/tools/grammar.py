@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Sequence
 
-from nybble.serve.grammar import KEPT, MOST_CHARACTERS, OPTIONS, SchemaError, checked
+from nybble.serve.grammar import KEPT, MOST_CHARACTERS, OPTIONS, SchemaError, checked, json_grammar
 from nybble.serve.tools.calls import CallForm, Function
 
 ANYTHING = "(?s:.*)"
@@ -61,7 +61,7 @@ def _tool_grammar(form: CallForm, functions: tuple[tuple[str, str], ...], must_c
 def _check_alone(name: str, schema: str) -> None:
     """Have the error name the function whose schema is at fault."""
     try:
-        checked(f"start: %json {schema}")
+        json_grammar(json.loads(schema))
     except SchemaError as error:
         raise SchemaError(f"the function {name}: {error}") from None
 
