@@ -42,6 +42,7 @@ MEASURED = (
     Measured("llama-3-8b", 4, 2048, (HOST,), 7.84, 12242),
     Measured("llama-2-13b", 2, 2048, (KEEP,), 28.00, 9230),
     Measured("llama-2-13b", 2, 2048, (HOST,), 9.05, 6852),
+    Measured("llama-2-7b", 1, 2048, ("engine.embedding=host",), 4.90, None, 5.15),
     Measured("llama-2-7b", 4, 2048, (), 43.08, None, 140.0),
     Measured("llama-2-7b", 4, 2048, (), 34.54, None, 36.9),
     Measured("llama-2-7b", 4, 2048, ("lora.r=64",), 34.87, None, 37.8),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nybble.plan.known_models import KNOWN
 from nybble.plan.pace import pace
-from nybble.plan.placing import Rows, as_written, changes_that_fit, fastest
+from nybble.plan.placing import MARGIN, Rows, as_written, changes_that_fit, fastest
 from nybble.plan.policies import KEEP_ALL, LADDER
 from nybble.plan.step import ITEMS
 from nybble.recipe import load_recipe
@@ -49,9 +49,19 @@ def test_predicted_speed_is_within_8_percent_of_what_an_h100_reached(run):
     )
 
 
-def test_the_speed_of_an_unknown_card_is_not_guessed():
-    option = planned(MEASURED[0])
-    assert pace(option.work.layer, KNOWN["llama-2-7b"].shape, option.placement.policies, 2048, "Some Card 9000") is None
+CARD_NAMES = {
+    "Some Card 9000": None, "NVIDIA RTX A1000": None, "NVIDIA T400": None, "NVIDIA L40": None, "NVIDIA A10G": None,
+    "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA GeForce RTX 4090": 165.2, "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100 80GB HBM3": 989, "NVIDIA A100-SXM4-80GB": 312, "Tesla T4": 65, "NVIDIA L4": 121, "NVIDIA L40S": 362,
+    "NVIDIA A10": 125,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CARD_NAMES)
+def test_the_speed_of_an_unknown_card_is_not_guessed(name):
+    option, rate = planned(MEASURED[0]), CARD_NAMES[name]
+    found = pace(option.work.layer, KNOWN["llama-2-7b"].shape, option.placement.policies, 2048, name)
+    assert found is None if rate is None else found.basis.startswith(f"{rate:g} TFLOP/s")
 
 
 SHAPES = st.sampled_from(sorted(KNOWN))
@@ -64,7 +74,7 @@ def test_what_is_found_fits_keeps_the_step_and_is_no_slower_than_what_was_writte
     recipe = load_recipe(None, [f"train.micro_batch={rows}", f"data.max_length={length}", f"engine.policy={policy}"])
     shape = KNOWN[name].shape
     written, found = as_written(recipe, shape, limit, NO_ROWS), fastest(recipe, shape, limit, NO_ROWS)
-    if written.prediction.peak.total <= limit:
+    if written.prediction.peak.total <= (1 - MARGIN) * limit:
         assert found is not None
         assert found.cost <= written.cost
     if found is None:
@@ -102,5 +112,5 @@ def test_rows_that_are_known_count_instead_of_the_longest_possible():
     most = as_written(recipe, shape, None, NO_ROWS)
     known = as_written(recipe, shape, None, Rows(longest=700, largest=lambda rows: 600 * rows))
     assert (most.work.tokens, known.work.tokens) == (4 * 8192, 4 * 600)
-    assert known.work.evaluated == 2800
+    assert known.work.evaluated == 4096
     assert known.prediction.peak.total < most.prediction.peak.total

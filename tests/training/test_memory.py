@@ -15,7 +15,7 @@ from nybble.training.memory import check_limit, plan_memory, plan_within
 from nybble.training.messages import memory_text
 
 SHAPE = KNOWN["llama-2-7b"].shape
-FACTS = RowFacts(Rows(2048, lambda rows: 2048 * rows), 1000, 62, 2_000_000)
+FACTS = RowFacts(Rows(2048, lambda rows: 2048 * rows), 1000, 62, 2_000_000, 2048)
 CARD = Memory(free=23_000_000_000, total=25_000_000_000)
 WORDS = ("model.path=meta-llama/Llama-2-7b-hf", "data.path=my.jsonl", "data.max_length=2048")
 
@@ -53,11 +53,11 @@ def test_with_a_limit_the_recipe_is_made_to_fit():
 
 def test_what_does_not_fit_ends_before_anything_is_loaded():
     with pytest.raises(TrainingError) as error:
-        planned("train.vram=4.6GB", "train.eval_tasks=arc_easy")  # with which weights cannot be streamed
+        planned("train.vram=4.7GB", "train.eval_tasks=arc_easy")  # with which weights cannot be streamed
     print(error.value)
-    assert "as written the run does not fit into 4.60 GB" in str(error.value)
-    assert "nybble train meta-llama/Llama-2-7b-hf my.jsonl data.max_length=1536" in str(error.value)
-    assert "train.vram=4.6GB" in str(error.value)
+    assert "as written the run does not fit into 4.70 GB" in str(error.value)
+    assert "nybble train meta-llama/Llama-2-7b-hf my.jsonl data.max_length=" in str(error.value)
+    assert "train.vram=4.7GB" in str(error.value)
     with pytest.raises(TrainingError, match="a smaller model"):
         planned("train.vram=3GB")
     with pytest.raises(RecipeError, match=r"this machine has 25\.00 GB"):
@@ -78,8 +78,19 @@ def test_a_limit_is_refused_where_there_is_nothing_to_limit():
     plain = load_recipe(None, [*WORDS, "train.vram=8GB", "engine.fused=false"])
     with pytest.raises(RecipeError, match="Transformers computes the layers"):
         check_limit(plain, torch.device("cuda"))
-    assert plan_memory(plain, SHAPE, None, None, torch.device("cuda"), None) is None
-    assert plan_memory(load_recipe(None, list(WORDS)), SHAPE, None, None, torch.device("cpu"), None) is None
+    free = load_recipe(None, [*WORDS, "engine.fused=false"])
+    assert plan_memory(free, SHAPE, None, None, torch.device("cuda"), stored=None, is_new=True) is None
+    # A checkpoint that came in 8 bits: Transformers computes its layers.
+    assert (
+        plan_memory(load_recipe(None, list(WORDS)), SHAPE, None, None, torch.device("cuda"), stored="int8", is_new=True)
+        is None
+    )
+    with pytest.raises(RecipeError, match=r"model\.quantization=int8"):
+        plan_memory(recipe, SHAPE, None, None, torch.device("cuda"), stored="int8", is_new=True)
+    assert (
+        plan_memory(load_recipe(None, list(WORDS)), SHAPE, None, None, torch.device("cpu"), stored=None, is_new=True)
+        is None
+    )
 
 
 def test_the_plan_is_compared_with_what_was_reserved():
@@ -93,6 +104,19 @@ def test_the_plan_is_compared_with_what_was_reserved():
     )
     assert (right.exceeded_by, wrong.exceeded_by, less.exceeded_by) == ("", "one layer's backward", "")
     assert wrong.moment == "step"
+
+
+def test_a_run_that_is_resumed_keeps_to_its_own_recipe():
+    recipe = load_recipe(None, [*WORDS, "train.micro_batch=16", "engine.policy=keep-all", "train.vram=8GB"])
+    memory = plan_within(recipe, SHAPE, FACTS, CARD, "NVIDIA Test", is_new=False)
+    assert memory.fitted(recipe) == recipe
+    assert memory.plan.limit == 8e9
+
+
+def test_a_step_is_compared_though_loading_took_more():
+    memory = planned("engine.policy=host", "engine.weights=host")
+    assert memory.plan.option.prediction.peak.name == "loading"
+    assert memory.compare(10**9).moment == "step"
 
 
 @pytest.mark.parametrize("value", ["lots", "12TB", "50MB", "-3GB", ""])

@@ -42,7 +42,7 @@ def plan(
     if not recipe.model.path:
         raise ModelError("MODEL is missing", fix="nybble plan llama-2-7b, a folder, or a Hub id")
     from nybble.preflight.plan.card import find_card, limit_bytes
-    from nybble.preflight.plan.make import make_plan
+    from nybble.preflight.plan.make import check_positions, make_plan
     from nybble.preflight.plan.report import as_json as plan_json
     from nybble.preflight.plan.report import render
     from nybble.preflight.plan.sizes import sizes_of
@@ -53,14 +53,15 @@ def plan(
     limit = card.free if card is not None else None
     if recipe.train.vram is not None:
         limit = limit_bytes(recipe.train.vram, card)
-    shape, sizes_from = sizes_of(recipe.model.path, recipe.model.revision)
+    sizes = sizes_of(recipe.model.path, recipe.model.revision)
+    check_positions(recipe, sizes.shape)
     facts = None
     if recipe.data.path:
         silence_libraries()
         from nybble.preflight.plan.rows import read_rows
 
         facts = read_rows(recipe, cache_folder(context))
-    made = make_plan(recipe, shape, sizes_from, limit=limit, card=card, facts=facts)
+    made = make_plan(recipe, sizes.shape, sizes.source, limit=limit, card=card, facts=facts, stored=sizes.stored)
     if as_json:
         typer.echo(plan_json(made))
     else:

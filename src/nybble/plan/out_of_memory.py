@@ -17,6 +17,7 @@ from nybble.plan.schedule import smaller_micro_batch
 from nybble.plan.shapes import ModelShape
 from nybble.plan.step import ADAPTERS, GRADIENTS, OPTIMIZER, unplanned, work_of
 from nybble.recipe import Recipe
+from nybble.recipe.options.memory import memory_bytes
 from nybble.terminal import bytes_text
 
 
@@ -59,7 +60,9 @@ def _predicted(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
     """Bytes of a training step by item: with the longest rows that the recipe allows, or before the first activation where that
     is not planned."""
     if unplanned(recipe) is None:
-        limit = device_memory("cuda").total if torch.cuda.is_initialized() else None
+        limit = memory_bytes(recipe.train.vram) if recipe.train.vram is not None else None
+        if limit is None and torch.cuda.is_initialized():
+            limit = device_memory("cuda").total
         return dict(as_written(recipe, shape, limit, Rows()).prediction.moment("step").items)
     model = recipe.model
     base = {f"base ({model.quantization})": base_bytes(shape, model.quantization, model.double_quantization, 2).total}

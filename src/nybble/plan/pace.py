@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ CARDS: Mapping[str, float] = {
     "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090": 71, "T4": 65,
 }  # fmt: skip
 """Dense products in 16 bits with sums in float32, in 10^12 operations a second, as NVIDIA's data sheets have them; the first name
-that is part of a card's name counts."""
+that stands in a card's name counts."""
 
 
 class Pace(NamedTuple):
@@ -55,8 +56,8 @@ def pace(layer: LayerShape, shape: ModelShape, policies: Sequence[str], length: 
         length: tokens of a row.
         card: its name, as NVIDIA's driver gives it.
     """
-    rate = next((rate for name, rate in CARDS.items() if name.lower() in card.lower()), None)
-    if rate is None:
+    rate = next((rate for name, rate in CARDS.items() if re.search(rf"\b{name}\b", card, re.IGNORECASE)), None)
+    if rate is None or "laptop" in card.lower():  # of the same name, at a half to two thirds of the power
         return None
     work = products_per_token(layer, shape, policies) + attention_per_token(layer, policies, length)
     basis = f"{rate:g} TFLOP/s of the {card}'s data sheet, of which an H100 reached {REACHED:.0%}"

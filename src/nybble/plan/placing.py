@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 
 from nybble.plan import ledger
 from nybble.plan.pace import products_per_token
-from nybble.plan.policies import KEEP_ALL
+from nybble.plan.policies import KEEP_ALL, tile
 from nybble.plan.shapes import ModelShape
 from nybble.plan.solver import SLACK, divide
 from nybble.plan.step import Placement, Prediction, Work, held, loss_peak, predict, work_of
 from nybble.recipe import Recipe
 
+MARGIN = 0.02  # of the limit: so far the plan has been wrong
 SHORTEST = 128  # tokens of a row, below which nobody trains to save memory
 SMALL_BATCH = 4096
 """Tokens of a micro batch below which launches cost time: on an H100 1 x 2,048 reached 0.75 of the rate of 4 x 2,048."""
@@ -65,7 +66,9 @@ def place(work: Work, policy: str, limit: int | None) -> Placement:
         return Placement((KEEP_ALL if policy == "auto" else policy,) * layers)
     # As the engine reckons it once the optimiser has its state.
     state = ledger.optimizer_state([work.trained], work.optimizer).total
-    free = int((1 - SLACK) * limit) - sum(held(work).values()) - state - ledger.GRADIENT * work.trained
+    workspace = ledger.workspace_bytes(work.layer, -(-work.tokens // tile(KEEP_ALL, work.tokens)))
+    allocated = sum(held(work).values()) + state + workspace
+    free = int((1 - SLACK) * limit) - allocated - ledger.GRADIENT * work.trained
     policies, needed = divide(work.layer, layers, work.tokens, free, loss_peak(work))
     spare = free - max(needed, ledger.MOMENTS * work.trained)
     keeps_all = set(policies) == {KEEP_ALL}
@@ -97,7 +100,7 @@ def fastest(recipe: Recipe, shape: ModelShape, limit: int, rows: Rows) -> Option
     """
     for weights in dict.fromkeys((recipe.engine.weights, "host")):
         options = _same_steps(recipe, shape, limit, rows, weights)
-        fitting = [option for option in options if option.prediction.peak.total <= limit]
+        fitting = [option for option in options if option.prediction.peak.total <= (1 - MARGIN) * limit]
         if fitting:
             return min(fitting, key=lambda option: (option.cost, len(option.changes)))
     return None
@@ -120,14 +123,23 @@ def _shortened(recipe: Recipe, shape: ModelShape, limit: int, length: int) -> Op
     return fastest(changed(recipe, {"data.max_length": str(length)}), shape, limit, Rows())
 
 
+def may_stream(recipe: Recipe) -> bool:
+    """Whether weights may be on the host: not with several processes, nor with benchmarks, which need a cache."""
+    return recipe.train.processes == 1 and not recipe.train.eval_tasks
+
+
+def may_move_embedding(recipe: Recipe, shape: ModelShape) -> bool:
+    """Whether the embedding may be on the host: not with several processes, nor if it is also the head."""
+    return recipe.train.processes == 1 and not shape.tied
+
+
 def _same_steps(recipe: Recipe, shape: ModelShape, limit: int, rows: Rows, weights: str) -> Iterator[Option]:
     train, engine = recipe.train, recipe.engine
     whole = train.micro_batch * train.accumulation
     sizes = [size for size in range(train.micro_batch, 0, -1) if whole % size == 0]
-    alone = train.processes == 1
-    movable = engine.embedding == "device" and alone and not shape.tied
-    if weights == "host" and not (alone and not train.eval_tasks):
+    if weights == "host" and not may_stream(recipe):
         return
+    movable = engine.embedding == "device" and may_move_embedding(recipe, shape)
     place = {} if weights == engine.weights else {"engine.weights": weights}
     for size in sizes:
         batch = {} if size == train.micro_batch else {

@@ -143,7 +143,8 @@ def summarise(setup: TrainingSetup, recorder: Recorder, used: ResourceUse, first
         tokens_per_second=round(tokens / seconds, 1) if seconds else 0.0,
         seconds_in_steps=round(seconds, 1),
         peak_memory_gb=round(taken["peak_memory"] / 1e9, 3),
-        memory=None if setup.memory is None else setup.memory.compare(int(taken["peak_memory"])),
+        # The peak before a halving is that of the larger micro batch.
+        memory=None if setup.memory is None or first is not None else setup.memory.compare(int(taken["peak_memory"])),
         seconds=taken["seconds"],
     )
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from nybble.data.sets.prepare import Prepared
+from nybble.distributed.group import all_gather
 from nybble.errors import RecipeError, TrainingError
 from nybble.plan.free_memory import Memory, device_memory
 from nybble.plan.placing import changed
 from nybble.plan.schedule import Schedule
 from nybble.plan.shapes import ModelShape
-from nybble.plan.step import BACKWARD, KEPT, unplanned
+from nybble.plan.step import BACKWARD, KEPT, LOADING, unplanned
 from nybble.preflight.plan.card import Card, limit_bytes
 from nybble.preflight.plan.make import RowFacts, RunPlan, make_plan
 from nybble.preflight.plan.report import command, one_line
@@ -51,9 +52,10 @@ class MemoryPlan:
         """The plan beside what was reserved.
 
         Args:
-            measured: bytes, torch.cuda.max_memory_reserved.
+            measured: bytes, torch.cuda.max_memory_reserved since the base was loaded.
         """
-        peak = self.plan.option.prediction.peak
+        prediction = self.plan.option.prediction
+        peak = max((each for each in prediction.moments if each.name != LOADING), key=lambda moment: moment.total)
         # Everything else is known to the byte.
         inexact = {name: peak.items[name] for name in (KEPT, BACKWARD) if name in peak.items}
         item = max(inexact, key=lambda name: inexact[name], default="") if measured > (1 + WRONG) * peak.total else ""
@@ -80,8 +82,9 @@ def check_limit(recipe: Recipe, device: torch.device) -> None:
 
 
 def plan_memory(
-    recipe: Recipe, shape: ModelShape, data: Prepared, schedule: Schedule, device: torch.device, stored: str | None
-) -> MemoryPlan | None:
+    recipe: Recipe, shape: ModelShape, data: Prepared, schedule: Schedule, device: torch.device, *, stored: str | None,
+    is_new: bool,
+) -> MemoryPlan | None:  # fmt: skip
     """The plan of a run; None on a CPU, and for what has no plan.
 
     Args:
@@ -91,24 +94,31 @@ def plan_memory(
         schedule: the steps.
         device: where it trains.
         stored: how the checkpoint came quantised; None if it did not.
+        is_new: whether the recipe may still change: a run that is resumed keeps to its own.
 
     Raises:
-        RecipeError: the limit is more than the GPU has.
+        RecipeError: the limit is more than the GPU has, or the checkpoint's quantisation has no plan to keep to a limit by.
         TrainingError: nothing fits into the limit; it names what would.
     """
-    if _unplanned_on(recipe, device) is not None:
-        return None
     if stored is not None:
         recipe = changed(recipe, {"model.quantization": stored})
+    if _unplanned_on(recipe, device) is not None:
+        check_limit(recipe, device)
+        return None
+    memory = device_memory(device)
+    # Of several processes each must come to the same plan.
+    memory = Memory(min(all_gather([memory.free])), min(all_gather([memory.total])))
     facts = row_facts(recipe, data, schedule)
-    return plan_within(recipe, shape, facts, device_memory(device), torch.cuda.get_device_name(device))
+    return plan_within(recipe, shape, facts, memory, torch.cuda.get_device_name(device), is_new=is_new)
 
 
 def _unplanned_on(recipe: Recipe, device: torch.device) -> str | None:
     return "model.device=cpu" if device.type != "cuda" else unplanned(recipe)
 
 
-def plan_within(recipe: Recipe, shape: ModelShape, facts: RowFacts, memory: Memory, name: str) -> MemoryPlan:
+def plan_within(
+    recipe: Recipe, shape: ModelShape, facts: RowFacts, memory: Memory, name: str, *, is_new: bool = True
+) -> MemoryPlan:
     """The plan of a run on a GPU.
 
     Args:
@@ -117,6 +127,7 @@ def plan_within(recipe: Recipe, shape: ModelShape, facts: RowFacts, memory: Memo
         facts: the rows.
         memory: of the GPU.
         name: of the GPU.
+        is_new: whether the recipe may still change.
 
     Raises:
         TrainingError: nothing fits into the limit; it names what would.
@@ -124,8 +135,8 @@ def plan_within(recipe: Recipe, shape: ModelShape, facts: RowFacts, memory: Memo
     card = Card(name, memory.total, memory.free)
     vram = recipe.train.vram
     limit = memory.free if vram is None else limit_bytes(vram, card)
-    plan = make_plan(recipe, shape, "", limit=limit, card=card, facts=facts, adapt=vram is not None)
-    if vram is not None and plan.verdict != "fits":
+    plan = make_plan(recipe, shape, "", limit=limit, card=card, facts=facts, adapt=vram is not None and is_new)
+    if vram is not None and plan.verdict not in ("fits", "over"):
         shorter = plan.verdict == "shorter"
         raise TrainingError(
             f"train.vram={vram}: as written the run does not fit into {bytes_text(limit)}",

@@ -134,11 +134,13 @@ def _train(
         preflight(config, tokenizer, folder)
     with state.main_process_first():
         data, schedule = prepare_data(recipe, tokenizer, config, console, cache, folder)
-    memory = plan_memory(recipe, shape, data, schedule, device, described.quantized_as)
+    is_new = not (folder / "recipe.yaml").exists()
+    memory = plan_memory(recipe, shape, data, schedule, device, stored=described.quantized_as, is_new=is_new)
     if memory is not None:
         tell(console, f"memory    {memory.line}")
         memory.enforce(device)
         recipe = memory.fitted(recipe)
+        stack.enter_context(explained_memory(recipe, shape, folder))  # of the recipe as it runs
     # 3. The base, frozen in 4 bits.
     with state.main_process_first(), console.status("loading the base"):
         checkpoint = find_checkpoint(recipe.model.path, recipe.model.revision)
@@ -155,6 +157,8 @@ def _train(
     model = resume_adapter(base.model, recipe.adapter) if recipe.adapter else attach_adapter(base.model, recipe.lora)
     trained = print_adapter(model, footprint, console, recipe.adapter)
     fused = fuse_layers(model, recipe, console)
+    if fused is None or fused.fallen_back:
+        memory = None
     setup = TrainingSetup(
         recipe, device, dtype, tokenizer, data, schedule, base, footprint, model, trained, fused, cache, memory
     )

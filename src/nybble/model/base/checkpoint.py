@@ -6,7 +6,6 @@ import hashlib
 import os
 import pathlib
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from nybble.errors import ModelError
 from nybble.files.cached_digests import sha256_of
 from nybble.files.reading import read_object
 from nybble.model.base.downloads import check_download
-from nybble.model.base.fields import check_architecture, check_fields
+from nybble.model.base.fields import check_architecture, check_fields, storage_of
 from nybble.model.base.files import FLOATS, WHOLE, check_whole, refuse_pointers, shapes, weight_files
 from nybble.model.base.generation import check_generation
 from nybble.model.base.headers import index_of
@@ -59,11 +58,6 @@ class Checkpoint:
         """How a checkpoint that came quantised by bitsandbytes is stored: nf4, fp4 or int8; None for others."""
         stored = self.config.get("quantization_config")
         return None if stored is None else storage_of(stored)
-
-
-def storage_of(stored: Mapping[str, Any]) -> str:
-    """How weights are stored according to a quantization_config of bitsandbytes."""
-    return str(stored.get("bnb_4bit_quant_type", "fp4")) if stored.get("load_in_4bit") else "int8"
 
 
 def find_checkpoint(path: str, revision: str | None = None, *, weights: bool = True) -> Checkpoint:

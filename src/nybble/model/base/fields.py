@@ -73,6 +73,11 @@ def check_architecture(file: pathlib.Path, config: Mapping[str, Any]) -> None:
         )
 
 
+def storage_of(stored: Mapping[str, Any]) -> str:
+    """How weights are stored according to a quantization_config of bitsandbytes."""
+    return str(stored.get("bnb_4bit_quant_type", "fp4")) if stored.get("load_in_4bit") else "int8"
+
+
 def _refuse_code(file: pathlib.Path, config: Mapping[str, Any]) -> None:
     for name in ATTENTION_FIELDS:
         value = config.get(name)

@@ -7,6 +7,7 @@ import subprocess
 from dataclasses import dataclass
 
 from nybble.errors import RecipeError
+from nybble.plan.step import CONTEXT
 from nybble.recipe.options.memory import memory_bytes
 from nybble.terminal import bytes_text
 
@@ -23,11 +24,11 @@ class Card:
     total: int
     """Bytes."""
     free: int
-    """Bytes that no process uses now."""
+    """Bytes that torch may reserve now."""
 
 
 def find_card() -> Card | None:
-    """The first GPU of this machine; None if the driver shows none. torch is not loaded for it."""
+    """The first GPU that the driver lists; None if it lists none. torch is not loaded for it."""
     if shutil.which(QUERY[0]) is None:
         return None
     try:
@@ -42,7 +43,7 @@ def parse_card(shown: str) -> Card | None:
     fields = [field.strip() for field in shown.partition("\n")[0].rsplit(",", 2)]
     if len(fields) != 3 or not (fields[1].isdigit() and fields[2].isdigit()):
         return None
-    return Card(fields[0], int(fields[1]) * MIB, int(fields[2]) * MIB)
+    return Card(fields[0], int(fields[1]) * MIB, max(0, int(fields[2]) * MIB - CONTEXT))
 
 
 def limit_bytes(text: str, card: Card | None) -> int:

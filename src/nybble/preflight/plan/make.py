@@ -7,7 +7,17 @@ from dataclasses import dataclass, replace
 from nybble.errors import RecipeError
 from nybble.plan import ledger
 from nybble.plan.pace import Pace, pace
-from nybble.plan.placing import SHORTEST, Option, Rows, as_written, changed, changes_that_fit, fastest
+from nybble.plan.placing import (
+    SHORTEST,
+    Option,
+    Rows,
+    as_written,
+    changed,
+    changes_that_fit,
+    fastest,
+    may_move_embedding,
+    may_stream,
+)
 from nybble.plan.policies import LADDER
 from nybble.plan.shapes import ModelShape
 from nybble.plan.step import unplanned
@@ -36,7 +46,9 @@ class RowFacts:
     """Rows of the training set; packed ones if it is packed."""
     steps: int
     tokens_of_run: int
-    """In all steps, prompts included."""
+    """In all steps and processes, prompts included."""
+    typical: int
+    """Tokens of the row that the average token is in: attention's work grows with it."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +70,12 @@ class RunPlan:
     disk: Disk
     pace: Pace | None
     seconds: float | None
-    """Of training, without evaluations; None if the rows or the card are not known."""
+    """Of training, without evaluations; None if the rows or the card are not known, or weights are streamed."""
 
 
 def make_plan(
     recipe: Recipe, shape: ModelShape, sizes_from: str, *, limit: int | None, card: Card | None,
-    facts: RowFacts | None = None, adapt: bool = True,
+    facts: RowFacts | None = None, adapt: bool = True, stored: str | None = None,
 ) -> RunPlan:  # fmt: skip
     """The plan of a recipe.
 
@@ -75,10 +87,13 @@ def make_plan(
         card: whose speed is estimated.
         facts: the rows; None if the data was not read.
         adapt: whether the recipe may change to fit.
+        stored: how the checkpoint came quantised; None if it did not.
 
     Raises:
         RecipeError: the plan does not know what the recipe asks for.
     """
+    if stored is not None:
+        recipe = changed(recipe, {"model.quantization": stored})
     if (what := unplanned(recipe)) is not None:
         raise RecipeError(
             f"{what}, whose memory is not planned yet", fix="leave it out, or read the peak that nybble train prints"
@@ -87,21 +102,38 @@ def make_plan(
     option, verdict = _choose(recipe, shape, limit, rows, adapt=adapt)
     recipe = changed(recipe, option.changes)
     work = option.work
+    length = facts.typical if facts is not None else recipe.data.max_length
+    known = card is not None and not work.weights_on_host  # what streaming costs has not been measured
     speed = (
-        pace(work.layer, shape, option.placement.policies, rows.longest or recipe.data.max_length, card.name)
-        if card
-        else None
+        pace(work.layer, shape, option.placement.policies, length, card.name) if card is not None and known else None
     )
     base = ledger.base_bytes(shape, recipe.model.quantization, recipe.model.double_quantization, work.element).total
-    copy = 0 if recipe.model.quantization == "none" else ledger.cached_copy_bytes(base)
+    copied = recipe.model.quantization != "none" and stored is None
     disk = Disk(
-        ledger.download_bytes(shape), copy, ledger.run_folder_bytes(work.trained, recipe.train.keep_checkpoints)
+        base if stored is not None else ledger.download_bytes(shape),
+        ledger.cached_copy_bytes(base) if copied else 0,
+        ledger.run_folder_bytes(work.trained, recipe.train.keep_checkpoints),
     )
     ladder = () if limit is not None else tuple(
         as_written(changed(recipe, {"engine.policy": policy}), shape, None, rows) for policy in LADDER
     )  # fmt: skip
-    seconds = facts.tokens_of_run / speed.tokens_per_second if facts is not None and speed is not None else None
+    seconds = None
+    if facts is not None and speed is not None:
+        seconds = facts.tokens_of_run / recipe.train.processes / speed.tokens_per_second
     return RunPlan(recipe, shape, sizes_from, limit, facts, option, ladder, verdict, disk, speed, seconds)
+
+
+def check_positions(recipe: Recipe, shape: ModelShape) -> None:
+    """Refuse rows longer than the model's positions, as training does.
+
+    Raises:
+        RecipeError: they are.
+    """
+    if recipe.data.max_length > shape.positions and recipe.model.rope_scaling is None:
+        raise RecipeError(
+            f"data.max_length={recipe.data.max_length} is above the model's {shape.positions} positions",
+            fix=f"data.max_length={shape.positions}, or set model.rope_scaling",
+        )
 
 
 def _choose(recipe: Recipe, shape: ModelShape, limit: int | None, rows: Rows, *, adapt: bool) -> tuple[Option, str]:
@@ -120,8 +152,9 @@ def _choose(recipe: Recipe, shape: ModelShape, limit: int | None, rows: Rows, *,
 def _leanest(recipe: Recipe, shape: ModelShape, limit: int) -> Option:
     train = recipe.train
     changes = {
-        "data.max_length": str(SHORTEST), "train.micro_batch": "1",
-        "train.accumulation": str(train.micro_batch * train.accumulation),
-        **({} if shape.tied else {"engine.embedding": "host"}), "engine.weights": "host", "engine.policy": "host",
+        "data.max_length": str(min(SHORTEST, recipe.data.max_length)), "train.micro_batch": "1",
+        "train.accumulation": str(train.micro_batch * train.accumulation), "engine.policy": "host",
+        **({"engine.embedding": "host"} if may_move_embedding(recipe, shape) else {}),
+        **({"engine.weights": "host"} if may_stream(recipe) else {}),
     }  # fmt: skip
     return replace(as_written(changed(recipe, changes), shape, limit, Rows()), changes=changes)

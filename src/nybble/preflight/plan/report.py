@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nybble.plan.known_models import known_model
+from nybble.plan.known_models import KNOWN
 from nybble.plan.placing import Option
 from nybble.plan.step import CONTEXT, ITEMS, LOADING, Moment
 from nybble.preflight.plan.make import RunPlan
@@ -29,7 +29,7 @@ def render(plan: RunPlan, console: Console) -> None:
     size = f"{_count(plan.shape.parameters.total)} parameters in {recipe.model.quantization}"
     tell(console, f"model     {recipe.model.path}: {size} ({plan.sizes_from})")
     adapter = f"LoRA r {recipe.lora.r} on {_targets(plan)}, {_count(work.trained)} trained"
-    whole = recipe.train.micro_batch * recipe.train.accumulation
+    whole = recipe.train.micro_batch * recipe.train.accumulation * recipe.train.processes
     tell(console, f"step      {whole} rows, {recipe.train.micro_batch} at a time: {work.tokens:,} tokens; {adapter}")
     tell(console, f"layers    {placement_text(plan.option)}")
     console.print()
@@ -148,7 +148,8 @@ def _verdict(plan: RunPlan, console: Console) -> None:
         return
     of = f"{bytes_text(peak.total)} of {bytes_text(plan.limit)} in the {peak.name}"
     if plan.verdict == "too large":
-        when = " while it is loaded, before its weights move to the host" if peak.name == LOADING else ", however lean"
+        moves = peak.name == LOADING and plan.option.work.weights_on_host
+        when = " while it is loaded, before its weights move to the host" if moves else ", however lean"
         tell(console, f"peak      {of}: it does not fit{when}; take a smaller model", style="bold red")
         return
     if plan.verdict == "shorter":
@@ -162,8 +163,8 @@ def command(plan: RunPlan) -> str:
     """The command that trains as planned: with every option that differs from its default."""
     recipe = plan.recipe
     data = recipe.data.path if isinstance(recipe.data.path, str) and recipe.data.path else "DATA"
-    known = known_model(recipe.model.path)
-    model = known.hub_id if known is not None and "/" not in recipe.model.path else recipe.model.path
+    known = KNOWN.get(recipe.model.path.lower())
+    model = known.hub_id if known is not None else recipe.model.path
     return shlex.join(["nybble", "train", model, data, *_differences(recipe, Recipe(), "")])
 
 

@@ -13,7 +13,7 @@ from nybble.errors import ModelError
 from nybble.model.base.checkpoint import find_checkpoint
 from nybble.model.base.load import load_config
 from nybble.model.tokenizer.load import load_tokenizer
-from nybble.plan.known_models import KNOWN
+from nybble.plan.known_models import known_model
 from nybble.plan.placing import Rows
 from nybble.plan.schedule import Schedule
 from nybble.preflight.plan.make import RowFacts
@@ -28,7 +28,8 @@ def read_rows(recipe: Recipe, cache: pathlib.Path) -> RowFacts:
         ModelError: the base has no tokenizer here.
         DataError: the data cannot be trained on.
     """
-    if recipe.model.path.lower() in KNOWN and not pathlib.Path(recipe.model.path).exists():
+    path = recipe.model.path
+    if known_model(path) is not None and "/" not in path and not pathlib.Path(path).exists():
         raise ModelError(
             f"{recipe.model.path} names sizes that are built in, but DATA is counted in tokens of the base's own tokenizer",
             fix="name the base by its folder or Hub id, or leave DATA out",
@@ -46,8 +47,9 @@ def row_facts(recipe: Recipe, data: Prepared, schedule: Schedule) -> RowFacts:
     train, lengths = recipe.train, lengths_of(data.sample)
     step = train.micro_batch * train.accumulation * train.processes
     tokens = int(lengths.mean() * step * schedule.steps)
+    typical = round(float((lengths.astype(float) ** 2).sum() / max(1, lengths.sum())))
     if recipe.data.streaming:
-        return RowFacts(Rows(), step * schedule.steps, schedule.steps, tokens)
+        return RowFacts(Rows(), step * schedule.steps, schedule.steps, tokens, typical)
     ordered = lengths[list(GroupedByLength(lengths, step, train.seed))]
 
     @functools.cache
@@ -55,4 +57,4 @@ def row_facts(recipe: Recipe, data: Prepared, schedule: Schedule) -> RowFacts:
         whole = numpy.concatenate([ordered, numpy.zeros(-len(ordered) % size, ordered.dtype)])
         return int(whole.reshape(-1, size).sum(axis=1).max(initial=0))
 
-    return RowFacts(Rows(int(lengths.max()), largest), len(lengths), schedule.steps, tokens)
+    return RowFacts(Rows(int(lengths.max()), largest), len(lengths), schedule.steps, tokens, typical)

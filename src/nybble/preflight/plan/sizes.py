@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import pathlib
+from dataclasses import dataclass
 
 from nybble.errors import ModelError
 from nybble.files.reading import read_object
-from nybble.model.base.fields import FIX, LIMITS, check_architecture, check_fields
+from nybble.model.base.fields import FIX, LIMITS, check_architecture, check_fields, storage_of
 from nybble.model.hub import fetch
 from nybble.plan.known_models import KNOWN, known_model
 from nybble.plan.shapes import ModelShape
 from nybble.terminal import first_of
 
 
-def sizes_of(model: str, revision: str | None) -> tuple[ModelShape, str]:
-    """The sizes of a base, and where they are from.
+@dataclass(frozen=True)
+class Sizes:
+    """What a base's configuration says of it."""
+
+    shape: ModelShape
+    source: str
+    """Where it is from."""
+    stored: str | None = None
+    """How the checkpoint came quantised: nf4, fp4 or int8; None if it did not."""
+
+
+def sizes_of(model: str, revision: str | None) -> Sizes:
+    """The sizes of a base.
 
     Args:
         model: a folder, a Hub id or one of `KNOWN`.
@@ -26,20 +38,20 @@ def sizes_of(model: str, revision: str | None) -> tuple[ModelShape, str]:
     """
     folder = pathlib.Path(model)
     if folder.is_dir():
-        return _read(folder / "config.json"), "its config.json"
+        return _read(folder / "config.json", "its config.json")
     known = known_model(model)
     if known is not None:
-        return known.shape, "sizes built in"
+        return Sizes(known.shape, "sizes built in")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise ModelError(
             f"there is no model {model}: it is neither a folder, nor a Hub id (owner/name), nor one of {', '.join(KNOWN)}",
             fix="nybble plan llama-2-7b, a folder, or a Hub id",
         )
     folder, commit = fetch(model, revision, ["config.json"])
-    return _read(folder / "config.json"), f"config.json on the Hub, commit {commit[:12]}"
+    return _read(folder / "config.json", f"config.json on the Hub, commit {commit[:12]}")
 
 
-def _read(file: pathlib.Path) -> ModelShape:
+def _read(file: pathlib.Path, source: str) -> Sizes:
     if not file.is_file():
         raise ModelError(f"{file.parent} is not a model folder: it has no config.json", fix=f"ls {file.parent}")
     config = read_object(file)
@@ -48,4 +60,6 @@ def _read(file: pathlib.Path) -> ModelShape:
     if odd:
         raise ModelError(f"config.json does not describe a working model: {first_of(odd)}", where=str(file), fix=FIX)
     check_fields(file, config)
-    return ModelShape.from_config(config)
+    quantised = config.get("quantization_config")
+    stored = storage_of(quantised) if isinstance(quantised, dict) else None
+    return Sizes(ModelShape.from_config(config), source, stored)

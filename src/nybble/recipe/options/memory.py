@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
-SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(GB|GiB|MB|MiB)?")
-UNITS = {None: 10**9, "GB": 10**9, "GiB": 1 << 30, "MB": 10**6, "MiB": 1 << 20}
+SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(gb|gib|mb|mib)?", re.IGNORECASE)
+UNITS = {"gb": 10**9, "gib": 1 << 30, "mb": 10**6, "mib": 1 << 20}
 LEAST = 100_000_000  # bytes: less is a slip, such as 12 MB for 12 GB
 AUTO = "auto"
+FORMS = "write 12GB, 11.5GiB or auto"
 
 
 def memory_bytes(text: str) -> int | None:
@@ -23,11 +24,16 @@ def memory_bytes(text: str) -> int | None:
         return None
     match = SIZE.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"{text!r:.40} is not a size of memory; write 12GB, 11.5GiB or auto")
-    size = int(float(match[1]) * UNITS[match[2]])
+        raise ValueError(f"{text!r:.40} is not a size of memory; {FORMS}")
+    size = int(float(match[1]) * UNITS[(match[2] or "GB").lower()])
     if size < LEAST:
-        raise ValueError(f"{text} is {size:,} bytes, which hold no model; write 12GB, 11.5GiB or auto")
+        raise ValueError(f"{text} is {size:,} bytes, which hold no model; {FORMS}")
     return size
+
+
+def _as_text(value: Any) -> Any:
+    """A number as text: YAML reads 12 as one."""
+    return str(value) if type(value) in (int, float) else value
 
 
 def _checked(text: str) -> str:
@@ -35,4 +41,4 @@ def _checked(text: str) -> str:
     return text
 
 
-MemorySize = Annotated[str, AfterValidator(_checked)]
+MemorySize = Annotated[str, BeforeValidator(_as_text), AfterValidator(_checked)]
