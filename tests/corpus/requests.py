@@ -58,6 +58,11 @@ def _body(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in (fields | changes).items() if value is not DROP}
 
 
+def function(name: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One of `tools`."""
+    return {"type": "function", "function": {"name": name, "parameters": parameters or {}}}
+
+
 def said(content: Any, **more: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content, **more}]
 
@@ -135,7 +140,7 @@ WRONG_FIELDS: list[tuple[str, dict[str, Any], int, str | None]] = [
     (CHAT, chat(messages=[{"role": "User", "content": "x"}]), 400, "messages.0.role"),
     (CHAT, chat(messages=[{"role": ["user"], "content": "x"}]), 400, "messages.0.role"),
     (CHAT, chat(messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}]), 400, "messages.0.tool_call_id"),
-    (CHAT, chat(messages=[{"role": "tool", "content": "x"}]), 400, "messages.0.role"),
+    (CHAT, chat(messages=[{"role": "tool", "content": "x"}]), 400, "messages.0.tool_call_id"),
     (CHAT, chat(messages=[{"role": "function", "name": "f", "content": "x"}]), 400, "messages.0.role"),
     (CHAT, chat(messages=[*ASK, {"role": "system", "content": "x"}]), 400, "messages.1.role"),
     (CHAT, chat(messages=[*ASK, {"role": "developer", "content": "x"}]), 400, "messages.1.role"),
@@ -151,7 +156,7 @@ WRONG_FIELDS: list[tuple[str, dict[str, Any], int, str | None]] = [
     (CHAT, chat(messages=said([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}])), 400, "messages.0.content"),
     (CHAT, chat(messages=said([{"type": "input_audio", "input_audio": {"data": ""}}])), 400, "messages.0.content"),
     (CHAT, chat(messages=said([{"type": "file", "file": {"file_id": "x"}}])), 400, "messages.0.content"),
-    (CHAT, chat(messages=said("x", tool_calls=[{"id": "1"}])), 400, "messages.0.tool_calls"),
+    (CHAT, chat(messages=said("x", tool_calls=[{"id": "1"}])), 400, "messages.0.tool_calls.0.function"),
     (CHAT, chat(messages=said("x", function_call={"name": "f"})), 400, "messages.0.function_call"),
     (CHAT, chat(messages=said("x", audio={"id": "1"})), 400, "messages.0.audio"),
     (CHAT, chat(messages=said("x", contents="y")), 400, "messages.0.contents"),
@@ -294,6 +299,10 @@ WRONG_FIELDS: list[tuple[str, dict[str, Any], int, str | None]] = [
     (PLAIN, plain(max_tokens=-1, echo=True), 400, "max_tokens"),
     (PLAIN, plain(prompt=[1] * 513, max_tokens=0, echo=True), 400, "prompt"),
     (CHAT, chat(echo=True), 400, "echo"),
+    (CHAT, chat(tools=[function("a\nb")]), 400, "tools.0.function.name"),
+    (CHAT, chat(tools=[function("f", {"type": "object", "$ref": "http://localhost/x"})]), 400, "tools"),
+    (CHAT, chat(tools=[function("f", {"type": "object", "properties": {"x" * 70_000: {}}})]), 400, None),
+    (CHAT, chat(tools=[function("f")] * 2), 400, "tools.1.function.name"),
     (PLAIN, plain(suffix="x"), 400, "suffix"),
     (PLAIN, plain(messages=ASK), 400, "messages"),
     (RESPONSES, response(input=DROP), 400, "input"),
