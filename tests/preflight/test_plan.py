@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pathlib
 import subprocess
@@ -9,11 +10,15 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 
 from nybble.errors import RecipeError
 from nybble.plan.step import CONTEXT
 from nybble.preflight.plan import card
 from nybble.preflight.plan.card import Card, limit_bytes, parse_card
+from nybble.preflight.plan.make import make_plan
+from nybble.preflight.plan.report import render
+from nybble.preflight.plan.sizes import sizes_of
 from nybble.recipe import load_recipe
 from tests.conftest import ROOT, write_llama
 from tests.standin_hub import Repo, StandinHub
@@ -66,6 +71,20 @@ def test_what_a_person_sees(here):
         "run       nybble train meta-llama/Llama-2-7b-hf DATA data.max_length=2048 train.micro_batch=2 train.accumulation=8 "
         "train.vram=12GB"
     )
+
+
+def test_a_narrow_terminal_has_the_numbers_without_bars():
+    sizes = sizes_of("llama-3-8b", None)
+    console = Console(width=60, file=io.StringIO())
+    render(
+        make_plan(load_recipe(None, ["model.path=llama-3-8b"]), sizes.shape, sizes.source, limit=None, card=None),
+        console,
+    )
+    lines = console.file.getvalue().splitlines()
+    print(*lines, sep="\n")
+    assert max(len(line) for line in lines if line.startswith(("weights", "in total", "GB on"))) <= 60
+    assert next(line for line in lines if line.startswith("weights")).split() == ["weights", "3.49", "3.49", "3.49"]
+    assert "\u2588" not in console.file.getvalue()
 
 
 def test_without_a_card_every_policy_is_told(here):

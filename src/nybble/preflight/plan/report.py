@@ -20,7 +20,7 @@ from nybble.recipe import Recipe
 from nybble.recipe.options.section import Options
 from nybble.terminal import bytes_text, tell
 
-BAR = 16  # characters of the longest bar: a table of 80 columns has room for it
+BAR, WIDE = 16, 80  # characters of the longest bar, and columns from which there is room for bars
 
 
 def render(plan: RunPlan, console: Console) -> None:
@@ -103,13 +103,17 @@ def _table(plan: RunPlan, console: Console) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("GB on the GPU", no_wrap=True)
     for moment in moments:
-        table.add_column(moment.name, justify="right", style="bold" if moment is peak else "")
-    table.add_column("", no_wrap=True)
+        style = "bold" if moment is peak else ""
+        table.add_column(moment.name, justify="right", style=style, no_wrap=True, min_width=len(moment.name))
+    has_bars = console.width >= WIDE
+    if has_bars:
+        table.add_column("", no_wrap=True)
     names = sorted({name for moment in moments for name in moment.items}, key=ITEMS.index)
     most = max(peak.items.values())
     for name in names:
         bar = "\u2588" * round(BAR * peak.items.get(name, 0) / most)
-        table.add_row(name, *(_gb(moment.items.get(name, 0)) for moment in moments), Text(bar, style="cyan"))
+        numbers = (_gb(moment.items.get(name, 0)) for moment in moments)
+        table.add_row(name, *numbers, *([Text(bar, style="cyan")] if has_bars else []))
     table.add_row("in total", *(_gb(moment.total) for moment in moments), style="bold")
     console.print(table)
 
