@@ -77,7 +77,7 @@ def test_a_narrow_terminal_has_the_numbers_without_bars():
     sizes = sizes_of("llama-3-8b", None)
     console = Console(width=60, file=io.StringIO())
     render(
-        make_plan(load_recipe(None, ["model.path=llama-3-8b"]), sizes.shape, sizes.source, limit=None, card=None),
+        make_plan(load_recipe(None, ["model.path=llama-3-8b"]), sizes, limit=None, card=None),
         console,
     )
     lines = console.file.getvalue().splitlines()
@@ -251,6 +251,8 @@ def test_bad_input(here, words, says):
           "vocab_size": 1}, "hidden_size is -1"),
         ({"model_type": "llama", "hidden_size": "x", "intermediate_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1,
           "vocab_size": 1}, "hidden_size is 'x'"),
+        ({"model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1,
+          "vocab_size": 9, "quantization_config": {"quant_method": "gptq"}}, "the checkpoint is quantised by gptq"),
         ("[", "config.json"),
         (None, "it has no config.json"),
     ],

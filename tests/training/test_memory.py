@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,18 +12,19 @@ from nybble.plan.free_memory import Memory
 from nybble.plan.known_models import KNOWN
 from nybble.plan.placing import Rows
 from nybble.preflight.plan.make import RowFacts
+from nybble.preflight.plan.sizes import Sizes
 from nybble.recipe import load_recipe
 from nybble.training.memory import check_limit, plan_memory, plan_within
 from nybble.training.messages import memory_text
 
-SHAPE = KNOWN["llama-2-7b"].shape
+SIZES = Sizes(KNOWN["llama-2-7b"].shape, "built in")
 FACTS = RowFacts(Rows(2048, lambda rows: 2048 * rows), 1000, 62, 2_000_000, 2048)
 CARD = Memory(free=23_000_000_000, total=25_000_000_000)
 WORDS = ("model.path=meta-llama/Llama-2-7b-hf", "data.path=my.jsonl", "data.max_length=2048")
 
 
 def planned(*words: str, memory: Memory = CARD):
-    return plan_within(load_recipe(None, [*WORDS, *words]), SHAPE, FACTS, memory, "NVIDIA Test")
+    return plan_within(load_recipe(None, [*WORDS, *words]), SIZES, FACTS, memory, "NVIDIA Test")
 
 
 def test_without_a_limit_the_recipe_stays_as_it_is():
@@ -79,18 +82,13 @@ def test_a_limit_is_refused_where_there_is_nothing_to_limit():
     with pytest.raises(RecipeError, match="Transformers computes the layers"):
         check_limit(plain, torch.device("cuda"))
     free = load_recipe(None, [*WORDS, "engine.fused=false"])
-    assert plan_memory(free, SHAPE, None, None, torch.device("cuda"), stored=None, is_new=True) is None
+    assert plan_memory(free, SIZES, None, None, torch.device("cuda"), is_new=True) is None
+    eight = dataclasses.replace(SIZES, stored="int8")
     # A checkpoint that came in 8 bits: Transformers computes its layers.
-    assert (
-        plan_memory(load_recipe(None, list(WORDS)), SHAPE, None, None, torch.device("cuda"), stored="int8", is_new=True)
-        is None
-    )
+    assert plan_memory(load_recipe(None, list(WORDS)), eight, None, None, torch.device("cuda"), is_new=True) is None
     with pytest.raises(RecipeError, match=r"model\.quantization=int8"):
-        plan_memory(recipe, SHAPE, None, None, torch.device("cuda"), stored="int8", is_new=True)
-    assert (
-        plan_memory(load_recipe(None, list(WORDS)), SHAPE, None, None, torch.device("cpu"), stored=None, is_new=True)
-        is None
-    )
+        plan_memory(recipe, eight, None, None, torch.device("cuda"), is_new=True)
+    assert plan_memory(load_recipe(None, list(WORDS)), SIZES, None, None, torch.device("cpu"), is_new=True) is None
 
 
 def test_the_plan_is_compared_with_what_was_reserved():
@@ -108,7 +106,7 @@ def test_the_plan_is_compared_with_what_was_reserved():
 
 def test_a_run_that_is_resumed_keeps_to_its_own_recipe():
     recipe = load_recipe(None, [*WORDS, "train.micro_batch=16", "engine.policy=keep-all", "train.vram=8GB"])
-    memory = plan_within(recipe, SHAPE, FACTS, CARD, "NVIDIA Test", is_new=False)
+    memory = plan_within(recipe, SIZES, FACTS, CARD, "NVIDIA Test", is_new=False)
     assert memory.fitted(recipe) == recipe
     assert memory.plan.limit == 8e9
 

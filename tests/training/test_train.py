@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib.metadata
 import io
@@ -600,19 +601,20 @@ def test_the_reported_loss_is_that_of_the_saved_adapter(tiny_llama, rows, cache,
 def test_memory_saving_changes_are_suggested_step_by_step():
     words = ["model.path=m", "data.path=d", "model.quantization=none", "engine.policy=keep-all", "train.micro_batch=2"]
     given = []
-    for _ in range(6):
-        fix = memory_saving_change(load_recipe(None, words), tied=False)
+    for _ in range(7):
+        fix = memory_saving_change(load_recipe(None, words), LLAMA_2_7B)
         given.append(fix.split()[0])
         words += fix.partition(" (")[0].split()
     assert given == [
         "model.quantization=nf4", "engine.policy=auto", "train.micro_batch=1", "engine.policy=host",
-        "engine.embedding=host", "data.max_length=512",
+        "engine.embedding=host", "engine.weights=host", "data.max_length=512",
     ]  # fmt: skip
     plain = load_recipe(None, ["model.path=m", "data.path=d", "engine.fused=false", "train.micro_batch=1",
                                "train.gradient_checkpointing=false"])  # fmt: skip
-    assert memory_saving_change(plain, tied=False) == "train.gradient_checkpointing=true"
+    assert memory_saving_change(plain, LLAMA_2_7B) == "train.gradient_checkpointing=true"
     last = load_recipe(None, ["model.path=m", "data.path=d", "engine.policy=host", "train.micro_batch=1"])
-    assert memory_saving_change(last, tied=True).startswith("data.max_length="), "a tied embedding stays on the device"
+    tied = dataclasses.replace(LLAMA_2_7B, tied=True)
+    assert memory_saving_change(last, tied).startswith("engine.weights=host"), "a tied embedding stays on the device"
 
 
 def test_what_does_not_fit_says_what_the_run_takes(tmp_path):
@@ -640,7 +642,7 @@ def test_what_is_not_planned_is_told_without_its_activations(tmp_path):
 
 SPLIT = "in {run}/recipe.yaml set train.micro_batch=4 train.accumulation=8 (the same step), then: nybble train --resume {run}"
 ANOTHER = "nybble train -c {run}/recipe.yaml out=ANOTHER "
-ON_HOST = ["engine.policy=host", "engine.embedding=host"]
+ON_HOST = ["engine.policy=host", "engine.embedding=host", "engine.weights=host"]
 
 
 @pytest.mark.parametrize(

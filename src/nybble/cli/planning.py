@@ -50,9 +50,7 @@ def plan(
     base = recipe.model.model_copy(update={"path": ""})  # `sizes_of` knows more names of bases
     refuse_missing(recipe.model_copy(update={"model": base}))
     card = find_card()
-    limit = card.free if card is not None else None
-    if recipe.train.vram is not None:
-        limit = limit_bytes(recipe.train.vram, card)
+    limit = limit_bytes(recipe.train.vram, card)
     sizes = sizes_of(recipe.model.path, recipe.model.revision)
     check_positions(recipe, sizes.shape)
     facts = None
@@ -61,7 +59,7 @@ def plan(
         from nybble.preflight.plan.rows import read_rows
 
         facts = read_rows(recipe, cache_folder(context))
-    made = make_plan(recipe, sizes.shape, sizes.source, limit=limit, card=card, facts=facts, stored=sizes.stored)
+    made = make_plan(recipe, sizes, limit=limit, card=card, facts=facts)
     if as_json:
         typer.echo(plan_json(made))
     else:

@@ -12,7 +12,7 @@ import torch
 from nybble.errors import TrainingError
 from nybble.plan.free_memory import device_memory
 from nybble.plan.ledger import ADAPTER, GRADIENT, base_bytes, optimizer_state
-from nybble.plan.placing import Rows, as_written
+from nybble.plan.placing import Rows, as_written, may_move_embedding, may_stream
 from nybble.plan.schedule import smaller_micro_batch
 from nybble.plan.shapes import ModelShape
 from nybble.plan.step import ADAPTERS, GRADIENTS, OPTIMIZER, unplanned, work_of
@@ -38,7 +38,7 @@ def explained_memory(recipe: Recipe, shape: ModelShape, run: pathlib.Path) -> It
             f"the GPU does not have enough memory: {str(error).splitlines()[0]}\n"
             + memory_table(_predicted(recipe, shape), measured),
             where=f"micro batch {recipe.train.micro_batch}, rows of up to {recipe.data.max_length} tokens",
-            fix=_command(run, memory_saving_change(recipe, tied=shape.tied)),
+            fix=_command(run, memory_saving_change(recipe, shape)),
         ) from error
 
 
@@ -84,17 +84,18 @@ def _command(run: pathlib.Path, change: str) -> str:
     return f"nybble train -c {folder}/recipe.yaml out=ANOTHER {words}" + (f"; {note.removesuffix(')')}" if note else "")
 
 
-def memory_saving_change(recipe: Recipe, *, tied: bool) -> str:
+def memory_saving_change(recipe: Recipe, shape: ModelShape) -> str:
     """The cheapest change that saves memory and has not been made yet.
 
     Args:
         recipe: the run's recipe.
-        tied: whether the model's head is tied to its embedding, which then cannot be moved to the host.
+        shape: sizes of its base.
     """
     train, engine = recipe.train, recipe.engine
     smaller = smaller_micro_batch(train.micro_batch, train.accumulation)
     halved = "train.micro_batch={} train.accumulation={} (the same step)".format(*smaller) if smaller else ""
-    movable = engine.fused and engine.embedding == "device" and train.processes == 1 and not tied
+    movable = engine.fused and engine.embedding == "device" and may_move_embedding(recipe, shape)
+    streamable = unplanned(recipe) is None and engine.weights == "device" and may_stream(recipe)
     steps = [
         (recipe.model.quantization == "none", "model.quantization=nf4"),
         (engine.fused and engine.policy not in ("auto", "host"), "engine.policy=auto (the same step, slower)"),
@@ -102,5 +103,6 @@ def memory_saving_change(recipe: Recipe, *, tied: bool) -> str:
         (not engine.fused and not train.gradient_checkpointing, "train.gradient_checkpointing=true"),
         (engine.fused and engine.policy != "host", "engine.policy=host (the same step, slower)"),
         (movable, "engine.embedding=host"),
+        (streamable, "engine.weights=host (the same step, slower)"),
     ]
     return next((fix for applies, fix in steps if applies), f"data.max_length={recipe.data.max_length // 2}")

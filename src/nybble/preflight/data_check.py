@@ -24,18 +24,17 @@ from nybble.data.text.tokenise import Counts, Pass
 from nybble.errors import DataError, NybbleError
 from nybble.files.paths import check_cache, check_writable, default_cache
 from nybble.model.base.checkpoint import find_checkpoint, read_description, refuse_adapter
-from nybble.model.base.fields import storage_of
 from nybble.model.base.load import read_config
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer
 from nybble.plan.schedule import Schedule, steps_text
-from nybble.plan.shapes import ModelShape
 from nybble.plan.speed import PASSES, estimate
 from nybble.plan.step import unplanned
 from nybble.preflight.plan.card import find_card, limit_bytes
-from nybble.preflight.plan.make import RowFacts, make_plan
+from nybble.preflight.plan.make import RowFacts, as_stored, make_plan
 from nybble.preflight.plan.report import one_line
 from nybble.preflight.plan.rows import row_facts
+from nybble.preflight.plan.sizes import sizes_in
 from nybble.preflight.preparation import Stage, prepare_run
 from nybble.recipe import Recipe, absolute_paths
 from nybble.terminal import tell
@@ -121,7 +120,7 @@ def _check_tokens(
         _tell_batches(console, run.data, recipe)
         if run.schedule is not None:
             _tell_steps(console, run.data, run.schedule, recipe, config)
-            if config is not None and unplanned(recipe) is None:
+            if config is not None:
                 _tell_memory(console, recipe, config, row_facts(recipe, run.data, run.schedule))
     return faults
 
@@ -227,17 +226,12 @@ def _tell_time(console: Console, recipe: Recipe, tokens: float, config: Pretrain
 
 
 def _tell_memory(console: Console, recipe: Recipe, config: PretrainedConfig, facts: RowFacts) -> None:
-    card, vram = find_card(), recipe.train.vram
-    limit = limit_bytes(vram, card) if vram is not None else card.free if card is not None else None
-    described = config.to_dict()
-    quantised = described.get("quantization_config")
-    stored = storage_of(quantised) if isinstance(quantised, dict) else None
-    if stored == "int8":
+    sizes = sizes_in(config.to_dict(), "")
+    if unplanned(as_stored(recipe, sizes.stored)) is not None:
         return
-    plan = make_plan(
-        recipe, ModelShape.from_config(described), "", limit=limit, card=card, facts=facts, adapt=vram is not None,
-        stored=stored,
-    )  # fmt: skip
+    card, vram = find_card(), recipe.train.vram
+    limit = limit_bytes(vram, card)
+    plan = make_plan(recipe, sizes, limit=limit, card=card, facts=facts, adapt=vram is not None)
     _line(console, "memory", one_line(plan), "" if plan.verdict == "fits" else "yellow")
 
 

@@ -12,12 +12,12 @@ from nybble.errors import RecipeError, TrainingError
 from nybble.plan.free_memory import Memory, device_memory
 from nybble.plan.placing import changed
 from nybble.plan.schedule import Schedule
-from nybble.plan.shapes import ModelShape
 from nybble.plan.step import BACKWARD, KEPT, LOADING, unplanned
 from nybble.preflight.plan.card import Card, limit_bytes
-from nybble.preflight.plan.make import RowFacts, RunPlan, make_plan
+from nybble.preflight.plan.make import RowFacts, RunPlan, as_stored, make_plan
 from nybble.preflight.plan.report import command, one_line
 from nybble.preflight.plan.rows import row_facts
+from nybble.preflight.plan.sizes import Sizes
 from nybble.recipe import Recipe
 from nybble.run.summary import MemorySummary
 from nybble.terminal import bytes_text
@@ -82,34 +82,30 @@ def check_limit(recipe: Recipe, device: torch.device) -> None:
 
 
 def plan_memory(
-    recipe: Recipe, shape: ModelShape, data: Prepared, schedule: Schedule, device: torch.device, *, stored: str | None,
-    is_new: bool,
-) -> MemoryPlan | None:  # fmt: skip
+    recipe: Recipe, sizes: Sizes, data: Prepared, schedule: Schedule, device: torch.device, *, is_new: bool
+) -> MemoryPlan | None:
     """The plan of a run; None on a CPU, and for what has no plan.
 
     Args:
         recipe: the recipe.
-        shape: the base's sizes.
+        sizes: of the base.
         data: the rows.
         schedule: the steps.
         device: where it trains.
-        stored: how the checkpoint came quantised; None if it did not.
         is_new: whether the recipe may still change: a run that is resumed keeps to its own.
 
     Raises:
         RecipeError: the limit is more than the GPU has, or the checkpoint's quantisation has no plan to keep to a limit by.
         TrainingError: nothing fits into the limit; it names what would.
     """
-    if stored is not None:
-        recipe = changed(recipe, {"model.quantization": stored})
-    if _unplanned_on(recipe, device) is not None:
-        check_limit(recipe, device)
+    if _unplanned_on(as_stored(recipe, sizes.stored), device) is not None:
+        check_limit(as_stored(recipe, sizes.stored), device)
         return None
     memory = device_memory(device)
     # Of several processes each must come to the same plan.
     memory = Memory(min(all_gather([memory.free])), min(all_gather([memory.total])))
     facts = row_facts(recipe, data, schedule)
-    return plan_within(recipe, shape, facts, memory, torch.cuda.get_device_name(device), is_new=is_new)
+    return plan_within(recipe, sizes, facts, memory, torch.cuda.get_device_name(device), is_new=is_new)
 
 
 def _unplanned_on(recipe: Recipe, device: torch.device) -> str | None:
@@ -117,13 +113,13 @@ def _unplanned_on(recipe: Recipe, device: torch.device) -> str | None:
 
 
 def plan_within(
-    recipe: Recipe, shape: ModelShape, facts: RowFacts, memory: Memory, name: str, *, is_new: bool = True
+    recipe: Recipe, sizes: Sizes, facts: RowFacts, memory: Memory, name: str, *, is_new: bool = True
 ) -> MemoryPlan:
     """The plan of a run on a GPU.
 
     Args:
         recipe: the recipe; without train.vram it stays as it is.
-        shape: the base's sizes.
+        sizes: of the base.
         facts: the rows.
         memory: of the GPU.
         name: of the GPU.
@@ -134,8 +130,9 @@ def plan_within(
     """
     card = Card(name, memory.total, memory.free)
     vram = recipe.train.vram
-    limit = memory.free if vram is None else limit_bytes(vram, card)
-    plan = make_plan(recipe, shape, "", limit=limit, card=card, facts=facts, adapt=vram is not None and is_new)
+    limit = limit_bytes(vram, card)
+    assert limit is not None, "there is a card"
+    plan = make_plan(recipe, sizes, limit=limit, card=card, facts=facts, adapt=vram is not None and is_new)
     if vram is not None and plan.verdict not in ("fits", "over"):
         shorter = plan.verdict == "shorter"
         raise TrainingError(

@@ -21,13 +21,14 @@ from nybble.model.base.load import load_base, load_config, measure
 from nybble.model.device import choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer
 from nybble.plan.out_of_memory import explained_memory
-from nybble.plan.shapes import ModelShape
+from nybble.preflight.plan.sizes import sizes_in
 from nybble.recipe import Recipe, absolute_paths
 from nybble.run.folder import Run, choose_folder, open_run, refuse_existing
 from nybble.run.identity import check_template_and_tokenizer
 from nybble.run.marks import check_adapter, read_mark
 from nybble.run.records import write_record
 from nybble.run.start import halved_from
+from nybble.run.summary import Summary
 from nybble.terminal import tell
 from nybble.training.beginning import (
     base_of_resumed,
@@ -47,6 +48,7 @@ from nybble.training.loop import run_trainer
 from nybble.training.memory import check_limit, plan_memory
 from nybble.training.messages import print_adapter, print_base, print_plan, print_result
 from nybble.training.preparation import TrainingSetup, check_vocabulary, fuse_layers, join_processes, prepare_data
+from nybble.training.recorder import Recorder
 from nybble.training.resource_use import ResourceUse
 
 PreflightCheck = Callable[[PretrainedConfig, PreTrainedTokenizerBase, pathlib.Path], None]
@@ -127,20 +129,20 @@ def _train(
     config = load_config(described, recipe.model.rope_scaling)
     # `prepare_run` checks this too, for `nybble data check`, but only after it has read and tokenised all rows.
     check_length(config, recipe.data.max_length, recipe.model.rope_scaling)
-    shape = ModelShape.from_config(config.to_dict())
-    stack.enter_context(explained_memory(recipe, shape, folder))
+    sizes = sizes_in(config.to_dict(), described.name)
+    stack.enter_context(explained_memory(recipe, sizes.shape, folder))
     tokenizer = load_tokenizer(described.folder)
     if preflight is not None:
         preflight(config, tokenizer, folder)
     with state.main_process_first():
         data, schedule = prepare_data(recipe, tokenizer, config, console, cache, folder)
     is_new = not (folder / "recipe.yaml").exists()
-    memory = plan_memory(recipe, shape, data, schedule, device, stored=described.quantized_as, is_new=is_new)
+    memory = plan_memory(recipe, sizes, data, schedule, device, is_new=is_new)
     if memory is not None:
         tell(console, f"memory    {memory.line}")
         memory.enforce(device)
         recipe = memory.fitted(recipe)
-        stack.enter_context(explained_memory(recipe, shape, folder))  # of the recipe as it runs
+        stack.enter_context(explained_memory(recipe, sizes.shape, folder))  # of the recipe as it runs
     # 3. The base, frozen in 4 bits.
     with state.main_process_first(), console.status("loading the base"):
         checkpoint = find_checkpoint(recipe.model.path, recipe.model.revision)
@@ -180,14 +182,20 @@ def _train(
                 raise
             return halved
     refuse_untrained(run, model, recorder)
-    # 7. Summary, loss curve and card; the adapter comes last, since its folder marks the run as finished.
+    # 7. Summary, loss curve and card.
     if state.is_main_process:
         with cleanup_on_failure(run, state, console, made):
-            summary = summarise(setup, recorder, used, first)
-            write_record(folder / "summary.json", summary)
-            draw_loss(run, folder / "loss.png")
-            write_card(run, summary)
-            save_adapter(run, model)
+            summary = _finish(run, setup, recorder, used, first)
         print_result(run, summary, console)
     state.wait_for_everyone()
     return run
+
+
+def _finish(run: Run, setup: TrainingSetup, recorder: Recorder, used: ResourceUse, first: int | None) -> Summary:
+    """Write what a finished run has; the adapter comes last, since its folder marks the run as finished."""
+    summary = summarise(setup, recorder, used, first)
+    write_record(run.folder / "summary.json", summary)
+    draw_loss(run, run.folder / "loss.png")
+    write_card(run, summary)
+    save_adapter(run, setup.model)
+    return summary

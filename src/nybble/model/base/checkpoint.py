@@ -15,7 +15,7 @@ from nybble.errors import ModelError
 from nybble.files.cached_digests import sha256_of
 from nybble.files.reading import read_object
 from nybble.model.base.downloads import check_download
-from nybble.model.base.fields import check_architecture, check_fields, storage_of
+from nybble.model.base.fields import check_architecture, check_fields, check_storage, quantized_as
 from nybble.model.base.files import FLOATS, WHOLE, check_whole, refuse_pointers, shapes, weight_files
 from nybble.model.base.generation import check_generation
 from nybble.model.base.headers import index_of
@@ -36,7 +36,6 @@ DESCRIPTION_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
-STORAGES = ("nf4", "fp4", "int8")
 ADAPTER_FILES = ("adapter_config.json", "recipe.yaml")
 """Files that show that a folder is an adapter, or a run with one."""
 
@@ -56,8 +55,7 @@ class Checkpoint:
     @property
     def quantized_as(self) -> str | None:
         """How a checkpoint that came quantised by bitsandbytes is stored: nf4, fp4 or int8; None for others."""
-        stored = self.config.get("quantization_config")
-        return None if stored is None else storage_of(stored)
+        return quantized_as(self.config)
 
 
 def find_checkpoint(path: str, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
@@ -83,7 +81,7 @@ def find_checkpoint(path: str, revision: str | None = None, *, weights: bool = T
     if weights or commit is None:
         _check_weights(folder)
         _check_leftover(folder, config, path if commit is not None else None)
-    _check_storage(folder, config)
+    check_storage(folder / "config.json", config)
     return Checkpoint(path, folder, commit, config)
 
 
@@ -185,21 +183,6 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
             fix='delete "transformers_weights" there, and give the weights that name',
         )
     return config
-
-
-def _check_storage(folder: pathlib.Path, config: dict[str, Any]) -> None:
-    stored = config.get("quantization_config")
-    if stored is not None and stored.get("quant_method", "bitsandbytes") != "bitsandbytes":
-        raise ModelError(
-            f"the checkpoint is quantised by {stored['quant_method']}, which nybble cannot train adapters on",
-            fix="use the 16-bit checkpoint it was made from",
-        )
-    if stored is not None and (kind := storage_of(stored)) not in STORAGES:
-        raise ModelError(
-            f"quantization_config stores weights as {kind}, which nybble does not support ({', '.join(STORAGES)})",
-            where=str(folder / "config.json"),
-            fix="use the 16-bit checkpoint it was made from",
-        )
 
 
 def _check_weights(folder: pathlib.Path) -> None:

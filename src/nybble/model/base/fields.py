@@ -33,6 +33,7 @@ ATTENTION = frozenset(
     {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"}
 )
 ATTENTION_FIELDS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+STORAGES = ("nf4", "fp4", "int8")
 FIX = "compare it with config.json on the model's page"
 
 
@@ -73,9 +74,32 @@ def check_architecture(file: pathlib.Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def storage_of(stored: Mapping[str, Any]) -> str:
-    """How weights are stored according to a quantization_config of bitsandbytes."""
+def quantized_as(config: Mapping[str, Any]) -> str | None:
+    """How a checkpoint that came quantised by bitsandbytes is stored, by its config.json: nf4, fp4 or int8; None for others."""
+    stored = config.get("quantization_config")
+    if stored is None:
+        return None
     return str(stored.get("bnb_4bit_quant_type", "fp4")) if stored.get("load_in_4bit") else "int8"
+
+
+def check_storage(file: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that came quantised in a way that nybble cannot train on.
+
+    Raises:
+        ModelError: it says which.
+    """
+    stored = config.get("quantization_config")
+    if stored is not None and stored.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        raise ModelError(
+            f"the checkpoint is quantised by {stored['quant_method']}, which nybble cannot train adapters on",
+            fix="use the 16-bit checkpoint it was made from",
+        )
+    if stored is not None and (kind := quantized_as(config)) not in STORAGES:
+        raise ModelError(
+            f"quantization_config stores weights as {kind}, which nybble does not support ({', '.join(STORAGES)})",
+            where=str(file),
+            fix="use the 16-bit checkpoint it was made from",
+        )
 
 
 def _refuse_code(file: pathlib.Path, config: Mapping[str, Any]) -> None:

@@ -46,16 +46,18 @@ def parse_card(shown: str) -> Card | None:
     return Card(fields[0], int(fields[1]) * MIB, max(0, int(fields[2]) * MIB - CONTEXT))
 
 
-def limit_bytes(text: str, card: Card | None) -> int:
-    """A limit of GPU memory in bytes.
+def limit_bytes(text: str | None, card: Card | None) -> int | None:
+    """The limit of GPU memory in bytes; None where nothing is known of the GPU.
 
     Args:
-        text: the recipe's train.vram.
+        text: the recipe's train.vram; None for the memory that is free.
         card: this machine's.
 
     Raises:
         RecipeError: it is more than the card has, or auto without a card.
     """
+    if text is None:
+        return None if card is None else card.free
     size = memory_bytes(text)
     if size is None:
         if card is None:

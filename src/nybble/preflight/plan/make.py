@@ -22,6 +22,7 @@ from nybble.plan.policies import LADDER
 from nybble.plan.shapes import ModelShape
 from nybble.plan.step import unplanned
 from nybble.preflight.plan.card import Card
+from nybble.preflight.plan.sizes import Sizes
 from nybble.recipe import Recipe
 
 
@@ -57,8 +58,7 @@ class RunPlan:
 
     recipe: Recipe
     """As it would run: with the option's changes."""
-    shape: ModelShape
-    sizes_from: str
+    sizes: Sizes
     limit: int | None
     """Bytes that torch may reserve; None if nothing is known of the card."""
     facts: RowFacts | None
@@ -74,26 +74,23 @@ class RunPlan:
 
 
 def make_plan(
-    recipe: Recipe, shape: ModelShape, sizes_from: str, *, limit: int | None, card: Card | None,
-    facts: RowFacts | None = None, adapt: bool = True, stored: str | None = None,
+    recipe: Recipe, sizes: Sizes, *, limit: int | None, card: Card | None, facts: RowFacts | None = None, adapt: bool = True,
 ) -> RunPlan:  # fmt: skip
     """The plan of a recipe.
 
     Args:
         recipe: the recipe.
-        shape: the base's sizes.
-        sizes_from: where they are from.
+        sizes: of the base.
         limit: bytes that torch may reserve; None for no limit.
         card: whose speed is estimated.
         facts: the rows; None if the data was not read.
         adapt: whether the recipe may change to fit.
-        stored: how the checkpoint came quantised; None if it did not.
 
     Raises:
         RecipeError: the plan does not know what the recipe asks for.
     """
-    if stored is not None:
-        recipe = changed(recipe, {"model.quantization": stored})
+    shape = sizes.shape
+    recipe = as_stored(recipe, sizes.stored)
     if (what := unplanned(recipe)) is not None:
         raise RecipeError(
             f"{what}, whose memory is not planned yet", fix="leave it out, or read the peak that nybble train prints"
@@ -108,9 +105,9 @@ def make_plan(
         pace(work.layer, shape, option.placement.policies, length, card.name) if card is not None and known else None
     )
     base = ledger.base_bytes(shape, recipe.model.quantization, recipe.model.double_quantization, work.element).total
-    copied = recipe.model.quantization != "none" and stored is None
+    copied = recipe.model.quantization != "none" and sizes.stored is None
     disk = Disk(
-        base if stored is not None else ledger.download_bytes(shape),
+        base if sizes.stored is not None else ledger.download_bytes(shape),
         ledger.cached_copy_bytes(base) if copied else 0,
         ledger.run_folder_bytes(work.trained, recipe.train.keep_checkpoints),
     )
@@ -120,7 +117,7 @@ def make_plan(
     seconds = None
     if facts is not None and speed is not None:
         seconds = facts.tokens_of_run / recipe.train.processes / speed.tokens_per_second
-    return RunPlan(recipe, shape, sizes_from, limit, facts, option, ladder, verdict, disk, speed, seconds)
+    return RunPlan(recipe, sizes, limit, facts, option, ladder, verdict, disk, speed, seconds)
 
 
 def check_positions(recipe: Recipe, shape: ModelShape) -> None:
@@ -134,6 +131,11 @@ def check_positions(recipe: Recipe, shape: ModelShape) -> None:
             f"data.max_length={recipe.data.max_length} is above the model's {shape.positions} positions",
             fix=f"data.max_length={shape.positions}, or set model.rope_scaling",
         )
+
+
+def as_stored(recipe: Recipe, stored: str | None) -> Recipe:
+    """A recipe whose base is stored as the checkpoint came quantised, if it did."""
+    return recipe if stored is None else changed(recipe, {"model.quantization": stored})
 
 
 def _choose(recipe: Recipe, shape: ModelShape, limit: int | None, rows: Rows, *, adapt: bool) -> tuple[Option, str]:

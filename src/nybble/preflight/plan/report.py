@@ -26,8 +26,8 @@ BAR, WIDE = 16, 80  # characters of the longest bar, and columns from which ther
 def render(plan: RunPlan, console: Console) -> None:
     """Print what is planned, the memory by item and moment, disk, time, and the command."""
     recipe, work = plan.recipe, plan.option.work
-    size = f"{_count(plan.shape.parameters.total)} parameters in {recipe.model.quantization}"
-    tell(console, f"model     {recipe.model.path}: {size} ({plan.sizes_from})")
+    size = f"{_count(plan.sizes.shape.parameters.total)} parameters in {recipe.model.quantization}"
+    tell(console, f"model     {recipe.model.path}: {size} ({plan.sizes.source})")
     adapter = f"LoRA r {recipe.lora.r} on {_targets(plan)}, {_count(work.trained)} trained"
     whole = recipe.train.micro_batch * recipe.train.accumulation * recipe.train.processes
     tell(console, f"step      {whole} rows, {recipe.train.micro_batch} at a time: {work.tokens:,} tokens; {adapter}")
@@ -67,8 +67,8 @@ def as_json(plan: RunPlan) -> str:
     return json.dumps(
         {
             "model": plan.recipe.model.path,
-            "sizes_from": plan.sizes_from,
-            "parameters": plan.shape.parameters.total,
+            "sizes_from": plan.sizes.source,
+            "parameters": plan.sizes.shape.parameters.total,
             "trained_parameters": option.work.trained,
             "tokens_of_micro_batch": option.work.tokens,
             "limit": plan.limit,

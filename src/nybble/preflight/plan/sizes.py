@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from nybble.errors import ModelError
 from nybble.files.reading import read_object
-from nybble.model.base.fields import FIX, LIMITS, check_architecture, check_fields, storage_of
+from nybble.model.base.fields import FIX, LIMITS, check_architecture, check_fields, check_storage, quantized_as
 from nybble.model.hub import fetch
 from nybble.plan.known_models import KNOWN, known_model
 from nybble.plan.shapes import ModelShape
@@ -51,15 +53,21 @@ def sizes_of(model: str, revision: str | None) -> Sizes:
     return _read(folder / "config.json", f"config.json on the Hub, commit {commit[:12]}")
 
 
+def sizes_in(config: Mapping[str, Any], source: str) -> Sizes:
+    """The sizes in a checked configuration."""
+    return Sizes(ModelShape.from_config(config), source, quantized_as(config))
+
+
 def _read(file: pathlib.Path, source: str) -> Sizes:
     if not file.is_file():
         raise ModelError(f"{file.parent} is not a model folder: it has no config.json", fix=f"ls {file.parent}")
     config = read_object(file)
+    if not isinstance(config.get("quantization_config", {}), dict | None):
+        raise ModelError("quantization_config is not an object", where=str(file), fix=FIX)
     check_architecture(file, config)
     odd = [f"{name} is {config[name]!r:.40}" for name in LIMITS if type(config.get(name)) not in (int, type(None))]
     if odd:
         raise ModelError(f"config.json does not describe a working model: {first_of(odd)}", where=str(file), fix=FIX)
     check_fields(file, config)
-    quantised = config.get("quantization_config")
-    stored = storage_of(quantised) if isinstance(quantised, dict) else None
-    return Sizes(ModelShape.from_config(config), source, stored)
+    check_storage(file, config)
+    return sizes_in(config, source)
