@@ -109,3 +109,13 @@ def wait_until_ready(url: str, process: subprocess.Popen) -> None:
             assert time.monotonic() < end
             assert process.poll() is None
             time.sleep(0.3)
+
+
+@contextlib.contextmanager
+def serving_run(load, run: Run, cache) -> Iterator[Served]:
+    """A server of one run; a decoder goes a step ahead, as on a GPU."""
+    with serving(lambda metrics: load([run], metrics, device="cpu", queue=64, cache=cache)) as server:
+        steps = getattr(server.engine.worker.generator, "steps", None)
+        if steps is not None:
+            steps.asynchronous = True
+        yield server

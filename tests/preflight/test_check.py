@@ -71,6 +71,7 @@ def test_a_fit_set_is_reported_with_all_its_numbers(rows, tiny_llama, cache, tmp
     ],
 )  # fmt: skip
 def test_the_time_is_estimated_for_an_idle_and_for_a_busy_machine(rates, told, rows, tiny_llama, cache, monkeypatch):
+    # Measured twice, they would differ where another program starts in between.
     monkeypatch.setattr("nybble.plan.speed.product_rates", lambda *machine: rates)
     words = ["data.max_length=256", "train.micro_batch=1", "train.max_steps=1000"]
     _, said = looked(rows, tiny_llama, *words, cache=cache)
@@ -78,14 +79,15 @@ def test_the_time_is_estimated_for_an_idle_and_for_a_busy_machine(rates, told, r
     assert "estimated from matrix products; evaluations are included, sample answers and benchmarks are not" in said
 
 
-def test_the_speed_of_a_machine_is_measured_at_several_moments(tiny_llama):
+def test_the_speed_of_a_machine_is_measured_at_several_moments(tiny_llama, monkeypatch):
     config, device = AutoConfig.from_pretrained(tiny_llama), torch.device("cpu")
     found = product_rates(device, torch.float32)
     assert len(found) == BURSTS
     assert all(1e8 < rate < 1e14 for rate in found), found
+    monkeypatch.setattr("nybble.plan.speed.product_rates", lambda *_: found)
     one, two = (estimate(config, device, torch.float32, processes) for processes in (1, 2))
     assert 0 < one.current <= one.idle
-    assert two.idle < 1.8 * one.idle, "processes share a CPU"
+    assert two == one, "processes share a CPU"
 
 
 def test_a_warm_up_that_covers_the_run_is_reported(rows, tiny_llama, cache):

@@ -51,12 +51,6 @@ def server(runs, cache):
         yield server
 
 
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 def user(text):
     return [{"role": "user", "content": text}]
 

@@ -43,12 +43,6 @@ def server(tuned_run, cache):
         yield server
 
 
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 def said(answer):
     return [choice["message"]["content"] for choice in answer.json()["choices"]]
 

@@ -6,7 +6,6 @@ import json
 import time
 
 import numpy
-import openai
 import pydantic
 import pytest
 import torch
@@ -17,7 +16,7 @@ from nybble.generate.request import GenerationError, Request, complete
 from nybble.serve import grammar
 from nybble.serve.grammar import GrammarState, json_grammar, make_constrain
 from nybble.serve.loading import load_decoder, load_pipeline
-from tests.local_server import events, serving
+from tests.local_server import events, serving_run
 
 ASK = [{"role": "user", "content": "say one two 3"}]
 RESPONSES = "/v1/responses"
@@ -55,16 +54,8 @@ def asked(schema, name="it"):
 
 @pytest.fixture(scope="module", params=[load_pipeline, load_decoder])
 def server(request, tuned_run, cache):
-    with serving(lambda metrics: request.param([tuned_run], metrics, device="cpu", queue=64, cache=cache)) as server:
-        if request.param is load_decoder:
-            server.engine.worker.generator.steps.asynchronous = True  # a step ahead, as on a GPU
+    with serving_run(request.param, tuned_run, cache) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

@@ -9,7 +9,7 @@ import pydantic
 import pytest
 
 from nybble.serve.loading import load_decoder, load_pipeline
-from tests.local_server import events, serving
+from tests.local_server import events, serving_run
 
 ASK = [{"role": "user", "content": "say one two 3"}]
 SCHEMA = {
@@ -22,16 +22,8 @@ NOW = {"type": "function", "function": {"name": "now"}}
 
 @pytest.fixture(scope="module", params=[load_pipeline, load_decoder])
 def server(request, long_run, cache):
-    with serving(lambda metrics: request.param([long_run], metrics, device="cpu", queue=64, cache=cache)) as server:
-        if request.param is load_decoder:
-            server.engine.worker.generator.steps.asynchronous = True  # a step ahead, as on a GPU
+    with serving_run(request.param, long_run, cache) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def check_calls(calls):

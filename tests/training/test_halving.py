@@ -127,16 +127,21 @@ def test_an_evaluation_that_does_not_fit_beside_the_optimiser_is_found_after_the
     assert all(torch.equal(tensor, adapter_of(expected)[name]) for name, tensor in adapter_of(run).items())
 
 
-def test_a_save_that_does_not_fit_is_halved_too(small, tiny_llama, rows, cache, tmp_path, monkeypatch, console):
-    marked, fail = guards.mark_complete, [True]
+def fails_once(monkeypatch, module, name):
+    """The first call of a function runs out of memory."""
+    original, fail = getattr(module, name), [True]
 
     def full(*given):
         if fail:
             fail.clear()
             raise torch.OutOfMemoryError(FULL)
-        marked(*given)
+        original(*given)
 
-    monkeypatch.setattr(guards, "mark_complete", full)
+    monkeypatch.setattr(module, name, full)
+
+
+def test_a_save_that_does_not_fit_is_halved_too(small, tiny_llama, rows, cache, tmp_path, monkeypatch, console):
+    fails_once(monkeypatch, guards, "mark_complete")
     run = train(recipe_for(tiny_llama, rows, tmp_path / "run", *WORDS), console=console, cache=cache)
     print(console.file.getvalue())
     assert "micro batch 4 did not fit" in console.file.getvalue()
@@ -270,15 +275,7 @@ def test_several_processes_are_not_halved(tiny_llama, rows, cache, tmp_path, mon
 
 
 def test_a_trial_save_that_does_not_fit_is_halved(small, tiny_llama, rows, cache, tmp_path, monkeypatch, console):
-    tried, fail = rehearsal.try_save, [True]
-
-    def full(*given):
-        if fail:
-            fail.clear()
-            raise torch.OutOfMemoryError(FULL)
-        tried(*given)
-
-    monkeypatch.setattr(rehearsal, "try_save", full)
+    fails_once(monkeypatch, rehearsal, "try_save")
     run = train(recipe_for(tiny_llama, rows, tmp_path / "run", *WORDS), console=console, cache=cache)
     print(console.file.getvalue())
     assert console.file.getvalue().count("micro batch 4 did not fit") == 1
