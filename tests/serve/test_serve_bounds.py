@@ -95,7 +95,7 @@ def test_characters_that_cannot_fit_are_refused_before_they_are_tokenised(server
 
 
 def test_others_are_answered_while_a_long_prompt_is_tokenised(server, roomy):
-    text = "The quick brown fox, 123 apples. " * 20_000
+    text = "The quick brown fox, 123 apples. " * 40_000
     answers, waits = [], []
     body = chat(messages=[{"role": "user", "content": text}], max_tokens=2_000_000)
     with httpx.Client() as client:
