@@ -6,7 +6,7 @@
     python -m bench.decode answers 512 32 padded    the same by the pipeline in padded batches, one row and sixteen
 
 Speed does not depend on the weights' values. One JSON line for each row; times are medians, memory is torch's
-max_memory_reserved in 1e9 bytes.
+max_memory_reserved in 1e9 bytes, beside what the ledger plans for weights, cache and the decoder's buffers.
 """
 
 from __future__ import annotations
@@ -26,12 +26,16 @@ from transformers import LlamaForCausalLM
 from bench.quantised_llama import ALL, Shape, quantised_llama, with_adapters
 from nybble.generate.decoder.choice import make_decoder
 from nybble.generate.decoder.cuda_step import CudaStep, PackedModel, StepInput, pack_model
+from nybble.generate.decoder.cuda_steps import CHUNK
 from nybble.generate.decoder.model import read_model
 from nybble.generate.decoder.pages import PAGE
+from nybble.generate.decoder.step_graphs import SIZES
 from nybble.generate.padded import Padded
 from nybble.generate.request import Generator, Request, Token, complete
 from nybble.kernels.cuda.buffers import SharedBuffers
 from nybble.kernels.cuda.kernels import Kernels
+from nybble.plan.ledger import decoder_workspace_bytes, kv_cache_bytes_per_token
+from nybble.plan.shapes import ModelShape
 
 LLAMA_2_7B = Shape(4096, 32, 32, 128, 11008, layers=32, vocabulary=32000)
 SHAPES = {
@@ -89,9 +93,12 @@ def step_time(packed: PackedModel, kernels: Kernels, rows: int, cached: int) -> 
 def answers(shape: str, prompt: int, answer: int, padded: bool, fp8: bool) -> Iterator[dict[str, object]]:
     """Answers by rows: the second time each, when all is compiled and captured."""
     model = with_adapters(quantised_llama(SHAPES[shape]), {"one": (16, ALL)})
+    sizes, tokens = ModelShape.from_config(model.config.to_dict()), ROWS[-1] * (prompt + answer + 64)
+    cache = tokens * kv_cache_bytes_per_token(sizes, 1 if fp8 else 2)
+    planned = torch.cuda.memory_allocated() + cache + decoder_workspace_bytes(sizes, SIZES[-1], CHUNK)
     with tempfile.TemporaryDirectory() as folder:
         generator = Padded(model, 0) if padded else make_decoder(
-            model, tokens=ROWS[-1] * (prompt + answer + 64), cache=pathlib.Path(folder), fp8_cache=fp8
+            model, tokens=tokens, cache=pathlib.Path(folder), fp8_cache=fp8
         )  # fmt: skip
         for rows in (1, 16) if padded else ROWS:
             measure_answers(generator, model, rows, prompt, answer)
@@ -102,6 +109,7 @@ def answers(shape: str, prompt: int, answer: int, padded: bool, fp8: bool) -> It
                 "rows": rows,
                 "prompt": prompt,
                 "answer": answer,
+                "planned_gb": round(planned / 1e9, 2),
             } | figures
 
 
