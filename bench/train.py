@@ -53,7 +53,6 @@ from nybble.engine.fuse import fuse, fusion
 from nybble.errors import NybbleError
 from nybble.model.adapter.lora import attach_adapter
 from nybble.model.device import grow_segments
-from nybble.objective.likelihood import bare
 from nybble.objective.supervised import Supervised
 from nybble.plan.schedule import Schedule
 from nybble.recipe import load_recipe
@@ -137,19 +136,6 @@ class Clock(TrainerCallback):  # type: ignore[misc]
             self.launches = sum(event.count for event in self.profiler.key_averages() if event.key in LAUNCHES)
 
 
-def move_all_but_4bit_weights(model: torch.nn.Module, device: torch.device) -> None:
-    """Move everything else to a device; `fuse` streams the 4-bit weights from where they are."""
-    bare(model).hf_device_map = {"": device.index}  # Accelerate refuses a quantised model with another device
-    for module in model.modules():
-        if not isinstance(module, bitsandbytes.nn.Linear4bit):
-            for part in module.parameters(recurse=False):
-                part.data = part.data.to(device)
-            for name, buffer in module.named_buffers(recurse=False):
-                module.register_buffer(
-                    name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set
-                )
-
-
 def build(
     folder: pathlib.Path, data: pathlib.Path, options: dict[str, Any], callbacks: list[TrainerCallback]
 ) -> tuple[QLoraTrainer, list[int]]:
@@ -173,8 +159,7 @@ def build(
     else:
         with tempfile.TemporaryDirectory() as cache:
             rows = prepare_data(recipe.data, tokenizer, 0, pathlib.Path(cache), lambda _: None).train
-    on_host = options["weights"] == "host"
-    place = "cpu" if on_host else torch.device("cuda", 0)  # never on the card, where the limit has no room for them
+    place = "cpu" if options["weights"] == "host" else torch.device("cuda", 0)  # from there `fuse` streams them
     model = AutoModelForCausalLM.from_pretrained(folder / "nf4", device_map={"": place}, dtype=dtype)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -182,8 +167,6 @@ def build(
     model.config.use_cache = False
     model.requires_grad_(False)
     model = attach_adapter(model, recipe.lora)
-    if on_host:
-        move_all_but_4bit_weights(model, torch.device("cuda", 0))
     plain = options["policy"] in ("plain", "compiled")
     if options["policy"] == "compiled":
         for layer in model.get_base_model().model.layers:

@@ -30,7 +30,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POLICIES = list(reversed(LADDER))
 
 
-def load(folder, quant="nf4", dtype=torch.float32, **lora):
+def load(folder, quant="nf4", dtype=torch.float32, device=DEVICE, **lora):
     """A base with random adapters whose B is not zero."""
     storage = None
     if quant != "none":
@@ -40,7 +40,7 @@ def load(folder, quant="nf4", dtype=torch.float32, **lora):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=storage, device_map=DEVICE)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=storage, device_map=device)
     base.config.use_cache = False
     base.requires_grad_(False)
     stay_unpacked(base)
@@ -451,12 +451,17 @@ def test_the_embedding_may_stay_on_the_host(tmp_path, tied):
         print(caught.value)
         assert "the embedding is also the head" in str(caught.value)
         return
+    names = list(model.state_dict())
     fuse(model, embedding="host")
     model.to(DEVICE)  # as Accelerate does
     embedding = model.get_input_embeddings()
     assert embedding.weight.device.type == "cpu"
+    assert model.device.type == DEVICE, "Transformers takes the first parameter's device for the model's"
+    assert next(model.parameters()) is model.get_base_model().model.norm.weight
+    assert sorted(model.state_dict()) == sorted(names)
     assert_same(gradients(model, batch_of()), expected)
     unfuse(model)
+    assert list(model.state_dict()) == names
     assert embedding.weight.device.type == DEVICE
     assert_same(gradients(model, batch_of()), expected)
 

@@ -12,6 +12,7 @@ from nybble.engine.attention.cuda import Cudnn, Efficient, Flash
 from nybble.engine.attention.plain import PlainAttention
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.padding import PaddedAttention, separate
+from nybble.errors import EngineError
 from nybble.generate.kept import KeptGenerator
 from nybble.generate.padded import Padded
 from nybble.generate.request import Request, complete
@@ -237,22 +238,56 @@ def test_weights_on_the_host_change_no_bit(middling, quant, policy, dtype):
     assert weight.device.type == "cuda"
 
 
+def requested():
+    """Bytes of all tensors on the device, without what the allocator rounds up: up to 1 MB each."""
+    gc.collect()
+    return torch.cuda.memory_stats()["requested_bytes.all.current"]
+
+
 def test_the_memory_of_weights_on_the_host_is_that_of_two_layers(middling):
-    """Within what the allocator rounds up."""
     model = load(middling, dtype=torch.bfloat16, r=16)
     shape = ModelShape.from_config(model.config.to_dict())
-    gc.collect()
-    before = torch.cuda.memory_allocated()
+    before = requested()
     fuse(model, "host", weights="host")
     layer, buffers = streamed_layer_bytes(shape, "nf4", True, 2), streamed_bytes(shape, "nf4", True, 2)
-    freed = before - torch.cuda.memory_allocated()
+    freed = before - requested()
     print(freed, 6 * layer - buffers)
     assert freed == pytest.approx(6 * layer - buffers, rel=0.01)
     gradients(model, padded([(0, 100)], 100))
     model.zero_grad()
     unfuse(model)
-    gc.collect()
-    assert torch.cuda.memory_allocated() == pytest.approx(before, rel=0.2)
+    assert requested() == pytest.approx(before, rel=0.2)
+
+
+@pytest.mark.parametrize("embedding", ["device", "host"])
+def test_a_model_on_the_host_is_fused_without_its_weights_ever_being_on_the_device(middling, embedding):
+    batch = padded([(0, 100)] * 2, 100)
+    model = load(middling, device="cpu", dtype=torch.bfloat16, r=16)
+    shape = ModelShape.from_config(model.config.to_dict())
+    before = requested()
+    torch.cuda.reset_peak_memory_stats()
+    fuse(model, "layer-input", embedding=embedding, weights="host")
+    taken = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+    others = [part for part in model.parameters() if part.device.type == "cuda"]
+    planned = streamed_bytes(shape, "nf4", True, 2) + sum(part.nbytes for part in others)
+    print(taken, planned)
+    assert taken == pytest.approx(planned, rel=0.02)
+    assert model.device.type == "cuda"
+    streamed = gradients(model, batch)
+    unfuse(model)
+    assert {part.device.type for part in model.parameters()} == {"cuda"}
+    fuse(model, "layer-input")
+    for ours, theirs in zip(streamed, gradients(model, batch), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_model_on_the_host_that_cannot_be_fused_stays_there(middling):
+    model = load(middling, device="cpu", dtype=torch.bfloat16, r=16)
+    model.get_base_model().model.layers[2].mlp.down_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(EngineError, match="layer 2 cannot be") as caught:
+        fuse(model, weights="host")
+    print(caught.value)
+    assert {part.device.type for part in model.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("streams", [False, True])

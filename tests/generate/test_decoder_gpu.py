@@ -199,9 +199,14 @@ def test_an_answer_parts_from_the_same_one_alone_only_at_near_ties(answering_mod
         generator = make_decoder(answering_model)
         together = complete(generator, requests)
         alone = [complete(generator, [each])[0] for each in requests]
+    assert parted_at_near_ties(together, alone) < 30
+
+
+def parted_at_near_ties(ones, others):
+    """How many answers differ; each from a token on whose likelihood was almost that of the second."""
     parted = 0
-    for one, other in zip(together, alone, strict=True):
-        assert len(one.tokens) == len(other.tokens) == 40
+    for one, other in zip(ones, others, strict=True):
+        assert len(one.tokens) == len(other.tokens) > 0
         for mine, theirs in zip(one.tokens, other.tokens, strict=True):
             if mine.id != theirs.id:
                 gaps = [token.top[0][1] - token.top[1][1] for token in (mine, theirs)]
@@ -209,24 +214,25 @@ def test_an_answer_parts_from_the_same_one_alone_only_at_near_ties(answering_mod
                 assert max(gaps) < 0.05, "in nats"
                 parted += 1
                 break
-    assert parted < 30
+    return parted
 
 
-def test_prompt_parts_and_shared_beginnings_change_no_answer(answering_model):
+def test_prompt_parts_and_shared_beginnings_change_an_answer_only_at_near_ties(answering_model):
+    """The last part of a prompt is short enough for the steps' kernels, which round otherwise."""
     from nybble.generate.decoder.choice import make_decoder
     from nybble.generate.request import complete
 
     torch.manual_seed(5)
-    prompts = [torch.randint(3, 500, (700,)).tolist() for _ in range(3)]
-    requests = [request(prompt, "one", 24) for prompt in prompts]
+    prompts = [torch.randint(3, 500, (700,)).tolist() for _ in range(24)]
+    requests = [request(prompt, "one", 24, logprobs=2) for prompt in prompts]
     with torch.inference_mode():
-        whole = [answer.ids for answer in complete(make_decoder(answering_model), requests)]
+        whole = complete(make_decoder(answering_model), requests)
         generator = make_decoder(answering_model)
         generator.steps.chunk = 150
-        parts = [answer.ids for answer in complete(generator, requests)]
-        again = [answer.ids for answer in complete(generator, requests)]
-    assert parts == whole
-    assert again == whole
+        parts = complete(generator, requests)
+        again = complete(generator, requests)
+    assert parted_at_near_ties(parts, whole) < 12
+    assert parted_at_near_ties(again, whole) < 12
 
 
 def test_a_prompts_log_probabilities_are_those_of_the_plain_path(answering_model):

@@ -21,7 +21,7 @@ TORCH = (
         tuple(f"torch.nn:Module#{name}" for name in (
             "_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
         )),
-        ("weights/watched.py", "weights/structure.py"),
+        ("weights/watched.py", "weights/structure.py", "engine/embedding.py"),
         "a changed adapter or a new hook would go unnoticed by the fused layers", "a KeyError when a model is fused",
     ),
     Coupling(
@@ -38,7 +38,8 @@ TORCH = (
         "gradients would be gathered at every access", AT_START,
     ),
     Coupling(
-        "what moves a module", "torch", ("torch.nn:Module._apply",), ("engine/embedding.py", "weights/packed.py"),
+        "what moves a module", "torch", ("torch.nn:Module._apply",),
+        ("engine/embedding.py", "weights/moving.py", "weights/packed.py"),
         "weights that should stay on the host would move to the device", AT_START, ("self", "fn", "recurse"),
     ),
     Coupling(

@@ -6,9 +6,11 @@ once for all layers. Modules, parameters, state dicts and adapters stay as they 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import types
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,6 +29,7 @@ from nybble.installed import pip
 from nybble.kernels.operations import choose
 from nybble.plan.policies import LADDER
 from nybble.weights.copier import CudaCopier
+from nybble.weights.moving import move_all_but
 from nybble.weights.on_cpu import stay_unpacked
 from nybble.weights.streamed import StreamedStore, Streaming
 from nybble.weights.watched import Ineligible
@@ -54,7 +57,8 @@ def fuse(
             Llama 2) and costs a small copy per batch.
         weights: where the decoder layers' frozen weights are stored. host moves them to pinned host memory, and copies each
             layer's to one of two buffers on the device while the layer before is computed: 0.2 GB instead of 3.3 for
-            Llama 2 7B in NF4. Nothing can then fall back to the original forward: what would is an error.
+            Llama 2 7B in NF4. A model that does not fit on the device may be on the CPU: everything but these weights is
+            then moved to the current CUDA device. Nothing can fall back to the original forward: what would is an error.
 
     Returns:
         The same model. `fusion(model).describe()` says what was done.
@@ -65,13 +69,20 @@ def fuse(
     """
     if weights != "host":
         return attach(model, policy, embedding)
-    device = _backbone(model).norm.weight.device
-    if device.type != "cuda":
+    backbone = _backbone(model)
+    device = backbone.norm.weight.device
+    if device.type == "cuda":
+        attach(model, policy, embedding, Streaming(CudaCopier(device)))
+    elif torch.cuda.is_available():
+        _check_single_device(backbone)
+        copier = CudaCopier(torch.device("cuda", torch.cuda.current_device()))
+        with _moved_around(model, backbone, copier.device, embedding):
+            attach(model, policy, embedding, Streaming(copier))
+    else:
         raise EngineError(
             'weights="host" streams weights to a GPU, but the model is on a CPU: its weights are on the host already',
             fix='weights="device" (in a recipe: engine.weights=device)',
         )
-    attach(model, policy, embedding, Streaming(CudaCopier(device)))
     torch.cuda.empty_cache()  # otherwise the allocator keeps what the weights took, in blocks that activations do not fill
     return model
 
@@ -148,6 +159,20 @@ def fusion(model: torch.nn.Module) -> Fusion | None:
     """What `fuse` did to a model, or None."""
     result: Fusion | None = _backbone(model).__dict__.get("nybble_fusion")
     return result
+
+
+@contextlib.contextmanager
+def _moved_around(
+    model: torch.nn.Module, backbone: LlamaModel, device: torch.device, embedding: Literal["device", "host"]
+) -> Iterator[None]:
+    """Move a model from the host to a device, except for what will stay on the host; after an error all of it is back."""
+    staying = list(itertools.chain.from_iterable(base_layers(layer) for layer in backbone.layers))
+    try:
+        move_all_but(model, [*staying, backbone.embed_tokens] if embedding == "host" else staying, device)
+        yield
+    except (EngineError, torch.OutOfMemoryError):
+        move_all_but(model, (), torch.device("cpu"))
+        raise
 
 
 def _remove(hooks: Sequence[Any]) -> None:

@@ -170,8 +170,9 @@ def _optimizer(work: Work) -> dict[str, int]:
 def _loading(work: Work) -> Moment:
     """One weight at a time is quantised, from its 16 bits; or the copy is read in its own size."""
     widest = max(projection.parameters for projection in work.shape.projections.values())
-    # Weights and embedding move to the host only once all is loaded.
-    loaded = held(replace(work, embedding_on_host=False, weights_on_host=False))
+    if work.weights_on_host:  # they are quantised and read there, and the device gets only the rest
+        return Moment(LOADING, held(work))
+    loaded = held(replace(work, embedding_on_host=False))  # it moves to the host only once all is loaded
     items = {name: count for name, count in loaded.items() if name != ADAPTERS}
     return Moment(LOADING, {**items, **_without_zeros({QUANTISED: 0 if work.quantization == "none" else 2 * widest})})
 

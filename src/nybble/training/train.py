@@ -143,11 +143,12 @@ def _train(
         memory.enforce(device)
         recipe = memory.fitted(recipe)
         stack.enter_context(explained_memory(recipe, sizes.shape, folder))  # of the recipe as it runs
-    # 3. The base, frozen in 4 bits.
+    # 3. The base, frozen in 4 bits. Weights that are streamed are never on the GPU as a whole: `fuse` moves the rest there.
+    place = torch.device("cpu") if recipe.engine.weights == "host" else device
     with state.main_process_first(), console.status("loading the base"):
         checkpoint = find_checkpoint(recipe.model.path, recipe.model.revision)
         recorded = base_of_resumed(resumed, checkpoint, cache)
-        base = load_base(checkpoint, recipe.model, dtype, device, cache, recorded)
+        base = load_base(checkpoint, recipe.model, dtype, place, cache, recorded)
     stored = recipe.model.model_copy(
         update={"quantization": base.quantization}
     )  # the checkpoint may have come quantised

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from bitsandbytes.nn import Linear4bit
 from nybble.kernels.reference import Nested
 from nybble.plan.ledger import aligned
 from nybble.weights.frozen import FrozenWeight, states
+from nybble.weights.moving import stay
 
 
 class PackedLayer:
@@ -50,7 +50,7 @@ class PackedLayer:
             self.starts[part.data_ptr()] = start
             start += aligned(part.nbytes)
         for module in modules:
-            module._apply = types.MethodType(_stay_on_host, module)  # type: ignore[method-assign]
+            stay(module)  # Accelerate moves the whole model to its device before training
 
     def to_device(self, device: torch.device) -> None:
         """Move the weights to a device, each into memory of its own; the buffer is not used any more."""
@@ -118,8 +118,3 @@ def _part_of_its_own(buffer: torch.Tensor, start: int, like: torch.Tensor) -> to
     that share one."""
     part = torch.from_numpy(buffer.numpy()[start : start + like.nbytes])
     return part.view(like.dtype).view(like.shape)
-
-
-def _stay_on_host(self: torch.nn.Module, function: Any, recurse: bool = True) -> torch.nn.Module:
-    """Ignore a move of the whole model: Accelerate moves it to its device before training."""
-    return self
