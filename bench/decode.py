@@ -11,6 +11,7 @@ max_memory_reserved in 1e9 bytes, beside what the ledger plans for weights, cach
 
 from __future__ import annotations
 
+import gc
 import json
 import pathlib
 import statistics
@@ -93,6 +94,9 @@ def step_time(packed: PackedModel, kernels: Kernels, rows: int, cached: int) -> 
 def answers(shape: str, prompt: int, answer: int, padded: bool, fp8: bool) -> Iterator[dict[str, object]]:
     """Answers by rows: the second time each, when all is compiled and captured."""
     model = with_adapters(quantised_llama(SHAPES[shape]), {"one": (16, ALL)})
+    gc.collect()
+    torch.cuda.empty_cache()  # what the weights were made from
+    torch.cuda.reset_peak_memory_stats()
     sizes, tokens = ModelShape.from_config(model.config.to_dict()), ROWS[-1] * (prompt + answer + 64)
     cache = tokens * kv_cache_bytes_per_token(sizes, 1 if fp8 else 2)
     planned = torch.cuda.memory_allocated() + cache + decoder_workspace_bytes(sizes, SIZES[-1], CHUNK)
