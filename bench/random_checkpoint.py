@@ -18,10 +18,10 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from safetensors.torch import save_file
 
+from bench.random_model import config_of, random
 from nybble.plan.known_models import KNOWN
 from nybble.plan.shapes import ModelShape
 
-POSITIONS = 200_000
 PARENTS = {
     "q": "self_attn",
     "k": "self_attn",
@@ -55,15 +55,17 @@ def write(folder: pathlib.Path, shape: ModelShape, tokenizer: pathlib.Path) -> N
     content = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
     copy_tokenizer(tokenizer, folder)
-    (folder / "config.json").write_text(json.dumps(config_of(shape), indent=1))
+    config = config_of(shape)
+    config.architectures, config.quantization_config = ["LlamaForCausalLM"], STORAGE
+    config.save_pretrained(folder)  # last: it marks the checkpoint as whole
 
 
 def shards(shape: ModelShape, device: str) -> Iterator[dict[str, torch.Tensor]]:
     """Tensors by name: embedding and head, then each layer's."""
-    first = {"model.embed_tokens.weight": random(shape.vocabulary, shape.hidden, device).cpu()}
+    first = {"model.embed_tokens.weight": random(shape.vocabulary, shape.hidden, device=device).cpu()}
     first["model.norm.weight"] = torch.ones(shape.hidden, dtype=torch.bfloat16)
     if not shape.tied:
-        first["lm_head.weight"] = random(shape.vocabulary, shape.hidden, device).cpu()
+        first["lm_head.weight"] = random(shape.vocabulary, shape.hidden, device=device).cpu()
     yield first
     for number in range(shape.layers):
         start = f"model.layers.{number}."
@@ -73,17 +75,12 @@ def shards(shape: ModelShape, device: str) -> Iterator[dict[str, torch.Tensor]]:
         }
         for name, projection in shape.projections.items():
             parent = PARENTS[name.removesuffix("_proj")]
-            weight = random(projection.outputs, projection.inputs, device)
+            weight = random(projection.outputs, projection.inputs, device=device)
             codes, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
             tensors[f"{start}{parent}.{name}.weight"] = codes.cpu()
             for part, tensor in state.as_dict(packed=True).items():
                 tensors[f"{start}{parent}.{name}.weight.{part}"] = tensor.cpu()
         yield tensors
-
-
-def random(rows: int, columns: int, device: str) -> torch.Tensor:
-    """Normal with Llama's initial deviation, in bf16."""
-    return torch.empty(rows, columns, dtype=torch.bfloat16, device=device).normal_(std=0.02)
 
 
 def copy_tokenizer(tokenizer: pathlib.Path, folder: pathlib.Path) -> None:
@@ -92,17 +89,6 @@ def copy_tokenizer(tokenizer: pathlib.Path, folder: pathlib.Path) -> None:
         shutil.copyfile(file, folder / file.name)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": CHAT}, indent=1))
-
-
-def config_of(shape: ModelShape) -> dict[str, object]:
-    """config.json."""
-    return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.key_value_heads, "head_dim": shape.head_size, "vocab_size": shape.vocabulary,
-        "max_position_embeddings": POSITIONS, "rms_norm_eps": 1e-5, "tie_word_embeddings": shape.tied, "hidden_act": "silu",
-        "bos_token_id": 1, "eos_token_id": 2, "dtype": "bfloat16", "quantization_config": STORAGE,
-    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ from nybble.model.adapter.lora import attach_adapter
 from nybble.model.device import grow_segments
 from nybble.objective.supervised import Supervised
 from nybble.plan.schedule import Schedule
-from nybble.recipe import load_recipe
+from nybble.recipe import Recipe, load_recipe
 from nybble.training.arguments import training_arguments
 from nybble.training.optimizer import make_optimizer
 from nybble.training.trainer import QLoraTrainer
@@ -174,17 +174,30 @@ def build(
     if not plain:
         fuse(model, options["policy"], embedding=options["embedding"], weights=options["weights"])
         fusion(model).budget.chunked_loss = True
-    schedule = Schedule(steps + (not options["limit"]), 10**6, 10**6, 0)
+    trainer = trainer_of(model, tokenizer, recipe, rows, steps + (not options["limit"]), dtype, callbacks, plain=plain)
+    return trainer, counted_tokens(trainer)
+
+
+def trainer_of(
+    model: Any, tokenizer: Any, recipe: Recipe, rows: Any, steps: int, dtype: torch.dtype, callbacks: list[TrainerCallback], *,
+    plain: bool = False,
+) -> QLoraTrainer:  # fmt: skip
+    """nybble's trainer for so many steps, without evaluation and saving."""
+    schedule = Schedule(steps, 10**6, 10**6, 0)
     arguments = training_arguments(
         recipe, pathlib.Path(tempfile.mkdtemp()), schedule, torch.device("cuda"), dtype,
         has_validation=False, checkpointing=plain,
     )  # fmt: skip
     arguments.save_strategy = "no"
-    trainer = QLoraTrainer(
-        objective=Supervised(), optimizer=make_optimizer(model, recipe.train.optimizer, dtype, 2e-4, recipe.train.weight_decay),
-        model=model, args=arguments, train_dataset=rows, data_collator=Collator(0, flatten=not plain),
-        processing_class=tokenizer, callbacks=callbacks,
+    optimizer = make_optimizer(model, recipe.train.optimizer, dtype, 2e-4, recipe.train.weight_decay)
+    return QLoraTrainer(
+        objective=Supervised(), optimizer=optimizer, model=model, args=arguments, train_dataset=rows,
+        data_collator=Collator(0, flatten=not plain), processing_class=tokenizer, callbacks=callbacks,
     )  # fmt: skip
+
+
+def counted_tokens(trainer: QLoraTrainer) -> list[int]:
+    """A list that grows by the number of tokens of each micro batch, padding left out."""
     tokens: list[int] = []
     inner = trainer.training_step
 
@@ -195,7 +208,7 @@ def build(
         return inner(model, inputs, *rest)
 
     trainer.training_step = counted
-    return trainer, tokens
+    return tokens
 
 
 def measure(folder: pathlib.Path, data: pathlib.Path, options: dict[str, Any]) -> dict[str, Any]:
