@@ -115,9 +115,10 @@ def test_norm_forward_and_backward(rows, hidden, dtype):
     reference.add_rms_norm(x, update, weight, 1e-5, sums[1], theirs)
     assert torch.equal(*sums)
     assert_close(ours, theirs)
-    kernels.rms_norm_backward(update, x, weight, 1e-5, x, ours)
-    reference.rms_norm_backward(update, x, weight, 1e-5, x, theirs)
-    assert_close(ours, theirs)
+    for residual in (x, None):
+        kernels.rms_norm_backward(update, x, weight, 1e-5, residual, ours)
+        reference.rms_norm_backward(update, x, weight, 1e-5, residual, theirs)
+        assert_close(ours, theirs)
 
 
 def test_norm_backward_is_its_gradient():
@@ -126,7 +127,7 @@ def test_norm_backward_is_its_gradient():
     normed = torch.nn.functional.rms_norm(x, (42,), weight, 1e-5)
     normed.backward(change.double())
     ours = poisoned(6, 42, torch.float32)
-    reference.rms_norm_backward(change, x.detach().float(), weight.float(), 1e-5, torch.zeros_like(change), ours)
+    reference.rms_norm_backward(change, x.detach().float(), weight.float(), 1e-5, None, ours)
     assert_close(ours, x.grad)
 
 

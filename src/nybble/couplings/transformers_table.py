@@ -65,7 +65,7 @@ TRANSFORMERS = (
          "transformers.models.llama.modeling_llama:LlamaAttention#attention_dropout",
          "transformers.models.llama.modeling_llama:LlamaAttention#scaling",
          "transformers.models.llama.modeling_llama:LlamaRMSNorm#variance_epsilon"),
-        ("engine/reader.py",),
+        ("engine/final_norm.py", "engine/reader.py"),
         "a layer with additional parts would be computed without them",
         "classes and names are compared; a layer that differs is not fused",
     ),

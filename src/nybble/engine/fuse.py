@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 from nybble.couplings.check import first_incompatibility
 from nybble.engine.batch_plan import begin_batch
 from nybble.engine.embedding import EmbeddingOnHost
+from nybble.engine.final_norm import FinalNorm
 from nybble.engine.fusion import BatchReport, Fusion, Policy
 from nybble.engine.layer import Shared
 from nybble.engine.layer_forward import forward, has_fused_forward
@@ -123,6 +124,7 @@ def attach(
     except EngineError:
         _remove(hooks)
         raise
+    hooks.append(FinalNorm(backbone.norm))
     config = backbone.config
     result = Fusion(policy, readers, Budget(config.vocab_size, config.hidden_size), shared, hooks=hooks)
     backbone.nybble_fusion = result

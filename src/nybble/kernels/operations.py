@@ -60,10 +60,10 @@ class Operations(Protocol):
         x_mh: torch.Tensor,
         weight_h: torch.Tensor,
         eps: float,
-        residual_mh: torch.Tensor,
+        residual_mh: torch.Tensor | None,
         out_mh: torch.Tensor,
     ) -> None:
-        """Gradient through the norm, plus the residual's: `reference.rms_norm_backward`."""
+        """Gradient through the norm, plus the residual's if there is one: `reference.rms_norm_backward`."""
 
     def rope(
         self,

@@ -111,15 +111,16 @@ def rms_norm_backward(
     x_mh: torch.Tensor,
     weight_h: torch.Tensor,
     eps: float,
-    residual_mh: torch.Tensor,
+    residual_mh: torch.Tensor | None,
     out_mh: torch.Tensor,
 ) -> None:
-    """Gradient of the norm's input plus the residual's own gradient, written into a view; the weight is frozen."""
+    """Gradient of the norm's input, plus the residual's own if there is one, written into a view; the weight is frozen."""
     x = x_mh.float()
     inverse = _inverse_rms(x, eps)
     normed, inner = x * inverse, gradient_mh.float() * weight_h.float()
     mean = (inner * normed).mean(dim=-1, keepdim=True)
-    out_mh.copy_(residual_mh.float() + inverse * (inner - normed * mean))
+    result = inverse * (inner - normed * mean)
+    out_mh.copy_(result if residual_mh is None else residual_mh.float() + result)
 
 
 def rope(

@@ -1,4 +1,4 @@
-"""RMSNorm with the residual add before it, and its backward with the residual's gradient added."""
+"""RMSNorm, with the residual add before it or without, and its backward, with the residual's gradient added or without."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _forward(
 @triton.jit
 def _backward(
     gradient, x, weight, residual, out, gradient_stride, x_stride, residual_stride, out_stride, hidden, eps,
-    BLOCK: tl.constexpr,
+    ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -39,11 +39,12 @@ def _backward(
     value = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     inner = tl.load(gradient + row * gradient_stride + column, mask=inside, other=0.0).to(tl.float32)
     inner *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    residual_gradient = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(value * value) / hidden + eps)
     normed = value * inverse
     mean = tl.sum(inner * normed) / hidden
-    result = residual_gradient + inverse * (inner - normed * mean)
+    result = inverse * (inner - normed * mean)
+    if ADD:
+        result += tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * out_stride + column, result.to(out.dtype.element_ty), mask=inside)
 
 
@@ -85,16 +86,17 @@ def rms_norm_backward(
     x_mh: torch.Tensor,
     weight_h: torch.Tensor,
     eps: float,
-    residual_mh: torch.Tensor,
+    residual_mh: torch.Tensor | None,
     out_mh: torch.Tensor,
 ) -> None:
     """See `reference.rms_norm_backward`."""
     rows, hidden = x_mh.shape
+    added = gradient_mh if residual_mh is None else residual_mh
     _backwards[_warps(hidden)](
         (rows,),
-        gradient_mh, x_mh, weight_h, residual_mh, out_mh,
-        gradient_mh.stride(0), x_mh.stride(0), residual_mh.stride(0), out_mh.stride(0), hidden, eps,
-        power_of_two(hidden),
+        gradient_mh, x_mh, weight_h, added, out_mh,
+        gradient_mh.stride(0), x_mh.stride(0), added.stride(0), out_mh.stride(0), hidden, eps,
+        residual_mh is not None, power_of_two(hidden),
     )  # fmt: skip
 
 
