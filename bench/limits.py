@@ -102,9 +102,10 @@ def train(
     clock = Clock(given.steps)
     trainer = trainer_of(model, tokenizer, recipe, data, given.steps, torch.bfloat16, [clock])
     tokens = counted_tokens(trainer)
+    started = time.perf_counter()
     trainer.train()
     first = given.warm_up * (len(tokens) // given.steps)
-    seconds = clock.marks[-1] - clock.marks[given.warm_up - 1]
+    seconds = clock.marks[-1] - (clock.marks[given.warm_up - 1] if given.warm_up else started)
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return {
         "changes": option.changes, "policies": result.policy_counts(), "fallen_back": result.fallen_back,
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=2)
     given = parser.parse_args()
-    assert 0 < given.warm_up < given.steps, "steps remain after the warm-up"
+    assert 0 <= given.warm_up < given.steps, "steps remain after the warm-up"
     work: dict[str, list[float]] = {}
     for word in given.work:
         if word in KNOWN:

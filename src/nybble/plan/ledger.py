@@ -10,7 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from nybble.plan.policies import DROP_MLP, DROP_QKV, KEEP_ALL, LADDER, LAYER_INPUT, LOSS_CHUNK, LOSS_MULTIPLE, tile
+from nybble.plan.policies import (
+    DROP_MLP,
+    DROP_QKV,
+    HOST,
+    KEEP_ALL,
+    LADDER,
+    LAYER_INPUT,
+    LOSS_CHUNK,
+    LOSS_MULTIPLE,
+    tile,
+)
 from nybble.plan.shapes import LayerShape, ModelShape, Projection
 
 # Weights
@@ -242,19 +252,34 @@ def workspace_bytes(shape: LayerShape, tiles: int) -> int:
 
 
 def working_set_bytes(shape: LayerShape, tokens: int, policy: str) -> int:
-    """Device bytes that one layer's backward needs at its peak, for a batch of this many tokens.
+    """Device bytes that one layer's backward needs at its peak, for a batch of this many tokens, with what the layer kept.
 
-    The peak is the larger of two moments: the MLP of one tile (gate, up and their gradients in place, the activation, the norm)
-    together with what the layer keeps of all tokens; and attention's backward with its inputs, its output and their gradients.
+    The peak is the larger of two moments: the MLP of one tile (gate, up and their gradients in place, the activation, the norm,
+    the gradient of the output, and the sum after attention where it is recomputed) together with what the layer has of all
+    tokens; and attention's backward with its inputs, its output and their gradients.
     """
     hidden, rows = shape.hidden * shape.residual, min(tokens, tile(policy, tokens))
-    recomputed = shape.hidden * shape.residual + (shape.qkv + shape.query) * shape.element + 4 * shape.heads
+    recomputed = hidden + (shape.qkv + shape.query) * shape.element + 4 * shape.heads
+    if policy == HOST:
+        recomputed += hidden  # the input of the next layer is on its way
     streams = 2 * hidden + shape.ranks[OUT] * shape.element  # gradients of the layer's output and of the sum
-    mlp = (3 * shape.intermediate + 4 * shape.hidden + sum(shape.ranks)) * shape.element
-    at_mlp = tokens * (recomputed + streams + shape.query * shape.element) + rows * mlp
+    in_tile = 2 if LADDER.index(policy) >= LADDER.index(DROP_QKV) else 3  # with the sum
+    mlp = (3 * shape.intermediate + in_tile * shape.hidden + sum(shape.ranks)) * shape.element
+    to_attended = shape.query * shape.element if rows < tokens else 0  # only after the first tile
+    at_mlp = tokens * (recomputed + streams + to_attended) + rows * mlp
     # flash sums the query's gradient in float32
     attention = (shape.qkv + 2 * shape.query) * shape.element + 4 * shape.query
     return max(at_mlp, tokens * (recomputed + streams + attention))
+
+
+FRAGMENTS = 2.5
+"""Tensors of the residual stream's size by which reserved memory exceeds what is allocated at the peak: 2.1 to 2.9 where the
+allocations of a step were recorded (`python -m bench.peak`; Llama 2 7B's width, 2,048 and 8,192 tokens, H100)."""
+
+
+def fragment_bytes(shape: LayerShape, tokens: int) -> int:
+    """Device bytes that the allocator loses between tensors of a batch."""
+    return int(FRAGMENTS * tokens * shape.hidden * shape.residual)
 
 
 def padding_bytes(shape: LayerShape, late: int, seen: int) -> int:
@@ -270,7 +295,7 @@ def padding_bytes(shape: LayerShape, late: int, seen: int) -> int:
 
 
 def loss_bytes(tokens: int, vocabulary: int, hidden: int, *, chunked: bool) -> int:
-    """Device bytes of the loss at its peak, including the gradient of its input; the logits have 16 bits.
+    """Device bytes of the loss at its peak; the logits have 16 bits.
 
     Args:
         tokens: in the batch.
@@ -280,7 +305,8 @@ def loss_bytes(tokens: int, vocabulary: int, hidden: int, *, chunked: bool) -> i
     """
     if chunked:
         rows = _ceil_div(tokens, LOSS_MULTIPLE) * LOSS_MULTIPLE
-        return min(LOSS_CHUNK, rows) * vocabulary * 2 + rows * hidden * 4
+        # The last layer's output, its norm, the rows that are trained, and their gradients.
+        return min(LOSS_CHUNK, rows) * vocabulary * 2 + 4 * rows * hidden * 2
     # Transformers: 16-bit logits, their float32 copy, its logarithms and their gradient
     return tokens * vocabulary * 14
 

@@ -69,7 +69,7 @@ def _predicted(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
     if recipe.adapter:  # its rank and targets are not in the recipe
         return base
     work = work_of(recipe, shape)
-    state = optimizer_state([work.trained], work.optimizer).total
+    state = optimizer_state([work.trained], work.optimizer).resident
     return {**base, ADAPTERS: ADAPTER * work.trained, GRADIENTS: GRADIENT * work.trained, OPTIMIZER: state}
 
 

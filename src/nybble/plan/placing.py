@@ -65,7 +65,7 @@ def place(work: Work, policy: str, limit: int | None) -> Placement:
     if policy != "auto" or limit is None:
         return Placement((KEEP_ALL if policy == "auto" else policy,) * layers)
     # As the engine reckons it once the optimiser has its state.
-    state = ledger.optimizer_state([work.trained], work.optimizer).total
+    state = ledger.optimizer_state([work.trained], work.optimizer).resident
     workspace = ledger.workspace_bytes(work.layer, -(-work.tokens // tile(KEEP_ALL, work.tokens)))
     allocated = sum(held(work).values()) + state + workspace
     free = int((1 - SLACK) * limit) - allocated - ledger.GRADIENT * work.trained

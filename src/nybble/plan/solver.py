@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from nybble.plan.ledger import kept_bytes, working_set_bytes
+from nybble.plan.ledger import fragment_bytes, kept_bytes, working_set_bytes
 from nybble.plan.policies import KEEP_ALL, LADDER, LAYER_INPUT, tile
 from nybble.plan.shapes import LayerShape
 
-SLACK = 0.05  # of the limit: what the allocator loses to fragmentation
+SLACK = 0.05  # of the limit: what batches of other sizes leave in the allocator
 
 
 class Division(NamedTuple):
@@ -32,7 +32,7 @@ def divide(shape: LayerShape, layers: int, tokens: int, free: int, loss: int, ex
         extra: bytes that a layer's backward needs beyond what its shape implies.
     """
     for tiled_like in (KEEP_ALL, LAYER_INPUT):
-        peak = max(working_set_bytes(shape, tokens, tiled_like) + extra, loss)
+        peak = max(working_set_bytes(shape, tokens, tiled_like) + extra, loss) + fragment_bytes(shape, tokens)
         policies = mix(shape, layers, tokens, free - peak)
         if tile(policies[0], tokens) == tile(tiled_like, tokens):
             break

@@ -16,21 +16,20 @@ from nybble.recipe import Recipe
 
 WEIGHTS, SCALES, EMBEDDING, HEAD, NORMS = "weights", "their scales", "embedding", "head", "norms and biases"
 ADAPTERS, GRADIENTS, OPTIMIZER, OTHERS = "adapters", "gradients", "optimiser state", "CUDA libraries, allocator"
-KEPT, BACKWARD, RESIDUAL, FORWARD = (
-    "kept activations",
-    "one layer's backward",
-    "residual streams",
-    "one layer's forward",
-)
+KEPT, BACKWARD, LOSS, FORWARD = "kept activations", "one layer's backward", "the loss", "one layer's forward"
+FRAGMENTED = "lost between tensors"
 WORKSPACE, CACHED, QUANTISED = "a layer's weights, dequantised", "weights that stay dequantised", "a weight in 16 bits"
 STAGING = "two layers' weights, from the host"
-ITEMS = (WEIGHTS, SCALES, STAGING, EMBEDDING, HEAD, NORMS, ADAPTERS, GRADIENTS, OPTIMIZER, KEPT, BACKWARD, FORWARD, RESIDUAL,
-         WORKSPACE, CACHED, QUANTISED, OTHERS)  # fmt: skip
+ITEMS = (WEIGHTS, SCALES, STAGING, EMBEDDING, HEAD, NORMS, ADAPTERS, GRADIENTS, OPTIMIZER, KEPT, BACKWARD, LOSS, FORWARD,
+         WORKSPACE, CACHED, QUANTISED, FRAGMENTED, OTHERS)  # fmt: skip
 """The items of every moment, in the order in which they are shown."""
 LOADING = "loading"
-STREAMS = 3
-"""Tensors of the residual stream's size beside those of a layer's backward: 25 kB a token on a 7B, whether 8,192 or 120,000."""
-LIBRARIES = 120_000_000  # bytes: cuBLAS's workspaces, and what the allocator loses to rounding
+SCATTERED = 0.5
+"""Share of the gradients that are not there at the peak by which reserved memory grows all the same: their memory is not in one
+piece (ranks of 64 and 128 on an H100)."""
+LIBRARIES = (
+    68_000_000  # bytes: cuBLAS's workspaces and what libraries keep, whatever the model (H100, `python -m bench.peak`)
+)
 CONTEXT = 500_000_000  # bytes: about what CUDA itself takes beside torch's memory
 EVALUATED_TOKENS = (
     4096  # of a batch of validation rows, unless a micro batch of the longest has more (training.trainer)
@@ -50,6 +49,8 @@ class Work:
     optimizer: str
     tokens: int
     """Of the largest micro batch."""
+    accumulates: bool
+    """Whether a step has several micro batches: all but the first find gradients there."""
     evaluated: int
     """Tokens of the largest batch of validation rows; 0 if nothing is held out."""
     embedding_on_host: bool
@@ -85,6 +86,7 @@ def work_of(recipe: Recipe, shape: ModelShape, longest: int | None = None, token
         trained=shape.adapter_parameters(lora.r, targets, dora=lora.dora),
         optimizer="paged_adamw_8bit" if train.optimizer == "auto" else train.optimizer,
         tokens=rows if tokens is None else tokens,
+        accumulates=train.accumulation > 1,
         evaluated=0 if recipe.data.validation in (0, 0.0) else max(min(allowed, EVALUATED_TOKENS), rows),
         embedding_on_host=recipe.engine.embedding == "host",
         weights_on_host=recipe.engine.weights == "host",
@@ -145,7 +147,7 @@ def predict(work: Work, placement: Placement) -> Prediction:
     moments = [_loading(work)]
     if work.evaluated:
         moments.append(Moment("evaluation", {**held(work), **_forward(work, work.evaluated), **_optimizer(work)}))
-    step = {**held(work), **_optimizer(work), GRADIENTS: ledger.GRADIENT * work.trained, **_step(work, placement)}
+    step = {**held(work), **_optimizer(work), **_step(work, placement)}
     return Prediction([*moments, Moment("step", step)])
 
 
@@ -164,7 +166,8 @@ def held(work: Work) -> dict[str, int]:
 
 
 def _optimizer(work: Work) -> dict[str, int]:
-    return {OPTIMIZER: ledger.optimizer_state([work.trained], work.optimizer).total}
+    """What cannot move to the host: paged state is in memory that CUDA moves, which torch does not count."""
+    return _without_zeros({OPTIMIZER: ledger.optimizer_state([work.trained], work.optimizer).resident})
 
 
 def _loading(work: Work) -> Moment:
@@ -178,16 +181,31 @@ def _loading(work: Work) -> Moment:
 
 
 def _step(work: Work, placement: Placement) -> dict[str, int]:
-    """What a step adds at the peak of its backward, that of the last layer."""
-    layer, tokens, last = work.layer, work.tokens, placement.policies[-1]
-    kept = tokens * sum(ledger.kept_bytes(policy, layer) for policy in placement.policies)
-    # The last layer's own backward uses what it kept.
-    own = tokens * ledger.kept_bytes(last, layer)
-    working = max(ledger.working_set_bytes(layer, tokens, last) - own, loss_peak(work))
+    """What a step adds at its peak: that of the loss, or of a layer's backward.
+
+    The last layer's backward finds most activations, the first layer's most gradients.
+    """
+    layer, tokens = work.layer, work.tokens
+    kept = [tokens * ledger.kept_bytes(policy, layer) for policy in placement.policies]
+    gradients = ledger.GRADIENT * work.trained
+    moments: list[dict[str, int]] = [
+        {KEPT: sum(kept), LOSS: loss_peak(work), GRADIENTS: gradients if work.accumulates else 0}
+    ]
+    below = 0
+    for number, policy in enumerate(placement.policies):
+        done = 1 - (number + 1) / len(kept)  # the share of layers above
+        moments.append({
+            KEPT: below, BACKWARD: ledger.working_set_bytes(layer, tokens, policy),
+            GRADIENTS: gradients if work.accumulates else int(done * gradients),
+        })  # fmt: skip
+        below += kept[number]
+    lost = ledger.fragment_bytes(layer, tokens)
+    for moment in moments:
+        moment[FRAGMENTED] = lost + int(SCATTERED * (gradients - moment[GRADIENTS]))
+    peak = max(moments, key=lambda moment: sum(moment.values()))
     tiles = max(-(-tokens // tile(policy, tokens)) for policy in placement.policies)
     return _without_zeros({
-        KEPT: kept, BACKWARD: working,
-        RESIDUAL: STREAMS * tokens * layer.hidden * layer.residual,
+        **peak,
         WORKSPACE: ledger.workspace_bytes(layer, tiles),
         CACHED: placement.cached_layers * ledger.dequantised_bytes(layer),
     })  # fmt: skip
@@ -203,6 +221,7 @@ def _forward(work: Work, tokens: int) -> dict[str, int]:
     tiles = -(-tokens // tile("host", tokens))
     return {
         FORWARD: max(tokens * streams + rows * mlp, loss),
+        FRAGMENTED: ledger.fragment_bytes(layer, tokens),
         WORKSPACE: ledger.workspace_bytes(layer, tiles),
     }
 
