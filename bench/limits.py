@@ -94,7 +94,9 @@ def train(
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(1.0 if limit is None else limit / total)
     torch.cuda.reset_peak_memory_stats()
-    fuse(model, engine.policy, embedding=engine.embedding, weights=engine.weights)
+    fuse(
+        model, engine.policy, embedding=engine.embedding, weights=engine.weights, resident_layers=engine.resident_layers
+    )  # fmt: skip
     result = fusion(model)
     assert result is not None, "it was fused just now"
     result.budget.chunked_loss = True

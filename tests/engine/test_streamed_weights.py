@@ -283,6 +283,20 @@ def test_the_bytes_of_the_buffers_are_as_planned(llama, quant, double, resident)
 # What needs the weights on the device is refused
 
 
+@pytest.mark.parametrize("words, message", [
+    ({"resident_layers": 1}, 'resident_layers is for weights="host"'),
+    ({"resident_layers": 4, "weights": "host"}, "4 of 4 layers cannot be resident while the others are streamed"),
+    ({"resident_layers": -1, "weights": "host"}, "-1 of 4 layers cannot be resident"),
+])  # fmt: skip
+def test_layers_that_cannot_be_resident(llama, words, message):
+    model = load(llama)
+    with pytest.raises(EngineError) as caught:
+        fuse(model, **words)
+    print(caught.value)
+    assert message in str(caught.value)
+    assert fusion(model) is None
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="for a model on a CPU")
 def test_a_model_on_a_cpu_has_nothing_to_stream(llama):
     model = load(llama, "none")

@@ -15,7 +15,7 @@ from nybble.export.gguf.quants import K_QUANTS, OWN_QUANTS
 from nybble.model.adapter.lora import attach_adapter
 from nybble.model.base.checkpoint import find_checkpoint
 from nybble.model.base.load import load_base, measure
-from nybble.plan import ledger
+from nybble.plan import file_bytes, ledger
 from nybble.plan.shapes import LLAMA_2_7B, ModelShape, Projection
 from nybble.recipe import LoraOptions, ModelOptions
 from nybble.training.optimizer import FlatAdamW8bit
@@ -109,7 +109,7 @@ def test_a_token_in_the_cache(tmp_path, llama: str) -> None:
 
 def test_the_loss_of_llama_2() -> None:
     whole, chunk = (ledger.loss_bytes(8192, 32000, 4096, chunked=chunked) for chunked in (False, True))
-    assert (whole, chunk) == (8192 * 32000 * 14, 1024 * 32000 * 2 + 8192 * 4096 * 4)
+    assert (whole, chunk) == (8192 * 32000 * 14, 1024 * 32000 * 2 + 4 * 8192 * 4096 * 2)
     few = ledger.loss_bytes(5, 32000, 4096, chunked=True)
     assert few == ledger.loss_bytes(256, 32000, 4096, chunked=True), "rows are filled up"
 
@@ -119,24 +119,24 @@ def test_a_saved_adapter_and_a_run_s_folder(tmp_path) -> None:
     trained = sum(part.numel() for part in model.parameters() if part.requires_grad)
     model.save_pretrained(tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert ledger.adapter_file_bytes(trained) == sum(part.nbytes for part in saved.values())
-    assert ledger.checkpoint_bytes(trained) == 3 * ledger.adapter_file_bytes(trained)
-    assert ledger.run_folder_bytes(trained, 2) == (4 * 12 + 4) * trained
+    assert file_bytes.adapter_file_bytes(trained) == sum(part.nbytes for part in saved.values())
+    assert file_bytes.checkpoint_bytes(trained) == 3 * file_bytes.adapter_file_bytes(trained)
+    assert file_bytes.run_folder_bytes(trained, 2) == (4 * 12 + 4) * trained
 
 
 def test_files_of_llama_2_7b() -> None:
     parameters = LLAMA_2_7B.parameters.total
-    assert ledger.download_bytes(LLAMA_2_7B) == 2 * parameters
-    assert ledger.export_bytes("merged", parameters) == int(2 * parameters * 1.02)
-    assert ledger.export_bytes("adapter", parameters, adapter=1000) == 1020
-    quants = {quant: ledger.export_bytes("gguf", parameters, [quant]) for quant in (*OWN_QUANTS, *K_QUANTS)}
+    assert file_bytes.download_bytes(LLAMA_2_7B) == 2 * parameters
+    assert file_bytes.export_bytes("merged", parameters) == int(2 * parameters * 1.02)
+    assert file_bytes.export_bytes("adapter", parameters, adapter=1000) == 1020
+    quants = {quant: file_bytes.export_bytes("gguf", parameters, [quant]) for quant in (*OWN_QUANTS, *K_QUANTS)}
     assert quants["Q8_0"] == int(parameters * 8.5 / 8 * 1.02)
     assert quants["Q4_K_M"] == int(parameters * (4.9 + 16) / 8 * 1.02), "made of an F16 that is there meanwhile"
-    both = ledger.export_bytes("gguf", parameters, ["Q4_K_M", "Q6_K"])
+    both = file_bytes.export_bytes("gguf", parameters, ["Q4_K_M", "Q6_K"])
     assert both < quants["Q4_K_M"] + quants["Q6_K"], "of one"
     base = ledger.base_bytes(LLAMA_2_7B, "nf4", True, 2)
     assert round(base.total / 1e9, 2) == 3.87
-    assert ledger.cached_copy_bytes(base.total) == int(1.1 * base.total)
+    assert file_bytes.cached_copy_bytes(base.total) == int(1.1 * base.total)
 
 
 ONE_PLACE = {

@@ -37,7 +37,7 @@ from nybble.files.outputs import PARITY_REPORT, check_export
 from nybble.files.paths import check_cache, check_free_space, default_cache
 from nybble.files.writing import write_text
 from nybble.model.adapter.lora import check_stored
-from nybble.plan.ledger import export_bytes
+from nybble.plan.file_bytes import export_bytes
 from nybble.plan.shapes import ModelShape
 from nybble.run.folder import Run
 from nybble.terminal import bytes_text, tell

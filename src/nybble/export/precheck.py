@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from nybble.errors import ExportError
 from nybble.export.gguf.quants import GET_QUANTIZER, K_QUANTS, OWN_QUANTS, QUANTIZER, GgufConverter
 from nybble.files.paths import check_free_space
-from nybble.plan.ledger import export_bytes
+from nybble.plan.file_bytes import export_bytes
 from nybble.plan.shapes import ModelShape
 
 

@@ -1,4 +1,4 @@
-"""How many bytes everything takes: weights, adapters, a training step, generation, files. They are computed nowhere else.
+"""How many bytes everything in memory takes: weights, adapters, a training step, generation. They are computed nowhere else.
 
 Everything follows from sizes (`nybble.plan.shapes`): nothing is measured, and torch is not loaded. A tensor's size is exact to
 the byte; the allocator's rounding and CUDA's own memory come on top.
@@ -6,7 +6,7 @@ the byte; the allocator's rounding and CUDA's own memory come on top.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -272,7 +272,7 @@ def working_set_bytes(shape: LayerShape, tokens: int, policy: str) -> int:
     return max(at_mlp, tokens * (recomputed + streams + attention))
 
 
-FRAGMENTS = 2.5
+FRAGMENTS = 2.4
 """Tensors of the residual stream's size by which reserved memory exceeds what is allocated at the peak: 2.1 to 2.9 where the
 allocations of a step were recorded (`python -m bench.peak`; Llama 2 7B's width, 2,048 and 8,192 tokens, H100)."""
 
@@ -346,71 +346,6 @@ def decoder_workspace_bytes(shape: ModelShape, rows: int, chunk: int) -> int:
     sampled = rows * shape.vocabulary * SAMPLED_BYTES
     steps = 4 * rows * SUMS * (widest + 2 * shape.hidden + (shape.heads + 2 * shape.key_value_heads) * shape.head_size)
     return dequantised + prompts + sampled + steps
-
-
-# Files
-
-EXPORT_MARGIN = 1.02  # factor for an export: headers, tokenizer, card and report come on top
-CACHE_MARGIN = 1.1  # factor for a quantised copy: other files may be written at the same time
-GGUF_BITS: Mapping[str, float] = {"F16": 16.0, "Q8_0": 8.5, "Q4_0": 4.5}
-"""Bits per weight of the GGUF types that the gguf package writes."""
-GGUF_K_BITS: Mapping[str, float] = {
-    "Q2_K": 3.2, "Q3_K_S": 3.6, "Q3_K_M": 4.0, "Q3_K_L": 4.3, "Q4_K_S": 4.7, "Q4_K_M": 4.9, "Q5_K_S": 5.6, "Q5_K_M": 5.7,
-    "Q6_K": 6.6,
-}  # fmt: skip
-"""Approximate bits per weight of the types that llama.cpp's own tool makes from an F16 file, as it lists them for Llama 2 7B."""
-
-
-def download_bytes(shape: ModelShape) -> int:
-    """A base's weights on the Hub, in 16 bits."""
-    return 2 * shape.parameters.total
-
-
-def cached_copy_bytes(size: int) -> int:
-    """Disk space that must be free for a quantised copy of this size."""
-    return int(CACHE_MARGIN * size)
-
-
-def adapter_file_bytes(trained: int) -> int:
-    """A saved adapter.
-
-    Args:
-        trained: number of its parameters.
-    """
-    return trained * ADAPTER
-
-
-def checkpoint_bytes(trained: int) -> int:
-    """The largest checkpoint: the adapter, and AdamW's moments in float32."""
-    return trained * (ADAPTER + MOMENTS)
-
-
-def run_folder_bytes(trained: int, keep: int) -> int:
-    """All that a run writes: the checkpoints that it keeps, the best one, the one being written, and the adapter.
-
-    Args:
-        trained: number of trained parameters.
-        keep: checkpoints kept besides the best.
-    """
-    return (keep + 2) * checkpoint_bytes(trained) + adapter_file_bytes(trained)
-
-
-def export_bytes(to: str, parameters: int, quants: Sequence[str] = (), adapter: int = 0) -> int:
-    """An export, including the temporary files that exist only while it is written.
-
-    Args:
-        to: adapter, merged or gguf.
-        parameters: number of the whole model's parameters.
-        quants: GGUF types.
-        adapter: bytes of the adapter.
-    """
-    if to == "adapter":
-        return int(adapter * EXPORT_MARGIN)
-    if to == "merged":
-        return int(2 * parameters * EXPORT_MARGIN)
-    bits = sum({**GGUF_BITS, **GGUF_K_BITS}[quant] for quant in quants)
-    bits += GGUF_BITS["F16"] if set(quants) & set(GGUF_K_BITS) else 0.0  # the K types are made from it
-    return int(parameters * bits / 8 * EXPORT_MARGIN)
 
 
 def _ceil_div(count: int, size: int) -> int:

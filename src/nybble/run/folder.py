@@ -30,7 +30,7 @@ from nybble.files.atomic import new_folder, refuse_busy
 from nybble.files.paths import check_free_space
 from nybble.files.reading import RESTORE, read_object
 from nybble.files.writing import write_text
-from nybble.plan.ledger import run_folder_bytes
+from nybble.plan.file_bytes import run_folder_bytes
 from nybble.recipe import Recipe, absolute_path, absolute_paths, dump_recipe, load_recipe
 from nybble.run.evaluation import Evaluation
 from nybble.run.marks import COMPLETE, check_adapter, described

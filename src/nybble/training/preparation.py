@@ -138,7 +138,10 @@ def fuse_layers(model: PeftModel, recipe: Recipe, console: Console) -> Fusion | 
         print_engine(console, None, "engine.fused=false")
         return None
     try:
-        fuse(model, recipe.engine.policy, embedding=recipe.engine.embedding, weights=recipe.engine.weights)
+        engine = recipe.engine
+        fuse(
+            model, engine.policy, embedding=engine.embedding, weights=engine.weights, resident_layers=engine.resident_layers
+        )  # fmt: skip
     except EngineError as error:
         if recipe.engine.is_customised:
             raise

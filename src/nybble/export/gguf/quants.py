@@ -9,7 +9,7 @@ from typing import Protocol
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.export.merge.merge import MergedModel
-from nybble.plan.ledger import GGUF_BITS, GGUF_K_BITS
+from nybble.plan.file_bytes import GGUF_BITS, GGUF_K_BITS
 
 QUANTS = ("Q8_0",)
 """The default GGUF types."""

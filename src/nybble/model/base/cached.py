@@ -16,7 +16,7 @@ from nybble.files import cache as entries
 from nybble.model.base import bits
 from nybble.model.base.bits import TrainedBase
 from nybble.model.base.files import saving_fault, weight_files
-from nybble.plan.ledger import cached_copy_bytes
+from nybble.plan.file_bytes import cached_copy_bytes
 from nybble.run.start import MadeBy, QuantizedBase
 from nybble.terminal import bytes_text
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from nybble.errors import StorageError
 from nybble.files.paths import ANOTHER_CACHE, check_cache, check_writable, default_cache, nearest_existing
+from nybble.plan.file_bytes import cached_copy_bytes, download_bytes, run_folder_bytes
 from nybble.plan.free_memory import Memory
-from nybble.plan.ledger import base_bytes, cached_copy_bytes, download_bytes, run_folder_bytes
+from nybble.plan.ledger import base_bytes
 from nybble.plan.shapes import LLAMA_2_7B
 from nybble.preflight.doctor.finding import Finding
 from nybble.recipe import Recipe

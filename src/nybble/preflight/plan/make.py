@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from nybble.errors import RecipeError
-from nybble.plan import ledger
+from nybble.plan import file_bytes, ledger
 from nybble.plan.pace import Pace, pace
 from nybble.plan.placing import (
     SHORTEST,
@@ -100,16 +100,16 @@ def make_plan(
     recipe = changed(recipe, option.changes)
     work = option.work
     length = facts.typical if facts is not None else recipe.data.max_length
-    known = card is not None and not work.weights_on_host  # what streaming costs has not been measured
+    known = card is not None and not work.streamed_layers  # the rate of the link to the host is not known
     speed = (
         pace(work.layer, shape, option.placement.policies, length, card.name) if card is not None and known else None
     )
     base = ledger.base_bytes(shape, recipe.model.quantization, recipe.model.double_quantization, work.element).total
     copied = recipe.model.quantization != "none" and sizes.stored is None
     disk = Disk(
-        base if sizes.stored is not None else ledger.download_bytes(shape),
-        ledger.cached_copy_bytes(base) if copied else 0,
-        ledger.run_folder_bytes(work.trained, recipe.train.keep_checkpoints),
+        base if sizes.stored is not None else file_bytes.download_bytes(shape),
+        file_bytes.cached_copy_bytes(base) if copied else 0,
+        file_bytes.run_folder_bytes(work.trained, recipe.train.keep_checkpoints),
     )
     ladder = () if limit is not None else tuple(
         as_written(changed(recipe, {"engine.policy": policy}), shape, None, rows) for policy in LADDER

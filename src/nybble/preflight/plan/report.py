@@ -14,7 +14,7 @@ from rich.text import Text
 
 from nybble.plan.known_models import KNOWN
 from nybble.plan.placing import Option
-from nybble.plan.step import CONTEXT, ITEMS, LOADING, Moment
+from nybble.plan.step import CONTEXT, ITEMS, Moment
 from nybble.preflight.plan.make import RunPlan
 from nybble.recipe import Recipe
 from nybble.recipe.options.section import Options
@@ -152,9 +152,7 @@ def _verdict(plan: RunPlan, console: Console) -> None:
         return
     of = f"{bytes_text(peak.total)} of {bytes_text(plan.limit)} in the {peak.name}"
     if plan.verdict == "too large":
-        moves = peak.name == LOADING and plan.option.work.weights_on_host
-        when = " while it is loaded, before its weights move to the host" if moves else ", however lean"
-        tell(console, f"peak      {of}: it does not fit{when}; take a smaller model", style="bold red")
+        tell(console, f"peak      {of}: it does not fit, however lean; take a smaller model", style="bold red")
         return
     if plan.verdict == "shorter":
         tell(console, f"peak      {of}, with shorter rows: as written it does not fit", style="bold yellow")

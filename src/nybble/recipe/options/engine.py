@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from nybble.recipe.options.section import Options
 
 
@@ -18,6 +20,8 @@ class EngineOptions(Options):
     """Where the token embedding is kept; host saves 0.26 GB of GPU memory on a 7B."""
     weights: Literal["device", "host"] = "device"
     """Where the decoder layers' weights are kept; host streams them to the GPU, which saves 3.1 GB of its memory on a 7B."""
+    resident_layers: int = Field(default=0, ge=0)
+    """With weights=host, how many layers' weights stay on the GPU all the same: a short micro batch does not hide the copies."""
 
     @property
     def is_customised(self) -> bool:

@@ -101,6 +101,10 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         "engine.weights: host works with one process only; DDP needs all parameters on one device",
     )
     yield (
+        recipe.engine.weights == "device" and recipe.engine.resident_layers > 0,
+        "engine.resident_layers: all layers' weights stay on the device unless engine.weights=host",
+    )
+    yield (
         recipe.engine.weights == "host" and bool(train.eval_tasks),
         "train.eval_tasks: lm-eval builds a key-value cache, which engine.weights=host cannot; leave them out, and score the "
         "finished run with nybble eval",
