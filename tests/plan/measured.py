@@ -44,6 +44,12 @@ MEASURED = (
     Measured("llama-2-7b", 1, 120000, (HOST,), 21.42),
     Measured("llama-2-13b", 2, 2048, (HOST,), 9.05),
 )
+PLAIN = (
+    Measured("llama-2-7b", 4, 2048, (PAGED, "engine.fused=false"), 8.741),
+    Measured("llama-2-7b", 1, 4096, (PAGED, "engine.fused=false"), 6.482),
+    Measured("smollm2-135m", 8, 2048, (PAGED, "engine.fused=false"), 1.552),
+    Measured("llama-3-8b", 2, 1024, (PAGED, "engine.fused=false"), 7.357),
+)
 FARTHER = (
     Measured("llama-2-7b", 16, 512, (INPUT, PAGED, "lora.r=64"), 8.445),
     Measured("smollm2-135m", 4, 2048, (HOST, PAGED, STREAMED), 0.342),

@@ -12,7 +12,7 @@ from nybble.plan.placing import MARGIN, Rows, as_written, changes_that_fit, fast
 from nybble.plan.policies import KEEP_ALL, LADDER
 from nybble.plan.step import ITEMS
 from nybble.recipe import load_recipe
-from tests.plan.measured import FARTHER, MEASURED, SPEEDS, Measured
+from tests.plan.measured import FARTHER, MEASURED, PLAIN, SPEEDS, Measured
 
 NO_ROWS = Rows()
 
@@ -31,7 +31,7 @@ def check_memory(run: Measured, bound: float):
     assert predicted == pytest.approx(run.reserved, rel=bound)
 
 
-@pytest.mark.parametrize("run", MEASURED, ids=str)
+@pytest.mark.parametrize("run", MEASURED + PLAIN, ids=str)
 def test_predicted_memory_is_within_2_percent_of_what_was_measured(run):
     check_memory(run, 0.02)
 
@@ -117,6 +117,12 @@ def test_more_tokens_a_higher_rank_and_a_higher_rung_never_take_less(name, lengt
     higher = LADDER[min(LADDER.index(policy) + 1, len(LADDER) - 1)]
     assert peak(f"engine.policy={higher}") >= 0.97 * peak()
     assert peak(f"engine.policy={KEEP_ALL}") >= peak()
+
+
+def test_transformers_rows_are_padded():
+    recipe = load_recipe(None, ["data.max_length=8192", "engine.fused=false"])
+    known = as_written(recipe, KNOWN["llama-2-7b"].shape, None, Rows(longest=700, largest=lambda rows: 600 * rows))
+    assert known.work.tokens == 4 * 700
 
 
 def test_rows_that_are_known_count_instead_of_the_longest_possible():

@@ -237,7 +237,7 @@ def test_the_speed_is_that_of_this_machines_card(here, monkeypatch, tmp_path):
         (("llama-2-7b", "--vram", "lots"), "'lots' is not a size of memory"),
         (("llama-2-7b", "--vram", "12MB"), "12MB is 12,000,000 bytes, which hold no model"),
         (("llama-2-7b", "--vram", "auto"), "this machine has no GPU"),
-        (("llama-2-7b", "engine.fused=false"), "whose memory is not planned yet"),
+        (("llama-2-7b", "model.quantization=int8"), "whose memory is not planned yet"),
         (("llama-2-7b", "data.max_length=8192"), "data.max_length=8192 is above the model's 4096 positions"),
         (("llama-2-7b", "--vram", "9" * 400), "is not a size of memory"),
         (("llama-2-7b", "lora.dora=true"), "whose memory is not planned yet"),

@@ -79,10 +79,10 @@ def test_a_limit_is_refused_where_there_is_nothing_to_limit():
     recipe = load_recipe(None, [*WORDS, "train.vram=8GB"])
     with pytest.raises(RecipeError, match=r"this run has model\.device=cpu"):
         check_limit(recipe, torch.device("cpu"))
-    plain = load_recipe(None, [*WORDS, "train.vram=8GB", "engine.fused=false"])
+    plain = load_recipe(None, [*WORDS, "train.vram=8GB", "lora.dora=true"])
     with pytest.raises(RecipeError, match="Transformers computes the layers"):
         check_limit(plain, torch.device("cuda"))
-    free = load_recipe(None, [*WORDS, "engine.fused=false"])
+    free = load_recipe(None, [*WORDS, "lora.dora=true"])
     assert plan_memory(free, SIZES, None, None, torch.device("cuda"), is_new=True) is None
     eight = dataclasses.replace(SIZES, stored="int8")
     # A checkpoint that came in 8 bits: Transformers computes its layers.
@@ -90,6 +90,18 @@ def test_a_limit_is_refused_where_there_is_nothing_to_limit():
     with pytest.raises(RecipeError, match=r"model\.quantization=int8"):
         plan_memory(recipe, eight, None, None, torch.device("cuda"), is_new=True)
     assert plan_memory(load_recipe(None, list(WORDS)), SIZES, None, None, torch.device("cpu"), is_new=True) is None
+
+
+def test_layers_that_transformers_computes_have_a_plan_too():
+    memory = planned("train.vram=7GB", "engine.fused=false", "train.micro_batch=8")
+    print(memory.line)
+    assert memory.plan.option.changes == {"train.micro_batch": "2", "train.accumulation": "16"}
+    assert "computed by Transformers" in planned("engine.fused=false").line
+    with pytest.raises(RecipeError, match=r"train\.gradient_checkpointing=false"):
+        check_limit(
+            load_recipe(None, [*WORDS, "train.vram=8GB", "engine.fused=false", "train.gradient_checkpointing=false"]),
+            torch.device("cuda"),
+        )
 
 
 def test_the_plan_is_compared_with_what_was_reserved():

@@ -624,20 +624,22 @@ def test_what_does_not_fit_says_what_the_run_takes(tmp_path):
     print(caught.value)
     taken = {line[:-10].strip(): line.split()[-2] for line in caught.value.what.splitlines()[1:]}
     assert taken["adapters"] == taken["gradients"] == "0.16"  # 40 million parameters of 4 bytes
-    assert taken["optimiser state"] == "0.08"
+    assert taken["optimiser state"] == "0.00"  # paged: torch does not count it
     assert taken["kept activations"] == "12.27"
-    assert taken["planned, in total"] == "17.23"
+    assert taken["planned, in total"] == "17.00"
     assert caught.value.fix == "the same command with train.micro_batch=2 train.accumulation=8 (the same step)"
 
 
 def test_what_is_not_planned_is_told_without_its_activations(tmp_path):
-    recipe = load_recipe(None, ["model.path=m", "data.path=d", "engine.fused=false"])
+    recipe = load_recipe(
+        None, ["model.path=m", "data.path=d", "engine.fused=false", "train.gradient_checkpointing=false"]
+    )
     with pytest.raises(TrainingError) as caught, explained_memory(recipe, LLAMA_2_7B, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
     taken = {line[:-10].strip(): line.split()[-2] for line in caught.value.what.splitlines()[1:]}
     assert taken["base (nf4)"] == "3.87"  # as measured: docs/benchmarks.md
     assert taken["adapters"] == "0.16"
-    assert taken["planned, in total"] == "4.27"
+    assert taken["planned, in total"] == "4.19"
 
 
 SPLIT = "in {run}/recipe.yaml set train.micro_batch=4 train.accumulation=8 (the same step), then: nybble train --resume {run}"

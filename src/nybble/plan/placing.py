@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from nybble.plan import ledger
 from nybble.plan.pace import products_per_token
-from nybble.plan.policies import KEEP_ALL, tile
+from nybble.plan.policies import KEEP_ALL, LAYER_INPUT, tile
 from nybble.plan.shapes import ModelShape
 from nybble.plan.solver import SLACK, divide
 from nybble.plan.step import Placement, Prediction, Work, held, loss_peak, predict, work_of
@@ -67,6 +67,8 @@ def place(work: Work, policy: str, limit: int | None) -> Placement:
         limit: bytes that torch may reserve; None if there is no limit, where auto keeps everything.
     """
     layers = work.shape.layers
+    if work.plain_mask is not None:  # Transformers' checkpointing
+        return Placement((LAYER_INPUT,) * layers)
     if policy != "auto" or limit is None:
         return Placement((KEEP_ALL if policy == "auto" else policy,) * layers)
     # As the engine reckons it once the optimiser has its state.
@@ -126,13 +128,13 @@ def _shortened(recipe: Recipe, shape: ModelShape, limit: int, length: int) -> Op
 
 
 def may_stream(recipe: Recipe) -> bool:
-    """Whether weights may be on the host: not with several processes, nor with benchmarks, which need a cache."""
-    return recipe.train.processes == 1 and not recipe.train.eval_tasks
+    """Whether weights may be on the host: those of fused layers, in one process, without benchmarks, which need a cache."""
+    return recipe.engine.fused and recipe.train.processes == 1 and not recipe.train.eval_tasks
 
 
 def may_move_embedding(recipe: Recipe, shape: ModelShape) -> bool:
-    """Whether the embedding may be on the host: not with several processes, nor if it is also the head."""
-    return recipe.train.processes == 1 and not shape.tied
+    """Whether the embedding may be on the host: with fused layers, in one process, and if it is not also the head."""
+    return recipe.engine.fused and recipe.train.processes == 1 and not shape.tied
 
 
 def _same_steps(recipe: Recipe, shape: ModelShape, limit: int, rows: Rows) -> Iterator[Option]:

@@ -31,6 +31,10 @@ piece (ranks of 64 and 128 on an H100)."""
 LIBRARIES = 84_000_000
 """Bytes of cuBLAS's workspaces and what else libraries keep, whatever the model: 68 MB are allocated, and the smallest model
 reserves 16 MB more (H100, `python -m bench.peak`)."""
+PLAIN_HIDDEN, PLAIN_INTERMEDIATE = 2.1, 11.6
+"""Tensors of the residual stream's and of the MLP's width that a layer of Transformers and PEFT has at the peak of its backward,
+in 16 bits: fitted to three runs (SmolLM2, Llama 2 7B, Llama 3 8B), and within 1% of them and of a fourth (docs/benchmarks.md)."""
+PLAIN_MASK = 3  # bytes for each pair of tokens of a row
 CONTEXT = 500_000_000  # bytes: about what CUDA itself takes beside torch's memory
 EVALUATED_TOKENS = (
     4096  # of a batch of validation rows, unless a micro batch of the longest has more (training.trainer)
@@ -57,6 +61,8 @@ class Work:
     embedding_on_host: bool
     streamed_layers: int
     """Layers whose weights are on the host."""
+    plain_mask: int | None
+    """Bytes of attention's mask where Transformers computes the layers; None where they are fused."""
 
     @property
     def element(self) -> int:
@@ -87,18 +93,22 @@ def work_of(recipe: Recipe, shape: ModelShape, longest: int | None = None, token
         double_quantization=model.double_quantization,
         trained=shape.adapter_parameters(lora.r, targets, dora=lora.dora),
         optimizer="paged_adamw_8bit" if train.optimizer == "auto" else train.optimizer,
-        tokens=rows if tokens is None else tokens,
+        tokens=rows if tokens is None or not recipe.engine.fused else tokens,  # Transformers' rows are padded
         accumulates=train.accumulation > 1,
         evaluated=0 if recipe.data.validation in (0, 0.0) else max(min(allowed, EVALUATED_TOKENS), rows),
         embedding_on_host=recipe.engine.embedding == "host",
         streamed_layers=shape.layers - recipe.engine.resident_layers if recipe.engine.weights == "host" else 0,
+        plain_mask=None if recipe.engine.fused else PLAIN_MASK * train.micro_batch * longest**2,
     )
 
 
 def unplanned(recipe: Recipe) -> str | None:
     """What in a recipe has no plan yet, with the reason; None if it has one."""
     cases = (
-        (not recipe.engine.fused, "engine.fused=false: Transformers computes the layers"),
+        (
+            not recipe.engine.fused and not recipe.train.gradient_checkpointing,
+            "train.gradient_checkpointing=false: Transformers' layers keep everything",
+        ),
         (recipe.model.quantization == "int8", "model.quantization=int8: Transformers computes the layers"),
         (recipe.lora.dora, "lora.dora=true: Transformers computes the layers"),
         (recipe.adapter is not None, f"adapter={recipe.adapter}: its rank and targets are not in the recipe"),
@@ -188,6 +198,8 @@ def _step(work: Work, placement: Placement) -> dict[str, int]:
 
     The last layer's backward finds most activations, the first layer's most gradients.
     """
+    if work.plain_mask is not None:
+        return _plain_step(work, work.plain_mask)
     layer, tokens = work.layer, work.tokens
     kept = [tokens * ledger.kept_bytes(policy, layer) for policy in placement.policies]
     gradients = ledger.GRADIENT * work.trained
@@ -210,6 +222,20 @@ def _step(work: Work, placement: Placement) -> dict[str, int]:
         **peak,
         WORKSPACE: ledger.workspace_bytes(layer, tiles),
         CACHED: placement.cached_layers * ledger.dequantised_bytes(layer),
+    })  # fmt: skip
+
+
+def _plain_step(work: Work, mask: int) -> dict[str, int]:
+    """The same where Transformers computes the layers, each of which keeps its input: at the last layer's backward."""
+    widest = max(projection.parameters for projection in work.shape.projections.values())
+    numbers = PLAIN_HIDDEN * work.layer.hidden + PLAIN_INTERMEDIATE * work.layer.intermediate
+    gradients = ledger.GRADIENT * work.trained
+    return _without_zeros({
+        KEPT: work.shape.layers * work.tokens * work.layer.hidden * work.layer.residual,
+        BACKWARD: int(work.tokens * numbers * work.element) + mask,
+        GRADIENTS: gradients if work.accumulates else 0,
+        FRAGMENTED: ledger.fragment_bytes(work.layer, work.tokens),
+        QUANTISED: 0 if work.quantization == "none" else widest * work.element,
     })  # fmt: skip
 
 

@@ -160,7 +160,7 @@ def _train(
     model = resume_adapter(base.model, recipe.adapter) if recipe.adapter else attach_adapter(base.model, recipe.lora)
     trained = print_adapter(model, footprint, console, recipe.adapter)
     fused = fuse_layers(model, recipe, console)
-    if fused is None or fused.fallen_back:
+    if recipe.engine.fused and (fused is None or fused.fallen_back):
         memory = None
     setup = TrainingSetup(
         recipe, device, dtype, tokenizer, data, schedule, base, footprint, model, trained, fused, cache, memory

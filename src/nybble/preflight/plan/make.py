@@ -100,7 +100,8 @@ def make_plan(
     recipe = changed(recipe, option.changes)
     work = option.work
     length = facts.typical if facts is not None else recipe.data.max_length
-    known = card is not None and not work.streamed_layers  # the rate of the link to the host is not known
+    # The rate of the link to the host is not known, nor how fast Transformers' layers are.
+    known = card is not None and not work.streamed_layers and recipe.engine.fused
     speed = (
         pace(work.layer, shape, option.placement.policies, length, card.name) if card is not None and known else None
     )
@@ -111,7 +112,7 @@ def make_plan(
         file_bytes.cached_copy_bytes(base) if copied else 0,
         file_bytes.run_folder_bytes(work.trained, recipe.train.keep_checkpoints),
     )
-    ladder = () if limit is not None else tuple(
+    ladder = () if limit is not None or not recipe.engine.fused else tuple(
         as_written(changed(recipe, {"engine.policy": policy}), shape, None, rows) for policy in LADDER
     )  # fmt: skip
     seconds = None
@@ -155,7 +156,8 @@ def _leanest(recipe: Recipe, shape: ModelShape, limit: int) -> Option:
     train = recipe.train
     changes = {
         "data.max_length": str(min(SHORTEST, recipe.data.max_length)), "train.micro_batch": "1",
-        "train.accumulation": str(train.micro_batch * train.accumulation), "engine.policy": "host",
+        "train.accumulation": str(train.micro_batch * train.accumulation),
+        **({"engine.policy": "host"} if recipe.engine.fused else {}),
         **({"engine.embedding": "host"} if may_move_embedding(recipe, shape) else {}),
         **({"engine.weights": "host"} if may_stream(recipe) else {}),
     }  # fmt: skip

@@ -42,6 +42,8 @@ def render(plan: RunPlan, console: Console) -> None:
 
 def one_line(plan: RunPlan) -> str:
     """The plan's memory in one line, for other commands."""
+    if plan.limit is None and not plan.ladder:
+        return f"on a GPU {bytes_text(plan.option.prediction.peak.total, 1)}; {placement_text(plan.option)}"
     if plan.limit is None:
         lean, full = (bytes_text(plan.ladder[rung].prediction.peak.total, 1) for rung in (0, -1))
         return f"on a GPU {lean} with engine.policy=host, {full} with keep-all, the fastest; auto mixes them to what is free"
@@ -91,6 +93,8 @@ def as_json(plan: RunPlan) -> str:
 
 def placement_text(option: Option) -> str:
     """What the layers keep, in words."""
+    if option.work.plain_mask is not None:
+        return "computed by Transformers, each once more in its backward (engine.fused=false)"
     runs = [(policy, len(list(group))) for policy, group in groupby(option.placement.policies)]
     kept = ", ".join(f"{count} {policy}" for policy, count in runs)
     cached = option.placement.cached_layers
