@@ -72,8 +72,10 @@ def fuse(
             that cannot stay on the host, more resident layers than could be streamed, or a library that lacks something that
             the engine needs.
     """
+    _check_libraries()
     backbone = _backbone(model)
-    _check_resident(resident_layers, len(backbone.layers), weights)
+    if resident_layers:
+        _check_resident(resident_layers, len(backbone.layers), weights)
     if weights != "host":
         return attach(model, policy, embedding)
     device = backbone.norm.weight.device
@@ -110,8 +112,7 @@ def attach(
     Raises:
         EngineError: see `fuse`.
     """
-    if (problem := first_incompatibility("engine", "weights")) is not None:
-        raise EngineError(problem.what, fix=f"{pip()} install {problem.requirement}")
+    _check_libraries()
     if policy != "auto" and policy not in LADDER:
         raise EngineError(f"there is no policy {policy!r}", fix=f"one of auto, {', '.join(reversed(LADDER))}")
     backbone = _backbone(model)
@@ -238,8 +239,13 @@ def _backbone(model: torch.nn.Module) -> LlamaModel:
     )  # fmt: skip
 
 
+def _check_libraries() -> None:
+    if (problem := first_incompatibility("engine", "weights")) is not None:
+        raise EngineError(problem.what, fix=f"{pip()} install {problem.requirement}")
+
+
 def _check_resident(resident: int, layers: int, weights: str) -> None:
-    if resident and weights != "host":
+    if weights != "host":
         raise EngineError(
             'resident_layers is for weights="host": all weights are on the device', fix="leave resident_layers out"
         )
