@@ -285,8 +285,8 @@ def test_the_bytes_of_the_buffers_are_as_planned(llama, quant, double, resident)
 
 @pytest.mark.parametrize("words, message", [
     ({"resident_layers": 1}, 'resident_layers is for weights="host"'),
-    ({"resident_layers": 4, "weights": "host"}, "4 of 4 layers cannot be resident while the others are streamed"),
-    ({"resident_layers": -1, "weights": "host"}, "-1 of 4 layers cannot be resident"),
+    ({"resident_layers": 5, "weights": "host"}, "5 of 5 layers cannot be resident while the others are streamed"),
+    ({"resident_layers": -1, "weights": "host"}, "-1 of 5 layers cannot be resident"),
 ])  # fmt: skip
 def test_layers_that_cannot_be_resident(llama, words, message):
     model = load(llama)
