@@ -101,7 +101,7 @@ def run(rows: list[Row], models: pathlib.Path, data: pathlib.Path, at_once: int,
             taken = sum(planned_bytes(each.row) or UNPLANNED for each in running)
             for row in list(waiting):
                 needed = planned_bytes(row) or UNPLANNED
-                if len(running) < at_once and taken + needed <= TOGETHER:
+                if len(running) < at_once and (taken + needed <= TOGETHER or not running):
                     waiting.remove(row)
                     running.append(start(row, models, data, pathlib.Path(folder) / str(len(done) + len(running))))
                     taken += needed
@@ -139,7 +139,8 @@ def show(files: list[pathlib.Path], plot: pathlib.Path | None) -> None:
             )
     for row in rows:
         if not row.get("planned_gb"):
-            print(f"no plan: {row['model']} {row['options']}: {row.get('reserved_gb', row.get('failed'))}")
+            what = f"no plan, reserved {row['reserved_gb']}" if "reserved_gb" in row else f"failed: {row['failed']}"
+            print(f"{row['model']} {row['options']}: {what}")
     if plot is not None:
         draw([row for row in rows if row.get("planned_gb")], plot)
 

@@ -291,6 +291,14 @@ def test_a_model_on_the_host_is_fused_without_its_weights_ever_being_on_the_devi
     assert_same(streamed, gradients(model, batch), 1e-12)
 
 
+def test_a_model_that_was_fused_on_the_host_moves_to_the_device_with_its_embedding(middling):
+    model, batch = load(middling, device="cpu", dtype=torch.bfloat16, r=16), padded([(0, 100)] * 2, 100)
+    fuse(model, embedding="host")
+    fuse(model, "layer-input", weights="host")
+    assert model.get_input_embeddings().weight.device.type == "cuda"
+    assert gradients(model, batch)[0] > 0
+
+
 def test_a_model_on_the_host_that_cannot_be_fused_stays_there(middling):
     model = load(middling, device="cpu", dtype=torch.bfloat16, r=16)
     model.get_base_model().model.layers[2].mlp.down_proj.register_forward_hook(lambda *_: None)

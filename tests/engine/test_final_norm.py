@@ -36,6 +36,7 @@ def test_it_is_transformers_norm(shape, dtype, bound):
     norm = norm_of(shape[-1], dtype)
     expected = passes(norm, x, change)
     fused = FinalNorm(norm)
+    assert "_Norm" in type(norm(x.detach().requires_grad_(True)).grad_fn).__name__
     for ours, theirs in zip(passes(norm, x, change), expected, strict=True):
         assert ours.dtype == theirs.dtype
         assert (ours - theirs).abs().max() <= bound * theirs.abs().max()
@@ -104,3 +105,23 @@ def test_a_forward_that_somebody_else_put_there_stays():
     norm.forward = theirs = types.MethodType(lambda self, x: x, norm)
     FinalNorm(norm).remove()
     assert norm.forward is theirs
+
+
+def test_a_forward_that_was_put_over_it_stays():
+    norm = norm_of(8)
+    fused = FinalNorm(norm)
+    norm.forward = theirs = types.MethodType(lambda self, x: x, norm)
+    fused.remove()
+    assert norm.forward is theirs
+    del norm.forward
+    fused.remove()
+
+
+def test_a_copy_s_norm_is_taken_over(llama):  # noqa: F811
+    model = fuse(load(llama, "none"))
+    copied = fuse(copy.deepcopy(model))
+    norm = copied.get_base_model().model.norm
+    assert norm.forward.__self__ is norm
+    unfuse(copied)
+    assert "forward" not in vars(norm)
+    assert "forward" in vars(model.get_base_model().model.norm)

@@ -17,7 +17,8 @@ from nybble.plan.policies import LADDER
 from nybble.plan.shapes import ModelShape
 from nybble.weights import streamed
 from nybble.weights.copier import CudaCopier, pinned_buffers
-from nybble.weights.streamed import Streaming
+from nybble.weights.packed import move_weights
+from nybble.weights.streamed import StreamedStore, Streaming
 from tests.conftest import write_llama
 from tests.engine.streaming import LateCopier, SynchronousCopier
 from tests.engine.test_engine import DEVICE, assert_same, batch_of, gradients, load
@@ -266,6 +267,59 @@ def test_fusing_again_keeps_the_weights_on_the_host_while_as_many_are_to_be_ther
     fuse(model, "drop-mlp")
     assert fusion(model).shared.streamed is None
     assert_identical(changed, gradients(model, batch_of()))
+
+
+def test_fusing_again_with_other_resident_layers_never_moves_all_weights_to_the_device(llama, monkeypatch):
+    model, went, remove = load(llama), [], StreamedStore.remove
+    stream(model)
+    expected = gradients(model, batch_of())
+    monkeypatch.setattr(
+        StreamedStore, "remove", lambda self, device=None: went.append(device or "the device") or remove(self, device)
+    )
+    attach(model, "auto", "device", Streaming(SynchronousCopier(DEVICE), 2))
+    assert went == [torch.device("cpu")]
+    assert_same(gradients(model, batch_of()), expected, 1e-12)
+    unfuse(model)
+    assert went[1:] == ["the device"]
+
+
+def test_weights_that_do_not_fit_on_the_device_leave_the_model_fused(llama, monkeypatch):
+    model, moves = load(llama), []
+    stream(model)
+    expected = gradients(model, batch_of())
+
+    def fail(modules, device, *, copy=False):
+        moves.append(device)
+        if len(moves) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        move_weights(modules, device, copy=copy)
+
+    monkeypatch.setattr("nybble.weights.packed.move_weights", fail)
+    with pytest.raises(EngineError) as caught:
+        unfuse(model)
+    print(caught.value)
+    assert f"the weights of {LAYERS} decoder layers" in str(caught.value)
+    assert fusion(model).fallen_back == 0
+    assert_same(gradients(model, batch_of()), expected, 1e-12)
+    unfuse(model)
+    assert fusion(model) is None
+    assert "_apply" not in vars(model.get_base_model().model.layers[0].mlp.up_proj.base_layer)
+    assert_same(gradients(model, batch_of()), expected)
+
+
+def test_an_unexpected_error_leaves_nothing_behind(llama, monkeypatch):
+    model = load(llama)
+    expected = gradients(model, batch_of())
+
+    def fail(*_):
+        raise RuntimeError("CUDA error: something else")
+
+    monkeypatch.setattr("nybble.engine.fuse.EmbeddingOnHost", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        attach(model, "auto", "host", Streaming(SynchronousCopier(DEVICE)))
+    assert fusion(model) is None
+    assert not any("_apply" in vars(module) or "forward" in vars(module) for module in model.modules())
+    assert_same(gradients(model, batch_of()), expected, 1e-12)
 
 
 @pytest.mark.parametrize("resident", [0, 2, LAYERS - 1, LAYERS])

@@ -119,6 +119,13 @@ def test_more_tokens_a_higher_rank_and_a_higher_rung_never_take_less(name, lengt
     assert peak(f"engine.policy={KEEP_ALL}") >= peak()
 
 
+def test_only_resident_layers_weights_stay_dequantised():
+    words = ["train.micro_batch=1", "data.max_length=512", "engine.weights=host", "engine.resident_layers=24"]
+    option = as_written(load_recipe(None, words), KNOWN["llama-2-7b"].shape, 80 * 10**9, NO_ROWS)
+    assert option.placement.cached_layers == 24
+    assert option.work.streamed_layers == 8
+
+
 def test_transformers_rows_are_padded():
     recipe = load_recipe(None, ["data.max_length=8192", "engine.fused=false"])
     known = as_written(recipe, KNOWN["llama-2-7b"].shape, None, Rows(longest=700, largest=lambda rows: 600 * rows))

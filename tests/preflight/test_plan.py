@@ -131,6 +131,7 @@ def test_a_70b_trains_within_24_gb(here):
     print(done.stdout)
     assert done.returncode == 0
     assert "engine.weights=host" in done.stdout
+    assert "host      35.3 GB of pinned memory for weights" in done.stdout
 
 
 def test_the_docs_show_what_is_printed(here):
@@ -238,6 +239,10 @@ def test_the_speed_is_that_of_this_machines_card(here, monkeypatch, tmp_path):
         (("llama-2-7b", "--vram", "12MB"), "12MB is 12,000,000 bytes, which hold no model"),
         (("llama-2-7b", "--vram", "auto"), "this machine has no GPU"),
         (("llama-2-7b", "model.quantization=int8"), "whose memory is not planned yet"),
+        (
+            ("llama-2-7b", "engine.weights=host", "engine.resident_layers=32"),
+            "the model has 32 layers, of which at least one",
+        ),
         (("llama-2-7b", "data.max_length=8192"), "data.max_length=8192 is above the model's 4096 positions"),
         (("llama-2-7b", "--vram", "9" * 400), "is not a size of memory"),
         (("llama-2-7b", "lora.dora=true"), "whose memory is not planned yet"),

@@ -42,6 +42,8 @@ def test_all_faults_are_listed_together_with_their_lines(tmp_path):
         (["engine.embedding=host", "train.processes=2"], "engine.embedding: host works with one process only"),
         (["engine.weights=host", "train.processes=2"], "engine.weights: host works with one process only"),
         (["engine.weights=host", "train.eval_tasks=[arc_easy]"], "train.eval_tasks: lm-eval builds a key-value cache"),
+        (["engine.weights=host", "model.device=cpu"], "engine.weights: host streams weights to a GPU"),
+        (["engine.resident_layers=3"], "engine.resident_layers: all layers' weights stay on the device"),
         (["engine.weights=host", "engine.fused=false"], "policy, embedding and weights have no effect"),
         (["data.validation=-1"], "data.validation: a share below 1"),
         (["lora.targets=[]"], "lora.targets: an empty list"),

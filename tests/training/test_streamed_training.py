@@ -24,11 +24,14 @@ def copiers(monkeypatch):
     """What `fuse` does on a GPU, here; and no other weights for samples, as on a GPU."""
     made = []
 
-    def fuse(model, policy, *, embedding, weights):
+    def fuse(model, policy, *, embedding, weights, resident_layers):
         if weights == "host":
             made.append(SynchronousCopier())
-        return attach(model, policy, embedding, Streaming(made[-1]) if weights == "host" else None)
+        return attach(model, policy, embedding, Streaming(made[-1], resident_layers) if weights == "host" else None)
 
+    monkeypatch.setattr(
+        torch.cuda, "is_available", lambda: False
+    )  # model.device=cpu would be refused beside engine.weights=host
     monkeypatch.setattr(preparation, "fuse", fuse)
     monkeypatch.setattr(samples, "temporarily_dequantised", contextlib.nullcontext)
     return made
@@ -38,7 +41,7 @@ def test_losses_samples_and_adapter_are_the_same(tiny_llama, rows, cache, tmp_pa
     runs = {}
     words = ["train.max_steps=4", "train.evaluate_every=2", "train.save_every=2", "train.learning_rate=5e-3"]
     for place in ("device", "host"):
-        recipe = recipe_for(tiny_llama, rows, tmp_path / place, *words, f"engine.weights={place}")
+        recipe = recipe_for(tiny_llama, rows, tmp_path / place, *words, "model.device=auto", f"engine.weights={place}")
         runs[place] = train(recipe, console=quiet, cache=cache)
     (copier,) = copiers
     assert copier.copies > 0
@@ -55,7 +58,7 @@ def test_losses_samples_and_adapter_are_the_same(tiny_llama, rows, cache, tmp_pa
 
 
 def test_it_resumes(tiny_llama, rows, cache, tmp_path, copiers, quiet, monkeypatch):
-    words = [*WORDS, "engine.weights=host"]
+    words = [*WORDS, "model.device=auto", "engine.weights=host", "engine.resident_layers=1"]
     whole = train(recipe_for(tiny_llama, rows, tmp_path / "whole", *words), console=quiet, cache=cache)
     with monkeypatch.context() as patch:
         interrupted(patch, 3, recipe_for(tiny_llama, rows, tmp_path / "cut", *words), quiet, cache)

@@ -210,8 +210,9 @@ def test_a_requested_engine_that_is_not_possible_is_refused(tiny_llama, rows, ca
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a run on a CPU")
 def test_weights_on_the_host_of_a_cpu_are_refused(tiny_llama, rows, cache, tmp_path, quiet):
+    recipe = recipe_for(tiny_llama, rows, tmp_path / "run", "model.device=auto", "engine.weights=host")
     with pytest.raises(EngineError, match="the model is on a CPU: its weights are on the host already") as caught:
-        train(recipe_for(tiny_llama, rows, tmp_path / "run", "engine.weights=host"), console=quiet, cache=cache)
+        train(recipe, console=quiet, cache=cache)
     assert "engine.weights=device" in str(caught.value.fix)
     assert not (tmp_path / "run").exists()
 
@@ -612,6 +613,9 @@ def test_memory_saving_changes_are_suggested_step_by_step():
     plain = load_recipe(None, ["model.path=m", "data.path=d", "engine.fused=false", "train.micro_batch=1",
                                "train.gradient_checkpointing=false"])  # fmt: skip
     assert memory_saving_change(plain, LLAMA_2_7B) == "train.gradient_checkpointing=true"
+    mixed = ["engine.policy=host", "engine.embedding=host", "engine.weights=host", "engine.resident_layers=9"]
+    mixed_recipe = load_recipe(None, ["model.path=m", "data.path=d", "train.micro_batch=1", *mixed])
+    assert memory_saving_change(mixed_recipe, LLAMA_2_7B).startswith("engine.resident_layers=0")
     last = load_recipe(None, ["model.path=m", "data.path=d", "engine.policy=host", "train.micro_batch=1"])
     tied = dataclasses.replace(LLAMA_2_7B, tied=True)
     assert memory_saving_change(last, tied).startswith("engine.weights=host"), "a tied embedding stays on the device"

@@ -21,16 +21,15 @@ class FinalNorm:
     """Gives a backbone's norm a fused forward where it is trained through; `remove` takes it away."""
 
     def __init__(self, norm: torch.nn.Module) -> None:
-        own = getattr(
-            norm.__dict__.get("forward"), "__func__", LlamaRMSNorm.forward
-        )  # a pickled model has its class's there
-        self._norm = norm if type(norm) is LlamaRMSNorm and own is LlamaRMSNorm.forward else None
+        # A pickled model has its class's forward there, and a copied one this file's.
+        own = getattr(norm.__dict__.get("forward"), "__func__", None) if "forward" in norm.__dict__ else forward
+        self._norm = norm if type(norm) is LlamaRMSNorm and own in (forward, LlamaRMSNorm.forward) else None
         if self._norm is not None:
             self._norm.forward = types.MethodType(forward, self._norm)
 
     def remove(self) -> None:
-        """Restore the original forward."""
-        if self._norm is not None:
+        """Restore the original forward, unless somebody has put another one there since."""
+        if self._norm is not None and getattr(self._norm.__dict__.get("forward"), "__func__", None) is forward:
             del self._norm.forward
 
 

@@ -1,7 +1,7 @@
 """The only entry: `fuse` gives the decoder layers of a model a faster forward and backward, `unfuse` removes them.
 
-Only the layers' `forward` is shadowed, on these instances, and a hook before the backbone (LlamaModel) reads a batch's layout
-once for all layers. Modules, parameters, state dicts and adapters stay as they are.
+Only the `forward` of the layers and of the final norm is shadowed, on these instances, and a hook before the backbone
+(LlamaModel) reads a batch's layout once for all layers. Modules, parameters, state dicts and adapters stay as they are.
 """
 
 from __future__ import annotations
@@ -72,17 +72,22 @@ def fuse(
             that cannot stay on the host, more resident layers than could be streamed, or a library that lacks something that
             the engine needs.
     """
-    _check_libraries()
-    backbone = _backbone(model)
-    if resident_layers:
-        _check_resident(resident_layers, len(backbone.layers), weights)
+    if weights != "host" and resident_layers:
+        raise EngineError(
+            'resident_layers is for weights="host": all weights are on the device', fix="leave resident_layers out"
+        )
     if weights != "host":
         return attach(model, policy, embedding)
+    _check_libraries()
+    backbone = _backbone(model)
+    _check_resident(resident_layers, len(backbone.layers))
     device = backbone.norm.weight.device
     if device.type == "cuda":
         attach(model, policy, embedding, Streaming(CudaCopier(device), resident_layers))
     elif torch.cuda.is_available():
         _check_single_device(backbone)
+        unfuse(model)
+        _refuse_layers_that_cannot_be_fused({layer: LayerReader(layer) for layer in backbone.layers})
         copier = CudaCopier(torch.device("cuda", torch.cuda.current_device()))
         with _moved_around(model, backbone, copier.device, embedding):
             attach(model, policy, embedding, Streaming(copier, resident_layers))
@@ -123,25 +128,20 @@ def attach(
     if device.type == "cpu":
         stay_unpacked(model)
     readers = {layer: LayerReader(layer) for layer in backbone.layers}
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(_put_back, backbone, hooks)
         shared = Shared(device, _streamed_store(readers, streaming, hooks))
         if embedding == "host":
             hooks.append(EmbeddingOnHost(backbone, device))
-    except EngineError:
-        _remove(hooks)
-        raise
-    hooks.append(FinalNorm(backbone.norm))
-    config = backbone.config
-    result = Fusion(policy, readers, Budget(config.vocab_size, config.hidden_size), shared, hooks=hooks)
-    backbone.nybble_fusion = result
-    for layer in readers:
-        layer.forward = types.MethodType(forward, layer)
-    hooks.append(backbone.register_forward_pre_hook(begin_batch, with_kwargs=True))
-    try:
+        hooks.append(FinalNorm(backbone.norm))
+        config = backbone.config
+        result = Fusion(policy, readers, Budget(config.vocab_size, config.hidden_size), shared, hooks=hooks)
+        backbone.nybble_fusion = result
+        for layer in readers:
+            layer.forward = types.MethodType(forward, layer)
+        hooks.append(backbone.register_forward_pre_hook(begin_batch, with_kwargs=True))
         fused, refusals = result.read(list(readers))
-    except EngineError:  # a library differs from what the engine expects: undo everything
-        unfuse(model)
-        raise
+        undo.pop_all()
     result.last = BatchReport(len(fused), refusals)
     for refusal, count in Counter(refusals).items():
         result.warn_once(f"{count} of {len(readers)} decoder layers keep their original forward: {refusal}")
@@ -149,15 +149,21 @@ def attach(
 
 
 def unfuse(model: torch.nn.Module) -> Any:
-    """Restore the layers' original forward and the checkpointing that `fuse` replaced; returns the model."""
+    """Restore the layers' original forward and the checkpointing that `fuse` replaced; returns the model.
+
+    Raises:
+        EngineError: weights that are on the host do not fit on the device; the model stays fused.
+    """
     backbone = _backbone(model)
-    result: Fusion | None = backbone.__dict__.pop("nybble_fusion", None)
+    result: Fusion | None = backbone.__dict__.get("nybble_fusion")
     if result is not None:
-        _remove(result.hooks)
+        if (store := result.shared.streamed) is not None and store in result.hooks:
+            store.remove()
+            result.hooks.remove(store)
+        for hook in result.hooks:
+            hook.remove()
+        _restore_forward(backbone)
         result.note_checkpointing(backbone)
-        for layer in result.readers:
-            if has_fused_forward(layer):
-                del layer.forward
         for layer in result.taken_over:
             layer.gradient_checkpointing = True
     return model
@@ -175,29 +181,42 @@ def _moved_around(
 ) -> Iterator[None]:
     """Move a model from the host to a device, except for what will stay on the host; after an error all of it is back."""
     staying = list(itertools.chain.from_iterable(base_layers(layer) for layer in backbone.layers))
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(move_all_but, model, (), torch.device("cpu"))
         move_all_but(model, [*staying, backbone.embed_tokens] if embedding == "host" else staying, device)
         yield
-    except (EngineError, torch.OutOfMemoryError):
-        move_all_but(model, (), torch.device("cpu"))
-        raise
+        undo.pop_all()
 
 
-def _remove(hooks: Sequence[Any]) -> None:
-    for hook in hooks:
-        hook.remove()
+def _put_back(backbone: LlamaModel, hooks: Sequence[Any]) -> None:
+    """Undo a `fuse` that failed: weights go to where they came from, which may have been the host."""
+    for hook in reversed(hooks):
+        if isinstance(hook, StreamedStore):
+            hook.put_back()
+        else:
+            hook.remove()
+    _restore_forward(backbone)
+
+
+def _restore_forward(backbone: LlamaModel) -> None:
+    result: Fusion | None = backbone.__dict__.pop("nybble_fusion", None)
+    for layer in () if result is None else result.readers:
+        if has_fused_forward(layer):
+            del layer.forward
 
 
 def _kept_store(backbone: LlamaModel, streaming: Streaming | None) -> list[StreamedStore]:
-    """The store of an earlier `fuse`, if it can serve: the device may not have the memory to take all weights back first."""
+    """The store of an earlier `fuse`, if it can serve. Otherwise its weights go to the host, not to the device, which may not
+    have the memory for all of them."""
     previous: Fusion | None = backbone.__dict__.get("nybble_fusion")
     store = None if previous is None else previous.shared.streamed
     if previous is None or store is None or streaming is None:
         return []
-    if (store.device, store.resident_layers) != (streaming.copier.device, streaming.resident_layers):
-        return []
     previous.hooks.remove(store)
-    return [store]
+    if (store.device, store.resident_layers) == (streaming.copier.device, streaming.resident_layers):
+        return [store]
+    store.remove(torch.device("cpu"))
+    return []
 
 
 def _streamed_store(
@@ -210,6 +229,17 @@ def _streamed_store(
     """
     if streaming is None:
         return None
+    _refuse_layers_that_cannot_be_fused(readers)
+    layers = [base_layers(layer) for layer in readers]
+    if hooks and hooks[0].layers != layers:
+        hooks.pop().remove(torch.device("cpu"))
+    if not hooks:
+        hooks.append(StreamedStore(choose(streaming.copier.device).operations, layers, streaming))
+    store: StreamedStore = hooks[0]
+    return store
+
+
+def _refuse_layers_that_cannot_be_fused(readers: Mapping[LlamaDecoderLayer, LayerReader]) -> None:
     for number, reader in enumerate(readers.values()):
         try:
             reader.read()
@@ -218,13 +248,6 @@ def _streamed_store(
                 f"weights on the host need every decoder layer fused, but layer {number} cannot be: {why}",
                 fix='weights="device" (in a recipe: engine.weights=device)',
             ) from None
-    layers = [base_layers(layer) for layer in readers]
-    if hooks and hooks[0].layers != layers:
-        hooks.pop().remove()
-    if not hooks:
-        hooks.append(StreamedStore(choose(streaming.copier.device).operations, layers, streaming))
-    store: StreamedStore = hooks[0]
-    return store
 
 
 def _backbone(model: torch.nn.Module) -> LlamaModel:
@@ -244,11 +267,7 @@ def _check_libraries() -> None:
         raise EngineError(problem.what, fix=f"{pip()} install {problem.requirement}")
 
 
-def _check_resident(resident: int, layers: int, weights: str) -> None:
-    if weights != "host":
-        raise EngineError(
-            'resident_layers is for weights="host": all weights are on the device', fix="leave resident_layers out"
-        )
+def _check_resident(resident: int, layers: int) -> None:
     if not 0 <= resident < layers:
         raise EngineError(
             f"{resident} of {layers} layers cannot be resident while the others are streamed",

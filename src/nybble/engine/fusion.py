@@ -37,14 +37,6 @@ class BatchReport:
     """How many layers' weights stayed dequantised."""
 
 
-def compute_device(model: torch.nn.Module) -> torch.device:
-    """The device that a model's layers are computed on; Transformers' `device` is that of the embedding, which may be on the
-    host."""
-    for found in _fusions(model):
-        return found.shared.device
-    return next(model.parameters()).device
-
-
 def streams_weights(model: torch.nn.Module) -> bool:
     """Whether a model's weights are on the host, so that only the fused engine can compute its layers."""
     return any(found.shared.streamed is not None for found in _fusions(model))

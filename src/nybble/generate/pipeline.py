@@ -20,7 +20,7 @@ from transformers import (
     TextGenerationPipeline,
 )
 
-from nybble.engine.fusion import compute_device, streams_weights
+from nybble.engine.fusion import streams_weights
 
 BASE = "__base__"  # PEFT's name, in a mixed batch, of rows without an adapter
 
@@ -31,7 +31,7 @@ class TokenPipeline(TextGenerationPipeline):  # type: ignore[misc]
     def __init__(self, model: PreTrainedModel | PeftModel, pad_id: int) -> None:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         # Without a device the pipeline would move the model to the first GPU, unless Accelerate has placed it.
-        device = None if getattr(base, "hf_device_map", None) is not None else compute_device(base)
+        device = None if getattr(base, "hf_device_map", None) is not None else base.device
         super().__init__(model=base, device=device)
         self.model = (
             model  # set afterwards: the pipeline does not accept PEFT's class, whose generate takes adapter names

@@ -104,5 +104,6 @@ def memory_saving_change(recipe: Recipe, shape: ModelShape) -> str:
         (engine.fused and engine.policy != "host", "engine.policy=host (the same step, slower)"),
         (movable, "engine.embedding=host"),
         (streamable, "engine.weights=host (the same step, slower)"),
+        (engine.resident_layers > 0, "engine.resident_layers=0 (the same step, slower)"),
     ]
     return next((fix for applies, fix in steps if applies), f"data.max_length={recipe.data.max_length // 2}")

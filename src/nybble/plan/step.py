@@ -178,6 +178,14 @@ def held(work: Work) -> dict[str, int]:
     })  # fmt: skip
 
 
+def host_bytes(work: Work) -> int:
+    """Pinned host memory that streamed weights take."""
+    if not work.streamed_layers:
+        return 0
+    layer = ledger.streamed_layer_bytes(work.shape, work.quantization, work.double_quantization, work.element)
+    return work.streamed_layers * layer
+
+
 def _optimizer(work: Work) -> dict[str, int]:
     """What cannot move to the host: paged state is in memory that CUDA moves, which torch does not count."""
     return _without_zeros({OPTIMIZER: ledger.optimizer_state([work.trained], work.optimizer).resident})

@@ -12,7 +12,7 @@ from nybble.errors import RecipeError, TrainingError
 from nybble.plan.free_memory import Memory, device_memory
 from nybble.plan.placing import changed
 from nybble.plan.schedule import Schedule
-from nybble.plan.step import BACKWARD, KEPT, LOADING, LOSS, unplanned
+from nybble.plan.step import BACKWARD, FORWARD, KEPT, LOADING, LOSS, unplanned
 from nybble.preflight.plan.card import Card, limit_bytes
 from nybble.preflight.plan.make import RowFacts, RunPlan, as_stored, make_plan
 from nybble.preflight.plan.report import command, one_line
@@ -56,8 +56,8 @@ class MemoryPlan:
         """
         prediction = self.plan.option.prediction
         peak = max((each for each in prediction.moments if each.name != LOADING), key=lambda moment: moment.total)
-        # Everything else is known to the byte.
-        inexact = {name: peak.items[name] for name in (KEPT, BACKWARD, LOSS) if name in peak.items}
+        # What follows from the tokens of a batch; the rest hardly varies.
+        inexact = {name: peak.items[name] for name in (KEPT, BACKWARD, LOSS, FORWARD) if name in peak.items}
         item = max(inexact, key=lambda name: inexact[name], default="") if measured > (1 + WRONG) * peak.total else ""
         return MemorySummary(
             predicted_gb=round(peak.total / 1e9, 3),

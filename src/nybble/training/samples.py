@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from nybble.chat.answerer import context_length, explained_failures
 from nybble.data.answers import first_answer
-from nybble.engine.fusion import compute_device
 from nybble.errors import DeviceError, ModelError
 from nybble.generate.kept import KeptGenerator
 from nybble.generate.request import Request, complete
@@ -68,7 +67,7 @@ class SampleAnswers:
         return records
 
     def _answer(self, kept: KeptGenerator, row: dict[str, Any], answer: slice) -> dict[str, Any]:
-        prompt, device = row["input_ids"][: answer.start], compute_device(self.model).type
+        prompt, device = row["input_ids"][: answer.start], self.model.device.type
         adapter = self.model.active_adapter
         limit = min(NEW_TOKENS, context_length(self.model) - len(prompt))
         record = {"prompt": self.tokenizer.decode(prompt), "answer": ""}

@@ -79,7 +79,7 @@ def pinned_buffers(sizes: Sequence[int]) -> Iterator[torch.Tensor]:
         except RuntimeError as error:
             raise EngineError(
                 f"{sum(block) / 1e9:.2f} GB of pinned host memory cannot be allocated: {str(error).splitlines()[0]}",
-                fix='leave the weights on the device (weights="device", engine.weights=device), or free host memory',
+                fix="free host memory, or leave the weights on the device if they fit there (engine.weights=device)",
             ) from error
         yield from whole.split(block)
 

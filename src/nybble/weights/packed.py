@@ -29,17 +29,22 @@ class PackedLayer:
 
     Attributes:
         buffer: the bytes of all weights.
+        origin: the device that they came from.
         starts: where each tensor starts in it, by address.
     """
 
     def __init__(self, modules: Sequence[torch.nn.Module], buffer: torch.Tensor) -> None:
         self.modules = tuple(modules)
         self.buffer = buffer
-        places = [place for module in modules for place in _places(module)]
-        self._watched: list[torch.Tensor] = []
+        self.origin = next(owner for module in modules for owner, _ in _places(module)).device
         self.starts: dict[int, int] = {}
+        self.pack()
+
+    def pack(self) -> None:
+        """Move the weights into the buffer, from wherever they are."""
+        self._watched: list[torch.Tensor] = []
         start = 0
-        for owner, name in places:
+        for owner, name in [place for module in self.modules for place in _places(module)]:
             tensor = getattr(owner, name)
             with _mode_of(owner, name):
                 part = _part_of_its_own(self.buffer, start, tensor)
@@ -49,14 +54,21 @@ class PackedLayer:
                 self._watched.append(owner if name == "data" else part)
             self.starts[part.data_ptr()] = start
             start += aligned(part.nbytes)
-        for module in modules:
+        for module in self.modules:
             stay(module)  # Accelerate moves the whole model to its device before training
 
-    def to_device(self, device: torch.device) -> None:
-        """Move the weights to a device, each into memory of its own; the buffer is not used any more."""
+    def move(self, device: torch.device) -> None:
+        """Move the weights to a device, each into memory of its own; the buffer is not used any more.
+
+        Raises:
+            torch.OutOfMemoryError: they do not fit there; they are back in the buffer.
+        """
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.pack)
+            move_weights(self.modules, device, copy=True)
+            undo.pop_all()
         for module in self.modules:
             del module._apply
-        move_weights(self.modules, device, copy=True)
 
     def versions(self) -> tuple[int, ...]:
         """Version counters that show what was written into the weights (load_state_dict does)."""

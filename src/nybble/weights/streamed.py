@@ -38,7 +38,7 @@ class StreamedStore:
         streaming: what copies, and how many layers stay on the device.
 
     Raises:
-        EngineError: the host does not have enough memory, or it cannot be pinned; what was moved is moved back.
+        EngineError: the host does not have enough memory, or it cannot be pinned; what was moved is back where it was.
     """
 
     def __init__(
@@ -52,11 +52,14 @@ class StreamedStore:
         sizes = [packed_bytes(self.layers[number]) for number in numbers]
         _check_host_memory(sum(sizes))
         self._packed: dict[int, PackedLayer] = {}
+        self._resident = sorted(set(range(len(layers))) - set(numbers))
+        self._resident_origin = streaming.copier.device
         with contextlib.ExitStack() as undo, torch.inference_mode(False):  # training may follow
-            undo.callback(self.remove)
+            undo.callback(self.put_back)
             for number, buffer in zip(numbers, streaming.copier.host_buffers(sizes), strict=True):
                 self._packed[number] = PackedLayer(self.layers[number], buffer)
-            for number in set(range(len(layers))) - set(numbers):
+            self._resident_origin = next((packed.origin for packed in self._packed.values()), self.device)
+            for number in self._resident:
                 move_weights(self.layers[number], self.device)
             self._staging = Staging(self._packed, len(layers), streaming.copier)
             undo.pop_all()
@@ -94,10 +97,33 @@ class StreamedStore:
         """See `WeightStore.is_resident`."""
         return self._addresses.isdisjoint(tensor.data_ptr() for tensor in group.stored())
 
-    def remove(self) -> None:
-        """Move all weights back to the device."""
+    def remove(self, device: torch.device | None = None) -> None:
+        """Move all weights back to the device, or to another.
+
+        Raises:
+            EngineError: they do not fit there; all of them are where they were.
+        """
+        moved: list[PackedLayer] = []
+        try:
+            for packed in self._packed.values():
+                packed.move(device or self.device)
+                moved.append(packed)
+        except torch.OutOfMemoryError as error:
+            for packed in moved:
+                packed.pack()
+            size = sum(packed.buffer.nbytes for packed in self._packed.values())
+            raise EngineError(
+                f"the weights of {len(self._packed)} decoder layers, {size / 1e9:.2f} GB, do not fit on the device",
+                fix="leave the model fused: state_dict() and save_pretrained work as it is",
+            ) from error
+        self._packed.clear()
+
+    def put_back(self) -> None:
+        """Move all weights to where they came from, after a failure."""
         for packed in self._packed.values():
-            packed.to_device(self.device)
+            packed.move(packed.origin)
+        for number in self._resident:
+            move_weights(self.layers[number], self._resident_origin)
         self._packed.clear()
 
     def _on_device(self, weight: FrozenWeight) -> FrozenWeight:
@@ -139,7 +165,7 @@ def _check_host_memory(needed: int) -> None:
     if needed > free:
         raise EngineError(
             f"the weights of the decoder layers take {needed / 1e9:.2f} GB of host memory, and {free / 1e9:.2f} GB is free",
-            fix='leave the weights on the device (weights="device", engine.weights=device), or free host memory',
+            fix="free host memory, or leave the weights on the device if they fit there (engine.weights=device)",
         )
 
 

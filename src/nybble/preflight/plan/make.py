@@ -95,6 +95,7 @@ def make_plan(
         raise RecipeError(
             f"{what}, whose memory is not planned yet", fix="leave it out, or read the peak that nybble train prints"
         )
+    check_resident_layers(recipe, shape)
     rows = facts.rows if facts is not None else Rows()
     option, verdict = _choose(recipe, shape, limit, rows, adapt=adapt)
     recipe = changed(recipe, option.changes)
@@ -134,6 +135,20 @@ def check_positions(recipe: Recipe, shape: ModelShape) -> None:
         )
 
 
+def check_resident_layers(recipe: Recipe, shape: ModelShape) -> None:
+    """Refuse as many resident layers as the model has, as the engine does once the base is loaded.
+
+    Raises:
+        RecipeError: there are.
+    """
+    if recipe.engine.resident_layers >= shape.layers:
+        raise RecipeError(
+            f"engine.resident_layers={recipe.engine.resident_layers}, but the model has {shape.layers} layers, of which at "
+            "least one is streamed",
+            fix="engine.weights=device, or fewer",
+        )
+
+
 def as_stored(recipe: Recipe, stored: str | None) -> Recipe:
     """A recipe whose base is stored as the checkpoint came quantised, if it did."""
     return recipe if stored is None else changed(recipe, {"model.quantization": stored})
@@ -159,6 +174,6 @@ def _leanest(recipe: Recipe, shape: ModelShape, limit: int) -> Option:
         "train.accumulation": str(train.micro_batch * train.accumulation),
         **({"engine.policy": "host"} if recipe.engine.fused else {}),
         **({"engine.embedding": "host"} if may_move_embedding(recipe, shape) else {}),
-        **({"engine.weights": "host"} if may_stream(recipe) else {}),
+        **({"engine.weights": "host", "engine.resident_layers": "0"} if may_stream(recipe) else {}),
     }  # fmt: skip
     return replace(as_written(changed(recipe, changes), shape, limit, Rows()), changes=changes)

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from nybble.plan.known_models import KNOWN
 from nybble.plan.placing import Option
-from nybble.plan.step import CONTEXT, ITEMS, Moment
+from nybble.plan.step import CONTEXT, ITEMS, Moment, host_bytes
 from nybble.preflight.plan.make import RunPlan
 from nybble.recipe import Recipe
 from nybble.recipe.options.section import Options
@@ -81,6 +81,7 @@ def as_json(plan: RunPlan) -> str:
             "peak": {"moment": peak.name, "bytes": peak.total},
             "moments": {moment.name: dict(moment.items) for moment in option.prediction.moments},
             "cuda_context": CONTEXT,
+            "pinned_host_memory": host_bytes(option.work),
             "disk": {"download": plan.disk.download, "copy": plan.disk.copy, "run": plan.disk.run},
             "tokens_per_second": plan.pace.tokens_per_second if plan.pace else None,
             "basis": plan.pace.basis if plan.pace else None,
@@ -138,6 +139,11 @@ def _disk_and_time(plan: RunPlan, console: Console) -> None:
     disk = plan.disk
     copy = f", {bytes_text(disk.copy, 1)} its quantised copy" if disk.copy else ""
     tell(console, f"disk      {bytes_text(disk.download, 1)} the base{copy}, {bytes_text(disk.run, 1)} the run")
+    if pinned := host_bytes(plan.option.work):
+        tell(
+            console,
+            f"host      {bytes_text(pinned, 1)} of pinned memory for weights, and as much again while they move there",
+        )
     if plan.pace is None:
         return
     tell(console, f"speed     about {round(plan.pace.tokens_per_second, -2):,.0f} tokens/s: {plan.pace.basis}")

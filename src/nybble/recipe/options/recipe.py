@@ -101,6 +101,10 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         "engine.weights: host works with one process only; DDP needs all parameters on one device",
     )
     yield (
+        recipe.engine.weights == "host" and recipe.model.device == "cpu",
+        "engine.weights: host streams weights to a GPU, but model.device=cpu computes on the host",
+    )
+    yield (
         recipe.engine.weights == "device" and recipe.engine.resident_layers > 0,
         "engine.resident_layers: all layers' weights stay on the device unless engine.weights=host",
     )
