@@ -5,9 +5,9 @@
 
 Numbers after a model are limits in 1e9 bytes, 0 for none. Each row is what `--vram` makes of the same recipe (rank 16 on all
 linear layers, so many rows a step); the limit is enforced by torch.cuda.set_per_process_memory_fraction before anything is moved
-to the GPU. Weights are random and made on the host, so a 70B needs no files but 36 GB of memory, twice that while they move to
-pinned memory. Give limits in ascending order: a model whose weights once came to the GPU stays there. Tokens/s after the warm-up;
-memory is max_memory_reserved.
+to the GPU. Weights are random and made on the host, so a 70B needs no files but 36 GB of memory, and 9 GB more while they move
+to pinned memory. Give limits in ascending order: a model whose weights once came to the GPU stays there. Tokens/s after the
+warm-up; memory is max_memory_reserved.
 """
 
 from __future__ import annotations

@@ -461,7 +461,7 @@ def test_too_little_host_memory_is_refused_before_anything_is_moved(llama, monke
     model = load(llama)
     expected = gradients(model, batch_of())
     monkeypatch.setattr(streamed, "host_memory", lambda: Memory(1000, 2**40))
-    with pytest.raises(EngineError, match=r"GB of host memory, and 0\.00 GB is free"):
+    with pytest.raises(EngineError, match=r"GB more of host memory, and 0\.00 GB is free"):
         stream(model)
     assert fusion(model) is None
     assert_same(gradients(model, batch_of()), expected)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from nybble.weights.copier import blocks_of
+from nybble.weights.copier import LARGEST_BLOCK, blocks_of
 from nybble.weights.packed import PackedLayer, packed_bytes
 from nybble.weights.staging import Staging, order_of_use
 from nybble.weights.streamed import streamed_numbers
@@ -109,5 +109,8 @@ def test_blocks_of_pinned_memory_nearly_fill_powers_of_two(size, count):
     taken = sum(1 << (sum(block) - 1).bit_length() for block in blocks)
     assert count == 1 or taken < 1.12 * size * count
     assert blocks_of([]) == []
+    large = [sum(block) for block in blocks_of([441 * 10**6] * 80)]
+    assert max(large) <= LARGEST_BLOCK
+    assert sum(1 << (size - 1).bit_length() for size in large) <= 1.05 * sum(large)
     mixed = [5, 900, 3, 3, 1000, 1]
     assert [size for block in blocks_of(mixed) for size in block] == mixed

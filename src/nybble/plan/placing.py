@@ -24,7 +24,7 @@ SMALL_BATCH_COST, HOST_EMBEDDING_COST = 1 / 3, 0.01  # in shares of the time of 
 STREAMED_OPERATIONS = 10_000
 """Operations that a GPU computes while a byte comes from the host: 500 TFLOP/s over 53 GB/s on an H100. Slower cards compute
 fewer, so their copies are hidden sooner."""
-CLOSE = 1.02  # times that are nearer than this are taken for equal: so far apart were plans of a speed and measured ones at best
+CLOSE = 1.02  # times that are nearer than this count as equal: planned speeds are no nearer to measured ones
 UNHIDDEN = 0.3
 """Share of the copies' time by which steps are longer even where it is hidden: a step takes 8% more for Llama 2 7B and 4% for
 13B with 4,096 tokens, and no more for Llama 3 8B and Llama 2 70B with 8,192 (H100)."""

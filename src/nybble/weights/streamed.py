@@ -12,7 +12,7 @@ import torch
 from nybble.errors import EngineError
 from nybble.kernels.operations import Operations
 from nybble.plan.free_memory import host_memory
-from nybble.weights.copier import Copier
+from nybble.weights.copier import Copier, blocks_of
 from nybble.weights.frozen import FrozenWeight
 from nybble.weights.packed import PackedLayer, move_weights, packed_bytes
 from nybble.weights.projections import ProjectionGroup
@@ -50,7 +50,8 @@ class StreamedStore:
         self.resident_layers = streaming.resident_layers
         numbers = streamed_numbers(len(layers), streaming.resident_layers)
         sizes = [packed_bytes(self.layers[number]) for number in numbers]
-        _check_host_memory(sum(sizes))
+        come_from_host = bool(sizes) and next(self.layers[numbers[0]][0].parameters()).device.type == "cpu"
+        _check_host_memory(sizes, come_from_host=come_from_host)
         self._packed: dict[int, PackedLayer] = {}
         self._resident = sorted(set(range(len(layers))) - set(numbers))
         self._resident_origin = streaming.copier.device
@@ -155,16 +156,17 @@ class StreamedStore:
         )
 
 
-def _check_host_memory(needed: int) -> None:
+def _check_host_memory(sizes: Sequence[int], *, come_from_host: bool) -> None:
     """Pinned memory cannot be swapped out: without this check, the system would end the process.
 
     Raises:
         EngineError: there is not enough.
     """
-    free = host_memory().free
+    # What is on the host already is freed as it moves; only one block of it exists twice.
+    free, needed = host_memory().free, max(map(sum, blocks_of(sizes)), default=0) if come_from_host else sum(sizes)
     if needed > free:
         raise EngineError(
-            f"the weights of the decoder layers take {needed / 1e9:.2f} GB of host memory, and {free / 1e9:.2f} GB is free",
+            f"the weights of the decoder layers take {needed / 1e9:.2f} GB more of host memory, and {free / 1e9:.2f} GB is free",
             fix="free host memory, or leave the weights on the device if they fit there (engine.weights=device)",
         )
 

@@ -142,7 +142,7 @@ def _disk_and_time(plan: RunPlan, console: Console) -> None:
     if pinned := host_bytes(plan.option.work):
         tell(
             console,
-            f"host      {bytes_text(pinned, 1)} of pinned memory for weights, and as much again while they move there",
+            f"host      {bytes_text(pinned, 1)} of pinned memory for weights",
         )
     if plan.pace is None:
         return
