@@ -90,7 +90,8 @@ def test_each_thread_has_its_own_limits(tiny_tokenizer):
     refused = []
 
     def hostile() -> None:
-        with pytest.raises(TemplateLimitError, match="still running after 5 seconds"):
+        # A fast machine writes as much as a template may within the 5 seconds.
+        with pytest.raises(TemplateLimitError, match=r"still running after 5 seconds|it writes more than"):
             render(tiny_tokenizer, "hostile", endless, ASKED, False)
         refused.append(True)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from nybble.engine.fuse import attach, fuse, fusion, unfuse
-from nybble.engine.fusion import compute_device, streams_weights
+from nybble.engine.fusion import streams_weights
 from nybble.generate.adapters import can_mix
 from nybble.generate.decoder.choice import make_decoder
 from nybble.generate.kept import KeptGenerator
@@ -57,12 +56,9 @@ def test_adapters_take_turns(model):
     assert not can_mix(stream(model))
 
 
-def test_the_device_is_that_of_the_layers(model):
+def test_it_says_whether_its_weights_are_streamed(model):
     assert not streams_weights(model)
-    assert compute_device(model) == torch.device("cpu")
     fuse(model)
     assert not streams_weights(model)
     stream(model)
     assert streams_weights(model)
-    fusion(model).shared.device = torch.device("meta")
-    assert compute_device(model) == torch.device("meta")
