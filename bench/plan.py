@@ -28,12 +28,10 @@ from matplotlib.figure import Figure
 from bench.plan_rows import COMMON, ROWS, Row
 from nybble.plan.known_models import KNOWN
 from nybble.plan.placing import Rows, as_written, fastest
-from nybble.plan.step import unplanned
 from nybble.preflight.plan.card import limit_bytes
 from nybble.recipe import load_recipe
 
 TOGETHER = 66e9  # bytes of plans that share a card of 80 GB; each process has 0.5 GB of CUDA's own beside
-UNPLANNED = 30e9  # bytes that are set aside for a row without a plan
 TIMEOUT = 400
 ALLOWED = 0.05
 
@@ -45,11 +43,9 @@ def words_of(row: Row) -> list[str]:
     return [word for word in COMMON if word.split("=")[0] not in named] + own
 
 
-def planned_bytes(row: Row) -> float | None:
-    """The plan's peak for packed rows; None where there is no plan."""
+def planned_bytes(row: Row) -> int:
+    """The plan's peak, as if rows were as long as they may be."""
     recipe = load_recipe(None, ["model.path=m", "data.path=d", *words_of(row)])
-    if unplanned(recipe) is not None:
-        return None
     shape, vram = KNOWN[row.model].shape, recipe.train.vram
     limit = limit_bytes(vram, None)
     option = as_written(recipe, shape, None, Rows()) if limit is None else fastest(recipe, shape, limit, Rows())
@@ -92,15 +88,15 @@ def start(row: Row, models: pathlib.Path, data: pathlib.Path, folder: pathlib.Pa
 
 def run(rows: list[Row], models: pathlib.Path, data: pathlib.Path, at_once: int, file: pathlib.Path) -> None:
     """Run rows, the largest first; results are written as they come."""
-    waiting = sorted(rows, key=lambda row: planned_bytes(row) or UNPLANNED, reverse=True)
+    waiting = sorted(rows, key=lambda row: planned_bytes(row), reverse=True)
     running: list[Run] = []
     done: list[dict[str, Any]] = []
     about = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "device": card()}
     with tempfile.TemporaryDirectory() as folder:
         while waiting or running:
-            taken = sum(planned_bytes(each.row) or UNPLANNED for each in running)
+            taken = sum(planned_bytes(each.row) for each in running)
             for row in list(waiting):
-                needed = planned_bytes(row) or UNPLANNED
+                needed = planned_bytes(row)
                 if len(running) < at_once and (taken + needed <= TOGETHER or not running):
                     waiting.remove(row)
                     running.append(start(row, models, data, pathlib.Path(folder) / str(len(done) + len(running))))
@@ -189,8 +185,7 @@ def main() -> None:
     rows = [row for row in ROWS if given.rows in ("all", "held-back" if row.held_back else "open")]
     if given.command == "list":
         for row in rows:
-            planned = planned_bytes(row)
-            print(f"{row.model:13} {'none' if planned is None else f'{planned / 1e9:.2f}':>6}  {row.options}")
+            print(f"{row.model:13} {planned_bytes(row) / 1e9:6.2f}  {row.options}")
     elif given.command == "show":
         show(given.paths, given.plot)
     else:

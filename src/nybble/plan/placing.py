@@ -26,8 +26,8 @@ STREAMED_OPERATIONS = 10_000
 fewer, so their copies are hidden sooner."""
 CLOSE = 1.02  # times that are nearer than this count as equal: planned speeds are no nearer to measured ones
 UNHIDDEN = 0.3
-"""Share of the copies' time by which steps are longer even where it is hidden. Reckoned from rows that keep other things: about 8%
-more for Llama 2 7B and 4% for 13B with 4,096 tokens, and none for Llama 3 8B and Llama 2 70B with 8,192 (H100)."""
+"""Share of the copies' time by which steps are longer even where it is hidden. Reckoned from rows that keep other things: about
+8% more for Llama 2 7B and 4% for 13B with 4,096 tokens, and none for Llama 3 8B and Llama 2 70B with 8,192 (H100)."""
 
 
 @dataclass(frozen=True)
