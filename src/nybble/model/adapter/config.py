@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -75,7 +76,9 @@ def read_adapter_config(path: str | pathlib.Path) -> LoraConfig:
         name: value for name, value in content.items() if name in _known() - {"runtime_config"} and value is not None
     }
     try:
-        return LoraConfig(**known)
+        with warnings.catch_warnings():  # about settings of initialisations (LoftQ, EVA, CorDA), which loading does not use
+            warnings.simplefilter("ignore", UserWarning)
+            return LoraConfig(**known)
     except LOADING_FAULTS as error:
         raise ModelError(f"PEFT cannot read {CONFIG}: {reason(error)}", where=file, fix=AGAIN) from error
 
