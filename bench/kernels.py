@@ -50,7 +50,10 @@ def operations(tokens: int) -> dict[str, tuple[str, tuple[Any, ...]]]:
     buffer = numbers(WIDTH, HIDDEN + 32)[:, :HIDDEN]
     return {
         "dequantize 11008 x 4096": ("dequantize", (packed, state.absmax, state.code, 64, nested, buffer)),
-        "pack_adapters q, k, v": ("pack_adapters", (adapters, matrix, 3 * HIDDEN, HIDDEN)),
+        "pack_adapters q, k, v": (
+            "pack_adapters",
+            (adapters, matrix[: 3 * HIDDEN, HIDDEN:], matrix[3 * HIDDEN :, :HIDDEN]),
+        ),
         "rms_norm": ("rms_norm", (x, norm, 1e-5, wide)),
         "add_rms_norm": ("add_rms_norm", (x, update, norm, 1e-5, total, wide)),
         "rms_norm_backward": ("rms_norm_backward", (update, x, norm, 1e-5, x, wide)),

@@ -1,4 +1,4 @@
-"""Compiles every kernel for cards from Turing to Hopper, without one: `python tests/compile_kernels.py`."""
+"""Compiles every kernel from Turing to Hopper, those for fp8 from Ada on, without a card: `python tests/compile_kernels.py`."""
 
 from __future__ import annotations
 
@@ -14,28 +14,50 @@ POINTERS = {
     **{f"{letter}{n}": "*fp32" for letter in "ab" for n in range(3)}, **{f"scaling{n}": "fp32" for n in range(3)},
     "losses": "*fp32", "targets": "*i64", "eps": "fp32",
     **dict.fromkeys(
-        ("out", "matrix", "x", "update", "weight", "total", "gradient", "residual", "qkv", "cosine", "sine", "query",
-         "key", "value", "gate_up", "logits"), "half"),
+        ("out", "to_up", "to_down", "source", "wide", "x", "update", "weight", "total", "gradient", "residual", "qkv",
+         "cosine", "sine", "query", "key", "value", "gate_up", "logits"), "half"),
+    "values": "*fp8e4nv", "scales": "*fp32", "factor": "fp32",
 }  # fmt: skip
+UNSCALED = {"SCALED": False}
+NO_VALUES = {"values": "half", "scales": "half"}  # the result itself is passed
 KERNELS = [
     ("dequantize", "_dequantize", {"COLUMNS": 4096, "BLOCKSIZE": 64, "NESTED": 256, "BLOCKS": 64}, {"absmax": "*u8"}),
     ("dequantize", "_dequantize", {"COLUMNS": 4096, "BLOCKSIZE": 64, "NESTED": 0, "BLOCKS": 64}, {"absmax": "*fp32"}),
     ("adapters", "_pack", {"RANK": 64, "ROWS": 32, "COLUMNS": 512}, {}),
-    ("rms_norm", "_forward", {"ADD": True, "BLOCK": 4096}, {}),
-    ("rms_norm", "_forward", {"ADD": False, "BLOCK": 4096}, {}),
-    ("rms_norm", "_backward", {"BLOCK": 4096}, {}),
+    ("rms_norm", "_forward", {"ADD": True, "BLOCK": 4096, **UNSCALED}, NO_VALUES),
+    ("rms_norm", "_forward", {"ADD": False, "BLOCK": 4096, **UNSCALED}, NO_VALUES),
+    ("rms_norm", "_backward", {"ADD": True, "BLOCK": 4096, **UNSCALED}, NO_VALUES),
     ("rope", "_forward", {"HEAD": 96, "HALF": 64, "HEADS": 32}, {}),
-    ("rope", "_backward", {"HEAD": 96, "HALF": 64, "HEADS": 32}, {}),
+    ("rope", "_backward", {"HEAD": 96, "HALF": 64, "HEADS": 32, **UNSCALED}, NO_VALUES),
     ("swiglu", "_forward", {"BLOCK": 1024}, {}),
     ("swiglu", "_backward", {"BLOCK": 1024}, {}),
     ("cross_entropy", "_cross_entropy", {"BLOCK": 4096}, {}),
 ]
+TRANSPOSED = {"ROWS": 128, "COLUMNS": 128}
+FP8_KERNELS = [
+    ("dequantize", "_dequantize", {"COLUMNS": 4096, "BLOCKSIZE": 64, "NESTED": 256, "BLOCKS": 64},
+     {"absmax": "*u8", "out": "*fp8e4nv"}),
+    ("dequantize", "_dequantize_transposed", {"BLOCKSIZE": 64, "NESTED": 256, "SPAN": 64, **TRANSPOSED},
+     {"absmax": "*u8", "out": "*fp8e4nv"}),
+    ("dequantize", "_dequantize_transposed", {"BLOCKSIZE": 4096, "NESTED": 0, "SPAN": 128, **TRANSPOSED},
+     {"absmax": "*fp32", "out": "*fp8e4nv"}),
+    ("scaled", "_quantize", {"BLOCK": 4096}, {}),
+    ("scaled", "_split", {"HAS_SCALES": True, "IS_RIGHT": False, "ROWS": 64, "COLUMNS": 64}, {"out": "*fp8e4nv"}),
+    ("scaled", "_split", {"HAS_SCALES": False, "IS_RIGHT": True, "ROWS": 64, "COLUMNS": 64}, {"out": "*fp8e4nv"}),
+    ("rms_norm", "_forward", {"ADD": True, "BLOCK": 4096, "SCALED": True}, {}),
+    ("rms_norm", "_backward", {"ADD": True, "BLOCK": 4096, "SCALED": True}, {}),
+    ("rope", "_backward", {"HEAD": 128, "HALF": 64, "HEADS": 32, "SCALED": True}, {}),
+    ("swiglu", "_forward_scaled", {"BLOCK": 2048}, {}),
+    ("swiglu", "_backward_scaled", {"BLOCK": 2048}, {}),
+]  # fmt: skip
+TARGETS = ((75, "*fp16", KERNELS), (80, "*bf16", KERNELS), (90, "*bf16", [*KERNELS, *FP8_KERNELS]),
+           (89, "*bf16", FP8_KERNELS))  # fmt: skip
 
 
 def main() -> None:
     """One line a kernel and card."""
-    for capability, half in ((75, "*fp16"), (80, "*bf16"), (90, "*bf16")):
-        for file, name, constants, types in KERNELS:
+    for capability, half, kernels in TARGETS:
+        for file, name, constants, types in kernels:
             kernel = getattr(importlib.import_module(f"nybble.kernels.triton.{file}"), name)
             kinds = {**POINTERS, **types}
             signature = {

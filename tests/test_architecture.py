@@ -66,7 +66,9 @@ def test_kernels_know_torch_triton_the_register_and_each_other():
                 "typing",
                 "torch",
                 "triton",
-            } or name.startswith(("nybble.kernels.triton", "nybble.kernels.reference", "nybble.couplings"))
+            } or name.startswith(
+                ("nybble.kernels.triton", "nybble.kernels.reference", "nybble.kernels.scaled", "nybble.couplings")
+            )
             assert allowed, f"{file.relative_to(ROOT)}:{node.lineno} imports {name}"
 
 

@@ -57,7 +57,7 @@ def group_of(kind, inputs, dtype):
 def product_of(group, dtype):
     operations = choose(DEVICE).operations
     workspace = Workspace(ResidentStore(operations), operations, DEVICE)
-    workspace.reserve("all", (group.outputs + group.ranks) * (group.inputs + group.ranks), dtype)
+    workspace.reserve("all", (group.outputs + group.ranks) * (group.inputs + group.ranks) * dtype.itemsize)
     return AugmentedProduct(group, workspace, "all", dtype, INDEX, SEED)
 
 
@@ -93,10 +93,10 @@ def by_product(product, x, to_y, tiles, saved, added=None):
     sums = AdapterGradients(choose(DEVICE).operations)
     for rows in tiles:
         operand = product.input_buffer(rows.stop - rows.start)
-        product.input_view(operand).copy_(x[rows])
+        product.input_target(operand).copy_(x[rows])
         product.forward(operand, rows, y[rows], saved, None if added is None else added[rows])
     for rows in tiles:
-        product.gradient_view(gradient)[rows] = to_y[rows]
+        product.gradient_target(gradient[rows]).copy_(to_y[rows])
         product.input_gradient(gradient[rows], rows, to_x[rows])
         product.adapter_gradients(gradient[rows], rows, x[rows], {} if saved is None else saved, sums)
     return y, to_x, *sums.of(group.adapters)

@@ -15,7 +15,7 @@ from nybble.plan.free_memory import Memory
 from nybble.plan.ledger import streamed_bytes, streamed_layer_bytes
 from nybble.plan.policies import LADDER
 from nybble.plan.shapes import ModelShape
-from nybble.weights import streamed
+from nybble.weights import store, streamed
 from nybble.weights.copier import CudaCopier, pinned_buffers
 from nybble.weights.packed import move_weights
 from nybble.weights.streamed import StreamedStore, Streaming
@@ -44,14 +44,17 @@ LATE = []
 @pytest.fixture(autouse=True)
 def checked(monkeypatch):
     """The copier hears of every tensor that the engine dequantises from."""
-    original = streamed.dequantise
 
-    def dequantise(operations, weight, out_nk):
-        for copier, tensor in itertools.product(LATE, weight.every_tensor()):
-            copier.read(tensor)
-        original(operations, weight, out_nk)
+    def heard(original):
+        def dequantise(operations, weight, *arguments):
+            for copier, tensor in itertools.product(LATE, weight.every_tensor()):
+                copier.read(tensor)
+            original(operations, weight, *arguments)
 
-    monkeypatch.setattr(streamed, "dequantise", dequantise)
+        return dequantise
+
+    for name in ("dequantise", "dequantise_e4m3"):
+        monkeypatch.setattr(store, name, heard(getattr(store, name)))
     yield
     LATE.clear()
 

@@ -74,25 +74,29 @@ def held(process) -> tuple[int, int, int]:
 
 
 @pytest.mark.slow
-def test_500_requests_at_16_at_once_without_an_error_or_a_leak(server):
+def test_500_requests_and_more_at_16_at_once_without_an_error_or_a_leak(server):
     url, process = server
     dtype = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
     warm = load(url, "smol-run", 32, 16, 16, alone=False)
     before = held(process)
-    result = load(url, "smol-run", 500, 16, 16, alone=True)
-    print(warm, result, before, held(process))
-    assert result["errors"] == 0
-    assert result["mean_batch"] > 2
-    assert result["widest_gap"] < CLOSE_CALL[dtype]
-    assert result["left_running"] == result["left_waiting"] == 0
-    until = time.monotonic() + 30
-    while held(process)[0] > before[0] + 2 and time.monotonic() < until:
-        time.sleep(0.5)  # a busy server closes its clients' connections a little later; what leaked stays
-    files, threads, memory = held(process)
-    assert files <= before[0] + 2
-    assert threads <= before[1] + 1
-    # torch keeps something for each new shape on a CPU, so memory is not flat at first
-    assert memory < before[2] + 300e6
+    # On a CPU torch keeps something for each new shape: 75 to 325 MB in the first 250 requests, by how they happen to meet, and
+    # none after the first thousand. What leaks goes on: the keys and values of 250 requests are 290 MB in bfloat16.
+    memory, grown = before[2], [1e9]
+    while grown[-1] > 75e6 and len(grown) < 6:
+        result = load(url, "smol-run", 250, 16, 16, alone=True)
+        until = time.monotonic() + 30
+        while held(process)[0] > before[0] + 2 and time.monotonic() < until:
+            time.sleep(0.5)  # a busy server closes its clients' connections a little later; what leaked stays
+        files, threads, now = held(process)
+        memory, grown = now, [*grown, now - memory]
+        print(warm, result, before, files, threads, grown)
+        assert result["errors"] == 0
+        assert result["mean_batch"] > 2
+        assert result["widest_gap"] < CLOSE_CALL[dtype]
+        assert result["left_running"] == result["left_waiting"] == 0
+        assert files <= before[0] + 2
+        assert threads <= before[1] + 1
+    assert grown[-1] <= 75e6, grown
 
 
 @pytest.mark.slow

@@ -15,12 +15,15 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 from nybble.engine.attention.backend import Backend
 from nybble.engine.attention.choice import AttentionChoice, choose
 from nybble.engine.batch_layout import BatchLayout, UnsupportedBatch, layout_of, tokens_of
+from nybble.engine.compute import check_layers, check_type, forms
 from nybble.engine.fusion import BatchReport, Fusion
 from nybble.engine.layer import BatchContext, FusedLayer, LayerCall, Shared, slots
 from nybble.engine.layer_forward import CALLS
 from nybble.engine.padding import PaddedAttention
+from nybble.engine.workspace import MatrixForm
 from nybble.errors import EngineError
 from nybble.plan.policies import LADDER
+from nybble.weights.projections import ProjectionGroup
 
 NAMES = tuple(inspect.signature(LlamaModel.forward).parameters)[1:]
 
@@ -119,14 +122,18 @@ def plan_batch(
     if dtype not in fusion.choices:
         fusion.choices[dtype] = choose(device, dtype, sizes.heads, sizes.key_heads, sizes.head_size)
     batch = BatchContext(layout.segments, _backend(fusion.choices[dtype], layout), dtype, fusion.shared)
-    policies, cached = _share_memory(fusion, list(fused.values()), batch, residual)
-    tiles = {policy: batch.tiles(policy or LADDER[0]) for policy in set(policies)}
-    fusion.shared.workspace.cache([group for layer in cached for group in layer.groups.values()], dtype)
-    _reserve(fusion.shared, list(fused.values()), max(map(len, tiles.values())), dtype)
-    seed = _seed(fused.values())
     numbers = {layer: number for number, layer in enumerate(layers)}
+    in_fp8 = _groups_in_fp8(fusion, backbone, fused, numbers, batch)
+    policies, cached = _share_memory(fusion, fused, in_fp8, batch, residual)
+    tiles = {policy: batch.tiles(policy or LADDER[0]) for policy in set(policies)}
+    formed = {layer: _forms(fused[layer], in_fp8[layer], batch) for layer in fused}
+    fusion.shared.workspace.cache([(group, form) for layer in cached for _, group, form in formed[layer]])
+    _reserve(fusion.shared, itertools.chain.from_iterable(formed.values()), max(map(len, tiles.values())))
+    seed = _seed(fused.values())
     calls = {
-        layer: LayerCall(fused[layer], numbers[layer], batch, tiles[policy], policy, seed + 2**40 * index)
+        layer: LayerCall(
+            fused[layer], numbers[layer], batch, tiles[policy], policy, seed + 2**40 * index, in_fp8[layer]
+        )
         for index, (layer, policy) in enumerate(zip(fused, policies, strict=True))
     }
     saved = [policy for policy in policies if policy is not None]
@@ -185,20 +192,57 @@ def _take_over_checkpointing(fusion: Fusion, backbone: LlamaModel, plan: BatchPl
         fusion.warn_once(f"gradient checkpointing was on; the fused layers follow policy={fusion.policy!r} instead")
 
 
+def _groups_in_fp8(
+    fusion: Fusion,
+    backbone: LlamaModel,
+    layers: Mapping[LlamaDecoderLayer, FusedLayer],
+    numbers: Mapping[LlamaDecoderLayer, int],
+    batch: BatchContext,
+) -> dict[LlamaDecoderLayer, frozenset[str]]:
+    """The groups of each layer that this batch computes in fp8: none in evaluation, which shows what the adapter is worth in use.
+
+    Raises:
+        EngineError: fp8 suits neither the activations' type nor the shapes.
+    """
+    fp8 = fusion.fp8
+    if fp8 is None or not (backbone.training or torch.is_grad_enabled()):
+        return dict.fromkeys(layers, frozenset())
+    check_type(batch.dtype, batch.shared.device)
+    check_layers(layers, fp8, numbers)
+    batch.fast = fp8.fast
+    return {layer: fp8.groups(numbers[layer]) for layer in layers}
+
+
+def _forms(
+    layer: FusedLayer, in_fp8: frozenset[str], batch: BatchContext
+) -> list[tuple[str, ProjectionGroup, MatrixForm[Any]]]:
+    """The forms that this batch needs of a layer's matrices, with the group and its name."""
+    return [
+        (name, group, form)
+        for name, group in layer.groups.items()
+        for form in forms(batch.dtype, name in in_fp8, batch.shared.peaks)
+    ]
+
+
 def _share_memory(
-    fusion: Fusion, layers: Sequence[FusedLayer], batch: BatchContext, residual: torch.dtype
-) -> tuple[Sequence[str | None], Sequence[FusedLayer]]:
+    fusion: Fusion,
+    fused: Mapping[LlamaDecoderLayer, FusedLayer],
+    in_fp8: Mapping[LlamaDecoderLayer, frozenset[str]],
+    batch: BatchContext,
+    residual: torch.dtype,
+) -> tuple[Sequence[str | None], Sequence[LlamaDecoderLayer]]:
     """The layers' policies, and the layers whose weights stay dequantised."""
+    layers = list(fused.values())
     if not torch.is_grad_enabled():
         return [None] * len(layers), []
     if fusion.policy != "auto":
         return [fusion.policy] * len(layers), []
-    shape = layers[0].shape(batch.dtype, residual)
+    shape = layers[0].shape(batch.dtype, residual, frozenset[str]().union(*in_fp8.values()))
     trained = [part for layer in layers for part in layer.parameters()]
     extra = batch.attention.padding_bytes(shape) if isinstance(batch.attention, PaddedAttention) else 0
     share = fusion.budget.share(shape, len(layers), batch.segments.tokens, trained, fusion.shared, extra)
     is_cacheable = fusion.shared.workspace.is_cacheable
-    cacheable = [layer for layer in layers if all(map(is_cacheable, layer.groups.values()))]
+    cacheable = [layer for layer, now in fused.items() if all(map(is_cacheable, now.groups.values()))]
     return share.policies, cacheable[: share.cached_layers]
 
 
@@ -212,16 +256,15 @@ def _compute_type(layer: FusedLayer, residual: torch.dtype) -> torch.dtype:
     return layer.groups["qkv"].compute_dtype or residual
 
 
-def _reserve(shared: Shared, layers: Sequence[FusedLayer], tiles: int, dtype: torch.dtype) -> None:
+def _reserve(shared: Shared, formed: Iterable[tuple[str, ProjectionGroup, MatrixForm[Any]]], tiles: int) -> None:
     """Allocate for the largest group of each slot. Where some layers have several tiles, others may have only one."""
     sizes: Counter[str] = Counter()
-    for layer in layers:
-        for name, group in layer.groups.items():
-            numbers = (group.outputs + group.ranks) * (group.inputs + group.ranks)
-            for slot in {slots(1)[name], slots(tiles)[name]}:
-                sizes[slot] = max(sizes[slot], numbers)
-    for slot, numbers in sizes.items():
-        shared.workspace.reserve(slot, numbers, dtype)
+    for name, group, form in formed:
+        start, size = form.place(group)
+        for slot in {slots(1)[name], slots(tiles)[name]}:
+            sizes[slot] = max(sizes[slot], start + size)
+    for slot, size in sizes.items():
+        shared.workspace.reserve(slot, size)
 
 
 def _seed(layers: Iterable[FusedLayer]) -> int:

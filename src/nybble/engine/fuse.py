@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 
 from nybble.couplings.check import first_incompatibility
 from nybble.engine.batch_plan import begin_batch
+from nybble.engine.compute import IN_16_BITS, Compute, Direction, Fp8Choice, check_layers, choose_fp8
 from nybble.engine.embedding import EmbeddingOnHost
 from nybble.engine.final_norm import FinalNorm
 from nybble.engine.fusion import BatchReport, Fusion, Policy
@@ -43,6 +44,9 @@ def fuse(
     embedding: Literal["device", "host"] = "device",
     weights: Literal["device", "host"] = "device",
     resident_layers: int = 0,
+    compute: Compute = "bf16",
+    fp8_skip: Sequence[str] = (),
+    fp8_fast: Sequence[Direction] = ("forward",),
 ) -> Any:
     """Compute a model's decoder layers with the fused engine, in place.
 
@@ -63,34 +67,39 @@ def fuse(
             then moved to the current CUDA device. Nothing can fall back to the original forward: what would is an error.
         resident_layers: with weights="host", how many layers' weights are on the device all the same, spread evenly: in micro
             batches of fewer than about 2,000 tokens the others' copies take longer than the computation.
+        compute: bf16 multiplies in the model's own 16-bit type. fp8 dequantises the frozen weights to e4m3 and multiplies on the
+            fp8 matrix units of Ada, Hopper and Blackwell cards; adapters, norms, attention and head stay in bfloat16, and in
+            evaluation mode without gradients so does everything else. fp8-if-possible falls back to bf16, and says why.
+        fp8_skip: names of projections and layers that stay in 16 bits: down_proj, self_attn, layers.0, layers.31.mlp.
+        fp8_fast: where fp8 sums are fast, which has fewer bits on Hopper: forward, backward.
 
     Returns:
         The same model. `fusion(model).describe()` says what was done.
 
     Raises:
         EngineError: no Llama backbone or several, layers spread over devices, an unknown policy, an embedding or weights
-            that cannot stay on the host, more resident layers than could be streamed, or a library that lacks something that
-            the engine needs.
+            that cannot stay on the host, more resident layers than could be streamed, a library that lacks something that
+            the engine needs, or a card or shapes that fp8 does not suit.
     """
     if weights != "host" and resident_layers:
         raise EngineError(
             'resident_layers is for weights="host": all weights are on the device', fix="leave resident_layers out"
         )
-    if weights != "host":
-        return attach(model, policy, embedding)
-    _check_libraries()
+    _check_request(policy)
     backbone = _backbone(model)
+    device = _device(backbone, weights)
+    fp8 = choose_fp8(compute, fp8_skip, fp8_fast, device, len(backbone.layers))
+    if weights != "host":
+        return attach(model, policy, embedding, fp8=fp8)
     _check_resident(resident_layers, len(backbone.layers))
-    device = backbone.norm.weight.device
-    if device.type == "cuda":
-        attach(model, policy, embedding, Streaming(CudaCopier(device), resident_layers))
+    if backbone.norm.weight.is_cuda:
+        attach(model, policy, embedding, Streaming(CudaCopier(device), resident_layers), fp8)
     elif torch.cuda.is_available():
         _check_single_device(backbone)
         unfuse(model)
         _refuse_layers_that_cannot_be_fused({layer: LayerReader(layer) for layer in backbone.layers})
-        copier = CudaCopier(torch.device("cuda", torch.cuda.current_device()))
-        with _moved_around(model, backbone, copier.device, embedding):
-            attach(model, policy, embedding, Streaming(copier, resident_layers))
+        with _moved_around(model, backbone, device, embedding):
+            attach(model, policy, embedding, Streaming(CudaCopier(device), resident_layers), fp8)
     else:
         raise EngineError(
             'weights="host" streams weights to a GPU, but the model is on a CPU: its weights are on the host already',
@@ -105,6 +114,7 @@ def attach(
     policy: Policy,
     embedding: Literal["device", "host"],
     streaming: Streaming | None = None,
+    fp8: Fp8Choice = IN_16_BITS,
 ) -> Any:
     """As `fuse`, which chooses how weights are streamed.
 
@@ -113,13 +123,12 @@ def attach(
         policy: see `fuse`.
         embedding: see `fuse`.
         streaming: what copies the weights of layers from the host, and how many layers stay on the device; None for all.
+        fp8: what is computed in fp8, whatever the device.
 
     Raises:
         EngineError: see `fuse`.
     """
-    _check_libraries()
-    if policy != "auto" and policy not in LADDER:
-        raise EngineError(f"there is no policy {policy!r}", fix=f"one of auto, {', '.join(reversed(LADDER))}")
+    _check_request(policy)
     backbone = _backbone(model)
     _check_single_device(backbone)
     hooks: list[Any] = _kept_store(backbone, streaming)
@@ -135,14 +144,19 @@ def attach(
             hooks.append(EmbeddingOnHost(backbone, device))
         hooks.append(FinalNorm(backbone.norm))
         config = backbone.config
-        result = Fusion(policy, readers, Budget(config.vocab_size, config.hidden_size), shared, hooks=hooks)
+        budget = Budget(config.vocab_size, config.hidden_size)
+        result = Fusion(policy, readers, budget, shared, fp8.fp8, fp8.missing, hooks=hooks)
         backbone.nybble_fusion = result
         for layer in readers:
             layer.forward = types.MethodType(forward, layer)
         hooks.append(backbone.register_forward_pre_hook(begin_batch, with_kwargs=True))
         fused, refusals = result.read(list(readers))
+        if fp8.fp8 is not None:
+            check_layers(fused, fp8.fp8, {layer: number for number, layer in enumerate(readers)})
         undo.pop_all()
     result.last = BatchReport(len(fused), refusals)
+    if fp8.missing:
+        result.warn_once(fp8.missing)
     for refusal, count in Counter(refusals).items():
         result.warn_once(f"{count} of {len(readers)} decoder layers keep their original forward: {refusal}")
     return model
@@ -262,9 +276,19 @@ def _backbone(model: torch.nn.Module) -> LlamaModel:
     )  # fmt: skip
 
 
-def _check_libraries() -> None:
+def _device(backbone: LlamaModel, weights: str) -> torch.device:
+    """Where the layers will be computed."""
+    device: torch.device = backbone.norm.weight.device
+    if weights == "host" and device.type == "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _check_request(policy: str) -> None:
     if (problem := first_incompatibility("engine", "weights")) is not None:
         raise EngineError(problem.what, fix=f"{pip()} install {problem.requirement}")
+    if policy != "auto" and policy not in LADDER:
+        raise EngineError(f"there is no policy {policy!r}", fix=f"one of auto, {', '.join(reversed(LADDER))}")
 
 
 def _check_resident(resident: int, layers: int) -> None:

@@ -12,6 +12,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from nybble.engine.attention.choice import AttentionChoice
+from nybble.engine.compute import Fp8
 from nybble.engine.layer import FusedLayer, Shared
 from nybble.engine.layer_forward import has_fused_forward
 from nybble.engine.memory import Budget
@@ -56,6 +57,10 @@ class Fusion:
     readers: dict[LlamaDecoderLayer, LayerReader]
     budget: Budget
     shared: Shared
+    fp8: Fp8 | None = None
+    """What is computed in fp8 in training; None for nothing."""
+    fp8_missing: str = ""
+    """Why nothing is, where it was to be if possible."""
     last: BatchReport = field(default_factory=BatchReport)
     """The last batch that was trained on; before the first of those, simply the last batch."""
     has_trained: bool = False
@@ -82,6 +87,10 @@ class Fusion:
         """Layers, operations, attention, policies and refusals, one per line."""
         total = self.fused + self.fallen_back
         lines = [f"{self.fused} of {total} decoder layers fused; {self.shared.reason}"]
+        if self.fp8 is not None:
+            lines.append(self._describe_fp8(self.fp8))
+        if self.fp8_missing:
+            lines.append(self.fp8_missing)
         if self.last.attention:
             lines.append(f"attention: {self.last.attention}")
         if self.last.policies:
@@ -91,6 +100,11 @@ class Fusion:
         if (streamed := self.shared.streamed) is not None:
             lines.append(f"the weights of {streamed.streamed_layers} layers are on the host and streamed to the device")
         return "\n".join([*lines, *(f"{n} not fused: {why}" for why, n in Counter(self.last.refusals).items())])
+
+    def _describe_fp8(self, fp8: Fp8) -> str:
+        fast = [name for name, is_fast in zip(("forward", "backward"), fp8.fast, strict=True) if is_fast]
+        skipped = f"; in 16 bits: {', '.join(fp8.skip)}" if fp8.skip else ""
+        return f"trained in fp8 (fast sums: {' and '.join(fast) or 'none'}), evaluated in 16 bits{skipped}"
 
     def policy_counts(self) -> str:
         """The last batch's policies, counted."""

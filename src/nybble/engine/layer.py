@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from nybble.engine.attention.backend import Backend, BackendState, Segments
 from nybble.engine.offload import ActivationOffload, OffloadedTensor
 from nybble.engine.product import AugmentedProduct, Product, SavedRanks
+from nybble.engine.product_fp8 import Fp8Product, Peaks
 from nybble.engine.workspace import Workspace
 from nybble.kernels import operations as ops
 from nybble.kernels.operations import Operations
@@ -59,13 +60,13 @@ class FusedLayer:
     """Weights of the norms before attention and before the MLP, (h,)."""
     sizes: LayerSizes
 
-    def shape(self, dtype: torch.dtype, residual: torch.dtype) -> LayerShape:
-        """Sizes for the memory plan."""
+    def shape(self, dtype: torch.dtype, residual: torch.dtype, fp8: Collection[str] = ()) -> LayerShape:
+        """Sizes for the memory plan; `fp8` names the groups that are computed in fp8."""
         sizes = self.sizes
         q, o, g, d = (self.groups[name].ranks for name in GROUPS)
         return LayerShape(
             sizes.hidden, sizes.intermediate, sizes.heads, sizes.key_heads, sizes.head_size, (q, o, g, d),
-            dtype.itemsize, residual.itemsize,
+            dtype.itemsize, residual.itemsize, tuple(name in fp8 for name in GROUPS),
         )  # fmt: skip
 
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -81,6 +82,7 @@ class Shared:
         reason: why these operations were chosen.
         workspace: where weights are dequantised.
         streamed: the store of weights that are on the host, if any.
+        peaks: the scales of weights in fp8.
         offload: layer inputs on the host.
         has_seen_backward: whether any layer has run backward.
     """
@@ -96,6 +98,7 @@ class Shared:
         self.operations, self.reason = choice.operations, str(choice)
         self.streamed = streamed
         self.workspace = Workspace(streamed or ResidentStore(self.operations), self.operations, device)
+        self.peaks = Peaks()
         self.offload = ActivationOffload(device)
         self.has_seen_backward = False
         self._lock = threading.Lock()
@@ -130,6 +133,8 @@ class BatchContext:
     dtype: torch.dtype
     """The type of weights and activations; the residual stream keeps its own."""
     shared: Shared
+    fast: tuple[bool, bool] = (True, False)
+    """Whether sums in fp8 are fast, forward and backward."""
     has_positions: bool = False
     cosine: torch.Tensor = field(init=False)
     """(positions, head size); token m has row m modulo its length."""
@@ -161,6 +166,8 @@ class LayerCall:
     """None where there will be no backward."""
     seed: int
     """Determines every dropout mask of this call."""
+    fp8: frozenset[str] = frozenset()
+    """The groups that are computed in fp8."""
 
     @property
     def operations(self) -> Operations:
@@ -169,13 +176,17 @@ class LayerCall:
     @functools.cached_property
     def products(self) -> Mapping[str, Product[Any]]:
         """The product of each group."""
-        batch, slot_of = self.batch, slots(len(self.tiles))
-        return {
-            name: AugmentedProduct(
-                self.layer.groups[name], batch.shared.workspace, slot_of[name], batch.dtype, index, self.seed
-            )
-            for index, name in enumerate(GROUPS)
-        }
+        return {name: self._product(name, index) for index, name in enumerate(GROUPS)}
+
+    def _product(self, name: str, index: int) -> Product[Any]:
+        batch, shared, group = self.batch, self.batch.shared, self.layer.groups[name]
+        slot = slots(len(self.tiles))[name]
+        if name not in self.fp8:
+            return AugmentedProduct(group, shared.workspace, slot, batch.dtype, index, self.seed)
+        return Fp8Product(
+            group, shared.workspace, shared.operations, slot, batch.dtype, index, self.seed,
+            peaks=shared.peaks, fast=batch.fast,
+        )  # fmt: skip
 
     def empty(self, rows: slice, width: int) -> torch.Tensor:
         """An empty (m, width) for a tile."""

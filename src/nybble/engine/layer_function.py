@@ -110,10 +110,12 @@ def run_backward(
     to_sum = call.products["o"].gradient_buffer(len(x_mh))
     to_attended: torch.Tensor | None = None
     for rows in call.tiles:
-        _mlp_backward(call, saved, x_mh[rows], to_y[rows], to_sum[rows], rows, sums)
+        to_sum_rows = to_sum[rows]
+        _mlp_backward(call, saved, x_mh[rows], to_y[rows], to_sum_rows, rows, sums)
         if to_attended is None:  # only after the first tile's MLP, the peak of a batch of one tile
             to_attended = call.empty(slice(0, len(x_mh)), layer.groups["o"].inputs)
-        _o_backward(call, saved, to_sum[rows], to_attended[rows], rows, sums)
+        _o_backward(call, saved, to_sum_rows, to_attended[rows], rows, sums)
+        del to_sum_rows
     assert to_attended is not None
     saved.gate_up = saved.sum_mh = None
     to_heads = call.batch.attention.backward(
@@ -136,7 +138,7 @@ def _project(call: LayerCall, x_mh: torch.Tensor, ranks: SavedRanks | None) -> t
     qkv = call.empty(slice(0, len(x_mh)), product.group.outputs)
     for rows in call.tiles:
         normed = product.input_buffer(rows.stop - rows.start)
-        call.operations.rms_norm(x_mh[rows], layer.norms[0], sizes.eps[0], product.input_view(normed))
+        call.operations.rms_norm(x_mh[rows], layer.norms[0], sizes.eps[0], product.input_target(normed))
         product.forward(normed, rows, qkv[rows], ranks)
         rotated = sizes.heads + sizes.key_heads
         call.operations.rope(qkv[rows], call.batch.cosine, call.batch.sine, rotated, sizes.head_size, rows.start)
@@ -166,7 +168,8 @@ def _after_attention(
     product.forward(operand, rows, update, ranks)
     del operand
     normed = following.input_buffer(rows.stop - rows.start)
-    call.operations.add_rms_norm(x_mh, update, layer.norms[1], layer.sizes.eps[1], sum_mh, following.input_view(normed))
+    target = following.input_target(normed)
+    call.operations.add_rms_norm(x_mh, update, layer.norms[1], layer.sizes.eps[1], sum_mh, target)
     return normed
 
 
@@ -184,7 +187,7 @@ def _down(
     """Write SwiGLU, down and the residual into `y_mh`."""
     product = call.products["down"]
     active = product.input_buffer(rows.stop - rows.start)
-    call.operations.swiglu(call.products["gate_up"].gradient_view(gate_up), product.input_view(active))
+    call.operations.swiglu(call.products["gate_up"].gradient_view(gate_up), product.input_target(active))
     product.forward(active, rows, y_mh, ranks, add_mn=sum_mh)
 
 
@@ -201,26 +204,39 @@ def _mlp_backward(
     norm, eps, sizes = call.layer.norms[1], call.layer.sizes.eps[1], call.layer.sizes
     product, down = call.products["gate_up"], call.products["down"]
     assert saved.attended is not None
-    if saved.sum_mh is None:
-        sum_mh = torch.empty_like(x_mh)
-        normed = _after_attention(call, x_mh, saved.attended[rows], sum_mh, rows, saved.ranks)
+    if saved.gate_up is not None and saved.sum_mh is not None:
+        gate_up, sum_mh, normed = saved.gate_up[rows], saved.sum_mh[rows], call.empty(rows, sizes.hidden)
+        call.operations.rms_norm(sum_mh, norm, eps, normed)
     else:
-        sum_mh = saved.sum_mh[rows]
-        normed = product.input_buffer(rows.stop - rows.start)
-        call.operations.rms_norm(sum_mh, norm, eps, product.input_view(normed))
-    gate_up = _gate_up(call, normed, rows, saved.ranks, None) if saved.gate_up is None else saved.gate_up[rows]
+        gate_up, sum_mh, normed = _gate_up_again(call, saved, x_mh, rows)
 
     operand = down.gradient_from(to_y)
     active = call.empty(rows, sizes.intermediate)
     down.input_gradient(operand, rows, active)
-    call.operations.swiglu_backward(active, product.gradient_view(gate_up))  # now the activation itself
+    call.operations.swiglu_backward(active, product.gradient_target(gate_up))  # now the activation itself
     down.adapter_gradients(operand, rows, active, saved.ranks, sums)
     del operand, active
 
     to_normed = call.empty(rows, sizes.hidden)
     product.input_gradient(gate_up, rows, to_normed)
-    product.adapter_gradients(gate_up, rows, product.input_view(normed), saved.ranks, sums)
-    call.operations.rms_norm_backward(to_normed, sum_mh, norm, eps, to_y, call.products["o"].gradient_view(to_sum))
+    product.adapter_gradients(gate_up, rows, normed, saved.ranks, sums)
+    call.operations.rms_norm_backward(to_normed, sum_mh, norm, eps, to_y, call.products["o"].gradient_target(to_sum))
+
+
+def _gate_up_again(
+    call: LayerCall, saved: SavedActivations, x_mh: torch.Tensor, rows: slice
+) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """Recompute gate and up of a tile, in their gradient buffer, with the residual stream after attention and its norm."""
+    norm, eps, product = call.layer.norms[1], call.layer.sizes.eps[1], call.products["gate_up"]
+    if saved.sum_mh is None:
+        assert saved.attended is not None
+        sum_mh = torch.empty_like(x_mh)
+        normed = _after_attention(call, x_mh, saved.attended[rows], sum_mh, rows, saved.ranks)
+    else:
+        sum_mh = saved.sum_mh[rows]
+        normed = product.input_buffer(rows.stop - rows.start)
+        call.operations.rms_norm(sum_mh, norm, eps, product.input_target(normed))
+    return _gate_up(call, normed, rows, saved.ranks, None), sum_mh, product.input_view(normed)
 
 
 def _o_backward(
@@ -253,7 +269,7 @@ def _qkv_backward(
     product = call.products["qkv"]
     to_qkv = product.gradient_buffer(rows.stop - rows.start)
     call.operations.rope_backward(
-        to_heads, call.batch.cosine, call.batch.sine, sizes.head_size, rows.start, product.gradient_view(to_qkv)
+        to_heads, call.batch.cosine, call.batch.sine, sizes.head_size, rows.start, product.gradient_target(to_qkv)
     )
     to_normed = None if to_x is None else call.empty(rows, sizes.hidden)
     product.input_gradient(to_qkv, rows, to_normed)

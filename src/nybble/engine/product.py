@@ -11,7 +11,9 @@ from typing import Protocol, TypeVar
 import torch
 
 from nybble.engine.low_rank import AdapterGradients, add_input_gradient, ranks_forward
-from nybble.engine.workspace import AugmentedMatrix, Workspace
+from nybble.engine.matrices import Augmented, AugmentedMatrix
+from nybble.engine.workspace import Workspace
+from nybble.kernels.scaled import ScaledRows
 from nybble.weights.projections import ProjectionGroup
 
 SavedRanks = dict[tuple[int, int], torch.Tensor]
@@ -22,7 +24,7 @@ Buffer = TypeVar("Buffer")
 class Product(Protocol[Buffer]):
     """The products of one group in one use of its layer, y = W x + s B A dropout(x), tile by tile.
 
-    A buffer is opaque: it is allocated here, filled through its view by the kernel that computes its content, cut into tiles by
+    A buffer is opaque: it is allocated here, filled through its target by the kernel that computes its content, cut into tiles by
     `buffer[rows]`, and passed back. `rows` are the tile's rows in the batch: dropout masks and saved ranks depend on them.
     """
 
@@ -32,7 +34,10 @@ class Product(Protocol[Buffer]):
         """A buffer for the input x of this many rows."""
 
     def input_view(self, buffer: Buffer) -> torch.Tensor:
-        """The (m, k) view into which the producing kernel writes x, and from which the adapters' gradients read it."""
+        """The (m, k) view of x, from which the adapters' gradients read it."""
+
+    def input_target(self, buffer: Buffer) -> torch.Tensor | ScaledRows:
+        """What the kernel that computes x writes into; `forward` needs it."""
 
     def input_from(self, x_mk: torch.Tensor) -> Buffer:
         """An input buffer for an existing x: x itself where nothing has to be beside it, otherwise a copy."""
@@ -41,7 +46,10 @@ class Product(Protocol[Buffer]):
         """A buffer for the outputs' gradient dY of this many rows; until that is known, for the outputs themselves."""
 
     def gradient_view(self, buffer: Buffer) -> torch.Tensor:
-        """The (m, n) view into which the producing kernel writes the outputs or dY."""
+        """The (m, n) view into which `forward` writes the outputs."""
+
+    def gradient_target(self, buffer: Buffer) -> torch.Tensor | ScaledRows:
+        """What the kernel that computes dY writes into; `input_gradient` needs it."""
 
     def gradient_from(self, gradient_mn: torch.Tensor) -> Buffer:
         """As `input_from`, for dY."""
@@ -57,7 +65,7 @@ class Product(Protocol[Buffer]):
         """The outputs of a tile.
 
         Args:
-            buffer: from `input_buffer`, with x filled in, or from `input_from`.
+            buffer: from `input_buffer`, with x written into its target, or from `input_from`.
             rows: the tile's.
             out_mn: view for y; where something is added it may be float32.
             saved: holds T, or receives it once it is computed; None where there is no backward.
@@ -68,7 +76,7 @@ class Product(Protocol[Buffer]):
         """The gradient dX of a tile's input, and what the adapters' gradients need of dY.
 
         Args:
-            buffer: from `gradient_buffer`, with dY filled in, or from `gradient_from`.
+            buffer: from `gradient_buffer`, with dY written into its target, or from `gradient_from`.
             rows: the tile's.
             out_mk: (m, k), or None where nothing before this layer is trained.
         """
@@ -91,10 +99,10 @@ class AugmentedProduct:
     """In bfloat16, float16 or float32: base and adapters in one product of augmented matrices.
 
     An input buffer is [x | T], (m, k + R), a gradient buffer [dY | dT], (m, n + R), both in the type of the weights;
-    y = [x | T] [W | s B]^T and dX = [dY | dT] [W ; A] (`nybble.engine.workspace` says what that saves).
+    y = [x | T] [W | s B]^T and dX = [dY | dT] [W ; A] (`nybble.engine.matrices` says what that saves).
     """
 
-    __slots__ = ("_dtype", "_index", "_seed", "_slot", "_workspace", "group")
+    __slots__ = ("_dtype", "_form", "_index", "_seed", "_slot", "_workspace", "group")
 
     def __init__(
         self, group: ProjectionGroup, workspace: Workspace, slot: str, dtype: torch.dtype, index: int, seed: int
@@ -112,6 +120,7 @@ class AugmentedProduct:
         self._workspace = workspace
         self._slot = slot
         self._dtype = dtype
+        self._form = Augmented(dtype)
         self._index = index
         self._seed = seed + 4 * index  # a group has three adapters at most
 
@@ -121,6 +130,9 @@ class AugmentedProduct:
     def input_view(self, buffer: torch.Tensor) -> torch.Tensor:
         return buffer[:, : self.group.inputs]
 
+    def input_target(self, buffer: torch.Tensor) -> torch.Tensor:
+        return self.input_view(buffer)
+
     def input_from(self, x_mk: torch.Tensor) -> torch.Tensor:
         return self._beside_ranks(x_mk)
 
@@ -129,6 +141,9 @@ class AugmentedProduct:
 
     def gradient_view(self, buffer: torch.Tensor) -> torch.Tensor:
         return buffer[:, : self.group.outputs]
+
+    def gradient_target(self, buffer: torch.Tensor) -> torch.Tensor:
+        return self.gradient_view(buffer)
 
     def gradient_from(self, gradient_mn: torch.Tensor) -> torch.Tensor:
         return self._beside_ranks(gradient_mn)
@@ -179,7 +194,7 @@ class AugmentedProduct:
 
     def _matrix(self) -> AugmentedMatrix:
         """The group's matrix, written into the workspace again if another group has used the slot since."""
-        return self._workspace.matrix(self.group, self._slot, self._dtype)
+        return self._workspace.matrix(self.group, self._slot, self._form)
 
     def _fill_ranks(self, buffer: torch.Tensor, rows: slice, matrix: AugmentedMatrix, saved: SavedRanks | None) -> None:
         """Write T into the last columns of [x | .]."""

@@ -1,18 +1,13 @@
-"""Weights and adapters of a group of projections as one matrix.
+"""The memory into which weights are dequantised: buffers that all layers use in turn, and copies where memory is left.
 
-The weights of a group (query, key and value; output; gate and up; down) are dequantised into a workspace, and the adapters
-are placed around them:
-
-    [ W | s B ]      n outputs        so that  y  = [x | T] [W | s B]^T,   T  = x A^T
-    [ A |  .  ]      R ranks                   dx = [dy | dT] [W ; A],     dT = dy s B
-
-One product computes base and adapter. Adding s B T afterwards would read and write the output again: 8 to 17% of the
-product's time on an H200, against 1% for the added columns (docs/benchmarks.md).
+What is written for a group of projections is its form's affair (`nybble.engine.matrices`, `nybble.engine.product_fp8`); this file
+decides where, and when it must be written again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -21,40 +16,34 @@ from nybble.kernels.reference import LowRank
 from nybble.weights.projections import ProjectionGroup
 from nybble.weights.store import Pass, WeightStore
 
+Matrix = TypeVar("Matrix")
 
-class AugmentedMatrix:
-    """A group's weights with the adapters around them, in the workspace; valid until the workspace is filled again.
 
-    Attributes:
-        forward: [W | s B] transposed, (inputs + ranks, outputs)
-        backward: [W ; A], (outputs + ranks, inputs)
-        weights: W, (outputs, inputs)
-        down: A of all adapters, (ranks, inputs)
-        down_transposed: (inputs, ranks)
-        up: s B of all adapters, (outputs, ranks), zero where an adapter does not add to an output
-    """
+class MatrixForm(Protocol[Matrix]):
+    """How a group's weights and adapters are laid out for a product. Equal forms have equal hashes."""
 
-    def __init__(self, whole: torch.Tensor, outputs: int, inputs: int) -> None:
-        self.whole = whole
-        self.outputs = outputs
-        self.inputs = inputs
-        self.ranks = whole.shape[1] - inputs
-        self.forward = whole[:outputs].t()
-        self.backward = whole[:, :inputs]
-        self.weights = whole[:outputs, :inputs]
-        self.down = whole[outputs:, :inputs]
-        self.down_transposed = self.down.t()
-        self.up = whole[:outputs, inputs:]
+    def place(self, group: ProjectionGroup) -> tuple[int, int]:
+        """First byte in the group's slot, and number of bytes: forms that are needed at the same time lie side by side."""
+
+    def view(self, part: torch.Tensor, group: ProjectionGroup) -> Matrix:
+        """The matrix in this many bytes."""
+
+    def write_weights(self, store: WeightStore, group: ProjectionGroup, matrix: Matrix) -> None:
+        """Write the frozen weights."""
+
+    def write_adapters(self, operations: Operations, group: ProjectionGroup, matrix: Matrix) -> None:
+        """Write the adapters, which change from step to step."""
 
 
 class CachedMatrix:
     """A group's matrix in memory of its own, which stays dequantised from batch to batch."""
 
-    def __init__(self, group: ProjectionGroup, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, group: ProjectionGroup, form: MatrixForm[Any], device: torch.device) -> None:
         self.group = group
+        self.form = form
         with torch.inference_mode(False):  # training may follow
-            whole = torch.empty(_shape(group), dtype=dtype, device=device)
-        self.matrix = AugmentedMatrix(whole, group.outputs, group.inputs)
+            self.bytes = torch.empty(form.place(group)[1], dtype=torch.uint8, device=device)
+            self.matrix = form.view(self.bytes, group)
         self.versions: list[int] = []
         """Version counters of the weights when they were dequantised: load_state_dict writes into them. No counter shows
         what is written through `.data`; calling `nybble.fuse` again reads everything again."""
@@ -67,6 +56,16 @@ class CachedMatrix:
         self.has_adapters = False
 
 
+class Content(NamedTuple):
+    """What is in a part of a slot now."""
+
+    start: int
+    stop: int
+    group: ProjectionGroup
+    form: MatrixForm[Any]
+    matrix: Any
+
+
 class Workspace:
     """Buffers that all layers use in turn, and weights that stay dequantised where memory is left.
 
@@ -77,10 +76,10 @@ class Workspace:
         self.device = device
         self._store = store
         self._operations = operations
-        self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-        self._matrices: dict[tuple[str, torch.dtype, int, int, int], AugmentedMatrix] = {}
-        self._current: dict[str, tuple[ProjectionGroup, AugmentedMatrix]] = {}
-        self._cached: dict[tuple[int, torch.dtype], CachedMatrix] = {}
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._matrices: dict[tuple[str, MatrixForm[Any], int, int, int], Any] = {}
+        self._current: dict[str, list[Content]] = {}
+        self._cached: dict[tuple[int, MatrixForm[Any]], CachedMatrix] = {}
 
     def begin_layer(self, number: int, passing: Pass) -> None:
         """A layer starts: the slots contain another layer's weights, or adapters from before the optimiser's step.
@@ -92,13 +91,13 @@ class Workspace:
         self._current.clear()
         self._store.begin_layer(number, passing)
 
-    def cache(self, groups: Sequence[ProjectionGroup], dtype: torch.dtype) -> None:
-        """A batch starts: let the weights of these groups stay dequantised, and no others."""
-        wanted = {(id(group), dtype): group for group in groups}
-        self._cached = {key: cached for key, cached in self._cached.items() if key in wanted}  # frees memory first
-        for key, group in wanted.items():
+    def cache(self, wanted: Sequence[tuple[ProjectionGroup, MatrixForm[Any]]]) -> None:
+        """A batch starts: let the weights of these groups stay dequantised in these forms, and no others."""
+        by_key = {(id(group), form): (group, form) for group, form in wanted}
+        self._cached = {key: cached for key, cached in self._cached.items() if key in by_key}  # frees memory first
+        for key, (group, form) in by_key.items():
             if key not in self._cached:
-                self._cached[key] = CachedMatrix(group, dtype, self.device)
+                self._cached[key] = CachedMatrix(group, form, self.device)
             self._cached[key].check()
 
     def is_cacheable(self, group: ProjectionGroup) -> bool:
@@ -117,62 +116,70 @@ class Workspace:
     @property
     def cached_bytes(self) -> int:
         """Bytes of the weights that stay dequantised."""
-        return sum(cached.matrix.whole.nbytes for cached in self._cached.values())
+        return sum(cached.bytes.nbytes for cached in self._cached.values())
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of the slots."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Another stream uses these buffers now: freed memory is not reused before that stream is done with it."""
-        for tensor in [*self._buffers.values(), *(cached.matrix.whole for cached in self._cached.values())]:
+        for tensor in [*self._buffers.values(), *(cached.bytes for cached in self._cached.values())]:
             tensor.record_stream(stream)
 
-    def reserve(self, slot: str, numbers: int, dtype: torch.dtype) -> None:
-        """Allocate a slot before its first use, so that it never grows, which would fragment memory."""
-        buffer = self._buffers.get((slot, dtype))
-        if buffer is None or buffer.numel() < numbers:
+    def reserve(self, slot: str, size: int) -> None:
+        """Allocate a slot's bytes before its first use, so that it never grows, which would fragment memory."""
+        buffer = self._buffers.get(slot)
+        if buffer is None or buffer.nbytes < size:
             self._current.clear()
             self._matrices.clear()
-            self._buffers.pop((slot, dtype), None)
+            self._buffers.pop(slot, None)
             with torch.inference_mode(False):  # training may follow
-                self._buffers[slot, dtype] = torch.empty(numbers, dtype=dtype, device=self.device)
+                self._buffers[slot] = torch.empty(size, dtype=torch.uint8, device=self.device)
 
-    def matrix(self, group: ProjectionGroup, slot: str, dtype: torch.dtype) -> AugmentedMatrix:
+    def matrix(self, group: ProjectionGroup, slot: str, form: MatrixForm[Matrix]) -> Matrix:
         """The group's matrix: the cached one, or the one in its reserved slot; filled if necessary."""
         if self._cached:
-            cached = self._cached.get((id(group), dtype))
+            cached = self._cached.get((id(group), form))
             if cached is not None:
-                return self._filled(cached)
-        current = self._current.get(slot)
-        if current is not None and current[0] is group:
-            return current[1]
-        key = (slot, dtype, group.outputs, group.inputs, group.ranks)
-        result = self._matrices.get(key)  # layers have the same shapes, so their matrices are views of the same buffers
-        if result is None:
-            rows, columns = _shape(group)
-            whole = self._buffers[slot, dtype][: rows * columns].view(rows, columns)
-            result = self._matrices[key] = AugmentedMatrix(whole, group.outputs, group.inputs)
-        self._store.write(group, result.weights)
-        self._write_adapters(group, result.whole)
-        self._current[slot] = (group, result)
+                matrix: Matrix = self._filled(cached)
+                return matrix
+        current = self._current.setdefault(slot, [])
+        for content in current:
+            if content.group is group and content.form == form:
+                found: Matrix = content.matrix
+                return found
+        start, size = form.place(group)
+        result = self._view(group, slot, form, start, size)
+        form.write_weights(self._store, group, result)
+        form.write_adapters(self._operations, group, result)
+        current[:] = [content for content in current if content.stop <= start or content.start >= start + size]
+        current.append(Content(start, start + size, group, form, result))
         return result
 
-    def _filled(self, cached: CachedMatrix) -> AugmentedMatrix:
+    def _view(self, group: ProjectionGroup, slot: str, form: MatrixForm[Matrix], start: int, size: int) -> Matrix:
+        """Layers have the same shapes, so their matrices are the same views of the buffers."""
+        key = (slot, form, group.outputs, group.inputs, group.ranks)
+        result: Matrix | None = self._matrices.get(key)
+        if result is None:
+            with torch.inference_mode(False):  # training may follow
+                result = self._matrices[key] = form.view(self._buffers[slot][start : start + size], group)
+        return result
+
+    def _filled(self, cached: CachedMatrix) -> Any:
         if not cached.has_weights:
-            self._store.write(cached.group, cached.matrix.weights)
+            cached.form.write_weights(self._store, cached.group, cached.matrix)
             cached.has_weights = True
         if not cached.has_adapters:
-            self._write_adapters(cached.group, cached.matrix.whole)
+            cached.form.write_adapters(self._operations, cached.group, cached.matrix)
             cached.has_adapters = True
         return cached.matrix
 
-    def _write_adapters(self, group: ProjectionGroup, whole: torch.Tensor) -> None:
-        if group.adapters:
-            low_rank = [
-                LowRank(
-                    adapter.a.detach(), adapter.b.detach(), adapter.scaling, adapter.outputs.start, adapter.ranks.start
-                )
-                for adapter in group.adapters
-            ]
-            self._operations.pack_adapters(low_rank, whole, group.outputs, group.inputs)
 
-
-def _shape(group: ProjectionGroup) -> tuple[int, int]:
-    return group.outputs + group.ranks, group.inputs + group.ranks
+def low_rank(group: ProjectionGroup) -> list[LowRank]:
+    """A group's adapters as the operations take them."""
+    return [
+        LowRank(adapter.a.detach(), adapter.b.detach(), adapter.scaling, adapter.outputs.start, adapter.ranks.start)
+        for adapter in group.adapters
+    ]

@@ -14,6 +14,7 @@ import torch
 
 from nybble.kernels import reference
 from nybble.kernels.reference import LowRank, Nested
+from nybble.kernels.scaled import ScaledRows
 
 try:
     from nybble.kernels import triton as kernels
@@ -37,10 +38,25 @@ class Operations(Protocol):
     ) -> None:
         """4-bit codes to numbers: `reference.dequantize`."""
 
-    def pack_adapters(self, adapters: Sequence[LowRank], matrix: torch.Tensor, outputs: int, inputs: int) -> None:
-        """Adapters written around the weights: `reference.pack_adapters`."""
+    def dequantize_e4m3(
+        self,
+        packed: torch.Tensor,
+        absmax: torch.Tensor,
+        code: torch.Tensor,
+        blocksize: int,
+        nested: Nested | None,
+        factor: float,
+        transposed: bool,
+        out: torch.Tensor,
+    ) -> None:
+        """4-bit codes to e4m3: `reference.dequantize_e4m3`."""
 
-    def rms_norm(self, x_mh: torch.Tensor, weight_h: torch.Tensor, eps: float, out_mh: torch.Tensor) -> None:
+    def pack_adapters(self, adapters: Sequence[LowRank], up_nr: torch.Tensor, down_rk: torch.Tensor) -> None:
+        """A group's adapters, cast and scaled: `reference.pack_adapters`."""
+
+    def rms_norm(
+        self, x_mh: torch.Tensor, weight_h: torch.Tensor, eps: float, out_mh: torch.Tensor | ScaledRows
+    ) -> None:
         """Norm of each row: `reference.rms_norm`."""
 
     def add_rms_norm(
@@ -50,7 +66,7 @@ class Operations(Protocol):
         weight_h: torch.Tensor,
         eps: float,
         sum_mh: torch.Tensor,
-        out_mh: torch.Tensor,
+        out_mh: torch.Tensor | ScaledRows,
     ) -> None:
         """Residual add and norm: `reference.add_rms_norm`."""
 
@@ -61,7 +77,7 @@ class Operations(Protocol):
         weight_h: torch.Tensor,
         eps: float,
         residual_mh: torch.Tensor | None,
-        out_mh: torch.Tensor,
+        out_mh: torch.Tensor | ScaledRows,
     ) -> None:
         """Gradient through the norm, plus the residual's if there is one: `reference.rms_norm_backward`."""
 
@@ -83,14 +99,14 @@ class Operations(Protocol):
         sine_pd: torch.Tensor,
         head_size: int,
         first: int,
-        out_mn: torch.Tensor,
+        out_mn: torch.Tensor | ScaledRows,
     ) -> None:
         """Gradients of q, k, v rotated back, side by side: `reference.rope_backward`."""
 
-    def swiglu(self, gate_up_mi: torch.Tensor, out_mi: torch.Tensor) -> None:
+    def swiglu(self, gate_up_mi: torch.Tensor, out_mi: torch.Tensor | ScaledRows) -> None:
         """silu(gate) x up: `reference.swiglu`."""
 
-    def swiglu_backward(self, gradient_mi: torch.Tensor, gate_up_mi: torch.Tensor) -> None:
+    def swiglu_backward(self, gradient_mi: torch.Tensor, gate_up_mi: torch.Tensor | ScaledRows) -> None:
         """Its gradients in place: `reference.swiglu_backward`."""
 
     def cross_entropy(self, logits_mv: torch.Tensor, targets_m: torch.Tensor, losses_m: torch.Tensor) -> None:
@@ -98,6 +114,25 @@ class Operations(Protocol):
 
     def product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """A matrix product in float32: `reference.product`."""
+
+    def quantize_rows(self, rows: ScaledRows) -> None:
+        """Rows to e4m3: `reference.quantize_rows`."""
+
+    def split(
+        self, source_mr: torch.Tensor, factor: float, scales_m1: torch.Tensor | None, is_right: bool, out: torch.Tensor
+    ) -> None:
+        """Numbers as pairs of e4m3: `reference.split`."""
+
+    def scaled_product(
+        self,
+        left_mk: torch.Tensor,
+        left_scales: torch.Tensor,
+        right_nk: torch.Tensor,
+        right_scales: torch.Tensor,
+        fast: bool,
+        out_mn: torch.Tensor,
+    ) -> None:
+        """A product of rows in e4m3: `reference.scaled_product`."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 `nybble.kernels.triton` has the same names and signatures. Shape suffixes: m rows (tokens), h hidden, n outputs,
 k inputs, i intermediate, v vocabulary, d head size. "View" means that the row stride
-may exceed the row length. Arithmetic is float32 whatever the tensors' type, rounded once at the end.
+may exceed the row length. Arithmetic is float32 whatever the tensors' type, rounded once at the end. Where the target may be
+`ScaledRows`, the rows are written in e4m3 too, from the rounded numbers.
 """
 
 from __future__ import annotations
@@ -11,6 +12,11 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+
+from nybble.kernels.scaled import E4M3, ScaledRows, write
+from nybble.kernels.scaled import quantize_rows as quantize_rows
+from nybble.kernels.scaled import scaled_product as scaled_product
+from nybble.kernels.scaled import split as split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,29 +74,56 @@ def dequantize(
     out.copy_((values * scales[:, None]).view(rows, columns))
 
 
-def pack_adapters(adapters: Sequence[LowRank], matrix: torch.Tensor, outputs: int, inputs: int) -> None:
-    """Write adapters around the weights: [W | s B; A | .], so that one product computes W x + s B (A x).
+def dequantize_e4m3(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    code: torch.Tensor,
+    blocksize: int,
+    nested: Nested | None,
+    factor: float,
+    transposed: bool,
+    out: torch.Tensor,
+) -> None:
+    """4-bit codes to e4m3: what `dequantize` computes in float32, times a factor, rounded once.
 
     Args:
-        adapters: at most three, their ranks side by side.
-        matrix: (outputs + R, inputs + R), R the sum of ranks rounded up; B goes to the right of W, A below it, and the
-            gaps are zeroed. The corner to the right of A is not written: no product reads it.
-        outputs: rows of W.
-        inputs: columns of W.
+        packed: as for `dequantize`.
+        absmax: likewise.
+        code: likewise.
+        blocksize: likewise.
+        nested: likewise.
+        factor: a power of two that brings the numbers into e4m3's range.
+        transposed: whether to write the transpose.
+        out: (n, k) view to fill; (k, n) for the transpose.
     """
-    matrix[:outputs, inputs:] = 0
-    matrix[outputs:, :inputs] = 0
+    shape = out.shape[::-1] if transposed else out.shape
+    numbers = torch.empty(shape, device=out.device)
+    dequantize(packed, absmax, code, blocksize, nested, numbers)
+    values = numbers.mul_(factor).to(E4M3)
+    out.copy_(values.t() if transposed else values)
+
+
+def pack_adapters(adapters: Sequence[LowRank], up_nr: torch.Tensor, down_rk: torch.Tensor) -> None:
+    """Write the adapters of a group side by side, cast, and zero where an adapter does not add to an output.
+
+    Args:
+        adapters: at most three, their ranks one after another.
+        up_nr: view for s B, as many columns as there are ranks, rounded up.
+        down_rk: view for A.
+    """
+    up_nr.zero_()
+    down_rk.zero_()
     for adapter in adapters:
         ranks = slice(adapter.first_rank, adapter.first_rank + adapter.a.shape[0])
         rows = slice(adapter.first_output, adapter.first_output + adapter.b.shape[0])
-        matrix[:outputs, inputs:][rows, ranks] = adapter.b.float() * adapter.scaling
-        matrix[outputs:, :inputs][ranks] = adapter.a
+        up_nr[rows, ranks] = adapter.b.float() * adapter.scaling
+        down_rk[ranks] = adapter.a
 
 
-def rms_norm(x_mh: torch.Tensor, weight_h: torch.Tensor, eps: float, out_mh: torch.Tensor) -> None:
+def rms_norm(x_mh: torch.Tensor, weight_h: torch.Tensor, eps: float, out_mh: torch.Tensor | ScaledRows) -> None:
     """Root mean square norm (Zhang and Sennrich 2019) of each row, written into a view."""
     x = x_mh.float()
-    out_mh.copy_(x * _inverse_rms(x, eps) * weight_h.float())
+    write(out_mh, x * _inverse_rms(x, eps) * weight_h.float())
 
 
 def add_rms_norm(
@@ -99,7 +132,7 @@ def add_rms_norm(
     weight_h: torch.Tensor,
     eps: float,
     sum_mh: torch.Tensor,
-    out_mh: torch.Tensor,
+    out_mh: torch.Tensor | ScaledRows,
 ) -> None:
     """Write the residual stream plus an update into `sum_mh`, and its norm into `out_mh`."""
     torch.add(x_mh, update_mh, out=sum_mh)
@@ -112,7 +145,7 @@ def rms_norm_backward(
     weight_h: torch.Tensor,
     eps: float,
     residual_mh: torch.Tensor | None,
-    out_mh: torch.Tensor,
+    out_mh: torch.Tensor | ScaledRows,
 ) -> None:
     """Gradient of the norm's input, plus the residual's own if there is one, written into a view; the weight is frozen."""
     x = x_mh.float()
@@ -120,7 +153,7 @@ def rms_norm_backward(
     normed, inner = x * inverse, gradient_mh.float() * weight_h.float()
     mean = (inner * normed).mean(dim=-1, keepdim=True)
     result = inverse * (inner - normed * mean)
-    out_mh.copy_(result if residual_mh is None else residual_mh.float() + result)
+    write(out_mh, result if residual_mh is None else residual_mh.float() + result)
 
 
 def rope(
@@ -147,7 +180,7 @@ def rope_backward(
     sine_pd: torch.Tensor,
     head_size: int,
     first: int,
-    out_mn: torch.Tensor,
+    out_mn: torch.Tensor | ScaledRows,
 ) -> None:
     """Gradients of query, key and value, each (m, heads x head size), rotated back and written side by side into a view."""
     query, key, value = gradients
@@ -155,24 +188,24 @@ def rope_backward(
     rows, width = rotated.shape
     heads = rotated.view(rows, width // head_size, head_size).float()
     back = _rotate(heads, *_positions(cosine_pd, sine_pd, first, rows), transpose=True)
-    out_mn[:, :width] = back.view(rows, width)
-    out_mn[:, width:] = value
+    write(out_mn, torch.cat((back.view(rows, width), value.float()), dim=1))
 
 
-def swiglu(gate_up_mi: torch.Tensor, out_mi: torch.Tensor) -> None:
+def swiglu(gate_up_mi: torch.Tensor, out_mi: torch.Tensor | ScaledRows) -> None:
     """Write silu(gate) x up (Shazeer 2020) into a view; gate and up are side by side in each row."""
     gate, up = gate_up_mi.float().chunk(2, dim=-1)
-    out_mi.copy_(torch.nn.functional.silu(gate) * up)
+    write(out_mi, torch.nn.functional.silu(gate) * up)
 
 
-def swiglu_backward(gradient_mi: torch.Tensor, gate_up_mi: torch.Tensor) -> None:
+def swiglu_backward(gradient_mi: torch.Tensor, gate_up_mi: torch.Tensor | ScaledRows) -> None:
     """In place: gate and up become their gradients, and the gradient becomes silu(gate) x up, recomputed."""
-    gate, up = gate_up_mi.float().chunk(2, dim=-1)
+    wide = gate_up_mi.wide if isinstance(gate_up_mi, ScaledRows) else gate_up_mi
+    gate, up = wide.float().chunk(2, dim=-1)
     gradient, sigmoid = gradient_mi.float(), torch.sigmoid(gate)
     silu = gate * sigmoid
     activation = silu * up  # before gate and up are overwritten
     to_gate, to_up = gradient * up * sigmoid * (1 + gate * (1 - sigmoid)), gradient * silu
-    gate_up_mi.copy_(torch.cat((to_gate, to_up), dim=-1))
+    write(gate_up_mi, torch.cat((to_gate, to_up), dim=-1))
     gradient_mi.copy_(activation)
 
 

@@ -222,21 +222,44 @@ def kept_bytes(policy: str, shape: LayerShape) -> int:
     if rung >= LADDER.index(DROP_MLP):
         total += shape.qkv * shape.element
     if rung >= LADDER.index(KEEP_ALL):
-        total += (2 * shape.intermediate + shape.ranks[GATE_UP]) * shape.element
+        beside = 0 if shape.fp8[GATE_UP] else shape.ranks[GATE_UP]
+        total += (2 * shape.intermediate + beside) * shape.element
     return total
 
 
-def _group_numbers(shape: LayerShape) -> tuple[int, int, int, int]:
-    """How many numbers each group's weights have, with the adapters around them, in the activations' type."""
+SCALED_MULTIPLE, SCALED_ALIGNMENT = 16, 256
+"""Columns of matrices in e4m3 are a multiple of the first, and the bytes of their parts one of the second."""
+
+
+def _group_bytes(shape: LayerShape) -> tuple[int, int, int, int]:
+    """Bytes of each group's weights, dequantised, with the adapters around them."""
     sizes = ((shape.hidden, shape.qkv), (shape.query, shape.hidden), (shape.hidden, 2 * shape.intermediate),
              (shape.intermediate, shape.hidden))  # fmt: skip
-    qkv, out, gate_up, down = ((n + r) * (m + r) for (m, n), r in zip(sizes, shape.ranks, strict=True))
+    qkv, out, gate_up, down = (
+        _scaled_bytes(n, m, r, shape.element) if in_fp8 else (n + r) * (m + r) * shape.element
+        for (m, n), r, in_fp8 in zip(sizes, shape.ranks, shape.fp8, strict=True)
+    )
     return qkv, out, gate_up, down
 
 
+def _scaled_bytes(outputs: int, inputs: int, ranks: int, element: int) -> int:
+    """A group's matrices in e4m3, forward and transposed, with their scales, and its adapters beside each of them."""
+    total = 0
+    for rows, columns in ((outputs, inputs), (inputs, outputs)):
+        width = columns + split_columns(ranks)
+        for part in (rows * width, 4 * rows, outputs * ranks * element, inputs * ranks * element):
+            total += _ceil_div(part, SCALED_ALIGNMENT) * SCALED_ALIGNMENT
+    return total
+
+
+def split_columns(ranks: int) -> int:
+    """Columns of e4m3 that stand for the ranks beside a matrix: three for each."""
+    return _ceil_div(3 * ranks, SCALED_MULTIPLE) * SCALED_MULTIPLE
+
+
 def dequantised_bytes(shape: LayerShape) -> int:
-    """Device bytes of a layer's dequantised weights, with the adapters around them."""
-    return sum(_group_numbers(shape)) * shape.element
+    """Device bytes of a layer's dequantised weights, with the adapters around them; in fp8 those of both directions."""
+    return sum(_group_bytes(shape))
 
 
 def workspace_bytes(shape: LayerShape, tiles: int) -> int:
@@ -246,9 +269,8 @@ def workspace_bytes(shape: LayerShape, tiles: int) -> int:
         shape: a layer's sizes.
         tiles: how many tiles a batch is computed in. With several, groups are needed at the same time, except q-k-v and gate-up.
     """
-    qkv, out, gate_up, down = _group_numbers(shape)
-    numbers = max(qkv, gate_up) + out + down if tiles > 1 else max(qkv, out, gate_up, down)
-    return numbers * shape.element
+    qkv, out, gate_up, down = _group_bytes(shape)
+    return max(qkv, gate_up) + out + down if tiles > 1 else max(qkv, out, gate_up, down)
 
 
 def working_set_bytes(shape: LayerShape, tokens: int, policy: str) -> int:
@@ -265,6 +287,10 @@ def working_set_bytes(shape: LayerShape, tokens: int, policy: str) -> int:
     streams = 2 * hidden + shape.ranks[OUT] * shape.element  # gradients of the layer's output and of the sum
     in_tile = 2 if LADDER.index(policy) >= LADDER.index(DROP_QKV) else 3  # with the sum
     mlp = (3 * shape.intermediate + in_tile * shape.hidden + sum(shape.ranks)) * shape.element
+    if shape.fp8[GATE_UP]:  # their gradients are there in e4m3 too
+        mlp += 2 * shape.intermediate + split_columns(shape.ranks[GATE_UP])
+    if shape.fp8[DOWN]:  # the output's gradient needs no copy with space beside it
+        mlp -= shape.hidden * shape.element
     to_attended = shape.query * shape.element if rows < tokens else 0  # only after the first tile
     at_mlp = tokens * (recomputed + streams + to_attended) + rows * mlp
     # flash sums the query's gradient in float32

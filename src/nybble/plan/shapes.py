@@ -150,6 +150,8 @@ class LayerShape:
     """Bytes of a number: 2 for bfloat16 and float16."""
     residual: int
     """Bytes of a number of the residual stream; 4 if norms and embedding were converted to float32."""
+    fp8: tuple[bool, ...] = (False,) * 4
+    """Which of the groups are computed in fp8."""
 
     @property
     def query(self) -> int:

@@ -41,6 +41,16 @@ class FrozenWeight:
         if self.nested is not None:
             yield self.nested.absmax
 
+    def largest(self) -> torch.Tensor:
+        """The largest magnitude of its values, () float32; no larger one is possible where they are quantised."""
+        if self.code is None:
+            return self.stored.abs().amax().float()
+        scales = self.absmax
+        if self.nested is not None:
+            wide = self.nested.absmax.repeat_interleave(self.nested.blocksize)[: scales.numel()]
+            scales = self.nested.code[scales.int()] * wide + self.nested.offset
+        return scales.abs().amax() * self.code.abs().amax()
+
     def every_tensor(self) -> Iterator[torch.Tensor]:
         """As `tensors`, and the tables that are the same for all weights."""
         yield from self.tensors()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, Protocol
 
 import torch
 
 from nybble.kernels.operations import Operations
+from nybble.kernels.scaled import E4M3
 from nybble.weights.frozen import FrozenWeight
 from nybble.weights.projections import ProjectionGroup
 
@@ -36,6 +38,16 @@ class WeightStore(Protocol):
             out_nk: (outputs, inputs) view on the device; the weights are written in its type.
         """
 
+    def write_e4m3(self, group: ProjectionGroup, factor: float, transposed: bool, out: torch.Tensor) -> None:
+        """Write the weights of a group in e4m3.
+
+        Args:
+            group: a group of one layer.
+            factor: a power of two that brings them into e4m3's range.
+            transposed: whether to write the transpose, one projection beside the other.
+            out: (outputs, inputs) view on the device; (inputs, outputs) for the transpose.
+        """
+
 
 class ResidentStore:
     """Weights that stay on the device, in the form that bitsandbytes stores them."""
@@ -52,10 +64,30 @@ class ResidentStore:
 
     def write(self, group: ProjectionGroup, out_nk: torch.Tensor) -> None:
         """See `WeightStore.write`; one kernel launch per projection."""
-        row = 0
-        for weight in group.frozen:
-            dequantise(self._operations, weight, out_nk[row : row + weight.outputs])
-            row += weight.outputs
+        dequantise_all(self._operations, group.frozen, out_nk)
+
+    def write_e4m3(self, group: ProjectionGroup, factor: float, transposed: bool, out: torch.Tensor) -> None:
+        """See `WeightStore.write_e4m3`; one kernel launch per projection."""
+        dequantise_all_e4m3(self._operations, group.frozen, factor, transposed, out)
+
+
+def dequantise_all(operations: Operations, weights: Iterable[FrozenWeight], out_nk: torch.Tensor) -> None:
+    """Write weights one below the other into a view."""
+    row = 0
+    for weight in weights:
+        dequantise(operations, weight, out_nk[row : row + weight.outputs])
+        row += weight.outputs
+
+
+def dequantise_all_e4m3(
+    operations: Operations, weights: Iterable[FrozenWeight], factor: float, transposed: bool, out: torch.Tensor
+) -> None:
+    """Write weights times a factor in e4m3 into a view, one below the other, or beside it where they are transposed."""
+    start = 0
+    for weight in weights:
+        places = slice(start, start + weight.outputs)
+        dequantise_e4m3(operations, weight, factor, transposed, out[:, places] if transposed else out[places])
+        start = places.stop
 
 
 def dequantise(operations: Operations, weight: FrozenWeight, out_nk: torch.Tensor) -> None:
@@ -64,3 +96,15 @@ def dequantise(operations: Operations, weight: FrozenWeight, out_nk: torch.Tenso
         out_nk.copy_(weight.stored)
     else:
         operations.dequantize(weight.stored, weight.absmax, weight.code, weight.blocksize, weight.nested, out_nk)
+
+
+def dequantise_e4m3(
+    operations: Operations, weight: FrozenWeight, factor: float, transposed: bool, out: torch.Tensor
+) -> None:
+    """Write a weight times a factor in e4m3 into a view; one that is not quantised is rounded."""
+    if weight.code is None:
+        values = (weight.stored * factor).to(E4M3)
+        out.copy_(values.t() if transposed else values)
+    else:
+        parts = weight.stored, weight.absmax, weight.code, weight.blocksize, weight.nested
+        operations.dequantize_e4m3(*parts, factor, transposed, out)

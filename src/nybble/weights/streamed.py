@@ -17,7 +17,7 @@ from nybble.weights.frozen import FrozenWeight
 from nybble.weights.packed import PackedLayer, move_weights, packed_bytes
 from nybble.weights.projections import ProjectionGroup
 from nybble.weights.staging import Staging
-from nybble.weights.store import Pass, dequantise
+from nybble.weights.store import Pass, dequantise_all, dequantise_all_e4m3
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,15 @@ class StreamedStore:
         Raises:
             EngineError: a weight was moved or replaced after `nybble.fuse`, and is not on the device.
         """
-        row = 0
-        for weight in group.frozen:
-            dequantise(self._operations, self._on_device(weight), out_nk[row : row + weight.outputs])
-            row += weight.outputs
+        dequantise_all(self._operations, map(self._on_device, group.frozen), out_nk)
+
+    def write_e4m3(self, group: ProjectionGroup, factor: float, transposed: bool, out: torch.Tensor) -> None:
+        """See `WeightStore.write_e4m3`.
+
+        Raises:
+            EngineError: see `write`.
+        """
+        dequantise_all_e4m3(self._operations, map(self._on_device, group.frozen), factor, transposed, out)
 
     def is_resident(self, group: ProjectionGroup) -> bool:
         """See `WeightStore.is_resident`."""

@@ -1,4 +1,4 @@
-"""Adapters written around the weights of a group of projections, cast and scaled, in one launch."""
+"""The adapters of a group of projections side by side, cast and scaled, in one launch."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ def _pack(
     a0, b0, scaling0, first_output0, outputs0, first_rank0, ranks0,
     a1, b1, scaling1, first_output1, outputs1, first_rank1, ranks1,
     a2, b2, scaling2, first_output2, outputs2, first_rank2, ranks2,
-    matrix, stride, outputs, inputs, rank, row_blocks,
+    to_up, up_stride, to_down, down_stride, outputs, inputs, rank, row_blocks,
     RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    if program < row_blocks:  # s B, to the right of W
+    if program < row_blocks:  # s B
         row = (program * ROWS + tl.arange(0, ROWS))[:, None]
         rank_column = tl.arange(0, RANK)[None, :]
         up = _scaled(b0, scaling0, row, rank_column, first_output0, outputs0, first_rank0, ranks0)
         up += _scaled(b1, scaling1, row, rank_column, first_output1, outputs1, first_rank1, ranks1)
         up += _scaled(b2, scaling2, row, rank_column, first_output2, outputs2, first_rank2, ranks2)
-        to_up = matrix + row.to(tl.int64) * stride + inputs + rank_column
-        tl.store(to_up, up.to(matrix.dtype.element_ty), mask=(row < outputs) & (rank_column < rank))
-    else:  # A, below W
+        up_address = to_up + row.to(tl.int64) * up_stride + rank_column
+        tl.store(up_address, up.to(to_up.dtype.element_ty), mask=(row < outputs) & (rank_column < rank))
+    else:  # A
         blocks = tl.cdiv(inputs, COLUMNS)
         line = (program - row_blocks) // blocks
         column = ((program - row_blocks) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
         down = _line(a0, line, column, inputs, first_rank0, ranks0)
         down += _line(a1, line, column, inputs, first_rank1, ranks1)
         down += _line(a2, line, column, inputs, first_rank2, ranks2)
-        to_down = matrix + (outputs + line).to(tl.int64) * stride + column
-        tl.store(to_down, down.to(matrix.dtype.element_ty), mask=column < inputs)
+        down_address = to_down + line.to(tl.int64) * down_stride + column
+        tl.store(down_address, down.to(to_down.dtype.element_ty), mask=column < inputs)
 
 
 @triton.jit
@@ -59,9 +59,9 @@ def _line(a, line, column, inputs, first_rank, ranks):
 _launch = Launcher(_pack, num_warps=4)
 
 
-def pack_adapters(adapters: Sequence[LowRank], matrix: torch.Tensor, outputs: int, inputs: int) -> None:
+def pack_adapters(adapters: Sequence[LowRank], up_nr: torch.Tensor, down_rk: torch.Tensor) -> None:
     """See `reference.pack_adapters`."""
-    rank = matrix.shape[1] - inputs
+    (outputs, rank), inputs = up_nr.shape, down_rk.shape[1]
     args: list[object] = []
     for index in range(3):
         if index < len(adapters):
@@ -69,9 +69,9 @@ def pack_adapters(adapters: Sequence[LowRank], matrix: torch.Tensor, outputs: in
             a, b = adapter.a.contiguous(), adapter.b.contiguous()
             args += [a, b, adapter.scaling, adapter.first_output, b.shape[0], adapter.first_rank, a.shape[0]]
         else:
-            args += [matrix, matrix, 0.0, 0, 0, 0, 0]
+            args += [up_nr, up_nr, 0.0, 0, 0, 0, 0]
     row_blocks = blocks_of(outputs, ROWS)
     _launch(
-        (row_blocks + rank * blocks_of(inputs, COLUMNS),), *args, matrix, matrix.stride(0), outputs, inputs, rank,
-        row_blocks, power_of_two(rank), ROWS, COLUMNS,
+        (row_blocks + rank * blocks_of(inputs, COLUMNS),), *args, up_nr, up_nr.stride(0), down_rk, down_rk.stride(0),
+        outputs, inputs, rank, row_blocks, power_of_two(rank), ROWS, COLUMNS,
     )  # fmt: skip

@@ -6,13 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
+from nybble.kernels.scaled import ScaledRows
 from nybble.kernels.triton.launch import Launcher, power_of_two
+from nybble.kernels.triton.scaled import parts_of, store_scaled
 
 
 @triton.jit
 def _forward(
-    x, update, weight, total, out, x_stride, update_stride, total_stride, out_stride, hidden, eps,
-    ADD: tl.constexpr, BLOCK: tl.constexpr,
+    x, update, weight, total, out, values, scales, x_stride, update_stride, total_stride, out_stride, values_stride,
+    hidden, eps, ADD: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -25,13 +27,16 @@ def _forward(
         value = rounded.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(value * value) / hidden + eps)
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * out_stride + column, (value * inverse * scale).to(out.dtype.element_ty), mask=inside)
+    result = (value * inverse * scale).to(out.dtype.element_ty)
+    tl.store(out + row * out_stride + column, result, mask=inside)
+    if SCALED:
+        store_scaled(result.to(tl.float32), values + row * values_stride, scales + row, column, inside)
 
 
 @triton.jit
 def _backward(
-    gradient, x, weight, residual, out, gradient_stride, x_stride, residual_stride, out_stride, hidden, eps,
-    ADD: tl.constexpr, BLOCK: tl.constexpr,
+    gradient, x, weight, residual, out, values, scales, gradient_stride, x_stride, residual_stride, out_stride,
+    values_stride, hidden, eps, ADD: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -45,7 +50,10 @@ def _backward(
     result = inverse * (inner - normed * mean)
     if ADD:
         result += tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * out_stride + column, result.to(out.dtype.element_ty), mask=inside)
+    rounded = result.to(out.dtype.element_ty)
+    tl.store(out + row * out_stride + column, rounded, mask=inside)
+    if SCALED:
+        store_scaled(rounded.to(tl.float32), values + row * values_stride, scales + row, column, inside)
 
 
 # 16 numbers per thread: two loads of 16 bytes
@@ -53,13 +61,14 @@ _forwards = {warps: Launcher(_forward, num_warps=warps) for warps in (1, 2, 4, 8
 _backwards = {warps: Launcher(_backward, num_warps=warps) for warps in (1, 2, 4, 8, 16)}
 
 
-def rms_norm(x_mh: torch.Tensor, weight_h: torch.Tensor, eps: float, out_mh: torch.Tensor) -> None:
+def rms_norm(x_mh: torch.Tensor, weight_h: torch.Tensor, eps: float, out_mh: torch.Tensor | ScaledRows) -> None:
     """See `reference.rms_norm`."""
     rows, hidden = x_mh.shape
+    out = parts_of(out_mh)
     _forwards[_warps(hidden)](
         (rows,),
-        x_mh, x_mh, weight_h, x_mh, out_mh, x_mh.stride(0), 0, 0, out_mh.stride(0), hidden, eps,
-        False, power_of_two(hidden),
+        x_mh, x_mh, weight_h, x_mh, *out.tensors, x_mh.stride(0), 0, 0, *out.strides, hidden, eps,
+        False, out.is_scaled, power_of_two(hidden),
     )  # fmt: skip
 
 
@@ -69,15 +78,16 @@ def add_rms_norm(
     weight_h: torch.Tensor,
     eps: float,
     sum_mh: torch.Tensor,
-    out_mh: torch.Tensor,
+    out_mh: torch.Tensor | ScaledRows,
 ) -> None:
     """See `reference.add_rms_norm`."""
     rows, hidden = x_mh.shape
+    out = parts_of(out_mh)
     _forwards[_warps(hidden)](
         (rows,),
-        x_mh, update_mh, weight_h, sum_mh, out_mh,
-        x_mh.stride(0), update_mh.stride(0), sum_mh.stride(0), out_mh.stride(0), hidden, eps,
-        True, power_of_two(hidden),
+        x_mh, update_mh, weight_h, sum_mh, *out.tensors,
+        x_mh.stride(0), update_mh.stride(0), sum_mh.stride(0), *out.strides, hidden, eps,
+        True, out.is_scaled, power_of_two(hidden),
     )  # fmt: skip
 
 
@@ -87,16 +97,17 @@ def rms_norm_backward(
     weight_h: torch.Tensor,
     eps: float,
     residual_mh: torch.Tensor | None,
-    out_mh: torch.Tensor,
+    out_mh: torch.Tensor | ScaledRows,
 ) -> None:
     """See `reference.rms_norm_backward`."""
     rows, hidden = x_mh.shape
     added = gradient_mh if residual_mh is None else residual_mh
+    out = parts_of(out_mh)
     _backwards[_warps(hidden)](
         (rows,),
-        gradient_mh, x_mh, weight_h, added, out_mh,
-        gradient_mh.stride(0), x_mh.stride(0), added.stride(0), out_mh.stride(0), hidden, eps,
-        residual_mh is not None, power_of_two(hidden),
+        gradient_mh, x_mh, weight_h, added, *out.tensors,
+        gradient_mh.stride(0), x_mh.stride(0), added.stride(0), *out.strides, hidden, eps,
+        residual_mh is not None, out.is_scaled, power_of_two(hidden),
     )  # fmt: skip
 
 

@@ -6,7 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from nybble.kernels.scaled import ScaledRows
 from nybble.kernels.triton.launch import Launcher, power_of_two
+from nybble.kernels.triton.scaled import magnitudes, parts_of, scale_of
 
 
 @triton.jit
@@ -33,13 +35,37 @@ def _forward(
 
 
 @triton.jit
+def _rotated_back(
+    query, key, value, head, low, inside, cosine_low, cosine_high, sine_low, sine_high, query_heads, key_heads,
+    HEAD: tl.constexpr,
+):  # fmt: skip
+    """Both halves of one row's heads: query and key rotated back, value as it is, zero beyond."""
+    is_query = head < query_heads
+    is_key = (head >= query_heads) & (head < query_heads + key_heads)
+    is_value = (head >= query_heads + key_heads) & (head < query_heads + 2 * key_heads)
+    from_query = query + head * HEAD + low
+    from_key = key + (head - query_heads) * HEAD + low
+    from_value = value + (head - query_heads - key_heads) * HEAD + low
+    a = tl.load(from_query, mask=inside & is_query, other=0.0).to(tl.float32)
+    b = tl.load(from_query + HEAD // 2, mask=inside & is_query, other=0.0).to(tl.float32)
+    a += tl.load(from_key, mask=inside & is_key, other=0.0).to(tl.float32)
+    b += tl.load(from_key + HEAD // 2, mask=inside & is_key, other=0.0).to(tl.float32)
+    plain_a = tl.load(from_value, mask=inside & is_value, other=0.0).to(tl.float32)
+    plain_b = tl.load(from_value + HEAD // 2, mask=inside & is_value, other=0.0).to(tl.float32)
+    return a * cosine_low + b * sine_high + plain_a, b * cosine_high - a * sine_low + plain_b
+
+
+@triton.jit
 def _backward(
-    query, key, value, cosine, sine, out, query_stride, key_stride, value_stride, out_stride,
-    positions, first, query_heads, key_heads,
-    HEAD: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+    query, key, value, cosine, sine, out, values, scales, query_stride, key_stride, value_stride, out_stride,
+    values_stride, positions, first, query_heads, key_heads,
+    SCALED: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     wide = row.to(tl.int64)
+    query += wide * query_stride
+    key += wide * key_stride
+    value += wide * value_stride
     low = tl.arange(0, HALF)[None, :]
     inside = low < HEAD // 2
     table = ((first + row) % positions) * HEAD + low
@@ -47,26 +73,31 @@ def _backward(
     cosine_high = tl.load(cosine + table + HEAD // 2, mask=inside, other=0.0).to(tl.float32)
     sine_low = tl.load(sine + table, mask=inside, other=0.0).to(tl.float32)
     sine_high = tl.load(sine + table + HEAD // 2, mask=inside, other=0.0).to(tl.float32)
-    for start in range(0, query_heads + 2 * key_heads, HEADS):
+    heads = query_heads + 2 * key_heads
+    inverse = 1.0
+    if SCALED:  # the row's largest magnitude comes first; the second reading comes from the cache
+        largest = tl.zeros((HEADS, HALF), tl.int32)
+        for start in range(0, heads, HEADS):
+            head = (start + tl.arange(0, HEADS))[:, None]
+            a, b = _rotated_back(query, key, value, head, low, inside, cosine_low, cosine_high, sine_low, sine_high,
+                                 query_heads, key_heads, HEAD)  # fmt: skip
+            largest = tl.maximum(largest, magnitudes(a.to(out.dtype.element_ty).to(tl.float32)))
+            largest = tl.maximum(largest, magnitudes(b.to(out.dtype.element_ty).to(tl.float32)))
+        scale, inverse = scale_of(tl.max(largest))
+        tl.store(scales + row, scale)
+    for start in range(0, heads, HEADS):
         head = (start + tl.arange(0, HEADS))[:, None]
-        is_query = head < query_heads
-        is_key = (head >= query_heads) & (head < query_heads + key_heads)
-        is_value = (head >= query_heads + key_heads) & (head < query_heads + 2 * key_heads)
-        from_query = query + wide * query_stride + head * HEAD + low
-        from_key = key + wide * key_stride + (head - query_heads) * HEAD + low
-        from_value = value + wide * value_stride + (head - query_heads - key_heads) * HEAD + low
-        a = tl.load(from_query, mask=inside & is_query, other=0.0).to(tl.float32)
-        b = tl.load(from_query + HEAD // 2, mask=inside & is_query, other=0.0).to(tl.float32)
-        a += tl.load(from_key, mask=inside & is_key, other=0.0).to(tl.float32)
-        b += tl.load(from_key + HEAD // 2, mask=inside & is_key, other=0.0).to(tl.float32)
-        plain_a = tl.load(from_value, mask=inside & is_value, other=0.0).to(tl.float32)
-        plain_b = tl.load(from_value + HEAD // 2, mask=inside & is_value, other=0.0).to(tl.float32)
-        first_half = a * cosine_low + b * sine_high + plain_a
-        second_half = b * cosine_high - a * sine_low + plain_b
+        a, b = _rotated_back(query, key, value, head, low, inside, cosine_low, cosine_high, sine_low, sine_high,
+                             query_heads, key_heads, HEAD)  # fmt: skip
+        a, b = a.to(out.dtype.element_ty), b.to(out.dtype.element_ty)
+        mask = inside & (head < heads)
         address = out + wide * out_stride + head * HEAD + low
-        mask = inside & (head < query_heads + 2 * key_heads)
-        tl.store(address, first_half.to(out.dtype.element_ty), mask=mask)
-        tl.store(address + HEAD // 2, second_half.to(out.dtype.element_ty), mask=mask)
+        tl.store(address, a, mask=mask)
+        tl.store(address + HEAD // 2, b, mask=mask)
+        if SCALED:
+            address = values + wide * values_stride + head * HEAD + low
+            tl.store(address, (a.to(tl.float32) * inverse).to(values.dtype.element_ty), mask=mask)
+            tl.store(address + HEAD // 2, (b.to(tl.float32) * inverse).to(values.dtype.element_ty), mask=mask)
 
 
 _launch_forward, _launch_backward = Launcher(_forward, num_warps=4), Launcher(_backward, num_warps=4)
@@ -89,16 +120,16 @@ def rope_backward(
     sine_pd: torch.Tensor,
     head_size: int,
     first: int,
-    out_mn: torch.Tensor,
+    out_mn: torch.Tensor | ScaledRows,
 ) -> None:
     """See `reference.rope_backward`."""
     query, key, value = gradients
-    half = power_of_two(head_size // 2)
+    half, out = power_of_two(head_size // 2), parts_of(out_mn)
     _launch_backward(
-        (query.shape[0],), query, key, value, cosine_pd, sine_pd, out_mn,
-        query.stride(0), key.stride(0), value.stride(0), out_mn.stride(0),
+        (query.shape[0],), query, key, value, cosine_pd, sine_pd, *out.tensors,
+        query.stride(0), key.stride(0), value.stride(0), *out.strides,
         cosine_pd.shape[0], first, query.shape[1] // head_size, key.shape[1] // head_size,
-        head_size, half, _heads(half),
+        out.is_scaled, head_size, half, _heads(half),
     )  # fmt: skip
 
 
