@@ -117,7 +117,9 @@ def test_forward_and_every_gradient(kind, quantised):
         print(kind, quantised, y, to_x, adapters)
         assert 0.005 < y < ERROR, "an error below what e4m3 has means that nothing was computed in it"
         assert 0.005 < to_x < ERROR
-        assert all(error < 1e-5 if DTYPE == torch.float32 else error < 0.01 for error in adapters), "they are not in fp8"
+        assert all(error < 1e-5 if torch.float32 == DTYPE else error < 0.01 for error in adapters), (
+            "they are not in fp8"
+        )
 
 
 def test_adapters_are_as_precise_as_in_16_bits():
@@ -203,7 +205,7 @@ def test_each_direction_sums_as_it_was_told(fast, monkeypatch):
 
 
 def test_both_forms_and_a_16_bit_matrix_share_a_slot():
-    """Where forward's and backward's matrices lie side by side, neither is written twice; a 16-bit one takes the place of both."""
+    """Forward's and backward's lie side by side, so neither is written twice; a 16-bit one takes the place of both."""
     group, written = group_of("all"), []
     product, rows = product_of(group), slice(0, 42)
     workspace = product._workspace
