@@ -151,7 +151,7 @@ def test_what_is_left_out_by_name_stays_in_16_bits(llama, skip, expected):
 @pytest.mark.parametrize("name", ["lm_head", "layers.3", "proj", "", ".", "layers"])
 def test_a_name_that_is_nothing_here_is_refused(llama, name):
     if name == "layers":
-        assert choose_fp8("fp8-if-possible", [name], [], torch.device("cpu"), LAYERS).fp8 is None
+        assert choose_fp8("fp8-if-possible", [name], "none", torch.device("cpu"), LAYERS).fp8 is None
         return
     with pytest.raises(EngineError) as caught:
         fuse(load(llama), compute="fp8-if-possible", fp8_skip=[name])
@@ -163,7 +163,7 @@ def test_a_name_that_is_nothing_here_is_refused(llama, name):
 def test_unknown_values_are_refused(llama):
     for options, what in (
         ({"compute": "int8"}, "there is no compute 'int8'"),
-        ({"compute": "fp8", "fp8_fast": ["sideways"]}, "there is no direction 'sideways'"),
+        ({"compute": "fp8", "fp8_fast": "sideways"}, "fp8_fast cannot be 'sideways'"),
     ):
         with pytest.raises(EngineError) as caught:
             fuse(load(llama), **options)
@@ -187,14 +187,14 @@ def test_cards_without_fp8_units_are_told_apart(monkeypatch, name, capability, h
     Card(monkeypatch, name, capability)
     device = torch.device("cuda")
     if has:
-        assert choose_fp8("fp8", (), ("forward", "backward"), device, 3) == Fp8Choice(Fp8((), (True, True)))
+        assert choose_fp8("fp8", (), "both", device, 3) == Fp8Choice(Fp8((), (True, True)))
         return
     with pytest.raises(EngineError) as caught:
-        choose_fp8("fp8", (), (), device, 3)
+        choose_fp8("fp8", (), "none", device, 3)
     print(caught.value)
     assert f"{name} (compute capability {capability[0]}.{capability[1]}) has no fp8 units" in str(caught.value)
     assert "engine.compute" in str(caught.value)
-    assert choose_fp8("fp8-if-possible", (), (), device, 3).fp8 is None
+    assert choose_fp8("fp8-if-possible", (), "none", device, 3).fp8 is None
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="of a CPU")
@@ -300,7 +300,7 @@ def test_describe_says_what_is_computed_in_fp8(llama):
     gradients(model, batch_of())
     print(fusion(model).describe())
     assert re.search(
-        r"^trained in fp8 \(fast sums: forward and backward\), evaluated in 16 bits; in 16 bits: down_proj$",
+        r"^trained in fp8 \(fast sums: forward and backward; in 16 bits: down_proj\), evaluated in 16 bits$",
         fusion(model).describe(),
         re.MULTILINE,
     )

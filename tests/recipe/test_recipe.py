@@ -44,7 +44,14 @@ def test_all_faults_are_listed_together_with_their_lines(tmp_path):
         (["engine.weights=host", "train.eval_tasks=[arc_easy]"], "train.eval_tasks: lm-eval builds a key-value cache"),
         (["engine.weights=host", "model.device=cpu"], "engine.weights: host streams weights to a GPU"),
         (["engine.resident_layers=3"], "engine.resident_layers: all layers' weights stay on the device"),
-        (["engine.weights=host", "engine.fused=false"], "policy, embedding and weights have no effect"),
+        (["engine.compute=fp8", "engine.fused=false"], "policy, embedding, weights and compute have no effect"),
+        (["engine.fp8_skip=down_proj"], "fp8_skip and fp8_fast have no effect, because engine.compute is bf16"),
+        (["engine.fp8_fast=none"], "fp8_skip and fp8_fast have no effect, because engine.compute is bf16"),
+        (["engine.compute=fp8", "model.device=cpu"], "a CPU has no fp8 units"),
+        (["engine.compute=fp8-if-possible", "model.dtype=float16"], "give bfloat16, but model.dtype is float16"),
+        (["engine.compute=fp8", "lora.dora=true"], "DoRA is computed by Transformers, which has no fp8"),
+        (["engine.compute=fp8", "engine.fp8_fast=sideways"], "engine.fp8_fast"),
+        (["engine.weights=host", "engine.fused=false"], "policy, embedding, weights and compute have no effect"),
         (["data.validation=-1"], "data.validation: a share below 1"),
         (["lora.targets=[]"], "lora.targets: an empty list"),
         (["train.epochs"], "options are written key=value"),
@@ -163,6 +170,7 @@ def test_arguments_that_a_shell_makes_from_braces_are_merged():
 def test_the_example_of_every_option_is_valid(key, tmp_path):
     sections = key.split(".")[:-1]
     beside = ["train.max_steps=9", "data.validation=3"] if key == "data.streaming" else []
+    beside += ["engine.compute=fp8"] if key.startswith("engine.fp8") else []
     (argument,) = shlex.split(example(key))
     recipe = load_recipe(None, [*beside, argument])
     file = tmp_path / "recipe.yaml"

@@ -204,7 +204,7 @@ def test_a_requested_engine_that_is_not_possible_is_refused(tiny_llama, rows, ca
         train(recipe_for(tiny_llama, rows, tmp_path / "run", *words), console=quiet, cache=cache)
     print(caught.value)
     assert "none of 2 decoder layers can be fused: q_proj is a" in str(caught.value)
-    assert "leave engine.policy, engine.embedding and engine.weights out" in str(caught.value.fix)
+    assert "leave engine.policy, embedding, weights and compute out" in str(caught.value.fix)
     assert not (tmp_path / "run").exists()
 
 

@@ -30,7 +30,7 @@ TORCH = (
     ),
     Coupling(
         "version counters", "torch", ("torch:Tensor._version",),
-        ("engine/layer_function.py", "engine/workspace.py", "generate/kept.py", "weights/packed.py"),
+        ("engine/layer_function.py", "engine/product_fp8.py", "engine/workspace.py", "generate/kept.py", "weights/packed.py"),
         "weights changed in place between forward and backward, or between two answers, would go unnoticed", AT_START,
     ),
     Coupling(
@@ -64,6 +64,11 @@ TORCH = (
     Coupling(
         "the processor's bfloat16", "torch", ("torch.cpu:_is_avx512_bf16_supported",), ("model/device.py",),
         "the compute type on a CPU", AT_START,
+    ),
+    Coupling(
+        "products in fp8 with a scale for each row", "torch", ("torch:_scaled_mm",), ("kernels/triton/scaled.py",),
+        "fp8 products would fail: scales would be read as another kind, or the result could not be written in place",
+        f"{AT_START}; tests marked gpu hold products against their reference",
     ),
     # triton
     Coupling(

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from nybble.engine.layer import FusedLayer
+from nybble.engine.layer import GROUPS, FusedLayer
 from nybble.engine.matrices import Augmented
 from nybble.engine.product_fp8 import Peaks, Scaled
 from nybble.engine.reader import PROJECTIONS
 from nybble.engine.workspace import MatrixForm
 from nybble.errors import EngineError
 from nybble.kernels.scaled import MULTIPLE
+from nybble.plan.shapes import unknown_names, unskipped
 
 Compute = Literal["bf16", "fp8", "fp8-if-possible"]
-Direction = Literal["forward", "backward"]
+Fast = Literal["forward", "backward", "both", "none"]
 OLDEST = (8, 9)  # compute capability of the first cards with fp8 units: Ada
 
 
@@ -33,15 +34,13 @@ class Fp8:
 
     @functools.cache  # noqa: B019 - a model has few of these, and asks for every batch
     def groups(self, layer: int) -> frozenset[str]:
-        """The groups of a layer that are computed in fp8; one projection in 16 bits keeps those with the same input there."""
-        paths = {
-            group: [f"layers.{layer}.{parent}.{name}" for name in names]
-            for group, (parent, names) in PROJECTIONS.items()
-        }
-        return frozenset(group for group, found in paths.items() if not any(self._skips(path) for path in found))
+        """The groups of a layer that are computed in fp8."""
+        return frozenset(name for name, is_in in zip(GROUPS, unskipped(self.skip, layer), strict=True) if is_in)
 
-    def _skips(self, path: str) -> bool:
-        return any(f".{name}." in f".{path}." for name in self.skip)
+    def __str__(self) -> str:
+        fast = [name for name, is_fast in zip(("forward", "backward"), self.fast, strict=True) if is_fast]
+        skipped = f"; in 16 bits: {', '.join(self.skip)}" if self.skip else ""
+        return f"fp8 (fast sums: {' and '.join(fast) or 'none'}{skipped})"
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,7 @@ class Fp8Choice:
 IN_16_BITS = Fp8Choice(None)
 
 
-def choose_fp8(
-    compute: Compute, skip: Iterable[str], fast: Collection[Direction], device: torch.device, layers: int
-) -> Fp8Choice:
+def choose_fp8(compute: Compute, skip: Iterable[str], fast: Fast, device: torch.device, layers: int) -> Fp8Choice:
     """What is computed in fp8, or why nothing is.
 
     Args:
@@ -74,9 +71,9 @@ def choose_fp8(
     """
     if compute not in ("bf16", "fp8", "fp8-if-possible"):
         raise EngineError(f"there is no compute {compute!r}", fix="one of bf16, fp8, fp8-if-possible")
-    if unknown := [name for name in fast if name not in ("forward", "backward")]:
-        raise EngineError(f"there is no direction {unknown[0]!r} (fp8_fast)", fix="forward, backward, both or none")
-    asked = Fp8(tuple(skip), ("forward" in fast, "backward" in fast))
+    if fast not in ("forward", "backward", "both", "none"):
+        raise EngineError(f"fp8_fast cannot be {fast!r}", fix="forward, backward, both or none")
+    asked = Fp8(tuple(skip), (fast in ("forward", "both"), fast in ("backward", "both")))
     _check_names(asked, layers)
     if compute == "bf16":
         return IN_16_BITS
@@ -143,15 +140,8 @@ def forms(dtype: torch.dtype, in_fp8: bool, peaks: Peaks) -> list[MatrixForm[Any
 
 def _check_names(fp8: Fp8, layers: int) -> None:
     """Raise EngineError for a name that is none of this model's projections or layers."""
-    paths = [
-        f".layers.{n}.{parent}.{name}."
-        for n in range(layers)
-        for parent, names in PROJECTIONS.values()
-        for name in names
-    ]
-    for name in fp8.skip:
-        if not name.strip(".") or not any(f".{name}." in path for path in paths):
-            raise EngineError(
-                f"{name!r} is no projection and no layer of this model (fp8_skip)",
-                fix=f"names like down_proj, self_attn, layers.0, layers.{layers - 1}.mlp or layers.0.self_attn.q_proj",
-            )
+    if unknown := unknown_names(fp8.skip, layers):
+        raise EngineError(
+            f"{unknown[0]!r} is no projection and no layer of this model (fp8_skip)",
+            fix=f"names like down_proj, self_attn, layers.0, layers.{layers - 1}.mlp or layers.0.self_attn.q_proj",
+        )

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 
 from nybble.couplings.check import first_incompatibility
 from nybble.engine.batch_plan import begin_batch
-from nybble.engine.compute import IN_16_BITS, Compute, Direction, Fp8Choice, check_layers, choose_fp8
+from nybble.engine.compute import IN_16_BITS, Compute, Fast, Fp8Choice, check_layers, choose_fp8
 from nybble.engine.embedding import EmbeddingOnHost
 from nybble.engine.final_norm import FinalNorm
 from nybble.engine.fusion import BatchReport, Fusion, Policy
@@ -46,7 +46,7 @@ def fuse(
     resident_layers: int = 0,
     compute: Compute = "bf16",
     fp8_skip: Sequence[str] = (),
-    fp8_fast: Sequence[Direction] = ("forward",),
+    fp8_fast: Fast = "forward",
 ) -> Any:
     """Compute a model's decoder layers with the fused engine, in place.
 
@@ -71,7 +71,7 @@ def fuse(
             fp8 matrix units of Ada, Hopper and Blackwell cards; adapters, norms, attention and head stay in bfloat16, and in
             evaluation mode without gradients so does everything else. fp8-if-possible falls back to bf16, and says why.
         fp8_skip: names of projections and layers that stay in 16 bits: down_proj, self_attn, layers.0, layers.31.mlp.
-        fp8_fast: where fp8 sums are fast, which has fewer bits on Hopper: forward, backward.
+        fp8_fast: where fp8 sums are fast, which have fewer bits on Hopper: forward, backward, both or none.
 
     Returns:
         The same model. `fusion(model).describe()` says what was done.

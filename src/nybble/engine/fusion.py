@@ -88,7 +88,7 @@ class Fusion:
         total = self.fused + self.fallen_back
         lines = [f"{self.fused} of {total} decoder layers fused; {self.shared.reason}"]
         if self.fp8 is not None:
-            lines.append(self._describe_fp8(self.fp8))
+            lines.append(f"trained in {self.fp8}, evaluated in 16 bits")
         if self.fp8_missing:
             lines.append(self.fp8_missing)
         if self.last.attention:
@@ -100,11 +100,6 @@ class Fusion:
         if (streamed := self.shared.streamed) is not None:
             lines.append(f"the weights of {streamed.streamed_layers} layers are on the host and streamed to the device")
         return "\n".join([*lines, *(f"{n} not fused: {why}" for why, n in Counter(self.last.refusals).items())])
-
-    def _describe_fp8(self, fp8: Fp8) -> str:
-        fast = [name for name, is_fast in zip(("forward", "backward"), fp8.fast, strict=True) if is_fast]
-        skipped = f"; in 16 bits: {', '.join(fp8.skip)}" if fp8.skip else ""
-        return f"trained in fp8 (fast sums: {' and '.join(fast) or 'none'}), evaluated in 16 bits{skipped}"
 
     def policy_counts(self) -> str:
         """The last batch's policies, counted."""

@@ -171,8 +171,43 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"),
 """Projections with one input, which are computed together."""
 
 
+PATHS = tuple(
+    tuple(f"{'mlp' if name in ('gate_proj', 'up_proj', 'down_proj') else 'self_attn'}.{name}" for name in names)
+    for names in GROUPS
+)
+"""Where each group's projections are in a layer."""
+
+
+def unskipped(skip: Collection[str], layer: int) -> tuple[bool, ...]:
+    """Which of the groups no name leaves out: one projection leaves those with the same input out too.
+
+    Args:
+        skip: parts of names of projections or layers: down_proj, layers.0, layers.3.mlp.
+        layer: the layer's number.
+    """
+    return tuple(
+        not any(_is_part(name, f"layers.{layer}.{path}") for name in skip for path in paths) for paths in PATHS
+    )
+
+
+def unknown_names(skip: Collection[str], layers: int) -> list[str]:
+    """The names that leave out nothing in a model of this many layers."""
+    every = [f"layers.{layer}.{path}" for layer in range(layers) for paths in PATHS for path in paths]
+    return [name for name in skip if not any(_is_part(name, path) for path in every)]
+
+
+def _is_part(name: str, path: str) -> bool:
+    return bool(name) and f".{name}." in f".{path}."
+
+
 def layer_shape(
-    shape: ModelShape, r: int, targets: Collection[str], *, element: int = 2, residual: int = 2
+    shape: ModelShape,
+    r: int,
+    targets: Collection[str],
+    *,
+    element: int = 2,
+    residual: int = 2,
+    fp8: tuple[bool, ...] = (False,) * 4,
 ) -> LayerShape:
     """A decoder layer of a model with LoRA.
 
@@ -182,6 +217,7 @@ def layer_shape(
         targets: names of the projections that have one.
         element: bytes of a number.
         residual: bytes of a number of the residual stream.
+        fp8: which of the groups are computed in fp8.
     """
     q, o, g, d = (-(-r * len([name for name in group if name in targets]) // ALIGNMENT) * ALIGNMENT for group in GROUPS)
     return LayerShape(
@@ -193,6 +229,7 @@ def layer_shape(
         (q, o, g, d),
         element,
         residual,
+        fp8,
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from nybble.plan import ledger
 from nybble.plan.policies import tile
-from nybble.plan.shapes import LayerShape, ModelShape, layer_shape
+from nybble.plan.shapes import LayerShape, ModelShape, layer_shape, unskipped
 from nybble.recipe import Recipe
 
 WEIGHTS, SCALES, EMBEDDING, HEAD, NORMS = "weights", "their scales", "embedding", "head", "norms and biases"
@@ -88,7 +88,7 @@ def work_of(recipe: Recipe, shape: ModelShape, longest: int | None = None, token
     rows, element = train.micro_batch * longest, 4 if model.dtype == "float32" else 2
     return Work(
         shape=shape,
-        layer=layer_shape(shape, lora.r, targets, element=element, residual=element),
+        layer=layer_shape(shape, lora.r, targets, element=element, residual=element, fp8=_in_fp8(recipe, shape)),
         quantization=model.quantization,
         double_quantization=model.double_quantization,
         trained=shape.adapter_parameters(lora.r, targets, dora=lora.dora),
@@ -100,6 +100,15 @@ def work_of(recipe: Recipe, shape: ModelShape, longest: int | None = None, token
         streamed_layers=shape.layers - recipe.engine.resident_layers if recipe.engine.weights == "host" else 0,
         plain_mask=None if recipe.engine.fused else PLAIN_MASK * train.micro_batch * longest**2,
     )
+
+
+def _in_fp8(recipe: Recipe, shape: ModelShape) -> tuple[bool, ...]:
+    """Which groups are computed in fp8, in any of the layers: that takes no less memory."""
+    engine = recipe.engine
+    if not engine.fused or engine.compute == "bf16":
+        return (False,) * 4
+    layers = [unskipped(engine.fp8_skip, number) for number in range(shape.layers)]
+    return tuple(map(any, zip(*layers, strict=True)))
 
 
 def unplanned(recipe: Recipe) -> str | None:

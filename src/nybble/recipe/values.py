@@ -27,6 +27,7 @@ EXAMPLES = {
     "model.rope_scaling": "{rope_type: linear, factor: 2.0}",
     "adapter": "runs/NAME/adapter",
     "lora.targets": "q_proj,v_proj",
+    "engine.fp8_skip": "down_proj",
     "data.path": "rows.jsonl",
     "data.map": "prompt:question,completion:answer",
     "train.neftune_alpha": "5",

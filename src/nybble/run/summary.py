@@ -101,6 +101,8 @@ class Summary(RunRecord):
     device: AnyText
     dtype: ComputeType
     """The compute type."""
+    products: AnyText | None = None
+    """In what frozen weights were multiplied: bf16 for the compute type, or fp8 with its options; None before 0.9."""
     base: BaseSummary
     data: DataSummary
     adapter: AdapterSummary

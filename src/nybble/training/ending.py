@@ -116,6 +116,7 @@ def summarise(setup: TrainingSetup, recorder: Recorder, used: ResourceUse, first
         versions=versions(),
         device=torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else "cpu",
         dtype=str(setup.dtype).removeprefix("torch."),
+        products="bf16" if setup.fusion is None or setup.fusion.fp8 is None else str(setup.fusion.fp8),
         base=BaseSummary(
             name=base.checkpoint.name,
             commit=base.checkpoint.commit,

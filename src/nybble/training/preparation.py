@@ -140,7 +140,9 @@ def fuse_layers(model: PeftModel, recipe: Recipe, console: Console) -> Fusion | 
     try:
         engine = recipe.engine
         fuse(
-            model, engine.policy, embedding=engine.embedding, weights=engine.weights, resident_layers=engine.resident_layers
+            model, engine.policy, embedding=engine.embedding, weights=engine.weights,
+            resident_layers=engine.resident_layers, compute=engine.compute, fp8_skip=engine.fp8_skip,
+            fp8_fast=engine.fp8_fast,
         )  # fmt: skip
     except EngineError as error:
         if recipe.engine.is_customised:
@@ -155,7 +157,7 @@ def fuse_layers(model: PeftModel, recipe: Recipe, console: Console) -> Fusion | 
         if recipe.engine.is_customised:
             raise EngineError(
                 f"none of {result.fallen_back} decoder layers can be fused: {why}",
-                fix="leave engine.policy, engine.embedding and engine.weights out: the layers are then computed by Transformers",
+                fix="leave engine.policy, embedding, weights and compute out: the layers are then computed by Transformers",
             )
         print_engine(console, None, why)
         return None

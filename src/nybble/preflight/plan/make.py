@@ -19,7 +19,7 @@ from nybble.plan.placing import (
     may_stream,
 )
 from nybble.plan.policies import LADDER
-from nybble.plan.shapes import ModelShape
+from nybble.plan.shapes import ModelShape, unknown_names
 from nybble.plan.step import unplanned
 from nybble.preflight.plan.card import Card
 from nybble.preflight.plan.sizes import Sizes
@@ -96,13 +96,14 @@ def make_plan(
             f"{what}, whose memory is not planned yet", fix="leave it out, or read the peak that nybble train prints"
         )
     check_resident_layers(recipe, shape)
+    check_fp8_names(recipe, shape)
     rows = facts.rows if facts is not None else Rows()
     option, verdict = _choose(recipe, shape, limit, rows, adapt=adapt)
     recipe = changed(recipe, option.changes)
     work = option.work
     length = facts.typical if facts is not None else recipe.data.max_length
-    # The rate of the link to the host is not known, nor how fast Transformers' layers are.
-    known = card is not None and not work.streamed_layers and recipe.engine.fused
+    # The rate of the link to the host is not known, nor how fast Transformers' layers or fp8 products are.
+    known = card is not None and not work.streamed_layers and recipe.engine.fused and not any(work.layer.fp8)
     speed = (
         pace(work.layer, shape, option.placement.policies, length, card.name) if card is not None and known else None
     )
@@ -146,6 +147,19 @@ def check_resident_layers(recipe: Recipe, shape: ModelShape) -> None:
             f"engine.resident_layers={recipe.engine.resident_layers}, but the model has {shape.layers} layers, of which at "
             "least one is streamed",
             fix="engine.weights=device, or fewer",
+        )
+
+
+def check_fp8_names(recipe: Recipe, shape: ModelShape) -> None:
+    """Refuse names in engine.fp8_skip that are nothing in the model, as the engine does once the base is loaded.
+
+    Raises:
+        RecipeError: there are.
+    """
+    if unknown := unknown_names(recipe.engine.fp8_skip, shape.layers):
+        raise RecipeError(
+            f"engine.fp8_skip: {unknown[0]!r} is no projection and no layer of the model",
+            fix=f"names like down_proj, self_attn, layers.0, layers.{shape.layers - 1}.mlp or layers.0.self_attn.q_proj",
         )
 
 

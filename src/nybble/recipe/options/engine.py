@@ -22,8 +22,14 @@ class EngineOptions(Options):
     """Where the decoder layers' weights are kept; host streams them to the GPU, which saves 3.1 GB of its memory on a 7B."""
     resident_layers: int = Field(default=0, ge=0)
     """With weights=host, how many layers' weights stay on the GPU all the same: a short micro batch does not hide the copies."""
+    compute: Literal["bf16", "fp8", "fp8-if-possible"] = "bf16"
+    """In what training multiplies the frozen weights: bf16 is the model's own type; fp8 needs Ada, Hopper or Blackwell."""
+    fp8_skip: list[str] = Field(default_factory=list)
+    """With fp8, projections and layers that stay in 16 bits, by name: [down_proj], [layers.0, layers.31]."""
+    fp8_fast: Literal["forward", "backward", "both", "none"] = "forward"
+    """With fp8, where its sums have fewer bits: faster on Hopper."""
 
     @property
     def is_customised(self) -> bool:
-        """Whether an option besides `fused` differs from its default."""
-        return self.policy != "auto" or self.embedding != "device" or self.weights != "device"
+        """Whether an option besides `fused` must be followed, and is not the default."""
+        return self.policy != "auto" or self.embedding != "device" or self.weights != "device" or self.compute == "fp8"

@@ -113,9 +113,10 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         "train.eval_tasks: lm-eval builds a key-value cache, which engine.weights=host cannot; leave them out, and score the "
         "finished run with nybble eval",
     )
+    yield from _fp8_faults(recipe)
     yield (
         not recipe.engine.fused and recipe.engine.is_customised,
-        "engine: policy, embedding and weights have no effect, because engine.fused is false",
+        "engine: policy, embedding, weights and compute have no effect, because engine.fused is false",
     )
     for name, text in (("model.path", recipe.model.path), ("adapter", recipe.adapter), ("out", recipe.out)):
         yield (
@@ -123,6 +124,27 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
             f"{name}: {text!r} is not UTF-8, and the libraries that read and write models accept no other names; rename it",
         )
     yield lora.targets == [], "lora.targets: an empty list trains nothing; name layers or use all-linear"
+
+
+def _fp8_faults(recipe: Recipe) -> Iterator[tuple[bool, str]]:
+    engine, model = recipe.engine, recipe.model
+    is_default = not engine.fp8_skip and engine.fp8_fast == "forward"
+    yield (
+        engine.compute == "bf16" and not is_default,
+        "engine: fp8_skip and fp8_fast have no effect, because engine.compute is bf16",
+    )
+    yield (
+        engine.compute == "fp8" and model.device == "cpu",
+        "engine.compute: a CPU has no fp8 units, and model.device is cpu; fp8-if-possible falls back to 16 bits",
+    )
+    yield (
+        engine.compute != "bf16" and model.dtype in ("float16", "float32"),
+        f"engine.compute: products in fp8 give bfloat16, but model.dtype is {model.dtype}",
+    )
+    yield (
+        engine.compute == "fp8" and recipe.lora.dora,
+        "engine.compute: DoRA is computed by Transformers, which has no fp8; leave lora.dora or engine.compute out",
+    )
 
 
 def option_names(model: type[Options] = Recipe, prefix: str = "") -> Iterator[str]:
