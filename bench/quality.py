@@ -64,7 +64,7 @@ import pathlib
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -196,7 +196,9 @@ class Session:
         file: pathlib.Path,
         minutes: float,
         side_by_side: int,
+        plan: Callable[[list[dict[str, Any]], Setup], tuple[list[Run], int]] = pending,
     ) -> None:
+        self.plan = plan
         self.began = time.monotonic()
         self.deadline = self.began + 60 * minutes
         self.setup, self.file, self.side_by_side = setup, file, side_by_side
@@ -218,7 +220,7 @@ class Session:
     def assign(self) -> bool:
         """Give runs to idle workers. Returns whether any worker is busy."""
         busy = {worker.run for worker in self.workers if worker.run}
-        runs, _ = pending(self.results, self.setup)
+        runs, _ = self.plan(self.results, self.setup)
         fitting = [run for run in runs if run not in busy | self.failed and self.fits(run)]
         while len(self.workers) < min(self.side_by_side, len(busy) + len(fitting)):
             self.workers.append(self.start())
@@ -252,7 +254,7 @@ class Session:
 
     def left(self) -> str:
         """How many runs and minutes are left."""
-        runs, later = pending(self.results, self.setup)
+        runs, later = self.plan(self.results, self.setup)
         count = len(runs) + later
         seconds = [row["seconds"] for row in self.results] or [GUESS]
         minutes = count * sum(seconds) / len(seconds) / self.side_by_side / 60

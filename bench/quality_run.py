@@ -11,7 +11,7 @@ import re
 import tempfile
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,7 +25,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from bench.quality_setup import METHODS, TASKS, Run, Setup, tokens_of
+from bench.quality_setup import ALL_METHODS, TASKS, Run, Setup, tokens_of
 from nybble.data.batches import Collator, Sample, next_labels
 from nybble.engine.fuse import fuse, fusion
 from nybble.engine.loss import last_hidden
@@ -47,7 +47,7 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 def recipe_of(run: Run, setup: Setup, model: pathlib.Path) -> Recipe:
     """The recipe of a run; all methods use one optimiser, AdamW with 32-bit states."""
-    method = METHODS[run.method]
+    method = ALL_METHODS[run.method]
     adapter = [f"lora.targets={method.targets}"] if method.targets else []
     return load_recipe(None, [
         f"model.path={model}", f"model.quantization={method.quantization}", "model.dtype=auto",
@@ -68,7 +68,9 @@ def computing(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=compute_type(device) == torch.bfloat16)
 
 
-def load(recipe: Recipe, device: torch.device, whole: bool, cache: pathlib.Path) -> Any:
+def load(
+    recipe: Recipe, device: torch.device, whole: bool, cache: pathlib.Path, fp8: Mapping[str, Any] | None = None
+) -> Any:
     """The model to train: fused with an adapter, or whole with float32 master weights."""
     checkpoint = find_checkpoint(recipe.model.path)
     dtype = torch.float32 if whole else compute_type(device)
@@ -78,7 +80,10 @@ def load(recipe: Recipe, device: torch.device, whole: bool, cache: pathlib.Path)
         return model.requires_grad_(True)
     adapted = attach_adapter(model, recipe.lora)
     begin_alike(adapted, recipe.train.seed)
-    fuse(adapted)
+    if fp8 is None:
+        fuse(adapted)
+    else:
+        fuse(adapted, compute="fp8", **fp8)
     engine = fusion(adapted)
     assert engine is not None
     assert not engine.fallen_back, "all layers are fused"
@@ -230,7 +235,8 @@ def one_run(run: Run, setup: Setup, model_folder: pathlib.Path, folder: pathlib.
     gc.collect()  # frees what the previous run left in this process
     began = time.perf_counter()
     # 1. Rows.
-    task, whole = TASKS[run.data], not METHODS[run.method].targets
+    task, method = TASKS[run.data], ALL_METHODS[run.method]
+    whole = not method.targets
     tokenizer = load_tokenizer(model_folder)
     rows = tokens_of(run.data, "train", setup, tokenizer, folder)
     split = "development" if run.stage == "tune" else "test"
@@ -238,7 +244,7 @@ def one_run(run: Run, setup: Setup, model_folder: pathlib.Path, folder: pathlib.
     # 2. Model.
     device = choose_device("auto")
     recipe = recipe_of(run, setup, model_folder)
-    model = load(recipe, device, whole, folder / "cache")
+    model = load(recipe, device, whole, folder / "cache", method.fp8)
     result = {"init": adapter_digest(model, [""]), "init_qv": adapter_digest(model, ["q_proj", "v_proj"])}
     # 3. Train. A fully fine-tuned model is measured as it would be used, in bfloat16.
     if run.stage != "before":
@@ -252,7 +258,7 @@ def one_run(run: Run, setup: Setup, model_folder: pathlib.Path, folder: pathlib.
     result["loss"] = round(loss, 6) if math.isfinite(loss) else None
     if split == "test":
         result |= {"nats": numpy.round(nats, 3).tolist(), "tokens": counts.tolist()}
-    if split == "test" and task.asks:
+    if split == "test" and task.asks and setup.questions:
         asked = held_out.select(range(min(setup.questions, len(held_out))))
         result["right"] = right_answers(model, asked, tokenizer, rows.template.end_id, setup.new_tokens)
     return {**asdict(run), **result, **about(device), "seconds": round(time.perf_counter() - began, 1)}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 from transformers import PreTrainedTokenizerBase
@@ -53,6 +55,8 @@ class Method:
     quantization: str
     targets: str
     """If empty, there is no adapter and all weights are trained."""
+    fp8: Mapping[str, Any] | None = None
+    """The arguments of `nybble.fuse` beside compute="fp8", where it is trained in fp8."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,16 @@ METHODS = {
     "qlora-qv": Method("QLoRA NF4, q_proj and v_proj", "nf4", "[q_proj, v_proj]"),
     "full": Method("full fine-tuning, bf16", "none", ""),
 }
+FP8_METHODS = {
+    "fp8": Method("QLoRA NF4, fp8", "nf4", "all-linear", {}),
+    "fp8-down": Method("fp8, down_proj in 16 bits", "nf4", "all-linear", {"fp8_skip": ["down_proj"]}),
+    "fp8-ends": Method(
+        "fp8, first and last layer in 16 bits", "nf4", "all-linear", {"fp8_skip": ["layers.0", "layers.29"]}
+    ),
+    "fp8-fast": Method("fp8, fast sums in backward too", "nf4", "all-linear", {"fp8_fast": "both"}),
+}
+"""What bench/quality_fp8.py compares with qlora of METHODS."""
+ALL_METHODS = METHODS | FP8_METHODS
 TASKS = {
     "gsm8k": Task(
         "GSM8K", "gsm8k_train.jsonl", "gsm8k_test.jsonl", 500, "{prompt: question, completion: answer}", ("question",), True

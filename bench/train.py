@@ -15,6 +15,7 @@ it says nothing about the engine. `--rows` selects the rows whose names contain 
 
     work=dense|packed|padded  batch=4  length=2048  policy=auto|...|plain|compiled  r=16  dtype=bfloat16|float16
     embedding=device|host  weights=device|host  limit=GB  steps=10
+    compute=bf16|fp8  skip=down_proj,layers.0  fast=forward|backward|both|none
 """
 
 from __future__ import annotations
@@ -172,7 +173,11 @@ def build(
         for layer in model.get_base_model().model.layers:
             layer.compile()
     if not plain:
-        fuse(model, options["policy"], embedding=options["embedding"], weights=options["weights"])
+        fuse(
+            model, options["policy"], embedding=options["embedding"], weights=options["weights"],
+            compute=options["compute"], fp8_skip=[name for name in options["skip"].split(",") if name],
+            fp8_fast=options["fast"],
+        )  # fmt: skip
         fusion(model).budget.chunked_loss = True
     trainer = trainer_of(model, tokenizer, recipe, rows, steps + (not options["limit"]), dtype, callbacks, plain=plain)
     return trainer, counted_tokens(trainer)

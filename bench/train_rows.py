@@ -7,7 +7,7 @@ from typing import Any
 
 DEFAULTS = {
     "work": "dense", "batch": 4, "length": 2048, "policy": "auto", "r": 16, "dtype": "bfloat16", "embedding": "device",
-    "weights": "device", "limit": 0.0, "steps": 10,
+    "weights": "device", "limit": 0.0, "steps": 10, "compute": "bf16", "skip": "", "fast": "forward",
 }  # fmt: skip
 ROWS = [
     ("4 x 2048, memory free", {}),
@@ -43,6 +43,18 @@ ROWS = [
     ("instruct_mix packed to 2048, memory free", {"work": "packed", "steps": 40}),
     ("instruct_mix packed to 2048, host", {"work": "packed", "policy": "host", "steps": 40}),
     ("instruct_mix unpacked, 16 rows", {"work": "padded", "batch": 16}),
+    ("4 x 2048, fp8, memory free", {"compute": "fp8"}),
+    ("4 x 2048, fp8, fast sums in both directions", {"compute": "fp8", "fast": "both"}),
+    ("4 x 2048, fp8, slow sums", {"compute": "fp8", "fast": "none"}),
+    ("4 x 2048, fp8, down_proj in 16 bits", {"compute": "fp8", "skip": "down_proj"}),
+    ("4 x 2048, fp8, keep-all", {"compute": "fp8", "policy": "keep-all"}),
+    ("4 x 2048, fp8, layer-input", {"compute": "fp8", "policy": "layer-input"}),
+    ("4 x 2048, fp8, host", {"compute": "fp8", "policy": "host"}),
+    ("2 x 4096, memory free", {"batch": 2, "length": 4096}),
+    ("2 x 4096, fp8, memory free", {"batch": 2, "length": 4096, "compute": "fp8"}),
+    ("8 x 2048, fp8, memory free", {"batch": 8, "compute": "fp8"}),
+    ("1 x 2048, fp8, memory free", {"batch": 1, "compute": "fp8"}),
+    ("4 x 2048, fp8, weights on the host", {"compute": "fp8", "weights": "host"}),
     ("20,000 tokens in 8 GB", {"batch": 1, "length": 20000, "policy": "host", "limit": 8.0, "steps": 3}),
     ("120,000 tokens in 24 GB", {"batch": 1, "length": 120000, "policy": "host", "limit": 24.0, "steps": 2}),
 ]
