@@ -126,6 +126,19 @@ def test_weights_on_the_host_are_planned_as_the_ledger_has_them(here):
     assert mixed["weights"] == 3_238_002_688 // 4
 
 
+def test_fp8_takes_about_as_much_memory(here):
+    plans = {}
+    for words in ([], ["engine.compute=fp8"], ["engine.compute=fp8", "engine.fp8_skip=layers.0,down_proj"]):
+        plans[" ".join(words)] = json.loads(
+            here("plan", "llama-2-7b", "--json", "engine.policy=keep-all", *words).stdout
+        )
+    plain, fp8, mixed = (sum(plan["moments"]["step"].values()) for plan in plans.values())
+    print(plain, fp8, mixed)
+    assert fp8 == pytest.approx(plain, rel=0.01)
+    assert mixed == pytest.approx(plain, rel=0.01)
+    assert len({plain, fp8, mixed}) == 3
+
+
 def test_a_70b_trains_within_24_gb(here):
     done = here("plan", "llama-2-70b", "--vram", "24GB", "data.max_length=2048")
     print(done.stdout)
@@ -246,6 +259,10 @@ def test_the_speed_is_that_of_this_machines_card(here, monkeypatch, tmp_path):
         (("llama-2-7b", "data.max_length=8192"), "data.max_length=8192 is above the model's 4096 positions"),
         (("llama-2-7b", "--vram", "9" * 400), "is not a size of memory"),
         (("llama-2-7b", "lora.dora=true"), "whose memory is not planned yet"),
+        (
+            ("llama-2-7b", "engine.compute=fp8", "engine.fp8_skip=layers.32"),
+            "engine.fp8_skip: 'layers.32' is no projection and no layer of the model",
+        ),
     ],
 )
 def test_bad_input(here, words, says):

@@ -24,7 +24,7 @@ def copiers(monkeypatch):
     """What `fuse` does on a GPU, here; and no other weights for samples, as on a GPU."""
     made = []
 
-    def fuse(model, policy, *, embedding, weights, resident_layers):
+    def fuse(model, policy, *, embedding, weights, resident_layers, **in_16_bits):
         if weights == "host":
             made.append(SynchronousCopier())
         return attach(model, policy, embedding, Streaming(made[-1], resident_layers) if weights == "host" else None)

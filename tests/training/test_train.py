@@ -28,6 +28,7 @@ from nybble.chat.loading import load_answerer
 from nybble.data.batches import Collator
 from nybble.data.rows.formats import Message
 from nybble.data.text.tokens import encode_prompt
+from nybble.engine import compute
 from nybble.engine.fuse import fuse
 from nybble.errors import (
     DataError,
@@ -215,6 +216,39 @@ def test_weights_on_the_host_of_a_cpu_are_refused(tiny_llama, rows, cache, tmp_p
         train(recipe, console=quiet, cache=cache)
     assert "engine.weights=device" in str(caught.value.fix)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a run on a CPU")
+def test_fp8_on_a_cpu_is_refused_and_if_possible_it_falls_back_and_says_so(tiny_llama, rows, cache, tmp_path, capsys):
+    words = ["model.device=auto", "model.dtype=auto", "train.max_steps=2", UNASKED]
+    with pytest.raises(EngineError, match="cannot be computed in fp8: cpu has no fp8 units") as caught:
+        train(recipe_for(tiny_llama, rows, tmp_path / "run", *words, "engine.compute=fp8"), cache=cache)
+    print(caught.value)
+    assert "engine.compute" in str(caught.value.fix)
+    assert not (tmp_path / "run").exists()
+    run = train(recipe_for(tiny_llama, rows, tmp_path / "run", *words, "engine.compute=fp8-if-possible"), cache=cache)
+    assert "computed in 16 bits, not in fp8: cpu has no fp8 units" in capsys.readouterr().out
+    assert run.summary().products == "bf16"
+
+
+def test_a_run_records_that_it_was_trained_in_fp8_and_is_evaluated_in_16_bits(
+    tiny_llama, rows, cache, tmp_path, quiet, monkeypatch
+):
+    monkeypatch.setattr(compute, "missing", lambda device: "")  # on a CPU its reference computes it
+    words = ["model.device=auto", "model.dtype=auto", "train.max_steps=3", "train.learning_rate=5e-3", UNASKED]
+    runs = {
+        name: train(recipe_for(tiny_llama, rows, tmp_path / name, *words, *more), console=quiet, cache=cache)
+        for name, more in {
+            "fp8": ["engine.compute=fp8", "engine.fp8_skip=down_proj"],
+            "bf16": [],
+        }.items()
+    }
+    assert runs["fp8"].summary().products == "fp8 (fast sums: forward; in 16 bits: down_proj)"
+    assert runs["bf16"].summary().products == "bf16"
+    before = [run.summary().validation_loss.before for run in runs.values()]
+    assert before[0] == before[1], "the same model is evaluated in the same way"
+    assert runs["fp8"].summary().train_loss != runs["bf16"].summary().train_loss
+    assert runs["fp8"].summary().train_loss == pytest.approx(runs["bf16"].summary().train_loss, abs=0.05)
 
 
 def test_training_continues_from_an_adapter(finished, tiny_llama, rows, cache, tmp_path, quiet):
