@@ -106,9 +106,9 @@ def main() -> None:
     print("| product | bfloat16 us | fp8 slow | fp8 fast | TFLOP/s: bfloat16, slow, fast |")
     print("| --- | --- | --- | --- | --- |")
     for name, work, calls in products(tokens):
-        taken = [microseconds(call) for call in calls.values()]
-        rates = ", ".join(f"{work / each / 1e6:.0f}" for each in taken)
-        print(f"| {name} | {' | '.join(f'{each:.0f}' for each in taken)} | {rates} |", flush=True)
+        times = [microseconds(call) for call in calls.values()]
+        rates = ", ".join(f"{work / each / 1e6:.0f}" for each in times)
+        print(f"| {name} | {' | '.join(f'{each:.0f}' for each in times)} | {rates} |", flush=True)
 
 
 if __name__ == "__main__":
