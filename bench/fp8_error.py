@@ -78,7 +78,7 @@ def gradients(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, dict[s
 
 def compared(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> tuple[float, float, str]:
     """Cosine of all gradients together, the lowest of one tensor, and its name."""
-    whole = [torch.cat([side[name].flatten() for name in exact]) for side in (found, exact)]
+    whole = [torch.cat([side[name].flatten() for name in exact]).double() for side in (found, exact)]
     single = {
         name: torch.cosine_similarity(found[name].flatten(), exact[name].flatten(), dim=0).item() for name in exact
     }
