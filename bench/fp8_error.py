@@ -3,7 +3,7 @@
     nybble demo --weights MODEL
     python -m bench.fp8_error MODEL DATA.jsonl [--rows 8] [--length 512] [--steps 30] [--json FILE]
 
-The adapter is trained for some steps in 16 bits first: at the start B is zero, and A has no gradient. Then a batch of other rows
+The adapter is trained for some steps first: at the start B is zero, and A has no gradient. Then a batch of other rows
 is computed by the same NF4 base and adapter in float32, in the compute type, and in fp8 with parts in 16 bits. On a CPU fp8 is
 computed by its reference, whose rows are exact in float32.
 """
@@ -34,7 +34,7 @@ def parts(layers: int) -> dict[str, Fp8 | None]:
     """What is compared, by name."""
     ends = ("layers.0", f"layers.{layers - 1}")
     return {
-        "16 bits": None,
+        "the compute type": None,
         "fp8": Fp8(),
         "fp8, fast sums in backward too": Fp8((), (True, True)),
         "fp8, slow sums": Fp8((), (False, False)),
@@ -80,7 +80,8 @@ def compared(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> 
     """Cosine of all gradients together, the lowest of one tensor, and its name."""
     whole = [torch.cat([side[name].flatten() for name in exact]).double() for side in (found, exact)]
     single = {
-        name: torch.cosine_similarity(found[name].flatten(), exact[name].flatten(), dim=0).item() for name in exact
+        name: torch.cosine_similarity(found[name].flatten().double(), exact[name].flatten().double(), dim=0).item()
+        for name in exact
     }
     worst = min(single, key=single.__getitem__)
     name = ".".join(part for part in worst.split(".") if part not in ("base_model", "model", "default", "weight"))

@@ -17,7 +17,7 @@ from triton.testing import do_bench
 from bench.kernels import HEADS, HIDDEN, RANK, SIZE, WIDTH, numbers
 from nybble.kernels import triton as kernels
 from nybble.kernels.reference import Nested
-from nybble.kernels.scaled import E4M3, ScaledRows
+from nybble.kernels.scaled import E4M3, Balance, ScaledRows
 from nybble.plan.ledger import split_columns
 
 GROUPS = {"q, k, v": (HIDDEN, 3 * HIDDEN, 3), "o": (HIDDEN, HIDDEN, 1), "gate, up": (HIDDEN, 2 * WIDTH, 2),
@@ -52,9 +52,10 @@ def operations(tokens: int) -> Iterator[tuple[str, int, Callable[[], None]]]:
     yield "add_rms_norm", 9 * n, lambda: kernels.add_rms_norm(x, update, norm, 1e-5, total, rows)
     yield "rms_norm_backward", 9 * n, lambda: kernels.rms_norm_backward(update, x, norm, 1e-5, x, rows)
     ranks, up = numbers(tokens, RANK), numbers(WIDTH, RANK)
-    yield "split T", 5 * tokens * RANK, lambda: kernels.split(ranks, 0.25, rows.scales, False, rows.values[:, HIDDEN:])
+    balance = Balance(torch.ones(2, device="cuda").view(torch.int32), 0, 8, 8)
+    yield "split T", 5 * tokens * RANK, lambda: kernels.split(ranks, balance, rows.scales, rows.values[:, HIDDEN:])
     beside = torch.empty(WIDTH, HIDDEN + 48, dtype=E4M3, device="cuda")[:, HIDDEN:]
-    yield "split s B", 5 * WIDTH * RANK, lambda: kernels.split(up, 256.0, None, True, beside)
+    yield "split s B", 5 * WIDTH * RANK, lambda: kernels.split(up, balance, None, beside)
     gate_up, active, change = scaled(tokens, 2 * WIDTH, 2 * RANK), scaled(tokens, WIDTH), numbers(tokens, WIDTH)
     n = tokens * WIDTH
     yield "swiglu", 7 * n, lambda: kernels.swiglu(gate_up.wide, active)

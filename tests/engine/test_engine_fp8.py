@@ -14,8 +14,9 @@ from nybble.engine.compute import Fp8, Fp8Choice, check_type, choose_fp8
 from nybble.engine.fuse import attach, fuse, fusion, unfuse
 from nybble.engine.layer import GROUPS
 from nybble.errors import EngineError
-from nybble.plan.ledger import dequantised_bytes, kept_bytes, workspace_bytes
+from nybble.plan.ledger import dequantised_bytes, workspace_bytes
 from nybble.plan.policies import KEEP_ALL
+from nybble.preflight.doctor.gpu import number_formats
 from nybble.weights.streamed import Streaming
 from tests.conftest import write_llama
 from tests.engine.streaming import LateCopier, SynchronousCopier
@@ -133,7 +134,8 @@ def test_an_adapter_that_is_switched_off_leaves_the_base(llama):
         (("q_proj",), [3, 3, 3]),
         (("mlp",), [2, 2, 2]),
         (("layers.0", "layers.2"), [0, 4, 0]),
-        (("layers.1.mlp.down_proj", "self_attn"), [2, 1, 2]),
+        (("model.layers.1.mlp.down_proj", "self_attn"), [2, 1, 2]),
+        (("base_model.model.model.layers.2",), [4, 4, 0]),
     ],
 )
 def test_what_is_left_out_by_name_stays_in_16_bits(llama, skip, expected):
@@ -148,11 +150,21 @@ def test_what_is_left_out_by_name_stays_in_16_bits(llama, skip, expected):
         assert f"in 16 bits: {', '.join(skip)}" in fusion(model).describe()
 
 
-@pytest.mark.parametrize("name", ["lm_head", "layers.3", "proj", "", ".", "layers"])
+@pytest.mark.parametrize("skip", [["layers"], ["mlp", "self_attn"], "down_proj"])
+def test_names_that_leave_nothing_and_a_text_are_refused(llama, skip):
+    with pytest.raises(EngineError) as caught:
+        fuse(load(llama), compute="fp8-if-possible", fp8_skip=skip)
+    print(caught.value)
+    said = (
+        "is a text, not a list of names: 'down_proj'"
+        if skip == "down_proj"
+        else f"leaves nothing in fp8: {', '.join(skip)}"
+    )
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["lm_head", "layers.3", "proj", "", ".", "0", "model.layers.3"])
 def test_a_name_that_is_nothing_here_is_refused(llama, name):
-    if name == "layers":
-        assert choose_fp8("fp8-if-possible", [name], "none", torch.device("cpu"), LAYERS).fp8 is None
-        return
     with pytest.raises(EngineError) as caught:
         fuse(load(llama), compute="fp8-if-possible", fp8_skip=[name])
     print(caught.value)
@@ -187,14 +199,24 @@ def test_cards_without_fp8_units_are_told_apart(monkeypatch, name, capability, h
     Card(monkeypatch, name, capability)
     device = torch.device("cuda")
     if has:
-        assert choose_fp8("fp8", (), "both", device, 3) == Fp8Choice(Fp8((), (True, True)))
+        assert choose_fp8("fp8", (), "both", device, torch.bfloat16, 3) == Fp8Choice(Fp8((), (True, True)))
         return
     with pytest.raises(EngineError) as caught:
-        choose_fp8("fp8", (), "none", device, 3)
+        choose_fp8("fp8", (), "none", device, torch.bfloat16, 3)
     print(caught.value)
     assert f"{name} (compute capability {capability[0]}.{capability[1]}) has no fp8 units" in str(caught.value)
     assert "engine.compute" in str(caught.value)
-    assert choose_fp8("fp8-if-possible", (), "none", device, 3).fp8 is None
+    assert choose_fp8("fp8-if-possible", (), "none", device, torch.bfloat16, 3).fp8 is None
+
+
+def test_a_model_in_float16_is_refused_when_it_is_fused(monkeypatch):
+    Card(monkeypatch, "H200", (9, 0))
+    with pytest.raises(
+        EngineError, match="cannot be computed in fp8: its products give bfloat16, but the model is in float16"
+    ):
+        choose_fp8("fp8", (), "none", torch.device("cuda"), torch.float16, 3)
+    fallen_back = choose_fp8("fp8-if-possible", (), "none", torch.device("cuda"), torch.float16, 3)
+    assert (fallen_back.fp8, "the model is in float16" in fallen_back.missing) == (None, True)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="of a CPU")
@@ -216,7 +238,7 @@ def test_shapes_that_do_not_divide_are_named(tmp_path):
     with pytest.raises(EngineError) as caught:
         in_fp8(model)
     print(caught.value)
-    assert "layer 0: down_proj have 120 inputs and 64 outputs, but fp8 units need multiples of 16" in str(caught.value)
+    assert "layer 0: 120 inputs and 64 outputs of down_proj, but fp8 units need multiples of 16" in str(caught.value)
     assert fusion(model) is None
     assert gradients(model, batch_of())
     in_fp8(model, skip=("mlp",))
@@ -287,7 +309,6 @@ def test_a_workspace_is_as_planned_and_evaluation_needs_no_larger_one(llama, mon
     layer, *_ = fusion(model).read(list(fusion(model).readers))[0].values()
     shape = layer.shape(DTYPE, DTYPE, GROUPS)
     assert fusion(model).shared.workspace.reserved_bytes == workspace_bytes(shape, tiles)
-    assert kept_bytes(KEEP_ALL, shape) < kept_bytes(KEEP_ALL, layer.shape(DTYPE, DTYPE))
     model.eval()
     with torch.no_grad():
         model(**batch_of())
@@ -308,5 +329,7 @@ def test_describe_says_what_is_computed_in_fp8(llama):
     assert "trained in fp8 (fast sums: none), evaluated in 16 bits" in fusion(model).describe()
 
 
-def test_what_the_register_of_cards_says_is_what_is_checked():
-    assert compute.OLDEST == (8, 9)
+def test_the_doctor_and_the_engine_agree_which_cards_have_fp8():
+    major, minor = compute.OLDEST
+    assert "fp8" in number_formats((major, minor))
+    assert "fp8" not in number_formats((major, minor - 1))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from nybble.kernels import reference
 from nybble.kernels import triton as kernels
-from nybble.kernels.reference import Nested
-from nybble.kernels.scaled import E4M3, ScaledRows
+from nybble.kernels.reference import LowRank, Nested
+from nybble.kernels.scaled import E4M3, Balance, ScaledRows, rank_exponent
 from tests.kernels.test_kernels import DEVICE, DTYPES, numbers
 
 ROOMS = (kernels, reference)
@@ -114,34 +114,73 @@ def test_any_number_is_within_a_sixteenth(number):
     assert abs(back - number) <= abs(number) / 16 + 2.0**-107
 
 
-@pytest.mark.parametrize("is_right", [True, False])
+def bits(*numbers_):
+    """As `pack_adapters` gives the largest magnitudes."""
+    return torch.tensor(numbers_, device=DEVICE).view(torch.int32)
+
+
+@pytest.mark.parametrize("own", [0, 1])
 @pytest.mark.parametrize("rows, ranks, width", [(42, 8, 32), (123, 24, 80), (6, 40, 128)])
-def test_numbers_are_split_alike_and_as_precise_as_bfloat16(rows, ranks, width, is_right):
-    source = numbers(ranks, rows).t() * 3
-    scales = torch.full((rows, 1), 0.25, device=DEVICE)
-    for given_scales, divided in ((scales, 4.0), (None, 1.0)):
-        outs = []
-        for room in ROOMS:
-            out = torch.full((rows, width + 8), NAN, dtype=torch.uint8, device=DEVICE).view(E4M3)[:, :width]
-            room.split(source, 0.5, given_scales, is_right, out)
-            outs.append(out.view(torch.uint8))
-        assert torch.equal(*outs)
-        first, second, third = (outs[0].view(E4M3)[:, start : start + ranks].float() for start in (0, ranks, 2 * ranks))
-        high, low = (first, second) if is_right else (first, third)
-        assert torch.equal(first, third if is_right else second)
-        wanted = source * 0.5 * divided
-        assert ((high + low - wanted).abs() <= wanted.abs() * 2**-8 + 2**-10).all()
-        assert (outs[0][:, 3 * ranks :] == 0).all()
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-6])
+def test_operands_are_split_alike_and_their_product_is_precise(rows, ranks, width, own, size):
+    """Left and right operand of T (s B)^T, with the scales of rows and of weights taken out again."""
+    factor, typical = 3, 12  # the left one's numbers, over their rows' scale, are about 2^typical / 64
+    left, right = numbers(ranks, rows).t() * 3, numbers(rows, ranks) * size
+    scales = torch.full((rows, 1), 0.03125, device=DEVICE)
+    largest = (right.abs().max().item(), 1 / 64)
+    balance = Balance(bits(*(largest if own == 0 else largest[::-1])), own, factor, typical)
+    pairs = []
+    for room in ROOMS:
+        outs = [
+            torch.full((rows, width + 8), NAN, dtype=torch.uint8, device=DEVICE).view(E4M3)[:, :width] for _ in range(2)
+        ]
+        room.split(left, balance, scales, outs[0])
+        room.split(right, balance, None, outs[1])
+        pairs.append(outs)
+    for ours, theirs in zip(*pairs, strict=True):
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+        assert (ours.view(torch.uint8)[:, 3 * ranks :] == 0).all()
+    found = (pairs[0][0].float() @ pairs[0][1].float().t()) * scales * 2.0**-factor
+    expected = left @ right.t()
+    assert (found - expected).norm() / expected.norm() < (0.005 if size >= 1e-3 else 0.3)
 
 
-def test_what_is_too_large_to_split_saturates_and_what_is_not_a_number_shows():
-    source = torch.tensor([[1e6, -1e6, float("nan"), 1.0, 0, 0, 0, 0]], device=DEVICE)
+@given(
+    st.floats(2.0**-30, 2.0**20, width=32),
+    st.floats(2.0**-30, 2.0**20, width=32),
+    st.integers(-20, 30),
+    st.integers(0, 12),
+)
+def test_the_right_operand_never_saturates(own, other, factor, typical):
+    exponent = rank_exponent(Balance(bits(own, other), 0, factor, typical)).item()
+    assert own * 2.0 ** (factor - exponent) <= 448 or exponent == 40
+
+
+def test_what_is_too_large_on_the_left_saturates_and_what_is_not_a_number_shows():
+    source = torch.tensor([[1e9, -1e9, float("nan"), 1.0, 0, 0, 0, 0]], device=DEVICE)
     for room in ROOMS:
         out = torch.zeros((1, 32), dtype=E4M3, device=DEVICE)
-        room.split(source, 1.0, None, False, out)
+        room.split(source, Balance(bits(1.0, 1.0), 0, 0, 0), torch.ones(1, 1, device=DEVICE), out)
         assert out[0, :2].float().tolist() == [448, -448]
         assert out[0, 2].isnan()
         assert out[0, 3] == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adapters_tell_their_largest_numbers(dtype):
+    for size in (1.0, 0.0):
+        adapters = [
+            LowRank(numbers(4, 123), numbers(42, 4) * size, 0.5, 0, 0),
+            LowRank(numbers(3, 123), numbers(6, 3) * size, 2.0, 42, 4),
+        ]
+        for room in ROOMS:
+            up, down = (torch.empty(shape, dtype=dtype, device=DEVICE) for shape in ((48, 8), (8, 123)))
+            largest = torch.full((2,), -1, dtype=torch.int32, device=DEVICE)
+            room.pack_adapters(adapters, up, down, largest)
+            assert largest.view(torch.float32).tolist() == [
+                up.float().abs().max().item(),
+                down.float().abs().max().item(),
+            ]
 
 
 @pytest.mark.parametrize("transposed", [True, False])

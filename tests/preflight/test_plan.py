@@ -136,7 +136,8 @@ def test_fp8_takes_about_as_much_memory(here):
     print(plain, fp8, mixed)
     assert fp8 == pytest.approx(plain, rel=0.01)
     assert mixed == pytest.approx(plain, rel=0.01)
-    assert len({plain, fp8, mixed}) == 3
+    assert plain < fp8
+    assert mixed <= fp8
 
 
 def test_a_70b_trains_within_24_gb(here):

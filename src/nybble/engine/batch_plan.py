@@ -199,7 +199,8 @@ def _groups_in_fp8(
     numbers: Mapping[LlamaDecoderLayer, int],
     batch: BatchContext,
 ) -> dict[LlamaDecoderLayer, frozenset[str]]:
-    """The groups of each layer that this batch computes in fp8: none in evaluation, which shows what the adapter is worth in use.
+    """The groups of each layer that this batch computes in fp8: none in evaluation without gradients, which shows what the
+    adapter is worth in use.
 
     Raises:
         EngineError: fp8 suits neither the activations' type nor the shapes.

@@ -1,9 +1,9 @@
-"""In what the products are computed: which groups of projections in fp8, and what that needs of a device and of a model."""
+"""Which groups of projections are computed in fp8, and what that needs of a device and of a model."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,7 +56,9 @@ class Fp8Choice:
 IN_16_BITS = Fp8Choice(None)
 
 
-def choose_fp8(compute: Compute, skip: Iterable[str], fast: Fast, device: torch.device, layers: int) -> Fp8Choice:
+def choose_fp8(
+    compute: Compute, skip: Sequence[str], fast: Fast, device: torch.device, dtype: torch.dtype, layers: int
+) -> Fp8Choice:
     """What is computed in fp8, or why nothing is.
 
     Args:
@@ -64,20 +66,23 @@ def choose_fp8(compute: Compute, skip: Iterable[str], fast: Fast, device: torch.
         skip: names of projections and layers that stay in 16 bits.
         fast: where sums are fast.
         device: where the layers are computed.
+        dtype: the type of the residual stream.
         layers: the number of layers.
 
     Raises:
-        EngineError: an unknown value or name, or a device without fp8 units where fp8 is a must.
+        EngineError: an unknown value or name; where fp8 is a must, also a device without fp8 units or a type they do not give.
     """
     if compute not in ("bf16", "fp8", "fp8-if-possible"):
         raise EngineError(f"there is no compute {compute!r}", fix="one of bf16, fp8, fp8-if-possible")
+    if isinstance(skip, str):
+        raise EngineError(f"fp8_skip is a text, not a list of names: {skip!r}", fix=f"fp8_skip=[{skip!r}]")
     if fast not in ("forward", "backward", "both", "none"):
         raise EngineError(f"fp8_fast cannot be {fast!r}", fix="forward, backward, both or none")
     asked = Fp8(tuple(skip), (fast in ("forward", "both"), fast in ("backward", "both")))
     _check_names(asked, layers)
     if compute == "bf16":
         return IN_16_BITS
-    why = missing(device)
+    why = missing(device) or unfit(dtype, device)
     if not why:
         return Fp8Choice(asked)
     if compute == "fp8":
@@ -114,14 +119,21 @@ def check_layers(layers: Mapping[Any, FusedLayer], fp8: Fp8, numbers: Mapping[An
             if group.inputs % MULTIPLE or group.outputs % MULTIPLE:
                 projections = ", ".join(PROJECTIONS[name][1])
                 raise EngineError(
-                    f"layer {numbers[key]}: {projections} have {group.inputs} inputs and {group.outputs} outputs, but fp8 units "
+                    f"layer {numbers[key]}: {group.inputs} inputs and {group.outputs} outputs of {projections}, but fp8 units "
                     f"need multiples of {MULTIPLE}",
                     fix=f"leave them out: fp8_skip={list(PROJECTIONS[name][1])} (in a recipe: engine.fp8_skip)",
                 )
 
 
+def unfit(dtype: torch.dtype, device: torch.device) -> str:
+    """Why a model cannot be computed in fp8; empty if it may be: with a residual stream in float32, autocast or the 4-bit
+    layers decide for each batch in which type it is computed (`check_type`)."""
+    is_unfit = (device.type, dtype) == ("cuda", torch.float16)
+    return "its products give bfloat16, but the model is in float16" if is_unfit else ""
+
+
 def check_type(dtype: torch.dtype, device: torch.device) -> None:
-    """Check that the activations' type is the one that fp8 units give.
+    """Check that the activations' type of a batch is the one that fp8 units give.
 
     Raises:
         EngineError: it is another.
@@ -140,6 +152,10 @@ def forms(dtype: torch.dtype, in_fp8: bool, peaks: Peaks) -> list[MatrixForm[Any
 
 def _check_names(fp8: Fp8, layers: int) -> None:
     """Raise EngineError for a name that is none of this model's projections or layers."""
+    if not any(map(fp8.groups, range(layers))):
+        raise EngineError(
+            f"fp8_skip leaves nothing in fp8: {', '.join(fp8.skip)}", fix='compute="bf16" (in a recipe: engine.compute)'
+        )
     if unknown := unknown_names(fp8.skip, layers):
         raise EngineError(
             f"{unknown[0]!r} is no projection and no layer of this model (fp8_skip)",

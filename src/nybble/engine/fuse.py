@@ -79,7 +79,7 @@ def fuse(
     Raises:
         EngineError: no Llama backbone or several, layers spread over devices, an unknown policy, an embedding or weights
             that cannot stay on the host, more resident layers than could be streamed, a library that lacks something that
-            the engine needs, or a card or shapes that fp8 does not suit.
+            the engine needs, or a card, a type or shapes that fp8 does not suit.
     """
     if weights != "host" and resident_layers:
         raise EngineError(
@@ -88,7 +88,8 @@ def fuse(
     _check_request(policy)
     backbone = _backbone(model)
     device = _device(backbone, weights)
-    fp8 = choose_fp8(compute, fp8_skip, fp8_fast, device, len(backbone.layers))
+    dtype = backbone.embed_tokens.weight.dtype
+    fp8 = choose_fp8(compute, fp8_skip, fp8_fast, device, dtype, len(backbone.layers))
     if weights != "host":
         return attach(model, policy, embedding, fp8=fp8)
     _check_resident(resident_layers, len(backbone.layers))

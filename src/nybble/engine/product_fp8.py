@@ -2,28 +2,28 @@
 
 **Formats.** The units multiply e4m3 (four bits of exponent, three of mantissa: -448 to 448, relative error 2^-4 at most) and
 sum in float32. Weights are written from NF4 to e4m3 without a 16-bit copy in between, times one power of two for a group, which
-brings its largest magnitude to between 16 and 32. Inputs and output gradients have a power of two for each row, found by the
+brings its largest magnitude to between 128 and 256. Inputs and output gradients have a power of two for each row, found by the
 kernel that computes the row (`nybble.kernels.scaled`). Norms, attention, the head, the residual stream and all that is kept for
 backward stay in bfloat16, and so do T = x A^T, dT = dY s B and the adapters' gradients, which read the rows before they were
 rounded.
 
 **Layout.** The units want both operands with the summed dimension last, so a group has two matrices in a slot, each one byte a
-number, together as many bytes as the one 16-bit matrix of `nybble.engine.matrices`:
+number, together 2% more bytes than the one 16-bit matrix of `nybble.engine.matrices`:
 
-    forward    [ W   | high sB | low sB | high sB ]   n rows     y  = [x  | high T  | high T  | low T ]  forward^T
-    backward   [ W^T | high A^T | low A^T | high A^T ] k rows    dX = [dY | high dT | high dT | low dT] backward^T
+    forward    [ W   | high sB  | low sB  | high sB  ]  n rows     y  = [x  | high T  | high T  | low T ]  forward^T
+    backward   [ W^T | high A^T | low A^T | high A^T ]  k rows     dX = [dY | high dT | high dT | low dT] backward^T
 
-In three e4m3 columns for each rank the adapters are as precise as in bfloat16 (`nybble.kernels.scaled.split`): a new s B would
-change by less than half a step of e4m3 for many optimiser steps. Adding s B T in a pass of its own would read and write the
-output again, a larger share of the time than in 16 bits. T is divided by RANK_FACTOR and s B multiplied with it, since T may be
-larger than the largest number of its row.
+In plain e4m3 a new s B would change only every so many steps of the optimiser. In three columns for each rank (`split`), with a
+power of two that both operands share (`Balance`), the adapters' part of a product is off by 0.1 to 0.2% where the root mean
+square of s B is a ten-thousandth of the largest weight or more, about as in bfloat16, and by 0.8 to 1.6% where it is a
+millionth. Adding s B T in a pass of its own would read and write the output again, a larger share of the time than in 16 bits.
 
 **Trade-offs.** e4m3 of the weights adds an error of 2.6% to a product, that of the inputs 2.2 to 2.7%, where NF4 itself has
 9.2%: all together 9.7 to 9.9%. The library's way, one scale a tensor or a block and 16-bit weights quantised once, has no 4-bit
 base. Sums may be fast (in the units' own registers, 14 bits on Hopper, flushed to float32 rarely) or slow; forward is fast and
 backward slow unless asked otherwise, for a gradient passes through every layer below.
 
-The adapter that is trained is an ordinary one: in evaluation mode, layers are computed in 16 bits.
+The adapter that is trained is an ordinary one: in evaluation mode without gradients, layers are computed in 16 bits.
 """
 
 from __future__ import annotations
@@ -38,31 +38,29 @@ from nybble.engine.low_rank import AdapterGradients, add_input_gradient, ranks_f
 from nybble.engine.product import SavedRanks
 from nybble.engine.workspace import Workspace, low_rank
 from nybble.kernels.operations import Operations
-from nybble.kernels.scaled import E4M3, MULTIPLE, ScaledRows
+from nybble.kernels.scaled import E4M3, MULTIPLE, Balance, ScaledRows
 from nybble.weights.projections import ProjectionGroup
 from nybble.weights.store import WeightStore
 
-RANK_FACTOR = 4.0  # T saturates at 4 times the largest number of its row, s B at 3.5 times the largest weight
 WEIGHT_EXPONENT = (
-    5  # weights end below 2^5 of 448: NF4's smallest number is 2^-4 of its block's largest, far above 2^-6
+    8  # weights end below 2^8, of e4m3's 448: NF4's smallest number is 2^-4 of its block's largest, far above 2^-6
 )
 
 
 class Peaks:
-    """The power of two of each group's weights, computed once: reading it from the device waits for what is computed there."""
+    """The exponent of each group's weights, read once: reading it from the device waits for what is computed there."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[ProjectionGroup], list[int], float]] = {}
+        self._known: dict[int, tuple[weakref.ref[ProjectionGroup], list[int], int | None]] = {}
 
-    def factor(self, group: ProjectionGroup) -> float:
-        """What a group's weights are multiplied with."""
+    def exponent(self, group: ProjectionGroup) -> int | None:
+        """Of what a group's weights are multiplied with; None if a weight is not finite."""
         versions = [0 if tensor.is_inference() else tensor._version for tensor in group.stored()]
         known = self._known.get(id(group))
         if known is None or known[0]() is not group or known[1] != versions:
-            largest = max(weight.largest().item() for weight in group.frozen)
-            # The units would saturate at 448 where 16 bits show infinity, so all of such a group becomes NaN.
-            power = 2.0 ** (WEIGHT_EXPONENT - math.frexp(largest)[1]) if math.isfinite(largest) else math.nan
-            known = weakref.ref(group), versions, power
+            largest = torch.stack([weight.largest() for weight in group.frozen]).amax().item()
+            exponent = WEIGHT_EXPONENT - math.frexp(largest)[1] if math.isfinite(largest) else None
+            known = weakref.ref(group), versions, exponent
             self._known = {key: entry for key, entry in self._known.items() if entry[0]() is not None}
             self._known[id(group)] = known
         return known[2]
@@ -80,6 +78,8 @@ class ScaledMatrix:
     """s B of all adapters, (outputs, ranks), in the activations' type."""
     down: torch.Tensor
     """A of all adapters, (ranks, inputs)."""
+    largest: torch.Tensor
+    """(2,) int32: bits of the largest magnitudes of both."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,17 +102,26 @@ class Scaled:
     def view(self, part: torch.Tensor, group: ProjectionGroup) -> ScaledMatrix:
         """See `MatrixForm.view`."""
         rows, summed = self._shape(group)
-        values, scales, up, down = part.split(self._sizes(group))
+        values, scales, up, down, last = part.split(self._sizes(group))
+        largest = last[:8].view(torch.int32)
         return ScaledMatrix(
             values[: rows * _width(summed, group)].view(E4M3).view(rows, -1),
             scales[: 4 * rows].view(torch.float32).view(1, rows),
             up[: self._bytes(group.outputs * group.ranks)].view(self.dtype).view(group.outputs, group.ranks),
             down[: self._bytes(group.inputs * group.ranks)].view(self.dtype).view(group.ranks, group.inputs),
+            largest,
         )
+
+    def balance(self, group: ProjectionGroup, matrix: ScaledMatrix) -> Balance:
+        """How T and s B, or dT and A^T, are divided."""
+        typical = round(math.log2(180 / 7 * self._shape(group)[1] ** 0.5))
+        return Balance(matrix.largest, int(self.transposed), self.peaks.exponent(group) or 0, typical)
 
     def write_weights(self, store: WeightStore, group: ProjectionGroup, matrix: ScaledMatrix) -> None:
         """See `MatrixForm.write_weights`."""
-        factor = self.peaks.factor(group)
+        exponent = self.peaks.exponent(group)
+        # The units would saturate at 448 where 16 bits show infinity, so all of a group with such a weight becomes NaN.
+        factor = math.nan if exponent is None else 2.0**exponent
         matrix.scales.fill_(1 / factor)
         store.write_e4m3(group, factor, self.transposed, matrix.values[:, : self._shape(group)[1]])
 
@@ -120,10 +129,9 @@ class Scaled:
         """See `MatrixForm.write_adapters`."""
         if not group.adapters:
             return
-        operations.pack_adapters(low_rank(group), matrix.up, matrix.down)
+        operations.pack_adapters(low_rank(group), matrix.up, matrix.down, matrix.largest)
         source = matrix.down.t() if self.transposed else matrix.up
-        factor = RANK_FACTOR * self.peaks.factor(group)
-        operations.split(source, factor, None, True, matrix.values[:, self._shape(group)[1] :])
+        operations.split(source, self.balance(group, matrix), None, matrix.values[:, self._shape(group)[1] :])
 
     def _shape(self, group: ProjectionGroup) -> tuple[int, int]:
         """Rows, and the length of the summed dimension."""
@@ -133,7 +141,7 @@ class Scaled:
         """Bytes of the parts, each a multiple of 256."""
         rows, summed = self._shape(group)
         parts = (rows * _width(summed, group), 4 * rows, self._bytes(group.outputs * group.ranks),
-                 self._bytes(group.inputs * group.ranks))  # fmt: skip
+                 self._bytes(group.inputs * group.ranks), 8)  # fmt: skip
         return [-(-part // 256) * 256 for part in parts]
 
     def _bytes(self, numbers: int) -> int:
@@ -247,7 +255,9 @@ class Fp8Product:
         scaled, matrix = buffer.scaled, self._workspace.matrix(self.group, self._slot, self._forward)
         assert scaled is not None, "nothing was written"
         if self.group.ranks:
-            self._split(self._ranks(buffer.wide, rows, matrix, saved), scaled)
+            self._split(
+                self._ranks(buffer.wide, rows, matrix, saved), scaled, self._forward.balance(self.group, matrix)
+            )
         target = out_mn if add_mn is None else self._empty(len(out_mn), self.group.outputs)
         self._operations.scaled_product(
             scaled.values, scaled.scales, matrix.values, matrix.scales, self._fast[0], target
@@ -264,7 +274,7 @@ class Fp8Product:
             return
         assert scaled is not None, "nothing was written"
         if buffer.ranks is not None and not self.group.has_dropout:
-            self._split(buffer.ranks, scaled)
+            self._split(buffer.ranks, scaled, self._backward.balance(self.group, matrix))
         elif buffer.ranks is not None:  # the adapters' part is added below
             scaled.values.view(torch.uint8)[:, self.group.outputs :] = 0
         self._operations.scaled_product(
@@ -300,10 +310,9 @@ class Fp8Product:
         ranks_forward(x_mk, matrix.down.t(), self.group, self._seed_of(rows), ranks)
         return ranks
 
-    def _split(self, ranks: torch.Tensor, scaled: ScaledRows) -> None:
+    def _split(self, ranks: torch.Tensor, scaled: ScaledRows, balance: Balance) -> None:
         """Write T or dT beside the rows, in their scales."""
-        columns = scaled.values[:, scaled.wide.shape[1] :]
-        self._operations.split(ranks, 1 / RANK_FACTOR, scaled.scales, False, columns)
+        self._operations.split(ranks, balance, scaled.scales, scaled.values[:, scaled.wide.shape[1] :])
 
     def _target(self, buffer: Fp8Buffer) -> ScaledRows:
         """Where the kernel that computes the rows writes them: allocated only now, for kept rows wait long for it."""

@@ -14,7 +14,7 @@ import torch
 
 from nybble.kernels import reference
 from nybble.kernels.reference import LowRank, Nested
-from nybble.kernels.scaled import ScaledRows
+from nybble.kernels.scaled import Balance, ScaledRows
 
 try:
     from nybble.kernels import triton as kernels
@@ -51,7 +51,13 @@ class Operations(Protocol):
     ) -> None:
         """4-bit codes to e4m3: `reference.dequantize_e4m3`."""
 
-    def pack_adapters(self, adapters: Sequence[LowRank], up_nr: torch.Tensor, down_rk: torch.Tensor) -> None:
+    def pack_adapters(
+        self,
+        adapters: Sequence[LowRank],
+        up_nr: torch.Tensor,
+        down_rk: torch.Tensor,
+        largest: torch.Tensor | None = None,
+    ) -> None:
         """A group's adapters, cast and scaled: `reference.pack_adapters`."""
 
     def rms_norm(
@@ -119,7 +125,7 @@ class Operations(Protocol):
         """Rows to e4m3: `reference.quantize_rows`."""
 
     def split(
-        self, source_mr: torch.Tensor, factor: float, scales_m1: torch.Tensor | None, is_right: bool, out: torch.Tensor
+        self, source_mr: torch.Tensor, balance: Balance, scales_m1: torch.Tensor | None, out: torch.Tensor
     ) -> None:
         """Numbers as pairs of e4m3: `reference.split`."""
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nybble.kernels.scaled import E4M3, ScaledRows, write
+from nybble.kernels.scaled import E4M3, ScaledRows, magnitudes, write
 from nybble.kernels.scaled import quantize_rows as quantize_rows
 from nybble.kernels.scaled import scaled_product as scaled_product
 from nybble.kernels.scaled import split as split
@@ -103,13 +103,16 @@ def dequantize_e4m3(
     out.copy_(values.t() if transposed else values)
 
 
-def pack_adapters(adapters: Sequence[LowRank], up_nr: torch.Tensor, down_rk: torch.Tensor) -> None:
+def pack_adapters(
+    adapters: Sequence[LowRank], up_nr: torch.Tensor, down_rk: torch.Tensor, largest: torch.Tensor | None = None
+) -> None:
     """Write the adapters of a group side by side, cast, and zero where an adapter does not add to an output.
 
     Args:
         adapters: at most three, their ranks one after another.
         up_nr: view for s B, as many columns as there are ranks, rounded up.
         down_rk: view for A.
+        largest: (2,) int32, filled with the bits of the largest magnitudes of s B and of A as they were written.
     """
     up_nr.zero_()
     down_rk.zero_()
@@ -118,6 +121,8 @@ def pack_adapters(adapters: Sequence[LowRank], up_nr: torch.Tensor, down_rk: tor
         rows = slice(adapter.first_output, adapter.first_output + adapter.b.shape[0])
         up_nr[rows, ranks] = adapter.b.float() * adapter.scaling
         down_rk[ranks] = adapter.a
+    if largest is not None:
+        largest.copy_(torch.stack([magnitudes(up_nr.float()).amax(), magnitudes(down_rk.float()).amax()]))
 
 
 def rms_norm(x_mh: torch.Tensor, weight_h: torch.Tensor, eps: float, out_mh: torch.Tensor | ScaledRows) -> None:

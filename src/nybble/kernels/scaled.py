@@ -16,6 +16,11 @@ MULTIPLE = 16  # matrix units take rows of a multiple of this many numbers
 FEWEST, INFINITE = 27, 255
 """Exponents of float32, biased: the smallest that a row's largest magnitude counts as, so that rows of zeros have a scale
 (2^-107), and that of infinity and of what is not a number."""
+LEFT_MOST, RIGHT_MOST, RANGE = (
+    5,
+    7,
+    40,
+)  # exponents: of the left operand's usual numbers, of the right one's largest, of 2^r
 SPARE = 7  # powers of two that a row's largest magnitude keeps, of the 8 that e4m3 has above 1
 
 
@@ -43,7 +48,7 @@ def write(out: torch.Tensor | ScaledRows, numbers: torch.Tensor) -> None:
 def quantize_rows(rows: ScaledRows) -> None:
     """Fill values and scales from the wide numbers. A row with a number that is not finite becomes all NaN, other rows do not."""
     wide = rows.wide.float()
-    largest = (wide.view(torch.int32) & 0x7FFFFFFF).amax(dim=1, keepdim=True) >> 23
+    largest = magnitudes(wide).amax(dim=1, keepdim=True) >> 23
     exponent = largest.clamp(min=FEWEST)
     nan = torch.full((), float("nan"), device=wide.device)
     is_finite = largest < INFINITE
@@ -52,28 +57,61 @@ def quantize_rows(rows: ScaledRows) -> None:
     rows.values[:, : wide.shape[1]] = (wide * inverse).to(E4M3)
 
 
-def split(
-    source_mr: torch.Tensor, factor: float, scales_m1: torch.Tensor | None, is_right: bool, out: torch.Tensor
-) -> None:
-    """Write numbers as pairs of e4m3, a number rounded and what the rounding left, which together are as precise as bfloat16.
+def magnitudes(numbers: torch.Tensor) -> torch.Tensor:
+    """Bits of the magnitudes of float32: ordered like these, with what is not a number last."""
+    return numbers.view(torch.int32) & 0x7FFFFFFF
+
+
+@dataclasses.dataclass(frozen=True)
+class Balance:
+    """How a product of ranks, T (s B)^T, is divided between its two operands, each of which is split into pairs of e4m3.
+
+    The sums of a row have the scale of x over the factor of W, and e4m3's steps end at 2^-9, so a small adapter would be lost in
+    one operand while the other has room. T is multiplied by a power of two and s B divided by it, so that both are about equally
+    large: 2^r with r = (right - left) / 2. right is the exponent of the largest s B times W's factor. left is that of T over its
+    row's scale where the row is even, and T so as large as it gets: T is about the root mean square of x, a seventh of 180 times
+    the row's scale, times sqrt(k) times the largest A. In backward A^T takes the place of s B, and s B that of A.
+    """
+
+    largest: torch.Tensor
+    """(2,) int32: bits of the largest magnitude of s B and of A."""
+    own: int
+    """Which of them the right operand consists of."""
+    factor: int
+    """Exponent of what W is multiplied with."""
+    typical: int
+    """Exponent of 180 sqrt(k) / 7."""
+
+
+def rank_exponent(balance: Balance) -> torch.Tensor:
+    """r, () int32."""
+    exponents = (balance.largest >> 23) - 127
+    right, left = exponents[balance.own] + balance.factor, exponents[1 - balance.own] + balance.typical
+    balanced = ((right - left) >> 1).minimum(LEFT_MOST - left)  # a T of seven times the usual one saturates
+    return balanced.maximum(right - RIGHT_MOST).clamp(-RANGE, RANGE)  # s B never does
+
+
+def split(source_mr: torch.Tensor, balance: Balance, scales_m1: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Write an operand of a product of ranks as pairs of e4m3: numbers rounded, and what the rounding left.
 
     With the left operand as [high | high | low] and the right one as [high | low | high], a product of these columns is
     high high + high low + low high: only low low is missing, a 256th of the rest.
 
     Args:
         source_mr: the numbers, of any strides.
-        factor: what they are multiplied with; a power of two.
-        scales_m1: what the rows are divided by, float32 powers of two; None for nothing.
-        is_right: whether this is the right operand.
+        balance: what they are multiplied with.
+        scales_m1: of the rows that they stand beside, if this is the left operand; None for the right one.
         out: (m, 3 r or more) e4m3 view; columns beyond 3 r are zeroed. Magnitudes over 448 become 448.
     """
-    numbers, ranks = source_mr.float() * factor, source_mr.shape[1]
+    numbers, ranks, exponent = source_mr.float(), source_mr.shape[1], rank_exponent(balance)
+    power = exponent if scales_m1 is not None else balance.factor - exponent
+    numbers = numbers * _power(power + 127)
     if scales_m1 is not None:
         numbers = numbers / scales_m1
     numbers = numbers.clamp(-448, 448)
     high = numbers.to(E4M3)
     low = (numbers - high.float()).to(E4M3)
-    parts = (high, low, high) if is_right else (high, high, low)
+    parts = (high, low, high) if scales_m1 is None else (high, high, low)
     for index, part in enumerate(parts):
         out[:, index * ranks : (index + 1) * ranks] = part
     out.view(torch.uint8)[:, 3 * ranks :] = 0

@@ -222,8 +222,7 @@ def kept_bytes(policy: str, shape: LayerShape) -> int:
     if rung >= LADDER.index(DROP_MLP):
         total += shape.qkv * shape.element
     if rung >= LADDER.index(KEEP_ALL):
-        beside = 0 if shape.fp8[GATE_UP] else shape.ranks[GATE_UP]
-        total += (2 * shape.intermediate + beside) * shape.element
+        total += (2 * shape.intermediate + shape.ranks[GATE_UP]) * shape.element
     return total
 
 
@@ -247,7 +246,7 @@ def _scaled_bytes(outputs: int, inputs: int, ranks: int, element: int) -> int:
     total = 0
     for rows, columns in ((outputs, inputs), (inputs, outputs)):
         width = columns + split_columns(ranks)
-        for part in (rows * width, 4 * rows, outputs * ranks * element, inputs * ranks * element):
+        for part in (rows * width, 4 * rows, outputs * ranks * element, inputs * ranks * element, 8):
             total += _ceil_div(part, SCALED_ALIGNMENT) * SCALED_ALIGNMENT
     return total
 
@@ -289,8 +288,6 @@ def working_set_bytes(shape: LayerShape, tokens: int, policy: str) -> int:
     mlp = (3 * shape.intermediate + in_tile * shape.hidden + sum(shape.ranks)) * shape.element
     if shape.fp8[GATE_UP]:  # their gradients are there in e4m3 too
         mlp += 2 * shape.intermediate + split_columns(shape.ranks[GATE_UP])
-    if shape.fp8[DOWN]:  # the output's gradient needs no copy with space beside it
-        mlp -= shape.hidden * shape.element
     to_attended = shape.query * shape.element if rows < tokens else 0  # only after the first tile
     at_mlp = tokens * (recomputed + streams + to_attended) + rows * mlp
     # flash sums the query's gradient in float32

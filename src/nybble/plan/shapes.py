@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -191,13 +192,15 @@ def unskipped(skip: Collection[str], layer: int) -> tuple[bool, ...]:
 
 
 def unknown_names(skip: Collection[str], layers: int) -> list[str]:
-    """The names that leave out nothing in a model of this many layers."""
+    """The names that leave out nothing in a model of this many layers, or everything."""
     every = [f"layers.{layer}.{path}" for layer in range(layers) for paths in PATHS for path in paths]
-    return [name for name in skip if not any(_is_part(name, path) for path in every)]
+    return [name for name in skip if sum(_is_part(name, path) for path in every) in (0, len(every))]
 
 
 def _is_part(name: str, path: str) -> bool:
-    return bool(name) and f".{name}." in f".{path}."
+    """Whether a name is part of a path; names may begin as `named_modules` gives them, and a number alone says nothing."""
+    name = re.sub(r"^(base_model\.)?(model\.)*", "", name)
+    return bool(name) and not name.isdecimal() and f".{name}." in f".{path}."
 
 
 def layer_shape(

@@ -102,7 +102,7 @@ class Summary(RunRecord):
     dtype: ComputeType
     """The compute type."""
     products: AnyText | None = None
-    """In what frozen weights were multiplied: bf16 for the compute type, or fp8 with its options; None before 0.9."""
+    """The number format in which training multiplied by frozen weights: dtype, or fp8 with its options; None before 0.9."""
     base: BaseSummary
     data: DataSummary
     adapter: AdapterSummary

@@ -95,6 +95,16 @@ def refuse_untrained(run: Run, model: PeftModel, recorder: Recorder) -> None:
     )
 
 
+def _products(setup: TrainingSetup) -> str:
+    """As `Summary.products`."""
+    fusion = setup.fusion
+    if fusion is None or fusion.fp8 is None:
+        return str(setup.dtype).removeprefix("torch.")
+    return f"{fusion.fp8}" + (
+        f" in {fusion.fused} layers of {fusion.fused + fusion.fallen_back}" if fusion.fallen_back else ""
+    )
+
+
 def save_adapter(run: Run, model: PeftModel) -> None:
     """Write the adapter to a temporary folder, read it back, and move it to its final location."""
     with new_folder(run.adapter) as temporary:
@@ -116,7 +126,7 @@ def summarise(setup: TrainingSetup, recorder: Recorder, used: ResourceUse, first
         versions=versions(),
         device=torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else "cpu",
         dtype=str(setup.dtype).removeprefix("torch."),
-        products="bf16" if setup.fusion is None or setup.fusion.fp8 is None else str(setup.fusion.fp8),
+        products=_products(setup),
         base=BaseSummary(
             name=base.checkpoint.name,
             commit=base.checkpoint.commit,

@@ -44,7 +44,7 @@ class FrozenWeight:
     def largest(self) -> torch.Tensor:
         """The largest magnitude of its values, () float32; no larger one is possible where they are quantised."""
         if self.code is None:
-            return self.stored.abs().amax().float()
+            return torch.stack(self.stored.aminmax()).abs().amax().float()
         scales = self.absmax
         if self.nested is not None:
             wide = self.nested.absmax.repeat_interleave(self.nested.blocksize)[: scales.numel()]

@@ -12,6 +12,7 @@ from nybble.kernels.scaled import E4M3
 from nybble.weights.frozen import FrozenWeight
 from nybble.weights.projections import ProjectionGroup
 
+ROUNDED_AT_ONCE = 1024  # rows of a weight that is not quantised, to round without a copy of the whole
 Pass = Literal["forward", "backward", "inference"]
 """What a layer is used for: a forward that its backward follows, that backward, or a forward that no backward follows."""
 
@@ -103,8 +104,10 @@ def dequantise_e4m3(
 ) -> None:
     """Write a weight times a factor in e4m3 into a view; one that is not quantised is rounded."""
     if weight.code is None:
-        values = (weight.stored * factor).to(E4M3)
-        out.copy_(values.t() if transposed else values)
+        for start in range(0, weight.outputs, ROUNDED_AT_ONCE):
+            rows = slice(start, start + ROUNDED_AT_ONCE)
+            values = (weight.stored[rows] * factor).to(E4M3)
+            (out[:, rows] if transposed else out[rows]).copy_(values.t() if transposed else values)
     else:
         parts = weight.stored, weight.absmax, weight.code, weight.blocksize, weight.nested
         operations.dequantize_e4m3(*parts, factor, transposed, out)

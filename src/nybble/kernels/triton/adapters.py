@@ -10,6 +10,7 @@ import triton.language as tl
 
 from nybble.kernels.reference import LowRank
 from nybble.kernels.triton.launch import Launcher, blocks_of, power_of_two
+from nybble.kernels.triton.scaled import magnitudes
 
 ROWS, COLUMNS = 32, 512
 
@@ -19,8 +20,8 @@ def _pack(
     a0, b0, scaling0, first_output0, outputs0, first_rank0, ranks0,
     a1, b1, scaling1, first_output1, outputs1, first_rank1, ranks1,
     a2, b2, scaling2, first_output2, outputs2, first_rank2, ranks2,
-    to_up, up_stride, to_down, down_stride, outputs, inputs, rank, row_blocks,
-    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    to_up, up_stride, to_down, down_stride, largest, outputs, inputs, rank, row_blocks,
+    TRACK: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     if program < row_blocks:  # s B
@@ -30,7 +31,10 @@ def _pack(
         up += _scaled(b1, scaling1, row, rank_column, first_output1, outputs1, first_rank1, ranks1)
         up += _scaled(b2, scaling2, row, rank_column, first_output2, outputs2, first_rank2, ranks2)
         up_address = to_up + row.to(tl.int64) * up_stride + rank_column
-        tl.store(up_address, up.to(to_up.dtype.element_ty), mask=(row < outputs) & (rank_column < rank))
+        up_numbers = up.to(to_up.dtype.element_ty)
+        tl.store(up_address, up_numbers, mask=(row < outputs) & (rank_column < rank))
+        if TRACK:
+            tl.atomic_max(largest, tl.max(magnitudes(up_numbers.to(tl.float32))))
     else:  # A
         blocks = tl.cdiv(inputs, COLUMNS)
         line = (program - row_blocks) // blocks
@@ -39,7 +43,10 @@ def _pack(
         down += _line(a1, line, column, inputs, first_rank1, ranks1)
         down += _line(a2, line, column, inputs, first_rank2, ranks2)
         down_address = to_down + line.to(tl.int64) * down_stride + column
-        tl.store(down_address, down.to(to_down.dtype.element_ty), mask=column < inputs)
+        down_numbers = down.to(to_down.dtype.element_ty)
+        tl.store(down_address, down_numbers, mask=column < inputs)
+        if TRACK:
+            tl.atomic_max(largest + 1, tl.max(magnitudes(down_numbers.to(tl.float32))))
 
 
 @triton.jit
@@ -59,8 +66,12 @@ def _line(a, line, column, inputs, first_rank, ranks):
 _launch = Launcher(_pack, num_warps=4)
 
 
-def pack_adapters(adapters: Sequence[LowRank], up_nr: torch.Tensor, down_rk: torch.Tensor) -> None:
+def pack_adapters(
+    adapters: Sequence[LowRank], up_nr: torch.Tensor, down_rk: torch.Tensor, largest: torch.Tensor | None = None
+) -> None:
     """See `reference.pack_adapters`."""
+    if largest is not None:
+        largest.zero_()
     (outputs, rank), inputs = up_nr.shape, down_rk.shape[1]
     args: list[object] = []
     for index in range(3):
@@ -73,5 +84,6 @@ def pack_adapters(adapters: Sequence[LowRank], up_nr: torch.Tensor, down_rk: tor
     row_blocks = blocks_of(outputs, ROWS)
     _launch(
         (row_blocks + rank * blocks_of(inputs, COLUMNS),), *args, up_nr, up_nr.stride(0), down_rk, down_rk.stride(0),
-        outputs, inputs, rank, row_blocks, power_of_two(rank), ROWS, COLUMNS,
+        up_nr if largest is None else largest, outputs, inputs, rank, row_blocks, largest is not None, power_of_two(rank),
+        ROWS, COLUMNS,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nybble.kernels.scaled import ScaledRows
+from nybble.kernels.scaled import Balance, ScaledRows
 from nybble.kernels.triton.launch import Launcher, blocks_of, power_of_two
 
 ROWS, COLUMNS = 64, 64  # of one program of `split`
@@ -71,16 +71,29 @@ def _quantize(wide, values, scales, wide_stride, values_stride, width, BLOCK: tl
 
 
 @triton.jit
+def _rank_exponent(largest, own, factor, typical):
+    """`nybble.kernels.scaled.rank_exponent`, with its LEFT_MOST, RIGHT_MOST and RANGE."""
+    right = (tl.load(largest + own) >> 23) - 127 + factor
+    left = (tl.load(largest + 1 - own) >> 23) - 127 + typical
+    balanced = tl.maximum(tl.minimum((right - left) >> 1, 5 - left), right - 7)
+    return tl.minimum(tl.maximum(balanced, -40), 40)
+
+
+@triton.jit
 def _split(
-    source, scales, out, row_stride, column_stride, out_stride, rows, ranks, width, factor,
-    HAS_SCALES: tl.constexpr, IS_RIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    source, largest, scales, out, row_stride, column_stride, out_stride, rows, ranks, width, own, factor, typical,
+    IS_RIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     part, rank = column // ranks, column % ranks
     inside = (row < rows) & (column < 3 * ranks)
-    numbers = tl.load(source + row * row_stride + rank * column_stride, mask=inside, other=0.0).to(tl.float32) * factor
-    if HAS_SCALES:
+    numbers = tl.load(source + row * row_stride + rank * column_stride, mask=inside, other=0.0).to(tl.float32)
+    exponent = _rank_exponent(largest, own, factor, typical)
+    if IS_RIGHT:
+        exponent = factor - exponent
+    numbers = numbers * ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    if not IS_RIGHT:
         scale = tl.load(scales + row, mask=row < rows, other=1.0).to(tl.int32, bitcast=True)
         numbers = numbers * ((254 << 23) - scale).to(tl.float32, bitcast=True)  # one over a power of two, exactly
     numbers = tl.clamp(numbers, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
@@ -103,14 +116,13 @@ def quantize_rows(rows: ScaledRows) -> None:
     )
 
 
-def split(
-    source_mr: torch.Tensor, factor: float, scales_m1: torch.Tensor | None, is_right: bool, out: torch.Tensor
-) -> None:
+def split(source_mr: torch.Tensor, balance: Balance, scales_m1: torch.Tensor | None, out: torch.Tensor) -> None:
     """See `reference.split`."""
     (length, ranks), width = source_mr.shape, out.shape[1]
+    scales = balance.largest if scales_m1 is None else scales_m1
     _launch_split(
-        (blocks_of(length, ROWS), blocks_of(width, COLUMNS)), source_mr, out if scales_m1 is None else scales_m1, out,
-        *source_mr.stride(), out.stride(0), length, ranks, width, factor, scales_m1 is not None, is_right, ROWS, COLUMNS,
+        (blocks_of(length, ROWS), blocks_of(width, COLUMNS)), source_mr, balance.largest, scales, out, *source_mr.stride(),
+        out.stride(0), length, ranks, width, balance.own, balance.factor, balance.typical, scales_m1 is None, ROWS, COLUMNS,
     )  # fmt: skip
 
 

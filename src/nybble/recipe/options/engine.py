@@ -23,7 +23,7 @@ class EngineOptions(Options):
     resident_layers: int = Field(default=0, ge=0)
     """With weights=host, how many layers' weights stay on the GPU all the same: a short micro batch does not hide the copies."""
     compute: Literal["bf16", "fp8", "fp8-if-possible"] = "bf16"
-    """In what training multiplies the frozen weights: bf16 is the model's own type; fp8 needs Ada, Hopper or Blackwell."""
+    """The number format in which training multiplies by frozen weights: bf16 is model.dtype; fp8 needs Ada or a later card."""
     fp8_skip: list[str] = Field(default_factory=list)
     """With fp8, projections and layers that stay in 16 bits, by name: [down_proj], [layers.0, layers.31]."""
     fp8_fast: Literal["forward", "backward", "both", "none"] = "forward"

@@ -138,12 +138,16 @@ def _fp8_faults(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         "engine.compute: a CPU has no fp8 units, and model.device is cpu; fp8-if-possible falls back to 16 bits",
     )
     yield (
-        engine.compute != "bf16" and model.dtype in ("float16", "float32"),
+        engine.compute == "fp8" and model.dtype in ("float16", "float32"),
         f"engine.compute: products in fp8 give bfloat16, but model.dtype is {model.dtype}",
     )
     yield (
         engine.compute == "fp8" and recipe.lora.dora,
         "engine.compute: DoRA is computed by Transformers, which has no fp8; leave lora.dora or engine.compute out",
+    )
+    yield (
+        engine.compute == "fp8" and model.quantization == "int8",
+        "engine.compute: layers in int8 are computed by Transformers, which has no fp8; use model.quantization=nf4",
     )
 
 
