@@ -81,6 +81,8 @@ from nybble.files.paths import default_cache
 from nybble.model.device import grow_segments
 from nybble.model.tokenizer.load import load_tokenizer
 
+Plan = Callable[[list[dict[str, Any]], Setup], tuple[list[Run], int]]
+"""From the finished runs: those that can start now, and the least number of runs that will follow."""
 FIRST = {"full": range(-10, -6), "lora": range(-7, -3), "qlora": range(-7, -3), "qlora-qv": range(-7, -3)}
 """Steps of the ladder of rates that are tried first: 1e-5 to 3e-4, and 3e-4 to 1e-2."""
 TUNED_ON = 0  # the seed for tuning; the others are reported
@@ -196,7 +198,7 @@ class Session:
         file: pathlib.Path,
         minutes: float,
         side_by_side: int,
-        plan: Callable[[list[dict[str, Any]], Setup], tuple[list[Run], int]] = pending,
+        plan: Plan,
     ) -> None:
         self.plan = plan
         self.began = time.monotonic()
@@ -306,9 +308,9 @@ def setup_of(changes: list[str]) -> Setup:
     return Setup(**{name: int(value) for name, value in (change.split("=", 1) for change in changes)})
 
 
-def main() -> None:
-    """Parse and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parsed(description: str | None) -> argparse.Namespace:
+    """The arguments of `run` and of `report`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run")
     for name in ("model", "data", "results"):
@@ -322,16 +324,14 @@ def main() -> None:
     reporting = commands.add_parser("report")
     reporting.add_argument("results", type=pathlib.Path)
     reporting.add_argument("--picture", type=pathlib.Path)
-    given = parser.parse_args()
-    if given.command == "report":
-        results = read_results(given.results, None)
-        say(report(results))
-        if given.picture is not None:
-            draw(results, given.picture)
-        return
+    return parser.parse_args()
+
+
+def run(given: argparse.Namespace, changes: list[str], plan: Plan) -> None:
+    """Do the runs that a plan asks for."""
     quiet()
-    setup = setup_of(given.set)
-    session = Session(setup, given.model, given.cache, given.results, given.minutes, given.side_by_side)
+    setup = setup_of([*changes, *given.set])
+    session = Session(setup, given.model, given.cache, given.results, given.minutes, given.side_by_side, plan)
     try:
         for line in prepare_all(setup, given.model, given.data, given.cache):
             say(line)
@@ -341,6 +341,18 @@ def main() -> None:
     say(f"{len(session.results)} runs done, {len(session.failed)} failed; {session.left()}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Parse and run."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    given = parsed(__doc__)
+    if given.command == "run":
+        run(given, [], pending)
+        return
+    results = read_results(given.results, None)
+    say(report(results))
+    if given.picture is not None:
+        draw(results, given.picture)
+
+
+if __name__ == "__main__":
     main()

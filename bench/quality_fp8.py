@@ -1,7 +1,7 @@
 """Is QLoRA trained in fp8 as good as in 16 bits? SmolLM2-135M-Instruct, two data sets, five seeds.
 
     nybble demo --weights MODEL
-    python -m bench.quality_fp8 run MODEL DATA_DIR RESULTS.jsonl [--minutes 9] [--side-by-side 9] [--cache DIR]
+    python -m bench.quality_fp8 run MODEL DATA_DIR RESULTS.jsonl [--minutes 9] [--side-by-side 6] [--cache DIR]
     python -m bench.quality_fp8 report RESULTS.jsonl [--picture FILE.png]
 
 Runs, pairs, splits and the test are those of bench/quality.py; its docstring defines them. The methods are QLoRA (NF4, all
@@ -14,11 +14,9 @@ MARGIN = 0.01 nats per token, on both data sets.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import pathlib
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,11 +24,9 @@ import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.quality import Session, prepare_all, quiet, read_results, say, setup_of
+from bench.quality import parsed, read_results, run, say
 from bench.quality_report import MARGIN, Results, chosen, difference
 from bench.quality_setup import ALL_METHODS, FP8_METHODS, TASKS, Run, Setup
-from nybble.errors import NybbleError
-from nybble.files.paths import default_cache
 
 RATE = 0.003
 REFERENCE = "qlora"
@@ -124,37 +120,16 @@ def _draw_differences(axes: Axes, results: Results, data: str) -> None:
 
 def main() -> None:
     """Parse and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser("run")
-    for name in ("model", "data", "results"):
-        running.add_argument(name, type=pathlib.Path)
-    running.add_argument("--minutes", type=float, default=9.0)
-    running.add_argument("--side-by-side", type=int, default=9, help="runs that share the card")
-    running.add_argument("--cache", type=pathlib.Path, default=default_cache() / "quality")
-    running.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="another setup, for a trial")
-    reporting = commands.add_parser("report")
-    reporting.add_argument("results", type=pathlib.Path)
-    reporting.add_argument("--picture", type=pathlib.Path)
-    given = parser.parse_args()
-    if given.command == "report":
-        results = read_results(given.results, None)
-        say("\n".join(report(results)))
-        if given.picture is not None:
-            draw(results, given.picture)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    given = parsed(__doc__)
+    if given.command == "run":
+        run(given, ["questions=0"], runs_left)
         return
-    quiet()
-    setup = setup_of(["questions=0", *given.set])
-    session = Session(setup, given.model, given.cache, given.results, given.minutes, given.side_by_side, runs_left)
-    try:
-        for line in prepare_all(setup, given.model, given.data, given.cache):
-            say(line)
-    except NybbleError as error:
-        sys.exit(str(error))
-    session.work()
-    say(f"{len(session.results)} runs done, {len(session.failed)} failed; {session.left()}")
+    results = read_results(given.results, None)
+    say("\n".join(report(results)))
+    if given.picture is not None:
+        draw(results, given.picture)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     main()
