@@ -262,7 +262,11 @@ def test_the_speed_is_that_of_this_machines_card(here, monkeypatch, tmp_path):
         (("llama-2-7b", "lora.dora=true"), "whose memory is not planned yet"),
         (
             ("llama-2-7b", "engine.compute=fp8", "engine.fp8_skip=layers.32"),
-            "engine.fp8_skip: 'layers.32' is no projection and no layer of the model",
+            "engine.fp8_skip: 'layers.32' is no projection and no layer of this model",
+        ),
+        (
+            ("llama-2-7b", "engine.compute=fp8", "engine.fp8_skip=mlp,self_attn"),
+            "leaves nothing in fp8: mlp, self_attn",
         ),
     ],
 )

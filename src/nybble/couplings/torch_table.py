@@ -68,7 +68,7 @@ TORCH = (
     Coupling(
         "products in fp8 with a scale for each row", "torch", ("torch:_scaled_mm",), ("kernels/triton/scaled.py",),
         "fp8 products would fail: scales would be read as another kind, or the result could not be written in place",
-        f"{AT_START}; tests marked gpu hold products against their reference",
+        f"{AT_START}; tests/kernels holds products against their reference, on a GPU where there is one",
     ),
     # triton
     Coupling(

@@ -16,7 +16,7 @@ from nybble.engine.reader import PROJECTIONS
 from nybble.engine.workspace import MatrixForm
 from nybble.errors import EngineError
 from nybble.kernels.scaled import MULTIPLE
-from nybble.plan.shapes import unknown_names, unskipped
+from nybble.plan.shapes import fault_of_names, unskipped
 
 Compute = Literal["bf16", "fp8", "fp8-if-possible"]
 Fast = Literal["forward", "backward", "both", "none"]
@@ -79,7 +79,8 @@ def choose_fp8(
     if fast not in ("forward", "backward", "both", "none"):
         raise EngineError(f"fp8_fast cannot be {fast!r}", fix="forward, backward, both or none")
     asked = Fp8(tuple(skip), (fast in ("forward", "both"), fast in ("backward", "both")))
-    _check_names(asked, layers)
+    if (fault := fault_of_names(skip, layers)) is not None:
+        raise EngineError(f"fp8_skip: {fault.what}", fix=fault.fix)
     if compute == "bf16":
         return IN_16_BITS
     why = missing(device) or unfit(dtype, device)
@@ -148,16 +149,3 @@ def check_type(dtype: torch.dtype, device: torch.device) -> None:
 def forms(dtype: torch.dtype, in_fp8: bool, peaks: Peaks) -> list[MatrixForm[Any]]:
     """The forms that a group's matrix has while it is trained."""
     return [Scaled(dtype, False, peaks), Scaled(dtype, True, peaks)] if in_fp8 else [Augmented(dtype)]
-
-
-def _check_names(fp8: Fp8, layers: int) -> None:
-    """Raise EngineError for a name that is none of this model's projections or layers."""
-    if not any(map(fp8.groups, range(layers))):
-        raise EngineError(
-            f"fp8_skip leaves nothing in fp8: {', '.join(fp8.skip)}", fix='compute="bf16" (in a recipe: engine.compute)'
-        )
-    if unknown := unknown_names(fp8.skip, layers):
-        raise EngineError(
-            f"{unknown[0]!r} is no projection and no layer of this model (fp8_skip)",
-            fix=f"names like down_proj, self_attn, layers.0, layers.{layers - 1}.mlp or layers.0.self_attn.q_proj",
-        )

@@ -19,9 +19,9 @@ square of s B is a ten-thousandth of the largest weight or more, about as in bfl
 millionth. Adding s B T in a pass of its own would read and write the output again, a larger share of the time than in 16 bits.
 
 **Trade-offs.** e4m3 of the weights adds an error of 2.6% to a product, that of the inputs 2.2 to 2.7%, where NF4 itself has
-9.2%: all together 9.7 to 9.9%. The library's way, one scale a tensor or a block and 16-bit weights quantised once, has no 4-bit
-base. Sums may be fast (in the units' own registers, 14 bits on Hopper, flushed to float32 rarely) or slow; forward is fast and
-backward slow unless asked otherwise, for a gradient passes through every layer below.
+9.2%: all together 9.7 to 9.9% (simulated). The library's way, one scale a tensor or a block and 16-bit weights quantised once,
+has no 4-bit base. Sums may be fast (with fewer bits than float32: about 14 on Hopper, DeepSeek-AI 2024) or slow; forward is
+fast and backward slow unless asked otherwise, for a gradient passes through every layer below.
 
 The adapter that is trained is an ordinary one: in evaluation mode without gradients, layers are computed in 16 bits.
 """
@@ -38,13 +38,12 @@ from nybble.engine.low_rank import AdapterGradients, add_input_gradient, ranks_f
 from nybble.engine.product import SavedRanks
 from nybble.engine.workspace import Workspace, low_rank
 from nybble.kernels.operations import Operations
-from nybble.kernels.scaled import E4M3, MULTIPLE, Balance, ScaledRows
+from nybble.kernels.scaled import E4M3, Balance, ScaledRows
+from nybble.plan.ledger import SCALED_ALIGNMENT, split_columns
 from nybble.weights.projections import ProjectionGroup
 from nybble.weights.store import WeightStore
 
-WEIGHT_EXPONENT = (
-    8  # weights end below 2^8, of e4m3's 448: NF4's smallest number is 2^-4 of its block's largest, far above 2^-6
-)
+WEIGHT_EXPONENT = 8  # weights end below 2^8, of e4m3's 448; NF4's smallest number is 2^-4 of its block's largest
 
 
 class Peaks:
@@ -138,11 +137,11 @@ class Scaled:
         return (group.inputs, group.outputs) if self.transposed else (group.outputs, group.inputs)
 
     def _sizes(self, group: ProjectionGroup) -> list[int]:
-        """Bytes of the parts, each a multiple of 256."""
+        """Bytes of the parts, each a multiple of SCALED_ALIGNMENT."""
         rows, summed = self._shape(group)
         parts = (rows * _width(summed, group), 4 * rows, self._bytes(group.outputs * group.ranks),
                  self._bytes(group.inputs * group.ranks), 8)  # fmt: skip
-        return [-(-part // 256) * 256 for part in parts]
+        return [-(-part // SCALED_ALIGNMENT) * SCALED_ALIGNMENT for part in parts]
 
     def _bytes(self, numbers: int) -> int:
         return numbers * self.dtype.itemsize
@@ -150,7 +149,7 @@ class Scaled:
 
 def _width(summed: int, group: ProjectionGroup) -> int:
     """Columns of an operand: the summed dimension and the split ranks."""
-    return summed + -(-3 * group.ranks // MULTIPLE) * MULTIPLE
+    return summed + split_columns(group.ranks)
 
 
 class Fp8Buffer:

@@ -16,11 +16,8 @@ MULTIPLE = 16  # matrix units take rows of a multiple of this many numbers
 FEWEST, INFINITE = 27, 255
 """Exponents of float32, biased: the smallest that a row's largest magnitude counts as, so that rows of zeros have a scale
 (2^-107), and that of infinity and of what is not a number."""
-LEFT_MOST, RIGHT_MOST, RANGE = (
-    5,
-    7,
-    40,
-)  # exponents: of the left operand's usual numbers, of the right one's largest, of 2^r
+LEFT_MOST, RIGHT_MOST, RANGE = 5, 7, 40
+"""Exponents: of the left operand's usual numbers, of the right one's largest, and r itself."""
 SPARE = 7  # powers of two that a row's largest magnitude keeps, of the 8 that e4m3 has above 1
 
 

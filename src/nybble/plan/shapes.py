@@ -191,10 +191,21 @@ def unskipped(skip: Collection[str], layer: int) -> tuple[bool, ...]:
     )
 
 
-def unknown_names(skip: Collection[str], layers: int) -> list[str]:
-    """The names that leave out nothing in a model of this many layers, or everything."""
+class NameFault(NamedTuple):
+    """What is wrong with names that leave projections or layers out."""
+
+    what: str
+    fix: str
+
+
+def fault_of_names(skip: Collection[str], layers: int) -> NameFault | None:
+    """What is wrong with names in a model of this many layers: they leave out everything, or one of them nothing."""
     every = [f"layers.{layer}.{path}" for layer in range(layers) for paths in PATHS for path in paths]
-    return [name for name in skip if sum(_is_part(name, path) for path in every) in (0, len(every))]
+    if not any(any(unskipped(skip, layer)) for layer in range(layers)):
+        return NameFault(f"leaves nothing in fp8: {', '.join(skip)}", 'compute="bf16" (in a recipe: engine.compute)')
+    unknown = [name for name in skip if not any(_is_part(name, path) for path in every)]
+    names = f"names like down_proj, self_attn, layers.0, layers.{layers - 1}.mlp or layers.0.self_attn.q_proj"
+    return NameFault(f"{unknown[0]!r} is no projection and no layer of this model", names) if unknown else None
 
 
 def _is_part(name: str, path: str) -> bool:

@@ -76,9 +76,7 @@ def read_adapter_config(path: str | pathlib.Path) -> LoraConfig:
         name: value for name, value in content.items() if name in _known() - {"runtime_config"} and value is not None
     }
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # about settings of initialisations (LoftQ, EVA, CorDA), which loading does not use
+        with warnings.catch_warnings():  # about settings of initialisations (LoftQ, EVA), which loading does not use
             warnings.simplefilter("ignore", UserWarning)
             return LoraConfig(**known)
     except LOADING_FAULTS as error:

@@ -19,7 +19,7 @@ from nybble.plan.placing import (
     may_stream,
 )
 from nybble.plan.policies import LADDER
-from nybble.plan.shapes import ModelShape, unknown_names
+from nybble.plan.shapes import ModelShape, fault_of_names
 from nybble.plan.step import unplanned
 from nybble.preflight.plan.card import Card
 from nybble.preflight.plan.sizes import Sizes
@@ -151,16 +151,13 @@ def check_resident_layers(recipe: Recipe, shape: ModelShape) -> None:
 
 
 def check_fp8_names(recipe: Recipe, shape: ModelShape) -> None:
-    """Refuse names in engine.fp8_skip that are nothing in the model, as the engine does once the base is loaded.
+    """Refuse names in engine.fp8_skip that leave out nothing or everything, as the engine does once the base is loaded.
 
     Raises:
         RecipeError: there are.
     """
-    if unknown := unknown_names(recipe.engine.fp8_skip, shape.layers):
-        raise RecipeError(
-            f"engine.fp8_skip: {unknown[0]!r} is no projection and no layer of the model",
-            fix=f"names like down_proj, self_attn, layers.0, layers.{shape.layers - 1}.mlp or layers.0.self_attn.q_proj",
-        )
+    if (fault := fault_of_names(recipe.engine.fp8_skip, shape.layers)) is not None:
+        raise RecipeError(f"engine.fp8_skip: {fault.what}", fix=fault.fix)
 
 
 def as_stored(recipe: Recipe, stored: str | None) -> Recipe:
