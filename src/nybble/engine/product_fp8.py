@@ -8,7 +8,7 @@ backward stay in bfloat16, and so do T = x A^T, dT = dY s B and the adapters' gr
 rounded.
 
 **Layout.** The units want both operands with the summed dimension last, so a group has two matrices in a slot, each one byte a
-number, together 2% more bytes than the one 16-bit matrix of `nybble.engine.matrices`:
+number, together 2.5% more bytes than the one 16-bit matrix of `nybble.engine.matrices`:
 
     forward    [ W   | high sB  | low sB  | high sB  ]  n rows     y  = [x  | high T  | high T  | low T ]  forward^T
     backward   [ W^T | high A^T | low A^T | high A^T ]  k rows     dX = [dY | high dT | high dT | low dT] backward^T
