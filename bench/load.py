@@ -11,6 +11,7 @@ median of all.
 from __future__ import annotations
 
 import argparse
+import atexit
 import concurrent.futures
 import functools
 import json
@@ -46,7 +47,9 @@ CLIENTS = 16
 @functools.cache
 def http() -> httpx.Client:
     """One HTTP client for all requests: httpx.post would make one each time, which takes 50 ms."""
-    return httpx.Client(timeout=600, limits=httpx.Limits(max_connections=None))
+    client = httpx.Client(timeout=600, limits=httpx.Limits(max_connections=None))
+    atexit.register(client.close)
+    return client
 
 
 def ask(url: str, model: str, prompt: str, tokens: int, **more: Any) -> dict[str, Any]:

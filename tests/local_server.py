@@ -107,7 +107,7 @@ def wait_until_ready(url: str, process: subprocess.Popen) -> None:
                 return
         except httpx.TransportError:
             assert time.monotonic() < end
-            assert process.poll() is None
+            assert process.poll() is None, process.stdout.read() if process.stdout else ""
             time.sleep(0.3)
 
 
