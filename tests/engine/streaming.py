@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import torch
 
+from nybble.weights.copier import pack_on_host
+
 
 class SynchronousCopier:
     """Copies at once."""
+
+    where, ranks = "on the host", 1
 
     def __init__(self, device="cpu"):
         self.device = torch.device(device)
         self.copies = 0
 
-    def host_buffers(self, sizes):
+    def buffers(self, sizes):
         return (torch.empty(size, dtype=torch.uint8) for size in sizes)
+
+    def pack(self, layers):
+        return pack_on_host(layers, self.buffers)
 
     def device_buffer(self, size):
         return torch.full((size,), 255, dtype=torch.uint8, device=self.device)

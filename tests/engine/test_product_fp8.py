@@ -53,8 +53,12 @@ def group_of(kind, quantised=True, spread=1.0, size=1.0):
     return ProjectionGroup(tuple(frozen), tuple(adapters), INPUTS, sum(OUTPUTS), ranks, has_dropout, None)
 
 
+def resident_peaks():
+    return Peaks(ResidentStore(choose(DEVICE).operations))
+
+
 def product_of(group, fast=(True, False)):
-    operations, peaks = choose(DEVICE).operations, Peaks()
+    operations, peaks = choose(DEVICE).operations, resident_peaks()
     workspace = Workspace(ResidentStore(operations), operations, DEVICE)
     start, size = Scaled(DTYPE, True, peaks).place(group)
     workspace.reserve("all", start + size)
@@ -250,7 +254,7 @@ def test_both_forms_and_a_16_bit_matrix_share_a_slot():
 
 
 def test_a_scale_is_read_once_and_again_when_weights_were_written_into(monkeypatch):
-    group, peaks, read = group_of("none", quantised=False), Peaks(), []
+    group, peaks, read = group_of("none", quantised=False), resident_peaks(), []
     original = FrozenWeight.largest
     monkeypatch.setattr(FrozenWeight, "largest", lambda weight: read.append(1) or original(weight))
     before = peaks.exponent(group)
@@ -262,7 +266,7 @@ def test_a_scale_is_read_once_and_again_when_weights_were_written_into(monkeypat
 
 
 def test_scales_of_groups_that_are_gone_are_forgotten():
-    peaks = Peaks()
+    peaks = resident_peaks()
     for _ in range(5):
         peaks.exponent(group_of("none", quantised=False))
     gc.collect()

@@ -15,7 +15,7 @@ from nybble.plan.free_memory import Memory
 from nybble.plan.ledger import streamed_bytes, streamed_layer_bytes
 from nybble.plan.policies import LADDER
 from nybble.plan.shapes import ModelShape
-from nybble.weights import store, streamed
+from nybble.weights import store
 from nybble.weights.copier import CudaCopier, pinned_buffers
 from nybble.weights.packed import move_weights
 from nybble.weights.streamed import StreamedStore, Streaming
@@ -463,7 +463,7 @@ def test_a_copy_of_the_whole_model_is_refused(llama, tmp_path):
 def test_too_little_host_memory_is_refused_before_anything_is_moved(llama, monkeypatch):
     model = load(llama)
     expected = gradients(model, batch_of())
-    monkeypatch.setattr(streamed, "host_memory", lambda: Memory(1000, 2**40))
+    monkeypatch.setattr("nybble.weights.copier.host_memory", lambda: Memory(1000, 2**40))
     with pytest.raises(EngineError, match=r"GB more of host memory, and 0\.00 GB is free"):
         stream(model)
     assert fusion(model) is None
@@ -473,8 +473,8 @@ def test_too_little_host_memory_is_refused_before_anything_is_moved(llama, monke
 
 def test_memory_that_cannot_be_pinned_is_refused_and_what_was_moved_comes_back(llama):
     class Short(SynchronousCopier):
-        def host_buffers(self, sizes):
-            yield from super().host_buffers(sizes[:2])
+        def buffers(self, sizes):
+            yield from super().buffers(sizes[:2])
             yield from pinned_buffers([2**60])
 
     model = load(llama)

@@ -39,8 +39,14 @@ TORCH = (
     ),
     Coupling(
         "what moves a module", "torch", ("torch.nn:Module._apply",),
-        ("engine/embedding.py", "weights/moving.py", "weights/packed.py"),
+        ("engine/embedding.py", "weights/moving.py"),
         "weights that should stay on the host would move to the device", AT_START, ("self", "fn", "recurse"),
+    ),
+    Coupling(
+        "what DistributedDataParallel leaves alone", "torch",
+        ("torch.nn.parallel:DistributedDataParallel._set_params_and_buffers_to_ignore_for_model",),
+        ("distributed/data_parallel.py",),
+        "frozen weights would be sent to every process, and refused where they are on the host", AT_START,
     ),
     Coupling(
         "copies made by DataParallel", "torch", ("torch.nn:Module#_is_replica",), ("engine/batch_plan.py",),

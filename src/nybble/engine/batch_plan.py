@@ -64,15 +64,15 @@ def _plan_and_report(
     """Plan a batch, record how it is computed, and warn about layers that are not fused.
 
     Raises:
-        EngineError: a layer would fall back, and the weights are on the host.
+        EngineError: a layer would fall back, and its weights are not on the device.
     """
     if not torch.is_grad_enabled():  # evaluation and generation need the memory for other things
         fusion.shared.workspace.release()
     plan = plan_batch(fusion, backbone, layers, kwargs)
     if fusion.shared.streamed is not None and plan.report.refusals:
         raise EngineError(
-            "the original forward of the decoder layers needs their weights on the device, but they are on the host; "
-            f"the fused engine cannot compute this batch: {plan.report.refusals[0]}",
+            "the original forward of the decoder layers needs their weights on the device, but they are "
+            f"{fusion.shared.streamed.copier.where}; the fused engine cannot compute this batch: {plan.report.refusals[0]}",
             fix='nybble.fuse(model, weights="device"), or a batch that it can compute (docs/engine.md)',
         )
     has_trained = torch.is_grad_enabled()
@@ -112,7 +112,8 @@ def plan_batch(
     if fusion.shared.device != device:  # fused before the model was moved
         if fusion.shared.streamed is not None:
             raise EngineError(
-                f"the model was moved to {device} while its weights were on the host for {fusion.shared.device}",
+                f"the model was moved to {device} while its weights were {fusion.shared.streamed.copier.where} for "
+                f"{fusion.shared.device}",
                 fix="nybble.unfuse(model) before it is moved, and nybble.fuse afterwards",
             )
         fusion.shared, fusion.choices = Shared(device), {}
@@ -162,7 +163,7 @@ def _layout(backbone: LlamaModel, kwargs: Mapping[str, Any]) -> BatchLayout:
 
 
 def _check_adapters(layers: Iterable[FusedLayer], device: torch.device) -> None:
-    """PEFT puts a new adapter beside its base layer's weight, so on the host.
+    """PEFT puts a new adapter beside its base layer's weight, which may be on the host.
 
     Raises:
         EngineError: an adapter is not on the device.

@@ -14,9 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.distributed
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from nybble.couplings.check import first_incompatibility
+from nybble.distributed.group import group_size, in_group
 from nybble.engine.batch_plan import begin_batch
 from nybble.engine.compute import IN_16_BITS, Compute, Fast, Fp8Choice, check_layers, choose_fp8
 from nybble.engine.embedding import EmbeddingOnHost
@@ -30,11 +32,14 @@ from nybble.errors import EngineError
 from nybble.installed import pip
 from nybble.kernels.operations import choose
 from nybble.plan.policies import LADDER
-from nybble.weights.copier import CudaCopier
+from nybble.weights.copier import Copier, CudaCopier
 from nybble.weights.moving import move_all_but
 from nybble.weights.on_cpu import stay_unpacked
+from nybble.weights.sharded import ShardCopier
 from nybble.weights.streamed import StreamedStore, Streaming
 from nybble.weights.watched import Ineligible
+
+WeightPlace = Literal["device", "host", "sharded", "sharded-host"]
 
 
 def fuse(
@@ -42,7 +47,7 @@ def fuse(
     policy: Policy = "auto",
     *,
     embedding: Literal["device", "host"] = "device",
-    weights: Literal["device", "host"] = "device",
+    weights: WeightPlace = "device",
     resident_layers: int = 0,
     compute: Compute = "bf16",
     fp8_skip: Sequence[str] = (),
@@ -65,7 +70,11 @@ def fuse(
             layer's to one of two buffers on the device while the layer before is computed: 0.2 GB instead of 3.3 for
             Llama 2 7B in NF4. A model that does not fit on the device may be on the CPU: everything but these weights is
             then moved to the current CUDA device. Nothing can fall back to the original forward: what would is an error.
-        resident_layers: with weights="host", how many layers' weights are on the device all the same, spread evenly: in micro
+            sharded spreads each layer's bytes over the ranks of torch.distributed's process group, and gathers them on all
+            ranks while the layer before is computed; sharded-host keeps the shares in pinned memory of the hosts. All ranks
+            call `fuse` together, and run as many forward passes as the others. `unfuse` brings the weights together again;
+            until then the layers' own parameters are not numbers. After an error the model must be loaded again.
+        resident_layers: where weights are not on the device, how many layers' are there all the same, spread evenly: in micro
             batches of fewer than about 2,000 tokens the others' copies take longer than the computation.
         compute: bf16 multiplies in the model's own 16-bit type. fp8 dequantises the frozen weights to e4m3 and multiplies on the
             fp8 matrix units of Ada, Hopper and Blackwell cards; adapters, norms, attention and head stay in bfloat16, and in
@@ -81,32 +90,32 @@ def fuse(
             that cannot stay on the host, more resident layers than could be streamed, a library that lacks something that
             the engine needs, or a card, a type or shapes that fp8 does not suit.
     """
-    if weights != "host" and resident_layers:
+    if weights == "device" and resident_layers:
         raise EngineError(
-            'resident_layers is for weights="host": all weights are on the device', fix="leave resident_layers out"
+            'resident_layers is for weights="host" or "sharded": all weights are on the device',
+            fix="leave resident_layers out",
         )
     _check_request(policy)
     backbone = _backbone(model)
     device = _device(backbone, weights)
     dtype = backbone.embed_tokens.weight.dtype
     fp8 = choose_fp8(compute, fp8_skip, fp8_fast, device, dtype, len(backbone.layers))
-    if weights != "host":
+    if weights == "device":
         return attach(model, policy, embedding, fp8=fp8)
     _check_resident(resident_layers, len(backbone.layers))
-    if backbone.norm.weight.is_cuda:
-        attach(model, policy, embedding, Streaming(CudaCopier(device), resident_layers), fp8)
-    elif torch.cuda.is_available():
+    _check_place(weights, device)
+    streaming = Streaming(_copier(weights, device), resident_layers)
+    if backbone.norm.weight.device.type == device.type:
+        attach(model, policy, embedding, streaming, fp8)
+    else:
         _check_single_device(backbone)
         unfuse(model)
-        _refuse_layers_that_cannot_be_fused({layer: LayerReader(layer) for layer in backbone.layers})
+        readers = {layer: LayerReader(layer) for layer in backbone.layers}
+        _refuse_layers_that_cannot_be_fused(readers, streaming.copier.where)
         with _moved_around(model, backbone, device, embedding):
-            attach(model, policy, embedding, Streaming(CudaCopier(device), resident_layers), fp8)
-    else:
-        raise EngineError(
-            'weights="host" streams weights to a GPU, but the model is on a CPU: its weights are on the host already',
-            fix='weights="device" (in a recipe: engine.weights=device)',
-        )
-    torch.cuda.empty_cache()  # otherwise the allocator keeps what the weights took, in blocks that activations do not fill
+            attach(model, policy, embedding, streaming, fp8)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # otherwise the allocator keeps what the weights took, in blocks that activations do not fill
     return model
 
 
@@ -123,7 +132,7 @@ def attach(
         model: see `fuse`.
         policy: see `fuse`.
         embedding: see `fuse`.
-        streaming: what copies the weights of layers from the host, and how many layers stay on the device; None for all.
+        streaming: what copies the weights of layers to the device, and how many layers stay there; None for all.
         fp8: what is computed in fp8, whatever the device.
 
     Raises:
@@ -228,7 +237,8 @@ def _kept_store(backbone: LlamaModel, streaming: Streaming | None) -> list[Strea
     if previous is None or store is None or streaming is None:
         return []
     previous.hooks.remove(store)
-    if (store.device, store.resident_layers) == (streaming.copier.device, streaming.resident_layers):
+    before = store.copier.device, store.copier.where, store.resident_layers
+    if before == (streaming.copier.device, streaming.copier.where, streaming.resident_layers):
         return [store]
     store.remove(torch.device("cpu"))
     return []
@@ -237,14 +247,14 @@ def _kept_store(backbone: LlamaModel, streaming: Streaming | None) -> list[Strea
 def _streamed_store(
     readers: Mapping[LlamaDecoderLayer, LayerReader], streaming: Streaming | None, hooks: list[Any]
 ) -> StreamedStore | None:
-    """The store of weights on the host, which is the first of the hooks; None where weights stay on the device.
+    """The store of weights that are elsewhere, which is the first of the hooks; None where weights stay on the device.
 
     Raises:
-        EngineError: a layer that cannot be fused, or too little host memory.
+        EngineError: a layer that cannot be fused, or too little memory.
     """
     if streaming is None:
         return None
-    _refuse_layers_that_cannot_be_fused(readers)
+    _refuse_layers_that_cannot_be_fused(readers, streaming.copier.where)
     layers = [base_layers(layer) for layer in readers]
     if hooks and hooks[0].layers != layers:
         hooks.pop().remove(torch.device("cpu"))
@@ -254,13 +264,13 @@ def _streamed_store(
     return store
 
 
-def _refuse_layers_that_cannot_be_fused(readers: Mapping[LlamaDecoderLayer, LayerReader]) -> None:
+def _refuse_layers_that_cannot_be_fused(readers: Mapping[LlamaDecoderLayer, LayerReader], where: str) -> None:
     for number, reader in enumerate(readers.values()):
         try:
             reader.read()
         except Ineligible as why:
             raise EngineError(
-                f"weights on the host need every decoder layer fused, but layer {number} cannot be: {why}",
+                f"weights {where} need every decoder layer fused, but layer {number} cannot be: {why}",
                 fix='weights="device" (in a recipe: engine.weights=device)',
             ) from None
 
@@ -280,9 +290,27 @@ def _backbone(model: torch.nn.Module) -> LlamaModel:
 def _device(backbone: LlamaModel, weights: str) -> torch.device:
     """Where the layers will be computed."""
     device: torch.device = backbone.norm.weight.device
-    if weights == "host" and device.type == "cpu" and torch.cuda.is_available():
+    moves = weights == "host" or (weights != "device" and in_group() and torch.distributed.get_backend() != "gloo")
+    if moves and device.type == "cpu" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _check_place(weights: str, device: torch.device) -> None:
+    if weights.startswith("sharded") and group_size() == 1:
+        raise EngineError(
+            f'weights="{weights}" spreads the weights over the ranks of a run, but this process runs alone',
+            fix="nybble train --processes 2, or torchrun for a script of your own, with torch.distributed.init_process_group()",
+        )
+    if weights.endswith("host") and device.type == "cpu":
+        raise EngineError(
+            f'weights="{weights}" streams weights to a GPU, but the model is on a CPU: its weights are on the host already',
+            fix='weights="device" (in a recipe: engine.weights=device)',
+        )
+
+
+def _copier(weights: str, device: torch.device) -> Copier:
+    return CudaCopier(device) if weights == "host" else ShardCopier(device, on_host=weights == "sharded-host")
 
 
 def _check_request(policy: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -39,8 +40,22 @@ class BatchReport:
 
 
 def streams_weights(model: torch.nn.Module) -> bool:
-    """Whether a model's weights are on the host, so that only the fused engine can compute its layers."""
+    """Whether a model's weights are on the host or spread over ranks, so that only the fused engine can compute its layers."""
     return any(found.shared.streamed is not None for found in _fusions(model))
+
+
+@contextlib.contextmanager
+def uneven_passes(model: torch.nn.Module) -> Iterator[None]:
+    """Within this context, ranks may run different numbers of forward passes without gradients; all enter and leave it.
+
+    With weights that are spread over ranks, every rank takes part in every pass of any of them: those that have nothing left to
+    compute wait in here at the end, and help.
+    """
+    with contextlib.ExitStack() as stack:
+        for found in _fusions(model):
+            if found.shared.streamed is not None:
+                stack.enter_context(found.shared.streamed.uneven_passes())
+        yield
 
 
 def _fusions(model: torch.nn.Module) -> Iterator[Fusion]:
@@ -98,7 +113,9 @@ class Fusion:
         if self.last.cached_layers:
             lines.append(f"spare memory keeps the weights of {self.last.cached_layers} layers dequantised")
         if (streamed := self.shared.streamed) is not None:
-            lines.append(f"the weights of {streamed.streamed_layers} layers are on the host and streamed to the device")
+            lines.append(
+                f"the weights of {streamed.streamed_layers} layers are {streamed.copier.where}, copied when used"
+            )
         return "\n".join([*lines, *(f"{n} not fused: {why}" for why, n in Counter(self.last.refusals).items())])
 
     def policy_counts(self) -> str:

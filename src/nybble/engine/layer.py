@@ -81,7 +81,7 @@ class Shared:
         operations: the kernels or their reference.
         reason: why these operations were chosen.
         workspace: where weights are dequantised.
-        streamed: the store of weights that are on the host, if any.
+        streamed: the store of weights that are not on the device, if any.
         peaks: the scales of weights in fp8.
         offload: layer inputs on the host.
         has_seen_backward: whether any layer has run backward.
@@ -91,14 +91,15 @@ class Shared:
         """
         Args:
             device: where the layers are computed.
-            streamed: the store of weights that are on the host; without it they are on the device.
+            streamed: the store of weights that are on the host or spread over ranks; without it they are on the device.
         """
         self.device = device
         choice = ops.choose(device)
         self.operations, self.reason = choice.operations, str(choice)
         self.streamed = streamed
-        self.workspace = Workspace(streamed or ResidentStore(self.operations), self.operations, device)
-        self.peaks = Peaks()
+        store = streamed or ResidentStore(self.operations)
+        self.workspace = Workspace(store, self.operations, device)
+        self.peaks = Peaks(store)
         self.offload = ActivationOffload(device)
         self.has_seen_backward = False
         self._lock = threading.Lock()
@@ -120,7 +121,7 @@ class Shared:
             yield
 
     def __reduce__(self) -> Any:
-        """A copy of a model gets its own buffers and streams; with weights on the host it cannot be copied."""
+        """A copy of a model gets its own buffers and streams; with weights elsewhere it cannot be copied."""
         return Shared, (self.device, self.streamed)
 
 

@@ -47,9 +47,14 @@ WEIGHT_EXPONENT = 8  # weights end below 2^8, of e4m3's 448; NF4's smallest numb
 
 
 class Peaks:
-    """The exponent of each group's weights, read once: reading it from the device waits for what is computed there."""
+    """The exponent of each group's weights, read once: reading it from the device waits for what is computed there.
 
-    def __init__(self) -> None:
+    Args:
+        store: of the weights; a group's exponent may be asked for while its layer is computed.
+    """
+
+    def __init__(self, store: WeightStore) -> None:
+        self._store = store
         self._known: dict[int, tuple[weakref.ref[ProjectionGroup], list[int], int | None]] = {}
 
     def exponent(self, group: ProjectionGroup) -> int | None:
@@ -57,7 +62,7 @@ class Peaks:
         versions = [0 if tensor.is_inference() else tensor._version for tensor in group.stored()]
         known = self._known.get(id(group))
         if known is None or known[0]() is not group or known[1] != versions:
-            largest = torch.stack([weight.largest() for weight in group.frozen]).amax().item()
+            largest = torch.stack([self._store.readable(weight).largest() for weight in group.frozen]).amax().item()
             exponent = WEIGHT_EXPONENT - math.frexp(largest)[1] if math.isfinite(largest) else None
             known = weakref.ref(group), versions, exponent
             self._known = {key: entry for key, entry in self._known.items() if entry[0]() is not None}

@@ -96,6 +96,11 @@ def aligned(size: int) -> int:
     return _ceil_div(size, STAGING_ALIGNMENT) * STAGING_ALIGNMENT
 
 
+def share_bytes(size: int, ranks: int) -> int:
+    """Bytes of a layer's weights that each of several ranks holds."""
+    return aligned(_ceil_div(size, ranks))
+
+
 def streamed_layer_bytes(shape: ModelShape, quantization: str, double_quantization: bool, element: int) -> int:
     """A decoder layer's weights in one buffer, which is copied to the device at once: 104 MB on Llama 2 7B in NF4.
 
@@ -117,15 +122,22 @@ def streamed_layer_bytes(shape: ModelShape, quantization: str, double_quantizati
 
 
 def streamed_bytes(
-    shape: ModelShape, quantization: str, double_quantization: bool, element: int, resident_layers: int = 0
+    shape: ModelShape,
+    quantization: str,
+    double_quantization: bool,
+    element: int,
+    resident_layers: int = 0,
+    ranks: int = 1,
 ) -> int:
-    """Device bytes of the buffers for weights that are on the host; other arguments as for `stored_weight`.
+    """Device bytes of the buffers for weights that are not there; other arguments as for `stored_weight`.
 
     Args:
         resident_layers: how many layers' weights stay on the device; they come on top.
+        ranks: how many ranks hold a share of each of the others.
     """
     buffers = min(STAGING_BUFFERS, shape.layers - resident_layers)
-    return buffers * streamed_layer_bytes(shape, quantization, double_quantization, element)
+    layer = streamed_layer_bytes(shape, quantization, double_quantization, element)
+    return buffers * (ranks * share_bytes(layer, ranks) if ranks > 1 else layer)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,19 @@
-"""Copies from the host to a device beside the computation: what runs them, and what orders the two."""
+"""Copies from the host to a device beside the computation: what runs them, and what orders the two.
+
+`sharded.py` has another `Copier`, which gathers what is spread over ranks.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from nybble.errors import EngineError
+from nybble.plan.free_memory import host_memory
+from nybble.weights.packed import PackedLayer, StoredLayer, origin_of, packed_bytes
 
 Mark = Any
 """A point in the order of the device's work; an event on a GPU."""
@@ -18,9 +23,20 @@ class Copier(Protocol):
     """Queues copies. Copies and computation wait for each other's marks on the device; the host never waits."""
 
     device: torch.device
+    where: str
+    """Where the weights are that it copies, for messages."""
+    ranks: int
+    """How many ranks must copy together; 1 for one that copies alone."""
 
-    def host_buffers(self, sizes: Sequence[int]) -> Iterator[torch.Tensor]:
-        """A buffer (size,) uint8 on the host for each size, from which copies can be queued."""
+    def all_ranks(self, number: int) -> int:
+        """The sum of a number over these ranks."""
+
+    def pack(self, layers: Sequence[Sequence[torch.nn.Module]]) -> Iterator[StoredLayer]:
+        """Move the weights of each layer's linear modules to where copies read them, one layer after another.
+
+        Raises:
+            EngineError: there is not enough memory; the layer that it was needed for is still where it was.
+        """
 
     def device_buffer(self, size: int) -> torch.Tensor:
         """(size,) uint8 on the device, into which copies can be queued."""
@@ -38,12 +54,17 @@ class Copier(Protocol):
 class CudaCopier:
     """Copies from pinned memory on a stream of their own."""
 
+    where, ranks = "on the host", 1
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device)
 
-    def host_buffers(self, sizes: Sequence[int]) -> Iterator[torch.Tensor]:
-        return pinned_buffers(sizes)
+    def all_ranks(self, number: int) -> int:
+        return number
+
+    def pack(self, layers: Sequence[Sequence[torch.nn.Module]]) -> Iterator[StoredLayer]:
+        return pack_on_host(layers, pinned_buffers)
 
     def device_buffer(self, size: int) -> torch.Tensor:
         buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -65,6 +86,40 @@ class CudaCopier:
         current = torch.cuda.current_stream(self.device)
         current.wait_event(copied)
         target.record_stream(current)  # threads may have streams of their own
+
+
+def pack_on_host(
+    layers: Sequence[Sequence[torch.nn.Module]], allocate: Callable[[Sequence[int]], Iterable[torch.Tensor]]
+) -> Iterator[StoredLayer]:
+    """Move layers into buffers on the host.
+
+    Args:
+        layers: the linear modules of each.
+        allocate: makes a buffer (size,) uint8 for each size.
+
+    Raises:
+        EngineError: the host does not have enough memory; nothing was moved.
+    """
+    sizes = [packed_bytes(modules) for modules in layers]
+    come_from_host = bool(layers) and origin_of(layers[0]).type == "cpu"
+    _check_host_memory(sizes, come_from_host=come_from_host)
+    for modules, buffer in zip(layers, allocate(sizes), strict=True):
+        yield PackedLayer(modules, buffer)
+
+
+def _check_host_memory(sizes: Sequence[int], *, come_from_host: bool) -> None:
+    """Pinned memory cannot be swapped out: without this check, the system would end the process.
+
+    Raises:
+        EngineError: there is not enough.
+    """
+    # What is on the host already is freed as it moves; only one block of it exists twice.
+    free, needed = host_memory().free, max(map(sum, blocks_of(sizes)), default=0) if come_from_host else sum(sizes)
+    if needed > free:
+        raise EngineError(
+            f"the weights of the decoder layers take {needed / 1e9:.2f} GB more of host memory, and {free / 1e9:.2f} GB is free",
+            fix="free host memory, or leave the weights on the device if they fit there (engine.weights=device)",
+        )
 
 
 def pinned_buffers(sizes: Sequence[int]) -> Iterator[torch.Tensor]:

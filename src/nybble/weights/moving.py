@@ -11,8 +11,18 @@ import torch
 
 
 def stay(module: torch.nn.Module) -> None:
-    """Leave a module's parameters where they are when a model that it belongs to moves; `del module._apply` ends it."""
+    """Leave a module's parameters where they are when a model that it belongs to moves."""
     module._apply = types.MethodType(_unmoved, module)  # type: ignore[method-assign]
+
+
+def stays(module: torch.nn.Module) -> bool:
+    """Whether a module stays where it is."""
+    return "_apply" in module.__dict__
+
+
+def stop_staying(module: torch.nn.Module) -> None:
+    """End `stay`."""
+    del module._apply
 
 
 def move_all_but(model: torch.nn.Module, modules: Iterable[torch.nn.Module], device: torch.device) -> None:
@@ -32,14 +42,14 @@ def move_all_but(model: torch.nn.Module, modules: Iterable[torch.nn.Module], dev
 
 @contextlib.contextmanager
 def _staying(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
-    held = [module for module in modules if "_apply" not in module.__dict__]
+    held = [module for module in modules if not stays(module)]
     for module in held:
         stay(module)
     try:
         yield
     finally:
         for module in held:
-            del module._apply
+            stop_staying(module)
 
 
 def _unmoved(self: torch.nn.Module, function: Any, recurse: bool = True) -> torch.nn.Module:

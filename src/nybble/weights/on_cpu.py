@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from nybble.plan.free_memory import host_memory
 from nybble.weights.frozen import dequantised, is_repacked, linear4bits
+from nybble.weights.moving import stays
 from nybble.weights.structure import check_repacking_switch
 
 SHARE = 0.25  # of the available memory, for weights that could also stay quantised
@@ -61,6 +62,8 @@ def _replace_if_it_fits(model: PreTrainedModel | PeftModel) -> list[tuple[torch.
     """Replace 4-bit layers by plain ones; returns the 4-bit ones with parent and name, none if nothing was replaced."""
     layers = list(linear4bits(model))
     if not layers or any(part.device.type != "cpu" for part in model.parameters()):  # those of a GPU may be on the host
+        return []
+    if any(map(stays, layers)):  # those that are spread over processes are not here
         return []
     dtype = model.get_input_embeddings().weight.dtype
     # In a checkpoint that came quantised, 4-bit layers may cast to another type and back.

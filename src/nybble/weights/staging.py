@@ -15,7 +15,7 @@ import torch
 
 from nybble.plan.ledger import STAGING_BUFFERS
 from nybble.weights.copier import Copier, Mark
-from nybble.weights.packed import PackedLayer
+from nybble.weights.packed import StoredLayer
 from nybble.weights.store import Pass
 
 
@@ -29,7 +29,7 @@ class _Buffer:
 
 
 class Staging:
-    """Buffers on the device for the weights of layers that are on the host.
+    """Buffers on the device for the weights of layers that are on the host, or spread over ranks.
 
     Args:
         layers: those layers by number.
@@ -37,11 +37,11 @@ class Staging:
         copier: of the device.
     """
 
-    def __init__(self, layers: Mapping[int, PackedLayer], count: int, copier: Copier) -> None:
+    def __init__(self, layers: Mapping[int, StoredLayer], count: int, copier: Copier) -> None:
         self._layers = layers
         self._count = count
         self._copier = copier
-        size = max((layer.buffer.nbytes for layer in layers.values()), default=0)
+        size = max((layer.nbytes for layer in layers.values()), default=0)
         with torch.inference_mode(False):  # training may follow
             self._buffers = [_Buffer(copier.device_buffer(size)) for _ in range(min(STAGING_BUFFERS, len(layers)))]
 
@@ -58,7 +58,7 @@ class Staging:
             passing: what it is used for, which tells the order of use.
 
         Returns:
-            The layer's weights on the device, valid until the next layer starts; None for a layer that is not on the host.
+            The layer's weights on the device, valid until the next layer starts; None for a layer that stays on the device.
         """
         for buffer in self._buffers:
             if buffer.layer is not None and buffer.versions != self._layers[buffer.layer].versions():
@@ -85,9 +85,9 @@ class Staging:
 
     def _fill(self, buffer: _Buffer, number: int) -> None:
         """Queue the copy of a layer's weights; it waits until everything queued so far, which may read the buffer, is done."""
-        source, buffer.layer = self._layers[number].buffer, None
-        buffer.versions = self._layers[number].versions()
-        buffer.copied = self._copier.copy(source, buffer.bytes[: source.nbytes], self._copier.mark())
+        stored, buffer.layer = self._layers[number], None
+        buffer.versions = stored.versions()
+        buffer.copied = self._copier.copy(stored.buffer, buffer.bytes[: stored.nbytes], self._copier.mark())
         buffer.layer = number
 
 

@@ -31,6 +31,9 @@ class WeightStore(Protocol):
     def is_resident(self, group: ProjectionGroup) -> bool:
         """Whether all of the group's weights are on the device."""
 
+    def readable(self, weight: FrozenWeight) -> FrozenWeight:
+        """A weight of the current layer as its values can be read on the device."""
+
     def write(self, group: ProjectionGroup, out_nk: torch.Tensor) -> None:
         """Write the weights of a group, dequantised, one projection below the other.
 
@@ -62,6 +65,10 @@ class ResidentStore:
     def is_resident(self, group: ProjectionGroup) -> bool:
         """See `WeightStore.is_resident`."""
         return True
+
+    def readable(self, weight: FrozenWeight) -> FrozenWeight:
+        """See `WeightStore.readable`."""
+        return weight
 
     def write(self, group: ProjectionGroup, out_nk: torch.Tensor) -> None:
         """See `WeightStore.write`; one kernel launch per projection."""

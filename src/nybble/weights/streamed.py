@@ -1,4 +1,4 @@
-"""Weights that stay on the host: each layer's are copied to the device while the layer before is computed."""
+"""Weights that stay on the host, or spread over ranks: each layer's come to the device while the layer before is computed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 from nybble.errors import EngineError
 from nybble.kernels.operations import Operations
-from nybble.plan.free_memory import host_memory
-from nybble.weights.copier import Copier, blocks_of
+from nybble.weights.copier import Copier
 from nybble.weights.frozen import FrozenWeight
-from nybble.weights.packed import PackedLayer, move_weights, packed_bytes
+from nybble.weights.lockstep import Lockstep
+from nybble.weights.packed import StoredLayer, move_weights
 from nybble.weights.projections import ProjectionGroup
 from nybble.weights.staging import Staging
 from nybble.weights.store import Pass, dequantise_all, dequantise_all_e4m3
@@ -30,7 +30,7 @@ class Streaming:
 
 
 class StreamedStore:
-    """Moves the weights of layers to the host, and writes them from there.
+    """Moves the weights of layers to where a copier reads them, and writes them from the copies.
 
     Args:
         operations: of the device.
@@ -38,39 +38,39 @@ class StreamedStore:
         streaming: what copies, and how many layers stay on the device.
 
     Raises:
-        EngineError: the host does not have enough memory, or it cannot be pinned; what was moved is back where it was.
+        EngineError: there is not enough memory there, or it cannot be pinned; what was moved is back where it was.
     """
 
     def __init__(
         self, operations: Operations, layers: Sequence[Sequence[torch.nn.Module]], streaming: Streaming
     ) -> None:
         self._operations = operations
-        self.device = streaming.copier.device
+        self.copier, self.device = streaming.copier, streaming.copier.device
         self.layers = [list(modules) for modules in layers]
         self.resident_layers = streaming.resident_layers
         numbers = streamed_numbers(len(layers), streaming.resident_layers)
-        sizes = [packed_bytes(self.layers[number]) for number in numbers]
-        come_from_host = bool(sizes) and next(self.layers[numbers[0]][0].parameters()).device.type == "cpu"
-        _check_host_memory(sizes, come_from_host=come_from_host)
-        self._packed: dict[int, PackedLayer] = {}
+        self._packed: dict[int, StoredLayer] = {}
         self._resident = sorted(set(range(len(layers))) - set(numbers))
         self._resident_origin = streaming.copier.device
         with contextlib.ExitStack() as undo, torch.inference_mode(False):  # training may follow
             undo.callback(self.put_back)
-            for number, buffer in zip(numbers, streaming.copier.host_buffers(sizes), strict=True):
-                self._packed[number] = PackedLayer(self.layers[number], buffer)
+            stored = streaming.copier.pack([self.layers[number] for number in numbers])
+            for number, layer in zip(numbers, stored, strict=True):
+                self._packed[number] = layer
             self._resident_origin = next((packed.origin for packed in self._packed.values()), self.device)
             for number in self._resident:
                 move_weights(self.layers[number], self.device)
             self._staging = Staging(self._packed, len(layers), streaming.copier)
             undo.pop_all()
         self._addresses = {address for packed in self._packed.values() for address in packed.starts}
-        self._current: tuple[PackedLayer, torch.Tensor] | None = None
+        alone = self.copier.ranks == 1
+        self._lockstep = None if alone else Lockstep(len(layers), self._gather, self.copier.all_ranks)
+        self._current: tuple[StoredLayer, torch.Tensor] | None = None
         self._copied: dict[tuple[int, ...], FrozenWeight] = {}
 
     @property
     def streamed_layers(self) -> int:
-        """How many layers' weights are on the host."""
+        """How many layers' weights do not stay on the device."""
         return len(self._packed)
 
     @property
@@ -80,8 +80,35 @@ class StreamedStore:
 
     def begin_layer(self, number: int, passing: Pass) -> None:
         """See `WeightStore.begin_layer`; this layer's weights are on the device until the next layer starts."""
+        if self._lockstep is not None:
+            self._lockstep.before(number, passing)
         staged = self._staging.begin(number, passing)
         self._current = None if staged is None else (self._packed[number], staged)
+
+    def uneven_passes(self) -> contextlib.AbstractContextManager[None]:
+        """Within this context, ranks that share the weights may run different numbers of forward passes without gradients."""
+        return contextlib.nullcontext() if self._lockstep is None else self._lockstep.uneven()
+
+    def readable(self, weight: FrozenWeight) -> FrozenWeight:
+        """See `WeightStore.readable`.
+
+        Raises:
+            EngineError: it was moved or replaced after `nybble.fuse`, and is not on the device.
+        """
+        tensors = tuple(weight.every_tensor())
+        if self._current is not None:
+            packed, staged = self._current
+            key = (staged.data_ptr(), *(tensor.data_ptr() for tensor in tensors))
+            if key not in self._copied and all(tensor.data_ptr() in packed.starts for tensor in tensors):
+                self._copied[key] = packed.copied(weight, staged)
+            if key in self._copied:
+                return self._copied[key]
+        if weight.stored.device != self.device:
+            raise EngineError(
+                "a decoder layer's weight was moved to the host or replaced after nybble.fuse",
+                fix="call nybble.fuse again, with the same arguments",
+            )
+        return weight
 
     def write(self, group: ProjectionGroup, out_nk: torch.Tensor) -> None:
         """See `WeightStore.write`; one kernel launch per projection.
@@ -89,7 +116,7 @@ class StreamedStore:
         Raises:
             EngineError: a weight was moved or replaced after `nybble.fuse`, and is not on the device.
         """
-        dequantise_all(self._operations, map(self._on_device, group.frozen), out_nk)
+        dequantise_all(self._operations, map(self.readable, group.frozen), out_nk)
 
     def write_e4m3(self, group: ProjectionGroup, factor: float, transposed: bool, out: torch.Tensor) -> None:
         """See `WeightStore.write_e4m3`.
@@ -97,7 +124,7 @@ class StreamedStore:
         Raises:
             EngineError: see `write`.
         """
-        dequantise_all_e4m3(self._operations, map(self._on_device, group.frozen), factor, transposed, out)
+        dequantise_all_e4m3(self._operations, map(self.readable, group.frozen), factor, transposed, out)
 
     def is_resident(self, group: ProjectionGroup) -> bool:
         """See `WeightStore.is_resident`."""
@@ -109,7 +136,7 @@ class StreamedStore:
         Raises:
             EngineError: they do not fit there; all of them are where they were.
         """
-        moved: list[PackedLayer] = []
+        moved: list[StoredLayer] = []
         try:
             for packed in self._packed.values():
                 packed.move(device or self.device)
@@ -125,29 +152,15 @@ class StreamedStore:
         self._packed.clear()
 
     def put_back(self) -> None:
-        """Move all weights to where they came from, after a failure."""
-        for packed in self._packed.values():
+        """Move all weights to where they came from, after a failure; shares stay, since the other ranks may not have failed."""
+        for packed in self._packed.values() if self.copier.ranks == 1 else ():
             packed.move(packed.origin)
         for number in self._resident:
             move_weights(self.layers[number], self._resident_origin)
         self._packed.clear()
 
-    def _on_device(self, weight: FrozenWeight) -> FrozenWeight:
-        """The weight as the device can read it."""
-        tensors = tuple(weight.every_tensor())
-        if self._current is not None:
-            packed, staged = self._current
-            key = (staged.data_ptr(), *(tensor.data_ptr() for tensor in tensors))
-            if key not in self._copied and all(tensor.data_ptr() in packed.starts for tensor in tensors):
-                self._copied[key] = packed.copied(weight, staged)
-            if key in self._copied:
-                return self._copied[key]
-        if weight.stored.device != self.device:
-            raise EngineError(
-                "a decoder layer's weight was moved to the host or replaced after nybble.fuse",
-                fix='call nybble.fuse(model, weights="host") again',
-            )
-        return weight
+    def _gather(self, number: int) -> None:
+        self._staging.begin(number, "inference")
 
     def __reduce__(self) -> Any:
         """Refuse copies: their weights would be in memory that no copier knows.
@@ -156,23 +169,8 @@ class StreamedStore:
             EngineError: always.
         """
         raise EngineError(
-            "a model whose weights are on the host cannot be copied or pickled as a whole",
+            f"a model whose weights are {self.copier.where} cannot be copied or pickled as a whole",
             fix="nybble.unfuse(model) first; state_dict() and save_pretrained work as they are",
-        )
-
-
-def _check_host_memory(sizes: Sequence[int], *, come_from_host: bool) -> None:
-    """Pinned memory cannot be swapped out: without this check, the system would end the process.
-
-    Raises:
-        EngineError: there is not enough.
-    """
-    # What is on the host already is freed as it moves; only one block of it exists twice.
-    free, needed = host_memory().free, max(map(sum, blocks_of(sizes)), default=0) if come_from_host else sum(sizes)
-    if needed > free:
-        raise EngineError(
-            f"the weights of the decoder layers take {needed / 1e9:.2f} GB more of host memory, and {free / 1e9:.2f} GB is free",
-            fix="free host memory, or leave the weights on the device if they fit there (engine.weights=device)",
         )
 
 

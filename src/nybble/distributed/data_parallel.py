@@ -1,0 +1,16 @@
+"""What torch's DistributedDataParallel is told about a model of which only adapters are trained."""
+
+from __future__ import annotations
+
+import torch
+
+
+def leave_frozen_out(model: torch.nn.Module) -> None:
+    """Let DDP see only what is trained, before it wraps the model.
+
+    Every process has read the same frozen weights. DDP would send them all from the first process to the others when it starts,
+    and the buffers before every forward, and would refuse those that are on the host.
+    """
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    buffers = [name for name, _ in model.named_buffers()]
+    torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*frozen, *buffers])
