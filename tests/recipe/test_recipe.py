@@ -39,8 +39,18 @@ def test_all_faults_are_listed_together_with_their_lines(tmp_path):
         (["adapter=a", "lora.r=4"], "lora: r cannot be set with adapter=a"),
         (["data.validation=0", "train.early_stopping=2"], "train.early_stopping: needs validation rows"),
         (["engine.fused=false", "engine.policy=host"], "engine.fused is false"),
-        (["engine.embedding=host", "train.processes=2"], "engine.embedding: host works with one process only"),
-        (["engine.weights=host", "train.processes=2"], "engine.weights: host works with one process only"),
+        (
+            ["engine.weights=sharded"],
+            "engine.weights: sharded spreads weights over several processes, but train.processes is 1",
+        ),
+        (
+            ["engine.weights=sharded-host", "train.processes=2", "model.device=cpu"],
+            "sharded-host streams weights to a GPU",
+        ),
+        (
+            ["engine.weights=sharded", "train.processes=2", "train.eval_tasks=[arc_easy]"],
+            "which engine.weights=sharded cannot",
+        ),
         (["engine.weights=host", "train.eval_tasks=[arc_easy]"], "train.eval_tasks: lm-eval builds a key-value cache"),
         (["engine.weights=host", "model.device=cpu"], "engine.weights: host streams weights to a GPU"),
         (["engine.resident_layers=3"], "engine.resident_layers: all layers' weights stay on the device"),

@@ -64,6 +64,15 @@ def test_sample_prompts_are_spread_over_processes(forks, tiny_llama, rows, cache
     held_against(one, three)
 
 
+def test_a_base_that_is_spread_over_processes_is_trained_and_evaluated_as_one(forks, tiny_llama, rows, cache, tmp_path):
+    """Of three processes one has no prompt to answer, and the others' answers differ in length."""
+    words = ["--cache", cache, "train", tiny_llama, rows]
+    one = trained(forks, tmp_path / "one", 1, *words)
+    three = trained(forks, tmp_path / "three", 3, *words, "engine.weights=sharded")
+    held_against(one, three)
+    assert "weights spread over 3 ranks" in (tmp_path / "three" / "said.txt").read_text()
+
+
 @pytest.mark.slow
 def test_benchmarks_are_spread_over_processes(forks, tiny_llama, rows, cache, tmp_path):
     benches = tmp_path / "benches"

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 
 from nybble.data.batches import Collator
+from nybble.distributed.data_parallel import leave_frozen_out
 from nybble.distributed.group import share_of
+from nybble.engine.fusion import uneven_passes
 from nybble.evaluate.curve import TaskScores
 from nybble.evaluate.scores import Benchmarks
 from nybble.objective.likelihood import MEASURED_TOKENS, bare, is_plain
@@ -84,6 +88,7 @@ def _make_trainer(
     setup: TrainingSetup, arguments: TrainingArguments, fused: bool, benchmarks: Benchmarks | None
 ) -> QLoraTrainer:
     recipe, train = setup.recipe, setup.recipe.train
+    leave_frozen_out(setup.model)
     trainer = QLoraTrainer(
         objective=Supervised(),
         optimizer=make_optimizer(setup.model, train.optimizer, setup.dtype, train.learning_rate, train.weight_decay),
@@ -134,8 +139,12 @@ def _answers(setup: TrainingSetup) -> SampleAnswering | None:
     if rows is None or not count:
         return None
     share = share_of(count)
-    if not share:  # more processes than prompts
-        return lambda show: []
-    return SampleAnswers(
+    answers = SampleAnswers(
         setup.model, setup.tokenizer, setup.data.template.ends, rows.select(share), len(share), setup.dtype, setup.cache
     )
+
+    def answered(show: Callable[[int, int], None]) -> list[dict[str, Any]]:
+        with uneven_passes(setup.model):
+            return answers(show) if share else []  # none if there are more processes than prompts
+
+    return answered

@@ -143,8 +143,8 @@ def _train(
         memory.enforce(device)
         recipe = memory.fitted(recipe)
         stack.enter_context(explained_memory(recipe, sizes.shape, folder))  # of the recipe as it runs
-    # 3. The base, frozen in 4 bits. Weights that are streamed are never on the GPU as a whole: `fuse` moves the rest there.
-    place = torch.device("cpu") if recipe.engine.weights == "host" else device
+    # 3. The base, frozen in 4 bits. One that is streamed or sharded is never on the GPU as a whole: `fuse` moves the rest there.
+    place = device if recipe.engine.weights == "device" else torch.device("cpu")
     with state.main_process_first(), console.status("loading the base"):
         checkpoint = find_checkpoint(recipe.model.path, recipe.model.revision)
         recorded = base_of_resumed(resumed, checkpoint, cache)

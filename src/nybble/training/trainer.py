@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from nybble.data.order import GroupedByLength, batches, lengths_of
 from nybble.distributed.group import all_reduce
+from nybble.engine.fusion import uneven_passes
 from nybble.objective.objective import MetricMeans, MetricSums, Objective
 from nybble.training.checkpoints import check_best, start_checkpoint
 from nybble.training.module_walks import without_module_walks
@@ -189,11 +190,11 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         No DataLoader is iterated: it would draw a seed from torch's generator, and later dropout would differ.
         """
         rows, positions = _batched_share(self.eval_dataset, self.args, self.eval_tokens)
-        if not positions:  # more processes than rows
-            return
         self.model.eval()
-        batch = self.data_collator([rows[position] for position in positions[0]])
-        self._measured(batch)["loss"].total.item()  # wait until the device has computed it
+        with uneven_passes(self.model):
+            if positions:  # none if there are more processes than rows
+                batch = self.data_collator([rows[position] for position in positions[0]])
+                self._measured(batch)["loss"].total.item()  # wait until the device has computed it
 
     def _measured(self, batch: dict[str, Any]) -> MetricMeans:
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -217,9 +218,10 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         """What the objective measures, over all validation rows, and the benchmarks' scores."""
         self.model.eval()
         sums = MetricSums(["loss", *self.objective.metrics], self.args.device)
-        for done, batch in enumerate(dataloader):
-            self.show_activity(EVALUATING, done, len(dataloader))
-            sums.add(self._measured(batch))
+        with uneven_passes(self.model):
+            for done, batch in enumerate(dataloader):
+                self.show_activity(EVALUATING, done, len(dataloader))
+                sums.add(self._measured(batch))
         metrics = sums.means()
         if self.task_scores is not None:
             self.show_activity(SCORING, 0, 0)

@@ -18,10 +18,10 @@ class EngineOptions(Options):
     """What a layer keeps for backward, from fastest to leanest; auto picks the fastest that fits in memory."""
     embedding: Literal["device", "host"] = "device"
     """Where the token embedding is kept; host saves 0.26 GB of GPU memory on a 7B."""
-    weights: Literal["device", "host"] = "device"
-    """Where the decoder layers' weights are kept; host streams them to the GPU, which saves 3.1 GB of its memory on a 7B."""
+    weights: Literal["device", "host", "sharded", "sharded-host"] = "device"
+    """Where the decoder layers' weights are: the GPU, the host (streamed), or sharded over the processes or their hosts."""
     resident_layers: int = Field(default=0, ge=0)
-    """With weights=host, how many layers' weights stay on the GPU all the same: a short micro batch does not hide the copies."""
+    """With any other weights than device, how many layers' stay on the GPU all the same: a short micro batch hides no copies."""
     compute: Literal["bf16", "fp8", "fp8-if-possible"] = "bf16"
     """The number format in which training multiplies by frozen weights: bf16 is model.dtype; fp8 needs Ada or a later card."""
     fp8_skip: list[str] = Field(default_factory=list)

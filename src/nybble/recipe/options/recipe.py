@@ -92,27 +92,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         data.streaming and isinstance(data.validation, float) and 0 < data.validation < 1,
         "data.validation: cannot hold out a share of a stream; set 0, a number of rows (its first), or a file",
     )
-    yield (
-        recipe.engine.embedding == "host" and train.processes > 1,
-        "engine.embedding: host works with one process only; DDP needs all parameters on one device",
-    )
-    yield (
-        recipe.engine.weights == "host" and train.processes > 1,
-        "engine.weights: host works with one process only; DDP needs all parameters on one device",
-    )
-    yield (
-        recipe.engine.weights == "host" and recipe.model.device == "cpu",
-        "engine.weights: host streams weights to a GPU, but model.device=cpu computes on the host",
-    )
-    yield (
-        recipe.engine.weights == "device" and recipe.engine.resident_layers > 0,
-        "engine.resident_layers: all layers' weights stay on the device unless engine.weights=host",
-    )
-    yield (
-        recipe.engine.weights == "host" and bool(train.eval_tasks),
-        "train.eval_tasks: lm-eval builds a key-value cache, which engine.weights=host cannot; leave them out, and score the "
-        "finished run with nybble eval",
-    )
+    yield from _weights_faults(recipe)
     yield from _fp8_faults(recipe)
     yield (
         not recipe.engine.fused and recipe.engine.is_customised,
@@ -124,6 +104,27 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
             f"{name}: {text!r} is not UTF-8, and the libraries that read and write models accept no other names; rename it",
         )
     yield lora.targets == [], "lora.targets: an empty list trains nothing; name layers or use all-linear"
+
+
+def _weights_faults(recipe: Recipe) -> Iterator[tuple[bool, str]]:
+    weights, train = recipe.engine.weights, recipe.train
+    yield (
+        weights.startswith("sharded") and train.processes == 1,
+        f"engine.weights: {weights} spreads weights over several processes, but train.processes is 1",
+    )
+    yield (
+        weights.endswith("host") and recipe.model.device == "cpu",
+        f"engine.weights: {weights} streams weights to a GPU, but model.device=cpu computes on the host",
+    )
+    yield (
+        weights == "device" and recipe.engine.resident_layers > 0,
+        "engine.resident_layers: all layers' weights stay on the device unless engine.weights says otherwise",
+    )
+    yield (
+        weights != "device" and bool(train.eval_tasks),
+        f"train.eval_tasks: lm-eval builds a key-value cache, which engine.weights={weights} cannot; leave them out, and score "
+        "the finished run with nybble eval",
+    )
 
 
 def _fp8_faults(recipe: Recipe) -> Iterator[tuple[bool, str]]:
