@@ -12,7 +12,7 @@ import torch
 from nybble.errors import TrainingError
 from nybble.plan.free_memory import device_memory
 from nybble.plan.ledger import ADAPTER, GRADIENT, base_bytes, optimizer_state
-from nybble.plan.placing import Rows, as_written, may_move_embedding, may_stream
+from nybble.plan.placing import Rows, as_written, elsewhere, may_move_embedding, may_stream
 from nybble.plan.schedule import smaller_micro_batch
 from nybble.plan.shapes import ModelShape
 from nybble.plan.step import ADAPTERS, GRADIENTS, OPTIMIZER, unplanned, work_of
@@ -103,7 +103,7 @@ def memory_saving_change(recipe: Recipe, shape: ModelShape) -> str:
         (not engine.fused and not train.gradient_checkpointing, "train.gradient_checkpointing=true"),
         (engine.fused and engine.policy != "host", "engine.policy=host (the same step, slower)"),
         (movable, "engine.embedding=host"),
-        (streamable, "engine.weights=host (the same step, slower)"),
+        (streamable, f"engine.weights={elsewhere(recipe)} (the same step, slower)"),
         (engine.resident_layers > 0, "engine.resident_layers=0 (the same step, slower)"),
     ]
     return next((fix for applies, fix in steps if applies), f"data.max_length={recipe.data.max_length // 2}")

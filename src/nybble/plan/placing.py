@@ -23,7 +23,7 @@ SMALL_BATCH = 4096
 SMALL_BATCH_COST, HOST_EMBEDDING_COST = 1 / 3, 0.01  # in shares of the time of a step
 STREAMED_OPERATIONS = 10_000
 """Operations that a GPU computes while a byte comes from the host: 500 TFLOP/s over 53 GB/s on an H100. Slower cards compute
-fewer, so their copies are hidden sooner."""
+fewer, so their copies are hidden sooner. What comes from other GPUs counts the same, though between some it comes faster."""
 CLOSE = 1.02  # times that are nearer than this count as equal: planned speeds are no nearer to measured ones
 UNHIDDEN = 0.3
 """Share of the copies' time by which steps are longer even where it is hidden. Reckoned from rows that keep other things: about
@@ -134,13 +134,18 @@ def _shortened(recipe: Recipe, shape: ModelShape, limit: int, length: int) -> Op
 
 
 def may_stream(recipe: Recipe) -> bool:
-    """Whether weights may be on the host: those of fused layers, in one process, without benchmarks, which need a cache."""
-    return recipe.engine.fused and recipe.train.processes == 1 and not recipe.train.eval_tasks
+    """Whether weights need not stay on the device: those of fused layers, without benchmarks, which need a cache."""
+    return recipe.engine.fused and not recipe.train.eval_tasks
+
+
+def elsewhere(recipe: Recipe) -> str:
+    """The leanest place for weights: the host, or for several processes a share on each one's host."""
+    return "host" if recipe.train.processes == 1 else "sharded-host"
 
 
 def may_move_embedding(recipe: Recipe, shape: ModelShape) -> bool:
-    """Whether the embedding may be on the host: with fused layers, in one process, and if it is not also the head."""
-    return recipe.engine.fused and recipe.train.processes == 1 and not shape.tied
+    """Whether the embedding may be on the host: with fused layers, and if it is not also the head."""
+    return recipe.engine.fused and not shape.tied
 
 
 def _same_steps(recipe: Recipe, shape: ModelShape, limit: int, rows: Rows) -> Iterator[Option]:
@@ -161,13 +166,15 @@ def _same_steps(recipe: Recipe, shape: ModelShape, limit: int, rows: Rows) -> It
 
 def _places(recipe: Recipe, shape: ModelShape) -> list[dict[str, str]]:
     """Where weights may be: as the recipe says, or on the host with none, a quarter, half or three quarters of the layers on the
-    device."""
+    device. Those of several processes are spread over these, or else over their hosts."""
     engine = recipe.engine
     if not may_stream(recipe):
         return [{}]
-    host = {} if engine.weights == "host" else {"engine.weights": "host"}
+    wheres = ("host",) if recipe.train.processes == 1 else ("sharded", "sharded-host")
     return [{}, *(
-        host | {"engine.resident_layers": str(resident)} if resident != engine.resident_layers else host
+        ({} if engine.weights == where else {"engine.weights": where})
+        | ({} if resident == engine.resident_layers else {"engine.resident_layers": str(resident)})
+        for where in wheres
         for resident in (0, *(shape.layers * quarters // 4 for quarters in (1, 2, 3)))
     )]  # fmt: skip
 

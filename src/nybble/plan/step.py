@@ -20,9 +20,9 @@ ADAPTERS, GRADIENTS, OPTIMIZER, OTHERS = "adapters", "gradients", "optimiser sta
 KEPT, BACKWARD, LOSS, FORWARD = "kept activations", "one layer's backward", "the loss", "one layer's forward"
 FRAGMENTED = "lost between tensors"
 WORKSPACE, CACHED, QUANTISED = "a layer's weights, dequantised", "weights that stay dequantised", "a weight in 16 bits"
-STAGING = "two layers' weights, from the host"
-ITEMS = (WEIGHTS, SCALES, STAGING, EMBEDDING, HEAD, NORMS, ADAPTERS, GRADIENTS, OPTIMIZER, KEPT, BACKWARD, LOSS, FORWARD,
-         WORKSPACE, CACHED, QUANTISED, FRAGMENTED, OTHERS)  # fmt: skip
+STAGING, SHARE, BUCKETS = "two layers' weights, when used", "share of the weights", "gradients, to be added up"
+ITEMS = (WEIGHTS, SCALES, SHARE, STAGING, EMBEDDING, HEAD, NORMS, ADAPTERS, BUCKETS, GRADIENTS, OPTIMIZER, KEPT, BACKWARD, LOSS,
+         FORWARD, WORKSPACE, CACHED, QUANTISED, FRAGMENTED, OTHERS)  # fmt: skip
 """The items of every moment, in the order in which they are shown."""
 LOADING = "loading"
 SCATTERED = 0.3
@@ -59,8 +59,13 @@ class Work:
     evaluated: int
     """Tokens of the largest batch of validation rows; 0 if nothing is held out."""
     embedding_on_host: bool
+    processes: int
     streamed_layers: int
-    """Layers whose weights are on the host."""
+    """Layers whose weights do not stay on the device."""
+    ranks: int
+    """How many processes hold a share of each of these; 1 if every process has them."""
+    shares_on_host: bool
+    """Whether these weights, or this process's share of them, are on the host."""
     plain_mask: int | None
     """Bytes of attention's mask where Transformers computes the layers; None where they are fused."""
 
@@ -85,6 +90,7 @@ def work_of(recipe: Recipe, shape: ModelShape, longest: int | None = None, token
     )
     longest = recipe.data.max_length if longest is None else longest
     allowed = train.micro_batch * recipe.data.max_length
+    weights = recipe.engine.weights
     rows, element = train.micro_batch * longest, 4 if model.dtype == "float32" else 2
     return Work(
         shape=shape,
@@ -97,7 +103,10 @@ def work_of(recipe: Recipe, shape: ModelShape, longest: int | None = None, token
         accumulates=train.accumulation > 1,
         evaluated=0 if recipe.data.validation in (0, 0.0) else max(min(allowed, EVALUATED_TOKENS), rows),
         embedding_on_host=recipe.engine.embedding == "host",
-        streamed_layers=shape.layers - recipe.engine.resident_layers if recipe.engine.weights == "host" else 0,
+        processes=train.processes,
+        streamed_layers=0 if weights == "device" else shape.layers - recipe.engine.resident_layers,
+        ranks=train.processes if weights.startswith("sharded") else 1,
+        shares_on_host=weights.endswith("host"),
         plain_mask=None if recipe.engine.fused else PLAIN_MASK * train.micro_batch * longest**2,
     )
 
@@ -180,19 +189,27 @@ def held(work: Work) -> dict[str, int]:
     codes, scales = base.codes * resident // layers, (base.absmax + base.tables) * resident // layers
     staged = 0
     if work.streamed_layers:
-        staged = ledger.streamed_bytes(work.shape, work.quantization, work.double_quantization, work.element, resident)
+        staged = ledger.streamed_bytes(
+            work.shape, work.quantization, work.double_quantization, work.element, resident, work.ranks
+        )
     return _without_zeros({
-        WEIGHTS: codes, SCALES: scales, STAGING: staged, EMBEDDING: embedding, HEAD: base.head,
-        NORMS: base.norms + base.biases, ADAPTERS: ledger.ADAPTER * work.trained, OTHERS: LIBRARIES,
+        WEIGHTS: codes, SCALES: scales, SHARE: 0 if work.shares_on_host else _elsewhere(work), STAGING: staged,
+        EMBEDDING: embedding, HEAD: base.head, NORMS: base.norms + base.biases, ADAPTERS: ledger.ADAPTER * work.trained,
+        BUCKETS: ledger.GRADIENT * work.trained if work.processes > 1 else 0, OTHERS: LIBRARIES,
     })  # fmt: skip
 
 
 def host_bytes(work: Work) -> int:
-    """Pinned host memory that streamed weights take."""
+    """Pinned host memory that a process takes for weights."""
+    return _elsewhere(work) if work.shares_on_host else 0
+
+
+def _elsewhere(work: Work) -> int:
+    """Bytes of what a process has of the weights that do not stay on the device."""
     if not work.streamed_layers:
         return 0
     layer = ledger.streamed_layer_bytes(work.shape, work.quantization, work.double_quantization, work.element)
-    return work.streamed_layers * layer
+    return work.streamed_layers * (ledger.share_bytes(layer, work.ranks) if work.ranks > 1 else layer)
 
 
 def _optimizer(work: Work) -> dict[str, int]:

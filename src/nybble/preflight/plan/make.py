@@ -14,6 +14,7 @@ from nybble.plan.placing import (
     as_written,
     changed,
     changes_that_fit,
+    elsewhere,
     fastest,
     may_move_embedding,
     may_stream,
@@ -185,6 +186,6 @@ def _leanest(recipe: Recipe, shape: ModelShape, limit: int) -> Option:
         "train.accumulation": str(train.micro_batch * train.accumulation),
         **({"engine.policy": "host"} if recipe.engine.fused else {}),
         **({"engine.embedding": "host"} if may_move_embedding(recipe, shape) else {}),
-        **({"engine.weights": "host", "engine.resident_layers": "0"} if may_stream(recipe) else {}),
+        **({"engine.weights": elsewhere(recipe), "engine.resident_layers": "0"} if may_stream(recipe) else {}),
     }  # fmt: skip
     return replace(as_written(changed(recipe, changes), shape, limit, Rows()), changes=changes)
