@@ -70,7 +70,7 @@ def test_a_base_that_is_spread_over_processes_is_trained_and_evaluated_as_one(fo
     one = trained(forks, tmp_path / "one", 1, *words)
     three = trained(forks, tmp_path / "three", 3, *words, "engine.weights=sharded")
     held_against(one, three)
-    assert "weights spread over 3 ranks" in (tmp_path / "three" / "said.txt").read_text()
+    assert "are spread over 3 ranks" in (tmp_path / "three" / "said.txt").read_text()
 
 
 @pytest.mark.slow
