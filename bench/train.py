@@ -130,7 +130,8 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Wait for the device and record the time."""
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.marks.append(time.perf_counter())
         if self.profiler is not None:
             self.profiler.__exit__(None, None, None)
@@ -190,7 +191,7 @@ def trainer_of(
     """nybble's trainer for so many steps, without evaluation and saving."""
     schedule = Schedule(steps, 10**6, 10**6, 0)
     arguments = training_arguments(
-        recipe, pathlib.Path(tempfile.mkdtemp()), schedule, torch.device("cuda"), dtype,
+        recipe, pathlib.Path(tempfile.mkdtemp()), schedule, torch.device(model.device.type), dtype,
         has_validation=False, checkpointing=plain,
     )  # fmt: skip
     arguments.save_strategy = "no"

@@ -12,7 +12,6 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 
 from nybble.data.batches import Collator
-from nybble.distributed.data_parallel import leave_frozen_out
 from nybble.distributed.group import share_of
 from nybble.engine.fusion import uneven_passes
 from nybble.evaluate.curve import TaskScores
@@ -88,7 +87,6 @@ def _make_trainer(
     setup: TrainingSetup, arguments: TrainingArguments, fused: bool, benchmarks: Benchmarks | None
 ) -> QLoraTrainer:
     recipe, train = setup.recipe, setup.recipe.train
-    leave_frozen_out(setup.model)
     trainer = QLoraTrainer(
         objective=Supervised(),
         optimizer=make_optimizer(setup.model, train.optimizer, setup.dtype, train.learning_rate, train.weight_decay),

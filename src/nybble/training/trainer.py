@@ -15,6 +15,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from nybble.data.order import GroupedByLength, batches, lengths_of
+from nybble.distributed.data_parallel import leave_frozen_out
 from nybble.distributed.group import all_reduce
 from nybble.engine.fusion import uneven_passes
 from nybble.objective.objective import MetricMeans, MetricSums, Objective
@@ -78,6 +79,7 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(self, *, objective: Objective, optimizer: torch.optim.Optimizer | None, **settings: Any) -> None:
         super().__init__(optimizers=(optimizer, None), **settings)
+        leave_frozen_out(self.model)
         self.objective = objective
         self.current_step = CurrentStep()
         self.eval_tokens = 0

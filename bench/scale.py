@@ -1,0 +1,172 @@
+"""Training on several GPUs: data-parallel, with the base on each of them or spread over them, beside torch's FSDP2.
+
+    python -m bench.scale run TOKENIZER DATA --processes 1 2 [4 8] [--rows TEXT ...] [--json FILE] [--timeout 300]
+    python -m bench.scale show FILE [--plot FILE.png]
+
+Each row is trained by so many processes, one per GPU; several numbers of processes follow one another. Weights are random. Tokens
+per second are those of all ranks together after the warm-up; the share is that of the rate of the smallest number of processes,
+times the ratio. Memory is the largest max_memory_reserved of a rank, in 1e9 bytes. Losses of rows that take the same steps are
+compared with those of the first of them. FSDP2 (torch.distributed.fsdp.fully_shard over bitsandbytes' layers) computes with
+Transformers' and PEFT's own forward and checkpointing. The rows of SmolLM2 also run on a CPU: --rows SmolLM2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from matplotlib.figure import Figure
+
+DEFAULTS = {
+    "model": "llama-2-7b", "weights": "device", "batch": 4, "length": 2048, "limit": 0.0, "policy": "auto", "resident": 0,
+    "compute": "bf16", "steps": 9, "warm_up": 3, "in_step": 0, "optimizer": "paged_adamw_8bit",
+}  # fmt: skip
+ROWS: dict[str, dict[str, Any]] = {
+    "7B, on each": {},
+    "7B in fp8, on each": {"compute": "fp8"},
+    "7B, sharded": {"weights": "sharded"},
+    "7B, sharded over hosts": {"weights": "sharded-host"},
+    "7B, on each one's host": {"weights": "host"},
+    "7B, FSDP2": {"weights": "fsdp2", "optimizer": "adamw"},
+    "7B, 1 x 2048, sharded": {"weights": "sharded", "batch": 1},
+    "7B, the same steps, on each": {"batch": 1, "in_step": 8, "length": 1024, "optimizer": "adamw"},
+    "7B, the same steps, sharded": {"batch": 1, "in_step": 8, "length": 1024, "optimizer": "adamw", "weights": "sharded"},
+    "7B, 200 steps, sharded": {"weights": "sharded", "length": 512, "steps": 200},
+    "13B, on each": {"model": "llama-2-13b"},
+    "13B, sharded": {"model": "llama-2-13b", "weights": "sharded"},
+    "70B, 1 x 2048, sharded": {"model": "llama-2-70b", "weights": "sharded", "batch": 1, "steps": 6},
+    "70B, 1 x 4096, sharded": {"model": "llama-2-70b", "weights": "sharded", "batch": 1, "length": 4096, "steps": 6},
+    "70B, 1 x 2048, sharded, in 24 GB": {
+        "model": "llama-2-70b", "weights": "sharded", "batch": 1, "steps": 6, "limit": 24.0,
+    },
+    "70B, 1 x 2048, on each one's host, in 24 GB": {
+        "model": "llama-2-70b", "weights": "host", "batch": 1, "steps": 5, "limit": 24.0,
+    },
+    **{
+        f"SmolLM2, {name}": {"model": "smollm2-135m", "weights": weights, "batch": 1, "length": 64, "in_step": 2, "steps": 4,
+                             "warm_up": 1, "optimizer": "adamw"}
+        for name, weights in (("on each", "device"), ("sharded", "sharded"), ("FSDP2", "fsdp2"))
+    },
+}  # fmt: skip
+NEED_SEVERAL = ("sharded", "sharded-host", "fsdp2")
+
+
+def measure(name: str, processes: int, given: argparse.Namespace) -> dict[str, Any]:
+    """One row on so many processes."""
+    options = DEFAULTS | ROWS[name]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "bench.scale_rank",
+        str(given.tokenizer), str(given.data), json.dumps(options),
+    ]  # fmt: skip
+    with tempfile.TemporaryFile("w+") as errors:
+        try:
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=given.timeout)
+            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        except subprocess.TimeoutExpired:
+            lines = []
+        if lines:
+            return {"row": name, **json.loads(lines[0].removeprefix("RESULT "))}
+        errors.seek(0)
+        said = [line.strip() for line in errors if "Error" in line]
+    return {"row": name, "ranks": processes, "failed": said[0] if said else f"no result after {given.timeout} s"}
+
+
+def run(given: argparse.Namespace) -> None:
+    """Measure rows, and write each as soon as it is there."""
+    names = [name for name in ROWS if not given.rows or any(text in name for text in given.rows)]
+    results = []
+    for name in names:
+        for processes in given.processes:
+            if processes > 1 or ROWS[name].get("weights") not in NEED_SEVERAL:
+                results.append(measure(name, processes, given))
+                print(json.dumps(results[-1]), flush=True)
+                if given.json is not None:
+                    given.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def shares(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results with what a table adds: the share of the smallest number's rate, and the largest difference of losses."""
+    found = []
+    for one in (one for one in results if "failed" not in one):
+        least = min(
+            (other for other in results if other["row"] == one["row"] and "failed" not in other),
+            key=lambda row: row["ranks"],
+        )
+        rate = one["tok_s"] / least["tok_s"] * least["ranks"] / one["ranks"]
+        found.append(one | {"share": rate, "apart": losses_apart(one, results)})
+    return found
+
+
+def losses_apart(one: dict[str, Any], results: list[dict[str, Any]]) -> float | None:
+    """The largest difference from the losses of the first row that took the same steps; None where none did."""
+    same = ("model", "batch", "length", "in_step", "steps")
+    if not one["in_step"] or one["weights"] == "fsdp2":
+        return None
+    first = next(row for row in results if "failed" not in row and all(row[name] == one[name] for name in same))
+    return max(abs(a - b) for a, b in zip(one["losses"], first["losses"], strict=True))
+
+
+def show(given: argparse.Namespace) -> None:
+    """Print the table, and draw it."""
+    results = json.loads(given.file.read_text())
+    print("| work | GPUs | tokens/s | share | GB on each | losses apart |\n| --- | --- | --- | --- | --- | --- |")
+    for row in (table := shares(results)):
+        apart = "" if row["apart"] is None else f"{row['apart']:.4f}"
+        print(
+            f"| {row['row']} | {row['ranks']} | {row['tok_s']:,} | {row['share']:.1%} | {max(row['reserved_gb']):.2f} | {apart} |"
+        )
+    for row in results:
+        if "failed" in row:
+            print(f"{row['row']} on {row['ranks']}: {row['failed']}")
+    if given.plot is not None:
+        draw(table, given.plot)
+
+
+def draw(table: list[dict[str, Any]], file: pathlib.Path) -> None:
+    """Tokens per second over the number of GPUs, a line for each row with several numbers of them."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for name in dict.fromkeys(row["row"] for row in table):
+        points = [(row["ranks"], row["tok_s"]) for row in table if row["row"] == name]
+        if len(points) > 1:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+            axes.plot(
+                [ranks for ranks, _ in points],
+                [points[0][1] * ranks / points[0][0] for ranks, _ in points],
+                ":",
+                color="0.7",
+            )
+    axes.set(xlabel="GPUs", ylabel="tokens per second, all together", title="Several GPUs (dotted: proportional)")
+    axes.set_xticks(sorted({row["ranks"] for row in table}))
+    axes.set_ylim(0)
+    axes.legend()
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    """Parse and do it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    measuring = commands.add_parser("run")
+    measuring.add_argument("tokenizer", type=pathlib.Path)
+    measuring.add_argument("data", type=pathlib.Path)
+    measuring.add_argument("--processes", type=int, nargs="+", required=True)
+    measuring.add_argument("--rows", nargs="+", default=[])
+    measuring.add_argument("--json", type=pathlib.Path)
+    measuring.add_argument("--timeout", type=float, default=300)
+    measuring.set_defaults(do=run)
+    showing = commands.add_parser("show")
+    showing.add_argument("file", type=pathlib.Path)
+    showing.add_argument("--plot", type=pathlib.Path)
+    showing.set_defaults(do=show)
+    given = parser.parse_args()
+    given.do(given)
+
+
+if __name__ == "__main__":
+    main()
