@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from nybble.distributed.group import group_size
 from nybble.errors import EngineError
 from nybble.plan.free_memory import host_memory
 from nybble.weights.packed import PackedLayer, StoredLayer, origin_of, packed_bytes
@@ -101,23 +102,28 @@ def pack_on_host(
         EngineError: the host does not have enough memory; nothing was moved.
     """
     sizes = [packed_bytes(modules) for modules in layers]
+    # What is on the host already is freed as it moves; only one block of it exists twice.
     come_from_host = bool(layers) and origin_of(layers[0]).type == "cpu"
-    _check_host_memory(sizes, come_from_host=come_from_host)
+    check_host_memory(max(map(sum, blocks_of(sizes)), default=0) if come_from_host else sum(sizes))
     for modules, buffer in zip(layers, allocate(sizes), strict=True):
         yield PackedLayer(modules, buffer)
 
 
-def _check_host_memory(sizes: Sequence[int], *, come_from_host: bool) -> None:
+def check_host_memory(needed: int) -> None:
     """Pinned memory cannot be swapped out: without this check, the system would end the process.
+
+    Args:
+        needed: bytes that this process, and each other one of the run, takes more than now.
 
     Raises:
         EngineError: there is not enough.
     """
-    # What is on the host already is freed as it moves; only one block of it exists twice.
-    free, needed = host_memory().free, max(map(sum, blocks_of(sizes)), default=0) if come_from_host else sum(sizes)
+    processes = group_size()
+    free = host_memory().free // processes  # as if all of them were on this machine
     if needed > free:
+        each = f" for each of {processes} processes" if processes > 1 else ""
         raise EngineError(
-            f"the weights of the decoder layers take {needed / 1e9:.2f} GB more of host memory, and {free / 1e9:.2f} GB is free",
+            f"the weights of the decoder layers take {needed / 1e9:.2f} GB more of host memory, and {free / 1e9:.2f} GB is free{each}",
             fix="free host memory, or leave the weights on the device if they fit there (engine.weights=device)",
         )
 

@@ -15,7 +15,7 @@ import torch.distributed
 
 from nybble.errors import EngineError
 from nybble.plan.ledger import aligned, share_bytes
-from nybble.weights.copier import Mark, pinned_buffers
+from nybble.weights.copier import Mark, check_host_memory, pinned_buffers
 from nybble.weights.frozen import FrozenWeight
 from nybble.weights.moving import stay, stop_staying
 from nybble.weights.packed import (
@@ -113,6 +113,7 @@ class ShardCopier:
 
     def _share_buffers(self, sizes: Sequence[int]) -> list[torch.Tensor]:
         if self.on_host:
+            check_host_memory(sum(sizes))
             return list(pinned_buffers(sizes))
         return [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes]
 
