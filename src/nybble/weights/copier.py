@@ -123,7 +123,8 @@ def check_host_memory(needed: int) -> None:
     if needed > free:
         each = f" for each of {processes} processes" if processes > 1 else ""
         raise EngineError(
-            f"the weights of the decoder layers take {needed / 1e9:.2f} GB more of host memory, and {free / 1e9:.2f} GB is free{each}",
+            f"the weights of the decoder layers take {needed / 1e9:.2f} GB more of host memory, and {free / 1e9:.2f} GB is "
+            f"free{each}",
             fix="free host memory, or leave the weights on the device if they fit there (engine.weights=device)",
         )
 
