@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -157,3 +161,52 @@ def test_the_best_checkpoint_is_the_first_ones(forks, tiny_llama, rows, tmp_path
     assert all(
         torch.equal(tensor, kept[name]) for name, tensor in load_file(run.adapter / "adapter_model.safetensors").items()
     )
+
+
+def test_an_error_of_one_machine_ends_the_other_too(forks, tiny_llama, rows, tmp_path):
+    """Each machine has its own copy of the base, and one is damaged."""
+    for machine in machines_in(tmp_path):
+        shutil.copytree(tiny_llama, machine / "base")
+    weights = tmp_path / "b" / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    said = command(forks, tmp_path, ["base", rows, *WORDS], status=1)
+    assert "process 1: error: the file is cut off" in said
+    assert "\nerror: another process of this run has ended, or cannot be reached: " in said
+    assert "unexpected error" not in said
+    assert not list(tmp_path.glob("*/runs"))
+
+
+def agents(root, words, port):
+    """A run of two agents of torchrun, each with a working and a home folder of its own."""
+    launch = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "0"]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "machines"]
+    launch += ["-m", "nybble", "--cache", "cache", "train", *map(str, words)]
+    environment = {"OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+    return [
+        subprocess.Popen(
+            [sys.executable, *launch[:2], *(["--rdzv-conf", f"is_host={int(folder.name == 'a')}"]), *launch[2:]],
+            cwd=folder, env={**os.environ, **environment, "HOME": str(folder)}, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )
+        for folder in (root / "a", root / "b")
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_agents_of_torchrun_train_and_resume(together, tiny_llama, rows, tmp_path):
+    """As two machines do: fresh, then resumed after the second machine was replaced by a new one."""
+    trained, resumed = tmp_path / "trained", tmp_path / "resumed"
+    machines_in(trained)
+    for root, words in ((trained, [tiny_llama, rows, *WORDS]), (resumed, ["--resume", OUT])):
+        if root == resumed:
+            interrupted(root, open_run(trained / "a" / OUT))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes = agents(root, words, port)
+        said = [process.communicate(timeout=300)[0] for process in processes]
+        print(*said, sep="\n---\n")
+        assert [process.returncode for process in processes] == [0, 0]
+        first = root / "a" if (root / "a" / OUT).exists() else root / "b"  # torchrun chose the ranks
+        held_against(open_run(first / OUT), together)
+        assert not [path for path in root.glob("*/runs") if path.parent != first]

@@ -14,9 +14,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
 from torch.distributed import Store  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import rendezvous
 
-from nybble.distributed.launcher import ProcessPlace, join_by_variables
+from nybble.distributed.launcher import ProcessPlace
+from nybble.distributed.meeting import meet
 from nybble.errors import NybbleError, RunError
 
 PART = 4 * 2**20  # bytes; the store takes 8 MiB at a time
@@ -38,8 +38,7 @@ def folder_at_hand(
     Raises:
         RunError: the first process cannot choose files; its own error is the reason.
     """
-    join_by_variables(place)
-    store, _, _ = next(rendezvous("env://"))  # kept to the end: the process group will meet at the same one
+    store = meet(place)  # kept to the end
     if not place.rank:
         _offer(store, folder, choose, place.size)
         yield folder

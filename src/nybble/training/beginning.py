@@ -11,6 +11,7 @@ from accelerate import PartialState
 
 from nybble.data.text.saved_template import save_template
 from nybble.distributed.environment import environment_restored
+from nybble.distributed.group import explained_lost_process
 from nybble.distributed.launcher import placement, rank
 from nybble.distributed.sending import folder_at_hand
 from nybble.errors import ModelError, RecipeError, RunError
@@ -39,6 +40,7 @@ def run_guarded(recipe: Recipe, folder: pathlib.Path, cache: pathlib.Path) -> It
         explained_disk_errors(folder, cache),
         no_empty_folders(folder),
         environment_restored(),
+        explained_lost_process(),
         contextlib.ExitStack() as stack,
     ):
         yield stack

@@ -17,7 +17,8 @@ from nybble.couplings.check import first_incompatibility
 from nybble.data.sets.prepare import Prepared
 from nybble.data.text.saved_template import read_template
 from nybble.distributed.group import in_group
-from nybble.distributed.launcher import join_by_variables, placement, refuse_other_size, refuse_sharding
+from nybble.distributed.launcher import placement, refuse_other_size, refuse_sharding
+from nybble.distributed.meeting import meet
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.fusion import Fusion
 from nybble.errors import EngineError, ModelError, TrainingError
@@ -61,7 +62,8 @@ def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
     """This process's state and device.
 
     Raises:
-        DeviceError: there are more or fewer processes than requested, or the launcher's variables do not fit together.
+        DeviceError: there are more or fewer processes than requested, or the launcher's variables do not fit together, or the
+            others do not arrive.
         TrainingError: a library lacks something that training needs.
     """
     if (problem := first_incompatibility("training", "data", "model")) is not None:
@@ -69,7 +71,7 @@ def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
     refuse_sharding()
     requested, place = recipe.train.processes, placement()
     refuse_other_size(requested)
-    join_by_variables(place)
+    store = meet(place) if requested > 1 else None
     device = choose_device(recipe.model.device, place.local_rank)
     on_cpu = device.type == "cpu"
     # The others wait while the first on each machine downloads, quantises and tokenises: NCCL's default of 10 minutes is
@@ -80,6 +82,7 @@ def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
     if not on_cpu:
         grow_segments()
     state = PartialState(cpu=on_cpu, **settings)
+    del store  # by now the process group has it
     assert state.num_processes == requested, "Accelerate sees another number of processes"
     return state, device
 
