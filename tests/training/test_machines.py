@@ -176,20 +176,24 @@ def test_an_error_of_one_machine_ends_the_other_too(forks, tiny_llama, rows, tmp
     assert not list(tmp_path.glob("*/runs"))
 
 
-def agents(root, words, port):
-    """A run of two agents of torchrun, each with a working and a home folder of its own."""
-    launch = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "0"]
-    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "machines"]
-    launch += ["-m", "nybble", "--cache", "cache", "train", *map(str, words)]
-    environment = {"OMP_NUM_THREADS": "1", "COLUMNS": "300"}
-    return [
+def agents(root, words):
+    """What two agents of torchrun say, each with a working and a home folder of its own; the first one's process is rank 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    launch += ["--master-addr", "127.0.0.1", "--master-port", port]
+    command = ["-m", "nybble", "--cache", "cache", "train", *map(str, words)]
+    processes = [
         subprocess.Popen(
-            [sys.executable, *launch[:2], *(["--rdzv-conf", f"is_host={int(folder.name == 'a')}"]), *launch[2:]],
-            cwd=folder, env={**os.environ, **environment, "HOME": str(folder)}, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
+            [*launch, "--node-rank", str(rank), *command], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300", "HOME": str(folder)}, text=True,
         )
-        for folder in (root / "a", root / "b")
+        for rank, folder in enumerate((root / "a", root / "b"))
     ]  # fmt: skip
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    print(*said, sep="\n---\n")
+    return [process.returncode for process in processes], said
 
 
 @pytest.mark.slow
@@ -200,13 +204,18 @@ def test_two_agents_of_torchrun_train_and_resume(together, tiny_llama, rows, tmp
     for root, words in ((trained, [tiny_llama, rows, *WORDS]), (resumed, ["--resume", OUT])):
         if root == resumed:
             interrupted(root, open_run(trained / "a" / OUT))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        processes = agents(root, words, port)
-        said = [process.communicate(timeout=300)[0] for process in processes]
-        print(*said, sep="\n---\n")
-        assert [process.returncode for process in processes] == [0, 0]
-        first = root / "a" if (root / "a" / OUT).exists() else root / "b"  # torchrun chose the ranks
-        held_against(open_run(first / OUT), together)
-        assert not [path for path in root.glob("*/runs") if path.parent != first]
+        statuses, _ = agents(root, words)
+        assert statuses == [0, 0]
+        held_against(open_run(root / "a" / OUT), together)
+        assert not (root / "b" / "runs").exists()
+
+
+@pytest.mark.slow
+def test_an_error_on_one_machine_ends_both_agents(tiny_llama, rows, tmp_path):
+    for machine in machines_in(tmp_path):
+        shutil.copytree(tiny_llama, machine / "base")
+    (tmp_path / "b" / "base" / "model.safetensors").write_bytes(b"damaged")
+    statuses, said = agents(tmp_path, ["base", rows, *WORDS])
+    assert statuses == [1, 1]
+    assert "process 1: error: " in said[1]
+    assert "error: another process of this run has ended" in said[0]
