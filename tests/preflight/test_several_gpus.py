@@ -65,6 +65,7 @@ def test_pairs_without_peer_access_are_named():
     assert judge_nccl(None).detail == "torch was built without NCCL: several GPUs cannot train together"
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_gpus_of_this_machine_sum_together():
     found = {
