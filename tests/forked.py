@@ -40,7 +40,12 @@ class Forks:
         )
 
     def run(
-        self, root: pathlib.Path, words: Sequence[object], moment: Any = None, processes: int = 1
+        self,
+        root: pathlib.Path,
+        words: Sequence[object],
+        moment: Any = None,
+        processes: int = 1,
+        machines: Sequence[object] = (),
     ) -> dict[str, Any]:
         """Run a command, up to a moment or to its end.
 
@@ -49,12 +54,15 @@ class Forks:
             words: of the command line.
             moment: the fields of a `corpus.kills.Moment` or `Elapsed`; None for no kill.
             processes: as a launcher would start them; the moment is one of the first, and the others are killed with it.
+            machines: a folder for each process, its working and home folder, as if each were on a machine of its own; none for
+                one machine, in the working folder of the tests.
 
         Returns:
             `status` of the first process, as subprocess has it, and `changes`, how many of the root's files and folders it
             was about to change.
         """
         request = {"root": str(root), "words": [str(word) for word in words], "processes": processes, "moment": moment}
+        request["machines"] = [str(folder) for folder in machines]
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
@@ -123,9 +131,13 @@ def _child(request: dict[str, Any], rank: int, port: int, counter: mmap.mmap) ->
     for stream in (1, 2):
         os.dup2(log, stream)
     if count > 1:
-        ranks = {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
-        sizes = {name: str(count) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
-        os.environ.update({**ranks, **sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        alone = bool(request["machines"])
+        local = {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1} if alone else {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
+        numbers = {"RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port, **local}
+        os.environ.update({name: str(number) for name, number in numbers.items()}, MASTER_ADDR="127.0.0.1")
+    if request["machines"]:
+        os.environ["HOME"] = request["machines"][rank]
+        os.chdir(request["machines"][rank])
     if not rank:
         sys.addaudithook(Watch(request["root"] + "/", request["moment"], counter))
     sys.argv = ["nybble", *request["words"]]

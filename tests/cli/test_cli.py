@@ -180,11 +180,11 @@ def test_accelerate_launch_runs_two_processes_and_a_wrong_number_is_an_error(tin
     result = nybble(*silent, launcher=LAUNCH, home=tmp_path)
     print(result.stderr)
     assert result.returncode != 0
-    assert "2 processes were requested, but the launcher started 1" in result.stderr
+    assert "2 processes were requested, but accelerate launch started 1 process" in result.stderr
     unsaid = ("--multi_gpu", "--num_processes", "2", "-m", "nybble", "train", *parts[:-1], f"out={tmp_path / 'unsaid'}")
     result = nybble(*unsaid, launcher=LAUNCH, home=tmp_path)
     assert result.returncode != 0
-    assert "1 processes were requested, but 2 are running" in result.stderr
+    assert "1 process was requested, but accelerate launch started 2 processes" in result.stderr
     assert sorted(path.name for path in tmp_path.glob("*/recipe.yaml")) == ["recipe.yaml"]
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from nybble.cli import planning, training, using
 from nybble.cli.app import app
 from nybble.cli.defects import STATUS, report
-from nybble.distributed.launcher import rank, wait_without_spinning
+from nybble.distributed.launcher import process_label, wait_without_spinning
 from nybble.errors import NybbleError, is_panic
 from nybble.files.disk_errors import explained_disk_errors
 from nybble.files.paths import check_current_folder
@@ -43,4 +43,4 @@ def main() -> None:
 
 
 def _print_error(text: str) -> None:
-    tell_error(Console(stderr=True), f"process {rank()}: " if rank() else "", text)
+    tell_error(Console(stderr=True), process_label(), text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -20,7 +21,7 @@ from nybble.cli.arguments import (
     train_recipe,
 )
 from nybble.cli.extras import make_converter, make_harness, make_preflight
-from nybble.distributed.launcher import rank, refuse_second_launcher, world_size
+from nybble.distributed.launcher import placement, rank, refuse_other_size, refuse_sharding, world_size
 from nybble.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -117,25 +118,42 @@ def train(
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the complete recipe and exit.")] = False,
 ) -> None:
     """Train an adapter: nybble train MODEL DATA key=value ..., or -c recipe.yaml, or both. Writes runs/NAME."""
+    refuse_sharding()
     given = {"train.processes": processes, "train.vram": vram}
-    recipe = train_recipe(arguments or [], config, resume, given, long_options(context))
-    if print_config:
-        from nybble.recipe import dump_recipe
+    with _resumed_folder(resume) as resume:
+        recipe = train_recipe(arguments or [], config, resume, given, long_options(context))
+        if print_config:
+            from nybble.recipe import dump_recipe
 
-        typer.echo(dump_recipe(recipe), nl=False)
-        return
-    for name, path in (("MODEL", recipe.model.path), ("DATA", recipe.data.path)):
-        if not path:
-            raise RecipeError(f"{name} is missing", fix="nybble train MODEL DATA, or -c recipe.yaml")
-    cache = cache_folder(context)
-    _check_writable_folders(recipe, resume, cache)
-    if resume is None:
-        refuse_missing(recipe)
-    if recipe.train.processes > 1 and world_size() != recipe.train.processes:
-        refuse_second_launcher(recipe.train.processes)
-        from nybble.distributed.spawn import run_processes
+            typer.echo(dump_recipe(recipe), nl=False)
+            return
+        for name, path in (("MODEL", recipe.model.path), ("DATA", recipe.data.path)):
+            if not path:
+                raise RecipeError(f"{name} is missing", fix="nybble train MODEL DATA, or -c recipe.yaml")
+        cache = cache_folder(context)
+        _check_writable_folders(recipe, resume, cache)
+        if resume is None:
+            refuse_missing(recipe)
+        if recipe.train.processes > 1 and placement().launcher is None:
+            from nybble.distributed.spawn import run_processes
 
-        raise typer.Exit(run_processes(recipe.train.processes, sys.argv[1:]))
+            raise typer.Exit(run_processes(recipe.train.processes, sys.argv[1:]))
+        refuse_other_size(recipe.train.processes)
+        _train(recipe, resume, cache)
+
+
+def _resumed_folder(resume: pathlib.Path | None) -> contextlib.AbstractContextManager[pathlib.Path | None]:
+    """The folder of the run to be resumed; the first of several processes sends what others need of it but do not have."""
+    if resume is None or world_size() == 1:
+        return contextlib.nullcontext(resume)
+    silence_libraries()
+    from nybble.training.beginning import run_at_hand
+
+    return run_at_hand(resume)
+
+
+def _train(recipe: Recipe, resume: pathlib.Path | None, cache: pathlib.Path) -> None:
+    """Train in this process, and export what the recipe says."""
     silence_libraries()
     from nybble.training.interrupt import Stopped
     from nybble.training.preparation import leave_processes
@@ -174,10 +192,12 @@ def _check_writable_folders(recipe: Recipe, resumed: pathlib.Path | None, cache:
     from nybble.files.outputs import check_run_and_cache
     from nybble.run.folder import choose_folder, refuse_existing
 
+    if rank():  # the first process writes the folder, which may be on another machine, and may by now be writing it
+        return
     folder = resumed or choose_folder(recipe)
     if resumed is None:
         refuse_existing(folder)
-    elif not rank():  # the other processes may get here when the first already writes
+    else:
         refuse_busy(folder)
     check_run_and_cache(folder, cache)
 

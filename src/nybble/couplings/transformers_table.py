@@ -9,10 +9,12 @@ TRANSFORMERS = (
     Coupling(
         "overridden methods of Trainer", "transformers",
         tuple(f"transformers:Trainer.{name}" for name in (
-            "_run_epoch", "_get_train_sampler", "_clip_grad_norm", "_save_checkpoint", "_load_best_model", "_prepare_inputs",
+            "_run_epoch", "_get_train_sampler", "_clip_grad_norm", "_save_checkpoint", "_save_rng_state", "_load_best_model",
+            "_prepare_inputs",
         )),
         ("training/trainer.py",),
-        "an override would never be called: another order of rows, checkpoints without their mark, an unverified best one",
+        "an override would never be called: another order of rows, checkpoints without their mark or without random states "
+        "of other machines, an unverified best one",
         AT_START,
     ),
     Coupling(

@@ -5,10 +5,14 @@ All processes must call the same function at the same point: the others wait for
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
 import torch.distributed
+
+from nybble.errors import DeviceError
 
 Item = TypeVar("Item")
 
@@ -65,3 +69,23 @@ def broadcast(item: Item) -> Item:
     box = [item]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+@contextlib.contextmanager
+def explained_lost_process() -> Iterator[None]:
+    """Turn the error of an exchange with a process that has ended into one message.
+
+    Raises:
+        DeviceError: another process has ended; its own output says why.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo has no class of its own for its errors, only its source's path in them.
+        if not in_group() or not (isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)):
+            raise
+        reason = str(error).splitlines()[0].rpartition("] ")[2]
+        raise DeviceError(
+            f"another process of this run has ended, or cannot be reached: {reason[:160]}",
+            fix="see what the other processes say; once that is repaired: nybble train --resume RUN, if there is a checkpoint",
+        ) from error

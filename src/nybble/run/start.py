@@ -166,6 +166,15 @@ def _is_split(train: Mapping[str, Any]) -> bool:
     return all(isinstance(train.get(name), int) for name in (MICRO_BATCH, ACCUMULATION))
 
 
+def ignore_places(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Where two recipes have the same kind of thing in different places, write the path or device of `then` into `now`."""
+    for path in (*PATH_OPTIONS, "model.device"):
+        *section, name = path.split(".")
+        before, after = (tree[section[0]] if section else tree for tree in (then, now))
+        if after.get(name) and type(after[name]) is type(before.get(name)):
+            after[name] = before[name]
+
+
 def halved_from(start: Start, recipe: Recipe) -> int | None:
     """The micro batch that a run was started with, if its recipe has a smaller one by now."""
     first = start.recipe.train.get(MICRO_BATCH)
@@ -191,11 +200,7 @@ def check_recipe(recipe: Recipe, file: pathlib.Path) -> None:
     now = json.loads(json.dumps(recipe.model_dump(include=set(DECIDING))))
     recorded = with_defaults(read_start(record).recipe.as_json())
     then = {name: recorded[name] for name in now}
-    for path in (*PATH_OPTIONS, "model.device"):
-        *section, name = path.split(".")
-        before, after = (tree[section[0]] if section else tree for tree in (then, now))
-        if after.get(name) and type(after[name]) is type(before.get(name)):
-            after[name] = before[name]
+    ignore_places(then, now)
     ignore_split(then, now)
     if changes := differences(then, now):
         raise RunError(

@@ -11,18 +11,21 @@ from accelerate import PartialState
 
 from nybble.data.text.saved_template import save_template
 from nybble.distributed.environment import environment_restored
-from nybble.distributed.launcher import rank
+from nybble.distributed.group import explained_lost_process
+from nybble.distributed.launcher import placement, rank
+from nybble.distributed.sending import folder_at_hand
 from nybble.errors import ModelError, RecipeError, RunError
-from nybble.files.atomic import no_empty_folders, run_lock
+from nybble.files.atomic import no_empty_folders, refuse_busy, run_lock
 from nybble.files.disk_errors import explained_disk_errors
 from nybble.files.outputs import check_run_and_cache
+from nybble.files.paths import check_cache
 from nybble.model.base.bits import TrainedBase, trained_base
 from nybble.model.base.checkpoint import Checkpoint, fingerprint
 from nybble.recipe import Recipe
-from nybble.run.folder import Run, check_disk_space, create_run
-from nybble.run.identity import check_unchanged
+from nybble.run.folder import Run, check_disk_space, create_run, open_run
+from nybble.run.identity import check_agreement, check_unchanged
 from nybble.run.start import start_record
-from nybble.training.checkpoints import Resumption
+from nybble.training.checkpoints import Resumption, resumed_files
 from nybble.training.preparation import TrainingSetup
 
 
@@ -32,14 +35,24 @@ def run_guarded(recipe: Recipe, folder: pathlib.Path, cache: pathlib.Path) -> It
 
     The contexts entered into the stack, such as the run's lock, last until the end.
     """
-    check_run_and_cache(folder, cache)
+    check_writable_paths(folder, cache)
     with (
         explained_disk_errors(folder, cache),
         no_empty_folders(folder),
         environment_restored(),
+        explained_lost_process(),
         contextlib.ExitStack() as stack,
     ):
         yield stack
+
+
+def check_writable_paths(folder: pathlib.Path, cache: pathlib.Path) -> None:
+    """Refuse a run folder or a cache that cannot be written; of several processes only the first one writes the folder, which the
+    others' machines need not have."""
+    if rank():
+        check_cache(cache)
+    else:
+        check_run_and_cache(folder, cache)
 
 
 def lock_run(stack: contextlib.ExitStack, run: Run, doing: str) -> None:
@@ -67,6 +80,23 @@ def refuse_moved_base(run: Run) -> None:
         )
 
 
+def run_at_hand(folder: pathlib.Path) -> contextlib.AbstractContextManager[pathlib.Path]:
+    """The folder that this process resumes a run from: the run's, or a copy of what it needs where it does not see the first
+    process's folder. All processes must call this before they open the run.
+
+    Raises:
+        NybbleError: the run cannot be resumed.
+    """
+
+    def choose() -> list[pathlib.Path]:
+        run = open_run(folder)
+        refuse_busy(folder)
+        refuse_finished(run)
+        return resumed_files(run)
+
+    return folder_at_hand(folder, choose, placement())
+
+
 def refuse_missing_benchmarks(recipe: Recipe) -> None:
     """Raise RecipeError if the recipe names benchmarks but there is nothing to run them."""
     if recipe.train.eval_tasks:
@@ -85,9 +115,15 @@ def base_of_resumed(resumed: Resumption | None, checkpoint: Checkpoint, cache: p
 
 
 def open_run_folder(folder: pathlib.Path, setup: TrainingSetup, resumed: Resumption | None, state: PartialState) -> Run:
-    """Create the folder of a new run, or check that nothing has changed since the resumed run was started."""
+    """Create the folder of a new run, or check that nothing has changed since the resumed run was started.
+
+    Raises:
+        RunError: something has changed, or another process has found other data, another base or other versions.
+    """
     start = start_record(setup.recipe, setup.data.fingerprint, setup.base.fingerprint, setup.base.bits)
-    check_disk_space(folder, setup.trained_parameters, setup.recipe.train.keep_checkpoints)
+    check_agreement(start)
+    if state.is_main_process:
+        check_disk_space(folder, setup.trained_parameters, setup.recipe.train.keep_checkpoints)
     if resumed is not None:
         check_unchanged(resumed.run, start)
     elif state.is_main_process:

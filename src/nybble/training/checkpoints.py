@@ -166,13 +166,19 @@ def _wrong_step(checkpoint: pathlib.Path) -> list[str]:
 
 def _faults_of_best(run: Run, checkpoint: pathlib.Path) -> list[str]:
     """What is wrong with the best checkpoint so far, whose adapter the run will end with unless a later one is better."""
-    best = _state(checkpoint).best_global_step
-    if not run.recipe.train.keep_best or not best or best == step_of(checkpoint):
+    folder = best_before(run, checkpoint)
+    if folder is None:
         return []
-    folder = run.checkpoints / f"checkpoint-{best}"
     if not folder.is_dir():
         return [f"the best checkpoint before it is missing: {folder.name}"]
     return [f"the best checkpoint before it, {folder.name}, is damaged: {wrong}" for wrong in faults_of(folder)]
+
+
+def best_before(run: Run, checkpoint: pathlib.Path) -> pathlib.Path | None:
+    """The best checkpoint before this one, which need not exist; None where the run does not keep it, or this one is the best."""
+    best = _state(checkpoint).best_global_step
+    is_another = run.recipe.train.keep_best and best and best != step_of(checkpoint)
+    return run.checkpoints / f"checkpoint-{best}" if is_another else None
 
 
 def check_best(checkpoint: pathlib.Path) -> None:
@@ -208,6 +214,21 @@ def prepare_resumption(resumed: Resumption) -> list[str]:
             f"metrics.jsonl has no line for {what}: the summary counts neither their tokens nor their seconds"
         )
     return notices
+
+
+def resumed_files(run: Run) -> list[pathlib.Path]:
+    """The files that a process needs to resume a run, as on a machine without its folder.
+
+    Raises:
+        RunError: there is nothing to resume from.
+    """
+    checkpoint = resumption(run).checkpoint
+    folders = [run.folder / "tokenizer"]
+    if checkpoint is not None:
+        folders += [checkpoint, *filter(None, [best_before(run, checkpoint)])]
+    files = [run.folder / name for name in ("recipe.yaml", "start.json", "template.json")]
+    files += [file for folder in folders for file in sorted(folder.rglob("*"))]
+    return [file for file in files if file.is_file()]
 
 
 def start_checkpoint(checkpoint: pathlib.Path) -> None:

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
 
+from nybble.distributed.group import broadcast
 from nybble.errors import TrainingError
 from nybble.files.atomic import new_folder
 from nybble.files.writing import write_json
@@ -79,8 +80,8 @@ def _clean_up(run: Run, state: PartialState, console: Console, made: Collection[
 
 
 def refuse_untrained(run: Run, model: PeftModel, recorder: Recorder) -> None:
-    """Raise TrainingError, in all processes, if the adapter that would be saved changes nothing."""
-    if not is_untrained(model):
+    """Raise TrainingError, in all processes, if the adapter that would be saved, the first one's, changes nothing."""
+    if not broadcast(is_untrained(model)):
         return
     rate = run.recipe.train.learning_rate
     if recorder.kept_step < recorder.steps:

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from nybble.distributed.group import all_reduce_number, barrier
+from nybble.distributed.group import all_gather, all_reduce_number, barrier
 from nybble.distributed.launcher import rank
 from nybble.errors import TrainingError
 from nybble.model.adapter.lora import check_gradients, check_saved
@@ -59,10 +59,8 @@ class Guards(TrainerCallback):  # type: ignore[misc]
         self.check_next = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Once every process has written its part, read the checkpoint's adapter back, mark the checkpoint as complete, and only
-        then remove older ones."""
+        """Read the checkpoint's adapter back, mark the checkpoint as complete, and only then remove older ones."""
         folder = pathlib.Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        barrier()
         if args.should_save:
             model = kwargs["model"]
             adapted = model if isinstance(model, PeftModel) else model.module
@@ -76,15 +74,30 @@ class Guards(TrainerCallback):  # type: ignore[misc]
         broken = sum(not math.isfinite(loss) for loss in losses)
         if not all_reduce_number(broken, device):  # all processes stop together
             return
-        file = self.run.folder / f"nonfinite-step-{step}{f'-process-{rank()}' if rank() else ''}.pt"
         bad = [batch for batch, loss in zip(self.current_step.batches, losses, strict=True) if not math.isfinite(loss)]
-        if bad:
-            torch.save({"step": step, "losses": torch.tensor(losses), "batches": bad}, file)
+        # The first process writes those of all: others may be on machines without the run folder.
+        saved = all_gather(
+            [(rank(), {"step": step, "losses": torch.tensor(losses), "batches": _on_host(bad)})] if bad else []
+        )
         if not rank():
+            for number, content in saved:
+                torch.save(content, self._nonfinite_file(step, number))
             append_line(self.run.metrics, MetricsLine(step=step, loss=str(sum(losses))))
         barrier()  # every batch is saved before the first process cleans up
+        file = self._nonfinite_file(step, saved[0][0])
         raise TrainingError(
             f"the loss of step {step} is not finite ({losses}); this step did not change the adapter",
             where=f"{file} (the batch)",
             fix=f"a lower train.learning_rate, then: nybble train -c {self.run.folder}/recipe.yaml out=ANOTHER",
         )
+
+    def _nonfinite_file(self, step: int, process: int) -> pathlib.Path:
+        return self.run.folder / f"nonfinite-step-{step}{f'-process-{process}' if process else ''}.pt"
+
+
+def _on_host(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Batches without a device, which another process may not have."""
+    return [
+        {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        for batch in batches
+    ]

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 
 from nybble.data.batches import Collator
-from nybble.distributed.group import share_of
+from nybble.distributed.group import broadcast, share_of
 from nybble.engine.fusion import uneven_passes
 from nybble.evaluate.curve import TaskScores
 from nybble.evaluate.scores import Benchmarks
@@ -67,7 +67,8 @@ def run_trainer(
     interruption.raise_if_stopped()
     recorder.steps, recorder.history = trainer.state.global_step, trainer.state.log_history
     is_best = arguments.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
-    recorder.kept_step = trainer.state.best_global_step if is_best else recorder.steps
+    # Another machine may not have the best checkpoint's folder.
+    recorder.kept_step = broadcast(trainer.state.best_global_step if is_best else recorder.steps)
     return recorder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import pathlib
 import time
 from dataclasses import dataclass
@@ -18,10 +17,11 @@ from nybble.couplings.check import first_incompatibility
 from nybble.data.sets.prepare import Prepared
 from nybble.data.text.saved_template import read_template
 from nybble.distributed.group import in_group
-from nybble.distributed.launcher import world_size
+from nybble.distributed.launcher import placement, refuse_other_size, refuse_sharding
+from nybble.distributed.meeting import meet
 from nybble.engine.fuse import fuse, fusion, unfuse
 from nybble.engine.fusion import Fusion
-from nybble.errors import DeviceError, EngineError, ModelError, TrainingError
+from nybble.errors import EngineError, ModelError, TrainingError
 from nybble.installed import pip
 from nybble.model.base.load import Base, Footprint
 from nybble.model.device import choose_device, grow_segments
@@ -62,28 +62,27 @@ def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
     """This process's state and device.
 
     Raises:
-        DeviceError: there are more or fewer processes than requested.
+        DeviceError: there are more or fewer processes than requested, or the launcher's variables do not fit together, or the
+            others do not arrive.
         TrainingError: a library lacks something that training needs.
     """
     if (problem := first_incompatibility("training", "data", "model")) is not None:
         raise TrainingError(problem.what, fix=f"{pip()} install {problem.requirement}")
-    requested, running = recipe.train.processes, world_size()
-    if requested != running:
-        raise DeviceError(
-            f"{requested} processes were requested, but {running} are running",
-            where=f"train.processes={requested}",
-            fix=f"nybble train --processes {requested}, or accelerate launch --multi_gpu --num_processes {requested} "
-            f"-m nybble train ... train.processes={requested}",
-        )
-    device = choose_device(recipe.model.device, int(os.environ.get("LOCAL_RANK", "0")))
+    refuse_sharding()
+    requested, place = recipe.train.processes, placement()
+    refuse_other_size(requested)
+    store = meet(place) if requested > 1 else None
+    device = choose_device(recipe.model.device, place.local_rank)
     on_cpu = device.type == "cpu"
-    # The others wait while the first downloads, quantises and tokenises: NCCL's default of 10 minutes is too short for that.
+    # The others wait while the first on each machine downloads, quantises and tokenises: NCCL's default of 10 minutes is
+    # too short for that.
     settings = (
         {"timeout": datetime.timedelta(hours=6), **({"backend": "gloo"} if on_cpu else {})} if requested > 1 else {}
     )
     if not on_cpu:
         grow_segments()
     state = PartialState(cpu=on_cpu, **settings)
+    del store  # by now the process group has it
     assert state.num_processes == requested, "Accelerate sees another number of processes"
     return state, device
 

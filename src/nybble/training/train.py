@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from nybble.distributed.launcher import rank
 from nybble.evaluate.scores import Benchmarks
 from nybble.files.paths import default_cache
 from nybble.model.adapter.lora import attach_adapter, check_stored, resume_adapter
@@ -73,7 +74,8 @@ def train(
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once the step in progress is done and saved; after a second one at once.
     """
     folder, cache = choose_folder(recipe), cache or default_cache()
-    refuse_existing(folder)
+    if not rank():
+        refuse_existing(folder)
     with run_guarded(recipe, folder, cache) as stack:
         attempt = functools.partial(
             _train, folder=folder, console=console or Console(), cache=cache, benchmarks=benchmarks,
@@ -132,12 +134,11 @@ def _train(
     sizes = sizes_in(config.to_dict(), described.name)
     stack.enter_context(explained_memory(recipe, sizes.shape, folder))
     tokenizer = load_tokenizer(described.folder)
-    if preflight is not None:
+    if preflight is not None and state.is_main_process:
         preflight(config, tokenizer, folder)
-    with state.main_process_first():
+    with state.local_main_process_first():  # what is cached is cached on each machine
         data, schedule = prepare_data(recipe, tokenizer, config, console, cache, folder)
-    is_new = not (folder / "recipe.yaml").exists()
-    memory = plan_memory(recipe, sizes, data, schedule, device, is_new=is_new)
+    memory = plan_memory(recipe, sizes, data, schedule, device, is_new=resumed is None)
     if memory is not None:
         tell(console, f"memory    {memory.line}")
         memory.enforce(device)
@@ -145,7 +146,7 @@ def _train(
         stack.enter_context(explained_memory(recipe, sizes.shape, folder))  # of the recipe as it runs
     # 3. The base, frozen in 4 bits. One that is streamed or sharded is never on the GPU as a whole: `fuse` moves the rest there.
     place = device if recipe.engine.weights == "device" else torch.device("cpu")
-    with state.main_process_first(), console.status("loading the base"):
+    with state.local_main_process_first(), console.status("loading the base"):
         checkpoint = find_checkpoint(recipe.model.path, recipe.model.revision)
         recorded = base_of_resumed(resumed, checkpoint, cache)
         base = load_base(checkpoint, recipe.model, dtype, place, cache, recorded)
@@ -170,7 +171,7 @@ def _train(
     if resumed is None:
         lock_run(stack, run, "trained")
         made = paths_in(folder)
-    first = halved_from(run.start(), run.recipe)
+    first = halved_from(run.start(), run.recipe) if state.is_main_process else None
     # 6. Train.
     print_plan(run, schedule, console)
     earlier = read_mark(resumed.checkpoint) if resumed is not None and resumed.checkpoint is not None else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from nybble.data.order import GroupedByLength, batches, lengths_of
 from nybble.distributed.data_parallel import leave_frozen_out
-from nybble.distributed.group import all_reduce
+from nybble.distributed.group import all_gather, all_reduce
 from nybble.engine.fusion import uneven_passes
 from nybble.objective.objective import MetricMeans, MetricSums, Objective
 from nybble.training.checkpoints import check_best, start_checkpoint
@@ -206,9 +207,17 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         self.show_activity(SAVING, 0, 0)
         if self.args.should_save:
             start_checkpoint(pathlib.Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
-        self.accelerator.wait_for_everyone()  # before another process creates the folder
         super()._save_checkpoint(*args, **kwargs)
         self.show_activity(TRAINING, 0, 0)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The first process writes the states of all: others may be on machines without the folder."""
+        with tempfile.TemporaryDirectory() as own:
+            super()._save_rng_state(own)
+            files = all_gather([(file.name, file.read_bytes()) for file in pathlib.Path(own).iterdir()])
+        if self.args.should_save:
+            for name, content in files:
+                (pathlib.Path(output_dir) / name).write_bytes(content)
 
     def _load_best_model(self) -> None:
         check_best(pathlib.Path(self.state.best_model_checkpoint))

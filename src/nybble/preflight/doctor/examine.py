@@ -17,6 +17,7 @@ from nybble.preflight.doctor.access import base_model, hub_login, wandb_login
 from nybble.preflight.doctor.finding import Finding
 from nybble.preflight.doctor.four_bit import nf4
 from nybble.preflight.doctor.gpu import cuda_driver, cuda_names, devices
+from nybble.preflight.doctor.several_gpus import links
 from nybble.preflight.doctor.space import disk, hub_cache, memory, nybble_cache, run_of_7b, temporary
 from nybble.preflight.doctor.versions import declared, installed_version, packages, python
 
@@ -29,6 +30,7 @@ def examine(model: str | None, cache: Path | None = None) -> list[Finding]:
         cache: nybble's cache; None for this user's default.
     """
     findings = [python(), *packages(declared(), installed_version), cuda_driver(), *devices()]
+    findings += links(cuda_names())
     findings += [nf4(torch.device(name)) for name in cuda_names()]
     findings += [nf4(torch.device("cpu"), needed=not cuda_names())]
     findings += [memory(host_memory())]
