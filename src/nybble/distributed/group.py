@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 import torch.distributed
 
+from nybble.distributed.heartbeat import meet
+
 Item = TypeVar("Item")
 
 
@@ -26,12 +28,14 @@ def group_size() -> int:
 def barrier() -> None:
     """Wait until every process has called this."""
     if in_group():
+        meet()
         torch.distributed.barrier()
 
 
 def all_reduce(numbers: torch.Tensor) -> torch.Tensor:
     """The sum over processes, which is also written into the tensor itself."""
     if in_group():
+        meet()
         torch.distributed.all_reduce(numbers)
     return numbers
 
@@ -54,6 +58,7 @@ def all_gather(items: list[Item]) -> list[Item]:
     if not in_group():
         return items
     parts: list[list[Item]] = [[] for _ in range(torch.distributed.get_world_size())]
+    meet()
     torch.distributed.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 
@@ -63,5 +68,6 @@ def broadcast(item: Item) -> Item:
     if not in_group():
         return item
     box = [item]
+    meet()
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]

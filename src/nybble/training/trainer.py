@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from nybble.data.order import GroupedByLength, batches, lengths_of
 from nybble.distributed.group import all_reduce
+from nybble.distributed.heartbeat import beat, meet
 from nybble.objective.objective import MetricMeans, MetricSums, Objective
 from nybble.training.checkpoints import check_best, start_checkpoint
 from nybble.training.module_walks import without_module_walks
@@ -122,6 +123,7 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
     ) -> torch.Tensor:
         """One forward and backward; batch and loss stay in `current_step` for the guards until the optimiser steps."""
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        beat(micro_batch=True)
         self.current_step.batches.append(inputs)
         has_next = self.state.global_step + 1 < self.state.max_steps
         if has_next and self._prefetch is not None and self.accelerator.sync_gradients:
@@ -174,6 +176,7 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         # Queued before backward, so that the guards need not wait for that.
         self.current_step.losses.append(PendingScalar(result.loss))
         self.current_step.metrics.append(result.metrics)
+        meet()  # DDP exchanges gradients within backward
         return result.loss
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
