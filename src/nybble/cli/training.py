@@ -108,7 +108,9 @@ def train(
         ),
     ] = None,
     config: Config = None,
-    resume: Annotated[pathlib.Path | None, typer.Option(help="Resume an interrupted run.")] = None,
+    resume: Annotated[
+        pathlib.Path | None, typer.Option(help="Resume an interrupted run; --processes may change.")
+    ] = None,
     processes: Annotated[int | None, typer.Option(help="Data-parallel processes, one per GPU.", min=1)] = None,
     vram: Annotated[
         str | None,
@@ -151,7 +153,9 @@ def train(
     try:
         with processes_left():
             if resume is not None:
-                run = resume_run(resume, console=console, cache=cache, benchmarks=harness, preflight=preflight)
+                run = resume_run(
+                    resume, processes=processes, console=console, cache=cache, benchmarks=harness, preflight=preflight
+                )
             else:
                 run = start_run(recipe, console=console, cache=cache, benchmarks=harness, preflight=preflight)
     except Stopped as stop:  # train has printed how to go on

@@ -175,6 +175,11 @@ def _faults_of_best(run: Run, checkpoint: pathlib.Path) -> list[str]:
     return [f"the best checkpoint before it, {folder.name}, is damaged: {wrong}" for wrong in faults_of(folder)]
 
 
+def processes_of(checkpoint: pathlib.Path) -> int:
+    """How many processes wrote a checkpoint: each has its own state of random numbers."""
+    return len(list(checkpoint.glob("rng_state_*.pth"))) or 1
+
+
 def check_best(checkpoint: pathlib.Path) -> None:
     """Verify the checkpoint whose adapter a run ends with.
 

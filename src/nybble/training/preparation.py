@@ -75,7 +75,7 @@ def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
             f"{requested} processes were requested, but {running} are running",
             where=f"train.processes={requested}",
             fix=f"nybble train --processes {requested}, or accelerate launch --multi_gpu --num_processes {requested} "
-            f"-m nybble train ... train.processes={requested}",
+            f"-m nybble train ... train.processes={requested}; a run goes on with another number by --resume RUN --processes N",
         )
     device = choose_device(recipe.model.device, int(os.environ.get("LOCAL_RANK", "0")))
     on_cpu = device.type == "cpu"
