@@ -1,7 +1,7 @@
 """The run folder: its layout, how it is created, and how it is opened again.
 
-RUN/recipe.yaml       every option, documented; its steps may be split otherwise than in start.json: into a micro batch that fits in
-                      memory, among another number of processes
+RUN/recipe.yaml       every option, documented; its steps may be split otherwise than in start.json, into a micro batch that fits
+                      in memory, or among another number of processes
 RUN/start.json        recipe, versions, fingerprints of data and base, the base's quantised bits, and digests of the next two;
                       written before the first step (`nybble.run.start`)
 RUN/template.json     the chat template by name and text

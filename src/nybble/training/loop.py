@@ -9,8 +9,9 @@ import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 
-from nybble.data.batches import Collator
-from nybble.distributed.group import share_of
+from nybble.data.batches import Collator, FilledRows
+from nybble.data.sets.stream import StreamedRows
+from nybble.distributed.group import group_size, share_of
 from nybble.evaluate.curve import TaskScores
 from nybble.evaluate.scores import Benchmarks
 from nybble.objective.likelihood import MEASURED_TOKENS, bare, is_plain
@@ -93,13 +94,13 @@ def _draws_numbers(setup: TrainingSetup) -> bool:
 def _make_trainer(
     setup: TrainingSetup, arguments: TrainingArguments, fused: bool, benchmarks: Benchmarks | None
 ) -> QLoraTrainer:
-    recipe, train = setup.recipe, setup.recipe.train
+    recipe, train, rows = setup.recipe, setup.recipe.train, setup.data.train
     trainer = QLoraTrainer(
         objective=Supervised(),
         optimizer=make_optimizer(setup.model, train.optimizer, setup.dtype, train.learning_rate, train.weight_decay),
         model=setup.model,
         args=arguments,
-        train_dataset=setup.data.train,
+        train_dataset=FilledRows(rows) if group_size() > 1 and not isinstance(rows, StreamedRows) else rows,
         eval_dataset=setup.data.validation,
         data_collator=Collator(setup.tokenizer.pad_token_id, flatten=fused),
         processing_class=setup.tokenizer,

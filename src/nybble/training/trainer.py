@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from nybble.data.batches import FilledRows
 from nybble.data.order import GroupedByLength, batches, lengths_of
 from nybble.distributed.group import all_reduce
 from nybble.distributed.heartbeat import beat, meet
@@ -114,8 +115,11 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         if isinstance(rows, torch.utils.data.IterableDataset):
             return None
         arguments = self.args
-        step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        self._order = GroupedByLength(lengths_of(rows), step, arguments.seed)
+        together = arguments.train_batch_size * arguments.world_size
+        is_filled = isinstance(rows, FilledRows)
+        lengths = lengths_of(rows.rows if is_filled else rows)
+        step = together * arguments.gradient_accumulation_steps
+        self._order = GroupedByLength(lengths, step, arguments.seed, together if is_filled else 1)
         return self._order
 
     def training_step(
