@@ -11,12 +11,13 @@ from collections import Counter
 
 import numpy
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from nybble.data.batches import Collator, PackedRows
+from nybble.data.batches import Collator, FilledRows, PackedRows
 from nybble.data.order import GroupedByLength, lengths_of
 from nybble.data.rows.sources import find_sources, read_rows
 from nybble.data.sets.prepare import prepare, weighted
@@ -173,6 +174,36 @@ def test_every_row_comes_once_an_epoch_and_the_longest_in_the_first_step(lengths
     if whole:
         assert lengths[places[0]] == max(lengths[place] for place in places[:whole])
     assert places == list(order)
+
+
+@given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(0, 3))
+def test_the_last_step_is_filled_for_several_processes(count, micro_batch, accumulation, processes, epoch):
+    """Every process gets whole micro batches, and the rows that count are those of a single process, step by step."""
+    together = micro_batch * processes
+    step, lengths = together * accumulation, numpy.arange(count) % 7 + 1
+    alone, filled = GroupedByLength(lengths, step, seed=1), GroupedByLength(lengths, step, 1, together)
+    for order in (alone, filled):
+        order.set_epoch(epoch)
+    places = list(filled)
+    assert len(places) == len(filled)
+    assert len(places) % together == 0
+    assert places[:count] == list(alone)
+    last = set(places[count // step * step : count])
+    assert {place - count for place in places[count:]} <= last, "the last step's own rows, of which none counts"
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_that_fill_a_step_train_nothing(packing, rows, tiny_tokenizer, cache):
+    data = prepared(str(rows), tiny_tokenizer, cache, packing=packing)
+    filled, count = FilledRows(data.train), len(data.train)
+    assert len(filled) == count
+    assert filled[1] == data.train[1]
+    collate = Collator(tiny_tokenizer.pad_token_id or 0, flatten=not packing)
+    real, repeated, both = (collate([filled[place] for place in places]) for places in ((0,), (count,), (0, count + 1)))
+    assert torch.equal(repeated["input_ids"], real["input_ids"])
+    assert len(real["predicting"]) > 0
+    assert len(repeated["predicting"]) == 0
+    assert len(both["predicting"]) == len(real["predicting"])
 
 
 def test_rows_of_similar_length_share_a_step_and_epochs_differ(rows, tiny_tokenizer, cache):

@@ -211,15 +211,26 @@ def test_both_of_two_processes_skip_a_damaged_checkpoint(forks, wholes, tiny_lla
 LONG = [*COMMON, *CONFIGURATIONS["two processes"], "train.max_steps=60", "train.evaluate_every=20"]
 
 
+PATIENCE_HERE = 6
+WAITED = f"made no progress for {PATIENCE_HERE} seconds, while the others waited for it: it is stopped (SIGSTOP)"
+ERRORS = {
+    "the first process": "error: process 0 was killed (SIGKILL)\n",
+    "the second process": "error: process 1 was killed (SIGKILL)\n",
+    "the first process stops": f"error: process 0 {WAITED}\n",
+    "the second process stops": f"error: process 1 {WAITED}\n",
+}
+"""What the launcher says."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", ["all of them", "the launcher", "the second process"])
+@pytest.mark.parametrize("killed", ["all of them", "the launcher", *ERRORS])
 def test_a_run_under_a_launcher_is_killed_and_resumes(killed, forks, tiny_llama, rows, cache, tmp_path):
     """By real interpreters. Processes whose launcher is killed live on: nobody else may write their run meanwhile."""
     words = ["--cache", cache, "train", tiny_llama, rows, *LONG]
     whole = tmp_path / "whole"
     assert forks.run(tmp_path, [*words, f"out={whole}"], None, 2)["status"] == 0
-    run = tmp_path / "run"
-    with launched(*words, f"out={run}", "--processes", 2) as launcher:
+    run, errors = tmp_path / "run", tmp_path / "errors.txt"
+    with launched(*words, f"out={run}", "--processes", 2, errors=errors) as launcher:
         wait_for_lines(launcher, run / "metrics.jsonl", 25)
         workers = psutil.Process(launcher.pid).children(recursive=True)
         ranks = {int(worker.environ().get("RANK", "-1")): worker for worker in workers}
@@ -229,22 +240,46 @@ def test_a_run_under_a_launcher_is_killed_and_resumes(killed, forks, tiny_llama,
             refused = forks.run(tmp_path, ["--cache", cache, "train", "--resume", run])
             assert refused["status"] == 1
             assert f"{run} is being trained by process {ranks[0].pid} on " in (tmp_path / "said.txt").read_text()
-        for worker in {"the second process": [ranks[1]], "all of them": [launcher, *workers]}.get(killed, workers):
-            worker.kill()
-        launcher.wait(60)
+        ended = ranks["second" in killed]
+        if killed.endswith("stops"):
+            ended.suspend()
+        for worker in {"all of them": [launcher, *workers], "the launcher": workers}.get(killed, [ended]):
+            if not killed.endswith("stops"):
+                worker.kill()
+        status = launcher.wait(60)
         psutil.wait_procs(workers, timeout=60)
+    print(told := errors.read_text())
+    if killed in ERRORS:
+        assert status == 1
+        assert told.startswith(ERRORS[killed])
+        assert f"  fix:   nybble train --resume {run}" in told
+    assert told.count("error") == (killed in ERRORS), "nothing else is said"
+    assert "Traceback" not in told
     assert not (run / "adapter").exists()
-    with launched("--cache", cache, "train", "--resume", run) as launcher:
+    with launched("--cache", cache, "train", "--resume", run, errors=errors) as launcher:
         assert launcher.wait(300) == 0
+    assert errors.read_text() == ""
     held_against(whole, run, exact=False)
+    assert names(run) == names(whole)
+
+
+LAUNCHER = f"""
+import nybble.cli, nybble.distributed.spawn as spawn
+run_processes = spawn.run_processes
+spawn.run_processes = lambda count, arguments, run: run_processes(count, arguments, run, {PATIENCE_HERE})
+nybble.cli.main()
+"""
 
 
 @contextlib.contextmanager
-def launched(*words: object):
-    """The command line in a session of its own; whatever is left of it is killed."""
-    command = [sys.executable, "-m", "nybble", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+def launched(*words: object, errors: pathlib.Path):
+    """The command line, less patient than usual, in a session of its own; whatever is left of it is killed."""
+    command = [sys.executable, "-c", LAUNCHER, *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+    with errors.open("w") as stream:
+        process = subprocess.Popen(
+            command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=stream
+        )
     try:
         yield process
     finally:

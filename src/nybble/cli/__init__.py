@@ -14,6 +14,7 @@ from nybble.cli import planning, training, using
 from nybble.cli.app import app
 from nybble.cli.defects import STATUS, report
 from nybble.distributed.launcher import process_label, wait_without_spinning
+from nybble.distributed.reports import leave_error
 from nybble.errors import NybbleError, is_panic
 from nybble.files.disk_errors import explained_disk_errors
 from nybble.files.paths import check_current_folder
@@ -33,12 +34,14 @@ def main() -> None:
             check_current_folder()
             app()
     except NybbleError as error:
-        _print_error(str(error))
+        if not leave_error(error):
+            _print_error(str(error))
         sys.exit(error.exit_code)
     except BaseException as error:  # the last line of defence: any other error is one message too
         if not isinstance(error, Exception) and not is_panic(error):
             raise
-        _print_error(report(error, sys.argv[1:]))
+        if not leave_error(error):
+            _print_error(report(error, sys.argv[1:]))
         sys.exit(STATUS)
 
 

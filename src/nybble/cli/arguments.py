@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,7 +22,7 @@ def train_recipe(
     arguments: list[str],
     config: pathlib.Path | None,
     resume: pathlib.Path | None,
-    given: Mapping[str, object],
+    given: Mapping[str, Any],
     command_options: Sequence[str] = (),
 ) -> Recipe:
     """The recipe to train: the resumed run's own, or a file overridden by MODEL, DATA and KEY=VALUE.
@@ -34,16 +34,18 @@ def train_recipe(
         given: options of the recipe that the command has under names of its own; None where one was not given.
         command_options: the names of the command's own options.
     """
-    extra = [f"{name}={value}" for name, value in given.items() if value is not None]
+    options = {name: value for name, value in given.items() if value is not None}
     if resume is not None:
-        if arguments or config is not None or extra:
+        if arguments or config is not None or options.keys() - {"train.processes"}:
             raise RecipeError(
-                "--resume uses the run's own recipe and takes no other options",
+                "--resume uses the run's own recipe and takes no other option than --processes",
                 fix=f"nybble train --resume {resume}",
             )
         from nybble.run.folder import open_run
+        from nybble.run.split import on_processes
 
-        return open_run(resume).recipe
+        return on_processes(open_run(resume), given["train.processes"]).recipe
+    extra = [f"{name}={value}" for name, value in options.items()]
     return _recipe(arguments, config, ("model.path", "data.path"), command_options, extra)
 
 

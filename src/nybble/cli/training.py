@@ -109,7 +109,9 @@ def train(
         ),
     ] = None,
     config: Config = None,
-    resume: Annotated[pathlib.Path | None, typer.Option(help="Resume an interrupted run.")] = None,
+    resume: Annotated[
+        pathlib.Path | None, typer.Option(help="Resume an interrupted run; --processes may change.")
+    ] = None,
     processes: Annotated[int | None, typer.Option(help="Data-parallel processes, one per GPU.", min=1)] = None,
     vram: Annotated[
         str | None,
@@ -131,15 +133,15 @@ def train(
             if not path:
                 raise RecipeError(f"{name} is missing", fix="nybble train MODEL DATA, or -c recipe.yaml")
         cache = cache_folder(context)
-        _check_writable_folders(recipe, resume, cache)
+        folder = _checked_folder(recipe, resume, cache)
         if resume is None:
             refuse_missing(recipe)
         if recipe.train.processes > 1 and placement().launcher is None:
             from nybble.distributed.spawn import run_processes
 
-            raise typer.Exit(run_processes(recipe.train.processes, sys.argv[1:]))
+            raise typer.Exit(run_processes(recipe.train.processes, sys.argv[1:], folder))
         refuse_other_size(recipe.train.processes)
-        _train(recipe, resume, cache)
+        _train(recipe, resume, processes, cache)
 
 
 def _resumed_folder(resume: pathlib.Path | None) -> contextlib.AbstractContextManager[pathlib.Path | None]:
@@ -152,31 +154,32 @@ def _resumed_folder(resume: pathlib.Path | None) -> contextlib.AbstractContextMa
     return run_at_hand(resume)
 
 
-def _train(recipe: Recipe, resume: pathlib.Path | None, cache: pathlib.Path) -> None:
+def _train(recipe: Recipe, resume: pathlib.Path | None, processes: int | None, cache: pathlib.Path) -> None:
     """Train in this process, and export what the recipe says."""
     silence_libraries()
     from nybble.training.interrupt import Stopped
-    from nybble.training.preparation import leave_processes
+    from nybble.training.preparation import processes_left
     from nybble.training.train import resume as resume_run
     from nybble.training.train import train as start_run
 
     console = Console()
     tasks, rows = recipe.train.eval_tasks, recipe.train.eval_data
-    folder = pathlib.Path(rows) if rows is not None else None
-    harness = make_harness(tasks, folder, recipe.train.eval_limit, recipe.train.micro_batch) if tasks else None
+    tasks_folder = pathlib.Path(rows) if rows is not None else None
+    harness = make_harness(tasks, tasks_folder, recipe.train.eval_limit, recipe.train.micro_batch) if tasks else None
     targets = recipe.export.to
     preflight = make_preflight(targets) if targets else None
     try:
-        if resume is not None:
-            run = resume_run(resume, console=console, cache=cache, benchmarks=harness, preflight=preflight)
-        else:
-            run = start_run(recipe, console=console, cache=cache, benchmarks=harness, preflight=preflight)
+        with processes_left():
+            if resume is not None:
+                run = resume_run(
+                    resume, processes=processes, console=console, cache=cache, benchmarks=harness, preflight=preflight
+                )
+            else:
+                run = start_run(recipe, console=console, cache=cache, benchmarks=harness, preflight=preflight)
     except Stopped as stop:  # train has printed how to go on
-        leave_processes()
         raise typer.Exit(128 + stop.number) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    leave_processes()
     for target in targets if rank() == 0 else ():
         from nybble.export.export import ExportRequest
         from nybble.export.export import export as make_export
@@ -186,20 +189,22 @@ def _train(recipe: Recipe, resume: pathlib.Path | None, cache: pathlib.Path) -> 
         )
 
 
-def _check_writable_folders(recipe: Recipe, resumed: pathlib.Path | None, cache: pathlib.Path) -> None:
-    """Refuse a run that exists or is busy, and folders that cannot be written to, before torch is loaded, which takes seconds."""
+def _checked_folder(recipe: Recipe, resumed: pathlib.Path | None, cache: pathlib.Path) -> pathlib.Path:
+    """The run folder. A run that exists or is busy, and folders that cannot be written to, are refused before torch is loaded,
+    which takes seconds."""
     from nybble.files.atomic import refuse_busy
     from nybble.files.outputs import check_run_and_cache
     from nybble.run.folder import choose_folder, refuse_existing
 
-    if rank():  # the first process writes the folder, which may be on another machine, and may by now be writing it
-        return
     folder = resumed or choose_folder(recipe)
+    if rank():  # the first process writes the folder, which may be on another machine, and may by now be writing it
+        return folder
     if resumed is None:
         refuse_existing(folder)
     else:
         refuse_busy(folder)
     check_run_and_cache(folder, cache)
+    return folder
 
 
 @app.command()

@@ -45,6 +45,26 @@ class PackedRows(torch.utils.data.Dataset[list[Sample]]):
         return members
 
 
+class FilledRows(torch.utils.data.Dataset[Any]):
+    """Rows, and once more the same rows with nothing trained in them: under positions from their number on."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> Any:
+        if position < len(self.rows):
+            return self.rows[position]
+        row = self.rows[position - len(self.rows)]
+        return [_untrained(sample) for sample in row] if isinstance(row, list) else _untrained(row)
+
+
+def _untrained(sample: Sample) -> Sample:
+    return {**sample, "trained": [False] * len(sample["trained"]), "repeated": True}
+
+
 @dataclass(frozen=True)
 class Collator:
     """Batches samples, or packed rows of samples; tensors are int64 of shape (rows, longest) unless stated otherwise.
@@ -73,7 +93,7 @@ class Collator:
         elif not self.flatten:  # with flatten, these have equal lengths: nothing is padded
             lengths = torch.tensor([len(row[0]["input_ids"]) for row in groups])
             batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-        _check(batch)
+        _check(batch, [any(sample.get("repeated") for sample in row) for row in groups])
         predicting = (next_labels(batch["labels"]) != IGNORED).flatten().nonzero().flatten()
         return {**batch, **boundaries, "predicting": predicting}
 
@@ -114,9 +134,9 @@ def _positions(groups: Sequence[Sequence[Sample]]) -> tuple[torch.Tensor, dict[s
     return torch.from_numpy(numpy.stack(positions)), {**ends, "max_length_q": max(flat), "max_length_k": max(flat)}
 
 
-def _check(batch: dict[str, torch.Tensor]) -> None:
+def _check(batch: dict[str, torch.Tensor], repeated: Sequence[bool]) -> None:
     ids, labels = batch["input_ids"], batch["labels"]
     assert all(tensor.shape == ids.shape for tensor in batch.values()), "tensors of a batch differ in shape"
     counted = labels != IGNORED
-    assert counted.any(dim=1).all(), "a row without a trained token"
+    assert (counted.any(dim=1) | torch.tensor(repeated)).all(), "a row without a trained token"
     assert (labels[counted] == ids[counted]).all(), "a label differs from its token"

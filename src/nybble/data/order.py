@@ -21,16 +21,21 @@ class GroupedByLength(torch.utils.data.Sampler[int]):
     and the number of rows in a step: an interrupted run continues where it stopped, and a step has the same rows however it is
     split into micro batches and processes.
 
+    The last step of an epoch may have fewer rows. Each process needs as many micro batches, so it is filled with its own rows
+    once more, under positions from the number of rows on: these count for nothing (`nybble.data.batches.FilledRows`).
+
     Args:
         lengths: tokens of each row.
         step: rows of one optimiser step.
         seed: of the order.
+        together: rows of one micro batch of each process; a single process need not fill one.
     """
 
-    def __init__(self, lengths: numpy.ndarray, step: int, seed: int) -> None:
+    def __init__(self, lengths: numpy.ndarray, step: int, seed: int, together: int = 1) -> None:
         self.lengths = lengths
         self.step = step
         self.seed = seed
+        self.together = together
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -38,7 +43,11 @@ class GroupedByLength(torch.utils.data.Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self._missing
+
+    @property
+    def _missing(self) -> int:
+        return -len(self.lengths) % self.together
 
     def __iter__(self) -> Iterator[int]:
         generator = numpy.random.default_rng((self.seed, self.epoch))
@@ -51,7 +60,9 @@ class GroupedByLength(torch.utils.data.Sampler[int]):
         if len(steps):
             longest = int(self.lengths[steps].max(axis=1).argmax())
             steps[[0, longest]] = steps[[longest, 0]]
-        yield from numpy.concatenate([steps.flatten(), order[full:]]).tolist()
+        rest = order[full:]
+        again = numpy.resize(rest, self._missing) + len(self.lengths) if self._missing else rest[:0]
+        yield from numpy.concatenate([steps.flatten(), rest, again]).tolist()
 
 
 def lengths_of(rows: Dataset | PackedRows) -> numpy.ndarray:

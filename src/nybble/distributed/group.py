@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed
 
+from nybble.distributed.heartbeat import announce_wait
 from nybble.errors import DeviceError
 
 Item = TypeVar("Item")
@@ -30,12 +31,14 @@ def group_size() -> int:
 def barrier() -> None:
     """Wait until every process has called this."""
     if in_group():
+        announce_wait()
         torch.distributed.barrier()
 
 
 def all_reduce(numbers: torch.Tensor) -> torch.Tensor:
     """The sum over processes, which is also written into the tensor itself."""
     if in_group():
+        announce_wait()
         torch.distributed.all_reduce(numbers)
     return numbers
 
@@ -58,6 +61,7 @@ def all_gather(items: list[Item]) -> list[Item]:
     if not in_group():
         return items
     parts: list[list[Item]] = [[] for _ in range(torch.distributed.get_world_size())]
+    announce_wait()
     torch.distributed.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 
@@ -67,6 +71,7 @@ def broadcast(item: Item) -> Item:
     if not in_group():
         return item
     box = [item]
+    announce_wait()
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
 

@@ -50,6 +50,16 @@ def smaller_micro_batch(micro_batch: int, accumulation: int) -> tuple[int, int] 
     return (sizes[-1], step // sizes[-1]) if sizes else None
 
 
+def split_among(train: TrainOptions, processes: int) -> tuple[int, int] | None:
+    """The largest micro batch, up to the present one, that gives the same step on so many processes, with its accumulation; None
+    if the rows of a step cannot be divided among them."""
+    share, rest = divmod(train.micro_batch * train.accumulation * train.processes, processes)
+    if rest:
+        return None
+    micro_batch = next(size for size in range(min(train.micro_batch, share), 0, -1) if share % size == 0)
+    return micro_batch, share // micro_batch
+
+
 def _remaining(every: int, steps: int, step: int) -> int:
     """How often an event that happens every `every` steps, and at the last step, still happens after a step."""
     return math.ceil(steps / every) - step // every if step < steps else 0

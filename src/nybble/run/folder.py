@@ -1,6 +1,7 @@
 """The run folder: its layout, how it is created, and how it is opened again.
 
-RUN/recipe.yaml       every option, documented; its micro batch is smaller than in start.json if that did not fit in memory
+RUN/recipe.yaml       every option, documented; its steps may be split otherwise than in start.json, into a micro batch that fits
+                      in memory, or among another number of processes
 RUN/start.json        recipe, versions, fingerprints of data and base, the base's quantised bits, and digests of the next two;
                       written before the first step (`nybble.run.start`)
 RUN/template.json     the chat template by name and text
@@ -137,7 +138,7 @@ def create_run(folder: pathlib.Path, recipe: Recipe, start: Start) -> Iterator[p
 
 
 def change_recipe(run: Run, recipe: Recipe) -> Run:
-    """Record a recipe that is another split of the run's steps into micro batches; start.json keeps the first one."""
+    """Record a recipe that splits the run's steps otherwise, into micro batches and processes; start.json keeps the first one."""
     write_text(run.folder / "recipe.yaml", dump_recipe(recipe))
     return Run(run.folder, recipe)
 

@@ -7,6 +7,7 @@ whenever it is used, and the bits of the quantised base when the base is loaded 
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +23,7 @@ from nybble.run.versions import versions
 
 FILES = "files"
 QUANTIZED = "quantized_base"
-MICRO_BATCH, ACCUMULATION = "micro_batch", "accumulation"
+MICRO_BATCH, ACCUMULATION, PROCESSES = SPLIT = "micro_batch", "accumulation", "processes"
 DECIDING = ("model", "adapter", "lora", "data", "train")  # sections whose options affect a run's numbers
 
 
@@ -151,19 +152,21 @@ def differences(then: Any, now: Any, path: str = "") -> list[str]:
 
 
 def ignore_split(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Where two recipes have steps of the same rows, differently split into micro batches, write the split of `now` into `then`.
+    """Where two recipes have steps of the same rows, differently split into micro batches and processes, write the split of `now`
+    into `then`.
 
-    A run changes its split if a micro batch does not fit in memory (`nybble.training.halving`). A step has the same rows however
-    it is split (`nybble.data.order`), so its loss and gradient are the same up to rounding, without dropout.
+    A run changes its split if a micro batch does not fit in memory (`nybble.training.halving`), or if it is resumed on another
+    number of processes (`nybble.run.split`). A step has the same rows however it is split (`nybble.data.order`), so its loss and
+    gradient are the same up to rounding, without dropout.
     """
     train, other = then["train"], now["train"]
-    steps = [section[MICRO_BATCH] * section[ACCUMULATION] for section in (train, other) if _is_split(section)]
+    steps = [math.prod(section[name] for name in SPLIT) for section in (train, other) if _is_split(section)]
     if len(steps) == 2 and steps[0] == steps[1]:
-        train[MICRO_BATCH], train[ACCUMULATION] = other[MICRO_BATCH], other[ACCUMULATION]
+        train.update({name: other[name] for name in SPLIT})
 
 
 def _is_split(train: Mapping[str, Any]) -> bool:
-    return all(isinstance(train.get(name), int) for name in (MICRO_BATCH, ACCUMULATION))
+    return all(isinstance(train.get(name), int) for name in SPLIT)
 
 
 def ignore_places(then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -176,9 +179,10 @@ def ignore_places(then: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def halved_from(start: Start, recipe: Recipe) -> int | None:
-    """The micro batch that a run was started with, if its recipe has a smaller one by now."""
-    first = start.recipe.train.get(MICRO_BATCH)
-    return first if isinstance(first, int) and first > recipe.train.micro_batch else None
+    """The micro batch that a run was started with, if its recipe has a smaller one by now, on as many processes."""
+    first, train = start.recipe.train.get(MICRO_BATCH), recipe.train
+    is_smaller = isinstance(first, int) and first > train.micro_batch
+    return first if is_smaller and start.recipe.train.get(PROCESSES, 1) == train.processes else None
 
 
 def check_recipe(recipe: Recipe, file: pathlib.Path) -> None:

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Iterator
 
 from accelerate import PartialState
+from rich.console import Console
 
 from nybble.data.text.saved_template import save_template
 from nybble.distributed.environment import environment_restored
@@ -24,7 +25,9 @@ from nybble.model.base.checkpoint import Checkpoint, fingerprint
 from nybble.recipe import Recipe
 from nybble.run.folder import Run, check_disk_space, create_run, open_run
 from nybble.run.identity import check_agreement, check_unchanged
+from nybble.run.split import record_split
 from nybble.run.start import start_record
+from nybble.terminal import tell
 from nybble.training.checkpoints import Resumption, resumed_files
 from nybble.training.preparation import TrainingSetup
 
@@ -114,7 +117,9 @@ def base_of_resumed(resumed: Resumption | None, checkpoint: Checkpoint, cache: p
     return trained if trained is not None and trained.fingerprint == now else None
 
 
-def open_run_folder(folder: pathlib.Path, setup: TrainingSetup, resumed: Resumption | None, state: PartialState) -> Run:
+def open_run_folder(
+    folder: pathlib.Path, setup: TrainingSetup, resumed: Resumption | None, state: PartialState, console: Console
+) -> Run:
     """Create the folder of a new run, or check that nothing has changed since the resumed run was started.
 
     Raises:
@@ -126,6 +131,8 @@ def open_run_folder(folder: pathlib.Path, setup: TrainingSetup, resumed: Resumpt
         check_disk_space(folder, setup.trained_parameters, setup.recipe.train.keep_checkpoints)
     if resumed is not None:
         check_unchanged(resumed.run, start)
+        if state.is_main_process and (change := record_split(resumed.run)):
+            tell(console, f"processes {change}")
     elif state.is_main_process:
         with create_run(folder, setup.recipe, start) as temporary:
             original, setup.tokenizer.chat_template = setup.tokenizer.chat_template, setup.data.template.source

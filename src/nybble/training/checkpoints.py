@@ -181,6 +181,11 @@ def best_before(run: Run, checkpoint: pathlib.Path) -> pathlib.Path | None:
     return run.checkpoints / f"checkpoint-{best}" if is_another else None
 
 
+def processes_of(checkpoint: pathlib.Path) -> int:
+    """How many processes wrote a checkpoint: each has its own state of random numbers."""
+    return len(list(checkpoint.glob("rng_state_*.pth"))) or 1
+
+
 def check_best(checkpoint: pathlib.Path) -> None:
     """Verify the checkpoint whose adapter a run ends with.
 

@@ -23,6 +23,7 @@ from nybble.model.adapter.updates import is_untrained, targets_of
 from nybble.run.folder import Run
 from nybble.run.log import read_metrics
 from nybble.run.marks import COMPLETE, described
+from nybble.run.start import MICRO_BATCH
 from nybble.run.summary import AdapterSummary, BaseSummary, DataSummary, LossSummary, Summary
 from nybble.run.versions import versions
 from nybble.terminal import tell
@@ -121,6 +122,8 @@ def summarise(setup: TrainingSetup, recorder: Recorder, used: ResourceUse, first
     taken, history = used.so_far(setup.device), recorder.history
     losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     steps = [line for line in read_metrics(recorder.run) if line.tokens is not None]
+    # The peak before a change is that of the larger micro batch.
+    is_first = recorder.run.start().recipe.train.get(MICRO_BATCH) == recipe.train.micro_batch
     tokens, seconds = sum(line.tokens or 0 for line in steps), sum(line.seconds or 0.0 for line in steps)
     return Summary(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -155,8 +158,7 @@ def summarise(setup: TrainingSetup, recorder: Recorder, used: ResourceUse, first
         tokens_per_second=round(tokens / seconds, 1) if seconds else 0.0,
         seconds_in_steps=round(seconds, 1),
         peak_memory_gb=round(taken["peak_memory"] / 1e9, 3),
-        # The peak before a halving is that of the larger micro batch.
-        memory=None if setup.memory is None or first is not None else setup.memory.compare(int(taken["peak_memory"])),
+        memory=setup.memory.compare(int(taken["peak_memory"])) if setup.memory is not None and is_first else None,
         seconds=taken["seconds"],
     )
 

@@ -11,8 +11,9 @@ import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 
-from nybble.data.batches import Collator
-from nybble.distributed.group import broadcast, share_of
+from nybble.data.batches import Collator, FilledRows
+from nybble.data.sets.stream import StreamedRows
+from nybble.distributed.group import broadcast, group_size, share_of
 from nybble.engine.fusion import uneven_passes
 from nybble.evaluate.curve import TaskScores
 from nybble.evaluate.scores import Benchmarks
@@ -21,7 +22,7 @@ from nybble.objective.supervised import Supervised
 from nybble.run.folder import Run
 from nybble.terminal import tell
 from nybble.training.arguments import training_arguments
-from nybble.training.checkpoints import Resumption, prepare_resumption
+from nybble.training.checkpoints import Resumption, prepare_resumption, processes_of
 from nybble.training.guards import Guards
 from nybble.training.interrupt import Interruption
 from nybble.training.optimizer import make_optimizer
@@ -51,7 +52,7 @@ def run_trainer(
         recipe, run.folder, setup.schedule, setup.device, setup.dtype, setup.data.validation is not None,
         checkpointing=recipe.train.gradient_checkpointing and not fused,
     )  # fmt: skip
-    checkpoint = _resume_from(resumed, arguments, console)
+    checkpoint = _resume_from(resumed, arguments, setup, console)
     is_first = arguments.should_save  # only the first process reports to the tracker
     with tracking(recipe.tracker, run.folder, recipe.model_dump()) if is_first else contextlib.nullcontext() as notice:
         if notice:
@@ -72,7 +73,9 @@ def run_trainer(
     return recorder
 
 
-def _resume_from(resumed: Resumption | None, arguments: TrainingArguments, console: Console) -> pathlib.Path | None:
+def _resume_from(
+    resumed: Resumption | None, arguments: TrainingArguments, setup: TrainingSetup, console: Console
+) -> pathlib.Path | None:
     """The checkpoint to load; first removes what a killed run left after it."""
     if resumed is None:
         return None
@@ -81,19 +84,27 @@ def _resume_from(resumed: Resumption | None, arguments: TrainingArguments, conso
     for notice in prepare_resumption(resumed) if arguments.should_save else ():
         tell(console, f"          {notice}", hang=10)
     tell(console, f"          resuming from {checkpoint.name if checkpoint else 'the beginning'}")
+    if checkpoint is not None and processes_of(checkpoint) != arguments.world_size and _draws_numbers(setup):
+        what = "dropout and noise continue with other random numbers, since each process has its own"
+        tell(console, f"          {what}: losses will differ a little from those of an uninterrupted run")
     return checkpoint
+
+
+def _draws_numbers(setup: TrainingSetup) -> bool:
+    """Whether the steps of a run depend on random numbers."""
+    return bool(setup.model.peft_config["default"].lora_dropout or setup.recipe.train.neftune_alpha)
 
 
 def _make_trainer(
     setup: TrainingSetup, arguments: TrainingArguments, fused: bool, benchmarks: Benchmarks | None
 ) -> QLoraTrainer:
-    recipe, train = setup.recipe, setup.recipe.train
+    recipe, train, rows = setup.recipe, setup.recipe.train, setup.data.train
     trainer = QLoraTrainer(
         objective=Supervised(),
         optimizer=make_optimizer(setup.model, train.optimizer, setup.dtype, train.learning_rate, train.weight_decay),
         model=setup.model,
         args=arguments,
-        train_dataset=setup.data.train,
+        train_dataset=FilledRows(rows) if group_size() > 1 and not isinstance(rows, StreamedRows) else rows,
         eval_dataset=setup.data.validation,
         data_collator=Collator(setup.tokenizer.pad_token_id, flatten=fused),
         processing_class=setup.tokenizer,

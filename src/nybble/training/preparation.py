@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import pathlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -87,10 +89,20 @@ def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
     return state, device
 
 
-def leave_processes() -> None:
-    """Undo `join_processes`: torch warns about a process group that is still open when the interpreter ends."""
-    if in_group():
-        torch.distributed.destroy_process_group()
+@contextlib.contextmanager
+def processes_left() -> Iterator[None]:
+    """Undo `join_processes` afterwards: torch warns about a process group that is still open when the interpreter ends.
+
+    After a failure NCCL's stays: leaving it would wait for exchanges with processes that are gone. The launcher silences that
+    warning (`nybble.distributed.spawn`).
+    """
+    completed = False
+    try:
+        yield
+        completed = True
+    finally:
+        if in_group() and (completed or torch.distributed.get_backend() == "gloo"):
+            torch.distributed.destroy_process_group()
 
 
 def prepare_data(

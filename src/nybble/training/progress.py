@@ -12,6 +12,7 @@ from rich.progress import Progress, ProgressColumn, Task
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from nybble.distributed.heartbeat import beat, rest
 from nybble.plan.schedule import Schedule
 from nybble.terminal import tell
 
@@ -79,15 +80,18 @@ class RunProgress:
     def start(self, step: int) -> None:
         """Show the bar, at the step from which a resumed run starts."""
         self._step = step
+        beat()
         self._bar.start()
         self._bar.update(self._task, completed=step)
 
     def stop(self) -> None:
         """Remove the bar."""
+        rest()
         self._bar.stop()
 
     def activity(self, what: str, done: int = 0, total: int = 0) -> None:
         """Show the current activity, and how many parts of it are done; records the time of the previous one."""
+        beat()
         now, is_new = time.perf_counter(), what != self._what
         if is_new:
             self._seconds[self._what] = now - self._started

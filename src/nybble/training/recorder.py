@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from nybble.distributed.group import all_gather
+from nybble.distributed.group import all_gather, all_reduce_number
 from nybble.objective.objective import MetricMeans, MetricSums
 from nybble.run.folder import Run
 from nybble.run.log import MetricsLine, SampleLine, append_line
@@ -114,7 +114,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
 
     def _log_step(self, args: TrainingArguments, state: TrainerState, logs: dict[str, Any]) -> None:
         seconds = time.perf_counter() - self._started
-        tokens = int(sum(count.item() for count in self._tokens)) * args.world_size
+        tokens = all_reduce_number(int(sum(count.item() for count in self._tokens)), args.device)
         sums = MetricSums(self.metrics, args.device)
         for metrics in self._measured:
             sums.add(metrics)

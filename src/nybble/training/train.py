@@ -28,6 +28,7 @@ from nybble.run.folder import Run, choose_folder, open_run, refuse_existing
 from nybble.run.identity import check_template_and_tokenizer
 from nybble.run.marks import check_adapter, read_mark
 from nybble.run.records import write_record
+from nybble.run.split import on_processes
 from nybble.run.start import halved_from
 from nybble.run.summary import Summary
 from nybble.terminal import tell
@@ -85,16 +86,21 @@ def train(
 
 
 def resume(
-    folder: str | pathlib.Path, *, console: Console | None = None, cache: pathlib.Path | None = None,
-    benchmarks: Benchmarks | None = None, preflight: PreflightCheck | None = None,
+    folder: str | pathlib.Path, *, processes: int | None = None, console: Console | None = None,
+    cache: pathlib.Path | None = None, benchmarks: Benchmarks | None = None, preflight: PreflightCheck | None = None,
 ) -> Run:  # fmt: skip
     """Resume an interrupted run from its newest complete checkpoint, exactly as it would have continued.
 
+    Args:
+        folder: the run folder.
+        processes: how many train from now on, each with its share of the same steps; None for as many as before.
+        console, cache, benchmarks, preflight: as for `train`.
+
     Raises:
-        RunError: the run is finished or damaged, another process is writing it, or recipe, data, base or versions changed
-            since it was started.
+        RunError: the run is finished or damaged, another process is writing it, recipe, data, base or versions changed
+            since it was started, or its steps cannot be divided among so many processes.
     """
-    run, cache = open_run(folder), cache or default_cache()
+    run, cache = on_processes(open_run(folder), processes), cache or default_cache()
     refuse_finished(run)
     refuse_moved_base(run)
     with run_guarded(run.recipe, run.folder, cache) as stack:
@@ -167,7 +173,7 @@ def _train(
         recipe, device, dtype, tokenizer, data, schedule, base, footprint, model, trained, fused, cache, memory
     )
     # 5. The run folder.
-    run = open_run_folder(folder, setup, resumed, state)
+    run = open_run_folder(folder, setup, resumed, state, console)
     if resumed is None:
         lock_run(stack, run, "trained")
         made = paths_in(folder)

@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from nybble.data.batches import FilledRows
 from nybble.data.order import GroupedByLength, batches, lengths_of
 from nybble.distributed.data_parallel import leave_frozen_out
 from nybble.distributed.group import all_gather, all_reduce
+from nybble.distributed.heartbeat import announce_wait, beat
 from nybble.engine.fusion import uneven_passes
 from nybble.objective.objective import MetricMeans, MetricSums, Objective
 from nybble.training.checkpoints import check_best, start_checkpoint
@@ -117,8 +119,11 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         if isinstance(rows, torch.utils.data.IterableDataset):
             return None
         arguments = self.args
-        step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        self._order = GroupedByLength(lengths_of(rows), step, arguments.seed)
+        together = arguments.train_batch_size * arguments.world_size
+        is_filled = isinstance(rows, FilledRows)
+        lengths = lengths_of(rows.rows if is_filled else rows)
+        step = together * arguments.gradient_accumulation_steps
+        self._order = GroupedByLength(lengths, step, arguments.seed, together if is_filled else 1)
         return self._order
 
     def training_step(
@@ -126,6 +131,7 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
     ) -> torch.Tensor:
         """One forward and backward; batch and loss stay in `current_step` for the guards until the optimiser steps."""
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        beat(micro_batch=True)
         self.current_step.batches.append(inputs)
         has_next = self.state.global_step + 1 < self.state.max_steps
         if has_next and self._prefetch is not None and self.accelerator.sync_gradients:
@@ -178,6 +184,7 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         # Queued before backward, so that the guards need not wait for that.
         self.current_step.losses.append(PendingScalar(result.loss))
         self.current_step.metrics.append(result.metrics)
+        announce_wait()  # DDP exchanges gradients within backward
         return result.loss
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:

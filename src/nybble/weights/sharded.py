@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from nybble.distributed.heartbeat import announce_wait
 from nybble.errors import EngineError
 from nybble.plan.ledger import aligned, share_bytes
 from nybble.weights.copier import Mark, check_host_memory, pinned_buffers
@@ -107,6 +108,7 @@ class ShardCopier:
 
     def all_ranks(self, number: int) -> int:
         """See `Copier.all_ranks`."""
+        announce_wait()
         total = torch.tensor(number, device=self.device)
         torch.distributed.all_reduce(total, group=self.group)
         return int(total)
