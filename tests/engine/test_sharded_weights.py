@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import platform
 
 import pytest
 import torch
@@ -272,6 +273,22 @@ def test_data_parallel_training_is_the_same(found):
     assert one
     assert other
     assert torch.equal(first, second), "the ranks have the same adapter"
+
+
+def on_machines(llama, names):
+    """Whether gradients are the resident ones, and how many ranks share, where each rank believes to be on the machine named."""
+    platform.node = lambda: names[rank()]
+    model = load(llama)
+    expected = gradients(fuse(model), batch())
+    return same(gradients(fuse(model, weights="sharded"), batch()), expected), fusion(
+        model
+    ).shared.streamed.copier.ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("names", "sharing"), [("abab", 2), ("aaab", 4)])
+def test_ranks_of_a_machine_share_unless_one_is_alone(llama, names, sharing, tmp_path):
+    assert run_ranks(4, tmp_path, on_machines, llama, names) == [(True, sharing)] * 4
 
 
 def test_a_process_alone_cannot_share(llama):

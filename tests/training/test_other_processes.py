@@ -200,13 +200,13 @@ def test_what_cannot_be_divided_is_refused_with_what_can(tmp_path):
     assert open_run(run.folder).recipe.train.processes == 2, "nothing was written"
 
 
-def test_an_option_for_one_process_only_is_refused(tmp_path):
-    run = run_of(tmp_path / "run", "engine.weights=host")
+def test_an_option_for_several_processes_is_refused_for_one(tmp_path):
+    run = run_of(tmp_path / "run", "train.processes=2", "engine.weights=sharded")
     with pytest.raises(RecipeError) as caught:
-        on_processes(run, 2)
+        on_processes(run, 1)
     print(caught.value)
-    assert "engine.weights: host works with one process only" in str(caught.value)
-    assert caught.value.where == "--processes 2"
+    assert "engine.weights: sharded spreads weights over several processes" in str(caught.value)
+    assert caught.value.where == "--processes 1"
     assert caught.value.fix == f"nybble train --resume {run.folder}"
 
 

@@ -123,12 +123,12 @@ def refuse_other_size(processes: int) -> None:
 
 
 def refuse_sharding() -> None:
-    """Raise DeviceError where Accelerate was asked to shard the model: nybble trains data-parallel, and shards the base itself."""
+    """Raise DeviceError where Accelerate was asked to shard the model: nybble shards nothing but the base, and by itself."""
     for name, what in SHARDING.items():
         if os.environ.get(name, "").lower() in TRUE:
             raise DeviceError(
-                f"{what} was requested of Accelerate, but nybble trains data-parallel by itself: the base is frozen in 4 bits, and "
-                "only the adapters' gradients are exchanged",
+                f"{what} was requested of Accelerate, but nybble trains data-parallel by itself: the base is frozen in 4 bits, "
+                "and only the adapters' gradients are exchanged",
                 where=f"{name}={os.environ[name]}",
                 fix="nybble train --processes N, or accelerate launch --multi_gpu --num_processes N -m nybble train ... "
                 "train.processes=N; where the base does not fit a GPU: engine.weights=sharded (nybble plan MODEL --vram 12GB)",

@@ -18,7 +18,7 @@ def on_processes(run: Run, processes: int | None) -> Run:
 
     Raises:
         RunError: the rows of a step cannot be divided among them.
-        RecipeError: an option of the run works with one process only.
+        RecipeError: an option of the run does not work with so many.
     """
     train = run.recipe.train
     if processes is None or processes == train.processes or run.is_bare_adapter:

@@ -1,5 +1,5 @@
-"""Weights spread over the ranks of a run: each holds a share of every decoder layer's bytes, on its device or on the host, and a
-layer is gathered on all of them while the layer before is computed.
+"""Weights spread over the ranks of a machine: each holds a share of every decoder layer's bytes, on its device or on the host, and
+a layer is gathered on all of them while the layer before is computed.
 
 The weights are frozen, so nothing is ever scattered back: one all-gather of 4-bit bytes for forward, and one for backward. All
 ranks must use the layers in the same order; `lockstep.py` sees to that where they compute different numbers of batches.
@@ -7,12 +7,14 @@ ranks must use the layers in the same order; `lockstep.py` sees to that where th
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed
 
+from nybble.distributed.group import all_gather
 from nybble.distributed.heartbeat import announce_wait
 from nybble.errors import EngineError
 from nybble.plan.ledger import aligned, share_bytes
@@ -42,9 +44,8 @@ class ShardCopier:
     def __init__(self, device: torch.device, *, on_host: bool = False) -> None:
         self.device = device
         self.on_host = on_host
-        # Of its own: what is gathered does not wait for the adapters' gradients, which are added up meanwhile.
-        self.group = torch.distributed.new_group()
-        self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.group = sharing_group()
+        self.rank, self.ranks = torch.distributed.get_rank(self.group), torch.distributed.get_world_size(self.group)
         self.where = f"spread over {self.ranks} ranks" + (", on their hosts" if on_host else "")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -123,12 +124,30 @@ class ShardCopier:
         """Raise EngineError in all ranks where one of them has a problem: otherwise the others would wait for it."""
         problems = [""] * self.ranks
         torch.distributed.all_gather_object(problems, problem, group=self.group)
-        for rank, text in enumerate(problems):
+        for place, text in enumerate(problems):
             if text:
+                rank = torch.distributed.get_global_rank(self.group, place)
                 raise EngineError(
                     f"the share of the weights that rank {rank} should hold is too large for it: {text}",
                     fix="more processes, or engine.weights=sharded-host, which keeps the shares on the host",
                 )
+
+
+def sharing_group() -> torch.distributed.ProcessGroup:
+    """A new group of the ranks that share weights with this one: those of its machine, since the network between machines is
+    slower; all ranks, if a machine has only one.
+
+    It is a group of its own: what is gathered does not wait for the adapters' gradients, which are added up meanwhile.
+    """
+    machines: dict[str, list[int]] = {}
+    for rank, machine in enumerate(all_gather([platform.node()])):
+        machines.setdefault(machine, []).append(rank)
+    alone = any(len(ranks) == 1 for ranks in machines.values())
+    groups = [list(range(torch.distributed.get_world_size()))] if alone else list(machines.values())
+    made = [torch.distributed.new_group(ranks) for ranks in groups]  # every rank takes part in making each
+    own = torch.distributed.get_rank()
+    group: torch.distributed.ProcessGroup = next(made[number] for number, ranks in enumerate(groups) if own in ranks)
+    return group
 
 
 class ShardedLayer:
