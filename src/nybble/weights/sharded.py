@@ -1,5 +1,5 @@
-"""Weights spread over the ranks of a machine: each holds a share of every decoder layer's bytes, on its device or on the host, and
-a layer is gathered on all of them while the layer before is computed.
+"""Weights spread over the ranks of a machine: each holds a share of every decoder layer's bytes, on its device or on the host. A
+layer is gathered on all of them while the layer before is computed.
 
 The weights are frozen, so nothing is ever scattered back: one all-gather of 4-bit bytes for forward, and one for backward. All
 ranks must use the layers in the same order; `lockstep.py` sees to that where they compute different numbers of batches.
