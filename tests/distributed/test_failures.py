@@ -67,9 +67,9 @@ SAID = {
     "an exit": rf"process 1 ended with exit status 3\n  where: {PID}\n  fix:   nybble train --resume \S+/run",
     "a crash": rf"process 0 was ended by signal SIGSEGV\n  where: {PID}\n  fix:   nybble train --resume \S+/run",
     "a defect": r"in process 1: ZeroDivisionError: division by zero",
-    "stopped": r"process 1 made no progress for \d seconds, while the others waited for it: it is stopped \(SIGSTOP\)\n"
+    "stopped": r"process 1 made no progress for \d+ seconds, while the others waited for it: it is stopped \(SIGSTOP\)\n"
     rf"  where: {platform.node()}; all processes were ended\n  fix:   nybble train --resume \S+/run",
-    "asleep": r"process 1 made no progress for \d seconds, while the others waited for it\n"
+    "asleep": r"process 1 made no progress for \d+ seconds, while the others waited for it\n"
     rf"  where: {platform.node()}; all processes were ended\n  fix:   nybble train --resume \S+/run",
 }
 SAID["killed, and its loss in the other"] = SAID["killed"]
@@ -103,7 +103,7 @@ def test_whatever_ends_a_process_there_is_one_error(end, monkeypatch, run, capfd
     with pytest.raises((NybbleError, ProcessError)) as caught:
         launch(monkeypatch, ENDS[end], run, 2.0 if end in ("stopped", "asleep") else 60.0)
     print(caught.value)
-    assert time.time() - began < 30
+    assert time.time() - began < 55, "the others end within a minute"
     assert re.fullmatch(SAID[end], str(caught.value))
     assert getattr(caught.value, "exit_code", 1) == (2 if "fixable" in end else 1)
     assert capfd.readouterr().err == "", "the processes leave it to the launcher"
