@@ -84,6 +84,12 @@ def evaluate(
         typer.Option(help="New location of the run's data, if it moved: each source, then the validation file."),
     ] = None,
     base: Annotated[str | None, typer.Option(help="New location of the base model, if it moved.")] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What must be shown, such as 'arc_easy>=base-0.02'; exit status 1 if missed, 3 if not shown."
+        ),
+    ] = None,
 ) -> None:
     """Compare base and tuned model: benchmarks, held-out loss, answers. Writes RUN/report.html."""
     from nybble.files.outputs import check_report
@@ -94,8 +100,10 @@ def evaluate(
     check_report(opened.folder)
     check_cache(cache)
     names = [] if tasks == "none" else list(dict.fromkeys(name for name in tasks.split(",") if name))
+    from nybble.evaluate.gate import judge, parse_requirements, tell_judgements
     from nybble.evaluate.texts import read_texts
 
+    requirements = parse_requirements(require or (), names, answers)
     read_texts(text or ())  # a fault in one is reported before torch is loaded
     silence_libraries()
     harness = make_harness(names, data_dir, limit or None) if names else None
@@ -111,6 +119,8 @@ def evaluate(
     tell_results(results, opened.folder, console)
     if notice := log_evaluation(opened.recipe.tracker, opened.folder, results):
         tell(console, Text(notice, "dim"), hang=2)
+    if status := tell_judgements([judge(each, results) for each in requirements], console):
+        raise typer.Exit(status)
 
 
 @app.command()

@@ -14,11 +14,12 @@ from nybble.chat.answerer import Answerer, Continuation, Sampling
 from nybble.data.answers import first_answer
 from nybble.data.rows.formats import Message
 from nybble.data.text.tokens import encode_prompt
+from nybble.run.evaluation import ANSWER_METRICS
 
 BATCH = 64  # prompts: with 4-bit weights a token takes as long for one prompt as for many
 MARGIN = 1.5  # the limit of an answer, relative to the longest expected one
 LOWEST_LIMIT, HIGHEST_LIMIT = 96, 128  # tokens; the limit is always between these
-ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+ROUGE = ("rouge1", "rouge2", "rougeL")
 FIXED = (
     "Explain in two sentences why the sky is blue.",
     "Write a short, polite e-mail that moves a meeting from Monday to Wednesday.",
@@ -84,12 +85,14 @@ def answer(answerer: Answerer, prompts: Sequence[Prompt], *, base: bool) -> list
 def item_scores(prompts: Sequence[Prompt], answers: Sequence[Continuation]) -> dict[str, list[float]]:
     """The scores of each answer, by metric: exact match, ROUGE (Lin 2004, F1, stemmed), and whether it ended by itself."""
     scorer = RougeScorer(list(ROUGE), use_stemmer=True)
-    scores: dict[str, list[float]] = {name: [] for name in ("exact match", *ROUGE.values(), "ends by itself")}
+    scores: dict[str, list[float]] = {name: [] for name in ANSWER_METRICS}
     for prompt, continuation in zip(prompts, answers, strict=True):
-        scores["exact match"].append(float(continuation.text == prompt.expected))
-        for name, title in ROUGE.items():
-            scores[title].append(scorer.score(prompt.expected, continuation.text)[name].fmeasure)
-        scores["ends by itself"].append(float(continuation.ended))
+        overlap = scorer.score(prompt.expected, continuation.text)
+        values = (
+            continuation.text == prompt.expected, *(overlap[name].fmeasure for name in ROUGE), continuation.ended,
+        )  # fmt: skip
+        for name, value in zip(ANSWER_METRICS, values, strict=True):
+            scores[name].append(float(value))
     return scores
 
 

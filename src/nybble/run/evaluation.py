@@ -12,6 +12,9 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from nybble.run.records import AnyText, FrozenShape, RunRecord
 
+ANSWER_METRICS = ("exact match", "ROUGE-1", "ROUGE-2", "ROUGE-L", "ends by itself")
+"""What each answer to a held-out prompt is scored by."""
+
 
 class ScoreEntry(FrozenShape):
     """A mean, its standard error and its 95% interval; None where too few items leave them unknown."""
