@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,16 +66,19 @@ def measure(name: str, processes: int, given: argparse.Namespace) -> dict[str, A
         str(given.tokenizer), str(given.data), json.dumps(options),
     ]  # fmt: skip
     with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
         try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=given.timeout)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            said, _ = process.communicate(timeout=given.timeout)
+            lines = [line for line in said.splitlines() if line.startswith("RESULT ")]
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # otherwise the ranks keep the GPUs
+            process.wait()
             lines = []
         if lines:
             return {"row": name, **json.loads(lines[0].removeprefix("RESULT "))}
         errors.seek(0)
-        said = [line.strip() for line in errors if "Error" in line]
-    return {"row": name, "ranks": processes, "failed": said[0] if said else f"no result after {given.timeout} s"}
+        reasons = [line.strip() for line in errors if "Error" in line]
+    return {"row": name, "ranks": processes, "failed": reasons[0] if reasons else f"no result after {given.timeout} s"}
 
 
 def run(given: argparse.Namespace) -> None:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
+from nybble.weights import sharded
+
 SECONDS = 120  # after which a rank that waits for another one gives up
 
 
@@ -36,6 +38,7 @@ def _rank(
         "gloo", init_method=f"file://{scratch / 'rendezvous'}", rank=rank, world_size=count,
         timeout=datetime.timedelta(seconds=SECONDS),
     )  # fmt: skip
+    sharded.GROUP_TIMEOUT = datetime.timedelta(seconds=SECONDS)
     torch.save(function(*arguments), scratch / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -10,7 +10,7 @@ from nybble.weights.copier import pack_on_host
 class SynchronousCopier:
     """Copies at once."""
 
-    where, ranks = "on the host", 1
+    where, ranks, unaffected = "on the host", 1, "everything else"
 
     def __init__(self, device="cpu"):
         self.device = torch.device(device)

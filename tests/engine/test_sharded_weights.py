@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed
 
+from nybble.distributed.data_parallel import leave_frozen_out
 from nybble.engine.compute import Fp8, Fp8Choice
 from nybble.engine.fuse import attach, fuse, fusion, unfuse
 from nybble.engine.fusion import uneven_passes
@@ -158,6 +159,42 @@ def unfused(llama):
     return wrong
 
 
+def cannot_be_unfused(llama):
+    """One rank lacks the memory to bring a layer together: all say so, and can go on."""
+    wrong, said = [], []
+    model = load(llama)
+    expected = gradients(fuse(model), batch())
+    for layer in (0, 2):
+        fuse(model, weights="sharded")
+        usual, calls = ShardCopier.device_buffer, []
+
+        def short(self, size, usual=usual, calls=calls, layer=layer):
+            calls.append(size)
+            if rank() == 1 and len(calls) == layer + 1:
+                raise torch.OutOfMemoryError
+            return usual(self, size)
+
+        ShardCopier.device_buffer = short
+        try:
+            unfuse(model)
+        except EngineError as error:
+            said.append(str(error))
+        ShardCopier.device_buffer = usual
+        wrong += [layer] * (not same(gradients(model, batch()), expected))
+        unfuse(model)
+        wrong += [(layer, "unfused")] * (not same(gradients(fuse(model), batch()), expected))
+    return wrong, said
+
+
+def groups(llama):
+    """How many process groups there are after fusing again and again."""
+    model = load(llama)
+    for resident in (0, 1, 0):
+        fuse(model, weights="sharded", resident_layers=resident)
+        unfuse(model)
+    return len(torch.distributed.distributed_c10d._world.pg_map)
+
+
 def refused(llama):
     """What is said where it does not work; all ranks must be able to go on."""
     model = load(llama)
@@ -193,8 +230,7 @@ def trained(llama):
     found = []
     for where in ("device", "sharded"):
         model = fuse(load(llama), weights=where)
-        ignored = [name for name, part in model.named_parameters() if not part.requires_grad]
-        torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+        leave_frozen_out(model)
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
         optimizer = torch.optim.AdamW(adapters(model), lr=1e-2)
         for step in range(4):
@@ -205,7 +241,7 @@ def trained(llama):
     return all(map(torch.equal, *found)), found[1][0]
 
 
-SCENES = (every_policy, resident_layers, in_fp8, uneven, memory, unfused, refused, trained)
+SCENES = (every_policy, resident_layers, in_fp8, uneven, memory, unfused, cannot_be_unfused, groups, refused, trained)
 
 
 def all_scenes(llama):
@@ -254,6 +290,19 @@ def test_a_rank_holds_its_share_and_two_layers(found):
 
 def test_unfuse_brings_every_bit_back(found):
     assert found["unfused"] == [[], []]
+
+
+def test_a_failed_unfuse_leaves_the_model_as_it_was_on_all_ranks(found):
+    for wrong, said in found["cannot_be_unfused"]:
+        print(said)
+        assert wrong == []
+        assert len(said) == 2
+        assert "do not fit on the device" in said[0]
+        assert "leave the model fused: saving the adapter works as it is" in said[0]
+
+
+def test_all_models_of_a_process_share_one_group(found):
+    assert found["groups"] == [2, 2], "and the one of all processes"
 
 
 def test_what_does_not_work_is_refused_by_all_ranks(found):

@@ -6,7 +6,9 @@ All processes must call the same function at the same point: the others wait for
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import datetime
+import platform
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -16,6 +18,9 @@ from nybble.distributed.heartbeat import announce_wait
 from nybble.errors import DeviceError
 
 Item = TypeVar("Item")
+GROUP_TIMEOUT = datetime.timedelta(hours=6)
+"""How long processes wait for each other: the first on each machine downloads, quantises and tokenises meanwhile, for which
+NCCL's default of 10 minutes is too short. The launcher notices one that hangs earlier (`nybble.distributed.watch`)."""
 
 
 def in_group() -> bool:
@@ -46,6 +51,27 @@ def all_reduce(numbers: torch.Tensor) -> torch.Tensor:
 def all_reduce_number(number: int, device: torch.device) -> int:
     """The sum over processes; a single process does not wait for its device."""
     return int(all_reduce(torch.tensor(number, device=device))) if in_group() else number
+
+
+def ranks_by_machine() -> list[list[int]]:
+    """The ranks of each machine, by its host name; a single process is alone on its own."""
+    machines: dict[str, list[int]] = {}
+    for rank, machine in enumerate(all_gather([platform.node()])):
+        machines.setdefault(machine, []).append(rank)
+    return list(machines.values())
+
+
+def ranks_that_share() -> list[list[int]]:
+    """The groups of ranks that each hold one copy of what is spread over processes: those of a machine, since the network between
+    machines is slower; all ranks together, if a machine has only one."""
+    machines = ranks_by_machine()
+    return machines if all(len(ranks) > 1 for ranks in machines) else [list(range(group_size()))]
+
+
+def own_of(groups: Sequence[Sequence[int]]) -> int:
+    """Which of several groups of ranks this process belongs to."""
+    own = torch.distributed.get_rank() if in_group() else 0
+    return next(number for number, ranks in enumerate(groups) if own in ranks)
 
 
 def share_of(count: int) -> range:

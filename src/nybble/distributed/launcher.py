@@ -86,6 +86,11 @@ def world_size() -> int:
     return placement().size
 
 
+def local_size() -> int | None:
+    """How many of them are on this machine; None where the launcher does not say."""
+    return _number(LOCAL_WORLD_SIZE) if _is_set(LOCAL_WORLD_SIZE) else None
+
+
 def rank() -> int:
     """This process's number among them; 0 without a launcher."""
     return placement().rank

@@ -18,6 +18,7 @@ import torch.distributed
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from nybble.couplings.check import first_incompatibility
+from nybble.distributed.data_parallel import leave_frozen_out
 from nybble.distributed.group import group_size, in_group
 from nybble.engine.batch_plan import begin_batch
 from nybble.engine.compute import IN_16_BITS, Compute, Fast, Fp8Choice, check_layers, choose_fp8
@@ -72,8 +73,9 @@ def fuse(
             then moved to the current CUDA device. Nothing can fall back to the original forward: what would is an error.
             sharded spreads each layer's bytes over the ranks of torch.distributed's process group, and gathers them on all
             ranks while the layer before is computed; sharded-host keeps the shares in pinned memory of the hosts. All ranks
-            call `fuse` together, and run as many forward passes as the others. `unfuse` brings the weights together again;
-            until then the layers' own parameters are not numbers. After an error the model must be loaded again.
+            call `fuse` together, and run as many forward passes as the others, except within
+            `nybble.engine.fusion.uneven_passes(model)`. `unfuse` brings the weights together again; until then the layers'
+            own parameters are not numbers. After an error the model must be loaded again.
         resident_layers: where weights are not on the device, how many layers' are there all the same, spread evenly: in micro
             batches of fewer than about 2,000 tokens the others' copies take longer than the computation.
         compute: bf16 multiplies in the model's own 16-bit type. fp8 dequantises the frozen weights to e4m3 and multiplies on the
@@ -102,6 +104,7 @@ def fuse(
     fp8 = choose_fp8(compute, fp8_skip, fp8_fast, device, dtype, len(backbone.layers))
     if weights == "device":
         return attach(model, policy, embedding, fp8=fp8)
+    leave_frozen_out(model)  # DistributedDataParallel would refuse what is on the host, and stand-ins
     _check_resident(resident_layers, len(backbone.layers))
     _check_place(weights, device)
     streaming = Streaming(_copier(weights, device), resident_layers)

@@ -103,6 +103,7 @@ def memory_saving_change(recipe: Recipe, shape: ModelShape) -> str:
         (not engine.fused and not train.gradient_checkpointing, "train.gradient_checkpointing=true"),
         (engine.fused and engine.policy != "host", "engine.policy=host (the same step, slower)"),
         (movable, "engine.embedding=host"),
+        (engine.weights == "sharded", "engine.weights=sharded-host (the same step, slower)"),
         (streamable, f"engine.weights={elsewhere(recipe)} (the same step, slower)"),
         (engine.resident_layers > 0, "engine.resident_layers=0 (the same step, slower)"),
     ]

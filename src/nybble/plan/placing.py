@@ -170,7 +170,8 @@ def _places(recipe: Recipe, shape: ModelShape) -> list[dict[str, str]]:
     engine = recipe.engine
     if not may_stream(recipe):
         return [{}]
-    wheres = ("host",) if recipe.train.processes == 1 else ("sharded", "sharded-host")
+    usual = ("host",) if recipe.train.processes == 1 else ("sharded", "sharded-host")
+    wheres = dict.fromkeys(where for where in (engine.weights, *usual) if where != "device")
     return [{}, *(
         ({} if engine.weights == where else {"engine.weights": where})
         | ({} if resident == engine.resident_layers else {"engine.resident_layers": str(resident)})

@@ -220,6 +220,7 @@ def _optimizer(work: Work) -> dict[str, int]:
 def _loading(work: Work) -> Moment:
     """One weight at a time is quantised, from its 16 bits; or the copy is read in its own size."""
     widest = max(projection.parameters for projection in work.shape.projections.values())
+    work = replace(work, processes=1)  # gradients are added up only later
     if work.streamed_layers:  # they are quantised and read there, and the device gets only the rest
         return Moment(LOADING, held(work))
     loaded = held(replace(work, embedding_on_host=False))  # it moves to the host only once all is loaded

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nybble.data.sets.prepare import Prepared
-from nybble.distributed.group import all_gather
+from nybble.distributed.group import all_gather, ranks_that_share
 from nybble.errors import RecipeError, TrainingError
 from nybble.plan.free_memory import Memory, device_memory
 from nybble.plan.placing import changed
@@ -105,6 +105,8 @@ def plan_memory(
     # Of several processes each must come to the same plan.
     memory = Memory(min(all_gather([memory.free])), min(all_gather([memory.total])))
     facts = row_facts(recipe, data, schedule)
+    sharing = min(map(len, ranks_that_share()))  # what is spread over processes is spread over so many
+    recipe = changed(recipe, {"train.processes": str(sharing)})
     return plan_within(recipe, sizes, facts, memory, torch.cuda.get_device_name(device), is_new=is_new)
 
 

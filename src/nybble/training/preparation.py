@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import pathlib
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from nybble.couplings.check import first_incompatibility
 from nybble.data.sets.prepare import Prepared
 from nybble.data.text.saved_template import read_template
-from nybble.distributed.group import in_group
+from nybble.distributed.group import GROUP_TIMEOUT, in_group
 from nybble.distributed.launcher import placement, refuse_other_size, refuse_sharding
 from nybble.distributed.meeting import meet
 from nybble.engine.fuse import fuse, fusion, unfuse
@@ -76,11 +75,7 @@ def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
     store = meet(place) if requested > 1 else None
     device = choose_device(recipe.model.device, place.local_rank)
     on_cpu = device.type == "cpu"
-    # The others wait while the first on each machine downloads, quantises and tokenises: NCCL's default of 10 minutes is
-    # too short for that.
-    settings = (
-        {"timeout": datetime.timedelta(hours=6), **({"backend": "gloo"} if on_cpu else {})} if requested > 1 else {}
-    )
+    settings = {"timeout": GROUP_TIMEOUT, **({"backend": "gloo"} if on_cpu else {})} if requested > 1 else {}
     if not on_cpu:
         grow_segments()
     state = PartialState(cpu=on_cpu, **settings)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from nybble.distributed.group import group_size
+from nybble.distributed.launcher import local_size
 from nybble.errors import EngineError
 from nybble.plan.free_memory import host_memory
 from nybble.weights.packed import PackedLayer, StoredLayer, origin_of, packed_bytes
@@ -26,6 +27,8 @@ class Copier(Protocol):
     device: torch.device
     where: str
     """Where the weights are that it copies, for messages."""
+    unaffected: str
+    """What works all the same with the modules that had the weights, for messages."""
     ranks: int
     """How many ranks must copy together; 1 for one that copies alone."""
 
@@ -55,7 +58,7 @@ class Copier(Protocol):
 class CudaCopier:
     """Copies from pinned memory on a stream of their own."""
 
-    where, ranks = "on the host", 1
+    where, ranks, unaffected = "on the host", 1, "state_dict() and save_pretrained work as they are"
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -113,13 +116,13 @@ def check_host_memory(needed: int) -> None:
     """Pinned memory cannot be swapped out: without this check, the system would end the process.
 
     Args:
-        needed: bytes that this process, and each other one of the run, takes more than now.
+        needed: bytes that this process, and each other one of this machine, takes more than now.
 
     Raises:
         EngineError: there is not enough.
     """
-    processes = group_size()
-    free = host_memory().free // processes  # as if all of them were on this machine
+    processes = local_size() or group_size()
+    free = host_memory().free // processes
     if needed > free:
         each = f" for each of {processes} processes" if processes > 1 else ""
         raise EngineError(

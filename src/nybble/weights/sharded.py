@@ -7,17 +7,18 @@ ranks must use the layers in the same order; `lockstep.py` sees to that where th
 
 from __future__ import annotations
 
-import platform
+import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed
 
-from nybble.distributed.group import all_gather
+from nybble.distributed.group import GROUP_TIMEOUT, own_of, ranks_that_share
 from nybble.distributed.heartbeat import announce_wait
 from nybble.errors import EngineError
-from nybble.plan.ledger import aligned, share_bytes
+from nybble.plan.ledger import STAGING_BUFFERS, aligned, share_bytes
 from nybble.weights.copier import Mark, check_host_memory, pinned_buffers
 from nybble.weights.frozen import FrozenWeight
 from nybble.weights.moving import stay, stop_staying
@@ -44,9 +45,10 @@ class ShardCopier:
     def __init__(self, device: torch.device, *, on_host: bool = False) -> None:
         self.device = device
         self.on_host = on_host
-        self.group = sharing_group()
+        self.group = _sharing_group(torch.distributed.group.WORLD)
         self.rank, self.ranks = torch.distributed.get_rank(self.group), torch.distributed.get_world_size(self.group)
         self.where = f"spread over {self.ranks} ranks" + (", on their hosts" if on_host else "")
+        self.unaffected = "saving the adapter works as it is"
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def pack(self, layers: Sequence[Sequence[torch.nn.Module]]) -> Iterator[StoredLayer]:
@@ -56,11 +58,13 @@ class ShardCopier:
             EngineError: any rank lacks the memory; then all of them raise it, and nothing was moved.
         """
         sizes = [share_bytes(packed_bytes(modules), self.ranks) for modules in layers]
+        gathered = STAGING_BUFFERS * self.ranks * max(sizes, default=0)
         problem, buffers = "", []
         try:
             buffers = self._share_buffers(sizes)
+            self.device_buffer(gathered)  # freed at once: what gathers layers will be allocated there
         except torch.OutOfMemoryError:
-            problem = f"{sum(sizes) / 1e9:.2f} GB do not fit on {self.device}"
+            problem = f"{(sum(sizes) * (not self.on_host) + gathered) / 1e9:.2f} GB do not fit on {self.device}"
         except EngineError as error:
             problem = error.what
         self._agree(problem)
@@ -127,26 +131,22 @@ class ShardCopier:
         for place, text in enumerate(problems):
             if text:
                 rank = torch.distributed.get_global_rank(self.group, place)
+                other = "engine.weights=sharded-host, which keeps the shares on the host"
+                fix = "free host memory, or engine.weights=sharded" if self.on_host else f"more processes, or {other}"
                 raise EngineError(
-                    f"the share of the weights that rank {rank} should hold is too large for it: {text}",
-                    fix="more processes, or engine.weights=sharded-host, which keeps the shares on the host",
+                    f"the share of the weights that rank {rank} should hold is too large for it: {text}", fix=fix
                 )
 
 
-def sharing_group() -> torch.distributed.ProcessGroup:
-    """A new group of the ranks that share weights with this one: those of its machine, since the network between machines is
-    slower; all ranks, if a machine has only one.
+@functools.lru_cache(maxsize=1)  # a communicator takes memory, and groups cannot be left alone
+def _sharing_group(world: torch.distributed.ProcessGroup) -> torch.distributed.ProcessGroup:
+    """The group of the ranks that share weights with this one.
 
     It is a group of its own: what is gathered does not wait for the adapters' gradients, which are added up meanwhile.
     """
-    machines: dict[str, list[int]] = {}
-    for rank, machine in enumerate(all_gather([platform.node()])):
-        machines.setdefault(machine, []).append(rank)
-    alone = any(len(ranks) == 1 for ranks in machines.values())
-    groups = [list(range(torch.distributed.get_world_size()))] if alone else list(machines.values())
-    made = [torch.distributed.new_group(ranks) for ranks in groups]  # every rank takes part in making each
-    own = torch.distributed.get_rank()
-    group: torch.distributed.ProcessGroup = next(made[number] for number, ranks in enumerate(groups) if own in ranks)
+    groups = ranks_that_share()
+    made = [torch.distributed.new_group(ranks, timeout=GROUP_TIMEOUT) for ranks in groups]  # all ranks make all of them
+    group: torch.distributed.ProcessGroup = made[own_of(groups)]
     return group
 
 
@@ -174,6 +174,7 @@ class ShardedLayer:
     def pack(self) -> None:
         """See `StoredLayer.pack`."""
         self._watched: list[torch.Tensor] = []
+        self.starts.clear()
         whole = torch.zeros(self.nbytes, dtype=torch.uint8, device=self.origin)
         start = 0
         for owner, name in places(self.modules):
@@ -192,12 +193,22 @@ class ShardedLayer:
 
     def move(self, device: torch.device) -> None:
         """See `StoredLayer.move`; all ranks must call it."""
-        whole = self._copier.device_buffer(self.nbytes)
+        moved: list[torch.Tensor] = []
+        whole: torch.Tensor | None = None
+        with contextlib.suppress(torch.OutOfMemoryError):
+            whole = self._copier.device_buffer(self.nbytes)
+        self._refuse_missing_memory(whole is None)
+        assert whole is not None, "otherwise it was refused"
         self._copier.wait(self._copier.copy(self.buffer, whole, self._copier.mark()), whole)
-        for owner, name in places(self.modules):
-            stand_in = getattr(owner, name)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            for owner, name in places(self.modules):
+                stand_in = getattr(owner, name)
+                with mode_of(owner, name):
+                    moved.append(part_of(whole, self.starts[stand_in.data_ptr()], stand_in).to(device, copy=True))
+        self._refuse_missing_memory(len(moved) < len(places(self.modules)))
+        for (owner, name), tensor in zip(places(self.modules), moved, strict=True):
             with mode_of(owner, name):
-                setattr(owner, name, part_of(whole, self.starts[stand_in.data_ptr()], stand_in).to(device, copy=True))
+                setattr(owner, name, tensor)
         for module in self.modules:
             stop_staying(module)
 
@@ -208,6 +219,11 @@ class ShardedLayer:
     def copied(self, weight: FrozenWeight, copy: torch.Tensor) -> FrozenWeight:
         """See `StoredLayer.copied`."""
         return in_copy(weight, self.starts, copy)
+
+    def _refuse_missing_memory(self, missing: bool) -> None:
+        """Raise torch.OutOfMemoryError in all ranks where one of them lacks memory: otherwise the others would wait for it."""
+        if self._copier.all_ranks(int(missing)):
+            raise torch.OutOfMemoryError("a rank lacks the memory for a whole layer")
 
     def _stand_in(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """What a tensor is replaced by; the tables of values, of 1 kB at most, stay: saving a layer's description reads them."""

@@ -14,7 +14,7 @@ from nybble.kernels.operations import Operations
 from nybble.weights.copier import Copier
 from nybble.weights.frozen import FrozenWeight
 from nybble.weights.lockstep import Lockstep
-from nybble.weights.packed import StoredLayer, move_weights
+from nybble.weights.packed import StoredLayer, move_weights, origin_of
 from nybble.weights.projections import ProjectionGroup
 from nybble.weights.staging import Staging
 from nybble.weights.store import Pass, dequantise_all, dequantise_all_e4m3
@@ -38,7 +38,8 @@ class StreamedStore:
         streaming: what copies, and how many layers stay on the device.
 
     Raises:
-        EngineError: there is not enough memory there, or it cannot be pinned; what was moved is back where it was.
+        EngineError: there is not enough memory there, or it cannot be pinned; what was moved is back where it was, unless it was
+            spread over ranks.
     """
 
     def __init__(
@@ -51,22 +52,20 @@ class StreamedStore:
         numbers = streamed_numbers(len(layers), streaming.resident_layers)
         self._packed: dict[int, StoredLayer] = {}
         self._resident = sorted(set(range(len(layers))) - set(numbers))
-        self._resident_origin = streaming.copier.device
+        self._resident_origin = origin_of(self.layers[0])
         with contextlib.ExitStack() as undo, torch.inference_mode(False):  # training may follow
             undo.callback(self.put_back)
             stored = streaming.copier.pack([self.layers[number] for number in numbers])
             for number, layer in zip(numbers, stored, strict=True):
                 self._packed[number] = layer
-            self._resident_origin = next((packed.origin for packed in self._packed.values()), self.device)
             for number in self._resident:
                 move_weights(self.layers[number], self.device)
             self._staging = Staging(self._packed, len(layers), streaming.copier)
             undo.pop_all()
-        self._addresses = {address for packed in self._packed.values() for address in packed.starts}
+        self._note_addresses()
         alone = self.copier.ranks == 1
         self._lockstep = None if alone else Lockstep(len(layers), self._gather, self.copier.all_ranks)
         self._current: tuple[StoredLayer, torch.Tensor] | None = None
-        self._copied: dict[tuple[int, ...], FrozenWeight] = {}
 
     @property
     def streamed_layers(self) -> int:
@@ -144,10 +143,11 @@ class StreamedStore:
         except torch.OutOfMemoryError as error:
             for packed in moved:
                 packed.pack()
-            size = sum(packed.buffer.nbytes for packed in self._packed.values())
+            self._note_addresses()
+            size = sum(packed.nbytes for packed in self._packed.values())
             raise EngineError(
                 f"the weights of {len(self._packed)} decoder layers, {size / 1e9:.2f} GB, do not fit on the device",
-                fix="leave the model fused: state_dict() and save_pretrained work as it is",
+                fix=f"leave the model fused: {self.copier.unaffected}",
             ) from error
         self._packed.clear()
 
@@ -158,6 +158,11 @@ class StreamedStore:
         for number in self._resident:
             move_weights(self.layers[number], self._resident_origin)
         self._packed.clear()
+
+    def _note_addresses(self) -> None:
+        """Remember where weights are that do not stay on the device; those that were packed again are elsewhere now."""
+        self._addresses = {address for packed in self._packed.values() for address in packed.starts}
+        self._copied: dict[tuple[int, ...], FrozenWeight] = {}
 
     def _gather(self, number: int) -> None:
         self._staging.begin(number, "inference")
@@ -170,7 +175,7 @@ class StreamedStore:
         """
         raise EngineError(
             f"a model whose weights are {self.copier.where} cannot be copied or pickled as a whole",
-            fix="nybble.unfuse(model) first; state_dict() and save_pretrained work as they are",
+            fix=f"nybble.unfuse(model) first; {self.copier.unaffected}",
         )
 
 

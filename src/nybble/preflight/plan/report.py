@@ -140,7 +140,8 @@ def _disk_and_time(plan: RunPlan, console: Console) -> None:
     copy = f", {bytes_text(disk.copy, 1)} its quantised copy" if disk.copy else ""
     tell(console, f"disk      {bytes_text(disk.download, 1)} the base{copy}, {bytes_text(disk.run, 1)} the run")
     if pinned := host_bytes(plan.option.work):
-        tell(console, f"host      {bytes_text(pinned, 1)} of pinned memory for weights")
+        each = f" in each of {processes} processes" if (processes := plan.option.work.processes) > 1 else ""
+        tell(console, f"host      {bytes_text(pinned, 1)} of pinned memory for weights{each}")
     if plan.pace is None:
         return
     tell(console, f"speed     about {round(plan.pace.tokens_per_second, -2):,.0f} tokens/s: {plan.pace.basis}")
