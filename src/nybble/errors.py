@@ -71,6 +71,10 @@ class EngineError(NybbleError):
     """A request that the fused engine cannot fulfil."""
 
 
+class LostProcessError(DeviceError):
+    """Another process of this run has ended: a consequence of whatever ended that one."""
+
+
 class EvaluationError(NybbleError):
     """A benchmark that cannot be run, or whose rows are missing."""
 

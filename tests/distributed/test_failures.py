@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import re
@@ -27,9 +26,16 @@ WORKER = """
 import os, signal, sys, time
 from nybble import cli
 from nybble.distributed.heartbeat import announce_wait, beat, rest
-from nybble.errors import RecipeError
+from nybble.errors import LostProcessError, RecipeError
 
 rank = int(os.environ["RANK"])
+begun = os.environ["NYBBLE_LAUNCHER"].partition(":")[2] + "/begun"
+def fail_after_the_other():
+    if rank:
+        open(begun, "w").close()
+    while not os.path.exists(begun):
+        time.sleep(0.01)
+    time.sleep(0.0 if rank else 0.01)
 def work():
     {work}
 cli.app = work
@@ -38,12 +44,22 @@ cli.main()
 ENDS = {
     "a fixable error in all": "raise RecipeError('no good', where='here', fix='nybble help')",
     "a fixable error in one, and its loss in the other": """
+    fail_after_the_other()
     if rank: raise RecipeError('no good', where='here', fix='nybble help')
-    time.sleep(0.01); raise RuntimeError('Connection reset by peer')""",
+    raise RuntimeError('Connection reset by peer')""",
     "killed": "os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(60)",
     "killed, and its loss in the other": """
+    fail_after_the_other()
     if rank: os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.01); raise RuntimeError('Connection reset by peer')""",
+    raise RuntimeError('Connection reset by peer')""",
+    "killed, and its loss in the other explained": """
+    fail_after_the_other()
+    if rank: os.kill(os.getpid(), signal.SIGKILL)
+    raise LostProcessError('another process has ended', fix='look there')""",
+    "a defect, and its loss in the other explained": """
+    fail_after_the_other()
+    if rank: 1 / 0
+    raise LostProcessError('another process has ended', fix='look there')""",
     "a crash": "os.kill(os.getpid(), signal.SIGSEGV) if not rank else time.sleep(60)",
     "an exit": "os._exit(3) if rank else time.sleep(60)",
     "a defect": "1 / 0 if rank else time.sleep(60)",
@@ -72,7 +88,8 @@ SAID = {
     "asleep": r"process 1 made no progress for \d+ seconds, while the others waited for it\n"
     rf"  where: {platform.node()}; all processes were ended\n  fix:   nybble train --resume \S+/run",
 }
-SAID["killed, and its loss in the other"] = SAID["killed"]
+SAID["killed, and its loss in the other"] = SAID["killed, and its loss in the other explained"] = SAID["killed"]
+SAID["a defect, and its loss in the other explained"] = SAID["a defect"]
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +150,16 @@ def failure(code: int, moment: int) -> ProcessFailure:
 
 
 def test_the_first_failure_is_blamed_and_not_what_follows_from_it():
-    fixable, lost = LeftError("a", None, None, 1, "", 100.5), LeftError("b", None, None, 1, "Traceback", 100.2)
+    fixable, lost = (
+        LeftError("a", None, None, 1, "", False, 100.5),
+        LeftError("b", None, None, 1, "Traceback", False, 100.2),
+    )
+    known = LeftError("c", None, None, 1, "", True, 100.1)
+    assert blamed({0: failure(1, 100), 1: failure(-9, 100)}, {0: known, 1: None}) == 1
+    assert blamed({0: failure(1, 100), 1: failure(1, 100)}, {0: known, 1: fixable}) == 1
+    assert blamed({0: failure(1, 100), 1: failure(70, 100)}, {0: known, 1: lost}) == 1
+    assert blamed({0: failure(1, 100), 1: failure(3, 101)}, {0: known, 1: None}) == 1
+    assert blamed({0: failure(1, 100), 1: failure(-15, 100)}, {0: known, 1: None}) == 1
     assert blamed({0: failure(70, 100), 1: failure(-9, 100)}, {0: lost, 1: None}) == 1
     assert blamed({0: failure(70, 100), 1: failure(1, 100)}, {0: lost, 1: fixable}) == 1
     assert blamed({0: failure(-15, 100), 1: failure(70, 100)}, {0: None, 1: lost}) == 1
@@ -190,27 +216,29 @@ def test_the_watch_is_patient_before_the_first_micro_batch_and_blind_outside_tra
     worker = sleeper()
     try:
         (tmp_path / "0.progress").write_bytes(RECORD.pack(worker.pid, stage, 1, 1))
-        with Watch(tmp_path, 1, 0.4) as watch:
-            time.sleep(1.0)
+        watch = Watch(tmp_path, 1, 10.0)
+        assert any(watch.look(1.0) for _ in range(20)) is ended
         assert bool(watch.stuck) is ended
-        assert (worker.poll() is not None) is ended
+        assert not ended or worker.wait(10) == -signal.SIGKILL
+        assert ended or worker.poll() is None
     finally:
         worker.kill()
         worker.wait()
 
 
 def test_the_watch_allows_ten_times_the_longest_pause_so_far(tmp_path):
-    """A pause of 0.35 s, then one of 2 s with a patience of 0.4 s."""
+    """A pause of 8 seconds, then one of 80 with a patience of 10; the next second is too many."""
     worker, file = sleeper(), tmp_path / "0.progress"
     try:
-        with Watch(tmp_path, 1, 0.4) as watch:
-            for beats, pause in ((1, 0.35), (2, 2.0)):
-                file.write_bytes(RECORD.pack(worker.pid, 2, beats, 1))
-                time.sleep(pause)
-        assert not watch.stuck
+        watch = Watch(tmp_path, 1, 10.0)
+        for beats, pause in ((1, 8), (2, 80)):
+            file.write_bytes(RECORD.pack(worker.pid, 2, beats, 1))
+            assert not watch.look(1.0)
+            assert not any(watch.look(1.0) for _ in range(pause))
         assert worker.poll() is None
         assert read_progress(tmp_path) == {0: Progress(worker.pid, 2, 2, 1)}
-        assert watch.idle > 0.4
+        assert watch.look(1.0)
+        assert worker.wait(10) == -signal.SIGKILL
     finally:
         worker.kill()
         worker.wait()
@@ -219,8 +247,7 @@ def test_the_watch_allows_ten_times_the_longest_pause_so_far(tmp_path):
 def test_a_file_that_is_not_yet_written_counts_as_none(tmp_path):
     (tmp_path / "1.progress").touch()
     assert read_progress(tmp_path) == {}
-    with contextlib.ExitStack() as stack:
-        watch = stack.enter_context(Watch(tmp_path, 1, 0.1))
-        time.sleep(0.5)
+    watch = Watch(tmp_path, 1, 1.0)
+    assert not any(watch.look(1.0) for _ in range(20))
     assert watch.stuck == {}
     assert isinstance(stuck_error({0: ""}, 5, 2, tmp_path, []), TrainingError)

@@ -110,7 +110,7 @@ def test_what_does_not_fit_together_is_one_error(name, started):
             TORCHRUN,
             2,
             "2 processes were requested, but torchrun started 4 processes",
-            "train.processes=4, the number on all",
+            "train.processes=4 (with --resume: --processes 4), the number on all",
         ),
         ({**STEP, **MEETING}, 1, "1 process was requested, but srun started 8 processes", "train.processes=8"),
         ({"ACCELERATE_USE_CPU": "True"}, 2, "but accelerate launch started 1 process", "--multi_gpu --num_processes 2"),

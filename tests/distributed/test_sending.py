@@ -11,7 +11,7 @@ from torch.distributed import TCPStore
 from nybble.distributed import sending
 from nybble.distributed.launcher import ProcessPlace
 from nybble.distributed.sending import folder_at_hand
-from nybble.errors import ModelError, RunError
+from nybble.errors import LostProcessError, ModelError
 
 CONTENT = {"recipe.yaml": b"a: 1\n", "checkpoints/checkpoint-2/optimizer.pt": bytes(range(256)) * 4, "empty": b""}
 
@@ -22,7 +22,7 @@ def three(monkeypatch, tmp_path):
     limit = datetime.timedelta(seconds=20)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=limit)
     monkeypatch.setattr(sending, "PART", 100)
-    monkeypatch.setattr(sending, "meet", lambda place: TCPStore("127.0.0.1", store.port, timeout=limit))
+    monkeypatch.setattr(sending, "meet", lambda place, purpose: TCPStore("127.0.0.1", store.port, timeout=limit))
 
     def run(function):
         with concurrent.futures.ThreadPoolExecutor(3) as pool:
@@ -58,7 +58,7 @@ def test_what_the_first_refuses_ends_the_others_with_its_reason(three, tmp_path)
         raise ModelError("the run is finished", fix="nothing")
 
     def refused(place):
-        with pytest.raises((ModelError, RunError)) as caught, folder_at_hand(tmp_path / "run", choose, place):
+        with pytest.raises((ModelError, LostProcessError)) as caught, folder_at_hand(tmp_path / "run", choose, place):
             pass
         print(caught.value)
         return caught.value.what

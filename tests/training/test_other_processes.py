@@ -13,8 +13,8 @@ from nybble.plan.schedule import split_among
 from nybble.recipe import TrainOptions, dump_recipe, load_recipe
 from nybble.run.folder import Run, open_run
 from nybble.run.log import read_metrics
-from nybble.run.split import on_processes
-from nybble.run.start import halved_from
+from nybble.run.split import on_processes, record_split
+from nybble.run.start import halved_from, start_record, write_start
 from nybble.training.checkpoints import processes_of
 from tests.corpus.kills import CHECKPOINT, Moment
 from tests.forked import Forks
@@ -198,6 +198,19 @@ def test_what_cannot_be_divided_is_refused_with_what_can(tmp_path):
     assert on_processes(run, None) is run
     assert on_processes(run, 2) is run
     assert open_run(run.folder).recipe.train.processes == 2, "nothing was written"
+
+
+def test_back_on_the_first_number_of_processes_the_first_split_is_there_again(tmp_path):
+    run = run_of(tmp_path / "run", "train.micro_batch=6", "train.accumulation=1")
+    write_start(run.folder / "start.json", start_record(run.recipe, "data", "base", None), {})
+    splits = []
+    for processes in (2, 1):
+        run = on_processes(run, processes)
+        record_split(run)
+        run = open_run(run.folder)
+        splits.append((run.recipe.train.micro_batch, run.recipe.train.accumulation))
+    assert splits == [(3, 1), (6, 1)]
+    assert halved_from(run.start(), run.recipe) is None
 
 
 def test_an_option_for_several_processes_is_refused_for_one(tmp_path):

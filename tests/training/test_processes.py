@@ -68,7 +68,7 @@ def test_a_base_that_is_spread_over_processes_is_trained_and_evaluated_as_one(fo
     """Of three processes one has no prompt to answer, and the others' answers differ in length."""
     words = ["--cache", cache, "train", tiny_llama, rows]
     one = trained(forks, tmp_path / "one", 1, *words)
-    three = trained(forks, tmp_path / "three", 3, *words, "engine.weights=sharded")
+    three = trained(forks, tmp_path / "three", 3, *words, "engine.weights=sharded", "engine.embedding=host")
     held_against(one, three)
     assert "are spread over 3 ranks" in (tmp_path / "three" / "said.txt").read_text()
 

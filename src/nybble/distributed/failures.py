@@ -20,12 +20,14 @@ def blamed(failures: Mapping[int, ProcessFailure], reports: Mapping[int, LeftErr
     """The rank of the process that failed first.
 
     The launcher looks a few times a second, so it may find the others failed as well: those lose their connection to the first.
-    An error that the user can fix is never a consequence; a signal is none, unless it is one with which the launcher ends the
-    others: SIGTERM, and SIGKILL half a minute later.
+    An error that the user can fix is never a consequence, unless it says so; a signal is none, unless it is one with which the
+    launcher ends the others: SIGTERM, and SIGKILL half a minute later.
     """
 
     def moment(rank: int) -> float:
         report, code = reports[rank], failures[rank].exitcode
+        if report is not None and report.is_consequence:
+            return report.moment + 60
         if report is not None:
             return report.moment - (0 if report.traceback else 20)
         if failures[rank].signal_name() == "SIGTERM":

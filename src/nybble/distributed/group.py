@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import platform
+import re
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -15,9 +16,11 @@ import torch
 import torch.distributed
 
 from nybble.distributed.heartbeat import announce_wait
-from nybble.errors import DeviceError
+from nybble.errors import DeviceError, LostProcessError
 
 Item = TypeVar("Item")
+LOST = re.compile(r"reset|closed|refused|broken pipe|time[sd]? ?out|timeout|remote error|abort", re.IGNORECASE)
+"""What libraries say of a connection to a process that is gone."""
 GROUP_TIMEOUT = datetime.timedelta(hours=6)
 """How long processes wait for each other: the first on each machine downloads, quantises and tokenises meanwhile, for which
 NCCL's default of 10 minutes is too short. The launcher notices one that hangs earlier (`nybble.distributed.watch`)."""
@@ -107,16 +110,25 @@ def explained_lost_process() -> Iterator[None]:
     """Turn the error of an exchange with a process that has ended into one message.
 
     Raises:
-        DeviceError: another process has ended; its own output says why.
+        LostProcessError: another process has ended; its own output says why.
+        DeviceError: the exchange failed for another reason.
     """
     try:
         yield
     except RuntimeError as error:
         # gloo has no class of its own for its errors, only its source's path in them.
-        if not in_group() or not (isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)):
+        of_gloo = in_group() and "/gloo/" in str(error)
+        if not (isinstance(error, torch.distributed.DistError) or of_gloo):
             raise
-        reason = str(error).splitlines()[0].rpartition("] ")[2]
+        lines = str(error).splitlines()
+        reason = lines[0].rpartition("] ")[2][:160]
+        again = "nybble train --resume RUN, if there is a checkpoint"
+        if isinstance(error, torch.distributed.DistNetworkError) or LOST.search(reason):
+            raise LostProcessError(
+                f"another process of this run has ended, or cannot be reached: {reason}",
+                fix=f"see what the other processes say; once that is repaired: {again}",
+            ) from error
+        last = f"; {lines[-1][:160]}" if len(lines) > 1 else ""  # NCCL's own reason
         raise DeviceError(
-            f"another process of this run has ended, or cannot be reached: {reason[:160]}",
-            fix="see what the other processes say; once that is repaired: nybble train --resume RUN, if there is a checkpoint",
+            f"an exchange between the processes failed: {reason}{last}", fix=f"nybble doctor; then {again}"
         ) from error

@@ -121,7 +121,8 @@ def refuse_other_size(processes: int) -> None:
         started = f"{place.size} process{'es' * (place.size > 1)}"
         requested = "1 process was" if processes == 1 else f"{processes} processes were"
         what = f"{requested} requested, but {place.launcher} started {started}"
-        fix = f"train.processes={place.size}, the number on all machines together, or start {processes}"
+        fix = f"train.processes={place.size} (with --resume: --processes {place.size}), the number on all machines together, "
+        fix += f"or start {processes}"
         # Without --multi_gpu, accelerate 1.15 runs one process on a CPU, however many are requested.
         fix += f": accelerate launch --multi_gpu --num_processes {processes}" * (place.launcher == "accelerate launch")
     raise DeviceError(what, where=f"train.processes={processes}", fix=fix)

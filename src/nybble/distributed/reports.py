@@ -13,7 +13,7 @@ import traceback
 from dataclasses import asdict, dataclass
 
 from nybble.distributed.launcher import rank
-from nybble.errors import NybbleError
+from nybble.errors import LostProcessError, NybbleError
 
 # Set by the launcher for its processes: its id and a folder, with a colon between. It is no option.
 VARIABLE = "NYBBLE_LAUNCHER"
@@ -33,13 +33,16 @@ class LeftError:
     status: int
     traceback: str
     """Empty for an error that the user can fix."""
+    is_consequence: bool
+    """Whether it failed because another process had ended."""
     moment: float
     """Seconds since the epoch."""
 
     def error(self, rank: int) -> Exception:
         """The error, to be raised in another process."""
         if not self.traceback:
-            fixable = NybbleError(_of(rank, self.what), where=self.where, fix=self.fix)
+            kind = LostProcessError if self.is_consequence else NybbleError
+            fixable = kind(_of(rank, self.what), where=self.where, fix=self.fix)
             fixable.exit_code = self.status
             return fixable
         defect = ProcessError(_of(rank, self.what))
@@ -60,10 +63,12 @@ def leave_error(error: BaseException) -> bool:
         return False
     moment = time.time()
     if isinstance(error, NybbleError):
-        report = LeftError(error.what, error.where, error.fix, error.exit_code, "", moment)
+        report = LeftError(
+            error.what, error.where, error.fix, error.exit_code, "", isinstance(error, LostProcessError), moment
+        )
     else:
         what = f"{type(error).__name__}: {error}"
-        report = LeftError(what, None, None, 1, "".join(traceback.format_exception(error)), moment)
+        report = LeftError(what, None, None, 1, "".join(traceback.format_exception(error)), False, moment)
     try:
         _file(folder, rank()).write_text(json.dumps(asdict(report)), encoding="utf-8")
     except OSError:  # a full disk

@@ -17,7 +17,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from nybble.distributed.launcher import ProcessPlace
 from nybble.distributed.meeting import meet
-from nybble.errors import NybbleError, RunError
+from nybble.errors import LostProcessError, NybbleError
 
 PART = 4 * 2**20  # bytes; the store takes 8 MiB at a time
 
@@ -36,16 +36,16 @@ def folder_at_hand(
         place: of this process.
 
     Raises:
-        RunError: the first process cannot choose files; its own error is the reason.
+        LostProcessError: the first process cannot choose files; its own error is the reason.
     """
-    store = meet(place)  # kept to the end
+    store = meet(place, "resuming")  # kept to the end
     if not place.rank:
         _offer(store, folder, choose, place.size)
         yield folder
         return
     offer = json.loads(store.get("offer"))
     if "refused" in offer:
-        raise RunError(f"process 0 ends, and this one with it: {offer['refused']}")
+        raise LostProcessError(f"process 0 ends, and this one with it: {offer['refused']}")
     is_seen = (folder / offer["probe"]).exists()
     store.set(f"needs-{place.rank}", "" if is_seen else "files")
     if is_seen:
@@ -58,19 +58,32 @@ def folder_at_hand(
             with (copy / name).open("wb") as stream:
                 for part in _received(store, name, place.rank):
                     stream.write(part)
-        yield copy
+        with _named(folder, copy):
+            yield copy
+
+
+@contextlib.contextmanager
+def _named(folder: pathlib.Path, copy: pathlib.Path) -> Iterator[None]:
+    """Errors name the folder, not the copy, which is gone by then."""
+    try:
+        yield
+    except NybbleError as error:
+        for name in ("what", "where", "fix"):
+            if (text := getattr(error, name)) is not None:
+                setattr(error, name, text.replace(str(copy), str(folder)))
+        raise
 
 
 def _offer(store: Store, folder: pathlib.Path, choose: Callable[[], Sequence[pathlib.Path]], size: int) -> None:
     """In the first process: name the files, see who does not see them, and send them to those."""
-    try:
-        files = choose()
-    except NybbleError as error:
-        store.set("offer", json.dumps({"refused": error.what}))
-        raise
     # Named like a file that is being written, which the next process that locks the run would remove after a kill.
     probe = folder / f".seen.{secrets.token_hex(4)}.writing"
-    probe.touch()
+    try:
+        files = choose()
+        probe.touch()
+    except (NybbleError, OSError) as error:
+        store.set("offer", json.dumps({"refused": error.what if isinstance(error, NybbleError) else str(error)}))
+        raise
     try:
         names = [file.relative_to(folder).as_posix() for file in files]
         store.set("offer", json.dumps({"probe": probe.name, "files": names}))

@@ -21,7 +21,7 @@ from nybble.distributed.environment import environment_restored
 from nybble.distributed.failures import error_of, stuck_error
 from nybble.distributed.reports import VARIABLE
 from nybble.distributed.watch import PATIENCE, Watch
-from nybble.errors import NybbleError
+from nybble.errors import LostProcessError, NybbleError
 from nybble.installed import module_command
 
 
@@ -60,7 +60,7 @@ def run_processes(count: int, arguments: Sequence[str], run: pathlib.Path, patie
             if watch.stuck:
                 raise stuck_error(watch.stuck, watch.idle, count, run, arguments) from None
             error = error_of(failed.failures, pathlib.Path(folder), run, arguments)
-            if relay.status and not isinstance(error, NybbleError):
+            if relay.status and (isinstance(error, LostProcessError) or not isinstance(error, NybbleError)):
                 return relay.status  # processes that stop at once may lose each other before they have stopped
             if isinstance(error, int):
                 return error

@@ -38,6 +38,8 @@ class Watch:
         self._folder = folder
         self._count = count
         self._patience = patience
+        self._before: dict[int, Progress] = {}
+        self._longest = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -49,19 +51,24 @@ class Watch:
         self._ended.set()
         self._thread.join()
 
+    def look(self, passed: float) -> bool:
+        """Look once, so many seconds after the last time; returns whether processes were ended."""
+        now = read_progress(self._folder)
+        stages = {progress.stage for progress in now.values()}
+        if now != self._before or len(now) < self._count or RESTING in stages:
+            self._before, self._longest, self.idle = now, max(self._longest, self.idle), 0.0
+            return False
+        self.idle += passed
+        patience = self._patience if stages == {TRAINING} else self._patience * STARTING_SHARE
+        if self.idle <= max(patience, SLOWEST * self._longest):
+            return False
+        self._end(now)
+        return True
+
     def _watch(self) -> None:
-        tick, longest = min(self._patience / 20, 5.0), 0.0
-        before: dict[int, Progress] = {}
+        tick = min(self._patience / 20, 5.0)
         while not self._ended.wait(tick):
-            now = read_progress(self._folder)
-            stages = {progress.stage for progress in now.values()}
-            if now != before or len(now) < self._count or RESTING in stages:
-                before, longest, self.idle = now, max(longest, self.idle), 0.0
-                continue
-            self.idle += tick
-            patience = self._patience if stages == {TRAINING} else self._patience * STARTING_SHARE
-            if self.idle > max(patience, SLOWEST * longest):
-                self._end(now)
+            if self.look(tick):
                 return
 
     def _end(self, processes: Mapping[int, Progress]) -> None:

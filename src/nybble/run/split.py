@@ -10,7 +10,8 @@ from nybble.run.start import ACCUMULATION, MICRO_BATCH, PROCESSES
 
 
 def on_processes(run: Run, processes: int | None) -> Run:
-    """The run on so many processes, with the same rows in each step and no larger micro batch; nothing is written.
+    """The run on so many processes, with the same rows in each step; nothing is written. The micro batch does not grow, except to
+    what it was on as many processes as the run was started with.
 
     Args:
         run: the run.
@@ -23,7 +24,7 @@ def on_processes(run: Run, processes: int | None) -> Run:
     train = run.recipe.train
     if processes is None or processes == train.processes or run.is_bare_adapter:
         return run
-    split = split_among(train, processes)
+    split = _first_split(run, processes) or split_among(train, processes)
     if split is None:
         rows = train.micro_batch * train.accumulation * train.processes
         possible = [str(count) for count in range(1, rows + 1) if rows % count == 0]
@@ -40,6 +41,19 @@ def on_processes(run: Run, processes: int | None) -> Run:
         fix = f"nybble train --resume {run.folder}"
         raise RecipeError(error.what, where=f"--processes {processes}", fix=fix) from error
     return Run(run.folder, run.recipe.model_copy(update={"train": train.model_copy(update=changes)}))
+
+
+def _first_split(run: Run, processes: int) -> tuple[int, int] | None:
+    """The split that the run was started with, if it was on so many processes and gives the same step: a smaller micro batch
+    would look as if the first had not fitted."""
+    if not (run.folder / "start.json").exists():
+        return None
+    now, first = run.recipe.train, run.start().recipe.train
+    micro_batch, accumulation = (first.get(name) for name in (MICRO_BATCH, ACCUMULATION))
+    if first.get(PROCESSES, 1) != processes or not isinstance(micro_batch, int) or not isinstance(accumulation, int):
+        return None
+    is_same = micro_batch * accumulation * processes == now.micro_batch * now.accumulation * now.processes
+    return (micro_batch, accumulation) if is_same else None
 
 
 def record_split(run: Run) -> str:

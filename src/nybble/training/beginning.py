@@ -83,7 +83,8 @@ def refuse_moved_base(run: Run) -> None:
         )
 
 
-def run_at_hand(folder: pathlib.Path) -> contextlib.AbstractContextManager[pathlib.Path]:
+@contextlib.contextmanager
+def run_at_hand(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """The folder that this process resumes a run from: the run's, or a copy of what it needs where it does not see the first
     process's folder. All processes must call this before they open the run.
 
@@ -97,7 +98,8 @@ def run_at_hand(folder: pathlib.Path) -> contextlib.AbstractContextManager[pathl
         refuse_finished(run)
         return resumed_files(run)
 
-    return folder_at_hand(folder, choose, placement())
+    with explained_lost_process(), folder_at_hand(folder, choose, placement()) as found:
+        yield found
 
 
 def refuse_missing_benchmarks(recipe: Recipe) -> None:

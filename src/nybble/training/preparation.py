@@ -72,9 +72,9 @@ def join_processes(recipe: Recipe) -> tuple[PartialState, torch.device]:
     refuse_sharding()
     requested, place = recipe.train.processes, placement()
     refuse_other_size(requested)
-    store = meet(place) if requested > 1 else None
     device = choose_device(recipe.model.device, place.local_rank)
     on_cpu = device.type == "cpu"
+    store = meet(place, "training", device.type) if requested > 1 else None
     settings = {"timeout": GROUP_TIMEOUT, **({"backend": "gloo"} if on_cpu else {})} if requested > 1 else {}
     if not on_cpu:
         grow_segments()
