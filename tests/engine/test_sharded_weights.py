@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed
 
-from nybble.distributed.data_parallel import leave_frozen_out
 from nybble.engine.compute import Fp8, Fp8Choice
 from nybble.engine.fuse import attach, fuse, fusion, unfuse
 from nybble.engine.fusion import uneven_passes
@@ -229,8 +228,13 @@ def trained(llama):
     """DDP over the ranks: adapters that are trained with sharded weights are those of resident ones."""
     found = []
     for where in ("device", "sharded"):
-        model = fuse(load(llama), weights=where)
-        leave_frozen_out(model)
+        model = load(llama)
+        parts = adapters(model)
+        for part in parts:
+            part.requires_grad_(False)
+        fuse(model, weights=where)
+        for part in parts:  # as an adapter that is switched to later: DDP must not have been told to leave it out
+            part.requires_grad_(True)
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
         optimizer = torch.optim.AdamW(adapters(model), lr=1e-2)
         for step in range(4):

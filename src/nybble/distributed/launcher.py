@@ -60,9 +60,7 @@ def placement() -> ProcessPlace:
         return ProcessPlace(launcher="accelerate launch" if _is_accelerate() else None)
     size = _number(names[WORLD_SIZE]) if _is_set(names[WORLD_SIZE]) else None
     if size == 1 and not _is_set(names[LOCAL_RANK]) and os.environ.get(names[RANK], "0") == "0":
-        return (
-            ProcessPlace()
-        )  # Kubernetes operators describe a job of one machine so, without having started its processes
+        return ProcessPlace()  # operators of Kubernetes describe a job of one machine so, and start no processes in it
     if by_srun and size == 1:
         return ProcessPlace()  # one task, which may start a process for each GPU
     _refuse_missing(names)

@@ -18,7 +18,7 @@ import torch.distributed
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from nybble.couplings.check import first_incompatibility
-from nybble.distributed.data_parallel import leave_frozen_out
+from nybble.distributed.data_parallel import leave_out
 from nybble.distributed.group import group_size, in_group
 from nybble.engine.batch_plan import begin_batch
 from nybble.engine.compute import IN_16_BITS, Compute, Fast, Fp8Choice, check_layers, choose_fp8
@@ -104,7 +104,6 @@ def fuse(
     fp8 = choose_fp8(compute, fp8_skip, fp8_fast, device, dtype, len(backbone.layers))
     if weights == "device":
         return attach(model, policy, embedding, fp8=fp8)
-    leave_frozen_out(model)  # DistributedDataParallel would refuse what is on the host, and stand-ins
     _check_resident(resident_layers, len(backbone.layers))
     _check_place(weights, device)
     streaming = Streaming(_copier(weights, device), resident_layers)
@@ -117,6 +116,9 @@ def fuse(
         _refuse_layers_that_cannot_be_fused(readers, streaming.copier.where)
         with _moved_around(model, backbone, device, embedding):
             attach(model, policy, embedding, streaming, fp8)
+    # DistributedDataParallel would refuse what is on the host, and stand-ins. Adapters stay: one may be trained later.
+    kept = [backbone.embed_tokens, *itertools.chain.from_iterable(base_layers(layer) for layer in backbone.layers)]
+    leave_out(model, [module.weight for module in kept])
     if device.type == "cuda":
         torch.cuda.empty_cache()  # otherwise the allocator keeps what the weights took, in blocks that activations do not fill
     return model
