@@ -65,6 +65,8 @@ PEERS = [
     ("Unsloth 1 x 2048, no checkpointing", "unsloth full ckpt=0 bs=1"),
     ("Unsloth 8 x 2048, offloaded", "unsloth full ckpt=u bs=8"),
     ("Unsloth 8 x 2048, no checkpointing", "unsloth full ckpt=0 bs=8"),
+    ("Unsloth 2 x 4096, offloaded", "unsloth full ckpt=u bs=2 seq=4096"),
+    ("Unsloth 2 x 4096, no checkpointing", "unsloth full ckpt=0 bs=2 seq=4096"),
     ("Unsloth 4 x 2048, r 64, no checkpointing", "unsloth full ckpt=0 r=64"),
     ("Unsloth 4 x 2048, r 64, offloaded", "unsloth full ckpt=u r=64"),
     ("transformers + PEFT 4 x 2048, checkpointing", "hf full"),

@@ -234,7 +234,7 @@ def test_a_cpu_has_none_and_if_possible_falls_back_and_says_so(llama, caplog):
 
 
 def test_shapes_that_do_not_divide_are_named(tmp_path):
-    model = load(write_llama(tmp_path / "llama", hidden_size=64, intermediate_size=120), "none")
+    model = load(write_llama(tmp_path / "llama", hidden_size=64, intermediate_size=120), "none", DTYPE)
     with pytest.raises(EngineError) as caught:
         in_fp8(model)
     print(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 
 import bitsandbytes.functional as bitsandbytes
 import pytest
@@ -99,6 +100,17 @@ def by_product(product, x, to_y, tiles, saved, added=None):
     return y, to_x, *sums.of(group.adapters)
 
 
+def in_16_bits(group, x, to_y):
+    """Output and input's gradient by the product that fp8's takes the place of; in float32 on a CPU."""
+    rows = slice(0, len(x))
+    wide = AugmentedProduct(group, product_of(group)._workspace, "all", DTYPE, INDEX, SEED)
+    y, to_x, gradient = torch.empty_like(to_y), torch.empty_like(x), wide.gradient_buffer(len(x))
+    wide.forward(wide.input_from(x), rows, y, {})
+    wide.gradient_view(gradient).copy_(to_y)
+    wide.input_gradient(gradient, rows, to_x)
+    return y, to_x
+
+
 def errors(found, expected):
     return [
         ((ours.double() - theirs.double()).pow(2).mean().sqrt() / theirs.double().pow(2).mean().sqrt()).item()
@@ -130,7 +142,8 @@ def test_forward_and_every_gradient(kind, quantised):
 @pytest.mark.parametrize(("size", "bound"), [(0.1, 0.003), (1e-3, 0.003), (1e-4, 0.007), (1e-5, 0.025), (0.0, 0.0)])
 def test_adapters_are_precise_from_their_first_step_on(largest, size, bound):
     """With a base of one number that meets zeros, what is left of the product is the adapter. In plain e4m3 it would be 3% off,
-    and where s B is small beside the largest weight it would be nothing at all; bfloat16 itself is 0.2% off."""
+    and where s B is small beside the largest weight it would be nothing at all. On a GPU what bfloat16 is off
+    comes on top."""
     group = group_of("all", quantised=False)
     nothing = [torch.zeros_like(weight.stored) for weight in group.frozen]
     nothing[0][0, 0] = largest
@@ -149,8 +162,9 @@ def test_adapters_are_precise_from_their_first_step_on(largest, size, bound):
         assert (found[1] == 0).all()
         return
     y, to_x, *_ = errors(found, expected)
-    print(largest, size, y, to_x)
-    assert max(y, to_x) < bound
+    own = max(errors(in_16_bits(group, x, to_y), expected[:2]))
+    print(largest, size, y, to_x, own)
+    assert max(y, to_x) < math.hypot(bound, own)
 
 
 def test_an_adapter_as_large_as_the_weights_does_not_saturate():

@@ -15,9 +15,10 @@ SORTED_STEPS = 50  # their rows are sorted by length together: enough for little
 
 
 class GroupedByLength(torch.utils.data.Sampler[int]):
-    """A random order in which rows of similar length share a step; the step with the longest row comes first, longest rows first.
+    """A random order in which rows of similar length share a step, longest rows first.
 
-    Padding then wastes little, and a run that does not fit in memory fails at once. The order depends only on the seed, the epoch
+    Padding then wastes little. The step with the most tokens comes first and that with the longest row second, so a run that does
+    not fit in memory fails at once, with padding or without. The order depends only on the seed, the epoch
     and the number of rows in a step: an interrupted run continues where it stopped, and a step has the same rows however it is
     split into micro batches and processes.
 
@@ -57,12 +58,18 @@ class GroupedByLength(torch.utils.data.Sampler[int]):
         order = numpy.concatenate([group[numpy.argsort(-self.lengths[group], kind="stable")] for group in groups])
         full = len(order) // self.step * self.step
         steps = generator.permutation(order[:full].reshape(-1, self.step))
-        if len(steps):
-            longest = int(self.lengths[steps].max(axis=1).argmax())
-            steps[[0, longest]] = steps[[longest, 0]]
+        _bring_largest(steps, self.lengths[steps].sum(axis=1))
+        _bring_largest(steps[1:], self.lengths[steps[1:]].max(axis=1, initial=0))
         rest = order[full:]
         again = numpy.resize(rest, self._missing) + len(self.lengths) if self._missing else rest[:0]
         yield from numpy.concatenate([steps.flatten(), rest, again]).tolist()
+
+
+def _bring_largest(steps: numpy.ndarray, sizes: numpy.ndarray) -> None:
+    """Exchange the first step with the one of the largest size."""
+    if len(steps):
+        largest = int(sizes.argmax())
+        steps[[0, largest]] = steps[[largest, 0]]
 
 
 def lengths_of(rows: Dataset | PackedRows) -> numpy.ndarray:
