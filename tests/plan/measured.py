@@ -1,6 +1,6 @@
 """Memory and speed of runs that were measured, with the engine as it is.
 
-Memory: `python -m bench.plan run`, H100 80GB, 2026-11-28, packed rows; and earlier runs with dense rows of 2,048 to 120,000
+Memory: `python -m bench.plan run`, H100 80GB and H200, 2026-11-28, packed rows; and earlier runs with dense rows of 2,048
 tokens. Runs whose peak was Transformers' final norm are left out: it is fused since. Speeds: docs/benchmarks.md. All have
 adapters of rank 16 on all linear layers and NF4 with double quantisation, unless options say otherwise.
 """
@@ -23,7 +23,9 @@ class Measured(NamedTuple):
     """On an H100; None where it was another card, or another program ran beside it."""
 
 
-KEEP, HOST, INPUT, QKV = (f"engine.policy={policy}" for policy in ("keep-all", "host", "layer-input", "drop-qkv"))
+KEEP, HOST, INPUT, QKV, MLP = (
+    f"engine.policy={policy}" for policy in ("keep-all", "host", "layer-input", "drop-qkv", "drop-mlp")
+)
 QV, PAGED, STREAMED = "lora.targets=[q_proj,v_proj]", "train.optimizer=paged_adamw_8bit", "engine.weights=host"
 MEASURED = (
     Measured("llama-2-7b", 4, 2048, (HOST, PAGED), 5.711),
@@ -40,8 +42,13 @@ MEASURED = (
     Measured("llama-2-7b", 8, 2048, (HOST,), 7.02),
     Measured("llama-2-7b", 4, 2048, (HOST, "lora.r=64"), 7.06),
     Measured("llama-2-7b", 4, 2048, (HOST, QV), 5.43),
-    Measured("llama-2-7b", 1, 20000, (HOST,), 7.40),
-    Measured("llama-2-7b", 1, 120000, (HOST,), 21.42),
+    Measured("llama-2-7b", 1, 16384, (HOST, PAGED), 6.755),
+    Measured("llama-2-7b", 4, 2048, (KEEP, PAGED), 29.438),
+    Measured("llama-2-7b", 4, 2048, (MLP, PAGED), 18.302),
+    Measured("llama-2-13b", 2, 2048, (KEEP, PAGED), 27.519),
+    Measured("llama-3-8b", 2, 2048, (KEEP, PAGED), 19.067),
+    Measured("llama-3-8b", 1, 8192, (MLP, PAGED, "lora.r=128"), 18.677),
+    Measured("smollm2-135m", 16, 2048, (KEEP, PAGED), 12.128),
     Measured("llama-2-13b", 2, 2048, (HOST,), 9.05),
 )
 PLAIN = (
@@ -53,8 +60,16 @@ PLAIN = (
 FARTHER = (
     Measured("llama-2-7b", 16, 512, (INPUT, PAGED, "lora.r=64"), 8.445),
     Measured("smollm2-135m", 4, 2048, (HOST, PAGED, STREAMED), 0.342),
+    Measured("smollm2-135m", 1, 16384, (INPUT, PAGED), 1.067),
+    Measured("llama-3-8b", 1, 2048, (INPUT, PAGED, STREAMED, "engine.embedding=host"), 2.800),
 )
-"""Within 5% only: a high rank, whose gradients' memory is not modelled well, and 16 MB of a very small model."""
+"""Within 5% only: a high rank, whose gradients' memory is not modelled well, 16 and 44 MB of a very small model, 80 MB of a streamed
+one with a large head."""
+LONG = (
+    (Measured("llama-2-7b", 1, 20000, (PAGED,), 7.27), 2),
+    (Measured("llama-2-7b", 1, 150000, (PAGED, STREAMED), 20.08), 1),
+)
+"""`python -m bench.limits`, H200, 2026-11-28: so many last layers keep their input, the others have it on the host."""
 SPEEDS = (
     Measured("llama-2-7b", 4, 2048, (KEEP,), 30.01, 18045),
     Measured("llama-2-7b", 4, 2048, (HOST,), 5.95, 13310),

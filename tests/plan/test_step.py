@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from nybble.plan.known_models import KNOWN
 from nybble.plan.pace import pace
 from nybble.plan.placing import MARGIN, Rows, as_written, changes_that_fit, fastest
-from nybble.plan.policies import KEEP_ALL, LADDER
-from nybble.plan.step import ITEMS
+from nybble.plan.policies import HOST, KEEP_ALL, LADDER, LAYER_INPUT
+from nybble.plan.step import ITEMS, Placement, predict
 from nybble.recipe import load_recipe
-from tests.plan.measured import FARTHER, MEASURED, PLAIN, SPEEDS, Measured
+from tests.plan.measured import FARTHER, LONG, MEASURED, PLAIN, SPEEDS, Measured
 
 NO_ROWS = Rows()
 
@@ -39,6 +39,15 @@ def test_predicted_memory_is_within_2_percent_of_what_was_measured(run):
 @pytest.mark.parametrize("run", FARTHER, ids=str)
 def test_predicted_memory_is_within_5_percent_where_it_is_farther_off(run):
     check_memory(run, 0.05)
+
+
+@pytest.mark.parametrize(("run", "keeping"), LONG, ids=str)
+def test_long_rows_are_planned_within_2_percent(run, keeping):
+    work = planned(run).work
+    policies = (HOST,) * (work.shape.layers - keeping) + (LAYER_INPUT,) * keeping
+    predicted = predict(work, Placement(policies)).moment("step").total / 1e9
+    print(f"{predicted:.2f} GB predicted, {run.reserved:.2f} measured, {predicted / run.reserved - 1:+.1%}")
+    assert predicted == pytest.approx(run.reserved, rel=0.02)
 
 
 def test_weights_stay_dequantised_where_memory_is_left():
