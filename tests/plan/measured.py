@@ -63,8 +63,8 @@ FARTHER = (
     Measured("smollm2-135m", 1, 16384, (INPUT, PAGED), 1.067),
     Measured("llama-3-8b", 1, 2048, (INPUT, PAGED, STREAMED, "engine.embedding=host"), 2.800),
 )
-"""Within 5% only: a high rank, whose gradients' memory is not modelled well, 16 and 44 MB of a very small model, 80 MB of a streamed
-one with a large head."""
+"""Within 5% only: a high rank, whose gradients' memory is not modelled well, 16 and 44 MB of a very small model, 80 MB of a
+streamed one with a large head."""
 LONG = (
     (Measured("llama-2-7b", 1, 20000, (PAGED,), 7.27), 2),
     (Measured("llama-2-7b", 1, 150000, (PAGED, STREAMED), 20.08), 1),

@@ -311,8 +311,8 @@ FRAGMENTS = 2.4
 """Tensors of the residual stream's size by which reserved memory exceeds what is allocated at the peak: 2.1 to 2.9 where the
 allocations of a step were recorded (`python -m bench.peak`; Llama 2 7B's width, 2,048 and 8,192 tokens, H100)."""
 FRAGMENTED_TOKENS = 12_288
-"""Beyond these it does not grow: what fits badly is of a tile's size. Llama 2 7B with 16,384, 20,000 and 150,000 tokens reserves 1.2,
-1.4 and 0.2 streams more than what is allocated (H200)."""
+"""Beyond these it does not grow: what fits badly is of a tile's size. It is 1.2, 1.4 and 0.2 streams of Llama 2 7B with 16,384,
+20,000 and 150,000 tokens (H200)."""
 
 
 def fragment_bytes(shape: LayerShape, tokens: int) -> int:
