@@ -13,7 +13,7 @@ from nybble.engine.batch_layout import BatchLayout, layout_of
 
 @dataclass(frozen=True)
 class Sequence:
-    """A trunk (a prompt, with its first answer) of this many tokens, and branches as (tokens of the trunk they see, own tokens)."""
+    """A trunk (prompt and first answer) of this many tokens; branches as (tokens of the trunk they see, own tokens)."""
 
     trunk: int
     branches: tuple[tuple[int, int], ...] = ()
@@ -29,7 +29,7 @@ class Sequence:
         return all(seen != end for (seen, _), end in zip(self.branches, ends, strict=False))
 
     def rows(self, start: int) -> list[tuple[list[int], int]]:
-        """Its segments as separate sequences: the tokens of the batch that each consists of, and how many of them are seen only."""
+        """Its segments as separate sequences: the tokens of the batch in each, and how many of them are only seen."""
         found, place = [(list(range(start, start + self.trunk)), 0)], start + self.trunk
         for seen, own in self.branches:
             found.append(([*range(start, start + seen), *range(place, place + own)], seen))
@@ -80,11 +80,15 @@ def masked_attention(parts: Any, mask: torch.Tensor, change: torch.Tensor) -> li
 
 def sequences(longest: int = 12, branches: int = 4) -> st.SearchStrategy[Sequence]:
     """Any sequence with or without branches."""
-    return st.integers(1, longest).flatmap(
-        lambda trunk: st.lists(st.tuples(st.integers(1, trunk), st.integers(1, longest)), max_size=branches).map(
-            lambda found: Sequence(trunk, tuple(found))
+    return (
+        st.integers(1, longest)
+        .flatmap(
+            lambda trunk: st.lists(st.tuples(st.integers(1, trunk), st.integers(1, longest)), max_size=branches).map(
+                lambda found: Sequence(trunk, tuple(found))
+            )
         )
-    ).filter(Sequence.is_clear)
+        .filter(Sequence.is_clear)
+    )
 
 
 PAIRS = [Sequence(11, ((8, 5),)), Sequence(4, ((3, 1),))]
