@@ -13,7 +13,8 @@ from nybble.engine.attention.backend import Segments
 from nybble.engine.attention.plain import FlashOnCpu, PlainAttention
 from nybble.engine.batch_layout import layout_of
 from nybble.engine.branches import BranchedAttention
-from nybble.engine.fuse import fuse, fusion
+from nybble.engine.compute import Fp8, Fp8Choice
+from nybble.engine.fuse import attach, fuse, fusion
 from nybble.engine.memory import Share
 from nybble.errors import EngineError
 from nybble.plan.ledger import branch_bytes
@@ -34,6 +35,7 @@ from tests.engine.branching import (
 )
 from tests.engine.test_engine import DEVICE, load
 
+FP8_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 HEADS = [(4, 4, 16), (9, 3, 64), (8, 1, 20)]
 
 
@@ -112,6 +114,16 @@ def test_quantised_weights(tmp_path):
     model = load(write_llama(tmp_path / "llama", num_hidden_layers=2))
     expected = apart(model, MIXED)
     assert_equal(shared(fuse(model, "drop-qkv"), MIXED), expected)
+
+
+@pytest.mark.parametrize("policy", ["keep-all", "layer-input"])
+def test_in_fp8_each_token_is_rounded_as_in_a_sequence_of_its_own(tmp_path, policy):
+    """By the reference of the matrix units, whose scales are those of single tokens."""
+    model = load(write_llama(tmp_path / "llama", num_hidden_layers=2), dtype=FP8_DTYPE)
+    attach(model, policy, "device", fp8=Fp8Choice(Fp8()))
+    ours, theirs = shared(model, PAIRS), apart(model, PAIRS)
+    for name, expected in theirs.items():
+        assert torch.cosine_similarity(ours[name].flatten(), expected.flatten(), dim=0) > 0.999, name
 
 
 @pytest.mark.parametrize("policy", ["keep-all", "drop-qkv", "host"])
