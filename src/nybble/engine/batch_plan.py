@@ -14,7 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 
 from nybble.engine.attention.backend import Backend
 from nybble.engine.attention.choice import AttentionChoice, choose
-from nybble.engine.batch_layout import BatchLayout, UnsupportedBatch, layout_of, tokens_of
+from nybble.engine.batch_layout import BatchLayout, UnsupportedBatch, has_branches, layout_of, tokens_of
+from nybble.engine.branches import BranchedAttention
 from nybble.engine.compute import check_layers, check_type, forms
 from nybble.engine.fusion import BatchReport, Fusion
 from nybble.engine.layer import BatchContext, FusedLayer, LayerCall, Shared, slots
@@ -95,13 +96,20 @@ def plan_batch(
         backbone: the one that is about to run.
         layers: those of its layers that it will call.
         kwargs: all arguments that it is called with.
+
+    Raises:
+        EngineError: the weights or the adapters are not where they should be, or branches that would fall back.
     """
     try:
         layout = _layout(backbone, kwargs)
     except UnsupportedBatch as why:
+        if has_branches(kwargs):
+            raise _cannot_branch(str(why)) from None
         fusion.shared.workspace.release()
         return BatchPlan({}, BatchReport(refusals=[str(why)] * len(layers)))
     fused, refusals = fusion.read(layers)
+    if layout.branches is not None and refusals:
+        raise _cannot_branch(refusals[0])
     if not fused:
         fusion.shared.workspace.release()
         return BatchPlan({}, BatchReport(refusals=refusals))
@@ -162,6 +170,14 @@ def _layout(backbone: LlamaModel, kwargs: Mapping[str, Any]) -> BatchLayout:
     return layout
 
 
+def _cannot_branch(why: str) -> EngineError:
+    return EngineError(
+        "answers that share a prompt in one row need every decoder layer fused, as the original forward would take them for "
+        f"separate sequences; but: {why}",
+        fix="change that, or give each answer its own prompt (docs/engine.md)",
+    )
+
+
 def _check_adapters(layers: Iterable[FusedLayer], device: torch.device) -> None:
     """PEFT puts a new adapter beside its base layer's weight, which may be on the host.
 
@@ -178,6 +194,8 @@ def _check_adapters(layers: Iterable[FusedLayer], device: torch.device) -> None:
 
 def _backend(choice: AttentionChoice, layout: BatchLayout) -> Backend:
     rows = choice.of(layout.segments)
+    if layout.branches is not None:
+        return BranchedAttention(rows, layout.branches)
     return rows if layout.padding is None else PaddedAttention(rows, choice.packed, layout.padding)
 
 
@@ -241,7 +259,8 @@ def _share_memory(
         return [fusion.policy] * len(layers), []
     shape = layers[0].shape(batch.dtype, residual, frozenset[str]().union(*in_fp8.values()))
     trained = [part for layer in layers for part in layer.parameters()]
-    extra = batch.attention.padding_bytes(shape) if isinstance(batch.attention, PaddedAttention) else 0
+    attention = batch.attention
+    extra = attention.extra_bytes(shape) if isinstance(attention, PaddedAttention | BranchedAttention) else 0
     share = fusion.budget.share(shape, len(layers), batch.segments.tokens, trained, fusion.shared, extra)
     is_cacheable = fusion.shared.workspace.is_cacheable
     cacheable = [layer for layer, now in fused.items() if all(map(is_cacheable, now.groups.values()))]

@@ -98,6 +98,11 @@ class Fusion:
         """Layers that were not fused in the last batch."""
         return len(self.last.refusals)
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a packed row may hold several answers to one prompt (`nybble.engine.branches`): every layer is fused now."""
+        return not self.read(list(self.readers))[1]
+
     def describe(self) -> str:
         """Layers, operations, attention, policies and refusals, one per line."""
         total = self.fused + self.fallen_back

@@ -73,7 +73,7 @@ def separate(spans: Sequence[Span], length: int, device: torch.device) -> tuple[
 def _packed(parts: Sequence[range], device: torch.device, seen: Segments | None = None) -> Segments:
     sizes = [len(part) for part in parts]
     bounds = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32).to(device)
-    return Segments(1, sum(sizes), bounds, max(sizes, default=0), seen)
+    return Segments(1, sum(sizes), bounds, max(sizes, default=0), seen, causal=seen is None)
 
 
 def _positions(parts: Sequence[range], device: torch.device) -> torch.Tensor:
@@ -128,7 +128,7 @@ class PaddedAttention:
                 whole.index_add_(0, padding.seen, part)
         return to_query, to_key, to_value
 
-    def padding_bytes(self, shape: LayerShape) -> int:
+    def extra_bytes(self, shape: LayerShape) -> int:
         """Device bytes that a layer's backward needs for padding on the right, beside those for unpadded rows."""
         return ledger.padding_bytes(shape, len(self.padding.late), len(self.padding.seen))
 

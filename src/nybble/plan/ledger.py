@@ -332,6 +332,17 @@ def padding_bytes(shape: LayerShape, late: int, seen: int) -> int:
     return late * per_late + seen * 2 * (shape.qkv - shape.query) * shape.element
 
 
+def branch_bytes(shape: LayerShape, keys: int) -> int:
+    """Device bytes that answers with a common prompt in one row add to a layer's backward: keys, values and their gradients, in
+    the order in which attention reads them.
+
+    Args:
+        shape: the layer's sizes.
+        keys: tokens of the batch, and for each answer but the first those of its prompt.
+    """
+    return keys * 2 * (shape.qkv - shape.query) * shape.element
+
+
 def loss_bytes(tokens: int, vocabulary: int, hidden: int, *, chunked: bool) -> int:
     """Device bytes of the loss at its peak; the logits have 16 bits.
 

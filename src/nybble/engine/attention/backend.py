@@ -28,7 +28,10 @@ class Segments:
     longest: int = 0
     """Length of the longest sequence of packed rows."""
     seen: Segments | None = None
-    """The sequences of keys, both packed: each sequence of queries sees all of one. Without it a token sees those before it."""
+    """The sequences of keys, if they are others; both packed, and one for each sequence of queries."""
+    causal: bool = True
+    """Whether a token sees itself and what is before it: a sequence's last query sees all keys, and the one before it one key
+    less. Otherwise each query sees all keys of its sequence."""
 
     @property
     def keys(self) -> Segments:

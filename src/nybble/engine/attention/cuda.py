@@ -7,7 +7,8 @@ import torch
 from nybble.engine.attention.backend import BackendState, Gradients, Segments, narrowed, repeated
 
 aten = torch.ops.aten
-UNMASKED, CAUSAL_FROM_TOP_LEFT = 0, 1  # custom_mask_type of the memory-efficient kernels
+# custom_mask_type of the memory-efficient kernels; flash is always causal from the bottom right (torch.nn.attention.bias)
+UNMASKED, CAUSAL_FROM_TOP_LEFT, CAUSAL_FROM_BOTTOM_RIGHT = range(3)
 
 
 class Cudnn:
@@ -50,8 +51,9 @@ class Flash:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
     ) -> tuple[torch.Tensor, BackendState]:
         q, k, v = (_batched(part, segments) for part in (query, key, value))
-        causal = segments.seen is None
-        out, log, state, other, _ = aten._flash_attention_forward(q, k, v, *_bounds(segments), 0.0, causal, False)
+        out, log, state, other, _ = aten._flash_attention_forward(
+            q, k, v, *_bounds(segments), 0.0, segments.causal, False
+        )
         return out if segments.bounds is not None else out.flatten(0, 1), (log, state, other)
 
     def backward(
@@ -66,8 +68,9 @@ class Flash:
     ) -> Gradients:
         do, q, k, v, o = (_batched(part, segments) for part in (gradient, query, key, value, out))
         log, state, other = saved
-        causal = segments.seen is None
-        results = aten._flash_attention_backward(do, q, k, v, o, log, *_bounds(segments), 0.0, causal, state, other)
+        results = aten._flash_attention_backward(
+            do, q, k, v, o, log, *_bounds(segments), 0.0, segments.causal, state, other
+        )
         return tuple(part if segments.bounds is not None else part.flatten(0, 1) for part in results)
 
 
@@ -127,4 +130,6 @@ def _longest(segments: Segments) -> tuple[torch.Tensor | None, torch.Tensor | No
 
 
 def _mask_type(segments: Segments) -> int:
-    return CAUSAL_FROM_TOP_LEFT if segments.seen is None else UNMASKED
+    if not segments.causal:
+        return UNMASKED
+    return CAUSAL_FROM_TOP_LEFT if segments.seen is None else CAUSAL_FROM_BOTTOM_RIGHT

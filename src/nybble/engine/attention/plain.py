@@ -70,11 +70,12 @@ class FlashOnCpu:
     ) -> tuple[torch.Tensor, BackendState]:
         result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         wide = repeated(query, key, value)
-        logs, causal = [], segments.seen is None
+        logs = []
         for rows, keys, batch in _sequences(segments):
             q = _heads(query[rows].float(), batch)
             k, v = (_heads(part[keys].float(), batch) for part in wide)
-            out, log = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+            causal, mask = _masked(q, k, segments)
+            out, log = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
             result[rows] = _rows(out).to(result.dtype)
             logs.append(log)
         return result, tuple(logs)
@@ -90,11 +91,14 @@ class FlashOnCpu:
         segments: Segments,
     ) -> Gradients:
         results = tuple(torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (query, key, value))
-        wide, causal = repeated(query, key, value), segments.seen is None
+        wide = repeated(query, key, value)
         for (rows, keys, batch), log in zip(_sequences(segments), saved, strict=True):
             do, q, o = (_heads(part[rows].float(), batch) for part in (gradient, query, out))
             k, v = (_heads(part[keys].float(), batch) for part in wide)
-            parts = aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, log, 0.0, causal)
+            causal, mask = _masked(q, k, segments)
+            parts = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                do, q, k, v, o, log, 0.0, causal, attn_mask=mask
+            )
             for result, part, target in zip(results, parts, (rows, keys, keys), strict=True):
                 result[target] = _rows(narrowed(part, result.shape[1])).to(result.dtype)
         return results  # type: ignore[return-value]
@@ -124,11 +128,21 @@ def _rows(heads: torch.Tensor) -> torch.Tensor:
 
 def _scores(query: torch.Tensor, key: torch.Tensor, segments: Segments) -> torch.Tensor:
     scores = query @ _widened(key, query).transpose(-1, -2) / math.sqrt(query.shape[-1])
-    if segments.seen is not None:
-        return scores
-    length = scores.shape[-1]
-    future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
-    return scores.masked_fill_(future, float("-inf"))
+    return scores.masked_fill_(_future(query, key), float("-inf")) if segments.causal else scores
+
+
+def _masked(query: torch.Tensor, key: torch.Tensor, segments: Segments) -> tuple[bool, torch.Tensor | None]:
+    """Whether flash on a CPU masks by itself, from the top left; if that would be wrong, what is added to the scores."""
+    if not segments.causal or query.shape[-2] == key.shape[-2]:
+        return segments.causal, None
+    future = _future(query, key)
+    return False, torch.zeros(future.shape, dtype=query.dtype).masked_fill_(future, float("-inf"))
+
+
+def _future(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The keys that causal queries do not see, (queries, keys): the last query sees all."""
+    queries, keys = query.shape[-2], key.shape[-2]
+    return torch.ones(queries, keys, dtype=torch.bool, device=query.device).triu(1 + keys - queries)
 
 
 def _widened(part: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
