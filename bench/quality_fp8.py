@@ -93,7 +93,7 @@ def draw(results: Results, file: pathlib.Path) -> None:
 
 
 def _draw_curves(axes: Axes, results: Results, data: str) -> None:
-    for method in (REFERENCE, "fp8"):
+    for method in (REFERENCE, "fp8-fast"):
         for row in chosen(results, "test", data, method):
             steps, losses = zip(*row["curve"], strict=True)
             first = row["seed"] == 1
@@ -116,7 +116,7 @@ def _draw_differences(axes: Axes, results: Results, data: str) -> None:
         names.append(ALL_METHODS[method].title)
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlabel(f"held-out loss minus 16 bits, nats per token; shaded: ±{MARGIN}", fontsize=9)
+    axes.set_xlabel(f"held-out loss minus 16 bits; shaded: ±{MARGIN}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
 
 

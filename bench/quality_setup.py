@@ -82,13 +82,19 @@ METHODS = {
     "qlora-qv": Method("QLoRA NF4, q_proj and v_proj", "nf4", "[q_proj, v_proj]"),
     "full": Method("full fine-tuning, bf16", "none", ""),
 }
+SLOW_BACKWARD = {"fp8_fast": "forward"}
 FP8_METHODS = {
-    "fp8": Method("QLoRA NF4, fp8", "nf4", "all-linear", {}),
-    "fp8-down": Method("fp8, down_proj in 16 bits", "nf4", "all-linear", {"fp8_skip": ["down_proj"]}),
-    "fp8-ends": Method(
-        "fp8, first and last layer in 16 bits", "nf4", "all-linear", {"fp8_skip": ["layers.0", "layers.29"]}
+    "fp8": Method("fp8, slow sums in backward", "nf4", "all-linear", SLOW_BACKWARD),
+    "fp8-down": Method(
+        "the same, down_proj in 16 bits", "nf4", "all-linear", {"fp8_skip": ["down_proj"], **SLOW_BACKWARD}
     ),
-    "fp8-fast": Method("fp8, fast sums in backward too", "nf4", "all-linear", {"fp8_fast": "both"}),
+    "fp8-ends": Method(
+        "the same, first and last layer in 16 bits",
+        "nf4",
+        "all-linear",
+        {"fp8_skip": ["layers.0", "layers.29"], **SLOW_BACKWARD},
+    ),
+    "fp8-fast": Method("fp8, fast sums", "nf4", "all-linear", {"fp8_fast": "both"}),
 }
 """What bench/quality_fp8.py compares with qlora of METHODS."""
 ALL_METHODS = METHODS | FP8_METHODS

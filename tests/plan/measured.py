@@ -43,6 +43,7 @@ MEASURED = (
     Measured("llama-2-7b", 4, 2048, (HOST, "lora.r=64"), 7.06),
     Measured("llama-2-7b", 4, 2048, (HOST, QV), 5.43),
     Measured("llama-2-7b", 1, 16384, (HOST, PAGED), 6.755),
+    Measured("llama-2-7b", 4, 2048, (HOST, "engine.compute=fp8"), 5.82),
     Measured("llama-2-7b", 4, 2048, (KEEP, PAGED), 29.438),
     Measured("llama-2-7b", 4, 2048, (MLP, PAGED), 18.302),
     Measured("llama-2-13b", 2, 2048, (KEEP, PAGED), 27.519),
@@ -83,3 +84,10 @@ SPEEDS = (
     Measured("llama-2-13b", 2, 2048, (HOST,), 9.05, 6852),
 )
 """Rates of an H100, 2026-11-26."""
+FP8 = "engine.compute=fp8"
+FP8_GAINS = (
+    (Measured("llama-2-7b", 4, 2048, (HOST, FP8), 5.82), 19438 / 13913),
+    (Measured("llama-2-7b", 4, 2048, (KEEP, FP8), 43.00), 27119 / 19289),
+    (Measured("llama-2-7b", 2, 4096, (KEEP, FP8), 43.00), 24574 / 18021),
+)
+"""How many times as fast an H200 was in fp8 as in 16 bits, 2026-11-28; with keep-all dequantised weights stayed on it too."""

@@ -12,7 +12,7 @@ from nybble.plan.placing import MARGIN, Rows, as_written, changes_that_fit, fast
 from nybble.plan.policies import HOST, KEEP_ALL, LADDER, LAYER_INPUT
 from nybble.plan.step import ITEMS, Placement, predict
 from nybble.recipe import load_recipe
-from tests.plan.measured import FARTHER, LONG, MEASURED, PLAIN, SPEEDS, Measured
+from tests.plan.measured import FARTHER, FP8_GAINS, LONG, MEASURED, PLAIN, SPEEDS, Measured
 
 NO_ROWS = Rows()
 
@@ -69,6 +69,17 @@ def test_predicted_speed_is_within_8_percent_of_what_an_h100_reached(run):
     assert found.tokens_per_second == pytest.approx(
         run.tokens_per_second, rel=0.1 if "q_proj" in str(run.options) else 0.08
     )
+
+
+@pytest.mark.parametrize(("run", "gain"), FP8_GAINS, ids=str)
+def test_fp8_is_planned_as_it_was_on_an_h200(run, gain):
+    option, shape = planned(run), KNOWN[run.model].shape
+    plain, in_fp8 = (
+        pace(option.work.layer, shape, option.placement.policies, run.length, "NVIDIA H200", fp8=fp8)
+        for fp8 in (False, True)
+    )
+    print(f"{in_fp8.tokens_per_second / plain.tokens_per_second:.2f} predicted, {gain:.2f} measured; {in_fp8.basis}")
+    assert in_fp8.tokens_per_second / plain.tokens_per_second == pytest.approx(gain, rel=0.03)
 
 
 CARD_NAMES = {

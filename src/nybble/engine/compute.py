@@ -29,7 +29,7 @@ class Fp8:
 
     skip: tuple[str, ...] = ()
     """Names of projections and layers that stay in 16 bits."""
-    fast: tuple[bool, bool] = (True, False)
+    fast: tuple[bool, bool] = (True, True)
     """Whether the sums are fast, forward and backward."""
 
     @functools.cache  # noqa: B019 - a model has few of these, and asks for every batch

@@ -52,7 +52,7 @@ def fuse(
     resident_layers: int = 0,
     compute: Compute = "bf16",
     fp8_skip: Sequence[str] = (),
-    fp8_fast: Fast = "forward",
+    fp8_fast: Fast = "both",
 ) -> Any:
     """Compute a model's decoder layers with the fused engine, in place.
 

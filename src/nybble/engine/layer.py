@@ -134,7 +134,7 @@ class BatchContext:
     dtype: torch.dtype
     """The type of weights and activations; the residual stream keeps its own."""
     shared: Shared
-    fast: tuple[bool, bool] = (True, False)
+    fast: tuple[bool, bool] = (True, True)
     """Whether sums in fp8 are fast, forward and backward."""
     has_positions: bool = False
     cosine: torch.Tensor = field(init=False)

@@ -103,11 +103,13 @@ def make_plan(
     recipe = changed(recipe, option.changes)
     work = option.work
     length = facts.typical if facts is not None else recipe.data.max_length
-    # The rate of the link to the host is not known, nor how fast Transformers' layers or fp8 products are.
-    known = card is not None and not work.streamed_layers and recipe.engine.fused and not any(work.layer.fp8)
-    speed = (
-        pace(work.layer, shape, option.placement.policies, length, card.name) if card is not None and known else None
-    )
+    engine = recipe.engine
+    in_fp8 = engine.compute == "fp8" and not engine.fp8_skip
+    # The rate of the link to the host is not known, nor how fast Transformers' layers or some products in fp8 are.
+    known = not work.streamed_layers and engine.fused and (in_fp8 or not any(work.layer.fp8))
+    speed = None
+    if card is not None and known:
+        speed = pace(work.layer, shape, option.placement.policies, length, card.name, fp8=in_fp8)
     base = ledger.base_bytes(shape, recipe.model.quantization, recipe.model.double_quantization, work.element).total
     copied = recipe.model.quantization != "none" and sizes.stored is None
     disk = Disk(

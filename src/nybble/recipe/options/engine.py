@@ -26,7 +26,7 @@ class EngineOptions(Options):
     """The number format in which training multiplies by frozen weights: bf16 is model.dtype; fp8 needs Ada or a later card."""
     fp8_skip: list[str] = Field(default_factory=list)
     """With fp8, projections and layers that stay in 16 bits, by name: [down_proj], [layers.0, layers.31]."""
-    fp8_fast: Literal["forward", "backward", "both", "none"] = "forward"
+    fp8_fast: Literal["forward", "backward", "both", "none"] = "both"
     """With fp8, where its sums have fewer bits: faster on Hopper."""
 
     @property

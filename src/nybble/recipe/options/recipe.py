@@ -129,7 +129,7 @@ def _weights_faults(recipe: Recipe) -> Iterator[tuple[bool, str]]:
 
 def _fp8_faults(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     engine, model = recipe.engine, recipe.model
-    is_default = not engine.fp8_skip and engine.fp8_fast == "forward"
+    is_default = not engine.fp8_skip and engine.fp8_fast == "both"
     yield (
         engine.compute == "bf16" and not is_default,
         "engine: fp8_skip and fp8_fast have no effect, because engine.compute is bf16",
