@@ -35,7 +35,7 @@ from nybble.generate.padded import Padded
 from nybble.generate.request import Generator, Request, Token, complete
 from nybble.kernels.cuda.buffers import SharedBuffers
 from nybble.kernels.cuda.kernels import Kernels
-from nybble.plan.ledger import decoder_workspace_bytes, kv_cache_bytes_per_token
+from nybble.plan.generation_bytes import decoder_workspace_bytes, kv_cache_bytes_per_token
 from nybble.plan.shapes import ModelShape
 
 LLAMA_2_7B = Shape(4096, 32, 32, 128, 11008, layers=32, vocabulary=32000)

@@ -15,7 +15,7 @@ from nybble.export.gguf.quants import K_QUANTS, OWN_QUANTS
 from nybble.model.adapter.lora import attach_adapter
 from nybble.model.base.checkpoint import find_checkpoint
 from nybble.model.base.load import load_base, measure
-from nybble.plan import file_bytes, ledger
+from nybble.plan import file_bytes, generation_bytes, ledger
 from nybble.plan.shapes import LLAMA_2_7B, ModelShape, Projection
 from nybble.recipe import LoraOptions, ModelOptions
 from nybble.training.optimizer import FlatAdamW8bit
@@ -104,7 +104,7 @@ def test_a_token_in_the_cache(tmp_path, llama: str) -> None:
     cache = DynamicCache(config=model.config)
     model(input_ids=torch.arange(11)[None], past_key_values=cache, use_cache=True)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert held == 11 * ledger.kv_cache_bytes_per_token(ModelShape.from_config(model.config.to_dict()), 2)
+    assert held == 11 * generation_bytes.kv_cache_bytes_per_token(ModelShape.from_config(model.config.to_dict()), 2)
 
 
 def test_the_loss_of_llama_2() -> None:

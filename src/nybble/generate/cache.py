@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from nybble.plan.free_memory import device_memory
-from nybble.plan.ledger import kv_cache_bytes_per_token
+from nybble.plan.generation_bytes import kv_cache_bytes_per_token
 from nybble.plan.shapes import ModelShape
 
 SHARE = 0.4  # of the free memory, for a batch's keys and values: each layer's exist twice while they grow by a token

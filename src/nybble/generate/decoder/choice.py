@@ -17,7 +17,7 @@ from nybble.generate.decoder.plain_steps import PlainSteps
 from nybble.generate.decoder.steps import Steps
 from nybble.generate.request import Observer
 from nybble.plan.free_memory import allocatable_bytes, host_memory
-from nybble.plan.ledger import decoder_workspace_bytes, kv_cache_bytes_per_token
+from nybble.plan.generation_bytes import decoder_workspace_bytes, kv_cache_bytes_per_token
 from nybble.plan.shapes import ModelShape
 from nybble.weights.watched import Ineligible
 
