@@ -108,11 +108,52 @@ def test_an_adapter_that_was_switched_off_and_on(model):
 def test_evaluation_frees_the_cached_weights(model):
     before = gradients(model, batch_of())
     workspace = fusion(model).shared.workspace
+    model.eval()
     with torch.no_grad():
         model(**batch_of())
     assert workspace.cached_bytes == 0
-    assert_same(gradients(model, batch_of()), before, 1e-6)
+    assert_same(gradients(model.train(), batch_of()), before, 1e-6)
     assert workspace.cached_bytes > 0
+
+
+def preferred(model):
+    """Gradients of a step of DPO: the reference's pass comes between forward and backward."""
+    model.zero_grad()
+    loss = model(**batch_of()).loss
+    with torch.no_grad(), model.disable_adapter():
+        reference = model(**batch_of()).loss
+    (loss - reference).square().backward()
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_reference_s_pass_within_a_step_leaves_them(model):
+    expected = preferred(unfuse(copy.deepcopy(model)))
+    workspace = fusion(model).shared.workspace
+    preferred(model)
+    assert dequantised(model, lambda: preferred(model)) == 7 * LAYERS, "only for the reference, which has no adapter"
+    assert workspace.cached_bytes > 0
+    assert_same(preferred(model), expected)
+
+
+def test_adapters_of_a_pass_without_gradients_are_those_of_now(model):
+    """KTO's estimate of the KL divergence: the first pass after a step, with the adapter."""
+    trained = [part for part in model.parameters() if part.requires_grad]
+    torch.optim.SGD(trained, lr=0.5).step()
+    with torch.no_grad():
+        assert dequantised(model, lambda: model(**batch_of())) == 0
+        found = model(**batch_of()).loss
+        assert found.item() == pytest.approx(unfuse(copy.deepcopy(model))(**batch_of()).loss.item(), rel=1e-5)
+
+
+def test_a_reference_s_pass_that_needs_the_memory_takes_it(model, monkeypatch):
+    workspace = fusion(model).shared.workspace
+    monkeypatch.setattr(budget, "_free", lambda device, standing: 1000)
+    expected = preferred(unfuse(copy.deepcopy(model)))
+    fusion(model).budget._most_cached = LAYERS
+    with torch.no_grad():
+        model(**batch_of())
+    assert workspace.cached_bytes == 0
+    assert_same(preferred(model), expected)
 
 
 def test_a_batch_that_needs_the_memory_takes_it_for_good(model, monkeypatch):

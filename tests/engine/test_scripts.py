@@ -119,21 +119,34 @@ def test_grpo_s_batches_with_padding_on_both_sides_are_fused(peaky_llama, tiny_t
     assert nybble.fusion(model).fallen_back == 0, nybble.fusion(model).describe()
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    lines = [{"prompt": " ".join(WORDS[: 1 + n % 7]), "chosen": f" {WORDS[n]}", "rejected": " no"} for n in range(12)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # a Trainer's default, on a CPU
-def test_an_example_runs_in_this_process(tiny_llama, texts, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["plain_trainer.py", str(tiny_llama), str(texts), "2"])
+@pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed")
+@pytest.mark.parametrize("script, rows", [("plain_trainer.py", "texts"), ("trl_dpo.py", "pairs")])
+def test_an_example_runs_in_this_process(script, rows, tiny_llama, request, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, str(tiny_llama), str(request.getfixturevalue(rows)), "2"])
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(ROOT / "examples" / "plain_trainer.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
     assert "2 of 2 decoder layers fused" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["plain_trainer.py", "trl_sft.py"])
-def test_the_examples_run(script, tiny_llama, texts, tmp_path):
+@pytest.mark.parametrize(
+    "script, rows", [("plain_trainer.py", "texts"), ("trl_sft.py", "texts"), ("trl_dpo.py", "pairs")]
+)
+def test_the_examples_run(script, rows, tiny_llama, request, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    file = request.getfixturevalue(rows)
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / script, tiny_llama, texts, "2"],
+        [sys.executable, ROOT / "examples" / script, tiny_llama, file, "2"],
         capture_output=True, text=True, cwd=tmp_path, env={**environment, "HF_HOME": str(tmp_path)}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -67,14 +67,13 @@ def _plan_and_report(
     Raises:
         EngineError: a layer would fall back, and its weights are not on the device.
     """
-    if not torch.is_grad_enabled():  # evaluation and generation need the memory for other things
-        fusion.shared.workspace.release()
     plan = plan_batch(fusion, backbone, layers, kwargs)
     if fusion.shared.streamed is not None and plan.report.refusals:
         raise EngineError(
             "the original forward of the decoder layers needs their weights on the device, but they are "
             f"{fusion.shared.streamed.copier.where}; the fused engine cannot compute this batch: {plan.report.refusals[0]}",
-            fix='nybble.fuse(model, weights="device"), or a batch that it can compute (docs/engine.md)',
+            fix='nybble.fuse(model, weights="device"), or a batch that it can compute (docs/engine.md); for generation '
+            'use_cache=False (in TRL generation_kwargs={"use_cache": False})',
         )
     has_trained = torch.is_grad_enabled()
     if has_trained:
@@ -133,10 +132,13 @@ def plan_batch(
     batch = BatchContext(layout.segments, _backend(fusion.choices[dtype], layout), dtype, fusion.shared)
     numbers = {layer: number for number, layer in enumerate(layers)}
     in_fp8 = _groups_in_fp8(fusion, backbone, fused, numbers, batch)
+    if not torch.is_grad_enabled():
+        _keep_for_backward(fusion, backbone, first, batch, residual)
     policies, cached = _share_memory(fusion, fused, in_fp8, batch, residual)
     tiles = {policy: batch.tiles(policy or LADDER[0]) for policy in set(policies)}
     formed = {layer: _forms(fused[layer], in_fp8[layer], batch) for layer in fused}
-    fusion.shared.workspace.cache([(group, form) for layer in cached for _, group, form in formed[layer]])
+    if torch.is_grad_enabled():
+        fusion.shared.workspace.cache([(group, form) for layer in cached for _, group, form in formed[layer]])
     _reserve(fusion.shared, itertools.chain.from_iterable(formed.values()), max(map(len, tiles.values())))
     seed = _seed(fused.values())
     calls = {
@@ -265,6 +267,20 @@ def _share_memory(
     is_cacheable = fusion.shared.workspace.is_cacheable
     cacheable = [layer for layer, now in fused.items() if all(map(is_cacheable, now.groups.values()))]
     return share.policies, cacheable[: share.cached_layers]
+
+
+def _keep_for_backward(
+    fusion: Fusion, backbone: LlamaModel, layer: FusedLayer, batch: BatchContext, residual: torch.dtype
+) -> None:
+    """A batch without gradients: free the weights that stay dequantised, since evaluation and generation need the memory for
+    other things. In training mode it is a reference's (DPO, KTO, GRPO), between a batch's forward and its backward, which would
+    have to dequantise them again: there they stay if it fits beside them."""
+    workspace = fusion.shared.workspace
+    shape = layer.shape(batch.dtype, residual)
+    if backbone.training and fusion.budget.fits_without_gradients(shape, batch.segments.tokens, fusion.shared.device):
+        workspace.check()
+    else:
+        workspace.release()
 
 
 def _compute_type(layer: FusedLayer, residual: torch.dtype) -> torch.dtype:

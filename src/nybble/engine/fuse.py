@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed
+from peft.tuners.lora.layer import LoraLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from nybble.couplings.check import first_incompatibility
@@ -63,7 +64,7 @@ def fuse(
             warning and `fusion(model).describe()` say what it is (docs/engine.md has the full list). Several threads may
             call the model; they take turns layer by layer.
         policy: what each layer keeps for backward. auto picks the fastest mix that fits into free memory, and keeps weights
-            dequantised where memory is left, until a forward without gradients or `unfuse`.
+            dequantised where memory is left, until a forward in evaluation mode or `unfuse`.
             keep-all, drop-mlp, drop-qkv, layer-input and host go from the fastest to the leanest.
         embedding: where the token embedding's frozen weight is stored; host saves its memory on the device (0.26 GB for
             Llama 2) and costs a small copy per batch.
@@ -172,8 +173,10 @@ def attach(
     result.last = BatchReport(len(fused), refusals)
     if fp8.missing:
         result.warn_once(fp8.missing)
+    has_adapter = any(isinstance(module, LoraLayer) for module in backbone.modules())
+    later = "" if has_adapter else " (there is no adapter yet; PEFT freezes the base when it adds one)"
     for refusal, count in Counter(refusals).items():
-        result.warn_once(f"{count} of {len(readers)} decoder layers keep their original forward: {refusal}")
+        result.warn_once(f"{count} of {len(readers)} decoder layers keep their original forward: {refusal}{later}")
     return model
 
 

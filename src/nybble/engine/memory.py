@@ -72,6 +72,18 @@ class Budget:
         spare = free - max(needed, ledger.MOMENTS * numbers)
         return Share(policies, self._layers_cached(spare // ledger.dequantised_bytes(shape), policies))
 
+    def fits_without_gradients(self, shape: LayerShape, tokens: int, device: torch.device) -> bool:
+        """Whether a batch without gradients fits into the memory that is free now: one layer at a time, and the loss.
+
+        Args:
+            shape: the sizes of a layer.
+            tokens: number of tokens in the batch.
+            device: where it is computed.
+        """
+        free = _free(device, 0)
+        policies, needed = divide(shape, 1, tokens, free, self.loss_bytes(tokens))
+        return policies == (KEEP_ALL,) and needed <= free
+
     def _layers_cached(self, fitting: int, policies: Sequence[str]) -> int:
         """How many layers' weights stay dequantised, of the number that fit; never more than in an earlier batch."""
         if not self._stepped:

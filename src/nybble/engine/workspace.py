@@ -98,7 +98,12 @@ class Workspace:
         for key, (group, form) in by_key.items():
             if key not in self._cached:
                 self._cached[key] = CachedMatrix(group, form, self.device)
-            self._cached[key].check()
+        self.check()
+
+    def check(self) -> None:
+        """A batch starts: what stays dequantised may have changed."""
+        for cached in self._cached.values():
+            cached.check()
 
     def is_cacheable(self, group: ProjectionGroup) -> bool:
         """Whether its weights may stay dequantised: they are all in 4 bits (copies of others would be no faster), on the device
