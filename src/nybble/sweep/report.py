@@ -132,4 +132,4 @@ def print_table(request: SweepRequest, results: Sequence[TrialResult], console: 
 def trial_line(number: int, settings: Settings, text: str) -> str:
     """A line about a trial."""
     shown = "".join(f"  {key}={value}" for key, value in settings.items())
-    return f"trial {number:<4}{text}{shown}"
+    return f"trial {number:03} {text}{shown}"

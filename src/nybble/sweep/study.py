@@ -21,7 +21,7 @@ from nybble.sweep.space import Choices, Range, Settings, Space
 
 NAME = "nybble"
 DAMAGED = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
-REPEATED = "repeated"  # marks a trial of settings that had been tried, which was not trained
+NUMBER = "number"  # of a trial that trains; settings that had been tried before are not trained, and have none
 FAILED = 1_000_000  # the number under which a failed trial has NaN for its loss
 MOST = 10_000  # combinations of a space that are listed
 STARTUP = 3  # a third of the trials, at least 3, are random; the sampler has nothing to go by before
@@ -60,7 +60,8 @@ class OngoingTrial:
     @property
     def number(self) -> int:
         """The number of its folder."""
-        return self.trial.number
+        number: int = self.trial.user_attrs[NUMBER]
+        return number
 
     def watch(self, evaluation: int, loss: float) -> bool:
         """Record a held-out loss; returns whether it is worse than the median of the other trials at the same evaluation."""
@@ -125,7 +126,7 @@ class SweepStudy:
             if trial.params and tries < RETRIES:
                 self._study.enqueue_trial(trial.params, user_attrs={"tries": tries + 1})
             self._study.tell(trial.number, state=TrialState.FAIL)
-        return [trial.number for trial in dead]
+        return [trial.user_attrs[NUMBER] for trial in dead if NUMBER in trial.user_attrs]
 
     def start_with(self, settings: Settings) -> None:
         """Let the first trial of a new study have these settings; those of other options are drawn."""
@@ -146,11 +147,11 @@ class SweepStudy:
         tried = [dict(each.settings) for each in ended if each.outcome != "killed"]
         untried = [each for each in combinations(self._space) if dict(each) not in tried]
         if untried and dict(settings) in tried:
-            trial.set_user_attr(REPEATED, True)
             self._study.tell(trial, state=TrialState.FAIL)
             self._enqueue(untried[seed % len(untried)])
             trial = self._study.ask(self._distributions())
             settings = self._settings(trial.params)
+        trial.set_user_attr(NUMBER, len(ended))
         return OngoingTrial(trial, settings)
 
     def tell(self, ongoing: OngoingTrial, loss: float | None, why: str, seconds: float) -> TrialResult:
@@ -179,7 +180,7 @@ class SweepStudy:
         trials = self._study.get_trials(
             deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
         )
-        return [self._result(trial) for trial in trials if REPEATED not in trial.user_attrs]
+        return [self._result(trial) for trial in trials if NUMBER in trial.user_attrs]
 
     def importance(self) -> dict[str, float]:
         """The share of each option in how much the loss varied (PED-ANOVA, Watanabe et al. 2023); empty where too few trials say
@@ -195,7 +196,7 @@ class SweepStudy:
         gave_up = died and _tries(trial) >= RETRIES
         losses = [loss for _, loss in sorted(trial.intermediate_values.items()) if math.isfinite(loss)]
         return TrialResult(
-            number=trial.number,
+            number=attributes[NUMBER],
             settings=self._settings(trial.params),
             outcome="failed" if gave_up else "killed" if died else attributes["outcome"],
             loss=attributes.get("loss"),

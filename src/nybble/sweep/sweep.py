@@ -51,7 +51,7 @@ def sweep(
         # 1. What a sweep that was killed or interrupted left.
         for number in study.retry_killed():
             shutil.rmtree(trial_folder(folder, number), ignore_errors=True)
-            tell(console, f"trial {number:<4}was interrupted: its settings are tried again")
+            tell(console, f"trial {number:03} was interrupted: its settings are tried again")
         # 2. The recipe's own values, where they lie in the space: what is found is not worse.
         study.start_with(request.searched.own)
         # 3. The trials.

@@ -54,7 +54,7 @@ def smoothed(points: Sequence[RatePoint]) -> list[float]:
 
     A change is counted up to the size of the largest fall: what has diverged would otherwise hide what came before it.
     """
-    worst = max((-point.change for point in points), default=0.0)
+    worst = max([0.0, *(-point.change for point in points)])
     result = []
     for here in points:
         weights = [point.terms * math.exp(-0.5 * (math.log10(point.rate / here.rate) / WIDTH) ** 2) for point in points]

@@ -24,9 +24,9 @@ from nybble.training.preparation import TrainingSetup
 from nybble.training.rate_curve import rising_losses
 from nybble.training.rate_rule import suggest
 
-LOWEST, HIGHEST = 1e-5, 1.0
+LOWEST, HIGHEST = 1e-5, 0.1
 PER_DECADE = 12
-COUNT = round(PER_DECADE * 5) + 1  # of rates between them
+COUNT = round(PER_DECADE * 4) + 1  # of rates between them
 
 
 def with_rate(setup: TrainingSetup, console: Console) -> tuple[TrainingSetup, FoundRate | None]:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.sets.prepare import Prepared
 from nybble.engine.fuse import unfuse
 from nybble.model.base.load import Base
 from nybble.recipe import Recipe
+from nybble.training.preparation import TrainingSetup
 
 PreparedData = tuple[PreTrainedTokenizerBase, Prepared]
 
@@ -69,18 +69,21 @@ class SharedParts:
             self._data, self._data_key = prepare(), key
         return self._data
 
-    def release(self, model: PeftModel, recipe: Recipe) -> None:
+    def release(self, setup: TrainingSetup) -> None:
         """Remove a trained adapter from the base, which can then be used again.
 
         Where its weights are not all on the device, or a stored adapter may have brought embeddings of its own, the base is
         dropped instead.
         """
+        recipe, fusion = setup.recipe, setup.fusion
         if recipe.engine.weights != "device" or recipe.adapter is not None:
             self._base = None
         else:
-            unfuse(model)
-            bare: Any = model.unload()
-            bare.gradient_checkpointing_disable()
+            unfuse(setup.model)
+            bare: Any = setup.model.unload()
+            if recipe.train.gradient_checkpointing and (fusion is None or fusion.fallen_back):
+                bare.gradient_checkpointing_disable()
+                bare.disable_input_require_grads()  # the hook that checkpointing needs on the embedding
             bare.requires_grad_(False)
             bare.eval()
             self._is_bare = True

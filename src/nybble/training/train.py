@@ -250,7 +250,7 @@ def _train(
         print_result(run, summary, console)
     state.wait_for_everyone()
     if parts is not None:
-        parts.release(setup.model, setup.recipe)
+        parts.release(setup)
     return run
 
 
