@@ -23,7 +23,7 @@ class TrainOptions(Options):
     max_steps: int | None = Field(default=None, ge=1)
     """Optimiser steps; overrides epochs."""
     learning_rate: LearningRate = 2e-4
-    """Peak learning rate; auto finds one by a short run before training. LoRA needs about ten times that of full fine-tuning."""
+    """Peak learning rate. LoRA needs about ten times that of full fine-tuning. auto finds one by a short run first."""
     scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate schedule after the warm-up."""
     warmup: float = Field(default=0.03, ge=0)
