@@ -352,3 +352,15 @@ def test_a_wandb_sweep_file_drives_nybble_train(here):
     assert recipe["train"]["learning_rate"] == 0.00031622776601683794
     assert recipe["lora"]["r"] == 8
     assert recipe["tracker"]["to"] == "wandb"
+
+
+def test_without_optuna_the_message_is_the_command_that_installs_it(here, tiny_llama, rows, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("nybble.sweep")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    ended = here("sweep", tiny_llama, rows, "lora.r=4,8", f"out={tmp_path / 's'}")
+    print(ended.stderr)
+    assert ended.returncode != 0
+    assert "a sweep needs Optuna, which is not installed" in ended.stderr
+    assert "[sweep]" in ended.stderr
+    assert not (tmp_path / "s").exists()

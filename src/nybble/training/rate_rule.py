@@ -43,7 +43,7 @@ def suggest(points: Sequence[RatePoint]) -> FoundRate:
     else:
         rate = largest / MARGIN
         reason = (
-            f"{largest:.2g} / {MARGIN:g}: {largest:.2g} is rate at which the adapter became worse than none; "
+            f"{largest:.2g} / {MARGIN:g}: {largest:.2g} is the rate at which the adapter became worse than none; "
             f"at {points[lowest].rate:.2g} the loss was {-smooth[lowest]:.2f} lower than without it"
         )
     return FoundRate(rate=float(f"{rate:.{DIGITS}g}"), reason=reason, curve=list(points), smoothed=smooth)
