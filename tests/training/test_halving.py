@@ -153,7 +153,7 @@ def test_nothing_of_the_failed_attempt_is_left_in_memory(when, tiny_llama, rows,
     """Before the base is loaded again: neither the model nor a tensor of the step that failed."""
     seen: list[weakref.ref] = []
     left: list[int] = []
-    loss, free = Supervised.loss, halving._free_memory
+    loss, free = Supervised.loss, halving.free_memory
 
     def watched(self, model, batch, count):
         seen.extend(weakref.ref(each) for each in (model, batch["input_ids"], *model.parameters()))
@@ -166,7 +166,7 @@ def test_nothing_of_the_failed_attempt_is_left_in_memory(when, tiny_llama, rows,
         left.append(sum(each() is not None for each in seen))
 
     monkeypatch.setattr(Supervised, "loss", watched)
-    monkeypatch.setattr(halving, "_free_memory", freed)
+    monkeypatch.setattr(halving, "free_memory", freed)
     SmallDevice(monkeypatch, 2, when, after=3)
     train(recipe_for(tiny_llama, rows, tmp_path / "run", *WORDS), console=quiet, cache=cache)
     assert len(seen) > 50

@@ -10,7 +10,7 @@ import sys
 
 from rich.console import Console
 
-from nybble.cli import planning, training, using
+from nybble.cli import planning, sweeping, training, using
 from nybble.cli.app import app
 from nybble.cli.defects import STATUS, report
 from nybble.distributed.launcher import process_label, wait_without_spinning
@@ -20,7 +20,7 @@ from nybble.files.disk_errors import explained_disk_errors
 from nybble.files.paths import check_current_folder
 from nybble.terminal import tell_error
 
-__all__ = ["main", "planning", "training", "using"]
+__all__ = ["main", "planning", "sweeping", "training", "using"]
 
 
 def main() -> None:

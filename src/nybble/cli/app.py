@@ -17,7 +17,7 @@ from nybble.files.paths import default_cache, provide_home
 from nybble.version import __version__
 
 # The order in which a person needs them, which is that of the help.
-JOURNEY = ("doctor", "data", "plan", "train", "eval", "chat", "export", "serve", "demo", "help")
+JOURNEY = ("doctor", "data", "plan", "train", "sweep", "eval", "chat", "export", "serve", "demo", "help")
 
 
 class Program(TyperGroup):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from nybble.errors import EvaluationError, ExportError
+from nybble.errors import EvaluationError, ExportError, RecipeError
 from nybble.installed import install_extra
 
 if TYPE_CHECKING:
@@ -42,6 +42,17 @@ def make_converter() -> Converter:
             fix=install_extra("export"),
         ) from error
     return Converter()
+
+
+def load_sweep() -> Callable[..., pathlib.Path]:
+    """The function that runs a sweep; it needs Optuna, an optional package."""
+    try:
+        from nybble.sweep.sweep import sweep
+    except ModuleNotFoundError as error:
+        raise RecipeError(
+            f"a sweep needs Optuna, which is not installed ({error})", fix=install_extra("sweep")
+        ) from error
+    return sweep
 
 
 def make_preflight(targets: Sequence[str]) -> Preflight:

@@ -122,7 +122,7 @@ def _facts(run: Run, summary: Summary | None, evaluation: Evaluation | None) -> 
         ("chat template", escaped(data.template)),
         ("adapter", f"r {lora.r}, alpha {lora.alpha:g}{', rsLoRA' if lora.rslora else ''}{', DoRA' if lora.dora else ''}, "
                     f"on {targets}, {adapter.trainable_parameters:,} parameters"),
-        ("training", f"{summary.steps:,} steps, {summary.tokens:,} tokens, peak learning rate {training.learning_rate:g}"),
+        ("training", f"{summary.steps:,} steps, {summary.tokens:,} tokens, peak learning rate {training.peak_rate:g}"),
         ("memory", f"{summary.peak_memory_gb:.2f} GB at the peak, on {escaped(summary.device)}"),
         ("time", f"{duration(summary.seconds)}, {summary.tokens_per_second:,.0f} tokens/s in training"),
         ("evaluated", escaped(evaluation.date) if evaluation is not None else "not yet"),

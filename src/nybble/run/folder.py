@@ -6,6 +6,8 @@ RUN/start.json        recipe, versions, fingerprints of data and base, the base'
                       written before the first step (`nybble.run.start`)
 RUN/template.json     the chat template by name and text
 RUN/tokenizer/        tokenizer with that template
+RUN/learning_rate.json, .png
+                      how the learning rate was found, if the recipe said auto (`nybble.run.rate`)
 RUN/checkpoints/      checkpoint-N, each complete once it contains a file COMPLETE (`nybble.training.checkpoints`)
 RUN/metrics.jsonl     one line per step, and one per evaluation (`nybble.run.log`)
 RUN/samples.jsonl     answers to validation prompts at each evaluation
@@ -35,6 +37,7 @@ from nybble.plan.file_bytes import run_folder_bytes
 from nybble.recipe import Recipe, absolute_path, absolute_paths, dump_recipe, load_recipe
 from nybble.run.evaluation import Evaluation
 from nybble.run.marks import COMPLETE, check_adapter, described
+from nybble.run.rate import FoundRate
 from nybble.run.records import read_record
 from nybble.run.start import Start, check_recipe, read_start, write_start
 from nybble.run.summary import Summary
@@ -98,6 +101,15 @@ class Run:
         file = self.folder / "evaluation.json"
         fix = f"write it again: nybble eval {self.folder}; or do without it: rm {shlex.quote(str(file))}"
         return read_record(file, Evaluation, fix) if file.exists() else None
+
+    def found_rate(self) -> FoundRate | None:
+        """The content of learning_rate.json; None where the recipe names the learning rate.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        file = self.folder / "learning_rate.json"
+        return read_record(file, FoundRate) if file.exists() else None
 
     def start(self) -> Start:
         """The content of start.json.
@@ -253,12 +265,17 @@ def choose_folder(recipe: Recipe) -> pathlib.Path:
     """The folder that the recipe names, or runs/MODEL-DATA, with a number if that exists."""
     if recipe.out is not None:
         return pathlib.Path(recipe.out)
-    stems = [pathlib.Path(part).name.split(".")[0] for part in (recipe.model.path, recipe.data.names[0])]
-    name = "-".join(stem if re.fullmatch(r"[\w-]+", stem) else "run" for stem in stems)  # a pattern is not a name
+    name = default_name(recipe)
     folder, number = pathlib.Path("runs") / name, 2
     while folder.exists():
         folder, number = pathlib.Path("runs") / f"{name}-{number}", number + 1
     return folder
+
+
+def default_name(recipe: Recipe) -> str:
+    """MODEL-DATA."""
+    stems = [pathlib.Path(part).name.split(".")[0] for part in (recipe.model.path, recipe.data.names[0])]
+    return "-".join(stem if re.fullmatch(r"[\w-]+", stem) else "run" for stem in stems)  # a pattern is not a name
 
 
 def step_of(checkpoint: pathlib.Path) -> int:

@@ -112,6 +112,10 @@ class Summary(RunRecord):
     """Rows per forward and backward pass at the end; None before 0.9."""
     halved_from: int | None = None
     """The micro batch that the run was started with, if it did not fit in memory."""
+    learning_rate: float | None = None
+    """The peak; None before 0.9."""
+    learning_rate_reason: AnyText | None = None
+    """Why that one, if it was found (RUN/learning_rate.json has the curve); None if the recipe names it."""
     train_loss: float | None = None
     """Loss of the last step, in nats per token."""
     validation_loss: LossSummary | None

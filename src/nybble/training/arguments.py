@@ -63,7 +63,7 @@ def _steps(train: TrainOptions, schedule: Schedule) -> dict[str, Any]:
         scheduler = "constant_with_warmup"
     return {
         "max_steps": schedule.steps,
-        "learning_rate": train.learning_rate,
+        "learning_rate": train.peak_rate,
         "lr_scheduler_type": scheduler,
         "warmup_steps": schedule.warmup,
         "weight_decay": train.weight_decay,

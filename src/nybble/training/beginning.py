@@ -25,11 +25,13 @@ from nybble.model.base.checkpoint import Checkpoint, fingerprint
 from nybble.recipe import Recipe
 from nybble.run.folder import Run, check_disk_space, create_run, open_run
 from nybble.run.identity import check_agreement, check_unchanged
+from nybble.run.rate import FoundRate
 from nybble.run.split import record_split
 from nybble.run.start import start_record
 from nybble.terminal import tell
 from nybble.training.checkpoints import Resumption, resumed_files
 from nybble.training.preparation import TrainingSetup
+from nybble.training.rate_plot import write_search
 
 
 @contextlib.contextmanager
@@ -120,9 +122,12 @@ def base_of_resumed(resumed: Resumption | None, checkpoint: Checkpoint, cache: p
 
 
 def open_run_folder(
-    folder: pathlib.Path, setup: TrainingSetup, resumed: Resumption | None, state: PartialState, console: Console
-) -> Run:
+    folder: pathlib.Path, setup: TrainingSetup, resumed: Resumption | None, state: PartialState, console: Console,
+    found: FoundRate | None,
+) -> Run:  # fmt: skip
     """Create the folder of a new run, or check that nothing has changed since the resumed run was started.
+
+    `found`: how its learning rate was found; None if the recipe names it.
 
     Raises:
         RunError: something has changed, or another process has found other data, another base or other versions.
@@ -141,5 +146,7 @@ def open_run_folder(
             setup.tokenizer.save_pretrained(temporary / "tokenizer")
             setup.tokenizer.chat_template = original
             save_template(setup.data.template, temporary / "template.json")
+            if found is not None:
+                write_search(found, temporary)
     state.wait_for_everyone()
     return Run(folder, setup.recipe)

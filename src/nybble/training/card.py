@@ -52,6 +52,7 @@ def write_card(run: Run, summary: Summary) -> None:
     if validation:
         result = f"{validation.before:.4f} before training, {validation.kept:.4f} at step {summary.kept_step} (kept)"
     quantization = recipe.model.quantization
+    found = " (found: learning_rate.png)" if summary.learning_rate_reason else ""
     name = summary.base.name
     front = {
         "base_model": name,
@@ -76,7 +77,7 @@ A LoRA adapter for {code(name)}, trained by nybble {summary.versions["nybble"]} 
 | template | {escaped(summary.data.template)} |
 | adapter | r {lora.r}, alpha {lora.alpha:g}, targets {escaped(", ".join(summary.adapter.targets))} |
 | trained parameters | {summary.adapter.trainable_parameters:,} |
-| steps | {summary.steps}, peak learning rate {recipe.train.learning_rate:g} |
+| steps | {summary.steps}, peak learning rate {recipe.train.peak_rate:g}{found} |
 | validation loss (nats per token) | {result} |
 | peak memory | {summary.peak_memory_gb:.2f} GB on {escaped(summary.device)} |
 | speed in training | {summary.tokens_per_second:,.0f} tokens/s |

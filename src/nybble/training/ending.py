@@ -84,7 +84,7 @@ def refuse_untrained(run: Run, model: PeftModel, recorder: Recorder) -> None:
     """Raise TrainingError, in all processes, if the adapter that would be saved, the first one's, changes nothing."""
     if not broadcast(is_untrained(model)):
         return
-    rate = run.recipe.train.learning_rate
+    rate = run.recipe.train.peak_rate
     if recorder.kept_step < recorder.steps:
         why = f"no later validation loss was better than that of step {recorder.kept_step}, before anything was learnt"
         fix = f"a learning rate other than {rate:g}, or train.keep_best=false for the adapter of the last step"
@@ -151,6 +151,8 @@ def summarise(setup: TrainingSetup, recorder: Recorder, used: ResourceUse, first
         processes=recipe.train.processes,
         micro_batch=recipe.train.micro_batch,
         halved_from=first,
+        learning_rate=recipe.train.peak_rate,
+        learning_rate_reason=found.reason if (found := recorder.run.found_rate()) is not None else None,
         train_loss=next(entry["loss"] for entry in reversed(history) if "loss" in entry),
         validation_loss=LossSummary(before=losses[0], kept=losses[recorder.kept_step]) if losses else None,
         kept_step=recorder.kept_step,

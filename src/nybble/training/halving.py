@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from rich.console import Console
 
 from nybble.distributed.group import group_size
@@ -17,6 +15,7 @@ from nybble.recipe import Recipe
 from nybble.run.folder import Run, change_recipe
 from nybble.terminal import tell
 from nybble.training.checkpoints import Resumption, resumption
+from nybble.training.shared_parts import free_memory
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def train_or_halve(attempt: Attempt, recipe: Recipe, resumed: Resumption | None,
     """
     result = attempt(recipe, resumed, None)
     if isinstance(result, Halved):
-        _free_memory()
+        free_memory()
         if benchmarks is not None:
             benchmarks.batch = result.run.recipe.train.micro_batch
         result = attempt(result.run.recipe, resumption(result.run), result.made)
@@ -79,10 +78,3 @@ def halve(run: Run, made: frozenset[pathlib.Path] | None, first: int | None, con
     )
     changed = train.model_copy(update={"micro_batch": micro_batch, "accumulation": accumulation})
     return Halved(change_recipe(run, run.recipe.model_copy(update={"train": changed})), made)
-
-
-def _free_memory() -> None:
-    """Free what the failed attempt left: trainer, model and error refer to each other in cycles."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()

@@ -34,11 +34,12 @@ from nybble.training.resource_use import ResourceUse
 from nybble.training.samples import SampleAnswers
 from nybble.training.trackers import tracking
 from nybble.training.trainer import QLoraTrainer
+from nybble.training.watching import Watch, Watcher
 
 
 def run_trainer(
     run: Run, setup: TrainingSetup, resumed: Resumption | None, console: Console, benchmarks: Benchmarks | None,
-    interruption: Interruption, used: ResourceUse,
+    interruption: Interruption, used: ResourceUse, watch: Watch | None,
 ) -> Recorder:  # fmt: skip
     """Train to the end of the schedule; returns the recorder.
 
@@ -58,7 +59,7 @@ def run_trainer(
         if notice:
             tell(console, f"tracker   {notice}")
         trainer = _make_trainer(setup, arguments, fused, benchmarks)
-        recorder = _add_callbacks(trainer, run, setup, console, interruption, used)
+        recorder = _add_callbacks(trainer, run, setup, console, interruption, used, watch)
         if setup.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(setup.device)
         try:
@@ -101,7 +102,7 @@ def _make_trainer(
     recipe, train, rows = setup.recipe, setup.recipe.train, setup.data.train
     trainer = QLoraTrainer(
         objective=Supervised(),
-        optimizer=make_optimizer(setup.model, train.optimizer, setup.dtype, train.learning_rate, train.weight_decay),
+        optimizer=make_optimizer(setup.model, train.optimizer, setup.dtype, train.peak_rate, train.weight_decay),
         model=setup.model,
         args=arguments,
         train_dataset=FilledRows(rows) if group_size() > 1 and not isinstance(rows, StreamedRows) else rows,
@@ -119,7 +120,7 @@ def _make_trainer(
 
 def _add_callbacks(
     trainer: QLoraTrainer, run: Run, setup: TrainingSetup, console: Console, interruption: Interruption,
-    used: ResourceUse,
+    used: ResourceUse, watch: Watch | None,
 ) -> Recorder:  # fmt: skip
     """Give the trainer its callbacks; returns the one that records."""
     train, answers = setup.recipe.train, _answers(setup)
@@ -138,6 +139,8 @@ def _add_callbacks(
     trainer.add_callback(Guards(run, step, used))
     if train.early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(train.early_stopping))
+    if watch is not None:
+        trainer.add_callback(Watcher(watch))
     trainer.add_callback(interruption)  # last, after the callbacks that end a run normally
     return recorder
 

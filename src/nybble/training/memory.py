@@ -102,6 +102,8 @@ def plan_memory(
         check_limit(as_stored(recipe, sizes.stored), device)
         return None
     memory = device_memory(device)
+    # Of a base that is there already, as in a sweep: it is part of the plan.
+    memory = Memory(memory.free + torch.cuda.memory_reserved(device), memory.total)
     # Of several processes each must come to the same plan.
     memory = Memory(min(all_gather([memory.free])), min(all_gather([memory.total])))
     facts = row_facts(recipe, data, schedule)

@@ -107,8 +107,11 @@ def prepare_data(
     console: Console,
     cache: pathlib.Path,
     folder: pathlib.Path,
-) -> tuple[Prepared, Schedule]:
-    """The rows and the steps; a resumed run in `folder` uses its saved template, with the day on which the run was started."""
+) -> Prepared:
+    """The rows, checked with the steps that the recipe makes of them.
+
+    A resumed run in `folder` uses its saved template, with the day on which the run was started.
+    """
     started, file = time.perf_counter(), folder / "template.json"
     template = read_template(tokenizer, file) if file.exists() else None
     with console.status("reading the data") as status:
@@ -118,9 +121,8 @@ def prepare_data(
 
         prepared = prepare_run(recipe, tokenizer, config, cache, progress=show, template=template)
     assert prepared.data is not None, "faults were raised"
-    assert prepared.schedule is not None, "faults were raised"
     print_data(console, prepared.data, recipe.data, time.perf_counter() - started)
-    return prepared.data, prepared.schedule
+    return prepared.data
 
 
 def check_vocabulary(data: Prepared, base: Base) -> None:

@@ -84,6 +84,7 @@ def _start_wandb(options: TrackerOptions, folder: pathlib.Path, name: str, confi
     wandb.init(
         project=options.project,
         name=name,
+        group=options.group,
         dir=folder,
         config=dict(config),
         mode="online" if online else "offline",

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import set_seed
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -18,15 +19,18 @@ from nybble.evaluate.scores import Benchmarks
 from nybble.files.paths import default_cache
 from nybble.model.adapter.lora import attach_adapter, check_stored, resume_adapter
 from nybble.model.base.checkpoint import check_length, find_checkpoint
-from nybble.model.base.load import load_base, load_config, measure
+from nybble.model.base.load import Base, load_base, load_config, measure
 from nybble.model.device import choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer
 from nybble.plan.out_of_memory import explained_memory
+from nybble.plan.schedule import plan_steps
 from nybble.preflight.plan.sizes import sizes_in
 from nybble.recipe import Recipe, absolute_paths
-from nybble.run.folder import Run, choose_folder, open_run, refuse_existing
+from nybble.recipe.options.rate import AUTO
+from nybble.run.folder import Run, choose_folder, default_name, open_run, refuse_existing
 from nybble.run.identity import check_template_and_tokenizer
 from nybble.run.marks import check_adapter, read_mark
+from nybble.run.rate import FoundRate
 from nybble.run.records import write_record
 from nybble.run.split import on_processes
 from nybble.run.start import halved_from
@@ -50,8 +54,12 @@ from nybble.training.loop import run_trainer
 from nybble.training.memory import check_limit, plan_memory
 from nybble.training.messages import print_adapter, print_base, print_plan, print_result
 from nybble.training.preparation import TrainingSetup, check_vocabulary, fuse_layers, join_processes, prepare_data
+from nybble.training.rate_plot import write_search
+from nybble.training.rate_search import with_rate
 from nybble.training.recorder import Recorder
 from nybble.training.resource_use import ResourceUse
+from nybble.training.shared_parts import PreparedData, SharedParts
+from nybble.training.watching import Watch
 
 PreflightCheck = Callable[[PretrainedConfig, PreTrainedTokenizerBase, pathlib.Path], None]
 """Checks whether export.to can work with a configuration, a tokenizer and the run folder; raises if it cannot."""
@@ -59,7 +67,8 @@ PreflightCheck = Callable[[PretrainedConfig, PreTrainedTokenizerBase, pathlib.Pa
 
 def train(
     recipe: Recipe, *, console: Console | None = None, cache: pathlib.Path | None = None,
-    benchmarks: Benchmarks | None = None, preflight: PreflightCheck | None = None,
+    benchmarks: Benchmarks | None = None, preflight: PreflightCheck | None = None, parts: SharedParts | None = None,
+    watch: Watch | None = None,
 ) -> Run:  # fmt: skip
     """Train an adapter as a recipe says; returns the finished run.
 
@@ -69,6 +78,8 @@ def train(
         cache: folder of quantised bases and tokenised data; None for the user's default.
         benchmarks: runs train.eval_tasks, `nybble.evaluate.harness.Harness`; None if there are none.
         preflight: checks whether export.to can work; None if nothing is exported.
+        parts: the base and the data of an earlier training in this process, and for a later one; None if there is neither.
+        watch: is shown each validation loss, and may end the run.
 
     Raises:
         NybbleError: something is wrong with recipe, data, model or machine; no partial run folder is left behind.
@@ -80,7 +91,7 @@ def train(
     with run_guarded(recipe, folder, cache) as stack:
         attempt = functools.partial(
             _train, folder=folder, console=console or Console(), cache=cache, benchmarks=benchmarks,
-            preflight=preflight, stack=stack,
+            preflight=preflight, parts=parts, watch=watch, stack=stack,
         )  # fmt: skip
         return train_or_halve(attempt, absolute_paths(recipe), None, benchmarks)
 
@@ -109,23 +120,46 @@ def resume(
         check_template_and_tokenizer(run)
         attempt = functools.partial(
             _train, folder=run.folder, console=console or Console(), cache=cache, benchmarks=benchmarks,
-            preflight=preflight, stack=stack,
+            preflight=preflight, parts=None, watch=None, stack=stack,
         )  # fmt: skip
         return train_or_halve(attempt, run.recipe, resumption(run), benchmarks)
 
 
-def _train(
-    recipe: Recipe, resumed: Resumption | None, made: frozenset[pathlib.Path] | None, *, folder: pathlib.Path,
-    console: Console, cache: pathlib.Path, benchmarks: Benchmarks | None, preflight: PreflightCheck | None,
-    stack: contextlib.ExitStack,
-) -> Run | Halved:  # fmt: skip
-    started = time.time()
-    if benchmarks is None:
-        refuse_missing_benchmarks(recipe)
+def find_rate(recipe: Recipe, *, console: Console | None = None, cache: pathlib.Path | None = None) -> FoundRate:
+    """Suggest a learning rate for a recipe by one short run with a rising one, whatever rate the recipe names.
+
+    The curve is written to learning_rate.json and learning_rate.png in the folder that the recipe names, or runs/MODEL-DATA-rate.
+
+    Raises:
+        NybbleError: something is wrong with recipe, data, model or machine.
+        TrainingError: the loss fell at no rate.
+    """
+    folder = pathlib.Path(recipe.out or f"runs/{default_name(recipe)}-rate")
+    console, cache = console or Console(), cache or default_cache()
+    train = recipe.train.model_copy(update={"learning_rate": AUTO, "processes": 1})
+    recipe = absolute_paths(recipe.model_copy(update={"train": train}))
+    with run_guarded(recipe, folder, cache) as stack:
+        _, setup = _set_up(recipe, None, folder, console, cache, None, SharedParts(), stack)
+        _, found = with_rate(setup, console)
+        assert found is not None, "the recipe says auto"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_search(found, folder)
+    tell(console, f"curve     {folder / 'learning_rate.png'}")
+    tell(
+        console,
+        f"use       train.learning_rate={found.rate:g}, or train.learning_rate=auto to search it before every run",
+    )
+    return found
+
+
+def _set_up(
+    recipe: Recipe, resumed: Resumption | None, folder: pathlib.Path, console: Console, cache: pathlib.Path,
+    preflight: PreflightCheck | None, shared: SharedParts, stack: contextlib.ExitStack,
+) -> tuple[PartialState, TrainingSetup]:  # fmt: skip
+    """The first four steps: everything that a run needs before its folder."""
     # 1. Device, compute type and processes.
     state, device = join_processes(recipe)
-    if not state.is_main_process:
-        console = Console(quiet=True)
+    console = heard(state, console)
     dtype, reason = choose_dtype(recipe.model.dtype, device)
     tell(console, f"device    {device}, {str(dtype).removeprefix('torch.')}: {reason}")
     check_limit(recipe, device)
@@ -139,11 +173,16 @@ def _train(
     check_length(config, recipe.data.max_length, recipe.model.rope_scaling)
     sizes = sizes_in(config.to_dict(), described.name)
     stack.enter_context(explained_memory(recipe, sizes.shape, folder))
-    tokenizer = load_tokenizer(described.folder)
-    if preflight is not None and state.is_main_process:
-        preflight(config, tokenizer, folder)
+
+    def prepare() -> PreparedData:
+        tokenizer = load_tokenizer(described.folder)
+        if preflight is not None and state.is_main_process:
+            preflight(config, tokenizer, folder)
+        return tokenizer, prepare_data(recipe, tokenizer, config, console, cache, folder)
+
     with state.local_main_process_first():  # what is cached is cached on each machine
-        data, schedule = prepare_data(recipe, tokenizer, config, console, cache, folder)
+        tokenizer, data = shared.data(recipe, prepare)
+    schedule = plan_steps(recipe.train, data.rows, data.validation is not None)
     memory = plan_memory(recipe, sizes, data, schedule, device, is_new=resumed is None)
     if memory is not None:
         tell(console, f"memory    {memory.line}")
@@ -153,9 +192,7 @@ def _train(
     # 3. The base, frozen in 4 bits. One that is streamed or sharded is never on the GPU as a whole: `fuse` moves the rest there.
     place = device if recipe.engine.weights == "device" else torch.device("cpu")
     with state.local_main_process_first(), console.status("loading the base"):
-        checkpoint = find_checkpoint(recipe.model.path, recipe.model.revision)
-        recorded = base_of_resumed(resumed, checkpoint, cache)
-        base = load_base(checkpoint, recipe.model, dtype, place, cache, recorded)
+        base = shared.base(recipe, dtype, place, functools.partial(_load_base, recipe, dtype, place, cache, resumed))
     stored = recipe.model.model_copy(
         update={"quantization": base.quantization}
     )  # the checkpoint may have come quantised
@@ -172,31 +209,61 @@ def _train(
     setup = TrainingSetup(
         recipe, device, dtype, tokenizer, data, schedule, base, footprint, model, trained, fused, cache, memory
     )
-    # 5. The run folder.
-    run = open_run_folder(folder, setup, resumed, state, console)
+    return state, setup
+
+
+def _train(
+    recipe: Recipe, resumed: Resumption | None, made: frozenset[pathlib.Path] | None, *, folder: pathlib.Path,
+    console: Console, cache: pathlib.Path, benchmarks: Benchmarks | None, preflight: PreflightCheck | None,
+    parts: SharedParts | None, watch: Watch | None, stack: contextlib.ExitStack,
+) -> Run | Halved:  # fmt: skip
+    started = time.time()
+    if benchmarks is None:
+        refuse_missing_benchmarks(recipe)
+    # 1 to 4. Processes, data, base and adapter.
+    state, setup = _set_up(recipe, resumed, folder, console, cache, preflight, parts or SharedParts(), stack)
+    console = heard(state, console)
+    # 5. The learning rate, if it is to be found.
+    setup, found = with_rate(setup, console)
+    # 6. The run folder.
+    run = open_run_folder(folder, setup, resumed, state, console, found)
     if resumed is None:
         lock_run(stack, run, "trained")
         made = paths_in(folder)
     first = halved_from(run.start(), run.recipe) if state.is_main_process else None
-    # 6. Train.
-    print_plan(run, schedule, console)
+    # 7. Train.
+    print_plan(run, setup.schedule, console)
     earlier = read_mark(resumed.checkpoint) if resumed is not None and resumed.checkpoint is not None else {}
     interruption, used = Interruption(console), ResourceUse(started, earlier)
     with interruption.listening(), cleanup_on_failure(run, state, console, made):
         try:
-            recorder = run_trainer(run, setup, resumed, console, benchmarks, interruption, used)
+            recorder = run_trainer(run, setup, resumed, console, benchmarks, interruption, used, watch)
         except torch.OutOfMemoryError:
             if (halved := halve(run, made, first, console)) is None:
                 raise
             return halved
-    refuse_untrained(run, model, recorder)
-    # 7. Summary, loss curve and card.
+    refuse_untrained(run, setup.model, recorder)
+    # 8. Summary, loss curve and card.
     if state.is_main_process:
         with cleanup_on_failure(run, state, console, made):
             summary = _finish(run, setup, recorder, used, first)
         print_result(run, summary, console)
     state.wait_for_everyone()
+    if parts is not None:
+        parts.release(setup)
     return run
+
+
+def heard(state: PartialState, console: Console) -> Console:
+    """The console of the first process; the others print nothing."""
+    return console if state.is_main_process else Console(quiet=True)
+
+
+def _load_base(
+    recipe: Recipe, dtype: torch.dtype, place: torch.device, cache: pathlib.Path, resumed: Resumption | None
+) -> Base:
+    checkpoint = find_checkpoint(recipe.model.path, recipe.model.revision)
+    return load_base(checkpoint, recipe.model, dtype, place, cache, base_of_resumed(resumed, checkpoint, cache))
 
 
 def _finish(run: Run, setup: TrainingSetup, recorder: Recorder, used: ResourceUse, first: int | None) -> Summary:

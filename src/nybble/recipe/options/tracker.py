@@ -14,3 +14,5 @@ class TrackerOptions(Options):
     """Tracker; wandb runs offline if it finds no key, and never prompts for one."""
     project: str = "nybble"
     """Project or experiment name in the tracker."""
+    group: str | None = None
+    """Group of the run in wandb; a sweep gives its trials its own name."""

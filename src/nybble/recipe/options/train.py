@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from nybble.recipe.options.memory import MemorySize
+from nybble.recipe.options.rate import AUTO, LearningRate
 from nybble.recipe.options.section import Options
 
 
@@ -21,8 +22,8 @@ class TrainOptions(Options):
     """Passes over the data; max_steps overrides it."""
     max_steps: int | None = Field(default=None, ge=1)
     """Optimiser steps; overrides epochs."""
-    learning_rate: float = Field(default=2e-4, gt=0)
-    """Peak learning rate. LoRA needs about ten times that of full fine-tuning."""
+    learning_rate: LearningRate = 2e-4
+    """Peak learning rate. LoRA needs about ten times that of full fine-tuning. auto finds one by a short run first."""
     scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate schedule after the warm-up."""
     warmup: float = Field(default=0.03, ge=0)
@@ -61,3 +62,9 @@ class TrainOptions(Options):
     """Random seed of split, order, initialisation and dropout."""
     processes: int = Field(default=1, ge=1)
     """Data-parallel processes; must equal the launcher's world size."""
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate as a number; a run whose recipe says auto finds it before it is created."""
+        assert self.learning_rate != AUTO, "the learning rate was not found yet"
+        return float(self.learning_rate)
