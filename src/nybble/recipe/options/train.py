@@ -13,6 +13,8 @@ from nybble.recipe.options.section import Options
 class TrainOptions(Options):
     """How the adapter is trained."""
 
+    objective: Literal["supervised", "dpo", "orpo", "kto", "simpo"] = "supervised"
+    """supervised imitates answers; dpo, orpo and simpo learn from chosen and rejected ones, kto from good and bad ones."""
     micro_batch: int = Field(default=4, ge=1)
     """Rows per forward and backward pass on each device."""
     accumulation: int = Field(default=4, ge=1)
