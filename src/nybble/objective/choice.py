@@ -8,7 +8,7 @@ from nybble.objective.kto import Kto
 from nybble.objective.objective import Objective
 from nybble.objective.preference import PairObjective
 from nybble.objective.supervised import Supervised
-from nybble.recipe.options.preference import PreferenceOptions
+from nybble.recipe import PreferenceOptions
 
 ObjectiveName = Literal["supervised", "dpo", "orpo", "kto", "simpo"]
 
