@@ -63,3 +63,8 @@ class TrainOptions(Options):
     """Random seed of split, order, initialisation and dropout."""
     processes: int = Field(default=1, ge=1)
     """Data-parallel processes; must equal the launcher's world size."""
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences a row is: a pair is its prompt with each of two answers."""
+        return 2 if self.objective in ("dpo", "orpo", "simpo") else 1

@@ -27,21 +27,21 @@ FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "alpaca": (("instruction", "output"), ("input", "system", "history")),
     "prompt": (("prompt", "completion"), ("system",)),
     "text": (("text",), ()),
-    "prompt, pair": (("prompt", "chosen", "rejected"), ("system",)),
+    "prompt-pair": (("prompt", "chosen", "rejected"), ("system",)),
     "pair": (("chosen", "rejected"), ("system",)),
     "label": (("prompt", "completion", "label"), ("system",)),
 }
 FORMS_OF: Mapping[Target, tuple[str, ...]] = {
     "answers": ("messages", "sharegpt", "alpaca", "prompt", "text"),
-    "pairs": ("prompt, pair", "pair"),
-    "labels": ("label", "prompt, pair", "pair"),
+    "pairs": ("prompt-pair", "pair"),
+    "labels": ("label", "prompt-pair", "pair"),
 }
 SPELLINGS: Mapping[str, tuple[Mapping[str, str], ...]] = {
     # form: names that exports give its columns; Argilla writes chosen_response, and instruction or input for the prompt
-    "prompt, pair": tuple(
+    "prompt-pair": tuple(
         {"prompt": prompt, "chosen": f"chosen{end}", "rejected": f"rejected{end}"}
         for end in ("", "_response")
-        for prompt in ("prompt", "instruction", "question", "input")
+        for prompt in ("prompt", "instruction", "question", "input", "conversations")
     ),
     "pair": ({}, {"chosen": "chosen_response", "rejected": "rejected_response"}),
 }
@@ -191,7 +191,8 @@ class Forms:
 
     def _unknown(self, original: Row, named: Row) -> DataError:
         seen = [form for form in self.forms if self.evidence.get(form.name)]
-        expected = [_required(form) for form in seen or self.forms]
+        firsts = {form.name: form for form in reversed(seen or self.forms)}  # one spelling of each
+        expected = [_required(form) for form in reversed(firsts.values())]
         partial = [form for form in expected if seen and not named.values.keys().isdisjoint(form)]
         missing = [column for form in partial[:1] for column in form if column not in named.values]
         if self.target != "answers":

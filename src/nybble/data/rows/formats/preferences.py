@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nybble.data.rows.formats.conversation import BadValueError, Conversation, Message
-from nybble.data.rows.formats.turns import ROLE_KEYS, ROLES, turn_list, turns_of
+from nybble.data.rows.formats.turns import ROLE_KEYS, ROLES, is_turn, turn_list, turns_of
 from nybble.data.rows.formats.values import RowContext, answer_of, nonempty, string
 from nybble.errors import DataError
 
@@ -135,6 +135,8 @@ def _turns(value: Any, context: RowContext) -> list[Any] | None:
     """A value as a list of turns; None for a text without speakers."""
     if (turns := turn_list(value)) is not None:
         return turns
+    if is_turn(value):
+        return [value]
     if not isinstance(value, str) or SPEAKER.match(value) is None:
         return None
     context.notes.add(TRANSCRIPT)

@@ -91,12 +91,12 @@ def one_answer(row: Row, target: Target, expected: Sequence[Sequence[str]], miss
     """
     wanted = {"pairs": "a chosen and a rejected answer", "labels": "a label or two answers"}[target]
     names = {name.strip().lower() for name in row.values}
-    if missing:
-        fix = f"add {' and '.join(map(repr, missing))}, or delete the row"
-    elif {"completion", "label"} <= names:
+    if target == "pairs" and {"completion", "label"} <= names:
         fix = "train.objective=kto learns from labelled answers"
-    elif names & {"messages", "conversations", "output", "completion", "text"}:
+    elif names & {"messages", "conversations", "output", "completion", "text"} and not names & {"chosen", "rejected"}:
         fix = "train.objective=supervised trains on rows with one answer"
+    elif missing:
+        fix = f"add {' and '.join(map(repr, missing))}, or delete the row"
     else:
         fix = "name the columns: data.map={prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}"
     shown = "; or ".join(dict.fromkeys(", ".join(form) for form in expected))
