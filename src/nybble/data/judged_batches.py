@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 import torch
 import xxhash
+from datasets import Dataset
 
 from nybble.data.batches import Collator, Sample
 
@@ -110,6 +111,11 @@ def collator_for(
     if objective == "supervised":
         return Collator(pad_id, flatten)
     return JudgedCollator(pad_id, flatten, shares_prompts, objective == "kto", reference)
+
+
+def good_rows(rows: Dataset) -> Dataset:
+    """The rows whose answer may be imitated: all but those that a label calls bad."""
+    return rows.select(numpy.flatnonzero(rows["is_good"])) if "is_good" in rows.column_names else rows
 
 
 def samples_in(rows: Sequence[Sample | list[Sample]]) -> list[Sample]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 
 from nybble.data.batches import Collator, FilledRows
-from nybble.data.judged_batches import JudgedCollator, collator_for
+from nybble.data.judged_batches import JudgedCollator, collator_for, good_rows
 from nybble.data.sets.stream import StreamedRows
 from nybble.distributed.group import broadcast, group_size, share_of
 from nybble.engine.fusion import uneven_passes
@@ -160,7 +160,7 @@ def _add_callbacks(
 
 def _answers(setup: TrainingSetup) -> SampleAnswering | None:
     """Answers this process's share of the sample prompts; None if no process has any."""
-    rows = setup.data.validation
+    rows = good_rows(setup.data.validation) if setup.data.validation is not None else None
     count = min(setup.recipe.train.samples, len(rows)) if rows is not None else 0
     if rows is None or not count:
         return None
