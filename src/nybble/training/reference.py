@@ -53,9 +53,11 @@ def kept_reference(setup: TrainingSetup, collate: JudgedCollator, console: Conso
             return found
     rows = _distinct(setup)
     with console.status("likelihoods under the reference") as status:
-        own = _computed(setup, collate, rows[rank() :: group_size()], lambda done: status.update(
-            f"likelihoods under the reference: {done * group_size():,} of {len(rows):,} rows"
-        ))  # fmt: skip
+
+        def show(done: int) -> None:
+            status.update(f"likelihoods under the reference: {done * group_size():,} of {len(rows):,} rows")
+
+        own = computed_likelihoods(setup.model, collate, rows[rank() :: group_size()], setup.dtype, show)
     likelihoods = dict(all_gather(list(own.items())))
     if entry.facts is None:
         with contextlib.suppress(FileExistsError), entries.new_entry(entry.path) as temporary:
@@ -91,21 +93,31 @@ def _distinct(setup: TrainingSetup) -> list[dict[str, Any]]:
     return sorted(found.values(), key=lambda row: -row["length"])
 
 
-def _computed(
-    setup: TrainingSetup, collate: JudgedCollator, rows: Sequence[dict[str, Any]], show: Callable[[int], None]
+def computed_likelihoods(
+    model: torch.nn.Module,
+    collate: JudgedCollator,
+    rows: Sequence[dict[str, Any]],
+    dtype: torch.dtype,
+    show: Callable[[int], None] = lambda _: None,
 ) -> dict[bytes, list[float]]:
-    """The likelihoods of this process's rows."""
-    model = setup.model
+    """The likelihoods of rows under a model as it is; each process has its own rows, and all call this together.
+
+    Args:
+        model: not wrapped by DistributedDataParallel.
+        collate: makes batches of rows.
+        rows: the longest first.
+        dtype: the compute type.
+        show: called with the number of rows done.
+    """
+    device = next(model.parameters()).device
     found: dict[bytes, list[float]] = {}
-    precision = torch.autocast(setup.device.type, setup.dtype, enabled=setup.dtype != torch.float32)
+    precision = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     was_training = model.training
     model.eval()
     with uneven_passes(model), torch.no_grad(), precision:
         for members in batches([row["length"] for row in rows], MEASURED_TOKENS):
             batch = collate([rows[member] for member in members])
-            moved = {
-                name: part.to(setup.device) if isinstance(part, torch.Tensor) else part for name, part in batch.items()
-            }
+            moved = {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in batch.items()}
             sums = answer_likelihoods(model, moved)[:-1].reshape(-1, len(members)).T.tolist()
             found.update(zip((row_key(rows[member]) for member in members), sums, strict=True))
             beat()
