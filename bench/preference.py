@@ -12,6 +12,7 @@ bytes, the base included.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -28,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer
 
 from bench.train import WARM_UP, Clock
-from nybble.data.judged_batches import JudgedCollator
+from nybble.data.judged_batches import SHARES_PROMPTS, JudgedCollator
 from nybble.data.sets.prepare import prepare as prepare_data
 from nybble.engine.fuse import fuse, fusion
 from nybble.model.adapter.lora import attach_adapter
@@ -142,11 +143,12 @@ def nybble_row(folder: pathlib.Path, file: pathlib.Path, count: int, steps: int,
     model = attach_adapter(model, recipe.lora)
     fuse(model, "auto")
     fusion(model).budget.chunked_loss = True
-    collate, more = JudgedCollator(0, flatten=True), {}
+    shares = SHARES_PROMPTS and getattr(fusion(model), "shares_prompts", False)
+    collate, more = JudgedCollator(0, flatten=True, shares_prompts=shares), {}
     if not live:
         began = time.perf_counter()
         ordered = sorted(rows, key=lambda row: -row["length"])
-        collate = JudgedCollator(0, flatten=True, reference=computed_likelihoods(model, collate, ordered, DTYPE))
+        collate = dataclasses.replace(collate, reference=computed_likelihoods(model, collate, ordered, DTYPE))
         more["reference_s"] = round(time.perf_counter() - began, 1)
     schedule, clock = Schedule(steps, 10**6, 10**6, 0), Clock(steps)
     arguments = training_arguments(

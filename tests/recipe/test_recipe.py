@@ -182,6 +182,9 @@ def test_the_example_of_every_option_is_valid(key, tmp_path):
     sections = key.split(".")[:-1]
     beside = ["train.max_steps=9", "data.validation=3"] if key == "data.streaming" else []
     beside += ["engine.compute=fp8"] if key.startswith("engine.fp8") else []
+    beside += (
+        [f"train.objective={'simpo' if key.endswith('gamma') else 'kto'}"] if key.startswith("preference.") else []
+    )
     (argument,) = shlex.split(example(key))
     recipe = load_recipe(None, [*beside, argument])
     file = tmp_path / "recipe.yaml"

@@ -187,6 +187,29 @@ def test_several_processes_train_as_one(words, forks, tiny_llama, pairs, cache, 
         assert two == pytest.approx(one, abs=2e-4)
 
 
+def test_kto_runs_on_several_processes_though_a_micro_batch_may_have_no_answer_that_counts(
+    forks,
+    tiny_llama,
+    labels,
+    cache,
+    tmp_path,  # noqa: F811
+):
+    """45 rows in steps of 6: the second process has no row of its own in the last step."""
+    words = ["--cache", cache, "train", tiny_llama, labels, f"out={tmp_path / 'run'}", *FAST, "train.objective=kto"]
+    words += [
+        "data.validation=11",
+        "train.accumulation=1",
+        "train.max_steps=8",
+        "train.processes=2",
+        "train.micro_batch=3",
+    ]
+    ended = forks.run(tmp_path, words, None, 2)
+    assert ended["status"] == 0, (tmp_path / "said.txt").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(numpy.isfinite(line["loss"]) for line in lines if "loss" in line)
+    assert lines[-1]["eval_accuracy"] > 0.5
+
+
 def steps(watch, count=WINDOW, **measured):
     usual = {"logp_chosen": -10.0, "reward_chosen": 0.0, "reward_rejected": 0.0}
     return [line for _ in range(count) for line in watch.see({**usual, **measured})]

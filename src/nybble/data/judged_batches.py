@@ -14,6 +14,9 @@ from datasets import Dataset
 
 from nybble.data.batches import Collator, Sample
 
+SHARES_PROMPTS = False
+"""Whether pairs share their prompt in a batch where the engine says that it can compute that (`Fusion.shares_prompts`)."""
+
 Likelihoods = Mapping[bytes, Sequence[float]]
 """The log-likelihoods in nats of a row's one or two answers, by the row's `row_key`."""
 
@@ -55,8 +58,8 @@ class JudgedCollator:
         examples = samples_in(rows)
         batch = self._batch(examples, is_packed)
         counted = [example for example in examples if not example.get("repeated")]
-        if counted and not counted[0]["rejected"]:
-            batch["is_good"] = torch.tensor([bool(example["is_good"]) for example in counted])
+        if not examples[0]["rejected"]:
+            batch["is_good"] = torch.tensor([example["is_good"] for example in counted], dtype=torch.bool)
         if self.reference is not None:
             known = [self.reference[row_key(example)] for example in counted]
             batch["reference"] = torch.tensor(list(itertools.chain.from_iterable(zip(*known, strict=True))))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nybble.distributed.group import all_reduce, group_size
+from nybble.distributed.group import all_reduce
 from nybble.objective.likelihood import answer_likelihoods
 from nybble.objective.objective import Mean, MetricMeans, MicroBatch, StepLoss
 from nybble.objective.preference import reference_likelihoods, unwrapped, without_adapter
@@ -52,24 +52,24 @@ class Kto:
 
     def loss(self, model: torch.nn.Module, batch: MicroBatch, count: torch.Tensor) -> StepLoss:
         """The micro batch's share of the step's mean."""
-        divergence = self._divergence(model, batch)
-        kl = all_reduce(divergence.clone()) / group_size()
-        losses, metrics = self._measured(model, batch, kl)
+        total, answers = all_reduce(self._divergence(model, batch))
+        losses, metrics = self._measured(model, batch, total / answers)
         return StepLoss(losses.sum() / count, metrics)
 
     def measure(self, model: torch.nn.Module, batch: MicroBatch) -> MetricMeans:
         """The loss and all metrics; z is that of the batch alone, since processes may have different numbers of batches."""
-        losses, metrics = self._measured(model, batch, self._divergence(model, batch))
+        total, answers = self._divergence(model, batch)
+        losses, metrics = self._measured(model, batch, total / answers)
         return {"loss": Mean(losses.sum(), batch["rows"]), **metrics}
 
     def _divergence(self, model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
-        """The mean change of likelihood of mismatched answers, a scalar in nats."""
+        """The change of mismatched answers' log-likelihoods in nats, summed, and their number: (2,)."""
         mismatched = batch["mismatched"]
         with without_adapter(model) as base:
             reference = answer_likelihoods(base, mismatched)[:-1]
         with torch.no_grad():
             changes = answer_likelihoods(unwrapped(model), mismatched)[:-1] - reference
-        return changes.mean() if len(changes) else changes.sum()
+        return torch.stack([changes.sum(), changes.new_full((), len(changes))])
 
     def _measured(
         self, model: torch.nn.Module, batch: MicroBatch, kl: torch.Tensor

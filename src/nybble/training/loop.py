@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 
 from nybble.data.batches import Collator, FilledRows
-from nybble.data.judged_batches import JudgedCollator, collator_for, good_rows
+from nybble.data.judged_batches import SHARES_PROMPTS, JudgedCollator, collator_for, good_rows
 from nybble.data.sets.stream import StreamedRows
 from nybble.distributed.group import broadcast, group_size, share_of
 from nybble.engine.fusion import uneven_passes
@@ -38,8 +38,6 @@ from nybble.training.resource_use import ResourceUse
 from nybble.training.samples import SampleAnswers
 from nybble.training.trackers import tracking
 from nybble.training.trainer import QLoraTrainer
-
-SHARES_PROMPTS = False  # the one place that decides whether the answers of a pair share their prompt in a batch
 
 
 def run_trainer(
@@ -126,7 +124,8 @@ def _make_trainer(
 def _collator(setup: TrainingSetup, fused: bool, console: Console) -> Collator | JudgedCollator:
     """Makes batches of rows; with a reference that is kept, its likelihoods are computed now."""
     recipe, pad_id = setup.recipe, setup.tokenizer.pad_token_id
-    collate = collator_for(recipe.train.objective, pad_id, flatten=fused, shares_prompts=SHARES_PROMPTS)
+    shares = SHARES_PROMPTS and getattr(setup.fusion, "shares_prompts", False)
+    collate = collator_for(recipe.train.objective, pad_id, flatten=fused, shares_prompts=shares)
     is_kept = recipe.preference.reference == "kept" and recipe.train.objective in REFERRING
     if isinstance(collate, Collator) or not is_kept:
         return collate
