@@ -147,8 +147,9 @@ def nybble_row(folder: pathlib.Path, file: pathlib.Path, count: int, steps: int,
     collate, more = JudgedCollator(0, flatten=True, shares_prompts=shares), {}
     if not live:
         began = time.perf_counter()
-        ordered = sorted(rows, key=lambda row: -row["length"])
-        collate = dataclasses.replace(collate, reference=computed_likelihoods(model, collate, ordered, DTYPE))
+        collate = dataclasses.replace(
+            collate, reference=computed_likelihoods(model, collate, rows, list(rows["length"]), DTYPE)
+        )
         more["reference_s"] = round(time.perf_counter() - began, 1)
     schedule, clock = Schedule(steps, 10**6, 10**6, 0), Clock(steps)
     arguments = training_arguments(

@@ -3,8 +3,9 @@
     python examples/preference.py [--seed 0] [--folder runs/preference]
 
 Everything is generated from the seed, and the right answer is known: of two correct JSON answers the shorter one is preferred.
-SFT sees both kinds at random, with their keys in any order, so afterwards the model prefers neither. DPO starts from that
-adapter, which is also its reference. Both are tested on orders whose sentences, names and goods neither has seen.
+SFT sees orders of one item answered compactly and larger ones indented, so afterwards the model prefers either in about half of
+all orders. DPO starts from that adapter, which is also its reference. Both are tested on orders whose sentences, names and goods
+neither has seen.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import random
 import time
 from collections.abc import Sequence
 
@@ -29,7 +29,8 @@ from nybble.recipe import load_recipe
 from nybble.run.folder import Run
 from nybble.training.train import train
 
-SFT_STEPS, DPO_STEPS, BATCH, TESTS, HELD_OUT = 60, 40, 2, 100, 16
+SFT_STEPS, DPO_STEPS, BATCH, TESTS, HELD_OUT = 60, 20, 2, 100, 8
+SFT_RATE, DPO_RATE = 1.5e-3, 1.5e-4
 
 
 def main() -> None:
@@ -37,31 +38,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/preference"))
-    parser.add_argument("--dpo-rate", type=float, default=2e-4)
-    parser.add_argument("--beta", type=float, default=0.1)
     given = parser.parse_args()
     console, cache, began = Console(), default_cache(), time.perf_counter()
-    draw = random.Random(f"styles {given.seed}")
     given.folder.mkdir(parents=True)
     base = embedded_model(cache)
     count = HELD_OUT + SFT_STEPS * BATCH
     orders = train_orders(count + HELD_OUT + DPO_STEPS * BATCH, given.seed)
     tests = test_orders(TESTS, given.seed)
-    sft_rows = [{"messages": [*asked(each), said(styled(each, draw.random() < 0.5, draw))]} for each in orders[:count]]
+    sft_rows = [
+        {"messages": [*asked(each), said(styled(each, compact=len(each.goods) == 1))]} for each in orders[:count]
+    ]
     files = {name: given.folder / f"{name}.jsonl" for name in ("sft", "pairs", "tests")}
     write(files["sft"], sft_rows)
-    write(files["pairs"], [pair(each, draw) for each in orders[count:]])
-    write(files["tests"], [pair(each, draw) for each in tests])
-    console.rule("1  supervised: orders to JSON, compact or indented at random")
+    write(files["pairs"], [pair(each) for each in orders[count:]])
+    write(files["tests"], [pair(each) for each in tests])
+    console.rule("1  supervised: orders to JSON, compact for one item, indented for more")
     common = [f"model.path={base}", f"train.seed={given.seed}", f"train.micro_batch={BATCH}", "train.accumulation=1"]
     common += ["train.scheduler=linear", "train.warmup=5", "train.samples=0", "data.max_length=512"]
     common += [f"data.validation={HELD_OUT}"]
     first = run([*common, f"data.path={files['sft']}", f"out={given.folder / 'sft'}", f"train.max_steps={SFT_STEPS}",
-                 "train.learning_rate=1.5e-3", f"train.evaluate_every={SFT_STEPS}"], console)  # fmt: skip
+                 f"train.learning_rate={SFT_RATE}", f"train.evaluate_every={SFT_STEPS}"], console)  # fmt: skip
     console.rule("2  dpo: compact rather than indented")
     second = run([*common, f"data.path={files['pairs']}", f"out={given.folder / 'dpo'}", f"train.max_steps={DPO_STEPS}",
-                  f"train.learning_rate={given.dpo_rate}", f"preference.beta={given.beta}", "train.objective=dpo",
-                  f"adapter={first.adapter}", f"train.evaluate_every={DPO_STEPS // 2}"], console)  # fmt: skip
+                  f"train.learning_rate={DPO_RATE}", "train.objective=dpo", f"adapter={first.adapter}",
+                  f"train.evaluate_every={DPO_STEPS}"], console)  # fmt: skip
     console.rule(f"3  {TESTS} orders whose sentences, names and goods neither has seen")
     for name, each in (("sft", first), ("dpo", second)):
         console.print(f"{name}  {tested(each, files['tests'], tests, cache)}")
@@ -78,19 +78,17 @@ def said(answer: str) -> dict[str, str]:
     return {"role": "assistant", "content": answer}
 
 
-def styled(order: Order, compact: bool, draw: random.Random) -> str:
-    """The right answer with its keys in any order: compact, or indented."""
-    value = json.loads(order.answer)
-    shuffled = {key: value[key] for key in draw.sample(list(value), len(value))}
-    return json.dumps(shuffled, separators=(",", ":")) if compact else json.dumps(shuffled, indent=1)
+def styled(order: Order, *, compact: bool) -> str:
+    """The right answer, compact or indented."""
+    return order.answer if compact else json.dumps(json.loads(order.answer), indent=1)
 
 
-def pair(order: Order, draw: random.Random) -> dict[str, list[dict[str, str]]]:
+def pair(order: Order) -> dict[str, list[dict[str, str]]]:
     """A preference: both answers are right, and the shorter one was chosen."""
     return {
         "prompt": asked(order),
-        "chosen": [said(styled(order, True, draw))],
-        "rejected": [said(styled(order, False, draw))],
+        "chosen": [said(styled(order, compact=True))],
+        "rejected": [said(styled(order, compact=False))],
     }
 
 
@@ -124,7 +122,7 @@ def tested(run: Run, pairs: pathlib.Path, tests: Sequence[Order], cache: pathlib
 
 def answers_of(answerer: Answerer, tests: Sequence[Order]) -> list[str]:
     """Greedy answers, at most a little longer than the longest indented one."""
-    longest = max(len(answerer.tokenizer(json.dumps(json.loads(each.answer), indent=1))["input_ids"]) for each in tests)
+    longest = max(len(answerer.tokenizer(styled(each, compact=False))["input_ids"]) for each in tests)
     return answerer.answer([prompt_for(each.text) for each in tests], Sampling(max_new_tokens=longest + 5))
 
 

@@ -19,13 +19,20 @@ from nybble.run.log import read_metrics
 from nybble.training.preference_watch import APART, FALL, WINDOW, PreferenceWatch
 from nybble.training.train import resume, train
 from tests.conftest import WORDS
-from tests.training.test_processes import forks  # noqa: F401
+from tests.forked import Forks
 from tests.training.test_train import adapter_of, losses
 
 FAST = [
     "model.device=cpu", "model.dtype=float32", "data.max_length=128", "data.validation=8", "train.micro_batch=4",
     "train.accumulation=2", "train.samples=0", "train.scheduler=constant", "train.learning_rate=3e-3",
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def forks():
+    server = Forks()
+    yield server
+    server.close()
 
 
 def write(file, lines):
@@ -164,7 +171,7 @@ def test_options_that_contradict_the_objective_are_refused(words, what):
 
 
 @pytest.mark.parametrize("words", [[], ["data.packing=true"], ["engine.fused=false"], ["preference.reference=live"]])
-def test_several_processes_train_as_one(words, forks, tiny_llama, pairs, cache, tmp_path):  # noqa: F811
+def test_several_processes_train_as_one(words, forks, tiny_llama, pairs, cache, tmp_path):
     """45 rows in steps of 6: the last step of the epoch is filled with rows that count for nothing."""
     split = {1: ["train.micro_batch=6"], 2: ["train.processes=2", "train.micro_batch=3"]}
     found = {}
@@ -192,7 +199,7 @@ def test_kto_runs_on_several_processes_though_a_micro_batch_may_have_no_answer_t
     tiny_llama,
     labels,
     cache,
-    tmp_path,  # noqa: F811
+    tmp_path,
 ):
     """45 rows in steps of 6: the second process has no row of its own in the last step."""
     words = ["--cache", cache, "train", tiny_llama, labels, f"out={tmp_path / 'run'}", *FAST, "train.objective=kto"]

@@ -66,7 +66,7 @@ class AdapterSummary(FrozenShape):
 
 
 class LossSummary(FrozenShape):
-    """Validation loss in nats per token."""
+    """Validation loss in nats per token, without a unit for preferences."""
 
     before: float
     """Before the first step."""
@@ -113,7 +113,7 @@ class Summary(RunRecord):
     halved_from: int | None = None
     """The micro batch that the run was started with, if it did not fit in memory."""
     train_loss: float | None = None
-    """Loss of the last step, in nats per token."""
+    """Loss of the last step, in the unit of the validation loss."""
     validation_loss: LossSummary | None
     """None where no rows were held out."""
     kept_step: int = 0

@@ -6,15 +6,18 @@ import contextlib
 import hashlib
 import pathlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
 import torch
+from datasets import Dataset
 from rich.console import Console
 
 from nybble.data.batches import PackedRows
 from nybble.data.judged_batches import JudgedCollator, Likelihoods, row_key
 from nybble.data.order import batches
+from nybble.data.sets.prepare import Prepared
 from nybble.distributed.group import all_gather, group_size
 from nybble.distributed.heartbeat import beat
 from nybble.distributed.launcher import rank
@@ -48,17 +51,18 @@ def kept_reference(setup: TrainingSetup, collate: JudgedCollator, console: Conso
     entry = entries.find(folder)
     if all(all_gather([entry.facts is not None])):
         with contextlib.suppress(FileNotFoundError):
-            found = _read(entry.path / FILE)
-            tell(console, f"reference {len(found):,} rows, from the cache")
-            return found
-    rows = _distinct(setup)
+            cached = _read(entry.path / FILE)
+            tell(console, f"reference {len(cached):,} rows, from the cache")
+            return cached
+    rows = _Distinct.of(setup.data)
     with console.status("likelihoods under the reference") as status:
 
         def show(done: int) -> None:
             status.update(f"likelihoods under the reference: {done * group_size():,} of {len(rows):,} rows")
 
-        own = computed_likelihoods(setup.model, collate, rows[rank() :: group_size()], setup.dtype, show)
-    likelihoods = dict(all_gather(list(own.items())))
+        own = rows.share(rank(), group_size())
+        found = computed_likelihoods(setup.model, collate, own, own.lengths, setup.dtype, show)
+    likelihoods = dict(all_gather(list(found.items())))
     if entry.facts is None:
         with contextlib.suppress(FileExistsError), entries.new_entry(entry.path) as temporary:
             _write(temporary / FILE, likelihoods)
@@ -76,27 +80,51 @@ def _name(setup: TrainingSetup) -> str:
     fused = setup.fusion is not None and not setup.fusion.fallen_back
     parts = [
         *(setup.data.fingerprint, setup.base.fingerprint, setup.base.bits and setup.base.bits.digest),
+        *(recipe.data.path, recipe.train.seed),  # a weight below 1 leaves out rows, by the seed
         *(recipe.data.validation, str(setup.dtype), setup.device.type, fused, recipe.engine.compute, adapter),
         *(recipe.model.model_dump(exclude={"path", "revision", "device"}), sorted(versions().items())),
     ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _distinct(setup: TrainingSetup) -> list[dict[str, Any]]:
-    """Every row once, the longest first, however rows are weighted and packed."""
-    data = setup.data
-    train = data.sample.samples if isinstance(data.sample, PackedRows) else data.sample
-    found: dict[bytes, dict[str, Any]] = {}
-    for rows in (train, data.validation):
-        for row in rows if rows is not None else ():
-            found[row_key(row)] = row
-    return sorted(found.values(), key=lambda row: -row["length"])
+@dataclass(frozen=True)
+class _Distinct:
+    """Every training and validation row once, however rows are weighted and packed, the longest first; read when needed."""
+
+    sets: Sequence[Dataset]
+    places: Sequence[tuple[int, int]]
+    """The set and the position of each row."""
+    lengths: Sequence[int]
+
+    @classmethod
+    def of(cls, data: Prepared) -> _Distinct:
+        """The rows of a run."""
+        train = data.sample.samples if isinstance(data.sample, PackedRows) else data.sample
+        sets = [train, *([data.validation] if data.validation is not None else [])]
+        found: dict[bytes, tuple[int, int, int]] = {}
+        for number, rows in enumerate(sets):
+            for position, row in enumerate(rows):
+                found.setdefault(row_key(row), (row["length"], number, position))
+        ordered = sorted(found.values(), key=lambda each: -each[0])
+        return cls(sets, [(number, row) for _, number, row in ordered], [length for length, *_ in ordered])
+
+    def share(self, first: int, count: int) -> _Distinct:
+        """One of so many shares."""
+        return replace(self, places=self.places[first::count], lengths=self.lengths[first::count])
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Any:
+        number, position = self.places[index]
+        return self.sets[number][position]
 
 
 def computed_likelihoods(
     model: torch.nn.Module,
     collate: JudgedCollator,
-    rows: Sequence[dict[str, Any]],
+    rows: Any,
+    lengths: Sequence[int],
     dtype: torch.dtype,
     show: Callable[[int], None] = lambda _: None,
 ) -> dict[bytes, list[float]]:
@@ -105,7 +133,8 @@ def computed_likelihoods(
     Args:
         model: not wrapped by DistributedDataParallel.
         collate: makes batches of rows.
-        rows: the longest first.
+        rows: anything that gives a row by its position.
+        lengths: of the rows, in tokens.
         dtype: the compute type.
         show: called with the number of rows done.
     """
@@ -115,11 +144,11 @@ def computed_likelihoods(
     was_training = model.training
     model.eval()
     with uneven_passes(model), torch.no_grad(), precision:
-        for members in batches([row["length"] for row in rows], MEASURED_TOKENS):
-            batch = collate([rows[member] for member in members])
+        for members in batches(lengths, MEASURED_TOKENS):
+            batch = collate(fetched := [rows[member] for member in members])
             moved = {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in batch.items()}
             sums = answer_likelihoods(model, moved)[:-1].reshape(-1, len(members)).T.tolist()
-            found.update(zip((row_key(rows[member]) for member in members), sums, strict=True))
+            found.update(zip(map(row_key, fetched), sums, strict=True))
             beat()
             show(len(found))
     model.train(was_training)

@@ -65,6 +65,11 @@ class TrainOptions(Options):
     """Data-parallel processes; must equal the launcher's world size."""
 
     @property
+    def loss_unit(self) -> str:
+        """What the loss is measured in; a preference's has no unit."""
+        return "nats per token" if self.objective == "supervised" else self.objective
+
+    @property
     def sequences(self) -> int:
         """How many sequences a row is: a pair is its prompt with each of two answers."""
         return 2 if self.objective in ("dpo", "orpo", "simpo") else 1
