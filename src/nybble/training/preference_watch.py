@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 WINDOW = 10  # steps whose mean is looked at: one step has few rows
 FALL = 0.5  # nats per token by which chosen answers may become less likely than under the reference
 SHARE = 0.5  # by which their log-likelihood may grow, for an objective without a reference
-APART = 20.0  # rewards whose difference is larger have a loss, and a gradient, of 2e-9
+APART = 8.0  # rewards whose difference is larger have a loss of 3e-4; a run at 9 had unlearnt its skill (docs/experiments.md)
 
 
 class PreferenceWatch:

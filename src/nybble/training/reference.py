@@ -54,7 +54,7 @@ def kept_reference(setup: TrainingSetup, collate: JudgedCollator, console: Conso
             cached = _read(entry.path / FILE)
             tell(console, f"reference {len(cached):,} rows, from the cache")
             return cached
-    rows = _Distinct.of(setup.data)
+    rows, collate = _Distinct.of(setup.data), replace(collate, mismatched=False)
     with console.status("likelihoods under the reference") as status:
 
         def show(done: int) -> None:
