@@ -150,7 +150,7 @@ def conversations(options: DataOptions):
     with OpenRows(options) as rows:
         for row in rows.items():
             assert not isinstance(row, DataError), row
-            yield rows.forms.read(row)[1]
+            yield rows.forms.read(row).conversation
 
 
 @pytest.mark.parametrize("name", AWKWARD)

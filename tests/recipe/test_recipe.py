@@ -182,6 +182,9 @@ def test_the_example_of_every_option_is_valid(key, tmp_path):
     sections = key.split(".")[:-1]
     beside = ["train.max_steps=9", "data.validation=3"] if key == "data.streaming" else []
     beside += ["engine.compute=fp8"] if key.startswith("engine.fp8") else []
+    beside += (
+        [f"train.objective={'simpo' if key.endswith('gamma') else 'kto'}"] if key.startswith("preference.") else []
+    )
     (argument,) = shlex.split(example(key))
     recipe = load_recipe(None, [*beside, argument])
     file = tmp_path / "recipe.yaml"
@@ -314,7 +317,7 @@ def test_every_option_is_documented_in_the_printed_recipe():
         if not line.lstrip().startswith("#"):
             assert len(lines[number - 1].strip()) > 12, f"nothing above {line}"
             assert lines[number - 1].lstrip().startswith("#")
-    assert len(list(option_names())) == sum(not line.lstrip().startswith("#") for line in lines) - 7  # seven sections
+    assert len(list(option_names())) == sum(not line.lstrip().startswith("#") for line in lines) - 8  # eight sections
 
 
 @given(st.sampled_from([name for name in option_names() if name.startswith("train.")]), st.integers(-5, 10**6))

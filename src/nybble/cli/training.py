@@ -91,10 +91,12 @@ def preview(
             "MODEL is missing", fix="nybble data preview DATA MODEL; a folder with its tokenizer is enough"
         )
     silence_libraries()
+    from nybble.data.rows.formats import TARGETS
     from nybble.data.sets.preview import preview as print_preview
     from nybble.preflight.data_check import load_tokenizer_and_config
 
-    print_preview(recipe.data, load_tokenizer_and_config(recipe)[0], count, Console(), ids=ids)
+    tokenizer, target = load_tokenizer_and_config(recipe)[0], TARGETS[recipe.train.objective]
+    print_preview(recipe.data, tokenizer, count, Console(), ids=ids, target=target)
 
 
 @app.command(cls=Documented, context_settings=TAKES_RECIPE_OPTIONS)

@@ -100,10 +100,12 @@ def evaluate(
     check_report(opened.folder)
     check_cache(cache)
     names = [] if tasks == "none" else list(dict.fromkeys(name for name in tasks.split(",") if name))
+    from nybble.data.rows.formats import TARGETS
     from nybble.evaluate.gate import judge, parse_requirements, tell_judgements
     from nybble.evaluate.texts import read_texts
 
-    requirements = parse_requirements(require or (), names, answers)
+    pairs = TARGETS[opened.recipe.train.objective] == "pairs"
+    requirements = parse_requirements(require or (), names, answers, pairs=pairs)
     read_texts(text or ())  # a fault in one is reported before torch is loaded
     silence_libraries()
     harness = make_harness(names, data_dir, limit or None) if names else None

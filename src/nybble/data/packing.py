@@ -7,7 +7,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy
 
+from nybble.data.rows.formats import Target
+
 CHUNK = 65_536  # samples converted to Python's numbers at once: they take 70 bytes each
+
+
+def packed_length(max_length: int, target: Target) -> int:
+    """Tokens of a packed row: room for at least one sample, and a pair is two sequences."""
+    return 2 * max_length if target == "pairs" else max_length
 
 
 def best_fit(lengths: Sequence[int] | numpy.ndarray, capacity: int) -> list[numpy.ndarray]:

@@ -122,20 +122,29 @@ def inspect(
         DataError: something does not hold; it names the rows and what is wrong with them.
     """
     lines: list[str] = []
-    count = 0
     for start in range(0, len(rows), ROWS):
-        for sample, batched in _batched_samples(collate(group := _fetched(rows, start)), group):
-            faults = list(expected.faults(sample, batched))
-            count += bool(faults)
-            if faults and len(lines) < SHOWN:
+        for sample, batched in _batched_samples(collate(group := fetched(rows, start)), group):
+            if faults := list(expected.faults(sample, batched)):
                 lines.append(f"  {sample.get('origin', 'a row')}: {'; '.join(faults)}")
         progress(min(start + ROWS, len(rows)))
+    refuse_rows(lines)
+
+
+def refuse_rows(lines: Sequence[str]) -> None:
+    """Raise DataError if there are faulty rows.
+
+    Args:
+        lines: one for each of them.
+    """
     if lines:
-        more = [f"  and {count - len(lines):,} more"] if count > len(lines) else []
-        raise DataError("\n".join(["these rows would not be trained as they should be:", *lines, *more]), fix=DEFECT)
+        more = [f"  and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else []
+        raise DataError(
+            "\n".join(["these rows would not be trained as they should be:", *lines[:SHOWN], *more]), fix=DEFECT
+        )
 
 
-def _fetched(rows: Any, start: int) -> list[Any]:
+def fetched(rows: Any, start: int) -> list[Any]:
+    """The next rows of a set, as the collator takes them."""
     positions = range(start, min(start + ROWS, len(rows)))
     if isinstance(rows, Dataset):  # all at once: row by row takes five times as long
         columns = rows[start : positions.stop]

@@ -31,12 +31,23 @@ def summed_cross_entropy(
         rows: indices of the flattened rows that have a target; without them all rows are computed. The host passes them, so
             that it need not wait for the device.
     """
-    assert not head.requires_grad, "the head is frozen here"
     hidden_mh, targets_m = hidden.flatten(0, -2), targets.flatten()
     if rows is not None:
         hidden_mh, targets_m = hidden_mh[rows], targets_m[rows]
-    loss: torch.Tensor = _ChunkedLoss.apply(hidden_mh, head, targets_m)  # type: ignore[no-untyped-call]
-    return loss
+    return cross_entropies(hidden_mh, head, targets_m).sum()
+
+
+def cross_entropies(hidden_mh: torch.Tensor, head: torch.Tensor, targets_m: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy of each row in nats, float32 (m,), that can be differentiated with respect to `hidden_mh`.
+
+    Args:
+        hidden_mh: (m, h) what the head is applied to.
+        head: (vocabulary, h), frozen.
+        targets_m: (m,) int64, the token that each row predicts; negative where it predicts none.
+    """
+    assert not head.requires_grad, "the head is frozen here"
+    losses: torch.Tensor = _ChunkedLoss.apply(hidden_mh, head, targets_m)  # type: ignore[no-untyped-call]
+    return losses
 
 
 def last_hidden(model: torch.nn.Module, backbone: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -83,15 +94,15 @@ class _ChunkedLoss(torch.autograd.Function):
                     gradient_mh[part] = logits @ head
                 del logits  # or the next chunk's exist beside them: 263 MB with Llama 3's vocabulary
         ctx.gradient_mh = None if gradient_mh is None else gradient_mh[:count]
-        return losses[:count].sum()
+        return losses[:count]
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient_m: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         graph.refuse_second_derivatives()
         result = ctx.gradient_mh
         if result is None:
             raise RuntimeError(graph.FREED_MESSAGE.format("the chunked loss"))
         if graph.is_retained():
-            return result * gradient, None, None
+            return (result * gradient_m[:, None]).to(result.dtype), None, None
         ctx.gradient_mh = None
-        return result.mul_(gradient), None, None
+        return result.mul_(gradient_m[:, None]), None, None

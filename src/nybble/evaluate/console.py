@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from nybble.run.evaluation import Evaluation, HeldOutEntry, MetricEntry, ScoreEntry, TaskEntry
+from nybble.run.evaluation import Evaluation, HeldOutEntry, MetricEntry, PreferenceEntry, ScoreEntry, TaskEntry
 from nybble.terminal import tell
 
 HANG = 17  # characters before the numbers of a benchmark or text
@@ -60,13 +60,28 @@ def tell_results(evaluation: Evaluation, folder: pathlib.Path, console: Console)
     tell(console, f"report    {folder}/report.html")
 
 
+def preference_lines(entry: PreferenceEntry) -> Iterator[str]:
+    """What was found about preferences, by the metric's name."""
+    for metric in entry.metrics:
+        means = ", ".join(
+            f"{name} {score.mean:.3f}"
+            for name, score in (("base", metric.base), ("tuned", metric.tuned))
+            if score.mean is not None
+        )
+        yield f"{metric.name}: {means or 'no pairs of unequal length'}"
+    if entry.longer_chosen.mean is not None:
+        yield f"the longer answer is the chosen one in {entry.longer_chosen.mean:.3f} of the pairs"
+
+
 def _rows(evaluation: Evaluation) -> list[Compared]:
     """Held-out loss, benchmarks, answers."""
     held_out = evaluation.held_out
     losses = [] if held_out is None else [_loss_row(held_out)]
     asked = evaluation.generation.rows if evaluation.generation is not None else 0
     tasks = [_row(task, task.rows) for task in evaluation.tasks]
-    return [*losses, *tasks, *(_row(metric, asked) for metric in evaluation.answers)]
+    judged = evaluation.preferences
+    preferred = [] if judged is None else [_row(metric, judged.rows) for metric in judged.metrics]
+    return [*losses, *preferred, *tasks, *(_row(metric, asked) for metric in evaluation.answers)]
 
 
 def _row(entry: TaskEntry | MetricEntry, items: int | None) -> Compared:

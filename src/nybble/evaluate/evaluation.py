@@ -91,8 +91,9 @@ def _evaluate(
     for name in measures.tasks:
         assert benchmarks is not None, "tasks without a harness to run them"
         findings.measure_benchmark(benchmarks, name)
-    # 3. Loss on the validation rows, and on texts.
+    # 3. Loss and preferences on the validation rows, and loss on texts.
     findings.measure_held_out()
+    findings.measure_preferences()
     for text in texts:
         findings.measure_text(text)
     # 4. Answers.

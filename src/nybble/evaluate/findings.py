@@ -15,12 +15,15 @@ from rich.console import Console
 
 from nybble.chat.answerer import Answerer
 from nybble.data.batches import PackedRows
+from nybble.data.judged_batches import good_rows
 from nybble.data.order import lengths_of
+from nybble.data.rows.formats import TARGETS
 from nybble.errors import EvaluationError
-from nybble.evaluate.console import HANG, progress_bar
+from nybble.evaluate.console import HANG, preference_lines, progress_bar
 from nybble.evaluate.contamination import flag
 from nybble.evaluate.generation import answer, distinct, fixed_prompts, held_out_prompts, item_scores, side_by_side
 from nybble.evaluate.perplexity import Losses, row_losses, text_windows
+from nybble.evaluate.preferences import pair_likelihoods, preference_entry
 from nybble.evaluate.results import held_out_entry, loss_entry, metric_entry, task_entries
 from nybble.evaluate.rows import rows_of
 from nybble.evaluate.scores import Benchmark, Benchmarks, MissingRowsError, Scored, Store
@@ -34,6 +37,7 @@ from nybble.run.evaluation import (
     GenerationEntry,
     HeldOutEntry,
     MissingEntry,
+    PreferenceEntry,
     SampleEntry,
     SkillEntry,
     TextEntry,
@@ -66,6 +70,7 @@ class Findings:
         self.texts: list[TextEntry] = []
         self.samples: list[SampleEntry] = []
         self.generation: GenerationEntry | None = None
+        self.preferences: PreferenceEntry | None = None
         self.trained, self.validation = self._rows()
 
     def _rows(self) -> tuple[Dataset | None, Dataset | None]:
@@ -81,6 +86,11 @@ class Findings:
             return None, None
         rows = prepared.sample
         return rows.samples if isinstance(rows, PackedRows) else rows, prepared.validation
+
+    @functools.cached_property
+    def _imitated(self) -> Dataset | None:
+        """The validation rows whose answer should be imitated: not those that a label calls bad."""
+        return good_rows(self.validation) if self.validation is not None else None
 
     def measure_benchmark(self, benchmarks: Benchmarks, name: str) -> None:
         """Score base and tuned model on one benchmark; cached scores are not computed again."""
@@ -132,15 +142,31 @@ class Findings:
 
     def measure_held_out(self) -> None:
         """Measure the loss of each of the run's validation rows."""
-        if self.validation is None:
+        if not self._imitated:
             return
-        rows = self.validation.select_columns(["input_ids", "trained"])[:]
+        rows = self._imitated.select_columns(["input_ids", "trained"])[:]
         samples = [
             {"input_ids": ids, "trained": trained}
             for ids, trained in zip(rows["input_ids"], rows["trained"], strict=True)
         ]
         base, tuned = self._losses(samples, "held-out loss")
         self.held_out = held_out_entry(base, tuned)
+
+    def measure_preferences(self) -> None:
+        """Measure which answer of each of the run's held-out pairs the models prefer."""
+        objective = self.run.recipe.train.objective
+        if not self.validation or TARGETS[objective] != "pairs":
+            return
+        rows, pad, found = list(self.validation), self.answerer.tokenizer.pad_token_id, []
+        for model in MODELS:
+            with (
+                self.answerer.as_tuned(model == "tuned"),
+                progress_bar(self.console, f"preferences: {model}", len(rows)) as show,
+            ):
+                found.append(pair_likelihoods(self.answerer.model, rows, pad, show))
+        self.preferences = preference_entry(found[0], found[1], objective)
+        for line in preference_lines(self.preferences):
+            tell(self.console, line, hang=HANG)
 
     def measure_text(self, text: TextFile) -> None:
         """Measure the perplexity of a text."""
@@ -172,7 +198,7 @@ class Findings:
 
     def measure_answers(self, count: int) -> None:
         """Generate greedy answers to held-out prompts, which are scored, and to the fixed prompts, which are only shown."""
-        held_out = held_out_prompts(self.validation, self.answerer.tokenizer, count) if self.validation else []
+        held_out = held_out_prompts(self._imitated, self.answerer.tokenizer, count) if self._imitated else []
         fixed = fixed_prompts(self.answerer)
         prompts, answers = [*held_out, *fixed], {}
         for model in MODELS:
@@ -217,12 +243,12 @@ class Findings:
             texts=self.texts,
             samples=self.samples,
             lengths=self._lengths(),
-            max_length=recipe.data.max_length,
+            max_length=recipe.data.max_length * recipe.train.sequences,
             training=None if summary is None else _cost(summary),
             recipe=dump_recipe(recipe),
             skill=skill,
         )
-        measured = {"held_out": self.held_out, "generation": self.generation}
+        measured = {"held_out": self.held_out, "generation": self.generation, "preferences": self.preferences}
         return evaluation.model_copy(update={name: part for name, part in measured.items() if part is not None})
 
     def _lengths(self) -> dict[str, int]:

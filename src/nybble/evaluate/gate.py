@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from nybble.errors import RecipeError
-from nybble.run.evaluation import ANSWER_METRICS, Evaluation, MetricEntry, ScoreEntry, TaskEntry
+from nybble.run.evaluation import ANSWER_METRICS, PREFERENCE_METRICS, Evaluation, MetricEntry, ScoreEntry, TaskEntry
 from nybble.terminal import tell
 
 HELD_OUT = "held_out_loss"
@@ -50,18 +50,21 @@ class Judgement:
     why: str
 
 
-def parse_requirements(texts: Sequence[str], tasks: Collection[str], answers: int) -> list[Requirement]:
+def parse_requirements(
+    texts: Sequence[str], tasks: Collection[str], answers: int, *, pairs: bool = False
+) -> list[Requirement]:
     """Requirements as they are written: MEASURE, <= or >=, then base, base-0.02, base+0.02 or a number.
 
     Args:
         texts: the requirements.
         tasks: the benchmarks that will be run.
         answers: the number of held-out prompts that will be answered.
+        pairs: whether the run has held-out pairs.
 
     Raises:
         RecipeError: one of them cannot be read, or nothing that is measured has this name.
     """
-    return [_parsed(text, _names(tasks, answers)) for text in texts]
+    return [_parsed(text, _names(tasks, answers, pairs)) for text in texts]
 
 
 def key_of(name: str) -> str:
@@ -124,15 +127,16 @@ def _parsed(text: str, known: Collection[str]) -> Requirement:
     return Requirement(text.strip(), measure, form["sign"] == "<=", relative, limit)
 
 
-def _names(tasks: Collection[str], answers: int) -> list[str]:
-    return [HELD_OUT, *map(key_of, tasks), *(map(key_of, ANSWER_METRICS) if answers else ())]
+def _names(tasks: Collection[str], answers: int, pairs: bool) -> list[str]:
+    metrics = [*(PREFERENCE_METRICS if pairs else ()), *(ANSWER_METRICS if answers else ())]
+    return [HELD_OUT, *map(key_of, tasks), *map(key_of, metrics)]
 
 
 def _scores(requirement: Requirement, evaluation: Evaluation) -> ScoreEntry | None:
     """The difference from the base, or the tuned model's score; None where it was not measured."""
     if requirement.measure == HELD_OUT:
         return evaluation.held_out.difference if evaluation.held_out is not None else None
-    entries: list[TaskEntry | MetricEntry] = [*evaluation.tasks, *evaluation.answers]
+    entries: list[TaskEntry | MetricEntry] = [*evaluation.tasks, *evaluation.compared_answers]
     entry = next((entry for entry in entries if key_of(entry.name) == requirement.measure), None)
     if entry is None:
         return None

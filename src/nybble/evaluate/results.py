@@ -102,6 +102,11 @@ def metric_entry(name: str, base: Sequence[float] | float, tuned: Sequence[float
     return MetricEntry(name=name, base=base_score, tuned=tuned_score, **tested)
 
 
+def score_entry(values: numpy.ndarray) -> ScoreEntry:
+    """The mean of one model's scores, with its interval; none if there are no scores."""
+    return _score(compare(values, values).base) if len(values) else ScoreEntry(mean=None)
+
+
 def _compare(base: Scored, tuned: Scored) -> PairedComparison:
     """Compare over items; if a benchmark has subjects, the bootstrap draws whole subjects."""
     clusters = base.subjects if len(set(base.subjects)) > 1 else None

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from nybble.data.rows.formats import TARGETS
 from nybble.data.rows.sources import find_sources, sources_of
 from nybble.data.sets.prepare import Prepared, prepare
 from nybble.data.text.saved_template import read_template
@@ -55,7 +56,8 @@ def rows_of(run: Run, tokenizer: PreTrainedTokenizerBase, cache: pathlib.Path) -
     """The run's data, read again, or None and the reason why it cannot be read."""
     try:
         template = read_template(tokenizer, run.folder / "template.json")
-        prepared = prepare(run.recipe.data, tokenizer, run.recipe.train.seed, cache, template=template)
+        target = TARGETS[run.recipe.train.objective]
+        prepared = prepare(run.recipe.data, tokenizer, run.recipe.train.seed, cache, template=template, target=target)
     except DataError as error:
         where = f" ({error.where})" if error.where else ""
         return None, f"the run's data cannot be read: {error.what}{where}"

@@ -9,10 +9,14 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from nybble.data.batches import next_labels
-from nybble.engine.loss import last_hidden, summed_cross_entropy
+from nybble.engine.loss import cross_entropies, last_hidden, summed_cross_entropy
 from nybble.objective.objective import MicroBatch
 from nybble.plan.policies import LOSS_CHUNK
 
+MODEL_ARGUMENTS = (
+    *("input_ids", "attention_mask", "position_ids"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+)
 MEASURED_TOKENS = 4096  # of the padded rows in a batch that is only measured: 35 MB of hidden states for a 7B
 
 
@@ -45,6 +49,27 @@ def token_losses(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
             for n in range(0, len(rows), LOSS_CHUNK)
         ]
     return torch.cat(parts)
+
+
+def answer_likelihoods(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """Log-likelihoods in nats, float32, that can be differentiated: of each of a batch's a answers, and last, that of the
+    trained tokens of chosen answers' prompts: (a + 1,).
+
+    Args:
+        model: as for `summed_loss`.
+        batch: from `nybble.data.judged_batches.JudgedCollator`, on the model's device.
+    """
+    inputs = {name: batch[name] for name in MODEL_ARGUMENTS if name in batch}
+    head, rows, targets = bare(model).get_output_embeddings(), batch["predicting"], batch["targets"]
+    if is_plain(head):
+        hidden = last_hidden(model, bare(model).get_decoder(), inputs).flatten(0, 1)
+        losses = cross_entropies(hidden[rows], head.weight, targets)
+    else:  # the head has an adapter of its own
+        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[rows]
+        losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    # In float64, so that the order in which a GPU adds them does not show.
+    sums = torch.zeros(len(batch["answer_tokens"]) + 1, dtype=torch.float64, device=losses.device)
+    return -sums.index_add(0, batch["answers"], losses.double()).float()
 
 
 def bare(model: torch.nn.Module) -> PreTrainedModel:

@@ -24,7 +24,10 @@ class Mean:
     """How many terms there are."""
 
 
-MetricMeans = Mapping[str, Mean]
+Measure = Mean | tuple[Mean, Mean]
+"""A mean, or the sum of two means over different terms, such as tokens and pairs."""
+
+MetricMeans = Mapping[str, Measure]
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ class Objective(Protocol):
         """Names of what is measured besides the loss; the same in every process and for every batch."""
         ...
 
-    def count(self, batch: MicroBatch) -> int:
-        """Terms that a batch contributes to the mean loss of its step, such as trained tokens or pairs; known on the host."""
+    def count(self, batch: MicroBatch) -> int | tuple[int, ...]:
+        """Terms that a batch contributes to the mean loss of its step, such as trained tokens or pairs; known on the host.
+        A loss that is the sum of several means counts the terms of each."""
         ...
 
     def loss(self, model: torch.nn.Module, batch: MicroBatch, count: torch.Tensor) -> StepLoss:
@@ -58,8 +62,8 @@ class Objective(Protocol):
         Args:
             model: in training mode, possibly wrapped in DistributedDataParallel.
             batch: a micro batch.
-            count: scalar, the terms of the whole step divided by the number of processes: DistributedDataParallel averages
-                gradients over processes, and the result must be the mean over all terms.
+            count: scalar, or one number per mean: the terms of the whole step divided by the number of processes.
+                DistributedDataParallel averages gradients over processes, and the result must be the mean over all terms.
         """
         ...
 
@@ -78,18 +82,22 @@ class MetricSums:
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self._names = names
-        self._sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(names), 2, 2, dtype=torch.float64, device=device)  # up to two means each
 
     def add(self, metrics: MetricMeans) -> None:
         """Count a batch, without waiting for the device."""
         for index, name in enumerate(self._names):
-            self._sums[index, 0] += metrics[name].total
-            self._sums[index, 1] += metrics[name].count
+            measure = metrics[name]
+            for part, mean in enumerate(measure if isinstance(measure, tuple) else (measure,)):
+                self._sums[index, part, 0] += mean.total
+                self._sums[index, part, 1] += mean.count
+
+    def wait(self) -> None:
+        """Wait until the device has computed what was added."""
+        self._sums.sum().item()
 
     def means(self) -> dict[str, float]:
         """Each mean over everything that was added in any process; NaN where nothing was."""
         sums = all_reduce(self._sums).tolist()
-        return {
-            name: total / count if count else float("nan")
-            for name, (total, count) in zip(self._names, sums, strict=True)
-        }
+        means = ([total / count for total, count in parts if count] for parts in sums)
+        return {name: sum(each) if each else float("nan") for name, each in zip(self._names, means, strict=True)}

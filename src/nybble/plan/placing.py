@@ -90,7 +90,7 @@ class Rows:
     """The rows that a recipe trains on, as far as they are known."""
 
     longest: int | None = None
-    """Tokens of the longest; None for data.max_length."""
+    """Tokens of the longest; None for data.max_length, of each of a pair's sequences."""
     largest: Callable[[int], int] | None = None
     """Tokens of the largest micro batch of so many rows; None where each row may be the longest."""
 
@@ -118,7 +118,8 @@ def fastest(recipe: Recipe, shape: ModelShape, limit: int, rows: Rows) -> Option
 
 def changes_that_fit(recipe: Recipe, shape: ModelShape, limit: int, rows: Rows) -> Option | None:
     """The way with the longest rows that fits, if rows may get shorter too; None if none does, however short they are."""
-    lengths = range(SHORTEST, rows.longest or recipe.data.max_length, SHORTEST)
+    longest = rows.longest // recipe.train.sequences if rows.longest else recipe.data.max_length
+    lengths = range(SHORTEST, longest, SHORTEST)
     shorter = functools.partial(_shortened, recipe, shape, limit)
     fitting = bisect.bisect_left(lengths, True, key=lambda length: shorter(length) is None)  # a longer row takes more
     if not fitting:

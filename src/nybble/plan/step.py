@@ -81,15 +81,15 @@ def work_of(recipe: Recipe, shape: ModelShape, longest: int | None = None, token
     Args:
         recipe: the recipe.
         shape: the base's sizes.
-        longest: tokens of the longest row; None for data.max_length.
+        longest: tokens of the longest row; None for data.max_length, of each of a pair's sequences.
         tokens: of the largest micro batch; None if each of its rows is the longest.
     """
     model, lora, train = recipe.model, recipe.lora, recipe.train
     targets = (
         tuple(shape.projections) if lora.targets == "all-linear" else tuple(shape.projections.keys() & {*lora.targets})
     )
-    longest = recipe.data.max_length if longest is None else longest
-    allowed = train.micro_batch * recipe.data.max_length
+    allowed = train.micro_batch * train.sequences * recipe.data.max_length
+    longest = train.sequences * recipe.data.max_length if longest is None else longest
     weights = recipe.engine.weights
     rows, element = train.micro_batch * longest, 4 if model.dtype == "float32" else 2
     return Work(

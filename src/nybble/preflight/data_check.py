@@ -14,6 +14,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from nybble.data import histogram
 from nybble.data.batches import PackedRows
 from nybble.data.order import lengths_of
+from nybble.data.packing import packed_length
+from nybble.data.rows.formats import TARGETS
 from nybble.data.rows.licences import licences
 from nybble.data.rows.reading import OpenRows
 from nybble.data.rows.sources import DataSource
@@ -87,7 +89,8 @@ def check(
 
 
 def _check_rows(recipe: Recipe, console: Console) -> list[NybbleError]:
-    with OpenRows(recipe.data) as rows, _progress(console, "reading") as (progress, task):
+    target = TARGETS[recipe.train.objective]
+    with OpenRows(recipe.data, target=target) as rows, _progress(console, "reading") as (progress, task):
         reading = Pass(rows.forms, None, recipe.data, lambda count: progress.update(task, completed=count))
         for _ in reading.conversations(rows.items()):
             pass
@@ -191,7 +194,7 @@ def _tell_batches(console: Console, data: Prepared, recipe: Recipe) -> None:
     ends = data.template.tokenizer.convert_ids_to_tokens(sorted(data.template.ends))
     _line(console, "batches", f"checked as in training: every answer ends with a trained {' or '.join(ends)}{bos}")
     if isinstance(rows := data.sample, PackedRows):
-        length = recipe.data.max_length
+        length = packed_length(recipe.data.max_length, TARGETS[recipe.train.objective])
         filled = sum(rows.samples.select_columns("length")[:]["length"]) / (len(rows) * length)
         _line(
             console, "packing", f"{len(rows.samples):,} rows in {len(rows):,} of {length:,} tokens, {filled:.1%} full"

@@ -11,6 +11,9 @@ from typing import Literal
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.data.batches import Collator
+from nybble.data.judged_batches import SHARES_PROMPTS, collator_for
+from nybble.data.judged_xray import ExpectedJudged, inspect_judged
+from nybble.data.rows.formats import TARGETS
 from nybble.data.sets.examine import Examined
 from nybble.data.sets.prepare import OnFault, Prepared, examine_rows, examine_validation, make_sets, raise_fault
 from nybble.data.text.template import Template
@@ -75,11 +78,12 @@ def prepare_run(
         if not (rows_are_faulty and isinstance(fault, TooFewRowsError)):
             on_fault(fault)
 
-    examined = examine_rows(recipe.data, tokenizer, cache, on_row_fault, partial(progress, "reading"), template)
+    target = TARGETS[recipe.train.objective]
+    examined = examine_rows(recipe.data, tokenizer, cache, on_row_fault, partial(progress, "reading"), template, target)
     if config is not None:
         _check_length(recipe, config, on_fault)
     held_out = examine_validation(
-        recipe.data, examined.template, cache, on_fault, partial(progress, "reading validation")
+        recipe.data, examined.template, cache, on_fault, partial(progress, "reading validation"), target
     )
     data = schedule = None
     if examined.counts.kept:
@@ -101,13 +105,19 @@ def _inspected_sets(
 ) -> Prepared | None:
     """Training and validation rows whose batches have passed inspection; None if they have not."""
     tokenizer = examined.template.tokenizer
-    collate = Collator(tokenizer.pad_token_id, recipe.engine.fused)
+    flatten = recipe.engine.fused
+    collate = collator_for(
+        recipe.train.objective, tokenizer.pad_token_id, flatten=flatten, shares_prompts=SHARES_PROMPTS
+    )
     expected = Expected(examined.template, recipe.data.train_on)
+    judged = ExpectedJudged(examined.template)
     try:
         data = make_sets(examined, held_out, recipe.data, recipe.train.seed)
         for rows in (data.sample, data.validation):
-            if rows is not None:
+            if rows is not None and isinstance(collate, Collator):
                 inspect(rows, collate, expected, progress)
+            elif rows is not None:
+                inspect_judged(rows, collate, judged, progress)
     except DataError as fault:
         on_fault(fault)
         return None

@@ -30,6 +30,7 @@ EXAMPLES = {
     "engine.fp8_skip": "down_proj",
     "data.path": "rows.jsonl",
     "data.map": "prompt:question,completion:answer",
+    "preference.beta": "0.3",
     "train.neftune_alpha": "5",
     "train.eval_tasks": "arc_easy,piqa",
     "train.vram": "12GB",

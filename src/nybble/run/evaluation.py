@@ -14,6 +14,8 @@ from nybble.run.records import AnyText, FrozenShape, RunRecord
 
 ANSWER_METRICS = ("exact match", "ROUGE-1", "ROUGE-2", "ROUGE-L", "ends by itself")
 """What each answer to a held-out prompt is scored by."""
+PREFERENCE_METRICS = ("preference accuracy", "longer answer preferred")
+"""How often a model prefers the chosen one of two held-out answers, and how often the longer one."""
 
 
 class ScoreEntry(FrozenShape):
@@ -141,6 +143,20 @@ class GenerationEntry(FrozenShape):
     metrics: list[MetricEntry]
 
 
+class PreferenceEntry(FrozenShape):
+    """Which of two held-out answers the models prefer."""
+
+    rows: int
+    """Pairs."""
+    by: AnyText
+    """What a model prefers by: the answers' log-likelihood, or its mean per token."""
+    metrics: list[MetricEntry]
+    longer_chosen: ScoreEntry
+    """How often the chosen answer is the longer one."""
+    reward_accuracy: ScoreEntry | None = None
+    """For DPO, how often training has raised the chosen answer's log-likelihood more than the rejected one's."""
+
+
 class MissingEntry(FrozenShape):
     """A task that was requested but not measured."""
 
@@ -221,12 +237,18 @@ class Evaluation(RunRecord):
     held_out: HeldOutEntry | None = None
     samples: list[SampleEntry] = Field(default_factory=list)
     generation: GenerationEntry | None = None
+    preferences: PreferenceEntry | None = None
     lengths: dict[AnyText, int] = Field(default_factory=dict)
     """Number of training rows by their number of tokens."""
     max_length: int | None = None
     training: TrainingCost | None = None
     recipe: AnyText | None = None
     skill: SkillEntry | None = None
+
+    @property
+    def compared_answers(self) -> list[MetricEntry]:
+        """The metrics of preferences and of answers; none if there are none."""
+        return [*(self.preferences.metrics if self.preferences is not None else []), *self.answers]
 
     @property
     def answers(self) -> list[MetricEntry]:

@@ -27,7 +27,7 @@ class MetricsLine(FrozenShape):
 
     step: int
     loss: float | AnyText | None = None
-    """Nats per token; text where it is not finite."""
+    """Nats per token, without a unit for preferences; text where it is not finite."""
     grad_norm: float | None = None
     learning_rate: float | None = None
     tokens: int | None = None
@@ -35,9 +35,14 @@ class MetricsLine(FrozenShape):
     seconds: float | None = None
     """How long the step took."""
     eval_loss: float | None = None
-    """Loss on the validation rows, in nats per token."""
+    """Loss on the validation rows, in the unit of `loss`."""
     scores: dict[AnyText, float] = Field(default_factory=dict)
     """Scores by benchmark; in the file each is a key of the line."""
+
+    @property
+    def is_of_preferences(self) -> bool:
+        """Whether the loss is that of preferences, which has no unit."""
+        return any("reward_chosen" in name for name in self.model_extra or ())
 
     @model_validator(mode="before")
     @classmethod

@@ -24,7 +24,7 @@ from nybble.run.versions import versions
 FILES = "files"
 QUANTIZED = "quantized_base"
 MICRO_BATCH, ACCUMULATION, PROCESSES = SPLIT = "micro_batch", "accumulation", "processes"
-DECIDING = ("model", "adapter", "lora", "data", "train")  # sections whose options affect a run's numbers
+DECIDING = ("model", "adapter", "lora", "data", "train", "preference")  # sections whose options affect a run's numbers
 
 
 class MadeBy(FrozenShape):
@@ -57,6 +57,7 @@ class RecordedRecipe(FrozenShape):
     lora: dict[str, Any] = Field(default_factory=dict)
     data: dict[str, Any]
     train: dict[str, Any] = Field(default_factory=dict)
+    preference: dict[str, Any] = Field(default_factory=dict)
     engine: dict[str, Any] = Field(default_factory=dict)
     tracker: dict[str, Any] = Field(default_factory=dict)
     export: dict[str, Any] = Field(default_factory=dict)

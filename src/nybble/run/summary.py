@@ -66,7 +66,7 @@ class AdapterSummary(FrozenShape):
 
 
 class LossSummary(FrozenShape):
-    """Validation loss in nats per token."""
+    """Validation loss in nats per token, without a unit for preferences."""
 
     before: float
     """Before the first step."""
@@ -117,7 +117,7 @@ class Summary(RunRecord):
     learning_rate_reason: AnyText | None = None
     """Why that one, if it was found (RUN/learning_rate.json has the curve); None if the recipe names it."""
     train_loss: float | None = None
-    """Loss of the last step, in nats per token."""
+    """Loss of the last step, in the unit of the validation loss."""
     validation_loss: LossSummary | None
     """None where no rows were held out."""
     kept_step: int = 0

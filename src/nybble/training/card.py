@@ -32,7 +32,7 @@ def draw_loss(run: Run, file: pathlib.Path) -> None:
         axes.plot(*zip(*validation, strict=True), color="#d1603d", marker="o", linewidth=1.8, label="validation")
         step, loss = min(validation, key=lambda point: point[1])
         axes.annotate(f"best {loss:.3f}", (step, loss), xytext=(0, 10), textcoords="offset points", ha="right")
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.set(xlabel="step", ylabel=f"loss ({run.recipe.train.loss_unit})")
     axes.set_title(storable(run.folder.name), parse_math=False)  # a $ in it does not start a formula
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
@@ -77,8 +77,9 @@ A LoRA adapter for {code(name)}, trained by nybble {summary.versions["nybble"]} 
 | template | {escaped(summary.data.template)} |
 | adapter | r {lora.r}, alpha {lora.alpha:g}, targets {escaped(", ".join(summary.adapter.targets))} |
 | trained parameters | {summary.adapter.trainable_parameters:,} |
+| objective | {recipe.train.objective} |
 | steps | {summary.steps}, peak learning rate {recipe.train.peak_rate:g}{found} |
-| validation loss (nats per token) | {result} |
+| validation loss ({recipe.train.loss_unit}) | {result} |
 | peak memory | {summary.peak_memory_gb:.2f} GB on {escaped(summary.device)} |
 | speed in training | {summary.tokens_per_second:,.0f} tokens/s |
 

@@ -95,9 +95,10 @@ class Guards(TrainerCallback):  # type: ignore[misc]
         return self.run.folder / f"nonfinite-step-{step}{f'-process-{process}' if process else ''}.pt"
 
 
-def _on_host(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _on_host(value: Any) -> Any:
     """Batches without a device, which another process may not have."""
-    return [
-        {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-        for batch in batches
-    ]
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {name: _on_host(part) for name, part in value.items()}
+    return [_on_host(part) for part in value] if isinstance(value, list) else value

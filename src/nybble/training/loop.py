@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +13,15 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 
 from nybble.data.batches import Collator, FilledRows
+from nybble.data.judged_batches import SHARES_PROMPTS, JudgedCollator, collator_for, good_rows
 from nybble.data.sets.stream import StreamedRows
 from nybble.distributed.group import broadcast, group_size, share_of
 from nybble.engine.fusion import uneven_passes
 from nybble.evaluate.curve import TaskScores
 from nybble.evaluate.scores import Benchmarks
+from nybble.objective.choice import choose_objective
 from nybble.objective.likelihood import MEASURED_TOKENS, bare, is_plain
-from nybble.objective.supervised import Supervised
+from nybble.recipe.options.recipe import REFERRING
 from nybble.run.folder import Run
 from nybble.terminal import tell
 from nybble.training.arguments import training_arguments
@@ -29,6 +32,7 @@ from nybble.training.optimizer import make_optimizer
 from nybble.training.preparation import TrainingSetup
 from nybble.training.progress import EVALUATING, SAMPLING, SCORING, RunProgress
 from nybble.training.recorder import Recorder, SampleAnswering
+from nybble.training.reference import kept_reference
 from nybble.training.rehearsal import Rehearsal
 from nybble.training.resource_use import ResourceUse
 from nybble.training.samples import SampleAnswers
@@ -58,7 +62,7 @@ def run_trainer(
     with tracking(recipe.tracker, run.folder, recipe.model_dump()) if is_first else contextlib.nullcontext() as notice:
         if notice:
             tell(console, f"tracker   {notice}")
-        trainer = _make_trainer(setup, arguments, fused, benchmarks)
+        trainer = _make_trainer(setup, arguments, fused, benchmarks, console)
         recorder = _add_callbacks(trainer, run, setup, console, interruption, used, watch)
         if setup.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(setup.device)
@@ -97,17 +101,17 @@ def _draws_numbers(setup: TrainingSetup) -> bool:
 
 
 def _make_trainer(
-    setup: TrainingSetup, arguments: TrainingArguments, fused: bool, benchmarks: Benchmarks | None
+    setup: TrainingSetup, arguments: TrainingArguments, fused: bool, benchmarks: Benchmarks | None, console: Console
 ) -> QLoraTrainer:
     recipe, train, rows = setup.recipe, setup.recipe.train, setup.data.train
     trainer = QLoraTrainer(
-        objective=Supervised(),
+        objective=choose_objective(train.objective, recipe.preference),
         optimizer=make_optimizer(setup.model, train.optimizer, setup.dtype, train.peak_rate, train.weight_decay),
         model=setup.model,
         args=arguments,
         train_dataset=FilledRows(rows) if group_size() > 1 and not isinstance(rows, StreamedRows) else rows,
         eval_dataset=setup.data.validation,
-        data_collator=Collator(setup.tokenizer.pad_token_id, flatten=fused),
+        data_collator=_collator(setup, fused, console),
         processing_class=setup.tokenizer,
     )
     if is_plain(bare(setup.model).get_output_embeddings()):  # many short rows share a batch, as in `nybble eval`
@@ -116,6 +120,17 @@ def _make_trainer(
         trainer.task_scores = TaskScores(benchmarks, train.eval_tasks, setup.model, setup.tokenizer, setup.dtype)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _collator(setup: TrainingSetup, fused: bool, console: Console) -> Collator | JudgedCollator:
+    """Makes batches of rows; with a reference that is kept, its likelihoods are computed now."""
+    recipe, pad_id = setup.recipe, setup.tokenizer.pad_token_id
+    shares = SHARES_PROMPTS and getattr(setup.fusion, "shares_prompts", False)
+    collate = collator_for(recipe.train.objective, pad_id, flatten=fused, shares_prompts=shares)
+    is_kept = recipe.preference.reference == "kept" and recipe.train.objective in REFERRING
+    if isinstance(collate, Collator) or not is_kept:
+        return collate
+    return dataclasses.replace(collate, reference=kept_reference(setup, collate, console))
 
 
 def _add_callbacks(
@@ -147,7 +162,7 @@ def _add_callbacks(
 
 def _answers(setup: TrainingSetup) -> SampleAnswering | None:
     """Answers this process's share of the sample prompts; None if no process has any."""
-    rows = setup.data.validation
+    rows = good_rows(setup.data.validation) if setup.data.validation is not None else None
     count = min(setup.recipe.train.samples, len(rows)) if rows is not None else 0
     if rows is None or not count:
         return None

@@ -15,6 +15,7 @@ from nybble.objective.objective import MetricMeans, MetricSums
 from nybble.run.folder import Run
 from nybble.run.log import MetricsLine, SampleLine, append_line
 from nybble.terminal import bytes_text, tell
+from nybble.training.preference_watch import PreferenceWatch
 from nybble.training.progress import SAMPLING, TRAINING, RunProgress
 from nybble.training.resource_use import peak_memory
 from nybble.training.trackers import log_samples
@@ -48,6 +49,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self.progress = progress
         self.answers = answers
         self.tracker = tracker
+        self.watch = PreferenceWatch()
         self.steps = 0
         self.kept_step = 0
         self.history: list[dict[str, Any]] = []
@@ -126,6 +128,8 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             logged = {key: logs[key] for key in keys if key in logs} | measured
             line = MetricsLine(step=state.global_step, **logged, tokens=tokens, seconds=round(seconds, 4))
             append_line(self.run.metrics, line)
+        for notice in self.watch.see(measured):
+            tell(self.console, f"notice    {notice}", "yellow", hang=10)
         text = f"loss {logs['loss']:.4f}  {speed:,.0f} tokens/s  {bytes_text(peak_memory(args.device))}"
         self.progress.step_done(state.global_step, seconds, text)
         if not self.console.is_terminal and (state.global_step % 10 == 0 or state.global_step == 1):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
@@ -152,9 +153,10 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
 
     def _fetch(self, source: Iterator[Any], count: int) -> tuple[list[dict[str, Any]], torch.Tensor]:
         fetched = list(itertools.islice(source, count))
-        terms = sum(self.objective.count(batch) for batch in fetched)
+        counts = numpy.asarray([self.objective.count(batch) for batch in fetched]).sum(axis=0)
         # Made on the device: copying a tensor from the host would wait for the device.
-        return fetched, all_reduce(torch.full((), terms, device=self.args.device))
+        terms = [torch.full((), int(number), device=self.args.device) for number in counts.flatten()]
+        return fetched, all_reduce(torch.stack(terms) if counts.ndim else terms[0])
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
         """Clip the gradients and return their norm before; with an optimiser of flat tensors this takes a few launches, instead
@@ -204,7 +206,9 @@ class QLoraTrainer(Trainer):  # type: ignore[misc]
         with uneven_passes(self.model):
             if positions:  # none if there are more processes than rows
                 batch = self.data_collator([rows[position] for position in positions[0]])
-                self._measured(batch)["loss"].total.item()  # wait until the device has computed it
+                sums = MetricSums(["loss"], self.args.device)
+                sums.add(self._measured(batch))
+                sums.wait()
 
     def _measured(self, batch: dict[str, Any]) -> MetricMeans:
         with torch.no_grad(), self.compute_loss_context_manager():

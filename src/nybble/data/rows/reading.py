@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from nybble.data.rows.digests import FileDigests
-from nybble.data.rows.formats import Rules, detect_forms
+from nybble.data.rows.formats import Rules, Target, detect_forms
 from nybble.data.rows.readers import MB, Item, Row, Unreadable
 from nybble.data.rows.sources import fingerprint, read_rows, row_limit, sources_of
 from nybble.errors import DataError
@@ -34,12 +34,19 @@ class OpenRows:
         options: the data section.
         rules: the version's rules by which rows are read.
         notes: folder where the files' digests are remembered; None if no digest is needed.
+        target: what the rows are read for.
 
     Raises:
         DataError: a file is missing or of an unknown kind, a folder or pattern has no files, or data.map fits no form.
     """
 
-    def __init__(self, options: DataOptions, rules: Rules = Rules.NOW, notes: pathlib.Path | None = None) -> None:
+    def __init__(
+        self,
+        options: DataOptions,
+        rules: Rules = Rules.NOW,
+        notes: pathlib.Path | None = None,
+        target: Target = "answers",
+    ) -> None:
         self.options = options
         self.rules = rules
         self.sources = sources_of(options)
@@ -48,7 +55,7 @@ class OpenRows:
         self._unread = self._begin()
         self._buffer: list[Item] | None = []
         """The items taken from `_unread` that `items` has not returned yet; None if they did not fit."""
-        forms = detect_forms(self._first_rows(), options.form, options.map)
+        forms = detect_forms(self._first_rows(), options.form, options.map, target)
         self.forms = dataclasses.replace(forms, rules=rules)
 
     def __enter__(self) -> Self:

@@ -37,6 +37,9 @@ FEATURES = Features(
         "origin": Value("string"),
     }
 )
+JUDGED_FEATURES = Features(
+    FEATURES | {"prompt": Value("int32"), "rejected": List(Value("int32")), "is_good": Value("bool")}
+)
 logger = logging.getLogger(__name__)
 
 
@@ -82,17 +85,10 @@ def _find(folder: pathlib.Path, made: bool) -> entries.Entry:
 
 def _write(folder: pathlib.Path, reading: Pass, samples: Iterable[Sample]) -> None:
     written = _Digest()
-    with ArrowWriter(path=str(folder / TOKENS_FILE), features=FEATURES) as writer:
+    features = FEATURES if reading.forms.target == "answers" else JUDGED_FEATURES
+    with ArrowWriter(path=str(folder / TOKENS_FILE), features=features) as writer:
         for sample in samples:
-            tokens = sample.tokens
-            row = {
-                "input_ids": tokens.ids,
-                "trained": tokens.trained,
-                "length": len(tokens.ids),
-                "is_piece": sample.is_piece,
-                "source": sample.source,
-                "origin": sample.origin,
-            }
+            row = sample.as_row()
             writer.write(row)
             written.add(row)
         writer.finalize()
@@ -112,10 +108,12 @@ def _write(folder: pathlib.Path, reading: Pass, samples: Iterable[Sample]) -> No
 
 @dataclass
 class _Digest:
-    """A running digest of rows: of their ids, masks, three numbers each, and origins."""
+    """A running digest of rows: of their ids, masks, three numbers each, origins, and what is known of judged answers."""
 
     parts: dict[str, Any] = field(
-        default_factory=lambda: {name: xxhash.xxh3_128() for name in ("input_ids", "trained", "numbers", "origin")}
+        default_factory=lambda: {
+            name: xxhash.xxh3_128() for name in ("input_ids", "trained", "numbers", "origin", "rejected", "judged")
+        }
     )
 
     def add(self, row: dict[str, Any]) -> None:
@@ -124,6 +122,9 @@ class _Digest:
         self.parts["trained"].update(numpy.asarray(row["trained"], numpy.uint8))
         self.parts["numbers"].update(struct.pack("=iii", row["length"], row["source"], row["is_piece"]))
         self.parts["origin"].update(f"{row['origin']}\n".encode())
+        if "rejected" in row:
+            self.parts["rejected"].update(numpy.asarray(row["rejected"], numpy.int32))
+            self.parts["judged"].update(struct.pack("=iii", row["prompt"], len(row["rejected"]), row["is_good"]))
 
     def value(self) -> list[str]:
         """The digests of the rows so far."""
@@ -134,10 +135,17 @@ def _read_back(file: pathlib.Path) -> list[str]:
     """The digest of the rows in a file, read in batches."""
     digest = _Digest()
     for batch in Dataset.from_file(str(file)).data.to_batches():
-        columns = {name: batch.column(name) for name in FEATURES}
+        columns = dict(zip(batch.schema.names, batch.columns, strict=True))
         digest.parts["input_ids"].update(columns["input_ids"].flatten().to_numpy())
         digest.parts["trained"].update(columns["trained"].flatten().cast(pyarrow.uint8()).to_numpy())
         numbers = [columns[name].cast(pyarrow.int32()).to_numpy() for name in ("length", "source", "is_piece")]
         digest.parts["numbers"].update(numpy.ascontiguousarray(numpy.stack(numbers, 1)))
         digest.parts["origin"].update("".join(f"{origin}\n" for origin in columns["origin"].to_pylist()).encode())
+        if "rejected" in columns:
+            rejected = columns["rejected"]
+            digest.parts["rejected"].update(rejected.flatten().to_numpy())
+            sizes = rejected.value_lengths().to_numpy()
+            good = columns["is_good"].cast(pyarrow.int32()).to_numpy()
+            facts = numpy.stack([columns["prompt"].to_numpy(), sizes, good], 1)
+            digest.parts["judged"].update(numpy.ascontiguousarray(facts.astype(numpy.int32)))
     return digest.value()

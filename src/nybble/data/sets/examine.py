@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.rows import faults
-from nybble.data.rows.formats import Forms, Rules
+from nybble.data.rows.formats import Forms, Rules, Target
 from nybble.data.rows.reading import OpenRows
 from nybble.data.rows.sources import DataSource, row_limit
 from nybble.data.sets.cached_rows import load_or_tokenise
@@ -51,6 +51,7 @@ def examine(
     cache: pathlib.Path,
     progress: Progress = lambda _: None,
     template: Template | None = None,
+    target: Target = "answers",
 ) -> Examined:
     """Read all rows once (of a stream, the first 10,000), or load the results of an earlier pass from the cache.
 
@@ -61,13 +62,14 @@ def examine(
         progress: called with the number of rows read so far.
         template: that of the run whose rows are read again, or of the training rows that these validate; else the options
             choose it.
+        target: what the rows are read for.
 
     Raises:
         DataError: there is nothing to read, or the template cannot be used at all.
         StorageError: the cache does not keep what is written to it.
     """
     rules = Rules.NOW if template is None else template.rules
-    with OpenRows(options, rules, cache / "data-files") as rows:
+    with OpenRows(options, rules, cache / "data-files", target) as rows:
         sources, forms = rows.sources, rows.forms
         template = template or choose_template(tokenizer, options.template, forms.most_common)
         assert template.ends, "a template that works at all"
@@ -140,7 +142,8 @@ def _key_parts(forms: Forms, template: Template, options: DataOptions) -> list[A
     if options.max_row_mb != DataOptions().max_row_mb:  # left out by default: earlier runs have the same fingerprint
         limits["max_row_mb"] = options.max_row_mb
     columns = [(form.name, sorted(form.columns.items())) for form in forms.forms]
-    return [columns, limits, template.fingerprint, tokenizer_fingerprint(template.tokenizer)]
+    target = [] if forms.target == "answers" else [forms.target]  # earlier runs have the same fingerprint
+    return [columns, limits, template.fingerprint, tokenizer_fingerprint(template.tokenizer), *target]
 
 
 def _key(content: str, key_parts: list[Any]) -> str:

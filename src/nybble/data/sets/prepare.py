@@ -13,7 +13,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.batches import PackedRows
-from nybble.data.packing import best_fit
+from nybble.data.packing import best_fit, packed_length
+from nybble.data.rows.formats import Target
 from nybble.data.sets.examine import Examined, examine, faults_of_data
 from nybble.data.sets.stream import StreamedRows
 from nybble.data.text.template import Template
@@ -54,6 +55,7 @@ def prepare(
     cache: pathlib.Path,
     progress: Progress = lambda _: None,
     template: Template | None = None,
+    target: Target = "answers",
 ) -> Prepared:
     """Turn the data that a recipe names into tokenised rows.
 
@@ -64,12 +66,14 @@ def prepare(
         cache: folder for tokenised data.
         progress: called with the number of rows read so far.
         template: that of the run whose rows are read again; else the options choose it.
+        target: what the rows are read for.
 
     Raises:
         DataError: the data cannot be trained on; faults of rows come with their `file:line`.
     """
-    examined = examine_rows(options, tokenizer, cache, progress=progress, template=template)
-    return make_sets(examined, examine_validation(options, examined.template, cache, progress=progress), options, seed)
+    examined = examine_rows(options, tokenizer, cache, progress=progress, template=template, target=target)
+    held_out = examine_validation(options, examined.template, cache, progress=progress, target=target)
+    return make_sets(examined, held_out, options, seed)
 
 
 def raise_fault(fault: NybbleError) -> NoReturn:
@@ -84,9 +88,10 @@ def examine_rows(
     on_fault: OnFault = raise_fault,
     progress: Progress = lambda _: None,
     template: Template | None = None,
+    target: Target = "answers",
 ) -> Examined:
     """The rows that data.path names; raises as `examine`."""
-    examined = examine(options, tokenizer, cache, progress, template)
+    examined = examine(options, tokenizer, cache, progress, template, target)
     for fault in faults_of_data(examined.counts, examined.faults, examined.lengths, options):
         on_fault(fault)
     return examined
@@ -98,13 +103,14 @@ def examine_validation(
     cache: pathlib.Path,
     on_fault: OnFault = raise_fault,
     progress: Progress = lambda _: None,
+    target: Target = "answers",
 ) -> Examined | None:
     """The rows of the file that data.validation names, with the training rows' template; None if it names none."""
     if not isinstance(options.validation, str):
         return None
     held_out = validation_options(options)
     try:
-        return examine_rows(held_out, template.tokenizer, cache, on_fault, progress, template)
+        return examine_rows(held_out, template.tokenizer, cache, on_fault, progress, template, target)
     except DataError as fault:
         on_fault(fault)
         return None
@@ -174,7 +180,11 @@ def arranged(train: Dataset, examined: Examined, options: DataOptions, seed: int
     weights = [source.weight for source in examined.sources]
     if set(weights) != {1.0}:
         train = train.select(weighted(column(train, "source"), weights, seed))
-    return PackedRows(train, best_fit(column(train, "length"), options.max_length)) if options.packing else train
+    if not options.packing:
+        return train
+    return PackedRows(
+        train, best_fit(column(train, "length"), packed_length(options.max_length, examined.forms.target))
+    )
 
 
 def weighted(sources: numpy.ndarray, weights: Sequence[float], seed: int) -> numpy.ndarray:

@@ -11,9 +11,11 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.batches import IGNORED, Collator
+from nybble.data.rows.formats import Target
 from nybble.data.rows.reading import OpenRows
 from nybble.data.text.template import choose_template
 from nybble.data.text.tokenise import Pass, Sample
+from nybble.data.text.tokens import Tokens
 from nybble.errors import DataError
 from nybble.recipe import DataOptions
 from nybble.terminal import tell
@@ -24,7 +26,13 @@ OPEN, CLOSE = "[[", "]]"  # around trained text if there is no colour
 
 
 def preview(
-    options: DataOptions, tokenizer: PreTrainedTokenizerBase, count: int, console: Console, *, ids: bool = False
+    options: DataOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    console: Console,
+    *,
+    ids: bool = False,
+    target: Target = "answers",
 ) -> None:
     """Print the first rows that can be trained on, as the collator returns them.
 
@@ -34,11 +42,12 @@ def preview(
         count: number of rows.
         console: where to print.
         ids: print the token ids too, each with its text.
+        target: what the rows are read for; both answers of a pair are shown.
 
     Raises:
         DataError: no row can be trained on; this is the first fault.
     """
-    with OpenRows(options) as rows:
+    with OpenRows(options, target=target) as rows:
         template = choose_template(tokenizer, options.template, rows.forms.most_common)
         reading = Pass(rows.forms, template, options)
         samples = list(itertools.islice(reading.samples(itertools.islice(rows.items(), READ_PER_ROW * count)), count))
@@ -50,20 +59,39 @@ def preview(
     )
     console.print(legend, highlight=False, markup=False)
     for sample in samples:
-        _print(sample, tokenizer, console, plain, ids)
+        for title, tokens in _texts(sample):
+            _print(title, tokens, tokenizer, console, plain, ids)
     if reading.counts.faulty:
         line = f"{reading.counts.faulty} rows before these cannot be trained on; nybble data check lists them"
         console.print()
         tell(console, Text(line, "yellow"), hang=2)
 
 
-def _print(sample: Sample, tokenizer: PreTrainedTokenizerBase, console: Console, plain: bool, ids: bool) -> None:
-    batch = Collator(tokenizer.pad_token_id or 0)([{"input_ids": sample.tokens.ids, "trained": sample.tokens.trained}])
+def _texts(sample: Sample) -> Iterator[tuple[str, Tokens]]:
+    """What the model reads of a sample, each text with its title: of a pair, the prompt with each answer."""
+    judged = sample.judged
+    if judged is None:
+        yield sample.origin, sample.tokens
+    elif not judged.rejected:
+        yield f"{sample.origin}, {'good' if judged.is_good else 'bad'}", sample.tokens
+    else:
+        prompt, rejected = sample.tokens.ids[: judged.prompt], judged.rejected
+        yield f"{sample.origin}, chosen", sample.tokens
+        yield (
+            f"{sample.origin}, rejected",
+            Tokens([*prompt, *rejected], [False] * len(prompt) + [True] * len(rejected)),
+        )
+
+
+def _print(
+    origin: str, row: Tokens, tokenizer: PreTrainedTokenizerBase, console: Console, plain: bool, ids: bool
+) -> None:
+    batch = Collator(tokenizer.pad_token_id or 0)([{"input_ids": row.ids, "trained": row.trained}])
     ids_of, labels = batch["input_ids"], batch["labels"]
     assert isinstance(ids_of, torch.Tensor)
     assert isinstance(labels, torch.Tensor)
     tokens, trained = ids_of[0].tolist(), (labels[0] != IGNORED).tolist()
-    title = f"{sample.origin}: {len(tokens)} tokens, {sum(trained)} trained"
+    title = f"{origin}: {len(tokens)} tokens, {sum(trained)} trained"
     console.print(Text(f"\n{title}", style="bold"), soft_wrap=True)
     text = Text()
     for piece, learnt, special in _pieces(tokenizer, tokens, trained):

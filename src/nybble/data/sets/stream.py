@@ -12,7 +12,7 @@ import numpy
 import torch
 
 from nybble.data.batches import Sample
-from nybble.data.packing import best_fit
+from nybble.data.packing import best_fit, packed_length
 from nybble.data.rows.faults import Faults
 from nybble.data.rows.formats import Forms
 from nybble.data.rows.readers import Item, Row
@@ -66,7 +66,9 @@ class StreamedRows(torch.utils.data.IterableDataset[Any]):
             if not self.options.packing:
                 yield from shuffled
                 continue
-            rows = best_fit([len(sample["input_ids"]) for sample in shuffled], self.options.max_length)
+            rows = best_fit(
+                [sample["length"] for sample in shuffled], packed_length(self.options.max_length, self.forms.target)
+            )
             yield from ([shuffled[position] for position in rows[n]] for n in generator.permutation(len(rows)))
 
     def _mixed(self, generator: numpy.random.Generator) -> Iterator[Row]:
@@ -101,13 +103,7 @@ def samples_of(rows: Iterable[Row], forms: Forms, template: Template, options: D
         for fault in reading.faults:
             _log_once(fault, logged)
         reading.row_faults = Faults()
-        tokens = sample.tokens
-        yield {
-            "input_ids": tokens.ids,
-            "trained": tokens.trained,
-            "is_piece": sample.is_piece,
-            "origin": sample.origin,
-        }
+        yield sample.as_row()
 
 
 def _readable(items: Iterable[Item], logged: set[str]) -> Iterator[Row]:

@@ -238,8 +238,8 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, option: str, form: str) 
     of_model = tokenizer.chat_template
     named = of_model if isinstance(of_model, dict) else {}  # some models have several: for tools, for documents
     if option == "auto":
-        by_form = {"alpaca": "alpaca", "messages": "llama2", "sharegpt": "llama2", "prompt": "plain", "text": "plain"}
-        option = "model" if of_model else by_form[form]
+        by_form = {"alpaca": "alpaca", "messages": "llama2", "sharegpt": "llama2", "pair": "llama2"}
+        option = "model" if of_model else by_form.get(form, "plain")
     if option in BUILT_IN:
         source = resources.files("nybble.data.text").joinpath(f"templates/{option}.jinja").read_text(encoding="utf-8")
         return Template(tokenizer, option, source.strip(), verbatim=option == "plain")

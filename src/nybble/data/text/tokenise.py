@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from nybble.data.rows.faults import Faults
-from nybble.data.rows.formats import Conversation, EmptyAnswerError, Forms
+from nybble.data.rows.formats import Conversation, EmptyAnswerError, Forms, Judged
 from nybble.data.rows.readers import Item, Notice, Row
 from nybble.data.text.fit import cut_text, halve, last_answer, truncate
+from nybble.data.text.judged import JudgedTokens, fitted, judged_tokens
 from nybble.data.text.meter import TemplateLimitError
 from nybble.data.text.skeleton import Part
 from nybble.data.text.template import Template, TextRun
@@ -24,6 +28,8 @@ BATCH_SIZE = 16_000_000  # characters of a batch of several rows
 LONGEST_SYSTEM = 1 << 16  # characters of a system message; longer ones are not counted
 MAX_SYSTEMS = 1000  # distinct system messages that are counted: one that most rows share is among the first
 Progress = Callable[[int], None]
+Runs = list[TextRun | Part]
+"""A text as the template divides it."""
 
 
 @dataclass
@@ -75,15 +81,46 @@ class Sample:
     source: int
     is_piece: bool = False
     """Whether it is the beginning or middle of a document, and so does not end with EOS."""
+    judged: JudgedTokens | None = None
+    """What is known of a judged answer besides its tokens; None for one that is imitated."""
+
+    @property
+    def length(self) -> int:
+        """How many tokens are computed for it: a pair is two sequences."""
+        both = self.judged.prompt + len(self.judged.rejected) if self.judged and self.judged.rejected else 0
+        return len(self.tokens.ids) + both
+
+    def as_row(self) -> dict[str, Any]:
+        """As the collator takes it."""
+        row = {
+            "input_ids": self.tokens.ids,
+            "trained": self.tokens.trained,
+            "length": self.length,
+            "is_piece": self.is_piece,
+            "source": self.source,
+            "origin": self.origin,
+        }
+        return row if self.judged is None else row | dataclasses.asdict(self.judged)
 
 
 @dataclass(frozen=True)
 class ReadRow:
-    """A row as a conversation."""
+    """A row as a conversation, perhaps judged."""
 
-    conversation: Conversation
+    judged: Judged
     origin: str
     source: int
+
+    @property
+    def conversation(self) -> Conversation:
+        """The conversation, with the answer that was chosen or labelled."""
+        return self.judged.conversation
+
+    @property
+    def conversations(self) -> list[Conversation]:
+        """All that become tokens: of a pair, with each answer."""
+        judged = self.judged
+        return [judged.conversation, *([judged.rejected] if judged.rejected is not None else [])]
 
 
 @dataclass
@@ -132,7 +169,8 @@ class Pass:
             if read is None:
                 continue
             if not self.keep_duplicates:
-                digest = hashlib.blake2b(repr(read.conversation).encode(), digest_size=16).digest()
+                what = read.conversation if self.forms.target == "answers" else read.judged
+                digest = hashlib.blake2b(repr(what).encode(), digest_size=16).digest()
                 if digest in seen:
                     self.counts.duplicates += 1
                     continue
@@ -150,9 +188,10 @@ class Pass:
         for batch in _batches(distinct):
             for sample in self._tokenised(batch):
                 self.counts.kept += 1
-                self.counts.tokens += len(sample.tokens.ids)
-                self.counts.trained_tokens += sum(sample.tokens.trained)
-                self.counts.highest_id = max(self.counts.highest_id, *sample.tokens.ids)
+                rejected = sample.judged.rejected if sample.judged else []
+                self.counts.tokens += sample.length
+                self.counts.trained_tokens += sum(sample.tokens.trained) + len(rejected)
+                self.counts.highest_id = max(self.counts.highest_id, *sample.tokens.ids, *rejected)
                 yield sample
 
     def _read(self, item: Row | DataError) -> ReadRow | None:
@@ -162,14 +201,14 @@ class Pass:
             if self.counts.missing_columns:
                 present = self.forms.with_form_names(item).values
                 self.counts.missing_columns = [name for name in self.counts.missing_columns if name not in present]
-            form, conversation, notes = self.forms.read(item)
+            form, judged, notes = self.forms.read(item)
         except DataError as fault:
             self._note(fault)
             return None
         self.counts.forms[form] = self.counts.forms.get(form, 0) + 1
         for note in notes:
             self.counts.notices[note] = self.counts.notices.get(note, 0) + 1
-        return ReadRow(conversation, item.origin, item.source)
+        return ReadRow(judged, item.origin, item.source)
 
     def _note(self, fault: DataError) -> None:
         self.counts.faulty += 1
@@ -181,30 +220,54 @@ class Pass:
 
     def _tokenised(self, batch: list[ReadRow]) -> Iterator[Sample]:
         assert self.template is not None
-        runs: list[list[TextRun | Part]] = []
+        runs: list[list[Runs]] = []
         good: list[ReadRow] = []
         for read in batch:
             try:
-                runs.append(self.template.runs(read.conversation))
+                runs.append([self.template.runs(conversation) for conversation in read.conversations])
                 good.append(read)
             except TemplateLimitError:
                 raise  # it is not this row's fault
             except DataError as fault:
                 self._note_at(read, fault)
-        for tokens, read in self._encoded(runs, good):
-            length = len(tokens.ids)
+        for texts, read in self._encoded(runs, good):
+            length = max(len(tokens.ids) for tokens in texts)
             self.lengths[length] = self.lengths.get(length, 0) + 1
-            tokens = self._masked(tokens)
+            if self.forms.target != "answers":
+                yield from self._judged(texts, read)
+                continue
+            tokens = self._masked(texts[0])
             if length <= self.options.max_length:
                 yield Sample(tokens, read.origin, read.source)
             else:
                 yield from self._shortened(tokens, read)
 
-    def _encoded(self, runs: list[list[TextRun | Part]], reads: list[ReadRow]) -> Iterator[tuple[Tokens, ReadRow]]:
-        """The tokens of rows, computed all at once or, if the tokenizer fails, one by one, to find the row that it fails on."""
+    def _judged(self, texts: list[Tokens], read: ReadRow) -> Iterator[Sample]:
+        """The samples of a judged row: its pair, or, where labels are learnt from, each of its answers."""
         assert self.template is not None
         try:
-            tokens = join(self.template.tokenizer, runs)
+            found = judged_tokens(texts, read.judged, self.forms.target, self.options.train_on == "all")
+        except DataError as fault:
+            self._note_at(read, fault)
+            return
+        for tokens, judged in found:
+            fits = fitted(tokens, judged, self.options.max_length, self.template.end_id)
+            if fits != (tokens, judged):
+                self.counts.overlength += 1
+                lost = [] if fits is None else [sum(fits[0].trained), len(fits[1].rejected)]
+                self.counts.lost_rows += fits is None
+                self.counts.lost_answer_tokens += sum(tokens.trained) + len(judged.rejected) - sum(lost)
+                if self.options.overlength != "truncate":
+                    continue
+            if fits is not None:
+                yield Sample(fits[0], read.origin, read.source, judged=fits[1])
+
+    def _encoded(self, runs: list[list[Runs]], reads: list[ReadRow]) -> Iterator[tuple[list[Tokens], ReadRow]]:
+        """The tokens of each text of each row, computed all at once or, if the tokenizer fails, row by row, to find the one that
+        it fails on."""
+        assert self.template is not None
+        try:
+            tokens = iter(join(self.template.tokenizer, [text for texts in runs for text in texts]))
         except EncodingError as fault:
             if len(reads) == 1:
                 self._note_at(reads[0], fault)
@@ -212,7 +275,9 @@ class Pass:
             for row, read in zip(runs, reads, strict=True):
                 yield from self._encoded([row], [read])
         else:
-            yield from zip(tokens, reads, strict=True)
+            yield from (
+                (list(itertools.islice(tokens, len(texts))), read) for texts, read in zip(runs, reads, strict=True)
+            )
 
     def _masked(self, tokens: Tokens) -> Tokens:
         if self.options.train_on == "last":
@@ -265,7 +330,8 @@ def _batches(distinct: Iterable[ReadRow]) -> Iterator[list[ReadRow]]:
     batch: list[ReadRow] = []
     size = 0
     for read in distinct:
-        length = sum(len(message.content) + len(message.input) for message in read.conversation)
+        messages = itertools.chain.from_iterable(read.conversations)
+        length = sum(len(message.content) + len(message.input) for message in messages)
         if batch and (len(batch) == BATCH or size + length > BATCH_SIZE):
             yield batch
             batch, size = [], 0

@@ -71,6 +71,7 @@ def loss_plot(metrics: Sequence[MetricsLine]) -> Draw | None:
     """Training loss, each step and its running mean, and validation loss."""
     steps = _finite((line.step, line.loss) for line in metrics)
     validation = _finite((line.step, line.eval_loss) for line in metrics)
+    unit = "loss" if any(line.is_of_preferences for line in metrics) else "nats per token"
 
     def draw(width: float) -> Figure:
         figure, axes = _axes(width, 3.0)
@@ -81,7 +82,7 @@ def loss_plot(metrics: Sequence[MetricsLine]) -> Draw | None:
         if validation:
             label = f"validation, best {min(loss for _, loss in validation):.3f}"
             axes.plot(*zip(*validation, strict=True), color=ACCENT, marker="o", ms=4, linewidth=1.8, label=label)
-        axes.set(xlabel="step", ylabel="nats per token")
+        axes.set(xlabel="step", ylabel=unit)
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(axis="y", color=GRID)

@@ -10,6 +10,7 @@ from nybble.run.evaluation import (
     HeldOutEntry,
     MetricEntry,
     MissingEntry,
+    PreferenceEntry,
     ScoreEntry,
     SubjectsEntry,
     TaskEntry,
@@ -89,6 +90,19 @@ def generation(metrics: Sequence[MetricEntry]) -> ReportTable:
         for metric in metrics
     ]  # fmt: skip
     return ReportTable(["Metric", *COMPARED], rows)
+
+
+def preferences(entry: PreferenceEntry) -> ReportTable:
+    """Preference accuracy, and how often the longer answer is preferred, by the models and in the data."""
+    found = generation(entry.metrics)
+    share = Scale(percent=True)
+    more = [("longer answer chosen in the data", entry.longer_chosen), ("reward accuracy", entry.reward_accuracy)]
+    rows = [
+        TableRow([Cell(name), Cell(NONE), Cell(share.value(score.mean), share.span(score.interval)), *[Cell(NONE)] * 4])
+        for name, score in more
+        if score is not None and score.mean is not None
+    ]
+    return ReportTable(found.columns, [*found.rows, *rows])
 
 
 def missing(lines: Sequence[MissingEntry]) -> ReportTable:

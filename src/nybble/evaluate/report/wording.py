@@ -11,7 +11,18 @@ from nybble.run.evaluation import Evaluation, HeldOutEntry, MetricEntry, ScoreEn
 
 NONE = "–"
 NAMED = 4  # benchmarks that a sentence gives with numbers; the others are only named
-SHARES = ("acc", "exact", "em", "f1", "mc", "pass", "ends by itself", "distinct")  # metrics between 0 and 1
+SHARES = (
+    "acc",
+    "exact",
+    "em",
+    "f1",
+    "mc",
+    "pass",
+    "ends by itself",
+    "distinct",
+    "preference",
+    "longer",
+)  # metrics between 0 and 1
 MINOR = ("ROUGE-1", "ROUGE-2")  # not in a sentence, which has ROUGE-L
 UNDECIDED = "no difference shown"
 
@@ -202,7 +213,7 @@ def _change(difference: ScoreEntry | None, how: Scale) -> str:
 
 
 def _answers(results: Evaluation, verdict: str) -> list[MetricEntry]:
-    return [metric for metric in results.answers if metric.verdict == verdict]
+    return [metric for metric in results.compared_answers if metric.verdict == verdict]
 
 
 def _of(count: int, total: int) -> str:

@@ -5,6 +5,7 @@ from nybble.recipe.options.engine import EngineOptions
 from nybble.recipe.options.export import ExportOptions
 from nybble.recipe.options.lora import LoraOptions
 from nybble.recipe.options.model import ModelOptions
+from nybble.recipe.options.preference import PreferenceOptions
 from nybble.recipe.options.recipe import Recipe, option_names
 from nybble.recipe.options.section import Options
 from nybble.recipe.options.tracker import TrackerOptions
@@ -17,6 +18,7 @@ __all__ = [
     "LoraOptions",
     "ModelOptions",
     "Options",
+    "PreferenceOptions",
     "Recipe",
     "TrackerOptions",
     "TrainOptions",

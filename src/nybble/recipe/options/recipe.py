@@ -12,6 +12,7 @@ from nybble.recipe.options.engine import EngineOptions
 from nybble.recipe.options.export import ExportOptions
 from nybble.recipe.options.lora import LoraOptions
 from nybble.recipe.options.model import ModelOptions
+from nybble.recipe.options.preference import PreferenceOptions
 from nybble.recipe.options.section import Options
 from nybble.recipe.options.tracker import TrackerOptions
 from nybble.recipe.options.train import TrainOptions
@@ -30,6 +31,8 @@ class Recipe(Options):
     """The data."""
     train: TrainOptions = Field(default_factory=TrainOptions)
     """The training."""
+    preference: PreferenceOptions = Field(default_factory=PreferenceOptions)
+    """Training on preferences."""
     engine: EngineOptions = Field(default_factory=EngineOptions)
     """The fused engine."""
     tracker: TrackerOptions = Field(default_factory=TrackerOptions)
@@ -92,6 +95,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         data.streaming and isinstance(data.validation, float) and 0 < data.validation < 1,
         "data.validation: cannot hold out a share of a stream; set 0, a number of rows (its first), or a file",
     )
+    yield from _preference_faults(recipe)
     yield from _weights_faults(recipe)
     yield from _fp8_faults(recipe)
     yield (
@@ -104,6 +108,62 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
             f"{name}: {text!r} is not UTF-8, and the libraries that read and write models accept no other names; rename it",
         )
     yield lora.targets == [], "lora.targets: an empty list trains nothing; name layers or use all-linear"
+
+
+REFERRING = ("dpo", "kto")  # objectives with a reference
+
+
+def _preference_faults(recipe: Recipe) -> Iterator[tuple[bool, str]]:
+    train, data, preference = recipe.train, recipe.data, recipe.preference
+    objective = train.objective
+    is_preference = objective != "supervised"
+    uses = {"supervised": (), "dpo": ("beta", "reference"), "orpo": ("beta",), "simpo": ("beta", "gamma"),
+            "kto": ("beta", "reference", "desirable_weight", "undesirable_weight")}[objective]  # fmt: skip
+    defaults = PreferenceOptions()
+    unused = [
+        name
+        for name in PreferenceOptions.model_fields
+        if name not in uses and getattr(preference, name) != getattr(defaults, name)
+    ]
+    yield (
+        bool(unused),
+        f"preference: {', '.join(unused)} has no effect with train.objective={objective}",
+    )
+    yield (
+        is_preference and data.form != "auto",
+        f"data.form: {data.form} is for rows with one answer; train.objective={objective} finds the form by the columns",
+    )
+    yield (
+        is_preference and data.overlength == "split",
+        "data.overlength: an answer that is judged as a whole cannot be split; use drop or truncate",
+    )
+    yield (
+        data.train_on == "all" and objective in ("dpo", "kto", "simpo"),
+        f"data.train_on: train.objective={objective} compares answers only; leave train_on out",
+    )
+    yield (
+        is_preference and train.neftune_alpha is not None,
+        f"train.neftune_alpha: noise would change the likelihoods that train.objective={objective} compares; leave it out",
+    )
+    yield (
+        objective == "kto" and train.micro_batch < 2,
+        "train.micro_batch: kto estimates how far the model has moved from the answers of other rows of its micro batch; "
+        "it needs at least 2",
+    )
+    from_adapter = recipe.adapter is not None
+    yield (
+        from_adapter and objective == "dpo" and preference.reference == "live",
+        "preference.reference: an adapter that is trained further is its own reference, which only `kept` can still know later",
+    )
+    yield (
+        from_adapter and objective == "kto",
+        "adapter: kto needs its reference in every step, and an adapter that is trained further is no longer it; merge the "
+        "adapter into the base first (nybble export RUN --to merged), or use train.objective=dpo",
+    )
+    yield (
+        data.streaming and objective in REFERRING and preference.reference == "kept",
+        "preference.reference: the rows of a stream are not known before the first step; set live",
+    )
 
 
 def _weights_faults(recipe: Recipe) -> Iterator[tuple[bool, str]]:

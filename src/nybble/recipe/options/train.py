@@ -14,6 +14,8 @@ from nybble.recipe.options.section import Options
 class TrainOptions(Options):
     """How the adapter is trained."""
 
+    objective: Literal["supervised", "dpo", "orpo", "kto", "simpo"] = "supervised"
+    """supervised imitates answers; dpo, orpo and simpo learn from chosen and rejected ones, kto from good and bad ones."""
     micro_batch: int = Field(default=4, ge=1)
     """Rows per forward and backward pass on each device."""
     accumulation: int = Field(default=4, ge=1)
@@ -68,3 +70,13 @@ class TrainOptions(Options):
         """The learning rate as a number; a run whose recipe says auto finds it before it is created."""
         assert self.learning_rate != AUTO, "the learning rate was not found yet"
         return float(self.learning_rate)
+
+    @property
+    def loss_unit(self) -> str:
+        """What the loss is measured in; a preference's has no unit."""
+        return "nats per token" if self.objective == "supervised" else self.objective
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences a row is: a pair is its prompt with each of two answers."""
+        return 2 if self.objective in ("dpo", "orpo", "simpo") else 1

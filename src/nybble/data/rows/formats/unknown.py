@@ -9,12 +9,17 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from nybble.data.rows.formats.preferences import Target
 from nybble.data.rows.formats.turns import turn_list
 from nybble.data.rows.readers import JSON_KINDS, Row, kind_of, listing
 from nybble.data.rows.readers.wrapped import jq_command, rows_inside
 from nybble.errors import DataError
 
-PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
+PREFERENCES = (
+    ("chosen", "rejected"),
+    ("chosen_response", "rejected_response"),
+    ("preferred_output", "non_preferred_output"),
+)
 USUAL_NAMES = {
     # field: names that data sets often give it
     "system": ("system_prompt", "system_message"),
@@ -58,13 +63,47 @@ def two_answers(row: Row) -> DataError | None:
         fix = f"{_mapped({'completion': names[0]})} trains on the preferred answer"
     else:
         fix = "put the preferred answer where other rows have theirs: after the last message, or in output"
-    return preference(row, f"two answers, {names[0]!r} and {names[1]!r}", fix)
+    return preference(row, f"two answers, {names[0]!r} and {names[1]!r}", "dpo", fix)
 
 
-def preference(row: Row, why: str, fix: str) -> DataError:
-    """The fault of a row that rates an answer."""
+def preference(row: Row, why: str, objective: str, fix: str) -> DataError:
+    """The fault of a row that judges answers, in a run that imitates them.
+
+    Args:
+        row: the row.
+        why: how it judges.
+        objective: the value of train.objective that learns from such rows.
+        fix: how the row could be imitated.
+    """
     return DataError(
-        f"a preference row ({why}): nybble trains on one answer per row, not on preferences", where=row.origin, fix=fix
+        f"a preference row ({why}), but train.objective=supervised trains on one answer per row", where=row.origin,
+        fix=f"train.objective={objective} learns from the preference; or {fix}",
+    )  # fmt: skip
+
+
+def one_answer(row: Row, target: Target, expected: Sequence[Sequence[str]], missing: Sequence[str]) -> DataError:
+    """The fault of a row that has none of the forms of preferences, in a run that learns from them.
+
+    Args:
+        row: the row.
+        target: what the run reads rows for.
+        expected, missing: as for `unknown_form`.
+    """
+    wanted = {"pairs": "a chosen and a rejected answer", "labels": "a label or two answers"}[target]
+    names = {name.strip().lower() for name in row.values}
+    if target == "pairs" and {"completion", "label"} <= names:
+        fix = "train.objective=kto learns from labelled answers"
+    elif names & {"messages", "conversations", "output", "completion", "text"} and not names & {"chosen", "rejected"}:
+        fix = "train.objective=supervised trains on rows with one answer"
+    elif missing:
+        fix = f"add {' and '.join(map(repr, missing))}, or delete the row"
+    else:
+        fix = "name the columns: data.map={prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}"
+    shown = "; or ".join(dict.fromkeys(", ".join(form) for form in expected))
+    return DataError(
+        f"no preference: found {listing(map(repr, row.values)) or 'none'}; a row needs {wanted}: {shown}",
+        where=row.origin,
+        fix=fix,
     )
 
 

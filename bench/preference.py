@@ -1,0 +1,252 @@
+"""Speed and memory of DPO beside TRL's DPOTrainer: the same base in NF4, adapter, pairs and optimiser; each row in a process.
+
+    python -m bench.preference DIR TOKENIZER_DIR DATA.jsonl [--rows TEXT ...] [--steps 10] [--json FILE] [--tiny]
+
+DIR gets a random model of Llama 2 7B's shape (with --tiny, of 2 small layers, for a CPU). DATA has instruction, input and output;
+prompts and answers are pieces of its text. Each row prints one JSON line. Tokens are those of both sequences of a pair, prompt
+included twice, however a tool computes them, so that rows compare. The first three steps are left out of the speed. A reference
+is live, computed in each step, or kept: its time before the first step is `reference_s`. "reserved" is max_memory_reserved in 1e9
+bytes, the base included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from bench.train import WARM_UP, Clock
+from nybble.data.judged_batches import SHARES_PROMPTS, JudgedCollator
+from nybble.data.sets.prepare import prepare as prepare_data
+from nybble.engine.fuse import fuse, fusion
+from nybble.model.adapter.lora import attach_adapter
+from nybble.model.device import grow_segments
+from nybble.objective.preference import PairObjective
+from nybble.plan.schedule import Schedule
+from nybble.recipe import load_recipe
+from nybble.training.arguments import training_arguments
+from nybble.training.optimizer import make_optimizer
+from nybble.training.reference import computed_likelihoods
+from nybble.training.trainer import QLoraTrainer
+from nybble.weights.on_cpu import stay_unpacked
+
+TIMEOUT, RATE, BETA, RANK = 900, 5e-5, 0.1, 16
+WORKS = {
+    "short prompts": (128, 384, 8),
+    "long prompts": (1024, 256, 4),
+}  # tokens of prompt and answer, pairs of a micro batch
+TOOLS = ("nybble kept", "nybble live", "trl kept", "trl live")
+ON_CUDA = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
+PLACE: Any = torch.device("cuda", 0) if ON_CUDA else "cpu"
+
+
+def prepare(folder: pathlib.Path, tokenizer: pathlib.Path, tiny: bool) -> None:
+    """Write the model in NF4, unless it exists."""
+    if (folder / "nf4" / "config.json").exists():
+        return
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        rms_norm_eps=1e-5, max_position_embeddings=4096, pad_token_id=None, dtype=DTYPE, **(small if tiny else {})
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(DTYPE)
+    with torch.device(PLACE):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder / "bf16")
+    del model
+    storage = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=DTYPE
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "bf16", device_map={"": PLACE}, dtype=DTYPE, quantization_config=storage
+    )
+    model.save_pretrained(folder / "nf4")
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded.pad_token = loaded.pad_token or loaded.unk_token
+    loaded.chat_template = None
+    loaded.save_pretrained(folder / "nf4")
+
+
+def pairs(tokenizer: Any, data: pathlib.Path, work: str, steps: int, tiny: bool) -> list[dict[str, str]]:
+    """Pairs of text whose parts have about so many tokens."""
+    prompt, answer, count = shape_of(work, tiny)
+    rows = [json.loads(line) for line in data.open()]
+    texts = [f"{row['instruction']}\n{row['input']}\n{row['output']}\n" for row in rows]
+    ids = list(itertools.chain.from_iterable(tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    sizes = [prompt, answer, answer]
+    made = []
+    for n in range(count * steps):
+        start = n * sum(sizes) % (len(ids) - sum(sizes))
+        cuts = list(itertools.accumulate(sizes, initial=start))
+        parts = [tokenizer.decode(ids[begin:end]).strip() for begin, end in itertools.pairwise(cuts)]
+        made.append(dict(zip(("prompt", "chosen", "rejected"), parts, strict=True)))
+    return made
+
+
+def shape_of(work: str, tiny: bool) -> tuple[int, int, int]:
+    """Tokens of prompt and answer, and pairs of a micro batch."""
+    prompt, answer, count = WORKS[work]
+    return (prompt // 16, answer // 16, 2) if tiny else (prompt, answer, count)
+
+
+def base_of(folder: pathlib.Path) -> Any:
+    """The model in NF4."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "nf4", device_map={"": PLACE}, dtype=DTYPE)
+    model.config.use_cache = False
+    stay_unpacked(model)
+    return model
+
+
+def measured(trainer: Any, clock: Clock, tokens: int, steps: int, more: dict[str, Any]) -> dict[str, Any]:
+    """Train, and the result; `tokens` are those of a step."""
+    if ON_CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    first = min(WARM_UP, steps - 1)
+    seconds = (clock.marks[steps - 1] - clock.marks[first - 1]) / (steps - first)
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return {
+        "tok_s": round(tokens / seconds), "step_s": round(seconds, 4), "tokens_of_step": tokens,
+        "reserved_GB": round(torch.cuda.max_memory_reserved() / 1e9, 2) if ON_CUDA else None,
+        "loss": [round(losses[0], 4), round(losses[-1], 4)], **more,
+    }  # fmt: skip
+
+
+def nybble_row(folder: pathlib.Path, file: pathlib.Path, count: int, steps: int, live: bool) -> dict[str, Any]:
+    """nybble's own trainer and objective."""
+    if ON_CUDA:
+        grow_segments()
+    recipe = load_recipe(None, [
+        f"model.path={folder}", f"data.path={file}", f"lora.r={RANK}", f"lora.alpha={RANK}", f"train.micro_batch={count}",
+        "train.accumulation=1", f"train.optimizer={'adamw_8bit' if ON_CUDA else 'adamw'}", "train.scheduler=constant",
+        "train.warmup=0", f"train.learning_rate={RATE}", "data.max_length=4096", "data.validation=0", "train.objective=dpo",
+    ])  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(folder / "nf4")
+    rows = prepare_data(recipe.data, tokenizer, 0, pathlib.Path(tempfile.mkdtemp()), target="pairs").train
+    model = base_of(folder)
+    model.requires_grad_(False)
+    model = attach_adapter(model, recipe.lora)
+    fuse(model, "auto")
+    fusion(model).budget.chunked_loss = True
+    shares = SHARES_PROMPTS and getattr(fusion(model), "shares_prompts", False)
+    collate, more = JudgedCollator(0, flatten=True, shares_prompts=shares), {}
+    if not live:
+        began = time.perf_counter()
+        collate = dataclasses.replace(
+            collate, reference=computed_likelihoods(model, collate, rows, list(rows["length"]), DTYPE)
+        )
+        more["reference_s"] = round(time.perf_counter() - began, 1)
+    schedule, clock = Schedule(steps, 10**6, 10**6, 0), Clock(steps)
+    arguments = training_arguments(
+        recipe, pathlib.Path(tempfile.mkdtemp()), schedule, torch.device(model.device.type), DTYPE,
+        has_validation=False, checkpointing=False,
+    )  # fmt: skip
+    arguments.save_strategy = "no"
+    trainer = QLoraTrainer(
+        objective=PairObjective("dpo", BETA), optimizer=make_optimizer(model, recipe.train.optimizer, DTYPE, RATE, 0.0),
+        model=model, args=arguments, train_dataset=rows, data_collator=collate, processing_class=tokenizer, callbacks=[clock],
+    )  # fmt: skip
+    step = trainer.training_step
+
+    def cleared(*given: Any) -> Any:
+        trainer.current_step.clear()
+        return step(*given)
+
+    trainer.training_step = cleared
+    result = measured(trainer, clock, sum(rows["length"]) // steps, steps, more)
+    return {**result, "fallen_back": fusion(model).fallen_back, "attention": fusion(model).last.attention}
+
+
+def trl_row(folder: pathlib.Path, file: pathlib.Path, count: int, steps: int, live: bool) -> dict[str, Any]:
+    """TRL's DPOTrainer with gradient checkpointing."""
+    tokenizer, clock = AutoTokenizer.from_pretrained(folder / "nf4"), Clock(steps)
+    rows = Dataset.from_list([json.loads(line) for line in file.open()])
+    arguments = DPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=count, max_steps=steps, learning_rate=RATE, beta=BETA,
+        logging_steps=1, save_strategy="no", report_to="none", bf16=ON_CUDA, use_cpu=not ON_CUDA, max_length=4096,
+        optim="adamw_8bit" if ON_CUDA else "adamw_torch", warmup_steps=0, lr_scheduler_type="constant", seed=0,
+        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
+        precompute_ref_log_probs=not live, disable_tqdm=True,
+    )  # fmt: skip
+    lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    began = time.perf_counter()
+    trainer = DPOTrainer(
+        model=base_of(folder), args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora,
+        callbacks=[clock],
+    )  # fmt: skip
+    more = {} if live else {"reference_s": round(time.perf_counter() - began, 1)}
+    parts = ("prompt_ids", "prompt_ids", "chosen_ids", "rejected_ids")
+    tokens = sum(len(row[part]) for row in trainer.train_dataset for part in parts)
+    return measured(trainer, clock, tokens // steps, steps, more)
+
+
+def row(tool: str, work: str, given: argparse.Namespace) -> dict[str, Any]:
+    """One row."""
+    tokenizer = AutoTokenizer.from_pretrained(given.folder / "nf4")
+    file = pathlib.Path(tempfile.mkdtemp()) / "pairs.jsonl"
+    made = pairs(tokenizer, given.data, work, given.steps, given.tiny)
+    file.write_text("".join(json.dumps(each) + "\n" for each in made))
+    run = nybble_row if tool.startswith("nybble") else trl_row
+    count = shape_of(work, given.tiny)[2]
+    return run(given.folder, file, count, given.steps, tool.endswith("live"))
+
+
+def table(given: argparse.Namespace) -> None:
+    """Every row in a process of its own, then a table."""
+    found: list[dict[str, Any]] = []
+    common = [str(given.folder), str(given.tokenizer), str(given.data), f"--steps={given.steps}"]
+    common += ["--tiny"] if given.tiny else []
+    for work, tool in itertools.product(WORKS, TOOLS):
+        name = f"{tool}, {work}"
+        if given.rows and not any(text in name for text in given.rows):
+            continue
+        command = [sys.executable, "-m", "bench.preference", *common, "--row", tool, work]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        lines = [line for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
+        result = json.loads(lines[-1].removeprefix("RESULT ")) if lines else {"failed": ended.stderr[-3000:]}
+        found.append({"name": name, "device": torch.cuda.get_device_name() if ON_CUDA else "cpu", **result})
+        print(json.dumps(found[-1]), flush=True)
+        if given.json is not None:
+            given.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{'':32}{'tokens/s':>10}{'GB':>8}{'loss':>9}")
+    for each in found:
+        if "failed" not in each:
+            print(f"{each['name']:32}{each['tok_s']:>10,}{each['reserved_GB'] or 0:>8.2f}{each['loss'][-1]:>9.4f}")
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("tokenizer", type=pathlib.Path)
+    parser.add_argument("data", type=pathlib.Path)
+    parser.add_argument("--rows", nargs="*", default=[])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--row", nargs=2, metavar=("TOOL", "WORK"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    prepare(given.folder, given.tokenizer, given.tiny)
+    if given.row:
+        print("RESULT " + json.dumps(row(*given.row, given)), flush=True)
+    else:
+        table(given)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Teach a small model a skill, then what is preferred: orders to JSON by SFT, then compact JSON rather than indented by DPO.
+
+    python examples/preference.py [--seed 0] [--folder runs/preference]
+
+Everything is generated from the seed, and the right answer is known: of two correct JSON answers the shorter one is preferred.
+SFT sees orders of one item answered compactly and larger ones indented, so afterwards the model prefers either in about half of
+all orders. DPO starts from that adapter, which is also its reference. Both are tested on orders whose sentences, names and goods
+neither has seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from nybble.chat.answerer import Answerer, Sampling
+from nybble.chat.loading import load_answerer
+from nybble.data.sets.prepare import prepare
+from nybble.demo.embedded import embedded_model
+from nybble.demo.orders import Order, exact_match, prompt_for, test_orders, train_orders
+from nybble.evaluate.preferences import pair_likelihoods, preference_entry
+from nybble.files.paths import default_cache
+from nybble.recipe import load_recipe
+from nybble.run.folder import Run
+from nybble.training.train import train
+
+SFT_STEPS, DPO_STEPS, BATCH, TESTS, HELD_OUT = 60, 20, 2, 100, 8
+SFT_RATE, DPO_RATE = 1.5e-3, 1.5e-4
+
+
+def main() -> None:
+    """Train both runs and print what they prefer and how often they are right."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/preference"))
+    given = parser.parse_args()
+    console, cache, began = Console(), default_cache(), time.perf_counter()
+    given.folder.mkdir(parents=True)
+    base = embedded_model(cache)
+    count = HELD_OUT + SFT_STEPS * BATCH
+    orders = train_orders(count + HELD_OUT + DPO_STEPS * BATCH, given.seed)
+    tests = test_orders(TESTS, given.seed)
+    sft_rows = [
+        {"messages": [*asked(each), said(styled(each, compact=len(each.goods) == 1))]} for each in orders[:count]
+    ]
+    files = {name: given.folder / f"{name}.jsonl" for name in ("sft", "pairs", "tests")}
+    write(files["sft"], sft_rows)
+    write(files["pairs"], [pair(each) for each in orders[count:]])
+    write(files["tests"], [pair(each) for each in tests])
+    console.rule("1  supervised: orders to JSON, compact for one item, indented for more")
+    common = [f"model.path={base}", f"train.seed={given.seed}", f"train.micro_batch={BATCH}", "train.accumulation=1"]
+    common += ["train.scheduler=linear", "train.warmup=5", "train.samples=0", "data.max_length=512"]
+    common += [f"data.validation={HELD_OUT}"]
+    first = run([*common, f"data.path={files['sft']}", f"out={given.folder / 'sft'}", f"train.max_steps={SFT_STEPS}",
+                 f"train.learning_rate={SFT_RATE}", f"train.evaluate_every={SFT_STEPS}"], console)  # fmt: skip
+    console.rule("2  dpo: compact rather than indented")
+    second = run([*common, f"data.path={files['pairs']}", f"out={given.folder / 'dpo'}", f"train.max_steps={DPO_STEPS}",
+                  f"train.learning_rate={DPO_RATE}", "train.objective=dpo", f"adapter={first.adapter}",
+                  f"train.evaluate_every={DPO_STEPS}"], console)  # fmt: skip
+    console.rule(f"3  {TESTS} orders whose sentences, names and goods neither has seen")
+    for name, each in (("sft", first), ("dpo", second)):
+        console.print(f"{name}  {tested(each, files['tests'], tests, cache)}")
+    console.print(f"{time.perf_counter() - began:.0f} s in all")
+
+
+def asked(order: Order) -> list[dict[str, str]]:
+    """The prompt as messages."""
+    return [{"role": message.role, "content": message.content} for message in prompt_for(order.text)]
+
+
+def said(answer: str) -> dict[str, str]:
+    """An answer as a message."""
+    return {"role": "assistant", "content": answer}
+
+
+def styled(order: Order, *, compact: bool) -> str:
+    """The right answer, compact or indented."""
+    return order.answer if compact else json.dumps(json.loads(order.answer), indent=1)
+
+
+def pair(order: Order) -> dict[str, list[dict[str, str]]]:
+    """A preference: both answers are right, and the shorter one was chosen."""
+    return {
+        "prompt": asked(order),
+        "chosen": [said(styled(order, compact=True))],
+        "rejected": [said(styled(order, compact=False))],
+    }
+
+
+def write(file: pathlib.Path, rows: Sequence[object]) -> None:
+    """Rows as JSON Lines."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def run(options: Sequence[str], console: Console) -> Run:
+    """A run with these options."""
+    return train(load_recipe(None, options), console=console)
+
+
+def tested(run: Run, pairs: pathlib.Path, tests: Sequence[Order], cache: pathlib.Path) -> str:
+    """Preference accuracy on unseen pairs, and how many unseen orders are answered rightly, and how."""
+    answerer = load_answerer(run, cache, dequantise=True)
+    data = run.recipe.data.model_copy(update={"path": str(pairs), "validation": 0.0, "max_length": 1024})
+    rows = list(prepare(data, answerer.tokenizer, 0, cache, template=answerer.template, target="pairs").train)
+    likelihoods = pair_likelihoods(answerer.model, rows, answerer.tokenizer.pad_token_id)
+    accuracy = preference_entry(likelihoods, likelihoods, "dpo").metrics[0].tuned
+    assert accuracy.interval is not None
+    low, high = accuracy.interval
+    answers = answers_of(answerer, tests)
+    right = [exact_match(answer, order.answer) for answer, order in zip(answers, tests, strict=True)]
+    compact = sum("\n" not in answer.strip() for answer in answers)
+    return (
+        f"prefers the shorter of two right answers in {accuracy.mean:.0%} of {len(rows)} pairs (95%: {low:.0%} to {high:.0%}); "
+        f"{sum(right)} of {len(tests)} answers exactly right, {compact} of them compact"
+    )
+
+
+def answers_of(answerer: Answerer, tests: Sequence[Order]) -> list[str]:
+    """Greedy answers, at most a little longer than the longest indented one."""
+    longest = max(len(answerer.tokenizer(styled(each, compact=False))["input_ids"]) for each in tests)
+    return answerer.answer([prompt_for(each.text) for each in tests], Sampling(max_new_tokens=longest + 5))
+
+
+if __name__ == "__main__":
+    main()
