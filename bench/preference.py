@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer
 
 from bench.train import WARM_UP, Clock
-from nybble.data.judged_batches import SHARES_PROMPTS, JudgedCollator
+from nybble.data.judged_batches import JudgedCollator
 from nybble.data.sets.prepare import prepare as prepare_data
 from nybble.engine.fuse import fuse, fusion
 from nybble.model.adapter.lora import attach_adapter
@@ -143,7 +143,7 @@ def nybble_row(folder: pathlib.Path, file: pathlib.Path, count: int, steps: int,
     model = attach_adapter(model, recipe.lora)
     fuse(model, "auto")
     fusion(model).budget.chunked_loss = True
-    shares = SHARES_PROMPTS and getattr(fusion(model), "shares_prompts", False)
+    shares = fusion(model) is not None and fusion(model).shares_prompts
     collate, more = JudgedCollator(0, flatten=True, shares_prompts=shares), {}
     if not live:
         began = time.perf_counter()

@@ -151,6 +151,7 @@ CONTRADICTIONS = {
     "split": (["data.overlength=split"], "data.overlength: an answer that is judged as a whole cannot be split"),
     "prompts": (["data.train_on=all"], "compares answers only"),
     "noise": (["train.neftune_alpha=5"], "noise would change the likelihoods"),
+    "rate": (["train.learning_rate=auto"], "auto judges the rate by a loss in nats per token"),
     "stream": (
         ["data.streaming=true", "train.max_steps=3"],
         "the rows of a stream are not known before the first step",

@@ -14,9 +14,6 @@ from datasets import Dataset
 
 from nybble.data.batches import Collator, Sample
 
-SHARES_PROMPTS = False
-"""Whether pairs share their prompt in a batch where the engine says that it can compute that (`Fusion.shares_prompts`)."""
-
 Likelihoods = Mapping[bytes, Sequence[float]]
 """The log-likelihoods in nats of a row's one or two answers, by the row's `row_key`."""
 
@@ -72,7 +69,7 @@ class JudgedCollator:
         return batch
 
     def _batch(self, examples: Sequence[Sample], is_packed: bool) -> dict[str, Any]:
-        shares = self.shares_prompts and self.flatten
+        shares = self.shares_prompts and self.flatten and bool(examples[0]["rejected"])
         segments = list(itertools.chain.from_iterable(_segments(example, shares) for example in examples))
         if shares:
             batch, starts = _shared(segments)

@@ -11,7 +11,7 @@ from typing import Literal
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.data.batches import Collator
-from nybble.data.judged_batches import SHARES_PROMPTS, collator_for
+from nybble.data.judged_batches import collator_for
 from nybble.data.judged_xray import ExpectedJudged, inspect_judged
 from nybble.data.rows.formats import TARGETS
 from nybble.data.sets.examine import Examined
@@ -106,9 +106,7 @@ def _inspected_sets(
     """Training and validation rows whose batches have passed inspection; None if they have not."""
     tokenizer = examined.template.tokenizer
     flatten = recipe.engine.fused
-    collate = collator_for(
-        recipe.train.objective, tokenizer.pad_token_id, flatten=flatten, shares_prompts=SHARES_PROMPTS
-    )
+    collate = collator_for(recipe.train.objective, tokenizer.pad_token_id, flatten=flatten, shares_prompts=flatten)
     expected = Expected(examined.template, recipe.data.train_on)
     judged = ExpectedJudged(examined.template)
     try:

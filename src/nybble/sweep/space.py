@@ -19,6 +19,7 @@ DECADE = 10  # ratio of the ends of a range from which it is searched on a logar
 DIGITS = 3  # significant digits of a searched value: more would not change a loss
 FIXED = {
     "train.processes": "trials run one after the other in one process",
+    "train.objective": "losses of different objectives cannot be compared",
     "train.seed": "it decides which rows are held out",
 }
 """Options of the searched sections that are not searched, and why."""

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 
 from nybble.data.batches import Collator, FilledRows
-from nybble.data.judged_batches import SHARES_PROMPTS, JudgedCollator, collator_for, good_rows
+from nybble.data.judged_batches import JudgedCollator, collator_for, good_rows
 from nybble.data.sets.stream import StreamedRows
 from nybble.distributed.group import broadcast, group_size, share_of
 from nybble.engine.fusion import uneven_passes
@@ -125,7 +125,7 @@ def _make_trainer(
 def _collator(setup: TrainingSetup, fused: bool, console: Console) -> Collator | JudgedCollator:
     """Makes batches of rows; with a reference that is kept, its likelihoods are computed now."""
     recipe, pad_id = setup.recipe, setup.tokenizer.pad_token_id
-    shares = SHARES_PROMPTS and getattr(setup.fusion, "shares_prompts", False)
+    shares = setup.fusion is not None and setup.fusion.shares_prompts
     collate = collator_for(recipe.train.objective, pad_id, flatten=fused, shares_prompts=shares)
     is_kept = recipe.preference.reference == "kept" and recipe.train.objective in REFERRING
     if isinstance(collate, Collator) or not is_kept:

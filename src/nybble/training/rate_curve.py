@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from nybble.objective.objective import MicroBatch, Objective
+from nybble.objective.objective import MicroBatch
+from nybble.objective.supervised import Supervised
 from nybble.run.rate import RatePoint
 
 Steps = Sequence[Sequence[MicroBatch]]
@@ -19,7 +20,7 @@ DIVERGED = 1.0
 
 
 def rising_losses(
-    model: torch.nn.Module, objective: Objective, steps: Steps, optimizer: torch.optim.Optimizer, rates: Sequence[float],
+    model: torch.nn.Module, objective: Supervised, steps: Steps, optimizer: torch.optim.Optimizer, rates: Sequence[float],
     dtype: torch.dtype, max_grad_norm: float, show: Callable[[int], None],
 ) -> Iterator[RatePoint]:  # fmt: skip
     """Train one step at each rate, until the loss diverges; the adapter is changed.
@@ -58,7 +59,7 @@ def rising_losses(
 
 
 def _step(
-    model: torch.nn.Module, objective: Objective, step: Sequence[MicroBatch], optimizer: torch.optim.Optimizer,
+    model: torch.nn.Module, objective: Supervised, step: Sequence[MicroBatch], optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler, computing: contextlib.AbstractContextManager[Any], max_grad_norm: float,
     device: torch.device,
 ) -> float:  # fmt: skip

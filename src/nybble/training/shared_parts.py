@@ -56,14 +56,14 @@ class SharedParts:
         """Tokenizer and rows of a recipe.
 
         Args:
-            recipe: its sections model and data are used, the seed of the split, and whether the layers are fused, for which
-                batches have another form.
+            recipe: its sections model and data are used, the seed of the split, the objective, and whether the layers are fused,
+                for which batches have another form.
             prepare: prepares them.
         """
         model = recipe.model
         key = (
             *(recipe.data.model_dump(), model.path, model.revision, model.rope_scaling),
-            *(recipe.train.seed, recipe.engine.fused),
+            *(recipe.train.seed, recipe.train.objective, recipe.engine.fused),
         )
         if self._data is None or key != self._data_key:
             self._data, self._data_key = prepare(), key

@@ -13,6 +13,7 @@ from nybble.recipe.options.export import ExportOptions
 from nybble.recipe.options.lora import LoraOptions
 from nybble.recipe.options.model import ModelOptions
 from nybble.recipe.options.preference import PreferenceOptions
+from nybble.recipe.options.rate import AUTO
 from nybble.recipe.options.section import Options
 from nybble.recipe.options.tracker import TrackerOptions
 from nybble.recipe.options.train import TrainOptions
@@ -149,6 +150,11 @@ def _preference_faults(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         objective == "kto" and train.micro_batch < 2,
         "train.micro_batch: kto estimates how far the model has moved from the answers of other rows of its micro batch; "
         "it needs at least 2",
+    )
+    yield (
+        is_preference and train.learning_rate == AUTO,
+        f"train.learning_rate: auto judges the rate by a loss in nats per token, which train.objective={objective} has not; name "
+        "a rate, or search it: nybble sweep train.learning_rate=1e-6..1e-4",
     )
     from_adapter = recipe.adapter is not None
     yield (
