@@ -3,8 +3,8 @@
     python examples/preference.py [--seed 0] [--folder runs/preference]
 
 Everything is generated from the seed, and the right answer is known: of two correct JSON answers the shorter one is preferred.
-Of the answers that SFT sees, one in seven is compact, by chance, and the others are indented; the model itself inclines to compact
-JSON, so afterwards it prefers neither. DPO starts from that adapter, which is also its reference. Both are tested on orders whose
+Of the answers that SFT sees, one in four is compact, by chance, and the others are indented; the model itself inclines to
+compact JSON, so afterwards it prefers neither. DPO starts from that adapter, which is also its reference. Both are tested on orders whose
 sentences, names and goods neither has seen.
 """
 
@@ -32,7 +32,7 @@ from nybble.training.train import train
 
 SFT_STEPS, DPO_STEPS, BATCH, TESTS, HELD_OUT = 60, 16, 2, 100, 8
 SFT_RATE, DPO_RATE = 1.5e-3, 1e-4
-COMPACT = 1 / 7  # of the answers that SFT sees
+COMPACT = 1 / 4  # of the answers that SFT sees
 
 
 def main() -> None:
