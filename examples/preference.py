@@ -4,8 +4,8 @@
 
 Everything is generated from the seed, and the right answer is known: of two correct JSON answers the shorter one is preferred.
 Of the answers that SFT sees, one in four is compact, by chance, and the others are indented; the model itself inclines to
-compact JSON, so afterwards it prefers neither. DPO starts from that adapter, which is also its reference. Both are tested on orders whose
-sentences, names and goods neither has seen.
+compact JSON, so afterwards it prefers now one and now the other. DPO starts from that adapter, which is also its reference.
+Both are tested on orders whose sentences, names and goods neither has seen.
 """
 
 from __future__ import annotations
