@@ -3,9 +3,9 @@
     python examples/preference.py [--seed 0] [--folder runs/preference]
 
 Everything is generated from the seed, and the right answer is known: of two correct JSON answers the shorter one is preferred.
-SFT sees orders of one item answered compactly and larger ones indented, so afterwards the model prefers either in about half of
-all orders. DPO starts from that adapter, which is also its reference. Both are tested on orders whose sentences, names and goods
-neither has seen.
+Of the answers that SFT sees, one in four is compact, by chance, and the others are indented; the model itself inclines to
+compact JSON, so afterwards it prefers now one and now the other. DPO starts from that adapter, which is also its reference.
+Both are tested on orders whose sentences, names and goods neither has seen.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import random
 import time
 from collections.abc import Sequence
 
@@ -29,8 +30,9 @@ from nybble.recipe import load_recipe
 from nybble.run.folder import Run
 from nybble.training.train import train
 
-SFT_STEPS, DPO_STEPS, BATCH, TESTS, HELD_OUT = 60, 20, 2, 100, 8
-SFT_RATE, DPO_RATE = 1.5e-3, 1.5e-4
+SFT_STEPS, DPO_STEPS, BATCH, TESTS, HELD_OUT = 60, 16, 2, 100, 8
+SFT_RATE, DPO_RATE = 1.5e-3, 1e-4
+COMPACT = 1 / 4  # of the answers that SFT sees
 
 
 def main() -> None:
@@ -40,19 +42,20 @@ def main() -> None:
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/preference"))
     given = parser.parse_args()
     console, cache, began = Console(), default_cache(), time.perf_counter()
+    draw = random.Random(f"styles {given.seed}")
     given.folder.mkdir(parents=True)
     base = embedded_model(cache)
     count = HELD_OUT + SFT_STEPS * BATCH
     orders = train_orders(count + HELD_OUT + DPO_STEPS * BATCH, given.seed)
     tests = test_orders(TESTS, given.seed)
     sft_rows = [
-        {"messages": [*asked(each), said(styled(each, compact=len(each.goods) == 1))]} for each in orders[:count]
+        {"messages": [*asked(each), said(styled(each, compact=draw.random() < COMPACT))]} for each in orders[:count]
     ]
     files = {name: given.folder / f"{name}.jsonl" for name in ("sft", "pairs", "tests")}
     write(files["sft"], sft_rows)
     write(files["pairs"], [pair(each) for each in orders[count:]])
     write(files["tests"], [pair(each) for each in tests])
-    console.rule("1  supervised: orders to JSON, compact for one item, indented for more")
+    console.rule("1  supervised: orders to JSON, compact or indented at random")
     common = [f"model.path={base}", f"train.seed={given.seed}", f"train.micro_batch={BATCH}", "train.accumulation=1"]
     common += ["train.scheduler=linear", "train.warmup=5", "train.samples=0", "data.max_length=512"]
     common += [f"data.validation={HELD_OUT}"]
