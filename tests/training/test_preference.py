@@ -268,6 +268,19 @@ def test_kto_runs_on_several_processes_though_a_micro_batch_may_have_no_answer_t
     assert lines[-1]["eval_accuracy"] > 0.5
 
 
+def test_kto_measures_one_held_out_row_against_the_reference_itself(tiny_llama, labels, cache, tmp_path):
+    """Its own answer is no estimate of how far the model has moved: a good one would have a loss of 0.5 whatever is learnt."""
+    good = write(
+        tmp_path / "good.jsonl", [row for row in map(json.loads, labels.read_text().splitlines()) if row["label"]]
+    )
+    recipe = recipe_of(tiny_llama, good, tmp_path / "run", "kto", "data.validation=1", "train.max_steps=8")
+    run, _ = said_by(recipe, cache)
+    evaluations = [line.model_dump() for line in read_metrics(run) if line.eval_loss is not None]
+    assert evaluations[-1]["eval_loss"] < 0.5 - 1e-3
+    assert evaluations[-1]["eval_accuracy"] == 1
+    assert evaluations[-1]["eval_kl"] == 0
+
+
 def steps(watch, count=WINDOW, **measured):
     usual = {"logp_chosen": -10.0, "reward_chosen": 0.0, "reward_rejected": 0.0}
     return [line for _ in range(count) for line in watch.see({**usual, **measured})]
