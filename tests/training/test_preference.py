@@ -11,6 +11,8 @@ import pytest
 from rich.console import Console
 
 from nybble.cli.app import app
+from nybble.engine import compute
+from nybble.engine.fusion import Fusion
 from nybble.errors import RecipeError
 from nybble.evaluate.evaluation import Measures, evaluate
 from nybble.evaluate.gate import judge, parse_requirements
@@ -106,6 +108,54 @@ def test_a_live_reference_gives_the_losses_of_a_kept_one(tiny_llama, pairs, cach
         found[reference] = losses(run)
     assert found["live"] == pytest.approx(found["kept"], abs=1e-5)
     assert len(set(found["kept"])) == 4, "the first step warms up"
+
+
+@pytest.mark.parametrize("reference", ["kept", "live"])
+def test_in_fp8_the_reference_answers_as_the_model_that_is_trained_from_it(
+    reference, tiny_llama, pairs, cache, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(compute, "missing", lambda device: "")  # on a CPU its reference computes it
+    words = ["model.device=auto", "model.dtype=auto", "engine.compute=fp8", "lora.dropout=0.1", "train.max_steps=3"]
+    recipe = recipe_of(tiny_llama, pairs, tmp_path / "run", "dpo", *words, f"preference.reference={reference}")
+    run, _ = said_by(recipe, cache)
+    lines = [line.model_dump() for line in read_metrics(run)]
+    first, before = lines[1], lines[0]
+    assert first["loss"] == pytest.approx(numpy.log(2), abs=1e-5)
+    assert first["kl"] == pytest.approx(0, abs=1e-3), "in training both are in fp8"
+    assert before["eval_kl"] == pytest.approx(0, abs=1e-3), "in evaluation both are in 16 bits"
+
+
+SHARING = {
+    "dpo": [],
+    "dpo live packed": [
+        "preference.reference=live",
+        "data.packing=true",
+        "data.max_length=64",
+        "lora.targets=[q_proj]",
+    ],
+    "orpo": ["data.train_on=all"],
+    "simpo": ["engine.policy=host"],
+}
+
+
+@pytest.mark.parametrize("case", SHARING)
+def test_pairs_train_alike_whether_they_share_their_prompt_or_not(
+    case, tiny_llama, pairs, cache, tmp_path, monkeypatch
+):
+    words = ["train.max_steps=4", "train.micro_batch=3", *SHARING[case]]
+    found = {}
+    for shares in (True, False):
+        if not shares:
+            monkeypatch.setattr(Fusion, "shares_prompts", False)
+            shutil.rmtree(cache / "reference", ignore_errors=True)
+        recipe = recipe_of(tiny_llama, pairs, tmp_path / str(shares), case.split()[0], *words)
+        run, _ = said_by(recipe, cache)
+        tokens = [line.tokens for line in read_metrics(run) if line.loss is not None]
+        found[shares] = losses(run), adapter_of(run), tokens
+    assert sum(found[True][2]) < sum(found[False][2]), "a prompt that is shared is computed once"
+    assert found[True][0] == pytest.approx(found[False][0], abs=1e-5)
+    for name, tensor in found[False][1].items():
+        assert found[True][1][name].numpy() == pytest.approx(tensor.numpy(), abs=1e-4), name
 
 
 def test_a_run_resumes_to_the_same_losses_with_the_reference_of_its_beginning(tiny_llama, pairs, cache, tmp_path):
@@ -218,6 +268,19 @@ def test_kto_runs_on_several_processes_though_a_micro_batch_may_have_no_answer_t
     assert lines[-1]["eval_accuracy"] > 0.5
 
 
+def test_kto_measures_one_held_out_row_against_the_reference_itself(tiny_llama, labels, cache, tmp_path):
+    """Its own answer is no estimate of how far the model has moved: a good one would have a loss of 0.5 whatever is learnt."""
+    good = write(
+        tmp_path / "good.jsonl", [row for row in map(json.loads, labels.read_text().splitlines()) if row["label"]]
+    )
+    recipe = recipe_of(tiny_llama, good, tmp_path / "run", "kto", "data.validation=1", "train.max_steps=8")
+    run, _ = said_by(recipe, cache)
+    evaluations = [line.model_dump() for line in read_metrics(run) if line.eval_loss is not None]
+    assert evaluations[-1]["eval_loss"] < 0.5 - 1e-3
+    assert evaluations[-1]["eval_accuracy"] == 1
+    assert evaluations[-1]["eval_kl"] == 0
+
+
 def steps(watch, count=WINDOW, **measured):
     usual = {"logp_chosen": -10.0, "reward_chosen": 0.0, "reward_rejected": 0.0}
     return [line for _ in range(count) for line in watch.see({**usual, **measured})]
@@ -238,15 +301,19 @@ def test_notices_say_once_what_goes_wrong_and_what_to_do():
 
 def test_without_a_reference_the_first_steps_are_what_is_compared_with():
     watch = PreferenceWatch()
-    assert steps(watch) == []
-    (fall,) = steps(watch, 2 * WINDOW, logp_chosen=-20.0)
-    assert "fallen from -10.0 to" in fall
+    assert steps(watch, reward_chosen=-0.5, reward_rejected=-0.5) == []
+    longer = {"logp_chosen": -40.0, "reward_chosen": -0.5, "reward_rejected": -0.5}
+    assert steps(watch, **longer) == [], "longer answers are not less likely ones"
+    (fall,) = steps(watch, 2 * WINDOW, reward_chosen=-1.0, reward_rejected=-1.0)
+    print(fall)
+    assert "per token is 1.6 times that of the first 10 steps" in fall
 
 
 def test_a_step_without_bad_answers_is_left_out_of_the_mean():
     watch = PreferenceWatch()
     nan = float("nan")
     assert steps(watch, reward_chosen=1.0, reward_rejected=nan, change_chosen=nan) == []
+    assert steps(watch, 2 * WINDOW, reward_chosen=2 * APART, reward_rejected=nan, change_chosen=1.0) == []
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ class JudgedCollator:
         answer_tokens (a,): tokens of each answer.
         reference (a,) float32: log-likelihoods of the answers under the reference, if they are known.
         is_good (n,) bool: the labels, if rows have no rejected answer.
-        mismatched: a batch of the same prompts, each with the answer of the row before it.
+        mismatched: a batch of the same prompts, each with the answer of the row before it; none counts where there is one row.
         rows: n, an int.
         imitated: tokens of the chosen answers, and of their prompts if those are trained, an int.
 
@@ -61,8 +61,9 @@ class JudgedCollator:
             known = [self.reference[row_key(example)] for example in counted]
             batch["reference"] = torch.tensor(list(itertools.chain.from_iterable(zip(*known, strict=True))))
         if self.mismatched:
+            alone = {"repeated": True} if len(examples) == 1 else {}  # its own answer says nothing
             others = [
-                {**example, "input_ids": [*_prompt(example), *_answer(other)]}
+                {**example, "input_ids": [*_prompt(example), *_answer(other)], **alone}
                 for example, other in zip(examples, [examples[-1], *examples[:-1]], strict=True)
             ]
             batch["mismatched"] = self._batch(others, is_packed)

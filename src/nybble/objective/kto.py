@@ -31,7 +31,8 @@ def kto(rewards: torch.Tensor, is_good: torch.Tensor, kl: torch.Tensor, good: fl
 class Kto:
     """The mean over the answers of a step.
 
-    z is estimated from the answers of a micro batch after other prompts, over all processes, and never below 0.
+    z is estimated from the answers of a micro batch after other prompts, over all processes, and never below 0; it is 0 for a row
+    that is alone.
 
     Args:
         beta: strength.
@@ -53,13 +54,13 @@ class Kto:
     def loss(self, model: torch.nn.Module, batch: MicroBatch, count: torch.Tensor) -> StepLoss:
         """The micro batch's share of the step's mean."""
         total, answers = all_reduce(self._divergence(model, batch))
-        losses, metrics = self._measured(model, batch, total / answers)
+        losses, metrics = self._measured(model, batch, total / answers.clamp(min=1))
         return StepLoss(losses.sum() / count, metrics)
 
     def measure(self, model: torch.nn.Module, batch: MicroBatch) -> MetricMeans:
         """The loss and all metrics; z is that of the batch alone, since processes may have different numbers of batches."""
         total, answers = self._divergence(model, batch)
-        losses, metrics = self._measured(model, batch, total / answers)
+        losses, metrics = self._measured(model, batch, total / answers.clamp(min=1))
         return {"loss": Mean(losses.sum(), batch["rows"]), **metrics}
 
     def _divergence(self, model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:

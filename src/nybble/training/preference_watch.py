@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 WINDOW = 10  # steps whose mean is looked at: one step has few rows
 FALL = 0.5  # nats per token by which chosen answers may become less likely than under the reference
-SHARE = 0.5  # by which their log-likelihood may grow, for an objective without a reference
+SHARE = 0.5  # by which their log-likelihood per token may fall, for an objective without a reference
 APART = 8.0  # rewards whose difference is larger have a loss of 3e-4; a run at 9 had unlearnt its skill (docs/experiments.md)
 
 
@@ -46,15 +46,17 @@ class PreferenceWatch:
                 f"the chosen answers have become less likely than under the reference, by {fall:.2f} nats per token: the model "
                 f"moves away from both answers; {slower}, or train.objective=orpo, which imitates chosen answers as well",
             )
-        elif "change_chosen" not in means and "logp_chosen" in means:
-            self._first = self._first or means["logp_chosen"]
-            if means["logp_chosen"] < (1 + SHARE) * self._first:
+        elif "change_chosen" not in self._recent[-1]:
+            # There a reward is proportional to the log-likelihood per token, which long answers do not lower.
+            self._first = self._first or means["reward_chosen"]
+            if means["reward_chosen"] < (1 + SHARE) * self._first:
                 yield (
                     "fall",
-                    f"the log-likelihood of chosen answers has fallen from {self._first:.1f} to {means['logp_chosen']:.1f} "
-                    f"nats: the model moves away from both answers; {slower}",
+                    f"the log-likelihood of chosen answers per token is {means['reward_chosen'] / self._first:.1f} times that of "
+                    f"the first {WINDOW} steps: the model moves away from both answers; {slower}",
                 )
-        apart = means.get("reward_chosen", 0.0) - means.get("reward_rejected", 0.0)
+        rewards = [means[name] for name in ("reward_chosen", "reward_rejected") if name in means]
+        apart = rewards[0] - rewards[1] if len(rewards) == 2 else 0.0  # labels may all be good ones
         if apart > APART:
             yield (
                 "apart",

@@ -17,7 +17,6 @@ from rich.console import Console
 from nybble.data.batches import PackedRows
 from nybble.data.judged_batches import JudgedCollator, Likelihoods, row_key
 from nybble.data.order import batches
-from nybble.data.sets.prepare import Prepared
 from nybble.distributed.group import all_gather, group_size
 from nybble.distributed.heartbeat import beat
 from nybble.distributed.launcher import rank
@@ -54,21 +53,36 @@ def kept_reference(setup: TrainingSetup, collate: JudgedCollator, console: Conso
             cached = _read(entry.path / FILE)
             tell(console, f"reference {len(cached):,} rows, from the cache")
             return cached
-    rows, collate = _Distinct.of(setup.data), replace(collate, mismatched=False)
-    with console.status("likelihoods under the reference") as status:
-
-        def show(done: int) -> None:
-            status.update(f"likelihoods under the reference: {done * group_size():,} of {len(rows):,} rows")
-
-        own = rows.share(rank(), group_size())
-        found = computed_likelihoods(setup.model, collate, own, own.lengths, setup.dtype, show)
-    likelihoods = dict(all_gather(list(found.items())))
+    collate = replace(collate, mismatched=False)
+    likelihoods: dict[bytes, list[float]] = {}
+    for what, rows in (("validation", setup.data.validation), ("training", _samples(setup.data.sample))):
+        if rows is not None:
+            likelihoods |= _of_all_processes(setup, collate, what, _Distinct.of(rows), console)
     if entry.facts is None:
         with contextlib.suppress(FileExistsError), entries.new_entry(entry.path) as temporary:
             _write(temporary / FILE, likelihoods)
             entries.seal(temporary, entry.path, {})
     tell(console, f"reference likelihoods of {len(likelihoods):,} rows computed")
     return likelihoods
+
+
+def _of_all_processes(
+    setup: TrainingSetup, collate: JudgedCollator, what: str, rows: _Distinct, console: Console
+) -> dict[bytes, list[float]]:
+    """The likelihoods of rows, of which each process computes its share."""
+    own = rows.share(rank(), group_size())
+    in_fp8 = what == "training" and setup.fusion is not None and setup.fusion.fp8 is not None
+    with console.status("likelihoods under the reference") as status:
+
+        def show(done: int) -> None:
+            status.update(f"likelihoods under the reference: {done * group_size():,} of {len(rows):,} {what} rows")
+
+        found = computed_likelihoods(setup.model, collate, own, own.lengths, setup.dtype, show, as_trained=in_fp8)
+    return dict(all_gather(list(found.items())))
+
+
+def _samples(rows: Dataset | PackedRows) -> Dataset:
+    return rows.samples if isinstance(rows, PackedRows) else rows
 
 
 def _name(setup: TrainingSetup) -> str:
@@ -81,7 +95,8 @@ def _name(setup: TrainingSetup) -> str:
     parts = [
         *(setup.data.fingerprint, setup.base.fingerprint, setup.base.bits and setup.base.bits.digest),
         *(recipe.data.path, recipe.train.seed),  # a weight below 1 leaves out rows, by the seed
-        *(recipe.data.validation, str(setup.dtype), setup.device.type, fused, recipe.engine.compute, adapter),
+        *(recipe.data.validation, str(setup.dtype), setup.device.type, fused, adapter),
+        *(recipe.engine.compute, recipe.engine.fp8_skip, recipe.engine.fp8_fast),
         *(recipe.model.model_dump(exclude={"path", "revision", "device"}), sorted(versions().items())),
     ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -89,24 +104,21 @@ def _name(setup: TrainingSetup) -> str:
 
 @dataclass(frozen=True)
 class _Distinct:
-    """Every training and validation row once, however rows are weighted and packed, the longest first; read when needed."""
+    """Every row once, however rows are weighted, the longest first; read when needed."""
 
-    sets: Sequence[Dataset]
-    places: Sequence[tuple[int, int]]
-    """The set and the position of each row."""
+    rows: Dataset
+    places: Sequence[int]
+    """The position of each row."""
     lengths: Sequence[int]
 
     @classmethod
-    def of(cls, data: Prepared) -> _Distinct:
-        """The rows of a run."""
-        train = data.sample.samples if isinstance(data.sample, PackedRows) else data.sample
-        sets = [train, *([data.validation] if data.validation is not None else [])]
-        found: dict[bytes, tuple[int, int, int]] = {}
-        for number, rows in enumerate(sets):
-            for position, row in enumerate(rows):
-                found.setdefault(row_key(row), (row["length"], number, position))
+    def of(cls, rows: Dataset) -> _Distinct:
+        """The distinct ones of these rows."""
+        found: dict[bytes, tuple[int, int]] = {}
+        for position, row in enumerate(rows):
+            found.setdefault(row_key(row), (row["length"], position))
         ordered = sorted(found.values(), key=lambda each: -each[0])
-        return cls(sets, [(number, row) for _, number, row in ordered], [length for length, *_ in ordered])
+        return cls(rows, [position for _, position in ordered], [length for length, _ in ordered])
 
     def share(self, first: int, count: int) -> _Distinct:
         """One of so many shares."""
@@ -116,8 +128,7 @@ class _Distinct:
         return len(self.places)
 
     def __getitem__(self, index: int) -> Any:
-        number, position = self.places[index]
-        return self.sets[number][position]
+        return self.rows[self.places[index]]
 
 
 def computed_likelihoods(
@@ -127,6 +138,8 @@ def computed_likelihoods(
     lengths: Sequence[int],
     dtype: torch.dtype,
     show: Callable[[int], None] = lambda _: None,
+    *,
+    as_trained: bool = False,
 ) -> dict[bytes, list[float]]:
     """The likelihoods of rows under a model as it is; each process has its own rows, and all call this together.
 
@@ -137,12 +150,15 @@ def computed_likelihoods(
         lengths: of the rows, in tokens.
         dtype: the compute type.
         show: called with the number of rows done.
+        as_trained: in training mode but for dropout: in fp8, where that is what the rows are trained in.
     """
     device = next(model.parameters()).device
     found: dict[bytes, list[float]] = {}
     precision = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     was_training = model.training
-    model.eval()
+    model.train(as_trained)
+    for dropout in (module for module in model.modules() if isinstance(module, torch.nn.Dropout)):
+        dropout.eval()
     with uneven_passes(model), torch.no_grad(), precision:
         for members in batches(lengths, MEASURED_TOKENS):
             batch = collate(fetched := [rows[member] for member in members])
