@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from nybble.errors import RecipeError
 from nybble.sweep.request import sweep_request
-from nybble.sweep.space import Choices, Range, read_space
-from nybble.sweep.study import combinations
+from nybble.sweep.space import Choices, Range, combinations, read_space
 
 BASE = ["model.path=m", "data.path=d.jsonl"]
 
@@ -51,6 +50,11 @@ def test_the_recipes_own_values_are_tried_first_where_they_lie_in_the_space():
     assert read_space([*BASE, "train.learning_rate=1e-4..1e-3", "lora.r=4,8", "lora.alpha=32,64"]).own == {
         "train.learning_rate": "0.0002", "lora.alpha": "32",
     }  # fmt: skip
+
+
+def test_a_number_is_found_among_choices_however_it_is_written():
+    asked = [*BASE, "train.learning_rate=0.001", "lora.rslora=1,true"]
+    assert read_space([*asked, "train.learning_rate=1e-4,1e-3"]).own == {"train.learning_rate": "1e-3"}
 
 
 def test_combinations_of_a_finite_space():

@@ -137,6 +137,15 @@ def test_the_same_command_does_nothing_more_and_more_trials_go_on(swept, cache):
     assert f"nybble train -c {swept.folder}/best.yaml" in text
 
 
+def test_a_finite_space_has_no_more_trials_than_combinations(tiny_llama, rows, cache, tmp_path):
+    console = said()
+    asked = request(tiny_llama, rows, tmp_path / "s", "lora.r=4,8", trials=5)
+    sweep(asked, console, cache)
+    assert sorted(each.settings["lora.r"] for each in results(asked)) == ["4", "8"]
+    assert "the space has 2 combinations, so there are 2 trials, not 5" in console.export_text()
+    assert "2 of 2" in (asked.folder / "report.html").read_text()
+
+
 def test_another_sweep_in_its_folder_is_refused(swept, tiny_llama, rows, cache, quiet):
     other = request(tiny_llama, rows, swept.folder, "train.learning_rate=1e-3..1e-1", "lora.r=4,8", "train.warmup=0")
     with pytest.raises(RunError, match="is another sweep") as refusal:

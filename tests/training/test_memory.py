@@ -83,13 +83,19 @@ def test_a_limit_is_refused_where_there_is_nothing_to_limit():
     with pytest.raises(RecipeError, match="Transformers computes the layers"):
         check_limit(plain, torch.device("cuda"))
     free = load_recipe(None, [*WORDS, "lora.dora=true"])
-    assert plan_memory(free, SIZES, None, None, torch.device("cuda"), is_new=True) is None
+    assert plan_memory(free, SIZES, None, None, torch.device("cuda"), is_new=True, others=0) is None
     eight = dataclasses.replace(SIZES, stored="int8")
     # A checkpoint that came in 8 bits: Transformers computes its layers.
-    assert plan_memory(load_recipe(None, list(WORDS)), eight, None, None, torch.device("cuda"), is_new=True) is None
+    assert (
+        plan_memory(load_recipe(None, list(WORDS)), eight, None, None, torch.device("cuda"), is_new=True, others=0)
+        is None
+    )
     with pytest.raises(RecipeError, match=r"model\.quantization=int8"):
-        plan_memory(recipe, eight, None, None, torch.device("cuda"), is_new=True)
-    assert plan_memory(load_recipe(None, list(WORDS)), SIZES, None, None, torch.device("cpu"), is_new=True) is None
+        plan_memory(recipe, eight, None, None, torch.device("cuda"), is_new=True, others=0)
+    assert (
+        plan_memory(load_recipe(None, list(WORDS)), SIZES, None, None, torch.device("cpu"), is_new=True, others=0)
+        is None
+    )
 
 
 def test_layers_that_transformers_computes_have_a_plan_too():

@@ -134,7 +134,32 @@ def test_a_resumed_run_does_not_search_again(tiny_llama, rows, cache, quiet, tmp
 def test_find_rate_writes_the_curve_and_no_adapter(words, tiny_llama, rows, cache, quiet, tmp_path):
     found = find_rate(recipe_for(tiny_llama, rows, tmp_path / "found", *words), console=quiet, cache=cache)
     assert 1e-4 < found.rate < 0.1
-    assert {path.name for path in (tmp_path / "found").iterdir()} == {"learning_rate.json", "learning_rate.png"}
+    assert not (tmp_path / "found").exists(), "a later run of the recipe needs it"
+    assert {path.name for path in (tmp_path / "found-rate").iterdir()} == {"learning_rate.json", "learning_rate.png"}
+
+
+def test_the_search_leaves_the_random_numbers_and_the_adapter_as_they_were(
+    tiny_llama, rows, cache, quiet, tmp_path, monkeypatch
+):
+    seen, original = [], training.with_rate
+
+    def watched(setup, console):
+        parameters = [each for each in setup.model.parameters() if each.requires_grad]
+        before = torch.random.get_rng_state(), [each.detach().clone() for each in parameters]
+        found = original(setup, console)
+        seen.append(torch.equal(before[0], torch.random.get_rng_state()))
+        seen.append(all(torch.equal(mine, its) for mine, its in zip(before[1], parameters, strict=True)))
+        return found
+
+    monkeypatch.setattr(training, "with_rate", watched)
+    find_rate(recipe_for(tiny_llama, rows, tmp_path / "found", "lora.dropout=0.1"), console=quiet, cache=cache)
+    assert seen == [True, True]
+
+
+def test_a_rate_for_preferences_is_refused(tiny_llama, rows, cache, quiet, tmp_path):
+    with pytest.raises(RecipeError, match=r"train\.objective=dpo has not") as refusal:
+        find_rate(recipe_for(tiny_llama, rows, tmp_path / "f", "train.objective=dpo"), console=quiet, cache=cache)
+    print(refusal.value)
 
 
 def test_the_command_line(here, tiny_llama, rows, tmp_path):

@@ -66,7 +66,7 @@ def sweep(
     try:
         run_sweep(request, Console(), cache, harness)
     except KeyboardInterrupt:
-        Console().print("stopped   the same command continues the sweep", highlight=False)
+        Console().print("stopped   the same command continues the sweep; it starts this trial again", highlight=False)
         raise typer.Exit(130) from None
 
 

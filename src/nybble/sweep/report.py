@@ -72,7 +72,7 @@ def _view(
         "facts": [
             ("base", recipe.model.path),
             ("data", str(recipe.data.path)),
-            ("trials", f"{sum(each.outcome != 'killed' for each in results)} of {request.trials}"),
+            ("trials", f"{sum(each.outcome != 'killed' for each in results)} of {request.wanted}"),
             *((key, str(each)) for key, each in request.searched.space.items()),
         ],
         "columns": [*request.searched.space, "Held-out loss", "Outcome", "Seconds"],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from nybble.errors import RecipeError, RunError
 from nybble.recipe import Recipe, absolute_paths
 from nybble.run.folder import default_name
-from nybble.sweep.space import SearchedRecipe
+from nybble.sweep.space import SearchedRecipe, combinations
 
 STUDY = "study.db"
 
@@ -20,6 +20,11 @@ class SweepRequest:
     searched: SearchedRecipe
     trials: int
     folder: pathlib.Path
+
+    @property
+    def wanted(self) -> int:
+        """How many trials there will be: no more than the space has combinations."""
+        return min(self.trials, len(combinations(self.searched.space)) or self.trials)
 
     @property
     def recipe(self) -> Recipe:

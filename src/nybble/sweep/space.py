@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pathlib
 import re
@@ -16,6 +17,7 @@ from nybble.recipe.values import kinds_of
 NUMBER = r"[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 RANGE = re.compile(rf"({NUMBER})\.\.({NUMBER})")
 DECADE = 10  # ratio of the ends of a range from which it is searched on a logarithmic scale
+MOST = 10_000  # combinations of a space that are listed
 DIGITS = 3  # significant digits of a searched value: more would not change a loss
 FIXED = {
     "train.processes": "trials run one after the other in one process",
@@ -42,9 +44,9 @@ class Range:
         """A value of the range as it is written into a recipe."""
         return str(round(value)) if self.is_integer else f"{value:.{DIGITS}g}"
 
-    def holds(self, value: object) -> bool:
-        """Whether an option's value lies in the range."""
-        return isinstance(value, int | float) and self.low <= value <= self.high
+    def named(self, value: object) -> str | None:
+        """An option's value as it is written; None if it does not lie in the range."""
+        return _written(value) if isinstance(value, int | float) and self.low <= value <= self.high else None
 
     def parsed(self, text: str) -> int | float:
         """A value from its text."""
@@ -64,9 +66,10 @@ class Choices:
         """A value as it is written into a recipe."""
         return str(value)
 
-    def holds(self, value: object) -> bool:
-        """Whether an option's value is one of them."""
-        return _written(value) in self.texts
+    def named(self, value: object) -> str | None:
+        """An option's value as it is written among them, 2e-4 or 0.0002; None if it is not there."""
+        same = (text for text in self.texts if text == _written(value) or _is_number(text, value))
+        return next(same, None)
 
     def parsed(self, text: str) -> str:
         """A value from its text, which it is."""
@@ -102,7 +105,8 @@ class SearchedRecipe:
         """The recipe's values of the searched options, where they lie in the space."""
         recipe = load_recipe(self.config, self.words, texts=self.texts)
         values = {key: value_of(recipe, key) for key in self.space}
-        return {key: _written(value) for key, value in values.items() if self.space[key].holds(value)}
+        named = {key: self.space[key].named(value) for key, value in values.items()}
+        return {key: text for key, text in named.items() if text is not None}
 
     @property
     def first(self) -> Settings:
@@ -110,6 +114,21 @@ class SearchedRecipe:
         return {
             key: each.texts[0] if isinstance(each, Choices) else each.text(each.low) for key, each in self.space.items()
         }
+
+
+def combinations(space: Space) -> list[dict[str, str]]:
+    """All settings of a finite space; empty if it has a range of real numbers, or more than MOST of them."""
+    values: list[list[str]] = []
+    for each in space.values():
+        if isinstance(each, Choices):
+            values.append(list(each.texts))
+        elif each.is_integer and each.high - each.low < MOST:
+            values.append([str(number) for number in range(int(each.low), int(each.high) + 1)])
+        else:
+            return []
+    if math.prod(map(len, values)) > MOST:
+        return []
+    return [dict(zip(space, chosen, strict=True)) for chosen in itertools.product(*values)]
 
 
 def value_of(recipe: Recipe, key: str) -> object:
@@ -127,6 +146,14 @@ def _written(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+
+def _is_number(text: str, value: object) -> bool:
+    """Whether a text is a number that an option has."""
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and bool(re.fullmatch(NUMBER, text))
+        and float(text.replace("_", "")) == value
+    )  # fmt: skip
 
 
 def read_space(

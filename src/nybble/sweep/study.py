@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,15 +15,15 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from nybble.errors import RunError
+from nybble.files.disk_errors import explained_disk_errors
 from nybble.run.start import differences
 from nybble.sweep.request import STUDY
-from nybble.sweep.space import Choices, Range, Settings, Space
+from nybble.sweep.space import Choices, Range, Settings, Space, combinations
 
 NAME = "nybble"
 DAMAGED = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
 NUMBER = "number"  # of a trial that trains; settings that had been tried before are not trained, and have none
 FAILED = 1_000_000  # the number under which a failed trial has NaN for its loss
-MOST = 10_000  # combinations of a space that are listed
 STARTUP = 3  # a third of the trials, at least 3, are random; the sampler has nothing to go by before
 RETRIES = 3  # settings whose process was killed are tried again; those that kill it themselves not for ever
 EARLIEST = 2  # no trial is ended before this evaluation: a low rate starts slowly
@@ -91,17 +91,13 @@ class SweepStudy:
         self._space = space
         self._startup = max(STARTUP, trials // 3)
         self._seed = seed
-        try:
+        with explained_study_errors(folder):
             self._storage = optuna.storages.RDBStorage(f"sqlite:///{(folder / STUDY).resolve()}")
             pruner = optuna.pruners.MedianPruner(self._startup, n_warmup_steps=EARLIEST)
             self._study = optuna.create_study(
                 storage=self._storage, study_name=NAME, load_if_exists=True, pruner=pruner
             )
             self._check_same({"space": {key: str(each) for key, each in space.items()}, "recipe": dict(recipe)}, folder)
-        except DAMAGED as error:
-            raise RunError(
-                f"the study cannot be read: {str(error).splitlines()[0]}", where=str(folder / STUDY), fix="out=ANOTHER"
-            ) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -192,14 +188,14 @@ class SweepStudy:
 
     def _result(self, trial: optuna.trial.FrozenTrial) -> TrialResult:
         attributes = trial.user_attrs
-        died = "outcome" not in attributes
+        died = trial.state == TrialState.FAIL  # `tell` never says so; it may have been killed before it had said all
         gave_up = died and _tries(trial) >= RETRIES
         losses = [loss for _, loss in sorted(trial.intermediate_values.items()) if math.isfinite(loss)]
         return TrialResult(
             number=attributes[NUMBER],
             settings=self._settings(trial.params),
             outcome="failed" if gave_up else "killed" if died else attributes["outcome"],
-            loss=attributes.get("loss"),
+            loss=None if died else attributes.get("loss"),
             why=f"its process was killed, {RETRIES} times" if gave_up else attributes.get("why", ""),
             seconds=attributes.get("seconds", 0.0),
             losses=losses,
@@ -213,25 +209,29 @@ class SweepStudy:
         return {key: each.text(params[key]) for key, each in self._space.items() if key in params}
 
 
+@contextlib.contextmanager
+def explained_study_errors(folder: pathlib.Path) -> Iterator[None]:
+    """Turn errors of the study's file, damaged, locked or on a full disk, into one message.
+
+    Raises:
+        RunError: it cannot be read or written.
+        StorageError: the disk is full.
+    """
+    try:
+        with explained_disk_errors(folder):
+            yield
+    except DAMAGED as error:
+        raise RunError(
+            f"the study cannot be read or written: {str(error.__cause__ or error).splitlines()[0]}",
+            where=str(folder / STUDY),
+            fix="the same command once more, which continues the sweep; if that does not help: out=ANOTHER",
+        ) from error
+
+
 def best(results: Sequence[TrialResult]) -> TrialResult | None:
     """The complete trial with the least held-out loss; None before there is one."""
     complete = [each for each in results if each.outcome == "complete" and each.loss is not None]
     return min(complete, key=lambda each: (each.loss, each.number), default=None)
-
-
-def combinations(space: Space) -> list[dict[str, str]]:
-    """All settings of a finite space; empty if it has a range of real numbers, or more than MOST of them."""
-    values: list[list[str]] = []
-    for each in space.values():
-        if isinstance(each, Choices):
-            values.append(list(each.texts))
-        elif each.is_integer and each.high - each.low < MOST:
-            values.append([str(number) for number in range(int(each.low), int(each.high) + 1)])
-        else:
-            return []
-    if math.prod(map(len, values)) > MOST:
-        return []
-    return [dict(zip(space, chosen, strict=True)) for chosen in itertools.product(*values)]
 
 
 def _distribution(each: Range | Choices) -> BaseDistribution:

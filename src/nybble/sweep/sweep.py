@@ -19,7 +19,7 @@ from nybble.recipe import Recipe, absolute_paths
 from nybble.run.folder import Run
 from nybble.sweep.report import print_table, trial_line, write_report
 from nybble.sweep.request import SweepRequest, trial_folder
-from nybble.sweep.study import OngoingTrial, SweepStudy, TrialResult, best
+from nybble.sweep.study import OngoingTrial, SweepStudy, TrialResult, best, explained_study_errors
 from nybble.terminal import tell
 from nybble.training.shared_parts import SharedParts, free_memory
 from nybble.training.train import train
@@ -54,11 +54,14 @@ def sweep(
             tell(console, f"trial {number:03} was interrupted: its settings are tried again")
         # 2. The recipe's own values, where they lie in the space: what is found is not worse.
         study.start_with(request.searched.own)
-        # 3. The trials.
+        # 3. The trials; a finite space has no more than it has combinations.
         parts = SharedParts()
-        while (ended := len([each for each in study.results() if each.outcome != "killed"])) < request.trials:
+        wanted = request.wanted
+        if wanted < request.trials:
+            tell(console, f"the space has {wanted} combinations, so there are {wanted} trials, not {request.trials}")
+        while (ended := len([each for each in study.results() if each.outcome != "killed"])) < wanted:
             trial = study.ask()
-            tell(console, trial_line(trial.number, trial.settings, f"{ended + 1} of {request.trials}"))
+            tell(console, trial_line(trial.number, trial.settings, f"{ended + 1} of {wanted}"))
             result = _run_trial(request, study, trial, parts, console, cache, benchmarks)
             _prune(folder, study)
             write_report(folder, request, study.results(), study.importance())
@@ -76,7 +79,8 @@ def _opened(request: SweepRequest) -> Iterator[SweepStudy]:
     seed = request.recipe.train.seed
     study = SweepStudy(request.folder, request.searched.space, common, request.trials, seed)
     try:
-        yield study
+        with explained_study_errors(request.folder):
+            yield study
     finally:
         study.close()
 

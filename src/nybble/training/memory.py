@@ -82,8 +82,9 @@ def check_limit(recipe: Recipe, device: torch.device) -> None:
 
 
 def plan_memory(
-    recipe: Recipe, sizes: Sizes, data: Prepared, schedule: Schedule, device: torch.device, *, is_new: bool
-) -> MemoryPlan | None:
+    recipe: Recipe, sizes: Sizes, data: Prepared, schedule: Schedule, device: torch.device, *, is_new: bool,
+    others: int,
+) -> MemoryPlan | None:  # fmt: skip
     """The plan of a run; None on a CPU, and for what has no plan.
 
     Args:
@@ -93,6 +94,7 @@ def plan_memory(
         schedule: the steps.
         device: where it trains.
         is_new: whether the recipe may still change: a run that is resumed keeps to its own.
+        others: bytes that this process has on the device beside the run and its base, such as another model.
 
     Raises:
         RecipeError: the limit is more than the GPU has, or the checkpoint's quantisation has no plan to keep to a limit by.
@@ -102,8 +104,8 @@ def plan_memory(
         check_limit(as_stored(recipe, sizes.stored), device)
         return None
     memory = device_memory(device)
-    # Of a base that is there already, as in a sweep: it is part of the plan.
-    memory = Memory(memory.free + torch.cuda.memory_reserved(device), memory.total)
+    # Of a base that is there already, as in a sweep, and of torch's cache: they are part of the plan.
+    memory = Memory(memory.free + torch.cuda.memory_reserved(device) - others, memory.total)
     # Of several processes each must come to the same plan.
     memory = Memory(min(all_gather([memory.free])), min(all_gather([memory.total])))
     facts = row_facts(recipe, data, schedule)

@@ -57,11 +57,11 @@ def search_rate(setup: TrainingSetup, console: Console) -> FoundRate:
     """
     rates = [LOWEST * (HIGHEST / LOWEST) ** (number / (COUNT - 1)) for number in range(COUNT)]
     train = setup.recipe.train
-    steps = list(_steps(setup, COUNT))
     trained = {name: parameter for name, parameter in setup.model.named_parameters() if parameter.requires_grad}
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     devices = [setup.device] if setup.device.type == "cuda" else []
     with torch.random.fork_rng(devices), console.status("searching the learning rate") as status:
+        steps = list(_steps(setup, COUNT))  # the loader draws a number too
 
         def show(done: int) -> None:
             status.update(f"searching the learning rate: {done} of at most {2 * len(steps)} passes over a step")

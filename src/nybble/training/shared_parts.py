@@ -30,6 +30,7 @@ class SharedParts:
         """How often a base was loaded."""
         self._base: Base | None = None
         self._base_key: object = None
+        self._others = 0
         self._is_bare = False
         self._data: PreparedData | None = None
         self._data_key: object = None
@@ -47,10 +48,17 @@ class SharedParts:
         if self._base is None or not self._is_bare or key != self._base_key:
             self._base = None
             free_memory()
+            self._others = self.others_bytes(place)
             self._base, self._base_key = load(), key
             self.loads += 1
         self._is_bare = False
         return self._base
+
+    def others_bytes(self, device: torch.device) -> int:
+        """Bytes that this process has on a device beside a base that is kept, such as another model of the caller's."""
+        if device.type != "cuda":
+            return 0
+        return torch.cuda.memory_allocated(device) if self._base is None else self._others
 
     def data(self, recipe: Recipe, prepare: Callable[[], PreparedData]) -> PreparedData:
         """Tokenizer and rows of a recipe.

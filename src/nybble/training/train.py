@@ -15,6 +15,7 @@ from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.distributed.launcher import rank
+from nybble.errors import RecipeError
 from nybble.evaluate.scores import Benchmarks
 from nybble.files.paths import default_cache
 from nybble.model.adapter.lora import attach_adapter, check_stored, resume_adapter
@@ -128,13 +129,20 @@ def resume(
 def find_rate(recipe: Recipe, *, console: Console | None = None, cache: pathlib.Path | None = None) -> FoundRate:
     """Suggest a learning rate for a recipe by one short run with a rising one, whatever rate the recipe names.
 
-    The curve is written to learning_rate.json and learning_rate.png in the folder that the recipe names, or runs/MODEL-DATA-rate.
+    The curve is written to learning_rate.json and learning_rate.png in OUT-rate, beside the run that the recipe names, or in
+    runs/MODEL-DATA-rate.
 
     Raises:
         NybbleError: something is wrong with recipe, data, model or machine.
+        RecipeError: its objective has no loss by which a rate could be judged.
         TrainingError: the loss fell at no rate.
     """
-    folder = pathlib.Path(recipe.out or f"runs/{default_name(recipe)}-rate")
+    if (objective := recipe.train.objective) != "supervised":
+        raise RecipeError(
+            f"a rate is judged by a loss in nats per token, which train.objective={objective} has not",
+            fix="search it: nybble sweep train.learning_rate=1e-6..1e-4",
+        )
+    folder = pathlib.Path(f"{recipe.out or f'runs/{default_name(recipe)}'}-rate")
     console, cache = console or Console(), cache or default_cache()
     train = recipe.train.model_copy(update={"learning_rate": AUTO, "processes": 1})
     recipe = absolute_paths(recipe.model_copy(update={"train": train}))
@@ -183,7 +191,9 @@ def _set_up(
     with state.local_main_process_first():  # what is cached is cached on each machine
         tokenizer, data = shared.data(recipe, prepare)
     schedule = plan_steps(recipe.train, data.rows, data.validation is not None)
-    memory = plan_memory(recipe, sizes, data, schedule, device, is_new=resumed is None)
+    memory = plan_memory(
+        recipe, sizes, data, schedule, device, is_new=resumed is None, others=shared.others_bytes(device)
+    )
     if memory is not None:
         tell(console, f"memory    {memory.line}")
         memory.enforce(device)
