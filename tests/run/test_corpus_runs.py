@@ -34,6 +34,7 @@ WORDS += [
     "train.warmup=0",
     "lora.dropout=0.1",
     "train.scheduler=constant",
+    "train.seed=5",
 ]
 REAL = ("bit-optimizer.pt", "no-scheduler.pt", "mark-lost", "foreign-folders", "best-damaged", "file-of-that-name")
 REAL += ("0.5.1-no-rng", "none-at-all")

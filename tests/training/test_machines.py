@@ -21,7 +21,7 @@ from tests.training.test_processes import COMMON, SPLIT
 
 OUT = "runs/run"  # below each machine's own working folder
 WORDS = [*COMMON, *SPLIT[2], "train.max_steps=6", "train.evaluate_every=2", "lora.dropout=0.1", f"out={OUT}"]
-SHORT = ["train.warmup=0", "train.max_steps=4"]
+SHORT = ["train.warmup=0", "train.max_steps=4", "train.seed=2"]
 
 
 @pytest.fixture(scope="module")
