@@ -381,7 +381,14 @@ def test_a_run_that_failed_after_its_last_step_does_no_other_step(
     words, tiny_llama, rows, cache, tmp_path, quiet, monkeypatch
 ):
     """Its adapter is that of the best step, which is not the last, wherever the run is by now."""
-    words = [*words, "train.evaluate_every=2", "train.learning_rate=0.1", "train.scheduler=constant", UNASKED, "train.seed=2"]
+    words = [
+        *words,
+        "train.evaluate_every=2",
+        "train.learning_rate=0.1",
+        "train.scheduler=constant",
+        UNASKED,
+        "train.seed=2",
+    ]
     whole = train(recipe_for(tiny_llama, rows, tmp_path / "whole", *words), console=quiet, cache=cache)
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
