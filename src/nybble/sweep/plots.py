@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
@@ -14,7 +15,15 @@ from nybble.evaluate.report.plots import ACCENT, BASE, GRID, INK, TUNED, WIDE, D
 from nybble.sweep.space import Range, Space
 from nybble.sweep.study import TrialResult, best
 
+APART = 3  # times as far above the best loss as the median: where pictures end
+HIGHER = "higher"
 LOSSES = LinearSegmentedColormap.from_list("losses", [TUNED, BASE, ACCENT])
+
+
+def _ceiling(losses: Sequence[float]) -> float:
+    """Where a picture's axis of losses ends: trials that diverged would press all others together."""
+    low, middle = min(losses), statistics.median(losses)
+    return min(max(losses), low + APART * (middle - low)) if middle > low else max(losses)
 
 
 def history_plot(results: Sequence[TrialResult]) -> Draw | None:
@@ -24,10 +33,15 @@ def history_plot(results: Sequence[TrialResult]) -> Draw | None:
     def draw(width: float) -> Figure:
         figure = Figure(figsize=(width, 3.0), layout="constrained")
         axes = figure.add_subplot()
-        for outcome, marker, colour in (("complete", "o", TUNED), ("pruned", "x", BASE)):
-            points = [(each.number, each.loss) for each in measured if each.outcome == outcome]
+        ceiling = _ceiling([each.loss or 0.0 for each in measured])
+        for label, marker, colour in (("complete", "o", TUNED), ("pruned", "x", BASE), (HIGHER, "^", BASE)):
+            points = [
+                (each.number, min(each.loss or 0.0, ceiling))
+                for each in measured
+                if label == (each.outcome if (each.loss or 0.0) <= ceiling else HIGHER)
+            ]
             if points:
-                axes.plot(*zip(*points, strict=True), marker, color=colour, ms=5, label=outcome)
+                axes.plot(*zip(*points, strict=True), marker, color=colour, ms=5, label=label)
         whole = [each for each in measured if each.outcome == "complete"]
         least = [min(each.loss or math.inf for each in whole[: n + 1]) for n in range(len(whole))]
         if whole:
@@ -35,7 +49,7 @@ def history_plot(results: Sequence[TrialResult]) -> Draw | None:
         axes.set(xlabel="trial", ylabel="held-out loss")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.grid(axis="y", color=GRID)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4 if width == WIDE else 2, borderaxespad=0.2)
         return figure
 
     return draw if measured else None
@@ -50,15 +64,16 @@ def parallel_plot(results: Sequence[TrialResult], space: Space) -> Draw | None:
         figure = Figure(figsize=(width, 3.6), layout="constrained")
         axes = figure.add_subplot()
         losses = [each.loss or 0.0 for each in measured]
-        low, high = min(losses), max(losses)
+        low, high = min(losses), _ceiling(losses)
         for each, loss in sorted(zip(measured, losses, strict=True), key=lambda pair: -pair[1]):
             heights = [_height(space[key], each.settings[key]) for key in space]
-            share = (loss - low) / (high - low) if high > low else 0.0
+            share = min(1.0, (loss - low) / (high - low)) if high > low else 0.0
             line = 2.6 if each == kept else 1.1
             axes.plot(range(len(space) + 1), [*heights, share], color=LOSSES(share), linewidth=line, alpha=0.9)
         for position, key in enumerate(space):
             _axis(axes, position, [(height, text) for height, text in _marks(space[key], width)])
-        _axis(axes, len(space), [(0.0, f"{low:.4f}"), (1.0, f"{high:.4f}")])
+        more = " or more" if high < max(losses) else ""
+        _axis(axes, len(space), [(0.0, f"{low:.4f}"), (1.0, f"{high:.4f}{more}")])
         axes.set_xticks(range(len(space) + 1), [*(key.replace(".", ".\n") for key in space), "held-out\nloss"])
         axes.tick_params(axis="x", labelcolor=INK)
         axes.set(yticks=[], ylim=(-0.05, 1.05), xlim=(-0.15, len(space) + 0.45))
