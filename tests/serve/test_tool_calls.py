@@ -81,7 +81,8 @@ def test_a_stream_adds_up_to_the_whole_answer(server, client):
 
 
 def test_an_answer_may_be_text_where_no_call_is_demanded(server):
-    ask = {"model": "run", "messages": ASK, "max_tokens": 30, "temperature": 0, "tools": [WEATHER]}
+    never_ends = {"logit_bias": {"2": -100}}  # </s>
+    ask = {"model": "run", "messages": ASK, "max_tokens": 30, "temperature": 0, "tools": [WEATHER], **never_ends}
     (choice,) = server.post(**ask).json()["choices"]
     assert choice["message"]["content"]
     assert "tool_calls" not in choice["message"]
