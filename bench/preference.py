@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from bench.random_checkpoint import write
 from bench.train import WARM_UP, Clock
 from nybble.data.judged_batches import JudgedCollator
 from nybble.data.sets.prepare import prepare as prepare_data
@@ -35,6 +36,7 @@ from nybble.engine.fuse import fuse, fusion
 from nybble.model.adapter.lora import attach_adapter
 from nybble.model.device import grow_segments
 from nybble.objective.preference import PairObjective
+from nybble.plan.known_models import KNOWN
 from nybble.plan.schedule import Schedule
 from nybble.recipe import load_recipe
 from nybble.training.arguments import training_arguments
@@ -48,6 +50,10 @@ WORKS = {
     "short prompts": (128, 384, 8),
     "long prompts": (1024, 256, 4),
 }  # tokens of prompt and answer, pairs of a micro batch
+PLAIN = (
+    "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+"""The text alone and an end, as TRL makes of pairs of texts."""
 TOOLS = ("nybble kept", "nybble live", "trl kept", "trl live")
 ON_CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
@@ -56,30 +62,15 @@ PLACE: Any = torch.device("cuda", 0) if ON_CUDA else "cpu"
 
 def prepare(folder: pathlib.Path, tokenizer: pathlib.Path, tiny: bool) -> None:
     """Write the model in NF4, unless it exists."""
-    if (folder / "nf4" / "config.json").exists():
-        return
-    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(
-        rms_norm_eps=1e-5, max_position_embeddings=4096, pad_token_id=None, dtype=DTYPE, **(small if tiny else {})
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(DTYPE)
-    with torch.device(PLACE):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder / "bf16")
-    del model
-    storage = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=DTYPE
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / "bf16", device_map={"": PLACE}, dtype=DTYPE, quantization_config=storage
-    )
-    model.save_pretrained(folder / "nf4")
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
-    loaded.pad_token = loaded.pad_token or loaded.unk_token
-    loaded.chat_template = None
-    loaded.save_pretrained(folder / "nf4")
+    shape = KNOWN["llama-2-7b"].shape
+    if tiny:
+        shape = dataclasses.replace(
+            shape, hidden=64, intermediate=128, layers=2, heads=4, key_value_heads=4, head_size=16
+        )
+    write(folder, shape, tokenizer)
+    loaded = AutoTokenizer.from_pretrained(folder)
+    loaded.chat_template = PLAIN
+    loaded.save_pretrained(folder)
 
 
 def pairs(tokenizer: Any, data: pathlib.Path, work: str, steps: int, tiny: bool) -> list[dict[str, str]]:
@@ -106,7 +97,7 @@ def shape_of(work: str, tiny: bool) -> tuple[int, int, int]:
 
 def base_of(folder: pathlib.Path) -> Any:
     """The model in NF4."""
-    model = AutoModelForCausalLM.from_pretrained(folder / "nf4", device_map={"": PLACE}, dtype=DTYPE)
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": PLACE}, dtype=DTYPE)
     model.config.use_cache = False
     stay_unpacked(model)
     return model
@@ -136,7 +127,7 @@ def nybble_row(folder: pathlib.Path, file: pathlib.Path, count: int, steps: int,
         "train.accumulation=1", f"train.optimizer={'adamw_8bit' if ON_CUDA else 'adamw'}", "train.scheduler=constant",
         "train.warmup=0", f"train.learning_rate={RATE}", "data.max_length=4096", "data.validation=0", "train.objective=dpo",
     ])  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(folder / "nf4")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = prepare_data(recipe.data, tokenizer, 0, pathlib.Path(tempfile.mkdtemp()), target="pairs").train
     model = base_of(folder)
     model.requires_grad_(False)
@@ -174,7 +165,7 @@ def nybble_row(folder: pathlib.Path, file: pathlib.Path, count: int, steps: int,
 
 def trl_row(folder: pathlib.Path, file: pathlib.Path, count: int, steps: int, live: bool) -> dict[str, Any]:
     """TRL's DPOTrainer with gradient checkpointing."""
-    tokenizer, clock = AutoTokenizer.from_pretrained(folder / "nf4"), Clock(steps)
+    tokenizer, clock = AutoTokenizer.from_pretrained(folder), Clock(steps)
     rows = Dataset.from_list([json.loads(line) for line in file.open()])
     arguments = DPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=count, max_steps=steps, learning_rate=RATE, beta=BETA,
@@ -197,7 +188,7 @@ def trl_row(folder: pathlib.Path, file: pathlib.Path, count: int, steps: int, li
 
 def row(tool: str, work: str, given: argparse.Namespace) -> dict[str, Any]:
     """One row."""
-    tokenizer = AutoTokenizer.from_pretrained(given.folder / "nf4")
+    tokenizer = AutoTokenizer.from_pretrained(given.folder)
     file = pathlib.Path(tempfile.mkdtemp()) / "pairs.jsonl"
     made = pairs(tokenizer, given.data, work, given.steps, given.tiny)
     file.write_text("".join(json.dumps(each) + "\n" for each in made))
