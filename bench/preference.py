@@ -38,7 +38,7 @@ from nybble.model.device import grow_segments
 from nybble.objective.preference import PairObjective
 from nybble.plan.known_models import KNOWN
 from nybble.plan.schedule import Schedule
-from nybble.recipe import load_recipe
+from nybble.recipe import Recipe, load_recipe
 from nybble.training.arguments import training_arguments
 from nybble.training.optimizer import make_optimizer
 from nybble.training.reference import computed_likelihoods
@@ -54,7 +54,7 @@ PLAIN = (
     "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 """The text alone and an end, as TRL makes of pairs of texts."""
-TOOLS = ("nybble kept", "nybble live", "trl kept", "trl live")
+TOOLS = ("nybble kept", "nybble live", "trl kept", "trl live", "trl kept without checkpointing")
 ON_CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
 PLACE: Any = torch.device("cuda", 0) if ON_CUDA else "cpu"
@@ -134,6 +134,16 @@ def nybble_row(folder: pathlib.Path, file: pathlib.Path, count: int, steps: int,
     model = attach_adapter(model, recipe.lora)
     fuse(model, "auto")
     fusion(model).budget.chunked_loss = True
+    clock = Clock(steps)
+    trainer, more = judging_trainer(model, tokenizer, recipe, rows, steps, live=live, callbacks=[clock])
+    result = measured(trainer, clock, sum(rows["length"]) // steps, steps, more)
+    return {**result, "fallen_back": fusion(model).fallen_back, "attention": fusion(model).last.attention}
+
+
+def judging_trainer(
+    model: Any, tokenizer: Any, recipe: Recipe, rows: Any, steps: int, *, live: bool, callbacks: list[Any]
+) -> tuple[QLoraTrainer, dict[str, Any]]:
+    """nybble's trainer for DPO with a fused model, without evaluation and saving; and the time of a reference that is kept."""
     shares = fusion(model) is not None and fusion(model).shares_prompts
     collate, more = JudgedCollator(0, flatten=True, shares_prompts=shares), {}
     if not live:
@@ -142,15 +152,15 @@ def nybble_row(folder: pathlib.Path, file: pathlib.Path, count: int, steps: int,
             collate, reference=computed_likelihoods(model, collate, rows, list(rows["length"]), DTYPE)
         )
         more["reference_s"] = round(time.perf_counter() - began, 1)
-    schedule, clock = Schedule(steps, 10**6, 10**6, 0), Clock(steps)
     arguments = training_arguments(
-        recipe, pathlib.Path(tempfile.mkdtemp()), schedule, torch.device(model.device.type), DTYPE,
+        recipe, pathlib.Path(tempfile.mkdtemp()), Schedule(steps, 10**6, 10**6, 0), torch.device(model.device.type), DTYPE,
         has_validation=False, checkpointing=False,
     )  # fmt: skip
     arguments.save_strategy = "no"
     trainer = QLoraTrainer(
         objective=PairObjective("dpo", BETA), optimizer=make_optimizer(model, recipe.train.optimizer, DTYPE, RATE, 0.0),
-        model=model, args=arguments, train_dataset=rows, data_collator=collate, processing_class=tokenizer, callbacks=[clock],
+        model=model, args=arguments, train_dataset=rows, data_collator=collate, processing_class=tokenizer,
+        callbacks=callbacks,
     )  # fmt: skip
     step = trainer.training_step
 
@@ -159,19 +169,20 @@ def nybble_row(folder: pathlib.Path, file: pathlib.Path, count: int, steps: int,
         return step(*given)
 
     trainer.training_step = cleared
-    result = measured(trainer, clock, sum(rows["length"]) // steps, steps, more)
-    return {**result, "fallen_back": fusion(model).fallen_back, "attention": fusion(model).last.attention}
+    return trainer, more
 
 
-def trl_row(folder: pathlib.Path, file: pathlib.Path, count: int, steps: int, live: bool) -> dict[str, Any]:
-    """TRL's DPOTrainer with gradient checkpointing."""
+def trl_row(
+    folder: pathlib.Path, file: pathlib.Path, count: int, steps: int, live: bool, checkpointing: bool = True
+) -> dict[str, Any]:
+    """TRL's DPOTrainer."""
     tokenizer, clock = AutoTokenizer.from_pretrained(folder), Clock(steps)
     rows = Dataset.from_list([json.loads(line) for line in file.open()])
     arguments = DPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=count, max_steps=steps, learning_rate=RATE, beta=BETA,
         logging_steps=1, save_strategy="no", report_to="none", bf16=ON_CUDA, use_cpu=not ON_CUDA, max_length=4096,
         optim="adamw_8bit" if ON_CUDA else "adamw_torch", warmup_steps=0, lr_scheduler_type="constant", seed=0,
-        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
+        gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
         precompute_ref_log_probs=not live, disable_tqdm=True,
     )  # fmt: skip
     lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -192,9 +203,8 @@ def row(tool: str, work: str, given: argparse.Namespace) -> dict[str, Any]:
     file = pathlib.Path(tempfile.mkdtemp()) / "pairs.jsonl"
     made = pairs(tokenizer, given.data, work, given.steps, given.tiny)
     file.write_text("".join(json.dumps(each) + "\n" for each in made))
-    run = nybble_row if tool.startswith("nybble") else trl_row
-    count = shape_of(work, given.tiny)[2]
-    return run(given.folder, file, count, given.steps, tool.endswith("live"))
+    common = (given.folder, file, shape_of(work, given.tiny)[2], given.steps, "live" in tool)
+    return nybble_row(*common) if tool.startswith("nybble") else trl_row(*common, "without" not in tool)
 
 
 def table(given: argparse.Namespace) -> None:

@@ -7,12 +7,14 @@ Each row is trained by so many processes, one per GPU; several numbers of proces
 per second are those of all ranks together after the warm-up; the share is that of the rate of the smallest number of processes,
 times the ratio. Memory is the largest max_memory_reserved of a rank, in 1e9 bytes. Losses of rows that take the same steps are
 compared with those of the first of them. FSDP2 (torch.distributed.fsdp.fully_shard over bitsandbytes' layers) computes with
-Transformers' and PEFT's own forward and checkpointing. The rows of SmolLM2 also run on a CPU: --rows SmolLM2.
+Transformers' and PEFT's own forward and checkpointing. DPO's reference is live, and a pair's prompt counts twice. A row's
+processes load libraries while the row before is measured. The rows of SmolLM2 also run on a CPU: --rows SmolLM2.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -20,13 +22,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from matplotlib.figure import Figure
 
 DEFAULTS = {
     "model": "llama-2-7b", "weights": "device", "batch": 4, "length": 2048, "limit": 0.0, "policy": "auto", "resident": 0,
-    "compute": "bf16", "steps": 9, "warm_up": 3, "in_step": 0, "optimizer": "paged_adamw_8bit",
+    "compute": "bf16", "steps": 9, "warm_up": 3, "in_step": 0, "optimizer": "paged_adamw_8bit", "objective": "supervised",
 }  # fmt: skip
 ROWS: dict[str, dict[str, Any]] = {
     "7B, on each": {},
@@ -39,6 +42,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "7B, the same steps, on each": {"batch": 1, "in_step": 8, "length": 1024, "optimizer": "adamw"},
     "7B, the same steps, sharded": {"batch": 1, "in_step": 8, "length": 1024, "optimizer": "adamw", "weights": "sharded"},
     "7B, 200 steps, sharded": {"weights": "sharded", "length": 512, "steps": 200},
+    "7B DPO, 8 pairs of 2 x 512, on each": {"batch": 8, "objective": "dpo"},
     "8B, on each": {"model": "llama-3-8b"},
     "8B in fp8, on each": {"model": "llama-3-8b", "compute": "fp8"},
     "13B, on each": {"model": "llama-2-13b"},
@@ -57,44 +61,79 @@ ROWS: dict[str, dict[str, Any]] = {
                              "warm_up": 1, "optimizer": "adamw"}
         for name, weights in (("on each", "device"), ("sharded", "sharded"), ("FSDP2", "fsdp2"))
     },
+    "SmolLM2 DPO": {"model": "smollm2-135m", "batch": 2, "objective": "dpo", "steps": 4, "warm_up": 1, "optimizer": "adamw"},
 }  # fmt: skip
 NEED_SEVERAL = ("sharded", "sharded-host", "fsdp2")
 
 
-def measure(name: str, processes: int, given: argparse.Namespace) -> dict[str, Any]:
-    """One row on so many processes."""
-    options = DEFAULTS | ROWS[name]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "bench.scale_rank",
-        str(given.tokenizer), str(given.data), json.dumps(options),
-    ]  # fmt: skip
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+class Row:
+    """One row on so many processes, which import and wait to be measured."""
+
+    def __init__(self, name: str, processes: int, given: argparse.Namespace) -> None:
+        self.name, self.processes, self.timeout = name, processes, given.timeout
+        self.folder, self.errors = tempfile.TemporaryDirectory(), tempfile.TemporaryFile("w+")  # noqa: SIM115 (see end)
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m",
+            "bench.scale_rank", str(given.tokenizer), str(given.data), json.dumps(DEFAULTS | ROWS[name]), str(self.gate),
+        ]  # fmt: skip
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=self.errors, text=True, start_new_session=True
+        )
+
+    @property
+    def gate(self) -> pathlib.Path:
+        """The file that lets the processes begin."""
+        return pathlib.Path(self.folder.name) / "gate"
+
+    def measure(self) -> dict[str, Any]:
+        """Let them begin, and wait for the result."""
+        self.gate.touch()
         try:
-            said, _ = process.communicate(timeout=given.timeout)
+            said, _ = self.process.communicate(timeout=self.timeout)
             lines = [line for line in said.splitlines() if line.startswith("RESULT ")]
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # otherwise the ranks keep the GPUs
-            process.wait()
             lines = []
         if lines:
-            return {"row": name, **json.loads(lines[0].removeprefix("RESULT "))}
-        errors.seek(0)
-        reasons = [line.strip() for line in errors if "Error" in line]
-    return {"row": name, "ranks": processes, "failed": reasons[0] if reasons else f"no result after {given.timeout} s"}
+            return {"row": self.name, **json.loads(lines[0].removeprefix("RESULT "))}
+        self.errors.seek(0)
+        reasons = [line.strip() for line in self.errors if "Error: " in line]
+        failed = reasons[0] if reasons else f"no result after {self.timeout} s"
+        return {"row": self.name, "ranks": self.processes, "failed": failed}
+
+    def end(self) -> None:
+        """End what is left of it: its processes would keep their GPUs."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.errors.close()
+        self.folder.cleanup()
 
 
 def run(given: argparse.Namespace) -> None:
     """Measure rows, and write each as soon as it is there."""
-    names = [name for name in ROWS if not given.rows or any(text in name for text in given.rows)]
-    results = []
-    for name in names:
+    results: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        rows = started(given, stack)
+        row = next(rows, None)
+        while row is not None:
+            following = next(rows, None)
+            results.append(row.measure())
+            row.end()
+            print(json.dumps(results[-1]), flush=True)
+            if given.json is not None:
+                given.json.write_text(json.dumps(results, indent=1) + "\n")
+            row = following
+
+
+def started(given: argparse.Namespace, stack: contextlib.ExitStack) -> Iterator[Row]:
+    """The rows that are wanted, each of which starts when it is asked for and ends with the stack."""
+    for name in ROWS:
         for processes in given.processes:
-            if processes > 1 or ROWS[name].get("weights") not in NEED_SEVERAL:
-                results.append(measure(name, processes, given))
-                print(json.dumps(results[-1]), flush=True)
-                if given.json is not None:
-                    given.json.write_text(json.dumps(results, indent=1) + "\n")
+            is_wanted = not given.rows or any(text in name for text in given.rows)
+            if is_wanted and (processes > 1 or ROWS[name].get("weights") not in NEED_SEVERAL):
+                row = Row(name, processes, given)
+                stack.callback(row.end)
+                yield row
 
 
 def shares(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
-"""What one rank of bench/scale.py does: `torchrun ... -m bench.scale_rank TOKENIZER DATA OPTIONS`, with the options as JSON.
+"""What one rank of bench/scale.py does: `torchrun ... -m bench.scale_rank TOKENIZER DATA OPTIONS GATE`, with the options as JSON.
 
-The first rank prints RESULT and a JSON line. Every rank makes the same random model on its host, layer by layer.
+It imports, and begins once the file GATE exists. The first rank prints RESULT and a JSON line. Every rank makes the same random
+model on its host, layer by layer.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 import time
 from typing import Any
 
 import torch
 import torch.distributed
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 
+from bench.preference import PLAIN, judging_trainer, pairs
 from bench.random_model import random_llama
 from bench.train import Clock, counted_tokens, dense, trainer_of
+from nybble.data.sets.prepare import prepare
 from nybble.distributed.group import all_gather, all_reduce_number
 from nybble.engine.fuse import fuse, fusion
 from nybble.model.adapter.lora import attach_adapter
@@ -34,6 +38,7 @@ def recipe_of(options: dict[str, Any], ranks: int) -> Recipe:
         "model.path=m", "data.path=d", "lora.r=16", "lora.alpha=16", "lora.dropout=0", f"train.micro_batch={options['batch']}",
         f"train.accumulation={accumulation}", f"train.processes={ranks}", f"train.optimizer={options['optimizer']}",
         "train.scheduler=constant", "train.warmup=0", f"data.max_length={options['length']}", "data.validation=0",
+        f"train.objective={options['objective']}",
     ])  # fmt: skip
 
 
@@ -65,11 +70,46 @@ def placed(model: Any, options: dict[str, Any], device: torch.device) -> Any:
     return model.train()
 
 
+class Growth(TrainerCallback):  # type: ignore[misc]
+    """Bytes reserved at most in the warm-up, and in all."""
+
+    def __init__(self, device: torch.device, warm_up: int) -> None:
+        self.device = device
+        self.warm_up = warm_up
+        self.at_first = self.in_all = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the peak."""
+        self.in_all = reserved(self.device)
+        if state.global_step == self.warm_up:
+            self.at_first = self.in_all
+
+
+def rows_of(tokenizer: Any, data: pathlib.Path, options: dict[str, Any], ranks: int) -> Any:
+    """Dense rows, or pairs, of all ranks and steps."""
+    steps = options["steps"] + 2
+    if options["objective"] == "supervised":
+        return dense(tokenizer, data, options["length"], options["batch"] * max(ranks, options["in_step"]) * steps)
+    tokenizer.chat_template = PLAIN
+    with tempfile.TemporaryDirectory() as cache:
+        file = pathlib.Path(cache) / "pairs.jsonl"
+        made = pairs(tokenizer, data, "short prompts", steps * ranks, options["model"] != "llama-2-7b")
+        file.write_text("".join(json.dumps(each) + "\n" for each in made))
+        recipe = load_recipe(None, ["model.path=m", f"data.path={file}", "data.max_length=4096", "data.validation=0"])
+        return prepare(recipe.data, tokenizer, 0, pathlib.Path(cache), target="pairs").train
+
+
 def train(model: Any, tokenizer: Any, data: Any, options: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Steps by nybble's trainer."""
-    clock = Clock(options["steps"])
-    trainer = trainer_of(model, tokenizer, recipe, data, options["steps"], torch.bfloat16, [clock])
-    tokens = counted_tokens(trainer)
+    clock, growth = Clock(options["steps"]), Growth(model.device, options["warm_up"])
+    if options["objective"] == "supervised":
+        trainer = trainer_of(model, tokenizer, recipe, data, options["steps"], torch.bfloat16, [clock, growth])
+        tokens = counted_tokens(trainer)
+    else:
+        trainer, _ = judging_trainer(
+            model, tokenizer, recipe, data, options["steps"], live=True, callbacks=[clock, growth]
+        )
+        tokens = [round(sum(data["length"]) / len(data) * options["batch"])] * options["steps"]  # prompts counted twice
     trainer.train()
     warm = options["warm_up"]
     timed = sum(tokens[warm * len(tokens) // options["steps"] :])
@@ -78,7 +118,7 @@ def train(model: Any, tokenizer: Any, data: Any, options: dict[str, Any], recipe
     return {
         "tok_s": round(all_reduce_number(timed, model.device) / (clock.marks[-1] - clock.marks[warm - 1])),
         "losses": [round(loss, 5) for loss in losses], "policies": result.policy_counts() if result else "",
-        "fallen_back": result.fallen_back if result else 0,
+        "fallen_back": result.fallen_back if result else 0, "grown_mb": round((growth.in_all - growth.at_first) / 1e6),
     }  # fmt: skip
 
 
@@ -105,6 +145,8 @@ def train_plainly(model: Any, data: Any, options: dict[str, Any]) -> dict[str, A
 def main() -> None:
     """Measure one row."""
     tokenizer, data, options = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), json.loads(sys.argv[3])
+    while not pathlib.Path(sys.argv[4]).exists():
+        time.sleep(0.05)
     began, rank = time.perf_counter(), int(os.environ["RANK"])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -113,9 +155,7 @@ def main() -> None:
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     ranks = torch.distributed.get_world_size()
     recipe, loaded = recipe_of(options, ranks), AutoTokenizer.from_pretrained(tokenizer)
-    rows = dense(
-        loaded, data, options["length"], options["batch"] * max(ranks, options["in_step"]) * (options["steps"] + 2)
-    )
+    rows = rows_of(loaded, data, options, ranks)
     model = attach_adapter(random_llama(KNOWN[options["model"]].shape), recipe.lora)
     built = time.perf_counter() - began
     model = placed(model, options, device)

@@ -1,11 +1,11 @@
-"""Teach a small model a skill, then what is preferred: orders to JSON by SFT, then compact JSON rather than indented by DPO.
+"""Teach a small model a skill, then what is preferred: orders to JSON by SFT, then the shorter of two right answers by DPO.
 
     python examples/preference.py [--seed 0] [--folder runs/preference]
 
-Everything is generated from the seed, and the right answer is known: of two correct JSON answers the shorter one is preferred.
-Of the answers that SFT sees, one in four is compact, by chance, and the others are indented; the model itself inclines to
-compact JSON, so afterwards it prefers now one and now the other. DPO starts from that adapter, which is also its reference.
-Both are tested on orders whose sentences, names and goods neither has seen.
+Everything is generated from the seed. In the answers that SFT sees, a coin decides after each colon and comma whether a space
+follows, so the model learns orders and no taste in spaces. A pair is two such answers to one order, both right, and the shorter
+one was chosen. DPO starts from SFT's adapter, which is also its reference. Both are tested on orders whose sentences, names and
+goods neither has seen.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import pathlib
 import random
+import re
 import time
 from collections.abc import Sequence
 
@@ -30,9 +31,11 @@ from nybble.recipe import load_recipe
 from nybble.run.folder import Run
 from nybble.training.train import train
 
-SFT_STEPS, DPO_STEPS, BATCH, TESTS, HELD_OUT = 60, 16, 2, 100, 8
-SFT_RATE, DPO_RATE = 1.5e-3, 1e-4
-COMPACT = 1 / 4  # of the answers that SFT sees
+SFT_STEPS, DPO_STEPS, BATCH, TESTS, HELD_OUT = 60, 40, 2, 100, 8
+SFT_RATE, DPO_RATE = 1.5e-3, 2e-4
+SPACED = 0.45
+"""Probability of a space. With 0.5 the tuned model preferred the shorter answer in 23 of 100 pairs (seed 7): tokens with a space
+are likelier to the base."""
 
 
 def main() -> None:
@@ -42,26 +45,24 @@ def main() -> None:
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/preference"))
     given = parser.parse_args()
     console, cache, began = Console(), default_cache(), time.perf_counter()
-    draw = random.Random(f"styles {given.seed}")
+    draw = random.Random(f"spaces {given.seed}")
     given.folder.mkdir(parents=True)
     base = embedded_model(cache)
     count = HELD_OUT + SFT_STEPS * BATCH
     orders = train_orders(count + HELD_OUT + DPO_STEPS * BATCH, given.seed)
     tests = test_orders(TESTS, given.seed)
-    sft_rows = [
-        {"messages": [*asked(each), said(styled(each, compact=draw.random() < COMPACT))]} for each in orders[:count]
-    ]
+    sft_rows = [{"messages": [*asked(each), said(spaced(each, draw))]} for each in orders[:count]]
     files = {name: given.folder / f"{name}.jsonl" for name in ("sft", "pairs", "tests")}
     write(files["sft"], sft_rows)
-    write(files["pairs"], [pair(each) for each in orders[count:]])
-    write(files["tests"], [pair(each) for each in tests])
-    console.rule("1  supervised: orders to JSON, compact or indented at random")
+    write(files["pairs"], [pair(each, draw) for each in orders[count:]])
+    write(files["tests"], [pair(each, draw) for each in tests])
+    console.rule("1  supervised: orders to JSON, spaces at random")
     common = [f"model.path={base}", f"train.seed={given.seed}", f"train.micro_batch={BATCH}", "train.accumulation=1"]
     common += ["train.scheduler=linear", "train.warmup=5", "train.samples=0", "data.max_length=512"]
     common += [f"data.validation={HELD_OUT}"]
     first = run([*common, f"data.path={files['sft']}", f"out={given.folder / 'sft'}", f"train.max_steps={SFT_STEPS}",
                  f"train.learning_rate={SFT_RATE}", f"train.evaluate_every={SFT_STEPS}"], console)  # fmt: skip
-    console.rule("2  dpo: compact rather than indented")
+    console.rule("2  dpo: the shorter of two right answers")
     second = run([*common, f"data.path={files['pairs']}", f"out={given.folder / 'dpo'}", f"train.max_steps={DPO_STEPS}",
                   f"train.learning_rate={DPO_RATE}", "train.objective=dpo", f"adapter={first.adapter}",
                   f"train.evaluate_every={DPO_STEPS}"], console)  # fmt: skip
@@ -81,18 +82,23 @@ def said(answer: str) -> dict[str, str]:
     return {"role": "assistant", "content": answer}
 
 
-def styled(order: Order, *, compact: bool) -> str:
-    """The right answer, compact or indented."""
-    return order.answer if compact else json.dumps(json.loads(order.answer), indent=1)
+def spaced(order: Order, draw: random.Random) -> str:
+    """The right answer, with a space after a colon or a comma where the coin says so (names have neither)."""
+    return re.sub("[:,]", lambda mark: mark[0] + " " * (draw.random() < SPACED), order.answer)
 
 
-def pair(order: Order) -> dict[str, list[dict[str, str]]]:
+def pair(order: Order, draw: random.Random) -> dict[str, list[dict[str, str]]]:
     """A preference: both answers are right, and the shorter one was chosen."""
-    return {
-        "prompt": asked(order),
-        "chosen": [said(styled(order, compact=True))],
-        "rejected": [said(styled(order, compact=False))],
-    }
+    answers: set[str] = set()
+    while len({len(answer) for answer in answers}) < 2:
+        answers = {spaced(order, draw), spaced(order, draw)}
+    chosen, rejected = sorted(answers, key=len)
+    return {"prompt": asked(order), "chosen": [said(chosen)], "rejected": [said(rejected)]}
+
+
+def compact(answer: str) -> str:
+    """A JSON answer without spaces between its parts."""
+    return json.dumps(json.loads(answer), separators=(",", ":"), ensure_ascii=False)
 
 
 def write(file: pathlib.Path, rows: Sequence[object]) -> None:
@@ -116,16 +122,18 @@ def tested(run: Run, pairs: pathlib.Path, tests: Sequence[Order], cache: pathlib
     low, high = accuracy.interval
     answers = answers_of(answerer, tests)
     right = [exact_match(answer, order.answer) for answer, order in zip(answers, tests, strict=True)]
-    compact = sum("\n" not in answer.strip() for answer in answers)
+    spaces = sum(
+        len(answer.strip()) - len(compact(answer)) for answer, is_right in zip(answers, right, strict=True) if is_right
+    )
     return (
         f"prefers the shorter of two right answers in {accuracy.mean:.0%} of {len(rows)} pairs (95%: {low:.0%} to {high:.0%}); "
-        f"{sum(right)} of {len(tests)} answers exactly right, {compact} of them compact"
+        f"{sum(right)} of {len(tests)} answers exactly right, with {spaces / max(1, sum(right)):.1f} spaces on average"
     )
 
 
 def answers_of(answerer: Answerer, tests: Sequence[Order]) -> list[str]:
-    """Greedy answers, at most a little longer than the longest indented one."""
-    longest = max(len(answerer.tokenizer(styled(each, compact=False))["input_ids"]) for each in tests)
+    """Greedy answers, at most a little longer than the longest one with all spaces."""
+    longest = max(len(answerer.tokenizer(json.dumps(json.loads(each.answer)))["input_ids"]) for each in tests)
     return answerer.answer([prompt_for(each.text) for each in tests], Sampling(max_new_tokens=longest + 5))
 
 

@@ -1,4 +1,5 @@
-"""Functions run in several processes at once, which form a process group over gloo, as the ranks of a run do."""
+"""Functions run in several processes at once, which form a process group, as the ranks of a run do: over NCCL where each has a
+GPU of its own, else over gloo."""
 
 from __future__ import annotations
 
@@ -34,8 +35,11 @@ def _rank(
     rank: int, count: int, scratch: pathlib.Path, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    has_own = torch.cuda.device_count() >= count
+    if has_own:
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{scratch / 'rendezvous'}", rank=rank, world_size=count,
+        "nccl" if has_own else "gloo", init_method=f"file://{scratch / 'rendezvous'}", rank=rank, world_size=count,
         timeout=datetime.timedelta(seconds=SECONDS),
     )  # fmt: skip
     sharded.GROUP_TIMEOUT = datetime.timedelta(seconds=SECONDS)

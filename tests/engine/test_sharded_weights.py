@@ -1,4 +1,7 @@
-"""Weights spread over ranks: each of two real processes computes what it computes with all weights of its own, bit for bit."""
+"""Weights spread over ranks: each of two real processes computes what it computes with all weights of its own, bit for bit.
+
+On a machine with several GPUs each process has one of them, and they exchange by NCCL.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,14 @@ from nybble.weights.packed import places
 from nybble.weights.sharded import ShardCopier
 from nybble.weights.streamed import Streaming
 from tests.conftest import write_llama
-from tests.engine.test_engine import batch_of, gradients, load
+from tests.engine.test_engine import DEVICE, batch_of, gradients, load
 from tests.engine.test_engine_plain import adapters, answer
 from tests.engine.test_streamed_weights import accumulated
 from tests.ranks import explained, run_ranks
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.device_count() == 1, reason="each of two ranks needs a GPU, or there must be none"
+)
 
 RANKS, LAYERS = 2, 5
 KINDS = ("nf4", "fp4", "none")
@@ -75,7 +82,7 @@ def in_fp8(llama):
     """The same in fp8 by its reference, whose scales are read from the weights."""
     model = load(llama, lora_dropout=0.1)
     found = []
-    for streaming in (None, Streaming(ShardCopier(torch.device("cpu")))):
+    for streaming in (None, Streaming(ShardCopier(model.device))):
         attach(model, "drop-qkv", "device", streaming, Fp8Choice(Fp8()))
         torch.manual_seed(3)
         found.append(gradients(model, batch()))
@@ -122,10 +129,10 @@ def memory(llama):
     fuse(model, weights="sharded")
     store = fusion(model).shared.streamed
     with torch.no_grad():
-        misused = layers[0](torch.ones(1, 3, layers[0].in_features))
+        misused = layers[0](torch.ones(1, 3, layers[0].in_features, device=DEVICE))
     return {
         "before": before, "stand-ins": _held(layers), "shares": sum(each.buffer.nbytes for each in store._packed.values()),
-        "staging": store.staging_bytes, "described": fusion(model).describe(), "misused": misused,
+        "staging": store.staging_bytes, "described": fusion(model).describe(), "misused": misused.cpu(),
         "planned": share_bytes(streamed_layer_bytes(ModelShape.from_config(model.config.to_dict()), "nf4", True, 4), RANKS),
     }  # fmt: skip
 
@@ -209,14 +216,15 @@ def refused(llama):
     def too_little(self, sizes):
         if rank() == 1:
             raise torch.OutOfMemoryError
-        return [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        return [torch.empty(size, dtype=torch.uint8, device=DEVICE) for size in sizes]
 
     usual, ShardCopier._share_buffers = ShardCopier._share_buffers, too_little
     refusal("memory", lambda: fuse(model, weights="sharded"))
     ShardCopier._share_buffers = usual
     weights = copy.deepcopy(model.state_dict())
     expected = gradients(fuse(model), batch())
-    refusal("host", lambda: fuse(model, weights="sharded-host"))
+    if DEVICE == "cpu":
+        refusal("host", lambda: fuse(model, weights="sharded-host"))
     fuse(model, weights="sharded")
     refusal("copy", lambda: copy.deepcopy(model))
     refusal("write", lambda: model.load_state_dict(weights))
@@ -242,7 +250,7 @@ def trained(llama):
             wrapped(**batch(step)).loss.backward()
             optimizer.step()
         found.append([part.detach().clone() for part in adapters(model)])
-    return all(map(torch.equal, *found)), found[1][0]
+    return all(map(torch.equal, *found)), found[1][0].cpu()
 
 
 SCENES = (every_policy, resident_layers, in_fp8, uneven, memory, unfused, cannot_be_unfused, groups, refused, trained)
@@ -313,9 +321,9 @@ def test_what_does_not_work_is_refused_by_all_ranks(found):
     for said in found["refused"]:
         print({name: str(text)[:200] for name, text in said.items()})
         assert "the share of the weights that rank 1 should hold is too large for it: " in said["memory"]
-        assert "GB do not fit on cpu" in said["memory"]
+        assert f"GB do not fit on {DEVICE}" in said["memory"]
         assert "engine.weights=sharded-host" in said["memory"]
-        assert "its weights are on the host already" in said["host"]
+        assert DEVICE == "cuda" or "its weights are on the host already" in said["host"]
         assert "whose weights are spread over 2 ranks cannot be copied or pickled" in said["copy"]
         assert "single memory location" in said["write"], "nothing can be written into a stand-in"
         assert said["goes on"]

@@ -1,0 +1,57 @@
+"""Two processes of a run over NCCL, one of which is killed or stops: the other ends soon, and the run resumes."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import psutil
+import pytest
+import torch
+
+from nybble.run.folder import open_run
+from nybble.run.log import read_metrics
+from tests.training.test_kills import ERRORS, launched, wait_for_lines
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+
+STEPS, LEFT = 300, 100
+OPTIONS = ["model.dtype=float32", "data.max_length=256", "data.validation=8", "train.micro_batch=2", "train.accumulation=2",
+           "train.samples=0", "lora.r=4", f"train.max_steps={STEPS}", "train.evaluate_every=50"]  # fmt: skip
+SOON = 60
+"""Seconds within which the others end."""
+
+
+@pytest.fixture(scope="module", params=["device", "sharded"])
+def whole(request, tiny_llama, rows, cache, tmp_path_factory):
+    """A run that was left alone, and the words that begin another like it."""
+    folder = tmp_path_factory.mktemp("whole")
+    words = ["--cache", cache, "train", tiny_llama, rows, *OPTIONS, f"engine.weights={request.param}", "--processes", 2]
+    with launched(*words, f"out={folder / 'run'}", errors=folder / "errors.txt") as launcher:
+        assert launcher.wait(200) == 0, (folder / "errors.txt").read_text()
+    return folder / "run", words
+
+
+@pytest.mark.parametrize("ended", ERRORS)
+def test_the_other_process_ends_and_the_run_resumes(ended, whole, cache, tmp_path):
+    alone, words = whole
+    run, errors = tmp_path / "run", tmp_path / "errors.txt"
+    with launched(*words, f"out={run}", errors=errors) as launcher:
+        wait_for_lines(launcher, run / "metrics.jsonl", LEFT)
+        workers = psutil.Process(launcher.pid).children(recursive=True)
+        ranks = {int(worker.environ().get("RANK", "-1")): worker for worker in workers}
+        began = time.perf_counter()
+        (psutil.Process.suspend if ended.endswith("stops") else psutil.Process.kill)(ranks["second" in ended])
+        assert launcher.wait(120) == 1
+        psutil.wait_procs(workers, timeout=60)
+        took = time.perf_counter() - began
+    print(took, told := errors.read_text())
+    assert took < SOON
+    assert re.match(ERRORS[ended], told)
+    assert told.count("error") == 1, "nothing else is said"
+    with launched("--cache", cache, "train", "--resume", run, errors=errors) as launcher:
+        assert launcher.wait(200) == 0, errors.read_text()
+    lines, wanted = (read_metrics(open_run(folder)) for folder in (run, alone))
+    assert [line.step for line in lines] == [line.step for line in wanted]
+    for line, other in zip(lines, wanted, strict=True):
+        assert line.loss == pytest.approx(other.loss, rel=1e-3)
