@@ -5,8 +5,8 @@
 DIR gets a random model of Llama 2 7B's shape (with --tiny, of 2 small layers, for a CPU). DATA has instruction, input and output;
 prompts and answers are pieces of its text. Each row prints one JSON line. Tokens are those of both sequences of a pair, prompt
 included twice, however a tool computes them, so that rows compare. The first three steps are left out of the speed. A reference
-is live, computed in each step, or kept: its time before the first step is `reference_s`. "reserved" is max_memory_reserved in 1e9
-bytes, the base included.
+is live, computed in each step, or kept: its time before the first step is `reference_s`. Lean rows keep layers' inputs on the
+host. "reserved" is max_memory_reserved in 1e9 bytes, the base included.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PLAIN = (
     "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 """The text alone and an end, as TRL makes of pairs of texts."""
-TOOLS = ("nybble kept", "nybble live", "trl kept", "trl live", "trl kept without checkpointing")
+TOOLS = ("nybble kept", "nybble live", "nybble kept lean", "trl kept", "trl live", "trl kept without checkpointing")
 ON_CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
 PLACE: Any = torch.device("cuda", 0) if ON_CUDA else "cpu"
@@ -118,7 +118,9 @@ def measured(trainer: Any, clock: Clock, tokens: int, steps: int, more: dict[str
     }  # fmt: skip
 
 
-def nybble_row(folder: pathlib.Path, file: pathlib.Path, count: int, steps: int, live: bool) -> dict[str, Any]:
+def nybble_row(
+    folder: pathlib.Path, file: pathlib.Path, count: int, steps: int, live: bool, policy: str = "auto"
+) -> dict[str, Any]:
     """nybble's own trainer and objective."""
     if ON_CUDA:
         grow_segments()
@@ -132,7 +134,7 @@ def nybble_row(folder: pathlib.Path, file: pathlib.Path, count: int, steps: int,
     model = base_of(folder)
     model.requires_grad_(False)
     model = attach_adapter(model, recipe.lora)
-    fuse(model, "auto")
+    fuse(model, policy)
     fusion(model).budget.chunked_loss = True
     clock = Clock(steps)
     trainer, more = judging_trainer(model, tokenizer, recipe, rows, steps, live=live, callbacks=[clock])
@@ -204,7 +206,9 @@ def row(tool: str, work: str, given: argparse.Namespace) -> dict[str, Any]:
     made = pairs(tokenizer, given.data, work, given.steps, given.tiny)
     file.write_text("".join(json.dumps(each) + "\n" for each in made))
     common = (given.folder, file, shape_of(work, given.tiny)[2], given.steps, "live" in tool)
-    return nybble_row(*common) if tool.startswith("nybble") else trl_row(*common, "without" not in tool)
+    if tool.startswith("nybble"):
+        return nybble_row(*common, "host" if "lean" in tool else "auto")
+    return trl_row(*common, "without" not in tool)
 
 
 def table(given: argparse.Namespace) -> None:

@@ -26,8 +26,13 @@ def config_of(shape: ModelShape) -> LlamaConfig:
     )  # fmt: skip
 
 
-def random_llama(shape: ModelShape) -> LlamaForCausalLM:
-    """A frozen model on the host; a GPU, if there is one, makes and quantises one weight at a time."""
+def random_llama(shape: ModelShape, storage: torch.dtype = torch.uint8) -> LlamaForCausalLM:
+    """A frozen model on the host; a GPU, if there is one, makes and quantises one weight at a time.
+
+    Args:
+        shape: of the model.
+        storage: the type that the 4-bit bytes pretend to be.
+    """
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = config_of(shape)
@@ -38,7 +43,7 @@ def random_llama(shape: ModelShape) -> LlamaForCausalLM:
         for parent in (layer.self_attn, layer.mlp):
             for name, child in list(parent.named_children()):
                 if isinstance(child, torch.nn.Linear):
-                    setattr(parent, name, _quantised(child.out_features, child.in_features, device))
+                    setattr(parent, name, _quantised(child.out_features, child.in_features, device, storage))
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
@@ -55,8 +60,10 @@ def random(*sizes: int, device: str) -> torch.Tensor:
     return torch.empty(*sizes, dtype=torch.bfloat16, device=device).normal_(std=0.02)
 
 
-def _quantised(outputs: int, inputs: int, device: str) -> Linear4bit:
-    codes, state = quantize_4bit(random(outputs, inputs, device=device), compress_statistics=True, quant_type="nf4")
+def _quantised(outputs: int, inputs: int, device: str, storage: torch.dtype) -> Linear4bit:
+    codes, state = quantize_4bit(
+        random(outputs, inputs, device=device), compress_statistics=True, quant_type="nf4", quant_storage=storage
+    )
     new = Linear4bit(
         inputs,
         outputs,
@@ -64,6 +71,7 @@ def _quantised(outputs: int, inputs: int, device: str) -> Linear4bit:
         compute_dtype=torch.bfloat16,
         compress_statistics=True,
         quant_type="nf4",
+        quant_storage=storage,
         device="meta",
     )
     stats = {part: tensor.cpu() for part, tensor in state.as_dict(packed=True).items()}

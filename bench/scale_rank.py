@@ -156,11 +156,12 @@ def main() -> None:
     ranks = torch.distributed.get_world_size()
     recipe, loaded = recipe_of(options, ranks), AutoTokenizer.from_pretrained(tokenizer)
     rows = rows_of(loaded, data, options, ranks)
-    model = attach_adapter(random_llama(KNOWN[options["model"]].shape), recipe.lora)
+    is_plain = options["weights"] == "fsdp2"
+    storage = torch.bfloat16 if is_plain else torch.uint8  # torch 2.11's fully_shard refuses integers
+    model = attach_adapter(random_llama(KNOWN[options["model"]].shape, storage), recipe.lora)
     built = time.perf_counter() - began
     model = placed(model, options, device)
     moved = reserved(device)
-    is_plain = options["weights"] == "fsdp2"
     found = train_plainly(model, rows, options) if is_plain else train(model, loaded, rows, options, recipe)
     memory = all_gather([reserved(device)])
     if rank == 0:

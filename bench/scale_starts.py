@@ -23,8 +23,10 @@ from typing import Any
 import psutil
 
 SAVED = 4  # the step with a checkpoint
-OPTIONS = ["lora.r=16", "lora.alpha=16", "train.micro_batch=4", "data.max_length=2048", "data.packing=true",
-           "data.validation=0", "train.samples=0", "train.max_steps=200", f"train.save_every={SAVED}"]  # fmt: skip
+OPTIONS = [
+    "lora.r=16", "lora.alpha=16", "train.micro_batch=4", "data.max_length=2048", "data.packing=true", "data.template=alpaca",
+    "data.validation=0", "train.samples=0", "train.max_steps=200", f"train.save_every={SAVED}",
+]  # fmt: skip
 TIMEOUT = 300
 
 

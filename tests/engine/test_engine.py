@@ -40,7 +40,10 @@ def load(folder, quant="nf4", dtype=torch.float32, device=DEVICE, **lora):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=storage, device_map=device)
+    place = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else device
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, quantization_config=storage, device_map={"": place}
+    )
     base.config.use_cache = False
     base.requires_grad_(False)
     stay_unpacked(base)

@@ -257,7 +257,11 @@ SCENES = (every_policy, resident_layers, in_fp8, uneven, memory, unfused, cannot
 
 
 def all_scenes(llama):
-    return {scene.__name__: explained(functools.partial(scene, llama)) for scene in SCENES}
+    found = {}
+    for scene in SCENES:
+        print(rank(), scene.__name__, flush=True)  # where a rank crashes, this is all that tells
+        found[scene.__name__] = explained(functools.partial(scene, llama))
+    return found
 
 
 @pytest.fixture(scope="module")

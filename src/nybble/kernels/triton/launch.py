@@ -30,7 +30,16 @@ class Launcher:
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
-        """Launch with all arguments in order, compile-time constants included."""
+        """Launch with all arguments in order, compile-time constants included, on the device of the first of them.
+
+        Triton launches on the current device, which is another one in a script that loads its model with device_map={"": 1}: the
+        kernel would read what that device cannot reach.
+        """
+        index = arguments[0].get_device()
+        if index >= 0 and index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                self(grid, *arguments)
+            return
         key = tuple(
             [
                 (each.dtype, each.get_device(), each.data_ptr() & 15) if isinstance(each, torch.Tensor) else each
