@@ -115,7 +115,7 @@ def _draw_differences(axes: Axes, results: Results, data: str) -> None:
         axes.errorbar(found.mean, len(names), xerr=found.half_width, fmt="o", color=COLOURS[method], capsize=3)
         names.append(ALL_METHODS[method].title)
     axes.set_yticks(range(len(names)), names, fontsize=9)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(f"held-out loss minus 16 bits; shaded: ±{MARGIN}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
 

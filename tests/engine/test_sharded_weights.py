@@ -79,8 +79,8 @@ def resident_layers(llama):
 
 
 def in_fp8(llama):
-    """The same in fp8 by its reference, whose scales are read from the weights."""
-    model = load(llama, lora_dropout=0.1)
+    """The same in fp8, on a CPU by its reference; scales are read from the weights."""
+    model = load(llama, dtype=torch.bfloat16 if DEVICE == "cuda" else torch.float32, lora_dropout=0.1)
     found = []
     for streaming in (None, Streaming(ShardCopier(model.device))):
         attach(model, "drop-qkv", "device", streaming, Fp8Choice(Fp8()))

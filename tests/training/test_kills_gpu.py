@@ -1,4 +1,4 @@
-"""Two processes of a run over NCCL, one of which is killed or stops: the other ends soon, and the run resumes."""
+"""Processes of a run over NCCL, one per GPU, one of which is killed or stops: the others end soon, and the run resumes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from nybble.run.folder import open_run
 from nybble.run.log import read_metrics
 from tests.training.test_kills import ERRORS, launched, wait_for_lines
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs several GPUs")]
 
+PROCESSES = torch.cuda.device_count()
 STEPS, LEFT = 300, 100
 OPTIONS = ["model.dtype=float32", "data.max_length=256", "data.validation=8", "train.micro_batch=2", "train.accumulation=2",
            "train.samples=0", "lora.r=4", f"train.max_steps={STEPS}", "train.evaluate_every=50"]  # fmt: skip
@@ -26,14 +27,15 @@ SOON = 60
 def whole(request, tiny_llama, rows, cache, tmp_path_factory):
     """A run that was left alone, and the words that begin another like it."""
     folder = tmp_path_factory.mktemp("whole")
-    words = ["--cache", cache, "train", tiny_llama, rows, *OPTIONS, f"engine.weights={request.param}", "--processes", 2]
+    words = ["--cache", cache, "train", tiny_llama, rows, *OPTIONS, f"engine.weights={request.param}"]
+    words += ["--processes", PROCESSES]
     with launched(*words, f"out={folder / 'run'}", errors=folder / "errors.txt") as launcher:
         assert launcher.wait(200) == 0, (folder / "errors.txt").read_text()
     return folder / "run", words
 
 
 @pytest.mark.parametrize("ended", ERRORS)
-def test_the_other_process_ends_and_the_run_resumes(ended, whole, cache, tmp_path):
+def test_the_others_end_and_the_run_resumes(ended, whole, cache, tmp_path):
     alone, words = whole
     run, errors = tmp_path / "run", tmp_path / "errors.txt"
     with launched(*words, f"out={run}", errors=errors) as launcher:

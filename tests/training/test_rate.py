@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import random
@@ -20,7 +21,7 @@ from nybble.recipe import dump_recipe, load_recipe
 from nybble.run.folder import open_run
 from nybble.run.rate import RatePoint
 from nybble.training import rate_search
-from nybble.training.rate_rule import MARGIN, suggest
+from nybble.training.rate_rule import MARGIN, smoothed, suggest
 from nybble.training.train import find_rate, resume, train
 
 FAST = [
@@ -57,6 +58,25 @@ def test_a_suggestion_is_a_fraction_of_the_largest_rate_whatever_the_rows(larges
     assert largest / MARGIN / 1.6 < found.rate < largest / MARGIN * 1.6
     assert f"/ {MARGIN:g}" in found.reason
     assert len(found.smoothed) == len(found.curve)
+
+
+MEASURED = [
+    (-0.43, 224), (-1.94, 70), (-0.25, 1086), (-0.20, 1481), (-0.34, 792), (-0.19, 1254), (-0.35, 1046), (-0.14, 2772),
+    (-0.05, 6230), (-0.17, 2830), (-0.15, 3282), (-0.23, 1092), (-0.31, 456), (-0.70, 176), (-0.74, 113), (0.25, 1725),
+    (-0.09, 1775), (-0.23, 1810), (-0.60, 127), (0.15, 1698), (0.07, 897), (0.17, 845), (0.48, 134), (2.26, 625),
+]  # fmt: skip
+"""Change and terms of the last steps of a search: SmolLM2 on instruct_mix, 16 rows in a step, of which one undid the others (a
+little more here)."""
+
+
+def test_one_step_that_undoes_what_the_next_ones_learn_again_is_not_the_end():
+    points = [
+        RatePoint(rate=0.000261016 * 10 ** (number / 12), loss=2 + change, before=2, terms=terms)
+        for number, (change, terms) in enumerate(MEASURED)
+    ]
+    crossings = [here for here, after in itertools.pairwise(smoothed(points)) if here < 0 <= after]
+    assert len(crossings) == 2
+    assert suggest(points).rate == pytest.approx(0.0018, rel=0.03)  # by the first one: 0.0009
 
 
 def test_without_an_end_of_the_curve_the_lowest_point_is_suggested():
