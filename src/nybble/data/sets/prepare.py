@@ -160,19 +160,33 @@ def _stream(examined: Examined, options: DataOptions, seed: int, validation: Dat
 
 
 def split(tokens: Dataset, validation: float, seed: int) -> tuple[Dataset, Dataset | None]:
-    """Training and validation rows: a random share or number of the rows is held out."""
+    """Training and validation rows: a random share or number of the rows is held out.
+
+    What was made from one row of the file stays together, the pieces of a long conversation or both answers of a pair, so that no
+    held-out answer has its prompt among the training rows. A few more rows may be held out for it.
+    """
     held_out = round(validation) if validation >= 1 else round(validation * len(tokens))
     if 0 < validation < 1:
         held_out = max(1, held_out)
-    if held_out >= len(tokens):
-        raise TooFewRowsError(
-            f"data.validation={validation:g} holds out {held_out} of {len(tokens)} rows and leaves none to train on",
-            fix="data.validation=0, or more data",
-        )
     if not held_out:
         return tokens, None
-    order = numpy.random.default_rng(seed).permutation(len(tokens))
-    return tokens.select(numpy.sort(order[held_out:])), tokens.select(numpy.sort(order[:held_out]))
+    origins = numbered_origins(tokens)
+    order = numpy.random.default_rng(seed).permutation(origins.max(initial=-1) + 1)
+    rows_so_far = numpy.cumsum(numpy.bincount(origins)[order])
+    is_held_out = numpy.isin(origins, order[: numpy.searchsorted(rows_so_far, held_out) + 1])
+    if is_held_out.all():
+        raise TooFewRowsError(
+            f"data.validation={validation:g} holds out {is_held_out.sum()} of {len(tokens)} rows and leaves none to train on",
+            fix="data.validation=0, or more data",
+        )
+    return tokens.select(numpy.flatnonzero(~is_held_out)), tokens.select(numpy.flatnonzero(is_held_out))
+
+
+def numbered_origins(tokens: Dataset) -> numpy.ndarray:
+    """(rows,) The number of each row's origin, in the order in which they first appear."""
+    encoded = tokens.select_columns("origin").with_format("arrow")[:]["origin"].combine_chunks().dictionary_encode()
+    numbers: numpy.ndarray = encoded.indices.to_numpy()
+    return numbers
 
 
 def arranged(train: Dataset, examined: Examined, options: DataOptions, seed: int) -> Dataset | PackedRows:
