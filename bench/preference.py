@@ -4,9 +4,9 @@
 
 DIR gets a random model of Llama 2 7B's shape (with --tiny, of 2 small layers, for a CPU). DATA has instruction, input and output;
 prompts and answers are pieces of its text. Each row prints one JSON line. Tokens are those of both sequences of a pair, prompt
-included twice, however a tool computes them, so that rows compare. The first three steps are left out of the speed. A reference
-is live, computed in each step, or kept: its time before the first step is `reference_s`. Lean rows keep layers' inputs on the
-host. "reserved" is max_memory_reserved in 1e9 bytes, the base included.
+included twice, however a tool computes them, so that rows compare; TRL's sequences have one or two tokens more. The first three
+steps are left out of the speed. A reference is live, computed in each step, or kept: nybble's time for it before the first step
+is `reference_s`. Lean rows keep layers' inputs on the host. "reserved" is max_memory_reserved in 1e9 bytes, the base included.
 """
 
 from __future__ import annotations
@@ -19,41 +19,28 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import time
 from typing import Any
 
 import torch
+import transformers
+import trl
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from bench.judging import BETA, PLAIN, RANK, RATE, WORKS, judging_trainer, pairs, shape_of
 from bench.random_checkpoint import write
 from bench.train import WARM_UP, Clock
-from nybble.data.judged_batches import JudgedCollator
 from nybble.data.sets.prepare import prepare as prepare_data
 from nybble.engine.fuse import fuse, fusion
 from nybble.model.adapter.lora import attach_adapter
 from nybble.model.device import grow_segments
-from nybble.objective.preference import PairObjective
 from nybble.plan.known_models import KNOWN
-from nybble.plan.schedule import Schedule
-from nybble.recipe import Recipe, load_recipe
-from nybble.training.arguments import training_arguments
-from nybble.training.optimizer import make_optimizer
-from nybble.training.reference import computed_likelihoods
-from nybble.training.trainer import QLoraTrainer
+from nybble.recipe import load_recipe
 from nybble.weights.on_cpu import stay_unpacked
 
-TIMEOUT, RATE, BETA, RANK = 900, 5e-5, 0.1, 16
-WORKS = {
-    "short prompts": (128, 384, 8),
-    "long prompts": (1024, 256, 4),
-}  # tokens of prompt and answer, pairs of a micro batch
-PLAIN = (
-    "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-)
-"""The text alone and an end, as TRL makes of pairs of texts."""
+TIMEOUT = 900
 TOOLS = ("nybble kept", "nybble live", "nybble kept lean", "trl kept", "trl live", "trl kept without checkpointing")
 ON_CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
@@ -71,28 +58,6 @@ def prepare(folder: pathlib.Path, tokenizer: pathlib.Path, tiny: bool) -> None:
     loaded = AutoTokenizer.from_pretrained(folder)
     loaded.chat_template = PLAIN
     loaded.save_pretrained(folder)
-
-
-def pairs(tokenizer: Any, data: pathlib.Path, work: str, steps: int, tiny: bool) -> list[dict[str, str]]:
-    """Pairs of text whose parts have about so many tokens."""
-    prompt, answer, count = shape_of(work, tiny)
-    rows = [json.loads(line) for line in data.open()]
-    texts = [f"{row['instruction']}\n{row['input']}\n{row['output']}\n" for row in rows]
-    ids = list(itertools.chain.from_iterable(tokenizer(texts, add_special_tokens=False)["input_ids"]))
-    sizes = [prompt, answer, answer]
-    made = []
-    for n in range(count * steps):
-        start = n * sum(sizes) % (len(ids) - sum(sizes))
-        cuts = list(itertools.accumulate(sizes, initial=start))
-        parts = [tokenizer.decode(ids[begin:end]).strip() for begin, end in itertools.pairwise(cuts)]
-        made.append(dict(zip(("prompt", "chosen", "rejected"), parts, strict=True)))
-    return made
-
-
-def shape_of(work: str, tiny: bool) -> tuple[int, int, int]:
-    """Tokens of prompt and answer, and pairs of a micro batch."""
-    prompt, answer, count = WORKS[work]
-    return (prompt // 16, answer // 16, 2) if tiny else (prompt, answer, count)
 
 
 def base_of(folder: pathlib.Path) -> Any:
@@ -142,38 +107,6 @@ def nybble_row(
     return {**result, "fallen_back": fusion(model).fallen_back, "attention": fusion(model).last.attention}
 
 
-def judging_trainer(
-    model: Any, tokenizer: Any, recipe: Recipe, rows: Any, steps: int, *, live: bool, callbacks: list[Any]
-) -> tuple[QLoraTrainer, dict[str, Any]]:
-    """nybble's trainer for DPO with a fused model, without evaluation and saving; and the time of a reference that is kept."""
-    shares = fusion(model) is not None and fusion(model).shares_prompts
-    collate, more = JudgedCollator(0, flatten=True, shares_prompts=shares), {}
-    if not live:
-        began = time.perf_counter()
-        collate = dataclasses.replace(
-            collate, reference=computed_likelihoods(model, collate, rows, list(rows["length"]), DTYPE)
-        )
-        more["reference_s"] = round(time.perf_counter() - began, 1)
-    arguments = training_arguments(
-        recipe, pathlib.Path(tempfile.mkdtemp()), Schedule(steps, 10**6, 10**6, 0), torch.device(model.device.type), DTYPE,
-        has_validation=False, checkpointing=False,
-    )  # fmt: skip
-    arguments.save_strategy = "no"
-    trainer = QLoraTrainer(
-        objective=PairObjective("dpo", BETA), optimizer=make_optimizer(model, recipe.train.optimizer, DTYPE, RATE, 0.0),
-        model=model, args=arguments, train_dataset=rows, data_collator=collate, processing_class=tokenizer,
-        callbacks=callbacks,
-    )  # fmt: skip
-    step = trainer.training_step
-
-    def cleared(*given: Any) -> Any:
-        trainer.current_step.clear()
-        return step(*given)
-
-    trainer.training_step = cleared
-    return trainer, more
-
-
 def trl_row(
     folder: pathlib.Path, file: pathlib.Path, count: int, steps: int, live: bool, checkpointing: bool = True
 ) -> dict[str, Any]:
@@ -188,15 +121,13 @@ def trl_row(
         precompute_ref_log_probs=not live, disable_tqdm=True,
     )  # fmt: skip
     lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    began = time.perf_counter()
     trainer = DPOTrainer(
         model=base_of(folder), args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora,
         callbacks=[clock],
     )  # fmt: skip
-    more = {} if live else {"reference_s": round(time.perf_counter() - began, 1)}
     parts = ("prompt_ids", "prompt_ids", "chosen_ids", "rejected_ids")
     tokens = sum(len(row[part]) for row in trainer.train_dataset for part in parts)
-    return measured(trainer, clock, tokens // steps, steps, more)
+    return measured(trainer, clock, tokens // steps, steps, {})
 
 
 def row(tool: str, work: str, given: argparse.Namespace) -> dict[str, Any]:
@@ -214,6 +145,7 @@ def row(tool: str, work: str, given: argparse.Namespace) -> dict[str, Any]:
 def table(given: argparse.Namespace) -> None:
     """Every row in a process of its own, then a table."""
     found: list[dict[str, Any]] = []
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, trl)}
     common = [str(given.folder), str(given.tokenizer), str(given.data), f"--steps={given.steps}"]
     common += ["--tiny"] if given.tiny else []
     for work, tool in itertools.product(WORKS, TOOLS):
@@ -224,7 +156,7 @@ def table(given: argparse.Namespace) -> None:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
         lines = [line for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
         result = json.loads(lines[-1].removeprefix("RESULT ")) if lines else {"failed": ended.stderr[-3000:]}
-        found.append({"name": name, "device": torch.cuda.get_device_name() if ON_CUDA else "cpu", **result})
+        found.append({"name": name, "device": torch.cuda.get_device_name() if ON_CUDA else "cpu", **versions, **result})
         print(json.dumps(found[-1]), flush=True)
         if given.json is not None:
             given.json.write_text(json.dumps(found, indent=1) + "\n")

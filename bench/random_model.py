@@ -31,7 +31,7 @@ def random_llama(shape: ModelShape, storage: torch.dtype = torch.uint8) -> Llama
 
     Args:
         shape: of the model.
-        storage: the type that the 4-bit bytes pretend to be.
+        storage: the type that the 4-bit bytes are stored as.
     """
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,8 +7,9 @@ Each row is trained by so many processes, one per GPU; several numbers of proces
 per second are those of all ranks together after the warm-up; the share is that of the rate of the smallest number of processes,
 times the ratio. Memory is the largest max_memory_reserved of a rank, in 1e9 bytes. Losses of rows that take the same steps are
 compared with those of the first of them. FSDP2 (torch.distributed.fsdp.fully_shard over bitsandbytes' layers) computes with
-Transformers' and PEFT's own forward and checkpointing. DPO's reference is live, and a pair's prompt counts twice. A row's
-processes load libraries while the row before is measured. The rows of SmolLM2 also run on a CPU: --rows SmolLM2.
+Transformers' and PEFT's own forward and checkpointing. DPO's reference is live, and a pair's prompt counts twice. The processes
+of all rows load libraries at once, about 1 GB each; then one row at a time is measured. The rows of SmolLM2 also run on a CPU:
+--rows SmolLM2.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import pathlib
-import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from bench.processes import kill_all
 
 DEFAULTS = {
     "model": "llama-2-7b", "weights": "device", "batch": 4, "length": 2048, "limit": 0.0, "policy": "auto", "resident": 0,
@@ -42,7 +44,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "7B, the same steps, on each": {"batch": 1, "in_step": 8, "length": 1024, "optimizer": "adamw"},
     "7B, the same steps, sharded": {"batch": 1, "in_step": 8, "length": 1024, "optimizer": "adamw", "weights": "sharded"},
     "7B, 200 steps, sharded": {"weights": "sharded", "length": 512, "steps": 200},
-    "7B DPO, 8 pairs of 2 x 512, on each": {"batch": 8, "objective": "dpo"},
+    "7B DPO, 8 pairs of 2 x 512, on each": {"batch": 8, "length": 512, "objective": "dpo"},
     "8B, on each": {"model": "llama-3-8b"},
     "8B in fp8, on each": {"model": "llama-3-8b", "compute": "fp8"},
     "13B, on each": {"model": "llama-2-13b"},
@@ -61,7 +63,9 @@ ROWS: dict[str, dict[str, Any]] = {
                              "warm_up": 1, "optimizer": "adamw"}
         for name, weights in (("on each", "device"), ("sharded", "sharded"), ("FSDP2", "fsdp2"))
     },
-    "SmolLM2 DPO": {"model": "smollm2-135m", "batch": 2, "objective": "dpo", "steps": 4, "warm_up": 1, "optimizer": "adamw"},
+    "SmolLM2 DPO": {
+        "model": "smollm2-135m", "batch": 2, "length": 32, "objective": "dpo", "steps": 4, "warm_up": 1, "optimizer": "adamw",
+    },
 }  # fmt: skip
 NEED_SEVERAL = ("sharded", "sharded-host", "fsdp2")
 
@@ -74,37 +78,37 @@ class Row:
         self.folder, self.errors = tempfile.TemporaryDirectory(), tempfile.TemporaryFile("w+")  # noqa: SIM115 (see end)
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m",
-            "bench.scale_rank", str(given.tokenizer), str(given.data), json.dumps(DEFAULTS | ROWS[name]), str(self.gate),
+            "bench.scale_rank", str(given.tokenizer), str(given.data), json.dumps(DEFAULTS | ROWS[name]), self.folder.name,
         ]  # fmt: skip
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=self.errors, text=True, start_new_session=True
         )
 
-    @property
-    def gate(self) -> pathlib.Path:
-        """The file that lets the processes begin."""
-        return pathlib.Path(self.folder.name) / "gate"
+    def wait_until_ready(self) -> None:
+        """Wait until all processes have imported, or the launcher has ended."""
+        gate = pathlib.Path(self.folder.name)
+        while len(list(gate.glob("ready-*"))) < self.processes and self.process.poll() is None:
+            time.sleep(0.1)
 
     def measure(self) -> dict[str, Any]:
         """Let them begin, and wait for the result."""
-        self.gate.touch()
+        (pathlib.Path(self.folder.name) / "begin").touch()
+        failed = f"no result after {self.timeout} s"
         try:
             said, _ = self.process.communicate(timeout=self.timeout)
             lines = [line for line in said.splitlines() if line.startswith("RESULT ")]
+            failed = f"exit status {self.process.returncode}"
         except subprocess.TimeoutExpired:
             lines = []
         if lines:
             return {"row": self.name, **json.loads(lines[0].removeprefix("RESULT "))}
         self.errors.seek(0)
         reasons = [line.strip() for line in self.errors if "Error: " in line]
-        failed = reasons[0] if reasons else f"no result after {self.timeout} s"
-        return {"row": self.name, "ranks": self.processes, "failed": failed}
+        return {"row": self.name, "ranks": self.processes, "failed": reasons[0] if reasons else failed}
 
     def end(self) -> None:
         """End what is left of it: its processes would keep their GPUs."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        kill_all(self.process)
         self.errors.close()
         self.folder.cleanup()
 
@@ -113,27 +117,27 @@ def run(given: argparse.Namespace) -> None:
     """Measure rows, and write each as soon as it is there."""
     results: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
-        rows = started(given, stack)
-        row = next(rows, None)
-        while row is not None:
-            following = next(rows, None)
+        rows = []
+        for name, processes in wanted(given):
+            rows.append(Row(name, processes, given))
+            stack.callback(rows[-1].end)
+        for row in rows:
+            row.wait_until_ready()
+        for row in rows:
             results.append(row.measure())
-            row.end()
+            kill_all(row.process)
             print(json.dumps(results[-1]), flush=True)
             if given.json is not None:
                 given.json.write_text(json.dumps(results, indent=1) + "\n")
-            row = following
 
 
-def started(given: argparse.Namespace, stack: contextlib.ExitStack) -> Iterator[Row]:
-    """The rows that are wanted, each of which starts when it is asked for and ends with the stack."""
+def wanted(given: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """Names and numbers of processes of the rows that were asked for."""
     for name in ROWS:
         for processes in given.processes:
             is_wanted = not given.rows or any(text in name for text in given.rows)
             if is_wanted and (processes > 1 or ROWS[name].get("weights") not in NEED_SEVERAL):
-                row = Row(name, processes, given)
-                stack.callback(row.end)
-                yield row
+                yield name, processes
 
 
 def shares(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -175,10 +179,13 @@ def show(given: argparse.Namespace) -> None:
 
 
 def draw(table: list[dict[str, Any]], file: pathlib.Path) -> None:
-    """Tokens per second over the number of GPUs, a line for each row with several numbers of them."""
+    """Tokens per second over the number of GPUs, a line for each row with several numbers of them.
+
+    Rows that take the same steps are left out: they are there for their losses.
+    """
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    for name in dict.fromkeys(row["row"] for row in table):
+    for name in dict.fromkeys(row["row"] for row in table if not row["in_step"]):
         points = [(row["ranks"], row["tok_s"]) for row in table if row["row"] == name]
         if len(points) > 1:
             axes.plot(*zip(*points, strict=True), marker="o", label=name)

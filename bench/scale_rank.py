@@ -1,7 +1,7 @@
-"""What one rank of bench/scale.py does: `torchrun ... -m bench.scale_rank TOKENIZER DATA OPTIONS GATE`, with the options as JSON.
+"""What one rank of bench/scale.py does: `torchrun ... -m bench.scale_rank TOKENIZER DATA OPTIONS FOLDER`, with options as JSON.
 
-It imports, and begins once the file GATE exists. The first rank prints RESULT and a JSON line. Every rank makes the same random
-model on its host, layer by layer.
+It imports, says so by a file in FOLDER, and begins once there is another. The first rank prints RESULT and a JSON line. Every
+rank makes the same random model on its host, layer by layer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer, TrainerCallback
 
-from bench.preference import PLAIN, judging_trainer, pairs
+from bench.judging import PLAIN, judging_trainer, pairs
 from bench.random_model import random_llama
 from bench.train import Clock, counted_tokens, dense, trainer_of
 from nybble.data.sets.prepare import prepare
@@ -93,7 +93,7 @@ def rows_of(tokenizer: Any, data: pathlib.Path, options: dict[str, Any], ranks: 
     tokenizer.chat_template = PLAIN
     with tempfile.TemporaryDirectory() as cache:
         file = pathlib.Path(cache) / "pairs.jsonl"
-        made = pairs(tokenizer, data, "short prompts", steps * ranks, options["model"] != "llama-2-7b")
+        made = pairs(tokenizer, data, "short prompts", steps * ranks, options["length"] < 512)
         file.write_text("".join(json.dumps(each) + "\n" for each in made))
         recipe = load_recipe(None, ["model.path=m", f"data.path={file}", "data.max_length=4096", "data.validation=0"])
         return prepare(recipe.data, tokenizer, 0, pathlib.Path(cache), target="pairs").train
@@ -145,9 +145,13 @@ def train_plainly(model: Any, data: Any, options: dict[str, Any]) -> dict[str, A
 def main() -> None:
     """Measure one row."""
     tokenizer, data, options = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), json.loads(sys.argv[3])
-    while not pathlib.Path(sys.argv[4]).exists():
+    folder, rank = pathlib.Path(sys.argv[4]), int(os.environ["RANK"])
+    (folder / f"ready-{rank}").touch()
+    while not (folder / "begin").exists():
+        if not folder.exists():
+            sys.exit("the command has ended")
         time.sleep(0.05)
-    began, rank = time.perf_counter(), int(os.environ["RANK"])
+    began = time.perf_counter()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import psutil
+from bench.processes import kill_all
 
 SAVED = 4  # the step with a checkpoint
 OPTIONS = [
@@ -28,6 +28,10 @@ OPTIONS = [
     "data.validation=0", "train.samples=0", "train.max_steps=200", f"train.save_every={SAVED}",
 ]  # fmt: skip
 TIMEOUT = 300
+
+
+class NotReachedError(Exception):
+    """What was waited for will not come."""
 
 
 @contextlib.contextmanager
@@ -38,34 +42,23 @@ def running(*words: object) -> Iterator[subprocess.Popen[bytes]]:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
         try:
             yield process
-        except TimeoutError:
+        except NotReachedError:
             errors.seek(0)
             sys.exit(errors.read()[-2000:])
         finally:
-            end(process)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a launcher and the processes that it started, which would outlive it."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        every = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for one in every:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-        psutil.wait_procs(every)
-    process.wait()
+            kill_all(process)
 
 
 def seconds_until(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> float:
     """Wait until something is so.
 
     Raises:
-        TimeoutError: the process has ended, or TIMEOUT has passed.
+        NotReachedError: the process has ended, or TIMEOUT has passed.
     """
     began = time.perf_counter()
     while not condition():
         if process.poll() is not None or time.perf_counter() - began > TIMEOUT:
-            raise TimeoutError
+            raise NotReachedError
         time.sleep(0.005)
     return time.perf_counter() - began
 
@@ -102,6 +95,10 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path)
     given = parser.parse_args()
     given.rows = max(given.processes)
+    if any(given.rows % count for count in given.processes):
+        parser.error("the largest number of processes must be a multiple of the others: they take the same steps")
+    if given.weights == "sharded" and min(given.processes) == 1:
+        parser.error("--weights sharded needs two processes at least")
     found = []
     for place, first in enumerate(given.processes):
         found.append(measure(given, first, given.processes[(place + 1) % len(given.processes)]))

@@ -2,8 +2,8 @@
 
     python examples/preference.py [--seed 0] [--folder runs/preference]
 
-Everything is generated from the seed. In the answers that SFT sees, a coin decides after each colon and comma whether a space
-follows, so the model learns orders and no taste in spaces. A pair is two such answers to one order, both right, and the shorter
+Everything is generated from the seed. In the answers that SFT sees, chance decides after each colon and comma whether a space
+follows. A pair is two such answers to one order, both right, and the shorter
 one was chosen. DPO starts from SFT's adapter, which is also its reference. Both are tested on orders whose sentences, names and
 goods neither has seen.
 """
@@ -33,7 +33,7 @@ from nybble.training.train import train
 
 SFT_STEPS, DPO_STEPS, BATCH, TESTS, HELD_OUT = 60, 60, 2, 100, 8
 SFT_RATE, DPO_RATE, BETA = 1.5e-3, 6e-5, 0.5
-"""Chosen with seed 7. At twice the rate with 0.3 for beta, the model dropped brackets as well as spaces (docs/experiments.md)."""
+"""Chosen with seed 7. At rates of 1e-4 and more the model may drop brackets as well as spaces (docs/experiments.md)."""
 SPACED = 0.45
 """Probability of a space. With 0.5 the tuned model preferred the shorter answer in 23 of 100 pairs, with 0.4 in 72 (seed 7)."""
 
@@ -83,7 +83,7 @@ def said(answer: str) -> dict[str, str]:
 
 
 def spaced(order: Order, draw: random.Random) -> str:
-    """The right answer, with a space after a colon or a comma where the coin says so (names have neither)."""
+    """The right answer, with spaces after colons and commas by chance (names have neither)."""
     return re.sub("[:,]", lambda mark: mark[0] + " " * (draw.random() < SPACED), order.answer)
 
 

@@ -80,15 +80,15 @@ def test_each_trial_is_the_run_that_nybble_train_makes_of_its_recipe(swept, cach
     recipe = swept.searched.recipe(last.settings).model_copy(update={"out": str(tmp_path / "alone")})
     watched = []
     alone = train(
-        recipe, console=quiet, cache=cache, watch=lambda number, loss: watched.append((number, loss)) or False
+        recipe, console=quiet, cache=cache, watch=lambda number, loss, is_last: watched.append((number, loss, is_last))
     )
     trial = trial_folder(swept.folder, last.number)
     assert {name: tensor.tolist() for name, tensor in adapter(trial).items()} == {
         name: tensor.tolist() for name, tensor in adapter(alone.folder).items()
     }
     assert held_out_loss(alone) == last.loss
-    assert [number for number, _ in watched] == [1, 2]
-    assert list(last.losses) == [loss for _, loss in watched][: len(last.losses)]
+    assert [(number, is_last) for number, _, is_last in watched] == [(1, False), (2, True)]
+    assert list(last.losses) == [loss for _, loss, _ in watched][: len(last.losses)]
 
 
 def test_a_trial_is_an_ordinary_run(swept, cache):
@@ -247,10 +247,10 @@ def test_an_interrupted_sweep_tries_the_same_settings_again(tiny_llama, rows, ca
     sweep(whole, quiet, cache)
     original = OngoingTrial.watch
 
-    def stop(self, evaluation, loss):
+    def stop(self, evaluation, loss, is_last):
         if self.number == 1:
             raise Stopped(signal.SIGINT)
-        return original(self, evaluation, loss)
+        return original(self, evaluation, loss, is_last)
 
     with monkeypatch.context() as patch:
         patch.setattr(OngoingTrial, "watch", stop)
@@ -312,6 +312,20 @@ def test_a_trial_that_is_worse_than_the_median_ends_early(tiny_llama, rows, cach
     for each in by_rate.values():
         run = open_run(trial_folder(asked.folder, each.number))
         assert run.summary().steps == (len(each.losses) if each.outcome == "pruned" else 6)
+
+
+@pytest.mark.parametrize("is_last", [True, False])
+def test_a_trial_that_is_worse_only_at_its_end_has_not_ended_early(is_last, tiny_llama, rows, tmp_path):
+    asked = request(tiny_llama, rows, tmp_path / "s", RATES)
+    asked.folder.mkdir()
+    study = SweepStudy(asked.folder, asked.searched.space, {}, 3, 42)
+    for number in range(4):
+        trial, losses = study.ask(), [1.0, 0.9, 0.8 if number < 3 else 5.0]
+        ended = [trial.watch(place, loss, is_last and place == 3) for place, loss in enumerate(losses, 1)]
+        result = study.tell(trial, losses[-1], "", 1.0)
+    study.close()
+    assert ended == [False, False, not is_last]
+    assert result.outcome == ("complete" if is_last else "pruned")
 
 
 def test_in_a_terminal_the_bars_of_sweep_and_run_do_not_meet(tiny_llama, rows, cache, tmp_path):

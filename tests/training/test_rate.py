@@ -65,8 +65,8 @@ MEASURED = [
     (-0.05, 6230), (-0.17, 2830), (-0.15, 3282), (-0.23, 1092), (-0.31, 456), (-0.70, 176), (-0.74, 113), (0.25, 1725),
     (-0.09, 1775), (-0.23, 1810), (-0.60, 127), (0.15, 1698), (0.07, 897), (0.17, 845), (0.48, 134), (2.26, 625),
 ]  # fmt: skip
-"""Change and terms of the last steps of a search: SmolLM2 on instruct_mix, 16 rows in a step, of which one undid the others (a
-little more here)."""
+"""Change and terms of the last steps of a search: SmolLM2 on instruct_mix, 16 rows in a step, of which one undid the others
+(its change is raised from 0.18 to 0.25, so that the curve clearly crosses 0)."""
 
 
 def test_one_step_that_undoes_what_the_next_ones_learn_again_is_not_the_end():
@@ -77,6 +77,15 @@ def test_one_step_that_undoes_what_the_next_ones_learn_again_is_not_the_end():
     crossings = [here for here, after in itertools.pairwise(smoothed(points)) if here < 0 <= after]
     assert len(crossings) == 2
     assert suggest(points).rate == pytest.approx(0.0018, rel=0.03)  # by the first one: 0.0009
+
+
+def test_a_curve_that_ends_below_0_has_no_such_rate():
+    """Whatever it was before."""
+    points = [
+        RatePoint(rate=1e-5 * 10 ** (n / 12), loss=2 + (0.4 if 20 <= n < 25 else -0.1), before=2, terms=100)
+        for n in range(49)
+    ]
+    assert "no rate up to 0.1 destroyed the adapter" in suggest(points).reason
 
 
 def test_without_an_end_of_the_curve_the_lowest_point_is_suggested():

@@ -63,12 +63,12 @@ class OngoingTrial:
         number: int = self.trial.user_attrs[NUMBER]
         return number
 
-    def watch(self, evaluation: int, loss: float) -> bool:
-        """Record a held-out loss; returns whether it is worse than the median of the other trials at the same evaluation."""
+    def watch(self, evaluation: int, loss: float, is_last: bool) -> bool:
+        """Record a held-out loss; returns whether to end the trial, because it is worse than the median of the others there."""
         if not math.isfinite(loss):
             return False  # the guards of the run end it
         self.trial.report(loss, evaluation)
-        self.was_pruned = self.was_pruned or self.trial.should_prune()
+        self.was_pruned = not is_last and bool(self.trial.should_prune())
         return self.was_pruned
 
 

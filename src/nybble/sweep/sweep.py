@@ -94,9 +94,9 @@ def _run_trial(
     quiet = Console(quiet=True) if parts.loads else console
     with console.status("") as status:
 
-        def watch(evaluation: int, held_out: float) -> bool:
+        def watch(evaluation: int, held_out: float, is_last: bool) -> bool:
             status.update(f"trial {trial.number}: held-out loss {held_out:.4f} at evaluation {evaluation}")
-            return trial.watch(evaluation, held_out)
+            return trial.watch(evaluation, held_out, is_last)
 
         status.update(f"trial {trial.number} is trained")
         if not parts.loads:

@@ -43,7 +43,7 @@ def suggest(points: Sequence[RatePoint]) -> FoundRate:
     else:
         rate = largest / MARGIN
         reason = (
-            f"{largest:.2g} / {MARGIN:g}: {largest:.2g} is the rate from which on the adapter was worse than none; "
+            f"{largest:.2g} / {MARGIN:g}: {largest:.2g} is the rate above which the adapter was worse than none; "
             f"at {points[lowest].rate:.2g} the loss was {-smooth[lowest]:.2f} lower than without it"
         )
     return FoundRate(rate=float(f"{rate:.{DIGITS}g}"), reason=reason, curve=list(points), smoothed=smooth)
@@ -64,11 +64,13 @@ def smoothed(points: Sequence[RatePoint]) -> list[float]:
 
 
 def _break_even(points: Sequence[RatePoint], smooth: Sequence[float], lowest: int) -> float | None:
-    """The last rate at which the smoothed change rises above 0, between two steps on a logarithmic scale; None if it never does.
+    """The rate above which the smoothed change is above 0, between two steps on a logarithmic scale; None if it ends below.
 
     The last crossing after the lowest point and not the first: of 16 rows with few trained tokens one step can undo what the next
     ones learn again (a search on instruct_mix crossed at 0.0046 and at 0.0091).
     """
+    if smooth[-1] < 0:
+        return None
     for number in reversed(range(lowest, len(points) - 1)):
         here, following = smooth[number], smooth[number + 1]
         if here < 0 <= following:

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-Watch = Callable[[int, float], bool]
-"""Called with the number of an evaluation, from 1, and its loss; returns whether the run shall end there. The evaluation before
-the first step is not counted."""
+Watch = Callable[[int, float, bool], bool]
+"""Called with the number of an evaluation, from 1, its loss, and whether it is the run's last one; returns whether the run shall
+end there. The evaluation before the first step is not counted."""
 
 
 class Watcher(TrainerCallback):  # type: ignore[misc]
@@ -24,5 +24,5 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
             return
         number = sum("eval_loss" in entry and entry["step"] > 0 for entry in state.log_history)
         is_last = state.global_step >= state.max_steps
-        if self._watch(number, kwargs["metrics"]["eval_loss"]) and not is_last:
+        if self._watch(number, kwargs["metrics"]["eval_loss"], is_last):
             control.should_training_stop = True
