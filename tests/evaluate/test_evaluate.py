@@ -130,6 +130,26 @@ def test_everything_is_measured_and_written(run, results):
     assert sum(results["lengths"].values()) == 80 - 12, "the training rows, not those held out"
 
 
+@pytest.mark.parametrize("fused", ["true", "false"])
+def test_losses_in_bfloat16_are_those_of_the_run_s_own_validation(fused, tiny_llama, rows, cache, tmp_path, quiet):
+    """Computed by the other path, the base's loss is 8e-5 apart here, and SmolLM2's after one step 0.33."""
+    words = [f"model.path={tiny_llama}", f"data.path={rows}", f"out={tmp_path / 'run'}", "model.dtype=bfloat16"]
+    words += [
+        "data.max_length=128",
+        "data.validation=8",
+        "train.max_steps=2",
+        "train.learning_rate=3e-3",
+        "train.samples=0",
+    ]
+    words += [f"engine.fused={fused}", "train.warmup=0"]
+    trained = train(load_recipe(None, words), console=quiet, cache=cache)
+    held_out = evaluate(trained, Measures([], [], 0), None, quiet, cache).held_out
+    then = trained.summary().validation_loss
+    print(then, held_out)
+    assert held_out.tuned.loss == pytest.approx(then.kept, abs=1e-5)
+    assert held_out.base.loss == pytest.approx(then.before, abs=1e-5)
+
+
 def test_scores_are_cached_and_an_evaluation_is_resumed(run, benches, cache, results, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("nybble.evaluate.evaluation.write_report", lambda *given: None)  # which takes a second

@@ -13,6 +13,7 @@ from nybble.chat.answerer import Answerer
 from nybble.chat.loading import load_answerer
 from nybble.evaluate.console import HANG
 from nybble.evaluate.findings import Findings
+from nybble.evaluate.fused import computed_as_in_training
 from nybble.evaluate.report.page import write_report
 from nybble.evaluate.scores import Benchmarks
 from nybble.evaluate.texts import read_texts
@@ -92,10 +93,11 @@ def _evaluate(
         assert benchmarks is not None, "tasks without a harness to run them"
         findings.measure_benchmark(benchmarks, name)
     # 3. Loss and preferences on the validation rows, and loss on texts.
-    findings.measure_held_out()
-    findings.measure_preferences()
-    for text in texts:
-        findings.measure_text(text)
+    with computed_as_in_training(answerer.model, run.recipe.engine.fused):
+        findings.measure_held_out()
+        findings.measure_preferences()
+        for text in texts:
+            findings.measure_text(text)
     # 4. Answers.
     if measures.samples is None:
         findings.measure_answers(measures.answers)
