@@ -101,7 +101,7 @@ def test_the_histogram_fits_the_terminal(room):
 
 def test_help_shows_examples_and_the_keys_used_most(here):
     shown = here("train", "--help").stdout
-    assert all(line in shown for line, _ in EXAMPLES)
+    assert all(line in shown for line, _ in EXAMPLES["train"])
     assert len(KEYS) == 10
     assert set(KEYS) <= set(option_names())
     assert f"{Recipe().train.learning_rate:g}" in shown
@@ -113,7 +113,14 @@ def test_help_shows_examples_and_the_keys_used_most(here):
     assert "Write a plot of the row lengths" in here("help", "data", "check").stdout
 
 
-@pytest.mark.parametrize("line", [line for line, _ in EXAMPLES if "--resume" not in line])
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_each_command_shows_its_own_examples(command, here):
+    shown = here(command, "--help").stdout
+    for name, examples in EXAMPLES.items():
+        assert all(line.startswith(f"nybble {name} ") and (line in shown) == (name == command) for line, _ in examples)
+
+
+@pytest.mark.parametrize("line", [line for line, _ in EXAMPLES["train"] if "--resume" not in line])
 def test_the_examples_are_understood(line, here, monkeypatch):
     monkeypatch.chdir(ROOT)
     said = here(*line.split()[1:], "--print-config")

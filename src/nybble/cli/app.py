@@ -61,7 +61,7 @@ class Documented(TyperCommand):
         super().format_help(ctx, formatter)
         from nybble.cli.keys import print_keys
 
-        print_keys(Console())
+        print_keys(Console(), ctx.info_name)
 
 
 @app.callback(invoke_without_command=True)
