@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -352,10 +353,34 @@ def test_an_untested_version_of_triton_launches_kernels_in_the_ordinary_way(test
     monkeypatch.setattr(launch, "is_tested", lambda library: tested)
     monkeypatch.setattr(launch, "driver", Driver)
     launcher = launch.Launcher(Kernel())
-    launcher((2,), 1, 2)
-    launcher((2,), 1, 2)
-    assert ran[0] == ("Triton's way", (1, 2))
-    assert ran[1] == (("own end", (2, 1, 1, 5, 7, "metadata", None, None, None, 1, 2)) if tested else ran[0])
+    tensor = torch.zeros(1)
+    launcher((2,), tensor, 2)
+    launcher((2,), tensor, 2)
+    assert ran[0] == ("Triton's way", (tensor, 2))
+    assert ran[1] == (("own end", (2, 1, 1, 5, 7, "metadata", None, None, None, tensor, 2)) if tested else ran[0])
+
+
+def test_a_kernel_is_launched_on_the_device_of_its_first_tensor(monkeypatch):
+    launch = pytest.importorskip("nybble.kernels.triton.launch")
+    current, ran = [0], []
+
+    class Elsewhere:
+        get_device = staticmethod(lambda: 1)
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: ran.append(current[0])
+
+    @contextlib.contextmanager
+    def device(index):
+        current[0] = index
+        yield
+        current[0] = 0
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    launch.Launcher(Kernel())((2,), Elsewhere(), 3)
+    assert (ran, current) == ([1], [0])
 
 
 @pytest.fixture
