@@ -64,7 +64,10 @@ def search_rate(setup: TrainingSetup, console: Console) -> FoundRate:
         steps = list(_steps(setup, COUNT))  # the loader draws a number too
 
         def show(done: int) -> None:
-            status.update(f"searching the learning rate: {done} of at most {2 * len(steps)} passes over a step")
+            what = f"untrained, step {done + 1} of {len(steps)}"
+            if done >= len(steps):
+                what = f"rate {done - len(steps) + 1} of at most {len(steps)}"
+            status.update(f"searching the learning rate: {what}")
 
         setup.model.train()
         checkpointing = _recompute(setup)
