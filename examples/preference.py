@@ -3,9 +3,8 @@
     python examples/preference.py [--seed 0] [--folder runs/preference]
 
 Everything is generated from the seed. In the answers that SFT sees, chance decides after each colon and comma whether a space
-follows. A pair is two such answers to one order, both right, and the shorter
-one was chosen. DPO starts from SFT's adapter, which is also its reference. Both are tested on orders whose sentences, names and
-goods neither has seen.
+follows. A pair is two such answers to one order, both right, and the shorter one was chosen. DPO starts from SFT's adapter, which
+is also its reference. Both are tested on orders whose sentences, names and goods neither has seen.
 """
 
 from __future__ import annotations
