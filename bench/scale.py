@@ -132,10 +132,10 @@ def run(given: argparse.Namespace) -> None:
 
 
 def wanted(given: argparse.Namespace) -> Iterator[tuple[str, int]]:
-    """Names and numbers of processes of the rows that were asked for."""
+    """Names and numbers of processes of the rows that were asked for: by their whole names, or by a part of several."""
     for name in ROWS:
         for processes in given.processes:
-            is_wanted = not given.rows or any(text in name for text in given.rows)
+            is_wanted = not given.rows or any(text == name if text in ROWS else text in name for text in given.rows)
             if is_wanted and (processes > 1 or ROWS[name].get("weights") not in NEED_SEVERAL):
                 yield name, processes
 

@@ -71,6 +71,60 @@ def test_after_saving_and_loading_it_continues_bit_for_bit():
         assert torch.equal(mine, theirs)
 
 
+def test_a_checkpoint_of_paged_state_goes_on_without_a_gpu(tmp_path):
+    """Saved tensors keep bitsandbytes' mark that CUDA may move them; its next step would."""
+    parts = parameters()
+    optimizer = FlatAdamW8bit(parts, **SETTINGS)
+    descend(optimizer, parts, range(5))
+    for state in optimizer.state.values():
+        for name in ("state1", "state2"):
+            state[name].is_paged, state[name].page_deviceid = True, 0
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    saved = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    wrapped = FlatAdamW8bit._FSDP_WRAPPED_QUANT_STATE_KEY
+    assert all(state[wrapped]["state1"].is_paged for state in saved["state"].values()), "nothing to lose"
+    again = [torch.nn.Parameter(part.detach().clone()) for part in parts]
+    loaded = FlatAdamW8bit(again, **SETTINGS, is_paged=True)
+    with pytest.warns(UserWarning, match="not supported on CPU"):
+        loaded.load_state_dict(saved)
+    assert not any(hasattr(state["state1"], "is_paged") for state in loaded.state.values())
+    descend(loaded, again, range(5, 10))
+    for state in optimizer.state.values():
+        for name in ("state1", "state2"):
+            del state[name].is_paged
+    descend(optimizer, parts, range(5, 10))
+    for mine, theirs in zip(parts, again, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+@pytest.mark.parametrize("is_paged", [True, False], ids=["to paged", "to resident"])
+def test_paged_state_that_was_saved_goes_on_bit_for_bit(is_paged, place, tmp_path):
+    """One process loads checkpoints on its host, several on their GPUs."""
+    parts = [torch.nn.Parameter(torch.randn(size, 300, device="cuda")) for size in (400, 500)]  # 100,000 are paged
+
+    def descend_on_the_gpu(optimizer, parts, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            for place, part in enumerate(parts):
+                noise = torch.randn(part.shape, generator=torch.Generator().manual_seed(100 * step + place))
+                part.grad = noise.cuda() + part.detach()
+            optimizer.step()
+
+    optimizer = FlatAdamW8bit(parts, **SETTINGS, is_paged=True)
+    descend_on_the_gpu(optimizer, parts, range(3))
+    assert all(state["state1"].is_paged for state in optimizer.state.values())
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    again = [torch.nn.Parameter(part.detach().clone()) for part in parts]
+    descend_on_the_gpu(optimizer, parts, range(3, 6))
+    loaded = FlatAdamW8bit(again, **SETTINGS, is_paged=is_paged)
+    loaded.load_state_dict(torch.load(tmp_path / "optimizer.pt", map_location=place, weights_only=True))
+    descend_on_the_gpu(loaded, again, range(3, 6))
+    for mine, theirs in zip(parts, again, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_it_reports_parameters_that_it_cannot_update():
     parts = parameters()
     optimizer = FlatAdamW8bit(parts, **SETTINGS)

@@ -40,7 +40,9 @@ def barrier() -> None:
     """Wait until every process has called this."""
     if in_group():
         announce_wait()
-        torch.distributed.barrier()
+        # NCCL's guesses the device otherwise, and says so on the terminal
+        devices = [torch.cuda.current_device()] if torch.distributed.get_backend() == "nccl" else None
+        torch.distributed.barrier(device_ids=devices)
 
 
 def all_reduce(numbers: torch.Tensor) -> torch.Tensor:

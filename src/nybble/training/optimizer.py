@@ -14,6 +14,7 @@ MAX_NUMBERS = 2**25
 """The largest flat tensor, 128 MB: gathering its gradients takes the same memory again until the originals are freed. As one
 tensor, the 160 M numbers of rank 64 on a 7B took 640 MB, which a fragmented allocator had to request from the device."""
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # for every AdamW
+MOMENTS = {"state1", "state2"}  # bitsandbytes' names
 WITHOUT_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 """Names of parameters without weight decay in Trainer. Checkpoints have one group with and one without, even if the second is
 empty."""
@@ -122,6 +123,19 @@ class FlatAdamW8bit(AdamW8bit):  # type: ignore[misc]
         for flat in self.flat_parameters:
             flat.grad = None
         return result
+
+    def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+        """Load a saved state into buffers such as a new optimiser has.
+
+        A tensor that was paged still says so when it is loaded, but is a plain one. bitsandbytes 0.50 would ask CUDA to move it
+        at the next step, and end the process without an exception ("invalid argument").
+        """
+        super().load_state_dict(state_dict, move_to_device)
+        for flat in self.flat_parameters:
+            state = self.state.get(flat, {})
+            for name in MOMENTS & state.keys():
+                loaded, state[name] = state[name], self.get_state_buffer(flat, dtype=state[name].dtype)
+                state[name].copy_(loaded)
 
     def _update(self) -> None:
         """bitsandbytes' loop without its wait for the device after each tensor, which only paged states need."""

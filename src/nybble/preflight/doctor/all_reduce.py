@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from nybble.distributed.group import barrier
 from nybble.installed import module_command
 
 SECONDS = 120.0  # libraries load in 20 s on a slow disk, NCCL starts in 10
@@ -105,13 +106,13 @@ def measure(device: torch.device, rank: int, size: int, numbers: int, meeting: s
     expected = (torch.arange(numbers, device=device) % 97) * size + size * (size - 1) // 2
     is_right = bool(torch.equal(summed, expected.float()))
     work = torch.zeros(numbers, device=device)
-    torch.distributed.barrier()
+    barrier()
     started = time.perf_counter()
     for _ in range(ROUNDS):
         torch.distributed.all_reduce(work)
     work[0].item()  # wait for the device
     seconds = (time.perf_counter() - started) / ROUNDS
-    torch.distributed.barrier()
+    barrier()
     torch.distributed.destroy_process_group()
     return is_right, seconds
 
