@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from bench.processes import kill_all
 
@@ -165,8 +166,9 @@ def losses_apart(one: dict[str, Any], results: list[dict[str, Any]]) -> float | 
 def show(given: argparse.Namespace) -> None:
     """Print the table, and draw it."""
     results = json.loads(given.file.read_text())
+    names = [row["row"] for row in results]
     print("| work | GPUs | tokens/s | share | GB on each | losses apart |\n| --- | --- | --- | --- | --- | --- |")
-    for row in (table := shares(results)):
+    for row in (table := sorted(shares(results), key=lambda row: (names.index(row["row"]), row["ranks"]))):
         apart = "" if row["apart"] is None else f"{row['apart']:.4f}"
         print(
             f"| {row['row']} | {row['ranks']} | {row['tok_s']:,} | {row['share']:.1%} | {max(row['reserved_gb']):.2f} | {apart} |"
@@ -179,26 +181,32 @@ def show(given: argparse.Namespace) -> None:
 
 
 def draw(table: list[dict[str, Any]], file: pathlib.Path) -> None:
-    """Tokens per second over the number of GPUs, a line for each row with several numbers of them.
+    """Tokens per second over the number of GPUs, a line for each row with several numbers of them, and the largest's share.
 
-    Rows that take the same steps are left out: they are there for their losses.
+    Both axes are logarithmic: 70B's rates are a tenth of 7B's. Rows that take the same steps are there for their losses.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 6), layout="constrained")
     axes = figure.add_subplot()
     for name in dict.fromkeys(row["row"] for row in table if not row["in_step"]):
-        points = [(row["ranks"], row["tok_s"]) for row in table if row["row"] == name]
+        points = sorted((row["ranks"], row["tok_s"], row["share"]) for row in table if row["row"] == name)
         if len(points) > 1:
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
-            axes.plot(
-                [ranks for ranks, _ in points],
-                [points[0][1] * ranks / points[0][0] for ranks, _ in points],
-                ":",
-                color="0.7",
-            )
-    axes.set(xlabel="GPUs", ylabel="tokens per second, all together", title="Several GPUs (dotted: proportional)")
-    axes.set_xticks(sorted({row["ranks"] for row in table}))
-    axes.set_ylim(0)
-    axes.legend()
+            ranks, rates = [point[0] for point in points], [point[1] for point in points]
+            axes.plot(ranks, [rates[0] * each / ranks[0] for each in ranks], ":", color="0.7")
+            axes.plot(ranks, rates, marker="o", label=f"{name}: {points[-1][2]:.1%} on {ranks[-1]}")
+    counts = sorted({row["ranks"] for row in table})
+    axes.set(
+        xlabel="GPUs",
+        ylabel="tokens per second, all together",
+        title="Several GPUs (dotted: proportional to the smallest number)",
+    )
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.grid(axis="y", color="0.9")
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(file, dpi=150)
 
 
