@@ -198,10 +198,10 @@ def _marks() -> list[RunCase]:
         resumed("mark-garbled", at(mark, rewritten(b"{")), "checkpoint-2", "checkpoint-3: COMPLETE is not valid JSON"),
         resumed("mark-list", at(mark, rewritten(b"[]")), "checkpoint-2", "checkpoint-3: COMPLETE is not a JSON object"),
         resumed("mark-zeros", at(mark, zeroed), "checkpoint-2", "checkpoint-3: COMPLETE is empty"),
-        resumed("mark-types", at(mark, changed(files=["a"])), "checkpoint-2", "checkpoint-3: files in COMPLETE: input should"),
+        resumed("mark-types", at(mark, changed(files=["a"])), "checkpoint-2", "checkpoint-3: files in COMPLETE: should"),
         resumed(
             "mark-seconds", at(mark, changed(seconds="long")), "checkpoint-2",
-            "seconds in COMPLETE: input should be a valid number, not 'long'",
+            "seconds in COMPLETE: should be a number, not 'long'",
         ),
         resumed("mark-files", at(mark, changed(files={})), "checkpoint-2", "was not written with it"),
         resumed("mark-folder", at(mark, folder_instead), "checkpoint-2", "COMPLETE is a folder, not a file"),
@@ -289,7 +289,7 @@ def _records() -> list[RunCase]:
         RunCase("log-garbled", at(log, line(2, '{"step": 1, "lo')), 1, ("metrics.jsonl:2", "not valid JSON", "sed -i 2d")),
         RunCase("log-list", at(log, line(3, "[1, 2]")), 1, ("metrics.jsonl:3", "metrics.jsonl is not a JSON object")),
         RunCase("log-no-step", at(log, line(2, '{"loss": 1.0}')), 1, ("metrics.jsonl:2", "metrics.jsonl has no step")),
-        RunCase("log-text-step", at(log, line(2, '{"step": "1"}')), 1, ("metrics.jsonl:2", "step in metrics.jsonl: input")),
+        RunCase("log-text-step", at(log, line(2, '{"step": "1"}')), 1, ("metrics.jsonl:2", "step in metrics.jsonl: should be")),
         RunCase("log-digits", at(log, line(2, '{"step": ' + "9" * 5000 + "}")), 1, ("metrics.jsonl:2", "more than 4,300 digits")),
         RunCase("log-deep", at(log, line(2, "[" * 50_000)), 1, ("metrics.jsonl:2", "nested too deeply")),
         RunCase("log-nul", at(log, line(2, "\0" * 80)), 1, ("metrics.jsonl:2", "is not valid JSON")),
@@ -310,10 +310,10 @@ INNER = {
     "evaluation.json": {"tasks": [{"name": "arc", "base": {"mean": "high"}, "tuned": {"mean": 1.0}}]},
 }
 INNER_TOLD = {
-    "start.json": ("recipe.model in start.json: input should be a valid dictionary, not 7",),
-    "summary.json": ("base.fingerprint in summary.json: input should be a valid string, not None",),
+    "start.json": ("recipe.model in start.json: should be a mapping, not 7",),
+    "summary.json": ("base.fingerprint in summary.json: should be text, not None",),
     "template.json": ("day in template.json: value error", "'2026-13-01'"),
-    "evaluation.json": ("tasks.0.base.mean in evaluation.json: input should be a valid number, not 'high'",),
+    "evaluation.json": ("tasks.0.base.mean in evaluation.json: should be a number, not 'high'",),
 }
 
 
@@ -339,7 +339,7 @@ def _objects() -> list[RunCase]:
             "deep": (rewritten(b'{"a":' * 50_000), f"{name} is nested too deeply"),
             "digits": (rewritten(b'{\n"a": ' + b"7" * 4301 + b"}"), f"{name} has a number of more than", f"{name}:2"),
             "no-key": (changed(**{key: None}), f"{name} has no {key}"),
-            "type": (changed(**{key: 7}), f"{key} in {name}: input should be a valid", "not 7"),
+            "type": (changed(**{key: 7}), f"{key} in {name}: should be", "not 7"),
             "inner-type": (changed(**INNER[name]), *INNER_TOLD[name]),
             "folder": (folder_instead, f"{name} is a folder, not a file"),
             "pipe": (pipe_instead, f"{name} is a pipe, not a file"),
@@ -380,7 +380,9 @@ def _recipes_and_adapters() -> list[RunCase]:
         "list": put(rewritten(b"- a\n"), 2, "a recipe is a mapping of sections"),
         "utf-16": put(as_utf_16, 2, "recipe.yaml is not UTF-8"),
         "deep": put(rewritten(b"model: " + b"[" * 5000), 2, "recipe.yaml is nested too deeply"),
-        "digits": put(rewritten(b"data:\n  max_length: " + b"9" * 5000), 2, "data.max_length: unable to parse"),
+        "digits": put(
+            rewritten(b"data:\n  max_length: " + b"9" * 5000), 2, "data.max_length: should be a whole number"
+        ),
         "empty": put(rewritten(b""), 1, "recipe.yaml is not the recipe that this run was started with", "model.path: "),
         "lost-its-end": put(without_end, 1, "train.learning_rate: 0.02 -> 0.0002", "restore it from a copy of the run"),
         "other-seed": put(other_seed, 1, "train.seed: 5 -> 6", "compared with start.json"),
@@ -389,7 +391,7 @@ def _recipes_and_adapters() -> list[RunCase]:
             rewritten(b"model: {path: !!bool x}\nx: !!timestamp y\n"), 2, "a value that cannot be read", "recipe.yaml:2"
         ),
         "list-as-key": put(rewritten(b"? [a]\n: b\n"), 2, "a key must be text", "restore it from a copy of the run"),
-        "type": put(rewritten(b"lora:\n  r: many\n"), 2, "lora.r: input should be a valid integer", "recipe.yaml:2"),
+        "type": put(rewritten(b"lora:\n  r: many\n"), 2, "lora.r: should be a whole number", "recipe.yaml:2"),
         "folder": put(folder_instead, 2, "recipe.yaml is a folder, not a file"),
         "pipe": put(pipe_instead, 2, "recipe.yaml is a pipe, not a file"),
     }
@@ -421,7 +423,7 @@ def _recipes_and_adapters() -> list[RunCase]:
         RunCase("template-changed-on-purpose",
                 both(at("template.json", exchanged(b"{", b" {")), at("start.json", changed(files=None))), 0, (), "chat"),
         RunCase("eval-log-garbled", at("metrics.jsonl", line(2, "{")), 1, ("metrics.jsonl:2", "sed -i 2d"), "eval"),
-        RunCase("eval-summary", at("summary.json", changed(dtype="float")), 1, ("dtype in summary.json: input should",), "eval"),
+        RunCase("eval-summary", at("summary.json", changed(dtype="float")), 1, ("dtype in summary.json: should",), "eval"),
     ]  # fmt: skip
     return cases
 

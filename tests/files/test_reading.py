@@ -32,9 +32,9 @@ FAULTS = {
     "deep objects": (b'{"a":' * 100_000, "x.json is nested too deeply", ""),
     "digits": (b'{\n"step": ' + b"9" * 5000 + b"}", "x.json has a number of more than 4,300 digits", ":2"),
     "no step": (b'{"loss": 1}', "x.json has no step", ""),
-    "text for a number": (b'{"step": "1"}', "step in x.json: input should be a valid integer, not '1'", ""),
-    "true for a number": (b'{"step": true}', "step in x.json: input should be a valid integer, not True", ""),
-    "list for a number": (b'{"step": 1, "loss": [2]}', "loss in x.json: input should be a valid number, not [2]", ""),
+    "text for a number": (b'{"step": "1"}', "step in x.json: should be a whole number, not '1'", ""),
+    "true for a number": (b'{"step": true}', "step in x.json: should be a whole number, not True", ""),
+    "list for a number": (b'{"step": 1, "loss": [2]}', "loss in x.json: should be a number, not [2]", ""),
     "pointer": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2000000\n",
         "x.json is a git-lfs pointer: the file itself (2.0 MB) was not downloaded",

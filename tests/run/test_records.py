@@ -160,7 +160,7 @@ def test_a_record_of_a_newer_version_is_refused_in_a_sentence(tmp_path, name):
 @pytest.mark.parametrize("version", ["2", 1.5, True])
 def test_a_version_that_is_not_a_number_is_damage(tmp_path, version):
     file = written(tmp_path / "evaluation.json", {**EVALUATION_0_6, "version": version})
-    with pytest.raises(RunError, match=r"version in evaluation\.json: input should be a valid integer"):
+    with pytest.raises(RunError, match=r"version in evaluation\.json: should be a whole number"):
         read_record(file, Evaluation)
 
 

@@ -198,7 +198,7 @@ def test_the_command_line(here, tiny_llama, rows, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value, said", [("0", "greater than 0"), ("fast", "valid number"), ("true", ""), ("1e999", "finite")]
+    "value, said", [("0", "should be above 0"), ("fast", "should be a number"), ("true", ""), ("1e999", "finite")]
 )
 def test_wrong_rates_are_refused_in_one_line(value, said):
     with pytest.raises(RecipeError) as refusal:

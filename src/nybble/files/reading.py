@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nybble.errors import ModelError, NybbleError
+from nybble.files.expectations import expectation
 from nybble.files.lfs import pointer_fault
 
 LARGEST = 64 << 20  # bytes: the index of a model of 400 billion parameters has 5 million
@@ -222,7 +223,7 @@ def _mismatch(error: ValidationError, name: str) -> str:
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
         return f"{name} has no {key}"
-    return f"{key} in {name}: {_lower(first['msg'])}, not {brief(first['input'])}"
+    return f"{key} in {name}: {expectation(first)}, not {brief(first['input'])}"
 
 
 def brief(value: object) -> str:

@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 from yaml.constructor import ConstructorError
 
 from nybble.errors import RecipeError
+from nybble.files.expectations import expectation
 from nybble.files.reading import brief, check_regular, read_text
 from nybble.recipe.options import Recipe, option_names
 from nybble.recipe.values import RecipeLoader, example, kinds_of, read_argument, read_section
@@ -171,16 +172,12 @@ def _explain(detail: ErrorDetails, lines: Mapping[str, str]) -> Iterator[str]:
             if kinds or inner
             else ""
         )
-        what = "the value is missing" if given is None else f"{_lower(detail['msg'])}, not {brief(given)}"
+        what = "the value is missing" if given is None else f"{expectation(detail)}, not {brief(given)}"
         yield f"{key}: {what}{location}{shown}"
 
 
 def _as_text(value: object) -> str:
     return "" if isinstance(value, list | dict) else str(value)  # aliases may have made a list or mapping endless
-
-
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:]
 
 
 def _did_you_mean(key: str, value: Any) -> str:

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
+from nybble.files.expectations import expectation
+
 Neutral = Mapping[str, tuple[Any, ...]]
 Refused = Mapping[str, str]
 UNKNOWN, MISSING = "unknown_parameter", "missing_required_parameter"
@@ -97,11 +99,9 @@ def explain(kind: type[Strict], error: ValidationError) -> RequestError:
     cause = first.get("ctx", {}).get("error")
     fault = cause if isinstance(cause, FieldError) else None
     path = ".".join([*map(str, first["loc"]), *([fault.field] if fault else [])])[:SHOWN]
-    message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
-        return RequestError(
-            f"the body is not valid JSON: {message.removeprefix('Invalid JSON: ')}", code="invalid_json"
-        )
+        reason = first["msg"].removeprefix("Invalid JSON: ")
+        return RequestError(f"the body is not valid JSON: {reason}", code="invalid_json")
     if fault is not None and fault.code == UNKNOWN:
         near = [] if first["loc"] else difflib.get_close_matches(path, kind.model_fields, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -109,4 +109,5 @@ def explain(kind: type[Strict], error: ValidationError) -> RequestError:
     if first["type"] == "missing" or (fault is not None and fault.code == MISSING):
         return RequestError(f"{path} is missing", param=path, code=MISSING)
     code = fault.code if fault else "invalid_value"
-    return RequestError(f"{path}: {message}" if path else message, param=path or None, code=code)
+    message = expectation(first)
+    return RequestError(f"{path or 'the body'}: {message}", param=path or None, code=code)

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
+from nybble.files.expectations import expectation
+
 AUTO: Literal["auto"] = "auto"
 NUMBER = TypeAdapter(Annotated[float, Field(gt=0, allow_inf_nan=False)])
 
@@ -18,8 +20,7 @@ def _checked(value: Any) -> Any:
     try:
         return NUMBER.validate_python(value)
     except ValidationError as error:
-        detail = error.errors()[0]
-        raise PydanticCustomError("learning_rate", "{reason}", {"reason": detail["msg"]}) from error
+        raise PydanticCustomError("learning_rate", "{reason}", {"reason": expectation(error.errors()[0])}) from error
 
 
 LearningRate = Annotated[float | Literal["auto"], PlainValidator(_checked)]
