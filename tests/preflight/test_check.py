@@ -64,6 +64,24 @@ def test_a_fit_set_is_reported_with_all_its_numbers(rows, tiny_llama, cache, tmp
 
 
 @pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["train.micro_batch=2", "train.accumulation=20"],
+         r"2 steps teach little: a step every 2 rows \(train\.accumulation=1\), or more passes \(train\.epochs=30\)\n"),
+        (["train.micro_batch=40", "train.accumulation=1"], r"2 steps teach little: more passes \(train\.epochs=30\)\n"),
+        (["train.micro_batch=80", "train.accumulation=1", "train.epochs=19"], r"19 steps teach little: .*=60\)\n"),
+        (["train.micro_batch=80", "train.accumulation=1", "train.epochs=20"], None),
+        (["train.micro_batch=40", "train.accumulation=1", "train.max_steps=2"], None),
+    ],
+)  # fmt: skip
+def test_few_steps_are_said(words, told, rows, tiny_llama, cache):
+    fit, said = looked(rows, tiny_llama, "data.max_length=256", "data.validation=0", *words, cache=cache)
+    assert fit
+    flat = re.sub(r"\n {8,}", " ", said)
+    assert re.search(told, flat) if told else "teach little" not in said
+
+
+@pytest.mark.parametrize(
     ("rates", "told"),
     [
         ([1e9] * 6, r"roughly [\da.]+ \w+ on this machine's cpu: [\d,]+ tokens/s in training"),

@@ -9,6 +9,7 @@ from nybble.errors import RecipeError, TooFewRowsError
 from nybble.recipe import TrainOptions
 
 EVALUATIONS = 5  # over a run, unless the recipe says otherwise: enough for a curve
+FEW_STEPS, ENOUGH_STEPS = 20, 60  # five teach SmolLM2 nothing, sixty do (docs/quickstart.md)
 SHORTENED = 10  # a warm-up that would cover the whole run is shortened to a tenth of the steps
 
 
@@ -41,6 +42,15 @@ def steps_text(steps: int, train: TrainOptions) -> str:
         f"{steps:,} step{'s' * (steps != 1)} of {rows:,} row{'s' * (rows != 1)} "
         f"(micro batch {train.micro_batch}, accumulation {train.accumulation}{processes})"
     )
+
+
+def few_steps_notice(train: TrainOptions, steps: int) -> str:
+    """What to say of a run of fewer than FEW_STEPS that nobody asked for; nothing of others."""
+    if steps >= FEW_STEPS or train.max_steps is not None:
+        return ""
+    passes = f"more passes (train.epochs={math.ceil(ENOUGH_STEPS * train.epochs / steps)})"
+    smaller = f"a step every {train.micro_batch * train.processes} rows (train.accumulation=1), or "
+    return f"{steps} step{'s' * (steps != 1)} teach little: {smaller if train.accumulation > 1 else ''}{passes}"
 
 
 def smaller_micro_batch(micro_batch: int, accumulation: int) -> tuple[int, int] | None:

@@ -29,7 +29,7 @@ from nybble.model.base.checkpoint import find_checkpoint, read_description, refu
 from nybble.model.base.load import read_config
 from nybble.model.device import choose_device, choose_dtype
 from nybble.model.tokenizer.load import load_tokenizer
-from nybble.plan.schedule import Schedule, steps_text
+from nybble.plan.schedule import Schedule, few_steps_notice, steps_text
 from nybble.plan.speed import PASSES, estimate
 from nybble.plan.step import unplanned
 from nybble.preflight.plan.card import find_card, limit_bytes
@@ -209,8 +209,8 @@ def _tell_steps(
     batch = train.micro_batch * train.accumulation * train.processes
     tokens = schedule.steps * batch * float(lengths_of(data.sample).mean())
     _line(console, "training", f"{steps_text(schedule.steps, train)}, about {_rounded(tokens)} tokens")
-    if schedule.notice:
-        _line(console, "", schedule.notice, "yellow")
+    for notice in filter(None, (schedule.notice, few_steps_notice(train, schedule.steps))):
+        _line(console, "", notice, "yellow")
     if config is not None:
         held_out = 0.0 if data.validation is None else float(lengths_of(data.validation).sum())
         # There is one evaluation before the first step too; an evaluation is a forward pass only.
