@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import pytest
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from nybble.files.expectations import expectation
 
@@ -15,6 +15,10 @@ class Part(BaseModel):
 
     model_config = ConfigDict(strict=True)
     name: str
+
+
+def refused(value: str) -> str:
+    raise ValueError("JSON schemas are not taken")
 
 
 @pytest.mark.parametrize(
@@ -37,10 +41,11 @@ class Part(BaseModel):
         (Annotated[int, Field(lt=2**32)], 2**32, "should be below 4294967296"),
         (Annotated[float, Field(allow_inf_nan=False)], float("inf"), "should be a finite number"),
         (Literal["a", "b"], "c", "should be 'a' or 'b'"),
+        (Annotated[str, AfterValidator(refused)], "x", "JSON schemas are not taken"),
         (Annotated[str, Field(max_length=2)], "abc", "string should have at most 2 characters"),
     ],
 )
 def test_it_is_said_without_pydantic_s_words(kind, value, said):
-    with pytest.raises(ValidationError) as refused:
+    with pytest.raises(ValidationError) as fault:
         TypeAdapter(kind).validate_python(value)
-    assert expectation(refused.value.errors()[0]) == said
+    assert expectation(fault.value.errors()[0]) == said

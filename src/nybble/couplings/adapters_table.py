@@ -66,7 +66,7 @@ ADAPTERS = (
     Coupling(
         "the optimiser's loop", "bitsandbytes",
         ("bitsandbytes.optim:AdamW8bit.update_step", "bitsandbytes.optim:AdamW8bit#initialized",
-         "bitsandbytes.optim:AdamW8bit#is_paged"),
+         "bitsandbytes.optim:AdamW8bit#is_paged", "bitsandbytes.optim:AdamW8bit.get_state_buffer"),
         ("training/optimizer.py",),
         "a step would update nothing", AT_START, ("self", "group", "p", "gindex", "pindex"),
     ),

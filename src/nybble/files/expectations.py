@@ -24,4 +24,4 @@ def expectation(fault: ErrorDetails) -> str:
     if word in KINDS and rest in ("type", "parsing", "parsing_size", "from_float", "number"):
         return f"should be {KINDS[word]}"
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return message[:1].lower() + message[1:]
+    return message if message[1:2].isupper() else message[:1].lower() + message[1:]  # not jSON
