@@ -312,7 +312,7 @@ INNER = {
 INNER_TOLD = {
     "start.json": ("recipe.model in start.json: should be a mapping, not 7",),
     "summary.json": ("base.fingerprint in summary.json: should be text, not None",),
-    "template.json": ("day in template.json: value error", "'2026-13-01'"),
+    "template.json": ("day in template.json: month must be in 1..12", "'2026-13-01'"),
     "evaluation.json": ("tasks.0.base.mean in evaluation.json: should be a number, not 'high'",),
 }
 
